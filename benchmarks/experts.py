@@ -13,6 +13,7 @@ import torch
 from benchmarks.measure import fastest, machine, table, write_json
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.likelihoods.replay import as_sampled, routing_counts
+from dllm_rl.likelihoods.views import views_of
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import float8_weight_only
@@ -53,7 +54,7 @@ def main() -> None:
     replay = as_sampled(noise, rollout)
 
     def update(masks: Noise) -> None:
-        for view, weight in zip(estimator.views(masks), masks.weight, strict=True):
+        for view, weight in zip(views_of(masks), masks.weight, strict=True):
             view.backward(policy, rollout, weight)
 
     score = partial(estimator.scores, policy, rollout)

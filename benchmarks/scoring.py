@@ -13,7 +13,7 @@ import torch
 from benchmarks.measure import in_fresh_process, machine, seconds_and_peak, speed_up, table, write_json
 from benchmarks.presets import PRESETS, make
 from dllm_rl.likelihoods.estimators import one_step
-from dllm_rl.likelihoods.scoring import View
+from dllm_rl.likelihoods.views import View
 
 
 def plain(policy, rollout, masked, scored) -> torch.Tensor:

@@ -23,7 +23,9 @@ from benchmarks.measure import fastest, machine, table, write_json
 from benchmarks.presets import PRESETS, Shape, make
 from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.losses import ppo_clip
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator, coupled, elbo, one_step
+from dllm_rl.likelihoods.estimator import LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import coupled, elbo, one_step
+from dllm_rl.likelihoods.views import views_of
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.training.learner import accumulate_gradients, update
@@ -148,7 +150,7 @@ def gradient(policy: Policy, rollout: Rollout, noise: Noise, estimator: Likeliho
 def padded_gradient(policy: Policy, rollout: Rollout, noise: Noise, estimator: LikelihoodEstimator) -> None:
     """As `gradient` with its graphs kept would be, of one batch as wide as its longest row: forward and backward."""
     policy.module.zero_grad()
-    for view, weight in zip(estimator.views(noise), noise.weight, strict=True):
+    for view, weight in zip(views_of(noise), noise.weight, strict=True):
         view.backward(policy, rollout, weight)
 
 

@@ -30,13 +30,13 @@ _HOME = {
     "quantization.schemes": "float8_weight_only float8_dynamic int8_weight_only int8_dynamic "
     "int4_weight_only int4_packed fake_quantize",
     "quantization.rollout_policy": "quantized_copy sync_weights",
-    "likelihoods.estimators": "LikelihoodEstimator one_step elbo coupled quadrature block eubo sandwich trajectory "
-    "causal",
+    "likelihoods.estimator": "LikelihoodEstimator",
+    "likelihoods.estimators": "one_step elbo coupled quadrature block eubo sandwich trajectory causal",
     "algorithms.advantages": "group_relative leave_one_out decoupled",
     "algorithms.correctors": "Corrector none tis mis icepop reject ais tbpo aligned qarl compose finite",
     "algorithms.losses": "ppo_clip gspo trust_band cispo vespo reinforce token sequence constant kl_k3",
     "algorithms.optimizers": "adamw_8bit",
-    "training.loop": "train",
+    "training.trainer": "train",
     "training.grpo": "grpo grpo_recipe",
     "supervised.train": "sft",
     "supervised.recipe": "SFT",

@@ -12,7 +12,7 @@ from dllm_rl.algorithms.correctors import Corrector, no_weights, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, ppo_clip, surrogate_inputs, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.bounds import Bound, check_bound
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator
+from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.members import describe, described, flattened, plain
 from dllm_rl.models.base import Policy
 from dllm_rl.models.engine import RolloutEngine

@@ -3,9 +3,9 @@ S prompt positions, T positions (prompt and completion), V vocabulary, D hidden 
 estimator, K scored positions."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 Moved = TypeVar("Moved", bound="_Movable")
+Laid = TypeVar("Laid", bound="Columns")
 Support = Literal["own", "unfiltered", "rollout"]
 SUPPORTS: tuple[Support, ...] = ("own", "unfiltered", "rollout")
-KEPT_IDS = 64  # most tokens of a filtered distribution whose ids a rollout records
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,95 @@ class _Movable:
     """Records of tensors that move to a device as one."""
 
     def to(self: Moved, device: torch.device | str) -> Moved:
-        return self._map(lambda x: x.to(device))
+        return self.map(lambda x: x.to(device))
 
-    def _map(self: Moved, f: Callable[[Tensor], Tensor]) -> Moved:
-        return dataclasses.replace(self, **{name: f(tensor) for name, tensor in self._tensors().items()})
+    def map(self: Moved, f: Callable[[Tensor], Tensor]) -> Moved:
+        """The same record with `f` of every tensor, also of those that its parts hold, in the order of the fields."""
 
-    def _tensors(self) -> dict[str, Tensor]:
-        held = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+        def changed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return f(value)
+            if isinstance(value, tuple):
+                return tuple(map(changed, value))
+            return value.map(f) if isinstance(value, _Movable) else value
+
+        return dataclasses.replace(self, **{x.name: changed(getattr(self, x.name)) for x in dataclasses.fields(self)})
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of `map`."""
+        found: list[Tensor] = []
+
+        def see(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(see)
+        return found
+
+
+@dataclass(frozen=True)
+class Columns(_Movable):
+    """A record of a batch's columns: tensors (B, T) or (B, T, C), vectors (B,), and parts that are such records.
+
+    FILL  what a field's columns hold where there is no token; 0 for other fields
+    """
+
+    FILL: ClassVar[dict[str, Any]] = {}
+
+    def rows(self: Laid, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> Laid:
+        """The given rows, in the given order, and their `columns`."""
+        return self.map(lambda x: x[keep] if x.dim() == 1 else x[keep][:, columns])  # a vector is of rows
+
+    def padded(self: Laid, columns: int, *, pad_id: int = 0, right: bool = False) -> Laid:
+        """The same rows with `columns` more columns of padding on the left, or on the right; `tokens` get pad_id."""
+        fills = {"tokens": pad_id} | self.FILL
+        wider: dict[str, Any] = {}
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Columns):
+                wider[each.name] = value.padded(columns, right=right)
+            elif isinstance(value, Tensor) and value.dim() > 1:
+                behind = (0, 0) * (value.dim() - 2)  # axes behind the columns stay as they are
+                sides = (0, columns) if right else (columns, 0)
+                wider[each.name] = F.pad(value, (*behind, *sides), value=fills.get(each.name, 0))
+        return dataclasses.replace(self, **wider)
+
+    def slots(self) -> list[int]:
+        """The sizes C of all tensors (B, T, C), in the order of `map`."""
+        return [x.shape[2] for x in self.tensors() if x.dim() == 3]
+
+    def with_slots(self: Laid, sizes: Iterator[int]) -> Laid:
+        """The same record with the tensors of `slots` filled up to these sizes."""
+        wider: dict[str, Any] = {}
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Columns):
+                wider[each.name] = value.with_slots(sizes)
+            elif isinstance(value, Tensor) and value.dim() == 3:
+                missing = next(sizes) - value.shape[2]
+                wider[each.name] = F.pad(value, (0, missing), value=self.FILL.get(each.name, 0))
+        return dataclasses.replace(self, **wider)
+
+    @staticmethod
+    def united(records: "Sequence[Laid]", unite: Callable[[list[Tensor]], Tensor]) -> "Laid":
+        """One record of several of like width, tensor by tensor. What some of them lack is left out: what is known of
+        some rows alone is known of no batch."""
+        changed: dict[str, Any] = {}
+        for each in dataclasses.fields(records[0]):
+            values = [getattr(record, each.name) for record in records]
+            if not any(isinstance(value, Tensor | Columns) for value in values):
+                continue
+            if any(value is None for value in values):
+                changed[each.name] = None
+            elif isinstance(values[0], Columns):
+                changed[each.name] = Columns.united(values, unite)
+            else:
+                if values[0].dim() == 3:
+                    size = max(value.shape[2] for value in values)
+                    fill = records[0].FILL.get(each.name, 0)
+                    values = [F.pad(value, (0, size - value.shape[2]), value=fill) for value in values]
+                changed[each.name] = unite(values)
+        return dataclasses.replace(records[0], **changed)
 
 
 @dataclass(frozen=True)
@@ -40,7 +121,7 @@ class SamplingParams:
     temperature   divides the logits; 0 is greedy, whose log-probs are reported at temperature 1
     top_k, top_p  keep the k likeliest tokens / the smallest set with probability >= p; None keeps all
     suppress      token ids that are never sampled (a mask token always is)
-    support       the tokens that a scorer normalises over where top_k or top_p filter; see `Rollout.with_support`
+    support       the tokens that a scorer normalises over where top_k or top_p filter; see `models.support`
     """
 
     temperature: float = 1.0
@@ -110,6 +191,12 @@ class Prompts(_Movable):
     def num_rows(self) -> int:
         return self.tokens.shape[0] * self.group_size
 
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each prompt gives; positions to fill in are none of them."""
+        given = self.attention_mask if self.open is None else self.attention_mask & ~self.open
+        return given.sum(-1).tolist()
+
     def split(self, rows: int) -> "list[Prompts]":
         """Batches of at most `rows` completions in whole groups; ValueError where a group is larger or has no seeds."""
         size = rows // self.group_size
@@ -119,7 +206,7 @@ class Prompts(_Movable):
 
     def _part(self, first: int, last: int) -> "Prompts":
         seeds = slice(first * self.group_size, last * self.group_size)  # of rows; all else is of prompts
-        return self._map(lambda x: x[first:last] if x.dim() > 1 else x[seeds])
+        return self.map(lambda x: x[first:last] if x.dim() > 1 else x[seeds])
 
 
 def _left_padded(rows: Sequence[Sequence[int]], fill: int, dtype: torch.dtype) -> Tensor:
@@ -142,14 +229,61 @@ def _opened(
     return found if found.any() else None  # samplers take shorter paths without any
 
 
-# What a rollout's columns hold where there is no token; other numbers are 0.
-FILLS = {"attention_mask": False, "completion_mask": False, "unmask_step": -1, "open_step": -1, "kept_ids": -1}
-FILLS |= {"event_step": -1, "event_token": -1}
-EVENTS = ("event_step", "event_token", "event_logprobs")
+@dataclass(frozen=True)
+class Kept(Columns):
+    """What top_k and top_p kept of the distribution that a token was drawn from (`models.support`).
+
+    log_mass  log of its probability; nats, 0 where no token was drawn
+    ids       ids of the kept tokens, at most `support.KEPT_IDS`, then -1. None where somewhere more were kept
+    """
+
+    FILL: ClassVar[dict[str, Any]] = {"ids": -1}
+
+    log_mass: Float[Tensor, "B T"]
+    ids: Int[Tensor, "B T C"] | None
 
 
 @dataclass(frozen=True)
-class Rollout(_Movable):
+class Order(Columns):
+    """In which order a sampler wrote, and with which probability (`models.order`, `likelihoods.order`).
+
+    open_step  the first step of the position's block; -1 elsewhere
+    rank       name of the sampler's rank, one of `samplers.rules.RANKS`; None: another
+    logprobs   log-prob (nats, 0 elsewhere) that its block's earlier steps left the position, or, under `plackett_luce`,
+               that its step drew it. None without chance, or if the probability is unknown
+    noisy_rank  the bound `plackett_luce` whose draws `draw` numbers; None under another rank
+    draw       which draw of its step took the position, from 0; 0 in a step that wrote all that was left
+    """
+
+    FILL: ClassVar[dict[str, Any]] = {"open_step": -1}
+
+    open_step: Int[Tensor, "B T"]
+    rank: str | None = None
+    logprobs: Float[Tensor, "B T"] | None = None
+    noisy_rank: Callable | None = None
+    draw: Int[Tensor, "B T"] | None = None
+
+
+@dataclass(frozen=True)
+class Events(Columns):
+    """Every event of each position under a commit rule that rewrites (`remask`, `edit`, `soft_edit`), in order.
+
+    step      of the event; -1 behind a position's last one
+    token     the token written; -1 where the position was masked again
+    logprobs  of the token, as drawn in that step; nats, 0 where masked again
+    by_draws  rewrites depend on the drawn tokens, so events alone do not give the likelihood
+    """
+
+    FILL: ClassVar[dict[str, Any]] = {"step": -1, "token": -1}
+
+    step: Int[Tensor, "B T W"]
+    token: Int[Tensor, "B T W"]
+    logprobs: Float[Tensor, "B T W"]
+    by_draws: bool = False
+
+
+@dataclass(frozen=True)
+class Rollout(Columns):
     """What a sampler did.
 
     attention_mask   False on padding; always passed to the model
@@ -157,20 +291,15 @@ class Rollout(_Movable):
     unmask_step      step that committed the token (autoregressive: 0, 1, 2 ...); -1 elsewhere
     logprobs         at commit, under the rollout policy, of the sampling distribution; nats; 0 elsewhere
     sampling_params  that distribution's temperature and filters, which the learner uses too
-    log_kept_mass    log of the probability that top_k and top_p kept, at commit; nats, 0 elsewhere. None: no filter
-    kept_ids         ids of the kept tokens, at most KEPT_IDS, then -1. None where nothing filters, or more were kept
-    order_logprobs   log-prob (nats, 0 elsewhere) that its block's earlier steps left the position (`models.order`), or
-                     that its step drew it (`plackett_luce`). None without chance, or if the probability is unknown
-    draw_in_step     which draw of its step took the position, from 0, under `order_rank`, a bound `plackett_luce`;
-                     0 in a step that wrote all that was left
-    experts          expert ids in M mixtures, of the state that the token was drawn from; undefined without a token
 
-    A sampler that revises (`remask`, `edit`, `soft_edit`) also records every event of each position, in order. Its
-    unmask_step and logprobs are of the last writing alone.
-    event_step       step of the event; -1 behind a position's last one
-    event_token      the token written; -1 where the position was masked again
-    event_logprobs   of the token, as drawn in that step; nats, 0 where masked again
+    Parts that only some samplers record; None where there is nothing to record:
+    kept     of a filtered distribution
+    order    of a sampler that unmasks
+    events   of a rule that rewrites; unmask_step and logprobs are then of a position's last writing alone
+    experts  expert ids in M mixtures, of the state that the token was drawn from; undefined without a token
     """
+
+    FILL: ClassVar[dict[str, Any]] = {"attention_mask": False, "completion_mask": False, "unmask_step": -1}
 
     tokens: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
@@ -181,117 +310,25 @@ class Rollout(_Movable):
     weights_version: int = 0
     sampling_params: SamplingParams = SamplingParams()
     forwards: int = 0  # model calls, counted per batch
-    log_kept_mass: Float[Tensor, "B T"] | None = None
-    kept_ids: Int[Tensor, "B T C"] | None = None
-    rank: str | None = None  # name of the sampler's rank, one of `samplers.rules.RANKS`; None: another
-    open_step: Int[Tensor, "B T"] | None = None  # the first step of the position's block; -1 elsewhere
-    order_logprobs: Float[Tensor, "B T"] | None = None
-    order_rank: Callable | None = None
-    draw_in_step: Int[Tensor, "B T"] | None = None
-    experts: Integer[Tensor, "B T M E"] | None = None  # None: not recorded (`records_experts`)
-    revised: bool = False  # the commit rule may rewrite what it wrote
-    event_step: Int[Tensor, "B T W"] | None = None  # None: a position is written once
-    event_token: Int[Tensor, "B T W"] | None = None
-    event_logprobs: Float[Tensor, "B T W"] | None = None
-    by_draws: bool = False  # rewrites depend on the drawn tokens, so events alone do not give the likelihood
+    kept: Kept | None = None
+    order: Order | None = None
+    events: Events | None = None
+    experts: Integer[Tensor, "B T M E"] | None = None
     batch_row: Int[Tensor, " B"] | None = None  # in the global batch, by which noise is drawn; None: rows are in order
-
-    def with_support(self, support: Support) -> "Rollout":
-        """The rollout as it is to be scored where top_k or top_p filter; itself where neither does. ValueError when it
-        lacks what the convention needs. p is the rollout's distribution, S its kept set, q is the learner's:
-
-        own         each policy normalises over its own kept set and the sampled token. The ratio's mean is not 1
-        unfiltered  over the whole vocabulary on both sides. The ratio's mean is q(S)/p(S)
-        rollout     over S for every policy (DeepSeek-V3.2's "keep sampling mask", arXiv 2512.02556 [digest]). The
-                    ratio's mean is 1: weights are unbiased for the learner in S
-        """
-        params = self.sampling_params
-        if support == params.support or not params.filters:
-            return self
-        if params.support != "own":
-            raise ValueError(f"support={support!r}: the rollout has {params.support!r} already; take the sampler's own")
-        if (self.log_kept_mass if support == "unfiltered" else self.kept_ids) is None:
-            advice = "sample with this library's samplers, or use 'own'"
-            if support == "rollout":
-                advice = f"ids are recorded for at most {KEPT_IDS} tokens; lower top_k or top_p, or use 'unfiltered'"
-            raise ValueError(f"support={support!r} needs what the sampler kept, which is not recorded: {advice}")
-        changed = dataclasses.replace(self, sampling_params=dataclasses.replace(params, support=support))
-        if support == "unfiltered" and self.log_kept_mass is not None:
-            return dataclasses.replace(changed, logprobs=self.logprobs + self.log_kept_mass)
-        return changed
-
-    def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Rollout":
-        """The given rows, in the given order, and their `columns`. group_size must divide the number of rows."""
-        return self._map(lambda x: x[keep] if x.dim() == 1 else x[keep][:, columns])  # a vector is of rows
 
     def replaced(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
         """This rollout with `rows` replaced by another's; the narrower of the two is padded on the left."""
         width = max(self.tokens.shape[1], by.tokens.shape[1])
-        old = self.padded(width - self.tokens.shape[1], pad_id=pad_id)
-        new = by.padded(width - by.tokens.shape[1], pad_id=pad_id)
-        counts = list(map(max, old.slots(), new.slots()))
-        old = old.with_slots(*counts)
-        new = new.with_slots(*counts)
-        changed: dict[str, Any] = {"forwards": self.forwards + by.forwards}
-        for name, column in old._tensors().items():
-            other = getattr(new, name)  # None: what is known of some rows alone is known of no rollout
-            changed[name] = None if other is None else column.index_copy(0, rows, other)
-        return dataclasses.replace(self, **changed)
-
-    def slots(self) -> tuple[int, int]:
-        """The most kept ids of a token, and the most events of a position; 0 where there are none."""
-        ids = 0 if self.kept_ids is None else self.kept_ids.shape[-1]
-        events = 0 if self.event_step is None else self.event_step.shape[-1]
-        return ids, events
-
-    def with_slots(self, ids: int, events: int) -> "Rollout":
-        """`kept_ids` padded to `ids` per token, and events to `events` per position."""
-        wider: dict[str, Any] = {}
-        for name, column in self._tensors().items():
-            if name == "kept_ids" or name in EVENTS:
-                missing = (ids if name == "kept_ids" else events) - column.shape[-1]
-                wider[name] = F.pad(column, (0, missing), value=FILLS.get(name, 0))
-        return dataclasses.replace(self, **wider)
-
-    def canvas(self, step: Int[Tensor, "B T"] | None) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-        """The tokens before the given step of each position, and those that it wrote; -1 if masked, or not written.
-        None: the rollout's tokens, which are both where a position is written once."""
-        if step is None:
-            return self.tokens, self.tokens
-        if self.event_step is None or self.event_token is None:
-            raise ValueError("the rollout has no events: only a sampler that revises records them")
-        known = self.event_step >= 0
-        count = (known & (self.event_step < step[..., None])).sum(-1, keepdim=True)
-        latest = self.event_token.gather(-1, (count - 1).clamp(min=0))
-        first = torch.where(known[..., :1], -1, self.tokens[..., None])  # a position without events never changed
-        before = torch.where(count > 0, latest, first)[..., 0]
-        return before, torch.where(self.event_step == step[..., None], self.event_token, -1).amax(-1).long()
+        both = [each.padded(width - each.tokens.shape[1], pad_id=pad_id) for each in (self, by)]
+        found = Columns.united(both, lambda pair: pair[0].index_copy(0, rows, pair[1]))
+        return dataclasses.replace(found, forwards=self.forwards + by.forwards)
 
     @classmethod
     def joined(cls, parts: "Sequence[Rollout]", *, pad_id: int) -> "Rollout":
         """The rows of all parts, in order; narrower parts are padded on the right, like rows that ended early."""
         width = max(part.tokens.shape[1] for part in parts)  # parts end where their longest row ends
-        parts = [part.padded(width - part.tokens.shape[1], pad_id=pad_id, right=True) for part in parts]
-        counts = [max(column) for column in zip(*(part.slots() for part in parts), strict=True)]
-        if any(part.kept_ids is None for part in parts):
-            # A part in which more was kept than is recorded: no scorer could use the others' ids.
-            parts = [dataclasses.replace(part, kept_ids=None) for part in parts]
-        parts = [part.with_slots(*counts) for part in parts]
-        changed: dict[str, Any] = {"forwards": sum(part.forwards for part in parts)}
-        for name in parts[0]._tensors():
-            changed[name] = torch.cat([getattr(part, name) for part in parts])
-        return dataclasses.replace(parts[0], **changed)
-
-    def padded(self, columns: int, *, pad_id: int, right: bool = False) -> "Rollout":
-        """The same rows with `columns` more columns of padding on the left, or on the right."""
-        sides = (0, columns) if right else (columns, 0)
-        fills = FILLS | {"tokens": pad_id}  # padding is of the model, the rest is of the record
-        wider: dict[str, Any] = {}
-        for name, column in self._tensors().items():
-            if column.dim() > 1:  # all but batch_row
-                behind = (0, 0) * (column.dim() - 2)  # the axes of kept ids and of experts stay as they are
-                wider[name] = F.pad(column, (*behind, *sides), value=fills.get(name, 0))
-        return dataclasses.replace(self, **wider)
+        alike = [part.padded(width - part.tokens.shape[1], right=True, pad_id=pad_id) for part in parts]
+        return dataclasses.replace(Columns.united(alike, torch.cat), forwards=sum(part.forwards for part in parts))
 
 
 @dataclass(frozen=True)
@@ -329,30 +366,34 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class ViewPart(_Movable):
+    """What an optional feature adds to the views of an estimate: a record of tensors (N, B, T, ...) or (B,).
+
+    The features of this kind: `likelihoods.order`, `likelihoods.events`, `likelihoods.packed`, `likelihoods.replay`.
+    """
+
+    single_tokens: ClassVar[bool] = True  # whether a contribution is the log-prob of a single token
+
+    def on(self, view: Any, number: int) -> Any:
+        """The view of this number (a `likelihoods.views.View`) with the feature."""
+        return view
+
+    def recorded(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """The sampler's recorded contributions, nats, given those of a plain view."""
+        return logprobs
+
+
+@dataclass(frozen=True)
 class Noise(_Movable):
     """The masks of a likelihood estimate: data that travels with the batch, the same for every policy."""
 
     masked: Bool[Tensor, "N B T"]  # positions hidden from the model in view n
     weight: Float[Tensor, "N B T"]  # coefficient of the position's log-prob in view n; 0 where it is not scored
     upper_bound_weight: Float[Tensor, " B"] | None = None  # per row, in [0, 1]; None: lower bound only
-    left: Bool[Tensor, "N B T"] | None = None  # scored by the probability of having been left masked (`models.order`)
-    learned: Bool[Tensor, " B"] | None = None  # rows whose graphs scoring may keep; None: all
-    experts: Integer[Tensor, "n B T M E"] | None = None  # taken again where `routed`; n=1: for all views
-    routed: Bool[Tensor, "N B T"] | None = None  # None: routers choose
-    step: Int[Tensor, "N B T"] | None = None  # revised rollouts: view n sees and scores this step (`Rollout.canvas`)
+    parts: tuple[ViewPart, ...] = ()  # of optional features, in the order in which they change a view
 
     def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Noise":
-        return self._map(lambda x: x[keep] if x.dim() == 1 else x[:, keep][:, :, columns])
-
-    def routes(self, view: int) -> "tuple[Tensor, Tensor] | None":
-        """The expert ids to take again in a view (B, T, M, E), and where (B, T); None: routers choose."""
-        if self.experts is None or self.routed is None:
-            return None
-        return self.experts[view if len(self.experts) > 1 else 0], self.routed[view]
-
-    def seen(self, rollout: Rollout, view: int, mask_id: int | None) -> Int[Tensor, "B T"]:
-        before, _ = rollout.canvas(None if self.step is None else self.step[view])
-        return before if mask_id is None else before.masked_fill(self.masked[view], mask_id)
+        return self.map(lambda x: x[keep] if x.dim() == 1 else x[:, keep][:, :, columns])
 
     def only(self, live: Bool[Tensor, " B"]) -> "Noise":
         """The same masks, with the other rows not scored."""

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "members": "bounds",
     "models": "manifest rng screen tasks types",
     # floor 3
-    "likelihoods": "bounds device rng types members models",
+    "likelihoods": "bounds device rng types distributed members models",
     "quantization": "models",
     "samplers": "bounds device rng types models",
     # floor 4
@@ -127,7 +127,7 @@ def test_every_permission_is_used():
 @pytest.mark.parametrize(
     ("path", "line", "said"),
     [
-        ("samplers/rules.py", "from dllm_rl.training.loop import train", "samplers/rules.py imports training"),
+        ("samplers/rules.py", "from dllm_rl.training.trainer import train", "samplers/rules.py imports training"),
         ("samplers/rules.py", "from dllm_rl import train", "samplers/rules.py imports training"),
         ("models/base.py", "def f():\n    import dllm_rl.samplers.rules", "models/base.py imports samplers"),
         ("algorithms/losses.py", "from dllm_rl.models.base import Policy", "algorithms/losses.py imports models"),

@@ -17,7 +17,7 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.screen import escape_controls, line_of, literal
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 
 HOSTILE = "[/INST][red]x[/red]\x1b]0;title\x07\u202e{a}"
 SHOWN = "[/INST][red]x[/red]\u241b]0;title\u2407\ufffd{a}"

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from dllm_rl.likelihoods.views import views_of
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.linear import Experts
 from dllm_rl.types import Logprobs, Noise, Rollout
@@ -147,7 +148,7 @@ def check_bitwise_equal(
     row, position = differs.nonzero()[0].tolist()
     token = int(rollout.tokens[row, position])
     view = int((noise.weight[:, row, position] != 0).int().argmax())  # the first that scores the token, or 0
-    tokens = noise.seen(rollout, view, policy.spec.mask_id)[row : row + 1]
+    tokens = list(views_of(noise))[view].seen(policy, rollout)[row : row + 1]
     seen = rollout.attention_mask[row : row + 1]
     ours = layer_outputs(policy, tokens, seen)
     theirs = layer_outputs(rollout_policy, tokens, seen)

@@ -16,8 +16,10 @@ from torch import Generator, Tensor
 
 from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.diagnostics.batch_invariance import layer_outputs
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator, causal, recorded, trajectory
-from dllm_rl.likelihoods.replay import as_noted, blank, routing_counts
+from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
+from dllm_rl.likelihoods.estimators import causal, trajectory
+from dllm_rl.likelihoods.replay import as_chosen, routing_counts, watched
+from dllm_rl.likelihoods.views import views_of
 from dllm_rl.models.base import Policy, output_embeddings
 from dllm_rl.models.forward.float32_head import HALF
 from dllm_rl.models.forward.routing import mixtures
@@ -144,12 +146,12 @@ def diagnose(
     learner = score(policy, scored_as, own_noise)
     mirrored = score(policy, rollout, own_noise)
     ours = score(policy, rollout, noise)
-    note = blank(policy, rollout, noise) if mixtures(policy.module) else None
-    theirs = score(rollout_policy, rollout, noise, note=note)
+    chosen = watched(policy, rollout, noise) if mixtures(policy.module) else noise  # keeps the rollout's experts
+    theirs = score(rollout_policy, rollout, chosen)
     sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else theirs
 
     steps = {"sampling parameters": learner - mirrored, "estimator noise": mirrored - ours}
-    steps |= forward_steps(score, policy, rollout_policy, config, rollout, noise, note, ours, theirs)
+    steps |= forward_steps(score, policy, rollout_policy, config, rollout, noise, chosen, ours, theirs)
     order = exact.draw(rollout, Generator())
     replay = exact.logprobs(rollout_policy, rollout, order, micro_batch_size=micro_batch_size)
     # An exact replay runs without a cache: what it misses of the sampler's own record is the cache's.
@@ -181,7 +183,7 @@ def forward_steps(
     config: Any,
     rollout: Rollout,
     noise: Noise,
-    note: Tensor | None,
+    chosen: Noise,
     ours: Tensor,
     theirs: Tensor,
 ) -> dict[str, Tensor]:
@@ -192,9 +194,8 @@ def forward_steps(
     first = ours if policy.float32_head else score(learner, rollout, noise)
     last = theirs if rollout_policy.float32_head else score(with_head(rollout_policy, float32=True), rollout, noise)
     states = {}
-    taken = noise
-    if note is not None:
-        taken = as_noted(noise, rollout, note)  # later forwards take the rollout's experts, so that they add no routing
+    taken = as_chosen(chosen, rollout)  # later forwards take the rollout's experts, so that they add no routing
+    if chosen is not noise:
         states["routing"] = score(learner, rollout, taken)
     states["precision"] = score(plain, rollout, taken)
     if config is not None:
@@ -291,10 +292,8 @@ def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
 
 def pad_left(rollout: Rollout, noise: Noise, pad_id: int) -> tuple[Rollout, Noise]:
     """The same batch with PADDING more columns on the left, which should score the same."""
-    wider = partial(F.pad, pad=(PADDING, 0))  # new columns are neither masked nor scored
-    left = None if noise.left is None else wider(noise.left)
-    step = None if noise.step is None else wider(noise.step)
-    padded = replace(noise, masked=wider(noise.masked), weight=wider(noise.weight), left=left, step=step)
+    # New columns are neither masked nor scored.
+    padded = noise.map(lambda x: F.pad(x, (PADDING, 0)) if x.dim() == 3 else x)
     return rollout.padded(PADDING, pad_id=pad_id), padded
 
 
@@ -323,7 +322,7 @@ def worst_layers(
     policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise, count: int
 ) -> tuple[tuple[str, float], ...]:
     """Layers by ||output under the learner - under the rollout|| / ||output||, on at most eight rows of a view."""
-    tokens = noise.seen(rollout, 0, policy.spec.mask_id)[:8]
+    tokens = next(views_of(noise)).seen(policy, rollout)[:8]
     attention_mask = rollout.attention_mask[:8]
     theirs = layer_outputs(rollout_policy, tokens, attention_mask)
     errors = {}

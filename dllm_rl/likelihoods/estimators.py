@@ -1,133 +1,27 @@
-"""Sequence-likelihood estimators: masks are drawn once, as data, and every policy is scored under the same masks.
+"""The sequence-likelihood estimators that there are. What an estimator is: `likelihoods.estimator`.
 
-An estimator is a number of views of the batch. In view n some positions are masked and some are scored. `combine` sums
-the views' log-probs per position; the sum over T estimates log p(completion | prompt). The learner takes the views one
-at a time, in constant memory. Cost is in forwards of the whole batch per scoring.
+Cost is in forwards of the whole batch per scoring.
 
 Notation: y a completion of L tokens, m a set of its positions, l_i(m) = log p(y_i | prompt, y with m masked), nats.
 The any-order ELBO is  sum_{k=1..L} (1/k) E_{|m|=k} sum_{i in m} l_i(m)  <=  log p(y) = log E_order prod_i p(y_i | those
 before it in the order).
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
-from jaxtyping import Float, Integer
-from torch import Generator, Tensor
+from jaxtyping import Float
+from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
 from dllm_rl.likelihoods import masks
-from dllm_rl.likelihoods.scoring import View, row_chunks
+from dllm_rl.likelihoods.estimator import LikelihoodEstimator, weighted_sum
+from dllm_rl.likelihoods.order import with_order
+from dllm_rl.likelihoods.packed import draw_rounds
+from dllm_rl.likelihoods.trajectory import draw_some_segments, draw_trajectory
 from dllm_rl.members import maker
-from dllm_rl.models.base import Policy
-from dllm_rl.types import Noise, Rollout
-
-
-def weighted_sum(scores: Float[Tensor, "N B T"], noise: Noise) -> Float[Tensor, "B T"]:
-    """sum_n weight_n * log p(y_t | view n), per position, nats."""
-    if noise.left is None and noise.step is None:
-        return (scores * noise.weight).sum(0)
-    total = torch.zeros_like(scores[0])
-    for score, weight in zip(scores, noise.weight, strict=True):  # view by view, as a sampler adds up its record
-        total = total + score * weight
-    return total
-
-
-def as_drawn(noise: Noise, advantages: Float[Tensor, " B"]) -> Noise:
-    return noise  # most estimates do not depend on the advantages
-
-
-@dataclass(frozen=True)
-class LikelihoodEstimator:
-    """Draws masks and combines the views' log-probs, as pure functions. Contributions are zero off the completion; both
-    sides of a ratio use the same estimator and noise.
-
-    draw      rollout, generator -> masks and weights of every view
-    combine   scores (N, B, T), noise -> contributions (B, T); differentiable
-    with_advantages    adapts the noise to the advantages (B,); only `sandwich` needs it
-    exact_for_sampler  True if scoring under the rollout policy equals the sampler's record (`recorded`), reused then
-    random    whether two draws differ: an inner update then takes masks of its own (`Recipe.fresh_masks`)
-    packed    block size of a block-causal model whose views mask every block at once, each seeing the others clean
-    made_by   the function below with its keywords, so that a command line can change a keyword
-
-    Example:
-        noise = coupled().draw(rollout, generator)
-        log_ratio = coupled().logprobs(policy, rollout, noise) - coupled().logprobs(other, rollout, noise)
-    """
-
-    name: str
-    draw: Callable[[Rollout, Generator], Noise]
-    combine: Callable[[Tensor, Noise], Tensor] = weighted_sum
-    with_advantages: Callable[[Noise, Tensor], Noise] = as_drawn
-    attention: tuple[str, ...] = ("full", "block_causal")
-    exact_for_sampler: bool = False
-    random: bool = True
-    packed: int | None = None
-    made_by: partial | None = field(default=None, init=False, repr=False, compare=False)
-
-    def views(self, noise: Noise) -> Iterator[View]:
-        """The views of the noise, one by one: what scoring runs through, and the update again."""
-        for n, masked in enumerate(noise.masked):
-            yield View(
-                masked,
-                noise.weight[n] != 0,
-                left=None if noise.left is None else noise.left[n],
-                step=None if noise.step is None else noise.step[n],
-                routes=noise.routes(n),
-                packed=self.packed is not None,
-            )
-
-    def scores(
-        self,
-        policy: Policy,
-        rollout: Rollout,
-        noise: Noise,
-        *,
-        micro_batch_size: int | None = None,
-        keep_graphs: bool = False,
-        note: Integer[Tensor, "N B T M E"] | None = None,
-    ) -> Float[Tensor, "N B T"]:
-        """log p(y_t | view n) in nats where view n scores t, 0 elsewhere. `keep_graphs` keeps the graphs of
-        `noise.learned` rows until their backward; otherwise there is no gradient. Scored rows' experts go to `note`."""
-        self.check(policy)
-        out = torch.zeros(noise.weight.shape, device=rollout.tokens.device)
-        parts = [(noise, keep_graphs)]
-        if keep_graphs and noise.learned is not None:  # no backward frees the graphs of other rows
-            parts = [(noise.only(~noise.learned), False), (noise.only(noise.learned), True)]
-        for part, kept in parts:
-            with torch.set_grad_enabled(kept):
-                for chunk in row_chunks(rollout, part, micro_batch_size):
-                    rows, masks = chunk.of(rollout, part)
-                    for n, view in enumerate(self.views(masks)):
-                        taken = None if note is None else note[n, chunk.rows, chunk.columns]
-                        out[n, chunk.rows, chunk.columns] = view.logprobs(policy, rows, taken)
-                        if note is not None and taken is not None:
-                            note[n, chunk.rows, chunk.columns] = taken
-        return out
-
-    def logprobs(
-        self,
-        policy: Policy,
-        rollout: Rollout,
-        noise: Noise,
-        *,
-        micro_batch_size: int | None = None,
-        note: Integer[Tensor, "N B T M E"] | None = None,
-    ) -> Float[Tensor, "B T"]:
-        """Per-position contributions to the estimate, nats; their sum over T is the sequence's. No gradient."""
-        return self.combine(self.scores(policy, rollout, noise, micro_batch_size=micro_batch_size, note=note), noise)
-
-    def check(self, policy: Policy) -> None:
-        """Raise ValueError when the estimate is not for this policy's attention or block size."""
-        if policy.spec.attention not in self.attention:
-            raise ValueError(
-                f"likelihood={self.name!r} is for {' or '.join(self.attention)} attention, but the policy's is "
-                f"{policy.spec.attention!r}; use {'causal()' if policy.spec.attention == 'causal' else 'trajectory()'}"
-            )
-        if self.packed is not None and self.packed != policy.spec.block_size:  # views mask whole blocks of the model
-            raise ValueError(f"block_size={self.packed} is not the policy's block size, {policy.spec.block_size}")
+from dllm_rl.types import Noise
 
 
 @maker
@@ -293,24 +187,13 @@ def trajectory(
     if num_sampled is not None:
         if block_size is not None:
             raise ValueError(f"num_sampled={num_sampled} draws steps, and block_size={block_size} packs them: drop one")
-        some = partial(masks.draw_some_segments, num_segments=num_segments, num_sampled=num_sampled)
+        some = partial(draw_some_segments, num_segments=num_segments, num_sampled=num_sampled)
         return LikelihoodEstimator("trajectory", some)
-    draw = partial(masks.draw_trajectory, num_segments=num_segments)
+    draw = partial(draw_trajectory, num_segments=num_segments)
     if block_size is not None:
-        draw = partial(masks.draw_rounds, num_segments=num_segments, block_size=block_size)
+        draw = partial(draw_rounds, num_segments=num_segments, block_size=block_size)
     if order == "law" and num_segments is None:  # a merged segment is no step of the sampler
-        draw = partial(masks.with_order, draw=draw, packed=block_size is not None)
+        draw = partial(with_order, draw=draw)
     exact = num_segments is None  # one view per step
     estimator = LikelihoodEstimator("trajectory", draw, exact_for_sampler=exact, random=False)
-    return estimator if block_size is None else replace(estimator, attention=("block_causal",), packed=block_size)
-
-
-def recorded(rollout: Rollout, noise: Noise) -> Float[Tensor, "B T"]:
-    """The sampler's recorded contributions for an estimate that is `exact_for_sampler`, nats."""
-    if noise.step is not None and rollout.event_logprobs is not None:
-        # Slot by slot, in the order of `weighted_sum`.
-        return sum(rollout.event_logprobs.unbind(-1), torch.zeros_like(rollout.logprobs))
-    if noise.left is None:
-        return rollout.logprobs
-    assert rollout.order_logprobs is not None, "positions are scored as left only where the sampler recorded it"
-    return rollout.order_logprobs + rollout.logprobs  # added as `weighted_sum` adds: the later step last
+    return estimator if block_size is None else replace(estimator, attention=("block_causal",), block_size=block_size)

@@ -3,15 +3,11 @@
 A view is a pair (masked, weight): the hidden positions, and each log-prob's coefficient (0 where none is scored).
 """
 
-import dataclasses
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from dllm_rl.models.base import position_ids
 from dllm_rl.rng import row_seeds
 from dllm_rl.types import Noise, Rollout
 
@@ -176,125 +172,3 @@ def draw_block(rollout: Rollout, generator: Generator, *, block_size: int, num_s
         keys = uniforms_at(completion, generators)
         views.append(block_view(completion, keys, block, count, block_size=block_size))
     return stacked(views, samples=num_samples)
-
-
-def draw_trajectory(rollout: Rollout, generator: Generator, *, num_segments: int | None) -> Noise:
-    """The rollout's own masks: view s hides what was committed in segment s or later, and scores segment s."""
-    return _views(rollout, _merged(rollout, num_segments))
-
-
-def draw_some_segments(rollout: Rollout, generator: Generator, *, num_segments: int | None, num_sampled: int) -> Noise:
-    """num_sampled of a row's S views in `draw_trajectory`, without replacement, weighted by S / drawn."""
-    segment = _merged(rollout, num_segments)
-    counts = segment.amax(-1).cpu() + 1
-    views = []
-    for row, count in zip(row_generators(rollout, generator), counts.tolist(), strict=True):
-        drawn = torch.rand(max(count, 0), generator=row).argsort()[:num_sampled].sort().values
-        views.append(torch.nn.functional.pad(drawn, (0, num_sampled - len(drawn)), value=-2))  # -2: no segment's number
-    index = torch.stack(views, dim=1)[..., None].to(segment.device)
-    every = _views(rollout, segment, index)
-    inverse_share = (counts / counts.clamp(1, num_sampled))[:, None].to(segment.device)  # so that the sum is unbiased
-    return dataclasses.replace(every, weight=every.weight * inverse_share)
-
-
-def _merged(rollout: Rollout, num_segments: int | None) -> Int[Tensor, "B T"]:
-    """The segment of each position: its step, or its step's part of num_segments; -1 off the completion."""
-    step = _last_step(rollout)
-    if num_segments is None:
-        return step
-    _check_not_revised(rollout, num_segments)
-    steps = step.amax(-1, keepdim=True) + 1  # a row's own: rows may end early
-    return torch.where(step < 0, -1, step * num_segments // steps.clamp(min=1))
-
-
-def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | None, block_size: int) -> Noise:
-    """`draw_trajectory` in every block at once: view r hides what was committed r or more steps after the block's first
-    step, and scores step r. Blocks count from the row's first token."""
-    completion = rollout.completion_mask
-    step = _last_step(rollout)
-    begun = step if rollout.event_step is None else rollout.event_step[..., 0].to(step)
-    block = position_ids(rollout.attention_mask) // block_size
-    far = torch.iinfo(step.dtype).max  # positions off the completion are no block's first step
-    blank = step.new_full((len(step), int(block.max()) + 1), far)
-    first = blank.scatter_reduce(1, block, torch.where(completion, begun, far), "amin").gather(1, block)
-    segment = step - first
-    if num_segments is not None:
-        _check_not_revised(rollout, num_segments)
-        last = (-blank).scatter_reduce(1, block, torch.where(completion, step, -far), "amax").gather(1, block)
-        segment = segment * num_segments // (last - first + 1).clamp(min=1)
-    return _views(rollout, torch.where(completion, segment, -1), first=torch.where(completion, first, 0))
-
-
-def _last_step(rollout: Rollout) -> Int[Tensor, "B T"]:
-    """The last step in which something happened to each position; -1 off the completion."""
-    step = rollout.unmask_step
-    return step if rollout.event_step is None else rollout.event_step.amax(-1).to(step)
-
-
-def _check_not_revised(rollout: Rollout, num_segments: int) -> None:
-    if rollout.revised:
-        raise ValueError(
-            f"num_segments={num_segments} merges steps, and this rollout's commit rule may write a position in several "
-            "of them (remask, soft_edit): leave num_segments at None; num_sampled scores some of the steps"
-        )
-
-
-def with_order(
-    rollout: Rollout, generator: Generator, *, draw: Callable[[Rollout, Generator], Noise], packed: bool = False
-) -> Noise:
-    """The views of `draw`, one per step, which also score the positions that the step left, if the order has a law.
-
-    Raises ValueError where the distribution was filtered and its kept set is not recorded.
-    """
-    noise = draw(rollout, generator)
-    params = rollout.sampling_params
-    if rollout.order_logprobs is None:  # the order is a function of the state, or has no known law
-        return noise
-    if params.filters and params.support != "own" and rollout.order_rank is None:
-        raise ValueError(
-            f"sampling_support={params.support!r}: the rollout does not record which tokens a filter kept at positions "
-            "left masked, so their order has no probability; use sampling_support='own', or trajectory(order='given')"
-        )
-    assert rollout.open_step is not None, "a sampler that records an order's log-probs records its blocks"
-    left = noise.masked & (noise.weight == 0)
-    if not packed:  # a later block's positions are masked too, and could not be chosen
-        left &= rollout.open_step <= torch.arange(len(left), device=left.device)[:, None, None]
-    return dataclasses.replace(noise, weight=noise.weight + left, left=left)
-
-
-def _views(
-    rollout: Rollout,
-    segment: Int[Tensor, "B T"],
-    index: Int[Tensor, "S #B 1"] | None = None,
-    first: Int[Tensor, "B T"] | None = None,  # the step of segment 0, where steps count from each block's own
-) -> Noise:
-    """View s hides segments >= index and scores segment `index` (None: each one); a negative index does neither."""
-    if index is None:
-        index = torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None]
-    if rollout.revised:
-        return _replayed(rollout, (index if first is None else index + first).expand(-1, *segment.shape))
-    masked = rollout.completion_mask & (segment >= index) & (index >= 0)  # -2 fills up a row of few steps
-    return Noise(masked, (rollout.completion_mask & (segment == index)).float())
-
-
-def _replayed(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Noise:
-    """View s sees the canvas before its step of each position, and scores what that step wrote."""
-    if rollout.by_draws or rollout.event_step is None:
-        raise ValueError(
-            "likelihood='trajectory' replays events, but which positions this rollout rewrote depends on the tokens "
-            "drawn (edit, rank=confidence), and its ratios would be biased: use soft_edit or remask with rank=random, "
-            "or one_step(), elbo() or coupled()"
-        )
-    params = rollout.sampling_params
-    if params.filters and params.support != "own":
-        raise ValueError(
-            f"sampling_support={params.support!r}: a rollout that revises records what a filter kept at each "
-            "position's last writing alone; use sampling_support='own'"
-        )
-    masked = []
-    scored = []
-    for each in step:
-        before, written = rollout.canvas(each)
-        masked.append(before < 0)
-        scored.append(written >= 0)
-    return Noise(torch.stack(masked), torch.stack(scored).float(), step=step)

@@ -5,15 +5,21 @@ from; the learner's router chooses elsewhere. Estimates that score the rollout a
 experts of all tokens in that scoring.
 """
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-from jaxtyping import Int, Integer
+from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
+from dllm_rl.likelihoods.order import Stayed
+from dllm_rl.likelihoods.views import Plan, views_of
 from dllm_rl.models.base import Policy
-from dllm_rl.models.forward.routing import Routing, agreement, load, mixtures
-from dllm_rl.types import Noise, Rollout
+from dllm_rl.models.forward.routing import Routing, agreement, load, mixtures, of_states, of_tokens
+from dllm_rl.types import Noise, Rollout, ViewPart
 
 
 def check_replay(policy: Policy, mode: str | None) -> None:
@@ -24,12 +30,53 @@ def check_replay(policy: Policy, mode: str | None) -> None:
         )
 
 
-def blank(policy: Policy, rollout: Rollout, noise: Noise) -> Integer[Tensor, "N B T M E"]:
-    """An empty tensor for the experts of every view, which `LikelihoodEstimator.scores` fills."""
+@dataclass(frozen=True)
+class Experts(ViewPart):
+    """Experts that the forward of view n takes again where `where`; elsewhere a token's own router chooses."""
+
+    ids: Integer[Tensor, "n B T M E"]  # n=1: for all views
+    where: Bool[Tensor, "N B T"]
+
+    def on(self, view: Any, number: int) -> Any:
+        ids = self.ids[number if len(self.ids) > 1 else 0]
+        return replace(view, around=partial(_replaying, ids=ids, where=self.where[number]), share=False)
+
+
+@contextmanager
+def _replaying(policy: Policy, plan: Plan, group_size: int, *, ids: Tensor, where: Tensor) -> Iterator[None]:
+    with Routing(policy.module, of_states(policy, ids[plan.rows]), of_states(policy, where[plan.rows])):
+        yield
+
+
+@dataclass(frozen=True)
+class Watched(ViewPart):
+    """The experts that the forwards of every view choose are written into the store."""
+
+    store: list[Tensor]  # of one (N, B, T, M, E): a list, as the rows of a part are cut and the store must stay whole
+    place: Int[Tensor, "1 B T"]  # of each token in the store's B T
+
+    def on(self, view: Any, number: int) -> Any:
+        return replace(view, around=partial(_watching, experts=self.store[0][number], place=self.place[0]))
+
+
+@contextmanager
+def _watching(policy: Policy, plan: Plan, group_size: int, *, experts: Tensor, place: Tensor) -> Iterator[None]:
+    with Routing(policy.module) as routing:
+        yield
+    chosen = of_tokens(policy, routing.experts(len(plan.rows), place.shape[1]))
+    if plan.together:
+        chosen = chosen.repeat_interleave(group_size, 0)[plan.live]
+    experts.flatten(0, 1)[place[plan.live]] = chosen
+
+
+def watched(policy: Policy, rollout: Rollout, noise: Noise) -> Noise:
+    """The masks under which scoring keeps the experts that `policy` chooses, for `as_chosen`."""
     with torch.no_grad(), Routing(policy.module) as routing:  # a forward of one token tells mixtures and dtype
         policy.hidden(rollout.tokens[:1, :1], torch.ones_like(rollout.attention_mask[:1, :1]))
     experts = routing.experts(1)
-    return experts.new_zeros(*noise.weight.shape, *experts.shape[2:])
+    store = experts.new_zeros(*noise.weight.shape, *experts.shape[2:])
+    place = torch.arange(rollout.tokens.numel(), device=rollout.tokens.device).view_as(rollout.tokens)[None]
+    return replace(noise, parts=(*noise.parts, Watched([store], place)))
 
 
 def as_sampled(noise: Noise, rollout: Rollout) -> Noise:
@@ -39,20 +86,27 @@ def as_sampled(noise: Noise, rollout: Rollout) -> Noise:
             "router_replay='R3' needs the rollout's experts, which its sampler did not note; sample with unmask, or "
             "set router_replay=None"
         )
-    if noise.step is not None:
+    if rollout.events is not None:
         raise ValueError(
             "router_replay='R3': a rollout that revises (remask, soft_edit) records the experts of each position's "
             "last writing alone; leave router_replay at None"
         )
-    routed = noise.weight != 0
-    if noise.left is not None:  # no token was drawn there, so that no experts are recorded
-        routed &= ~noise.left
-    return replace(noise, experts=rollout.experts[None], routed=routed)  # one record for all views: each token once
+    where = noise.weight != 0
+    for part in noise.parts:
+        if isinstance(part, Stayed):  # no token was drawn there, so that no experts are recorded
+            where &= ~part.stayed
+    experts = Experts(rollout.experts[None], where)  # one record for all views: each token once
+    return replace(noise, parts=(*noise.parts, experts))
 
 
-def as_noted(noise: Noise, rollout: Rollout, experts: Integer[Tensor, "N B T M E"] | None) -> Noise:
-    """The masks with the experts of all tokens from another policy's scoring."""
-    return replace(noise, experts=experts, routed=rollout.attention_mask.expand_as(noise.weight))
+def as_chosen(noise: Noise, rollout: Rollout) -> Noise:
+    """The masks with the experts of all tokens that were chosen in a scoring under `watched` masks."""
+    parts = []
+    for part in noise.parts:
+        if isinstance(part, Watched):
+            part = Experts(part.store[0], rollout.attention_mask.expand_as(noise.weight))
+        parts.append(part)
+    return replace(noise, parts=tuple(parts))
 
 
 @torch.no_grad()
@@ -63,7 +117,7 @@ def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, noi
         return None
     first = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, a group's share of the work
     seen = rollout.attention_mask[first]
-    tokens = noise.seen(rollout, 0, policy.spec.mask_id)[first]
+    tokens = next(views_of(noise)).seen(policy, rollout)[first]
     sides = []
     for each in (policy, rollout_policy):
         with Routing(each.module) as routing:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dllm_rl.models.base import Head
-from dllm_rl.types import KEPT_IDS, SamplingParams
+from dllm_rl.types import SamplingParams
 
 CHUNK_ELEMENTS = 2**23  # fp32 logits held at once on a CPU: 32 MiB
 # On an accelerator 256 MiB, 530 rows of LLaDA's vocabulary. Each chunk reads the head's weights and writes their whole
@@ -66,21 +66,6 @@ def _drop(logits: Tensor, dropped: Tensor, keep: Tensor | None) -> Tensor:
     if keep is not None:
         dropped = dropped.scatter(-1, keep[:, None], False)
     return logits.masked_fill(dropped, -torch.inf)
-
-
-def kept_set(
-    logits: Float[Tensor, "K V"], filtered: Float[Tensor, "K V"]
-) -> tuple[Float[Tensor, " K"], Int[Tensor, "K C"]]:
-    """Log of the mass that a filter kept (nats), and up to KEPT_IDS + 1 kept ids, likeliest first, then -1."""
-    log_mass = filtered.logsumexp(-1) - logits.logsumexp(-1)
-    values, ids = filtered.topk(min(KEPT_IDS + 1, filtered.shape[-1]), dim=-1)  # one more shows that they do not fit
-    return log_mass, ids.where(values > -torch.inf, -1).int()
-
-
-def fitting(kept_ids: Int[Tensor, "B T C"]) -> Int[Tensor, "B T c"] | None:
-    """The ids in as few columns as possible; None where a set is larger than KEPT_IDS."""
-    width = int((kept_ids >= 0).sum(-1).max())
-    return None if width > KEPT_IDS else kept_ids[..., :width]
 
 
 class TokenLogprob(torch.autograd.Function):

@@ -16,13 +16,13 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     max_prob, margin and entropy depend on the state alone. Where the policy would choose other positions, the recorded
     order has probability 0, and importance weights of the tokens do not correct the order [ours]."""
     ranks = {rank.__name__: rank for rank in RANKS if not rank_inputs(rank) & {"tokens", "uniforms"}}
-    rank = ranks.get(rollout.rank or "")
-    mask_id = policy.spec.mask_id
-    if rank is None or rollout.open_step is None or mask_id is None or rollout.revised:
+    order, mask_id = rollout.order, policy.spec.mask_id
+    if order is None or order.rank not in ranks or mask_id is None or rollout.events is not None:
         return {}  # `random` and `confidence` have nothing to compare
+    rank = ranks[order.rank]
     first = slice(None, None, rollout.group_size)  # all completions of a prompt begin alike
     masked = rollout.completion_mask[first]
-    opened = rollout.open_step[first] == 0
+    opened = order.open_step[first] == 0
     committed = rollout.unmask_step[first] == 0
     hidden = policy.hidden(rollout.tokens[first].masked_fill(masked, mask_id), rollout.attention_mask[first])
     states = hidden[opened]

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from dllm_rl.models.base import Policy, position_ids
-from dllm_rl.models.logprobs import fitting, kept_set, process, sample
+from dllm_rl.models.logprobs import process, sample
+from dllm_rl.models.support import kept_part, kept_set
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.cache import KeysAndValues
 from dllm_rl.samplers.unmask import check_fits, check_suppress
@@ -107,12 +108,9 @@ def _rollout(
     start = before.shape[1]
     completion_mask = F.pad(alive, (start, 0))
     steps = torch.arange(completion_mask.shape[1], device=policy.device) - start
-    log_kept_mass = kept_ids = None
+    recorded = None
     if kept:
-        log_kept_mass = F.pad(kept[0].masked_fill(~alive, 0.0), (start, 0))
-        kept_ids = fitting(kept[1].masked_fill(~alive[..., None], -1))
-        if kept_ids is not None:
-            kept_ids = F.pad(kept_ids, (0, 0, start, 0), value=-1)
+        recorded = kept_part(kept[0].masked_fill(~alive, 0.0), kept[1].masked_fill(~alive[..., None], -1)).padded(start)
     return Rollout(
         tokens=torch.cat([before, tokens], dim=1),
         attention_mask=attention_mask,
@@ -123,6 +121,5 @@ def _rollout(
         weights_version=policy.version,
         sampling_params=sampling_params,
         forwards=len(columns),
-        log_kept_mass=log_kept_mass,
-        kept_ids=kept_ids,
+        kept=recorded,
     )

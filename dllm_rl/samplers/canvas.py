@@ -1,20 +1,19 @@
 """State of the unmasking loop: tokens on the device, counts of masks on the host, and the rows whose turn it is."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import repeat
-from jaxtyping import Bool, Float, Int, Integer, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dllm_rl.device import send
 from dllm_rl.models.base import Policy
-from dllm_rl.models.logprobs import fitting
 from dllm_rl.rng import uniforms
-from dllm_rl.samplers.rules import name_of, steps_per_block
-from dllm_rl.types import EVENTS, FILLS, Prompts, Rollout, SamplingParams
+from dllm_rl.samplers.rules import steps_per_block
+from dllm_rl.types import Columns, Prompts, Rollout, SamplingParams
 
 TOKENS = 0  # streams of random numbers: the draw of a token, and the numbers of ranks and commit rules
 TIES = 1
@@ -37,18 +36,11 @@ class Canvas:
     masked: Bool[Tensor, "B L"] = field(init=False)
     unmask_step: Int[Tensor, "B L"] = field(init=False)
     logprobs: Float[Tensor, "B L"] = field(init=False)
-    log_kept_mass: Float[Tensor, "B L"] | None = field(init=False, default=None)
-    kept_ids: Int[Tensor, "B L C"] | None = field(init=False, default=None)
-    order_logprobs: Float[Tensor, "B L"] | None = field(init=False, default=None)
-    draw_in_step: Int[Tensor, "B L"] | None = field(init=False, default=None)
-    order_rank: Callable | None = field(init=False, default=None)
-    experts: Integer[Tensor, "B L M E"] | None = field(init=False, default=None)
-    rank: str | None = field(init=False, default=None)
+    noted: dict[str, Tensor] = field(init=False, default_factory=dict)  # (B, L, ...), by `Choose`; see `note`
+    fills: dict[str, int] = field(init=False, default_factory=dict)
     ended: Bool[Tensor, " B"] = field(init=False)  # rows that stopped early
     forwards: int = 0
-    revised: bool = False  # the commit rule may rewrite what it wrote
-    by_draws: bool = False  # what it rewrites depends on the tokens drawn
-    events: list[tuple[Tensor, ...]] = field(init=False, default_factory=list)  # of revising: see `packed_events`
+    events: list[tuple[Tensor, ...]] | None = None  # of a rule that rewrites (`revise.packed_events`); None: another
     # Infilling only: the T columns of the completion, those inside the prompt included. Rows may then have fewer than L
     # positions: later places are never masked, and their `columns` mean nothing.
     open: Bool[Tensor, "B T"] | None = None
@@ -62,57 +54,41 @@ class Canvas:
         self.logprobs = torch.zeros(self.columns.shape, device=self.columns.device)
         self.ended = torch.zeros(len(self.columns), dtype=torch.bool, device=self.columns.device)
 
-    def write(
-        self, rows: Tensor, places: Tensor, steps: Tensor, tokens: Tensor, logprobs: Tensor, *kept: Tensor
-    ) -> None:
-        """Commit tokens at places (within the completion) of rows; all are (K,). kept: what `kept_set` gave, if any."""
+    def write(self, rows: Tensor, places: Tensor, steps: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
+        """Commit tokens at places (within the completion) of rows; all are (K,)."""
         self.tokens[rows, self.columns[rows, places]] = tokens
         # A tensor of False: a Python False would be copied to the GPU, and the host would wait for it.
         self.masked[rows, places] = torch.zeros_like(rows, dtype=torch.bool)
         self.logprobs[rows, places] = logprobs
         self.unmask_step[rows, places] = steps
-        if self.revised:
+        if self.events is not None:
             self.events.append((rows, places, steps, tokens, logprobs))
-        if kept:
-            log_mass, ids = kept
-            if self.log_kept_mass is None or self.kept_ids is None:
-                self.log_kept_mass = torch.zeros_like(self.logprobs)
-                self.kept_ids = ids.new_full((*self.logprobs.shape, ids.shape[-1]), -1)
-            self.log_kept_mass[rows, places], self.kept_ids[rows, places] = log_mass, ids
 
-    def route(self, rows: Tensor, places: Tensor, experts: Integer[Tensor, "K M E"]) -> None:
-        """Record the experts of the states that places (within the completion) of rows were committed from."""
-        if self.experts is None:
-            self.experts = experts.new_zeros((*self.masked.shape, *experts.shape[1:]))
-        self.experts[rows, places] = experts
-
-    def order(self, rows: Tensor, places: Tensor, logprobs: Float[Tensor, " K"], *nth: Int[Tensor, " K"]) -> None:
-        """Record the log-probability with which a step left these places masked, or drew each as its nth."""
-        if self.order_logprobs is None:
-            self.order_logprobs = torch.zeros_like(self.logprobs)
-            self.draw_in_step = torch.zeros_like(self.columns) if nth else None
-        self.order_logprobs[rows, places] += logprobs
-        if self.draw_in_step is not None:
-            self.draw_in_step[rows, places] = nth[0]
-
-    def open_step(self) -> Int[Tensor, "B L"]:
-        """The first step of each place's block, -1 where the block has none yet."""
-        far = torch.iinfo(self.unmask_step.dtype).max
-        steps = torch.where(self.unmask_step < 0, far, self.unmask_step)
-        first = torch.full_like(steps, far).scatter_reduce(1, self.block, steps, "amin").gather(1, self.block)
-        return torch.where(first < far, first, -1)
+    def note(self, name: str, rows: Tensor, places: Tensor, values: Shaped[Tensor, "K *C"], fill: int = 0) -> None:
+        """Keep what an optional feature records of these places; `fill` stands where nothing is recorded."""
+        if name not in self.noted:
+            self.noted[name] = values.new_full((*self.masked.shape, *values.shape[1:]), fill)
+            self.fills[name] = fill
+        self.noted[name][rows, places] = values
 
     def reopen(self, rows: Tensor, places: Tensor, steps: Tensor) -> None:
         """Mask places (within the completion) of rows again; all are (K,)."""
+        assert self.events is not None, "only a rule that rewrites masks again"
         nothing = torch.zeros_like(rows, dtype=self.logprobs.dtype)
         self.events.append((rows, places, steps, torch.full_like(rows, -1), nothing))
         self.tokens[rows, self.columns[rows, places]] = torch.full_like(rows, self.mask_id)
         self.masked[rows, places] = torch.ones_like(rows, dtype=torch.bool)
         self.logprobs[rows, places] = nothing
         self.unmask_step[rows, places] = torch.full_like(rows, -1)
-        if self.log_kept_mass is not None and self.kept_ids is not None:
-            self.log_kept_mass[rows, places] = nothing
-            self.kept_ids[rows, places] = torch.full_like(self.kept_ids[rows, places], -1)
+        for name, values in self.noted.items():
+            values[rows, places] = torch.full_like(values[rows, places], self.fills[name])
+
+    def open_step(self) -> Int[Tensor, "B L"]:
+        """The first step of each written place's block; -1 at masked places."""
+        far = torch.iinfo(self.unmask_step.dtype).max
+        steps = torch.where(self.unmask_step < 0, far, self.unmask_step)
+        first = torch.full_like(steps, far).scatter_reduce(1, self.block, steps, "amin").gather(1, self.block)
+        return torch.where((first < far) & ~self.masked, first, -1)
 
     def completions(self) -> Int[Tensor, "B L"]:
         return self.tokens.gather(-1, self.columns)
@@ -124,8 +100,9 @@ class Canvas:
         self.ended[there] |= written
         return rows[written.cpu()]
 
-    def rollout(self, sampling_params: SamplingParams, weights_version: int) -> Rollout:
-        """The current record: the columns of the prompts, then the columns written behind them."""
+    def rollout(self, sampling_params: SamplingParams, weights_version: int, **parts: Any) -> Rollout:
+        """The current record: the columns of the prompts, then the columns written behind them. `parts` are the
+        rollout's optional ones, of the completion's places."""
         if self.open is not None:
             tokens = self.tokens.clone()
             attention_mask = self.attention_mask.clone()
@@ -135,8 +112,6 @@ class Canvas:
             beyond = self.masked & self.ended[:, None] & self.pads_ended
             tokens = torch.cat([before, self.completions().masked_fill(beyond, self.pad_id)], dim=1)
             attention_mask = torch.cat([real, ~beyond], dim=1)
-        kept_ids = None if self.kept_ids is None else fitting(self.kept_ids)
-        events = packed_events(self.events, self.masked.shape) if self.revised else {}
         return Rollout(
             tokens=tokens,
             attention_mask=attention_mask,
@@ -147,18 +122,14 @@ class Canvas:
             weights_version=weights_version,
             sampling_params=sampling_params,
             forwards=self.forwards,
-            revised=self.revised,
-            by_draws=self.by_draws,
-            **{name: self._at_columns(value, FILLS.get(name, 0)) for name, value in events.items()},
-            log_kept_mass=None if self.log_kept_mass is None else self._at_columns(self.log_kept_mass, 0.0),
-            kept_ids=None if kept_ids is None else self._at_columns(kept_ids, -1),
-            rank=self.rank,
-            open_step=self._at_columns(self.open_step().masked_fill(self.masked, -1), -1),
-            order_logprobs=None if self.order_logprobs is None else self._at_columns(self.order_logprobs, 0.0),
-            order_rank=self.order_rank,
-            draw_in_step=None if self.draw_in_step is None else self._at_columns(self.draw_in_step, 0),
-            experts=None if self.experts is None else self._at_columns(self.experts, 0),
+            **{name: self._part_at_columns(part) for name, part in parts.items()},
         )
+
+    def _part_at_columns(self, part: Any) -> Any:
+        if not isinstance(part, Columns):
+            return None if part is None else self._at_columns(part, 0)
+        tensors = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
+        return replace(part, **{n: self._at_columns(value, part.FILL.get(n, 0)) for n, value in tensors.items()})
 
     def _at_columns(self, values: Shaped[Tensor, "B L *C"], elsewhere: bool | int | float) -> Shaped[Tensor, "B T *C"]:
         """Values of the completion's places, at the columns of those places; `elsewhere` in the others."""
@@ -171,33 +142,12 @@ class Canvas:
         return torch.where(self.open[wide], found, torch.full_like(found, elsewhere))
 
 
-def packed_events(events: list[tuple[Tensor, ...]], shape: torch.Size) -> dict[str, Tensor]:
-    """Each position's events (B, L, W) in order, by `EVENTS`, from every step's rows, places, steps, tokens, log-probs.
-
-    The host waits for the device: it does not know how many events a position has."""
-    rows, places, *values = map(torch.cat, zip(*events, strict=True))
-    position = rows * shape[1] + places
-    order = position.argsort(stable=True)  # steps were noted in order
-    position = position[order]
-    slot = torch.arange(len(order), device=order.device) - torch.searchsorted(position, position)
-    size = (*shape, int(F.pad(slot, (0, 1)).max()) + 1)
-    packed = {}
-    for name, value in zip(EVENTS, values, strict=True):
-        dtype = value.dtype if value.is_floating_point() else torch.int32
-        blank = torch.full(size, FILLS.get(name, 0), dtype=dtype, device=order.device)
-        blank[rows[order], places[order], slot] = value[order].to(dtype)
-        packed[name] = blank
-    return packed
-
-
 def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, *, block_aligned: bool) -> Canvas:
     """Prompts, each repeated group_size times and followed by `length` masks; `block_aligned`: rows start alike."""
     spec = policy.spec
     device = policy.device
     group = prompts.group_size
     assert spec.mask_id is not None, "a diffusion model has a mask token"
-    if prompts.open is not None:  # its blocks count masks only
-        return _infilling(policy, prompts, prompts.open.cpu(), length, block_size)
     mask = repeat(prompts.attention_mask.cpu(), "p s -> (p g) s", g=group)
     sizes = mask.sum(-1) if spec.attention == "block_causal" else torch.zeros(len(mask), dtype=torch.long)
     offsets = sizes % block_size  # a block-causal completion begins inside its prompt's last block
@@ -232,35 +182,6 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
         pad_id=policy.pad_id,
         mask_id=spec.mask_id,
         pads_ended=spec.attention == "block_causal",
-    )
-
-
-def _infilling(policy: Policy, prompts: Prompts, opened: Bool[Tensor, "P S"], length: int, block_size: int) -> Canvas:
-    """The canvas of prompts with open positions: a row's completion is its open columns, from left to right."""
-    assert policy.spec.mask_id is not None, "a diffusion model has a mask token"
-    behind = torch.ones(len(opened), length, dtype=torch.bool)
-    attended = prompts.attention_mask.cpu()
-    opened = torch.cat([opened & attended, behind], dim=1)
-    mask = torch.cat([attended, behind], dim=1)
-    tokens = F.pad(prompts.tokens.cpu(), (0, length)).masked_fill(opened, policy.spec.mask_id)
-    columns = (~opened).long().argsort(dim=-1, stable=True)[:, : int(opened.sum(-1).max())]
-    block = (torch.arange(columns.shape[1]) // block_size).expand_as(columns)
-
-    def per_row(x: Tensor) -> Tensor:
-        return repeat(x, "p t -> (p g) t", g=prompts.group_size).contiguous().to(policy.device)
-
-    return Canvas(
-        prompts=prompts,
-        tokens=per_row(tokens),
-        attention_mask=per_row(mask),
-        columns=per_row(columns),
-        block=per_row(block),
-        bounds=[],  # only caches read them
-        starts=repeat(mask.long().argmax(-1), "p -> (p g)", g=prompts.group_size),
-        pad_id=policy.pad_id,
-        mask_id=policy.spec.mask_id,
-        pads_ended=False,
-        open=per_row(opened),
     )
 
 
@@ -380,7 +301,7 @@ def next_turn(canvas: Canvas, queue: BlockQueue, seeds: Int[Tensor, " B"]) -> Tu
     on_device, block, left, clock, steps = send(canvas.tokens.device, *host)
     inside = canvas.block[on_device] == block[:, None]
     masked = canvas.masked[on_device] & inside
-    written = inside & (canvas.unmask_step[on_device] >= 0) if canvas.revised else None
+    written = inside & (canvas.unmask_step[on_device] >= 0) if canvas.events is not None else None
     num_positions = num_masked if written is None else queue.sizes[where]
     offered = masked if written is None else masked | written
     flat = offered.flatten().nonzero_static(size=int(num_positions.sum()))[:, 0]  # the host knows how many: no wait
@@ -390,12 +311,3 @@ def next_turn(canvas: Canvas, queue: BlockQueue, seeds: Int[Tensor, " B"]) -> Tu
     column = canvas.columns[canvas_row, place]
     position = (row, place, canvas_row, column, seeds[canvas_row], clock[row])
     return Turn(rows, blocks, num_masked, steps_left, num_positions, left, steps, masked, written, *position)
-
-
-def check_last_step(
-    commit: Callable, steps_left: Int[Tensor, " R"], num_masked: Int[Tensor, " R"], committed: Int[Tensor, " R"]
-) -> None:
-    """Raise ValueError where a block's last step commits none of its masked positions."""
-    if ((steps_left == 1) & (num_masked > 0) & (committed == 0)).any():
-        wrong = f"commit={name_of(commit)} chose nothing in the last step of a block; it must choose a position by then"
-        raise ValueError(f"{wrong}: are the rank's scores those that it wants?")

@@ -2,19 +2,31 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.logprobs import chunked, invert, kept_set, process
+from dllm_rl.models.logprobs import chunked, invert, process
 from dllm_rl.models.order import drawn_logprobs, last_committed, left_logprobs
-from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Decision, Turn, check_last_step
-from dllm_rl.samplers.revise import revise, revising_inputs
-from dllm_rl.samplers.rules import is_plackett_luce, name_of, order_has_law, rank_inputs, schedule, share
-from dllm_rl.types import SamplingParams
+from dllm_rl.models.support import kept_part, kept_set
+from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Decision, Turn
+from dllm_rl.samplers.revise import packed_events, revise, revising_inputs
+from dllm_rl.samplers.rules import (
+    check_last_step,
+    is_plackett_luce,
+    name_of,
+    order_has_law,
+    rank_inputs,
+    rank_name,
+    schedule,
+    share,
+)
+from dllm_rl.types import Order, SamplingParams
 
+KEPT_NOTES = (("log_mass", 0), ("ids", -1))  # names and fills of what `kept_set` gives
 SLAB = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits reduced at once; on a CPU they should stay in its cache
 
 
@@ -24,9 +36,9 @@ class Choice:
 
     decision: Decision
     picked: Int[Tensor, " C"]  # positions that are written
-    drawn: Sequence[Tensor]  # their tokens and log-probs (nats); with top_k or top_p also what `kept_set` gives
-    # For `Canvas.order`: positions, log-probs (nats) and, with `plackett_luce`, draws; None: the order has no law
-    order: tuple[Tensor, ...] | None
+    tokens: Int[Tensor, " C"]  # of those positions
+    logprobs: Float[Tensor, " C"]  # of those tokens, nats
+    notes: dict[str, tuple[Tensor, Tensor, int]]  # what features record: positions, values, fill; see `Canvas.note`
 
 
 class Choose:
@@ -42,12 +54,13 @@ class Choose:
         self.sampling_params = sampling_params
         self.rank = rank
         self.commit = commit
-        self.revising = revising_inputs(commit)
         greedy = sampling_params.temperature == 0
+        self.revising = revising_inputs(commit)
         # A rank of the state alone leaves the drawing to when it is known where; the likeliest tokens come for free.
         self.draws_first = "tokens" in needs or (greedy and "logits" in needs) or "changed" in self.revising
-        canvas.revised = bool(self.revising)
-        canvas.by_draws = canvas.revised and not greedy and ("tokens" in needs or "changed" in self.revising)
+        self.by_draws = not greedy and ("tokens" in needs or "changed" in self.revising)
+        if self.revising:
+            canvas.events = []
         self.noisy = is_plackett_luce(rank)
         if self.noisy and not order_has_law(rank, commit):
             raise ValueError(
@@ -55,43 +68,61 @@ class Choose:
             )
         # Without chance, or with a rank of the state alone, the order does not depend on what is drawn.
         self.has_order_law = order_has_law(rank, commit) and not greedy
-        canvas.order_rank = rank if self.noisy and self.has_order_law else None
 
     def __call__(self, turn: Turn, states: Float[Tensor, "K D"]) -> Choice:
         """Raises ValueError where the commit rule leaves a block's last step empty."""
+        params = self.sampling_params
         drawn: Sequence[Tensor] | None = None
-        order: tuple[Tensor, ...] | None = None
         if self.draws_first:
             scores, *drawn = propose_and_rank(
-                self.policy, states, turn.uniforms(TOKENS), turn.uniforms(TIES), self.sampling_params, self.rank
+                self.policy, states, turn.uniforms(TOKENS), turn.uniforms(TIES), params, self.rank
             )
         else:
-            scores = rank_only(self.policy, states, turn.uniforms(TIES), self.sampling_params, self.rank)
-        offered = scores
-        if self.noisy:
-            offered = add_gumbel(scores, turn.uniforms(TIES))
-        decision = self.decide(turn, turn.spread(offered), drawn)
+            scores = rank_only(self.policy, states, turn.uniforms(TIES), params, self.rank)
+        offered = turn.spread(add_gumbel(scores, turn.uniforms(TIES)) if self.noisy else scores)
+        decision = self.decide(turn, offered, drawn)
         picked = turn.among(decision.chosen, int(decision.num_chosen.sum()))
-        if self.has_order_law and self.noisy:
-            nth = turn.spread(offered).argsort(stable=True, descending=True).argsort()[turn.row, turn.place]
-            whole = (decision.chosen == turn.masked).all(-1)  # of all that is left nothing depends on the order
-            nth = nth.masked_fill(whole[turn.row], 0)
-            order = (picked, drawn_logprobs(scores, turn.row, nth, picked, decision.chosen.shape[1]), nth[picked])
-        elif self.has_order_law:
-            stayed = turn.among(~decision.chosen, len(scores) - len(picked))
-            order = (stayed, self.left_logprobs(turn, states, scores, picked, stayed))
         if drawn is None:
-            drawn = propose(self.policy, states[picked], turn.uniforms(TOKENS, picked), self.sampling_params)
+            drawn = propose(self.policy, states[picked], turn.uniforms(TOKENS, picked), params)
         else:
             drawn = [values[picked] for values in drawn]
-        return Choice(decision, picked, drawn, order)
+        tokens, logprobs, *kept = drawn
+        notes = {name: (picked, values, fill) for values, (name, fill) in zip(kept, KEPT_NOTES, strict=False)}
+        if self.has_order_law:
+            notes |= self.order_notes(turn, states, scores, offered, decision.chosen, picked)
+        return Choice(decision, picked, tokens, logprobs, notes)
 
-    def left_logprobs(self, turn: Turn, states: Tensor, scores: Tensor, picked: Tensor, left: Tensor) -> Tensor:
-        """For each position left, the log-prob that its draw ranks behind the row's picked by `confidence`; nats."""
+    def order_notes(
+        self, turn: Turn, states: Tensor, scores: Tensor, offered: Tensor, chosen: Tensor, picked: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor, int]]:
+        """The log-probs of the order (`models.order`): of each position left, that its draw ranks behind the row's
+        picked ones by `confidence`; with `plackett_luce` of each one picked, that it was drawn, and as which."""
+        if self.noisy:
+            nth = offered.argsort(stable=True, descending=True).argsort()[turn.row, turn.place]
+            whole = (chosen == turn.masked).all(-1)  # of all that is left nothing depends on the order
+            nth = nth.masked_fill(whole[turn.row], 0)
+            logps = drawn_logprobs(scores, turn.row, nth, picked, chosen.shape[1])
+            return {"order": (picked, logps, 0), "draw": (picked, nth[picked], 0)}
+        left = turn.among(~chosen, len(scores) - len(picked))
         lowest, last = last_committed(scores[picked], turn.row[picked], turn.place[picked], len(scores))
         bounds = (lowest[turn.row[left]], turn.place[left] > last[turn.row[left]])
         # The head runs again, because the picked positions are known only now.
-        return left_logprobs(self.policy, states[left], *bounds, self.sampling_params)
+        logps = left_logprobs(self.policy, states[left], *bounds, self.sampling_params)
+        if (before := self.canvas.noted.get("order")) is not None:  # a position may be left in several steps
+            logps = before[turn.where(left)] + logps
+        return {"order": (left, logps, 0)}
+
+    def parts(self) -> dict[str, Any]:
+        """What the features recorded so far, as parts of a `Rollout`, of the completion's places."""
+        canvas = self.canvas
+        noted = canvas.noted
+        noisy_rank = self.rank if self.noisy and self.has_order_law else None
+        order = Order(canvas.open_step(), rank_name(self.rank), noted.get("order"), noisy_rank, noted.get("draw"))
+        kept = kept_part(noted["log_mass"], noted["ids"]) if "ids" in noted else None
+        events = None
+        if canvas.events is not None:
+            events = packed_events(canvas.events, canvas.masked.shape, by_draws=self.by_draws)
+        return {"order": order, "kept": kept, "events": events, "experts": noted.get("experts")}
 
     def decide(self, turn: Turn, scores: Float[Tensor, "R L"], drawn: Sequence[Tensor] | None) -> Decision:
         """What the commit rule picks. Raises ValueError where it leaves a block's last step empty."""

@@ -1,7 +1,7 @@
 """Commit rules that rewrite what a block holds: ReMDM masks again, LLaDA2.1 edits.
 
 Such a rule takes one of `written`, `visible` and `changed` by name, beside what every commit rule takes (`rules`).
-Scores are then given at written positions too. The rollout records every event (`Rollout.event_step`).
+Scores are then given at written positions too. The rollout records every event (`Rollout.events`).
     written   (B, L)  positions written before; picked ones are masked again, and the row uses all its steps
     visible   (B, L)  positions written before; picked ones are drawn again, and the row uses all its steps
     changed   (B, L)  positions whose proposal differs from the token written; picked ones take the proposal, and the
@@ -14,12 +14,14 @@ import inspect
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
-from dllm_rl.samplers.canvas import TIES, Decision, Turn, check_last_step
-from dllm_rl.samplers.rules import Counts, Places, Scores, name_of, schedule, threshold
+from dllm_rl.samplers.canvas import TIES, Decision, Turn
+from dllm_rl.samplers.rules import Counts, Places, Scores, check_last_step, name_of, schedule, threshold
+from dllm_rl.types import Events
 
 OFFERED = ("written", "visible", "changed", "steps", "uniforms")
 KINDS = frozenset(OFFERED[:3])
@@ -127,3 +129,22 @@ def revise(
         # A row uses all its steps, but under `changed` leaves when a step changes nothing.
         held=(num_chosen > 0) | (kind != "changed"),
     )
+
+
+def packed_events(noted: list[tuple[Tensor, ...]], shape: torch.Size, *, by_draws: bool) -> Events:
+    """Each position's events (B, L, W) in order, from every step's rows, places, steps, tokens, log-probs.
+
+    The host waits for the device: it does not know how many events a position has."""
+    rows, places, steps, tokens, logprobs = map(torch.cat, zip(*noted, strict=True))
+    position = rows * shape[1] + places
+    order = position.argsort(stable=True)  # steps were noted in order
+    position = position[order]
+    slot = torch.arange(len(order), device=order.device) - torch.searchsorted(position, position)
+    size = (*shape, int(F.pad(slot, (0, 1)).max()) + 1)
+
+    def packed(values: Tensor, fill: int) -> Tensor:
+        blank = torch.full(size, fill, dtype=values.dtype, device=order.device)
+        blank[rows[order], places[order], slot] = values[order]
+        return blank
+
+    return Events(packed(steps.int(), -1), packed(tokens.int(), -1), packed(logprobs, 0), by_draws)

@@ -204,3 +204,12 @@ def steps_per_block(num_steps: int | None, sizes: list[int]) -> list[int]:
         )
     each, remainder = divmod(num_steps, len(sizes))
     return [each + (i < remainder) for i in range(len(sizes))]
+
+
+def check_last_step(
+    commit: Callable, steps_left: Int[Tensor, " R"], num_masked: Int[Tensor, " R"], committed: Int[Tensor, " R"]
+) -> None:
+    """Raise ValueError where a block's last step commits none of its masked positions."""
+    if ((steps_left == 1) & (num_masked > 0) & (committed == 0)).any():
+        wrong = f"commit={name_of(commit)} chose nothing in the last step of a block; it must choose a position by then"
+        raise ValueError(f"{wrong}: are the rank's scores those that it wants?")

@@ -16,18 +16,18 @@ from dllm_rl.device import send
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.forward.blocks import has_uncompiled
 from dllm_rl.models.order import last_committed, left_logprobs
+from dllm_rl.models.support import KEPT_IDS
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers.cache import Cache, KeysAndValues, attention_bias
-from dllm_rl.samplers.canvas import TIES, TOKENS, BlockQueue, Canvas, check_last_step
+from dllm_rl.samplers.canvas import TIES, TOKENS, BlockQueue, Canvas
 from dllm_rl.samplers.choose import Choose, add_gumbel, propose_and_rank
 from dllm_rl.samplers.revise import revising_inputs
-from dllm_rl.samplers.rules import name_of, schedule, share
-from dllm_rl.types import KEPT_IDS
+from dllm_rl.samplers.rules import check_last_step, name_of, schedule, share
 
 COLUMNS = 64  # the canvas is padded to a multiple of these, because each width has graphs of its own
 GRAPHS = 128  # in a process at most
 Past = list[tuple[Tensor, Tensor]]  # keys and values of each layer
-WRITTEN = ("masked", "unmask_step", "logprobs", "log_kept_mass", "kept_ids", "order_logprobs", "draw_in_step")
+WRITTEN = ("masked", "unmask_step", "logprobs")  # of the canvas, beside what is noted
 
 
 class WholeSteps:
@@ -62,11 +62,12 @@ class WholeSteps:
         self.step = 0  # within the block
         if choose.sampling_params.filters:
             size = (*canvas.masked.shape, min(KEPT_IDS + 1, policy.vocab_size))
-            canvas.log_kept_mass = torch.zeros_like(canvas.logprobs)
-            canvas.kept_ids = torch.full(size, -1, dtype=torch.int32, device=seeds.device)
+            canvas.noted["log_mass"] = torch.zeros_like(canvas.logprobs)
+            canvas.noted["ids"] = torch.full(size, -1, dtype=torch.int32, device=seeds.device)
         if choose.has_order_law:
-            canvas.order_logprobs = torch.zeros_like(canvas.logprobs)
-            canvas.draw_in_step = torch.zeros_like(canvas.columns) if choose.noisy else None
+            canvas.noted["order"] = torch.zeros_like(canvas.logprobs)
+            if choose.noisy:
+                canvas.noted["draw"] = torch.zeros_like(canvas.columns)
 
     def take(self) -> Int[Tensor, " C"] | None:
         """Advance the open rows; returns the rows whose block is now complete, None when every block was. Raises
@@ -83,8 +84,7 @@ class WholeSteps:
             [self.first_place[where], self.queue.sizes[where], steps_left, self.queue.clock[rows]]
         )
         (numbers,) = send(self.seeds.device, host)
-        written = {name: getattr(self.canvas, name) for name in WRITTEN}
-        state = {name: values for name, values in written.items() if values is not None}
+        state = {name: getattr(self.canvas, name) for name in WRITTEN} | self.canvas.noted
         constant = (self.choose, self.attention_mask, self.columns, self.seeds)
         past = [] if whole else self.past
         try:
@@ -108,8 +108,9 @@ class WholeSteps:
         # The next replay of a graph writes its outputs where this one did.
         self.tokens = tokens.clone()
         self.canvas.tokens = self.tokens[:, self.shown]
-        for name, values in state.items():
-            setattr(self.canvas, name, values.clone())
+        for name in WRITTEN:
+            setattr(self.canvas, name, state[name].clone())
+        self.canvas.noted = {name: state[name].clone() for name in self.canvas.noted}
         if whole:
             self.past = [(keys.clone(), values.clone()) for keys, values in past]
         # The host knows the shares of `schedule`, and does not wait for the device to count.
@@ -180,7 +181,7 @@ def _step(
     columns: Int[Tensor, "B L"],
     seeds: Int[Tensor, " B"],
     tokens: Int[Tensor, "B T"],
-    state: dict[str, Tensor],  # of WRITTEN
+    state: dict[str, Tensor],  # of WRITTEN, and what is noted
     numbers: Int[Tensor, "5 B"],  # the window's first column, the block's first place, its size, steps left, the clock
     past: Past,
     *,
@@ -215,9 +216,9 @@ def _step(
     chosen = choose.commit(offered, masked, left.clamp(min=1)) & masked
 
     new = {"masked": torch.zeros_like(masked), "unmask_step": clock[:, None].expand_as(place), "logprobs": logprobs}
-    new |= dict(zip(("log_kept_mass", "kept_ids"), kept, strict=False))
+    new |= dict(zip(("log_mass", "ids"), kept, strict=False))
     if choose.has_order_law and choose.noisy:
-        new["order_logprobs"], new["draw_in_step"] = _drawn(scores, offered, masked, chosen)
+        new["order"], new["draw"] = _drawn(scores, offered, masked, chosen)
     state = state | {name: _put(state[name], place, values, chosen) for name, values in new.items()}
     if choose.has_order_law and not choose.noisy:
         stayed = masked & ~chosen
@@ -227,9 +228,9 @@ def _step(
         bounds = (lowest[row], at > last[row])
         # Generated code sums the normaliser in another order here, and a tie would be none: the scores' own is taken.
         left_behind = left_logprobs(policy, hidden, *bounds, choose.sampling_params, normalizer.flatten())
-        so_far = state["order_logprobs"]
+        so_far = state["order"]
         total = so_far.gather(1, place) + left_behind.view_as(scores)
-        state["order_logprobs"] = _put(so_far, place, total, stayed)
+        state["order"] = _put(so_far, place, total, stayed)
     return _put(tokens, column, drawn, chosen), state, chosen.sum(-1), past
 
 

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from dllm_rl.likelihoods.estimators import causal, recorded, trajectory
+from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.estimators import causal, trajectory
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.engine import RolloutEngine
 from dllm_rl.types import Prompts, Rollout

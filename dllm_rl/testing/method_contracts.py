@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, none
 from dllm_rl.algorithms.losses import kl_k2, policy_loss, ppo_clip, sequence
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator
+from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Batch, Noise, Rollout
 

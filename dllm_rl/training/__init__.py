@@ -1,5 +1,5 @@
 """The training loop, and what a run needs around it."""
 
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 
 __all__ = ["train"]

@@ -3,8 +3,7 @@
 A process with much work swaps whole groups, once, for cheaper ones. `Rollout.batch_row` keeps their rows' noise.
 """
 
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +14,8 @@ from torch import Tensor
 from dllm_rl.device import send
 from dllm_rl.distributed.collectives import gather_on_host, local, swap
 from dllm_rl.recipe import Recipe
-from dllm_rl.training.scorer import learned_groups
+from dllm_rl.training.samples import Samples
+from dllm_rl.training.selection import active_groups
 from dllm_rl.types import Rollout
 
 Place = tuple[int, int]  # a process, and a group's place in its share
@@ -23,28 +23,21 @@ UPDATE = 3  # forward and backward of an update, against the one forward of scor
 WORTH = 0.02  # a swap must save the slower process this share of its work
 
 
-def balance(
-    recipe: Recipe,
-    rollout: Rollout,
-    advantages: Float[Tensor, "P G"],
-    groups: Float[Tensor, " P"],
-    accelerator: Accelerator,
-    *,
-    pad_id: int,
-) -> tuple[Rollout, Float[Tensor, "P G"], Float[Tensor, " P"]]:
-    """This process's new rollout; advantages and `measured_groups` of all, in the new order. An exchange."""
+def balance(recipe: Recipe, samples: Samples, accelerator: Accelerator, *, pad_id: int) -> Samples:
+    """The samples with this process's new rows, and all groups in the new order. An exchange."""
     if accelerator.num_processes == 1:
-        return rollout, advantages, groups
-    rows = local(torch.arange(advantages.numel()), accelerator)
+        return samples
+    rollout = samples.rollout
+    rows = local(torch.arange(samples.advantages.numel()), accelerator)
     rollout = replace(rollout, batch_row=send(rollout.tokens.device, rows)[0])
     if recipe.zero_mismatch:  # the bits of a row depend on the width of the rollout that sampled it
-        return rollout, advantages, groups
+        return replace(samples, rollout=rollout)
     if rollout.sampling_params.support != "rollout":
-        rollout = replace(rollout, kept_ids=None)  # unused here, and not every process records them
+        rollout = replace(rollout, kept=None)  # unused here, and not every process records them
     lengths = reduce(rollout.attention_mask.long(), "(p g) t -> p", "sum", g=rollout.group_size).cpu()
     shape = (rollout.tokens.shape[1], *rollout.slots())
     (table,) = gather_on_host([torch.cat([lengths, torch.tensor(shape)])[None]], accelerator)
-    work = (groups > 0) + UPDATE * learned_groups(recipe, advantages).long()
+    work = (samples.metric_weights > 0) + UPDATE * active_groups(recipe, samples.advantages).long()
     costs = table[:, : -len(shape)] * rearrange(work, "(w p) -> w p", w=len(table))
     plan = swaps(costs)
     mine = dict[int, list[int]]()  # by process, which places trade with it; both sides list a trade in the plan's order
@@ -54,13 +47,13 @@ def balance(
                 mine.setdefault(other, []).append(place)
     if mine:
         width, *slots = table[:, -len(shape) :].amax(0).tolist()
-        rollout = exchanged(rollout.padded(width - shape[0], pad_id=pad_id).with_slots(*slots), mine)
-    home = torch.arange(len(groups)).view_as(costs)  # every process computes the same new order
+        rollout = exchanged(rollout.padded(width - shape[0], pad_id=pad_id).with_slots(iter(slots)), mine)
+    home = torch.arange(costs.numel()).view_as(costs)  # every process computes the same new order
     order = home.clone()
     for first, second in plan:
         order[first] = home[second]
         order[second] = home[first]
-    return rollout, advantages[order.flatten()], groups[order.flatten()]
+    return samples.reordered(order.flatten(), rollout)
 
 
 def swaps(costs: Int[Tensor, "W P"]) -> list[tuple[Place, Place]]:
@@ -90,17 +83,17 @@ def exchanged(rollout: Rollout, mine: dict[int, list[int]]) -> Rollout:
     counts = [len(places) * len(group) for places in mine.values()]
     places = torch.tensor([place for each in mine.values() for place in each])
     (rows,) = send(rollout.tokens.device, rearrange(places[:, None] * len(group) + group, "p g -> (p g)"))
-    every = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
-    named = {name: value for name, value in every.items() if isinstance(value, Tensor)}
-    lines = [value[rows].double().reshape(len(rows), -1) for value in named.values()]  # fp64 holds masks, ids, fp32
+    tensors = rollout.tensors()  # of the record and of its parts, in one order everywhere
+    lines = [value[rows].double().reshape(len(rows), -1) for value in tensors]  # fp64 holds masks, ids, fp32
     parcels = torch.cat(lines, dim=1).split(counts)  # all fields of a row travel as one line
     arrived = [torch.empty_like(parcel) for parcel in parcels]
     swap(list(zip(mine, parcels, strict=True)), list(zip(mine, arrived, strict=True)))
-    columns = torch.cat(arrived).split([line.shape[1] for line in lines], dim=1)
-    changed: dict[str, Any] = {}
-    for (name, value), column in zip(named.items(), columns, strict=True):
-        changed[name] = value.index_copy(0, rows, column.view(-1, *value.shape[1:]).to(value.dtype))
-    rollout = replace(rollout, **changed)
+    columns = iter(torch.cat(arrived).split([line.shape[1] for line in lines], dim=1))
+
+    def received(value: Tensor) -> Tensor:
+        return value.index_copy(0, rows, next(columns).view(-1, *value.shape[1:]).to(value.dtype))
+
+    rollout = rollout.map(received)
     start = int(rollout.attention_mask.any(0).long().argmax())  # columns before it pad every row
     return rollout.rows(torch.arange(len(rollout.tokens), device=rows.device), slice(start, None))
 

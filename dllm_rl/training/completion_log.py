@@ -5,9 +5,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
 from rich.table import Table
-from torch import Tensor
 
 from dllm_rl.device import send
 from dllm_rl.distributed.collectives import local
@@ -18,6 +16,7 @@ from dllm_rl.tasks.base import Problem, parts
 from dllm_rl.training.balance import of_sampled_rows
 from dllm_rl.training.rollouts import Answer
 from dllm_rl.training.run import Run
+from dllm_rl.training.samples import Samples
 from dllm_rl.types import Logprobs, Rollout
 
 PROMPTS = 4  # of a step; of each the completion of highest reward and that of lowest
@@ -29,10 +28,8 @@ def log_completions(
     step: int,
     answers: list[Answer],  # of the rows that this process sampled, as `sampled`
     sampled: Rollout,
-    rollout: Rollout,  # balanced, as what follows
-    *,
+    learned: Samples,  # after load balancing, as `logps`
     logps: Logprobs,
-    advantages: Float[Tensor, "P G"],
 ) -> None:
     """Show and store the best and worst completions of the step's first prompts. All processes call it together.
 
@@ -44,10 +41,11 @@ def log_completions(
     every = run.recipe.log_completions_steps
     if not every or (step % every and step + 1 < run.recipe.num_steps):
         return
+    rollout = learned.rollout
     scored = logps.noise.scored(rollout.completion_mask)
     apart = torch.where(scored, logps.old - logps.rollout, 0).double().sum(-1)
     nats = torch.where(scored.any(-1), apart, torch.nan)  # a row that is not scored has no mismatch
-    mine = send(nats.device, local(rearrange(advantages, "p g -> (p g)"), run.accelerator))[0]
+    mine = send(nats.device, local(rearrange(learned.advantages, "p g -> (p g)"), run.accelerator))[0]
     found = of_sampled_rows(torch.stack([nats, mine], dim=1), rollout, run.accelerator).tolist()
     if not log.main:  # the exchange above needs all processes, the rest the main one alone
         return

@@ -27,8 +27,8 @@ from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import RewardFunction, hold_out, in_memory, task_from_dataset
 from dllm_rl.training.finish import Summary
-from dllm_rl.training.loop import train
 from dllm_rl.training.policies import called
+from dllm_rl.training.trainer import train
 
 EXACT_STEPS = 4  # a trajectory of so many steps is scored exactly
 SEGMENTS = 8  # at most, of a longer one

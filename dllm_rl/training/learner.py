@@ -4,10 +4,11 @@ Memory does not grow with the number N of masks: grad f = sum_n (df/ds_n) . grad
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -18,25 +19,17 @@ from torch import Tensor
 from dllm_rl.algorithms.correctors import Corrector, Weighed
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.device import send
+from dllm_rl.diagnostics.batch_invariance import check_bitwise_equal
 from dllm_rl.distributed.collectives import Metrics, gather_on_host, local, reduce_metrics, sum_gradients, waited
-from dllm_rl.distributed.sharding import in_pace
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator
-from dllm_rl.likelihoods.scoring import row_chunks
+from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
+from dllm_rl.likelihoods.replay import as_chosen, as_sampled, watched
 from dllm_rl.models.base import Policy, trained_of, whole
-from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.balance import balance
-from dllm_rl.training.scorer import (
-    aligns,
-    arithmetic,
-    compare_sides,
-    draw_noise,
-    learned_groups,
-    measured_groups,
-    only_groups,
-    score,
-    side_metrics,
-)
+from dllm_rl.training.compare import compare_sides, side_metrics
+from dllm_rl.training.forwards import learner_forward
+from dllm_rl.training.samples import Samples
+from dllm_rl.training.selection import active_groups, draw_noise, metric_weights, only_groups, own_rows
 from dllm_rl.types import Batch, Logprobs, Noise, Rollout
 
 
@@ -45,16 +38,14 @@ class Step:
     """What a step learned from, and its metrics. After load balancing, some rows come from other processes. With
     several sets of masks, `logps` and all metrics but the update's are of the first set."""
 
-    rollout: Rollout
-    advantages: Float[Tensor, "P G"]
+    samples: Samples
     logps: Logprobs
     metrics: dict[str, float]
 
 
 def step(
     recipe: Recipe,
-    sampled: Rollout,
-    advantages: Float[Tensor, "P G"],
+    samples: Samples,
     number: int,
     accelerator: Accelerator,
     *,
@@ -64,51 +55,94 @@ def step(
     learn: Callable[[list[Batch]], dict[str, float]],  # a batch for each inner update -> metrics
     stage: Callable[[str], AbstractContextManager] = nullcontext,  # times a block
 ) -> Step:
-    """Learn from a rollout and its advantages: the loop's step, and the rehearsal's."""
-    groups = measured_groups(recipe, advantages, number)  # those to learn from, and a sample of the others
-    with stage("scoring"), learner_forward(recipe, policy, rollout_policy, accelerator):
-        balanced = balance(recipe, sampled, advantages, groups, accelerator, pad_id=policy.pad_id)
-        rollout, advantages, groups = balanced  # so that all processes finish together
+    """Learn from a step's samples: the loop's step, and the rehearsal's."""
+    forward = partial(learner_forward, recipe, policy, rollout_policy, accelerator)
+    with stage("scoring"), forward():
+        # Groups to learn from are scored, and a sample of the others, by which metrics estimate all.
+        samples = samples.weighted(metric_weights(recipe, samples.advantages, number))
+        samples = balance(recipe, samples, accelerator, pad_id=policy.pad_id)  # so that all processes finish together
+        rollout, advantages = samples.rollout, samples.advantages
+        active = active_groups(recipe, advantages)
+        # Every policy is scored under the same masks. Masks of later updates are for these alone, not for metrics.
         keys = [(number, iteration) if iteration else (number,) for iteration in range(recipe.mask_draws)]
-        # Every policy is scored under the same masks.
-        learned = learned_groups(recipe, advantages).double()  # later masks are for the update alone, not for metrics
-        scored_groups = [groups, *[learned] * (len(keys) - 1)]
-        noises = [
-            draw_noise(recipe, rollout, advantages, some, key, accelerator)
-            for some, key in zip(scored_groups, keys, strict=True)
-        ]
-        compared = compare_sides(policy, rollout_policy, rollout, noises[0])  # before graphs are kept
+        noise = draw_noise(recipe, rollout, advantages, samples.metric_weights, keys[0], accelerator)
+        others = [draw_noise(recipe, rollout, advantages, active.double(), key, accelerator) for key in keys[1:]]
+        compared = compare_sides(policy, rollout_policy, rollout, noise)  # before graphs are kept
         scored = partial(score, recipe, rollout, policy=policy, rollout_policy=rollout_policy, reference=reference)
-        later = [scored(noise) for noise in noises[1:]]
-        logps = scored(noises[0], keep=True)
-    with stage("update"), learner_forward(recipe, policy, rollout_policy, accelerator):
-        batch, mismatch = correct(recipe, rollout, logps, advantages, accelerator, groups=groups)
-        batches = [batch, *(weigh(recipe, rollout, each, advantages, learned, accelerator)[0] for each in later)]
+        later = [scored(other) for other in others]
+        logps = scored(noise, keep=own_rows(active, rollout.group_size, accelerator))
+    with stage("update"), forward():
+        batch, mismatch = correct(recipe, samples, logps, accelerator)
+        for_update = samples.weighted(active.double())
+        batches = [batch, *(weigh(recipe, for_update, each, accelerator)[0] for each in later)]
         agreement = side_metrics(*compared, accelerator)  # after scoring, which would wait for the exchange
         learning = learn(batches * (recipe.num_iterations // len(batches)))
-    return Step(rollout, advantages, logps, agreement | mismatch | learning)
+    return Step(samples, logps, agreement | mismatch | learning)
 
 
-@contextmanager
-def learner_forward(recipe: Recipe, policy: Policy, rollout_policy: Policy, accelerator: Accelerator) -> Iterator[None]:
-    """The recipe's arithmetic, through the rollout's quantised operands where the forward is aligned."""
-    aligned = aligned_forward(policy, rollout_policy) if aligns(recipe, policy, rollout_policy) else nullcontext()
-    with arithmetic(recipe, accelerator), aligned:
-        yield
+def rollout_side(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Literal["recorded", "scored", "learner"]:
+    """The rollout's log-probs: the sampler's record if the estimator is exact for it, else the rollout policy's own, or
+    without a copy the learner's."""
+    if recipe.likelihood.exact_for_sampler:
+        return "recorded"
+    return "learner" if rollout_policy is policy else "scored"
+
+
+def score(
+    recipe: Recipe,
+    rollout: Rollout,
+    noise: Noise,
+    *,
+    policy: Policy,
+    rollout_policy: Policy,
+    reference: Policy | None,
+    keep: bool | Bool[Tensor, " B"] = False,
+) -> Logprobs:
+    """The rollout's log-probs under every policy, same masks; `keep`: rows with graphs, where `keeps_graphs` allows
+    them. Raises RuntimeError if zero_mismatch does not hold."""
+    likelihood = recipe.likelihood
+    side = rollout_side(recipe, policy, rollout_policy)
+    size = recipe.micro_batch_size
+    reference_logps = None
+    if reference is not None:
+        reference_logps = likelihood.logprobs(reference, rollout, noise, micro_batch_size=size)
+    if recipe.router_replay is not None:  # the learner takes the rollout's experts again
+        noise = as_sampled(noise, rollout) if side == "recorded" else watched(policy, rollout, noise)
+    rollout_logps = recorded(rollout, noise) if side == "recorded" else None
+    if side == "scored":
+        rollout_logps = likelihood.logprobs(rollout_policy, rollout, noise, micro_batch_size=size)
+        noise = as_chosen(noise, rollout)
+    if not keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens)):
+        keep = False
+    # Last: kept graphs and another forward would add up.
+    scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
+    old = likelihood.combine(scores.detach(), noise)
+    logps = Logprobs(
+        old=old,
+        old_scores=scores,
+        rollout=old if rollout_logps is None else rollout_logps,
+        reference=reference_logps,
+        noise=noise,
+    )
+    if recipe.zero_mismatch:
+        check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
+    return logps
+
+
+def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bool:
+    """Whether an update goes back through the forwards that scored: at most `kept_graphs`, each of a micro-batch."""
+    forwards = views * math.ceil(rows / (recipe.micro_batch_size or rows))
+    dropout = policy.lora is not None and policy.lora.dropout  # scoring leaves it out, an update does not
+    unsharded = recipe.shard_size == 1  # a sharded learner's forwards run `in_pace`, with a backward each or none
+    return unsharded and forwards <= recipe.kept_graphs and not dropout
 
 
 def correct(
-    recipe: Recipe,
-    rollout: Rollout,
-    logps: Logprobs,
-    advantages: Float[Tensor, "P G"],
-    accelerator: Accelerator,
-    *,
-    groups: Float[Tensor, " P"],  # `measured_groups`, by which `rollout_corr/*` estimates ALL rows
+    recipe: Recipe, samples: Samples, logps: Logprobs, accelerator: Accelerator
 ) -> tuple[Batch, dict[str, float]]:
     """The batch to learn from, with the corrector's weights and keep mask, and mismatch metrics over all processes."""
     lost = reduce_metrics(waited("scoring", accelerator), accelerator)  # first: the gathering waits for all
-    batch, rows, live = weigh(recipe, rollout, logps, advantages, groups, accelerator)
+    batch, rows, live = weigh(recipe, samples, logps, accelerator)
     every = mismatch_metrics(  # of all rows, estimated from those that are scored
         rows.log_mismatch, rows.completion, old=rows.old, advantages=rows.advantages, row_weights=rows.weights
     )
@@ -116,17 +150,12 @@ def correct(
 
 
 def weigh(
-    recipe: Recipe,
-    rollout: Rollout,
-    logps: Logprobs,
-    advantages: Float[Tensor, "P G"],
-    groups: Float[Tensor, " P"],
-    accelerator: Accelerator,
+    recipe: Recipe, samples: Samples, logps: Logprobs, accelerator: Accelerator
 ) -> "tuple[Batch, Rows, dict[str, float]]":
     """The batch with the corrector's weights and keep mask, the rows of all processes, and `live/*` of those rows."""
-    rows = gather_rows(recipe, rollout, logps, advantages, groups, accelerator)
+    rows = gather_rows(recipe, samples, logps, accelerator)
     weights, keep, live = weigh_learned(recipe.corrector, rows)  # sees learned rows only
-    return make_batch(recipe, logps, rollout, rows, weights, keep, accelerator), rows, live
+    return make_batch(recipe, logps, samples.rollout, rows, weights, keep, accelerator), rows, live
 
 
 @dataclass(frozen=True)
@@ -143,25 +172,24 @@ class Rows:
     weights: Float[Tensor, " B"]  # inverse sampling fractions (`group_weights`), 0 where not scored
 
 
-def gather_rows(
-    recipe: Recipe, rollout: Rollout, logps: Logprobs, advantages: Tensor, groups: Tensor, accelerator: Accelerator
-) -> Rows:
+def gather_rows(recipe: Recipe, samples: Samples, logps: Logprobs, accelerator: Accelerator) -> Rows:
     """The rows of all processes, with one set of masks' log-probs, on the host: the step's only transfer of them. A
     collective: every process must call it."""
+    rollout = samples.rollout
     mask = logps.noise.scored(rollout.completion_mask)
     apart = torch.where(mask, logps.old - logps.rollout, 0)
     parts = (apart, mask, rollout.completion_mask, logps.old, rollout.tokens)
     log_mismatch, scored, completion, old, tokens = gather_on_host(parts, accelerator)
-    learned = repeat(learned_groups(recipe, advantages), "p -> (p g)", g=rollout.group_size)
+    learned = repeat(active_groups(recipe, samples.advantages), "p -> (p g)", g=rollout.group_size)
     return Rows(
         log_mismatch=log_mismatch,
         corrected=scored & learned[:, None],
         completion=completion,
         old=old,
         tokens=tokens,
-        advantages=rearrange(advantages, "p g -> (p g)"),
+        advantages=rearrange(samples.advantages, "p g -> (p g)"),
         learned=learned,
-        weights=repeat(groups, "p -> (p g)", g=rollout.group_size),
+        weights=repeat(samples.metric_weights, "p -> (p g)", g=rollout.group_size),
     )
 
 
@@ -179,7 +207,7 @@ def weigh_learned(corrector: Corrector, rows: Rows) -> Weighed:
 def symptoms(recipe: Recipe, rows: Rows, noise: Noise) -> dict[str, float]:
     """`symptom_metrics` of the learned rows; error tokens only where contributions are log-probs of single tokens."""
     single = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
-    single = single and noise.left is None  # with `left` a contribution holds an order's log-prob too
+    single = single and all(part.single_tokens for part in noise.parts)
     return symptom_metrics(rows.tokens, rows.corrected, rows.advantages, old=rows.old if single else None)
 
 
@@ -252,10 +280,9 @@ def update(
         optimizer.zero_grad(set_to_none=True)  # before scoring, which can use the memory
         if iteration:
             torch.clear_autocast_cache()  # its bf16 copies are of the weights before the last optimiser step
-            with in_pace(policy):
-                scores = likelihood.scores(
-                    policy, batch.rollout, batch.noise, micro_batch_size=micro_batch_size, keep_graphs=keep
-                )
+            scores = likelihood.scores(
+                policy, batch.rollout, batch.noise, micro_batch_size=micro_batch_size, keep_graphs=keep
+            )
         metrics = accumulate_gradients(
             policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
         )
@@ -298,9 +325,5 @@ def accumulate_gradients(
     if scores.grad_fn is not None:  # kept graphs
         scores.backward(vectors)  # frees the graphs; no forward runs
         return metrics
-    with in_pace(policy, backward=True):
-        for chunk in row_chunks(batch.rollout, batch.noise, micro_batch_size):
-            rollout, noise = chunk.of(batch.rollout, batch.noise)
-            for view, vector in zip(likelihood.views(noise), vectors, strict=True):
-                view.backward(policy, rollout, vector[chunk.rows][:, chunk.columns])
+    likelihood.backward(policy, batch.rollout, batch.noise, vectors, micro_batch_size=micro_batch_size)
     return metrics

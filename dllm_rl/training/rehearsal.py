@@ -32,6 +32,7 @@ from dllm_rl.training.cautions import made_up_rewards
 from dllm_rl.training.learner import accumulate_gradients, step
 from dllm_rl.training.policies import engine_of, make_optimizer
 from dllm_rl.training.rollouts import Answer, sample_and_grade
+from dllm_rl.training.samples import Samples
 from dllm_rl.training.sharded_learner import on_main
 from dllm_rl.training.warmup import examples
 from dllm_rl.types import Batch
@@ -64,10 +65,10 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
         accumulate_gradients(policy, batch, batch.old_scores, **options, micro_batch_size=recipe.micro_batch_size)
         return {}
 
+    advantages = made_up_advantages(recipe)[: accelerator.num_processes]
     step(
         recipe,
-        rollout,
-        made_up_advantages(recipe)[: accelerator.num_processes],
+        Samples(rollout, advantages, advantages, torch.ones(len(advantages), dtype=torch.double)),
         0,
         accelerator,
         policy=policy,

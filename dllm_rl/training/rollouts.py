@@ -23,13 +23,15 @@ from dllm_rl.distributed.collectives import (
     waited,
 )
 from dllm_rl.models.base import Policy
+from dllm_rl.models.support import with_support
 from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.tasks.base import Problem, Reward, addends, grade
+from dllm_rl.training.forwards import arithmetic
 from dllm_rl.training.prompts import choose, draw_indices
-from dllm_rl.training.scorer import arithmetic
+from dllm_rl.training.samples import Samples
 from dllm_rl.types import Rollout
 
 
@@ -46,8 +48,8 @@ class Answer:
 
 def collect(
     recipe: Recipe, rollout_policy: Policy, step: int, accelerator: Accelerator, log: RunLog
-) -> tuple[Rollout, list[Answer], Float[Tensor, "P G"], dict[str, Tensor], dict[str, float]]:
-    """This process's rollout and answers, the rewards of all processes (on the host), `parts_of` them, and metrics.
+) -> tuple[Samples, list[Answer], dict[str, float]]:
+    """What a step learns from, this process's answers, and metrics.
 
     With max_num_gen_batches > 1, groups of equal rewards are drawn again with other prompts, at most that many draws
     (DAPO's dynamic sampling [paper]). Each group is drawn again on its own [ours]; DAPO pools the draws.
@@ -88,7 +90,9 @@ def collect(
     if recipe.max_num_gen_batches > 1:
         metrics["dynamic_sampling/draws"] = float(draws)
         metrics["dynamic_sampling/frac_reward_zero_std"] = zero_std_fraction(rewards)
-    return rollout, answers, rewards, parts_of(recipe, graded_all), metrics | compiled_graphs(recipe)
+    advantages = recipe.advantages(rewards, **parts_of(recipe, graded_all))  # by default (R - mean) / (std + 1e-4)
+    samples = Samples(rollout, rewards, advantages, torch.ones(len(rewards), dtype=torch.double))
+    return samples, answers, metrics | compiled_graphs(recipe)
 
 
 def tokens_of(answers: Sequence[Answer]) -> int:
@@ -139,14 +143,13 @@ def sample_and_grade(
         batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)  # rows have seeds: the split is not seen
         pieces = [recipe.sampler(rollout_policy, batch, generator_for(*key)) for batch in batches]
         rollout = pieces[0] if len(pieces) == 1 else Rollout.joined(pieces, pad_id=rollout_policy.pad_id)
-        rollout = rollout.with_support(recipe.sampling_support)
+        rollout = with_support(rollout, recipe.sampling_support)
     with stage("reward"):
         chosen = chosen_ids(rollout)
         completions = graded_texts(rollout_policy, rollout, problems, chosen)
         graded = grade(recipe.task, problems, completions, timeout=recipe.reward_timeout)
         names = tuple(wanted_parts(recipe))
-    given = prompts.attention_mask if prompts.open is None else prompts.attention_mask & ~prompts.open
-    prompt_lengths = given.sum(-1).tolist()
+    prompt_lengths = prompts.lengths
     answers = []
     values = []
     for row, (completion, reward) in enumerate(zip(completions, graded, strict=True)):

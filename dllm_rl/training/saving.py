@@ -25,9 +25,9 @@ from dllm_rl.distributed.stop import how_to_continue, with_the_run
 from dllm_rl.models.base import Policy
 from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.training.forwards import aligns
 from dllm_rl.training.model_card import card
 from dllm_rl.training.run import Run, Writer
-from dllm_rl.training.scorer import aligns
 from dllm_rl.training.sharded_learner import group_size, on_main
 
 Write = Callable[..., Path]

@@ -1,7 +1,6 @@
 """Supervised warm-up: the masked-diffusion loss, or the causal one, on prompts with a known completion."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +9,7 @@ from torch import Generator, Tensor
 
 from dllm_rl.distributed.collectives import local, reduce_metrics, sum_gradients
 from dllm_rl.distributed.sharding import in_pace
-from dllm_rl.likelihoods.scoring import View
+from dllm_rl.likelihoods.views import View
 from dllm_rl.models.base import Policy, whole
 from dllm_rl.models.tokens import ordinary_ids, prompt_ids, text_ids
 from dllm_rl.monitoring.log import RunLog
@@ -115,11 +114,10 @@ def supervised_loss(
         masked[:, here] = (uniforms < levels[:, None]).to(policy.device)
         masked &= batch.completion_mask
         weight *= torch.where(masked, 1 / levels[:, None].to(policy.device), float(corruption > 0))
-    # Scored as a rollout whose step 0 wrote what is seen, and whose step 1 draws the solution.
-    written = torch.stack([seen, batch.tokens], dim=-1)
-    steps = torch.tensor([0, 1], device=policy.device).expand_as(written)
-    batch = replace(batch, event_step=steps, event_token=written)
-    logps = View(masked, weight != 0, step=torch.ones_like(seen)).logprobs(policy, batch)
+    view = View(
+        masked, weight != 0, canvas=lambda rollout: (seen, rollout.tokens)
+    )  # may see other tokens than it scores
+    logps = view.logprobs(policy, batch)
     return -(logps * weight).sum() / batch.completion_mask.sum()
 
 

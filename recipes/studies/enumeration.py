@@ -19,7 +19,9 @@ from torch import Generator, Tensor
 
 from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator, trajectory
+from dllm_rl.likelihoods.estimator import LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.views import views_of
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import DIFFUSION_LM
 from dllm_rl.types import Batch, Noise, Rollout, SamplingParams
@@ -77,7 +79,7 @@ def contributions(
 ) -> Float[Tensor, "B T"]:
     """The estimator's contributions, nats, differentiable and in fp64."""
     scored = cast(Policy, policy)  # it has what scoring asks of one
-    scores = [view.logprobs(scored, rollout) for view in estimator.views(noise)]
+    scores = [view.logprobs(scored, rollout) for view in views_of(noise)]
     return estimator.combine(torch.stack(scores), noise)
 
 

@@ -26,7 +26,7 @@ from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.tasks.base import grade
 from dllm_rl.training.learner import accumulate_gradients
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch, Rollout
 from recipes.studies.paired import markdown, warm_up
 from recipes.sudoku_tiny import recipe as base

@@ -23,7 +23,7 @@ from dllm_rl.algorithms import losses
 from dllm_rl.files import write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.samplers.rules import plackett_luce
-from dllm_rl.types import Rollout
+from dllm_rl.types import Order, Rollout
 from recipes.studies import surrogates as published
 from recipes.studies.controls import fixed_lambda, shuffled
 from recipes.studies.enumeration import GradientRow, ToyPolicy, against, contributions, gradient_table, per_outcome
@@ -171,8 +171,8 @@ def confidence_outcomes(toy: ToyPolicy) -> Rollout:
     steps = [[int(i not in first) for i in range(toy.length)] for first in firsts]
     rows = torch.arange(len(base.tokens)).repeat(len(steps))
     step = torch.tensor(steps).repeat_interleave(len(base.tokens), 0)
-    record = {"order_logprobs": torch.zeros(step.shape), "open_step": torch.zeros_like(step)}
-    return replace(base.rows(rows), unmask_step=step, **record)
+    order = Order(open_step=torch.zeros_like(step), logprobs=torch.zeros(step.shape))
+    return replace(base.rows(rows), unmask_step=step, order=order)
 
 
 def of_orders(networks: int, *, batch: int = 128) -> dict[str, list[str]]:
@@ -216,10 +216,10 @@ def in_every_order(toy: ToyPolicy, temperature: float | None) -> Rollout:
     steps = torch.tensor(list(permutations(range(toy.length))))
     step = steps.repeat_interleave(len(base.tokens), 0)
     blank = torch.zeros_like(step)
-    record: dict[str, Any] = {"order_logprobs": torch.zeros(step.shape), "open_step": blank}
+    order = Order(open_step=blank, logprobs=torch.zeros(step.shape))
     if temperature is not None:
-        record |= {"draw_in_step": blank, "order_rank": partial(plackett_luce, temperature=temperature)}
-    return replace(base.rows(torch.arange(len(base.tokens)).repeat(len(steps))), unmask_step=step, **record)
+        order = replace(order, draw=blank, noisy_rank=partial(plackett_luce, temperature=temperature))
+    return replace(base.rows(torch.arange(len(base.tokens)).repeat(len(steps))), unmask_step=step, order=order)
 
 
 def along_a_line(toy: ToyPolicy, rank: str, generator: torch.Generator, *, points: int) -> tuple[float, float]:

@@ -212,7 +212,7 @@ def measure(study: Study, root: Path) -> None:
     """Adds to `root`/costs.json the seconds of a step of each method and number of updates that it lacks, one thread,
     nothing else running: the median of six steps, the lesser of two rounds."""
     from dllm_rl.monitoring.plots import read_metrics
-    from dllm_rl.training.loop import train
+    from dllm_rl.training.trainer import train
 
     path, folder = root / "costs.json", root / "runs" / "cost"
     found: dict[str, float] = read_json(path) if path.exists() else {}

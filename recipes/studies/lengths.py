@@ -24,7 +24,7 @@ import torch
 
 from dllm_rl import none, tis
 from dllm_rl.files import write_json
-from dllm_rl.likelihoods.estimators import recorded
+from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.models.base import Policy
 from dllm_rl.models.engine import RolloutEngine
 from dllm_rl.models.policy import load_policy

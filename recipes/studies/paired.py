@@ -68,7 +68,7 @@ class Study:
 def warm_up(base: Recipe, seed: int, folder: Path) -> Path:
     """The checkpoint that all arms of this recipe and seed start from; made on first use."""
     from dllm_rl.checkpoints.checkpoint import found
-    from dllm_rl.training.loop import train
+    from dllm_rl.training.trainer import train
 
     if not (folder / "summary.json").exists():
         model = partial(base.model.func, **{**base.model.keywords, "seed": seed})
@@ -91,7 +91,7 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> No
     """Train and evaluate one arm; leaves `root`/results/....json. A run whose gradient is not finite has diverged: its
     rates count as 0."""
     from dllm_rl.monitoring.plots import read_metrics
-    from dllm_rl.training.loop import train
+    from dllm_rl.training.trainer import train
 
     path = result_path(root, arm, seed)
     folder = root / "runs" / path.stem

@@ -20,8 +20,8 @@ from tiny_recipe import tiny_recipe
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.monitoring.json_lines import current_rows
-from dllm_rl.training.loop import train
 from dllm_rl.training.policies import make_optimizer
+from dllm_rl.training.trainer import train
 
 
 def test_resume_continues_bit_for_bit(tmp_path):

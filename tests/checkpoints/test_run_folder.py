@@ -14,7 +14,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.recipe import Recipe
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.supervised.train import fine_tune
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

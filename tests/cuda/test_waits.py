@@ -6,12 +6,15 @@ import pytest
 import torch
 from emulated import int3_emulated
 from layouts import checkpoint
+from order_toys import stayed_of
 from simulated_cuda import SimulatedCuda
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms.correctors import ais, compose, reject
 from dllm_rl.likelihoods.estimators import elbo, one_step, trajectory
+from dllm_rl.likelihoods.views import views_of
+from dllm_rl.models.support import with_support
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
@@ -77,15 +80,15 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
         rank = NOISY if name == "noisy order" else rules.confidence
         options = {"max_new_tokens": 8, "num_steps": 4, "temperature": 1.0, "top_k": 3}
         rollout = unmask(policy, prompts, generator, rank=rank, **options)
-        rollout = rollout.with_support("rollout" if "support" in name else "own")
+        rollout = with_support(rollout, "rollout" if "support" in name else "own")
         noise = likelihood.draw(rollout, generator)
         views = len(noise.masked)
-        assert (noise.left is None) == (name not in ("trajectory", "packed", "noisy order"))
+        assert (stayed_of(noise) is None) == (name not in ("trajectory", "packed", "noisy order"))
         with cuda.phase("forward"):
-            for view in likelihood.views(noise):
+            for view in views_of(noise):
                 view.logprobs(policy, rollout)
         with cuda.phase("backward"):
-            for view, weight in zip(likelihood.views(noise), noise.weight, strict=True):
+            for view, weight in zip(views_of(noise), noise.weight, strict=True):
                 view.backward(policy, rollout, weight)
         with cuda.phase("all views"):
             likelihood.scores(policy, rollout, noise)

@@ -26,7 +26,7 @@ from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 from dllm_rl.types import Logprobs, Prompts
 
 small = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}

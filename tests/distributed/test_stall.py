@@ -63,7 +63,7 @@ def test_one_that_waits_for_others_does_not_stand_still(monkeypatch):
 
 ELASTIC = "/lib/torch/distributed/elastic/multiprocessing/api.py"
 COLLECTIVE = "/lib/torch/distributed/distributed_c10d.py"
-LOOP = f"{motion.PACKAGE}training/loop.py"
+LOOP = f"{motion.PACKAGE}training/trainer.py"
 
 
 @pytest.mark.parametrize(

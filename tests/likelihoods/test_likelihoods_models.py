@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.scoring import View, row_chunks
+from dllm_rl.likelihoods.views import View, row_chunks
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.rules import max_prob

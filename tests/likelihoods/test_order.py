@@ -11,6 +11,8 @@ from order_toys import as_rollout, missing_order, outcomes, total
 
 from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
 from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.views import views_of
 from dllm_rl.models.order import LEAST, left_logprobs
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import unmask
@@ -98,10 +100,10 @@ def test_only_what_moves_is_scored_again(fp64):
     noise = estimator.draw(rollout, GENERATOR)
     vectors = torch.randn(noise.weight.shape, generator=GENERATOR.manual_seed(3)) * (noise.weight != 0)
     vectors = vectors * (torch.rand(vectors.shape, generator=GENERATOR) < 0.3)
-    scores = [view.logprobs(policy, rollout) for view in estimator.views(noise)]
+    scores = [view.logprobs(policy, rollout) for view in views_of(noise)]
     (expected,) = torch.autograd.grad((torch.stack(scores) * vectors).sum(), policy.table)
     policy.table.grad = None
-    for view, vector in zip(estimator.views(noise), vectors, strict=True):
+    for view, vector in zip(views_of(noise), vectors, strict=True):
         view.backward(policy, rollout, vector)
     torch.testing.assert_close(policy.table.grad, expected, rtol=0, atol=1e-12)
 
@@ -119,18 +121,20 @@ def test_a_sampler_records_what_scoring_finds(options):
     estimator = lik.trajectory()
     noise = estimator.draw(rollout, GENERATOR)
     contributions = estimator.logprobs(policy, rollout, noise)
-    assert torch.equal(contributions, lik.recorded(rollout, noise)) and rollout.rank == "confidence"
+    assert torch.equal(contributions, recorded(rollout, noise)) and rollout.order.rank == "confidence"
     blocks = [[0, 1], [2, 3]] if "block_size" in options else [[0, 1, 2, 3]]
     law = {k: v for k, v in settings.items() if k in ("temperature", "top_k")}
     found = outcomes(policy, blocks, 2, **law)
-    keys = zip(*(x[:, 1:].tolist() for x in (rollout.tokens, rollout.unmask_step, rollout.open_step)), strict=True)
+    keys = zip(
+        *(x[:, 1:].tolist() for x in (rollout.tokens, rollout.unmask_step, rollout.order.open_step)), strict=True
+    )
     chances = torch.tensor([found[tuple(tuple(part) for part in key)] for key in keys])
     torch.testing.assert_close(contributions.sum(-1), chances.log(), rtol=0, atol=3e-5)
     for rank in (rules.max_prob, rules.random):
         other = run(torch.Generator().manual_seed(0), rank=rank, **settings)
-        assert other.order_logprobs is None and other.rank == rank.__name__
+        assert other.order.logprobs is None and other.order.rank == rank.__name__
     greedy = run(torch.Generator(), rank=rules.confidence, num_steps=2)
-    assert greedy.order_logprobs is None, "without a temperature nothing is left to chance"
+    assert greedy.order.logprobs is None, "without a temperature nothing is left to chance"
 
 
 def test_the_mean_ratio_to_another_policy_is_its_mass_on_what_the_rollout_can_do(fp64):
@@ -165,9 +169,9 @@ def test_an_order_that_cannot_be_chosen_has_a_floor_and_no_gradient(fp64):
 def test_what_has_no_law_is_left_out_and_said(fp64):
     policy = TablePolicy(length=4, words=3, seed=2)
     rollout = as_rollout(policy, outcomes(policy, [[0, 1, 2, 3]], 2, top_k=2), top_k=2)
-    for other in (replace(rollout, order_logprobs=None), rollout):
+    for other in (replace(rollout, order=replace(rollout.order, logprobs=None)), rollout):
         merged = lik.trajectory(num_segments=1).draw(other, GENERATOR)
-        assert merged.left is None and lik.recorded(other, merged) is other.logprobs
+        assert merged.left is None and recorded(other, merged) is other.logprobs
     unlawful = replace(rollout, sampling_params=replace(rollout.sampling_params, support="rollout"))
     with pytest.raises(ValueError, match=r"sampling_support='rollout'.*trajectory\(order='given'\)"):
         lik.trajectory().draw(unlawful, GENERATOR)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,10 +13,12 @@ from order_toys import drawn_from, missing_order, total
 
 from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
 from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.models.support import with_support
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.learner import accumulate_gradients
-from dllm_rl.types import Batch, Prompts, Rollout, SamplingParams
+from dllm_rl.types import Batch, Order, Prompts, SamplingParams
 
 GENERATOR = torch.Generator()
 SCORES = {
@@ -78,11 +81,11 @@ def outcomes(policy, blocks, num_steps, *, tau, score="max_prob", **options):
 def as_rollout(policy, keys, *, tau, score="max_prob", **options):
     tokens, steps, draws, opened = (torch.tensor(column) for column in zip(*keys, strict=True))
     steps, draws, opened = (torch.nn.functional.pad(x, (1, 0), value=-1) for x in (steps, draws, opened))
-    made = policy.rollout(tokens, unmask_step=steps, open_step=opened, draw_in_step=draws)
+    made = policy.rollout(tokens, unmask_step=steps)
     rank = partial(rules.plackett_luce, temperature=tau, score=getattr(rules, score))
     params = SamplingParams(**options, suppress=made.sampling_params.suppress)
-    record = {"sampling_params": params, "order_rank": rank, "order_logprobs": torch.zeros(made.tokens.shape)}
-    return Rollout(**vars(made) | record)
+    order = Order(opened, logprobs=torch.zeros(made.tokens.shape), noisy_rank=rank, draw=draws)
+    return replace(made, sampling_params=params, order=order)
 
 
 def some_toy(seed):
@@ -197,13 +200,13 @@ def test_a_sampler_draws_by_the_law_and_records_it(num_steps, tau, options):
     estimator = lik.trajectory()
     noise = estimator.draw(rollout, GENERATOR)
     contributions = estimator.logprobs(policy, rollout, noise)
-    assert torch.equal(contributions, lik.recorded(rollout, noise))
+    assert torch.equal(contributions, recorded(rollout, noise))
     if "top_k" in options:  # the order needs no kept set
-        kept = rollout.with_support("rollout")
+        kept = with_support(rollout, "rollout")
         again = estimator.logprobs(policy, kept, estimator.draw(kept, GENERATOR))
         torch.testing.assert_close(again, contributions, rtol=0, atol=1e-5)
     found = outcomes(policy, [[0, 1, 2]], num_steps, tau=tau, **options)
-    columns = (rollout.tokens, rollout.unmask_step, rollout.draw_in_step, rollout.open_step)
+    columns = (rollout.tokens, rollout.unmask_step, rollout.order.draw, rollout.order.open_step)
     keys = [tuple(map(tuple, key)) for key in zip(*(x[:, 1:].tolist() for x in columns), strict=True)]
     chances = torch.tensor([found[key] for key in keys])
     torch.testing.assert_close(contributions.sum(-1), chances.log(), rtol=0, atol=1e-4)
@@ -227,7 +230,7 @@ def test_the_limits_are_the_score_and_a_random_order(num_steps):
         ours = sample(policy, partial(rules.plackett_luce, temperature=tau), 500, num_steps=num_steps)
         theirs = sample(policy, limit, 500, num_steps=num_steps)
         assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.unmask_step, theirs.unmask_step)
-        assert ours.rank is None and theirs.order_logprobs is None
+        assert ours.order.rank is None and theirs.order.logprobs is None
 
 
 def test_what_needs_log_probabilities_is_refused():
@@ -239,4 +242,4 @@ def test_what_needs_log_probabilities_is_refused():
         sample(policy, partial(rules.plackett_luce, temperature=0), 2, num_steps=3)
     with pytest.raises(ValueError, match="score=confidence must take logits and normalizer, as max_prob"):
         sample(policy, partial(rank, score=rules.confidence), 2, num_steps=3)
-    assert sample(policy, rank, 2, num_steps=3, temperature=0.0).order_logprobs is None
+    assert sample(policy, rank, 2, num_steps=3, temperature=0.0).order.logprobs is None

@@ -8,19 +8,14 @@ import torch
 from emulated import int3_emulated
 from layouts import published
 from mixtures import by_hand, chosen_by_hand, moe, on_a_boundary
+from order_toys import stayed_of
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.estimators import recorded
-from dllm_rl.likelihoods.replay import (
-    as_noted,
-    as_sampled,
-    blank,
-    check_replay,
-    routing_counts,
-    routing_metrics,
-)
+from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.replay import as_chosen, as_sampled, check_replay, routing_counts, routing_metrics, watched
+from dllm_rl.likelihoods.views import nothing_around, views_of
 from dllm_rl.models.forward import routing
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -110,9 +105,9 @@ def test_replay_removes_the_jump_of_a_router_on_a_boundary(layers, whole, rank):
     jump = gap(policy, rollout, noise)
     replay = as_sampled(noise, rollout)
     if whole:
-        note = blank(policy, rollout, noise)
-        lik.trajectory().logprobs(other, rollout, noise, note=note)
-        replay = as_noted(noise, rollout, note)
+        seen = watched(policy, rollout, noise)
+        lik.trajectory().logprobs(other, rollout, seen)
+        replay = as_chosen(seen, rollout)
     assert jump > 0.1 and gap(policy, rollout, replay) < 1e-3 * jump
     counts = routing_metrics(routing_counts(policy, other, rollout, noise))
     assert counts["routing/agreement"] < 0.9
@@ -123,25 +118,24 @@ def views(estimator):
     other = quantized_copy(policy, int3_emulated())
     rollout = sampled(other)
     noise = estimator.draw(rollout, GENERATOR)
-    note = blank(policy, rollout, noise)
-    estimator.logprobs(other, rollout, noise, note=note, micro_batch_size=2)
-    return policy, other, rollout, noise, note
+    seen = watched(policy, rollout, noise)
+    estimator.logprobs(other, rollout, seen, micro_batch_size=2)
+    return policy, other, rollout, noise, as_chosen(seen, rollout)
 
 
 @pytest.mark.parametrize("estimator", [lik.trajectory(), lik.elbo(num_samples=2), lik.coupled()])
 def test_scores_and_gradients_under_replay_are_those_of_routers_by_hand(estimator):
-    policy, _, rollout, noise, note = views(estimator)
-    replay = as_noted(noise, rollout, note)
+    policy, _, rollout, noise, replay = views(estimator)
+    note = replay.parts[-1].ids
     scores = estimator.scores(policy, rollout, replay, micro_batch_size=4)
-    assert torch.equal(estimator.scores(policy, rollout, replay, keep_graphs=True).detach(), scores) or torch.allclose(
-        estimator.scores(policy, rollout, replay), scores, atol=1e-5
-    )
+    kept = estimator.scores(policy, rollout, replay, keep_graphs=True)
+    torch.testing.assert_close(kept.detach(), scores, rtol=0, atol=1e-5)
     vector = torch.randn(noise.weight.shape, generator=torch.Generator().manual_seed(1)) * (noise.weight != 0)
-    for n, view in enumerate(estimator.views(replay)):
+    for n, view in enumerate(views_of(replay)):
         view.backward(policy, rollout, vector[n])
     ours = [p.grad.clone() for p in policy.module.parameters() if p.grad is not None]
     policy.module.zero_grad()
-    for n, view in enumerate(estimator.views(noise)):
+    for n, view in enumerate(views_of(noise)):
         live = view.scored.any(-1)  # the others are not run
         by_hand(policy, note[n][live], rollout.attention_mask[live])
         logps = view.logprobs(policy, replace(rollout, group_size=1))
@@ -161,17 +155,17 @@ def test_an_update_replays_where_the_order_has_a_law(rank):
     rollout = sampled(quantized_copy(policy, int3_emulated()), rank=rank)
     estimator = lik.trajectory()
     noise = as_sampled(estimator.draw(rollout, GENERATOR), rollout)
-    assert noise.left is not None
+    assert stayed_of(noise) is not None
     vectors = torch.randn(noise.weight.shape, generator=torch.Generator().manual_seed(1)) * (noise.weight != 0)
 
     def gradient(update):
         policy.module.zero_grad()
-        for view, vector in zip(estimator.views(noise), vectors, strict=True):
+        for view, vector in zip(views_of(noise), vectors, strict=True):
             update(view, vector)
         return torch.cat([p.grad.flatten() for p in policy.module.parameters() if p.grad is not None])
 
     replayed = gradient(lambda view, vector: view.logprobs(policy, rollout).backward(vector))
-    own = gradient(lambda view, vector: replace(view, routes=None).logprobs(policy, rollout).backward(vector))
+    own = gradient(lambda view, vector: replace(view, around=nothing_around).logprobs(policy, rollout).backward(vector))
     updated = gradient(lambda view, vector: view.backward(policy, rollout, vector))
     torch.testing.assert_close(updated, replayed, rtol=1e-3, atol=1e-5)
     assert (own - replayed).norm() > 0.1 * replayed.norm()
@@ -179,7 +173,8 @@ def test_an_update_replays_where_the_order_has_a_law(rank):
 
 def test_what_is_noted_in_scoring_is_what_routers_take_by_hand():
     estimator = lik.coupled()
-    _, other, rollout, noise, note = views(estimator)
+    _, other, rollout, noise, replay = views(estimator)
+    note = replay.parts[-1].ids
     for n, masked in enumerate(noise.masked):
         own = chosen_by_hand(other, rollout.tokens.masked_fill(masked, other.spec.mask_id), rollout.attention_mask)
         seen = rollout.attention_mask & (noise.weight[n] != 0).any(-1, keepdim=True)
@@ -249,8 +244,8 @@ def test_positions_that_are_scored_as_left_choose_for_themselves():
     policy = moe()
     rollout = sampled(policy, rank=confidence)
     noise = lik.trajectory().draw(rollout, GENERATOR)
-    assert noise.left is not None and noise.left.any()
-    routed = as_sampled(noise, rollout).routed
+    assert stayed_of(noise).any()
+    routed = as_sampled(noise, rollout).parts[-1].where
     assert torch.equal(routed, torch.stack([rollout.unmask_step == n for n in range(4)]))
 
 

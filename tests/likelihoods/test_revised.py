@@ -18,14 +18,18 @@ from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.events import canvas_at
 from dllm_rl.likelihoods.replay import as_sampled
+from dllm_rl.likelihoods.views import views_of
 from dllm_rl.models.base import encode_block_causal
+from dllm_rl.models.support import with_support
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.learner import accumulate_gradients
-from dllm_rl.types import EVENTS, Batch, Prompts, Rollout
+from dllm_rl.types import Batch, Prompts, Rollout
 
 REMASK = {"name": "remask", "eta": 0.6}
 EDIT = {"name": "soft_edit", "rank": "random", "rate": 0.3}
@@ -79,7 +83,7 @@ def test_the_law_is_the_enumeration_of_all_event_sequences(fp64, toy_of):
     torch.testing.assert_close((known * drawn).sum(), torch.tensor(1.0), rtol=0, atol=1e-10)
     contributions = estimator.logprobs(policy, rollout, estimator.draw(rollout, torch.Generator()))
     torch.testing.assert_close(contributions.sum(-1), drawn.log(), rtol=0, atol=1e-10)
-    assert (rollout.event_token == -1).any() and rollout.event_step.shape[-1] > 1
+    assert (rollout.events.token == -1).any() and rollout.events.step.shape[-1] > 1
 
 
 @pytest.mark.parametrize("toy_of", few(TOYS, TOYS[::3]), ids=str)
@@ -90,7 +94,7 @@ def test_the_sampler_takes_each_sequence_as_often_as_the_law_says(toy_of):
     found = sequences(policy, blocks, num_steps, rule, **options)
     rollout = sampled(policy, rows, blocks, num_steps, rule, **options)
     counts = Counter(events_of(rollout))
-    assert set(counts) <= set(found) and rollout.revised and not rollout.by_draws
+    assert set(counts) <= set(found) and rollout.events and not rollout.events.by_draws
     expected = {key: rows * known * drawn for key, (known, drawn) in found.items()}
     cells = [(counts[key], e) for key, e in expected.items() if e >= 5]
     cells.append((rows - sum(o for o, _ in cells), rows - sum(e for _, e in cells)))
@@ -98,7 +102,7 @@ def test_the_sampler_takes_each_sequence_as_often_as_the_law_says(toy_of):
     assert degrees > 20 and abs(math.sqrt(2 * statistic) - math.sqrt(2 * degrees - 1)) < 3  # Fisher's normal
     estimator = lik.trajectory()  # the record is the law's, bit for bit
     noise = estimator.draw(rollout, torch.Generator())
-    assert torch.equal(estimator.logprobs(policy, rollout, noise), lik.recorded(rollout, noise))
+    assert torch.equal(estimator.logprobs(policy, rollout, noise), recorded(rollout, noise))
 
 
 @pytest.mark.parametrize("toy_of", [TOYS[0], TOYS[2], TOYS[3], TOYS[6]], ids=str)
@@ -143,7 +147,7 @@ def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, t
     table, small = policy.table.detach(), 1e-5
     slope = (expectation(table + small * direction) - expectation(table - small * direction)) / (2 * small)
     assert float((exact * direction).sum()) == pytest.approx(slope, rel=1e-6, abs=1e-9)
-    last = through_the_learner(replace(rollout, revised=False, event_step=None, event_token=None, event_logprobs=None))
+    last = through_the_learner(replace(rollout, events=None))
     assert (last - expected).norm() > 0.05 * expected.norm()
 
 
@@ -204,12 +208,16 @@ def assert_replayed(rule, options, *, atol):
         rollout, estimator = rolled(policy, **rule, **options), lik.trajectory()
         noise = estimator.draw(rollout, torch.Generator())
         contributions = estimator.logprobs(policy, rollout, noise)
-        torch.testing.assert_close(contributions, lik.recorded(rollout, noise), rtol=0, atol=atol)
+        torch.testing.assert_close(contributions, recorded(rollout, noise), rtol=0, atol=atol)
         assert not torch.equal(contributions, rollout.logprobs)  # of the last writings
-        last = rollout.event_step.argmax(-1, keepdim=True)
+        last = rollout.events.step.argmax(-1, keepdim=True)
         chosen = rollout.completion_mask
-        for event, column in zip(EVENTS, (rollout.unmask_step, rollout.tokens, rollout.logprobs), strict=True):
-            assert torch.equal(getattr(rollout, event).gather(-1, last)[..., 0][chosen].to(column), column[chosen])
+        for event, column in zip(
+            ("step", "token", "logprobs"), (rollout.unmask_step, rollout.tokens, rollout.logprobs), strict=True
+        ):
+            assert torch.equal(
+                getattr(rollout.events, event).gather(-1, last)[..., 0][chosen].to(column), column[chosen]
+            )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=["remask", "soft_edit", "soft_edit, max_prob"])
@@ -223,12 +231,12 @@ def test_blocks_at_once_score_what_steps_one_by_one_do(rule, cache):
     for estimator in (lik.trajectory(), lik.trajectory(block_size=4)):
         noise = estimator.draw(rollout, torch.Generator())
         logps = estimator.logprobs(policy, rollout, noise)
-        torch.testing.assert_close(logps, lik.recorded(rollout, noise), atol=5e-6, rtol=1e-5)
+        torch.testing.assert_close(logps, recorded(rollout, noise), atol=5e-6, rtol=1e-5)
         policy.module.zero_grad()
-        for view, weight in zip(estimator.views(noise), noise.weight, strict=True):
+        for view, weight in zip(views_of(noise), noise.weight, strict=True):
             view.backward(policy, rollout, vector * weight)
         by_hand = torch.cat([p.grad.flatten() for p in policy.module.parameters() if p.grad is not None])
-        logps = sum(view.logprobs(policy, rollout) for view in estimator.views(noise))
+        logps = sum(view.logprobs(policy, rollout) for view in views_of(noise))
         used = [p for p in policy.module.parameters() if p.grad is not None]
         autograd = torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), used)])
         assert (by_hand - autograd).norm() < 1e-5 * autograd.norm()
@@ -245,20 +253,20 @@ def test_open_positions_inside_a_prompt_are_revised_too():
     for rule in RULES:
         rollout, estimator = unmask(policy, prompts, torch.Generator(), **options, **rule), lik.trajectory()
         noise = estimator.draw(rollout, torch.Generator())
-        assert torch.equal(estimator.logprobs(policy, rollout, noise), lik.recorded(rollout, noise))
-        assert torch.equal((rollout.event_step >= 0).any(-1), rollout.completion_mask)
+        assert torch.equal(estimator.logprobs(policy, rollout, noise), recorded(rollout, noise))
+        assert torch.equal((rollout.events.step >= 0).any(-1), rollout.completion_mask)
 
 
 def test_events_are_carried_with_the_record():
     policy = tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
     estimator = lik.trajectory()
     few, many = (rolled(policy, num_steps=steps, **RULES[0]) for steps in (3, 12))
-    assert few.event_step.shape[-1] < many.event_step.shape[-1] and few.event_step.dtype == torch.int32
+    assert few.events.step.shape[-1] < many.events.step.shape[-1] and few.events.step.dtype == torch.int32
 
     def scored(rollout):
         noise = estimator.draw(rollout, torch.Generator())
         ours = estimator.logprobs(policy, rollout, noise, micro_batch_size=2)
-        torch.testing.assert_close(ours, lik.recorded(rollout, noise), atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours, recorded(rollout, noise), atol=1e-5, rtol=0)
         return ours
 
     wide = few.padded(3, pad_id=policy.pad_id)
@@ -267,7 +275,7 @@ def test_events_are_carried_with_the_record():
     torch.testing.assert_close(scored(many.rows(taken)), scored(many)[taken], atol=1e-5, rtol=0)
     for first, second in ((few, many), (many, wide)):
         both = Rollout.joined([first, second], pad_id=policy.pad_id)
-        assert both.event_step.shape[-1] == many.event_step.shape[-1]
+        assert both.events.step.shape[-1] == many.events.step.shape[-1]
         parts = torch.cat([scored(first).sum(-1), scored(second).sum(-1)])
         torch.testing.assert_close(scored(both).sum(-1), parts, atol=1e-5, rtol=0)
         rows = torch.tensor([2, 3, 0, 1, 4, 5])
@@ -282,7 +290,7 @@ def test_what_has_no_law_is_refused_before_any_forward():
     ranked = {"rank": rules.confidence, "commit": partial(revise.soft_edit, rate=0.3)}
     for options in (hard, ranked):
         rollout = rolled(policy, **options)
-        assert rollout.by_draws and rollout.event_step is not None
+        assert rollout.events.by_draws
         for estimator in (lik.trajectory(), lik.trajectory(num_sampled=2)):
             with pytest.raises(ValueError, match=r"trajectory.*\(edit, rank=confidence\).*soft_edit.*one_step"):
                 estimator.draw(rollout, torch.Generator())
@@ -290,14 +298,14 @@ def test_what_has_no_law_is_refused_before_any_forward():
     with pytest.raises(ValueError, match="num_segments=2 merges steps"):
         lik.trajectory(num_segments=2).draw(rolled(policy, **RULES[0]), torch.Generator())
     with pytest.raises(ValueError, match=r"sampling_support='rollout'.*last writing alone"):
-        filtered = rolled(policy, top_k=3, **RULES[0]).with_support("rollout")
+        filtered = with_support(rolled(policy, top_k=3, **RULES[0]), "rollout")
         lik.trajectory().draw(filtered, torch.Generator())
     rollout = rolled(policy, **RULES[0])
     with pytest.raises(ValueError, match=r"router_replay='R3'.*last writing alone"):
         noted = replace(rollout, experts=rollout.tokens[..., None, None])
         as_sampled(lik.trajectory().draw(noted, torch.Generator()), noted)
     with pytest.raises(ValueError, match="has no events"):
-        rolled(policy).canvas(rollout.unmask_step)
+        canvas_at(rolled(policy), step=rollout.unmask_step)
 
 
 def run(directory, words, **changes):

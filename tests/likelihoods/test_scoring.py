@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from tiny_recipe import Wrapped, tiny_recipe
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.estimators import causal, coupled, elbo, one_step, recorded
-from dllm_rl.likelihoods.scoring import packed_mask, row_chunks
+from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.estimators import causal, coupled, elbo, one_step
+from dllm_rl.likelihoods.packed import packed_mask
+from dllm_rl.likelihoods.views import row_chunks, views_of
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.tokens import encode
@@ -21,8 +23,8 @@ from dllm_rl.samplers.rules import max_prob, plackett_luce
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import check_estimator
-from dllm_rl.training.learner import accumulate_gradients
-from dllm_rl.training.scorer import arithmetic, score
+from dllm_rl.training.forwards import arithmetic
+from dllm_rl.training.learner import accumulate_gradients, score
 from dllm_rl.types import Batch, Prompts
 
 SMALL = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
@@ -60,7 +62,7 @@ def test_scores_are_those_of_the_padded_batch_and_of_each_row_alone(kind, monkey
     policy, rollout = ragged(kind)
     estimator = causal() if kind == "causal" else elbo()
     noise = estimator.draw(rollout, generator_for(1))
-    padded = torch.stack([view.logprobs(policy, rollout) for view in estimator.views(noise)])
+    padded = torch.stack([view.logprobs(policy, rollout) for view in views_of(noise)])
     tokens, hidden = [], policy.hidden
     monkeypatch.setattr(policy, "hidden", lambda x, mask: (tokens.append(x.numel()), hidden(x, mask))[1])
     ours = estimator.scores(policy, rollout, noise)
@@ -86,7 +88,7 @@ def test_the_gradient_is_that_of_the_padded_batch():
     for update in ("padded", "buckets", "kept"):
         policy.module.zero_grad()
         if update == "padded":
-            for view, weight in zip(estimator.views(noise), noise.weight, strict=True):
+            for view, weight in zip(views_of(noise), noise.weight, strict=True):
                 view.backward(policy, rollout, vector * weight)
         else:
             given = estimator.scores(policy, rollout, noise, keep_graphs=update == "kept")
@@ -183,7 +185,7 @@ def test_packed_gradient_is_that_of_the_steps_one_by_one():
     parameters, gradients = list(policy.module.parameters()), []
     for estimator in (lik.trajectory(), lik.trajectory(block_size=SIZE)):
         noise = estimator.draw(rollout, torch.Generator())
-        logps = sum(view.logprobs(policy, rollout) for view in estimator.views(noise))
+        logps = sum(view.logprobs(policy, rollout) for view in views_of(noise))
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), parameters)]))
     assert gradients[0].norm() > 0.1
     assert ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item() < 1e-5
@@ -202,9 +204,9 @@ def test_packed_scoring_of_noisy_orders():
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), parameters)])
         found.append((logps.detach(), gradient))
     (one_by_one, expected), (packed, gradient) = found
-    assert torch.equal(one_by_one, lik.recorded(rollout, lik.trajectory().draw(rollout, torch.Generator())))
+    assert torch.equal(one_by_one, recorded(rollout, lik.trajectory().draw(rollout, torch.Generator())))
     torch.testing.assert_close(packed, one_by_one, atol=5e-6, rtol=1e-5)
-    assert (rollout.order_logprobs < -0.5).any() and expected.norm() > 0.1
+    assert (rollout.order.logprobs < -0.5).any() and expected.norm() > 0.1
     assert ((gradient - expected).norm() / expected.norm()).item() < 1e-5
 
 

@@ -33,7 +33,7 @@ from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.linear import Experts
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, sync_weights
 from dllm_rl.quantization.schemes import float8_weight_only, int8_dynamic
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 
 LORA = Lora(r=3, alpha=6.0, experts=True)
 

@@ -5,7 +5,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.monitoring.health import health
 from dllm_rl.monitoring.progress import one_line
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 
 GOOD = {
     "rollout_corr/ess": 0.95,

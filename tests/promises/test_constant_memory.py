@@ -13,6 +13,7 @@ from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.likelihoods.views import views_of
 from dllm_rl.models import logprobs as head_module
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
@@ -105,7 +106,7 @@ def loss_of(corrector, aggregate, *, beta: float = 0.0, entropy: float = 0.0) ->
 
 def plain_logps(policy, estimator, rollout, noise) -> torch.Tensor:
     """One graph through every view."""
-    views = [view.logprobs(policy, rollout) for view in estimator.views(noise)]
+    views = [view.logprobs(policy, rollout) for view in views_of(noise)]
     return estimator.combine(torch.stack(views), noise)
 
 

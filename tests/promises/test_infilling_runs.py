@@ -20,8 +20,8 @@ from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.training.dry_run.plan import plan
-from dllm_rl.training.loop import train
 from dllm_rl.training.prompts import check_prompts
+from dllm_rl.training.trainer import train
 from dllm_rl.training.warmup import examples
 
 DIGITS = "0123456789"

@@ -16,9 +16,10 @@ from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tokens import encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
-from dllm_rl.training.learner import accumulate_gradients, correct, learner_forward, update
+from dllm_rl.training.forwards import learner_forward
+from dllm_rl.training.learner import accumulate_gradients, correct, keeps_graphs, score, update
 from dllm_rl.training.policies import make_optimizer
-from dllm_rl.training.scorer import draw_noise, keeps_graphs, measured_groups, score
+from dllm_rl.training.selection import draw_noise, metric_weights
 from recipes.studies.surrogates import stable_drl
 
 MANY = 99
@@ -57,7 +58,7 @@ class Step:
 
     def batch(self):
         recipe, policies = self.recipe, {"policy": self.policy, "rollout_policy": self.rollout_policy}
-        groups = measured_groups(recipe, self.advantages, 0)
+        groups = metric_weights(recipe, self.advantages, 0)
         if not recipe.beta:
             assert (groups > 0).all() and not (self.advantages[0] != 0).any()
         anchor = None if not recipe.beta else self.policy.reference() if recipe.lora else recipe.model(seed=3)

@@ -25,7 +25,7 @@ from dllm_rl.likelihoods.estimators import coupled, elbo, one_step, sandwich
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.tasks.base import Reward
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 
 RATE, PROMPTS, GROUP, SHORTER = 0.5, 3, 4, 5
 A = torch.tensor([[1.0, -0.5, 0.25, -0.75], [0.0, 0.0, 0.0, 0.0], [-1.5, 0.5, 0.75, 0.25]])

@@ -9,7 +9,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.samplers.rules import confidence, max_prob, plackett_luce, random
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 
 NAMES = {"rollout_corr/order_agreement", "rollout_corr/order_agreement_rows"}
 

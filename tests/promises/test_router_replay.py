@@ -14,8 +14,8 @@ from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.dry_run.memory import measure_step
 from dllm_rl.training.dry_run.plan import plan
-from dllm_rl.training.loop import train
 from dllm_rl.training.policies import check_compiled
+from dllm_rl.training.trainer import train
 
 MOE = partial(tiny_moe, num_experts=4, gain=1.5, head_std=0.3, **SIZES)
 

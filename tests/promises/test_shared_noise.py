@@ -14,7 +14,7 @@ from run_outputs import metrics_of
 
 from dllm_rl.algorithms.correctors import tis
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.estimators import LikelihoodEstimator
+from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.recipe import Recipe
@@ -23,7 +23,7 @@ from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import learner
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 from dllm_rl.types import Prompts
 
 SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 24}

@@ -14,7 +14,7 @@ from dllm_rl.quantization import schemes
 from dllm_rl.quantization.linear import differing_codes, load_weight_, quantized, scales_of
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, sync_weights
 from dllm_rl.quantization.schemes import EmulatedLinear, FakeQuantize, codes_and_scale
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 
 
 def changes(layer, weight):

@@ -9,7 +9,7 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.rng import generator_for
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 from recipes.countdown_tiny import recipe, small_numbers
 
 SHORT = "--warmup_steps 2 --num_steps 2 --train_batch_size 2 --num_generations 4 --model.num_layers 1"

@@ -60,7 +60,7 @@ def test_a_cost_is_the_lesser_median_of_two_rounds(tmp_path, monkeypatch):
     """Steps of 1, 2, 3 ... seconds, longer from run to run, the first two of eight left out: 5.5 in the first run."""
     trained = []
     monkeypatch.setattr(league, "warm_up", lambda *_: tmp_path)
-    monkeypatch.setattr("dllm_rl.training.loop.train", trained.append)
+    monkeypatch.setattr("dllm_rl.training.trainer.train", trained.append)
     steps = lambda _: [{"step_time": float(len(trained) + i)} for i in range(8)]  # noqa: E731
     monkeypatch.setattr("dllm_rl.monitoring.plots.read_metrics", steps)
     study = league.study_of("sudoku")

@@ -17,7 +17,7 @@ from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.models.base import copied
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks import Sudoku
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 from recipes import one_file
 
 # Untrained: such a policy writes padding and end tokens too.

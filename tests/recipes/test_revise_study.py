@@ -10,7 +10,7 @@ import torch
 from dllm_rl.config import from_command_line
 from dllm_rl.models.tokens import encode
 from dllm_rl.monitoring.json_lines import current_rows
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 from recipes import sudoku_revise
 from recipes.studies import paired, revise
 

@@ -9,7 +9,7 @@ from likelihood_toys import TablePolicy
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.types import Prompts
+from dllm_rl.types import Events, Prompts
 
 LENGTH = 4
 
@@ -63,9 +63,10 @@ def test_orders_that_depend_on_no_policy_or_on_the_draws_are_not_compared():
     policy = policy_of(4.0, 3.0, 2.0, 1.0)
     for rank in (rules.random, rules.confidence, lambda logits: logits[:, 0]):
         assert order_agreement(policy, sampled(policy, rank=rank)) == {}
-    assert order_agreement(policy, replace(sampled(policy), rank=None)) == {}
+    assert order_agreement(policy, replace(sampled(policy), order=None)) == {}
 
 
 def test_an_order_that_was_revised_is_not_compared():
     policy = policy_of(4.0, 3.0, 2.0, 1.0)
-    assert order_agreement(policy, replace(sampled(policy), revised=True)) == {}
+    never = torch.full((*sampled(policy).tokens.shape, 1), -1)
+    assert order_agreement(policy, replace(sampled(policy), events=Events(never, never, never.float()))) == {}

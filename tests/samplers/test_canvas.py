@@ -6,8 +6,9 @@ import pytest
 import torch
 from likelihood_toys import TablePolicy
 
-from dllm_rl.samplers.canvas import BlockQueue, check_last_step, make_canvas, next_turn, packed_events
-from dllm_rl.samplers.rules import threshold
+from dllm_rl.samplers.canvas import BlockQueue, make_canvas, next_turn
+from dllm_rl.samplers.revise import packed_events
+from dllm_rl.samplers.rules import check_last_step, threshold
 from dllm_rl.types import Prompts, SamplingParams
 
 MASK = 2  # of a policy of two words; 3 is its prompt token and 4 its padding
@@ -40,12 +41,16 @@ def test_only_rows_that_ended_are_padded():
 
 def test_a_position_that_is_masked_again_has_no_record():
     canvas = canvas_of(2)
-    kept = torch.tensor([-0.1]), torch.tensor([[0, 1]])
-    canvas.write(*torch.tensor([[0], [1], [3], [0]]), torch.tensor([-0.5]), *kept)
+    canvas.events = []
+    where = torch.tensor([0]), torch.tensor([1])
+    canvas.write(*where, *torch.tensor([[3], [0]]), torch.tensor([-0.5]))
+    canvas.note("log_mass", *where, torch.tensor([-0.1]))
+    canvas.note("ids", *where, torch.tensor([[0, 1]]), -1)
+    assert canvas.noted["ids"].tolist() == [[[-1, -1], [0, 1]]]
     assert canvas.rollout(SamplingParams(), 0).logprobs.tolist() == [[0.0, 0.0, -0.5]]
     canvas.reopen(torch.tensor([0]), torch.tensor([1]), torch.tensor([4]))
     seen = canvas.rollout(SamplingParams(), 0)
-    assert not seen.logprobs.any() and not seen.log_kept_mass.any() and (seen.kept_ids == -1).all()
+    assert not seen.logprobs.any() and not canvas.noted["log_mass"].any() and (canvas.noted["ids"] == -1).all()
     assert (seen.unmask_step == -1).all() and not seen.completion_mask.any() and seen.tokens[0, 2] == MASK
 
 
@@ -53,21 +58,21 @@ def test_events_of_a_position_are_packed_in_their_order():
     """Row 0, place 1: written in step 0, masked in 2, written in 3; row 1, place 0: written in step 1."""
     noted = [[[0], [1], [0], [5]], [[1], [0], [1], [6]], [[0], [1], [2], [-1]], [[0], [1], [3], [7]]]
     events = [(*torch.tensor(each), -0.1 * torch.tensor(each[3])) for each in noted]
-    found = packed_events(events, torch.Size([2, 2]))
+    found = packed_events(events, torch.Size([2, 2]), by_draws=False)
     none = [-1, -1, -1]
-    assert found["event_step"].tolist() == [[none, [0, 2, 3]], [[1, -1, -1], none]]
-    assert found["event_token"].tolist() == [[none, [5, -1, 7]], [[6, -1, -1], none]]
+    assert found.step.tolist() == [[none, [0, 2, 3]], [[1, -1, -1], none]]
+    assert found.token.tolist() == [[none, [5, -1, 7]], [[6, -1, -1], none]]
     wanted = torch.tensor([[[0, 0, 0], [-0.5, 0.1, -0.7]], [[-0.6, 0, 0], [0, 0, 0]]])
-    torch.testing.assert_close(found["event_logprobs"], wanted)
+    torch.testing.assert_close(found.logprobs, wanted)
 
 
 def test_the_opening_step_is_known_of_what_is_written_alone():
     """Of a block of two positions the second is written in step 3, the first is still masked."""
     canvas = canvas_of(2)
     write(canvas, [0], [1], step=3)
-    assert canvas.rollout(SamplingParams(), 0).open_step.tolist() == [[-1, -1, 3]]
+    assert canvas.open_step().tolist() == [[-1, 3]]
     write(canvas, [0], [0], step=5)
-    assert canvas.rollout(SamplingParams(), 0).open_step.tolist() == [[-1, 3, 3]]
+    assert canvas.open_step().tolist() == [[3, 3]]
 
 
 SEEDS = torch.tensor([7, 8])
@@ -77,7 +82,7 @@ def half_written(*, in_step: bool, revised: bool = False):
     """Row 0 has written its first block, row 1 one position of it; both have taken part in one step."""
     policy = TablePolicy(length=5, words=2, seed=0)
     canvas = make_canvas(policy, Prompts.from_ids([[3], [3]], pad_id=4), 5, 2, block_aligned=False)
-    canvas.revised = revised
+    canvas.events = [] if revised else None
     queue = BlockQueue(canvas.block, 5, in_step=in_step)
     rows, places = torch.tensor([[0, 0, 1], [0, 1, 1]])
     first = next_turn(canvas, queue, SEEDS)

@@ -13,14 +13,15 @@ from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import train
 from dllm_rl.likelihoods.estimators import causal, trajectory
-from dllm_rl.likelihoods.scoring import View
+from dllm_rl.likelihoods.views import View
 from dllm_rl.models.logprobs import process, token_logprobs
+from dllm_rl.models.support import KEPT_IDS, with_support
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import rules, sampler_for
 from dllm_rl.samplers.canvas import BlockQueue, make_canvas, next_turn
 from dllm_rl.samplers.choose import Choose, propose
 from dllm_rl.samplers.rules import confidence, max_prob
-from dllm_rl.types import KEPT_IDS, Prompts, Rollout, SamplingParams
+from dllm_rl.types import Kept, Prompts, Rollout, SamplingParams
 
 
 def choice_of(rank, commit=rules.schedule, *, temperature=1.0):
@@ -121,11 +122,11 @@ def test_the_worked_example():
         one = torch.ones(1, 1, dtype=torch.bool)
         rollout = Rollout(
             tokens[None], one, one, tokens[None] * 0, logp[None], 1, sampling_params=params,
-            log_kept_mass=log_mass[None], kept_ids=kept[None],
+            kept=Kept(log_mass[None], kept[None]),
         )  # fmt: skip
         for support in ("own", "unfiltered", "rollout"):
-            side = rollout.with_support(support)
-            ids = side.kept_ids[0] if support == "rollout" else None
+            side = with_support(rollout, support)
+            ids = side.kept.ids[0] if support == "rollout" else None
             learner = token_logprobs(policy, q, tokens, side.sampling_params, ids)
             ratios[support, token] = (learner - side.logprobs[0]).exp().item()
     expected = {
@@ -183,16 +184,16 @@ def test_a_rollout_records_what_was_kept(is_causal, name):
     policy = tiny(is_causal=is_causal)
     rollout = sampled(policy, **FILTERS[name])
     chosen = rollout.completion_mask
-    assert rollout.kept_ids.shape[:2] == rollout.tokens.shape and rollout.kept_ids.dtype == torch.int32
-    assert (rollout.kept_ids[~chosen] == -1).all() and (rollout.log_kept_mass[~chosen] == 0).all()
-    assert (rollout.log_kept_mass[chosen] < 0).all()
-    assert (rollout.kept_ids[chosen] == rollout.tokens[chosen][:, None]).any(-1).all()  # the sampled token is one
-    count = (rollout.kept_ids >= 0).sum(-1)[chosen]
-    assert count.max() == rollout.kept_ids.shape[-1]
+    assert rollout.kept.ids.shape[:2] == rollout.tokens.shape and rollout.kept.ids.dtype == torch.int32
+    assert (rollout.kept.ids[~chosen] == -1).all() and (rollout.kept.log_mass[~chosen] == 0).all()
+    assert (rollout.kept.log_mass[chosen] < 0).all()
+    assert (rollout.kept.ids[chosen] == rollout.tokens[chosen][:, None]).any(-1).all()  # the sampled token is one
+    count = (rollout.kept.ids >= 0).sum(-1)[chosen]
+    assert count.max() == rollout.kept.ids.shape[-1]
     if name == "top_k":
         assert (count == 2).all()
     # On-policy all conventions agree bit for bit, except for the rounding of one sum of two numbers.
-    own, within, whole = (rollout.with_support(s) for s in ("own", "rollout", "unfiltered"))
+    own, within, whole = (with_support(rollout, s) for s in ("own", "rollout", "unfiltered"))
     assert own is rollout
     if not is_causal:  # a cache computes other shapes than the learner
         assert torch.equal(score(policy, own), rollout.logprobs)
@@ -208,8 +209,8 @@ def test_a_rank_that_draws_first_records_the_same():
         for rank in (confidence, max_prob)
     ]
     assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
-    assert torch.equal(rollouts[0].kept_ids, rollouts[1].kept_ids)
-    assert torch.equal(rollouts[0].log_kept_mass, rollouts[1].log_kept_mass)
+    assert torch.equal(rollouts[0].kept.ids, rollouts[1].kept.ids)
+    assert torch.equal(rollouts[0].kept.log_mass, rollouts[1].kept.log_mass)
 
 
 @pytest.mark.parametrize("support", ["own", "unfiltered", "rollout"])
@@ -218,7 +219,7 @@ def test_another_policy_scores_under_each_convention(support):
     rollout = sampled(tiny(is_causal=True), top_k=2).with_support(support)
     policy, chosen = tiny(is_causal=True, seed=5), rollout.completion_mask
     logits = policy.logits(rollout.tokens, rollout.attention_mask).double()[chosen] / 0.7
-    y, kept = rollout.tokens[chosen], rollout.kept_ids[chosen].long()
+    y, kept = rollout.tokens[chosen], rollout.kept.ids[chosen].long()
     own = logits >= logits.topk(2).values[:, -1:]
     sets = {"own": own, "unfiltered": torch.ones_like(own), "rollout": torch.zeros_like(own).scatter(-1, kept, True)}
     inside = sets[support].scatter(-1, y[:, None], True)
@@ -236,8 +237,8 @@ def test_another_policy_scores_under_each_convention(support):
 
 def test_nothing_is_recorded_without_filters():
     rollout = sampled(tiny(is_causal=False))
-    assert rollout.log_kept_mass is None and rollout.kept_ids is None
-    assert all(rollout.with_support(s) is rollout for s in ("own", "unfiltered", "rollout"))
+    assert rollout.kept.log_mass is None and rollout.kept.ids is None
+    assert all(with_support(rollout, s) is rollout for s in ("own", "unfiltered", "rollout"))
 
 
 def test_a_set_too_large_for_its_ids_is_refused_and_its_mass_is_not():
@@ -245,19 +246,19 @@ def test_a_set_too_large_for_its_ids_is_refused_and_its_mass_is_not():
     characters = "".join(map(chr, range(0x4E00, 0x4E00 + size)))
     policy = tiny_llama(causal=True, hidden_size=32, num_layers=1, characters=characters)
     rollout = sampled(policy, top_k=KEPT_IDS + 1)
-    assert rollout.kept_ids is None and rollout.log_kept_mass is not None
+    assert rollout.kept.ids is None and rollout.kept.log_mass is not None
     with pytest.raises(ValueError, match=f"ids are recorded for at most {KEPT_IDS} tokens; lower top_k or top_p"):
-        rollout.with_support("rollout")
-    assert rollout.with_support("unfiltered").sampling_params.support == "unfiltered"
-    assert sampled(policy, top_k=KEPT_IDS).kept_ids.shape[-1] == KEPT_IDS
+        with_support(rollout, "rollout")
+    assert with_support(rollout, "unfiltered").sampling_params.support == "unfiltered"
+    assert sampled(policy, top_k=KEPT_IDS).kept.ids.shape[-1] == KEPT_IDS
 
 
 def test_conventions_that_cannot_be():
     rollout = sampled(tiny(is_causal=True), top_k=2)
     with pytest.raises(ValueError, match="support='own': the rollout has 'unfiltered' already; take the sampler's own"):
-        rollout.with_support("unfiltered").with_support("own")
+        with_support(rollout, "unfiltered").with_support("own")
     with pytest.raises(ValueError, match="needs what the sampler kept, which is not recorded: sample with this"):
-        replace(rollout, log_kept_mass=None).with_support("unfiltered")
+        with_support(replace(rollout, kept=None), "unfiltered")
     with pytest.raises((ValueError, TypeError), match="'half'"):  # the tests' type checker is asked first
         tiny_recipe("unused", sampling_support="half")
     with pytest.raises(ValueError, match="zero_mismatch=True does not go with sampling_support='unfiltered'"):
@@ -269,14 +270,17 @@ def test_records_stay_together():
     policy = tiny(is_causal=False)
     wide, narrow = sampled(policy, top_k=5), sampled(policy, top_k=2)
     joined = wide.replaced(torch.tensor([0, 1, 2]), narrow.rows(torch.arange(3)), pad_id=0)
-    assert torch.equal(joined.kept_ids[:3, :, :2], narrow.kept_ids[:3]) and (joined.kept_ids[:3, :, 2:] == -1).all()
-    assert torch.equal(joined.kept_ids[3:], wide.kept_ids[3:])
-    assert torch.equal(joined.log_kept_mass, torch.cat([narrow.log_kept_mass[:3], wide.log_kept_mass[3:]]))
+    assert torch.equal(joined.kept.ids[:3, :, :2], narrow.kept.ids[:3]) and (joined.kept.ids[:3, :, 2:] == -1).all()
+    assert torch.equal(joined.kept.ids[3:], wide.kept.ids[3:])
+    assert torch.equal(joined.kept.log_mass, torch.cat([narrow.kept.log_mass[:3], wide.kept.log_mass[3:]]))
     padded = wide.padded(2, pad_id=0)
-    assert torch.equal(padded.kept_ids[:, 2:], wide.kept_ids) and (padded.kept_ids[:, :2] == -1).all()
-    assert torch.equal(padded.log_kept_mass[:, 2:], wide.log_kept_mass)
+    assert torch.equal(padded.kept.ids[:, 2:], wide.kept.ids) and (padded.kept.ids[:, :2] == -1).all()
+    assert torch.equal(padded.kept.log_mass[:, 2:], wide.kept.log_mass)
     first = torch.tensor([0])
-    assert wide.replaced(first, replace(narrow, kept_ids=None).rows(first), pad_id=0).kept_ids is None
+    assert (
+        wide.replaced(first, replace(narrow, kept=replace(narrow.kept, ids=None)).rows(first), pad_id=0).kept.ids
+        is None
+    )
 
 
 def test_ties_with_the_kth_are_kept_and_recorded():

@@ -155,8 +155,8 @@ def ours(policy, ids, length, *, tau, tau_edit=None, num_steps=None, **options):
         policy, prompts, torch.Generator(), max_new_tokens=length, num_steps=num_steps, commit=rule, **options
     )
     record = [rollout.unmask_step[..., None], rollout.tokens[..., None], rollout.logprobs[..., None]]
-    if rollout.revised:
-        record = [rollout.event_step, rollout.event_token, rollout.event_logprobs]
+    if rollout.events is not None:
+        record = [rollout.events.step, rollout.events.token, rollout.events.logprobs]
     found = []
     for steps, tokens, logprobs in zip(*(x[:, -length:].tolist() for x in record), strict=True):
         found.append({})

@@ -1,14 +1,19 @@
 """Prompts with open positions: what is filled in, that it is the sampler that it was, and where it does not apply."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from order_toys import stayed_of
 from repetitions import few
+from rollouts import fields_of
 
 from dllm_rl.likelihoods import estimators
+from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.masks import block_index
+from dllm_rl.likelihoods.views import views_of
+from dllm_rl.models.support import with_support
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.autoregress import autoregress
@@ -50,9 +55,9 @@ def fill(policy, ids, seeds, *, new=0, width=0, group=1, **options):
 
 
 def equal(a, b):
-    for field in fields(a):
-        one, other = getattr(a, field.name), getattr(b, field.name)
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
+    for (name, one), (same, other) in zip(fields_of(a), fields_of(b), strict=True):
+        assert name == same
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, name
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -116,15 +121,15 @@ def assert_replayed(policy, name, *, atol):
         estimator = estimators.trajectory()
         noise = estimator.draw(rollout, torch.Generator())
         found = estimator.logprobs(policy, rollout, noise)
-        torch.testing.assert_close(found, estimators.recorded(rollout, noise), rtol=0, atol=atol)
-        assert (noise.left is None) == (name not in ("confidence", "plackett_luce"))
+        torch.testing.assert_close(found, recorded(rollout, noise), rtol=0, atol=atol)
+        assert (stayed_of(noise) is None) == (name not in ("confidence", "plackett_luce"))
 
 
 def test_filters_record_what_they_kept(policy):
     rollout = fill(policy, IDS, range(5), top_k=3, rank=rules.random)
-    assert ((rollout.kept_ids >= 0).sum(-1) == 3 * rollout.completion_mask).all()
-    assert ((rollout.log_kept_mass < 0) == rollout.completion_mask).all()
-    scored = rollout.with_support("rollout")
+    assert ((rollout.kept.ids >= 0).sum(-1) == 3 * rollout.completion_mask).all()
+    assert ((rollout.kept.log_mass < 0) == rollout.completion_mask).all()
+    scored = with_support(rollout, "rollout")
     estimator = estimators.trajectory()
     again = estimator.logprobs(policy, scored, estimator.draw(scored, torch.Generator()))
     torch.testing.assert_close(again, rollout.logprobs, rtol=0, atol=1e-5)
@@ -175,7 +180,7 @@ def test_gradients_are_those_of_the_open_positions(policy):
     estimator = estimators.trajectory(order="given")
     noise = estimator.draw(rollout, torch.Generator())
     policy.module.zero_grad()
-    for view, weight in zip(estimator.views(noise), noise.weight, strict=True):
+    for view, weight in zip(views_of(noise), noise.weight, strict=True):
         view.backward(policy, rollout, weight)
     found = [p.grad.clone() for p in policy.module.parameters() if p.grad is not None]
     policy.module.zero_grad()

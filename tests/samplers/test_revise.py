@@ -10,6 +10,7 @@ import torch
 
 from dllm_rl import train
 from dllm_rl.likelihoods import estimators
+from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.by_name import read_commit
@@ -116,7 +117,7 @@ def test_editing_by_hand():
         rule = partial(revise.edit, tau=0.5, tau_edit=tau_edit)
         rollout = sample(policy, [[3]], [0], length=3, commit=rule, **greedy)
         assert rollout.tokens[0, 1:].tolist() == tokens and rollout.unmask_step[0, 1:].tolist() == steps
-        assert rollout.forwards == forwards and rollout.revised
+        assert rollout.forwards == forwards and rollout.events is not None
         wanted = torch.tensor([0.6, 0.9 if steps[1] else 0.55, 0.6]).log()
         torch.testing.assert_close(rollout.logprobs[0, 1:], wanted)
 
@@ -125,12 +126,12 @@ def test_editing_by_hand():
 def test_edits_depend_on_draws_only_where_tokens_are_drawn(rank):
     """At temperature 0 a state has one proposal: the events are all of the law, and replay gives the record."""
     options = {"rank": rank, "commit": partial(revise.edit, tau=0.5)}
-    assert sample(Scripted(), [[3]], [0], length=3, **options).by_draws
+    assert sample(Scripted(), [[3]], [0], length=3, **options).events.by_draws
     greedy = sample(Scripted(), [[3]], [0], length=3, temperature=0.0, **options)
-    assert not greedy.by_draws and greedy.tokens[0, 1:].tolist() == [0, 1, 0]
+    assert not greedy.events.by_draws and greedy.tokens[0, 1:].tolist() == [0, 1, 0]
     trajectory = estimators.trajectory()
     noise = trajectory.draw(greedy, torch.Generator())
-    assert torch.equal(trajectory.logprobs(Scripted(), greedy, noise), estimators.recorded(greedy, noise))
+    assert torch.equal(trajectory.logprobs(Scripted(), greedy, noise), recorded(greedy, noise))
 
 
 def test_a_rank_of_the_state_edits_too():
@@ -159,7 +160,7 @@ IDS = [[3, 4, 5], [7], [8, 9, 10, 11, 12]]
 @pytest.mark.parametrize("options", [REMASK, EDIT, SOFT], ids=["remask", "edit", "soft_edit"])
 def test_a_row_depends_on_itself_alone_and_ends_whole(policy, options):
     together = sample(policy, IDS, [5, 6, 7], num_steps=4, **options)
-    assert together.completion_mask.sum(-1).tolist() == [6, 6, 6] and together.revised
+    assert together.completion_mask.sum(-1).tolist() == [6, 6, 6] and together.events is not None
     for row, (ids, seed) in enumerate(zip(IDS, [5, 6, 7], strict=True)):
         alone = sample(policy, [ids], [seed], num_steps=4, **options)
         assert torch.equal(alone.tokens[0, -6:], together.tokens[row, -6:])
@@ -183,7 +184,7 @@ def test_filters_caches_and_infilling(policy, options):
         exact = sample(policy, IDS, range(3), num_steps=4, block_size=3, **options)
         assert torch.equal(cached.tokens[:, -6:], exact.tokens[:, -6:])
     filtered = sample(policy, IDS, range(3), num_steps=4, top_k=3, **options)
-    assert ((filtered.kept_ids[:, -6:] >= 0).sum(-1) == 3).all() and (filtered.log_kept_mass[:, -6:] < 0).all()
+    assert ((filtered.kept.ids[:, -6:] >= 0).sum(-1) == 3).all() and (filtered.kept.log_mass[:, -6:] < 0).all()
     prompts = Prompts.from_ids([[3, 1, 4, 1, 1], [1, 5]], pad_id=0, seeds=[1, 2], mask_id=1)
     filled = unmask(policy, prompts, torch.Generator(), max_new_tokens=0, num_steps=2, temperature=1.0, **options)
     assert filled.completion_mask.sum(-1).tolist() == [3, 1] and not (filled.tokens[filled.completion_mask] == 1).any()
@@ -256,8 +257,8 @@ def test_a_soft_edit_draws_every_written_position_again_at_rate_1(rate):
     policy, rule = TablePolicy(length=3, words=2, seed=3), partial(revise.soft_edit, rate=rate)
     options = {"length": 3, "num_steps": 5, "rank": rules.random, "suppress": (3, 4)}
     rollout = sample(policy, [[3]] * 9, range(9), commit=rule, **options)
-    assert rollout.forwards == 5 and ((rollout.event_token >= 0) == (rollout.event_step >= 0)).all()
-    for row in rollout.event_step[:, 1:]:
+    assert rollout.forwards == 5 and ((rollout.events.token >= 0) == (rollout.events.step >= 0)).all()
+    for row in rollout.events.step[:, 1:]:
         steps = sorted([s for s in place if s >= 0] for place in row.tolist())
         assert steps == ([[0], [1], [2]] if rate == 0 else [[0, 1, 2, 3, 4], [1, 2, 3, 4], [2, 3, 4]])
 

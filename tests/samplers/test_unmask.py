@@ -8,16 +8,19 @@ import pytest
 import torch
 from likelihood_toys import TablePolicy
 from mixtures import moe
+from order_toys import stayed_of
 from repetitions import few
 
-from dllm_rl.likelihoods.estimators import recorded, trajectory
+from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models import logprobs as head
 from dllm_rl.models.forward import buckets
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.canvas import make_canvas
-from dllm_rl.samplers.unmask import States, check_fits, unmask
+from dllm_rl.samplers.states import States
+from dllm_rl.samplers.unmask import check_fits, unmask
 from dllm_rl.types import Prompts
 
 CHARACTERS = "0123456789 abcdefghijklmnop"
@@ -159,7 +162,7 @@ def assert_replayed(policy, name, *, atol):
         for size in (None, 2):
             found = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
             torch.testing.assert_close(found, recorded(rollout, noise), rtol=0, atol=atol)
-        assert (noise.left is None) == (name not in ("confidence", "plackett_luce"))
+        assert (stayed_of(noise) is None) == (name not in ("confidence", "plackett_luce"))
         given = trajectory(order="given")
         tokens = given.logprobs(policy, rollout, given.draw(rollout, torch.Generator()))
         torch.testing.assert_close(tokens, rollout.logprobs, rtol=0, atol=atol)

@@ -10,6 +10,7 @@ from layouts import checkpoint
 from simulated_cuda import SimulatedCuda
 
 from dllm_rl import Prompts, load_policy
+from dllm_rl.models.support import KEPT_IDS
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -17,7 +18,6 @@ from dllm_rl.samplers import unmask, whole_step
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import max_prob, threshold
-from dllm_rl.types import KEPT_IDS
 
 FULL = ("llada", "illada", "llada_moe", "dream", "rnd1", "a2d_qwen2", "a2d_qwen3")
 BLOCKS = ("llada2", "sdar", "sdar_moe", "stable_diffcoder", "a2d_blocks", "nemotron")
@@ -61,9 +61,9 @@ def test_a_vocabulary_that_is_larger_than_what_is_recorded(uncompiled, kept):
     ragged, fixed = (run(torch.Generator().manual_seed(0), compile_step=on) for on in (False, True))
     assert whole_steps.differing(ragged, fixed) == []
     if kept > KEPT_IDS:
-        assert fixed.kept_ids is None
+        assert fixed.kept.ids is None
     else:
-        assert ((fixed.kept_ids >= 0).sum(-1)[fixed.completion_mask] == kept).all()
+        assert ((fixed.kept.ids >= 0).sum(-1)[fixed.completion_mask] == kept).all()
 
 
 def test_a_shifted_block_may_begin_before_the_prompt(uncompiled, tmp_path):

@@ -29,7 +29,7 @@ from dllm_rl.supervised.examples import (
     read_examples,
 )
 from dllm_rl.supervised.train import add_gradients, fine_tune, held_out_loss, read_datasets, rows_of_step, sft
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
 

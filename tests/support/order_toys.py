@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import torch
 from likelihood_toys import TablePolicy
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.types import Rollout, SamplingParams
+from dllm_rl.likelihoods.order import Stayed
+from dllm_rl.types import Noise, Order, Rollout, SamplingParams
 
 
 def drawn_from(logits, *, temperature=1.0, top_k=None, top_p=None):
@@ -64,9 +66,15 @@ def as_rollout(policy: TablePolicy, keys, **options) -> Rollout:
     """A rollout whose rows are these outcomes; its order has a law, and its own record of it is left at 0."""
     tokens, steps, opened = (torch.tensor(column) for column in zip(*keys, strict=True))
     ahead = torch.full((len(tokens), 1), -1)
-    made = policy.rollout(tokens, unmask_step=torch.cat([ahead, steps], 1), open_step=torch.cat([ahead, opened], 1))
+    made = policy.rollout(tokens, unmask_step=torch.cat([ahead, steps], 1))
     params = SamplingParams(**options, suppress=made.sampling_params.suppress)
-    return Rollout(**{**vars(made), "sampling_params": params, "order_logprobs": torch.zeros(made.tokens.shape)})
+    order = Order(torch.cat([ahead, opened], 1), logprobs=torch.zeros(made.tokens.shape))
+    return replace(made, sampling_params=params, order=order)
+
+
+def stayed_of(noise: Noise) -> torch.Tensor | None:
+    """The positions that the views score by the probability of having been left; None without an order's law."""
+    return next((part.stayed for part in noise.parts if isinstance(part, Stayed)), None)
 
 
 def total(policy, rollout, **options):

@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import torch
 from likelihood_toys import TablePolicy
 from order_toys import drawn_from
 
-from dllm_rl.types import Rollout, SamplingParams
+from dllm_rl.types import Events, Rollout, SamplingParams
 
 
 def decisions(rule, policy, state, block, done, num_steps, row_of):
@@ -73,7 +74,7 @@ def sequences(policy: TablePolicy, blocks, num_steps: int, rule: dict, *, differ
 
 def events_of(rollout: Rollout) -> list[tuple]:
     """What `sequences` has as keys, of each row of a rollout with one prompt token."""
-    steps, tokens = (x[:, 1:].tolist() for x in (rollout.event_step, rollout.event_token))
+    steps, tokens = (x[:, 1:].tolist() for x in (rollout.events.step, rollout.events.token))
     rows = zip(steps, tokens, strict=True)
     return [
         tuple(
@@ -92,5 +93,5 @@ def as_rollout(policy: TablePolicy, keys, **options) -> Rollout:
     steps = torch.tensor([[-1, *(place[-1][0] for place in row)] for row in keys])
     made = policy.rollout([[place[-1][1] for place in row] for row in keys], unmask_step=steps)
     params = SamplingParams(**options, suppress=made.sampling_params.suppress)
-    changes = {"event_step": events[..., 0], "event_token": events[..., 1], "sampling_params": params, "revised": True}
-    return Rollout(**{**vars(made), **changes, "event_logprobs": torch.zeros(events.shape[:-1])})
+    record = Events(events[..., 0], events[..., 1], torch.zeros(events.shape[:-1]))
+    return replace(made, sampling_params=params, events=record)

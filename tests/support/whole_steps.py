@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from layouts import checkpoint
+from rollouts import fields_of
 from torch._dynamo.utils import counters
 
 from dllm_rl import Prompts, load_policy
@@ -35,7 +36,8 @@ RULES = {
 
 def differing(one, other):
     """The fields in which two rollouts differ by more than rounding."""
-    ours, theirs = one._tensors(), other._tensors()
+    both = ({name: x for name, x in fields_of(each) if isinstance(x, torch.Tensor)} for each in (one, other))
+    ours, theirs = both
     found = sorted(ours.keys() ^ theirs.keys())
     for name in ours.keys() & theirs.keys():
         if not torch.allclose(theirs[name].double(), ours[name].double(), rtol=0, atol=1e-4):

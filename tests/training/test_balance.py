@@ -13,7 +13,8 @@ from torch import Tensor
 from dllm_rl.likelihoods.estimators import block, coupled, elbo, one_step, quadrature, trajectory
 from dllm_rl.rng import generator_for
 from dllm_rl.training import balance
-from dllm_rl.types import EVENTS, FILLS, Rollout, SamplingParams
+from dllm_rl.training.samples import Samples
+from dllm_rl.types import Columns, Events, Kept, Order, Rollout, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -94,15 +95,24 @@ def made(rows, columns, ids, *, seed, padding, events=0):
     real = lambda *shape: torch.randn(shape, generator=draw)  # noqa: E731
     two = (rows, columns)
     seen = torch.arange(columns).expand(two) >= padding
-    record = {"revised": events > 0}
-    if events:
-        record |= {name: whole(*two, events) for name in EVENTS[:2]} | {EVENTS[2]: real(*two, events)}
+    order = Order(whole(*two), logprobs=real(*two), draw=whole(*two))
+    record = Events(whole(*two, events), whole(*two, events), real(*two, events)) if events else None
     return Rollout(
         tokens=whole(*two), attention_mask=seen, completion_mask=yes(*two), unmask_step=whole(*two),
-        logprobs=real(*two), group_size=2, sampling_params=SamplingParams(support="rollout"), log_kept_mass=real(*two),
-        kept_ids=whole(*two, ids), open_step=whole(*two), order_logprobs=real(*two), draw_in_step=whole(*two),
-        experts=torch.randint(0, 64, (*two, 3, 2), dtype=torch.uint8, generator=draw), **record,
+        logprobs=real(*two), group_size=2, sampling_params=SamplingParams(support="rollout"),
+        kept=Kept(real(*two), whole(*two, ids)), order=order, events=record,
+        experts=torch.randint(0, 64, (*two, 3, 2), dtype=torch.uint8, generator=draw),
     )  # fmt: skip
+
+
+def columns_of(rollout, source):
+    """Pairs of the tensors (B, T, ...) of two records, and of their parts, and what fills empty columns."""
+    for field in fields(rollout):
+        now, then = getattr(rollout, field.name), getattr(source, field.name)
+        if isinstance(now, Columns):
+            yield from columns_of(now, then)
+        elif isinstance(now, Tensor) and now.dim() > 1:
+            yield now, then, rollout.FILL.get(field.name, 0)
 
 
 def balanced(monkeypatch, recipe, rollouts, advantages, groups):
@@ -112,7 +122,8 @@ def balanced(monkeypatch, recipe, rollouts, advantages, groups):
 
     def work(accelerator):
         me = accelerator.process_index
-        return balance.balance(recipe, rollouts[me], advantages, groups, accelerator, pad_id=0)
+        samples = Samples(rollouts[me], advantages + 100, advantages, groups)
+        return balance.balance(recipe, samples, accelerator, pad_id=0)
 
     def swap(sent, wanted):
         (other, parcel), (giver, room) = *sent, *wanted
@@ -133,29 +144,26 @@ def test_what_moves_arrives_as_it_left(tmp_path, monkeypatch):
     advantages[:3] = torch.arange(1.0, 7).view(3, 2)  # the first process has three groups of four, the other none
     groups = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 5])
     found = balanced(monkeypatch, recipe, rollouts, advantages, groups)
-    rows = [rollout.batch_row.tolist() for rollout, _, _ in found]
+    rows = [samples.rollout.batch_row.tolist() for samples in found]
     assert rows == [[8, 9, 2, 3, 4, 5, 6, 7], [0, 1, 10, 11, 12, 13, 14, 15]]
-    for (rollout, scores, weights), mine in zip(found, rows, strict=True):
+    for samples, mine in zip(found, rows, strict=True):
+        rollout, scores, weights = samples.rollout, samples.advantages, samples.metric_weights
+        assert torch.equal(samples.rewards, scores + 100), "what is known of a group stays together"
         assert scores.flatten()[rows[0] + rows[1]].tolist() != scores.flatten().tolist()
         assert torch.equal(scores, advantages.view(16)[rows[0] + rows[1]].view(8, 2))
         assert weights.tolist() == [0, 1, 1, 0, 1, 0, 0, 5]
         for line, row in enumerate(mine):
             source = rollouts[row // 8]
-            for field in fields(rollout):
-                now, then = getattr(rollout, field.name), getattr(source, field.name)
-                if field.name in ("kept_ids", *EVENTS):
-                    width = min(now.shape[1], then.shape[1])
+            for now, then, fill in columns_of(rollout, source):
+                width = min(now.shape[1], then.shape[1])
+                if now.dim() == 3:
                     ids = then.shape[-1]
-                    fill = FILLS.get(field.name, 0)
-                    assert (
-                        torch.equal(now[line, -width:, :ids], then[row % 8, -width:])
-                        and (now[line, ..., ids:] == fill).all()
-                    )
-                elif isinstance(now, Tensor) and field.name != "batch_row":
-                    width = min(now.shape[1], then.shape[1])
+                    assert torch.equal(now[line, -width:, :ids], then[row % 8, -width:])
+                    assert (now[line, ..., ids:] == fill).all()
+                else:
                     assert torch.equal(now[line, -width:], then[row % 8, -width:]) and now.dtype == then.dtype
-                    assert field.name != "attention_mask" or not now[line, :-width].any()
-    assert [rollout.tokens.shape[1] for rollout, _, _ in found] == [8, 8], "no column pads every row"
+            assert not rollout.attention_mask[line, :-width].any()
+    assert [samples.rollout.tokens.shape[1] for samples in found] == [8, 8], "no column pads every row"
 
 
 def test_an_update_counts_for_more_than_a_row_that_is_only_measured(tmp_path, monkeypatch):
@@ -166,7 +174,7 @@ def test_an_update_counts_for_more_than_a_row_that_is_only_measured(tmp_path, mo
     advantages[:2] = 1.0
     groups = torch.tensor([1.0, 1, 0, 0, 3, 3, 0, 0])
     found = balanced(monkeypatch, recipe, rollouts, advantages, groups)
-    assert all((scores != 0).any(-1).view(2, 4).sum(1).tolist() == [1, 1] for _, scores, _ in found)
+    assert all((one.advantages != 0).any(-1).view(2, 4).sum(1).tolist() == [1, 1] for one in found)
 
 
 def test_rows_stay_with_zero_mismatch(tmp_path, monkeypatch):
@@ -175,16 +183,14 @@ def test_rows_stay_with_zero_mismatch(tmp_path, monkeypatch):
     rollouts = [made(8, 7, 1, seed=seed, padding=0) for seed in range(2)]
     advantages = torch.ones(8, 2) * (torch.arange(8) < 4)[:, None]
     found = balanced(monkeypatch, recipe, rollouts, advantages, torch.ones(8))
-    assert [rollout.batch_row.tolist() for rollout, _, _ in found] == [list(range(8)), list(range(8, 16))]
-    assert all(
-        torch.equal(rollout.tokens, given.tokens) for (rollout, _, _), given in zip(found, rollouts, strict=True)
-    )
+    assert [samples.rollout.batch_row.tolist() for samples in found] == [list(range(8)), list(range(8, 16))]
+    for samples, given in zip(found, rollouts, strict=True):
+        assert torch.equal(samples.rollout.tokens, given.tokens)
 
 
 def test_one_process_keeps_its_records(tmp_path):
-    rollout, advantages, groups = made(8, 7, 1, seed=0, padding=0), torch.ones(4, 2), torch.ones(4)
-    found = balance.balance(tiny_recipe(tmp_path), rollout, advantages, groups, Accelerator(cpu=True), pad_id=0)
-    assert found[0] is rollout and found[1] is advantages and found[2] is groups
+    samples = Samples(made(8, 7, 1, seed=0, padding=0), torch.ones(4, 2), torch.ones(4, 2), torch.ones(4))
+    assert balance.balance(tiny_recipe(tmp_path), samples, Accelerator(cpu=True), pad_id=0) is samples
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dllm_rl.samplers.cache import dual_cache, prefix_cache
 from dllm_rl.samplers.rules import max_prob, plackett_luce, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.cautions import cautions
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 
 
 def test_what_can_learn_is_left_alone():

@@ -10,7 +10,7 @@ from dllm_rl import tiny_masked_lm
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.finish import Summary, _next_command
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 
 
 def test_a_dry_run_has_no_policy(tmp_path, capsys):

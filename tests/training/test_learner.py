@@ -7,7 +7,7 @@ from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms.correctors import none
-from dllm_rl.training.loop import train
+from dllm_rl.training.trainer import train
 
 
 def test_under_autocast_a_later_inner_iteration_sees_the_weights_that_moved(tmp_path, monkeypatch):

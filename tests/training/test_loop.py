@@ -20,9 +20,9 @@ from dllm_rl.models.tokens import decode
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization.schemes import float8_weight_only
-from dllm_rl.training.loop import train
 from dllm_rl.training.rollouts import collect
-from dllm_rl.training.scorer import measured_groups
+from dllm_rl.training.selection import metric_weights
+from dllm_rl.training.trainer import train
 
 
 @pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
@@ -142,10 +142,9 @@ def test_after_dynamic_sampling_every_reward_is_its_own_rows(tmp_path):
     recipe = replace(tiny_recipe(tmp_path, train_batch_size=8), task=OddPuzzles())
     policy, accelerator = recipe.model(seed=0), make_accelerator()
     log, task = RunLog(tmp_path, start=0, main=False), recipe.task
-    first, _, rewards, _, _ = collect(recipe, policy, 0, accelerator, log)
-    after, answers, rewards_after, _, metrics = collect(
-        replace(recipe, max_num_gen_batches=3), policy, 0, accelerator, log
-    )
+    before, _, _ = collect(recipe, policy, 0, accelerator, log)
+    now, answers, metrics = collect(replace(recipe, max_num_gen_batches=3), policy, 0, accelerator, log)
+    first, rewards, after, rewards_after = before.rollout, before.rewards, now.rollout, now.rewards
     assert metrics["dynamic_sampling/draws"] > 1
     dull = (rewards == rewards[:, :1]).all(-1)
     assert 0 < dull.sum() < 8 and torch.equal(rewards_after[~dull], rewards[~dull])
@@ -217,11 +216,11 @@ def test_mismatch_is_that_of_all_rows_whatever_the_number_of_live_ones(tmp_path)
 def test_the_sample_of_groups_depends_on_seed_and_step_alone(tmp_path):
     recipe, advantages = tiny_recipe(tmp_path, seed=3), torch.zeros(32, 4)
     advantages[5] = torch.tensor([1.0, -1.0, 0.0, 0.0])
-    found = [measured_groups(recipe, advantages, step) for step in (0, 0, 1)]
+    found = [metric_weights(recipe, advantages, step) for step in (0, 0, 1)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     assert found[0][5] == 1 and sorted(found[0].tolist())[-3:] == [1, 15.5, 15.5] and found[0].sum() == 32
-    assert not torch.equal(found[0], measured_groups(replace(recipe, seed=4), advantages, 0))
-    assert measured_groups(replace(recipe, beta=0.1), advantages, 0).tolist() == [1.0] * 32
+    assert not torch.equal(found[0], metric_weights(replace(recipe, seed=4), advantages, 0))
+    assert metric_weights(replace(recipe, beta=0.1), advantages, 0).tolist() == [1.0] * 32
     with pytest.raises(ValueError, match="mismatch_sample=0 must be at least 1"):
         replace(recipe, mismatch_sample=0)
 

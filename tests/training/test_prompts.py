@@ -11,8 +11,8 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import prompts
-from dllm_rl.training.loop import train
 from dllm_rl.training.prompts import check_prompts, choose
+from dllm_rl.training.trainer import train
 
 LONG = 60  # with 16 tokens to come, more than the model's 64
 

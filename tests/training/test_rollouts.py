@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from layouts import checkpoint
+from rollouts import fields_of
 from tiny_recipe import SIZES, OddPuzzles, tiny_recipe, tiny_recipe_ar
 from torch import Tensor
 
@@ -20,10 +21,10 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training.loop import train
 from dllm_rl.training.policies import make_policy
 from dllm_rl.training.rollouts import collect, total
-from dllm_rl.types import Prompts, Rollout
+from dllm_rl.training.trainer import train
+from dllm_rl.types import Kept, Prompts, Rollout
 
 PROMPTS = Prompts.from_ids(
     [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]], pad_id=1, group_size=2, seeds=list(range(100, 108))
@@ -31,13 +32,13 @@ PROMPTS = Prompts.from_ids(
 
 
 def assert_same(one: Rollout, other: Rollout, *, exact: bool = True) -> None:
-    for field in dataclasses.fields(Rollout):
-        a, b = getattr(one, field.name), getattr(other, field.name)
+    for (name, a), (same, b) in zip(fields_of(one), fields_of(other), strict=True):
+        assert name == same
         if isinstance(a, Tensor):
             close = not exact and a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=1e-5)
-            assert torch.equal(a, b) or close, field.name
-        elif field.name != "forwards":
-            assert a == b, field.name
+            assert torch.equal(a, b) or close, name
+        elif name != "forwards":
+            assert a == b, name
 
 
 def sampled(sampler, policy, rows: int) -> Rollout:
@@ -71,17 +72,19 @@ def test_shorter_batches_are_filled_up_on_the_right():
         yes = torch.ones(2, width, dtype=torch.bool)
         rollouts.append(
             Rollout(tokens, yes, yes, tokens - 10, -tokens.float(), group_size=2, forwards=width,
-                    log_kept_mass=tokens / 100, kept_ids=tokens[..., None].repeat(1, 1, kept).int())
+                    kept=Kept(tokens / 100, tokens[..., None].repeat(1, 1, kept).int()))
         )  # fmt: skip
     both = Rollout.joined(rollouts, pad_id=7)
     assert both.tokens.tolist() == [[10, 11, 12, 7], [13, 14, 15, 7], [10, 11, 12, 13], [14, 15, 16, 17]]
     assert both.attention_mask[:, 3].tolist() == both.completion_mask[:, 3].tolist() == [False, False, True, True]
     assert both.unmask_step[0].tolist() == [0, 1, 2, -1]
-    assert both.logprobs[0].tolist() == [-10, -11, -12, 0] and both.log_kept_mass[0, 3] == 0
-    assert both.kept_ids[0].tolist() == [[10, -1], [11, -1], [12, -1], [-1, -1]]
+    assert both.logprobs[0].tolist() == [-10, -11, -12, 0] and both.kept.log_mass[0, 3] == 0
+    assert both.kept.ids[0].tolist() == [[10, -1], [11, -1], [12, -1], [-1, -1]]
     assert both.forwards == 7
-    none = Rollout.joined([rollouts[0], dataclasses.replace(rollouts[1], kept_ids=None)], pad_id=7)
-    assert none.kept_ids is None  # some set was too large to record
+    none = Rollout.joined(
+        [rollouts[0], dataclasses.replace(rollouts[1], kept=dataclasses.replace(rollouts[1].kept, ids=None))], pad_id=7
+    )
+    assert none.kept.ids is None  # some set was too large to record
 
 
 @pytest.mark.parametrize(
@@ -95,10 +98,9 @@ def test_a_step_of_a_run(tmp_path, make):
         sampler = recipe.sampler
         recipe = dataclasses.replace(recipe, sampler=partial(spy, sampler, rows, max_new_tokens=16))
         policy = make_policy(recipe, torch.device("cpu"))
-        rollout, _, rewards, _, _ = collect(
-            recipe, policy, 0, Accelerator(cpu=True), RunLog(tmp_path / str(size), start=0, main=False)
-        )
-        seen.append((rollout, rewards))
+        log = RunLog(tmp_path / str(size), start=0, main=False)
+        samples, _, _ = collect(recipe, policy, 0, Accelerator(cpu=True), log)
+        seen.append((samples.rollout, samples.rewards))
         assert max(rows) <= (size or 12)
         rows.clear()
     for rollout, rewards in seen[1:]:

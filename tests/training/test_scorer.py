@@ -11,18 +11,13 @@ from torch.overrides import _get_current_function_mode_stack
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import none, qarl, tis
 from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
-from dllm_rl.likelihoods.estimators import coupled, recorded, trajectory
+from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.estimators import coupled, trajectory
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
-from dllm_rl.training.scorer import (
-    aligns,
-    arithmetic,
-    group_weights,
-    keeps_graphs,
-    learned_groups,
-    measured_groups,
-    rollout_side,
-)
+from dllm_rl.training.forwards import aligns, arithmetic
+from dllm_rl.training.learner import keeps_graphs, rollout_side
+from dllm_rl.training.selection import active_groups, group_weights, metric_weights
 
 EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": none()}
 
@@ -64,8 +59,8 @@ def test_the_samplers_record_is_the_learners_own_score_in_any_arithmetic(tmp_pat
 @pytest.mark.parametrize("changes", [{"beta": 0.1}, {"entropy_coeff": 0.1}])
 def test_a_term_of_every_row_learns_from_groups_of_equal_rewards_too(tmp_path, changes):
     advantages = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
-    assert learned_groups(tiny_recipe(tmp_path), advantages).tolist() == [True, False]
-    assert learned_groups(tiny_recipe(tmp_path, **changes), advantages).tolist() == [True, True]
+    assert active_groups(tiny_recipe(tmp_path), advantages).tolist() == [True, False]
+    assert active_groups(tiny_recipe(tmp_path, **changes), advantages).tolist() == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +112,7 @@ def test_weights_of_groups():
 def test_each_step_measures_other_groups(tmp_path):
     """The same groups at each step would hide the mismatch of all others for the whole run."""
     recipe, still = tiny_recipe(tmp_path, mismatch_sample=2), torch.zeros(8, 4)
-    drawn = [measured_groups(recipe, still, step).tolist() for step in range(20)]
-    assert drawn == [measured_groups(recipe, still, step).tolist() for step in range(20)]
+    drawn = [metric_weights(recipe, still, step).tolist() for step in range(20)]
+    assert drawn == [metric_weights(recipe, still, step).tolist() for step in range(20)]
     assert all(sorted(weights) == [0] * 6 + [4, 4] for weights in drawn)
     assert all(any(weights[group] for weights in drawn) for group in range(8))

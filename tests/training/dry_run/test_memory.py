@@ -18,9 +18,8 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.dry_run.memory import LiveBytes, measure_step
-from dllm_rl.training.learner import update
+from dllm_rl.training.learner import keeps_graphs, update
 from dllm_rl.training.policies import make_optimizer
-from dllm_rl.training.scorer import keeps_graphs
 from dllm_rl.types import Batch, Prompts
 
 SIZES = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "intermediate_size": 384, "max_length": 128}

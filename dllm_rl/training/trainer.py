@@ -35,18 +35,15 @@ def train(recipe: Recipe) -> Summary:
     policies: dict[str, Any] = {"policy": policy, "rollout_policy": rollout_policy, "reference": run.reference}
 
     for number in range(run.state.step, recipe.num_steps):
-        sampled, answers, rewards, parts, sampling = collect(recipe, rollout_policy, number, accelerator, log)
-        advantages = recipe.advantages(rewards, **parts)  # (P, G), all processes; by default (R - mean) / (std + 1e-4)
+        samples, answers, sampling = collect(recipe, rollout_policy, number, accelerator, log)
         learn = partial(update, policy, run.optimizer, accelerator=accelerator, **recipe.update_settings(number))
-        learned = step(recipe, sampled, advantages, number, accelerator, learn=learn, stage=log.stage, **policies)
+        learned = step(recipe, samples, number, accelerator, learn=learn, stage=log.stage, **policies)
         with log.stage("sync"):
             synced = engine.sync(policy, rollout_policy)
 
         metrics = sampling | learned.metrics | synced | validate(run, number)
         log.write(number, metrics)
-        log_completions(
-            run, number, answers, sampled, learned.rollout, logps=learned.logps, advantages=learned.advantages
-        )
+        log_completions(run, number, answers, samples.rollout, learned.samples, learned.logps)
         run.progress(metrics, show=(number + 1) % recipe.logging_steps == 0 or number + 1 == recipe.num_steps)
         checkpoint_if_due(run, number)  # every save_steps, after the last step, and on a signal, which ends the run
     return finish(run)

@@ -1,0 +1,128 @@
+"""What a sequence-likelihood estimator is: masks are drawn once, as data; every policy is scored under the same masks.
+
+An estimator is a number of views of the batch. In view n some positions are masked and some are scored. `combine` sums
+the views' log-probs per position; the sum over T estimates log p(completion | prompt). Scoring and the update both take
+the views one at a time, in constant memory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Generator, Tensor
+
+from dllm_rl.distributed.sharding import in_pace
+from dllm_rl.likelihoods.views import row_chunks, views_of
+from dllm_rl.models.base import Policy
+from dllm_rl.types import Noise, Rollout
+
+MORE = ("dllm_rl.likelihoods.estimators",)  # where the command line finds them
+
+
+def weighted_sum(scores: Float[Tensor, "N B T"], noise: Noise) -> Float[Tensor, "B T"]:
+    """sum_n weight_n * log p(y_t | view n), per position, nats."""
+    total = torch.zeros_like(scores[0])
+    for score, weight in zip(scores, noise.weight, strict=True):  # view by view, as a sampler adds up its record
+        total = total + score * weight
+    return total
+
+
+def as_drawn(noise: Noise, advantages: Float[Tensor, " B"]) -> Noise:
+    return noise  # most estimates do not depend on the advantages
+
+
+@dataclass(frozen=True)
+class LikelihoodEstimator:
+    """Draws masks and combines the views' log-probs, as pure functions. Contributions are zero off the completion; both
+    sides of a ratio use the same estimator and noise.
+
+    draw      rollout, generator -> masks and weights of every view
+    combine   scores (N, B, T), noise -> contributions (B, T); differentiable
+    with_advantages    adapts the noise to the advantages (B,); only `sandwich` needs it
+    exact_for_sampler  True if scoring under the rollout policy equals the sampler's record (`recorded`), reused then
+    random      whether two draws differ: an inner update then takes masks of its own (`Recipe.fresh_masks`)
+    block_size  of the models that the estimate is for, where its views mask whole blocks; None: any
+    made_by     the function of `estimators` with its keywords, so that a command line can change a keyword
+
+    Example:
+        noise = coupled().draw(rollout, generator)
+        log_ratio = coupled().logprobs(policy, rollout, noise) - coupled().logprobs(other, rollout, noise)
+    """
+
+    name: str
+    draw: Callable[[Rollout, Generator], Noise]
+    combine: Callable[[Tensor, Noise], Tensor] = weighted_sum
+    with_advantages: Callable[[Noise, Tensor], Noise] = as_drawn
+    attention: tuple[str, ...] = ("full", "block_causal")
+    exact_for_sampler: bool = False
+    random: bool = True
+    block_size: int | None = None
+    made_by: partial | None = field(default=None, init=False, repr=False, compare=False)
+
+    def scores(
+        self,
+        policy: Policy,
+        rollout: Rollout,
+        noise: Noise,
+        *,
+        micro_batch_size: int | None = None,
+        keep_graphs: bool | Bool[Tensor, " B"] = False,
+    ) -> Float[Tensor, "N B T"]:
+        """log p(y_t | view n) in nats where view n scores t, 0 elsewhere. `keep_graphs` keeps the graphs of all rows,
+        or of the marked ones, until their backward; otherwise there is no gradient."""
+        self.check(policy)
+        out = torch.zeros(noise.weight.shape, device=rollout.tokens.device)
+        parts = [(noise, keep_graphs is True)]
+        if isinstance(keep_graphs, Tensor):  # no backward frees the graphs of other rows
+            parts = [(noise.only(~keep_graphs), False), (noise.only(keep_graphs), True)]
+        for part, kept in parts:
+            # Processes may have different numbers of rows: see `in_pace`.
+            with torch.set_grad_enabled(kept), in_pace(policy):
+                for chunk in row_chunks(rollout, part, micro_batch_size):
+                    rows, masks = chunk.of(rollout, part)
+                    for n, view in enumerate(views_of(masks)):
+                        out[n, chunk.rows, chunk.columns] = view.logprobs(policy, rows)
+        return out
+
+    def backward(
+        self,
+        policy: Policy,
+        rollout: Rollout,
+        noise: Noise,
+        vectors: Float[Tensor, "N B T"],
+        *,
+        micro_batch_size: int | None = None,
+    ) -> None:
+        """`scores(...).backward(vectors)` without kept graphs: every forward runs again, and carries its gradient back
+        at once, so that memory does not grow with the number of views."""
+        with in_pace(policy, backward=True):
+            for chunk in row_chunks(rollout, noise, micro_batch_size):
+                rows, masks = chunk.of(rollout, noise)
+                for view, vector in zip(views_of(masks), vectors, strict=True):
+                    view.backward(policy, rows, vector[chunk.rows][:, chunk.columns])
+
+    def logprobs(
+        self, policy: Policy, rollout: Rollout, noise: Noise, *, micro_batch_size: int | None = None
+    ) -> Float[Tensor, "B T"]:
+        """Per-position contributions to the estimate, nats; their sum over T is the sequence's. No gradient."""
+        return self.combine(self.scores(policy, rollout, noise, micro_batch_size=micro_batch_size), noise)
+
+    def check(self, policy: Policy) -> None:
+        """Raise ValueError when the estimate is not for this policy's attention or block size."""
+        if policy.spec.attention not in self.attention:
+            raise ValueError(
+                f"likelihood={self.name!r} is for {' or '.join(self.attention)} attention, but the policy's is "
+                f"{policy.spec.attention!r}; use {'causal()' if policy.spec.attention == 'causal' else 'trajectory()'}"
+            )
+        if self.block_size not in (None, policy.spec.block_size):
+            raise ValueError(f"block_size={self.block_size} is not the policy's block size, {policy.spec.block_size}")
+
+
+def recorded(rollout: Rollout, noise: Noise) -> Float[Tensor, "B T"]:
+    """The sampler's recorded contributions for an estimate that is `exact_for_sampler`, nats."""
+    logprobs = rollout.logprobs
+    for part in noise.parts:
+        logprobs = part.recorded(rollout, logprobs)
+    return logprobs

@@ -1,0 +1,85 @@
+"""Rollouts of a rule that rewrites (`remask`, `soft_edit`): their views see the canvas as it was before a step of each
+position, and score what that step wrote."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dllm_rl.types import Events, Noise, Rollout, ViewPart
+
+
+def canvas(rollout: Rollout, events: Events, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """The tokens before the given step of each position, and those that it wrote; -1 if masked, or not written."""
+    known = events.step >= 0
+    count = (known & (events.step < step[..., None])).sum(-1, keepdim=True)
+    latest = events.token.gather(-1, (count - 1).clamp(min=0))
+    first = torch.where(known[..., :1], -1, rollout.tokens[..., None])  # a position without events never changed
+    before = torch.where(count > 0, latest, first)[..., 0]
+    return before, torch.where(events.step == step[..., None], events.token, -1).amax(-1).long()
+
+
+def canvas_at(rollout: Rollout, *, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    if rollout.events is None:
+        raise ValueError("the rollout has no events: only a sampler that revises records them")
+    return canvas(rollout, rollout.events, step)
+
+
+@dataclass(frozen=True)
+class Replayed(ViewPart):
+    """View n sees the tokens before this step, and scores those that it wrote."""
+
+    step: Int[Tensor, "N B T"]
+
+    def on(self, view: Any, number: int) -> Any:
+        return replace(view, canvas=partial(canvas_at, step=self.step[number]))
+
+    def recorded(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        assert rollout.events is not None, "views are replayed of a rollout with events"
+        # Slot by slot, in the order in which views are added up.
+        return sum(rollout.events.logprobs.unbind(-1), torch.zeros_like(logprobs))
+
+
+def last_step(rollout: Rollout) -> Int[Tensor, "B T"]:
+    """The last step in which something happened to each position; -1 off the completion."""
+    step = rollout.unmask_step
+    return step if rollout.events is None else rollout.events.step.amax(-1).to(step)
+
+
+def first_step(rollout: Rollout) -> Int[Tensor, "B T"]:
+    """The first step in which something happened to each position; -1 off the completion."""
+    step = rollout.unmask_step
+    return step if rollout.events is None else rollout.events.step[..., 0].to(step)
+
+
+def check_merges(rollout: Rollout, num_segments: int) -> None:
+    """Raise ValueError where steps are merged, and a position may be written in several of them."""
+    if rollout.events is not None:
+        raise ValueError(
+            f"num_segments={num_segments} merges steps, and this rollout's commit rule may write a position in several "
+            "of them (remask, soft_edit): leave num_segments at None; num_sampled scores some of the steps"
+        )
+
+
+def replayed(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Noise:
+    """View s sees the canvas before its step of each position, and scores what that step wrote."""
+    events = rollout.events
+    if events is None or events.by_draws:
+        raise ValueError(
+            "likelihood='trajectory' replays events, but which positions this rollout rewrote depends on the tokens "
+            "drawn (edit, rank=confidence), and its ratios would be biased: use soft_edit or remask with rank=random, "
+            "or one_step(), elbo() or coupled()"
+        )
+    params = rollout.sampling_params
+    if params.filters and params.support != "own":
+        raise ValueError(
+            f"sampling_support={params.support!r}: a rollout that revises records what a filter kept at each "
+            "position's last writing alone; use sampling_support='own'"
+        )
+    both: Iterator = (canvas(rollout, events, each) for each in step)
+    before, written = map(torch.stack, zip(*both, strict=True))
+    return Noise(before < 0, (written >= 0).float(), parts=(Replayed(step),))

@@ -1,0 +1,125 @@
+"""The order's part of a trajectory's likelihood (`models.order`): each view also scores the positions that its step
+left masked (`confidence`), or adds the log-prob of their draw to the written ones (`plackett_luce`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
+
+from dllm_rl.likelihoods.packed import Packed
+from dllm_rl.likelihoods.views import Plan, ViewStates
+from dllm_rl.models import order
+from dllm_rl.models.base import Policy
+from dllm_rl.models.logprobs import backward_chunked, token_logprobs
+from dllm_rl.types import Noise, Order, Rollout, ViewPart
+
+
+def with_order(rollout: Rollout, generator: Generator, *, draw: Callable[[Rollout, Generator], Noise]) -> Noise:
+    """The views of `draw`, one per step, which also score the positions that the step left, if the order has a law.
+
+    Raises ValueError where the distribution was filtered and its kept set is not recorded.
+    """
+    noise = draw(rollout, generator)
+    params = rollout.sampling_params
+    recorded = rollout.order
+    if recorded is None or recorded.logprobs is None:  # the order is a function of the state, or has no known law
+        return noise
+    if params.filters and params.support != "own" and recorded.noisy_rank is None:
+        raise ValueError(
+            f"sampling_support={params.support!r}: the rollout does not record which tokens a filter kept at positions "
+            "left masked, so their order has no probability; use sampling_support='own', or trajectory(order='given')"
+        )
+    stayed = noise.masked & (noise.weight == 0)
+    if not any(isinstance(part, Packed) for part in noise.parts):
+        # A later block's positions are masked too, and could not be chosen.
+        stayed &= recorded.open_step <= torch.arange(len(stayed), device=stayed.device)[:, None, None]
+    return replace(noise, weight=noise.weight + stayed, parts=(*noise.parts, Stayed(stayed)))
+
+
+@dataclass(frozen=True)
+class Stayed(ViewPart):
+    """Positions that view n scores by the probability of having been left masked."""
+
+    single_tokens: ClassVar[bool] = False  # a contribution holds an order's log-prob too
+
+    stayed: Bool[Tensor, "N B T"]
+
+    def on(self, view: Any, number: int) -> Any:
+        return replace(view, scoring=OrderScoring(self.stayed[number]))
+
+    def recorded(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        assert rollout.order is not None and rollout.order.logprobs is not None, "views score an order that is recorded"
+        return rollout.order.logprobs + logprobs  # added as views are added up: the later step last
+
+
+@dataclass(frozen=True)
+class OrderScoring:
+    """The written positions by the log-prob of their tokens, those left masked by the log-prob of being left; under
+    `plackett_luce` the latter by 0, and each written position by the log-prob of its draw too."""
+
+    marks: Bool[Tensor, "B T"]  # those left masked
+
+    def needed(self, rollout: Rollout, at: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+        live = scored & at.any(-1, keepdim=True)
+        if order_of(rollout).noisy_rank is not None:  # a draw depends on all that its step offered
+            return live
+        return at | (live & ~self.marks)  # the committed tokens determine the probability of what was left
+
+    def logprobs(self, policy: Policy, rollout: Rollout, seen: ViewStates) -> Float[Tensor, " K"]:
+        plan, params = seen.plan, rollout.sampling_params
+        drawn = plan.plain
+        states, tokens = seen.states[drawn], seen.tokens[drawn]
+        recorded = order_of(rollout)
+        if recorded.noisy_rank is not None and recorded.draw is not None:
+            kept = seen.kept if seen.kept is None else seen.kept[drawn]
+            logps = token_logprobs(policy, states, tokens, params, kept)
+            scores = order.state_scores(policy, seen.states, params, recorded.noisy_rank)
+            width = rollout.tokens.shape[1]
+            nth = recorded.draw.flatten()[plan.places].index_fill(0, plan.marked, width)  # left: drawn later
+            logps = logps + order.drawn_logprobs(scores, _blocks(rollout, plan), nth, drawn, width)
+            return logps.new_zeros(len(plan.places)).index_copy(0, drawn, logps)
+        logps, confidences = order.token_logprobs_and_confidences(policy, states, tokens, params)
+        bounds = _bounds(rollout, plan, confidences)
+        stayed = order.left_logprobs(policy, seen.states[plan.marked], *bounds, params)
+        out = logps.new_zeros(len(plan.places)).index_copy(0, drawn, logps)
+        return out.index_copy(0, plan.marked, stayed)
+
+    def backward(self, policy: Policy, rollout: Rollout, seen: ViewStates, vector: Float[Tensor, " K"]) -> None:
+        plan, states, params = seen.plan, seen.states, rollout.sampling_params
+        if order_of(rollout).noisy_rank is not None:
+            logps = self.logprobs(policy, rollout, seen)
+            if logps.requires_grad:
+                logps.backward(vector)
+            return
+        drawn, left = plan.plain, plan.marked
+        run = order.score_committed(policy, params)
+        of_drawn, (confidences,) = backward_chunked(run, policy, vector[drawn], states[drawn], seen.tokens[drawn])
+        bounds = _bounds(rollout, plan, confidences)
+        of_left, _ = backward_chunked(order.score_left(policy, params), policy, vector[left], states[left], *bounds)
+        if states.requires_grad:  # the head alone may be trained
+            gradient = torch.zeros_like(states).index_copy(0, drawn, of_drawn)  # one backward through the backbone
+            states.backward(gradient.index_copy(0, left, of_left))
+
+
+def order_of(rollout: Rollout) -> Order:
+    assert rollout.order is not None, "an order has a law only where the sampler recorded it"
+    return rollout.order
+
+
+def _bounds(rollout: Rollout, plan: Plan, confidences: Float[Tensor, " C"]) -> tuple[Tensor, Tensor]:
+    """For each left position, the lowest confidence that its block committed, and whether the position follows it."""
+    block = _blocks(rollout, plan)
+    column = plan.places % rollout.tokens.shape[1]
+    drawn = plan.plain
+    lowest, last = order.last_committed(confidences, block[drawn], column[drawn], rollout.tokens.numel())
+    mine = block[plan.marked]
+    return lowest[mine], column[plan.marked] > last[mine]
+
+
+def _blocks(rollout: Rollout, plan: Plan) -> Int[Tensor, " K"]:
+    """A number for each row and block, rising; the opening step distinguishes the blocks of a packed view."""
+    width = rollout.tokens.shape[1]
+    return plan.places // width * width + order_of(rollout).open_step.flatten()[plan.places]

@@ -1,0 +1,82 @@
+"""Packed scoring of a block-causal model: a view masks every block at once, and each block sees the others clean."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
+
+from dllm_rl.likelihoods import events
+from dllm_rl.likelihoods.trajectory import views_of_segments
+from dllm_rl.models.base import Policy, block_causal_mask, block_ranks, position_ids
+from dllm_rl.types import Noise, Rollout, ViewPart
+
+
+@dataclass(frozen=True)
+class Packed(ViewPart):
+    """Views whose forward is `packed_hidden`."""
+
+    def on(self, view: Any, number: int) -> Any:
+        return replace(view, forward=packed_hidden, share=False)
+
+
+def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | None, block_size: int) -> Noise:
+    """`draw_trajectory` in every block at once: view r hides what was committed r or more steps after the block's first
+    step, and scores step r. Blocks count from the row's first token."""
+    completion = rollout.completion_mask
+    step = events.last_step(rollout)
+    begun = events.first_step(rollout)
+    block = position_ids(rollout.attention_mask) // block_size
+    far = torch.iinfo(step.dtype).max  # positions off the completion are no block's first step
+    blank = step.new_full((len(step), int(block.max()) + 1), far)
+    first = blank.scatter_reduce(1, block, torch.where(completion, begun, far), "amin").gather(1, block)
+    segment = step - first
+    if num_segments is not None:
+        events.check_merges(rollout, num_segments)
+        last = (-blank).scatter_reduce(1, block, torch.where(completion, step, -far), "amax").gather(1, block)
+        segment = segment * num_segments // (last - first + 1).clamp(min=1)
+    noise = views_of_segments(rollout, torch.where(completion, segment, -1), first=torch.where(completion, first, 0))
+    return replace(noise, parts=(*noise.parts, Packed()))
+
+
+def packed_mask(
+    attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int, *ranks: tuple[Tensor, Tensor]
+) -> Bool[Tensor, "B 1 Q Q"]:
+    """Which columns see which, among T clean columns and the noisy columns start..T-1, each with its `block_ranks`;
+    Q = 2 T - start."""
+    clean, noisy = (block_causal_mask(attention_mask, *one)[:, 0] for one in ranks)
+    before = block_causal_mask(attention_mask, block, block - 1)[:, 0]
+    real = attention_mask[:, :, None]
+    upper = torch.cat([clean, torch.zeros_like(noisy[:, :, start:])], dim=-1)
+    # Padding sees its own clean block, so that no row of the mask is empty, whose softmax is NaN.
+    lower = torch.cat([before | (clean & ~real), (noisy & ~before & real)[:, :, start:]], dim=-1)[:, start:]
+    return torch.cat([upper, lower], dim=1)[:, None]
+
+
+def packed_hidden(
+    policy: Policy,
+    noisy: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    tokens: Int[Tensor, "B T"],
+    read: Bool[Tensor, "B T"],
+) -> Float[Tensor, "B T D"]:
+    """Final states where each block sees `noisy` of itself and `tokens` of the others; zeros before the first block
+    with a position to `read`.
+
+    A clean and a noisy copy of the row go through one forward. Clean tokens see clean tokens of their own and earlier
+    blocks, noisy tokens clean ones of earlier blocks and noisy ones of their own. Exact: each token sees what it would
+    see in a forward of its block alone. Raises ValueError for a model that is not block-causal, or with a shift.
+    """
+    spec = policy.spec
+    if spec.attention != "block_causal" or spec.shift or spec.block_size is None or spec.mask_id is None:
+        raise ValueError(f"packed scoring is for block-causal models without a shift; the policy is {spec.name!r}")
+    positions = position_ids(attention_mask)
+    block = positions // spec.block_size
+    first = torch.where(read, block, block.max() + 1).amin(-1, keepdim=True)
+    start = int((attention_mask & (block >= first)).any(0).long().argmax())  # before it no noisy column is needed
+    both = torch.cat([tokens, noisy[:, start:]], dim=1)
+    ranks = (block_ranks(spec, some, positions) for some in (tokens, noisy))
+    mask = packed_mask(attention_mask, block, start, *ranks)
+    states = policy.encode(both, mask, torch.cat([positions, positions[:, start:]], dim=1))[:, tokens.shape[1] :]
+    return torch.cat([states.new_zeros(len(states), start, states.shape[-1]), states], dim=1)

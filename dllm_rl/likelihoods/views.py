@@ -1,0 +1,230 @@
+"""A view of a batch: what is hidden from the model, and what is scored. It scores itself in one forward, and takes its
+own backward for a given vector.
+
+The plain view hides masked positions, runs the policy, and scores the rollout's tokens. An optional feature replaces
+one of a view's four functions (`ViewPart.on`): what the model sees, its forward, what stands around that, or how states
+become log-probs.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int, Integer
+from torch import Tensor
+
+from dllm_rl.device import send
+from dllm_rl.models.base import Policy
+from dllm_rl.models.forward.buckets import length_buckets
+from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
+from dllm_rl.models.support import ids_at
+from dllm_rl.types import Noise, Rollout
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows that go through the model together."""
+
+    rows: Int[Tensor, " R"]
+    columns: slice  # from their first unpadded one
+
+    def of(self, rollout: Rollout, noise: Noise) -> tuple[Rollout, Noise]:
+        return rollout.rows(self.rows, self.columns), noise.rows(self.rows, self.columns)
+
+
+def row_chunks(rollout: Rollout, noise: Noise, micro_batch_size: int | None) -> list[Chunk]:
+    """The groups that any view scores, as chunks of whole groups of like length, of at most micro_batch_size rows (or
+    one group)."""
+    group = rollout.group_size
+    scored = rearrange((noise.weight != 0).any(0).any(-1), "(p g) -> p g", g=group).any(-1)
+    first = rearrange(rollout.attention_mask.long().argmax(-1), "(p g) -> p g", g=group).amin(-1)
+    chosen, starts = torch.stack([scored, first]).cpu()  # one wait for the device
+    size = len(chosen) if micro_batch_size is None else max(1, micro_batch_size // group)
+    width = rollout.tokens.shape[1]
+    found = []
+    # A row is scored at the width at which it was sampled: another width rounds otherwise.
+    for bucket in length_buckets(starts.repeat_interleave(group), width, rollout.tokens.device):
+        groups = bucket.rows[::group] // group
+        for part in groups[chosen[groups] != 0].split(size):
+            if len(part):  # a bucket may have nothing to score
+                rows = rearrange(part[:, None] * group + torch.arange(group), "p g -> (p g)")
+                (rows,) = send(rollout.tokens.device, rows)
+                found.append(Chunk(rows, slice(bucket.start, width)))
+    return found
+
+
+class Plan(NamedTuple):
+    """Which rows go through the model for a view, and where its K scored positions are."""
+
+    rows: Int[Tensor, " R"]  # of the forward: one of each group if `together`, else `live`
+    together: bool  # one forward serves each group: its completions look the same to the model
+    live: Int[Tensor, " L"]  # rows with a scored position
+    inside: Int[Tensor, " K"]  # where the positions are in the flattened states
+    places: Int[Tensor, " K"]  # where they are in the flattened batch
+    plain: Int[Tensor, " M"]  # which of the K the scoring does not single out; all in a plain view
+    marked: Int[Tensor, " J"]  # which it does (`Scoring.marks`)
+
+
+class ViewStates(NamedTuple):
+    """What a forward of a view gives: the states at its K scored positions, and the tokens scored there."""
+
+    plan: Plan
+    states: Float[Tensor, "K D"]
+    tokens: Int[Tensor, " K"]
+    kept: Int[Tensor, "K C"] | None  # ids over which log-probs are normalised there (`models.support`); None: all
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """How the states of a view become the log-probs of its K positions."""
+
+    marks: Bool[Tensor, "B T"] | None  # positions that it treats apart, listed in `Plan.marked`; None: there are none
+
+    def needed(self, rollout: Rollout, at: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+        """Positions that a backward has to score where the vector is not 0 `at` these."""
+
+    def logprobs(self, policy: Policy, rollout: Rollout, seen: ViewStates) -> Float[Tensor, " K"]:
+        """Nats, differentiable."""
+
+    def backward(self, policy: Policy, rollout: Rollout, seen: ViewStates, vector: Float[Tensor, " K"]) -> None:
+        """`logprobs(...).backward(vector)`."""
+
+
+class TokenScoring:
+    """Each position on its own: the log-prob of the rollout's token there."""
+
+    marks: Bool[Tensor, "B T"] | None = None
+
+    def needed(self, rollout: Rollout, at: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+        return at
+
+    def logprobs(self, policy: Policy, rollout: Rollout, seen: ViewStates) -> Float[Tensor, " K"]:
+        return token_logprobs(policy, seen.states, seen.tokens, rollout.sampling_params, seen.kept)
+
+    def backward(self, policy: Policy, rollout: Rollout, seen: ViewStates, vector: Float[Tensor, " K"]) -> None:
+        backward_token_logprobs(policy, seen.states, seen.tokens, rollout.sampling_params, vector, seen.kept)
+
+
+def as_written(rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """The tokens that the model sees where none is hidden, and the tokens that are scored: both are the rollout's."""
+    return rollout.tokens, rollout.tokens
+
+
+def forward(
+    policy: Policy,
+    tokens: Int[Tensor, "R T"],
+    attention_mask: Bool[Tensor, "R T"],
+    clean: Int[Tensor, "R T"],
+    read: Bool[Tensor, "R T"],
+) -> Float[Tensor, "R T D"]:
+    """The states of a view's tokens; other forwards also use the rollout's own tokens, and what is `read`."""
+    return policy.hidden(tokens, attention_mask)
+
+
+def nothing_around(policy: Policy, plan: Plan, group_size: int) -> AbstractContextManager:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class View:
+    """A view of the rows at hand.
+
+    masked   positions hidden from the model
+    scored   positions whose log-prob is wanted
+    canvas   rollout -> the tokens before masking, and the tokens that are scored
+    forward  the states of those tokens; see `forward`
+    around   a context manager around it
+    scoring  how states become log-probs
+    share    completions of a prompt that look the same to the model share a forward
+    """
+
+    masked: Bool[Tensor, "B T"]
+    scored: Bool[Tensor, "B T"]
+    canvas: Callable[[Rollout], tuple[Tensor, Tensor]] = as_written
+    forward: Callable[..., Tensor] = forward
+    around: Callable[[Policy, Plan, int], AbstractContextManager] = nothing_around
+    scoring: Scoring = field(default_factory=TokenScoring)
+    share: bool = True
+
+    def logprobs(self, policy: Policy, rollout: Rollout) -> Float[Tensor, "B T"]:
+        """One forward: the log-probs of what is scored at `scored`, in nats, 0 elsewhere."""
+        out = torch.zeros(self.scored.numel(), device=self.scored.device)
+        seen = self.run(policy, rollout, self.scored)
+        if seen is not None:
+            logps = self.scoring.logprobs(policy, rollout, seen)
+            out = out.to(logps.dtype).index_copy(0, seen.plan.places, logps)
+        return out.view(self.scored.shape)
+
+    def backward(self, policy: Policy, rollout: Rollout, vector: Float[Tensor, "B T"]) -> None:
+        """`logprobs(...).backward(vector)` in one forward and backward. Only positions that move the loss, where
+        `vector` is not 0, are scored again; where none does, no forward runs."""
+        seen = self.run(policy, rollout, self.scoring.needed(rollout, vector != 0, self.scored))
+        if seen is not None:
+            self.scoring.backward(policy, rollout, seen, vector.flatten()[seen.plan.places])
+
+    def seen(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
+        """The tokens that the model sees."""
+        tokens, _ = self.canvas(rollout)
+        return tokens if policy.spec.mask_id is None else tokens.masked_fill(self.masked, policy.spec.mask_id)
+
+    def run(self, policy: Policy, rollout: Rollout, at: Bool[Tensor, "B T"]) -> ViewStates | None:
+        """One forward, and its states `at` these positions; None, and no forward, where there are none."""
+        tokens = self.seen(policy, rollout)
+        plan = plan_view(rollout, tokens, at, self.scoring.marks, share=self.share)
+        if plan is None:
+            return None
+        rows = plan.rows
+        with self.around(policy, plan, rollout.group_size):
+            read = (self.masked | at)[rows]
+            hidden = self.forward(policy, tokens[rows], rollout.attention_mask[rows], rollout.tokens[rows], read)
+        if plan.together:
+            hidden = repeat(hidden, "p t d -> (p g) t d", g=rollout.group_size)
+        states = hidden.flatten(0, 1)[plan.inside]
+        _, wanted = self.canvas(rollout)
+        return ViewStates(plan, states, wanted.flatten()[plan.places], ids_at(rollout, plan.places))
+
+
+def views_of(noise: Noise) -> Iterator[View]:
+    """The views of the noise, one by one, with the features of its parts: what scoring runs through, and the update
+    again."""
+    for number, masked in enumerate(noise.masked):
+        view = View(masked, noise.weight[number] != 0)
+        for part in noise.parts:
+            view = part.on(view, number)
+        yield view
+
+
+def plan_view(
+    rollout: Rollout,
+    tokens: Int[Tensor, "B T"],
+    scored: Bool[Tensor, "B T"],
+    marks: Bool[Tensor, "B T"] | None,
+    *,
+    share: bool,
+) -> Plan | None:
+    """The plan of a view, made on the host; None where nothing is scored. With `share` a group may share a forward."""
+    group = rollout.group_size
+    alike = _equal_in_groups(tokens, group) & _equal_in_groups(rollout.attention_mask, group)
+    apart = torch.zeros_like(scored) if marks is None else marks
+    # The host waits for the device once: three answers return in one copy.
+    answers = torch.cat([scored.flatten(), apart.flatten(), alike[None]]).cpu()
+    where, mark, same = answers.split([scored.numel(), scored.numel(), 1])
+    places = where.nonzero()[:, 0]
+    if not len(places):
+        return None
+    where = where.view(scored.shape)
+    live = where.any(-1).nonzero()[:, 0]
+    together = share and group > 1 and bool(same)  # as in a first step, where all completions are masked
+    inside = places if together else where[live].flatten().nonzero()[:, 0]
+    plain = (~mark[places]).nonzero()[:, 0]
+    parts = send(scored.device, live, inside, places, plain, mark[places].nonzero()[:, 0])
+    rows = torch.arange(0, len(tokens), group, device=scored.device) if together else parts[0]
+    return Plan(rows, together, *parts)
+
+
+def _equal_in_groups(rows: Integer[Tensor, "B T"] | Bool[Tensor, "B T"], group: int) -> Bool[Tensor, ""]:
+    groups = rearrange(rows, "(p g) t -> p g t", g=group)
+    return (groups == groups[:, :1]).all()

@@ -1,0 +1,89 @@
+"""The forward of a sampler: the states of the positions that a step may write. Rows of similar length run together, and
+a cache keeps keys and values between the steps of a block."""
+
+import torch
+from jaxtyping import Float, Int, Integer
+from torch import Tensor
+
+from dllm_rl.device import send
+from dllm_rl.models.base import Policy
+from dllm_rl.models.forward.buckets import length_buckets
+from dllm_rl.models.forward.routing import Routing, of_tokens
+from dllm_rl.samplers.cache import Cache, CachedStates
+from dllm_rl.samplers.canvas import Canvas, Turn
+
+
+class States:
+    """Owns which rows of a canvas run together, and each bucket's keys and values, where there is a cache."""
+
+    def __init__(self, policy: Policy, canvas: Canvas, cache: Cache | None, steps: Int[Tensor, "B N"]) -> None:
+        self.policy = policy
+        self.canvas = canvas
+        forwards = 1 if cache is None else int(steps.max())  # over which a cached bucket's padding is spread
+        self.buckets = length_buckets(canvas.starts, canvas.tokens.shape[1], policy.device, forwards=forwards)
+        self.bucket = torch.zeros_like(canvas.starts)
+        self.caches = []
+        for number, bucket in enumerate(self.buckets):
+            self.bucket[bucket.rows] = number
+            seen = canvas.attention_mask[:, bucket.start :]
+            self.caches.append(None if cache is None else CachedStates(policy, cache, seen))
+
+    def __call__(self, turn: Turn) -> tuple[Float[Tensor, "K D"], Integer[Tensor, "K M E"] | None]:
+        """The states of the turn's K positions, and the experts of each where recorded. Counts a forward."""
+        # The first state of all is the same for every completion of a prompt: one forward serves the group.
+        alike = self.canvas.prompts.group_size if self.canvas.forwards == 0 else 1
+        self.canvas.forwards += 1
+        owner = self.bucket[turn.rows]
+        numbers = owner.unique().tolist()
+        if len(numbers) == 1:
+            found = self._run(numbers[0], turn, turn.rows, alike, turn.row, turn.column)
+        else:
+            found = self._join(numbers, owner, turn, alike)
+        return found[0], found[1] if len(found) > 1 else None
+
+    def _join(self, numbers: list[int], owner: Int[Tensor, " R"], turn: Turn, alike: int) -> list[Tensor]:
+        """Run each bucket's rows apart; results are in the order of the turn's positions. `owner` is on the host."""
+        members = {number: (owner == number).nonzero()[:, 0] for number in numbers}
+        within = torch.empty_like(turn.rows)  # the place of each row in its bucket
+        for rows in members.values():
+            within[rows] = torch.arange(len(rows))
+        owner_of_position = owner.repeat_interleave(turn.num_positions)
+        positions = [(owner_of_position == number).nonzero()[:, 0] for number in numbers]
+        within, *positions = send(turn.row.device, within, *positions)
+        joined: list[Tensor] = []
+        for (number, rows), here in zip(members.items(), positions, strict=True):
+            found = self._run(number, turn, turn.rows[rows], alike, within[turn.row[here]], turn.column[here])
+            if not joined:
+                joined = [part.new_empty(len(turn.row), *part.shape[1:]) for part in found]
+            for whole, part in zip(joined, found, strict=True):
+                whole[here] = part
+        return joined
+
+    def _run(
+        self, number: int, turn: Turn, rows: Int[Tensor, " R"], alike: int, row: Int[Tensor, " K"], column: Tensor
+    ) -> list[Tensor]:
+        """The states (K, D) and, if recorded, the experts (K, M, E); `row`: each position's among a bucket's `rows`."""
+        block = int(turn.blocks[0])  # with a cache all rows are in the same block; without one nothing reads it
+        if not self.policy.records_experts:
+            hidden, first = self._forward(number, rows, block, alike)
+            parts = [hidden]
+        else:
+            with Routing(self.policy.module) as routing:
+                hidden, first = self._forward(number, rows, block, alike)
+            experts = routing.experts(len(hidden))
+            # A cache gives the states as they are; without one they lie at the tokens that they predict.
+            parts = [hidden, of_tokens(self.policy, experts) if self.caches[number] is None else experts]
+        return [part[row // alike, (column - first).clamp(min=0)] for part in parts]
+
+    def _forward(self, number: int, rows: Tensor, block: int, alike: int) -> tuple[Float[Tensor, "r W D"], int]:
+        """The states of all columns that run, and the canvas's column that the first state predicts."""
+        canvas = self.canvas
+        start = self.buckets[number].start
+        cached = self.caches[number]
+        if cached is None:
+            (seen,) = send(self.policy.device, rows[::alike])
+            return self.policy.hidden(canvas.tokens[seen, start:], canvas.attention_mask[seen, start:]), start
+        begin, end = canvas.bounds[block]
+        bounds = (begin - start, end - start)
+        hidden, first = cached.advance(canvas.tokens[:, start:], rows, bounds, alike=alike)
+        return hidden, first + start

@@ -1,0 +1,30 @@
+"""Where rollout and learner differ in what no importance weight corrects: the order of positions, a token's experts."""
+
+from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor
+
+from dllm_rl.algorithms.mismatch import PREFIX
+from dllm_rl.distributed.collectives import Metrics, reduce_metrics, sum_over
+from dllm_rl.distributed.sharding import in_pace
+from dllm_rl.likelihoods.replay import routing_counts, routing_metrics
+from dllm_rl.models.base import Policy
+from dllm_rl.samplers.agreement import order_agreement
+from dllm_rl.types import Noise, Rollout
+
+
+def compare_sides(
+    policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise
+) -> tuple[Metrics, Int[Tensor, "M X"] | None]:
+    """This process's `routing_counts`, and `order_agreement`: how many of the first step's committed positions the
+    learner would commit too, in one row per prompt."""
+    if rollout_policy is policy:
+        return {}, None
+    with in_pace(policy):  # both run the learner, which may be sharded
+        return order_agreement(policy, rollout), routing_counts(policy, rollout_policy, rollout, noise)
+
+
+def side_metrics(order: Metrics, routing: Int[Tensor, "M X"] | None, accelerator: Accelerator) -> dict[str, float]:
+    """Metrics over all processes of what `compare_sides` found."""
+    metrics = {PREFIX + name: value for name, value in reduce_metrics(order, accelerator).items()}
+    return metrics if routing is None else metrics | routing_metrics(sum_over(routing, accelerator))

@@ -1,0 +1,28 @@
+"""What a step samples: one record, so that whatever reorders a step's groups reorders all that is known of them."""
+
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dllm_rl.types import Rollout
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The rollout holds this process's rows; what is said by group is of all processes, theirs in order of rank.
+
+    metric_weights  of a group in the mismatch metrics: its inverse sampling fraction, 0 where it is not scored
+    """
+
+    rollout: Rollout
+    rewards: Float[Tensor, "P G"]
+    advantages: Float[Tensor, "P G"]
+    metric_weights: Float[Tensor, " P"]
+
+    def reordered(self, order: Int[Tensor, " P"], rollout: Rollout) -> "Samples":
+        """All groups in this order, and this process's rows of them."""
+        return Samples(rollout, self.rewards[order], self.advantages[order], self.metric_weights[order])
+
+    def weighted(self, weights: Float[Tensor, " P"]) -> "Samples":
+        return replace(self, metric_weights=weights)

@@ -1,0 +1,17 @@
+"""Rollouts compared field by field, also in their parts."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from dllm_rl.types import Columns
+
+
+def fields_of(record: Columns, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The name and value of every field, those of parts as `part.field`; a part that is None is one value."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Columns):
+            yield from fields_of(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
