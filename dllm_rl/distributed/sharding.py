@@ -75,7 +75,7 @@ def part_like(value: Any, tensor: Tensor) -> Any:
 
 
 @contextmanager
-def in_pace(policy: Any, *, backward: bool = False) -> Iterator[None]:
+def join_uneven_forwards(policy: Any, *, backward: bool = False) -> Iterator[None]:
     """Within the block, processes may need different numbers of forwards of a sharded policy: one that has no rows left
     joins the others' forwards with dummy rows. All processes enter and leave the block together. An unsharded policy is
     left alone.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.distributed.collectives import OneProcess, Processes, gather_objects
-from dllm_rl.distributed.sharding import in_pace
+from dllm_rl.distributed.sharding import join_uneven_forwards
 from dllm_rl.evaluation.completions import Completions, Rows, fingerprint, make_row
 from dllm_rl.evaluation.results import Evaluation, Graded
 from dllm_rl.members import describe
@@ -61,7 +61,7 @@ def evaluate(
     answers: list[Graded] = []
     # Every process gets a batch, even if one batch could hold all problems.
     size = min(max(1, batch_size // samples), -(-count // accelerator.num_processes))
-    with in_pace(policy):
+    with join_uneven_forwards(policy):
         for start in range(accelerator.process_index * size, count, accelerator.num_processes * size):
             problems = {problem: task[problem] for problem in range(start, min(start + size, count))}
             rows = keeper.held(product(problems, range(samples)), problems)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dllm_rl.distributed.sharding import in_pace
+from dllm_rl.distributed.sharding import join_uneven_forwards
 from dllm_rl.likelihoods.views import row_chunks, views_of
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Noise, Rollout
@@ -78,8 +78,8 @@ class LikelihoodEstimator:
         if isinstance(keep_graphs, Tensor):  # no backward frees the graphs of other rows
             parts = [(noise.only(~keep_graphs), False), (noise.only(keep_graphs), True)]
         for part, kept in parts:
-            # Processes may have different numbers of rows: see `in_pace`.
-            with torch.set_grad_enabled(kept), in_pace(policy):
+            # Processes may have different numbers of rows: see `join_uneven_forwards`.
+            with torch.set_grad_enabled(kept), join_uneven_forwards(policy):
                 for chunk in row_chunks(rollout, part, micro_batch_size):
                     rows, masks = chunk.of(rollout, part)
                     for n, view in enumerate(views_of(masks)):
@@ -97,7 +97,7 @@ class LikelihoodEstimator:
     ) -> None:
         """`scores(...).backward(vectors)` without kept graphs: every forward runs again, and carries its gradient back
         at once, so that memory does not grow with the number of views."""
-        with in_pace(policy, backward=True):
+        with join_uneven_forwards(policy, backward=True):
             for chunk in row_chunks(rollout, noise, micro_batch_size):
                 rows, masks = chunk.of(rollout, noise)
                 for view, vector in zip(views_of(masks), vectors, strict=True):

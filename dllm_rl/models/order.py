@@ -22,6 +22,14 @@ from dllm_rl.types import SamplingParams
 LEAST = -20.0  # nats; an order that a policy cannot choose has this log-prob and no gradient, as log-ratios are clamped
 
 
+def open_step(unmask_step: Int[Tensor, "B L"], block: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """The first step of each written place's block; -1 at places that are masked."""
+    far = torch.iinfo(unmask_step.dtype).max
+    steps = torch.where(unmask_step < 0, far, unmask_step)
+    first = torch.full_like(steps, far).scatter_reduce(1, block, steps, "amin").gather(1, block)
+    return torch.where(unmask_step < 0, -1, first)
+
+
 def last_committed(
     scores: Float[Tensor, " K"], groups: Int[Tensor, " K"], places: Int[Tensor, " K"], num_groups: int
 ) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:

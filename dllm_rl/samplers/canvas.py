@@ -64,6 +64,14 @@ class Canvas:
         if self.events is not None:
             self.events.append((rows, places, steps, tokens, logprobs))
 
+    def take(self, turn: "Turn", choice: Any) -> None:
+        """Write what a step chose (a `Choice`), mask again what it reopened, and keep what it noted."""
+        if (again := choice.decision.reopened) is not None:
+            self.reopen(*turn.where(again), turn.clock[again])
+        self.write(*turn.where(choice.picked), turn.clock[choice.picked], choice.tokens, choice.logprobs)
+        for name, (among, values, fill) in choice.notes.items():
+            self.note(name, *turn.where(among), values, fill)
+
     def note(self, name: str, rows: Tensor, places: Tensor, values: Shaped[Tensor, "K *C"], fill: int = 0) -> None:
         """Keep what an optional feature records of these places; `fill` stands where nothing is recorded."""
         if name not in self.noted:
@@ -82,13 +90,6 @@ class Canvas:
         self.unmask_step[rows, places] = torch.full_like(rows, -1)
         for name, values in self.noted.items():
             values[rows, places] = torch.full_like(values[rows, places], self.fills[name])
-
-    def open_step(self) -> Int[Tensor, "B L"]:
-        """The first step of each written place's block; -1 at masked places."""
-        far = torch.iinfo(self.unmask_step.dtype).max
-        steps = torch.where(self.unmask_step < 0, far, self.unmask_step)
-        first = torch.full_like(steps, far).scatter_reduce(1, self.block, steps, "amin").gather(1, self.block)
-        return torch.where((first < far) & ~self.masked, first, -1)
 
     def completions(self) -> Int[Tensor, "B L"]:
         return self.tokens.gather(-1, self.columns)

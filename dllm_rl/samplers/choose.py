@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import chunked, invert, process
-from dllm_rl.models.order import drawn_logprobs, last_committed, left_logprobs
+from dllm_rl.models.order import drawn_logprobs, last_committed, left_logprobs, open_step
 from dllm_rl.models.support import kept_part, kept_set
 from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Decision, Turn
 from dllm_rl.samplers.revise import packed_events, revise, revising_inputs
@@ -117,7 +117,8 @@ class Choose:
         canvas = self.canvas
         noted = canvas.noted
         noisy_rank = self.rank if self.noisy and self.has_order_law else None
-        order = Order(canvas.open_step(), rank_name(self.rank), noted.get("order"), noisy_rank, noted.get("draw"))
+        opened = open_step(canvas.unmask_step, canvas.block)
+        order = Order(opened, rank_name(self.rank), noted.get("order"), noisy_rank, noted.get("draw"))
         kept = kept_part(noted["log_mass"], noted["ids"]) if "ids" in noted else None
         events = None
         if canvas.events is not None:

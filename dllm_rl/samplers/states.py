@@ -2,7 +2,7 @@
 a cache keeps keys and values between the steps of a block."""
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.device import send
@@ -28,8 +28,8 @@ class States:
             seen = canvas.attention_mask[:, bucket.start :]
             self.caches.append(None if cache is None else CachedStates(policy, cache, seen))
 
-    def __call__(self, turn: Turn) -> tuple[Float[Tensor, "K D"], Integer[Tensor, "K M E"] | None]:
-        """The states of the turn's K positions, and the experts of each where recorded. Counts a forward."""
+    def __call__(self, turn: Turn) -> tuple[Float[Tensor, "K D"], dict[str, Tensor]]:
+        """The states of the turn's K positions, and what a forward notes of each (K, ...). Counts a forward."""
         # The first state of all is the same for every completion of a prompt: one forward serves the group.
         alike = self.canvas.prompts.group_size if self.canvas.forwards == 0 else 1
         self.canvas.forwards += 1
@@ -39,7 +39,7 @@ class States:
             found = self._run(numbers[0], turn, turn.rows, alike, turn.row, turn.column)
         else:
             found = self._join(numbers, owner, turn, alike)
-        return found[0], found[1] if len(found) > 1 else None
+        return found[0], dict(zip(("experts",), found[1:], strict=False))
 
     def _join(self, numbers: list[int], owner: Int[Tensor, " R"], turn: Turn, alike: int) -> list[Tensor]:
         """Run each bucket's rows apart; results are in the order of the turn's positions. `owner` is on the host."""

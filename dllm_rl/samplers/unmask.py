@@ -102,18 +102,12 @@ def _take(choose: Choose, states_of: States, queue: BlockQueue, seeds: Int[Tenso
     canvas = choose.canvas
     if (turn := next_turn(canvas, queue, seeds)) is None:
         return None
-    states, experts = states_of(turn)
-    choice = choose(turn, states)
-    decision = choice.decision
-    if (again := decision.reopened) is not None:
-        canvas.reopen(*turn.where(again), turn.clock[again])
-    picked = choice.picked
-    canvas.write(*turn.where(picked), turn.clock[picked], choice.tokens, choice.logprobs)
-    if experts is not None:
-        canvas.note("experts", *turn.where(picked), experts[picked])
-    for name, (among, values, fill) in choice.notes.items():
-        canvas.note(name, *turn.where(among), values, fill)
-    return queue.record((turn.rows, turn.blocks), decision.committed, decision.held)
+    states, noted = states_of(turn)  # one forward
+    choice = choose(turn, states)  # ranks the positions, picks some, and draws their tokens
+    canvas.take(turn, choice)
+    for name, values in noted.items():
+        canvas.note(name, *turn.where(choice.picked), values[choice.picked])
+    return queue.record((turn.rows, turn.blocks), choice.decision.committed, choice.decision.held)
 
 
 def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None, cache: Cache | None) -> int:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.mismatch import PREFIX
 from dllm_rl.distributed.collectives import Metrics, reduce_metrics, sum_over
-from dllm_rl.distributed.sharding import in_pace
+from dllm_rl.distributed.sharding import join_uneven_forwards
 from dllm_rl.likelihoods.replay import routing_counts, routing_metrics
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers.agreement import order_agreement
@@ -20,7 +20,7 @@ def compare_sides(
     learner would commit too, in one row per prompt."""
     if rollout_policy is policy:
         return {}, None
-    with in_pace(policy):  # both run the learner, which may be sharded
+    with join_uneven_forwards(policy):  # both run the learner, which may be sharded
         return order_agreement(policy, rollout), routing_counts(policy, rollout_policy, rollout, noise)
 
 

@@ -133,7 +133,7 @@ def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bo
     """Whether an update goes back through the forwards that scored: at most `kept_graphs`, each of a micro-batch."""
     forwards = views * math.ceil(rows / (recipe.micro_batch_size or rows))
     dropout = policy.lora is not None and policy.lora.dropout  # scoring leaves it out, an update does not
-    unsharded = recipe.shard_size == 1  # a sharded learner's forwards run `in_pace`, with a backward each or none
+    unsharded = recipe.shard_size == 1  # a sharded learner's forwards have a backward each, or none
     return unsharded and forwards <= recipe.kept_graphs and not dropout
 
 

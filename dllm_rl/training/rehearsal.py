@@ -20,7 +20,7 @@ from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
-from dllm_rl.distributed.sharding import in_pace
+from dllm_rl.distributed.sharding import join_uneven_forwards
 from dllm_rl.files import remove
 from dllm_rl.models.base import Policy, trained_of
 from dllm_rl.models.lora import add_lora
@@ -44,7 +44,7 @@ def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Acce
     """Run one group through a step except the update, and save it, in all processes. Raises what its parts raise."""
     with random_numbers_kept(), as_trained(recipe, policy) as learner:
         micro_step(recipe, learner, problem, accelerator)
-        with in_pace(learner):
+        with join_uneven_forwards(learner):
             recipe.eval_sampler(learner, encode(learner, [problem]), generator_for(recipe.seed, "rehearsal"))
         if recipe.on_save_error == "stop":
             from_main(partial(save_once, recipe, on_main(learner, accelerator)), accelerator)

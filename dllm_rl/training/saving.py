@@ -25,13 +25,11 @@ from dllm_rl.distributed.stop import how_to_continue, with_the_run
 from dllm_rl.models.base import Policy
 from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe, Settings
-from dllm_rl.training.forwards import aligns
 from dllm_rl.training.model_card import card
 from dllm_rl.training.run import Run, Writer
 from dllm_rl.training.sharded_learner import group_size, on_main
 
 Write = Callable[..., Path]
-BEFORE_UPDATE = ("rollout", "reward", "waiting", "scoring", "gradients")  # stages that leave the weights alone
 
 
 def make_writer(recipe: Settings, accelerator: Accelerator) -> Writer:
@@ -69,13 +67,19 @@ def write_checkpoint(run: Run[Any]) -> Path | None:
         return _by_main(run)()
 
 
+def can_be_saved(run: Run[Any]) -> bool:
+    """Whether this process alone can save the last complete step: its weights and moments are still that step's, and
+    this process holds them whole."""
+    # An update raises the version before it changes the first weight; the run's state follows at the step's end.
+    unchanged = run.policy.version == run.state.version
+    # In an aligned forward the layers run the rollout's weights, and a copy of the module would hold these.
+    aligned = any("forward" in vars(layer) for layer in run.policy.module.modules())
+    return unchanged and not aligned and sharding_of(run.policy.module) is None
+
+
 def save_at_once(run: Run[Any]) -> None:
     """On an overdue stop, save the last complete step and end the process."""
-    stage = run.log.entered
-    # The update's state is of no step, and sharded weights are saved by all processes together, after the step.
-    if stage not in ("", "rollout", "reward", "scoring", "gradients") or sharding_of(run.policy.module) is not None:
-        return
-    if stage == "scoring" and aligns(run.recipe, run.policy, run.rollout_policy):  # the weights are the rounded ones
+    if not can_be_saved(run):
         return
     run.stop.disarm()
     done = run.state.step
@@ -88,8 +92,7 @@ def save_at_once(run: Run[Any]) -> None:
 
 def save_alone(run: Run[Any]) -> None:
     """When another process is lost, save a copy of the last complete step from another thread of the main process."""
-    whole = ["", "rollout", "reward", "waiting", "gradients"]  # between two exchanges that all weights wait for
-    if sharding_of(run.policy.module) is not None or run.log.entered not in whole:  # sharded: no process has all
+    if not can_be_saved(run):
         return
     with run.writer.alone, torch.no_grad():
         state = run.state
@@ -97,7 +100,7 @@ def save_alone(run: Run[Any]) -> None:
             return
         copies = on_host(run.policy, run.optimizer)
         # Else the run went on meanwhile, and the copy may be of two steps.
-        if run.state is state and run.policy.version == state.version and run.log.entered in whole:
+        if run.state is state and can_be_saved(run):
             try:
                 run.writer.wait()
                 _attempt(run, state.step, _prepared(run, state, *copies))
@@ -109,10 +112,9 @@ def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceba
     """When a step fails, save the last complete step and add a note to the error; a resume repeats the failed step."""
     recipe = run.recipe
     done = run.state.step
-    if not isinstance(error, Exception) or run.log.entered not in ("", *BEFORE_UPDATE, "update"):
+    if not isinstance(error, Exception) or done == recipe.num_steps:  # after the last step there is none to repeat
         return
     note = f"process {run.accelerator.process_index}: the step after step {done} failed"
-    whole = run.policy.version == run.state.version and sharding_of(run.policy.module) is None
     if run.accelerator.num_processes > 1 and of_an_exchange(error):
         note += (
             ": another process ended, and its own message says why, or kept this one waiting for "
@@ -120,7 +122,8 @@ def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceba
         )
     try:
         folder = checkpoint.folder_of(Path(recipe.directory) / "checkpoints", done)
-        if run.accelerator.is_main_process and whole and not folder.exists():  # that step may be saved already
+        # That step may be saved already.
+        if run.accelerator.is_main_process and can_be_saved(run) and not folder.exists():
             write_checkpoint(run)
     except (OSError, ValueError, RuntimeError, ArithmeticError) as other:
         note += f", and saving the step before it failed too: {other}"

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.distributed.collectives import local, reduce_metrics, sum_gradients
-from dllm_rl.distributed.sharding import in_pace
+from dllm_rl.distributed.sharding import join_uneven_forwards
 from dllm_rl.likelihoods.views import View
 from dllm_rl.models.base import Policy, whole
 from dllm_rl.models.tokens import ordinary_ids, prompt_ids, text_ids
@@ -155,7 +155,7 @@ def warmup_step(
     chosen = draw_indices(len(recipe.task), recipe.warmup_batch_size, recipe.seed, "warm-up", step)
     problems, _ = choose(recipe, policy, local(chosen, accelerator).tolist())
     batch = examples(policy, problems, max_new_tokens=recipe.max_new_tokens)
-    with in_pace(policy, backward=True):
+    with join_uneven_forwards(policy, backward=True):
         mine = [local(each, accelerator) for each in drawn]
         loss = supervised_loss(policy, batch, *mine, corruption=recipe.warmup_corruption)
         loss.backward()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from likelihood_toys import TablePolicy
 
+from dllm_rl.models.order import open_step
 from dllm_rl.samplers.canvas import BlockQueue, make_canvas, next_turn
 from dllm_rl.samplers.revise import packed_events
 from dllm_rl.samplers.rules import check_last_step, threshold
@@ -70,9 +71,9 @@ def test_the_opening_step_is_known_of_what_is_written_alone():
     """Of a block of two positions the second is written in step 3, the first is still masked."""
     canvas = canvas_of(2)
     write(canvas, [0], [1], step=3)
-    assert canvas.open_step().tolist() == [[-1, 3]]
+    assert open_step(canvas.unmask_step, canvas.block).tolist() == [[-1, 3]]
     write(canvas, [0], [0], step=5)
-    assert canvas.open_step().tolist() == [[3, 3]]
+    assert open_step(canvas.unmask_step, canvas.block).tolist() == [[3, 3]]
 
 
 SEEDS = torch.tensor([7, 8])

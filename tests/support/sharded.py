@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_rl import aligned, float8_weight_only, load_policy, lora_r16
 from dllm_rl.distributed.collectives import make_accelerator, sum_gradients
-from dllm_rl.distributed.sharding import in_pace, shard, sharding_of
+from dllm_rl.distributed.sharding import join_uneven_forwards, shard, sharding_of
 from dllm_rl.likelihoods.estimators import coupled
 from dllm_rl.models.base import whole
 from dllm_rl.models.forward.blocks import blocks_of
@@ -123,7 +123,7 @@ def families(folder):
             assert equal(*copies)
         for rows in tokens:
             run(alone, rows)
-        with in_pace(policy, backward=True):
+        with join_uneven_forwards(policy, backward=True):
             for rows in tokens[:3] if rank == 0 else tokens[3:]:
                 run(policy, rows)
         for ours, theirs in zip(policy.module.parameters(), alone.module.parameters(), strict=True):
@@ -157,7 +157,7 @@ def plan_and_allocator(cases):
         prompts = plan.Prompts.from_ids(
             [[5 + i] * plan.PROMPT for i in range(2)], pad_id=0, group_size=4, seeds=range(8)
         )
-        with in_pace(policy):
+        with join_uneven_forwards(policy):
             rollout = recipe.sampler(policy, prompts, generator_for(0))
             noise = recipe.likelihood.draw(rollout, generator_for(1))
             scores = recipe.likelihood.scores(policy, rollout, noise)
@@ -205,7 +205,7 @@ def uneven(shares):
     for numbers in shares:
         for rows in views[: sum(numbers)]:
             run(alone, rows)
-        with Sent() as bytes_of, in_pace(policy, backward=True):
+        with Sent() as bytes_of, join_uneven_forwards(policy, backward=True):
             for rows in views[sum(numbers[:rank]) : sum(numbers[: rank + 1])]:
                 run(policy, rows)
         passes = max(numbers)
