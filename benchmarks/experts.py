@@ -11,15 +11,16 @@ from functools import partial
 import torch
 
 from benchmarks.measure import fastest, machine, table, write_json
+from dllm_rl.diagnostics.routing import routing_counts
 from dllm_rl.likelihoods.estimators import trajectory
-from dllm_rl.likelihoods.replay import as_sampled, routing_counts
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.replay import as_sampled
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.types import Noise, Prompts, Rollout
+from dllm_rl.types import Prompts, Rollout, Views
 
 
 def main() -> None:
@@ -53,8 +54,8 @@ def main() -> None:
     noise = estimator.draw(rollout, torch.Generator())
     replay = as_sampled(noise, rollout)
 
-    def update(masks: Noise) -> None:
-        for view, weight in zip(views_of(masks), masks.weight, strict=True):
+    def update(masks: Views) -> None:
+        for view, weight in zip(each_view(masks), masks.weight, strict=True):
             view.backward(policy, rollout, weight)
 
     score = partial(estimator.scores, policy, rollout)

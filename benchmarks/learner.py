@@ -16,7 +16,7 @@ from benchmarks.presets import PRESETS, make
 from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.likelihoods.estimators import elbo
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.training.learner import accumulate_gradients
 from dllm_rl.types import Batch
 
@@ -48,7 +48,7 @@ def arm(
                 policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=micro_batch_size
             )
         else:
-            scored = [view.logprobs(policy, rollout) for view in views_of(noise)]
+            scored = [view.logprobs(policy, rollout) for view in each_view(noise)]
             logps = estimator.combine(torch.stack(scored), noise)
             objective = surrogate(logps - old, advantages, mask)
             (-(objective * mask).sum() / count).backward()

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from dllm_rl.likelihoods.estimators import trajectory
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers.rules import confidence, max_prob
 from dllm_rl.samplers.unmask import unmask
@@ -50,7 +50,7 @@ def main() -> None:
         if not backward:
             estimator.scores(policy, rollout, noise)
             return
-        for view, weight in zip(views_of(noise), noise.weight, strict=True):
+        for view, weight in zip(each_view(noise), noise.weight, strict=True):
             view.backward(policy, rollout, weight)
 
     for _ in range(options.repeats):

@@ -25,11 +25,11 @@ from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.likelihoods.estimators import coupled, elbo, one_step
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.training.learner import accumulate_gradients, update
-from dllm_rl.types import Batch, Noise, Rollout
+from dllm_rl.types import Batch, Rollout, Views
 
 BETA = 0.04
 SHAPES = {"growth": Shape(128, 2, 4, 352, 1_000, 16, 32, 32), "smoke": PRESETS["smoke"]}
@@ -51,7 +51,7 @@ def step(
     policy: Policy,
     reference: Policy | None,
     rollout: Rollout,
-    noise: Noise,
+    noise: Views,
     optimizer: torch.optim.Optimizer,
     *,
     likelihood: LikelihoodEstimator,
@@ -76,7 +76,7 @@ def at(rollout: Rollout, policy: Policy) -> Rollout:
     return replace(rollout, weights_version=policy.version)
 
 
-def published_logps(policy: Policy, rollout: Rollout, noise: Noise) -> torch.Tensor:
+def published_logps(policy: Policy, rollout: Rollout, noise: Views) -> torch.Tensor:
     """sum_n weight_n log p, from the logits of every position of every view."""
     total = torch.zeros(rollout.tokens.shape)
     for masked, weight in zip(noise.masked, noise.weight, strict=True):
@@ -91,7 +91,7 @@ def published_step(
     policy: Policy,
     reference: Policy | None,
     rollout: Rollout,
-    noise: Noise,
+    noise: Views,
     optimizer: torch.optim.Optimizer,
     *,
     iterations: int = 1,
@@ -137,7 +137,7 @@ def published(shape: Shape, repeats: int) -> list[dict]:
     return rows
 
 
-def gradient(policy: Policy, rollout: Rollout, noise: Noise, estimator: LikelihoodEstimator, *, keep: bool) -> None:
+def gradient(policy: Policy, rollout: Rollout, noise: Views, estimator: LikelihoodEstimator, *, keep: bool) -> None:
     """Scoring and one gradient."""
     policy.module.zero_grad()
     scores, mask = estimator.scores(policy, rollout, noise, keep_graphs=keep), rollout.completion_mask
@@ -147,10 +147,10 @@ def gradient(policy: Policy, rollout: Rollout, noise: Noise, estimator: Likeliho
     accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator)
 
 
-def padded_gradient(policy: Policy, rollout: Rollout, noise: Noise, estimator: LikelihoodEstimator) -> None:
+def padded_gradient(policy: Policy, rollout: Rollout, noise: Views, estimator: LikelihoodEstimator) -> None:
     """As `gradient` with its graphs kept would be, of one batch as wide as its longest row: forward and backward."""
     policy.module.zero_grad()
-    for view, weight in zip(views_of(noise), noise.weight, strict=True):
+    for view, weight in zip(each_view(noise), noise.weight, strict=True):
         view.backward(policy, rollout, weight)
 
 

@@ -190,7 +190,7 @@ class Recipe(Settings):
     likelihood: LikelihoodEstimator = _("sequence-likelihood estimator")
     corrector: Corrector = _("correction of the training-inference mismatch", none())
     sampling_support: Literal["own", "unfiltered", "rollout"] = _(
-        "tokens over which log-probs are normalised where top_k or top_p filter (Rollout.with_support)", "own"
+        "tokens over which log-probs are normalised where top_k or top_p filter (models.support.with_support)", "own"
     )
     advantages: Callable = _(
         "(P, G) rewards -> (P, G) advantages; a function of `parts` and `weights` (decoupled: GDPO) gets each reward",

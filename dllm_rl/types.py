@@ -314,7 +314,7 @@ class Rollout(Columns):
     order: Order | None = None
     events: Events | None = None
     experts: Integer[Tensor, "B T M E"] | None = None
-    batch_row: Int[Tensor, " B"] | None = None  # in the global batch, by which noise is drawn; None: rows are in order
+    batch_row: Int[Tensor, " B"] | None = None  # in the global batch, by which masks are drawn; None: rows are in order
 
     def replaced(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
         """This rollout with `rows` replaced by another's; the narrower of the two is padded on the left."""
@@ -339,7 +339,7 @@ class Logprobs:
     old_scores: Float[Tensor, "N B T"]  # the same per mask, with kept graphs if any
     rollout: Float[Tensor, "B T"]  # under the policy that sampled
     reference: Float[Tensor, "B T"] | None  # under the reference policy, or None without a KL term
-    noise: "Noise"  # with the experts that the learner takes again, if any
+    views: "Views"  # with the experts that the learner takes again, if any
 
 
 def alone(total: Tensor) -> Tensor:
@@ -352,7 +352,7 @@ class Batch:
     """All that one optimiser update needs. Rows are of one process; counts are over all processes."""
 
     rollout: Rollout
-    noise: "Noise"
+    views: "Views"
     advantages: Float[Tensor, " B"]
     old: Float[Tensor, "B T"]  # log-probs that ratios are taken against; the rollout's with old_logprobs="rollout"
     old_scores: Float[Tensor, "N B T"]  # the learner's, per mask (saves the first inner step's forwards)
@@ -361,7 +361,7 @@ class Batch:
     reference: Float[Tensor, "B T"] | None  # log-probs under the reference policy, or None without a KL term
     num_tokens: int  # denominators of the loss, over the global batch
     num_sequences: int
-    behaviour: Float[Tensor, "B T"] | None = None  # log-probs under the policy that sampled; None: not known
+    rollout_logprobs: Float[Tensor, "B T"] | None = None  # log-probs under the policy that sampled; None: not known
     sum_over: Callable[[Tensor], Tensor] = alone  # over all processes, on the tensor's device
 
 
@@ -384,7 +384,7 @@ class ViewPart(_Movable):
 
 
 @dataclass(frozen=True)
-class Noise(_Movable):
+class Views(_Movable):
     """The masks of a likelihood estimate: data that travels with the batch, the same for every policy."""
 
     masked: Bool[Tensor, "N B T"]  # positions hidden from the model in view n
@@ -392,10 +392,10 @@ class Noise(_Movable):
     upper_bound_weight: Float[Tensor, " B"] | None = None  # per row, in [0, 1]; None: lower bound only
     parts: tuple[ViewPart, ...] = ()  # of optional features, in the order in which they change a view
 
-    def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Noise":
+    def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Views":
         return self.map(lambda x: x[keep] if x.dim() == 1 else x[:, keep][:, :, columns])
 
-    def only(self, live: Bool[Tensor, " B"]) -> "Noise":
+    def only(self, live: Bool[Tensor, " B"]) -> "Views":
         """The same masks, with the other rows not scored."""
         return dataclasses.replace(self, weight=self.weight * live[:, None])
 

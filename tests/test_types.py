@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dllm_rl.types import Noise, Prompts, Rollout, SamplingParams
+from dllm_rl.types import Prompts, Rollout, SamplingParams, Views
 
 
 def rollout(tokens: list[list[int]], *, forwards: int = 1) -> Rollout:
@@ -48,7 +48,7 @@ def test_rows_are_replaced_by_those_of_another_in_their_order():
 def test_masks_of_rows_and_rows_that_are_not_scored():
     """Two views of three rows; no view scores the last."""
     weight = torch.tensor([[[0.0, 2.0], [0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [3.0, 0.0], [0.0, 0.0]]])
-    noise = Noise(weight != 0, weight, torch.tensor([0.25, 0.5, 0.75]))
+    noise = Views(weight != 0, weight, torch.tensor([0.25, 0.5, 0.75]))
     assert noise.scored(torch.ones(3, 2, dtype=torch.bool)).tolist() == [[True, True], [True, True], [False, False]]
     taken = noise.rows(torch.tensor([1, 0]))
     assert taken.weight.tolist() == [[[0, 0], [0, 2]], [[3, 0], [0, 0]]]

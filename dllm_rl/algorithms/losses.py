@@ -223,16 +223,16 @@ def further_inputs(surrogate: Callable[..., Tensor], batch: Batch) -> dict[str, 
     if "old" in wanted:
         found["old"] = torch.where(batch.keep, batch.old, 0)
     if "log_mismatch" in wanted:
-        found["log_mismatch"] = torch.where(batch.keep, batch.old - _behaviour(batch, "a surrogate"), 0)
+        found["log_mismatch"] = torch.where(batch.keep, batch.old - _rollout_logprobs(batch, "a surrogate"), 0)
     if "sum_over" in wanted:
         found["sum_over"] = batch.sum_over
     return found
 
 
-def _behaviour(batch: Batch, wanted_by: str) -> Float[Tensor, "B T"]:
-    if batch.behaviour is None:
-        raise ValueError(f"{wanted_by} takes the rollout's log-probs, and batch.behaviour is None: give them")
-    return batch.behaviour
+def _rollout_logprobs(batch: Batch, wanted_by: str) -> Float[Tensor, "B T"]:
+    if batch.rollout_logprobs is None:
+        raise ValueError(f"{wanted_by} takes the rollout's log-probs, and batch.rollout_logprobs is None: give them")
+    return batch.rollout_logprobs
 
 
 def policy_loss(
@@ -285,7 +285,7 @@ def policy_loss(
     if batch.reference is not None:
         divergence = kl(torch.where(keep, batch.reference - logps, 0))
         if unbiased_kl:
-            ratio = torch.where(keep, logps - _behaviour(batch, "unbiased_kl=True"), 0)
+            ratio = torch.where(keep, logps - _rollout_logprobs(batch, "unbiased_kl=True"), 0)
             divergence = divergence * ratio.clamp(-MAX_LOG, MAX_LOG).exp()
         penalty = kept(divergence)
         term = beta * (kept(coefficient) * penalty).sum()

@@ -204,7 +204,7 @@ def off_policy_metrics(
     metrics: dict[str, tuple[Tensor, Tensor]] = {}
     tokens = batch.rollout.completion_mask.sum()  # of all rows: those without advantage contribute 0
     rows = keep.any(-1).sum()
-    for name, base in (("old", old), ("rollout", batch.behaviour)):
+    for name, base in (("old", old), ("rollout", batch.rollout_logprobs)):
         if base is None:  # the rollout's are not known
             continue
         log_ratio = torch.where(keep, logps - base, 0).double()

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.linear import Experts
-from dllm_rl.types import Logprobs, Noise, Rollout
+from dllm_rl.types import Logprobs, Rollout, Views
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS is deterministic only with one of two settings of this variable,
 SETTINGS = (":4096:8", ":16:8")  # which torch reads once, at the first product of the process on a GPU
@@ -138,17 +138,17 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
 
 
 def check_bitwise_equal(
-    rollout: Rollout, noise: Noise, logps: Logprobs, *, policy: Policy, rollout_policy: Policy
+    rollout: Rollout, views: Views, logps: Logprobs, *, policy: Policy, rollout_policy: Policy
 ) -> None:
     """RuntimeError, naming position and layer, unless learner and rollout agree bit for bit in every scored row."""
-    mask = noise.scored(rollout.completion_mask)
+    mask = views.scored(rollout.completion_mask)
     differs = mask & (logps.old != logps.rollout)
     if not differs.any():
         return
     row, position = differs.nonzero()[0].tolist()
     token = int(rollout.tokens[row, position])
-    view = int((noise.weight[:, row, position] != 0).int().argmax())  # the first that scores the token, or 0
-    tokens = list(views_of(noise))[view].seen(policy, rollout)[row : row + 1]
+    view = int((views.weight[:, row, position] != 0).int().argmax())  # the first that scores the token, or 0
+    tokens = list(each_view(views))[view].seen(policy, rollout)[row : row + 1]
     seen = rollout.attention_mask[row : row + 1]
     ours = layer_outputs(policy, tokens, seen)
     theirs = layer_outputs(rollout_policy, tokens, seen)

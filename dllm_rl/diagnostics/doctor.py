@@ -16,17 +16,18 @@ from torch import Generator, Tensor
 
 from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.diagnostics.batch_invariance import layer_outputs
+from dllm_rl.diagnostics.routing import routing_counts
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.estimators import causal, trajectory
-from dllm_rl.likelihoods.replay import as_chosen, routing_counts, watched
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.replay import as_chosen, watched
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy, output_embeddings
 from dllm_rl.models.forward.float32_head import HALF
 from dllm_rl.models.forward.routing import mixtures
 from dllm_rl.quantization.linear import dequantized_weight, place
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
 from dllm_rl.samplers.agreement import order_agreement
-from dllm_rl.types import Noise, Prompts, Rollout, SamplingParams
+from dllm_rl.types import Prompts, Rollout, SamplingParams, Views
 
 ADVICE = {
     "sampling parameters": "score under the rollout's own temperature and filters (rollout.sampling_params)",
@@ -138,28 +139,28 @@ def diagnose(
     score = partial(likelihood.logprobs, micro_batch_size=micro_batch_size)
     rollout = sampler(rollout_policy, prompts, Generator().manual_seed(seed))
     mask = rollout.completion_mask
-    noise = likelihood.draw(rollout, Generator().manual_seed(seed))
-    own_noise = noise if share_noise else likelihood.draw(rollout, Generator().manual_seed(seed + 1))
+    views = likelihood.draw(rollout, Generator().manual_seed(seed))
+    own_noise = views if share_noise else likelihood.draw(rollout, Generator().manual_seed(seed + 1))
 
     scored_as = replace(rollout, sampling_params=learner_sampling_params or rollout.sampling_params)
     # From the learner's own score to the sampler's record, each score differs from the one before in one thing.
     learner = score(policy, scored_as, own_noise)
     mirrored = score(policy, rollout, own_noise)
-    ours = score(policy, rollout, noise)
-    chosen = watched(policy, rollout, noise) if mixtures(policy.module) else noise  # keeps the rollout's experts
+    ours = score(policy, rollout, views)
+    chosen = watched(policy, rollout, views) if mixtures(policy.module) else views  # keeps the rollout's experts
     theirs = score(rollout_policy, rollout, chosen)
-    sampled = recorded(rollout, noise) if likelihood.exact_for_sampler else theirs
+    sampled = recorded(rollout, views) if likelihood.exact_for_sampler else theirs
 
     steps = {"sampling parameters": learner - mirrored, "estimator noise": mirrored - ours}
-    steps |= forward_steps(score, policy, rollout_policy, config, rollout, noise, chosen, ours, theirs)
+    steps |= forward_steps(score, policy, rollout_policy, config, rollout, views, chosen, ours, theirs)
     order = exact.draw(rollout, Generator())
     replay = exact.logprobs(rollout_policy, rollout, order, micro_batch_size=micro_batch_size)
     # An exact replay runs without a cache: what it misses of the sampler's own record is the cache's.
     steps["cache or sampler"] = torch.where(mask, replay - recorded(rollout, order), 0)
     # Padding and batch shape are probed on the learner alone.
-    steps["padding"] = ours - score(policy, *pad_left(rollout, noise, policy.pad_id))[:, PADDING:]
-    whole = score(policy, rollout, noise, micro_batch_size=None)  # all rows at once, against a prompt's rows
-    steps["batch shape"] = whole - score(policy, rollout, noise, micro_batch_size=rollout.group_size)
+    steps["padding"] = ours - score(policy, *pad_left(rollout, views, policy.pad_id))[:, PADDING:]
+    whole = score(policy, rollout, views, micro_batch_size=None)  # all rows at once, against a prompt's rows
+    steps["batch shape"] = whole - score(policy, rollout, views, micro_batch_size=rollout.group_size)
 
     causes = [measure(name, step, mask) for name, step in steps.items()]
     shares = [(same / count).item() for same, count in order_agreement(policy, rollout).values()]
@@ -169,10 +170,10 @@ def diagnose(
         total=measure("all", learner - sampled, mask),
         causes=tuple(sorted(causes, key=lambda cause: cause.mean_abs, reverse=True)),
         tokens=worst_tokens(policy, rollout, learner, sampled, num_worst),
-        layers=worst_layers(policy, rollout_policy, rollout, noise, num_worst),
-        half_heads=half_heads(score, policy, rollout_policy, rollout, noise),
+        layers=worst_layers(policy, rollout_policy, rollout, views, num_worst),
+        half_heads=half_heads(score, policy, rollout_policy, rollout, views),
         order=(shares[0], shares[1]) if shares else None,
-        **same_experts(policy, rollout_policy, rollout, noise),
+        **same_experts(policy, rollout_policy, rollout, views),
     )
 
 
@@ -182,8 +183,8 @@ def forward_steps(
     rollout_policy: Policy,
     config: Any,
     rollout: Rollout,
-    noise: Noise,
-    chosen: Noise,
+    views: Views,
+    chosen: Views,
     ours: Tensor,
     theirs: Tensor,
 ) -> dict[str, Tensor]:
@@ -191,11 +192,11 @@ def forward_steps(
     # Between the two sides' own heads every forward has one in fp32, so that rounding in a head is one cause alone.
     learner = with_head(policy, float32=True)
     plain = with_head(in_rollout_forward(policy, rollout_policy), float32=True)
-    first = ours if policy.float32_head else score(learner, rollout, noise)
-    last = theirs if rollout_policy.float32_head else score(with_head(rollout_policy, float32=True), rollout, noise)
+    first = ours if policy.float32_head else score(learner, rollout, views)
+    last = theirs if rollout_policy.float32_head else score(with_head(rollout_policy, float32=True), rollout, views)
     states = {}
     taken = as_chosen(chosen, rollout)  # later forwards take the rollout's experts, so that they add no routing
-    if chosen is not noise:
+    if chosen is not views:
         states["routing"] = score(learner, rollout, taken)
     states["precision"] = score(plain, rollout, taken)
     if config is not None:
@@ -214,19 +215,19 @@ def forward_steps(
 
 
 def half_heads(
-    score: Callable[..., Tensor], policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise
+    score: Callable[..., Tensor], policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views
 ) -> Cause | None:
     """The mismatch that heads in 16 bits would add to; None unless both have fp32 heads that could be in 16 bits."""
     if not (policy.float32_head and rollout_policy.float32_head and computes_in_half(policy, rollout_policy)):
         return None
-    learner = score(with_head(policy, float32=False), rollout, noise)
-    sampled = score(with_head(rollout_policy, float32=False), rollout, noise)
+    learner = score(with_head(policy, float32=False), rollout, views)
+    sampled = score(with_head(rollout_policy, float32=False), rollout, views)
     return measure("all, 16-bit heads", learner - sampled, rollout.completion_mask)
 
 
-def same_experts(policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise) -> dict[str, Any]:
+def same_experts(policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views) -> dict[str, Any]:
     """`Report.routing` and `Report.load`; nothing without mixtures."""
-    counts = routing_counts(policy, rollout_policy, rollout, noise)
+    counts = routing_counts(policy, rollout_policy, rollout, views)
     if counts is None:
         return {}
     sampled, learnt = counts[:, 2:].chunk(2, 1)
@@ -290,10 +291,10 @@ def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
     return rounded, fresh
 
 
-def pad_left(rollout: Rollout, noise: Noise, pad_id: int) -> tuple[Rollout, Noise]:
+def pad_left(rollout: Rollout, views: Views, pad_id: int) -> tuple[Rollout, Views]:
     """The same batch with PADDING more columns on the left, which should score the same."""
     # New columns are neither masked nor scored.
-    padded = noise.map(lambda x: F.pad(x, (PADDING, 0)) if x.dim() == 3 else x)
+    padded = views.map(lambda x: F.pad(x, (PADDING, 0)) if x.dim() == 3 else x)
     return rollout.padded(PADDING, pad_id=pad_id), padded
 
 
@@ -319,10 +320,10 @@ def worst_tokens(
 
 
 def worst_layers(
-    policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise, count: int
+    policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views, count: int
 ) -> tuple[tuple[str, float], ...]:
     """Layers by ||output under the learner - under the rollout|| / ||output||, on at most eight rows of a view."""
-    tokens = next(views_of(noise)).seen(policy, rollout)[:8]
+    tokens = next(each_view(views)).seen(policy, rollout)[:8]
     attention_mask = rollout.attention_mask[:8]
     theirs = layer_outputs(rollout_policy, tokens, attention_mask)
     errors = {}

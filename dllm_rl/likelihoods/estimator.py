@@ -14,47 +14,47 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from dllm_rl.distributed.sharding import join_uneven_forwards
-from dllm_rl.likelihoods.views import row_chunks, views_of
+from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy
-from dllm_rl.types import Noise, Rollout
+from dllm_rl.types import Rollout, Views
 
 MORE = ("dllm_rl.likelihoods.estimators",)  # where the command line finds them
 
 
-def weighted_sum(scores: Float[Tensor, "N B T"], noise: Noise) -> Float[Tensor, "B T"]:
+def weighted_sum(scores: Float[Tensor, "N B T"], views: Views) -> Float[Tensor, "B T"]:
     """sum_n weight_n * log p(y_t | view n), per position, nats."""
     total = torch.zeros_like(scores[0])
-    for score, weight in zip(scores, noise.weight, strict=True):  # view by view, as a sampler adds up its record
+    for score, weight in zip(scores, views.weight, strict=True):  # view by view, as a sampler adds up its record
         total = total + score * weight
     return total
 
 
-def as_drawn(noise: Noise, advantages: Float[Tensor, " B"]) -> Noise:
-    return noise  # most estimates do not depend on the advantages
+def as_drawn(views: Views, advantages: Float[Tensor, " B"]) -> Views:
+    return views  # most estimates do not depend on the advantages
 
 
 @dataclass(frozen=True)
 class LikelihoodEstimator:
     """Draws masks and combines the views' log-probs, as pure functions. Contributions are zero off the completion; both
-    sides of a ratio use the same estimator and noise.
+    sides of a ratio use the same estimator and views.
 
     draw      rollout, generator -> masks and weights of every view
-    combine   scores (N, B, T), noise -> contributions (B, T); differentiable
-    with_advantages    adapts the noise to the advantages (B,); only `sandwich` needs it
+    combine   scores (N, B, T), views -> contributions (B, T); differentiable
+    with_advantages    adapts the views to the advantages (B,); only `sandwich` needs it
     exact_for_sampler  True if scoring under the rollout policy equals the sampler's record (`recorded`), reused then
     random      whether two draws differ: an inner update then takes masks of its own (`Recipe.fresh_masks`)
     block_size  of the models that the estimate is for, where its views mask whole blocks; None: any
     made_by     the function of `estimators` with its keywords, so that a command line can change a keyword
 
     Example:
-        noise = coupled().draw(rollout, generator)
-        log_ratio = coupled().logprobs(policy, rollout, noise) - coupled().logprobs(other, rollout, noise)
+        views = coupled().draw(rollout, generator)
+        log_ratio = coupled().logprobs(policy, rollout, views) - coupled().logprobs(other, rollout, views)
     """
 
     name: str
-    draw: Callable[[Rollout, Generator], Noise]
-    combine: Callable[[Tensor, Noise], Tensor] = weighted_sum
-    with_advantages: Callable[[Noise, Tensor], Noise] = as_drawn
+    draw: Callable[[Rollout, Generator], Views]
+    combine: Callable[[Tensor, Views], Tensor] = weighted_sum
+    with_advantages: Callable[[Views, Tensor], Views] = as_drawn
     attention: tuple[str, ...] = ("full", "block_causal")
     exact_for_sampler: bool = False
     random: bool = True
@@ -65,7 +65,7 @@ class LikelihoodEstimator:
         self,
         policy: Policy,
         rollout: Rollout,
-        noise: Noise,
+        views: Views,
         *,
         micro_batch_size: int | None = None,
         keep_graphs: bool | Bool[Tensor, " B"] = False,
@@ -73,16 +73,16 @@ class LikelihoodEstimator:
         """log p(y_t | view n) in nats where view n scores t, 0 elsewhere. `keep_graphs` keeps the graphs of all rows,
         or of the marked ones, until their backward; otherwise there is no gradient."""
         self.check(policy)
-        out = torch.zeros(noise.weight.shape, device=rollout.tokens.device)
-        parts = [(noise, keep_graphs is True)]
+        out = torch.zeros(views.weight.shape, device=rollout.tokens.device)
+        parts = [(views, keep_graphs is True)]
         if isinstance(keep_graphs, Tensor):  # no backward frees the graphs of other rows
-            parts = [(noise.only(~keep_graphs), False), (noise.only(keep_graphs), True)]
+            parts = [(views.only(~keep_graphs), False), (views.only(keep_graphs), True)]
         for part, kept in parts:
             # Processes may have different numbers of rows: see `join_uneven_forwards`.
             with torch.set_grad_enabled(kept), join_uneven_forwards(policy):
                 for chunk in row_chunks(rollout, part, micro_batch_size):
                     rows, masks = chunk.of(rollout, part)
-                    for n, view in enumerate(views_of(masks)):
+                    for n, view in enumerate(each_view(masks)):
                         out[n, chunk.rows, chunk.columns] = view.logprobs(policy, rows)
         return out
 
@@ -90,7 +90,7 @@ class LikelihoodEstimator:
         self,
         policy: Policy,
         rollout: Rollout,
-        noise: Noise,
+        views: Views,
         vectors: Float[Tensor, "N B T"],
         *,
         micro_batch_size: int | None = None,
@@ -98,16 +98,16 @@ class LikelihoodEstimator:
         """`scores(...).backward(vectors)` without kept graphs: every forward runs again, and carries its gradient back
         at once, so that memory does not grow with the number of views."""
         with join_uneven_forwards(policy, backward=True):
-            for chunk in row_chunks(rollout, noise, micro_batch_size):
-                rows, masks = chunk.of(rollout, noise)
-                for view, vector in zip(views_of(masks), vectors, strict=True):
+            for chunk in row_chunks(rollout, views, micro_batch_size):
+                rows, masks = chunk.of(rollout, views)
+                for view, vector in zip(each_view(masks), vectors, strict=True):
                     view.backward(policy, rows, vector[chunk.rows][:, chunk.columns])
 
     def logprobs(
-        self, policy: Policy, rollout: Rollout, noise: Noise, *, micro_batch_size: int | None = None
+        self, policy: Policy, rollout: Rollout, views: Views, *, micro_batch_size: int | None = None
     ) -> Float[Tensor, "B T"]:
         """Per-position contributions to the estimate, nats; their sum over T is the sequence's. No gradient."""
-        return self.combine(self.scores(policy, rollout, noise, micro_batch_size=micro_batch_size), noise)
+        return self.combine(self.scores(policy, rollout, views, micro_batch_size=micro_batch_size), views)
 
     def check(self, policy: Policy) -> None:
         """Raise ValueError when the estimate is not for this policy's attention or block size."""
@@ -120,9 +120,9 @@ class LikelihoodEstimator:
             raise ValueError(f"block_size={self.block_size} is not the policy's block size, {policy.spec.block_size}")
 
 
-def recorded(rollout: Rollout, noise: Noise) -> Float[Tensor, "B T"]:
+def recorded(rollout: Rollout, views: Views) -> Float[Tensor, "B T"]:
     """The sampler's recorded contributions for an estimate that is `exact_for_sampler`, nats."""
     logprobs = rollout.logprobs
-    for part in noise.parts:
+    for part in views.parts:
         logprobs = part.recorded(rollout, logprobs)
     return logprobs

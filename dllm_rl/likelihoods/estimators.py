@@ -21,7 +21,7 @@ from dllm_rl.likelihoods.order import with_order
 from dllm_rl.likelihoods.packed import draw_rounds
 from dllm_rl.likelihoods.trajectory import draw_some_segments, draw_trajectory
 from dllm_rl.members import maker
-from dllm_rl.types import Noise
+from dllm_rl.types import Views
 
 
 @maker
@@ -100,26 +100,26 @@ def block(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
     return LikelihoodEstimator("block", partial(masks.draw_block, block_size=block_size, num_samples=num_samples))
 
 
-def upper_bound(scores: Float[Tensor, "N B T"], noise: Noise, *, beta: float) -> Float[Tensor, "B T"]:
+def upper_bound(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) -> Float[Tensor, "B T"]:
     """(1/beta) log sum_n weight_n p_i(view n)^beta per position, nats; 0 where no view scores it."""
-    scored = noise.weight > 0
+    scored = views.weight > 0
     # A position that no view scores would be log 0, with a NaN gradient: its terms are replaced before the log too.
-    logits = torch.where(scored, beta * scores + noise.weight.where(scored, 1).log(), -torch.inf)
+    logits = torch.where(scored, beta * scores + views.weight.where(scored, 1).log(), -torch.inf)
     nowhere = ~scored.any(0)
     return torch.where(nowhere, 0, logits.masked_fill(nowhere, 0).logsumexp(0) / beta)
 
 
-def mixed_bounds(scores: Float[Tensor, "N B T"], noise: Noise, *, beta: float) -> Float[Tensor, "B T"]:
+def mixed_bounds(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) -> Float[Tensor, "B T"]:
     """The lower bound mixed with the upper one by `upper_bound_weight`, per position, nats."""
-    lower = weighted_sum(scores, noise)
-    if noise.upper_bound_weight is None:  # advantages are not known yet
+    lower = weighted_sum(scores, views)
+    if views.upper_bound_weight is None:  # advantages are not known yet
         return lower
-    return torch.lerp(lower, upper_bound(scores, noise, beta=beta), noise.upper_bound_weight[:, None])
+    return torch.lerp(lower, upper_bound(scores, views, beta=beta), views.upper_bound_weight[:, None])
 
 
-def upper_where_negative(noise: Noise, advantages: Float[Tensor, " B"], *, mix: float) -> Noise:
+def upper_where_negative(views: Views, advantages: Float[Tensor, " B"], *, mix: float) -> Views:
     """The noise with upper_bound_weight = mix in the rows whose advantage is negative, 0 in the others."""
-    return replace(noise, upper_bound_weight=mix * (advantages < 0).to(noise.weight))
+    return replace(views, upper_bound_weight=mix * (advantages < 0).to(views.weight))
 
 
 @maker

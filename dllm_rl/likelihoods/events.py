@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.types import Events, Noise, Rollout, ViewPart
+from dllm_rl.types import Events, Rollout, ViewPart, Views
 
 
 def canvas(rollout: Rollout, events: Events, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
@@ -65,7 +65,7 @@ def check_merges(rollout: Rollout, num_segments: int) -> None:
         )
 
 
-def replayed(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Noise:
+def replayed(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Views:
     """View s sees the canvas before its step of each position, and scores what that step wrote."""
     events = rollout.events
     if events is None or events.by_draws:
@@ -82,4 +82,4 @@ def replayed(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Noise:
         )
     both: Iterator = (canvas(rollout, events, each) for each in step)
     before, written = map(torch.stack, zip(*both, strict=True))
-    return Noise(before < 0, (written >= 0).float(), parts=(Replayed(step),))
+    return Views(before < 0, (written >= 0).float(), parts=(Replayed(step),))

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.rng import row_seeds
-from dllm_rl.types import Noise, Rollout
+from dllm_rl.types import Rollout, Views
 
 
 def row_generators(rollout: Rollout, generator: Generator) -> list[Generator]:
@@ -98,27 +98,27 @@ def block_index(completion: Bool[Tensor, "B T"], block_size: int) -> Int[Tensor,
     return torch.where(completion, place // block_size, -1)
 
 
-def stacked(views: list[tuple[Tensor, Tensor]], *, samples: int) -> Noise:
+def stacked(views: list[tuple[Tensor, Tensor]], *, samples: int) -> Views:
     masked = torch.stack([view[0] for view in views])
     weight = torch.stack([view[1] for view in views])
-    return Noise(masked, (weight / samples).float())
+    return Views(masked, (weight / samples).float())
 
 
-def draw_nothing(rollout: Rollout, generator: Generator) -> Noise:
+def draw_nothing(rollout: Rollout, generator: Generator) -> Views:
     scored = rollout.completion_mask[None]
-    return Noise(torch.zeros_like(scored), scored.float())
+    return Views(torch.zeros_like(scored), scored.float())
 
 
-def draw_everything(rollout: Rollout, generator: Generator, *, prompt_mask: float) -> Noise:
+def draw_everything(rollout: Rollout, generator: Generator, *, prompt_mask: float) -> Views:
     """All of the completion, and each prompt token with probability `prompt_mask`."""
     prompt = rollout.attention_mask & ~rollout.completion_mask
     hidden = uniforms_at(prompt, row_generators(rollout, generator)) < prompt_mask
-    return Noise((hidden | rollout.completion_mask)[None], rollout.completion_mask[None].float())
+    return Views((hidden | rollout.completion_mask)[None], rollout.completion_mask[None].float())
 
 
 def draw_exact(
     rollout: Rollout, generator: Generator, *, num_samples: int, stratified: bool, antithetic: bool
-) -> Noise:
+) -> Views:
     """`exact_view`s with k uniform over 1..L. Antithetic pairs: L+1-k for k, from the other end of the same order."""
     completion = rollout.completion_mask
     generators = row_generators(rollout, generator)
@@ -136,7 +136,7 @@ def draw_exact(
     return stacked(views, samples=num_samples)
 
 
-def draw_coupled(rollout: Rollout, generator: Generator, *, num_samples: int) -> Noise:
+def draw_coupled(rollout: Rollout, generator: Generator, *, num_samples: int) -> Views:
     completion = rollout.completion_mask
     generators = row_generators(rollout, generator)
     size = completion.sum(-1, keepdim=True)
@@ -147,7 +147,7 @@ def draw_coupled(rollout: Rollout, generator: Generator, *, num_samples: int) ->
     return stacked(views, samples=num_samples)
 
 
-def draw_quadrature(rollout: Rollout, generator: Generator, *, nodes: int) -> Noise:
+def draw_quadrature(rollout: Rollout, generator: Generator, *, nodes: int) -> Views:
     """An `exact_view` at each Gauss-Legendre node t of [0, 1], with k = floor(t L) + 1 and the node's weight."""
     completion = rollout.completion_mask
     generators = row_generators(rollout, generator)
@@ -160,7 +160,7 @@ def draw_quadrature(rollout: Rollout, generator: Generator, *, nodes: int) -> No
     return stacked(views, samples=1)
 
 
-def draw_block(rollout: Rollout, generator: Generator, *, block_size: int, num_samples: int) -> Noise:
+def draw_block(rollout: Rollout, generator: Generator, *, block_size: int, num_samples: int) -> Views:
     """`block_view`s, the block stratified over the samples, k uniform inside it."""
     completion = rollout.completion_mask
     generators = row_generators(rollout, generator)

@@ -14,29 +14,29 @@ from dllm_rl.likelihoods.views import Plan, ViewStates
 from dllm_rl.models import order
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import backward_chunked, token_logprobs
-from dllm_rl.types import Noise, Order, Rollout, ViewPart
+from dllm_rl.types import Order, Rollout, ViewPart, Views
 
 
-def with_order(rollout: Rollout, generator: Generator, *, draw: Callable[[Rollout, Generator], Noise]) -> Noise:
+def with_order(rollout: Rollout, generator: Generator, *, draw: Callable[[Rollout, Generator], Views]) -> Views:
     """The views of `draw`, one per step, which also score the positions that the step left, if the order has a law.
 
     Raises ValueError where the distribution was filtered and its kept set is not recorded.
     """
-    noise = draw(rollout, generator)
+    views = draw(rollout, generator)
     params = rollout.sampling_params
     recorded = rollout.order
     if recorded is None or recorded.logprobs is None:  # the order is a function of the state, or has no known law
-        return noise
+        return views
     if params.filters and params.support != "own" and recorded.noisy_rank is None:
         raise ValueError(
             f"sampling_support={params.support!r}: the rollout does not record which tokens a filter kept at positions "
             "left masked, so their order has no probability; use sampling_support='own', or trajectory(order='given')"
         )
-    stayed = noise.masked & (noise.weight == 0)
-    if not any(isinstance(part, Packed) for part in noise.parts):
+    stayed = views.masked & (views.weight == 0)
+    if not any(isinstance(part, Packed) for part in views.parts):
         # A later block's positions are masked too, and could not be chosen.
         stayed &= recorded.open_step <= torch.arange(len(stayed), device=stayed.device)[:, None, None]
-    return replace(noise, weight=noise.weight + stayed, parts=(*noise.parts, Stayed(stayed)))
+    return replace(views, weight=views.weight + stayed, parts=(*views.parts, Stayed(stayed)))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from dllm_rl.likelihoods import events
 from dllm_rl.likelihoods.trajectory import views_of_segments
 from dllm_rl.models.base import Policy, block_causal_mask, block_ranks, position_ids
-from dllm_rl.types import Noise, Rollout, ViewPart
+from dllm_rl.types import Rollout, ViewPart, Views
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Packed(ViewPart):
         return replace(view, forward=packed_hidden, share=False)
 
 
-def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | None, block_size: int) -> Noise:
+def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | None, block_size: int) -> Views:
     """`draw_trajectory` in every block at once: view r hides what was committed r or more steps after the block's first
     step, and scores step r. Blocks count from the row's first token."""
     completion = rollout.completion_mask
@@ -36,8 +36,8 @@ def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | N
         events.check_merges(rollout, num_segments)
         last = (-blank).scatter_reduce(1, block, torch.where(completion, step, -far), "amax").gather(1, block)
         segment = segment * num_segments // (last - first + 1).clamp(min=1)
-    noise = views_of_segments(rollout, torch.where(completion, segment, -1), first=torch.where(completion, first, 0))
-    return replace(noise, parts=(*noise.parts, Packed()))
+    views = views_of_segments(rollout, torch.where(completion, segment, -1), first=torch.where(completion, first, 0))
+    return replace(views, parts=(*views.parts, Packed()))
 
 
 def packed_mask(

@@ -16,10 +16,10 @@ from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
 from dllm_rl.likelihoods.order import Stayed
-from dllm_rl.likelihoods.views import Plan, views_of
+from dllm_rl.likelihoods.views import Plan
 from dllm_rl.models.base import Policy
-from dllm_rl.models.forward.routing import Routing, agreement, load, mixtures, of_states, of_tokens
-from dllm_rl.types import Noise, Rollout, ViewPart
+from dllm_rl.models.forward.routing import Routing, mixtures, of_states, of_tokens
+from dllm_rl.types import Rollout, ViewPart, Views
 
 
 def check_replay(policy: Policy, mode: str | None) -> None:
@@ -69,17 +69,17 @@ def _watching(policy: Policy, plan: Plan, group_size: int, *, experts: Tensor, p
     experts.flatten(0, 1)[place[plan.live]] = chosen
 
 
-def watched(policy: Policy, rollout: Rollout, noise: Noise) -> Noise:
+def watched(policy: Policy, rollout: Rollout, views: Views) -> Views:
     """The masks under which scoring keeps the experts that `policy` chooses, for `as_chosen`."""
     with torch.no_grad(), Routing(policy.module) as routing:  # a forward of one token tells mixtures and dtype
         policy.hidden(rollout.tokens[:1, :1], torch.ones_like(rollout.attention_mask[:1, :1]))
     experts = routing.experts(1)
-    store = experts.new_zeros(*noise.weight.shape, *experts.shape[2:])
+    store = experts.new_zeros(*views.weight.shape, *experts.shape[2:])
     place = torch.arange(rollout.tokens.numel(), device=rollout.tokens.device).view_as(rollout.tokens)[None]
-    return replace(noise, parts=(*noise.parts, Watched([store], place)))
+    return replace(views, parts=(*views.parts, Watched([store], place)))
 
 
-def as_sampled(noise: Noise, rollout: Rollout) -> Noise:
+def as_sampled(views: Views, rollout: Rollout) -> Views:
     """The masks with the sampler's recorded experts. Raises ValueError where none are recorded."""
     if rollout.experts is None:
         raise ValueError(
@@ -91,65 +91,19 @@ def as_sampled(noise: Noise, rollout: Rollout) -> Noise:
             "router_replay='R3': a rollout that revises (remask, soft_edit) records the experts of each position's "
             "last writing alone; leave router_replay at None"
         )
-    where = noise.weight != 0
-    for part in noise.parts:
+    where = views.weight != 0
+    for part in views.parts:
         if isinstance(part, Stayed):  # no token was drawn there, so that no experts are recorded
             where &= ~part.stayed
     experts = Experts(rollout.experts[None], where)  # one record for all views: each token once
-    return replace(noise, parts=(*noise.parts, experts))
+    return replace(views, parts=(*views.parts, experts))
 
 
-def as_chosen(noise: Noise, rollout: Rollout) -> Noise:
+def as_chosen(views: Views, rollout: Rollout) -> Views:
     """The masks with the experts of all tokens that were chosen in a scoring under `watched` masks."""
     parts = []
-    for part in noise.parts:
+    for part in views.parts:
         if isinstance(part, Watched):
-            part = Experts(part.store[0], rollout.attention_mask.expand_as(noise.weight))
+            part = Experts(part.store[0], rollout.attention_mask.expand_as(views.weight))
         parts.append(part)
-    return replace(noise, parts=tuple(parts))
-
-
-@torch.no_grad()
-def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise) -> Int[Tensor, "M X"] | None:
-    """Counts per mixture, under the first view and one row per prompt: choices that both sides make, all choices, the
-    tokens of each expert in the rollout, and in the learner. None without mixtures, or where an engine hides them."""
-    if not (mixtures(policy.module) and mixtures(rollout_policy.module)):
-        return None
-    first = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, a group's share of the work
-    seen = rollout.attention_mask[first]
-    tokens = next(views_of(noise)).seen(policy, rollout)[first]
-    sides = []
-    for each in (policy, rollout_policy):
-        with Routing(each.module) as routing:
-            each.hidden(tokens, seen)
-        sides.append(routing.experts(len(tokens))[seen])
-    ours, theirs = sides
-    same = agreement(ours, theirs).sum((0, 2))
-    every = torch.full_like(same, ours.shape[0] * ours.shape[2])
-    count = max(map(routing.num_experts, range(len(routing.layers))))  # one table for mixtures of any size
-    return torch.cat([same[:, None], every[:, None], load(theirs, count), load(ours, count)], dim=1)
-
-
-def routing_metrics(counts: Int[Tensor, "M X"]) -> dict[str, float]:
-    """Of counts over all processes:
-
-    routing/agreement[/layer_I]  share of the rollout's experts that the learner takes too
-    routing/max_violation[/learner][/layer_I]  the busiest expert's tokens / the mean - 1, of the rollout and the
-                                               learner, the largest or per layer (DeepSeek's MaxVio, arXiv 2408.15664
-                                               [paper]); 0 is balance
-    routing/idle[/learner]  share of experts that no token takes
-    """
-    counts = counts.double()
-    same = counts[:, 0]
-    every = counts[:, 1]
-    theirs, ours = counts[:, 2:].chunk(2, dim=1)
-    metrics = {"routing/agreement": (same.sum() / every.sum()).item()}
-    for layer, share in enumerate((same / every).tolist()):
-        metrics[f"routing/agreement/layer_{layer}"] = share
-    for side, tokens in (("", theirs), ("/learner", ours)):
-        worst = (tokens.amax(1) / tokens.mean(1) - 1).tolist()
-        metrics[f"routing/max_violation{side}"] = max(worst)
-        for layer, share in enumerate(worst):
-            metrics[f"routing/max_violation{side}/layer_{layer}"] = share
-        metrics[f"routing/idle{side}"] = (tokens == 0).double().mean().item()
-    return metrics
+    return replace(views, parts=tuple(parts))

@@ -9,15 +9,15 @@ from torch import Generator, Tensor
 
 from dllm_rl.likelihoods import events
 from dllm_rl.likelihoods.masks import row_generators
-from dllm_rl.types import Noise, Rollout
+from dllm_rl.types import Rollout, Views
 
 
-def draw_trajectory(rollout: Rollout, generator: Generator, *, num_segments: int | None) -> Noise:
+def draw_trajectory(rollout: Rollout, generator: Generator, *, num_segments: int | None) -> Views:
     """The rollout's own masks: view s hides what was committed in segment s or later, and scores segment s."""
     return views_of_segments(rollout, segments(rollout, num_segments))
 
 
-def draw_some_segments(rollout: Rollout, generator: Generator, *, num_segments: int | None, num_sampled: int) -> Noise:
+def draw_some_segments(rollout: Rollout, generator: Generator, *, num_segments: int | None, num_sampled: int) -> Views:
     """num_sampled of a row's S views in `draw_trajectory`, without replacement, weighted by S / drawn."""
     segment = segments(rollout, num_segments)
     counts = segment.amax(-1).cpu() + 1
@@ -46,11 +46,11 @@ def views_of_segments(
     segment: Int[Tensor, "B T"],
     index: Int[Tensor, "S #B 1"] | None = None,
     first: Int[Tensor, "B T"] | None = None,  # the step of segment 0, where steps count from each block's own
-) -> Noise:
+) -> Views:
     """View s hides segments >= index and scores segment `index` (None: each one); a negative index does neither."""
     if index is None:
         index = torch.arange(int(segment.max()) + 1, device=segment.device)[:, None, None]
     if rollout.events is not None:
         return events.replayed(rollout, (index if first is None else index + first).expand(-1, *segment.shape))
     masked = rollout.completion_mask & (segment >= index) & (index >= 0)  # -2 fills up a row of few steps
-    return Noise(masked, (rollout.completion_mask & (segment == index)).float())
+    return Views(masked, (rollout.completion_mask & (segment == index)).float())

@@ -21,7 +21,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
 from dllm_rl.models.support import ids_at
-from dllm_rl.types import Noise, Rollout
+from dllm_rl.types import Rollout, Views
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Chunk:
     rows: Int[Tensor, " R"]
     columns: slice  # from their first unpadded one
 
-    def of(self, rollout: Rollout, noise: Noise) -> tuple[Rollout, Noise]:
-        return rollout.rows(self.rows, self.columns), noise.rows(self.rows, self.columns)
+    def of(self, rollout: Rollout, views: Views) -> tuple[Rollout, Views]:
+        return rollout.rows(self.rows, self.columns), views.rows(self.rows, self.columns)
 
 
-def row_chunks(rollout: Rollout, noise: Noise, micro_batch_size: int | None) -> list[Chunk]:
+def row_chunks(rollout: Rollout, views: Views, micro_batch_size: int | None) -> list[Chunk]:
     """The groups that any view scores, as chunks of whole groups of like length, of at most micro_batch_size rows (or
     one group)."""
     group = rollout.group_size
-    scored = rearrange((noise.weight != 0).any(0).any(-1), "(p g) -> p g", g=group).any(-1)
+    scored = rearrange((views.weight != 0).any(0).any(-1), "(p g) -> p g", g=group).any(-1)
     first = rearrange(rollout.attention_mask.long().argmax(-1), "(p g) -> p g", g=group).amin(-1)
     chosen, starts = torch.stack([scored, first]).cpu()  # one wait for the device
     size = len(chosen) if micro_batch_size is None else max(1, micro_batch_size // group)
@@ -187,12 +187,12 @@ class View:
         return ViewStates(plan, states, wanted.flatten()[plan.places], ids_at(rollout, plan.places))
 
 
-def views_of(noise: Noise) -> Iterator[View]:
-    """The views of the noise, one by one, with the features of its parts: what scoring runs through, and the update
+def each_view(views: Views) -> Iterator[View]:
+    """The views one by one, with the features of its parts: what scoring runs through, and the update
     again."""
-    for number, masked in enumerate(noise.masked):
-        view = View(masked, noise.weight[number] != 0)
-        for part in noise.parts:
+    for number, masked in enumerate(views.masked):
+        view = View(masked, views.weight[number] != 0)
+        for part in views.parts:
             view = part.on(view, number)
         yield view
 

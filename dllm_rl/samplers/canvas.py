@@ -36,7 +36,7 @@ class Canvas:
     masked: Bool[Tensor, "B L"] = field(init=False)
     unmask_step: Int[Tensor, "B L"] = field(init=False)
     logprobs: Float[Tensor, "B L"] = field(init=False)
-    noted: dict[str, Tensor] = field(init=False, default_factory=dict)  # (B, L, ...), by `Choose`; see `note`
+    noted: dict[str, Tensor] = field(init=False, default_factory=dict)  # (B, L, ...), of optional features; see `note`
     fills: dict[str, int] = field(init=False, default_factory=dict)
     ended: Bool[Tensor, " B"] = field(init=False)  # rows that stopped early
     forwards: int = 0

@@ -36,7 +36,7 @@ def confidence(logits: Logits, normalizer: PerPosition, tokens: Int[Tensor, " K"
     """LLaDA's low_confidence remasking: log-probability of the SAMPLED token, nats.
 
     The commit depends on the draw, so at-commit log-probs are not the exact behaviour probabilities [paper].
-    `Rollout.order_logprobs` records the rest, and `trajectory()` scores it [ours].
+    `Order.logprobs` of the rollout records the rest, and `trajectory()` scores it [ours].
     """
     return logits.gather(-1, tokens[:, None])[:, 0] - normalizer
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dllm_rl.likelihoods.scoring import packed_hidden
+from dllm_rl.likelihoods.packed import packed_hidden
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import token_logprobs
 from dllm_rl.models.tokens import conversation_ids, text_ids
@@ -201,7 +201,7 @@ def hidden_states(policy: Policy, layout: Layout, *, packed: bool) -> Float[Tens
     spec = policy.spec
     segment = layout.segment
     if spec.attention == "block_causal":  # earlier blocks are seen without masks
-        return packed_hidden(policy, layout.tokens, layout.seen, layout.weight != 0, segment > 0)
+        return packed_hidden(policy, layout.seen, segment > 0, layout.tokens, layout.weight != 0)
     if not packed:
         return policy.hidden(layout.seen, segment > 0)
     seen = segment[:, :, None] == segment[:, None, :]

@@ -70,9 +70,9 @@ def _check_untouched(learner: Policy, before: dict[str, Tensor], state: Tensor) 
 def _logprobs(learner: Policy, rollout: Rollout) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """The sampled tokens' log-probs by the record, and by the learner, nats."""
     exact = causal() if learner.spec.attention == "causal" else trajectory()
-    noise = exact.draw(rollout, Generator().manual_seed(0))
+    views = exact.draw(rollout, Generator().manual_seed(0))
     mask = rollout.completion_mask
-    return recorded(rollout, noise)[mask], exact.logprobs(learner, rollout, noise)[mask]
+    return recorded(rollout, views)[mask], exact.logprobs(learner, rollout, views)[mask]
 
 
 def _check_record(learner: Policy, rollout: Rollout, bound: float) -> None:

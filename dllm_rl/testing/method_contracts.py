@@ -11,7 +11,7 @@ from dllm_rl.algorithms.correctors import Corrector, none
 from dllm_rl.algorithms.losses import kl_k2, policy_loss, ppo_clip, sequence
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.models.base import Policy
-from dllm_rl.types import Batch, Noise, Rollout
+from dllm_rl.types import Batch, Rollout, Views
 
 
 def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
@@ -47,10 +47,10 @@ def make_batch(
     old = torch.full(mask.shape, -1.0) if old is None else old
     blank = torch.zeros(mask.shape, dtype=torch.long)
     rollout = Rollout(blank, torch.ones_like(mask), mask, blank, torch.zeros(mask.shape), group_size=1)
-    noise = Noise(mask[None], mask[None].float())
+    views = Views(mask[None], mask[None].float())
     ones = torch.ones(mask.shape)
-    made = Batch(rollout, noise, advantages, old, old[None], ones, keep, None, int(keep.sum()), len(mask))
-    return replace(made, **{"behaviour": old, **more})
+    made = Batch(rollout, views, advantages, old, old[None], ones, keep, None, int(keep.sum()), len(mask))
+    return replace(made, **{"rollout_logprobs": old, **more})
 
 
 def loss_of(corrector: Corrector, batch: Batch, logps: Tensor) -> tuple[Tensor, dict, Tensor]:
@@ -101,7 +101,7 @@ def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask:
     _same(wider[:, : mask.shape[1]][mask], weights[mask], "what lies off the mask must not change the weights")
 
     behaviour = torch.full(mask.shape, -1.0) - torch.where(mask, mismatch, 0)
-    batch = make_batch(mask, advantages, weights=weights, keep=keep, behaviour=behaviour)
+    batch = make_batch(mask, advantages, weights=weights, keep=keep, rollout_logprobs=behaviour)
     logps = batch.old + step
     asked: list[Tensor] = []  # what a surrogate has summed over processes: of the whole, then of each part
 
@@ -114,7 +114,7 @@ def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask:
     assert whole <= 1, "a surrogate must ask for one sum over processes, or for none"
     parts = []
     for rows in torch.arange(len(mask)).split(max(1, len(mask) // 2)):
-        some = {"weights": weights[rows], "keep": keep[rows], "behaviour": behaviour[rows]}
+        some = {"weights": weights[rows], "keep": keep[rows], "rollout_logprobs": behaviour[rows]}
         part = make_batch(mask[rows], advantages[rows], **some)
         # The denominators of the whole batch, so that the parts' losses add up to its loss.
         part = replace(part, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences, sum_over=of_all)
@@ -162,27 +162,27 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     finite, zero off the completion, the same twice, in micro-batches, padded or reordered. Gradients reach only what a
     view scores. `policy` made the rollout, of at least two prompts with completions of at least two tokens."""
 
-    def draw(rows: Rollout) -> Noise:
+    def draw(rows: Rollout) -> Views:
         return estimator.draw(rows, torch.Generator().manual_seed(seed))
 
     before = torch.get_rng_state()
     tokens = rollout.tokens.clone()
-    noise = draw(rollout)
+    views = draw(rollout)
     again = draw(rollout)
     completion = rollout.completion_mask
     group = rollout.group_size
     advantages = torch.arange(len(tokens), device=tokens.device) % 2 - 0.5  # both signs: an estimator may differ
-    told = estimator.with_advantages(noise, advantages)
+    told = estimator.with_advantages(views, advantages)
     logps = estimator.logprobs(policy, rollout, told)
     assert torch.equal(torch.get_rng_state(), before), "the global generator must be left alone"
     assert torch.equal(rollout.tokens, tokens), "the rollout must not be written to"
-    assert _same_noise(noise, again), "the same seed must give the same masks"
-    assert told.masked is noise.masked and told.weight is noise.weight, "with_advantages() must keep the masks"
+    assert _same_noise(views, again), "the same seed must give the same masks"
+    assert told.masked is views.masked and told.weight is views.weight, "with_advantages() must keep the masks"
 
-    assert not (noise.masked & ~rollout.attention_mask).any(), "padding must not be masked"
-    assert not noise.weight.masked_fill(completion, 0).any(), "weights must be zero off the completion"
+    assert not (views.masked & ~rollout.attention_mask).any(), "padding must not be masked"
+    assert not views.weight.masked_fill(completion, 0).any(), "weights must be zero off the completion"
     if policy.spec.mask_id is not None:
-        seen = (noise.weight != 0) & ~noise.masked
+        seen = (views.weight != 0) & ~views.masked
         assert not seen.any(), "a token must be masked where it is scored: the model could read it off"
     assert logps.shape == completion.shape and logps.isfinite().all(), "contributions must be finite, (B, T)"
     assert not logps.masked_fill(completion, 0).any(), "contributions must be zero off the completion"
@@ -190,10 +190,10 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
 
     first = torch.arange(group, device=tokens.device)
     fewer = draw(rollout.rows(first))
-    assert _same_noise(fewer, noise.rows(first)), "a row's masks must not depend on the rows that follow it"
+    assert _same_noise(fewer, views.rows(first)), "a row's masks must not depend on the rows that follow it"
     padded = rollout.padded(2, pad_id=policy.pad_id)
     wider = draw(padded)
-    assert torch.equal(wider.masked[..., 2:], noise.masked), "a row's masks must not depend on padding"
+    assert torch.equal(wider.masked[..., 2:], views.masked), "a row's masks must not depend on padding"
     near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
     found = estimator.logprobs(policy, padded, estimator.with_advantages(wider, advantages))[:, 2:]
     torch.testing.assert_close(found, logps, **near, msg=lambda m: f"padding must not change contributions: {m}")
@@ -207,11 +207,11 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     combined = estimator.combine(scores, told)
     (gradient,) = torch.autograd.grad(combined.sum(), scores)
     assert gradient.isfinite().all(), "the gradient with respect to scores must be finite"
-    assert not gradient[noise.weight == 0].any(), "a view that does not score a token must get no gradient there"
+    assert not gradient[views.weight == 0].any(), "a view that does not score a token must get no gradient there"
     assert gradient.any(), "combine must pass a gradient to the scores"
 
 
-def _same_noise(a: Noise, b: Noise) -> bool:
+def _same_noise(a: Views, b: Views) -> bool:
     """Equal masks and weights; surplus views must be empty (a trajectory's length may differ)."""
     few = min(len(a.masked), len(b.masked))
     surplus = a.masked[few:].any() or a.weight[few:].any() or b.masked[few:].any() or b.weight[few:].any()

@@ -5,23 +5,23 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dllm_rl.algorithms.mismatch import PREFIX
+from dllm_rl.diagnostics.routing import routing_counts, routing_metrics
 from dllm_rl.distributed.collectives import Metrics, reduce_metrics, sum_over
 from dllm_rl.distributed.sharding import join_uneven_forwards
-from dllm_rl.likelihoods.replay import routing_counts, routing_metrics
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers.agreement import order_agreement
-from dllm_rl.types import Noise, Rollout
+from dllm_rl.types import Rollout, Views
 
 
 def compare_sides(
-    policy: Policy, rollout_policy: Policy, rollout: Rollout, noise: Noise
+    policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views
 ) -> tuple[Metrics, Int[Tensor, "M X"] | None]:
     """This process's `routing_counts`, and `order_agreement`: how many of the first step's committed positions the
     learner would commit too, in one row per prompt."""
     if rollout_policy is policy:
         return {}, None
     with join_uneven_forwards(policy):  # both run the learner, which may be sharded
-        return order_agreement(policy, rollout), routing_counts(policy, rollout_policy, rollout, noise)
+        return order_agreement(policy, rollout), routing_counts(policy, rollout_policy, rollout, views)
 
 
 def side_metrics(order: Metrics, routing: Int[Tensor, "M X"] | None, accelerator: Accelerator) -> dict[str, float]:

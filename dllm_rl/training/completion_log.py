@@ -42,7 +42,7 @@ def log_completions(
     if not every or (step % every and step + 1 < run.recipe.num_steps):
         return
     rollout = learned.rollout
-    scored = logps.noise.scored(rollout.completion_mask)
+    scored = logps.views.scored(rollout.completion_mask)
     apart = torch.where(scored, logps.old - logps.rollout, 0).double().sum(-1)
     nats = torch.where(scored.any(-1), apart, torch.nan)  # a row that is not scored has no mismatch
     mine = send(nats.device, local(rearrange(learned.advantages, "p g -> (p g)"), run.accelerator))[0]

@@ -29,8 +29,8 @@ from dllm_rl.training.balance import balance
 from dllm_rl.training.compare import compare_sides, side_metrics
 from dllm_rl.training.forwards import learner_forward
 from dllm_rl.training.samples import Samples
-from dllm_rl.training.selection import active_groups, draw_noise, metric_weights, only_groups, own_rows
-from dllm_rl.types import Batch, Logprobs, Noise, Rollout
+from dllm_rl.training.selection import active_groups, draw_views, metric_weights, only_groups, own_rows
+from dllm_rl.types import Batch, Logprobs, Rollout, Views
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def step(
     stage: Callable[[str], AbstractContextManager] = nullcontext,  # times a block
 ) -> Step:
     """Learn from a step's samples: the loop's step, and the rehearsal's."""
-    forward = partial(learner_forward, recipe, policy, rollout_policy, accelerator)
-    with stage("scoring"), forward():
+    arithmetic = partial(learner_forward, recipe, policy, rollout_policy, accelerator)
+    with stage("scoring"), arithmetic():
         # Groups to learn from are scored, and a sample of the others, by which metrics estimate all.
         samples = samples.weighted(metric_weights(recipe, samples.advantages, number))
         samples = balance(recipe, samples, accelerator, pad_id=policy.pad_id)  # so that all processes finish together
@@ -65,13 +65,13 @@ def step(
         active = active_groups(recipe, advantages)
         # Every policy is scored under the same masks. Masks of later updates are for these alone, not for metrics.
         keys = [(number, iteration) if iteration else (number,) for iteration in range(recipe.mask_draws)]
-        noise = draw_noise(recipe, rollout, advantages, samples.metric_weights, keys[0], accelerator)
-        others = [draw_noise(recipe, rollout, advantages, active.double(), key, accelerator) for key in keys[1:]]
-        compared = compare_sides(policy, rollout_policy, rollout, noise)  # before graphs are kept
+        views = draw_views(recipe, rollout, advantages, samples.metric_weights, keys[0], accelerator)
+        others = [draw_views(recipe, rollout, advantages, active.double(), key, accelerator) for key in keys[1:]]
+        compared = compare_sides(policy, rollout_policy, rollout, views)  # before graphs are kept
         scored = partial(score, recipe, rollout, policy=policy, rollout_policy=rollout_policy, reference=reference)
         later = [scored(other) for other in others]
-        logps = scored(noise, keep=own_rows(active, rollout.group_size, accelerator))
-    with stage("update"), forward():
+        logps = scored(views, keep=own_rows(active, rollout.group_size, accelerator))
+    with stage("update"), arithmetic():
         batch, mismatch = correct(recipe, samples, logps, accelerator)
         for_update = samples.weighted(active.double())
         batches = [batch, *(weigh(recipe, for_update, each, accelerator)[0] for each in later)]
@@ -91,7 +91,7 @@ def rollout_side(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Lite
 def score(
     recipe: Recipe,
     rollout: Rollout,
-    noise: Noise,
+    views: Views,
     *,
     policy: Policy,
     rollout_policy: Policy,
@@ -105,27 +105,27 @@ def score(
     size = recipe.micro_batch_size
     reference_logps = None
     if reference is not None:
-        reference_logps = likelihood.logprobs(reference, rollout, noise, micro_batch_size=size)
+        reference_logps = likelihood.logprobs(reference, rollout, views, micro_batch_size=size)
     if recipe.router_replay is not None:  # the learner takes the rollout's experts again
-        noise = as_sampled(noise, rollout) if side == "recorded" else watched(policy, rollout, noise)
-    rollout_logps = recorded(rollout, noise) if side == "recorded" else None
+        views = as_sampled(views, rollout) if side == "recorded" else watched(policy, rollout, views)
+    rollout_logps = recorded(rollout, views) if side == "recorded" else None
     if side == "scored":
-        rollout_logps = likelihood.logprobs(rollout_policy, rollout, noise, micro_batch_size=size)
-        noise = as_chosen(noise, rollout)
-    if not keeps_graphs(recipe, policy, views=len(noise.weight), rows=len(rollout.tokens)):
+        rollout_logps = likelihood.logprobs(rollout_policy, rollout, views, micro_batch_size=size)
+        views = as_chosen(views, rollout)
+    if not keeps_graphs(recipe, policy, views=len(views.weight), rows=len(rollout.tokens)):
         keep = False
     # Last: kept graphs and another forward would add up.
-    scores = likelihood.scores(policy, rollout, noise, micro_batch_size=size, keep_graphs=keep)
-    old = likelihood.combine(scores.detach(), noise)
+    scores = likelihood.scores(policy, rollout, views, micro_batch_size=size, keep_graphs=keep)
+    old = likelihood.combine(scores.detach(), views)
     logps = Logprobs(
         old=old,
         old_scores=scores,
         rollout=old if rollout_logps is None else rollout_logps,
         reference=reference_logps,
-        noise=noise,
+        views=views,
     )
     if recipe.zero_mismatch:
-        check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
+        check_bitwise_equal(rollout, views, logps, policy=policy, rollout_policy=rollout_policy)
     return logps
 
 
@@ -144,9 +144,9 @@ def correct(
     lost = reduce_metrics(waited("scoring", accelerator), accelerator)  # first: the gathering waits for all
     batch, rows, live = weigh(recipe, samples, logps, accelerator)
     every = mismatch_metrics(  # of all rows, estimated from those that are scored
-        rows.log_mismatch, rows.completion, old=rows.old, advantages=rows.advantages, row_weights=rows.weights
+        rows.log_mismatch, rows.completion, old=rows.old, advantages=rows.advantages, row_weights=rows.sampling_weights
     )
-    return batch, lost | every | live | symptoms(recipe, rows, logps.noise)
+    return batch, lost | every | live | symptoms(recipe, rows, logps.views)
 
 
 def weigh(
@@ -169,14 +169,14 @@ class Rows:
     tokens: Int[Tensor, "B T"]
     advantages: Float[Tensor, " B"]
     learned: Bool[Tensor, " B"]
-    weights: Float[Tensor, " B"]  # inverse sampling fractions (`group_weights`), 0 where not scored
+    sampling_weights: Float[Tensor, " B"]  # inverse sampling fractions (`group_weights`), 0 where not scored
 
 
 def gather_rows(recipe: Recipe, samples: Samples, logps: Logprobs, accelerator: Accelerator) -> Rows:
     """The rows of all processes, with one set of masks' log-probs, on the host: the step's only transfer of them. A
     collective: every process must call it."""
     rollout = samples.rollout
-    mask = logps.noise.scored(rollout.completion_mask)
+    mask = logps.views.scored(rollout.completion_mask)
     apart = torch.where(mask, logps.old - logps.rollout, 0)
     parts = (apart, mask, rollout.completion_mask, logps.old, rollout.tokens)
     log_mismatch, scored, completion, old, tokens = gather_on_host(parts, accelerator)
@@ -189,7 +189,7 @@ def gather_rows(recipe: Recipe, samples: Samples, logps: Logprobs, accelerator: 
         tokens=tokens,
         advantages=rearrange(samples.advantages, "p g -> (p g)"),
         learned=learned,
-        weights=repeat(samples.metric_weights, "p -> (p g)", g=rollout.group_size),
+        sampling_weights=repeat(samples.metric_weights, "p -> (p g)", g=rollout.group_size),
     )
 
 
@@ -204,10 +204,10 @@ def weigh_learned(corrector: Corrector, rows: Rows) -> Weighed:
     return weights, keep, live
 
 
-def symptoms(recipe: Recipe, rows: Rows, noise: Noise) -> dict[str, float]:
+def symptoms(recipe: Recipe, rows: Rows, views: Views) -> dict[str, float]:
     """`symptom_metrics` of the learned rows; error tokens only where contributions are log-probs of single tokens."""
     single = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
-    single = single and all(part.single_tokens for part in noise.parts)
+    single = single and all(part.single_tokens for part in views.parts)
     return symptom_metrics(rows.tokens, rows.corrected, rows.advantages, old=rows.old if single else None)
 
 
@@ -225,7 +225,7 @@ def make_batch(
     chosen = rows.learned[:: rollout.group_size]
     return Batch(
         rollout=rollout,
-        noise=only_groups(logps.noise, chosen, rollout.group_size, accelerator),
+        views=only_groups(logps.views, chosen, rollout.group_size, accelerator),
         advantages=send(device, local(rows.advantages, accelerator))[0],
         # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, without weights. Under mismatch it declines
         # silently, with K1 and K3 rising; recomputation without weights fails in stages, with K1 and K3 flat [digest].
@@ -237,7 +237,7 @@ def make_batch(
         # Rows without advantage count in the denominators, so that a skipped group is a zero and not a smaller mean.
         num_tokens=int((keep | (rows.completion & ~rows.corrected)).sum()),
         num_sequences=len(keep),
-        behaviour=logps.rollout,  # also where ratios divide by the learner's
+        rollout_logprobs=logps.rollout,  # also where ratios divide by the learner's
         sum_over=partial(accelerator.reduce, reduction="sum"),
     )
 
@@ -281,7 +281,7 @@ def update(
         if iteration:
             torch.clear_autocast_cache()  # its bf16 copies are of the weights before the last optimiser step
             scores = likelihood.scores(
-                policy, batch.rollout, batch.noise, micro_batch_size=micro_batch_size, keep_graphs=keep
+                policy, batch.rollout, batch.views, micro_batch_size=micro_batch_size, keep_graphs=keep
             )
         metrics = accumulate_gradients(
             policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
@@ -318,12 +318,12 @@ def accumulate_gradients(
 
     The loss and its derivative use `scores`. A forward that runs again only carries the gradient back."""
     leaves = scores.detach().requires_grad_()  # df/ds_n stops here
-    logps = likelihood.combine(leaves, batch.noise)
+    logps = likelihood.combine(leaves, batch.views)
     _, metrics, gradient = loss(logps.detach(), batch)
     (vectors,) = torch.autograd.grad(logps, leaves, gradient)
-    metrics |= off_policy_metrics(logps.detach(), batch, old=likelihood.combine(batch.old_scores.detach(), batch.noise))
+    metrics |= off_policy_metrics(logps.detach(), batch, old=likelihood.combine(batch.old_scores.detach(), batch.views))
     if scores.grad_fn is not None:  # kept graphs
         scores.backward(vectors)  # frees the graphs; no forward runs
         return metrics
-    likelihood.backward(policy, batch.rollout, batch.noise, vectors, micro_batch_size=micro_batch_size)
+    likelihood.backward(policy, batch.rollout, batch.views, vectors, micro_batch_size=micro_batch_size)
     return metrics

@@ -10,7 +10,7 @@ from dllm_rl.device import send
 from dllm_rl.distributed.collectives import local
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
-from dllm_rl.types import Noise, Rollout
+from dllm_rl.types import Rollout, Views
 
 
 def active_groups(recipe: Recipe, advantages: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
@@ -37,24 +37,24 @@ def group_weights(learned: Bool[Tensor, " P"], sample: int, generator: Generator
     return weights
 
 
-def draw_noise(
+def draw_views(
     recipe: Recipe,
     rollout: Rollout,
     advantages: Float[Tensor, "P G"],
     groups: Float[Tensor, " P"],
     key: tuple[int, ...],  # the step; and the inner update, if masks are drawn anew for it
     accelerator: Accelerator,
-) -> Noise:
+) -> Views:
     """The masks of a step: groups of weight 0 in `groups` are not scored."""
-    noise = recipe.likelihood.draw(rollout, generator_for(recipe.seed, "noise", *key))
+    views = recipe.likelihood.draw(rollout, generator_for(recipe.seed, "noise", *key))
     (mine,) = send(accelerator.device, local(rearrange(advantages, "p g -> (p g)"), accelerator))
-    return only_groups(recipe.likelihood.with_advantages(noise, mine), groups > 0, rollout.group_size, accelerator)
+    return only_groups(recipe.likelihood.with_advantages(views, mine), groups > 0, rollout.group_size, accelerator)
 
 
-def only_groups(noise: Noise, chosen: Bool[Tensor, " P"], group_size: int, accelerator: Accelerator) -> Noise:
+def only_groups(views: Views, chosen: Bool[Tensor, " P"], group_size: int, accelerator: Accelerator) -> Views:
     if chosen.all():  # the same object, which all policies share
-        return noise
-    return noise.only(own_rows(chosen, group_size, accelerator))
+        return views
+    return views.only(own_rows(chosen, group_size, accelerator))
 
 
 def own_rows(groups: Bool[Tensor, " P"], group_size: int, accelerator: Accelerator) -> Bool[Tensor, " B"]:

@@ -21,10 +21,10 @@ from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.likelihoods.estimators import trajectory
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import DIFFUSION_LM
-from dllm_rl.types import Batch, Noise, Rollout, SamplingParams
+from dllm_rl.types import Batch, Rollout, SamplingParams, Views
 
 POPULATION = 2**13  # rows of the batch that a corrector sees: each outcome as often as it is likely, once at least
 
@@ -75,11 +75,11 @@ class ToyPolicy:
 
 
 def contributions(
-    policy: ToyPolicy, rollout: Rollout, noise: Noise, estimator: LikelihoodEstimator
+    policy: ToyPolicy, rollout: Rollout, noise: Views, estimator: LikelihoodEstimator
 ) -> Float[Tensor, "B T"]:
     """The estimator's contributions, nats, differentiable and in fp64."""
     scored = cast(Policy, policy)  # it has what scoring asks of one
-    scores = [view.logprobs(scored, rollout) for view in views_of(noise)]
+    scores = [view.logprobs(scored, rollout) for view in each_view(noise)]
     return estimator.combine(torch.stack(scores), noise)
 
 
@@ -158,7 +158,7 @@ class _Case:
 
     toy: ToyPolicy
     rollout: Rollout
-    noise: Noise
+    noise: Views
     rewards: Float[Tensor, " B"]
     logps: Float[Tensor, "B T"]
     jacobian: Float[Tensor, "B T W"]
@@ -226,7 +226,7 @@ def _gradients(
     weights, keep, _ = corrector.weigh(old - sampled, advantages, torch.ones_like(old, dtype=torch.bool))
     made = Batch(
         rollout=case.rollout.rows(rows),
-        noise=case.noise.rows(rows),
+        views=case.noise.rows(rows),
         advantages=advantages,
         old=old,
         old_scores=old[None],
@@ -235,7 +235,7 @@ def _gradients(
         reference=None,
         num_tokens=1,
         num_sequences=1,
-        behaviour=sampled,
+        rollout_logprobs=sampled,
     )
     aggregate: Callable[..., Tensor] = partial(constant, length=1)  # every sequence counts 1
     loss = partial(policy_loss, surrogate=corrector.surrogate or ppo_clip, aggregate=aggregate, beta=0.0, kl=kl_k2)

@@ -342,7 +342,7 @@ def test_weights_receive_no_gradient():
 
 def test_a_surrogate_is_given_what_its_parameters_name():
     logps, batch = example()
-    batch = replace(batch, behaviour=batch.old - 0.5, sum_over=lambda x: 2 * x)
+    batch = replace(batch, rollout_logprobs=batch.old - 0.5, sum_over=lambda x: 2 * x)
     seen = {}
 
     def curious(log_ratio, advantages, mask, sum_over, log_mismatch, old, *, scale=1.0):
@@ -356,8 +356,10 @@ def test_a_surrogate_is_given_what_its_parameters_name():
     with pytest.raises(ValueError, match="takes 'rewards', which is not one of old, log_mismatch, sum_over"):
         surrogate_inputs(lambda log_ratio, advantages, mask, rewards: log_ratio)
     assert surrogate_inputs(partial(curious, old=1)) == {"sum_over", "log_mismatch"}
-    with pytest.raises(ValueError, match=r"a surrogate takes the rollout's log-probs, and batch\.behaviour is None"):
-        loss_of(logps, replace(batch, behaviour=None), surrogate=curious)
+    with pytest.raises(
+        ValueError, match=r"a surrogate takes the rollout's log-probs, and batch\.rollout_logprobs is None"
+    ):
+        loss_of(logps, replace(batch, rollout_logprobs=None), surrogate=curious)
 
 
 def test_an_unbiased_kl_has_the_kls_own_gradient_where_k3_has_another():
@@ -375,4 +377,4 @@ def test_an_unbiased_kl_has_the_kls_own_gradient_where_k3_has_another():
         (found,) = torch.autograd.grad(logp, z, gradient, retain_graph=True)
         assert torch.allclose(found, exact, atol=1e-12) == unbiased
     with pytest.raises(ValueError, match="unbiased_kl=True takes the rollout's log-probs"):
-        policy_loss(logp, replace(batch, behaviour=None), aggregate=weighed, unbiased_kl=True, **options)
+        policy_loss(logp, replace(batch, rollout_logprobs=None), aggregate=weighed, unbiased_kl=True, **options)

@@ -249,7 +249,7 @@ def test_off_policy_metrics_by_hand():
     logps = tensor([[0.0, LN2, 7.0], [-LN2, 2 * LN2, math.nan]], dtype=torch.float64)
     advantages, zeros = tensor([2.0, -1.0]), torch.zeros(2, 3, dtype=torch.float64)
     batch = make_batch(mask, advantages, keep=keep)
-    found = off_policy_metrics(logps, replace(batch, behaviour=zeros + LN2), old=zeros)
+    found = off_policy_metrics(logps, replace(batch, rollout_logprobs=zeros + LN2), old=zeros)
     values = {name: float(total / count) for name, (total, count) in found.items()}
     assert values == pytest.approx(
         {
@@ -264,7 +264,7 @@ def test_off_policy_metrics_by_hand():
             "off_policy/rollout/max": (1 + 2) * LN2 / 2,
         }
     )
-    unknown = replace(batch, behaviour=None)
+    unknown = replace(batch, rollout_logprobs=None)
     assert {name.split("/")[1] for name in off_policy_metrics(logps, unknown, old=zeros)} == {"old"}
 
 

@@ -23,7 +23,7 @@ from dllm_rl.config import pickable
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods import estimators
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes
@@ -156,7 +156,7 @@ def test_estimators(name, tmp_path):
         noise = likelihood.with_advantages(noise, signs)
         logps = likelihood.logprobs(policy, rollout, noise, micro_batch_size=2)
         vector = logps.sin() * rollout.completion_mask
-        for view, weight in zip(views_of(noise), noise.weight, strict=True):
+        for view, weight in zip(each_view(noise), noise.weight, strict=True):
             view.backward(policy, rollout, vector * weight)
         gradient = next(p.grad for p in policy.module.parameters() if p.grad is not None)
         return torch.cat([logps.flatten(), gradient.flatten()])
@@ -239,7 +239,7 @@ def test_adapters_with_dropout(dtype):
         add_lora(policy, Lora(r=2, dropout=0.5))
         rollout, likelihood = run(PLAIN, policy), estimators.elbo(num_samples=1)
         noise = likelihood.draw(rollout, generator())
-        (view,) = views_of(noise)
+        (view,) = each_view(noise)
         view.backward(policy, rollout, noise.weight[0])
         sync_weights(policy, quantized_copy(policy, None))
         gradients = [p.grad.flatten() for p in policy.module.parameters() if p.requires_grad]
@@ -346,7 +346,7 @@ PLANTED = {
     "sampler, scores": ("samplers.choose", "propose_and_rank"),
     "scoring, log-probs": ("models.order", "token_logprobs_and_confidences"),
     "scoring, order": ("models.order", "left_logprobs"),
-    "learner, masks": ("training.learner", "draw_noise"),
+    "learner, masks": ("training.learner", "draw_views"),
     "learner, loss": ("recipe", "policy_loss"),
     "metrics": ("training.learner", "off_policy_metrics"),
 }

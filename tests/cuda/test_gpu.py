@@ -16,7 +16,7 @@ from dllm_rl import train
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.likelihoods.estimators import one_step, trajectory
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.forward.float32_head import float32_linear
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama
@@ -137,10 +137,10 @@ def test_the_host_waits_as_often_as_the_simulated_device_says():
             noise = likelihood.draw(rollout, torch.Generator().manual_seed(0))
             forward, backward = (f"{likelihood.name}, {what}" for what in ("forward", "backward"))
             with cuda.phase(forward):
-                for view in views_of(noise):
+                for view in each_view(noise):
                     view.logprobs(policy, rollout)
             with cuda.phase(backward):
-                for view, weight in zip(views_of(noise), noise.weight, strict=True):
+                for view, weight in zip(each_view(noise), noise.weight, strict=True):
                     view.backward(policy, rollout, weight)
             assert max(cuda.waits(forward), cuda.waits(backward)) <= 2 * len(noise.masked), cuda.report()
         rollout_policy = quantized_copy(policy, schemes.float8_weight_only())

@@ -13,7 +13,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl import load_policy
 from dllm_rl.algorithms.correctors import ais, compose, reject
 from dllm_rl.likelihoods.estimators import elbo, one_step, trajectory
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.support import with_support
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
@@ -85,10 +85,10 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
         views = len(noise.masked)
         assert (stayed_of(noise) is None) == (name not in ("trajectory", "packed", "noisy order"))
         with cuda.phase("forward"):
-            for view in views_of(noise):
+            for view in each_view(noise):
                 view.logprobs(policy, rollout)
         with cuda.phase("backward"):
-            for view, weight in zip(views_of(noise), noise.weight, strict=True):
+            for view, weight in zip(each_view(noise), noise.weight, strict=True):
                 view.backward(policy, rollout, weight)
         with cuda.phase("all views"):
             likelihood.scores(policy, rollout, noise)

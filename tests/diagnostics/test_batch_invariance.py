@@ -141,7 +141,7 @@ def test_ragged_rollouts_are_scored_bit_for_bit_however_they_are_cut(model, atte
 
 
 def check(rollout, noise, old, sampled, policy, rollout_policy) -> None:
-    logps = Logprobs(old=old, old_scores=old[None], rollout=sampled, reference=None, noise=noise)
+    logps = Logprobs(old=old, old_scores=old[None], rollout=sampled, reference=None, views=noise)
     check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
 
 

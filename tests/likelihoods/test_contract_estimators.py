@@ -12,7 +12,7 @@ from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.testing import check_estimator
-from dllm_rl.types import Noise, Prompts
+from dllm_rl.types import Prompts, Views
 
 SMALL = {"characters": "abcdefgh", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 24}
 SMALL |= {"head_std": 0.3}
@@ -72,7 +72,7 @@ BROKEN = {
     "global generator": drawing(global_noise),
     "written to": drawing(lambda n, r: (r.tokens.fill_(4), n)[1]),
     "same seed": drawing(lambda n, r: replace(n, weight=n.weight * next(TIMES))),
-    "keep the masks": replace(lik.elbo(), with_advantages=lambda n, a: Noise(n.masked.clone(), n.weight)),
+    "keep the masks": replace(lik.elbo(), with_advantages=lambda n, a: Views(n.masked.clone(), n.weight)),
     "padding must not be masked": drawing(lambda n, r: replace(n, masked=n.masked | ~r.attention_mask)),
     "zero off the completion": drawing(lambda n, r: replace(n, weight=n.weight + 1.0)),
     "read it off": drawing(lambda n, r: replace(n, weight=n.weight + r.completion_mask)),

@@ -13,7 +13,7 @@ from likelihood_toys import TablePolicy, elbo_by_hand, eubo_by_hand, log_any_ord
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.masks import block_view, coupled_views, exact_view
-from dllm_rl.types import Noise
+from dllm_rl.types import Views
 
 LENGTH, WORDS = 3, 3
 COMPLETION = [2, 0, 1]
@@ -34,7 +34,7 @@ def orders(length: int, prompt: int = 1):
 
 def summed(policy, rollout, views, combine=lik.weighted_sum) -> float:
     """The estimate that these views give together, a mean over as many samples as there are views' weights for."""
-    noise = Noise(*(torch.stack(column) for column in zip(*views, strict=True)))
+    noise = Views(*(torch.stack(column) for column in zip(*views, strict=True)))
     estimator = lik.LikelihoodEstimator("test", lambda r, g: noise, combine=combine)
     return estimator.logprobs(policy, rollout, noise).double().sum().item()
 
@@ -186,7 +186,7 @@ def test_bounds_hold_on_random_toys(seed, length, words, scale):
     """elbo <= log p <= eubo(beta = L), and elbo <= eubo(beta) for every beta, averaged over ALL masks."""
     toy = TablePolicy(length=length, words=words, seed=seed, scale=scale)
     tokens = torch.randint(words, (length,), generator=seeded(seed)).tolist()
-    noise = Noise(*(torch.stack(column) for column in zip(*all_exact(length), strict=True)))
+    noise = Views(*(torch.stack(column) for column in zip(*all_exact(length), strict=True)))
     exact = log_any_order(toy, tokens)
     scores = lik.elbo().scores(toy, toy.rollout([tokens]), noise)
     lower = lik.weighted_sum(scores, noise).double().sum().item()
@@ -217,7 +217,7 @@ def test_eubo_by_hand_and_unscored_positions():
     """Two views: 0.5 * 0.2^2 + 1.5 * 0.4^2 = 0.26 at one token, 2 * 0.3^2 at another, nothing at the third."""
     scores = torch.tensor([[[math.log(0.2), math.log(0.3), 0.0]], [[math.log(0.4), 0.0, 0.0]]], requires_grad=True)
     weight = torch.tensor([[[0.5, 2.0, 0.0]], [[1.5, 0.0, 0.0]]])
-    out = lik.upper_bound(scores, Noise(weight > 0, weight), beta=2.0)
+    out = lik.upper_bound(scores, Views(weight > 0, weight), beta=2.0)
     assert out[0].tolist() == pytest.approx([0.5 * math.log(0.26), 0.5 * math.log(0.18), 0.0], abs=1e-6)
     out.sum().backward()
     # d/ds of (1/beta) log sum w exp(beta s) is the softmax share of each view

@@ -13,7 +13,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.types import Noise, Prompts, Rollout
+from dllm_rl.types import Prompts, Rollout, Views
 
 SMALL = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
 SMALL |= {"head_std": 0.2}  # varied, and not so peaked that a group's completions come out alike
@@ -138,7 +138,7 @@ def test_chunks_are_whole_groups_of_which_a_view_scores_a_row():
     weight[0, 1, 2] = weight[1, 9, 0] = 1.0
     whole = torch.ones(12, 3, dtype=torch.bool)
     rollout = Rollout(whole.long(), whole, whole, whole.long(), whole.float(), group_size=4)
-    noise = Noise(weight != 0, weight)
+    noise = Views(weight != 0, weight)
     chunks = lambda size: [chunk.rows.tolist() for chunk in row_chunks(rollout, noise, size)]  # noqa: E731
     first, last = [0, 1, 2, 3], [8, 9, 10, 11]
     assert chunks(None) == chunks(8) == [first + last]
@@ -243,7 +243,7 @@ def test_gradient_through_combine_matches_finite_differences(name):
     scores = -3 * torch.rand(scored.shape, generator=seeded(1)).double() * scored
     share = None if noise.upper_bound_weight is None else noise.upper_bound_weight.double()
     noise = replace(noise, weight=noise.weight.double(), upper_bound_weight=share)
-    assert torch.autograd.gradcheck(partial(estimator.combine, noise=noise), scores.requires_grad_(), atol=1e-6)
+    assert torch.autograd.gradcheck(partial(estimator.combine, views=noise), scores.requires_grad_(), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

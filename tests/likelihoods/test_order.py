@@ -12,7 +12,7 @@ from order_toys import as_rollout, missing_order, outcomes, total
 from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.order import LEAST, left_logprobs
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import unmask
@@ -100,10 +100,10 @@ def test_only_what_moves_is_scored_again(fp64):
     noise = estimator.draw(rollout, GENERATOR)
     vectors = torch.randn(noise.weight.shape, generator=GENERATOR.manual_seed(3)) * (noise.weight != 0)
     vectors = vectors * (torch.rand(vectors.shape, generator=GENERATOR) < 0.3)
-    scores = [view.logprobs(policy, rollout) for view in views_of(noise)]
+    scores = [view.logprobs(policy, rollout) for view in each_view(noise)]
     (expected,) = torch.autograd.grad((torch.stack(scores) * vectors).sum(), policy.table)
     policy.table.grad = None
-    for view, vector in zip(views_of(noise), vectors, strict=True):
+    for view, vector in zip(each_view(noise), vectors, strict=True):
         view.backward(policy, rollout, vector)
     torch.testing.assert_close(policy.table.grad, expected, rtol=0, atol=1e-12)
 

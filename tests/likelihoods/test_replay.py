@@ -12,10 +12,11 @@ from order_toys import stayed_of
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms.mismatch import mismatch_metrics
+from dllm_rl.diagnostics.routing import routing_counts, routing_metrics
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
-from dllm_rl.likelihoods.replay import as_chosen, as_sampled, check_replay, routing_counts, routing_metrics, watched
-from dllm_rl.likelihoods.views import nothing_around, views_of
+from dllm_rl.likelihoods.replay import as_chosen, as_sampled, check_replay, watched
+from dllm_rl.likelihoods.views import each_view, nothing_around
 from dllm_rl.models.forward import routing
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -131,11 +132,11 @@ def test_scores_and_gradients_under_replay_are_those_of_routers_by_hand(estimato
     kept = estimator.scores(policy, rollout, replay, keep_graphs=True)
     torch.testing.assert_close(kept.detach(), scores, rtol=0, atol=1e-5)
     vector = torch.randn(noise.weight.shape, generator=torch.Generator().manual_seed(1)) * (noise.weight != 0)
-    for n, view in enumerate(views_of(replay)):
+    for n, view in enumerate(each_view(replay)):
         view.backward(policy, rollout, vector[n])
     ours = [p.grad.clone() for p in policy.module.parameters() if p.grad is not None]
     policy.module.zero_grad()
-    for n, view in enumerate(views_of(noise)):
+    for n, view in enumerate(each_view(noise)):
         live = view.scored.any(-1)  # the others are not run
         by_hand(policy, note[n][live], rollout.attention_mask[live])
         logps = view.logprobs(policy, replace(rollout, group_size=1))
@@ -160,7 +161,7 @@ def test_an_update_replays_where_the_order_has_a_law(rank):
 
     def gradient(update):
         policy.module.zero_grad()
-        for view, vector in zip(views_of(noise), vectors, strict=True):
+        for view, vector in zip(each_view(noise), vectors, strict=True):
             update(view, vector)
         return torch.cat([p.grad.flatten() for p in policy.module.parameters() if p.grad is not None])
 

@@ -21,7 +21,7 @@ from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.events import canvas_at
 from dllm_rl.likelihoods.replay import as_sampled
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.support import with_support
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -233,10 +233,10 @@ def test_blocks_at_once_score_what_steps_one_by_one_do(rule, cache):
         logps = estimator.logprobs(policy, rollout, noise)
         torch.testing.assert_close(logps, recorded(rollout, noise), atol=5e-6, rtol=1e-5)
         policy.module.zero_grad()
-        for view, weight in zip(views_of(noise), noise.weight, strict=True):
+        for view, weight in zip(each_view(noise), noise.weight, strict=True):
             view.backward(policy, rollout, vector * weight)
         by_hand = torch.cat([p.grad.flatten() for p in policy.module.parameters() if p.grad is not None])
-        logps = sum(view.logprobs(policy, rollout) for view in views_of(noise))
+        logps = sum(view.logprobs(policy, rollout) for view in each_view(noise))
         used = [p for p in policy.module.parameters() if p.grad is not None]
         autograd = torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), used)])
         assert (by_hand - autograd).norm() < 1e-5 * autograd.norm()

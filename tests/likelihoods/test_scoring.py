@@ -13,7 +13,7 @@ from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.estimators import causal, coupled, elbo, one_step
 from dllm_rl.likelihoods.packed import packed_mask
-from dllm_rl.likelihoods.views import row_chunks, views_of
+from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.tokens import encode
@@ -62,7 +62,7 @@ def test_scores_are_those_of_the_padded_batch_and_of_each_row_alone(kind, monkey
     policy, rollout = ragged(kind)
     estimator = causal() if kind == "causal" else elbo()
     noise = estimator.draw(rollout, generator_for(1))
-    padded = torch.stack([view.logprobs(policy, rollout) for view in views_of(noise)])
+    padded = torch.stack([view.logprobs(policy, rollout) for view in each_view(noise)])
     tokens, hidden = [], policy.hidden
     monkeypatch.setattr(policy, "hidden", lambda x, mask: (tokens.append(x.numel()), hidden(x, mask))[1])
     ours = estimator.scores(policy, rollout, noise)
@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_the_padded_batch():
     for update in ("padded", "buckets", "kept"):
         policy.module.zero_grad()
         if update == "padded":
-            for view, weight in zip(views_of(noise), noise.weight, strict=True):
+            for view, weight in zip(each_view(noise), noise.weight, strict=True):
                 view.backward(policy, rollout, vector * weight)
         else:
             given = estimator.scores(policy, rollout, noise, keep_graphs=update == "kept")
@@ -185,7 +185,7 @@ def test_packed_gradient_is_that_of_the_steps_one_by_one():
     parameters, gradients = list(policy.module.parameters()), []
     for estimator in (lik.trajectory(), lik.trajectory(block_size=SIZE)):
         noise = estimator.draw(rollout, torch.Generator())
-        logps = sum(view.logprobs(policy, rollout) for view in views_of(noise))
+        logps = sum(view.logprobs(policy, rollout) for view in each_view(noise))
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), parameters)]))
     assert gradients[0].norm() > 0.1
     assert ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item() < 1e-5

@@ -13,7 +13,7 @@ from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models import logprobs as head_module
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
@@ -85,7 +85,7 @@ def make_batch(policy, estimator, rollout, noise, advantages, *, corrector, beta
     weights, keep, _ = corrector.weigh(off(5, 0.5), advantages, mask)
     return Batch(
         rollout=rollout,
-        noise=noise,
+        views=noise,
         advantages=advantages,
         old=old,
         old_scores=scores,
@@ -106,7 +106,7 @@ def loss_of(corrector, aggregate, *, beta: float = 0.0, entropy: float = 0.0) ->
 
 def plain_logps(policy, estimator, rollout, noise) -> torch.Tensor:
     """One graph through every view."""
-    views = [view.logprobs(policy, rollout) for view in views_of(noise)]
+    views = [view.logprobs(policy, rollout) for view in each_view(noise)]
     return estimator.combine(torch.stack(views), noise)
 
 
@@ -115,7 +115,7 @@ def plain_gradient(policy, estimator, batch: Batch, loss: partial, *, logps=None
 
     That one is worked by hand in test_losses; here it is only carried through the model.
     """
-    logps = plain_logps(policy, estimator, batch.rollout, batch.noise) if logps is None else logps
+    logps = plain_logps(policy, estimator, batch.rollout, batch.views) if logps is None else logps
     vector = loss(logps.detach(), batch)[2]
     return flat(torch.autograd.grad(logps, parameters(policy), vector, retain_graph=True, allow_unused=True), policy)
 
@@ -194,7 +194,7 @@ def test_accumulated_batches_give_the_whole_batchs_gradient():
         share = replace(
             batch,
             rollout=rollout.rows(rows),
-            noise=noise.rows(rows),
+            views=noise.rows(rows),
             advantages=advantages[rows],
             old=batch.old[rows],
             old_scores=scores[:, rows],

@@ -19,7 +19,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.training.forwards import learner_forward
 from dllm_rl.training.learner import accumulate_gradients, correct, keeps_graphs, score, update
 from dllm_rl.training.policies import make_optimizer
-from dllm_rl.training.selection import draw_noise, metric_weights
+from dllm_rl.training.selection import draw_views, metric_weights
 from recipes.studies.surrogates import stable_drl
 
 MANY = 99
@@ -63,7 +63,7 @@ class Step:
             assert (groups > 0).all() and not (self.advantages[0] != 0).any()
         anchor = None if not recipe.beta else self.policy.reference() if recipe.lora else recipe.model(seed=3)
         with self.forward():
-            noise = draw_noise(recipe, self.rollout, self.advantages, groups, (0,), self.accelerator)
+            noise = draw_views(recipe, self.rollout, self.advantages, groups, (0,), self.accelerator)
             self.logps = score(recipe, self.rollout, noise, reference=anchor, keep=True, **policies)
         given = (recipe, self.rollout, self.logps, self.advantages, self.accelerator)
         return correct(*given, groups=groups)[0]

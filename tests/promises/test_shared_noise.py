@@ -68,7 +68,7 @@ def test_old_rollout_reference_and_current_share_one_noise_object(make, fresh, t
         return scores(self, policy, rollout, noise, **options)
 
     def spied_accumulate(policy, batch, *rest, **settings):
-        seen.append((policy, batch.noise))
+        seen.append((policy, batch.views))
         return accumulate(policy, batch, *rest, **settings)
 
     monkeypatch.setattr(LikelihoodEstimator, "scores", spied_scores)

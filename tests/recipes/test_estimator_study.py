@@ -6,7 +6,7 @@ import torch
 from tiny_recipe import SIZES
 
 from dllm_rl import Prompts, trajectory, unmask
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.rules import max_prob
 from recipes.studies.estimators import gradient
@@ -20,7 +20,7 @@ def test_the_studys_gradient_is_plain_autograds():
     rollout = sampler(policy, prompts, torch.Generator().manual_seed(0))
     noise = estimator.draw(rollout, torch.Generator())
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
-    views = [view.logprobs(policy, rollout) for view in views_of(noise)]
+    views = [view.logprobs(policy, rollout) for view in each_view(noise)]
     logps = estimator.combine(torch.stack(views), noise)
     loss = -(advantages[:, None] * logps)[rollout.completion_mask].sum() / rollout.completion_mask.sum()
     plain = torch.autograd.grad(loss, list(policy.module.parameters()), allow_unused=True, materialize_grads=True)

@@ -12,7 +12,7 @@ from rollouts import fields_of
 from dllm_rl.likelihoods import estimators
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.masks import block_index
-from dllm_rl.likelihoods.views import views_of
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.support import with_support
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
@@ -180,7 +180,7 @@ def test_gradients_are_those_of_the_open_positions(policy):
     estimator = estimators.trajectory(order="given")
     noise = estimator.draw(rollout, torch.Generator())
     policy.module.zero_grad()
-    for view, weight in zip(views_of(noise), noise.weight, strict=True):
+    for view, weight in zip(each_view(noise), noise.weight, strict=True):
         view.backward(policy, rollout, weight)
     found = [p.grad.clone() for p in policy.module.parameters() if p.grad is not None]
     policy.module.zero_grad()

@@ -9,7 +9,7 @@ from likelihood_toys import TablePolicy
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.order import Stayed
-from dllm_rl.types import Noise, Order, Rollout, SamplingParams
+from dllm_rl.types import Order, Rollout, SamplingParams, Views
 
 
 def drawn_from(logits, *, temperature=1.0, top_k=None, top_p=None):
@@ -72,7 +72,7 @@ def as_rollout(policy: TablePolicy, keys, **options) -> Rollout:
     return replace(made, sampling_params=params, order=order)
 
 
-def stayed_of(noise: Noise) -> torch.Tensor | None:
+def stayed_of(noise: Views) -> torch.Tensor | None:
     """The positions that the views score by the probability of having been left; None without an order's law."""
     return next((part.stayed for part in noise.parts if isinstance(part, Stayed)), None)
 

@@ -163,7 +163,7 @@ def plan_and_allocator(cases):
             scores = recipe.likelihood.scores(policy, rollout, noise)
         old = recipe.likelihood.combine(scores, noise)
         batch = Batch(
-            rollout=rollout, noise=noise, advantages=torch.linspace(-1, 1, plan.ROWS), old=old, old_scores=scores,
+            rollout=rollout, views=noise, advantages=torch.linspace(-1, 1, plan.ROWS), old=old, old_scores=scores,
             weights=torch.ones_like(old), keep=rollout.completion_mask, reference=None,
             num_tokens=plan.ROWS * plan.LENGTH, num_sequences=plan.ROWS,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from dllm_rl.tasks.base import Problem
 from dllm_rl.training import train
 from dllm_rl.training.completion_log import contrasts, log_completions, shortened, stored_fields, table
 from dllm_rl.training.rollouts import collect
-from dllm_rl.training.selection import draw_noise
+from dllm_rl.training.selection import draw_views
 from dllm_rl.training.start import start
 from dllm_rl.types import Logprobs
 
@@ -74,9 +74,9 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
     rollout, rewards = samples.rollout, samples.rewards
     advantages = torch.arange(16.0).reshape(4, 4)
     groups = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
-    noise = draw_noise(recipe, rollout, advantages, groups, (0,), run.accelerator)
+    noise = draw_views(recipe, rollout, advantages, groups, (0,), run.accelerator)
     old = rollout.logprobs + 0.25 * rollout.completion_mask
-    logps = Logprobs(old=old, old_scores=old[None], rollout=rollout.logprobs, reference=None, noise=noise)
+    logps = Logprobs(old=old, old_scores=old[None], rollout=rollout.logprobs, reference=None, views=noise)
     learned = dataclasses.replace(samples, rollout=rollout, advantages=advantages)
     log_completions(run, 0, answers, rollout, learned, logps)
     run.log.close()
@@ -95,9 +95,9 @@ def test_a_probability_that_is_no_number_stops_no_run(tmp_path):
     samples, answers, _ = collect(recipe, run.rollout_policy, 0, run.accelerator, run.log)
     rollout = dataclasses.replace(samples.rollout, logprobs=torch.full_like(samples.rollout.logprobs, torch.nan))
     advantages = torch.full((4, 4), torch.inf)
-    noise = draw_noise(recipe, rollout, advantages, torch.ones(4, dtype=torch.float64), (0,), run.accelerator)
+    noise = draw_views(recipe, rollout, advantages, torch.ones(4, dtype=torch.float64), (0,), run.accelerator)
     same = rollout.logprobs
-    logps = Logprobs(old=same, old_scores=same[None], rollout=same, reference=None, noise=noise)
+    logps = Logprobs(old=same, old_scores=same[None], rollout=same, reference=None, views=noise)
     learned = dataclasses.replace(samples, rollout=rollout, advantages=advantages)
     log_completions(run, 0, answers, rollout, learned, logps)
     run.log.close()

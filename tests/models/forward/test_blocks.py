@@ -123,7 +123,7 @@ def updated(policy, estimator, *, recompute: bool, align: bool = False, bf16: bo
     scores = estimator.scores(policy, rollout, noise)
     old = estimator.combine(scores, noise)
     batch = Batch(
-        rollout=rollout, noise=noise, advantages=advantages, old=old, old_scores=scores, weights=torch.ones_like(old),
+        rollout=rollout, views=noise, advantages=advantages, old=old, old_scores=scores, weights=torch.ones_like(old),
         keep=rollout.completion_mask, reference=None, num_tokens=32, num_sequences=4,
     )  # fmt: skip
     rollout_policy = quantized_copy(policy, int8_weight_only())

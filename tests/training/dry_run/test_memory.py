@@ -106,7 +106,7 @@ def test_the_plan_agrees_with_the_allocator_within_a_tenth(tmp_path, case):
         rollout, noise, scores = kept["rollout"], kept["noise"], kept["scores"]
         old = recipe.likelihood.combine(scores.detach(), noise)
         batch = Batch(
-            rollout=replace(rollout, weights_version=policy.version), noise=noise, advantages=torch.randn(ROWS),
+            rollout=replace(rollout, weights_version=policy.version), views=noise, advantages=torch.randn(ROWS),
             old=old, old_scores=scores, weights=torch.ones_like(old), keep=rollout.completion_mask, reference=None,
             num_tokens=ROWS * LENGTH, num_sequences=ROWS,
         )  # fmt: skip
