@@ -12,11 +12,11 @@ TEXT = (PACKAGE.parent / "docs" / "ARCHITECTURE.md").read_text()
 # What names a feature in the code, by the feature's words in the table.
 NAMED_BY = {
     "infilling": r"samplers\.infilling|(prompts|canvas|self)\.open\b|open: Bool|open_positions",
-    "rules that rewrite": r"samplers\.revise|samplers import revise|likelihoods(\.| import )events|\.events\b|Events\b|reopen",
+    "rules that rewrite": r"samplers(\.| import )revise|likelihoods(\.| import )events|\.events\b|Events\b|reopen",
     "probability of the order": r"(likelihoods|models)(\.| import )order\b|\bOrder\b|order_has_law",
     "sampling_support": r"models\.support|sampling_support|\bKept\b|Support\b",
     "router replay": r"likelihoods\.replay|router_replay|records_experts|experts: Integer|self\.given",
-    "experts on the two sides": r"diagnostics\.routing|forward\.routing",
+    "which experts the two sides take": r"diagnostics\.routing|forward\.routing",
     "packed scoring": r"likelihoods\.packed|\bPacked\(ViewPart\)",
     "load balancing": r"training\.balance|batch_row",
     "aligned forward": r"align_forward|aligned_forward|\baligns\(",
