@@ -46,6 +46,7 @@ from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods.estimators import one_step
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_llama, tiny_moe
@@ -213,7 +214,7 @@ def learner(smoke: bool, device: str) -> list[Row]:
         noise = one_step().draw(rollout, torch.Generator().manual_seed(0))
 
         def step(policy=policy, rollout=rollout, noise=noise, optimizer=optimizer) -> None:
-            for view, weight in zip(one_step().views(noise), noise.weight, strict=True):
+            for view, weight in zip(each_view(noise), noise.weight, strict=True):
                 view.backward(policy, rollout, weight)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "members": "bounds",
     "models": "manifest rng screen tasks types",
     # floor 3
-    "likelihoods": "bounds device rng types distributed members models",
+    "likelihoods": "bounds device rng types members models",
     "quantization": "models",
     "samplers": "bounds device rng types models",
     # floor 4

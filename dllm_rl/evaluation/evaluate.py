@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.distributed.collectives import OneProcess, Processes, gather_objects
-from dllm_rl.distributed.sharding import join_uneven_forwards
 from dllm_rl.evaluation.completions import Completions, Rows, fingerprint, make_row
 from dllm_rl.evaluation.results import Evaluation, Graded
 from dllm_rl.members import describe
 from dllm_rl.models.base import Policy
+from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.tokens import before_end, chosen_ids, encode, graded_texts
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem, Task, grade

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dllm_rl.distributed.sharding import join_uneven_forwards
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy
+from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.types import Rollout, Views
 
 MORE = ("dllm_rl.likelihoods.estimators",)  # where the command line finds them

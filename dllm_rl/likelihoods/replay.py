@@ -100,7 +100,9 @@ def as_sampled(views: Views, rollout: Rollout) -> Views:
 
 
 def as_chosen(views: Views, rollout: Rollout) -> Views:
-    """The masks with the experts of all tokens that were chosen in a scoring under `watched` masks."""
+    """Views with the experts that were chosen in a scoring under `watched` ones; other views as they are."""
+    if not any(isinstance(part, Watched) for part in views.parts):
+        return views  # the same object, which all policies share
     parts = []
     for part in views.parts:
         if isinstance(part, Watched):

@@ -7,8 +7,8 @@ from torch import Tensor
 from dllm_rl.algorithms.mismatch import PREFIX
 from dllm_rl.diagnostics.routing import routing_counts, routing_metrics
 from dllm_rl.distributed.collectives import Metrics, reduce_metrics, sum_over
-from dllm_rl.distributed.sharding import join_uneven_forwards
 from dllm_rl.models.base import Policy
+from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.types import Rollout, Views
 

@@ -20,9 +20,9 @@ from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
-from dllm_rl.distributed.sharding import join_uneven_forwards
 from dllm_rl.files import remove
 from dllm_rl.models.base import Policy, trained_of
+from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokens import encode
 from dllm_rl.recipe import Recipe

@@ -219,8 +219,8 @@ def checkpoint_if_due(run: Run[Any], step: int) -> None:
     recipe = run.recipe
     done = step + 1
     signum = run.stop.agreed(run.accelerator)
-    run.state = replace(run.state, step=done, version=run.policy.version)
     run.writer.check()  # an error of the writing thread ends the run here
+    run.state = replace(run.state, step=done, version=run.policy.version)
     if signum or done % recipe.save_steps == 0 or done == recipe.num_steps:
         save(run)
     if signum:

@@ -8,9 +8,9 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.distributed.collectives import local, reduce_metrics, sum_gradients
-from dllm_rl.distributed.sharding import join_uneven_forwards
 from dllm_rl.likelihoods.views import View
 from dllm_rl.models.base import Policy, whole
+from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.tokens import ordinary_ids, prompt_ids, text_ids
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe

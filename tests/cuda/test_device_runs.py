@@ -25,6 +25,7 @@ from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods import estimators
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.lora import Lora, add_lora
+from dllm_rl.models.support import with_support
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.aligned import aligned_forward
@@ -32,7 +33,7 @@ from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers import autoregress, rules, unmask
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.training import train
-from dllm_rl.types import Prompts
+from dllm_rl.types import Columns, Prompts
 from recipes.studies import surrogates as published
 
 pytestmark = pytest.mark.gpu
@@ -69,7 +70,7 @@ def assert_same(there, here, near=1e-3):
         torch.testing.assert_close(there.cpu(), here, rtol=near, atol=near)
         return
     for name, value in vars(here).items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor | Columns):
             assert_same(getattr(there, name), value, near)
         else:
             assert getattr(there, name) == value
@@ -150,7 +151,7 @@ def test_estimators(name, tmp_path):
     sampler = partial(autoregress, max_new_tokens=6) if name == "causal" else partial(PLAIN, top_p=0.9)
 
     def work(policy):
-        rollout = run(sampler, policy).with_support("rollout" if name == "trajectory" else "own")
+        rollout = with_support(run(sampler, policy), "rollout" if name == "trajectory" else "own")
         noise = likelihood.draw(rollout, generator())
         signs = torch.tensor([1.0, -1.0, 0.5, -0.5], device=policy.device)
         noise = likelihood.with_advantages(noise, signs)

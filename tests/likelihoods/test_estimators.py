@@ -13,7 +13,7 @@ from likelihood_toys import TablePolicy, elbo_by_hand, eubo_by_hand, log_any_ord
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.masks import block_view, coupled_views, exact_view
-from dllm_rl.types import Views
+from dllm_rl.types import Events, Views
 
 LENGTH, WORDS = 3, 3
 COMPLETION = [2, 0, 1]
@@ -308,8 +308,10 @@ def test_drawing_as_many_steps_as_there_are_is_the_trajectory():
         assert len(noise.weight) == 6 and set(noise.weight.flatten().tolist()) == {0.0, 1.0}
         expected = whole.logprobs(toy, rollout, whole.draw(rollout, seeded(0)))
         assert torch.equal(drawn.logprobs(toy, rollout, noise), expected)
+    never = torch.full((*rollout.tokens.shape, 1), -1)
+    events = Events(never, never, never.float(), by_draws=True)
     with pytest.raises(ValueError, match="replays events"):
-        lik.trajectory(num_sampled=2).draw(replace(rollout, revised=True), seeded(0))
+        lik.trajectory(num_sampled=2).draw(replace(rollout, events=events), seeded(0))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from likelihood_toys import TablePolicy
-from order_toys import as_rollout, missing_order, outcomes, total
+from order_toys import as_rollout, missing_order, outcomes, stayed_of, total
 
 from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
 from dllm_rl.likelihoods import estimators as lik
@@ -171,7 +171,7 @@ def test_what_has_no_law_is_left_out_and_said(fp64):
     rollout = as_rollout(policy, outcomes(policy, [[0, 1, 2, 3]], 2, top_k=2), top_k=2)
     for other in (replace(rollout, order=replace(rollout.order, logprobs=None)), rollout):
         merged = lik.trajectory(num_segments=1).draw(other, GENERATOR)
-        assert merged.left is None and recorded(other, merged) is other.logprobs
+        assert stayed_of(merged) is None and recorded(other, merged) is other.logprobs
     unlawful = replace(rollout, sampling_params=replace(rollout.sampling_params, support="rollout"))
     with pytest.raises(ValueError, match=r"sampling_support='rollout'.*trajectory\(order='given'\)"):
         lik.trajectory().draw(unlawful, GENERATOR)

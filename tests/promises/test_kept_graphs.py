@@ -19,6 +19,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.training.forwards import learner_forward
 from dllm_rl.training.learner import accumulate_gradients, correct, keeps_graphs, score, update
 from dllm_rl.training.policies import make_optimizer
+from dllm_rl.training.samples import Samples
 from dllm_rl.training.selection import draw_views, metric_weights
 from recipes.studies.surrogates import stable_drl
 
@@ -64,9 +65,12 @@ class Step:
         anchor = None if not recipe.beta else self.policy.reference() if recipe.lora else recipe.model(seed=3)
         with self.forward():
             noise = draw_views(recipe, self.rollout, self.advantages, groups, (0,), self.accelerator)
-            self.logps = score(recipe, self.rollout, noise, reference=anchor, keep=True, **policies)
-        given = (recipe, self.rollout, self.logps, self.advantages, self.accelerator)
-        return correct(*given, groups=groups)[0]
+            keep = (self.advantages != 0).any(-1).repeat_interleave(self.rollout.group_size) | bool(
+                recipe.beta or recipe.entropy_coeff
+            )
+            self.logps = score(recipe, self.rollout, noise, reference=anchor, keep=keep, **policies)
+        samples = Samples(self.rollout, self.advantages, self.advantages, groups)
+        return correct(recipe, samples, self.logps, self.accelerator)[0]
 
     def gradient(self):
         """And the forwards of the update: one flag each, whether it was differentiated."""

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_rl import aligned, float8_weight_only, load_policy, lora_r16
 from dllm_rl.distributed.collectives import make_accelerator, sum_gradients
-from dllm_rl.distributed.sharding import join_uneven_forwards, shard, sharding_of
+from dllm_rl.distributed.sharding import shard, sharding_of
 from dllm_rl.likelihoods.estimators import coupled
 from dllm_rl.models.base import whole
 from dllm_rl.models.forward.blocks import blocks_of
+from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.logprobs import backward_token_logprobs
 from dllm_rl.models.merge import host_copy
 from dllm_rl.models.tiny import tiny_masked_lm

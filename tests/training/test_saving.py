@@ -6,11 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from emulated import int3_emulated
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl.algorithms.correctors import aligned
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.quantization.aligned import aligned_forward
+from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.training import saving
 from dllm_rl.training.run import Run
 
@@ -33,7 +36,7 @@ def test_a_save_that_failed_is_not_remembered_as_done():
 @pytest.mark.parametrize("during", [{}, {"state": "later"}, {"state": "later", "version": 4}])
 def test_a_copy_during_which_a_step_ended_is_not_saved(monkeypatch, during):
     """The copy may hold weights of two steps, also where version and state agree again when it is made."""
-    policy = SimpleNamespace(version=3, module=None)
+    policy = SimpleNamespace(version=3, module=torch.nn.Module())
     log = SimpleNamespace(entered="")
     writer = SimpleNamespace(alone=nullcontext(), wait=lambda: None)
     run = object.__new__(Run)
@@ -58,12 +61,13 @@ class Left(BaseException):
     """What a stop raises here to end the run."""
 
 
-def stopped_in(stage, monkeypatch, **changes):
-    """Whether an overdue stop in the stage ended the run, and the steps that it wrote, of a run after step 3."""
+def stopped(monkeypatch, *, version=3, **changes):
+    """Whether an overdue stop ended a run after step 3 whose policy has this version, and the steps that it wrote."""
     stop = SimpleNamespace(disarm=lambda: None, leave=leave)
     run = object.__new__(Run)
-    run.__dict__.update(log=SimpleNamespace(entered=stage), stop=stop, recipe=tiny_recipe("runs/x"), saved=2)
-    run.__dict__.update(policy=tiny_masked_lm(**SIZES), rollout_policy=tiny_masked_lm(**SIZES))
+    run.__dict__.update(stop=stop, recipe=tiny_recipe("runs/x"), saved=2)
+    run.__dict__.update(policy=tiny_masked_lm(**SIZES))
+    run.policy.version = version
     run.__dict__.update(accelerator=SimpleNamespace(is_main_process=True), writer=SimpleNamespace(wait=lambda: None))
     run.__dict__.update(state=TrainingState(step=3, version=3, dtype="float32", recipe={}), **changes)
     written = []
@@ -82,19 +86,22 @@ def leave(text):
     raise Left(text)
 
 
-@pytest.mark.parametrize("stage", ["", "rollout", "reward", "scoring", "gradients"])
-def test_an_overdue_stop_saves_the_last_step_where_weights_are_whole(monkeypatch, stage):
-    assert stopped_in(stage, monkeypatch) == (True, [3])
-    assert stopped_in(stage, monkeypatch, saved=3) == (True, []), "that step is saved already"
+def test_an_overdue_stop_saves_the_last_step_where_weights_are_whole(monkeypatch):
+    assert stopped(monkeypatch) == (True, [3])
+    assert stopped(monkeypatch, saved=3) == (True, []), "that step is saved already"
     other = SimpleNamespace(is_main_process=False)
-    assert stopped_in(stage, monkeypatch, accelerator=other) == (True, []), "the main process writes"
+    assert stopped(monkeypatch, accelerator=other) == (True, []), "the main process writes"
 
 
 def test_an_overdue_stop_waits_where_the_weights_are_of_no_step(monkeypatch):
-    assert stopped_in("update", monkeypatch) == (False, [])
-    recipe = tiny_recipe("runs/x", corrector=aligned())
-    assert stopped_in("scoring", monkeypatch, recipe=recipe) == (False, []), "they are the rounded ones"
-    assert stopped_in("reward", monkeypatch, recipe=recipe) == (True, [3])
+    assert stopped(monkeypatch, version=4) == (False, []), "an update has begun"
+    policy = tiny_masked_lm(**SIZES)
+    policy.version = 3
+    with aligned_forward(policy, quantized_copy(policy, int3_emulated())):
+        assert stopped(monkeypatch, policy=policy) == (False, []), "its layers run the rollout's weights"
+    assert stopped(monkeypatch, policy=policy) == (True, [3])
+    monkeypatch.setattr(saving, "sharding_of", lambda module: "a sharded module's")
+    assert stopped(monkeypatch, policy=policy) == (False, []), "no process holds all weights"
 
 
 def test_before_the_first_stage_of_a_step_a_run_is_between_two_steps():
