@@ -290,6 +290,7 @@ def test_functions_by_name(recipe):
         ),
         (["--corrector", "tis", "--corrector.weigh.cap", "3"], "the nearest is --corrector.cap"),
         (["--corrector", "tis", "--corrector.cap", "0.5"], "cap=0.5 must be at least 1"),
+        (["--corrector", "tis", "--corrector.level", "tokn"], "the nearest is 'token' (one of token, sequence)"),
         (["--kl", "ppo_clip"], "(one of kl_k1, kl_k2, kl_k3)"),
     ],
 )

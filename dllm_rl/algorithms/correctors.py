@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,8 +20,8 @@ from dllm_rl.algorithms.losses import MAX_LOG, sequence, trust_band
 from dllm_rl.bounds import Bound, bounded, check_bound
 from dllm_rl.members import maker
 
-Level = str  # "token" or "sequence"
-Aggregate = str  # "product" or "geometric"
+Level = Literal["token", "sequence"]
+Aggregate = Literal["product", "geometric"]
 Weighed = tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"], dict[str, float]]
 Weigh = Callable[[Tensor, Tensor, Tensor], Weighed]
 
@@ -43,7 +44,7 @@ def finite(
 
 
 def per_level(
-    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: Level, aggregate: Aggregate
+    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, aggregate: str
 ) -> Float[Tensor, "B T"]:
     """The log-ratio at token level, or the row's sum (`product`) or mean (`geometric`) over it; 0 off the mask."""
     log_w = torch.where(mask, log_mismatch, 0)
@@ -60,7 +61,7 @@ def per_level(
 
 
 def ratios(
-    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: Level, aggregate: Aggregate
+    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, aggregate: str
 ) -> Float[Tensor, "B T"]:
     """exp of `per_level`, whose logs stay within +-MAX_LOG."""
     return per_level(log_mismatch, mask, level=level, aggregate=aggregate).clamp(-MAX_LOG, MAX_LOG).exp()
@@ -78,8 +79,8 @@ def truncated_weights(
     mask: Bool[Tensor, "B T"],
     *,
     cap: float = 2.0,
-    level: Level = "token",
-    aggregate: Aggregate = "product",
+    level: str = "token",
+    aggregate: str = "product",
 ) -> Weighed:
     """Truncated importance weights, w = min(rho, cap) [paper: TIS].
 
@@ -100,8 +101,8 @@ def masked_weights(
     *,
     low: float = 0.5,
     high: float = 5.0,
-    level: Level = "token",
-    aggregate: Aggregate = "product",
+    level: str = "token",
+    aggregate: str = "product",
 ) -> Weighed:
     """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, IcePop]; rho as in
     `truncated_weights`. `mis` explains the keywords."""
@@ -119,7 +120,7 @@ def rejection(
     advantages: Float[Tensor, " B"],
     mask: Bool[Tensor, "B T"],
     *,
-    level: Level = "sequence",
+    level: str = "sequence",
     statistic: str = "k3",
     bound: float = 0.001,
     aggregate: str = "mean",
@@ -177,8 +178,8 @@ def adaptive_weights(
     cap: float = 2.0,
     tau: float = 0.05,
     combine: Callable[..., float] = alarm,
-    aggregate: Aggregate = "product",
-    level: Level = "token",
+    aggregate: str = "product",
+    level: str = "token",
 ) -> Weighed:
     """AIS (arXiv 2605.13907 [digest]): one lam in [0, 1] for the batch mixes the uncorrected gradient and the TIS one.
         m_t = 1 + lam (min(w_t, cap) - 1),   w_t = exp(log_mismatch_t)
@@ -308,7 +309,11 @@ def icepop(*, low: float = 0.5, high: float = 5.0) -> Corrector:
 
 @maker
 def reject(
-    *, level: Level = "sequence", statistic: str = "k3", bound: float = 0.001, aggregate: str = "mean"
+    *,
+    level: Level = "sequence",
+    statistic: Literal["k1", "k2", "k3"] = "k3",
+    bound: float = 0.001,
+    aggregate: Literal["mean", "sum", "max"] = "mean",
 ) -> Corrector:
     """Rejection of tokens or sequences; see `rejection`.
 
