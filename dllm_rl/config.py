@@ -107,7 +107,7 @@ def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
         path = f"{prefix}{name}"
         if name in texts and path in known:
             # A function before its keywords: they are those of the function that is picked.
-            value = known[path].read(texts[name], inner)
+            value = _read(path, held[name].annotation, texts[name], inner)
         elif name in held and name not in texts:
             value = held[name].value
         else:
@@ -150,28 +150,20 @@ def _no_field(owner: Any, path: str, text: str | None, known: Iterable[str]) -> 
 class Setting:
     value: Any
     help: str
-    choices: tuple[str, ...]  # empty: any that can be read
-    read: Callable[[str, Mapping[str, str]], Any]  # of a text, and of the texts of the keywords below its path
+    choices: tuple[str, ...]  # empty: any text that one of the annotation's types accepts
     bound: Bound | None = None
 
 
 def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
-    """Every path below a record or a function, with its value and how to read another from text."""
+    """Every path below a record or a function that text can set."""
     found: dict[str, Setting] = {}
     for name, member in members(owner).items():
         path = f"{prefix}{name}"
         kinds = _kinds(member.annotation)
-        none = ("none",) if types.NoneType in kinds else ()
-        literals = _literals(kinds)
-        read: Callable[[str, Mapping[str, str]], Any] | None = None
-        if literals or not SCALARS.isdisjoint(kinds):
-            words = (*literals, *none) if literals else ()
-            read = partial(_read, path, member.annotation)
-        elif name in CHOICES:
-            words = (*CHOICES[name], *none)
-            read = partial(_pick, path, CHOICES[name], kinds)
-        if read is not None and path != "model.seed":  # the recipe's own seed is what the model is made with
-            found[path] = Setting(member.value, member.help, words, read, member.bound)
+        words = _words(path, kinds)
+        # The recipe's own seed is what the model is made with.
+        if (words or not SCALARS.isdisjoint(kinds)) and path != "model.seed":
+            found[path] = Setting(member.value, member.help, tuple(words), member.bound)
         found |= paths(member.value, f"{path}.")
     return found
 
@@ -181,19 +173,43 @@ def _kinds(annotation: Any) -> tuple:
     return typing.get_args(annotation) if union else (annotation,)
 
 
-def _literals(kinds: tuple) -> tuple[str, ...]:
-    return tuple(word for kind in kinds if typing.get_origin(kind) is typing.Literal for word in typing.get_args(kind))
+def _words(path: str, kinds: tuple) -> dict[str, Any]:
+    """What text may name there: the words of a Literal, or functions; and none, where the value may be None."""
+    literals = [kind for kind in kinds if typing.get_origin(kind) is typing.Literal]
+    words: dict[str, Any] = {word: word for kind in literals for word in typing.get_args(kind)}
+    if not words and SCALARS.isdisjoint(kinds):
+        words = CHOICES.get(path.rpartition(".")[2], {})
+    return words | {"none": None} if words and types.NoneType in kinds else words
 
 
-def _pick(path: str, known: Mapping[str, Callable], kinds: tuple, text: str, below: Mapping[str, str]) -> Any:
-    """The function that text names, bound with the keywords that it needs (`below`), or the record that it makes."""
+def _read(path: str, annotation: Any, text: str, below: Mapping[str, str] = types.MappingProxyType({})) -> Any:
+    """What text says: a word, a function or the record that it makes, or a value of the first type that accepts it."""
+    kinds = _kinds(annotation)
+    words = _words(path, kinds)
     if text == "none" and types.NoneType in kinds:
         return None
+    if any(map(callable, words.values())):
+        return _pick(path, kinds, words, text, below)
+    if text in words or annotation is str:
+        return text
+    for kind in kinds:
+        value = _accepted(path, kind, text)
+        if value is not None:
+            return value
+    if words:
+        raise _unknown(path, text, words)
+    wanted = getattr(annotation, "__name__", str(annotation))
+    raise ValueError(f"--{path} {text!r} is not a valid {wanted.replace('types.NoneType', 'none')}")
+
+
+def _pick(path: str, kinds: tuple, words: Mapping[str, Any], text: str, below: Mapping[str, str]) -> Any:
+    """The function that text names, bound with the keywords that it needs (`below`), or the record that it makes."""
     # A checkpoint's text never comes here: only a user's command line may import.
-    chosen = imported(path, text) if ":" in text else known.get(text)
+    chosen = imported(path, text) if ":" in text else words.get(text)
     if chosen is None:
-        raise _unknown(path, text, (*known, "none") if types.NoneType in kinds else tuple(known))
-    given = set.intersection(*(set(_needed(function)) for function in known.values()))  # by the caller, to each of them
+        raise _unknown(path, text, words)
+    # What every one of them needs is given by the caller.
+    given = set.intersection(*(set(_needed(function)) for function in words.values() if function is not None))
     bound = {}
     for name, annotation in _needed(chosen).items():
         if name in below:
@@ -217,26 +233,9 @@ def _needed(function: Callable) -> dict[str, Any]:
     return {p.name: p.annotation for p in without if not SCALARS.isdisjoint(_kinds(p.annotation))}
 
 
-def _unknown(path: str, text: str, names: tuple[str, ...]) -> ValueError:
-    near = difflib.get_close_matches(text, names, n=1, cutoff=0)
-    return ValueError(f"--{path} {text!r} is not known; the nearest is {near[0]!r} (one of {', '.join(names)})")
-
-
-def _read(path: str, annotation: Any, text: str, below: Mapping[str, str] = types.MappingProxyType({})) -> Any:
-    """Text as the first of the annotation's types that accepts it; a scalar has nothing below it."""
-    kinds = _kinds(annotation)
-    if text == "none" and types.NoneType in kinds:
-        return None
-    if annotation is str:
-        return text
-    for kind in kinds:
-        value = _accepted(path, kind, text)
-        if value is not None:
-            return value
-    if literals := _literals(kinds):
-        raise _unknown(path, text, (*literals, "none") if types.NoneType in kinds else literals)
-    wanted = getattr(annotation, "__name__", str(annotation))
-    raise ValueError(f"--{path} {text!r} is not a valid {wanted.replace('types.NoneType', 'none')}")
+def _unknown(path: str, text: str, words: Iterable[str]) -> ValueError:
+    near = difflib.get_close_matches(text, words, n=1, cutoff=0)
+    return ValueError(f"--{path} {text!r} is not known; the nearest is {near[0]!r} (one of {', '.join(words)})")
 
 
 def _accepted(path: str, kind: Any, text: str) -> Any:
@@ -251,9 +250,8 @@ def _accepted(path: str, kind: Any, text: str) -> Any:
         except ValueError:
             return None
         return value if kind is int or math.isfinite(value) else None
-    if kind in (str, Path):
-        return kind(text) if text else None  # an empty path is a variable that is not set
-    return text if text in _literals((kind,)) else None
+    # An empty path is a variable that is not set.
+    return kind(text) if kind in (str, Path) and text else None
 
 
 def usage(recipe: Any) -> str:
