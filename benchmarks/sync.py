@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.measure import machine, seconds_and_peak, table, write_json
 from benchmarks.presets import PRESETS, make
-from dllm_rl.config import pickable
+from dllm_rl.config import CHOICES
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
@@ -22,7 +22,7 @@ from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts
 
 ELSEWHERE = ("fake_quantize", "float8_dynamic", "int4_packed")
-ANYWHERE = [name for name in pickable(quantize.__name__) if name not in ELSEWHERE]
+ANYWHERE = [name for name in CHOICES["rollout_quantization"] if name not in ELSEWHERE]
 
 SYNCS = 5  # in a row, as one takes little more than the clock's resolution
 

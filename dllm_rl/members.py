@@ -1,13 +1,13 @@
-"""What records and functions hold, by name: values, help from docstrings, and all of it as text."""
+"""What records and functions hold, by name and as text; and a function that text names."""
 
 import dataclasses
 import inspect
 import os
-import re
 import sys
 import typing
 from collections.abc import Callable
 from functools import partial, wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,15 +17,15 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 
 
 def maker(function: Made) -> Made:
-    """Remember, in the record that a function returns, the function and its keywords: a command line changes a keyword
-    by making the record again. The record declares
+    """Remember, in the record that a function returns, the function and its arguments: the command line changes one of
+    them by making the record again, and `describe` shows them. The record declares
     `made_by: partial | None = field(default=None, init=False, repr=False, compare=False)`."""
 
     @wraps(function)
-    def make(**keywords: Any) -> Any:
-        made = function(**keywords)
+    def make(*parts: Any, **keywords: Any) -> Any:
+        made = function(*parts, **keywords)
         # The record is frozen. A copy by `replace` has None: the function would not make that copy.
-        object.__setattr__(made, "made_by", partial(make, **keywords))
+        object.__setattr__(made, "made_by", partial(make, *parts, **keywords))
         return made
 
     return typing.cast(Made, make)
@@ -33,15 +33,34 @@ def maker(function: Made) -> Made:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A field of a record, or a keyword of a function. `example` is its default, which shows what it may be."""
+    """A field of a record, or an argument of a function."""
 
-    name: str
     value: Any
-    annotation: Any
-    help: str
-    pick: str | None = None  # the module of its functions
-    example: Any = None
+    annotation: Any = None
+    help: str = ""
     bound: Bound | None = None
+
+
+def members(owner: Any) -> dict[str, Member]:
+    """By name: a record's fields, or what its maker got; a function's keywords, bound or by default, and its bound
+    positional arguments under 1, 2 ...; nothing for anything else, as for a record that no maker made."""
+    if hasattr(owner, "made_by"):
+        return members(owner.made_by)
+    if isinstance(owner, partial) or inspect.isfunction(owner):
+        function = owner if isinstance(owner, partial) else partial(owner)
+        bounds = getattr(function.func, "bounds", {})
+        found = {str(place): Member(part) for place, part in enumerate(function.args, 1)}
+        for name, parameter in inspect.signature(function.func).parameters.items():
+            value = function.keywords.get(name, parameter.default)
+            if parameter.kind is parameter.KEYWORD_ONLY and value is not parameter.empty:
+                found[name] = Member(value, parameter.annotation, bound=bounds.get(name))
+        return found
+    if not dataclasses.is_dataclass(owner) or isinstance(owner, type):
+        return {}
+    found = {}
+    for f in dataclasses.fields(owner):
+        found[f.name] = Member(getattr(owner, f.name), f.type, f.metadata.get("help", ""), f.metadata.get("bound"))
+    return found
 
 
 def function_of(value: Any) -> Any:
@@ -58,82 +77,40 @@ def flattened(value: Any) -> Any:
     return partial(inner.func, *inner.args, *value.args, **(inner.keywords | value.keywords))
 
 
-def members(owner: Any) -> list[Member]:
-    """A record's fields, or its maker's keywords; a function's keywords, bound or by default; a tuple's functions."""
-    if hasattr(owner, "made_by"):
-        return [] if owner.made_by is None else members(owner.made_by)  # a record that no function made has no keywords
-    if isinstance(owner, tuple):
-        return [Member(str(i), v, None, "") for i, v in enumerate(owner, 1) if callable(v)]
-    if isinstance(owner, partial) or inspect.isfunction(owner):
-        return _keywords(owner if isinstance(owner, partial) else partial(owner))
-    helps = helps_of(type(owner))
-    found = []
-    for f in dataclasses.fields(owner):
-        pick = f.metadata.get("pick")
-        example = (f.metadata.get("like") or f.default) if pick else None  # its parameters show which functions fit
-        help = f.metadata.get("help") or helps.get(f.name, "")
-        found.append(Member(f.name, getattr(owner, f.name), f.type, help, pick, example, f.metadata.get("bound")))
-    return found
-
-
-def _keywords(function: partial) -> list[Member]:
-    helps = helps_of(function.func)
-    bounds = getattr(function.func, "bounds", {})
-    found = []
-    for p in inspect.signature(function.func).parameters.values():
-        value = function.keywords.get(p.name, p.default)
-        if p.kind is p.KEYWORD_ONLY and value is not p.empty:
-            # None shows nothing of what may be given
-            example = value if p.default is p.empty or p.default is None else p.default
-            help = helps.get(p.name, "")
-            found.append(Member(p.name, value, p.annotation, help, example=example, bound=bounds.get(p.name)))
-    return found
-
-
-def helps_of(described: Any) -> dict[str, str]:
-    """Help per name from a docstring's lines "name  text" or "name, name  text" and the deeper lines below them."""
-    found: dict[str, str] = {}
-    for owner in reversed(getattr(described, "__mro__", (described,))):  # a class's own help replaces its bases'
-        names: list[str] = []
-        depth = 0
-        for line in inspect.cleandoc(owner.__doc__ or "").splitlines():
-            text = line.lstrip()
-            if start := re.match(r"([a-z_0-9]+(?:, [a-z_0-9]+)*) {2,}(?=\S)", text):
-                names = start[1].split(", ")
-                depth = len(line) - len(text)
-                found |= dict.fromkeys(names, text[start.end() :])
-            elif text and len(line) - len(text) > depth:
-                found |= {name: f"{found[name]} {text}" for name in names}
-            else:
-                names = []
-    return found
+def imported(path: str, text: str) -> Callable:
+    """The function that `text`, MODULE:FUNCTION, names; `path` is the option that an error names."""
+    module_name, _, name = text.partition(":")
+    try:
+        function = getattr(import_module(module_name), name, None)
+    except (ImportError, ValueError) as error:  # ValueError: an empty name
+        raise ValueError(f"--{path} {text!r}: {error}; give MODULE:FUNCTION, its folder in PYTHONPATH") from None
+    if not inspect.isfunction(function):
+        raise ValueError(f"--{path} {text!r}: module {module_name!r} has no function {name!r}")
+    return function
 
 
 def describe(value: Any) -> str:
-    """A value as text: functions and records as name(k=v) with defaults, without `omit_none` fields that are None."""
+    """A value as text: functions with their keywords, and records, as name(k=v), defaults included."""
+    if getattr(value, "made_by", None) is not None:
+        value = value.made_by  # shorter, and as one would write it
     if isinstance(value, partial):
-        return _call(value.func, {member.name: member.value for member in members(value)})
+        return _call(value.func, {name: member.value for name, member in members(value).items()})
     if inspect.isfunction(value) or isinstance(value, type):
-        return _full_name(value)
+        return full_name(value)
     if isinstance(value, tuple | list) and any(map(callable, value)):
         return f"({', '.join(map(describe, value))})"
     if dataclasses.is_dataclass(value):
-        shown = {}
-        for f in dataclasses.fields(value):
-            held = getattr(value, f.name)
-            if f.repr and not (held is None and f.metadata.get("omit_none")):
-                shown[f.name] = held
-        return _call(type(value), shown)
+        return _call(type(value), {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.repr})
     return repr(value)
 
 
 def _call(made_by: Any, held: dict[str, Any]) -> str:
-    arguments = [f"{name}={describe(value)}" for name, value in held.items()]
-    return f"{_full_name(made_by)}({', '.join(arguments)})"
+    arguments = [("" if name.isdecimal() else f"{name}=") + describe(value) for name, value in held.items()]
+    return f"{full_name(made_by)}({', '.join(arguments)})"
 
 
-def _full_name(made: Any) -> str:
-    """NAME, or MODULE:NAME outside of this library."""
+def full_name(made: Any) -> str:
+    """NAME of a function or class, or MODULE:NAME outside of this library."""
     # A resume must distinguish two functions of one name.
     if made.__module__.partition(".")[0] == "dllm_rl":
         return made.__name__

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from types import NoneType
 from typing import Any, Literal, cast, get_args, get_origin
 
-from dllm_rl.algorithms.advantages import decoupled, group_relative
+from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.algorithms.correctors import Corrector, no_weights, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, ppo_clip, surrogate_inputs, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
@@ -20,10 +20,9 @@ from dllm_rl.models.lora import Lora, check_mergeable
 from dllm_rl.tasks.base import Task
 
 
-def _(help: str, default: Any = MISSING, *, pick: str | None = None, like: Callable | None = None, **bound: int) -> Any:
-    """A documented field; `pick`: the module of the functions that fit `like` or the default; `bound`: for `Bound`."""
-    limits = Bound(**bound) if bound else None
-    return field(default=default, metadata={"help": help, "pick": pick, "like": like, "bound": limits})
+def _(help: str, default: Any = MISSING, **bound: int) -> Any:
+    """A documented field; `bound` is for `Bound`. `config.CHOICES` names what a command line can give it."""
+    return field(default=default, metadata={"help": help, "bound": Bound(**bound) if bound else None})
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
@@ -61,8 +60,9 @@ def check_fits(field: Field, value: Any) -> None:
     corrector="tis"), and on text in place of a number or a flag (learning_rate="1e-3")."""
     kinds = (field.type, *get_args(field.type))
     flag = isinstance(value, bool) and bool not in kinds
-    record = field.type in (Callable, Corrector, LikelihoodEstimator, Task, RolloutEngine | None)
-    if flag or (record and isinstance(value, str)) or (field.metadata.get("pick") and not callable(value)):
+    record = field.type in (Corrector, LikelihoodEstimator, Task, RolloutEngine | None) and isinstance(value, str)
+    function = Callable in [get_origin(kind) or kind for kind in kinds] and str not in kinds and not callable(value)
+    if flag or record or function:
         raise ValueError(f"{field.name}={value!r} does not fit; it is: {field.metadata['help']}")
     for kind, like in ((bool, bool), (int, Integral), (float, Real)):
         if kind in kinds and not isinstance(value, like):
@@ -78,8 +78,8 @@ class Settings:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = _("of weights from a path; auto: as stored", "float32")
     float32_head: bool = _("logits in fp32 where the model computes in 16 bits, in rollout and learner alike", True)
     base_quantization: Literal["nf4", "int8"] | None = _("a frozen bitsandbytes base, of a path with lora", None)
-    lora: Callable[[], Lora] | None = _("adapters to train; None: all weights", None, pick="dllm_rl.models.lora")
-    optim: Callable = _("(parameters, lr, betas, weight_decay) -> Optimizer", adamw, pick=adamw.__module__)
+    lora: Callable[[], Lora] | None = _("adapters to train; None: all weights", None)
+    optim: Callable = _("(parameters, lr, betas, weight_decay) -> Optimizer", adamw)
 
     seed: int = _("the only source of randomness", 0)
     train_batch_size: int = _("prompts, or SFT's sequences, per step, over all processes", 32, at_least=1)
@@ -89,7 +89,7 @@ class Settings:
     adam_beta2: float = _("of AdamW", 0.95, at_least=0, below=1)
     weight_decay: float = _("of AdamW", 0.01, at_least=0)
     max_grad_norm: float = _("gradients are scaled down to this norm", 1.0, above=0)
-    lr_schedule: Callable = _("(step, num_steps) -> factor on the learning rate", linear_decay, pick=adamw.__module__)
+    lr_schedule: Callable = _("(step, num_steps) -> factor on the learning rate", linear_decay)
     lr_schedule_steps: int | None = _("steps that lr_schedule runs over; None: num_steps", None, at_least=1)
     gradient_checkpointing: bool = _("backward recomputes blocks: 1/3 more work, less memory, same gradients", False)
     bf16: bool = _("forwards compute in bf16, weights stay in dtype: with float32 for training all weights", False)
@@ -195,18 +195,10 @@ class Recipe(Settings):
     advantages: Callable = _(
         "(P, G) rewards -> (P, G) advantages; a function of `parts` and `weights` (decoupled: GDPO) gets each reward",
         group_relative,
-        pick="dllm_rl.algorithms.advantages",
-        like=decoupled,
     )
-    loss: Callable | None = _(
-        "the objective; None: the corrector's own, else ppo_clip", None, pick=ppo_clip.__module__, like=ppo_clip
-    )
-    aggregate: Callable | None = _(
-        "how the loss weighs tokens; None: the corrector's choice, else token", None, pick=token.__module__, like=token
-    )
-    rollout_quantization: Callable[[], Any] | None = _(
-        "the rollout's scheme", None, pick="dllm_rl.quantization.schemes"
-    )
+    loss: Callable | None = _("the objective; None: the corrector's own, else ppo_clip", None)
+    aggregate: Callable | None = _("how the loss weighs tokens; None: the corrector's choice, else token", None)
+    rollout_quantization: Callable[[], Any] | None = _("the rollout's scheme", None)
     rollout_engine: RolloutEngine | None = _("what makes rollouts; None: the learner, or its quantised copy", None)
 
     num_generations: int = _("completions per prompt (G)", 8, at_least=1)
@@ -230,7 +222,7 @@ class Recipe(Settings):
     adam_beta2: float = _("of AdamW", 0.99, at_least=0, below=1)
     weight_decay: float = _("of AdamW", 0.0, at_least=0)
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0, at_least=0)
-    kl: Callable = _("estimator of that KL, per token", kl_k3, pick="dllm_rl.algorithms.losses")
+    kl: Callable = _("estimator of that KL, per token", kl_k3)
     use_bias_correction_kl: bool = _("that KL times the ratio to the rollout: kl_k3 then has the KL's gradient", False)
     entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0, at_least=0)
     torch_compile: bool = _("compile the blocks of the policy that samples: for FP8 products on a GPU", False)

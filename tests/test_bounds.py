@@ -123,7 +123,7 @@ def test_a_recipe_checks_what_it_holds(tmp_path, capsys):
     two = (partial(correctors.truncated_weights, cap=2.0), partial(correctors.truncated_weights, cap=-2.0))
     with pytest.raises(ValueError, match=r"cap=-2\.0 must be at least 1"):
         correctors.Corrector(partial(correctors.composed, weighs=two))
-    for words in (["--corrector.weigh.cap", "-3"], ["--loss.epsilon", "0", "--loss", "ppo_clip"]):
+    for words in (["--corrector.cap", "-3"], ["--loss.epsilon", "0", "--loss", "ppo_clip"]):
         with pytest.raises(SystemExit) as stop:
             from_command_line(recipe, ["--corrector", "tis", *words])
         error = capsys.readouterr().err

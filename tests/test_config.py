@@ -1,5 +1,7 @@
 """Overrides by name: good ones, unknown fields, bad values; recipes as text."""
 
+import inspect
+import re
 from dataclasses import fields, replace
 from functools import partial
 from importlib import import_module
@@ -12,12 +14,13 @@ from tiny_recipe import tiny_recipe
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.advantages import decoupled
 from dllm_rl.algorithms.losses import ppo_clip, sequence
-from dllm_rl.config import from_command_line, override, paths, siblings, usage
+from dllm_rl.config import CHOICES, explained_by, from_command_line, override, paths, usage
 from dllm_rl.likelihoods import estimators as likelihoods
-from dllm_rl.members import describe
+from dllm_rl.members import describe, members
 from dllm_rl.models.lora import Lora
 from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.recipe import Recipe
+from dllm_rl.samplers.by_name import ADAPTIVE, PACED
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.rules import margin, schedule
 from dllm_rl.supervised.recipe import SFT
@@ -46,7 +49,8 @@ def test_scalars_at_every_depth(recipe):
                 "--task.clues",
                 "8,9",
             ],
-            *["--corrector.weigh.cap", "3", "--loss", "ppo_clip", "--loss.epsilon", "0.1", "--micro_batch_size", "8"],
+            *["--corrector", "tis", "--corrector.cap", "3", "--loss", "ppo_clip", "--loss.epsilon", "0.1"],
+            *["--micro_batch_size", "8"],
             *["--output_dir", "x"],
         ],
     )
@@ -146,8 +150,8 @@ def test_what_a_picked_function_needs_has_a_name_and_is_asked_for(recipe, capsys
     constant = from_command_line(recipe, ["--aggregate", "constant", "--aggregate.length", "16"]).aggregate
     assert describe(constant.keywords) == "{'length': 16}"  # what the learner gives is not asked for
     for words, message in [
-        (rules[:2], "--sampler.commit threshold needs --sampler.commit.tau (the probability"),
-        (blocks[:2], "--likelihood block needs --likelihood.block_size (tokens of a block)"),
+        (rules[:2], "--sampler.commit threshold needs --sampler.commit.tau\n"),
+        (blocks[:2], "--likelihood block needs --likelihood.block_size\n"),
     ]:
         with pytest.raises(SystemExit) as stop:
             from_command_line(recipe, words)
@@ -155,7 +159,7 @@ def test_what_a_picked_function_needs_has_a_name_and_is_asked_for(recipe, capsys
 
 
 def test_caches_schemes_adapters_and_parts_of_a_composition(recipe):
-    cached = from_command_line(recipe, ["--sampler.cache", "dual_cache", "--sampler.cache.refresh", "4"])
+    cached = from_command_line(recipe, ["--sampler.cache", "dual", "--sampler.cache.refresh", "4"])
     assert cached.sampler.keywords["cache"] == dual_cache(refresh=4)
     assert override(cached, {"sampler.cache": "none"}).sampler.keywords["cache"] is None
     grouped = ["--rollout_quantization", "int4_weight_only", "--rollout_quantization.group_size", "16"]
@@ -166,38 +170,59 @@ def test_caches_schemes_adapters_and_parts_of_a_composition(recipe):
     assert from_command_line(adapted, ["--lora.r", "8"]).lora() == Lora(r=8)
     assert from_command_line(adapted, ["--lora", "lora_r16"]).lora() == Lora(r=16)
     two = replace(recipe, corrector=correctors.compose(correctors.tis(), correctors.reject()))
-    weighs = from_command_line(two, ["--corrector.weigh.weighs.2.bound", "0.1"]).corrector.weigh.keywords["weighs"]
-    assert (weighs[0].keywords["cap"], weighs[1].keywords["bound"]) == (2.0, 0.1) and len(weighs) == 2
+    changed = from_command_line(two, ["--corrector.2.bound", "0.1"])
+    wanted = correctors.compose(correctors.tis(), correctors.reject(bound=0.1))
+    assert describe(changed.corrector) == describe(wanted)
 
 
-def test_a_function_that_does_not_say_what_it_returns_has_no_others_beside_it(recipe):
-    def mine(logits, normalizer):
-        return normalizer
+def test_the_keywords_of_a_corrector_stand_below_its_name(recipe):
+    """However a method is made: `qarl` is composed of `tbpo`, whose weights and whose objective have keywords."""
 
-    own = replace(recipe, sampler=partial(recipe.sampler.func, **{**recipe.sampler.keywords, "rank": mine}))
-    choices = paths(own)["sampler.rank"].choices
-    assert "mine" in choices and "max_prob" in choices and "name_of" not in choices
-    assert siblings(mine) == {"mine": mine}
-    weighs = siblings(correctors.no_weights)
-    rules = {
-        "schedule",
-        "late_schedule",
-        "origin",
-        "threshold",
-        "factor",
-        "entropy_bound",
-        "remask",
-        "edit",
-        "soft_edit",
-    }
-    assert set(siblings(schedule)) == rules, "of two modules, and no helper of theirs"
-    assert "band_weights" in weighs and "composed" not in weighs, "its parts cannot be given as text"
+    def changed(start, *words):
+        return describe(from_command_line(start, list(words)).corrector)
+
+    picked = ["--corrector", "tis", "--corrector.cap", "2.5"]
+    assert changed(recipe, *picked) == changed(recipe, *picked[2:], *picked[:2]) == describe(correctors.tis(cap=2.5))
+    held = replace(recipe, corrector=correctors.tis(cap=3.0))
+    assert changed(held, "--corrector.level", "sequence") == describe(correctors.tis(cap=3.0, level="sequence"))
+    assert describe(held.corrector) == describe(correctors.tis(cap=3.0)), "the recipe's own stays as it is"
+    words = ["--corrector", "tis", "--corrector.cap", "2.5"]
+    weights, _, _ = from_command_line(recipe, words).corrector.weigh(
+        torch.full((1, 1), 9.0), torch.ones(1), torch.ones(1, 1, dtype=torch.bool)
+    )
+    assert weights.item() == 2.5, "min(exp(9), 2.5)"
+    banded = from_command_line(recipe, ["--corrector", "qarl", "--corrector.c", "3", "--corrector.neg_low", "0.1"])
+    assert describe(banded.corrector) == describe(correctors.qarl(c=3.0, neg_low=0.1))
+    assert banded.corrector.surrogate.keywords["neg_low"] == 0.1 and banded.corrector.align_forward
+    for name, make in CHOICES["corrector"].items():
+        keywords = inspect.signature(make).parameters
+        below = {path for path in paths(make(), "corrector.") if path != "corrector.combine.tau"}
+        assert below <= {f"corrector.{keyword}" for keyword in keywords} and len(below) == len(keywords), name
+
+
+def test_the_choices_of_a_name_are_called_alike(recipe):
+    """Whoever calls one of a row calls every other: they take the same positional arguments, or a row's are by name."""
+    by_name = {"advantages", "rank", "score", "commit", "loss"}  # what these take, they get by their names
+    for name, known in CHOICES.items():
+        assert known and all(inspect.isfunction(function) for function in known.values()), name
+        kinds = [inspect.signature(function).parameters.values() for function in known.values()]
+        positional = [[p.name for p in each if p.kind is not p.KEYWORD_ONLY] for each in kinds]
+        assert name in by_name or all(names == positional[0] for names in positional), name
+    assert {rule.__name__ for rule in (*PACED, *ADAPTIVE)} == set(CHOICES["commit"])
+
+
+def test_a_keyword_that_says_a_word_is_no_choice_of_functions(recipe):
+    """`aggregate` is a field that takes a function, and a keyword of correctors that takes a word."""
+    changed = from_command_line(recipe, ["--corrector", "tis", "--corrector.aggregate", "geometric"])
+    assert describe(changed.corrector) == describe(correctors.tis(aggregate="geometric"))
 
 
 def test_a_function_of_any_module_by_name(recipe):
     name = "recipes.studies.surrogates:gdsd"
     picked = from_command_line(recipe, ["--loss", name, "--loss.psi", "0.1"])
     assert picked.loss.func is gdsd and picked.loss.keywords == {"psi": 0.1}
+    made = from_command_line(recipe, ["--corrector", "dllm_rl.algorithms.correctors:tis", "--corrector.cap", "4"])
+    assert describe(made.corrector) == describe(correctors.tis(cap=4.0))
     ranked = from_command_line(recipe, ["--sampler.rank", "dllm_rl.samplers.rules:margin"])
     assert ranked.sampler.keywords["rank"] is margin
 
@@ -216,7 +241,7 @@ def test_functions_by_name(recipe):
     assert "row_mean" not in paths(recipe)["loss"].choices
     bounded = ["--loss", "cispo", "--loss.max_ratio", "3"]
     assert from_command_line(recipe, bounded).loss.keywords == {"max_ratio": 3.0}
-    assert paths(override(recipe, {"corrector": "ais"}))["corrector.weigh.combine"].choices == ("alarm",)
+    assert paths(override(recipe, {"corrector": "ais"}))["corrector.combine"].choices == ("alarm",)
     assert new.aggregate is sequence and new.rollout_quantization is int8_weight_only
     assert new.sampler.keywords["rank"].__name__ == "max_prob"
     assert override(recipe, {"rollout_quantization": "none"}).rollout_quantization is None
@@ -229,7 +254,10 @@ def test_functions_by_name(recipe):
         (["--learning_rat", "1"], "the nearest is --learning_rate"),
         (["--sampler.temprature", "1"], "the nearest is --sampler.temperature"),
         (["--samper.temperature", "1"], "the nearest is --sampler.temperature"),
-        (["--learning_rate.x", "1"], "--learning_rate.x is not a field of the recipe (--help"),
+        (
+            ["--learning_rate.x", "1"],
+            "--learning_rate.x is not a field of the recipe; --learning_rate is 0.",
+        ),
         (["--model.seed", "1"], "--model.seed is not a field of the recipe; the nearest is --model."),
         (["--task.side", "9"], "clues=(10, 12) must lie in 26..81 on 9x9"),
         (["--task.side", "9", "--task.clues", "20"], "clues=20 must lie in 26..81 on 9x9"),
@@ -252,7 +280,18 @@ def test_functions_by_name(recipe):
         (["--loss", "nowhere.at_all:x"], "No module named 'nowhere'; give MODULE:FUNCTION"),
         (["--loss", ":x"], "--loss ':x': Empty module name"),
         (["--loss", "math:pi"], "module 'math' has no function 'pi'"),
-        (["--corrector", "dllm_rl.algorithms.correctors:tis"], "is not known"),
+        (
+            ["--corrector", "dllm_rl.likelihoods.estimators:elbo"],
+            "makes no Corrector; give a function that returns one",
+        ),
+        (
+            ["--corrector", "none", "--corrector.cap", "3"],
+            "--corrector.cap is not a field of the recipe; --corrector is none",
+        ),
+        (["--corrector", "tis", "--corrector.weigh.cap", "3"], "the nearest is --corrector.cap"),
+        (["--corrector", "tis", "--corrector.cap", "0.5"], "cap=0.5 must be at least 1"),
+        (["--corrector", "tis", "--corrector.level", "tokn"], "the nearest is 'token' (one of token, sequence)"),
+        (["--kl", "ppo_clip"], "(one of kl_k1, kl_k2, kl_k3)"),
     ],
 )
 def test_what_is_refused_in_one_line(recipe, arguments, message, capsys):
@@ -295,7 +334,7 @@ def test_help_lists_every_path(recipe, capsys):
 
 def test_help_is_of_the_recipe_that_the_other_arguments_make(recipe, capsys):
     with pytest.raises(SystemExit) as stop:
-        from_command_line(recipe, ["--sampler.cache", "dual_cache", "--help", "--likelihood", "elbo"])
+        from_command_line(recipe, ["--sampler.cache", "dual", "--help", "--likelihood", "elbo"])
     out = capsys.readouterr().out
     assert stop.value.code == 0 and "--likelihood.num_samples 4" in out and "--sampler.cache.refresh None" in out
     assert "one of: full, quick" in out and "one of: nf4, int8" in out and "one of: train, validation, test" in out
@@ -304,7 +343,7 @@ def test_help_is_of_the_recipe_that_the_other_arguments_make(recipe, capsys):
 def test_help_shows_each_bound(recipe):
     supervised = SFT(name="sft", model=recipe.model, dataset=[])
     for record in (recipe, supervised):
-        text = " ".join(usage(record).split())
+        text = " ".join(usage(record).partition("Keywords, as")[0].split())
         bounds = {field.name: field.metadata["bound"] for field in fields(record) if field.metadata["bound"]}
         assert len(bounds) > 15
         for name, bound in bounds.items():
@@ -314,8 +353,8 @@ def test_help_shows_each_bound(recipe):
     for said in (
         "--num_steps 2 RL steps (at least 0)",
         "--adam_beta1 0.9 of AdamW (in [0, 1))",
-        "--corrector.weigh.cap 2.0 largest weight, at least 1 --",
-        "(above 0) --loss.epsilon_high",
+        "--corrector.cap 2.0 --corrector.level",
+        "--loss.epsilon 0.2 (above 0) --loss.epsilon_high",
     ):
         assert said in tis
 
@@ -342,16 +381,27 @@ def test_every_name_of_every_recipe_is_explained(name):
         "remask": ("eta", "0.1"),
         "soft_edit": ("rate", "0.1"),
         "constant": ("length", "16"),
-        "block": ("block_size", "4"),
+        "likelihood block": ("block_size", "4"),  # a cache is named block, too
     }
     recipes = [recipe]
     for field in (*PICKS, "sampler.cache", "optim", "kl", "lr_schedule"):
         offered = paths(without_dropout)
         for choice in offered[field].choices if field in offered else ():
             texts = {field: choice}
-            if choice in needed:
-                keyword, number = needed[choice]
+            if found := needed.get(choice) or needed.get(f"{field} {choice}"):
+                keyword, number = found
                 texts[f"{field}.{keyword}"] = number
             recipes.append(override(without_dropout, texts))
     assert len(recipes) > (40 if isinstance(recipe, Recipe) else 5)
-    assert not {path for each in recipes for path, setting in paths(each).items() if not setting.help}
+    settable = {path for each in recipes for path in paths(each)}
+    assert [path for each in recipes for path in unexplained(each) if path in settable] == []
+
+
+def unexplained(owner, prefix=""):
+    """Paths that have neither a help of their own nor a line "name  text" in the docstring of what takes them."""
+    told = "\n".join(inspect.getdoc(explains) for explains in explained_by(owner))
+    for name, member in members(owner).items():
+        line = rf"^ *(\w+, )*{name}(, \w+)* {{2,}}\S"
+        if not member.help and not re.search(line, told, re.MULTILINE):
+            yield f"{prefix}{name}"
+        yield from unexplained(member.value, f"{prefix}{name}.")

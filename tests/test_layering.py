@@ -23,8 +23,7 @@ MAY_IMPORT = {
     "tasks": "",
     "types": "",
     # floor 2
-    "algorithms": "bounds types",
-    "config": "bounds members screen",
+    "algorithms": "bounds members types",
     "distributed": "device files screen",
     "members": "bounds",
     "models": "manifest rng screen tasks types",
@@ -33,6 +32,7 @@ MAY_IMPORT = {
     "quantization": "models",
     "samplers": "bounds device rng types models",
     # floor 4
+    "config": "bounds screen algorithms members models likelihoods quantization samplers",
     "diagnostics": "files screen types algorithms models likelihoods quantization samplers",
     "evaluation": "files rng screen tasks types members distributed models likelihoods quantization samplers",
     "recipe": "bounds tasks algorithms members models likelihoods",

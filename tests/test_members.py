@@ -9,39 +9,16 @@ import pytest
 
 from dllm_rl.algorithms.losses import ppo_clip, token
 from dllm_rl.likelihoods import estimators as likelihoods
-from dllm_rl.members import describe, described, helps_of
+from dllm_rl.members import describe, described
 from recipes.studies.surrogates import gdsd
 from recipes.sudoku_tiny import recipe as main_job
-
-
-def test_what_a_docstring_says_of_names():
-    class Base:
-        """A base.
-
-        size    how large
-        colour  the base's
-        """
-
-    class Child(Base):
-        """A child: no  name here.
-
-        colour, shape  seen first,
-                       then more
-            and more.
-        Text that belongs to no name.
-        """
-
-    assert helps_of(Child) == {"size": "how large"} | dict.fromkeys(
-        ("colour", "shape"), "seen first, then more and more."
-    )
-    assert helps_of(lambda: 0) == {}
 
 
 def test_describe_fills_in_defaults():
     assert describe(partial(ppo_clip, epsilon=0.1)) == "ppo_clip(epsilon=0.1, epsilon_high=None, delta=None)"
     assert describe(token) == "token"
     text = described(main_job)
-    assert text["corrector"].startswith("Corrector(weigh=") and "0x" not in str(text)
+    assert text["corrector"] == "none()" and "0x" not in str(text)
     assert "temperature=1.0" in text["sampler"] and "max_new_tokens=16" in text["sampler"]
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from dllm_rl.algorithms.losses import MAX_LOG, sequence, trust_band
 from dllm_rl.bounds import Bound, bounded, check_bound
+from dllm_rl.members import maker
 
-Level = str  # "token" or "sequence"
-Aggregate = str  # "product" or "geometric"
+Level = Literal["token", "sequence"]
+Aggregate = Literal["product", "geometric"]
 Weighed = tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"], dict[str, float]]
 Weigh = Callable[[Tensor, Tensor, Tensor], Weighed]
 
@@ -42,7 +44,7 @@ def finite(
 
 
 def per_level(
-    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: Level, aggregate: Aggregate
+    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, aggregate: str
 ) -> Float[Tensor, "B T"]:
     """The log-ratio at token level, or the row's sum (`product`) or mean (`geometric`) over it; 0 off the mask."""
     log_w = torch.where(mask, log_mismatch, 0)
@@ -59,7 +61,7 @@ def per_level(
 
 
 def ratios(
-    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: Level, aggregate: Aggregate
+    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, aggregate: str
 ) -> Float[Tensor, "B T"]:
     """exp of `per_level`, whose logs stay within +-MAX_LOG."""
     return per_level(log_mismatch, mask, level=level, aggregate=aggregate).clamp(-MAX_LOG, MAX_LOG).exp()
@@ -77,15 +79,13 @@ def truncated_weights(
     mask: Bool[Tensor, "B T"],
     *,
     cap: float = 2.0,
-    level: Level = "token",
-    aggregate: Aggregate = "product",
+    level: str = "token",
+    aggregate: str = "product",
 ) -> Weighed:
     """Truncated importance weights, w = min(rho, cap) [paper: TIS].
 
-    rho_t = exp(log_mismatch_t) per token; per sequence exp of the sum (`product`) or the mean (`geometric`).
-    cap        largest weight, at least 1
-    level      what has a ratio of its own: token or sequence
-    aggregate  of a sequence's tokens: product or geometric
+    rho_t = exp(log_mismatch_t) per token; per sequence exp of the sum (`product`) or the mean (`geometric`). `tis`
+    explains the keywords.
     """
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
@@ -101,16 +101,11 @@ def masked_weights(
     *,
     low: float = 0.5,
     high: float = 5.0,
-    level: Level = "token",
-    aggregate: Aggregate = "product",
+    level: str = "token",
+    aggregate: str = "product",
 ) -> Weighed:
     """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, IcePop]; rho as in
-    `truncated_weights`.
-
-    low, high  the range of ratios that count
-    level      what has a ratio of its own: token or sequence
-    aggregate  of a sequence's tokens: product or geometric
-    """
+    `truncated_weights`. `mis` explains the keywords."""
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
     outside = (weights < low) | (weights > high)
@@ -125,7 +120,7 @@ def rejection(
     advantages: Float[Tensor, " B"],
     mask: Bool[Tensor, "B T"],
     *,
-    level: Level = "sequence",
+    level: str = "sequence",
     statistic: str = "k3",
     bound: float = 0.001,
     aggregate: str = "mean",
@@ -134,11 +129,7 @@ def rejection(
 
     With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, nats. |k| is compared, for a
     sequence after aggregation. Sources: verl's names, VeXact's default (sequence mean of k3 above 0.001 fits bf16
-    kernels; low-bit rollouts need more) [digest].
-    level      what is dropped: token or sequence
-    statistic  k1, k2 or k3
-    bound      its largest value that is kept, nats
-    aggregate  of a sequence's tokens: mean, sum or max
+    kernels; low-bit rollouts need more) [digest]. `reject` explains the keywords.
     """
     d, finite_mask, metrics = finite(log_mismatch, mask)
     d = d.clamp(-MAX_LOG, MAX_LOG)  # exp(d) overflows fp32 at 89
@@ -187,20 +178,16 @@ def adaptive_weights(
     cap: float = 2.0,
     tau: float = 0.05,
     combine: Callable[..., float] = alarm,
-    aggregate: Aggregate = "product",
-    level: Level = "token",
+    aggregate: str = "product",
+    level: str = "token",
 ) -> Weighed:
     """AIS (arXiv 2605.13907 [digest]): one lam in [0, 1] for the batch mixes the uncorrected gradient and the TIS one.
         m_t = 1 + lam (min(w_t, cap) - 1),   w_t = exp(log_mismatch_t)
         rho = (sum w)^2 / (B sum w^2) over SEQUENCE weights: reliability [digest]; B counts rows that have a token
         D   = mean |log_mismatch| over tokens, nats: divergence severity [digest]
         CV  = std(w) / mean(w) over TOKEN weights: variance amplification [digest]
-    All three are of the corrected rows. Truncation [digest], cap 2 [ours]. No gradient goes through lam or w.
-    cap        largest weight
-    tau        nats of mean |log_mismatch| at which half the trust is gone, above 0
-    combine    function (rho, D, CV, *, tau) -> lam; a result outside [0, 1] is clamped to it
-    aggregate  of a sequence's tokens, in rho and in weights of sequences: product or geometric
-    level      of the weights that are mixed: token, or sequence
+    All three are of the corrected rows. Truncation [digest], cap 2 [ours]. No gradient goes through lam or w. `ais`
+    explains the keywords.
     """
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     log_w = log_mismatch.clamp(-MAX_LOG, MAX_LOG)
@@ -227,9 +214,7 @@ def band_weights(
     log_mismatch: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"], *, c: float = 2.0
 ) -> Weighed:
     """TBPO's weight exp(clamp(mean_t log_mismatch, -log c, log c)), one per row (QaRL, arXiv 2604.07853 [digest]; clamp
-    in log space [ours]).
-
-    c  the largest weight, and one over the smallest; at least 1
+    in log space [ours]). c is the largest weight, and one over the smallest.
     """
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     log_w = per_level(log_mismatch, keep, level="sequence", aggregate="geometric")
@@ -269,44 +254,78 @@ class Corrector:
     align_forward  the learner's forward runs through the rollout's quantised operands
     surrogate      the objective (see `algorithms.losses`) of a method that brings one; None: the recipe's `loss`
     aggregate      that method's aggregation, where the recipe names none
+    made_by        the function below with its arguments, so that a command line can change a keyword
+
+    `none`, `tis` and the others below make one. A method of one's own is a function under
+    `members.maker` that returns a Corrector; its keywords are then options, too.
     """
 
     weigh: Weigh = no_weights
-    surrogate: Surrogate | None = field(default=None, metadata={"omit_none": True})
+    surrogate: Surrogate | None = None
     align_forward: bool = False
-    aggregate: Aggregation | None = field(default=None, metadata={"omit_none": True})
+    aggregate: Aggregation | None = None
+    made_by: partial | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:  # a constant is refused here, before a run, and not at the first batch
         check_bound((self.weigh, self.surrogate, self.aggregate))
 
 
+@maker
 def none() -> Corrector:
     """No correction: weight 1 everywhere."""
     return Corrector()
 
 
+@maker
 def tis(*, cap: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
-    """Truncated importance sampling; see `truncated_weights`."""
+    """Truncated importance sampling; see `truncated_weights`.
+
+    cap        largest weight, at least 1
+    level      what has a ratio of its own: token or sequence
+    aggregate  of a sequence's tokens: product or geometric
+    """
     return Corrector(weigh=partial(truncated_weights, cap=cap, level=level, aggregate=aggregate))
 
 
+@maker
 def mis(*, low: float = 0.5, high: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
-    """Masked importance sampling; see `masked_weights`."""
+    """Masked importance sampling; see `masked_weights`.
+
+    low, high  the range of ratios that count
+    level      what has a ratio of its own: token or sequence
+    aggregate  of a sequence's tokens: product or geometric
+    """
     return Corrector(weigh=partial(masked_weights, low=low, high=high, level=level, aggregate=aggregate))
 
 
+@maker
 def icepop(*, low: float = 0.5, high: float = 5.0) -> Corrector:
-    """IcePop: masked importance sampling per token, from 0.5 to 5 [paper]."""
+    """IcePop: masked importance sampling per token, from 0.5 to 5 [paper].
+
+    low, high  the range of ratios that count
+    """
     return mis(low=low, high=high, level="token")
 
 
+@maker
 def reject(
-    *, level: Level = "sequence", statistic: str = "k3", bound: float = 0.001, aggregate: str = "mean"
+    *,
+    level: Level = "sequence",
+    statistic: Literal["k1", "k2", "k3"] = "k3",
+    bound: float = 0.001,
+    aggregate: Literal["mean", "sum", "max"] = "mean",
 ) -> Corrector:
-    """Rejection of tokens or sequences; see `rejection`."""
+    """Rejection of tokens or sequences; see `rejection`.
+
+    level      what is dropped: token or sequence
+    statistic  k1, k2 or k3
+    bound      its largest value that is kept, nats
+    aggregate  of a sequence's tokens: mean, sum or max
+    """
     return Corrector(weigh=partial(rejection, level=level, statistic=statistic, bound=bound, aggregate=aggregate))
 
 
+@maker
 def ais(
     *,
     cap: float = 2.0,
@@ -315,30 +334,49 @@ def ais(
     aggregate: Aggregate = "product",
     level: Level = "token",
 ) -> Corrector:
-    """Adaptive importance sampling; see `adaptive_weights`."""
+    """Adaptive importance sampling; see `adaptive_weights`.
+
+    cap        largest weight, at least 1
+    tau        nats of mean |log_mismatch| at which half the trust is gone, above 0
+    combine    function (rho, D, CV, *, tau) -> lam; a result outside [0, 1] is clamped to it
+    aggregate  of a sequence's tokens, in rho and in weights of sequences: product or geometric
+    level      of the weights that are mixed: token, or sequence
+    """
     bound = partial(adaptive_weights, cap=cap, tau=tau, combine=combine, aggregate=aggregate, level=level)
     return Corrector(weigh=bound)
 
 
+@maker
 def tbpo(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, c: float = 2.0) -> Corrector:
     """Trust-band policy optimisation: `band_weights` with `trust_band`, the mean over sequences [digest].
 
     The defaults fit long autoregressive responses [digest]; diffusion likelihoods move more and need wider bands.
+    eps_high           how far the ratio may rise above 1 where the advantage is not negative
+    neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
+    c                  the largest weight, and one over the smallest; at least 1
     """
     surrogate = partial(trust_band, eps_high=eps_high, neg_low=neg_low, neg_high=neg_high)
     return Corrector(weigh=partial(band_weights, c=c), surrogate=surrogate, aggregate=sequence)
 
 
+@maker
 def aligned() -> Corrector:
     """No weights: the learner's forward runs through the rollout's quantised operands."""
     return Corrector(align_forward=True)
 
 
+@maker
 def qarl(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, c: float = 2.0) -> Corrector:
-    """QaRL (arXiv 2604.07853 [digest]): `tbpo` with the aligned forward."""
+    """QaRL (arXiv 2604.07853 [digest]): `tbpo` with the aligned forward.
+
+    eps_high           how far the ratio may rise above 1 where the advantage is not negative
+    neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
+    c                  the largest weight, and one over the smallest; at least 1
+    """
     return compose(tbpo(eps_high=eps_high, neg_low=neg_low, neg_high=neg_high, c=c), aligned())
 
 
+@maker
 def compose(*parts: Corrector | Weigh) -> Corrector:
     """Combine correctors or bare weigh functions: see `composed`. The forward is aligned if any part's is.
 

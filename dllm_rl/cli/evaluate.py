@@ -18,7 +18,7 @@ from rich.table import Table
 
 import dllm_rl
 from dllm_rl.cli.options import open_policy
-from dllm_rl.config import override, paths, pickable
+from dllm_rl.config import CHOICES, override, paths
 from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import OneProcess, Processes, launched, make_accelerator
 from dllm_rl.evaluation.budget import within_budget
@@ -31,7 +31,6 @@ from dllm_rl.files import write_json
 from dllm_rl.members import function_of
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import usual_length
-from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.by_name import ADAPTIVE, rank_for, read_cache, read_commit, read_rank
@@ -159,7 +158,7 @@ def show(found: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None
 
 def read_schemes(names: Sequence[str]) -> dict[str, Callable[[], Any] | None]:
     """Schemes of the weights by name; None for "none". Raises ValueError on an unknown name."""
-    known = {"none": None, **pickable(quantize.__name__)}
+    known = {"none": None, **CHOICES["rollout_quantization"]}
     for name in names:
         if name not in known:
             raise ValueError(f"quantization={name!r} is none of {', '.join(sorted(known))}")

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from dllm_rl.cli.options import open_policy
-from dllm_rl.config import pickable
+from dllm_rl.config import CHOICES
 from dllm_rl.evaluation.lm_eval import HarnessModel
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.by_name import READERS, rank_for, read_rank
@@ -43,7 +43,7 @@ class NamedModel(HarnessModel):
         asked = Namespace(model=str(pretrained), maker=None, dtype=dtype, device=device, verify_checkpoint="full")
         policy = open_policy(asked)
         likelihood = likelihood or ("causal" if policy.spec.attention == "causal" else "elbo")
-        makers = pickable("dllm_rl.likelihoods.estimators")
+        makers = CHOICES["likelihood"]
         if likelihood not in makers:
             raise ValueError(f"likelihood={likelihood!r} is none of {', '.join(makers)}")
         scoring: dict[str, Any] = {}

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dllm_rl.config import imported
+from dllm_rl.members import imported
 
 if TYPE_CHECKING:
     import torch

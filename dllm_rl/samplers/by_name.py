@@ -7,12 +7,12 @@ from functools import partial
 from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.cache import Cache, block_cache, dual_cache, prefix_cache
 
-RANKS: dict[str, Callable] = {f.__name__: f for f in (*rules.RANKS, rules.plackett_luce)}
+RANKS: dict[str, Callable] = {rank.__name__: rank for rank in (*rules.RANKS, rules.plackett_luce)}
 # PACED rules take as many steps as num_steps says.
 PACED = (rules.schedule, rules.late_schedule, rules.origin, revise.remask, revise.soft_edit)
 ADAPTIVE = (rules.threshold, rules.factor, rules.entropy_bound, revise.edit)
 OWN_RANKS = {"entropy_bound": "entropy", "origin": "random", "remask": "random"}  # whose scores a rule is made for
-COMMITS: dict[str, Callable] = {f.__name__: f for f in (*PACED, *ADAPTIVE)}
+COMMITS: dict[str, Callable] = {rule.__name__: rule for rule in (*PACED, *ADAPTIVE)}
 CACHES: dict[str, Callable[..., Cache]] = {"block": block_cache, "prefix": prefix_cache, "dual": dual_cache}
 
 
@@ -26,36 +26,31 @@ def read_commit(text: str) -> Callable:
     return _read("commit", text, COMMITS)
 
 
-def _read(kind: str, text: str, known: dict[str, Callable]) -> Callable:
+def read_cache(text: str) -> Cache:
+    """`block`, `prefix`, `dual`, or the latter two with the steps between refreshes, as `dual=4`."""
+    return _read("cache", text, CACHES, number=int)()
+
+
+def _read(kind: str, text: str, known: dict[str, Callable], number: Callable[[str], float] = float) -> Callable:
+    """The named function, its first keyword bound to the number. A keyword without a default needs one."""
     name, _, value = text.partition("=")
     if name not in known:
         raise ValueError(f"{kind}={text!r} is not one of {', '.join(known)}")
-    keywords = inspect.signature(known[name]).parameters.values()
-    needed = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    if bool(value) != bool(needed):
-        raise ValueError(f"{kind}={text!r}: {name} takes " + (f"a number, as {name}=0.9" if needed else "no number"))
-    return partial(known[name], **{needed[0]: _number(text, value)}) if needed else known[name]
+    keywords = [p for p in inspect.signature(known[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if not value and all(keyword.default is not keyword.empty for keyword in keywords):
+        return known[name]
+    if not value or not keywords:
+        raise ValueError(f"{kind}={text!r}: {name} takes " + (f"a number, as {name}=0.9" if keywords else "no number"))
+    try:
+        return partial(known[name], **{keywords[0].name: number(value)})
+    except ValueError:
+        raise ValueError(f"{kind}={text!r}: {value!r} is not {'a' if number is float else 'a whole'} number") from None
 
 
 def rank_for(commit: str, asked: str | None = None) -> str:
     """The name of the rank: the one asked for, else the one whose scores the rule is made for (as `read_commit` has
     its name)."""
     return asked or OWN_RANKS.get(commit.partition("=")[0], "confidence")
-
-
-def read_cache(text: str) -> Cache:
-    """`block`, `prefix`, `dual`, or the latter two with the steps between refreshes, as `dual=4`."""
-    name, _, value = text.partition("=")
-    if name not in CACHES or (value and name == "block"):
-        raise ValueError(f"cache={text!r} is not block, prefix, dual, prefix=STEPS or dual=STEPS")
-    return CACHES[name](refresh=int(_number(text, value))) if value else CACHES[name]()
-
-
-def _number(text: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError(f"{text!r}: {value!r} is not a number") from None
 
 
 # What reads each of a sampler's settings that a command line names.

@@ -29,7 +29,6 @@ Scores = Float[Tensor, "B L"]
 Places = Bool[Tensor, "B L"]
 Counts = Int[Tensor, " B"]
 OFFERED = ("logits", "normalizer", "tokens", "uniforms")
-MORE = ("dllm_rl.samplers.revise",)  # modules of further rules that the command line may name
 
 
 def confidence(logits: Logits, normalizer: PerPosition, tokens: Int[Tensor, " K"]) -> PerPosition:

@@ -246,12 +246,15 @@ def test_tbpo_weight_is_the_geometric_ratio_kept_in_a_two_sided_band():
 
 
 def test_values_that_cannot_be_are_errors():
+    def made(function, **keywords):  # by the functions alone: the types of `tis` and `reject` have no such words
+        return c.Corrector(weigh=partial(function, **keywords))
+
     for wrong, message in (
-        (lambda: weigh(c.tis(level="row")), "level='row' must be"),
-        (lambda: weigh(c.tis(level="sequence", aggregate="mean")), "aggregate='mean' must be"),
-        (lambda: weigh(c.reject(statistic="k4")), "statistic='k4' must be"),
-        (lambda: weigh(c.reject(aggregate="median")), "aggregate='median' must be"),
-        (lambda: weigh(c.reject(level="row")), "level='row' must be"),
+        (lambda: weigh(made(c.truncated_weights, level="row")), "level='row' must be"),
+        (lambda: weigh(made(c.truncated_weights, level="sequence", aggregate="mean")), "aggregate='mean' must be"),
+        (lambda: weigh(made(c.rejection, statistic="k4")), "statistic='k4' must be"),
+        (lambda: weigh(made(c.rejection, aggregate="median")), "aggregate='median' must be"),
+        (lambda: weigh(made(c.rejection, level="row")), "level='row' must be"),
         (lambda: weigh(c.ais(tau=0.0)), "tau=0.0 must be above 0"),
         (lambda: weigh(c.tbpo(c=0.5)), "c=0.5 must be at least 1"),
         (lambda: c.mis(low=1.5), r"low=1.5 must lie in \[0, 1\]"),

@@ -340,7 +340,7 @@ def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
         (("--task", "sudoku", "--quantization", "none,fp8"), "quantization='fp8' is none of fake_quantize, "),
         (("--task", "sudoku", "--rank", "max_prob,best"), "rank='best' is not one of confidence, max_prob"),
         (("--task", "sudoku", "--commit", "threshold"), "threshold takes a number, as threshold=0.9"),
-        (("--task", "sudoku", "--cache", "none,all"), "cache='all' is not block, prefix, dual"),
+        (("--task", "sudoku", "--cache", "none,all"), "cache='all' is not one of block, prefix, dual"),
         (("--task", "sudoku", "--lengths", "100"), "max_new_tokens=100 after a prompt of 17 tokens exceeds"),
         (("--task", "sudoku", "--set", "prompt_format=text"), "no chat template"),
         (("--task", "sudoku", "--set", "prompt_format=text", "--set", "chat=false"), "cannot be tokenised"),

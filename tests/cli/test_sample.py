@@ -114,8 +114,8 @@ def test_command_draws_every_step(checkpoint, capsys):
         (["--commit", "threshold"], "threshold takes a number, as threshold=0.9"),
         (["--commit", "schedule=3"], "schedule takes no number"),
         (["--commit", "threshold=x"], "'x' is not a number"),
-        (["--cache", "half"], "cache='half' is not block, prefix, dual"),
-        (["--cache", "block=2"], "cache='block=2' is not block, prefix, dual"),
+        (["--cache", "half"], "cache='half' is not one of block, prefix, dual"),
+        (["--cache", "block=2"], "cache='block=2': block takes no number"),
         (["--max_new_tokens", "900"], "max_new_tokens=900"),
     ],
 )

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.losses import ppo_clip
-from dllm_rl.config import pickable
+from dllm_rl.config import CHOICES
 from dllm_rl.diagnostics.doctor import diagnose
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods import estimators
@@ -208,7 +208,7 @@ def test_correctors(name):
         assert same == numbers
 
 
-SCHEMES = [name for name in pickable(schemes.__name__) if name not in ELSEWHERE]
+SCHEMES = [name for name in CHOICES["rollout_quantization"] if name not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("name", SCHEMES)

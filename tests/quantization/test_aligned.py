@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from emulated import EMULATED, int3_emulated
 
-from dllm_rl.config import pickable
+from dllm_rl.config import CHOICES
 from dllm_rl.members import describe
 from dllm_rl.models.lora import Lora, add_lora, without_adapters
 from dllm_rl.models.merge import merged_copy
@@ -15,7 +15,7 @@ from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.linear import dequantized_input, dequantized_weight, quantized_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, sync_weights
 
-NAMES = pickable(quantize.__name__)
+NAMES = CHOICES["rollout_quantization"]
 SCHEMES = [make for name, make in (NAMES | EMULATED).items() if name not in ("float8_dynamic", "int4_packed")]
 DTYPES = [torch.float32, torch.bfloat16]
 small = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dllm_rl import load_policy
-from dllm_rl.config import pickable
+from dllm_rl.config import CHOICES
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.diagnostics.doctor import operands
 from dllm_rl.models.lora import Lora, add_lora, is_stacked
@@ -29,7 +29,7 @@ from dllm_rl.quantization.linear import (
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize
 
-NAMES = pickable(quantize.__name__)
+NAMES = CHOICES["rollout_quantization"]
 SCHEMES = {name: make for name, make in NAMES.items() if name not in ("float8_dynamic", "int4_packed")}
 SCHEMES |= EMULATED
 SCHEMES["int4_weight_only"] = partial(quantize.int4_weight_only, group_size=8)  # divides the toys' 24 and 32 inputs

@@ -15,7 +15,7 @@ from torchao.quantization import (
     Float8WeightOnlyConfig,
 )
 
-from dllm_rl.config import pickable
+from dllm_rl.config import CHOICES
 from dllm_rl.members import describe
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.merge import merged_copy
@@ -28,7 +28,7 @@ from dllm_rl.training.learner import check_version
 from dllm_rl.types import Rollout, SamplingParams
 
 CUDA_ONLY = ("float8_dynamic", "int4_packed")
-NAMES = pickable(quantize.__name__)
+NAMES = CHOICES["rollout_quantization"]
 SCHEMES = [make for name, make in (NAMES | EMULATED).items() if name not in CUDA_ONLY]
 small = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
 

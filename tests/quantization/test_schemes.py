@@ -12,13 +12,13 @@ from torchao.quantization import (
     PerRow,
 )
 
-from dllm_rl.config import pickable
+from dllm_rl.config import CHOICES
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import rollout_policy
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.rollout_policy import quantized_copy
 
-NAMES = pickable(quantize.__name__)
+NAMES = CHOICES["rollout_quantization"]
 
 
 def llada():

@@ -27,7 +27,9 @@ def test_rules_and_caches_by_name():
         (by_name.read_commit, "threshold", "threshold takes a number, as threshold=0.9"),
         (by_name.read_commit, "schedule=2", "schedule takes no number"),
         (by_name.read_commit, "factor=much", "'much' is not a number"),
-        (by_name.read_cache, "block=2", "cache='block=2' is not block, prefix, dual"),
+        (by_name.read_cache, "all", "cache='all' is not one of block, prefix, dual"),
+        (by_name.read_cache, "block=2", "cache='block=2': block takes no number"),
+        (by_name.read_cache, "dual=2.5", "cache='dual=2.5': '2.5' is not a whole number"),
     ],
 )
 def test_what_cannot_be_read_is_named(read, text, said):
