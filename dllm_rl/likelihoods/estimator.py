@@ -18,8 +18,6 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.types import Rollout, Views
 
-MORE = ("dllm_rl.likelihoods.estimators",)  # where the command line finds them
-
 
 def weighted_sum(scores: Float[Tensor, "N B T"], views: Views) -> Float[Tensor, "B T"]:
     """sum_n weight_n * log p(y_t | view n), per position, nats."""

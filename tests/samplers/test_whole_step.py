@@ -7,6 +7,7 @@ import pytest
 import torch
 import whole_steps
 from layouts import checkpoint
+from repetitions import few
 from simulated_cuda import SimulatedCuda
 
 from dllm_rl import Prompts, load_policy
@@ -29,7 +30,7 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
 
 
-@pytest.mark.parametrize("family", [*FULL, *BLOCKS])
+@pytest.mark.parametrize("family", few([*FULL, *BLOCKS], ["llada", "dream", "llada_moe", "sdar", "llada2"]))
 def test_fixed_shapes_write_what_ragged_ones_do(uncompiled, tmp_path, family):
     policy = load_policy(checkpoint(tmp_path, family))
     for cache in whole_steps.caches_of(policy):
