@@ -6,19 +6,24 @@ each cell. Cells that are written in the same step do not see each other, so tha
 come together and contradict each other. A reward chooses one answer, and the cells learn to agree on it.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Generator
 
 from dllm_rl import Policy, Recipe, float8_weight_only, main, max_prob, trajectory, unmask
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.monitoring.plots import plot
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks import Problem, Sudoku
 from dllm_rl.tasks.sudoku.solver import SPLITS
+from dllm_rl.training.finish import Summary
 from dllm_rl.training.warmup import draw_levels, examples, supervised_loss
+from recipes.perfect import ceiling
 
 few_clues = partial(Sudoku, clues=(1, 3), unique=False, infill=True, reward_rule="rules")
 NO_DIGITS = (0, 2)  # <pad> and <eos>
@@ -70,12 +75,21 @@ recipe = Recipe(
     eval_sampler=partial(unmask_in_two, temperature=0.0),
     likelihood=trajectory(),
     rollout_quantization=float8_weight_only,
-    entropy_coeff=0.05,  # without it the policy settles on one grid for all puzzles before it minds the clues
+    entropy_coeff=0.05,  # answers of a group stay apart for longer: equal ones teach nothing
     train_batch_size=64,
     kept_graphs=2,
     num_steps=100,
     eval_steps=20,
 )
 
+
+def draw(summary: Summary) -> None:
+    """The picture of a run that has ended, with what supervision reaches at best."""
+    if os.environ.get("RANK", "0") == "0" and summary.get("checkpoint"):
+        puzzles = [recipe.eval_task[i].fields["puzzle"] for i in range(len(recipe.eval_task))]
+        run = Path(summary["checkpoint"]).parents[1]
+        plot(run, levels={"perfect supervision, two steps": ceiling(puzzles, 2)})
+
+
 if __name__ == "__main__":
-    main(recipe)
+    draw(main(recipe))
