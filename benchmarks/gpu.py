@@ -11,7 +11,7 @@ file is deleted. A part that the minutes cut off starts again, and a study goes 
     sampler N    plain, exact, cached, FP8, compiled, all of it; a batch of N; LLaDA-8B's shapes
     whole step N  steps as one graph (`compile_step`), a batch of N
     step         steps of recipes/llada_8b_sudoku.py by `train`, a quarter of its sampler's, on random weights
-    main job     the README's
+    main job     recipes/sudoku_unique.py
     mismatch     trained small weights under real FP8 kernels: causes, as `dllm-rl doctor` names them
     fp8_sums     recipes/studies/fp8_sums.py
     long         the sampler's ways at 256 tokens
@@ -63,7 +63,7 @@ from dllm_rl.types import Prompts
 from recipes.llada_8b_sudoku import recipe as job_8b
 from recipes.studies import fp8_sudoku, fp8_sums
 from recipes.studies.paired import arm_rows, load, run_missing
-from recipes.sudoku_tiny import recipe as main_job
+from recipes.sudoku_unique import recipe as main_job
 
 E4M3 = partial(schemes.fake_quantize, weight="e4m3", activation="e4m3")
 
@@ -274,7 +274,7 @@ def step(smoke: bool, device: str) -> list[Row]:
 
 
 def planned(smoke: bool, device: str) -> list[Row]:
-    """Two steps of the main job's recipe on a wider model, 256 rows of 33 tokens: the second finds all that is held."""
+    """Two steps of sudoku_unique's recipe on a wider model, 256 rows of 33 tokens: the second finds all that is held."""
     letters = "1234.=" + "".join(chr(0x4E00 + i) for i in range(100 if smoke else 8_000))
     sizes = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128} if smoke else WIDE
     adapters = partial(Lora, r=16, dropout=0.05)

@@ -5,7 +5,7 @@ published  against the published algorithms, stated anew here: logits of every p
            more inner iterations or a KL term, each iteration's mask is first scored under old and reference policy.
            ESPO: the coupled masks of two samples.
 ragged     rows of unlike lengths: padded to the longest, against buckets.
-main_job   forward and backward of the main job's model and batch: fp32, against bf16.
+main_job   forward and backward of sudoku_unique's model and batch: fp32, against bf16.
 growth     of a gradient's cost with masks, rows and length: constant memory, and kept graphs.
 
 python -m benchmarks.update [--parts published,ragged,main_job,growth] [--repeats 3] [--smoke] [--json FILE]
@@ -178,7 +178,7 @@ def ragged(shape: Shape, repeats: int, *, longest: int) -> list[dict]:
 
 
 def main_job(rows: int, repeats: int) -> list[dict]:
-    """Forward and backward of the main job's model and batch."""
+    """Forward and backward of sudoku_unique's model and batch."""
     policy = tiny_masked_lm(characters="1234.=")
     _, rollout = make(Shape(8, 1, 2, 8, policy.vocab_size, rows, 17, 16), "cpu", torch.float32)
     noise = one_step().draw(rollout, torch.Generator().manual_seed(0))

@@ -1,11 +1,11 @@
-"""The main job on 9x9 Sudoku with 50 to 60 clues: 81 cells in nine parallel steps. Not run yet: no results."""
+"""sudoku_unique on 9x9 Sudoku with 50 to 60 clues: 81 cells in nine parallel steps. Not run yet: no results."""
 
 from dataclasses import replace
 from functools import partial
 
 from dllm_rl import main, max_prob, tiny_masked_lm, unmask
 from dllm_rl.tasks import Sudoku
-from recipes.sudoku_tiny import recipe as base
+from recipes.sudoku_unique import recipe as base
 
 puzzles = partial(Sudoku, side=9, clues=(50, 60))
 unmask_in_nine = partial(unmask, max_new_tokens=81, num_steps=9, rank=max_prob)

@@ -1,10 +1,10 @@
-"""The same task, loop and style with a small causal model, through the same interface. Results: recipes/README.md."""
+"""sudoku_unique with a small causal model: one loop and style, through one interface. Results: recipes/README.md."""
 
 from dataclasses import replace
 from functools import partial
 
 from dllm_rl import autoregress, causal, main, tiny_llama
-from recipes.sudoku_tiny import recipe as base
+from recipes.sudoku_unique import recipe as base
 
 recipe = replace(
     base,

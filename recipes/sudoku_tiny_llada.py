@@ -1,10 +1,10 @@
-"""The main job with a model in LLaDA's own layout: un-causaled Llama blocks. Results: recipes/README.md."""
+"""sudoku_unique with a model in LLaDA's own layout: un-causaled Llama blocks. Results: recipes/README.md."""
 
 from dataclasses import replace
 from functools import partial
 
 from dllm_rl import main, tiny_llama
-from recipes.sudoku_tiny import recipe as base
+from recipes.sudoku_unique import recipe as base
 
 recipe = replace(
     base,

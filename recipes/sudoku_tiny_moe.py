@@ -1,10 +1,10 @@
-"""The main job with a mixture of experts, in LLaDA-MoE's layout. Results: recipes/README.md."""
+"""sudoku_unique with a mixture of experts, in LLaDA-MoE's layout. Results: recipes/README.md."""
 
 from dataclasses import replace
 from functools import partial
 
 from dllm_rl import float8_weight_only, main, tiny_moe
-from recipes.sudoku_tiny import recipe as base
+from recipes.sudoku_unique import recipe as base
 
 recipe = replace(
     base,

@@ -28,7 +28,7 @@ from dllm_rl.supervised.recipe import SFT
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.cautions import cautions
 from recipes.studies.surrogates import gdsd
-from recipes.sudoku_tiny import __file__ as main_job_file
+from recipes.sudoku_unique import __file__ as main_job_file
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from dllm_rl.algorithms.losses import ppo_clip, token
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.members import describe, described
 from recipes.studies.surrogates import gdsd
-from recipes.sudoku_tiny import recipe as main_job
+from recipes.sudoku_unique import recipe as main_job
 
 
 def test_describe_fills_in_defaults():

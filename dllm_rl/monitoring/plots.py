@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dllm_rl.files import replacing
@@ -26,14 +27,16 @@ class Panel:
     bounds: tuple[float, ...] = ()  # thin lines
 
 
+SOLVED_PANEL = Panel(
+    "Problems solved",
+    "share",
+    {f"rewards/{name}/mean": f"{name.replace('_', ' ')}, training" for name in SOLVED},
+    tuple(f"eval/{name}" for name in SOLVED),
+)
+NO_LEVELS: Mapping[str, float] = MappingProxyType({})
 PANELS = (  # of an RL run, whose loss is no likelihood and is not drawn
     Panel("Reward", "reward", {"reward": "training"}, ("eval/reward",)),
-    Panel(
-        "Problems solved",
-        "share",
-        {f"rewards/{name}/mean": f"{name.replace('_', ' ')}, training" for name in SOLVED},
-        tuple(f"eval/{name}" for name in SOLVED),
-    ),
+    SOLVED_PANEL,
     Panel("Mismatch", "nats", {"rollout_corr/k3_kl": "k3 KL", "rollout_corr/abs_log_ratio_mean": "mean |log ratio|"}),
     Panel("Effective sample size", "share", {"rollout_corr/ess": "of the raw ratios"}, bounds=(MILD, STRONG)),
 )
@@ -123,9 +126,12 @@ def ends(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[
             axis.plot(steps, values, "s", color="#d0485a", markersize=6, label=label, clip_on=False)
 
 
-def plot(directory: Path) -> Path:
+def plot(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Path:
     """Draw `directory`/training.png: the warm-up, and a panel for each kind of number that the run has. Without
-    summary.json, as of a run that has not ended, the picture lacks the result."""
+    summary.json, as of a run that has not ended, the picture lacks the result.
+
+    levels  shares of solved problems to compare the run with, by name: horizontal lines
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -146,6 +152,8 @@ def plot(directory: Path) -> Path:
     for axis, panel in zip(axes[0, bool(warmup) :], panels, strict=True):
         lines_of(axis, rows, panel)
         ends(axis, rows, panel, summary)
+        for name, level in levels.items() if panel is SOLVED_PANEL else ():
+            axis.axhline(level, color="black", linewidth=1.2, linestyle="--", label=f"{name}: {level:.3f}")
         if len(axis.get_legend_handles_labels()[0]) > 1:
             axis.legend(fontsize="small", framealpha=0.5)
         axis.set(title=panel.title, xlabel="RL step" if rl else "step", ylabel=panel.unit)

@@ -1,6 +1,6 @@
-"""The main job in LLaDA's layout, with rollouts computed by llama.cpp: `pip install -e ".[llamacpp]"` first.
+"""sudoku_unique in LLaDA's layout, with rollouts computed by llama.cpp: `pip install -e ".[llamacpp]"` first.
 
-The main job's own model has learned positions, which llama.cpp's `llada` architecture lacks; sudoku_tiny_llada's has
+sudoku_unique's own model has learned positions, which llama.cpp's `llada` architecture lacks; sudoku_tiny_llada's has
 none, and its width of 96 holds whole blocks of 32 weights. `--rollout_engine.format F16` takes another format.
 """
 

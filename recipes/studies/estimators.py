@@ -1,6 +1,6 @@
 """Which likelihood estimator should one use? Bias, noise and cost of each. league.py trains with them.
 
-Completions of the main job's model (4x4 Sudoku, 16 cells in two steps) are scored many times over. The sampler ranks
+Completions of sudoku_unique's model (4x4 Sudoku, 16 cells in two steps) are scored many times over. The sampler ranks
 positions by the state alone. So the two-step trajectory is the exact log-likelihood of a completion, and its gradient
 the exact policy gradient. The mean of the any-order ELBO is known to about 0.03 nats from 512 masks.
 
@@ -29,7 +29,7 @@ from dllm_rl.training.learner import accumulate_gradients
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch, Rollout
 from recipes.studies.paired import markdown, warm_up
-from recipes.sudoku_tiny import recipe as base
+from recipes.sudoku_unique import recipe as base
 
 MEASURED = {
     "one_step(prompt_mask=0.15)": lik.one_step(),

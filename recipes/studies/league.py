@@ -41,7 +41,7 @@ from dllm_rl.algorithms.losses import gspo, ppo_clip, reinforce, sequence, token
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.samplers.rules import random
-from recipes import countdown_tiny, sudoku_tiny
+from recipes import countdown_tiny, sudoku_unique
 from recipes.studies.paired import (
     Contrast,
     Results,
@@ -161,7 +161,7 @@ class League:
     methods: tuple[str, ...] = ALL
 
 
-SUDOKU = League(sudoku_tiny.recipe, "solve_rate", num_steps=2)
+SUDOKU = League(sudoku_unique.recipe, "solve_rate", num_steps=2)
 LEAGUES = {
     "sudoku": SUDOKU,
     "sudoku_60_s": replace(SUDOKU, seconds=60.0, methods=(DEFAULT, "one step")),

@@ -27,7 +27,7 @@ from dllm_rl.samplers.rules import confidence, random
 from recipes.studies import mismatch_report
 from recipes.studies.controls import fixed_lambda, shuffled
 from recipes.studies.paired import Contrast, Study, main
-from recipes.sudoku_tiny import recipe
+from recipes.sudoku_unique import recipe
 
 FIVE_LEVELS = partial(fake_quantize, weight="five_level", activation="e4m3")
 INT3 = partial(fake_quantize, weight="int3", activation="e4m3")

@@ -23,10 +23,10 @@ from typing import Any
 
 from dllm_rl import Recipe, max_prob, none, trajectory
 from dllm_rl.samplers.rules import confidence, plackett_luce, random
-from recipes import countdown_tiny, sudoku_tiny
+from recipes import countdown_tiny, sudoku_unique
 from recipes.studies.paired import Contrast, Study, main, tables, tune, which
 
-RECIPES = {"sudoku": sudoku_tiny.recipe, "countdown": countdown_tiny.recipe}
+RECIPES = {"sudoku": sudoku_unique.recipe, "countdown": countdown_tiny.recipe}
 METRICS = {"sudoku": "solve_rate", "countdown": "accuracy"}
 TAUS = (0.1, 0.3, 1.0)
 TAU = {"sudoku": 1.0, "countdown": 1.0}

@@ -2,7 +2,7 @@
 
 What a surrogate takes: `dllm_rl.algorithms.losses`. On the command line one is named by module and function:
 
-    python recipes/sudoku_tiny.py --loss recipes.studies.surrogates:gdsd --aggregate sequence
+    python recipes/sudoku_unique.py --loss recipes.studies.surrogates:gdsd --aggregate sequence
 """
 
 import math

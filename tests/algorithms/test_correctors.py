@@ -14,7 +14,7 @@ from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import correctors as weighing
 from dllm_rl.algorithms.losses import gspo, sequence, token
 from dllm_rl.testing import loss_of, make_batch
-from recipes.sudoku_tiny import recipe as main_job
+from recipes.sudoku_unique import recipe as main_job
 
 
 def test_none():

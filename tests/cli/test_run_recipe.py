@@ -95,7 +95,7 @@ def test_a_mistyped_option_is_refused_before_torchao_and_the_models_are_imported
         finally:
             print({"torchao", "accelerate", "torch._dynamo", "dllm_rl.training"} & sys.modules.keys())
     """
-    words = ["recipes/sudoku_tiny.py", "--mistyped", "1"]
+    words = ["recipes/sudoku_unique.py", "--mistyped", "1"]
     done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "set()\n"
     assert done.stderr == "error: --mistyped is not a field of the recipe; the nearest is --dtype (--help lists all)\n"
@@ -135,7 +135,7 @@ def test_a_ctrl_c_after_the_imports_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["recipes/sudoku_tiny.py", "recipes/qwen3_8b_gsm8k.py"])
+@pytest.mark.parametrize("script", ["recipes/sudoku_unique.py", "recipes/qwen3_8b_gsm8k.py"])
 def test_a_recipes_script_says_one_line(script, tmp_path):
     command = [sys.executable, script, "--model", str(tmp_path / "nothing")]
     command += ["--output_dir", str(tmp_path / "run")]

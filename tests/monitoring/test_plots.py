@@ -56,6 +56,21 @@ def test_which_panels_a_picture_has(tmp_path, monkeypatch):
     plt.close("all")
 
 
+def test_levels_are_lines_of_the_solved_problems_alone(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    row = {"step": 0, "reward": 0.5, "rewards/solve_rate/mean": 0.25, "eval/solve_rate": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    plot(tmp_path, levels={"the ceiling": 0.155})
+    lines = {
+        axis.get_title(): [(each.get_label(), *each.get_ydata()) for each in axis.lines] for axis in plt.gcf().axes
+    }
+    assert ("the ceiling: 0.155", 0.155, 0.155) in lines.pop("Problems solved")
+    assert list(lines) == ["Reward"] and "ceiling" not in str(lines)
+    monkeypatch.undo()
+    plt.close("all")
+
+
 def test_a_picture_is_drawn_where_a_step_lacks_a_breakdown(tmp_path):
     rows = [{"step": 0, **ALWAYS}, {"step": 1, **ALWAYS, "rewards/accuracy/mean": 1.0}, {"step": 2, "reward": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -24,7 +24,7 @@ STABLE += ["--beta", "0.1", "--use_bias_correction_kl", "true"]
 SMALL = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 
 
-def launch(directory, *launcher, recipe="sudoku_tiny", more=()):
+def launch(directory, *launcher, recipe="sudoku_unique", more=()):
     command = [
         sys.executable,
         "-m",
@@ -43,11 +43,11 @@ def launch(directory, *launcher, recipe="sudoku_tiny", more=()):
 @pytest.mark.parametrize(
     ("recipe", "more"),
     [
-        ("sudoku_tiny", []),
+        ("sudoku_unique", []),
         ("sudoku_tiny_ar", []),
-        ("sudoku_tiny", ["--sampler.temperature", "0.2", "--num_generations", "2", "--mismatch_sample", "1"]),
-        ("sudoku_tiny", ["--likelihood", "coupled", "--num_iterations", "2", *STABLE]),
-        ("sudoku_tiny", ["--max_num_gen_batches", "3", "--num_generations", "2", "--entropy_coeff", "0.01"]),
+        ("sudoku_unique", ["--sampler.temperature", "0.2", "--num_generations", "2", "--mismatch_sample", "1"]),
+        ("sudoku_unique", ["--likelihood", "coupled", "--num_iterations", "2", *STABLE]),
+        ("sudoku_unique", ["--max_num_gen_batches", "3", "--num_generations", "2", "--entropy_coeff", "0.01"]),
     ],
 )
 def test_two_processes_equal_one(tmp_path, recipe, more):

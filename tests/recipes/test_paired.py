@@ -9,7 +9,7 @@ from dllm_rl import none, tis
 from dllm_rl.files import read_json
 from recipes.studies import paired
 from recipes.studies.paired import Contrast, Study
-from recipes.sudoku_tiny import recipe
+from recipes.sudoku_unique import recipe
 
 study = Study(
     name="my-study",

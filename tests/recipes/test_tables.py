@@ -391,8 +391,8 @@ def test_orders(task):
 def test_supervision_beats_rl_on_sudoku():
     results = json.loads((STUDIES.parent / "results.json").read_text())
     page = " ".join((STUDIES.parent / "README.md").read_text().split())
-    supervised = results["sudoku_tiny_longer"]["supervised only, about 90 CPU seconds"]
-    runs = [row for row in results["sudoku"] if row["recipe"] == "sudoku_tiny"]
+    supervised = results["sudoku_unique_longer"]["supervised only, about 90 CPU seconds"]
+    runs = [row for row in results["sudoku"] if row["recipe"] == "sudoku_unique"]
     learned = [float(row["solve rate before -> after (quantised net)"].split()[2]) for row in runs]
     assert all(alone > after for alone, after in zip(supervised, learned, strict=True))
     told = [f"{a:.3f}, {b:.3f} and {c:.3f}" for a, b, c in (supervised, learned)]

@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
+from math import isqrt
 from operator import eq
 from typing import Any
 
@@ -97,6 +99,44 @@ def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float)
     }
     parsed = solved or (len(cells) == size and not cells.strip("1234" if size == 16 else "123456789"))
     return Reward(solved_weight * solved + match_weight * matching / size, parsed, breakdown)
+
+
+def by_rules(puzzle: str, cells: str) -> Reward:
+    """Grades by the rules of the game alone. Value, from 0 to 6: solve_rate + 2 givens_kept + units + 2 digits.
+
+    givens_kept  share of the givens that stand where the puzzle has them
+    units        share of rows, columns and boxes with every digit once
+    digits       share of the digits of all units that are there, however often
+    solve_rate   1 if every given is kept and every unit whole
+
+    Units and digits are counted with the puzzle's givens put back: otherwise changing a given can earn a unit.
+    """
+    size = len(puzzle)
+    side = isqrt(size)
+    cells = cells.ljust(size, ".")  # a cell that is missing holds no digit
+    filled = [cell if given == "0" else given for given, cell in zip(puzzle, cells, strict=True)]
+    wanted = set("123456789"[:side])
+    found = [len(wanted.intersection(map(filled.__getitem__, unit))) for unit in units(side)]
+    clues = size - puzzle.count("0")
+    kept = sum(cell == given for cell, given in zip(cells, puzzle, strict=True) if given != "0")
+    breakdown = {
+        "givens_kept": kept / clues if clues else 1.0,
+        "units": found.count(side) / len(found),
+        "digits": sum(found) / (len(found) * side),
+    }
+    solved = float(kept == clues and found.count(side) == len(found))
+    value = solved + 2 * breakdown["givens_kept"] + breakdown["units"] + 2 * breakdown["digits"]
+    return Reward(value, wanted.issuperset(cells), breakdown | {"solve_rate": solved})
+
+
+@lru_cache(maxsize=2)
+def units(side: int) -> tuple[tuple[int, ...], ...]:
+    """The cells of every row, column and box."""
+    box = isqrt(side)
+    rows = [tuple(range(start, start + side)) for start in range(0, side * side, side)]
+    corners = [row * side + column for row in range(0, side, box) for column in range(0, side, box)]
+    boxes = [tuple(corner + row * side + column for row in range(box) for column in range(box)) for corner in corners]
+    return (*rows, *zip(*rows, strict=True), *boxes)
 
 
 GRADERS: dict[str, Grader] = {"strict": sudoku_strict, "d1": sudoku_d1, "spg": sudoku_d1, "espo": sudoku_d1}

@@ -1,8 +1,7 @@
 """Sudoku: puzzles without downloads or leaks, graded against every valid completion."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import isqrt
 from pathlib import Path
 from random import Random
@@ -10,9 +9,9 @@ from typing import ClassVar, Literal
 
 from dllm_rl.tasks.answers import last_answer
 from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.tasks.prompt_texts import Prompt, Prompted
+from dllm_rl.tasks.prompt_texts import BLANK, Prompt, Prompted
 from dllm_rl.tasks.rows import Split, as_range, check_settings, check_split, drawn, hashed_split, load_rows
-from dllm_rl.tasks.sudoku.graders import first_cells, score, sudoku_d1_training
+from dllm_rl.tasks.sudoku.graders import by_rules, first_cells, score, sudoku_d1_training
 from dllm_rl.tasks.sudoku.solver import SPLITS, agreeing, completions, random_grid, random_unique_puzzle
 
 TEXT = """Fill in this {side}x{side} Sudoku. Every row, every column and each of the {box}x{box} boxes must contain \
@@ -30,22 +29,26 @@ _CLUES = {(4, False): (0, 16, ""), (4, True): (4, 16, " with unique=True"), (9, 
 class Sudoku(Prompted):
     """Sudoku puzzles; problem i is a pure function of (seed, split, i) and the settings.
 
-    split          train, validation and test share no solution grid, whatever the seeds.
+    split          train, validation and test share no solution grid, whatever the seeds; with unique=False no puzzle
+                   either, but for the empty one.
     side           4 or 9.
     clues          how many digits are given, or an inclusive range that each problem draws from; 9x9 needs 26.
-    unique         whether every puzzle has exactly one completion; 9x9 puzzles always have.
+    unique         whether every puzzle has exactly one completion; 9x9 puzzles always have. False: any number, and
+                   few clues repeat: there are 64 puzzles of one clue.
     size           number of problems; fewer when a file has fewer.
     seed           of the puzzles.
     path           a CSV or JSONL file of problems instead, with Puzzle and Solution.
     prompt_format  "compact": the cells row by row, a dot for a blank, then "="; answered by the digits of the grid.
                    "text": an instruction with the grid in lines, answered between <answer> tags. Else a template with
                    {puzzle}, or the path of its file.
+    infill         the compact puzzle itself is filled in: a token to write in place of each dot, and no "=".
     chat           "text" and templates: one user message (True) or plain text (False).
     opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
     shots          worked examples before the puzzle, from the solutions of the train split; text only.
     reward_rule    "own": solved_weight * solved + match_weight * (share of all cells that agree with the best
                    matching completion; over the empty cells alone, training lets the givens drift) [ours]. "d1": empty
-                   cells that agree with the reference / empty cells [paper].
+                   cells that agree with the reference / empty cells [paper]. "rules": the rules of the game alone, for
+                   puzzles with many right answers; needs no solution and no solver; see `by_rules` [ours].
     solved_weight, match_weight  of the two parts of the value "own".
     """
 
@@ -63,10 +66,11 @@ class Sudoku(Prompted):
     side: int = 4
     path: str | Path | None = None
     prompt_format: str | Path = "compact"
+    infill: bool = False
     chat: bool = True
     opening: str = ""
     shots: int = 0
-    reward_rule: Literal["own", "d1"] = "own"
+    reward_rule: Literal["own", "d1", "rules"] = "own"
     solved_weight: float = 1.0
     match_weight: float = 4.0
 
@@ -75,15 +79,16 @@ class Sudoku(Prompted):
         fewest, most, why = _CLUES.get((self.side, self.unique), (0, 0, ""))
         drawn_here = self.path is None or self.shots  # a file's puzzles have their own clues
         low, high = as_range(self.clues) if drawn_here else (fewest, most)
-        rules = ("own", "d1") if self.side == 4 else ("own",)
+        rules = ("own", "d1", "rules") if self.side == 4 else ("own", "rules")
         check_settings(
             (self.side not in (4, 9), f"side={self.side} must be 4 or 9"),
             (fewest == most, "unique=False needs side=4: 9x9 puzzles are always made with one completion"),
             (not fewest <= low <= high <= most, f"clues={self.clues} must lie in {fewest}..{most}{why}"),
             (self.shots < 0, f"shots={self.shots} must not be negative"),
             (self.shots > 0 and self.compact, f"shots={self.shots} needs a text prompt"),
+            (self.infill and not self.compact, "infill=True needs prompt_format='compact'"),
             (self.size < 1, f"size={self.size} must be at least 1"),
-            (self.reward_rule not in rules, f"reward_rule={self.reward_rule!r} must be 'own', or on 4x4 'd1'"),
+            (self.reward_rule not in rules, f"reward_rule={self.reward_rule!r} must be 'own', 'rules', or on 4x4 'd1'"),
         )
         self.check_prompt()
 
@@ -97,10 +102,12 @@ class Sudoku(Prompted):
         if self.path is not None:
             puzzle, solution = _stored(self.path)[index]
         elif self.side == 4:
-            puzzle, solution = self._drawn4(Random(f"sudoku/{self.seed}/{self.split}/{index}"), SPLITS[self.split])
+            puzzle, solution = self._drawn4(Random(f"sudoku/{self.seed}/{self.split}/{index}"), self.split)
         else:
             puzzle, solution = self._drawn9(Random(f"sudoku/9x9/{self.seed}/{self.split}/{index}"), self.split)
         fields = {"puzzle": puzzle, "solution": solution}
+        if self.infill:
+            return Problem(puzzle.replace("0", BLANK), fields, blank=BLANK)
         answer = solution if self.compact else f"<answer>\n{lines(solution)}\n</answer>"
         return Problem(self._prompt(puzzle, solution, index), fields, answer)
 
@@ -111,13 +118,20 @@ class Sudoku(Prompted):
         puzzle = problem.fields["puzzle"]
         # A compact completion is the grid itself. In a text only the answer block counts: the working has digits, too.
         cells = first_cells(completion if self.compact else last_answer(completion) or "", len(puzzle))
+        if self.reward_rule == "rules":
+            return by_rules(puzzle, cells)
         return score(puzzle, cells, solved_weight=self.solved_weight, match_weight=self.match_weight)
 
-    def _drawn4(self, rng: Random, grids: Sequence[str]) -> tuple[str, str]:
+    def _drawn4(self, rng: Random, split: Split, without: str = "") -> tuple[str, str]:
+        grids = [grid for grid in SPLITS[split] if grid != without]
         solution = grids[int(rng.random() * len(grids))]
         given = drawn(self.clues, rng)
         puzzle = _blanked(solution, given, rng)
         while self.unique and agreeing(puzzle).bit_count() > 1:
+            puzzle = _blanked(solution, given, rng)
+        # Grids of two splits agree with the same puzzle where it has many completions: a hash splits the puzzles, too.
+        while not self.unique and given and hashed_split(puzzle) != split:
+            solution = grids[int(rng.random() * len(grids))]
             puzzle = _blanked(solution, given, rng)
         return puzzle, solution
 
@@ -136,10 +150,10 @@ class Sudoku(Prompted):
         asked = lines(dotted)
         if self.shots:
             rng = Random(f"sudoku/shots/{self.seed}/{self.split}/{index}")  # own: examples leave the puzzle as it is
-            grids = [grid for grid in SPLITS["train"] if grid != solution]
             parts = []
             for _ in range(self.shots):
-                given, grid = self._drawn4(rng, grids) if self.side == 4 else self._drawn9(rng, "train")
+                draw = partial(self._drawn4, without=solution) if self.side == 4 else self._drawn9
+                given, grid = draw(rng, "train")
                 parts.append(f"An example:\n{lines(given.replace('0', '.'))}\n\nSolved:\n{lines(grid)}")
             asked = "\n\n".join([*parts, f"Your puzzle:\n{asked}"])
         return self.worded(puzzle=asked, side=str(side), box=str(isqrt(side)))

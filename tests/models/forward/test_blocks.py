@@ -23,7 +23,7 @@ from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.training import policies
 from dllm_rl.training.learner import update
 from dllm_rl.types import Batch, Rollout
-from recipes.sudoku_tiny import recipe as main_job
+from recipes.sudoku_unique import recipe as main_job
 
 SMALL = {"characters": "abcdefgh", "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24}
 

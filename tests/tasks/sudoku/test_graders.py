@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear import linear_time
-from small_sudoku import GRID, brute_force
+from small_sudoku import GRID, brute_force, valid
 
 from dllm_rl.tasks import Problem, Sudoku
-from dllm_rl.tasks.sudoku.graders import first_cells, score, sudoku_d1_training
+from dllm_rl.tasks.sudoku.graders import by_rules, first_cells, score, sudoku_d1_training, units
 from dllm_rl.tasks.sudoku.solver import SOLVED, completions
 
 FIELDS = {"puzzle": "1234341200430021", "solution": "1234341221434321"}
@@ -149,3 +149,68 @@ def test_a_million_characters_take_linear_time(piece: str) -> None:
     for task in (Sudoku(), Sudoku(prompt_format="text")):
         with linear_time():
             task.reward(problem(PUZZLE), text)
+
+
+ONE_CLUE = "1" + "0" * 15
+
+
+@pytest.mark.parametrize(
+    ("cells", "kept", "whole", "digits", "solved", "parsed"),
+    [
+        (GRID, 1, 12, 48, 1, True),
+        ("2" + GRID[1:], 0, 12, 48, 0, True),  # the given is lost, and counted as put back
+        ("1" * 16, 1, 0, 12, 0, True),  # one digit in each of the twelve units
+        (GRID[:15] + "2", 1, 9, 45, 0, True),  # last row 4322, last column 4232, last box 4322
+        (GRID[:15], 1, 9, 45, 0, False),
+        ("1" + "5" * 15, 1, 0, 3, 0, False),  # the given is in one row, one column and one box
+        ("", 0, 0, 3, 0, False),
+    ],
+)
+def test_the_reward_by_rules_worked_by_hand(
+    cells: str, kept: int, whole: int, digits: int, solved: int, parsed: bool
+) -> None:
+    graded = by_rules(ONE_CLUE, cells)
+    assert graded.breakdown == {
+        "givens_kept": kept,
+        "units": whole / 12,
+        "digits": digits / 48,
+        "solve_rate": solved,
+    }
+    assert graded.value == pytest.approx(solved + 2 * kept + whole / 12 + 2 * digits / 48, abs=1e-12)
+    assert graded.parsed is parsed
+    task = Sudoku(clues=1, unique=False, reward_rule="rules")
+    spaced = "\n".join(cells[i : i + 4] for i in range(0, 16, 4)) + "\nmore" * (len(cells) == 16)
+    assert task.reward(problem(ONE_CLUE), spaced) == graded
+
+
+@pytest.mark.parametrize("puzzle", ["0" * 16, ONE_CLUE, "1000000000300000", "1200000000000004", PUZZLE])
+def test_the_rules_accept_the_completions_and_no_other_grid(puzzle: str) -> None:
+    """On all 288 grids, against what the solver lists; a puzzle of few clues has many right answers."""
+    right = [grid for grid in SOLVED if by_rules(puzzle, grid).breakdown["solve_rate"] == 1.0]
+    assert tuple(right) == completions(puzzle)
+    assert all(by_rules(puzzle, grid).value < 6 for grid in SOLVED if grid not in right)
+
+
+def test_the_rules_agree_with_brute_force() -> None:
+    """Every one of the 4^6 ways to fill six blanks: the reward is whole for the valid grids alone."""
+    puzzle = "1234" + "000000" + GRID[10:]
+    blanks = [cell for cell, digit in enumerate(puzzle) if digit == "0"]
+    found = []
+    for number in range(4 ** len(blanks)):
+        grid = list(puzzle)
+        for place, cell in enumerate(blanks):
+            grid[cell] = "1234"[number // 4**place % 4]
+        graded = by_rules(puzzle, "".join(grid))
+        assert (graded.value == 6) == valid("".join(grid)) == graded.breakdown["solve_rate"]
+        found += ["".join(grid)] if graded.value == 6 else []
+    assert tuple(sorted(found)) == brute_force(puzzle)
+
+
+def test_the_rules_of_9x9() -> None:
+    assert len(units(9)) == 27 and all(len(unit) == 9 for unit in units(9))
+    assert units(9)[-1] == (60, 61, 62, 69, 70, 71, 78, 79, 80)
+    puzzle, solution = Sudoku(side=9, clues=50)[0].fields.values()
+    assert by_rules(puzzle, solution).value == 6
+    blank = puzzle.index("0")
+    wrong = solution[:blank] + ("1" if solution[blank] != "1" else "2") + solution[blank + 1 :]
+    assert by_rules(puzzle, wrong).value == pytest.approx(2 + 24 / 27 + 2 * 240 / 243, abs=1e-12)

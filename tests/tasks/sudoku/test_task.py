@@ -32,6 +32,34 @@ def test_problems_with_several_completions() -> None:
     assert all(task[i].fields["solution"] in completions(task[i].fields["puzzle"]) for i in range(200))
 
 
+@pytest.mark.parametrize("clues", [1, 2, 3])
+def test_splits_share_no_puzzle_of_few_clues(clues: int) -> None:
+    """One grid of each split agrees with the same puzzle of few clues, so that the grids' split does not do it."""
+    drawn = {}
+    for split in ("train", "validation", "test"):
+        task = Sudoku(split=split, clues=clues, unique=False, size=600)
+        drawn[split] = {problem.fields["puzzle"] for problem in task}
+        assert {16 - puzzle.count("0") for puzzle in drawn[split]} == {clues}
+        assert all(problem.fields["solution"] in SPLITS[split] for problem in task)
+    assert sum(map(len, drawn.values())) == len(set.union(*drawn.values()))
+    if clues == 1:  # 16 cells times 4 digits: the three splits' draws hold all of them
+        assert len(set.union(*drawn.values())) == 64 and min(map(len, drawn.values())) >= 3
+
+
+def test_the_puzzles_of_few_clues_are_pinned() -> None:
+    """A change here changes what the main job's stored results were measured on."""
+    task = Sudoku(split="test", clues=(1, 3), unique=False, size=400)
+    assert [task[i].fields["puzzle"] for i in range(3)] == ["0000000142000000", "0040003000000100", "0000000000100000"]
+
+
+def test_infilling_shows_the_puzzle_itself() -> None:
+    plain, filled = (Sudoku(clues=(1, 3), unique=False, infill=infill)[0] for infill in (False, True))
+    assert plain.fields == filled.fields
+    assert (plain.prompt, plain.blank) == (plain.fields["puzzle"].replace("0", ".") + "=", None)
+    assert filled.prompt.replace(filled.blank, "0") == filled.fields["puzzle"]
+    assert filled.solution is None and filled.prompt.count(filled.blank) == filled.fields["puzzle"].count("0")
+
+
 def test_a_problem_depends_on_seed_split_and_index_only() -> None:
     code = (
         "from dllm_rl.tasks.sudoku import Sudoku\n"
@@ -82,6 +110,7 @@ def test_text_prompts_read_the_last_answer_block() -> None:
         {"unique": False, "side": 9, "clues": 30},
         {"size": 0},
         {"reward_rule": "d1", "side": 9, "clues": 30},
+        {"infill": True, "prompt_format": "text"},
         {"opening": "<reasoning>"},
         {"shots": -1, "prompt_format": "text"},
         {"shots": 1},

@@ -181,7 +181,7 @@ def test_the_gpus_that_a_plan_fits(monkeypatch):
 
 
 def test_a_small_model_is_planned_from_itself(capsys):
-    from recipes.sudoku_tiny import recipe
+    from recipes.sudoku_unique import recipe
 
     train(replace(recipe, dry_run=True, kept_graphs=2, rollout_quantization=float8_weight_only))
     made, out = recipe.model().module, capsys.readouterr().out

@@ -1,0 +1,76 @@
+"""The main job's task and the ceiling of supervision on it, worked by hand; and the study's stored runs."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from small_sudoku import GRID
+
+from dllm_rl.rng import generator_for
+from dllm_rl.tasks.sudoku.solver import SPLITS, completions
+from dllm_rl.training.warmup import supervised_loss
+from recipes import sudoku_tiny
+from recipes.perfect import ceiling
+from recipes.studies import few_clues
+from recipes.sudoku_tiny import any_grids, recipe, taught
+
+# Two digits swap in two rows and two columns: two completions, which differ in all of the four blank cells.
+RECTANGLE = "0204040221434321"
+
+
+@pytest.mark.parametrize(
+    ("puzzle", "steps", "rate"),
+    [
+        (GRID, 1, 1.0),  # nothing is blank
+        ("0" + GRID[1:], 1, 1.0),
+        ("1234341200430021", 1, 1.0),  # four blank cells, and one completion
+        (RECTANGLE, 1, 2 / 16),  # each cell takes one of two digits at random: two of the sixteen ways are right
+        (RECTANGLE, 2, 1 / 2),  # the first two agree in half of the cases, and then the others are known
+        (RECTANGLE, 4, 1.0),  # one cell a step, and the next one sees it
+        ("0" * 16, 16, 1.0),
+    ],
+)
+def test_the_ceiling_worked_by_hand(puzzle, steps, rate):
+    assert len(completions(RECTANGLE)) == 2
+    assert ceiling([puzzle], steps, draws=4000) == pytest.approx(rate, abs=0 if rate == 1 else 0.03)
+
+
+def test_the_ceiling_is_the_mean_over_puzzles_also_where_they_repeat():
+    alone = ceiling([RECTANGLE], 2, draws=50)
+    assert ceiling([RECTANGLE, RECTANGLE, GRID], 2, draws=50) == pytest.approx((2 * alone + 1) / 3)
+
+
+def test_the_seed_makes_the_model_and_its_lessons():
+    first, again, other = (taught(seed=seed, steps=2).module.state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    puzzles, grids = any_grids(generator_for(0, "lesson", 0))
+    assert set(puzzles) == {"0" * 16} and set(grids) <= set(SPLITS["train"])
+
+
+def test_a_lesson_teaches_the_blank_cells_of_the_labels_alone(monkeypatch):
+    """The labels of a solver: the same answer whenever a puzzle comes."""
+    batches = []
+
+    def watched(policy, batch, *noise):
+        batches.append(batch)
+        return supervised_loss(policy, batch, *noise)
+
+    monkeypatch.setattr(sudoku_tiny, "supervised_loss", watched)
+    policy = taught(seed=0, steps=0)
+    few = replace(sudoku_tiny.recipe.task, size=30)
+    sudoku_tiny.learn(policy, 1, 0, partial(few_clues.by_a_solver, few))
+    puzzles, answers = few_clues.by_a_solver(few, generator_for(0, "lesson", 0))
+    assert answers == [completions(puzzle)[0] for puzzle in puzzles]
+    texts = [policy.tokenizer.decode(row) for row in batches[0].tokens]
+    assert texts == answers
+    hidden = ["".join("0" if blank else "1" for blank in row) for row in batches[0].completion_mask]
+    assert hidden == ["".join("0" if digit == "0" else "1" for digit in puzzle) for puzzle in puzzles]
+
+
+def test_the_main_job_is_paid_by_the_rules_alone():
+    assert recipe.task.reward_rule == recipe.eval_task.reward_rule == "rules"
+    assert not recipe.task.unique and recipe.task.clues == (1, 3) and recipe.task[0].solution is None
+    assert recipe.warmup_steps == 0 and recipe.rollout_quantization is not None
+    assert recipe.sampler.keywords["num_steps"] == 2
