@@ -1,4 +1,6 @@
-"""Foreign text on a screen: prompts, completions, paths and names cannot act as control characters or rich markup."""
+"""Foreign text on a screen: prompts, completions, paths and names cannot act as control characters or rich markup.
+
+`import dllm_rl` runs this module first of all, so that what must hold during the imports stands here, too."""
 
 import logging
 import os
@@ -8,12 +10,14 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.text import Text
 
+PR_SET_PDEATHSIG = 1
 NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}  # a table for 80 columns
 
 
@@ -81,6 +85,24 @@ def imports_interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def ended_by_launcher() -> None:
+    """Have Linux send SIGTERM when torch's or accelerate's launcher dies, so that no process outlives it."""
+    launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+    if not sys.platform.startswith("linux") or not launched:
+        return
+    parent = os.getppid()
+    words = Path(f"/proc/{parent}/cmdline")
+    command = words.read_bytes() if words.exists() else b""
+    # Any other parent, such as a shell, may end before its jobs.
+    if not any(word in command for word in (b"accelerate", b"torchrun", b"torch.distributed", b"dllm")):
+        return
+    import ctypes  # here: no other process needs it
+
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # the launcher died in between
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _end_an_import(number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -88,3 +110,7 @@ def _end_an_import(number: int, frame: FrameType | None) -> None:
             os._exit(128 + number)  # libraries turn an exception into another one, or ignore it
         frame = frame.f_back
     raise KeyboardInterrupt
+
+
+# Now, for the other imports take seconds: a launcher that dies meanwhile would leave its process another parent.
+ended_by_launcher()

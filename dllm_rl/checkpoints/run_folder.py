@@ -24,6 +24,7 @@ FREE = {
     *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),
 }
 
+FILES = ("metrics.jsonl", "completions.jsonl", "summary.json", "training.png")
 HELD = ("metrics.jsonl", "checkpoints", "summary.json")  # by one of these a run's folder is recognised
 
 
@@ -44,11 +45,15 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
         ) from None
     except OSError as error:
         raise OSError(f"output_dir={str(directory)!r} cannot be written ({error.strerror}); give another") from None
+    check_files(directory)
     recover(directory / "reference")  # a kill may have left it between two names
     remove(directory / REHEARSAL)  # a killed run leaves it
     held = [name for name in HELD if (directory / name).exists()]
     if not recipe.resume_from_checkpoint:
-        if held and not recipe.overwrite_output_dir:
+        if held and not recipe.overwrite_output_dir and not has_steps(directory):
+            checkpoint.recover_all(directory / "checkpoints")  # the first one, half-written
+            notes.append("the run of this folder was stopped before its first step: starting from the beginning")
+        elif held and not recipe.overwrite_output_dir:
             raise ValueError(
                 f"output_dir={str(directory)!r} already holds a run ({', '.join(held)}); give another, or "
                 "--resume_from_checkpoint latest, or --overwrite_output_dir"
@@ -69,6 +74,23 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     for path in checkpoint.set_aside(directory / "checkpoints", folder):
         notes.append(f"set aside, as it is not on the way of the resumed run: {path}")
     return folder, state, [*notes, f"resuming from {folder}"]
+
+
+def check_files(directory: Path) -> None:
+    """Raise ValueError on a FIFO, a device or a directory in place of a file of the run: reading it may never end."""
+    for name in FILES:
+        path = directory / name
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is no regular file; remove it, or give another output_dir")
+
+
+def has_steps(directory: Path) -> bool:
+    """Whether a run's folder holds more than a warm-up: a checkpoint, a summary or the metrics of a step."""
+    if (directory / "summary.json").exists() or checkpoint.found(directory / "checkpoints"):
+        return True
+    metrics = directory / "metrics.jsonl"
+    rows = metrics.read_bytes().splitlines() if metrics.exists() else []
+    return not all(row.startswith((b'{"warmup_step"', b'{"resume_from"')) for row in rows)
 
 
 def clear_folder(recipe: Settings) -> None:

@@ -1,9 +1,7 @@
 """Stopping a run: a signal ends it after the current step, or at once; neither locks nor handlers stay behind."""
 
-import ctypes
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,12 +15,12 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.files import remove, unlock
+from dllm_rl.screen import ended_by_launcher as ended_by_launcher
 from dllm_rl.screen import interactive
 
 ALARM: Any = getattr(signal, "SIGALRM", None)  # Windows lacks it, and some of those below
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SLURM's --signal=USR1@SECONDS warns with the last
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-PR_SET_PDEATHSIG = 1
 LOCK = ".lock"
 _ENDING: ContextVar[ExitStack] = ContextVar("what ends with the run")
 
@@ -109,21 +107,6 @@ class Stop:
 
 def how_to_continue(recipe: HasFolder) -> str:
     return f"continue with --resume_from_checkpoint latest --output_dir {recipe.directory}"
-
-
-def ended_by_launcher() -> None:
-    """Have Linux send SIGTERM when torch's or accelerate's launcher dies, so that no process outlives it."""
-    parent = os.getppid()
-    launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
-    words = Path(f"/proc/{parent}/cmdline")
-    if not sys.platform.startswith("linux") or not launched or not words.exists():
-        return
-    command = words.read_bytes()  # any other parent, such as a shell, may end before its jobs
-    if not any(word in command for word in (b"accelerate", b"torchrun", b"torch.distributed", b"dllm")):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # the launcher died in between
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def with_the_run() -> ExitStack:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +16,9 @@ from dllm_rl.models.base import Policy
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Prompts, Rollout
+
+# What a template raises, which computes with the messages as Python does.
+_OF_TEMPLATES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def encode(
@@ -115,7 +119,11 @@ class _Chat:
         for turn in messages:
             text = isinstance(turn["content"], str)  # else parts, as for images, or None
             turns.append(turn | {"content": self.hide(turn["content"])} if text else turn)
-        return str(self.policy.tokenizer.apply_chat_template(turns, add_generation_prompt=answered, tokenize=False))
+        try:
+            return str(self.policy.tokenizer.apply_chat_template(turns, add_generation_prompt=answered, tokenize=False))
+        except _OF_TEMPLATES as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(f"chat_template does not write these messages: {why}; give plain text instead") from error
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text of `rendered` and `hide`."""
@@ -137,11 +145,18 @@ class _Chat:
 def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
     """Token ids, or ValueError outside the model's vocabulary; `special`: special tokens in it are not split."""
     try:
-        return policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
+        ids = policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
     except BaseException as error:  # the tokenizers library raises a bare Exception, or panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"text {text!r} cannot be tokenised by this model: {error}") from error
+    if ids and not 0 <= min(ids) <= max(ids) < policy.vocab_size:
+        odd = next(i for i in ids if not 0 <= i < policy.vocab_size)
+        raise ValueError(
+            f"text {text[:80]!r}: the tokenizer gives the id {odd}, outside the vocabulary of {policy.vocab_size} "
+            "tokens; correct tokenizer.json"
+        )
+    return ids
 
 
 def ordinary_ids(policy: Policy) -> Int[Tensor, " V"]:

@@ -2,19 +2,31 @@
 
 import json
 import logging
+import math
+import os
 import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dllm_rl.screen import escape_controls
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")  # of the files that libraries open
 MOST_REPEATS = 3  # unbounded, in a row: the time of a search is the text's length to this power
 LONGEST_PATTERN = 20_000  # characters
 REPEAT = r"(?:[*+]|\{\d*,?\d*\})"
+TRIAL = Path(__file__).with_name("checkpoint") / "trial.py"
+LIMITS = {"seconds": 5, "memory": 2 << 30}  # a published tokenizer of 256,000 tokens takes 2 s and 1 GiB
+PATIENCE = 60.0  # seconds by the clock: the other limit is of processor time, which a busy machine gives slowly
+MOST_COUNTED = 1_000_000
 CHOOSES_CODE = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 
 
@@ -35,6 +47,20 @@ def check_plain(raw: dict[str, Any], folder: Path) -> None:
         )
 
 
+def check_numbers(fields: Any, folder: str | Path, name: str = "config.json") -> None:
+    """Raise ValueError on a count above MOST_COUNTED and on a number that is NaN or infinite, at any depth."""
+    if isinstance(fields, dict | list):
+        for key, value in fields.items() if isinstance(fields, dict) else ((name, value) for value in fields):
+            # A list may have no upper end: the time_step_limit of Mamba is [0, Infinity].
+            if not (isinstance(fields, list) and value == math.inf):
+                check_numbers(value, folder, key)
+    # A list of as many labels, heads or experts is made from a count before any tensor is compared with it.
+    elif isinstance(fields, int) and name.startswith(("num_", "n_")) and fields > MOST_COUNTED:
+        raise ValueError(f"{folder}: {name}={fields:.6g} is more than {MOST_COUNTED}; correct config.json")
+    elif isinstance(fields, float) and not math.isfinite(fields):
+        raise ValueError(f"{folder}: {name}={fields} is not finite; correct config.json")
+
+
 def without_code(fields: Any) -> Any:
     """A config without the names of implementations."""
     if isinstance(fields, dict):  # by such a name transformers would download a kernel from the hub
@@ -43,11 +69,51 @@ def without_code(fields: Any) -> Any:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise ValueError on a pattern in tokenizer.json that may take exponential time to match."""
+    """Raise ValueError on a tokenizer.json that takes too much time or memory, or that may for another text."""
     path = folder / "tokenizer.json"
-    for pattern in _patterns(json.loads(path.read_bytes())) if path.exists() else ():
+    if not path.exists():
+        return
+    for pattern in _patterns(json.loads(path.read_bytes())):
         if why := explodes(pattern):
             raise ValueError(f"{path}: the pattern {pattern[:80]!r} {why}, and may take any time to match; correct it")
+    if why := try_out(tokenizer=path):
+        raise ValueError(f"{path}: the tokenizer was tried on short texts: {why}; take another tokenizer.json")
+
+
+def check_templates(folder: Path, templates: str | Mapping[str, str] | None, tokens: Mapping[str, Any]) -> None:
+    """Raise ValueError on a chat template that takes too much time or memory, or reaches for what it may not have.
+    tokens: the names and texts of the tokenizer's special tokens, which a template sees."""
+    texts = [] if templates is None else [templates] if isinstance(templates, str) else list(templates.values())
+    if texts and (why := try_out(templates=texts, tokens=tokens)):
+        raise ValueError(f"{folder}: the chat template was tried on short chats: {why}; take another chat_template")
+
+
+def try_out(
+    *, tokenizer: Path | None = None, templates: Sequence[str] = (), tokens: Mapping[str, Any] | None = None
+) -> str:
+    """What goes wrong when a tokenizer.json or chat templates are used, in one short line; "" where nothing does.
+
+    A process of its own uses them, with limits of time and memory: only running a pipeline shows what it takes."""
+    asked = {"tokenizer": tokenizer and str(tokenizer), "templates": [*templates], "tokens": dict(tokens or {})}
+    alone = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "USE_TORCH": "0"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", str(TRIAL)],
+            input=json.dumps(asked | {"limits": LIMITS}).encode(),
+            capture_output=True,
+            timeout=PATIENCE,
+            env=os.environ | alone,
+        )
+    except subprocess.TimeoutExpired:
+        return f"stopped after {PATIENCE:g} s"
+    if done.returncode == 0:
+        return ""
+    said = (done.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return f"stopped after {LIMITS['seconds']} s of processor time"
+    if done.returncode == -signal.SIGABRT or said.startswith("MemoryError"):  # the tokenizers library aborts
+        return f"stopped at {LIMITS['memory'] >> 20} MiB of memory"
+    return escape_controls(said)[:200] if done.returncode > 0 else f"ended by signal {-done.returncode}"
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
@@ -65,6 +131,10 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     for name, kinds in {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float)}.items():
         if type(fields.get(name)) not in kinds:  # True is an int for isinstance
             raise ValueError(f"{folder}: adapter_config.json is damaged: {name}={fields.get(name)!r} is no number")
+    if odd := [name for name, tensor in state.items() if tensor.dtype not in FLOATS]:
+        raise ValueError(
+            f"{folder}: {odd[0]} is of {state[odd[0]].dtype}, which no adapter is; save the adapters again"
+        )
     if not any(fields["r"] in tensor.shape for tensor in state.values()):
         raise ValueError(f"{folder}: adapter_config.json is damaged: r={fields['r']} is the rank of no tensor")
     return fields, state, metadata

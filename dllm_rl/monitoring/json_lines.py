@@ -66,10 +66,12 @@ def known(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists() and not path.is_file():  # reading a FIFO would wait
+        raise ValueError(f"{path} is no regular file; remove it")
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:  # neither UTF-8 nor JSON
+        except (ValueError, RecursionError):  # neither UTF-8 nor JSON, or brackets without end
             continue
         if isinstance(row, dict):
             yield row

@@ -1,6 +1,5 @@
 """Pictures of a run, from the files in its folder."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from dllm_rl.files import replacing
+from dllm_rl.files import read_json, replacing
 from dllm_rl.monitoring.health import MILD, STRONG
 from dllm_rl.monitoring.json_lines import current_rows, known, warmup_rows
 from dllm_rl.screen import escape_controls
@@ -139,7 +138,7 @@ def plot(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Path:
 
     rows = read_metrics(directory)
     written = directory / "summary.json"
-    summary = json.loads(written.read_bytes()) if written.exists() else {}
+    summary = read_json(written) if written.exists() else {}
     warmup = warmup_rows(directory / "metrics.jsonl")
     rl = not rows or "reward" in rows[0]
     panels = [panel for panel in (PANELS if rl else PANELS_OF_SFT) if not rows or measured(panel, rows)]

@@ -1,7 +1,9 @@
 """A run's folder: whose it is, and what a resume may change."""
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -14,6 +16,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.recipe import Recipe
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.supervised.train import fine_tune
+from dllm_rl.training import warmup
 from dllm_rl.training.trainer import train
 
 
@@ -21,6 +24,45 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"^output_dir='.*/file/run' cannot be written \(Not a directory\); give"):
         train(tiny_recipe(tmp_path / "file" / "run"))
+
+
+def files_of(run):
+    return [run / "checkpoints" / "step-000001" / name for name in ("model.safetensors", "optimizer.pt")]
+
+
+def test_the_same_command_starts_again_after_a_stop_in_the_warm_up(tmp_path, monkeypatch, capsys):
+    settings = {"num_steps": 1, "warmup_steps": 2, "warmup_eval_steps": 9}
+    train(tiny_recipe(tmp_path / "whole", **settings))
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(warmup, "warmup_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit, match="143"):
+            train(tiny_recipe(stopped, **settings))
+    assert "start again with the same command" in capsys.readouterr().out
+    (stopped / "metrics.jsonl").write_text('{"warmup_step": 0, "warmup/loss": 2.5}\n')
+    (stopped / "checkpoints" / ".step-000000.partial").mkdir(parents=True)
+    train(tiny_recipe(stopped, **settings))
+    assert "before its first step: starting from the beginning" in capsys.readouterr().out
+    for one, other in zip(files_of(stopped), files_of(tmp_path / "whole"), strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("left", ["checkpoints/step-000000", "summary.json", "metrics.jsonl"])
+def test_a_run_with_a_step_is_not_started_again(tmp_path, left):
+    if left.startswith("checkpoints"):
+        (tmp_path / left).mkdir(parents=True)
+    else:
+        (tmp_path / left).write_text('{"step": 0, "reward": 1.0}\n')
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(tiny_recipe(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl", "summary.json", "training.png"])
+def test_a_fifo_in_a_runs_folder_is_refused_before_it_is_opened(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    for more in ({}, {"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": True}):
+        with pytest.raises(ValueError, match=rf"{name} is no regular file; remove it, or give another output_dir"):
+            train(tiny_recipe(tmp_path, **more))
 
 
 def test_a_reference_of_another_run_is_refused(tmp_path):

@@ -7,12 +7,15 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from small_checkpoints import SIZES, edit
 
 from dllm_rl import load_policy, load_weights
+from dllm_rl.models import untrusted
 from dllm_rl.models.checkpoint.loading import build_empty, checkpoint_folder
 from dllm_rl.models.lora import Lora, add_lora, load_adapter, save_adapter
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.models.untrusted import explodes, without_code
 
 NAMES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
@@ -98,6 +101,85 @@ def test_a_pattern_that_may_take_any_time_is_refused(folder, pattern):
     with pytest.raises(ValueError, match=r"tokenizer\.json: the pattern .* may take any time to match") as said:
         load_policy(folder)
     assert "\n" not in str(said.value)
+
+
+def change(folder, **parts):
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+
+
+def replacing(kind, times, content="11", text="1"):
+    step = {"type": "Replace", "pattern": {"String": text}, "content": content}
+    return {kind: {"type": "Sequence", f"{kind}s": [step] * times}}
+
+
+ONE_SECOND = {"seconds": 1, "memory": 1 << 30}
+GROWING = [("normalizer", 40, "11"), ("decoder", 40, "11"), ("normalizer", 1, "1" * 500)]
+
+
+@pytest.mark.parametrize(("kind", "times", "content"), GROWING)
+def test_a_tokenizer_that_grows_text_is_stopped_in_a_process_of_its_own(folder, monkeypatch, kind, times, content):
+    monkeypatch.setattr(untrusted, "LIMITS", ONE_SECOND)
+    change(folder, **replacing(kind, times, content))
+    with pytest.raises(ValueError, match=r"tried on short texts: (stopped a|OverflowError).*; take another") as said:
+        load_policy(folder)
+    assert len(str(said.value)) < 400 and "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("text", ["q", "the answer is"])  # no text that stands in the check itself
+def test_texts_that_the_pipeline_names_are_tried(folder, text):
+    change(folder, **replacing("normalizer", 2, text * 20, text))
+    with pytest.raises(ValueError, match="the tokenizer was tried on short texts: OverflowError"):
+        load_policy(folder)
+
+
+def test_an_ordinary_pipeline_passes(folder):
+    change(
+        folder, normalizer={"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Prepend", "prepend": " "}]}
+    )
+    load_policy(folder)
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+HOSTILE_TEMPLATES = {
+    LOOPS: "stopped after 1 s of processor time",
+    "{{'x'*10**11}}": "stopped at 1024 MiB of memory",
+    "{{ ''.__class__.__mro__ }}": "SecurityError: access to attribute '__class__'",
+    "{{ 'x' * 10**6 }}": "OverflowError: 1000000 characters",
+    "{% if bos_token or eos_token %}{{ 'x' * 10**6 }}{% endif %}": "OverflowError",
+    "{% if messages[0].role == 'system' %}{{ 'x' * 10**6 }}{% endif %}": "OverflowError",
+}
+
+
+@pytest.mark.parametrize("template", HOSTILE_TEMPLATES)
+def test_a_hostile_chat_template_is_refused_before_any_chat(folder, monkeypatch, template):
+    monkeypatch.setattr(untrusted, "LIMITS", ONE_SECOND)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=r"the chat template was tried on short chats: .*; take another chat") as said:
+        load_policy(folder)
+    assert HOSTILE_TEMPLATES[template] in str(said.value) and "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('roles must alternate') }}", "{{ 1 + messages }}", "{{ a.b.c"]
+)
+def test_a_template_that_refuses_the_chats_that_are_tried_is_refused_where_it_is_used(folder, template):
+    """It may be made for other messages, and plain text needs none."""
+    (folder / "chat_template.jinja").write_text(template)
+    policy = load_policy(folder)
+    assert prompt_ids(policy, "1+1=")
+    with pytest.raises(ValueError, match=r"^chat_template does not write these messages: [^\n]*$"):
+        prompt_ids(policy, [{"role": "user", "content": "1+1="}])
+
+
+def test_adapters_of_integers_are_refused(tmp_path):
+    policy = tiny_masked_lm(**SIZES)
+    add_lora(policy, Lora(r=2))
+    save_adapter(policy, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.long() for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"is of torch\.int64, which no adapter is; save the adapters again"):
+        load_adapter(tiny_masked_lm(**SIZES), tmp_path)
 
 
 @pytest.mark.parametrize(

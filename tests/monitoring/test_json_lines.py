@@ -7,6 +7,7 @@ import pytest
 
 from dllm_rl.monitoring.json_lines import JsonLines, current_rows, known, warmup_rows
 from dllm_rl.monitoring.log import RunLog
+from dllm_rl.monitoring.plots import plot
 
 
 def test_a_warm_up_that_is_begun_again_counts_once(tmp_path):
@@ -63,3 +64,19 @@ def test_a_full_disk_keeps_rows_for_later(tmp_path, monkeypatch):
 
 def test_what_is_known_of_a_row_are_its_numbers():
     assert known({"a": None, "b": 1.0}) == {"b": 1.0}
+
+
+def test_brackets_without_end_are_no_row(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("[" * 200_000 + '\n{"step": 3}\n')
+    assert current_rows(tmp_path / "metrics.jsonl") == [{"step": 3}]
+
+
+def test_a_fifo_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is no regular file"):
+        plot(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").touch()
+    os.mkfifo(tmp_path / "summary.json")
+    with pytest.raises(ValueError, match=r"summary\.json is no regular file"):
+        plot(tmp_path)

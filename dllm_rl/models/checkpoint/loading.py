@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,21 +26,31 @@ from dllm_rl.models.checkpoint.families import find_family, stock_class
 from dllm_rl.models.checkpoint.rope import rotate_in_float32
 from dllm_rl.models.checkpoint.tensors import (
     read_tensors,
-    shapes_of,
+    shapes_and_dtypes,
     to_original,
     to_stock,
     weight_files,
     write_tensors,
 )
 from dllm_rl.models.merge import has_extras, merged_copy, merged_state, own_tensors
-from dllm_rl.models.untrusted import SUFFIXES, check_plain, check_regular, check_tokenizer, show_messages, without_code
+from dllm_rl.models.untrusted import (
+    FLOATS,
+    SUFFIXES,
+    check_numbers,
+    check_plain,
+    check_regular,
+    check_templates,
+    check_tokenizer,
+    show_messages,
+    without_code,
+)
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What transformers, safetensors and json raise on damaged files.
 _DAMAGED = (
     *(SafetensorError, StrictDataclassError, UnpicklingError, json.JSONDecodeError, UnicodeDecodeError),
     *(RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError, AssertionError),
 )
+WEIGHTS = ("F64", "F32", "F16", "BF16")  # of FLOATS, in a safetensors header
 show_messages()
 MOST_LAYERS = 10_000  # where there are no tensors to count
 
@@ -60,15 +70,20 @@ def load_module(
         raw = read_config(folder, block_size)
         family = find_family(raw)
         files = weight_files(folder)
-        shapes = shapes_of(folder, files)
+        shapes, dtypes = shapes_and_dtypes(folder, files)
         check_depth(raw, len(shapes) if files else MOST_LAYERS, folder)
+        check_numbers(raw, folder)
         check_plain(raw, folder)
         tokenizer = load_tokenizer(folder, stock=family.native is None)
+        check_templates(folder, tokenizer.chat_template, tokenizer.special_tokens_map)
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
         there = sum(map(prod, shapes.values()))
-        if files and (needed := sum(p.numel() for p in build_empty(raw, folder).parameters())) > 2 * there:
-            # Before it takes memory; twice, because a checkpoint may leave out tied tensors.
-            raise RuntimeError(f"it describes {needed:,} parameters, and there are {there:,} numbers")
+        if files:
+            own = {name: p.numel() for name, p in build_empty(raw, folder).named_parameters()}
+            if (needed := sum(own.values())) > 2 * there:
+                # Before it takes memory; twice, because a checkpoint may leave out tied tensors.
+                raise RuntimeError(f"it describes {needed:,} parameters, and there are {there:,} numbers")
+            check_dtypes(dtypes, own if family.native is None else None, folder)
         if quantization is not None:
             options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
             options["device_map"] = {"": device}  # else bitsandbytes takes the first GPU
@@ -82,6 +97,7 @@ def load_module(
                     options["dtype"] = main_dtype(state)
                 module, report = cls.from_pretrained(None, config=config, state_dict=state, **options)
         check_report(report, family, folder)
+        check_padding(module.config, tokenizer, folder)
         spec = family_spec(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)
     return prepared(module if quantization else module.to(device), spec), tokenizer, spec
 
@@ -144,6 +160,25 @@ def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> N
                 f"{folder or 'config.json'}: {field}={number!r} is not a number of layers that {most} tensors could "
                 "hold; correct config.json"
             )
+
+
+def check_dtypes(dtypes: dict[str, str], own: Collection[str] | None, folder: Path) -> None:
+    """Raise ValueError on a weight of a dtype that transformers would cast without a word: integers, flags, complex
+    numbers, 8 bits. own: the parameters' names; other tensors, as the positions of BERT, may be of any. None: all."""
+    for name, dtype in dtypes.items():
+        mine = own is None or any(f".{each}".endswith(f".{name}") or name.endswith(f".{each}") for each in own)
+        if dtype not in WEIGHTS and mine:
+            raise ValueError(f"{folder}: {name} is of {dtype}, and weights are of {', '.join(WEIGHTS)}; convert it")
+
+
+def check_padding(config: Any, tokenizer: Tokenizer, folder: Path) -> None:
+    """Raise ValueError on a padding token without an embedding."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is not None and not 0 <= pad < config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer's pad_token_id={pad} is outside the vocabulary of {config.vocab_size} tokens; "
+            "set its pad_token to another token"
+        )
 
 
 @torch.no_grad()

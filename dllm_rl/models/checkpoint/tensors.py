@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dllm_rl.models.base import FamilySpec
+from dllm_rl.models.untrusted import FLOATS
 
 State = dict[str, Tensor]
 INDEX = "model.safetensors.index.json"
@@ -44,13 +45,16 @@ def weight_files(directory: Path) -> list[str]:
     return files
 
 
-def shapes_of(directory: Path, files: Sequence[str]) -> dict[str, list[int]]:
-    """Names and shapes from the headers of safetensors files; no tensor is read."""
+def shapes_and_dtypes(directory: Path, files: Sequence[str]) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """By name, from the headers of safetensors files; no tensor is read."""
     shapes: dict[str, list[int]] = {}
+    dtypes: dict[str, str] = {}
     for name in files:
         with safe_open(directory / name, "pt") as file:
-            shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (no mapping)
-    return shapes
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                shapes[key] = file.get_slice(key).get_shape()
+                dtypes[key] = file.get_slice(key).get_dtype()
+    return shapes, dtypes
 
 
 def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None:
@@ -79,8 +83,14 @@ def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None
 
 
 def misfits(state: State, own: State) -> list[str]:
-    """Names in only one of the two, or with different shapes."""
-    fit = [name for name in state.keys() & own.keys() if state[name].shape == own[name].shape]
+    """Names in only one of the two, or with different shapes, or with weights on one side and other numbers on the
+    other, which a copy would cast."""
+    fit = [
+        name
+        for name in state.keys() & own.keys()
+        if state[name].shape == own[name].shape
+        and (state[name].dtype == own[name].dtype or {state[name].dtype, own[name].dtype} <= {*FLOATS})
+    ]
     return sorted((state.keys() | own.keys()).difference(fit))
 
 

@@ -9,10 +9,13 @@ from small_checkpoints import SIZES, edit
 from sorting import Mini
 from transformers import PreTrainedModel
 
-from dllm_rl import load_policy
+from dllm_rl import load_policy, load_weights
 from dllm_rl.evaluation.evaluate import evaluate
+from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.checkpoint.loading import build_empty
+from dllm_rl.models.merge import own_tensors
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import autoregress, unmask
 from dllm_rl.types import Prompts
@@ -53,6 +56,77 @@ def test_positions_are_not_counted_from_outside_the_vocabulary(tmp_path):
         load_policy(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("num_labels", 30_000_000, r"num_labels=3e\+07 is more than 1000000"),
+        ("num_labels", 10**11, "is more than 1000000"),
+        ("layer_norm_eps", float("nan"), "layer_norm_eps=nan is not finite"),
+        ("rms_norm_eps", float("inf"), "rms_norm_eps=inf is not finite"),
+        ("rope_parameters", {"long_factor": [1.0, float("nan")]}, "long_factor=nan is not finite"),
+    ],
+)
+def test_numbers_of_a_config_are_bounded_before_a_model_is_made(folder, field, value, said, monkeypatch):
+    """transformers would make a list of 30 million labels; a NaN would be computed with, in silence."""
+    monkeypatch.setattr(loading, "class_and_config", lambda *_: pytest.fail("a config would be made"))
+    edit(folder, **{field: value})
+    with pytest.raises(ValueError, match=f"{said}; correct config"):
+        load_policy(folder)
+
+
+def test_a_list_may_have_no_upper_end(folder):
+    edit(folder, time_step_limit=[0.0, float("inf")])
+    load_policy(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("which", [slice(None), slice(1)])
+def test_weights_are_not_cast_from_what_they_cannot_be(folder, dtype, which):
+    state = load_file(folder / "model.safetensors")
+    for name in sorted(state)[which]:
+        state[name] = state[name].to(dtype)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"is of \w+, and weights are of F64, F32, F16, BF16; convert it"):
+        load_policy(folder)
+
+
+def test_weights_of_a_custom_module_are_not_cast_either(tmp_path):
+    policy = tiny_masked_lm(**SIZES)
+    save_file(
+        {name: x.detach().long() for name, x in own_tensors(policy.module).items()}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match="do not fit"):
+        load_weights(policy, tmp_path)
+
+
+def test_a_table_of_positions_may_be_of_integers(tmp_path):
+    """Older checkpoints of BERT have one, which is no weight."""
+    tiny_masked_lm(**SIZES).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["roberta_prelayernorm.embeddings.position_ids"] = torch.arange(9)[None]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("number", [500, 2**31, 2**32 - 1])
+def test_an_id_outside_the_vocabulary_is_refused_where_it_is_met(folder, number):
+    file = folder / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    fields["model"]["vocab"]["1"] = number
+    file.write_text(json.dumps(fields))
+    policy = load_policy(folder)
+    with pytest.raises(ValueError, match=rf"'1\+1=': the tokenizer gives the id {number}, outside the vocabulary of"):
+        prompt_ids(policy, "1+1=")
+
+
+def test_padding_outside_the_vocabulary_is_refused(folder):
+    tokenizer = load_policy(folder).tokenizer
+    tokenizer.add_special_tokens({"pad_token": "<none>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"pad_token_id=15 is outside the vocabulary of 15 tokens; set its pad_token"):
+        load_policy(folder)
+
+
 @pytest.mark.parametrize("field", ["intermediate_size", "vocab_size"])
 def test_memory_is_not_taken_for_more_than_the_files_hold(folder, field, monkeypatch):
     """A machine with room for it would go on to fill it; one without raises when it asks for it."""
@@ -75,7 +149,9 @@ def test_what_the_tokenizers_library_cannot_read_is_refused_in_one_line(folder):
     file = folder / "tokenizer.json"
     fields = json.loads(file.read_text()) | {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "*"}}}
     file.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="damaged, or not the model"):
+    with pytest.raises(
+        ValueError, match=r"damaged, or not the model|the tokenizer was tried on short texts: Exception"
+    ):
         load_policy(folder)
 
 

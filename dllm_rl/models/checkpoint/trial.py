@@ -1,0 +1,116 @@
+"""The script that `untrusted.try_out` starts: it uses a stranger's tokenizer or chat templates, within limits.
+
+It reads {"tokenizer": the path of a tokenizer.json, or null; "templates": texts; "tokens": the tokenizer's special
+tokens; "limits": {"seconds" of processor time after the imports, "memory": bytes of address space}} as JSON. It ends
+with 0, or with 1 and the reason as the last line of standard error, or by a limit's signal."""
+
+import json
+import resource
+import string
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+LONGEST = 200  # characters of a string that is tried
+MOST = 100_000  # characters tried in all
+GROWTH = 100  # tokens for a character, or characters of the decoded text for one of the tokens' own
+RENDERED = 100_000  # characters that a template may make of a few words
+USER = {"role": "user", "content": "1+1="}
+CHATS = [[USER], [{"role": "system", "content": "Add."}, USER, {"role": "assistant", "content": "2"}, USER]]
+
+
+def main() -> None:
+    asked = json.load(sys.stdin)
+    if asked["tokenizer"]:
+        from tokenizers import Tokenizer
+
+        limit(**asked["limits"])
+        content = Path(asked["tokenizer"]).read_text(encoding="utf-8")
+        use_tokenizer(Tokenizer.from_str(content), list(probes(json.loads(content))))
+    if asked["templates"]:
+        # With these names and in this sandbox a template runs later, too.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        limit(**asked["limits"])
+        for template in asked["templates"]:
+            for answered in (False, True):
+                use_template(
+                    render_jinja_template, chat_template=template, add_generation_prompt=answered, **asked["tokens"]
+                )
+
+
+def limit(seconds: int, memory: int) -> None:
+    """From here on the kernel ends the process after so many seconds of processor time, and gives it no more memory."""
+    until = int(time.process_time()) + 1 + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (until, until))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def probes(fields: dict[str, Any]) -> Iterator[str]:
+    """Short texts: each string that the pipeline names, and each ordinary character, alone and many times."""
+    named = {
+        text
+        for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+        for text in strings(fields.get(part))
+    }
+    left = MOST
+    for text in [string.printable, *sorted(named, key=len), *string.printable]:
+        if len(text) <= LONGEST and left > 0:
+            yield text
+            yield text * 64
+            left -= 65 * len(text)
+
+
+def strings(fields: Any) -> Iterator[str]:
+    """All strings of JSON, at any depth, that are no names of fields."""
+    if isinstance(fields, str):
+        yield fields
+    elif isinstance(fields, dict | list):
+        for value in fields.values() if isinstance(fields, dict) else fields:
+            yield from strings(value)
+
+
+def use_tokenizer(tokenizer: Any, texts: list[str]) -> None:
+    """Encode the texts; decode what they gave, and every token of the vocabulary. Raises OverflowError on growth."""
+    for text in texts:
+        if tokenizer.normalizer and len(tokenizer.normalizer.normalize_str(text)) > GROWTH * len(text):
+            raise OverflowError(f"the normalizer makes the {len(text)} characters {text[:40]!r} {GROWTH} times as long")
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception:  # the library's only kind: a character that the vocabulary lacks
+            continue
+        if len(ids) > GROWTH * len(text):
+            raise OverflowError(f"{len(ids)} tokens for the {len(text)} characters {text[:40]!r}")
+        decode(tokenizer, ids)
+    known = sorted(tokenizer.get_vocab().values())
+    for first in range(0, len(known), 1000):
+        decode(tokenizer, known[first : first + 1000])
+
+
+def decode(tokenizer: Any, ids: list[int]) -> None:
+    length = sum(len(tokenizer.id_to_token(number) or "") for number in ids)
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    if len(text) > GROWTH * (length + 1):
+        raise OverflowError(f"{len(text)} characters decoded from tokens of {length}")
+
+
+def use_template(render: Any, **options: Any) -> None:
+    """Render CHATS. Raises OverflowError on a long text, MemoryError, or jinja2's SecurityError."""
+    from jinja2.exceptions import SecurityError
+
+    for chat in CHATS:
+        try:
+            (text,), _ = render([chat], **options)
+        except (SecurityError, MemoryError):
+            raise
+        except Exception:  # of any kind: the template may be made for other messages, and then refuses these
+            continue
+        if len(text) > RENDERED:
+            raise OverflowError(f"{len(text)} characters for a conversation of {len(chat)} messages")
+
+
+if __name__ == "__main__":
+    main()
