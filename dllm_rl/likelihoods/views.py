@@ -167,12 +167,15 @@ class View:
 
     def seen(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
         """The tokens that the model sees."""
-        tokens, _ = self.canvas(rollout)
+        return self._masked(policy, self.canvas(rollout)[0])
+
+    def _masked(self, policy: Policy, tokens: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
         return tokens if policy.spec.mask_id is None else tokens.masked_fill(self.masked, policy.spec.mask_id)
 
     def run(self, policy: Policy, rollout: Rollout, at: Bool[Tensor, "B T"]) -> ViewStates | None:
         """One forward, and its states `at` these positions; None, and no forward, where there are none."""
-        tokens = self.seen(policy, rollout)
+        before, wanted = self.canvas(rollout)
+        tokens = self._masked(policy, before)
         plan = plan_view(rollout, tokens, at, self.scoring.marks, share=self.share)
         if plan is None:
             return None
@@ -183,7 +186,6 @@ class View:
         if plan.together:
             hidden = repeat(hidden, "p t d -> (p g) t d", g=rollout.group_size)
         states = hidden.flatten(0, 1)[plan.inside]
-        _, wanted = self.canvas(rollout)
         return ViewStates(plan, states, wanted.flatten()[plan.places], ids_at(rollout, plan.places))
 
 
