@@ -26,8 +26,11 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         for part in [*sorted(partial.rglob("*")), partial] if partial.is_dir() else [partial]:
             flush(part)
-    except BaseException:  # an interrupt, too
+    except BaseException as error:  # an interrupt, too
         remove(partial)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a failed write names no file
+            remedy = "; make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            raise OSError(error.errno, f"{error.strerror}{remedy}", str(path)) from error
         raise
     if partial.is_dir() and path.exists():
         path.rename(old)  # a rename cannot replace a folder; after a kill here `recover` puts the old one back

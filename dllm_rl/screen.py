@@ -18,6 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.text import Text
 
 PR_SET_PDEATHSIG = 1
+LONGEST = 380  # characters of an error
 NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}  # a table for 80 columns
 
 
@@ -42,10 +43,14 @@ def escape_controls(text: str, *, keep: str = "") -> str:
 
 
 def line_of(error: BaseException) -> str:
-    """An error in one line: of a file, its path and what is wrong with it, without the system's number."""
+    """An error in one line: of a file, its path and what is wrong with it, without the system's number. A line of more
+    than LONGEST characters loses its middle: the field stands at the beginning, the remedy at the end."""
+    text = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return escape_controls(f"{error.filename}: {error.strerror}")
-    return escape_controls(str(error))
+        text = f"{error.filename}: {error.strerror}"
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[5 - LONGEST // 2 :]}"
+    return escape_controls(text)
 
 
 def literal(text: object, *, style: str = "") -> Text:

@@ -15,7 +15,8 @@ NAMED_BY = {
     "rules that rewrite": r"samplers(\.| import )revise|likelihoods(\.| import )events|\.events\b|Events\b|reopen",
     "probability of the order": r"(likelihoods|models)(\.| import )order\b|\bOrder\b|order_has_law",
     "sampling_support": r"models\.support|sampling_support|\bKept\b|Support\b",
-    "router replay": r"likelihoods\.replay|router_replay|records_experts|experts: Int|self\.given|\"experts\"|noted\.items",
+    "router replay": r"likelihoods\.replay|router_replay|records_experts|experts: Int|self\.given|"
+    r"\"experts\"|noted\.items",
     "which experts the two sides take": r"diagnostics\.routing|forward\.routing",
     "packed scoring": r"likelihoods\.packed|\bPacked\(ViewPart\)",
     "load balancing": r"training\.balance|batch_row",

@@ -1,8 +1,11 @@
 """What bears its final name is whole; what a failed block wrote is gone."""
 
+import errno
+
 import pytest
 
 from dllm_rl.files import read_json, remove, replacing
+from dllm_rl.screen import line_of
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
@@ -39,3 +42,10 @@ def test_a_link_is_removed_and_what_it_points_at_stays(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "runs")
     remove(tmp_path / "link")
     assert [item.name for item in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_full_disk_names_the_file_and_what_to_do(tmp_path):
+    with pytest.raises(OSError) as raised, replacing(tmp_path / "summary.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert line_of(raised.value) == f"{tmp_path / 'summary.json'}: No space left on device; make room"
+    assert raised.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

@@ -148,3 +148,16 @@ def test_the_doctor_shows_tokens_as_they_are(terminal, tmp_path):
     write_doctor(Report(HOSTILE, 1, cause, (cause,), (worst,), ((HOSTILE, 1.0),)), directory=tmp_path)
     assert terminal().count(SHOWN) == 3 and "title\x07" not in terminal()
     assert "\x1b" not in (tmp_path / "doctor.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("field=" + "x" * 5000 + " is too long; give a short one"),
+        OSError(36, "File name too long; give a short one", "field=" + "x" * 5000),
+    ],
+)
+def test_a_long_error_keeps_its_field_and_its_remedy(error):
+    line = line_of(error)
+    assert len(line) <= 390 and line.startswith("field=xxx") and line.endswith("; give a short one")
+    assert line_of(ValueError("x" * 380)) == "x" * 380

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +28,7 @@ from dllm_rl.models.lora import save_adapter
 
 # What torch's loader raises on a damaged file.
 _NO_TENSORS = (
-    *(RuntimeError, OSError, EOFError, pickle.UnpicklingError),
+    *(RuntimeError, OSError, EOFError, pickle.UnpicklingError, BadZipFile),
     *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
 )
 _NAME = re.compile(r"step-(\d{6,})")
@@ -239,7 +240,7 @@ def check(folder: Path, *, quick: bool = False) -> None:
 
 
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Load a checkpoint's moments. Raises ValueError on a damaged file, FloatingPointError on NaN or infinity."""
+    """Load a checkpoint's moments. Raises ValueError on a damaged file and on numbers that no run has made."""
     if (source := next(folder.glob(PATTERN), None)) is not None:
         load_parts(folder, policy, optimizer)  # whatever number of processes wrote them
     else:
@@ -250,28 +251,53 @@ def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimize
         for name, parameter in policy.module.named_parameters():
             if policy.version and parameter.requires_grad and parameter not in optimizer.state:
                 raise ValueError(f"{folder}: {source.name} holds no moments of {name}, after {policy.version} updates")
-    check_finite(str(folder), _tensors(policy, optimizer))
+    try:
+        check_finite(f"{folder}: {source.name} is damaged", _tensors(policy, optimizer))
+    except FloatingPointError as error:
+        raise ValueError(str(error)) from None
 
 
 def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     path = folder / "optimizer.pt"
     mapped = any(isinstance(p, DTensor) for p in parameters)  # tensors stay in the file until their parts are read
-    try:
+    with _reading(path):
+        _check_records(path, len(parameters))
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: {path.name} is missing") from None
-    except _NO_TENSORS as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{folder}: {path.name} is damaged: {why}") from None
     own = optimizer.state_dict()["param_groups"]  # torch checks neither types nor fields of what it loads
     if not _fits(state, own):
         raise ValueError(f"{folder}: optimizer.pt does not hold the state of {type(optimizer).__name__}")
     for index, held in state["state"].items():
         held |= {kind: part_like(value, parameters[index]) for kind, value in held.items()}
-    # An older torch leaves out some fields: the optimiser's own value fills them.
-    groups = [mine | theirs for mine, theirs in zip(own, state["param_groups"], strict=True)]
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    # A resumed run has the settings of its recipe, and AdamW's groups hold no others. Another optimiser's may hold its
+    # state; an older version of it leaves out some fields, which its own value fills.
+    adamw = isinstance(optimizer, torch.optim.AdamW)
+    groups = own if adamw else [mine | theirs for mine, theirs in zip(own, state["param_groups"], strict=True)]
+    with _reading(path):
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what torch raises on a damaged file into a ValueError of one line."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent}: {path.name} is missing") from None
+    except _NO_TENSORS as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path.parent}: {path.name} is damaged: {why}") from None
+
+
+def _check_records(path: Path, count: int) -> None:
+    """Raise ValueError unless the file is an archive as torch.save writes it: not compressed, and with few objects."""
+    with ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != ZIP_STORED:
+                raise ValueError(f"{record.filename} is compressed")
+            # torch reads a pickle object by object, in Python: one of 256 MB would take minutes.
+            if record.filename.endswith(".pkl") and record.file_size > (1 << 20) + count * (1 << 12):
+                raise ValueError(f"{record.filename} has {record.file_size} bytes for {count} weights")
 
 
 def _fits(content: Any, own: list[dict[str, Any]]) -> bool:
@@ -317,3 +343,6 @@ def _check_moments(source: str, policy: Policy, optimizer: torch.optim.AdamW) ->
             shape = () if kind == "step" else parameter.shape
             if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
                 raise ValueError(f"{source} holds no {kind!r} of {name} in the weight's shape")
+            mine = value.to_local() if isinstance(value, DTensor) else value
+            if kind != "exp_avg" and (mine < 0).any():  # a number of steps, and a mean of squares
+                raise ValueError(f"{source} is damaged: {kind} of {name} is negative; take an earlier checkpoint")

@@ -66,8 +66,8 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
         return None, None, [*notes, "no checkpoint yet: starting from the beginning"]
     state = TrainingState.read(folder)
     _check_recipe(recipe, state)
-    if not isinstance(recipe, Recipe):  # SFT prints the loss before it
-        check_types(folder, state.eval_before, {"loss": float}, prefix="eval_before.")
+    needed = "reward" if isinstance(recipe, Recipe) else "loss"  # the end of the run prints and draws it
+    check_types(folder, state.eval_before, {needed: float}, prefix="eval_before.")
     reference = directory / "reference"
     if state.reference is not None and manifest.verify(reference, quick=quick)["sha256"] != state.reference:
         raise ValueError(f"{reference} is that of another run than the checkpoint's; put the run's own back")

@@ -56,7 +56,7 @@ def headline(summary: dict[str, Any]) -> str:
     after = summary.get("eval_after", {})
     text = f"{recipe.get('name', 'a run')}, seed {recipe.get('seed', '?')}"
     name = next((name for name in (*SOLVED, "reward") if name in before), "loss")
-    if name in before:
+    if name in before and name in after:
         problems = f" on {summary['eval_problems']} held-out problems" if "eval_problems" in summary else ""
         text += f": {name.replace('_', ' ')} {before[name]:.3f} → {after[name]:.3f}{problems}"
     return escape_controls(text)
@@ -118,7 +118,7 @@ def ends(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[
     """The held-out numbers before and after the run, as squares."""
     for name in panel.points:
         metric = name.removeprefix("eval/")
-        if rows and metric in summary.get("eval_after", {}):
+        if rows and metric in summary.get("eval_before", {}) and metric in summary.get("eval_after", {}):
             values = [summary["eval_before"][metric], summary["eval_after"][metric]]
             label = f"held out: {values[0]:.3f} → {values[1]:.3f}"
             steps = [0, rows[-1]["step"] + 1]

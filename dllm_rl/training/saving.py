@@ -214,12 +214,23 @@ def protect(run: Run[Any], peers: Peers | None) -> None:
     with_the_run().push(partial(save_on_error, run))
 
 
+def check_folder(run: Run[Any]) -> None:
+    """Raise OSError where someone removed or renamed the run's folder: its open files would go on growing elsewhere."""
+    directory = Path(run.recipe.directory)
+    if run.accelerator.is_main_process and not (directory / "metrics.jsonl").exists():
+        raise OSError(
+            f"output_dir={str(directory)!r} was removed or renamed during the run; step "
+            f"{run.state.step} is saved there anew. Put the folder back, or {how_to_continue(run.recipe)}"
+        )
+
+
 def checkpoint_if_due(run: Run[Any], step: int) -> None:
     """Save every save_steps, after the last step, and on a signal, which ends the process with its status."""
     recipe = run.recipe
     done = step + 1
     signum = run.stop.agreed(run.accelerator)
     run.writer.check()  # an error of the writing thread ends the run here
+    check_folder(run)
     run.state = replace(run.state, step=done, version=run.policy.version)
     if signum or done % recipe.save_steps == 0 or done == recipe.num_steps:
         save(run)

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import zipfile
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -263,6 +264,62 @@ def test_a_signed_optimiser_of_other_types_is_refused(run, change):
         train(recipe(run, resume_from_checkpoint=str(newest)))
 
 
+@pytest.mark.parametrize(("kind", "value"), [("exp_avg_sq", -1.0), ("step", -5.0), ("step", float("nan"))])
+def test_signed_moments_that_no_run_has_made_are_refused(run, kind, value):
+    newest = run / "checkpoints" / "step-000003"
+    held = torch.load(newest / "optimizer.pt")
+    held["state"][0][kind].fill_(value)
+    torch.save(held, newest / "optimizer.pt")
+    signed(newest)
+    with pytest.raises(ValueError, match=rf"optimizer\.pt is damaged: {kind} of .* is (negative|not finite)"):
+        train(recipe(run, resume_from_checkpoint=str(newest)))
+
+
+def test_settings_are_the_recipes_and_not_the_files(run, finished):
+    newest = run / "checkpoints" / "step-000002"
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    strange = {"lr": 1e300, "weight_decay": 1e300, "eps": -1.0, "betas": (-1.0, 9.0)}
+    torch.save(changed_group(torch.load(newest / "optimizer.pt"), **strange), newest / "optimizer.pt")
+    manifest.write(newest, step=2, processes=1, versions={})
+    again = train(recipe(run, resume_from_checkpoint="latest"))
+    assert_same_weights(again, json.loads((finished / "summary.json").read_text()))
+
+
+def test_a_state_that_contains_itself_is_refused(run):
+    newest = run / "checkpoints" / "step-000003"
+    held = torch.load(newest / "optimizer.pt")
+    held["state"][0]["loop"] = held
+    torch.save(held, newest / "optimizer.pt")
+    signed(newest)
+    with pytest.raises(ValueError, match=r"optimizer\.pt is damaged: maximum recursion depth exceeded") as said:
+        train(recipe(run, resume_from_checkpoint=str(newest)))
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_pickle_that_takes_minutes_is_not_read(run, compressed, monkeypatch):
+    newest = run / "checkpoints" / "step-000003"
+    (newest / "optimizer.pt").unlink()
+    with zipfile.ZipFile(newest / "optimizer.pt", "w", zipfile.ZIP_DEFLATED if compressed else 0) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"]" * 2**24 + b".")
+        archive.writestr("archive/version", "3")
+    signed(newest)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it would be read"))
+    said = "is compressed" if compressed else "has 16777219 bytes for"
+    with pytest.raises(ValueError, match=rf"optimizer\.pt is damaged: archive/data\.pkl {said}"):
+        train(recipe(run, resume_from_checkpoint=str(newest)))
+
+
+def test_an_evaluation_without_a_reward_is_refused_before_training(run):
+    newest = run / "checkpoints" / "step-000003"
+    state = json.loads((newest / "state.json").read_text())
+    del state["eval_before"]["reward"]
+    (newest / "state.json").write_text(json.dumps(state))
+    signed(newest)
+    with pytest.raises(ValueError, match=r"state\.json is damaged: eval_before\.reward is missing, or of another type"):
+        train(recipe(run, resume_from_checkpoint=str(newest)))
+
+
 @pytest.mark.parametrize("content", [b"", b"(", b"PK\x03\x04", b"\x80\x02}q\x00.", b"\x80\x02cposix\nsystem\n."])
 def test_a_signed_optimiser_that_is_something_else_is_refused(run, content):
     newest = run / "checkpoints" / "step-000003"
@@ -354,7 +411,7 @@ class TestWithAManifestOfTheDamage:
         moments = torch.load(newest / "optimizer.pt")
         moments["state"][0]["exp_avg"].fill_(float("nan"))
         torch.save(moments, newest / "optimizer.pt")
-        with pytest.raises(FloatingPointError, match=r"exp_avg of .* is not finite"):
+        with pytest.raises(ValueError, match=r"optimizer\.pt is damaged: exp_avg of .* is not finite; resume from an"):
             self.resume(newest)
 
 

@@ -30,7 +30,7 @@ def files_of(run):
     return [run / "checkpoints" / "step-000001" / name for name in ("model.safetensors", "optimizer.pt")]
 
 
-def test_the_same_command_starts_again_after_a_stop_in_the_warm_up(tmp_path, monkeypatch, capsys):
+def test_the_same_command_starts_again_after_a_stop_in_the_warm_up(tmp_path, monkeypatch, capfd):
     settings = {"num_steps": 1, "warmup_steps": 2, "warmup_eval_steps": 9}
     train(tiny_recipe(tmp_path / "whole", **settings))
     stopped = tmp_path / "stopped"
@@ -38,11 +38,11 @@ def test_the_same_command_starts_again_after_a_stop_in_the_warm_up(tmp_path, mon
         patch.setattr(warmup, "warmup_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit, match="143"):
             train(tiny_recipe(stopped, **settings))
-    assert "start again with the same command" in capsys.readouterr().out
+    assert "start again with the same command" in capfd.readouterr().out
     (stopped / "metrics.jsonl").write_text('{"warmup_step": 0, "warmup/loss": 2.5}\n')
     (stopped / "checkpoints" / ".step-000000.partial").mkdir(parents=True)
     train(tiny_recipe(stopped, **settings))
-    assert "before its first step: starting from the beginning" in capsys.readouterr().out
+    assert "before its first step: starting from the beginning" in capfd.readouterr().out
     for one, other in zip(files_of(stopped), files_of(tmp_path / "whole"), strict=True):
         assert one.read_bytes() == other.read_bytes()
 

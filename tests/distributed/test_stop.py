@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -132,3 +134,23 @@ def test_a_ctrl_c_is_heard_where_it_was_ignored_and_a_hangup_is_not(stop):
     os.kill(os.getpid(), signal.SIGINT)
     assert made.asked == signal.SIGINT
     made.disarm()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone signals the death of a parent")
+@pytest.mark.parametrize("late", ["", "import torch; "])
+def test_a_process_does_not_outlive_a_launcher_that_dies_while_it_imports(late):
+    """It asks before the other imports; after them its parent is another process."""
+    hears = "print('importing', flush=True)"
+    child = f"import dllm_rl, sys, time; {hears}; {late}time.sleep(10); print('outlived', file=sys.stderr)"
+    launcher = (
+        "import os, signal, subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE, text=True)\n"
+        "print(child.stdout.readline(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-c", launcher, child, "accelerate"]  # by this word it is known as a launcher
+    alone = os.environ | {"ACCELERATE_MIXED_PRECISION": "no"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=alone
+    )  # waits for the child, which has its error
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (-signal.SIGKILL, "importing", "")

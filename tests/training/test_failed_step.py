@@ -11,6 +11,7 @@ from dllm_rl.algorithms.correctors import none
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.screen import line_of
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import train
 from dllm_rl.training.prompts import draw_indices
@@ -133,3 +134,24 @@ def test_what_is_no_failed_step_leaves_none(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="was not saved") as raised:
         train(tiny_recipe(tmp_path / "b", num_steps=1))
     assert not hasattr(raised.value, "__notes__")
+
+
+class Moved(Raising):
+    """Its grader renames the run's folder in the first step."""
+
+    def __init__(self, folder):
+        self.folder, self.graded = folder, 0
+
+    def reward(self, problem, completion):
+        self.graded += 1
+        if self.graded == 10:
+            self.folder.rename(self.folder.with_name("elsewhere"))
+        return self.task.reward(problem, completion)
+
+
+def test_a_folder_that_is_renamed_during_the_run_is_missed_after_the_step(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(OSError, match="was removed or renamed during the run") as raised:
+        train(tiny_recipe(folder, task=Moved(folder), num_steps=4, save_steps=9))
+    assert len(line_of(raised.value)) <= 390 + len(str(folder))
+    assert steps(folder) == [1] and steps(tmp_path / "elsewhere") == [0]

@@ -104,7 +104,7 @@ def test_an_overdue_stop_waits_where_the_weights_are_of_no_step(monkeypatch):
     assert stopped(monkeypatch, policy=policy) == (False, []), "no process holds all weights"
 
 
-def test_before_the_first_stage_of_a_step_a_run_is_between_two_steps():
+def test_before_the_first_stage_of_a_step_a_run_is_between_two_steps(tmp_path):
     """Else a fault there would count as one of the stage before, and nothing would be saved."""
     log = SimpleNamespace(entered="evaluation")
     stop = SimpleNamespace(last_words="over", agreed=lambda accelerator: 0)
@@ -113,7 +113,12 @@ def test_before_the_first_stage_of_a_step_a_run_is_between_two_steps():
     saving.protect(run, None)
     assert log.entered == "" and stop.last_words is None
     log.entered = "sync"
-    run.__dict__.update(recipe=SimpleNamespace(save_steps=9, num_steps=99), writer=SimpleNamespace(check=lambda: None))
-    run.__dict__.update(state=TrainingState(step=3, version=3, dtype="float32", recipe={}))
+    (tmp_path / "metrics.jsonl").touch()
+    recipe = SimpleNamespace(save_steps=9, num_steps=99, directory=str(tmp_path))
+    run.__dict__.update(recipe=recipe, writer=SimpleNamespace(check=lambda: None))
+    run.__dict__.update(
+        accelerator=SimpleNamespace(is_main_process=True),
+        state=TrainingState(step=3, version=3, dtype="float32", recipe={}),
+    )
     saving.checkpoint_if_due(run, 3)
     assert log.entered == "" and (run.state.step, run.state.version) == (4, 4)

@@ -17,8 +17,7 @@ from typing import Any
 
 SECONDS = 5  # of a program and its tests, by the wall and by the processor
 OUTPUT = 1 << 16  # bytes
-# A core of 1 byte is none, even where the kernel gives cores to a program.
-LIMITS = ["--as=536870912", f"--fsize={OUTPUT}", "--nofile=32", "--core=1", "--msgqueue=0"]
+LIMITS = ["--as=536870912", f"--fsize={OUTPUT}", "--nofile=32", "--msgqueue=0"]
 SPACES = ["--user", "--map-root-user", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
 FOLDERS = dict.fromkeys(("/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib"))  # the interpreter's
 ROOT = b"/sys"  # where the new root is mounted: a folder of every machine, with nothing of the interpreter in it
@@ -35,9 +34,24 @@ DENIED = {
 def run(prelude: str, code: str, tests: str, entry_point: str, seconds: int = SECONDS) -> tuple[bool, str]:
     """Whether the code defines the function `entry_point` and the tests pass with it, after the prelude; and what was
     written, or why the program was stopped. Errors: OSError without prlimit."""
+    import resource  # here: Windows lacks it
+
     token = os.urandom(16).hex()
     request = ascii((prelude, code, tests, entry_point, token)).encode()
-    command = ["prlimit", *LIMITS, f"--cpu={seconds}", "unshare", *SPACES, sys.executable, "-I", "-S", __file__]
+    # A core of 1 byte is none, even where the kernel gives cores to a program. A hard limit of 0 cannot be raised to 1.
+    core = min(1, resource.getrlimit(resource.RLIMIT_CORE)[1] % 2**64)  # no limit is -1
+    command = [
+        "prlimit",
+        *LIMITS,
+        f"--core={core}",
+        f"--cpu={seconds}",
+        "unshare",
+        *SPACES,
+        sys.executable,
+        "-I",
+        "-S",
+        __file__,
+    ]
     command += [str(seconds), *filter(os.path.isdir, FOLDERS)]
     with os.fdopen(os.memfd_create("output"), "rb") as output:
         try:

@@ -179,3 +179,13 @@ def test_the_numbers_of_the_refused_calls_are_those_of_the_kernel_s_headers(mach
         machine
     ] | 0xC0000000  # AUDIT_ARCH_*: ELF machine, 64 bits, little end
     assert sandbox.DENIED[machine].split() == [str(architecture), *map(known.get, names)]
+
+
+@needs_sandbox
+def test_it_works_where_no_process_may_leave_a_core():
+    """A hard limit of 0, which only the capability sys_resource could raise."""
+    drop = ["setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource"] if os.getuid() == 0 else []
+    script = "from dllm_rl.tasks.code import sandbox; sandbox.require()"
+    command = ["prlimit", "--core=0:0", *drop, sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
