@@ -115,7 +115,7 @@ def test_the_plan_of_a_shared_out_learner_agrees_with_the_allocator():
 
 
 def test_slurm_starts_a_process_a_task_and_queues_the_job_again_after_its_warning(tmp_path):
-    """srun runs two tasks; those that save at SIGUSR1 or SIGTERM end with 138 or 143, others with what they end with."""
+    """srun runs two tasks; after SIGUSR1 or SIGTERM they end with 138 or 143, else with what they end with."""
     (tmp_path / "task.py").write_text(
         "import os, sys\n"
         "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'SRUN_CPUS_PER_TASK', 'ACTIVATED')\n"
