@@ -1,7 +1,9 @@
 #!/bin/bash
 # A run on SLURM, which goes on by itself after its time limit:   sbatch recipes/accelerate/slurm.sh RECIPE.py --FIELD VALUE ...
 # One node or more: sbatch --nodes=2 recipes/accelerate/slurm.sh ...
-# SLURM itself starts one process a GPU. It warns them before the limit; they save, end with 138, and the job is queued again.
+# SLURM itself starts one process a GPU. USR1 warns them before the limit; they save, end with 138, and the job is queued
+# again. So it is if they end with 143, after a SIGTERM of their own: of a node that is taken away, or of whatever preempts.
+# scancel, and a preemption by SLURM, end this script too: then only SLURM's own setting (PreemptMode=REQUEUE) queues again.
 #SBATCH --job-name=dllm-rl
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -19,7 +21,7 @@ export MASTER_ADDR MASTER_PORT=29500 WORLD_SIZE=$SLURM_NTASKS
 srun --kill-on-bad-exit=0 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python "$0" "$@"' \
     "$@" --resume_from_checkpoint latest
 status=$?
-if [ "$status" -eq 138 ]; then
+if [ "$status" -eq 138 ] || [ "$status" -eq 143 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -10,7 +10,7 @@ import pytest
 from sft_toys import tiny_sft
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import manifest
+from dllm_rl import manifest, tis
 from dllm_rl.checkpoints.run_folder import _check_recipe, defaults
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.recipe import Recipe
@@ -124,6 +124,8 @@ def test_a_resume_with_another_recipe(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=1))
     with pytest.raises(ValueError, match=r"learning_rate=0\.1 differs from the checkpoint's"):
         train(tiny_recipe(tmp_path, learning_rate=0.1, resume_from_checkpoint="latest"))
+    with pytest.raises(ValueError, match=r"corrector=.*truncated_weights.* differs from the checkpoint's"):
+        train(tiny_recipe(tmp_path, corrector=tis(), resume_from_checkpoint="latest"))
 
 
 def test_a_checkpoint_of_another_kind_of_run_is_refused_as_such(tmp_path):
