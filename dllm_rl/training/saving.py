@@ -230,8 +230,8 @@ def checkpoint_if_due(run: Run[Any], step: int) -> None:
     done = step + 1
     signum = run.stop.agreed(run.accelerator)
     run.writer.check()  # an error of the writing thread ends the run here
-    check_folder(run)
     run.state = replace(run.state, step=done, version=run.policy.version)
+    check_folder(run)
     if signum or done % recipe.save_steps == 0 or done == recipe.num_steps:
         save(run)
     if signum:
