@@ -101,6 +101,16 @@ def test_the_estimator_of_ones_own_keeps_its_contract_and_scores_each_token_once
     assert torch.equal(noise.masked, noise.weight > 0)
 
 
+def test_an_estimator_is_compared_with_the_enumeration_of_all_completions(tmp_path, monkeypatch):
+    """The page's numbers: probabilities that add up to 1, and a lower bound that lies below log p."""
+    monkeypatch.syspath_prepend(DOCS.parent)
+    (tmp_path / "compared.py").write_text(example("Is my estimator right?"))
+    made = runpy.run_path(str(tmp_path / "compared.py"))
+    assert made["p"].shape == (81,) and abs(made["p"].sum() - 1) < 1e-12
+    bias = (made["estimates"].mean(0) - made["exact"]) @ made["p"]
+    assert round(float(bias), 3) == -0.258
+
+
 def test_the_engine_of_ones_own_keeps_its_contract_and_without_its_sync_does_not(tmp_path):
     (tmp_path / "engine.py").write_text(example("What an engine must give"))
     made = runpy.run_path(str(tmp_path / "engine.py"))

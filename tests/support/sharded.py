@@ -25,7 +25,7 @@ from dllm_rl.models.merge import host_copy
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.rng import generator_for
-from dllm_rl.training import loop, train
+from dllm_rl.training import train, trainer
 from dllm_rl.training.dry_run.memory import LiveBytes, shared_out
 from dllm_rl.training.learner import update
 from dllm_rl.types import Batch, SamplingParams
@@ -53,7 +53,7 @@ def recipes(folder, **changes):
 
 def trained(recipe):
     """A run's summary, and the tokens and log-probs of its rollouts, step by step."""
-    seen, collect = [], loop.collect
+    seen, collect = [], trainer.collect
 
     def collected(*arguments):
         found = collect(*arguments)
@@ -61,7 +61,7 @@ def trained(recipe):
         seen.append((found[0].tokens[mask], found[0].logprobs[mask]))
         return found
 
-    with mock.patch.object(loop, "collect", collected):
+    with mock.patch.object(trainer, "collect", collected):
         return train(recipe), seen
 
 
