@@ -57,8 +57,9 @@ def trained(recipe):
 
     def collected(*arguments):
         found = collect(*arguments)
-        mask = found[0].completion_mask
-        seen.append((found[0].tokens[mask], found[0].logprobs[mask]))
+        rollout = found[0].rollout
+        mask = rollout.completion_mask
+        seen.append((rollout.tokens[mask], rollout.logprobs[mask]))
         return found
 
     with mock.patch.object(trainer, "collect", collected):
