@@ -84,7 +84,7 @@ recipe = Recipe(
 
 
 def draw(summary: Summary) -> None:
-    """The picture of a run that has ended, with what supervision reaches at best."""
+    """The picture of a run that has ended, with what exact probabilities reach."""
     if os.environ.get("RANK", "0") == "0" and summary.get("checkpoint"):
         puzzles = [recipe.eval_task[i].fields["puzzle"] for i in range(len(recipe.eval_task))]
         run = Path(summary["checkpoint"]).parents[1]

@@ -192,6 +192,31 @@ def diversity_rows(runs: Runs) -> list[dict[str, str]]:
     return rows
 
 
+def picture(runs: Runs, ceilings: Mapping[int, float]) -> None:
+    """Solve rates against the number of parallel steps: the arms' means, and each run as a point."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.0, 4.0), layout="constrained")
+    axis.plot(STEPS, [ceilings[k] for k in STEPS], "k--", label="perfect supervision")
+    for i, arm in enumerate(ARMS):
+        mine = [run["rates"] for (name, _), run in sorted(runs.items()) if name == arm]
+        taken = [k for k in STEPS if mine and str(k) in mine[0]]
+        means = [mean(rates[str(k)] for rates in mine) for k in taken]
+        (line,) = axis.plot(taken, means, "o-", color=f"C{i}", label=f"{arm} ({len(mine)})")
+        for rates in mine:
+            axis.plot(taken, [rates[str(k)] for k in taken], ".", color=line.get_color(), alpha=0.4)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(STEPS, map(str, STEPS))
+    axis.set(xlabel="parallel steps", ylabel="held-out puzzles solved", ylim=(0, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small", title="arm (seeds)", framealpha=0.5)
+    figure.savefig(STORED.with_suffix(".png"), dpi=110)
+    plt.close(figure)
+
+
 def puzzles() -> list[str]:
     return [problem.fields["puzzle"] for problem in map(base.eval_task.__getitem__, range(len(base.eval_task)))]
 
@@ -217,6 +242,7 @@ def main() -> None:
     runs = {(run["arm"], run["seed"]): run for run in found}
     for rows in (arm_rows(runs, ceilings), claim_rows(runs, ceilings), diversity_rows(runs)):
         print(markdown(rows))
+    picture(runs, ceilings)
     write_json(STORED, {"ceiling": {str(steps): rate for steps, rate in ceilings.items()}, "runs": found})
 
 

@@ -1,5 +1,6 @@
-"""The main job's task and the ceiling of supervision on it, worked by hand; and the study's stored runs."""
+"""The main job's task and what exact probabilities reach on it, worked by hand; and the study's stored runs."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,7 @@ from dllm_rl.tasks.sudoku.solver import SPLITS, completions
 from dllm_rl.training.warmup import supervised_loss
 from recipes import sudoku_tiny
 from recipes.perfect import ceiling
-from recipes.studies import few_clues
+from recipes.studies import few_clues, paired
 from recipes.sudoku_tiny import any_grids, recipe, taught
 
 # Two digits swap in two rows and two columns: two completions, which differ in all of the four blank cells.
@@ -74,3 +75,29 @@ def test_the_main_job_is_paid_by_the_rules_alone():
     assert not recipe.task.unique and recipe.task.clues == (1, 3) and recipe.task[0].solution is None
     assert recipe.warmup_steps == 0 and recipe.rollout_quantization is not None
     assert recipe.sampler.keywords["num_steps"] == 2
+
+
+STORED = json.loads(few_clues.STORED.read_text())
+RUNS = {(run["arm"], run["seed"]): run for run in STORED["runs"]}
+CEILINGS = {int(steps): rate for steps, rate in STORED["ceiling"].items()}
+
+
+def page(name):
+    return (few_clues.STORED.parents[2] / name).read_text()
+
+
+def test_the_documents_tables_are_those_of_the_stored_runs():
+    told = page("recipes/studies/few_clues.md")
+    arms = few_clues.arm_rows(RUNS, CEILINGS)
+    for rows in (arms, few_clues.claim_rows(RUNS, CEILINGS), few_clues.diversity_rows(RUNS)):
+        assert paired.markdown(rows) in told
+    assert paired.markdown(arms) in page("recipes/README.md")
+    two = {row["arm"]: row["2"] for row in arms}
+    assert f"solves {two[few_clues.RL]} (ten seeds)" in " ".join(page("README.md").split())
+    assert f"solves {two[few_clues.RL]}." in " ".join(page("docs/concepts.md").split())
+    assert f"{CEILINGS[2]:.3f} of the 400 held-out puzzles" in " ".join(page("README.md").split())
+    assert len(few_clues.of(RUNS, few_clues.RL, 2)) == 10
+
+
+def test_the_stored_ceiling_is_that_of_the_test_puzzles():
+    assert few_clues.ceiling(few_clues.puzzles(), 2) == pytest.approx(CEILINGS[2], abs=1e-9)
