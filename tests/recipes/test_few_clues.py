@@ -93,9 +93,12 @@ def test_the_documents_tables_are_those_of_the_stored_runs():
         assert paired.markdown(rows) in told
     assert paired.markdown(arms) in page("recipes/README.md")
     two = {row["arm"]: row["2"] for row in arms}
-    assert f"solves {two[few_clues.RL]} (ten seeds)" in " ".join(page("README.md").split())
+    assert f"(ten seeds) | **{two[few_clues.RL]}** |" in page("README.md")
+    assert f"on random answers (three seeds) | {two['supervision']} |" in page("README.md")
+    solver = two["a solver's answers"]
+    assert f"(one seed) | {solver} |" in page("README.md")
     assert f"solves {two[few_clues.RL]}." in " ".join(page("docs/concepts.md").split())
-    assert f"{CEILINGS[2]:.3f} of the 400 held-out puzzles" in " ".join(page("README.md").split())
+    assert f"can teach | {CEILINGS[2]:.3f} |" in page("README.md")
     assert len(few_clues.of(RUNS, few_clues.RL, 2)) == 10
 
 
