@@ -316,6 +316,8 @@ def _fits(content: Any, own: list[dict[str, Any]]) -> bool:
 def _is_state_of(index: Any, held: Any, count: int) -> bool:
     if type(index) is not int or not 0 <= index < count or not isinstance(held, dict):
         return False
+    if any(value.layout != torch.strided for value in held.values() if isinstance(value, Tensor)):  # sparse
+        return False
     return isinstance(held.get("step", 0), int | float | Tensor)  # torch converts it to a number
 
 

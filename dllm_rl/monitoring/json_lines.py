@@ -61,8 +61,8 @@ def warmup_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def known(row: dict[str, Any]) -> dict[str, float]:
-    """A row's numbers; NaN and infinity are null in the file."""
-    return {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+    """A row's numbers; NaN and infinity are null in the file. An integer that is no float is no number of a run."""
+    return {name: float(value) for name, value in row.items() if isinstance(value, int | float) and abs(value) < 1e300}
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:

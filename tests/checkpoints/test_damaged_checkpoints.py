@@ -251,6 +251,7 @@ NOT_OPTIMIZERS = [
     lambda held: changed_moment(held, exp_avg=torch.zeros(3)),
     lambda held: changed_moment(held, exp_avg_sq="0"),
     lambda held: changed_moment(held, step=None),
+    lambda held: changed_moment(held, exp_avg=held["state"][0]["exp_avg"].to_sparse()),
     lambda held: held | {"state": {i: {"step": m["step"]} for i, m in held["state"].items()}},
 ]
 

@@ -80,3 +80,7 @@ def test_a_fifo_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "summary.json")
     with pytest.raises(ValueError, match=r"summary\.json is no regular file"):
         plot(tmp_path)
+
+
+def test_an_integer_beyond_all_floats_is_no_number():
+    assert known({"reward": 10**400, "step": 3}) == {"step": 3.0}
