@@ -273,7 +273,7 @@ def step(smoke: bool, device: str) -> list[Row]:
 
 
 def planned(smoke: bool, device: str) -> list[Row]:
-    """Two steps of sudoku_unique's recipe on a wider model, 256 rows of 33 tokens: the second finds all that is held."""
+    """Two steps of sudoku_unique's recipe on a wider model, 256 rows of 33 tokens: the second finds all held."""
     letters = "1234.=" + "".join(chr(0x4E00 + i) for i in range(100 if smoke else 8_000))
     sizes = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128} if smoke else WIDE
     adapters = partial(Lora, r=16, dropout=0.05)
