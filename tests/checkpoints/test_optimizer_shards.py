@@ -124,14 +124,13 @@ def no_tensor(tensors, rows):
         (lambda *_: {"rows": "[]", "plain": "{}"}, "its header does not say which rows it holds"),
         (lambda *_: {"plain": "{}"}, "is damaged"),
         (lambda *_: {"rows": "{}", "plain": '{"step of a": "1"}'}, "its header does not say which rows it holds"),
-        (set_tensor(lambda x: x * float("nan")), "FINITE"),
+        (set_tensor(lambda x: x * float("nan")), "is not finite; resume from an earlier checkpoint"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(tmp_path, trained, change, said):
     cut(tmp_path, *trained)
     changed(tmp_path, 2, change)
-    error, said = (FloatingPointError, "is not finite") if said == "FINITE" else (ValueError, said)
-    with pytest.raises(error, match=said) as caught:
+    with pytest.raises(ValueError, match=said) as caught:
         load(tmp_path)
     assert str(caught.value).startswith(str(tmp_path))
 

@@ -124,7 +124,7 @@ def test_a_resume_with_another_recipe(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=1))
     with pytest.raises(ValueError, match=r"learning_rate=0\.1 differs from the checkpoint's"):
         train(tiny_recipe(tmp_path, learning_rate=0.1, resume_from_checkpoint="latest"))
-    with pytest.raises(ValueError, match=r"corrector=.*truncated_weights.* differs from the checkpoint's"):
+    with pytest.raises(ValueError, match=r"corrector=.*tis\(cap=2\.0.* differs from the checkpoint's"):
         train(tiny_recipe(tmp_path, corrector=tis(), resume_from_checkpoint="latest"))
 
 

@@ -277,11 +277,11 @@ def test_events_are_carried_with_the_record():
         both = Rollout.joined([first, second], pad_id=policy.pad_id)
         assert both.events.step.shape[-1] == many.events.step.shape[-1]
         parts = torch.cat([scored(first).sum(-1), scored(second).sum(-1)])
-        torch.testing.assert_close(scored(both).sum(-1), parts, atol=1e-5, rtol=0)
+        torch.testing.assert_close(scored(both).sum(-1), parts, atol=5e-5, rtol=0)  # sums of about 40 nats
         rows = torch.tensor([2, 3, 0, 1, 4, 5])
         swapped = first.replaced(rows[:4], second.rows(torch.arange(4)), pad_id=policy.pad_id)
         expected = scored(first).sum(-1).index_copy(0, rows[:4], scored(second).sum(-1)[:4])
-        torch.testing.assert_close(scored(swapped).sum(-1), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(scored(swapped).sum(-1), expected, atol=5e-5, rtol=0)
 
 
 def test_what_has_no_law_is_refused_before_any_forward():

@@ -160,12 +160,12 @@ def test_weights_without_a_copy_on_the_host_are_refused(tmp_path):
 
 def test_a_step_replaces_the_state_as_a_whole():
     nothing = lambda *_: 0  # noqa: E731
-    recipe = SimpleNamespace(save_steps=10, num_steps=10)
+    recipe = SimpleNamespace(save_steps=10, num_steps=10, directory="runs/x")
     run = object.__new__(Run)
     before = TrainingState(step=3, version=6, dtype="float32", eval_before={"reward": 0.5}, recipe={})
     run.__dict__.update(
         recipe=recipe,
-        accelerator=None,
+        accelerator=SimpleNamespace(is_main_process=False),
         state=before,
         policy=SimpleNamespace(version=8),
         log=SimpleNamespace(entered="sync"),
