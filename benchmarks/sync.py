@@ -15,6 +15,7 @@ from benchmarks.measure import machine, seconds_and_peak, table, write_json
 from benchmarks.presets import PRESETS, make
 from dllm_rl.config import CHOICES
 from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers.rules import max_prob
@@ -41,7 +42,7 @@ def arm(scheme: str, preset: str, device: str, dtype: str, repeats: int) -> dict
         length = shape.completion_length
         unmask(rollout_policy, prompts, generator, max_new_tokens=length, num_steps=2, temperature=1.0, rank=max_prob)
         trajectory().scores(policy, rollout, noise)
-        for view, weight in zip(trajectory().views(noise), noise.weight, strict=True):
+        for view, weight in zip(each_view(noise), noise.weight, strict=True):
             view.backward(policy, rollout, weight / weight.sum())
         optimizer.step()
         optimizer.zero_grad()
