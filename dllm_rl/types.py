@@ -88,9 +88,13 @@ class Columns(_Movable):
             if isinstance(value, Columns):
                 wider[each.name] = value.with_slots(sizes)
             elif isinstance(value, Tensor) and value.dim() == 3:
-                missing = next(sizes) - value.shape[2]
-                wider[each.name] = F.pad(value, (0, missing), value=self.FILL.get(each.name, 0))
+                wider[each.name] = self._filled_up(each.name, next(sizes))
         return dataclasses.replace(self, **wider)
+
+    def _filled_up(self, name: str, size: int) -> Tensor:
+        """A tensor (B, T, C) with its last axis filled up to `size`."""
+        value = getattr(self, name)
+        return F.pad(value, (0, size - value.shape[2]), value=self.FILL.get(name, 0))
 
     @staticmethod
     def united(records: "Sequence[Laid]", unite: Callable[[list[Tensor]], Tensor]) -> "Laid":
@@ -108,8 +112,7 @@ class Columns(_Movable):
             else:
                 if values[0].dim() == 3:
                     size = max(value.shape[2] for value in values)
-                    fill = records[0].FILL.get(each.name, 0)
-                    values = [F.pad(value, (0, size - value.shape[2]), value=fill) for value in values]
+                    values = [record._filled_up(each.name, size) for record in records]
                 changed[each.name] = unite(values)
         return dataclasses.replace(records[0], **changed)
 

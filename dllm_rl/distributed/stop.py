@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.files import remove, unlock
-from dllm_rl.screen import ended_by_launcher as ended_by_launcher
 from dllm_rl.screen import interactive
 
 ALARM: Any = getattr(signal, "SIGALRM", None)  # Windows lacks it, and some of those below

@@ -13,12 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import Policy
+from dllm_rl.models.checkpoint.trial import COMPUTING
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Prompts, Rollout
-
-# What a template raises, which computes with the messages as Python does.
-_OF_TEMPLATES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def encode(
@@ -121,7 +119,7 @@ class _Chat:
             turns.append(turn | {"content": self.hide(turn["content"])} if text else turn)
         try:
             return str(self.policy.tokenizer.apply_chat_template(turns, add_generation_prompt=answered, tokenize=False))
-        except _OF_TEMPLATES as error:
+        except (TemplateError, *COMPUTING) as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise ValueError(f"chat_template does not write these messages: {why}; give plain text instead") from error
 

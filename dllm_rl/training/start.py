@@ -14,7 +14,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed.collectives import from_main, make_accelerator
 from dllm_rl.distributed.peers import Peers
-from dllm_rl.distributed.stop import Stop, ended_by_launcher, how_to_continue, with_the_run
+from dllm_rl.distributed.stop import Stop, how_to_continue, with_the_run
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
@@ -108,7 +108,6 @@ def restore(
 
 def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
     """The processes, the stop on a signal, the watch over processes (or None). Raises ValueError if they do not fit."""
-    ended_by_launcher()
     check_trackers(recipe)
     directory = str(Path(recipe.directory) / "tensorboard")
     accelerator = make_accelerator(timeout=recipe.collective_timeout, log_with=recipe.trackers, directory=directory)

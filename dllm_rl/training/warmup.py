@@ -114,9 +114,8 @@ def supervised_loss(
         masked[:, here] = (uniforms < levels[:, None]).to(policy.device)
         masked &= batch.completion_mask
         weight *= torch.where(masked, 1 / levels[:, None].to(policy.device), float(corruption > 0))
-    view = View(
-        masked, weight != 0, canvas=lambda rollout: (seen, rollout.tokens)
-    )  # may see other tokens than it scores
+    # The view sees the corrupted tokens, and scores the solution's.
+    view = View(masked, weight != 0, canvas=lambda rollout: (seen, rollout.tokens))
     logps = view.logprobs(policy, batch)
     return -(logps * weight).sum() / batch.completion_mask.sum()
 

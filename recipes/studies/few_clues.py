@@ -1,7 +1,8 @@
 """What does RL reach that supervision cannot, where many answers are right? Claims and findings: few_clues.md.
 
 Every arm trains a model of its seed, which then fills the 400 test puzzles greedily in 1, 2, 4, 8 and 16 parallel
-steps. "The ceiling" is what `recipes.perfect` reaches in as many steps. Runs are kept below --output_dir.
+steps. "The ceiling" is what `recipes.perfect` reaches in as many steps. Runs are kept below --output_dir, and all of
+them in few_clues.json, which later runs add to.
 
     python -m recipes.studies.few_clues              run what is missing, one after another, then print the tables
     python -m recipes.studies.few_clues --report     run nothing
@@ -97,7 +98,7 @@ def run_one(arm: str, seed: int, root: Path) -> dict[str, Any]:
     folder = root / "runs" / f"{arm.replace(' ', '-')}_{seed}"
     quiet = {"report_to": None, "eval_steps": 0, "save_steps": 10**6, "log_completions_steps": 0}
     recipe = replace(recipe, seed=seed, output_dir=str(folder), overwrite_output_dir=True, **quiet)
-    from dllm_rl.training.loop import train
+    from dllm_rl.training.trainer import train
 
     began = time.process_time()
     summary = train(recipe)
@@ -230,20 +231,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = options.output_dir / "results"
-    for seed in options.seeds:
-        for arm in options.arms:
-            path = results / f"{arm.replace(' ', '-')}_{seed}.json"
-            if not options.report and not path.exists():
-                kept = run_one(arm, seed, options.output_dir)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, kept)
-    found = [read_json(path) for path in sorted(results.glob("*.json"))]
-    ceilings = {steps: ceiling(puzzles(), steps) for steps in STEPS}
+    results.mkdir(parents=True, exist_ok=True)
+    found = [*read_json(STORED)["runs"], *map(read_json, sorted(results.glob("*.json")))]
     runs = {(run["arm"], run["seed"]): run for run in found}
+    missing = [(arm, seed) for seed in options.seeds for arm in options.arms if (arm, seed) not in runs]
+    for arm, seed in missing if not options.report else ():
+        runs[arm, seed] = run_one(arm, seed, options.output_dir)
+        write_json(results / f"{arm.replace(' ', '-')}_{seed}.json", runs[arm, seed])
+    ceilings = {steps: ceiling(puzzles(), steps) for steps in STEPS}
     for rows in (arm_rows(runs, ceilings), claim_rows(runs, ceilings), diversity_rows(runs)):
         print(markdown(rows))
     picture(runs, ceilings)
-    write_json(STORED, {"ceiling": {str(steps): rate for steps, rate in ceilings.items()}, "runs": found})
+    write_json(STORED, {"ceiling": {str(steps): rate for steps, rate in ceilings.items()}, "runs": list(runs.values())})
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_an_overdue_stop_waits_where_the_weights_are_of_no_step(monkeypatch):
 
 
 def test_before_the_first_stage_of_a_step_a_run_is_between_two_steps(tmp_path):
-    """Else a fault there would count as one of the stage before, and nothing would be saved."""
+    """Else the word of another process that this one is lost would name the stage before."""
     log = SimpleNamespace(entered="evaluation")
     stop = SimpleNamespace(last_words="over", agreed=lambda accelerator: 0)
     run = object.__new__(Run)

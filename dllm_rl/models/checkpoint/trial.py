@@ -5,7 +5,6 @@ tokens; "limits": {"seconds" of processor time after the imports, "memory": byte
 with 0, or with 1 and the reason as the last line of standard error, or by a limit's signal."""
 
 import json
-import resource
 import string
 import sys
 import time
@@ -18,6 +17,8 @@ MOST = 100_000  # characters tried in all
 GROWTH = 100  # tokens for a character, or characters of the decoded text for one of the tokens' own
 RENDERED = 100_000  # characters that a template may make of a few words
 USER = {"role": "user", "content": "1+1="}
+# What a template raises, beside jinja2's errors, as it computes with the messages as Python does.
+COMPUTING = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 CHATS = [[USER], [{"role": "system", "content": "Add."}, USER, {"role": "assistant", "content": "2"}, USER]]
 
 
@@ -43,6 +44,8 @@ def main() -> None:
 
 def limit(seconds: int, memory: int) -> None:
     """From here on the kernel ends the process after so many seconds of processor time, and gives it no more memory."""
+    import resource  # here: Windows lacks it, and imports COMPUTING
+
     until = int(time.process_time()) + 1 + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (until, until))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -80,7 +83,9 @@ def use_tokenizer(tokenizer: Any, texts: list[str]) -> None:
             raise OverflowError(f"the normalizer makes the {len(text)} characters {text[:40]!r} {GROWTH} times as long")
         try:
             ids = tokenizer.encode(text, add_special_tokens=False).ids
-        except Exception:  # the library's only kind: a character that the vocabulary lacks
+        except Exception as error:
+            if type(error) is not Exception:  # the bare class is tokenizers' own: a character that the vocabulary lacks
+                raise
             continue
         if len(ids) > GROWTH * len(text):
             raise OverflowError(f"{len(ids)} tokens for the {len(text)} characters {text[:40]!r}")
@@ -99,14 +104,14 @@ def decode(tokenizer: Any, ids: list[int]) -> None:
 
 def use_template(render: Any, **options: Any) -> None:
     """Render CHATS. Raises OverflowError on a long text, MemoryError, or jinja2's SecurityError."""
-    from jinja2.exceptions import SecurityError
+    from jinja2.exceptions import SecurityError, TemplateError
 
     for chat in CHATS:
         try:
             (text,), _ = render([chat], **options)
-        except (SecurityError, MemoryError):
+        except SecurityError:  # a kind of TemplateError
             raise
-        except Exception:  # of any kind: the template may be made for other messages, and then refuses these
+        except (TemplateError, *COMPUTING):  # the template may be made for other messages, and then refuses these
             continue
         if len(text) > RENDERED:
             raise OverflowError(f"{len(text)} characters for a conversation of {len(chat)} messages")
