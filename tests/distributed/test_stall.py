@@ -11,30 +11,31 @@ from dllm_rl.distributed.stall import Motion
 
 def turns_while(main, *, looks=4):
     """How often in a row no motion was seen, and the last place, of `looks` looks while the main thread runs `main`."""
-    seen, found, entered, over = Motion(), [], threading.Event(), threading.Event()
+    seen, found, entered, over, ended = Motion(), [], threading.Event(), threading.Event(), []
 
     def watch():
         entered.wait()
         for _ in range(looks):
             found.append(seen.asked())
             time.sleep(0.2)  # longer than what the looks themselves take of the processor
+        ended.append(True)
         over.set()
 
     thread = threading.Thread(target=watch)
     thread.start()
-    main(entered, over)
+    main(entered, over, ended)
     thread.join()
     return seen.turns, found[-1]
 
 
-def asleep(entered, over):
+def asleep(entered, over, ended):
     entered.set()
     over.wait()
 
 
-def busy(entered, over):
+def busy(entered, over, ended):
     entered.set()
-    while not over.is_set():
+    while not ended:  # an event would be asked in threading.py, where a look may then find the thread
         sum(range(1000))
 
 
