@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
+from markdown.extensions.toc import slugify
 from readme import example
 
 import dllm_rl
@@ -69,6 +70,32 @@ def test_links_lead_to_where_files_lie_in_the_site():
     outside = hooks.linked(sorted(DOCS.rglob("*.md")))
     assert root / "README.md" in outside and root / "recipes" / "sudoku_tiny.png" in outside
     assert not [path for path in outside if path.is_relative_to(DOCS)] and len(outside) == len(set(outside))
+
+
+def prose(page):
+    """A page without its blocks of code: what looks like a heading or a link there is none."""
+    return re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def headings(page):
+    """The anchors of a page's headings, as the site and GitHub name them."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {slugify(re.sub(r"[`*]|\]\([^)]*\)", "", title), "-") for title in titles}
+
+
+def test_every_link_leads_to_a_file_and_a_heading():
+    root = DOCS.parent
+    written = [root / "README.md", root / "CHANGELOG.md"]
+    written += [page for folder in ("docs", "recipes", "benchmarks") for page in (root / folder).rglob("*.md")]
+    broken = []
+    for page in written:
+        text = re.sub(r"`[^`\n]+`(?!\])", "", prose(page))
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            if not target.exists() or (anchor and target.suffix == ".md" and anchor not in headings(target)):
+                broken.append(f"{page.relative_to(root)}: {link}")
+    assert not broken
 
 
 def test_the_quickstart_runs(tmp_path, monkeypatch):
