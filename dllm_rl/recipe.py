@@ -7,6 +7,8 @@ from numbers import Integral, Real
 from types import NoneType
 from typing import Any, Literal, cast, get_args, get_origin
 
+from torch import Generator
+
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.algorithms.correctors import Corrector, no_weights, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, ppo_clip, surrogate_inputs, token
@@ -17,7 +19,9 @@ from dllm_rl.members import describe, described, flattened, plain
 from dllm_rl.models.base import Policy
 from dllm_rl.models.engine import RolloutEngine
 from dllm_rl.models.lora import Lora, check_mergeable
+from dllm_rl.models.support import with_support
 from dllm_rl.tasks.base import Task
+from dllm_rl.types import Prompts, Rollout
 
 
 def _(help: str, default: Any = MISSING, **bound: int) -> Any:
@@ -326,6 +330,10 @@ class Recipe(Settings):
     def surrogate(self) -> Callable:
         """The objective in effect: the recipe's, else the corrector's, else PPO's clipped ratio."""
         return self.loss or self.corrector.surrogate or ppo_clip
+
+    def sample(self, policy: Policy, prompts: Prompts, generator: Generator) -> Rollout:
+        """Completions of the prompts by the recipe's sampler, as they are to be scored where top_k or top_p filter."""
+        return with_support(self.sampler(policy, prompts, generator), self.sampling_support)
 
     @property
     def policy_loss(self) -> Callable:

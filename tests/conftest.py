@@ -14,6 +14,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption("threads") > 1:  # threads that wait leave the cores to those that compute; workers inherit it
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     torch.set_num_threads(config.getoption("threads"))
     if config.getoption("other_cpu"):
         from other_cpu import OtherCPU

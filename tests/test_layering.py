@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "config": "bounds screen algorithms members models likelihoods quantization samplers",
     "diagnostics": "files screen types algorithms models likelihoods quantization samplers",
     "evaluation": "files rng screen tasks types members distributed models likelihoods quantization samplers",
-    "recipe": "bounds tasks algorithms members models likelihoods",
+    "recipe": "bounds tasks types algorithms members models likelihoods",
     "testing": "types algorithms models likelihoods quantization",
     # floor 5
     "checkpoints": "files manifest members distributed models recipe",

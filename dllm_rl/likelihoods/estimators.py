@@ -17,6 +17,7 @@ from torch import Tensor
 from dllm_rl.bounds import Bound, bounded
 from dllm_rl.likelihoods import masks
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, weighted_sum
+from dllm_rl.likelihoods.events import with_events
 from dllm_rl.likelihoods.order import with_order
 from dllm_rl.likelihoods.packed import draw_rounds
 from dllm_rl.likelihoods.trajectory import draw_some_segments, draw_trajectory
@@ -188,10 +189,13 @@ def trajectory(
         if block_size is not None:
             raise ValueError(f"num_sampled={num_sampled} draws steps, and block_size={block_size} packs them: drop one")
         some = partial(draw_some_segments, num_segments=num_segments, num_sampled=num_sampled)
-        return LikelihoodEstimator("trajectory", some)
-    draw = partial(draw_trajectory, num_segments=num_segments)
+        draw = partial(with_events, draw=some, num_segments=num_segments, num_sampled=num_sampled)
+        return LikelihoodEstimator("trajectory", draw)
     if block_size is not None:
         draw = partial(draw_rounds, num_segments=num_segments, block_size=block_size)
+    else:
+        plain = partial(draw_trajectory, num_segments=num_segments)
+        draw = partial(with_events, draw=plain, num_segments=num_segments)
     if order == "law" and num_segments is None:  # a merged segment is no step of the sampler
         draw = partial(with_order, draw=draw)
     exact = num_segments is None  # one view per step

@@ -1,15 +1,16 @@
 """Rollouts of a rule that rewrites (`remask`, `soft_edit`): their views see the canvas as it was before a step of each
 position, and score what that step wrote."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Generator, Tensor
 
+from dllm_rl.likelihoods.trajectory import every_segment, some_of
 from dllm_rl.types import Events, Rollout, ViewPart, Views
 
 
@@ -44,21 +45,38 @@ class Replayed(ViewPart):
         return sum(rollout.events.logprobs.unbind(-1), torch.zeros_like(logprobs))
 
 
-def last_step(rollout: Rollout) -> Int[Tensor, "B T"]:
-    """The last step in which something happened to each position; -1 off the completion."""
+def with_events(
+    rollout: Rollout,
+    generator: Generator,
+    *,
+    draw: Callable[[Rollout, Generator], Views],
+    num_segments: int | None,
+    num_sampled: int | None = None,
+) -> Views:
+    """The views of `draw` (`likelihoods.trajectory`); of a rollout that rewrites, one for each step, or for num_sampled
+    of them. Raises ValueError where `num_segments` would merge steps."""
+    if rollout.events is None:
+        return draw(rollout, generator)
+    check_merges(rollout, num_segments)
+    last, _ = last_and_first_step(rollout)
+    if num_sampled is None:
+        return replayed(rollout, every_segment(last).expand(-1, *last.shape))
+    index, weight = some_of(last, rollout, generator, num_sampled)
+    views = replayed(rollout, index.expand(-1, *last.shape))
+    return replace(views, weight=views.weight * weight)
+
+
+def last_and_first_step(rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """The last and the first step in which something happened to each position; -1 off the completion."""
     step = rollout.unmask_step
-    return step if rollout.events is None else rollout.events.step.amax(-1).to(step)
+    if rollout.events is None:
+        return step, step
+    return rollout.events.step.amax(-1).to(step), rollout.events.step[..., 0].to(step)
 
 
-def first_step(rollout: Rollout) -> Int[Tensor, "B T"]:
-    """The first step in which something happened to each position; -1 off the completion."""
-    step = rollout.unmask_step
-    return step if rollout.events is None else rollout.events.step[..., 0].to(step)
-
-
-def check_merges(rollout: Rollout, num_segments: int) -> None:
+def check_merges(rollout: Rollout, num_segments: int | None) -> None:
     """Raise ValueError where steps are merged, and a position may be written in several of them."""
-    if rollout.events is not None:
+    if num_segments is not None and rollout.events is not None:
         raise ValueError(
             f"num_segments={num_segments} merges steps, and this rollout's commit rule may write a position in several "
             "of them (remask, soft_edit): leave num_segments at None; num_sampled scores some of the steps"

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.likelihoods import events
-from dllm_rl.likelihoods.trajectory import views_of_segments
+from dllm_rl.likelihoods.trajectory import every_segment, views_of_segments
 from dllm_rl.models.base import Policy, block_causal_mask, block_ranks, position_ids
 from dllm_rl.types import Rollout, ViewPart, Views
 
@@ -25,18 +25,22 @@ def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | N
     """`draw_trajectory` in every block at once: view r hides what was committed r or more steps after the block's first
     step, and scores step r. Blocks count from the row's first token."""
     completion = rollout.completion_mask
-    step = events.last_step(rollout)
-    begun = events.first_step(rollout)
+    step, begun = events.last_and_first_step(rollout)
     block = position_ids(rollout.attention_mask) // block_size
     far = torch.iinfo(step.dtype).max  # positions off the completion are no block's first step
     blank = step.new_full((len(step), int(block.max()) + 1), far)
     first = blank.scatter_reduce(1, block, torch.where(completion, begun, far), "amin").gather(1, block)
     segment = step - first
+    events.check_merges(rollout, num_segments)
     if num_segments is not None:
-        events.check_merges(rollout, num_segments)
         last = (-blank).scatter_reduce(1, block, torch.where(completion, step, -far), "amax").gather(1, block)
         segment = segment * num_segments // (last - first + 1).clamp(min=1)
-    views = views_of_segments(rollout, torch.where(completion, segment, -1), first=torch.where(completion, first, 0))
+    segment = torch.where(completion, segment, -1)
+    index = every_segment(segment)
+    if rollout.events is None:
+        views = views_of_segments(rollout, segment, index)
+    else:
+        views = events.replayed(rollout, (index + torch.where(completion, first, 0)).expand(-1, *segment.shape))
     return replace(views, parts=(*views.parts, Packed()))
 
 

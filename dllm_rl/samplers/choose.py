@@ -123,7 +123,7 @@ class Choose:
         events = None
         if canvas.events is not None:
             events = packed_events(canvas.events, canvas.masked.shape, by_draws=self.by_draws)
-        return {"order": order, "kept": kept, "events": events, "experts": noted.get("experts")}
+        return {"order": order, "kept": kept, "events": events}
 
     def decide(self, turn: Turn, scores: Float[Tensor, "R L"], drawn: Sequence[Tensor] | None) -> Decision:
         """What the commit rule picks. Raises ValueError where it leaves a block's last step empty."""

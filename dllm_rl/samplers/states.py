@@ -28,8 +28,8 @@ class States:
             seen = canvas.attention_mask[:, bucket.start :]
             self.caches.append(None if cache is None else CachedStates(policy, cache, seen))
 
-    def __call__(self, turn: Turn) -> tuple[Float[Tensor, "K D"], dict[str, Tensor]]:
-        """The states of the turn's K positions, and what a forward notes of each (K, ...). Counts a forward."""
+    def __call__(self, turn: Turn) -> Float[Tensor, "K D"]:
+        """The states of the turn's K positions. What the forward notes goes to `turn.noted`. Counts a forward."""
         # The first state of all is the same for every completion of a prompt: one forward serves the group.
         alike = self.canvas.prompts.group_size if self.canvas.forwards == 0 else 1
         self.canvas.forwards += 1
@@ -39,7 +39,8 @@ class States:
             found = self._run(numbers[0], turn, turn.rows, alike, turn.row, turn.column)
         else:
             found = self._join(numbers, owner, turn, alike)
-        return found[0], dict(zip(("experts",), found[1:], strict=False))
+        turn.noted.update(zip(("experts",), found[1:], strict=False))
+        return found[0]
 
     def _join(self, numbers: list[int], owner: Int[Tensor, " R"], turn: Turn, alike: int) -> list[Tensor]:
         """Run each bucket's rows apart; results are in the order of the turn's positions. `owner` is on the host."""

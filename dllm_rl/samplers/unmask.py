@@ -50,7 +50,7 @@ def unmask(
     top_k           only the k likeliest tokens are sampled; None: all
     top_p           only the smallest set of likeliest tokens with this probability is sampled; None: all
     rank            which positions come first, on untempered fp32 log-probabilities, see `rules`
-    commit          how many positions a step writes, see `rules`; those of `revise` also record events
+    commit          how many positions a step writes, see `rules`
     suppress        token ids that are never sampled; the mask token never is
     cache           see `cache`; None recomputes every position in every step
     approximate_early_exit  full attention only: a row ends with the block of its end token. Masks after the end token
@@ -102,11 +102,9 @@ def _take(choose: Choose, states_of: States, queue: BlockQueue, seeds: Int[Tenso
     canvas = choose.canvas
     if (turn := next_turn(canvas, queue, seeds)) is None:
         return None
-    states, noted = states_of(turn)  # one forward
+    states = states_of(turn)  # one forward
     choice = choose(turn, states)  # ranks the positions, picks some, and draws their tokens
     canvas.take(turn, choice)
-    for name, values in noted.items():
-        canvas.note(name, *turn.where(choice.picked), values[choice.picked])
     return queue.record((turn.rows, turn.blocks), choice.decision.committed, choice.decision.held)
 
 

@@ -23,7 +23,6 @@ from dllm_rl.distributed.collectives import (
     waited,
 )
 from dllm_rl.models.base import Policy
-from dllm_rl.models.support import with_support
 from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
@@ -141,9 +140,8 @@ def sample_and_grade(
     with stage("rollout"), arithmetic(recipe, accelerator):
         prompts = encode(rollout_policy, problems, group_size=group, seeds=seeds.flatten().tolist())
         batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)  # rows have seeds: the split is not seen
-        pieces = [recipe.sampler(rollout_policy, batch, generator_for(*key)) for batch in batches]
+        pieces = [recipe.sample(rollout_policy, batch, generator_for(*key)) for batch in batches]
         rollout = pieces[0] if len(pieces) == 1 else Rollout.joined(pieces, pad_id=rollout_policy.pad_id)
-        rollout = with_support(rollout, recipe.sampling_support)
     with stage("reward"):
         chosen = chosen_ids(rollout)
         completions = graded_texts(rollout_policy, rollout, problems, chosen)
