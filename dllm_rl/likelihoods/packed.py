@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from dllm_rl.likelihoods import events
 from dllm_rl.likelihoods.trajectory import every_segment, views_of_segments
+from dllm_rl.likelihoods.views import Plan
 from dllm_rl.models.base import Policy, block_causal_mask, block_ranks, position_ids
 from dllm_rl.types import Rollout, ViewPart, Views
 
@@ -18,7 +19,7 @@ class Packed(ViewPart):
     """Views whose forward is `packed_hidden`."""
 
     def on(self, view: Any, number: int) -> Any:
-        return replace(view, forward=packed_hidden, share=False)
+        return replace(view, forward=packed_forward, share=False)
 
 
 def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | None, block_size: int) -> Views:
@@ -56,6 +57,10 @@ def packed_mask(
     # Padding sees its own clean block, so that no row of the mask is empty, whose softmax is NaN.
     lower = torch.cat([before | (clean & ~real), (noisy & ~before & real)[:, :, start:]], dim=-1)[:, start:]
     return torch.cat([upper, lower], dim=1)[:, None]
+
+
+def packed_forward(policy: Policy, plan: Plan, *inputs: Tensor) -> Tensor:
+    return packed_hidden(policy, *inputs)
 
 
 def packed_hidden(

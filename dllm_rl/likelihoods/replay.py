@@ -5,8 +5,7 @@ from; the learner's router chooses elsewhere. Estimates that score the rollout a
 experts of all tokens in that scoring.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -39,13 +38,15 @@ class Experts(ViewPart):
 
     def on(self, view: Any, number: int) -> Any:
         ids = self.ids[number if len(self.ids) > 1 else 0]
-        return replace(view, around=partial(_replaying, ids=ids, where=self.where[number]), share=False)
+        again = partial(_replaying, forward=view.forward, ids=ids, where=self.where[number])
+        return replace(view, forward=again, share=False)
 
 
-@contextmanager
-def _replaying(policy: Policy, plan: Plan, group_size: int, *, ids: Tensor, where: Tensor) -> Iterator[None]:
+def _replaying(
+    policy: Policy, plan: Plan, *inputs: Tensor, forward: Callable[..., Tensor], ids: Tensor, where: Tensor
+) -> Tensor:
     with Routing(policy.module, of_states(policy, ids[plan.rows]), of_states(policy, where[plan.rows])):
-        yield
+        return forward(policy, plan, *inputs)
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,20 @@ class Watched(ViewPart):
     place: Int[Tensor, "1 B T"]  # of each token in the store's B T
 
     def on(self, view: Any, number: int) -> Any:
-        return replace(view, around=partial(_watching, experts=self.store[0][number], place=self.place[0]))
+        watching = partial(_watching, forward=view.forward, experts=self.store[0][number], place=self.place[0])
+        return replace(view, forward=watching)
 
 
-@contextmanager
-def _watching(policy: Policy, plan: Plan, group_size: int, *, experts: Tensor, place: Tensor) -> Iterator[None]:
+def _watching(
+    policy: Policy, plan: Plan, *inputs: Tensor, forward: Callable[..., Tensor], experts: Tensor, place: Tensor
+) -> Tensor:
     with Routing(policy.module) as routing:
-        yield
+        states = forward(policy, plan, *inputs)
     chosen = of_tokens(policy, routing.experts(len(plan.rows), place.shape[1]))
     if plan.together:
-        chosen = chosen.repeat_interleave(group_size, 0)[plan.live]
+        chosen = chosen.repeat_interleave(len(place) // len(plan.rows), 0)[plan.live]
     experts.flatten(0, 1)[place[plan.live]] = chosen
+    return states
 
 
 def watched(policy: Policy, rollout: Rollout, views: Views) -> Views:

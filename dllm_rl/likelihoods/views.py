@@ -2,12 +2,10 @@
 own backward for a given vector.
 
 The plain view hides masked positions, runs the policy, and scores the rollout's tokens. An optional feature replaces
-one of a view's four functions (`ViewPart.on`): what the model sees, its forward, what stands around that, or how states
-become log-probs.
+one of a view's three functions (`ViewPart.on`): what the model sees, its forward, or how states become log-probs.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -115,17 +113,14 @@ def as_written(rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]
 
 def forward(
     policy: Policy,
+    plan: Plan,
     tokens: Int[Tensor, "R T"],
     attention_mask: Bool[Tensor, "R T"],
     clean: Int[Tensor, "R T"],
     read: Bool[Tensor, "R T"],
 ) -> Float[Tensor, "R T D"]:
-    """The states of a view's tokens; other forwards also use the rollout's own tokens, and what is `read`."""
+    """The states of a view's tokens; other forwards also use the plan, the rollout's own tokens, and what is `read`."""
     return policy.hidden(tokens, attention_mask)
-
-
-def nothing_around(policy: Policy, plan: Plan, group_size: int) -> AbstractContextManager:
-    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,6 @@ class View:
     scored   positions whose log-prob is wanted
     canvas   rollout -> the tokens before masking, and the tokens that are scored
     forward  the states of those tokens; see `forward`
-    around   a context manager around it
     scoring  how states become log-probs
     share    completions of a prompt that look the same to the model share a forward
     """
@@ -145,7 +139,6 @@ class View:
     scored: Bool[Tensor, "B T"]
     canvas: Callable[[Rollout], tuple[Tensor, Tensor]] = as_written
     forward: Callable[..., Tensor] = forward
-    around: Callable[[Policy, Plan, int], AbstractContextManager] = nothing_around
     scoring: Scoring = field(default_factory=TokenScoring)
     share: bool = True
 
@@ -180,9 +173,8 @@ class View:
         if plan is None:
             return None
         rows = plan.rows
-        with self.around(policy, plan, rollout.group_size):
-            read = (self.masked | at)[rows]
-            hidden = self.forward(policy, tokens[rows], rollout.attention_mask[rows], rollout.tokens[rows], read)
+        read = (self.masked | at)[rows]
+        hidden = self.forward(policy, plan, tokens[rows], rollout.attention_mask[rows], rollout.tokens[rows], read)
         if plan.together:
             hidden = repeat(hidden, "p t d -> (p g) t d", g=rollout.group_size)
         states = hidden.flatten(0, 1)[plan.inside]

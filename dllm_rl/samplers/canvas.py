@@ -1,6 +1,6 @@
 """State of the unmasking loop: tokens on the device, counts of masks on the host, and the rows whose turn it is."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from dllm_rl.types import Columns, Prompts, Rollout, SamplingParams
 
 TOKENS = 0  # streams of random numbers: the draw of a token, and the numbers of ranks and commit rules
 TIES = 1
-PARTS = {part.name for part in fields(Rollout) if part.default is None}  # the rollout's optional parts
 
 
 @dataclass
@@ -66,14 +65,14 @@ class Canvas:
             self.events.append((rows, places, steps, tokens, logprobs))
 
     def take(self, turn: "Turn", choice: Any) -> None:
-        """Write what a step chose (a `Choice`), mask again what it reopened, and keep what forward and choice noted."""
+        """Write what a step chose (a `Choice`), mask again what it reopened, and keep what was noted of the turn."""
         if (again := choice.decision.reopened) is not None:
             self.reopen(*turn.where(again), turn.clock[again])
         self.write(*turn.where(choice.picked), turn.clock[choice.picked], choice.tokens, choice.logprobs)
-        for name, (among, values, fill) in choice.notes.items():
+        for name, (among, values, fill) in turn.notes.items():
+            if among is None:  # noted of all K before it was known which are written
+                among, values = choice.picked, values[choice.picked]
             self.note(name, *turn.where(among), values, fill)
-        for name, values in turn.noted.items():
-            self.note(name, *turn.where(choice.picked), values[choice.picked])
 
     def note(self, name: str, rows: Tensor, places: Tensor, values: Shaped[Tensor, "K *C"], fill: int = 0) -> None:
         """Keep what an optional feature records of these places; `fill` stands where nothing is recorded."""
@@ -106,8 +105,7 @@ class Canvas:
 
     def rollout(self, sampling_params: SamplingParams, weights_version: int, **parts: Any) -> Rollout:
         """The current record: the columns of the prompts, then the columns written behind them. `parts` are the
-        rollout's optional ones, of the completion's places; other notes with the name of such a part are that part."""
-        parts = {name: note for name, note in self.noted.items() if name in PARTS} | parts
+        rollout's optional ones, of the completion's places."""
         if self.open is not None:
             tokens = self.tokens.clone()
             attention_mask = self.attention_mask.clone()
@@ -211,7 +209,8 @@ class Turn:
     column: Int[Tensor, " K"]  # its column of the canvas
     seed: Int[Tensor, " K"]  # its row's seed
     clock: Int[Tensor, " K"]  # steps that its row has taken part in
-    noted: dict[str, Shaped[Tensor, "K ..."]] = field(default_factory=dict)  # what the forward notes of each position
+    # What optional features record of the step: which of the K positions (None: each), their values, and a fill.
+    notes: dict[str, tuple[Tensor | None, Tensor, int]] = field(default_factory=dict)
 
     def uniforms(self, stream: int, among: Int[Tensor, " C"] | slice = slice(None)) -> Float[Tensor, " C"]:
         """A number in [0, 1) for each position, or for those `among` the K: of its seed, step and place alone."""

@@ -38,7 +38,6 @@ class Choice:
     picked: Int[Tensor, " C"]  # positions that are written
     tokens: Int[Tensor, " C"]  # of those positions
     logprobs: Float[Tensor, " C"]  # of those tokens, nats
-    notes: dict[str, tuple[Tensor, Tensor, int]]  # what features record: positions, values, fill; see `Canvas.note`
 
 
 class Choose:
@@ -87,14 +86,15 @@ class Choose:
         else:
             drawn = [values[picked] for values in drawn]
         tokens, logprobs, *kept = drawn
-        notes = {name: (picked, values, fill) for values, (name, fill) in zip(kept, KEPT_NOTES, strict=False)}
+        for values, (name, fill) in zip(kept, KEPT_NOTES, strict=False):
+            turn.notes[name] = (picked, values, fill)
         if self.has_order_law:
-            notes |= self.order_notes(turn, states, scores, offered, decision.chosen, picked)
-        return Choice(decision, picked, tokens, logprobs, notes)
+            turn.notes.update(self.order_notes(turn, states, scores, offered, decision.chosen, picked))
+        return Choice(decision, picked, tokens, logprobs)
 
     def order_notes(
         self, turn: Turn, states: Tensor, scores: Tensor, offered: Tensor, chosen: Tensor, picked: Tensor
-    ) -> dict[str, tuple[Tensor, Tensor, int]]:
+    ) -> dict[str, tuple[Tensor | None, Tensor, int]]:
         """The log-probs of the order (`models.order`): of each position left, that its draw ranks behind the row's
         picked ones by `confidence`; with `plackett_luce` of each one picked, that it was drawn, and as which."""
         if self.noisy:

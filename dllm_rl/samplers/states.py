@@ -1,6 +1,8 @@
 """The forward of a sampler: the states of the positions that a step may write. Rows of similar length run together, and
 a cache keeps keys and values between the steps of a block."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -29,7 +31,7 @@ class States:
             self.caches.append(None if cache is None else CachedStates(policy, cache, seen))
 
     def __call__(self, turn: Turn) -> Float[Tensor, "K D"]:
-        """The states of the turn's K positions. What the forward notes goes to `turn.noted`. Counts a forward."""
+        """The states of the turn's K positions. Counts a forward."""
         # The first state of all is the same for every completion of a prompt: one forward serves the group.
         alike = self.canvas.prompts.group_size if self.canvas.forwards == 0 else 1
         self.canvas.forwards += 1
@@ -39,8 +41,13 @@ class States:
             found = self._run(numbers[0], turn, turn.rows, alike, turn.row, turn.column)
         else:
             found = self._join(numbers, owner, turn, alike)
-        turn.noted.update(zip(("experts",), found[1:], strict=False))
+        if len(found) > 1:
+            turn.notes["experts"] = (None, found[1], 0)
         return found[0]
+
+    def parts(self) -> dict[str, Any]:
+        """What forwards noted so far, as parts of a `Rollout`, of the completion's places."""
+        return {"experts": self.canvas.noted.get("experts")}
 
     def _join(self, numbers: list[int], owner: Int[Tensor, " R"], turn: Turn, alike: int) -> list[Tensor]:
         """Run each bucket's rows apart; results are in the order of the turn's positions. `owner` is on the host."""

@@ -82,19 +82,24 @@ def unmask(
     choose = Choose(policy, canvas, sampling_params, rank, commit)
     queue = BlockQueue(canvas.block, num_steps, in_step=cache is not None, masked=canvas.masked)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(policy.device)
+    states = None if compile_step else States(policy, canvas, cache, queue.steps)
     take: Callable[[], Int[Tensor, " C"] | None]
-    if compile_step:
+    if states is None:
         take = WholeSteps(choose, cache, queue, seeds, block_size).take
     else:
-        take = partial(_take, choose, States(policy, canvas, cache, queue.steps), queue, seeds)
+        take = partial(_take, choose, states, queue, seeds)
     rows_end_early = spec.attention == "block_causal" or approximate_early_exit
+
+    def record() -> Rollout:
+        parts = choose.parts() if states is None else choose.parts() | states.parts()
+        return canvas.rollout(sampling_params, policy.version, **parts)
 
     while (complete := take()) is not None:
         if rows_end_early and len(complete):
             queue.drop(canvas.end(complete, spec.eos_ids))
         if watch is not None:
-            watch(canvas.rollout(sampling_params, policy.version, **choose.parts()))
-    return canvas.rollout(sampling_params, policy.version, **choose.parts())
+            watch(record())
+    return record()
 
 
 def _take(choose: Choose, states_of: States, queue: BlockQueue, seeds: Int[Tensor, " B"]) -> Tensor | None:

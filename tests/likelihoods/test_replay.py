@@ -16,7 +16,7 @@ from dllm_rl.diagnostics.routing import routing_counts, routing_metrics
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.replay import as_chosen, as_sampled, check_replay, watched
-from dllm_rl.likelihoods.views import each_view, nothing_around
+from dllm_rl.likelihoods.views import each_view, forward
 from dllm_rl.models.forward import routing
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -166,7 +166,7 @@ def test_an_update_replays_where_the_order_has_a_law(rank):
         return torch.cat([p.grad.flatten() for p in policy.module.parameters() if p.grad is not None])
 
     replayed = gradient(lambda view, vector: view.logprobs(policy, rollout).backward(vector))
-    own = gradient(lambda view, vector: replace(view, around=nothing_around).logprobs(policy, rollout).backward(vector))
+    own = gradient(lambda view, vector: replace(view, forward=forward).logprobs(policy, rollout).backward(vector))
     updated = gradient(lambda view, vector: view.backward(policy, rollout, vector))
     torch.testing.assert_close(updated, replayed, rtol=1e-3, atol=1e-5)
     assert (own - replayed).norm() > 0.1 * replayed.norm()

@@ -50,11 +50,11 @@ def test_drawing_before_ranking_changes_nothing():
 
 def test_the_order_has_a_law_only_where_chance_ranks():
     _, turn, choice = choice_of(rules.confidence)
-    stayed, order, _ = choice.notes["order"]
+    stayed, order, _ = turn.notes["order"]
     assert sorted(choice.picked.tolist() + stayed.tolist()) == list(range(len(turn.row)))
     assert (order <= 0).all() and (order < 0).any()
     for rank, temperature in ((rules.max_prob, 1.0), (rules.confidence, 0.0)):
-        assert "order" not in choice_of(rank, temperature=temperature)[2].notes
+        assert "order" not in choice_of(rank, temperature=temperature)[1].notes
 
 
 def test_the_most_confident_draws_are_written():
