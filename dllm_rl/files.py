@@ -136,6 +136,15 @@ def lock(path: Path) -> None:
     _LOCKS[os.getpid(), path] = file
 
 
+def keep_lock(path: Path) -> None:
+    """Lock the file anew if it was removed or replaced since `lock`, which then locks nothing that others open. Raises
+    BlockingIOError if another process was faster."""
+    file = _LOCKS.get((os.getpid(), path.resolve()))
+    if file is not None and not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+        unlock(path)
+        lock(path)
+
+
 def unlock(path: Path) -> None:
     file = _LOCKS.pop((os.getpid(), path.resolve()), None)
     if file is not None:

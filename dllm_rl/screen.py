@@ -18,7 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.text import Text
 
 PR_SET_PDEATHSIG = 1
-LONGEST = 380  # characters of an error
+LONGEST = 380  # characters of an error, or of a library's message
 NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}  # a table for 80 columns
 
 
@@ -48,9 +48,12 @@ def line_of(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]} ... {text[5 - LONGEST // 2 :]}"
-    return escape_controls(text)
+    return escape_controls(without_middle(text))
+
+
+def without_middle(text: str) -> str:
+    """A text of more than LONGEST characters loses its middle."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[5 - LONGEST // 2 :]}"
 
 
 def literal(text: object, *, style: str = "") -> Text:
@@ -91,21 +94,33 @@ def imports_interruptible() -> Iterator[None]:
 
 
 def ended_by_launcher() -> None:
-    """Have Linux send SIGTERM when torch's or accelerate's launcher dies, so that no process outlives it."""
+    """Have Linux send SIGTERM when torch's or accelerate's launcher dies, so that no process outlives it; end at once
+    if it has died already, as far as that can be told."""
     launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
     if not sys.platform.startswith("linux") or not launched:
         return
     parent = os.getppid()
     words = Path(f"/proc/{parent}/cmdline")
     command = words.read_bytes() if words.exists() else b""
-    # Any other parent, such as a shell, may end before its jobs.
     if not any(word in command for word in (b"accelerate", b"torchrun", b"torch.distributed", b"dllm")):
+        # Any other parent, such as a shell, may end before its jobs. But a recipe may import torch before this line,
+        # and init is then the parent of what a launcher has left. torchrun's variable is its own. accelerate's may be
+        # exported by hand, in a service or a container: there the leader of the process's group lives.
+        if parent == 1 and ("TORCHELASTIC_RUN_ID" in launched or not _lives(os.getpgrp())):
+            os.kill(os.getpid(), signal.SIGTERM)
         return
     import ctypes  # here: no other process needs it
 
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # the launcher died in between
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _lives(process: int) -> bool:
+    """Whether a process runs; 0 is one that a container does not see."""
+    status = Path(f"/proc/{process}/stat")
+    # Behind the name in brackets stands the state; Z has ended, and its parent has not asked yet.
+    return process == 0 or (status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z")
 
 
 def _end_an_import(number: int, frame: FrameType | None) -> None:

@@ -131,6 +131,8 @@ def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], di
             first, total = rows.get(key, (0, None))
             pieces.setdefault(key, []).append(_Piece(file, first, total))
         plain |= more
+    if twice := sorted(pieces.keys() & plain.keys()):
+        raise ValueError(f"{folder}: {twice[0]!r} in the optimiser's state is a tensor and a number; save it again")
     return pieces, plain
 
 
@@ -148,7 +150,13 @@ def _says_numbers(plain: Any) -> bool:
     """Whether `plain` is of numbers or None, and no step is None."""
     if not isinstance(plain, dict):
         return False
-    return all(isinstance(x, int | float) or (x is None and not key.startswith("step of ")) for key, x in plain.items())
+    for key, value in plain.items():
+        if value is None and not key.startswith("step of "):
+            continue
+        # JSON's integers may be beyond all floats; NaN and infinity fail, too.
+        if not isinstance(value, int | float) or not abs(value) < 1e300:
+            return False
+    return True
 
 
 def _files(folder: Path) -> list[Path]:

@@ -24,7 +24,7 @@ FREE = {
     *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),
 }
 
-FILES = ("metrics.jsonl", "completions.jsonl", "summary.json", "training.png")
+FILES = (LOCK, "metrics.jsonl", "completions.jsonl", "summary.json", "training.png", "checkpoints/latest")
 HELD = ("metrics.jsonl", "checkpoints", "summary.json")  # by one of these a run's folder is recognised
 
 
@@ -37,6 +37,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     if the folder is in use, holds another run, or has no whole checkpoint of this recipe."""
     directory = Path(recipe.directory)
     notes: list[str] = []
+    check_files(directory)
     try:
         lock(directory / LOCK)
     except BlockingIOError as error:
@@ -45,7 +46,6 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
         ) from None
     except OSError as error:
         raise OSError(f"output_dir={str(directory)!r} cannot be written ({error.strerror}); give another") from None
-    check_files(directory)
     recover(directory / "reference")  # a kill may have left it between two names
     remove(directory / REHEARSAL)  # a killed run leaves it
     held = [name for name in HELD if (directory / name).exists()]
@@ -77,11 +77,16 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
 
 
 def check_files(directory: Path) -> None:
-    """Raise ValueError on a FIFO, a device or a directory in place of a file of the run: reading it may never end."""
+    """Raise ValueError on a FIFO, a device or a directory in place of a file of the run: reading it may never end; and
+    on a file in place of a folder."""
     for name in FILES:
         path = directory / name
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is no regular file; remove it, or give another output_dir")
+    for name in ("checkpoints", "reference"):
+        path = directory / name
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is no folder; remove it, or give another output_dir")
 
 
 def has_steps(directory: Path) -> bool:

@@ -65,5 +65,7 @@ def _is_of(value: Any, kind: Any) -> bool:
         return any(_is_of(value, each) for each in get_args(kind))
     if get_origin(kind) is dict:
         return isinstance(value, dict) and all(_is_of(each, get_args(kind)[1]) for each in value.values())
-    # Not isinstance: a bool is an int.
-    return kind is Any or type(value) is kind or (kind is float and type(value) is int)
+    # Not isinstance: a bool is an int. JSON's integers may be of any length, and no float holds those.
+    if type(value) is int and kind in (int, float):
+        return abs(value) < 1 << 53
+    return kind is Any or type(value) is kind

@@ -4,13 +4,19 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from typing import NoReturn
 
 from dllm_rl.cli.options import add_model_options, open_policy
-from dllm_rl.screen import imports_interruptible, line_of
+from dllm_rl.screen import escape_controls, imports_interruptible, line_of
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(escape_controls(message))  # it quotes words, and a shell's * may make a file's name one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dllm-rl", description=__doc__.splitlines()[0])
+    parser = Parser(prog="dllm-rl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (add_sample, add_evaluate, add_grade, add_lm_eval, add_doctor, add_verify):
         add(commands)
@@ -76,11 +82,18 @@ def sample(arguments: argparse.Namespace) -> None:
     policy = open_policy(arguments)  # names the checkpoint, too
     show(
         policy,
-        arguments.prompts or [line.rstrip("\n") for line in sys.stdin],
+        arguments.prompts or lines_of_input(),
         as_json=arguments.json,
         checkpoint=arguments.checkpoint,
         **options,
     )
+
+
+def lines_of_input() -> list[str]:
+    try:
+        return [line.rstrip("\n") for line in sys.stdin]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not {error.encoding} at byte {error.start}; convert the prompts") from None
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:

@@ -1,5 +1,7 @@
 """Whether learner and rollout route tokens to the same experts: measured in every quantised run of a mixture."""
 
+import warnings
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -13,7 +15,8 @@ from dllm_rl.types import Rollout, Views
 @torch.no_grad()
 def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views) -> Int[Tensor, "M X"] | None:
     """Counts per mixture, under the first view and one row per prompt: choices that both sides make, all choices, the
-    tokens of each expert in the rollout, and in the learner. None without mixtures, or where an engine hides them."""
+    tokens of each expert in the rollout, and in the learner. None without mixtures, or where an engine hides them; and
+    where a router's choice cannot be read, which a warning says."""
     if not (mixtures(policy.module) and mixtures(rollout_policy.module)):
         return None
     first = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, a group's share of the work
@@ -23,6 +26,9 @@ def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, vie
     for each in (policy, rollout_policy):
         with Routing(each.module) as routing:
             each.hidden(tokens, seen)
+        if why := routing.unread():
+            warnings.warn(f"routing/* is not measured: {why}", stacklevel=1)  # once: of one line Python repeats none
+            return None
         sides.append(routing.experts(len(tokens))[seen])
     ours, theirs = sides
     same = agreement(ours, theirs).sum((0, 2))

@@ -18,6 +18,7 @@ from dllm_rl.quantization.linear import is_packed, unpacked
 from dllm_rl.tasks.base import Problem, parts
 from dllm_rl.tasks.rows import load_rows
 
+COSTS = ("tokens", "forwards", "seconds", "steps")
 Key = tuple[int, int]  # (problem, sample)
 Row = dict[str, Any]
 Rows = dict[Key, Row]
@@ -38,6 +39,7 @@ class Completions:
                 if "steps" not in row["evaluation"]:
                     older = "holds completions without `steps`, of an older version"
                     raise ValueError(f"{path} {older}; give another output_dir")
+                check_types(path, row)
                 for name, value in made_with.items():  # facts that old and new rows share: weights, seed, sampler
                     before = row["evaluation"].get(name)
                     if before != value:
@@ -71,6 +73,16 @@ class Completions:
             if self.accelerator.is_main_process:
                 fold(self.path, answers, protocol)
             self.accelerator.wait_for_everyone()
+
+
+def check_types(path: Path, row: Row) -> None:
+    """Raise ValueError on a stored row whose completion is no text, or whose costs are no numbers."""
+    made = row["evaluation"]
+    odd = [] if isinstance(row.get("completion"), str) else ["completion"]
+    # NaN fails, and what is no float, too: JSON has integers of any length
+    odd += [name for name in COSTS if type(made.get(name)) not in (int, float) or not 0 <= made[name] < 1e30]
+    if odd:
+        raise ValueError(f"{path} is damaged: {odd[0]} is missing, or of another type; give another output_dir")
 
 
 def make_row(problem: Problem, completion: str, evaluation: Mapping[str, Any]) -> Row:
@@ -111,7 +123,7 @@ def read(path: Path) -> Rows:
     for place, row in load_rows(path) if path.exists() else ():
         try:
             rows[int(row["evaluation"]["problem"]), int(row["evaluation"]["sample"])] = row
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):  # the last: JSON has numbers beyond all floats
             raise ValueError(f"{place}: not a stored completion (no evaluation.problem, evaluation.sample)") from None
     return rows
 

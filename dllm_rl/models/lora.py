@@ -319,6 +319,11 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
         )
     linear, experts = _paths(state)
     paths = tuple(sorted(renamed(f"{stem}.weight", policy.spec.names).removesuffix(".weight") for stem in linear))
+    # Before an adapter is made, whose size r alone sets.
+    if (needed := config["r"] * _width(policy.module, paths, experts)) > sum(map(Tensor.numel, state.values())):
+        raise ValueError(
+            f"{directory}: r={config['r']} needs {needed:,} numbers, and fewer are there; give other adapters"
+        )
     settings = {"r": config["r"], "alpha": float(config["lora_alpha"]), "dropout": float(config["lora_dropout"])}
     # peft's files have no seed: it matters for dropout alone, since A and B are overwritten.
     add_lora(policy, Lora(**settings, targets=paths, experts=bool(experts), seed=int(metadata.get("seed", 0))))
@@ -332,6 +337,15 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
         layer.calls = int(metadata.get("dropout_calls", 0))
         if isinstance(layer, LoraExperts):
             layer.load({part: state[f"{PREFIX}{path}{part}"] for part in layer.saved()})
+
+
+def _width(module: nn.Module, linear: Sequence[str], experts: Sequence[str]) -> int:
+    """Numbers that adapters of rank 1 have on these layers, of those that the module has."""
+    layers = dict(module.named_modules())
+    found = [layers[path] for path in linear if isinstance(layers.get(path), nn.Linear)]
+    mixed = [layers[path] for path in experts if path in layers and is_stacked(layers[path])]
+    stacks = [getattr(each, name) for each in mixed for name in STACKS]
+    return sum(x.in_features + x.out_features for x in found) + sum(len(x) * sum(x.shape[1:]) for x in stacks)
 
 
 def _paths(state: dict[str, Tensor]) -> tuple[list[str], list[str]]:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dllm_rl.screen import escape_controls
+from dllm_rl.screen import escape_controls, without_middle
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")  # of the files that libraries open
@@ -24,7 +24,7 @@ MOST_REPEATS = 3  # unbounded, in a row: the time of a search is the text's leng
 LONGEST_PATTERN = 20_000  # characters
 REPEAT = r"(?:[*+]|\{\d*,?\d*\})"
 TRIAL = Path(__file__).with_name("checkpoint") / "trial.py"
-LIMITS = {"seconds": 5, "memory": 2 << 30}  # a published tokenizer of 256,000 tokens takes 2 s and 1 GiB
+LIMITS = {"seconds": 4, "memory": 2 << 30}  # a published tokenizer of 256,000 tokens takes 2 s and 1 GiB
 PATIENCE = 60.0  # seconds by the clock: the other limit is of processor time, which a busy machine gives slowly
 MOST_COUNTED = 1_000_000
 CHOOSES_CODE = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
@@ -118,6 +118,8 @@ def try_out(
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Config, tensors and metadata of saved adapters. Raises ValueError on damage and on impossible numbers."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: the adapters are missing; give the folder of saved ones, or an earlier checkpoint")
     check_regular(folder)
     path = folder / "adapter_model.safetensors"
     try:
@@ -129,14 +131,25 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
         raise ValueError(f"{folder}: the adapters are damaged: {error}") from None
     fields: dict[str, Any] = config if isinstance(config, dict) else {}
     for name, kinds in {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float)}.items():
-        if type(fields.get(name)) not in kinds:  # True is an int for isinstance
-            raise ValueError(f"{folder}: adapter_config.json is damaged: {name}={fields.get(name)!r} is no number")
-    if odd := [name for name, tensor in state.items() if tensor.dtype not in FLOATS]:
+        value: Any = fields.get(name)
+        # True is an int for isinstance. JSON has integers that are no floats; NaN and infinity fail, too.
+        if type(value) not in kinds or not abs(value) < 1e30:
+            raise ValueError(f"{folder}: adapter_config.json is damaged: {name}={value!r} is no number")
+    if not 0 <= fields["lora_dropout"] < 1:
         raise ValueError(
-            f"{folder}: {odd[0]} is of {state[odd[0]].dtype}, which no adapter is; save the adapters again"
+            f"{folder}: lora_dropout={fields['lora_dropout']} is not in [0, 1); correct adapter_config.json"
         )
+    for name, tensor in state.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{folder}: {name} is of {tensor.dtype}, which no adapter is; save the adapters again")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{folder}: {name} holds numbers that are not finite; take earlier adapters")
     if not any(fields["r"] in tensor.shape for tensor in state.values()):
         raise ValueError(f"{folder}: adapter_config.json is damaged: r={fields['r']} is the rank of no tensor")
+    for name, limit in {"seed": 1 << 64, "dropout_calls": 1 << 62}.items():  # a generator's, and below the 63 bits
+        said = metadata.get(name, "0")
+        if not re.fullmatch(r"-?\d{1,20}", said) or not -(1 << 63) <= int(said) < limit:
+            raise ValueError(f"{folder}: {name}={said[:40]!r} of the adapters is out of range; save them again")
     return fields, state, metadata
 
 
@@ -187,10 +200,10 @@ def _without_classes(pattern: str) -> str:
 
 
 def show_messages() -> None:
-    """Escape control characters in transformers' messages, which quote a checkpoint's fields."""
+    """Escape control characters in transformers' messages, which quote a checkpoint's fields, and shorten long ones."""
 
     def escaped(record: logging.LogRecord) -> bool:
-        record.msg = escape_controls(record.getMessage(), keep="\n\t")
+        record.msg = escape_controls(without_middle(record.getMessage()), keep="\n\t")
         record.args = None  # they are in the message already
         return True
 

@@ -45,9 +45,9 @@ def current_rows(path: Path) -> list[dict[str, Any]]:
     """The rows that count: none that a resume repeats, and no torn line."""
     rows: list[dict[str, Any]] = []
     for row in _objects(path):
-        if isinstance(row.get("resume_from"), int):
+        if is_count(row.get("resume_from")):
             rows = [other for other in rows if other["step"] < row["resume_from"]]
-        elif isinstance(row.get("step"), int):
+        elif is_count(row.get("step")):
             rows.append(row)
     return rows
 
@@ -55,14 +55,24 @@ def current_rows(path: Path) -> list[dict[str, Any]]:
 def warmup_rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for row in _objects(path):
-        if isinstance(step := row.get("warmup_step"), int):
+        if is_count(step := row.get("warmup_step")):
             rows = [*rows, row] if step else [row]  # a second step 0 begins the warm-up again
     return rows
 
 
+def is_count(value: Any) -> bool:
+    """Whether a value may be a step's number: JSON's integers may be of any length."""
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def number(value: Any) -> float | None:
+    """A value of a row as a float; None where it is no number, not finite, or an integer that is no float."""
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
+
+
 def known(row: dict[str, Any]) -> dict[str, float]:
-    """A row's numbers; NaN and infinity are null in the file. An integer that is no float is no number of a run."""
-    return {name: float(value) for name, value in row.items() if isinstance(value, int | float) and abs(value) < 1e300}
+    """A row's numbers; NaN and infinity are null in the file."""
+    return {name: found for name, value in row.items() if (found := number(value)) is not None}
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 
 from dllm_rl.device import peak_memory
 from dllm_rl.monitoring.health import PATIENCE
-from dllm_rl.monitoring.json_lines import JsonLines, current_rows, known
+from dllm_rl.monitoring.json_lines import JsonLines, current_rows, known, number
 from dllm_rl.monitoring.progress import View
 from dllm_rl.recipe import Settings
 from dllm_rl.screen import escape_controls
@@ -130,7 +130,7 @@ class RunLog:
     def view(self, description: str, total: int, *, curve: str, completed: int = 0) -> View:
         """The view of a part of the run, to be called once per step; it draws the metric `curve`."""
         rows = current_rows(self.files["metrics"].path) if self.main and completed else []
-        past = [row[curve] for row in rows if row.get(curve) is not None]
+        past = [found for row in rows if (found := number(row.get(curve))) is not None]
         return View(
             self.console, description, total, curve=curve, completed=completed, past=past, stage=lambda: self.entered
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from dllm_rl.files import read_json, replacing
 from dllm_rl.monitoring.health import MILD, STRONG
-from dllm_rl.monitoring.json_lines import current_rows, known, warmup_rows
+from dllm_rl.monitoring.json_lines import current_rows, known, number, warmup_rows
 from dllm_rl.screen import escape_controls
 
 SOLVED = ("solve_rate", "accuracy", "correct")  # the first that a run has is in its headline
@@ -73,7 +73,7 @@ def smoothed(values: Sequence[float], *, width: int) -> list[float]:
 
 def column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
     """A metric at every row; NaN, a gap, where it is absent or null."""
-    return [float(row[name]) if isinstance(row.get(name), int | float) else math.nan for row in rows]
+    return [math.nan if (found := number(row.get(name))) is None else found for row in rows]
 
 
 def curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -> None:
@@ -86,7 +86,7 @@ def curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) ->
 
 
 def held_out(axis: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
-    points = [(row["step"] + 1, row[name]) for row in rows if row.get(name) is not None]
+    points = [(row["step"] + 1, found) for row in rows if (found := number(row.get(name))) is not None]
     if points:
         axis.plot(*zip(*points, strict=True), "o", color=COLOURS[1], label="held out", markersize=4, markeredgewidth=0)
 

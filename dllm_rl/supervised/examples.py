@@ -48,7 +48,7 @@ def read_examples(
     for index in range(len(dataset)):
         try:
             found = example(recipe, policy, dataset[index])
-        except (ValueError, KeyError, TypeError) as error:  # a message without its role, a text that is a number
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # no role, a number as text, no messages
             raise ValueError(f"{field}: row {index}: {error}") from None
         if len(found.tokens) <= most:  # a truncated row would teach to stop in the middle
             kept.append(found)

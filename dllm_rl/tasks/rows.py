@@ -52,25 +52,38 @@ def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     if path.suffix == ".jsonl":
         yield from _json_lines(path)
     elif path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            for row in reader:
-                yield f"{path}, line {reader.line_num}", dict(row)  # a quoted cell may span lines
+        yield from _csv_rows(path)
     else:
         for number, row in enumerate(_table(path), 1):
             yield f"{path}, row {number}", row
 
 
+def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                yield f"{path}, line {reader.line_num}", dict(row)  # a quoted cell may span lines
+        except (csv.Error, UnicodeDecodeError) as error:  # a cell of more than 131,072 characters, a NUL
+            raise ValueError(f"{path}, after line {reader.line_num}: not CSV in UTF-8 ({error}); correct it") from None
+
+
 def _table(path: Path) -> list[Row]:
     if path.suffix == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
+            raise ValueError(f"{path}: not JSON in UTF-8 ({error}); correct it") from None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path} must hold a list of objects")
         return rows
     if path.suffix == ".parquet":
         from pyarrow.parquet import read_table
 
-        return read_table(path).to_pylist()
+        try:
+            return read_table(path).to_pylist()
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}: not Parquet ({' '.join(str(error).split())}); correct it") from None
     raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)}")
 
 

@@ -89,4 +89,5 @@ class Run(Generic[Record]):
     writer: Writer
     progress: Callable[..., None]
     saved: int | None = None  # step of the last save
+    owns_folder: bool = True  # else another run has locked it since
     checkpoint: str = ""  # folder of the last one, which may be the one that the run resumes from

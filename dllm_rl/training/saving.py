@@ -21,7 +21,8 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main, versions
 from dllm_rl.distributed.peers import Peers, of_an_exchange
 from dllm_rl.distributed.sharding import sharding_of
-from dllm_rl.distributed.stop import how_to_continue, with_the_run
+from dllm_rl.distributed.stop import LOCK, how_to_continue, with_the_run
+from dllm_rl.files import keep_lock
 from dllm_rl.models.base import Policy
 from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe, Settings
@@ -68,13 +69,13 @@ def write_checkpoint(run: Run[Any]) -> Path | None:
 
 
 def can_be_saved(run: Run[Any]) -> bool:
-    """Whether this process alone can save the last complete step: its weights and moments are still that step's, and
-    this process holds them whole."""
+    """Whether this process alone can save the last complete step: its weights and moments are still that step's, this
+    process holds them whole, and the folder is its run's."""
     # An update raises the version before it changes the first weight; the run's state follows at the step's end.
     unchanged = run.policy.version == run.state.version
     # In an aligned forward the layers run the rollout's weights, and a copy of the module would hold these.
     aligned = any("forward" in vars(layer) for layer in run.policy.module.modules())
-    return unchanged and not aligned and sharding_of(run.policy.module) is None
+    return run.owns_folder and unchanged and not aligned and sharding_of(run.policy.module) is None
 
 
 def save_at_once(run: Run[Any]) -> None:
@@ -109,12 +110,13 @@ def save_alone(run: Run[Any]) -> None:
 
 
 def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceback: Any) -> None:
-    """When a step fails, save the last complete step and add a note to the error; a resume repeats the failed step."""
+    """On an error during a step or after it, save the last complete step and add a note to the error; a resume goes on
+    from there."""
     recipe = run.recipe
     done = run.state.step
     if not isinstance(error, Exception) or done == recipe.num_steps:  # after the last step there is none to repeat
         return
-    note = f"process {run.accelerator.process_index}: the step after step {done} failed"
+    note = f"process {run.accelerator.process_index}: failed after step {done} was complete"
     if run.accelerator.num_processes > 1 and of_an_exchange(error):
         note += (
             ": another process ended, and its own message says why, or kept this one waiting for "
@@ -126,7 +128,7 @@ def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceba
         if run.accelerator.is_main_process and can_be_saved(run) and not folder.exists():
             write_checkpoint(run)
     except (OSError, ValueError, RuntimeError, ArithmeticError) as other:
-        note += f", and saving the step before it failed too: {other}"
+        note += f", and saving it failed too: {other}"
     error.add_note(f"{note}; fix the cause and {how_to_continue(recipe)}")
 
 
@@ -224,14 +226,30 @@ def check_folder(run: Run[Any]) -> None:
         )
 
 
+def check_lock(run: Run[Any]) -> None:
+    """Lock the run's folder again where someone removed the lock's file. Raises OSError if another run has locked it
+    meanwhile: two runs would write over each other's checkpoints."""
+    directory = Path(run.recipe.directory)
+    try:
+        if run.accelerator.is_main_process:
+            keep_lock(directory / LOCK)
+    except BlockingIOError as error:
+        run.owns_folder = False
+        raise OSError(
+            f"output_dir={str(directory)!r}: {LOCK} was removed during the run, and another run now writes the "
+            f"folder, {error.strerror}; this run saves nothing more. Give each its own output_dir"
+        ) from None
+
+
 def checkpoint_if_due(run: Run[Any], step: int) -> None:
     """Save every save_steps, after the last step, and on a signal, which ends the process with its status."""
     recipe = run.recipe
     done = step + 1
     signum = run.stop.agreed(run.accelerator)
-    run.writer.check()  # an error of the writing thread ends the run here
     run.state = replace(run.state, step=done, version=run.policy.version)
+    run.writer.check()  # an error of the writing thread ends the run here
     check_folder(run)
+    check_lock(run)
     if signum or done % recipe.save_steps == 0 or done == recipe.num_steps:
         save(run)
     if signum:

@@ -34,7 +34,7 @@ from dllm_rl.training.prompts import check_prompts, check_tasks, choose
 from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import wanted_parts
 from dllm_rl.training.run import Run
-from dllm_rl.training.saving import make_writer, protect, save
+from dllm_rl.training.saving import check_lock, make_writer, protect, save
 from dllm_rl.training.sharded_learner import check_batches, check_engine, check_sharding, first_home, share_out
 
 
@@ -90,6 +90,7 @@ def start(recipe: Recipe) -> Run[Recipe]:
 
     # 6. The first checkpoint. From here on whatever ends the run finds a complete step to save.
     if not folder:
+        check_lock(run)
         save(run)
     protect(run, peers)
     return run

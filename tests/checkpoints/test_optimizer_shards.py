@@ -102,6 +102,10 @@ def whole(tensors, rows):
     del rows[key_of(rows)]
 
 
+def twice(tensors, rows):
+    return {"rows": json.dumps(rows), "plain": json.dumps({key_of(rows): 1.0})}
+
+
 def no_tensor(tensors, rows):
     del tensors[key_of(rows)]
 
@@ -124,6 +128,12 @@ def no_tensor(tensors, rows):
         (lambda *_: {"rows": "[]", "plain": "{}"}, "its header does not say which rows it holds"),
         (lambda *_: {"plain": "{}"}, "is damaged"),
         (lambda *_: {"rows": "{}", "plain": '{"step of a": "1"}'}, "its header does not say which rows it holds"),
+        (lambda *_: {"rows": "{}", "plain": '{"step of a": 1%s}' % ("0" * 400)}, "does not say which rows it holds"),
+        (
+            lambda *_: {"rows": "{}", "plain": '{"exp_avg of a": Infinity}'},
+            "its header does not say which rows it holds",
+        ),
+        (twice, r"'exp_avg of .*' in the optimiser's state is a tensor and a number; save it again"),
         (set_tensor(lambda x: x * float("nan")), "is not finite; resume from an earlier checkpoint"),
     ],
 )

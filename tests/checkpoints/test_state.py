@@ -32,6 +32,7 @@ def test_fields_of_a_later_version_are_left_out_and_a_run_may_have_no_reference(
 
 WRONG = [("step", True), ("version", 6.0), ("dtype", ["float32"]), ("stages", {"rollout": None}), ("seconds", None)]
 WRONG += [("eval_before", []), ("warmup_steps", "5"), ("reference", 0), ("recipe", "{}")]
+WRONG += [("eval_before", {"reward": 10**400}), ("seconds", 10**400), ("version", -(10**30)), ("warmup_steps", 1 << 53)]
 WRONG += [("recipe", {"num_steps": True}), ("recipe", {"num_steps": 9, "lr_schedule_steps": 9.5})]
 
 

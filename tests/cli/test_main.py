@@ -33,6 +33,14 @@ def test_an_empty_name_is_refused_in_one_line(command, capsys):
     assert "='' is empty; give a file or folder" in error and error.count("\n") == 1
 
 
+def test_a_word_that_is_no_option_obeys_no_escape_sequence(capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["sample", "a", "b", "--\x1b]0;x\x07\u202e"])
+    assert raised.value.code == 2
+    said = capsys.readouterr().err
+    assert "unrecognized arguments: --␛]0;x␇\ufffd" in said and "\x1b" not in said
+
+
 def test_help_lists_the_tasks_and_protocols_of_the_table(capsys):
     *others, last = TASKS
     for command in ("evaluate", "grade"):

@@ -1,5 +1,6 @@
 """Watching completions: plain data, the terminal's view, the command."""
 
+import io
 import json
 from dataclasses import replace
 
@@ -122,6 +123,12 @@ def test_command_draws_every_step(checkpoint, capsys):
 def test_command_names_what_is_wrong(checkpoint, capsys, arguments, message):
     assert cli.main(["sample", checkpoint, "1", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_prompts_that_are_no_text_are_named(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"12\n\xff\n"), encoding="utf-8"))
+    assert cli.main(["sample", checkpoint]) == 2
+    assert capsys.readouterr().err == "error: standard input is not utf-8 at byte 3; convert the prompts\n"
 
 
 def test_a_causal_model_has_no_unmasking_options():

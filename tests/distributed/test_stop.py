@@ -136,19 +136,39 @@ def test_a_ctrl_c_is_heard_where_it_was_ignored_and_a_hangup_is_not(stop):
     made.disarm()
 
 
+LAUNCHER = (
+    "import os, signal, subprocess, sys\n"
+    "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE, text=True)\n"
+    "print(child.stdout.readline(), flush=True)\n"
+    "os.kill(os.getpid(), signal.SIGKILL)\n"
+)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone signals the death of a parent")
+@pytest.mark.parametrize(
+    ("variable", "outlives"),
+    [("TORCHELASTIC_RUN_ID", ""), ("ACCELERATE_MIXED_PRECISION", ""), ("NEITHER", "outlived")],
+)
+def test_a_process_whose_launcher_died_before_it_imports_us_ends_too(variable, outlives):
+    """As a recipe's does, which imports torch first: its parent is init by then."""
+    waits = "import os, sys, time; launcher = os.getppid(); print('started', flush=True)\n"
+    waits += "while os.getppid() == launcher: time.sleep(0.01)\n"
+    ends = f"sys.exit(print('{outlives}', file=sys.stderr))"  # where another process than init takes over
+    child = f"{waits}if os.getppid() != 1: {ends}\nimport dllm_rl; print('outlived', file=sys.stderr)"
+    without = {k: v for k, v in os.environ.items() if k not in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")}
+    command = [sys.executable, "-c", LAUNCHER, child, "accelerate"]
+    own = {"env": without | {variable: "no"}, "start_new_session": True}
+    done = subprocess.run(command, capture_output=True, text=True, **own)
+    assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (-signal.SIGKILL, "started", outlives)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone signals the death of a parent")
 @pytest.mark.parametrize("late", ["", "import torch; "])
 def test_a_process_does_not_outlive_a_launcher_that_dies_while_it_imports(late):
     """It asks before the other imports; after them its parent is another process."""
     hears = "print('importing', flush=True)"
     child = f"import dllm_rl, sys, time; {hears}; {late}time.sleep(10); print('outlived', file=sys.stderr)"
-    launcher = (
-        "import os, signal, subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE, text=True)\n"
-        "print(child.stdout.readline(), flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    command = [sys.executable, "-c", launcher, child, "accelerate"]  # by this word it is known as a launcher
+    command = [sys.executable, "-c", LAUNCHER, child, "accelerate"]  # by this word it is known as a launcher
     alone = os.environ | {"ACCELERATE_MIXED_PRECISION": "no"}
     done = subprocess.run(
         command, capture_output=True, text=True, env=alone

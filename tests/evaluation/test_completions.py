@@ -1,10 +1,13 @@
 """Rows of stored completions."""
 
+import json
+
 import pytest
 import torch
 from tiny_recipe import SIZES
 
-from dllm_rl.evaluation.completions import fingerprint, make_row
+from dllm_rl.distributed.collectives import OneProcess
+from dllm_rl.evaluation.completions import Completions, fingerprint, make_row
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import fake_quantize
@@ -24,3 +27,27 @@ def test_a_fingerprint_tells_layers_of_equal_weights_apart():
     rounded = quantized_copy(policy, fake_quantize(weight=None, activation="int8"))
     assert all(map(torch.equal, rounded.module.parameters(), policy.module.parameters()))
     assert fingerprint(rounded) != fingerprint(policy)
+
+
+MADE = {"problem": 0, "sample": 0, "tokens": 1, "forwards": 2.0, "seconds": 0.5, "steps": 2}
+
+
+@pytest.mark.parametrize("name", ["tokens", "forwards", "seconds", "steps"])
+@pytest.mark.parametrize("value", ["1", None, [], True, -1, float("nan"), float("inf"), 10**400])
+def test_a_stored_cost_that_is_no_number_is_refused(tmp_path, name, value):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"completion": "1", "evaluation": MADE}) + "\n")
+    assert len(Completions(path, {}, OneProcess()).rows) == 1
+    path.write_text(json.dumps({"completion": "1", "evaluation": MADE | {name: value}}) + "\n")
+    with pytest.raises(ValueError, match=rf"a\.jsonl is damaged: {name} is missing, or of another type; give another"):
+        Completions(path, {}, OneProcess())
+
+
+def test_a_stored_row_without_a_text_or_with_a_number_beyond_all_floats_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"evaluation": MADE}) + "\n")
+    with pytest.raises(ValueError, match="completion is missing, or of another type"):
+        Completions(path, {}, OneProcess())
+    path.write_text(json.dumps({"completion": "1", "evaluation": MADE}).replace('"problem": 0', '"problem": 1e999'))
+    with pytest.raises(ValueError, match="line 1: not a stored completion"):
+        Completions(path, {}, OneProcess())

@@ -92,7 +92,7 @@ def test_a_process_that_is_lost_is_named_once_by_the_others_and_costs_no_step(pr
     stage = "reward" if case == "raises" else "rollout" if case == "stands still" else "(reward|rollout)"
     assert re.search(rf"in {stage}, after 1 steps.*this run ends; continue with --resume_from_checkp", lines[0])
     assert code == (-signal.SIGKILL if "first" in case else 75)
-    assert ("process 1: the step after step 1 failed; fix the cause" in out) == (case == "raises")
+    assert ("process 1: failed after step 1 was complete; fix the cause" in out) == (case == "raises")
     assert out.count("Traceback") == (2 if case == "raises" else 0), "the process's own, and what its error came from"
     assert saved == ([0] if "," in case else [0, 1]) and (same is True or "shared" in case), same
 
@@ -102,7 +102,7 @@ def test_a_process_that_is_stuck_is_named_with_its_stage(processes):
     """It lives, so that the limit of an exchange ends the run."""
     code, out, saved, same = processes["is stuck"]
     said = [
-        line for line in out.splitlines() if line.startswith("process 0: the step after step 1 failed: another pro")
+        line for line in out.splitlines() if line.startswith("process 0: failed after step 1 was complete: another pro")
     ]
     assert code == 1 and len(said) == 1 and "--resume_from_checkpoint latest" in said[0], out
     assert re.search(r"^process 1 \(\S+, pid \d+\) was last heard in reward, after 1 steps$", out, re.MULTILINE), out

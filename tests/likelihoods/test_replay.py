@@ -260,6 +260,21 @@ def test_both_sides_of_one_policy_agree():
     assert (counts[:, 2:8] == counts[:, 8:]).all() and (counts[:, 2:8].sum(1) == 2 * seen).all()
 
 
+def test_a_router_that_names_no_choice_is_not_measured_and_the_run_goes_on():
+    policy = moe()
+    rollout = draw(policy, prompts(), GENERATOR)
+    noise = lik.trajectory().draw(rollout, GENERATOR)
+    other = quantized_copy(policy, None)
+
+    def first_two(hidden):
+        scores = hidden.reshape(-1, hidden.shape[-1])[:, :6]
+        return scores, scores[:, :2], torch.zeros(len(scores), 2, dtype=torch.long)
+
+    routing.mixtures(other.module)[0].gate.forward = first_two
+    with pytest.warns(UserWarning, match=r"routing/\* is not measured: 1 of 2 mixtures"):
+        assert routing_counts(policy, other, rollout, noise) is None
+
+
 def test_a_dense_model_has_nothing_to_replay():
     policy = tiny_llama(characters="123456789", causal=False, hidden_size=32, num_heads=2, num_layers=1)
     check_replay(policy, None)

@@ -3,10 +3,12 @@
 import io
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from small_checkpoints import SIZES, edit
 
@@ -19,6 +21,20 @@ from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.models.untrusted import explodes, without_code
 
 NAMES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+
+
+def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch):
+    """safetensors says of it that there is no such file."""
+
+    def forbidden(path, *arguments, **options):
+        if path.name == "model.safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(PermissionError, match=r"Permission denied.*model\.safetensors"):
+        load_policy(folder)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "extra.json"])
@@ -68,6 +84,9 @@ def test_messages_of_transformers_cannot_steer_the_terminal(folder, monkeypatch)
     edit(folder, model_type="llama\x1b[31m")
     load_policy(folder)
     assert "\x1b" not in written.getvalue() and "␛[31m" in written.getvalue()
+    logging.getLogger("transformers.models").error("pad_token_id is %s, which is wrong", "9" * 5000)
+    last = written.getvalue().splitlines()[-1]
+    assert len(last) <= 400 and "pad_token_id is 999" in last and last.endswith("999, which is wrong")
 
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -183,7 +202,11 @@ def test_adapters_of_integers_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("r", "4"), ("r", 10**9), ("r", None), ("lora_alpha", []), ("lora_dropout", True)]
+    ("name", "value"),
+    [
+        *(("r", "4"), ("r", 10**9), ("r", None), ("lora_alpha", []), ("lora_dropout", True)),
+        *(("lora_alpha", 10**400), ("lora_alpha", math.nan), ("lora_alpha", math.inf), ("lora_dropout", math.nan)),
+    ],
 )
 def test_adapters_of_other_types_are_refused(tmp_path, name, value):
     policy = tiny_masked_lm(**SIZES)
@@ -192,6 +215,60 @@ def test_adapters_of_other_types_are_refused(tmp_path, name, value):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {name: value}))
     with pytest.raises(ValueError, match=rf"adapter_config\.json is damaged: {name}="):
+        load_adapter(tiny_masked_lm(**SIZES), tmp_path)
+
+
+def test_adapters_that_are_not_there_are_missed(tmp_path):
+    with pytest.raises(ValueError, match=r"gone: the adapters are missing; give the folder of saved ones"):
+        load_adapter(tiny_masked_lm(**SIZES), tmp_path / "gone")
+
+
+@pytest.mark.parametrize("value", [5, -0.5])
+def test_a_share_of_dropout_that_is_none_names_its_file(tmp_path, value):
+    policy = tiny_masked_lm(**SIZES)
+    add_lora(policy, Lora(r=2))
+    save_adapter(policy, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_dropout": value}))
+    with pytest.raises(ValueError, match=rf"lora_dropout={value} is not in \[0, 1\); correct adapter_config\.json"):
+        load_adapter(tiny_masked_lm(**SIZES), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["seed", "dropout_calls"])
+@pytest.mark.parametrize("value", ["x", "", "9" * 20, "9" * 5000, "1.5"])
+def test_a_count_of_adapters_that_no_generator_takes_is_refused(tmp_path, name, value):
+    policy = tiny_masked_lm(**SIZES)
+    add_lora(policy, Lora(r=2))
+    save_adapter(policy, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file), file, {name: value})
+    with pytest.raises(ValueError, match=rf"{name}='[^']{{,40}}' of the adapters is out of range; save them again"):
+        load_adapter(tiny_masked_lm(**SIZES), tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_adapters_that_are_not_finite_are_refused(tmp_path, value):
+    policy = tiny_masked_lm(**SIZES)
+    add_lora(policy, Lora(r=2))
+    save_adapter(policy, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    name = sorted(state)[-1]
+    state[name].view(-1)[0] = value
+    save_file(state, file)
+    with pytest.raises(ValueError, match=rf"{name} holds numbers that are not finite; take earlier adapters"):
+        load_adapter(tiny_masked_lm(**SIZES), tmp_path)
+
+
+def test_a_rank_without_its_numbers_is_refused_before_an_adapter_of_it_is_made(tmp_path):
+    policy = tiny_masked_lm(**SIZES)
+    add_lora(policy, Lora(r=2))
+    save_adapter(policy, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 1 << 50}))  # more than any machine has
+    save_file({name: torch.zeros(0, 1 << 50) for name in load_file(file)}, file)
+    with pytest.raises(ValueError, match=r"r=1125899906842624 needs [\d,]+ numbers, and fewer are there; give other"):
         load_adapter(tiny_masked_lm(**SIZES), tmp_path)
 
 

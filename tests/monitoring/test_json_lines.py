@@ -1,6 +1,7 @@
 """Files of rows that only grow: a kill, a full disk and a second start leave the rows that count."""
 
 import errno
+import json
 import os
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from dllm_rl.monitoring.json_lines import JsonLines, current_rows, known, warmup_rows
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import plot
+from dllm_rl.monitoring.progress import sparkline
 
 
 def test_a_warm_up_that_is_begun_again_counts_once(tmp_path):
@@ -84,3 +86,20 @@ def test_a_fifo_is_not_read(tmp_path):
 
 def test_an_integer_beyond_all_floats_is_no_number():
     assert known({"reward": 10**400, "step": 3}) == {"step": 3.0}
+
+
+def test_a_row_of_a_step_that_no_run_takes_does_not_count(tmp_path):
+    rows = ['{"step": 1%s}' % ("0" * 400), '{"step": -1}', '{"step": true}', '{"step": 3}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    assert current_rows(tmp_path / "metrics.jsonl") == [{"step": 3}]
+
+
+def test_what_is_no_number_of_a_run_is_not_drawn(tmp_path):
+    values = ["1" + "0" * 400, "1e999", "-1e999", '"x"', "[1]", "0.5", "0.25"]
+    for first in ("reward", "loss"):  # a run of RL, and of SFT
+        names = [first, f"eval/{first}", "grad_norm"]
+        rows = [json.dumps({"step": i} | dict.fromkeys(names, "@")).replace('"@"', v) for i, v in enumerate(values)]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+        assert plot(tmp_path).is_file()
+        shown = RunLog(tmp_path, start=9, main=True).view("training", 10, curve=first, completed=9)
+        assert shown.values == [0.5, 0.25] and sparkline(shown.values)

@@ -104,7 +104,9 @@ def test_a_step_that_fails_saves_the_last_finished_one(tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyError, match="a fault") as raised:
         patched.setattr("dllm_rl.supervised.train.add_gradients", failing)
         fine_tune(recipe)
-    assert raised.value.__notes__[0].startswith("process 0: the step after step 2 failed; fix the cause and continue")
+    assert raised.value.__notes__[0].startswith(
+        "process 0: failed after step 2 was complete; fix the cause and continue"
+    )
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*")) == ["step-000000", "step-000002"]
     resumed = fine_tune(replace(recipe, resume_from_checkpoint="latest"))
     assert_same_weights(fine_tune(replace(recipe, output_dir=str(tmp_path / "whole"))), resumed)
@@ -200,6 +202,7 @@ def test_a_file_of_json_lines_from_the_command_line(tmp_path, monkeypatch):
     [
         ({"dataset": [{"a": "1"}] * 3}, "dataset: row 0: has no columns messages, prompt and completion, or text"),
         ({"dataset": [{"text": ""}] * 3}, "dataset: row 0: has nothing to learn"),
+        ({"dataset": [{"prompt": "1", "completion": []}] * 3}, "dataset: row 0: list index out of range"),
         ({"dataset": []}, "dataset is empty"),
         ({"dataset": ROWS[:1]}, "2 rows, one of them held out, and has 1;"),
         ({"max_length": 3}, "all of 15 rows are longer than max_length=3"),

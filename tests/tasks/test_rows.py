@@ -37,6 +37,16 @@ def test_every_file_format(tmp_path) -> None:
         ("a.jsonl", b'{"question": "q"}\n', "a.jsonl, line 1: a GSM8K row needs"),
         ("a.jsonl", b'{"question": "q", "answer": "#### many"}\n', "line 1: answer='#### many' is no number"),
         ("a.json", b'{"question": 1}', "must hold a list of objects"),
+        ("a.json", b'[{"question": ', r"a\.json: not JSON in UTF-8"),
+        ("a.json", b"[" * 200_000, r"a\.json: not JSON in UTF-8"),
+        ("a.json", b"[\xff]", r"a\.json: not JSON in UTF-8"),
+        (
+            "a.csv",
+            b"question,answer\nq,#### 1\n" + b"x" * 200_000 + b",#### 1\n",
+            "after line 2: not CSV .*field limit",
+        ),
+        ("a.csv", b"question,answer\nq,#### 1\n\xff,#### 1\n", "not CSV in UTF-8 .*0xff"),
+        ("a.parquet", b"PAR1" * 9, r"a\.parquet: not Parquet \("),
         ("a.txt", b"", "must end in one of"),
     ],
 )

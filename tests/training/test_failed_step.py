@@ -1,7 +1,9 @@
 """A failed step: the state before it is saved, so that a resume repeats the step."""
 
+import sys
 from dataclasses import replace
 from functools import partial
+from subprocess import PIPE, Popen
 
 import pytest
 from run_outputs import assert_same_weights
@@ -9,6 +11,7 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl.algorithms.correctors import none
 from dllm_rl.checkpoints import checkpoint
+from dllm_rl.distributed.stop import LOCK
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.screen import line_of
@@ -66,7 +69,9 @@ def test_the_state_before_the_failed_step_is_saved_and_the_fixed_run_is_the_whol
     task = Raising()
     note = failed(tmp_path / "run", RuntimeError, task=task)
     assert steps(tmp_path / "run") == [0, 2]
-    assert note.startswith("process 0: the step after step 2 failed; fix the cause and continue with --resume_from_ch")
+    assert note.startswith(
+        "process 0: failed after step 2 was complete; fix the cause and continue with --resume_from_ch"
+    )
     assert "\n" not in note
     again = failed(tmp_path / "run", RuntimeError, task=task, resume_from_checkpoint="latest")
     assert again == note and steps(tmp_path / "run") == [0, 2], "a resume repeats the step"
@@ -86,7 +91,7 @@ def test_a_gradient_that_is_not_finite_loses_no_step(tmp_path):
         return rewards * (1.0 if len(calls) == 1 else float("nan"))
 
     note = failed(tmp_path, FloatingPointError, advantages=advantages)
-    assert "the step after step 1 failed" in note and steps(tmp_path) == [0, 1]
+    assert "failed after step 1 was complete" in note and steps(tmp_path) == [0, 1]
 
 
 def test_weights_that_an_update_has_begun_to_change_are_not_saved(tmp_path):
@@ -98,7 +103,7 @@ def test_weights_that_an_update_has_begun_to_change_are_not_saved(tmp_path):
     changes = {"corrector": replace(none(), surrogate=in_second_iteration), "lora": partial(Lora, r=2)}
     late = {"num_iterations": 2, "lr_schedule": lambda step, num_steps: float(step > 0)}
     note = failed(tmp_path, RuntimeError, **changes, **late)
-    assert "the step after step 1 failed" in note and steps(tmp_path) == [0]
+    assert "failed after step 1 was complete" in note and steps(tmp_path) == [0]
 
 
 def test_where_nothing_can_be_saved_the_error_is_still_the_first(tmp_path, monkeypatch):
@@ -116,7 +121,7 @@ def test_where_nothing_can_be_saved_the_error_is_still_the_first(tmp_path, monke
         return rewards
 
     note = failed(tmp_path, KeyError, advantages=failing)
-    assert "and saving the step before it failed too: [Errno 28]" in note and steps(tmp_path) == [0]
+    assert "and saving it failed too: [Errno 28]" in note and steps(tmp_path) == [0]
 
 
 def test_what_is_no_failed_step_leaves_none(tmp_path, monkeypatch):
@@ -155,3 +160,45 @@ def test_a_folder_that_is_renamed_during_the_run_is_missed_after_the_step(tmp_pa
         train(tiny_recipe(folder, task=Moved(folder), num_steps=4, save_steps=9))
     assert len(line_of(raised.value)) <= 390 + len(str(folder))
     assert steps(folder) == [1] and steps(tmp_path / "elsewhere") == [0]
+
+
+LOCKING = "import fcntl, sys; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB); "
+LOCKING += "file.write('process 7 on moon'); file.flush(); print('locked', flush=True); sys.stdin.read()"
+
+
+class Unlocked(Moved):
+    """Its grader removes the lock's file in the first step; where `other`, another process then makes a new one."""
+
+    def __init__(self, folder, *, other):
+        super().__init__(folder)
+        self.other, self.process, self.refused = other, None, False
+
+    def locking(self):
+        return Popen([sys.executable, "-c", LOCKING, str(self.folder / LOCK)], stdin=PIPE, stdout=PIPE, stderr=PIPE)
+
+    def reward(self, problem, completion):
+        self.graded += 1
+        if self.graded == 10:
+            (self.folder / LOCK).unlink()
+            if self.other:
+                self.process = self.locking()
+                assert self.process.stdout.readline() == b"locked\n"
+        if self.graded == 60 and not self.other:
+            with self.locking() as late:
+                self.refused = b"BlockingIOError" in late.communicate()[1]
+        return self.task.reward(problem, completion)
+
+
+def test_a_lock_that_is_removed_is_taken_again_after_the_step(tmp_path):
+    task = Unlocked(tmp_path / "run", other=False)
+    train(tiny_recipe(tmp_path / "run", task=task, num_steps=4, save_steps=1))
+    assert task.refused and steps(tmp_path / "run") == [3, 4]
+
+
+def test_a_run_whose_folder_another_one_has_locked_writes_no_checkpoint_more(tmp_path):
+    task = Unlocked(tmp_path / "run", other=True)
+    said = r"\.lock was removed .* another run now writes the folder, held by process 7 on moon; this"
+    with pytest.raises(OSError, match=said) as raised:
+        train(tiny_recipe(tmp_path / "run", task=task, num_steps=4, save_steps=1))
+    task.process.communicate()
+    assert len(line_of(raised.value)) <= 400 and steps(tmp_path / "run") == [0]

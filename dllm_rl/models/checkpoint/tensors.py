@@ -50,6 +50,7 @@ def shapes_and_dtypes(directory: Path, files: Sequence[str]) -> tuple[dict[str, 
     shapes: dict[str, list[int]] = {}
     dtypes: dict[str, str] = {}
     for name in files:
+        (directory / name).open("rb").close()  # of a file that may not be read, safetensors says that there is none
         with safe_open(directory / name, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 shapes[key] = file.get_slice(key).get_shape()

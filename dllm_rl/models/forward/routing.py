@@ -75,14 +75,19 @@ class Routing(TorchFunctionMode):
     def num_experts(self, number: int) -> int:
         return len(base_of(self.layers[number].experts).gate_up_proj)
 
+    def unread(self) -> str:
+        """Why the last forward's experts are not known, or ""."""
+        taken = [ids for ids in self.taken if ids is not None]
+        if len(taken) < len(self.layers):
+            return f"{len(taken)} of {len(self.layers)} mixtures chose their experts by one topk over all of them"
+        sizes = sorted({ids.shape[-1] for ids in taken})
+        return f"the mixtures take different numbers of experts, {sizes}" if len(sizes) > 1 else ""
+
     def experts(self, rows: int, columns: int | None = None) -> Integer[Tensor, "R W M E"]:
         """The last forward's experts, of `rows` rows and, if packed, `columns` clean columns; bytes where ids fit."""
+        if why := self.unread():
+            raise ValueError(f"router_replay: {why}; set router_replay=None")
         taken = [ids for ids in self.taken if ids is not None]
-        if not taken or len(taken) < len(self.layers) or len({ids.shape for ids in taken}) > 1:
-            raise ValueError(
-                f"router_replay: {len(taken)} of {len(self.layers)} mixtures chose among their experts by one topk of "
-                "like size; set router_replay=None"
-            )
         narrow = torch.uint8 if max(map(self.num_experts, range(len(taken)))) <= 256 else torch.int16
         experts = torch.stack(taken, dim=1).to(narrow).unflatten(0, (rows, -1))
         if columns is None or experts.shape[1] == columns:
