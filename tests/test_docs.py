@@ -52,7 +52,18 @@ def test_the_table_of_a_recipes_fields_is_whole():
     assert [row.split("`")[1] for row in rows] == [field.name for field in dataclasses.fields(dllm_rl.Recipe)]
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 4 for row in rows)
     assert "| `num_generations` | `8` | completions per prompt (G) |" in rows
-    assert "<!-- recipe fields -->" in (DOCS / "reference" / "training.md").read_text()
+    assert f"{hooks.MARK}\n\n{hooks.recipe_fields()}\n" in (DOCS / "reference" / "training.md").read_text()
+
+
+def test_the_reference_has_the_signatures_of_the_code(monkeypatch):
+    """Readers of the Markdown see them; the site shows mkdocstrings' instead. Written by docs/site/signatures.py."""
+    monkeypatch.syspath_prepend(DOCS / "site")
+    signatures = importlib.import_module("signatures")
+    for page in (DOCS / "reference").glob("*.md"):
+        assert signatures.with_signatures(page.read_text()) == page.read_text(), f"{page.name}: run signatures.py"
+    for told in ("def none() -> Corrector:", "def tis(*, cap: float = 2.0,", "class Corrector:"):
+        assert told in (DOCS / "reference" / "algorithms.md").read_text()
+    assert "pyi" not in hooks.PYI.sub("", (DOCS / "reference" / "algorithms.md").read_text())
 
 
 def test_links_lead_to_where_files_lie_in_the_site():
@@ -126,6 +137,78 @@ def test_the_estimator_of_ones_own_keeps_its_contract_and_scores_each_token_once
     noise = made["halves"].draw(made["rollout"], torch.Generator())
     assert torch.equal(noise.weight.sum(0), made["rollout"].completion_mask.float())
     assert torch.equal(noise.masked, noise.weight > 0)
+
+
+def run_example(heading, folder, monkeypatch, name="example"):
+    """What an example of the docs leaves, run in `folder`, with the repository's modules to import."""
+    monkeypatch.syspath_prepend(DOCS.parent)
+    monkeypatch.chdir(folder)
+    (folder / f"{name}.py").write_text(example(heading))
+    return runpy.run_path(f"{name}.py")
+
+
+def test_a_rank_of_ones_own_has_the_probabilities_that_it_records(tmp_path, monkeypatch):
+    made = run_example("Write a rank or a commit rule", tmp_path, monkeypatch)
+    assert (made["log_p"] - made["rollout"].logprobs).abs().max() < 1e-5
+    assert len(made["chances"]) == 8 and abs(sum(made["chances"].values()) - 1) < 1e-5
+    assert max(made["apart"]) < 0.015  # 4,000 draws: a share's standard error is below 0.008
+    steps = made["rollout"].unmask_step[:, 1:]
+    assert (steps.sum(-1) == 1).all(), "two tokens of three in the first step, one in the second"
+
+    def drawn_first(tokens, logits):
+        """A rank of the draws: what the page says must not be done without a probability of the order."""
+        return logits.gather(-1, tokens[:, None])[:, 0]
+
+    policy, prompts, options = made["policy"], made["prompts"], made["options"] | {"rank": drawn_first}
+    rollout = dllm_rl.unmask(policy, prompts, torch.Generator(), suppress=made["others"], **options)
+    noise = made["likelihood"].draw(rollout, torch.Generator())
+    chances = made["likelihood"].logprobs(policy, rollout, noise).sum(-1).exp()
+    written = zip(map(tuple, rollout.tokens.tolist()), map(tuple, rollout.unmask_step.tolist()), strict=True)
+    assert sum(dict(zip(written, chances.tolist(), strict=True)).values()) > 1.5
+
+
+def test_a_sampler_of_ones_own_keeps_the_engines_contract_and_a_greedy_one_does_not(tmp_path, monkeypatch):
+    made = run_example("Write a sampler", tmp_path, monkeypatch)
+    rollout = made["at_once"](made["policy"], made["prompts"], torch.Generator(), max_new_tokens=6)
+    assert rollout.tokens.shape == (8, 9) and rollout.unmask_step.max() == 0
+
+    def wrong(*given, **keywords):  # log-probs of another temperature
+        found = made["at_once"](*given, **keywords)
+        return dataclasses.replace(found, logprobs=found.logprobs * 1.5)
+
+    engine = made["RolloutEngine"](made["copied"], made["sync"])
+    sampler = made["partial"](wrong, max_new_tokens=6, temperature=0.7)
+    with pytest.raises(AssertionError, match="log-probs differ"):
+        made["check_engine"](engine, made["policy"], made["prompts"], sampler)
+
+
+def test_a_loss_of_ones_own_is_checked_three_times(tmp_path, monkeypatch):
+    made = run_example("Write a loss", tmp_path, monkeypatch)
+    ratio = torch.tensor([[0.0, 0.3]]).exp().log()
+    value = made["soft_clip"](ratio, torch.tensor([2.0]), torch.ones(1, 2, dtype=torch.bool))
+    moved = 0.3498588  # exp(0.3) - 1
+    assert torch.allclose(value, torch.tensor([[2.0, 2 * (1 + moved / (1 + moved / 0.2))]]))
+    assert {name: len(rows) for name, rows in made["rows"].items()} == {"ppo_clip": 1, "soft_clip": 1}
+    with pytest.raises(AssertionError, match="on-policy"):
+        halved = dataclasses.replace(made["mine"], surrogate=lambda r, a, m: made["soft_clip"](r, a, m) / 2)
+        made["check_corrector"](halved)
+
+
+def test_a_reward_of_ones_own_grades_and_trains(tmp_path, monkeypatch):
+    made = run_example("Your reward", tmp_path, monkeypatch)
+    graded = [made["task"].reward(made["task"][3], text).value for text in ("3", "4", "==")]  # of "0+3="
+    assert graded == [1.1, 0.1, 0.0]
+    text = example("Your reward").replace("num_steps=60", "num_steps=2")
+    (tmp_path / "trained.py").write_text(text.replace("grpo(model", "summary = grpo(model"))
+    summary = runpy.run_path("trained.py", run_name="__main__")["summary"]
+    assert summary["eval_problems"] == 2 and summary["eval_after"].keys() >= {"right", "digit"}
+
+
+def test_rows_of_a_file_are_read(tmp_path, monkeypatch):
+    made = run_example("Your data", tmp_path, monkeypatch)
+    assert made["rows"].column_names == ["prompt", "answer"] and len(made["rows"]) == 40
+    task = dllm_rl.task_from_dataset(made["rows"], reward_funcs=lambda completions, answer, **_: [1.0] * len(answer))
+    assert task[3].prompt == "3+3=" and task[3].fields == {"answer": "6"}
 
 
 def test_an_estimator_is_compared_with_the_enumeration_of_all_completions(tmp_path, monkeypatch):

@@ -62,5 +62,5 @@ def test_the_documents_speak_of_the_version_that_the_package_has():
     sections = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert dllm_rl.__version__ == released
     assert next(name for name in sections if name != "Unreleased") == released and "Unreleased" not in sections[1:]
-    (fixed,) = re.findall(r"Only the latest release, ([\d.]+), gets fixes", (ROOT / "docs" / "SECURITY.md").read_text())
+    (fixed,) = re.findall(r"The only version is ([\d.]+),", (ROOT / "docs" / "SECURITY.md").read_text())
     assert fixed == released

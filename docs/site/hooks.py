@@ -1,4 +1,5 @@
-"""What mkdocs needs besides: pages of the repository that docs link to, and the table of a recipe's fields."""
+"""What mkdocs needs besides: pages of the repository that docs link to. And the table of a recipe's fields, which
+signatures.py writes into its page."""
 
 import ast
 import os
@@ -9,6 +10,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
+PYI = re.compile(r"\n```pyi\n.*?\n```\n", re.DOTALL)  # a signature of signatures.py: the site has mkdocstrings' instead
+MARK = "<!-- recipe fields -->"
+TABLE = re.compile(rf"{MARK}\n(?:\n(?:\|.*\n)+)?")
 
 
 def place(path: Path) -> str:
@@ -73,4 +77,4 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    return relinked(markdown, Path(page.file.abs_src_path)).replace("<!-- recipe fields -->", recipe_fields())
+    return PYI.sub("", relinked(markdown, Path(page.file.abs_src_path)))

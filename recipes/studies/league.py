@@ -173,6 +173,8 @@ LEAGUES = {
         methods=tuple(each for each in ALL if each not in ("ESPO", "SPG", "StableDRL", "JustGRPO")),
     ),
 }
+# The commit that added a league's runs; a run's record has no commit of its own.
+COMMITS = {"sudoku": "abab8ad", "sudoku_60_s": "60f9a78", "sudoku_8_steps": "f2424fe", "countdown": "e1f10db"}
 STORED = {name: Path(__file__).with_name(f"league_{name}.json") for name in LEAGUES}  # every run
 
 GRID: dict[str, dict[str, Any]] = {
@@ -270,6 +272,24 @@ def told(name: str, results: Results) -> str:
     """The table, as the document holds it."""
     columns = ("method", "held-out rate, 95 %", "default beats it by", "Holm's p", "steps", "s in all")
     return markdown(rows_of(name, results), columns)
+
+
+def board() -> str:
+    """The table of docs/leaderboard.md: each method of each league, from the stored runs, the best mean first."""
+    rows = []
+    for name, league in LEAGUES.items():
+        results = {(run["arm"], run["seed"]): run for run in read_json(STORED[name])["runs"]}
+        for row in rows_of(name, results):
+            one = {"task, steps of a completion": f"{league.recipe.name}, {league.num_steps}", "method": row["method"]}
+            one |= {"score, 95 %": row["held-out rate, 95 %"], "budget, s": f"{league.seconds:.0f}"}
+            one |= {"s in all": row["s in all"], "RL steps": row["steps"], "its setting": row["setting"]}
+            one |= {
+                "commit": COMMITS[name],
+                "command": f"`league {name}`",
+                "JSON": f"[runs](../recipes/studies/{STORED[name].name})",
+            }
+            rows.append(one)
+    return markdown(rows)
 
 
 def draw(name: str, results: Results, path: Path) -> None:

@@ -275,6 +275,17 @@ def test_league(name):
     assert f"Before RL: {paired.interval(list(began.values()))}." in told
 
 
+def test_the_leaderboard():
+    """The whole table, and one row of it by hand from the seeds that the JSON holds."""
+    told = (STUDIES.parents[1] / "docs" / "leaderboard.md").read_text()
+    assert league.board() in told
+    seeds = [run["after"] for run in stored("league_sudoku_60_s")["runs"] if run["arm"].startswith("one step")]
+    half = 2.262 * stdev(seeds) / 10**0.5  # Student's t of nine degrees of freedom
+    row = next(line for line in told.splitlines() if "league sudoku_60_s`" in line and "| one step |" in line)
+    assert len(seeds) == 10 and f"| {mean(seeds):.3f}±{half:.3f} | 60 |" in row
+    assert league.COMMITS.keys() == league.LEAGUES.keys()
+
+
 def test_the_default_gains_on_one_step_with_the_length_of_training():
     apart = []
     for name in ("sudoku", "sudoku_60_s"):
@@ -374,7 +385,7 @@ def test_experts():
         assert row["mean"] == f"{mean(values):.3f}"
         if arm in experts.study.against:
             apart = paired.interval(paired.paired(results, arm, experts.study.against[arm]))
-            assert row["less no replay, 95 %"] == f"+{apart}"
+            assert row["beats no replay by, 95 %"] == f"+{apart}"
 
 
 @pytest.mark.parametrize("task", order.STUDIES)

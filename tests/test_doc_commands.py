@@ -1,0 +1,94 @@
+"""Every command that the documents print is one that the programs understand. Nothing is trained or opened."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+
+from dllm_rl.cli import main as program
+from dllm_rl.config import from_command_line
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    *(page for folder in ("docs", "recipes", "benchmarks") for page in ROOT.glob(f"{folder}/**/*.md")),
+]
+
+
+def commands(page):
+    """The words of each indented command, without what stands before it: `VAR=1 python x.py --a 1` -> (python, ...)."""
+    text = page.read_text().replace("\\\n", " ").replace("$((n / 2))", "64").replace("$n", "128")  # of a shell's loop
+    for line in re.findall(r"^ {4,}(\S.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE):
+        for part in line.split(" && "):
+            try:
+                words = shlex.split(part, comments=True)
+            except ValueError:  # an apostrophe: what a program prints
+                continue
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words.pop(0)
+            if words:
+                yield Path(words[0]).name, words[1:]
+
+
+def all_commands(*names):
+    return [(page, name, words) for page in PAGES for name, words in commands(page) if name in names]
+
+
+def recipe_of(script):
+    """The recipe that a script's last line trains; of RECIPE.py, which stands for any, one of 4x4 Sudoku."""
+    module = "recipes/sudoku_unique.py" if script == "RECIPE.py" else script
+    assert (ROOT / module).is_file(), script
+    return importlib.import_module(module.removesuffix(".py").replace("/", ".")).recipe
+
+
+def scripts():
+    """(page, script, its options) of each command that runs a recipe."""
+    for page, _, words in all_commands("python", "accelerate", "sbatch"):
+        place = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        if place is not None and words[place] != "recipes/one_file.py":
+            yield page, words[place], words[place + 1 :]
+
+
+@pytest.mark.slow
+def test_options_of_recipes_are_fields_of_theirs():
+    found = list(scripts())
+    assert len(found) > 20
+    for page, script, options in found:
+        try:
+            from_command_line(recipe_of(script), options)
+        except SystemExit:
+            pytest.fail(f"{page.name}: {script} {' '.join(options)}")
+
+
+def test_launch_files_are_there_and_their_options_accelerates():
+    found = all_commands("accelerate")
+    assert len(found) > 8
+    for page, _, words in found:
+        if words[0] == "launch":
+            launched = launch_command_parser().parse_args(words[1:])
+            assert launched.config_file is None or (ROOT / launched.config_file).is_file(), page
+    for page, _, words in all_commands("sbatch"):
+        assert any((ROOT / word).is_file() for word in words if word.endswith(".sh")), page
+
+
+def test_modules_that_are_run_are_there():
+    found = [words[1] for _, _, words in all_commands("python") if words[0] == "-m"]
+    ours = {name for name in found if name.startswith(("recipes.", "benchmarks."))}
+    assert len(ours) > 10 and all(importlib.util.find_spec(name) for name in ours)
+
+
+def test_options_of_dllm_rl_are_known(monkeypatch):
+    read = []
+    for name in ("sample", "evaluate", "grade", "doctor", "verify"):
+        monkeypatch.setattr(program, name, read.append)
+    found = [(page, words) for page, _, words in all_commands("dllm-rl") if words[0] != "lm-eval"]
+    for page, words in found:
+        words = words[: words.index(">")] if ">" in words else words
+        try:
+            assert program.main(words) == 0
+        except SystemExit:
+            pytest.fail(f"{page.name}: dllm-rl {' '.join(words)}")
+    assert len(read) == len(found) > 15
