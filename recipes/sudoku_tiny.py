@@ -30,14 +30,16 @@ NO_DIGITS = (0, 2)  # <pad> and <eos>
 unmask_in_two = partial(unmask, max_new_tokens=0, num_steps=2, rank=max_prob, suppress=NO_DIGITS)
 
 
-def taught(*, seed: int = 0, steps: int = 400) -> Policy:
+def taught(*, seed: int = 0, steps: int = 400, dry_run: bool = False) -> Policy:
     """A model after some seconds of supervised training: it completes solved grids, any cells of which are hidden.
 
-    seed   of the weights, grids and masks
-    steps  of AdamW, on 64 grids each
+    seed     of the weights, grids and masks
+    steps    of AdamW, on 64 grids each
+    dry_run  no step: `--dry_run` asks for the size of the model alone
     """
     policy = tiny_masked_lm(characters="1234", seed=seed)
-    learn(policy, steps, seed, any_grids)
+    if not dry_run:
+        learn(policy, steps, seed, any_grids)
     return policy
 
 

@@ -71,9 +71,11 @@ def make_policy(recipe: Settings, device: torch.device) -> Policy:
     return configured(recipe, policy)
 
 
-def called(model: Callable[..., Policy], seed: int) -> Policy:
-    """The policy that a recipe's function makes: model(seed=seed) if it takes a seed, else model()."""
-    return model(seed=seed) if "seed" in inspect.signature(model).parameters else model()
+def called(model: Callable[..., Policy], seed: int, *, dry_run: bool = False) -> Policy:
+    """The policy that a recipe's function makes. The function is given the seed if it takes one. If it takes `dry_run`,
+    as one that also trains its policy should, it is told whether only the shapes of the weights count."""
+    accepted = inspect.signature(model).parameters
+    return model(**{name: value for name, value in (("seed", seed), ("dry_run", dry_run)) if name in accepted})
 
 
 def configured(recipe: Settings, policy: Policy) -> Policy:

@@ -80,6 +80,7 @@ def test_the_main_job_is_paid_by_the_rules_alone():
 STORED = json.loads(few_clues.STORED.read_text())
 RUNS = {(run["arm"], run["seed"]): run for run in STORED["runs"]}
 CEILINGS = {int(steps): rate for steps, rate in STORED["ceiling"].items()}
+WORDS = {"1": "one seed", "10": "ten seeds"}
 
 
 def page(name):
@@ -93,13 +94,16 @@ def test_the_documents_tables_are_those_of_the_stored_runs():
         assert paired.markdown(rows) in told
     assert paired.markdown(arms) in page("recipes/README.md")
     two = {row["arm"]: row["2"] for row in arms}
-    assert f"(ten seeds) | **{two[few_clues.RL]}** |" in page("README.md")
-    assert f"on random answers (three seeds) | {two['supervision']} |" in page("README.md")
-    solver = two["a solver's answers"]
-    assert f"(one seed) | {solver} |" in page("README.md")
+    seeds = {row["arm"]: WORDS[row["seeds"]] for row in arms[1:]}
+    assert f"({seeds[few_clues.RL]}) | **{two[few_clues.RL]}** |" in page("README.md")
+    for arm in (few_clues.TAUGHT, few_clues.CHOSEN):
+        assert f"({seeds[arm]}) | {two[arm]} |" in page("README.md")
+    four = {row["arm"]: row["4"] for row in arms}
+    told = f"RL solves {four[few_clues.RL_4]} (ten seeds), supervision {four[few_clues.TAUGHT]}, exact probabilities"
+    assert f"In four steps {told} {CEILINGS[4]:.3f}." in " ".join(page("README.md").split())
     assert f"solves {two[few_clues.RL]}." in " ".join(page("docs/concepts.md").split())
     assert f"can teach | {CEILINGS[2]:.3f} |" in page("README.md")
-    assert len(few_clues.of(RUNS, few_clues.RL, 2)) == 10
+    assert len(few_clues.of(RUNS, few_clues.RL, 2)) == len(few_clues.of(RUNS, few_clues.RL_4, 4)) == 10
 
 
 def test_the_stored_ceiling_is_that_of_the_test_puzzles():

@@ -63,7 +63,7 @@ class MetaPolicy(DiffusionPolicy):
 def meta_policy(recipe: Recipe) -> MetaPolicy:
     """The recipe's policy without weights: its module on the meta device (or the small model itself) and its spec."""
     if not isinstance(recipe.model, str):
-        policy = recipe.model if isinstance(recipe.model, Policy) else called(recipe.model, recipe.seed)
+        policy = recipe.model if isinstance(recipe.model, Policy) else called(recipe.model, recipe.seed, dry_run=True)
         found = MetaPolicy(copy.deepcopy(policy.module), policy.spec, policy.tokenizer)
     else:
         raw = published_config(recipe.model)

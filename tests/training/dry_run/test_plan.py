@@ -7,6 +7,7 @@ from functools import partial
 from importlib import import_module
 
 import pytest
+import torch
 from repetitions import few
 
 from dllm_rl import train
@@ -25,6 +26,8 @@ from dllm_rl.training.dry_run.plan import (
     quantisable,
     rollout_bytes,
 )
+from dllm_rl.training.policies import called
+from recipes import sudoku_tiny
 
 # (recipe, parameters, quantised layers). 8,015,581,184 is LLaDA-8B's published count; the others are sums by hand of
 # embeddings, attention, feed-forward, experts, routers and norms.
@@ -52,6 +55,16 @@ REAL = {
 
 def recipe_of(name: str):
     return import_module(f"recipes.{name}").recipe
+
+
+def test_a_dry_run_gives_no_lessons(monkeypatch):
+    """The main job's model is made by a function that also trains it for 400 steps."""
+    lessons = []
+    monkeypatch.setattr(sudoku_tiny, "learn", lambda policy, steps, *_: lessons.append(steps))
+    policy = meta_policy(sudoku_tiny.recipe)
+    assert lessons == []
+    trained = called(sudoku_tiny.recipe.model, 0)
+    assert lessons == [400] and policy.parameters == sum(map(torch.numel, trained.module.parameters()))
 
 
 @pytest.mark.parametrize("name", few(REAL, ["llada_8b_sudoku", "smollm2_arithmetic"]))
