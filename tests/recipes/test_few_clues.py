@@ -80,7 +80,7 @@ def test_the_main_job_is_paid_by_the_rules_alone():
 STORED = json.loads(few_clues.STORED.read_text())
 RUNS = {(run["arm"], run["seed"]): run for run in STORED["runs"]}
 CEILINGS = {int(steps): rate for steps, rate in STORED["ceiling"].items()}
-WORDS = {"1": "one seed", "10": "ten seeds"}
+WORDS = {"1": "one seed", "3": "three seeds", "10": "ten seeds"}
 
 
 def page(name):
