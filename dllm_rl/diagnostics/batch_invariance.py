@@ -109,8 +109,9 @@ class BatchInvariantOps(TorchFunctionMode):
 
 @contextmanager
 def batch_invariant(*, tile: int = 64) -> Iterator[None]:
-    """Batch-invariant, deterministic and slow arithmetic in the block; every setting is restored after it. A key-value
-    cache, and inputs with one scale per tensor, still differ. Raises as `prepare_workspace` does."""
+    """Batch-invariant, deterministic and slow arithmetic in the block: on a CPU it runs in one thread. Every setting is
+    restored after it. A key-value cache, and inputs with one scale per tensor, still differ. Raises as
+    `prepare_workspace` does."""
     if tile < 1:
         raise ValueError(f"tile={tile} must be at least 1 row")
     cudnn = torch.backends.cudnn
@@ -123,18 +124,21 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
     ]
     before = [getattr(owner, name) for owner, name, _ in switches]
     precision = torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
     plain = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext()  # CUDA's plain attention
     prepare_workspace()  # first: it raises where nothing has been changed yet
     try:
         for owner, name, value in switches:
             setattr(owner, name, value)
         torch.set_float32_matmul_precision("highest")  # also switches TF32 products off
+        torch.set_num_threads(1)  # how a kernel is split among threads depends on the batch, and rounds accordingly
         with deterministic(), BatchInvariantOps(tile), plain:
             yield
     finally:
         for (owner, name, _), value in zip(switches, before, strict=True):
             setattr(owner, name, value)
         torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)
 
 
 def check_bitwise_equal(

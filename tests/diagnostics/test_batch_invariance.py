@@ -43,20 +43,24 @@ def settings():
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.deterministic,
+        torch.get_num_threads(),
         torch.overrides._get_current_function_mode_stack(),
     )
 
 
 def test_settings_are_made_and_put_back_whatever_happens():
     torch.set_float32_matmul_precision("medium")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     before = settings()
     with pytest.raises(KeyError), batch_invariant():
-        assert settings()[:5] == ("highest", True, False, False, True)
+        assert settings()[:6] == ("highest", True, False, False, True, 1)
         raise KeyError("planted")
     assert settings() == before
     with pytest.raises(ValueError, match="tile=0 must be at least 1"), batch_invariant(tile=0):
         pass
     torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(threads)
 
 
 def test_on_a_gpu_the_workspace_is_settled_before_the_first_product(monkeypatch):
