@@ -175,7 +175,7 @@ def trajectory(
     under `plackett_luce` the draw of positions. The row's sum is then the exact log-probability of tokens AND order.
     A rollout that revises (`remask`, `soft_edit`) is replayed event by event [ours]: the canvas of each step is
     rebuilt, and a position's contribution is the sum over its writings (docs/order.md).
-    A rollout of `renoise` is replayed in one view, whose contributions are sums over a position's accepted draws [ours].
+    A rollout of `renoise` is replayed in one view; a position's contribution is the sum over its accepted draws [ours].
     num_segments  parts into which a row's steps are merged; None: one per step, which is exact, and all that a rollout
                   that revises can have
     block_size    of a block-causal model: the same likelihood from one packed forward per place of a step in its block,

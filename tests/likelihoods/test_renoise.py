@@ -6,8 +6,9 @@ import pytest
 import torch
 from renoise_toys import C, as_rollout, enumerate_all, toy
 
-from dllm_rl import Prompts, elbo, renoise, trajectory
+from dllm_rl import Prompts, elbo, trajectory
 from dllm_rl.likelihoods.views import each_view
+from dllm_rl.samplers import renoise
 
 PROMPT = torch.tensor([1, 2])
 TEMPERATURES = (0.9, 0.7)
@@ -56,7 +57,9 @@ def gradient(policy, estimator, found, weights):
 
 
 def flat(policy):
-    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters(policy)])
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters(policy)]
+    )
 
 
 def parameters(policy):
@@ -96,6 +99,7 @@ def test_sampled_frequencies_are_the_laws(answer):
         found = enumerate_all(policy, PROMPT, TEMPERATURES, BOUND, answer, stops=stops)
     rows = 4000
     rollout = sampled(policy, rows, answer=answer, stops=stops)
+
     # Cells: which canvas came first, at how many steps it ended, and the answer's first two tokens.
     def cells(seen, drawn, answer):
         steps = (seen >= 0).any(1).sum(-1)
@@ -166,7 +170,7 @@ def test_the_detached_gradient_stops_at_the_step_before(answer):
     if answer == "argmax":  # of two steps the second draws nothing that counts, and the first has no step before
         assert left_out < 1e-12
     else:
-        assert 0.02 < left_out < 1  # 0.17 was measured: docs/models.md
+        assert 0.02 < left_out < 1  # 0.22 was measured: docs/models.md
 
 
 def test_kept_graphs_carry_the_same_gradient():

@@ -6,13 +6,14 @@ import pytest
 import torch
 import transformers
 
-from dllm_rl import Lora, Prompts, check_policy, load_policy, renoise, sync_weights, trajectory, unmask
+from dllm_rl import Lora, Prompts, check_policy, load_policy, sync_weights, trajectory, unmask
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.merge import merge_lora
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import fake_quantize, float8_weight_only
+from dllm_rl.samplers import renoise
 
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers, "DiffusionGemmaConfig"), reason="this transformers has no DiffusionGemma"

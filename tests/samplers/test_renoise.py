@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 
-from dllm_rl import Prompts, renoise
+from dllm_rl import Prompts
 from dllm_rl.models.logprobs import invert
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.rng import uniforms
-from dllm_rl.samplers import sampler_for
+from dllm_rl.samplers import renoise, sampler_for
 from dllm_rl.samplers.canvas import TOKENS
 from dllm_rl.samplers.renoise import NOISE, accept
 
@@ -114,8 +114,8 @@ def random_case(seed):
         expert_size=8,
         canvas_length=pick(2, 3, 5),
         sliding_window=pick(2, 4, 64),
-        softcap=pick(1.0, 5.0, 30.0),
-        embedding_std=pick(0.1, 0.5, 1.5),
+        softcap=pick(4.0, 10.0, 30.0),  # a smaller one saturates: logits tie
+        embedding_std=pick(0.1, 0.4, 0.8),
     )
     if pick(True, False):
         policy.spec = replace(policy.spec, eos_ids=(len(policy.tokenizer) - 1,))
@@ -160,3 +160,24 @@ def test_tokens_are_those_of_transformers():
 def test_tokens_are_those_of_transformers_in_200_configurations():
     seen = check(range(200))
     assert min(seen.values()) >= 20, seen  # of each kind there are some
+
+
+def test_accept_by_hand():
+    """Ascending entropies 0.1, 0.3, 0.5: before the third the sum is 0.4, before the second 0.1."""
+    entropies = torch.tensor([[0.5, 0.1, 0.3]])
+    for bound, wanted in ((0.05, [0, 1, 0]), (0.2, [0, 1, 1]), (0.45, [1, 1, 1])):
+        assert accept(entropies, bound).int().tolist() == [wanted]
+
+
+def test_watched_it_shows_the_canvas_in_motion():
+    policy = tiny_diffusion_gemma(characters="abc", canvas_length=4, hidden_size=16)
+    assert sampler_for(policy) is renoise
+    seen = []
+    prompts = Prompts.from_ids([[3, 4]], pad_id=0, group_size=2)
+    options = {"num_steps": 3, "stability_threshold": None, "confidence_threshold": None}
+    rollout = renoise(policy, prompts, torch.Generator(), max_new_tokens=4, watch=seen.append, **options)
+    assert len(seen) == 3 and rollout.forwards == 4  # the encoder's, and three steps
+    for shown in seen[:2]:
+        noise = shown.unmask_step[:, 2:] < 0
+        assert noise.any() and shown.completion_mask[:, 2:].all()
+    assert (seen[-1].tokens == rollout.tokens).all() and (rollout.unmask_step[:, 2:] == 2).all()

@@ -129,7 +129,9 @@ def enumerate_all(policy, prompt, temperatures, bound, answer, *, stops=None, de
         )
     steps = len(temperatures)
     filled = [
-        [F.pad(x, (0, steps - x.shape[2]), value=-1) if x.dim() == 3 else x for x in part] for part in ended if len(part)
+        [F.pad(x, (0, steps - x.shape[2]), value=-1) if x.dim() == 3 else x for x in part]
+        for part in ended
+        if len(part)
     ]
     return Histories(*map(torch.cat, zip(*filled, strict=True)))
 
