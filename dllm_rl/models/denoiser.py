@@ -122,7 +122,7 @@ class Prefix:
 
 
 def backward_through(cuts: list[list[tuple[Tensor, Tensor]]]) -> None:
-    """Carry the gradients of each cut's leaves into the encoder; the last cut first, which was read behind the others."""
+    """Carry the gradients of each cut's leaves into the encoder; the last cut first, as it was read last."""
     for pairs in reversed(cuts):
         reached = [(whole, leaf.grad) for whole, leaf in pairs if leaf.grad is not None and whole.requires_grad]
         if reached:

@@ -1,5 +1,6 @@
 """`renoise` against transformers' own `generate` of the same model, given the same random numbers."""
 
+import json
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -8,12 +9,14 @@ import torch
 import transformers
 
 from dllm_rl import Prompts
+from dllm_rl.cli.main import main as run
 from dllm_rl.models.logprobs import invert
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers import renoise, sampler_for
 from dllm_rl.samplers.canvas import TOKENS
 from dllm_rl.samplers.renoise import NOISE, accept
+from dllm_rl.training.warmup import examples
 
 needs_gemma = pytest.mark.skipif(
     not hasattr(transformers, "DiffusionGemmaConfig"), reason="this transformers has no DiffusionGemma"
@@ -181,3 +184,25 @@ def test_watched_it_shows_the_canvas_in_motion():
         noise = shown.unmask_step[:, 2:] < 0
         assert noise.any() and shown.completion_mask[:, 2:].all()
     assert (seen[-1].tokens == rollout.tokens).all() and (rollout.unmask_step[:, 2:] == 2).all()
+
+
+def test_the_commands_sample_and_evaluate(tmp_path, capsys):
+    policy = tiny_diffusion_gemma(characters="1234.=", canvas_length=16, hidden_size=16)
+    policy.save_pretrained(tmp_path / "model")
+    run(["sample", str(tmp_path / "model"), "1.=", "--max_new_tokens", "16", "--num_steps", "3", "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["forwards"] <= 4 and len(record["rows"][0]["tokens"]) == 16
+    sudoku = ["--task", "sudoku", "--limit", "2", "--num_steps", "2", "--json"]
+    run(["evaluate", str(tmp_path / "model"), *sudoku, "--output_dir", str(tmp_path / "found")])
+    (found,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert found["num_steps"] == 2 and found["max_new_tokens"] == 16
+    assert run(["evaluate", str(tmp_path / "model"), *sudoku, "--rank", "random"]) == 2
+    assert "--rank is not for 'diffusion_gemma', whose sampler is renoise" in capsys.readouterr().err
+    assert run(["sample", str(tmp_path / "model"), "1.=", "--temperature", "0.5"]) == 2
+    assert "temperature is not for 'diffusion_gemma'" in capsys.readouterr().err
+
+
+def test_what_hides_by_masks_is_refused():
+    policy = tiny_diffusion_gemma(characters="1234.=", canvas_length=16, hidden_size=16)
+    with pytest.raises(ValueError, match="warm-up hides tokens by masks, and 'diffusion_gemma' has none"):
+        examples(policy, [], max_new_tokens=16)
