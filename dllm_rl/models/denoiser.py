@@ -126,7 +126,7 @@ def backward_through(cuts: list[list[tuple[Tensor, Tensor]]]) -> None:
     for pairs in reversed(cuts):
         reached = [(whole, leaf.grad) for whole, leaf in pairs if leaf.grad is not None and whole.requires_grad]
         if reached:
-            torch.autograd.backward(*map(list, zip(*reached, strict=True)))
+            torch.autograd.backward([whole for whole, _ in reached], [gradient for _, gradient in reached])
 
 
 def conditioning(policy: Policy, logits: Float[Tensor, "R C V"]) -> Float[Tensor, "R C V"]:

@@ -201,7 +201,9 @@ def tiny_diffusion_gemma(
         "tie_word_embeddings": True,
     }
     # The class has a vision model, whose default is of 167 million weights.
-    vision = dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "position_embedding_size"), 8)
+    vision: dict[str, Any] = dict.fromkeys(
+        ("hidden_size", "intermediate_size", "head_dim", "position_embedding_size"), 8
+    )
     vision |= {"model_type": "gemma4_vision", "num_hidden_layers": 1, "num_attention_heads": 1, "patch_size": 2}
     vision |= {"num_key_value_heads": 1}
     config = transformers.DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=canvas_length)

@@ -11,4 +11,6 @@ from dllm_rl.types import Rollout
 
 def sampler_for(policy: Policy) -> Callable[..., Rollout]:
     """`autoregress` for a causal policy, `renoise` where noise is random tokens, `unmask` where it is masks."""
-    return {"causal": autoregress, "encoder_decoder": renoise}.get(policy.spec.attention, unmask)
+    if policy.spec.attention == "encoder_decoder":
+        return renoise
+    return autoregress if policy.spec.attention == "causal" else unmask
