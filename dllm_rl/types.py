@@ -286,6 +286,26 @@ class Events(Columns):
 
 
 @dataclass(frozen=True)
+class Renoised(Columns):
+    """Every step of each position under `renoise`, W a canvas's most steps: all that its likelihood needs.
+
+    block     the canvas of each position, from 0; -1 elsewhere
+    seen      the token on the canvas that step w saw; -1 behind the last step of which a draw counts
+    drawn     the accepted draw of step w; -1 where the draw was not accepted, or decides nothing
+    logprobs  of that draw; nats, 0 where there is none
+    temperatures  of a canvas's steps, of which W or more are known
+    """
+
+    FILL: ClassVar[dict[str, Any]] = {"block": -1, "seen": -1, "drawn": -1}
+
+    block: Int[Tensor, "B T"]
+    seen: Int[Tensor, "B T W"]
+    drawn: Int[Tensor, "B T W"]
+    logprobs: Float[Tensor, "B T W"]
+    temperatures: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Rollout(Columns):
     """What a sampler did.
 
@@ -300,6 +320,7 @@ class Rollout(Columns):
     order    of a sampler that unmasks
     events   of a rule that rewrites; unmask_step and logprobs are then of a position's last writing alone
     experts  expert ids in M mixtures, of the state that the token was drawn from; undefined without a token
+    renoised  of a sampler that replaces tokens by random ones; logprobs are then sums over a position's draws
     """
 
     FILL: ClassVar[dict[str, Any]] = {"attention_mask": False, "completion_mask": False, "unmask_step": -1}
@@ -317,6 +338,7 @@ class Rollout(Columns):
     order: Order | None = None
     events: Events | None = None
     experts: Integer[Tensor, "B T M E"] | None = None
+    renoised: Renoised | None = None
     batch_row: Int[Tensor, " B"] | None = None  # in the global batch, by which masks are drawn; None: rows are in order
 
     def replaced(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
@@ -376,6 +398,11 @@ class ViewPart(_Movable):
     """
 
     single_tokens: ClassVar[bool] = True  # whether a contribution is the log-prob of a single token
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards of the model in a view, whose graphs would be kept together."""
+        return 1
 
     def on(self, view: Any, number: int) -> Any:
         """The view of this number (a `likelihoods.views.View`) with the feature."""

@@ -23,6 +23,8 @@ NAMED_BY = {
     "aligned forward": r"align_forward|aligned_forward|\baligns\(",
     "zero mismatch": r"zero_mismatch|diagnostics\.batch_invariance",
     "engine of its own": r"RolloutEngine|engine_of|rollout_engine|models\.engine",
+    "noise of random tokens": r"(samplers|likelihoods)(\.| import )renoise|models\.denoiser|renoised\b|Renoised\b|"
+    r"encoder_decoder",
     "one compiled graph": r"compile_step|whole_step|WholeSteps",
 }
 

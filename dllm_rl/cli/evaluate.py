@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ from dllm_rl.models.tokens import usual_length
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.by_name import ADAPTIVE, rank_for, read_cache, read_commit, read_rank
+from dllm_rl.samplers.renoise import renoise
 from dllm_rl.samplers.rules import check_steps, steps_per_block
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import NARROW, escape_controls, literal
@@ -209,6 +211,8 @@ def num_problems(task: Task, arguments: argparse.Namespace) -> int:
 
 def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:
     """(settings, sampler bound to them) for each combination of the settings that are lists."""
+    if policy.spec.attention == "encoder_decoder":
+        return renoising_plans(policy, task, arguments)
     if arguments.samples > 1 and arguments.temperature == 0:
         raise ValueError(f"--samples {arguments.samples} at --temperature 0 are all alike; give a temperature above 0")
     if arguments.forwards and arguments.num_steps:
@@ -222,6 +226,20 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
             raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")
     bounds = [{"max_new_tokens": length, "temperature": arguments.temperature} for length in lengths]
     return [(bound, partial(autoregress, **bound)) for bound in bounds]
+
+
+def renoising_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:
+    """The plans of a model whose noise is random tokens: lengths and steps; its schedule gives the temperatures."""
+    for name in ("forwards", "block_size", "rank", "commit", "cache"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
+    if arguments.temperature:
+        raise ValueError(f"--temperature {arguments.temperature}: renoise has a schedule of its own; leave it out")
+    canvas = policy.spec.block_size or 1
+    lengths = arguments.max_new_tokens or [max(1, -(-usual_length(policy, task) // canvas)) * canvas]
+    steps = arguments.num_steps or [inspect.signature(renoise).parameters["num_steps"].default]
+    bounds = [{"max_new_tokens": length, "num_steps": count} for length, count in product(lengths, steps)]
+    return [(bound, partial(renoise, **bound)) for bound in bounds]
 
 
 def choices(arguments: argparse.Namespace) -> tuple[Sequence[Any], ...]:

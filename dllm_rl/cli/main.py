@@ -237,6 +237,8 @@ def doctor(arguments: argparse.Namespace) -> int:
     policy = open_policy(arguments, float32_head=not arguments.half_head)
     task = TASKS[arguments.task]()
     length = arguments.max_new_tokens or usual_length(policy, task)
+    if policy.spec.attention == "encoder_decoder":
+        raise ValueError(f"doctor takes the steps of a model with masks; {policy.spec.name!r} has none")
     sampler = partial(sampler_for(policy), max_new_tokens=length, temperature=arguments.temperature)
     if policy.spec.attention != "causal":
         sampler = partial(sampler, num_steps=arguments.num_steps)

@@ -20,7 +20,7 @@ from dllm_rl.models.tokens import decode, encode, filled, written_tokens
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.unmask import unmask
+from dllm_rl.samplers.renoise import renoise
 from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Prompts, Rollout
@@ -47,12 +47,12 @@ def show(
     asked = [Problem([{"role": "user", "content": text}] if chat else text, blank=blank) for text in texts]
     prompts = encode(policy, asked, group_size=group_size)
     sampler = sampler_for(policy)
-    check_options(policy, options)
+    options = check_options(policy, options)
     prompt_texts = [text for text in texts for _ in range(group_size)]
     console = Console()
     live = console.is_terminal and not as_json if live is None else live
     began = time.perf_counter()  # after the prompts, which are no work of the model
-    if live and sampler is unmask:
+    if live and sampler is not autoregress:
         rollout = drawn(console, policy, prompts, prompt_texts, delay=delay, seed=seed, **options)
     else:
         rollout = sampler(policy, prompts, generator_for(seed), **options)
@@ -68,12 +68,20 @@ def show(
         print_record(record)
 
 
-def check_options(policy: Policy, options: Mapping[str, Any]) -> None:
-    """Raise ValueError on an option that only diffusion models have."""
+def check_options(policy: Policy, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the policy's sampler takes. Raises ValueError on an option that other models have."""
+    if sampler_for(policy) is renoise:
+        options = dict(options)
+        if not options.get("temperature"):  # the command's default; renoise has a schedule of its own
+            options.pop("temperature", None)
+        if extra := sorted(options.keys() - inspect.signature(renoise).parameters.keys()):
+            raise ValueError(f"{extra[0]} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
+        return options
     extra = sorted(options.keys() - inspect.signature(autoregress).parameters.keys())
     if extra and sampler_for(policy) is autoregress:
         causal = type(policy.module).__name__
         raise ValueError(f"{extra[0]} is for diffusion models; {causal} is causal: leave it out")
+    return dict(options)
 
 
 def drawn(
@@ -85,7 +93,7 @@ def drawn(
             screen.update(render(policy, rollout, texts), refresh=True)
             time.sleep(delay)
 
-        return unmask(policy, prompts, generator_for(seed), watch=watch, **options)
+        return sampler_for(policy)(policy, prompts, generator_for(seed), watch=watch, **options)
 
 
 def print_record(record: dict[str, Any]) -> None:

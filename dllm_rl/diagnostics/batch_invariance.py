@@ -79,6 +79,8 @@ class BatchInvariantOps(TorchFunctionMode):
         if func is torch.matmul and args[0].dim() == args[1].dim() == 4:
             pairs = zip(args[0].split(1), args[1].split(1), strict=True)
             return torch.cat([torch.matmul(left, right) for left, right in pairs])
+        if func is torch.matmul and args[1].dim() == 2:  # of self-conditioning: probabilities with embeddings
+            return self.linear(args[0], args[1].T)
         return func(*args, **kwargs)
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

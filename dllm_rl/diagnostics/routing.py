@@ -15,9 +15,9 @@ from dllm_rl.types import Rollout, Views
 @torch.no_grad()
 def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views) -> Int[Tensor, "M X"] | None:
     """Counts per mixture, under the first view and one row per prompt: choices that both sides make, all choices, the
-    tokens of each expert in the rollout, and in the learner. None without mixtures, or where an engine hides them; and
-    where a router's choice cannot be read, which a warning says."""
-    if not (mixtures(policy.module) and mixtures(rollout_policy.module)):
+    tokens of each expert in the rollout, and in the learner. None without mixtures, where an engine hides them, or
+    where an encoder and a decoder route apart; and where a router's choice cannot be read, which a warning says."""
+    if policy.spec.attention == "encoder_decoder" or not (mixtures(policy.module) and mixtures(rollout_policy.module)):
         return None
     first = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, a group's share of the work
     seen = rollout.attention_mask[first]

@@ -20,6 +20,7 @@ from dllm_rl.likelihoods.estimator import LikelihoodEstimator, weighted_sum
 from dllm_rl.likelihoods.events import with_events
 from dllm_rl.likelihoods.order import with_order
 from dllm_rl.likelihoods.packed import draw_rounds
+from dllm_rl.likelihoods.renoise import SELF_CONDITIONING, with_renoising
 from dllm_rl.likelihoods.trajectory import draw_some_segments, draw_trajectory
 from dllm_rl.members import maker
 from dllm_rl.types import Views
@@ -164,6 +165,7 @@ def trajectory(
     block_size: int | None = None,
     order: str = "law",
     num_sampled: int | None = None,
+    self_conditioning: str = "detached",
 ) -> LikelihoodEstimator:
     """Replay the recorded unmasking: in segment s, score the tokens committed there, everything from s on masked.
 
@@ -173,6 +175,7 @@ def trajectory(
     under `plackett_luce` the draw of positions. The row's sum is then the exact log-probability of tokens AND order.
     A rollout that revises (`remask`, `soft_edit`) is replayed event by event [ours]: the canvas of each step is
     rebuilt, and a position's contribution is the sum over its writings (docs/order.md).
+    A rollout of `renoise` is replayed in one view; a position's contribution is the sum over its accepted draws [ours].
     num_segments  parts into which a row's steps are merged; None: one per step, which is exact, and all that a rollout
                   that revises can have
     block_size    of a block-causal model: the same likelihood from one packed forward per place of a step in its block,
@@ -182,7 +185,12 @@ def trajectory(
     num_sampled   steps (or segments) of each row that are scored, drawn without replacement: an unbiased estimate
                   [ours] of the row's sum and, on-policy, of its gradient. None: all. With `unmask(block_size=1)`, all
                   are JustGRPO (arXiv 2601.15165, its authors' code [paper])
+    self_conditioning  of `renoise`, whose steps see the logits of the step before. detached: the gradient stops there,
+                  and memory is of one step; full: it goes back through them, and memory is of all steps. The log-probs
+                  are the same
     """
+    if self_conditioning not in SELF_CONDITIONING:
+        raise ValueError(f"self_conditioning={self_conditioning!r} must be 'detached' or 'full'")
     if order not in ("law", "given"):
         raise ValueError(f"order={order!r} must be 'law' or 'given'")
     if num_sampled is not None:
@@ -200,4 +208,7 @@ def trajectory(
         draw = partial(with_order, draw=draw)
     exact = num_segments is None  # one view per step
     estimator = LikelihoodEstimator("trajectory", draw, exact_for_sampler=exact, random=False)
+    if exact and block_size is None:
+        draw = partial(with_renoising, draw=draw, full=self_conditioning == "full")
+        estimator = replace(estimator, draw=draw, attention=(*estimator.attention, "encoder_decoder"))
     return estimator if block_size is None else replace(estimator, attention=("block_causal",), block_size=block_size)

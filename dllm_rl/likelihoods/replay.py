@@ -23,6 +23,8 @@ from dllm_rl.types import Rollout, ViewPart, Views
 
 def check_replay(policy: Policy, mode: str | None) -> None:
     """Raise ValueError where there are no experts to replay."""
+    if mode is not None and policy.spec.attention == "encoder_decoder":
+        raise ValueError(f"router_replay={mode!r} does not replay renoise's steps; leave it at None")
     if mode is not None and not mixtures(policy.module):
         raise ValueError(
             f"router_replay={mode!r} takes experts again, and {type(policy.module).__name__} has none; leave it at None"

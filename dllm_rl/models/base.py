@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 Module = Any  # transformers' or custom; nn.Module would type every member as Tensor | Module
 Tokenizer = Any  # transformers' or custom: `make_policy` lists what it needs
-Attention = Literal["full", "block_causal", "causal"]
+Attention = Literal["full", "block_causal", "causal", "encoder_decoder"]
 Tokens = Int[Tensor, "B T"]
 # Two axes: False on padding, over the cache's columns and then the T new ones. Four axes replace the family's own mask.
 Mask = Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"]
@@ -115,11 +115,13 @@ class FamilySpec:
     """One family of checkpoints."""
 
     name: str
-    attention: Attention  # "block_causal": blocks of `block_size`, aligned to a row's first token
+    # "block_causal": blocks of `block_size`, aligned to a row's first token. "encoder_decoder": blocks behind an
+    # encoder's cache, whose noise is random tokens (`models.denoiser`).
+    attention: Attention
     shift: bool = False  # the state at t-1 predicts position t
     block_size: int | None = None
     causal_context: bool = False  # "block_causal": a block without a mask is causal
-    mask_id: int | None = None  # token id of the mask; None for causal models
+    mask_id: int | None = None  # token id of the mask; None for causal models, and where noise is random tokens
     mask_vocabulary: int | None = None  # a family's mask_id is for so many tokens
     mask_names: tuple[str, ...] = ()  # the mask's texts, for a tokenizer that declares no mask token
     eos_ids: tuple[int, ...] = ()  # ids that end a completion

@@ -169,8 +169,15 @@ def add_lora(policy: Policy, lora: Lora) -> None:
     generator = Generator().manual_seed(lora.seed)
     for paths, adapted in ((chosen, LoraLinear), (stacks, LoraExperts)):
         for path in paths:
-            module.set_submodule(path, adapted(module.get_submodule(path), lora, generator))
+            layer = module.get_submodule(path)
+            put(module, layer, adapted(layer, lora, generator))
     policy.lora = lora
+
+
+def put(module: nn.Module, layer: nn.Module, other: nn.Module) -> None:
+    """Put another layer in every place of a layer: encoder and decoder may share it."""
+    for path in [path for path, each in module.named_modules(remove_duplicate=False) if each is layer]:
+        module.set_submodule(path, other)
 
 
 def is_target(path: str, names: Sequence[str]) -> bool:

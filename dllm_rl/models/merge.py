@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.models.base import Module, Policy, whole
-from dllm_rl.models.lora import LoraExperts, LoraLinear, adapted_layers, base_of, is_extra, linear_of, plain_weight
+from dllm_rl.models.lora import LoraExperts, LoraLinear, adapted_layers, base_of, is_extra, linear_of, plain_weight, put
 
 
 def has_extras(module: nn.Module) -> bool:
@@ -69,9 +69,9 @@ def merge_lora(policy: Policy) -> None:
     """Merge the policy's adapters into its weights, in place; all weights become trainable."""
     module = policy.module
     memo = {id(tensor): tensor for tensor in module.parameters()}  # a bias stays what it is
-    for path, layer in list(plain_layers(module)):
+    for _, layer in list(plain_layers(module)):
         if is_extra(layer):
-            module.set_submodule(path, _plain(layer, memo))
+            put(module, layer, _plain(layer, memo))
     forget_quantizer(module)
     module.requires_grad_(True)
     policy.lora = None

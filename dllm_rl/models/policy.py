@@ -16,6 +16,7 @@ from dllm_rl.models.checkpoint.loading import (
     family_spec,
     load_module,
     named,
+    prepared,
     save_module,
 )
 from dllm_rl.models.checkpoint.tensors import misfits, read_tensors
@@ -204,6 +205,7 @@ def _found_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
     spec = family_spec(module.config, tokenizer, raw=raw)
     if spec.native is not None:
         raise ValueError(f"{kind} runs code of its checkpoint; give the checkpoint's folder or id to use stock classes")
+    prepared(module, spec)
     return spec
 
 
@@ -230,7 +232,9 @@ def check_spec(module: Module, spec: FamilySpec) -> None:
     if size is None:
         kind = type(module).__name__
         raise ValueError(f"vocab_size=None of the spec {spec.name!r}, and {kind} has no config: set it")
-    if spec.attention != "causal" and spec.mask_id is None:
+    if spec.attention == "encoder_decoder" and spec.block_size is None:
+        raise ValueError(f"block_size=None of the spec {spec.name!r}, whose answers are canvases: set their length")
+    if spec.attention in ("full", "block_causal") and spec.mask_id is None:
         raise ValueError(f"mask_id=None of the spec {spec.name!r}, whose attention is {spec.attention!r}: set it")
     if not spec.eos_ids:
         raise ValueError(f"eos_ids=() of the spec {spec.name!r}: name at least one id that ends a completion")

@@ -145,6 +145,72 @@ def tiny_moe(
     return _made(transformers.Qwen3MoeForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 
+def tiny_diffusion_gemma(
+    *,
+    characters: str,
+    seed: int = 0,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    intermediate_size: int = 128,
+    num_experts: int = 2,
+    num_experts_per_tok: int = 1,
+    expert_size: int = 64,
+    canvas_length: int = 16,
+    sliding_window: int = 64,
+    softcap: float = 30.0,
+    max_length: int = 128,
+    rope_theta: float = 100.0,
+    embedding_std: float = 0.1,
+    gain: float = 0.7,
+) -> Policy:
+    """A DiffusionGemma: an encoder of the text, and a decoder that predicts a canvas of random tokens.
+
+    characters           all characters of prompts and completions, one token each
+    hidden_size          width of the model
+    num_layers           blocks; the last has full attention, and those before it a sliding window
+    num_heads            attention heads of a block
+    intermediate_size    width between a block's two feed-forward layers
+    num_experts          experts of a block, beside these
+    num_experts_per_tok  experts of a token
+    expert_size          width between an expert's layers
+    canvas_length        tokens that are denoised together
+    sliding_window       tokens that a sliding layer's encoder sees
+    softcap              the logits' largest absolute value
+    max_length           longest prompt plus completion, tokens
+    rope_theta           base of the rotary positions' wavelengths
+    embedding_std        initial standard deviation of the embeddings, which are the head's weights too
+    gain                 initial standard deviation of the other weights, times sqrt(inputs)
+    """
+    tokenizer = char_tokenizer(characters)
+    head_dim = hidden_size // num_heads
+    rope = {"rope_type": "default", "rope_theta": rope_theta}
+    text = {
+        **_fields(tokenizer, True, hidden_size, num_layers, num_heads, max_length),
+        "intermediate_size": intermediate_size,
+        "num_key_value_heads": num_heads,
+        "head_dim": head_dim,
+        "global_head_dim": head_dim,
+        "num_experts": num_experts,
+        "top_k_experts": num_experts_per_tok,
+        "moe_intermediate_size": expert_size,
+        "sliding_window": sliding_window,
+        "layer_types": ["sliding_attention"] * (num_layers - 1) + ["full_attention"],
+        "rope_parameters": {"sliding_attention": rope, "full_attention": rope},
+        "final_logit_softcapping": softcap,
+        "tie_word_embeddings": True,
+    }
+    # The class has a vision model, whose default is of 167 million weights.
+    vision: dict[str, Any] = dict.fromkeys(
+        ("hidden_size", "intermediate_size", "head_dim", "position_embedding_size"), 8
+    )
+    vision |= {"model_type": "gemma4_vision", "num_hidden_layers": 1, "num_attention_heads": 1, "patch_size": 2}
+    vision |= {"num_key_value_heads": 1}
+    config = transformers.DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=canvas_length)
+    make = transformers.DiffusionGemmaForBlockDiffusion
+    return _made(make, config, tokenizer, seed, embedding_std, embedding_std, gain)
+
+
 def _fields(
     tokenizer: PreTrainedTokenizerBase, causal: bool, hidden_size: int, num_layers: int, num_heads: int, max_length: int
 ) -> dict[str, Any]:

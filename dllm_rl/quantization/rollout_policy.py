@@ -173,7 +173,8 @@ def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, s
         matrices = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
         if not matrices:
             continue
-        tied = [other for other in owners[id(matrices[0])] if other != name]
+        # The same layer in two places, of an encoder and a decoder, is tied to no other.
+        tied = [other for other in owners[id(matrices[0])] if base_of(module.get_submodule(other)) is not layer]
         if reason := skip_reason(name, layer, matrices[0], tied):
             kept[name] = reason
         elif skip and skip(layer, name):

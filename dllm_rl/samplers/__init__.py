@@ -4,10 +4,13 @@ from collections.abc import Callable
 
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.renoise import renoise
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Rollout
 
 
 def sampler_for(policy: Policy) -> Callable[..., Rollout]:
-    """`autoregress` for a causal policy, `unmask` for a diffusion one."""
+    """`autoregress` for a causal policy, `renoise` where noise is random tokens, `unmask` where it is masks."""
+    if policy.spec.attention == "encoder_decoder":
+        return renoise
     return autoregress if policy.spec.attention == "causal" else unmask

@@ -118,6 +118,8 @@ def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None
     attention = policy.spec.attention
     if attention == "causal":
         raise ValueError(f"policy {policy.spec.name!r} is causal; unmask needs a diffusion model: use autoregress")
+    if attention == "encoder_decoder":
+        raise ValueError(f"policy {policy.spec.name!r} has no mask token, its noise is random tokens: use renoise")
     infilling = prompts.open is not None
     width = prompts.tokens.shape[1] + length if infilling else length
     least = 0 if infilling else 1  # open positions alone may be the whole completion

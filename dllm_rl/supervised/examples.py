@@ -41,6 +41,8 @@ def read_examples(
     recipe: SFT, policy: Policy, dataset: Any, field: str, *, say: Callable[[str], None] = lambda text: None
 ) -> list[Example]:
     """The rows as examples; longer ones are left out and counted to `say`. Raises ValueError on an unusable row."""
+    if policy.spec.attention == "encoder_decoder":
+        raise ValueError(f"{field}: sft hides tokens by masks, and {policy.spec.name!r} has none; use another model")
     most = recipe.max_length
     if policy.spec.max_length is not None and most > policy.spec.max_length:
         raise ValueError(f"max_length={most} is more than the model's {policy.spec.max_length} positions; lower it")

@@ -112,7 +112,8 @@ def score(
     if side == "scored":
         rollout_logps = likelihood.logprobs(rollout_policy, rollout, views, micro_batch_size=size)
         views = as_chosen(views, rollout)
-    if not keeps_graphs(recipe, policy, views=len(views.weight), rows=len(rollout.tokens)):
+    forwards = len(views.weight) * math.prod(part.num_forwards for part in views.parts)
+    if not keeps_graphs(recipe, policy, views=forwards, rows=len(rollout.tokens)):
         keep = False
     # Last: kept graphs and another forward would add up.
     scores = likelihood.scores(policy, rollout, views, micro_batch_size=size, keep_graphs=keep)

@@ -85,6 +85,8 @@ def configured(recipe: Settings, policy: Policy) -> Policy:
     for setting in ("gradient_checkpointing", "torch_compile"):
         if getattr(recipe, setting):
             blocks_of(policy.module, setting)
+            if policy.spec.attention == "encoder_decoder":  # a block that runs again would write its cache again
+                raise ValueError(f"{setting}=True does not go with the cache of {policy.spec.name!r}; leave it off")
     check_replay(policy, recipe.router_replay)
     return policy
 

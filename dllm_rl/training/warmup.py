@@ -24,6 +24,8 @@ RISE = 30  # steps in which the learning rate rises to its full height
 
 def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int) -> Rollout:
     """Left-padded prompts with solutions, as if sampled. Raises ValueError if a solution is missing or too long."""
+    if policy.spec.attention == "encoder_decoder":
+        raise ValueError(f"warm-up hides tokens by masks, and {policy.spec.name!r} has none; use warmup_steps=0")
     eos = policy.spec.eos_ids[0] if policy.spec.eos_ids else policy.pad_id
     causal = policy.spec.attention == "causal"
     if any(problem.blank is not None for problem in problems):

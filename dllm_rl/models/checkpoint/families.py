@@ -19,6 +19,7 @@ from transformers import (
 
 from dllm_rl.models.base import BERT_LINEARS, FamilySpec, encode_roberta, mlm_head
 from dllm_rl.models.checkpoint.rope import rope_parameters
+from dllm_rl.models.denoiser import encode_denoiser, softcapped_head
 
 _SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -278,6 +279,13 @@ NEMOTRON = replace(
     mask_id=100,
     mask_vocabulary=131072,
 )
+DIFFUSION_GEMMA = FamilySpec(
+    name="diffusion_gemma",
+    attention="encoder_decoder",
+    architectures=("DiffusionGemmaForBlockDiffusion",),
+    encode=encode_denoiser,
+    head=softcapped_head,
+)
 MASKED_LM = FamilySpec(
     name="masked_lm",
     attention="full",
@@ -308,7 +316,7 @@ CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, archite
 
 # The first family that recognises a config is used: specific families come first.
 FAMILIES = [LLADA, ILLADA, LLADA_MOE, LLADA2, DREAM, SDAR, RND1, STABLE_DIFFCODER, A2D_BLOCKS, A2D]
-FAMILIES += [NEMOTRON_AR, NEMOTRON]
+FAMILIES += [NEMOTRON_AR, NEMOTRON, DIFFUSION_GEMMA]
 FAMILIES += [ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]
 
 
@@ -343,8 +351,8 @@ def find_family(raw: dict) -> FamilySpec:
             return family
     if raw.get("model_type") == "diffusion_gemma":
         raise ValueError(
-            "model_type='diffusion_gemma' is not supported: its noise is random tokens, and no mask token says which "
-            "positions are open (docs/models.md); open a model with a mask token"
+            f"model_type='diffusion_gemma' with architectures={architecture!r} is no DiffusionGemmaForBlockDiffusion "
+            f"that transformers {transformers.__version__} has; upgrade it (5.23 has the class), or correct config.json"
         )
     known = ", ".join(sorted({name.replace("*", "...") for family in FAMILIES for name in family.architectures}))
     asks = " and its config asks for remote code (auto_map), which is never run" if raw.get("auto_map") else ""

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
@@ -32,6 +33,7 @@ from dllm_rl.models.checkpoint.tensors import (
     weight_files,
     write_tensors,
 )
+from dllm_rl.models.denoiser import share_layers
 from dllm_rl.models.merge import has_extras, merged_copy, merged_state, own_tensors
 from dllm_rl.models.untrusted import (
     FLOATS,
@@ -85,6 +87,9 @@ def load_module(
                 raise RuntimeError(f"it describes {needed:,} parameters, and there are {there:,} numbers")
             check_dtypes(dtypes, own if family.native is None else None, folder)
         if quantization is not None:
+            if family.attention == "encoder_decoder":
+                wrong = f"quantization={quantization!r} would part the weights that encoder and decoder share"
+                raise ValueError(f"{wrong}; leave it at None")
             options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
             options["device_map"] = {"": device}  # else bitsandbytes takes the first GPU
         with quiet_progress():
@@ -97,7 +102,7 @@ def load_module(
                     options["dtype"] = main_dtype(state)
                 module, report = cls.from_pretrained(None, config=config, state_dict=state, **options)
         check_report(report, family, folder)
-        check_padding(module.config, tokenizer, folder)
+        check_padding(module.config.get_text_config(), tokenizer, folder)
         spec = family_spec(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)
     return prepared(module if quantization else module.to(device), spec), tokenizer, spec
 
@@ -153,8 +158,9 @@ def main_dtype(state: dict[str, torch.Tensor]) -> torch.dtype:
 
 def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> None:
     """Raise ValueError on a config of more layers than `most`, the number of tensors: building them would not end."""
-    for field in ("num_hidden_layers", "n_layers", "n_layer"):
-        number = raw.get(field)
+    parts = (raw, *(part for part in raw.values() if isinstance(part, dict)))  # of text, of images
+    for field, part in product(("num_hidden_layers", "n_layers", "n_layer"), parts):
+        number = part.get(field)
         if number is not None and not (isinstance(number, int) and 0 <= number <= most):
             raise ValueError(
                 f"{folder or 'config.json'}: {field}={number!r} is not a number of layers that {most} tensors could "
@@ -193,6 +199,8 @@ def prepared(module: Module, spec: FamilySpec) -> Module:
     """The module with its family's changes to the stock class."""
     if spec.float32_rope:
         rotate_in_float32(module)
+    if spec.attention == "encoder_decoder":
+        share_layers(module)
     for layer in module.modules():
         # At the first forward without gradients bitsandbytes would repack 4-bit weights with bf16 scales on a CPU:
         # the scored and the trained model would differ.
@@ -221,13 +229,16 @@ def family_spec(
     """The family's spec with this checkpoint's ids and limits; ValueError on a mask id that is missing or outside."""
     raw = config.to_dict() if raw is None else raw
     family = find_family(raw)
+    config = config.get_text_config()  # of a model with images the text's own; else the config itself
     changes = {"eos_ids": end_ids(config, tokenizer, family, folder), "max_length": config.max_position_embeddings}
-    if family.attention != "causal":
+    if family.attention == "encoder_decoder":
+        changes |= {"vocab_size": config.vocab_size, "block_size": raw.get("canvas_length")}
+    elif family.attention != "causal":
         changes["mask_id"] = find_mask_id(config, tokenizer, family)
     if family.attention == "block_causal":
         changes["block_size"] = block_size or raw.get("block_size") or family.block_size
         changes["encode"] = partial(encode_block_causal, spec=replace(family, **changes))
-    elif block_size is not None:
+    elif block_size not in (None, changes.get("block_size")):
         wrong = f"but {family.name} has {family.attention} attention; leave it out"
         raise ValueError(f"block_size={block_size} is for block-causal models, {wrong}")
     if family.encode is encode_roberta:  # it counts positions from pad_token_id + 1

@@ -67,9 +67,11 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
         found = MetaPolicy(copy.deepcopy(policy.module), policy.spec, policy.tokenizer)
     else:
         raw = published_config(recipe.model)
+        if (family := find_family(raw)).attention == "encoder_decoder":
+            raise ValueError(f"dry_run does not know renoise's memory, which {family.name!r} takes; leave it out")
         module = build_empty(raw)
         # As load_policy does, except for the ids that only the tokenizer knows.
-        spec = replace(find_family(raw), max_length=module.config.max_position_embeddings)
+        spec = replace(family, max_length=module.config.max_position_embeddings)
         found = MetaPolicy(module, spec, None)
     found.float32_head = recipe.float32_head
     found.gradient_checkpointing = recipe.gradient_checkpointing

@@ -48,11 +48,11 @@ def test_an_unknown_architecture_lists_the_known_ones_and_how_to_add_one(tmp_pat
     refused("give your own to register_family (a FamilySpec)", load_policy, folder)
 
 
-def test_uniform_noise_is_refused_with_the_reason(tmp_path):
-    """The names are those that transformers 5.23 writes for DiffusionGemma."""
+def test_a_diffusion_gemma_that_transformers_does_not_have_is_refused(tmp_path):
     folder = published(tmp_path, "llada")
-    edit(folder, architectures=["DiffusionGemmaForBlockDiffusion"], model_type="diffusion_gemma", auto_map={})
-    refused("model_type='diffusion_gemma' is not supported: its noise is random tokens", load_policy, folder)
+    edit(folder, architectures=["DiffusionGemmaForImages"], model_type="diffusion_gemma", auto_map={})
+    said = "architectures='DiffusionGemmaForImages' is no DiffusionGemmaForBlockDiffusion that transformers"
+    refused(f"model_type='diffusion_gemma' with {said}", load_policy, folder)
 
 
 def test_remote_code_is_never_run(tmp_path):

@@ -1,0 +1,140 @@
+"""Models whose noise is random tokens (DiffusionGemma): an encoder reads what is written, a decoder predicts a canvas.
+
+The encoder is causal and fills a cache of keys and values. The decoder reads the cache, sees its whole canvas, and is
+conditioned on the logits of the step before (self-conditioning). Both have the same weights, but for the decoder's
+layers of the self-conditioning. `encode` of such a family is called in two ways:
+
+    encode(module, tokens, attention_mask, positions, [past_key_values, use_cache=True])    the encoder; fills the cache
+    encode(module, canvas, attention_mask, positions, past_key_values=cache, previous=...)  the decoder; reads it
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from dllm_rl.models.base import Module, Policy, States, Tokens, position_ids
+from dllm_rl.models.logprobs import wide
+
+
+def encode_denoiser(
+    module: Module,
+    tokens: Tokens,
+    attention_mask: Bool[Tensor, "B S"],
+    positions: Tokens,
+    *,
+    past_key_values: Any = None,
+    use_cache: bool = False,
+    previous: Float[Tensor, "B T V"] | None = None,
+) -> States:
+    """DiffusionGemma's encoder, or with a cache that is only read its decoder; text alone."""
+    if past_key_values is None or use_cache:
+        reads = {"attention_mask": attention_mask, "position_ids": positions, "past_key_values": past_key_values}
+        return module.model.encoder.language_model(input_ids=tokens, **reads).last_hidden_state
+    return module.model.decoder(
+        decoder_input_ids=tokens,
+        decoder_attention_mask=attention_mask,
+        decoder_position_ids=positions,
+        past_key_values=past_key_values,
+        self_conditioning_logits=previous,
+    ).last_hidden_state
+
+
+def softcapped_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+    """cap * tanh(logits / cap), in fp32 or fp64, as transformers' `forward` computes it."""
+    cap = module.final_logit_softcapping
+    return torch.tanh(wide(module.get_output_embeddings()(hidden)) / cap) * cap
+
+
+def share_layers(module: Module) -> None:
+    """Let encoder and decoder hold the same layers, in place, where they hold the same weights: a quantised or adapted
+    layer is then both sides' own. transformers ties the weights alone, and keeps two layers around them."""
+    reader, writer = module.model.encoder.language_model, module.model.decoder
+    for name, layer in list(reader.named_modules()):
+        if not name or any(layer is each for each in writer.modules()):
+            continue  # the inside of a layer that is shared already
+        try:
+            other = writer.get_submodule(name)
+        except AttributeError:
+            continue
+        ours, theirs = list(layer.parameters()), list(other.parameters())
+        same = len(ours) == len(theirs) > 0 and all(a is b for a, b in zip(ours, theirs, strict=True))
+        if type(layer) is type(other) and same and not list(layer.buffers()):
+            reader.set_submodule(name, other)
+
+
+@dataclass
+class Prefix:
+    """What the encoder has read of R rows: its cache, and which of the columns are no padding.
+
+    cache  transformers' DynamicCache
+    mask   (R, S), False on padding
+    """
+
+    cache: Any
+    mask: Bool[Tensor, "R S"]
+
+    @classmethod
+    def empty(cls, policy: Policy, rows: int) -> "Prefix":
+        config = getattr(policy.module, "config", None)  # it names the layers with a sliding window
+        cache = DynamicCache() if config is None else DynamicCache(config=config.get_text_config(decoder=True))
+        return cls(cache, torch.zeros(rows, 0, dtype=torch.bool, device=policy.device))
+
+    def read(self, policy: Policy, tokens: Int[Tensor, "R N"], mask: Bool[Tensor, "R N"]) -> None:
+        """Append columns, of which `mask` is False on padding."""
+        self.mask = torch.cat([self.mask, mask], dim=1)
+        positions = position_ids(self.mask)[:, -tokens.shape[1] :]
+        policy.encode(tokens, self.mask, positions, past_key_values=self.cache, use_cache=True)
+
+    def keep(self, rows: Int[Tensor, " K"]) -> None:
+        """Keep these rows, in this order; a row may be repeated."""
+        self.cache.batch_select_indices(rows)
+        self.mask = self.mask[rows]
+
+    def logits(
+        self,
+        policy: Policy,
+        canvas: Int[Tensor, "R C"],
+        previous: Float[Tensor, "R C V"] | None,
+        temperature: float,
+    ) -> Float[Tensor, "R C V"]:
+        """Logits behind these columns, divided by the temperature: fp32, or fp64 if the head's are. previous: those of
+        the step before, as `conditioning` keeps them. Sampler and scoring both come here."""
+        mask = torch.cat([self.mask, torch.ones_like(canvas, dtype=torch.bool)], dim=1)
+        positions = position_ids(mask)[:, -canvas.shape[1] :]
+        states = policy.encode(canvas, mask, positions, past_key_values=self.cache, previous=previous)
+        return wide(policy.head(states)) / temperature
+
+    def cut(self) -> list[tuple[Tensor, Tensor]]:
+        """Put leaves in the place of the cache's tensors; returns (tensor, its leaf). Gradients then gather in the
+        leaves, so that many backwards of the decoder go through the encoder once: see `backward_through`."""
+        pairs = []
+        for layer in self.cache.layers:
+            for name in ("keys", "values"):
+                whole = getattr(layer, name)
+                leaf = whole.detach().requires_grad_()
+                setattr(layer, name, leaf)
+                pairs.append((whole, leaf))
+        return pairs
+
+
+def backward_through(cuts: list[list[tuple[Tensor, Tensor]]]) -> None:
+    """Carry the gradients of each cut's leaves into the encoder; the last cut first, as it was read last."""
+    for pairs in reversed(cuts):
+        reached = [(whole, leaf.grad) for whole, leaf in pairs if leaf.grad is not None and whole.requires_grad]
+        if reached:
+            torch.autograd.backward([whole for whole, _ in reached], [gradient for _, gradient in reached])
+
+
+def conditioning(policy: Policy, logits: Float[Tensor, "R C V"]) -> Float[Tensor, "R C V"]:
+    """A step's logits as the next step gets them: in the weights' dtype."""
+    return logits.to(next(p for p in policy.module.parameters() if p.is_floating_point()).dtype)
+
+
+def has_images(module: nn.Module, tokens: Int[Tensor, "P S"]) -> bool:
+    """Whether the prompts hold the token that stands for an image."""
+    image = getattr(getattr(module, "config", None), "image_token_id", None)
+    return image is not None and bool((tokens == image).any())

@@ -1,0 +1,328 @@
+"""Sampling from random tokens, as DiffusionGemma does: each step predicts a whole canvas, accepts the surest draws and
+replaces the others by new random tokens."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
+from torch.distributions import Categorical
+
+from dllm_rl.device import send
+from dllm_rl.models.base import Policy
+from dllm_rl.models.denoiser import Prefix, conditioning, has_images
+from dllm_rl.models.forward.buckets import length_buckets
+from dllm_rl.models.logprobs import TokenLogprob, invert
+from dllm_rl.rng import row_seeds, uniforms
+from dllm_rl.samplers.canvas import TIES, TOKENS
+from dllm_rl.samplers.unmask import check_fits
+from dllm_rl.types import Prompts, Renoised, Rollout
+
+NOISE = TIES  # the second of the two streams of random numbers that a step has (`rng.uniforms`)
+
+
+@torch.no_grad()
+def renoise(
+    policy: Policy,
+    prompts: Prompts,
+    generator: Generator,
+    *,
+    max_new_tokens: int,
+    num_steps: int = 48,
+    t_max: float = 0.8,
+    t_min: float = 0.4,
+    entropy_bound: float = 0.1,
+    stability_threshold: int | None = 1,
+    confidence_threshold: float | None = 0.005,
+    answer: str = "argmax",
+    watch: Callable[[Rollout], None] | None = None,
+) -> Rollout:
+    """Complete every prompt `group_size` times, canvas by canvas (DiffusionGemma's sampler [paper: transformers 5.23]).
+
+    A canvas of `policy.spec.block_size` tokens begins at random. In step s of n a token is drawn at every place from
+    softmax(logits / tau), tau = t_min + (t_max - t_min) (n - s) / n. The places of lowest entropy keep their draw: as
+    many as have (sum of their entropies) - (the largest) <= entropy_bound. The others get new random tokens. The next
+    step sees the canvas, and this step's logits. With equal random numbers the tokens are those of transformers'
+    `generate`, but that tokens behind a row's end token stay as they were sampled.
+    max_new_tokens   a multiple of the canvas's length
+    num_steps        steps of a canvas, at most
+    t_max, t_min     the first step's temperature, and the one that the schedule ends just above; may be equal
+    entropy_bound    nats, above 0; infinity accepts every draw
+    stability_threshold, confidence_threshold  a row's canvas ends when the likeliest tokens were the same in so many
+                     steps before, and the mean entropy is below so many nats; None: it always takes num_steps
+    answer           argmax: the likeliest tokens of a canvas's last step, as the authors; no draw decides them.
+                     drawn: the last step accepts every draw, and these are the answer [ours]: for training
+    watch            called with the current rollout after every step: the canvas in motion
+
+    `Rollout.renoised` records every step; `trajectory()` replays it. A row depends on its prompt, its seed and the
+    weights only; batching changes at most the last bits of a sum. A step holds fp32 logits of all rows (R, C, V).
+    Raises ValueError for another kind of model, images, or numbers out of range.
+    """
+    _check(policy, prompts, max_new_tokens, num_steps, t_max, t_min, entropy_bound, answer)
+    if (stability_threshold is None) != (confidence_threshold is None):
+        raise ValueError(
+            f"stability_threshold={stability_threshold} and confidence_threshold={confidence_threshold} stop a canvas "
+            "together; give both, or None for both"
+        )
+    temperatures = tuple(t_min + (t_max - t_min) * ((num_steps - step) / num_steps) for step in range(num_steps))
+    seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
+    record = _Record.blank(policy, prompts, seeds, max_new_tokens, temperatures)
+    starts = prompts.attention_mask.cpu().long().argmax(-1).repeat_interleave(prompts.group_size)
+    # The buckets of `likelihoods.views.row_chunks`: a row is scored at the width at which it was sampled.
+    for bucket in length_buckets(starts, prompts.tokens.shape[1] + max_new_tokens, policy.device):
+        (rows,) = send(policy.device, bucket.rows)
+        loop = _Loop(policy, record, rows, bucket.start, entropy_bound, answer)
+        loop.stops = (stability_threshold, confidence_threshold)
+        for block in range(max_new_tokens // record.length):
+            if not len(loop.rows):
+                break
+            loop.canvas(block, (lambda: watch(record.rollout(policy))) if watch else None)
+    return record.rollout(policy)
+
+
+@dataclass
+class _Record:
+    """What is known of the L places of every completion (B, L)."""
+
+    prompts: Prompts
+    seeds: Int[Tensor, " B"]
+    length: int  # of a canvas
+    temperatures: tuple[float, ...]
+    tokens: Int[Tensor, "B L"]  # the canvas, and at last the answer
+    begun: Bool[Tensor, "B L"]
+    step: Int[Tensor, "B L"]  # of the last accepted draw, or that decided the answer; -1 while a token is noise
+    logprobs: Float[Tensor, "B L"]  # sums over the steps
+    seen: Int[Tensor, "B L W"]
+    drawn: Int[Tensor, "B L W"]
+    logps: Float[Tensor, "B L W"]
+    clock: Int[Tensor, " B"]  # steps that the row has taken
+    pad_id: int
+    forwards: int = 0
+
+    @classmethod
+    def blank(
+        cls, policy: Policy, prompts: Prompts, seeds: Tensor, length: int, temperatures: tuple[float, ...]
+    ) -> "_Record":
+        assert policy.spec.block_size is not None, "`check_spec` asks for it"
+        shape = (prompts.num_rows, length)
+        whole = torch.full(shape, policy.pad_id, device=policy.device)
+        steps = torch.full((*shape, len(temperatures)), -1, dtype=torch.int32, device=policy.device)
+        return cls(
+            prompts=prompts,
+            seeds=seeds.to(policy.device),
+            length=policy.spec.block_size,
+            temperatures=temperatures,
+            tokens=whole,
+            begun=torch.zeros_like(whole, dtype=torch.bool),
+            step=torch.full_like(whole, -1),
+            logprobs=torch.zeros(shape, device=policy.device),
+            seen=steps,
+            drawn=steps.clone(),
+            logps=torch.zeros(steps.shape, device=policy.device),
+            clock=torch.zeros_like(whole[:, 0]),
+            pad_id=policy.pad_id,
+        )
+
+    def rollout(self, policy: Policy) -> Rollout:
+        """The record so far, behind the prompts."""
+        prompts = self.prompts
+        width = prompts.tokens.shape[1]
+        both = (prompts.tokens, prompts.attention_mask)
+        before, real = (repeat(x.to(policy.device), "p s -> (p g) s", g=prompts.group_size) for x in both)
+        used = max(1, int((self.seen >= 0).any(0).any(0).sum()))  # steps behind the last one taken are cut off
+        block = torch.arange(self.tokens.shape[1], device=policy.device) // self.length
+        part = Renoised(
+            block=torch.where(self.begun, block, -1),
+            seen=self.seen[..., :used],
+            drawn=self.drawn[..., :used],
+            logprobs=self.logps[..., :used],
+            temperatures=self.temperatures,
+        )
+        return Rollout(
+            tokens=torch.cat([before, self.tokens], dim=1),
+            attention_mask=torch.cat([real, self.begun], dim=1),
+            completion_mask=F.pad(self.begun, (width, 0)),
+            unmask_step=F.pad(self.step, (width, 0), value=-1),
+            logprobs=F.pad(self.logprobs, (width, 0)),
+            group_size=prompts.group_size,
+            weights_version=policy.version,
+            forwards=self.forwards,
+            renoised=part.padded(width),
+        )
+
+
+@dataclass
+class _Loop:
+    """The rows of a bucket that have not ended, and what the encoder has read of them."""
+
+    policy: Policy
+    record: _Record
+    rows: Int[Tensor, " R"]
+    start: int  # the first column of the bucket's prompts
+    entropy_bound: float
+    answer: str
+    prefix: Prefix = field(init=False)
+    stops: tuple[int | None, float | None] = (None, None)
+
+    def __post_init__(self) -> None:
+        prompts = self.record.prompts
+        group = prompts.group_size
+        firsts = self.rows[::group] // group  # the prompt is read once for the rows of its group
+        tokens = prompts.tokens.to(self.policy.device)[firsts, self.start :]
+        self.prefix = Prefix.empty(self.policy, len(firsts))
+        self.prefix.read(self.policy, tokens, prompts.attention_mask.to(self.policy.device)[firsts, self.start :])
+        self.record.forwards += 1
+        if group > 1:
+            self.prefix.keep(torch.arange(len(firsts), device=tokens.device).repeat_interleave(group))
+
+    def canvas(self, block: int, watch: Callable[[], None] | None) -> None:
+        """Denoise one canvas of every row; rows that wrote an end token leave."""
+        policy, record, rows = self.policy, self.record, self.rows
+        places = block * record.length + torch.arange(record.length, device=rows.device)
+        if block:
+            before = record.tokens[rows[:, None], places - record.length]
+            self.prefix.read(policy, before, torch.ones_like(before, dtype=torch.bool))
+            record.forwards += 1
+        where = (rows[:, None], places)
+        record.begun[where] = torch.ones_like(record.begun[where])
+        canvas = self.noise(0, places)
+        previous = None
+        done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        stability, _ = self.stops
+        history = torch.full((stability or 0, *canvas.shape), -1, device=rows.device)  # of likeliest tokens
+        for step, temperature in enumerate(record.temperatures):
+            logits = self.prefix.logits(policy, canvas, previous, temperature)
+            record.forwards += 1
+            drawn, logps = self.draw(logits, step, places)
+            best = logits.argmax(-1)
+            entropies = Categorical(logits=logits).entropy()
+            stops = self.stop(best, entropies, history)
+            if step + 1 == len(record.temperatures):
+                stops = torch.ones_like(stops)
+            accepted = accept(entropies, self.entropy_bound)
+            counts = accepted & ~stops[:, None]  # a last draw decides nothing where the answer is the argmax
+            if self.answer == "drawn":
+                accepted = counts = accepted | stops[:, None]
+            final = drawn if self.answer == "drawn" else best
+            noise = self.noise(step + 1, places)
+            after = torch.where(stops[:, None], final, torch.where(accepted, drawn, noise))
+            decided = accepted | stops[:, None]
+            self.note(where, step, ~done, canvas, after, decided, drawn, counts, logps)
+            history = torch.cat([history, best[None]])[1:] if stability else history
+            canvas = torch.where(done[:, None], canvas, after)
+            done = done | stops
+            previous = conditioning(policy, logits)
+            if watch is not None:
+                watch()
+            if done.all():
+                break
+        eos = torch.tensor(policy.spec.eos_ids, device=rows.device)
+        left = (~torch.isin(record.tokens[where], eos).any(-1)).nonzero()[:, 0]
+        if len(left) < len(rows):
+            self.rows = rows[left]
+            self.prefix.keep(left)
+
+    def noise(self, step: int, places: Int[Tensor, " C"]) -> Int[Tensor, "R C"]:
+        """Random tokens, each of the vocabulary alike."""
+        return (self.uniforms(step, places, NOISE) * self.policy.vocab_size).long()
+
+    def uniforms(self, step: int, places: Int[Tensor, " C"], stream: int) -> Float[Tensor, "R C"]:
+        """Of the row's seed, the canvas's step and the place alone."""
+        seeds = self.record.seeds[self.rows].repeat_interleave(len(places))
+        numbers = uniforms(seeds, torch.full_like(seeds, step), places.repeat(len(self.rows)), stream=stream)
+        return numbers.view(len(self.rows), len(places))
+
+    def draw(
+        self, logits: Float[Tensor, "R C V"], step: int, places: Int[Tensor, " C"]
+    ) -> tuple[Int[Tensor, "R C"], Float[Tensor, "R C"]]:
+        """A token at every place, and its log-prob (nats) as `trajectory()` scores it again."""
+        flat = logits.flatten(0, 1)
+        tokens = invert(flat.softmax(-1), self.uniforms(step, places, TOKENS).flatten())
+        logps = TokenLogprob.apply(flat, tokens)
+        return tokens.view(logits.shape[:2]), logps.view(logits.shape[:2])
+
+    def stop(
+        self, best: Int[Tensor, "R C"], entropies: Float[Tensor, "R C"], history: Int[Tensor, "H R C"]
+    ) -> Bool[Tensor, " R"]:
+        """Rows whose likeliest tokens were the same in the steps of the history, and whose mean entropy is low."""
+        stability, confidence = self.stops
+        if stability is None or confidence is None:
+            return torch.zeros_like(best[:, 0], dtype=torch.bool)
+        return (history == best).all(-1).all(0) & (entropies.mean(-1) < confidence)
+
+    def note(
+        self,
+        where: tuple[Tensor, Tensor],
+        step: int,
+        live: Bool[Tensor, " R"],
+        canvas: Int[Tensor, "R C"],
+        after: Int[Tensor, "R C"],
+        decided: Bool[Tensor, "R C"],
+        drawn: Int[Tensor, "R C"],
+        counts: Bool[Tensor, "R C"],
+        logps: Float[Tensor, "R C"],
+    ) -> None:
+        """Record a step of the live rows. A step of which no draw counts leaves no trace in `Renoised`."""
+        record = self.record
+        there = live[:, None].expand_as(counts)
+        scored = counts & there
+        kept = there & counts.any(-1, keepdim=True)
+        added = logps.to(record.logprobs).masked_fill(~scored, 0.0)
+        clock = record.clock[self.rows]
+        record.tokens[where] = torch.where(there, after, record.tokens[where])
+        record.step[where] = torch.where(there, torch.where(decided, clock[:, None], -1), record.step[where])
+        record.logprobs[where] += added
+        record.seen[(*where, step)] = torch.where(kept, canvas, -1).int()
+        record.drawn[(*where, step)] = torch.where(scored, drawn, -1).int()
+        record.logps[(*where, step)] = added
+        record.clock[self.rows] = clock + live
+
+
+def accept(entropies: Float[Tensor, "R C"], bound: float) -> Bool[Tensor, "R C"]:
+    """The places of lowest entropy, as many as have (sum) - (largest) <= bound (arXiv 2505.24857 [paper]); at least
+    one."""
+    ordered, index = entropies.sort(dim=-1)
+    among = ordered.cumsum(-1) - ordered <= bound
+    return torch.zeros_like(among).scatter(-1, index, among)
+
+
+def _check(
+    policy: Policy,
+    prompts: Prompts,
+    length: int,
+    num_steps: int,
+    t_max: float,
+    t_min: float,
+    entropy_bound: float,
+    answer: str,
+) -> None:
+    """Raise ValueError as documented in `renoise`."""
+    spec = policy.spec
+    if spec.attention != "encoder_decoder":
+        raise ValueError(
+            f"policy {spec.name!r} has {spec.attention!r} attention; renoise is for models whose noise is random "
+            f"tokens: use {'autoregress' if spec.attention == 'causal' else 'unmask'}"
+        )
+    size = spec.block_size
+    assert size is not None, "`check_spec` asks for it"
+    if length < 1 or length % size:
+        lower = length // size * size
+        near = f"{lower}, {lower + size}" if lower > 0 else f"{size}"
+        raise ValueError(f"max_new_tokens={length} must be a multiple of the canvas's {size} tokens; nearest: {near}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps} must be at least 1")
+    if not (0 < t_min <= t_max < math.inf):
+        raise ValueError(f"t_max={t_max} and t_min={t_min} must be temperatures with 0 < t_min <= t_max")
+    if not entropy_bound > 0:
+        raise ValueError(f"entropy_bound={entropy_bound} must be above 0 nats")
+    if answer not in ("argmax", "drawn"):
+        raise ValueError(f"answer={answer!r} must be 'argmax' or 'drawn'")
+    if prompts.open is not None:
+        raise ValueError("prompts have open positions, which need a mask token; give prompts without blanks")
+    if has_images(policy.module, prompts.tokens):
+        raise ValueError("a prompt holds the image token, and images are not supported; give text alone")
+    check_fits(policy, prompts, length)

@@ -1,0 +1,242 @@
+"""DiffusionGemma as a policy: opened, saved, quantised, adapted, and scored as it was sampled."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from dllm_rl import Lora, Prompts, check_policy, load_policy, sync_weights, trajectory, unmask
+from dllm_rl.diagnostics.batch_invariance import batch_invariant
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.merge import merge_lora
+from dllm_rl.models.tiny import tiny_diffusion_gemma
+from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.quantization.schemes import fake_quantize, float8_weight_only
+from dllm_rl.samplers import renoise
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(transformers, "DiffusionGemmaConfig"), reason="this transformers has no DiffusionGemma"
+)
+SHORT = {"max_new_tokens": 8, "num_steps": 3, "stability_threshold": None, "confidence_threshold": None}
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny(0)
+
+
+def tiny(seed):
+    sizes = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "expert_size": 16, "sliding_window": 4}
+    return tiny_diffusion_gemma(characters="abcdefg", seed=seed, canvas_length=4, embedding_std=0.5, **sizes)
+
+
+def sampled(policy, *, group_size=2, seed=0, **changes):
+    prompts = Prompts.from_ids([[3, 4, 5, 6, 7, 3], [8]], pad_id=policy.pad_id, group_size=group_size)
+    return renoise(policy, prompts, torch.Generator().manual_seed(seed), **SHORT | {"answer": "drawn"} | changes)
+
+
+def scored(policy, rollout, estimator=None):
+    estimator = estimator or trajectory()
+    views = estimator.draw(rollout, torch.Generator())
+    with torch.no_grad():
+        return estimator.logprobs(policy, rollout, views)
+
+
+def test_saved_it_opens_again_here_and_in_transformers(policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    again = load_policy(tmp_path)
+    rollout = sampled(policy)
+    assert (sampled(again).tokens == rollout.tokens).all()
+    stock = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(tmp_path).eval()
+    tokens = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    canvas = torch.tensor([[3, 3, 4, 4], [5, 6, 7, 8]])
+    outs = []
+    for module in (policy.module, again.module, stock):
+        with torch.no_grad():
+            outs.append(module(input_ids=tokens, decoder_input_ids=canvas).logits)
+    for name, tensor in policy.module.state_dict().items():
+        assert torch.equal(again.module.state_dict()[name], tensor) and torch.equal(stock.state_dict()[name], tensor)
+    # Logits to rounding: the memory of loaded weights may be aligned otherwise.
+    assert (outs[0] - outs[1]).abs().max() < 1e-5 and (outs[0] - outs[2]).abs().max() < 1e-5
+    assert again.spec.block_size == 4 and again.spec.attention == "encoder_decoder" and again.spec.mask_id is None
+
+
+def test_encoder_and_decoder_hold_the_same_layers(policy):
+    reader, writer = policy.module.model.encoder.language_model, policy.module.model.decoder
+    for ours, theirs in zip(reader.layers, writer.layers, strict=True):
+        assert ours.self_attn.q_proj is theirs.self_attn.q_proj and ours.mlp is theirs.mlp
+        assert ours.experts is theirs.experts and ours.router is theirs.router
+        assert ours is not theirs and ours.layer_scalar is not theirs.layer_scalar  # transformers does not tie it
+
+
+@pytest.mark.parametrize("answer", ["argmax", "drawn"])
+def test_zero_mismatch_unquantised(policy, answer):
+    """Bit for bit in batch-invariant arithmetic, whichever rows are scored together."""
+    with batch_invariant():
+        rollout = sampled(policy, answer=answer)
+        estimator = trajectory()
+        views = estimator.draw(rollout, torch.Generator())
+        with torch.no_grad():
+            for size in (None, 2):
+                ours = estimator.logprobs(policy, rollout, views, micro_batch_size=size)
+                assert torch.equal(ours, rollout.logprobs)
+    plain = sampled(policy, answer=answer)
+    assert (scored(policy, plain) - plain.logprobs).abs().max() < 1e-4  # of rounding: 2e-6 was seen
+
+
+def test_rows_of_two_batches_are_scored_together(policy):
+    """`Rollout.joined` pads narrower parts on the right, so that completions begin at different columns."""
+    parts = [sampled(policy, seed=1), sampled(policy, seed=2)]
+    short = Prompts.from_ids([[4, 5]], pad_id=policy.pad_id, group_size=2)
+    parts.append(renoise(policy, short, torch.Generator().manual_seed(3), **SHORT | {"answer": "drawn"}))
+    whole = type(parts[0]).joined(parts, pad_id=policy.pad_id)
+    assert (scored(policy, whole) - whole.logprobs).abs().max() < 1e-4
+    wider = whole.padded(3, pad_id=policy.pad_id)
+    assert (scored(policy, wider) - wider.logprobs).abs().max() < 1e-4
+
+
+def test_a_row_depends_on_its_prompt_and_seed_alone(policy):
+    ids, seeds = [[3, 4, 5, 6], [8], [7, 7]], [11, 12, 13]
+    together = renoise(policy, Prompts.from_ids(ids, pad_id=0, seeds=seeds), torch.Generator(), **SHORT)
+    for row, (one, seed) in enumerate(zip(ids, seeds, strict=True)):
+        alone = renoise(policy, Prompts.from_ids([one], pad_id=0, seeds=[seed]), torch.Generator(), **SHORT)
+        mine = together.completion_mask[row]
+        assert together.tokens[row][mine].tolist() == alone.tokens[0][alone.completion_mask[0]].tolist()
+
+
+@pytest.mark.parametrize("scheme", [float8_weight_only, fake_quantize])
+def test_a_quantised_copy_has_both_sides_and_the_experts(scheme):
+    policy = tiny(1)
+    copied = quantized_copy(policy, scheme())
+    names = copied.quantization_report.quantized
+    for part in ("self_attn.q_proj", "mlp.down_proj", "experts.gate_up_proj.1", "experts.down_proj.0"):
+        assert any(name.endswith(part) for name in names), part
+    reader, writer = copied.module.model.encoder.language_model, copied.module.model.decoder
+    assert reader.layers[0].experts is writer.layers[0].experts
+    assert reader.layers[0].self_attn.q_proj is writer.layers[0].self_attn.q_proj
+    rollout = sampled(copied)
+    assert (scored(copied, rollout) - rollout.logprobs).abs().max() < 1e-4
+    apart = (scored(policy, rollout) - rollout.logprobs).abs().max()
+    assert 1e-4 < apart < 5
+    with torch.no_grad():
+        for parameter in policy.module.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    sync_weights(policy, copied)
+    fresh = quantized_copy(policy, scheme())
+    again = sampled(copied, seed=5)
+    assert torch.equal(scored(copied, again), scored(fresh, again))
+
+
+def test_adapters_are_one_for_both_sides():
+    policy = tiny(2)
+    rollout = sampled(policy)
+    before = scored(policy, rollout)
+    add_lora(policy, Lora(r=2, experts=True))
+    assert torch.equal(scored(policy, rollout), before)
+    reader, writer = policy.module.model.encoder.language_model, policy.module.model.decoder
+    assert reader.layers[1].self_attn.q_proj is writer.layers[1].self_attn.q_proj
+    with torch.no_grad():
+        for name, parameter in policy.module.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1
+    adapted = scored(policy, rollout)
+    assert (adapted - before).abs().max() > 1e-3
+    assert (scored(policy.reference(), rollout) - before).abs().max() < 1e-5
+    merge_lora(policy)
+    assert (scored(policy, rollout) - adapted).abs().max() < 1e-4
+
+
+def test_memory_of_a_detached_view_is_of_one_step():
+    """Tensors that autograd saves during a backward, at most at once: as many for nine steps as for three."""
+
+    def most_saved(estimator, steps):
+        policy = tiny(3)
+        rollout = sampled(policy, num_steps=steps, entropy_bound=0.5)
+        views = estimator.draw(rollout, torch.Generator())
+        vectors = rollout.completion_mask[None].float()
+        held = {"now": 0, "most": 0}
+
+        class Held:
+            def __init__(self, tensor):
+                self.tensor = tensor
+                held["now"] += 1
+                held["most"] = max(held["most"], held["now"])
+
+            def __del__(self):
+                held["now"] -= 1
+
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda one: one.tensor):
+            estimator.backward(policy, rollout, views, vectors)
+        return held["most"]
+
+    few, many = (most_saved(trajectory(), steps) for steps in (3, 9))
+    assert many <= 1.05 * few
+    few, many = (most_saved(trajectory(self_conditioning="full"), steps) for steps in (3, 9))
+    assert many > 2 * few
+
+
+def test_the_gradient_reaches_the_encoder_as_in_one_graph():
+    """The cut cache gives the gradient of one graph through encoder and decoder, over two canvases."""
+    policy = tiny(4)
+    rollout = sampled(policy)
+    estimator = trajectory()
+    views = estimator.draw(rollout, torch.Generator())
+    vectors = torch.randn(views.weight.shape, generator=torch.Generator().manual_seed(0))
+    found = []
+    for kept in (False, True):
+        policy.module.zero_grad()
+        if kept:
+            estimator.scores(policy, rollout, views, keep_graphs=True).backward(vectors)
+        else:
+            estimator.backward(policy, rollout, views, vectors)
+        found.append({n: p.grad.clone() for n, p in policy.module.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and not any("vision" in name for name in found[0])
+    for name, one in found[0].items():
+        assert (one - found[1][name]).abs().max() < 1e-4 * (1 + found[1][name].abs().max()), name
+
+
+def test_the_contract_of_policies(policy):
+    check_policy(policy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_new_tokens": 6}, "max_new_tokens=6 must be a multiple of the canvas's 4 tokens; nearest: 4, 8"),
+        ({"num_steps": 0}, "num_steps=0 must be at least 1"),
+        ({"t_min": 0.0}, "t_max=0.8 and t_min=0.0 must be temperatures"),
+        ({"t_max": 0.3}, "t_max=0.3 and t_min=0.4 must be temperatures"),
+        ({"entropy_bound": 0.0}, "entropy_bound=0.0 must be above 0 nats"),
+        ({"answer": "last"}, "answer='last' must be 'argmax' or 'drawn'"),
+        ({"stability_threshold": 1}, "stability_threshold=1 and confidence_threshold=None stop a canvas together"),
+        ({"max_new_tokens": 400}, "exceeds the model's 128 positions"),
+    ],
+)
+def test_settings_out_of_range_are_refused(policy, changes, said):
+    with pytest.raises(ValueError, match=said):
+        sampled(policy, **changes)
+
+
+def test_other_samplers_and_models_are_refused(policy, tmp_path):
+    from dllm_rl.models.tiny import tiny_masked_lm
+
+    prompts = Prompts.from_ids([[3, 4]], pad_id=0)
+    with pytest.raises(ValueError, match="no mask token, its noise is random tokens: use renoise"):
+        unmask(policy, prompts, torch.Generator(), max_new_tokens=4)
+    with pytest.raises(ValueError, match="'full' attention; renoise is for models whose noise is random"):
+        renoise(tiny_masked_lm(characters="abc"), prompts, torch.Generator(), max_new_tokens=4)
+    policy.module.config.image_token_id = 4
+    try:
+        with pytest.raises(ValueError, match="holds the image token, and images are not supported"):
+            renoise(policy, prompts, torch.Generator(), max_new_tokens=4)
+    finally:
+        policy.module.config.image_token_id = 258_880
+    policy.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="quantization='nf4' would part the weights"):
+        load_policy(tmp_path, quantization="nf4")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 10**9
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="num_hidden_layers=1000000000 is not a number of layers"):
+        load_policy(tmp_path)
