@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,6 +103,12 @@ def ended_by_launcher() -> None:
     parent = os.getppid()
     words = Path(f"/proc/{parent}/cmdline")
     command = words.read_bytes() if words.exists() else b""
+    if not command and parent > 1:
+        # It is ending: its memory is freed, which takes a while, and its children get another parent only then.
+        for _ in range(5000):
+            if os.getppid() != parent:
+                return ended_by_launcher()
+            time.sleep(0.001)
     if not any(word in command for word in (b"accelerate", b"torchrun", b"torch.distributed", b"dllm")):
         # Any other parent, such as a shell, may end before its jobs. But a recipe may import torch before this line,
         # and init is then the parent of what a launcher has left. torchrun's variable is its own. accelerate's may be
