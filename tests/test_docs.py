@@ -194,6 +194,20 @@ def test_a_loss_of_ones_own_is_checked_three_times(tmp_path, monkeypatch):
         made["check_corrector"](halved)
 
 
+@pytest.mark.slow  # it checks a policy: 4 s
+def test_a_block_causal_module_of_ones_own_keeps_its_contract_and_scores_what_it_sampled(tmp_path, monkeypatch):
+    made = run_example("A block-causal module", tmp_path, monkeypatch)
+    assert (made["log_p"] - made["rollout"].logprobs).abs().max() < 1e-5 and len(made["views"].weight) == 2
+
+    def without_blocks(module, tokens, attention_mask, positions):  # every token sees every other
+        seen = attention_mask[:, None, None, :].expand(-1, 1, tokens.shape[1], -1)
+        return made["encode"](module, tokens, seen, positions)
+
+    wrong = dataclasses.replace(made["spec"], encode=without_blocks)
+    with pytest.raises(ValueError, match="attention='block_causal' is what Blocks should have"):
+        dllm_rl.make_policy(made["Blocks"](len(made["tokenizer"])), made["tokenizer"], wrong)
+
+
 def test_a_reward_of_ones_own_grades_and_trains(tmp_path, monkeypatch):
     made = run_example("Your reward", tmp_path, monkeypatch)
     graded = [made["task"].reward(made["task"][3], text).value for text in ("3", "4", "==")]  # of "0+3="
