@@ -132,6 +132,7 @@ def test_an_estimators_parts_are_not_changed_one_by_one(recipe):
         "likelihood.block_size",
         "likelihood.order",
         "likelihood.num_sampled",
+        "likelihood.self_conditioning",
     ]
     mine = replace(recipe, likelihood=replace(recipe.likelihood, name="mine"))  # no function makes this one
     assert not [path for path in paths(mine) if path.startswith("likelihood.")]

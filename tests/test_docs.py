@@ -147,6 +147,7 @@ def run_example(heading, folder, monkeypatch, name="example"):
     return runpy.run_path(f"{name}.py")
 
 
+@pytest.mark.slow
 def test_a_rank_of_ones_own_has_the_probabilities_that_it_records(tmp_path, monkeypatch):
     made = run_example("Write a rank or a commit rule", tmp_path, monkeypatch)
     assert (made["log_p"] - made["rollout"].logprobs).abs().max() < 1e-5
@@ -167,6 +168,7 @@ def test_a_rank_of_ones_own_has_the_probabilities_that_it_records(tmp_path, monk
     assert sum(dict(zip(written, chances.tolist(), strict=True)).values()) > 1.5
 
 
+@pytest.mark.slow
 def test_a_sampler_of_ones_own_keeps_the_engines_contract_and_a_greedy_one_does_not(tmp_path, monkeypatch):
     made = run_example("Write a sampler", tmp_path, monkeypatch)
     rollout = made["at_once"](made["policy"], made["prompts"], torch.Generator(), max_new_tokens=6)
@@ -208,6 +210,7 @@ def test_a_block_causal_module_of_ones_own_keeps_its_contract_and_scores_what_it
         dllm_rl.make_policy(made["Blocks"](len(made["tokenizer"])), made["tokenizer"], wrong)
 
 
+@pytest.mark.slow
 def test_a_reward_of_ones_own_grades_and_trains(tmp_path, monkeypatch):
     made = run_example("Your reward", tmp_path, monkeypatch)
     graded = [made["task"].reward(made["task"][3], text).value for text in ("3", "4", "==")]  # of "0+3="
@@ -225,6 +228,7 @@ def test_rows_of_a_file_are_read(tmp_path, monkeypatch):
     assert task[3].prompt == "3+3=" and task[3].fields == {"answer": "6"}
 
 
+@pytest.mark.slow
 def test_an_estimator_is_compared_with_the_enumeration_of_all_completions(tmp_path, monkeypatch):
     """The page's numbers: probabilities that add up to 1, and a lower bound that lies below log p."""
     monkeypatch.syspath_prepend(DOCS.parent)

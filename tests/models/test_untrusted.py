@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_checkpoints import SIZES, edit
+from repetitions import slow
+from small_checkpoints import SIZES, edit, saved
 
 from dllm_rl import load_policy, load_weights
 from dllm_rl.models import untrusted
@@ -19,6 +20,12 @@ from dllm_rl.models.lora import Lora, add_lora, load_adapter, save_adapter
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.models.untrusted import explodes, without_code
+
+
+@pytest.fixture(params=["masked_lm", slow("llama")])
+def folder(request, tmp_path):
+    """A small checkpoint; what is refused here is the same in every family."""
+    return saved(request.param, tmp_path / "checkpoint")
 
 NAMES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 
