@@ -2,11 +2,13 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 from xml.etree import ElementTree
 
 import pytest
@@ -208,6 +210,21 @@ def test_a_block_causal_module_of_ones_own_keeps_its_contract_and_scores_what_it
     wrong = dataclasses.replace(made["spec"], encode=without_blocks)
     with pytest.raises(ValueError, match="attention='block_causal' is what Blocks should have"):
         dllm_rl.make_policy(made["Blocks"](len(made["tokenizer"])), made["tokenizer"], wrong)
+
+
+def test_speeds_of_schemes_are_those_that_were_stored():
+    stored = json.loads((DOCS.parent / "benchmarks/results/gpu.json").read_text())["parts"]["fp8"]["rows"]
+    speed = {row["what"]: row["tokens/s"] for row in stored}
+    told = (DOCS / "gpus.md").read_text()
+    for name, of in (("weights", "{} of bf16 eager, {} compiled"), ("products", "{1} of bf16 compiled, {0} eager")):
+        ratios = (f"{speed[f'FP8 {name}, {how}'] / speed['bf16, exact']:.2f}" for how in ("eager", "compiled"))
+        assert of.format(*ratios) in told
+
+
+def test_seconds_of_the_main_job_are_those_that_were_stored():
+    runs = json.loads((DOCS.parent / "recipes/studies/few_clues.json").read_text())["runs"]
+    seconds = [run["seconds"] for run in runs if run["arm"] == "RL in two"]
+    assert f"{mean(seconds):.0f} CPU seconds on one thread" in (DOCS / "running.md").read_text() and len(seconds) == 10
 
 
 @pytest.mark.slow
