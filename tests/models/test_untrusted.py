@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from repetitions import slow
+from safetensors.torch import load_file, save_file
 from small_checkpoints import SIZES, edit, saved
 
 from dllm_rl import load_policy, load_weights
@@ -26,6 +26,7 @@ from dllm_rl.models.untrusted import explodes, without_code
 def folder(request, tmp_path):
     """A small checkpoint; what is refused here is the same in every family."""
     return saved(request.param, tmp_path / "checkpoint")
+
 
 NAMES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 
