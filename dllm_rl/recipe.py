@@ -245,7 +245,11 @@ class Recipe(Settings):
     log_completions_steps: int = _("RL steps between tables of completions, which are kept; 0: never", 50, at_least=0)
     push_to_hub: str | None = _("OWNER/NAME on the Hugging Face hub, for the last checkpoint; none: no upload", None)
     async_save: bool = _("write checkpoints during training, from a host copy of weights and optimiser state", False)
-    reward_timeout: float | None = _("seconds per completion's reward; then the process ends: 124", 600.0, above=0)
+    reward_timeout: float | None = _(
+        "seconds of a completion's reward, or of one call of reward functions; then the process ends: 124",
+        600.0,
+        above=0,
+    )
     dry_run: bool = _("print what the recipe would take, without its weights, and stop", False)
 
     def __post_init__(self) -> None:
