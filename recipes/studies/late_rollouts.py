@@ -1,39 +1,64 @@
-"""What do late rollouts cost, and which corrector brings it back? One run of an arm, as a line of JSON.
+"""What do late rollouts cost, and which corrector brings it back? 4x4 Sudoku, FP8 rollouts. Claims before the runs.
 
-Every batch is sampled with FP8 weights that are `--lag` updates old, in this process and in one thread; a lag of 0 is a
-plain run. A seed decides the first weights, the warm-up, the prompts and the draws, so that arms of a seed are pairs.
+Every batch is sampled with weights that are `lag` updates old. The lag is exact and the bits are those of Ray's
+workers, but the batches are made in the run's own process, so that an arm needs one thread and no Ray. All arms take 80
+steps of one update from their seed's one warmed-up model, and are evaluated on 400 held-out puzzles.
 
-    python -m recipes.studies.late_rollouts --lag 4 --corrector tis --seed 0 [--learning_rate 5e-4] [--num_steps 120]
-        [--task unique] [--output FILE]     FILE: the line is added to it; without it, it is printed alone
+    lag 0, 1, 2, 4, 8    no corrector
+    dual clip            ratios against the rollout itself, which PPO's clip then bounds, from both sides
+    decoupled            decoupled PPO: an unbounded weight leads from the rollout to the learner before its update, and
+                         the clip bounds the step from there
+    tis, ais, icepop     the correctors of these names with their defaults
+    tbpo                 its weight alone: with one update the ratio is 1, and its band does not act
+    placebo              TIS whose weights go to other tokens, which any gain of TIS must exceed
+    none again           the arm without a corrector with other prompts and draws: what noise does
+
+Each arm takes the learning rate that is best for it on the seeds 100 and 101, which the study does not use: of 2.5e-4,
+5e-4 and 1e-3, and further by factors of two while the best is at an edge. Known before the runs: two seeds of a first
+look, in which lags 4 and 8 cost 0.05 to 0.16 at one rate, and TIS and AIS brought some of it back. The claims, on
+seeds 0 to 9, are those of `CLAIMS`.
+
+    python -m recipes.studies.late_rollouts               tune, run, late_rollouts.json, the tables
+    python -m recipes.studies.late_rollouts --report      run nothing
 """
 
 import argparse
-import json
-import tempfile
-import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
+import os
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
-from sys import stderr
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl import Recipe, ais, icepop, none, ppo_clip, tbpo, tis
+from dllm_rl import ais, icepop, none, ppo_clip, tbpo, tis
 from dllm_rl.algorithms.correctors import Corrector, Weighed, truncated_weights
+from dllm_rl.files import read_json, write_json
 from dllm_rl.members import maker
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.training.late_rollouts import in_this_process
-from dllm_rl.training.trainer import train
-from recipes.sudoku_tiny import recipe as tiny
-from recipes.sudoku_unique import recipe as unique
+from recipes.studies.paired import (
+    Contrast,
+    Study,
+    arm_rows,
+    contrast_rows,
+    load,
+    markdown,
+    result_path,
+    run_missing,
+    run_one,
+)
+from recipes.sudoku_unique import recipe
 
-TASKS = {"unique": unique, "tiny": tiny}
+STORED = Path(__file__).with_suffix(".json")  # the tuning, the rates, and every run
+SEEDS, TUNING_SEEDS = range(10), (100, 101)
+STEPS = 80
+RATES = (2.5e-4, 5e-4, 1e-3)
 UNBOUNDED = 1e9  # a cap that no ratio reaches: log-ratios are cut at 20 nats, and e^20 is 4.9e8
 
 
@@ -57,12 +82,9 @@ def placebo(*, cap: float = 2.0) -> Corrector:
     return Corrector(weigh=partial(weights_of_other_rows, cap=cap))
 
 
-ARMS: dict[str, dict[str, Any]] = {
+CORRECTIONS: dict[str, dict[str, Any]] = {
     "none": {"corrector": none()},
-    # Ratios against the rollout itself, which PPO's clip then bounds: there is no policy in between.
-    "bypass": {"corrector": none(), "old_logprobs": "rollout"},
     "dual clip": {"corrector": none(), "old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
-    # Decoupled PPO: the clip bounds the step from the learner before its update; a weight leads there from the data.
     "decoupled": {"corrector": tis(cap=UNBOUNDED)},
     "tis": {"corrector": tis()},
     "ais": {"corrector": ais()},
@@ -70,58 +92,131 @@ ARMS: dict[str, dict[str, Any]] = {
     "icepop": {"corrector": icepop()},
     "placebo": {"corrector": placebo()},
 }
-COLUMNS = {
-    "ess": ("rollout_corr/ess", mean),
-    "least ess": ("rollout_corr/ess", min),
-    "k3": ("rollout_corr/k3_kl", mean),
-    "k3 of quantisation": ("mismatch_split/quantization_k3_kl", mean),
-    "k3 of staleness": ("mismatch_split/staleness_k3_kl", mean),
-    "reward": ("reward", mean),
-}  # of a run's steps
 
 
-def arm(task: str, lag: int, corrector: str, **changes: Any) -> Recipe:
-    quiet = {"report_to": None, "eval_steps": 0, "save_steps": 10**6, "log_completions_steps": 0}
+def arm(lag: int, correction: str) -> dict[str, Any]:
     late = {"rollout_workers": 1, "max_staleness": lag} if lag else {}
-    return replace(TASKS[task], **{**quiet, **late, **ARMS[corrector], **changes})
+    return late | CORRECTIONS[correction]
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
-    """Solve rates before and after, means over the steps, and processor seconds. A run whose gradient is not finite has
-    diverged, and solves nothing."""
-    began = time.process_time()
-    found: dict[str, Any] = {"diverged": False}
-    try:
-        with in_this_process():
-            summary = train(recipe)
-        found |= {name: summary[f"eval_{name}"]["solve_rate"] for name in ("before", "after", "after_quantized")}
-    except FloatingPointError as error:
-        found = {"diverged": True, "after": 0.0, "why": str(error).splitlines()[0]}
-    rows = read_metrics(Path(recipe.directory))
-    for column, (metric, together) in COLUMNS.items():
-        if values := [row[metric] for row in rows if row.get(metric) is not None]:
-            found[column] = together(values)
-    return found | {"seconds": round(time.process_time() - began, 1)}
+TUNED = {
+    "lag 0": arm(0, "none"),
+    "lag 1": arm(1, "none"),
+    "lag 1, tis": arm(1, "tis"),
+    "lag 2": arm(2, "none"),
+    "lag 4": arm(4, "none"),
+    **{f"lag 4, {name}": arm(4, name) for name in CORRECTIONS if name != "none"},
+    "lag 8": arm(8, "none"),
+    "lag 8, tis": arm(8, "tis"),
+}
+AGAIN = "lag 4, none again"
+CLAIMS = (
+    Contrast("a lag of 1 costs something", "lag 0", "lag 1"),
+    Contrast("a lag of 2 costs something", "lag 0", "lag 2"),
+    Contrast("a lag of 4 costs something", "lag 0", "lag 4"),
+    Contrast("a lag of 8 costs something", "lag 0", "lag 8"),
+    Contrast("at a lag of 4 TIS is above no corrector", "lag 4, tis", "lag 4"),
+    Contrast("at a lag of 4 AIS is above no corrector", "lag 4, ais", "lag 4"),
+    Contrast("at a lag of 4 the dual clip is above no corrector", "lag 4, dual clip", "lag 4"),
+    Contrast("at a lag of 4 TIS is above its placebo", "lag 4, tis", "lag 4, placebo"),
+    Contrast("at a lag of 8 TIS is above no corrector", "lag 8, tis", "lag 8"),
+)
+AGAINST = {name: name.split(",")[0] if "," in name else "lag 0" for name in (*TUNED, AGAIN) if name != "lag 0"}
+METRICS = {
+    "ess": "rollout_corr/ess",
+    "k3": "rollout_corr/k3_kl",
+    "k3 of quantisation": "mismatch_split/quantization_k3_kl",
+    "k3 of staleness": "mismatch_split/staleness_k3_kl",
+    "reward": "reward",
+}
+QUIET = {"eval_steps": 0, "save_steps": 10**6, "log_completions_steps": 0}
 
 
-def main(write: Callable[[str], Any] = print) -> None:
+def study_at(rates: dict[str, float], arms: Iterable[str]) -> Study:
+    """The arms at their rates; `none again` with the rate of its twin, and other prompts and draws."""
+    every = {name: changes | {"learning_rate": rates[name]} for name, changes in TUNED.items() if name in rates}
+    if "lag 4" in rates:
+        every[AGAIN] = every["lag 4"] | {"seed": 1000}
+    return Study(
+        name="late-rollouts",
+        base=replace(recipe, **QUIET),
+        arms={name: every[name] for name in arms},
+        against={name: other for name, other in AGAINST.items() if name in arms},
+        metrics=METRICS,
+        seeds=len(SEEDS),
+        num_steps=STEPS,
+        contrasts=CLAIMS,
+    )
+
+
+def run_late(study: Study, root: Path, num_steps: int, name: str, seed: int) -> None:
+    """One run, its late batches made in its own process, and the least ESS of its steps."""
+    if name == AGAIN:
+        study = replace(study, arms=study.arms | {AGAIN: study.arms[AGAIN] | {"seed": 1000 + seed}})
+    with in_this_process():
+        run_one(study, root, num_steps, name, seed)
+    path = result_path(root, name, seed)
+    result = read_json(path) | {"learning_rate": study.arms[name]["learning_rate"]}
+    if steps := [row[METRICS["ess"]] for row in read_metrics(root / "runs" / path.stem) if METRICS["ess"] in row]:
+        result["least ess"] = min(steps)
+    write_json(path, result)
+
+
+def at_rate(name: str, rate: float) -> str:
+    return f"{name} at {rate:g}"
+
+
+def tune(root: Path, workers: int | None) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """By arm the best rate by the mean of the tuning seeds, and every run of the tuning."""
+    tried = dict.fromkeys(TUNED, RATES)
+    while True:
+        arms = {
+            at_rate(name, rate): TUNED[name] | {"learning_rate": rate}
+            for name, rates in tried.items()
+            for rate in rates
+        }
+        study = replace(study_at({}, ()), arms=arms)
+        runs = [(name, seed) for seed, name in product(TUNING_SEEDS, arms)]
+        run_missing(study, root, runs, num_steps=lambda _: STEPS, workers=workers, run=run_late)
+        results = load(root)
+        best = {}
+        for name, rates in tried.items():
+            reached = [mean(results[at_rate(name, rate), seed]["after"] for seed in TUNING_SEEDS) for rate in rates]
+            best[name] = rates[reached.index(max(reached))]
+        wider = {name: widened(rates, best[name]) for name, rates in tried.items()}
+        if wider == tried:
+            return best, [results[run] for run in runs]
+        tried = wider
+
+
+def widened(rates: tuple[float, ...], best: float) -> tuple[float, ...]:
+    """The rates, and the next one beyond an edge that is the best."""
+    if best == rates[0]:
+        return (best / 2, *rates)
+    return (*rates, best * 2) if best == rates[-1] else rates
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, default="unique")
-    parser.add_argument("--lag", type=int, default=0)
-    parser.add_argument("--corrector", choices=ARMS, default="none")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
-    parser.add_argument("--num_steps", type=int, default=120)
-    parser.add_argument("--output", type=Path, help="a file of lines, to which this one is added")
-    given = vars(parser.parse_args())
-    output = given.pop("output")
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(stderr):
-        line = json.dumps(given | run(arm(**given, output_dir=f"{folder}/run")))
-    write(line)
-    if output is not None:
-        with output.open("a") as file:
-            file.write(line + "\n")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs") / "late-rollouts")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--report", action="store_true", help="run nothing: the tables of late_rollouts.json")
+    options = parser.parse_args()
+    root = options.output_dir
+    if options.report:
+        stored = read_json(STORED)
+        results = {(run["arm"], run["seed"]): run for run in stored["runs"]}
+        study = study_at(stored["rates"], (*TUNED, AGAIN))
+    else:
+        rates, tuning = tune(root / "tuning", options.workers)
+        study = study_at(rates, (*TUNED, AGAIN))
+        runs = [(name, seed) for seed, name in product(SEEDS, study.arms)]
+        run_missing(study, root, runs, num_steps=lambda _: STEPS, workers=options.workers, run=run_late)
+        results = load(root)
+        if len(results) == len(runs):
+            write_json(STORED, {"rates": rates, "tuning": tuning, "runs": list(results.values())})
+    print(markdown(arm_rows(study, results, ("before", "after", "quantised", "least ess"))))
+    print(markdown(contrast_rows(study, results)))
 
 
 if __name__ == "__main__":

@@ -263,14 +263,15 @@ def run_missing(
     *,
     num_steps: Callable[[str], int],
     workers: int | None,
+    run: Callable[[Study, Path, int, str, int], None] = run_one,
 ) -> None:
     """Those (arm, seed) that have left no result below `root`, an arm for its number of steps; first the models that
-    they start from."""
+    they start from. `run` takes what `run_one` takes, and leaves the result."""
     missing = [(arm, seed) for arm, seed in runs if not result_path(root, arm, seed).exists()]
     starts = dict.fromkeys(seed for _, seed in missing if study.base.warmup_steps)
     warm = ((f"warm-{s}", partial(warm_up, study.base, s, root / "warm" / str(s))) for s in starts)
     run_all(warm, root, workers)
-    jobs = ((result_path(root, a, s).stem, partial(run_one, study, root, num_steps(a), a, s)) for a, s in missing)
+    jobs = ((result_path(root, a, s).stem, partial(run, study, root, num_steps(a), a, s)) for a, s in missing)
     run_all(jobs, root, workers)
 
 
