@@ -325,12 +325,6 @@ class Recipe(Settings):
                 f"use {late + 1} workers, or max_staleness={workers - 1}",
             ),
             (
-                bool(late) and not self.likelihood.exact_for_sampler,
-                f"{given} with likelihood={self.likelihood.name!r}: the weights that sampled are gone when the learner "
-                "scores, and that estimator needs them, as it does not replay the sampler: use trajectory(), or "
-                "max_staleness=0",
-            ),
-            (
                 bool(late) and self.zero_mismatch,
                 f"zero_mismatch=True stops where rollout and learner differ, as they do with {given}: leave one out",
             ),

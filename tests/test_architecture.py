@@ -25,7 +25,8 @@ NAMED_BY = {
     "engine of its own": r"RolloutEngine|engine_of|rollout_engine|models\.engine",
     "noise of random tokens": r"(samplers|likelihoods)(\.| import )renoise|models\.denoiser|renoised\b|Renoised\b|"
     r"encoder_decoder",
-    "late rollouts": r"late_rollouts|LateRollouts|rollout_workers|max_staleness|\blate\.(collect|publish|files)",
+    "late rollouts": r"late_rollouts|LateRollouts|rollout_workers|max_staleness|\blate\.(collect|publish|files)|"
+    r"samples\.rollout_logprobs|rollout_logprobs: tuple",
     "one compiled graph": r"compile_step|whole_step|WholeSteps",
 }
 

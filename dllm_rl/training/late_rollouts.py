@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -45,6 +46,7 @@ from dllm_rl.training.policies import engine_of
 from dllm_rl.training.rollouts import Answer, collect
 from dllm_rl.training.run import Run
 from dllm_rl.training.samples import Samples
+from dllm_rl.training.selection import metric_weights, views_of_step
 from dllm_rl.types import Columns, Rollout, SamplingParams
 
 ATTEMPTS = 3  # at a job: a worker that dies for a reason of its own would die for ever
@@ -122,6 +124,7 @@ def batch_as_bytes(collected: Collected, seconds: float) -> bytes:
     completions.jsonl: after grading they are shown and stored, and no more than that."""
     samples, answers, metrics = collected
     tensors = {"rewards": samples.rewards, "advantages": samples.advantages, "metric_weights": samples.metric_weights}
+    tensors |= {f"rollout_logprobs.{number}": each for number, each in enumerate(samples.rollout_logprobs)}
     problems: dict[int, dict[str, Any]] = {}
     graded = []
     for answer in answers:
@@ -147,7 +150,14 @@ def batch_from_bytes(data: bytes, recipe: Recipe, device: torch.device) -> tuple
     """What `batch_as_bytes` got, the rollout on the device."""
     tensors, about = from_bytes(data)
     rollout: Rollout = record_of(about["rollout"], tensors, getattr(recipe.sampler, "keywords", {}).get("rank"))
-    samples = Samples(rollout.to(device), tensors["rewards"], tensors["advantages"], tensors["metric_weights"])
+    count = sum(name.startswith("rollout_logprobs.") for name in tensors)
+    samples = Samples(
+        rollout.to(device),
+        tensors["rewards"],
+        tensors["advantages"],
+        tensors["metric_weights"],
+        tuple(tensors[f"rollout_logprobs.{number}"].to(device) for number in range(count)),
+    )
     problems = [Problem(**each) for each in about["problems"]]
     answers = []
     for each in about["answers"]:
@@ -174,8 +184,24 @@ class Sampler:
         began = time.perf_counter()
         self.load(weights)
         assert self.rollout_policy is not None, "loaded"
-        collected = collect(self.recipe, self.rollout_policy, step, self.accelerator, self.log)
-        return batch_as_bytes(collected, time.perf_counter() - began)
+        samples, answers, metrics = collect(self.recipe, self.rollout_policy, step, self.accelerator, self.log)
+        samples = self.scored(samples, step)
+        return batch_as_bytes((samples, answers, metrics), time.perf_counter() - began)
+
+    def scored(self, samples: Samples, step: int) -> Samples:
+        """The samples with the estimate of the weights that sampled, which are gone when the learner scores. An
+        estimate that replays the sampler needs none: its record is in the rollout. The masks are those that the
+        learner will draw: of the step's number, the rollout and its advantages alone."""
+        recipe, likelihood = self.recipe, self.recipe.likelihood
+        if likelihood.exact_for_sampler:
+            return samples
+        assert self.rollout_policy is not None, "loaded"
+        known = samples.weighted(metric_weights(recipe, samples.advantages, step))
+        score = partial(likelihood.logprobs, self.rollout_policy, samples.rollout)
+        with arithmetic(recipe, self.accelerator):
+            sets = views_of_step(recipe, known, step, self.accelerator)
+            made = tuple(score(views, micro_batch_size=recipe.micro_batch_size) for views in sets)
+        return replace(samples, rollout_logprobs=made)
 
     @torch.no_grad()
     def load(self, weights: bytes) -> None:

@@ -29,7 +29,7 @@ from dllm_rl.training.balance import balance
 from dllm_rl.training.compare import compare_sides, side_metrics
 from dllm_rl.training.forwards import learner_forward
 from dllm_rl.training.samples import Samples
-from dllm_rl.training.selection import active_groups, draw_views, metric_weights, only_groups, own_rows
+from dllm_rl.training.selection import active_groups, metric_weights, only_groups, own_rows, views_of_step
 from dllm_rl.types import Batch, Logprobs, Rollout, Views
 
 
@@ -64,13 +64,12 @@ def step(
         rollout, advantages = samples.rollout, samples.advantages
         active = active_groups(recipe, advantages)
         # Every policy is scored under the same masks. Masks of later updates are for these alone, not for metrics.
-        keys = [(number, iteration) if iteration else (number,) for iteration in range(recipe.mask_draws)]
-        views = draw_views(recipe, rollout, advantages, samples.metric_weights, keys[0], accelerator)
-        others = [draw_views(recipe, rollout, advantages, active.double(), key, accelerator) for key in keys[1:]]
+        views, *others = views_of_step(recipe, samples, number, accelerator)
         compared = compare_sides(policy, rollout_policy, rollout, views)  # before graphs are kept
         scored = partial(score, recipe, rollout, policy=policy, rollout_policy=rollout_policy, reference=reference)
-        later = [scored(other) for other in others]
-        logps = scored(views, keep=own_rows(active, rollout.group_size, accelerator))
+        first, *rest = samples.rollout_logprobs or [None] * (1 + len(others))
+        later = [scored(other, given=given) for other, given in zip(others, rest, strict=True)]
+        logps = scored(views, given=first, keep=own_rows(active, rollout.group_size, accelerator))
     with stage("update"), arithmetic():
         batch, mismatch = correct(recipe, samples, logps, accelerator)
         for_update = samples.weighted(active.double())
@@ -96,10 +95,12 @@ def score(
     policy: Policy,
     rollout_policy: Policy,
     reference: Policy | None,
+    given: Float[Tensor, "B T"] | None = None,
     keep: bool | Bool[Tensor, " B"] = False,
 ) -> Logprobs:
-    """The rollout's log-probs under every policy, same masks; `keep`: rows with graphs, where `keeps_graphs` allows
-    them. Raises RuntimeError if zero_mismatch does not hold."""
+    """The rollout's log-probs under every policy, same masks. `given`: those of the rollout's side, nats, where the
+    weights that sampled are gone. `keep`: rows with graphs, where `keeps_graphs` allows them. Raises RuntimeError if
+    zero_mismatch does not hold."""
     likelihood = recipe.likelihood
     side = rollout_side(recipe, policy, rollout_policy)
     size = recipe.micro_batch_size
@@ -108,8 +109,8 @@ def score(
         reference_logps = likelihood.logprobs(reference, rollout, views, micro_batch_size=size)
     if recipe.router_replay is not None:  # the learner takes the rollout's experts again
         views = as_sampled(views, rollout) if side == "recorded" else watched(policy, rollout, views)
-    rollout_logps = recorded(rollout, views) if side == "recorded" else None
-    if side == "scored":
+    rollout_logps = recorded(rollout, views) if side == "recorded" else given
+    if side == "scored" and given is None:
         rollout_logps = likelihood.logprobs(rollout_policy, rollout, views, micro_batch_size=size)
         views = as_chosen(views, rollout)
     forwards = len(views.weight) * math.prod(part.num_forwards for part in views.parts)

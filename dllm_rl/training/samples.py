@@ -12,13 +12,16 @@ from dllm_rl.types import Rollout
 class Samples:
     """The rollout holds this process's rows; what is said by group is of all processes, theirs in order of rank.
 
-    metric_weights  of a group in the mismatch metrics: its inverse sampling fraction, 0 where it is not scored
+    metric_weights    of a group in the mismatch metrics: its inverse sampling fraction, 0 where it is not scored
+    rollout_logprobs  of late rollouts, where the estimate does not replay the sampler: the estimate by the weights that
+                      sampled, nats, under each set of the step's masks (`selection.views_of_step`)
     """
 
     rollout: Rollout
     rewards: Float[Tensor, "P G"]
     advantages: Float[Tensor, "P G"]
     metric_weights: Float[Tensor, " P"]
+    rollout_logprobs: tuple[Float[Tensor, "B T"], ...] = ()
 
     def reordered(self, order: Int[Tensor, " P"], rollout: Rollout) -> "Samples":
         """All groups in this order, and this process's rows of them."""

@@ -1,5 +1,7 @@
 """Which groups of a step are scored, with which weight in the metrics, and under which masks."""
 
+from functools import partial
+
 import torch
 from accelerate import Accelerator
 from einops import rearrange, repeat
@@ -10,6 +12,7 @@ from dllm_rl.device import send
 from dllm_rl.distributed.collectives import local
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
+from dllm_rl.training.samples import Samples
 from dllm_rl.types import Rollout, Views
 
 
@@ -35,6 +38,16 @@ def group_weights(learned: Bool[Tensor, " P"], sample: int, generator: Generator
     weights = learned.double()
     weights[drawn.to(learned.device)] = len(others) / max(len(drawn), 1)
     return weights
+
+
+def views_of_step(recipe: Recipe, samples: Samples, number: int, accelerator: Accelerator) -> list[Views]:
+    """The sets of masks under which a step's rollout is scored: the first for the metrics and the first update, and
+    where `fresh_masks` draws them anew, one for each later update, which scores the groups to learn from alone."""
+    active = active_groups(recipe, samples.advantages).double()
+    keys = [(number, iteration) if iteration else (number,) for iteration in range(recipe.mask_draws)]
+    groups = [active if len(key) > 1 else samples.metric_weights for key in keys]
+    draw = partial(draw_views, recipe, samples.rollout, samples.advantages, accelerator=accelerator)
+    return [draw(chosen, key) for chosen, key in zip(groups, keys, strict=True)]
 
 
 def draw_views(

@@ -347,7 +347,7 @@ PLANTED = {
     "sampler, scores": ("samplers.choose", "propose_and_rank"),
     "scoring, log-probs": ("models.order", "token_logprobs_and_confidences"),
     "scoring, order": ("models.order", "left_logprobs"),
-    "learner, masks": ("training.learner", "draw_views"),
+    "learner, masks": ("training.learner", "views_of_step"),
     "learner, loss": ("recipe", "policy_loss"),
     "metrics": ("training.learner", "off_policy_metrics"),
 }

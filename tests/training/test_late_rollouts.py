@@ -17,7 +17,7 @@ from tiny_recipe import Wrapped, tiny_recipe
 
 from dllm_rl.algorithms.correctors import ais, aligned, tis
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.likelihoods.estimators import coupled
+from dllm_rl.likelihoods.estimators import coupled, sandwich, trajectory
 from dllm_rl.models.base import copied
 from dllm_rl.models.lora import add_lora, lora_r16
 from dllm_rl.monitoring.log import RunLog
@@ -112,12 +112,23 @@ def test_a_resume_takes_the_batches_that_were_made_before(tmp_path, monkeypatch)
     assert metrics_of(tmp_path / "run") == rows
 
 
+SEVERAL_MASKS = {"likelihood": coupled(), "rollout_quantization": None, "num_iterations": 2, "corrector": tis()}
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, pytest.param({"lora": lora_r16, "learning_rate": 1e-2}, marks=pytest.mark.slow)]
+    "changes",
+    [
+        {},
+        {"likelihood": coupled()},
+        SEVERAL_MASKS,
+        pytest.param({"lora": lora_r16, "learning_rate": 1e-2}, marks=pytest.mark.slow),
+        pytest.param({"likelihood": sandwich()}, marks=pytest.mark.slow),
+        pytest.param({"likelihood": trajectory(num_segments=2), "beta": 0.1}, marks=pytest.mark.slow),
+    ],
 )
 def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
-    """The batch of step m is of a copy of the weights after m - 1 steps, quantised afresh. Nothing here is of the
-    schedule's file."""
+    """The batch of step m is of a copy of the weights after m - 1 steps, quantised afresh. An estimate that does not
+    replay the sampler is scored by that copy. Nothing here is of the schedule's file."""
     recipe = late_recipe(tmp_path / "run", num_steps=3, **changes)
     trained = train_here(recipe)
     accelerator = make_accelerator()
@@ -128,12 +139,15 @@ def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
     optimizer = make_optimizer(recipe, policy)
     engine = engine_of(recipe)
     fresh = engine.load(policy)
+    reference = copied(policy) if recipe.beta else None
     kept = [copied(policy)]
     for number in range(recipe.num_steps):
         stale = engine.load(kept[max(0, number - 1)])
         samples, _, _ = collect(recipe, stale, number, accelerator, log)
         learn = partial(update, policy, optimizer, accelerator=accelerator, **recipe.update_settings(number))
-        step(recipe, samples, number, accelerator, policy=policy, rollout_policy=fresh, reference=None, learn=learn)
+        scores = fresh if recipe.likelihood.exact_for_sampler else stale
+        sides = {"policy": policy, "rollout_policy": scores, "reference": reference}
+        step(recipe, samples, number, accelerator, learn=learn, **sides)
         engine.sync(policy, fresh)
         kept.append(copied(policy))
     assert any((a != b).any() for a, b in zip(kept[0].module.parameters(), policy.module.parameters(), strict=True))
@@ -175,10 +189,13 @@ def test_a_batch_survives_its_bytes(tmp_path):
     for sampler in (ranked, rewriting):
         each = replace(recipe, sampler=sampler)
         collected = collect(each, make_policy(each, accelerator.device), 0, accelerator, log)
+        scored = tuple(torch.full((2, 3), float(i)) for i in range(11))
+        collected = (replace(collected[0], rollout_logprobs=scored), *collected[1:])
         (samples, answers, metrics), seconds = batch_from_bytes(
             batch_as_bytes(collected, 1.5), each, accelerator.device
         )
         assert seconds == 1.5 and metrics == collected[2] and answers == collected[1]
+        assert [each[0, 0].item() for each in samples.rollout_logprobs] == list(range(11))
         assert_equal_records(samples.rollout, collected[0].rollout, found)
         assert torch.equal(samples.rewards, collected[0].rewards)
         assert torch.equal(samples.advantages, collected[0].advantages)
@@ -237,7 +254,6 @@ def test_damaged_bytes_are_refused(tmp_path):
         ({"max_staleness": 1}, "max_staleness=1 needs workers"),
         ({"rollout_workers": 2}, "rollout_workers=2 are more than the 1 batches"),
         ({"rollout_workers": 4, "max_staleness": 2}, "use 3 workers, or max_staleness=3"),
-        ({"rollout_workers": 1, "max_staleness": 1, "likelihood": coupled()}, "does not replay the sampler"),
         ({"rollout_workers": 1, "max_staleness": 1, "zero_mismatch": True, "rollout_quantization": None}, "as they do"),
         ({"rollout_workers": 1, "router_replay": "R3"}, "router_replay='R3' was not tried"),
         ({"rollout_workers": 1, "torch_compile": True}, "torch_compile=True was not tried"),
@@ -293,8 +309,9 @@ def workers():
 
 
 @pytest.mark.slow
-def test_workers_make_the_bits_of_this_process(ray, tmp_path, capsys):
-    changes = {"num_steps": 5, "log_completions_steps": 1, "late": 2}
+@pytest.mark.parametrize("likelihood", [{}, {"likelihood": coupled()}], ids=["recorded", "scored"])
+def test_workers_make_the_bits_of_this_process(ray, likelihood, tmp_path, capsys):
+    changes = {"num_steps": 5, "log_completions_steps": 1, "late": 2, **likelihood}
     before = signal.getsignal(signal.SIGTERM)
     runs = {"here": train_here(late_recipe(tmp_path / "here", **changes))}
     for workers in (1, 2):
