@@ -19,8 +19,8 @@ of its neighbours. The higher mean of the two seeds wins.
 
 Known before the runs: two seeds of a first look, in which lags 4 and 8 cost 0.05 to 0.16 at one rate, and TIS and AIS
 brought some of it back; and most of seed 100's tuning, in which the dual clip at a lag of 4 nearly reached lag 0, and
-TIS and AIS did not. The claims, on seeds 0 to 9, are those of `CLAIMS`. The arms of `FEWER`, of which there is no claim,
-take the seeds 0 to 4.
+TIS and AIS did not. The claims, on seeds 0 to 9, are those of `CLAIMS`. The arms of `FEWER`, of which there is no
+claim, take the seeds 0 to 4.
 
     python -m recipes.studies.late_rollouts               tune, run, late_rollouts.json, the tables
     python -m recipes.studies.late_rollouts --report      run nothing
