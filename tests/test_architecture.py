@@ -26,6 +26,7 @@ NAMED_BY = {
     "noise of random tokens": r"(samplers|likelihoods)(\.| import )renoise|models\.denoiser|renoised\b|Renoised\b|"
     r"encoder_decoder",
     "late rollouts": r"late_rollouts|LateRollouts|rollout_workers|max_staleness|\blate\.(collect|publish|files)",
+    "a teacher": r"distillation|teacher|keeps_reference|REFERENCE",
     "one compiled graph": r"compile_step|whole_step|WholeSteps",
 }
 
