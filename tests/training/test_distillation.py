@@ -18,6 +18,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import plackett_luce, random
 from dllm_rl.training.distillation import finer, log_ratio, teacher_policy
+from dllm_rl.training.grpo import grpo_recipe
 from dllm_rl.training.late_rollouts import in_this_process
 from dllm_rl.training.policies import make_policy
 from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome
@@ -249,6 +250,14 @@ def test_micro_batches_change_nothing(tmp_path):
         log_ratio(replace(recipe, micro_batch_size=size), other_model(), rollout, torch.arange(4)) for size in (None, 4)
     )
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
+
+
+def test_grpo_takes_a_teacher():
+    rows = [{"prompt": character} for character in "abcdef" * 4]
+    options = {"max_new_tokens": 4, "sampler_options": {"num_steps": 2}, "teacher": "reference", "teacher_steps": 2}
+    recipe = grpo_recipe(tiny_masked_lm(characters="abcdef"), rows, len, **options)
+    assert (recipe.teacher, recipe.teacher_steps, recipe.teacher_coeff) == ("reference", 2, 1.0)
+    assert recipe.keeps_reference and not recipe.beta
 
 
 # --- Refusals -------------------------------------------------------------------------------------------------------
