@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args, get_origin
 
 from torch import Generator
 
-from dllm_rl.algorithms.advantages import group_relative
+from dllm_rl.algorithms.advantages import group_relative, takes_parts
 from dllm_rl.algorithms.correctors import Corrector, no_weights, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, ppo_clip, surrogate_inputs, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
@@ -29,6 +29,7 @@ def _(help: str, default: Any = MISSING, **bound: int) -> Any:
     return field(default=default, metadata={"help": help, "bound": Bound(**bound) if bound else None})
 
 
+REFERENCE = "reference"  # as `teacher`: the policy that RL started from
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
@@ -230,6 +231,16 @@ class Recipe(Settings):
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0, at_least=0)
     kl: Callable = _("estimator of that KL, per token", kl_k3)
     use_bias_correction_kl: bool = _("that KL times the ratio to the rollout: kl_k3 then has the KL's gradient", False)
+    teacher: Callable[..., Policy] | str | Policy | None = _(
+        "a model (as `model`) whose reverse KL is in the reward; 'reference': the policy that RL started from", None
+    )
+    teacher_steps: int = _("steps that the teacher takes for each one of the sampler's; 1: the same", 1, at_least=1)
+    teacher_coeff: float = _(
+        "the teacher's share of the reward, beside 1 - teacher_coeff of the task's; 1: the teacher alone",
+        1.0,
+        above=0,
+        at_most=1,
+    )
     entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0, at_least=0)
     torch_compile: bool = _("compile the blocks of the policy that samples: for FP8 products on a GPU", False)
     shard_size: int = _("processes (a divisor of all) that shard the learner (FSDP2); 0: all; 1: none", 1, at_least=0)
@@ -306,7 +317,7 @@ class Recipe(Settings):
                 "of two recorded numbers and round; use 'own' or 'rollout'",
             ),
         ]
-        found += self._late_conflicts()
+        found += self._late_conflicts() + self._teacher_conflicts()
         group = self.num_generations
         for name in ("rollout_batch_size", "micro_batch_size"):
             size = getattr(self, name)
@@ -329,6 +340,11 @@ class Recipe(Settings):
                 f"zero_mismatch=True stops where rollout and learner differ, as they do with {given}: leave one out",
             ),
             (
+                bool(late) and self.teacher is not None and not self.likelihood.exact_for_sampler,
+                f"teacher with {given} and likelihood={self.likelihood.name!r}: a worker scores the groups whose "
+                "rewards differ, and the teacher changes the rewards afterwards: use trajectory(), or max_staleness=0",
+            ),
+            (
                 bool(workers) and self.router_replay is not None,
                 f"rollout_workers={workers} with router_replay='R3' was not tried: leave one out",
             ),
@@ -337,6 +353,31 @@ class Recipe(Settings):
                 f"rollout_workers={workers} with torch_compile=True was not tried: leave one out",
             ),
         ]
+
+    def _teacher_conflicts(self) -> list[tuple[bool, str]]:
+        there = self.teacher is not None
+        return [
+            (
+                not there and (self.teacher_steps, self.teacher_coeff) != (1, 1.0),
+                f"teacher_steps={self.teacher_steps} and teacher_coeff={self.teacher_coeff:g} are a teacher's, and "
+                "teacher=None: set teacher, or leave them out",
+            ),
+            (
+                there and takes_parts(self.advantages),
+                f"advantages={describe(self.advantages)} takes each of the task's rewards on its own, and teacher adds "
+                "one that is none of them: use group_relative, or leave the teacher out",
+            ),
+            (
+                there and self.max_num_gen_batches > 1,
+                f"max_num_gen_batches={self.max_num_gen_batches} draws prompts until the task's rewards differ, and "
+                "with a teacher they always do: use 1, or leave the teacher out",
+            ),
+        ]
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a run keeps the policy that RL started from: for the KL term, or as a teacher."""
+        return bool(self.beta) or self.teacher == REFERENCE
 
     @property
     def mask_draws(self) -> int:

@@ -27,6 +27,7 @@ NAMED_BY = {
     r"encoder_decoder",
     "late rollouts": r"late_rollouts|LateRollouts|rollout_workers|max_staleness|\blate\.(collect|publish|files)|"
     r"samples\.rollout_logprobs|rollout_logprobs: tuple",
+    "a teacher": r"distillation|teacher|keeps_reference|REFERENCE",
     "one compiled graph": r"compile_step|whole_step|WholeSteps",
 }
 

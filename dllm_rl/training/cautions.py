@@ -70,9 +70,7 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
     cache = _bound(recipe.sampler, "cache")
     given = likelihood.made_by is not None and likelihood.made_by.keywords.get("order") == "given"
     lawful = rank is not None and order_has_law(rank, commit) and likelihood.exact_for_sampler
-    by_draws = rank is not None and ("tokens" in rank_inputs(rank)) | is_plackett_luce(rank)
-    by_draws &= _bound(recipe.sampler, "temperature") != 0
-    if likelihood.name == "trajectory" and by_draws and not lawful and not given:
+    if likelihood.name == "trajectory" and order_by_draws(recipe) and not lawful and not given:
         merged = "" if likelihood.exact_for_sampler else " and num_segments or num_sampled"
         said.append(
             f"sampler.rank={name_of(rank)} with commit={name_of(commit)}{merged}: the order depends on what is drawn "
@@ -90,6 +88,13 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
             "sampler: what the cache changes enters neither loss nor metrics; use trajectory(), or no cache"
         )
     return said
+
+
+def order_by_draws(recipe: Recipe) -> bool:
+    """Whether the order in which the recipe's sampler writes depends on what it draws."""
+    rank = _bound(recipe.sampler, "rank")
+    drawn = rank is not None and ("tokens" in rank_inputs(rank) or is_plackett_luce(rank))
+    return drawn and _bound(recipe.sampler, "temperature") != 0
 
 
 def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, "P G"], dict[str, Tensor]]:

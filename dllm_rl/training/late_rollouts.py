@@ -193,7 +193,7 @@ class Sampler:
         estimate that replays the sampler needs none: its record is in the rollout. The masks are those that the
         learner will draw: of the step's number, the rollout and its advantages alone."""
         recipe, likelihood = self.recipe, self.recipe.likelihood
-        if likelihood.exact_for_sampler:
+        if likelihood.exact_for_sampler or not recipe.max_staleness:  # without a lag the learner has these weights
             return samples
         assert self.rollout_policy is not None, "loaded"
         known = samples.weighted(metric_weights(recipe, samples.advantages, step))

@@ -35,8 +35,8 @@ def fresh_state(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: R
     measure = partial(evaluate_with, recipe, policy, recipe.validation_task, accelerator)
     with log.stage("warm-up"):
         warmup_steps = warm_up(recipe, policy, accelerator, log, measure)
-    # A resume needs the adapters' base if the warm-up changed it, and the KL term's reference: with adapters, the base.
-    needed = recipe.beta if recipe.lora is None else warmup_steps and policy.lora is None
+    # A resume needs the adapters' base if the warm-up changed it, and the reference, which with adapters is the base.
+    needed = recipe.keeps_reference if recipe.lora is None else warmup_steps and policy.lora is None
     reference = save_reference(recipe, policy, accelerator) if needed else None
     if recipe.lora is not None and policy.lora is None:
         add_lora(policy, recipe.lora())
@@ -113,8 +113,8 @@ def make_optimizer(recipe: Settings, policy: Policy) -> torch.optim.Optimizer:
 
 
 def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *, fresh: bool) -> Policy | None:
-    """The frozen policy that RL started from, for the KL term: without adapters, or from the run's folder."""
-    if not recipe.beta:
+    """The frozen policy that RL started from, if a run keeps it: without adapters, or from the run's folder."""
+    if not recipe.keeps_reference:
         return None
     if recipe.lora is not None:
         return policy.reference()  # the same weights without the adapters: no second copy

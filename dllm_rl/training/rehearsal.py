@@ -29,6 +29,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.tasks.base import Problem, addends
 from dllm_rl.training.cautions import made_up_rewards
+from dllm_rl.training.distillation import log_ratio
 from dllm_rl.training.learner import accumulate_gradients, step
 from dllm_rl.training.policies import engine_of, make_optimizer
 from dllm_rl.training.rollouts import Answer, sample_and_grade
@@ -58,6 +59,8 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
     rollout, answers, _ = sample_and_grade(recipe, rollout_policy, [problem], seeds, key, accelerator)
     if recipe.warmup_steps:
         check_warmup(recipe, policy, answers[0])
+    if recipe.teacher is not None:
+        log_ratio(recipe, policy, rollout, seeds[:, 0])  # the student in the teacher's place
 
     def gradients(batches: list[Batch]) -> dict[str, float]:
         batch = batches[0]

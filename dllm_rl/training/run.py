@@ -88,6 +88,7 @@ class Run(Generic[Record]):
     stop: Stop
     writer: Writer
     progress: Callable[..., None]
+    teacher: Policy | None = None  # of a model of its own, for `distillation`
     late: Any = None  # `late_rollouts.LateRollouts`, where workers make the rollouts
     saved: int | None = None  # step of the last save
     owns_folder: bool = True  # else another run has locked it since

@@ -20,6 +20,7 @@ from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.cautions import cautions
+from dllm_rl.training.distillation import teacher_policy
 from dllm_rl.training.late_rollouts import late_rollouts, reserve_workers
 from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
@@ -54,6 +55,7 @@ def start(recipe: Recipe) -> Run[Recipe]:
     folder, saved, notes = from_main(partial(open_folder, recipe), accelerator)
     if not folder:
         policy = rehearsed(recipe, accelerator)
+        teacher = teacher_policy(recipe, policy, accelerator)
 
     # 3. The run's files, and the watch: from here on the other processes know the stage of this one.
     log = open_log(recipe, accelerator, peers, saved, notes)
@@ -63,6 +65,7 @@ def start(recipe: Recipe) -> Run[Recipe]:
     # 4. The state of the first step. Weights, adapters, moments, log and record all come from the same checkpoint.
     if folder:
         policy = resumed_policy(recipe, folder, saved, accelerator)
+        teacher = teacher_policy(recipe, policy, accelerator)
         check_prompts(recipe, policy)
         optimizer = make_optimizer(recipe, policy)
         state = restore(recipe, folder, saved, policy, optimizer, log)
@@ -82,6 +85,7 @@ def start(recipe: Recipe) -> Run[Recipe]:
         policy=policy,
         rollout_policy=rollout_policy,
         reference=reference_policy(recipe, policy, accelerator, fresh=folder is None),
+        teacher=teacher,
         optimizer=optimizer,
         state=state,
         stop=stop,

@@ -8,6 +8,7 @@ from dllm_rl.distributed.stop import leaving_nothing_behind
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.completion_log import log_completions
+from dllm_rl.training.distillation import teach
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import Summary, finish
 from dllm_rl.training.learner import step, update
@@ -33,20 +34,22 @@ def train(recipe: Recipe) -> Summary:
     log = run.log
     engine = engine_of(recipe)
     late = run.late  # workers that sample the batches of later steps meanwhile, or None
-    policies: dict[str, Any] = {"policy": policy, "rollout_policy": rollout_policy, "reference": run.reference}
+    reference = run.reference if recipe.beta else None  # else it is a teacher alone
+    policies: dict[str, Any] = {"policy": policy, "rollout_policy": rollout_policy, "reference": reference}
 
     for number in range(run.state.step, recipe.num_steps):
         if late is None:
             samples, answers, sampling = collect(recipe, rollout_policy, number, accelerator, log)
         else:
             samples, answers, sampling = late.collect(number)
+        samples, taught = teach(run, samples, number)
         learn = partial(update, policy, run.optimizer, accelerator=accelerator, **recipe.update_settings(number))
         learned = step(recipe, samples, number, accelerator, learn=learn, stage=log.stage, **policies)
         with log.stage("sync"):
             published = {} if late is None else late.publish(number, learned)
             synced = published | engine.sync(policy, rollout_policy)
 
-        metrics = sampling | learned.metrics | synced | validate(run, number)
+        metrics = sampling | taught | learned.metrics | synced | validate(run, number)
         log.write(number, metrics)
         log_completions(run, number, answers, samples.rollout, learned.samples, learned.logps)
         run.progress(metrics, show=(number + 1) % recipe.logging_steps == 0 or number + 1 == recipe.num_steps)

@@ -47,6 +47,7 @@ def launch(directory, *launcher, recipe="sudoku_unique", more=()):
         ("sudoku_tiny_ar", []),
         ("sudoku_unique", ["--sampler.temperature", "0.2", "--num_generations", "2", "--mismatch_sample", "1"]),
         ("sudoku_unique", ["--likelihood", "coupled", "--num_iterations", "2", *STABLE]),
+        ("sudoku_unique", ["--teacher", "reference", "--teacher_steps", "4", "--teacher_coeff", "0.5"]),
         ("sudoku_unique", ["--max_num_gen_batches", "3", "--num_generations", "2", "--entropy_coeff", "0.01"]),
     ],
 )

@@ -157,13 +157,14 @@ def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_staleness_a_worker_takes_the_steps_of_a_plain_run(tmp_path):
-    plain = train(tiny_recipe(tmp_path / "plain", num_steps=3, **QUIET))
-    worker = train_here(late_recipe(tmp_path / "worker", late=0, num_steps=3))
+@pytest.mark.parametrize("changes", [{}, SEVERAL_MASKS])
+def test_without_staleness_a_worker_takes_the_steps_of_a_plain_run(changes, tmp_path):
+    plain = train(tiny_recipe(tmp_path / "plain", num_steps=3, **QUIET, **changes))
+    worker = train_here(late_recipe(tmp_path / "worker", late=0, num_steps=3, **changes))
     assert_same_weights(plain, worker)
     for a, b in zip(metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "worker"), strict=True):
         assert b == a | {"rollout_version": b["rollout_version"], "staleness": 0.0}
-    late = train_here(late_recipe(tmp_path / "late", late=1, num_steps=3))
+    late = train_here(late_recipe(tmp_path / "late", late=1, num_steps=3, **changes))
     assert any((weights_of(plain)[name] != weight).any() for name, weight in weights_of(late).items())
 
 
@@ -255,6 +256,10 @@ def test_damaged_bytes_are_refused(tmp_path):
         ({"rollout_workers": 2}, "rollout_workers=2 are more than the 1 batches"),
         ({"rollout_workers": 4, "max_staleness": 2}, "use 3 workers, or max_staleness=3"),
         ({"rollout_workers": 1, "max_staleness": 1, "zero_mismatch": True, "rollout_quantization": None}, "as they do"),
+        (
+            {"rollout_workers": 1, "max_staleness": 1, "likelihood": coupled(), "teacher": "reference"},
+            "teacher with max_staleness=1 and likelihood='coupled'",
+        ),
         ({"rollout_workers": 1, "router_replay": "R3"}, "router_replay='R3' was not tried"),
         ({"rollout_workers": 1, "torch_compile": True}, "torch_compile=True was not tried"),
         ({"rollout_workers": -1}, "rollout_workers=-1"),

@@ -176,8 +176,8 @@ def measure_step(
 
 
 def reference_tensors(recipe: Recipe, policy: Policy) -> list[Tensor]:
-    """The weights of the KL term's reference; with adapters the reference is the base, which is there already."""
-    needed = recipe.beta and recipe.lora is None
+    """The weights of the run's reference; with adapters the reference is the base, which is there already."""
+    needed = recipe.keeps_reference and recipe.lora is None
     return [torch.empty_like(p) for p in policy.module.parameters()] if needed else []
 
 

@@ -1,0 +1,308 @@
+"""A teacher: its probabilities add up to 1, its reward has the gradient of the KL, and runs that use it."""
+
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from accelerate import Accelerator
+from likelihood_toys import TablePolicy
+from run_outputs import assert_same_weights, metrics_of, weights_of
+from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
+
+from dllm_rl import decoupled, max_prob, tiny_llama, tiny_masked_lm, train, trajectory, unmask
+from dllm_rl.models.lora import lora_r16
+from dllm_rl.models.tokens import encode
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers.revise import remask
+from dllm_rl.samplers.rules import plackett_luce, random
+from dllm_rl.training.distillation import finer, log_ratio, teacher_policy
+from dllm_rl.training.grpo import grpo_recipe
+from dllm_rl.training.late_rollouts import in_this_process
+from dllm_rl.training.policies import make_policy
+from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome
+
+STATE_ONLY = partial(unmask, max_new_tokens=16, num_steps=3, rank=max_prob, temperature=1.0)
+
+
+def taught_recipe(directory, **changes):
+    given = {"sampler": STATE_ONLY, "rollout_quantization": None, "teacher": "reference", "report_to": None}
+    return tiny_recipe(directory, **{**given, **changes})
+
+
+def other_model(**changes):
+    return tiny_masked_lm(**SIZES | changes, seed=9)
+
+
+# --- The mathematics ------------------------------------------------------------------------------------------------
+
+
+def test_finer_steps_by_hand():
+    """Steps of three, two and one positions. In two parts each: 2 and 1, 1 and 1, 1."""
+    toy = TablePolicy(length=6, words=2, seed=0)
+    steps = torch.tensor([[-1, 1, 0, 0, 2, 1, 0]] * 4)
+    rollout = toy.rollout(torch.zeros(4, 6, dtype=torch.long), group_size=2, unmask_step=steps)
+    seeds = torch.tensor([3, 4])
+    parted = finer(rollout, seeds, num_parts=2).unmask_step
+    for row in parted.tolist():
+        assert row[0] == -1 and sorted(row[2:4] + row[6:]) == [0, 0, 1]
+        assert sorted([row[1], row[5]]) == [2, 3] and row[4] == 4
+    alone = finer(rollout, seeds, num_parts=8).unmask_step  # one position at a time, as far as there are any
+    for row in alone.tolist():
+        assert sorted(row[2:4] + row[6:]) == [0, 1, 2] and sorted([row[1], row[5]]) == [8, 9] and row[4] == 16
+    assert torch.equal(alone[0], alone[1]) and torch.equal(alone[2], alone[3])  # one order for a prompt
+    many = rollout.rows(torch.zeros(600, dtype=torch.long))
+    drawn = finer(replace(many, group_size=1), torch.arange(600), num_parts=8).unmask_step
+    orders = [tuple(row) for row in drawn[:, [2, 3, 6]].tolist()]
+    assert all(60 < orders.count(order) < 140 for order in set(orders)) and len(set(orders)) == 6
+    wider = finer(rollout.padded(3), seeds, num_parts=8).unmask_step
+    assert torch.equal(wider[:, 3:], alone)
+    same = finer(rollout, seeds, num_parts=1).unmask_step
+    assert torch.equal(same, steps)
+
+
+def outcomes(student: TablePolicy, sizes: tuple[int, ...]):
+    """Every completion of a student that writes so many positions a step, the surest first, with its steps; by hand."""
+    tokens, steps = [], []
+    for words in product(range(student.words), repeat=student.length):
+        step = [-1] * student.length
+        for number, size in enumerate(sizes):
+            open_ = [i for i in range(student.length) if step[i] < 0]
+            sure = {
+                i: max(student.logp([*words[:i], w, *words[i + 1 :]], set(open_), i) for w in range(student.words))
+                for i in open_
+            }
+            for i in sorted(open_, key=lambda i: -sure[i])[:size]:
+                step[i] = number
+        tokens.append(words)
+        steps.append([-1, *step])
+    return torch.tensor(tokens), torch.tensor(steps)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 8])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_teachers_probabilities_add_up_to_one(tmp_path, num_parts, seed):
+    """In the student's own order, which depends on what it wrote before."""
+    student, teacher = (TablePolicy(length=5, words=2, seed=seed + each) for each in (0, 10))
+    tokens, steps = outcomes(student, (2, 2, 1))
+    assert len({tuple(row) for row in steps.tolist()}) > 1
+    rollout = student.rollout(tokens, unmask_step=steps)
+    recipe = taught_recipe(tmp_path, teacher_steps=num_parts)
+    # All completions are of one prompt, with one draw of the order; the rollout's own record is left at 0.
+    found = -log_ratio(recipe, teacher, rollout, torch.full((32,), seed))
+    torch.testing.assert_close(found.exp().sum(), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-6)
+    parted = finer(rollout, torch.full((32,), seed), num_parts=num_parts).unmask_step[:, 1:].tolist()
+    by_hand = [
+        sum(teacher.logp(words, {j for j in range(5) if row[j] >= row[i]}, i) for i in range(5))
+        for words, row in zip(tokens.tolist(), parted, strict=True)
+    ]
+    torch.testing.assert_close(found, torch.tensor(by_hand, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+class SinglePrecision(ToyPolicy):
+    """With logits in fp32, as scoring stores them."""
+
+    def head(self, hidden):
+        return hidden.float()
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_the_rewards_gradient_is_that_of_the_reverse_kl(tmp_path, num_parts):
+    """A network of 336 weights writes four words in two steps. E_q[(log p_T - log q) grad log q] by enumeration, with
+    the library's own ratios, against differences of KL(q || p_T) along random directions."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"length": 4, "words": 3, "generator": generator}
+    student, teacher = ToyPolicy(**sizes, sharpness=1.0), SinglePrecision(**sizes, sharpness=1.5)
+    rollout = student.rollout(2)
+    seeds = torch.full((81,), 5)
+    taken = finer(rollout, seeds, num_parts=num_parts)
+
+    def logps(policy, of):
+        return contributions(policy, of, trajectory().draw(of, torch.Generator()), trajectory())
+
+    target = logps(teacher, taken).sum(-1).double()
+
+    def kl():
+        own = logps(student, rollout).sum(-1)
+        return (own.exp() * (own - target)).sum().item()
+
+    before = [weight.clone() for weight in student.weights]
+    wanted, directions = [], []
+    for _ in range(4):
+        direction = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in before]
+        ends = []
+        for sign in (1, -1):
+            student.weights = [w + sign * 1e-5 * d for w, d in zip(before, direction, strict=True)]
+            ends.append(kl())
+        wanted.append((ends[0] - ends[1]) / 2e-5)
+        directions.append(torch.cat([d.flatten() for d in direction]))
+    student.weights = [w.requires_grad_() for w in before]
+    own = logps(student, rollout)
+    recipe = taught_recipe(tmp_path, teacher_steps=num_parts)
+    reward = -log_ratio(recipe, teacher, replace(rollout, logprobs=own.detach()), seeds)
+    gradient = torch.einsum("b,btw->w", own.detach().sum(-1).exp() * reward, per_outcome(student, own))
+    found = [-(gradient @ direction).item() for direction in directions]
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6) and max(map(abs, wanted)) > 0.1
+
+
+def test_the_same_model_in_the_same_steps_has_a_kl_of_exactly_zero(tmp_path):
+    train(taught_recipe(tmp_path / "same", zero_mismatch=True, num_steps=1))
+    assert metrics_of(tmp_path / "same")[0]["teacher/reverse_kl"] == 0
+    train(taught_recipe(tmp_path / "finer", zero_mismatch=True, num_steps=1, teacher_steps=8))
+    assert metrics_of(tmp_path / "finer")[0]["teacher/reverse_kl"] > 1e-4
+
+
+# --- Runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_reward_is_shared_between_task_and_teacher(tmp_path, monkeypatch):
+    from dllm_rl.training import trainer
+
+    seen = []
+    teach = trainer.teach
+
+    def watched(run, samples, step):
+        found = teach(run, samples, step)
+        seen.append((samples, *found))
+        return found
+
+    monkeypatch.setattr(trainer, "teach", watched)
+    recipe = taught_recipe(tmp_path, teacher=other_model, teacher_steps=4, teacher_coeff=0.25, num_steps=1)
+    train(recipe)
+    ((before, after, metrics),) = seen
+    seeds = torch.randint(2**63 - 1, (4,), generator=generator_for(0, "teacher", 0))
+    apart = log_ratio(recipe, other_model(), before.rollout, seeds).view(4, 4)
+    torch.testing.assert_close(after.rewards, (0.75 * before.rewards - 0.25 * apart).float(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(after.advantages, recipe.advantages(after.rewards))
+    assert metrics == {"teacher/reverse_kl": pytest.approx(apart.mean().item(), abs=1e-4), "teacher/coeff": 0.25}
+    assert metrics_of(tmp_path)[0]["reward"] == pytest.approx(before.rewards.mean().item())  # stays the task's
+
+
+@pytest.mark.parametrize("kind", ["function", "policy", "path"])
+def test_a_teacher_is_given_as_a_model_is(tmp_path, kind):
+    made = other_model()
+    made.save_pretrained(tmp_path / "model")
+    given = {"function": other_model, "policy": made, "path": str(tmp_path / "model")}[kind]
+    recipe = taught_recipe(tmp_path / "run", teacher=given)
+    policy = make_policy(recipe, torch.device("cpu"))
+    found = teacher_policy(recipe, policy, Accelerator(cpu=True))
+    for name, weight in made.module.state_dict().items():
+        torch.testing.assert_close(found.module.state_dict()[name], weight, rtol=0, atol=0)
+    assert not any(p.requires_grad for p in found.module.parameters())
+    assert all(p.requires_grad for p in made.module.parameters())
+    assert teacher_policy(replace(recipe, teacher=None), policy, Accelerator(cpu=True)) is None
+
+
+@pytest.mark.parametrize("teacher", ["reference", other_model])
+def test_a_resumed_run_has_the_same_teacher(tmp_path, teacher):
+    recipe = partial(taught_recipe, teacher=teacher, teacher_steps=4, warmup_steps=2, save_steps=2)
+    whole = train(recipe(tmp_path / "whole", num_steps=4))
+    train(recipe(tmp_path / "parts", num_steps=2, lr_schedule_steps=4))
+    parts = train(recipe(tmp_path / "parts", num_steps=4, lr_schedule_steps=4, resume_from_checkpoint="latest"))
+    assert_same_weights(whole, parts)
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
+    assert "kl" not in metrics_of(tmp_path / "whole")[0]  # the reference alone adds no KL term
+
+
+def test_with_adapters_the_reference_is_the_base(tmp_path):
+    train(taught_recipe(tmp_path, lora=lora_r16, zero_mismatch=True, teacher_coeff=0.5, learning_rate=1e-2))
+    first, second = metrics_of(tmp_path)
+    assert first["teacher/reverse_kl"] == 0 != second["teacher/reverse_kl"]
+    assert not (tmp_path / "reference").exists()
+
+
+def test_an_autoregressive_student_has_a_teacher(tmp_path):
+    larger = partial(tiny_llama, causal=True, **SIZES | {"hidden_size": 64})
+    given = {"rollout_quantization": None, "report_to": None}
+    train(tiny_recipe_ar(tmp_path / "larger", teacher=larger, **given))
+    assert abs(metrics_of(tmp_path / "larger")[0]["teacher/reverse_kl"]) > 0.01  # of 16 completions: of either sign
+    train(tiny_recipe_ar(tmp_path / "same", teacher="reference", **given))
+    assert metrics_of(tmp_path / "same")[0]["teacher/reverse_kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_order_of_draws_counts_on_both_sides_in_the_same_steps(tmp_path):
+    """Under a rank that chooses by the draws: both probabilities are of tokens and order, and equal."""
+    by_draws = partial(unmask, max_new_tokens=16, num_steps=3, temperature=1.0)
+    train(taught_recipe(tmp_path, sampler=by_draws, num_steps=1))
+    assert metrics_of(tmp_path)[0]["teacher/reverse_kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_late_rollouts_are_scored_by_the_learners_process(tmp_path):
+    """Without staleness the steps of a plain run; q is the record of the weights that sampled."""
+    plain = train(taught_recipe(tmp_path / "plain", teacher_steps=4))
+    with in_this_process():
+        late = train(taught_recipe(tmp_path / "late", teacher_steps=4, rollout_workers=1))
+        train(taught_recipe(tmp_path / "stale", rollout_workers=2, max_staleness=1, learning_rate=1e-2))
+    for name, weight in weights_of(plain).items():
+        torch.testing.assert_close(weights_of(late)[name], weight, rtol=1e-4, atol=1e-5)
+    rows = metrics_of(tmp_path / "stale")
+    assert rows[1]["staleness"] == 1
+    assert rows[1]["teacher/reverse_kl"] == pytest.approx(0, abs=1e-4)  # of the first weights still
+
+
+def test_micro_batches_change_nothing(tmp_path):
+    policy = tiny_masked_lm(**SIZES)
+    recipe = taught_recipe(tmp_path, teacher_steps=4)
+    prompts = encode(policy, [recipe.task[i] for i in range(4)], group_size=4, seeds=range(16))
+    rollout = recipe.sample(policy, prompts, torch.Generator())
+    whole, parts = (
+        log_ratio(replace(recipe, micro_batch_size=size), other_model(), rollout, torch.arange(4)) for size in (None, 4)
+    )
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
+
+
+def test_grpo_takes_a_teacher():
+    rows = [{"prompt": character} for character in "abcdef" * 4]
+    options = {"max_new_tokens": 4, "sampler_options": {"num_steps": 2}, "teacher": "reference", "teacher_steps": 2}
+    recipe = grpo_recipe(tiny_masked_lm(characters="abcdef"), rows, len, **options)
+    assert (recipe.teacher, recipe.teacher_steps, recipe.teacher_coeff) == ("reference", 2, 1.0)
+    assert recipe.keeps_reference and not recipe.beta
+
+
+# --- Refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_coeff": -0.1}, r"teacher_coeff=-0\.1 must lie in \(0, 1\]"),
+        ({"teacher_coeff": 1.5}, r"teacher_coeff=1\.5"),
+        ({"teacher_steps": 0}, "teacher_steps=0 must be at least 1"),
+        ({"teacher": None, "teacher_steps": 4}, "teacher_steps=4 .* teacher=None: set teacher"),
+        ({"advantages": decoupled}, "advantages=decoupled takes each of the task's rewards"),
+        ({"max_num_gen_batches": 2}, "max_num_gen_batches=2 draws prompts until"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        taught_recipe(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": partial(tiny_llama, causal=True, **SIZES)}, "teacher is 'causal' .* and the student 'full'"),
+        ({"teacher": partial(other_model, characters="1234.=x")}, "teacher .* has another vocabulary than"),
+        ({"teacher": partial(other_model, characters="4321.=")}, "teacher .* has another vocabulary than"),
+        (
+            {"sampler": partial(STATE_ONLY, rank=partial(plackett_luce, temperature=1.0))},
+            "teacher_steps=2: the sampler's rank chooses by",
+        ),
+        ({"sampler": partial(unmask, max_new_tokens=16, num_steps=3, temperature=1.0)}, "teacher_steps=2: .* rank"),
+        (
+            {"sampler": partial(STATE_ONLY, rank=random, commit=partial(remask, eta=0.3))},
+            "teacher_steps=2: .* more than once",
+        ),
+        ({"sampler": partial(STATE_ONLY, top_k=3)}, "teacher with top_k or top_p"),
+    ],
+)
+def test_a_run_that_cannot_be_taught_is_refused_before_any_work(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        train(taught_recipe(tmp_path / "run", teacher_steps=2, **changes))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_autoregressive_students_steps_have_no_parts(tmp_path):
+    with pytest.raises(ValueError, match="teacher_steps=2: an autoregressive student writes one token a step"):
+        train(tiny_recipe_ar(tmp_path, teacher="reference", teacher_steps=2))
