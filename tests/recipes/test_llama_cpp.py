@@ -1,7 +1,5 @@
 """llama.cpp in the engine's place: its file, its logits, its syncs, the contract, a run; skipped without its wheel."""
 
-import json
-import re
 import subprocess
 import sys
 import warnings
@@ -9,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,49 +229,6 @@ def test_every_claim_is_between_arms_of_the_study(study):
         assert (made.rollout_engine is None) == (not made.rolls_out_apart) == (name == "unquantised")
     names = {name for each in study.contrasts for name in (each.arm, each.against)}
     assert names <= set(study.arms) and set(study.against.values()) == {"unquantised"}
-
-
-@pytest.mark.parametrize(
-    ("module", "runs", "told"),
-    [
-        (
-            engines,
-            90,
-            [
-                ("lose to other kernels alone (F32) by {}", "F32", "unquantised"),
-                (", to 8 bits by {}", "Q8_0", "unquantised"),
-                (" and to 4 bits by {}.", "Q4_0", "unquantised"),
-                (": 8 bits beat F32 by {}", "Q8_0", "F32"),
-                (", 4 bits by {}.", "Q4_0", "F32"),
-                ("TIS adds {} under 8 bits", "Q8_0 TIS", "Q8_0"),
-                ("takes {} under 4", "Q4_0", "Q4_0 TIS"),
-                ("it beats AIS by {}", "Q4_0 TIS", "Q4_0 AIS"),
-            ],
-        ),
-        (
-            engines_ar,
-            20,
-            [
-                ("beat 8 bits by {}", "unquantised", "Q8_0"),
-                ("and 4 bits by {}", "unquantised", "Q4_0"),
-                ("TIS adds {} under 4 bits", "Q4_0 TIS", "Q4_0"),
-            ],
-        ),
-    ],
-    ids=["engines", "engines_ar"],
-)
-def test_the_page_has_the_differences_of_the_stored_runs(module, runs, told):
-    stored = json.loads(module.STORED.read_text())
-    assert len(stored) == runs
-    results = {(run["arm"], run["seed"]): run for run in stored}
-    page = (Path(__file__).parents[2] / "docs" / "mismatch.md").read_text()
-    name = module.__name__.split(".")[-1]
-    part = page.split(f"recipes.studies.{name}\n")[1].split("\n\n    python -m")[0].split("\n## ")[0]
-    for sentence, arm, against in told:
-        assert sentence.format(paired.interval(paired.paired(results, arm, against))) in part
-    assert len(re.findall(r"\d\.\d+±\d\.\d+", part)) == len(told)
-    claims = paired.contrast_rows(module.study, results)
-    assert {row["Holm's p"] for row in claims} <= {"1.000", "0.375"}
 
 
 @needs_wheel

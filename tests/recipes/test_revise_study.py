@@ -1,6 +1,5 @@
 """The recipe and the study of a sampler that revises, cut short: equal forwards, edits and their record, its claims."""
 
-import json
 from collections import Counter
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ from dllm_rl.models.tokens import encode
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.training.trainer import train
 from recipes import sudoku_revise
-from recipes.studies import paired, revise
+from recipes.studies import revise
 
 SHORT = "--warmup_steps 2 --num_steps 2 --train_batch_size 2 --num_generations 4 --model.num_layers 1"
 FEW = "--eval_task.size 8 --validation_task.size 8"
@@ -51,9 +50,3 @@ def test_every_claim_is_of_two_arms_with_as_many_forwards():
         assert {claim.arm, claim.against} <= set(revise.ARMS)
         assert claim.arm.split(", ")[-1] == claim.against.split(", ")[-1]
     assert set(revise.study.against.values()) <= set(revise.ARMS) and revise.RATE in revise.RATES
-
-
-def test_the_tables_are_those_of_the_stored_runs():
-    stored = json.loads(revise.STORED.read_text())
-    results = {(run["arm"], run["seed"]): run for run in stored}
-    assert paired.tables(revise.study, results) in revise.STORED.with_suffix(".md").read_text()

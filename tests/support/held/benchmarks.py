@@ -1,0 +1,116 @@
+"""benchmarks/README.md, and the speeds that other pages repeat."""
+
+from held import DOCS, row, stored, tables_of
+
+PAGE, RESULTS = "benchmarks/README.md", "benchmarks/results"
+LESS = ("length buckets, prompts of 40 to 260, {}", "FP8 weights dequantised once, batch {}")
+
+
+def one_h200():
+    parts = {name: part["rows"] for name, part in stored(f"{RESULTS}/gpu")["parts"].items()}
+    speed = {(each["what"], each["batch"]): f"{each['tokens/s']:,.0f}" for each in parts["sampler"]}
+    ways = ("plain: the published algorithm", "exact", "prefix cache", "dual cache")
+    names = (
+        "plain: the published algorithm, fp64 softmax",
+        "**exact sampler**",
+        "prefix cache (approximate)",
+        "dual cache (approximate)",
+    )
+    for way, name in zip(ways, names, strict=True):
+        yield PAGE, row(name, *(speed[way, batch] for batch in (1, 8, 64)))
+    fp8 = {each["what"]: each["tokens/s"] for each in parts["fp8"]}
+    yield PAGE, f"| FP8 products (`float8_dynamic`), eager | | {fp8['FP8 products, eager']:.0f} | |"
+    yield PAGE, f"| FP8 products, compiled | | **{fp8['FP8 products, compiled']:.0f}** | |"
+    (alone,) = (each["seconds"] for each in parts["sampler"] if (each["what"], each["batch"]) == ("exact", 1))
+    bandwidth = next(each["GB/s"] for each in parts["roofline"] if "GB/s" in each)
+    step, reading = 1000 * alone / 64, 16e3 / bandwidth  # milliseconds; the weights are 16 GB
+    yield PAGE, f"the host is the limit ({step:.0f} ms per step; reading the weights takes {reading:.0f})"
+    float8, int8 = (f"{each['sync, s']:.2f}" for each in parts["sync"])
+    yield PAGE, f"A sync of 8B weights takes {float8} s (FP8) or {int8} s (int8)."
+    of = {name: f"{speed / fp8['bf16, exact']:.2f}" for name, speed in fp8.items()}
+    gpus = f"{DOCS}/gpus.md"
+    yield gpus, f"{of['FP8 weights, eager']} of bf16 eager, {of['FP8 weights, compiled']} compiled"
+    yield gpus, f"{of['FP8 products, compiled']} of bf16 compiled, {of['FP8 products, eager']} eager"
+    yield gpus, f"a part of the {of['FP8 products, compiled']} may be the compiler's"
+    yield gpus, f"samples {of['FP8 products, compiled']} times as fast as eager bf16,"
+    yield gpus, f"and eager {of['FP8 products, eager']} times as fast."
+    yield f"{DOCS}/llada-8b.md", f"FP8 is slower than bf16 ({of['FP8 products, eager']} times its speed,"
+
+
+def the_sampler():
+    timed, memory = (stored(f"{RESULTS}/{name}")["lines"] for name in ("sampler_cpu_processor", "sampler_cpu"))
+    told = next(table for table in tables_of(PAGE) if "processor, s" in table[0])
+    for each in told:
+        way = each[""].replace("**", "")
+        found = timed[way]
+        share = memory.get(way, {}).get("memory_ratio")
+        peak = "" if share is None else f"{100 * share:.1f} %".replace(".0 ", " ")
+        cells = [f"{found['cpu_seconds']:.1f}", f"{found['speedup']:.2f}", peak, f"{100 * found['same_tokens']:.0f} %"]
+        if way == "exact sampler":
+            cells[1:] = (f"**{cell}**" for cell in cells[1:])
+        yield PAGE, row(each[""], *cells).replace("|  |", "| |")
+    trick, exact = "plain, head on open positions only", "exact sampler"
+    yield PAGE, f"**One trick is all of the factor {timed[exact]['speedup']:.2f}**"
+    assert timed[trick]["speedup"] > timed[exact]["speedup"]
+    shares = [f"{100 * memory[way]['memory_ratio']:.1f} %" for way in (exact, trick)]
+    yield PAGE, f"What the exact sampler adds is memory: {shares[0]} against {shares[1]}."
+    ragged = stored(f"{RESULTS}/sampler_ragged_cpu")["lines"]["exact sampler"]["speedup"]
+    yield PAGE, f"the exact sampler is {ragged:.2f} times as fast as the published one."
+
+
+def against_the_published_ones():
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        for each in stored(f"{RESULTS}/sampler-against-{dtype}")["rows"]:
+            key = each["way"], dtype, each["vocabulary"], each["batch"]
+            found[key] = f"{each['ratio']:.2f} ({each['bound']:.2f})"
+            assert dtype == "bfloat16" or each["same tokens"] == 1
+    for way in ("exact", "prefix cache", "dual cache"):
+        cells = (" / ".join(found[way, "float32", size, batch] for batch in (1, 8)) for size in (16384, 126464))
+        yield PAGE, row(way, *cells)
+    small = " / ".join(found["exact", "bfloat16", 16384, batch] for batch in (1, 8))
+    yield PAGE, row("exact, bf16, 64 tokens", small, f"{found['exact', 'bfloat16', 126464, 1]} /")
+
+
+def each_saving():
+    found = {each["what"]: each for each in stored(f"{RESULTS}/less-work-cpu")["rows"]}
+    found |= {each["what"]: each for each in stored(f"{RESULTS}/shared-prompts-cpu")["rows"]}
+    assert all(each["same result"] for each in found.values())
+
+    def told(name, *rows):
+        columns = ("before, s", "now, s", "ratio")
+        return row(name, *(" / ".join(f"{found[each][column]:.2f}" for each in rows) for column in columns))
+
+    caches = [LESS[0].format(cache) for cache in ("no cache", "prefix cache", "dual cache")]
+    yield PAGE, told("length buckets, 8 prompts of 40 to 260: no / prefix / dual cache", *caches)
+    yield PAGE, told("FP8 weights dequantised once per sync, batch 1 / 8", *map(LESS[1].format, (1, 8)))
+    once = "prompt of 256 once for 8 completions, sampling"
+    yield PAGE, told("a prompt of 256 run once for 8 completions, `block_cache()`", once)
+
+
+def the_learners_step():
+    rows = stored(f"{RESULTS}/update-cpu")["published"]
+    found = {(each["step"], each["arm"]): f"{each['ratio']:.2f}" for each in rows}
+    for step, name in (
+        ("d1's estimator, one inner iteration", "d1's estimator, one inner iteration (kept: the default)"),
+        ("d1's estimator, two inner iterations and KL", "the same, two inner iterations and KL"),
+        ("ESPO's coupled masks, 4 views", "ESPO's coupled masks, 4 views (kept: `--kept_graphs 4`)"),
+    ):
+        yield PAGE, row(name, found[step, "constant memory"], f"**{found[step, 'kept graphs']}**")
+    last = {each["arm"]: each for each in stored(f"{RESULTS}/learner-cpu")["rows"] if each["masks"] == 16}
+    constant, plain = (last[arm]["memory_against_fewest_masks"] for arm in ("constant", "plain"))
+    yield PAGE, f"peaks at {constant:.2f} times the memory of one mask (all graphs kept: {plain:.0f} times)"
+
+
+def late_rollouts():
+    found = stored(f"{RESULTS}/late-rollouts-cpu")
+    middle, ratio = found["median"], "overlapped / synchronous"
+    turns = [turn[ratio] for turn in found["turns"]]
+    assert (found["rounds"], found["steps"]) == (6, 10) == (len(turns), 10)
+    whole = (f"{middle[key]:.3f}" for key in ("rollout", "learning", "synchronous", "overlapped"))
+    spread = f"**{middle[ratio]:.3f}** ({min(turns):.3f} to {max(turns):.3f})"
+    yield PAGE, row(*whole, spread, f"{middle['bound']:.3f}")
+    for each in found["publishing"]:
+        digits = {1: 4, 10: 4, 100: 3, 1000: 2}[each["MiB"]]
+        cells = (f"{each[column]:.{digits}f}" for column in ("copy", "put", "to the worker", "read"))
+        yield PAGE, row(each["MiB"], *cells)

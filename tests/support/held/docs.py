@@ -1,0 +1,73 @@
+"""Pages of docs/ whose numbers belong to no other module here."""
+
+from collections import Counter
+
+from dllm_rl.tasks.sudoku.task import hashed_split
+from held import DOCS, row, runs_of, span_of, stored
+from recipes.studies import order, paired, revise
+
+MISMATCH, GPUS = f"{DOCS}/mismatch.md", f"{DOCS}/gpus.md"
+
+
+def schemes():
+    """Where the mismatch comes from: recipes/studies/schemes.py."""
+    found = stored("schemes")
+    told = {}
+    for each in found["rows"]:
+        name, nats, ess = each["scheme"], f"{each['mean_abs']:.4f}", f"{each['ess']:.4f}"
+        told[name] = f"{nats} nats, ESS {ess}"
+        parts = " / ".join(f"{each[part]:.4f}" if each[part] > 1e-6 else "0" for part in ("weights", "activations"))
+        note = "`float8_dynamic_emulated` (W8A8)" if name == "float8_dynamic_emulated" else f"`{name}`"
+        yield MISMATCH, row(note, nats, parts, f"{each['max_abs']:.2f}", f"{each['k3']:.4f}", ess)
+        yield GPUS, f"{told[name]} |"
+        assert each["largest other cause"] < 1e-7
+    steps, solved, tokens = found["RL steps"], f"{found['solved']:.3f}", f"{found['rows'][0]['tokens']:,}"
+    yield MISMATCH, f"after {steps} RL steps (seed {found['seed']}, {solved} solved; {tokens} tokens"
+    int4 = found["rows"][2]
+    assert int4["scheme"] == "int4_weight_only"
+    yield MISMATCH, f"(weight-only int4, no rounded inputs) in one short run: {int4['ess']:.4f}."
+
+
+def spans_of_no_difference():
+    """The ends of intervals, which sentences give instead of the interval."""
+    edits, orders = runs_of("revise"), "recipes/studies/order.md"
+    revised = revise.study.contrasts
+
+    def apart(results, claims):
+        return [paired.paired(results, claim.arm, claim.against) for claim in claims]
+
+    gains = apart(edits, [claim for claim in revised if claim.claim.startswith(("edits gain", "training with"))])
+    assert len(gains) == 4
+    told = span_of(*gains)
+    yield f"{DOCS}/order.md", f"that edits make ({told})."
+    yield "recipes/studies/revise.md", f"that edits make** ({told} at 2, 4 and 8 forwards, and after training with"
+    starts = [run["before"] for run in edits.values()]
+    yield "recipes/studies/revise.md", f"solves {min(starts):.2f} to {max(starts):.2f} of the puzzles."
+    part, noisy = [], []
+    for task, study in order.STUDIES.items():
+        results = runs_of(f"order_{task}")
+        part += apart(results, [claim for claim in study.contrasts if "part helps" in claim.claim])
+        noisy += apart(results, [claim for claim in study.contrasts if "than a random one" in claim.claim])
+    assert (len(part), len(noisy)) == (4, 2)
+    yield f"{DOCS}/order.md", f"that the order's part makes ({span_of(*part)})"
+    yield orders, f"order's part of the gradient makes** ({span_of(*part)} on both tasks)"
+    yield orders, f"({span_of(noisy[0])} on Sudoku, {span_of(noisy[1])} on Countdown)"
+
+
+def five_seeds_may_mislead():
+    """From rates that were stored with two digits."""
+    arms = [each for each in stored("mismatch_first")["arms"] if each["setting"] == "diffusion, five_level"]
+    first = {each["arm"]: each["each seed"].split(", ") for each in arms}
+    apart = [float(a) - float(b) for a, b in zip(first["none-dual"], first["tis-dual"], strict=True)]
+    centre, half = paired.interval(apart).split("±")
+    assert len(apart) == 5
+    yield f"{DOCS}/pitfalls.md", f"TIS with a dual clip lost {float(centre):.2f}±{float(half):.2f} over five seeds,"
+    (ten,) = (each for each in stored("mismatch")["contrasts"] if each["arm"] == "two: TIS")
+    assert abs(float(ten["difference, 95 %"].split("±")[0])) < 0.005 and ten["seeds"] == "10"
+
+
+def splits_of_the_puzzles_of_one_clue():
+    puzzles = ["0" * cell + digit + "0" * (15 - cell) for cell in range(16) for digit in "1234"]
+    counts = Counter(map(hashed_split, puzzles))
+    told = f"{counts['train']} are in train, {counts['validation']} in validation and {counts['test']} in test."
+    yield f"{DOCS}/tasks.md", f"of the {len(puzzles)} puzzles of one clue {told}"

@@ -1,0 +1,108 @@
+"""The study of few clues, and the main job's numbers on other pages."""
+
+from statistics import mean
+
+from held import DOCS, STUDIES, row, stored
+from recipes.studies import few_clues
+from recipes.studies.paired import interval, markdown
+
+PAGE, RECIPES, README, CONCEPTS = f"{STUDIES}/few_clues.md", "recipes/README.md", "README.md", f"{DOCS}/concepts.md"
+STORED = stored("few_clues")
+RUNS = {(run["arm"], run["seed"]): run for run in STORED["runs"]}
+CEILINGS = {int(steps): rate for steps, rate in STORED["ceiling"].items()}
+ARMS = few_clues.arm_rows(RUNS, CEILINGS)
+RATES = {each["arm"]: each for each in ARMS}
+WORDS = {"1": "one seed", "3": "three seeds", "10": "ten seeds"}
+RL, RL_4, TAUGHT, CHOSEN, CAUSAL = (
+    few_clues.RL,
+    few_clues.RL_4,
+    few_clues.TAUGHT,
+    few_clues.CHOSEN,
+    few_clues.CAUSAL,
+)
+
+
+def begun(arm):
+    """Solve rates before RL, in the arm's own number of steps, by seed."""
+    return {seed: run["before"] for (name, seed), run in RUNS.items() if name == arm}
+
+
+def tables():
+    for rows in (ARMS, few_clues.claim_rows(RUNS, CEILINGS), few_clues.diversity_rows(RUNS)):
+        yield PAGE, markdown(rows)
+    yield RECIPES, markdown(ARMS)
+    assert len(few_clues.of(RUNS, RL, 2)) == len(few_clues.of(RUNS, RL_4, 4)) == 10
+
+
+def findings():
+    differences = few_clues.claims(RUNS, CEILINGS)
+    two, four = ({arm: each[steps] for arm, each in RATES.items()} for steps in ("2", "4"))
+    ceiling = {steps: f"{rate:.3f}" for steps, rate in CEILINGS.items()}
+    p = {each["Holm's p"] for each in few_clues.claim_rows(RUNS, CEILINGS)}
+    yield PAGE, f"**All four claims hold**, on all ten seeds (Holm's p {' '.join(p)} each)."
+    assert all(min(values) > 0 for values in differences.values())
+    yield PAGE, f"what random answers can teach**: {two[RL]} against {ceiling[2]}."
+    yield PAGE, f"Supervision for the same processor time solves {two[TAUGHT]} (ten seeds)."
+    yield PAGE, f"**In four steps, too, and by less**: {four[RL_4]} against {ceiling[4]}."
+    before = begun(RL_4)
+    gained = [rate - before[seed] for seed, rate in few_clues.of(RUNS, RL_4, 4).items()]
+    start, seconds = interval(list(before.values())), RATES[RL_4]["CPU seconds"]
+    yield PAGE, f"it solves {start} in four steps. RL adds {interval(gained)}, and takes {seconds} CPU seconds, twice"
+    yield PAGE, f"the time of supervision, which solves {four[TAUGHT]} (ten seeds)."
+    in_two, in_four = (interval(differences[f"in {n} steps RL is above supervision"]) for n in ("two", "four"))
+    yield PAGE, f"by {in_two} in two steps (10 of 10 seeds) and by {in_four} in four (10 of 10 seeds)."
+    other, own = few_clues.of(RUNS, RL, 4), few_clues.of(RUNS, RL_4, 4)
+    above = [rate - CEILINGS[4] for rate in other.values()]
+    assert min(above) > 0
+    yield (
+        PAGE,
+        f"solve {four[RL]} when they write in four, {interval(above)} above perfect supervision (10 of 10 seeds).",
+    )
+    less = interval([other[seed] - own[seed] for seed in sorted(other)])
+    yield PAGE, f"the models that RL trained in four, which solve {less} less."
+    yield PAGE, f"supervision solves {two[CHOSEN]} in two steps and {RATES[CHOSEN]['1']} in one (three seeds)."
+    yield PAGE, f"supervision reaches {four[TAUGHT]} in four steps, and {start} after its first 400 supervised steps."
+    sixteen = {arm: each["16"] for arm, each in RATES.items()}
+    yield (
+        PAGE,
+        (
+            f"In 16 steps, one cell a step, supervision solves {sixteen[TAUGHT]}, RL in four {sixteen[RL_4]} "
+            f"and RL in two {sixteen[RL]}."
+        ),
+    )
+    answers = {each["arm"]: each["answers"] for each in few_clues.diversity_rows(RUNS)}
+    causal = f"{sixteen[CAUSAL]} in its 16 forwards (one seed), and keeps {answers[CAUSAL]} answers a puzzle."
+    yield PAGE, f"The autoregressive model solves {causal}"
+    told = {}
+    for arm in (RL, RL_4):
+        apart = [run["after"] - run["after_quantized"] for (name, _), run in RUNS.items() if name == arm]
+        told[arm] = interval(apart), f"{max(map(abs, apart)):.3f}"
+    yield PAGE, f"the learner solves {told[RL][0]} more (RL in two; a seed at most {told[RL][1]})"
+    yield PAGE, f"and {told[RL_4][0]} more (RL in four; at most {told[RL_4][1]})."
+
+
+def seconds():
+    took = {arm: each["CPU seconds"] for arm, each in RATES.items()}
+    yield PAGE, f"the processor time of RL in two steps ({took[TAUGHT]} against {took[RL]} CPU seconds)."
+    yield RECIPES, f"A run took {took[RL]} CPU seconds in the study"
+    yield f"{DOCS}/running.md", f"{took[RL]} CPU seconds on one thread"
+
+
+def the_first_page():
+    two, four = ({arm: each[steps] for arm, each in RATES.items()} for steps in ("2", "4"))
+    took = {arm: each["CPU seconds"] for arm, each in RATES.items()}
+    seeds = {each["arm"]: WORDS[each["seeds"]] for each in ARMS[1:]}
+    told = f"of supervised training on random answers ({seeds[TAUGHT]})"
+    yield README, row(f"{took[TAUGHT]} s {told}", two[TAUGHT])
+    told = f"a reward by the rules alone, {took[RL]} s in all ({seeds[RL]})"
+    yield README, row(f"400 steps of it, then GRPO with {told}", f"**{two[RL]}**")
+    told = f"the answers that a solver picks, always the first of its list ({seeds[CHOSEN]})"
+    yield README, row(f"{took[CHOSEN]} s of supervised training on {told}", two[CHOSEN])
+    yield README, f"can teach | {CEILINGS[2]:.3f} |"
+    told = f"RL solves {four[RL_4]} (ten seeds), supervision {four[TAUGHT]}, exact probabilities {CEILINGS[4]:.3f}."
+    yield README, f"In four steps {told}"
+    yield CONCEPTS, f"exact probabilities solve {CEILINGS[2]:.3f} of the puzzles in two steps; [RL]"
+    yield CONCEPTS, f"solves {two[RL]}. Labels can choose too:"
+    yield CONCEPTS, f"training on its answers solves {two[CHOSEN]} (three seeds)."
+    twice = mean(run["seconds"] for (arm, _), run in RUNS.items() if arm == RL_4) / float(took[TAUGHT])
+    assert 1.8 < twice < 2.2, "README: in four steps RL takes twice supervision's time"

@@ -1,0 +1,132 @@
+"""The league, the leaderboard, and what other pages say of both."""
+
+from statistics import mean, stdev
+
+from held import DOCS, STUDIES, by_arm, stored
+from recipes.studies import league, paired
+
+PAGE, CONCEPTS, BOARD = f"{STUDIES}/league.md", f"{DOCS}/concepts.md", f"{DOCS}/leaderboard.md"
+DEFAULT, METHOD = league.DEFAULT, league.method_of
+
+
+def runs_of(name):
+    """The runs by method, whatever setting its trials chose."""
+    return {(METHOD(run["arm"]), run["seed"]): run for run in stored(f"league_{name}")["runs"]}
+
+
+def apart(name, arm, against):
+    return paired.paired(runs_of(name), arm, against)
+
+
+def tables():
+    """Each table, where RL began, and that each method ran in the setting that its trials chose."""
+    for name in league.LEAGUES:
+        parts, seconds = stored(f"league_{name}"), league.LEAGUES[name].seconds
+        results, tuning = by_arm(parts["runs"]), by_arm(parts["tuning"])
+        yield PAGE, league.told(name, results)
+        assert set(league.best(tuning).values()) == {arm for arm, _ in results}
+        for (arm, _), run in (tuning | results).items():
+            assert run["num_steps"] == league.steps_of(parts["costs"], arm, seconds)
+        began = {seed: run["before"] for (_, seed), run in results.items() if "before" in run}
+        assert len(results) == 10 * len(league.best(tuning))
+        yield PAGE, f"Before RL: {paired.interval(list(began.values()))}."
+
+
+def the_leaderboard():
+    """The whole table, and one row of it by hand from the seeds that the JSON holds."""
+    board = league.board()
+    yield BOARD, board
+    seeds = [run["after"] for run in stored("league_sudoku_60_s")["runs"] if run["arm"].startswith("one step")]
+    half = 2.262 * stdev(seeds) / 10**0.5  # Student's t of nine degrees of freedom
+    line = next(line for line in board.splitlines() if "league sudoku_60_s`" in line and "| one step |" in line)
+    assert len(seeds) == 10 and f"| {mean(seeds):.3f}±{half:.3f} | 60 |" in line
+    assert league.COMMITS.keys() == league.LEAGUES.keys()
+    hours = []
+    for name in league.LEAGUES:
+        parts = stored(f"league_{name}")
+        hours.append(sum(run.get("s", 0.0) for run in parts["tuning"] + parts["runs"]) / 3600)
+    yield BOARD, f"The committed runs took {min(hours):.1f} to {max(hours):.1f} hours of one thread per task."
+    yield (
+        BOARD,
+        f"it takes twice as many steps in 12 s, and ends {paired.interval(apart('sudoku', 'one step', DEFAULT))} above",
+    )
+    rates = {METHOD(run["arm"]): [] for run in stored("league_sudoku_8_steps")["runs"]}
+    for run in stored("league_sudoku_8_steps")["runs"]:
+        rates[METHOD(run["arm"])].append(run["after"])
+    one, two, every = (paired.interval(rates[name]) for name in ("one step", "two segments", DEFAULT))
+    yield BOARD, f"in eight steps and 48 s `one step` solves {one}, two segments {two}, every step {every}:"
+
+
+def one_step_against_the_default():
+    """One segment is one step; the default of these runs scores every step."""
+    short, long, eight = (apart(name, "one step", DEFAULT) for name in ("sudoku", "sudoku_60_s", "sudoku_8_steps"))
+    behind = [-each for each in long]
+    in_12, in_60, in_48 = paired.interval(short), paired.interval(behind), paired.interval(eight)
+    assert mean(short) > 0 and mean(behind) > 0 and mean(eight) > 0
+    yield PAGE, f"`one step` beats the default by {in_12}. Its groups share one forward per step."
+    yield f"{DOCS}/LOG.md", f"one segment beats every step by {in_48} in 48 s."
+    yield f"{DOCS}/LOG.md", f"it beats every step by {in_12} in 12 s"
+    yield f"{DOCS}/LOG.md", f"(every step is {in_60} above)"
+    yield CONCEPTS, f"`one_step(prompt_mask=0)`, beat it by {in_12}; in 60 s we saw no difference between the two."
+    yield CONCEPTS, f"`one_step(prompt_mask=0)` beats it**: by {in_12} in 12 s of two-step Sudoku,"
+    yield CONCEPTS, f"(the default is ahead by {in_60})"
+    gains = [after - before for before, after in zip(short, long, strict=True)]
+    gains = [-each for each in gains]
+    told = f"{paired.interval(gains)} from 12 to 60 s (every seed, exact p {paired.sign_flip(gains):.3f};"
+    assert min(gains) > 0
+    yield PAGE, f"rises by {told}"
+
+
+def eight_steps():
+    name = "sudoku_8_steps"
+    behind = [paired.interval(apart(name, arm, DEFAULT)) for arm in ("one step", "two segments", "wd1")]
+    yield PAGE, "`one step` beats the default by {}, two segments by {}, wd1 by {}.".format(*behind)
+    yield PAGE, f"Two segments beat eight by {behind[1]},"
+    yield CONCEPTS, f"two segments beat all eight steps by {behind[1]} ([league]"
+    yield CONCEPTS, f"two segments beat eight by {behind[1]} ([league]"
+    wd1, one = apart(name, "two segments", "wd1"), apart(name, "one step", "two segments")
+    told = "{} (exact p {:.3f}, not claimed before)"
+    yield PAGE, f"wd1 by {told.format(paired.interval(wd1), paired.sign_flip(wd1))}"
+    yield PAGE, f"`one step` still beats two segments by {told.format(paired.interval(one), paired.sign_flip(one))}"
+    yield CONCEPTS, f"`one_step(prompt_mask=0)` beat two segments by {paired.interval(one)} and"
+    yield CONCEPTS, f"and by {paired.interval(one)} in 48 s of eight-step Sudoku."
+
+
+def countdown():
+    yield PAGE, f"beats d1 by {paired.interval(apart('countdown', DEFAULT, 'd1'))}. We saw no difference"
+
+
+def what_equal_time_was():
+    """The sentences before the league's tables: what runs took, and which rates they chose."""
+    seconds, settings, steps = {}, {}, {}
+    for name in league.LEAGUES:
+        for arm, run in league.best(by_arm(stored(f"league_{name}")["tuning"])).items():
+            settings[name, arm] = run.split(", ", 1)[1]
+        for run in stored(f"league_{name}")["runs"]:
+            seconds.setdefault((name, METHOD(run["arm"])), []).append(run["s"])
+            steps[name, METHOD(run["arm"])] = run["num_steps"]
+    took = {key: mean(each) for key, each in seconds.items()}
+
+    def more(name, method):
+        return 100 * (took[name, method] / took[name, DEFAULT] - 1)
+
+    others = [more("sudoku", method) for method in league.LEAGUES["sudoku"].methods]
+    assert min(others) == more("sudoku", "SPG") and max(others) == more("sudoku", "one step")
+    yield PAGE, f"SPG took {-min(others):.0f} % less than the default, `one step` {max(others):.0f} % more."
+    default, one_step = took["sudoku_60_s", DEFAULT], took["sudoku_60_s", "one step"]
+    longer = f"{more('sudoku_60_s', 'one step'):.0f} %"
+    yield PAGE, f"the default took {default:.0f} s and `one step` {one_step:.0f} s, {longer} more."
+    yield PAGE, f"which took {longer} longer"
+    eight = [each for (name, _), each in took.items() if name == "sudoku_8_steps"]
+    yield PAGE, f"In 48 s all took {min(eight):.0f} to {max(eight):.0f} s."
+    yield PAGE, f"`one step` took {more('countdown', 'one step'):.0f} % more than the default."
+    few = {method: number for (name, method), number in steps.items() if name == "sudoku" and number < 20}
+    assert set(few) == {"ESPO", "GDSD", "SPG", "JustGRPO"}
+    yield PAGE, f"**Four rows of Sudoku in 12 s took {min(few.values())} to {max(few.values())} steps**"
+    lowest = {"one update, 2e-4", "all updates, 1e-4"}
+    at_the_edge = {
+        name: [arm for (of, arm) in settings if of == name and settings[of, arm] in lowest] for name in league.LEAGUES
+    }
+    assert "one step" in at_the_edge["sudoku"] and at_the_edge["sudoku_60_s"] == ["one step"]
+    assert len(at_the_edge["sudoku"]) == 6 and DEFAULT not in at_the_edge["sudoku"]
+    assert len(at_the_edge["sudoku_8_steps"]) == 3 and DEFAULT in at_the_edge["sudoku_8_steps"]
