@@ -13,10 +13,11 @@ teacher is the supervised model, frozen and unquantised.
                         of cells that are written together cannot help
 
 Known before the runs, from seed 100 alone and about 45 CPU seconds each: "RL alone" 0.36 at the rate 1e-3; "teacher
-alone" 0.37 at 1e-3, 0.22 at 2e-3, and 0.34 with a teacher of four steps; "teacher and reward" 0.35 with a coefficient
-of 0.06 and 0.41 with 0.02. The teacher arms take the rate 1e-3. "RL alone" keeps the main job's 5e-4, which solved
-0.396±0.041 on these seeds in few_clues.md. The claims, on seeds 10 to 19, are those of `CLAIMS`; "answers" are the
-different right grids that eight samples of a puzzle hold, as in few_clues.md.
+alone" 0.37 at 1e-3, 0.22 at 2e-3, 0.34 with a teacher of four steps, and after 30 steps at 5e-4 with one of sixteen
+0.26; "teacher and reward" 0.35 with a coefficient of 0.06 and 0.41 with 0.02. The teacher arms take the rate 1e-3.
+"RL alone" keeps the main job's 5e-4, which solved 0.396±0.041 on these seeds in few_clues.md. The claims, on seeds 10
+to 19, are those of `CLAIMS`; "answers" are the different right grids that eight samples of a puzzle hold, as in
+few_clues.md.
 
     python -m recipes.studies.distillation               costs, runs, distillation.json, the tables
     python -m recipes.studies.distillation --report      run nothing
