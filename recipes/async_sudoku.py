@@ -3,15 +3,25 @@ worker makes the next one, with the weights before the update. `pip install -e "
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process 1 recipes/async_sudoku.py
 
-One thread each, for two cores: the worker takes as many threads as the learner.
+One thread each, for two cores: the worker takes as many threads as the learner. Ratios are against the weights that
+sampled, and PPO's clip bounds them from both sides: of what was tried against a lag, that did best
+(recipes/studies/late_rollouts.md).
 """
 
 from dataclasses import replace
+from functools import partial
 
-from dllm_rl import main
+from dllm_rl import main, ppo_clip
 from recipes.sudoku_tiny import recipe as base
 
-recipe = replace(base, name="async-sudoku", rollout_workers=1, max_staleness=1)
+recipe = replace(
+    base,
+    name="async-sudoku",
+    rollout_workers=1,
+    max_staleness=1,
+    old_logprobs="rollout",
+    loss=partial(ppo_clip, delta=1.2),
+)
 
 if __name__ == "__main__":
     main(recipe)

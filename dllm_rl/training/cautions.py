@@ -34,7 +34,7 @@ def cautions(recipe: Recipe) -> list[str]:
             f"beta={recipe.beta:g} with kl=kl_k1: the mean gradient of k1 is 0 where the learner drew the tokens, and "
             "only noise is added; use kl_k2 or kl_k3"
         )
-    said += of_the_clip(recipe) + of_the_likelihood(recipe)
+    said += of_the_clip(recipe) + of_the_lag(recipe) + of_the_likelihood(recipe)
     rewards, parts = made_up_rewards(recipe)
     if not recipe.advantages(rewards, **parts).any():
         name = getattr(recipe.advantages, "func", recipe.advantages).__name__
@@ -47,17 +47,39 @@ def cautions(recipe: Recipe) -> list[str]:
 
 def of_the_clip(recipe: Recipe) -> list[str]:
     """PPO bounds no ratio above 1 + epsilon at a negative advantage: see recipes/studies/mismatch.md."""
-    surrogate = recipe.surrogate
-    epsilon = _bound(surrogate, "epsilon")
-    high = _bound(surrogate, "epsilon_high")
-    open_above = getattr(surrogate, "func", surrogate) is ppo_clip and _bound(surrogate, "delta") is None
-    if recipe.num_iterations == 1 or not recipe.rolls_out_apart or not open_above:
+    if recipe.num_iterations == 1 or not recipe.rolls_out_apart or not open_above(recipe):
         return []
     return [
         f"num_iterations={recipe.num_iterations} with rollouts of other arithmetic and loss.delta=None: nothing "
         "bounds the ratio where the advantage is negative, and heavy mismatch then does most of its harm; use "
-        f"{'--loss ppo_clip ' if recipe.loss is None else ''}--loss.delta {1 + (epsilon if high is None else high):g}"
+        f"{dual(recipe)}"
     ]
+
+
+def of_the_lag(recipe: Recipe) -> list[str]:
+    """Of late rollouts: see recipes/studies/late_rollouts.md."""
+    bounded = recipe.old_logprobs == "rollout" and not open_above(recipe)
+    if not recipe.max_staleness or bounded or recipe.corrector.weigh is not no_weights:
+        return []
+    clip = f" {dual(recipe)}" if open_above(recipe) else ""
+    return [
+        f"max_staleness={recipe.max_staleness} with old_logprobs={recipe.old_logprobs!r}, and no corrector that "
+        "weighs: the loss does not bound how far the learner is from the weights that sampled; use --old_logprobs "
+        f"rollout{clip}"
+    ]
+
+
+def open_above(recipe: Recipe) -> bool:
+    """Whether the objective is PPO's, without a bound of the ratio where the advantage is negative."""
+    surrogate = recipe.surrogate
+    return getattr(surrogate, "func", surrogate) is ppo_clip and _bound(surrogate, "delta") is None
+
+
+def dual(recipe: Recipe) -> str:
+    """The options that bound PPO's ratio from both sides, at the recipe's own epsilon."""
+    epsilon, high = (_bound(recipe.surrogate, name) for name in ("epsilon", "epsilon_high"))
+    named = "--loss ppo_clip " if recipe.loss is None else ""
+    return f"{named}--loss.delta {1 + (epsilon if high is None else high):g}"
 
 
 def of_the_likelihood(recipe: Recipe) -> list[str]:

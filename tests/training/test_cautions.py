@@ -8,7 +8,7 @@ import torch
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import leave_one_out
-from dllm_rl.algorithms.correctors import none, tbpo
+from dllm_rl.algorithms.correctors import none, tbpo, tis
 from dllm_rl.algorithms.losses import kl_k1, kl_k2, ppo_clip
 from dllm_rl.likelihoods.estimators import elbo, one_step, trajectory
 from dllm_rl.models.lora import lora_r16
@@ -103,6 +103,28 @@ def test_updates_without_a_bound_where_the_advantage_is_negative():
         {"rollout_quantization": None},
     ):
         assert cautions(replace(several, **changes)) == []
+
+
+def test_late_rollouts_whose_lag_nothing_bounds():
+    late = tiny_recipe("x", rollout_workers=1, max_staleness=2, corrector=none())
+    (said,) = cautions(late)
+    assert said.startswith("max_staleness=2 with old_logprobs='recompute'")
+    assert said.endswith("use --old_logprobs rollout --loss ppo_clip --loss.delta 1.2")
+    (said,) = cautions(replace(late, old_logprobs="rollout", loss=partial(ppo_clip, epsilon_high=0.28)))
+    assert said.endswith("use --old_logprobs rollout --loss.delta 1.28")
+    (said,) = cautions(replace(late, loss=partial(ppo_clip, delta=1.2)))
+    assert said.endswith("use --old_logprobs rollout")
+    for changes in (
+        {"old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
+        {"old_logprobs": "rollout", "loss": gspo_of_a_row},
+        {"corrector": tis()},
+        {"max_staleness": 0},
+    ):
+        assert cautions(replace(late, **changes)) == []
+
+
+def gspo_of_a_row(log_ratio, advantages, mask):
+    return log_ratio.exp().clamp(max=2) * advantages[:, None]
 
 
 def test_orders_whose_law_is_not_known():
