@@ -38,8 +38,21 @@ def test_every_page_has_its_place_and_every_place_its_page():
 
 
 def test_every_public_name_is_in_the_reference_once():
+    """And the functions that a public one is explained by, which are no names of the package's."""
     listed = re.findall(r"^::: (\S+)$", "".join(p.read_text() for p in (DOCS / "reference").glob("*.md")), re.MULTILINE)
-    assert sorted(listed) == sorted(f"{dllm_rl._MODULE_OF[name]}.{name}" for name in dllm_rl.__all__)
+    public = {f"{dllm_rl._MODULE_OF[name]}.{name}" for name in dllm_rl.__all__}
+    assert len(listed) == len(set(listed)) and public <= set(listed)
+    weigh = "truncated_weights masked_weights rejection adaptive_weights alarm band_weights composed"
+    losses = "policy_loss kl_k1 kl_k2"
+    further = {f"dllm_rl.algorithms.correctors.{name}" for name in weigh.split()}
+    assert set(listed) - public == further | {f"dllm_rl.algorithms.losses.{name}" for name in losses.split()}
+
+
+def test_what_correctors_are_explained_by_is_in_the_reference():
+    page = (DOCS / "reference" / "algorithms.md").read_text()
+    named = set(re.findall(r"[Ss]ee `(\w+)`", page))
+    assert named >= {"truncated_weights", "rejection", "composed"}
+    assert [name for name in named if not re.search(rf"^::: \S+\.{name}$", page, re.MULTILINE)] == []
 
 
 def test_the_public_names_are_few():
