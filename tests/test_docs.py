@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -36,8 +37,21 @@ def test_every_page_has_its_place_and_every_place_its_page():
 
 
 def test_every_public_name_is_in_the_reference_once():
+    """And the functions that a public one is explained by, which are no names of the package's."""
     listed = re.findall(r"^::: (\S+)$", "".join(p.read_text() for p in (DOCS / "reference").glob("*.md")), re.MULTILINE)
-    assert sorted(listed) == sorted(f"{dllm_rl._MODULE_OF[name]}.{name}" for name in dllm_rl.__all__)
+    public = {f"{dllm_rl._MODULE_OF[name]}.{name}" for name in dllm_rl.__all__}
+    assert len(listed) == len(set(listed)) and public <= set(listed)
+    weigh = "truncated_weights masked_weights rejection adaptive_weights alarm band_weights composed"
+    losses = "policy_loss kl_k1 kl_k2"
+    further = {f"dllm_rl.algorithms.correctors.{name}" for name in weigh.split()}
+    assert set(listed) - public == further | {f"dllm_rl.algorithms.losses.{name}" for name in losses.split()}
+
+
+def test_what_correctors_are_explained_by_is_in_the_reference():
+    page = (DOCS / "reference" / "algorithms.md").read_text()
+    named = set(re.findall(r"[Ss]ee `(\w+)`", page))
+    assert named >= {"truncated_weights", "rejection", "composed"}
+    assert [name for name in named if not re.search(rf"^::: \S+\.{name}$", page, re.MULTILINE)] == []
 
 
 def test_the_public_names_are_few():
@@ -259,10 +273,96 @@ def test_a_loss_of_ones_own_is_checked_three_times(tmp_path, monkeypatch):
     value = made["soft_clip"](ratio, torch.tensor([2.0]), torch.ones(1, 2, dtype=torch.bool))
     moved = 0.3498588  # exp(0.3) - 1
     assert torch.allclose(value, torch.tensor([[2.0, 2 * (1 + moved / (1 + moved / 0.2))]]))
-    assert {name: len(rows) for name, rows in made["rows"].items()} == {"ppo_clip": 1, "soft_clip": 1}
+    told = (DOCS / "methods.md").read_text()
+    for name, (row,) in made["rows"].items():
+        assert f"    {name} {[(row.policy, row.sigma, round(row.bias, 2), round(row.rmse, 2))]}\n" in told
     with pytest.raises(AssertionError, match="on-policy"):
         halved = dataclasses.replace(made["mine"], surrogate=lambda r, a, m: made["soft_clip"](r, a, m) / 2)
         made["check_corrector"](halved)
+
+
+def test_a_loss_with_a_detached_part_has_checks_that_see_its_gradient(tmp_path, monkeypatch):
+    made = run_example("A loss with a detached part", tmp_path, monkeypatch)
+    rows = [(row.policy, row.sigma, round(row.bias, 2), round(row.rmse, 2)) for row in made["table"]]
+    assert f"It prints `{rows}`." in (DOCS / "methods.md").read_text()
+    assert made["table"][0].bias < 1e-12
+    of = partial(made["Corrector"], weigh=made["no_weights"])
+    with pytest.raises(AssertionError, match=r"the loss must be that of none\(\) bit for bit"):
+        made["check_corrector"](of(surrogate=made["capped"]))
+
+    def twice(log_ratio, advantages, mask):  # the right value at ratio 1, and a gradient that is twice as long
+        extra = made["capped"](log_ratio, advantages, mask)
+        return made["with_value"](log_ratio, advantages, mask) + extra - extra.detach()
+
+    with pytest.raises(AssertionError, match=r"the gradient must be that of none\(\) bit for bit"):
+        made["check_corrector"](of(surrogate=twice))
+    options = {"moved": "old", "policies": ("early",), "sigmas": (0.0,), "networks": 1}
+    (row,) = made["gradient_table"](of(surrogate=twice), **options)
+    assert row.bias == pytest.approx(1)
+
+
+def test_what_the_librarys_losses_do_in_these_checks():
+    """The table of docs/methods.md: of each loss, the contract, finite differences, and the gradient at ratio 1."""
+    from dllm_rl.algorithms import losses
+    from dllm_rl.algorithms.correctors import Corrector, no_weights
+    from recipes.studies import surrogates
+    from recipes.studies.enumeration import gradient_table
+
+    log_ratio = torch.linspace(-0.15, 0.15, 8, dtype=torch.float64).view(2, 4).requires_grad_()  # no clip's corner
+    signs, everywhere = torch.tensor([1.0, -1.0], dtype=torch.float64), torch.ones(2, 4, dtype=torch.bool)
+    inside = {"epsilon": 0.2, "epsilon_high": 0.2}
+    ours = {name: getattr(losses, name) for name in ("ppo_clip", "cispo", "vespo", "reinforce")}
+    ours |= {"gspo": partial(losses.gspo, **inside), "bgpo": surrogates.bgpo, "gdsd": surrogates.gdsd}
+    ours |= {"stable_drl": partial(surrogates.stable_drl, sum_over=lambda x: x), "ebpo": surrogates.ebpo}
+    found = {}
+    for name, loss in ours.items():
+        made = Corrector(weigh=no_weights, surrogate=surrogates.stable_drl if name == "stable_drl" else loss)
+        keeps, whole = True, True
+        try:
+            dllm_rl.check_corrector(made)
+        except AssertionError:
+            keeps = False
+        try:
+            torch.autograd.gradcheck(partial(loss, advantages=signs, mask=everywhere), log_ratio)
+        except RuntimeError:
+            whole = False
+        (row,) = gradient_table(made, moved="old", policies=("early",), sigmas=(0.0,), networks=1)
+        found[name] = keeps, whole, round(row.bias, 6)
+    assert found == {
+        "ppo_clip": (True, True, 0),
+        "gspo": (True, False, 0),
+        "bgpo": (True, False, 0),
+        "stable_drl": (True, False, 0),
+        "cispo": (False, False, 0),
+        "vespo": (False, False, 0),
+        "reinforce": (False, True, 0),
+        "gdsd": (False, True, 0),
+        "ebpo": (False, False, 3),
+    }
+
+
+def test_a_corrector_of_ones_own_has_one_mark_to_pass(tmp_path, monkeypatch):
+    (tmp_path / "my_corrector.py").write_text(example("Write a corrector"))
+    monkeypatch.syspath_prepend(tmp_path)
+    made = run_example("Does my corrector correct?", tmp_path, monkeypatch)
+    assert made["marks"] == {"tis": True, "doubt": False}
+    told = (DOCS / "methods.md").read_text()
+    for name, rows in made["tables"].items():
+        cells = (f"{row.bias:.2f} {row.rmse:.2f} {row.efficiency:.2f}" for row in rows)
+        assert f"| {name} | {' | '.join(cells)} |" in told
+    correctors = importlib.import_module("dllm_rl.algorithms.correctors")
+    for corrector, passes in (
+        (correctors.tis(level="sequence"), True),
+        (correctors.tis(cap=1e9), True),
+        (correctors.tis(cap=1e9, level="sequence"), True),
+        (correctors.icepop(), True),
+        (correctors.ais(), True),
+        (correctors.tbpo(), True),
+        (correctors.mis(), False),
+        (correctors.reject(bound=0.1), False),
+    ):
+        assert made["passes"](made["gradient_table"](corrector), made["tables"]["none"]) == passes
+    sys.modules.pop("my_corrector")
 
 
 @pytest.mark.slow  # it checks a policy: 4 s
@@ -304,11 +404,15 @@ def test_an_estimator_is_compared_with_the_enumeration_of_all_completions(tmp_pa
     (tmp_path / "compared.py").write_text(example("Is my estimator right?"))
     made = runpy.run_path(str(tmp_path / "compared.py"))
     assert made["p"].shape == (81,) and abs(made["p"].sum() - 1) < 1e-12
-    bias = (made["estimates"].mean(0) - made["exact"]) @ made["p"]
-    noise, one = made["p"] @ made["estimates"].std(0), made["log_p"](dllm_rl.trajectory(num_segments=1))
-    less = float(made["p"] @ (one - made["exact"]))
-    told = f"a bias of {bias:.3f} nats (a lower bound lies below log p) and a noise of {noise:.2f} nats."
-    assert f"{told} `trajectory(num_segments=1)` has a bias of {less:.3f} and" in (DOCS / "methods.md").read_text()
+    told, apart = (DOCS / "methods.md").read_text(), {}
+    for name in ("exact", "any_order"):
+        apart[name] = made["estimates"].mean(0) - made[name]
+        low, high = f"{apart[name].min():.2f}", f"{apart[name].max():.2f}"
+        assert f"| {apart[name] @ made['p']:.3f} | {low} | {high}" in told
+    assert abs(made["any_order"].exp().sum() - 1) < 1e-12
+    assert (apart["any_order"] < 4 * made["error"]).all() and apart["exact"].max() > 1  # a bound of the one alone
+    upper = made["log_p"](dllm_rl.eubo(beta=4.0, base=dllm_rl.elbo(num_samples=400)))  # many masks, beta = tokens
+    assert (upper > made["any_order"]).all() and not (upper > made["exact"]).all()
 
 
 def test_the_engine_of_ones_own_keeps_its_contract_and_without_its_sync_does_not(tmp_path):
@@ -317,6 +421,37 @@ def test_the_engine_of_ones_own_keeps_its_contract_and_without_its_sync_does_not
     stale = made["RolloutEngine"](made["load"], lambda policy, rollout_policy: {})
     with pytest.raises(AssertionError, match="load and sync must pass it on"):
         made["check_engine"](stale, made["policy"], made["prompts"], made["sampler"])
+
+
+def test_a_study_of_ones_own_tunes_runs_and_prints_what_the_page_shows(tmp_path, monkeypatch):
+    """Its arms and trials train, cut to a step; and the printed table follows from the rates of its seeds."""
+    made = run_example("Does it help? Run a paired study", tmp_path, monkeypatch, "my_study")
+    paired, study, trials = importlib.import_module("recipes.studies.paired"), made["study"], made["trials"]
+    held_out = [
+        {problem.prompt for problem in map(each.base.eval_task.__getitem__, range(16))} for each in (study, trials)
+    ]
+    assert not held_out[0] & held_out[1] and len(study.base.task) == 32
+    for which, arm, seed in ((study, "soft 0.1", 0), (study, "one update", 0), (trials, "soft 0.4", 100)):
+        paired.run_one(which, tmp_path / str(seed), 1, arm, seed)
+    assert {arm for arm, _ in paired.load(tmp_path / "0")} == {"soft 0.1", "one update"}
+
+    told = (DOCS / "methods.md").read_text().partition("$ OMP_NUM_THREADS=1 python my_study.py run")[2]
+    results = {}
+    for arm, rates in re.findall(r"^\| (\S[^|]*) \| 6 \| [^|]+ \| ([\d., ]+) \|", told, re.MULTILINE):
+        for seed, rate in enumerate(rates.split(", ")):
+            results[arm, seed] = {"after": round(float(rate) * 32) / 32}  # of 16 problems with two digits each
+    assert {arm for arm, _ in results} == set(study.arms)
+    for row in paired.arm_rows(study, results):
+        head = " | ".join(row[name] for name in ("arm", "seeds", "after", "each seed", "less", "difference, 95 %"))
+        assert f"| {head} |" in told
+    for row in paired.contrast_rows(study, results):
+        assert f"| {' | '.join(row.values())} |" in told
+    assert [paired.sign_flip([1.0] * n) * claims < 0.05 for n, claims in ((6, 1), (6, 2), (7, 2), (8, 5))] == [
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.slow

@@ -1,14 +1,16 @@
 """The gradient laboratory: its truth against autograd, rows as theory has them, planted faults that move them."""
 
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms.losses import ppo_clip, reinforce
-from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.likelihoods.estimators import coupled, elbo, trajectory
 from recipes.studies.enumeration import ToyPolicy, against, contributions, gradient_table, of_batches, per_outcome
 
 SMALL = {"networks": 3, "sigmas": (0.3,), "length": 3}
@@ -150,3 +152,32 @@ def test_errors_name_what_moved():
         gradient_table(c.none(), moved="reference")
     with pytest.raises(ValueError, match="draws=1 must be 0"):
         gradient_table(c.none(), draws=1)
+
+
+def test_a_ratio_of_estimates_is_no_likelihood_ratio():
+    """The table of docs/concepts.md: exp of a difference of two estimates under the same masks, its mean over masks and
+    over the completions of the old policy, which is 1 for likelihoods; and the same of the mean over masks."""
+    told = (Path(__file__).parents[2] / "docs" / "concepts.md").read_text()
+    old = ToyPolicy(length=4, words=3, sharpness=1.0, generator=torch.Generator().manual_seed(0))
+    new = old.moved(0.3, torch.Generator().manual_seed(1))
+    rollout, exact = old.rollout(2), trajectory()
+    made = {"trajectory()": exact, "trajectory(num_sampled=1)": trajectory(num_sampled=1)}
+    made |= {f"elbo(num_samples={count})": elbo(num_samples=count) for count in (4, 1)}
+    made |= {"coupled(num_samples=1)": coupled(num_samples=1)}
+
+    def log_ratio(estimator, seed):
+        views = estimator.draw(rollout, torch.Generator().manual_seed(seed))
+        return contributions(new, rollout, views, estimator).sum(-1) - contributions(
+            old, rollout, views, estimator
+        ).sum(-1)
+
+    with torch.no_grad():
+        p = contributions(old, rollout, exact.draw(rollout, torch.Generator()), exact).sum(-1).exp()
+        for name, estimator in made.items():
+            draws = torch.stack([log_ratio(estimator, seed) for seed in range(200 if estimator.random else 2)])
+            means = float(p @ draws.exp().mean(0)), float(p @ draws.mean(0).exp()), float(p @ draws.std(0))
+            (cells,) = re.findall(
+                rf"^\| `{re.escape(name)}` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", told, re.MULTILINE
+            )
+            assert [float(cell) for cell in cells] == pytest.approx(list(means), abs=0.006), name
+            assert (abs(means[0] - 1) < 1e-12) == (estimator is exact)

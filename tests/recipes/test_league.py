@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from readme import example
 
 from dllm_rl import one_step, trajectory
 from dllm_rl.models.tokens import encode
@@ -93,3 +94,24 @@ def test_the_table_has_the_best_method_first(tmp_path):
     assert league.told("sudoku", lost).endswith("| d1 | 0.000±0.000 | - | - | 7 | - |\n")
     league.draw("sudoku", lost | ours, tmp_path / "league.png")
     assert (tmp_path / "league.png").stat().st_size > 5_000
+
+
+def test_committed_runs_that_are_put_back_are_not_repeated(tmp_path, monkeypatch):
+    """docs/leaderboard.md's block, then the command: nothing is left to run, and the JSON is the same."""
+    stored = dict(league.STORED)
+    monkeypatch.chdir(tmp_path)
+    exec(example("Add a row"), {})
+    monkeypatch.setattr(league, "STORED", {"sudoku": tmp_path / "written.json"})
+    monkeypatch.setattr(league, "warm_up", lambda *_: tmp_path)  # where a cost is measured: of none
+    monkeypatch.setattr(league, "run_all", lambda jobs, root, workers: [job() for _, job in jobs])
+    left = []
+    monkeypatch.setattr(paired, "run_all", lambda jobs, root, workers: left.extend(name for name, _ in jobs))
+    monkeypatch.setattr("sys.argv", ["league", "sudoku"])
+    league.main()
+    assert not left
+    assert json.loads((tmp_path / "written.json").read_text()) == json.loads(stored["sudoku"].read_text())
+
+    one = next((tmp_path / "runs/league-sudoku/results").glob("wd1*_3.json"))
+    one.unlink()
+    league.main()
+    assert len(left) == 2 and left[0] == "warm-3" and left[1] == one.stem
