@@ -45,7 +45,7 @@ def the_leaderboard():
     for name in league.LEAGUES:
         parts = stored(f"league_{name}")
         hours.append(sum(run.get("s", 0.0) for run in parts["tuning"] + parts["runs"]) / 3600)
-    yield BOARD, f"The committed runs took {min(hours):.1f} to {max(hours):.1f} hours of one thread per task."
+    yield BOARD, f"which took {min(hours):.1f} to {max(hours):.1f} hours of one thread per task,"
     yield (
         BOARD,
         f"it takes twice as many steps in 12 s, and ends {paired.interval(apart('sudoku', 'one step', DEFAULT))} above",
