@@ -146,6 +146,16 @@ def test_the_settings_for_a_real_model_are_a_recipe_without_cautions(tmp_path, m
     assert [task.reward(task[0], text).value for text in ("It is 20.", "21")] == [1.0, 0.0]
 
 
+def test_own_rows_in_an_8b_recipe_change_the_tasks_alone(tmp_path):
+    (tmp_path / "mine.py").write_text(example("Your rows and reward in an 8B recipe"))
+    recipe = runpy.run_path(str(tmp_path / "mine.py"))["recipe"]
+    base = importlib.import_module("recipes.llada_8b_countdown").recipe
+    changed = {f.name for f in dataclasses.fields(recipe) if getattr(recipe, f.name) != getattr(base, f.name)}
+    assert changed == {"name", "task", "validation_task", "eval_task"} and cautions(recipe) == cautions(base)
+    assert [len(task) for task in (recipe.task, recipe.validation_task, recipe.eval_task)] == [2200, 150, 150]
+    assert recipe.task.reward(recipe.task[51], "It is 2.").value == 1.0
+
+
 def test_chats_then_rewards_are_two_starts_of_one_file(tmp_path, monkeypatch):
     """The first start makes a valid SFT record; the second, once its checkpoint is there, a recipe without cautions."""
     text = example("Your own chat data: SFT, then RL")

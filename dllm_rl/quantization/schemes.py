@@ -71,7 +71,7 @@ def int8_weight_only() -> Scheme:
 
 
 def int8_dynamic() -> Scheme:
-    """int8 weights per row, int8 inputs per token, integer products. Runs anywhere; faster than bf16 on many CPUs."""
+    """int8 weights per row, int8 inputs per token, integer products. Runs anywhere; slower than bf16 where measured."""
     return _torchao().Int8DynamicActivationInt8WeightConfig()
 
 
@@ -86,7 +86,7 @@ def int4_weight_only(*, group_size: int = 32) -> Scheme:
 
 
 def int4_packed(*, group_size: int = 128) -> Scheme:
-    """4-bit weights in groups, packed for a CUDA kernel (bf16). Saves memory and, in small batches, time.
+    """4-bit weights in groups, packed for a CUDA kernel of torch (capability 8.0 or more, bf16). Time: not measured.
 
     group_size  inputs per scale: 32, 64, 128 or 256
     """

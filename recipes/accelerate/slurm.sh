@@ -16,7 +16,8 @@
 source .venv/bin/activate  # the environment, on every node; put your own line here
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take --cpus-per-task from sbatch (SLURM 22.05 on)
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=29500 WORLD_SIZE=$SLURM_NTASKS
+# A port of this job's own, so that two jobs can share a node.
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) WORLD_SIZE=$SLURM_NTASKS
 # A process that ended by the warning must not have the others killed while they end, too.
 srun --kill-on-bad-exit=0 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python "$0" "$@"' \
     "$@" --resume_from_checkpoint latest

@@ -118,7 +118,8 @@ def test_slurm_starts_a_process_a_task_and_queues_the_job_again_after_its_warnin
     """srun runs two tasks; after SIGUSR1 or SIGTERM they end with 138 or 143, else with what they end with."""
     (tmp_path / "task.py").write_text(
         "import os, sys\n"
-        "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'SRUN_CPUS_PER_TASK', 'ACTIVATED')\n"
+        "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')\n"
+        "names += ('SRUN_CPUS_PER_TASK', 'ACTIVATED')\n"
         "print(*(os.environ[name] for name in names), *sys.argv[1:])\n"
         "sys.exit(int(sys.argv[2]))\n"
     )
@@ -132,12 +133,12 @@ def test_slurm_starts_a_process_a_task_and_queues_the_job_again_after_its_warnin
     (tmp_path / ".venv" / "bin" / "activate").write_text("export ACTIVATED=yes\n")
     for name in ("srun", "scontrol"):
         (tmp_path / name).chmod(0o755)
-    names = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "7"}
+    names = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "120007"}
     names |= {"SLURM_JOB_NODELIST": "n", "SLURM_CPUS_PER_TASK": "8"}
-    for status, again in (("138", ["requeue 7"]), ("143", ["requeue 7"]), ("1", []), ("75", [])):
+    for status, again in (("138", ["requeue 120007"]), ("143", ["requeue 120007"]), ("1", []), ("75", [])):
         command = ["bash", str(ROOT / "recipes/accelerate/slurm.sh"), str(tmp_path / "task.py"), "--seed", status]
         done = subprocess.run(command, env=os.environ | names, cwd=tmp_path, capture_output=True, text=True)
-        said = [f"{i + 8} {i} 16 first 8 yes --seed {status} --resume_from_checkpoint latest" for i in (0, 1)]
+        said = [f"{i + 8} {i} 16 first 20007 8 yes --seed {status} --resume_from_checkpoint latest" for i in (0, 1)]
         assert done.stdout.splitlines() == said + again and done.returncode == int(status), done.stderr
 
 

@@ -30,6 +30,7 @@ from dllm_rl.training.sharded_learner import check_batches, check_module, check_
 GB = 1e9
 GPUS = (80, 96, 141, 192)  # GB of memory
 USABLE = 0.9  # of it; the rest is the allocator's, the kernels' and the driver's
+PROMPT = 256  # tokens of a prompt that is not known
 CONFIGS = Path(__file__).parents[2] / "models" / "configs"
 
 
@@ -154,7 +155,8 @@ def rollout_bytes(recipe: Recipe, policy: MetaPolicy, size: int) -> int:
 def plan(recipe: Recipe) -> str:
     """The plan as text, after every check that needs no weights. Raises ValueError if the recipe cannot run."""
     policy = meta_policy(recipe)
-    prompt_tokens = 256  # without a tokenizer no task is opened: its data may not be here
+    # Without a tokenizer no task is opened: its data may not be here. A forward is as wide as its longest prompt.
+    prompt_tokens = recipe.max_prompt_length or PROMPT
     if policy.tokenizer is not None:
         check_filled("task", recipe.task)
         first = recipe.task[0]

@@ -270,6 +270,12 @@ def test_too_long_a_completion():
         plan(long)
 
 
+def test_a_prompt_is_as_long_as_the_run_would_take_it():
+    recipe = replace(recipe_of("llada_8b_sudoku"), max_prompt_length=3900)
+    with pytest.raises(ValueError, match="max_new_tokens=256 after 3900 tokens exceeds the model's 4096 positions"):
+        plan(recipe)
+
+
 def test_a_plan_for_eight_processes_is_one_of_an_eighth_of_the_rows(monkeypatch, capsys):
     recipe = replace(recipe_of("llada_8b_sudoku"), dry_run=True)
     rows = []
