@@ -379,7 +379,13 @@ def test_every_name_of_every_recipe_is_explained(name):
     if isinstance(recipe, Recipe):
         # tbpo brings its own loss, and late rollouts go with exact likelihoods alone
         without_dropout = replace(without_dropout, loss=None, max_staleness=0, rollout_workers=0)
-    needed = {"threshold": ("tau", "0.9"), "factor": ("f", "1"), "entropy_bound": ("gamma", "1"), "edit": ("tau", "1")}
+    needed = {
+        "threshold": ("tau", "0.9"),
+        "soft_threshold": ("tau", "0.9"),
+        "factor": ("f", "1"),
+        "entropy_bound": ("gamma", "1"),
+        "edit": ("tau", "1"),
+    }
     needed |= {
         "remask": ("eta", "0.1"),
         "soft_edit": ("rate", "0.1"),
