@@ -23,7 +23,7 @@ from dllm_rl.evaluation.results import Evaluation, Graded, grade_file, interval,
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import before_end, chosen_ids, decode, prompt_ids
 from dllm_rl.quantization.schemes import float8_weight_only
-from dllm_rl.samplers.rules import max_prob, threshold
+from dllm_rl.samplers.rules import max_prob, soft_threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks import Sudoku, task_from_dataset
 from dllm_rl.tasks.base import grade
@@ -63,11 +63,11 @@ def test_a_reward_may_ask_for_speed(policy, tmp_path):
 
     rows = [{"prompt": "1" * n} for n in range(1, 7)]
     task = task_from_dataset(rows, reward_funcs=asks)
-    sampler = partial(SAMPLER, rank=max_prob, commit=partial(threshold, tau=0.105))
+    sampler = partial(SAMPLER, rank=max_prob, commit=partial(soft_threshold, tau=0.2))
     found = evaluate(policy, task, sampler, completions=tmp_path / "c.jsonl")
     values = [answer.reward.value for answer in found.answers]
     assert values == [100 * answer.steps + answer.tokens / answer.steps for answer in found.answers]
-    assert len({answer.steps for answer in found.answers}) > 1, "rows of different length"
+    assert len({answer.steps for answer in found.answers}) > 1, "rows that took different numbers of steps"
     alone = evaluate(policy, task, sampler, batch_size=1)
     assert [answer.reward.value for answer in alone.answers] == values
     again = evaluate(policy, task, sampler, completions=tmp_path / "c.jsonl")  # samples nothing
