@@ -256,6 +256,8 @@ class Order(Columns):
                that its step drew it. None without chance, or if the probability is unknown
     noisy_rank  the bound `plackett_luce` whose draws `draw` numbers; None under another rank
     draw       which draw of its step took the position, from 0; 0 in a step that wrote all that was left
+    soft       tau and temperature of the commit rule `soft_threshold`; `logprobs` are then each written position's
+               share of its step's. None under another rule
     """
 
     FILL: ClassVar[dict[str, Any]] = {"open_step": -1}
@@ -265,6 +267,7 @@ class Order(Columns):
     logprobs: Float[Tensor, "B T"] | None = None
     noisy_rank: Callable | None = None
     draw: Int[Tensor, "B T"] | None = None
+    soft: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -377,11 +377,17 @@ def test_every_name_of_every_recipe_is_explained(name):
     recipe = import_module(f"recipes.{name}").recipe
     without_dropout = replace(recipe, lora=None)  # which aligned forwards refuse
     if isinstance(recipe, Recipe):
-        # tbpo brings its own loss, late rollouts go with exact likelihoods alone, and decoupled with no teacher
-        plain = {"loss": None, "max_staleness": 0, "rollout_workers": 0}
+        # tbpo brings its own loss, correctors that weigh go with the learner's old log-probs, decoupled with no teacher
+        plain = {"loss": None, "old_logprobs": "recompute", "max_staleness": 0, "rollout_workers": 0}
         plain |= {"teacher": None, "teacher_steps": 1, "teacher_coeff": 1.0}
         without_dropout = replace(without_dropout, **plain)
-    needed = {"threshold": ("tau", "0.9"), "factor": ("f", "1"), "entropy_bound": ("gamma", "1"), "edit": ("tau", "1")}
+    needed = {
+        "threshold": ("tau", "0.9"),
+        "soft_threshold": ("tau", "0.9"),
+        "factor": ("f", "1"),
+        "entropy_bound": ("gamma", "1"),
+        "edit": ("tau", "1"),
+    }
     needed |= {
         "remask": ("eta", "0.1"),
         "soft_edit": ("rate", "0.1"),

@@ -55,7 +55,7 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--top_p", type=float)
     ranks = "confidence, max_prob, margin, entropy, random or plackett_luce=0.3 (default: what --commit is made for)"
     sub.add_argument("--rank", help=ranks)
-    rules = "schedule (default), threshold=TAU, factor=F, entropy_bound=GAMMA, remask=ETA, soft_edit=RATE ..."
+    rules = "schedule (default), threshold=TAU, soft_threshold=TAU, factor=F, entropy_bound=GAMMA, soft_edit=RATE ..."
     sub.add_argument("--commit", help=rules)
     sub.add_argument("--cache", help="key-value cache by name, as prefix, or dual=4 for 4 steps a refresh")
     sub.add_argument("--group_size", type=int, default=1, help="completions of each prompt")

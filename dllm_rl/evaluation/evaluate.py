@@ -13,9 +13,9 @@ from dllm_rl.evaluation.results import Evaluation, Graded
 from dllm_rl.members import describe
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.uneven import join_uneven_forwards
-from dllm_rl.models.tokens import before_end, chosen_ids, encode, graded_texts
+from dllm_rl.models.tokens import chosen_ids, costs_of, encode, graded_texts
 from dllm_rl.rng import generator_for
-from dllm_rl.tasks.base import Problem, Task, grade
+from dllm_rl.tasks.base import Cost, Problem, Task, grade
 from dllm_rl.types import Rollout
 
 
@@ -96,10 +96,9 @@ def complete(
     texts = graded_texts(policy, rollout, asked, chosen)
     # The rows of a batch share its calls and its time, so that their sum is the evaluation's cost.
     share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - begin) / len(keys)}
-    steps = (rollout.unmask_step.amax(-1) + 1).tolist()  # a row's own forwards, up to its last writing
     rows = {}
-    for (problem, sample), text, ids, own_steps in zip(keys, texts, chosen, steps, strict=True):
-        own = {"problem": problem, "sample": sample, "tokens": len(before_end(policy, ids)), "steps": own_steps}
+    for (problem, sample), text, cost in zip(keys, texts, costs_of(policy, rollout, chosen), strict=True):
+        own = {"problem": problem, "sample": sample, "tokens": cost.tokens, "steps": cost.forwards}
         rows[problem, sample] = make_row(problems[problem], text, {**own, **share, **facts})
     return rows
 
@@ -114,7 +113,8 @@ def seeds_of(seed: int, keys: Sequence[tuple[int, int]]) -> list[int]:
 
 def graded(task: Task, problems: dict[int, Problem], rows: Rows, timeout: float | None) -> list[Graded]:
     texts = [row["completion"] for row in rows.values()]
-    rewards = grade(task, list(problems.values()), texts, timeout=timeout)
+    costs = [Cost(row["evaluation"]["steps"], row["evaluation"]["tokens"]) for row in rows.values()]
+    rewards = grade(task, list(problems.values()), texts, costs, timeout=timeout)
     answers = []
     for (key, row), reward in zip(rows.items(), rewards, strict=True):
         made = row["evaluation"]

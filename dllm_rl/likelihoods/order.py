@@ -1,5 +1,6 @@
 """The order's part of a trajectory's likelihood (`models.order`): each view also scores the positions that its step
-left masked (`confidence`), or adds the log-prob of their draw to the written ones (`plackett_luce`)."""
+left masked (`confidence`), or adds the log-prob of their draw (`plackett_luce`) or of their set (`soft_threshold`) to
+the written ones."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from dllm_rl.likelihoods.views import Plan, ViewStates
 from dllm_rl.models import order
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import backward_chunked, token_logprobs
+from dllm_rl.models.soft_threshold import scored_sets
 from dllm_rl.types import Order, Rollout, ViewPart, Views
 
 
@@ -27,7 +29,7 @@ def with_order(rollout: Rollout, generator: Generator, *, draw: Callable[[Rollou
     recorded = rollout.order
     if recorded is None or recorded.logprobs is None:  # the order is a function of the state, or has no known law
         return views
-    if params.filters and params.support != "own" and recorded.noisy_rank is None:
+    if params.filters and params.support != "own" and not by_scores(recorded):
         raise ValueError(
             f"sampling_support={params.support!r}: the rollout does not record which tokens a filter kept at positions "
             "left masked, so their order has no probability; use sampling_support='own', or trajectory(order='given')"
@@ -58,13 +60,14 @@ class Stayed(ViewPart):
 @dataclass(frozen=True)
 class OrderScoring:
     """The written positions by the log-prob of their tokens, those left masked by the log-prob of being left; under
-    `plackett_luce` the latter by 0, and each written position by the log-prob of its draw too."""
+    `plackett_luce` and `soft_threshold` the latter by 0, and each written position by the log-prob of its draw, or by
+    its share of the set's, too."""
 
     marks: Bool[Tensor, "B T"]  # those left masked
 
     def needed(self, rollout: Rollout, at: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         live = scored & at.any(-1, keepdim=True)
-        if order_of(rollout).noisy_rank is not None:  # a draw depends on all that its step offered
+        if by_scores(order_of(rollout)):  # a draw depends on all that its step offered
             return live
         return at | (live & ~self.marks)  # the committed tokens determine the probability of what was left
 
@@ -73,13 +76,10 @@ class OrderScoring:
         drawn = plan.plain
         states, tokens = seen.states[drawn], seen.tokens[drawn]
         recorded = order_of(rollout)
-        if recorded.noisy_rank is not None and recorded.draw is not None:
+        if by_scores(recorded):
             kept = seen.kept if seen.kept is None else seen.kept[drawn]
             logps = token_logprobs(policy, states, tokens, params, kept)
-            scores = order.state_scores(policy, seen.states, params, recorded.noisy_rank)
-            width = rollout.tokens.shape[1]
-            nth = recorded.draw.flatten()[plan.places].index_fill(0, plan.marked, width)  # left: drawn later
-            logps = logps + order.drawn_logprobs(scores, _blocks(rollout, plan), nth, drawn, width)
+            logps = logps + self._of_draws(policy, rollout, seen)
             return logps.new_zeros(len(plan.places)).index_copy(0, drawn, logps)
         logps, confidences = order.token_logprobs_and_confidences(policy, states, tokens, params)
         bounds = _bounds(rollout, plan, confidences)
@@ -87,9 +87,20 @@ class OrderScoring:
         out = logps.new_zeros(len(plan.places)).index_copy(0, drawn, logps)
         return out.index_copy(0, plan.marked, stayed)
 
+    def _of_draws(self, policy: Policy, rollout: Rollout, seen: ViewStates) -> Float[Tensor, " C"]:
+        """What each written position adds under `plackett_luce` and `soft_threshold`."""
+        recorded, plan, params = order_of(rollout), seen.plan, rollout.sampling_params
+        groups, width = _blocks(rollout, plan), rollout.tokens.shape[1]
+        if recorded.soft is not None:
+            return scored_sets(policy, seen.states, params, groups, plan.plain, width, recorded.soft)
+        assert recorded.noisy_rank is not None and recorded.draw is not None, "the law of `plackett_luce`"
+        scores = order.state_scores(policy, seen.states, params, recorded.noisy_rank)
+        nth = recorded.draw.flatten()[plan.places].index_fill(0, plan.marked, width)  # left: drawn later
+        return order.drawn_logprobs(scores, groups, nth, plan.plain, width)
+
     def backward(self, policy: Policy, rollout: Rollout, seen: ViewStates, vector: Float[Tensor, " K"]) -> None:
         plan, states, params = seen.plan, seen.states, rollout.sampling_params
-        if order_of(rollout).noisy_rank is not None:
+        if by_scores(order_of(rollout)):
             logps = self.logprobs(policy, rollout, seen)
             if logps.requires_grad:
                 logps.backward(vector)
@@ -102,6 +113,12 @@ class OrderScoring:
         if states.requires_grad:  # the head alone may be trained
             gradient = torch.zeros_like(states).index_copy(0, drawn, of_drawn)  # one backward through the backbone
             states.backward(gradient.index_copy(0, left, of_left))
+
+
+def by_scores(recorded: Order) -> bool:
+    """Whether the order was drawn by scores of the states, as by `plackett_luce` and `soft_threshold`, and not by the
+    drawn tokens."""
+    return recorded.noisy_rank is not None or recorded.soft is not None
 
 
 def order_of(rollout: Rollout) -> Order:

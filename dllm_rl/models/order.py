@@ -48,10 +48,7 @@ def drawn_logprobs(
 ) -> Float[Tensor, " C"]:
     """Plackett-Luce: scores_i - log sum_m exp(scores_m), nats, over the m of i's group drawn at i's turn or later.
     0 where a group is drawn whole: nothing depends on its order, whose log-prob would be noise in every ratio."""
-    slots = max(16, 1 << (width - 1).bit_length())
-    at = torch.searchsorted(groups, groups[drawn])[:, None] + torch.arange(slots, device=scores.device)
-    member = at.clamp(max=len(scores) - 1)
-    mine = (at == member) & (groups[member] == groups[drawn, None])
+    member, mine = members(groups, drawn, width)
     rivals = mine & (nth[member] >= nth[drawn, None])
     among = scores[member].masked_fill(~rivals, -torch.inf)
     peak = among.detach().amax(-1, keepdim=True)
@@ -62,6 +59,17 @@ def drawn_logprobs(
     own = groups[drawn]  # rising, too
     count = torch.searchsorted(own, own, right=True) - torch.searchsorted(own, own)
     return torch.where(count < mine.sum(-1), found, 0)
+
+
+def members(
+    groups: Int[Tensor, " K"], drawn: Int[Tensor, " C"], width: int
+) -> tuple[Int[Tensor, "C M"], Bool[Tensor, "C M"]]:
+    """For each drawn position all positions of its group, which are at most `width`, and which of the slots are some of
+    them: the first ones."""
+    slots = max(16, 1 << (width - 1).bit_length())
+    at = torch.searchsorted(groups, groups[drawn])[:, None] + torch.arange(slots, device=groups.device)
+    member = at.clamp(max=len(groups) - 1)
+    return member, (at == member) & (groups[member] == groups[drawn, None])
 
 
 def state_scores(

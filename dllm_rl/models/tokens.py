@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.trial import COMPUTING
 from dllm_rl.tasks import Task
-from dllm_rl.tasks.base import Problem
+from dllm_rl.tasks.base import Cost, Problem
 from dllm_rl.types import Prompts, Rollout
 
 
@@ -212,6 +212,12 @@ def chosen_ids(rollout: Rollout) -> list[list[int]]:
 
 def before_end(policy: Policy, ids: list[int]) -> list[int]:
     return ids[: next((i for i, token in enumerate(ids) if token in policy.spec.eos_ids), len(ids))]
+
+
+def costs_of(policy: Policy, rollout: Rollout, chosen: list[list[int]]) -> list[Cost]:
+    """What each row cost; `chosen` are its `chosen_ids`."""
+    forwards = (rollout.unmask_step.amax(-1) + 1).tolist()
+    return [Cost(steps, len(before_end(policy, ids))) for steps, ids in zip(forwards, chosen, strict=True)]
 
 
 def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]]]:

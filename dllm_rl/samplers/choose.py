@@ -11,6 +11,7 @@ from torch import Tensor
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import chunked, invert, process
 from dllm_rl.models.order import drawn_logprobs, last_committed, left_logprobs, open_step
+from dllm_rl.models.soft_threshold import set_logprobs
 from dllm_rl.models.support import kept_part, kept_set
 from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Decision, Turn
 from dllm_rl.samplers.revise import packed_events, revise, revising_inputs
@@ -23,6 +24,7 @@ from dllm_rl.samplers.rules import (
     rank_name,
     schedule,
     share,
+    softness,
 )
 from dllm_rl.types import Order, SamplingParams
 
@@ -65,6 +67,12 @@ class Choose:
             raise ValueError(
                 f"commit={name_of(commit)} cannot use rank=plackett_luce's noisy scores; use schedule or late_schedule"
             )
+        self.soft = softness(commit)
+        if self.soft is not None and not order_has_law(rank, commit):
+            raise ValueError(
+                f"commit=soft_threshold makes its chances of max_prob's scores, and rank={name_of(rank)} has others; "
+                "use rank=max_prob"
+            )
         # Without chance, or with a rank of the state alone, the order does not depend on what is drawn.
         self.has_order_law = order_has_law(rank, commit) and not greedy
 
@@ -96,7 +104,11 @@ class Choose:
         self, turn: Turn, states: Tensor, scores: Tensor, offered: Tensor, chosen: Tensor, picked: Tensor
     ) -> dict[str, tuple[Tensor | None, Tensor, int]]:
         """The log-probs of the order (`models.order`): of each position left, that its draw ranks behind the row's
-        picked ones by `confidence`; with `plackett_luce` of each one picked, that it was drawn, and as which."""
+        picked ones by `confidence`; with `plackett_luce` of each one picked, that it was drawn, and as which; with
+        `soft_threshold` of each one picked its share of the set's."""
+        if self.soft is not None:
+            law = dict(zip(("tau", "temperature"), self.soft, strict=True))
+            return {"order": (picked, set_logprobs(scores, turn.row, picked, chosen.shape[1], **law), 0)}
         if self.noisy:
             nth = offered.argsort(stable=True, descending=True).argsort()[turn.row, turn.place]
             whole = (chosen == turn.masked).all(-1)  # of all that is left nothing depends on the order
@@ -118,7 +130,9 @@ class Choose:
         noted = canvas.noted
         noisy_rank = self.rank if self.noisy and self.has_order_law else None
         first = open_step(canvas.unmask_step, canvas.block)
-        order = Order(first, rank_name(self.rank), noted.get("order"), noisy_rank, noted.get("draw"))
+        name = None if self.soft else rank_name(self.rank)  # coins decide, and not the rank alone
+        soft = self.soft if self.has_order_law else None
+        order = Order(first, name, noted.get("order"), noisy_rank, noted.get("draw"), soft)
         kept = kept_part(noted["log_mass"], noted["ids"]) if "ids" in noted else None
         events = None
         if canvas.events is not None:
@@ -129,7 +143,8 @@ class Choose:
         """What the commit rule picks. Raises ValueError where it leaves a block's last step empty."""
         if self.revising:
             return revise(turn, scores, drawn, self.canvas.tokens, commit=self.commit, takes=self.revising)
-        chosen = self.commit(scores, turn.masked, turn.left) & turn.masked
+        coins = () if self.soft is None else (turn.spread(turn.uniforms(TIES).float()),)
+        chosen = self.commit(scores, turn.masked, turn.left, *coins) & turn.masked
         # The host knows the shares of `schedule`, and does not wait for the device to count.
         known = self.commit is schedule
         count = share(turn.num_masked, turn.steps_left) if known else chosen.sum(-1).cpu()

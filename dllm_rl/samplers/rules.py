@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
+from dllm_rl.models.soft_threshold import drawn_set
 
 Logits = Float[Tensor, "K V"]
 PerPosition = Float[Tensor, " K"]
@@ -112,7 +113,10 @@ def rank_name(rank: Callable) -> str | None:
 
 
 def order_has_law(rank: Callable, commit: Callable) -> bool:
-    """True if the order's probability is known (`models.order`): these two ranks with fixed commits per step."""
+    """True if the order's probability is known: two ranks with fixed commits per step (`models.order`), and
+    `soft_threshold`."""
+    if softness(commit) is not None:
+        return rank is max_prob
     return (rank is confidence or is_plackett_luce(rank)) and commit in (schedule, late_schedule)
 
 
@@ -149,6 +153,38 @@ def threshold(scores: Scores, masked: Places, steps_left: Counts, *, tau: float)
     """
     log_tau = torch.tensor(tau, dtype=torch.float64).log().item()
     return masked & (scores >= log_tau) | highest(scores, masked, count=torch.ones_like(steps_left))
+
+
+@bounded(tau=Bound(above=0, below=1), temperature=Bound(at_least=0.01))
+def soft_threshold(
+    scores: Scores,
+    masked: Places,
+    steps_left: Counts,
+    uniforms: Scores,  # fresh random numbers in [0, 1)
+    *,
+    tau: float,
+    temperature: float = 0.5,
+) -> Places:
+    """`threshold` by chance, with an exact law (`models.soft_threshold`): each masked position is written with
+    probability sigmoid((logit p - logit tau) / temperature), independently, given that one at least is. [ours]
+
+    tau          the probability at which a position is written every second time, in (0, 1)
+    temperature  at least 0.01; towards 0 the rule is `threshold`. At tau=0.9 a position of p=0.99 is written with
+                 probability 0.992 at temperature 0.5 and 0.92 at 1, one of p=0.5 with 0.012 and 0.1
+    `threshold` writes a number of positions that is a function of the weights, and no gradient sees it. Of this rule
+    `trajectory()` scores the set that each step wrote (docs/order.md). Needs rank=max_prob. Ignores steps_left.
+    """
+    return drawn_set(scores, masked, uniforms, tau=tau, temperature=temperature)
+
+
+def softness(commit: Callable) -> tuple[float, float] | None:
+    """tau and temperature of `soft_threshold`; None: another rule."""
+    if getattr(commit, "func", commit) is not soft_threshold:
+        return None
+    given = inspect.signature(commit).parameters
+    if given["tau"].default is inspect.Parameter.empty:
+        raise ValueError("commit=soft_threshold lacks its tau; give functools.partial(soft_threshold, tau=0.9)")
+    return float(given["tau"].default), float(given["temperature"].default)
 
 
 @bounded(f=Bound(above=0))

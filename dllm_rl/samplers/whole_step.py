@@ -22,7 +22,7 @@ from dllm_rl.samplers.cache import Cache, KeysAndValues, attention_bias
 from dllm_rl.samplers.canvas import TIES, TOKENS, BlockQueue, Canvas
 from dllm_rl.samplers.choose import Choose, add_gumbel, propose_and_rank
 from dllm_rl.samplers.revise import revising_inputs
-from dllm_rl.samplers.rules import check_last_step, name_of, schedule, share
+from dllm_rl.samplers.rules import check_last_step, name_of, schedule, share, softness
 
 COLUMNS = 64  # the canvas is padded to a multiple of these, because each width has graphs of its own
 GRAPHS = 128  # in a process at most
@@ -137,6 +137,8 @@ def check_fixed_shapes(cache: Cache | None, commit: Callable) -> None:
     why = None
     if revising_inputs(commit):
         why = f"commit={name_of(commit)}, which rewrites: take a rule that does not"
+    elif softness(commit) is not None:
+        why = "commit=soft_threshold, which draws random numbers: take threshold"
     elif cache is not None and cache.kind == "prefix":
         why = "prefix_cache(), which runs all that follows a block: take dual_cache()"
     if why:

@@ -1,5 +1,6 @@
 """What a task is: text in, numbers out. Nothing here, nor in any task, imports torch."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -31,10 +32,36 @@ class Reward:
     answer: str | None = None  # a vote of maj@k: one spelling of equal answers, "" if not parsed; None: not known
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a completion cost its sampler. A grader that has one of SPEED as a parameter is given it.
+
+    forwards  the model's calls that the completion's own row took part in, up to its last writing: how many it needed.
+              Rows of a batch that take longer do not count, nor does what a cache runs beside the steps
+    tokens    what was written, up to the end token
+    """
+
+    forwards: int
+    tokens: int
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / self.forwards if self.forwards else 0.0
+
+
+SPEED = ("forwards", "tokens_per_forward")
+
+
+def asked(function: Callable) -> list[str]:
+    """Those of SPEED that the function has as parameters; `**others` asks for none."""
+    return [name for name in SPEED if name in inspect.signature(function).parameters]
+
+
 @runtime_checkable
 class Task(Protocol):
     """A sized, indexable collection of problems with a grader. `version` changes whenever a grade may change.
-    Optional: rewards(problems, completions) grades many like `reward`; reward_weights: breakdown name -> weight."""
+    Optional: rewards(problems, completions) grades many like `reward`; reward_weights: breakdown name -> weight. Both
+    may ask for SPEED: reward(problem, completion, forwards), rewards(problems, completions, forwards) for a list."""
 
     @property
     def name(self) -> str: ...
@@ -84,13 +111,22 @@ def parts(reward: Reward) -> dict[str, float]:
 
 
 def grade(
-    task: Task, problems: Sequence[Problem], completions: Sequence[str], *, timeout: float | None = None
+    task: Task,
+    problems: Sequence[Problem],
+    completions: Sequence[str],
+    costs: Sequence[Cost] | None = None,
+    *,
+    timeout: float | None = None,
 ) -> list[Reward]:
     """Grade completions, G consecutive ones per problem, all at once where the task can; `timeout` as for `deadline`.
-    RuntimeError when the grader raises or exits; ValueError for no `Reward`, or a number that is not finite in fp32."""
+    `costs` are for graders that ask for SPEED; None: not known. RuntimeError when the grader raises or exits;
+    ValueError for no `Reward`, or a number that is not finite in fp32."""
     group = len(completions) // len(problems)
     place = 0
     own = [problems[i // group] for i in range(len(completions))]
+
+    def speed(grader: Callable) -> dict[str, list[Any]]:
+        return {name: [getattr(cost, name) for cost in costs] for name in asked(grader)} if costs else {}
 
     def given() -> str:
         return f"problem {own[place]!r}, completion {completions[place]!r}"
@@ -103,16 +139,17 @@ def grade(
 
     def one_by_one() -> Iterator[Reward]:
         nonlocal place
+        known = speed(task.reward)
         for place, completion in enumerate(completions):
             restart()
             try:
-                yield task.reward(own[place], completion)
+                yield task.reward(own[place], completion, **{name: values[place] for name, values in known.items()})
             except (Exception, SystemExit) as error:  # a grader that exits must not look like a run that ended well
                 raise RuntimeError(f"the grader of task {task.name!r} raised on {given()}: {error!r}") from error
 
     many: Callable[..., Sequence[Reward]] | None = getattr(task, "rewards", None)
     with nullcontext(lambda: None) if timeout is None else deadline(timeout, late) as restart:
-        graded, error = ([], None) if many is None else _together(many, own, completions)
+        graded, error = ([], None) if many is None else _together(many, own, completions, speed(many))
         if many is None or error is not None:  # one by one, to name what the grader raises on
             graded = list(one_by_one())
         if error is not None:
@@ -124,11 +161,14 @@ def grade(
 
 
 def _together(
-    many: Callable[..., Sequence[Reward]], problems: Sequence[Problem], completions: Sequence[str]
+    many: Callable[..., Sequence[Reward]],
+    problems: Sequence[Problem],
+    completions: Sequence[str],
+    speed: Mapping[str, Any],
 ) -> tuple[list[Reward], BaseException | None]:
     """Rewards, or the error: a second error, one by one, would otherwise be shown under the first."""
     try:
-        return list(many(problems, completions)), None
+        return list(many(problems, completions, **speed)), None
     except (Exception, SystemExit) as error:
         return [], error
 

@@ -10,7 +10,7 @@ from itertools import islice
 from numbers import Real
 from typing import Any
 
-from dllm_rl.tasks.base import Problem, Reward
+from dllm_rl.tasks.base import SPEED, Problem, Reward, asked
 
 HELD_OUT = 256  # rows at most
 # f(prompts=[...], completions=[...], **columns) -> for each completion a number, or None: does not apply. May be async.
@@ -42,12 +42,25 @@ class DatasetTask:
         solution = row.pop("completion", None)
         return Problem(prompt, row, solution[-1]["content"] if isinstance(solution, list) else solution)
 
-    def reward(self, problem: Problem, completion: str) -> Reward:
-        return self.rewards([problem], [completion])[0]
+    def reward(
+        self,
+        problem: Problem,
+        completion: str,
+        forwards: int | None = None,
+        tokens_per_forward: float | None = None,
+    ) -> Reward:
+        return self.rewards([problem], [completion], [forwards], [tokens_per_forward])[0]
 
-    def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
+    def rewards(
+        self,
+        problems: Sequence[Problem],
+        completions: Sequence[str],
+        forwards: Sequence[int | None] = (),
+        tokens_per_forward: Sequence[float | None] = (),
+    ) -> list[Reward]:
         """Grades by one call per function; a value is the sum of weight * number over functions that gave a number.
-        ValueError when a function returns too few or a number that is not finite, or all return None."""
+        ValueError when a function returns too few or a number that is not finite, or all return None; and when it asks
+        for SPEED, and none is given."""
         told: list[Any] = []
         for problem, text in zip(problems, completions, strict=True):
             told.append(text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": text}])
@@ -56,8 +69,11 @@ class DatasetTask:
             columns[name] = [problem.fields[name] for problem in problems]
         breakdowns: list[dict[str, float]] = [{} for _ in problems]
         values = [0.0] * len(problems)
-        returned = _called(self.reward_funcs, columns)
-        for label, numbers, weight in zip(self._labels(), returned, self.weights, strict=True):
+        labels = self._labels()
+        speed = dict(zip(SPEED, (forwards, tokens_per_forward), strict=True))
+        arguments = [columns | _asked_for(label, f, speed) for label, f in zip(labels, self.reward_funcs, strict=True)]
+        returned = _called(self.reward_funcs, arguments)
+        for label, numbers, weight in zip(labels, returned, self.weights, strict=True):
             for place, number in _numbers(label, numbers, told).items():
                 breakdowns[place][label] = number
                 values[place] += weight * number
@@ -83,7 +99,8 @@ def task_from_dataset(
     """A task from a `datasets.Dataset`, or any sequence of rows, with a `prompt` column of text or chat messages.
 
     reward_funcs  TRL-style functions; the other columns are keyword lists. With chat prompts a completion is a chat
-                  of one message, as in TRL.
+                  of one message, as in TRL. A function with a parameter `forwards` or `tokens_per_forward` gets a list
+                  of these, too (`tasks.base.Cost`).
     weights       one per function; 1 by default.
     version       change it when a function changes, so that stored results are not mixed up.
     A `completion` column, text or chat, becomes the solution for supervised warm-up.
@@ -102,7 +119,11 @@ def task_from_dataset(
     columns = getattr(dataset, "column_names", None) or list(rows[0])
     if "prompt" not in columns:
         raise ValueError(f"dataset has no column 'prompt', only {sorted(columns)}: rename one")
-    return DatasetTask(dataset, functions, scales, name, version)
+    task = DatasetTask(dataset, functions, scales, name, version)
+    for label, function in zip(task._labels(), functions, strict=True):
+        for taken in set(asked(function)) & set(columns):
+            raise ValueError(f"dataset has a column {taken!r}, and {label} asks for the sampler's: rename the column")
+    return task
 
 
 def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
@@ -125,9 +146,21 @@ def hold_out(rows: Any) -> tuple[Any, Any]:
     return list(map(rows.__getitem__, parts[0])), list(map(rows.__getitem__, parts[1]))
 
 
-def _called(functions: Sequence[RewardFunction], arguments: dict[str, Any]) -> list[Any]:
-    """What each function returns; async functions run concurrently."""
-    returned: list[Any] = [function(**arguments) for function in functions]
+def _asked_for(label: str, function: RewardFunction, speed: dict[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """What the function asks for of SPEED. Errors: ValueError if it is not known."""
+    given = {name: list(speed[name]) for name in asked(function)}
+    for name, values in given.items():
+        if None in values or not values:
+            raise ValueError(
+                f"reward function {label} asks for {name}, which a sampler knows and a text alone does not; "
+                f"give task.reward(problem, text, {name}=...)"
+            )
+    return given
+
+
+def _called(functions: Sequence[RewardFunction], arguments: Sequence[dict[str, Any]]) -> list[Any]:
+    """What each function returns, given its arguments; async functions run concurrently."""
+    returned: list[Any] = [function(**given) for function, given in zip(functions, arguments, strict=True)]
     waiting = [place for place, value in enumerate(returned) if inspect.isawaitable(value)]
     if waiting:
 

@@ -13,7 +13,7 @@ from dllm_rl.algorithms.advantages import takes_parts
 from dllm_rl.algorithms.correctors import no_weights
 from dllm_rl.algorithms.losses import kl_k1, ppo_clip
 from dllm_rl.recipe import Recipe
-from dllm_rl.samplers.rules import is_plackett_luce, name_of, order_has_law, rank_inputs
+from dllm_rl.samplers.rules import is_plackett_luce, name_of, order_has_law, rank_inputs, softness
 
 BF16_STEPS = 512  # half a step of bf16 is at least a 512th of the number
 TYPICAL_WEIGHT = 0.02  # of a matrix in a language model
@@ -92,12 +92,14 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
     cache = _bound(recipe.sampler, "cache")
     given = likelihood.made_by is not None and likelihood.made_by.keywords.get("order") == "given"
     lawful = rank is not None and order_has_law(rank, commit) and likelihood.exact_for_sampler
+    by_coins = commit is not None and softness(commit) is not None
     if likelihood.name == "trajectory" and order_by_draws(recipe) and not lawful and not given:
         merged = "" if likelihood.exact_for_sampler else " and num_segments or num_sampled"
+        remedy = "leave them at None" if by_coins else "use rank=max_prob or random"
         said.append(
             f"sampler.rank={name_of(rank)} with commit={name_of(commit)}{merged}: the order depends on what is drawn "
-            "by a law that likelihood=trajectory does not know, and its ratios leave the order out; use rank=max_prob "
-            "or random, or order='given' to say that it is meant"
+            f"by a law that likelihood=trajectory does not know, and its ratios leave the order out; {remedy}, or "
+            "order='given' to say that it is meant"
         )
     if not exact and recipe.corrector.weigh is not no_weights and recipe.rolls_out_apart:
         said.append(
@@ -115,8 +117,10 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
 def order_by_draws(recipe: Recipe) -> bool:
     """Whether the order in which the recipe's sampler writes depends on what it draws."""
     rank = _bound(recipe.sampler, "rank")
+    commit = _bound(recipe.sampler, "commit")
     drawn = rank is not None and ("tokens" in rank_inputs(rank) or is_plackett_luce(rank))
-    return drawn and _bound(recipe.sampler, "temperature") != 0
+    by_coins = commit is not None and softness(commit) is not None
+    return (drawn or by_coins) and _bound(recipe.sampler, "temperature") != 0
 
 
 def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, "P G"], dict[str, Tensor]]:

@@ -24,7 +24,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.by_name import ADAPTIVE
 from dllm_rl.samplers.renoise import renoise
-from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.rules import max_prob, schedule, softness
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import RewardFunction, hold_out, in_memory, task_from_dataset
 from dllm_rl.training.finish import Summary
@@ -231,8 +231,8 @@ def grpo_recipe(
     settings        fields of Recipe: num_steps (RL steps), learning_rate, lora, rollout_quantization, corrector ...
 
     TRL's names are taken where they mean the same (docs/trl.md). A sampler that takes at most 4 steps is scored
-    exactly; one that takes more, in a segment for every four steps, 2 to 8. Raises ValueError on too few rows and on an
-    unknown setting.
+    exactly, and so is the commit rule `soft_threshold`; one that takes more, in a segment for every four steps, 2 to 8.
+    Raises ValueError on too few rows and on an unknown setting.
     """
     model = as_model(model, processing_class)
     if callable(train_dataset):
@@ -291,6 +291,8 @@ def grpo_recipe(
 
 def segments_for(options: dict[str, Any]) -> int | None:
     """Into how many segments to merge the steps that `unmask` takes at most; None: each step is scored, exactly."""
+    if softness(options.get("commit", schedule)) is not None:
+        return None  # the chance of a set is that of one step
     steps = options["max_new_tokens"]  # one per token, which is also what a rule that ignores num_steps may take
     commit = options.get("commit")
     if options.get("num_steps") and getattr(commit, "func", commit) not in ADAPTIVE:

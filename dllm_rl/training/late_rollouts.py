@@ -139,7 +139,7 @@ def batch_as_bytes(collected: Collected, seconds: float) -> bytes:
             "breakdown": parts,
             "answer": reward.answer,
         }
-        own = {"completion": answer.completion, "length": answer.length, "prompt_length": answer.prompt_length}
+        own = {name: getattr(answer, name) for name in ("completion", "length", "prompt_length", "forwards")}
         graded.append({"problem": list(problems).index(id(problem)), "reward": kept, **own})
     rollout = plain_record(samples.rollout, "rollout", tensors)
     known = {"rollout": rollout, "problems": list(problems.values()), "answers": graded}

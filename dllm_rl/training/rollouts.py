@@ -23,7 +23,7 @@ from dllm_rl.distributed.collectives import (
     waited,
 )
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import chosen_ids, encode, graded_texts
+from dllm_rl.models.tokens import chosen_ids, costs_of, encode, graded_texts
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
@@ -43,6 +43,7 @@ class Answer:
     reward: Reward
     length: int  # tokens that the policy chose
     prompt_length: int  # tokens that it was given
+    forwards: int  # that its row took part in
 
 
 def collect(
@@ -145,14 +146,16 @@ def sample_and_grade(
     with stage("reward"):
         chosen = chosen_ids(rollout)
         completions = graded_texts(rollout_policy, rollout, problems, chosen)
-        graded = grade(recipe.task, problems, completions, timeout=recipe.reward_timeout)
+        costs = costs_of(rollout_policy, rollout, chosen)
+        graded = grade(recipe.task, problems, completions, costs, timeout=recipe.reward_timeout)
         names = tuple(wanted_parts(recipe))
     prompt_lengths = prompts.lengths
     answers = []
     values = []
     for row, (completion, reward) in enumerate(zip(completions, graded, strict=True)):
         place = row // group
-        answers.append(Answer(problems[place], completion, reward, len(chosen[row]), prompt_lengths[place]))
+        own = (len(chosen[row]), prompt_lengths[place], costs[row].forwards)
+        answers.append(Answer(problems[place], completion, reward, *own))
         parts = [reward.breakdown.get(name, math.nan) for name in names]  # NaN: does not apply
         values.append(list(map(float, [reward.value, *parts])))  # `grade` checks that they fit fp32
     return rollout, answers, rearrange(torch.tensor(values, dtype=torch.float32), "(p g) k -> p g k", g=group)
@@ -194,6 +197,7 @@ def reward_metrics(
     lengths = torch.tensor([answer.length for answer in answers])
     pairs: Metrics = {"parsed": total(added, "parsed")}
     pairs["completions/mean_length"] = (lengths.sum(), torch.tensor(len(lengths)))
+    pairs["completions/mean_forwards"] = (torch.tensor(sum(a.forwards for a in answers)), torch.tensor(len(lengths)))
     for name in names:
         pairs[f"rewards/{name}/mean"] = total(added, name)
     means = reduce_metrics(pairs, accelerator)

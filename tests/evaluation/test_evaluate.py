@@ -23,8 +23,9 @@ from dllm_rl.evaluation.results import Evaluation, Graded, grade_file, interval,
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import before_end, chosen_ids, decode, prompt_ids
 from dllm_rl.quantization.schemes import float8_weight_only
+from dllm_rl.samplers.rules import max_prob, soft_threshold
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.tasks import Sudoku
+from dllm_rl.tasks import Sudoku, task_from_dataset
 from dllm_rl.tasks.base import grade
 from dllm_rl.tasks.protocols import under_protocol
 from dllm_rl.types import Rollout
@@ -52,6 +53,25 @@ def answers(values, *, name="accuracy", per_problem=1):
     """Graded completions with the given value of one metric, per_problem samples of each problem in a row."""
     graded = (Reward(float(value), True, {name: float(value)}) for value in values)
     return tuple(Graded(i // per_problem, i % per_problem, reward, 3, 0.5, 0.25) for i, reward in enumerate(graded))
+
+
+def test_a_reward_may_ask_for_speed(policy, tmp_path):
+    """A row's forwards are its own: those of the row alone, whatever else its batch holds; and those of the file."""
+
+    def asks(completions, forwards, tokens_per_forward, **_):
+        return [100 * each + dense for each, dense in zip(forwards, tokens_per_forward, strict=True)]
+
+    rows = [{"prompt": "1" * n} for n in range(1, 7)]
+    task = task_from_dataset(rows, reward_funcs=asks)
+    sampler = partial(SAMPLER, rank=max_prob, commit=partial(soft_threshold, tau=0.2))
+    found = evaluate(policy, task, sampler, completions=tmp_path / "c.jsonl")
+    values = [answer.reward.value for answer in found.answers]
+    assert values == [100 * answer.steps + answer.tokens / answer.steps for answer in found.answers]
+    assert len({answer.steps for answer in found.answers}) > 1, "rows that took different numbers of steps"
+    alone = evaluate(policy, task, sampler, batch_size=1)
+    assert [answer.reward.value for answer in alone.answers] == values
+    again = evaluate(policy, task, sampler, completions=tmp_path / "c.jsonl")  # samples nothing
+    assert [answer.reward.value for answer in again.answers] == values
 
 
 # --- what is drawn -----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.rules import max_prob, plackett_luce
+from dllm_rl.samplers.rules import max_prob, plackett_luce, soft_threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import check_estimator
@@ -140,12 +140,12 @@ def block_causal_policy(*, causal_context: bool = False):
     return policy
 
 
-def block_sampled(policy, *, num_steps: int = 9, rank=max_prob):
+def block_sampled(policy, *, num_steps: int = 9, rank=max_prob, **others):
     """Prompts of 5, 2 and 8 tokens: the completion starts inside a block, inside another, and at a boundary."""
     ids = [[3, 4, 5, 6, 7], [8, 9], [4, 4, 4, 5, 5, 5, 6, 6]]
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=2)
     options = {"max_new_tokens": 12, "num_steps": num_steps, "block_size": SIZE, "temperature": 1.0, "rank": rank}
-    return unmask(policy, prompts, torch.Generator().manual_seed(1), **options)
+    return unmask(policy, prompts, torch.Generator().manual_seed(1), **options | others)
 
 
 def test_packed_mask_by_hand():
@@ -191,11 +191,19 @@ def test_packed_gradient_is_that_of_the_steps_one_by_one():
     assert ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": partial(plackett_luce, temperature=0.3)},
+        {"rank": max_prob, "commit": partial(soft_threshold, tau=0.3, temperature=1.0)},
+    ],
+    ids=["plackett_luce", "soft_threshold"],
+)
 @pytest.mark.usefixtures("exact_arithmetic")
-def test_packed_scoring_of_noisy_orders():
+def test_packed_scoring_of_noisy_orders(options):
     """Several blocks of a row in one view, each with its own draws: log-probs and gradient of the steps one by one."""
     policy = block_causal_policy()
-    rollout = block_sampled(policy, rank=partial(plackett_luce, temperature=0.3))
+    rollout = block_sampled(policy, **options)
     parameters, found = list(policy.module.parameters()), []
     vector = torch.randn(rollout.tokens.shape, generator=torch.Generator().manual_seed(2)) * rollout.completion_mask
     for estimator in (lik.trajectory(), lik.trajectory(block_size=SIZE)):

@@ -30,6 +30,7 @@ WAYS = {
     "entropy": {"rank": rules.entropy, "block_size": 2},
     "random": {"rank": rules.random, "num_steps": 3, "top_k": 5},
     "plackett_luce": {"rank": partial(rules.plackett_luce, temperature=0.3, score=rules.entropy), "num_steps": 3},
+    "soft_threshold": {"rank": rules.max_prob, "commit": partial(rules.soft_threshold, tau=0.2)},
     "threshold": {"rank": rules.max_prob, "commit": partial(rules.threshold, tau=0.2)},
     "greedy": {"temperature": 0.0},
 }
@@ -122,7 +123,7 @@ def assert_replayed(policy, name, *, atol):
         noise = estimator.draw(rollout, torch.Generator())
         found = estimator.logprobs(policy, rollout, noise)
         torch.testing.assert_close(found, recorded(rollout, noise), rtol=0, atol=atol)
-        assert (stayed_of(noise) is None) == (name not in ("confidence", "plackett_luce"))
+        assert (stayed_of(noise) is None) == (name not in ("confidence", "plackett_luce", "soft_threshold"))
 
 
 def test_filters_record_what_they_kept(policy):

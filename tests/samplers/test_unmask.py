@@ -107,6 +107,7 @@ RULES = {
     "plackett_luce": {"rank": partial(rules.plackett_luce, temperature=0.3), "temperature": 0.7, "top_k": 9},
     "origin": {"rank": rules.random, "commit": rules.origin},
     "threshold": {"commit": partial(rules.threshold, tau=0.3)},
+    "soft_threshold": {"rank": rules.max_prob, "commit": partial(rules.soft_threshold, tau=0.3, temperature=1.0)},
     "factor": {"rank": rules.max_prob, "commit": partial(rules.factor, f=1.5), "top_p": 0.8},
     "greedy": {"temperature": 0.0, "commit": partial(rules.threshold, tau=0.3), "suppress": (2, 5)},
 }
@@ -121,7 +122,9 @@ def sample(policy, ids, seeds, *, width=0, length=20, **options):
     return unmask(policy, prompts, torch.Generator(), max_new_tokens=length, **options)
 
 
-@pytest.mark.parametrize("name", few(RULES, ["confidence", "entropy", "plackett_luce", "threshold", "factor"]))
+@pytest.mark.parametrize(
+    "name", few(RULES, ["confidence", "entropy", "plackett_luce", "threshold", "soft_threshold", "factor"])
+)
 def test_row_depends_on_itself_only(policy, name):
     """Alone, among eight, permuted and left-padded: the same tokens, order and log-probs."""
     seeds = [11, 22, 33, 44, 55, 66, 77, 88]
@@ -137,7 +140,7 @@ def test_row_depends_on_itself_only(policy, name):
             torch.testing.assert_close(alone.unmask_step[0, -20:], other.unmask_step[index, -20:], rtol=0, atol=0)
             torch.testing.assert_close(alone.logprobs[0, -20:], other.logprobs[index, -20:], rtol=0, atol=1e-5)
         ends.add(alone.forwards)
-    if name in ("threshold", "factor", "entropy"):
+    if name in ("threshold", "soft_threshold", "factor", "entropy"):
         assert len(ends) > 1 and together.forwards == int(together.unmask_step.max()) + 1 < 8 * 20  # ragged ends
 
 
@@ -147,7 +150,9 @@ def test_replay_gives_recorded_logprobs_bitwise(policy, name):
     assert_replayed(policy, name, atol=0)
 
 
-@pytest.mark.parametrize("name", few(RULES, ["confidence", "entropy", "plackett_luce", "origin", "factor", "greedy"]))
+@pytest.mark.parametrize(
+    "name", few(RULES, ["confidence", "entropy", "plackett_luce", "origin", "soft_threshold", "greedy"])
+)
 def test_replay_gives_recorded_logprobs_to_rounding(policy, name):
     assert_replayed(policy, name, atol=1e-5)
 
@@ -162,7 +167,7 @@ def assert_replayed(policy, name, *, atol):
         for size in (None, 2):
             found = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
             torch.testing.assert_close(found, recorded(rollout, noise), rtol=0, atol=atol)
-        assert (stayed_of(noise) is None) == (name not in ("confidence", "plackett_luce"))
+        assert (stayed_of(noise) is None) == (name not in ("confidence", "plackett_luce", "soft_threshold"))
         given = trajectory(order="given")
         tokens = given.logprobs(policy, rollout, given.draw(rollout, torch.Generator()))
         torch.testing.assert_close(tokens, rollout.logprobs, rtol=0, atol=atol)

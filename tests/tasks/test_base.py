@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dllm_rl.tasks.base import Problem, Reward, addends, grade, parts
+from dllm_rl.tasks.base import Cost, Problem, Reward, addends, grade, parts
 from dllm_rl.tasks.deadline import STATUS
 
 
@@ -71,6 +71,38 @@ def test_numbers_of_any_kind_are_rewards():
 def test_a_grader_cannot_end_the_run_quietly(error):
     with pytest.raises(RuntimeError, match=r"raised on problem .*2\+2=.*, completion '5': (SystemExit|ZeroDivision)"):
         grade(Returning(error), [Problem("2+2=")], ["5"])
+
+
+class Quick(Returning):
+    def reward(self, problem, completion, forwards):
+        return Reward(1 / forwards, True)
+
+
+class Together(Returning):
+    """Asks for both numbers, and grades many at once, unless one of them is worth nothing."""
+
+    def reward(self, problem, completion, *, tokens_per_forward, **others):
+        assert not others
+        return Reward(tokens_per_forward, True)
+
+    def rewards(self, problems, completions, tokens_per_forward, forwards):
+        assert list(forwards) == [2, 4]
+        if "bad" in completions:
+            raise KeyError("no")
+        return [Reward(each, True) for each in tokens_per_forward]
+
+
+def test_a_grader_is_given_what_it_asks_for():
+    costs = [Cost(2, 6), Cost(4, 6)]
+    given = (Problem("2+2="),), ("a", "b"), costs
+    assert [reward.value for reward in grade(Quick(None), *given)] == [0.5, 0.25]
+    assert [reward.value for reward in grade(Together(None), *given)] == [3.0, 1.5]
+    assert [reward.value for reward in grade(Returning(Reward(1.0, True)), *given)] == [1.0, 1.0]  # asks for nothing
+    with pytest.raises(RuntimeError, match="raised on 2 texts together"):  # one by one no text fails
+        grade(Together(None), (Problem("2+2="),), ("a", "bad"), costs)
+    with pytest.raises(RuntimeError, match="missing 1 required positional argument: 'forwards'"):
+        grade(Quick(None), (Problem("2+2="),), ("a",))
+    assert Cost(0, 0).tokens_per_forward == 0
 
 
 def test_an_interrupt_passes_through():

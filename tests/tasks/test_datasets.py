@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from dllm_rl.tasks import Task, task_from_dataset
-from dllm_rl.tasks.base import grade
+from dllm_rl.tasks.base import Cost, grade
 from dllm_rl.tasks.datasets import hold_out
 
 ROWS = [
@@ -93,6 +93,32 @@ def test_functions_get_columns_and_chats_as_in_trl() -> None:
         "completions": [[{"role": "assistant", "content": "four"}]],
         "columns": {"answer": ["4"]},
     }
+
+
+def test_functions_get_the_speed_that_they_name() -> None:
+    def quick(completions, forwards, **columns) -> list[float]:
+        assert set(columns) == {"prompts", "answer"}
+        return [1 / each for each in forwards]
+
+    async def dense(completions, *, tokens_per_forward, **columns) -> list[float]:
+        return list(tokens_per_forward)
+
+    task = task_from_dataset(ROWS, reward_funcs=[right, quick, dense], weights=[1.0, 0.5, 0.1])
+    graded = grade(task, [task[0]], ["4", "44"], [Cost(2, 1), Cost(1, 2)])
+    assert [reward.breakdown for reward in graded] == [
+        {"right": 1.0, "quick": 0.5, "dense": 0.5},
+        {"right": 0.0, "quick": 1.0, "dense": 2.0},
+    ]
+    assert task.reward(task[0], "4", forwards=4, tokens_per_forward=0.25).value == 1 + 0.5 / 4 + 0.025
+    said = r"quick asks for forwards, which a sampler knows and a text alone does not; give task.reward\(problem, text"
+    for alone in (lambda: task.reward(task[0], "4"), lambda: task.rewards([task[0]], ["4"])):
+        with pytest.raises(ValueError, match=said):
+            alone()
+    counted = [row | {"forwards": 3} for row in ROWS]
+    with pytest.raises(ValueError, match="a column 'forwards', and quick asks for the sampler's: rename the column"):
+        task_from_dataset(counted, reward_funcs=[right, quick])
+    column = task_from_dataset(counted, reward_funcs=lambda completions, **columns: columns["forwards"])
+    assert grade(column, [column[0]], ["4"], [Cost(2, 1)])[0].value == 3  # of who does not name it, a column as before
 
 
 def test_a_datasets_dataset() -> None:

@@ -16,7 +16,7 @@ from dllm_rl.monitoring.health import PATIENCE
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import dual_cache, prefix_cache
-from dllm_rl.samplers.rules import max_prob, plackett_luce, threshold
+from dllm_rl.samplers.rules import max_prob, plackett_luce, soft_threshold, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.trainer import train
@@ -133,12 +133,15 @@ def test_orders_whose_law_is_not_known():
 
     noisy = partial(plackett_luce, temperature=0.3)
     assert cautions(tiny_recipe("x", sampler=sampler(rank=noisy), likelihood=trajectory(), corrector=none())) == []
+    coins = {"rank": max_prob, "commit": partial(soft_threshold, tau=0.9)}
+    assert cautions(tiny_recipe("x", sampler=sampler(**coins), likelihood=trajectory(), corrector=none())) == []
     unknown = "by a law that likelihood=trajectory does not know"
     for options, likelihood, name in (
         ({"commit": partial(threshold, tau=0.9)}, trajectory(), "rank=confidence with commit=threshold"),
         ({}, trajectory(num_segments=2), "rank=confidence with commit=schedule and num_segments"),
         ({"rank": own}, trajectory(), "rank=own with commit=schedule"),
         ({"rank": noisy}, trajectory(num_sampled=2), "rank=plackett_luce with commit=schedule and num_segments"),
+        (coins, trajectory(num_segments=2), "rank=max_prob with commit=soft_threshold and num_segments"),
     ):
         recipe = tiny_recipe("x", sampler=sampler(**options), likelihood=likelihood, corrector=none())
         (said,) = cautions(recipe)

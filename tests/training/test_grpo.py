@@ -21,7 +21,7 @@ from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.samplers import renoise
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.revise import edit
-from dllm_rl.samplers.rules import max_prob, threshold
+from dllm_rl.samplers.rules import max_prob, soft_threshold, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.grpo import NEAREST, SAME, WORDS, translated
@@ -54,6 +54,23 @@ def test_a_policy_a_data_set_and_functions_are_enough(tmp_path, rows):
     assert summary["eval_problems"] == 1 and summary["eval_before"].keys() >= {"right", "short", "reward"}
     for row in read_metrics(tmp_path):
         assert row["reward"] == pytest.approx(row["rewards/right/mean"] + 0.1 * row["rewards/short/mean"])
+
+
+def test_a_reward_may_ask_for_speed(tmp_path):
+    """The policy may stop writing one position a step, whose forwards each completion's reward is given."""
+    told = []
+
+    def quick(completions, forwards, **_):
+        told.append(forwards)
+        return [-float(each) for each in forwards]
+
+    sampler = {"commit": partial(soft_threshold, tau=0.1)}
+    settings = options(tmp_path, num_iterations=2, sampler_options=sampler)
+    grpo(tiny_masked_lm(**SMALL), ROWS, [quick, right], **settings)
+    assert {len(each) for each in told} >= {16} and len({each for forwards in told for each in forwards}) > 1
+    for row in read_metrics(tmp_path):
+        assert row["completions/mean_forwards"] == pytest.approx(-row["rewards/quick/mean"])
+        assert row["reward"] == pytest.approx(row["rewards/quick/mean"] + row["rewards/right/mean"])
 
 
 def test_each_reward_is_normalised_on_its_own(tmp_path, monkeypatch):
@@ -302,6 +319,7 @@ def test_the_likelihood_is_chosen_by_the_steps_that_the_sampler_takes():
     assert segments(max_new_tokens=4, sampler=partial(partial(unmask, max_new_tokens=64), num_steps=16)) == 4
     for rule in (partial(threshold, tau=0.9), partial(edit, tau=0.9)):
         assert segments(max_new_tokens=64, sampler_options={"num_steps": 4, "commit": rule}) == 8
+    assert segments(max_new_tokens=64, sampler_options={"commit": partial(soft_threshold, tau=0.9)}) is None
 
 
 def test_the_samplers_own_temperature_is_kept():

@@ -22,7 +22,7 @@ from dllm_rl.models.base import copied
 from dllm_rl.models.lora import add_lora, lora_r16
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.samplers.revise import remask
-from dllm_rl.samplers.rules import plackett_luce, random
+from dllm_rl.samplers.rules import max_prob, plackett_luce, random, soft_threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training import late_rollouts
 from dllm_rl.training.late_rollouts import (
@@ -186,8 +186,9 @@ def test_a_batch_survives_its_bytes(tmp_path):
     rewriting = partial(
         unmask, max_new_tokens=8, num_steps=4, rank=random, commit=partial(remask, eta=0.3), temperature=0.7
     )
+    coins = partial(unmask, max_new_tokens=8, rank=max_prob, commit=partial(soft_threshold, tau=0.1), temperature=1.0)
     found = set()
-    for sampler in (ranked, rewriting):
+    for sampler in (ranked, rewriting, coins):
         each = replace(recipe, sampler=sampler)
         collected = collect(each, make_policy(each, accelerator.device), 0, accelerator, log)
         scored = tuple(torch.full((2, 3), float(i)) for i in range(11))

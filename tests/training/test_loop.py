@@ -48,6 +48,7 @@ def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):
         "grad_norm",
         "clip_ratio/region_mean",
         "completions/mean_length",
+        "completions/mean_forwards",
         "eval/solve_rate",
         "time/rollout",
     }
@@ -254,7 +255,9 @@ def test_a_reward_that_does_not_apply_everywhere_is_averaged_where_it_does():
 
     rewards = [Reward(1.0, True, {"a": 0.25, "b": 3.0}), Reward(0.0, False, {"a": 0.75})]
     problem = Problem("1 + 1", {})
-    answers = [Answer(problem, "", reward, length, 5) for reward, length in zip(rewards, (2, 1), strict=True)]
+    answers = [
+        Answer(problem, "", reward, length, 5, length + 2) for reward, length in zip(rewards, (2, 1), strict=True)
+    ]
     found = reward_metrics(torch.tensor([[1.0, 0.0]]), answers, Accelerator(cpu=True))
     assert found == {
         "reward": 0.5,
@@ -262,6 +265,7 @@ def test_a_reward_that_does_not_apply_everywhere_is_averaged_where_it_does():
         "frac_reward_zero_std": 0.0,
         "parsed": 0.5,
         "completions/mean_length": 1.5,
+        "completions/mean_forwards": 3.5,
         "rewards/a/mean": 0.5,
         "rewards/b/mean": 3.0,
     }

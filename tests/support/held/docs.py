@@ -54,6 +54,11 @@ def spans_of_no_difference():
     yield orders, f"({span_of(noisy[0])} on Sudoku, {span_of(noisy[1])} on Countdown)"
 
 
+def rules_that_decide_how_many():
+    yield f"{DOCS}/order.md", paired.markdown(stored("commits"))
+    yield f"{DOCS}/order.md", "it misses 0.05 to 0.41."
+
+
 def five_seeds_may_mislead():
     """From rates that were stored with two digits."""
     arms = [each for each in stored("mismatch_first")["arms"] if each["setting"] == "diffusion, five_level"]

@@ -1,0 +1,95 @@
+"""The law of `soft_threshold`: every masked position of the open block is written by a coin of its own [ours].
+
+Position j is written with probability q_j = sigmoid((logit p_j - logit tau) / temperature), p_j the model's own
+probability of its likeliest token. All coins are thrown again until one says yes, so that a step writes a set S with
+    log P(S | state) = sum_{j in S} log q_j + sum_{j not in S} log(1 - q_j) - log(1 - prod_j (1 - q_j)).
+P is a smooth function of the logits. Would the most confident position be written where no coin says yes, P would jump
+where two positions change places in confidence, and no gradient of log P sees a jump.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dllm_rl.models.base import Policy
+from dllm_rl.models.logprobs import invert
+from dllm_rl.models.order import members, state_scores
+from dllm_rl.types import SamplingParams
+
+SUREST = -1e-4  # nats; a higher log p counts as this one, as rounding leaves few digits of 1 - p
+NEVER = -1e4  # nats, far below any log q; finite, as gradients of log-sums of -inf are NaN
+
+
+def log_chances(
+    logprobs: Float[Tensor, "*K"], *, tau: float, temperature: float
+) -> tuple[Float[Tensor, "*K"], Float[Tensor, "*K"]]:
+    """log q and log(1 - q), given log p; nats."""
+    sure = logprobs.clamp(max=SUREST)
+    odds = sure - torch.expm1(sure).neg().log()
+    z = (odds - math.log(tau) + math.log1p(-tau)) / temperature
+    return F.logsigmoid(z), F.logsigmoid(-z)
+
+
+def drawn_set(
+    logprobs: Float[Tensor, "R L"],
+    masked: Bool[Tensor, "R L"],
+    uniforms: Float[Tensor, "R L"],
+    *,
+    tau: float,
+    temperature: float,
+) -> Bool[Tensor, "R L"]:
+    """A set S of the masked positions of each row, drawn by the law; a row without masked positions gets none."""
+    yes, no = log_chances(logprobs.double(), tau=tau, temperature=temperature)
+    no = no.masked_fill(~masked, 0)
+    first = (yes + no.cumsum(-1) - no).masked_fill(~masked, -torch.inf)  # log-prob of the first yes at j, from the left
+    first = first.masked_fill(~masked.any(-1, keepdim=True), 0)  # else NaN
+    begin = masked.long().argmax(-1, keepdim=True)
+    at = invert((first - first.amax(-1, keepdim=True)).exp(), uniforms.gather(-1, begin)[:, 0].double())[:, None]
+    place = torch.arange(masked.shape[1], device=masked.device)
+    # Behind the first one the coins are free. The number that drew it is of a position that is not behind it.
+    return masked & ((place == at) | (place > at) & (uniforms < yes.exp()))
+
+
+def set_logprobs(
+    logprobs: Float[Tensor, " K"],
+    groups: Int[Tensor, " K"],  # rising; a group is one step of one row
+    drawn: Int[Tensor, " C"],  # the positions that the step wrote
+    width: int,  # at least the size of a group
+    *,
+    tau: float,
+    temperature: float,
+) -> Float[Tensor, " C"]:
+    """log P(S), nats, in equal shares on the positions of S."""
+    yes, no = log_chances(logprobs, tau=tau, temperature=temperature)
+    written = torch.zeros_like(groups, dtype=torch.bool).index_fill(0, drawn, True)
+    member, mine = members(groups, drawn, width)
+    happened = torch.where(written, yes, no)[member].masked_fill(~mine, 0)
+    some, none = yes[member].masked_fill(~mine, NEVER), no[member].masked_fill(~mine, 0)  # a coin says yes, none does
+    while some.shape[-1] > 1:  # in pairs: more empty slots do not change the rounding
+        half = some.shape[-1] // 2
+        some = torch.logaddexp(some[:, :half], none[:, :half] + some[:, half:])
+        none, happened = (x[:, :half] + x[:, half:] for x in (none, happened))
+    count = (written[member] & mine).sum(-1)
+    return (happened - some)[:, 0] / count
+
+
+def scored_sets(
+    policy: Policy,
+    hidden: Float[Tensor, "K D"],
+    sampling_params: SamplingParams,
+    groups: Int[Tensor, " K"],
+    drawn: Int[Tensor, " C"],
+    width: int,
+    law: tuple[float, float],
+) -> Float[Tensor, " C"]:
+    """`set_logprobs` under a policy, differentiable. `law` is tau and temperature."""
+    logprobs = state_scores(policy, hidden, sampling_params, likeliest)
+    return set_logprobs(logprobs, groups, drawn, width, tau=law[0], temperature=law[1])
+
+
+def likeliest(logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """The log-prob of the likeliest token, nats, as the rank `max_prob` has it."""
+    return logits.amax(-1) - normalizer

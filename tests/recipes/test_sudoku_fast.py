@@ -1,0 +1,27 @@
+"""recipes/sudoku_fast.py: what its reward pays for."""
+
+import pytest
+
+from dllm_rl.tasks.base import Cost, grade
+from dllm_rl.tasks.sudoku.solver import completions
+from recipes.sudoku_fast import CELLS, Fast, few_clues, recipe
+
+
+def test_only_a_right_answer_is_paid_for_speed():
+    plain = few_clues(split="train")
+    task = Fast(plain, bonus=0.5)
+    problem = task[0]
+    solution = min(completions(problem.fields["puzzle"]))
+    wrong = solution[:-1] + str(int(solution[-1]) % 4 + 1)
+    texts = [solution, solution, wrong, wrong]
+    graded = grade(task, [problem], texts, [Cost(forwards, CELLS) for forwards in (4, 16, 1, 16)])
+    right, bad = (plain.reward(problem, text).value for text in (solution, wrong))
+    assert [reward.value for reward in graded] == pytest.approx([right + 0.5 * 12 / 16, right, bad, bad])
+    assert [reward.breakdown["forwards"] for reward in graded] == [4, 16, 1, 16]
+    assert right > bad
+
+
+def test_the_recipe_scores_each_step_of_its_rollouts():
+    assert recipe.likelihood.exact_for_sampler
+    assert recipe.sampler.keywords["commit"].func.__name__ == "soft_threshold"
+    assert {type(task) for task in (recipe.task, recipe.validation_task, recipe.eval_task)} == {Fast}
