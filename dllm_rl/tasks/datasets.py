@@ -49,7 +49,7 @@ class DatasetTask:
         forwards: int | None = None,
         tokens_per_forward: float | None = None,
     ) -> Reward:
-        return self.rewards([problem], [completion], *([each] for each in (forwards, tokens_per_forward)))[0]
+        return self.rewards([problem], [completion], [forwards], [tokens_per_forward])[0]
 
     def rewards(
         self,
