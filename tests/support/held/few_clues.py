@@ -99,7 +99,8 @@ def the_first_page():
     told = f"the answers that a solver picks, always the first of its list ({seeds[CHOSEN]})"
     yield README, row(f"{took[CHOSEN]} s of supervised training on {told}", two[CHOSEN])
     yield README, f"can teach | {CEILINGS[2]:.3f} |"
-    told = f"RL solves {four[RL_4]} (ten seeds), supervision {four[TAUGHT]}, exact probabilities {CEILINGS[4]:.3f}."
+    told = f"RL solves {four[RL_4]} (ten seeds; {interval(list(begun(RL_4).values()))} before it), "
+    told += f"supervision {four[TAUGHT]}, exact probabilities {CEILINGS[4]:.3f}."
     yield README, f"In four steps {told}"
     yield CONCEPTS, f"exact probabilities solve {CEILINGS[2]:.3f} of the puzzles in two steps; [RL]"
     yield CONCEPTS, f"solves {two[RL]}. Labels can choose too:"
