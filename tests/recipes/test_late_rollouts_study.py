@@ -1,0 +1,51 @@
+"""The study of late rollouts: its tuning by hand, its placebo, and one short run of an arm."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_recipe import tiny_recipe
+
+from dllm_rl.algorithms.correctors import none
+from dllm_rl.monitoring.plots import read_metrics
+from recipes.studies import late_rollouts
+from recipes.studies.late_rollouts import AGAIN, CLAIMS, FEWER, TUNED, best_two, weights_of_other_rows, widened
+
+
+def test_rates_are_widened_while_the_best_is_at_an_edge():
+    assert widened((1.0, 2.0, 4.0), 2.0) == (1.0, 2.0, 4.0)
+    assert widened((1.0, 2.0, 4.0), 1.0) == (0.5, 1.0, 2.0, 4.0)
+    assert widened((1.0, 2.0, 4.0), 4.0) == (1.0, 2.0, 4.0, 8.0)
+
+
+def test_the_second_seed_gets_the_best_rate_and_its_better_neighbour():
+    assert best_two({4.0: 0.1, 1.0: 0.2, 2.0: 0.5}) == (2.0, 1.0)
+    assert best_two({0.5: 0.9, 1.0: 0.1, 2.0: 0.95, 4.0: 0.3}) == (2.0, 4.0)
+
+
+def test_the_placebo_has_the_weights_of_tis_at_other_tokens():
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    ratios = torch.tensor([[0.5, 3.0, 9.0], [1.5, 9.0, 0.25]])
+    weights, keep, _ = weights_of_other_rows(ratios.log(), torch.ones(2), mask, cap=2.0)
+    # TIS: 0.5, 2 (capped) and 1.5, 0.25. By column and then by row: 0.5, 1.5, 2, 0.25; each goes one place on.
+    torch.testing.assert_close(weights, torch.tensor([[0.25, 1.5, 1.0], [0.5, 1.0, 2.0]]))
+    assert torch.equal(keep, mask)
+
+
+def test_every_claim_is_of_arms_with_all_seeds():
+    for claim in CLAIMS:
+        assert {claim.arm, claim.against} <= set(TUNED) - set(FEWER)
+    assert all(name in TUNED or name == AGAIN for name in FEWER)
+
+
+@pytest.mark.parametrize(("name", "seed"), [("lag 1, dual clip", 0), (AGAIN, 1001)])
+def test_an_arm_runs_with_its_lag_and_seed(name, seed, tmp_path):
+    study = late_rollouts.study_at(dict.fromkeys(TUNED, 1e-3), (*TUNED, AGAIN))
+    base = tiny_recipe(tmp_path, corrector=none(), **late_rollouts.QUIET)
+    late_rollouts.run_late(replace(study, base=base), tmp_path, 3, name, seed % 1000)
+    ((_, found),) = late_rollouts.load(tmp_path).items()
+    assert found["learning_rate"] == 1e-3 and 0 < found["least ess"] <= found["ess"]
+    (folder,) = (tmp_path / "runs").iterdir()
+    lag = study.arms[name]["max_staleness"]
+    assert [row["staleness"] for row in read_metrics(folder)] == [min(lag, step) for step in range(3)]
+    assert f'"seed": {seed},' in (folder / "summary.json").read_text()
