@@ -10,7 +10,7 @@ from dllm_rl.screen import imports_interruptible, silence_import_noise
 
 silence_import_noise()  # before the first of these libraries is imported
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOME = {
     "types": "Prompts SamplingParams Rollout",

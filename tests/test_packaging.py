@@ -57,10 +57,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
 
 
 def test_the_documents_speak_of_the_version_that_the_package_has():
-    """A change after the release stands under Unreleased, until the package has a higher version."""
-    released = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    """The changelog's first section and SECURITY.md are of the package's own version, so that what is installed can be
+    told from the last release."""
+    present = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     sections = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert dllm_rl.__version__ == released
-    assert next(name for name in sections if name != "Unreleased") == released and "Unreleased" not in sections[1:]
-    (fixed,) = re.findall(r"The only version is ([\d.]+),", (ROOT / "docs" / "SECURITY.md").read_text())
-    assert fixed == released
+    assert dllm_rl.__version__ == sections[0] == present
+    (told,) = re.findall(r"The present version is ([\w.]+),", (ROOT / "docs" / "SECURITY.md").read_text())
+    assert told == present
