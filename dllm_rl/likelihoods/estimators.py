@@ -172,7 +172,8 @@ def trajectory(
     One forward per segment. With one segment per step, the exact log-probability of the tokens given the order.
     Sources: TraceRL, d2's StepMerge [paper]. Under the sampler's rank `confidence` the order depends on the draws: each
     step then also scores the positions left masked, by the probability of a lower-ranked draw (`models.order` [ours]);
-    under `plackett_luce` the draw of positions. The row's sum is then the exact log-probability of tokens AND order.
+    under `plackett_luce` the draw of positions, under the commit rule `soft_threshold` the set of a step. The row's sum
+    is then the exact log-probability of tokens AND order.
     A rollout that revises (`remask`, `soft_edit`) is replayed event by event [ours]: the canvas of each step is
     rebuilt, and a position's contribution is the sum over its writings (docs/order.md).
     A rollout of `renoise` is replayed in one view; a position's contribution is the sum over its accepted draws [ours].
@@ -181,7 +182,8 @@ def trajectory(
     block_size    of a block-causal model: the same likelihood from one packed forward per place of a step in its block,
                   all blocks together; num_segments then counts the segments of a block
     order         law: also the order's part, where the rollout recorded one (rank=confidence or plackett_luce with
-                  commit=schedule or late_schedule) and num_segments is None; given: the tokens' alone
+                  commit=schedule or late_schedule; commit=soft_threshold) and num_segments is None; given: the tokens'
+                  alone
     num_sampled   steps (or segments) of each row that are scored, drawn without replacement: an unbiased estimate
                   [ours] of the row's sum and, on-policy, of its gradient. None: all. With `unmask(block_size=1)`, all
                   are JustGRPO (arXiv 2601.15165, its authors' code [paper])
