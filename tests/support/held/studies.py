@@ -4,7 +4,7 @@ from statistics import mean
 
 from dllm_rl.members import describe
 from held import DOCS, STUDIES, row, runs_of, span_of, stored, tables_of
-from recipes.studies import estimators, experts, order, paired, renoising, revise
+from recipes.studies import estimators, experts, fast, order, paired, renoising, revise
 
 HOLM = "Holm's p"
 
@@ -109,3 +109,17 @@ def renoised():
     low, high = float(centre) - float(half), float(centre) + float(half)
     yield page, f"the difference is between {low:.3f} and {high:+.3f}."
     yield "recipes/renoise_sudoku.py", paired.interval(paired.paired(results, "full", "exact"))
+
+
+def speed_as_a_reward():
+    page, results = f"{STUDIES}/fast.md", {(run["arm"], run["seed"]): run for run in stored("fast")}
+    yield page, paired.markdown(fast.frontier_rows(results))
+    yield page, paired.tables(fast.study, results)
+    above, more = (paired.interval(paired.paired(results, claim.arm, claim.against)) for claim in fast.CLAIMS)
+    gain = paired.interval(paired.paired(results, fast.ACCURACY, fast.BEFORE))
+    yield page, f"solve {above} more than before training, and {more} more than after equal steps of the accuracy"
+    yield page, f"its gain is not shown ({gain})."
+    before, speed = (fast.frontier_rows(results)[-1][arm].split(" in ") for arm in (fast.BEFORE, fast.SPEED))
+    yield page, f"take {speed[1]} forwards instead of {before[1]}, and solve {speed[0]} instead of {before[0]}."
+    yield page, f"models might solve more than {speed[0]}."
+    yield "recipes/README.md", f"it solves {more} more than with the reward for accuracy alone"
