@@ -32,6 +32,10 @@ def tables():
         yield PAGE, f"Before RL: {paired.interval(list(began.values()))}."
 
 
+def settings_of_the_methods():
+    yield PAGE, league.settings()
+
+
 def the_leaderboard():
     """The whole table, and one row of it by hand from the seeds that the JSON holds."""
     board = league.board()
