@@ -418,12 +418,18 @@ class ViewPart(_Movable):
 
 @dataclass(frozen=True)
 class Views(_Movable):
-    """The masks of a likelihood estimate: data that travels with the batch, the same for every policy."""
+    """The masks of a likelihood estimate: data that travels with the batch, the same for every policy.
 
-    masked: Bool[Tensor, "N B T"]  # positions hidden from the model in view n
-    weight: Float[Tensor, "N B T"]  # coefficient of the position's log-prob in view n; 0 where it is not scored
-    upper_bound_weight: Float[Tensor, " B"] | None = None  # per row, in [0, 1]; None: lower bound only
-    parts: tuple[ViewPart, ...] = ()  # of optional features, in the order in which they change a view
+    masked  positions hidden from the model in view n
+    weight  coefficient of the position's log-prob in view n, of either sign; 0 where it is not scored
+    upper_bound_weight  per row, in [0, 1]: `sandwich`'s; None: lower bound only
+    parts   of optional features, in the order in which they change a view; an estimator's own tensors too
+    """
+
+    masked: Bool[Tensor, "N B T"]
+    weight: Float[Tensor, "N B T"]
+    upper_bound_weight: Float[Tensor, " B"] | None = None
+    parts: tuple[ViewPart, ...] = ()
 
     def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Views":
         return self.map(lambda x: x[keep] if x.dim() == 1 else x[:, keep][:, :, columns])

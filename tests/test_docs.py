@@ -44,6 +44,7 @@ def test_every_public_name_is_in_the_reference_once():
     weigh = "truncated_weights masked_weights rejection adaptive_weights alarm band_weights composed"
     losses = "policy_loss kl_k1 kl_k2"
     further = {f"dllm_rl.algorithms.correctors.{name}" for name in weigh.split()}
+    further |= {"dllm_rl.types.Views", "dllm_rl.types.ViewPart"}  # what an estimator of one's own is made of
     assert set(listed) - public == further | {f"dllm_rl.algorithms.losses.{name}" for name in losses.split()}
 
 
@@ -423,6 +424,39 @@ def test_an_estimator_is_compared_with_the_enumeration_of_all_completions(tmp_pa
     assert (apart["any_order"] < 4 * made["error"]).all() and apart["exact"].max() > 1  # a bound of the one alone
     upper = made["log_p"](dllm_rl.eubo(beta=4.0, base=dllm_rl.elbo(num_samples=400)))  # many masks, beta = tokens
     assert (upper > made["any_order"]).all() and not (upper > made["exact"]).all()
+
+
+@pytest.mark.slow
+def test_an_estimate_of_the_elbo_is_compared_with_the_enumerated_elbo(tmp_path, monkeypatch, capsys):
+    """The first row of the page's table of gradients, and that other estimates are off as the page says."""
+    monkeypatch.syspath_prepend(DOCS.parent)
+    (tmp_path / "compared.py").write_text(example("Is my estimator right?") + example("Unbiased for what?"))
+    made = runpy.run_path(str(tmp_path / "compared.py"))
+    assert (made["apart"].abs() < 4 * made["error"]).all() and (made["lower"] < made["any_order"]).all()
+    off, size = (made["mean"] - made["bound"]).norm() / made["size"], made["spread"] / made["size"] ** 2
+    cosine = torch.cosine_similarity(made["mean"], made["true"], dim=0)
+    row = f"{off:.2f} | {(size / 40).sqrt():.2f} | {cosine:.2f} | {size:.2f} | {size * 4:.1f} |"
+    told = (DOCS / "methods.md").read_text()
+    assert f"| {row}" in told
+    assert f"is {torch.cosine_similarity(made['bound'], made['true'], dim=0):.2f} on this toy" in told
+    segment = made["gradient"](made["log_p"](dllm_rl.trajectory(num_segments=1)))
+    assert f"| {(segment - made['bound']).norm() / made['size']:.2f} | 0 |" in told
+
+
+def test_a_control_variate_keeps_the_contract(tmp_path, monkeypatch):
+    """And the weights of a fixed coefficient have mean 1 of l(m), and 0 of the control."""
+    made = run_example("A control variate in an estimator", tmp_path, monkeypatch)
+    rollout, torch_generator = made["rollout"], torch.Generator().manual_seed(0)
+    many = dataclasses.replace(rollout, batch_row=None).rows(torch.zeros(4000, dtype=torch.long))
+    weight = made["controlled"](coefficient=0.5).draw(many, torch_generator).weight[0, :, rollout.completion_mask[0]]
+    assert (weight.mean(0).abs() < 4 * weight.std(0) / 4000**0.5).all() and weight.std() > 0.1
+    batch = dataclasses.replace(made["controlled"](), combine=lambda scores, views: of_the_batch(scores, views))
+    made["check_estimator"](batch, made["policy"], rollout)  # as the page says, it does not see this
+
+
+def of_the_batch(scores, views):
+    total, scored = (scores * views.weight).sum(0), views.weight[0] != 0
+    return total + scored * total.detach()[scored].mean()
 
 
 def test_the_engine_of_ones_own_keeps_its_contract_and_without_its_sync_does_not(tmp_path):

@@ -43,7 +43,7 @@ def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 def decoupled(
     rewards: Float[Tensor, "P G"], *, parts: Float[Tensor, "K P G"], weights: Float[Tensor, " K"], eps: float = 1e-4
 ) -> Float[Tensor, "P G"]:
-    """GDPO: normalise each of K rewards within its group, then their weighted sum over the batch.
+    """GDPO (of rewards): normalise each of K rewards within its group, then their weighted sum over the batch.
         z_k = (R_k - mean_group R_k) / (std_group R_k + eps),   s = sum_k weights_k z_k,   A = s / (std_batch s + eps)
     Standard deviations are samples'. GDPO also subtracts the batch mean of s, which is 0. A NaN reward does not apply:
     its z is 0. Sources: arXiv 2601.05242, TRL's multi_objective_aggregation="normalize_then_sum" [digest].

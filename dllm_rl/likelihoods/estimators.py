@@ -80,7 +80,8 @@ def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     sum_n w_n (L/k_n) sum_{i in m_n} l_i(m_n), k_n = floor(t_n L) + 1, one random mask of k_n tokens per node.
 
     No variance from k. Bias from the quadrature rule and from rounding k_n, which more masks do not reduce. Sources:
-    GDPO/SDMC, arXiv 2510.08554 [paper]; exactly k masked tokens instead of independent ones [ours].
+    SDMC of the diffusion GDPO (not the normalisation `decoupled`), arXiv 2510.08554 [paper]; exactly k masked tokens
+    instead of independent ones [ours].
     nodes  of the quadrature: masks, and forwards
     """
     return LikelihoodEstimator("quadrature", partial(masks.draw_quadrature, nodes=nodes))

@@ -9,6 +9,7 @@ weights depend on the batch, 64 batches. Every number is a median over 8 network
 """
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import combinations, permutations, product
@@ -129,16 +130,22 @@ def toys(kind: str, networks: int) -> list[tuple[ToyPolicy, torch.Generator]]:
     return list(zip(made, generators, strict=True))
 
 
-def of_estimators(networks: int, *, draws: int = 8, batch: int = 128) -> dict[str, list[str]]:
+def of_estimators(
+    networks: int,
+    *,
+    draws: int = 8,
+    batch: int = 128,
+    estimators: Mapping[str, lik.LikelihoodEstimator] = ESTIMATORS,
+) -> dict[str, list[str]]:
     """On-policy: the gradient of mean A * estimate, of `draws` draws of the masks, against that of the exact reward.
 
     The scale of a bound's gradient is its own: what counts of it is the efficiency, and the cosine of its mean.
     """
-    found: dict[str, list[str]] = {name: [] for name in ESTIMATORS}
-    for kind, name in product(KINDS, ESTIMATORS):
+    found: dict[str, list[str]] = {name: [] for name in estimators}
+    for kind, name in product(KINDS, estimators):
         numbers = []
         for toy, generator in toys(kind, networks):
-            rollout, estimator = toy.rollout(2), ESTIMATORS[name]
+            rollout, estimator = toy.rollout(2), estimators[name]
             rewards = torch.randn(len(rollout.tokens), generator=generator, dtype=torch.float64)
             for weight in toy.weights:
                 weight.requires_grad_()
@@ -148,7 +155,7 @@ def of_estimators(networks: int, *, draws: int = 8, batch: int = 128) -> dict[st
             advantages = rewards - p @ rewards
             truth = torch.einsum("b,btw->w", p * advantages, per_outcome(toy, logps))
             each = []
-            for _ in range(draws if "mask" in name or "drawn" in name else 1):
+            for _ in range(draws if estimator.random else 1):
                 noise = estimator.with_advantages(estimator.draw(rollout, generator), advantages)
                 if noise.upper_bound_weight is not None:
                     noise = replace(noise, upper_bound_weight=noise.upper_bound_weight.double())

@@ -274,6 +274,30 @@ def told(name: str, results: Results) -> str:
     return markdown(rows_of(name, results), columns)
 
 
+def settings() -> str:
+    """The table of what each method changes, from METHODS: what is left out is the league's."""
+
+    def named(part: Any) -> str:
+        """A function or an estimator with its keywords, as one writes it."""
+        if isinstance(part, lik.LikelihoodEstimator):
+            part = part.made_by
+        if not isinstance(part, partial):
+            return part.__name__ if callable(part) else repr(part)
+        given = ((key, value) for key, value in part.keywords.items() if value is not None)
+        return f"{part.func.__name__}({', '.join(f'{key}={named(value)}' for key, value in given)})"
+
+    base = study_of("sudoku").base
+    usual = {"loss": base.policy_loss.keywords["surrogate"], "advantages": base.advantages, "aggregate": token}
+    rows = []
+    for method, changes in METHODS.items():
+        row = {"method": method, "likelihood": f"`{named(changes['likelihood'])}`"}
+        row |= {part: f"`{named(changes.get(part, own))}`" for part, own in usual.items()}
+        other = changes.get("sampler", {}) | {key: changes[key] for key in ("max_num_gen_batches",) if key in changes}
+        row["rollouts"] = ", ".join(f"`{key}={named(value)}`" for key, value in other.items()) or "-"
+        rows.append(row | {"all updates": str(changes["num_iterations"])})
+    return markdown(rows)
+
+
 def board() -> str:
     """The table of docs/leaderboard.md: each method of each league, from the stored runs, the best mean first."""
     rows = []

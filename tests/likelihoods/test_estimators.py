@@ -13,6 +13,7 @@ from likelihood_toys import TablePolicy, elbo_by_hand, eubo_by_hand, log_any_ord
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.masks import block_view, coupled_views, exact_view
+from dllm_rl.likelihoods.views import each_view
 from dllm_rl.types import Events, Views
 
 LENGTH, WORDS = 3, 3
@@ -59,6 +60,29 @@ def test_coupled_over_all_masks_is_the_hand_enumeration():
     samples = math.factorial(LENGTH) * (LENGTH + 1)
     estimate = summed(TOY, TOY.rollout([COMPLETION]), [(m, w / samples) for m, w in views])
     assert estimate == pytest.approx(elbo_by_hand(TOY, COMPLETION), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["elbo", "coupled"])
+def test_the_gradient_over_all_masks_is_that_of_the_enumerated_elbo(name):
+    """Along random lines through all weights, against differences of the ELBO by hand."""
+    toy, direction = TablePolicy(length=LENGTH, words=WORDS, seed=3), torch.Generator().manual_seed(1)
+    views = all_exact(LENGTH)
+    if name == "coupled":
+        inside = torch.tensor([[False, True, True, True]])
+        pairs = [coupled_views(inside, keys, torch.tensor([[k]])) for keys in orders(LENGTH) for k in range(LENGTH + 1)]
+        views = [(masked, weight / len(pairs)) for pair in pairs for masked, weight in pair]
+    noise, table = Views(*(torch.stack(column) for column in zip(*views, strict=True))), toy.table
+    toy.table = table.clone().requires_grad_()
+    scores = torch.stack([view.logprobs(toy, toy.rollout([COMPLETION])) for view in each_view(noise)])
+    (gradient,) = torch.autograd.grad(lik.weighted_sum(scores, noise).sum(), toy.table)
+    for _ in range(3):
+        line, ends = torch.randn(table.shape, generator=direction), []
+        for sign in (1, -1):
+            toy.table = table + sign * 1e-2 * line
+            ends.append(elbo_by_hand(toy, COMPLETION))
+        slope = (ends[0] - ends[1]) / 2e-2
+        assert (gradient * line).sum().item() == pytest.approx(slope, abs=1e-3)
+        assert abs(slope) > 0.05
 
 
 def test_coupled_scores_every_token_once_a_sample():

@@ -1,9 +1,12 @@
 """The league, the leaderboard, and what other pages say of both."""
 
+from inspect import signature
 from statistics import mean, stdev
 
+from dllm_rl.likelihoods.estimators import sandwich
 from held import DOCS, STUDIES, by_arm, stored
 from recipes.studies import league, paired
+from recipes.studies.surrogates import gdsd
 
 PAGE, CONCEPTS, BOARD = f"{STUDIES}/league.md", f"{DOCS}/concepts.md", f"{DOCS}/leaderboard.md"
 DEFAULT, METHOD = league.DEFAULT, league.method_of
@@ -30,6 +33,18 @@ def tables():
         began = {seed: run["before"] for (_, seed), run in results.items() if "before" in run}
         assert len(results) == 10 * len(league.best(tuning))
         yield PAGE, f"Before RL: {paired.interval(list(began.values()))}."
+
+
+def settings_of_the_methods():
+    """The table, and where it is not what the options of docs/concepts.md or the defaults are."""
+    yield PAGE, league.settings()
+    beta, psi = (signature(made).parameters[name].default for made, name in ((sandwich, "beta"), (gdsd, "psi")))
+    spg, own = league.METHODS["SPG"]["likelihood"].made_by.keywords, league.METHODS["GDSD"]["loss"].keywords
+    told = f"`beta` is {spg['beta']} here, as in its Sudoku runs, and {beta} by default;"
+    yield PAGE, f"{told} GDSD's `psi` is {own['psi']} here and {psi} by default;"
+    arms = [run["arm"] for name in league.LEAGUES for run in stored(f"league_{name}")["runs"]]
+    assert all("one update" in arm for arm in arms if METHOD(arm) == "d1")
+    yield PAGE, "d1 ran with one update per rollout in all of its rows, and not with its authors' eight."
 
 
 def the_leaderboard():
