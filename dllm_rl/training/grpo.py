@@ -102,7 +102,10 @@ def grpo(
 ) -> Summary:
     """Train a model with TRL-style reward functions; returns its summary, with the trained `policy` as an attribute.
 
-        grpo("GSAI-ML/LLaDA-8B-Instruct", rows, [correct, short], reward_weights=[1.0, 0.1], lora=lora_r16)
+        grpo("GSAI-ML/LLaDA-8B-Instruct", rows, [correct, short], reward_weights=[1.0, 0.1], lora=lora_r16,
+             learning_rate=3e-6, micro_batch_size=8)
+
+    The default learning rate, 5e-4, is of small models: set it for a published one.
 
     The arguments are those of `grpo_recipe`: print its recipe to see every setting.
     """
