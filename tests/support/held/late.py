@@ -1,0 +1,128 @@
+"""The study of late rollouts, and whole runs of the main job with a worker."""
+
+from statistics import mean
+
+from held import STUDIES, row, stored
+from recipes.studies import late_rollouts, paired
+
+PAGE = f"{STUDIES}/late_rollouts.md"
+STORED = stored("late_rollouts")
+RESULTS = {(run["arm"], run["seed"]): run for run in STORED["runs"]}
+STUDY = late_rollouts.study_at(STORED["rates"], (*late_rollouts.TUNED, late_rollouts.AGAIN))
+CLAIMS = {each["stated before the runs"]: each for each in paired.contrast_rows(STUDY, RESULTS)}
+
+
+def claimed(words: str) -> str:
+    """The difference with its interval, and Holm's p, of the claim that has these words."""
+    (each,) = (each for claim, each in CLAIMS.items() if words in claim)
+    return f"{each['difference, 95 %']} (Holm's p {each[HOLM]})"
+
+
+HOLM = "Holm's p"
+
+
+def shown(words: str) -> bool:
+    (each,) = (each for claim, each in CLAIMS.items() if words in claim)
+    return float(each[HOLM]) < 0.05
+
+
+def apart(arm: str, against: str) -> str:
+    return paired.interval(paired.paired(RESULTS, arm, against))
+
+
+def average(arm: str, column: str) -> float:
+    return mean(run[column] for (name, _), run in RESULTS.items() if name == arm)
+
+
+def rates() -> list[dict[str, str]]:
+    return [{"arm": arm, "learning rate": f"{rate:g}"} for arm, rate in STORED["rates"].items()]
+
+
+def costs() -> str:
+    two, four, eight, one = (claimed(f"a lag of {lag} costs") for lag in (2, 4, 8, 1))
+    assert all(shown(f"a lag of {lag} costs") for lag in (2, 4, 8)) and not shown("a lag of 1 costs")
+    return (
+        f"**Lags of 2, 4 and 8 cost something**: {two}, {four} and {eight}, although each lag has its own learning rate, "
+        f"which falls from 5e-4 to 6.25e-5. For a lag of 1 a cost is not shown: {one}."
+    )
+
+
+def clip() -> str:
+    no_more = "the dual clip is above no corrector"
+    assert shown(f"at a lag of 4 {no_more}") and shown(f"at a lag of 8 {no_more}")
+    assert not shown(f"at a lag of 1 {no_more}")
+    left = [apart("lag 0", f"lag {lag}, dual clip") for lag in (4, 8)]
+    return (
+        f"**The dual clip brings much of it back**: {claimed(f'at a lag of 4 {no_more}')} at a lag of 4 and "
+        f"{claimed(f'at a lag of 8 {no_more}')} at a lag of 8. What is left of the cost is {left[0]} and {left[1]}. At a lag of "
+        f"1 its gain is not shown: {claimed(f'at a lag of 1 {no_more}')}."
+    )
+
+
+def tis() -> str:
+    assert shown("TIS is above no") and shown("TIS is above its placebo") and shown("the dual clip is above TIS")
+    assert not shown("AIS is above no")
+    return (
+        f"**TIS brings some of it back, and not by shrinking the step**: at a lag of 4 it beats no corrector by "
+        f"{claimed('TIS is above no')} and its placebo by {claimed('TIS is above its placebo')}. The dual clip beats TIS by "
+        f"{claimed('the dual clip is above TIS')}. AIS's gain is not shown: {claimed('AIS is above no')}."
+    )
+
+
+def ess() -> str:
+    low, high = average("lag 8, dual clip", "ess"), average("lag 8", "ess")
+    return (
+        f"**The ESS is no measure of harm.** At a lag of 8 the dual clip's runs have a mean ESS of {low:.2f}, and beat those "
+        f"without a correction, whose low rate keeps it at {high:.2f}."
+    )
+
+
+def unclaimed() -> str:
+    gains = [apart(f"lag 4, {name}", "lag 4") for name in ("decoupled", "icepop", "tbpo")]
+    return (
+        f"Not claimed before, five seeds: at a lag of 4 decoupled PPO beats no corrector by {gains[0]} and IcePop by "
+        f"{gains[1]}. For TBPO's weight ({gains[2]}; its band cannot act with one update) and for TIS at a lag of 1 "
+        f"({apart('lag 1, tis', 'lag 1')}) we saw no difference."
+    )
+
+
+def noise() -> str:
+    again, fake = apart(late_rollouts.AGAIN, "lag 4"), apart("lag 4, placebo", "lag 4")
+    return f"**Noise**: the same arm with other prompts and draws differs by {again}, the placebo by {fake}."
+
+
+def staleness() -> str:
+    times = average("lag 4", "k3 of staleness") / average("lag 4", "k3 of quantisation")
+    return (
+        "The harm is the staleness's, not the quantisation's: at a lag of 4 without a correction the k3 divergence of "
+        f"staleness is {times:.0f} times that of FP8 (`mismatch_split/*`, one group a step)."
+    )
+
+
+def whole_runs():
+    """Of the main job with a worker, and without: benchmarks/late_runs.py."""
+    page, found = "benchmarks/README.md", stored("benchmarks/results/late-runs-cpu")
+    names = (
+        "one thread, rollout and learning in turn",
+        "two threads, in turn",
+        "late: one thread, and a worker with another",
+    )
+    for name, each in zip(names, found["arms"], strict=True):
+        shares = [f"{each[f'{part} / one thread']:.3f}".replace("1.000", "1") for part in ("steps", "run")]
+        bound = "-" if each["bound"] is None else f"{each['bound']:.3f}"
+        yield page, row(name, f"{each['after']:.3f}", each["steps"], shares[0], each["run"], shares[1], bound)
+    assert len({run["seed"] for run in found["runs"]}) == 3
+    apart = [run["after"] for run in found["runs"] if run["arm"] == "late"]
+    others = [run["after"] for run in found["runs"] if run["arm"] == "one thread"]
+    assert mean(apart) > mean(others) - 0.05, "recipes/README.md: as much as the main job"
+
+
+def the_page():
+    yield PAGE, paired.tables(STUDY, RESULTS, "ess", "least ess")
+    for each in rates():
+        yield PAGE, row(*each.values())
+    for sentence in (costs, clip, tis, ess, unclaimed, noise, staleness):
+        yield PAGE, sentence()
+    best = STORED["rates"]
+    assert best["lag 4, dual clip"] / best["lag 4"] == 8 and best["lag 8, dual clip"] / best["lag 8"] == 32
+    assert {run["arm"] for run in STORED["runs"]} == set(STUDY.arms)
