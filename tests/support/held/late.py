@@ -42,8 +42,8 @@ def costs() -> str:
     two, four, eight, one = (claimed(f"a lag of {lag} costs") for lag in (2, 4, 8, 1))
     assert all(shown(f"a lag of {lag} costs") for lag in (2, 4, 8)) and not shown("a lag of 1 costs")
     return (
-        f"**Lags of 2, 4 and 8 cost something**: {two}, {four} and {eight}, although each lag has its own learning rate, "
-        f"which falls from 5e-4 to 6.25e-5. For a lag of 1 a cost is not shown: {one}."
+        f"**Lags of 2, 4 and 8 cost something**: {two}, {four} and {eight}, although each lag has its own learning "
+        f"rate, which falls from 5e-4 to 6.25e-5. For a lag of 1 a cost is not shown: {one}."
     )
 
 
@@ -54,8 +54,8 @@ def clip() -> str:
     left = [apart("lag 0", f"lag {lag}, dual clip") for lag in (4, 8)]
     return (
         f"**The dual clip brings much of it back**: {claimed(f'at a lag of 4 {no_more}')} at a lag of 4 and "
-        f"{claimed(f'at a lag of 8 {no_more}')} at a lag of 8. What is left of the cost is {left[0]} and {left[1]}. At a lag of "
-        f"1 its gain is not shown: {claimed(f'at a lag of 1 {no_more}')}."
+        f"{claimed(f'at a lag of 8 {no_more}')} at a lag of 8. What is left of the cost is {left[0]} and {left[1]}. At "
+        f"a lag of 1 its gain is not shown: {claimed(f'at a lag of 1 {no_more}')}."
     )
 
 
@@ -64,16 +64,16 @@ def tis() -> str:
     assert not shown("AIS is above no")
     return (
         f"**TIS brings some of it back, and not by shrinking the step**: at a lag of 4 it beats no corrector by "
-        f"{claimed('TIS is above no')} and its placebo by {claimed('TIS is above its placebo')}. The dual clip beats TIS by "
-        f"{claimed('the dual clip is above TIS')}. AIS's gain is not shown: {claimed('AIS is above no')}."
+        f"{claimed('TIS is above no')} and its placebo by {claimed('TIS is above its placebo')}. The dual clip beats "
+        f"TIS by {claimed('the dual clip is above TIS')}. AIS's gain is not shown: {claimed('AIS is above no')}."
     )
 
 
 def ess() -> str:
     low, high = average("lag 8, dual clip", "ess"), average("lag 8", "ess")
     return (
-        f"**The ESS is no measure of harm.** At a lag of 8 the dual clip's runs have a mean ESS of {low:.2f}, and beat those "
-        f"without a correction, whose low rate keeps it at {high:.2f}."
+        f"**The ESS is no measure of harm.** At a lag of 8 the dual clip's runs have a mean ESS of {low:.2f}, and beat "
+        f"those without a correction, whose low rate keeps it at {high:.2f}."
     )
 
 
