@@ -24,8 +24,12 @@ fill = partial(unmask, max_new_tokens=0, rank=max_prob, suppress=NO_DIGITS)
 
 @dataclass(frozen=True)
 class Fast:
-    """The rewards of `task`, and up to `bonus` more for a solved grid: bonus * the share of the forwards that it saved,
-    of one for each cell. A grid that is not solved gets what it gets anyway, however fast it was written."""
+    """The rewards of a task, and more for a solved grid that took few forwards. A grid that is not solved gets what it
+    gets anyway, however fast it was written.
+
+    task   the puzzles, and how they are graded
+    bonus  what a solved grid gets for the share of forwards that it saved, of one for each cell
+    """
 
     task: Task
     bonus: float = 1.0
