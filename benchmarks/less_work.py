@@ -134,11 +134,11 @@ def scored(policy: DiffusionPolicy, tokens: Tensor, prompt: int, group: int, bac
         if group == 1:
             states = policy.encode(tokens, mask, places)[:, prompt:]
         else:
-            kept = {"past_key_values": DynamicCache(config=policy.module.config), "use_cache": True}
+            kept = {"cache": DynamicCache(config=policy.module.config), "use_cache": True}
             policy.encode(
                 tokens[::group, :prompt], mask[::group, :, :prompt, :prompt], places[::group, :prompt], **kept
             )
-            kept["past_key_values"] = mapped(kept["past_key_values"], lambda x: x.repeat_interleave(group, dim=0))
+            kept["cache"] = mapped(kept["cache"], lambda x: x.repeat_interleave(group, dim=0))
             states = policy.encode(tokens[:, prompt:], mask[:, :, prompt:], places[:, prompt:], **kept)
         if not backward:
             return states

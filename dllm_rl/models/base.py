@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -18,6 +19,9 @@ Tokens = Int[Tensor, "B T"]
 # Two axes: False on padding, over the cache's columns and then the T new ones. Four axes replace the family's own mask.
 Mask = Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"]
 States = Float[Tensor, "B T D"]
+
+# The keyword under which transformers' forwards take the keys and values of earlier columns; 5.24 renamed it.
+CACHE = "cache" if tuple(map(int, version("transformers").split(".")[:2])) >= (5, 24) else "past_key_values"
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BERT_LINEARS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
@@ -57,15 +61,29 @@ def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def encode_base(module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache: Any) -> States:
-    """The final hidden states of a stock module's backbone; cached columns come first among the mask's S."""
-    given = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": False} | cache
+def encode_base(
+    module: Module,
+    tokens: Tokens,
+    attention_mask: Mask,
+    positions: Tokens,
+    *,
+    cache: Any = None,
+    use_cache: bool = False,
+) -> States:
+    """The final hidden states of a stock module's backbone; the cache's columns come first among the mask's S.
+
+    cache      transformers' Cache of the keys and values of earlier columns, to which those of `tokens` are added
+    use_cache  whether the module may keep keys and values at all; samplers with a cache say True
+    """
+    given = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": use_cache}
+    if cache is not None:
+        given[CACHE] = cache
     return module.base_model(input_ids=tokens, **given).last_hidden_state
 
 
-def encode_roberta(module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache: Any) -> States:
-    """RoBERTa counts positions from pad_token_id + 1."""
-    return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1, **cache)
+def encode_roberta(module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, **kept: Any) -> States:
+    """RoBERTa counts positions from pad_token_id + 1. kept: `cache` and `use_cache`, as for `encode_base`."""
+    return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1, **kept)
 
 
 def block_ranks(spec: "FamilySpec", tokens: Tokens, positions: Tokens) -> tuple[Tokens, Tokens]:
@@ -85,12 +103,13 @@ def block_causal_mask(attention_mask: Bool[Tensor, "B T"], key: Tokens, query: T
 
 
 def encode_block_causal(
-    module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, *, spec: "FamilySpec", **cache: Any
+    module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, *, spec: "FamilySpec", **kept: Any
 ) -> States:
-    """The final hidden states under the block-causal mask, or under a given mask of four axes."""
+    """The final hidden states under the block-causal mask, or under a given mask of four axes. kept: `cache` and
+    `use_cache`, as for `encode_base`."""
     if attention_mask.dim() == 2:  # a mask of four axes is whole: a cache's, or a packed forward's
         attention_mask = block_causal_mask(attention_mask, *block_ranks(spec, tokens, positions))
-    return encode_base(module, tokens, attention_mask, positions, **cache)
+    return encode_base(module, tokens, attention_mask, positions, **kept)
 
 
 def output_embeddings(module: Module) -> Any:
@@ -174,7 +193,7 @@ class Policy(Head, Protocol):
 
     @property
     def pad_id(self) -> int: ...
-    def encode(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, **cache: Any) -> Tensor: ...
+    def encode(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, **kept: Any) -> Tensor: ...
     def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor: ...
     def logits(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor: ...
     def to(self, device: torch.device | str) -> "Policy": ...

@@ -4,8 +4,8 @@ The encoder is causal and fills a cache of keys and values. The decoder reads th
 conditioned on the logits of the step before (self-conditioning). Both have the same weights, but for the decoder's
 layers of the self-conditioning. `encode` of such a family is called in two ways:
 
-    encode(module, tokens, attention_mask, positions, [past_key_values, use_cache=True])    the encoder; fills the cache
-    encode(module, canvas, attention_mask, positions, past_key_values=cache, previous=..., [conditioned=...])
+    encode(module, tokens, attention_mask, positions, [cache, use_cache=True])    the encoder; fills the cache
+    encode(module, canvas, attention_mask, positions, cache=cache, previous=..., [conditioned=...])
                                                                                             the decoder; reads it
 """
 
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dllm_rl.models.base import Module, Policy, States, Tokens, position_ids
+from dllm_rl.models.base import CACHE, Module, Policy, States, Tokens, position_ids
 from dllm_rl.models.logprobs import wide
 
 
@@ -27,23 +27,24 @@ def encode_denoiser(
     attention_mask: Bool[Tensor, "B S"] | None,
     positions: Tokens,
     *,
-    past_key_values: Any = None,
+    cache: Any = None,
     use_cache: bool = False,
     previous: Float[Tensor, "B T V"] | None = None,
     conditioned: Bool[Tensor, " B"] | None = None,
 ) -> States:
     """DiffusionGemma's encoder, or with a cache that is only read its decoder; text alone. attention_mask None: no
     padding. conditioned: the rows that see `previous`; None: all."""
-    if past_key_values is None or use_cache:
-        reads = {"attention_mask": attention_mask, "position_ids": positions, "past_key_values": past_key_values}
+    kept = {} if cache is None else {CACHE: cache}
+    if cache is None or use_cache:
+        reads = {"attention_mask": attention_mask, "position_ids": positions} | kept
         return module.model.encoder.language_model(input_ids=tokens, **reads).last_hidden_state
     return module.model.decoder(
         decoder_input_ids=tokens,
         decoder_attention_mask=attention_mask,
         decoder_position_ids=positions,
-        past_key_values=past_key_values,
         self_conditioning_logits=previous,
         self_conditioning_mask=conditioned,
+        **kept,
     ).last_hidden_state
 
 
@@ -91,7 +92,7 @@ class Prefix:
         """Append columns, of which `mask` is False on padding; returns the encoder's states of them."""
         self.mask = torch.cat([self.mask, mask], dim=1)
         positions = position_ids(self.mask)[:, -tokens.shape[1] :]
-        return policy.encode(tokens, self.mask, positions, past_key_values=self.cache, use_cache=True)
+        return policy.encode(tokens, self.mask, positions, cache=self.cache, use_cache=True)
 
     def keep(self, rows: Int[Tensor, " K"]) -> None:
         """Keep these rows, in this order; a row may be repeated."""
@@ -110,7 +111,7 @@ class Prefix:
         mask = torch.cat([self.mask, torch.ones_like(canvas, dtype=torch.bool)], dim=1)
         positions = position_ids(mask)[:, -canvas.shape[1] :]
         rows = {} if conditioned is None else {"conditioned": conditioned}
-        return policy.encode(canvas, mask, positions, past_key_values=self.cache, previous=previous, **rows)
+        return policy.encode(canvas, mask, positions, cache=self.cache, previous=previous, **rows)
 
     def logits(
         self,

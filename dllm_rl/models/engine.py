@@ -35,7 +35,7 @@ def computed_by(policy: Policy, forward: Callable[..., Tensor]) -> Policy:
     twin = copy.copy(policy)
     twin.spec = replace(
         policy.spec,
-        encode=lambda module, *inputs, **cache: forward(*inputs, **cache),
+        encode=lambda module, *inputs, **kept: forward(*inputs, **kept),
         head=lambda module, logits: logits,
     )
     twin.module = nn.Module()  # without layers: no weight is held twice

@@ -66,12 +66,12 @@ class _Backbone:
         own = getattr(self.tokenizer, "pad_token_id", None)
         return self.spec.eos_ids[0] if own is None else own
 
-    def encode(self, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache: Any) -> States:
-        """The backbone's states at each token, not shifted; `cache`: transformers' past_key_values and use_cache."""
+    def encode(self, tokens: Tokens, attention_mask: Mask, positions: Tokens, **kept: Any) -> States:
+        """The backbone's states at each token, not shifted. kept: `cache` and `use_cache`, as for `encode_base`."""
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed_blocks(self.module) if recompute else nullcontext():
             # The family adds its own mask, except to one of four axes. All runs of the backbone come here.
-            return self.spec.encode(self.module, tokens, attention_mask, positions, **cache)
+            return self.spec.encode(self.module, tokens, attention_mask, positions, **kept)
 
     def hidden(self, tokens: Tokens, attention_mask: Bool[Tensor, "B T"]) -> States:
         """Final hidden states; `head` of the state at t gives logits for the token at t."""

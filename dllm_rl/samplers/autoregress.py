@@ -62,7 +62,7 @@ def autoregress(
     alive = torch.ones(num_rows, dtype=torch.bool, device=device)
     columns = []
     for step in range(max_new_tokens):
-        states = policy.encode(new, attention_mask, positions, past_key_values=cache, use_cache=True)[:, -1]
+        states = policy.encode(new, attention_mask, positions, cache=cache, use_cache=True)[:, -1]
         if step == 0:  # the prompt is read once for all rows of its group
             prompt_of = torch.arange(num_rows, device=device) // prompts.group_size
             states = states[prompt_of]

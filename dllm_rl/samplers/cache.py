@@ -130,7 +130,7 @@ class CachedStates:
         past = KeysAndValues(config=module.config) if self.past is None else mapped(self.past, lambda x: x)
         positions = self.positions[here]
         mask = attention_bias(self.policy, tokens[here], self.attention_mask[here], positions, new, columns)
-        states = self.policy.encode(tokens[here][:, new], mask, positions[:, new], past_key_values=past, use_cache=True)
+        states = self.policy.encode(tokens[here][:, new], mask, positions[:, new], cache=past, use_cache=True)
         if past.get_seq_length() != len(seen):
             raise ValueError(f"cache={self.cache}: {type(module).__name__} keeps no keys and values; use cache=None")
         if self.past is None or len(keep) != len(self.kept):

@@ -165,7 +165,7 @@ def keeps_keys(policy: Policy, canvas: Canvas) -> bool:
     """Whether a forward of one column leaves its keys and values in the cache that it gets."""
     past = KeysAndValues(config=policy.module.config)
     one = torch.ones_like(canvas.attention_mask[:1, :1])
-    policy.encode(canvas.tokens[:1, :1], one, position_ids(one), past_key_values=past, use_cache=True)
+    policy.encode(canvas.tokens[:1, :1], one, position_ids(one), cache=past, use_cache=True)
     return past.get_seq_length() == 1
 
 
@@ -272,7 +272,7 @@ def _cached_states(
     for layer, (keys, values) in zip(keys_and_values.layers, past, strict=False):
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
-    given = {"past_key_values": keys_and_values, "use_cache": True}
+    given = {"cache": keys_and_values, "use_cache": True}
     states = policy.encode(tokens[:, fresh], bias, positions[:, fresh], **given)
     if whole:
         past = [(layer.keys[:, :, outside], layer.values[:, :, outside]) for layer in keys_and_values.layers]

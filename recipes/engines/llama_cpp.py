@@ -160,15 +160,15 @@ class Llama:
             raise ValueError(f"llama.cpp has no memory for {self.rows} rows of {width} tokens: sample shorter ones")
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], attention_mask: Tensor, positions: Int[Tensor, "B T"], **cache: Any
+        self, tokens: Int[Tensor, "B T"], attention_mask: Tensor, positions: Int[Tensor, "B T"], **kept: Any
     ) -> Float[Tensor, "B T V"]:
         """Logits at each token; 0 at padding. Raises ValueError under a sampler's cache of keys and values."""
         if attention_mask.dim() != 2:
             raise ValueError("rollout_engine=llama_cpp computes whole rows: set the sampler's cache=None")
         width = tokens.shape[1]
-        if cache:  # autoregress: a row's tokens are kept where its keys and values would be
+        if kept:  # autoregress: a row's tokens are kept where its keys and values would be
             new = tokens[:, None, :, None]
-            tokens = cache["past_key_values"].update(new, new, 0)[0][:, 0, :, 0]
+            tokens = kept["cache"].update(new, new, 0)[0][:, 0, :, 0]
             positions = position_ids(attention_mask)
         given = [x.cpu() for x in (tokens, attention_mask, positions)]
         longest = int(given[1].sum(-1).max())

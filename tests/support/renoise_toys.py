@@ -32,15 +32,15 @@ class Toy(nn.Module):
         self.head = made(4, V)
         self.config = None
 
-    def encode(self, tokens, attention_mask, positions, past_key_values=None, use_cache=False, previous=None):
+    def encode(self, tokens, attention_mask, positions, cache=None, use_cache=False, previous=None):
         embedded = self.embed[tokens]
-        if past_key_values is None or use_cache:
+        if cache is None or use_cache:
             real = attention_mask[:, -tokens.shape[1] :, None]
             keys = torch.where(real, torch.tanh(embedded @ self.read), 0.0)[:, None]
-            if past_key_values is not None:
-                past_key_values.update(keys, keys, 0)
+            if cache is not None:
+                cache.update(keys, keys, 0)
             return embedded.cumsum(1)
-        context = past_key_values.layers[0].keys.sum(2)  # (R, 1, 4)
+        context = cache.layers[0].keys.sum(2)  # (R, 1, 4)
         soft = 0.0 if previous is None else previous.softmax(-1) @ self.before
         return torch.tanh(self.place + torch.einsum("ij,rjd->rid", self.mix, embedded) + context + soft)
 
@@ -52,7 +52,7 @@ def toy(seed: int = 0, strength: float = 1.0) -> DiffusionPolicy:
         vocab_size=V,
         block_size=C,
         eos_ids=(V,),  # no token of the vocabulary: no row ends
-        encode=lambda module, *args, **cache: module.encode(*args, **cache),
+        encode=lambda module, *args, **kept: module.encode(*args, **kept),
         head=lambda module, states: states @ module.head,
     )
     return DiffusionPolicy(Toy(seed, strength), spec, tokenizer=None)
@@ -90,8 +90,8 @@ def enumerate_all(policy, prompt, temperatures, bound, answer, *, stops=None, de
     for step, temperature in enumerate(temperatures):
         rows = prompt.expand(len(canvas), -1)
         cache = DynamicCache()
-        module.encode(rows, torch.ones_like(rows, dtype=torch.bool), None, past_key_values=cache, use_cache=True)
-        logits = module.encode(canvas, None, None, past_key_values=cache, previous=previous) @ module.head / temperature
+        module.encode(rows, torch.ones_like(rows, dtype=torch.bool), None, cache=cache, use_cache=True)
+        logits = module.encode(canvas, None, None, cache=cache, previous=previous) @ module.head / temperature
         probs = logits.softmax(-1)
         entropy = -(probs * probs.log()).sum(-1)
         # A place is accepted if the places before it in the order of entropies sum up to the bound at most.

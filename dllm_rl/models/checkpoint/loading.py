@@ -101,6 +101,11 @@ def load_module(
                 if dtype == "auto":  # one tensor's dtype may differ: an expert bias is fp32 in a bf16 checkpoint
                     options["dtype"] = main_dtype(state)
                 module, report = cls.from_pretrained(None, config=config, state_dict=state, **options)
+                # transformers 5.24 keeps GLM-4's routers in fp32: the same numbers, whose products are in fp32
+                # anyway. The published files, and FSDP, have all of a layer's weights in one dtype.
+                for parameter in module.parameters():
+                    if parameter.is_floating_point():  # else bitsandbytes'
+                        parameter.data = parameter.data.to(options["dtype"])
         check_report(report, family, folder)
         check_padding(module.config.get_text_config(), tokenizer, folder)
         spec = family_spec(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)

@@ -12,7 +12,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
 
-from dllm_rl.models.base import Module, Policy
+from dllm_rl.models.base import CACHE, Module, Policy
 from dllm_rl.models.lora import LoraLinear
 
 
@@ -97,14 +97,14 @@ def compile_blocks(policy: Policy) -> None:
 def _compiled(block: nn.Module, index: int, run: Callable, *args: Any, **kw: Any) -> Any:
     if torch.is_grad_enabled():
         return _run(block, args, kw)
-    past = kw.get("past_key_values")
+    past = kw.get(CACHE)
     if past is None:
         return run(block, args, kw)
     layer = past.layers[index]
     if type(layer) is not DynamicLayer:
         raise ValueError(f"torch_compile=True: block {index} keeps its keys in a {type(layer).__name__}; leave it off")
     own = _OwnKeysAndValues(*((layer.keys, layer.values) if layer.is_initialized else (None, None)))
-    states = run(block, args, kw | {"past_key_values": own})
+    states = run(block, args, kw | {CACHE: own})
     if not layer.is_initialized:
         layer.lazy_initialization(own.keys, own.values)
     layer.keys, layer.values = own.keys, own.values

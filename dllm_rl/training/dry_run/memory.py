@@ -414,9 +414,9 @@ def two_chunks(policy: Policy, states: Tensor) -> Tensor:
 
 
 def without_mask(
-    encode: Callable, module: Module, tokens: Tensor, mask: Tensor, *positions: Tensor, **cache: Any
+    encode: Callable, module: Module, tokens: Tensor, mask: Tensor, *positions: Tensor, **kept: Any
 ) -> Any:
-    return encode(module, tokens, None, *positions, **cache)
+    return encode(module, tokens, None, *positions, **kept)
 
 
 def batch_of(rows: int, width: int) -> tuple[Tensor, Tensor]:
