@@ -25,11 +25,10 @@ from benchmarks.measure import machine, table, write_json
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.training.late_rollouts import (
-    RayWorkers,
     as_bytes,
     batch_from_bytes,
     from_bytes,
-    reserve_workers,
+    make_workers,
     trained_weights,
 )
 from dllm_rl.training.learner import step, update
@@ -49,7 +48,10 @@ class Turns:
         self.engine = engine_of(job)
         self.rollout_policy = self.engine.load(self.policy)
         self.optimizer = make_optimizer(job, self.policy)
-        self.workers = RayWorkers(job, self.policy, reserve_workers(job), print)
+        workers = make_workers(job)
+        assert workers is not None, "the recipe has workers"
+        workers.set_up(self.policy, print)
+        self.workers = workers
         self.number = 0
 
     def learn(self, samples: Samples) -> None:

@@ -308,22 +308,29 @@ class Job:
 
 class RayWorkers:
     """Batches made by Ray actors, step m's by the m-th of them in turn. A worker that dies, or does not return within
-    collective_timeout, is replaced, and its jobs are made again."""
+    collective_timeout, is replaced, and its jobs are made again.
 
-    def __init__(self, recipe: Recipe, policy: Policy, reserved: Any, say: Callable[[str], None]) -> None:
+    The actors are made here, before the learner has a model: they import torch and this library, which takes seconds,
+    while the learner loads and warms up. `set_up` comes before the first job.
+    """
+
+    def __init__(self, recipe: Recipe, reserved: Any, device: torch.device) -> None:
         import ray
 
         self.ray = ray
-        self.seconds = recipe.collective_timeout
-        self.say = say
-        kind = policy.device.type
-        threads = torch.get_num_threads()
-        self.setup = ray.put((recipe, twin_of(policy), threads, kind))
+        self.recipe = recipe
+        self.kind = device.type
+        self.threads = torch.get_num_threads()
         place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(reserved)
-        wanted = {"num_cpus": threads, "num_gpus": int(kind != "cpu"), "max_restarts": 0}
+        wanted = {"num_cpus": self.threads, "num_gpus": int(self.kind != "cpu"), "max_restarts": 0}
         self.actor: Any = ray.remote(Worker).options(**wanted, scheduling_strategy=place)
         self.workers: list[Any] = [self.actor.remote() for _ in range(recipe.rollout_workers)]
         self.jobs: dict[int, Job] = {}
+
+    def set_up(self, policy: Policy, say: Callable[[str], None]) -> None:
+        """Send the model, once per machine; `say` prints a line of the run."""
+        self.say = say
+        self.setup = self.ray.put((self.recipe, twin_of(policy), self.threads, self.kind))
 
     def put(self, weights: bytes) -> Any:
         return self.ray.put(weights)
@@ -341,11 +348,12 @@ class RayWorkers:
 
     def result(self, step: int) -> bytes:
         job = self.jobs[step]
+        seconds = self.recipe.collective_timeout
         errors = self.ray.exceptions
         while True:
-            why = f"did not return within collective_timeout={self.seconds:g} s"
+            why = f"did not return within collective_timeout={seconds:g} s"
             try:
-                found = job.future.result(self.seconds)
+                found = job.future.result(seconds)
             except (errors.RayActorError, errors.WorkerCrashedError, errors.ObjectLostError):
                 why = "died"
             except errors.RayError as error:  # what was sent could not be read at the other end
@@ -390,9 +398,9 @@ def error_of(kind: str, text: str) -> Exception:
 # --- The cluster ----------------------------------------------------------------------------------------------------
 
 
-def reserve_workers(recipe: Recipe) -> Any:
-    """Join the cluster of RAY_ADDRESS, or start one of this machine, and reserve the workers' processors and GPUs.
-    None where there is nothing to reserve. Raises ValueError where the workers find no room, before any work."""
+def make_workers(recipe: Recipe) -> RayWorkers | None:
+    """Join the cluster of RAY_ADDRESS, or start one of this machine, and start the workers on processors and GPUs that
+    are reserved for them. None for a run without. Raises ValueError where they find no room, before any work."""
     count = recipe.rollout_workers
     if not count or _HERE.get():
         return None
@@ -424,7 +432,7 @@ def reserve_workers(recipe: Recipe) -> Any:
             f"it has one, which Ray must not give away), and the cluster has {found} free: use fewer workers, fewer "
             "threads (OMP_NUM_THREADS), or more machines"
         )
-    return reserved
+    return RayWorkers(recipe, reserved, device)
 
 
 def start_ray(ray: Any, device: torch.device) -> None:
@@ -589,15 +597,16 @@ def split(run: Run[Recipe], learned: Step) -> dict[str, float]:
     return found
 
 
-def late_rollouts(run: Run[Recipe], reserved: Any, folder: Path | None) -> LateRollouts | None:
+def late_rollouts(run: Run[Recipe], workers: RayWorkers | None, folder: Path | None) -> LateRollouts | None:
     """The schedule of a run with workers, its first batches handed out; None for a run that samples by itself."""
     if not run.recipe.rollout_workers:
         return None
     pool: Pool
-    if _HERE.get():
+    if workers is None:  # `in_this_process`
         pool = InTurn(Sampler(run.recipe, twin_of(run.policy), run.accelerator))
     else:
-        pool = RayWorkers(run.recipe, run.policy, reserved, run.log.say)
+        workers.set_up(run.policy, run.log.say)
+        pool = workers
     late = LateRollouts(run, pool)
     late.begin(folder)
     return late

@@ -21,7 +21,7 @@ from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.distillation import teacher_policy
-from dllm_rl.training.late_rollouts import late_rollouts, reserve_workers
+from dllm_rl.training.late_rollouts import late_rollouts, make_workers
 from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
     check_compiled,
@@ -48,7 +48,7 @@ def start(recipe: Recipe) -> Run[Recipe]:
     check_compiled(recipe)
     check_hub(recipe)
     check_tasks(recipe)
-    reserved = reserve_workers(recipe)
+    workers = make_workers(recipe)  # they import torch while the model is made
     accelerator, stop, peers = launch(recipe)
 
     # 2. A new run rehearses a step. A recipe refused up to here overwrites nothing.
@@ -93,7 +93,7 @@ def start(recipe: Recipe) -> Run[Recipe]:
         progress=log.view("training", recipe.num_steps, curve="reward", completed=state.step),
         checkpoint=str(folder or ""),
     )
-    run.late = late_rollouts(run, reserved, folder)
+    run.late = late_rollouts(run, workers, folder)
 
     # 6. The first checkpoint. From here on whatever ends the run finds a complete step to save.
     if not folder:

@@ -34,7 +34,7 @@ from dllm_rl.training.late_rollouts import (
     from_bytes,
     held,
     in_this_process,
-    reserve_workers,
+    make_workers,
 )
 from dllm_rl.training.learner import step, update
 from dllm_rl.training.policies import engine_of, make_optimizer, make_policy
@@ -274,11 +274,11 @@ def test_bad_input_is_refused_in_one_line(changes, said, tmp_path):
 
 def test_a_launch_of_several_processes_and_a_missing_ray_are_refused(tmp_path, monkeypatch):
     recipe = late_recipe(tmp_path)
-    assert reserve_workers(replace(recipe, rollout_workers=0, max_staleness=0)) is None
+    assert make_workers(replace(recipe, rollout_workers=0, max_staleness=0)) is None
     with monkeypatch.context() as patched:
         patched.setenv("WORLD_SIZE", "2")
         with pytest.raises(ValueError, match=r"rollout_workers=1 goes with one learner process, and 2 were launched"):
-            reserve_workers(recipe)
+            make_workers(recipe)
     monkeypatch.setattr(late_rollouts, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs Ray: pip install 'dllm_rl\[ray\]'"):
         train(recipe)
