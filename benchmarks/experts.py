@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--num_experts", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--num_steps", type=int, default=8)
+    parser.add_argument("--diffusion_steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", help="file to write")
     options = parser.parse_args()
@@ -44,7 +44,12 @@ def main() -> None:
     )
     rollout_policy = quantized_copy(policy, float8_weight_only())
     prompts = Prompts.from_ids([[5, 6, 7, 8] * 8] * 2, pad_id=policy.pad_id, group_size=4)
-    settings = {"max_new_tokens": options.length, "num_steps": options.num_steps, "temperature": 1.0, "rank": max_prob}
+    settings = {
+        "max_new_tokens": options.length,
+        "diffusion_steps": options.diffusion_steps,
+        "temperature": 1.0,
+        "rank": max_prob,
+    }
 
     def sample(record: bool) -> Rollout:
         rollout_policy.records_experts = record

@@ -100,7 +100,7 @@ def _prompts(policy: Any, shape: samplers.Shape) -> Prompts:
 
 
 def _sampled(policy: Any, shape: samplers.Shape, **options: Any) -> Callable[[], Any]:
-    settings = {"max_new_tokens": shape.new, "num_steps": shape.steps, "block_size": shape.block, **options}
+    settings = {"max_new_tokens": shape.new, "diffusion_steps": shape.steps, "block_size": shape.block, **options}
     return partial(unmask, policy, _prompts(policy, shape), torch.Generator(), **settings)
 
 
@@ -128,7 +128,7 @@ def sampler(smoke: bool, device: str, batch: int = 8, length: int | None = None)
     plain = partial(samplers.plain, policy, _prompts(policy, shape), shape)
 
     def timed(name: str, run: Callable[[], Any], of: Any = policy, cache: Any = None) -> Row:
-        short = _sampled(of, shape, cache=cache, num_steps=shape.new // shape.block)
+        short = _sampled(of, shape, cache=cache, diffusion_steps=shape.new // shape.block)
         return _timed(name, run, device, shape.batch * shape.new, short if batch == 64 else None, batch=batch)
 
     def all_ways(suffix: str = "") -> list[Row]:
@@ -250,7 +250,9 @@ class Varied:
 
 def step(smoke: bool, device: str) -> list[Row]:
     """Of two steps the second: what is compiled, and what is made once, comes in the first."""
-    given: dict[str, Any] = {"max_new_tokens": 8, "num_steps": 2, "block_size": 8} if smoke else {"num_steps": 32}
+    given: dict[str, Any] = (
+        {"max_new_tokens": 8, "diffusion_steps": 2, "block_size": 8} if smoke else {"diffusion_steps": 32}
+    )
     made = samplers.random_policy(_shape(smoke, 1), torch.device(device), characters="1234.=x\n")
     small: dict[str, Any] = {"train_batch_size": 2, "num_iterations": 2} if smoke else {}
     few = replace(main_job.eval_task, size=2)

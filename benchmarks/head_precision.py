@@ -45,7 +45,7 @@ def measured(preset: str, dtype: str, *, float32_head: bool) -> list[dict]:
     rows.append({"between": "padding", **sizes(apart[rollout.completion_mask])})
 
     prompts = Prompts(rollout.tokens[:, : shape.prompt_length], rollout.attention_mask[:, : shape.prompt_length])
-    options = {"max_new_tokens": shape.completion_length, "num_steps": 4, "temperature": 1.0, "rank": max_prob}
+    options = {"max_new_tokens": shape.completion_length, "diffusion_steps": 4, "temperature": 1.0, "rank": max_prob}
     sampled = unmask(policy, prompts, torch.Generator().manual_seed(0), **options)
     exact = trajectory()
     learner = exact.logprobs(policy, sampled, exact.draw(sampled, torch.Generator()), micro_batch_size=2)

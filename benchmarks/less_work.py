@@ -154,7 +154,12 @@ def shared_prompts(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
     arms = []
     for given, size in ((ids * group, 1), (ids, group)):
         prompts = Prompts.from_ids(given, pad_id=policy.pad_id, group_size=size, seeds=range(group))
-        settings = {"max_new_tokens": shape.new, "num_steps": shape.steps, "temperature": 1.0, "cache": block_cache()}
+        settings = {
+            "max_new_tokens": shape.new,
+            "diffusion_steps": shape.steps,
+            "temperature": 1.0,
+            "cache": block_cache(),
+        }
         arms.append(partial(unmask, policy, prompts, torch.Generator(), **settings))
     yield compared(f"prompt of {prompt} once for {group} completions, sampling", *arms, repeats)
     tokens = arms[0]().tokens
@@ -177,7 +182,7 @@ def savings(shape: Shape, repeats: int, smoke: bool) -> Iterator[dict[str, Any]]
     def sampled(lengths: list[int], policy: Any = policy, **options: Any) -> Callable[[], Any]:
         ids = [torch.randint(3, shape.vocabulary, (length,), generator=generator).tolist() for length in lengths]
         prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, seeds=range(len(ids)))
-        more = {"max_new_tokens": shape.new, "num_steps": shape.steps, "block_size": shape.block}
+        more = {"max_new_tokens": shape.new, "diffusion_steps": shape.steps, "block_size": shape.block}
         return partial(unmask, policy, prompts, torch.Generator(), **(more | options))
 
     for name, lengths in LENGTHS.items():

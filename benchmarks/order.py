@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--num_steps", type=int, default=16)
+    parser.add_argument("--diffusion_steps", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -33,7 +33,7 @@ def main() -> None:
     policy = tiny_llama(characters=characters, causal=False, **sizes)
     prompts = Prompts.from_ids([[5, 6, 7, 8] * 8] * 2, pad_id=policy.pad_id, group_size=4)
     sample = partial(
-        unmask, policy, prompts, max_new_tokens=options.length, num_steps=options.num_steps, temperature=1.0
+        unmask, policy, prompts, max_new_tokens=options.length, diffusion_steps=options.diffusion_steps, temperature=1.0
     )
     seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
     lawful = sample(seeded(), rank=confidence)

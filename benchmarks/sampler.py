@@ -198,7 +198,7 @@ def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
         prompts,
         torch.Generator(),
         max_new_tokens=shape.new,
-        num_steps=shape.steps,
+        diffusion_steps=shape.steps,
         block_size=shape.block,
     )
     lines = {
@@ -219,7 +219,7 @@ def benchmark(preset: str, device: torch.device, repeats: int) -> dict:
     if preset in ("cpu", "ragged"):  # with random weights nothing passes a threshold: a step a position, and no news
         del lines["threshold 0.9"]
     roof = matmul_flops(device, shape.dtype, 4096 if device.type == "cuda" else 1024)
-    unmask(policy, prompts, torch.Generator(), max_new_tokens=2, num_steps=1)  # warm up
+    unmask(policy, prompts, torch.Generator(), max_new_tokens=2, diffusion_steps=1)  # warm up
     clock, found = "seconds" if device.type == "cuda" else "cpu_seconds", {name: [] for name in lines}
     for _ in range(repeats):
         for name, run in lines.items():
@@ -311,7 +311,7 @@ def against(shapes: list[Shape], repeats: int) -> list[dict]:
     for shape in shapes:
         policy = random_policy(shape, torch.device("cpu"))
         prompts = random_prompts(policy, shape)
-        settings = {"max_new_tokens": shape.new, "num_steps": shape.steps, "block_size": shape.block}
+        settings = {"max_new_tokens": shape.new, "diffusion_steps": shape.steps, "block_size": shape.block}
         for way, theirs, cache in (
             ("exact", plain, None),
             ("prefix cache", partial(plain_cached, dual=False), prefix_cache()),

@@ -48,7 +48,7 @@ IN_PROPORTION = ("batch", "length", "steps", "masks", "rows", "tokens")  # axes 
 def measure(shape: Shape, repeats: int) -> dict[str, float]:
     policy = random_policy(shape, torch.device("cpu"))
     prompts = random_prompts(policy, shape)
-    settings = {"max_new_tokens": shape.new, "num_steps": shape.steps, "block_size": shape.block}
+    settings = {"max_new_tokens": shape.new, "diffusion_steps": shape.steps, "block_size": shape.block}
     ours = partial(unmask, policy, prompts, torch.Generator(), **settings)
     arms: dict[str, Callable[[], Any]] = {
         "plain": partial(plain, policy, prompts, shape),

@@ -40,7 +40,9 @@ def arm(scheme: str, preset: str, device: str, dtype: str, repeats: int) -> dict
     def step() -> None:
         generator = torch.Generator().manual_seed(0)
         length = shape.completion_length
-        unmask(rollout_policy, prompts, generator, max_new_tokens=length, num_steps=2, temperature=1.0, rank=max_prob)
+        unmask(
+            rollout_policy, prompts, generator, max_new_tokens=length, diffusion_steps=2, temperature=1.0, rank=max_prob
+        )
         trajectory().scores(policy, rollout, noise)
         for view, weight in zip(each_view(noise), noise.weight, strict=True):
             view.backward(policy, rollout, weight / weight.sum())

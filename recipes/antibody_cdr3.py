@@ -130,7 +130,7 @@ def antiberty() -> Policy:
 
 
 SPECIALS = (0, 1, 2, 3)  # [PAD], [UNK], [CLS] and [SEP] are no residues
-in_two = partial(unmask, max_new_tokens=0, num_steps=2, rank=max_prob, temperature=1.0, suppress=SPECIALS)
+in_two = partial(unmask, max_new_tokens=0, diffusion_steps=2, rank=max_prob, temperature=1.0, suppress=SPECIALS)
 recipe = Recipe(
     name="antibody-cdr3",
     model=antiberty,

@@ -12,7 +12,7 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks import Countdown
 
 small_numbers = partial(Countdown, count=3, max_number=10, max_target=20, operators="+-", numbers_weight=0.5)
-unmask_in_three = partial(unmask, max_new_tokens=10, num_steps=3, rank=max_prob)
+unmask_in_three = partial(unmask, max_new_tokens=10, diffusion_steps=3, rank=max_prob)
 
 recipe = Recipe(
     name="countdown-tiny",

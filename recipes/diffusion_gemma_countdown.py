@@ -12,7 +12,7 @@ from dllm_rl.models.lora import lora_r16
 from dllm_rl.samplers import renoise
 from recipes.llada_8b_countdown import recipe as base
 
-renoise_in_16 = partial(renoise, max_new_tokens=256, num_steps=16)
+renoise_in_16 = partial(renoise, max_new_tokens=256, diffusion_steps=16)
 
 recipe = replace(
     base,

@@ -62,7 +62,7 @@ class Settings:
     num_steps: int = 100  # of RL
     train_batch_size: int = 32  # P, puzzles per step
     num_generations: int = 8  # G, completions per puzzle
-    unmask_steps: int = 2  # forwards per completion, each of which writes 8 of the 16 cells
+    diffusion_steps: int = 2  # forwards per completion, each of which writes 8 of the 16 cells
     num_iterations: int = 1  # updates per rollout
     learning_rate: float = 5e-4
     max_grad_norm: float = 1.0
@@ -139,14 +139,14 @@ def quantized_copy(model: Any) -> Any:
 
 
 @torch.no_grad()
-def unmask(model: Any, prompts_PS: Tensor, seeds_B: Tensor, *, num_steps: int) -> Rollout:
+def unmask(model: Any, prompts_PS: Tensor, seeds_B: Tensor, *, diffusion_steps: int) -> Rollout:
     """Complete every prompt G = B / P times by iterative unmasking. Each row has a seed for its random numbers."""
     copies = len(seeds_B) // len(prompts_PS)
     prompts_BS = prompts_PS.repeat_interleave(copies, dim=0)
     tokens_BL = torch.full((len(seeds_B), LENGTH), model.config.mask_token_id)
     unmask_step_BL = torch.full_like(tokens_BL, -1)
     logprobs_BL = torch.zeros(tokens_BL.shape)
-    for step in range(num_steps):
+    for step in range(diffusion_steps):
         masked_BL = unmask_step_BL < 0
         canvas_BT = torch.cat([prompts_BS, tokens_BL], dim=1)
         # Before the first token is written, the completions of a prompt look the same to the model.
@@ -159,7 +159,7 @@ def unmask(model: Any, prompts_PS: Tensor, seeds_B: Tensor, *, num_steps: int) -
         rank_BL = torch.full(masked_BL.shape, -torch.inf)
         rank_BL[masked_BL] = logits_KV.amax(-1) - logits_KV.logsumexp(-1)
         num_masked = int(masked_BL[0].sum())  # the same in every row
-        count = math.ceil(num_masked / (num_steps - step))  # equal shares for the steps that are left
+        count = math.ceil(num_masked / (diffusion_steps - step))  # equal shares for the steps that are left
         best_BC = rank_BL.argsort(dim=-1, descending=True, stable=True)[:, :count]
         picked_BL = torch.zeros_like(masked_BL).scatter(1, best_BC, True)
 
@@ -197,7 +197,7 @@ def group_advantages(rewards_PG: Tensor) -> Tensor:
 # --- 3. Likelihood ---------------------------------------------------------------------------------------------------
 
 
-def trajectory_logprobs(model: Any, rollout: Rollout, *, num_steps: int, group_size: int) -> Tensor:
+def trajectory_logprobs(model: Any, rollout: Rollout, *, diffusion_steps: int, group_size: int) -> Tensor:
     """log p (B, L) of each token, given what the sampler saw when it drew this token. Nats, differentiable.
 
     An autoregressive model gives log p(y) = sum_t log p(y_t | y_<t) in one forward. A masked model has a different
@@ -208,7 +208,7 @@ def trajectory_logprobs(model: Any, rollout: Rollout, *, num_steps: int, group_s
     a bound of another quantity, log p(y) over all orders.
     """
     logprobs_BL = torch.zeros(rollout.tokens_BL.shape)
-    for step in range(num_steps):
+    for step in range(diffusion_steps):
         masked_BL = rollout.unmask_step_BL >= step  # when this step began
         written_BL = rollout.unmask_step_BL == step  # by this step
         tokens_BL = rollout.tokens_BL.masked_fill(masked_BL, model.config.mask_token_id)
@@ -295,7 +295,7 @@ def sample_and_grade(
     """
     problems = [task[index] for index in indices]
     prompts_PS = encode(tokenizer, [problem.prompt for problem in problems])
-    rollout = unmask(model, prompts_PS, seeds_B, num_steps=settings.unmask_steps)
+    rollout = unmask(model, prompts_PS, seeds_B, diffusion_steps=settings.diffusion_steps)
     group_size = len(seeds_B) // len(problems)
     texts = [decode(tokenizer, ids) for ids in rollout.tokens_BL.tolist()]
     graded = [task.reward(problems[row // group_size], text) for row, text in enumerate(texts)]
@@ -325,7 +325,7 @@ def train(model: Any, tokenizer: Any, task: Sudoku, settings: Settings) -> Itera
 
         for iteration in range(settings.num_iterations):
             # 3. Likelihood
-            logprobs_RL = trajectory_logprobs(model, learned, num_steps=settings.unmask_steps, group_size=G)
+            logprobs_RL = trajectory_logprobs(model, learned, diffusion_steps=settings.diffusion_steps, group_size=G)
             if iteration == 0:
                 # 4. Correction
                 old_RL = logprobs_RL.detach()

@@ -18,29 +18,29 @@ GRIDS = torch.tensor([[int(digit) - 1 for digit in grid] for grid in SOLVED])  #
 HOLDS = torch.nn.functional.one_hot(GRIDS, 4).flatten(1).double()  # (288, 64)
 
 
-def ceiling(puzzles: Sequence[str], num_steps: int, *, draws: int = 10) -> float:
-    """The share of puzzles that exact probabilities solve in `num_steps` parallel steps, greedily.
+def ceiling(puzzles: Sequence[str], diffusion_steps: int, *, draws: int = 10) -> float:
+    """The share of puzzles that exact probabilities solve in `diffusion_steps` parallel steps, greedily.
 
     puzzles  16 digits each, 0 for a blank
     draws    ties between cells and between digits are broken at random, so many times; the mean counts
     """
-    generator = generator_for(0, "ceiling", num_steps)
+    generator = generator_for(0, "ceiling", diffusion_steps)
     times = Counter(puzzles)  # puzzles of few clues repeat
-    rates = {puzzle: _rate(puzzle, num_steps, torch.rand(draws, 16, 4, generator=generator)) for puzzle in times}
+    rates = {puzzle: _rate(puzzle, diffusion_steps, torch.rand(draws, 16, 4, generator=generator)) for puzzle in times}
     return sum(rates[puzzle] * count for puzzle, count in times.items()) / len(puzzles)
 
 
-def _rate(puzzle: str, num_steps: int, noise: Float[Tensor, "D 16 4"]) -> float:
+def _rate(puzzle: str, diffusion_steps: int, noise: Float[Tensor, "D 16 4"]) -> float:
     """The share of the draws of the ties in which one puzzle is solved."""
     cells = torch.tensor([int(digit) - 1 for digit in puzzle]).repeat(len(noise), 1)  # -1: blank
     rows = torch.arange(len(noise))[:, None]
-    for step in range(num_steps):
+    for step in range(diffusion_steps):
         blank = cells < 0
         fits = ((cells[:, None] == GRIDS) | blank[:, None]).all(-1)  # (D, 288): grids that agree with what is written
         counts = (fits.double() @ HOLDS).unflatten(-1, (16, 4))  # of the grids with this digit in this cell
         marginals = counts / fits.sum(-1).clamp(min=1)[:, None, None]  # no grid fits after a contradiction
         best, digits = (marginals + 1e-6 * noise).max(-1)
-        count = -(-int(blank[0].sum()) // (num_steps - step))  # as `schedule`: every draw has as many blanks
+        count = -(-int(blank[0].sum()) // (diffusion_steps - step))  # as `schedule`: every draw has as many blanks
         places = best.masked_fill(~blank, -1.0).topk(count).indices
         cells[rows, places] = digits[rows, places]
     return (cells[:, None] == GRIDS).all(-1).any(-1).double().mean().item()

@@ -17,7 +17,7 @@ from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.samplers import renoise
 from recipes.sudoku_unique import recipe as base
 
-renoise_in_four = partial(renoise, max_new_tokens=16, num_steps=4)
+renoise_in_four = partial(renoise, max_new_tokens=16, diffusion_steps=4)
 
 recipe = replace(
     base,

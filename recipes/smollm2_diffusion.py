@@ -15,7 +15,7 @@ from dllm_rl.samplers.rules import random
 from recipes.smollm2_arithmetic import recipe as base
 from recipes.smollm2_diffusion_sft import PlainSums
 
-in_two = partial(unmask, max_new_tokens=4, num_steps=2)
+in_two = partial(unmask, max_new_tokens=4, diffusion_steps=2)
 
 recipe = replace(
     base,

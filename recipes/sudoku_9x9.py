@@ -8,7 +8,7 @@ from dllm_rl.tasks import Sudoku
 from recipes.sudoku_unique import recipe as base
 
 puzzles = partial(Sudoku, side=9, clues=(50, 60))
-unmask_in_nine = partial(unmask, max_new_tokens=81, num_steps=9, rank=max_prob)
+unmask_in_nine = partial(unmask, max_new_tokens=81, diffusion_steps=9, rank=max_prob)
 
 recipe = replace(
     base,

@@ -11,7 +11,7 @@ from functools import partial
 from dllm_rl import main, max_prob, soft_edit, unmask
 from recipes.sudoku_unique import recipe as base
 
-unmask_in_four = partial(unmask, max_new_tokens=16, num_steps=4, rank=max_prob)
+unmask_in_four = partial(unmask, max_new_tokens=16, diffusion_steps=4, rank=max_prob)
 edit_in_four = partial(unmask_in_four, commit=partial(soft_edit, rate=0.1))
 
 recipe = replace(

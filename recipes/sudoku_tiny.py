@@ -27,7 +27,7 @@ from recipes.perfect import ceiling
 
 few_clues = partial(Sudoku, clues=(1, 3), unique=False, infill=True, reward_rule="rules")
 NO_DIGITS = (0, 2)  # <pad> and <eos>
-unmask_in_two = partial(unmask, max_new_tokens=0, num_steps=2, rank=max_prob, suppress=NO_DIGITS)
+unmask_in_two = partial(unmask, max_new_tokens=0, diffusion_steps=2, rank=max_prob, suppress=NO_DIGITS)
 
 
 def taught(*, seed: int = 0, steps: int = 400, dry_run: bool = False) -> Policy:

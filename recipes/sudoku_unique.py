@@ -10,7 +10,7 @@ from dllm_rl import Recipe, float8_weight_only, main, max_prob, trajectory, unma
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks import Sudoku
 
-unmask_in_two = partial(unmask, max_new_tokens=16, num_steps=2, rank=max_prob)
+unmask_in_two = partial(unmask, max_new_tokens=16, diffusion_steps=2, rank=max_prob)
 
 recipe = Recipe(
     name="sudoku-unique",

@@ -139,9 +139,9 @@ def test_a_run_is_said_to_aggregate_as_it_does(recipe):
 
 def test_a_partial_whose_dict_was_read_is_bound_again(tmp_path):
     """`dir`, as debuggers call it, gives it a dict; functools.partial then nests instead of merging."""
-    inner = partial(unmask, max_new_tokens=8, num_steps=4)
+    inner = partial(unmask, max_new_tokens=8, diffusion_steps=4)
     dir(inner)
     outer = partial(inner, num_steps=2)
     assert outer.func is inner
     sampler = tiny_recipe(tmp_path, sampler=outer).sampler
-    assert sampler.func is unmask and sampler.keywords == {"max_new_tokens": 8, "num_steps": 2}
+    assert sampler.func is unmask and sampler.keywords == {"max_new_tokens": 8, "diffusion_steps": 2}

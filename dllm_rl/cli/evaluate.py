@@ -93,7 +93,7 @@ def asked(arguments: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
     task = make_task(arguments)
     lists = dict(zip(("commit", "rank", "cache"), choices(arguments), strict=False))
     lists["rank"] = [rank_for(commit, rank) for rank, commit in product(lists["rank"], lists["commit"])]
-    lists |= {name: getattr(arguments, name) for name in ("max_new_tokens", "num_steps")}
+    lists |= {name: getattr(arguments, name) for name in ("max_new_tokens", "diffusion_steps")}
     lists["quantization"] = arguments.quantization or ["none"]
     row = flat(vars(arguments) | task_facts(task) | {"n": num_problems(task, arguments)})
     found = {name: (value,) for name, value in json.loads(json.dumps(row)).items() if name not in lists}
@@ -177,7 +177,7 @@ def completions_file(
     made_by = {name: facts[name] for name in ("task", "version", "settings")} | settings
     made_by |= {"seed": arguments.seed, "dtype": arguments.dtype, "weights": fingerprint(policy)}
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
-    steps = f"-{settings['num_steps']}-steps" if settings.get("num_steps") else ""
+    steps = f"-{settings['diffusion_steps']}-steps" if settings.get("diffusion_steps") else ""
     return Path(arguments.output_dir) / f"completions-{settings['max_new_tokens']}-tokens{steps}-{key}.jsonl"
 
 
@@ -215,13 +215,13 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
         return renoising_plans(policy, task, arguments)
     if arguments.samples > 1 and arguments.temperature == 0:
         raise ValueError(f"--samples {arguments.samples} at --temperature 0 are all alike; give a temperature above 0")
-    if arguments.forwards and arguments.num_steps:
-        raise ValueError("--forwards and --num_steps both say how many steps are taken; give one of them")
+    if arguments.forwards and arguments.diffusion_steps:
+        raise ValueError("--forwards and --diffusion_steps both say how many steps are taken; give one of them")
     lengths = arguments.max_new_tokens or [usual_length(policy, task)]
     if policy.spec.attention != "causal":
         return plans_of(policy, task, lengths, arguments)
     # An ignored option would look as if it had been applied.
-    for name in ("num_steps", "forwards", "block_size", "rank", "commit", "cache"):
+    for name in ("diffusion_steps", "forwards", "block_size", "rank", "commit", "cache"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")
     bounds = [{"max_new_tokens": length, "temperature": arguments.temperature} for length in lengths]
@@ -238,8 +238,8 @@ def renoising_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -
     canvas = policy.spec.block_size
     assert canvas is not None, "`check_spec` asks for it"
     lengths = arguments.max_new_tokens or [max(1, -(-usual_length(policy, task) // canvas)) * canvas]
-    steps = arguments.num_steps or [inspect.signature(renoise).parameters["num_steps"].default]
-    bounds = [{"max_new_tokens": length, "num_steps": count} for length, count in product(lengths, steps)]
+    steps = arguments.diffusion_steps or [inspect.signature(renoise).parameters["diffusion_steps"].default]
+    bounds = [{"max_new_tokens": length, "diffusion_steps": count} for length, count in product(lengths, steps)]
     return [(bound, partial(renoise, **bound)) for bound in bounds]
 
 
@@ -257,18 +257,18 @@ def plans_of(policy: Policy, task: Task, lengths: Sequence[int], arguments: argp
     for length, commit, rank, cache, forwards in product(lengths, *choices(arguments)):
         rank = rank_for(commit, rank)
         rules: dict[str, Any] = {"rank": read_rank(rank), "cache": None if cache == "none" else read_cache(cache)}
-        bound: dict[str, Any] = {"max_new_tokens": length, "num_steps": None, "block_size": block_size}
+        bound: dict[str, Any] = {"max_new_tokens": length, "diffusion_steps": None, "block_size": block_size}
         bound["temperature"] = arguments.temperature
         if forwards is not None:
             sampler = partial(unmask, **bound, **rules)
             commit = within_budget(policy, first, sampler, commit, forwards, seed=arguments.seed)
         rules["commit"] = read_commit(commit)
         adaptive = function_of(rules["commit"]) in ADAPTIVE  # An adaptive rule chooses its number of steps
-        for steps in [None] if adaptive else dict.fromkeys(arguments.num_steps or [forwards or length or None]):
+        for steps in [None] if adaptive else dict.fromkeys(arguments.diffusion_steps or [forwards or length or None]):
             check_steps(steps, length, rules["commit"])  # before the first model is run, and not amid a sweep
             if block_size and steps and length:
                 steps_per_block(steps, [block_size] * -(-length // block_size))
-            bound = bound | {"num_steps": steps}
+            bound = bound | {"diffusion_steps": steps}
             names = {"rank": rank, "commit": commit, "cache": cache}
             plans.append((bound | names, partial(unmask, **bound, **rules)))
     return plans
@@ -305,7 +305,7 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
     shown = Table(title=heading(first, split), caption=literal(first["model"], style="table.caption"))
     shown.add_column("")
     for result in found:
-        steps = f", {result['num_steps']} steps" if result.get("num_steps") else ""
+        steps = f", {result['diffusion_steps']} steps" if result.get("diffusion_steps") else ""
         shown.add_column(f"{result['max_new_tokens']} tokens{steps}", justify="right")
     for name in (name for name in first if f"{name}_interval" in first):
         cells = ((result[name], *result[f"{name}_interval"]) for result in found)

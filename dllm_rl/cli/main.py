@@ -48,7 +48,9 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--max_new_tokens", type=int, default=16, help="tokens per completion (default 16)")
     sub.add_argument("--chat", action="store_true", help="a prompt is a user's message, for a model of instructions")
     sub.add_argument("--blank", metavar="TEXT", help="what stands for a token to fill in, wherever a prompt has it")
-    sub.add_argument("--num_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)")
+    sub.add_argument(
+        "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
+    )
     sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     sub.add_argument("--top_k", type=int)
@@ -74,7 +76,7 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.commit is not None:  # without a rule the sampler's own default ranks; a causal one has none
         arguments.rank = rank_for(arguments.commit, arguments.rank)
     shown = ("live", "delay", "seed", "group_size", "blank", "chat")
-    sampled = ("max_new_tokens", "num_steps", "block_size", "temperature", "top_k", "top_p")
+    sampled = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "top_k", "top_p")
     options = {name: getattr(arguments, name) for name in (*shown, *sampled)}
     for name, read in READERS.items():
         given = getattr(arguments, name)
@@ -111,7 +113,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting of the task")
     lengths = "tokens per completion, as 128,256 (default: the task's)"
     sub.add_argument("--max_new_tokens", "--lengths", type=_numbers, help=lengths)
-    sub.add_argument("--num_steps", type=_numbers, help="unmasking steps, as 1,2,4,8 (default: as tokens)")
+    sub.add_argument("--diffusion_steps", type=_numbers, help="unmasking steps, as 1,2,4,8 (default: as tokens)")
     budgets = "most forwards per answer, as 1,2,4: steps; or of --commit threshold, whose number is then found"
     sub.add_argument("--forwards", type=_numbers, help=budgets)
     sub.add_argument("--quantization", type=_names, help="schemes of the weights, as none,float8_weight_only")
@@ -207,7 +209,9 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--task", default="sudoku", help="whose prompts are sampled (default sudoku)")
     sub.add_argument("--num_prompts", type=int, default=32, help="two completions each (default 32)")
     sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the task's)")
-    sub.add_argument("--num_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)")
+    sub.add_argument(
+        "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
+    )
     sub.add_argument("--temperature", type=float, default=1.0)
     add_model_options(sub)
     sub.add_argument("--half_head", action="store_true", help="logits in 16 bits where --dtype is (default: in fp32)")
@@ -241,7 +245,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         raise ValueError(f"doctor takes the steps of a model with masks; {policy.spec.name!r} has none")
     sampler = partial(sampler_for(policy), max_new_tokens=length, temperature=arguments.temperature)
     if policy.spec.attention != "causal":
-        sampler = partial(sampler, num_steps=arguments.num_steps)
+        sampler = partial(sampler, diffusion_steps=arguments.diffusion_steps)
     prompts = encode(policy, [task[i] for i in range(arguments.num_prompts)], group_size=2)
     found = diagnose(policy, scheme, prompts=prompts, sampler=sampler, seed=arguments.seed)
     write_doctor(found, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))

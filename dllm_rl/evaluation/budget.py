@@ -31,8 +31,8 @@ def within_budget(
 ) -> str:
     """The commit rule, with the number whose mean forwards per answer on the problems are the most up to the budget.
 
-    A rule of `num_steps` is returned as it is. Grades are not looked at. Costs 11 batches. Raises ValueError for a rule
-    with a number already, for `edit`, and where blocks alone take more forwards."""
+    A rule of `diffusion_steps` is returned as it is. Grades are not looked at. Costs 11 batches. Raises ValueError for
+    a rule with a number already, for `edit`, and where blocks alone take more forwards."""
     name, _, value = commit.partition("=")
     if name in {rule.__name__ for rule in PACED}:
         return commit

@@ -12,7 +12,7 @@ LARGEST = 2**24  # bytes of a file
 LONGEST = 1000  # characters of a setting
 KINDS: dict[str, tuple[type, ...]] = dict.fromkeys(("task", "version", "protocol", "quantization"), (str,))
 KINDS |= dict.fromkeys(("seed", "n", "samples", "max_new_tokens"), (int,)) | {"temperature": (int, float)}
-KINDS |= dict.fromkeys(("num_steps", "block_size"), (int, NoneType))
+KINDS |= dict.fromkeys(("diffusion_steps", "block_size"), (int, NoneType))
 KINDS |= dict.fromkeys(("split", "rank", "commit", "cache", "dtype"), (str, NoneType))
 PLAIN = (str, int, float, bool, NoneType, list)  # a setting of a task
 

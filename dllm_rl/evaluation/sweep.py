@@ -11,7 +11,7 @@ from dllm_rl.evaluation.results import headline
 from dllm_rl.files import replacing
 from dllm_rl.screen import escape_controls
 
-SAMPLER = ("max_new_tokens", "num_steps", "block_size", "temperature", "rank", "commit", "cache")
+SAMPLER = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "rank", "commit", "cache")
 SETTINGS = ("model", "quantization", *SAMPLER)
 FACTS = ("task", "version", "protocol", "split", "seed", "n", "samples")
 COSTS = ("forwards_per_answer", "tokens_per_forward", "tokens", "forwards", "seconds")
@@ -53,7 +53,7 @@ def plot_curve(path: Path, found: Sequence[dict[str, Any]]) -> None:
     from matplotlib import pyplot as plt
 
     metric = headline(found[0])
-    differ = [name for name in varying(found) if name != "num_steps"]  # steps are the axis
+    differ = [name for name in varying(found) if name != "diffusion_steps"]  # steps are the axis
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in found:
         # The numbers of an adaptive rule (threshold=0.9, 0.8 ...) are points of one line.

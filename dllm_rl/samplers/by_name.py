@@ -8,7 +8,7 @@ from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.cache import Cache, block_cache, dual_cache, prefix_cache
 
 RANKS: dict[str, Callable] = {rank.__name__: rank for rank in (*rules.RANKS, rules.plackett_luce)}
-# PACED rules take as many steps as num_steps says.
+# PACED rules take as many steps as diffusion_steps says.
 PACED = (rules.schedule, rules.late_schedule, rules.origin, revise.remask, revise.soft_edit)
 ADAPTIVE = (rules.threshold, rules.soft_threshold, rules.factor, rules.entropy_bound, revise.edit)
 # Whose scores a rule is made for.

@@ -248,7 +248,7 @@ class BlockQueue:
     def __init__(
         self,
         block: Int[Tensor, "B L"],
-        num_steps: int | None,
+        diffusion_steps: int | None,
         *,
         in_step: bool,  # rows wait for the slowest row at each block; otherwise each row moves on alone
         masked: Bool[Tensor, "B L"] | None = None,  # the places that begin masked; None: all of them
@@ -260,7 +260,7 @@ class BlockQueue:
         )
         self.steps = torch.zeros_like(self.masked)
         for row, sizes in enumerate(self.masked):
-            self.steps[row, sizes > 0] = torch.tensor(steps_per_block(num_steps, sizes[sizes > 0].tolist()))
+            self.steps[row, sizes > 0] = torch.tensor(steps_per_block(diffusion_steps, sizes[sizes > 0].tolist()))
         self.sizes = self.masked.clone()
         self.shares = self.steps.clone()
         self.held = torch.zeros_like(self.masked, dtype=torch.bool)
@@ -300,7 +300,7 @@ def next_turn(canvas: Canvas, queue: BlockQueue, seeds: Int[Tensor, " B"]) -> Tu
         return None
     where = (rows, blocks)
     num_masked = queue.masked[where]
-    steps_left = queue.steps[where].clamp(min=1)  # adaptive rules may take more steps than `num_steps`
+    steps_left = queue.steps[where].clamp(min=1)  # adaptive rules may take more steps than `diffusion_steps`
     # All that a step needs of the host's bookkeeping, in one copy that nothing waits for.
     host = (rows, blocks, steps_left, queue.clock[rows], queue.shares[where])
     on_device, block, left, clock, steps = send(canvas.tokens.device, *host)

@@ -32,7 +32,7 @@ def renoise(
     generator: Generator,
     *,
     max_new_tokens: int,
-    num_steps: int = 48,
+    diffusion_steps: int = 48,
     t_max: float = 0.8,
     t_min: float = 0.4,
     entropy_bound: float = 0.1,
@@ -49,11 +49,11 @@ def renoise(
     step sees the canvas, and this step's logits. With equal random numbers the tokens are those of transformers'
     `generate`, but that tokens behind a row's end token stay as they were sampled.
     max_new_tokens   a multiple of the canvas's length
-    num_steps        steps of a canvas, at most
+    diffusion_steps  steps of a canvas, at most
     t_max, t_min     the first step's temperature, and the one that the schedule ends just above; may be equal
     entropy_bound    nats, above 0; infinity accepts every draw
     stability_threshold, confidence_threshold  a row's canvas ends when the likeliest tokens were the same in so many
-                     steps before, and the mean entropy is below so many nats; None: it always takes num_steps
+                     steps before, and the mean entropy is below so many nats; None: it always takes diffusion_steps
     answer           argmax: the likeliest tokens of a canvas's last step, as the authors; no draw decides them.
                      drawn: the last step accepts every draw, and these are the answer [ours]: for training
     watch            called with the current rollout after every step: the canvas in motion
@@ -62,13 +62,15 @@ def renoise(
     weights only; batching changes at most the last bits of a sum. A step holds fp32 logits of all rows (R, C, V).
     Raises ValueError for another kind of model, images, or numbers out of range.
     """
-    _check(policy, prompts, max_new_tokens, num_steps, t_max, t_min, entropy_bound, answer)
+    _check(policy, prompts, max_new_tokens, diffusion_steps, t_max, t_min, entropy_bound, answer)
     if (stability_threshold is None) != (confidence_threshold is None):
         raise ValueError(
             f"stability_threshold={stability_threshold} and confidence_threshold={confidence_threshold} stop a canvas "
             "together; give both, or None for both"
         )
-    temperatures = tuple(t_min + (t_max - t_min) * ((num_steps - step) / num_steps) for step in range(num_steps))
+    temperatures = tuple(
+        t_min + (t_max - t_min) * ((diffusion_steps - step) / diffusion_steps) for step in range(diffusion_steps)
+    )
     seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
     record = _Record.blank(policy, prompts, seeds, max_new_tokens, temperatures)
     starts = prompts.attention_mask.cpu().long().argmax(-1).repeat_interleave(prompts.group_size)
@@ -294,7 +296,7 @@ def _check(
     policy: Policy,
     prompts: Prompts,
     length: int,
-    num_steps: int,
+    diffusion_steps: int,
     t_max: float,
     t_min: float,
     entropy_bound: float,
@@ -313,8 +315,8 @@ def _check(
         lower = length // size * size
         near = f"{lower}, {lower + size}" if lower > 0 else f"{size}"
         raise ValueError(f"max_new_tokens={length} must be a multiple of the canvas's {size} tokens; nearest: {near}")
-    if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps} must be at least 1")
+    if diffusion_steps < 1:
+        raise ValueError(f"diffusion_steps={diffusion_steps} must be at least 1")
     if not (0 < t_min <= t_max < math.inf):
         raise ValueError(f"t_max={t_max} and t_min={t_min} must be temperatures with 0 < t_min <= t_max")
     if not entropy_bound > 0:

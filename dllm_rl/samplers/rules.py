@@ -220,24 +220,24 @@ def highest(scores: Scores, masked: Places, *, count: Counts) -> Places:
     return masked & torch.zeros_like(masked).scatter(-1, order, places < count[:, None])
 
 
-def check_steps(num_steps: int | None, length: int, commit: Callable) -> None:
-    """Raise ValueError if `schedule`, which writes a position in each step, would take fewer steps than `num_steps`."""
-    if num_steps is not None and 0 < length < num_steps and commit is schedule:
-        wrong = f"num_steps={num_steps} is more than the {length} tokens of a completion"
+def check_steps(diffusion_steps: int | None, length: int, commit: Callable) -> None:
+    """Raise ValueError if `schedule`, which writes a position in each step, would take fewer than `diffusion_steps`."""
+    if diffusion_steps is not None and 0 < length < diffusion_steps and commit is schedule:
+        wrong = f"diffusion_steps={diffusion_steps} is more than the {length} tokens of a completion"
         raise ValueError(f"{wrong}, and a step writes at least one; use at most {length}")
 
 
-def steps_per_block(num_steps: int | None, sizes: list[int]) -> list[int]:
+def steps_per_block(diffusion_steps: int | None, sizes: list[int]) -> list[int]:
     """Equal shares of steps per block, the remainder on the first; None: one step per position. Raises ValueError with
     fewer steps than blocks."""
-    if num_steps is None:
+    if diffusion_steps is None:
         return sizes
-    if num_steps < len(sizes):
+    if diffusion_steps < len(sizes):
         raise ValueError(
-            f"num_steps={num_steps} is fewer than the {len(sizes)} blocks, each of which needs one; "
+            f"diffusion_steps={diffusion_steps} is fewer than the {len(sizes)} blocks, each of which needs one; "
             f"use at least {len(sizes)}"
         )
-    each, remainder = divmod(num_steps, len(sizes))
+    each, remainder = divmod(diffusion_steps, len(sizes))
     return [each + (i < remainder) for i in range(len(sizes))]
 
 

@@ -26,7 +26,7 @@ def unmask(
     generator: Generator,
     *,
     max_new_tokens: int,
-    num_steps: int | None = None,
+    diffusion_steps: int | None = None,
     block_size: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -42,8 +42,8 @@ def unmask(
     """Complete every prompt `group_size` times by iterative unmasking (LLaDA, arXiv 2502.09992, algorithm 5 [paper]).
 
     max_new_tokens  masked positions appended to each prompt; may be 0 where every prompt has open positions
-    num_steps       steps of the whole completion, split equally over blocks; None: one per position. Adaptive commit
-                    rules ignore num_steps
+    diffusion_steps steps of the whole completion, split equally over blocks; None: one per position. Adaptive commit
+                    rules ignore diffusion_steps
     block_size      positions open at once; None: all, or a block-causal policy's own. The last block may be shorter,
                     and so may a block-causal policy's first: its blocks count from the prompt's start
     temperature     of the categorical distribution; 0 takes the likeliest token
@@ -71,7 +71,7 @@ def unmask(
     spec = policy.spec
     block_size = _check(policy, prompts, max_new_tokens, block_size, cache)
     if prompts.open is None:
-        check_steps(num_steps, max_new_tokens, commit)
+        check_steps(diffusion_steps, max_new_tokens, commit)
         block_aligned = cache is not None and cache.kind == "block"
         canvas = make_canvas(policy, prompts, max_new_tokens, block_size, block_aligned=block_aligned)
     else:
@@ -80,7 +80,7 @@ def unmask(
     sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, canvas.mask_id))
     check_suppress(policy, sampling_params)
     choose = Choose(policy, canvas, sampling_params, rank, commit)
-    queue = BlockQueue(canvas.block, num_steps, in_step=cache is not None, masked=canvas.masked)
+    queue = BlockQueue(canvas.block, diffusion_steps, in_step=cache is not None, masked=canvas.masked)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(policy.device)
     states = None if compile_step else States(policy, canvas, cache, queue.steps)
     take: Callable[[], Int[Tensor, " C"] | None]

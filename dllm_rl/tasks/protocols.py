@@ -106,7 +106,7 @@ def published(protocol: str, task: str, max_new_tokens: int) -> dict[str, tuple[
         raise ValueError(f"no published settings of protocol={protocol!r} for task={task!r}; give d1 or spg")
     alike = tuple(name for name in graders if graders[name] is graders[protocol])
     found: dict[str, tuple] = {"protocol": alike, "block_size": (32,), "temperature": (0,), "cache": ("none",)}
-    found |= {"max_new_tokens": (128, 256, 512), "num_steps": (max_new_tokens // 2,), "quantization": ("none",)}
+    found |= {"max_new_tokens": (128, 256, 512), "diffusion_steps": (max_new_tokens // 2,), "quantization": ("none",)}
     found |= {"rank": ("confidence", "max_prob"), "commit": ("schedule",), "settings.opening": ("<reasoning>",)}
     found["settings.prompt_format"] = ("the paper's text",)  # the texts of the tasks are ours
     if task == "sudoku":

@@ -228,8 +228,8 @@ def grpo_recipe(
     processing_class  the tokenizer of a transformers model; training copies the model.
     eval_dataset    held-out rows; None: the last tenth of `train_dataset`, at most 256 rows.
     reward_weights  one per function, 1 by default; advantages=decoupled normalises each reward before weighing it.
-    sampler_options keywords of `unmask`, `autoregress` or `renoise`: num_steps (unmasking; default one per token),
-                    top_p ... A max_new_tokens or temperature in them replaces the argument of that name.
+    sampler_options keywords of `unmask`, `autoregress` or `renoise`: diffusion_steps (of unmasking; default one per
+                    token), top_p ... A max_new_tokens or temperature in them replaces the argument of that name.
     max_rows        rows to read of a data set without a length, as a streamed one.
     settings        fields of Recipe: num_steps (RL steps), learning_rate, lora, rollout_quantization, corrector ...
 
@@ -296,10 +296,10 @@ def segments_for(options: dict[str, Any]) -> int | None:
     """Into how many segments to merge the steps that `unmask` takes at most; None: each step is scored, exactly."""
     if softness(options.get("commit", schedule)) is not None:
         return None  # the chance of a set is that of one step
-    steps = options["max_new_tokens"]  # one per token, which is also what a rule that ignores num_steps may take
+    steps = options["max_new_tokens"]  # one per token, which is also what a rule that ignores diffusion_steps may take
     commit = options.get("commit")
-    if options.get("num_steps") and getattr(commit, "func", commit) not in ADAPTIVE:
-        steps = options["num_steps"]
+    if options.get("diffusion_steps") and getattr(commit, "func", commit) not in ADAPTIVE:
+        steps = options["diffusion_steps"]
     # A segment's forward and backward cost three steps of the rollout. In equal time two segments of eight steps teach
     # more than all eight (recipes/studies/league.md).
     return None if steps <= EXACT_STEPS else max(2, min(SEGMENTS, steps // 4))

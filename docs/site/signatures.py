@@ -54,12 +54,15 @@ def signature(node: ast.FunctionDef | ast.AsyncFunctionDef, indent: str = "") ->
     return "\n".join([start, *(f"{indent}    {each}," for each in arguments(node)), indent + end])
 
 
-def members(node: ast.ClassDef) -> list[str]:
-    """The public fields and methods of a class, a line or more each."""
+def members(node: ast.ClassDef, source: list[str]) -> list[str]:
+    """The public fields, as the source's lines have them with their comments, and the signatures of public methods."""
     lines = []
     for each in node.body:
         if isinstance(each, ast.AnnAssign) and not ast.unparse(each.target).startswith("_"):
-            lines.append(f"    {ast.unparse(each)}")
+            first = each.lineno - 1
+            while source[first - 1].strip().startswith("# "):
+                first -= 1
+            lines += source[first : each.end_lineno]
         elif isinstance(each, ast.FunctionDef) and not each.name.startswith("_"):
             kinds = [ast.unparse(kind) for kind in each.decorator_list]
             lines += [f"    @{kind}" for kind in kinds if kind in ("property", "classmethod", "staticmethod")]
@@ -70,14 +73,15 @@ def members(node: ast.ClassDef) -> list[str]:
 def block(path: str, *, fields: bool) -> str:
     """What stands below `::: path`; with fields=False a class without its fields, which a table has."""
     thing = inspect.unwrap(named(path))
-    (node,) = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
+    source = textwrap.dedent(inspect.getsource(thing))
+    (node,) = ast.parse(source).body
     told = inspect.getdoc(thing) or ""
     told = told if fields else told.partition("\n\n")[0]
     doc = textwrap.indent(f'"""{told}"""', "    ")
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(map(ast.unparse, node.bases))
         lines = [f"class {node.name}({bases}):" if bases else f"class {node.name}:", doc]
-        lines += members(node) if fields else []
+        lines += members(node, source.splitlines()) if fields else []
     else:
         assert isinstance(node, ast.FunctionDef)
         lines = [f"{signature(node)}:", doc]

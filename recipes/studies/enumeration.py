@@ -65,10 +65,10 @@ class ToyPolicy:
 
     encode = logits = to = save_pretrained = reference = hidden
 
-    def rollout(self, num_steps: int) -> Rollout:
+    def rollout(self, diffusion_steps: int) -> Rollout:
         """All outcomes, a row each, written from left to right in equal parts; no log-probs."""
         tokens = torch.tensor(list(product(range(self.words), repeat=self.length)))
-        step = (torch.arange(self.length) * num_steps // self.length).expand_as(tokens)
+        step = (torch.arange(self.length) * diffusion_steps // self.length).expand_as(tokens)
         everywhere, params = torch.ones_like(tokens, dtype=torch.bool), SamplingParams(suppress=(self.words,))
         blank = torch.zeros(tokens.shape, dtype=torch.float64)
         return Rollout(tokens, everywhere, everywhere, step, blank, group_size=1, sampling_params=params)
@@ -121,7 +121,7 @@ def gradient_table(
     batch: int = 128,
     length: int = 4,
     words: int = 3,
-    num_steps: int = 2,
+    diffusion_steps: int = 2,
     networks: int = 8,
     moved: str = "rollout",
     draws: int = 0,
@@ -132,7 +132,7 @@ def gradient_table(
     sigmas    noise on the weights, in parts of their spread
     policies  early: soft distributions; late: concentrated ones
     batch     rows of the batch whose noise is given
-    length, words, num_steps  of the toy: words ** length outcomes
+    length, words, diffusion_steps  of the toy: words ** length outcomes
     networks  random networks, rewards and directions of the noise; medians over them are given
     moved     rollout: the rollout policy has the noise, and the learner has made no update (what weights correct);
               old: the rollout is the learner's before an update of that size (what a surrogate's clip is for)
@@ -146,7 +146,7 @@ def gradient_table(
     table = []
     for kind, sigma in product(policies, sigmas):
         seeds = (seed + 1000 * network for network in range(networks))
-        cases = [_case(length, words, num_steps, {"early": 1.0, "late": 3.0}[kind], each) for each in seeds]
+        cases = [_case(length, words, diffusion_steps, {"early": 1.0, "late": 3.0}[kind], each) for each in seeds]
         found = [_measure(case, corrector, sigma, batch, moved, draws) for case in cases]
         table.append(GradientRow(kind, sigma, batch, *map(median, zip(*found, strict=True))))
     return table
@@ -166,10 +166,10 @@ class _Case:
 
 
 @lru_cache(maxsize=64)
-def _case(length: int, words: int, num_steps: int, sharpness: float, seed: int) -> _Case:
+def _case(length: int, words: int, diffusion_steps: int, sharpness: float, seed: int) -> _Case:
     generator = torch.Generator().manual_seed(seed)
     toy = ToyPolicy(length=length, words=words, sharpness=sharpness, generator=generator)
-    rollout = toy.rollout(num_steps)
+    rollout = toy.rollout(diffusion_steps)
     noise = trajectory().draw(rollout, generator)
     rewards = torch.randn(len(rollout.tokens), generator=generator, dtype=torch.float64)
     for weight in toy.weights:

@@ -41,7 +41,7 @@ Runs = Mapping[tuple[str, int], Mapping[str, Any]]  # (arm, seed) -> what its ru
 
 def in_steps(steps: int, *, temperature: float = 0.0) -> Callable:
     write = partial(unmask, max_new_tokens=0, rank=max_prob, suppress=NO_DIGITS)
-    return partial(write, num_steps=steps, temperature=temperature)
+    return partial(write, diffusion_steps=steps, temperature=temperature)
 
 
 def by_a_solver(task: Sudoku, generator: Generator) -> tuple[list[str], list[str]]:

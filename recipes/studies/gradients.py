@@ -303,7 +303,7 @@ def main() -> None:
     many = of_correctors(CORRECTORS, networks=networks)
     few = of_correctors(CORRECTORS, networks=networks, batch=16)
     weights = {name: [f"{row.mean_weight:.2f}/{row.ess:.2f}" for row in rows] for name, rows in many.items()}
-    sized = partial(of_correctors, CORRECTORS, networks=networks, words=2, num_steps=2)
+    sized = partial(of_correctors, CORRECTORS, networks=networks, words=2, diffusion_steps=2)
     short, long = sized(length=2), sized(length=6)
     clipped = {name: replace(c.none(), surrogate=surrogate) for name, surrogate in SURROGATES.items()}
     updated = of_correctors(clipped, networks=networks, moved="old")

@@ -82,7 +82,7 @@ def blended(share: float) -> RolloutEngine:
 def arms_of(name: str) -> dict[str, dict[str, Any]]:
     changes: dict[str, Any] = {}
     if name != "causal":
-        steps = {"num_steps": int(name.split()[0])}
+        steps = {"diffusion_steps": int(name.split()[0])}
         changes = {key: partial(getattr(mismatch.base, key), **steps) for key in ("sampler", "eval_sampler")}
     engine = changes | {"rollout_engine": blended(SHARES[name])}
     return {

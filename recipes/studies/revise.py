@@ -49,7 +49,7 @@ def arm(forwards: int, *, rate: float = 0.0, at_end: float | None = None, **chan
     made: dict[str, Any] = {"kept_graphs": forwards, **changes}
     for name, share in (("sampler", rate), ("eval_sampler", rate if at_end is None else at_end)):
         commit = {"commit": partial(soft_edit, rate=share)} if share else {}
-        made[name] = partial(getattr(base, name), num_steps=forwards, **commit)
+        made[name] = partial(getattr(base, name), diffusion_steps=forwards, **commit)
     return made
 
 

@@ -56,7 +56,7 @@ def refusal(capsys, *arguments):
 def test_json_says_what_was_evaluated_and_how(model, capsys, tmp_path):
     text = output(
         capsys,
-        *("evaluate", model, "--task", "sudoku", "--protocol", "d1", "--limit", 6, "--num_steps", 2, "--seed", 3),
+        *("evaluate", model, "--task", "sudoku", "--protocol", "d1", "--limit", 6, "--diffusion_steps", 2, "--seed", 3),
         *(
             "--samples",
             2,
@@ -74,7 +74,7 @@ def test_json_says_what_was_evaluated_and_how(model, capsys, tmp_path):
     assert text.count("\n") == 1
     found = json.loads(text)
     said = {"task": "sudoku", "protocol": "d1", "split": "test", "seed": 3, "n": 6, "samples": 2, "model": model}
-    said |= {"max_new_tokens": 16, "num_steps": 2, "block_size": 8, "temperature": 0.5, "version": Sudoku.version}
+    said |= {"max_new_tokens": 16, "diffusion_steps": 2, "block_size": 8, "temperature": 0.5, "version": Sudoku.version}
     assert {name: found[name] for name in said} == said
     assert found["settings"]["clues"] == 9
     for name in ("cell_accuracy", "solve_rate", "parsed", "pass@1", "pass@2"):
@@ -90,7 +90,20 @@ def test_json_says_what_was_evaluated_and_how(model, capsys, tmp_path):
     grades = [row["evaluation"] for row in rows]
     assert sum(grade["parts"]["solve_rate"] for grade in grades) / 12 == found["solve_rate"]
     assert sum(grade["reward"] for grade in grades) / 12 == pytest.approx(found["reward"])
-    again = ("--protocol", "strict", "--limit", 2, "--num_steps", 2, "--seed", 3, "--samples", 2, "--block_size", 8)
+    again = (
+        "--protocol",
+        "strict",
+        "--limit",
+        2,
+        "--diffusion_steps",
+        2,
+        "--seed",
+        3,
+        "--samples",
+        2,
+        "--block_size",
+        8,
+    )
     more = ("--temperature", 0.5, "--set", "clues=9", "--output_dir", tmp_path, "--json")
     json.loads(output(capsys, "evaluate", model, "--task", "sudoku", *again, *more))
     rows = [json.loads(line)["evaluation"] for line in (tmp_path / found["completions"]).read_text().splitlines()]
@@ -99,7 +112,18 @@ def test_json_says_what_was_evaluated_and_how(model, capsys, tmp_path):
 
 
 def test_several_lengths_give_a_table_and_a_file_each(model, capsys, tmp_path):
-    options = ("--task", "countdown", "--lengths", "8,12", "--num_steps", 2, "--limit", 4, "--output_dir", tmp_path)
+    options = (
+        "--task",
+        "countdown",
+        "--lengths",
+        "8,12",
+        "--diffusion_steps",
+        2,
+        "--limit",
+        4,
+        "--output_dir",
+        tmp_path,
+    )
     text = output(capsys, "evaluate", model, *options)
     assert f"countdown (version {Countdown.version}), protocol strict, test split, seed 0, 4 problems x 1" in " ".join(
         text.split()
@@ -138,13 +162,13 @@ def test_evaluate_and_grade_agree_and_a_second_run_makes_nothing_again(model, ca
 
 
 def test_a_sweep_keeps_every_setting_apart_and_goes_on_where_it_stopped(model, capsys, tmp_path, monkeypatch):
-    lists = ("--num_steps", "1,4", "--rank", "max_prob,entropy", "--quantization", "none,int8_weight_only")
+    lists = ("--diffusion_steps", "1,4", "--rank", "max_prob,entropy", "--quantization", "none,int8_weight_only")
     rules = ("--commit", "schedule,threshold=0.9,threshold=0.5", "--cache", "none,prefix=2")
     command = ("evaluate", model, "--task", "sudoku", "--limit", 3, "--output_dir", tmp_path, *lists, *rules, "--json")
     found = [json.loads(line) for line in output(capsys, *command).splitlines()]
     # (2 steps + 2 thresholds, which decide for themselves) x 2 ranks x 2 caches x 2 schemes
     assert len(found) == 4 * 2 * 2 * 2 == len({row["completions"] for row in found})
-    assert {row["num_steps"] for row in found if "threshold" in row["commit"]} == {None}
+    assert {row["diffusion_steps"] for row in found if "threshold" in row["commit"]} == {None}
     assert {row["forwards_per_answer"] for row in found if row["commit"] == "schedule"} == {1.0, 4.0}
     assert len({row["sampler"] for row in found}) == 16 and len({row["weights"] for row in found}) == 2
     monkeypatch.setattr("dllm_rl.evaluation.evaluate.complete", None)  # nothing is left to be made
@@ -157,7 +181,7 @@ def test_two_dtypes_keep_their_completions_apart(capsys, tmp_path):
     policy = tiny_masked_lm(characters=CHARACTERS, **SMALL)
     policy.module.bfloat16()
     policy.save_pretrained(tmp_path / "model")
-    command = ("evaluate", tmp_path / "model", "--task", "sudoku", "--limit", 1, "--num_steps", 1, "--json")
+    command = ("evaluate", tmp_path / "model", "--task", "sudoku", "--limit", 1, "--diffusion_steps", 1, "--json")
     found = []
     for dtype in ("float32", "bfloat16", "float32"):
         found.append(json.loads(output(capsys, *command, "--output_dir", tmp_path, "--dtype", dtype)))
@@ -182,7 +206,7 @@ def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
         "sudoku",
         "--limit",
         20,
-        "--num_steps",
+        "--diffusion_steps",
         "1,16",
         "--temperature",
         1,
@@ -194,7 +218,7 @@ def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
     printed = capsys.readouterr()
     assert "skipped" in printed.err and "step-000002" in printed.err
     found = [json.loads(line) for line in printed.out.splitlines()]
-    assert [(row["model"], row["num_steps"]) for row in found] == [(str(run), n) for run in runs for n in (1, 16)]
+    assert [(row["model"], row["diffusion_steps"]) for row in found] == [(str(run), n) for run in runs for n in (1, 16)]
     assert len({row["completions"] for row in found}) == 4, "models are kept apart, as settings are"
     assert found[0]["cell_accuracy"] != found[1]["cell_accuracy"], "or each could be held against the other's setting"
     assert "difference" not in found[0] and found[2]["against"] == str(runs[0])
@@ -208,7 +232,7 @@ def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
     assert float(rows[3]["cell_accuracy_difference_high"]) == found[3]["difference"]["cell_accuracy"][2]
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     text = output(capsys, *command)
-    assert "difference: solve_rate minus that of" in " ".join(text.split()) and "num_steps" in text
+    assert "difference: solve_rate minus that of" in " ".join(text.split()) and "diffusion_steps" in text
     table = text.partition("Completions and")[0].splitlines()
     assert max(map(len, table)) <= 80 and "\u2026" not in text, "no name is cut"
     cells = [line.partition("  ")[0].strip() for line in table]
@@ -216,7 +240,7 @@ def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
 
 
 def test_a_model_against_itself_differs_by_nothing(model, capsys):
-    command = ("evaluate", model, model, "--task", "sudoku", "--limit", 5, "--num_steps", 2, "--json")
+    command = ("evaluate", model, model, "--task", "sudoku", "--limit", 5, "--diffusion_steps", 2, "--json")
     first, second = (json.loads(line) for line in output(capsys, *command).splitlines())
     assert {tuple(numbers) for numbers in second["difference"].values()} == {(0.0, 0.0, 0.0)}
     assert first["solve_rate"] == second["solve_rate"]
@@ -262,9 +286,9 @@ def test_the_completions_of_a_run_are_graded(capsys, tmp_path):
 def test_a_causal_model(causal_model, capsys):
     found = json.loads(output(capsys, "evaluate", causal_model, "--task", "sudoku", "--limit", 3, "--json"))
     assert (found["task"], found["protocol"], found["split"], found["n"]) == ("sudoku", "strict", "test", 3)
-    assert "num_steps" not in found and found["max_new_tokens"] == 16
-    message = refusal(capsys, "evaluate", causal_model, "--task", "sudoku", "--num_steps", 2)
-    assert "--num_steps is for diffusion models" in message
+    assert "diffusion_steps" not in found and found["max_new_tokens"] == 16
+    message = refusal(capsys, "evaluate", causal_model, "--task", "sudoku", "--diffusion_steps", 2)
+    assert "--diffusion_steps is for diffusion models" in message
 
 
 def test_problems_from_a_file_are_all_evaluated(model, capsys, tmp_path):
@@ -305,8 +329,8 @@ def test_a_reasoning_gym_generator_is_filled_in(capsys, tmp_path):
     assert all(re.search(r'<answer>\n{"0": ., "1": ., "2": .}\n</answer>$', row["completion"]) for row in rows)
     graded = json.loads(output(capsys, "grade", "--task", "reasoning_gym", tmp_path / found["completions"]))
     assert (graded["accuracy"], graded["parsed"]) == (found["accuracy"], found["parsed"])
-    steps = json.loads(output(capsys, *command, "--num_steps", 2, "--block_size", 2))
-    assert (found["num_steps"], steps["num_steps"], steps["forwards_per_answer"]) == (None, 2, 2.0)
+    steps = json.loads(output(capsys, *command, "--diffusion_steps", 2, "--block_size", 2))
+    assert (found["diffusion_steps"], steps["diffusion_steps"], steps["forwards_per_answer"]) == (None, 2, 2.0)
 
 
 def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
@@ -328,15 +352,27 @@ def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
         (("--task", "sudoku", "--output_dir", "/dev/null/x"), "--output_dir '/dev/null/x' cannot be written (Not a"),
         (("--task", "sudoku", "--limit", "0"), "limit=0 must be at least 1"),
         (("--task", "sudoku", "--set", "side=9"), "clues=(10, 12) must lie in 26..81 on 9x9"),
-        (("--task", "sudoku", "--num_steps", "2", "--forwards", "2"), "--forwards and --num_steps both say"),
+        (
+            ("--task", "sudoku", "--diffusion_steps", "2", "--forwards", "2"),
+            "--forwards and --diffusion_steps both say",
+        ),
         (("--task", "sudoku", "--forwards", "2", "--commit", "edit=0.5"), "commit='edit=0.5' decides its own forwards"),
-        (("--task", "sudoku", "--num_steps", "8,99"), "num_steps=99 is more than the 16 tokens of a completion"),
+        (
+            ("--task", "sudoku", "--diffusion_steps", "8,99"),
+            "diffusion_steps=99 is more than the 16 tokens of a completion",
+        ),
         (("--task", "sudoku", "--samples", "0"), "samples=0 must be at least 1"),
         (("--task", "sudoku", "--samples", "4", "--majority", "2,8"), "--majority 8 needs --samples 8 or more"),
         (("--task", "sudoku", "--samples", "4", "--majority", "4"), "and a grader that says which answers are equal"),
-        (("--task", "sudoku", "--num_steps", "4,3", "--block_size", "5"), "num_steps=3 is fewer than the 4 blocks"),
+        (
+            ("--task", "sudoku", "--diffusion_steps", "4,3", "--block_size", "5"),
+            "diffusion_steps=3 is fewer than the 4 blocks",
+        ),
         (("--task", "sudoku", "--samples", "4"), "--samples 4 at --temperature 0 are all alike"),
-        (("--task", "sudoku", "--num_steps", "4,2", "--block_size", "4"), "num_steps=2 is fewer than the 4 blocks"),
+        (
+            ("--task", "sudoku", "--diffusion_steps", "4,2", "--block_size", "4"),
+            "diffusion_steps=2 is fewer than the 4 blocks",
+        ),
         (("--task", "sudoku", "--quantization", "none,fp8"), "quantization='fp8' is none of fake_quantize, "),
         (("--task", "sudoku", "--rank", "max_prob,best"), "rank='best' is not one of confidence, max_prob"),
         (("--task", "sudoku", "--commit", "threshold"), "threshold takes a number, as threshold=0.9"),
@@ -380,14 +416,14 @@ def test_graders_have_a_time_limit(model, capsys, monkeypatch, options, seconds)
 
 def test_the_usual_length_is_that_of_the_answer(model, capsys):
     found = json.loads(output(capsys, "evaluate", model, "--task", "countdown", "--limit", 1, "--json"))
-    assert found["max_new_tokens"] == found["num_steps"] == Countdown().width == 10
+    assert found["max_new_tokens"] == found["diffusion_steps"] == Countdown().width == 10
 
 
 def test_a_paced_rule_with_a_number_of_its_own_takes_the_steps_that_are_asked_for(model, capsys, tmp_path):
-    rules = ("--commit", "remask=0.5,edit=0.5", "--rank", "random", "--num_steps", "2,4")
+    rules = ("--commit", "remask=0.5,edit=0.5", "--rank", "random", "--diffusion_steps", "2,4")
     command = ("evaluate", model, "--task", "sudoku", "--limit", 2, "--output_dir", tmp_path, *rules, "--json")
     found = [json.loads(line) for line in output(capsys, *command).splitlines()]
-    assert [(row["commit"].partition("=")[0], row["num_steps"]) for row in found] == [
+    assert [(row["commit"].partition("=")[0], row["diffusion_steps"]) for row in found] == [
         ("remask", 2), ("remask", 4), ("edit", None)]  # fmt: skip
     assert [row["forwards_per_answer"] for row in found[:2]] == [2.0, 4.0]
 
@@ -402,7 +438,7 @@ def test_an_error_obeys_no_escape_sequence_of_a_path(capsys, tmp_path):
 def test_a_budget_gives_each_sampler_its_steps_or_its_number_and_the_rank_it_is_made_for(model, capsys):
     command = ("evaluate", model, "--task", "sudoku", "--limit", 4, "--commit", "schedule,entropy_bound", "--json")
     found = list(map(json.loads, output(capsys, *command, "--forwards", "1,4").splitlines()))
-    assert [row["num_steps"] for row in found] == [1, 4, None, None]
+    assert [row["diffusion_steps"] for row in found] == [1, 4, None, None]
     assert [row["rank"] for row in found] == ["confidence"] * 2 + ["entropy"] * 2
     assert [row["forwards_per_answer"] for row in found[:2]] == [1.0, 4.0]
     assert all(row["forwards_per_answer"] <= budget for row, budget in zip(found[2:], (1, 4), strict=True))
@@ -474,25 +510,27 @@ def test_code_runs_only_on_request_and_grade_agrees(capsys, tmp_path, monkeypatc
 
 
 def test_a_card_is_compared_with_a_paper_and_with_the_command_and_nothing_is_run(model, capsys, tmp_path, monkeypatch):
-    options = ("--task", "sudoku", "--limit", 2, "--num_steps", "2,4", "--set", "clues=10,12")
+    options = ("--task", "sudoku", "--limit", 2, "--diffusion_steps", "2,4", "--set", "clues=10,12")
     output(capsys, "evaluate", model, *options, "--output_dir", tmp_path)
     card = ("evaluate", "--compare", tmp_path / "results.json")
     monkeypatch.setattr("dllm_rl.cli.evaluate.evaluate_command", None)
     monkeypatch.setattr("dllm_rl.cli.evaluate.open_policy", None)
     rows = [line.split() for line in output(capsys, *card, "--protocol", "d1").splitlines()]
     assert rows[0] == ["setting", "card", "published"] and ["block_size", "-", "32"] in rows
-    assert ["num_steps", "2", "8"] in rows and ["num_steps", "4", "8"] in rows and ["n", "2", "256"] in rows
+    assert ["diffusion_steps", "2", "8"] in rows and ["diffusion_steps", "4", "8"] in rows and ["n", "2", "256"] in rows
     assert output(capsys, *card, *options) == "nothing differs\n"
-    other = ("--task", "sudoku", "--num_steps", 4, "--seed", 1, "--protocol", "d1", "--temperature", 0.5)
+    other = ("--task", "sudoku", "--diffusion_steps", 4, "--seed", 1, "--protocol", "d1", "--temperature", 0.5)
     rows = [line.split() for line in output(capsys, *card, *other).splitlines()]
     assert rows[0] == ["setting", "card", "published", "this", "command"]
-    assert ["num_steps", "2", "8", "4"] in rows and ["seed", "0", "1"] in rows
+    assert ["diffusion_steps", "2", "8", "4"] in rows and ["seed", "0", "1"] in rows
     assert ["temperature", "0.0", "0", "0.5"] in rows and ["n", "2", "256", "500"] in rows
 
 
 def test_compare_refuses_in_one_line(model, capsys, tmp_path):
     path = tmp_path / "results.json"
-    output(capsys, "evaluate", model, "--task", "sudoku", "--limit", 1, "--num_steps", 1, "--output_dir", tmp_path)
+    output(
+        capsys, "evaluate", model, "--task", "sudoku", "--limit", 1, "--diffusion_steps", 1, "--output_dir", tmp_path
+    )
     assert "no published settings of protocol='strict' for task='sudoku'; give d1" in refusal(
         capsys, "evaluate", "--compare", path
     )

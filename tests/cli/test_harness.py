@@ -94,12 +94,12 @@ def asked(monkeypatch, folder, arguments, *more):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_numbers_are_those_of_evaluate(model, folder, monkeypatch, capsys, temperature):
     """Completion by completion, in other batches; drawn ones too."""
-    same = ["--num_steps", "4", "--block_size", "8", "--rank", "max_prob", "--temperature", str(temperature)]
+    same = ["--diffusion_steps", "4", "--block_size", "8", "--rank", "max_prob", "--temperature", str(temperature)]
     mine = ["evaluate", model, "--task", "sudoku", "--set", "clues=9", "--limit", str(COUNT), "--seed", "5", "--json"]
     assert main([*mine, *same, "--output_dir", str(folder / "mine")]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     stored = [json.loads(line) for line in (folder / "mine" / found["completions"]).open()]
-    arguments = f"pretrained={model},num_steps=4,block_size=8,rank=max_prob,temperature={temperature},seed=5"
+    arguments = f"pretrained={model},diffusion_steps=4,block_size=8,rank=max_prob,temperature={temperature},seed=5"
     results, samples = asked(monkeypatch, folder, arguments, "--tasks", "my_sudoku", "--batch_size", "5")
     written = {sample["doc"]["text"]: sample["resps"][0][0] for sample in samples}
     assert written == {row["prompt"]: row["completion"] for row in stored}
@@ -132,11 +132,11 @@ def test_choices_are_scored_by_the_estimator_that_is_named(model, causal_model, 
 
 def test_the_names_of_model_args(model, causal_model):
     made = harness.NamedModel(
-        model, batch_size="3", num_steps=2, commit="threshold=0.5", **{"likelihood.num_samples": 6}
+        model, batch_size="3", diffusion_steps=2, commit="threshold=0.5", **{"likelihood.num_samples": 6}
     )
     assert made.batch_size == 3 and made.likelihood.name == "elbo"
     assert made.likelihood.made_by.keywords == {"num_samples": 6}
-    assert made.sampler.keywords["commit"].keywords == {"tau": 0.5} and made.sampler.keywords["num_steps"] == 2
+    assert made.sampler.keywords["commit"].keywords == {"tau": 0.5} and made.sampler.keywords["diffusion_steps"] == 2
     causal = harness.NamedModel(causal_model)
     assert causal.likelihood.name == "causal" and causal.sampler.keywords == {"temperature": 0.0}
     assert harness.NamedModel(model, commit="entropy_bound=0.5").sampler.keywords["rank"] is entropy, "its own rank"
@@ -162,5 +162,5 @@ def test_refusals(model, settings, message):
 
 
 def test_a_refusal_is_one_line(folder, monkeypatch, capsys):
-    assert asked(monkeypatch, folder, "pretrained=nowhere,num_steps=2", "--tasks", "my_sudoku") == 2
+    assert asked(monkeypatch, folder, "pretrained=nowhere,diffusion_steps=2", "--tasks", "my_sudoku") == 2
     assert "error: " in capsys.readouterr().err

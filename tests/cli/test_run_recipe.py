@@ -205,6 +205,6 @@ def test_a_recipe_says_what_was_chosen():
     recipe = small("runs/x", seed=3)
     lines = repr(recipe).splitlines()
     assert lines[0] == "Recipe(" and lines[-1] == ")" and "    seed=3," in lines
-    assert any(line.startswith("    sampler=unmask(max_new_tokens=16, num_steps=3") for line in lines)
+    assert any(line.startswith("    sampler=unmask(max_new_tokens=16, diffusion_steps=3") for line in lines)
     assert not any(line.startswith("    learning_rate=") for line in lines), "at its default"
     assert " at 0x" not in repr(recipe)

@@ -70,7 +70,9 @@ def test_frame_dims_what_is_masked_and_lights_what_is_fresh(policy):
 
 
 def test_command_prints_json(checkpoint, capsys):
-    assert cli.main(["sample", checkpoint, "12.=", "3=", "--json", "--num_steps", "4", "--max_new_tokens", "8"]) == 0
+    assert (
+        cli.main(["sample", checkpoint, "12.=", "3=", "--json", "--diffusion_steps", "4", "--max_new_tokens", "8"]) == 0
+    )
     record = json.loads(capsys.readouterr().out)
     assert [row["prompt"] for row in record["rows"]] == ["12.=", "3="] and record["forwards"] == 4
     for row in record["rows"]:
@@ -132,8 +134,8 @@ def test_prompts_that_are_no_text_are_named(checkpoint, capsys, monkeypatch):
 
 
 def test_a_causal_model_has_no_unmasking_options():
-    with pytest.raises(ValueError, match="num_steps is for diffusion models"):
-        show.show(tiny_llama(characters="ab", causal=True), ["a"], max_new_tokens=4, num_steps=2)
+    with pytest.raises(ValueError, match="diffusion_steps is for diffusion models"):
+        show.show(tiny_llama(characters="ab", causal=True), ["a"], max_new_tokens=4, diffusion_steps=2)
 
 
 def test_chat_asks_with_the_models_template(capsys):

@@ -39,7 +39,7 @@ from recipes.studies import surrogates as published
 pytestmark = pytest.mark.gpu
 SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
 FEW = {"train_batch_size": 2, "num_generations": 2, "num_steps": 1, "eval_batch_size": 4, "eval_task.size": 2}
-PLAIN = partial(unmask, max_new_tokens=6, num_steps=3, temperature=1.0)
+PLAIN = partial(unmask, max_new_tokens=6, diffusion_steps=3, temperature=1.0)
 
 
 def masked_lm(**more):
@@ -116,7 +116,7 @@ def test_caches_of_loaded_checkpoints(tmp_path, family, cache, dtype):
         sampler = partial(autoregress, **settings)
     else:
         size = 4 if family == "sdar" else 3
-        sampler = partial(unmask, **settings, num_steps=4, block_size=size, cache=cache, top_k=5)
+        sampler = partial(unmask, **settings, diffusion_steps=4, block_size=size, cache=cache, top_k=5)
     here = run(sampler, load_policy(folder, dtype=dtype))
     with Cuda():
         policy = load_policy(folder, dtype=dtype, device="cuda")

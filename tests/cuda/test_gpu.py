@@ -83,7 +83,7 @@ def test_quantised_products_their_sync_and_the_aligned_forward(name):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_doctor_finds_the_kernel(name):
-    sampler = partial(unmask, max_new_tokens=8, num_steps=4, temperature=1.0)
+    sampler = partial(unmask, max_new_tokens=8, diffusion_steps=4, temperature=1.0)
     report = diagnose(llada(), getattr(schemes, name)(), prompts=prompts(), sampler=sampler)
     assert 0 < report.total.mean_abs < 1
 
@@ -129,7 +129,7 @@ def test_the_host_waits_as_often_as_the_simulated_device_says():
     with Cuda() as cuda:
         for steps in (6, 12):
             with cuda.phase(f"{steps} steps"):
-                sampler = partial(unmask, max_new_tokens=12, num_steps=steps, temperature=1.0)
+                sampler = partial(unmask, max_new_tokens=12, diffusion_steps=steps, temperature=1.0)
                 rollout = sampler(policy, prompts(), torch.Generator().manual_seed(0))
             waits.append(cuda.waits(f"{steps} steps"))
         assert waits[1] - waits[0] <= 6, cuda.report()

@@ -60,7 +60,7 @@ def test_a_sampler_step_waits_once_at_most(name, tmp_path):
         sampler = partial(unmask, max_new_tokens=12, **({"temperature": 1.0} | STEPS[name]))
         for steps in (6, 12):
             with cuda.phase(f"{steps} steps"):
-                rollout = sampler(policy, prompts, torch.Generator().manual_seed(0), num_steps=steps)
+                rollout = sampler(policy, prompts, torch.Generator().manual_seed(0), diffusion_steps=steps)
             assert rollout.forwards == steps
             waits.append(cuda.waits(f"{steps} steps"))
         assert waits[1] - waits[0] <= 6, cuda.report()
@@ -78,7 +78,7 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
         prompts = Prompts.from_ids([[3, 4, 5], [6, 7]], pad_id=0, group_size=2)
         generator = torch.Generator().manual_seed(0)
         rank = NOISY if name == "noisy order" else rules.confidence
-        options = {"max_new_tokens": 8, "num_steps": 4, "temperature": 1.0, "top_k": 3}
+        options = {"max_new_tokens": 8, "diffusion_steps": 4, "temperature": 1.0, "top_k": 3}
         rollout = unmask(policy, prompts, generator, rank=rank, **options)
         rollout = with_support(rollout, "rollout" if "support" in name else "own")
         noise = likelihood.draw(rollout, generator)

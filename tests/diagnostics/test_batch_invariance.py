@@ -123,7 +123,7 @@ def sampled(policy, lengths=(5, 9, 16, 3)):
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, policy.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=2)
-    return unmask(policy, prompts, generator, max_new_tokens=8, num_steps=5, temperature=1.0, rank=max_prob)
+    return unmask(policy, prompts, generator, max_new_tokens=8, diffusion_steps=5, temperature=1.0, rank=max_prob)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,7 @@ from dllm_rl.tasks.protocols import published
 
 CARD = {
     **{"task": "sudoku", "version": "1", "protocol": "d1", "split": "test", "seed": 0, "n": 256, "samples": 1},
-    **{"quantization": "none", "max_new_tokens": 256, "num_steps": 128, "block_size": 32, "temperature": 0.0},
+    **{"quantization": "none", "max_new_tokens": 256, "diffusion_steps": 128, "block_size": 32, "temperature": 0.0},
     **{"rank": "confidence", "commit": "schedule", "cache": "none", "dtype": "bfloat16", "accuracy": 0.5},
     "settings": {"prompt_format": "d1.txt", "opening": "<reasoning>", "shots": 0, "clues": [10, 12]},
 }
@@ -39,15 +39,15 @@ def test_the_paper_s_own_settings_differ_in_its_words_and_file_alone(tmp_path) -
     ("change", "line"),
     [
         ({"protocol": "strict"}, ("protocol", "strict", "d1 or spg or espo")),
-        ({"num_steps": 64}, ("num_steps", "64", "128")),
-        ({"num_steps": None, "commit": "threshold=0.9"}, ("num_steps", "-", "128")),
+        ({"diffusion_steps": 64}, ("diffusion_steps", "64", "128")),
+        ({"diffusion_steps": None, "commit": "threshold=0.9"}, ("diffusion_steps", "-", "128")),
         ({"block_size": None}, ("block_size", "-", "32")),
         ({"temperature": 0.7}, ("temperature", "0.7", "0")),
         ({"rank": "entropy"}, ("rank", "entropy", "confidence or max_prob")),
         ({"quantization": "int4_weight_only"}, ("quantization", "int4_weight_only", "none")),
         ({"n": 500}, ("n", "500", "256")),
         ({"split": "train"}, ("split", "train", "test")),
-        ({"max_new_tokens": 64, "num_steps": 32}, ("max_new_tokens", "64", "128 or 256 or 512")),
+        ({"max_new_tokens": 64, "diffusion_steps": 32}, ("max_new_tokens", "64", "128 or 256 or 512")),
         ({"settings": CARD["settings"] | {"opening": ""}}, ("settings.opening", "-", "<reasoning>")),
     ],
 )
@@ -76,7 +76,7 @@ def test_two_others_have_a_column_each_which_is_empty_where_nothing_is_set() -> 
     ("content", "message"),
     [
         ([CARD, CARD | {"max_new_tokens": "256"}], "row 2: max_new_tokens is missing, of a wrong type"),
-        (CARD | {"num_steps": 1.5}, "row 1: num_steps is"),
+        (CARD | {"diffusion_steps": 1.5}, "row 1: diffusion_steps is"),
         (CARD | {"temperature": True}, "temperature is"),
         (CARD | {"n": [256]}, "n is"),
         (CARD | {"task": None}, "task is"),

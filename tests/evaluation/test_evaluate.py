@@ -33,7 +33,7 @@ from dllm_rl.types import Rollout
 ROOT = Path(__file__).parents[2]
 MODEL = {"characters": "0123456789.=", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
 EOS = 2
-SAMPLER = partial(unmask, max_new_tokens=16, num_steps=4, temperature=1.0, suppress=(EOS,))
+SAMPLER = partial(unmask, max_new_tokens=16, diffusion_steps=4, temperature=1.0, suppress=(EOS,))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_row_holds_what_grading_needs_and_what_made_it(policy, tmp_path):
         "weights": fingerprint(policy),
     }
     assert record["settings"]["clues"] == [10, 12] and record["sampler"].startswith(
-        "unmask(max_new_tokens=16, num_steps=4,"
+        "unmask(max_new_tokens=16, diffusion_steps=4,"
     )
     # three batches of four steps each: 4, 4 and 2 problems share 4 model calls
     assert [row["evaluation"]["forwards"] for row in rows] == [1.0] * 8 + [2.0] * 2

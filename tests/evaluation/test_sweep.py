@@ -8,7 +8,7 @@ from dllm_rl.evaluation.sweep import COSTS, plot_curve, varying, write_csv
 
 
 def result(steps, accuracy, **settings):
-    facts = {"task": "t", "n": 4, "num_steps": steps, "accuracy": accuracy}
+    facts = {"task": "t", "n": 4, "diffusion_steps": steps, "accuracy": accuracy}
     cost = {
         "forwards_per_answer": float(steps),
         "tokens_per_forward": 9 / steps,
@@ -21,8 +21,11 @@ def result(steps, accuracy, **settings):
 
 
 def test_settings_that_vary():
-    assert varying([result(2, 0.5), result(4, 0.5)]) == ["num_steps"]
-    assert varying([result(2, 0.5, rank="a", model="m"), result(4, 0.5, rank="b", model="m")]) == ["num_steps", "rank"]
+    assert varying([result(2, 0.5), result(4, 0.5)]) == ["diffusion_steps"]
+    assert varying([result(2, 0.5, rank="a", model="m"), result(4, 0.5, rank="b", model="m")]) == [
+        "diffusion_steps",
+        "rank",
+    ]
     assert varying([result(2, 0.5), result(2, 0.75)]) == ["model"]  # accuracy is no setting
 
 
@@ -32,7 +35,16 @@ def test_a_table_has_a_row_per_result_and_every_difference(tmp_path):
     with (tmp_path / "a.csv").open() as file:
         first, second = csv.DictReader(file)
     written = {name: value for name, value in first.items() if value}
-    assert list(written) == ["task", "n", "samples", "num_steps", "accuracy", "accuracy_low", "accuracy_high", *COSTS]
+    assert list(written) == [
+        "task",
+        "n",
+        "samples",
+        "diffusion_steps",
+        "accuracy",
+        "accuracy_low",
+        "accuracy_high",
+        *COSTS,
+    ]
     assert list(first)[-3:] == ["accuracy_difference", "accuracy_difference_low", "accuracy_difference_high"]
     assert (first["accuracy"], first["accuracy_low"], first["forwards_per_answer"]) == ("0.5", "0.4", "2.0")
     assert first["accuracy_difference"] == "" and second["accuracy_difference_low"] == "-0.5"

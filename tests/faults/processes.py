@@ -86,7 +86,7 @@ def main(root: Path) -> dict[str, list[Any]]:
         directory, settings = root / case, every | changes
         task = Faulty(case.partition(",")[0], rank)
         if case == "stands still":
-            settings["sampler"] = partial(stalling, max_new_tokens=16, num_steps=3, temperature=1.0)
+            settings["sampler"] = partial(stalling, max_new_tokens=16, diffusion_steps=3, temperature=1.0)
         code, out = run(small_recipe(directory, "two processes", **settings, task=task), processes=processes)
         saved = [step for step, _ in checkpoint.found(directory / "checkpoints")]
         same, more = None, ""

@@ -43,7 +43,9 @@ def made(causal: bool = False):
     generator = torch.Generator().manual_seed(1)
     if causal:
         return policy, autoregress(policy, prompts, generator, max_new_tokens=7)
-    return policy, unmask(policy, prompts, generator, max_new_tokens=7, num_steps=4, temperature=1.0, rank=max_prob)
+    return policy, unmask(
+        policy, prompts, generator, max_new_tokens=7, diffusion_steps=4, temperature=1.0, rank=max_prob
+    )
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

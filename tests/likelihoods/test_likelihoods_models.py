@@ -39,7 +39,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def sampled(policy, *, group_size: int = 2, ids=RAGGED, **options) -> Rollout:
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size)
-    options = {"max_new_tokens": 8, "num_steps": 4, "temperature": 1.0, "rank": max_prob} | options
+    options = {"max_new_tokens": 8, "diffusion_steps": 4, "temperature": 1.0, "rank": max_prob} | options
     return unmask(policy, prompts, seeded(7), **options)
 
 
@@ -48,10 +48,10 @@ def sampled(policy, *, group_size: int = 2, ids=RAGGED, **options) -> Rollout:
     "options",
     [
         {},
-        {"num_steps": 8},
-        {"num_steps": 1},
+        {"diffusion_steps": 8},
+        {"diffusion_steps": 1},
         {"block_size": 4},
-        {"block_size": 3, "num_steps": 8},
+        {"block_size": 3, "diffusion_steps": 8},
         {"temperature": 0.7, "top_k": 4},
         {"top_p": 0.8, "suppress": (0, 2)},
         {"temperature": 0.0},
@@ -197,7 +197,7 @@ def test_a_view_that_a_group_shares_is_forwarded_once_a_prompt(monkeypatch):
 
 def test_rows_without_a_scored_position_are_left_out(monkeypatch):
     policy = DIFFUSION["roberta"]
-    rollout = sampled(policy, group_size=1, num_steps=8)
+    rollout = sampled(policy, group_size=1, diffusion_steps=8)
     steps = torch.where(rollout.unmask_step < torch.tensor([[8], [3], [5]]), rollout.unmask_step, -1)
     ragged = replace(rollout, unmask_step=steps, completion_mask=steps >= 0)
     rows = counting(policy, monkeypatch)

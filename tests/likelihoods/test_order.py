@@ -51,25 +51,25 @@ def test_the_law_is_the_enumeration_of_all_draws(fp64, part):
     """A hundred toys: every outcome's log-prob to 1e-12, and all of them together are 1."""
     missing = []
     for seed in range(10 * part, 10 * part + 10):
-        policy, blocks, num_steps, options = some_toy(seed)
-        found = outcomes(policy, blocks, num_steps, **options)
+        policy, blocks, diffusion_steps, options = some_toy(seed)
+        found = outcomes(policy, blocks, diffusion_steps, **options)
         rollout = as_rollout(policy, found, **options)
         missing.append(missing_order(policy, rollout, found, atol=1e-12))
     assert max(missing) > 0.5, "without the order's part the product of token probabilities is another number"
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "size", "options"),
+    ("diffusion_steps", "size", "options"),
     [(2, 4, {}), (3, 4, {"temperature": 0.7}), (2, 2, {}), (2, 4, {"temperature": 1.3, "top_k": 2})],
     ids=str,
 )
-def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, num_steps, size, options):
+def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, diffusion_steps, size, options):
     """sum over all outcomes of P A grad log P, as `accumulate_gradients` makes it, is grad E[A] by enumeration, to
     1e-10 of its norm; that of the tokens given the order is another vector."""
     policy = TablePolicy(length=4, words=3, seed=1, scale=1.0)
     policy.table.requires_grad_()
     blocks = [list(range(start, start + size)) for start in range(0, 4, size)]
-    found = outcomes(policy, blocks, num_steps, differentiable=True, **options)
+    found = outcomes(policy, blocks, diffusion_steps, differentiable=True, **options)
     chances, rewards = torch.stack(list(found.values())), torch.randn(len(found), generator=GENERATOR.manual_seed(0))
     (expected,) = torch.autograd.grad((chances * rewards).sum(), policy.table)
 
@@ -112,7 +112,7 @@ def test_only_what_moves_is_scored_again(fp64):
 def test_a_sampler_records_what_scoring_finds(options):
     """A sampler's own rollouts: its record is the law's, bit for bit, and the enumeration's numbers."""
     policy = TablePolicy(length=4, words=3, seed=5)
-    settings = {"temperature": 1.0, "num_steps": 4 if "block_size" in options else 2} | options
+    settings = {"temperature": 1.0, "diffusion_steps": 4 if "block_size" in options else 2} | options
     rows = 4000
     suppress = (policy.words + 1, policy.words + 2)
     prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, group_size=rows)
@@ -133,7 +133,7 @@ def test_a_sampler_records_what_scoring_finds(options):
     for rank in (rules.max_prob, rules.random):
         other = run(torch.Generator().manual_seed(0), rank=rank, **settings)
         assert other.order.logprobs is None and other.order.rank == rank.__name__
-    greedy = run(torch.Generator(), rank=rules.confidence, num_steps=2)
+    greedy = run(torch.Generator(), rank=rules.confidence, diffusion_steps=2)
     assert greedy.order.logprobs is None, "without a temperature nothing is left to chance"
 
 

@@ -44,7 +44,7 @@ def orders(scores):
         yield order, chance
 
 
-def outcomes(policy, blocks, num_steps, *, tau, score="max_prob", **options):
+def outcomes(policy, blocks, diffusion_steps, *, tau, score="max_prob", **options):
     """{(tokens, steps, draws, opened): probability}: a step of M masked positions has M! orders of noisy scores and W^k
     words at the k positions that come first."""
     hole, size = policy.mask_id, policy.length
@@ -52,7 +52,7 @@ def outcomes(policy, blocks, num_steps, *, tau, score="max_prob", **options):
     for block in blocks:
         for position in block:
             opened[position] = clock
-        for left in range(min(num_steps, len(block)), 0, -1):
+        for left in range(min(diffusion_steps, len(block)), 0, -1):
             after = {}
             for (tokens, steps, draws), chance in found.items():
                 masked = [i for i in block if tokens[i] == hole]
@@ -102,8 +102,8 @@ def test_the_law_is_the_enumeration_of_all_orders(fp64, part):
     """Every outcome's log-prob to 1e-10, all of them together 1, and the draws of a set together the set."""
     missing = []
     for seed in range(10 * part, 10 * part + 10):
-        policy, blocks, num_steps, options = some_toy(seed)
-        found = outcomes(policy, blocks, num_steps, **options)
+        policy, blocks, diffusion_steps, options = some_toy(seed)
+        found = outcomes(policy, blocks, diffusion_steps, **options)
         rollout = as_rollout(policy, found, **options)
         missing.append(missing_order(policy, rollout, found, atol=1e-10))
     assert max(missing) > 0.5
@@ -125,7 +125,7 @@ def through_the_learner(policy, rollout, chances, rewards, *, keep_graphs, **opt
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "options"),
+    ("diffusion_steps", "options"),
     [
         (3, {"tau": 0.03}),
         (3, {"tau": 1.0, "score": "entropy"}),
@@ -134,11 +134,11 @@ def through_the_learner(policy, rollout, chances, rewards, *, keep_graphs, **opt
     ],
     ids=str,
 )
-def test_the_gradient_is_the_finite_difference_of_the_expected_reward(fp64, num_steps, options):
+def test_the_gradient_is_the_finite_difference_of_the_expected_reward(fp64, diffusion_steps, options):
     """The reward depends on tokens and order. An update's gradient, with kept graphs and without, is the enumeration's
     difference quotient to 1e-6; without the order's part it is another vector."""
     policy = TablePolicy(length=3, words=3, seed=4, scale=1.0)
-    found = outcomes(policy, [[0, 1, 2]], num_steps, **options)
+    found = outcomes(policy, [[0, 1, 2]], diffusion_steps, **options)
     rewards = torch.randn(len(found), generator=GENERATOR.manual_seed(0))
     directions = torch.randn(4, *policy.table.shape, generator=GENERATOR)
     quotients, table = [], policy.table
@@ -146,7 +146,7 @@ def test_the_gradient_is_the_finite_difference_of_the_expected_reward(fp64, num_
         ends = []
         for step in (1e-5, -1e-5):
             policy.table = table + step * direction
-            moved = outcomes(policy, [[0, 1, 2]], num_steps, **options)
+            moved = outcomes(policy, [[0, 1, 2]], diffusion_steps, **options)
             ends.append(float(torch.tensor([moved[key] for key in found]) @ rewards))
         quotients.append((ends[0] - ends[1]) / 2e-5)
     policy.table = table.requires_grad_()
@@ -157,7 +157,7 @@ def test_the_gradient_is_the_finite_difference_of_the_expected_reward(fp64, num_
         slopes = (run(keep_graphs=keep_graphs) * directions).flatten(1).sum(1)
         torch.testing.assert_close(slopes, expected, rtol=0, atol=1e-6)
     given = (run(keep_graphs=False, order="given") * directions).flatten(1).sum(1)
-    assert ((given - expected).abs().max() > 1e-2) == (num_steps > 1), "one step writes all: no order matters"
+    assert ((given - expected).abs().max() > 1e-2) == (diffusion_steps > 1), "one step writes all: no order matters"
 
 
 def test_ratios_and_kl_take_the_order_in(fp64):
@@ -182,21 +182,25 @@ def test_ratios_and_kl_take_the_order_in(fp64):
     assert abs(float(((p * given) - q).abs().sum())) > 0.1, "... and moves to another law of the orders"
 
 
-def sample(policy, rank, rows, *, num_steps, seed=0, **options):
+def sample(policy, rank, rows, *, diffusion_steps, seed=0, **options):
     suppress = (policy.words + 1, policy.words + 2)
     prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, group_size=rows)
-    settings = {"max_new_tokens": policy.length, "num_steps": num_steps, "suppress": suppress} | options
+    settings = {"max_new_tokens": policy.length, "diffusion_steps": diffusion_steps, "suppress": suppress} | options
     return unmask(policy, prompts, torch.Generator().manual_seed(seed), rank=rank, **{"temperature": 1.0} | settings)
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "tau", "options"), [(3, 0.3, {}), (2, 1.0, {"temperature": 0.7}), (1, 0.5, {"top_k": 2})], ids=str
+    ("diffusion_steps", "tau", "options"),
+    [(3, 0.3, {}), (2, 1.0, {"temperature": 0.7}), (1, 0.5, {"top_k": 2})],
+    ids=str,
 )
-def test_a_sampler_draws_by_the_law_and_records_it(num_steps, tau, options):
+def test_a_sampler_draws_by_the_law_and_records_it(diffusion_steps, tau, options):
     """Tokens, steps and draws pass a chi-square test; the record is what scoring finds, bit for bit."""
     policy = TablePolicy(length=3, words=3, seed=5)
     rows = 8_000
-    rollout = sample(policy, partial(rules.plackett_luce, temperature=tau), rows, num_steps=num_steps, **options)
+    rollout = sample(
+        policy, partial(rules.plackett_luce, temperature=tau), rows, diffusion_steps=diffusion_steps, **options
+    )
     estimator = lik.trajectory()
     noise = estimator.draw(rollout, GENERATOR)
     contributions = estimator.logprobs(policy, rollout, noise)
@@ -205,7 +209,7 @@ def test_a_sampler_draws_by_the_law_and_records_it(num_steps, tau, options):
         kept = with_support(rollout, "rollout")
         again = estimator.logprobs(policy, kept, estimator.draw(kept, GENERATOR))
         torch.testing.assert_close(again, contributions, rtol=0, atol=1e-5)
-    found = outcomes(policy, [[0, 1, 2]], num_steps, tau=tau, **options)
+    found = outcomes(policy, [[0, 1, 2]], diffusion_steps, tau=tau, **options)
     columns = (rollout.tokens, rollout.unmask_step, rollout.order.draw, rollout.order.open_step)
     keys = [tuple(map(tuple, key)) for key in zip(*(x[:, 1:].tolist() for x in columns), strict=True)]
     chances = torch.tensor([found[key] for key in keys])
@@ -219,16 +223,16 @@ def test_a_sampler_draws_by_the_law_and_records_it(num_steps, tau, options):
     statistic = sum((seen - wanted) ** 2 / max(wanted, 1) for seen, wanted in cells)
     degrees = len(cells) - 1
     bound = degrees * (1 - 2 / (9 * degrees) + 3.09 * math.sqrt(2 / (9 * degrees))) ** 3  # 1 - 1e-3, Wilson-Hilferty
-    assert degrees >= (20 if num_steps > 1 else 7) and statistic < bound
+    assert degrees >= (20 if diffusion_steps > 1 else 7) and statistic < bound
 
 
-@pytest.mark.parametrize("num_steps", [3, 2])
-def test_the_limits_are_the_score_and_a_random_order(num_steps):
+@pytest.mark.parametrize("diffusion_steps", [3, 2])
+def test_the_limits_are_the_score_and_a_random_order(diffusion_steps):
     """The same seeds: a small temperature has max_prob's rollouts, and a large one those of `random`."""
     policy = TablePolicy(length=3, words=3, seed=6)
     for tau, limit in ((1e-6, rules.max_prob), (1e9, rules.random)):
-        ours = sample(policy, partial(rules.plackett_luce, temperature=tau), 500, num_steps=num_steps)
-        theirs = sample(policy, limit, 500, num_steps=num_steps)
+        ours = sample(policy, partial(rules.plackett_luce, temperature=tau), 500, diffusion_steps=diffusion_steps)
+        theirs = sample(policy, limit, 500, diffusion_steps=diffusion_steps)
         assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.unmask_step, theirs.unmask_step)
         assert ours.order.rank is None and theirs.order.logprobs is None
 
@@ -237,9 +241,9 @@ def test_what_needs_log_probabilities_is_refused():
     policy = TablePolicy(length=3, words=3, seed=6)
     rank = partial(rules.plackett_luce, temperature=0.3)
     with pytest.raises(ValueError, match=r"commit=threshold cannot use rank=plackett_luce's noisy scores; use"):
-        sample(policy, rank, 2, num_steps=3, commit=partial(rules.threshold, tau=0.9))
+        sample(policy, rank, 2, diffusion_steps=3, commit=partial(rules.threshold, tau=0.9))
     with pytest.raises(ValueError, match="temperature=0 must be above 0"):
-        sample(policy, partial(rules.plackett_luce, temperature=0), 2, num_steps=3)
+        sample(policy, partial(rules.plackett_luce, temperature=0), 2, diffusion_steps=3)
     with pytest.raises(ValueError, match="score=confidence must take logits and normalizer, as max_prob"):
-        sample(policy, partial(rank, score=rules.confidence), 2, num_steps=3)
-    assert sample(policy, rank, 2, num_steps=3, temperature=0.0).order.logprobs is None
+        sample(policy, partial(rank, score=rules.confidence), 2, diffusion_steps=3)
+    assert sample(policy, rank, 2, diffusion_steps=3, temperature=0.0).order.logprobs is None

@@ -32,7 +32,7 @@ def sampled(policy, rows, *, answer, stops=None, bound=BOUND, seed=0, steps=2):
         Prompts.from_ids([PROMPT.tolist()], pad_id=0, group_size=rows),
         torch.Generator().manual_seed(seed),
         max_new_tokens=C,
-        num_steps=steps,
+        diffusion_steps=steps,
         t_max=t_max,
         t_min=t_min,
         entropy_bound=bound,

@@ -26,7 +26,7 @@ from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts, Rollout
 
 GENERATOR = torch.Generator()
-draw = partial(unmask, max_new_tokens=8, num_steps=4, temperature=1.0, rank=max_prob)
+draw = partial(unmask, max_new_tokens=8, diffusion_steps=4, temperature=1.0, rank=max_prob)
 
 
 def prompts(lengths=(5, 9, 3, 40)):
@@ -70,7 +70,7 @@ def test_infilling_and_a_cache_note_theirs(tmp_path):
     policy = moe()
     policy.records_experts = True
     opened = Prompts.from_ids([[3, 4, 1, 5, 1, 1], [1, 6, 7]], pad_id=0, group_size=2, mask_id=1)
-    assert_noted(policy, draw(policy, opened, GENERATOR, max_new_tokens=3, num_steps=2))
+    assert_noted(policy, draw(policy, opened, GENERATOR, max_new_tokens=3, diffusion_steps=2))
     assert_noted(policy, sampled(policy, block_size=4, cache=dual_cache(refresh=1)))
     causal_blocks = load_policy(published(tmp_path, "sdar_moe"))
     kept = sampled(causal_blocks, cache=block_cache())

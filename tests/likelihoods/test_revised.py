@@ -65,20 +65,21 @@ def bound(rule):
     return {"rank": getattr(rules, rule["rank"]), "commit": partial(revise.soft_edit, rate=rule["rate"])}
 
 
-def sampled(policy, rows, blocks, num_steps, rule, **options):
+def sampled(policy, rows, blocks, diffusion_steps, rule, **options):
     prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, group_size=rows)
     suppress = (policy.words + 1, policy.words + 2)
+    steps = diffusion_steps * len(blocks)
     return unmask(
         policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=policy.length, suppress=suppress,
-        num_steps=num_steps * len(blocks), block_size=len(blocks[0]), **bound(rule), **{"temperature": 1.0} | options,
+        diffusion_steps=steps, block_size=len(blocks[0]), **bound(rule), **{"temperature": 1.0} | options,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("toy_of", TOYS, ids=str)
 def test_the_law_is_the_enumeration_of_all_event_sequences(fp64, toy_of):
-    rule, blocks, num_steps, options = toy_of
+    rule, blocks, diffusion_steps, options = toy_of
     policy, estimator = toy(blocks), lik.trajectory()
-    found = sequences(policy, blocks, num_steps, rule, **options)
+    found = sequences(policy, blocks, diffusion_steps, rule, **options)
     rollout = as_rollout(policy, found, **options)
     known, drawn = torch.tensor(list(found.values())).T
     torch.testing.assert_close((known * drawn).sum(), torch.tensor(1.0), rtol=0, atol=1e-10)
@@ -90,10 +91,10 @@ def test_the_law_is_the_enumeration_of_all_event_sequences(fp64, toy_of):
 @pytest.mark.parametrize("toy_of", few(TOYS, TOYS[::3]), ids=str)
 def test_the_sampler_takes_each_sequence_as_often_as_the_law_says(toy_of):
     """Pearson's chi-square over the sequences that are expected five times or more, the others as one."""
-    rule, blocks, num_steps, options = toy_of
+    rule, blocks, diffusion_steps, options = toy_of
     policy, rows = toy(blocks), 20_000
-    found = sequences(policy, blocks, num_steps, rule, **options)
-    rollout = sampled(policy, rows, blocks, num_steps, rule, **options)
+    found = sequences(policy, blocks, diffusion_steps, rule, **options)
+    rollout = sampled(policy, rows, blocks, diffusion_steps, rule, **options)
     counts = Counter(events_of(rollout))
     assert set(counts) <= set(found) and rollout.events and not rollout.events.by_draws
     expected = {key: rows * known * drawn for key, (known, drawn) in found.items()}
@@ -110,9 +111,9 @@ def test_the_sampler_takes_each_sequence_as_often_as_the_law_says(toy_of):
 def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, toy_of):
     """sum over all sequences of P A grad log P, as `accumulate_gradients` makes it, is grad E[A] by enumeration to
     1e-10 of its norm, and the finite difference; the last writings' alone is another vector."""
-    rule, blocks, num_steps, options = toy_of
+    rule, blocks, diffusion_steps, options = toy_of
     policy = toy(blocks, seed=1)
-    found = sequences(policy, blocks, num_steps, rule, **options)
+    found = sequences(policy, blocks, diffusion_steps, rule, **options)
     chances = torch.tensor([known * drawn for known, drawn in found.values()])
     rewards = torch.randn(len(found), generator=torch.Generator().manual_seed(0))
     direction = torch.randn(policy.table.shape, generator=torch.Generator().manual_seed(1))
@@ -120,7 +121,7 @@ def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, t
     def expectation(table):
         moved = toy(blocks, seed=1)
         moved.table = table
-        again = sequences(moved, blocks, num_steps, rule, **options)
+        again = sequences(moved, blocks, diffusion_steps, rule, **options)
         return sum(known * drawn * r for (known, drawn), r in zip(again.values(), rewards.tolist(), strict=True))
 
     def through_the_learner(rollout):
@@ -141,7 +142,7 @@ def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, t
     exact = through_the_learner(rollout)
     expected = policy.table.detach().requires_grad_()
     policy.table = expected
-    sums = sequences(policy, blocks, num_steps, rule, differentiable=True, **options)
+    sums = sequences(policy, blocks, diffusion_steps, rule, differentiable=True, **options)
     total = sum(known * drawn * r for (known, drawn), r in zip(sums.values(), rewards.tolist(), strict=True))
     (expected,) = torch.autograd.grad(total, expected)
     assert (exact - expected).norm() <= 1e-10 * expected.norm()
@@ -186,7 +187,7 @@ def block_causal():
 def rolled(policy, *, group=2, length=8, **options):
     seeds = list(range(len(IDS) * group))
     prompts = Prompts.from_ids(IDS, pad_id=policy.pad_id, group_size=group, seeds=seeds)
-    options = {"num_steps": 6, "temperature": 1.0} | options
+    options = {"diffusion_steps": 6, "temperature": 1.0} | options
     return unmask(policy, prompts, torch.Generator(), max_new_tokens=length, **options)
 
 
@@ -226,7 +227,7 @@ def assert_replayed(rule, options, *, atol):
 def test_blocks_at_once_score_what_steps_one_by_one_do(rule, cache):
     """Also where a view edits a block without masks."""
     policy = block_causal()
-    rollout = rolled(policy, num_steps=9, length=9, cache=cache, **rule)
+    rollout = rolled(policy, diffusion_steps=9, length=9, cache=cache, **rule)
     vector = torch.randn(rollout.tokens.shape, generator=torch.Generator().manual_seed(2)) * rollout.completion_mask
     found = []
     for estimator in (lik.trajectory(), lik.trajectory(block_size=4)):
@@ -250,7 +251,7 @@ def test_blocks_at_once_score_what_steps_one_by_one_do(rule, cache):
 def test_open_positions_inside_a_prompt_are_revised_too():
     policy = tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
     prompts = Prompts.from_ids([[3, 1, 4, 1, 1], [1, 5]], pad_id=0, group_size=2, seeds=range(4), mask_id=1)
-    options = {"num_steps": 4, "temperature": 1.0, "max_new_tokens": 2}
+    options = {"diffusion_steps": 4, "temperature": 1.0, "max_new_tokens": 2}
     for rule in RULES:
         rollout, estimator = unmask(policy, prompts, torch.Generator(), **options, **rule), lik.trajectory()
         noise = estimator.draw(rollout, torch.Generator())
@@ -261,7 +262,7 @@ def test_open_positions_inside_a_prompt_are_revised_too():
 def test_events_are_carried_with_the_record():
     policy = tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
     estimator = lik.trajectory()
-    few, many = (rolled(policy, num_steps=steps, **RULES[0]) for steps in (3, 12))
+    few, many = (rolled(policy, diffusion_steps=steps, **RULES[0]) for steps in (3, 12))
     assert few.events.step.shape[-1] < many.events.step.shape[-1] and few.events.step.dtype == torch.int32
 
     def scored(rollout):

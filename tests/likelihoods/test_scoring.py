@@ -38,7 +38,7 @@ def ragged(kind: str = "llada"):
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=2)
     if kind == "causal":
         return policy, autoregress(policy, prompts, generator_for(0), max_new_tokens=6)
-    return policy, unmask(policy, prompts, generator_for(0), max_new_tokens=6, num_steps=3, temperature=1.0)
+    return policy, unmask(policy, prompts, generator_for(0), max_new_tokens=6, diffusion_steps=3, temperature=1.0)
 
 
 def test_chunks_by_hand():
@@ -140,11 +140,17 @@ def block_causal_policy(*, causal_context: bool = False):
     return policy
 
 
-def block_sampled(policy, *, num_steps: int = 9, rank=max_prob, **others):
+def block_sampled(policy, *, diffusion_steps: int = 9, rank=max_prob, **others):
     """Prompts of 5, 2 and 8 tokens: the completion starts inside a block, inside another, and at a boundary."""
     ids = [[3, 4, 5, 6, 7], [8, 9], [4, 4, 4, 5, 5, 5, 6, 6]]
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=2)
-    options = {"max_new_tokens": 12, "num_steps": num_steps, "block_size": SIZE, "temperature": 1.0, "rank": rank}
+    options = {
+        "max_new_tokens": 12,
+        "diffusion_steps": diffusion_steps,
+        "block_size": SIZE,
+        "temperature": 1.0,
+        "rank": rank,
+    }
     return unmask(policy, prompts, torch.Generator().manual_seed(1), **options | others)
 
 
@@ -165,16 +171,16 @@ def test_packed_mask_by_hand():
 
 
 @pytest.mark.parametrize("causal_context", [False, True])
-@pytest.mark.parametrize("num_steps", [4, 9, 12])
-def test_packed_trajectory_is_the_trajectory(num_steps, causal_context):
+@pytest.mark.parametrize("diffusion_steps", [4, 9, 12])
+def test_packed_trajectory_is_the_trajectory(diffusion_steps, causal_context):
     policy = block_causal_policy(causal_context=causal_context)
-    rollout = block_sampled(policy, num_steps=num_steps)
+    rollout = block_sampled(policy, diffusion_steps=diffusion_steps)
     one_by_one, packed = lik.trajectory(), lik.trajectory(block_size=SIZE)
     plain, together = (e.draw(rollout, torch.Generator()) for e in (one_by_one, packed))
     logps = packed.logprobs(policy, rollout, together)
     torch.testing.assert_close(logps, one_by_one.logprobs(policy, rollout, plain), atol=3e-6, rtol=1e-5)
     torch.testing.assert_close(logps, rollout.logprobs, atol=3e-6, rtol=1e-5)
-    assert len(together.masked) <= SIZE < len(plain.masked) or num_steps == 4
+    assert len(together.masked) <= SIZE < len(plain.masked) or diffusion_steps == 4
     assert torch.equal(together.weight.sum(0), rollout.completion_mask.float())  # every token once
 
 
@@ -236,7 +242,7 @@ def test_what_a_block_cannot_see_does_not_move_it():
 
 def test_segments_of_each_block_merge_its_own_steps():
     policy = block_causal_policy()
-    rollout = block_sampled(policy, num_steps=12)
+    rollout = block_sampled(policy, diffusion_steps=12)
     noise = lik.trajectory(num_segments=1, block_size=SIZE).draw(rollout, torch.Generator())
     assert torch.equal(noise.masked[0], rollout.completion_mask) and len(noise.masked) == 1
     halves = lik.trajectory(num_segments=2, block_size=SIZE).draw(rollout, torch.Generator())

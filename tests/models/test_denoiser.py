@@ -18,7 +18,7 @@ from dllm_rl.samplers import renoise
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers, "DiffusionGemmaConfig"), reason="this transformers has no DiffusionGemma"
 )
-SHORT = {"max_new_tokens": 8, "num_steps": 3, "stability_threshold": None, "confidence_threshold": None}
+SHORT = {"max_new_tokens": 8, "diffusion_steps": 3, "stability_threshold": None, "confidence_threshold": None}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_memory_of_a_detached_view_is_of_one_step():
 
     def most_saved(estimator, steps):
         policy = tiny(3)
-        rollout = sampled(policy, num_steps=steps, entropy_bound=0.5)
+        rollout = sampled(policy, diffusion_steps=steps, entropy_bound=0.5)
         views = estimator.draw(rollout, torch.Generator())
         vectors = rollout.completion_mask[None].float()
         held = {"now": 0, "most": 0}
@@ -204,7 +204,7 @@ def test_the_contract_of_policies(policy):
     ("changes", "said"),
     [
         ({"max_new_tokens": 6}, "max_new_tokens=6 must be a multiple of the canvas's 4 tokens; nearest: 4, 8"),
-        ({"num_steps": 0}, "num_steps=0 must be at least 1"),
+        ({"diffusion_steps": 0}, "diffusion_steps=0 must be at least 1"),
         ({"t_min": 0.0}, "t_max=0.8 and t_min=0.0 must be temperatures"),
         ({"t_max": 0.3}, "t_max=0.3 and t_min=0.4 must be temperatures"),
         ({"entropy_bound": 0.0}, "entropy_bound=0.0 must be above 0 nats"),

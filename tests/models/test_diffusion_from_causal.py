@@ -40,7 +40,9 @@ def test_a_causal_checkpoint_becomes_a_masked_diffusion_one(tmp_path, family):
     again = load_policy(tmp_path / "diffusion")
     assert again.spec == policy.spec
     assert torch.equal(again.logits(tokens, mask), logits)
-    rollout = unmask(again, Prompts.from_ids([[5, 9]], pad_id=1), torch.Generator(), max_new_tokens=6, num_steps=3)
+    rollout = unmask(
+        again, Prompts.from_ids([[5, 9]], pad_id=1), torch.Generator(), max_new_tokens=6, diffusion_steps=3
+    )
     assert not (rollout.tokens == 39).any()
 
 

@@ -69,7 +69,7 @@ def setting(name: str, *, policy=None):
     if name == "causal":
         rollout = autoregress(policy, prompts, seeded(1), max_new_tokens=6)
     else:
-        options = {"max_new_tokens": 6, "num_steps": 3, "temperature": 1.0, "rank": max_prob}
+        options = {"max_new_tokens": 6, "diffusion_steps": 3, "temperature": 1.0, "rank": max_prob}
         rollout = unmask(policy, prompts, seeded(1), **options)
     advantages = group_relative(torch.randn(3, 4, generator=seeded(2))).flatten()
     noise = estimator.with_advantages(estimator.draw(rollout, seeded(3)), advantages)

@@ -15,7 +15,7 @@ NAMES = {"rollout_corr/order_agreement", "rollout_corr/order_agreement_rows"}
 
 
 def one_step(directory, rank, **changes):
-    sampler = partial(unmask, max_new_tokens=16, num_steps=2, temperature=1.0, rank=rank)
+    sampler = partial(unmask, max_new_tokens=16, diffusion_steps=2, temperature=1.0, rank=rank)
     train(tiny_recipe(directory, sampler=sampler, num_steps=1, **changes))
     (row,) = metrics_of(directory)
     return row

@@ -30,7 +30,7 @@ SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size"
 
 
 def recipe(tmp_path, likelihood, **changes) -> Recipe:
-    sampler = partial(unmask, max_new_tokens=16, num_steps=4, rank=max_prob)
+    sampler = partial(unmask, max_new_tokens=16, diffusion_steps=4, rank=max_prob)
     problems = partial(Sudoku, clues=(10, 12), size=8)
     base = Recipe(
         name="shared-noise",
@@ -120,7 +120,7 @@ ESTIMATORS = [
 def test_random_says_whether_two_draws_differ(estimator):
     policy = tiny_masked_lm(characters="1234.=", **SMALL)
     prompts = Prompts.from_ids([[3, 4, 5, 6]] * 4, pad_id=policy.pad_id)
-    rollout = unmask(policy, prompts, generator_for(0), max_new_tokens=16, num_steps=4, rank=max_prob)
+    rollout = unmask(policy, prompts, generator_for(0), max_new_tokens=16, diffusion_steps=4, rank=max_prob)
     one, other = (estimator.draw(rollout, generator_for(0, "noise", i)) for i in range(2))
     differ = not (torch.equal(one.masked, other.masked) and torch.equal(one.weight, other.weight))
     assert differ == estimator.random

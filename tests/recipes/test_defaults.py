@@ -55,7 +55,7 @@ def test_a_recipe_is_the_default_where_no_reason_is_given(path):
 @pytest.mark.parametrize(("steps", "segments"), [(4, None), (5, 2), (8, 2), (16, 4), (64, 8)])
 def test_grpo_is_the_default(steps, segments):
     rows = [{"prompt": character} for character in "abcdefghij" * 3]
-    given = {"max_new_tokens": 64, "sampler_options": {"num_steps": steps}}
+    given = {"max_new_tokens": 64, "sampler_options": {"diffusion_steps": steps}}
     model = tiny_masked_lm(characters="abcdefghij")
     recipe = grpo_recipe(model, rows, len, **given)
     assert parts_apart(recipe) == ({"likelihood"} if segments else set())

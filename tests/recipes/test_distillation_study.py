@@ -24,7 +24,7 @@ def test_the_arms_are_what_their_names_say():
     assert [name for name in arms if "teacher_coeff" in arms[name]] == [distillation.BOTH]
     for claim in distillation.CLAIMS:
         assert {claim.arm, claim.against} <= set(arms)
-    assert in_steps(16).keywords["num_steps"] == 16
+    assert in_steps(16).keywords["diffusion_steps"] == 16
 
 
 def test_the_page_states_the_claims_and_has_the_tables_of_the_stored_runs():

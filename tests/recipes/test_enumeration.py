@@ -137,7 +137,7 @@ def test_planted_faults_move_a_row(fault):
 def test_an_update_off_policy_needs_the_ratio():
     """Rollouts of the learner before an update: r A has the learner's own gradient where tokens are one, `reinforce`
     has none of it, and PPO's clip gives some of it away for a bound."""
-    single = {"length": 1, "num_steps": 1, "moved": "old"}
+    single = {"length": 1, "diffusion_steps": 1, "moved": "old"}
     for name, surrogate, unbiased in (
         ("ratio", partial(ppo_clip, epsilon=1e9), True),
         ("reinforce", reinforce, False),

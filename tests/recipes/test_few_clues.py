@@ -74,7 +74,7 @@ def test_the_main_job_is_paid_by_the_rules_alone():
     assert recipe.task.reward_rule == recipe.eval_task.reward_rule == "rules"
     assert not recipe.task.unique and recipe.task.clues == (1, 3) and recipe.task[0].solution is None
     assert recipe.warmup_steps == 0 and recipe.rollout_quantization is not None
-    assert recipe.sampler.keywords["num_steps"] == 2
+    assert recipe.sampler.keywords["diffusion_steps"] == 2
 
 
 def test_the_stored_ceiling_is_that_of_the_test_puzzles():

@@ -41,8 +41,12 @@ def test_every_method_is_a_recipe_in_every_setting(name, arms):
     assert len(study.arms) == len(names) * len(league.GRID) == arms
     made = {arm: replace(study.base, **changes) for arm, changes in study.arms.items()}
     assert {recipe.eval_sampler for recipe in made.values()} == {study.base.eval_sampler}
-    steps = {recipe.sampler.keywords["num_steps"] for recipe in (study.base, *made.values())}
-    assert steps - {None} == {study.base.eval_sampler.keywords["num_steps"]} == {league.LEAGUES[name].num_steps}
+    steps = {recipe.sampler.keywords["diffusion_steps"] for recipe in (study.base, *made.values())}
+    assert (
+        steps - {None}
+        == {study.base.eval_sampler.keywords["diffusion_steps"]}
+        == {league.LEAGUES[name].diffusion_steps}
+    )
     assert {recipe.train_batch_size * recipe.num_generations for recipe in made.values()} == {128}
     updates = {league.method_of(arm): made[arm].num_iterations for arm in made if "all updates" in arm}
     published = {"d1": 8, "wd1": 8, "ESPO": 8, "GDSD": 8, "SPG": 4, "StableDRL": 2}

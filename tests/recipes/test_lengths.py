@@ -35,5 +35,5 @@ def test_settings_differ_in_steps_and_engine():
             recipe = replace(part.base, **changes)
             assert (recipe.rollout_engine is None) == arm.endswith("unquantised")
             steps = arm.split(":")[0]
-            assert steps == "causal" or recipe.eval_sampler.keywords["num_steps"] == int(steps.split()[0])
+            assert steps == "causal" or recipe.eval_sampler.keywords["diffusion_steps"] == int(steps.split()[0])
     assert set(lengths.study.against) | {f"{name}: unquantised" for name in lengths.SHARES} == set(lengths.study.arms)

@@ -116,7 +116,7 @@ def test_the_contract_is_kept(causal):
     policy = llama(causal=causal)
     prompts = Prompts.from_ids([[3, 4, 5, 6], [7, 8], [4]], pad_id=policy.pad_id, group_size=4)
     options = {"max_new_tokens": 6, "temperature": 0.7}
-    sampler = partial(autoregress, **options) if causal else partial(unmask, num_steps=3, **options)
+    sampler = partial(autoregress, **options) if causal else partial(unmask, diffusion_steps=3, **options)
     check_engine(llama_cpp(format="F32"), policy, prompts, sampler, bound=0.005)
     check_engine(llama_cpp(format="Q8_0"), policy, prompts, sampler, bound=0.08)
 

@@ -33,7 +33,7 @@ class Recorded:
         self.rollouts = []
         self.rewards = []
         self.old = []
-        sample = partial(unmask, num_steps=settings.unmask_steps, rank=max_prob, temperature=1.0)
+        sample = partial(unmask, diffusion_steps=settings.diffusion_steps, rank=max_prob, temperature=1.0)
 
         def sampler(policy, prompts, generator, *, max_new_tokens):
             self.rollouts.append(sample(policy, prompts, generator, max_new_tokens=max_new_tokens))
@@ -69,7 +69,7 @@ class Recorded:
             learning_rate=settings.learning_rate,
             lr_schedule=lambda step, num_steps: 1.0,
             max_grad_norm=settings.max_grad_norm,
-            kept_graphs=settings.unmask_steps,  # one backward for all views, as in one_file
+            kept_graphs=settings.diffusion_steps,  # one backward for all views, as in one_file
             save_steps=1000,
             report_to=None,
             output_dir=str(directory),
@@ -89,7 +89,7 @@ class Recorded:
         # Ratios leave 1 in the second update, and with such steps many of them the clip.
         pytest.param({"num_steps": 4, "num_iterations": 2, "learning_rate": 5e-3}, marks=pytest.mark.slow),
         # Unequal shares: three steps write 6, 5 and 5 cells.
-        pytest.param({"num_steps": 2, "unmask_steps": 3, "seed": 1}, marks=pytest.mark.slow),
+        pytest.param({"num_steps": 2, "diffusion_steps": 3, "seed": 1}, marks=pytest.mark.slow),
     ],
     ids=["20 steps", "two updates a rollout", "three unmasking steps"],
 )

@@ -24,7 +24,7 @@ def policy_of(*tops):
 
 def sampled(policy, **options):
     prompts = Prompts.from_ids([[4], [4]], pad_id=5, group_size=3)
-    settings = {"temperature": 1.0, "rank": rules.max_prob, "suppress": (4, 5), "num_steps": 2} | options
+    settings = {"temperature": 1.0, "rank": rules.max_prob, "suppress": (4, 5), "diffusion_steps": 2} | options
     return unmask(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=LENGTH, **settings)
 
 
@@ -44,7 +44,7 @@ def test_positions_and_prompts_that_agree(rank):
 
 def test_a_first_step_that_writes_nothing_is_not_compared():
     """Eight steps for four positions, with the remainder on the last ones: the first four write nothing."""
-    rollout = sampled(policy_of(4.0, 3.0, 2.0, 1.0), num_steps=8, commit=rules.late_schedule)
+    rollout = sampled(policy_of(4.0, 3.0, 2.0, 1.0), diffusion_steps=8, commit=rules.late_schedule)
     assert rollout.unmask_step[:, 1:].min() == 4
     found = order_agreement(policy_of(4.0, 3.0, 2.0, 1.0), rollout)
     assert {name: tuple(map(int, pair)) for name, pair in found.items()} == {
@@ -54,7 +54,7 @@ def test_a_first_step_that_writes_nothing_is_not_compared():
 
 
 def test_only_the_open_block_can_be_chosen():
-    rollout = sampled(policy_of(1.0, 2.0, 3.0, 4.0), block_size=2, num_steps=4)
+    rollout = sampled(policy_of(1.0, 2.0, 3.0, 4.0), block_size=2, diffusion_steps=4)
     found = order_agreement(policy_of(1.0, 2.0, 9.0, 9.0), rollout)
     assert tuple(map(int, found["order_agreement"])) == (2, 2)
 

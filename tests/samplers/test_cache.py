@@ -68,7 +68,7 @@ def columns_run(policy, monkeypatch, **options):
 @pytest.mark.parametrize("family", ["sdar", "llada2", "nemotron"])
 def test_block_cache_is_exact(policies, family, commit, monkeypatch):
     policy, length = policies(family), {"sdar": 11, "llada2": 70, "nemotron": 19}[family]
-    options = {"commit": COMMITS[commit], "length": length, "num_steps": length // 2}
+    options = {"commit": COMMITS[commit], "length": length, "diffusion_steps": length // 2}
     plain, cached = run(policy, **options), run(policy, cache=block_cache(), **options)
     assert_same(plain, cached)
     assert cached.completion_mask[:, -length:].all()
@@ -84,7 +84,7 @@ def test_completions_of_a_prompt_share_its_keys_and_values(policies, family, mon
     policy, group = policies(family), 3
     size = policy.spec.block_size
     ids = [[(5 * n + k) % 25 + 3 for k in range(length)] for n, length in enumerate((2 * size, 2 * size + 3, size + 1))]
-    options = {"temperature": 1.0, "rank": rules.max_prob, "max_new_tokens": 2 * size - 3, "num_steps": 5}
+    options = {"temperature": 1.0, "rank": rules.max_prob, "max_new_tokens": 2 * size - 3, "diffusion_steps": 5}
     shapes, forward = [], policy.module.base_model.forward
 
     def counted(*args, **kwargs):
@@ -111,7 +111,7 @@ def test_completions_of_a_prompt_share_its_keys_and_values(policies, family, mon
 @pytest.mark.parametrize("cache", [None, block_cache()])
 def test_blocks_count_from_the_prompt(policies, cache):
     """Blocks of 4: after a prompt of 5 the completion's blocks hold 3, 4, 4 positions; after one of 8: 4, 4, 3."""
-    rollout = run(policies("sdar"), group=1, num_steps=11, cache=cache)
+    rollout = run(policies("sdar"), group=1, diffusion_steps=11, cache=cache)
     for row, sizes in ((0, [3, 4, 4]), (2, [4, 4, 3])):
         steps, begin = rollout.unmask_step[row, -11:].tolist(), 0
         for size in sizes:
@@ -132,14 +132,14 @@ def test_block_causal_replay_is_bitwise(policies, family):
 def test_early_exit_of_block_causal_models_is_exact(policies, cache):
     """Up to the block that holds an end token nothing differs from a run that goes on; behind it there is padding."""
     policy = policies("sdar")
-    full = run(policy, num_steps=11)
+    full = run(policy, diffusion_steps=11)
     start, length = full.tokens.shape[1] - 11, 11
     # A token that stands in some rows' first eight places and not in all of them.
     held = [set(row) for row in full.tokens[:, start : start + 4].tolist()]
     eos = next(t for t in sorted(set.union(*held)) if not all(t in row for row in full.tokens[:, start:].tolist()))
     never = next(t for t in range(policy.vocab_size) if not (full.tokens == t).any())
     policy.spec = replace(policy.spec, eos_ids=(never, eos))  # any of several end tokens ends a row
-    short = run(policy, num_steps=11, cache=cache)
+    short = run(policy, diffusion_steps=11, cache=cache)
     policy.spec = replace(policy.spec, eos_ids=())
     ended = 0
     for row in range(8):
@@ -168,7 +168,7 @@ def test_early_exit_of_block_causal_models_is_exact(policies, cache):
 @pytest.mark.parametrize("kind", [prefix_cache, dual_cache])
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_refreshing_every_step_is_exact(policies, family, kind, commit):
-    policy, options = policies(family), {"block_size": 4, "num_steps": 8, "commit": COMMITS[commit]}
+    policy, options = policies(family), {"block_size": 4, "diffusion_steps": 8, "commit": COMMITS[commit]}
     exact = run(policy, **options)
     assert_same(exact, run(policy, cache=kind(refresh=1), **options))
 
@@ -182,7 +182,7 @@ def test_rows_that_have_finished_a_block_are_not_run_until_the_next(policies, fa
     write is what each writes alone, where no row ever waits for another."""
     policy, seen, encode = policies(family), [], policies(family).encode
     some = lambda scores, masked, left: masked & ((scores > 0.6) | (scores == scores.amax(-1, keepdim=True)))  # noqa: E731
-    options = {"block_size": 4, "cache": cache, "rank": rules.random, "commit": some, "num_steps": 11}
+    options = {"block_size": 4, "cache": cache, "rank": rules.random, "commit": some, "diffusion_steps": 11}
     spy = lambda tokens, *args, **kwargs: (seen.append(len(tokens)), encode(tokens, *args, **kwargs))[1]  # noqa: E731
     monkeypatch.setattr(policy, "encode", spy)
     together = run(policy, **options)
@@ -203,9 +203,9 @@ def test_keys_are_kept_in_the_dtype_of_the_values(tmp_path, kind, dtype):
     """LLaDA rotates in fp32, so that in bf16 its keys come in fp32. Rounded as attention rounds them, every step
     refreshed, not a bit differs from a run without a cache."""
     policy = load_policy(checkpoint(tmp_path, "llada"), dtype=dtype)
-    plain, cached = (run(policy, block_size=4, num_steps=8, cache=c) for c in (None, kind(refresh=1)))
+    plain, cached = (run(policy, block_size=4, diffusion_steps=8, cache=c) for c in (None, kind(refresh=1)))
     assert torch.equal(plain.tokens, cached.tokens) and torch.equal(plain.logprobs, cached.logprobs)
-    run(policy, block_size=4, num_steps=8, cache=kind())
+    run(policy, block_size=4, diffusion_steps=8, cache=kind())
 
 
 @pytest.mark.parametrize("family", ["llada", "llama"])
@@ -220,7 +220,7 @@ def test_under_autocast_a_cache_is_of_16_bits(tmp_path, family, monkeypatch):
     monkeypatch.setattr(KeysAndValues, "update", spy)
     with torch.autocast("cpu", torch.bfloat16):
         if family == "llada":
-            run(policy, block_size=4, num_steps=8, cache=prefix_cache())
+            run(policy, block_size=4, diffusion_steps=8, cache=prefix_cache())
         else:
             autoregress(policy, Prompts.from_ids(IDS, pad_id=0), torch.Generator(), max_new_tokens=3)
     assert held == {torch.bfloat16}
@@ -230,7 +230,7 @@ def test_under_autocast_a_cache_is_of_16_bits(tmp_path, family, monkeypatch):
 @pytest.mark.parametrize("kind", [prefix_cache, dual_cache])
 def test_stale_keys_are_an_approximation_and_save_work(policies, family, kind, monkeypatch):
     """Up to the second step of the first block nothing has been cached that matters; from there log-probs drift."""
-    policy, options = policies(family), {"block_size": 4, "num_steps": 11}
+    policy, options = policies(family), {"block_size": 4, "diffusion_steps": 11}
     exact, cached = run(policy, **options), run(policy, cache=kind(), **options)
     first = exact.unmask_step == 0
     assert torch.equal(exact.tokens[first], cached.tokens[first])
@@ -250,7 +250,7 @@ def test_stale_keys_are_an_approximation_and_save_work(policies, family, kind, m
 def test_one_layer_is_exact_without_refresh(make, kind):
     """The keys of a first layer depend on nothing but their own token, so that keeping them is no approximation."""
     policy = make(characters="0123456789abcdefgh", num_layers=1, head_std=0.3)
-    options = {"block_size": 4, "num_steps": 8}
+    options = {"block_size": 4, "diffusion_steps": 8}
     assert_same(run(policy, **options), run(policy, cache=kind(), **options))
 
 
@@ -294,7 +294,7 @@ def test_a_cache_is_recomputed_every_so_many_steps(policies, cache, columns, mon
     encode = policy.encode
     spy = lambda tokens, *args, **kwargs: (seen.append(tokens.shape[1]), encode(tokens, *args, **kwargs))[1]  # noqa: E731
     monkeypatch.setattr(policy, "encode", spy)
-    run(policy, ids=[[5, 6, 7, 8]], group=1, length=8, num_steps=8, block_size=4, cache=cache)
+    run(policy, ids=[[5, 6, 7, 8]], group=1, length=8, diffusion_steps=8, block_size=4, cache=cache)
     assert seen == columns
 
 

@@ -128,7 +128,7 @@ def test_a_held_row_stays_in_its_block_while_steps_last():
 
 
 def test_a_row_that_has_used_its_steps_is_in_its_last_one_until_all_is_written():
-    """An adaptive rule may take more steps than num_steps. Then a step that writes nothing would repeat for ever."""
+    """An adaptive rule may take more than diffusion_steps. Then a step that writes nothing would repeat for ever."""
     canvas, queue = half_written(in_step=True)
     nothing = torch.tensor([0])
     for _ in range(3):

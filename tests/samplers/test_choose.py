@@ -97,7 +97,7 @@ def sampled(policy, **options) -> Rollout:
     prompts = Prompts.from_ids([[5, 6, 7], [8, 9, 10, 11, 3]], pad_id=0, group_size=3)
     options = {"max_new_tokens": 6, "temperature": 0.7} | options
     if policy.spec.attention != "causal":
-        options = {"rank": max_prob, "num_steps": 4} | options
+        options = {"rank": max_prob, "diffusion_steps": 4} | options
     return sampler_for(policy)(policy, prompts, torch.Generator().manual_seed(1), **options)
 
 
@@ -204,7 +204,7 @@ def test_a_rollout_records_what_was_kept(is_causal, name):
 
 def test_a_rank_that_draws_first_records_the_same():
     rollouts = [
-        sampled(tiny(is_causal=False), rank=rank, top_k=3, max_new_tokens=1, num_steps=1)
+        sampled(tiny(is_causal=False), rank=rank, top_k=3, max_new_tokens=1, diffusion_steps=1)
         for rank in (confidence, max_prob)
     ]
     assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)

@@ -13,7 +13,7 @@ Tests bridge each difference by a setting:
   Bridge: a rank that says so, see `tempered`.
 - Without editing, a forward that changes nothing ends each block. Such forwards are not counted.
 - After the last mask of a block `max_post_steps` + 1 forwards may edit (LLaDA2.1's own code: `max_post_steps`). None
-  may where the masks took all `num_inference_steps`. Here `num_steps` bounds both: edits get what masks leave of it.
+  may where the masks took all `num_inference_steps`. Here `diffusion_steps` bounds both: edits get what masks leave.
   Bridge: bounds that no block reaches, or `max_post_steps` counted from our rollout.
 - A row stops in the step that writes its end token, if nothing before it is masked, and else goes on. Here it stops
   after the block, as in LLaDA2.1's own code. Bridge: no end token, or the steps of both and the text up to that token.
@@ -145,14 +145,20 @@ def theirs(diffusers, monkeypatch):
     return run
 
 
-def ours(policy, ids, length, *, tau, tau_edit=None, num_steps=None, **options):
+def ours(policy, ids, length, *, tau, tau_edit=None, diffusion_steps=None, **options):
     """`theirs` of each row in one batch, whose seeds are the rows' numbers; and the forwards of the batch."""
     rule = partial(rules.threshold, tau=tau)
     if tau_edit is not None:
         rule = partial(revise.edit, tau=tau, tau_edit=tau_edit)
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, seeds=range(len(ids)))
     rollout = unmask(
-        policy, prompts, torch.Generator(), max_new_tokens=length, num_steps=num_steps, commit=rule, **options
+        policy,
+        prompts,
+        torch.Generator(),
+        max_new_tokens=length,
+        diffusion_steps=diffusion_steps,
+        commit=rule,
+        **options,
     )
     record = [rollout.unmask_step[..., None], rollout.tokens[..., None], rollout.logprobs[..., None]]
     if rollout.events is not None:
@@ -196,7 +202,7 @@ def test_greedy(theirs, offset, head_std, tau_edit, editing):
     policy = block_causal(mask=-1.0, head_std=head_std)
     thresholds = {"tau": 0.4, "tau_edit": tau_edit if editing else None}
     ids, length = prompts_of(*[offset + BLOCK, offset + 2 * BLOCK] * 4), 3 * BLOCK - offset
-    found, tokens, forwards = ours(policy, ids, length, num_steps=3 * BOUND, **GREEDY, **thresholds)
+    found, tokens, forwards = ours(policy, ids, length, diffusion_steps=3 * BOUND, **GREEDY, **thresholds)
     wanted = [theirs(policy, row, seed, length, **thresholds) for seed, row in enumerate(ids)]
     check(found, tokens, forwards, wanted, edits=editing)
 
@@ -215,7 +221,7 @@ def test_sampled(diffusers, theirs, temperature, top_k, top_p, editing):
     if temperature != 1:
         rank = partial(tempered, scheduler=diffusers.BlockRefinementScheduler, **options)
     options |= thresholds
-    found, tokens, forwards = ours(policy, ids, length, num_steps=3 * BOUND, rank=rank, **options)
+    found, tokens, forwards = ours(policy, ids, length, diffusion_steps=3 * BOUND, rank=rank, **options)
     wanted = [theirs(policy, row, seed, length, **options) for seed, row in enumerate(ids)]
     check(found, tokens, forwards, wanted, edits=editing)
     for events, (same, _, _) in zip(found, wanted, strict=True):
@@ -225,18 +231,18 @@ def test_sampled(diffusers, theirs, temperature, top_k, top_p, editing):
 @pytest.mark.parametrize("make", [pytest.param(block_causal, marks=SLOW), full])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_bound_of_edits(theirs, make, temperature):
-    """One block, and edits that go on until the bound. Every step counts for `num_steps`."""
-    policy, num_steps, ended = make(mask=-torch.inf), 9, []
+    """One block, and edits that go on until the bound. Every step counts for `diffusion_steps`."""
+    policy, diffusion_steps, ended = make(mask=-torch.inf), 9, []
     ids, thresholds = prompts_of(*[BLOCK] * 6), {"tau": 0.4, "tau_edit": 0.05}
-    found, tokens, _ = ours(policy, ids, BLOCK, num_steps=num_steps, temperature=temperature, **thresholds)
+    found, tokens, _ = ours(policy, ids, BLOCK, diffusion_steps=diffusion_steps, temperature=temperature, **thresholds)
     for seed, (row, events) in enumerate(zip(ids, found, strict=True)):
         if (masks := steps_with_masks(events)) < BLOCK:
-            more = {"max_post_steps": num_steps - masks - 1, "temperature": temperature}
+            more = {"max_post_steps": diffusion_steps - masks - 1, "temperature": temperature}
             wanted, sequence, steps = theirs(policy, row, seed, BLOCK, **thresholds, **more)
             assert set(events) == set(wanted) and tokens[seed] == sequence
             assert events == pytest.approx(wanted, rel=1e-4)
             ended.append((steps, max(step for step, *_ in events)))
-    assert (num_steps, num_steps - 1) in ended  # the last step that was left still edited
+    assert (diffusion_steps, diffusion_steps - 1) in ended  # the last step that was left still edited
 
 
 def test_an_end_token(theirs):

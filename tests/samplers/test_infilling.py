@@ -28,8 +28,8 @@ IDS = [[3, M, 4, M, M, 5], [M, 7], [8, 9, M, M, 10, 11, M, M, 12, M, 13, M], [15
 WAYS = {
     "confidence": {"rank": rules.confidence},
     "entropy": {"rank": rules.entropy, "block_size": 2},
-    "random": {"rank": rules.random, "num_steps": 3, "top_k": 5},
-    "plackett_luce": {"rank": partial(rules.plackett_luce, temperature=0.3, score=rules.entropy), "num_steps": 3},
+    "random": {"rank": rules.random, "diffusion_steps": 3, "top_k": 5},
+    "plackett_luce": {"rank": partial(rules.plackett_luce, temperature=0.3, score=rules.entropy), "diffusion_steps": 3},
     "soft_threshold": {"rank": rules.max_prob, "commit": partial(rules.soft_threshold, tau=0.2)},
     "threshold": {"rank": rules.max_prob, "commit": partial(rules.threshold, tau=0.2)},
     "greedy": {"temperature": 0.0},
@@ -70,7 +70,7 @@ def test_what_is_open_is_filled_and_the_rest_stays(policy, name):
     assert torch.equal(rollout.tokens[~opened], torch.nn.functional.pad(prompts.tokens, (0, 2), value=M)[~opened])
     assert torch.equal(rollout.attention_mask, torch.nn.functional.pad(prompts.attention_mask, (0, 2), value=True))
     assert ((rollout.unmask_step >= 0) == opened).all() and ((rollout.logprobs < 0) == opened).all()
-    if "num_steps" not in WAYS[name] and "commit" not in WAYS[name]:
+    if "diffusion_steps" not in WAYS[name] and "commit" not in WAYS[name]:
         for row in range(5):  # a position a step, so that a row ends when its own are filled
             assert sorted(rollout.unmask_step[row][opened[row]].tolist()) == list(range(int(opened[row].sum())))
 
@@ -137,7 +137,7 @@ def test_filters_record_what_they_kept(policy):
 
 
 def test_blocks_count_open_positions(policy):
-    rollout = fill(policy, IDS, range(5), new=1, block_size=2, num_steps=None, rank=rules.random)
+    rollout = fill(policy, IDS, range(5), new=1, block_size=2, diffusion_steps=None, rank=rules.random)
     for steps, own in zip(rollout.unmask_step, rollout.completion_mask, strict=True):
         for place, step in enumerate(steps[own].tolist()):
             assert step // 2 == place // 2

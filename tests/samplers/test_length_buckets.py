@@ -42,7 +42,7 @@ def policy_for(name, tmp_path):
 
 
 def sample(policy, ids=IDS, seeds=range(12), *, fill=False, group=2, **options):
-    options = {"temperature": 1.0, "rank": rules.max_prob, "num_steps": 8} | options
+    options = {"temperature": 1.0, "rank": rules.max_prob, "diffusion_steps": 8} | options
     if not fill and policy.spec.attention == "full":
         options["block_size"] = 4
     opened = [[i % 3 == 1 for i in range(len(row))] for row in ids] if fill else None
@@ -94,16 +94,16 @@ def test_the_padding_that_a_bucket_shares_is_not_run(split, monkeypatch):
     """Prompts of 40 twice, 17, 9, 4, 3, two completions each and 8 new: the group's first forward, then one by rows."""
     policy = policy_for("exact", None)
     split(40)
-    shapes = positions_run(policy, monkeypatch, lambda: sample(policy, num_steps=2))
+    shapes = positions_run(policy, monkeypatch, lambda: sample(policy, diffusion_steps=2))
     assert shapes == [(2, 48), (2, 25), (2, 12), (4, 48), (4, 25), (4, 12)]
     split(NEVER)
-    assert positions_run(policy, monkeypatch, lambda: sample(policy, num_steps=2)) == [(6, 48), (12, 48)]
+    assert positions_run(policy, monkeypatch, lambda: sample(policy, diffusion_steps=2)) == [(6, 48), (12, 48)]
 
 
 def test_rows_of_one_length_are_one_batch_whatever_a_forward_costs(split, monkeypatch):
     policy, ids = policy_for("exact", None), [IDS[1], IDS[3]]
     split(0)
-    run = partial(sample, policy, ids, range(4), num_steps=2)
+    run = partial(sample, policy, ids, range(4), diffusion_steps=2)
     assert positions_run(policy, monkeypatch, run) == [(2, 48), (4, 48)]
     apart = run()
     split(NEVER)
@@ -117,7 +117,7 @@ def test_a_step_waits_for_the_device_once_a_bucket_at_most(monkeypatch):
         policy = tiny_llama(characters=CHARACTERS, causal=False, num_layers=1).to("cuda")
         for steps in (4, 8):
             with cuda.phase(f"{steps} steps"):
-                sample(policy, IDS[:3], range(6), num_steps=steps)
+                sample(policy, IDS[:3], range(6), diffusion_steps=steps)
             waits.append(cuda.waits(f"{steps} steps"))
         assert waits[1] - waits[0] <= 4 * 3, cuda.report()
         once = [cuda.waits(f"{steps} steps", place="samplers/unmask.py") for steps in (4, 8)]  # seeds, before any step

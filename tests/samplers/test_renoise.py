@@ -60,7 +60,7 @@ def authors_tokens(policy, prompts, *, canvases, **settings):
     config = transformers.models.diffusion_gemma.generation_diffusion_gemma
     options = {
         "max_new_tokens": canvases * canvas,
-        "max_denoising_steps": settings["num_steps"],
+        "max_denoising_steps": settings["diffusion_steps"],
         "sampler_config": config.EntropyBoundSamplerConfig(settings["entropy_bound"]),
         "t_min": settings["t_min"],
         "t_max": settings["t_max"],
@@ -127,7 +127,7 @@ def random_case(seed):
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, seeds=[seed * 10 + row for row in range(3)])
     stability = pick(None, 0, 1, 2)
     settings = {
-        "num_steps": pick(1, 2, 4, 7),
+        "diffusion_steps": pick(1, 2, 4, 7),
         "t_min": 0.4,
         "t_max": pick(0.8, 1.5),
         "entropy_bound": pick(0.05, 0.5, 2.0),
@@ -150,7 +150,7 @@ def check(seeds):
         same = (ours[:, : wanted.shape[1]] == wanted).all() and (ours[:, wanted.shape[1] :] == policy.pad_id).all()
         if not same:
             differ.append(seed)
-        seen["stopped early"] += len(steps) < settings["num_steps"] * (steps[-1][0] + 1)
+        seen["stopped early"] += len(steps) < settings["diffusion_steps"] * (steps[-1][0] + 1)
         seen["ended early"] += not bool(rollout.completion_mask[:, -length:].all())
         seen["ragged"] += not bool(prompts.attention_mask.all())
         seen["several canvases"] += steps[-1][0] > 0
@@ -180,7 +180,7 @@ def test_watched_it_shows_the_canvas_in_motion():
     assert sampler_for(policy) is renoise
     seen = []
     prompts = Prompts.from_ids([[3, 4]], pad_id=0, group_size=2)
-    options = {"num_steps": 3, "stability_threshold": None, "confidence_threshold": None}
+    options = {"diffusion_steps": 3, "stability_threshold": None, "confidence_threshold": None}
     rollout = renoise(policy, prompts, torch.Generator(), max_new_tokens=4, watch=seen.append, **options)
     assert len(seen) == 3 and rollout.forwards == 4  # the encoder's, and three steps
     for shown in seen[:2]:
@@ -192,13 +192,13 @@ def test_watched_it_shows_the_canvas_in_motion():
 def test_the_commands_sample_and_evaluate(tmp_path, capsys):
     policy = tiny_diffusion_gemma(characters="1234.=", canvas_length=16, hidden_size=16)
     policy.save_pretrained(tmp_path / "model")
-    run(["sample", str(tmp_path / "model"), "1.=", "--max_new_tokens", "16", "--num_steps", "3", "--json"])
+    run(["sample", str(tmp_path / "model"), "1.=", "--max_new_tokens", "16", "--diffusion_steps", "3", "--json"])
     record = json.loads(capsys.readouterr().out)
     assert record["forwards"] <= 4 and len(record["rows"][0]["tokens"]) == 16
-    sudoku = ["--task", "sudoku", "--limit", "2", "--num_steps", "2", "--json"]
+    sudoku = ["--task", "sudoku", "--limit", "2", "--diffusion_steps", "2", "--json"]
     run(["evaluate", str(tmp_path / "model"), *sudoku, "--output_dir", str(tmp_path / "found")])
     (found,) = map(json.loads, capsys.readouterr().out.splitlines())
-    assert found["num_steps"] == 2 and found["max_new_tokens"] == 16
+    assert found["diffusion_steps"] == 2 and found["max_new_tokens"] == 16
     assert run(["evaluate", str(tmp_path / "model"), *sudoku, "--rank", "random"]) == 2
     assert "--rank is not for 'diffusion_gemma', whose sampler is renoise" in capsys.readouterr().err
     assert run(["sample", str(tmp_path / "model"), "1.=", "--temperature", "0.5"]) == 2

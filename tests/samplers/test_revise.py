@@ -55,11 +55,11 @@ def test_without_remasking_it_is_the_ancestral_sampler():
     assert torch.equal(chosen, rules.origin(scores, masked, left))
 
 
-def law(policy: TablePolicy, num_steps: int, eta: float) -> dict[tuple[int, ...], float]:
+def law(policy: TablePolicy, diffusion_steps: int, eta: float) -> dict[tuple[int, ...], float]:
     """What completions the remasking sampler writes, by enumeration over states in plain floats."""
     mask, states = policy.mask_id, {(policy.mask_id,) * policy.length: 1.0}
-    for j in range(num_steps):
-        a_t, a_s = j / num_steps, (j + 1) / num_steps
+    for j in range(diffusion_steps):
+        a_t, a_s = j / diffusion_steps, (j + 1) / diffusion_steps
         sigma = min(eta, (1 - a_s) / a_t) if j else 0.0
         write = (a_s - (1 - sigma) * a_t) / (1 - a_t)
         after: Counter = Counter()
@@ -85,7 +85,7 @@ def test_what_remasking_writes_follows_the_enumerated_law(eta):
     expected = law(policy, 3, eta)
     rule = partial(revise.remask, eta=eta)
     options = {"rank": rules.random, "commit": rule, "suppress": (3, 4)}
-    rollout = sample(policy, [[3]] * rows, range(rows), length=2, num_steps=3, **options)
+    rollout = sample(policy, [[3]] * rows, range(rows), length=2, diffusion_steps=3, **options)
     counts = Counter(map(tuple, rollout.tokens[:, 1:].tolist()))
     assert math.isclose(sum(expected.values()), 1) and set(counts) <= set(expected)
     for state, p in expected.items():
@@ -141,7 +141,7 @@ def test_a_rank_of_the_state_edits_too():
 
 
 def test_a_block_without_steps_left_is_not_edited():
-    rollout = sample(Scripted(), [[3]], [0], length=3, num_steps=1, rank=rules.max_prob, temperature=0.0,
+    rollout = sample(Scripted(), [[3]], [0], length=3, diffusion_steps=1, rank=rules.max_prob, temperature=0.0,
                      commit=partial(revise.edit, tau=0.5))  # fmt: skip
     assert rollout.forwards == 1 and rollout.tokens[0, 1:].tolist() == [0, 0, 0]
 
@@ -159,17 +159,17 @@ IDS = [[3, 4, 5], [7], [8, 9, 10, 11, 12]]
 
 @pytest.mark.parametrize("options", [REMASK, EDIT, SOFT], ids=["remask", "edit", "soft_edit"])
 def test_a_row_depends_on_itself_alone_and_ends_whole(policy, options):
-    together = sample(policy, IDS, [5, 6, 7], num_steps=4, **options)
+    together = sample(policy, IDS, [5, 6, 7], diffusion_steps=4, **options)
     assert together.completion_mask.sum(-1).tolist() == [6, 6, 6] and together.events is not None
     for row, (ids, seed) in enumerate(zip(IDS, [5, 6, 7], strict=True)):
-        alone = sample(policy, [ids], [seed], num_steps=4, **options)
+        alone = sample(policy, [ids], [seed], diffusion_steps=4, **options)
         assert torch.equal(alone.tokens[0, -6:], together.tokens[row, -6:])
         assert torch.equal(alone.unmask_step[0, -6:], together.unmask_step[row, -6:])
 
 
 def test_positions_are_masked_again_and_none_is_left(policy):
     masks, policy_mask = [], policy.spec.mask_id
-    rollout = sample(policy, IDS * 4, range(12), length=12, num_steps=6, block_size=6, **REMASK,
+    rollout = sample(policy, IDS * 4, range(12), length=12, diffusion_steps=6, block_size=6, **REMASK,
                      watch=lambda r: masks.append(r.tokens[:, -12:] == policy_mask))  # fmt: skip
     states = torch.stack(masks)
     assert (~states[:-1] & states[1:]).any() and not states[-1].any() and rollout.forwards == 6
@@ -180,13 +180,13 @@ def test_positions_are_masked_again_and_none_is_left(policy):
 @pytest.mark.parametrize("options", [REMASK, EDIT, SOFT], ids=["remask", "edit", "soft_edit"])
 def test_filters_caches_and_infilling(policy, options):
     if "llama" in type(policy.module).__name__.lower():
-        cached = sample(policy, IDS, range(3), num_steps=4, block_size=3, cache=dual_cache(refresh=1), **options)
-        exact = sample(policy, IDS, range(3), num_steps=4, block_size=3, **options)
+        cached = sample(policy, IDS, range(3), diffusion_steps=4, block_size=3, cache=dual_cache(refresh=1), **options)
+        exact = sample(policy, IDS, range(3), diffusion_steps=4, block_size=3, **options)
         assert torch.equal(cached.tokens[:, -6:], exact.tokens[:, -6:])
-    filtered = sample(policy, IDS, range(3), num_steps=4, top_k=3, **options)
+    filtered = sample(policy, IDS, range(3), diffusion_steps=4, top_k=3, **options)
     assert ((filtered.kept.ids[:, -6:] >= 0).sum(-1) == 3).all() and (filtered.kept.log_mass[:, -6:] < 0).all()
     prompts = Prompts.from_ids([[3, 1, 4, 1, 1], [1, 5]], pad_id=0, seeds=[1, 2], mask_id=1)
-    filled = unmask(policy, prompts, torch.Generator(), max_new_tokens=0, num_steps=2, temperature=1.0, **options)
+    filled = unmask(policy, prompts, torch.Generator(), max_new_tokens=0, diffusion_steps=2, temperature=1.0, **options)
     assert filled.completion_mask.sum(-1).tolist() == [3, 1] and not (filled.tokens[filled.completion_mask] == 1).any()
 
 
@@ -205,7 +205,7 @@ def test_a_rule_takes_written_or_changed_and_leaves_the_last_step_whole(policy):
     with pytest.raises(ValueError, match="commit=three takes written and visible and changed"):
         sample(policy, IDS, range(3), commit=three)
     with pytest.raises(ValueError, match="commit=stubborn masked positions again in the last step"):
-        sample(policy, IDS, range(3), num_steps=2, commit=stubborn)
+        sample(policy, IDS, range(3), diffusion_steps=2, commit=stubborn)
     for rule in (rules.schedule, partial(rules.threshold, tau=0.5)):
         assert revise.revising_inputs(rule) == frozenset()
     assert revise.revising_inputs(revise.remask) == {"written", "steps"}
@@ -229,7 +229,7 @@ def test_errors_and_names():
 
 
 def test_a_run_learns_from_it_by_an_estimate_that_does_not_replay(tmp_path):
-    sampler = partial(unmask, max_new_tokens=16, num_steps=3, temperature=1.0, **REMASK)
+    sampler = partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0, **REMASK)
     recipe = tiny_recipe(tmp_path / "run", sampler=sampler, likelihood=estimators.coupled(), num_steps=1)
     before = tiny_masked_lm(**SIZES, seed=recipe.seed).module
     summary = train(recipe)
@@ -239,7 +239,7 @@ def test_a_run_learns_from_it_by_an_estimate_that_does_not_replay(tmp_path):
 
 def test_a_row_that_ends_early_ends_with_the_block_of_its_end_token(policy):
     eos, length = policy.spec.eos_ids[0], 18
-    options = {"length": length, "num_steps": 9, "block_size": 6, **REMASK}
+    options = {"length": length, "diffusion_steps": 9, "block_size": 6, **REMASK}
     full = sample(policy, IDS * 4, range(12), **options)
     short = sample(policy, IDS * 4, range(12), approximate_early_exit=True, **options)
     stopped = 0
@@ -255,7 +255,7 @@ def test_a_row_that_ends_early_ends_with_the_block_of_its_end_token(policy):
 def test_a_soft_edit_draws_every_written_position_again_at_rate_1(rate):
     """Three positions, five steps: at rate 0 the plan of `schedule`; at rate 1 all that can be."""
     policy, rule = TablePolicy(length=3, words=2, seed=3), partial(revise.soft_edit, rate=rate)
-    options = {"length": 3, "num_steps": 5, "rank": rules.random, "suppress": (3, 4)}
+    options = {"length": 3, "diffusion_steps": 5, "rank": rules.random, "suppress": (3, 4)}
     rollout = sample(policy, [[3]] * 9, range(9), commit=rule, **options)
     assert rollout.forwards == 5 and ((rollout.events.token >= 0) == (rollout.events.step >= 0)).all()
     for row in rollout.events.step[:, 1:]:
@@ -268,5 +268,5 @@ def test_remasking_reconsiders_a_block_in_every_step_of_its_share():
     policy = TablePolicy(length=2, words=2, seed=3)
     rule = partial(revise.remask, eta=0.3)
     for seed in range(20):
-        rollout = sample(policy, [[3]], [seed], length=2, num_steps=8, rank=rules.random, commit=rule)
+        rollout = sample(policy, [[3]], [seed], length=2, diffusion_steps=8, rank=rules.random, commit=rule)
         assert rollout.forwards == 8

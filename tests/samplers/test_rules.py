@@ -124,7 +124,7 @@ def test_steps_per_block():
     assert rules.steps_per_block(7, [8, 8, 4]) == [3, 2, 2]
     assert rules.steps_per_block(None, [8, 8, 4]) == [8, 8, 4]
     assert rules.steps_per_block(3, [8, 8, 4]) == [1, 1, 1]
-    with pytest.raises(ValueError, match="num_steps=2 is fewer than the 3 blocks"):
+    with pytest.raises(ValueError, match="diffusion_steps=2 is fewer than the 3 blocks"):
         rules.steps_per_block(2, [8, 8, 4])
 
 

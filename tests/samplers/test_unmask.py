@@ -37,7 +37,7 @@ def policy(request):
 
 
 def published(policy, prompt, *, length, steps, block_length):
-    """LLaDA's generate at temperature 0 with low-confidence remasking, one row, no padding; its num_steps are shared by
+    """LLaDA's generate at temperature 0 with low-confidence remasking, one row, no padding; its steps are shared by
     blocks, equal numbers of tokens a step, the remainder on the first steps. The mask token cannot be chosen."""
     mask_id = policy.spec.mask_id
     x = list(prompt) + [mask_id] * length
@@ -75,7 +75,7 @@ def test_equals_published_algorithm(policy, block_length, steps):
         Prompts.from_ids(ids, pad_id=0),
         torch.Generator(),
         max_new_tokens=LENGTH,
-        num_steps=steps,
+        diffusion_steps=steps,
         block_size=block_length,
     )
     start = rollout.tokens.shape[1] - LENGTH
@@ -91,7 +91,12 @@ def test_equals_published_algorithm(policy, block_length, steps):
 def test_blocks_and_steps_that_do_not_divide(policy):
     """20 positions in blocks of 8, 8, 4; 7 steps are 3, 2, 2; the shares are 3,3,2 | 4,4 | 2,2."""
     rollout = unmask(
-        policy, Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator(), max_new_tokens=20, num_steps=7, block_size=8
+        policy,
+        Prompts.from_ids([[3, 4]], pad_id=0),
+        torch.Generator(),
+        max_new_tokens=20,
+        diffusion_steps=7,
+        block_size=8,
     )
     steps = rollout.unmask_step[0, 2:]
     assert [int((steps == s).sum()) for s in range(7)] == [3, 3, 2, 4, 4, 2, 2]
@@ -114,7 +119,7 @@ RULES = {
 
 
 def sample(policy, ids, seeds, *, width=0, length=20, **options):
-    options = {"temperature": 1.0, "block_size": 8, "num_steps": 9} | options
+    options = {"temperature": 1.0, "block_size": 8, "diffusion_steps": 9} | options
     prompts = Prompts.from_ids(ids, pad_id=0, seeds=seeds)
     if width:
         pad = lambda x: torch.nn.functional.pad(x, (width - x.shape[1], 0))  # noqa: E731
@@ -160,7 +165,7 @@ def test_replay_gives_recorded_logprobs_to_rounding(policy, name):
 def assert_replayed(policy, name, *, atol):
     for ids, group in ((IDS[:1], 1), (IDS[:3], 2)):
         prompts = Prompts.from_ids(ids, pad_id=0, group_size=group)
-        options = {"temperature": 1.0, "block_size": 8, "num_steps": 9} | RULES[name]
+        options = {"temperature": 1.0, "block_size": 8, "diffusion_steps": 9} | RULES[name]
         rollout = unmask(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=20, **options)
         estimator = trajectory()
         noise = estimator.draw(rollout, torch.Generator())
@@ -178,7 +183,9 @@ def test_group_shares_first_forward(policy, monkeypatch):
     rows, hidden = [], policy.hidden
     monkeypatch.setitem(vars(policy), "hidden", lambda tokens, mask: rows.append(len(tokens)) or hidden(tokens, mask))
     prompts = Prompts.from_ids(IDS[:2], pad_id=0, group_size=3)
-    rollout = unmask(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=4, num_steps=4, temperature=3.0)
+    rollout = unmask(
+        policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=4, diffusion_steps=4, temperature=3.0
+    )
     assert rows == [2, 6, 6, 6]
     assert not torch.equal(rollout.tokens[0], rollout.tokens[1])
 
@@ -204,7 +211,7 @@ def test_state_only_rank_draws_only_where_it_commits(policy, monkeypatch):
             Prompts.from_ids(IDS[:2], pad_id=0),
             torch.Generator(),
             max_new_tokens=32,
-            num_steps=2,
+            diffusion_steps=2,
             temperature=1.0,
             rank=rank,
         )
@@ -249,7 +256,7 @@ def test_greedy_tokens_come_with_the_ranks_own_logits(policy, monkeypatch):
     rows, run = [], policy.head
     monkeypatch.setitem(vars(policy), "head", lambda h: rows.append(len(h)) or run(h))
     prompts = Prompts.from_ids(IDS[:1], pad_id=0)
-    unmask(policy, prompts, torch.Generator(), max_new_tokens=32, num_steps=2, rank=rules.max_prob)
+    unmask(policy, prompts, torch.Generator(), max_new_tokens=32, diffusion_steps=2, rank=rules.max_prob)
     assert rows == [32, 16]
 
 
@@ -272,7 +279,7 @@ def test_rank_without_logits_runs_no_head(policy, monkeypatch):
         Prompts.from_ids(IDS[:1], pad_id=0),
         torch.Generator(),
         max_new_tokens=32,
-        num_steps=2,
+        diffusion_steps=2,
         rank=rules.random,
     )
     assert rows == [head.ROWS, head.ROWS]
@@ -293,8 +300,8 @@ def test_approximate_early_exit_keeps_the_tail_masked(policy):
     """Rows stop after the block in which an end token stands; what was written before is what would have been, and
     replay, which sees the same masks behind, is exact."""
     eos, length = policy.spec.eos_ids[0], 24
-    full = sample(policy, IDS, list(range(8)), length=length, num_steps=12)
-    short = sample(policy, IDS, list(range(8)), length=length, num_steps=12, approximate_early_exit=True)
+    full = sample(policy, IDS, list(range(8)), length=length, diffusion_steps=12)
+    short = sample(policy, IDS, list(range(8)), length=length, diffusion_steps=12, approximate_early_exit=True)
     stopped = 0
     for row in range(8):
         completion = full.tokens[row, -length:].tolist()
@@ -324,9 +331,9 @@ def test_watch_sees_every_step(policy):
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"block_size": 0}, "block_size=0"),
-        ({"num_steps": 2, "block_size": 4}, "num_steps=2 is fewer than the 5 blocks"),
+        ({"diffusion_steps": 2, "block_size": 4}, "diffusion_steps=2 is fewer than the 5 blocks"),
         ({"max_new_tokens": 80}, "max_new_tokens=80 after a prompt of 2 tokens exceeds .* use at most 6[23]"),
-        ({"num_steps": 99}, "num_steps=99 is more than the 20 tokens of a completion, .* use at most 20"),
+        ({"diffusion_steps": 99}, "diffusion_steps=99 is more than the 20 tokens of a completion, .* use at most 20"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"suppress": (-1,)}, "suppress=-1 is no token of the vocabulary of 30; leave it out"),
         ({"suppress": (3, 30)}, "suppress=30 is no token of the vocabulary of 30; leave it out"),
@@ -336,7 +343,7 @@ def test_watch_sees_every_step(policy):
     ],
 )
 def test_errors_name_the_value_and_a_remedy(policy, options, message):
-    options = {"max_new_tokens": 20, "num_steps": 20} | options
+    options = {"max_new_tokens": 20, "diffusion_steps": 20} | options
     with pytest.raises(ValueError, match=message):
         unmask(policy, Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator(), **options)
 
@@ -366,7 +373,7 @@ def test_a_cache_notes_the_experts_of_the_same_states():
     policy, rollouts = moe(), []
     policy.spec, policy.records_experts = replace(policy.spec, shift=True), True
     prompts = Prompts.from_ids([[4, 5, 6], [7, 8]], pad_id=0, seeds=[1, 2])
-    settings = {"max_new_tokens": 6, "block_size": 3, "num_steps": 4, "temperature": 1.0, "rank": rules.max_prob}
+    settings = {"max_new_tokens": 6, "block_size": 3, "diffusion_steps": 4, "temperature": 1.0, "rank": rules.max_prob}
     for cache in (None, dual_cache(refresh=1)):
         rollouts.append(unmask(policy, prompts, torch.Generator(), cache=cache, **settings))
     plain, cached = rollouts

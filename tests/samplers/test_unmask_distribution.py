@@ -105,20 +105,20 @@ def upper_bound(degrees):
 RANKED = ["confidence", "max_prob", "margin", "entropy", "random"]
 
 
-@pytest.mark.parametrize("name,temperature,num_steps", [
+@pytest.mark.parametrize("name,temperature,diffusion_steps", [
     *[(name, 1.0, 3) for name in RANKED], ("confidence", 0.6, 2), *[slow(name, 0.6, 2) for name in RANKED[1:]]
 ])  # fmt: skip
-def test_tokens_and_order_follow_the_enumerated_distribution(name, temperature, num_steps):
+def test_tokens_and_order_follow_the_enumerated_distribution(name, temperature, diffusion_steps):
     rollout = unmask(
         POLICY,
         Prompts.from_ids([[0]], pad_id=0, group_size=DRAWS),
         torch.Generator().manual_seed(5),
         max_new_tokens=LENGTH,
-        num_steps=num_steps,
+        diffusion_steps=diffusion_steps,
         temperature=temperature,
         rank=getattr(rules, name),
     )
-    agrees(rollout, enumerate_outcomes(name, {3: [1, 1, 1], 2: [2, 1]}[num_steps], temperature), least_cells=20)
+    agrees(rollout, enumerate_outcomes(name, {3: [1, 1, 1], 2: [2, 1]}[diffusion_steps], temperature), least_cells=20)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_open_positions_follow_the_enumerated_distribution(name, prompt, new, st
         Prompts.from_ids([prompt], pad_id=0, group_size=DRAWS, mask_id=MASK),
         torch.Generator().manual_seed(7),
         max_new_tokens=new,
-        num_steps=len(steps),
+        diffusion_steps=len(steps),
         temperature=0.8,
         rank=getattr(rules, name),
     )
@@ -174,7 +174,7 @@ def test_origin_commits_each_position_independently():
         Prompts.from_ids([[0]], pad_id=0, group_size=DRAWS),
         torch.Generator().manual_seed(6),
         max_new_tokens=LENGTH,
-        num_steps=3,
+        diffusion_steps=3,
         temperature=1.0,
         rank=rules.random,
         commit=rules.origin,
@@ -241,7 +241,7 @@ def test_order_of_partial_rules_is_by_name():
     def own(logits, normalizer, *, sharpness):
         return (logits.amax(-1) - normalizer) * sharpness
 
-    plain = {"max_new_tokens": LENGTH, "num_steps": 3, "temperature": 1.0}
+    plain = {"max_new_tokens": LENGTH, "diffusion_steps": 3, "temperature": 1.0}
     prompts = Prompts.from_ids([[0]], pad_id=0, group_size=50)
     a = unmask(POLICY, prompts, torch.Generator().manual_seed(1), rank=partial(own, sharpness=2.0), **plain)
     b = unmask(POLICY, prompts, torch.Generator().manual_seed(1), rank=rules.max_prob, **plain)

@@ -58,7 +58,7 @@ def test_a_vocabulary_that_is_larger_than_what_is_recorded(uncompiled, kept):
     characters = "".join(map(chr, range(0x4E00, 0x4E00 + 80)))
     policy = tiny_llama(characters=characters, causal=False, num_layers=1, head_std=0.3)
     prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
-    run = partial(unmask, policy, prompts, max_new_tokens=4, num_steps=2, temperature=1.0, top_k=kept)
+    run = partial(unmask, policy, prompts, max_new_tokens=4, diffusion_steps=2, temperature=1.0, top_k=kept)
     ragged, fixed = (run(torch.Generator().manual_seed(0), compile_step=on) for on in (False, True))
     assert whole_steps.differing(ragged, fixed) == []
     if kept > KEPT_IDS:
@@ -71,7 +71,7 @@ def test_a_shifted_block_may_begin_before_the_prompt(uncompiled, tmp_path):
     policy = load_policy(checkpoint(tmp_path, "sdar"), block_size=64)
     policy.spec = replace(policy.spec, shift=True)
     prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id)
-    run = partial(unmask, policy, prompts, max_new_tokens=61, num_steps=6, cache=block_cache())
+    run = partial(unmask, policy, prompts, max_new_tokens=61, diffusion_steps=6, cache=block_cache())
     ragged, fixed = (run(torch.Generator().manual_seed(0), compile_step=on) for on in (False, True))
     assert whole_steps.differing(ragged, fixed) == []
 
@@ -91,7 +91,7 @@ def test_prompts_of_most_lengths_share_their_graphs(monkeypatch, shift, cache):
     policy.spec = replace(policy.spec, shift=shift)
     for length in (1, 50, 51, 60, 90):
         prompts = Prompts.from_ids([[3] * length], pad_id=policy.pad_id)
-        run = partial(unmask, policy, prompts, max_new_tokens=10, num_steps=2, block_size=5, cache=cache)
+        run = partial(unmask, policy, prompts, max_new_tokens=10, diffusion_steps=2, block_size=5, cache=cache)
         run(torch.Generator().manual_seed(0), compile_step=True)
     assert set(widths) == {64, 128}
 

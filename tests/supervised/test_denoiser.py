@@ -90,14 +90,14 @@ def test_it_learns_rows_and_writes_them(tmp_path):
     policy = load_policy(summary["checkpoint"])
 
     prompts = encode(policy, [Problem(row["prompt"]) for row in rows])
-    rollout = renoise(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=4, num_steps=4)
+    rollout = renoise(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=4, diffusion_steps=4)
     texts = [policy.tokenizer.decode(row[3:5]).replace(" ", "") for row in rollout.tokens.tolist()]
     assert sum(text == row["completion"] for text, row in zip(texts, rows, strict=True)) >= 12
 
 
 def renoising_recipe(directory, **changes):
     base = tiny_recipe(directory)
-    sampler = partial(renoise, max_new_tokens=16, num_steps=2)
+    sampler = partial(renoise, max_new_tokens=16, diffusion_steps=2)
     model = partial(gemma, canvas_length=16)
     given = {"model": model, "sampler": partial(sampler, answer="drawn"), "eval_sampler": sampler}
     return replace(base, **given | {"task": Sudoku(split="train", size=1), "warmup_batch_size": 8} | changes)

@@ -26,8 +26,8 @@ def drawn_from(logits, *, temperature=1.0, top_k=None, top_p=None):
     return torch.zeros_like(logits).index_put((torch.tensor(order),), scaled[order].softmax(-1))
 
 
-def outcomes(policy: TablePolicy, blocks: list[list[int]], num_steps: int, *, differentiable=False, **options):
-    """{(tokens, steps, opened): probability} of all that `blocks`, each in `num_steps` steps, can end in.
+def outcomes(policy: TablePolicy, blocks: list[list[int]], diffusion_steps: int, *, differentiable=False, **options):
+    """{(tokens, steps, opened): probability} of all that `blocks`, each in `diffusion_steps` steps, can end in.
 
     A step draws a word at every masked position of the block (which has at most a step for each), and keeps the
     ceil(masked / steps left) with the highest untempered log-prob; ties go to the lowest position.
@@ -37,7 +37,7 @@ def outcomes(policy: TablePolicy, blocks: list[list[int]], num_steps: int, *, di
     for block in blocks:
         for position in block:
             opened[position] = clock
-        for left in range(min(num_steps, len(block)), 0, -1):
+        for left in range(min(diffusion_steps, len(block)), 0, -1):
             after = {}
             for (tokens, steps), chance in found.items():
                 masked = [i for i in block if tokens[i] == hole]

@@ -11,9 +11,9 @@ from order_toys import drawn_from
 from dllm_rl.types import Events, Rollout, SamplingParams
 
 
-def decisions(rule, policy, state, block, done, num_steps, row_of):
+def decisions(rule, policy, state, block, done, diffusion_steps, row_of):
     """[(probability, what each position of the block does)]: "draw", "mask" or None; known rates, by no weight."""
-    hole, left = policy.mask_id, num_steps - done
+    hole, left = policy.mask_id, diffusion_steps - done
     masked = [i for i in block if state[i] == hole]
     if rule["name"] == "remask":
         sigma = min(rule["eta"], (left - 1) / done) if done else 0.0
@@ -36,14 +36,14 @@ def decisions(rule, policy, state, block, done, num_steps, row_of):
             yield rate / len(sets), {i: "draw" if i in drawn else None for i in block}
 
 
-def sequences(policy: TablePolicy, blocks, num_steps: int, rule: dict, *, differentiable=False, **options):
+def sequences(policy: TablePolicy, blocks, diffusion_steps: int, rule: dict, *, differentiable=False, **options):
     """{events: (known, drawn)}: the events (step, token) of each position, -1 for masked again; the probability of the
-    decisions, which no weight changes, and that of the tokens. `num_steps` is of each block."""
+    decisions, which no weight changes, and that of the tokens. `diffusion_steps` is of each block."""
     hole = policy.mask_id
     found = {(((),) * policy.length, (hole,) * policy.length): (1.0, 1.0)}
     clock = 0
     for block in blocks:
-        for done in range(num_steps):
+        for done in range(diffusion_steps):
             after = {}
             for (events, state), (known, drawn) in found.items():
                 place = sum(t * (policy.words + 1) ** i for i, t in enumerate(state))
@@ -51,7 +51,7 @@ def sequences(policy: TablePolicy, blocks, num_steps: int, rule: dict, *, differ
                 def row_of(i, place=place):
                     return policy.table[place, i]
 
-                for rate, way in decisions(rule, policy, state, block, done, num_steps, row_of):
+                for rate, way in decisions(rule, policy, state, block, done, diffusion_steps, row_of):
                     if not rate:
                         continue
                     acting = [i for i, what in way.items() if what == "draw"]

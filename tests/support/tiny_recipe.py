@@ -22,8 +22,8 @@ def tiny_recipe(directory, **changes):
         model=partial(tiny_masked_lm, **SIZES),
         validation_task=Sudoku(split="validation", size=8),
         eval_task=Sudoku(split="test", size=8),
-        sampler=partial(unmask, max_new_tokens=16, num_steps=3, temperature=1.0),
-        eval_sampler=partial(unmask, max_new_tokens=16, num_steps=3),
+        sampler=partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0),
+        eval_sampler=partial(unmask, max_new_tokens=16, diffusion_steps=3),
         corrector=ais(),  # the main job takes none
         train_batch_size=4,
         num_generations=4,

@@ -19,7 +19,7 @@ from dllm_rl.training.policies import engine_of
 from dllm_rl.types import Prompts
 
 SAMPLERS = {
-    "full": partial(unmask, max_new_tokens=6, num_steps=3, temperature=0.7),
+    "full": partial(unmask, max_new_tokens=6, diffusion_steps=3, temperature=0.7),
     "causal": partial(autoregress, max_new_tokens=6, temperature=0.7),
 }
 

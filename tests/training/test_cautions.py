@@ -28,7 +28,7 @@ def test_what_can_learn_is_left_alone():
 
 
 def test_greedy_rollouts():
-    greedy = tiny_recipe("x", sampler=partial(unmask, max_new_tokens=16, num_steps=3, temperature=0.0))
+    greedy = tiny_recipe("x", sampler=partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=0.0))
     by_default = tiny_recipe("x", sampler=partial(unmask, max_new_tokens=16))
     for recipe in (greedy, by_default):
         (said,) = cautions(recipe)
@@ -85,7 +85,7 @@ def test_equal_rewards_for_many_steps(tmp_path, capsys):
 
 
 def sampler(**options):
-    return partial(unmask, max_new_tokens=16, num_steps=3, temperature=1.0, **options)
+    return partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0, **options)
 
 
 def test_updates_without_a_bound_where_the_advantage_is_negative():

@@ -23,7 +23,7 @@ from dllm_rl.training.late_rollouts import in_this_process
 from dllm_rl.training.policies import make_policy
 from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome
 
-STATE_ONLY = partial(unmask, max_new_tokens=16, num_steps=3, rank=max_prob, temperature=1.0)
+STATE_ONLY = partial(unmask, max_new_tokens=16, diffusion_steps=3, rank=max_prob, temperature=1.0)
 
 
 def taught_recipe(directory, **changes):
@@ -223,7 +223,7 @@ def test_an_autoregressive_student_has_a_teacher(tmp_path):
 
 def test_the_order_of_draws_counts_on_both_sides_in_the_same_steps(tmp_path):
     """Under a rank that chooses by the draws: both probabilities are of tokens and order, and equal."""
-    by_draws = partial(unmask, max_new_tokens=16, num_steps=3, temperature=1.0)
+    by_draws = partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0)
     train(taught_recipe(tmp_path, sampler=by_draws, num_steps=1))
     assert metrics_of(tmp_path)[0]["teacher/reverse_kl"] == pytest.approx(0, abs=1e-4)
 
@@ -254,7 +254,12 @@ def test_micro_batches_change_nothing(tmp_path):
 
 def test_grpo_takes_a_teacher():
     rows = [{"prompt": character} for character in "abcdef" * 4]
-    options = {"max_new_tokens": 4, "sampler_options": {"num_steps": 2}, "teacher": "reference", "teacher_steps": 2}
+    options = {
+        "max_new_tokens": 4,
+        "sampler_options": {"diffusion_steps": 2},
+        "teacher": "reference",
+        "teacher_steps": 2,
+    }
     recipe = grpo_recipe(tiny_masked_lm(characters="abcdef"), rows, len, **options)
     assert (recipe.teacher, recipe.teacher_steps, recipe.teacher_coeff) == ("reference", 2, 1.0)
     assert recipe.keeps_reference and not recipe.beta
@@ -289,7 +294,10 @@ def test_settings_that_do_not_go_together(tmp_path, changes, message):
             {"sampler": partial(STATE_ONLY, rank=partial(plackett_luce, temperature=1.0))},
             "teacher_steps=2: the sampler's rank chooses by",
         ),
-        ({"sampler": partial(unmask, max_new_tokens=16, num_steps=3, temperature=1.0)}, "teacher_steps=2: .* rank"),
+        (
+            {"sampler": partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0)},
+            "teacher_steps=2: .* rank",
+        ),
         (
             {"sampler": partial(STATE_ONLY, rank=random, commit=partial(remask, eta=0.3))},
             "teacher_steps=2: .* more than once",

@@ -106,17 +106,17 @@ def test_the_models_attention_picks_sampler_and_likelihood(tmp_path):
     recipe = grpo_recipe(partial(tiny_masked_lm, **SMALL), ROWS, right, **options(tmp_path))
     assert recipe.sampler.func is unmask and recipe.likelihood.exact_for_sampler
     assert recipe.sampler.keywords["temperature"] == 1.0 and recipe.eval_sampler.keywords["temperature"] == 0.0
-    long = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"num_steps": 16})
-    assert long.sampler.keywords["num_steps"] == 16 and not long.likelihood.exact_for_sampler
+    long = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"diffusion_steps": 16})
+    assert long.sampler.keywords["diffusion_steps"] == 16 and not long.likelihood.exact_for_sampler
     assert "num_segments=4" in describe(long.likelihood)
-    few = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"num_steps": 4})
+    few = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"diffusion_steps": 4})
     assert few.likelihood.exact_for_sampler
 
 
 @pytest.mark.skipif(not hasattr(transformers, "DiffusionGemmaConfig"), reason="transformers has no DiffusionGemma")
 def test_a_model_whose_noise_is_random_tokens(tmp_path):
     policy = tiny_diffusion_gemma(characters="1234=", canvas_length=4, hidden_size=16, expert_size=16)
-    given = options(tmp_path, sampler_options={"num_steps": 2})
+    given = options(tmp_path, sampler_options={"diffusion_steps": 2})
     recipe = grpo_recipe(policy, ROWS, right, **given)
     assert recipe.sampler.func is recipe.eval_sampler.func is renoise
     assert recipe.sampler.keywords["answer"] == "drawn" and recipe.eval_sampler.keywords["answer"] == "argmax"
@@ -223,13 +223,13 @@ def test_trls_names_set_what_they_mean():
     clip = {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 4.0}
     recipe = recipe_of(
         **clip, max_completion_length=4, max_steps=3, run_name="a", hub_model_id="me/b", report_to="none", top_p=0.9,
-        top_k=5, scale_rewards=False, sampler_options={"num_steps": 2},
+        top_k=5, scale_rewards=False, sampler_options={"diffusion_steps": 2},
     )  # fmt: skip
     assert recipe.loss.func.__name__ == "ppo_clip" and recipe.loss.keywords == clip
     assert (recipe.max_new_tokens, recipe.num_steps, recipe.name, recipe.push_to_hub) == (4, 3, "a", "me/b")
     assert recipe.advantages.keywords == {"scale_rewards": "none"} and recipe.trackers == []
     assert recipe.sampler.keywords == {
-        "rank": max_prob, "max_new_tokens": 4, "num_steps": 2, "top_p": 0.9, "top_k": 5, "temperature": 1.0
+        "rank": max_prob, "max_new_tokens": 4, "diffusion_steps": 2, "top_p": 0.9, "top_k": 5, "temperature": 1.0
     }  # fmt: skip
     assert recipe_of(loss=gspo, epsilon=0.1).loss.func is gspo
     assert recipe_of(report_to=["wandb", "mlflow"]).trackers == ["wandb", "mlflow"]
@@ -314,11 +314,11 @@ def test_the_likelihood_is_chosen_by_the_steps_that_the_sampler_takes():
     assert segments(max_new_tokens=64) == 8 and segments(max_new_tokens=4) is None
     assert segments(sampler_options={"max_new_tokens": 4}) is None
     assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64}) == 8
-    assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64, "num_steps": 12}) == 3
+    assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64, "diffusion_steps": 12}) == 3
     assert segments(sampler=partial(unmask, max_new_tokens=4)) is None
     assert segments(max_new_tokens=4, sampler=partial(partial(unmask, max_new_tokens=64), num_steps=16)) == 4
     for rule in (partial(threshold, tau=0.9), partial(edit, tau=0.9)):
-        assert segments(max_new_tokens=64, sampler_options={"num_steps": 4, "commit": rule}) == 8
+        assert segments(max_new_tokens=64, sampler_options={"diffusion_steps": 4, "commit": rule}) == 8
     assert segments(max_new_tokens=64, sampler_options={"commit": partial(soft_threshold, tau=0.9)}) is None
 
 

@@ -181,10 +181,15 @@ def test_a_batch_survives_its_bytes(tmp_path):
     accelerator = make_accelerator()
     log = RunLog(tmp_path, start=0, main=False)
     ranked = partial(
-        unmask, max_new_tokens=8, num_steps=4, rank=partial(plackett_luce, temperature=1.0), temperature=1.0, top_k=3
+        unmask,
+        max_new_tokens=8,
+        diffusion_steps=4,
+        rank=partial(plackett_luce, temperature=1.0),
+        temperature=1.0,
+        top_k=3,
     )
     rewriting = partial(
-        unmask, max_new_tokens=8, num_steps=4, rank=random, commit=partial(remask, eta=0.3), temperature=0.7
+        unmask, max_new_tokens=8, diffusion_steps=4, rank=random, commit=partial(remask, eta=0.3), temperature=0.7
     )
     coins = partial(unmask, max_new_tokens=8, rank=max_prob, commit=partial(soft_threshold, tau=0.1), temperature=1.0)
     found = set()

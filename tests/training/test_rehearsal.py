@@ -48,7 +48,12 @@ BAD = {
     "replay of a sampler that comes back": (
         {
             "sampler": partial(
-                unmask, max_new_tokens=16, num_steps=3, rank=max_prob, commit=partial(edit, tau=0.5), temperature=1.0
+                unmask,
+                max_new_tokens=16,
+                diffusion_steps=3,
+                rank=max_prob,
+                commit=partial(edit, tau=0.5),
+                temperature=1.0,
             )
         },
         r"trajectory.*depends on the tokens drawn \(edit, rank=confidence\)",
@@ -148,7 +153,7 @@ def test_it_takes_the_longest_prompt_and_a_whole_group(tmp_path):
 
     def spy(policy, prompts, generator, *, max_new_tokens):
         seen.append((prompts.tokens.shape[1], prompts.num_rows))
-        return unmask(policy, prompts, generator, max_new_tokens=max_new_tokens, num_steps=2, temperature=1.0)
+        return unmask(policy, prompts, generator, max_new_tokens=max_new_tokens, diffusion_steps=2, temperature=1.0)
 
     task = OddPuzzles()
     train(small(tmp_path, task=task, sampler=partial(spy, max_new_tokens=16)))

@@ -140,7 +140,7 @@ def test_rows_that_are_drawn_again_have_seeds_of_their_own(tmp_path):
         seen.append(set() if prompts.seeds is None else set(prompts.seeds.tolist()))
         return unmask(policy, prompts, generator, **options)
 
-    sampler = partial(spied, max_new_tokens=16, num_steps=3, temperature=1.0)
+    sampler = partial(spied, max_new_tokens=16, diffusion_steps=3, temperature=1.0)
     train(tiny_recipe(tmp_path, task=OddPuzzles(), sampler=sampler, max_num_gen_batches=2, num_steps=1))
     first, again = seen[-2:]
     assert first and again and not first & again

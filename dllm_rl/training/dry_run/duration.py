@@ -39,7 +39,7 @@ def seconds(recipe: Recipe, policy: Policy, prompt_tokens: int) -> dict[str, flo
     length = recipe.max_new_tokens or prompt_tokens
     row = prompt_tokens + recipe.max_new_tokens
     settings = getattr(recipe.sampler, "keywords", {})
-    steps = settings.get("num_steps") or length  # an adaptive commit rule takes fewer
+    steps = settings.get("diffusion_steps") or length  # an adaptive commit rule takes fewer
     width = row  # tokens of a row in each forward of a rollout
     if policy.spec.attention == "causal":
         width = 1

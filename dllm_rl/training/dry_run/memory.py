@@ -403,8 +403,8 @@ def most_graphs(recipe: Recipe, policy: Policy, *, rows: int) -> int:
 
 def renoising_steps(recipe: Recipe, policy: Policy) -> int:
     """Steps of all canvases of a completion, at most: a canvas may end earlier."""
-    named = getattr(recipe.sampler, "keywords", {}).get("num_steps")
-    steps = named or inspect.signature(renoise).parameters["num_steps"].default
+    named = getattr(recipe.sampler, "keywords", {}).get("diffusion_steps")
+    steps = named or inspect.signature(renoise).parameters["diffusion_steps"].default
     return steps * (recipe.max_new_tokens // (policy.spec.block_size or recipe.max_new_tokens))
 
 

@@ -269,7 +269,7 @@ def test_a_sampler_for_the_other_kind_of_policy():
         prompts,
         generator,
         max_new_tokens=2,
-        num_steps=2,
+        diffusion_steps=2,
     )
     refused("autoregress needs a causal one: use unmask", autoregress, diffusion, prompts, generator, max_new_tokens=2)
 

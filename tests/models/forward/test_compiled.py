@@ -82,7 +82,7 @@ def sampled(policy, cache, prompts, width=24):
     generator = torch.Generator().manual_seed(0)
     if policy.spec.attention == "causal":
         return autoregress(policy, ids, generator, max_new_tokens=width)
-    options = {"block_size": policy.spec.block_size or 8, "num_steps": 12, "temperature": 1.0, "cache": cache}
+    options = {"block_size": policy.spec.block_size or 8, "diffusion_steps": 12, "temperature": 1.0, "cache": cache}
     return unmask(policy, ids, generator, max_new_tokens=width, **options)
 
 

@@ -4,7 +4,7 @@ from statistics import mean
 
 from dllm_rl.members import describe
 from held import DOCS, STUDIES, row, runs_of, span_of, stored, tables_of
-from recipes.studies import estimators, experts, fast, order, paired, renoising, revise
+from recipes.studies import distillation, estimators, experts, fast, order, paired, renoising, revise
 
 HOLM = "Holm's p"
 
@@ -123,3 +123,39 @@ def speed_as_a_reward():
     yield page, f"take {speed[1]} forwards instead of {before[1]}, and solve {speed[0]} instead of {before[0]}."
     yield page, f"models might solve more than {speed[0]}."
     yield "recipes/README.md", f"it solves {more} more than with the reward for accuracy alone"
+
+
+def a_teacher():
+    page, found = f"{STUDIES}/distillation.md", stored("distillation")
+    study, results = distillation.study, {(run["arm"], run["seed"]): run for run in found["runs"]}
+    assert len(results) == len(distillation.ARMS) * len(distillation.SEEDS)
+    seconds = found["seconds of a step"].items()
+    yield page, paired.markdown([{"arm": arm, "seconds of a step": f"{each:.3f}"} for arm, each in seconds])
+    yield from ((page, table) for table in distillation.tables(results).split("\n\n"))
+    after, before = (
+        {row["arm"]: row[when] for row in paired.arm_rows(study, results, distillation.COLUMNS)}
+        for when in ("after", "before")
+    )
+    claims = paired.contrast_rows(study, results)
+    apart = [claim["difference, 95 %"] for claim in claims]
+    ps = [claim["Holm's p"] for claim in claims]
+    shown, p = [float(each) < 0.05 for each in ps], ps[0]
+    assert shown == [True, False, True, False, False] and apart[2].startswith("-")
+    alone, reward, two = after[distillation.ALONE], after[distillation.RL], after[distillation.TWO]
+    yield (
+        page,
+        f"From {before[distillation.ALONE]} in two steps the model's own eight-step probabilities bring it to {alone};",
+    )
+    yield page, f"RL with the reward by the rules reaches {reward} in about the same time."
+    yield (
+        page,
+        f"brings nothing ({two}), and eight steps are above two by {apart[0]} (Holm's p {p}).",
+    )
+    yield page, f"{apart[2].removeprefix('-')} below the reward alone, in ten of ten seeds, against our claim."
+    for difference, words in ((apart[1], "lies between {}"), (apart[3], "(between {})"), (apart[4], "(between {})")):
+        centre, half = map(float, difference.split("±"))
+        yield page, words.format(f"{centre - half:.3f} and {centre + half:+.3f}")
+    yield (
+        "recipes/README.md",
+        f"It reaches {alone} without any reward, where the reward reaches {reward} in about the same",
+    )

@@ -38,7 +38,7 @@ def measured(part, what, **more):
 )
 def test_a_rollout_takes_what_the_h200_took(part, what, scheme, compiled):
     """8 rows of 64 + 128 tokens in 64 steps, which are a little few for the full rate."""
-    sampler = partial(unmask, max_new_tokens=128, num_steps=64, block_size=32)
+    sampler = partial(unmask, max_new_tokens=128, diffusion_steps=64, block_size=32)
     recipe = replace(sudoku, sampler=sampler, train_batch_size=1, num_generations=8, micro_batch_size=8)
     recipe = replace(recipe, rollout_quantization=scheme, torch_compile=compiled)
     assert seconds(recipe, POLICY, 64)["rollout"] == pytest.approx(measured(part, what), rel=0.15)

@@ -43,7 +43,7 @@ def profiled(work: Callable[[], object]) -> tuple[int, int]:
 
 def recipe_of(tmp_path, *, causal: bool = False, canvas: int | None = None, **changes):
     if canvas is not None:
-        sampler = partial(renoise, max_new_tokens=LENGTH, num_steps=2, stability_threshold=None)
+        sampler = partial(renoise, max_new_tokens=LENGTH, diffusion_steps=2, stability_threshold=None)
         letters = {name: value for name, value in LETTERS.items() if name != "intermediate_size"}
         sizes = letters | {"canvas_length": canvas, "intermediate_size": 192, "expert_size": 96}
         given = {
@@ -52,7 +52,7 @@ def recipe_of(tmp_path, *, causal: bool = False, canvas: int | None = None, **ch
             "likelihood": lik.trajectory(),
         }
         return replace(recipe_of(tmp_path, **changes), **given)
-    sampler = partial(autoregress, temperature=1.0) if causal else partial(unmask, num_steps=2, temperature=1.0)
+    sampler = partial(autoregress, temperature=1.0) if causal else partial(unmask, diffusion_steps=2, temperature=1.0)
     return tiny_recipe(
         tmp_path,
         model=partial(tiny_llama, causal=causal, **LETTERS),
