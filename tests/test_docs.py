@@ -252,6 +252,19 @@ def test_a_rule_that_rewrites_has_ratios_of_mean_one_and_some_of_its_steps_have_
     made = run_example("Write a rule that rewrites", tmp_path, monkeypatch)
     assert (made["recorded"](made["rollout"], made["views"]).sum(-1) - made["log_q"]).abs().max() < 1e-5
     assert abs(made["ratio"].mean() - 1) < 3 * made["error"] and made["ratio"].std() > 0.2
+    off = (made["weighted"].mean(0) - made["there"].mean(0)).abs() / made["noise"]
+    assert off.max() < 4, "the shares that the ratio says are those of the other policy's own rollouts"
+    made["options"]["rank"] = dllm_rl.max_prob  # which the ratio leaves out: what it says of other orders is not so
+    rollout, theirs = made["rolled"](made["policy"], 0), made["rolled"](made["other"], 2000)
+    views = made["likelihood"].draw(rollout, torch.Generator())
+    log_p, log_q = (made["likelihood"].logprobs(made[name], rollout, views).sum(-1) for name in ("other", "policy"))
+    ratio = (log_p - log_q).exp()
+    assert abs(ratio.mean() - 1) < 3 * ratio.std() / len(ratio) ** 0.5
+    number = torch.cat([rollout.tokens, theirs.tokens])[:, 1:].unique(dim=0, return_inverse=True)[1]
+    here, there = (torch.nn.functional.one_hot(part, int(number.max()) + 1).double() for part in number.chunk(2))
+    weighted = here * ratio[:, None]
+    noise = ((weighted.var(0) + there.var(0)) / len(ratio)).sqrt()
+    assert ((weighted.mean(0) - there.mean(0)).abs() / noise).max() > 8
     events = made["rollout"].events.step >= 0
     assert events.sum() / len(events) > 5, "of four tokens, one more is drawn again in the mean"
 

@@ -213,6 +213,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
         "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
     )
     sub.add_argument("--temperature", type=float, default=1.0)
+    sub.add_argument("--rank", default="max_prob", help="the run's (default %(default)s, as that of grpo)")
     add_model_options(sub)
     sub.add_argument("--half_head", action="store_true", help="logits in 16 bits where --dtype is (default: in fp32)")
     sub.add_argument("--bound", type=float, help="exit with 1 when the mean |log-ratio| is above this, nats")
@@ -232,12 +233,13 @@ def doctor(arguments: argparse.Namespace) -> int:
     from dllm_rl.diagnostics.findings import write_doctor
     from dllm_rl.models.tokens import encode, usual_length
     from dllm_rl.samplers import sampler_for
+    from dllm_rl.samplers.by_name import read_rank
     from dllm_rl.tasks.protocols import TASKS
 
     make = read_schemes([arguments.quantization])[arguments.quantization]
     if arguments.task not in TASKS:
         raise ValueError(f"task={arguments.task!r} is none of {', '.join(TASKS)}")
-    scheme = make and make()
+    scheme, rank = make and make(), read_rank(arguments.rank)
     policy = open_policy(arguments, float32_head=not arguments.half_head)
     task = TASKS[arguments.task]()
     length = arguments.max_new_tokens or usual_length(policy, task)
@@ -245,7 +247,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         raise ValueError(f"doctor takes the steps of a model with masks; {policy.spec.name!r} has none")
     sampler = partial(sampler_for(policy), max_new_tokens=length, temperature=arguments.temperature)
     if policy.spec.attention != "causal":
-        sampler = partial(sampler, diffusion_steps=arguments.diffusion_steps)
+        sampler = partial(sampler, diffusion_steps=arguments.diffusion_steps, rank=rank)
     prompts = encode(policy, [task[i] for i in range(arguments.num_prompts)], group_size=2)
     found = diagnose(policy, scheme, prompts=prompts, sampler=sampler, seed=arguments.seed)
     write_doctor(found, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))

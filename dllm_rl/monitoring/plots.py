@@ -88,7 +88,14 @@ def curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) ->
 def held_out(axis: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
     points = [(row["step"] + 1, found) for row in rows if (found := number(row.get(name))) is not None]
     if points:
-        axis.plot(*zip(*points, strict=True), "o", color=COLOURS[1], label="held out", markersize=4, markeredgewidth=0)
+        axis.plot(
+            *zip(*points, strict=True),
+            "o",
+            color=COLOURS[1],
+            label="held out, during the run",
+            markersize=4,
+            markeredgewidth=0,
+        )
 
 
 def whole_steps(axis: Any) -> None:
@@ -120,7 +127,7 @@ def ends(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[
         metric = name.removeprefix("eval/")
         if rows and metric in summary.get("eval_before", {}) and metric in summary.get("eval_after", {}):
             values = [summary["eval_before"][metric], summary["eval_after"][metric]]
-            label = f"held out: {values[0]:.3f} → {values[1]:.3f}"
+            label = f"held out, before → after: {values[0]:.3f} → {values[1]:.3f}"
             steps = [0, rows[-1]["step"] + 1]
             axis.plot(steps, values, "s", color="#d0485a", markersize=6, label=label, clip_on=False)
 
