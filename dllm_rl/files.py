@@ -112,11 +112,12 @@ def folder_size(folder: Path) -> int:
 _LOCKS: dict[tuple[int, Path], IO[str]] = {}  # by process: a forked child does not hold its parent's locks
 
 
-def lock(path: Path) -> None:
-    """Lock the file until `unlock` or the process ends. Raises BlockingIOError naming the process that holds it."""
+def lock(path: Path) -> bool:
+    """Lock the file until `unlock` or the process ends; False where the system or the file system has no such locks.
+    Raises BlockingIOError naming the process that holds it."""
     path = path.resolve()
     if fcntl is None or (os.getpid(), path) in _LOCKS:
-        return
+        return fcntl is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")  # not w: the file names the process that holds it
     try:
@@ -127,13 +128,14 @@ def lock(path: Path) -> None:
         file.close()
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise BlockingIOError(error.errno, f"held by {holder}") from None
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # no POSIX locks: nothing is locked
-            return
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return False
         raise
     file.truncate(0)  # a process that is gone
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _LOCKS[os.getpid(), path] = file
+    return True
 
 
 def keep_lock(path: Path) -> None:

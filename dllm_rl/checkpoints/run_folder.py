@@ -40,7 +40,11 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     notes: list[str] = []
     check_files(directory)
     try:
-        lock(directory / LOCK)
+        if not lock(directory / LOCK):
+            notes.append(
+                f"warning: the file system of output_dir={str(directory)!r} has no locks: see to it that no other run "
+                "writes there"
+            )
     except BlockingIOError as error:
         raise ValueError(
             f"output_dir={str(directory)!r} is being written by another run, {error.strerror}; stop it, or give another"

@@ -1,5 +1,6 @@
 """A run's folder: whose it is, and what a resume may change."""
 
+import errno
 import json
 import os
 import shutil
@@ -157,3 +158,12 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused_as_such(tmp_path):
 def test_defaults_are_the_records_own():
     assert defaults(SFT)["max_length"] == 1024 and "max_length" not in defaults(Recipe)
     assert "dataset" not in defaults(SFT), "it has none"
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("dllm_rl.files.fcntl.lockf", refuse)
+    train(tiny_recipe(tmp_path / "run", num_steps=1))
+    assert "has no locks: see to it that no other run writes there" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 import copy
 import json
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from layouts import LAYERS, MASK, ORIGINAL, STOCK, checkpoint, llada, llada2, llada_moe, published, tokenizer, write
 from safetensors.torch import load_file
 
-from dllm_rl import AutoregressivePolicy, DiffusionPolicy, Prompts, load_policy, trajectory, unmask
+from dllm_rl import AutoregressivePolicy, DiffusionPolicy, Prompts, load_policy, register_family, trajectory, unmask
 from dllm_rl.models.checkpoint import families, rope
 from dllm_rl.models.checkpoint.loading import end_ids
 from dllm_rl.samplers.rules import max_prob
@@ -299,3 +301,27 @@ def test_dense_and_expert_layers_of_llada_moe_have_their_own_width():
     assert (config.intermediate_size, config.moe_intermediate_size, config.mlp_only_layers) == (48, 24, [0])
     _, config = families.llada_moe(raw | {"dense_intermediate_size": None})
     assert config.intermediate_size == 24
+
+
+def test_another_class_name_in_a_known_layout_is_three_lines(tmp_path, monkeypatch):
+    """docs/models.md: a LLaDA of one's own, with another mask token."""
+    config, state = ORIGINAL["llada"]()
+    folder = write(tmp_path, config | {"architectures": ["MyDiffusionLM"], "mask_token_id": 7}, state)
+    with pytest.raises(ValueError, match="MyDiffusionLM"):
+        load_policy(folder)
+    monkeypatch.setattr(families, "FAMILIES", list(families.FAMILIES))
+    register_family(replace(families.LLADA, name="mine", architectures=("MyDiffusionLM",)))
+    mine, published_one = load_policy(folder), load_policy(published(tmp_path / "own", "llada"))
+    assert mine.spec.mask_id == 7
+    tokens = ids(6)
+    assert torch.equal(mine.logits(tokens, ones(tokens)), published_one.logits(tokens, ones(tokens)))
+
+
+def test_the_documents_list_every_known_class_name():
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
+    table = page.split("These class names are known")[1].split("What each field")[0]
+    for family in families.FAMILIES:
+        for name in family.architectures:
+            assert name.replace("*", "...") in table or name.endswith("ForMaskedLM"), name
+        if family.mask_id is not None:
+            assert f"{family.mask_id} of {family.mask_vocabulary}" in table
