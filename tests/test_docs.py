@@ -42,9 +42,10 @@ def test_every_public_name_is_in_the_reference_once():
     public = {f"{dllm_rl._MODULE_OF[name]}.{name}" for name in dllm_rl.__all__}
     assert len(listed) == len(set(listed)) and public <= set(listed)
     weigh = "truncated_weights masked_weights rejection adaptive_weights alarm band_weights composed"
-    losses = "policy_loss kl_k1 kl_k2"
+    losses = "policy_loss kl_k1 kl_k2 exp_ratio row_mean"
     further = {f"dllm_rl.algorithms.correctors.{name}" for name in weigh.split()}
-    further |= {"dllm_rl.types.Views", "dllm_rl.types.ViewPart"}  # what an estimator of one's own is made of
+    # What an estimator, and a sampler, of one's own are made of.
+    further |= {f"dllm_rl.types.{name}" for name in ("Views", "ViewPart", "Order", "Events", "Kept", "Renoised")}
     assert set(listed) - public == further | {f"dllm_rl.algorithms.losses.{name}" for name in losses.split()}
 
 

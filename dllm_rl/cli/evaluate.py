@@ -327,7 +327,8 @@ def sweep_table(found: Sequence[dict[str, Any]]) -> Table:
     said = [*[text] * bool(against), best_of(looked_at, metric), "forwards: per answer, x tokens per forward"]
     shown = Table(title=heading(found[0]), caption=literal(". ".join(said), style="table.caption"), **NARROW)
     for name in names:
-        shown.add_column(literal(name), overflow="fold")
+        # The long name leaves no room for the others.
+        shown.add_column(literal("steps" if name == "diffusion_steps" else name), overflow="fold")
     for name in (metric, *["difference"] * (against is not None), "forwards", "seconds"):
         shown.add_column(literal(name), justify="right", no_wrap=True)
     apart = "\n" if against else " "  # room for the names of models

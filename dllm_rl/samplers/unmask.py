@@ -42,7 +42,7 @@ def unmask(
     """Complete every prompt `group_size` times by iterative unmasking (LLaDA, arXiv 2502.09992, algorithm 5 [paper]).
 
     max_new_tokens  masked positions appended to each prompt; may be 0 where every prompt has open positions
-    diffusion_steps steps of the whole completion, split equally over blocks; None: one per position. Adaptive commit
+    diffusion_steps  steps of the whole completion, split equally over blocks; None: one per position. Adaptive commit
                     rules ignore diffusion_steps
     block_size      positions open at once; None: all, or a block-causal policy's own. The last block may be shorter,
                     and so may a block-causal policy's first: its blocks count from the prompt's start

@@ -232,7 +232,7 @@ def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
     assert float(rows[3]["cell_accuracy_difference_high"]) == found[3]["difference"]["cell_accuracy"][2]
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     text = output(capsys, *command)
-    assert "difference: solve_rate minus that of" in " ".join(text.split()) and "diffusion_steps" in text
+    assert "difference: solve_rate minus that of" in " ".join(text.split()) and " steps " in text
     table = text.partition("Completions and")[0].splitlines()
     assert max(map(len, table)) <= 80 and "\u2026" not in text, "no name is cut"
     cells = [line.partition("  ")[0].strip() for line in table]
