@@ -10,7 +10,8 @@ of the N steps of each row:
                    hundredth of the row's mean), weight 1 / (k chance): the least certain steps, without a bias
     by size        the same with the chance in proportion to the norm of the step's own gradient, which nobody knows
                    before computing it: what no such way can beat
-    rows by |A|    all steps of a share k / N of the rows, in proportion to |A|, weighted alike
+    rows by advantage  all steps of a share k / N of the rows, drawn in proportion to |A|, with the weight that makes
+                   the mean right
     k segments     `trajectory(num_segments=k)`: neighbouring steps merged into k views. No noise, but a bias
 
 `cosine` is that of one draw's gradient with the exact one, mean over the draws.
@@ -38,7 +39,7 @@ from recipes.studies.paired import markdown, warm_up
 STORED = Path(__file__).with_suffix(".json")
 STEPS = {4: (1, 2), 8: (1, 2, 4), 16: (1, 2, 4)}  # of a completion, and how many of them are scored
 DRAWS = 2_000
-WAYS = ("uniform", "by surprise", "by size", "rows by |A|", "segments")
+WAYS = ("uniform", "by surprise", "by size", "rows by advantage", "segments")
 
 
 def summands(policy: Any, rollout: Any, advantages: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,7 @@ def weights(way: str, k: int, mean_sizes: Tensor, surprise: Tensor, advantages: 
     if way == "uniform":
         chosen = torch.rand(rows, steps, generator=stream).argsort(-1) < k
         return chosen * (steps / k)
-    if way == "rows by |A|":
+    if way == "rows by advantage":
         chance = advantages.abs() / advantages.abs().sum()
         count = max(1, rows * k // steps)
         drawn = torch.multinomial(chance, count, replacement=True, generator=stream)

@@ -4,7 +4,7 @@ from statistics import mean
 
 from dllm_rl.members import describe
 from held import DOCS, STUDIES, row, runs_of, span_of, stored, tables_of
-from recipes.studies import distillation, estimators, experts, fast, order, paired, renoising, revise
+from recipes.studies import distillation, estimators, experts, fast, order, paired, renoising, revise, some_steps
 
 HOLM = "Holm's p"
 
@@ -123,6 +123,14 @@ def speed_as_a_reward():
     yield page, f"take {speed[1]} forwards instead of {before[1]}, and solve {speed[0]} instead of {before[0]}."
     yield page, f"models might solve more than {speed[0]}."
     yield "recipes/README.md", f"it solves {more} more than with the reward for accuracy alone"
+
+
+def some_of_the_steps():
+    rows = stored("some_steps")["rows"]
+    yield f"{STUDIES}/estimators.md", some_steps.told(rows)
+    for case in {(each["steps"], each["scored"]) for each in rows}:
+        ways = {each["way"]: each["cosine"] for each in rows if (each["steps"], each["scored"]) == case}
+        assert max(ways, key=ways.get) == "segments", "in every row"
 
 
 def a_teacher():
