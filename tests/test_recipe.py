@@ -141,7 +141,7 @@ def test_a_partial_whose_dict_was_read_is_bound_again(tmp_path):
     """`dir`, as debuggers call it, gives it a dict; functools.partial then nests instead of merging."""
     inner = partial(unmask, max_new_tokens=8, diffusion_steps=4)
     dir(inner)
-    outer = partial(inner, num_steps=2)
+    outer = partial(inner, diffusion_steps=2)
     assert outer.func is inner
     sampler = tiny_recipe(tmp_path, sampler=outer).sampler
     assert sampler.func is unmask and sampler.keywords == {"max_new_tokens": 8, "diffusion_steps": 2}

@@ -310,13 +310,13 @@ def segments(**settings):
 
 
 def test_the_likelihood_is_chosen_by_the_steps_that_the_sampler_takes():
-    """One step per token unless num_steps says fewer; a rule that ignores num_steps may take one per token."""
+    """One step per token unless diffusion_steps says fewer; a rule that ignores it may take one per token."""
     assert segments(max_new_tokens=64) == 8 and segments(max_new_tokens=4) is None
     assert segments(sampler_options={"max_new_tokens": 4}) is None
     assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64}) == 8
     assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64, "diffusion_steps": 12}) == 3
     assert segments(sampler=partial(unmask, max_new_tokens=4)) is None
-    assert segments(max_new_tokens=4, sampler=partial(partial(unmask, max_new_tokens=64), num_steps=16)) == 4
+    assert segments(max_new_tokens=4, sampler=partial(partial(unmask, max_new_tokens=64), diffusion_steps=16)) == 4
     for rule in (partial(threshold, tau=0.9), partial(edit, tau=0.9)):
         assert segments(max_new_tokens=64, sampler_options={"diffusion_steps": 4, "commit": rule}) == 8
     assert segments(max_new_tokens=64, sampler_options={"commit": partial(soft_threshold, tau=0.9)}) is None

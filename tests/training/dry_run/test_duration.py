@@ -62,10 +62,10 @@ def test_an_update_takes_what_the_h200_took(what, changes):
 def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps():
     """docs/concepts.md: `llada_8b_sudoku` in 32 steps, one update, no KL term, no graphs kept (its adapters drop)."""
     told = (Path(__file__).parents[3] / "docs" / "concepts.md").read_text()
-    sampler = partial(sudoku.sampler, num_steps=32)
+    sampler = partial(sudoku.sampler, diffusion_steps=32)
     recipe = replace(sudoku, sampler=sampler, num_iterations=1, beta=0.0)
     for row, estimator in (
-        ("`trajectory()` | exact", lik.trajectory()),
+        ("`trajectory()` | exact given the order", lik.trajectory()),
         ("`trajectory(num_segments=8)`", lik.trajectory(num_segments=8)),
         ("`trajectory(num_sampled=8)`", lik.trajectory(num_sampled=8)),
         ("`elbo(num_samples=4)`", lik.elbo(num_samples=4)),
