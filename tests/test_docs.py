@@ -80,7 +80,9 @@ def test_the_reference_has_the_signatures_of_the_code(monkeypatch):
         assert signatures.with_signatures(page.read_text()) == page.read_text(), f"{page.name}: run signatures.py"
     for told in ("def none() -> Corrector:", "def tis(*, cap: float = 2.0,", "class Corrector:"):
         assert told in (DOCS / "reference" / "algorithms.md").read_text()
-    assert "pyi" not in hooks.PYI.sub("", (DOCS / "reference" / "algorithms.md").read_text())
+    page = (DOCS / "reference" / "algorithms.md").read_text()
+    assert "pyi" not in hooks.PYI.sub("", page)
+    assert set(re.findall(r"^```pyi\n(\w+)", hooks.FUNCTION.sub("", page), re.MULTILINE)) == {"class"}
 
 
 def test_links_lead_to_where_files_lie_in_the_site():

@@ -138,7 +138,7 @@ class FamilySpec:
     # encoder's cache, whose noise is random tokens (`models.denoiser`).
     attention: Attention
     shift: bool = False  # the state at t-1 predicts position t
-    block_size: int | None = None
+    block_size: int | None = None  # positions of a block; None where there are no blocks
     causal_context: bool = False  # "block_causal": a block without a mask is causal
     mask_id: int | None = None  # token id of the mask; None for causal models, and where noise is random tokens
     mask_vocabulary: int | None = None  # a family's mask_id is for so many tokens

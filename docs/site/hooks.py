@@ -10,7 +10,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
-PYI = re.compile(r"\n```pyi\n.*?\n```\n", re.DOTALL)  # a signature of signatures.py: the site has mkdocstrings' instead
+PYI = re.compile(r"\n```pyi\n.*?\n```\n", re.DOTALL)  # a signature of signatures.py
+FUNCTION = re.compile(r"\n```pyi\n(?:async )?def .*?\n```\n", re.DOTALL)  # for which the site has mkdocstrings' own
 MARK = "<!-- recipe fields -->"
 TABLE = re.compile(rf"{MARK}\n(?:\n(?:\|.*\n)+)?")
 
@@ -77,4 +78,5 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    return PYI.sub("", relinked(markdown, Path(page.file.abs_src_path)))
+    # Of a class mkdocstrings shows no field with its comment, so its block stays.
+    return FUNCTION.sub("", relinked(markdown, Path(page.file.abs_src_path)))
