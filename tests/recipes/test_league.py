@@ -34,7 +34,15 @@ def test_one_segment_is_one_step():
 
 
 @pytest.mark.parametrize(
-    ("name", "arms"), [("sudoku", 55), ("sudoku_60_s", 10), ("sudoku_8_steps", 20), ("countdown", 35)]
+    ("name", "arms"),
+    [
+        ("sudoku", 55),
+        ("sudoku_60_s", 10),
+        ("sudoku_8_steps", 20),
+        ("sudoku_4_steps", 20),
+        ("sudoku_4_steps_60_s", 15),
+        ("countdown", 35),
+    ],
 )
 def test_every_method_is_a_recipe_in_every_setting(name, arms):
     study, names = league.study_of(name), league.LEAGUES[name].methods
@@ -53,7 +61,7 @@ def test_every_method_is_a_recipe_in_every_setting(name, arms):
     assert updates == {method: published.get(method, 2) for method in names}
     assert {made[arm].num_iterations for arm in made if "one update" in arm} == {1}
     fresh = {league.method_of(arm) for arm, recipe in made.items() if recipe.mask_draws > 1}
-    assert fresh == {*published, "JustGRPO"} & set(names)  # the others draw no masks
+    assert fresh == {*published, "JustGRPO", "two sampled"} & set(names)  # the others draw no masks
 
 
 def test_steps_follow_from_the_cost():

@@ -107,6 +107,29 @@ def eight_steps():
     yield CONCEPTS, f"and by {paired.interval(one)} in 48 s of eight-step Sudoku."
 
 
+def four_steps():
+    short, long = "sudoku_4_steps", "sudoku_4_steps_60_s"
+    few = apart(short, "two sampled", "two segments")
+    yield (
+        PAGE,
+        f"are {paired.interval([-each for each in few])} below two segments (exact p {paired.sign_flip(few):.3f}).",
+    )
+    middle = apart(long, "two segments", "one step")
+    yield (
+        PAGE,
+        f"beat `one step` by {paired.interval(middle)} (exact p {paired.sign_flip(middle):.3f}, not claimed before)",
+    )
+    gains = [paired.interval(apart(name, "two segments", DEFAULT)) for name in (short, long)]
+    yield CONCEPTS, "two segments beat it** by {} in 12 s and {} in 60 s".format(*gains)
+    solved = []
+    for name in (short, long):
+        for method in ("two segments", DEFAULT):
+            rates = [run["after"] for (which, _), run in runs_of(name).items() if which == method]
+            solved.append(paired.interval(rates))
+    told = "in 12 s two segments solve {} and every step, the default, {}; in 60 s {} and {}"
+    yield BOARD, told.format(*solved)
+
+
 def countdown():
     yield PAGE, f"beats d1 by {paired.interval(apart('countdown', DEFAULT, 'd1'))}. We saw no difference"
 
@@ -132,6 +155,8 @@ def what_equal_time_was():
     longer = f"{more('sudoku_60_s', 'one step'):.0f} %"
     yield PAGE, f"the default took {default:.0f} s and `one step` {one_step:.0f} s, {longer} more."
     yield PAGE, f"which took {longer} longer"
+    four = [took["sudoku_4_steps_60_s", each] for each in (DEFAULT, "two segments", "one step")]
+    yield PAGE, "the default took {:.0f} s, two segments {:.0f} s and `one step` {:.0f} s.".format(*four)
     eight = [each for (name, _), each in took.items() if name == "sudoku_8_steps"]
     yield PAGE, f"In 48 s all took {min(eight):.0f} to {max(eight):.0f} s."
     yield PAGE, f"`one step` took {more('countdown', 'one step'):.0f} % more than the default."
