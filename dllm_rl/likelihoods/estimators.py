@@ -178,7 +178,8 @@ def trajectory(
     A rollout that revises (`remask`, `soft_edit`) is replayed event by event [ours]: the canvas of each step is
     rebuilt, and a position's contribution is the sum over its writings (docs/order.md).
     A rollout of `renoise` is replayed in one view; a position's contribution is the sum over its accepted draws [ours].
-    num_segments  parts into which a row's steps are merged; None: one per step, which is exact, and all that a rollout
+    num_segments  parts into which a row's steps are merged: step s of the row's n steps, counted over all its blocks,
+                  goes to part floor(s * num_segments / n). None: one per step, which is exact, and all that a rollout
                   that revises can have
     block_size    of a block-causal model: the same likelihood from one packed forward per place of a step in its block,
                   all blocks together; num_segments then counts the segments of a block
