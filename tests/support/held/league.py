@@ -128,9 +128,15 @@ def four_steps():
             solved.append(paired.interval(rates))
     told = "in 12 s two segments solve {} and every step, the default, {}; in 60 s {} and {}"
     yield BOARD, told.format(*solved)
+    cheap = []
+    for name in (short, long):
+        cheap.append(paired.interval([r["after"] for (which, _), r in runs_of(name).items() if which == "one step"]))
+    yield BOARD, "in 12 s ({}) and below them in 60 s ({})".format(*cheap)
 
 
 def countdown():
+    ahead = paired.interval(apart("countdown", "one step", DEFAULT))
+    yield CONCEPTS, f"no row is above it significantly (`one_step` is ahead by {ahead})."
     yield PAGE, f"beats d1 by {paired.interval(apart('countdown', DEFAULT, 'd1'))}. We saw no difference"
 
 
