@@ -48,7 +48,7 @@ def scripts():
     """(page, script, its options) of each command that runs a recipe."""
     for page, _, words in all_commands("python", "accelerate", "sbatch"):
         place = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
-        theirs = any(word.startswith("mine:") for word in words)  # a module that a reader writes
+        theirs = any(word.startswith(("mine:", "mine.")) for word in words)  # a module that a reader writes
         if place is not None and words[place] != "recipes/one_file.py" and not theirs:
             yield page, words[place], words[place + 1 :]
 
