@@ -221,11 +221,14 @@ def test_the_estimator_of_ones_own_keeps_its_contract_and_scores_each_token_once
     assert torch.equal(noise.masked, noise.weight > 0)
 
 
-def run_example(heading, folder, monkeypatch, name="example"):
-    """What an example of the docs leaves, run in `folder`, with the repository's modules to import."""
+def run_example(heading, folder, monkeypatch, name="example", instead=("", "")):
+    """What an example of the docs leaves, run in `folder`, with the repository's modules to import. instead: a piece of
+    its text, and what stands there in this run."""
     monkeypatch.syspath_prepend(DOCS.parent)
     monkeypatch.chdir(folder)
-    (folder / f"{name}.py").write_text(example(heading))
+    text = example(heading)
+    assert instead[0] in text
+    (folder / f"{name}.py").write_text(text.replace(*instead))
     return runpy.run_path(f"{name}.py")
 
 
@@ -250,24 +253,21 @@ def test_a_rank_of_ones_own_has_the_probabilities_that_it_records(tmp_path, monk
     assert sum(dict(zip(written, chances.tolist(), strict=True)).values()) > 1.5
 
 
+def off_by(made):
+    """Standard errors, at most, between the shares of completions that the example's ratio says and those seen."""
+    return ((made["weighted"].mean(0) - made["there"].mean(0)).abs() / made["noise"]).max()
+
+
 @pytest.mark.slow
 def test_a_rule_that_rewrites_has_ratios_of_mean_one_and_some_of_its_steps_have_not(tmp_path, monkeypatch):
     made = run_example("Write a rule that rewrites", tmp_path, monkeypatch)
     assert (made["recorded"](made["rollout"], made["views"]).sum(-1) - made["log_q"]).abs().max() < 1e-5
     assert abs(made["ratio"].mean() - 1) < 3 * made["error"] and made["ratio"].std() > 0.2
-    off = (made["weighted"].mean(0) - made["there"].mean(0)).abs() / made["noise"]
-    assert off.max() < 4, "the shares that the ratio says are those of the other policy's own rollouts"
-    made["options"]["rank"] = dllm_rl.max_prob  # which the ratio leaves out: what it says of other orders is not so
-    rollout, theirs = made["rolled"](made["policy"], 0), made["rolled"](made["other"], 2000)
-    views = made["likelihood"].draw(rollout, torch.Generator())
-    log_p, log_q = (made["likelihood"].logprobs(made[name], rollout, views).sum(-1) for name in ("other", "policy"))
-    ratio = (log_p - log_q).exp()
-    assert abs(ratio.mean() - 1) < 3 * ratio.std() / len(ratio) ** 0.5
-    number = torch.cat([rollout.tokens, theirs.tokens])[:, 1:].unique(dim=0, return_inverse=True)[1]
-    here, there = (torch.nn.functional.one_hot(part, int(number.max()) + 1).double() for part in number.chunk(2))
-    weighted = here * ratio[:, None]
-    noise = ((weighted.var(0) + there.var(0)) / len(ratio)).sqrt()
-    assert ((weighted.mean(0) - there.mean(0)).abs() / noise).max() > 8
+    assert off_by(made) < 4, "the shares that the ratio says are those of the other policy's own rollouts"
+    # An order that moves with the weights, which the ratio leaves out.
+    moved = ("import random", "import max_prob as random")
+    jumping = run_example("Write a rule that rewrites", tmp_path, monkeypatch, instead=moved)
+    assert abs(jumping["ratio"].mean() - 1) < 3 * jumping["error"] and off_by(jumping) > 8
     events = made["rollout"].events.step >= 0
     assert events.sum() / len(events) > 5, "of four tokens, one more is drawn again in the mean"
 
@@ -276,6 +276,13 @@ def test_a_rule_that_rewrites_has_ratios_of_mean_one_and_some_of_its_steps_have_
     wrong = some.logprobs(made["other"], made["rollout"], views) - some.logprobs(made["policy"], made["rollout"], views)
     wrong = wrong.sum(-1).exp()
     assert abs(wrong.mean() - 1) > 3 * wrong.std() / len(wrong) ** 0.5
+
+
+@pytest.mark.slow
+def test_the_doctor_takes_rows_of_ones_own(tmp_path, monkeypatch, capsys):
+    made = run_example("The doctor on your own rows", tmp_path, monkeypatch)
+    assert made["report"].num_tokens == 64 and 0.99 < made["report"].total.ess <= 1
+    assert "quantised" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -9,12 +9,13 @@ of the N steps of each row:
     by surprise    k draws with replacement, a step's chance in proportion to -log p of the tokens that it wrote (plus a
                    hundredth of the row's mean), weight 1 / (k chance): the least certain steps, without a bias
     by size        the same with the chance in proportion to the norm of the step's own gradient, which nobody knows
-                   before computing it: what no such way can beat
+                   before computing it: of draws with replacement the least noise
     rows by advantage  all steps of a share k / N of the rows, drawn in proportion to |A|, with the weight that makes
                    the mean right
     k segments     `trajectory(num_segments=k)`: neighbouring steps merged into k views. No noise, but a bias
 
-`cosine` is that of one draw's gradient with the exact one, mean over the draws.
+`cosine` is that of one draw's gradient with the exact one, mean over the draws. `mean` is the mean gradient's share of
+the exact one along it: 1, to the noise of the draws, where there is no bias.
 
     python -m recipes.studies.some_steps [--report]     some_steps.json and the table of estimators.md
 """
@@ -59,7 +60,7 @@ def summands(policy: Any, rollout: Any, advantages: Tensor, steps: int) -> tuple
     return torch.stack(found).view(len(advantages), steps, -1), surprise
 
 
-def weights(way: str, k: int, mean_sizes: Tensor, surprise: Tensor, advantages: Tensor, stream: Any) -> Tensor:
+def weights(way: str, k: int, sizes: Tensor, surprise: Tensor, advantages: Tensor, stream: Any) -> Tensor:
     """One draw of what each summand is multiplied by (R, N)."""
     rows, steps = surprise.shape
     if way == "uniform":
@@ -71,7 +72,7 @@ def weights(way: str, k: int, mean_sizes: Tensor, surprise: Tensor, advantages: 
         drawn = torch.multinomial(chance, count, replacement=True, generator=stream)
         times = torch.bincount(drawn, minlength=rows)
         return torch.where(chance > 0, times / (count * chance.clamp(min=1e-30)), 0)[:, None].expand(rows, steps)
-    size = mean_sizes if way == "by size" else surprise + surprise.mean(-1, keepdim=True) / 100
+    size = sizes if way == "by size" else surprise + surprise.mean(-1, keepdim=True) / 100
     chance = size.clamp(min=1e-30) / size.clamp(min=1e-30).sum(-1, keepdim=True)
     drawn = torch.multinomial(chance, k, replacement=True, generator=stream)
     times = torch.zeros_like(chance).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=chance.dtype))

@@ -21,6 +21,11 @@ def apart(name, arm, against):
     return paired.paired(runs_of(name), arm, against)
 
 
+def solved(name, method):
+    """A method's solve rate, mean and interval over the seeds."""
+    return paired.interval([run["after"] for (which, _), run in runs_of(name).items() if which == method])
+
+
 def tables():
     """Each table, where RL began, and that each method ran in the setting that its trials chose."""
     for name in league.LEAGUES:
@@ -65,10 +70,7 @@ def the_leaderboard():
         BOARD,
         f"it takes twice as many steps in 12 s, and ends {paired.interval(apart('sudoku', 'one step', DEFAULT))} above",
     )
-    rates = {METHOD(run["arm"]): [] for run in stored("league_sudoku_8_steps")["runs"]}
-    for run in stored("league_sudoku_8_steps")["runs"]:
-        rates[METHOD(run["arm"])].append(run["after"])
-    one, two, every = (paired.interval(rates[name]) for name in ("one step", "two segments", DEFAULT))
+    one, two, every = (solved("sudoku_8_steps", name) for name in ("one step", "two segments", DEFAULT))
     yield BOARD, f"in eight steps and 48 s `one step` solves {one}, two segments {two}, every step {every}:"
 
 
@@ -121,16 +123,10 @@ def four_steps():
     )
     gains = [paired.interval(apart(name, "two segments", DEFAULT)) for name in (short, long)]
     yield CONCEPTS, "two segments beat it** by {} in 12 s and {} in 60 s".format(*gains)
-    solved = []
-    for name in (short, long):
-        for method in ("two segments", DEFAULT):
-            rates = [run["after"] for (which, _), run in runs_of(name).items() if which == method]
-            solved.append(paired.interval(rates))
+    rates = [solved(name, method) for name in (short, long) for method in ("two segments", DEFAULT)]
     told = "in 12 s two segments solve {} and every step, the default, {}; in 60 s {} and {}"
-    yield BOARD, told.format(*solved)
-    cheap = []
-    for name in (short, long):
-        cheap.append(paired.interval([r["after"] for (which, _), r in runs_of(name).items() if which == "one step"]))
+    yield BOARD, told.format(*rates)
+    cheap = [solved(name, "one step") for name in (short, long)]
     yield BOARD, "in 12 s ({}) and below them in 60 s ({})".format(*cheap)
 
 
