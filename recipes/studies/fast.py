@@ -33,7 +33,7 @@ import numpy as np
 
 from dllm_rl import Policy, evaluate, load_policy, threshold
 from dllm_rl.files import read_json, write_json
-from recipes.studies.paired import Contrast, Results, Study, load, markdown, result_path, run_missing, tables
+from recipes.studies.paired import Contrast, Results, Study, load, markdown, result_path, run_missing, tables, warm_up
 from recipes.sudoku_fast import fill, recipe, taught
 
 STORED = Path(__file__).with_suffix(".json")
@@ -78,12 +78,10 @@ def within(points: Sequence[Mapping[str, float]], budget: float) -> float:
 
 
 def run(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> None:
-    """Teach the seed's model, if no arm has; train and evaluate one arm."""
+    """Train and evaluate one arm, from the seed's model."""
     from dllm_rl.training.trainer import train
 
-    start = root / "taught" / str(seed)
-    if not (start / "config.json").exists():
-        taught(seed=seed).save_pretrained(str(start))
+    start = warm_up(study.base, seed, root / "warm" / str(seed))
     policy, kept = load_policy(str(start)), {"arm": arm, "seed": seed, "num_steps": 0 if arm == BEFORE else num_steps}
     if arm != BEFORE:
         changes = {"model": str(start), "seed": seed, "num_steps": num_steps, "eval_steps": 0, "report_to": None}

@@ -9,12 +9,17 @@ Tuning: a method takes one update a rollout, or as many as its authors, at the r
 All settings run on seed 100, the two best of them on 101 and 102 too, on problems of their own; the best mean is run on
 the league's ten seeds. The claims: the default ends above each other row. Holm's correction counts those of one task.
 
-LEAGUES has six; for time all but one have fewer rows. An earlier one of five seeds, without fresh masks, had those
+For time all of LEAGUES but one have fewer rows. An earlier one of five seeds, without fresh masks, had those
 that Countdown leaves out below the default there: league_countdown_first.json. The two longer ones were added when the
 others had run, before their own runs: is the default behind `one step` there too, and with eight steps a completion?
 Those of four steps came last. In 12 s with a further claim: a random part of the steps, whose gradient is unbiased,
 ends above as many segments, whose gradient is not ("two sampled" and "two segments"; its exact p is counted by itself).
 When it had failed, and all steps had ended behind two segments, those of 60 s were added: do all steps make up for it?
+
+Then three more, stated before their runs. 16 steps in 60 s: the default there is four segments. The main job's task
+(few clues, many answers) in four steps and 60 s: a second task for two segments against all steps. If two segments end
+significantly above all steps there as well, `grpo` merges four steps into two. And the main job itself, two steps, in
+24 s, half of what its GRPO takes: which of the default and `one step` ends higher?
 
 Each row is another gradient. With one update those of TraceRL, GSPO and DAPO are one: TraceRL's row stands for GSPO,
 and DAPO's differs by the groups that it draws again. `trajectory(num_segments=1)` is `one_step(prompt_mask=0)`.
@@ -44,7 +49,7 @@ from dllm_rl.algorithms.losses import gspo, ppo_clip, reinforce, sequence, token
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.samplers.rules import random
-from recipes import countdown_tiny, sudoku_unique
+from recipes import countdown_tiny, sudoku_tiny, sudoku_unique
 from recipes.studies.paired import (
     Contrast,
     Results,
@@ -148,25 +153,29 @@ METHODS: dict[str, dict[str, Any]] = {
     "one step": {"likelihood": lik.one_step(prompt_mask=0.0), "loss": dual_clip, "num_iterations": 2},
     # The trajectory's steps in two segments: between the default and `one step`.
     "two segments": {"likelihood": lik.trajectory(num_segments=2), "loss": dual_clip, "num_iterations": 2},
+    "four segments": {"likelihood": lik.trajectory(num_segments=4), "loss": dual_clip, "num_iterations": 2},
     # As many forwards as two segments have, without their bias: random steps of each row, weighted.
     "two sampled": {"likelihood": lik.trajectory(num_sampled=2), "loss": dual_clip, "num_iterations": 2},
 }
 
-BETWEEN = ("two segments", "two sampled")  # one step and all steps: for four and more
+BETWEEN = ("two segments", "four segments", "two sampled")  # one step and all steps: for four and more
 ALL = tuple(method for method in METHODS if method not in BETWEEN)
 
 
 @dataclass(frozen=True)
 class League:
-    """What is compared: a task, `methods`, `seconds` of a run's steps by one thread, `diffusion_steps` of an answer."""
+    """What is compared: a task, `methods`, `seconds` of a run's steps by one thread, `diffusion_steps` of an answer.
+    `default`: the method that the others are compared with, which is `grpo`'s default when the claims were stated."""
 
     recipe: Recipe
     metric: str
     diffusion_steps: int
     seconds: float = 12.0
     methods: tuple[str, ...] = ALL
+    default: str = DEFAULT
 
 
+FEW_CLUES = League(sudoku_tiny.recipe, "solve_rate", diffusion_steps=2, seconds=24.0, methods=(DEFAULT, "one step"))
 SUDOKU = League(sudoku_unique.recipe, "solve_rate", diffusion_steps=2)
 LEAGUES = {
     "sudoku": SUDOKU,
@@ -177,6 +186,17 @@ LEAGUES = {
     "sudoku_4_steps": replace(SUDOKU, diffusion_steps=4, methods=(DEFAULT, "two segments", "two sampled", "one step")),
     "sudoku_4_steps_60_s": replace(
         SUDOKU, diffusion_steps=4, seconds=60.0, methods=(DEFAULT, "two segments", "one step")
+    ),
+    "sudoku_16_steps": replace(
+        SUDOKU,
+        diffusion_steps=16,
+        seconds=60.0,
+        methods=("four segments", "two segments", "one step"),
+        default="four segments",
+    ),
+    "few_clues": FEW_CLUES,
+    "few_clues_4_steps": replace(
+        FEW_CLUES, diffusion_steps=4, seconds=60.0, methods=(DEFAULT, "two segments", "one step")
     ),
     "countdown": League(
         countdown_tiny.recipe,
@@ -210,7 +230,8 @@ def study_of(name: str) -> Study:
         changes = METHODS[method]
         sampler = partial(base.sampler, **changes.get("sampler", {}))
         arms[f"{method}, {setting}"] = changes | more | {"sampler": sampler}
-    claims = tuple(Contrast(f"above {each}", DEFAULT, each) for each in league.methods if each != DEFAULT)
+    others = (each for each in league.methods if each != league.default)
+    claims = tuple(Contrast(f"above {each}", league.default, each) for each in others)
     solved = {"rollouts solved": f"rewards/{league.metric}/mean"}
     return Study("league", base, arms, {}, solved, seeds=SEEDS, num_steps=0, contrasts=claims, metric=league.metric)
 

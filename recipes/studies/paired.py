@@ -1,5 +1,5 @@
 """Paired comparisons: every arm starts from its seed's one warmed-up model, and changes a few settings of a recipe.
-A recipe without a warm-up starts all seeds from its own model.
+Without a warm-up, a model that is a function of a seed is made of each seed; any other is the same for all seeds.
 
 Finished runs are kept as one JSON each below `--output_dir`; started again, a study runs what is missing, then prints
 its tables and writes them to `--output_dir`/tables.json.
@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -65,6 +66,11 @@ class Study:
     metric: str = "solve_rate"
 
 
+def by_seed(base: Recipe) -> bool:
+    """Has each seed a model of its own to start from: a warmed-up one, or one that is a function of the seed?"""
+    return bool(base.warmup_steps) or (callable(base.model) and "seed" in signature(base.model).parameters)
+
+
 def warm_up(base: Recipe, seed: int, folder: Path) -> Path:
     """The checkpoint that all arms of this recipe and seed start from; made on first use."""
     from dllm_rl.checkpoints.checkpoint import found
@@ -105,7 +111,7 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> No
         "output_dir": str(folder),
         "resume_from_checkpoint": "latest",
     }
-    if study.base.warmup_steps:
+    if by_seed(study.base):
         settings["model"] = str(warm_up(study.base, seed, root / "warm" / str(seed)))
     kept: dict[str, Any] = {"arm": arm, "seed": seed, "num_steps": num_steps, "diverged": False}
     try:
@@ -268,7 +274,7 @@ def run_missing(
     """Those (arm, seed) that have left no result below `root`, an arm for its number of steps; first the models that
     they start from. `run` takes what `run_one` takes, and leaves the result."""
     missing = [(arm, seed) for arm, seed in runs if not result_path(root, arm, seed).exists()]
-    starts = dict.fromkeys(seed for _, seed in missing if study.base.warmup_steps)
+    starts = dict.fromkeys(seed for _, seed in missing if by_seed(study.base))
     warm = ((f"warm-{s}", partial(warm_up, study.base, s, root / "warm" / str(s))) for s in starts)
     run_all(warm, root, workers)
     jobs = ((result_path(root, a, s).stem, partial(run, study, root, num_steps(a), a, s)) for a, s in missing)
