@@ -34,7 +34,7 @@ import numpy as np
 from dllm_rl import Policy, evaluate, load_policy, threshold
 from dllm_rl.files import read_json, write_json
 from recipes.studies.paired import Contrast, Results, Study, load, markdown, result_path, run_missing, tables, warm_up
-from recipes.sudoku_fast import fill, recipe, taught
+from recipes.sudoku_fast import fill, recipe
 
 STORED = Path(__file__).with_suffix(".json")
 SEEDS = range(10, 13)
