@@ -22,9 +22,10 @@ MAY_IMPORT = {
     "screen": "",
     "tasks": "",
     "types": "",
+    "versions": "",
     # floor 2
     "algorithms": "bounds members types",
-    "distributed": "device files screen",
+    "distributed": "device files screen versions",
     "members": "bounds",
     "models": "manifest rng screen tasks types",
     # floor 3
@@ -41,12 +42,12 @@ MAY_IMPORT = {
     "checkpoints": "files manifest members distributed models recipe",
     "monitoring": "device files screen recipe",
     # floor 6
-    "training": "device files manifest rng screen tasks types algorithms distributed models likelihoods "
+    "training": "device files manifest rng screen tasks types versions algorithms distributed models likelihoods "
     "quantization samplers diagnostics evaluation recipe checkpoints monitoring",
     # floor 7
     "supervised": "rng tasks types members distributed models likelihoods recipe checkpoints training",
     # floor 8
-    "cli": "device files manifest members rng screen tasks types config distributed models quantization "
+    "cli": "device files manifest members rng screen tasks types versions config distributed models quantization "
     "samplers diagnostics evaluation recipe checkpoints training supervised",
 }
 # Costly libraries, and the only packages that may import them.
@@ -55,7 +56,7 @@ ROOMS = {
     "ray": {"training"},
     "accelerate": {"distributed", "monitoring", "training", "supervised"},
 }
-NO_TORCH = {"tasks", "files", "manifest", "screen", "members", "config"}
+NO_TORCH = {"tasks", "files", "manifest", "screen", "members", "config", "versions"}
 
 
 def imported(source: str, where: str) -> set[str]:

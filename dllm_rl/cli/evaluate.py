@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-import dllm_rl
 from dllm_rl.cli.options import open_policy
 from dllm_rl.config import CHOICES, override, paths
 from dllm_rl.device import find_device
@@ -42,6 +40,7 @@ from dllm_rl.screen import NARROW, escape_controls, literal
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import check_filled
 from dllm_rl.tasks.protocols import PUBLISHED, SOURCES, TASKS, UnderProtocol, published, under_protocol
+from dllm_rl.versions import versions
 
 Plan = tuple[dict[str, Any], Callable]  # settings by name, and the sampler bound to them
 Measured = tuple[dict[str, Any], Evaluation]  # settings by name, and what was found at them
@@ -60,8 +59,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     fixed = {"seed": arguments.seed, "batch_size": arguments.batch_size, "samples": arguments.samples}
     limit = num_problems(task, arguments)
     fixed |= {"reward_timeout": arguments.reward_timeout, "accelerator": processes, "limit": limit}
-    versions = {"dllm_rl": dllm_rl.__version__, "torch": version("torch"), "transformers": version("transformers")}
-    facts = {"protocol_source": SOURCES[task.protocol], "dtype": arguments.dtype, "versions": versions}
+    facts = {"protocol_source": SOURCES[task.protocol], "dtype": arguments.dtype, "versions": versions()}
     found: list[dict[str, Any]] = []
     first: list[Measured] = []  # of the first model, setting by setting
     for model in arguments.models:

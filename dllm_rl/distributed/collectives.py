@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from dllm_rl.device import device_name, find_device
 from dllm_rl.distributed.sharding import sharding_of
+from dllm_rl.versions import versions
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 BUCKET = 2**25  # numbers per bucket of gradients: memory for two buckets is enough
@@ -209,14 +209,3 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
     """Where a number was measured: versions, device, cores, threads."""
     counts = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     return {"versions": versions(), "device": device_name(accelerator.device), **counts}
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of dllm_rl and of the packages that its numbers depend on; None: not installed."""
-    found: dict[str, str | None] = {}
-    for package in ("dllm_rl", "torch", "transformers", "accelerate", "torchao"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from dllm_rl import manifest
 from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.distributed.collectives import from_main, versions
+from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.files import replacing
 from dllm_rl.likelihoods.replay import check_replay
@@ -28,6 +28,7 @@ from dllm_rl.samplers.whole_step import check_fixed_shapes
 from dllm_rl.training.sharded_learner import first_home, on_main, share_out
 from dllm_rl.training.validation import evaluate_with, shown
 from dllm_rl.training.warmup import warm_up
+from dllm_rl.versions import versions
 
 
 def fresh_state(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog) -> TrainingState:

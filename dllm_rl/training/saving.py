@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.optimizer_shards import Swap, in_step, part_of
 from dllm_rl.checkpoints.state import TrainingState
-from dllm_rl.distributed.collectives import from_main, versions
+from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.peers import Peers, of_an_exchange
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.distributed.stop import LOCK, how_to_continue, with_the_run
@@ -29,6 +29,7 @@ from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.model_card import card
 from dllm_rl.training.run import Run, Writer
 from dllm_rl.training.sharded_learner import group_size, on_main
+from dllm_rl.versions import versions
 
 Write = Callable[..., Path]
 

@@ -120,7 +120,9 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> No
         print(f"diverged: {error}")
         kept |= {"diverged": True, "after": 0.0, "quantised": 0.0}
     else:
-        kept |= {"s": summary["seconds"], "torch": summary["machine"]["versions"]["torch"], "cpu": capability()}
+        installed = summary["machine"]["versions"]
+        kept |= {"s": summary["seconds"], "torch": installed["torch"], "commit": installed["dllm_rl_commit"]}
+        kept |= {"cpu": capability()}
         kept |= {when: summary[f"eval_{when}"][study.metric] for when in ("before", "after")}
         kept["quantised"] = (summary["eval_after_quantized"] or summary["eval_after"])[study.metric]
     steps = read_metrics(folder)
