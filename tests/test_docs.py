@@ -7,7 +7,9 @@ import re
 import runpy
 import subprocess
 import sys
+import threading
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,6 +20,9 @@ from markdown.extensions.toc import slugify
 from readme import example
 
 import dllm_rl
+from dllm_rl.tasks import GSM8K, MATH500
+from dllm_rl.tasks.countdown import task as countdown
+from dllm_rl.tasks.sudoku import task as sudoku
 from dllm_rl.training.cautions import cautions
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -422,6 +427,41 @@ def test_a_reward_of_ones_own_grades_and_trains(tmp_path, monkeypatch):
     (tmp_path / "trained.py").write_text(text.replace("grpo(model", "summary = grpo(model"))
     summary = runpy.run_path("trained.py", run_name="__main__")["summary"]
     assert summary["eval_problems"] == 2 and summary["eval_after"].keys() >= {"right", "digit"}
+
+
+def test_a_reward_service_that_fails_in_part_teaches_nothing_of_what_it_did_not_grade(tmp_path, monkeypatch):
+    """Of two groups "good" completions score their length; the service breaks on "bad" ones, in two ways."""
+    asked = []
+
+    class Service(BaseHTTPRequestHandler):
+        def do_POST(self):
+            given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(given["completion"])
+            self.send_response(500 if given["completion"] == "bad" else 200)
+            self.end_headers()
+            score = json.dumps({"score": len(given["completion"])}) if given["completion"] != "odd" else "<html>"
+            self.wfile.write(score.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as service:
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{service.server_port}"
+        made = run_example("A reward service over HTTP", tmp_path, monkeypatch, instead=("SERVICE", address))
+        rewards = made["served"](["p"] * 3 + ["q"] * 2, ["good", "bad", "better", "odd", "goodness"])
+        assert rewards == [4.0, 5.0, 6.0, 8.0, 8.0]  # the group's mean in the place of what is missing
+        assert asked.count("bad") == asked.count("odd") == 2  # attempts
+        with pytest.raises(RuntimeError, match="the service is down"):
+            made["served"](["p"] * 3, ["bad", "bad", "good"])
+        service.shutdown()
+
+
+def test_the_prompts_are_printed_word_for_word():
+    page = (DOCS / "evaluating.md").read_text().partition("### The prompts, word for word")[2].partition("\n###")[0]
+    printed = "\n".join(line.removeprefix("    ") for line in page.splitlines())
+    for text in (sudoku.TEXT, countdown.TEXT, GSM8K.text, MATH500.text):
+        assert text.rstrip("\n") in printed
 
 
 def test_rows_of_a_file_are_read(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 #!/bin/bash
 # Late rollouts on several nodes of SLURM, one learner and Ray workers. Not tried on a cluster.
-#   sbatch --nodes=2 recipes/accelerate/slurm_ray.sh RECIPE.py --rollout_workers 15 --max_staleness 14 ...
+#   sbatch --nodes=1 recipes/accelerate/slurm_ray.sh RECIPE.py --rollout_workers 7 --max_staleness 6 --torch_compile false
+# Two nodes have 15 GPUs for workers (--nodes=2, --rollout_workers 15 --max_staleness 14); lags above 8 were not studied.
+# `--torch_compile false` is for the 8B recipes of diffusion models, which compile.
 # The first node's first GPU is the learner's; Ray gives all other GPUs, of all nodes, to the workers, one each.
 # As slurm.sh does, it goes on by itself after its time limit.
 #SBATCH --job-name=dllm-rl

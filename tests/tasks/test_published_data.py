@@ -8,7 +8,7 @@ from countdown_solver import solve
 
 from dllm_rl.tasks import Countdown, Sudoku
 from dllm_rl.tasks.protocols import under_protocol
-from dllm_rl.tasks.sudoku.solver import completions
+from dllm_rl.tasks.sudoku.solver import SPLITS, completions
 
 FOLDER = os.environ.get("DLLM_RL_DATA")
 SUDOKU, COUNTDOWN = "d1_4x4_test_sudoku.csv", "d1_countdown_cd3_test.jsonl"
@@ -54,3 +54,23 @@ def test_d1s_countdown_problems() -> None:
         assert (
             graded.reward(problem, f"<answer>{expression}</answer>").value == 0.0
         )  # d1 reads all of a text without box
+
+
+def test_what_the_8b_recipes_training_problems_share_with_them() -> None:
+    """docs/evaluating.md has these numbers: a grid learned by heart solves some of d1's puzzles."""
+    from recipes import llada_8b_countdown, llada_8b_sudoku
+
+    published, ours = Sudoku(path=stored(SUDOKU), prompt_format="text"), llada_8b_sudoku.recipe.task
+    grids = set(SPLITS["train"])
+    puzzles = {problem.fields["puzzle"] for problem in ours}
+    assert len(grids) == 176 and sum(map(len, SPLITS.values())) == 288 and len(ours) == 10_000
+    assert sum(problem.fields["solution"] in grids for problem in published) == 316
+    assert sum(problem.fields["puzzle"] in puzzles for problem in published) == 2
+
+    def asked(task: Countdown) -> list[tuple[tuple[int, ...], int]]:
+        return [(tuple(sorted(each.fields["numbers"])), each.fields["target"]) for each in task]
+
+    theirs = asked(Countdown(path=stored(COUNTDOWN), prompt_format="text"))
+    trained = asked(llada_8b_countdown.recipe.task)
+    numbers = {each for each, _ in trained}
+    assert sum(each in {*trained} for each in theirs) == 7 and sum(each in numbers for each, _ in theirs) == 17
