@@ -464,6 +464,15 @@ def test_the_prompts_are_printed_word_for_word():
         assert text.rstrip("\n") in printed
 
 
+@pytest.mark.slow
+def test_a_quantisation_scheme_of_ones_own_is_an_engine(tmp_path, monkeypatch):
+    """The example's own checks, and that the mixed copy keeps the layers that it names."""
+    made = run_example("Write a quantisation scheme", tmp_path, monkeypatch)
+    report = made["load_mixed"](made["policy"]).quantization_report
+    kept = [name for name in report.kept if name.endswith("down_proj")]
+    assert len(kept) == 3 and len(report.quantized) == len(made["chosen"](made["policy"].module)) - 3
+
+
 def test_rows_of_a_file_are_read(tmp_path, monkeypatch):
     made = run_example("Your data", tmp_path, monkeypatch)
     assert made["rows"].column_names == ["prompt", "answer"] and len(made["rows"]) == 40

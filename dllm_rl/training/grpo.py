@@ -31,7 +31,7 @@ from dllm_rl.training.finish import Summary
 from dllm_rl.training.policies import called
 from dllm_rl.training.trainer import train
 
-EXACT_STEPS = 4  # a trajectory of so many steps is scored exactly
+EXACT_STEPS = 3  # a trajectory of so many steps is scored exactly
 SEGMENTS = 8  # at most, of a longer one
 
 # TRL's names; docs/trl.md has both tables. A name of the same meaning is taken: the keyword of grpo_recipe or, behind a
@@ -233,7 +233,7 @@ def grpo_recipe(
     max_rows        rows to read of a data set without a length, as a streamed one.
     settings        fields of Recipe: num_steps (RL steps), learning_rate, lora, rollout_quantization, corrector ...
 
-    TRL's names are taken where they mean the same (docs/trl.md). A sampler that takes at most 4 steps is scored
+    TRL's names are taken where they mean the same (docs/trl.md). A sampler that takes at most 3 steps is scored
     exactly, and so is the commit rule `soft_threshold`; one that takes more, in a segment for every four steps, 2 to 8.
     Raises ValueError on too few rows and on an unknown setting.
     """
@@ -300,8 +300,8 @@ def segments_for(options: dict[str, Any]) -> int | None:
     commit = options.get("commit")
     if options.get("diffusion_steps") and getattr(commit, "func", commit) not in ADAPTIVE:
         steps = options["diffusion_steps"]
-    # A segment's forward and backward cost three steps of the rollout. In equal time two segments of eight steps teach
-    # more than all eight (recipes/studies/league.md).
+    # A segment's forward and backward cost three steps of the rollout. In equal time two segments of four steps teach
+    # more than all four, on two tasks, and two of eight steps more than all eight (recipes/studies/league.md).
     return None if steps <= EXACT_STEPS else max(2, min(SEGMENTS, steps // 4))
 
 
