@@ -104,12 +104,12 @@ def test_the_models_attention_picks_sampler_and_likelihood(tmp_path):
     recipe = grpo_recipe(partial(tiny_llama, causal=True, **SMALL), ROWS, right, **options(tmp_path))
     assert recipe.sampler.func is autoregress and recipe.likelihood == causal()
     recipe = grpo_recipe(partial(tiny_masked_lm, **SMALL), ROWS, right, **options(tmp_path))
-    assert recipe.sampler.func is unmask and recipe.likelihood.exact_for_sampler
+    assert recipe.sampler.func is unmask and describe(recipe.likelihood) == describe(trajectory(num_segments=2))
     assert recipe.sampler.keywords["temperature"] == 1.0 and recipe.eval_sampler.keywords["temperature"] == 0.0
     long = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"diffusion_steps": 16})
     assert long.sampler.keywords["diffusion_steps"] == 16 and not long.likelihood.exact_for_sampler
     assert "num_segments=4" in describe(long.likelihood)
-    few = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"diffusion_steps": 4})
+    few = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"diffusion_steps": 3})
     assert few.likelihood.exact_for_sampler
 
 
@@ -311,11 +311,11 @@ def segments(**settings):
 
 def test_the_likelihood_is_chosen_by_the_steps_that_the_sampler_takes():
     """One step per token unless diffusion_steps says fewer; a rule that ignores it may take one per token."""
-    assert segments(max_new_tokens=64) == 8 and segments(max_new_tokens=4) is None
-    assert segments(sampler_options={"max_new_tokens": 4}) is None
+    assert segments(max_new_tokens=64) == 8 and segments(max_new_tokens=4) == 2 and segments(max_new_tokens=3) is None
+    assert segments(sampler_options={"max_new_tokens": 3}) is None
     assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64}) == 8
     assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64, "diffusion_steps": 12}) == 3
-    assert segments(sampler=partial(unmask, max_new_tokens=4)) is None
+    assert segments(sampler=partial(unmask, max_new_tokens=3)) is None
     assert segments(max_new_tokens=4, sampler=partial(partial(unmask, max_new_tokens=64), diffusion_steps=16)) == 4
     for rule in (partial(threshold, tau=0.9), partial(edit, tau=0.9)):
         assert segments(max_new_tokens=64, sampler_options={"diffusion_steps": 4, "commit": rule}) == 8
