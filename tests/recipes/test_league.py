@@ -41,6 +41,8 @@ def test_one_segment_is_one_step():
         ("sudoku_8_steps", 20),
         ("sudoku_4_steps", 20),
         ("sudoku_4_steps_60_s", 15),
+        ("sudoku_16_steps", 15),
+        ("few_clues_4_steps", 15),
         ("countdown", 35),
     ],
 )

@@ -100,7 +100,6 @@ def eight_steps():
     yield PAGE, "`one step` beats the default by {}, two segments by {}, wd1 by {}.".format(*behind)
     yield PAGE, f"Two segments beat eight by {behind[1]},"
     yield CONCEPTS, f"two segments beat all eight steps by {behind[1]} ([league]"
-    yield CONCEPTS, f"two segments beat eight by {behind[1]} ([league]"
     wd1, one = apart(name, "two segments", "wd1"), apart(name, "one step", "two segments")
     told = "{} (exact p {:.3f}, not claimed before)"
     yield PAGE, f"wd1 by {told.format(paired.interval(wd1), paired.sign_flip(wd1))}"
@@ -122,12 +121,22 @@ def four_steps():
         f"beat `one step` by {paired.interval(middle)} (exact p {paired.sign_flip(middle):.3f}, not claimed before)",
     )
     gains = [paired.interval(apart(name, "two segments", DEFAULT)) for name in (short, long)]
-    yield CONCEPTS, "two segments beat it** by {} in 12 s and {} in 60 s".format(*gains)
+    yield CONCEPTS, "in four steps of Sudoku by {} in 12 s and {} in 60 s, in four steps".format(*gains)
+    second = "few_clues_4_steps"
+    yield CONCEPTS, f"of the main job's task by {paired.interval(apart(second, 'two segments', DEFAULT))} in 60 s"
+    even = apart(second, "two segments", "one step")
+    told = f"({paired.interval(even)} in favour of two segments, exact p {paired.sign_flip(even):.3f})"
+    yield PAGE, f"no difference between two segments and `one step` {told}"
+    yield "README.md", f"end at {solved(second, 'two segments')} after 60 s of steps"
     rates = [solved(name, method) for name in (short, long) for method in ("two segments", DEFAULT)]
-    told = "in 12 s two segments solve {} and every step, the default, {}; in 60 s {} and {}"
-    yield BOARD, told.format(*rates)
-    cheap = [solved(name, "one step") for name in (short, long)]
-    yield BOARD, "in 12 s ({}) and below them in 60 s ({})".format(*cheap)
+    rates += [solved(second, method) for method in ("two segments", DEFAULT)]
+    told = (
+        "in 12 s two segments solve {} and every step, the default then, {}; in 60 s {} and {}; on the main job's task"
+    )
+    yield BOARD, f"{told} in 60 s {{}} and {{}}.".format(*rates)
+    cheap = [solved(name, "one step") for name in (short, second, long)]
+    told = "in 12 s ({}) and on the main job's task ({}), and below them in 60 s of Sudoku ({})"
+    yield BOARD, told.format(*cheap)
 
 
 def countdown():
