@@ -210,6 +210,7 @@ LEAGUES = {
 # The commit that added a league's runs; a run's record has no commit of its own.
 COMMITS = {"sudoku": "abab8ad", "sudoku_60_s": "60f9a78", "sudoku_8_steps": "f2424fe", "countdown": "e1f10db"}
 COMMITS |= {"sudoku_4_steps": "868ff51", "sudoku_4_steps_60_s": "868ff51", "few_clues_4_steps": "681c918"}
+COMMITS |= {"sudoku_16_steps": "7b7d92a"}
 STORED = {name: Path(__file__).with_name(f"league_{name}.json") for name in LEAGUES}  # every run
 
 GRID: dict[str, dict[str, Any]] = {

@@ -139,6 +139,16 @@ def four_steps():
     yield BOARD, told.format(*cheap)
 
 
+def sixteen_steps():
+    name, default = "sudoku_16_steps", "four segments"
+    ahead = apart(name, "two segments", default)
+    yield PAGE, f"two segments beat four by {paired.interval(ahead)}."
+    yield CONCEPTS, f"**two segments beat the four** by {paired.interval(ahead)} in 60 s"
+    rates = [solved(name, method) for method in ("two segments", default, "one step")]
+    told = "in sixteen steps and 60 s two segments solve {}, the four that `grpo(...)` takes {}, `one step` {}"
+    yield BOARD, told.format(*rates)
+
+
 def countdown():
     ahead = paired.interval(apart("countdown", "one step", DEFAULT))
     yield CONCEPTS, f"no row is above it significantly (`one_step` is ahead by {ahead})."
