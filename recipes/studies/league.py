@@ -357,6 +357,23 @@ def board() -> str:
     return markdown(rows)
 
 
+def above_the_default() -> str:
+    """The other table of docs/leaderboard.md: by league, which rows are shown to be above the default of its time."""
+    rows = []
+    for name, league in LEAGUES.items():
+        results = {(run["arm"], run["seed"]): run for run in read_json(STORED[name])["runs"]}
+        others = [row for row in rows_of(name, results) if row["method"] != league.default]
+        behind = [row for row in others if row["default beats it by"].startswith("-") and float(row["Holm's p"]) < 0.05]
+        cell = {"task, steps of a completion": f"{league.recipe.name}, {league.diffusion_steps}"}
+        cell |= {
+            "budget, s": f"{league.seconds:.0f}",
+            "default then": league.default,
+            "rows beside it": str(len(others)),
+        }
+        rows.append(cell | {"shown to be above it": ", ".join(shown) or "none"})
+    return markdown(rows)
+
+
 def draw(name: str, results: Results, path: Path) -> None:
     """A line a method, the best mean on top: a dot a seed, the mean and its interval, and where RL began."""
     import matplotlib
