@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of dllm_rl and of the packages that its numbers depend on (None: not installed), and its `commit`."""
+    """Versions of dllm_rl and of the packages that its numbers depend on (None: not installed), and its commit."""
     found: dict[str, str | None] = {}
     for package in ("dllm_rl", "torch", "transformers", "accelerate", "torchao"):
         try:
@@ -40,8 +40,10 @@ def commit(package: Path) -> str | None:
 
 def _git(folder: Path, *words: str) -> str | None:
     """What git prints, or None: there is no such program, or it refuses the folder (it is somebody else's)."""
+    # Without optional locks `status` leaves the index as it is: the user may be working in this checkout.
     try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+        command = ["git", "--no-optional-locks", "-C", str(folder), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -336,12 +336,16 @@ def settings() -> str:
     return markdown(rows)
 
 
+def stored_rows(name: str) -> list[dict[str, str]]:
+    """`rows_of` the runs that are committed."""
+    return rows_of(name, {(run["arm"], run["seed"]): run for run in read_json(STORED[name])["runs"]})
+
+
 def board() -> str:
     """The table of docs/leaderboard.md: each method of each league, from the stored runs, the best mean first."""
     rows = []
     for name, league in LEAGUES.items():
-        results = {(run["arm"], run["seed"]): run for run in read_json(STORED[name])["runs"]}
-        for row in rows_of(name, results):
+        for row in stored_rows(name):
             one = {
                 "task, steps of a completion": f"{league.recipe.name}, {league.diffusion_steps}",
                 "method": row["method"],
@@ -361,8 +365,7 @@ def above_the_default() -> str:
     """The other table of docs/leaderboard.md: by league, which rows are shown to be above the default of its time."""
     rows = []
     for name, league in LEAGUES.items():
-        results = {(run["arm"], run["seed"]): run for run in read_json(STORED[name])["runs"]}
-        others = [row for row in rows_of(name, results) if row["method"] != league.default]
+        others = [row for row in stored_rows(name) if row["method"] != league.default]
         above = [row for row in others if row["default beats it by"].startswith("-") and float(row["Holm's p"]) < 0.05]
         cell = {"task, steps of a completion": f"{league.recipe.name}, {league.diffusion_steps}"}
         cell |= {"budget, s": f"{league.seconds:.0f}", "default then": league.default}

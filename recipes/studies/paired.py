@@ -1,5 +1,5 @@
 """Paired comparisons: every arm starts from its seed's one warmed-up model, and changes a few settings of a recipe.
-Without a warm-up, a model that is a function of a seed is made of each seed; any other is the same for all seeds.
+Without a warm-up a model that is a function of the seed is made once for each seed, too; others are as the recipe says.
 
 Finished runs are kept as one JSON each below `--output_dir`; started again, a study runs what is missing, then prints
 its tables and writes them to `--output_dir`/tables.json.
@@ -67,7 +67,7 @@ class Study:
 
 
 def by_seed(base: Recipe) -> bool:
-    """Has each seed a model of its own to start from: a warmed-up one, or one that is a function of the seed?"""
+    """Has each seed a model of its own that its arms share: a warmed-up one, or one that is a function of the seed?"""
     return bool(base.warmup_steps) or (callable(base.model) and "seed" in signature(base.model).parameters)
 
 

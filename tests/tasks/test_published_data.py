@@ -72,5 +72,5 @@ def test_what_the_8b_recipes_training_problems_share_with_them() -> None:
 
     theirs = asked(Countdown(path=stored(COUNTDOWN), prompt_format="text"))
     trained = asked(llada_8b_countdown.recipe.task)
-    numbers = {each for each, _ in trained}
-    assert sum(each in {*trained} for each in theirs) == 7 and sum(each in numbers for each, _ in theirs) == 17
+    problems, numbers = set(trained), {each for each, _ in trained}
+    assert sum(each in problems for each in theirs) == 7 and sum(each in numbers for each, _ in theirs) == 17
