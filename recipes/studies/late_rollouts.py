@@ -28,7 +28,7 @@ claim, take the seeds 0 to 4.
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -59,8 +59,7 @@ from recipes.studies.paired import (
 from recipes.sudoku_unique import recipe
 
 STORED = Path(__file__).with_suffix(".json")  # the tuning, the rates, and every run
-SEEDS, TUNING_SEEDS = range(10), (100, 101)
-STEPS = 80
+TUNING_SEEDS = (100, 101)
 RATES = (2.5e-4, 5e-4, 1e-3)
 UNBOUNDED = 1e9  # a cap that no ratio reaches: log-ratios are cut at 20 nats, and e^20 is 4.9e8
 
@@ -137,24 +136,24 @@ METRICS = {
     "reward": "reward",
 }
 QUIET = {"eval_steps": 0, "save_steps": 10**6, "log_completions_steps": 0}
+STUDY = Study(
+    name="late-rollouts",
+    base=replace(recipe, **QUIET),
+    arms=TUNED | {AGAIN: TUNED["lag 4"] | {"seed": 1000}},
+    against=AGAINST,
+    metrics=METRICS,
+    seeds=10,
+    num_steps=80,
+    fewer=FEWER,
+    contrasts=CLAIMS,
+)
+TWINS = {AGAIN: "lag 4"}  # an arm that is not tuned takes this one's rate
 
 
-def study_at(rates: dict[str, float], arms: Iterable[str]) -> Study:
-    """The arms at their rates; `none again` with the rate of its twin, and other prompts and draws."""
-    every = {name: changes | {"learning_rate": rates[name]} for name, changes in TUNED.items() if name in rates}
-    if "lag 4" in rates:
-        every[AGAIN] = every["lag 4"] | {"seed": 1000}
-    return Study(
-        name="late-rollouts",
-        base=replace(recipe, **QUIET),
-        arms={name: every[name] for name in arms},
-        against={name: other for name, other in AGAINST.items() if name in arms},
-        metrics=METRICS,
-        seeds=len(SEEDS),
-        num_steps=STEPS,
-        fewer={name: count for name, count in FEWER.items() if name in arms},
-        contrasts=CLAIMS,
-    )
+def at_rates(study: Study, rates: Mapping[str, float]) -> Study:
+    """The study with its arms at their learning rates."""
+    rated = {name: changes | {"learning_rate": rates[TWINS.get(name, name)]} for name, changes in study.arms.items()}
+    return replace(study, arms=rated)
 
 
 def run_late(study: Study, root: Path, num_steps: int, name: str, seed: int) -> None:
@@ -174,22 +173,21 @@ def at_rate(name: str, rate: float) -> str:
     return f"{name} at {rate:g}"
 
 
-def tune(root: Path, workers: int | None) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def tune(study: Study, root: Path, workers: int | None) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """By arm the rate of the higher mean on the tuning seeds, and every run of the tuning."""
     first, second = TUNING_SEEDS
 
     def reached(seed: int, tried: dict[str, tuple[float, ...]]) -> dict[str, dict[float, float]]:
         pairs = [(name, rate) for name, rates in tried.items() for rate in rates]
-        arms = {at_rate(name, rate): TUNED[name] | {"learning_rate": rate} for name, rate in pairs}
-        study = replace(study_at({}, ()), arms=arms)
-        runs = [(name, seed) for name in arms]
-        run_missing(study, root, runs, num_steps=lambda _: STEPS, workers=workers, run=run_late)
+        arms = {at_rate(name, rate): study.arms[name] | {"learning_rate": rate} for name, rate in pairs}
+        trial, runs = replace(study, arms=arms), [(name, seed) for name in arms]
+        run_missing(trial, root, runs, num_steps=lambda _: study.num_steps, workers=workers, run=run_late)
         results = load(root)
         return {
             name: {rate: results[at_rate(name, rate), seed]["after"] for rate in rates} for name, rates in tried.items()
         }
 
-    tried = dict.fromkeys(TUNED, RATES)
+    tried = {name: RATES for name in study.arms if name not in TWINS}
     while True:
         after = reached(first, tried)
         wider = {name: widened(rates, max(rates, key=lambda rate: after[name][rate])) for name, rates in tried.items()}
@@ -216,28 +214,30 @@ def widened(rates: tuple[float, ...], best: float) -> tuple[float, ...]:
     return (*rates, best * 2) if best == rates[-1] else rates
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs") / "late-rollouts")
+def main(study: Study, stored: Path, about: str | None) -> None:
+    """Tune the arms' rates, run what is missing, write every run to `stored`, and print the tables."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--report", action="store_true", help="run nothing: the tables of late_rollouts.json")
+    parser.add_argument("--report", action="store_true", help=f"run nothing: the tables of {stored.name}")
     options = parser.parse_args()
     root = options.output_dir
     if options.report:
-        stored = read_json(STORED)
-        results = {(run["arm"], run["seed"]): run for run in stored["runs"]}
-        study = study_at(stored["rates"], (*TUNED, AGAIN))
+        kept = read_json(stored)
+        results = {(run["arm"], run["seed"]): run for run in kept["runs"]}
+        study = at_rates(study, kept["rates"])
     else:
-        rates, tuning = tune(root / "tuning", options.workers)
-        study = study_at(rates, (*TUNED, AGAIN))
-        runs = [(name, seed) for seed, name in product(SEEDS, study.arms) if seed < FEWER.get(name, len(SEEDS))]
-        run_missing(study, root, runs, num_steps=lambda _: STEPS, workers=options.workers, run=run_late)
+        rates, tuning = tune(study, root / "tuning", options.workers)
+        study = at_rates(study, rates)
+        every = product(range(study.seeds), study.arms)
+        runs = [(name, seed) for seed, name in every if seed < study.fewer.get(name, study.seeds)]
+        run_missing(study, root, runs, num_steps=lambda _: study.num_steps, workers=options.workers, run=run_late)
         results = load(root)
         if len(results) == len(runs):
-            write_json(STORED, {"rates": rates, "tuning": tuning, "runs": list(results.values())})
+            write_json(stored, {"rates": rates, "tuning": tuning, "runs": list(results.values())})
     print(markdown(arm_rows(study, results, ("before", "after", "quantised", "least ess"))))
     print(markdown(contrast_rows(study, results)))
 
 
 if __name__ == "__main__":
-    main()
+    main(STUDY, STORED, __doc__)

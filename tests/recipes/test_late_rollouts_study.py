@@ -40,7 +40,7 @@ def test_every_claim_is_of_arms_with_all_seeds():
 
 @pytest.mark.parametrize(("name", "seed"), [("lag 1, dual clip", 0), (AGAIN, 1001)])
 def test_an_arm_runs_with_its_lag_and_seed(name, seed, tmp_path):
-    study = late_rollouts.study_at(dict.fromkeys(TUNED, 1e-3), (*TUNED, AGAIN))
+    study = late_rollouts.at_rates(late_rollouts.STUDY, dict.fromkeys(TUNED, 1e-3))
     base = tiny_recipe(tmp_path, corrector=none(), **late_rollouts.QUIET)
     late_rollouts.run_late(replace(study, base=base), tmp_path, 3, name, seed % 1000)
     ((_, found),) = late_rollouts.load(tmp_path).items()

@@ -8,7 +8,7 @@ from recipes.studies import late_rollouts, paired
 PAGE = f"{STUDIES}/late_rollouts.md"
 STORED = stored("late_rollouts")
 RESULTS = {(run["arm"], run["seed"]): run for run in STORED["runs"]}
-STUDY = late_rollouts.study_at(STORED["rates"], (*late_rollouts.TUNED, late_rollouts.AGAIN))
+STUDY = late_rollouts.at_rates(late_rollouts.STUDY, STORED["rates"])
 CLAIMS = {each["stated before the runs"]: each for each in paired.contrast_rows(STUDY, RESULTS)}
 
 
