@@ -1,0 +1,113 @@
+"""A pretrained model under FP8 and under a lag: SmolLM2-135M, made a diffusion model, for its 48 steps of sums.
+
+The study of late rollouts (late_rollouts.py) is of a small model made here. This one asks two things of the only
+pretrained diffusion model that there is without a model hub. Does the effective sample size (ESS) go on falling when
+RL goes on, as it did in the first steps of a look at it (0.997 to 0.974)? And does harm follow, of FP8 alone, or of
+rollouts that are four updates old?
+
+    FP8                  rollouts of FP8 weights, no corrector, no lag
+    lag 4                the same with rollouts of weights that are four updates old
+    lag 4, tis           TIS with its defaults
+    lag 4, dual clip     ratios against the rollout itself, which PPO's clip bounds from both sides: the default of
+                         recipes/async_sudoku.py
+    unquantised, int4    without quantisation, and with weights of 4 bits in groups of 32; one seed, for the ESS alone
+
+All settings are those of recipes/smollm2_diffusion.py, but for weights in bf16 and no KL term, which halve the time.
+The learning rate is its 5e-4 in every arm: none was tuned, as a run takes six minutes of a core. Four seeds, all from
+the checkpoint of recipes/smollm2_diffusion_sft.py; 100 held-out sums.
+
+Predicted before the runs: under FP8 the ESS of the last 12 steps is lower than that of the first 12, and stays above
+0.9; the lag costs something; each of the two corrections is above none. Four seeds cannot show these by an exact test
+(the least p is 0.125), so intervals are given and no p. Known before the runs: three steps of FP8, to time them.
+
+    python recipes/smollm2_diffusion_sft.py && python -m recipes.studies.late_pretrained      run what is missing
+    python -m recipes.studies.late_pretrained --report                                        run nothing
+"""
+
+import argparse
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from dllm_rl import int4_weight_only, none, ppo_clip, tis
+from dllm_rl.files import read_json, write_json
+from dllm_rl.monitoring.plots import read_metrics
+from recipes.smollm2_diffusion import recipe
+from recipes.studies.late_rollouts import METRICS, QUIET, run_late
+from recipes.studies.paired import Results, Study, arm_rows, interval, load, markdown, result_path, run_missing
+
+STORED = Path(__file__).with_suffix(".json")  # every run, with the ESS of each step
+LATE = {"rollout_workers": 1, "max_staleness": 4}
+RATE = {"learning_rate": recipe.learning_rate}
+STUDY = Study(
+    name="late-pretrained",
+    base=replace(recipe, **QUIET, dtype="bfloat16", beta=0.0, corrector=none()),
+    arms={
+        "FP8": RATE,
+        "lag 4": RATE | LATE,
+        "lag 4, tis": RATE | LATE | {"corrector": tis()},
+        "lag 4, dual clip": RATE | LATE | {"old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
+        "int4": RATE | {"rollout_quantization": int4_weight_only},
+        "unquantised": RATE | {"rollout_quantization": None},
+    },
+    against={
+        "lag 4": "FP8",
+        "lag 4, tis": "lag 4",
+        "lag 4, dual clip": "lag 4",
+        "int4": "unquantised",
+        "FP8": "unquantised",
+    },
+    metrics=METRICS,
+    seeds=4,
+    num_steps=48,
+    fewer={"int4": 1, "unquantised": 1},
+    metric="accuracy",
+)
+
+
+def run(study: Study, root: Path, num_steps: int, name: str, seed: int) -> None:
+    """One run, and the ESS of each of its steps."""
+    run_late(study, root, num_steps, name, seed)
+    path = result_path(root, name, seed)
+    steps = read_metrics(root / "runs" / path.stem)
+    write_json(path, read_json(path) | {"ess of steps": [round(row[METRICS["ess"]], 4) for row in steps]})
+
+
+def quarters(results: Results) -> list[dict[str, str]]:
+    """By arm the mean ESS of the steps 1 to 12, 13 to 24, 25 to 36 and 37 to 48, with intervals over the seeds."""
+    rows = []
+    for arm in STUDY.arms:
+        found: list[Any] = [each["ess of steps"] for (name, _), each in sorted(results.items()) if name == arm]
+        if found:
+            row = {"arm": arm}
+            for first in range(0, STUDY.num_steps, 12):
+                row[f"steps {first + 1} to {first + 12}"] = interval([mean(run[first : first + 12]) for run in found])
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs") / STUDY.name)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help=f"run nothing: the tables of {STORED.name}")
+    options = parser.parse_args()
+    root = options.output_dir
+    if options.report:
+        results: Results = {(each["arm"], each["seed"]): each for each in read_json(STORED)}
+    else:
+        every = product(range(STUDY.seeds), STUDY.arms)
+        runs = [(name, seed) for seed, name in every if seed < STUDY.fewer.get(name, STUDY.seeds)]
+        run_missing(STUDY, root, runs, num_steps=lambda _: STUDY.num_steps, workers=options.workers, run=run)
+        results = load(root)
+        if len(results) == len(runs):
+            write_json(STORED, list(results.values()))
+    print(markdown(arm_rows(STUDY, results, ("before", "after", "quantised", "least ess"))))
+    print(markdown(quarters(results)))
+
+
+if __name__ == "__main__":
+    main()
