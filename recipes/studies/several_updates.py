@@ -1,7 +1,7 @@
 """Several updates per rollout, late rollouts: where TBPO's band and QaRL act. 4x4 Sudoku, FP8. Claims before the runs.
 
 With one update per rollout the learner's ratio to its own old weights is 1, so TBPO's trust band never bounds anything
-(late_rollouts.py has that case). Here each batch is used for four updates. 30 steps of 4 updates; with a lag of one
+(late_rollouts.py has that case). Here each batch is used for four updates. 20 steps of 4 updates; with a lag of one
 step a batch was sampled with weights that are 4 updates old at its first update and 7 at its last.
 
     lag 0              no corrector, no lag: what several updates reach by themselves
@@ -51,7 +51,7 @@ STUDY = Study(
     metrics=late_rollouts.METRICS
     | {"above the band": "clip_ratio/high_mean", "below the band": "clip_ratio/low_mean", "ratio": "ratio/mean"},
     seeds=10,
-    num_steps=30,
+    num_steps=20,
     fewer={"lag 1, qarl": 5},
     contrasts=(
         Contrast("a lag of one step of four updates costs something", "lag 0", "lag 1"),
