@@ -117,7 +117,7 @@ def mixed_bounds(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) -
     lower = weighted_sum(scores, views)
     if views.upper_bound_weight is None:  # advantages are not known yet
         return lower
-    return torch.lerp(lower, upper_bound(scores, views, beta=beta), views.upper_bound_weight[:, None])
+    return torch.lerp(lower, upper_bound(scores, views, beta=beta), views.upper_bound_weight[:, None].to(lower))
 
 
 def upper_where_negative(views: Views, advantages: Float[Tensor, " B"], *, mix: float) -> Views:

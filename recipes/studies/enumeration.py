@@ -9,7 +9,8 @@ mean and covariance under q are sums over all outcomes, and the truth is grad E_
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import product
+from itertools import permutations, product
+from math import log
 from statistics import median
 from typing import cast
 
@@ -26,6 +27,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import DIFFUSION_LM
 from dllm_rl.types import Batch, Rollout, SamplingParams, Views
 
+ROUNDING = 1e-6  # nats, and lengths of a gradient: what the toy's fp64 stays well below
 POPULATION = 2**13  # rows of the batch that a corrector sees: each outcome as often as it is likely, once at least
 
 
@@ -90,6 +92,148 @@ def per_outcome(policy: ToyPolicy, logps: Float[Tensor, "B T"]) -> Float[Tensor,
         for x in logps.flatten()
     ]
     return torch.stack(rows).view(*logps.shape, -1)
+
+
+@dataclass(frozen=True)
+class EstimatorRow:
+    """A likelihood estimator against one enumerated quantity, over all completions of the toy; log-probs in nats.
+
+    reference       order taken: log p of the completion in the order in which the sampler wrote it; its gradient is the
+                    policy gradient
+                    ELBO: the mean over all orders of log p in that order, which `elbo` and `coupled` estimate
+                    random order: log p where every order is as likely, the log of the mean of p; bounds bound it
+    bias            estimate less reference, mean over draws, and over completions by their probability
+    error           the standard error of that mean
+    lowest, highest the bias of single completions
+    below, above    the largest deviation of a completion to either side, in its own standard errors (which count as at
+                    least ROUNDING, so that an estimate without noise has some); 0: none
+    gradient_bias   distance of the mean gradient of sum_y p(y) A(y) estimate(y) from the reference's, in its lengths
+    gradient_error  what the noise of this many draws alone makes that distance
+    cosine          of both gradients
+    noise           standard deviation of one draw's estimate, mean over completions by their probability
+    gradient_noise  squared noise of one draw's gradient times the number of views, in squared lengths: noise at equal
+                    forwards
+    """
+
+    reference: str
+    bias: float
+    error: float
+    lowest: float
+    highest: float
+    below: float
+    above: float
+    gradient_bias: float
+    gradient_error: float
+    cosine: float
+    noise: float
+    gradient_noise: float
+
+
+CLAIMS = {
+    "exact": "order taken",
+    "unbiased for the order taken": "order taken",
+    "unbiased for the ELBO": "ELBO",
+    "lower bound": "random order",
+    "upper bound": "random order",
+}
+
+
+def estimator_table(
+    estimator: LikelihoodEstimator, *, draws: int = 100, length: int = 4, words: int = 3, seed: int = 0
+) -> list[EstimatorRow]:
+    """How far an estimator is from what it may estimate, by enumeration: a row for each reference of `EstimatorRow`.
+
+    draws          of the estimator's masks, for all completions, at least 2
+    length, words  of the toy, which writes from left to right in two steps: words ** length completions, length! orders
+    """
+    if draws < 2:
+        raise ValueError(f"draws={draws} must be at least 2, to take a variance of")
+    generator = _stream(seed)
+    toy = ToyPolicy(length=length, words=words, sharpness=1.0, generator=generator)
+    rollout = toy.rollout(2)
+    for weight in toy.weights:
+        weight.requires_grad_()
+
+    def exactly(order: Rollout) -> Float[Tensor, " B"]:
+        noise = trajectory().draw(order, generator)
+        return contributions(toy, order, noise, trajectory()).sum(-1)
+
+    orders = [torch.tensor(order).expand_as(rollout.tokens) for order in permutations(range(length))]
+    each = torch.stack([exactly(replace(rollout, unmask_step=steps)) for steps in orders])
+    taken = exactly(rollout)
+    references = {
+        "order taken": taken,
+        "ELBO": each.mean(0),
+        "random order": each.logsumexp(0) - log(len(orders)),
+    }
+    p = taken.detach().exp()
+    rewards = torch.randn(len(p), generator=generator, dtype=torch.float64)
+    advantages = rewards - p @ rewards
+
+    def gradient(logps: Float[Tensor, " B"]) -> Float[Tensor, " W"]:
+        found = torch.autograd.grad((p * advantages) @ logps, toy.weights, retain_graph=True)
+        return torch.cat([weight.flatten() for weight in found])
+
+    def drawn(number: int) -> tuple[Tensor, Tensor, int]:
+        views = estimator.with_advantages(estimator.draw(rollout, _stream(seed + number)), advantages)
+        logps = contributions(toy, rollout, views, estimator).sum(-1)
+        return logps.detach(), gradient(logps), len(views.weight)
+
+    found = [drawn(number) for number in range(draws)]
+    estimates, gradients = torch.stack([one for one, _, _ in found]), torch.stack([two for _, two, _ in found])
+    error = (estimates.std(0) / draws**0.5).clamp(min=ROUNDING)
+    spread = gradients.var(0).sum()
+    rows = []
+    for name, reference in references.items():
+        apart, target = estimates.mean(0) - reference.detach(), gradient(reference)
+        size, mean = target.norm(), gradients.mean(0)
+        row = {
+            "bias": p @ apart,
+            "error": (estimates @ p).std() / draws**0.5,
+            "lowest": apart.min(),
+            "highest": apart.max(),
+            "below": (-apart / error).max().clamp(min=0),
+            "above": (apart / error).max().clamp(min=0),
+            "gradient_bias": (mean - target).norm() / size,
+            "gradient_error": (spread / draws).sqrt() / size,
+            "cosine": torch.cosine_similarity(mean, target, dim=0),
+            "noise": p @ estimates.std(0),
+            "gradient_noise": spread / size**2 * found[0][2],
+        }
+        rows.append(EstimatorRow(name, **{key: float(value) for key, value in row.items()}))
+    return rows
+
+
+def speaks_against(rows: Sequence[EstimatorRow], claim: str) -> list[str]:
+    """What in the rows of `estimator_table` contradicts a claim of `CLAIMS`, a sentence each; none if nothing does.
+
+    exact            every completion within ROUNDING nats, the gradient within as much of its length
+    unbiased for ..  every completion within 4 of its standard errors, their mean within 3 of its own, the gradient
+                     within twice what noise makes
+    lower bound      no completion above log p in random order by more than 4 of its standard errors
+    upper bound      none below it by more
+    """
+    if claim not in CLAIMS:
+        raise ValueError(f"claim={claim!r} must be one of {', '.join(map(repr, CLAIMS))}")
+    (row,) = (row for row in rows if row.reference == CLAIMS[claim])
+    worst, errors = max(-row.lowest, row.highest), max(row.below, row.above)
+    gradient = f"the gradient is off by {row.gradient_bias:.2g} of its length, noise makes {row.gradient_error:.2g}"
+    against = {
+        "exact": {
+            f"a completion is off by {worst:.2g} nats": worst > ROUNDING,
+            gradient: row.gradient_bias > ROUNDING,
+        },
+        "lower bound": {f"a completion lies {row.above:.1f} standard errors above": row.above > 4},
+        "upper bound": {f"a completion lies {row.below:.1f} standard errors below": row.below > 4},
+    }
+    unbiased = {
+        f"a completion is off by {errors:.1f} standard errors": errors > 4,
+        f"the mean is off by {row.bias:.2g}, its standard error is {row.error:.2g}": (
+            abs(row.bias) > 3 * max(row.error, ROUNDING)
+        ),
+        gradient: row.gradient_bias > 2 * max(row.gradient_error, ROUNDING),
+    }
+    return [sentence for sentence, holds in against.get(claim, unbiased).items() if holds]
 
 
 @dataclass(frozen=True)

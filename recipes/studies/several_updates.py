@@ -14,8 +14,8 @@ step a batch was sampled with weights that are 4 updates old at its first update
     lag 1, qarl        the published band with that forward; of it there is no claim, and it takes the seeds 0 to 4
 
 Each arm's learning rate is tuned as late_rollouts.py describes, on two seeds that the study does not use. The claims,
-on seeds 0 to 9, are those of `CLAIMS`. Known before the runs: ten steps of three arms on one seed, to time them; TBPO's
-published band left 4 rows of 100 inside it where the advantage is negative.
+on seeds 0 to 9, are the contrasts of `STUDY`. Known before the runs: ten steps of three arms on one seed, to time them;
+TBPO's published band left 4 rows of 100 inside it where the advantage is negative.
 
     python -m recipes.studies.several_updates               tune, run, several_updates.json, the tables
     python -m recipes.studies.several_updates --report      run nothing

@@ -10,8 +10,19 @@ import torch
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms.losses import ppo_clip, reinforce
-from dllm_rl.likelihoods.estimators import coupled, elbo, trajectory
-from recipes.studies.enumeration import ToyPolicy, against, contributions, gradient_table, of_batches, per_outcome
+from dllm_rl.likelihoods.estimator import LikelihoodEstimator
+from dllm_rl.likelihoods.estimators import coupled, elbo, eubo, sandwich, trajectory
+from recipes.studies.enumeration import (
+    CLAIMS,
+    ToyPolicy,
+    against,
+    contributions,
+    estimator_table,
+    gradient_table,
+    of_batches,
+    per_outcome,
+    speaks_against,
+)
 
 SMALL = {"networks": 3, "sigmas": (0.3,), "length": 3}
 SEQUENCE = c.tis(cap=1e9, level="sequence")
@@ -181,3 +192,47 @@ def test_a_ratio_of_estimates_is_no_likelihood_ratio():
             )
             assert [float(cell) for cell in cells] == pytest.approx(list(means), abs=0.006), name
             assert (abs(means[0] - 1) < 1e-12) == (estimator is exact)
+
+
+def too_short(rollout, generator):
+    """The masks of `elbo`, and nine tenths of its weights."""
+    views = elbo(num_samples=4).draw(rollout, generator)
+    return replace(views, weight=0.9 * views.weight)
+
+
+HOLD = {
+    "every step": (trajectory(), {"exact", "unbiased for the order taken"}),
+    "a segment": (trajectory(num_segments=1), set()),
+    "some steps": (trajectory(num_sampled=1), {"unbiased for the order taken"}),
+    "elbo": (elbo(num_samples=4), {"unbiased for the ELBO", "lower bound"}),
+    "eubo": (eubo(base=elbo(num_samples=32), beta=4.0), {"upper bound"}),
+    "too short": (LikelihoodEstimator("too short", too_short), {"upper bound"}),
+}
+
+
+@pytest.mark.parametrize("name", HOLD)
+def test_an_estimator_is_told_which_claims_hold(name):
+    estimator, hold = HOLD[name]
+    rows = estimator_table(estimator, draws=40, length=3 if name != "eubo" else 4)
+    assert {claim for claim in CLAIMS if not speaks_against(rows, claim)} == hold
+
+
+def test_the_references_of_an_estimator_are_in_their_order():
+    """By Jensen the ELBO lies below log p in random order, in every completion: `elbo` shows both distances."""
+    taken, bound, any_order = estimator_table(elbo(num_samples=4), draws=20)
+    assert (taken.reference, bound.reference, any_order.reference) == ("order taken", "ELBO", "random order")
+    assert any_order.bias < bound.bias and any_order.below > 4 > max(bound.below, bound.above)
+    exact = estimator_table(trajectory(), draws=2)[0]
+    assert exact.cosine == pytest.approx(1, abs=1e-12) and exact.gradient_noise == 0 and exact.error < 1e-12
+
+
+def test_the_sandwich_gets_the_toys_advantages():
+    rows = estimator_table(sandwich(), draws=4, length=3)
+    assert rows[0].bias != estimator_table(elbo(num_samples=4), draws=4, length=3)[0].bias
+
+
+def test_a_claim_and_a_number_of_draws_are_checked():
+    with pytest.raises(ValueError, match="draws=1 must be at least 2"):
+        estimator_table(elbo(), draws=1)
+    with pytest.raises(ValueError, match="claim='unbiased' must be one of 'exact'"):
+        speaks_against([], "unbiased")
