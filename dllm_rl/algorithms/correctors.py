@@ -82,7 +82,7 @@ def truncated_weights(
     level: str = "token",
     aggregate: str = "product",
 ) -> Weighed:
-    """Truncated importance weights, w = min(rho, cap) [paper: TIS].
+    """Truncated importance weights, w = min(rho, cap) [paper: TIS, fengyao.notion.site/off-policy-rl].
 
     rho_t = exp(log_mismatch_t) per token; per sequence exp of the sum (`product`) or the mean (`geometric`). `tis`
     explains the keywords.
@@ -104,8 +104,8 @@ def masked_weights(
     level: str = "token",
     aggregate: str = "product",
 ) -> Weighed:
-    """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, IcePop]; rho as in
-    `truncated_weights`. `mis` explains the keywords."""
+    """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, "When Speed Kills Stability", by
+    Liu et al. 2025; IcePop, arXiv 2510.18855]; rho as in `truncated_weights`. `mis` explains the keywords."""
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
     outside = (weights < low) | (weights > high)

@@ -51,7 +51,7 @@ def ppo_clip(
 
     epsilon       how far the ratio may fall below 1 (or rise above it) and keep its gradient
     epsilon_high  how far it may rise above 1 (DAPO: higher than epsilon); None: epsilon
-    delta         bound of the unclipped ratio, above 1 + epsilon_high (two-sided clipping, for A < 0); None: none
+    delta         bound of the unclipped ratio, at least 1 + epsilon_high (two-sided clipping, for A < 0); None: none
     """
     ratio = exp_ratio(log_ratio)
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))

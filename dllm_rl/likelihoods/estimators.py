@@ -128,14 +128,15 @@ def upper_where_negative(views: Views, advantages: Float[Tensor, " B"], *, mix: 
 @maker
 @bounded(beta=Bound(above=0))
 def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
-    """SPG's evidence upper bound: sum_i (1/beta) log mean_t[ p_i^beta 1(i in m) / t ], on the masks of `base`.
+    """SPG's evidence upper bound: the contribution of position i is (1/beta) log sum_n w_n p_i(m_n)^beta, over the
+    views n of `base` that mask i, with their weights w_n (SPG writes it as a mean over masks of p_i^beta / t).
 
     base  elbo, coupled (None: `coupled()`), quadrature or block: the same masks, and their weights for 1/t
     beta  exponent of the probabilities, above 0
-    Cost as base. Over all masks at least the ELBO for every beta > 0 (Jensen), and at least log p for beta >= L
-    (Hoelder) or consistent conditionals. Otherwise log p may lie above [ours]: SPG's theorem (beta >= 1) adds a
-    constant. Few masks bias the log of a mean downwards. Source: SPG, arXiv 2510.09541 [paper], whose code divides by
-    the scored tokens.
+    Cost as base. Over all masks it is at least the ELBO, for every beta > 0 (Jensen). It is at least log p in random
+    order if beta >= L (Hoelder), or if all conditionals of the model come from one joint distribution, which those of a
+    network do not. In other cases log p may lie above it [ours]; SPG's theorem for beta >= 1 adds a constant. Few masks
+    bias the log of a mean downwards. Source: SPG, arXiv 2510.09541 [paper], whose code divides by the scored tokens.
     """
     base = coupled() if base is None else base
     return replace(base, name="eubo", exact_for_sampler=False, combine=partial(upper_bound, beta=beta))

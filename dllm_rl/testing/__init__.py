@@ -3,5 +3,15 @@
 from dllm_rl.testing.engine_contract import check_engine
 from dllm_rl.testing.method_contracts import check_corrector, check_estimator, loss_of, make_batch
 from dllm_rl.testing.policy_contract import check_policy
+from dllm_rl.testing.weighted_shares import Shares, weighted_shares
 
-__all__ = ["check_corrector", "check_engine", "check_estimator", "check_policy", "loss_of", "make_batch"]
+__all__ = [
+    "Shares",
+    "check_corrector",
+    "check_engine",
+    "check_estimator",
+    "check_policy",
+    "loss_of",
+    "make_batch",
+    "weighted_shares",
+]

@@ -77,7 +77,6 @@ def of_estimators_and_orders(page):
     span = "{} to {}".format(*(f(cosine for name in without for cosine in cosines[name]) for f in (min, max)))
     yield page, f"have a mean gradient at cosine {span} with the true one."
     yield f"{DOCS}/methods.md", f"{span} for estimates that do not replay the order"
-    yield f"{DOCS}/methods.md", f"estimators that do not replay the order have {span}"
     (block,) = set(cosines["block of 2, 2 masks"])
     yield page, f"one block a step, it is {block}."
     assert cosines["trajectory"] == ("1.00", "1.00")
