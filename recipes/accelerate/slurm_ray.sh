@@ -1,8 +1,11 @@
 #!/bin/bash
 # Late rollouts on several nodes of SLURM, one learner and Ray workers. Not tried on a cluster.
-#   sbatch --nodes=1 recipes/accelerate/slurm_ray.sh RECIPE.py --rollout_workers 7 --max_staleness 6 --torch_compile false
-# Two nodes have 15 GPUs for workers (--nodes=2, --rollout_workers 15 --max_staleness 14); lags above 8 were not studied.
-# `--torch_compile false` is for the 8B recipes of diffusion models, which compile.
+#   sbatch --nodes=1 recipes/accelerate/slurm_ray.sh RECIPE.py --rollout_workers 2 --max_staleness 1 $CLIP $PLAIN
+# A node of eight GPUs has seven for workers. N workers need a lag of N - 1 to be busy, and a lag costs something from 2
+# on (recipes/studies/late_rollouts.md); lags above 8 were not studied. Against the lag:
+#   CLIP='--old_logprobs rollout --loss ppo_clip --loss.delta 1.2'
+# For the 8B recipes of diffusion models, whose compiled FP8 does not go with workers, uncompiled bf16:
+#   PLAIN='--torch_compile false --rollout_quantization none'
 # The first node's first GPU is the learner's; Ray gives all other GPUs, of all nodes, to the workers, one each.
 # As slurm.sh does, it goes on by itself after its time limit.
 #SBATCH --job-name=dllm-rl

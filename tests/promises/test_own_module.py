@@ -71,3 +71,17 @@ def test_a_policy_that_is_given_can_be_resumed(tmp_path):
     parts = train(replace(recipe, lr_schedule_steps=4, resume_from_checkpoint="latest"))
     whole = train(replace(recipe, output_dir=str(tmp_path / "whole")))
     assert same(weights_of(whole), weights_of(parts))
+
+
+def without_weights(seed=0, dry_run=False):
+    """A module of one's own, of shapes alone where only the plan is asked for."""
+    with torch.device("meta" if dry_run else "cpu"):
+        return own_policy(seed=seed)
+
+
+def test_a_dry_run_takes_a_module_of_shapes_alone_and_plans_the_same(tmp_path, capsys):
+    told = []
+    for model in (without_weights, own_policy):
+        train(replace(recipe_of(tmp_path / model.__name__), model=model, dry_run=True, gradient_checkpointing=True))
+        told.append(capsys.readouterr().out.partition("\n")[2])
+    assert told[0] == told[1] and "peak" in told[0]

@@ -113,6 +113,7 @@ def real_fp8():
             assert min(apart) > 0
     cost, tis, aligned, ais, tbpo = told.values()
     yield PAGE, f"FP8 costs {cost[0]} (p {cost[1]}); TIS adds {tis[0]} ({tis[1]}, all seeds),"
+    yield SHORT, f"[FP8 costs SmolLM2-135M {cost[0]} there]"
     yield PAGE, f"`aligned()` {aligned[0]} ({aligned[1]}), AIS {ais[0]} ({ais[1]}), TBPO {tbpo[0]}."
     half = by_rate["half"]
     loss, gain = paired.paired(half, "unquantised", "none"), paired.paired(half, "TIS", "none")
