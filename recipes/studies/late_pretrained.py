@@ -10,6 +10,8 @@ rollouts that are four updates old?
     lag 4, tis           TIS with its defaults
     lag 4, dual clip     ratios against the rollout itself, which PPO's clip bounds from both sides: the default of
                          recipes/async_sudoku.py
+    lag 4, slow          the lag, without a correction, at a quarter of the learning rate. Added after the first seed of
+                         the others, in which the lag alone had ended at an accuracy of 0
     unquantised, int4    without quantisation, and with weights of 4 bits in groups of 32; one seed, for the ESS alone
 
 All settings are those of recipes/smollm2_diffusion.py, but for weights in bf16 and no KL term, which halve the time.
@@ -50,6 +52,7 @@ STUDY = Study(
         "lag 4": RATE | LATE,
         "lag 4, tis": RATE | LATE | {"corrector": tis()},
         "lag 4, dual clip": RATE | LATE | {"old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
+        "lag 4, slow": LATE | {"learning_rate": recipe.learning_rate / 4},
         "int4": RATE | {"rollout_quantization": int4_weight_only},
         "unquantised": RATE | {"rollout_quantization": None},
     },
@@ -57,6 +60,7 @@ STUDY = Study(
         "lag 4": "FP8",
         "lag 4, tis": "lag 4",
         "lag 4, dual clip": "lag 4",
+        "lag 4, slow": "lag 4",
         "int4": "unquantised",
         "FP8": "unquantised",
     },

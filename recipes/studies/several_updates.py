@@ -4,18 +4,16 @@ With one update per rollout the learner's ratio to its own old weights is 1, so 
 (late_rollouts.py has that case). Here each batch is used for four updates. 20 steps of 4 updates; with a lag of one
 step a batch was sampled with weights that are 4 updates old at its first update and 7 at its last.
 
-    lag 0              no corrector, no lag: what several updates reach by themselves
-    lag 1              no corrector: PPO's clip against the learner's own weights before the first update
-    lag 1, tis         TIS with its defaults
-    lag 1, dual clip   ratios against the rollout itself, which PPO's clip then bounds, from both sides
-    lag 1, tbpo        TBPO with its published band of 4e-4, which is of responses of some thousand tokens
-    lag 1, wide tbpo   the same with a band a hundred times as wide, for 16 tokens
-    lag 1, wide qarl   this one with the learner's forward through the rollout's FP8 weights
-    lag 1, qarl        the published band with that forward; of it there is no claim, and it takes the seeds 0 to 4
+    none        no corrector: PPO's clip against the learner's own weights before the first update
+    dual clip   ratios against the rollout itself, which PPO's clip then bounds, from both sides
+    tbpo        TBPO with its published band of 4e-4, which is of responses of some thousand tokens
+    wide tbpo   the same with a band a hundred times as wide, for 16 tokens
+    wide qarl   this one with the learner's forward through the rollout's FP8 weights
 
 Each arm's learning rate is tuned as late_rollouts.py describes, on two seeds that the study does not use. The claims,
-on seeds 0 to 9, are the contrasts of `STUDY`. Known before the runs: ten steps of three arms on one seed, to time them;
-TBPO's published band left 4 rows of 100 inside it where the advantage is negative.
+on seeds 0 to 9, are the contrasts of `STUDY`. Known before the runs: ten steps of three arms on one seed, to time them
+(TBPO's published band left 4 rows of 100 inside it where the advantage is negative), and the tuning of seed 100. An arm
+without a lag, TIS, and QaRL with the published band were planned, tried on seed 100, and left out to save time.
 
     python -m recipes.studies.several_updates               tune, run, several_updates.json, the tables
     python -m recipes.studies.several_updates --report      run nothing
@@ -26,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dllm_rl import none, ppo_clip, qarl, tbpo, tis
+from dllm_rl import none, ppo_clip, qarl, tbpo
 from recipes.studies import late_rollouts
 from recipes.studies.paired import Contrast, Study
 
@@ -34,33 +32,27 @@ STORED = Path(__file__).with_suffix(".json")  # the tuning, the rates, and every
 WIDE = {"eps_high": 0.04, "neg_low": 0.03, "neg_high": 0.07}
 LATE = {"rollout_workers": 1, "max_staleness": 1}
 ARMS: dict[str, dict[str, Any]] = {
-    "lag 0": {"corrector": none()},
-    "lag 1": LATE | {"corrector": none()},
-    "lag 1, tis": LATE | {"corrector": tis()},
-    "lag 1, dual clip": LATE | {"corrector": none(), "old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
-    "lag 1, tbpo": LATE | {"corrector": tbpo()},
-    "lag 1, wide tbpo": LATE | {"corrector": tbpo(**WIDE)},
-    "lag 1, wide qarl": LATE | {"corrector": qarl(**WIDE)},
-    "lag 1, qarl": LATE | {"corrector": qarl()},
+    "none": LATE | {"corrector": none()},
+    "dual clip": LATE | {"corrector": none(), "old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
+    "tbpo": LATE | {"corrector": tbpo()},
+    "wide tbpo": LATE | {"corrector": tbpo(**WIDE)},
+    "wide qarl": LATE | {"corrector": qarl(**WIDE)},
 }
 STUDY = Study(
     name="several-updates",
     base=replace(late_rollouts.recipe, **late_rollouts.QUIET, num_iterations=4),
     arms=ARMS,
-    against={name: "lag 1" for name in ARMS if name != "lag 1"},
+    against={name: "none" for name in ARMS if name != "none"},
     metrics=late_rollouts.METRICS
     | {"above the band": "clip_ratio/high_mean", "below the band": "clip_ratio/low_mean", "ratio": "ratio/mean"},
     seeds=10,
     num_steps=20,
-    fewer={"lag 1, qarl": 5},
     contrasts=(
-        Contrast("a lag of one step of four updates costs something", "lag 0", "lag 1"),
-        Contrast("TIS is above no corrector", "lag 1, tis", "lag 1"),
-        Contrast("the dual clip is above no corrector", "lag 1, dual clip", "lag 1"),
-        Contrast("TBPO with a wide band is above no corrector", "lag 1, wide tbpo", "lag 1"),
-        Contrast("TBPO with a wide band is above TBPO with the published one", "lag 1, wide tbpo", "lag 1, tbpo"),
-        Contrast("an aligned forward adds to TBPO with a wide band", "lag 1, wide qarl", "lag 1, wide tbpo"),
-        Contrast("the dual clip is above TBPO with a wide band", "lag 1, dual clip", "lag 1, wide tbpo"),
+        Contrast("the dual clip is above no corrector", "dual clip", "none"),
+        Contrast("TBPO with a wide band is above no corrector", "wide tbpo", "none"),
+        Contrast("TBPO with a wide band is above TBPO with the published one", "wide tbpo", "tbpo"),
+        Contrast("an aligned forward adds to TBPO with a wide band", "wide qarl", "wide tbpo"),
+        Contrast("the dual clip is above TBPO with a wide band", "dual clip", "wide tbpo"),
     ),
 )
 
