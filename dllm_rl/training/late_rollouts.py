@@ -307,8 +307,8 @@ class Job:
 
 
 class RayWorkers:
-    """Batches made by Ray actors, step m's by the m-th of them in turn. A worker that dies, or does not return within
-    collective_timeout, is replaced, and its jobs are made again.
+    """Batches made by Ray actors, each by the one with the fewest jobs to do when it is asked for. A worker that dies, or
+    does not return within collective_timeout, is replaced, and its jobs are made again.
 
     The actors are made here, before the learner has a model: they import torch and this library, which takes seconds,
     while the learner loads and warms up. `set_up` comes before the first job.
@@ -336,7 +336,9 @@ class RayWorkers:
         return self.ray.put(weights)
 
     def submit(self, step: int, weights: Any) -> None:
-        worker = step % len(self.workers)
+        every = range(len(self.workers))
+        to_do = [sum(job.worker == worker and job.made is None for job in self.jobs.values()) for worker in every]
+        worker = to_do.index(min(to_do))
         self.jobs[step] = Job(weights, worker, self._sent(step, weights, worker))
 
     def _sent(self, step: int, weights: Any, worker: int) -> "Future[Any]":

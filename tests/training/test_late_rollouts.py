@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -334,6 +335,18 @@ def test_workers_make_the_bits_of_this_process(ray, likelihood, tmp_path, capsys
         texts = [(tmp_path / each / "completions.jsonl").read_text() for each in ("here", str(name))]
         assert texts[0] == texts[1]
     assert "ray" not in capsys.readouterr().err.lower()
+
+
+def test_a_job_goes_to_the_worker_with_the_fewest_to_do(monkeypatch):
+    monkeypatch.setattr(late_rollouts.RayWorkers, "_sent", lambda *_: Future())
+    pool = object.__new__(late_rollouts.RayWorkers)
+    pool.workers, pool.jobs = [None, None], {}
+    for step in range(3):
+        pool.submit(step, None)
+    for step in (0, 2):
+        pool.jobs[step].future.set_result(b"a batch")
+    pool.submit(3, None)  # the other one is still at step 1's
+    assert [job.worker for job in pool.jobs.values()] == [0, 1, 0, 0]
 
 
 @pytest.mark.slow
