@@ -307,8 +307,8 @@ class Job:
 
 
 class RayWorkers:
-    """Batches made by Ray actors, each by the one with the fewest jobs to do when it is asked for. A worker that dies, or
-    does not return within collective_timeout, is replaced, and its jobs are made again.
+    """Batches made by Ray actors, each by the one with the fewest jobs to do when it is asked for. A worker that dies,
+    or does not return within collective_timeout, is replaced, and its jobs are made again.
 
     The actors are made here, before the learner has a model: they import torch and this library, which takes seconds,
     while the learner loads and warms up. `set_up` comes before the first job.

@@ -341,10 +341,10 @@ def test_a_job_goes_to_the_worker_with_the_fewest_to_do(monkeypatch):
     monkeypatch.setattr(late_rollouts.RayWorkers, "_sent", lambda *_: Future())
     pool = object.__new__(late_rollouts.RayWorkers)
     pool.workers, pool.jobs = [None, None], {}
-    for step in range(3):
-        pool.submit(step, None)
-    for step in (0, 2):
-        pool.jobs[step].future.set_result(b"a batch")
+    for number in range(3):
+        pool.submit(number, None)
+    for number in (0, 2):
+        pool.jobs[number].future.set_result(b"a batch")
     pool.submit(3, None)  # the other one is still at step 1's
     assert [job.worker for job in pool.jobs.values()] == [0, 1, 0, 0]
 
