@@ -78,7 +78,7 @@ def plackett_luce(
     the set's ratio: weights and gradients stay unbiased. A step that commits all that is left counts 1.
     Needs `schedule` or `late_schedule`.
     temperature  towards 0 the order of `score`, towards infinity that of `random`
-    score        max_prob, margin or entropy
+    score        max_prob, margin, entropy, or a function of your own with the same arguments
     """
     if rank_inputs(score) != {"logits", "normalizer"}:
         raise ValueError(f"score={name_of(score)} must take logits and normalizer, as max_prob, margin and entropy do")
