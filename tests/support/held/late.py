@@ -3,7 +3,7 @@
 from statistics import mean
 
 from held import STUDIES, row, stored
-from recipes.studies import late_rollouts, paired
+from recipes.studies import late_rollouts, paired, several_updates
 
 PAGE = f"{STUDIES}/late_rollouts.md"
 STORED = stored("late_rollouts")
@@ -135,3 +135,27 @@ def the_page():
     best = STORED["rates"]
     assert best["lag 4, dual clip"] / best["lag 4"] == 8 and best["lag 8, dual clip"] / best["lag 8"] == 32
     assert {run["arm"] for run in STORED["runs"]} == set(STUDY.arms)
+
+
+def updates():
+    """The study of several updates per rollout: its tables, and what no claim of it shows."""
+    found = stored("several_updates")
+    study = late_rollouts.at_rates(several_updates.STUDY, found["rates"])
+    results = {(run["arm"], run["seed"]): run for run in found["runs"]}
+    yield PAGE, paired.tables(study, results, "ess", "least ess", "below the band", "above the band")
+    assert {run["arm"] for run in found["runs"]} == set(study.arms) and set(found["rates"].values()) == {5e-4}
+    claims = paired.contrast_rows(study, results)
+    assert min(float(each[HOLM]) for each in claims) > 0.5
+    apart = [
+        paired.interval(paired.paired(results, arm, "none")) for arm in ("dual clip", "tbpo", "wide tbpo", "wide qarl")
+    ]
+    yield (
+        PAGE,
+        f"**We saw no difference** between no correction and the dual clip ({apart[0]}), TBPO with its published band "
+        f"({apart[1]}), with a wide one ({apart[2]}) and QaRL with a wide one ({apart[3]}).",
+    )
+    shares = [
+        mean(run[side] for (arm, _), run in results.items() if arm == "tbpo")
+        for side in ("below the band", "above the band")
+    ]
+    yield PAGE, f"outside it lie {sum(shares):.2f} of the tokens"
