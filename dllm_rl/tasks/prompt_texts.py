@@ -13,22 +13,25 @@ _MESSAGE = {"role": str, "content": str}
 
 @lru_cache(maxsize=64)
 def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
-    """A text with a line break or a placeholder, else a file's; ValueError without the file or one of `needs`."""
-    if isinstance(template, str) and ("\n" in template or any("{" + name + "}" in template for name in needs)):
+    """A text with a line break or a placeholder, else a file's; ValueError without the file or one of `needs`, where
+    "a|b" asks for a or b."""
+    asked = [[f"{{{name}}}" for name in each.split("|")] for each in needs]
+    if isinstance(template, str) and ("\n" in template or any(name in template for names in asked for name in names)):
         loaded: Prompt = template
     else:
         path = Path(template)
         if len(str(path)) > 1000 or not path.is_file():  # the file system refuses a longer name with an OSError
-            raise ValueError(f"prompt_format={str(template)!r} is neither a template with {{{needs[0]}}} nor a file")
+            raise ValueError(f"prompt_format={str(template)!r} is neither a template with {asked[0][0]} nor a file")
         loaded = path.read_text(encoding="utf-8")
         if path.suffix == ".json":  # chat messages; other files hold plain text
             loaded = json.loads(loaded)
             if not _are_messages(loaded):
                 raise ValueError(f"{path} must hold a list of messages with exactly a role and a content, both text")
     whole = loaded if isinstance(loaded, str) else "".join(message["content"] for message in loaded)
-    for name in needs:
-        if "{" + name + "}" not in whole:
-            raise ValueError(f"prompt template lacks {{{name}}}; it needs every one of {list(needs)}")
+    for names in asked:
+        if not any(name in whole for name in names):
+            every = ", ".join(" or ".join(each) for each in asked)
+            raise ValueError(f"prompt template lacks {' or '.join(names)}; it needs {every}")
     return loaded
 
 
@@ -41,7 +44,7 @@ class Prompted:
     """The settings prompt_format, chat and opening of a task; the task declares them as its fields."""
 
     text: ClassVar[str]  # the instruction of prompt_format="text"
-    placeholders: ClassVar[tuple[str, ...]]  # the names that a template must have in braces
+    placeholders: ClassVar[tuple[str, ...]]  # the names that a template must have in braces; "a|b": one of the two
     has_compact: ClassVar[bool] = False  # whether the task also writes a format "compact" itself
 
     prompt_format: str | Path

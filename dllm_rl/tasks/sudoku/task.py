@@ -40,7 +40,8 @@ class Sudoku(Prompted):
     path           a CSV or JSONL file of problems instead, with Puzzle and Solution.
     prompt_format  "compact": the cells row by row, a dot for a blank, then "="; answered by the digits of the grid.
                    "text": an instruction with the grid in lines, answered between <answer> tags. Else a template with
-                   {puzzle}, or the path of its file.
+                   {puzzle}, the grid in lines, a dot for a blank, or {cells}, its digits in one line, 0 for a blank; or
+                   the path of its file.
     infill         the compact puzzle itself is filled in: a token to write in place of each dot, and no "=".
     chat           "text" and templates: one user message (True) or plain text (False).
     opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
@@ -55,7 +56,7 @@ class Sudoku(Prompted):
     name: ClassVar[str] = "sudoku"
     version: ClassVar[str] = "1"
     text: ClassVar[str] = TEXT
-    placeholders: ClassVar[tuple[str, ...]] = ("puzzle",)
+    placeholders: ClassVar[tuple[str, ...]] = ("puzzle|cells",)
     has_compact: ClassVar[bool] = True
 
     split: Split = "train"
@@ -91,6 +92,8 @@ class Sudoku(Prompted):
             (self.reward_rule not in rules, f"reward_rule={self.reward_rule!r} must be 'own', 'rules', or on 4x4 'd1'"),
         )
         self.check_prompt()
+        if self.shots and self.prompt_format != "text" and "{puzzle}" not in str(self._template()):
+            raise ValueError(f"shots={self.shots} stand before {{puzzle}}, which the template lacks")
 
     def __len__(self) -> int:
         return self.size if self.path is None else min(self.size, len(_stored(self.path)))
@@ -156,7 +159,7 @@ class Sudoku(Prompted):
                 given, grid = draw(rng, "train")
                 parts.append(f"An example:\n{lines(given.replace('0', '.'))}\n\nSolved:\n{lines(grid)}")
             asked = "\n\n".join([*parts, f"Your puzzle:\n{asked}"])
-        return self.worded(puzzle=asked, side=str(side), box=str(isqrt(side)))
+        return self.worded(puzzle=asked, cells=puzzle, side=str(side), box=str(isqrt(side)))
 
 
 def _blanked(solution: str, given: int, rng: Random) -> str:
