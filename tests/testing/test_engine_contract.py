@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from sft_toys import block_causal
 from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import tiny_llama, tiny_masked_lm
@@ -13,6 +14,8 @@ from dllm_rl.models.engine import RolloutEngine, computed_by
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.cache import block_cache
+from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.testing import check_engine
 from dllm_rl.training.policies import engine_of
@@ -144,3 +147,17 @@ def test_a_check_that_could_not_tell_is_refused():
         checked(Elsewhere().record, bound=9.0)
     with pytest.raises(AssertionError, match="sample at a temperature other"):
         checked(Elsewhere().record, sampler=partial(SAMPLERS["full"], temperature=1.0))
+
+
+def test_the_cache_of_a_block_causal_module_is_an_engines_matter():
+    """A row may go on to the end of the block of its end token; a cache that forgets is far off the learner."""
+    policy = block_causal()
+    prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=policy.pad_id, group_size=4)
+    in_blocks = partial(unmask, max_new_tokens=6, diffusion_steps=6, block_size=2, rank=max_prob, temperature=0.7)
+
+    def sync(learner, rollout_policy):
+        rollout_policy.module.load_state_dict(learner.module.state_dict())
+        rollout_policy.version = learner.version
+        return {}
+
+    check_engine(RolloutEngine(copied, sync), policy, prompts, partial(in_blocks, cache=block_cache()), bound=1e-4)

@@ -3,7 +3,7 @@
 from statistics import mean
 
 from held import STUDIES, row, stored
-from recipes.studies import late_rollouts, paired, several_updates
+from recipes.studies import late_pretrained, late_rollouts, paired, several_updates
 
 PAGE = f"{STUDIES}/late_rollouts.md"
 STORED = stored("late_rollouts")
@@ -159,3 +159,37 @@ def updates():
         for side in ("below the band", "above the band")
     ]
     yield PAGE, f"outside it lie {sum(shares):.2f} of the tokens"
+
+
+def pretrained():
+    """A lag, and int4, of SmolLM2 as a diffusion model."""
+    study, runs = late_pretrained.STUDY, {(run["arm"], run["seed"]): run for run in stored("late_pretrained")}
+    assert {(arm, seed) for arm in study.arms for seed in range(study.fewer.get(arm, 3))} == set(runs)
+    yield PAGE, paired.tables(study, runs, "ess", "least ess")
+    yield PAGE, paired.markdown(late_pretrained.quarters(runs))
+    (begun,) = {run["before"] for run in runs.values()}
+
+    def ends(arm):
+        *first, last = (f"{runs[arm, seed]['after']:.2f}" for seed in range(study.fewer.get(arm, 3)))
+        return f"{', '.join(first)} and {last}" if first else last
+
+    def highest(arm):
+        return max(run["after"] for (name, _), run in runs.items() if name == arm)
+
+    def lowest(arm):
+        return min(run["after"] for (name, _), run in runs.items() if name == arm)
+
+    assert highest("lag 4") < begun / 2 < lowest("lag 4, dual clip")
+    told = f"From {begun:.2f} its three seeds end at {ends('lag 4')}; without a lag they end at {ends('FP8')}."
+    yield PAGE, f"**A lag of four updates without a correction destroys the model.** {told}"
+    yield PAGE, f"**The dual clip holds**: {ends('lag 4, dual clip')}."
+    yield PAGE, f"TIS, with its token weights up to 2, ends at {ends('lag 4, tis')}"
+    yield PAGE, f"One seed at a quarter of the rate, without a correction, ends at {ends('lag 4, slow')}."
+    yield PAGE, f"**int4 is another matter than FP8**: {ends('int4')}, with TIS {ends('int4, tis')}"
+    quarter = {row["arm"]: list(row.values())[1:] for row in late_pretrained.quarters(runs)}
+    yield PAGE, f"Under FP8 it is {quarter['FP8'][0]} in the first twelve steps and {quarter['FP8'][3]} in the last."
+    yield (
+        "docs/running.md",
+        f"ended at {ends('lag 4')} without a correction, and at {ends('lag 4, dual clip')} with the dual clip",
+    )
+    yield "README.md", f"from {begun:.2f} of its sums to {ends('lag 4')}"
