@@ -165,7 +165,8 @@ def pretrained():
     """A lag, and int4, of SmolLM2 as a diffusion model."""
     study, runs = late_pretrained.STUDY, {(run["arm"], run["seed"]): run for run in stored("late_pretrained")}
     assert {(arm, seed) for arm in study.arms for seed in range(study.fewer.get(arm, 3))} == set(runs)
-    yield PAGE, paired.tables(study, runs, "ess", "least ess")
+    columns = ("arm", "after", "ess", "least ess", "difference, 95 %")
+    yield PAGE, paired.markdown(paired.arm_rows(study, runs, ["after", "least ess"]), columns)
     yield PAGE, paired.markdown(late_pretrained.quarters(runs))
     (begun,) = {run["before"] for run in runs.values()}
 
@@ -179,13 +180,14 @@ def pretrained():
     def lowest(arm):
         return min(run["after"] for (name, _), run in runs.items() if name == arm)
 
-    assert highest("lag 4") < begun / 2 < lowest("lag 4, dual clip")
+    assert highest("lag 4") < min(begun, lowest("lag 4, dual clip"))
     told = f"From {begun:.2f} its three seeds end at {ends('lag 4')}; without a lag they end at {ends('FP8')}."
-    yield PAGE, f"**A lag of four updates without a correction destroys the model.** {told}"
+    yield PAGE, f"**A lag of four updates without a correction makes the model worse than it was.** {told}"
     yield PAGE, f"**The dual clip holds**: {ends('lag 4, dual clip')}."
     yield PAGE, f"TIS, with its token weights up to 2, ends at {ends('lag 4, tis')}"
     yield PAGE, f"One seed at a quarter of the rate, without a correction, ends at {ends('lag 4, slow')}."
     yield PAGE, f"**int4 is another matter than FP8**: {ends('int4')}, with TIS {ends('int4, tis')}"
+    yield PAGE, f"FP8 ends at {ends('FP8')}, the one unquantised seed at {ends('unquantised')}."
     quarter = {row["arm"]: list(row.values())[1:] for row in late_pretrained.quarters(runs)}
     yield PAGE, f"Under FP8 it is {quarter['FP8'][0]} in the first twelve steps and {quarter['FP8'][3]} in the last."
     yield (

@@ -213,7 +213,6 @@ def the_converted_model():
     yield PAGE, f"But they are {len(ess)} of the recipe's {converted.num_steps}:"
     yield PAGE, f"the ESS falls from {ess[0]:.3f} to {ess[10]:.3f} at the eleventh"
     yield PAGE, f"grows from {apart[0]:.3f} to {apart[11]:.3f} nats at the twelfth"
-    yield f"{DOCS}/not-tried.md", f"the ESS of these {len(ess)} steps. It falls from {ess[0]:.3f} to {ess[10]:.3f} |"
     yield f"{DOCS}/symptoms.md", f"fell from {ess[0]:.3f} to {ess[10]:.3f} in the first eleven RL steps"
 
 
