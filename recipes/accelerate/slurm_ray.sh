@@ -6,6 +6,8 @@
 #   CLIP='--old_logprobs rollout --loss ppo_clip --loss.delta 1.2'
 # For the 8B recipes of diffusion models, whose compiled FP8 does not go with workers, uncompiled bf16:
 #   PLAIN='--torch_compile false --rollout_quantization none'
+# Their likelihood is none with which a lag was studied: keep it at 1 there. Nodes with other than eight GPUs: change the
+# 8 of OMP_NUM_THREADS below, and give sbatch --gpus-per-node and --mem.
 # The first node's first GPU is the learner's; Ray gives all other GPUs, of all nodes, to the workers, one each.
 # As slurm.sh does, it goes on by itself after its time limit.
 #SBATCH --job-name=dllm-rl
