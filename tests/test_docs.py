@@ -1,5 +1,6 @@
 """The site of docs/site: its pages are there, its reference is whole, its quickstart runs; all without mkdocs."""
 
+import ast
 import dataclasses
 import importlib.util
 import json
@@ -504,13 +505,11 @@ def test_an_estimator_is_compared_with_the_enumeration_of_all_completions(tmp_pa
         given = dict(each.split("=") for each in keywords.rstrip(")").split(", ") if each)
         estimator = likelihoods[made_by]
         if keywords:
-            estimator = estimator(
-                **{key: value == "True" if "e" in value else int(value) for key, value in given.items()}
-            )
+            estimator = estimator(**{key: ast.literal_eval(value) for key, value in given.items()})
         rows = made["estimator_table"](estimator)
         order, elbo, _ = rows
         off = [
-            f"{max(row.below, row.above):.1f}" if row.noise else f"by up to {max(-row.lowest, row.highest):.2f} nats"
+            f"{max(row.below, row.above):.1f}" if row.noise else f"by up to {max(0, -row.lowest, row.highest):.2f} nats"
             for row in (order, elbo)
         ]
         pairs = [f"{row.gradient_bias:.2f}, {row.gradient_error:.2f}" for row in (order, elbo)]

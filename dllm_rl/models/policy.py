@@ -135,7 +135,7 @@ def make_policy(
     # A wrong mask or attention would train without an error, so both are checked on the module itself.
     check_spec(module, spec)
     policy = (AutoregressivePolicy if spec.attention == "causal" else DiffusionPolicy)(module, spec, tokenizer)
-    if next(module.parameters()).device.type != "meta":  # a dry run needs shapes alone, and computes nothing
+    if not any(weight.is_meta for weight in module.parameters()):  # a dry run needs shapes alone, and computes nothing
         check_attention(policy)
     return policy
 

@@ -20,8 +20,9 @@ def check_engine(
     """Raise AssertionError, naming the broken promise, unless the engine's rollouts keep their contract.
 
     A rollout names the learner's version. It records the log-probs of its own tokens under its sampling_params: the
-    learner's differ by at most `bound` nats a token in the mean. A completion ends at its full length or has an end
-    token. A row's seed alone makes its chance. After `sync` all that holds for the new weights. Nothing else changes.
+    learner's differ by at most `bound` nats a token in the mean. A completion ends at its full length, with its end
+    token, or (block-causal) with the block of that token. A row's seed alone makes its chance. After `sync` all that
+    holds for the new weights. Nothing else changes.
 
     prompts  with a group_size of at least 2; their seeds are replaced
     sampler  the recipe's, at a temperature other than 0 and 1: at these a log-prob's temperature does not show
@@ -39,7 +40,8 @@ def check_engine(
     rollout = sampled(seeds)
     telling = rollout.sampling_params.temperature not in (0, 1) and prompts.group_size > 1
     assert telling, "sample at a temperature other than 0 and 1, as 0.7, with a group_size of at least 2"
-    _check_rows(rollout, sampled, seeds, {*learner.spec.eos_ids})
+    in_blocks = learner.spec.attention == "block_causal"
+    _check_rows(rollout, sampled, seeds, {*learner.spec.eos_ids}, in_blocks=in_blocks)
     _check_record(learner, rollout, bound)
     _check_untouched(learner, *facts)
 
@@ -83,11 +85,13 @@ def _check_record(learner: Policy, rollout: Rollout, bound: float) -> None:
     assert mean <= bound, f"log-probs differ by {mean:.3g} nats a token, more than bound={bound}: {why}"  # also on NaN
 
 
-def _check_rows(rollout: Rollout, sampled: Callable[[Tensor], Rollout], seeds: Tensor, ends: set[int]) -> None:
+def _check_rows(
+    rollout: Rollout, sampled: Callable[[Tensor], Rollout], seeds: Tensor, ends: set[int], *, in_blocks: bool
+) -> None:
     first = _written(rollout)
     full = max(map(len, first))
-    # A block-causal model writes its block to the end, so tokens of it may stand behind the end token.
-    lost = [row for row in first if len(row) < full and not {*row} & ends]
+    # A block-causal model writes the block of its end token to the end.
+    lost = [row for row in first if len(row) < full and not {*(row if in_blocks else row[-1:])} & ends]
     assert not lost, f"tokens {lost[:1]} end early without an end token: a completion must hold that token"
     assert _written(sampled(seeds)) == first, "the same seeds must give the same tokens"
     assert _written(sampled(seeds + 10**6)) != first, "other seeds must give other tokens: is engine or policy greedy?"

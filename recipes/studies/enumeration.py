@@ -138,6 +138,22 @@ CLAIMS = {
 }
 
 
+def references(toy: ToyPolicy, rollout: Rollout) -> dict[str, Float[Tensor, " B"]]:
+    """What an estimate is compared with: log p of every completion by the name of each reference, differentiable."""
+
+    def in_order(steps: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
+        views = trajectory().draw(replace(rollout, unmask_step=steps), _stream(0))  # every step: nothing is random
+        return contributions(toy, rollout, views, trajectory()).sum(-1)
+
+    orders = [torch.tensor(order).expand_as(rollout.tokens) for order in permutations(range(toy.length))]
+    each = torch.stack([in_order(steps) for steps in orders])
+    return {
+        "order taken": in_order(rollout.unmask_step),
+        "ELBO": each.mean(0),
+        "random order": each.logsumexp(0) - log(len(orders)),
+    }
+
+
 def estimator_table(
     estimator: LikelihoodEstimator, *, draws: int = 100, length: int = 4, words: int = 3, seed: int = 0
 ) -> list[EstimatorRow]:
@@ -153,20 +169,8 @@ def estimator_table(
     rollout = toy.rollout(2)
     for weight in toy.weights:
         weight.requires_grad_()
-
-    def exactly(order: Rollout) -> Float[Tensor, " B"]:
-        noise = trajectory().draw(order, generator)
-        return contributions(toy, order, noise, trajectory()).sum(-1)
-
-    orders = [torch.tensor(order).expand_as(rollout.tokens) for order in permutations(range(length))]
-    each = torch.stack([exactly(replace(rollout, unmask_step=steps)) for steps in orders])
-    taken = exactly(rollout)
-    references = {
-        "order taken": taken,
-        "ELBO": each.mean(0),
-        "random order": each.logsumexp(0) - log(len(orders)),
-    }
-    p = taken.detach().exp()
+    compared = references(toy, rollout)
+    p = compared["order taken"].detach().exp()
     rewards = torch.randn(len(p), generator=generator, dtype=torch.float64)
     advantages = rewards - p @ rewards
 
@@ -179,12 +183,13 @@ def estimator_table(
         logps = contributions(toy, rollout, views, estimator).sum(-1)
         return logps.detach(), gradient(logps), len(views.weight)
 
+    draws = draws if estimator.random else 2  # which are then alike
     found = [drawn(number) for number in range(draws)]
     estimates, gradients = torch.stack([one for one, _, _ in found]), torch.stack([two for _, two, _ in found])
     error = (estimates.std(0) / draws**0.5).clamp(min=ROUNDING)
     spread = gradients.var(0).sum()
     rows = []
-    for name, reference in references.items():
+    for name, reference in compared.items():
         apart, target = estimates.mean(0) - reference.detach(), gradient(reference)
         size, mean = target.norm(), gradients.mean(0)
         row = {

@@ -24,24 +24,19 @@ Predicted before the runs: under FP8 the ESS of the last 12 steps is lower than 
 after seed 0 of the first four arms and of int4, in which the lag alone had ended at an accuracy of 0 and int4 below its
 start: int4 got a second seed and TIS beside it, the slow arm was added, and the seeds, planned as four, became three.
 
-    python recipes/smollm2_diffusion_sft.py && python -m recipes.studies.late_pretrained      run what is missing
-    python -m recipes.studies.late_pretrained --report                                        run nothing
+    python recipes/smollm2_diffusion_sft.py && python -m recipes.studies.late_pretrained
 """
 
-import argparse
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from dllm_rl import int4_weight_only, none, ppo_clip, tis
-from dllm_rl.files import read_json, write_json
-from dllm_rl.monitoring.plots import read_metrics
 from recipes.smollm2_diffusion import recipe
 from recipes.studies.late_rollouts import METRICS, QUIET, run_late
-from recipes.studies.paired import Results, Study, arm_rows, interval, load, markdown, result_path, run_missing
+from recipes.studies.paired import Results, Study, interval, main, markdown
 
 STORED = Path(__file__).with_suffix(".json")  # every run, with the ESS of each step
 LATE = {"rollout_workers": 1, "max_staleness": 4}
@@ -77,14 +72,6 @@ STUDY = Study(
 )
 
 
-def run(study: Study, root: Path, num_steps: int, name: str, seed: int) -> None:
-    """One run, and the ESS of each of its steps."""
-    run_late(study, root, num_steps, name, seed)
-    path = result_path(root, name, seed)
-    steps = read_metrics(root / "runs" / path.stem)
-    write_json(path, read_json(path) | {"ess of steps": [round(row[METRICS["ess"]], 4) for row in steps]})
-
-
 def quarters(results: Results) -> list[dict[str, str]]:
     """By arm the mean ESS of the steps 1 to 12, 13 to 24, 25 to 36 and 37 to 48, with intervals over the seeds."""
     rows = []
@@ -98,25 +85,6 @@ def quarters(results: Results) -> list[dict[str, str]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs") / STUDY.name)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help=f"run nothing: the tables of {STORED.name}")
-    options = parser.parse_args()
-    root = options.output_dir
-    if options.report:
-        results: Results = {(each["arm"], each["seed"]): each for each in read_json(STORED)}
-    else:
-        every = product(range(STUDY.seeds), STUDY.arms)
-        runs = [(name, seed) for seed, name in every if seed < STUDY.fewer.get(name, STUDY.seeds)]
-        run_missing(STUDY, root, runs, num_steps=lambda _: STUDY.num_steps, workers=options.workers, run=run)
-        results = load(root)
-        if len(results) == len(runs):
-            write_json(STORED, list(results.values()))
-    print(markdown(arm_rows(STUDY, results, ("before", "after", "quantised", "least ess"))))
-    print(markdown(quarters(results)))
-
-
 if __name__ == "__main__":
-    main()
+    found = main(STUDY, __doc__, ("before", "after", "quantised", "least ess"), STORED, run=run_late)
+    print(markdown(quarters(found)))

@@ -157,7 +157,7 @@ def at_rates(study: Study, rates: Mapping[str, float]) -> Study:
 
 
 def run_late(study: Study, root: Path, num_steps: int, name: str, seed: int) -> None:
-    """One run, its late batches made in its own process, and the least ESS of its steps."""
+    """One run, its late batches made in its own process, and the ESS of its steps."""
     if name == AGAIN:
         study = replace(study, arms=study.arms | {AGAIN: study.arms[AGAIN] | {"seed": 1000 + seed}})
     with in_this_process():
@@ -165,7 +165,7 @@ def run_late(study: Study, root: Path, num_steps: int, name: str, seed: int) -> 
     path = result_path(root, name, seed)
     result = read_json(path) | {"learning_rate": study.arms[name]["learning_rate"]}
     if steps := [row[METRICS["ess"]] for row in read_metrics(root / "runs" / path.stem) if METRICS["ess"] in row]:
-        result["least ess"] = min(steps)
+        result |= {"least ess": min(steps), "ess of steps": [round(each, 4) for each in steps]}
     write_json(path, result)
 
 

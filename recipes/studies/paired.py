@@ -312,8 +312,15 @@ def which(names: Iterable[str]) -> str:
     return found.which
 
 
-def main(study: Study, about: str | None, columns: Sequence[str] = ("after",), stored: Path | None = None) -> Results:
-    """Run what is missing, print the tables, write the runs of a finished study to `stored`, and return the results."""
+def main(
+    study: Study,
+    about: str | None,
+    columns: Sequence[str] = ("after",),
+    stored: Path | None = None,
+    run: Callable[[Study, Path, int, str, int], None] = run_one,
+) -> Results:
+    """Run what is missing, print the tables, write the runs of a finished study to `stored`, and return the results.
+    `run` is that of `run_missing`."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / study.name)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -326,7 +333,7 @@ def main(study: Study, about: str | None, columns: Sequence[str] = ("after",), s
     if not options.report:
         fewest = {arm: study.fewer.get(arm, study.seeds) for arm in options.arms}
         runs = [(arm, seed) for seed, arm in product(seeds, options.arms) if seed < fewest[arm]]
-        run_missing(study, root, runs, num_steps=lambda _: options.num_steps, workers=options.workers)
+        run_missing(study, root, runs, num_steps=lambda _: options.num_steps, workers=options.workers, run=run)
     results = load(root)
     tables = {"arms": arm_rows(study, results, columns), "contrasts": contrast_rows(study, results)}
     for rows in filter(None, tables.values()):

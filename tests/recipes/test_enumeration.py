@@ -21,6 +21,7 @@ from recipes.studies.enumeration import (
     gradient_table,
     of_batches,
     per_outcome,
+    references,
     speaks_against,
 )
 
@@ -224,6 +225,21 @@ def test_the_references_of_an_estimator_are_in_their_order():
     assert any_order.bias < bound.bias and any_order.below > 4 > max(bound.below, bound.above)
     exact = estimator_table(trajectory(), draws=2)[0]
     assert exact.cosine == pytest.approx(1, abs=1e-12) and exact.gradient_noise == 0 and exact.error < 1e-12
+
+
+def test_the_references_are_probabilities_and_a_bound_of_one():
+    """Over all completions both probabilities add up to 1. The ELBO lies below log p in random order in each of them,
+    and the upper bound above it; of log p in the order taken neither is a bound."""
+    toy = ToyPolicy(length=4, words=3, sharpness=1.0, generator=torch.Generator().manual_seed(0))
+    rollout = toy.rollout(2)
+    taken, lower, any_order = references(toy, rollout).values()
+    assert len(taken) == 81
+    for logps in (taken, any_order):
+        assert abs(logps.exp().sum() - 1) < 1e-12
+    many = eubo(beta=4.0, base=elbo(num_samples=400))  # many masks, and beta is the number of tokens
+    upper = contributions(toy, rollout, many.draw(rollout, torch.Generator().manual_seed(0)), many).sum(-1)
+    assert (lower < any_order).all() and (any_order < upper).all()
+    assert not (lower < taken).all() and not (taken < upper).all()
 
 
 def test_the_sandwich_gets_the_toys_advantages():

@@ -170,24 +170,21 @@ def pretrained():
     yield PAGE, paired.markdown(late_pretrained.quarters(runs))
     (begun,) = {run["before"] for run in runs.values()}
 
+    def after(arm):
+        return [run["after"] for (name, _), run in sorted(runs.items()) if name == arm]
+
     def ends(arm):
-        *first, last = (f"{runs[arm, seed]['after']:.2f}" for seed in range(study.fewer.get(arm, 3)))
+        *first, last = (f"{each:.2f}" for each in after(arm))
         return f"{', '.join(first)} and {last}" if first else last
 
-    def highest(arm):
-        return max(run["after"] for (name, _), run in runs.items() if name == arm)
-
-    def lowest(arm):
-        return min(run["after"] for (name, _), run in runs.items() if name == arm)
-
-    assert highest("lag 4") < min(begun, lowest("lag 4, dual clip"))
+    assert max(after("lag 4")) < min(begun, *after("lag 4, dual clip"))
     told = f"From {begun:.2f} its three seeds end at {ends('lag 4')}; without a lag they end at {ends('FP8')}."
     yield PAGE, f"**A lag of four updates without a correction makes the model worse than it was.** {told}"
     yield PAGE, f"**The dual clip holds**: {ends('lag 4, dual clip')}."
     yield PAGE, f"TIS, with its token weights up to 2, ends at {ends('lag 4, tis')}"
     yield PAGE, f"One seed at a quarter of the rate, without a correction, ends at {ends('lag 4, slow')}."
     yield PAGE, f"**int4 is another matter than FP8**: {ends('int4')}, with TIS {ends('int4, tis')}"
-    yield PAGE, f"FP8 ends at {ends('FP8')}, the one unquantised seed at {ends('unquantised')}."
+    yield PAGE, f"the three seeds end at {ends('FP8')}, and the one unquantised seed ends at {ends('unquantised')}."
     quarter = {row["arm"]: list(row.values())[1:] for row in late_pretrained.quarters(runs)}
     yield PAGE, f"Under FP8 it is {quarter['FP8'][0]} in the first twelve steps and {quarter['FP8'][3]} in the last."
     yield (
