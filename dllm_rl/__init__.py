@@ -15,6 +15,7 @@ __version__ = "0.2.0.dev0"
 _HOME = {
     "types": "Prompts SamplingParams Rollout",
     "recipe": "Recipe",
+    "callbacks": "Callback RunControl StopBelow SaveBest",
     "config": "from_command_line",
     "members": "describe",
     "tasks": "Problem Reward Task Sudoku Countdown GSM8K MATH500 ReasoningGym task_from_dataset",

@@ -1,5 +1,6 @@
 """A Recipe is the experiment: one flat frozen record. A variant is `replace(base, ...)` in a file of its own."""
 
+import math
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
@@ -14,6 +15,7 @@ from dllm_rl.algorithms.correctors import Corrector, no_weights, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, ppo_clip, surrogate_inputs, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.bounds import Bound, check_bound
+from dllm_rl.callbacks import check_callbacks
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.members import describe, described, flattened, plain
 from dllm_rl.models.base import Policy
@@ -108,7 +110,13 @@ class Settings:
         "trackers, by commas: tensorboard, wandb, trackio, mlflow; none: no tracker", "tensorboard"
     )
     save_steps: int = _("steps between checkpoints", 50, at_least=1)
-    save_total_limit: int = _("checkpoints kept, the newest ones", 2, at_least=1)
+    save_total_limit: int = _("checkpoints kept, the newest ones and the best one", 2, at_least=1)
+    metric_for_best_model: str | None = _(
+        "metric of the evaluations by which a checkpoint is the best, as solve_rate or loss; none: no best one", None
+    )
+    greater_is_better: bool | None = _("of that metric; None: yes, unless its name ends in loss", None)
+    load_best_model_at_end: bool = _("evaluate and return the best checkpoint's weights, not the last ones", False)
+    callbacks: Any = _("objects of dllm_rl.Callback, which may log, save and stop", ())
     verify_checkpoint: Literal["full", "quick"] = _(
         "check of a checkpoint before a resume: every byte, or of files over 1 MiB only size and start", "full"
     )
@@ -135,6 +143,18 @@ class Settings:
         return self.output_dir or f"runs/{self.name}-seed{self.seed}"
 
     @property
+    def best_metric(self) -> str | None:
+        """`metric_for_best_model` as the evaluations name it; `eval/` or transformers' `eval_` before it may be left."""
+        return self.metric_for_best_model and self.metric_for_best_model.removeprefix("eval/").removeprefix("eval_")
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Whether a value of `metric_for_best_model` is better than the best so far, which is None before the first."""
+        greater = self.greater_is_better
+        if greater is None:
+            greater = not str(self.best_metric).endswith("loss")
+        return math.isfinite(value) and (best is None or (value > best if greater else value < best))
+
+    @property
     def trackers(self) -> list[str]:
         names = map(str.strip, (self.report_to or "none").split(","))
         return [name for name in names if name != "none"]
@@ -149,6 +169,7 @@ class Settings:
             value = flattened(getattr(self, checked.name))
             object.__setattr__(self, checked.name, value)
             check_bounds(checked, value)
+        check_callbacks(self.callbacks)
         for wrong, message in self.conflicts():
             if wrong:
                 raise ValueError(message)
@@ -166,6 +187,20 @@ class Settings:
             (
                 self.base_quantization is not None and self.lora is None,
                 f"base_quantization={self.base_quantization!r} is a frozen base: set lora, or leave it out",
+            ),
+            (
+                self.metric_for_best_model is not None and not self.eval_steps,
+                f"metric_for_best_model={self.metric_for_best_model!r} is measured every eval_steps, and eval_steps=0 "
+                "never measures: set eval_steps",
+            ),
+            (
+                self.load_best_model_at_end and self.metric_for_best_model is None,
+                "load_best_model_at_end=True needs metric_for_best_model: set it, as solve_rate or loss",
+            ),
+            (
+                self.load_best_model_at_end and self.shard_size != 1,
+                f"load_best_model_at_end=True loads the best weights into one process, and shard_size={self.shard_size} "
+                "shards them: leave it out, and take the folder that summary.json names as best_checkpoint",
             ),
         ]
 

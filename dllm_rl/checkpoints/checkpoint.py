@@ -56,6 +56,7 @@ def save(
     state: TrainingState,
     *,
     keep: int,
+    best: int | None = None,  # step of a checkpoint that is never deleted
     processes: int = 1,
     versions: dict[str, Any] | None = None,
     reserve: int = 0,  # bytes that later checkpoints take beyond this one
@@ -88,8 +89,9 @@ def save(
                 parts |= entries
             manifest.write(partial, step=state.step, processes=processes, versions=versions or {}, known=parts)
         write_text(directory / "latest", final.name + "\n")
-    for _, old in found(directory)[:-keep]:  # only now: a failed save costs no older checkpoint
-        remove_whole(old)
+    for step, old in found(directory)[:-keep]:  # only now: a failed save costs no older checkpoint
+        if step != best:
+            remove_whole(old)
     return final
 
 

@@ -22,7 +22,8 @@ FREE = {
     *("logging_steps", "log_completions_steps", "report_to", "push_to_hub"),
     *("stop_seconds", "reward_timeout", "collective_timeout", "peer_timeout"),
     *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),
-    "rollout_workers",
+    *("rollout_workers", "callbacks", "allow_changed"),
+    *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
 }
 
 FILES = (LOCK, "metrics.jsonl", "completions.jsonl", "summary.json", "training.png", "checkpoints/latest")

@@ -32,9 +32,10 @@ from dllm_rl.tasks.datasets import hold_out, in_memory
 from dllm_rl.tasks.rows import load_rows
 from dllm_rl.training.denoising import Noise, denoising_loss, lessons
 from dllm_rl.training.finish import Summary, conclude
+from dllm_rl.training.hooks import after_step, before_first_step, load_best
 from dllm_rl.training.policies import make_optimizer, make_policy, opened
 from dllm_rl.training.run import Run
-from dllm_rl.training.saving import checkpoint_if_due, make_writer, protect, save
+from dllm_rl.training.saving import checkpoint_if_due, make_writer, protect, save, settle
 from dllm_rl.training.start import launch, open_log, restore
 from dllm_rl.training.warmup import draw_levels
 
@@ -82,21 +83,27 @@ def fine_tune(recipe: SFT) -> Summary:
     before = run.state.eval_before
     log.say(f"before SFT: held-out loss {before['loss']:.4f} nats on {len(held_out)} rows")
     protect(run, peers)
+    before_first_step(run)
 
     for step in range(run.state.step, recipe.num_steps):
         metrics = take_step(run, training, step)
         if recipe.eval_steps and (step + 1) % recipe.eval_steps == 0:
             metrics["eval/loss"] = evaluate_loss(run, held_out)["loss"]
+        metrics = after_step(run, step, metrics)
         log.write(step, metrics)
         run.progress(metrics, show=(step + 1) % recipe.logging_steps == 0 or step + 1 == recipe.num_steps)
-        checkpoint_if_due(run, step)
+        checkpoint_if_due(run, step, metrics)
+        if run.control.stop_reason is not None:
+            break
     stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")
+    settle(run)
+    load_best(run, lambda folder, saved: _policy(recipe, accelerator, folder, saved))
     after = evaluate_loss(run, held_out)
     return conclude(
         run,
         {"eval_before": before, "eval_after": after, "eval_rows": len(held_out)},
         result=f"held-out loss {before['loss']:.4f}  ->  {after['loss']:.4f} nats on {len(held_out)} rows, after "
-        f"{recipe.num_steps} steps",
+        f"{run.state.step} steps",
         advice=f"RL from it: python RECIPE.py --model {run.checkpoint} --warmup_steps 0",
     )
 

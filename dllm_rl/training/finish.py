@@ -13,7 +13,9 @@ from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe
+from dllm_rl.training.hooks import after_summary, ending, load_best
 from dllm_rl.training.model_card import card, push_to_hub
+from dllm_rl.training.policies import resumed_policy
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import settle
 from dllm_rl.training.validation import evaluate_with, shown
@@ -40,12 +42,13 @@ def finish(run: Run[Recipe]) -> Summary:
     log = run.log
     before = run.state.eval_before
     run.stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")
+    settle(run)
+    load_best(run, lambda folder, state: resumed_policy(recipe, folder, state, run.accelerator))
     with log.stage("evaluation"):
         after = evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)
         quantized = after
         if run.rollout_policy is not run.policy:
             quantized = evaluate_with(recipe, run.rollout_policy, recipe.eval_task, run.accelerator)
-    settle(run)
     measured = {"before RL": before, "after": after, "after, quantised": quantized}
     model_card = Path(run.checkpoint) / CARD
     # No card is written where no checkpoint was saved, or where its folder was deleted.
@@ -62,7 +65,7 @@ def finish(run: Run[Recipe]) -> Summary:
             "warmup_steps": run.state.warmup_steps,
         },
         result=f"{shown(before)}  ->  {shown(after)}  on {len(recipe.eval_task)} held-out problems, "
-        f"after {run.state.warmup_steps} warm-up and {recipe.num_steps} RL steps",
+        f"after {run.state.warmup_steps} warm-up and {run.state.step} RL steps",
         advice=_next_command(recipe, run.checkpoint) if run.checkpoint else "Sample:     no checkpoint was saved",
     )
 
@@ -81,13 +84,15 @@ def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: st
         "checkpoint": run.checkpoint,  # the one whose weights were evaluated
         "machine": machine(run.accelerator),
         "recipe": recipe.settings(),
+        **ending(run),
     }
     if run.accelerator.is_main_process:
         write_json(directory / "summary.json", summary)
         picture = plots.plot(directory) if recipe.num_steps else None
         run.log.say(
             f"\n{recipe.name}, seed {recipe.seed}: {result} in {summary['seconds']:.0f} s.\n"
-            f"Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\nNumbers:    {directory / 'summary.json'}\n"
+            + (f"Stopped:    {run.control.stop_reason}\n" if run.control.stop_reason else "")
+            + f"Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\nNumbers:    {directory / 'summary.json'}\n"
             f"{advice}"
         )
         if recipe.push_to_hub is not None and run.checkpoint:
@@ -96,6 +101,7 @@ def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: st
                 run.log.say(f"Uploaded:   {push_to_hub(folder, recipe.push_to_hub)}")
             except Exception as error:  # of any kind, the network's or the hub's: the run has ended well
                 run.log.say(f"warning: {folder} could not be uploaded to {recipe.push_to_hub}: {error}")
+    after_summary(run, summary)
     run.accelerator.wait_for_everyone()
     run.policy.module.zero_grad(set_to_none=True)
     return Summary(summary, run.policy)

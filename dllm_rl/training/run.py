@@ -3,7 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from dllm_rl.callbacks import RunControl
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import Stop
 from dllm_rl.models.base import Policy
@@ -90,6 +91,10 @@ class Run(Generic[Record]):
     progress: Callable[..., None]
     teacher: Policy | None = None  # of a model of its own, for `distillation`
     late: Any = None  # `late_rollouts.LateRollouts`, where workers make the rollouts
+    control: RunControl = field(init=False)
     saved: int | None = None  # step of the last save
     owns_folder: bool = True  # else another run has locked it since
     checkpoint: str = ""  # folder of the last one, which may be the one that the run resumes from
+
+    def __post_init__(self) -> None:
+        self.control = RunControl(Path(self.recipe.directory), self.state.step, self.recipe.num_steps)

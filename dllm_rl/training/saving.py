@@ -58,8 +58,11 @@ def save(run: Run[Any]) -> None:
 def settle(run: Run[Any]) -> None:
     """Wait for the checkpoint that is being written. All processes call it together."""
     shared = sharding_of(run.policy.module) is not None
-    if folder := run.writer.wait() if shared else from_main(run.writer.wait, run.accelerator):
+    folder = run.writer.wait() if shared else from_main(run.writer.wait, run.accelerator)
+    if folder and str(folder) != run.checkpoint:
         run.checkpoint = str(folder)
+        for callback in run.recipe.callbacks if run.accelerator.is_main_process else ():
+            callback.on_save(run.control, folder)
 
 
 def write_checkpoint(run: Run[Any]) -> Path | None:
@@ -188,6 +191,7 @@ def _prepared(run: Run[Any], state: TrainingState, policy: Policy, optimizer: ch
         optimizer,
         state,
         keep=recipe.save_total_limit,
+        best=state.best_step,
         processes=run.accelerator.num_processes,
         versions=versions(),
         also=run.late.files(state.step) if run.late is not None else {},
@@ -243,16 +247,24 @@ def check_lock(run: Run[Any]) -> None:
         ) from None
 
 
-def checkpoint_if_due(run: Run[Any], step: int) -> None:
-    """Save every save_steps, after the last step, and on a signal, which ends the process with its status."""
+def checkpoint_if_due(run: Run[Any], step: int, metrics: dict[str, float]) -> None:
+    """Save every save_steps, after the last step, the best one, on a callback's request, and on a signal, which ends
+    the process with its status."""
     recipe = run.recipe
     done = step + 1
     signum = run.stop.agreed(run.accelerator)
+    due = done % recipe.save_steps == 0 or done == recipe.num_steps or run.control.stop_reason is not None
+    due |= run.control.save_requested
+    run.control.save_requested = False
     run.state = replace(run.state, step=done, version=run.policy.version)
+    value = metrics.get(f"eval/{recipe.best_metric}")
+    if value is not None and recipe.is_better(value, run.state.best_value):
+        run.state = replace(run.state, best_step=done, best_value=value)
+        due = True
     run.writer.check()  # an error of the writing thread ends the run here
     check_folder(run)
     check_lock(run)
-    if signum or done % recipe.save_steps == 0 or done == recipe.num_steps:
+    if signum or due:
         save(run)
     if signum:
         settle(run)

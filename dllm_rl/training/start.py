@@ -21,6 +21,7 @@ from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.distillation import teacher_policy
+from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.late_rollouts import late_rollouts, make_workers
 from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
@@ -100,6 +101,7 @@ def start(recipe: Recipe) -> Run[Recipe]:
         check_lock(run)
         save(run)
     protect(run, peers)
+    before_first_step(run)
     return run
 
 

@@ -11,6 +11,7 @@ from dllm_rl.training.completion_log import log_completions
 from dllm_rl.training.distillation import teach
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import Summary, finish
+from dllm_rl.training.hooks import after_step
 from dllm_rl.training.learner import step, update
 from dllm_rl.training.policies import engine_of
 from dllm_rl.training.rollouts import collect
@@ -49,9 +50,11 @@ def train(recipe: Recipe) -> Summary:
             published = {} if late is None else late.publish(number, learned)
             synced = published | engine.sync(policy, rollout_policy)
 
-        metrics = sampling | taught | learned.metrics | synced | validate(run, number)
+        metrics = after_step(run, number, sampling | taught | learned.metrics | synced | validate(run, number))
         log.write(number, metrics)
         log_completions(run, number, answers, samples.rollout, learned.samples, learned.logps)
         run.progress(metrics, show=(number + 1) % recipe.logging_steps == 0 or number + 1 == recipe.num_steps)
-        checkpoint_if_due(run, number)  # every save_steps, after the last step, and on a signal, which ends the run
+        checkpoint_if_due(run, number, metrics)  # also on a signal, which ends the process
+        if run.control.stop_reason is not None:
+            break
     return finish(run)

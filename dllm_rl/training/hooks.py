@@ -1,0 +1,112 @@
+"""The calls of a run's callbacks, and the best checkpoint that a run ends with."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from dllm_rl.callbacks import Callback
+from dllm_rl.checkpoints import checkpoint
+from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.distributed.collectives import from_main
+from dllm_rl.models.base import Policy
+from dllm_rl.training.policies import engine_of
+from dllm_rl.training.run import Run
+
+
+def before_first_step(run: Run[Any]) -> None:
+    """Check `metric_for_best_model` against the first evaluation, and call every `on_start`. Collective.
+
+    Raises:
+        ValueError: The evaluations have no such metric.
+    """
+    name = run.recipe.best_metric
+    known = run.state.eval_before
+    if name is not None and name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; {near[0]!r} is near" if near else ""
+        raise ValueError(f"metric_for_best_model={name!r} is none of {', '.join(sorted(known))}{hint}")
+
+    def start() -> None:
+        for callback in run.recipe.callbacks:
+            callback.on_start(run.control)
+
+    if run.recipe.callbacks:
+        from_main(start, run.accelerator)
+
+
+def after_step(run: Run[Any], step: int, metrics: dict[str, float]) -> dict[str, float]:
+    """Call `on_evaluate` and `on_step` in the main process; returns the metrics with what they add. Collective."""
+    if not run.recipe.callbacks:
+        return metrics
+    run.control.step = step + 1
+
+    def call() -> tuple[dict[str, float], str | None, bool]:
+        evaluated = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        logged = dict(metrics)
+        for callback in run.recipe.callbacks:
+            if evaluated:
+                callback.on_evaluate(run.control, evaluated)
+            logged |= _checked(callback, callback.on_step(run.control, logged))
+        return logged, run.control.stop_reason, run.control.save_requested
+
+    logged, run.control.stop_reason, run.control.save_requested = from_main(call, run.accelerator)
+    return logged
+
+
+def _checked(callback: Callback, added: Any) -> dict[str, float]:
+    """What `on_step` returned. Raises ValueError unless it is None, or numbers by name."""
+    if added is None:
+        return {}
+    where = f"{type(callback).__name__}.on_step"
+    if not isinstance(added, Mapping):
+        raise ValueError(f"{where} returned {type(added).__name__}; return None, or numbers by name")
+    for name, value in added.items():
+        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"{where} returned {name!r}: {value!r}; return numbers by name")
+    return {name: float(value) for name, value in added.items()}
+
+
+def best_folder(run: Run[Any]) -> Path | None:
+    """The folder of the best checkpoint by `metric_for_best_model`; None if no step has been evaluated."""
+    if run.state.best_step is None:
+        return None
+    return checkpoint.folder_of(Path(run.recipe.directory) / "checkpoints", run.state.best_step)
+
+
+def load_best(run: Run[Any], open_policy: Callable[[Path, TrainingState], Policy]) -> None:
+    """With `load_best_model_at_end`, replace the run's policy by that of the best checkpoint. Collective.
+
+    Call it after the last write is complete. The rollout policy gets the same weights.
+    """
+    folder = best_folder(run)
+    if not run.recipe.load_best_model_at_end or folder is None or str(folder) == run.checkpoint:
+        return
+    state = TrainingState.read(folder)
+    shares = run.rollout_policy is run.policy
+    run.policy = open_policy(folder, state)
+    run.policy.version = state.version
+    if shares:
+        run.rollout_policy = run.policy
+    else:
+        engine_of(run.recipe).sync(run.policy, run.rollout_policy)
+    run.checkpoint = str(folder)
+    run.log.say(f"loaded the best checkpoint, of step {state.step}: {folder}")
+
+
+def ending(run: Run[Any]) -> dict[str, Any]:
+    """What summary.json says of the best checkpoint and of an early end; nothing without either."""
+    summary: dict[str, Any] = {}
+    if run.state.best_step is not None:
+        summary |= {"best_checkpoint": str(best_folder(run)), "best_step": run.state.best_step}
+        summary |= {"best_metric": run.recipe.best_metric, "best_value": run.state.best_value}
+    if run.control.stop_reason is not None:
+        summary["stopped"] = {"step": run.state.step, "reason": run.control.stop_reason}
+    return summary
+
+
+def after_summary(run: Run[Any], summary: dict[str, Any]) -> None:
+    """Call every `on_end` in the main process."""
+    for callback in run.recipe.callbacks if run.accelerator.is_main_process else ():
+        callback.on_end(run.control, summary)

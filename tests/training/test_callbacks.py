@@ -1,0 +1,164 @@
+"""Callbacks, early stops and the best checkpoint, each through a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dllm_rl import Callback, RunControl, SaveBest, StopBelow, grpo, load_policy, sft, tiny_masked_lm
+
+ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "123456" for b in "123456"]
+
+
+def close(completions, answer, **columns):
+    return [sum(a == b for a, b in zip(*pair, strict=False)) / 2 for pair in zip(completions, answer, strict=True)]
+
+
+def run(folder, **settings):
+    options = {"max_new_tokens": 2, "num_steps": 6, "train_batch_size": 4, "num_generations": 4, "report_to": "none"}
+    policy = tiny_masked_lm(characters="123456=")
+    return grpo(policy, ROWS, close, output_dir=str(folder), **options | {"save_steps": 100} | settings)
+
+
+class Recorder(Callback):
+    def __init__(self):
+        self.calls = []
+
+    def on_start(self, run):
+        self.calls.append(("start", run.step))
+
+    def on_step(self, run, metrics):
+        self.calls.append(("step", run.step))
+        return {"mine/twice": 2 * metrics["reward"]}
+
+    def on_evaluate(self, run, metrics):
+        self.calls.append(("evaluate", run.step, metrics["eval/reward"]))
+
+    def on_save(self, run, folder):
+        self.calls.append(("save", folder.name))
+
+    def on_end(self, run, summary):
+        self.calls.append(("end", summary["seed"]))
+
+
+class Chosen(Callback):
+    """Writes a held-out reward of its own over the run's, so that the best step is known."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def on_step(self, run, metrics):
+        return {"eval/reward": self.values[run.step - 1]}
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_hook_is_called_in_order_and_its_numbers_are_logged(tmp_path):
+    recorder = Recorder()
+    run(tmp_path, num_steps=2, eval_steps=2, callbacks=[recorder])
+    kinds = [call[:2] for call in recorder.calls]
+    assert kinds == [
+        *[("save", "step-000000"), ("start", 0), ("step", 1), ("evaluate", 2), ("step", 2)],
+        *[("save", "step-000002"), ("end", 0)],
+    ]
+    rows = metrics_of(tmp_path)
+    assert [row["mine/twice"] for row in rows] == [2 * row["reward"] for row in rows]
+    assert recorder.calls[3][2] == rows[1]["eval/reward"]
+
+
+def test_a_stop_saves_the_step_ends_the_run_with_its_reason_and_can_be_resumed(tmp_path):
+    summary = run(tmp_path, callbacks=[StopBelow("reward", 2.0, steps=3)])
+    assert summary["stopped"] == {"step": 3, "reason": "reward was below 2 for 3 steps"}
+    assert Path(summary["checkpoint"]).name == "step-000003"
+    # The three low steps before the resume count, so that the first further one ends it.
+    again = run(tmp_path, resume_from_checkpoint="latest", callbacks=[StopBelow("reward", 2.0, steps=4)])
+    assert again["stopped"]["step"] == 4
+    whole = run(tmp_path / "whole", num_steps=4, lr_schedule_steps=6)
+    for mine, other in zip(again.policy.module.parameters(), whole.policy.module.parameters(), strict=True):
+        assert torch.equal(mine, other)  # callbacks change no number
+
+
+@pytest.mark.parametrize(
+    ("values", "low"),
+    [([0.1, 0.6, 0.2, 0.3], 2), ([None, 0.1], 2), ([0.5], 0), ([0.1, "absent", 0.2], 2), ([float("inf"), 0.1], 1)],
+    ids=["a high one starts anew", "null is low", "the bound itself is high", "absent does not count", "infinity"],
+)
+def test_stop_below_counts_by_hand(tmp_path, values, low):
+    callback = StopBelow("m", 0.5, steps=10)
+    control = RunControl(tmp_path, 0, 100)
+    for value in values:
+        callback.on_step(control, {} if value == "absent" else {"m": float("nan") if value is None else value})
+    # An infinite number is no measurement, and counts as low.
+    assert callback._low == low + (values[0] == float("inf"))
+
+
+def test_save_best_asks_at_each_new_best(tmp_path):
+    asked = []
+    for value in (0.2, 0.1, 0.3, 0.3, float("nan"), 0.4):
+        control = RunControl(tmp_path, 0, 9)
+        callback = SaveBest("m") if not asked else callback
+        callback.on_step(control, {"m": value})
+        asked.append(control.save_requested)
+    assert asked == [True, False, True, False, False, True]
+    lower = SaveBest("m", greater_is_better=False)
+    lower.on_step(control, {"m": 1.0})
+    assert lower._best == 1.0 and lower._is_best({"m": 0.5}) and not lower._is_best({"m": 0.7})
+
+
+def test_the_best_checkpoint_survives_the_limit_and_is_what_the_run_returns(tmp_path):
+    values = [0.1, 0.7, 0.3, 0.2, 0.6, 0.5]
+    settings = {"callbacks": [Chosen(values)], "save_steps": 1, "save_total_limit": 1, "eval_steps": 6}
+    best = {"metric_for_best_model": "eval_reward", "load_best_model_at_end": True}
+    summary = run(tmp_path, rollout_quantization=None, **settings, **best)
+    assert (summary["best_step"], summary["best_value"]) == (2, 0.7)
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert saved == ["step-000002", "step-000006"]
+    assert summary["checkpoint"] == summary["best_checkpoint"] == str(tmp_path / "checkpoints" / "step-000002")
+    stored = load_policy(summary["best_checkpoint"]).module.state_dict()
+    returned = summary.policy.module.state_dict()
+    assert all(torch.equal(returned[name], stored[name]) for name in stored)
+
+
+def test_of_a_loss_the_lowest_is_the_best(tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": row["answer"]} for row in ROWS]
+    options = {"max_length": 8, "num_steps": 4, "eval_steps": 1, "save_steps": 100, "report_to": "none"}
+    summary = sft(
+        tiny_masked_lm(characters="123456="),
+        rows,
+        output_dir=str(tmp_path),
+        learning_rate=0.3,  # too large: the loss rises again
+        **options,
+        metric_for_best_model="loss",
+        load_best_model_at_end=True,
+    )
+    losses = {row["step"] + 1: row["eval/loss"] for row in metrics_of(tmp_path)}
+    assert summary["best_step"] == min(losses, key=losses.__getitem__)
+    assert summary["eval_after"]["loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"callbacks": [print]}, "callbacks"),
+        ({"callbacks": StopBelow()}, "callbacks"),
+        ({"callbacks": [StopBelow]}, "callbacks"),
+        ({"metric_for_best_model": "reward"}, "eval_steps"),
+        ({"metric_for_best_model": "rewards", "eval_steps": 1}, "metric_for_best_model"),
+        ({"load_best_model_at_end": True}, "metric_for_best_model"),
+    ],
+)
+def test_what_cannot_be_called_or_measured_is_refused_before_the_first_step(tmp_path, settings, field):
+    with pytest.raises(ValueError, match=field):
+        run(tmp_path / "run", **settings)
+
+
+def test_what_a_callback_returns_must_be_numbers(tmp_path):
+    class Wrong(Callback):
+        def on_step(self, run, metrics):
+            return {"mine": "high"}
+
+    with pytest.raises(ValueError, match=r"Wrong\.on_step"):
+        run(tmp_path, callbacks=[Wrong()])
