@@ -124,6 +124,10 @@ class Settings:
     stop_seconds: float = _("seconds that a signal leaves the step; then the last step is saved", 20.0, at_least=0)
     output_dir: str | None = _("folder of the run; None: runs/NAME-seedSEED", None)
     resume_from_checkpoint: str | None = _("a checkpoint folder, or 'latest' in output_dir", None)
+    allow_changed: str | None = _(
+        "fields that a resume may take from this call in place of the checkpoint's, by commas: learning_rate,corrector",
+        None,
+    )
     collective_timeout: float = _("seconds that a process waits for the others before the run stops", 1800.0, above=0)
     peer_timeout: float | None = _("seconds of silence until a process counts as lost; none: no watch", 40.0, above=0)
     overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
@@ -144,7 +148,7 @@ class Settings:
 
     @property
     def best_metric(self) -> str | None:
-        """`metric_for_best_model` as the evaluations name it; `eval/` or transformers' `eval_` before it may be left."""
+        """`metric_for_best_model` as the evaluations name it, without `eval/` or transformers' `eval_`."""
         return self.metric_for_best_model and self.metric_for_best_model.removeprefix("eval/").removeprefix("eval_")
 
     def is_better(self, value: float, best: float | None) -> bool:
@@ -199,8 +203,8 @@ class Settings:
             ),
             (
                 self.load_best_model_at_end and self.shard_size != 1,
-                f"load_best_model_at_end=True loads the best weights into one process, and shard_size={self.shard_size} "
-                "shards them: leave it out, and take the folder that summary.json names as best_checkpoint",
+                f"load_best_model_at_end=True loads whole weights, and shard_size={self.shard_size} shards them: leave "
+                "it out, and take the folder that summary.json names as best_checkpoint",
             ),
         ]
 

@@ -1,5 +1,6 @@
 """The folder of a run: locked, made, emptied or resumed from."""
 
+import difflib
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ FREE = {
     *("rollout_workers", "callbacks", "allow_changed"),
     *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
 }
+
+# Fields that no resume can change: the stored weights or moments depend on them.
+FIXED = {"model", "dtype", "lora", "base_quantization", "optim"}
 
 FILES = (LOCK, "metrics.jsonl", "completions.jsonl", "summary.json", "training.png", "checkpoints/latest")
 HELD = ("metrics.jsonl", "checkpoints", "summary.json")  # by one of these a run's folder is recognised
@@ -111,18 +115,47 @@ def clear_folder(recipe: Settings) -> None:
             remove(Path(recipe.directory) / name)
 
 
+def allowed_changes(recipe: Settings) -> set[str]:
+    """The fields that `allow_changed` names. Raises ValueError on an unknown one, and on one of FIXED."""
+    names = [name for part in (recipe.allow_changed or "").split(",") if (name := part.strip())]
+    known = {f.name for f in fields(recipe)}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"allow_changed: {name!r} is no setting" + (f"; {near[0]} is near" if near else ""))
+        if name in FIXED:
+            raise ValueError(
+                f"allow_changed: the checkpoint's weights and moments depend on {name}; start a new run with "
+                "--model CHECKPOINT"
+            )
+    return set(names)
+
+
+def changes_since(recipe: Settings, state: TrainingState) -> list[dict[str, Any]]:
+    """What `allow_changed` changes at a resume: a record per field, with the number of steps before the change."""
+    before = defaults(type(recipe)) | state.recipe
+    settings = recipe.settings()
+    return [
+        {"step": state.step, "field": name, "before": before[name], "after": settings[name]}
+        for name in sorted(allowed_changes(recipe))
+        if before[name] != settings[name]
+    ]
+
+
 def _check_recipe(recipe: Settings, state: TrainingState) -> None:
     settings = recipe.settings()
     before = defaults(type(recipe)) | state.recipe  # a setting that the checkpoint lacks had its default
     if lacking := ", ".join(sorted(settings.keys() - before.keys())):
         raise ValueError(f"the checkpoint is of another kind of run, without {lacking}; give its folder as --model")
+    allowed = allowed_changes(recipe)
     for name, value in settings.items():
-        if name not in FREE and before[name] != value:
-            raise ValueError(
-                f"{name}={value!r} differs from the checkpoint's {before[name]!r}; resume with the same recipe"
-            )
+        if name not in FREE and name not in allowed and before[name] != value:
+            remedy = "resume with the same recipe" + ("" if name in FIXED else f", or with --allow_changed {name}")
+            raise ValueError(f"{name}={value!r} differs from the checkpoint's {before[name]!r}; {remedy}")
     if recipe.num_steps < state.step:
         raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {state.step}; give more")
+    if "lr_schedule" in allowed or "lr_schedule_steps" in allowed:
+        return
     then = before["lr_schedule_steps"] or before["num_steps"]
     now = recipe.schedule_steps
     if any(recipe.lr_schedule(i, then) != recipe.lr_schedule(i, now) for i in range(recipe.num_steps)):

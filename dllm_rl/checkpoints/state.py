@@ -24,6 +24,7 @@ class TrainingState:
     seconds: float = 0.0  # of the run
     eval_before: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 0
+    changes: list | None = None  # what resumes have changed: records of step, field, before and after
     best_step: int | None = None  # of the best checkpoint by metric_for_best_model
     best_value: float | None = None
     reference: str | None = None  # digest of the manifest of the run's folder `reference`

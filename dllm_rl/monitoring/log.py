@@ -111,6 +111,12 @@ class RunLog:
             boards = [tracker for tracker in self.trackers if tracker.name == "tensorboard"]
             track(boards, numbers(metrics), step, self.say)
 
+    def write_change(self, change: dict[str, Any]) -> None:
+        """Write a line `{"changed": "learning_rate", "after_step": 10, ...}` to metrics.jsonl."""
+        if self.main:
+            row = {"changed": change["field"], "after_step": change["step"]}
+            self.files["metrics"].append(row | {"before": change["before"], "after": change["after"]})
+
     def keep(self, completions: Sequence[dict[str, Any]]) -> None:
         for row in completions if self.main else ():
             self.files["completions"].append(row)

@@ -89,11 +89,11 @@ def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: st
     if run.accelerator.is_main_process:
         write_json(directory / "summary.json", summary)
         picture = plots.plot(directory) if recipe.num_steps else None
+        stopped = f"Stopped:    {run.control.stop_reason}\n" if run.control.stop_reason else ""
         run.log.say(
             f"\n{recipe.name}, seed {recipe.seed}: {result} in {summary['seconds']:.0f} s.\n"
-            + (f"Stopped:    {run.control.stop_reason}\n" if run.control.stop_reason else "")
-            + f"Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\nNumbers:    {directory / 'summary.json'}\n"
-            f"{advice}"
+            f"{stopped}Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\n"
+            f"Numbers:    {directory / 'summary.json'}\n{advice}"
         )
         if recipe.push_to_hub is not None and run.checkpoint:
             folder = Path(run.checkpoint)

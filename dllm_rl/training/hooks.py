@@ -101,6 +101,8 @@ def ending(run: Run[Any]) -> dict[str, Any]:
     if run.state.best_step is not None:
         summary |= {"best_checkpoint": str(best_folder(run)), "best_step": run.state.best_step}
         summary |= {"best_metric": run.recipe.best_metric, "best_value": run.state.best_value}
+    if run.state.changes:
+        summary["changes"] = run.state.changes
     if run.control.stop_reason is not None:
         summary["stopped"] = {"step": run.state.step, "reason": run.control.stop_reason}
     return summary

@@ -41,7 +41,9 @@ class Answer:
     problem: Problem
     completion: str
     reward: Reward
-    length: int  # tokens that the policy chose
+    num_tokens: int  # tokens that the policy chose
+    length: int  # tokens up to the end token, which counts
+    ends: bool  # whether there is an end token
     prompt_length: int  # tokens that it was given
     forwards: int  # that its row took part in
 
@@ -96,7 +98,7 @@ def collect(
 
 
 def tokens_of(answers: Sequence[Answer]) -> int:
-    return sum(answer.prompt_length + answer.length for answer in answers)
+    return sum(answer.prompt_length + answer.num_tokens for answer in answers)
 
 
 def compiled_graphs(recipe: Recipe) -> dict[str, float]:
@@ -154,8 +156,10 @@ def sample_and_grade(
     values = []
     for row, (completion, reward) in enumerate(zip(completions, graded, strict=True)):
         place = row // group
-        own = (len(chosen[row]), prompt_lengths[place], costs[row].forwards)
-        answers.append(Answer(problems[place], completion, reward, *own))
+        before_end = costs[row].tokens
+        ends = before_end < len(chosen[row])
+        sizes = (len(chosen[row]), before_end + ends, ends, prompt_lengths[place], costs[row].forwards)
+        answers.append(Answer(problems[place], completion, reward, *sizes))
         parts = [reward.breakdown.get(name, math.nan) for name in names]  # NaN: does not apply
         values.append(list(map(float, [reward.value, *parts])))  # `grade` checks that they fit fp32
     return rollout, answers, rearrange(torch.tensor(values, dtype=torch.float32), "(p g) k -> p g k", g=group)
@@ -190,13 +194,24 @@ def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:
 def reward_metrics(
     rewards: Float[Tensor, "P G"], answers: Sequence[Answer], accelerator: Accelerator
 ) -> dict[str, float]:
-    """TRL's reward and length metrics over all processes. Completions without a metric are left out of its mean."""
+    """TRL's reward and length metrics over all processes. Completions without a metric are left out of its mean.
+
+    completions/mean_length     tokens up to the end token, which counts
+    completions/clipped_ratio   share of completions without an end token
+    completions/distinct_ratio  distinct texts of a group / its completions, mean over groups: 1/G where a prompt's
+                                completions have all become the same
+    """
     added = [addends(answer.reward) for answer in answers]
     mine = sorted({name for each in added for name in each} - {"reward", "parsed"})
     names = sorted(set(gather_objects(mine, accelerator)))  # all reduce the same names, in the same order
     lengths = torch.tensor([answer.length for answer in answers])
     pairs: Metrics = {"parsed": total(added, "parsed")}
     pairs["completions/mean_length"] = (lengths.sum(), torch.tensor(len(lengths)))
+    clipped = sum(not answer.ends for answer in answers)
+    pairs["completions/clipped_ratio"] = (torch.tensor(clipped), torch.tensor(len(lengths)))
+    group = rewards.shape[1]
+    distinct = sum(len({a.completion for a in answers[i : i + group]}) for i in range(0, len(answers), group))
+    pairs["completions/distinct_ratio"] = (torch.tensor(distinct), torch.tensor(len(lengths)))
     pairs["completions/mean_forwards"] = (torch.tensor(sum(a.forwards for a in answers)), torch.tensor(len(lengths)))
     for name in names:
         pairs[f"rewards/{name}/mean"] = total(added, name)

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
+from dllm_rl.checkpoints.run_folder import changes_since, clear_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed.collectives import from_main, make_accelerator
@@ -113,7 +113,11 @@ def restore(
     log.seconds = state.stages
     log.begun -= state.seconds  # as if the run had never paused
     checkpoint.load_optimizer(folder, policy, optimizer)
-    return replace(state, recipe=recipe.settings())
+    changes = changes_since(recipe, state)
+    for change in changes:
+        log.say(f"{change['field']} changes after step {state.step}: {change['before']} -> {change['after']}")
+        log.write_change(change)
+    return replace(state, recipe=recipe.settings(), changes=[*(state.changes or []), *changes])
 
 
 def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:

@@ -1,4 +1,4 @@
-"""Callbacks, early stops and the best checkpoint, each through a run."""
+"""Callbacks, early stops, the best checkpoint, and settings that a resume changes, each through a run."""
 
 import json
 from pathlib import Path
@@ -162,3 +162,29 @@ def test_what_a_callback_returns_must_be_numbers(tmp_path):
 
     with pytest.raises(ValueError, match=r"Wrong\.on_step"):
         run(tmp_path, callbacks=[Wrong()])
+
+
+def test_a_resume_may_change_what_allow_changed_names_and_says_so(tmp_path):
+    run(tmp_path, num_steps=2, lr_scheduler_type="constant")
+    resume = {"resume_from_checkpoint": "latest", "learning_rate": 1e-3, "max_grad_norm": 0.5}
+    with pytest.raises(ValueError, match=r"learning_rate.*--allow_changed learning_rate"):
+        run(tmp_path, lr_scheduler_type="constant", **resume)
+    summary = run(tmp_path, lr_scheduler_type="constant", **resume, allow_changed="learning_rate, max_grad_norm, loss")
+    changes = [(row["step"], row["field"], row["before"], row["after"]) for row in summary["changes"]]
+    assert changes == [(2, "learning_rate", 5e-4, 1e-3), (2, "max_grad_norm", 1.0, 0.5)]
+    rows = metrics_of(tmp_path)
+    assert [row["changed"] for row in rows if "changed" in row] == ["learning_rate", "max_grad_norm"]
+    rates = {row["step"]: row["learning_rate"] for row in rows if "step" in row}
+    assert (rates[1], rates[2]) == (5e-4, 1e-3)
+    # The change stays: it is the checkpoint's setting from there on, and the record of it is kept.
+    with pytest.raises(ValueError, match="learning_rate"):
+        run(tmp_path, num_steps=7, lr_scheduler_type="constant", resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong"), [("learning_rat", "learning_rat"), ("lora", "lora"), ("seed,model", "model")]
+)
+def test_what_no_resume_can_change_is_refused_by_name(tmp_path, names, wrong):
+    run(tmp_path, num_steps=1)
+    with pytest.raises(ValueError, match=f"allow_changed.*{wrong}"):
+        run(tmp_path, num_steps=2, lr_schedule_steps=1, resume_from_checkpoint="latest", allow_changed=names)

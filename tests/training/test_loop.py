@@ -255,16 +255,17 @@ def test_a_reward_that_does_not_apply_everywhere_is_averaged_where_it_does():
 
     rewards = [Reward(1.0, True, {"a": 0.25, "b": 3.0}), Reward(0.0, False, {"a": 0.75})]
     problem = Problem("1 + 1", {})
-    answers = [
-        Answer(problem, "", reward, length, 5, length + 2) for reward, length in zip(rewards, (2, 1), strict=True)
-    ]
+    # Four tokens each: the first never ends, the second ends with its second token.
+    answers = [Answer(problem, "2", rewards[0], 4, 4, False, 5, 4), Answer(problem, "2", rewards[1], 4, 2, True, 5, 3)]
     found = reward_metrics(torch.tensor([[1.0, 0.0]]), answers, Accelerator(cpu=True))
     assert found == {
         "reward": 0.5,
         "reward_std": 0.5,
         "frac_reward_zero_std": 0.0,
         "parsed": 0.5,
-        "completions/mean_length": 1.5,
+        "completions/mean_length": 3.0,
+        "completions/clipped_ratio": 0.5,
+        "completions/distinct_ratio": 0.5,
         "completions/mean_forwards": 3.5,
         "rewards/a/mean": 0.5,
         "rewards/b/mean": 3.0,
