@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from dllm_rl.cli.options import add_model_options, open_policy
@@ -18,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="dllm-rl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_sample, add_evaluate, add_grade, add_lm_eval, add_doctor, add_verify):
+    for add in (add_sample, add_evaluate, add_grade, add_lm_eval, add_doctor, add_verify, add_stop):
         add(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -263,8 +264,6 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Print one line per checkpoint, of a run its reference and all of its own; 1 when one is damaged, else 0."""
-    from pathlib import Path
-
     from dllm_rl import manifest
     from dllm_rl.checkpoints import checkpoint
     from dllm_rl.files import folder_size
@@ -289,3 +288,16 @@ def verify(arguments: argparse.Namespace) -> int:
         else:
             print(f"whole    {folder} ({folder_size(folder) / 1e6:.1f} MB)")
     return int(damaged > 0)
+
+
+def add_stop(commands: argparse._SubParsersAction) -> None:
+    sub = commands.add_parser("stop", help="end a run after its present step, with a checkpoint")
+    sub.add_argument("path", help="the run's folder")
+    sub.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for its end (default 600)")
+    sub.set_defaults(run=stop)
+
+
+def stop(arguments: argparse.Namespace) -> int:
+    from dllm_rl.cli.stop import stop_run
+
+    return stop_run(Path(arguments.path), timeout=arguments.timeout)

@@ -1,0 +1,65 @@
+"""`dllm-rl stop`: ends a run after its present step, with a checkpoint."""
+
+import os
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+from dllm_rl.checkpoints import checkpoint
+from dllm_rl.distributed.stop import LOCK
+from dllm_rl.files import lock, unlock
+from dllm_rl.screen import escape_controls
+
+
+def stop_run(directory: Path, *, timeout: float) -> int:
+    """Ask the run of a folder to stop, and wait until it has ended.
+
+    The run finishes its step, or is cut off after its own `stop_seconds`, saves, and leaves with status 143.
+
+    Args:
+        directory: The run's folder.
+        timeout: Seconds to wait.
+
+    Returns:
+        0 once the run has ended, 1 if it has not within `timeout`.
+
+    Raises:
+        ValueError: No run writes the folder, or it runs on another machine.
+    """
+    process = _writer(directory)
+    os.kill(process, signal.SIGTERM)
+    print(f"asked process {process} to stop after its present step")
+    deadline = time.monotonic() + timeout
+    while True:
+        time.sleep(0.2)
+        try:
+            _writer(directory)
+        except ValueError:
+            break
+        if time.monotonic() > deadline:
+            print(f"process {process} still runs after {timeout:g} s; wait, or see its output")
+            return 1
+    steps = checkpoint.found(directory / "checkpoints")
+    saved = f"the last checkpoint is {steps[-1][1]}" if steps else "it has saved no checkpoint"
+    print(escape_controls(f"stopped; {saved}"))
+    return 0
+
+
+def _writer(directory: Path) -> int:
+    """The process that has locked the folder. Raises ValueError if there is none on this machine."""
+    path = directory / LOCK
+    if not path.is_file():
+        raise ValueError(f"{directory}: no run writes this folder")
+    try:
+        if lock(path):
+            unlock(path)
+        raise ValueError(f"{directory}: no run writes this folder")
+    except BlockingIOError as error:
+        named = re.fullmatch(r"held by process (\d+) on (.*)", error.strerror or "", re.DOTALL)
+    if named is None:
+        raise ValueError(f"{path} names no process; stop the run by a signal to it")
+    if named[2] != socket.gethostname():
+        raise ValueError(f"{directory}: process {named[1]} on {named[2]} writes this folder; stop it there")
+    return int(named[1])
