@@ -7,10 +7,26 @@ test:
 slow:
 	$(PYTHON) -m pytest -m slow
 
-# The rooms that compare numbers, where every matrix product rounds by its number of rows, as processors differ.
+# Where bits of one row are compared between batches: every matrix product rounds by its number of rows, as processors
+# differ. With run-time checks of types and shapes, which make calls twice as slow.
+CHECKED = --jaxtyping-packages=dllm_rl,beartype.beartype
+BITS = diagnostics/test_batch_invariance likelihoods/test_likelihoods_models likelihoods/test_revised \
+	likelihoods/test_scoring promises/test_golden promises/test_kept_graphs promises/test_loop_numbers \
+	quantization/test_aligned samplers/test_autoregress samplers/test_choose samplers/test_infilling \
+	samplers/test_length_buckets samplers/test_unmask training/test_balance training/test_loop training/test_scorer
 other_cpu:
-	$(PYTHON) -m pytest --other-cpu tests/algorithms tests/diagnostics tests/likelihoods tests/models tests/promises \
-		tests/quantization tests/samplers tests/training
+	$(PYTHON) -m pytest --other-cpu $(CHECKED) $(BITS:%=tests/%.py)
+
+# Hours: campaigns, studies, documents' numbers, and everything else on the other CPU, with checks of types and shapes.
+nightly:
+	$(PYTHON) -m pytest -m nightly
+	$(PYTHON) -m pytest -m "not nightly" $(CHECKED)
+	$(PYTHON) -m pytest -m "not nightly" --other-cpu tests/algorithms tests/diagnostics tests/likelihoods tests/models \
+		tests/promises tests/quantization tests/samplers tests/training
+
+# Which of the changes in tests/mutations.py the default suite notices, each with the tests of its area: half an hour.
+mutations:
+	$(PYTHON) tests/mutations.py
 
 # With uv: the suite on the lowest versions that pyproject.toml names, and on the newest there are.
 lowest-direct highest:
@@ -29,4 +45,4 @@ docs:
 main:
 	.venv/bin/accelerate launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process 2 recipes/sudoku_tiny.py
 
-.PHONY: test slow other_cpu lowest-direct highest lint docs main
+.PHONY: test slow other_cpu nightly mutations lowest-direct highest lint docs main

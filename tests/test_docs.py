@@ -241,7 +241,7 @@ def run_example(heading, folder, monkeypatch, name="example", instead=("", "")):
     return runpy.run_path(f"{name}.py")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_rank_of_ones_own_has_the_probabilities_that_it_records(tmp_path, monkeypatch):
     made = run_example("Write a rank or a commit rule", tmp_path, monkeypatch)
     assert (made["log_p"] - made["rollout"].logprobs).abs().max() < 1e-5
@@ -262,7 +262,7 @@ def test_a_rank_of_ones_own_has_the_probabilities_that_it_records(tmp_path, monk
     assert sum(dict(zip(written, chances.tolist(), strict=True)).values()) > 1.5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_rule_that_rewrites_has_ratios_of_mean_one_and_some_of_its_steps_have_not(tmp_path, monkeypatch):
     made = run_example("Write a rule that rewrites", tmp_path, monkeypatch)
     found = made["found"]
@@ -279,7 +279,7 @@ def test_a_rule_that_rewrites_has_ratios_of_mean_one_and_some_of_its_steps_have_
     assert abs(some.mean_ratio - 1) > 3 * some.ratio_error
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_order_of_ones_own_has_a_probability_under_plackett_luce_and_none_as_a_bare_rank(tmp_path, monkeypatch):
     made = run_example("An order of your own, with a probability", tmp_path, monkeypatch)
     for found in (made["drawn"], made["plain"]):
@@ -289,14 +289,14 @@ def test_an_order_of_ones_own_has_a_probability_under_plackett_luce_and_none_as_
     assert made["drawn"].off < 4 < 8 < made["plain"].off
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_doctor_takes_rows_of_ones_own(tmp_path, monkeypatch, capsys):
     made = run_example("The doctor on your own rows", tmp_path, monkeypatch)
     assert made["report"].num_tokens == 64 and 0.99 < made["report"].total.ess <= 1
     assert "quantised" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sampler_of_ones_own_keeps_the_engines_contract_and_a_greedy_one_does_not(tmp_path, monkeypatch):
     made = run_example("Write a sampler", tmp_path, monkeypatch)
     rollout = made["at_once"](made["policy"], made["prompts"], torch.Generator(), max_new_tokens=6)
@@ -410,7 +410,7 @@ def test_a_corrector_of_ones_own_has_one_mark_to_pass(tmp_path, monkeypatch):
     sys.modules.pop("my_corrector")
 
 
-@pytest.mark.slow  # it checks a policy: 4 s
+@pytest.mark.nightly  # it checks a policy: 4 s
 def test_a_block_causal_module_of_ones_own_keeps_its_contract_and_scores_what_it_sampled(tmp_path, monkeypatch):
     made = run_example("A block-causal module", tmp_path, monkeypatch)
     assert (made["log_p"] - made["rollout"].logprobs).abs().max() < 1e-5 and len(made["views"].weight) == 2
@@ -424,7 +424,7 @@ def test_a_block_causal_module_of_ones_own_keeps_its_contract_and_scores_what_it
         dllm_rl.make_policy(made["Blocks"](len(made["tokenizer"])), made["tokenizer"], wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_reward_of_ones_own_grades_and_trains(tmp_path, monkeypatch):
     made = run_example("Your reward", tmp_path, monkeypatch)
     graded = [made["task"].reward(made["task"][3], text).value for text in ("3", "4", "==")]  # of "0+3="
@@ -470,7 +470,7 @@ def test_the_prompts_are_printed_word_for_word():
         assert text.rstrip("\n") in printed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_quantisation_scheme_of_ones_own_is_an_engine(tmp_path, monkeypatch):
     """The example's own checks, and that the mixed copy keeps the layers that it names."""
     made = run_example("Write a quantisation scheme", tmp_path, monkeypatch)
@@ -486,7 +486,7 @@ def test_rows_of_a_file_are_read(tmp_path, monkeypatch):
     assert task[3].prompt == "3+3=" and task[3].fields == {"answer": "6"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_estimator_is_compared_with_the_enumeration_of_all_completions(tmp_path, monkeypatch, capsys):
     """What the page says that its example prints, and the page's rows of other estimators."""
     monkeypatch.syspath_prepend(DOCS.parent)
@@ -577,7 +577,7 @@ def test_a_study_of_ones_own_tunes_runs_and_prints_what_the_page_shows(tmp_path,
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_site_builds(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(DOCS / "site" / "mkdocs.yml")]
     done = subprocess.run([*command, "-d", str(tmp_path)], capture_output=True, text=True)

@@ -17,7 +17,7 @@ def test_it_is_stored_without_outputs():
         assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_its_cells_run(tmp_path):
     cells = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
     program = "import json, sys\nfor source in json.load(sys.stdin): exec(compile(source, 'cell', 'exec'), globals())"

@@ -34,7 +34,7 @@ def write_beside_what_is_held(device, repeats):
     return measured
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_peak_memory_is_that_of_the_run():
     # In a new process: in this one, memory that earlier tests freed may hold all that the run writes.
     measured = measure.in_fresh_process(write_beside_what_is_held, repeats=1, device="cpu")
@@ -49,7 +49,7 @@ def test_table_is_markdown():
     assert measure.table([{"a": 1, "b": 2.5}]) == "| a | b |\n| --- | --- |\n| 1 | 2.5 |"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["late_rollouts", "learner", "linear", "scoring", "sync"])
 def test_every_benchmark_runs(name):
     if name == "late_rollouts":

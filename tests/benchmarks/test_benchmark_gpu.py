@@ -24,7 +24,7 @@ def queue(monkeypatch, folder, *more):
     return gpu.main()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_whole_queue_runs_at_toy_size(monkeypatch, tmp_path):
     assert queue(monkeypatch, tmp_path, "--minutes", "40") == 0
     for part in gpu.QUEUE:
@@ -35,7 +35,7 @@ def test_the_whole_queue_runs_at_toy_size(monkeypatch, tmp_path):
     assert {"exact", "FP8, dual cache, compiled", "plain: the published algorithm"} <= names
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_part_that_fails_is_named_and_takes_nothing_with_it(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "QUEUE", ("roofline", "no such part"))
     assert queue(monkeypatch, tmp_path, "--minutes", "5") == 1
@@ -47,7 +47,7 @@ def test_a_part_that_fails_is_named_and_takes_nothing_with_it(monkeypatch, tmp_p
     assert queue(monkeypatch, tmp_path) == 1 and (tmp_path / "roofline.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_the_minutes_cut_off_runs_again(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "QUEUE", ("roofline",))
     assert queue(monkeypatch, tmp_path, "--minutes", "0.01") == 3

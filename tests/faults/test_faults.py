@@ -21,7 +21,7 @@ def python(*arguments: str, **options) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sample_of_kills_signals_full_disks_and_damage_loses_nothing():
     done = python("-m", "tests.faults", "--count", "20", "--damages", "8", "--seed", "1")
     assert done.returncode == 0, done.stdout + done.stderr

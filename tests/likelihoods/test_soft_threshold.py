@@ -98,7 +98,7 @@ def some_toy(seed):
     return policy, pick.choice([[[0, 1, 2]], [[0, 1, 2]], [[0, 1], [2]]]), options
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))])
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, 10))])
 def test_the_law_is_the_enumeration_of_all_coins(fp64, part):
     """Every outcome's log-prob to 1e-9, and all of them together 1."""
     missing = []

@@ -196,7 +196,7 @@ engine.Llama.batch = lambda *given: held  # keeps this module's names until the 
 
 
 @needs_wheel
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_that_closes_last_ends_the_process_well():
     subprocess.run([sys.executable, "-c", LASTING], check=True)
 
@@ -232,7 +232,7 @@ def test_every_claim_is_between_arms_of_the_study(study):
 
 
 @needs_wheel
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_study_runs(tmp_path):
     few = replace(engines.base, warmup_steps=2, train_batch_size=4, report_to=None, log_completions_steps=0)
     few = replace(few, **{name: replace(getattr(few, name), size=8) for name in ("validation_task", "eval_task")})

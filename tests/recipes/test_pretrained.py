@@ -208,7 +208,7 @@ def weighted(name: str) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "folder", "changes", "task"),
     [
@@ -237,7 +237,7 @@ def test_reward_rises_on_the_training_batch(name, folder, changes, task, tmp_pat
     assert summary["eval_after"]["parsed"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_conversion_learns_in_a_few_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "CACHE", weighted("smollm2-135m-instruct").parent)
     few = {"num_steps": 12, "eval_steps": 0, "report_to": None, "output_dir": str(tmp_path)}
@@ -245,7 +245,7 @@ def test_the_conversion_learns_in_a_few_steps(tmp_path, monkeypatch):
     assert summary["eval_after"]["loss"] < summary["eval_before"]["loss"] / 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_antiberty_is_read_as_it_was_trained():
     """It finds the germline's own residues, each seen from all others: far above the 1/20 of chance."""
     policy = load_policy(weighted("antiberty"))

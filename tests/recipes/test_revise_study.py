@@ -17,7 +17,7 @@ SHORT = "--warmup_steps 2 --num_steps 2 --train_batch_size 2 --num_generations 4
 FEW = "--eval_task.size 8 --validation_task.size 8"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_recipe_runs_and_measures_the_mismatch_of_every_writing(tmp_path):
     short = from_command_line(sudoku_revise.recipe, [*SHORT.split(), *FEW.split(), "--output_dir", str(tmp_path)])
     summary = train(short)

@@ -145,7 +145,7 @@ NEARLY = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("task", NEARLY)
 def test_none_of_a_thousand_hostile_completions_crashes_or_passes(task: str, monkeypatch) -> None:
     own = fuzz_graders.FIELDS | {"countdown": {"numbers": [7, 8, 90], "target": 97}}
