@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dllm_rl.cli.options import open_policy
+from dllm_rl.cli.run_settings import sampler_of, task_of
 from dllm_rl.config import CHOICES, override, paths
 from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import OneProcess, Processes, launched, make_accelerator
@@ -27,7 +28,7 @@ from dllm_rl.evaluation.evaluate import evaluate, task_facts
 from dllm_rl.evaluation.results import Evaluation, best_of, headline, paired_differences
 from dllm_rl.evaluation.sweep import plot_curve, varying, write_csv
 from dllm_rl.files import write_json
-from dllm_rl.members import function_of
+from dllm_rl.members import function_of, plain
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import usual_length
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -182,11 +183,15 @@ def completions_file(
 def make_task(arguments: argparse.Namespace) -> UnderProtocol:
     """The named task with the given split, file and settings, under its protocol (strict, or a setting's sandbox)."""
     name = arguments.task
+    settings: dict[str, Any] = {"split": "test"}
+    if name is None:  # a run names its own
+        name, settings = task_of(arguments.models[0] if arguments.models else "")
     if name not in TASKS:
         raise ValueError(f"task={name!r} is none of {', '.join(TASKS)}")
     if arguments.path and not hasattr(TASKS[name], "path"):
         raise ValueError(f"path={arguments.path!r}: task {name!r} makes its problems; leave it out")
-    task = TASKS[name](split=arguments.split or "test", **({"path": arguments.path} if arguments.path else {}))
+    options = {option: value for option in ("split", "path") if (value := getattr(arguments, option))}
+    task = TASKS[name](**settings | options)
     known = paths(task)
     texts = {}
     for text in arguments.set:
@@ -209,6 +214,10 @@ def num_problems(task: Task, arguments: argparse.Namespace) -> int:
 
 def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:
     """(settings, sampler bound to them) for each combination of the settings that are lists."""
+    if (sampler := run_sampler(arguments)) is not None:
+        known = inspect.signature(sampler.func).parameters
+        names = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "rank", "commit", "cache")
+        return [({name: plain(sampler.keywords.get(name)) for name in names if name in known}, sampler)]
     if policy.spec.attention == "encoder_decoder":
         return renoising_plans(policy, task, arguments)
     if arguments.samples > 1 and arguments.temperature == 0:
@@ -224,6 +233,14 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
             raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")
     bounds = [{"max_new_tokens": length, "temperature": arguments.temperature} for length in lengths]
     return [(bound, partial(autoregress, **bound)) for bound in bounds]
+
+
+def run_sampler(arguments: argparse.Namespace) -> partial | None:
+    """The sampler of the run's own evaluations, where one run's folder and no option of a sampler are given."""
+    options = ("max_new_tokens", "diffusion_steps", "forwards", "rank", "commit", "cache", "block_size", "temperature")
+    if len(arguments.models) != 1 or any(getattr(arguments, option) for option in options) or arguments.samples > 1:
+        return None
+    return sampler_of(arguments.models[0])
 
 
 def renoising_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:

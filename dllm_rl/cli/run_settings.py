@@ -1,0 +1,98 @@
+"""The task and the sampler of a run's evaluations, for commands that are given none."""
+
+import ast
+import inspect
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dllm_rl.cli.options import checkpoint_of
+from dllm_rl.files import read_json
+
+Call = tuple[str, dict[str, Any]]  # a function's name and its keywords
+
+
+def recipe_of(model: str) -> dict[str, Any] | None:
+    """The settings, as text and numbers, that a run's newest checkpoint was trained with; None for no run's folder.
+
+    Raises:
+        ValueError: The folder has no whole checkpoint, or its state.json names no settings.
+    """
+    if not (Path(model) / "checkpoints").is_dir():
+        return None
+    state = read_json(Path(checkpoint_of(model, quick=True)) / "state.json")
+    recipe = state.get("recipe") if isinstance(state, dict) else None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{model}: state.json of its newest checkpoint names no settings")
+    return recipe
+
+
+def task_of(model: str) -> Call:
+    """The name, as --task has it, and the settings of the held-out task that a run was evaluated on.
+
+    Raises:
+        ValueError: The model is no run's folder, or its task is one of a script.
+    """
+    from dllm_rl.tasks.protocols import TASKS
+
+    recipe = recipe_of(model) if model else None
+    if recipe is None:
+        raise ValueError(f"task is not given, and {model!r} is no run's folder that names one; use {', '.join(TASKS)}")
+    text = recipe.get("eval_task")
+    called = read_call(text)
+    for name, task in TASKS.items():
+        if called is not None and task.__name__ == called[0] and called[1].keys() <= parameters_of(task):
+            return name, called[1]
+    raise ValueError(f"{model}: its task is of a script, {text}; give --task, or call dllm_rl.evaluate in the script")
+
+
+def sampler_of(model: str) -> partial | None:
+    """The sampler of a run's evaluations; None for no run's folder, and for a sampler that is not the library's."""
+    from dllm_rl.samplers.autoregress import autoregress
+    from dllm_rl.samplers.by_name import CACHES, COMMITS, RANKS
+    from dllm_rl.samplers.renoise import renoise
+    from dllm_rl.samplers.unmask import unmask
+
+    recipe = recipe_of(model)
+    called = read_call(recipe.get("eval_sampler")) if recipe else None
+    sampler = {each.__name__: each for each in (unmask, autoregress, renoise)}.get(called[0]) if called else None
+    if called is None or sampler is None or not called[1].keys() <= parameters_of(sampler):
+        return None
+    keywords = dict(called[1])
+    for name, known in (("rank", RANKS), ("commit", COMMITS), ("cache", {c.__name__: c for c in CACHES.values()})):
+        if isinstance(keywords.get(name), tuple):
+            function, bound = keywords[name]
+            if function not in known or any(isinstance(value, tuple) for value in bound.values()):
+                return None  # a rule of a script, or one that binds another function
+            made = known[function]
+            keywords[name] = made(**bound) if name == "cache" else partial(made, **bound) if bound else made
+    return partial(sampler, **keywords)
+
+
+def read_call(text: Any) -> Call | None:
+    """A name and its keywords, of text as `Sudoku(split='test', clues=(1, 3))`; None if the text is no such call.
+
+    A value is a number, text, a tuple of those, or another function's name and keywords. Nothing is called.
+    """
+    try:
+        parsed = ast.parse(text, mode="eval").body if isinstance(text, str) else None
+        return _call(parsed) if isinstance(parsed, ast.Call) else None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _call(node: ast.Call) -> Call:
+    if not isinstance(node.func, ast.Name) or node.args or any(keyword.arg is None for keyword in node.keywords):
+        raise ValueError("no call of a name with keywords")
+    return node.func.id, {str(keyword.arg): _value(keyword.value) for keyword in node.keywords}
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name):
+        return node.id, {}
+    return _call(node) if isinstance(node, ast.Call) else ast.literal_eval(node)
+
+
+def parameters_of(function: Callable) -> set[str]:
+    return set(inspect.signature(function).parameters)
