@@ -34,7 +34,7 @@ def _named(module: types.ModuleType, names: str) -> dict[str, Callable]:
 
 
 _LIKELIHOODS = _named(estimators, "block causal coupled elbo eubo one_step quadrature sandwich trajectory")
-_STATE_ONLY = {rank.__name__: rank for rank in rules.RANKS}
+_STATE_ONLY = _named(rules, "max_prob margin entropy")
 # What may be chosen by name, for each field of a record and keyword of a function that takes a function or what a
 # function makes. All functions of a row are called alike. Others are chosen as MODULE:FUNCTION.
 CHOICES: dict[str, dict[str, Callable]] = {

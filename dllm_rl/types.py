@@ -251,9 +251,10 @@ class Order(Columns):
     """In which order a sampler wrote, and with which probability (`models.order`, `likelihoods.order`).
 
     open_step  the first step of the position's block; -1 elsewhere
-    rank       name of the sampler's rank, one of `samplers.rules.RANKS`; None: another
+    rank       name of the sampler's rank, one of `samplers.records.RANKS`; None: another
     logprobs   log-prob (nats, 0 elsewhere) that its block's earlier steps left the position, or, under `plackett_luce`,
                that its step drew it. None without chance, or if the probability is unknown
+    probability  what is known of it, as `samplers.records.order_probability` says
     noisy_rank  the bound `plackett_luce` whose draws `draw` numbers; None under another rank
     draw       which draw of its step took the position, from 0; 0 in a step that wrote all that was left
     soft       tau and temperature of the commit rule `soft_threshold`; `logprobs` are then each written position's
@@ -268,6 +269,7 @@ class Order(Columns):
     noisy_rank: Callable | None = None
     draw: Int[Tensor, "B T"] | None = None
     soft: tuple[float, float] | None = None
+    probability: str = "unknown"
 
 
 @dataclass(frozen=True)

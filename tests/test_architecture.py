@@ -13,7 +13,7 @@ TEXT = (PACKAGE.parent / "docs" / "ARCHITECTURE.md").read_text()
 NAMED_BY = {
     "infilling": r"samplers\.infilling|(prompts|canvas|self)\.open\b|open: Bool|open_positions",
     "rules that rewrite": r"samplers(\.| import )revise|likelihoods(\.| import )events|\.events\b|Events\b|reopen",
-    "probability of the order": r"(likelihoods|models)(\.| import )order\b|\bOrder\b|order_has_law",
+    "probability of the order": r"(likelihoods|models)(\.| import )order\b|\bOrder\b|has_order_logprob",
     "a commit rule of coins": r"soft_threshold|softness\b|\.soft\b",
     "sampling_support": r"models\.support|sampling_support|\bKept\b|Support\b",
     "router replay": r"likelihoods\.replay|router_replay|records_experts|experts: Int|self\.given|"

@@ -21,7 +21,6 @@ from dllm_rl.members import describe, members
 from dllm_rl.models.lora import Lora
 from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.recipe import Recipe
-from dllm_rl.samplers.by_name import ADAPTIVE, PACED
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.rules import margin, schedule
 from dllm_rl.supervised.recipe import SFT
@@ -210,7 +209,6 @@ def test_the_choices_of_a_name_are_called_alike(recipe):
         kinds = [inspect.signature(function).parameters.values() for function in known.values()]
         positional = [[p.name for p in each if p.kind is not p.KEYWORD_ONLY] for each in kinds]
         assert name in by_name or all(names == positional[0] for names in positional), name
-    assert {rule.__name__ for rule in (*PACED, *ADAPTIVE)} == set(CHOICES["commit"])
 
 
 def test_a_keyword_that_says_a_word_is_no_choice_of_functions(recipe):

@@ -28,12 +28,13 @@ from dllm_rl.evaluation.evaluate import evaluate, task_facts
 from dllm_rl.evaluation.results import Evaluation, best_of, headline, paired_differences
 from dllm_rl.evaluation.sweep import plot_curve, varying, write_csv
 from dllm_rl.files import write_json
-from dllm_rl.members import function_of, plain
+from dllm_rl.members import plain
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import usual_length
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.by_name import ADAPTIVE, rank_for, read_cache, read_commit, read_rank
+from dllm_rl.samplers.by_name import rank_for, read_cache, read_commit, read_rank
+from dllm_rl.samplers.records import as_commit
 from dllm_rl.samplers.renoise import renoise
 from dllm_rl.samplers.rules import check_steps, steps_per_block
 from dllm_rl.samplers.unmask import unmask
@@ -278,9 +279,11 @@ def plans_of(policy: Policy, task: Task, lengths: Sequence[int], arguments: argp
             sampler = partial(unmask, **bound, **rules)
             commit = within_budget(policy, first, sampler, commit, forwards, seed=arguments.seed)
         rules["commit"] = read_commit(commit)
-        adaptive = function_of(rules["commit"]) in ADAPTIVE  # An adaptive rule chooses its number of steps
-        for steps in [None] if adaptive else dict.fromkeys(arguments.diffusion_steps or [forwards or length or None]):
-            check_steps(steps, length, rules["commit"])  # before the first model is run, and not amid a sweep
+        rule = as_commit(rules["commit"])
+        # An adaptive rule chooses its number of steps.
+        several = [None] if rule.adaptive else arguments.diffusion_steps or [forwards or length or None]
+        for steps in dict.fromkeys(several):
+            check_steps(steps, length, rule.count)  # before the first model is run, and not amid a sweep
             if block_size and steps and length:
                 steps_per_block(steps, [block_size] * -(-length // block_size))
             bound = bound | {"diffusion_steps": steps}

@@ -6,7 +6,8 @@ from statistics import fmean
 
 from dllm_rl.evaluation.evaluate import complete
 from dllm_rl.models.base import Policy
-from dllm_rl.samplers.by_name import PACED, read_commit
+from dllm_rl.samplers.by_name import COMMITS, read_commit
+from dllm_rl.samplers.records import as_commit
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
 
@@ -34,7 +35,7 @@ def within_budget(
     A rule of `diffusion_steps` is returned as it is. Grades are not looked at. Costs 11 batches. Raises ValueError for
     a rule with a number already, for `edit`, and where blocks alone take more forwards."""
     name, _, value = commit.partition("=")
-    if name in {rule.__name__ for rule in PACED}:
+    if name in COMMITS and not as_commit(COMMITS[name]).adaptive:
         return commit
     if value or name not in NUMBERS:
         remedy = f"write {name}, whose number is then found" if name in NUMBERS else f"use {', '.join(NUMBERS)}"

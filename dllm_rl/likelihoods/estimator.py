@@ -40,6 +40,7 @@ class LikelihoodEstimator:
     combine   scores (N, B, T), views -> contributions (B, T); differentiable
     with_advantages    adapts the views to the advantages (B,); only `sandwich` needs it
     exact_for_sampler  True if scoring under the rollout policy equals the sampler's record (`recorded`), reused then
+    scores_order       True if the views also score an order that has a log-probability (`models.order`)
     random      whether two draws differ: an inner update then takes masks of its own (`Recipe.fresh_masks`)
     block_size  of the models that the estimate is for, where its views mask whole blocks; None: any
     made_by     the function of `estimators` with its keywords, so that a command line can change a keyword
@@ -55,6 +56,7 @@ class LikelihoodEstimator:
     with_advantages: Callable[[Views, Tensor], Views] = as_drawn
     attention: tuple[str, ...] = ("full", "block_causal")
     exact_for_sampler: bool = False
+    scores_order: bool = False
     random: bool = True
     block_size: int | None = None
     made_by: partial | None = field(default=None, init=False, repr=False, compare=False)
@@ -106,6 +108,14 @@ class LikelihoodEstimator:
     ) -> Float[Tensor, "B T"]:
         """Per-position contributions to the estimate, nats; their sum over T is the sequence's. No gradient."""
         return self.combine(self.scores(policy, rollout, views, micro_batch_size=micro_batch_size), views)
+
+    def is_exact_for(self, rollout: Rollout) -> bool:
+        """Whether the estimate is the log-probability of all that the sampler decided by the weights: of the tokens,
+        and of their order. False where the probability of the order is unknown, or is left out."""
+        if self.attention == ("causal",) or not self.exact_for_sampler or rollout.order is None:
+            return self.attention == ("causal",) or (self.exact_for_sampler and rollout.renoised is not None)
+        known = rollout.order.probability
+        return known in ("deterministic", "independent") or (known != "unknown" and self.scores_order)
 
     def check(self, policy: Policy) -> None:
         """Raise ValueError when the estimate is not for this policy's attention or block size."""

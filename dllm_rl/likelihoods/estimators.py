@@ -139,7 +139,8 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
     bias the log of a mean downwards. Source: SPG, arXiv 2510.09541 [paper], whose code divides by the scored tokens.
     """
     base = coupled() if base is None else base
-    return replace(base, name="eubo", exact_for_sampler=False, combine=partial(upper_bound, beta=beta))
+    made = replace(base, name="eubo", exact_for_sampler=False, scores_order=False)
+    return replace(made, combine=partial(upper_bound, beta=beta))
 
 
 @maker
@@ -156,7 +157,8 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
     base = coupled() if base is None else base
     combine = partial(mixed_bounds, beta=beta)
     with_advantages = partial(upper_where_negative, mix=mix)
-    return replace(base, name="sandwich", exact_for_sampler=False, combine=combine, with_advantages=with_advantages)
+    made = replace(base, name="sandwich", exact_for_sampler=False, scores_order=False)
+    return replace(made, combine=combine, with_advantages=with_advantages)
 
 
 @maker
@@ -212,7 +214,8 @@ def trajectory(
     if order == "law" and num_segments is None:  # a merged segment is no step of the sampler
         draw = partial(with_order, draw=draw)
     exact = num_segments is None  # one view per step
-    estimator = LikelihoodEstimator("trajectory", draw, exact_for_sampler=exact, random=False)
+    both = exact and order == "law"
+    estimator = LikelihoodEstimator("trajectory", draw, exact_for_sampler=exact, scores_order=both, random=False)
     if exact and block_size is None:
         draw = partial(with_renoising, draw=draw, full=self_conditioning == "full")
         estimator = replace(estimator, draw=draw, attention=(*estimator.attention, "encoder_decoder"))

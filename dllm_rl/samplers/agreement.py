@@ -5,7 +5,8 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.samplers.choose import rank_only
-from dllm_rl.samplers.rules import RANKS, highest, rank_inputs
+from dllm_rl.samplers.records import RANKS, as_rank
+from dllm_rl.samplers.rules import highest
 from dllm_rl.types import Rollout
 
 
@@ -15,7 +16,7 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
 
     max_prob, margin and entropy depend on the state alone. Where the policy would choose other positions, the recorded
     order has probability 0, and importance weights of the tokens do not correct the order [ours]."""
-    ranks = {rank.__name__: rank for rank in RANKS if not rank_inputs(rank) & {"tokens", "uniforms"}}
+    ranks = {rank.__name__: as_rank(rank) for rank, order in RANKS.items() if order in ("max_prob", "deterministic")}
     order, mask_id = rollout.order, policy.spec.mask_id
     if order is None or order.rank not in ranks or mask_id is None or rollout.events is not None:
         return {}  # `random` and `confidence` have nothing to compare

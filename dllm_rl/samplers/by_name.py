@@ -4,16 +4,13 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 
-from dllm_rl.samplers import revise, rules
+from dllm_rl.samplers import records
 from dllm_rl.samplers.cache import Cache, block_cache, dual_cache, prefix_cache
 
-RANKS: dict[str, Callable] = {rank.__name__: rank for rank in (*rules.RANKS, rules.plackett_luce)}
-# PACED rules take as many steps as diffusion_steps says.
-PACED = (rules.schedule, rules.late_schedule, rules.origin, revise.remask, revise.soft_edit)
-ADAPTIVE = (rules.threshold, rules.soft_threshold, rules.factor, rules.entropy_bound, revise.edit)
+RANKS: dict[str, Callable] = {rank.__name__: rank for rank in records.RANKS}
 # Whose scores a rule is made for.
 OWN_RANKS = {"entropy_bound": "entropy", "origin": "random", "remask": "random", "soft_threshold": "max_prob"}
-COMMITS: dict[str, Callable] = {rule.__name__: rule for rule in (*PACED, *ADAPTIVE)}
+COMMITS: dict[str, Callable] = {rule.__name__: rule for rule in records.COMMITS}
 CACHES: dict[str, Callable[..., Cache]] = {"block": block_cache, "prefix": prefix_cache, "dual": dual_cache}
 
 

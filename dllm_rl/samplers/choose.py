@@ -14,18 +14,9 @@ from dllm_rl.models.order import drawn_logprobs, last_committed, left_logprobs, 
 from dllm_rl.models.soft_threshold import set_logprobs
 from dllm_rl.models.support import kept_part, kept_set
 from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Decision, Turn
-from dllm_rl.samplers.revise import packed_events, revise, revising_inputs
-from dllm_rl.samplers.rules import (
-    check_last_step,
-    is_plackett_luce,
-    name_of,
-    order_has_law,
-    rank_inputs,
-    rank_name,
-    schedule,
-    share,
-    softness,
-)
+from dllm_rl.samplers.records import Commit, Rank, has_order_logprob, order_probability
+from dllm_rl.samplers.revise import packed_events, revise
+from dllm_rl.samplers.rules import check_last_step, softness
 from dllm_rl.types import Order, SamplingParams
 
 KEPT_NOTES = (("log_mass", 0), ("ids", -1))  # names and fills of what `kept_set` gives
@@ -46,35 +37,34 @@ class Choose:
     """`choose(turn, states)`: a step's choice, whichever comes first, the drawing of tokens or the ranking."""
 
     def __init__(
-        self, policy: Policy, canvas: Canvas, sampling_params: SamplingParams, rank: Callable, commit: Callable
+        self, policy: Policy, canvas: Canvas, sampling_params: SamplingParams, rank: Rank, commit: Commit
     ) -> None:
-        """Raises ValueError when the rank or the commit rule takes what is not offered."""
-        needs = rank_inputs(rank)
+        """Raises ValueError when the rank and the commit rule do not go together."""
+        needs = rank.reads
         self.policy = policy
         self.canvas = canvas
         self.sampling_params = sampling_params
         self.rank = rank
         self.commit = commit
         greedy = sampling_params.temperature == 0
-        self.revising = revising_inputs(commit)
         # A rank of the state alone leaves the drawing to when it is known where; the likeliest tokens come for free.
-        self.draws_first = "tokens" in needs or (greedy and "logits" in needs) or "changed" in self.revising
-        self.by_draws = not greedy and ("tokens" in needs or "changed" in self.revising)
-        if self.revising:
+        self.draws_first = "tokens" in needs or (greedy and "logits" in needs) or "changed" in commit.reads
+        self.by_draws = not greedy and ("tokens" in needs or "changed" in commit.reads)
+        if commit.revises:
             canvas.events = []
-        self.noisy = is_plackett_luce(rank)
-        if self.noisy and not order_has_law(rank, commit):
+        self.noisy = rank.order == "plackett_luce"
+        if self.noisy and not has_order_logprob(rank, commit):
             raise ValueError(
-                f"commit={name_of(commit)} cannot use rank=plackett_luce's noisy scores; use schedule or late_schedule"
+                f"commit={commit.name} cannot use rank=plackett_luce's noisy scores; use schedule or late_schedule"
             )
-        self.soft = softness(commit)
-        if self.soft is not None and not order_has_law(rank, commit):
+        self.soft = softness(commit.function) if commit.order == "soft_threshold" else None
+        if self.soft is not None and not has_order_logprob(rank, commit):
             raise ValueError(
-                f"commit=soft_threshold makes its chances of max_prob's scores, and rank={name_of(rank)} has others; "
+                f"commit=soft_threshold makes its chances of max_prob's scores, and rank={rank.name} has others; "
                 "use rank=max_prob"
             )
-        # Without chance, or with a rank of the state alone, the order does not depend on what is drawn.
-        self.has_order_law = order_has_law(rank, commit) and not greedy
+        self.order_probability = order_probability(rank, commit, greedy=greedy)
+        self.has_order_law = has_order_logprob(rank, commit, greedy=greedy)
 
     def __call__(self, turn: Turn, states: Float[Tensor, "K D"]) -> Choice:
         """Raises ValueError where the commit rule leaves a block's last step empty."""
@@ -128,11 +118,11 @@ class Choose:
         """What the features recorded so far, as parts of a `Rollout`, of the completion's places."""
         canvas = self.canvas
         noted = canvas.noted
-        noisy_rank = self.rank if self.noisy and self.has_order_law else None
+        noisy_rank = self.rank.function if self.noisy and self.has_order_law else None
         first = open_step(canvas.unmask_step, canvas.block)
-        name = None if self.soft else rank_name(self.rank)  # coins decide, and not the rank alone
+        name = None if self.soft else self.rank.library_name  # coins decide, and not the rank alone
         soft = self.soft if self.has_order_law else None
-        order = Order(first, name, noted.get("order"), noisy_rank, noted.get("draw"), soft)
+        order = Order(first, name, noted.get("order"), noisy_rank, noted.get("draw"), soft, self.order_probability)
         kept = kept_part(noted["log_mass"], noted["ids"]) if "ids" in noted else None
         events = None
         if canvas.events is not None:
@@ -141,14 +131,14 @@ class Choose:
 
     def decide(self, turn: Turn, scores: Float[Tensor, "R L"], drawn: Sequence[Tensor] | None) -> Decision:
         """What the commit rule picks. Raises ValueError where it leaves a block's last step empty."""
-        if self.revising:
-            return revise(turn, scores, drawn, self.canvas.tokens, commit=self.commit, takes=self.revising)
+        if self.commit.revises:
+            return revise(turn, scores, drawn, self.canvas.tokens, commit=self.commit.function, takes=self.commit.reads)
         coins = () if self.soft is None else (turn.spread(turn.uniforms(TIES).float()),)
         chosen = self.commit(scores, turn.masked, turn.left, *coins) & turn.masked
-        # The host knows the shares of `schedule`, and does not wait for the device to count.
-        known = self.commit is schedule
-        count = share(turn.num_masked, turn.steps_left) if known else chosen.sum(-1).cpu()
-        check_last_step(self.commit, turn.steps_left, turn.num_masked, count)
+        # The host may know the number, and then does not wait for the device to count.
+        known = self.commit.count
+        count = chosen.sum(-1).cpu() if known is None else known(turn.num_masked, turn.steps_left)
+        check_last_step(self.commit.name, turn.steps_left, turn.num_masked, count)
         return Decision(chosen, num_chosen=count, committed=count)
 
 
@@ -176,12 +166,12 @@ def propose_and_rank(
     uniforms: Float[Tensor, " K"],
     ties: Float[Tensor, " K"],
     sampling_params: SamplingParams,
-    rank: Callable,
+    rank: Rank,
     *,
     with_normalizer: bool = False,
 ) -> tuple[Tensor, ...]:
     """The rank's score of each position, and the result of `propose`; at the end, if asked, the rank's normaliser."""
-    needs = rank_inputs(rank)
+    needs = rank.reads
     mask_id = policy.spec.mask_id
     same = sampling_params.temperature in (0, 1) and not sampling_params.filters
 
@@ -205,10 +195,10 @@ def rank_only(
     hidden: Float[Tensor, "K D"],
     ties: Float[Tensor, " K"],
     sampling_params: SamplingParams,
-    rank: Callable,
+    rank: Rank,
 ) -> Float[Tensor, " K"]:
     """Scores of a rank that takes no tokens; the head runs only for a rank that takes logits."""
-    needs = rank_inputs(rank)
+    needs = rank.reads
     if not needs & {"logits", "normalizer"}:
         return rank(**dict.fromkeys(needs, ties)).float()
 

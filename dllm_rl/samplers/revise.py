@@ -116,7 +116,7 @@ def revise(
     chosen = flipped & (turn.masked | offered[kind]) & ~again
     # One wait for the device gives the host all three counts.
     committed, num_chosen, reopened = torch.stack([chosen & turn.masked, chosen, again]).sum(-1).cpu()
-    check_last_step(commit, turn.steps_left, turn.num_masked, committed)
+    check_last_step(name_of(commit), turn.steps_left, turn.num_masked, committed)
     if ((turn.steps_left == 1) & (reopened > 0)).any():
         raise ValueError(
             f"commit={name_of(commit)} masked positions again in the last step of a block; it must not by then"

@@ -29,7 +29,7 @@ PerPosition = Float[Tensor, " K"]
 Scores = Float[Tensor, "B L"]
 Places = Bool[Tensor, "B L"]
 Counts = Int[Tensor, " B"]
-OFFERED = ("logits", "normalizer", "tokens", "uniforms")
+RANK_INPUTS = ("logits", "normalizer", "tokens", "uniforms")
 
 
 def confidence(logits: Logits, normalizer: PerPosition, tokens: Int[Tensor, " K"]) -> PerPosition:
@@ -85,39 +85,20 @@ def plackett_luce(
     return score(logits, normalizer) / temperature
 
 
-def is_plackett_luce(rank: Callable) -> bool:
-    return getattr(rank, "func", rank) is plackett_luce
-
-
-RANKS = (confidence, max_prob, margin, entropy, random)
-
-
 def rank_inputs(rank: Callable) -> frozenset[str]:
-    """Which of OFFERED a rank takes. Raises ValueError when it wants anything else."""
+    """Which of RANK_INPUTS a rank takes. Raises ValueError when it wants anything else."""
     parameters = inspect.signature(rank).parameters.values()
-    unknown = [p.name for p in parameters if p.name not in OFFERED and p.default is p.empty]
+    unknown = [p.name for p in parameters if p.name not in RANK_INPUTS and p.default is p.empty]
     if unknown:
         raise ValueError(
-            f"rank {name_of(rank)} takes {unknown[0]!r}, which is not one of {', '.join(OFFERED)}; "
+            f"rank {name_of(rank)} takes {unknown[0]!r}, which is not one of {', '.join(RANK_INPUTS)}; "
             "bind it with functools.partial"
         )
-    return frozenset(p.name for p in parameters if p.name in OFFERED)
+    return frozenset(p.name for p in parameters if p.name in RANK_INPUTS)
 
 
 def name_of(rule: Any) -> str:
     return getattr(getattr(rule, "func", rule), "__name__", repr(rule))
-
-
-def rank_name(rank: Callable) -> str | None:
-    return name_of(rank) if rank in RANKS else None
-
-
-def order_has_law(rank: Callable, commit: Callable) -> bool:
-    """True if the order's probability is known: two ranks with fixed commits per step (`models.order`), and
-    `soft_threshold`."""
-    if softness(commit) is not None:
-        return rank is max_prob
-    return (rank is confidence or is_plackett_luce(rank)) and commit in (schedule, late_schedule)
 
 
 def schedule(scores: Scores, masked: Places, steps_left: Counts) -> Places:
@@ -135,7 +116,12 @@ def late_schedule(scores: Scores, masked: Places, steps_left: Counts) -> Places:
 
     [paper; ours: Dream's time grid ends at 1e-3 instead of 0, so that Dream commits nothing in some steps]
     """
-    return highest(scores, masked, count=masked.sum(-1) // steps_left)
+    return highest(scores, masked, count=late_share(masked.sum(-1), steps_left))
+
+
+def late_share(num_masked: Counts, steps_left: Counts) -> Counts:
+    """How many positions `late_schedule` commits: floor(num_masked / steps_left)."""
+    return num_masked // steps_left
 
 
 def origin(scores: Scores, masked: Places, steps_left: Counts) -> Places:
@@ -177,10 +163,8 @@ def soft_threshold(
     return drawn_set(scores, masked, uniforms, tau=tau, temperature=temperature)
 
 
-def softness(commit: Callable) -> tuple[float, float] | None:
-    """tau and temperature of `soft_threshold`; None: another rule."""
-    if getattr(commit, "func", commit) is not soft_threshold:
-        return None
+def softness(commit: Callable) -> tuple[float, float]:
+    """tau and temperature of a bound `soft_threshold`."""
     given = inspect.signature(commit).parameters
     if given["tau"].default is inspect.Parameter.empty:
         raise ValueError("commit=soft_threshold lacks its tau; give functools.partial(soft_threshold, tau=0.9)")
@@ -220,9 +204,12 @@ def highest(scores: Scores, masked: Places, *, count: Counts) -> Places:
     return masked & torch.zeros_like(masked).scatter(-1, order, places < count[:, None])
 
 
-def check_steps(diffusion_steps: int | None, length: int, commit: Callable) -> None:
-    """Raise ValueError if `schedule`, which writes a position in each step, would take fewer than `diffusion_steps`."""
-    if diffusion_steps is not None and 0 < length < diffusion_steps and commit is schedule:
+def check_steps(diffusion_steps: int | None, length: int, count: Callable | None) -> None:
+    """Raise ValueError if a rule whose `count` writes a position in each step would take fewer than
+    `diffusion_steps`."""
+    if diffusion_steps is None or count is None or not 0 < length < diffusion_steps:
+        return
+    if count(torch.tensor([length]), torch.tensor([diffusion_steps])) > 0:
         wrong = f"diffusion_steps={diffusion_steps} is more than the {length} tokens of a completion"
         raise ValueError(f"{wrong}, and a step writes at least one; use at most {length}")
 
@@ -242,9 +229,9 @@ def steps_per_block(diffusion_steps: int | None, sizes: list[int]) -> list[int]:
 
 
 def check_last_step(
-    commit: Callable, steps_left: Int[Tensor, " R"], num_masked: Int[Tensor, " R"], committed: Int[Tensor, " R"]
+    name: str, steps_left: Int[Tensor, " R"], num_masked: Int[Tensor, " R"], committed: Int[Tensor, " R"]
 ) -> None:
     """Raise ValueError where a block's last step commits none of its masked positions."""
     if ((steps_left == 1) & (num_masked > 0) & (committed == 0)).any():
-        wrong = f"commit={name_of(commit)} chose nothing in the last step of a block; it must choose a position by then"
+        wrong = f"commit={name} chose nothing in the last step of a block; it must choose a position by then"
         raise ValueError(f"{wrong}: are the rank's scores those that it wants?")

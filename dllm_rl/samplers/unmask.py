@@ -13,6 +13,7 @@ from dllm_rl.samplers.cache import Cache
 from dllm_rl.samplers.canvas import BlockQueue, make_canvas, next_turn
 from dllm_rl.samplers.choose import Choose
 from dllm_rl.samplers.infilling import check_infilling, infilling_canvas
+from dllm_rl.samplers.records import as_commit, as_rank
 from dllm_rl.samplers.rules import check_steps, confidence, schedule
 from dllm_rl.samplers.states import States
 from dllm_rl.samplers.whole_step import WholeSteps
@@ -69,9 +70,10 @@ def unmask(
     ValueError for a causal policy, a completion that does not fit, or rules, blocks and caches that do not go together.
     """
     spec = policy.spec
+    ranked, rule = as_rank(rank), as_commit(commit)
     block_size = _check(policy, prompts, max_new_tokens, block_size, cache)
     if prompts.open is None:
-        check_steps(diffusion_steps, max_new_tokens, commit)
+        check_steps(diffusion_steps, max_new_tokens, rule.count)
         block_aligned = cache is not None and cache.kind == "block"
         canvas = make_canvas(policy, prompts, max_new_tokens, block_size, block_aligned=block_aligned)
     else:
@@ -79,7 +81,7 @@ def unmask(
         canvas = infilling_canvas(policy, prompts, max_new_tokens, block_size)
     sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, canvas.mask_id))
     check_suppress(policy, sampling_params)
-    choose = Choose(policy, canvas, sampling_params, rank, commit)
+    choose = Choose(policy, canvas, sampling_params, ranked, rule)
     queue = BlockQueue(canvas.block, diffusion_steps, in_step=cache is not None, masked=canvas.masked)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(policy.device)
     states = None if compile_step else States(policy, canvas, cache, queue.steps)

@@ -21,8 +21,8 @@ from dllm_rl.rng import uniforms
 from dllm_rl.samplers.cache import Cache, KeysAndValues, attention_bias
 from dllm_rl.samplers.canvas import TIES, TOKENS, BlockQueue, Canvas
 from dllm_rl.samplers.choose import Choose, add_gumbel, propose_and_rank
-from dllm_rl.samplers.revise import revising_inputs
-from dllm_rl.samplers.rules import check_last_step, name_of, schedule, share, softness
+from dllm_rl.samplers.records import Commit
+from dllm_rl.samplers.rules import check_last_step
 
 COLUMNS = 64  # the canvas is padded to a multiple of these, because each width has graphs of its own
 GRAPHS = 128  # in a process at most
@@ -113,10 +113,10 @@ class WholeSteps:
         self.canvas.noted = {name: state[name].clone() for name in self.canvas.noted}
         if whole:
             self.past = [(keys.clone(), values.clone()) for keys, values in past]
-        # The host knows the shares of `schedule`, and does not wait for the device to count.
-        known = self.choose.commit is schedule
-        count = share(num_masked, steps_left) if known else committed.cpu()[rows]
-        check_last_step(self.choose.commit, steps_left, num_masked, count)
+        # The host may know the number, and then does not wait for the device to count.
+        known = self.choose.commit.count
+        count = committed.cpu()[rows] if known is None else known(num_masked, steps_left)
+        check_last_step(self.choose.commit.name, steps_left, num_masked, count)
         return self.queue.record(where, count)
 
     def _window(self, block: int) -> tuple[int, int, bool]:
@@ -132,12 +132,12 @@ class WholeSteps:
         return begin, self.block_size + shift, self.step == 0 or (refresh is not None and self.step % refresh == 0)
 
 
-def check_fixed_shapes(cache: Cache | None, commit: Callable) -> None:
+def check_fixed_shapes(cache: Cache | None, commit: Commit) -> None:
     """Raise ValueError for a cache or a commit rule whose steps have no fixed shapes."""
     why = None
-    if revising_inputs(commit):
-        why = f"commit={name_of(commit)}, which rewrites: take a rule that does not"
-    elif softness(commit) is not None:
+    if commit.revises:
+        why = f"commit={commit.name}, which rewrites: take a rule that does not"
+    elif commit.order == "soft_threshold":
         why = "commit=soft_threshold, which draws random numbers: take threshold"
     elif cache is not None and cache.kind == "prefix":
         why = "prefix_cache(), which runs all that follows a block: take dual_cache()"

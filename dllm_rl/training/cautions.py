@@ -13,7 +13,7 @@ from dllm_rl.algorithms.advantages import takes_parts
 from dllm_rl.algorithms.correctors import no_weights
 from dllm_rl.algorithms.losses import kl_k1, ppo_clip
 from dllm_rl.recipe import Recipe
-from dllm_rl.samplers.rules import is_plackett_luce, name_of, order_has_law, rank_inputs, softness
+from dllm_rl.samplers.records import Commit, Rank, as_commit, as_rank, has_order_logprob, order_probability
 
 BF16_STEPS = 512  # half a step of bf16 is at least a 512th of the number
 TYPICAL_WEIGHT = 0.02  # of a matrix in a language model
@@ -87,20 +87,23 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
     said = []
     likelihood = recipe.likelihood
     exact = likelihood.exact_for_sampler or likelihood.attention == ("causal",)
-    rank = _bound(recipe.sampler, "rank")
-    commit = _bound(recipe.sampler, "commit")
     cache = _bound(recipe.sampler, "cache")
     given = likelihood.made_by is not None and likelihood.made_by.keywords.get("order") == "given"
-    lawful = rank is not None and order_has_law(rank, commit) and likelihood.exact_for_sampler
-    by_coins = commit is not None and softness(commit) is not None
-    if likelihood.name == "trajectory" and order_by_draws(recipe) and not lawful and not given:
-        merged = "" if likelihood.exact_for_sampler else " and num_segments or num_sampled"
-        remedy = "leave them at None" if by_coins else "use rank=max_prob or random"
-        said.append(
-            f"sampler.rank={name_of(rank)} with commit={name_of(commit)}{merged}: the order depends on what is drawn "
-            f"by a law that likelihood=trajectory does not know, and its ratios leave the order out; {remedy}, or "
-            "order='given' to say that it is meant"
-        )
+    if likelihood.name == "trajectory" and not given and (rules := rules_of(recipe)) is not None:
+        rank, commit = rules
+        pair = f"sampler.rank={rank.name} with commit={commit.name}"
+        greedy = _bound(recipe.sampler, "temperature") == 0
+        if order_probability(rank, commit, greedy=greedy) == "unknown":
+            said.append(
+                f"{pair}: the order's probability is unknown, so likelihood=trajectory is not exact for this sampler: "
+                "its ratios leave the order out; use rank=max_prob or random and a commit rule of the library, declare "
+                "yours (Rank, Commit), or order='given' to say that it is meant"
+            )
+        elif has_order_logprob(rank, commit, greedy=greedy) and not likelihood.exact_for_sampler:
+            said.append(
+                f"{pair} and num_segments or num_sampled: the order has a probability, which segments leave out of the "
+                "ratios; leave both at None, or use rank=max_prob or random"
+            )
     if not exact and recipe.corrector.weigh is not no_weights and recipe.rolls_out_apart:
         said.append(
             f"likelihood={likelihood.name!r} gives no likelihood ratios: the mean of the corrector's weights is not 1, "
@@ -116,11 +119,15 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
 
 def order_by_draws(recipe: Recipe) -> bool:
     """Whether the order in which the recipe's sampler writes depends on what it draws."""
-    rank = _bound(recipe.sampler, "rank")
-    commit = _bound(recipe.sampler, "commit")
-    drawn = rank is not None and ("tokens" in rank_inputs(rank) or is_plackett_luce(rank))
-    by_coins = commit is not None and softness(commit) is not None
-    return (drawn or by_coins) and _bound(recipe.sampler, "temperature") != 0
+    if (rules := rules_of(recipe)) is None or _bound(recipe.sampler, "temperature") == 0:
+        return False
+    return "tokens" in rules[0].reads or has_order_logprob(*rules)
+
+
+def rules_of(recipe: Recipe) -> tuple[Rank, Commit] | None:
+    """The rank and the commit rule of the recipe's sampler; None where it has none of them."""
+    rank, commit = _bound(recipe.sampler, "rank"), _bound(recipe.sampler, "commit")
+    return None if rank is None or commit is None else (as_rank(rank), as_commit(commit))
 
 
 def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, "P G"], dict[str, Tensor]]:

@@ -22,9 +22,9 @@ from dllm_rl.models.checkpoint.loading import checkpoint_folder, read_config
 from dllm_rl.models.policy import make_policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.by_name import ADAPTIVE
+from dllm_rl.samplers.records import as_commit
 from dllm_rl.samplers.renoise import renoise
-from dllm_rl.samplers.rules import max_prob, schedule, softness
+from dllm_rl.samplers.rules import max_prob, schedule
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import RewardFunction, hold_out, in_memory, task_from_dataset
 from dllm_rl.training.finish import Summary
@@ -294,11 +294,11 @@ def grpo_recipe(
 
 def segments_for(options: dict[str, Any]) -> int | None:
     """Into how many segments to merge the steps that `unmask` takes at most; None: each step is scored, exactly."""
-    if softness(options.get("commit", schedule)) is not None:
+    commit = as_commit(options.get("commit", schedule))
+    if commit.order == "soft_threshold":
         return None  # the chance of a set is that of one step
     steps = options["max_new_tokens"]  # one per token, which is also what a rule that ignores diffusion_steps may take
-    commit = options.get("commit")
-    if options.get("diffusion_steps") and getattr(commit, "func", commit) not in ADAPTIVE:
+    if options.get("diffusion_steps") and not commit.adaptive:
         steps = options["diffusion_steps"]
     # A segment's forward and backward cost three steps of the rollout. In equal time two segments of four steps teach
     # more than all four, on two tasks, and two of eight steps more than all eight (recipes/studies/league.md).

@@ -30,7 +30,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
-from dllm_rl.samplers import autoregress, rules, unmask
+from dllm_rl.samplers import autoregress, by_name, rules, unmask
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.training import train
 from dllm_rl.types import Columns, Prompts
@@ -85,7 +85,7 @@ def on_both(work, make=masked_lm, near=1e-3):
 
 
 RULES = {
-    **{f"rank {rank.__name__}": {"rank": rank} for rank in rules.RANKS},
+    **{f"rank {rank.__name__}": {"rank": rank} for rank in list(by_name.RANKS.values())[:-1]},
     **{f"greedy {rank.__name__}": {"rank": rank, "temperature": 0.0} for rank in (rules.confidence, rules.margin)},
     "rank plackett_luce": {"rank": partial(rules.plackett_luce, temperature=0.3)},
     "late_schedule": {"commit": rules.late_schedule},

@@ -20,6 +20,7 @@ from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import rules, sampler_for
 from dllm_rl.samplers.canvas import BlockQueue, make_canvas, next_turn
 from dllm_rl.samplers.choose import Choose, propose
+from dllm_rl.samplers.records import as_commit, as_rank
 from dllm_rl.samplers.rules import confidence, max_prob
 from dllm_rl.types import Kept, Prompts, Rollout, SamplingParams
 
@@ -30,7 +31,7 @@ def choice_of(rank, commit=rules.schedule, *, temperature=1.0):
     canvas = make_canvas(policy, Prompts.from_ids([[3]] * 3, pad_id=4), 6, 6, block_aligned=False)
     turn = next_turn(canvas, BlockQueue(canvas.block, 3, in_step=False), torch.tensor([5, 6, 7]))
     states = policy.hidden(canvas.tokens, canvas.attention_mask)[turn.canvas_row, turn.column]
-    choose = Choose(policy, canvas, SamplingParams(temperature, suppress=(2, 3, 4)), rank, commit)
+    choose = Choose(policy, canvas, SamplingParams(temperature, suppress=(2, 3, 4)), as_rank(rank), as_commit(commit))
     return choose, turn, choose(turn, states)
 
 

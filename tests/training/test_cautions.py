@@ -16,7 +16,8 @@ from dllm_rl.monitoring.health import PATIENCE
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import dual_cache, prefix_cache
-from dllm_rl.samplers.rules import max_prob, plackett_luce, soft_threshold, threshold
+from dllm_rl.samplers.records import Rank
+from dllm_rl.samplers.rules import confidence, max_prob, plackett_luce, schedule, soft_threshold, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.trainer import train
@@ -131,21 +132,28 @@ def test_orders_whose_law_is_not_known():
     def own(logits, tokens):
         return logits[:, 0]
 
+    def first(logits):
+        return logits[:, 0]
+
     noisy = partial(plackett_luce, temperature=0.3)
     assert cautions(tiny_recipe("x", sampler=sampler(rank=noisy), likelihood=trajectory(), corrector=none())) == []
     coins = {"rank": max_prob, "commit": partial(soft_threshold, tau=0.9)}
     assert cautions(tiny_recipe("x", sampler=sampler(**coins), likelihood=trajectory(), corrector=none())) == []
-    unknown = "by a law that likelihood=trajectory does not know"
+    own_rule = {"rank": max_prob, "commit": lambda *inputs: schedule(*inputs)}
+    for options in ({"rank": partial(confidence), "commit": partial(schedule)}, {"rank": Rank(first, "deterministic")}):
+        assert cautions(tiny_recipe("x", sampler=sampler(**options), likelihood=trajectory(), corrector=none())) == []
     for options, likelihood, name in (
         ({"commit": partial(threshold, tau=0.9)}, trajectory(), "rank=confidence with commit=threshold"),
         ({}, trajectory(num_segments=2), "rank=confidence with commit=schedule and num_segments"),
         ({"rank": own}, trajectory(), "rank=own with commit=schedule"),
+        ({"rank": first}, trajectory(), "rank=first with commit=schedule"),
+        (own_rule, trajectory(), "rank=max_prob with commit=<lambda>"),
         ({"rank": noisy}, trajectory(num_sampled=2), "rank=plackett_luce with commit=schedule and num_segments"),
         (coins, trajectory(num_segments=2), "rank=max_prob with commit=soft_threshold and num_segments"),
     ):
         recipe = tiny_recipe("x", sampler=sampler(**options), likelihood=likelihood, corrector=none())
         (said,) = cautions(recipe)
-        assert unknown in said and name in said and "\n" not in said
+        assert "ratios" in said and f"sampler.{name}" in said and "\n" not in said
         meant = likelihood.made_by.keywords | {"order": "given"}
         assert cautions(replace(recipe, likelihood=trajectory(**meant))) == []
         if "rank" not in options:
