@@ -153,7 +153,9 @@ def grade(
         if many is None or error is not None:  # one by one, to name what the grader raises on
             graded = list(one_by_one())
         if error is not None:
-            raise RuntimeError(f"the grader of task {task.name!r} raised on {len(own)} texts together") from error
+            raise RuntimeError(
+                f"the grader of task {task.name!r} raised on {len(own)} texts together: {error!r}"
+            ) from error
         for place, reward in enumerate(graded):  # noqa: B007 (given() names the place)
             if fault := fault_of(reward):
                 raise ValueError(f"the grader of task {task.name!r} returned {fault} on {given()}")

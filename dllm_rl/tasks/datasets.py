@@ -2,17 +2,20 @@
 
 import asyncio
 import inspect
-import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence, Sized
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Real
 from typing import Any
 
-from dllm_rl.tasks.base import SPEED, Problem, Reward, asked
+from dllm_rl.tasks.base import FLOAT32_MAX, SPEED, Problem, Reward, asked
 
 HELD_OUT = 256  # rows at most
+PASSED = ("prompts", "completions")  # what every reward function is given, beside the columns
+# TRL passes these to functions that name them. A column of such a name would take their place.
+TRL_PASSES = ("prompt_ids", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+TEXT = (str, bytes, bytearray, memoryview)
 # f(prompts=[...], completions=[...], **columns) -> for each completion a number, or None: does not apply. May be async.
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
@@ -26,6 +29,7 @@ class DatasetTask:
     weights: tuple[float, ...]
     name: str
     version: str
+    columns: tuple[str, ...] = field(default=(), repr=False)  # of all rows, beside prompt and completion
 
     @property
     def reward_weights(self) -> dict[str, float]:
@@ -37,7 +41,7 @@ class DatasetTask:
     def __getitem__(self, index: int) -> Problem:
         if not 0 <= index < len(self):
             raise IndexError(f"problem {index} of {len(self)}")
-        row = dict(self.dataset[index])
+        row = dict(_row(self.dataset, index))
         prompt = row.pop("prompt")
         solution = row.pop("completion", None)
         return Problem(prompt, row, solution[-1]["content"] if isinstance(solution, list) else solution)
@@ -65,13 +69,16 @@ class DatasetTask:
         for problem, text in zip(problems, completions, strict=True):
             told.append(text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": text}])
         columns: dict[str, list[Any]] = {"prompts": [problem.prompt for problem in problems], "completions": told}
-        for name in problems[0].fields:
-            columns[name] = [problem.fields[name] for problem in problems]
+        for name in self.columns:  # None where a row lacks it, as in a `datasets.Dataset`
+            columns[name] = [problem.fields.get(name) for problem in problems]
         breakdowns: list[dict[str, float]] = [{} for _ in problems]
         values = [0.0] * len(problems)
         labels = self._labels()
         speed = dict(zip(SPEED, (forwards, tokens_per_forward), strict=True))
-        arguments = [columns | _asked_for(label, f, speed) for label, f in zip(labels, self.reward_funcs, strict=True)]
+        arguments = [
+            _accepted(f, columns) | _asked_for(label, f, speed)
+            for label, f in zip(labels, self.reward_funcs, strict=True)
+        ]
         returned = _called(self.reward_funcs, arguments)
         for label, numbers, weight in zip(labels, returned, self.weights, strict=True):
             for place, number in _numbers(label, numbers, told).items():
@@ -105,29 +112,112 @@ def task_from_dataset(
     version       change it when a function changes, so that stored results are not mixed up.
     A `completion` column, text or chat, becomes the solution for supervised warm-up.
     """
-    functions = (reward_funcs,) if callable(reward_funcs) else tuple(reward_funcs)
-    if not functions:
-        raise ValueError("reward_funcs is empty: give at least one function")
+    functions = _functions(reward_funcs)
     scales = (1.0,) * len(functions) if weights is None else tuple(map(float, weights))
     if len(scales) != len(functions):
         raise ValueError(f"{len(functions)} reward_funcs have {len(scales)} weights; give one for each")
+    names = _column_names(dataset)
+    task = DatasetTask(
+        dataset, functions, scales, name, version, tuple(c for c in names if c not in ("prompt", "completion"))
+    )
+    for label, function in zip(task._labels(), functions, strict=True):
+        parameters = inspect.signature(function).parameters
+        for taken in [c for c in names if c in SPEED and c in parameters]:
+            raise ValueError(f"dataset has a column {taken!r}, and {label} asks for the sampler's: rename the column")
+        for taken in [c for c in names if c in TRL_PASSES and c in parameters]:
+            raise ValueError(
+                f"dataset has a column {taken!r}, and {label} asks for what TRL passes by that name: rename the column"
+            )
+        for lacking, parameter in parameters.items():
+            required = parameter.default is parameter.empty and parameter.kind in (
+                parameter.POSITIONAL_ONLY,
+                parameter.POSITIONAL_OR_KEYWORD,
+                parameter.KEYWORD_ONLY,
+            )
+            if required and (parameter.kind is parameter.POSITIONAL_ONLY or lacking not in {*PASSED, *SPEED, *names}):
+                raise ValueError(
+                    f"reward function {label} needs {lacking!r}, which is none of {', '.join((*PASSED, *task.columns))}"
+                    ": name a column, or give the parameter a default"
+                )
+    return task
+
+
+def _functions(reward_funcs: Any) -> tuple[RewardFunction, ...]:
+    """The reward functions as a tuple. Raises ValueError on what cannot be called."""
+    if isinstance(reward_funcs, TEXT):
+        raise ValueError(
+            f"reward_funcs={reward_funcs!r} is text; give a function of prompts, completions and **columns, which "
+            "may call a reward model"
+        )
+    if not callable(reward_funcs) and not isinstance(reward_funcs, list | tuple):
+        raise ValueError(f"reward_funcs={reward_funcs!r} is no function; give a function, or a list of functions")
+    functions = (reward_funcs,) if callable(reward_funcs) else tuple(reward_funcs)
+    if not functions:
+        raise ValueError("reward_funcs is empty: give at least one function")
+    for place, function in enumerate(functions):
+        if not callable(function) or isinstance(function, type):
+            raise ValueError(f"reward_funcs[{place}]={function!r} is no function of prompts, completions and **columns")
+    return functions
+
+
+def _column_names(dataset: Any) -> list[str]:
+    """The columns of all rows, in order. Raises ValueError on what is no sequence of rows with a prompt."""
+    check_is_rows("dataset", dataset)
     if not isinstance(dataset, Sized):
         raise ValueError("dataset has no length, as a streamed one: give its first rows, list(itertools.islice(...))")
     if not len(dataset):
         raise ValueError("dataset is empty: give at least one row")
-    rows: Any = dataset
-    columns = getattr(dataset, "column_names", None) or list(rows[0])
-    if "prompt" not in columns:
-        raise ValueError(f"dataset has no column 'prompt', only {sorted(columns)}: rename one")
-    task = DatasetTask(dataset, functions, scales, name, version)
-    for label, function in zip(task._labels(), functions, strict=True):
-        for taken in set(asked(function)) & set(columns):
-            raise ValueError(f"dataset has a column {taken!r}, and {label} asks for the sampler's: rename the column")
-    return task
+    names = getattr(dataset, "column_names", None)
+    if names is None:
+        rows = [_row(dataset, number) for number in range(len(dataset))]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        if "prompt" in names:
+            for number, row in enumerate(rows):
+                if "prompt" not in row:
+                    raise ValueError(f"dataset: row {number} has no 'prompt', only {sorted(map(str, row))}; add one")
+    if "prompt" not in names:
+        raise ValueError(f"dataset has no column 'prompt', only {sorted(map(str, names))}: rename one")
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"dataset has a column {name!r}, whose name is no text: rename it")
+        if name in PASSED:
+            raise ValueError(f"dataset has a column {name!r}, and reward functions get the run's: rename the column")
+    return list(names)
+
+
+def check_is_rows(name: str, dataset: Any) -> None:
+    """Raise ValueError, with the remedy, on what is known to hold rows in another way than one after the other."""
+    if isinstance(dataset, TEXT):
+        raise ValueError(f"{name}={dataset!r} is text; give rows, as datasets.load_dataset or a list of dicts has them")
+    if isinstance(dataset, Mapping):
+        if all(hasattr(part, "column_names") for part in dataset.values()):  # a DatasetDict
+            splits = list(dataset)
+            raise ValueError(
+                f"{name} holds the splits {splits}; give one of them, as {name}[{(splits or ['train'])[0]!r}]"
+            )
+        raise ValueError(
+            f"{name} is a dict of columns {sorted(map(str, dataset))}; give datasets.Dataset.from_dict(...), "
+            "or a list of dicts"
+        )
+    if hasattr(dataset, "iterrows"):
+        raise ValueError(f"{name} is a table of pandas; give datasets.Dataset.from_pandas(...)")
+
+
+def _row(dataset: Any, number: int) -> Mapping[str, Any]:
+    try:
+        row = dataset[number]
+    except (KeyError, TypeError) as error:
+        kind = type(dataset).__name__
+        raise ValueError(f"dataset of type {kind} has no row [{number}] ({error!r}); give a list of dicts") from None
+    if not isinstance(row, Mapping):
+        remedy = "give {'prompt': ...} for each row, with the columns that the reward needs"
+        raise ValueError(f"dataset: row {number} is {str(row)[:60]!r} of type {type(row).__name__}; {remedy}")
+    return row
 
 
 def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
     """The data set itself if it has a length, else its first `max_rows` rows. Errors: ValueError without max_rows."""
+    check_is_rows("dataset", dataset)
     if isinstance(dataset, Sized):
         return dataset
     if max_rows is None:
@@ -144,6 +234,14 @@ def hold_out(rows: Any) -> tuple[Any, Any]:
     if hasattr(rows, "select"):  # a `datasets.Dataset`, which gives views
         return rows.select(parts[0]), rows.select(parts[1])
     return list(map(rows.__getitem__, parts[0])), list(map(rows.__getitem__, parts[1]))
+
+
+def _accepted(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns that the function takes: all with `**columns`, else those that it names."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return columns
+    return {parameter.name: columns[parameter.name] for parameter in parameters if parameter.name in columns}
 
 
 def _asked_for(label: str, function: RewardFunction, speed: dict[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -175,14 +273,37 @@ def _called(functions: Sequence[RewardFunction], arguments: Sequence[dict[str, A
 
 def _numbers(label: str, numbers: Any, told: Sequence[Any]) -> dict[int, float]:
     """What a function returned, by the completion's place, without None. Errors: ValueError."""
-    if not isinstance(numbers, Sized) or not isinstance(numbers, Iterable):
-        raise ValueError(f"reward function {label} returned {numbers!r}, not a list of numbers")
+    if hasattr(numbers, "tolist") and hasattr(numbers, "ndim"):  # an array, a tensor, a pandas series
+        if numbers.ndim != 1:
+            shape = tuple(numbers.shape)
+            raise ValueError(f"reward function {label} returned numbers of shape {shape}; give one number a completion")
+        numbers = numbers.tolist()
+    # A set has no order, a dict is its keys, and text is its characters.
+    if not isinstance(numbers, Sequence) or isinstance(numbers, TEXT):
+        raise ValueError(
+            f"reward function {label} returned {_shortened(numbers)} of type {type(numbers).__name__}, not a list of "
+            "numbers; give one number a completion, in the order of completions"
+        )
     if len(numbers) != len(told):
-        raise ValueError(f"reward function {label} returned {len(numbers)} numbers for {len(told)} texts")
-    found = {}
+        raise ValueError(
+            f"reward function {label} returned {len(numbers)} numbers for {len(told)} texts; give one number a "
+            "completion, and None where it does not apply"
+        )
+    rewards = {}
     for place, number in enumerate(numbers):
-        if number is not None:  # None: the function does not apply to this completion
-            if not isinstance(number, Real) or not math.isfinite(number):
-                raise ValueError(f"reward function {label} returned {number!r} for completion {told[place]!r}")
-            found[place] = float(number)
-    return found
+        if getattr(number, "ndim", None) == 0 and hasattr(number, "item"):  # of NumPy, or a tensor
+            number = number.item()
+        if number is None:  # the function does not apply to this completion
+            continue
+        if not isinstance(number, Real) or not abs(number) <= FLOAT32_MAX:
+            raise ValueError(
+                f"reward function {label} returned {_shortened(number)} for completion {told[place]!r}; give a finite "
+                "number, or None"
+            )
+        rewards[place] = float(number)
+    return rewards
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

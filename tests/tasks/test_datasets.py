@@ -1,8 +1,13 @@
 """Data sets with TRL-style functions, reasoning-gym with our graders, and the smallest task."""
 
+from collections import deque
 from functools import partial
 
+import datasets
+import numpy as np
+import pandas
 import pytest
+import torch
 
 from dllm_rl.tasks import Task, task_from_dataset
 from dllm_rl.tasks.base import Cost, grade
@@ -122,9 +127,7 @@ def test_functions_get_the_speed_that_they_name() -> None:
 
 
 def test_a_datasets_dataset() -> None:
-    from datasets import Dataset
-
-    task = task_from_dataset(Dataset.from_list(ROWS), reward_funcs=[right])
+    task = task_from_dataset(datasets.Dataset.from_list(ROWS), reward_funcs=[right])
     assert [task.reward(problem, problem.solution).value for problem in task] == [1.0, 1.0]
 
 
@@ -170,17 +173,119 @@ def test_bad_functions_and_data_sets_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("result", "said"),
+    "result",
     [
-        (None, "scorer returned None, not a list"),
-        (["1"], "returned '1' for completion 'x'"),
-        ([[1]], r"returned \[1\]"),
+        None,
+        ["1"],
+        [[1]],
+        [float("nan")],
+        [10**400],
+        [1j],
+        "1",
+        b"1",
+        1.0,
+        {0: 1.0},
+        {1.0},
+        {"x": 1.0}.values(),
+        (number for number in [1.0]),
+        np.ones((1, 1)),
+        np.array(["1"]),
+        torch.tensor(1.0),
+        torch.tensor([float("inf")]),
+        pandas.Series([None], dtype=float),
     ],
+    ids=repr,
 )
-def test_a_reward_function_of_a_data_set_is_named(result, said):
+def test_a_reward_function_that_returns_no_list_of_numbers_is_named(result):
     def scorer(completions, **_):
         return result
 
-    task = task_from_dataset([{"prompt": "2+2="}], reward_funcs=scorer)
-    with pytest.raises(ValueError, match=said):
-        task.reward(task[0], "x")
+    async def later(completions, **_):
+        return result
+
+    for function in (scorer, later):
+        task = task_from_dataset([{"prompt": "2+2="}], reward_funcs=function)
+        with pytest.raises(ValueError, match=f"reward function {function.__name__} returned"):
+            task.reward(task[0], "x")
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        (0, True),
+        np.array([0.0, 1.0], dtype=np.float32),
+        [np.float32(0), np.bool_(True)],
+        torch.tensor([0.0, 1.0], dtype=torch.bfloat16),
+        [torch.tensor(0), torch.tensor(1.0)],
+        pandas.Series([0.0, 1.0], index=[7, 3]),
+        deque([0.0, 1.0]),
+    ],
+    ids=repr,
+)
+def test_numbers_in_the_order_of_completions_are_taken(result):
+    task = task_from_dataset(ROWS, reward_funcs=lambda completions, **_: result)
+    assert [reward.value for reward in task.rewards([task[0], task[1]], ["a", "b"])] == [0.0, 1.0]
+
+
+def test_the_last_line_says_why_rewards_cannot_be_taken():
+    task = task_from_dataset(ROWS, reward_funcs=lambda completions, **_: [1.0] * min(len(completions), 3))
+    with pytest.raises(RuntimeError, match=r"together: ValueError.* returned 3 numbers for 4 texts"):
+        grade(task, [task[0], task[1]], ["a", "b", "c", "d"])
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids", "prompt_ids", "trainer_state", 1])
+def test_a_column_does_not_take_the_place_of_what_is_passed(name):
+    def asks(prompts, completions, completion_ids=None, prompt_ids=None, trainer_state=None, **columns):
+        return [1.0] * len(completions)
+
+    rows = [{"prompt": "1="}, {"prompt": "2=", name: "from the file"}]
+    for dataset in [rows] if name == 1 else [rows, datasets.Dataset.from_list(rows[::-1])]:
+        with pytest.raises(ValueError, match=f"dataset has a column {name!r}"):
+            task_from_dataset(dataset, reward_funcs=asks)
+
+
+def test_rows_whose_columns_differ_have_none_where_they_lack_one():
+    rows = [{"prompt": "1=", "answer": "1"}, {"prompt": "2=", "tests": "x"}, {"prompt": "3="}]
+    names = ("prompt", "answer", "tests")
+    seen = []
+
+    def graded(completions, answer, tests):  # without **columns: what it names
+        seen.append((answer, tests))
+        return [1.0] * len(completions)
+
+    for dataset in (rows, tuple(rows), datasets.Dataset.from_list([dict.fromkeys(names) | row for row in rows])):
+        task = task_from_dataset(dataset, reward_funcs=graded)
+        for order in ((0, 1), (1, 0), (2,)):
+            task.rewards([task[i] for i in order], ["1"] * len(order))
+    assert seen == [(["1", None], [None, "x"]), ([None, "1"], ["x", None]), ([None], [None])] * 3
+    with pytest.raises(ValueError, match="row 1 has no 'prompt'"):
+        task_from_dataset([rows[0], {"question": "2="}], reward_funcs=graded)
+    with pytest.raises(ValueError, match="reward function right needs 'answer', which is none of prompts, completions"):
+        task_from_dataset([{"prompt": "1=", "reference": "1"}], reward_funcs=right)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)),
+        {"prompt": ["1=", "2="]},
+        pandas.DataFrame(ROWS),
+        ["1=", "2="],
+        [("1=", "1")],
+        np.array(["1=", "2="]),
+        "rows.jsonl",
+        b"1=",
+        [None],
+        {1: ROWS[0]},
+    ],
+    ids=lambda rows: type(rows).__name__,
+)
+def test_what_holds_no_rows_is_refused_with_a_remedy(rows):
+    with pytest.raises(ValueError, match=r"dataset.*give "):
+        task_from_dataset(rows, reward_funcs=short)
+
+
+@pytest.mark.parametrize("functions", ["accuracy", [short, "accuracy"], 3, None, {"short": short}, [dict]], ids=repr)
+def test_what_is_no_reward_function_is_refused(functions):
+    with pytest.raises(ValueError, match="reward_funcs"):
+        task_from_dataset(ROWS, reward_funcs=functions)
