@@ -8,6 +8,7 @@ from benchmarks import gpu, sampler
 from dllm_rl.files import read_json
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("part", ["sampler 1", "sync", "learner"])
 def test_on_the_simulated_device(part, monkeypatch):
     on_the_host = sampler.random_policy  # no generator draws on a device that is none

@@ -86,6 +86,7 @@ def test_the_first_line_names_the_run(tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_mistyped_option_is_refused_before_torchao_and_the_models_are_imported():
     program = """if True:
         import runpy, sys

@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from devices import REAL, Cuda
 from layouts import checkpoint
+from repetitions import few
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 from torch.utils._pytree import tree_map
@@ -99,12 +100,12 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", few(RULES, ["rank confidence", "rank plackett_luce", "filters", "blocks, early exit"]))
 def test_sampler_rules(rule):
     on_both(lambda policy: run(partial(PLAIN, **RULES[rule]), policy))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", few(["float32", "bfloat16"], ["bfloat16"]))
 @pytest.mark.parametrize(
     ("family", "cache"),
     [("llada", prefix_cache()), ("dream", dual_cache(refresh=2)), ("sdar", block_cache()), ("llama", None)],
@@ -143,7 +144,7 @@ ESTIMATORS = {
 }
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", few(ESTIMATORS, ["causal", "sandwich", "trajectory, its order too", "packed"]))
 def test_estimators(name, tmp_path):
     likelihood = ESTIMATORS[name]
     family = {"causal": "llama", "packed": "sdar"}.get(name)
@@ -233,7 +234,7 @@ def test_schemes_their_sync_and_the_aligned_forward(name):
     on_both(work, make, near=2e-2)  # inputs are rounded to other codes where the sums before them differ
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], [torch.bfloat16]))
 def test_adapters_with_dropout(dtype):
     def work(policy):
         policy.module.to(dtype)
@@ -300,6 +301,7 @@ def test_a_run_of_all_weights_with_a_warm_up_resumes(tmp_path):
     resumes(recipe, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_autoregressive_run(tmp_path):
     trains_alike(partial(small, causal=True), tmp_path)
 
@@ -315,6 +317,7 @@ def test_a_run_without_mismatch(tmp_path, monkeypatch):
     assert row["rollout_corr/abs_log_ratio_max"] == 0 and row["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_an_evaluation_and_a_diagnosis(tmp_path):
     task = replace(tiny_recipe(tmp_path).eval_task, size=2)
 
@@ -353,7 +356,7 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("name", few(PLANTED, ["sampler, drawn", "learner, loss"]))
 def test_a_tensor_left_on_the_host_is_found(name, tmp_path, monkeypatch):
     place, function = PLANTED[name]
     module = import_module(f"dllm_rl.{place}")

@@ -7,6 +7,7 @@ import torch
 from emulated import int3_emulated
 from layouts import checkpoint
 from order_toys import stayed_of
+from repetitions import few
 from simulated_cuda import SimulatedCuda
 from tiny_recipe import tiny_recipe
 
@@ -46,7 +47,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", few(STEPS, ["plain", "dual cache"]))
 def test_a_sampler_step_waits_once_at_most(name, tmp_path):
     """Twelve positions in 6 steps and in 12: 6 steps more. Each may wait where transformers asks for padding."""
     waits = []
@@ -67,7 +68,7 @@ def test_a_sampler_step_waits_once_at_most(name, tmp_path):
         assert cuda.waits(place="samplers/unmask.py") == 2, "the seeds' copy, once a rollout"
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", few(ESTIMATORS, ["trajectory", "packed"]))
 def test_a_scored_view_waits_twice_at_most(name, tmp_path):
     """Forward alone and with its backward: once for which positions are scored, once where transformers asks."""
     likelihood = ESTIMATORS[name]
@@ -96,7 +97,9 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
         assert cuda.waits("all views") <= 2 * views + 1, "and once for the rows of all views"
 
 
-@pytest.mark.parametrize("scheme", [schemes.float8_weight_only, schemes.int4_weight_only, int3_emulated])
+@pytest.mark.parametrize(
+    "scheme", few([schemes.float8_weight_only, schemes.int4_weight_only, int3_emulated], [schemes.float8_weight_only])
+)
 def test_a_sync_waits_as_often_for_many_layers_as_for_few(scheme):
     """Once for whether all weights are finite, once for what has changed."""
     sizes = SIZES | {"hidden_size": 32, "intermediate_size": 32}

@@ -219,6 +219,7 @@ def test_a_connection_that_was_hung_up_on_in_the_same_turn_is_passed_over(made):
     assert list(main._lines) == [1]
 
 
+@pytest.mark.slow
 def test_idle_connections_beyond_the_limit_of_open_files_do_not_end_a_run():
     """300 of them, from before the second process joins, with 64 files that the process may have open."""
     script = Path(__file__).parents[1] / "support" / "crowded_peers.py"

@@ -336,6 +336,7 @@ def test_a_metric_that_some_completions_lack_is_a_mean_over_the_others():
     assert Evaluation(tuple(rows), {}).means["length"] == 2.0
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth():
     """Over simulated evaluations of 50 problems with 4 samples each, about 95 % of the intervals hold the truth."""
     rng, covered, trials = np.random.default_rng(0), {"accuracy": 0, "graded": 0}, 100

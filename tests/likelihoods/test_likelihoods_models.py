@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from repetitions import few
 
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.views import View, row_chunks
@@ -43,7 +44,7 @@ def sampled(policy, *, group_size: int = 2, ids=RAGGED, **options) -> Rollout:
     return unmask(policy, prompts, seeded(7), **options)
 
 
-@pytest.mark.parametrize("family", DIFFUSION)
+@pytest.mark.parametrize("family", few(DIFFUSION, ["llada"]))
 @pytest.mark.parametrize(
     "options",
     [
@@ -99,7 +100,7 @@ def test_the_wrong_estimator_for_a_policy_is_refused_by_name():
         lik.elbo().logprobs(CAUSAL, rollout, lik.elbo().draw(rollout, seeded()))
 
 
-@pytest.mark.parametrize("family", DIFFUSION)
+@pytest.mark.parametrize("family", few(DIFFUSION, ["llada"]))
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_padding_changes_neither_masks_nor_logprobs(family, name):
     policy, estimator = DIFFUSION[family], ESTIMATORS[name]

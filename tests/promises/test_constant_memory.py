@@ -158,8 +158,12 @@ def test_gradient_is_plain_autograds(name, correction):
         assert_same(learned(policy, batch, scores, estimator, loss, micro_batch_size=size), plain)
 
 
-@pytest.mark.parametrize("variant", ["chunked head", "gradient checkpointing", "lora", "aligned", "tempered", "llada"])
-@pytest.mark.parametrize("name", ["coupled", "eubo", "trajectory"])
+VARIANTS = ("chunked head", "gradient checkpointing", "lora", "aligned", "tempered", "llada")
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"), crossed(VARIANTS, ["coupled", "eubo", "trajectory"], row=None, column="eubo")
+)
 def test_gradient_survives(variant, name, monkeypatch):
     policy = tiny_llama(causal=False, **SMALL) if variant == "llada" else tiny_masked_lm(**SMALL)
     rollout_policy = quantized_copy(policy, int8_weight_only()) if variant == "aligned" else policy

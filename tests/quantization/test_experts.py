@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from emulated import EMULATED
 from layouts import published
 from mixtures import moe
+from repetitions import few
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -45,7 +46,7 @@ def checkpoints(tmp_path_factory):
     return found | {"qwen3_moe": causal}
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=few(FAMILIES, ["llada2"]))
 def policy(request, checkpoints):
     made = load_policy(checkpoints[request.param])
     for name, parameter in made.module.named_parameters():

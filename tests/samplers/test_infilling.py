@@ -36,7 +36,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module", params=["masked_lm", "llama", "shifted"])
+@pytest.fixture(scope="module", params=few(["masked_lm", "llama", "shifted"], ["shifted"]))
 def policy(request):
     if request.param != "masked_lm":
         made = tiny_llama(characters=CHARACTERS, causal=False, num_layers=2, head_std=0.3)

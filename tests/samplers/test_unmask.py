@@ -28,7 +28,7 @@ LENGTH = 32
 IDS = [[3, 4, 5, 6], [7], [8, 9, 10, 11, 12, 13, 14], [15, 16], [4, 4, 4], [20, 21, 22, 23, 24], [9, 8], [5, 17, 3, 11]]
 
 
-@pytest.fixture(scope="module", params=["masked_lm", "llama"])
+@pytest.fixture(scope="module", params=few(["masked_lm", "llama"], ["masked_lm"]))
 def policy(request):
     # Head and embeddings large enough that confidences differ widely and tokens depend on their neighbours.
     if request.param == "llama":

@@ -68,7 +68,9 @@ def assert_equal(one: dict, other: dict) -> None:
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])), name
 
 
-@pytest.mark.parametrize("lora", [None, Lora(r=4, dropout=0.3)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [pytest.param(None, id="full", marks=pytest.mark.slow), pytest.param(Lora(r=4, dropout=0.3), id="lora")]
+)
 @pytest.mark.parametrize("family", [*ORIGINAL, *STOCK])
 def test_every_family_has_the_same_gradients_from_less_memory(tmp_path, family, lora):
     policy = load_policy(checkpoint(tmp_path, family), lora=lora)
