@@ -25,6 +25,29 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """Runs leave an empty training.png, as drawing takes longer than a tiny run. A test that wants a picture takes the
+    fixture `pictures`, or calls the `plot` that it has imported."""
+    from dllm_rl.files import replacing
+    from dllm_rl.monitoring import plots
+
+    def empty(directory, **_):
+        with replacing(directory / "training.png") as partial:
+            partial.touch()
+        return directory / "training.png"
+
+    drawn = plots.plot
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "plot", empty)
+        yield drawn
+
+
+@pytest.fixture
+def pictures(no_pictures, monkeypatch):
+    monkeypatch.setattr("dllm_rl.monitoring.plots.plot", no_pictures)
+
+
 @pytest.fixture
 def exact_arithmetic():
     """The arithmetic of `zero_mismatch`, in which a row rounds alike in every batch on every processor. A test takes it

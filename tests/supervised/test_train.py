@@ -123,6 +123,7 @@ def test_lora_trains_adapters_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["masked", pytest.param("causal", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("pictures")
 def test_it_learns_and_rl_starts_from_its_checkpoint(tmp_path, kind):
     settings = {"num_steps": 60, "train_batch_size": 14, "learning_rate": 1e-2, "eval_dataset": ROWS[:4]}
     settings |= {"output_dir": str(tmp_path / "sft"), "max_length": 16, "report_to": None}

@@ -18,7 +18,7 @@ from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.models.tokens import decode
 from dllm_rl.monitoring.log import RunLog
-from dllm_rl.monitoring.plots import read_metrics
+from dllm_rl.monitoring.plots import plot, read_metrics
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.selection import metric_weights
@@ -55,7 +55,7 @@ def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):
     assert wanted <= set(rows[0])
     assert rows[0]["reward_std"] > 0, "equal rewards would prove nothing"
     assert rows[0]["rollout_corr/k3_kl"] > 0, "FP8 weights must differ from the learner's"
-    assert (run / "training.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (run / "training.png").is_file() and plot(run).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert list((run / "tensorboard").glob("*/events*"))
     out = capsys.readouterr().out
     assert "->" in out and "dllm-rl sample" in out

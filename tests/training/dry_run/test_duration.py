@@ -17,8 +17,12 @@ from dllm_rl.training.dry_run.plan import meta_policy
 from recipes.llada_8b_sudoku import recipe as sudoku
 
 PARTS = json.loads((Path(__file__).parents[3] / "benchmarks" / "results" / "gpu.json").read_text())["parts"]
-POLICY = meta_policy(sudoku)
 WEIGHTS = 32 * (4 * 4096**2 + 3 * 4096 * 12288) + 126464 * 4096  # the head too; embeddings are looked up
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return meta_policy(sudoku)
 
 
 def measured(part, what, **more):
@@ -36,12 +40,12 @@ def measured(part, what, **more):
         ("fp8", "FP8 products, compiled", float8_dynamic, True),
     ],
 )
-def test_a_rollout_takes_what_the_h200_took(part, what, scheme, compiled):
+def test_a_rollout_takes_what_the_h200_took(policy, part, what, scheme, compiled):
     """8 rows of 64 + 128 tokens in 64 steps, which are a little few for the full rate."""
     sampler = partial(unmask, max_new_tokens=128, diffusion_steps=64, block_size=32)
     recipe = replace(sudoku, sampler=sampler, train_batch_size=1, num_generations=8, micro_batch_size=8)
     recipe = replace(recipe, rollout_quantization=scheme, torch_compile=compiled)
-    assert seconds(recipe, POLICY, 64)["rollout"] == pytest.approx(measured(part, what), rel=0.15)
+    assert seconds(recipe, policy, 64)["rollout"] == pytest.approx(measured(part, what), rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -52,14 +56,14 @@ def test_a_rollout_takes_what_the_h200_took(part, what, scheme, compiled):
         ("all weights", {"gradient_checkpointing": True, "lora": None}),
     ],
 )
-def test_an_update_takes_what_the_h200_took(what, changes):
+def test_an_update_takes_what_the_h200_took(policy, what, changes):
     """8 rows of 128 + 256 tokens; the rate is that of the slowest case."""
     recipe = replace(sudoku, train_batch_size=1, num_generations=8, micro_batch_size=8, kept_graphs=0, **changes)
     recipe = replace(recipe, num_iterations=1)
-    assert measured("learner", what) <= 1.02 * seconds(recipe, POLICY, 128)["update"] <= 1.3 * measured("learner", what)
+    assert measured("learner", what) <= 1.02 * seconds(recipe, policy, 128)["update"] <= 1.3 * measured("learner", what)
 
 
-def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps():
+def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps(policy):
     """docs/concepts.md: `llada_8b_sudoku` in 32 steps, one update, no KL term, no graphs kept (its adapters drop)."""
     told = (Path(__file__).parents[3] / "docs" / "concepts.md").read_text()
     sampler = partial(sudoku.sampler, diffusion_steps=32)
@@ -73,16 +77,16 @@ def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps():
         ("`one_step(prompt_mask=0.15)`", lik.one_step()),
         ("`one_step(prompt_mask=0)`", lik.one_step(prompt_mask=0.0)),
     ):
-        found = seconds(replace(recipe, likelihood=estimator), POLICY, 256)
+        found = seconds(replace(recipe, likelihood=estimator), policy, 256)
         (line,) = [line for line in told.splitlines() if line.startswith(f"| {row}") and line.count("|") == 6]
         assert f"{found['scoring']:.1f} + {found['update']:.1f} |" in line, row
         assert f"takes {found['rollout']:.1f} s, whatever" in told
 
 
-def test_stages_by_hand():
-    weights, layers = products(POLICY)
+def test_stages_by_hand(policy):
+    weights, layers = products(policy)
     assert (weights, layers) == (WEIGHTS, 32 * 7 + 1)
-    found = seconds(sudoku, POLICY, 256)
+    found = seconds(sudoku, policy, 256)
     step = 2 * weights * 48 * 512 / PEAK
     assert found["rollout"] == pytest.approx(128 * step / 0.84)
     # Learner, reference and the FP8 copy, under the masks of each of 8 updates.
@@ -90,14 +94,14 @@ def test_stages_by_hand():
     assert found["update"] == pytest.approx(8 * 2 * step / 0.2)
     fields = {"likelihood": lik.coupled(), "beta": 0.0, "rollout_quantization": None, "fresh_masks": False}
     coupled = replace(sudoku, **fields, lora=None)
-    found = seconds(coupled, POLICY, 256)
+    found = seconds(coupled, policy, 256)
     assert found["scoring"] == pytest.approx(2 * step / FORWARD)
     assert found["update"] == pytest.approx(8 * 2 * 3 * step / 0.2)
     once = replace(sudoku, num_iterations=1, lora=None, micro_batch_size=None)
     one = seconds(once, meta_policy(once), 256)
     assert one["update"] == pytest.approx(2 * step / 0.2)  # its forward was scoring's
     cached = replace(sudoku, sampler=partial(sudoku.sampler, cache=prefix_cache()))
-    assert seconds(cached, POLICY, 256)["rollout"] == pytest.approx(128 * step / 0.84 * 32 / 512)
+    assert seconds(cached, policy, 256)["rollout"] == pytest.approx(128 * step / 0.84 * 32 / 512)
 
 
 def test_the_host_limits_forwards_of_few_tokens():
