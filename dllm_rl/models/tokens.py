@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from typing import Any
 
@@ -45,9 +45,16 @@ def ids_and_blanks(
             pieces += [_gap(policy), (text_ids(policy, text), False)]
         return _joined(pieces[1:])  # gaps stand between texts
     chat = _Chat(policy, prompt, blank=blank)
-    opening = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+    if prompt[-1]["role"] != "assistant":
+        return chat.ids_and_blanks(chat.rendered(prompt, answered=True))
+    opening = prompt[-1]["content"]
+    if not isinstance(opening, str):
+        raise ValueError(
+            f"prompt={_shown(prompt)}: the last assistant turn, which the model continues, is no text; give its "
+            "content as text, or leave the turn out"
+        )
     # The template closes a last assistant turn, so the answer's beginning is written behind the open turn instead.
-    return chat.ids_and_blanks(chat.rendered(prompt[:-1] if opening else prompt, answered=True) + chat.hide(opening))
+    return chat.ids_and_blanks(chat.rendered(prompt[:-1], answered=True) + chat.hide(opening))
 
 
 def _gap(policy: Policy) -> tuple[list[int], bool]:
@@ -88,13 +95,33 @@ def conversation_ids(
     return [*pieces, (chat.ids(whole[done:]), False)]
 
 
+def _shown(prompt: Any) -> str:
+    text = repr(prompt)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def check_chat(messages: Any) -> None:
+    """Raise ValueError on what is no chat: messages, each with a role and with content that a template can write."""
+    wrong = f"prompt={_shown(messages)} is neither text nor chat messages, each with role and content"
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(wrong)
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise ValueError(wrong)
+        role, content = message["role"], message["content"]
+        if not isinstance(role, str) or not role.strip():
+            raise ValueError(f"{wrong}: role={role!r} of message {number} is no name; use user, assistant or system")
+        parts = isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content)
+        call = content is None and message.get("tool_calls")
+        if not (isinstance(content, str) or parts or call):
+            raise ValueError(f"{wrong}: content={_shown(content)} of message {number} is no text; give text")
+
+
 class _Chat:
     """A tokenizer's chat template, without special tokens from the messages."""
 
     def __init__(self, policy: Policy, messages: Sequence[dict[str, Any]], *, blank: str | None = None) -> None:
-        turns = messages if isinstance(messages, Sequence) else ()
-        if not turns or not all({"role", "content"} <= set(turn) for turn in turns):
-            raise ValueError(f"prompt={messages!r} is neither text nor chat messages, each with role and content")
+        check_chat(messages)
         if not getattr(policy.tokenizer, "chat_template", None):
             raise ValueError(
                 "prompt is a chat, but the tokenizer has no chat template; give plain text (chat=False, no --chat)"
@@ -116,12 +143,31 @@ class _Chat:
         turns = []
         for turn in messages:
             text = isinstance(turn["content"], str)  # else parts, as for images, or None
-            turns.append(turn | {"content": self.hide(turn["content"])} if text else turn)
+            turns.append({**turn, "content": self.hide(turn["content"])} if text else dict(turn))
         try:
-            return str(self.policy.tokenizer.apply_chat_template(turns, add_generation_prompt=answered, tokenize=False))
+            text = str(self.policy.tokenizer.apply_chat_template(turns, add_generation_prompt=answered, tokenize=False))
         except (TemplateError, *COMPUTING) as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise ValueError(f"chat_template does not write these messages: {why}; give plain text instead") from error
+        self.check_written(turns, text)
+        return text
+
+    def check_written(self, turns: Sequence[Mapping[str, Any]], text: str) -> None:
+        """Raise ValueError where the template leaves a question out, or writes Python in place of content."""
+        for number, turn in enumerate(turns):
+            role, content = turn["role"], turn["content"]
+            # A template may shorten what an assistant thought, and quotes what a tool returned.
+            told = isinstance(content, str) and role not in ("assistant", "tool", "function", "ipython")
+            if told and content.strip() not in text:
+                raise ValueError(
+                    f"chat_template leaves out message {number}, of role {role!r}: {content[:80]!r}; use a role that "
+                    "the template knows, or put the text into a user's message"
+                )
+            if isinstance(content, list) and str(content) in text:
+                raise ValueError(
+                    f"chat_template writes the content of message {number} as {_shown(content)}, in Python's notation; "
+                    "give the content as text"
+                )
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text of `rendered` and `hide`."""

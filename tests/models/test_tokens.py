@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -159,3 +160,82 @@ def test_a_completion_is_usually_as_long_as_a_solution(policy):
         (Problem("a_", blank="_", solution="b"), 0),
     ):
         assert usual_length(policy, Problems([problem])) == length
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+PARTS = [{"type": "text", "text": "a"}]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [5, 6],
+        (5, 6),
+        b"a",
+        5,
+        0.5,
+        None,
+        [],
+        ["a"],
+        [None],
+        [[user("a")]],
+        user("a"),
+        np.array(["a"]),
+        {"messages": [user("a")]},
+        [{"content": "a"}],
+        [{"role": "user"}],
+        [{"role": None, "content": "a"}],
+        [{"role": "", "content": "a"}],
+        [user(None)],
+        [user(5)],
+        [user(b"a")],
+        [user([])],
+        [user(["a"])],
+        [user({"text": "a"})],
+        [user("a"), CALL | {"tool_calls": None}, user("b")],
+        [user("a"), CALL],
+        [user("a"), {"role": "assistant", "content": PARTS}],
+    ],
+    ids=repr,
+)
+def test_a_prompt_that_is_no_text_and_no_chat_is_refused_in_a_line(policy, prompt):
+    with pytest.raises(ValueError, match=r"^prompt=") as caught:
+        prompt_ids(policy, prompt)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "field"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", [user(PARTS)], "message 0"),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            [{"role": "usr", "content": "a"}],
+            "usr",
+        ),
+        ("{% for m in messages[1:] %}{{ m.content }}{% endfor %}", [{"role": "system", "content": "a"}], "message 0"),
+        ("{{ messages[-1].content }}", [user("a"), user("b")], "message 0"),
+        ("{{ raise_exception('no') }}", [user("a")], "no"),
+    ],
+)
+def test_a_template_that_drops_or_garbles_a_message_is_named(policy, monkeypatch, template, prompt, field):
+    monkeypatch.setattr(policy.tokenizer, "chat_template", template)
+    with pytest.raises(ValueError, match=f"chat_template .*{field}"):
+        prompt_ids(policy, prompt)
+
+
+def test_what_a_template_can_write_is_taken(policy, monkeypatch):
+    written = "{% for m in messages %}{% for p in m.content %}{{ p.text or p }}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(policy.tokenizer, "chat_template", written)
+    prompt = ({"role": "user", "content": PARTS, "name": None}, CALL | {"content": ""}, user(" b "))
+    assert policy.tokenizer.decode(prompt_ids(policy, prompt)) == "a b "
+
+
+@pytest.mark.parametrize("before", [[user("a")], [{"role": "system", "content": "b"}, user("a")], [user("a"), *[
+    {"role": "assistant", "content": "b"}, user("c")]]])  # fmt: skip
+def test_a_last_assistant_turn_stays_open_an_empty_one_too(policy, before):
+    def read(answer):
+        return policy.tokenizer.decode(prompt_ids(policy, [*before, {"role": "assistant", "content": answer}]))
+
+    opened = policy.tokenizer.decode(prompt_ids(policy, before))
+    assert opened.endswith("<assistant>") and [read(""), read(" "), read("b")] == [opened, opened + " ", opened + "b"]
