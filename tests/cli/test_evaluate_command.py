@@ -161,6 +161,7 @@ def test_evaluate_and_grade_agree_and_a_second_run_makes_nothing_again(model, ca
     assert found["seconds"] == again["seconds"]  # the time is that of the first run, which made the completions
 
 
+@pytest.mark.slow
 def test_a_sweep_keeps_every_setting_apart_and_goes_on_where_it_stopped(model, capsys, tmp_path, monkeypatch):
     lists = ("--diffusion_steps", "1,4", "--rank", "max_prob,entropy", "--quantization", "none,int8_weight_only")
     rules = ("--commit", "schedule,threshold=0.9,threshold=0.5", "--cache", "none,prefix=2")

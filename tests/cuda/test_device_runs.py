@@ -286,6 +286,7 @@ def resumes(recipe, tmp_path):
     assert_alike(metrics_of(tmp_path / "cuda"), metrics_of(tmp_path / "cpu"))
 
 
+@pytest.mark.slow
 def test_a_run_in_bf16_with_adapters_resumes(tmp_path):
     fields = {"lora": partial(Lora, r=2, dropout=0.1), "bf16": True, "beta": 0.1, "eval_steps": 2, "num_iterations": 2}
     recipe = partial(small, **fields)

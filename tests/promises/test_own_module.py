@@ -7,6 +7,7 @@ import pytest
 import torch
 from emulated import int8_emulated
 from own_module import own_policy
+from repetitions import slow
 from run_outputs import metrics_of
 from safetensors.torch import load_file
 from tiny_recipe import tiny_recipe
@@ -33,7 +34,7 @@ def recipe_of(directory, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"beta": 0.1}, {"lora": partial(Lora, r=2), "warmup_steps": 2, "beta": 0.1}],
+    [slow({"beta": 0.1}), {"lora": partial(Lora, r=2), "warmup_steps": 2, "beta": 0.1}],
     ids=["all weights", "adapters after a warm-up"],
 )
 def test_a_resumed_run_is_the_same(tmp_path, changes):

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from emulated import int3_emulated
+from repetitions import slow
 from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
 
@@ -32,7 +33,9 @@ def run(directory, make=moe_recipe, **changes):
 ONE = {"model": partial(MOE, num_layers=1)}  # whose states depend on no other position's experts
 
 
-@pytest.mark.parametrize("changes", [ONE, {"likelihood": elbo(num_samples=2)}, ONE | {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "changes", [ONE, slow({"likelihood": elbo(num_samples=2)}), slow(ONE | {"gradient_checkpointing": True})]
+)
 def test_replay_lowers_the_mismatch_of_the_first_step(tmp_path, changes):
     """Three bits send some tokens elsewhere. The rollout is the same, and so are the learner's weights."""
     plain = run(tmp_path / "plain", num_steps=1, **changes)[0]

@@ -1,5 +1,7 @@
 """The learner's parts, where a setting alone changes what is computed."""
 
+import json
+
 import pytest
 import torch
 from emulated import int3_emulated
@@ -26,3 +28,11 @@ def test_with_ratios_against_the_rollout_the_steps_start_is_still_reported_as_su
     train(tiny_recipe(tmp_path, num_steps=1, **changes))
     row = metrics_of(tmp_path)[0]
     assert row["off_policy/old/m2"] < 1e-8 < 1e-6 < row["off_policy/rollout/m2"]
+
+
+def test_an_update_makes_weights_of_the_next_version(tmp_path):
+    """One more a step, however many inner updates it has: what late and aligned rollouts are told apart by."""
+    summary = train(tiny_recipe(tmp_path, num_iterations=2, save_steps=1, save_total_limit=9))
+    assert summary.policy.version == 2
+    states = sorted((tmp_path / "checkpoints").glob("step-*/state.json"))
+    assert [json.loads(path.read_text())["version"] for path in states] == [0, 1, 2]

@@ -10,6 +10,7 @@ import torch
 import transformers
 from emulated import int3_emulated
 from layouts import checkpoint, published
+from repetitions import slow
 from safetensors.torch import load_file
 from simulated_cuda import SimulatedCuda
 
@@ -407,10 +408,10 @@ def recipe(tmp_path, name: str, **fields):
     ("kind", "fields"),
     [
         ("full", {}),
-        pytest.param("full in 8 bits", {"optim": adamw_8bit}, marks=pytest.mark.slow),
+        slow("full in 8 bits", {"optim": adamw_8bit}),
         ("lora", {"lora": partial(Lora, r=4, dropout=0.1)}),
-        ("lora after warm-up", {"lora": partial(Lora, r=4), "warmup_steps": 2, "optim": adamw_8bit}),
-        pytest.param("qlora", {"lora": partial(Lora, r=4)}, marks=pytest.mark.slow),
+        slow("lora after warm-up", {"lora": partial(Lora, r=4), "warmup_steps": 2, "optim": adamw_8bit}),
+        slow("qlora", {"lora": partial(Lora, r=4)}),
     ],
 )
 def test_three_steps_then_resume_and_merge(tmp_path, kind, fields):

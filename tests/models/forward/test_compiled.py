@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from layouts import checkpoint
-from repetitions import few
+from repetitions import few, slow
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 from torch._dynamo.utils import counters
@@ -94,9 +94,7 @@ def graphs():
     ("family", "cache"),
     [
         ("llada", dual_cache(refresh=3)),
-        ("sdar", block_cache()),
-        ("llama", None),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS),
+        *(slow(*pair) for pair in (("sdar", block_cache()), ("llama", None), *OTHERS)),
     ],
     ids=str,
 )
@@ -178,6 +176,7 @@ def test_a_run_whose_rollouts_are_compiled(tmp_path):
     assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_compiled_learner_is_differentiated_eagerly(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = partial(tiny_llama, causal=False, **SIZES)
