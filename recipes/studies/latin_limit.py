@@ -1,0 +1,39 @@
+"""What exact probabilities reach where labels show Latin squares and only the reward knows the boxes: 0.548.
+
+    python -m recipes.studies.latin_limit
+
+Labels are all 576 squares whose rows and columns hold 1, 2, 3 and 4 once, equally often. A model that knows their exact
+probabilities, and writes one cell a step at temperature 1, draws each square that fits the clues equally often: in
+whichever order it writes, the chance of a square is the product of its conditional probabilities. So it solves a puzzle
+with probability (Sudokus that fit) / (Latin squares that fit), where a Sudoku is a square whose boxes hold each digit
+once, too. There are no ties, and nothing is drawn.
+"""
+
+from collections.abc import Iterable
+from fractions import Fraction
+from itertools import permutations, product
+
+ROWS = ["".join(row) for row in permutations("1234")]
+BOXES = [[top + left + step for step in (0, 1, 4, 5)] for top in (0, 8) for left in (0, 2)]
+LATIN = ["".join(rows) for rows in product(ROWS, repeat=4) if all(len(set(column)) == 4 for column in zip(*rows))]
+SUDOKU = [square for square in LATIN if all(len({square[cell] for cell in box}) == 4 for box in BOXES)]
+
+
+def fitting(puzzle: str, squares: Iterable[str]) -> int:
+    """How many of the squares have every digit of the puzzle, in which 0 is a blank."""
+    return sum(all(clue in ("0", digit) for clue, digit in zip(puzzle, square, strict=True)) for square in squares)
+
+
+def limit(puzzles: list[str]) -> Fraction:
+    """The mean over puzzles of the share of fitting Latin squares that are Sudokus."""
+    rates = {puzzle: Fraction(fitting(puzzle, SUDOKU), fitting(puzzle, LATIN)) for puzzle in set(puzzles)}
+    return sum((rates[puzzle] for puzzle in puzzles), Fraction(0)) / len(puzzles)
+
+
+if __name__ == "__main__":
+    from recipes.sudoku_tiny import few_clues
+
+    task = few_clues(split="test", size=400)
+    puzzles = [task[i].fields["puzzle"] for i in range(len(task))]
+    print(f"{len(LATIN)} Latin squares, {len(SUDOKU)} of them Sudokus")
+    print(f"exact probabilities solve {float(limit(puzzles)):.4f} of {len(puzzles)} puzzles, one cell a step")
