@@ -24,7 +24,7 @@ from dllm_rl.checkpoints.state import NAME, TrainingState
 from dllm_rl.distributed.sharding import part_like
 from dllm_rl.files import folder_size, recover, remove, remove_whole, replacing, write_text
 from dllm_rl.manifest import CARD
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, is_finite
 from dllm_rl.models.lora import save_adapter
 
 # What torch's loader raises on a damaged file.
@@ -66,7 +66,7 @@ def save(
 ) -> Path:
     """Write `directory`/step-NNNNNN, name it in `directory`/latest, and keep the newest `keep`. Raises
     FloatingPointError on a number that is not finite, before anything is written; OSError if a write fails."""
-    check_finite(f"step {state.step} was not saved", _tensors(policy, optimizer))
+    check_finite(f"step {state.step} was not saved", _trained(policy, optimizer))
     directory.mkdir(parents=True, exist_ok=True)
     recover_all(directory)
     final = folder_of(directory, state.step)
@@ -166,10 +166,16 @@ def _tensors(policy: Policy, optimizer: Saved) -> dict[str, Tensor]:
     return found
 
 
+def _trained(policy: Policy, optimizer: Saved) -> dict[str, Tensor]:
+    """`_tensors` without frozen weights, which were checked when they were loaded."""
+    frozen = {name for name, parameter in policy.module.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in _tensors(policy, optimizer).items() if name not in frozen}
+
+
 def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # each process checks its rows
-        if mine.is_floating_point() and not mine.isfinite().all():
+        if mine.is_floating_point() and not is_finite(mine):
             raise FloatingPointError(f"{what}: {name} is not finite; resume from an earlier checkpoint")
 
 
@@ -259,7 +265,7 @@ def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimize
             if policy.version and parameter.requires_grad and parameter not in optimizer.state:
                 raise ValueError(f"{folder}: {source.name} holds no moments of {name}, after {policy.version} updates")
     try:
-        check_finite(f"{folder}: {source.name} is damaged", _tensors(policy, optimizer))
+        check_finite(f"{folder}: {source.name} is damaged", _trained(policy, optimizer))
     except FloatingPointError as error:
         raise ValueError(str(error)) from None
 

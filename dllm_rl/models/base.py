@@ -205,6 +205,11 @@ def trained_of(module: Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all of a tensor's numbers are finite. Makes no copy of the tensor: a NaN is both of its extremes."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor; all processes gather a sharded one together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -88,7 +88,8 @@ class LoraLinear(nn.Module):
         """W + (alpha / r) B A, summed in fp32 and rounded once to W's dtype; differentiable in A and B."""
         weight = plain_weight(self.base_layer)
         added = whole(self.lora_B.weight).float() @ whole(self.lora_A.weight).float()
-        return (weight.float() + added * (self.lora.alpha / self.lora.r)).to(weight.dtype)
+        scaled = added.mul_(self.lora.alpha / self.lora.r).float()  # under autocast the product is in 16 bits
+        return scaled.add_(weight).to(weight.dtype)  # in place: one fp32 copy
 
 
 class LoraExperts(nn.Module):
@@ -121,7 +122,7 @@ class LoraExperts(nn.Module):
         """W + (alpha / r) B A per expert, summed in fp32 and rounded once to W's dtype; differentiable in A and B."""
         weight = whole(getattr(self.base_layer, name).detach())
         added = whole(self.lora_B[name]).float() @ whole(self.lora_A[name]).float()
-        return (weight.float() + added * (self.lora.alpha / self.lora.r)).to(weight.dtype)
+        return added.mul_(self.lora.alpha / self.lora.r).float().add_(weight).to(weight.dtype)
 
     @torch.no_grad()
     def plain(self, memo: dict[int, Any]) -> nn.Module:

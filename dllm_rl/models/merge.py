@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Container, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -9,7 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from dllm_rl.models.base import Module, Policy, whole
-from dllm_rl.models.lora import LoraExperts, LoraLinear, adapted_layers, base_of, is_extra, linear_of, plain_weight, put
+from dllm_rl.models.checkpoint.tensors import Later
+from dllm_rl.models.lora import (
+    LoraExperts,
+    LoraLinear,
+    adapted_layers,
+    base_of,
+    is_bitsandbytes,
+    is_extra,
+    linear_of,
+    plain_weight,
+    put,
+)
 
 
 def has_extras(module: nn.Module) -> bool:
@@ -47,6 +59,24 @@ def merged_state(module: nn.Module, skip: Container[str] = (), lasting: bool = F
             name = f"{path}.{kind}" if path else kind
             if name not in skip and kind not in left:
                 yield name, merged_tensor(layer, kind)
+
+
+@torch.no_grad()
+def merged_later(module: nn.Module) -> dict[str, Later]:
+    """What `merged_state` yields of a checkpoint, each tensor made when it is written."""
+    found = {}
+    for path, layer in plain_layers(module):
+        own = base_of(layer)
+        for kind, tensor in [*own.named_parameters(recurse=False), *own.named_buffers(recurse=False)]:
+            if kind in own._non_persistent_buffers_set:
+                continue
+            shape, dtype = tuple(tensor.shape), tensor.dtype
+            if kind == "weight" and is_bitsandbytes(own):  # its tensor is of codes
+                shape = (own.out_features, own.in_features)
+                dtype = getattr(getattr(tensor, "quant_state", None), "dtype", torch.float32)
+            make = torch.no_grad()(partial(merged_tensor, layer, kind))
+            found[f"{path}.{kind}" if path else kind] = Later(shape, dtype, make)
+    return found
 
 
 @torch.no_grad()

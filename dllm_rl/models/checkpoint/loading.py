@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,10 +22,19 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from dllm_rl.models.base import FamilySpec, Module, Tokenizer, encode_block_causal, encode_roberta, mlm_head
+from dllm_rl.models.base import (
+    FamilySpec,
+    Module,
+    Tokenizer,
+    encode_block_causal,
+    encode_roberta,
+    is_finite,
+    mlm_head,
+)
 from dllm_rl.models.checkpoint.families import find_family, stock_class
 from dllm_rl.models.checkpoint.rope import rotate_in_float32
 from dllm_rl.models.checkpoint.tensors import (
+    Later,
     read_tensors,
     shapes_and_dtypes,
     to_original,
@@ -34,7 +43,7 @@ from dllm_rl.models.checkpoint.tensors import (
     write_tensors,
 )
 from dllm_rl.models.denoiser import share_layers
-from dllm_rl.models.merge import has_extras, merged_copy, merged_state, own_tensors
+from dllm_rl.models.merge import has_extras, merged_copy, merged_later, own_tensors
 from dllm_rl.models.untrusted import (
     FLOATS,
     SUFFIXES,
@@ -153,7 +162,7 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
     return raw if block_size is None else raw | {"block_size": block_size}
 
 
-def main_dtype(state: dict[str, torch.Tensor]) -> torch.dtype:
+def main_dtype(state: Mapping[str, torch.Tensor | Later]) -> torch.dtype:
     """The dtype of most of the numbers."""
     counts = Counter[torch.dtype]()
     for tensor in state.values():
@@ -196,7 +205,7 @@ def check_padding(config: Any, tokenizer: Tokenizer, folder: Path) -> None:
 def check_finite(module: Module, folder: str | Path) -> None:
     """Raise ValueError on weights that are NaN or infinite."""
     for name, parameter in module.named_parameters():
-        if parameter.dtype in FLOATS and parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all():
+        if parameter.dtype in FLOATS and not is_finite(parameter):
             raise ValueError(f"{folder}: {name} holds numbers that are not finite; the checkpoint is damaged")
 
 
@@ -347,8 +356,7 @@ def save_module(
             stored.save_pretrained(directory, max_shard_size=max_shard_size)
         else:
             assert spec.original is not None, "a spec of this checkpoint, not of its family"
-            merged = merged_state(module, lasting=True)
-            state = {name: tensor.detach().cpu() for name, tensor in merged}  # the device holds one extra layer
+            state = merged_later(module)
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
             dtype = str(main_dtype(state)).removeprefix("torch.")
             keys = [key for key in ("dtype", "torch_dtype") if key in spec.original] or ["torch_dtype"]

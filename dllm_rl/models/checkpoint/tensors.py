@@ -2,7 +2,10 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from math import prod
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -15,6 +18,29 @@ from dllm_rl.models.base import FamilySpec
 from dllm_rl.models.untrusted import FLOATS
 
 State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Later:
+    """A tensor that is made when it is written: a save never holds more than a shard of them."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel() * self.dtype.itemsize
+
+
+def later(tensor: Tensor) -> Later:
+    """A tensor that is there already."""
+    return Later(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
 INDEX = "model.safetensors.index.json"
 ATTENTION = "model.layers.*.self_attn"
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -58,8 +84,9 @@ def shapes_and_dtypes(directory: Path, files: Sequence[str]) -> tuple[dict[str, 
     return shapes, dtypes
 
 
-def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None:
-    """Write safetensors files of at most max_shard_size bytes (or one tensor), with an index for several files."""
+def write_tensors(state: Mapping[str, Tensor | Later], directory: Path, *, max_shard_size: int) -> None:
+    """Write safetensors files of at most max_shard_size bytes (or one tensor), with an index for several files. One
+    file's tensors are made, copied to the host and written at a time."""
     shards: list[list[str]] = [[]]
     room = max_shard_size
     for name, tensor in state.items():
@@ -74,7 +101,7 @@ def write_tensors(state: State, directory: Path, *, max_shard_size: int) -> None
     files = files if len(files) > 1 else ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
         # Tensors that share a storage are copied, shard by shard, because safetensors writes whole storages.
-        save_file({name: _alone(state[name].detach().cpu()) for name in names}, directory / file, {"format": "pt"})
+        save_file({name: _alone(_made(state[name])) for name in names}, directory / file, {"format": "pt"})
     if len(files) > 1:
         where: dict[str, str] = {}
         for file, names in zip(files, shards, strict=True):
@@ -93,6 +120,11 @@ def misfits(state: State, own: State) -> list[str]:
         and (state[name].dtype == own[name].dtype or {state[name].dtype, own[name].dtype} <= {*FLOATS})
     ]
     return sorted((state.keys() | own.keys()).difference(fit))
+
+
+def _made(tensor: Tensor | Later) -> Tensor:
+    made = tensor.make() if isinstance(tensor, Later) else tensor
+    return made.detach().cpu()
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -132,10 +164,11 @@ def to_stock(state: State, spec: FamilySpec, config: Any) -> State:
     return out
 
 
-def to_original(state: State, spec: FamilySpec, config: Any) -> State:
+def to_original(state: dict[str, Later], spec: FamilySpec, config: Any) -> dict[str, Later]:
     """The stock class's tensors -> the authors'; the exact inverse of `to_stock`."""
     # A config may say that two tensors are tied which the checkpoint has apart: none of them is lost.
-    if config.tie_word_embeddings and torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"]):
+    head, table = (state.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if config.tie_word_embeddings and head and table and torch.equal(head.make(), table.make()):
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     out = {}
     names = backwards(spec)
@@ -145,23 +178,36 @@ def to_original(state: State, spec: FamilySpec, config: Any) -> State:
         fused = spec.fused_qkv and renamed(attention, ((ATTENTION, spec.fused_qkv),))
         if fused and fused != attention and part in QKV:
             if part == QKV[0]:  # one fused tensor for the three
-                out[f"{fused}.{leaf}"] = torch.cat([state[f"{attention}.{p}.{leaf}"] for p in QKV])
+                out[f"{fused}.{leaf}"] = _joined([state[f"{attention}.{p}.{leaf}"] for p in QKV])
         else:
             out[renamed(name, names)] = tensor
     return out
 
 
-def split_experts(state: State) -> State:
+def _joined(parts: list[Later]) -> Later:
+    rows = sum(part.shape[0] for part in parts)
+    return Later((rows, *parts[0].shape[1:]), parts[0].dtype, lambda: torch.cat([part.make() for part in parts]))
+
+
+def split_experts(state: dict[str, Later]) -> dict[str, Later]:
     """Split stock stacks of experts into one tensor per expert, as checkpoints store them."""
     out = {}
+    stack = lru_cache(maxsize=1)(lambda name: state[name].make())  # merged once for all experts, which come in a row
     for name, tensor in state.items():
-        if name.endswith(".mlp.experts.gate_up_proj"):
-            prefix = name.removesuffix("gate_up_proj")
-            for i, both in enumerate(tensor):
-                out[f"{prefix}{i}.gate_proj.weight"], out[f"{prefix}{i}.up_proj.weight"] = both.chunk(2)
-        elif name.endswith(".mlp.experts.down_proj"):
-            for i, one in enumerate(tensor):
-                out[f"{name.removesuffix('down_proj')}{i}.down_proj.weight"] = one
-        else:
+        fused = name.endswith(".mlp.experts.gate_up_proj")
+        if not fused and not name.endswith(".mlp.experts.down_proj"):
             out[name] = tensor
+            continue
+        prefix = name.rpartition(".")[0]
+        count, rows, columns = tensor.shape
+        parts = ("gate_proj", "up_proj") if fused else ("down_proj",)
+        size = rows // len(parts)
+        for expert in range(count):
+            for place, part in enumerate(parts):
+                make = partial(_rows, stack, name, expert, place * size, size)
+                out[f"{prefix}.{expert}.{part}.weight"] = Later((size, columns), tensor.dtype, make)
     return out
+
+
+def _rows(stack: Callable[[str], Tensor], name: str, expert: int, first: int, count: int) -> Tensor:
+    return stack(name)[expert, first : first + count]

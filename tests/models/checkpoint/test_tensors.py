@@ -1,6 +1,7 @@
 """A checkpoint's files: shards, parts of tensors, an index that leads out of the folder."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from layouts import checkpoint
 from safetensors.torch import load_file, save_file
 
 from dllm_rl import load_policy
-from dllm_rl.models.checkpoint.tensors import INDEX, misfits, read_tensors, renamed, write_tensors
+from dllm_rl.models.checkpoint import tensors as module
+from dllm_rl.models.checkpoint.tensors import INDEX, Later, misfits, read_tensors, renamed, split_experts, write_tensors
 
 
 def tensors(directory) -> dict:
@@ -68,3 +70,35 @@ def test_names_and_misfits_by_hand():
     assert renamed("a.head", pairs) == "head" and renamed("a.heads.weight", pairs) == "a.heads.weight"
     one, two = torch.zeros(1), torch.zeros(2)
     assert misfits({"x": one, "y": one, "z": one}, {"x": one, "y": two, "w": one}) == ["w", "y", "z"]
+
+
+def test_a_tensor_is_made_when_its_shard_is_written(tmp_path, monkeypatch):
+    events = []
+
+    def make(number):
+        events.append(number)
+        return torch.full((2, 3), float(number))
+
+    state = {f"t{i}": Later((2, 3), torch.float32, partial(make, i)) for i in range(3)}
+    write = module.save_file
+    monkeypatch.setattr(module, "save_file", lambda *given: (events.append("write"), write(*given)))
+    write_tensors(state, tmp_path, max_shard_size=48)
+    assert events == [0, 1, "write", 2, "write"]
+    assert {name: float(x[0, 0]) for name, x in read_tensors(tmp_path).items()} == {"t0": 0, "t1": 1, "t2": 2}
+
+
+def test_a_stack_is_made_once_for_all_of_its_experts():
+    stacks = {"gate_up_proj": torch.arange(24.0).view(2, 4, 3), "down_proj": torch.arange(12.0).view(2, 3, 2)}
+    made = []
+
+    def make(name):
+        made.append(name)
+        return stacks[name]
+
+    state = {f"m.mlp.experts.{n}": Later(tuple(x.shape), x.dtype, partial(make, n)) for n, x in stacks.items()}
+    found = split_experts(state)
+    values = {name: each.make() for name, each in found.items()}
+    assert made == ["gate_up_proj", "down_proj"]
+    assert values["m.mlp.experts.1.up_proj.weight"].tolist() == [[18, 19, 20], [21, 22, 23]]
+    assert values["m.mlp.experts.0.gate_proj.weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert all(tuple(values[name].shape) == each.shape for name, each in found.items())
