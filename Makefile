@@ -5,7 +5,7 @@ test:
 	$(PYTHON) -m pytest
 
 slow:
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -m "slow and not nightly"
 
 # Where bits of one row are compared between batches: every matrix product rounds by its number of rows, as processors
 # differ. With run-time checks of types and shapes, which make calls twice as slow.

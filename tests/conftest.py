@@ -58,15 +58,21 @@ def exact_arithmetic():
         yield
 
 
+# Studies, benchmarks and documents: CI runs these beside the default suite. Of recipes/ some tests hold the library.
+BESIDE = ("tests/recipes/", "tests/benchmarks/", "tests/test_doc", "tests/test_numbers.py")
+OF_THE_LIBRARY = ("defaults", "enumeration", "launches", "one_file", "surrogates")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config, items):
     from dllm_rl.quantization.schemes import has_float8_rows
 
-    if config.getoption("other_cpu"):
-        for item in items:
-            if "tests/cuda/" in item.nodeid:
-                item.add_marker(pytest.mark.skip(reason="the simulated GPU rounds as this CPU does"))
-    if has_float8_rows():
-        return
     for item in items:
+        beside = item.nodeid.startswith(BESIDE) and item.path.stem.removeprefix("test_") not in OF_THE_LIBRARY
+        if beside and not item.get_closest_marker("nightly"):
+            item.add_marker("slow")
+        if config.getoption("other_cpu") and "tests/cuda/" in item.nodeid:
+            item.add_marker(pytest.mark.skip(reason="the simulated GPU rounds as this CPU does"))
         if "float8_dynamic_emulated" in item.nodeid or item.get_closest_marker("float8_rows"):
-            item.add_marker(pytest.mark.skip(reason="this torch has no float8 products with a scale a row on this CPU"))
+            why = "this torch has no float8 products with a scale a row on this CPU"
+            item.add_marker(pytest.mark.skipif(not has_float8_rows(), reason=why))

@@ -30,7 +30,7 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
 
 
-@pytest.mark.parametrize("family", few([*FULL, *BLOCKS], ["llada", "dream", "llada_moe", "sdar", "llada2"]))
+@pytest.mark.parametrize("family", few([*FULL, *BLOCKS], ["dream", "llada2"]))
 def test_fixed_shapes_write_what_ragged_ones_do(uncompiled, tmp_path, family):
     policy = load_policy(checkpoint(tmp_path, family))
     for cache in whole_steps.caches_of(policy):
@@ -76,7 +76,7 @@ def test_a_shifted_block_may_begin_before_the_prompt(uncompiled, tmp_path):
     assert whole_steps.differing(ragged, fixed) == []
 
 
-@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("shift", few([False, True], [True]))
 @pytest.mark.parametrize("cache", [None, dual_cache()], ids=["whole", "dual"])
 def test_prompts_of_most_lengths_share_their_graphs(monkeypatch, shift, cache):
     """A width has graphs of its own: the canvas is padded to 64 columns, and to 128 behind prompts of more."""
@@ -146,7 +146,7 @@ def test_too_many_shapes_are_one_line(monkeypatch):
 
 def test_a_whole_step_is_one_graph():
     """Captured with `fullgraph` by dynamo alone."""
-    whole_steps.check("eager", ["confidence"], "dream", "llada2", "float8_weight_only")
+    whole_steps.check("eager", ["confidence"], "llada2")
 
 
 @pytest.mark.slow
