@@ -92,7 +92,6 @@ def the_first_page():
     two, four = ({arm: each[steps] for arm, each in RATES.items()} for steps in ("2", "4"))
     took = {arm: each["CPU seconds"] for arm, each in RATES.items()}
     seeds = {each["arm"]: WORDS[each["seeds"]] for each in ARMS[1:]}
-    yield README, f"supervised training on random answers approaches | {CEILINGS[2]:.3f} | {CEILINGS[4]:.3f} | - |"
     yield README, row(f"supervised, random answers ({seeds[TAUGHT]})", two[TAUGHT], four[TAUGHT], took[TAUGHT])
     start = (interval(list(begun(arm).values())) for arm in (RL, RL_4))
     yield README, row(f"supervised, random answers, 400 steps: where GRPO starts ({seeds[RL]})", *start, "-")

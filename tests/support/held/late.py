@@ -198,4 +198,3 @@ def pretrained():
         "docs/running.md",
         f"ended at {ends('lag 4')} without a correction, and at {ends('lag 4, dual clip')} with the dual clip",
     )
-    yield "README.md", f"from {begun:.2f} of its sums to {ends('lag 4')}"

@@ -135,7 +135,6 @@ def four_steps():
     even = apart(second, "two segments", "one step")
     told = f"({paired.interval(even)} in favour of two segments, exact p {paired.sign_flip(even):.3f})"
     yield PAGE, f"no difference between two segments and `one step` {told}"
-    yield "README.md", f"end at {solved(second, 'two segments')} after 60 s of steps"
     rates = [solved(name, method) for name in (short, long) for method in ("two segments", DEFAULT)]
     rates += [solved(second, method) for method in ("two segments", DEFAULT)]
     told = (

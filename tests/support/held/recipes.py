@@ -159,6 +159,5 @@ def puzzles_of_the_main_job():
     yield PAGE, f"The {len(puzzles)} held-out puzzles are {len(set(puzzles))} different ones"
     yield "recipes/studies/few_clues.md", f"fills {len(puzzles)} test puzzles ({len(set(puzzles))} distinct) greedily"
     yield PAGE, f"Puzzles have one to three clues and {right} right answers on average."
-    yield "README.md", f"which has {right} right answers on average,"
     yield "recipes/studies/few_clues.md", f"one to three clues has {right} right answers a puzzle on average."
     yield f"{DOCS}/tasks.md", f"which are right in {right} ways on average."
