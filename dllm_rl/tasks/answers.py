@@ -12,7 +12,14 @@ SPECIAL = ("<|eot_id|>", "<|endoftext|>")
 _BRACE = re.compile(r"[{}]")
 _BOX_END = re.compile(r"[}\n]")
 _NUMBER = re.compile(r"-?\d+\.?\d*")
-_PLAIN = re.compile(r"([+-]?)\$?([+-]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
+# Printed minus signs, spaces of other widths and full-width digits, as the characters that they stand for.
+_PRINTED = dict.fromkeys((*range(0x2010, 0x2014), 0x2212, 0xFE63, 0xFF0D), "-")
+_PRINTED |= {0xFF0B: "+", 0xFF0C: ",", 0xFF0E: ".", 0xFF0F: "/", 0x2044: "/"}
+_PRINTED |= dict.fromkeys((0xA0, *range(0x2000, 0x200C), 0x202F, 0x205F, 0x2060, 0x3000, 0xFEFF), " ")
+_PRINTED |= {0xFF10 + digit: str(digit) for digit in range(10)}
+_LATEX_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace)(?![a-zA-Z])|(?<!\\)~")
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.,/^_} ])(?<!\d )(-?\d{1,3}(?: \d{3})+)(?![\d/^_{]| [\d(])")
+_PLAIN = re.compile(r"([+-]?) ?\$?([+-]?) ?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
 
 
 def last_answer(text: str) -> str | None:
@@ -93,11 +100,18 @@ def last_number(text: str) -> float | None:
     return _number(text, last=True)
 
 
+def printed(text: str) -> str:
+    """The text in plain characters: printed minus signs, wide and LaTeX spaces, full-width digits, and separators of
+    thousands as in 1{,}000 and 1 000. Other blanks between digits stay: 3 4 is not 34."""
+    text = _LATEX_SPACE.sub(" ", text.translate(_PRINTED).replace("\\!", "")).replace("{,}", ",")
+    return _SPACED_THOUSANDS.sub(lambda group: group[1].replace(" ", ""), text)
+
+
 def exact_number(text: str) -> Fraction | None:
     """The text as one decimal number, with optional sign, dollar sign, commas between thousands and final point."""
     if len(text) > LONGEST:
         return None
-    text = text.strip().replace("\\$", "$").removesuffix(".")
+    text = printed(text).strip().replace("\\$", "$").removesuffix(".").rstrip()
     found = _PLAIN.fullmatch(text) if len(text) <= 100 else None
     if not found or (found[1] and found[2]):  # a sign on either side of the dollar sign, not on both
         return None

@@ -22,7 +22,7 @@ def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
         path = Path(template)
         if len(str(path)) > 1000 or not path.is_file():  # the file system refuses a longer name with an OSError
             raise ValueError(f"prompt_format={str(template)!r} is neither a template with {asked[0][0]} nor a file")
-        loaded = path.read_text(encoding="utf-8")
+        loaded = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":  # chat messages; other files hold plain text
             loaded = json.loads(loaded)
             if not _are_messages(loaded):

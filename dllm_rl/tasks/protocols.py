@@ -73,8 +73,14 @@ class UnderProtocol:
 
 
 def under_protocol(task: Task, protocol: str) -> UnderProtocol:
-    """The task, graded by a protocol. Errors: as find_grader."""
+    """The task, graded by a protocol. Errors: as find_grader; ValueError where the problems do not fit the protocol."""
     find_grader(task.name, protocol)
+    stored = getattr(task, "path", None) is not None
+    for index in range(len(task) if stored else min(1, len(task))):  # generated problems are all of one kind
+        try:
+            TABLE[task.name].read_fields(task[index].fields, protocol)
+        except ValueError as error:
+            raise ValueError(f"problem {index} of {task.name} does not fit protocol={protocol!r}: {error}") from None
     return UnderProtocol(task, protocol)
 
 

@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -59,19 +60,50 @@ def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
+    with path.open(encoding="utf-8-sig", newline="") as file:  # -sig: a byte order mark is no part of the first name
+        reader = csv.DictReader(file, strict=True)  # strict: a quote that is never closed would swallow the rows below
         try:
+            names = list(reader.fieldnames or ())
+            check_names(f"{path}, line 1", names)
             for row in reader:
-                yield f"{path}, line {reader.line_num}", dict(row)  # a quoted cell may span lines
+                place = f"{path}, line {reader.line_num}"  # a quoted cell may span lines
+                cells = len(names) + len(row.pop(None, ())) - sum(value is None for value in row.values())
+                if cells != len(names):
+                    raise ValueError(
+                        f"{place}: {cells} cells under {len(names)} names; put a cell that has a comma in quotes"
+                    )
+                for name, cell in row.items():
+                    if "\0" in cell:
+                        raise ValueError(f"{place}: {name}={cell!r} holds a NUL; remove it")
+                yield place, dict(row)
         except (csv.Error, UnicodeDecodeError) as error:  # a cell of more than 131,072 characters, a NUL
             raise ValueError(f"{path}, after line {reader.line_num}: not CSV in UTF-8 ({error}); correct it") from None
+
+
+def check_names(place: str, names: Sequence[str]) -> None:
+    """Raise ValueError where a name stands twice, or is empty: one of its values would be lost."""
+    stripped = [name.strip("\ufeff ") for name in names]
+    for name in names:
+        if name.startswith("\ufeff"):
+            raise ValueError(f"{place}: {name!r} begins with a second byte order mark; remove it")
+        if stripped.count(name.strip()) > 1:
+            raise ValueError(f"{place}: {name!r} stands twice; give each value a name of its own")
+        if not name.strip():
+            raise ValueError(f"{place}: a column has no name; name it, or remove it")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError where a name stands twice, whose first value Python's own reader drops."""
+    if len(dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return dict(pairs)
 
 
 def _table(path: Path) -> list[Row]:
     if path.suffix == ".json":
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
             raise ValueError(f"{path}: not JSON in UTF-8 ({error}); correct it") from None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -81,7 +113,9 @@ def _table(path: Path) -> list[Row]:
         from pyarrow.parquet import read_table
 
         try:
-            return read_table(path).to_pylist()
+            table = read_table(path)
+            check_names(str(path), table.column_names)
+            return table.to_pylist()
         except (ValueError, OSError) as error:
             raise ValueError(f"{path}: not Parquet ({' '.join(str(error).split())}); correct it") from None
     raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)}")
@@ -90,10 +124,12 @@ def _table(path: Path) -> list[Row]:
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
     with path.open("rb") as file:  # binary: only "\n" ends a line, not the other line separators of Unicode
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:  # RecursionError: a hostile line of brackets
                 raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
             if not isinstance(row, dict):
@@ -120,7 +156,10 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
 def load_split(path: str | Path | None, split: str, dataset: tuple[str, str | None]) -> tuple[tuple[str, Row], ...]:
     """The rows of a split: of a file, of the folder's file with its name, or of a data set. Errors: ValueError."""
     if path is not None:
-        return tuple(load_rows(_split_file(Path(path), split)))
+        rows = tuple(load_rows(file := _split_file(Path(path), split)))
+        if not rows:
+            raise ValueError(f"{file} holds no rows; give a file of problems")
+        return rows
     import datasets  # here: importing takes seconds, and a file needs none of it
 
     name, configuration = dataset

@@ -5,7 +5,8 @@ from random import Random
 
 import pytest
 
-from dllm_rl.tasks import GSM8K
+from dllm_rl.tasks import GSM8K, MATH500, Code, Countdown, Sudoku
+from dllm_rl.tasks.protocols import under_protocol
 from dllm_rl.tasks.rows import as_range, check_settings, drawn, load_rows, load_split
 
 TEST = [{"question": "What is 40 + 2?", "answer": "40 + 2 = 42\n#### 42"}]
@@ -106,3 +107,110 @@ def test_the_first_fault_is_the_one_that_is_named() -> None:
     check_settings((False, "a"))
     with pytest.raises(ValueError, match=r"^b$"):
         check_settings((False, "a"), (True, "b"), (True, "c"))
+
+
+ROW = '"question": "a?", "answer": "#### 5"'
+GRID = "1234341221434321"
+NINE = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
+PROGRAM = '"text": "w", "code": "def f(x):\\n    return x"'
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "text", "part"),
+    [
+        (GSM8K, "a.csv", "question,answer\nHow many?,1,200\n", "line 2"),  # a cell too many
+        (GSM8K, "a.csv", "question,answer\na?,5\nb?\n", "line 3"),  # a cell too few
+        (GSM8K, "a.csv", "question,answer,answer\na?,5,7\n", "line 1"),
+        (GSM8K, "a.csv", "question,answer,answer \na?,5,7\n", "line 1"),
+        (GSM8K, "a.csv", ",question,answer\n0,a?,5\n", "line 1"),
+        (GSM8K, "a.csv", "question;answer\na?;5\n", "line 2"),
+        (GSM8K, "a.csv", 'question,answer\n"a?,5\nb?,6\n', "line 1"),  # the quote swallows all
+        (GSM8K, "a.csv", "question,answer\na\0?,5\n", "line 2"),
+        (GSM8K, "a.csv", "question,answer\n,5\n", "line 2"),
+        (GSM8K, "a.csv", "\ufeff\ufeffquestion,answer\na?,5\n", "line 1"),
+        (GSM8K, "a.csv", "question,answer\n", "no rows"),
+        (GSM8K, "a.jsonl", "\ufeff\n", "no rows"),
+        (GSM8K, "a.json", "[]", "no rows"),
+        (GSM8K, "a.jsonl", f'{{{ROW}}}\n{{{ROW}, "answer": "#### 6"}}', "line 2"),
+        (GSM8K, "a.jsonl", f'{{{ROW}, "about": {{"x": 1, "x": 2}}}}', "line 1"),
+        (GSM8K, "a.json", f'[{{{ROW}, "\\u0061nswer": "6"}}]', "twice"),
+        (MATH500, "a.jsonl", '{"problem": "p", "answer": "  "}', "line 1"),
+        (MATH500, "a.jsonl", '{"problem": "p", "answer": NaN}', "line 1"),
+        (MATH500, "a.jsonl", '{"problem": "p", "answer": true}', "line 1"),
+        (Sudoku, "a.csv", f"Puzzle,puzzle,Solution\n{GRID},{GRID},{GRID}\n", "line 2"),
+        (Sudoku, "a.jsonl", f'{{"puzzle": {GRID}, "solution": "{GRID}"}}', "line 1"),
+        (Sudoku, "a.csv", f"Puzzle,Solution\n{GRID},{GRID}\n{NINE},{NINE}\n", "line 3"),
+        (Code, "a.jsonl", f'{{{PROGRAM}, "test_list": "assert f(1) == 1"}}', "line 1"),
+        (Code, "a.jsonl", f'{{{PROGRAM}, "test_list": ["assert f(1) == 1"], "test_imports": "import re"}}', "line 1"),
+        (Code, "a.jsonl", f'{{{PROGRAM}, "test_list": ["assert f(1) == 1"], "text": null}}', "line 1"),
+        *[
+            (Countdown, "a.jsonl", f'{{"numbers": {numbers}, "target": {target}}}', "line 1")
+            for numbers, target in (
+                ("[3.7, 4]", 7),
+                ("[3.0, 4]", 7),
+                ('"1234"', 24),
+                ("[true, 4]", 5),
+                ("[3, [4]]", 7),
+                ('["3", 4]', 7),
+                ("[3, NaN]", 7),
+                ("[3, null]", 7),
+                ("[]", 7),
+                ("[3, 4]", "true"),
+                ("[3, 4]", "7.0"),
+                ("[3, 4]", "1e400"),
+                ("[3, 4]", '"7"'),
+            )
+        ],
+        *[
+            (Countdown, "a.jsonl", f'{{"input": {listed}, "output": {output}}}', "line 1")
+            for listed, output in (
+                ('"3,4.0"', '"7"'),
+                ('"3;4"', '"7"'),
+                ('"1_0,4"', '"14"'),
+                ('"3,,4"', '"7"'),
+                ("[3, 4]", '"7"'),
+                ('"3,4"', "7.0"),
+                ('"3,4"', "true"),
+                ('"\\u0663,4"', '"7"'),
+            )
+        ],
+        (Countdown, "a.csv", "input,output\n30,7,37\n", "line 2"),
+    ],
+)
+def test_rows_that_no_grader_takes_are_refused_with_their_line(tmp_path, task, name, text, part) -> None:
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    with pytest.raises(ValueError, match=f"{name}.*{part}"):
+        task(path=str(path), **({} if task in (Sudoku, Countdown) else {"split": "test"}))[0]
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path) -> None:
+    for name, text in (
+        ("a.csv", "question,answer\r\na?,#### 5\r\n"),
+        ("b.csv", '"question","answer"\na?,#### 5\n'),
+        ("c.jsonl", f"{{{ROW}}}\n"),
+        ("d.json", f"[{{{ROW}}}]"),
+    ):
+        (tmp_path / name).write_bytes(f"\ufeff{text}".encode())
+        assert GSM8K(path=str(tmp_path / name), split="test")[0].fields == {"answer": "5"}
+    (tmp_path / "prompt.txt").write_bytes("\ufeffQ: {question}".encode())
+    template = str(tmp_path / "prompt.txt")
+    task = GSM8K(path=str(tmp_path / "a.csv"), split="test", prompt_format=template, chat=False)
+    assert task[0].prompt == "Q: a?"
+
+
+def test_a_rule_that_does_not_fit_the_file_is_refused_when_the_task_is_made(tmp_path) -> None:
+    nine, four = tmp_path / "nine.csv", tmp_path / "four.csv"
+    nine.write_text(f"Puzzle,Solution\n0{NINE[1:]},{NINE}\n")
+    four.write_text(f"Puzzle,Solution\n0{GRID[1:]},{GRID}\n{'0' * 16},{GRID}\n")  # the second has 288 completions
+    with pytest.raises(ValueError, match="reward_rule"):
+        Sudoku(path=str(nine), reward_rule="d1")
+    with pytest.raises(ValueError, match="shots"):
+        Sudoku(path=str(nine), shots=1, prompt_format="text")
+    with pytest.raises(ValueError, match="protocol"):
+        under_protocol(Sudoku(path=str(nine)), "d1")
+    with pytest.raises(ValueError, match=r"problem 1 .*protocol"):
+        under_protocol(Sudoku(path=str(four)), "spg")
+    with pytest.raises(ValueError, match="protocol"):
+        under_protocol(Sudoku(side=9, clues=60), "espo")
+    assert under_protocol(Sudoku(path=str(four), reward_rule="d1"), "d1").protocol == "d1"

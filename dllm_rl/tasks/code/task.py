@@ -104,6 +104,14 @@ def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     return {name: text_of(row, name) for name in ("prelude", "entry_point", "tests")} | {"arguments": row["arguments"]}
 
 
+def _texts(row: Mapping[str, Any], name: str) -> list[str]:
+    """The field, a list of texts. Raises ValueError on a text, whose characters would be taken for its items."""
+    texts = present(row, name)
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name}={texts!r} must be a list of texts")
+    return list(texts)
+
+
 GRADERS: dict[str, Grader] = {"strict": static, "sandbox": sandboxed}
 
 
@@ -149,9 +157,11 @@ class Code(Questions):
                 tests = f"{text_of(row, 'test')}\ncheck({called})"
             else:
                 solution = text_of(row, "code")
-                called = tests = "\n".join(row["test_list"])
-                question = f"{row['text'] if 'text' in row else row['prompt']}\nIt must pass these tests:\n{tests}"
-                prelude = "\n".join([*row.get("test_imports", ()), row.get("test_setup_code", "")])
+                called = tests = "\n".join(_texts(row, "test_list"))
+                question = f"{text_of(row, 'text' if 'text' in row else 'prompt')}\nIt must pass these tests:\n{tests}"
+                prelude = "\n".join(
+                    [*_texts({"test_imports": []} | row, "test_imports"), row.get("test_setup_code", "")]
+                )
             defined = [node for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef)]
             asked = [node for node in defined if re.search(rf"\b{node.name}\b", called)][-1]
         except (ValueError, TypeError, KeyError, IndexError, SyntaxError) as error:

@@ -1,17 +1,29 @@
 """Countdown: reach a target with given numbers, each used exactly once."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.countdown.expressions import evaluate
-from dllm_rl.tasks.countdown.graders import countdown_d1_training, countdown_strict
+from dllm_rl.tasks.countdown.graders import countdown_d1_training, countdown_strict, read_fields
 from dllm_rl.tasks.prompt_texts import Prompt, Prompted
-from dllm_rl.tasks.rows import Split, as_range, check_settings, check_split, drawn, hashed_split, load_rows
+from dllm_rl.tasks.rows import (
+    Row,
+    Split,
+    as_range,
+    check_settings,
+    check_split,
+    drawn,
+    hashed_split,
+    load_rows,
+    present,
+    text_of,
+)
 
 TEXT = """Write an arithmetic expression that is worth exactly {target}. It must use each of the numbers {numbers} \
 exactly once and no other number; you may add, subtract, multiply, divide and use parentheses.
@@ -21,6 +33,7 @@ Think it through first if you like, then write the expression alone, without an 
 
 # The text and the top operator of an expression; "" for a number.
 Expression = tuple[str, str]
+_INTEGER = re.compile(r" *-?[0-9]{1,100} *")
 _BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "": 3}
 
 
@@ -184,14 +197,23 @@ def _stored(path: str | Path) -> tuple[tuple[tuple[int, ...], int], ...]:
     problems = []
     for place, row in load_rows(path):
         try:
-            listed = row["numbers"] if "numbers" in row else row["input"].split(",")
-            if "target" in row:
-                target = row["target"]
-            elif "=" in row["output"]:  # Dream's: the target ends the input, and the output shows steps
-                *listed, target = listed
-            else:
-                target = row["output"]
-            problems.append((tuple(map(int, listed)), int(target)))
-        except (KeyError, ValueError, TypeError, AttributeError):
-            raise ValueError(f"{place}: a Countdown problem needs numbers and target, or input and output") from None
+            fields = read_fields(_published(row) if "input" in row and "numbers" not in row else row, "strict")
+        except ValueError as error:
+            needs = "a Countdown problem needs numbers and target, or input and output"
+            raise ValueError(f"{place}: {error}; {needs}") from None
+        problems.append((tuple(fields["numbers"]), fields["target"]))
+    if not problems:
+        raise ValueError(f"path={str(path)!r} holds no problems")
     return tuple(problems)
+
+
+def _published(row: Row) -> dict[str, Any]:
+    """`numbers` and `target` of a row with `input` and `output`, which are texts. Raises ValueError on other texts."""
+    listed: list[str] = text_of(row, "input").split(",")
+    target = str(present(row, "output"))
+    if "=" in target:  # Dream's: the target ends the input, and the output shows steps
+        *listed, target = listed
+    for number in (*listed, target):
+        if not _INTEGER.fullmatch(number):
+            raise ValueError(f"{number!r} is no integer")
+    return {"numbers": list(map(int, listed)), "target": int(target)}

@@ -1,5 +1,6 @@
 """GSM8K and MATH500 graders by protocol. Field: `answer`, the reference; with None every completion is wrong."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -9,7 +10,7 @@ from dllm_rl.tasks import answers
 from dllm_rl.tasks.answers import d1_box, exact_number, final_answer, first_closed_answer
 from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.math import math_verify as math_check
-from dllm_rl.tasks.math.latex import d1_spelling, normalise, rational, same_in_d1
+from dllm_rl.tasks.math.latex import d1_spelling, hedged, normalise, rational, same_in_d1
 from dllm_rl.tasks.rows import present
 
 _STATED = re.compile(r"The answer is (-?[0-9.,]+)"), re.compile(r"#### (-?[0-9.,]+)")
@@ -85,9 +86,10 @@ def math500_d1(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
-    """The strict answer is symbolically equal to the reference, by math-verify [library]."""
+    """The strict answer is symbolically equal to the reference, by math-verify [library], and not `hedged` [ours]."""
     answer = final_answer(completion)
-    equal = math_check.equal(fields["answer"], answer) if answer and fields["answer"] is not None else False
+    graded = answer and fields["answer"] is not None and not hedged(answer, fields["answer"])
+    equal = math_check.equal(fields["answer"], answer) if answer and graded else False
     # undecided: beyond math-verify's bounds. No spelling says which wrong answers it finds equal.
     return _graded(bool(answer), equal is True, None, undecided=float(equal is None))
 
@@ -117,8 +119,9 @@ def read_gsm8k(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
 def read_math500(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     """`answer` of a stored row: LaTeX, a number or null. Errors: ValueError."""
     answer = present(row, "answer")
-    if answer is not None and (type(answer) not in (str, int, float) or not str(answer).strip()):
-        raise ValueError(f"answer={answer!r} must be a number or a text that is not empty")
+    infinite = isinstance(answer, float) and not math.isfinite(answer)
+    if answer is not None and (type(answer) not in (str, int, float) or infinite or not str(answer).strip()):
+        raise ValueError(f"answer={answer!r} must be a finite number or a text that is not empty")
     return {"answer": None if answer is None else str(answer)}
 
 

@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-from dllm_rl.tasks.answers import LONGEST, exact_number
+from dllm_rl.tasks.answers import LONGEST, exact_number, printed
 
 _DROPPED = ("\n", "\\!")  # first: they may stand within the marks below
 _UNWRITTEN = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
@@ -11,21 +11,41 @@ _SQRT = re.compile(r"\\sqrt([^{])")
 _FRAC = re.compile(r"\\frac([^{])(.)")
 _FRAC_HEAD = re.compile(r"\A([^{])(.)", re.DOTALL)  # what follows \\frac
 _QUOTIENT = re.compile(r"(-?[0-9]+)/(-?[0-9]+)")
+_TEXT = re.compile(r"\\(?:text(?:rm|bf|it|sf|tt|normal)?|math(?:rm|bf|it|sf)|[mh]box)\s*\{([^{}]*)\}")
+_UNIT = re.compile(rf"\s*{_TEXT.pattern}(?:\^(?:[0-9]|\{{[0-9]\}}))?\.?\s*\Z")
+_WORD = re.compile(r"[a-z]+|[^\sa-z.\-/'()]")
+# What makes another answer of the number before it, or two of one.
+_NO_UNITS = """and but either else except from if maybe neither nor not or otherwise perhaps possibly through to unless
+until versus vs minus plus times over squared cubed factorial negative positive even odd half zero one two three four
+five six seven eight nine ten eleven twelve twenty thirty forty fifty dozen hundred thousand million billion trillion
+mod modulo base"""
+_NO_UNIT = frozenset(_NO_UNITS.split())
+_NAME = re.compile(r"\A[^=0-9+\-*/]{1,2}=(?=[^=]*\Z)")
+_SPACED_ARGUMENTS = re.compile(r"\\frac\s*([0-9])\s*([0-9])(?![0-9])")
+_LEADING_POINT = re.compile(r"(?:\A|(?<=[ {]))\.(?=[0-9])")
+_REMOVED_SPACE = re.compile(r" +(?![0-9.])|(?<![0-9.]) +")  # all but those within what would become one number
 _PLAIN_FRAC = re.compile(r"(-?)\\frac\{(-?[0-9]{1,100})\}\{(-?[0-9]{1,100})\}")
 
 
 def normalise(answer: str) -> str:
     """A canonical spelling; two answers are equal when their spellings are.
 
-    Dropped: line breaks, \\!, \\left, \\right, degrees, \\$, \\%, a unit after "\\text{ ", a name of one or two
-    characters before a single "=", all spaces. tfrac and dfrac become frac; .5 becomes 0.5; \\sqrt3 becomes
-    \\sqrt{3}; \\frac12, 1/2 and a whole answer 0.5 become \\frac{1}{2}.
+    Dropped: \\!, \\left, \\right, degrees, \\$, \\%, one unit "\\text{ cm}" at the end, a name of one or two letters
+    before a single "=", all blanks but those between two digits. Printed characters become plain ones (`printed`);
+    tfrac and dfrac become frac; .5 becomes 0.5; \\sqrt3 becomes \\sqrt{3}; \\frac12, 1/2 and a whole answer 0.5 become
+    \\frac{1}{2}. The original drops all that follows "\\text{ " and all blanks, so that "5 \\text{ or } 6" is 5 and
+    "2 2/3" is 22/3 [ours].
     """
     if len(answer) > LONGEST:
         return answer
-    answer = _without_name(_without_marks(answer).split("\\text{ ")[0])
-    # Spaces go first, so that "\\sqrt 3" is a root; the original makes "\\sqrt{}3" of it [ours].
-    answer = _SQRT.sub(r"\\sqrt{\1}", answer.replace(" ", ""))
+    answer = printed(answer).replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
+    for mark in (*_UNWRITTEN, "\\%"):
+        answer = answer.replace(mark, " ")  # two digits around a mark stay apart
+    answer = without_unit(answer)
+    answer = _NAME.sub("", _LEADING_POINT.sub("0.", " ".join(answer.split())))
+    # Blanks go first, so that "\\sqrt 3" is a root; the original makes "\\sqrt{}3" of it [ours].
+    answer = _REMOVED_SPACE.sub("", _SPACED_ARGUMENTS.sub(r"\\frac{\1}{\2}", answer))
+    answer = _SQRT.sub(r"\\sqrt{\1}", answer)
     answer = _FRAC.sub(lambda found: "\\frac" + _braced(found), answer)
     if answer == "0.5":
         return "\\frac{1}{2}"
@@ -33,6 +53,31 @@ def normalise(answer: str) -> str:
     if quotient and all(part == "0" or not part.removeprefix("-").startswith("0") for part in quotient.groups()):
         return f"\\frac{{{quotient[1]}}}{{{quotient[2]}}}"
     return answer
+
+
+def without_unit(answer: str) -> str:
+    """The answer without a last "\\text{ cm}" behind a number, whose words name neither numbers nor choices."""
+    start = max(answer.rfind("\\text"), answer.rfind("\\math"), answer.rfind("box{") - 2)
+    unit = _UNIT.match(answer, start) if start > 0 else None
+    number = answer[:start]
+    if unit is None or _TEXT.search(number) or not re.search(r"[0-9]|\\pi", number) or not _words_of_unit(unit[1]):
+        return answer
+    return number.rstrip()
+
+
+def _words_of_unit(text: str) -> bool:
+    words = _WORD.findall(text.lower())
+    return all(word.isalpha() and word not in _NO_UNIT for word in words)
+
+
+def hedged(answer: str, reference: str) -> bool:
+    """Whether a text in the answer, and none in the reference, offers a choice or holds a digit, as "\\text{ or 6}"."""
+
+    def choices(latex: str) -> bool:
+        words = [word for text in _TEXT.findall(latex[:LONGEST]) for word in re.findall(r"[a-z]+|[0-9]", text.lower())]
+        return any(word in _NO_UNIT or word.isdigit() for word in words)
+
+    return choices(answer) and not choices(reference)
 
 
 def same_in_d1(answer: str, reference: str) -> bool:
@@ -90,6 +135,8 @@ def _without_name(answer: str) -> str:
 
 def rational(answer: str) -> Fraction | None:
     """The value of a decimal number or a fraction of integers; None for anything else."""
+    if re.search(r"[0-9] *,\s+[0-9]|[0-9]\s+,", printed(answer[: LONGEST + 1])):
+        return None  # a list, as 12, 345; normalised, it looks like 12,345
     answer = normalise(answer)
     found = _PLAIN_FRAC.fullmatch(answer)
     if found is None:

@@ -79,7 +79,7 @@ class GSM8K(Questions):
     """
 
     name: ClassVar[str] = "gsm8k"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     text: ClassVar[str] = TEXT.replace("{answer}", "number") + "{question}"
     placeholders: ClassVar[tuple[str, ...]] = ("question",)
     hub: ClassVar[tuple[str, str | None]] = ("openai/gsm8k", "main")
@@ -95,7 +95,7 @@ class GSM8K(Questions):
     def read_row(place: str, row: Row) -> tuple[str, dict[str, Any], str]:
         question = row.get("question")
         answer = row.get("answer")
-        if not isinstance(question, str) or not isinstance(answer, str):
+        if not isinstance(question, str) or not isinstance(answer, str) or not question.strip():
             raise ValueError(f"{place}: a GSM8K row needs the texts question and answer")
         try:
             graders.reference_number(answer)
@@ -119,7 +119,7 @@ class MATH500(Questions):
     """
 
     name: ClassVar[str] = "math500"
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     text: ClassVar[str] = TEXT.replace("{answer}", "answer as \\boxed{...}") + "{problem}"
     placeholders: ClassVar[tuple[str, ...]] = ("problem",)
     hub: ClassVar[tuple[str, str | None]] = ("HuggingFaceH4/MATH-500", None)
@@ -149,6 +149,6 @@ class MATH500(Questions):
         if type(answer) in (int, float) and answer % 1 == 0:
             answer = str(int(answer))  # some files have 73.0
         answer = answer or (last_box(working) if isinstance(working, str) else None)
-        if not all(isinstance(text, str) and text for text in (problem, answer, working or "none")):
+        if not all(isinstance(text, str) and text.strip() for text in (problem, answer, working or "none")):
             raise ValueError(f"{place}: a MATH row needs texts: problem, and answer or a solution with a box")
         return problem, {"answer": answer}, TAGGED.format(working, f"\\boxed{{{answer}}}") if working else None

@@ -10,7 +10,17 @@ from typing import ClassVar, Literal
 from dllm_rl.tasks.answers import last_answer
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.prompt_texts import BLANK, Prompt, Prompted
-from dllm_rl.tasks.rows import Split, as_range, check_settings, check_split, drawn, hashed_split, load_rows
+from dllm_rl.tasks.rows import (
+    Row,
+    Split,
+    as_range,
+    check_settings,
+    check_split,
+    drawn,
+    hashed_split,
+    load_rows,
+    text_of,
+)
 from dllm_rl.tasks.sudoku.graders import by_rules, first_cells, score, sudoku_d1_training
 from dllm_rl.tasks.sudoku.solver import SPLITS, agreeing, completions, random_grid, random_unique_puzzle
 
@@ -92,6 +102,15 @@ class Sudoku(Prompted):
             (self.reward_rule not in rules, f"reward_rule={self.reward_rule!r} must be 'own', 'rules', or on 4x4 'd1'"),
         )
         self.check_prompt()
+        if self.path is not None and (self.reward_rule == "d1" or self.shots):
+            side = isqrt(len(_stored(self.path)[0][0]))
+            if self.reward_rule == "d1" and side != 4:
+                raise ValueError(f"reward_rule='d1' is for 4x4 puzzles, and path={str(self.path)!r} has 9x9; use 'own'")
+            if self.shots and side != self.side:
+                raise ValueError(
+                    f"shots={self.shots} are of side={self.side}, and path={str(self.path)!r} has puzzles of side "
+                    f"{side}; give side={side}"
+                )
         if self.shots and self.prompt_format != "text" and "{puzzle}" not in str(self._template()):
             raise ValueError(f"shots={self.shots} stand before {{puzzle}}, which the template lacks")
 
@@ -179,17 +198,28 @@ def lines(grid: str) -> str:
     return "\n".join(grid[start : start + side] for start in range(0, len(grid), side))
 
 
+def _text(row: Row, name: str) -> str:
+    """The field, with a capital or without. Raises ValueError unless the row has one of both, a text."""
+    if name in row and name.lower() in row:
+        raise ValueError(f"{name} and {name.lower()} both stand in one row; leave one")
+    return text_of(row, name if name in row else name.lower())
+
+
 @lru_cache(maxsize=16)
 def _stored(path: str | Path) -> tuple[tuple[str, str], ...]:
     problems = []
     for place, row in load_rows(path):
-        puzzle = str(row.get("puzzle") or row.get("Puzzle") or "").replace(".", "0")
-        solution = str(row.get("solution") or row.get("Solution") or "")
         try:
+            puzzle = _text(row, "Puzzle").replace(".", "0")
+            solution = _text(row, "Solution")
             valid = solution in completions(puzzle)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         if not valid:
             raise ValueError(f"{place}: solution={solution!r} is no completion of puzzle={puzzle!r}")
+        if problems and len(puzzle) != len(problems[0][0]):
+            raise ValueError(f"{place}: a puzzle of {len(puzzle)} cells among those of {len(problems[0][0])}")
         problems.append((puzzle, solution))
+    if not problems:
+        raise ValueError(f"path={str(path)!r} holds no puzzles")
     return tuple(problems)

@@ -91,3 +91,48 @@ def test_equal_answers_are_one_vote(graders, protocol, groups) -> None:
 
 def test_math_verify_names_no_equal_answers() -> None:
     assert MATH500_GRADERS["math-verify"]({"answer": "42"}, "").answer is None
+
+
+@pytest.mark.parametrize(
+    ("reference", "wrong", "right"),
+    [
+        (
+            "5",
+            "5 \\text{ or } 6|5\\text{or}6|5 \\mbox{ or } 6|5 \\textrm{and} 6|5, 6|5; 6|5 \\quad 6|5 \\lor 6|"
+            "\\{5, 6\\}|"
+            "5 \\text{ or six}|5 \\text{ or 6}|5 \\text{ /6}|5 \\text{ million}|5 \\text{ minus one}|"
+            "5 \\text{ otherwise } 6|"
+            "x=5 \\text{ or } x=6|6 \\text{ or } 5",
+            "5 \\text{ cm}|5\\text{cm}|5 \\mbox{ cm}|5\\,\\mathrm{cm}^2|5 \\text{ miles per hour}|"
+            "x = 5|\uff15|\ufeff5|\\$5",
+        ),
+        ("\\text{ Evelyn}", "\\text{ Carla}|\\text{ }|\\text{ Evelyn}\\text{ Carla}", "\\text{Evelyn}|\\text{ Evelyn}"),
+        ("(1,2)", "(1,2)\\text{ or }(3,4)|(1,2),(3,4)|(1,2 3)", "(1, 2)|\\left(1,\\,2\\right)|(\uff11,2)"),
+        ("22/3", "2 2/3|2\\,2/3|2\u20092/3|2~2/3|2\\ 2/3", "22 / 3|\\frac{22}{3}|\uff12\uff12/3"),
+        ("34", "3 4|3\u00a04|3\\;4|3\\quad 4|3,4|3{,}4|3\n4|3\\%4|3\\$4|3\u200b4", "34.0|34.|34 \\text{ ways}"),
+        (
+            "1000",
+            "10 00|1 0000|1,00,0|1, 000|1 ,000|1 000 0",
+            "1 000|1\\,000|1\\;000|1~000|1\u202f000|1{,}000|1,\\!000|\\$1,000|1 000.0|\uff11\uff0c\uff10\uff10\uff10",
+        ),
+        ("3.14", "3. 14|3 .14|3.1 4", "3.14|\uff13.14"),
+        ("-5", "5|--5|\u2212 -5", "\u22125|- 5|\uff0d5|-\\,5|-5 \\text{ m}"),
+        ("2\\sqrt{3}", "2 \\sqrt 4|23", "2 \\sqrt 3|2\\,\\sqrt{3}"),
+    ],
+)
+def test_blanks_texts_and_printed_characters(reference, wrong, right) -> None:
+    fields = {"answer": reference}
+    grades = {box: math500_strict(fields, f"\\boxed{{{box}}}").value for box in (*wrong.split("|"), *right.split("|"))}
+    assert grades == dict.fromkeys(wrong.split("|"), 0.0) | dict.fromkeys(right.split("|"), 1.0)
+    hedges = [box for box in wrong.split("|") if "or " in box or "six" in box]
+    assert not any(MATH500_GRADERS["math-verify"](fields, f"\\boxed{{{box}}}").value for box in hedges)
+
+
+def test_numbers_as_they_are_printed() -> None:
+    right = {"-5": "\u22125|- 5|\uff0d5|-\\$5", "1000": "1{,}000|1 000|1\\,000|1\u202f000|\uff11,000|1000."}
+    wrong = {"34": "3 4|3,4|3{,}4|3\\,4|34 or 35|34, 35", "1000": "10 00|1, 000|1 0000"}
+    for cases, value in ((right, 1.0), (wrong, 0.0)):
+        for reference, texts in cases.items():
+            for text in texts.split("|"):
+                graded = GSM8K_GRADERS["strict"]({"answer": reference}, f"<answer>{text}</answer>")
+                assert graded.value == value, (reference, text)
