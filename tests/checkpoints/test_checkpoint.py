@@ -78,6 +78,7 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, c
     assert {path.name for path in folder.glob("*-2")} == {"step-000004.set-aside-2", "step-000005.set-aside-2"}
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_names_the_checkpoint_that_it_evaluates(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=3, save_steps=1, save_total_limit=9))
     folder = tmp_path / "checkpoints"
@@ -88,6 +89,7 @@ def test_a_finished_run_that_is_resumed_names_the_checkpoint_that_it_evaluates(t
     assert checkpoint.locate("latest", folder) == folder / "step-000002"
 
 
+@pytest.mark.slow
 def test_resuming_the_newest_sets_nothing_aside(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=2, save_steps=1))
     train(tiny_recipe(tmp_path, num_steps=3, lr_schedule_steps=2, save_steps=1, resume_from_checkpoint="latest"))

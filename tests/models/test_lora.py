@@ -177,6 +177,7 @@ def test_peft_opens_what_we_save_and_we_what_it_saves(tmp_path):
         assert adapter_state(again).keys() == adapter_state(policy).keys()
 
 
+@pytest.mark.slow
 def test_a_run_trains_experts_adapters_alone_and_resumes_bit_for_bit(tmp_path):
     settings = {"model": partial(tiny_moe, num_experts=4, **SIZES), "lora": partial(lora_r16, experts=True)}
     train(tiny_recipe(tmp_path / "whole", **settings))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from emulated import int8_emulated
 from own_module import own_policy
-from repetitions import slow
 from run_outputs import metrics_of
 from safetensors.torch import load_file
 from tiny_recipe import tiny_recipe
@@ -34,9 +33,10 @@ def recipe_of(directory, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [slow({"beta": 0.1}), {"lora": partial(Lora, r=2), "warmup_steps": 2, "beta": 0.1}],
+    [{"beta": 0.1}, {"lora": partial(Lora, r=2), "warmup_steps": 2, "beta": 0.1}],
     ids=["all weights", "adapters after a warm-up"],
 )
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same(tmp_path, changes):
     whole = train(recipe_of(tmp_path / "whole", **changes))
     train(recipe_of(tmp_path / "parts", **changes, num_steps=2, lr_schedule_steps=4))
@@ -65,6 +65,7 @@ def test_a_policy_may_be_given_and_stays_as_it_is(tmp_path):
     assert same(weights_of(first), weights_of(second)) and same(weights_of(first), weights_of(made))
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_given_can_be_resumed(tmp_path):
     policy = tiny_masked_lm(characters="1234.=", hidden_size=16, num_layers=1, intermediate_size=16)
     recipe = recipe_of(tmp_path / "parts", model=policy, corrector=none())

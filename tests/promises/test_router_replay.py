@@ -45,6 +45,7 @@ def test_replay_lowers_the_mismatch_of_the_first_step(tmp_path, changes):
     assert replayed[key] < plain[key] and replayed["grad_norm"] != plain["grad_norm"]
 
 
+@pytest.mark.slow
 def test_autoregressive_runs_replay_what_the_rollouts_scoring_took(tmp_path):
     settings = {"make": tiny_recipe_ar, "num_steps": 1, "rollout_quantization": int3_emulated}
     make = lambda folder, **changes: replace(tiny_recipe_ar(folder, **changes), model=partial(MOE, causal=True))  # noqa: E731
@@ -67,6 +68,7 @@ def test_every_run_of_a_mixture_says_how_it_routes(tmp_path):
     assert not any(name.startswith("routing/") for name in [*unquantised, *dense])
 
 
+@pytest.mark.slow
 def test_a_run_with_replay_resumes_bit_for_bit(tmp_path):
     whole = run(tmp_path / "whole", router_replay="R3", num_steps=2)
     run(tmp_path / "parts", router_replay="R3", num_steps=1, lr_schedule_steps=2)

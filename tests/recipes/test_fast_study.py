@@ -6,14 +6,6 @@ import pytest
 
 from recipes.studies import fast
 from recipes.studies.paired import interval, markdown, paired, tables
-from recipes.sudoku_fast import Fast
-
-
-def test_the_arms_differ_in_the_reward_alone():
-    assert fast.ARMS["speed"] == {} and set(fast.ARMS["accuracy"]) == {"task"}
-    assert isinstance(fast.study.base.task, Fast) and fast.ARMS["accuracy"]["task"] is fast.study.base.task.task
-    for claim in fast.CLAIMS:
-        assert {claim.arm, claim.against} <= set(fast.ARMS)
 
 
 def test_the_solve_rate_at_a_budget_lies_on_the_line():

@@ -14,7 +14,7 @@ from dllm_rl.training.warmup import supervised_loss
 from recipes import sudoku_tiny
 from recipes.perfect import ceiling
 from recipes.studies import few_clues
-from recipes.sudoku_tiny import any_grids, recipe, taught
+from recipes.sudoku_tiny import any_grids, taught
 
 # Two digits swap in two rows and two columns: two completions, which differ in all of the four blank cells.
 RECTANGLE = "0204040221434321"
@@ -68,13 +68,6 @@ def test_a_lesson_teaches_the_blank_cells_of_the_labels_alone(monkeypatch):
     assert texts == answers
     hidden = ["".join("0" if blank else "1" for blank in row) for row in batches[0].completion_mask]
     assert hidden == ["".join("0" if digit == "0" else "1" for digit in puzzle) for puzzle in puzzles]
-
-
-def test_the_main_job_is_paid_by_the_rules_alone():
-    assert recipe.task.reward_rule == recipe.eval_task.reward_rule == "rules"
-    assert not recipe.task.unique and recipe.task.clues == (1, 3) and recipe.task[0].solution is None
-    assert recipe.warmup_steps == 0 and recipe.rollout_quantization is not None
-    assert recipe.sampler.keywords["diffusion_steps"] == 2
 
 
 def test_the_stored_ceiling_is_that_of_the_test_puzzles():

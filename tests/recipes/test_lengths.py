@@ -1,7 +1,5 @@
 """The lengths study: its blended copy and its settings."""
 
-from dataclasses import replace
-
 import torch
 
 from dllm_rl.models.tiny import tiny_masked_lm
@@ -27,13 +25,3 @@ def test_a_blended_copy_lies_its_share_of_the_way():
     torch.testing.assert_close(weights_of(copy) - weights_of(policy), 0.25 * far, rtol=1e-4, atol=1e-6)
     for share in (0.0, 1.0):
         torch.testing.assert_close(weights_of(lengths.blended(share).load(policy)), weights_of(policy) + share * far)
-
-
-def test_settings_differ_in_steps_and_engine():
-    for part in (lengths.DIFFUSION, lengths.CAUSAL):
-        for arm, changes in part.arms.items():
-            recipe = replace(part.base, **changes)
-            assert (recipe.rollout_engine is None) == arm.endswith("unquantised")
-            steps = arm.split(":")[0]
-            assert steps == "causal" or recipe.eval_sampler.keywords["diffusion_steps"] == int(steps.split()[0])
-    assert set(lengths.study.against) | {f"{name}: unquantised" for name in lengths.SHARES} == set(lengths.study.arms)

@@ -153,6 +153,7 @@ def test_packed_scoring(tmp_path):
     assert_equal(*(updated(policy, estimator, recompute=on) for on in (False, True)))
 
 
+@pytest.mark.slow
 def test_a_run_with_it_is_the_run_without(tmp_path, monkeypatch):
     """Same metrics, and the setting reaches fresh and resumed policies."""
     ran = []
