@@ -68,6 +68,8 @@ def pytest_collection_modifyitems(config, items):
     from dllm_rl.quantization.schemes import has_float8_rows
 
     for item in items:
+        if " at 0x" in item.nodeid:  # workers would collect tests of different names
+            raise pytest.UsageError(f"{item.nodeid}: an address differs from process to process; give ids")
         beside = item.nodeid.startswith(BESIDE) and item.path.stem.removeprefix("test_") not in OF_THE_LIBRARY
         if beside and not item.get_closest_marker("nightly"):
             item.add_marker("slow")
