@@ -80,10 +80,14 @@ def flattened(value: Any) -> Any:
 def imported(path: str, text: str) -> Callable:
     """The function that `text`, MODULE:FUNCTION, names; `path` is the option that an error names."""
     module_name, _, name = text.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # a command has the folder of its program there; last, so that nothing is hidden
     try:
         function = getattr(import_module(module_name), name, None)
     except (ImportError, ValueError) as error:  # ValueError: an empty name
-        raise ValueError(f"--{path} {text!r}: {error}; give MODULE:FUNCTION, its folder in PYTHONPATH") from None
+        raise ValueError(
+            f"--{path} {text!r}: {error}; give MODULE:FUNCTION, its folder the working one or in PYTHONPATH"
+        ) from None
     if not inspect.isfunction(function):
         raise ValueError(f"--{path} {text!r}: module {module_name!r} has no function {name!r}")
     return function

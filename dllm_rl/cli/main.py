@@ -93,10 +93,24 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def lines_of_input() -> list[str]:
+    """Read the prompts of standard input, one a line. Line ends of any system and marks of UTF are no part of them."""
+    import codecs
+    import re
+
+    raw = sys.stdin.buffer.read()
+    # UTF-32's mark begins with that of UTF-16.
+    marks = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"))
+    marks += ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8"))
+    encoding = next((name for mark, name in marks if raw.startswith(mark)), sys.stdin.encoding)
     try:
-        return [line.rstrip("\n") for line in sys.stdin]
+        text = raw.decode(encoding, sys.stdin.errors or "strict")
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is not {error.encoding} at byte {error.start}; convert the prompts") from None
+    if "\0" in text:
+        raise ValueError(f"standard input holds a NUL at character {text.index(chr(0))}; give text in {encoding}")
+    # Not splitlines, which also ends a line at the separators of Unicode.
+    lines = [line.removeprefix("\ufeff") for line in re.split(r"\r\n|\n|\r", text)]
+    return lines if lines[-1] else lines[:-1]
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
