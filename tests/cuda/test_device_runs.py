@@ -307,6 +307,7 @@ def test_an_autoregressive_run(tmp_path):
     trains_alike(partial(small, causal=True), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_without_mismatch(tmp_path, monkeypatch):
     """On a GPU it takes attention's plain kernel, so that its numbers are others."""
     if REAL:

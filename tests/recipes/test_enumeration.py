@@ -166,6 +166,7 @@ def test_errors_name_what_moved():
         gradient_table(c.none(), draws=1)
 
 
+@pytest.mark.slow
 def test_a_ratio_of_estimates_is_no_likelihood_ratio():
     """The table of docs/concepts.md: exp of a difference of two estimates under the same masks, its mean over masks and
     over the completions of the old policy, which is 1 for likelihoods; and the same of the mean over masks."""

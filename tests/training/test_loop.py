@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from emulated import int3_emulated
+from repetitions import few
 from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import OddPuzzles, tiny_recipe, tiny_recipe_ar
 
@@ -25,7 +26,7 @@ from dllm_rl.training.selection import metric_weights
 from dllm_rl.training.trainer import train
 
 
-@pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
+@pytest.mark.parametrize("make", few([tiny_recipe, tiny_recipe_ar], [tiny_recipe]))
 def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):
     summary = train(make(tmp_path / "run", warmup_steps=3, warmup_eval_steps=2, eval_steps=1))
     run = tmp_path / "run"
@@ -63,7 +64,7 @@ def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):
     assert policy.tokenizer.encode("12") == [3, 4]
 
 
-@pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
+@pytest.mark.parametrize("make", few([tiny_recipe, tiny_recipe_ar], [tiny_recipe]))
 @pytest.mark.usefixtures("exact_arithmetic")
 def test_unquantised_rollouts_have_exactly_no_mismatch(make, tmp_path):
     train(make(tmp_path, rollout_quantization=None, micro_batch_size=8))
@@ -110,6 +111,7 @@ def test_leaving_out_groups_without_advantage_changes_nothing_but_time(tmp_path)
     assert_same_weights(skipped, kept, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_entropy_bonus_reaches_the_weights_without_any_advantage(tmp_path):
     """With advantages 0 the bonus is all there is: it must raise -log p of what is sampled, and 0 must move nothing."""
     still = {"advantages": torch.zeros_like, "rollout_quantization": None, "num_steps": 6}
@@ -124,7 +126,7 @@ def test_entropy_bonus_reaches_the_weights_without_any_advantage(tmp_path):
     assert "entropy" not in metrics_of(tmp_path / "a")[0]
 
 
-@pytest.mark.parametrize("make", [tiny_recipe, tiny_recipe_ar])
+@pytest.mark.parametrize("make", few([tiny_recipe, tiny_recipe_ar], [tiny_recipe]))
 def test_dynamic_sampling_draws_until_groups_differ(make, tmp_path):
     changes = {"task": OddPuzzles(), "train_batch_size": 8, "num_steps": 3, "rollout_quantization": None}
     train(make(tmp_path / "one", **changes))

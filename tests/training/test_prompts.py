@@ -121,6 +121,7 @@ def test_a_limit_beyond_the_model_is_refused(tmp_path):
         tiny_recipe(tmp_path, max_prompt_length=0)
 
 
+@pytest.mark.slow
 def test_a_run_that_met_a_long_prompt_resumes_with_a_limit(tmp_path, monkeypatch):
     class Later(SomeLong):
         """Problem 5 is too long; the check, of one prompt, does not see it."""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from repetitions import slow
 from run_outputs import assert_same_weights, metrics_of
 from safetensors.torch import load_file
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
@@ -64,7 +65,7 @@ UNREACHED = pytest.mark.skipif("config.getoption('other_cpu')", reason="the writ
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_iterations": 2}, pytest.param({"lora": partial(Lora, r=2, dropout=0.1)}, marks=UNREACHED)]
+    "changes", [slow({"num_iterations": 2}), pytest.param({"lora": partial(Lora, r=2, dropout=0.1)}, marks=UNREACHED)]
 )
 def test_what_is_written_during_the_next_step_is_the_state_before_it(tmp_path, monkeypatch, changes):
     """Each is written when the step after it has changed the weights; a run goes on from it bit for bit."""
