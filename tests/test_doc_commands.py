@@ -47,6 +47,8 @@ def recipe_of(script):
 def scripts():
     """(page, script, its options) of each command that runs a recipe."""
     for page, _, words in all_commands("python", "accelerate", "sbatch"):
+        if "pytest" in words:
+            continue
         place = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
         theirs = any(word.startswith(("mine:", "mine.")) for word in words)  # a module that a reader writes
         if place is not None and words[place] != "recipes/one_file.py" and not theirs:
