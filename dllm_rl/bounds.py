@@ -1,5 +1,6 @@
 """Bounds of a function's constants: declared at the function, checked where a constant is bound and at each call."""
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,8 +45,13 @@ class Bound:
         return f"above {self.above}" if self.at_least is None else f"at least {self.at_least}"
 
 
-def bounded(**bounds: Bound) -> Callable[[Function], Function]:
-    """Decorator: the function's keywords, by name, must lie within their bounds."""
+def bounded(
+    together: Callable[[dict[str, Any]], None] | None = None, **bounds: Bound
+) -> Callable[[Function], Function]:
+    """Decorator: the function's keywords, by name, must lie within their bounds.
+
+    together  takes all keywords, with their defaults, and raises ValueError where they do not go together
+    """
 
     def decorate(function: Function) -> Function:
         @wraps(function)
@@ -54,6 +60,7 @@ def bounded(**bounds: Bound) -> Callable[[Function], Function]:
             return function(*arguments, **keywords)
 
         vars(checked)["bounds"] = bounds  # help shows them, and a partial is checked by them
+        vars(checked)["together"] = together
         return cast(Function, checked)
 
     return decorate
@@ -64,6 +71,9 @@ def check_keywords(function: Callable, keywords: dict[str, Any]) -> None:
     for name, bound in getattr(function, "bounds", {}).items():
         if name in keywords:  # a default is within its bounds
             bound.check(name, keywords[name])
+    if together := getattr(function, "together", None):
+        parameters = inspect.signature(function).parameters.values()
+        together({p.name: p.default for p in parameters if p.default is not p.empty} | keywords)
 
 
 def check_bound(value: Any) -> None:

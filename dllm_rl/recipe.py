@@ -32,6 +32,7 @@ def _(help: str, default: Any = MISSING, **bound: int) -> Any:
 
 
 REFERENCE = "reference"  # as `teacher`: the policy that RL started from
+DIRECTION_STEPS = 5  # steps from one measurement of `update/direction` to the next
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
@@ -472,6 +473,8 @@ class Recipe(Settings):
             "max_grad_norm": self.max_grad_norm,
             "micro_batch_size": self.micro_batch_size,
             "max_staleness": self.max_staleness,
+            # A forward after the update would quantise an aligned learner's weights once more, and count no changes.
+            "measure": (step + 1) % DIRECTION_STEPS == 0 and not self.corrector.align_forward,
         }
 
     @property

@@ -26,9 +26,9 @@ def group_relative(
         case "none":
             return centred
         case "group":
-            return centred / (_std(rewards, dim=-1) + eps)
+            return _divided(centred, _std(rewards, dim=-1) + eps)
         case "batch":
-            return centred / (_std(rearrange(rewards, "p g -> (p g)"), dim=0) + eps)
+            return _divided(centred, _std(rearrange(rewards, "p g -> (p g)"), dim=0) + eps)
         case _:
             raise ValueError(f"scale_rewards={scale_rewards!r} must be 'group', 'batch' or 'none'")
 
@@ -55,9 +55,13 @@ def decoupled(
     count = there.sum(-1, keepdim=True)
     mean = parts.nanmean(-1, keepdim=True)
     centred = torch.where(there & _differ(parts)[..., None], parts - mean, 0)  # a mean of equal rewards may be rounded
-    std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    total = (weights[:, None, None] * centred / (std + eps)).sum(0)
-    return total / (_std(rearrange(total, "p g -> (p g)"), dim=0) + eps)
+    size = _magnitude(centred, dim=-1)
+    std = (torch.ldexp(centred, -size).square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    terms = _divided(weights[:, None, None] * centred, torch.ldexp(std, size) + eps)
+    total = terms.sum(0)
+    cancelled = total.abs() <= 8 * torch.finfo(total.dtype).eps * terms.abs().sum(0)  # a sum of roundings
+    total = total.masked_fill(cancelled, 0)
+    return _divided(total, _std(rearrange(total, "p g -> (p g)"), dim=0) + eps)
 
 
 def takes_parts(advantages: Callable) -> bool:
@@ -85,5 +89,17 @@ def _centred(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     return torch.where(equal, 0, rewards - rewards.mean(-1, keepdim=True))
 
 
+def _divided(centred: Tensor, scale: Tensor) -> Tensor:
+    """centred / scale, and 0 where centred is 0: equal rewards and eps=0 would divide 0 by 0."""
+    return torch.where(centred == 0, 0, centred / scale)
+
+
 def _std(rewards: Tensor, *, dim: int) -> Tensor:
-    return rewards.std(dim=dim, keepdim=True, correction=1 if rewards.shape[dim] > 1 else 0)  # of one: 0, not NaN
+    size = _magnitude(rewards, dim=dim)
+    correction = 1 if rewards.shape[dim] > 1 else 0  # of one: 0, not NaN
+    return torch.ldexp(torch.ldexp(rewards, -size).std(dim=dim, keepdim=True, correction=correction), size)
+
+
+def _magnitude(values: Tensor, *, dim: int) -> Tensor:
+    """Exponent of the largest value: powers of two change no digit, and squares of scaled values do not underflow."""
+    return torch.frexp(values.abs().amax(dim, keepdim=True)).exponent

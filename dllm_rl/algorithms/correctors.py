@@ -22,6 +22,7 @@ from dllm_rl.members import maker
 
 Level = Literal["token", "sequence"]
 Aggregate = Literal["product", "geometric"]
+Outside = Literal["zero", "drop"]
 Weighed = tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"], dict[str, float]]
 Weigh = Callable[[Tensor, Tensor, Tensor], Weighed]
 
@@ -103,15 +104,18 @@ def masked_weights(
     high: float = 5.0,
     level: str = "token",
     aggregate: str = "product",
+    outside: str = "zero",
 ) -> Weighed:
     """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, "When Speed Kills Stability", by
     Liu et al. 2025; IcePop, arXiv 2510.18855]; rho as in `truncated_weights`. `mis` explains the keywords."""
+    if outside not in ("zero", "drop"):
+        raise ValueError(f"outside={outside!r} must be 'zero' or 'drop'")
     log_mismatch, keep, metrics = finite(log_mismatch, mask)
     weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
-    outside = (weights < low) | (weights > high)
-    metrics["rollout_corr/rollout_is_oob_ratio"] = _fraction(outside, keep)
-    weights = weights.masked_fill(outside, 0)  # such a token stays in the mask: the loss's denominator does not change
-    return torch.where(keep, weights, 1), keep, metrics
+    oob = (weights < low) | (weights > high)
+    metrics["rollout_corr/rollout_is_oob_ratio"] = _fraction(oob, keep)
+    weights = torch.where(keep, weights.masked_fill(oob, 0), 1)
+    return weights, keep & ~oob if outside == "drop" else keep, metrics
 
 
 @bounded(bound=Bound(at_least=0))
@@ -288,23 +292,34 @@ def tis(*, cap: float = 2.0, level: Level = "token", aggregate: Aggregate = "pro
 
 
 @maker
-def mis(*, low: float = 0.5, high: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
+def mis(
+    *,
+    low: float = 0.5,
+    high: float = 2.0,
+    level: Level = "token",
+    aggregate: Aggregate = "product",
+    outside: Outside = "zero",
+) -> Corrector:
     """Masked importance sampling; see `masked_weights`.
 
     low, high  the range of ratios that count
     level      what has a ratio of its own: token or sequence
     aggregate  of a sequence's tokens: product or geometric
+    outside    tokens outside the range: zero (weight 0, counted in the loss's denominator) or drop (not counted, as in
+               verl's rejection)
     """
-    return Corrector(weigh=partial(masked_weights, low=low, high=high, level=level, aggregate=aggregate))
+    weigh = partial(masked_weights, low=low, high=high, level=level, aggregate=aggregate, outside=outside)
+    return Corrector(weigh=weigh)
 
 
 @maker
-def icepop(*, low: float = 0.5, high: float = 5.0) -> Corrector:
+def icepop(*, low: float = 0.5, high: float = 5.0, outside: Outside = "zero") -> Corrector:
     """IcePop: masked importance sampling per token, from 0.5 to 5 [paper].
 
     low, high  the range of ratios that count
+    outside    tokens outside the range: zero (weight 0, counted in the loss's denominator) or drop (not counted)
     """
-    return mis(low=low, high=high, level="token")
+    return mis(low=low, high=high, level="token", outside=outside)
 
 
 @maker

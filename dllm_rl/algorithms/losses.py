@@ -37,7 +37,17 @@ def surrogate_inputs(surrogate: Callable) -> frozenset[str]:
     return frozenset(p.name for p in further if p.name in OFFERED and p.default is p.empty)
 
 
-@bounded(epsilon=Bound(above=0), epsilon_high=Bound(above=0), delta=Bound(at_least=1))
+def _delta_is_above_the_clip(keywords: dict[str, Any]) -> None:
+    epsilon, high, delta = (keywords[name] for name in ("epsilon", "epsilon_high", "delta"))
+    least = 1 + (epsilon if high is None else high)
+    if delta is not None and delta < least - 1e-6:  # a sum of decimals may be rounded
+        raise ValueError(
+            f"delta={delta} must be at least 1 + {'epsilon' if high is None else 'epsilon_high'}={least:g}: a smaller "
+            "one would clip ratios of positive advantages too"
+        )
+
+
+@bounded(_delta_is_above_the_clip, epsilon=Bound(above=0), epsilon_high=Bound(above=0), delta=Bound(at_least=1))
 def ppo_clip(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],

@@ -149,7 +149,8 @@ def weight_metrics(
 ) -> dict[str, float]:
     """verl's rollout_is_* set for truncated weights w = min(rho, high).
 
-    mean, std, eff_sample_size, min, max  of w over tokens: population std, and 1 / mean((w / mean w)^2)
+    mean, std, eff_sample_size, min, max  of w over tokens: population std, and 1 / mean((w / mean w)^2). verl's
+                                          eff_sample_size clamps weights to [1 / high, high], and so is larger
     ratio_fraction_{high,low}  share of tokens with rho > high, < 1/high
     seq_{mean,std,min,max,max_deviation}  over sequences, of the row's mean w; sample std; largest |mean w - 1|
     seq_fraction_{high,low}  share of rows whose mean rho is > high, < 1/high

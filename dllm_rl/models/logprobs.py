@@ -181,4 +181,5 @@ def invert(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Ten
     inside = mass.gather(-1, members.clamp(max=size - 1)).masked_fill(members >= size, 0).double().cumsum(-1)
     total = inside[:, -1:]
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
-    return (group * GROUP + torch.searchsorted(inside, point, right=True))[:, 0]
+    # Masses that are NaN end the search behind the last token; their log-prob is then NaN, which a caller sees.
+    return (group * GROUP + torch.searchsorted(inside, point, right=True)).clamp(max=size - 1)[:, 0]

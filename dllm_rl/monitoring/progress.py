@@ -2,6 +2,7 @@
 
 import atexit
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -10,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from dllm_rl.monitoring.health import health
+from dllm_rl.monitoring.health import DIRECTION, MEASURED, health
 from dllm_rl.screen import escape_controls, literal
 
 SHOWN = {
@@ -45,6 +46,7 @@ class View:
         self.curve = curve
         self.values = list(past)
         self.metrics: dict[str, float] = {}
+        self.directions = deque[float](maxlen=MEASURED)
         self.stage = stage
         remaining = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
         columns = (TextColumn("{task.description:8}", markup=False), MofNCompleteColumn(), BarColumn(None), *remaining)
@@ -59,6 +61,7 @@ class View:
     def __call__(self, metrics: dict[str, float], *, show: bool, close: bool = False) -> None:
         """One step is done, or with `close` all are. show: print a line that stays."""
         self.metrics |= metrics
+        self.directions += [metrics[DIRECTION]] if DIRECTION in metrics else []
         if math.isfinite(metrics.get(self.curve, math.nan)):
             self.values.append(metrics[self.curve])
         unknown = self.bar.tasks[0].time_remaining is None
@@ -69,12 +72,17 @@ class View:
             self.stage = lambda: ""
             self.live.stop()
 
+    @property
+    def direction(self) -> float:
+        """Mean of the last MEASURED values of `update/direction`; 0 before there are as many."""
+        return math.fsum(self.directions) / MEASURED if len(self.directions) == MEASURED else 0.0
+
     def line(self, metrics: dict[str, float]) -> str:
         task = self.bar.tasks[0]
         left = task.time_remaining
         eta = [] if left is None or task.finished else [f"ETA {timedelta(seconds=math.ceil(left))}"]
         done = f"{self.description} {int(task.completed)}/{self.total}"
-        return "  ".join(filter(None, [done, one_line(metrics), *eta]))
+        return "  ".join(filter(None, [done, one_line(metrics, direction=self.direction), *eta]))
 
     def __rich__(self) -> ConsoleRenderable:
         below = [Text.assemble(f"{name:11}", literal(text, style=colour)) for name, text, colour in self.rows()]
@@ -88,8 +96,9 @@ class View:
             span = f"{min(self.values):.3g} to {max(self.values):.3g}"
             text = f"{self.values[-1]:.3g}  {sparkline(self.values)}  {span}"
             rows.append((name if len(name) < 11 else "curve", text, ""))
-        if found := health(self.metrics):
-            rows.append(("mismatch", f"{found[0]}: {found[1]}", COLOURS.get(found[0], "red")))
+        if found := health(self.metrics, direction=self.direction):
+            subject = "updates" if found[0] == "backwards" else "mismatch"
+            rows.append((subject, f"{found[0]}: {found[1]}", COLOURS.get(found[0], "red")))
         if stage := self.stage():
             rows.append(("now", f"step {int(self.bar.tasks[0].completed) + 1}, {stage}", "dim"))
         return rows
@@ -107,11 +116,12 @@ def sparkline(values: Sequence[float], *, width: int = 30) -> str:
     return "".join(BLOCKS[int((mean - low) / span * (len(BLOCKS) - 1) + 0.5)] for mean in means)
 
 
-def one_line(metrics: dict[str, float]) -> str:
+def one_line(metrics: dict[str, float], *, direction: float = 0.0) -> str:
     """The main numbers of a step, and its `health`, with a reason unless it is healthy."""
     plain = {} if "reward" in metrics else {"loss": "loss"}  # the loss of GRPO shows no progress
     known = plain | SHOWN | {name: name.removeprefix("warmup/") for name in metrics if name.startswith("warmup/")}
     said = [f"{short} {metrics[name]:.3g}" for name, short in known.items() if name in metrics]
-    if found := health(metrics):
-        said.append(found[0] if found[0] == "healthy" else f"mismatch {found[0]} ({found[1]})")
+    if found := health(metrics, direction=direction):
+        subject = "updates" if found[0] == "backwards" else "mismatch"
+        said.append(found[0] if found[0] == "healthy" else f"{subject} {found[0]} ({found[1]})")
     return "  ".join(said)

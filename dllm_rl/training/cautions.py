@@ -16,6 +16,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.records import Commit, Rank, as_commit, as_rank, has_order_logprob, order_probability
 
 BF16_STEPS = 512  # half a step of bf16 is at least a 512th of the number
+GEOMETRIC = ("sequence", "geometric")
 TYPICAL_WEIGHT = 0.02  # of a matrix in a language model
 
 
@@ -34,7 +35,7 @@ def cautions(recipe: Recipe) -> list[str]:
             f"beta={recipe.beta:g} with kl=kl_k1: the mean gradient of k1 is 0 where the learner drew the tokens, and "
             "only noise is added; use kl_k2 or kl_k3"
         )
-    said += of_the_clip(recipe) + of_the_lag(recipe) + of_the_likelihood(recipe)
+    said += of_the_clip(recipe) + of_the_lag(recipe) + of_the_corrector(recipe) + of_the_likelihood(recipe)
     rewards, parts = made_up_rewards(recipe)
     if not recipe.advantages(rewards, **parts).any():
         name = getattr(recipe.advantages, "func", recipe.advantages).__name__
@@ -69,6 +70,19 @@ def of_the_lag(recipe: Recipe) -> list[str]:
     ]
 
 
+def of_the_corrector(recipe: Recipe) -> list[str]:
+    weigh = recipe.corrector.weigh
+    biased = [
+        each.keywords
+        for each in _bound(weigh, "weighs") or (weigh,)
+        if isinstance(each, partial) and (each.keywords.get("level"), each.keywords.get("aggregate")) == GEOMETRIC
+    ]
+    return [
+        "corrector with level='sequence' and aggregate='geometric': the geometric mean of a row's ratios is not the "
+        "row's importance weight, and the corrected gradient stays biased; use aggregate='product', or level='token'"
+    ] * bool(biased)
+
+
 def open_above(recipe: Recipe) -> bool:
     """Whether the objective is PPO's, without a bound of the ratio where the advantage is negative."""
     surrogate = recipe.surrogate
@@ -79,7 +93,7 @@ def dual(recipe: Recipe) -> str:
     """The options that bound PPO's ratio from both sides, at the recipe's own epsilon."""
     epsilon, high = (_bound(recipe.surrogate, name) for name in ("epsilon", "epsilon_high"))
     named = "--loss ppo_clip " if recipe.loss is None else ""
-    return f"{named}--loss.delta {1 + (epsilon if high is None else high):g}"
+    return f"{named}--loss.delta {1 + (epsilon if high is None else high):.10g}"
 
 
 def of_the_likelihood(recipe: Recipe) -> list[str]:

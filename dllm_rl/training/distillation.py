@@ -34,6 +34,7 @@ from dllm_rl.rng import generator_for, row_seeds, uniforms
 from dllm_rl.training.cautions import order_by_draws
 from dllm_rl.training.forwards import arithmetic
 from dllm_rl.training.policies import make_policy
+from dllm_rl.training.rollouts import compute_advantages
 from dllm_rl.training.run import Run
 from dllm_rl.training.samples import Samples
 from dllm_rl.types import Rollout
@@ -85,7 +86,7 @@ def teach(run: Run[Recipe], samples: Samples, step: int) -> tuple[Samples, dict[
     (apart,) = gather_on_host([rearrange(apart, "(p g) -> p g", g=samples.rollout.group_size)], accelerator)
     share = recipe.teacher_coeff
     rewards = (1 - share) * samples.rewards - share * apart.to(samples.rewards)
-    found = replace(samples, rewards=rewards, advantages=recipe.advantages(rewards))
+    found = replace(samples, rewards=rewards, advantages=compute_advantages(recipe, rewards, {}))
     return found, {"teacher/reverse_kl": apart.mean().item(), "teacher/coeff": share}
 
 

@@ -6,7 +6,7 @@ Memory does not grow with the number N of masks: grad f = sum_n (df/ds_n) . grad
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -20,7 +20,15 @@ from dllm_rl.algorithms.correctors import Corrector, Weighed
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.device import send
 from dllm_rl.diagnostics.batch_invariance import check_bitwise_equal
-from dllm_rl.distributed.collectives import Metrics, gather_on_host, local, reduce_metrics, sum_gradients, waited
+from dllm_rl.distributed.collectives import (
+    Metrics,
+    gather_on_host,
+    local,
+    reduce_metrics,
+    sum_gradients,
+    sum_over,
+    waited,
+)
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.replay import as_chosen, as_sampled, watched
 from dllm_rl.models.base import Policy, trained_of, whole
@@ -31,6 +39,9 @@ from dllm_rl.training.forwards import learner_forward
 from dllm_rl.training.samples import Samples
 from dllm_rl.training.selection import active_groups, metric_weights, only_groups, own_rows, views_of_step
 from dllm_rl.types import Batch, Logprobs, Rollout, Views
+
+MEASURED_ROWS = 16  # of `update_direction`, of each process
+MEASURED_VIEWS = 4
 
 
 @dataclass(frozen=True)
@@ -268,11 +279,13 @@ def update(
     max_grad_norm: float = 1.0,
     micro_batch_size: int | None = None,
     max_staleness: int = 0,
+    measure: bool = False,
 ) -> dict[str, float]:
     """Take a step on each of the batches, which are one rollout's, `micro_batch_size` rows per forward in whole groups.
-    Returns the last iteration's metrics, and grad_norm and off_policy/* of every iteration as NAME/iteration_I. Raises
-    RuntimeError if the rollout's weights are not the learner's (`check_version`); FloatingPointError on a gradient norm
-    that is not finite: that iteration is not applied, earlier ones are."""
+    Returns the last iteration's metrics, grad_norm and off_policy/* of every iteration as NAME/iteration_I, and with
+    `measure` the `update_direction`. Raises RuntimeError if the rollout's weights are not the learner's
+    (`check_version`); FloatingPointError on logits or a gradient norm that are not finite: that iteration is not
+    applied, earlier ones are."""
     check_version(batches[0].rollout, policy, max_staleness=max_staleness)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -295,8 +308,9 @@ def update(
         norm = whole(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm))
         reduced = reduce_metrics(metrics | {"grad_norm": (norm, torch.ones_like(norm))}, accelerator)
         if not math.isfinite(reduced["grad_norm"]):
+            what = f"gradient norm is {reduced['grad_norm']}" if scores.isfinite().all() else "logits are not finite"
             raise FloatingPointError(
-                f"gradient norm is {reduced['grad_norm']} at inner iteration {iteration}; the update was not applied"
+                f"{what} at inner iteration {iteration}, learning_rate={learning_rate:g}; the update was not applied"
             )
         if iteration == 0:
             policy.version += 1  # before the weights change: an error in between must not leave them the old version
@@ -305,7 +319,42 @@ def update(
         for name, value in reduced.items():
             if name.startswith(("off_policy/", "grad_norm")):
                 gathered[f"{name}/iteration_{iteration}"] = value
+    if measure:
+        torch.clear_autocast_cache()
+        gathered |= update_direction(policy, batches[0], accelerator, likelihood, micro_batch_size)
     return gathered
+
+
+def update_direction(
+    policy: Policy,
+    batch: Batch,
+    accelerator: Accelerator,
+    likelihood: LikelihoodEstimator,
+    micro_batch_size: int | None = None,
+) -> dict[str, float]:
+    """Measure what the step's updates did to a few of the rows that they learned from, the best and the worst, in a few
+    of their views. Ratios that are measured before an update cannot show it.
+
+    update/direction  cosine of the rows' advantages and changes of log-prob, in [-1, 1]. Below 0 worse answers became
+                      likelier; {} where nothing changed
+    """
+    order = batch.advantages.argsort(stable=True)
+    rows = torch.zeros_like(batch.advantages, dtype=torch.bool)
+    rows[torch.cat([order[: MEASURED_ROWS // 2], order[-(MEASURED_ROWS // 2) :]])] = True
+    views = batch.views.only(rows & batch.keep.any(-1))
+    scored = (views.weight != 0).sum((-1, -2))
+    few = torch.zeros_like(scored).scatter(0, scored.topk(min(MEASURED_VIEWS, len(scored))).indices, 1)
+    views = replace(views, weight=views.weight * few[:, None, None])
+    after = likelihood.scores(policy, batch.rollout, views, micro_batch_size=micro_batch_size)
+    at = views.weight != 0
+    change = torch.where(at, after - batch.old_scores.detach(), 0).double().sum((0, 2))
+    advantages = torch.where(at.any(0).any(-1), batch.advantages, 0).double()
+    products = torch.stack([advantages @ change, advantages @ advantages, change @ change])
+    covariance, *squares = sum_over(products, accelerator).tolist()
+    if not math.isfinite(covariance):
+        raise FloatingPointError("logits are not finite after the update; use a lower learning_rate")
+    scale = math.sqrt(math.prod(squares))
+    return {"update/direction": covariance / scale} if scale else {}
 
 
 def accumulate_gradients(

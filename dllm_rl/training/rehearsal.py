@@ -32,7 +32,7 @@ from dllm_rl.training.cautions import made_up_rewards
 from dllm_rl.training.distillation import log_ratio
 from dllm_rl.training.learner import accumulate_gradients, step
 from dllm_rl.training.policies import engine_of, make_optimizer
-from dllm_rl.training.rollouts import Answer, sample_and_grade
+from dllm_rl.training.rollouts import Answer, compute_advantages, sample_and_grade
 from dllm_rl.training.samples import Samples
 from dllm_rl.training.sharded_learner import on_main
 from dllm_rl.training.warmup import solved
@@ -96,15 +96,11 @@ def check_warmup(recipe: Recipe, policy: Policy, answer: Answer) -> None:
 
 
 def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:
-    """Advantages of rewards that all differ; a group of zeros gets both signs, for a loss. Raises
-    ValueError if the recipe's advantages are of another shape, or not finite."""
+    """Advantages of rewards that all differ; a group of zeros gets both signs, for a loss."""
     rewards, parts = made_up_rewards(recipe)
-    found = recipe.advantages(rewards, **parts)
-    if found.shape != rewards.shape or not found.isfinite().all():
-        wrong = f"of shape {tuple(found.shape)}" if found.shape != rewards.shape else "that are not finite"
-        raise ValueError(f"advantages gave numbers {wrong} for rewards of shape {tuple(rewards.shape)}; give one each")
+    advantages = compute_advantages(recipe, rewards, parts)
     both = torch.linspace(1, -1, rewards.shape[1]).expand_as(rewards)  # a loss of no row would try nothing
-    return torch.where((found != 0).any(-1, keepdim=True), found, both)
+    return torch.where((advantages != 0).any(-1, keepdim=True), advantages, both)
 
 
 def save_once(recipe: Recipe, policy: Policy) -> None:

@@ -22,6 +22,7 @@ from dllm_rl.distributed.collectives import (
     sum_over,
     waited,
 )
+from dllm_rl.members import describe
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import chosen_ids, costs_of, encode, graded_texts
 from dllm_rl.monitoring.log import RunLog
@@ -92,7 +93,7 @@ def collect(
     if recipe.max_num_gen_batches > 1:
         metrics["dynamic_sampling/draws"] = float(draws)
         metrics["dynamic_sampling/frac_reward_zero_std"] = zero_std_fraction(rewards)
-    advantages = recipe.advantages(rewards, **parts_of(recipe, graded_all))  # by default (R - mean) / (std + 1e-4)
+    advantages = compute_advantages(recipe, rewards, parts_of(recipe, graded_all))
     samples = Samples(rollout, rewards, advantages, torch.ones(len(rewards), dtype=torch.double))
     return samples, answers, metrics | compiled_graphs(recipe)
 
@@ -145,6 +146,11 @@ def sample_and_grade(
         batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)  # rows have seeds: the split is not seen
         pieces = [recipe.sample(rollout_policy, batch, generator_for(*key)) for batch in batches]
         rollout = pieces[0] if len(pieces) == 1 else Rollout.joined(pieces, pad_id=rollout_policy.pad_id)
+        if recipe.rollout_engine is None and not rollout.logprobs.isfinite().all():
+            raise FloatingPointError(
+                f"the rollout's logits are not finite at weights_version={rollout.weights_version}: the weights have "
+                f"diverged; use a learning_rate below {recipe.learning_rate:g}, or an earlier checkpoint"
+            )
     with stage("reward"):
         chosen = chosen_ids(rollout)
         completions = graded_texts(rollout_policy, rollout, problems, chosen)
@@ -163,6 +169,18 @@ def sample_and_grade(
         parts = [reward.breakdown.get(name, math.nan) for name in names]  # NaN: does not apply
         values.append(list(map(float, [reward.value, *parts])))  # `grade` checks that they fit fp32
     return rollout, answers, rearrange(torch.tensor(values, dtype=torch.float32), "(p g) k -> p g k", g=group)
+
+
+def compute_advantages(recipe: Recipe, rewards: Float[Tensor, "P G"], parts: dict[str, Tensor]) -> Float[Tensor, "P G"]:
+    """The recipe's advantages: by default (R - mean) / (std + 1e-4). Raises ValueError, naming the function, if they
+    are of another shape, or not finite."""
+    advantages = recipe.advantages(rewards, **parts)
+    shape = tuple(getattr(advantages, "shape", ()))
+    if shape != tuple(rewards.shape) or not advantages.isfinite().all():
+        wrong = f"of shape {shape}" if shape != tuple(rewards.shape) else "that are not finite"
+        name = describe(recipe.advantages)
+        raise ValueError(f"advantages={name} gave numbers {wrong} for rewards of shape {tuple(rewards.shape)}")
+    return advantages
 
 
 def parts_of(recipe: Recipe, graded: Float[Tensor, "P G K"]) -> dict[str, Tensor]:

@@ -73,6 +73,34 @@ def test_a_single_reward_in_the_whole_batch():
     assert torch.equal(group_relative(tensor([[3.0]]), scale_rewards="batch"), torch.zeros(1, 1))
 
 
+@pytest.mark.parametrize("by", ["group", "batch"])
+def test_a_normaliser_of_zero_and_eps_of_zero(by):
+    """Equal rewards, one completion, rewards so small that their squares are 0 in fp32: never 0 / 0 or x / 0."""
+    scaled = partial(group_relative, scale_rewards=by, eps=0.0)
+    assert torch.equal(scaled(torch.ones(2, 3)), torch.zeros(2, 3))
+    assert torch.equal(scaled(tensor([[3.0]])), torch.zeros(1, 1))
+    half = 1 / math.sqrt(2)
+    for small in (1e-30, 1e-38, 1e37):
+        assert_close(scaled(tensor([[small, 2 * small]])), tensor([[-half, half]]))
+    mixed = scaled(tensor([[1.0, 1.0], [0.0, 1.0]]))
+    assert torch.equal(mixed[0], torch.zeros(2)) and mixed.isfinite().all() and mixed[1, 1] > 0
+
+
+def test_decoupled_with_eps_of_zero():
+    weights, nan, half = torch.ones(2), math.nan, 1 / math.sqrt(2)
+    bare = partial(decoupled, eps=0.0)
+    opposed = tensor([[0.1, 0.7, 0.3]])  # two rewards whose sum is rounding alone
+    for parts in (
+        torch.ones(2, 2, 3),
+        torch.stack([opposed, 1 - opposed]),
+        tensor([[[nan, nan, nan]], [[nan, 1.0, nan]]]),
+    ):
+        assert torch.equal(bare(parts[0], parts=parts, weights=weights), torch.zeros_like(parts[0]))
+    parts = tensor([[[1e-30, 2e-30, nan]], [[5.0, 5.0, 5.0]]])  # z = (-1, 1, 0) / sqrt 2, over its deviation 1 / sqrt 2
+    assert_close(bare(parts[0], parts=parts, weights=weights), tensor([[-1.0, 1.0, 0.0]]) * half / half)
+    assert torch.equal(bare(parts[0], parts=parts, weights=torch.zeros(2)), torch.zeros(1, 3))
+
+
 def test_unknown_scaling_is_an_error():
     with pytest.raises(ValueError, match="scale_rewards='rows' must be"):
         group_relative(REWARDS, scale_rewards="rows")

@@ -29,9 +29,25 @@ def test_defaults():
     close(weigh(c.tis())[0], capped)
     close(weigh(c.Corrector(weigh=c.truncated_weights))[0], capped)
     close(weigh(c.Corrector(weigh=c.masked_weights))[0], banded)
-    assert c.mis().weigh.keywords == {"low": 0.5, "high": 2.0, "level": "token", "aggregate": "product"}
+    assert c.mis().weigh.keywords == {
+        "low": 0.5,
+        "high": 2.0,
+        "level": "token",
+        "aggregate": "product",
+        "outside": "zero",
+    }
     surrogate = main_job.surrogate(tensor([[0.5, -0.5]]), tensor([1.0]), tensor([[True, True]]))
     assert_close(surrogate, tensor([[1.2, math.exp(-0.5)]]))  # clipped at 1 + 0.2
+
+
+def test_tokens_outside_the_range_count_in_the_denominator_or_leave_it():
+    zeroed, all_kept, metrics = weigh(c.icepop())
+    for corrector in (c.icepop(outside="drop"), c.mis(high=5.0, outside="drop")):
+        weights, keep, same = weigh(corrector)
+        assert torch.equal(weights, zeroed) and torch.equal(all_kept, MASK) and same == metrics
+        assert torch.equal(keep, MASK & (zeroed > 0))
+    with pytest.raises(ValueError, match="outside='mask'"):
+        weigh(c.Corrector(weigh=partial(c.masked_weights, outside="mask")))
 
 
 def test_qarl_is_tbpo_with_an_aligned_forward():
@@ -107,7 +123,8 @@ def test_mis_and_icepop_zero_what_is_outside_but_keep_it_in_the_mask():
     assert metrics["rollout_corr/rollout_is_oob_ratio"] == pytest.approx(2 / 9)
     close(weigh(c.icepop(low=0.4))[0], weights)
     close(weigh(c.mis(low=0.5, high=3.0, level="sequence"))[0], [[0] * 4, [2, 2, 2, 0], [1, 1, 0, 0]])
-    assert c.icepop().weigh.keywords == {"low": 0.5, "high": 5.0, "level": "token", "aggregate": "product"}
+    keywords = {"low": 0.5, "high": 5.0, "level": "token", "aggregate": "product", "outside": "zero"}
+    assert c.icepop().weigh.keywords == keywords
 
 
 # k3 = rho - 1 - ln rho: 0, 1 - ln 2, 3 - 2 ln 2, -1/2 + ln 2 in row 0; -3/4 + 2 ln 2, 0, 7 - 3 ln 2 in row 1.

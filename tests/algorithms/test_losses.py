@@ -11,6 +11,7 @@ from torch import tensor
 from torch.testing import assert_close
 
 from dllm_rl.algorithms import losses
+from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.algorithms.losses import (
     cispo,
     constant,
@@ -62,6 +63,24 @@ def test_ppo_clip_with_its_own_upper_bound_and_with_delta():
     value, gradient = value_and_gradient(partial(ppo_clip, epsilon=0.2, delta=4.0), [[3.0, 5.0]], [-1.0])
     close(value, [[-3.0, -4.0]])
     close(gradient, [[-3.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"delta": 1.1},
+        {"epsilon": 0.3, "delta": 1.2},
+        {"epsilon": 0.2, "epsilon_high": 0.28, "delta": 1.2},
+        {"delta": 1},
+    ],
+)
+def test_a_delta_that_would_clip_positive_advantages_is_refused(keywords):
+    with pytest.raises(ValueError, match="delta="):
+        ppo_clip(torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1, dtype=torch.bool), **keywords)
+    with pytest.raises(ValueError, match="delta="):  # before a run, where a recipe binds it
+        Corrector(surrogate=partial(ppo_clip, **keywords))
+    for fine in ({"epsilon": 0.2, "delta": 1.2}, {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1 + 0.1 + 0.2}):
+        Corrector(surrogate=partial(ppo_clip, **fine))
 
 
 def test_gspo_clips_the_rows_geometric_ratio():

@@ -245,3 +245,11 @@ def test_defaults_are_neutral():
         for p in (SamplingParams(), SamplingParams(top_k=VOCABULARY, top_p=1.0))
     )
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("size", [3, 256, 300, 1000])
+def test_masses_that_are_nan_draw_some_token(size):
+    """An index behind the vocabulary would end the process on a GPU; the token's log-prob tells."""
+    mass = torch.full((2, size), torch.nan)
+    drawn = invert(mass, torch.tensor([0.1, 0.9], dtype=torch.float64))
+    assert ((drawn >= 0) & (drawn < size)).all()

@@ -1,8 +1,13 @@
 """What a step is said to be on the screen."""
 
+from functools import partial
+
 import pytest
+from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
+from dllm_rl import grpo, recipe, tiny_masked_lm
+from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.monitoring.health import health
 from dllm_rl.monitoring.progress import one_line
 from dllm_rl.training.trainer import train
@@ -37,6 +42,7 @@ GOOD = {
             "backfiring",
             "C +1 (A<0, against the rollout) above 0.005, ESS 0.5 below 0.7",
         ),
+        ({"update/direction": -1.0}, "healthy", "ESS 0.95"),  # one value says little
     ],
 )
 def test_health(changes, word, reason):
@@ -44,6 +50,12 @@ def test_health(changes, word, reason):
     assert said[0] == word and said[1].startswith(reason)
     shown = "healthy" if word == "healthy" else f"mismatch {word} ({said[1]})"
     assert one_line(GOOD | changes | {"reward": 0.5}) == f"reward 0.5  {shown}"
+
+
+def test_updates_that_go_backwards_come_before_any_mismatch():
+    for metrics in (GOOD, {"loss": 1.0}):
+        assert health(metrics, direction=-0.26)[0] == "backwards" != (health(metrics, direction=-0.25) or "none")[0]
+    assert one_line(GOOD, direction=-0.5).startswith("loss" if "loss" in GOOD else "updates backwards (worse answers")
 
 
 def test_without_mismatch_metrics_nothing_is_said():
@@ -54,3 +66,27 @@ def test_without_mismatch_metrics_nothing_is_said():
 def test_a_run_says_how_it_is(tmp_path, capsys):
     train(tiny_recipe(tmp_path, num_steps=1, rollout_quantization=None))
     assert "  healthy" in capsys.readouterr().out
+
+
+def of_the_wrong_sign(log_ratio, advantages, mask):
+    return -ppo_clip(log_ratio, advantages, mask)
+
+
+@pytest.mark.parametrize("loss", [of_the_wrong_sign, ppo_clip])
+def test_a_loss_of_the_wrong_sign_is_seen_with_one_update_a_rollout(loss, tmp_path, capsys, monkeypatch):
+    assert [tiny_recipe("x").update_settings(step)["measure"] for step in range(6)] == [False] * 4 + [True, False]
+    monkeypatch.setattr(recipe, "DIRECTION_STEPS", 1)
+    rows = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "12345678" for b in "12345678"]
+
+    def right(completions, answer, **columns):
+        return [sum(map(str.__eq__, *pair)) / 2 for pair in zip(completions, answer, strict=True)]
+
+    model = partial(tiny_masked_lm, characters="12345678=", hidden_size=32, num_layers=2, num_heads=2)
+    sizes = {"max_new_tokens": 2, "train_batch_size": 8, "num_generations": 8, "learning_rate": 1e-2}
+    grpo(model, rows, right, loss=loss, num_steps=4, logging_steps=1, output_dir=str(tmp_path), **sizes)
+    measured = [row["update/direction"] for row in metrics_of(tmp_path)]
+    wrong = loss is of_the_wrong_sign
+    assert (sum(measured[:3]) / 3 < -0.25) == wrong == (sum(measured[1:]) / 3 < -0.25), measured
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training ")]
+    assert ["  updates backwards (worse answers" in line for line in lines] == [False, False, wrong, wrong]
+    assert "  healthy" in lines[0], "ratios are 1 where they are measured before the update"

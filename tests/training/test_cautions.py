@@ -8,7 +8,7 @@ import torch
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import leave_one_out
-from dllm_rl.algorithms.correctors import none, tbpo, tis
+from dllm_rl.algorithms.correctors import ais, compose, mis, none, reject, tbpo, tis
 from dllm_rl.algorithms.losses import kl_k1, kl_k2, ppo_clip
 from dllm_rl.likelihoods.estimators import elbo, one_step, trajectory
 from dllm_rl.models.lora import lora_r16
@@ -53,6 +53,14 @@ def test_one_completion_a_group():
     for advantages, name in ((tiny_recipe("x").advantages, "group_relative"), (leave_one_out, "leave_one_out")):
         (said,) = cautions(tiny_recipe("x", num_generations=1, advantages=advantages))
         assert f"num_generations=1 with advantages={name}" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("make", [tis, mis, ais, lambda **k: compose(reject(), tis(**k), tis())])
+def test_geometric_weights_of_sequences(make):
+    (said,) = cautions(tiny_recipe("x", corrector=make(level="sequence", aggregate="geometric")))
+    assert "level='sequence' and aggregate='geometric'" in said and "\n" not in said
+    for fine in ({"level": "sequence"}, {"aggregate": "geometric"}):
+        assert cautions(tiny_recipe("x", corrector=make(**fine))) == []
 
 
 def test_weights_that_are_too_coarse_for_their_updates():

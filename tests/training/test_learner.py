@@ -1,15 +1,22 @@
 """The learner's parts, where a setting alone changes what is computed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from emulated import int3_emulated
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
+from dllm_rl import Prompts, max_prob, tiny_masked_lm, unmask
 from dllm_rl.algorithms.correctors import none
+from dllm_rl.likelihoods.estimators import coupled, trajectory
+from dllm_rl.models.base import trained_of
+from dllm_rl.training.learner import update_direction
 from dllm_rl.training.trainer import train
+from dllm_rl.types import Batch
 
 
 def test_under_autocast_a_later_inner_iteration_sees_the_weights_that_moved(tmp_path, monkeypatch):
@@ -36,3 +43,45 @@ def test_an_update_makes_weights_of_the_next_version(tmp_path):
     assert summary.policy.version == 2
     states = sorted((tmp_path / "checkpoints").glob("step-*/state.json"))
     assert [json.loads(path.read_text())["version"] for path in states] == [0, 1, 2]
+
+
+def test_logits_that_are_not_finite_are_named(tmp_path):
+    """Not as an index behind the vocabulary, which is where a search among NaN ends."""
+    for name, changes in {"sampled": {}, "later update": {"num_iterations": 3, "learning_rate": 1e30}}.items():
+        with pytest.raises(FloatingPointError, match="logits are not finite"):
+            train(
+                tiny_recipe(
+                    tmp_path / name, rollout_quantization=None, **{"learning_rate": 1e9, "num_steps": 3} | changes
+                )
+            )
+
+
+@pytest.mark.parametrize("estimator", [trajectory(), coupled()])
+def test_the_direction_of_an_update_by_hand(estimator):
+    """The cosine of advantages and changes, from two scorings; it is positive after a step along the gradient of the
+    log-probs weighted by advantages, and negative after one against it."""
+    policy = tiny_masked_lm(characters="1234.=", head_std=0.3)
+    prompts = Prompts.from_ids([[4, 5], [6, 7, 8]], pad_id=policy.pad_id, group_size=2)
+    rollout = unmask(
+        policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=6, temperature=1.0, rank=max_prob
+    )
+    views = estimator.draw(rollout, torch.Generator().manual_seed(0))
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    scores = estimator.scores(policy, rollout, views, keep_graphs=True)
+    mask = rollout.completion_mask
+    batch = Batch(rollout, views, advantages, scores[0], scores, torch.ones_like(scores[0]), mask, None, 1, 1)
+    (scores * advantages[:, None]).sum().backward()
+    found = []
+    for sign in (1, -2):  # forward; back beyond the start
+        with torch.no_grad():
+            for parameter in trained_of(policy.module):
+                if parameter.grad is not None:
+                    parameter += sign * 1e-3 * parameter.grad
+        measured = update_direction(policy, batch, Accelerator(cpu=True), estimator)
+        found.append(measured["update/direction"])
+        some = (views.weight != 0).sum((1, 2)).topk(min(4, len(scores))).indices
+        change = (estimator.scores(policy, rollout, views) - scores.detach())[some].double().sum((0, 2))
+        cosine = torch.cosine_similarity(advantages.double(), change, dim=0)
+        assert found[-1] == pytest.approx(cosine.item(), rel=1e-6)
+    assert found[0] > 0.1 > -0.1 > found[1]
+    assert update_direction(policy, replace(batch, advantages=advantages * 0), Accelerator(cpu=True), estimator) == {}

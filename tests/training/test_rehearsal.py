@@ -59,7 +59,10 @@ BAD = {
         r"trajectory.*depends on the tokens drawn \(edit, rank=confidence\)",
     ),
     "warm-up": ({"warmup_steps": 1, "warmup_metric": "solved"}, "warmup_metric='solved' is none of the task's"),
-    "advantages": ({"advantages": lambda rewards: rewards.mean(-1)}, r"numbers of shape \(4,\) for rewards of shape"),
+    "advantages": (
+        {"advantages": lambda rewards: rewards.mean(-1)},
+        r"advantages=.*numbers of shape \(4,\) for rewards",
+    ),
     "nan": ({"advantages": lambda rewards: rewards / 0 * 0}, "numbers that are not finite for rewards of shape"),
     "loss": ({"loss": no_surrogate}, "surrogate: not today"),
     "optimiser": (

@@ -23,7 +23,7 @@ from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.policies import make_policy
-from dllm_rl.training.rollouts import collect, total
+from dllm_rl.training.rollouts import collect, compute_advantages, total
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Kept, Prompts, Rollout
 
@@ -171,3 +171,17 @@ def test_num_tokens_goes_on_after_a_resume(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=1, lr_schedule_steps=2))
     train(tiny_recipe(tmp_path, lr_schedule_steps=2, resume_from_checkpoint="latest"))
     assert [row["num_tokens"] for row in read_metrics(tmp_path)] == [528, 1056]
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_an_advantage_function_that_fails_in_a_later_step_is_named(wrong, tmp_path):
+    def sometimes(rewards):
+        return rewards if rewards.max() < 2 else rewards * wrong
+
+    recipe = tiny_recipe(tmp_path, advantages=sometimes)
+    ones = torch.ones(2, 3)
+    assert torch.equal(compute_advantages(recipe, ones, {}), ones)
+    for function, rewards in ((sometimes, 2 * ones), (lambda rewards: rewards[0], ones), (lambda rewards: None, ones)):
+        recipe = dataclasses.replace(recipe, advantages=function)
+        with pytest.raises(ValueError, match=f"advantages=.*{'sometimes' if function is sometimes else 'lambda'}"):
+            compute_advantages(recipe, rewards, {})
