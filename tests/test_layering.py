@@ -171,6 +171,7 @@ def test_every_public_name_resolves():
         assert callable(getattr(dllm_rl, name))
 
 
+@pytest.mark.slow
 def test_start_up_chatter_of_libraries_is_dropped():
     program = "import dllm_rl, torchao, transformers; from transformers import LlamaForCausalLM"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

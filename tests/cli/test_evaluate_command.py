@@ -487,4 +487,4 @@ def test_compare_refuses_in_one_line(model, capsys, tmp_path):
     assert "results.json, row 1: seed is" in refusal(capsys, "evaluate", "--compare", path, "--protocol", "d1")
     assert "no regular file" in refusal(capsys, "evaluate", "--compare", "", "--protocol", "d1")
     assert "evaluate needs a MODEL" in refusal(capsys, "evaluate", "--task", "sudoku")
-    assert "task=None is none of sudoku" in refusal(capsys, "evaluate", model)
+    assert "error: task" in refusal(capsys, "evaluate", model)

@@ -85,6 +85,7 @@ class TestSchedule:
         parts = train(small(tmp_path / "parts", num_steps=3, lr_schedule_steps=6, resume_from_checkpoint="latest"))
         assert_same_weights(whole, parts)
 
+    @pytest.mark.slow
     def test_a_schedule_that_ignores_it_may_go_on(self, two_steps):
         train(small(two_steps / "flat", num_steps=1, lr_schedule=constant))
         train(small(two_steps / "flat", num_steps=2, lr_schedule=constant, resume_from_checkpoint="latest"))

@@ -144,6 +144,7 @@ def test_too_many_shapes_are_one_line(monkeypatch):
         whole_steps.sampled(policy, None, compile_step=True)
 
 
+@pytest.mark.slow
 def test_a_whole_step_is_one_graph():
     """Captured with `fullgraph` by dynamo alone."""
     whole_steps.check("eager", ["confidence"], "llada2")
