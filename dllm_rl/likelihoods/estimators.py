@@ -12,18 +12,18 @@ from functools import partial
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Generator, Tensor
 
 from dllm_rl.bounds import Bound, bounded
 from dllm_rl.likelihoods import masks
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, weighted_sum
-from dllm_rl.likelihoods.events import with_events
+from dllm_rl.likelihoods.events import check_merges, last_and_first_step, replayed
 from dllm_rl.likelihoods.order import with_order
-from dllm_rl.likelihoods.packed import draw_rounds
-from dllm_rl.likelihoods.renoise import SELF_CONDITIONING, with_renoising
-from dllm_rl.likelihoods.trajectory import draw_some_segments, draw_trajectory
+from dllm_rl.likelihoods.packed import packed_views
+from dllm_rl.likelihoods.renoise import SELF_CONDITIONING, renoised_view
+from dllm_rl.likelihoods.trajectory import all_segments, sampled_segments, segments, views_of_segments
 from dllm_rl.members import maker
-from dllm_rl.types import Views
+from dllm_rl.types import Rollout, Views
 
 
 @maker
@@ -200,23 +200,58 @@ def trajectory(
         raise ValueError(f"self_conditioning={self_conditioning!r} must be 'detached' or 'full'")
     if order not in ("law", "given"):
         raise ValueError(f"order={order!r} must be 'law' or 'given'")
-    if num_sampled is not None:
-        if block_size is not None:
-            raise ValueError(f"num_sampled={num_sampled} draws steps, and block_size={block_size} packs them: drop one")
-        some = partial(draw_some_segments, num_segments=num_segments, num_sampled=num_sampled)
-        draw = partial(with_events, draw=some, num_segments=num_segments, num_sampled=num_sampled)
-        return LikelihoodEstimator("trajectory", draw)
-    if block_size is not None:
-        draw = partial(draw_rounds, num_segments=num_segments, block_size=block_size)
-    else:
-        plain = partial(draw_trajectory, num_segments=num_segments)
-        draw = partial(with_events, draw=plain, num_segments=num_segments)
-    if order == "law" and num_segments is None:  # a merged segment is no step of the sampler
-        draw = partial(with_order, draw=draw)
-    exact = num_segments is None  # one view per step
-    both = exact and order == "law"
-    estimator = LikelihoodEstimator("trajectory", draw, exact_for_sampler=exact, scores_order=both, random=False)
+    if num_sampled is not None and block_size is not None:
+        raise ValueError(f"num_sampled={num_sampled} draws steps, and block_size={block_size} packs them: drop one")
+    exact = num_segments is None and num_sampled is None  # one view per step
+    scores_order = exact and order == "law"  # a merged segment is no step of the sampler
+    attention: tuple[str, ...] = ("full", "block_causal") if block_size is None else ("block_causal",)
     if exact and block_size is None:
-        draw = partial(with_renoising, draw=draw, full=self_conditioning == "full")
-        estimator = replace(estimator, draw=draw, attention=(*estimator.attention, "encoder_decoder"))
-    return estimator if block_size is None else replace(estimator, attention=("block_causal",), block_size=block_size)
+        attention = (*attention, "encoder_decoder")
+    draw = partial(
+        trajectory_views,
+        num_segments=num_segments,
+        num_sampled=num_sampled,
+        block_size=block_size,
+        scores_order=scores_order,
+        full=self_conditioning == "full",
+    )
+    return LikelihoodEstimator(
+        "trajectory",
+        draw,
+        attention=attention,
+        exact_for_sampler=exact,
+        scores_order=scores_order,
+        random=num_sampled is not None,
+        block_size=block_size,
+    )
+
+
+def trajectory_views(
+    rollout: Rollout,
+    generator: Generator,
+    *,
+    num_segments: int | None,
+    num_sampled: int | None,
+    block_size: int | None,
+    scores_order: bool,
+    full: bool,
+) -> Views:
+    """The views of `trajectory()`, whose arguments these are; `full`: of the self-conditioning."""
+    if rollout.renoised is not None:
+        return renoised_view(rollout, full=full)
+    check_merges(rollout, num_segments)
+    if block_size is not None:
+        views = packed_views(rollout, num_segments=num_segments, block_size=block_size)
+    else:
+        step, _ = last_and_first_step(rollout)
+        segment = segments(step, num_segments)
+        index, coefficient = all_segments(segment), None
+        if num_sampled is not None:
+            index, coefficient = sampled_segments(segment, rollout, generator, num_sampled)
+        if rollout.events is None:
+            views = views_of_segments(rollout, segment, index)
+        else:
+            views = replayed(rollout, index.expand(-1, *segment.shape))
+        if coefficient is not None:
+            views = replace(views, weight=views.weight * coefficient)
+    return with_order(rollout, views) if scores_order else views

@@ -1,16 +1,15 @@
 """Rollouts of a rule that rewrites (`remask`, `soft_edit`): their views see the canvas as it was before a step of each
 position, and score what that step wrote."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Generator, Tensor
+from torch import Tensor
 
-from dllm_rl.likelihoods.trajectory import all_segments, sampled_segments
 from dllm_rl.types import Events, Rollout, ViewPart, Views
 
 
@@ -43,27 +42,6 @@ class Replayed(ViewPart):
         assert rollout.events is not None, "views are replayed of a rollout with events"
         # Slot by slot, in the order in which views are added up.
         return sum(rollout.events.logprobs.unbind(-1), torch.zeros_like(logprobs))
-
-
-def with_events(
-    rollout: Rollout,
-    generator: Generator,
-    *,
-    draw: Callable[[Rollout, Generator], Views],
-    num_segments: int | None,
-    num_sampled: int | None = None,
-) -> Views:
-    """The views of `draw` (`likelihoods.trajectory`); of a rollout that rewrites, one for each step, or for num_sampled
-    of them. Raises ValueError where `num_segments` would merge steps."""
-    if rollout.events is None:
-        return draw(rollout, generator)
-    check_merges(rollout, num_segments)
-    last, _ = last_and_first_step(rollout)
-    if num_sampled is None:
-        return replayed(rollout, all_segments(last).expand(-1, *last.shape))
-    index, weight = sampled_segments(last, rollout, generator, num_sampled)
-    views = replayed(rollout, index.expand(-1, *last.shape))
-    return replace(views, weight=views.weight * weight)
 
 
 def last_and_first_step(rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:

@@ -2,13 +2,12 @@
 left masked (`confidence`), or adds the log-prob of their draw (`plackett_luce`) or of their set (`soft_threshold`) to
 the written ones."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Generator, Tensor
+from torch import Tensor
 
 from dllm_rl.likelihoods.packed import Packed
 from dllm_rl.likelihoods.views import Plan, ViewStates
@@ -19,15 +18,14 @@ from dllm_rl.models.soft_threshold import scored_sets
 from dllm_rl.types import Order, Rollout, ViewPart, Views
 
 
-def with_order(rollout: Rollout, generator: Generator, *, draw: Callable[[Rollout, Generator], Views]) -> Views:
-    """The views of `draw`, one per step, which also score the positions that the step left, if the order has a law.
+def with_order(rollout: Rollout, views: Views) -> Views:
+    """Views of one step each, which also score the order of the step, if it has a log-probability.
 
     Raises ValueError where the distribution was filtered and its kept set is not recorded.
     """
-    views = draw(rollout, generator)
     params = rollout.sampling_params
     recorded = rollout.order
-    if recorded is None or recorded.logprobs is None:  # the order is a function of the state, or has no known law
+    if recorded is None or recorded.logprobs is None:
         return views
     if params.filters and params.support != "own" and not by_scores(recorded):
         raise ValueError(
@@ -130,10 +128,9 @@ def _bounds(rollout: Rollout, plan: Plan, confidences: Float[Tensor, " C"]) -> t
     """For each left position, the lowest confidence that its block committed, and whether the position follows it."""
     block = _blocks(rollout, plan)
     column = plan.places % rollout.tokens.shape[1]
-    drawn = plan.plain
-    lowest, last = order.last_committed(confidences, block[drawn], column[drawn], rollout.tokens.numel())
-    mine = block[plan.marked]
-    return lowest[mine], column[plan.marked] > last[mine]
+    drawn, left = plan.plain, plan.marked
+    number = rollout.tokens.numel()
+    return order.commit_cutoff(confidences, block[drawn], column[drawn], block[left], column[left], number)
 
 
 def _blocks(rollout: Rollout, plan: Plan) -> Int[Tensor, " K"]:

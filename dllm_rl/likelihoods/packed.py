@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Generator, Tensor
+from torch import Tensor
 
 from dllm_rl.likelihoods import events
 from dllm_rl.likelihoods.trajectory import all_segments, views_of_segments
@@ -22,9 +22,9 @@ class Packed(ViewPart):
         return replace(view, forward=packed_forward, share=False)
 
 
-def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | None, block_size: int) -> Views:
-    """`draw_trajectory` in every block at once: view r hides what was committed r or more steps after the block's first
-    step, and scores step r. Blocks count from the row's first token."""
+def packed_views(rollout: Rollout, *, num_segments: int | None, block_size: int) -> Views:
+    """The views of a trajectory in every block at once: view r hides what was committed r or more steps after the
+    block's first step, and scores step r. Blocks count from the row's first token."""
     completion = rollout.completion_mask
     step, begun = events.last_and_first_step(rollout)
     block = position_ids(rollout.attention_mask) // block_size
@@ -32,7 +32,6 @@ def draw_rounds(rollout: Rollout, generator: Generator, *, num_segments: int | N
     blank = step.new_full((len(step), int(block.max()) + 1), far)
     first = blank.scatter_reduce(1, block, torch.where(completion, begun, far), "amin").gather(1, block)
     segment = step - first
-    events.check_merges(rollout, num_segments)
     if num_segments is not None:
         last = (-blank).scatter_reduce(1, block, torch.where(completion, step, -far), "amax").gather(1, block)
         segment = segment * num_segments // (last - first + 1).clamp(min=1)

@@ -6,13 +6,13 @@ log-prob is the sum of log p(token) over steps and accepted places, at the step'
 the logits of the step before, which are computed again, step by step.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Generator, Tensor
+from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.denoiser import Prefix, backward_through, conditioning
@@ -43,13 +43,9 @@ class Replayed(ViewPart):
         return Replay(view.scored, self.full)
 
 
-def with_renoising(
-    rollout: Rollout, generator: Generator, *, draw: Callable[[Rollout, Generator], Views], full: bool
-) -> Views:
-    """The views of `draw`; of a rollout of `renoise` one view, of all steps."""
-    if rollout.renoised is None:
-        return draw(rollout, generator)
-    part = rollout.renoised
+def renoised_view(rollout: Rollout, *, full: bool) -> Views:
+    """The one view, of all steps, of a rollout of `renoise`."""
+    part = renoised(rollout)
     scored = (part.drawn >= 0).any(-1)
     count = int(part.block.amax() + 1) * part.seen.shape[2]
     return Views(torch.zeros_like(scored)[None], scored.float()[None], parts=(Replayed(full, count),))

@@ -1,28 +1,12 @@
 """The masks of a trajectory: a rollout's own steps, replayed. View s hides what was written in segment s or later, and
 scores segment s; a segment is a step, or several of them."""
 
-import dataclasses
-
 import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.likelihoods.masks import row_generators
 from dllm_rl.types import Rollout, Views
-
-
-def draw_trajectory(rollout: Rollout, generator: Generator, *, num_segments: int | None) -> Views:
-    """The rollout's own masks: view s hides what was committed in segment s or later, and scores segment s."""
-    segment = segments(rollout.unmask_step, num_segments)
-    return views_of_segments(rollout, segment, all_segments(segment))
-
-
-def draw_some_segments(rollout: Rollout, generator: Generator, *, num_segments: int | None, num_sampled: int) -> Views:
-    """num_sampled of a row's S views in `draw_trajectory`, without replacement, weighted by S / drawn."""
-    segment = segments(rollout.unmask_step, num_segments)
-    index, weight = sampled_segments(segment, rollout, generator, num_sampled)
-    views = views_of_segments(rollout, segment, index)
-    return dataclasses.replace(views, weight=views.weight * weight)
 
 
 def segments(step: Int[Tensor, "B T"], num_segments: int | None) -> Int[Tensor, "B T"]:

@@ -30,13 +30,51 @@ def open_step(unmask_step: Int[Tensor, "B L"], block: Int[Tensor, "B L"]) -> Int
     return torch.where(unmask_step < 0, -1, first)
 
 
-def last_committed(
-    scores: Float[Tensor, " K"], groups: Int[Tensor, " K"], places: Int[Tensor, " K"], num_groups: int
-) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
-    """Each group's lowest score and its last place; +inf and -1 for an empty one. A group is one step of one row."""
-    lowest = scores.new_full((num_groups,), torch.inf).scatter_reduce(0, groups, scores, "amin")
-    at = torch.where(scores == lowest[groups], places, -1)  # scatter_reduce has no argmin
-    return lowest, places.new_full((num_groups,), -1).scatter_reduce(0, groups, at, "amax")
+def descending_index(scores: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """Each position's index in the descending order of its row's scores; the leftmost of equal scores comes first."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(order).scatter(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+
+
+def highest(
+    scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], *, count: Int[Tensor, " B"]
+) -> Bool[Tensor, "B L"]:
+    """The `count` best masked positions of every row; ties go to the lowest index."""
+    return masked & (descending_index(scores) < count[:, None])
+
+
+def commit_cutoff(
+    scores: Float[Tensor, " C"],  # of the positions that a step committed
+    steps: Int[Tensor, " C"],  # a number for each step of each row
+    places: Int[Tensor, " C"],
+    stay_steps: Int[Tensor, " J"],  # of the positions that a step left masked
+    stay_places: Int[Tensor, " J"],
+    num_steps: int,
+) -> tuple[Float[Tensor, " J"], Bool[Tensor, " J"]]:
+    """For each position left masked, the lowest score that its step committed, +inf if none, and whether the position
+    is to the right of the last one with this score: an equal score then ranks behind it (`highest`)."""
+    lowest = scores.new_full((num_steps,), torch.inf).scatter_reduce(0, steps, scores, "amin")
+    at = torch.where(scores == lowest[steps], places, -1)  # scatter_reduce has no argmin
+    last = places.new_full((num_steps,), -1).scatter_reduce(0, steps, at, "amax")
+    return lowest[stay_steps], stay_places > last[stay_steps]
+
+
+def draw_index(
+    noisy_scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], chosen: Bool[Tensor, "B L"]
+) -> Int[Tensor, "B L"]:
+    """Which draw of its step takes each position, from 0; 0 in a row of which all that is masked is chosen."""
+    return descending_index(noisy_scores).masked_fill((chosen == masked).all(-1, keepdim=True), 0)
+
+
+def draw_logprobs_of_rows(
+    scores: Float[Tensor, "B L"], nth: Int[Tensor, "B L"], masked: Bool[Tensor, "B L"], chosen: Bool[Tensor, "B L"]
+) -> Float[Tensor, "B L"]:
+    """`drawn_logprobs` of every masked position, with fixed shapes."""
+    rivals = masked[:, None, :] & (nth[:, None, :] >= nth[:, :, None])
+    among = scores[:, None, :].masked_fill(~rivals, -torch.inf).logsumexp(-1)
+    return torch.where((chosen == masked).all(-1, keepdim=True) | ~masked, 0, scores - among)
 
 
 def drawn_logprobs(

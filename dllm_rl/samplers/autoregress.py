@@ -13,6 +13,7 @@ from dllm_rl.models.logprobs import process, sample
 from dllm_rl.models.support import kept_part, kept_set
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.cache import KeysAndValues
+from dllm_rl.samplers.choose import Drawn
 from dllm_rl.samplers.unmask import check_fits, check_suppress
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
@@ -60,7 +61,7 @@ def autoregress(
     cache = KeysAndValues(config=policy.module.config)
     eos = torch.tensor(policy.spec.eos_ids, device=device)
     alive = torch.ones(num_rows, dtype=torch.bool, device=device)
-    columns = []
+    columns: list[tuple[Drawn, Bool[Tensor, " B"]]] = []  # what each step drew, and which rows were alive
     for step in range(max_new_tokens):
         states = policy.encode(new, attention_mask, positions, cache=cache, use_cache=True)[:, -1]
         if step == 0:  # the prompt is read once for all rows of its group
@@ -69,14 +70,13 @@ def autoregress(
             attention_mask = attention_mask[prompt_of]
             positions = positions[prompt_of]
             cache.batch_select_indices(prompt_of)
-        token, logp, *kept = _draw(policy, states, uniforms[:, step], sampling_params)
+        drawn = _draw(policy, states, uniforms[:, step], sampling_params)
+        columns.append((drawn, alive))
         # A row that has ended goes on with padding, so that all rows keep one length.
-        written = torch.where(alive, token, policy.pad_id)
-        columns.append((written, logp, alive, *kept))
-        new = written[:, None]
+        new = torch.where(alive, drawn.tokens, policy.pad_id)[:, None]
         positions = positions[:, -1:] + 1
         attention_mask = torch.cat([attention_mask, alive[:, None]], dim=1)
-        alive = alive & ~torch.isin(token, eos)
+        alive = alive & ~torch.isin(drawn.tokens, eos)
         if not alive.any():
             break
     return _rollout(policy, prompts, sampling_params, attention_mask, columns)
@@ -84,15 +84,17 @@ def autoregress(
 
 def _draw(
     policy: Policy, states: Float[Tensor, "B D"], uniforms: Float[Tensor, " B"], sampling_params: SamplingParams
-) -> tuple[Tensor, ...]:
-    """A token for each row and its log-prob (nats); with top_k or top_p also what `kept_set` gives."""
+) -> Drawn:
+    """Draw a token for each row."""
     raw = policy.head(states)
     logits = process(raw, sampling_params)
     token = logits.argmax(-1) if sampling_params.temperature == 0 else sample(logits, uniforms)
-    logp = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+    normalizer = logits.logsumexp(-1)
+    drawn = Drawn(token, logits.gather(-1, token[:, None])[:, 0] - normalizer, normalizer)
     if not sampling_params.filters:
-        return token, logp
-    return token, logp, *kept_set(process(raw, replace(sampling_params, support="unfiltered")), logits)
+        return drawn
+    log_mass, support = kept_set(process(raw, replace(sampling_params, support="unfiltered")), logits)
+    return drawn._replace(log_mass=log_mass, support=support)
 
 
 def _rollout(
@@ -100,23 +102,26 @@ def _rollout(
     prompts: Prompts,
     sampling_params: SamplingParams,
     attention_mask: Bool[Tensor, "B T"],
-    columns: list[tuple[Tensor, ...]],
+    columns: list[tuple[Drawn, Bool[Tensor, " B"]]],
 ) -> Rollout:
-    """The record of the steps' columns: tokens, log-probs, which rows were alive, and with filters what was kept."""
-    tokens, logprobs, alive, *kept = (torch.stack(x, dim=1) for x in zip(*columns, strict=True))
+    """The record of what the steps drew, and of which rows were alive."""
+    alive = torch.stack([each for _, each in columns], dim=1)
+    drawn = Drawn(*(torch.stack(x, dim=1) for x in zip(*(each.tensors() for each, _ in columns), strict=True)))
+    tokens = torch.where(alive, drawn.tokens, policy.pad_id)
     before = repeat(prompts.tokens.to(policy.device), "p s -> (p g) s", g=prompts.group_size)
     start = before.shape[1]
     completion_mask = F.pad(alive, (start, 0))
     steps = torch.arange(completion_mask.shape[1], device=policy.device) - start
     recorded = None
-    if kept:
-        recorded = kept_part(kept[0].masked_fill(~alive, 0.0), kept[1].masked_fill(~alive[..., None], -1)).padded(start)
+    if drawn.log_mass is not None and drawn.support is not None:
+        ids = drawn.support.masked_fill(~alive[..., None], -1)
+        recorded = kept_part(drawn.log_mass.masked_fill(~alive, 0.0), ids).padded(start)
     return Rollout(
         tokens=torch.cat([before, tokens], dim=1),
         attention_mask=attention_mask,
         completion_mask=completion_mask,
         unmask_step=torch.where(completion_mask, steps, -1),
-        logprobs=F.pad(logprobs.masked_fill(~alive, 0.0), (start, 0)),
+        logprobs=F.pad(drawn.logprobs.masked_fill(~alive, 0.0), (start, 0)),
         group_size=prompts.group_size,
         weights_version=policy.version,
         sampling_params=sampling_params,

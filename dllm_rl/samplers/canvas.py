@@ -68,7 +68,8 @@ class Canvas:
         """Write what a step chose (a `Choice`), mask again what it reopened, and keep what was noted of the turn."""
         if (again := choice.decision.reopened) is not None:
             self.reopen(*turn.where(again), turn.clock[again])
-        self.write(*turn.where(choice.picked), turn.clock[choice.picked], choice.tokens, choice.logprobs)
+        drawn = choice.drawn
+        self.write(*turn.where(choice.picked), turn.clock[choice.picked], drawn.tokens, drawn.logprobs)
         for name, (among, values, fill) in turn.notes.items():
             if among is None:  # noted of all K before it was known which are written
                 among, values = choice.picked, values[choice.picked]

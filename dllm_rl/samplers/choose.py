@@ -1,8 +1,8 @@
 """What a step writes: its rank orders the positions, its commit rule picks some, and each of those gets a token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import chunked, invert, process
-from dllm_rl.models.order import drawn_logprobs, last_committed, left_logprobs, open_step
+from dllm_rl.models.order import commit_cutoff, draw_index, drawn_logprobs, left_logprobs, open_step
 from dllm_rl.models.soft_threshold import set_logprobs
 from dllm_rl.models.support import kept_part, kept_set
 from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Decision, Turn
@@ -19,8 +19,23 @@ from dllm_rl.samplers.revise import packed_events, revise
 from dllm_rl.samplers.rules import check_last_step, softness
 from dllm_rl.types import Order, SamplingParams
 
-KEPT_NOTES = (("log_mass", 0), ("ids", -1))  # names and fills of what `kept_set` gives
 SLAB = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits reduced at once; on a CPU they should stay in its cache
+
+
+class Drawn(NamedTuple):
+    """Tokens drawn at K positions."""
+
+    tokens: Int[Tensor, " K"]
+    logprobs: Float[Tensor, " K"]  # as drawn, nats
+    normalizer: Float[Tensor, " K"]  # of the rank's logits, or without one of those that were drawn from
+    log_mass: Float[Tensor, " K"] | None = None  # with top_k or top_p, what `kept_set` gives
+    support: Int[Tensor, "K C"] | None = None
+
+    def at(self, picked: Int[Tensor, " C"]) -> "Drawn":
+        return Drawn(*(values[picked] for values in self.tensors()))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(values for values in self if values is not None)
 
 
 @dataclass(frozen=True)
@@ -29,8 +44,7 @@ class Choice:
 
     decision: Decision
     picked: Int[Tensor, " C"]  # positions that are written
-    tokens: Int[Tensor, " C"]  # of those positions
-    logprobs: Float[Tensor, " C"]  # of those tokens, nats
+    drawn: Drawn  # at those positions
 
 
 class Choose:
@@ -64,14 +78,14 @@ class Choose:
                 "use rank=max_prob"
             )
         self.order_probability = order_probability(rank, commit, greedy=greedy)
-        self.has_order_law = has_order_logprob(rank, commit, greedy=greedy)
+        self.has_order_logprob = has_order_logprob(rank, commit, greedy=greedy)
 
     def __call__(self, turn: Turn, states: Float[Tensor, "K D"]) -> Choice:
         """Raises ValueError where the commit rule leaves a block's last step empty."""
         params = self.sampling_params
-        drawn: Sequence[Tensor] | None = None
+        drawn: Drawn | None = None
         if self.draws_first:
-            scores, *drawn = propose_and_rank(
+            scores, drawn = propose_and_rank(
                 self.policy, states, turn.uniforms(TOKENS), turn.uniforms(TIES), params, self.rank
             )
         else:
@@ -82,13 +96,12 @@ class Choose:
         if drawn is None:
             drawn = propose(self.policy, states[picked], turn.uniforms(TOKENS, picked), params)
         else:
-            drawn = [values[picked] for values in drawn]
-        tokens, logprobs, *kept = drawn
-        for values, (name, fill) in zip(kept, KEPT_NOTES, strict=False):
-            turn.notes[name] = (picked, values, fill)
-        if self.has_order_law:
+            drawn = drawn.at(picked)
+        if drawn.log_mass is not None and drawn.support is not None:
+            turn.notes.update(log_mass=(picked, drawn.log_mass, 0), ids=(picked, drawn.support, -1))
+        if self.has_order_logprob:
             turn.notes.update(self.order_notes(turn, states, scores, offered, decision.chosen, picked))
-        return Choice(decision, picked, tokens, logprobs)
+        return Choice(decision, picked, drawn)
 
     def order_notes(
         self, turn: Turn, states: Tensor, scores: Tensor, offered: Tensor, chosen: Tensor, picked: Tensor
@@ -100,16 +113,14 @@ class Choose:
             law = dict(zip(("tau", "temperature"), self.soft, strict=True))
             return {"order": (picked, set_logprobs(scores, turn.row, picked, chosen.shape[1], **law), 0)}
         if self.noisy:
-            nth = offered.argsort(stable=True, descending=True).argsort()[turn.row, turn.place]
-            whole = (chosen == turn.masked).all(-1)  # of all that is left nothing depends on the order
-            nth = nth.masked_fill(whole[turn.row], 0)
+            nth = draw_index(offered, turn.masked, chosen)[turn.row, turn.place]
             logps = drawn_logprobs(scores, turn.row, nth, picked, chosen.shape[1])
             return {"order": (picked, logps, 0), "draw": (picked, nth[picked], 0)}
         left = turn.among(~chosen, len(scores) - len(picked))
-        lowest, last = last_committed(scores[picked], turn.row[picked], turn.place[picked], len(scores))
-        bounds = (lowest[turn.row[left]], turn.place[left] > last[turn.row[left]])
+        places = (turn.row[picked], turn.place[picked], turn.row[left], turn.place[left])
+        cutoff = commit_cutoff(scores[picked], *places, len(turn.rows))
         # The head runs again, because the picked positions are known only now.
-        logps = left_logprobs(self.policy, states[left], *bounds, self.sampling_params)
+        logps = left_logprobs(self.policy, states[left], *cutoff, self.sampling_params)
         if (before := self.canvas.noted.get("order")) is not None:  # a position may be left in several steps
             logps = before[turn.where(left)] + logps
         return {"order": (left, logps, 0)}
@@ -118,10 +129,11 @@ class Choose:
         """What the features recorded so far, as parts of a `Rollout`, of the completion's places."""
         canvas = self.canvas
         noted = canvas.noted
-        noisy_rank = self.rank.function if self.noisy and self.has_order_law else None
+        noisy_rank = self.rank.function if self.noisy and self.has_order_logprob else None
         first = open_step(canvas.unmask_step, canvas.block)
-        name = None if self.soft else self.rank.library_name  # coins decide, and not the rank alone
-        soft = self.soft if self.has_order_law else None
+        library = None if self.soft or self.noisy else self.rank.library  # chance decides, and not the rank alone
+        name = None if library is None else library.__name__
+        soft = self.soft if self.has_order_logprob else None
         order = Order(first, name, noted.get("order"), noisy_rank, noted.get("draw"), soft, self.order_probability)
         kept = kept_part(noted["log_mass"], noted["ids"]) if "ids" in noted else None
         events = None
@@ -129,12 +141,18 @@ class Choose:
             events = packed_events(canvas.events, canvas.masked.shape, by_draws=self.by_draws)
         return {"order": order, "kept": kept, "events": events}
 
-    def decide(self, turn: Turn, scores: Float[Tensor, "R L"], drawn: Sequence[Tensor] | None) -> Decision:
+    def decide(self, turn: Turn, scores: Float[Tensor, "R L"], drawn: Drawn | None) -> Decision:
         """What the commit rule picks. Raises ValueError where it leaves a block's last step empty."""
         if self.commit.revises:
-            return revise(turn, scores, drawn, self.canvas.tokens, commit=self.commit.function, takes=self.commit.reads)
-        coins = () if self.soft is None else (turn.spread(turn.uniforms(TIES).float()),)
-        chosen = self.commit(scores, turn.masked, turn.left, *coins) & turn.masked
+            tokens = None if drawn is None else drawn.tokens
+            return revise(
+                turn, scores, tokens, self.canvas.tokens, commit=self.commit.function, takes=self.commit.reads
+            )
+        inputs = {"steps": turn.steps}
+        if "uniforms" in self.commit.reads:
+            inputs["uniforms"] = turn.spread(turn.uniforms(TIES).float())
+        taken = {name: inputs[name] for name in self.commit.reads}
+        chosen = self.commit(scores, turn.masked, turn.left, **taken) & turn.masked
         # The host may know the number, and then does not wait for the device to count.
         known = self.commit.count
         count = chosen.sum(-1).cpu() if known is None else known(turn.num_masked, turn.steps_left)
@@ -149,15 +167,14 @@ def add_gumbel(scores: Float[Tensor, "*K"], uniforms: Float[Tensor, "*K"]) -> Fl
 
 def propose(
     policy: Policy, hidden: Float[Tensor, "K D"], uniforms: Float[Tensor, " K"], sampling_params: SamplingParams
-) -> tuple[Tensor, ...]:
-    """Tokens for K positions and their log-probs (nats) as sampled; with top_k or top_p also `kept_set`'s result."""
+) -> Drawn:
+    """Draw a token for each of K positions."""
 
     def one(logits: Tensor, u: Tensor) -> tuple[Tensor, ...]:
         logits[:, policy.spec.mask_id] = -torch.inf
-        tokens, logp, _, kept = _draw(logits, u, sampling_params)
-        return tokens, logp, *kept
+        return _draw(logits, u, sampling_params).tensors()
 
-    return _slabs(policy, one, sampling_params, hidden, uniforms)
+    return Drawn(*_slabs(policy, one, sampling_params, hidden, uniforms))
 
 
 def propose_and_rank(
@@ -167,10 +184,8 @@ def propose_and_rank(
     ties: Float[Tensor, " K"],
     sampling_params: SamplingParams,
     rank: Rank,
-    *,
-    with_normalizer: bool = False,
-) -> tuple[Tensor, ...]:
-    """The rank's score of each position, and the result of `propose`; at the end, if asked, the rank's normaliser."""
+) -> tuple[Float[Tensor, " K"], Drawn]:
+    """The rank's score of each position, and the result of `propose`."""
     needs = rank.reads
     mask_id = policy.spec.mask_id
     same = sampling_params.temperature in (0, 1) and not sampling_params.filters
@@ -178,16 +193,16 @@ def propose_and_rank(
     def one(logits: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         mask = logits[:, mask_id].clone()
         logits[:, mask_id] = -torch.inf
-        tokens, logp, normalizer, kept = _draw(logits, u, sampling_params)
+        drawn = _draw(logits, u, sampling_params)
         logits[:, mask_id] = mask
-        offered = {"logits": logits, "tokens": tokens, "uniforms": v}
         if "normalizer" in needs:
             # With the mask token, as in the published algorithms; `same` reuses the log-sum-exp of the draw.
-            offered["normalizer"] = normalizer.logaddexp(mask) if same else logits.logsumexp(-1)
-        scores = rank(**{name: offered[name] for name in needs}).float()
-        return scores, tokens, logp, *kept, *([offered.get("normalizer", normalizer)] if with_normalizer else [])
+            drawn = drawn._replace(normalizer=drawn.normalizer.logaddexp(mask) if same else logits.logsumexp(-1))
+        offered = {"logits": logits, "normalizer": drawn.normalizer, "tokens": drawn.tokens, "uniforms": v}
+        return rank(**{name: offered[name] for name in needs}).float(), *drawn.tensors()
 
-    return _slabs(policy, one, sampling_params, hidden, uniforms, ties)
+    scores, *drawn = _slabs(policy, one, sampling_params, hidden, uniforms, ties)
+    return scores, Drawn(*drawn)
 
 
 def rank_only(
@@ -227,10 +242,8 @@ def _slabs(
     return chunked(chunk, hidden, *rows, policy=policy)
 
 
-def _draw(
-    logits: Tensor, u: Tensor, sampling_params: SamplingParams
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """Tokens, log-probabilities and log-sum-exp of the processed distribution, and what filters kept."""
+def _draw(logits: Tensor, u: Tensor, sampling_params: SamplingParams) -> Drawn:
+    """Tokens of the processed distribution."""
     sampling_params = replace(sampling_params, suppress=())  # they are at -inf already
     unfiltered = process(logits, replace(sampling_params, support="unfiltered"))
     logits = process(logits, sampling_params)
@@ -238,9 +251,9 @@ def _draw(
     if sampling_params.temperature == 0:
         best, tokens = logits.max(-1)  # the first of equals
         normalizer = logits.sub(best[:, None]).exp_().sum(-1).log_().add_(best)
-        return tokens, best - normalizer, normalizer, kept
+        return Drawn(tokens, best - normalizer, normalizer, *kept)
     peak = logits.amax(-1, keepdim=True)
     mass = logits.sub(peak).exp_()
     normalizer = mass.sum(-1).log_().add_(peak[:, 0])
     tokens = invert(mass, u)
-    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - normalizer, normalizer, kept
+    return Drawn(tokens, logits.gather(-1, tokens[:, None])[:, 0] - normalizer, normalizer, *kept)

@@ -2,97 +2,16 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from dllm_rl.members import flattened
 from dllm_rl.samplers import revise, rules
-from dllm_rl.samplers.rules import RANK_INPUTS, name_of, rank_inputs
+from dllm_rl.samplers.rules import name_of, rank_inputs
 
-RANK_ORDERS = ("deterministic", "independent", "max_prob", "confidence", "plackett_luce", "unknown")
-COMMIT_ORDERS = ("deterministic", "soft_threshold", "unknown")
-
-
-@dataclass(frozen=True)
-class Rank:
-    """A rank, and what is known of its scores.
-
-    function  see `rules`
-    order     deterministic: the scores follow from the canvas and the weights, without chance. independent: they are
-              random numbers, free of the weights. The other names are those of library ranks, whose order has a
-              log-probability or decides that of a commit rule. unknown: nothing is known, and nothing is claimed
-    reads     the inputs that the function takes by name
-    """
-
-    function: Callable
-    order: str = "unknown"
-    reads: frozenset[str] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for inputs that no sampler has, or an order that contradicts them."""
-        check_order("rank", self.name, self.order, RANK_ORDERS)
-        reads = rank_inputs(self.function)
-        chance = {"deterministic": {"tokens", "uniforms"}, "independent": set(RANK_INPUTS) - {"uniforms"}}
-        if wrong := sorted(reads & chance.get(self.order, set())):
-            raise ValueError(
-                f"rank={self.name} is declared {self.order}, but reads {', '.join(wrong)}; leave order at 'unknown'"
-            )
-        object.__setattr__(self, "reads", reads)
-
-    @property
-    def name(self) -> str:
-        return name_of(self.function)
-
-    @property
-    def library_name(self) -> str | None:
-        return self.name if inspect.isfunction(self.function) and self.function in RANKS else None
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self.function(**inputs)
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A commit rule, and what is known of the positions that it picks.
-
-    function  see `rules`, and of one that rewrites `revise`
-    order     deterministic: which positions are picked follows from what the rule takes, and random numbers among these
-              are compared with nothing that the weights decide. soft_threshold: that rule. unknown: nothing is claimed
-    count     (masked positions, steps left) -> how many of the highest the rule picks, whatever the scores; None:
-              another number
-    adaptive  the rule chooses how many steps a block takes, and not `diffusion_steps`
-    """
-
-    function: Callable
-    order: str = "unknown"
-    count: Callable | None = None
-    adaptive: bool = False
-    reads: frozenset[str] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for an unknown order, or for inputs that contradict each other."""
-        check_order("commit", self.name, self.order, COMMIT_ORDERS)
-        object.__setattr__(self, "reads", revise.revising_inputs(self.function))
-
-    @property
-    def name(self) -> str:
-        return name_of(self.function)
-
-    @property
-    def revises(self) -> bool:
-        return bool(self.reads)
-
-    def __call__(self, *inputs: Any, **more: Any) -> Any:
-        return self.function(*inputs, **more)
-
-
-def check_order(kind: str, name: str, order: str, known: tuple[str, ...]) -> None:
-    if order not in known:
-        raise ValueError(f"order={order!r} of {kind}={name} must be one of {', '.join(known)}")
-
-
-# What the library's functions declare. A wrapper of one, or a copy, is another function, and declares nothing.
+# What is known of the library's ranks: `deterministic` or `independent` (see `Rank`), or a name of its own where the
+# order has a log-probability, or decides that of a commit rule.
 RANKS: dict[Any, str] = {
     rules.confidence: "confidence",
     rules.max_prob: "max_prob",
@@ -101,50 +20,117 @@ RANKS: dict[Any, str] = {
     rules.random: "independent",
     rules.plackett_luce: "plackett_luce",
 }
-COMMITS: dict[Any, Commit] = {
-    commit.function: commit
-    for commit in (
-        Commit(rules.schedule, "deterministic", count=rules.share),
-        Commit(rules.late_schedule, "deterministic", count=rules.late_share),
-        Commit(rules.origin, "deterministic"),
-        Commit(revise.remask, "deterministic"),
-        Commit(revise.soft_edit, "deterministic"),
-        Commit(rules.threshold, "deterministic", adaptive=True),
-        Commit(rules.soft_threshold, "soft_threshold", adaptive=True),
-        Commit(rules.factor, "deterministic", adaptive=True),
-        Commit(rules.entropy_bound, "deterministic", adaptive=True),
-        Commit(revise.edit, "deterministic", adaptive=True),
-    )
+# What the library's commit rules declare, by the names of `Commit`.
+_ADAPTIVE = {"order": "deterministic", "adaptive": True}
+COMMITS: dict[Any, dict[str, Any]] = {
+    rules.schedule: {"order": "deterministic", "count": rules.share},
+    rules.late_schedule: {"order": "deterministic", "count": rules.late_share},
+    rules.origin: {"order": "deterministic"},
+    revise.remask: {"order": "deterministic"},
+    revise.soft_edit: {"order": "deterministic"},
+    rules.threshold: _ADAPTIVE,
+    rules.soft_threshold: {"order": "soft_threshold", "adaptive": True},
+    rules.factor: _ADAPTIVE,
+    rules.entropy_bound: _ADAPTIVE,
+    revise.edit: _ADAPTIVE,
 }
 
 
+@dataclass(frozen=True)
+class Rank:
+    """A rank, and what is known of its scores. A library rank, or a partial of its settings, declares itself.
+
+    function  see `rules`
+    order     of a function of yours: deterministic, if the scores follow from the canvas and the weights, without
+              chance; independent, if they are random numbers, free of the weights; unknown, which claims nothing
+    """
+
+    function: Any
+    order: str = "unknown"
+    library: Any = field(default=None, init=False, repr=False, compare=False)  # the library's function, unbound
+    reads: frozenset[str] = field(default=frozenset(), init=False, repr=False)  # inputs taken by name
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for inputs that no sampler has, or an order that contradicts them."""
+        function, library = _unwrapped("rank", self.function, RANKS)
+        mine = ("unknown", "deterministic", "independent")
+        _check_order("rank", function, self.order, mine if library is None else ("unknown", RANKS[library]))
+        reads = rank_inputs(function)
+        wrong = reads - {"deterministic": {"logits", "normalizer"}, "independent": {"uniforms"}}.get(self.order, reads)
+        if wrong:
+            raise ValueError(f"rank={name_of(function)} is declared {self.order}, but reads {', '.join(sorted(wrong))}")
+        vars(self).update(function=function, order=RANKS.get(library, self.order), library=library, reads=reads)
+
+    @property
+    def name(self) -> str:
+        return name_of(self.function)
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.function(**inputs)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit rule, and what is known of the positions that it picks. A library rule declares itself, as in `Rank`.
+
+    function  see `rules`, and of one that rewrites `revise`
+    order     of a function of yours: deterministic, if the positions follow from what it takes, and random numbers
+              among these meet nothing that the weights decide; unknown, which claims nothing
+    count     (masked positions, steps left) -> how many of the highest it picks, whatever the scores; None: it varies
+    adaptive  the rule chooses how many steps a block takes, and not `diffusion_steps`
+    """
+
+    function: Any
+    order: str = "unknown"
+    count: Callable | None = None
+    adaptive: bool = False
+    reads: frozenset[str] = field(default=frozenset(), init=False, repr=False)  # inputs taken by name
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown order, or for inputs that contradict each other."""
+        function, library = _unwrapped("commit", self.function, COMMITS)
+        declared = COMMITS.get(library, {})
+        _check_order("commit", function, self.order, ("unknown", declared.get("order", "deterministic")))
+        vars(self).update(declared, function=function, reads=revise.commit_inputs(function))
+
+    @property
+    def name(self) -> str:
+        return name_of(self.function)
+
+    @property
+    def revises(self) -> bool:
+        return bool(self.reads & revise.KINDS)
+
+    def __call__(self, *inputs: Any, **more: Any) -> Any:
+        return self.function(*inputs, **more)
+
+
 def as_rank(rank: Any) -> Rank:
-    """The record of a rank: itself, the library's, or of another function one that claims nothing."""
-    if isinstance(rank, Rank):
-        return rank
-    function, library = _unwrapped("rank", rank)
-    return Rank(function, RANKS.get(library, "unknown"))
+    return rank if isinstance(rank, Rank) else Rank(rank)
 
 
 def as_commit(commit: Any) -> Commit:
-    """The record of a commit rule: itself, the library's, or of another function one that claims nothing."""
-    if isinstance(commit, Commit):
-        return commit
-    function, library = _unwrapped("commit", commit)
-    return replace(COMMITS[library], function=function) if library in COMMITS else Commit(function)
+    return commit if isinstance(commit, Commit) else Commit(commit)
 
 
-def _unwrapped(kind: str, function: Any) -> tuple[Any, Any]:
-    """A function without partials that bind nothing, and the library's function whose settings alone it binds."""
+def _unwrapped(kind: str, function: Any, library: dict[Any, Any]) -> tuple[Any, Any]:
+    """The function without partials that bind nothing; and the library's function, if it is one or binds settings of
+    one. A wrapper, a copy or a lambda is another function: what it does is not known."""
     if not callable(function):
         raise ValueError(f"{kind}={function!r} must be a function, as rank=max_prob, commit=schedule, or its record")
     function = flattened(function)
     if isinstance(function, partial) and not function.args and not function.keywords:
         function = function.func
-    if not isinstance(function, partial) or not inspect.isfunction(function.func):
-        return function, function if inspect.isfunction(function) else None
-    settings = {name for name, p in inspect.signature(function.func).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    return function, function.func if not function.args and function.keywords.keys() <= settings else None
+    base, keywords = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
+    if not inspect.isfunction(base) or base not in library or getattr(function, "args", ()):
+        return function, None
+    settings = {name for name, p in inspect.signature(base).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    return function, base if keywords.keys() <= settings else None
+
+
+def _check_order(kind: str, function: Any, order: str, known: tuple[str, ...]) -> None:
+    if order not in known:
+        raise ValueError(f"order={order!r} of {kind}={name_of(function)} must be one of {', '.join(known)}")
 
 
 def order_probability(rank: Rank, commit: Commit, *, greedy: bool = False) -> str:
@@ -157,15 +143,15 @@ def order_probability(rank: Rank, commit: Commit, *, greedy: bool = False) -> st
     """
     if "unknown" in (rank.order, commit.order):
         return "unknown"
-    by_draws = rank.order == "confidence" or "changed" in commit.reads
     by_chance = rank.order == "plackett_luce" or commit.order == "soft_threshold"
-    if greedy:
-        return "unknown" if by_chance else "independent" if rank.order == "independent" else "deterministic"
-    if not by_draws and not by_chance:
+    by_draws = not greedy and (rank.order == "confidence" or "changed" in commit.reads)
+    if not by_chance and not by_draws:
         return "independent" if rank.order == "independent" else "deterministic"
-    if commit.count is not None and not commit.revises:
-        return rank.order
-    return "soft_threshold" if (rank.order, commit.order) == ("max_prob", "soft_threshold") else "unknown"
+    if greedy:
+        return "unknown"
+    if commit.order == "soft_threshold":
+        return "soft_threshold" if rank.order == "max_prob" else "unknown"
+    return "unknown" if commit.count is None or commit.revises else rank.order
 
 
 def has_order_logprob(rank: Rank, commit: Commit, *, greedy: bool = False) -> bool:

@@ -11,7 +11,7 @@ Scores are then given at written positions too. The rollout records every event 
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,8 @@ from dllm_rl.samplers.canvas import TIES, Decision, Turn
 from dllm_rl.samplers.rules import Counts, Places, Scores, check_last_step, name_of, schedule, threshold
 from dllm_rl.types import Events
 
-OFFERED = ("written", "visible", "changed", "steps", "uniforms")
-KINDS = frozenset(OFFERED[:3])
+COMMIT_INPUTS = ("written", "visible", "changed", "steps", "uniforms")
+KINDS = frozenset(COMMIT_INPUTS[:3])
 
 
 @bounded(eta=Bound(at_least=0, at_most=1))
@@ -75,38 +75,38 @@ def soft_edit(
     return schedule(scores.masked_fill(~masked, -torch.inf), masked, steps_left) | visible & (uniforms < rate)
 
 
-def revising_inputs(commit: Callable) -> frozenset[str]:
-    """Which of OFFERED a rule takes; empty if the rule never rewrites. ValueError for two of KINDS."""
+def commit_inputs(commit: Callable) -> frozenset[str]:
+    """Which of COMMIT_INPUTS a rule takes. ValueError for two of KINDS."""
     parameters = inspect.signature(commit).parameters.values()
-    taken = frozenset(p.name for p in parameters if p.name in OFFERED and p.default is p.empty)
-    kinds = sorted(taken & KINDS, key=OFFERED.index)
+    taken = frozenset(p.name for p in parameters if p.name in COMMIT_INPUTS and p.default is p.empty)
+    kinds = sorted(taken & KINDS, key=COMMIT_INPUTS.index)
     if len(kinds) > 1:
         raise ValueError(
             f"commit={name_of(commit)} takes {' and '.join(kinds)}, which say different things of a position that it "
             "picks: take one of them"
         )
-    return taken if kinds else frozenset()
+    return taken
 
 
 def revise(
     turn: Turn,
     scores: Float[Tensor, "R L"],
-    drawn: Sequence[Tensor] | None,
+    proposed: Int[Tensor, " K"] | None,
     tokens: Int[Tensor, "B T"],
     *,
     commit: Callable,
     takes: frozenset[str],
 ) -> Decision:
-    """What a rule that `takes` some of OFFERED does with a turn. Raises ValueError where a block's last step commits
+    """Decide what a rule that rewrites does with a turn. Raises ValueError where a block's last step commits
     nothing or masks again.
 
-    drawn   the proposals, (K,) tokens first; a rule that takes `changed` needs them
-    tokens  the canvas
+    proposed  the tokens drawn; a rule that takes `changed` needs them
+    tokens    the canvas
     """
     assert turn.written is not None, "the turn of a canvas that is revised"
     changed = torch.zeros_like(turn.masked)
-    if drawn is not None:
-        changed[turn.row, turn.place] = drawn[0] != tokens[turn.canvas_row, turn.column]
+    if proposed is not None:
+        changed[turn.row, turn.place] = proposed != tokens[turn.canvas_row, turn.column]
     offered = {"steps": turn.steps, "written": turn.written, "visible": turn.written, "changed": turn.written & changed}
     if "uniforms" in takes:
         offered["uniforms"] = turn.spread(turn.uniforms(TIES).float())

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
+from dllm_rl.models.order import highest
 from dllm_rl.models.soft_threshold import drawn_set
 
 Logits = Float[Tensor, "K V"]
@@ -195,13 +196,6 @@ def entropy_bound(scores: Scores, masked: Places, steps_left: Counts, *, gamma: 
     # In rising order the largest is the last, so what counts is the sum of those before it.
     before = torch.nn.functional.pad(entropies.cumsum(-1)[:, :-1], (1, 0))
     return highest(scores, masked, count=(before <= gamma).sum(-1))
-
-
-def highest(scores: Scores, masked: Places, *, count: Counts) -> Places:
-    """The `count` best masked positions of every row; ties go to the lowest index."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(scores.shape[-1], device=scores.device)
-    return masked & torch.zeros_like(masked).scatter(-1, order, places < count[:, None])
 
 
 def check_steps(diffusion_steps: int | None, length: int, count: Callable | None) -> None:

@@ -284,7 +284,7 @@ def test_what_has_no_law_is_refused_or_left_out():
             sample(policy, 2, rank=rank, commit=rule)
     with pytest.raises(ValueError, match=r"lacks its tau; give functools.partial\(soft_threshold, tau=0.9\)"):
         sample(policy, 2, commit=rules.soft_threshold)
-    with pytest.raises(ValueError, match="commit=soft_threshold, which draws random numbers: take threshold"):
+    with pytest.raises(ValueError, match="commit=soft_threshold, which reads uniforms: take threshold"):
         sample(policy, 2, commit=rule, compile_step=True)
     with pytest.raises(ValueError, match=r"tau=1.0 must lie in \(0, 1\)"):
         sample(policy, 2, commit=partial(rules.soft_threshold, tau=1.0))

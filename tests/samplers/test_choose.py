@@ -46,7 +46,8 @@ def test_drawing_before_ranking_changes_nothing():
     assert early.draws_first and not late.draws_first
     assert choice.picked.tolist() == same.picked.tolist()
     assert turn.row[choice.picked].tolist() == [0, 0, 1, 1, 2, 2]
-    assert torch.equal(choice.tokens, same.tokens) and torch.equal(choice.logprobs, same.logprobs)
+    for name in ("tokens", "logprobs"):
+        assert torch.equal(getattr(choice.drawn, name), getattr(same.drawn, name))
 
 
 def test_the_order_has_a_law_only_where_chance_ranks():
@@ -65,7 +66,7 @@ def test_the_most_confident_draws_are_written():
     expected = []
     for row in range(3):
         mine = (turn.row == row).nonzero()[:, 0].tolist()
-        confidences = {position: logp[turn.place[position], whole.tokens[position]].item() for position in mine}
+        confidences = {position: logp[turn.place[position], whole.drawn.tokens[position]].item() for position in mine}
         expected += sorted(sorted(confidences, key=confidences.get)[-2:])
     assert choice_of(rules.confidence)[2].picked.tolist() == expected
 
@@ -116,7 +117,7 @@ def test_the_worked_example():
     p, q = (torch.tensor([[*x, 1e-30]]).log() for x in ((0.5, 0.3, 0.15, 0.05), (0.4, 0.2, 0.3, 0.1)))
     ratios = {}
     for u, token in ((0.1, 0), (0.9, 1)):
-        tokens, logp, log_mass, kept = propose(policy, p.clone(), torch.tensor([u], dtype=torch.float64), params)
+        tokens, logp, _, log_mass, kept = propose(policy, p.clone(), torch.tensor([u], dtype=torch.float64), params)
         assert tokens.tolist() == [token] and kept[:, :3].tolist() == [[0, 1, -1]]
         assert log_mass.exp().item() == pytest.approx(0.8)
         one = torch.ones(1, 1, dtype=torch.bool)
@@ -151,7 +152,7 @@ def test_mean_ratios_by_enumeration(name, temperature):
     params = SamplingParams(temperature=temperature, suppress=(size - 1,), **FILTERS[name])
     p, q = 2 * torch.randn(2, 50, size, generator=generator)
     uniforms = torch.rand(50, generator=generator, dtype=torch.float64)
-    _, _, log_mass, kept = propose(policy, p.clone(), uniforms, params)
+    _, _, _, log_mass, kept = propose(policy, p.clone(), uniforms, params)
     unfiltered = replace(params, support="unfiltered")
     for row in range(50):
         # The set and its mass, from the definition: the likeliest, until k of them, or until their mass is top_p.
@@ -288,7 +289,7 @@ def test_ties_with_the_kth_are_kept_and_recorded():
     kept = torch.tensor([[0, 2, -1]], dtype=torch.int32)
     left = torch.isfinite(process(logits, SamplingParams(top_k=1), kept=kept))
     assert left.tolist() == [[True, False, True, False, False]]
-    _, logp, log_mass, ids = propose(
+    _, logp, _, log_mass, ids = propose(
         HeadAlone(5), logits.clone(), torch.tensor([0.9], dtype=torch.float64), SamplingParams(top_k=1, suppress=(4,))
     )
     assert sorted(ids[0, :2].tolist()) == [0, 2] and ids[0, 2] == -1

@@ -208,10 +208,10 @@ def test_a_rule_takes_written_or_changed_and_leaves_the_last_step_whole(policy):
     with pytest.raises(ValueError, match="commit=stubborn masked positions again in the last step"):
         sample(policy, IDS, range(3), diffusion_steps=2, commit=stubborn)
     for rule in (rules.schedule, partial(rules.threshold, tau=0.5)):
-        assert revise.revising_inputs(rule) == frozenset()
-    assert revise.revising_inputs(revise.remask) == {"written", "steps"}
-    assert revise.revising_inputs(revise.edit) == {"changed"}
-    assert revise.revising_inputs(revise.soft_edit) == {"visible", "uniforms"}
+        assert revise.commit_inputs(rule) == frozenset()
+    assert revise.commit_inputs(revise.remask) == {"written", "steps"}
+    assert revise.commit_inputs(revise.edit) == {"changed"}
+    assert revise.commit_inputs(revise.soft_edit) == {"visible", "uniforms"}
 
 
 def test_errors_and_names():
