@@ -22,6 +22,7 @@ from dllm_rl import manifest
 from dllm_rl.checkpoints.optimizer_shards import PATTERN, Part, Swap, alone, load_parts, write_part
 from dllm_rl.checkpoints.state import NAME, TrainingState
 from dllm_rl.distributed.sharding import part_like
+from dllm_rl.distributed.stop import as_written
 from dllm_rl.files import folder_size, recover, remove, remove_whole, replacing, write_text
 from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy, is_finite
@@ -230,7 +231,7 @@ def locate(
             say(f"skipped {error}")
             skipped.append(str(error))
     if skipped:
-        why = f"no checkpoint is whole ({'; '.join(skipped)}); start again with --overwrite_output_dir"
+        why = f"no checkpoint is whole ({'; '.join(skipped)}); start again with {as_written(overwrite_output_dir=True)}"
         raise ValueError(f"resume_from_checkpoint='latest': {why}")
     return None
 

@@ -1,6 +1,7 @@
 """The folder of a run: locked, made, emptied or resumed from."""
 
 import difflib
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState, check_types
-from dllm_rl.distributed.stop import LOCK
+from dllm_rl.distributed.stop import LOCK, as_written
 from dllm_rl.files import lock, recover, remove
 from dllm_rl.members import plain
 from dllm_rl.recipe import Recipe, Settings
@@ -66,7 +67,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
         elif held and not recipe.overwrite_output_dir:
             raise ValueError(
                 f"output_dir={str(directory)!r} already holds a run ({', '.join(held)}); give another, or "
-                "--resume_from_checkpoint latest, or --overwrite_output_dir"
+                f"{as_written(resume_from_checkpoint='latest')}, or {as_written(overwrite_output_dir=True)}"
             )
         return None, None, notes
     checkpoint.recover_all(directory / "checkpoints")
@@ -142,6 +143,17 @@ def changes_since(recipe: Settings, state: TrainingState) -> list[dict[str, Any]
     ]
 
 
+def renamings(before: Any, now: Any) -> list[tuple[str, str]]:
+    """(name before, name now) where two descriptions differ in the names of a script or of functions alone; else []."""
+    if not (isinstance(before, str) and isinstance(now, str)):
+        return []
+    # A name outside of this library is MODULE:NAME; all between such names must be equal.
+    old, new = (re.split(r"([\w.]+:[\w.<>]+)", text) for text in (before, now))
+    if len(old) != len(new) or old[::2] != new[::2]:
+        return []
+    return list(dict.fromkeys(pair for pair in zip(old[1::2], new[1::2], strict=True) if pair[0] != pair[1]))
+
+
 def _check_recipe(recipe: Settings, state: TrainingState) -> None:
     settings = recipe.settings()
     before = defaults(type(recipe)) | state.recipe  # a setting that the checkpoint lacks had its default
@@ -150,7 +162,13 @@ def _check_recipe(recipe: Settings, state: TrainingState) -> None:
     allowed = allowed_changes(recipe)
     for name, value in settings.items():
         if name not in FREE and name not in allowed and before[name] != value:
-            remedy = "resume with the same recipe" + ("" if name in FIXED else f", or with --allow_changed {name}")
+            allow = "" if name in FIXED else f", or with {as_written(allow_changed=name)}"
+            if renamed := renamings(before[name], value):
+                raise ValueError(
+                    f"{name} has the name {renamed[0][1]!r} now, and {renamed[0][0]!r} in the checkpoint, and is else "
+                    f"the same; give the script or the function its name again{allow}"
+                )
+            remedy = f"resume with the same recipe{allow}"
             raise ValueError(f"{name}={value!r} differs from the checkpoint's {before[name]!r}; {remedy}")
     if recipe.num_steps < state.step:
         raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {state.step}; give more")

@@ -53,6 +53,31 @@ def lora_r16(*, r: int = 16, alpha: float = 32.0, dropout: float = 0.0, experts:
     return Lora(r=r, alpha=alpha, dropout=dropout, experts=experts)
 
 
+def from_peft(config: Any) -> Lora:
+    """The adapters that a peft LoraConfig describes. Raises ValueError on a setting that changes what they compute."""
+    kind = type(config).__name__
+    if kind != "LoraConfig":
+        raise ValueError(f"lora={kind}(...) is of another kind than LoRA; give peft's LoraConfig, or lora_r16")
+    blank = type(config)()
+    taken = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+    taken |= {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "runtime_config"}
+    for name, value in vars(config).items():
+        if name not in taken and value != getattr(blank, name, value):
+            raise ValueError(f"lora=LoraConfig({name}={value!r}): adapters have no such setting here; leave it out")
+    if config.inference_mode:
+        raise ValueError("lora=LoraConfig(inference_mode=True) is not for training; leave it out")
+    targets = config.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        raise ValueError(f"lora=LoraConfig(target_modules={targets!r}) is a pattern; give a list of layers' names")
+    scale = config.r**0.5 if config.use_rslora else 1.0  # peft divides alpha by the root of r
+    return Lora(
+        r=config.r,
+        alpha=float(config.lora_alpha) * scale,
+        dropout=float(config.lora_dropout),
+        targets=None if targets in (None, "all-linear") else tuple(sorted(targets)),
+    )
+
+
 class LoraLinear(nn.Module):
     """A linear layer and its fp32 adapter; the adapter's products are in the input's dtype."""
 

@@ -8,6 +8,7 @@ from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
+from dllm_rl.bounds import Bound, bounded
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import process, sample
 from dllm_rl.models.support import kept_part, kept_set
@@ -18,6 +19,7 @@ from dllm_rl.samplers.unmask import check_fits, check_suppress
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
+@bounded(temperature=Bound(at_least=0), top_k=Bound(at_least=1), top_p=Bound(above=0, at_most=1))
 @torch.no_grad()
 def autoregress(
     policy: Policy,

@@ -189,5 +189,5 @@ def test_interrupt_saves_and_says_how_to_resume(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate()
-    assert process.returncode == 130 and "--resume_from_checkpoint latest" in out
+    assert process.returncode == 130 and "resume_from_checkpoint='latest'" in out
     finished(start(tmp_path / "run", resume="latest"))
