@@ -14,9 +14,11 @@ from torch import Generator
 
 from dllm_rl.algorithms import advantages, correctors, losses, optimizers
 from dllm_rl.algorithms.advantages import group_relative, takes_parts
-from dllm_rl.algorithms.correctors import Corrector, no_weights, none
+from dllm_rl.algorithms.by_step import by_step
+from dllm_rl.algorithms.correctors import Corrector, none, unit_weights
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, ppo_clip, surrogate_inputs, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
+from dllm_rl.algorithms.triage import triage
 from dllm_rl.bounds import Bound, check_bound
 from dllm_rl.callbacks import check_callbacks
 from dllm_rl.likelihoods import estimators
@@ -47,7 +49,8 @@ CHOICES: dict[str, dict[str, Callable]] = {
     "cache": by_name.CACHES,
     "combine": _named(correctors, "alarm"),  # of `ais`
     "commit": by_name.COMMITS,
-    "corrector": _named(correctors, "ais aligned icepop mis none qarl reject tbpo tis"),
+    "corrector": _named(correctors, "ais aligned icepop mis none qarl reject tbpo tis")
+    | {"by_step": by_step, "triage": triage},
     "kl": _named(losses, "kl_k1 kl_k2 kl_k3"),
     "likelihood": _LIKELIHOODS,
     "lora": {"lora_r16": lora_r16},
@@ -445,9 +448,9 @@ class Recipe(Settings):
                 "use_bias_correction_kl=True corrects a KL term, and beta=0 has none: set beta above 0",
             ),
             (
-                self.old_logprobs == "rollout" and self.corrector.weigh is not no_weights,
+                self.old_logprobs == "rollout" and self.corrector.weight_fn is not unit_weights,
                 "old_logprobs='rollout' takes ratios against the rollout itself, which a corrector's weights would "
-                "correct a second time: use corrector=none(), or one without weigh, or old_logprobs='recompute'",
+                "correct a second time: use corrector=none(), or one without weight_fn, or old_logprobs='recompute'",
             ),
             (
                 self.zero_mismatch and self.rolls_out_apart and not self.corrector.align_forward,
