@@ -35,7 +35,8 @@ _HOME = {
     "likelihoods.estimator": "LikelihoodEstimator",
     "likelihoods.estimators": "one_step elbo coupled quadrature block eubo sandwich trajectory causal",
     "algorithms.advantages": "group_relative leave_one_out decoupled",
-    "algorithms.correctors": "Corrector TokenStats TokenWeights none tis mis icepop reject ais tbpo aligned qarl compose finite",
+    "algorithms.correctors": "Corrector TokenStats TokenWeights none tis mis icepop reject ais tbpo aligned qarl "
+    "compose finite",
     "algorithms.by_step": "by_step",
     "algorithms.triage": "triage",
     "algorithms.losses": "ppo_clip gspo trust_band cispo vespo reinforce token sequence constant kl_k3",

@@ -196,7 +196,7 @@ def test_a_run_is_said_to_aggregate_as_it_does(recipe):
     assert replace(recipe, corrector=correctors.qarl()).settings()["aggregate"] == "sequence"
     assert describe(correctors.none()) == "none()"
     mine = replace(correctors.tbpo(), surrogate=None)  # no function makes it: its parts tell it from others
-    assert describe(mine).startswith("Corrector(weigh=band_weights(c=2.0), ")
+    assert describe(mine).startswith("Corrector(weight_fn=band_weights(c=2.0), ")
     assert describe(mine).endswith(", align_forward=False, aggregate=sequence)")
 
 

@@ -29,7 +29,7 @@ def weights_by_step(stats: TokenStats, *, weight_fn: WeightFn) -> TokenWeights:
 
 
 @maker
-def by_step(corrector: Corrector | None = None) -> Corrector:
+def by_step(*, corrector: Corrector | None = None) -> Corrector:
     """A corrector whose statistics are of one denoising step at a time: AIS's lambda, the ratio of a sequence (of its
     tokens of a step), rejection. Token weights of their own (`tis`, `icepop`) are the same with it and without.
 

@@ -13,8 +13,8 @@ from dllm_rl.members import maker
 
 @bounded(gate=Bound(at_least=0), window=Bound(at_least=1))
 def triage_weights(stats: TokenStats, *, gate: float = 0.02, window: int = 64) -> TokenWeights:
-    """w = rho = exp(log_mismatch) < 1 where the advantage is negative, the learner gives the token less probability than
-    the rollout did, and the gate is open; 1 elsewhere.
+    """w = rho = exp(log_mismatch) where the advantage is negative, the learner finds the token less likely than the
+    rollout did (rho < 1), and the gate is open; 1 elsewhere.
 
     Pushing down a token that the learner holds for unlikely already is what drives it off. That only such tokens are
     damped, and that a gate decides per 64 tokens, is [digest]. The weight rho, and the gate, which opens where the mean

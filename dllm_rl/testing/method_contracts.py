@@ -54,8 +54,7 @@ def make_batch(
 
 
 def make_stats(log_mismatch: Tensor, advantages: Tensor, mask: Tensor, **more: Any) -> TokenStats:
-    """The `TokenStats` of a batch of which a test says little: log-probs about -1, nats, each column its own step. `more`
-    replaces blanks."""
+    """Build the `TokenStats` of a batch: log-probs about -1 nat, a step per column, entropy 1. `more` replaces them."""
     old = torch.full_like(log_mismatch, -1.0).detach()
     entropy = torch.ones_like(old)
     steps = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
