@@ -140,6 +140,7 @@ def score(
     forwards = len(views.weight) * math.prod(part.num_forwards for part in views.parts)
     if not keeps_graphs(recipe, policy, views=forwards, rows=len(rollout.tokens)):
         keep = False
+    entropy = token_entropy(policy, rollout, views, size) if recipe.corrector.needs_entropy else None
     # Last: kept graphs and another forward would add up.
     scores = likelihood.scores(policy, rollout, views, micro_batch_size=size, keep_graphs=keep)
     old = likelihood.combine(scores.detach(), views)
@@ -149,7 +150,7 @@ def score(
         rollout=old if rollout_logps is None else rollout_logps,
         reference=reference_logps,
         views=views,
-        entropy=token_entropy(policy, rollout, views, size) if recipe.corrector.needs_entropy else None,
+        entropy=entropy,
     )
     if recipe.zero_mismatch:
         check_bitwise_equal(rollout, views, logps, policy=policy, rollout_policy=rollout_policy)
