@@ -1,6 +1,7 @@
 """Correctors that read more than log-ratios: TRIAGE, and any corrector per denoising step."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import dllm_rl
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms.by_step import by_step
 from dllm_rl.algorithms.triage import triage
+from dllm_rl.samplers.rules import random
+from dllm_rl.samplers.unmask import unmask
 from dllm_rl.testing import make_stats
 from dllm_rl.training.trainer import train
 
@@ -57,9 +60,10 @@ def test_a_corrector_is_told_of_steps_log_probs_and_the_entropy_that_it_asks_for
         return c.unit_weights(stats)
 
     asking = c.compose(c.Corrector(weight_fn=look, needs_entropy=True), c.none())
-    train(tiny_recipe(tmp_path, num_steps=1, corrector=asking))
+    drawn = partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=random)  # no order by the draw
+    train(tiny_recipe(tmp_path, num_steps=1, sampler=drawn, corrector=asking))
     asked = seen[-1]
-    train(tiny_recipe(tmp_path / "plain", num_steps=1, corrector=c.Corrector(weight_fn=look)))
+    train(tiny_recipe(tmp_path / "plain", num_steps=1, sampler=drawn, corrector=c.Corrector(weight_fn=look)))
     plain = seen[-1]
     mask = asked.mask
     assert plain.entropy is None and torch.equal(plain.log_mismatch, asked.log_mismatch)
