@@ -54,8 +54,8 @@ def autoregress(
     seeds = row_seeds(generator, num_rows) if prompts.seeds is None else prompts.seeds
     # One uniform per token, all drawn first: a row's numbers do not depend on when its neighbours end.
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    drawn = [torch.rand(max_new_tokens, generator=row, dtype=torch.float64) for row in generators]
-    uniforms = torch.stack(drawn).to(device)
+    numbers = [torch.rand(max_new_tokens, generator=row, dtype=torch.float64) for row in generators]
+    uniforms = torch.stack(numbers).to(device)
 
     new = prompts.tokens.to(device)
     attention_mask = prompts.attention_mask.to(device)
