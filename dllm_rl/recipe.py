@@ -220,6 +220,10 @@ class Settings:
     )
     save_steps: int = _("steps between checkpoints", 50, at_least=1)
     save_total_limit: int = _("checkpoints kept, the newest ones and the best one", 2, at_least=1)
+    save_merged: bool = _(
+        "with lora on a path: merged weights in every checkpoint; False: in the last one, the others hold adapters",
+        False,
+    )
     metric_for_best_model: str | None = _(
         "metric of the evaluations by which a checkpoint is the best, as solve_rate or loss; none: no best one", None
     )

@@ -3,6 +3,7 @@
 import difflib
 import re
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState, check_types
 from dllm_rl.distributed.stop import LOCK, as_written
 from dllm_rl.files import lock, recover, remove
-from dllm_rl.members import plain
+from dllm_rl.members import ADDRESS, plain
 from dllm_rl.recipe import Recipe, Settings
 
 REHEARSAL = ".rehearsal"  # where a rehearsal writes
@@ -20,7 +21,7 @@ REHEARSAL = ".rehearsal"  # where a rehearsal writes
 FREE = {
     *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
     *("eval_steps", "eval_batch_size", "mismatch_sample"),
-    *("save_steps", "save_total_limit", "verify_checkpoint", "on_save_error", "async_save"),
+    *("save_steps", "save_total_limit", "save_merged", "verify_checkpoint", "on_save_error", "async_save"),
     *("logging_steps", "log_completions_steps", "report_to", "push_to_hub"),
     *("stop_seconds", "reward_timeout", "collective_timeout", "peer_timeout"),
     *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),
@@ -45,6 +46,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     directory = Path(recipe.directory)
     notes: list[str] = []
     check_files(directory)
+    check_names(recipe)
     try:
         if not lock(directory / LOCK):
             notes.append(
@@ -72,11 +74,17 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
         return None, None, notes
     checkpoint.recover_all(directory / "checkpoints")
     quick = recipe.verify_checkpoint == "quick"
-    folder = checkpoint.locate(recipe.resume_from_checkpoint, directory / "checkpoints", quick=quick, say=notes.append)
+    folder = checkpoint.locate(
+        recipe.resume_from_checkpoint,
+        directory / "checkpoints",
+        quick=quick,
+        unread=None if recipe.lora is None else "model*.safetensors",  # adapters go on from their base
+        compare=partial(_check_recipe, recipe),
+        say=notes.append,
+    )
     if not folder:
         return None, None, [*notes, "no checkpoint yet: starting from the beginning"]
     state = TrainingState.read(folder)
-    _check_recipe(recipe, state)
     needed = "reward" if isinstance(recipe, Recipe) else "loss"  # the end of the run prints and draws it
     check_types(folder, state.eval_before, {needed: float}, prefix="eval_before.")
     reference = directory / "reference"
@@ -85,6 +93,16 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     for path in checkpoint.set_aside(directory / "checkpoints", folder):
         notes.append(f"set aside, as it is not on the way of the resumed run: {path}")
     return folder, state, [*notes, f"resuming from {folder}"]
+
+
+def check_names(recipe: Settings) -> None:
+    """Raise ValueError on a setting whose text holds an address: no resume would find it equal."""
+    for name, text in recipe.settings().items():
+        if name not in FREE and isinstance(text, str) and ADDRESS.search(text):
+            raise ValueError(
+                f"{name}={text[:200]!r} holds an address, which another process has elsewhere, so that the run could "
+                "not be resumed; make it a dataclass, or give its class a __repr__"
+            )
 
 
 def check_files(directory: Path) -> None:

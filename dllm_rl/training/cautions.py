@@ -12,6 +12,7 @@ from torch import Tensor
 from dllm_rl.algorithms.advantages import takes_parts
 from dllm_rl.algorithms.correctors import unit_weights
 from dllm_rl.algorithms.losses import kl_k1, ppo_clip
+from dllm_rl.models.base import has_bf16_products
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.records import Commit, Rank, as_commit, as_rank, has_order_logprob, order_probability
 
@@ -44,6 +45,18 @@ def cautions(recipe: Recipe) -> list[str]:
             "which teach nothing; use at least 2"
         )
     return said
+
+
+def of_emulated_products(recipe: Recipe, device: str) -> list[str]:
+    """Of bf16 on a CPU that does not multiply in it."""
+    stored = isinstance(recipe.model, str) and recipe.dtype == "bfloat16"
+    if device != "cpu" or has_bf16_products() or not (recipe.bf16 or stored):
+        return []
+    name = "bf16=True" if recipe.bf16 else "dtype='bfloat16'"
+    return [
+        f"{name}: this CPU has no bf16 products, and emulated ones are slow; where memory allows use "
+        "--dtype float32 --bf16 false"
+    ]
 
 
 def of_the_clip(recipe: Recipe) -> list[str]:

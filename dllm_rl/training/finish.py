@@ -109,7 +109,8 @@ def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: st
 
 
 def _next_command(recipe: Recipe, folder: str) -> str:
-    maker = "" if (Path(folder) / "config.json").exists() else " --model MODULE:FUNCTION"  # it makes a custom module
+    stock = isinstance(recipe.model, str) or (Path(folder) / "config.json").exists()
+    maker = "" if stock else " --model MODULE:FUNCTION"  # it makes a custom module
     problem = recipe.eval_task[0]
     text = problem.prompt
     length = getattr(recipe.eval_sampler, "keywords", {}).get("max_new_tokens", 16)
