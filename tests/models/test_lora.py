@@ -264,9 +264,8 @@ def test_products_in_the_inputs_dtype_gradients_in_fp32(dtype):
 
 def test_where_bf16_products_are_emulated_the_backward_is_in_fp32(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    layer = linear_of(
-        torch.randn(24, 16, generator=generator).bfloat16(), torch.randn(24, generator=generator).bfloat16()
-    )
+    weight, bias = (torch.randn(shape, generator=generator).bfloat16() for shape in ((24, 16), (24,)))
+    layer = linear_of(weight, nn.Parameter(bias, requires_grad=False))
     vector = torch.randn(3, 24, generator=generator).bfloat16()
     found = {}
     for supported in (True, False):
