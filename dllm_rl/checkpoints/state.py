@@ -7,7 +7,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from dllm_rl.files import read_json
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, frozen_of
 from dllm_rl.recipe import Settings
 
 NAME = "state.json"
@@ -28,12 +28,14 @@ class TrainingState:
     best_step: int | None = None  # of the best checkpoint by metric_for_best_model
     best_value: float | None = None
     reference: str | None = None  # digest of the manifest of the run's folder `reference`
+    frozen: list | None = None  # names of weights that training without adapters leaves alone
     recipe: dict[str, Any]
 
     @classmethod
     def first(cls, recipe: Settings, policy: Policy, **known: Any) -> "TrainingState":
         dtype: Any = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
-        return cls(version=policy.version, dtype=dtype, recipe=recipe.settings(), **known)
+        frozen = None if policy.lora else frozen_of(policy.module) or None
+        return cls(version=policy.version, dtype=dtype, frozen=frozen, recipe=recipe.settings(), **known)
 
     @classmethod
     def read(cls, folder: Path) -> "TrainingState":

@@ -6,28 +6,25 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dllm_rl.manifest import Check, verify_if_there
 from dllm_rl.models.base import FamilySpec, Mask, Module, Policy, States, Tokenizer, Tokens, position_ids
 from dllm_rl.models.checkpoint.loading import (
-    adapter_folder,
-    base_of_adapter,
     check_finite,
+    check_padding,
     checkpoint_folder,
     family_spec,
     load_module,
     named,
     prepared,
     save_module,
-    weights_folder,
 )
 from dllm_rl.models.checkpoint.tensors import misfits, read_tensors
 from dllm_rl.models.forward.blocks import recomputed_blocks
 from dllm_rl.models.forward.float32_head import head_in_float32
-from dllm_rl.models.lora import Lora, add_lora, load_adapter, without_adapters
-from dllm_rl.models.merge import has_extras, merge_lora, own_tensors
+from dllm_rl.models.lora import Lora, add_lora, without_adapters
+from dllm_rl.models.merge import has_extras, own_tensors
 from dllm_rl.models.untrusted import check_regular
 
 Moved = TypeVar("Moved", bound="_Backbone")  # beartype refuses typing.Self
@@ -44,6 +41,12 @@ class _Backbone:
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
         self.module = module.eval()  # for good: a stock module's dropout does not repeat
+        for layer in module.modules():
+            # torch's fused forwards read the weights past the layers, which may be adapted or quantized.
+            if isinstance(layer, nn.TransformerEncoderLayer):
+                layer.activation_relu_or_gelu = 0
+            elif isinstance(layer, nn.TransformerEncoder):
+                layer.use_nested_tensor = False
         self.spec = spec
         self.tokenizer = tokenizer
         self.version = 0
@@ -97,7 +100,12 @@ class _Backbone:
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
         """Write weights (adapters merged), config and tokenizer in the checkpoint's layout. Of a module that is not
-        transformers' only weights and tokenizer, for `load_weights`."""
+        transformers' only weights and tokenizer, for `load_weights`. Raises ValueError for a quantized copy."""
+        if self.quantization is not None:
+            raise ValueError(
+                f"quantization={self.quantization!r}: a quantized copy's weights are rounded; save the policy that it "
+                "was made from"
+            )
         save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
 
     def reference(self) -> Policy:
@@ -135,9 +143,11 @@ def make_policy(
                `vocab_size`, `eos_ids` and, unless causal, `mask_id`
     """
     check_tokenizer(tokenizer, stock=spec is None)
+    check_no_peft(module)
     spec = _found_spec(module, tokenizer) if spec is None else spec
     # A wrong mask or attention would train without an error, so both are checked on the module itself.
     check_spec(module, spec)
+    check_ids(module, spec, tokenizer)
     policy = (AutoregressivePolicy if spec.attention == "causal" else DiffusionPolicy)(module, spec, tokenizer)
     if not any(weight.is_meta for weight in module.parameters()):  # a dry run needs shapes alone, and computes nothing
         check_attention(policy)
@@ -155,8 +165,7 @@ def load_policy(
     float32_head: bool = True,
     verify_checkpoint: Check = "full",
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """Open a checkpoint with stock transformers classes. Of a folder of adapters alone, a run's or peft's, it opens the
-    base that they name and merges them.
+    """Open a checkpoint with stock transformers classes.
 
     dtype         of the weights: float32, bfloat16 or float16; "auto" keeps the checkpoint's
     block_size    of a block-causal model; None: the checkpoint's
@@ -170,39 +179,15 @@ def load_policy(
     """
     folder = checkpoint_folder(path_or_id)
     verify_if_there(folder, verify_checkpoint)
-    options: dict[str, Any] = {"dtype": dtype, "block_size": block_size, "quantization": quantization, "device": device}
-    if (adapter := adapter_folder(folder)) is not None:
-        policy = _merged(adapter, folder, options, verify_checkpoint)
-    else:
-        module, tokenizer, spec = load_module(folder, **options)
-        check_finite(module, path_or_id)
-        with named(folder):  # the first forward: a config's values may be of types that no layer takes
-            policy = make_policy(module, tokenizer, spec)
+    module, tokenizer, spec = load_module(
+        folder, dtype=dtype, block_size=block_size, quantization=quantization, device=device
+    )
+    check_finite(module, path_or_id)
+    with named(folder):  # the first forward: a config's values may be of types that no layer takes
+        policy = make_policy(module, tokenizer, spec)
     policy.float32_head = float32_head
     if lora is not None:
         add_lora(policy, lora)
-    return policy
-
-
-def _merged(
-    adapter: Path, folder: Path, options: dict[str, Any], verify_checkpoint: Check
-) -> DiffusionPolicy | AutoregressivePolicy:
-    """The base of saved adapters with these merged, as a checkpoint of merged weights holds them."""
-    if options["quantization"] is not None:
-        wrong = f"quantization={options['quantization']!r} is of a base without adapters, and {folder} holds adapters"
-        raise ValueError(f"{wrong}; save load_policy({str(folder)!r}).save_pretrained(NEW), and give that")
-    dtype = options["dtype"]
-    weights_folder(folder)  # refuses a circle
-    with named(adapter), safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        held = file.metadata() or {}
-    stored = held["dtype"] if held.get("dtype") in ("float32", "bfloat16", "float16", "float64") else "auto"
-    options = options | {"dtype": stored, "quantization": held.get("quantization")}
-    policy = load_policy(base_of_adapter(adapter), **options, verify_checkpoint=verify_checkpoint)
-    load_adapter(policy, adapter)
-    merge_lora(policy)
-    if dtype != "auto":
-        for parameter in policy.module.parameters():
-            parameter.data = parameter.data.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return policy
 
 
@@ -228,15 +213,25 @@ def _found_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
     kind = type(module).__name__
     if not hasattr(module, "config"):
         raise ValueError(f"spec=None, and {kind} has no config that names its family: give a FamilySpec")
-    if hasattr(module, "merge_and_unload"):
-        raise ValueError(f"{kind} has peft's adapters; give its merge_and_unload(), and lora to train new ones")
     raw = module.config.to_dict()
     raw["architectures"] = raw.get("architectures") or [kind]  # a model that was never saved has none
-    spec = family_spec(module.config, tokenizer, raw=raw)
+    spec = family_spec(module.config, tokenizer, raw=raw, generation=getattr(module, "generation_config", None))
     if spec.native is not None:
         raise ValueError(f"{kind} runs code of its checkpoint; give the checkpoint's folder or id to use stock classes")
     prepared(module, spec)
     return spec
+
+
+def check_no_peft(module: Module) -> None:
+    """Raise ValueError on a module with peft's adapters, around it or inside it."""
+    if hasattr(module, "merge_and_unload"):
+        kind = type(module).__name__
+        raise ValueError(f"{kind} has peft's adapters; give its merge_and_unload(), and lora to train new ones")
+    for path, layer in module.named_modules():
+        if type(layer).__module__.startswith("peft."):
+            raise ValueError(
+                f"{path} has peft's adapters; merge and remove them first, and give lora to train new ones"
+            )
 
 
 def check_tokenizer(tokenizer: Tokenizer, *, stock: bool = False) -> None:
@@ -271,6 +266,24 @@ def check_spec(module: Module, spec: FamilySpec) -> None:
     odd = [i for i in (spec.mask_id, *spec.eos_ids) if i is not None and not 0 <= i < size]
     if odd:
         raise ValueError(f"the spec {spec.name!r} names the id {odd[0]}, outside its vocabulary of {size}: correct it")
+
+
+def check_ids(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
+    """Raise ValueError on a mask token that also ends or pads a completion, or a padding token without an embedding."""
+    size = spec.vocab_size or module.config.vocab_size
+    check_padding(size, tokenizer, f"the policy of {type(module).__name__}")
+    if spec.mask_id is None:
+        return
+    if spec.mask_id in spec.eos_ids:  # a mask is never drawn, so that nothing could end
+        raise ValueError(
+            f"mask_id={spec.mask_id} of the spec {spec.name!r} is also one of eos_ids={spec.eos_ids}; give the mask a "
+            "token of its own"
+        )
+    if spec.mask_id == getattr(tokenizer, "pad_token_id", None):  # padding would count as a place to fill in
+        raise ValueError(
+            f"mask_id={spec.mask_id} of the spec {spec.name!r} is also the tokenizer's pad_token_id; set its pad_token "
+            "to another token"
+        )
 
 
 @torch.no_grad()

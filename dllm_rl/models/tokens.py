@@ -18,6 +18,9 @@ from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import Cost, Problem
 from dllm_rl.types import Prompts, Rollout
 
+# No state predicts the first token of a causal model's row.
+NEEDS_TOKEN = "a causal model samples after a token: begin the prompt with text, or with the text of its BOS token"
+
 
 def encode(
     policy: Policy, problems: Sequence[Problem], *, group_size: int = 1, seeds: Sequence[int] | None = None
@@ -36,6 +39,15 @@ def ids_and_blanks(
     policy: Policy, prompt: str | list[dict[str, str]], blank: str | None
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a prompt, and which are blanks: masks for `blank`. ValueError on what the model cannot read."""
+    ids, blanks = _ids_and_blanks(policy, prompt, blank)
+    if not ids and policy.spec.attention == "causal":
+        raise ValueError(f"prompt={prompt!r} has no token, and {NEEDS_TOKEN}")
+    return ids, blanks
+
+
+def _ids_and_blanks(
+    policy: Policy, prompt: str | list[dict[str, str]], blank: str | None
+) -> tuple[list[int], list[bool]]:
     if blank is not None and (not blank or policy.spec.mask_id is None):
         wrong = "is no text" if not blank else "is to be filled in, and the model has no mask token"
         raise ValueError(f"blank={blank!r} {wrong}; leave it at None" + (", or use a diffusion model" if blank else ""))
@@ -142,9 +154,8 @@ class _Chat:
         """The template's text, with marks; `answered`: up to the start of the assistant's answer."""
         turns = []
         for turn in messages:
-            # Other content is parts, as for images, or None.
-            content = self.hide(turn["content"]) if isinstance(turn["content"], str) else turn["content"]
-            turns.append({**turn, "content": content})
+            text = isinstance(turn["content"], str)  # else parts, as for images, or None
+            turns.append({**turn, "content": self.hide(turn["content"])} if text else dict(turn))
         try:
             text = str(self.policy.tokenizer.apply_chat_template(turns, add_generation_prompt=answered, tokenize=False))
         except (TemplateError, *COMPUTING) as error:
@@ -290,5 +301,5 @@ def usual_length(policy: Policy, task: Task) -> int:
     if problem.blank is not None:
         return 0
     if isinstance(problem.prompt, str) and problem.solution is not None:
-        return len(prompt_ids(policy, problem.solution))
+        return len(text_ids(policy, problem.solution))
     return 256

@@ -8,10 +8,10 @@ from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dllm_rl.bounds import Bound, bounded
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import process, sample
 from dllm_rl.models.support import kept_part, kept_set
+from dllm_rl.models.tokens import NEEDS_TOKEN
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.cache import KeysAndValues
 from dllm_rl.samplers.choose import Drawn
@@ -19,7 +19,6 @@ from dllm_rl.samplers.unmask import check_fits, check_suppress
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
-@bounded(temperature=Bound(at_least=0), top_k=Bound(at_least=1), top_p=Bound(above=0, at_most=1))
 @torch.no_grad()
 def autoregress(
     policy: Policy,
@@ -46,6 +45,9 @@ def autoregress(
         raise ValueError(f"policy {policy.spec.name!r} is not causal; autoregress needs a causal one: use unmask")
     if prompts.open is not None:
         raise ValueError("prompts have open positions, which a causal model cannot fill in; use a diffusion model")
+    if not (filled := prompts.attention_mask.any(-1)).all():
+        row = int(filled.long().argmin())
+        raise ValueError(f"prompts: row {row} has no token, and {NEEDS_TOKEN}")
     check_fits(policy, prompts, max_new_tokens)
     sampling_params = SamplingParams(temperature, top_k, top_p, suppress)
     check_suppress(policy, sampling_params)
@@ -54,8 +56,8 @@ def autoregress(
     seeds = row_seeds(generator, num_rows) if prompts.seeds is None else prompts.seeds
     # One uniform per token, all drawn first: a row's numbers do not depend on when its neighbours end.
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    numbers = [torch.rand(max_new_tokens, generator=row, dtype=torch.float64) for row in generators]
-    uniforms = torch.stack(numbers).to(device)
+    drawn = [torch.rand(max_new_tokens, generator=row, dtype=torch.float64) for row in generators]
+    uniforms = torch.stack(drawn).to(device)
 
     new = prompts.tokens.to(device)
     attention_mask = prompts.attention_mask.to(device)

@@ -41,7 +41,8 @@ def check_policy(policy: Any, *, seed: int = 0) -> None:
         _check_logits(policy, tokens, mask, logits)
         _check_rows(policy, tokens, mask, logits)
         _check_sight(policy, tokens[:1], mask[:1])
-        _check_saving(policy, tokens, mask, logits)
+        if policy.quantization is None:  # a quantized copy is not saved
+            _check_saving(policy, tokens, mask, logits)
     _check_gradient(policy, tokens, mask)
     if policy.lora is None:
         _check_adapters(policy, tokens, mask, logits)
@@ -139,15 +140,17 @@ def _check_saving(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) 
                 merge_lora(again)
             load_weights(again, folder)
         found = again.logits(tokens, mask)
-    exact = policy.lora is None and policy.quantization is None  # merged adapters and codes as numbers are rounded
+    exact = policy.lora is None  # merged adapters are rounded
     same = torch.equal(found[mask], logits[mask]) if exact else _gap(policy, found[mask], logits[mask]) <= 1
     assert same, "saved and opened again, the logits differ: is a weight neither a parameter nor a lasting buffer?"
 
 
 def _check_quantised(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) -> None:
     learner = copied(policy)
+    # Of weights alone: a module may choose another kernel for weights that are trained, and a code of an activation
+    # would jump by a whole level where the two round apart.
     try:
-        rollout = quantized_copy(learner, fake_quantize(weight="int8", activation="int8"))
+        rollout = quantized_copy(learner, fake_quantize(weight="int8"))
     except ValueError as error:
         raise AssertionError(f"nothing to quantise, linear layers inside a ModuleList are: {error}") from None
     with torch.no_grad():
@@ -160,7 +163,7 @@ def _check_quantised(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tenso
             parameter.mul_(0.5)
         learner.version += 1
         sync_weights(learner, rollout)
-        fresh = quantized_copy(learner, fake_quantize(weight="int8", activation="int8")).logits(tokens, mask)
+        fresh = quantized_copy(learner, fake_quantize(weight="int8")).logits(tokens, mask)
         assert torch.equal(rollout.logits(tokens, mask), fresh), "after sync_weights the copy must be a fresh copy's"
 
 
@@ -171,11 +174,12 @@ def _check_adapters(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor
     except ValueError as error:
         raise AssertionError(f"no layer takes adapters, spec.lora_targets names them: {error}") from None
     with torch.no_grad():
-        assert torch.equal(twin.logits(tokens, mask), logits), "fresh adapters must change nothing"
+        assert _gap(policy, twin.logits(tokens, mask), logits) <= 1, "fresh adapters must change nothing"
         for name, parameter in twin.module.named_parameters():
             if ".lora_B." in name:  # zero in a fresh adapter, which therefore changes nothing
                 parameter.fill_(0.1)
-        assert not torch.equal(twin.logits(tokens, mask), logits), "adapters must change the logits: are they called?"
-        assert torch.equal(twin.reference().logits(tokens, mask), logits), "the reference must leave the adapters out"
+        assert _gap(policy, twin.logits(tokens, mask), logits) > 1, "adapters must change the logits: are they called?"
+        apart = _gap(policy, twin.reference().logits(tokens, mask), logits)
+        assert apart <= 1, "the reference must leave the adapters out"
     trained = [name for name, parameter in twin.module.named_parameters() if parameter.requires_grad]
     assert all(".lora_" in name for name in trained), f"in addition to adapters, {trained[0]} would be trained"

@@ -15,7 +15,7 @@ from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.files import replacing
 from dllm_rl.likelihoods.replay import check_replay
-from dllm_rl.models.base import Policy, copied, trained_of
+from dllm_rl.models.base import Policy, copied, frozen_of, trained_of
 from dllm_rl.models.engine import RolloutEngine
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.lora import add_lora, load_adapter
@@ -23,6 +23,7 @@ from dllm_rl.models.policy import load_policy, load_weights
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.samplers.records import as_commit
 from dllm_rl.samplers.rules import schedule
 from dllm_rl.samplers.whole_step import check_fixed_shapes
 from dllm_rl.training.sharded_learner import first_home, on_main, share_out
@@ -51,7 +52,9 @@ def resumed_policy(recipe: Recipe, folder: Path, state: TrainingState, accelerat
     device = first_home(recipe, accelerator)
     dtype = getattr(torch, state.dtype)
     if recipe.lora is None:
-        return share_out(recipe, opened(recipe, folder, dtype, device), accelerator)
+        policy = opened(recipe, folder, dtype, device)
+        freeze(recipe, policy, state.frozen or [])
+        return share_out(recipe, policy, accelerator)
     # Adapters apply to the weights after the warm-up, if there was one.
     base = Path(recipe.directory) / "reference"
     policy = opened(recipe, base, dtype, device) if state.warmup_steps else make_policy(recipe, device)
@@ -69,6 +72,11 @@ def make_policy(recipe: Settings, device: torch.device) -> Policy:
         policy = copied(recipe.model).to(device)  # the caller's own stays as it is
     else:
         policy = called(recipe.model, recipe.seed).to(device)
+    if policy.lora is not None:  # neither a checkpoint nor a reference tells them from those that a run adds
+        raise ValueError(
+            f"model has adapters of rank {policy.lora.r} already; merge them first, merge_lora(policy), and give lora "
+            "to train new ones"
+        )
     return configured(recipe, policy)
 
 
@@ -105,6 +113,20 @@ def opened(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.dev
     policy = make_policy(recipe, device)
     load_weights(policy, folder, verify_checkpoint="quick")
     return policy
+
+
+def freeze(recipe: Settings, policy: Policy, names: list[str]) -> None:
+    """Freeze the weights of these names alone, as the run did that is resumed. Raises ValueError where the recipe's
+    policy has others frozen: the optimizer's state would not fit."""
+    if isinstance(recipe.model, Policy) and (odd := set(frozen_of(recipe.model.module)) ^ set(names)):
+        name = min(odd)
+        raise ValueError(
+            f"requires_grad of {name!r} is {name in names} in this model, and was {name not in names} in the run that "
+            "is resumed; set it as it was, or start a new run"
+        )
+    for name, weight in policy.module.named_parameters():
+        if name in names:
+            weight.requires_grad_(False)
 
 
 def make_optimizer(recipe: Settings, policy: Policy) -> torch.optim.Optimizer:
@@ -174,4 +196,4 @@ def check_compiled(recipe: Recipe) -> None:
     if (recipe.torch_compile or steps) and why:
         raise ValueError(f"{setting}=True {why}, or set {setting}=False")
     for options in whole:
-        check_fixed_shapes(options.get("cache"), options.get("commit", schedule))
+        check_fixed_shapes(options.get("cache"), as_commit(options.get("commit", schedule)))

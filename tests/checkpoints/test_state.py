@@ -14,7 +14,11 @@ FULL = {
     "seconds": 4.0,
     "eval_before": {"reward": 0.25},
     "warmup_steps": 5,
+    "changes": [{"step": 2, "field": "seed", "before": 0, "after": 1}],
+    "best_step": 2,
+    "best_value": 0.5,
     "reference": "0" * 64,
+    "frozen": ["head.weight"],
     "recipe": {"num_steps": 9, "lr_schedule_steps": None, "name": "x"},
 }
 

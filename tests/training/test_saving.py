@@ -10,6 +10,7 @@ import torch
 from emulated import int3_emulated
 from tiny_recipe import SIZES, tiny_recipe
 
+from dllm_rl.callbacks import RunControl
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
@@ -76,7 +77,7 @@ def stopped(monkeypatch, *, version=3, **changes):
         saving.save_at_once(run)
     except Left as left:
         assert str(left) == "stopped in the step after step 3, which is saved; continue with " + (
-            "resume_from_checkpoint='latest', output_dir='runs/x'"
+            "--resume_from_checkpoint latest --output_dir runs/x"
         )
         return True, written
     return False, written
@@ -114,11 +115,12 @@ def test_before_the_first_stage_of_a_step_a_run_is_between_two_steps(tmp_path):
     assert log.entered == "" and stop.last_words is None
     log.entered = "sync"
     (tmp_path / "metrics.jsonl").touch()
-    recipe = SimpleNamespace(save_steps=9, num_steps=99, directory=str(tmp_path))
+    recipe = SimpleNamespace(save_steps=9, num_steps=99, directory=str(tmp_path), best_metric=None)
+    run.control = RunControl(tmp_path, 3, 99)
     run.__dict__.update(recipe=recipe, writer=SimpleNamespace(check=lambda: None))
     run.__dict__.update(
         accelerator=SimpleNamespace(is_main_process=True),
         state=TrainingState(step=3, version=3, dtype="float32", recipe={}),
     )
-    saving.checkpoint_if_due(run, 3)
+    saving.checkpoint_if_due(run, 3, {})
     assert log.entered == "" and (run.state.step, run.state.version) == (4, 4)

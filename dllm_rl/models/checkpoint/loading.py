@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from dllm_rl.files import read_json
 from dllm_rl.models.base import (
     FamilySpec,
     Module,
@@ -117,7 +116,7 @@ def load_module(
                     if parameter.is_floating_point():  # else bitsandbytes'
                         parameter.data = parameter.data.to(options["dtype"])
         check_report(report, family, folder)
-        check_padding(module.config.get_text_config(), tokenizer, folder)
+        check_padding(module.config.get_text_config().vocab_size, tokenizer, folder)
         spec = family_spec(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)
     return prepared(module if quantization else module.to(device), spec), tokenizer, spec
 
@@ -143,7 +142,7 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
     """The fields of a checkpoint's config.json, with a chosen block size, which is saved with the weights later.
 
     Raises ValueError without a config.json, saying what the folder is."""
-    path = weights_folder(folder) / "config.json"
+    path = folder / "config.json"
     try:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -161,40 +160,6 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} is damaged: it is no JSON object; fetch the checkpoint again")
     return raw if block_size is None else raw | {"block_size": block_size}
-
-
-def adapter_folder(folder: Path) -> Path | None:
-    """Where a folder of adapters alone has them: a run's checkpoint, or what peft saved; None of other folders."""
-    if (folder / "config.json").exists() or weight_files(folder):
-        return None
-    return next((each for each in (folder, folder / "adapter") if (each / "adapter_config.json").is_file()), None)
-
-
-def base_of_adapter(adapter: Path) -> Path:
-    """The folder of the base that saved adapters name. Raises ValueError if they name none, or it is gone."""
-    config = read_json(adapter / "adapter_config.json")
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    otherwise = f"open the base, and call load_adapter(policy, {str(adapter)!r})"
-    if not isinstance(base, str) or not base:
-        raise ValueError(f"{adapter}: base_model_name_or_path={base!r} names no base; {otherwise}")
-    try:
-        # Of a run with a warm-up it is the run's own folder, wherever that is now.
-        return checkpoint_folder(adapter / base if base.startswith("..") else base)
-    except ValueError:
-        raise ValueError(
-            f"{adapter} holds adapters alone, and their base {base!r} is gone; put it back, or {otherwise}"
-        ) from None
-
-
-def weights_folder(folder: Path) -> Path:
-    """The folder itself, or of adapters alone that of their base."""
-    seen = {folder.resolve()}
-    while (adapter := adapter_folder(folder)) is not None:
-        folder = base_of_adapter(adapter)
-        if folder.resolve() in seen:
-            raise ValueError(f"{adapter}: base_model_name_or_path leads back to itself; name the folder of weights")
-        seen.add(folder.resolve())
-    return folder
 
 
 def main_dtype(state: Mapping[str, torch.Tensor | Later]) -> torch.dtype:
@@ -226,12 +191,12 @@ def check_dtypes(dtypes: dict[str, str], own: Collection[str] | None, folder: Pa
             raise ValueError(f"{folder}: {name} is of {dtype}, and weights are of {', '.join(WEIGHTS)}; convert it")
 
 
-def check_padding(config: Any, tokenizer: Tokenizer, folder: Path) -> None:
+def check_padding(size: int, tokenizer: Tokenizer, source: str | Path) -> None:
     """Raise ValueError on a padding token without an embedding."""
     pad = getattr(tokenizer, "pad_token_id", None)
-    if pad is not None and not 0 <= pad < config.vocab_size:
+    if pad is not None and not 0 <= pad < size:
         raise ValueError(
-            f"{folder}: the tokenizer's pad_token_id={pad} is outside the vocabulary of {config.vocab_size} tokens; "
+            f"{source}: the tokenizer's pad_token_id={pad} is outside the vocabulary of {size} tokens; "
             "set its pad_token to another token"
         )
 
@@ -273,13 +238,15 @@ def family_spec(
     *,
     raw: dict | None = None,  # the fields of config.json, where the module's config differs
     folder: Path | None = None,
+    generation: Any = None,  # the module's generation config, of a module that is not from a folder
     block_size: int | None = None,
 ) -> FamilySpec:
     """The family's spec with this checkpoint's ids and limits; ValueError on a mask id that is missing or outside."""
     raw = config.to_dict() if raw is None else raw
     family = find_family(raw)
     config = config.get_text_config()  # of a model with images the text's own; else the config itself
-    changes = {"eos_ids": end_ids(config, tokenizer, family, folder), "max_length": config.max_position_embeddings}
+    also = generation_ends(folder) if folder else getattr(generation, "eos_token_id", None)
+    changes = {"eos_ids": end_ids(config, tokenizer, family, also), "max_length": config.max_position_embeddings}
     if family.attention == "encoder_decoder":
         changes |= {"vocab_size": config.vocab_size, "block_size": raw.get("canvas_length")}
     elif family.attention != "causal":
@@ -325,13 +292,17 @@ def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:
     return found
 
 
-def end_ids(config: Any, tokenizer: Tokenizer, family: FamilySpec, folder: Path | None) -> tuple[int, ...]:
-    """Ids that end a completion: the config's, generation_config.json's, the tokenizer's, the family's end tokens."""
-    generation = folder / "generation_config.json" if folder else None
-    also = json.loads(generation.read_text()).get("eos_token_id") if generation and generation.exists() else None
+def generation_ends(folder: Path) -> Any:
+    """The end ids of a checkpoint's generation_config.json, if there is one: an id, a list of ids or None."""
+    path = folder / "generation_config.json"
+    return json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+
+
+def end_ids(config: Any, tokenizer: Tokenizer, family: FamilySpec, also: Any = None) -> tuple[int, ...]:
+    """Ids that end a completion: the config's, the generation config's (`also`), the tokenizer's, the family's."""
     ids = [tokenizer.eos_token_id, *map(tokenizer.get_vocab().get, family.end_tokens)]
     for some in (also, config.eos_token_id):  # each an id, a list of ids or None
-        ids = [*(some if isinstance(some, list) else [some]), *ids]
+        ids = [*(some if isinstance(some, list | tuple) else [some]), *ids]
     return tuple(dict.fromkeys(i for i in ids if i is not None and i < config.vocab_size))
 
 

@@ -1,0 +1,217 @@
+"""Policies that cannot be trained as they are: refused in one line, or trained and resumed as they were."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from dllm_rl import (
+    Lora,
+    Prompts,
+    autoregress,
+    check_policy,
+    fake_quantize,
+    float8_weight_only,
+    grpo,
+    int8_weight_only,
+    load_policy,
+    make_policy,
+    quantized_copy,
+    tiny_llama,
+    tiny_masked_lm,
+)
+from dllm_rl.models.base import FamilySpec, copied, frozen_of
+from dllm_rl.models.lora import add_lora
+from dllm_rl.models.tiny import char_tokenizer
+from dllm_rl.models.tokens import encode
+from dllm_rl.tasks.base import Problem
+
+DIGITS = "0123456789="
+ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "123456" for b in "123456"]
+OPTIONS = {"max_new_tokens": 2, "train_batch_size": 4, "num_generations": 4, "save_steps": 2, "lr_schedule_steps": 4}
+
+
+def reward(completions, answer, **columns):
+    return [sum(x == y for x, y in zip(*pair, strict=False)) / 2 for pair in zip(completions, answer, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def causal_policy():
+    return tiny_llama(characters=DIGITS, causal=True, hidden_size=32, num_layers=1)
+
+
+def small(**fields):
+    return tiny_llama(characters=DIGITS, causal=False, hidden_size=32, num_layers=1, **fields)
+
+
+@pytest.mark.parametrize("ids", [[[]], [[], [3, 4]], [[3], [], [3, 4, 5]]])
+def test_a_causal_model_needs_a_token_before_the_first_that_it_samples(causal_policy, ids):
+    prompts = Prompts.from_ids(ids, pad_id=0, group_size=2)
+    with pytest.raises(ValueError, match=f"row {ids.index([])} has no token"):
+        autoregress(causal_policy, prompts, torch.Generator(), max_new_tokens=2)
+    with pytest.raises(ValueError, match="prompt=''"):
+        encode(causal_policy, [Problem(prompt="1="), Problem(prompt="")])
+
+
+@pytest.mark.parametrize(
+    ("pad", "mask", "eos", "name"),
+    [
+        ("<pad>", 2, 2, "mask_id"),
+        ("<pad>", 2, [1, 2], "mask_id"),
+        ("<mask>", 1, 2, "pad_token_id"),
+        ("<eos>", 2, 2, "mask_id"),
+        ("[PAD]", 1, 2, "pad_token_id"),
+        ("[PAD]", 14, 2, "mask_token_id"),
+    ],
+)
+def test_ids_that_coincide_or_lie_outside_are_refused(pad, mask, eos, name):
+    tokenizer = char_tokenizer(DIGITS)
+    tokenizer.add_special_tokens({"pad_token": pad})
+    tokenizer.mask_token = None
+    config = transformers.LlamaConfig(
+        **{"vocab_size": 14, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "is_causal": False, "pad_token_id": 0, "bos_token_id": None},
+        **{"eos_token_id": eos, "mask_token_id": mask},
+    )
+    module = transformers.LlamaForCausalLM(config)
+    with pytest.raises(ValueError, match=name):
+        make_policy(module, tokenizer)
+    with pytest.raises(ValueError, match=name):
+        grpo(module, ROWS, reward, processing_class=tokenizer)
+    if name != "mask_token_id":
+        policy = small()
+        spec = replace(policy.spec, mask_id=mask, eos_ids=tuple(eos if isinstance(eos, list) else [eos]))
+        with pytest.raises(ValueError, match=name):
+            make_policy(policy.module, tokenizer, spec)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [(2, [2, 3], (2, 3)), ([2, 4], 3, (2, 4, 3)), (None, [5, 2], (5, 2)), (3, None, (3, 2))],
+)
+def test_end_ids_are_those_of_the_opened_checkpoint(tmp_path, config, generation, ends):
+    module = tiny_llama(characters=DIGITS, causal=True, hidden_size=16, num_layers=1).module
+    module.config.eos_token_id = config
+    module.generation_config.eos_token_id = generation
+    policy = make_policy(module, char_tokenizer(DIGITS))
+    policy.save_pretrained(tmp_path)
+    assert policy.spec.eos_ids == load_policy(tmp_path).spec.eos_ids == ends
+
+
+@pytest.mark.parametrize("scheme", [float8_weight_only, int8_weight_only, partial(fake_quantize, weight="int4")])
+def test_a_quantized_copy_is_not_saved(tmp_path, scheme):
+    policy = small()
+    copy = quantized_copy(policy, scheme())
+    with pytest.raises(ValueError, match="quantization="):
+        copy.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    policy.save_pretrained(tmp_path / "old")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
+    with pytest.raises(ValueError, match="quantization="):
+        copy.save_pretrained(tmp_path / "old")
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": Lora}, {"lora": partial(Lora, r=8), "beta": 0.1}])
+def test_adapters_that_a_run_did_not_add_are_refused(tmp_path, options):
+    policy = small()
+    add_lora(policy, Lora(r=8))
+    with pytest.raises(ValueError, match="merge_lora"):
+        grpo(policy, ROWS, reward, num_steps=2, output_dir=str(tmp_path / "run"), **OPTIONS, **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("trained", ["lm_head", "layers.0.mlp", "norm"])
+def test_a_run_with_frozen_weights_resumes_to_the_same_weights(tmp_path, trained):
+    def policy():
+        made = small()
+        for name, weight in made.module.named_parameters():
+            weight.requires_grad_(trained in name)
+        return made
+
+    def run(name, steps, **options):
+        folder = tmp_path / name
+        return grpo(policy(), ROWS, reward, num_steps=steps, output_dir=str(folder), **OPTIONS, **options).policy
+
+    whole = run("whole", 4)
+    run("cut", 2)
+    resumed = run("cut", 4, resume_from_checkpoint="latest")
+    for (name, a), b in zip(whole.module.named_parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(a, b) and a.requires_grad == b.requires_grad == (trained in name)
+    state = json.loads((tmp_path / "cut" / "checkpoints" / "step-000004" / "state.json").read_text())
+    assert state["frozen"] == frozen_of(policy().module)
+    with pytest.raises(ValueError, match="requires_grad"):
+        grpo(
+            small(),
+            ROWS,
+            reward,
+            num_steps=6,
+            resume_from_checkpoint="latest",
+            output_dir=str(tmp_path / "cut"),
+            **OPTIONS | {"lr_schedule_steps": 4},
+        )
+
+
+class Encoder(nn.Module):
+    def __init__(self, stack):
+        super().__init__()
+        self.embed = nn.Embedding(14, 32)
+        self.place = nn.Embedding(64, 32)
+
+        def layer():
+            return nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+
+        self.blocks = nn.TransformerEncoder(layer(), 2) if stack else nn.ModuleList(layer() for _ in range(2))
+        self.head = nn.Linear(32, 14)
+
+
+def encoded(module, tokens, attention_mask, positions, **kept):
+    states = module.embed(tokens) + module.place(positions)
+    if isinstance(module.blocks, nn.TransformerEncoder):
+        return module.blocks(states, src_key_padding_mask=~attention_mask)
+    for block in module.blocks:
+        states = block(states, src_key_padding_mask=~attention_mask)
+    return states
+
+
+@pytest.mark.parametrize("stack", [False, True])
+def test_torchs_own_encoder_layers(stack):
+    torch.manual_seed(0)
+    spec = FamilySpec(
+        **{"name": "own", "attention": "full", "mask_id": 1, "eos_ids": (2,), "vocab_size": 14, "max_length": 64},
+        **{"encode": encoded, "head": lambda module, hidden: module.head(hidden)},
+        lora_targets=("linear1", "linear2"),
+    )
+    policy = make_policy(Encoder(stack), char_tokenizer(DIGITS), spec)
+    tokens = torch.arange(12)[None].repeat(2, 1)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, :3] = False
+    adapted = copied(policy)
+    add_lora(adapted, Lora(r=2))
+    check_policy(policy)
+    with torch.no_grad():
+        plain = policy.logits(tokens, mask)
+        torch.testing.assert_close(adapted.logits(tokens, mask)[mask], plain[mask], rtol=1e-5, atol=1e-5)
+        last = adapted.module.get_submodule("blocks.layers.1.linear2" if stack else "blocks.1.linear2")
+        last.lora_B.weight.copy_(torch.linspace(-1, 1, 64).view(32, 2))  # a norm behind it removes equal numbers
+        assert not torch.allclose(adapted.logits(tokens, mask)[mask], plain[mask], atol=1e-3)
+        for scheme in (float8_weight_only(), int8_weight_only()):
+            rounded = quantized_copy(policy, scheme).logits(tokens, mask)[mask]
+            assert not torch.equal(rounded, plain[mask])
+            torch.testing.assert_close(rounded, plain[mask], rtol=0.1, atol=0.1)
+    with pytest.raises(ValueError, match="MultiheadAttention"):
+        add_lora(copied(policy), Lora(targets=("out_proj",)))
+
+
+def test_an_empty_prompt_beside_others_of_a_diffusion_model_is_the_prompt_alone():
+    policy = tiny_masked_lm(characters=DIGITS, head_std=0.3)
+    tokens = torch.tensor([[0, 0, 1, 1], [5, 6, 1, 1]])
+    mask = torch.tensor([[False, False, True, True], [True] * 4])
+    with torch.no_grad():
+        together = policy.logits(tokens, mask)[0, 2:]
+        alone = policy.logits(tokens[:1, 2:], mask[:1, 2:])[0]
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
