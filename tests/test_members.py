@@ -9,7 +9,7 @@ import pytest
 
 from dllm_rl.algorithms.losses import ppo_clip, token
 from dllm_rl.likelihoods import estimators as likelihoods
-from dllm_rl.members import describe, described
+from dllm_rl.members import describe, described, flattened
 from recipes.studies.surrogates import gdsd
 from recipes.sudoku_unique import recipe as main_job
 
@@ -50,3 +50,10 @@ def test_a_function_of_the_started_script_has_the_name_that_an_import_gives(tmp_
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
         done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.stdout == "scripts.mine:reward\n", done.stderr
+
+
+def test_of_a_partial_of_a_partial_the_outer_keyword_counts():
+    inner = partial(dict, a=1, b=1)
+    vars(inner)  # Python then keeps the two apart
+    outer = partial(inner, a=2)
+    assert outer.func is inner and flattened(outer).keywords == {"a": 2, "b": 1}

@@ -17,6 +17,7 @@ SPECIAL = {
 
 
 @pytest.mark.parametrize("create", ["plain", "two_stages"])
+@pytest.mark.slow
 def test_parsing_in_two_stages_gives_what_one_gives(create: str, monkeypatch) -> None:
     """SLL prediction first changes no result: neither where it succeeds nor where it must start again."""
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
