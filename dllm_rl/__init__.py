@@ -6,6 +6,7 @@ The public names below are imported on first use, so that `import dllm_rl` costs
 from importlib import import_module
 from typing import Any
 
+from dllm_rl.renamed import RENAMED
 from dllm_rl.screen import imports_interruptible, silence_import_noise
 
 silence_import_noise()  # before the first of these libraries is imported
@@ -34,7 +35,10 @@ _HOME = {
     "likelihoods.estimator": "LikelihoodEstimator",
     "likelihoods.estimators": "one_step elbo coupled quadrature block eubo sandwich trajectory causal",
     "algorithms.advantages": "group_relative leave_one_out decoupled",
-    "algorithms.correctors": "Corrector none tis mis icepop reject ais tbpo aligned qarl compose finite",
+    "algorithms.correctors": "Corrector TokenStats TokenWeights none tis mis icepop reject ais tbpo aligned qarl "
+    "compose finite",
+    "algorithms.by_step": "by_step",
+    "algorithms.triage": "triage",
     "algorithms.losses": "ppo_clip gspo trust_band cispo vespo reinforce token sequence constant kl_k3",
     "algorithms.optimizers": "adamw_8bit",
     "training.trainer": "train",
@@ -52,7 +56,8 @@ __all__ = sorted(_MODULE_OF)
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}")
+        now = f": {name} is now {RENAMED[name]}" if name in RENAMED else ""
+        raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}{now}")
     with imports_interruptible():
         return getattr(import_module(_MODULE_OF[name]), name)
 

@@ -15,52 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dllm_rl.algorithms import advantages, correctors, losses, optimizers
 from dllm_rl.bounds import Bound
-from dllm_rl.likelihoods import estimators
 from dllm_rl.members import describe, full_name, function_of, imported, members
-from dllm_rl.models.lora import lora_r16
-from dllm_rl.quantization import schemes
-from dllm_rl.samplers import by_name, rules
+from dllm_rl.recipe import CHOICES
 from dllm_rl.screen import escape_controls, interactive
 
 Record = TypeVar("Record", bound=Any)  # a frozen dataclass, as Recipe or a task
 SCALARS = frozenset((bool, int, float, str, Path))
 WIDTH = 118
-
-
-def _named(module: types.ModuleType, names: str) -> dict[str, Callable]:
-    return {name: getattr(module, name) for name in names.split()}
-
-
-_LIKELIHOODS = _named(estimators, "block causal coupled elbo eubo one_step quadrature sandwich trajectory")
-_STATE_ONLY = _named(rules, "max_prob margin entropy")
-# What may be chosen by name, for each field of a record and keyword of a function that takes a function or what a
-# function makes. All functions of a row are called alike. Others are chosen as MODULE:FUNCTION.
-CHOICES: dict[str, dict[str, Callable]] = {
-    "advantages": _named(advantages, "decoupled group_relative leave_one_out"),
-    "aggregate": _named(losses, "constant sequence token"),
-    "base": _LIKELIHOODS,  # of `eubo` and `sandwich`
-    "cache": by_name.CACHES,
-    "combine": _named(correctors, "alarm"),  # of `ais`
-    "commit": by_name.COMMITS,
-    "corrector": _named(correctors, "ais aligned icepop mis none qarl reject tbpo tis"),
-    "kl": _named(losses, "kl_k1 kl_k2 kl_k3"),
-    "likelihood": _LIKELIHOODS,
-    "lora": {"lora_r16": lora_r16},
-    "loss": _named(losses, "cispo gspo ppo_clip reinforce trust_band vespo"),
-    "lr_schedule": _named(
-        optimizers, "constant_rate constant_with_warmup cosine_with_warmup linear_decay linear_with_warmup"
-    ),
-    "optim": _named(optimizers, "adamw adamw_8bit"),
-    "rank": by_name.RANKS,
-    "rollout_quantization": _named(
-        schemes,
-        "fake_quantize float8_dynamic float8_dynamic_emulated float8_weight_only int4_packed int4_weight_only "
-        "int8_dynamic int8_weight_only",
-    ),
-    "score": _STATE_ONLY,  # of `plackett_luce`
-}
 
 
 def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:

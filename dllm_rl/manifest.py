@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -60,8 +60,9 @@ def read(folder: Path) -> dict[str, Any]:
     return found | {"sha256": own}
 
 
-def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = ()) -> dict[str, Any]:
-    """The manifest, if all files agree, else ValueError; `quick` reads the first MiB of large files alone."""
+def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = (), unread: str | None = None) -> dict[str, Any]:
+    """The manifest, if all files agree, else ValueError; `quick` reads the first MiB of large files alone, and so it
+    does of the files that the pattern `unread` names."""
     found = read(folder)
     files = found["files"]
     here = _regular_files(folder)
@@ -73,7 +74,8 @@ def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = ()) -> di
             raise ValueError(f"{folder}: {name} is not in {NAME}; move it elsewhere")
     # hashlib releases the interpreter's lock, so that four files are read and digested at a time.
     with ThreadPoolExecutor(4) as pool:
-        for fault in pool.map(partial(_fault, quick=quick), map(here.__getitem__, files), files.values()):
+        started = [quick or (unread is not None and fnmatchcase(name, unread)) for name in files]
+        for fault in pool.map(_fault, map(here.__getitem__, files), files.values(), started):
             if fault:
                 raise ValueError(f"{folder}: {fault}")
     return found
@@ -109,7 +111,7 @@ def digest(path: Path, *, limit: int | None = None) -> str:
     return found.hexdigest()
 
 
-def _fault(path: Path, entry: dict[str, Any], *, quick: bool) -> str | None:
+def _fault(path: Path, entry: dict[str, Any], quick: bool) -> str | None:
     size = path.stat().st_size
     if size != entry["size"]:
         return f"{path.name} is damaged: {size} bytes, not {entry['size']}"

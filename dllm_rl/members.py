@@ -1,8 +1,10 @@
 """What records and functions hold, by name and as text; and a function that text names."""
 
 import dataclasses
+import hashlib
 import inspect
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from typing import Any, TypeVar
 
 from dllm_rl.bounds import Bound
 
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{4,}")
 Made = TypeVar("Made", bound=Callable[..., Any])
 
 
@@ -105,7 +108,31 @@ def describe(value: Any) -> str:
         return f"({', '.join(map(describe, value))})"
     if dataclasses.is_dataclass(value):
         return _call(type(value), {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.repr})
-    return repr(value)
+    if inspect.ismethod(value):
+        return f"{describe(value.__self__)}.{value.__name__}"
+    text = repr(value)
+    if not ADDRESS.search(text):
+        return text
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{describe(key)}: {describe(part)}' for key, part in value.items())}}}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(describe, value))})"
+    return _described_object(value) if hasattr(value, "__dict__") else text
+
+
+def _described_object(value: Any) -> str:
+    """An object without a text of its own: its class, and what it keeps of its constructor's arguments."""
+    held = {}
+    for name in inspect.signature(type(value)).parameters:
+        if name in vars(value):
+            part = vars(value)[name]
+            text = "itself" if part is value else describe(part)
+            # A long text is of data. A word may be a secret, and this text is saved and shown.
+            shown = part is None or isinstance(part, bool | int | float) or callable(part)
+            held[name] = text if shown else f"#{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+            if ADDRESS.search(text):
+                held[name] = text
+    return f"{full_name(type(value))}({', '.join(f'{name}={text}' for name, text in held.items())})"
 
 
 def _call(made_by: Any, held: dict[str, Any]) -> str:

@@ -1,33 +1,76 @@
 """A Recipe is the experiment: one flat frozen record. A variant is `replace(base, ...)` in a file of its own."""
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from numbers import Integral, Real
-from types import NoneType
-from typing import Any, Literal, cast, get_args, get_origin
+from pathlib import Path
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from torch import Generator
 
+from dllm_rl.algorithms import advantages, correctors, losses, optimizers
 from dllm_rl.algorithms.advantages import group_relative, takes_parts
-from dllm_rl.algorithms.correctors import Corrector, no_weights, none
+from dllm_rl.algorithms.by_step import by_step
+from dllm_rl.algorithms.correctors import Corrector, none, unit_weights
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, ppo_clip, surrogate_inputs, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
+from dllm_rl.algorithms.triage import triage
 from dllm_rl.bounds import Bound, check_bound
 from dllm_rl.callbacks import check_callbacks
+from dllm_rl.likelihoods import estimators
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
-from dllm_rl.members import describe, described, flattened, plain
+from dllm_rl.members import describe, described, flattened, function_of, plain
 from dllm_rl.models.base import Policy
 from dllm_rl.models.engine import RolloutEngine
-from dllm_rl.models.lora import Lora, check_mergeable
+from dllm_rl.models.lora import Lora, check_mergeable, from_peft, lora_r16
 from dllm_rl.models.support import with_support
+from dllm_rl.quantization import schemes
+from dllm_rl.samplers import by_name, rules
 from dllm_rl.tasks.base import Task
 from dllm_rl.types import Prompts, Rollout
 
 
+def _named(module: ModuleType, names: str) -> dict[str, Callable]:
+    return {name: getattr(module, name) for name in names.split()}
+
+
+_LIKELIHOODS = _named(estimators, "block causal coupled elbo eubo one_step quadrature sandwich trajectory")
+_STATE_ONLY = _named(rules, "max_prob margin entropy")
+# What may be chosen by name, for each field of a record and keyword of a function that takes a function or what a
+# function makes. All functions of a row are called alike. Others are chosen as MODULE:FUNCTION.
+CHOICES: dict[str, dict[str, Callable]] = {
+    "advantages": _named(advantages, "decoupled group_relative leave_one_out"),
+    "aggregate": _named(losses, "constant sequence token"),
+    "base": _LIKELIHOODS,  # of `eubo` and `sandwich`
+    "cache": by_name.CACHES,
+    "combine": _named(correctors, "alarm"),  # of `ais`
+    "commit": by_name.COMMITS,
+    "corrector": _named(correctors, "ais aligned icepop mis none qarl reject tbpo tis")
+    | {"by_step": by_step, "triage": triage},
+    "kl": _named(losses, "kl_k1 kl_k2 kl_k3"),
+    "likelihood": _LIKELIHOODS,
+    "lora": {"lora_r16": lora_r16},
+    "loss": _named(losses, "cispo gspo ppo_clip reinforce trust_band vespo"),
+    "lr_schedule": _named(
+        optimizers, "constant_rate constant_with_warmup cosine_with_warmup linear_decay linear_with_warmup"
+    ),
+    "optim": _named(optimizers, "adamw adamw_8bit"),
+    "rank": by_name.RANKS,
+    "rollout_quantization": _named(
+        schemes,
+        "fake_quantize float8_dynamic float8_dynamic_emulated float8_weight_only int4_packed int4_weight_only "
+        "int8_dynamic int8_weight_only",
+    ),
+    "score": _STATE_ONLY,  # of `plackett_luce`
+}
+
+
 def _(help: str, default: Any = MISSING, **bound: int) -> Any:
-    """A documented field; `bound` is for `Bound`. `config.CHOICES` names what a command line can give it."""
+    """A documented field; `bound` is for `Bound`. `CHOICES` names what a command line can give it."""
     return field(default=default, metadata={"help": help, "bound": Bound(**bound) if bound else None})
 
 
@@ -63,18 +106,83 @@ def check_bounds(field: Field, value: Any) -> None:
     check_bound(value)  # constants that a function binds
 
 
+def kinds_of(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, or the type alone."""
+    return get_args(annotation) if get_origin(annotation) in (UnionType, Union) else (annotation,)
+
+
+def fitted(name: str, annotation: Any, value: Any) -> Any:
+    """The value in the form that a field of this type holds, where its meaning is clear: text that names a function of
+    the library, a function that makes the record, settings of adapters. Anything else is returned as it is."""
+    kinds = kinds_of(annotation)
+    value = flattened(value)
+    text = str in kinds or any(get_origin(kind) is Literal for kind in kinds)
+    if isinstance(value, str) and not text:
+        value = CHOICES.get(name, {}).get(value, None if value == "none" and NoneType in kinds else value)
+    if name == "lora" and isinstance(value, Lora):
+        return partial(adapters, value)
+    if name == "lora" and type(value).__module__.partition(".")[0] == "peft":
+        return partial(adapters, from_peft(value))
+    record = next((kind for kind in kinds if kind in (Corrector, LikelihoodEstimator, RolloutEngine)), None)
+    if record is not None and inspect.isfunction(function_of(value)):
+        optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        lacking = [
+            parameter.name
+            for parameter in inspect.signature(value).parameters.values()
+            if parameter.default is parameter.empty and parameter.kind not in optional
+        ]
+        if lacking:
+            needs = f"{name}={describe(value)} needs {', '.join(lacking)}"
+            maker = getattr(function_of(value), "__name__", name)
+            raise ValueError(f"{needs}; give the {record.__name__} that it makes: {name}={maker}(...)")
+        value = value()
+    return value
+
+
+def adapters(lora: Lora) -> Lora:
+    """The settings themselves: a recipe holds a function that makes them."""
+    return lora
+
+
 def check_fits(field: Field, value: Any) -> None:
     """Raise ValueError on a flag for what is none (push_to_hub=True), on no function or record (optim="adamw_torch",
     corrector="tis"), and on text in place of a number or a flag (learning_rate="1e-3")."""
-    kinds = (field.type, *get_args(field.type))
+    kinds = kinds_of(field.type)
     flag = isinstance(value, bool) and bool not in kinds
-    record = field.type in (Corrector, LikelihoodEstimator, Task, RolloutEngine | None) and isinstance(value, str)
+    record = next((kind for kind in kinds if kind in (Corrector, LikelihoodEstimator, RolloutEngine)), None)
+    wrong_record = record is not None and not isinstance(value, record)
+    wrong_record |= field.type is Task and not hasattr(value, "reward")
     function = Callable in [get_origin(kind) or kind for kind in kinds] and str not in kinds and not callable(value)
-    if flag or record or function:
-        raise ValueError(f"{field.name}={value!r} does not fit; it is: {field.metadata['help']}")
-    for kind, like in ((bool, bool), (int, Integral), (float, Real)):
-        if kind in kinds and not isinstance(value, like):
-            raise ValueError(f"{field.name}={value!r} is of type {type(value).__name__}; give {kind.__name__}")
+    if flag or wrong_record or function:
+        raise ValueError(f"{field.name}={value!r} does not fit; it is: {field.metadata['help']}{_remedy(field.name)}")
+    check_kind(field.name, field.type, value)
+    if isinstance(value, partial) and value.func.__module__.startswith("dllm_rl."):
+        parameters = inspect.signature(value.func).parameters
+        for name, bound in value.keywords.items():
+            if name in parameters:
+                check_kind(f"{field.name}.{name}", parameters[name].annotation, bound)
+
+
+def check_kind(name: str, annotation: Any, value: Any) -> None:
+    """Raise ValueError on a value that is no number, flag or text where the annotation says that it is one."""
+    kinds = kinds_of(annotation)
+    if value is None and NoneType in kinds:
+        return
+    likes = {bool: bool, int: Integral, float: Real, str: str | Path}
+    scalars = [kind for kind in kinds if kind in likes]
+    if not scalars or any(kind not in (*likes, NoneType) for kind in kinds):
+        return  # more than a number, or none
+    flag = isinstance(value, bool) and bool not in kinds
+    if flag or not any(isinstance(value, likes[kind]) for kind in scalars):
+        expected = " or ".join(kind.__name__ for kind in scalars)
+        raise ValueError(f"{name}={value!r} is of type {type(value).__name__}; give {expected}")
+
+
+def _remedy(name: str) -> str:
+    """The names of the library's functions for a field, and how to give adapters of another size."""
+    if name == "lora":
+        return "; use lora=partial(lora_r16, r=16)"
+    return f"; use one of {', '.join(CHOICES[name])}" if name in CHOICES else ""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -112,6 +220,10 @@ class Settings:
     )
     save_steps: int = _("steps between checkpoints", 50, at_least=1)
     save_total_limit: int = _("checkpoints kept, the newest ones and the best one", 2, at_least=1)
+    save_merged: bool = _(
+        "with lora on a path: merged weights in every checkpoint; False: in the last one, the others hold adapters",
+        False,
+    )
     metric_for_best_model: str | None = _(
         "metric of the evaluations by which a checkpoint is the best, as solve_rate or loss; none: no best one", None
     )
@@ -171,7 +283,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Raise ValueError on a field out of bounds, and on fields that do not go together."""
         for checked in fields(self):
-            value = flattened(getattr(self, checked.name))
+            value = fitted(checked.name, checked.type, getattr(self, checked.name))
             object.__setattr__(self, checked.name, value)
             check_bounds(checked, value)
         check_callbacks(self.callbacks)
@@ -340,9 +452,9 @@ class Recipe(Settings):
                 "use_bias_correction_kl=True corrects a KL term, and beta=0 has none: set beta above 0",
             ),
             (
-                self.old_logprobs == "rollout" and self.corrector.weigh is not no_weights,
+                self.old_logprobs == "rollout" and self.corrector.weight_fn is not unit_weights,
                 "old_logprobs='rollout' takes ratios against the rollout itself, which a corrector's weights would "
-                "correct a second time: use corrector=none(), or one without weigh, or old_logprobs='recompute'",
+                "correct a second time: use corrector=none(), or one without weight_fn, or old_logprobs='recompute'",
             ),
             (
                 self.zero_mismatch and self.rolls_out_apart and not self.corrector.align_forward,

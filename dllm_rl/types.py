@@ -370,6 +370,7 @@ class Logprobs:
     rollout: Float[Tensor, "B T"]  # under the policy that sampled
     reference: Float[Tensor, "B T"] | None  # under the reference policy, or None without a KL term
     views: "Views"  # with the experts that the learner takes again, if any
+    entropy: Float[Tensor, "B T"] | None = None  # of the learner's distributions, where a corrector asks for it
 
 
 def alone(total: Tensor) -> Tensor:

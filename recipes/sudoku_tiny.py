@@ -51,7 +51,9 @@ def any_grids(generator: Generator) -> tuple[list[str], list[str]]:
 
 
 def learn(policy: Policy, steps: int, seed: int, draw: Callable[[Generator], tuple[list[str], list[str]]]) -> None:
-    """Supervised steps of AdamW. `draw` makes 64 puzzles, whose givens are never hidden, and a solved grid of each."""
+    """Supervised steps of AdamW. `draw` makes 64 puzzles, whose givens are never hidden, and a solved grid of each.
+    Prints a line every 50 steps."""
+    first = os.environ.get("RANK", "0") == "0"
     optimizer = torch.optim.AdamW(policy.module.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     for step in range(steps):
         generator = generator_for(seed, "lesson", step)
@@ -59,7 +61,10 @@ def learn(policy: Policy, steps: int, seed: int, draw: Callable[[Generator], tup
         batch = examples(policy, [Problem("", solution=grid) for grid in grids], max_new_tokens=16)
         blank = torch.tensor([[digit == "0" for digit in puzzle] for puzzle in puzzles])
         batch = replace(batch, completion_mask=blank)
-        supervised_loss(policy, batch, *draw_levels(generator, 64, 16)).backward()
+        loss = supervised_loss(policy, batch, *draw_levels(generator, 64, 16))
+        if first and step % 50 == 0:
+            print(f"supervised step {step} of {steps}: loss {loss.item():.3f}", flush=True)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 30)

@@ -121,7 +121,7 @@ def test_a_recipe_checks_what_it_holds(tmp_path, capsys):
         replace(recipe, aggregate=partial(losses.constant, length=0))
     two = (partial(correctors.truncated_weights, cap=2.0), partial(correctors.truncated_weights, cap=-2.0))
     with pytest.raises(ValueError, match=r"cap=-2\.0 must be at least 1"):
-        correctors.Corrector(partial(correctors.composed, weighs=two))
+        correctors.Corrector(partial(correctors.combine_weights, weight_fns=two))
     for words in (["--corrector.cap", "-3"], ["--loss.epsilon", "0", "--loss", "ppo_clip"]):
         with pytest.raises(SystemExit) as stop:
             from_command_line(recipe, ["--corrector", "tis", *words])

@@ -25,6 +25,7 @@ from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.rules import margin, schedule
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.tasks.sudoku import Sudoku
+from dllm_rl.testing import make_stats
 from dllm_rl.training.cautions import cautions
 from recipes.studies.surrogates import gdsd
 from recipes.sudoku_unique import __file__ as main_job_file
@@ -57,7 +58,7 @@ def test_scalars_at_every_depth(recipe):
     assert (new.num_steps, new.learning_rate, new.bf16, new.micro_batch_size, new.output_dir) == (7, 1e-4, True, 8, "x")
     assert new.sampler.keywords == {**recipe.sampler.keywords, "temperature": 0.5}
     assert new.task.clues == (8, 9) and recipe.task.clues == (10, 12)
-    assert new.corrector.weigh.keywords["cap"] == 3 and new.loss.keywords["epsilon"] == 0.1
+    assert new.corrector.weight_fn.keywords["cap"] == 3 and new.loss.keywords["epsilon"] == 0.1
 
 
 def test_the_order_of_overrides_does_not_matter(recipe):
@@ -188,8 +189,8 @@ def test_the_keywords_of_a_corrector_stand_below_its_name(recipe):
     assert changed(held, "--corrector.level", "sequence") == describe(correctors.tis(cap=3.0, level="sequence"))
     assert describe(held.corrector) == describe(correctors.tis(cap=3.0)), "the recipe's own stays as it is"
     words = ["--corrector", "tis", "--corrector.cap", "2.5"]
-    weights, _, _ = from_command_line(recipe, words).corrector.weigh(
-        torch.full((1, 1), 9.0), torch.ones(1), torch.ones(1, 1, dtype=torch.bool)
+    weights, _, _ = from_command_line(recipe, words).corrector.weight_fn(
+        make_stats(torch.full((1, 1), 9.0), torch.ones(1), torch.ones(1, 1, dtype=torch.bool))
     )
     assert weights.item() == 2.5, "min(exp(9), 2.5)"
     banded = from_command_line(recipe, ["--corrector", "qarl", "--corrector.c", "3", "--corrector.neg_low", "0.1"])
@@ -288,7 +289,7 @@ def test_functions_by_name(recipe):
             ["--corrector", "none", "--corrector.cap", "3"],
             "--corrector.cap is not a field of the recipe; --corrector is none",
         ),
-        (["--corrector", "tis", "--corrector.weigh.cap", "3"], "the nearest is --corrector.cap"),
+        (["--corrector", "tis", "--corrector.weight_fn.cap", "3"], "the nearest is --corrector.cap"),
         (["--corrector", "tis", "--corrector.cap", "0.5"], "cap=0.5 must be at least 1"),
         (["--corrector", "tis", "--corrector.level", "tokn"], "the nearest is 'token' (one of token, sequence)"),
         (["--kl", "ppo_clip"], "(one of kl_k1, kl_k2, kl_k3)"),

@@ -47,9 +47,10 @@ def test_every_public_name_is_in_the_reference_once():
     listed = re.findall(r"^::: (\S+)$", "".join(p.read_text() for p in (DOCS / "reference").glob("*.md")), re.MULTILINE)
     public = {f"{dllm_rl._MODULE_OF[name]}.{name}" for name in dllm_rl.__all__}
     assert len(listed) == len(set(listed)) and public <= set(listed)
-    weigh = "truncated_weights masked_weights rejection adaptive_weights alarm band_weights composed"
+    weigh = "truncated_weights masked_weights rejection adaptive_weights alarm band_weights combine_weights"
     losses = "policy_loss kl_k1 kl_k2 exp_ratio row_mean"
     further = {f"dllm_rl.algorithms.correctors.{name}" for name in weigh.split()}
+    further |= {"dllm_rl.algorithms.triage.triage_weights"}
     # What an estimator, and a sampler, of one's own are made of.
     further |= {f"dllm_rl.types.{name}" for name in ("Views", "ViewPart", "Order", "Events", "Kept", "Renoised")}
     rules = "entropy random plackett_luce late_schedule origin soft_threshold"
@@ -61,7 +62,7 @@ def test_every_public_name_is_in_the_reference_once():
 def test_what_correctors_are_explained_by_is_in_the_reference():
     page = (DOCS / "reference" / "algorithms.md").read_text()
     named = set(re.findall(r"[Ss]ee `(\w+)`", page))
-    assert named >= {"truncated_weights", "rejection", "composed"}
+    assert named >= {"truncated_weights", "rejection", "combine_weights"}
     assert [name for name in named if not re.search(rf"^::: \S+\.{name}$", page, re.MULTILINE)] == []
 
 
@@ -331,7 +332,7 @@ def test_a_loss_with_a_detached_part_has_checks_that_see_its_gradient(tmp_path, 
     rows = [(row.policy, row.sigma, round(row.bias, 2), round(row.rmse, 2)) for row in made["table"]]
     assert f"It prints `{rows}`." in (DOCS / "methods.md").read_text()
     assert made["table"][0].bias < 1e-12
-    of = partial(made["Corrector"], weigh=made["no_weights"])
+    of = partial(made["Corrector"], weight_fn=made["unit_weights"])
     with pytest.raises(AssertionError, match=r"the loss must be that of none\(\) bit for bit"):
         made["check_corrector"](of(surrogate=made["capped"]))
 
@@ -349,7 +350,7 @@ def test_a_loss_with_a_detached_part_has_checks_that_see_its_gradient(tmp_path, 
 def test_what_the_librarys_losses_do_in_these_checks():
     """The table of docs/methods.md: of each loss, the contract, finite differences, and the gradient at ratio 1."""
     from dllm_rl.algorithms import losses
-    from dllm_rl.algorithms.correctors import Corrector, no_weights
+    from dllm_rl.algorithms.correctors import Corrector, unit_weights
     from recipes.studies import surrogates
     from recipes.studies.enumeration import gradient_table
 
@@ -361,7 +362,7 @@ def test_what_the_librarys_losses_do_in_these_checks():
     ours |= {"stable_drl": partial(surrogates.stable_drl, sum_over=lambda x: x), "ebpo": surrogates.ebpo}
     found = {}
     for name, loss in ours.items():
-        made = Corrector(weigh=no_weights, surrogate=surrogates.stable_drl if name == "stable_drl" else loss)
+        made = Corrector(weight_fn=unit_weights, surrogate=surrogates.stable_drl if name == "stable_drl" else loss)
         keeps, whole = True, True
         try:
             dllm_rl.check_corrector(made)

@@ -15,6 +15,7 @@ PACKAGE = Path(dllm_rl.__file__).parent
 MAY_IMPORT = {
     # floor 1
     "bounds": "",
+    "callbacks": "",
     "device": "",
     "files": "",
     "manifest": "",
@@ -33,12 +34,12 @@ MAY_IMPORT = {
     "quantization": "models",
     "samplers": "bounds device rng types models",
     # floor 4
-    "config": "bounds screen algorithms members models likelihoods quantization samplers",
     "diagnostics": "files screen types algorithms models likelihoods quantization samplers",
     "evaluation": "files rng screen tasks types members distributed models likelihoods quantization samplers",
-    "recipe": "bounds tasks types algorithms members models likelihoods",
+    "recipe": "bounds callbacks tasks types algorithms members models likelihoods quantization samplers",
     "testing": "types algorithms models likelihoods quantization",
     # floor 5
+    "config": "bounds screen members recipe",
     "checkpoints": "files manifest members distributed models recipe",
     "monitoring": "device files screen recipe",
     # floor 6

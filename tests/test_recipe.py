@@ -6,14 +6,19 @@ from dataclasses import fields, replace
 from functools import partial
 
 import pytest
+from peft import IA3Config, LoraConfig
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
+from dllm_rl.algorithms.correctors import tis
 from dllm_rl.algorithms.losses import gspo, kl_k2, ppo_clip, sequence, token, trust_band
+from dllm_rl.algorithms.optimizers import adamw
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods.estimators import one_step, trajectory
 from dllm_rl.members import describe
-from dllm_rl.recipe import Recipe, check_bounds
+from dllm_rl.models.lora import Lora, lora_r16
+from dllm_rl.recipe import Recipe, adapters, check_bounds
+from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.supervised.recipe import SFT
 
@@ -124,6 +129,64 @@ def test_what_is_no_function_and_a_flag_where_there_is_none_are_refused(name, va
         check_bounds(known, value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "described"),
+    [
+        ({"loss": "gspo"}, gspo),
+        ({"corrector": "tis"}, tis()),
+        ({"corrector": partial(tis, cap=3.0)}, tis(cap=3.0)),
+        ({"likelihood": trajectory}, trajectory()),
+        ({"optim": "adamw"}, adamw),
+        ({"lora": "lora_r16"}, lora_r16),
+        ({"lora": Lora(r=4)}, partial(adapters, Lora(r=4))),
+        (
+            {"lora": LoraConfig(r=8, lora_alpha=4, target_modules=["v", "q"])},
+            partial(adapters, Lora(r=8, alpha=4.0, targets=("q", "v"))),
+        ),
+        ({"lora": LoraConfig(r=4, lora_alpha=4, use_rslora=True)}, partial(adapters, Lora(r=4, alpha=8.0))),
+    ],
+)
+def test_what_has_one_meaning_is_taken(recipe, changes, described):
+    (name,) = changes
+    assert describe(getattr(replace(recipe, **changes), name)) == describe(described)
+
+
+def made_of(argument):
+    return argument
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("corrector", made_of),
+        ("corrector", dict),
+        ("likelihood", made_of),
+        ("lora", 16),
+        ("lora", LoraConfig(use_dora=True)),
+        ("lora", LoraConfig(bias="all")),
+        ("lora", LoraConfig(target_modules=".*proj")),
+        ("lora", IA3Config()),
+        ("num_steps", "3"),
+        ("learning_rate", None),
+        ("learning_rate", "1e-3"),
+        ("bf16", "true"),
+        ("output_dir", 5),
+        ("max_prompt_length", 5.0),
+        ("task", dict),
+        ("sampler", partial(unmask, max_new_tokens="2")),
+        ("sampler", partial(unmask, max_new_tokens=2, temperature=-1)),
+        ("sampler", partial(unmask, max_new_tokens=2, top_p=2.0)),
+        ("sampler", partial(unmask, max_new_tokens=2, diffusion_steps=True)),
+        ("eval_sampler", partial(autoregress, max_new_tokens=2, temperature=float("nan"))),
+    ],
+)
+def test_what_a_field_does_not_hold_is_refused_by_its_name(recipe, name, value):
+    bound = list(getattr(value, "keywords", {}))[-1:]
+    with pytest.raises(ValueError, match=(bound or [name])[0]) as caught:
+        replace(recipe, **{name: value})
+    assert "\n" not in str(caught.value)
+
+
 def test_no_tracker_is_none_or_its_name(recipe):
     assert [replace(recipe, report_to=given).trackers for given in (None, "none")] == [[], []]
 
@@ -133,7 +196,7 @@ def test_a_run_is_said_to_aggregate_as_it_does(recipe):
     assert replace(recipe, corrector=correctors.qarl()).settings()["aggregate"] == "sequence"
     assert describe(correctors.none()) == "none()"
     mine = replace(correctors.tbpo(), surrogate=None)  # no function makes it: its parts tell it from others
-    assert describe(mine).startswith("Corrector(weigh=band_weights(c=2.0), ")
+    assert describe(mine).startswith("Corrector(weight_fn=band_weights(c=2.0), ")
     assert describe(mine).endswith(", align_forward=False, aggregate=sequence)")
 
 

@@ -8,12 +8,12 @@ surrogate before any KL term, and are 1 off the mask. A token with a non-finite 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.losses import MAX_LOG, sequence, trust_band
@@ -23,16 +23,49 @@ from dllm_rl.members import maker
 Level = Literal["token", "sequence"]
 Aggregate = Literal["product", "geometric"]
 Outside = Literal["zero", "drop"]
-Weighed = tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"], dict[str, float]]
-Weigh = Callable[[Tensor, Tensor, Tensor], Weighed]
 
 
-def no_weights(
-    log_mismatch: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]
-) -> Weighed:
-    """Every weight 1, every token with a finite ratio kept."""
-    _, keep, metrics = finite(log_mismatch, mask)
-    return torch.ones_like(log_mismatch).detach(), keep, metrics
+@dataclass(frozen=True)
+class TokenStats:
+    """What a corrector may read of the global batch's tokens. Every process has the same, on the host.
+
+    log_mismatch      logp_old - logp_rollout, nats; 0 off the mask
+    mask              tokens to correct
+    old_logprobs      under the learner at the start of the update, nats
+    rollout_logprobs  under the policy that sampled, nats
+    unmask_step       denoising step that wrote the token (autoregressive: its place); -1 where none did
+    entropy           of the learner's distribution that the token was drawn from, nats; None unless the corrector's
+                      `needs_entropy` asks for it, which takes one more forward per view
+    """
+
+    log_mismatch: Float[Tensor, "B T"]
+    advantages: Float[Tensor, " B"]
+    mask: Bool[Tensor, "B T"]
+    old_logprobs: Float[Tensor, "B T"]
+    rollout_logprobs: Float[Tensor, "B T"]
+    unmask_step: Int[Tensor, "B T"]
+    entropy: Float[Tensor, "B T"] | None = None
+
+    def among(self, mask: Bool[Tensor, "B T"]) -> "TokenStats":
+        """The same of fewer tokens."""
+        return replace(self, mask=mask, log_mismatch=torch.where(mask, self.log_mismatch, 0))
+
+
+class TokenWeights(NamedTuple):
+    """What a corrector says of the tokens: detached weights, 1 off the mask; which stay in the loss; metrics."""
+
+    importance_weights: Float[Tensor, "B T"]
+    loss_mask: Bool[Tensor, "B T"]
+    metrics: dict[str, float]
+
+
+WeightFn = Callable[[TokenStats], TokenWeights]
+
+
+def unit_weights(stats: TokenStats) -> TokenWeights:
+    """Every weight 1, every token with a finite ratio in the loss."""
+    _, keep, metrics = finite(stats.log_mismatch, stats.mask)
+    return TokenWeights(torch.ones_like(stats.log_mismatch).detach(), keep, metrics)
 
 
 def finite(
@@ -75,67 +108,61 @@ def _fraction(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
 
 @bounded(cap=Bound(at_least=1))
 def truncated_weights(
-    log_mismatch: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
+    stats: TokenStats,
     *,
     cap: float = 2.0,
     level: str = "token",
     aggregate: str = "product",
-) -> Weighed:
+) -> TokenWeights:
     """Truncated importance weights, w = min(rho, cap) [paper: TIS, fengyao.notion.site/off-policy-rl].
 
     rho_t = exp(log_mismatch_t) per token; per sequence exp of the sum (`product`) or the mean (`geometric`). `tis`
     explains the keywords.
     """
-    log_mismatch, keep, metrics = finite(log_mismatch, mask)
+    log_mismatch, keep, metrics = finite(stats.log_mismatch, stats.mask)
     weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
     metrics["tis/capped_fraction"] = _fraction(weights > cap, keep)  # of raw ratios: a weight at the cap is not capped
-    return torch.where(keep, weights.clamp(max=cap), 1), keep, metrics
+    return TokenWeights(torch.where(keep, weights.clamp(max=cap), 1), keep, metrics)
 
 
 @bounded(low=Bound(at_least=0, at_most=1), high=Bound(at_least=1))
 def masked_weights(
-    log_mismatch: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
+    stats: TokenStats,
     *,
     low: float = 0.5,
     high: float = 5.0,
     level: str = "token",
     aggregate: str = "product",
     outside: str = "zero",
-) -> Weighed:
+) -> TokenWeights:
     """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, "When Speed Kills Stability", by
     Liu et al. 2025; IcePop, arXiv 2510.18855]; rho as in `truncated_weights`. `mis` explains the keywords."""
     if outside not in ("zero", "drop"):
         raise ValueError(f"outside={outside!r} must be 'zero' or 'drop'")
-    log_mismatch, keep, metrics = finite(log_mismatch, mask)
+    log_mismatch, keep, metrics = finite(stats.log_mismatch, stats.mask)
     weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
     oob = (weights < low) | (weights > high)
     metrics["rollout_corr/rollout_is_oob_ratio"] = _fraction(oob, keep)
     weights = torch.where(keep, weights.masked_fill(oob, 0), 1)
-    return weights, keep & ~oob if outside == "drop" else keep, metrics
+    return TokenWeights(weights, keep & ~oob if outside == "drop" else keep, metrics)
 
 
 @bounded(bound=Bound(at_least=0))
 def rejection(
-    log_mismatch: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
+    stats: TokenStats,
     *,
     level: str = "sequence",
     statistic: str = "k3",
     bound: float = 0.001,
     aggregate: str = "mean",
-) -> Weighed:
+) -> TokenWeights:
     """Drop what disagrees too much from the MASK, and so from the loss's denominator; weights stay 1.
 
     With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, nats. |k| is compared, for a
     sequence after aggregation. Sources: verl's names, VeXact's default (sequence mean of k3 above 0.001 fits bf16
     kernels; low-bit rollouts need more) [digest]. `reject` explains the keywords.
     """
-    d, finite_mask, metrics = finite(log_mismatch, mask)
+    d, finite_mask, metrics = finite(stats.log_mismatch, stats.mask)
     d = d.clamp(-MAX_LOG, MAX_LOG)  # exp(d) overflows fp32 at 89
     match statistic:
         case "k1":
@@ -163,7 +190,7 @@ def rejection(
     rows = finite_mask.any(-1).sum().item()
     metrics["rollout_corr/rollout_rs_masked_fraction"] = _fraction(dropped, finite_mask)
     metrics["rollout_corr/rollout_rs_seq_masked_fraction"] = dropped.any(-1).sum().item() / max(rows, 1)
-    return torch.ones_like(d), keep, metrics
+    return TokenWeights(torch.ones_like(d), keep, metrics)
 
 
 @bounded(tau=Bound(above=0))
@@ -175,16 +202,14 @@ def alarm(reliability: float, divergence: float, variation: float, *, tau: float
 
 @bounded(cap=Bound(at_least=1), tau=Bound(above=0))
 def adaptive_weights(
-    log_mismatch: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
+    stats: TokenStats,
     *,
     cap: float = 2.0,
     tau: float = 0.05,
     combine: Callable[..., float] = alarm,
     aggregate: str = "product",
     level: str = "token",
-) -> Weighed:
+) -> TokenWeights:
     """AIS (arXiv 2605.13907 [digest]): one lam in [0, 1] for the batch mixes the uncorrected gradient and the TIS one.
         m_t = 1 + lam (min(w_t, cap) - 1),   w_t = exp(log_mismatch_t)
         rho = (sum w)^2 / (B sum w^2) over SEQUENCE weights: reliability [digest]; B counts rows that have a token
@@ -193,7 +218,7 @@ def adaptive_weights(
     All three are of the corrected rows. Truncation [digest], cap 2 [ours]. No gradient goes through lam or w. `ais`
     explains the keywords.
     """
-    log_mismatch, keep, metrics = finite(log_mismatch, mask)
+    log_mismatch, keep, metrics = finite(stats.log_mismatch, stats.mask)
     log_w = log_mismatch.clamp(-MAX_LOG, MAX_LOG)
     reliability = 1.0  # without a token lam is what it is on-policy
     divergence = 0.0
@@ -210,42 +235,34 @@ def adaptive_weights(
     lam = min(1.0, max(0.0, combine(reliability, divergence, variation, tau=tau)))
     weights = torch.lerp(torch.ones_like(capped), capped, lam)  # exact at lam = 0, and at lam = 1
     metrics |= {"ais/rho": reliability, "ais/D": divergence, "ais/CV": variation, "ais/lambda": lam}
-    return torch.where(keep, weights, 1), keep, metrics
+    return TokenWeights(torch.where(keep, weights, 1), keep, metrics)
 
 
 @bounded(c=Bound(at_least=1))
-def band_weights(
-    log_mismatch: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"], *, c: float = 2.0
-) -> Weighed:
+def band_weights(stats: TokenStats, *, c: float = 2.0) -> TokenWeights:
     """TBPO's weight exp(clamp(mean_t log_mismatch, -log c, log c)), one per row (QaRL, arXiv 2604.07853 [digest]; clamp
     in log space [ours]). c is the largest weight, and one over the smallest.
     """
-    log_mismatch, keep, metrics = finite(log_mismatch, mask)
+    log_mismatch, keep, metrics = finite(stats.log_mismatch, stats.mask)
     log_w = per_level(log_mismatch, keep, level="sequence", aggregate="geometric")
     bound = math.log(c)
     metrics["tbpo/capped_fraction"] = _fraction(log_w.abs() > bound, keep)
-    return log_w.clamp(-bound, bound).exp(), keep, metrics
+    return TokenWeights(log_w.clamp(-bound, bound).exp(), keep, metrics)
 
 
-def composed(
-    log_mismatch: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    weighs: tuple[Weigh, ...],
-) -> Weighed:
-    """The product of the weights and the intersection of the keep masks. A metric that two parts log with different
+def combine_weights(stats: TokenStats, *, weight_fns: tuple[WeightFn, ...]) -> TokenWeights:
+    """The product of the weights and the intersection of the loss masks. A metric that two parts log with different
     values gets the part's number as a suffix."""
-    weights = torch.ones_like(log_mismatch).detach()
-    keep = mask
+    weights = torch.ones_like(stats.log_mismatch).detach()
+    keep = stats.mask
     metrics: dict[str, float] = {}
-    for i, weigh in enumerate(weighs, start=1):
-        w, kept, found = weigh(log_mismatch, advantages, mask)  # the whole mask, so that their order does not matter
-        weights = weights * w
-        keep = keep & kept
-        for name, value in found.items():
+    for i, weight_fn in enumerate(weight_fns, start=1):
+        part = weight_fn(stats)  # of the whole mask, so that their order does not matter
+        weights = weights * part.importance_weights
+        keep = keep & part.loss_mask
+        for name, value in part.metrics.items():
             metrics[name if metrics.get(name, value) == value else f"{name}_{i}"] = value
-    return weights, keep, metrics
+    return TokenWeights(weights, keep, metrics)
 
 
 Surrogate = Callable[..., Tensor]  # (log_ratio, advantages, mask, further ones of losses.OFFERED)
@@ -254,7 +271,8 @@ Aggregation = Callable[..., Tensor]  # of losses: (mask, *, num_tokens, num_sequ
 
 @dataclass(frozen=True)
 class Corrector:
-    """weigh          (log_mismatch (B, T), advantages (B,), mask (B, T)) -> detached weights, keep mask, metrics
+    """weight_fn      `TokenStats` of the global batch -> `TokenWeights`
+    needs_entropy  weight_fn reads `TokenStats.entropy`
     align_forward  the learner's forward runs through the rollout's quantised operands
     surrogate      the objective (see `algorithms.losses`) of a method that brings one; None: the recipe's `loss`
     aggregate      that method's aggregation, where the recipe names none
@@ -264,14 +282,15 @@ class Corrector:
     `members.maker` that returns a Corrector; its keywords are then options, too.
     """
 
-    weigh: Weigh = no_weights
+    weight_fn: WeightFn = unit_weights
     surrogate: Surrogate | None = None
     align_forward: bool = False
     aggregate: Aggregation | None = None
+    needs_entropy: bool = False
     made_by: partial | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:  # a constant is refused here, before a run, and not at the first batch
-        check_bound((self.weigh, self.surrogate, self.aggregate))
+        check_bound((self.weight_fn, self.surrogate, self.aggregate))
 
 
 @maker
@@ -288,7 +307,7 @@ def tis(*, cap: float = 2.0, level: Level = "token", aggregate: Aggregate = "pro
     level      what has a ratio of its own: token or sequence
     aggregate  of a sequence's tokens: product or geometric
     """
-    return Corrector(weigh=partial(truncated_weights, cap=cap, level=level, aggregate=aggregate))
+    return Corrector(weight_fn=partial(truncated_weights, cap=cap, level=level, aggregate=aggregate))
 
 
 @maker
@@ -308,8 +327,8 @@ def mis(
     outside    tokens outside the range: zero (weight 0, counted in the loss's denominator) or drop (not counted, as in
                verl's rejection)
     """
-    weigh = partial(masked_weights, low=low, high=high, level=level, aggregate=aggregate, outside=outside)
-    return Corrector(weigh=weigh)
+    bound = partial(masked_weights, low=low, high=high, level=level, aggregate=aggregate, outside=outside)
+    return Corrector(weight_fn=bound)
 
 
 @maker
@@ -337,7 +356,7 @@ def reject(
     bound      its largest value that is kept, nats
     aggregate  of a sequence's tokens: mean, sum or max
     """
-    return Corrector(weigh=partial(rejection, level=level, statistic=statistic, bound=bound, aggregate=aggregate))
+    return Corrector(weight_fn=partial(rejection, level=level, statistic=statistic, bound=bound, aggregate=aggregate))
 
 
 @maker
@@ -358,7 +377,7 @@ def ais(
     level      of the weights that are mixed: token, or sequence
     """
     bound = partial(adaptive_weights, cap=cap, tau=tau, combine=combine, aggregate=aggregate, level=level)
-    return Corrector(weigh=bound)
+    return Corrector(weight_fn=bound)
 
 
 @maker
@@ -371,7 +390,7 @@ def tbpo(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-
     c                  the largest weight, and one over the smallest; at least 1
     """
     surrogate = partial(trust_band, eps_high=eps_high, neg_low=neg_low, neg_high=neg_high)
-    return Corrector(weigh=partial(band_weights, c=c), surrogate=surrogate, aggregate=sequence)
+    return Corrector(weight_fn=partial(band_weights, c=c), surrogate=surrogate, aggregate=sequence)
 
 
 @maker
@@ -392,16 +411,21 @@ def qarl(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-
 
 
 @maker
-def compose(*parts: Corrector | Weigh) -> Corrector:
-    """Combine correctors or bare weigh functions: see `composed`. The forward is aligned if any part's is.
+def compose(*parts: Corrector | WeightFn) -> Corrector:
+    """Combine correctors or bare weight functions: see `combine_weights`. The forward is aligned if any part's is.
 
     Raises ValueError when two parts bring different objectives. Example: compose(tis(cap=3.0), reject(bound=0.1))
     """
-    correctors = [part if isinstance(part, Corrector) else Corrector(weigh=part) for part in parts]
+    correctors = [part if isinstance(part, Corrector) else Corrector(weight_fn=part) for part in parts]
     brought = [part for part in correctors if part.surrogate is not None] or [none()]  # an objective, its aggregation
     if len({part.surrogate for part in brought}) > 1:
         raise ValueError(f"{len(brought)} parts bring an objective; keep one: replace(part, surrogate=None)")
-    weighs = tuple(part.weigh for part in correctors if part.weigh is not no_weights)
-    weigh = weighs[0] if len(weighs) == 1 else partial(composed, weighs=weighs) if weighs else no_weights
-    align = any(part.align_forward for part in correctors)
-    return Corrector(weigh, brought[0].surrogate, align, brought[0].aggregate)
+    fns = tuple(part.weight_fn for part in correctors if part.weight_fn is not unit_weights)
+    combined = partial(combine_weights, weight_fns=fns) if fns else unit_weights
+    return Corrector(
+        weight_fn=fns[0] if len(fns) == 1 else combined,
+        surrogate=brought[0].surrogate,
+        align_forward=any(part.align_forward for part in correctors),
+        aggregate=brought[0].aggregate,
+        needs_entropy=any(part.needs_entropy for part in correctors),
+    )

@@ -22,10 +22,12 @@ from dllm_rl import manifest
 from dllm_rl.checkpoints.optimizer_shards import PATTERN, Part, Swap, alone, load_parts, write_part
 from dllm_rl.checkpoints.state import NAME, TrainingState
 from dllm_rl.distributed.sharding import part_like
-from dllm_rl.files import folder_size, recover, remove, remove_whole, replacing, write_text
+from dllm_rl.distributed.stop import as_written
+from dllm_rl.files import recover, remove, remove_whole, replacing, write_text
 from dllm_rl.manifest import CARD
-from dllm_rl.models.base import Policy, is_finite
-from dllm_rl.models.lora import save_adapter
+from dllm_rl.models.base import Module, Policy, is_finite
+from dllm_rl.models.lora import adapter_state, save_adapter
+from dllm_rl.models.merge import layers_of, merged_later
 
 # What torch's loader raises on a damaged file.
 _NO_TENSORS = (
@@ -57,6 +59,8 @@ def save(
     *,
     keep: int,
     best: int | None = None,  # step of a checkpoint that is never deleted
+    base: str | None = None,  # folder or id of the weights that the policy's adapters belong to
+    merged: bool = True,  # False: the adapters alone are written, for which `base` is known
     processes: int = 1,
     versions: dict[str, Any] | None = None,
     reserve: int = 0,  # bytes that later checkpoints take beyond this one
@@ -70,13 +74,14 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     recover_all(directory)
     final = folder_of(directory, state.step)
-    with _enough_room(final, policy, optimizer, reserve + sum(map(len, also.values()))):
+    with _enough_room(final, policy, optimizer, reserve + sum(map(len, also.values())), merged=merged):
         with replacing(final) as partial:  # the folder gets its name when it is complete and on disk
             partial.mkdir()
             swap(str(partial))  # the others begin to write into it
-            policy.save_pretrained(partial)
+            if merged:
+                policy.save_pretrained(partial)
             if policy.lora is not None:
-                save_adapter(policy, partial / "adapter")
+                save_adapter(policy, partial / "adapter", base=base)
             written = _write_optimizer(partial, optimizer)  # all of it; or a part: then the others call `save_part`
             state.write(partial)
             for name, data in also.items():
@@ -123,14 +128,14 @@ def recover_all(directory: Path) -> None:
 
 
 @contextmanager
-def _enough_room(final: Path, policy: Policy, optimizer: Saved, reserve: int) -> Iterator[None]:
+def _enough_room(final: Path, policy: Policy, optimizer: Saved, reserve: int, *, merged: bool = True) -> Iterator[None]:
     """Raise OSError, which reports the free room, if another checkpoint does not fit or the block fails to write it."""
-    tensors = sum(x.numel() * x.element_size() for x in _tensors(policy, optimizer).values())
-    if isinstance(optimizer, Part):  # the other parts need room too
-        tensors += optimizer.nbytes - sum(x.nbytes for x in optimizer.tensors.values())
+    needed = _moments_size(policy, optimizer) + reserve + (1 << 20)
+    needed += weights_size(policy.module) if merged else 0
+    if policy.lora is not None:
+        needed += sum(x.nbytes for x in adapter_state(policy).values())
     before = found(final.parent)
-    last = folder_size(before[-1][1]) if before else 0  # the tokenizer and the card count too
-    needed = max(tensors, last) + reserve + (1 << 20)
+    needed += _others_size(before[-1][1]) if before else 0
 
     def fault(why: str, number: int | None = None) -> OSError:
         free = shutil.disk_usage(final.parent).free
@@ -150,6 +155,25 @@ def _enough_room(final: Path, policy: Policy, optimizer: Saved, reserve: int) ->
         yield
     except (OSError, SafetensorError) as error:
         raise fault(str(error), getattr(error, "errno", None)) from error
+
+
+def weights_size(module: Module) -> int:
+    """Bytes of a module's weights as a checkpoint holds them: adapters merged, bitsandbytes' dequantised."""
+    return sum(tensor.nbytes for tensor in merged_later(layers_of(module)).values())
+
+
+def _moments_size(policy: Policy, optimizer: Saved) -> int:
+    if isinstance(optimizer, Part):  # the other parts need room too
+        return max(optimizer.nbytes, sum(x.nbytes for x in optimizer.tensors.values()))
+    names = {name for name, _ in chain(policy.module.named_parameters(), policy.module.named_buffers())}
+    tensors = _tensors(policy, optimizer)
+    return sum(x.numel() * x.element_size() for name, x in tensors.items() if name not in names)
+
+
+def _others_size(folder: Path) -> int:
+    """Bytes of a checkpoint's files that hold no tensors: a tokenizer and a card."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files if path.suffix not in (".safetensors", ".pt"))
 
 
 def _tensors(policy: Policy, optimizer: Saved) -> dict[str, Tensor]:
@@ -210,27 +234,46 @@ def found(directory: Path) -> list[tuple[int, Path]]:
 
 
 def locate(
-    which: str, directory: Path, *, quick: bool = False, say: Callable[[str], None] = lambda text: None
+    which: str,
+    directory: Path,
+    *,
+    quick: bool = False,
+    unread: str | None = None,
+    compare: Callable[[TrainingState], None] = lambda state: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Path | None:
-    """The verified checkpoint; 'latest': the newest undamaged one, if any. Raises ValueError if none is whole."""
+    """The verified checkpoint; 'latest': the newest undamaged one, if any. `compare` raises ValueError on the state of
+    another run, before all bytes are read; unread: as for `manifest.verify`. Raises ValueError if none is whole."""
     if which != "latest":
         path = Path(which)
         if not is_checkpoint(path):
             raise ValueError(
                 f"resume_from_checkpoint={which!r} is not a checkpoint folder (no state.json); give one, or 'latest'"
             )
-        check(path, quick=quick)
+        check(path, quick=True)
+        compare(TrainingState.read(path))
+        if not quick:
+            check(path, unread=unread)
         return path
     skipped = []
     for _, folder in reversed(found(directory)):
         try:
-            check(folder, quick=quick)
+            check(folder, quick=True)
+            state = TrainingState.read(folder)
+        except ValueError as error:
+            say(f"skipped {error}")
+            skipped.append(str(error))
+            continue
+        compare(state)
+        try:
+            if not quick:
+                check(folder, unread=unread)
             return folder
         except ValueError as error:
             say(f"skipped {error}")
             skipped.append(str(error))
     if skipped:
-        why = f"no checkpoint is whole ({'; '.join(skipped)}); start again with --overwrite_output_dir"
+        why = f"no checkpoint is whole ({'; '.join(skipped)}); start again with {as_written(overwrite_output_dir=True)}"
         raise ValueError(f"resume_from_checkpoint='latest': {why}")
     return None
 
@@ -240,13 +283,13 @@ def is_checkpoint(path: Path) -> bool:
     return (path / NAME).is_file() or (path / manifest.NAME).is_file()
 
 
-def check(folder: Path, *, quick: bool = False) -> None:
+def check(folder: Path, *, quick: bool = False, unread: str | None = None) -> None:
     """Raise ValueError naming what is damaged, missing or of another step."""
     held = manifest.read(folder)
     named = _NAME.fullmatch(folder.name)
     if named and int(named[1]) != held["step"]:  # someone renamed it
         raise ValueError(f"{folder}: step is {held['step']} in {manifest.NAME}, but {int(named[1])} in its name")
-    manifest.verify(folder, quick=quick)
+    manifest.verify(folder, quick=quick, unread=unread)
     step = TrainingState.read(folder).step
     if step != held["step"]:
         raise ValueError(f"{folder}: step is {step} in state.json, but {held['step']} elsewhere")

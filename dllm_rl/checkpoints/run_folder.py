@@ -1,16 +1,18 @@
 """The folder of a run: locked, made, emptied or resumed from."""
 
 import difflib
+import re
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState, check_types
-from dllm_rl.distributed.stop import LOCK
+from dllm_rl.distributed.stop import LOCK, as_written
 from dllm_rl.files import lock, recover, remove
-from dllm_rl.members import plain
+from dllm_rl.members import ADDRESS, plain
 from dllm_rl.recipe import Recipe, Settings
 
 REHEARSAL = ".rehearsal"  # where a rehearsal writes
@@ -19,7 +21,7 @@ REHEARSAL = ".rehearsal"  # where a rehearsal writes
 FREE = {
     *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
     *("eval_steps", "eval_batch_size", "mismatch_sample"),
-    *("save_steps", "save_total_limit", "verify_checkpoint", "on_save_error", "async_save"),
+    *("save_steps", "save_total_limit", "save_merged", "verify_checkpoint", "on_save_error", "async_save"),
     *("logging_steps", "log_completions_steps", "report_to", "push_to_hub"),
     *("stop_seconds", "reward_timeout", "collective_timeout", "peer_timeout"),
     *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),
@@ -44,6 +46,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     directory = Path(recipe.directory)
     notes: list[str] = []
     check_files(directory)
+    check_names(recipe)
     try:
         if not lock(directory / LOCK):
             notes.append(
@@ -66,16 +69,22 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
         elif held and not recipe.overwrite_output_dir:
             raise ValueError(
                 f"output_dir={str(directory)!r} already holds a run ({', '.join(held)}); give another, or "
-                "--resume_from_checkpoint latest, or --overwrite_output_dir"
+                f"{as_written(resume_from_checkpoint='latest')}, or {as_written(overwrite_output_dir=True)}"
             )
         return None, None, notes
     checkpoint.recover_all(directory / "checkpoints")
     quick = recipe.verify_checkpoint == "quick"
-    folder = checkpoint.locate(recipe.resume_from_checkpoint, directory / "checkpoints", quick=quick, say=notes.append)
+    folder = checkpoint.locate(
+        recipe.resume_from_checkpoint,
+        directory / "checkpoints",
+        quick=quick,
+        unread=None if recipe.lora is None else "model*.safetensors",  # adapters go on from their base
+        compare=partial(_check_recipe, recipe),
+        say=notes.append,
+    )
     if not folder:
         return None, None, [*notes, "no checkpoint yet: starting from the beginning"]
     state = TrainingState.read(folder)
-    _check_recipe(recipe, state)
     needed = "reward" if isinstance(recipe, Recipe) else "loss"  # the end of the run prints and draws it
     check_types(folder, state.eval_before, {needed: float}, prefix="eval_before.")
     reference = directory / "reference"
@@ -84,6 +93,16 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     for path in checkpoint.set_aside(directory / "checkpoints", folder):
         notes.append(f"set aside, as it is not on the way of the resumed run: {path}")
     return folder, state, [*notes, f"resuming from {folder}"]
+
+
+def check_names(recipe: Settings) -> None:
+    """Raise ValueError on a setting whose text holds an address: no resume would find it equal."""
+    for name, text in recipe.settings().items():
+        if name not in FREE and isinstance(text, str) and ADDRESS.search(text):
+            raise ValueError(
+                f"{name}={text[:200]!r} holds an address, which another process has elsewhere, so that the run could "
+                "not be resumed; make it a dataclass, or give its class a __repr__"
+            )
 
 
 def check_files(directory: Path) -> None:
@@ -142,6 +161,17 @@ def changes_since(recipe: Settings, state: TrainingState) -> list[dict[str, Any]
     ]
 
 
+def renamings(before: Any, now: Any) -> list[tuple[str, str]]:
+    """(name before, name now) where two descriptions differ in the names of a script or of functions alone; else []."""
+    if not (isinstance(before, str) and isinstance(now, str)):
+        return []
+    # A name outside of this library is MODULE:NAME; all between such names must be equal.
+    old, new = (re.split(r"([\w.]+:[\w.<>]+)", text) for text in (before, now))
+    if len(old) != len(new) or old[::2] != new[::2]:
+        return []
+    return list(dict.fromkeys(pair for pair in zip(old[1::2], new[1::2], strict=True) if pair[0] != pair[1]))
+
+
 def _check_recipe(recipe: Settings, state: TrainingState) -> None:
     settings = recipe.settings()
     before = defaults(type(recipe)) | state.recipe  # a setting that the checkpoint lacks had its default
@@ -150,7 +180,13 @@ def _check_recipe(recipe: Settings, state: TrainingState) -> None:
     allowed = allowed_changes(recipe)
     for name, value in settings.items():
         if name not in FREE and name not in allowed and before[name] != value:
-            remedy = "resume with the same recipe" + ("" if name in FIXED else f", or with --allow_changed {name}")
+            allow = "" if name in FIXED else f", or with {as_written(allow_changed=name)}"
+            if renamed := renamings(before[name], value):
+                raise ValueError(
+                    f"{name} has the name {renamed[0][1]!r} now, and {renamed[0][0]!r} in the checkpoint, and is else "
+                    f"the same; give the script or the function its name again{allow}"
+                )
+            remedy = f"resume with the same recipe{allow}"
             raise ValueError(f"{name}={value!r} differs from the checkpoint's {before[name]!r}; {remedy}")
     if recipe.num_steps < state.step:
         raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {state.step}; give more")

@@ -61,11 +61,12 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     fixed = {"seed": arguments.seed, "batch_size": arguments.batch_size, "samples": arguments.samples}
     limit = num_problems(task, arguments)
     fixed |= {"reward_timeout": arguments.reward_timeout, "accelerator": processes, "limit": limit}
-    facts = {"protocol_source": SOURCES[task.protocol], "dtype": arguments.dtype, "versions": versions()}
+    facts = {"protocol_source": SOURCES[task.protocol], "versions": versions()}
     found: list[dict[str, Any]] = []
     first: list[Measured] = []  # of the first model, setting by setting
     for model in arguments.models:
         policy = open_policy(arguments, model, device=device)
+        facts["dtype"] = dtype_of(policy)
         plans = plan(policy, task, arguments)
         measured: list[Measured] = []
         for name, scheme in schemes.items():
@@ -97,6 +98,8 @@ def asked(arguments: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
     lists["quantization"] = arguments.quantization or ["none"]
     row = flat(vars(arguments) | task_facts(task) | {"n": num_problems(task, arguments)})
     found = {name: (value,) for name, value in json.loads(json.dumps(row)).items() if name not in lists}
+    if arguments.dtype == "auto":  # the checkpoint decides, and none is opened here
+        del found["dtype"]
     return found | {name: tuple(values) for name, values in lists.items() if values}
 
 
@@ -167,6 +170,11 @@ def read_schemes(names: Sequence[str]) -> dict[str, Callable[[], Any] | None]:
     return {name: known[name] for name in names}
 
 
+def dtype_of(policy: Policy) -> str:
+    """The dtype of the weights as opened, whatever --dtype says."""
+    return str(next(policy.module.parameters()).dtype).removeprefix("torch.")
+
+
 def completions_file(
     arguments: argparse.Namespace, policy: Policy, task: Task, settings: dict[str, Any]
 ) -> Path | None:
@@ -175,7 +183,7 @@ def completions_file(
         return None
     facts = task_facts(task)
     made_by = {name: facts[name] for name in ("task", "version", "settings")} | settings
-    made_by |= {"seed": arguments.seed, "dtype": arguments.dtype, "weights": fingerprint(policy)}
+    made_by |= {"seed": arguments.seed, "dtype": dtype_of(policy), "weights": fingerprint(policy)}
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
     steps = f"-{settings['diffusion_steps']}-steps" if settings.get("diffusion_steps") else ""
     return Path(arguments.output_dir) / f"completions-{settings['max_new_tokens']}-tokens{steps}-{key}.jsonl"

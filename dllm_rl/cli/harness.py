@@ -30,7 +30,7 @@ class NamedModel(HarnessModel):
         pretrained: str,
         *,
         likelihood: str | None = None,
-        dtype: str = "float32",
+        dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,  # of `--batch_size auto`, which is refused

@@ -43,7 +43,9 @@ def run(recipe: Recipe | SFT, *, first: bool) -> "Summary":
         warmup = f"up to {recipe.warmup_steps} warm-up steps, then " if recipe.warmup_steps else ""
         steps = f"{recipe.name}, seed {recipe.seed}: {warmup}{recipe.num_steps} steps, into {recipe.directory}"
         print(escape_controls(f"{steps}; the time left is known from the second step on"), flush=True)
+    from dllm_rl.distributed.stop import started_by_command
     from dllm_rl.supervised.train import fine_tune  # here: importing it takes seconds
     from dllm_rl.training.trainer import train
 
-    return fine_tune(recipe) if isinstance(recipe, SFT) else train(recipe)
+    with started_by_command():
+        return fine_tune(recipe) if isinstance(recipe, SFT) else train(recipe)

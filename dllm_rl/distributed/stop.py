@@ -22,6 +22,7 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SLURM's --signal=USR1@SECO
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 LOCK = ".lock"
 _ENDING: ContextVar[ExitStack] = ContextVar("what ends with the run")
+_BY_COMMAND: ContextVar[bool] = ContextVar("whether a command line started the run", default=False)
 
 
 @runtime_checkable
@@ -105,7 +106,24 @@ class Stop:
 
 
 def how_to_continue(recipe: HasFolder) -> str:
-    return f"continue with --resume_from_checkpoint latest --output_dir {recipe.directory}"
+    return f"continue with {as_written(resume_from_checkpoint='latest', output_dir=recipe.directory)}"
+
+
+@contextmanager
+def started_by_command() -> Iterator[None]:
+    """In the block, advice names options of a command line; elsewhere keywords of the call that started the run."""
+    before = _BY_COMMAND.set(True)
+    try:
+        yield
+    finally:
+        _BY_COMMAND.reset(before)
+
+
+def as_written(**settings: Any) -> str:
+    """Settings as whoever started the run writes them: `--name value`, or `name='value'`."""
+    if not _BY_COMMAND.get():
+        return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in settings.items())
 
 
 def with_the_run() -> ExitStack:

@@ -205,6 +205,11 @@ def trained_of(module: Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
+def has_bf16_products() -> bool:
+    """Whether this machine's CPU multiplies in bf16; else torch emulates it, some products at a 60th of fp32's rate."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether all of a tensor's numbers are finite. Makes no copy of the tensor: a NaN is both of its extremes."""
     return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())

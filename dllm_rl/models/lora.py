@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dllm_rl.models.base import Lora, Policy, output_embeddings, whole
+from dllm_rl.models.base import Lora, Policy, has_bf16_products, output_embeddings, whole
 from dllm_rl.models.checkpoint.tensors import backwards, misfits, renamed
 from dllm_rl.models.untrusted import read_adapter
 from dllm_rl.rng import keep_mask
@@ -54,6 +54,31 @@ def lora_r16(*, r: int = 16, alpha: float = 32.0, dropout: float = 0.0, experts:
     return Lora(r=r, alpha=alpha, dropout=dropout, experts=experts)
 
 
+def from_peft(config: Any) -> Lora:
+    """The adapters that a peft LoraConfig describes. Raises ValueError on a setting that changes what they compute."""
+    kind = type(config).__name__
+    if kind != "LoraConfig":
+        raise ValueError(f"lora={kind}(...) is of another kind than LoRA; give peft's LoraConfig, or lora_r16")
+    blank = type(config)()
+    taken = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+    taken |= {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "runtime_config"}
+    for name, value in vars(config).items():
+        if name not in taken and value != getattr(blank, name, value):
+            raise ValueError(f"lora=LoraConfig({name}={value!r}): adapters have no such setting here; leave it out")
+    if config.inference_mode:
+        raise ValueError("lora=LoraConfig(inference_mode=True) is not for training; leave it out")
+    targets = config.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        raise ValueError(f"lora=LoraConfig(target_modules={targets!r}) is a pattern; give a list of layers' names")
+    scale = config.r**0.5 if config.use_rslora else 1.0  # peft divides alpha by the root of r
+    return Lora(
+        r=config.r,
+        alpha=float(config.lora_alpha) * scale,
+        dropout=float(config.lora_dropout),
+        targets=None if targets in (None, "all-linear") else tuple(sorted(targets)),
+    )
+
+
 class LoraLinear(nn.Module):
     """A linear layer and its fp32 adapter; the adapter's products are in the input's dtype."""
 
@@ -71,7 +96,7 @@ class LoraLinear(nn.Module):
         self.lora_B = linear_of(torch.zeros(base_layer.out_features, lora.r, device=device), None).requires_grad_()
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
-        out = self.base_layer(x)
+        out = base_product(self.base_layer, x)
         if not self.active:
             return out
         small = F.linear(self.dropped(x), self.lora_A.weight.to(x.dtype))
@@ -91,6 +116,30 @@ class LoraLinear(nn.Module):
         added = whole(self.lora_B.weight).float() @ whole(self.lora_A.weight).float()
         scaled = added.mul_(self.lora.alpha / self.lora.r).float()  # under autocast the product is in 16 bits
         return scaled.add_(weight).to(weight.dtype)  # in place: one fp32 copy
+
+
+class _Float32Backward(torch.autograd.Function):
+    """A frozen layer's bf16 product whose backward is in fp32, and rounded: on a CPU without bf16 products torch takes
+    60 times as long for the transposed one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return (gradients[0].float() @ weight.float()).to(gradients[0].dtype), None, None
+
+
+def base_product(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a frozen layer gives for x."""
+    weight = layer.weight
+    emulated = x.device.type == "cpu" and x.dtype == torch.bfloat16 == weight.dtype and not has_bf16_products()
+    if emulated and type(layer) is nn.Linear and not weight.requires_grad and not torch.is_autocast_enabled("cpu"):
+        return _Float32Backward.apply(x, weight, layer.bias)
+    return layer(x)
 
 
 class LoraExperts(nn.Module):
@@ -284,8 +333,12 @@ def adapter_state(policy: Policy) -> dict[str, Tensor]:
     return out
 
 
-def save_adapter(policy: Policy, directory: str | Path) -> None:
-    """Write the adapters as peft's adapter_model.safetensors and adapter_config.json. Raises ValueError without any."""
+def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = None) -> None:
+    """Write the adapters as peft's adapter_model.safetensors and adapter_config.json, by which `load_policy` opens them
+    with their base. Raises ValueError without any.
+
+    base  folder or hub's id of the weights that they belong to; None: the folder that the policy was loaded from
+    """
     lora = policy.lora
     if lora is None:
         raise ValueError(f"{type(policy.module).__name__} has no adapters; save_pretrained writes its weights")
@@ -293,7 +346,7 @@ def save_adapter(policy: Policy, directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     state = adapter_state(policy)
     calls = next(iter(adapted_layers(policy.module).values())).calls  # layers count dropout masks alike
-    metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)}
+    metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)} | base_form(policy.module)
     stored = {name: tensor.cpu().clone() for name, tensor in state.items()}
     save_file(stored, directory / "adapter_model.safetensors", metadata)
     linear, experts = _paths(state)
@@ -305,10 +358,19 @@ def save_adapter(policy: Policy, directory: str | Path) -> None:
         "bias": "none",
         "target_modules": linear,
         **({"target_parameters": [f"{path}.{name}" for path in experts for name in STACKS]} if experts else {}),
-        "base_model_name_or_path": policy.spec.source,
+        "base_model_name_or_path": base or policy.spec.source,
         "inference_mode": True,
     }
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def base_form(module: nn.Module) -> dict[str, str]:
+    """How the base of a module's adapters is held: its dtype, and bitsandbytes' kind."""
+    form = {"dtype": str(next(module.parameters()).dtype).removeprefix("torch.")}
+    packed = next((layer for layer in map(base_of, module.modules()) if is_bitsandbytes(layer)), None)
+    return (
+        form if packed is None else form | {"quantization": "nf4" if hasattr(packed.weight, "quant_state") else "int8"}
+    )
 
 
 def load_adapter(policy: Policy, directory: str | Path) -> None:

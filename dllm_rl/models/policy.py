@@ -6,11 +6,14 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from dllm_rl.manifest import Check, verify_if_there
 from dllm_rl.models.base import FamilySpec, Mask, Module, Policy, States, Tokenizer, Tokens, position_ids
 from dllm_rl.models.checkpoint.loading import (
+    adapter_folder,
+    base_of_adapter,
     check_finite,
     check_padding,
     checkpoint_folder,
@@ -19,12 +22,13 @@ from dllm_rl.models.checkpoint.loading import (
     named,
     prepared,
     save_module,
+    weights_folder,
 )
 from dllm_rl.models.checkpoint.tensors import misfits, read_tensors
 from dllm_rl.models.forward.blocks import recomputed_blocks
 from dllm_rl.models.forward.float32_head import head_in_float32
-from dllm_rl.models.lora import Lora, add_lora, without_adapters
-from dllm_rl.models.merge import has_extras, own_tensors
+from dllm_rl.models.lora import Lora, add_lora, load_adapter, without_adapters
+from dllm_rl.models.merge import has_extras, merge_lora, own_tensors
 from dllm_rl.models.untrusted import check_regular
 
 Moved = TypeVar("Moved", bound="_Backbone")  # beartype refuses typing.Self
@@ -165,7 +169,8 @@ def load_policy(
     float32_head: bool = True,
     verify_checkpoint: Check = "full",
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """Open a checkpoint with stock transformers classes.
+    """Open a checkpoint with stock transformers classes. Of a folder of adapters alone, a run's or peft's, it opens the
+    base that they name and merges them.
 
     dtype         of the weights: float32, bfloat16 or float16; "auto" keeps the checkpoint's
     block_size    of a block-causal model; None: the checkpoint's
@@ -179,15 +184,39 @@ def load_policy(
     """
     folder = checkpoint_folder(path_or_id)
     verify_if_there(folder, verify_checkpoint)
-    module, tokenizer, spec = load_module(
-        folder, dtype=dtype, block_size=block_size, quantization=quantization, device=device
-    )
-    check_finite(module, path_or_id)
-    with named(folder):  # the first forward: a config's values may be of types that no layer takes
-        policy = make_policy(module, tokenizer, spec)
+    options: dict[str, Any] = {"dtype": dtype, "block_size": block_size, "quantization": quantization, "device": device}
+    if (adapter := adapter_folder(folder)) is not None:
+        policy = _merged(adapter, folder, options, verify_checkpoint)
+    else:
+        module, tokenizer, spec = load_module(folder, **options)
+        check_finite(module, path_or_id)
+        with named(folder):  # the first forward: a config's values may be of types that no layer takes
+            policy = make_policy(module, tokenizer, spec)
     policy.float32_head = float32_head
     if lora is not None:
         add_lora(policy, lora)
+    return policy
+
+
+def _merged(
+    adapter: Path, folder: Path, options: dict[str, Any], verify_checkpoint: Check
+) -> DiffusionPolicy | AutoregressivePolicy:
+    """The base of saved adapters with these merged, as a checkpoint of merged weights holds them."""
+    if options["quantization"] is not None:
+        wrong = f"quantization={options['quantization']!r} is of a base without adapters, and {folder} holds adapters"
+        raise ValueError(f"{wrong}; save load_policy({str(folder)!r}).save_pretrained(NEW), and give that")
+    dtype = options["dtype"]
+    weights_folder(folder)  # refuses a circle
+    with named(adapter), safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        held = file.metadata() or {}
+    stored = held["dtype"] if held.get("dtype") in ("float32", "bfloat16", "float16", "float64") else "auto"
+    options = options | {"dtype": stored, "quantization": held.get("quantization")}
+    policy = load_policy(base_of_adapter(adapter), **options, verify_checkpoint=verify_checkpoint)
+    load_adapter(policy, adapter)
+    merge_lora(policy)
+    if dtype != "auto":
+        for parameter in policy.module.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return policy
 
 

@@ -154,8 +154,9 @@ class _Chat:
         """The template's text, with marks; `answered`: up to the start of the assistant's answer."""
         turns = []
         for turn in messages:
-            text = isinstance(turn["content"], str)  # else parts, as for images, or None
-            turns.append({**turn, "content": self.hide(turn["content"])} if text else dict(turn))
+            # Other content is parts, as for images, or None.
+            content = self.hide(turn["content"]) if isinstance(turn["content"], str) else turn["content"]
+            turns.append({**turn, "content": content})
         try:
             text = str(self.policy.tokenizer.apply_chat_template(turns, add_generation_prompt=answered, tokenize=False))
         except (TemplateError, *COMPUTING) as error:

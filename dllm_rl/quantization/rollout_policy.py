@@ -72,7 +72,7 @@ def quantized_copy(
     schemes = replaced_layers(module, config, kept)
     matrices = {id(p) for name in schemes for p in layers.get_submodule(name).parameters() if p.dim() > 1}
     # deepcopy takes an object's entry in the memo instead of copying the object: no plain copy of a weight is made.
-    memo = copies(module, layers, dtype, without=matrices)
+    memo = copies(module, layers, dtype, without=matrices, shared=config is not None)
     finite: Finite = {}
     for name, scheme in schemes.items():
         layer = layers.get_submodule(name)
@@ -109,13 +109,20 @@ def replaced_layers(module: Module, config: Scheme, kept: dict[str, str]) -> dic
     return schemes
 
 
-def copies(module: Module, layers: Module, dtype: torch.dtype | None, *, without: set[int]) -> dict[int, Any]:
-    """deepcopy's memo: copies of a module's tensors, except `without`, by the id of the tensor in `layers`."""
+def copies(
+    module: Module, layers: Module, dtype: torch.dtype | None, *, without: set[int], shared: bool
+) -> dict[int, Any]:
+    """deepcopy's memo: copies of a module's tensors, except `without`, by the id of the tensor in `layers`. shared: a
+    frozen tensor that keeps its dtype is the module's own, as nothing changes it."""
     memo: dict[int, Any] = {}
     for place, tensor in zip(layers.parameters(), module.parameters(), strict=True):
         kind = dtype if tensor.is_floating_point() else None  # codes keep their integers
-        # A tensor that keeps its dtype and is where deepcopy looks for it needs no entry.
-        if id(place) not in without and (kind or place is not tensor):
+        # A trained tensor that keeps its dtype and is where deepcopy looks for it needs no entry.
+        if id(place) in without:
+            continue
+        if shared and place is tensor and not tensor.requires_grad and kind in (None, tensor.dtype):
+            memo[id(place)] = nn.Parameter(tensor.detach(), requires_grad=False)
+        elif kind or place is not tensor:
             value = whole(tensor.detach()).to(kind, copy=place is tensor)
             memo[id(place)] = nn.Parameter(value, requires_grad=False)
     if layers is not module:  # a sharded module: every tensor is gathered
@@ -239,11 +246,16 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
         written |= {f"{name}.{kind}" for kind in ("weight", *STACKS)}
     targets = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, value in merged_state(policy.module, skip=written):
-        if name in targets:  # a tied tensor is written under its first name
+        if name in targets and not is_same(value, targets[name]):  # a tied tensor is written under its first name
             targets[name].copy_(whole(value))
     check_finite(finite)  # once all are written: a check per layer would make the host wait
     rollout_policy.version = policy.version
     return change_metrics(changes)
+
+
+def is_same(value: Tensor, target: Tensor) -> bool:
+    """Whether a learner's frozen tensor is the copy's, too."""
+    return type(value) is type(target) is nn.Parameter and value.data_ptr() == target.data_ptr()
 
 
 def change_metrics(changes: list[Changes]) -> dict[str, float]:

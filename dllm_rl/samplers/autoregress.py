@@ -8,6 +8,7 @@ from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
+from dllm_rl.bounds import Bound, bounded
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import process, sample
 from dllm_rl.models.support import kept_part, kept_set
@@ -19,6 +20,7 @@ from dllm_rl.samplers.unmask import check_fits, check_suppress
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
+@bounded(temperature=Bound(at_least=0), top_k=Bound(at_least=1), top_p=Bound(above=0, at_most=1))
 @torch.no_grad()
 def autoregress(
     policy: Policy,
@@ -56,8 +58,8 @@ def autoregress(
     seeds = row_seeds(generator, num_rows) if prompts.seeds is None else prompts.seeds
     # One uniform per token, all drawn first: a row's numbers do not depend on when its neighbours end.
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    drawn = [torch.rand(max_new_tokens, generator=row, dtype=torch.float64) for row in generators]
-    uniforms = torch.stack(drawn).to(device)
+    numbers = [torch.rand(max_new_tokens, generator=row, dtype=torch.float64) for row in generators]
+    uniforms = torch.stack(numbers).to(device)
 
     new = prompts.tokens.to(device)
     attention_mask = prompts.attention_mask.to(device)

@@ -121,11 +121,11 @@ def _unwrapped(kind: str, function: Any, library: dict[Any, Any]) -> tuple[Any, 
     function = flattened(function)
     if isinstance(function, partial) and not function.args and not function.keywords:
         function = function.func
-    base, keywords = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
-    if not inspect.isfunction(base) or base not in library or getattr(function, "args", ()):
+    bound = function if isinstance(function, partial) else partial(function)
+    if not inspect.isfunction(bound.func) or bound.func not in library or bound.args:
         return function, None
-    settings = {name for name, p in inspect.signature(base).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    return function, base if keywords.keys() <= settings else None
+    settings = {name for name, p in inspect.signature(bound.func).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    return function, bound.func if bound.keywords.keys() <= settings else None
 
 
 def _check_order(kind: str, function: Any, order: str, known: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Generator, Tensor
 
+from dllm_rl.bounds import Bound, bounded
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.cache import Cache
@@ -20,6 +21,7 @@ from dllm_rl.samplers.whole_step import WholeSteps
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
+@bounded(temperature=Bound(at_least=0), top_k=Bound(at_least=1), top_p=Bound(above=0, at_most=1))
 @torch.no_grad()
 def unmask(
     policy: Policy,

@@ -113,6 +113,10 @@ def task_from_dataset(
     A `completion` column, text or chat, becomes the solution for supervised warm-up.
     """
     functions = _functions(reward_funcs)
+    if weights is not None and (not isinstance(weights, list | tuple) or not all(isinstance(w, Real) for w in weights)):
+        raise ValueError(
+            f"weights={weights!r} of reward_funcs are no list of numbers; give one number for each function"
+        )
     scales = (1.0,) * len(functions) if weights is None else tuple(map(float, weights))
     if len(scales) != len(functions):
         raise ValueError(f"{len(functions)} reward_funcs have {len(scales)} weights; give one for each")
@@ -295,7 +299,7 @@ def _numbers(label: str, numbers: Any, told: Sequence[Any]) -> dict[int, float]:
             number = number.item()
         if number is None:  # the function does not apply to this completion
             continue
-        if not isinstance(number, Real) or not abs(number) <= FLOAT32_MAX:
+        if not isinstance(number, Real) or not -FLOAT32_MAX <= number <= FLOAT32_MAX:
             raise ValueError(
                 f"reward function {label} returned {_shortened(number)} for completion {told[place]!r}; give a finite "
                 "number, or None"

@@ -1,7 +1,7 @@
 """Contracts of correctors, engines, estimators and policies, for the tests of this package and of custom methods."""
 
 from dllm_rl.testing.engine_contract import check_engine
-from dllm_rl.testing.method_contracts import check_corrector, check_estimator, loss_of, make_batch
+from dllm_rl.testing.method_contracts import check_corrector, check_estimator, loss_of, make_batch, make_stats
 from dllm_rl.testing.policy_contract import check_policy
 from dllm_rl.testing.weighted_shares import Shares, weighted_shares
 
@@ -13,5 +13,6 @@ __all__ = [
     "check_policy",
     "loss_of",
     "make_batch",
+    "make_stats",
     "weighted_shares",
 ]

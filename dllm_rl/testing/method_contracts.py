@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_rl.algorithms.correctors import Corrector, none
+from dllm_rl.algorithms.correctors import Corrector, TokenStats, none
 from dllm_rl.algorithms.losses import kl_k2, policy_loss, ppo_clip, sequence
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.models.base import Policy
@@ -53,13 +53,22 @@ def make_batch(
     return replace(made, **{"rollout_logprobs": old, **more})
 
 
+def make_stats(log_mismatch: Tensor, advantages: Tensor, mask: Tensor, **more: Any) -> TokenStats:
+    """Build the `TokenStats` of a batch: log-probs about -1 nat, a step per column, entropy 1. `more` replaces them."""
+    old = torch.full_like(log_mismatch, -1.0).detach()
+    entropy = torch.ones_like(old)
+    steps = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    blank = TokenStats(log_mismatch, advantages, mask, old, old - log_mismatch.detach(), steps, entropy)
+    return replace(blank, **more)
+
+
 def loss_of(corrector: Corrector, batch: Batch, logps: Tensor) -> tuple[Tensor, dict, Tensor]:
     return policy_loss(logps, batch, surrogate=corrector.surrogate or ppo_clip, aggregate=sequence, beta=0.0, kl=kl_k2)
 
 
 def _neutral(corrector: Corrector, mask: Tensor, advantages: Tensor) -> None:
     zeros = torch.zeros(mask.shape)
-    weights, keep, _ = corrector.weigh(zeros, advantages, mask)
+    weights, keep, _ = corrector.weight_fn(make_stats(zeros, advantages, mask))
     assert torch.equal(keep, mask), "on-policy, the keep mask must be the mask"
     assert (weights[mask] == 1).all(), f"on-policy, every weight must be exactly 1, got {weights[mask]}"
     ours = make_batch(mask, advantages, weights=weights, keep=keep)
@@ -72,9 +81,14 @@ def _neutral(corrector: Corrector, mask: Tensor, advantages: Tensor) -> None:
     assert torch.equal(gradient, slope), "on-policy, the gradient must be that of none() bit for bit"
 
 
+def _steps(mask: Tensor) -> Tensor:
+    """Steps of a few tokens each, which differ between rows."""
+    return (torch.arange(mask.numel()).view(mask.shape) * 7 % 3).masked_fill(~mask, -1)
+
+
 def _sound(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, dict]:
     copies = mismatch.clone().requires_grad_(), advantages.clone(), mask.clone()  # a gradient would show in weights
-    weights, keep, metrics = corrector.weigh(*copies)
+    weights, keep, metrics = corrector.weight_fn(make_stats(*copies, unmask_step=_steps(mask)))
     assert weights.shape == mask.shape and keep.shape == mask.shape, "weights and keep mask must be (B, T)"
     assert not weights.requires_grad, "weights must be detached: no gradient flows through them"
     assert weights.isfinite().all() and (weights >= 0).all(), f"weights must be finite and >= 0, got {weights}"
@@ -89,7 +103,9 @@ def _sound(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask: Ten
 def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask: Tensor, step: Tensor) -> None:
     weights, keep, metrics = _sound(corrector, mismatch, advantages, mask)
     order = torch.arange(len(mask)).flip(0)
-    turned, kept, again = corrector.weigh(mismatch[order], advantages[order], mask[order])
+    turned, kept, again = corrector.weight_fn(
+        make_stats(mismatch[order], advantages[order], mask[order], unmask_step=_steps(mask)[order])
+    )
     _same(turned[order][mask], weights[mask], "another order of the rows must give the same weights")
     assert torch.equal(kept[order], keep), "another order of the rows must give the same keep mask"
     for name, value in metrics.items():
@@ -97,7 +113,10 @@ def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask:
 
     garbage = torch.where(mask, mismatch, 7.0)  # large, so that a sum over all columns would show it
     padded = torch.cat([mask, torch.zeros_like(mask)], 1)
-    wider, _, _ = corrector.weigh(torch.cat([garbage, garbage], 1), advantages, padded)
+    steps = torch.cat([_steps(mask), torch.full_like(_steps(mask), -1)], 1)
+    wider, _, _ = corrector.weight_fn(
+        make_stats(torch.cat([garbage, garbage], 1), advantages, padded, unmask_step=steps)
+    )
     _same(wider[:, : mask.shape[1]][mask], weights[mask], "what lies off the mask must not change the weights")
 
     behaviour = torch.full(mask.shape, -1.0) - torch.where(mask, mismatch, 0)
@@ -147,7 +166,7 @@ def _drops_nonfinite(corrector: Corrector, advantages: Tensor) -> None:
     mismatch[0, 1] = math.inf
     mismatch[1, 2] = -math.inf
     mismatch[2, 0] = math.nan
-    weights, keep, metrics = corrector.weigh(mismatch, advantages, mask)
+    weights, keep, metrics = corrector.weight_fn(make_stats(mismatch, advantages, mask))
     assert not keep[~mismatch.isfinite()].any(), "a token whose ratio is not finite must leave the keep mask"
     assert weights.isfinite().all(), f"weights must stay finite where a ratio is not, got {weights}"
     for name, value in metrics.items():

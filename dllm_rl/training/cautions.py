@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import takes_parts
-from dllm_rl.algorithms.correctors import no_weights
+from dllm_rl.algorithms.correctors import unit_weights
 from dllm_rl.algorithms.losses import kl_k1, ppo_clip
+from dllm_rl.models.base import has_bf16_products
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.records import Commit, Rank, as_commit, as_rank, has_order_logprob, order_probability
 
@@ -46,6 +47,18 @@ def cautions(recipe: Recipe) -> list[str]:
     return said
 
 
+def of_emulated_products(recipe: Recipe, device: str) -> list[str]:
+    """Of bf16 on a CPU that does not multiply in it."""
+    stored = isinstance(recipe.model, str) and recipe.dtype == "bfloat16"
+    if device != "cpu" or has_bf16_products() or not (recipe.bf16 or stored):
+        return []
+    name = "bf16=True" if recipe.bf16 else "dtype='bfloat16'"
+    return [
+        f"{name}: this CPU has no bf16 products, and emulated ones are slow; where memory allows use "
+        "--dtype float32 --bf16 false"
+    ]
+
+
 def of_the_clip(recipe: Recipe) -> list[str]:
     """PPO bounds no ratio above 1 + epsilon at a negative advantage: see recipes/studies/mismatch.md."""
     if recipe.num_iterations == 1 or not recipe.rolls_out_apart or not open_above(recipe):
@@ -60,7 +73,7 @@ def of_the_clip(recipe: Recipe) -> list[str]:
 def of_the_lag(recipe: Recipe) -> list[str]:
     """Of late rollouts: see recipes/studies/late_rollouts.md."""
     bounded = recipe.old_logprobs == "rollout" and not open_above(recipe)
-    if not recipe.max_staleness or bounded or recipe.corrector.weigh is not no_weights:
+    if not recipe.max_staleness or bounded or recipe.corrector.weight_fn is not unit_weights:
         return []
     clip = f" {dual(recipe)}" if open_above(recipe) else ""
     return [
@@ -71,10 +84,10 @@ def of_the_lag(recipe: Recipe) -> list[str]:
 
 
 def of_the_corrector(recipe: Recipe) -> list[str]:
-    weigh = recipe.corrector.weigh
+    weight_fn = recipe.corrector.weight_fn
     biased = [
         each.keywords
-        for each in _bound(weigh, "weighs") or (weigh,)
+        for each in _bound(weight_fn, "weight_fns") or (weight_fn,)
         if isinstance(each, partial) and (each.keywords.get("level"), each.keywords.get("aggregate")) == GEOMETRIC
     ]
     return [
@@ -118,7 +131,7 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
                 f"{pair} and num_segments or num_sampled: the order has a probability, which segments leave out of the "
                 "ratios; leave both at None, or use rank=max_prob or random"
             )
-    if not exact and recipe.corrector.weigh is not no_weights and recipe.rolls_out_apart:
+    if not exact and recipe.corrector.weight_fn is not unit_weights and recipe.rolls_out_apart:
         said.append(
             f"likelihood={likelihood.name!r} gives no likelihood ratios: the mean of the corrector's weights is not 1, "
             "and they need not bring the gradient nearer to the learner's own; use trajectory(), or corrector=none"

@@ -13,6 +13,7 @@ from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe
+from dllm_rl.samplers.by_name import COMMITS, RANKS
 from dllm_rl.training.hooks import after_summary, ending, load_best
 from dllm_rl.training.model_card import card, push_to_hub
 from dllm_rl.training.policies import resumed_policy
@@ -108,7 +109,8 @@ def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: st
 
 
 def _next_command(recipe: Recipe, folder: str) -> str:
-    maker = "" if (Path(folder) / "config.json").exists() else " --model MODULE:FUNCTION"  # it makes a custom module
+    stock = isinstance(recipe.model, str) or (Path(folder) / "config.json").exists()
+    maker = "" if stock else " --model MODULE:FUNCTION"  # it makes a custom module
     problem = recipe.eval_task[0]
     text = problem.prompt
     length = getattr(recipe.eval_sampler, "keywords", {}).get("max_new_tokens", 16)
@@ -120,4 +122,21 @@ def _next_command(recipe: Recipe, folder: str) -> str:
         length = 0
         options += f" --blank {problem.blank!r}"
     options += f" --max_new_tokens {length}" if length != 16 else ""  # the command's own default
+    options += sampling_options(recipe.eval_sampler)
     return f"Sample:     dllm-rl sample {folder} {text!r}{options}{maker}"
+
+
+def sampling_options(sampler: Any) -> str:
+    """The options of `dllm-rl sample` for what a sampler binds, as far as it has such options."""
+    keywords = getattr(sampler, "keywords", {})
+    options = ""
+    for name in ("diffusion_steps", "block_size", "temperature", "top_k", "top_p"):
+        if keywords.get(name):  # the command's temperature is 0 by default, the others None
+            options += f" --{name} {keywords[name]}"
+    for name, known in (("rank", RANKS), ("commit", COMMITS)):
+        rule = keywords.get(name)
+        word = next((word for word, function in known.items() if function is getattr(rule, "func", rule)), None)
+        numbers = list(getattr(rule, "keywords", {}).values())
+        if word is not None and len(numbers) <= 1:
+            options += f" --{name} {word}" + "".join(f"={number}" for number in numbers)
+    return options

@@ -20,7 +20,7 @@ from dllm_rl.models.base import Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import checkpoint_folder, read_config
 from dllm_rl.models.policy import make_policy
-from dllm_rl.recipe import Recipe
+from dllm_rl.recipe import Recipe, check_kind, fitted
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.records import as_commit
 from dllm_rl.samplers.renoise import renoise
@@ -42,6 +42,7 @@ SAME = {
     "run_name": "name",
     "hub_model_id": "push_to_hub",
     "tokenizer": "processing_class",
+    "peft_config": "lora",
     "top_k": "sampler_options.top_k",
     "top_p": "sampler_options.top_p",
     "epsilon": "loss.epsilon",
@@ -86,7 +87,6 @@ NEAREST = {
     "use_vllm": "rollout_quantization, for rollouts in the training process",
     "generation_kwargs": "sampler_options",
     "min_p": "top_p",
-    "peft_config": "lora=lora_r16",
     "quantization_config": "base_quantization",
     "model_init_kwargs": "dtype",
     "fp16": "dtype='float16' with lora",
@@ -114,8 +114,13 @@ def grpo(
 
 def translated(given: dict[str, Any]) -> dict[str, Any]:
     """Keywords of `grpo_recipe` for these, which may have TRL's names. Raises ValueError on an unknown name."""
-    known = inspect.signature(grpo_recipe).parameters.keys() - {"settings"} | {field.name for field in fields(Recipe)}
+    types = {name: parameter.annotation for name, parameter in inspect.signature(grpo_recipe).parameters.items()}
+    types = {field.name: field.type for field in fields(Recipe)} | types  # `model` has one form more here
+    known = types.keys() - {"settings"}
+    given = {name: value if name == "model" else fitted(name, types.get(name), value) for name, value in given.items()}
     check_counts(given)
+    for name in given.keys() & known - {"report_to"}:  # TRL's is a list
+        check_kind(name, types[name], given[name])
     found = batch_sizes(given)
     same = dict(SAME)
     if "lr_scheduler_type" in given and given.get("warmup_steps"):  # else Recipe's own, which counts supervised steps
@@ -269,6 +274,9 @@ def grpo_recipe(
         # `unmask`'s own rank, LLaDA's `confidence`, is not shown to learn more (docs/concepts.md), and its law costs
         # time.
         sampler = partial(unmask, **{"rank": max_prob, **options})
+    for option, value in options.items():
+        if parameter := inspect.signature(sampler.func).parameters.get(option):
+            check_kind(f"sampler_options: {option}", parameter.annotation, value)
     for option in options.keys() - inspect.signature(sampler.func).parameters:
         kind = sampler.func.__name__
         raise ValueError(

@@ -16,7 +16,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.algorithms.correctors import Corrector, Weighed
+from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, off_policy_metrics, symptom_metrics
 from dllm_rl.device import send
 from dllm_rl.diagnostics.batch_invariance import check_bitwise_equal
@@ -31,7 +31,10 @@ from dllm_rl.distributed.collectives import (
 )
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.replay import as_chosen, as_sampled, watched
+from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy, trained_of, whole
+from dllm_rl.models.forward.uneven import join_uneven_forwards
+from dllm_rl.models.logprobs import chunked, process
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.balance import balance
 from dllm_rl.training.compare import compare_sides, side_metrics
@@ -75,19 +78,29 @@ def step(
         rollout, advantages = samples.rollout, samples.advantages
         active = active_groups(recipe, advantages)
         # Every policy is scored under the same masks. Masks of later updates are for these alone, not for metrics.
-        views, *others = views_of_step(recipe, samples, number, accelerator)
-        compared = compare_sides(policy, rollout_policy, rollout, views)  # before graphs are kept
-        scored = partial(score, recipe, rollout, policy=policy, rollout_policy=rollout_policy, reference=reference)
-        first, *rest = samples.rollout_logprobs or [None] * (1 + len(others))
-        later = [scored(other, given=given) for other, given in zip(others, rest, strict=True)]
-        logps = scored(views, given=first, keep=own_rows(active, rollout.group_size, accelerator))
+        views = views_of_step(recipe, samples, number, accelerator)
+        compared = compare_sides(policy, rollout_policy, rollout, views[0])  # before graphs are kept
+        recorded_by = samples.rollout_logprobs or (None,) * len(views)
+        scored: list[Logprobs] = []
+        for k in reversed(range(len(views))):  # the first last, as it may keep graphs
+            logps = score(
+                recipe,
+                rollout,
+                views[k],
+                policy=policy,
+                rollout_policy=rollout_policy,
+                reference=reference,
+                given=recorded_by[k],
+                keep=own_rows(active, rollout.group_size, accelerator) if k == 0 else False,
+            )
+            scored.insert(0, logps)
     with stage("update"), arithmetic():
-        batch, mismatch = correct(recipe, samples, logps, accelerator)
+        batch, mismatch = correct(recipe, samples, scored[0], accelerator)
         for_update = samples.weighted(active.double())
-        batches = [batch, *(weigh(recipe, for_update, each, accelerator)[0] for each in later)]
+        batches = [batch] + [weighted_batch(recipe, for_update, logps, accelerator) for logps in scored[1:]]
         agreement = side_metrics(*compared, accelerator)  # after scoring, which would wait for the exchange
-        learning = learn(batches * (recipe.num_iterations // len(batches)))
-    return Step(samples, logps, agreement | mismatch | learning)
+        learning = learn([batches[k % len(batches)] for k in range(recipe.num_iterations)])
+    return Step(samples, scored[0], agreement | mismatch | learning)
 
 
 def rollout_side(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Literal["recorded", "scored", "learner"]:
@@ -127,6 +140,7 @@ def score(
     forwards = len(views.weight) * math.prod(part.num_forwards for part in views.parts)
     if not keeps_graphs(recipe, policy, views=forwards, rows=len(rollout.tokens)):
         keep = False
+    entropy = token_entropy(policy, rollout, views, size) if recipe.corrector.needs_entropy else None
     # Last: kept graphs and another forward would add up.
     scores = likelihood.scores(policy, rollout, views, micro_batch_size=size, keep_graphs=keep)
     old = likelihood.combine(scores.detach(), views)
@@ -136,10 +150,36 @@ def score(
         rollout=old if rollout_logps is None else rollout_logps,
         reference=reference_logps,
         views=views,
+        entropy=entropy,
     )
     if recipe.zero_mismatch:
         check_bitwise_equal(rollout, views, logps, policy=policy, rollout_policy=rollout_policy)
     return logps
+
+
+@torch.no_grad()
+def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_size: int | None) -> Float[Tensor, "B T"]:
+    """Entropy in nats of the learner's distribution at each scored token, the mean over the views that score it: one
+    more forward per view, for correctors that ask for it."""
+
+    def entropy(hidden: Tensor) -> tuple[Tensor]:
+        logps = process(policy.head(hidden), rollout.sampling_params).log_softmax(-1)
+        return (-(logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum(-1),)
+
+    total = torch.zeros(rollout.tokens.shape, device=rollout.tokens.device)
+    count = torch.zeros_like(total)
+    with join_uneven_forwards(policy):
+        for chunk in row_chunks(rollout, views, micro_batch_size):
+            rows, masks = chunk.of(rollout, views)
+            for view in each_view(masks):
+                seen = view.run(policy, rows, view.scored)
+                if seen is not None:
+                    found = torch.zeros(view.scored.numel(), device=total.device)
+                    (values,) = chunked(entropy, seen.states, policy=policy)
+                    found = found.index_copy(0, seen.plan.places, values.float()).view(view.scored.shape)
+                    total[chunk.rows, chunk.columns] += found
+                    count[chunk.rows, chunk.columns] += view.scored
+    return total / count.clamp(min=1)
 
 
 def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bool:
@@ -155,34 +195,37 @@ def correct(
 ) -> tuple[Batch, dict[str, float]]:
     """The batch to learn from, with the corrector's weights and keep mask, and mismatch metrics over all processes."""
     lost = reduce_metrics(waited("scoring", accelerator), accelerator)  # first: the gathering waits for all
-    batch, rows, live = weigh(recipe, samples, logps, accelerator)
+    rows = gather_rows(recipe, samples, logps, accelerator)
+    weights, live = apply_corrector(recipe.corrector, rows)
+    stats = rows.stats
     every = mismatch_metrics(  # of all rows, estimated from those that are scored
-        rows.log_mismatch, rows.completion, old=rows.old, advantages=rows.advantages, row_weights=rows.sampling_weights
+        stats.log_mismatch,
+        rows.completion,
+        old=stats.old_logprobs,
+        advantages=stats.advantages,
+        row_weights=rows.metric_weights,
     )
+    batch = make_batch(recipe, logps, samples.rollout, rows, weights, accelerator)
     return batch, lost | every | live | symptoms(recipe, rows, logps.views)
 
 
-def weigh(
-    recipe: Recipe, samples: Samples, logps: Logprobs, accelerator: Accelerator
-) -> "tuple[Batch, Rows, dict[str, float]]":
-    """The batch with the corrector's weights and keep mask, the rows of all processes, and `live/*` of those rows."""
+def weighted_batch(recipe: Recipe, samples: Samples, logps: Logprobs, accelerator: Accelerator) -> Batch:
+    """The batch of a later update, with the corrector's weights of its own set of masks."""
     rows = gather_rows(recipe, samples, logps, accelerator)
-    weights, keep, live = weigh_learned(recipe.corrector, rows)  # sees learned rows only
-    return make_batch(recipe, logps, samples.rollout, rows, weights, keep, accelerator), rows, live
+    return make_batch(recipe, logps, samples.rollout, rows, apply_corrector(recipe.corrector, rows)[0], accelerator)
 
 
 @dataclass(frozen=True)
 class Rows:
     """The rows of all processes, on the host."""
 
-    log_mismatch: Float[Tensor, "B T"]  # logp_old - logp_rollout where scored, nats; 0 elsewhere
-    corrected: Bool[Tensor, "B T"]  # the scored tokens of rows that the update learns from
+    stats: (
+        TokenStats  # `mask` marks the scored tokens of rows that the update learns from; log_mismatch all scored ones
+    )
     completion: Bool[Tensor, "B T"]
-    old: Float[Tensor, "B T"]
     tokens: Int[Tensor, "B T"]
-    advantages: Float[Tensor, " B"]
     learned: Bool[Tensor, " B"]
-    sampling_weights: Float[Tensor, " B"]  # inverse sampling fractions (`group_weights`), 0 where not scored
+    metric_weights: Float[Tensor, " B"]  # inverse sampling fractions (`group_weights`), 0 where not scored
 
 
 def gather_rows(recipe: Recipe, samples: Samples, logps: Logprobs, accelerator: Accelerator) -> Rows:
@@ -191,37 +234,44 @@ def gather_rows(recipe: Recipe, samples: Samples, logps: Logprobs, accelerator: 
     rollout = samples.rollout
     mask = logps.views.scored(rollout.completion_mask)
     apart = torch.where(mask, logps.old - logps.rollout, 0)
-    parts = (apart, mask, rollout.completion_mask, logps.old, rollout.tokens)
-    log_mismatch, scored, completion, old, tokens = gather_on_host(parts, accelerator)
+    parts = [apart, mask, rollout.completion_mask, logps.old, logps.rollout, rollout.tokens, rollout.unmask_step]
+    parts += [] if logps.entropy is None else [logps.entropy]
+    log_mismatch, scored, completion, old, sampled, tokens, steps, *entropy = gather_on_host(parts, accelerator)
     learned = repeat(active_groups(recipe, samples.advantages), "p -> (p g)", g=rollout.group_size)
-    return Rows(
+    stats = TokenStats(
         log_mismatch=log_mismatch,
-        corrected=scored & learned[:, None],
-        completion=completion,
-        old=old,
-        tokens=tokens,
         advantages=rearrange(samples.advantages, "p g -> (p g)"),
-        learned=learned,
-        sampling_weights=repeat(samples.metric_weights, "p -> (p g)", g=rollout.group_size),
+        mask=scored & learned[:, None],
+        old_logprobs=old,
+        rollout_logprobs=sampled,
+        unmask_step=steps,
+        entropy=entropy[0] if entropy else None,
     )
+    weights = repeat(samples.metric_weights, "p -> (p g)", g=rollout.group_size)
+    return Rows(stats, completion, tokens, learned, weights)
 
 
-def weigh_learned(corrector: Corrector, rows: Rows) -> Weighed:
-    """The corrector's weights and keep mask of the learned rows, and their metrics: `rollout_corr/*` as `live/*`."""
-    log_mismatch = torch.where(rows.corrected, rows.log_mismatch, 0)
-    weights, keep, metrics = corrector.weigh(log_mismatch, rows.advantages, rows.corrected)
-    if (rows.corrected & log_mismatch.isfinite()).any():  # a step may have no row to learn from
-        metrics = metrics | mismatch_metrics(log_mismatch, rows.corrected, old=rows.old, advantages=rows.advantages)
+def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dict[str, float]]:
+    """The corrector's weights and loss mask of the learned rows, and metrics of these rows, its `rollout_corr/*` as
+    `live/*`."""
+    stats = rows.stats.among(rows.stats.mask)
+    weights = corrector.weight_fn(stats)
+    metrics = weights.metrics
+    if (stats.mask & stats.log_mismatch.isfinite()).any():  # a step may have no row to learn from
+        metrics = metrics | mismatch_metrics(
+            stats.log_mismatch, stats.mask, old=stats.old_logprobs, advantages=stats.advantages
+        )
     live = {name.replace(PREFIX, "live/"): value for name, value in metrics.items()}
-    live["live/rollout_rs_masked_fraction"] = 1 - (keep.sum() / rows.corrected.sum().clamp(min=1)).item()
-    return weights, keep, live
+    live["live/rollout_rs_masked_fraction"] = 1 - (weights.loss_mask.sum() / stats.mask.sum().clamp(min=1)).item()
+    return weights, live
 
 
 def symptoms(recipe: Recipe, rows: Rows, views: Views) -> dict[str, float]:
     """`symptom_metrics` of the learned rows; error tokens only where contributions are log-probs of single tokens."""
     single = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
     single = single and all(part.single_tokens for part in views.parts)
-    return symptom_metrics(rows.tokens, rows.corrected, rows.advantages, old=rows.old if single else None)
+    stats = rows.stats
+    return symptom_metrics(rows.tokens, stats.mask, stats.advantages, old=stats.old_logprobs if single else None)
 
 
 def make_batch(
@@ -229,26 +279,26 @@ def make_batch(
     logps: Logprobs,
     rollout: Rollout,
     rows: Rows,
-    weights: Tensor,
-    keep: Tensor,
+    weights: TokenWeights,
     accelerator: Accelerator,
 ) -> Batch:
+    importance_weights, keep, _ = weights
     device = rollout.tokens.device
     width = rollout.tokens.shape[1]  # other processes' rows may be wider
     chosen = rows.learned[:: rollout.group_size]
     return Batch(
         rollout=rollout,
         views=only_groups(logps.views, chosen, rollout.group_size, accelerator),
-        advantages=send(device, local(rows.advantages, accelerator))[0],
+        advantages=send(device, local(rows.stats.advantages, accelerator))[0],
         # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, without weights. Under mismatch it declines
         # silently, with K1 and K3 rising; recomputation without weights fails in stages, with K1 and K3 flat [digest].
         old=logps.rollout if recipe.old_logprobs == "rollout" else logps.old,
         old_scores=logps.old_scores,
-        weights=send(device, local(weights, accelerator)[:, :width])[0],
+        weights=send(device, local(importance_weights, accelerator)[:, :width])[0],
         keep=send(device, local(keep, accelerator)[:, :width])[0],
         reference=logps.reference,
         # Rows without advantage count in the denominators, so that a skipped group is a zero and not a smaller mean.
-        num_tokens=int((keep | (rows.completion & ~rows.corrected)).sum()),
+        num_tokens=int((keep | (rows.completion & ~rows.stats.mask)).sum()),
         num_sequences=len(keep),
         rollout_logprobs=logps.rollout,  # also where ratios divide by the learner's
         sum_over=partial(accelerator.reduce, reduction="sum"),

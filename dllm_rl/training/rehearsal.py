@@ -34,6 +34,7 @@ from dllm_rl.training.learner import accumulate_gradients, step
 from dllm_rl.training.policies import engine_of, make_optimizer
 from dllm_rl.training.rollouts import Answer, compute_advantages, sample_and_grade
 from dllm_rl.training.samples import Samples
+from dllm_rl.training.saving import adapters_alone
 from dllm_rl.training.sharded_learner import on_main
 from dllm_rl.training.warmup import solved
 from dllm_rl.types import Batch
@@ -110,7 +111,10 @@ def save_once(recipe: Recipe, policy: Policy) -> None:
     moments = MOMENTS.get(recipe.optim, 0) * sum(p.numel() for p in trained)
     try:
         state = TrainingState.first(recipe, policy)
-        checkpoint.save(folder, policy, make_optimizer(recipe, policy), state, keep=1, reserve=moments)
+        merged = not adapters_alone(recipe)
+        later = 0 if merged else checkpoint.weights_size(policy.module)  # the last checkpoint's
+        optimizer = make_optimizer(recipe, policy)
+        checkpoint.save(folder, policy, optimizer, state, keep=1, merged=merged, reserve=moments + later)
     finally:
         remove(folder)
 

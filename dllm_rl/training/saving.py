@@ -192,11 +192,37 @@ def _prepared(run: Run[Any], state: TrainingState, policy: Policy, optimizer: ch
         state,
         keep=recipe.save_total_limit,
         best=state.best_step,
+        base=base_of_adapters(recipe, state.warmup_steps),
+        merged=is_merged(run, state),
         processes=run.accelerator.num_processes,
         versions=versions(),
         also=run.late.files(state.step) if run.late is not None else {},
         card=card(recipe, step=state.step, evaluations=evaluations, metrics=run.log.last) if rl else None,
     )
+
+
+def base_of_adapters(recipe: Settings, warmup_steps: int) -> str | None:
+    """Where the base of a run's adapters is, as seen from their folder; None if it is a function's or a policy."""
+    if warmup_steps:
+        return "../../../reference"
+    if not isinstance(recipe.model, str):
+        return None
+    return str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model
+
+
+def adapters_alone(recipe: Settings) -> bool:
+    """Whether checkpoints before the last hold adapters alone: their base is in a folder or on the hub."""
+    return recipe.lora is not None and isinstance(recipe.model, str) and not recipe.save_merged
+
+
+def is_merged(run: Run[Any], state: TrainingState) -> bool:
+    """Whether a checkpoint holds whole weights: all without adapters or with a base that is in no folder, else those
+    that a run may end with."""
+    recipe = run.recipe
+    if not adapters_alone(recipe):
+        return True
+    last = state.step >= recipe.num_steps or run.control.stop_reason is not None
+    return last or (recipe.load_best_model_at_end and state.best_step == state.step)
 
 
 def _attempt(run: Run[Any], step: int, write: Write) -> Path | None:

@@ -19,7 +19,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
 from dllm_rl.recipe import Recipe, Settings
-from dllm_rl.training.cautions import cautions
+from dllm_rl.training.cautions import cautions, of_emulated_products
 from dllm_rl.training.distillation import teacher_policy
 from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.late_rollouts import late_rollouts, make_workers
@@ -60,7 +60,8 @@ def start(recipe: Recipe) -> Run[Recipe]:
 
     # 3. The run's files, and the watch: from here on the other processes know the stage of this one.
     log = open_log(recipe, accelerator, peers, saved, notes)
-    for caution in cautions(recipe):
+    emulated = of_emulated_products(recipe, accelerator.device.type)
+    for caution in [*cautions(recipe), *emulated]:
         log.say(f"warning: {caution}")
 
     # 4. The state of the first step. Weights, adapters, moments, log and record all come from the same checkpoint.

@@ -4,10 +4,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
-from dllm_rl.algorithms.correctors import Corrector, Weigh, Weighed, ais
+from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, WeightFn, ais
 from dllm_rl.rng import generator_for
 
 
@@ -26,21 +24,14 @@ def constant_lambda(reliability: float, divergence: float, variation: float, *, 
 def shuffled(corrector: Corrector, *, seed: int = 0) -> Corrector:
     """The corrector with its weights dealt out anew over the tokens that it keeps: as large and as many, of other
     tokens. What remains of its effect is not due to which tokens it weighs."""
-    return Corrector(partial(shuffled_weights, weigh=corrector.weigh, seed=seed), corrector.surrogate)
+    return Corrector(partial(shuffled_weights, weight_fn=corrector.weight_fn, seed=seed), corrector.surrogate)
 
 
-def shuffled_weights(
-    log_mismatch: Float[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
-    mask: Bool[Tensor, "B T"],
-    *,
-    weigh: Weigh,
-    seed: int,
-) -> Weighed:
+def shuffled_weights(stats: TokenStats, *, weight_fn: WeightFn, seed: int) -> TokenWeights:
     """The order is a function of (seed, number of tokens)."""
-    weights, keep, metrics = weigh(log_mismatch, advantages, mask)
+    weights, keep, metrics = weight_fn(stats)
     given = weights[keep]
     order = torch.randperm(len(given), generator=generator_for(seed, "shuffled weights", len(given)))
     weights = weights.clone()
     weights[keep] = given[order.to(given.device)]
-    return weights, keep, metrics
+    return TokenWeights(weights, keep, metrics)

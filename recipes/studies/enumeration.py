@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from dllm_rl.algorithms.correctors import Corrector
+from dllm_rl.algorithms.correctors import Corrector, TokenStats
 from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.likelihoods.estimators import trajectory
@@ -372,7 +372,15 @@ def _gradients(
     """What a batch of these outcomes gives: d objective / d log-probs, by `policy_loss`, and weights (0 where they are
     dropped)."""
     old, advantages, sampled = old[rows], advantages[rows], sampled[rows]
-    weights, keep, _ = corrector.weigh(old - sampled, advantages, torch.ones_like(old, dtype=torch.bool))
+    stats = TokenStats(
+        log_mismatch=old - sampled,
+        advantages=advantages,
+        mask=torch.ones_like(old, dtype=torch.bool),
+        old_logprobs=old,
+        rollout_logprobs=sampled,
+        unmask_step=case.rollout.unmask_step[rows],
+    )
+    weights, keep, _ = corrector.weight_fn(stats)
     made = Batch(
         rollout=case.rollout.rows(rows),
         views=case.noise.rows(rows),

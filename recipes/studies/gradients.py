@@ -38,7 +38,7 @@ CORRECTORS = {
     "TIS, sequence, cap 2": c.tis(level="sequence"),
     "sequence IS, no cap": c.tis(cap=1e8, level="sequence"),
     "geometric mean, cap 2": c.tis(level="sequence", aggregate="geometric"),
-    "TBPO's weight": c.Corrector(weigh=c.tbpo().weigh),
+    "TBPO's weight": c.Corrector(weight_fn=c.tbpo().weight_fn),
     "MIS, tokens, .5 to 2": c.mis(),
     "IcePop": c.icepop(),
     "reject, k3 > .1": c.reject(bound=0.1),

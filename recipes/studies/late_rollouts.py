@@ -36,11 +36,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from dllm_rl import ais, icepop, none, ppo_clip, tbpo, tis
-from dllm_rl.algorithms.correctors import Corrector, Weighed, truncated_weights
+from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, truncated_weights
 from dllm_rl.files import read_json, write_json
 from dllm_rl.members import maker
 from dllm_rl.monitoring.plots import read_metrics
@@ -64,15 +62,14 @@ RATES = (2.5e-4, 5e-4, 1e-3)
 UNBOUNDED = 1e9  # a cap that no ratio reaches: log-ratios are cut at 20 nats, and e^20 is 4.9e8
 
 
-def weights_of_other_rows(
-    log_mismatch: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"], *, cap: float
-) -> Weighed:
+def weights_of_other_rows(stats: TokenStats, *, cap: float) -> TokenWeights:
     """TIS whose weights go to the wrong tokens: each corrected token gets the weight of the next one, by column and
     then by row. The weights have the same distribution, and nothing to do with their token."""
-    weights, keep, metrics = truncated_weights(log_mismatch, advantages, mask, cap=cap)
+    weights, keep, metrics = truncated_weights(stats, cap=cap)
+    mask = stats.mask
     other = torch.ones_like(weights)
     other.T[mask.T] = weights.T[mask.T].roll(1)
-    return other, keep, metrics
+    return TokenWeights(other, keep, metrics)
 
 
 @maker
@@ -81,7 +78,7 @@ def placebo(*, cap: float = 2.0) -> Corrector:
 
     cap  largest weight, at least 1
     """
-    return Corrector(weigh=partial(weights_of_other_rows, cap=cap))
+    return Corrector(weight_fn=partial(weights_of_other_rows, cap=cap))
 
 
 CORRECTIONS: dict[str, dict[str, Any]] = {

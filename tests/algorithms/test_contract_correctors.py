@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dllm_rl.algorithms import correctors as c
+from dllm_rl.algorithms.by_step import by_step
 from dllm_rl.algorithms.losses import gspo
-from dllm_rl.testing import check_corrector
+from dllm_rl.algorithms.triage import triage
+from dllm_rl.testing import check_corrector, make_stats
 
 CORRECTORS = {
     "none": c.none(),
@@ -32,6 +34,10 @@ CORRECTORS = {
     "tbpo-wide": c.tbpo(eps_high=0.05, neg_low=0.05, neg_high=0.05),
     "aligned": c.aligned(),
     "qarl": c.qarl(),
+    "triage": triage(),
+    "triage-narrow": triage(gate=0.3, window=2),
+    "by step": by_step(),
+    "by step, rejection": by_step(corrector=c.reject(bound=0.1)),
     "vexact": c.compose(c.tis(), c.reject()),
     "composed": replace(
         c.compose(c.ais(), c.reject(bound=0.2)), surrogate=partial(gspo, epsilon=0.1, epsilon_high=0.1)
@@ -52,8 +58,8 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 @given(values=arrays("float32", (3, 4), elements=FINITE), marked=arrays("bool", (3, 4)))
 @pytest.mark.parametrize("aggregate", ["product", "geometric"])
 def test_lambda_lies_in_the_unit_interval_for_any_finite_input(aggregate, values, marked):
-    weigh = c.ais(aggregate=aggregate).weigh
-    weights, keep, metrics = weigh(torch.tensor(values), torch.ones(3), torch.tensor(marked))
+    weight_fn = c.ais(aggregate=aggregate).weight_fn
+    weights, keep, metrics = weight_fn(make_stats(torch.tensor(values), torch.ones(3), torch.tensor(marked)))
     assert 0 <= metrics["ais/lambda"] <= 1
     assert 1 / 3 - 1e-12 <= metrics["ais/rho"] <= 1 and metrics["ais/CV"] >= 0 and metrics["ais/D"] >= 0
     assert torch.equal(keep, torch.tensor(marked))
@@ -66,7 +72,7 @@ def test_lambda_lies_in_the_unit_interval_for_any_finite_input(aggregate, values
 def test_any_input_at_all_gives_finite_weights(name, values):
     mismatch = torch.tensor(values)
     advantages, mask = torch.tensor([1.0, -1.0, 0.0]), torch.ones(3, 4, dtype=torch.bool)
-    weights, keep, metrics = CORRECTORS[name].weigh(mismatch, advantages, mask)
+    weights, keep, metrics = CORRECTORS[name].weight_fn(make_stats(mismatch, advantages, mask))
     assert weights.isfinite().all() and (weights >= 0).all()
     assert not keep[~mismatch.isfinite()].any()
     lost = (~mismatch.isfinite()).double().mean().item()

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import correctors as weighing
 from dllm_rl.algorithms.losses import gspo, sequence, token
-from dllm_rl.testing import loss_of, make_batch
+from dllm_rl.testing import loss_of, make_batch, make_stats
 from recipes.sudoku_unique import recipe as main_job
 
 
@@ -27,9 +27,9 @@ def test_defaults():
     # rho up to 8 under a cap of 2; the band [1/2, 2] of mis, [1/2, 5] of the bare weights and of icepop.
     capped, banded = [[1, 2, 2, 0.5], [0.25, 1, 2, 0], [1, 1, 0, 0]], [[1, 2, 4, 0.5], [0, 1, 0, 0], [1, 1, 0, 0]]
     close(weigh(c.tis())[0], capped)
-    close(weigh(c.Corrector(weigh=c.truncated_weights))[0], capped)
-    close(weigh(c.Corrector(weigh=c.masked_weights))[0], banded)
-    assert c.mis().weigh.keywords == {
+    close(weigh(c.Corrector(weight_fn=c.truncated_weights))[0], capped)
+    close(weigh(c.Corrector(weight_fn=c.masked_weights))[0], banded)
+    assert c.mis().weight_fn.keywords == {
         "low": 0.5,
         "high": 2.0,
         "level": "token",
@@ -47,14 +47,16 @@ def test_tokens_outside_the_range_count_in_the_denominator_or_leave_it():
         assert torch.equal(weights, zeroed) and torch.equal(all_kept, MASK) and same == metrics
         assert torch.equal(keep, MASK & (zeroed > 0))
     with pytest.raises(ValueError, match="outside='mask'"):
-        weigh(c.Corrector(weigh=partial(c.masked_weights, outside="mask")))
+        weigh(c.Corrector(weight_fn=partial(c.masked_weights, outside="mask")))
 
 
 def test_qarl_is_tbpo_with_an_aligned_forward():
     ours, plain = c.qarl(eps_high=0.01), c.tbpo(eps_high=0.01)
     assert ours.align_forward and not plain.align_forward and c.aligned().align_forward
     assert ours.surrogate.keywords == plain.surrogate.keywords == {"eps_high": 0.01, "neg_low": 3e-4, "neg_high": 7e-4}
-    assert ours.weigh.func is plain.weigh.func and ours.weigh.keywords == plain.weigh.keywords == {"c": 2.0}
+    assert ours.weight_fn.func is plain.weight_fn.func and ours.weight_fn.keywords == plain.weight_fn.keywords == {
+        "c": 2.0
+    }
     assert c.compose(c.tbpo(), c.aligned()).align_forward
 
 
@@ -77,7 +79,7 @@ def test_tbpo_alone_is_the_papers_mean_over_sequences():
     mask = tensor([[True, False, False], [True, True, True]])
     mismatch = tensor([[math.log(1.2), 9.0, 9.0], [math.log(4.0)] * 3])
     advantages, corrector = tensor([1.0, -2.0]), c.tbpo(c=1.3)
-    weights, keep, _ = corrector.weigh(mismatch, advantages, mask)
+    weights, keep, _ = corrector.weight_fn(make_stats(mismatch, advantages, mask))
     batch = make_batch(mask, advantages, weights=weights, keep=keep)
     recipe = replace(main_job, corrector=corrector)
     loss, _, gradient = recipe.policy_loss(batch.old, batch)
@@ -95,7 +97,7 @@ def test_compose_takes_the_aggregation_of_the_part_whose_surrogate_it_takes():
 def test_compose_takes_the_one_surrogate_that_is_brought():
     mine = partial(gspo, epsilon=0.1)
     assert c.compose(c.tis(), c.Corrector(surrogate=mine)).surrogate is mine
-    assert c.compose(c.tis().weigh, c.reject().weigh).surrogate is None
+    assert c.compose(c.tis().weight_fn, c.reject().weight_fn).surrogate is None
     assert c.compose() == c.none()
     with pytest.raises(ValueError, match=r"2 parts bring an objective; keep one: replace\(part, surrogate=None\)"):
         c.compose(c.tbpo(), c.Corrector(surrogate=mine))
@@ -124,7 +126,7 @@ def test_mis_and_icepop_zero_what_is_outside_but_keep_it_in_the_mask():
     close(weigh(c.icepop(low=0.4))[0], weights)
     close(weigh(c.mis(low=0.5, high=3.0, level="sequence"))[0], [[0] * 4, [2, 2, 2, 0], [1, 1, 0, 0]])
     keywords = {"low": 0.5, "high": 5.0, "level": "token", "aggregate": "product", "outside": "zero"}
-    assert c.icepop().weigh.keywords == keywords
+    assert c.icepop().weight_fn.keywords == keywords
 
 
 # k3 = rho - 1 - ln rho: 0, 1 - ln 2, 3 - 2 ln 2, -1/2 + ln 2 in row 0; -3/4 + 2 ln 2, 0, 7 - 3 ln 2 in row 1.
@@ -163,30 +165,30 @@ def test_rejection_counts_a_log_ratio_of_at_most_twenty(aggregate, statistic):
     log_ratios, mask = torch.tensor([[900.0, -12.0, -2.0, -2.0]]), torch.ones(1, 4, dtype=torch.bool)
     for bound, is_kept in ((statistic, True), (statistic - 0.01, False)):
         corrector = c.reject(statistic="k1", aggregate=aggregate, bound=bound)
-        assert corrector.weigh(log_ratios, torch.ones(1), mask)[1].all().item() == is_kept
+        assert corrector.weight_fn(make_stats(log_ratios, torch.ones(1), mask))[1].all().item() == is_kept
 
 
 def test_edges_belong_to_what_is_kept():
     zeros = torch.zeros_like(X)
     for corrector in (c.mis(low=1.0, high=1.0), c.reject(bound=0.0), c.reject(level="token", bound=0.0)):
-        weights, keep, metrics = corrector.weigh(zeros, A, MASK)
+        weights, keep, metrics = corrector.weight_fn(make_stats(zeros, A, MASK))
         assert torch.equal(keep, MASK) and (weights[MASK] == 1).all()
         assert set(metrics.values()) == {0.0}
-    assert c.tis(cap=1.0).weigh(zeros, A, MASK)[2]["tis/capped_fraction"] == 0
-    assert c.tbpo(c=1.0).weigh(zeros, A, MASK)[2]["tbpo/capped_fraction"] == 0
+    assert c.tis(cap=1.0).weight_fn(make_stats(zeros, A, MASK))[2]["tis/capped_fraction"] == 0
+    assert c.tbpo(c=1.0).weight_fn(make_stats(zeros, A, MASK))[2]["tbpo/capped_fraction"] == 0
 
 
 def test_rows_without_tokens_and_tokens_without_a_ratio_count_nowhere():
     """Row 2 has no token, and one of row 1's four has no finite ratio: the numbers are those of the two rows' seven."""
     x, mask = X.clone(), MASK.clone()
     x[1, 3], mask[1, 3], mask[2] = math.nan, True, False
-    metrics = c.reject(bound=1.0).weigh(x, A, mask)[2]
+    metrics = c.reject(bound=1.0).weight_fn(make_stats(x, A, mask))[2]
     assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx(1 / 2)
     assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(3 / 7)
     assert metrics["rollout_corr/nonfinite_fraction"] == pytest.approx(1 / 8)
     # Products 4 and 2: (4 + 2)^2 / (2 * 20); geometric mean of row 1 over its three tokens.
-    assert c.ais().weigh(x, A, mask)[2]["ais/rho"] == pytest.approx(36 / 40)
-    close(c.tbpo(c=9.0).weigh(x, A, mask)[0][1, :3], [2 ** (1 / 3)] * 3)
+    assert c.ais().weight_fn(make_stats(x, A, mask))[2]["ais/rho"] == pytest.approx(36 / 40)
+    close(c.tbpo(c=9.0).weight_fn(make_stats(x, A, mask))[0][1, :3], [2 ** (1 / 3)] * 3)
 
 
 # AIS. Sequence weights (products) 4, 2, 1: rho = 7^2 / (3 * 21) = 7/9. D = ln 2 (0+1+2+1 + 2+0+3 + 0+0)/9 = ln 2.
@@ -216,7 +218,7 @@ def test_ais_geometric_reliability():
 def test_ais_reliability_of_extreme_sequences_is_a_number():
     # Row sums 1600 and 0, of which the first counts as 20: (e^20 + 1)^2 / (2 (e^40 + 1)) is 1/2 and e^-20.
     mismatch = tensor([[800.0, 800.0], [0.0, 0.0]], dtype=torch.float64)
-    metrics = c.ais().weigh(mismatch, A[:2], torch.ones(2, 2, dtype=torch.bool))[2]
+    metrics = c.ais().weight_fn(make_stats(mismatch, A[:2], torch.ones(2, 2, dtype=torch.bool)))[2]
     assert metrics["ais/rho"] == pytest.approx(0.5 + math.exp(-20), rel=1e-12)
 
 
@@ -235,8 +237,8 @@ def test_lambda_zero_is_none_and_lambda_one_is_tis_bit_for_bit(seed):
     logps = -1 + 0.1 * torch.randn(16, 33, generator=generator)
     for lam, other in ((0.0, c.none()), (1.0, c.tis(cap=1.7))):
         ours = c.ais(cap=1.7, combine=lambda rho, divergence, variation, *, tau, lam=lam: lam)
-        w, _, _ = ours.weigh(mismatch, advantages, mask)
-        w0, _, _ = other.weigh(mismatch, advantages, mask)
+        w, _, _ = ours.weight_fn(make_stats(mismatch, advantages, mask))
+        w0, _, _ = other.weight_fn(make_stats(mismatch, advantages, mask))
         assert torch.equal(w, w0)
         (loss, _, gradient), (loss0, _, gradient0) = (
             loss_of(corrector, make_batch(mask, advantages, weights=weights), logps)
@@ -257,14 +259,14 @@ def test_tbpo_weight_is_the_geometric_ratio_kept_in_a_two_sided_band():
     close(weights, [[1.3] * 4, [2 ** (1 / 3)] * 3 + [0], [1, 1, 0, 0]])
     assert torch.equal(keep, MASK)
     assert metrics["tbpo/capped_fraction"] == pytest.approx(4 / 9)
-    mirrored = c.tbpo(c=1.3).weigh(-X, A, MASK)[0]
+    mirrored = c.tbpo(c=1.3).weight_fn(make_stats(-X, A, MASK))[0]
     close(mirrored[0], [1 / 1.3] * 4)
     close(mirrored[1, :3], [2 ** (-1 / 3)] * 3)
 
 
 def test_values_that_cannot_be_are_errors():
     def made(function, **keywords):  # by the functions alone: the types of `tis` and `reject` have no such words
-        return c.Corrector(weigh=partial(function, **keywords))
+        return c.Corrector(weight_fn=partial(function, **keywords))
 
     for wrong, message in (
         (lambda: weigh(made(c.truncated_weights, level="row")), "level='row' must be"),
@@ -294,16 +296,16 @@ def test_means_over_a_row_are_over_its_finite_tokens_behind_a_prompt():
     x[0, 4], x[1, 3] = math.inf, math.nan
     left = mask.clone()
     left[0, 4] = left[1, 3] = False
-    weights, keep, metrics = c.tis(level="sequence", aggregate="geometric").weigh(x, A, mask)
+    weights, keep, metrics = c.tis(level="sequence", aggregate="geometric").weight_fn(make_stats(x, A, mask))
     assert torch.equal(keep, left)
     close(weights, [[1] * 6, [1, 1, math.sqrt(2), 1, math.sqrt(2), 1], [1] * 6])
     assert metrics["rollout_corr/nonfinite_fraction"] == pytest.approx(2 / 9)
-    close(c.tis(level="sequence").weigh(x, A, mask)[0], [[1] * 6, [1, 1, 2, 1, 2, 1], [1] * 6])
+    close(c.tis(level="sequence").weight_fn(make_stats(x, A, mask))[0], [[1] * 6, [1, 1, 2, 1, 2, 1], [1] * 6])
 
     # k3: row 0 has 0, 1 - ln 2, -1/2 + ln 2: mean .5/3 = .1667 over three tokens (.125 over four);
     # row 1 has -3/4 + 2 ln 2 and 7 - 3 ln 2: mean (6.25 - ln 2)/2 = 2.778 over two (1.852 over three).
     for bound, rows in ((0.15, [2]), (0.18, [0, 2]), (2.5, [0, 2]), (2.8, [0, 1, 2])):
-        weights, keep, metrics = c.reject(statistic="k3", bound=bound).weigh(x, A, mask)
+        weights, keep, metrics = c.reject(statistic="k3", bound=bound).weight_fn(make_stats(x, A, mask))
         assert keep.any(-1).nonzero()[:, 0].tolist() == rows
         assert torch.equal(keep, left & keep.any(-1, keepdim=True)) and torch.equal(weights, torch.ones_like(x))
         lost = sum((3, 2, 2)[row] for row in range(3) if row not in rows)
@@ -311,7 +313,7 @@ def test_means_over_a_row_are_over_its_finite_tokens_behind_a_prompt():
         assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx((3 - len(rows)) / 3)
 
     # AIS: products 1, 2, 1: rho = 4^2 / (3 * 6); D = ln 2 (0 + 1 + 1 + 2 + 3 + 0 + 0) / 7; weights sum to 13.75.
-    _, keep, metrics = c.ais().weigh(x, A, mask)
+    _, keep, metrics = c.ais().weight_fn(make_stats(x, A, mask))
     assert torch.equal(keep, left)
     assert metrics["ais/rho"] == pytest.approx(16 / 18, rel=1e-12)
     assert metrics["ais/D"] == pytest.approx(LN2, rel=1e-12)
@@ -332,5 +334,7 @@ def test_alarm_depends_on_the_length_and_not_with_geometric_means():
         exact = 1 - math.exp(-length * spread**2) * (0.05 / 0.07) / (1 + math.sqrt(math.expm1(spread**2)))
         assert exact == pytest.approx(product, abs=0.005)
         for aggregate, expected in (("product", product), ("geometric", 0.30)):
-            found = c.ais(aggregate=aggregate).weigh(x, torch.ones(1024), torch.ones_like(x, dtype=torch.bool))[2]
+            found = c.ais(aggregate=aggregate).weight_fn(
+                make_stats(x, torch.ones(1024), torch.ones_like(x, dtype=torch.bool))
+            )[2]
             assert found["ais/lambda"] == pytest.approx(expected, abs=0.05)

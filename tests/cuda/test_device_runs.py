@@ -33,6 +33,7 @@ from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers import autoregress, by_name, rules, unmask
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
+from dllm_rl.testing import make_stats
 from dllm_rl.training import train
 from dllm_rl.types import Columns, Prompts
 from recipes.studies import surrogates as published
@@ -197,7 +198,7 @@ def test_correctors(name):
 
     def work(device):
         seen = [x.to(device) for x in (log_mismatch, advantages, mask)]
-        weights, keep, metrics = corrector.weigh(*seen)
+        weights, keep, metrics = corrector.weight_fn(make_stats(*seen))
         objective = (corrector.surrogate or ppo_clip)(torch.where(mask.to(device), 0.1, 0.0), *seen[1:])
         return weights, keep, objective, metrics
 

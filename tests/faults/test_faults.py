@@ -45,14 +45,14 @@ def stops(tmp_path_factory) -> dict:
     [
         ("warm-up", 129, [], "nothing new was saved; start again with the same command"),
         ("warm-up, two processes", 143, [], "nothing new was saved; start again with the same command"),
-        ("SIGUSR1", 138, [0, 2], "interrupted after step 2; continue with --resume_from_checkpoint latest"),
-        ("Ctrl-C", 130, [0, 2], "interrupted after step 2; continue with --resume_from_checkpoint latest"),
+        ("SIGUSR1", 138, [0, 2], "interrupted after step 2; continue with resume_from_checkpoint='latest'"),
+        ("Ctrl-C", 130, [0, 2], "interrupted after step 2; continue with resume_from_checkpoint='latest'"),
         ("overdue", 143, [0, 1], "stopped in the step after step 1, which is saved; continue with"),
         ("overdue, LoRA", 129, [0, 1], "stopped in the step after step 1, which is saved; continue with"),
         ("overdue, grading", 143, [0, 1], "stopped in the step after step 1, which is saved; continue with"),
-        ("Ctrl-C, grading", 130, [0, 2], "interrupted after step 2; continue with --resume_from_checkpoint latest"),
+        ("Ctrl-C, grading", 130, [0, 2], "interrupted after step 2; continue with resume_from_checkpoint='latest'"),
         ("second Ctrl-C", 130, [0], "stopped at once by a second Ctrl-C: the current step was not saved"),
-        ("two processes", 143, [0, 2], "interrupted after step 2; continue with --resume_from_checkpoint latest"),
+        ("two processes", 143, [0, 2], "interrupted after step 2; continue with resume_from_checkpoint='latest'"),
         ("two processes, overdue", 143, [0, 1], "stopped in the step after step 1, which is saved; continue with"),
     ],
 )
@@ -104,6 +104,6 @@ def test_a_process_that_is_stuck_is_named_with_its_stage(processes):
     said = [
         line for line in out.splitlines() if line.startswith("process 0: failed after step 1 was complete: another pro")
     ]
-    assert code == 1 and len(said) == 1 and "--resume_from_checkpoint latest" in said[0], out
+    assert code == 1 and len(said) == 1 and "resume_from_checkpoint='latest'" in said[0], out
     assert re.search(r"^process 1 \(\S+, pid \d+\) was last heard in reward, after 1 steps$", out, re.MULTILINE), out
     assert saved == [0, 1] and same is True, same

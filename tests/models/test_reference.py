@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from layouts import checkpoint
+from repetitions import few
 
 import dllm_rl
 from dllm_rl import load_policy
@@ -68,7 +69,7 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", few(PATHS, ["block cache", "dual cache", "autoregress"]))
 def test_the_reference_is_the_base_model(tmp_path, path):
     family, run = PATHS[path]
     folder = checkpoint(tmp_path, family)

@@ -178,7 +178,7 @@ HOSTILE_TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("template", few(HOSTILE_TEMPLATES, [*HOSTILE_TEMPLATES][:3]))
+@pytest.mark.parametrize("template", few(HOSTILE_TEMPLATES, [*HOSTILE_TEMPLATES][1:3]))
 def test_a_hostile_chat_template_is_refused_before_any_chat(folder, monkeypatch, template):
     monkeypatch.setattr(untrusted, "LIMITS", ONE_SECOND)
     (folder / "chat_template.jinja").write_text(template)
@@ -188,7 +188,7 @@ def test_a_hostile_chat_template_is_refused_before_any_chat(folder, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ raise_exception('roles must alternate') }}", "{{ 1 + messages }}", "{{ a.b.c"]
+    "template", ["{{ raise_exception('roles must alternate') }}", *map(slow, ("{{ 1 + messages }}", "{{ a.b.c"))]
 )
 def test_a_template_that_refuses_the_chats_that_are_tried_is_refused_where_it_is_used(folder, template):
     """It may be made for other messages, and plain text needs none."""

@@ -22,6 +22,7 @@ from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.testing import make_stats
 from dllm_rl.training.learner import accumulate_gradients, update
 from dllm_rl.types import Batch, Prompts
 
@@ -82,7 +83,7 @@ def make_batch(policy, estimator, rollout, noise, advantages, *, corrector, beta
     current, mask = estimator.combine(scores, noise), rollout.completion_mask
     off = lambda seed, scale: scale * torch.randn(current.shape, generator=seeded(seed)) * mask  # noqa: E731
     old = current + off(4, 0.3)
-    weights, keep, _ = corrector.weigh(off(5, 0.5), advantages, mask)
+    weights, keep, _ = corrector.weight_fn(make_stats(off(5, 0.5), advantages, mask))
     return Batch(
         rollout=rollout,
         views=noise,

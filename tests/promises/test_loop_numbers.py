@@ -185,6 +185,7 @@ def test_one_step_is_the_formula(name, tmp_path):
     assert_same_direction_and_length(moved(planted), by_hand(planted, **{"coefficient": by_token} | formula))
 
 
+@pytest.mark.slow
 def test_the_cases_differ(tmp_path):
     """Each formula is far from the plain one, so that a part that is left out is seen."""
     planted = Planted(tmp_path)
@@ -286,6 +287,7 @@ def test_the_kl_term_reaches_groups_without_advantage_and_counts_every_token(tmp
 @pytest.mark.parametrize(
     "estimator", [elbo(num_samples=2), pytest.param(coupled(), marks=pytest.mark.slow)], ids=["elbo", "coupled"]
 )
+@pytest.mark.slow
 def test_masks_are_drawn_anew_every_step_and_depend_on_the_seed(estimator, tmp_path):
     def masks(folder, **changes):
         drawn = []

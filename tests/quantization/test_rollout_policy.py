@@ -414,3 +414,25 @@ def test_float8_weights_are_torchaos_own(dtype):
     quantize_(layer, Float8WeightOnlyConfig())
     assert torch.equal(ours.qdata.view(torch.uint8), layer.weight.qdata.view(torch.uint8))
     assert torch.equal(ours.scale, layer.weight.scale)
+
+
+def test_a_copy_shares_what_is_frozen_and_keeps_its_precision():
+    policy = tiny_llama(characters="abc", causal=False)
+    apart = quantized_copy(policy, quantize.float8_weight_only())
+    add_lora(policy, Lora(r=2))
+    shared = quantized_copy(policy, quantize.float8_weight_only())
+    rounded = quantized_copy(policy, quantize.float8_weight_only(), dtype=torch.bfloat16)
+    plain = quantized_copy(policy, None)
+
+    def places(module):
+        found = {name: p for name, p in module.named_parameters() if type(p) is torch.nn.Parameter}
+        return {name: p.data_ptr() for name, p in found.items()}
+
+    kept = places(policy.module).keys() & places(shared.module).keys()
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= kept
+    for copied, same in ((apart, False), (shared, True), (rounded, False), (plain, False)):
+        assert all((places(copied.module)[name] == places(policy.module)[name]) is same for name in kept)
+    before = {name: p.detach().clone() for name, p in policy.module.named_parameters()}
+    sync_weights(policy, shared)
+    assert all(torch.equal(p, before[name]) for name, p in policy.module.named_parameters())
+    assert policy.module.model.embed_tokens.weight is not shared.module.model.embed_tokens.weight

@@ -106,22 +106,22 @@ def test_real_batches_agree_with_one_without_end_and_see_their_own_size():
     (one,), (other,) = table(c.tis(), draws=100, **few), table(c.tis(), **few)
     assert one.rmse == pytest.approx(other.rmse, rel=0.15) and one.bias == pytest.approx(other.bias, abs=0.2)
     (normed,) = table(planted(self_normalised), draws=100, **few)
-    (raw,) = table(planted(SEQUENCE.weigh), draws=100, **few)
+    (raw,) = table(planted(SEQUENCE.weight_fn), draws=100, **few)
     assert normed.mean_weight == pytest.approx(1, abs=1e-12) and normed.rmse < raw.rmse
     assert raw.mean_weight != pytest.approx(1, abs=1e-3)
 
 
 def planted(weigh):
-    return c.Corrector(weigh=weigh, surrogate=reinforce)
+    return c.Corrector(weight_fn=weigh, surrogate=reinforce)
 
 
-def self_normalised(log_mismatch, advantages, mask):
+def self_normalised(stats):
     """Sequence weights divided by their mean over the batch."""
-    weights, keep, metrics = SEQUENCE.weigh(log_mismatch, advantages, mask)
+    weights, keep, metrics = SEQUENCE.weight_fn(stats)
     return weights / weights[:, :1].mean(), keep, metrics
 
 
-def upside_down(log_mismatch, advantages, mask):
+def upside_down(stats):
     return c.truncated_weights(-log_mismatch, advantages, mask, cap=1e9, level="sequence")
 
 
@@ -141,7 +141,7 @@ def only_where_positive(log_mismatch, advantages, mask):
 
 @pytest.mark.parametrize("fault", [upside_down, doubled, of_the_first_token, only_where_positive])
 def test_planted_faults_move_a_row(fault):
-    good = table(planted(SEQUENCE.weigh))
+    good = table(planted(SEQUENCE.weight_fn))
     for right, wrong in zip(good, table(planted(fault)), strict=True):
         assert right.bias < 1e-12 and wrong.bias > 0.05
 

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from layouts import checkpoint
+from repetitions import few
 from simulated_cuda import SimulatedCuda
 
 from dllm_rl import load_policy
@@ -73,7 +74,7 @@ def test_completions_are_those_of_one_batch(name, tmp_path, split):
         torch.testing.assert_close(apart.logprobs, whole.logprobs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", few(OPTIONS, [*OPTIONS][:2]))
 @pytest.mark.usefixtures("exact_arithmetic")
 def test_in_a_bucket_of_its_length_a_row_is_bitwise_what_it_is_alone(name, tmp_path, split):
     policy = policy_for(name, tmp_path)

@@ -6,6 +6,8 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
+from dllm_rl.testing import make_stats
+
 # The (B=3, T=4) example: ratios rho = p_old / p_rollout, three, two and four of them marked.
 #   row 0   1    2   4   1/2    product 4, geometric mean 4^(1/4) = sqrt 2
 #   row 1   1/4  1   8   -      product 2, geometric mean 2^(1/3)
@@ -18,7 +20,7 @@ LN2 = math.log(2)
 
 
 def weigh(corrector):
-    weights, keep, metrics = corrector.weigh(X, A, MASK)
+    weights, keep, metrics = corrector.weight_fn(make_stats(X, A, MASK))
     return torch.where(keep, weights, 0), keep, metrics
 
 

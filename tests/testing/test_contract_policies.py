@@ -4,6 +4,7 @@ import pytest
 import torch
 from layouts import ORIGINAL, STOCK, checkpoint
 from own_module import Own, own_policy
+from repetitions import few
 
 from dllm_rl import check_policy, load_policy
 from dllm_rl.models.lora import Lora, add_lora
@@ -32,7 +33,9 @@ def test_made_here(make):
     assert after.keys() == before.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("layout", [*ORIGINAL, *STOCK])
+@pytest.mark.parametrize(
+    "layout", few([*ORIGINAL, *STOCK], ["llada", "dream", "sdar", "llada2", "qwen3", "modernbert"])
+)
 def test_every_family_in_its_published_layout(layout, tmp_path):
     check_policy(load_policy(checkpoint(tmp_path, layout)))
 

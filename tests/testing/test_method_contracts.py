@@ -10,10 +10,10 @@ from dllm_rl.testing import check_corrector
 
 
 def _broken(change):
-    def weigh(log_mismatch, advantages, mask):
-        return change(*c.tis().weigh(log_mismatch, advantages, mask), log_mismatch)
+    def weight_fn(stats):
+        return change(*c.tis().weight_fn(stats), stats.log_mismatch)
 
-    return replace(c.none(), weigh=weigh)
+    return replace(c.none(), weight_fn=weight_fn)
 
 
 def summing(what):

@@ -167,7 +167,7 @@ def test_what_a_callback_returns_must_be_numbers(tmp_path):
 def test_a_resume_may_change_what_allow_changed_names_and_says_so(tmp_path):
     run(tmp_path, num_steps=2, lr_scheduler_type="constant")
     resume = {"resume_from_checkpoint": "latest", "learning_rate": 1e-3, "max_grad_norm": 0.5}
-    with pytest.raises(ValueError, match=r"learning_rate.*--allow_changed learning_rate"):
+    with pytest.raises(ValueError, match=r"learning_rate.*allow_changed='learning_rate'"):
         run(tmp_path, lr_scheduler_type="constant", **resume)
     summary = run(tmp_path, lr_scheduler_type="constant", **resume, allow_changed="learning_rate, max_grad_norm, loss")
     changes = [(row["step"], row["field"], row["before"], row["after"]) for row in summary["changes"]]

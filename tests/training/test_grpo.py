@@ -286,6 +286,34 @@ def test_adapters_of_peft_are_refused():
         grpo_recipe(model, ROWS, right, processing_class=char_tokenizer("1234="))
 
 
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"max_new_tokens": "2"}, "max_new_tokens='2'"),
+        ({"max_new_tokens": None}, "max_new_tokens=None"),
+        ({"max_completion_length": 2.5}, "max_new_tokens=2.5"),
+        ({"temperature": "1"}, "temperature='1'"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"top_k": "5"}, "top_k='5'"),
+        ({"sampler_options": {"diffusion_steps": "2"}}, "diffusion_steps='2'"),
+        ({"reward_weights": "1"}, "weights='1'"),
+        ({"eval_dataset": {"prompt": ["1="]}}, "dataset is a dict of columns"),
+    ],
+    ids=str,
+)
+def test_an_argument_of_another_type_is_named(settings, field):
+    with pytest.raises(ValueError, match=re.escape(field)):
+        grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, **settings)
+
+
+def test_names_and_peft_settings_are_taken_where_they_mean_one_thing():
+    peft = pytest.importorskip("peft")
+    settings = {"loss": "gspo", "epsilon": 0.1, "aggregate": "constant", "max_new_tokens": 4}
+    recipe = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, peft_config=peft.LoraConfig(r=4), **settings)
+    assert describe(recipe.loss) == describe(partial(gspo, epsilon=0.1)) and recipe.lora().r == 4
+    assert describe(recipe.aggregate) == "constant(length=4)"
+
+
 def test_trls_order_of_arguments_is_refused():
     with pytest.raises(ValueError, match="train_dataset is a function; the order is"):
         grpo_recipe(tiny_masked_lm(**SMALL), right, right)

@@ -77,7 +77,7 @@ def stopped(monkeypatch, *, version=3, **changes):
         saving.save_at_once(run)
     except Left as left:
         assert str(left) == "stopped in the step after step 3, which is saved; continue with " + (
-            "--resume_from_checkpoint latest --output_dir runs/x"
+            "resume_from_checkpoint='latest', output_dir='runs/x'"
         )
         return True, written
     return False, written

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from dllm_rl.files import read_json
 from dllm_rl.models.base import (
     FamilySpec,
     Module,
@@ -142,7 +143,7 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
     """The fields of a checkpoint's config.json, with a chosen block size, which is saved with the weights later.
 
     Raises ValueError without a config.json, saying what the folder is."""
-    path = folder / "config.json"
+    path = weights_folder(folder) / "config.json"
     try:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -160,6 +161,40 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} is damaged: it is no JSON object; fetch the checkpoint again")
     return raw if block_size is None else raw | {"block_size": block_size}
+
+
+def adapter_folder(folder: Path) -> Path | None:
+    """Where a folder of adapters alone has them: a run's checkpoint, or what peft saved; None of other folders."""
+    if (folder / "config.json").exists() or weight_files(folder):
+        return None
+    return next((each for each in (folder, folder / "adapter") if (each / "adapter_config.json").is_file()), None)
+
+
+def base_of_adapter(adapter: Path) -> Path:
+    """The folder of the base that saved adapters name. Raises ValueError if they name none, or it is gone."""
+    config = read_json(adapter / "adapter_config.json")
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    otherwise = f"open the base, and call load_adapter(policy, {str(adapter)!r})"
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{adapter}: base_model_name_or_path={base!r} names no base; {otherwise}")
+    try:
+        # Of a run with a warm-up it is the run's own folder, wherever that is now.
+        return checkpoint_folder(adapter / base if base.startswith("..") else base)
+    except ValueError:
+        raise ValueError(
+            f"{adapter} holds adapters alone, and their base {base!r} is gone; put it back, or {otherwise}"
+        ) from None
+
+
+def weights_folder(folder: Path) -> Path:
+    """The folder itself, or of adapters alone that of their base."""
+    seen = {folder.resolve()}
+    while (adapter := adapter_folder(folder)) is not None:
+        folder = base_of_adapter(adapter)
+        if folder.resolve() in seen:
+            raise ValueError(f"{adapter}: base_model_name_or_path leads back to itself; name the folder of weights")
+        seen.add(folder.resolve())
+    return folder
 
 
 def main_dtype(state: Mapping[str, torch.Tensor | Later]) -> torch.dtype:

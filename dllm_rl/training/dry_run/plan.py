@@ -13,7 +13,7 @@ import torch
 from dllm_rl.distributed.collectives import launched
 from dllm_rl.models.base import FamilySpec, Module, Policy
 from dllm_rl.models.checkpoint.families import find_family
-from dllm_rl.models.checkpoint.loading import build_empty
+from dllm_rl.models.checkpoint.loading import build_empty, weights_folder
 from dllm_rl.models.lora import add_lora, base_of
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.models.tokens import prompt_ids
@@ -25,18 +25,22 @@ from dllm_rl.tasks.base import check_filled
 from dllm_rl.training.dry_run.duration import HOST, PEAK, seconds, shares
 from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, most_graphs, shared_out
 from dllm_rl.training.policies import called, check_blocks
+from dllm_rl.training.saving import adapters_alone
 from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, group_size
 
 GB = 1e9
 GPUS = (80, 96, 141, 192)  # GB of memory
 USABLE = 0.9  # of it; the rest is the allocator's, the kernels' and the driver's
+SHARD = 5 * GB  # `save_pretrained` makes and writes so much at a time
+WRITE_RATE = 0.57 * GB  # bytes a second: 16 GB were written in 13 s and digested in 15
 PROMPT = 256  # tokens of a prompt that is not known
 CONFIGS = Path(__file__).parents[2] / "models" / "configs"
 
 
 def published_config(path_or_id: str | Path) -> dict:
     """Config fields of a checkpoint's folder, or of a published model whose config the package contains."""
-    for file in (Path(path_or_id) / "config.json", CONFIGS / f"{str(path_or_id).replace('/', '--')}.json"):
+    folder = weights_folder(Path(path_or_id)) if Path(path_or_id).is_dir() else Path(path_or_id)
+    for file in (folder / "config.json", CONFIGS / f"{str(path_or_id).replace('/', '--')}.json"):
         if file.is_file():
             return json.loads(file.read_text())
     known = ", ".join(sorted(file.stem.replace("--", "/") for file in CONFIGS.glob("*.json")))
@@ -114,12 +118,16 @@ def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
         )
 
 
+def weights_dtype(recipe: Recipe, policy: MetaPolicy) -> torch.dtype:
+    if not isinstance(recipe.model, str):
+        return next(policy.module.parameters()).dtype  # of a small model, as made
+    name = policy.module.config.dtype if recipe.dtype == "auto" else recipe.dtype
+    return getattr(torch, str(name or "float32").removeprefix("torch."))
+
+
 def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
     """Bytes per GPU: every GPU holds the full learner, or its part of a sharded one."""
-    dtype = next(policy.module.parameters()).dtype  # of a small model, as made
-    if isinstance(recipe.model, str):
-        name = policy.module.config.dtype if recipe.dtype == "auto" else recipe.dtype
-        dtype = getattr(torch, str(name or "float32").removeprefix("torch."))
+    dtype = weights_dtype(recipe, policy)
     size = group_size(recipe, launched())
     copied = rollout_bytes(recipe, policy, 2 if recipe.bf16 else dtype.itemsize)
     if size > 1 and recipe.rollout_quantization is None:
@@ -163,7 +171,8 @@ def plan(recipe: Recipe) -> str:
         prompt_tokens = len(prompt_ids(policy, first.prompt, first.blank))
     check(recipe, policy, prompt_tokens)
     lines = [*model_lines(recipe, policy), *batch_lines(recipe, policy, prompt_tokens)]
-    lines += memory_lines(recipe, memory(recipe, policy, prompt_tokens))
+    found = memory(recipe, policy, prompt_tokens)
+    lines += [*memory_lines(recipe, found), *save_lines(recipe, policy, found)]
     return "\n".join([*lines, *time_lines(recipe, seconds(share_of(recipe), policy, prompt_tokens))])
 
 
@@ -219,6 +228,28 @@ def memory_lines(recipe: Recipe, found: Memory) -> list[str]:
             "--lora lora_r16, --optim adamw_8bit, --base_quantization nf4, or --shard_size on several GPUs"
         )
     return lines
+
+
+def save_lines(recipe: Recipe, policy: MetaPolicy, found: Memory) -> list[str]:
+    """What checkpoints take of the host and of the disk, and how long one is written."""
+    moments = group_size(recipe, launched()) * sum(found.held.get(name, 0) for name in ("optimiser", "adapters"))
+    weights = policy.parameters * weights_dtype(recipe, policy).itemsize
+    alone = adapters_alone(recipe)
+    each = moments if alone else weights + moments
+    disk = recipe.save_total_limit * each + weights + moments
+    host = min(weights, SHARD)  # a shard of weights at a time
+    if recipe.async_save or group_size(recipe, launched()) > 1:
+        host += weights + moments * recipe.async_save
+    elif recipe.lora is not None and policy.spec.native is None:  # transformers writes a copy with merged weights
+        host = weights
+    kinds = f"{each / GB:.3f} GB each" + (f", the last one {(weights + moments) / GB:.3f}" if alone else "")
+    seconds = ", ".join(f"{size / WRITE_RATE:.0f} s" for size in ([each, weights + moments] if alone else [each]))
+    return [
+        f"checkpoints           {kinds}; {disk / GB:.3f} GB of disk with {recipe.save_total_limit} kept while the last "
+        "is written",
+        f"host memory at a save {host / GB:.3f} GB",
+        f"time of a save        {seconds}, an estimate at {WRITE_RATE / GB:.2f} GB/s, of two CPU cores and one disk",
+    ]
 
 
 def time_lines(recipe: Recipe, found: dict[str, float]) -> list[str]:

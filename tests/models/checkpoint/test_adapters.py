@@ -10,7 +10,7 @@ import torch
 import transformers
 from emulated import int3_emulated
 from layouts import checkpoint, published
-from repetitions import slow
+from repetitions import few, slow
 from safetensors.torch import load_file
 from simulated_cuda import SimulatedCuda
 
@@ -43,7 +43,7 @@ def stir(policy, std: float = 0.1) -> None:
         layer.lora_B.weight.data.normal_(0, std, generator=generator)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, ["llada", "dream", "sdar", "llada2", "qwen3", "modernbert"]))
 def test_adapters_of_every_family(tmp_path, family):
     folder = checkpoint(tmp_path / "base", family)
     policy, plain = load_policy(folder), load_policy(folder)
@@ -449,6 +449,7 @@ def test_three_steps_then_resume_and_merge(tmp_path, kind, fields):
 @pytest.mark.parametrize(
     "corrector", [aligned(), pytest.param(qarl(eps_high=0.1, neg_low=0.1, neg_high=0.1), marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_adapters_are_trained_through_the_rollouts_quantised_operands(tmp_path, corrector):
     fields = {"rollout_quantization": int3_emulated, "num_iterations": 2, "beta": 0.0, "save_total_limit": 9}
     run = recipe(tmp_path, "run", lora=partial(Lora, r=4), corrector=corrector, **fields)

@@ -159,6 +159,7 @@ def test_replies_by_hand(monkeypatch, replies: list[list[bytes]], verdicts: list
 
 
 @needs_proc
+@pytest.mark.slow
 def test_workers_that_hang_are_replaced(monkeypatch, pool) -> None:
     """All are stopped by a signal. The guard's patience ends, others start, and the second try is answered."""
     math_check.equal("2", "3")

@@ -183,6 +183,7 @@ def test_what_the_recipes_say_that_they_take(name, gigabytes, size):
     assert dry_run.fit(peak, size) == "yes"
 
 
+@pytest.mark.slow
 def test_the_gpus_that_a_plan_fits(monkeypatch):
     monkeypatch.setattr(
         "dllm_rl.training.dry_run.plan.measure_step", lambda *_, **__: Memory({"weights": 1}, {"update": peak})
