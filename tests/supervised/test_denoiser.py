@@ -113,6 +113,6 @@ def test_the_warm_up_learns_what_it_is_shown(tmp_path):
 
 def test_the_warm_up_replaces_tokens_without_a_share(tmp_path):
     recipe = renoising_recipe(tmp_path, warmup_steps=1, warmup_corruption=0.1)
-    answer = Answer(recipe.task[0], "", Reward(0.0, True, {"solve_rate": 0.0}), 1, 1, 1)
+    answer = Answer(recipe.task[0], "", Reward(0.0, True, {"solve_rate": 0.0}), 1, 1, True, 1, 1)
     with pytest.raises(ValueError, match=r"warmup_corruption=0\.1 replaces tokens beside masks"):
         check_warmup(recipe, recipe.model(), answer)
