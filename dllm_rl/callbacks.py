@@ -1,12 +1,12 @@
 """Hooks of a run. Subclass `Callback` to log more, to ask for a checkpoint, or to end a run early."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dllm_rl.bounds import Bound
-from dllm_rl.monitoring.json_lines import current_rows, number
 
 
 @dataclass
@@ -17,11 +17,13 @@ class RunControl:
         directory: The run's folder.
         step: Complete training steps.
         num_steps: Training steps of the whole run.
+        rows: Reads the rows of metrics.jsonl that a resumed run goes on from.
     """
 
     directory: Path
     step: int
     num_steps: int
+    rows: Callable[[], Sequence[Mapping[str, Any]]] = list
     stop_reason: str | None = field(default=None, init=False)
     save_requested: bool = field(default=False, init=False)
 
@@ -79,8 +81,7 @@ class StopBelow(Callback):
 
     def on_start(self, run: RunControl) -> None:
         """Count the low steps at the end of what a resumed run has logged."""
-        path = run.directory / "metrics.jsonl"
-        for row in current_rows(path) if run.step else []:
+        for row in run.rows():
             self._count(row)
 
     def on_step(self, run: RunControl, metrics: Mapping[str, float]) -> None:
@@ -90,8 +91,8 @@ class StopBelow(Callback):
 
     def _count(self, row: Mapping[str, Any]) -> None:
         if self.metric in row:
-            value = number(row[self.metric])
-            low = value is None or not value >= self.bound
+            value = _number(row[self.metric])
+            low = value is None or value < self.bound
             self._low = self._low + 1 if low else 0
 
 
@@ -113,7 +114,7 @@ class SaveBest(Callback):
 
     def on_start(self, run: RunControl) -> None:
         """Take the best value of what a resumed run has logged."""
-        for row in current_rows(run.directory / "metrics.jsonl") if run.step else []:
+        for row in run.rows():
             self._is_best(row)
 
     def on_step(self, run: RunControl, metrics: Mapping[str, float]) -> None:
@@ -121,13 +122,18 @@ class SaveBest(Callback):
             run.save()
 
     def _is_best(self, row: Mapping[str, Any]) -> bool:
-        value = number(row.get(self.metric))
+        value = _number(row.get(self.metric))
         if value is None:
             return False
         if self._best is not None and (value <= self._best if self.greater_is_better else value >= self._best):
             return False
         self._best = value
         return True
+
+
+def _number(value: Any) -> float | None:
+    """A finite number as a float; None for anything else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def check_callbacks(callbacks: Any) -> None:

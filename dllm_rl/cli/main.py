@@ -99,8 +99,8 @@ def lines_of_input() -> list[str]:
 
     raw = sys.stdin.buffer.read()
     # UTF-32's mark begins with that of UTF-16.
-    marks = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"))
-    marks += ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8"))
+    marks = [(codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")]
+    marks += [(codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8")]
     encoding = next((name for mark, name in marks if raw.startswith(mark)), sys.stdin.encoding)
     try:
         text = raw.decode(encoding, sys.stdin.errors or "strict")

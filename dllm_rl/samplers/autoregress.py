@@ -76,13 +76,13 @@ def autoregress(
             attention_mask = attention_mask[prompt_of]
             positions = positions[prompt_of]
             cache.batch_select_indices(prompt_of)
-        drawn = _draw(policy, states, uniforms[:, step], sampling_params)
-        columns.append((drawn, alive))
+        written = _draw(policy, states, uniforms[:, step], sampling_params)
+        columns.append((written, alive))
         # A row that has ended goes on with padding, so that all rows keep one length.
-        new = torch.where(alive, drawn.tokens, policy.pad_id)[:, None]
+        new = torch.where(alive, written.tokens, policy.pad_id)[:, None]
         positions = positions[:, -1:] + 1
         attention_mask = torch.cat([attention_mask, alive[:, None]], dim=1)
-        alive = alive & ~torch.isin(drawn.tokens, eos)
+        alive = alive & ~torch.isin(written.tokens, eos)
         if not alive.any():
             break
     return _rollout(policy, prompts, sampling_params, attention_mask, columns)

@@ -4,6 +4,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +16,7 @@ from dllm_rl.callbacks import RunControl
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import Stop
 from dllm_rl.models.base import Policy
+from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Settings
 from dllm_rl.screen import escape_controls
@@ -97,4 +99,6 @@ class Run(Generic[Record]):
     checkpoint: str = ""  # folder of the last one, which may be the one that the run resumes from
 
     def __post_init__(self) -> None:
-        self.control = RunControl(Path(self.recipe.directory), self.state.step, self.recipe.num_steps)
+        directory = Path(self.recipe.directory)
+        rows = partial(current_rows, directory / "metrics.jsonl") if self.state.step else list
+        self.control = RunControl(directory, self.state.step, self.recipe.num_steps, rows)

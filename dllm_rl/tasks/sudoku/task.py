@@ -207,7 +207,7 @@ def _text(row: Row, name: str) -> str:
 
 @lru_cache(maxsize=16)
 def _stored(path: str | Path) -> tuple[tuple[str, str], ...]:
-    problems = []
+    problems: list[tuple[str, str]] = []
     for place, row in load_rows(path):
         try:
             puzzle = _text(row, "Puzzle").replace(".", "0")

@@ -75,8 +75,8 @@ def ess() -> str:
     low, high = average("lag 8, dual clip", "ess"), average("lag 8", "ess")
     return (
         f"**The ESS is no measure of harm.** At a lag of 8 the dual clip's runs have a mean ESS of {low:.2f}, and beat "
-        f"those without a correction, whose low rate keeps it at {high:.2f}: where arms have rates of their own, the ESS "
-        "does not order them."
+        f"those without a correction, whose low rate keeps it at {high:.2f}: where arms have rates of their own, the "
+        "ESS does not order them."
     )
 
 
