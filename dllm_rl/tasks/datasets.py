@@ -299,7 +299,7 @@ def _numbers(label: str, numbers: Any, told: Sequence[Any]) -> dict[int, float]:
             number = number.item()
         if number is None:  # the function does not apply to this completion
             continue
-        if not isinstance(number, Real) or not -FLOAT32_MAX <= number <= FLOAT32_MAX:
+        if not isinstance(number, Real) or not -FLOAT32_MAX <= number <= FLOAT32_MAX:  # type: ignore[operator]
             raise ValueError(
                 f"reward function {label} returned {_shortened(number)} for completion {told[place]!r}; give a finite "
                 "number, or None"
