@@ -15,7 +15,7 @@ from itertools import permutations, product
 
 ROWS = ["".join(row) for row in permutations("1234")]
 BOXES = [[top + left + step for step in (0, 1, 4, 5)] for top in (0, 8) for left in (0, 2)]
-LATIN = ["".join(rows) for rows in product(ROWS, repeat=4) if all(len(set(column)) == 4 for column in zip(*rows))]
+LATIN = ["".join(rows) for rows in product(ROWS, repeat=4) if all(len({row[i] for row in rows}) == 4 for i in range(4))]
 SUDOKU = [square for square in LATIN if all(len({square[cell] for cell in box}) == 4 for box in BOXES)]
 
 

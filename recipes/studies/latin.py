@@ -1,0 +1,260 @@
+"""What does a reward teach that no label says? Labels show Latin squares; only the reward knows the boxes of a Sudoku.
+
+Every arm of a seed starts from the same model, which 400 supervised steps on Latin squares have made, and goes on for
+about the same processor time. It then fills the blank cells of 400 test puzzles, one cell a step, at temperature 1.
+`latin_limit.py` counts what exact probabilities of the labels reach there: 0.548. Results: latin.md.
+
+Claims, written before the runs (two-sided tests, Holm's correction over all of them):
+
+1. GRPO in four steps is above the exact probabilities of the labels.
+2. GRPO in four steps is above supervision on Latin squares for the same time.
+3. GRPO in four steps is above supervision on the model's own greedy answers, which no rule has seen.
+4. Supervision on the model's own answers that the rules call right, in one round, is above the exact
+   probabilities, too.
+5. GRPO in four steps is above these filtered answers. We do not know; the sign of the difference says which is better.
+6. The same in four parallel steps at temperature 1.
+
+Compared without a claim: filtered answers in several rounds, GRPO in two and in 16 steps, GRPO with FP8 rollouts.
+
+Rates: 1e-3 for GRPO (one look on seed 100), 2e-3 for labels, as in the warm-up. None was tuned. Ten seeds are planned of
+the first four arms run in the order of the seeds, as far as processor time goes.
+
+    python -m recipes.studies.latin                 run what is missing, `--workers` at a time, then print the tables
+    python -m recipes.studies.latin --report        the tables of the stored runs below --output_dir
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Generator
+
+from dllm_rl import Callback, Policy, float8_weight_only, load_policy, trajectory
+from dllm_rl.algorithms.optimizers import linear_decay
+from dllm_rl.evaluation.evaluate import evaluate
+from dllm_rl.files import write_json
+from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.rng import generator_for
+from dllm_rl.tasks import Problem
+from dllm_rl.tasks.rows import load_rows
+from dllm_rl.tasks.sudoku.solver import is_completion
+from dllm_rl.training.warmup import draw_levels, examples, supervised_loss
+from recipes.studies.few_clues import in_steps, written
+from recipes.studies.latin_limit import LATIN, limit
+from recipes.studies.paired import Contrast, Study, main, result_path, warm_up
+from recipes.sudoku_tiny import few_clues, learn
+from recipes.sudoku_tiny import recipe as few_clues_recipe
+
+STORED = Path(__file__).with_suffix(".json")
+LIMIT, TAUGHT, OWN, ONE, ROUNDS = (
+    "exact probabilities",
+    "supervision",
+    "own answers",
+    "filtered answers, one round",
+    "filtered answers, rounds",
+)
+GRPO, GRPO_2, GRPO_16, GRPO_FP8 = "GRPO in four", "GRPO in two", "GRPO in 16", "GRPO in four, FP8"
+CURVES = range(3)  # the seeds whose runs are evaluated on validation puzzles on the way
+LOOKS = 6
+
+
+drawn = partial(in_steps, temperature=1.0)  # by the number of parallel steps
+
+
+def any_latin(generator: Generator) -> tuple[list[str], list[str]]:
+    """64 Latin squares, and no givens: every cell may be hidden."""
+    picked = torch.randint(len(LATIN), (64,), generator=generator).tolist()
+    return ["0" * 16] * 64, [LATIN[i] for i in picked]
+
+
+def taught_latin(*, seed: int = 0, steps: int = 400, dry_run: bool = False) -> Policy:
+    """A model after supervised steps on Latin squares, any cells of which are hidden. `dry_run`: without the steps."""
+    policy = tiny_masked_lm(characters="1234", seed=seed, hidden_size=64, num_layers=2, intermediate_size=192)
+    if not dry_run:
+        learn(policy, steps, seed, any_latin)
+    return policy
+
+
+base = replace(
+    few_clues_recipe,
+    name="latin",
+    model=partial(taught_latin, steps=400),
+    eval_task=few_clues(split="test", size=400),
+    sampler=drawn(4),
+    eval_sampler=drawn(16),
+    likelihood=trajectory(num_segments=2),  # what `dllm_rl.grpo` takes for four steps; for 16 it takes four segments
+    rollout_quantization=None,
+    train_batch_size=16,
+    kept_graphs=16,
+    report_to=None,
+    eval_steps=0,
+    save_steps=10**6,
+    log_completions_steps=0,
+)
+
+
+def on_labels(policy: Policy, seed: int, arm: Mapping[str, Any], look: Callable[[int], None]) -> dict[str, float]:
+    """Supervised steps on what `arm` says; `look` is called after each.
+
+    steps     of AdamW, on 64 squares each
+    learning_rate  its height: the schedule is that of GRPO
+    answers   the number of the model's own answers to train on; 0: Latin squares, drawn uniformly
+    sampler   which writes them
+    rounds    how often it writes an equal part of them; a step draws from all labels so far
+    filtered  keep those that the rules call right
+    """
+    steps, answers, rounds = arm["steps"], arm.get("answers", 0), arm.get("rounds", 1)
+    optimizer = torch.optim.AdamW(policy.module.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    labels: list[tuple[str, str]] = []  # a puzzle, whose givens are never hidden, and the square that completes it
+    right = []
+    for step in range(steps):
+        if answers and step * rounds % steps < rounds:  # the first step of a round
+            fresh = written(policy, answers // rounds, seed, f"round at {step}", arm["sampler"])
+            right.append(mean(is_completion(*label) for label in fresh))
+            labels += [label for label in fresh if not arm.get("filtered") or is_completion(*label)]
+        generator = generator_for(seed, "more", step)
+        if labels:
+            puzzles, squares = zip(
+                *(labels[i] for i in torch.randint(len(labels), (64,), generator=generator).tolist()), strict=True
+            )
+        else:
+            puzzles, squares = any_latin(generator)
+        batch = examples(policy, [Problem("", solution=square) for square in squares], max_new_tokens=16)
+        batch = replace(batch, completion_mask=torch.tensor([[digit == "0" for digit in puzzle] for puzzle in puzzles]))
+        supervised_loss(policy, batch, *draw_levels(generator, 64, 16)).backward()
+        torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = arm["learning_rate"] * linear_decay(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        look(step + 1)
+    return {"right, first": right[0], "right, last": right[-1], "labels": len(labels)} if answers else {}
+
+
+class Clock(Callback):
+    """Processor seconds of GRPO's steps. A step with an evaluation counts as the mean of the others."""
+
+    def on_start(self, run: Any) -> None:
+        self.last = time.process_time()
+        self.plain: list[float] = []
+        self.rates: list[tuple[int, float]] = []
+
+    def on_step(self, run: Any, metrics: Mapping[str, float]) -> None:
+        now = time.process_time()
+        if "eval/solve_rate" in metrics:
+            self.rates.append((run.step, metrics["eval/solve_rate"]))
+        else:
+            self.plain.append(now - self.last)
+        self.last = now
+
+
+def rate(policy: Policy, sampler: Callable, split: str = "test", size: int = 400, **options: Any) -> float:
+    policy.module.eval()
+    found = evaluate(policy, few_clues(split=split, size=size), sampler, batch_size=512, **options).means["solve_rate"]
+    policy.module.train()
+    return found
+
+
+def run_one(study: Study, root: Path, num_steps: int, name: str, seed: int) -> None:
+    """Train an arm of a seed, and evaluate it; leaves `root`/results/....json.
+
+    seconds   of the processor, one thread, behind the common start; without evaluations
+    after     solve rate, one cell a step, temperature 1; the others: greedy, and in four steps
+    answers   different right squares among four answers of a puzzle, over `one`, the right answers among four; of 100
+    curve     (seconds, rate on 200 validation puzzles) on the way
+    """
+    path, arm = result_path(root, name, seed), study.arms[name]
+    kept: dict[str, Any] = {"arm": name, "seed": seed} | {k: v for k, v in arm.items() if isinstance(v, int | float)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if name == LIMIT:
+        write_json(path, kept | {"after": float(limit([problem.fields["puzzle"] for problem in puzzles()]))})
+        return
+    start = str(warm_up(study.base, seed, root / "warm" / str(seed)))
+    every = max(1, -(-arm.get("steps", arm.get("num_steps", 0)) // LOOKS)) if seed in CURVES else 0
+    if "num_steps" in arm:
+        clock = Clock()
+        settings = {
+            "name": f"latin-{path.stem}",
+            "model": start,
+            "seed": seed,
+            "output_dir": str(root / "runs" / path.stem),
+        }
+        few = few_clues(split="test", size=8)  # the trainer evaluates before and after
+        settings |= {"eval_task": few, "eval_steps": every, "callbacks": [clock], "overwrite_output_dir": True}
+        from dllm_rl.training.trainer import train
+
+        policy = train(replace(study.base, **(settings | arm))).policy
+        each = mean(clock.plain)
+        kept |= {"seconds": each * arm["num_steps"], "curve": [(n * each, found) for n, found in clock.rates]}
+    else:
+        policy = load_policy(start)
+        policy.module.train()
+        began, looked, curve = time.process_time(), 0.0, []
+
+        def look(step: int) -> None:
+            nonlocal looked
+            if every and step % every == 0 and step < arm["steps"]:
+                now = time.process_time()
+                curve.append((now - began - looked, rate(policy, drawn(16), "validation", 200)))
+                looked += time.process_time() - now
+
+        kept |= on_labels(policy, seed, arm, look)
+        kept |= {"seconds": time.process_time() - began - looked, "curve": curve}
+    several = root / "runs" / f"{path.stem}_answers.jsonl"
+    several.parent.mkdir(parents=True, exist_ok=True)
+    kept["after"] = rate(policy, drawn(16))
+    kept["four"] = rate(policy, drawn(4))
+    kept["greedy"] = rate(policy, in_steps(16))
+    kept["four, greedy"] = rate(policy, in_steps(4))
+    rate(policy, drawn(16), samples=4, limit=100, completions=several)
+    right: dict[int, list[str]] = {}
+    for _, row in load_rows(several):
+        if is_completion(row["puzzle"], row["completion"]):
+            right.setdefault(row["evaluation"]["problem"], []).append(row["completion"])
+    kept["answers"] = mean(len(set(squares)) / len(squares) for squares in right.values() if len(squares) > 1)
+    several.unlink()
+    write_json(path, kept)
+
+
+def puzzles() -> list[Problem]:
+    return [base.eval_task[i] for i in range(len(base.eval_task))]
+
+
+def study(name: str, arms: dict[str, dict[str, Any]], **more: Any) -> Study:
+    return Study(name, base, arms, {arm: LIMIT for arm in arms if arm != LIMIT}, {}, 10, 0, metric="solve_rate", **more)
+
+
+OF_ITS_OWN = {"steps": 440, "learning_rate": 2e-3, "answers": 1024, "sampler": drawn(16), "filtered": True}
+RL = {"num_steps": 100, "learning_rate": 1e-3}
+ARMS: dict[str, dict[str, Any]] = {
+    LIMIT: {},
+    GRPO: RL,
+    ONE: OF_ITS_OWN,
+    OWN: OF_ITS_OWN | {"filtered": False, "sampler": in_steps(16)},
+    TAUGHT: {"steps": 500, "learning_rate": 2e-3},
+    ROUNDS: OF_ITS_OWN | {"rounds": 4},
+    GRPO_FP8: RL | {"rollout_quantization": float8_weight_only},
+    GRPO_2: RL | {"sampler": drawn(2), "likelihood": trajectory()},
+    GRPO_16: RL | {"num_steps": 33, "sampler": drawn(16), "likelihood": trajectory(num_segments=4)},
+}
+STUDY = study(
+    "latin",
+    ARMS,
+    contrasts=(
+        Contrast("GRPO in four steps is above the exact probabilities", GRPO, LIMIT),
+        Contrast("GRPO in four steps is above supervision", GRPO, TAUGHT),
+        Contrast("GRPO in four steps is above own answers", GRPO, OWN),
+        Contrast("filtered answers are above the exact probabilities", ONE, LIMIT),
+        Contrast("GRPO in four steps is above filtered answers", GRPO, ONE),
+        Contrast("GRPO in four steps is above filtered answers", GRPO, ONE, "four"),
+    ),
+)
+
+
+if __name__ == "__main__":
+    main(STUDY, __doc__, ("after", "greedy", "four", "four, greedy", "seconds", "answers"), STORED, run_one)
