@@ -16,8 +16,8 @@ Claims, written before the runs (two-sided tests, Holm's correction over all of 
 
 Compared without a claim: filtered answers in several rounds, GRPO in two and in 16 steps, GRPO with FP8 rollouts.
 
-Rates: 1e-3 for GRPO (one look on seed 100), 2e-3 for labels, as in the warm-up. None was tuned. Ten seeds are planned of
-the first four arms run in the order of the seeds, as far as processor time goes.
+Rates: 1e-3 for GRPO (one look on seed 100), 2e-3 for labels, as in the warm-up; none was tuned. Ten seeds of
+the first four arms are planned, in the order of the seeds, as far as processor time goes.
 
     python -m recipes.studies.latin                 run what is missing, `--workers` at a time, then print the tables
     python -m recipes.studies.latin --report        the tables of the stored runs below --output_dir
