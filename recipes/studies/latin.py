@@ -32,23 +32,21 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch import Generator
 
 from dllm_rl import Callback, Policy, float8_weight_only, load_policy, trajectory
 from dllm_rl.algorithms.optimizers import linear_decay
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import write_json
-from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks import Problem
 from dllm_rl.tasks.rows import load_rows
 from dllm_rl.tasks.sudoku.solver import is_completion
 from dllm_rl.training.warmup import draw_levels, examples, supervised_loss
+from recipes.latin_sudoku import any_latin, recipe
 from recipes.studies.few_clues import in_steps, written
-from recipes.studies.latin_limit import LATIN, limit
+from recipes.studies.latin_limit import limit
 from recipes.studies.paired import Contrast, Study, main, result_path, warm_up
-from recipes.sudoku_tiny import few_clues, learn
-from recipes.sudoku_tiny import recipe as few_clues_recipe
+from recipes.sudoku_tiny import few_clues
 
 STORED = Path(__file__).with_suffix(".json")
 LIMIT, TAUGHT, OWN, ONE, ROUNDS = (
@@ -66,36 +64,7 @@ LOOKS = 6
 drawn = partial(in_steps, temperature=1.0)  # by the number of parallel steps
 
 
-def any_latin(generator: Generator) -> tuple[list[str], list[str]]:
-    """64 Latin squares, and no givens: every cell may be hidden."""
-    picked = torch.randint(len(LATIN), (64,), generator=generator).tolist()
-    return ["0" * 16] * 64, [LATIN[i] for i in picked]
-
-
-def taught_latin(*, seed: int = 0, steps: int = 400, dry_run: bool = False) -> Policy:
-    """A model after supervised steps on Latin squares, any cells of which are hidden. `dry_run`: without the steps."""
-    policy = tiny_masked_lm(characters="1234", seed=seed, hidden_size=64, num_layers=2, intermediate_size=192)
-    if not dry_run:
-        learn(policy, steps, seed, any_latin)
-    return policy
-
-
-base = replace(
-    few_clues_recipe,
-    name="latin",
-    model=partial(taught_latin, steps=400),
-    eval_task=few_clues(split="test", size=400),
-    sampler=drawn(4),
-    eval_sampler=drawn(16),
-    likelihood=trajectory(num_segments=2),  # what `dllm_rl.grpo` takes for four steps; for 16 it takes four segments
-    rollout_quantization=None,
-    train_batch_size=16,
-    kept_graphs=16,
-    report_to=None,
-    eval_steps=0,
-    save_steps=10**6,
-    log_completions_steps=0,
-)
+base = replace(recipe, name="latin", report_to=None, eval_steps=0, save_steps=10**6, log_completions_steps=0)
 
 
 def on_labels(policy: Policy, seed: int, arm: Mapping[str, Any], look: Callable[[int], None]) -> dict[str, float]:
@@ -184,7 +153,7 @@ def run_one(study: Study, root: Path, num_steps: int, name: str, seed: int) -> N
             "seed": seed,
             "output_dir": str(root / "runs" / path.stem),
         }
-        few = few_clues(split="test", size=8)  # the trainer evaluates before and after
+        few = few_clues(split="test", size=8)  # the trainer evaluates before and after RL: not used here
         settings |= {"eval_task": few, "eval_steps": every, "callbacks": [clock], "overwrite_output_dir": True}
         from dllm_rl.training.trainer import train
 

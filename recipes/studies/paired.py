@@ -194,7 +194,9 @@ def arm_rows(study: Study, results: Results, columns: Sequence[str] = ("after",)
         other = study.against.get(arm)
         apart = paired(results, arm, other) if other else []
         row = {"arm": arm, "seeds": str(len(runs))}
-        row |= {column: interval([run[column] for run in runs]) for column in columns}
+        for column in columns:
+            values = [run[column] for run in runs if column in run]
+            row[column] = interval(values) if values else "-"
         row["each seed"] = ", ".join(f"{run['after']:.2f}" for run in runs)
         row |= {"less": other or "-", "difference, 95 %": interval(apart) if apart else "-"}
         for column in study.metrics:
