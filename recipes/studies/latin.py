@@ -36,7 +36,7 @@ import torch
 from dllm_rl import Callback, Policy, float8_weight_only, load_policy, trajectory
 from dllm_rl.algorithms.optimizers import linear_decay
 from dllm_rl.evaluation.evaluate import evaluate
-from dllm_rl.files import write_json
+from dllm_rl.files import read_json, write_json
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks import Problem
 from dllm_rl.tasks.rows import load_rows
@@ -45,7 +45,7 @@ from dllm_rl.training.warmup import draw_levels, examples, supervised_loss
 from recipes.latin_sudoku import any_latin, recipe
 from recipes.studies.few_clues import in_steps, written
 from recipes.studies.latin_limit import limit
-from recipes.studies.paired import Contrast, Study, main, result_path, warm_up
+from recipes.studies.paired import Contrast, Results, Study, main, markdown, result_path, warm_up
 from recipes.sudoku_tiny import few_clues
 
 STORED = Path(__file__).with_suffix(".json")
@@ -57,6 +57,7 @@ LIMIT, TAUGHT, OWN, ONE, ROUNDS = (
     "filtered answers, rounds",
 )
 GRPO, GRPO_2, GRPO_16, GRPO_FP8 = "GRPO in four", "GRPO in two", "GRPO in 16", "GRPO in four, FP8"
+MEANS = ("greedy", "four", "four, greedy", "answers", "seconds")
 CURVES = range(3)  # the seeds whose runs are evaluated on validation puzzles on the way
 LOOKS = 6
 
@@ -134,7 +135,7 @@ def run_one(study: Study, root: Path, num_steps: int, name: str, seed: int) -> N
 
     seconds   of the processor, one thread, behind the common start; without evaluations
     after     solve rate, one cell a step, temperature 1; the others: greedy, and in four steps
-    answers   different right squares among four answers of a puzzle, over `one`, the right answers among four; of 100
+    answers   of 100 puzzles' four answers, the share of the right ones of a puzzle that differ from each other
     curve     (seconds, rate on 200 validation puzzles) on the way
     """
     path, arm = result_path(root, name, seed), study.arms[name]
@@ -225,5 +226,43 @@ STUDY = study(
 )
 
 
+def arm_rows(results: Results) -> list[dict[str, str]]:
+    """Each seed's main number, and means of the others. Intervals of a few seeds would leave the scale."""
+    rows = []
+    for arm in ARMS:
+        runs = [run for (name, _), run in sorted(results.items()) if name == arm]
+        if arm == LIMIT:
+            rows.append({"arm": arm, "sampled, each seed": f"{runs[0]['after']:.3f}"} | dict.fromkeys(MEANS, "-"))
+        elif runs:
+            row = {"arm": arm, "sampled, each seed": ", ".join(f"{run['after']:.3f}" for run in runs)}
+            rows.append(row | {name: f"{mean(run[name] for run in runs):.3f}" for name in MEANS})
+            rows[-1]["seconds"] = f"{mean(run['seconds'] for run in runs):.0f}"
+    return rows
+
+
+def picture(results: Results, path: Path) -> None:
+    """Rates on validation puzzles against processor seconds, a line a run, and the limit of the labels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.0, 4.0), layout="constrained")
+    axis.axhline(results[LIMIT, 0]["after"], color="black", linestyle="--", label="exact probabilities of the labels")
+    for place, arm in enumerate(ARMS):
+        runs = [run for (name, _), run in sorted(results.items()) if name == arm and run.get("curve")]
+        for i, run in enumerate(runs):
+            axis.plot(*zip(*run["curve"], strict=True), ".-", color=f"C{place}", label=None if i else arm)
+    axis.set(xlabel="processor seconds behind the common start", ylabel="validation puzzles solved", ylim=(0, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
-    main(STUDY, __doc__, ("after", "greedy", "four", "four, greedy", "seconds", "answers"), STORED, run_one)
+    stored = read_json(STORED) if STORED.exists() else []
+    results = {(run["arm"], run["seed"]): run for run in stored} | dict(main(STUDY, __doc__, run=run_one))
+    print(markdown(arm_rows(results)))
+    write_json(STORED, list(results.values()))
+    picture(results, STORED.with_suffix(".png"))
