@@ -36,6 +36,7 @@ NOT_MEASURED = {  # settings, bounds, versions, arithmetic, what a screen may sh
     "docs/trl.md": ("| 0.99 | 0.999 |",),
     "recipes/studies/distillation.md": ("`teacher_coeff` 0.02", "the coefficient (of 0.02 and 0.06)"),
     "recipes/studies/few_clues.md": ("entropy bonus 0.05,",),
+    "recipes/studies/latin.md": ("entropy bonus 0.05,",),
     "recipes/studies/fast.md": ("exact p of three seeds is 0.25 at best", "an entropy bonus of 0.05"),
     "recipes/studies/mismatch.md": ("These steps are above 0.95",),
 }

@@ -45,7 +45,17 @@ from dllm_rl.training.warmup import draw_levels, examples, supervised_loss
 from recipes.latin_sudoku import any_latin, recipe
 from recipes.studies.few_clues import in_steps, written
 from recipes.studies.latin_limit import limit
-from recipes.studies.paired import Contrast, Results, Study, main, markdown, result_path, warm_up
+from recipes.studies.paired import (
+    Contrast,
+    Results,
+    Study,
+    arm_rows,
+    contrast_rows,
+    main,
+    markdown,
+    result_path,
+    warm_up,
+)
 from recipes.sudoku_tiny import few_clues
 
 STORED = Path(__file__).with_suffix(".json")
@@ -57,7 +67,7 @@ LIMIT, TAUGHT, OWN, ONE, ROUNDS = (
     "filtered answers, rounds",
 )
 GRPO, GRPO_2, GRPO_16, GRPO_FP8 = "GRPO in four", "GRPO in two", "GRPO in 16", "GRPO in four, FP8"
-MEANS = ("greedy", "four", "four, greedy", "answers", "seconds")
+COLUMNS = ("arm", "seeds", "after", "greedy", "four", "four, greedy", "answers", "seconds")
 CURVES = range(3)  # the seeds whose runs are evaluated on validation puzzles on the way
 LOOKS = 6
 
@@ -226,18 +236,15 @@ STUDY = study(
 )
 
 
-def arm_rows(results: Results) -> list[dict[str, str]]:
-    """Each seed's main number, and means of the others. Intervals of a few seeds would leave the scale."""
-    rows = []
-    for arm in ARMS:
-        runs = [run for (name, _), run in sorted(results.items()) if name == arm]
-        if arm == LIMIT:
-            rows.append({"arm": arm, "sampled, each seed": f"{runs[0]['after']:.3f}"} | dict.fromkeys(MEANS, "-"))
-        elif runs:
-            row = {"arm": arm, "sampled, each seed": ", ".join(f"{run['after']:.3f}" for run in runs)}
-            rows.append(row | {name: f"{mean(run[name] for run in runs):.3f}" for name in MEANS})
-            rows[-1]["seconds"] = f"{mean(run['seconds'] for run in runs):.0f}"
-    return rows
+def tables(results: Results) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The arms' rates, with 95 % intervals, and the claims. What is computed has no interval."""
+    rows = [{name: row[name] for name in COLUMNS} for row in arm_rows(STUDY, results, COLUMNS[2:])]
+    for row in rows:
+        row["seconds"] = f"{float(row['seconds'].split('±')[0]):.0f}" if row["seconds"] != "-" else "-"
+    rows[0] = dict.fromkeys(COLUMNS, "-") | {"arm": LIMIT, "after": f"{results[LIMIT, 0]['after']:.3f}"}
+    claims = contrast_rows(STUDY, results)
+    columns = ("stated before the runs", "of", "difference, 95 %", "above 0", "Holm's p")
+    return rows, [{name: row[name] for name in columns} for row in claims]
 
 
 def picture(results: Results, path: Path) -> None:
@@ -248,7 +255,7 @@ def picture(results: Results, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7.0, 4.0), layout="constrained")
-    axis.axhline(results[LIMIT, 0]["after"], color="black", linestyle="--", label="exact probabilities of the labels")
+    axis.axhline(results[LIMIT, 0]["after"], color="black", linestyle="--", label="exact probabilities, test puzzles")
     for place, arm in enumerate(ARMS):
         runs = [run for (name, _), run in sorted(results.items()) if name == arm and run.get("curve")]
         for i, run in enumerate(runs):
@@ -263,6 +270,6 @@ def picture(results: Results, path: Path) -> None:
 if __name__ == "__main__":
     stored = read_json(STORED) if STORED.exists() else []
     results = {(run["arm"], run["seed"]): run for run in stored} | dict(main(STUDY, __doc__, run=run_one))
-    print(markdown(arm_rows(results)))
+    print(*map(markdown, tables(results)), sep="\n")
     write_json(STORED, list(results.values()))
     picture(results, STORED.with_suffix(".png"))

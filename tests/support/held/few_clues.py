@@ -1,20 +1,18 @@
 """The study of few clues, and the main job's numbers on other pages."""
 
 from collections import Counter
-from statistics import mean
 
-from held import DOCS, STUDIES, row, stored
+from held import DOCS, STUDIES, stored
 from recipes.perfect import luckiest
 from recipes.studies import few_clues
 from recipes.studies.paired import interval, markdown
 
-PAGE, RECIPES, README, CONCEPTS = f"{STUDIES}/few_clues.md", "recipes/README.md", "README.md", f"{DOCS}/concepts.md"
+PAGE, RECIPES, CONCEPTS = f"{STUDIES}/few_clues.md", "recipes/README.md", f"{DOCS}/concepts.md"
 STORED = stored("few_clues")
 RUNS = {(run["arm"], run["seed"]): run for run in STORED["runs"]}
 CEILINGS = {int(steps): rate for steps, rate in STORED["ceiling"].items()}
 ARMS = few_clues.arm_rows(RUNS, CEILINGS)
 RATES = {each["arm"]: each for each in ARMS}
-WORDS = {"1": "one seed", "3": "three seeds", "10": "ten seeds"}
 RL, RL_4, TAUGHT, CHOSEN, CAUSAL, OWN = (
     few_clues.RL,
     few_clues.RL_4,
@@ -111,27 +109,9 @@ def seconds():
     yield f"{DOCS}/running.md", f"{took[RL]} CPU seconds on one thread"
 
 
-def the_first_page():
-    two, four = ({arm: each[steps] for arm, each in RATES.items()} for steps in ("2", "4"))
-    took = {arm: each["CPU seconds"] for arm, each in RATES.items()}
-    seeds = {each["arm"]: WORDS[each["seeds"]] for each in ARMS[1:]}
-    yield README, row(f"supervised, random answers ({seeds[TAUGHT]})", two[TAUGHT], four[TAUGHT], took[TAUGHT])
-    start = (interval(list(begun(arm).values())) for arm in (RL, RL_4))
-    yield README, row(f"supervised, random answers, 400 steps: where GRPO starts ({seeds[RL]})", *start, "-")
-    told = f"the same, then GRPO with a reward by the rules alone ({seeds[RL]})"
-    yield README, row(told, two[RL], four[RL_4], f"{took[RL]} (two steps), {took[RL_4]} (four)")
-    told = f"those 400 steps, then 700 on the model's own greedy answers of one cell a step, unchecked ({seeds[OWN]})"
-    yield README, row(told, two[OWN], four[OWN], took[OWN])
-    told = f"supervised, answers that a solver picks, always the first of its list ({seeds[CHOSEN]})"
-    yield README, row(told, two[CHOSEN], four[CHOSEN], took[CHOSEN])
-    assert 3.5 < float(two[RL][:5]) / float(two[TAUGHT][:5]) < 4.5, "README: four times as many"
-    assert {arm: each["answers"] for arm, each in zip((RL, RL_4), few_clues.diversity_rows(RUNS), strict=False)} == {
-        RL: "1.0",
-        RL_4: "1.0",
-    }, "README: the samples of a puzzle are all the same answer"
+def concepts():
+    two = {arm: each["2"] for arm, each in RATES.items()}
     yield CONCEPTS, f"exact probabilities with random ties solve {CEILINGS[2]:.3f} of the puzzles in two steps; [RL]"
     yield CONCEPTS, f"solves {two[RL]}. Labels can choose too:"
     yield CONCEPTS, f"training on its answers solves {two[CHOSEN]}, and on the model's own greedy"
     yield CONCEPTS, f"which nothing has checked, {two[OWN]} (three seeds each)"
-    twice = mean(run["seconds"] for (arm, _), run in RUNS.items() if arm == RL_4) / float(took[TAUGHT])
-    assert 1.8 < twice < 2.2, "README: in four steps RL takes twice supervision's time"
