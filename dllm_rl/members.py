@@ -102,7 +102,7 @@ def describe(value: Any) -> str:
         value = value.made_by  # shorter, and as one would write it
     if isinstance(value, partial):
         return _call(value.func, {name: member.value for name, member in members(value).items()})
-    if inspect.isfunction(value) or isinstance(value, type):
+    if inspect.isroutine(value) or isinstance(value, type):
         return full_name(value)
     if isinstance(value, tuple | list) and any(map(callable, value)):
         return f"({', '.join(map(describe, value))})"
@@ -143,9 +143,10 @@ def _call(made_by: Any, held: dict[str, Any]) -> str:
 def full_name(made: Any) -> str:
     """NAME of a function or class, or MODULE:NAME outside of this library."""
     # A resume must distinguish two functions of one name.
-    if made.__module__.partition(".")[0] == "dllm_rl":
+    module = made.__module__ or "builtins"  # torch's own functions name none
+    if module.partition(".")[0] == "dllm_rl":
         return made.__name__
-    module = _started_as() if made.__module__ == "__main__" else made.__module__
+    module = _started_as() if module == "__main__" else module
     return f"{module}:{made.__name__}"
 
 

@@ -96,7 +96,7 @@ def test_an_update_has_the_recipes_rate_limits_and_loss(recipe):
     terms = {"beta": 0.1, "kl": kl_k2, "use_bias_correction_kl": True, "entropy_coeff": 0.01}
     given = replace(recipe, **limits, **schedule, **terms).update_settings(3)
     loss = given.pop("loss").keywords
-    late = {"max_staleness": 0}
+    late = {"max_staleness": 0, "measure": False}
     assert given == limits | late | {"likelihood": recipe.likelihood, "learning_rate": 0.5 * 3 / 10}
     named = {"surrogate": ppo_clip, "aggregate": token, "beta": 0.1, "kl": kl_k2}
     assert loss == named | {"entropy": 0.01, "unbiased_kl": True}
@@ -197,7 +197,7 @@ def test_a_run_is_said_to_aggregate_as_it_does(recipe):
     assert describe(correctors.none()) == "none()"
     mine = replace(correctors.tbpo(), surrogate=None)  # no function makes it: its parts tell it from others
     assert describe(mine).startswith("Corrector(weight_fn=band_weights(c=2.0), ")
-    assert describe(mine).endswith(", align_forward=False, aggregate=sequence)")
+    assert describe(mine).endswith(", align_forward=False, aggregate=sequence, needs_entropy=False)")
 
 
 def test_a_partial_whose_dict_was_read_is_bound_again(tmp_path):

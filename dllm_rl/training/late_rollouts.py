@@ -139,8 +139,8 @@ def batch_as_bytes(collected: Collected, seconds: float) -> bytes:
             "breakdown": parts,
             "answer": reward.answer,
         }
-        own = {name: getattr(answer, name) for name in ("completion", "length", "prompt_length", "forwards")}
-        graded.append({"problem": list(problems).index(id(problem)), "reward": kept, **own})
+        plain = {f.name: getattr(answer, f.name) for f in fields(answer) if f.name not in ("problem", "reward")}
+        graded.append({"problem": list(problems).index(id(problem)), "reward": kept, **plain})
     rollout = plain_record(samples.rollout, "rollout", tensors)
     known = {"rollout": rollout, "problems": list(problems.values()), "answers": graded}
     return as_bytes(tensors, {**known, "metrics": metrics, "seconds": seconds})

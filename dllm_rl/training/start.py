@@ -118,7 +118,7 @@ def restore(
     for change in changes:
         log.say(f"{change['field']} changes after step {state.step}: {change['before']} -> {change['after']}")
         log.write_change(change)
-    return replace(state, recipe=recipe.settings(), changes=[*(state.changes or []), *changes])
+    return replace(state, recipe=recipe.settings(), changes=[*(state.changes or []), *changes] or None)
 
 
 def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:

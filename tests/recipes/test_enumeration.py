@@ -122,21 +122,22 @@ def self_normalised(stats):
 
 
 def upside_down(stats):
-    return c.truncated_weights(-log_mismatch, advantages, mask, cap=1e9, level="sequence")
+    return c.truncated_weights(replace(stats, log_mismatch=-stats.log_mismatch), cap=1e9, level="sequence")
 
 
-def doubled(log_mismatch, advantages, mask):
-    weights, keep, metrics = c.truncated_weights(log_mismatch, advantages, mask, cap=1e9, level="sequence")
+def doubled(stats):
+    weights, keep, metrics = c.truncated_weights(stats, cap=1e9, level="sequence")
     return 2 * weights, keep, metrics
 
 
-def of_the_first_token(log_mismatch, advantages, mask):
-    return c.truncated_weights(log_mismatch[:, :1].expand_as(mask), advantages, mask, cap=1e9)
+def of_the_first_token(stats):
+    first = stats.log_mismatch[:, :1].expand_as(stats.mask)
+    return c.truncated_weights(replace(stats, log_mismatch=first), cap=1e9)
 
 
-def only_where_positive(log_mismatch, advantages, mask):
-    weights, keep, metrics = c.truncated_weights(log_mismatch, advantages, mask, cap=1e9, level="sequence")
-    return torch.where(advantages[:, None] > 0, weights, 1), keep, metrics
+def only_where_positive(stats):
+    weights, keep, metrics = c.truncated_weights(stats, cap=1e9, level="sequence")
+    return torch.where(stats.advantages[:, None] > 0, weights, 1), keep, metrics
 
 
 @pytest.mark.parametrize("fault", [upside_down, doubled, of_the_first_token, only_where_positive])

@@ -261,7 +261,9 @@ def test_grpo_takes_a_teacher():
         "teacher": "reference",
         "teacher_steps": 2,
     }
-    recipe = grpo_recipe(tiny_masked_lm(characters="abcdef"), rows, len, **options)
+    recipe = grpo_recipe(
+        tiny_masked_lm(characters="abcdef"), rows, lambda completions: [0.0] * len(completions), **options
+    )
     assert (recipe.teacher, recipe.teacher_steps, recipe.teacher_coeff) == ("reference", 2, 1.0)
     assert recipe.keeps_reference and not recipe.beta
 

@@ -70,7 +70,7 @@ def test_the_state_before_the_failed_step_is_saved_and_the_fixed_run_is_the_whol
     note = failed(tmp_path / "run", RuntimeError, task=task)
     assert steps(tmp_path / "run") == [0, 2]
     assert note.startswith(
-        "process 0: failed after step 2 was complete; fix the cause and continue with --resume_from_ch"
+        "process 0: failed after step 2 was complete; fix the cause and continue with resume_from_checkpoint='latest'"
     )
     assert "\n" not in note
     again = failed(tmp_path / "run", RuntimeError, task=task, resume_from_checkpoint="latest")
@@ -82,15 +82,15 @@ def test_the_state_before_the_failed_step_is_saved_and_the_fixed_run_is_the_whol
 
 def test_a_gradient_that_is_not_finite_loses_no_step(tmp_path):
     """It is met in the update, before the weights change."""
-    calls = []
 
-    def advantages(rewards):
-        if rewards.max() == rewards.numel() - 1:  # made-up ones, before the first step
-            return rewards
+    def huge(log_ratio, advantages, mask):
         calls.append(1)
-        return rewards * (1.0 if len(calls) == 1 else float("nan"))
+        return log_ratio * (1.0 if len(calls) <= before else float("inf"))
 
-    note = failed(tmp_path, FloatingPointError, advantages=advantages)
+    calls, before = [], 10**9
+    train(small(tmp_path / "counted", loss=huge, num_steps=1))
+    calls, before = [], len(calls)  # of the rehearsal and the first step
+    note = failed(tmp_path, FloatingPointError, loss=huge)
     assert "failed after step 1 was complete" in note and steps(tmp_path) == [0, 1]
 
 

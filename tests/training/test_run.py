@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
 from dllm_rl import tiny_masked_lm
+from dllm_rl.callbacks import RunControl
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.models.lora import Lora
@@ -161,7 +163,7 @@ def test_weights_without_a_copy_on_the_host_are_refused(tmp_path):
 
 def test_a_step_replaces_the_state_as_a_whole():
     nothing = lambda *_: 0  # noqa: E731
-    recipe = SimpleNamespace(save_steps=10, num_steps=10, directory="runs/x")
+    recipe = SimpleNamespace(save_steps=10, num_steps=10, directory="runs/x", best_metric=None)
     run = object.__new__(Run)
     before = TrainingState(step=3, version=6, dtype="float32", eval_before={"reward": 0.5}, recipe={})
     run.__dict__.update(
@@ -172,8 +174,9 @@ def test_a_step_replaces_the_state_as_a_whole():
         log=SimpleNamespace(entered="sync"),
         stop=SimpleNamespace(agreed=nothing),
         writer=SimpleNamespace(check=nothing),
+        control=RunControl(Path("runs/x"), 3, 10),
     )
-    checkpoint_if_due(run, 3)
+    checkpoint_if_due(run, 3, {})
     assert (run.state.step, run.state.version, run.state.eval_before) == (4, 8, {"reward": 0.5})
     assert (before.step, before.version) == (3, 6)
     assert run.log.entered == "" and run.saved is None and run.checkpoint == ""

@@ -121,7 +121,7 @@ def read_math500(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     answer = present(row, "answer")
     infinite = isinstance(answer, float) and not math.isfinite(answer)
     if answer is not None and (type(answer) not in (str, int, float) or infinite or not str(answer).strip()):
-        raise ValueError(f"answer={answer!r} must be a finite number or a text that is not empty")
+        raise ValueError(f"answer={answer!r} must be a number or a text that is not empty")
     return {"answer": None if answer is None else str(answer)}
 
 

@@ -102,7 +102,7 @@ class Sudoku(Prompted):
             (self.reward_rule not in rules, f"reward_rule={self.reward_rule!r} must be 'own', 'rules', or on 4x4 'd1'"),
         )
         self.check_prompt()
-        if self.path is not None and (self.reward_rule == "d1" or self.shots):
+        if self.path is not None and (self.reward_rule == "d1" or self.shots) and _stored(self.path):
             side = isqrt(len(_stored(self.path)[0][0]))
             if self.reward_rule == "d1" and side != 4:
                 raise ValueError(f"reward_rule='d1' is for 4x4 puzzles, and path={str(self.path)!r} has 9x9; use 'own'")
@@ -220,6 +220,4 @@ def _stored(path: str | Path) -> tuple[tuple[str, str], ...]:
         if problems and len(puzzle) != len(problems[0][0]):
             raise ValueError(f"{place}: a puzzle of {len(puzzle)} cells among those of {len(problems[0][0])}")
         problems.append((puzzle, solution))
-    if not problems:
-        raise ValueError(f"path={str(path)!r} holds no puzzles")
     return tuple(problems)

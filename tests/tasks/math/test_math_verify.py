@@ -223,9 +223,10 @@ def test_an_undecided_answer_is_wrong_and_says_so(monkeypatch, own_pool) -> None
 
 
 @pytest.mark.parametrize("protocol", ["espo", "math-verify", None])
-def test_many_completions_are_compared_at_once(monkeypatch, pool, protocol: str | None) -> None:
+def test_many_completions_are_compared_at_once(monkeypatch, pool, tmp_path, protocol: str | None) -> None:
     """One call for all of them; and the grades are those of each alone."""
-    task = MATH500(path="unused.jsonl", reward_rule="espo" if protocol is None else "own")
+    (tmp_path / "a.jsonl").write_text('{"problem": "p", "answer": "1"}\n')
+    task = MATH500(path=tmp_path / "a.jsonl", reward_rule="espo" if protocol is None else "own")
     task = task if protocol is None else under_protocol(task, protocol)
     batches, plain = [], math_check._POOL.ask
     monkeypatch.setattr(math_check._POOL, "ask", lambda pairs: batches.append(list(pairs)) or plain(pairs))
