@@ -102,7 +102,7 @@ def describe(value: Any) -> str:
         value = value.made_by  # shorter, and as one would write it
     if isinstance(value, partial):
         return _call(value.func, {name: member.value for name, member in members(value).items()})
-    if inspect.isroutine(value) or isinstance(value, type):
+    if inspect.isfunction(value) or inspect.isbuiltin(value) or isinstance(value, type):
         return full_name(value)
     if isinstance(value, tuple | list) and any(map(callable, value)):
         return f"({', '.join(map(describe, value))})"

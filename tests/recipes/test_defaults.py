@@ -53,19 +53,20 @@ def test_a_recipe_is_the_default_where_no_reason_is_given(path):
         assert parts_apart(recipe) == APART.get(path.stem, set())
 
 
+def nothing(completions):
+    return [0.0] * len(completions)
+
+
 @pytest.mark.parametrize(("steps", "segments"), [(3, None), (4, 2), (8, 2), (16, 4), (64, 8)])
 def test_grpo_is_the_default(steps, segments):
     rows = [{"prompt": character} for character in "abcdefghij" * 3]
     given = {"max_new_tokens": 64, "sampler_options": {"diffusion_steps": steps}}
     model = tiny_masked_lm(characters="abcdefghij")
-    recipe = grpo_recipe(model, rows, lambda completions: [0.0] * len(completions), **given)
+    recipe = grpo_recipe(model, rows, nothing, **given)
     assert parts_apart(recipe) == ({"likelihood"} if segments else set())
     assert describe(recipe.likelihood) == describe(trajectory(num_segments=segments))
     assert recipe.eval_sampler.keywords["rank"] is max_prob
     given["sampler_options"]["rank"] = confidence
-    assert (
-        grpo_recipe(model, rows, lambda completions: [0.0] * len(completions), **given).sampler.keywords["rank"]
-        is confidence
-    )
-    recipe = grpo_recipe(tiny_llama(characters="abcdefghij", causal=True), rows, len, max_new_tokens=4)
+    assert grpo_recipe(model, rows, nothing, **given).sampler.keywords["rank"] is confidence
+    recipe = grpo_recipe(tiny_llama(characters="abcdefghij", causal=True), rows, nothing, max_new_tokens=4)
     assert recipe.sampler.func is autoregress and parts_apart(recipe) == set()
