@@ -58,8 +58,10 @@ def exact_arithmetic():
         yield
 
 
-# Studies, benchmarks and documents: CI runs these beside the default suite. Of recipes/ some tests hold the library.
-BESIDE = ("tests/recipes/", "tests/benchmarks/", "tests/test_doc", "tests/test_numbers.py")
+# Documents: CI runs these beside the default suite. Studies and benchmarks: `make nightly`. Of recipes/ some tests hold
+# the library.
+DOCUMENTS = ("tests/test_doc", "tests/test_numbers.py")
+STUDIES = ("tests/recipes/", "tests/benchmarks/")
 OF_THE_LIBRARY = ("defaults", "enumeration", "launches", "one_file", "surrogates")
 
 
@@ -70,9 +72,10 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if " at 0x" in item.nodeid:  # workers would collect tests of different names
             raise pytest.UsageError(f"{item.nodeid}: an address differs from process to process; give ids")
-        beside = item.nodeid.startswith(BESIDE) and item.path.stem.removeprefix("test_") not in OF_THE_LIBRARY
-        if beside and not item.get_closest_marker("nightly"):
+        if item.nodeid.startswith(DOCUMENTS) and not item.get_closest_marker("nightly"):
             item.add_marker("slow")
+        if item.nodeid.startswith(STUDIES) and item.path.stem.removeprefix("test_") not in OF_THE_LIBRARY:
+            item.add_marker("nightly")
         if config.getoption("other_cpu") and "tests/cuda/" in item.nodeid:
             item.add_marker(pytest.mark.skip(reason="the simulated GPU rounds as this CPU does"))
         if "float8_dynamic_emulated" in item.nodeid or item.get_closest_marker("float8_rows"):
