@@ -144,13 +144,13 @@ def test_too_many_shapes_are_one_line(monkeypatch):
         whole_steps.sampled(policy, None, compile_step=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_whole_step_is_one_graph():
     """Captured with `fullgraph` by dynamo alone."""
     whole_steps.check("eager", ["confidence"], "llada2")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("rules", "names"),
     [([*whole_steps.RULES], ("llada", "llada2")), (["random"], (*FULL, *BLOCKS)), (["confidence"], SCHEMES)],
@@ -160,6 +160,6 @@ def test_every_whole_step_is_one_graph(rules, names):
     whole_steps.check("eager", rules, *names)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_generated_code_writes_the_same_tokens():
     whole_steps.check("own", ["confidence", "random", "plackett_luce"], "float8_weight_only")

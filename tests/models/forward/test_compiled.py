@@ -50,7 +50,7 @@ def afresh():
     torch.compiler.reset()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled_blocks_follow_a_sync():
     policy = tiny_llama(**SIZES, causal=False, head_std=0.3)
     eager, compiled = (quantized_copy(policy, schemes.float8_weight_only()) for _ in range(2))
@@ -146,7 +146,7 @@ def test_quantised_experts_split_their_block(tmp_path, monkeypatch, family):
     assert torch.equal(found.tokens, expected.tokens)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("cache", [prefix_cache(), dual_cache(), "autoregress"], ids=str)
 def test_compiled_and_cached_tokens_are_the_eager_ones(cache):
     causal = cache == "autoregress"
@@ -165,7 +165,7 @@ def test_compiled_and_cached_tokens_are_the_eager_ones(cache):
             sync_weights(policy, copy)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_whose_rollouts_are_compiled(tmp_path):
     model = partial(tiny_llama, causal=False, **SIZES)
     plain, compiled = (tmp_path / name for name in ("plain", "compiled"))
@@ -176,7 +176,7 @@ def test_a_run_whose_rollouts_are_compiled(tmp_path):
     assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiled_learner_is_differentiated_eagerly(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = partial(tiny_llama, causal=False, **SIZES)
