@@ -90,7 +90,7 @@ def test_a_process_that_is_lost_is_named_once_by_the_others_and_costs_no_step(pr
     assert len(lines) == 1 and lines[0].startswith(said), out
     # A process that stops in its reward may have told its rollout last.
     stage = "reward" if case == "raises" else "rollout" if case == "stands still" else "(reward|rollout)"
-    assert re.search(rf"in {stage}, after 1 steps.*this run ends; continue with --resume_from_checkp", lines[0])
+    assert re.search(rf"in {stage}, after 1 steps.*this run ends; continue with (--)?resume_from_checkp", lines[0])
     assert code == (-signal.SIGKILL if "first" in case else 75)
     assert ("process 1: failed after step 1 was complete; fix the cause" in out) == (case == "raises")
     assert out.count("Traceback") == (2 if case == "raises" else 0), "the process's own, and what its error came from"
