@@ -33,7 +33,7 @@ from dllm_rl.tasks.rows import load_rows
 from dllm_rl.training.denoising import Noise, denoising_loss, lessons
 from dllm_rl.training.finish import Summary, conclude
 from dllm_rl.training.hooks import after_step, before_first_step, load_best
-from dllm_rl.training.policies import make_optimizer, make_policy, opened
+from dllm_rl.training.policies import freeze, make_optimizer, make_policy, opened
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, make_writer, protect, save, settle
 from dllm_rl.training.start import launch, open_log, restore
@@ -127,6 +127,7 @@ def _policy(recipe: SFT, accelerator: Accelerator, folder: Path | None, saved: T
     """The recipe's model, or as a checkpoint left it; adapters apply to the recipe's model."""
     if folder and saved and recipe.lora is None:
         policy = opened(recipe, folder, getattr(torch, saved.dtype), accelerator.device)
+        freeze(recipe, policy, saved.frozen or [])
     else:
         policy = make_policy(recipe, accelerator.device)
         if folder:

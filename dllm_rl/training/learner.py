@@ -219,9 +219,7 @@ def weighted_batch(recipe: Recipe, samples: Samples, logps: Logprobs, accelerato
 class Rows:
     """The rows of all processes, on the host."""
 
-    stats: (
-        TokenStats  # `mask` marks the scored tokens of rows that the update learns from; log_mismatch all scored ones
-    )
+    stats: TokenStats  # of all scored tokens; `mask` marks those of rows that the update learns from
     completion: Bool[Tensor, "B T"]
     tokens: Int[Tensor, "B T"]
     learned: Bool[Tensor, " B"]

@@ -21,6 +21,7 @@ from dllm_rl import (
     load_policy,
     make_policy,
     quantized_copy,
+    sft,
     tiny_llama,
     tiny_masked_lm,
 )
@@ -154,6 +155,23 @@ def test_a_run_with_frozen_weights_resumes_to_the_same_weights(tmp_path, trained
             output_dir=str(tmp_path / "cut"),
             **OPTIONS | {"lr_schedule_steps": 4},
         )
+
+
+def test_supervised_training_with_frozen_weights_resumes_to_the_same_weights(tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": row["prompt"][0]} for row in ROWS]
+
+    def run(name, steps, **options):
+        policy = small()
+        for path, weight in policy.module.named_parameters():
+            weight.requires_grad_("lm_head" in path)
+        settings = {"max_length": 8, "report_to": None, "lr_schedule_steps": 4, "output_dir": str(tmp_path / name)}
+        return sft(policy, rows, num_steps=steps, train_batch_size=4, **settings, **options).policy
+
+    whole = run("whole", 4)
+    run("cut", 2)
+    resumed = run("cut", 4, resume_from_checkpoint="latest")
+    for (name, a), b in zip(whole.module.named_parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(a, b) and b.requires_grad == ("lm_head" in name)
 
 
 class Encoder(nn.Module):
