@@ -18,7 +18,7 @@ from dllm_rl.distributed.collectives import launched
 from dllm_rl.likelihoods.estimators import causal, trajectory
 from dllm_rl.models.base import Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
-from dllm_rl.models.checkpoint.loading import checkpoint_folder, read_config
+from dllm_rl.models.checkpoint.loading import load_config
 from dllm_rl.models.policy import make_policy
 from dllm_rl.recipe import Recipe, check_kind, fitted
 from dllm_rl.samplers.autoregress import autoregress
@@ -257,7 +257,7 @@ def grpo_recipe(
     eval_task = task_of(held_out, name=f"{name}-held-out")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, **(sampler_options or {})}
     if isinstance(model, str):
-        attention = find_family(read_config(checkpoint_folder(model))).attention  # the config alone says it
+        attention = find_family(load_config(model)).attention  # no weights are fetched for it
     else:
         policy = model if isinstance(model, Policy) else called(model, settings.get("seed", Recipe.seed))
         attention = policy.spec.attention

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 from dllm_rl import Recipe, decoupled, float8_weight_only, grpo, grpo_recipe, gspo, tiny_llama, tiny_masked_lm, train
 from dllm_rl.likelihoods.estimators import causal, trajectory
 from dllm_rl.members import describe
+from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.tiny import char_tokenizer, tiny_diffusion_gemma
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.samplers import renoise
@@ -136,6 +137,18 @@ def test_a_path_is_looked_at_without_its_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("dllm_rl.models.policy.load_module", None)
     recipe = grpo_recipe(str(tmp_path / "Some-Model"), ROWS, right)
     assert recipe.name == "some-model" and recipe.sampler.func is autoregress
+
+
+def test_a_dry_run_of_a_hubs_model_reads_config_json_alone(tmp_path, monkeypatch, capsys):
+    tiny_masked_lm(**SMALL).save_pretrained(tmp_path / "whole")
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    (shape / "config.json").write_bytes((tmp_path / "whole/config.json").read_bytes())
+    monkeypatch.setattr(loading, "hf_hub_download", lambda name, file: str(shape / file))
+    monkeypatch.setattr(loading, "snapshot_download", None)
+    for model in ("owner/tiny", str(shape)):
+        grpo(model, ROWS, right, max_new_tokens=4, max_prompt_length=8, dry_run=True)
+        assert "full attention)\nparameters " in capsys.readouterr().out
 
 
 def test_a_tenth_is_held_out_and_not_trained_on(tmp_path):

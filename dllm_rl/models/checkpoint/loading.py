@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -65,6 +65,7 @@ _DAMAGED = (
 WEIGHTS = ("F64", "F32", "F16", "BF16")  # of FLOATS, in a safetensors header
 show_messages()
 MOST_LAYERS = 10_000  # where there are no tensors to count
+CONFIGS = Path(__file__).parents[1] / "configs"  # config.json of published models
 
 
 def load_module(
@@ -172,18 +173,27 @@ def adapter_folder(folder: Path) -> Path | None:
 
 def base_of_adapter(adapter: Path) -> Path:
     """The folder of the base that saved adapters name. Raises ValueError if they name none, or it is gone."""
-    config = read_json(adapter / "adapter_config.json")
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    otherwise = f"open the base, and call load_adapter(policy, {str(adapter)!r})"
-    if not isinstance(base, str) or not base:
-        raise ValueError(f"{adapter}: base_model_name_or_path={base!r} names no base; {otherwise}")
+    base = named_base(adapter)
     try:
-        # Of a run with a warm-up it is the run's own folder, wherever that is now.
-        return checkpoint_folder(adapter / base if base.startswith("..") else base)
+        return checkpoint_folder(base)
     except ValueError:
         raise ValueError(
-            f"{adapter} holds adapters alone, and their base {base!r} is gone; put it back, or {otherwise}"
+            f"{adapter} holds adapters alone, and their base {base!r} is gone; put it back, or {_otherwise(adapter)}"
         ) from None
+
+
+def named_base(adapter: Path) -> str:
+    """The folder or hub's id of the base that saved adapters name. Raises ValueError if they name none."""
+    config = read_json(adapter / "adapter_config.json")
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{adapter}: base_model_name_or_path={base!r} names no base; {_otherwise(adapter)}")
+    # Of a run with a warm-up it is the run's own folder, wherever that is now.
+    return str(adapter / base) if base.startswith("..") else base
+
+
+def _otherwise(adapter: Path) -> str:
+    return f"open the base, and call load_adapter(policy, {str(adapter)!r})"
 
 
 def weights_folder(folder: Path) -> Path:
@@ -371,16 +381,68 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
     if str(path_or_id) and path.is_dir():
         check_regular(path)
         return path
-    if path.is_absolute() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith("."):
-        raise ValueError(f"path_or_id={str(path_or_id)!r} is neither a folder nor a model hub's id; give one of them")
+    check_hub_id(path_or_id)
     # No pickled weights: they run code when they are opened.
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=[f"*{suffix}" for suffix in SUFFIXES]))
     except LocalEntryNotFoundError:
-        raise ValueError(
-            f"model={str(path_or_id)!r} is not whole in this machine's cache, and the hub is not reached; download it "
-            "elsewhere and give its folder (of a recipe: --model FOLDER)"
-        ) from None
+        raise _not_fetched(str(path_or_id)) from None
+
+
+def load_config(path_or_id: str | Path, *, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a model's config.json and none of its weights, for what its shapes decide; of adapters alone their base's.
+
+    The package carries the config.json of some published models. Of another hub's id, this file alone is fetched.
+
+    Args:
+        path_or_id: A folder, or a hub's id (owner/name).
+        above: The folders and ids whose adapters led here.
+
+    Raises:
+        ValueError: The folder has no config.json, or the hub gives none under this id.
+    """
+    text = str(path_or_id)
+    if text in above:
+        raise ValueError(f"{text}: base_model_name_or_path leads back to itself; name the folder of weights")
+    if text and Path(text).is_dir():
+        folder = checkpoint_folder(text)
+        adapter = adapter_folder(folder)
+        return read_config(folder) if adapter is None else load_config(named_base(adapter), above=(*above, text))
+    check_hub_id(text)
+    carried = CONFIGS / f"{text.replace('/', '--')}.json"
+    if carried.is_file():
+        return json.loads(carried.read_text())
+    folder = _fetch(text, "config.json") or _fetch(text, "adapter_config.json")
+    if folder is None:
+        raise ValueError(f"model={text!r}: its repository has no config.json; give a folder that holds it")
+    return load_config(folder, above=(*above, text))
+
+
+def _fetch(hub_id: str, file: str) -> Path | None:
+    """The cache's folder with this file of a repository; None if the repository has no such file."""
+    try:
+        return Path(hf_hub_download(hub_id, file)).parent
+    except LocalEntryNotFoundError:
+        raise _not_fetched(hub_id) from None
+    except EntryNotFoundError:
+        return None
+    except HfHubHTTPError as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"model={hub_id!r}: the hub gives no {file} ({why}); give a folder that holds it") from None
+
+
+def check_hub_id(path_or_id: str | Path) -> None:
+    """Raise ValueError on what is neither a folder nor written as a hub's id (owner/name)."""
+    text = str(path_or_id)
+    if Path(text).is_absolute() or text.count("/") != 1 or text.startswith("."):
+        raise ValueError(f"path_or_id={text!r} is neither a folder nor a model hub's id; give one of them")
+
+
+def _not_fetched(path_or_id: str) -> ValueError:
+    return ValueError(
+        f"model={path_or_id!r} is not whole in this machine's cache, and the hub is not reached; download it "
+        "elsewhere and give its folder (of a recipe: --model FOLDER)"
+    )
 
 
 def save_module(

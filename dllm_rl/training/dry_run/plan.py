@@ -1,11 +1,9 @@
 """What a recipe takes, computed without weights: parameters, batches, memory, and the GPUs that it fits."""
 
 import copy
-import json
 import math
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ import torch
 from dllm_rl.distributed.collectives import launched
 from dllm_rl.models.base import FamilySpec, Module, Policy
 from dllm_rl.models.checkpoint.families import find_family
-from dllm_rl.models.checkpoint.loading import build_empty, weights_folder
+from dllm_rl.models.checkpoint.loading import build_empty, load_config
 from dllm_rl.models.lora import add_lora, base_of
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.models.tokens import prompt_ids
@@ -34,19 +32,6 @@ USABLE = 0.9  # of it; the rest is the allocator's, the kernels' and the driver'
 SHARD = 5 * GB  # `save_pretrained` makes and writes so much at a time
 WRITE_RATE = 0.57 * GB  # bytes a second: 16 GB were written in 13 s and digested in 15
 PROMPT = 256  # tokens of a prompt that is not known
-CONFIGS = Path(__file__).parents[2] / "models" / "configs"
-
-
-def published_config(path_or_id: str | Path) -> dict:
-    """Config fields of a checkpoint's folder, or of a published model whose config the package contains."""
-    folder = weights_folder(Path(path_or_id)) if Path(path_or_id).is_dir() else Path(path_or_id)
-    for file in (folder / "config.json", CONFIGS / f"{str(path_or_id).replace('/', '--')}.json"):
-        if file.is_file():
-            return json.loads(file.read_text())
-    known = ", ".join(sorted(file.stem.replace("--", "/") for file in CONFIGS.glob("*.json")))
-    raise ValueError(
-        f"model={str(path_or_id)!r} is no checkpoint's folder, and no config is carried for it; carried are {known}"
-    )
 
 
 class MetaPolicy(DiffusionPolicy):
@@ -71,7 +56,7 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
         policy = recipe.model if isinstance(recipe.model, Policy) else called(recipe.model, recipe.seed, dry_run=True)
         found = MetaPolicy(copy.deepcopy(policy.module), policy.spec, policy.tokenizer)
     else:
-        raw = published_config(recipe.model)
+        raw = load_config(recipe.model)
         family = find_family(raw)
         module = build_empty(raw)
         config = module.config.get_text_config()  # of a model with images the text's own; else the config itself

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from layouts import published
 from transformers.utils import logging
@@ -78,3 +81,56 @@ def test_a_model_that_an_offline_machine_does_not_hold_is_named(tmp_path, monkey
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=r"model='owner/name' is not whole in this machine's cache.* --model FOLDER"):
         load_policy("owner/name")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub whose repositories are folders, and the files that were fetched from it. No repository is fetched whole."""
+    fetched = []
+    response: Any = SimpleNamespace(headers={}, request=None)
+
+    def download(name, file):
+        fetched.append(f"{name}/{file}")
+        if not (tmp_path / name).exists():
+            raise RepositoryNotFoundError("404 Client Error\nRepository Not Found", response=response)
+        if not (tmp_path / name / file).exists():
+            raise EntryNotFoundError("404 Client Error")
+        return str(tmp_path / name / file)
+
+    monkeypatch.setattr(loading, "hf_hub_download", download)
+    monkeypatch.setattr(loading, "snapshot_download", None)
+    return tmp_path, fetched
+
+
+def test_the_config_of_a_hubs_model_is_read_without_its_weights(hub):
+    folder, fetched = hub
+    config = {"architectures": ["DreamModel"], "model_type": "Dream"}
+    for name, file, content in (
+        ("owner/full", "config.json", config),
+        ("owner/adapters", "adapter_config.json", {"base_model_name_or_path": "owner/full"}),
+        ("owner/circle", "adapter_config.json", {"base_model_name_or_path": "owner/circle"}),
+    ):
+        (folder / name).mkdir(parents=True)
+        (folder / name / file).write_text(json.dumps(content))
+    local = folder / "mine"
+    local.mkdir()
+    (local / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/full"}))
+
+    assert loading.load_config("owner/full") == loading.load_config("owner/adapters") == config
+    assert loading.load_config(local) == config
+    assert set(fetched) == {
+        "owner/full/config.json",
+        "owner/adapters/config.json",
+        "owner/adapters/adapter_config.json",
+    }
+    fetched.clear()
+    assert loading.load_config("GSAI-ML/LLaDA-8B-Instruct")["n_layers"] == 32 and not fetched  # the package carries it
+    with pytest.raises(ValueError, match="owner/circle: base_model_name_or_path leads back to itself"):
+        loading.load_config("owner/circle")
+    with pytest.raises(
+        ValueError, match="^model='owner/none': the hub gives no config.json .404 Client Error.; give"
+    ):
+        loading.load_config("owner/none")
+    for text in ("", "/no/folder", "plain", "../up"):
+        with pytest.raises(ValueError, match="path_or_id="):
+            loading.load_config(text)

@@ -14,6 +14,7 @@ from repetitions import few
 from dllm_rl import train
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.config import from_command_line
+from dllm_rl.models.checkpoint.loading import CONFIGS, load_config
 from dllm_rl.quantization.schemes import fake_quantize, float8_weight_only
 from dllm_rl.samplers import unmask
 from dllm_rl.samplers.autoregress import autoregress
@@ -21,11 +22,9 @@ from dllm_rl.training.dry_run import plan as dry_run
 from dllm_rl.training.dry_run.duration import PEAK, products
 from dllm_rl.training.dry_run.memory import Memory, measure_step
 from dllm_rl.training.dry_run.plan import (
-    CONFIGS,
     memory,
     meta_policy,
     plan,
-    published_config,
     quantisable,
     rollout_bytes,
 )
@@ -120,8 +119,8 @@ def two_blocks(recipe, policy, **options) -> Memory:
 def shallow(recipe, monkeypatch, *, layers=2):
     """The recipe's policy with few layers and words, so that its plan takes seconds; and numbers of parameters."""
     small = {"n_layers": layers, "embedding_size": 4096, "vocab_size": 4096}
-    raw = published_config("GSAI-ML/LLaDA-8B-Instruct") | small
-    monkeypatch.setattr(dry_run, "published_config", lambda _: raw)
+    raw = load_config("GSAI-ML/LLaDA-8B-Instruct") | small
+    monkeypatch.setattr(dry_run, "load_config", lambda _: raw)
     policy = meta_policy(recipe)
     policy.spec = replace(policy.spec, mask_id=7)
     return policy, policy.parameters, sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
@@ -213,7 +212,7 @@ def test_a_small_model_is_planned_from_itself(capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "someone/unheard-of"}, "no config is carried for it; carried are ByteDance-Seed/"),
+        ({"model": "no/such/place"}, "is neither a folder nor a model hub's id"),
         (
             {"sampler": partial(autoregress, max_new_tokens=64)},
             "sampler=autoregress is not for 'full' attention; use unmask",
@@ -315,7 +314,7 @@ def test_carried_configs_are_of_known_families():
     names = {file.stem: find_family(json.loads(file.read_text())).name for file in CONFIGS.glob("*.json")}
     assert names["GSAI-ML--LLaDA-8B-Instruct"] == names["GSAI-ML--LLaDA-1.5"] == "llada"
     assert names["inclusionAI--LLaDA2.0-mini"] == "llada2"
-    nemotron = build_empty(published_config("nvidia/Nemotron-Labs-Diffusion-8B"))
+    nemotron = build_empty(load_config("nvidia/Nemotron-Labs-Diffusion-8B"))
     block = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336 + 2 * 4096
     assert sum(p.numel() for p in nemotron.parameters()) == 2 * 131072 * 4096 + 34 * block + 4096
     assert names["dllm-hub--Qwen3-0.6B-diffusion-mdlm-v0.1"] == "a2d"
