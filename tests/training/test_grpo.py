@@ -25,7 +25,7 @@ from dllm_rl.samplers.revise import edit
 from dllm_rl.samplers.rules import max_prob, soft_threshold, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import task_from_dataset
-from dllm_rl.training.grpo import NEAREST, SAME, WORDS, translated
+from dllm_rl.training.trl_names import NEAREST, SAME, WORDS, translated
 
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]
@@ -522,4 +522,4 @@ def test_every_name_of_trls_config_is_in_the_docs_and_what_they_call_refused_is(
     named = {*re.findall(r"\w+", left + refused.partition("**Not here at all**")[2])} - {"loss_type"}
     for name in named & {*GRPO_CONFIG}:  # loss_type has words that are taken
         with pytest.raises(ValueError, match=f"{name} is not a setting of grpo"):
-            translated({name: None})
+            translated(grpo_recipe, {name: None})
