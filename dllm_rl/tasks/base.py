@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -122,57 +122,72 @@ def grade(
     `costs` are for graders that ask for SPEED; None: not known. RuntimeError when the grader raises or exits;
     ValueError for no `Reward`, or a number that is not finite in fp32."""
     group = len(completions) // len(problems)
-    place = 0
-    own = [problems[i // group] for i in range(len(completions))]
+    grading = _Grading(task, [problems[i // group] for i in range(len(completions))], completions, costs or (), timeout)
+    with nullcontext(lambda: None) if timeout is None else deadline(timeout, grading.late) as restart:
+        rewards, error = grading.together()
+        if rewards is None:  # one by one, also to name what the grader raises on
+            rewards = grading.one_by_one(restart)
+        if error is not None:
+            texts = f"{len(completions)} texts together"
+            raise RuntimeError(f"the grader of task {task.name!r} raised on {texts}: {error!r}") from error
+        grading.check(rewards)
+    return rewards
 
-    def speed(grader: Callable) -> dict[str, list[Any]]:
-        return {name: [getattr(cost, name) for cost in costs] for name in asked(grader)} if costs else {}
 
-    def given() -> str:
-        return f"problem {own[place]!r}, completion {completions[place]!r}"
+@dataclass
+class _Grading:
+    """One call of `grade`. `place` is the completion that is graded or checked, which errors name."""
 
-    def late() -> str:
+    task: Task
+    problems: Sequence[Problem]  # one per completion
+    completions: Sequence[str]
+    costs: Sequence[Cost]
+    timeout: float | None
+    place: int = 0
+
+    def current(self) -> str:
+        return f"problem {self.problems[self.place]!r}, completion {self.completions[self.place]!r}"
+
+    def late(self) -> str:
         return (
-            f"process {os.environ.get('RANK', 0)}: the grader of task {task.name!r} did not return within "
-            f"reward_timeout={timeout:g} s on {given()}; fix it or raise reward_timeout"
+            f"process {os.environ.get('RANK', 0)}: the grader of task {self.task.name!r} did not return within "
+            f"reward_timeout={self.timeout:g} s on {self.current()}; fix it or raise reward_timeout"
         )
 
-    def one_by_one() -> Iterator[Reward]:
-        nonlocal place
-        known = speed(task.reward)
-        for place, completion in enumerate(completions):
+    def speed(self, grader: Callable) -> dict[str, list[float]]:
+        return {name: [getattr(cost, name) for cost in self.costs] for name in asked(grader)} if self.costs else {}
+
+    def together(self) -> tuple[list[Reward] | None, BaseException | None]:
+        """Rewards, or the error: a second error, one by one, would otherwise be shown under the first. Neither where
+        the task grades one by one."""
+        rewards: Callable[..., Sequence[Reward]] | None = getattr(self.task, "rewards", None)
+        if rewards is None:
+            return None, None
+        try:
+            return list(rewards(self.problems, self.completions, **self.speed(rewards))), None
+        except (Exception, SystemExit) as error:
+            return None, error
+
+    def one_by_one(self, restart: Callable[[], None]) -> list[Reward]:
+        speed = self.speed(self.task.reward)
+        rewards = []
+        for place, (problem, completion) in enumerate(zip(self.problems, self.completions, strict=True)):
+            self.place = place
             restart()
             try:
-                yield task.reward(own[place], completion, **{name: values[place] for name, values in known.items()})
+                cost = {name: values[place] for name, values in speed.items()}
+                rewards.append(self.task.reward(problem, completion, **cost))
             except (Exception, SystemExit) as error:  # a grader that exits must not look like a run that ended well
-                raise RuntimeError(f"the grader of task {task.name!r} raised on {given()}: {error!r}") from error
+                raise RuntimeError(
+                    f"the grader of task {self.task.name!r} raised on {self.current()}: {error!r}"
+                ) from error
+        return rewards
 
-    many: Callable[..., Sequence[Reward]] | None = getattr(task, "rewards", None)
-    with nullcontext(lambda: None) if timeout is None else deadline(timeout, late) as restart:
-        graded, error = ([], None) if many is None else _together(many, own, completions, speed(many))
-        if many is None or error is not None:  # one by one, to name what the grader raises on
-            graded = list(one_by_one())
-        if error is not None:
-            raise RuntimeError(
-                f"the grader of task {task.name!r} raised on {len(own)} texts together: {error!r}"
-            ) from error
-        for place, reward in enumerate(graded):  # noqa: B007 (given() names the place)
+    def check(self, rewards: Sequence[Reward]) -> None:
+        for place, reward in enumerate(rewards):
+            self.place = place
             if fault := fault_of(reward):
-                raise ValueError(f"the grader of task {task.name!r} returned {fault} on {given()}")
-    return graded
-
-
-def _together(
-    many: Callable[..., Sequence[Reward]],
-    problems: Sequence[Problem],
-    completions: Sequence[str],
-    speed: Mapping[str, Any],
-) -> tuple[list[Reward], BaseException | None]:
-    """Rewards, or the error: a second error, one by one, would otherwise be shown under the first."""
-    try:
-        return list(many(problems, completions, **speed)), None
-    except (Exception, SystemExit) as error:
-        return [], error
+                raise ValueError(f"the grader of task {self.task.name!r} returned {fault} on {self.current()}")
 
 
 def fault_of(reward: Any) -> str | None:
