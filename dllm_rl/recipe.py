@@ -430,6 +430,7 @@ class Recipe(Settings):
 
     def conflicts(self) -> list[tuple[bool, str]]:
         quantized = self.rollout_quantization is not None
+        radius = inspect.signature(self.sampler).parameters.get("confidence_radius")
         found = [
             *super().conflicts(),
             (
@@ -469,6 +470,11 @@ class Recipe(Settings):
                 self.zero_mismatch and self.sampling_support == "unfiltered",
                 "zero_mismatch=True does not go with sampling_support='unfiltered', whose rollout log-probs are sums "
                 "of two recorded numbers and round; use 'own' or 'rollout'",
+            ),
+            (
+                self.likelihood.reads_confidence_change and radius is not None and radius.default is None,
+                "likelihood.informed_masking needs confidences, which the sampler does not record: set "
+                "sampler.confidence_radius=10, or leave informed_masking at None",
             ),
         ]
         found += self._late_conflicts() + self._teacher_conflicts()

@@ -326,6 +326,8 @@ class Rollout(Columns):
     events   of a rule that rewrites; unmask_step and logprobs are then of a position's last writing alone
     experts  expert ids in M mixtures, of the state that the token was drawn from; undefined without a token
     renoised  of a sampler that replaces tokens by random ones; logprobs are then sums over a position's draws
+    confidence_change  summed change of the confidence of the masked positions near the token in the step after it was
+             written, in [-1, 1] each; 0 elsewhere. `unmask(confidence_radius=...)` records it
     """
 
     FILL: ClassVar[dict[str, Any]] = {"attention_mask": False, "completion_mask": False, "unmask_step": -1}
@@ -344,6 +346,7 @@ class Rollout(Columns):
     events: Events | None = None
     experts: Integer[Tensor, "B T M E"] | None = None
     renoised: Renoised | None = None
+    confidence_change: Float[Tensor, "B T"] | None = None
     batch_row: Int[Tensor, " B"] | None = None  # in the global batch, by which masks are drawn; None: rows are in order
 
     def replaced(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":

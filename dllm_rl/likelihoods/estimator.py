@@ -42,6 +42,7 @@ class LikelihoodEstimator:
     exact_for_sampler  True if scoring under the rollout policy equals the sampler's record (`recorded`), reused then
     scores_order       True if the views also score an order that has a log-probability (`models.order`)
     random      whether two draws differ: an inner update then takes masks of its own (`Recipe.fresh_masks`)
+    reads_confidence_change  True if `draw` needs `Rollout.confidence_change`
     block_size  of the models that the estimate is for, where its views mask whole blocks; None: any
     made_by     the function of `estimators` with its keywords, so that a command line can change a keyword
 
@@ -58,6 +59,7 @@ class LikelihoodEstimator:
     exact_for_sampler: bool = False
     scores_order: bool = False
     random: bool = True
+    reads_confidence_change: bool = False
     block_size: int | None = None
     made_by: partial | None = field(default=None, init=False, repr=False, compare=False)
 

@@ -45,32 +45,51 @@ def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
 
 
 @maker
-@bounded(num_samples=Bound(at_least=1))
-def elbo(*, num_samples: int = 4, stratified: bool = True, antithetic: bool = False) -> LikelihoodEstimator:
+@bounded(num_samples=Bound(at_least=1), informed_masking=Bound(above=0))
+def elbo(
+    *,
+    num_samples: int = 4,
+    stratified: bool = True,
+    antithetic: bool = False,
+    informed_masking: float | None = None,
+) -> LikelihoodEstimator:
     """The any-order ELBO by masks of exactly k tokens: the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}.
 
     Unbiased for the ELBO, high variance. Sources: LLaDA eq. 14, VRPO [paper].
     num_samples  masks, and forwards
     stratified   k spread evenly over 1..L among the samples
     antithetic   samples in pairs (num_samples even): k and L+1-k, from both ends of one order: all tokens are scored
+    informed_masking  d of Informed Masking (arXiv 2609.25927 [paper]), 1.5 there: m is drawn without replacement with
+                 q_i proportional to exp(d (max c - c_i) / (max c - min c)), where c_i is the change of confidence that
+                 writing i made within 10 places (`unmask(confidence_radius=10)` records it). The expectation is then
+                 sum_k (1/k) E_{m ~ q, |m|=k} sum_{i in m} l_i(m), which is not the ELBO: tokens that changed little
+                 count more. The change is signed, of open positions of the block [ours]. None: any m alike
     """
     if antithetic and num_samples % 2:  # samples come in pairs
         raise ValueError(f"num_samples={num_samples} must be even with antithetic=True; use {num_samples + 1}")
-    draw = partial(masks.draw_exact, num_samples=num_samples, stratified=stratified, antithetic=antithetic)
-    return LikelihoodEstimator("elbo", draw)
+    draw = partial(
+        masks.draw_exact,
+        num_samples=num_samples,
+        stratified=stratified,
+        antithetic=antithetic,
+        informed_masking=informed_masking,
+    )
+    return LikelihoodEstimator("elbo", draw, reads_confidence_change=informed_masking is not None)
 
 
 @maker
-@bounded(num_samples=Bound(at_least=1))
-def coupled(*, num_samples: int = 1) -> LikelihoodEstimator:
+@bounded(num_samples=Bound(at_least=1), informed_masking=Bound(above=0))
+def coupled(*, num_samples: int = 1, informed_masking: float | None = None) -> LikelihoodEstimator:
     """The any-order ELBO from a mask and its complement, so that every token is scored.
 
     k is stratified over 0..L, m holds exactly k of the L completion positions (a term with an empty set is 0):
         ( sum_{i in m} l_i(m) (L+1)/k + sum_{i not in m} l_i(m^c) (L+1)/(L-k) ) / 2
     Unbiased for the ELBO. Source: ESPO's form [paper].
     num_samples  pairs of masks, of two forwards each
+    informed_masking  as of `elbo`: m is drawn so, and m^c is what it leaves; the expectation is then not the ELBO
     """
-    return LikelihoodEstimator("coupled", partial(masks.draw_coupled, num_samples=num_samples))
+    draw = partial(masks.draw_coupled, num_samples=num_samples, informed_masking=informed_masking)
+    return LikelihoodEstimator("coupled", draw, reads_confidence_change=informed_masking is not None)
 
 
 @maker

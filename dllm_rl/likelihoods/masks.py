@@ -37,6 +37,30 @@ def uniforms_per_row(
     return u[..., None].to(device)
 
 
+def mask_keys(
+    rollout: Rollout, generators: list[Generator], informed_masking: float | None = None
+) -> Float[Tensor, "B T"]:
+    """Keys whose k smallest are the k positions that a mask hides: any k alike, or, by `informed_masking` d, drawn one
+    after the other, without replacement, with q_i proportional to exp(d (max m - m_i) / (max m - min m)), m the
+    rollout's `confidence_change`. Raises ValueError where it is not recorded."""
+    completion = rollout.completion_mask
+    uniforms = uniforms_at(completion, generators)
+    if informed_masking is None:
+        return uniforms
+    change = rollout.confidence_change
+    if change is None:
+        raise ValueError(
+            f"informed_masking={informed_masking} needs the rollout's confidence_change: sample with "
+            "unmask(confidence_radius=10), or leave informed_masking at None"
+        )
+    most = change.masked_fill(~completion, -torch.inf).amax(-1, keepdim=True)
+    least = change.masked_fill(~completion, torch.inf).amin(-1, keepdim=True)
+    log_q = informed_masking * torch.where(most > least, (most - change) / (most - least), 0)
+    # The first of exponential times of rates q_i is i with probability q_i / sum q, and so on among the others.
+    times = uniforms.double().where(completion, 0.5).clamp(min=1e-12).neg().log1p().neg().log() - log_q
+    return times.masked_fill(~completion, torch.inf)
+
+
 def choose(u: Float[Tensor, "*N B 1"], count: Int[Tensor, "B 1"]) -> Int[Tensor, "*N B 1"]:
     """floor(u * count): uniform over 0 .. count-1 (0 where count is 0)."""
     return (u * count).long().minimum(count - 1).clamp(min=0)  # a stratified u may round to 1
@@ -117,7 +141,13 @@ def draw_everything(rollout: Rollout, generator: Generator, *, prompt_mask: floa
 
 
 def draw_exact(
-    rollout: Rollout, generator: Generator, *, num_samples: int, stratified: bool, antithetic: bool
+    rollout: Rollout,
+    generator: Generator,
+    *,
+    num_samples: int,
+    stratified: bool,
+    antithetic: bool,
+    informed_masking: float | None,
 ) -> Views:
     """`exact_view`s with k uniform over 1..L. Antithetic pairs: L+1-k for k, from the other end of the same order."""
     completion = rollout.completion_mask
@@ -125,7 +155,7 @@ def draw_exact(
     size = completion.sum(-1, keepdim=True)
     drawn = num_samples // 2 if antithetic else num_samples
     u = uniforms_per_row(generators, drawn, stratified=stratified, device=size.device)
-    keys = [uniforms_at(completion, generators) for _ in range(drawn)]
+    keys = [mask_keys(rollout, generators, informed_masking) for _ in range(drawn)]
     if antithetic:
         k = 1 + choose(u / 2, size)  # the lower half; the pairs are the upper one
         counts = torch.cat([k, size + 1 - k])
@@ -136,14 +166,14 @@ def draw_exact(
     return stacked(views, samples=num_samples)
 
 
-def draw_coupled(rollout: Rollout, generator: Generator, *, num_samples: int) -> Views:
+def draw_coupled(rollout: Rollout, generator: Generator, *, num_samples: int, informed_masking: float | None) -> Views:
     completion = rollout.completion_mask
     generators = row_generators(rollout, generator)
     size = completion.sum(-1, keepdim=True)
     u = uniforms_per_row(generators, num_samples, stratified=True, device=size.device)
     views = []
     for k in choose(u, size + 1):
-        views += coupled_views(completion, uniforms_at(completion, generators), k)
+        views += coupled_views(completion, mask_keys(rollout, generators, informed_masking), k)
     return stacked(views, samples=num_samples)
 
 

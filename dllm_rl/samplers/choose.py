@@ -14,6 +14,7 @@ from dllm_rl.models.order import commit_cutoff, draw_index, drawn_logprobs, left
 from dllm_rl.models.soft_threshold import set_logprobs
 from dllm_rl.models.support import kept_part, kept_set
 from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Decision, Turn
+from dllm_rl.samplers.confidences import ConfidenceChange
 from dllm_rl.samplers.records import Commit, Rank, has_order_logprob, order_probability
 from dllm_rl.samplers.revise import packed_events, revise
 from dllm_rl.samplers.rules import check_last_step, softness
@@ -51,7 +52,13 @@ class Choose:
     """`choose(turn, states)`: a step's choice, whichever comes first, the drawing of tokens or the ranking."""
 
     def __init__(
-        self, policy: Policy, canvas: Canvas, sampling_params: SamplingParams, rank: Rank, commit: Commit
+        self,
+        policy: Policy,
+        canvas: Canvas,
+        sampling_params: SamplingParams,
+        rank: Rank,
+        commit: Commit,
+        confidence_radius: int | None = None,
     ) -> None:
         """Raises ValueError when the rank and the commit rule do not go together."""
         needs = rank.reads
@@ -79,6 +86,9 @@ class Choose:
             )
         self.order_probability = order_probability(rank, commit, greedy=greedy)
         self.has_order_logprob = has_order_logprob(rank, commit, greedy=greedy)
+        self.change = None
+        if confidence_radius is not None:
+            self.change = ConfidenceChange(canvas, rank, commit, confidence_radius)
 
     def __call__(self, turn: Turn, states: Float[Tensor, "K D"]) -> Choice:
         """Raises ValueError where the commit rule leaves a block's last step empty."""
@@ -92,6 +102,8 @@ class Choose:
             scores = rank_only(self.policy, states, turn.uniforms(TIES), params, self.rank)
         offered = turn.spread(add_gumbel(scores, turn.uniforms(TIES)) if self.noisy else scores)
         decision = self.decide(turn, offered, drawn)
+        if self.change is not None:
+            self.change.record(turn, offered, decision.chosen)
         picked = turn.among(decision.chosen, int(decision.num_chosen.sum()))
         if drawn is None:
             drawn = propose(self.policy, states[picked], turn.uniforms(TOKENS, picked), params)
@@ -139,7 +151,8 @@ class Choose:
         events = None
         if canvas.events is not None:
             events = packed_events(canvas.events, canvas.masked.shape, by_draws=self.by_draws)
-        return {"order": order, "kept": kept, "events": events}
+        change = None if self.change is None else self.change.total
+        return {"order": order, "kept": kept, "events": events, "confidence_change": change}
 
     def decide(self, turn: Turn, scores: Float[Tensor, "R L"], drawn: Drawn | None) -> Decision:
         """What the commit rule picks. Raises ValueError where it leaves a block's last step empty."""

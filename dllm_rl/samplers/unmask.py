@@ -21,7 +21,12 @@ from dllm_rl.samplers.whole_step import WholeSteps
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
-@bounded(temperature=Bound(at_least=0), top_k=Bound(at_least=1), top_p=Bound(above=0, at_most=1))
+@bounded(
+    temperature=Bound(at_least=0),
+    top_k=Bound(at_least=1),
+    top_p=Bound(above=0, at_most=1),
+    confidence_radius=Bound(at_least=1),
+)
 @torch.no_grad()
 def unmask(
     policy: Policy,
@@ -40,6 +45,7 @@ def unmask(
     cache: Cache | None = None,
     approximate_early_exit: bool = False,
     compile_step: bool = False,
+    confidence_radius: int | None = None,
     watch: Callable[[Rollout], None] | None = None,
 ) -> Rollout:
     """Complete every prompt `group_size` times by iterative unmasking (LLaDA, arXiv 2502.09992, algorithm 5 [paper]).
@@ -60,6 +66,9 @@ def unmask(
                     stay in the input, never sampled; the recorded log-probs stay exact. Block-causal rows always end so
     compile_step    run each step as one compiled graph, with a cache as two; for few rows, on a GPU as CUDA graphs.
                     Refuses prefix_cache(), open positions and rules that rewrite. A near-tie may give another token
+    confidence_radius  record for each token how far the confidence of masked positions within so many places changed
+                    (`Rollout.confidence_change`), for `elbo(informed_masking=...)`; None: not recorded. Needs
+                    rank=confidence or max_prob; refuses compile_step and rules that rewrite
     watch           called with the current rollout after every step
 
     Infilling (full attention only): a row's completion is its open positions, then the appended ones; blocks count
@@ -83,7 +92,7 @@ def unmask(
         canvas = infilling_canvas(policy, prompts, max_new_tokens, block_size)
     sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, canvas.mask_id))
     check_suppress(policy, sampling_params)
-    choose = Choose(policy, canvas, sampling_params, ranked, rule)
+    choose = Choose(policy, canvas, sampling_params, ranked, rule, confidence_radius)
     queue = BlockQueue(canvas.block, diffusion_steps, in_step=cache is not None, masked=canvas.masked)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(policy.device)
     states = None if compile_step else States(policy, canvas, cache, queue.steps)

@@ -40,7 +40,7 @@ class WholeSteps:
     ) -> None:
         """Raises ValueError for what has no fixed shapes, or cannot be captured."""
         policy, canvas = choose.policy, choose.canvas
-        check_fixed_shapes(cache, choose.commit)
+        check_fixed_shapes(cache, choose.commit, choose.change is not None)
         check_captured(policy, canvas, cache)
         self.choose = choose
         self.canvas = canvas
@@ -134,7 +134,7 @@ class WholeSteps:
         return begin, self.block_size + shift, self.step == 0 or (refresh is not None and self.step % refresh == 0)
 
 
-def check_fixed_shapes(cache: Cache | None, commit: Commit) -> None:
+def check_fixed_shapes(cache: Cache | None, commit: Commit, records_confidence: bool = False) -> None:
     """Raise ValueError for a cache or a commit rule whose steps have no fixed shapes."""
     why = None
     if commit.revises:
@@ -143,6 +143,8 @@ def check_fixed_shapes(cache: Cache | None, commit: Commit) -> None:
         why = f"commit={commit.name}, which reads {' and '.join(sorted(commit.reads))}: take threshold"
     elif cache is not None and cache.kind == "prefix":
         why = "prefix_cache(), which runs all that follows a block: take dual_cache()"
+    elif records_confidence:
+        why = "confidence_radius, which it does not record: leave it at None"
     if why:
         raise ValueError(f"compile_step=True does not go with {why}, or set compile_step=False")
 

@@ -196,4 +196,5 @@ def check_compiled(recipe: Recipe) -> None:
     if (recipe.torch_compile or steps) and why:
         raise ValueError(f"{setting}=True {why}, or set {setting}=False")
     for options in whole:
-        check_fixed_shapes(options.get("cache"), as_commit(options.get("commit", schedule)))
+        radius = options.get("confidence_radius")
+        check_fixed_shapes(options.get("cache"), as_commit(options.get("commit", schedule)), radius is not None)

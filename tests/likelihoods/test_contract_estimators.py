@@ -23,6 +23,8 @@ ESTIMATORS = {
     "elbo-plain": lik.elbo(num_samples=3, stratified=False),
     "elbo-antithetic": lik.elbo(num_samples=6, antithetic=True),
     "coupled": lik.coupled(),
+    "elbo-informed": lik.elbo(num_samples=4, antithetic=True, informed_masking=1.5),
+    "coupled-informed": lik.coupled(informed_masking=1.5),
     "coupled-3": lik.coupled(num_samples=3),
     "quadrature": lik.quadrature(),
     "block": lik.block(block_size=4),
@@ -43,9 +45,8 @@ def made(causal: bool = False):
     generator = torch.Generator().manual_seed(1)
     if causal:
         return policy, autoregress(policy, prompts, generator, max_new_tokens=7)
-    return policy, unmask(
-        policy, prompts, generator, max_new_tokens=7, diffusion_steps=4, temperature=1.0, rank=max_prob
-    )
+    options = {"max_new_tokens": 7, "diffusion_steps": 4, "temperature": 1.0, "rank": max_prob}
+    return policy, unmask(policy, prompts, generator, confidence_radius=10, **options)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
