@@ -189,18 +189,19 @@ def add_grade(commands: argparse._SubParsersAction) -> None:
     from dllm_rl.tasks.protocols import PROTOCOLS, protocol_names
 
     sub = commands.add_parser("grade", help="grade stored completions, anyone's")
-    sub.add_argument("file", help="a .jsonl file; a row holds `completion` and the task's fields")
+    formats = "a .jsonl file of `completion` and the task's fields or a `reference`; d1's .json; lm-eval's samples"
+    sub.add_argument("file", help=formats)
     sub.add_argument("--task", required=True, help=_either(PROTOCOLS))
-    sub.add_argument("--protocol", default="strict", help=_either(protocol_names(), default="strict"))
+    names = _either([*protocol_names(), "all"], default="strict")
+    sub.add_argument("--protocol", default="strict", help=f"{names}: every one, every reading, and where they differ")
+    sub.add_argument("--json", action="store_true", help="of all: one JSON object instead of tables")
     sub.set_defaults(run=grade)
 
 
 def grade(arguments: argparse.Namespace) -> None:
-    import json
+    from dllm_rl.cli.grade import grade_command
 
-    from dllm_rl.evaluation.results import grade_file
-
-    print(json.dumps(grade_file(arguments.file, task=arguments.task, protocol=arguments.protocol)))
+    grade_command(arguments.file, task=arguments.task, protocol=arguments.protocol, as_json=arguments.json)
 
 
 def add_lm_eval(commands: argparse._SubParsersAction) -> None:

@@ -1,4 +1,4 @@
-"""The results of an evaluation, or of grading stored completions again, as numbers. No torch."""
+"""The results of an evaluation as numbers. No torch."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -6,15 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dllm_rl.evaluation.intervals import bootstrap_difference, bootstrap_mean, majority_at_k, pass_at_k, wilson
 from dllm_rl.tasks.base import Reward, addends
-from dllm_rl.tasks.protocols import TABLE, find_grader, grade_all
-from dllm_rl.tasks.rows import load_rows, text_of
 
 RATES = ("parsed", "accuracy", "solve_rate", "undecided", "cell_accuracy")  # what is shown, where a grader has it
 Sums = dict[int, tuple[float, float]]  # problem -> a metric's sum over its completions, and the sum's divisor
@@ -153,37 +150,3 @@ def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tu
     if trials and name not in ("reward", "cell_accuracy"):
         return wilson(int((numbers > 0).sum()), len(numbers))
     return bootstrap_mean(values, np.random.default_rng(0), weights=weights)
-
-
-def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict[str, Any]:
-    """Grade the rows of a JSONL file, a run's or anyone's: `completion` and the task's fields; others are ignored.
-
-    Fields: sudoku `puzzle`, `solution`; countdown `numbers`, `target`; gsm8k, math500 `answer` (null: graded wrong);
-    code `prelude`, `entry_point`, `arguments` (how many), `tests`.
-    Returns task, version, protocol, n, `no_answer` (rows with null), and each of RATES with its 95 % [low, high].
-    Raises ValueError for no rows, and for the first malformed row by file and line, before anything is graded."""
-    find_grader(task, protocol)
-    entry = TABLE[task]
-    if Path(path).suffix != ".jsonl":
-        raise ValueError(f"{path} must be a .jsonl file: one JSON object a line")
-    rows: list[tuple[int, dict[str, Any], str]] = []
-    # All rows are read before any is graded: a broken line 900 must not cost the work on 899.
-    for place, row in load_rows(path):
-        if isinstance(start := row.get("resume_from"), int):  # a resumed run writes the steps from here on again
-            rows = [known for known in rows if known[0] < start]
-            continue
-        step = row["step"] if isinstance(row.get("step"), int) else -1
-        try:
-            rows.append((step, entry.read_fields(row, protocol), text_of(row, "completion")))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-    if not rows:
-        raise ValueError(f"{path} holds no rows")
-    _, fields, completions = zip(*rows, strict=True)
-    rewards = grade_all(task, protocol, fields, completions)
-    sums = sums_by_name([Graded(i, 0, reward) for i, reward in enumerate(rewards)])  # each row is a problem
-    facts = {"task": task, "version": entry.task.version, "protocol": protocol, "n": len(rewards)}
-    without = sum(None in each.values() for each in fields)
-    if without:
-        facts["no_answer"] = without
-    return facts | with_intervals({name: sums[name] for name in (*RATES, headline(sums)) if name in sums})

@@ -1,7 +1,9 @@
 """Scanners that find an answer in a completion. Each takes linear time on any text, and none raises."""
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 
 LONGEST = 10_000  # characters of an answer, box or expression; a longer one counts as none
 # d1's parsers have no limits; ours are far beyond any completion.
@@ -61,6 +63,44 @@ def final_answer(text: str) -> str | None:
     box = last_box(text if block is None else block)  # an answer block outranks a box in the working
     found = block if box is None else box
     return None if found is None or len(found) > LONGEST else found.strip()
+
+
+def readings(unmarked: str | None = None) -> dict[str, Callable[[str], str | None]]:
+    """The places where papers and harnesses look for an answer, first and last of each kind, by name.
+
+    Args:
+        unmarked: A pattern of an answer that nothing marks, which takes linear time on any text; None: no such reading.
+
+    Returns:
+        Functions of a completion to its answer, or None where it has none of that kind.
+    """
+    found: dict[str, Callable[[str], str | None]] = {
+        "first <answer>": _first_answer,
+        "last <answer>": last_answer,
+        "first \\boxed": _first_box,
+        "last \\boxed": partial(last_box, names=("\\boxed",)),
+        "first ####": partial(_pattern, re.compile("####([^\n]*)"), 0),
+        "last ####": partial(_pattern, re.compile("####([^\n]*)"), -1),
+    }
+    if unmarked is not None:
+        found["first unmarked"] = partial(_pattern, re.compile(unmarked), 0)
+        found["last unmarked"] = partial(_pattern, re.compile(unmarked), -1)
+    return found
+
+
+def _first_answer(text: str) -> str | None:
+    start = text.find("<answer>")
+    return None if start < 0 else cut(text, start + len("<answer>"), (*SPECIAL, "</answer>", "<answer>"))
+
+
+def _first_box(text: str) -> str | None:
+    start = text.find("\\boxed{")
+    return None if start < 0 else _balanced(text, start + len("\\boxed{"))
+
+
+def _pattern(pattern: re.Pattern[str], which: int, text: str) -> str | None:
+    found = pattern.findall(text[:FARTHEST] if which == 0 else text[-FARTHEST:])
+    return found[which].strip() if found else None
 
 
 def d1_box(text: str) -> str | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dllm_rl.tasks import reasoning_gym as gym
+from dllm_rl.tasks.answers import readings
 from dllm_rl.tasks.base import Grader, Problem, Reward, Task
 from dllm_rl.tasks.code import sandbox
 from dllm_rl.tasks.code import task as code
@@ -26,15 +27,21 @@ class Entry:
     require: Mapping[str, Callable[[], None]] = field(default_factory=dict)  # ImportError without a package
     # The slow part of many grades ahead, in parallel: (fields, completions) -> None.
     prepare: Mapping[str, Callable[[Sequence[Mapping[str, Any]], Sequence[str]], None]] = field(default_factory=dict)
+    # Where an answer may stand: (completion) -> answer or None. `strict` grades what was read.
+    readings: Mapping[str, Callable[[str], str | None]] = field(default_factory=dict)
 
 
 # SPG grades Sudoku, Countdown and MATH500 as d1 does; ESPO grades Sudoku and Countdown as d1 does.
 TABLE = {
-    "sudoku": Entry(Sudoku, sudoku.GRADERS, sudoku.read_fields),
-    "countdown": Entry(Countdown, countdown.GRADERS, countdown.read_fields),
-    "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k),
-    "math500": Entry(MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_NEEDS, math.MATH500_AT_ONCE),
-    "reasoning_gym": Entry(gym.ReasoningGym, {"strict": gym.gym_strict}, gym.read_fields),
+    "sudoku": Entry(Sudoku, sudoku.GRADERS, sudoku.read_fields, readings=readings(r"(?<!\d)(?:\d{81}|\d{16})(?!\d)")),
+    "countdown": Entry(
+        Countdown, countdown.GRADERS, countdown.read_fields, readings=readings(r"(?<![( ])[( ]*+\d[\d+\-*/() ]*+")
+    ),
+    "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k, readings=readings(r"-?\d+(?:,\d{3})*(?:\.\d+)?")),
+    "math500": Entry(
+        MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_NEEDS, math.MATH500_AT_ONCE, readings()
+    ),
+    "reasoning_gym": Entry(gym.ReasoningGym, {"strict": gym.gym_strict}, gym.read_fields, readings=readings()),
     "code": Entry(code.Code, code.GRADERS, code.read_fields, {"sandbox": sandbox.require}, {"sandbox": code.run_all}),
 }
 TASKS = {name: entry.task for name, entry in TABLE.items()}

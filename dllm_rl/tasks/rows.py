@@ -106,6 +106,8 @@ def _table(path: Path) -> list[Row]:
             rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
             raise ValueError(f"{path}: not JSON in UTF-8 ({error}); correct it") from None
+        if isinstance(rows, dict):  # an evaluation of d1's
+            rows = rows.get("generations")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path} must hold a list of objects")
         return rows

@@ -18,8 +18,9 @@ from sorting import Mini
 from dllm_rl import Problem, Reward, evaluate, quantized_copy
 from dllm_rl.distributed.collectives import OneProcess
 from dllm_rl.evaluation.completions import fingerprint, fold, read
+from dllm_rl.evaluation.grading import grade_file
 from dllm_rl.evaluation.intervals import wilson
-from dllm_rl.evaluation.results import Evaluation, Graded, grade_file, interval, mean, sums_by_name
+from dllm_rl.evaluation.results import Evaluation, Graded, interval, mean, sums_by_name
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import before_end, chosen_ids, decode, prompt_ids
 from dllm_rl.quantization.schemes import float8_weight_only

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from dllm_rl.evaluation.grading import grade_file
 from dllm_rl.evaluation.intervals import wilson
-from dllm_rl.evaluation.results import Evaluation, Graded, best_of, grade_file, interval, paired_differences
+from dllm_rl.evaluation.results import Evaluation, Graded, best_of, interval, paired_differences
 from dllm_rl.tasks import Problem, Reward, Sudoku
 from dllm_rl.tasks.protocols import PROTOCOLS, under_protocol
 

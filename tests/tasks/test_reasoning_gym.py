@@ -7,7 +7,7 @@ from itertools import permutations, product
 import pytest
 from hash_seeds import printed_under_hash_seeds
 
-from dllm_rl.evaluation.results import grade_file
+from dllm_rl.evaluation.grading import grade_file
 from dllm_rl.tasks import ReasoningGym, Task
 from dllm_rl.tasks.reasoning_gym import KINDS, coloring, exact, gym_strict, read_fields
 

@@ -127,9 +127,7 @@ def test_the_config_of_a_hubs_model_is_read_without_its_weights(hub):
     assert loading.load_config("GSAI-ML/LLaDA-8B-Instruct")["n_layers"] == 32 and not fetched  # the package carries it
     with pytest.raises(ValueError, match="owner/circle: base_model_name_or_path leads back to itself"):
         loading.load_config("owner/circle")
-    with pytest.raises(
-        ValueError, match="^model='owner/none': the hub gives no config.json .404 Client Error.; give"
-    ):
+    with pytest.raises(ValueError, match=r"model='owner/none': the hub gives no config.json \(404 Client Error\)"):
         loading.load_config("owner/none")
     for text in ("", "/no/folder", "plain", "../up"):
         with pytest.raises(ValueError, match="path_or_id="):

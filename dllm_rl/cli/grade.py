@@ -1,0 +1,67 @@
+"""`dllm-rl grade`: grades stored completions, anyone's, by one protocol or by every rule of the task."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dllm_rl.evaluation.grading import grade_by_every_rule, grade_file
+from dllm_rl.screen import NARROW, literal
+
+MOST_PAIRS = 12  # of rules, on the screen
+
+
+def grade_command(file: str, *, task: str, protocol: str, as_json: bool) -> None:
+    """Print the grades: JSON, or of protocol="all" tables of every rule and of where two rules differ."""
+    if protocol != "all":
+        print(json.dumps(grade_file(file, task=task, protocol=protocol)))
+        return
+    graded = grade_by_every_rule(file, task=task)
+    if as_json:
+        print(json.dumps(graded))
+        return
+    console = Console()
+    console.print(rules_table(graded, file))
+    console.print(differences_table(graded) if graded["differences"] else "every rule gives every row the same verdict")
+    for protocol, why in graded["not_graded"].items():
+        console.print(literal(f"not graded under {protocol}: {why}"), soft_wrap=True)
+
+
+def rules_table(graded: dict[str, Any], file: str) -> Table:
+    """A line for each protocol and reading: the rows of full marks, and rates with 95 % intervals."""
+    rules = graded["rules"]
+    rates = [name for name in ("accuracy", "solve_rate", "cell_accuracy") if any(name in row for row in rules.values())]
+    title = f"{graded['task']} (version {graded['version']}), {graded['n']} rows of {file}"
+    caption = "right: rows of full marks. A reading, as last <answer>, is graded by strict."
+    shown = Table(title=literal(title, style="table.title"), caption=caption, **NARROW)
+    shown.add_column("graded by", overflow="fold")
+    for name in ("right", *rates, "parsed"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for rule, row in rules.items():
+        cells = [
+            "{:.3f} [{:.3f}, {:.3f}]".format(row[name], *row[f"{name}_interval"]) if name in row else ""
+            for name in rates
+        ]
+        shown.add_row(literal(rule), str(row["right"]), *cells, f"{row['parsed']:.3f}")
+    return shown
+
+
+def differences_table(graded: dict[str, Any]) -> Table:
+    """A line for each two rules that disagree, and which rows to look at."""
+    pairs = graded["differences"]
+    shown = Table(title="Rows with another verdict", **NARROW)
+    for name in ("between", "and"):
+        shown.add_column(name, overflow="fold")
+    for name in ("rows", "only the first is right"):
+        shown.add_column(name, justify="right")
+    shown.add_column("the first ones", overflow="fold")
+    for pair in pairs[:MOST_PAIRS]:
+        more = ", ..." if pair["rows"] > len(pair["ids"]) else ""
+        ids = literal(", ".join(pair["ids"]) + more)
+        shown.add_row(
+            *(literal(", ".join(rules)) for rules in pair["rules"]), str(pair["rows"]), str(pair["only_first"]), ids
+        )
+    if len(pairs) > MOST_PAIRS:
+        shown.caption = f"{len(pairs) - MOST_PAIRS} more pairs differ in fewer rows; --json has all"
+    return shown

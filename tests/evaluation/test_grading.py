@@ -1,0 +1,100 @@
+"""Stored completions under every protocol and reading, of the formats of others."""
+
+import json
+
+import pytest
+
+from dllm_rl.cli.main import main
+from dllm_rl.evaluation.grading import grade_by_every_rule, grade_file, read_completions
+from dllm_rl.tasks.protocols import TABLE
+
+TEXTS = [
+    "<answer>18</answer>",
+    "\\boxed{18}",
+    "#### 18",
+    "so 18 it is",
+    "<answer>17</answer> no: <answer>18</answer>",
+    "\\boxed{17}, no: \\boxed{18}",
+    "17 or 18 or 19",
+]
+
+
+def write(path, rows) -> str:
+    text = json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text)
+    return str(path)
+
+
+def test_each_rule_by_hand(tmp_path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"id": i, "completion": text, "answer": "18"} for i, text in enumerate(TEXTS)])
+    found = grade_by_every_rule(path, task="gsm8k")
+    right = {name: rule["right"] for name, rule in found["rules"].items()}
+    assert right == {
+        **{"strict": 4, "d1": 2, "spg": 4, "espo": 6},  # d1 reads the first box, and the first block's last number
+        **{"first <answer>": 1, "last <answer>": 2, "first \\boxed": 1, "last \\boxed": 2},
+        **{"first ####": 1, "last ####": 1, "first unmarked": 4, "last unmarked": 6},
+    }
+    for name in ("strict", "d1", "spg", "espo"):
+        alone = grade_file(path, task="gsm8k", protocol=name)
+        rule = {key: value for key, value in found["rules"][name].items() if key != "right"}
+        assert rule == {key: alone[key] for key in rule}
+    between = {(*map(tuple, each["rules"]),): each for each in found["differences"]}
+    assert [each["rows"] for each in found["differences"]] == sorted(
+        (e["rows"] for e in between.values()), reverse=True
+    )
+    pair = between[("strict",), ("d1",)]
+    assert (pair["rows"], pair["only_first"], pair["ids"]) == (2, 2, ["4", "5"])
+    assert ("first ####", "last ####") in {rules for pair in between for rules in pair}  # they agree: one
+
+
+def test_files_of_d1_and_of_the_harness_are_read(tmp_path) -> None:
+    grid, puzzle = "1234341221434321", "1234341200430021"
+    files = {
+        "gsm8k": [{"question": "?", "prompt_input": "?", "generations": "\\boxed{18}", "ground_truth": 18.0}],
+        "math500": [{"generations": "\\boxed{18}", "ground_truth": "18"}],
+        "countdown": [{"generations": "\\boxed{3*5+7}", "ground_truth": [[3, 5, 7], 22]}],
+        "sudoku": [
+            {"question": puzzle, "generations": f"<answer>{grid}</answer>", "ground_truth": grid},
+            {"question": f"The puzzle: {puzzle}.", "generations": f"<answer>{grid}</answer>", "ground_truth": grid},
+        ],
+    }
+    for task, rows in files.items():
+        path = tmp_path / f"{task}.json"
+        path.write_text(json.dumps({"generations": rows, "metrics": {}}))
+        found = grade_by_every_rule(path, task=task)
+        assert found["rules"]["strict"]["right"] == found["rules"]["d1"]["right"] == found["n"] == len(rows)
+    sample = {"doc_id": 7, "doc": {"question": "?", "answer": "9 and 9 #### 18"}, "target": "x", "resps": [["#### 18"]]}
+    path = write(tmp_path / "samples.jsonl", [sample, {"completion": "#### 18", "reference": {"answer": 18}}])
+    assert [each.id for each in read_completions(path, "gsm8k")] == ["7", "line 2"]
+    assert grade_by_every_rule(path, task="gsm8k")["rules"]["espo"]["right"] == 2
+    with pytest.raises(ValueError, match=r"line 1: resps holds several texts"):
+        grade_file(write(tmp_path / "b.jsonl", [sample | {"resps": [["a", "b"]]}]), task="gsm8k")
+
+
+def test_a_protocol_that_cannot_grade_the_rows_is_named(tmp_path) -> None:
+    nine = {"completion": "", "puzzle": "0" * 81, "solution": "1" * 81}
+    with pytest.raises(ValueError, match="line 1"):  # strict's fault is the file's
+        grade_by_every_rule(write(tmp_path / "a.jsonl", [nine | {"puzzle": 1}]), task="sudoku")
+    solved = "123456789456789123789123456214365897365897214897214365531642978642978531978531642"
+    row = {"completion": solved, "puzzle": "0" + solved[1:], "solution": solved}
+    found = grade_by_every_rule(write(tmp_path / "b.jsonl", [row]), task="sudoku")
+    assert found["rules"]["strict"]["right"] == 1 and "4x4" in found["not_graded"]["d1"] and "d1" not in found["rules"]
+
+
+def test_the_screen_shows_tables_and_no_control_character(tmp_path, capsys) -> None:
+    evil = "\x1b[2J[bold]\u202e"
+    rows = [{"id": evil, "completion": f"{evil}<answer>17</answer><answer>18</answer>{evil}", "answer": "18"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert main(["grade", "--task", "gsm8k", "--protocol", "all", path]) == 0
+    out = capsys.readouterr().out
+    assert "last <answer>" in out and "[bold]" in out and not {"\x1b", "\u202e"} & set(out)
+    assert main(["grade", "--task", "gsm8k", "--protocol", "all", "--json", path]) == 0
+    assert json.loads(capsys.readouterr().out)["differences"][0]["ids"] == [evil]
+
+
+@pytest.mark.parametrize("unit", ["(", " ", "1", "1,", "<answer>", "\\boxed{", "####", "1+", "\\boxed{1}", "-"])
+def test_a_reading_takes_linear_time(unit) -> None:
+    text = unit * (1_000_000 // len(unit))  # quadratic time would not end
+    for task, entry in TABLE.items():
+        for name, reading in entry.readings.items():
+            assert reading(text) is None or len(str(reading(text))) <= len(text), (task, name)
