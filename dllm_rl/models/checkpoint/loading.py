@@ -412,10 +412,10 @@ def load_config(path_or_id: str | Path, *, above: tuple[str, ...] = ()) -> dict[
     carried = CONFIGS / f"{text.replace('/', '--')}.json"
     if carried.is_file():
         return json.loads(carried.read_text())
-    folder = _fetch(text, "config.json") or _fetch(text, "adapter_config.json")
-    if folder is None:
+    fetched = _fetch(text, "config.json") or _fetch(text, "adapter_config.json")
+    if fetched is None:
         raise ValueError(f"model={text!r}: its repository has no config.json; give a folder that holds it")
-    return load_config(folder, above=(*above, text))
+    return load_config(fetched, above=(*above, text))
 
 
 def _fetch(hub_id: str, file: str) -> Path | None:
