@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dllm_rl.cli.options import add_model_options, open_policy
 from dllm_rl.screen import escape_controls, imports_interruptible, line_of
@@ -45,17 +45,20 @@ def check_paths(arguments: argparse.Namespace) -> None:
 def add_sample(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("sample", help="complete prompts with a checkpoint, and watch it being done")
     sub.add_argument("model", help="a checkpoint's or a run's folder")
-    sub.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to complete; none: lines of standard input")
-    sub.add_argument("--max_new_tokens", type=int, default=16, help="tokens per completion (default 16)")
+    texts = "texts to complete; none: lines of standard input, or at a terminal the run's held-out problems"
+    sub.add_argument("prompts", nargs="*", metavar="PROMPT", help=texts)
+    sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the run's, or 16)")
     sub.add_argument("--chat", action="store_true", help="a prompt is a user's message, for a model of instructions")
     sub.add_argument("--blank", metavar="TEXT", help="what stands for a token to fill in, wherever a prompt has it")
     sub.add_argument(
         "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
     )
     sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    sub.add_argument("--temperature", type=float, help="0 is greedy (default: as the run's evaluations, or 0)")
     sub.add_argument("--top_k", type=int)
     sub.add_argument("--top_p", type=float)
+    ids = "token ids that are never sampled, as 0,2; none (default: the run's)"
+    sub.add_argument("--suppress", type=_token_ids, help=ids)
     ranks = "confidence, max_prob, margin, entropy, random or plackett_luce=0.3 (default: what --commit is made for)"
     sub.add_argument("--rank", help=ranks)
     rules = "schedule (default), threshold=TAU, soft_threshold=TAU, factor=F, entropy_bound=GAMMA, soft_edit=RATE ..."
@@ -71,25 +74,30 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
+    from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_of
     from dllm_rl.cli.sample import show
     from dllm_rl.samplers.by_name import READERS, rank_for
 
+    run_sampler = sampler_of(arguments.model)
+    options = {"max_new_tokens": 16, "temperature": 0.0} if run_sampler is None else dict(run_sampler.keywords)
     if arguments.commit is not None:  # without a rule the sampler's own default ranks; a causal one has none
         arguments.rank = rank_for(arguments.commit, arguments.rank)
     shown = ("live", "delay", "seed", "group_size", "blank", "chat")
-    sampled = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "top_k", "top_p")
-    options = {name: getattr(arguments, name) for name in (*shown, *sampled)}
+    sampled = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "top_k", "top_p", "suppress")
+    given = {name: getattr(arguments, name) for name in (*shown, *sampled)}
     for name, read in READERS.items():
-        given = getattr(arguments, name)
-        options[name] = None if given is None else read(given)  # None: the sampler's own default
+        text = getattr(arguments, name)
+        given[name] = None if text is None else read(text)  # None: the sampler's own default
+    texts: list[Any] = arguments.prompts
+    if not texts:
+        problems = problems_of(arguments.model, 4)
+        texts = ([] if problems and sys.stdin.isatty() else lines_of_input()) or problems
+    elif run_sampler is not None:
+        chat, blank = form_of_prompts(arguments.model)
+        given |= {"chat": given["chat"] or chat, "blank": blank if given["blank"] is None else given["blank"]}
     policy = open_policy(arguments)  # names the checkpoint, too
-    show(
-        policy,
-        arguments.prompts or lines_of_input(),
-        as_json=arguments.json,
-        checkpoint=arguments.checkpoint,
-        **options,
-    )
+    options |= {name: value for name, value in given.items() if value is not None}
+    show(policy, texts, as_json=arguments.json, checkpoint=arguments.checkpoint, **options)
 
 
 def lines_of_input() -> list[str]:
@@ -165,6 +173,14 @@ def _numbers(text: str) -> list[int]:
     return list(map(int, parts))
 
 
+def _token_ids(text: str) -> tuple[int, ...]:
+    if text == "none":
+        return ()
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} must be token ids, as 0,2, or none")
+    return tuple(map(int, text.split(",")))
+
+
 def _names(text: str) -> list[str]:
     return text.split(",")
 
@@ -221,15 +237,15 @@ def lm_eval(arguments: argparse.Namespace) -> None:
 def add_doctor(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("doctor", help="say where the mismatch of quantised rollouts comes from")
     sub.add_argument("model", help="a checkpoint's or a run's folder")
-    sub.add_argument("--quantization", default="float8_weight_only", help="a scheme, or none (default %(default)s)")
-    sub.add_argument("--task", default="sudoku", help="whose prompts are sampled (default sudoku)")
+    sub.add_argument("--quantization", help="a scheme, or none (default: the run's, or float8_weight_only)")
+    sub.add_argument("--task", help="whose prompts are sampled (default: the run's, or sudoku)")
     sub.add_argument("--num_prompts", type=int, default=32, help="two completions each (default 32)")
     sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the task's)")
     sub.add_argument(
         "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
     )
-    sub.add_argument("--temperature", type=float, default=1.0)
-    sub.add_argument("--rank", default="max_prob", help="the run's (default %(default)s, as that of grpo)")
+    sub.add_argument("--temperature", type=float, help="default: the run's, or 1")
+    sub.add_argument("--rank", help="default: the run's, or max_prob, as that of grpo")
     add_model_options(sub)
     sub.add_argument("--half_head", action="store_true", help="logits in 16 bits where --dtype is (default: in fp32)")
     sub.add_argument("--bound", type=float, help="exit with 1 when the mean |log-ratio| is above this, nats")
@@ -242,9 +258,9 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
 def doctor(arguments: argparse.Namespace) -> int:
     """Print the report; 1 when the mismatch is above --bound (mean |log-ratio|, nats), else 0."""
     from functools import partial
-    from pathlib import Path
 
     from dllm_rl.cli.evaluate import read_schemes
+    from dllm_rl.cli.run_settings import recipe_of, sampler_of, scheme_of, task_of
     from dllm_rl.diagnostics.doctor import diagnose
     from dllm_rl.diagnostics.findings import write_doctor
     from dllm_rl.models.tokens import encode, usual_length
@@ -252,19 +268,34 @@ def doctor(arguments: argparse.Namespace) -> int:
     from dllm_rl.samplers.by_name import read_rank
     from dllm_rl.tasks.protocols import TASKS
 
-    make = read_schemes([arguments.quantization])[arguments.quantization]
-    if arguments.task not in TASKS:
-        raise ValueError(f"task={arguments.task!r} is none of {', '.join(TASKS)}")
-    scheme, rank = make and make(), read_rank(arguments.rank)
-    policy = open_policy(arguments, float32_head=not arguments.half_head)
-    task = TASKS[arguments.task]()
-    length = arguments.max_new_tokens or usual_length(policy, task)
+    recipe = recipe_of(arguments.model)
+    name = arguments.task or "sudoku"
+    settings: dict[str, Any] = {}
+    if recipe is not None and arguments.task is None:
+        name, settings = task_of(arguments.model)
+    if name not in TASKS:
+        raise ValueError(f"task={name!r} is none of {', '.join(TASKS)}")
+    if recipe is not None and arguments.quantization is None:
+        make = scheme_of(arguments.model)
+    else:
+        make = next(iter(read_schemes([arguments.quantization or "float8_weight_only"]).values()))
+    scheme = make and make()
+    given = {name: getattr(arguments, name) for name in ("max_new_tokens", "diffusion_steps", "temperature")}
+    given["rank"] = arguments.rank and read_rank(arguments.rank)
+    options = {"temperature": 1.0, "rank": read_rank("max_prob")}
+    if (run_sampler := sampler_of(arguments.model, "sampler")) is not None:
+        options = dict(run_sampler.keywords)
+    options |= {name: value for name, value in given.items() if value is not None}
+    head = not arguments.half_head and (recipe is None or recipe.get("float32_head") is not False)
+    policy = open_policy(arguments, float32_head=head)
+    task = TASKS[name](**settings)
+    options.setdefault("max_new_tokens", usual_length(policy, task))
     if policy.spec.attention == "encoder_decoder":
         raise ValueError(f"doctor takes the steps of a model with masks; {policy.spec.name!r} has none")
-    sampler = partial(sampler_for(policy), max_new_tokens=length, temperature=arguments.temperature)
-    if policy.spec.attention != "causal":
-        sampler = partial(sampler, diffusion_steps=arguments.diffusion_steps, rank=rank)
-    prompts = encode(policy, [task[i] for i in range(arguments.num_prompts)], group_size=2)
+    if policy.spec.attention == "causal":
+        options = {name: value for name, value in options.items() if name not in ("diffusion_steps", "rank")}
+    sampler = partial(sampler_for(policy), **options)
+    prompts = encode(policy, [task[i] for i in range(min(arguments.num_prompts, len(task)))], group_size=2)
     found = diagnose(policy, scheme, prompts=prompts, sampler=sampler, seed=arguments.seed)
     write_doctor(found, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))
     return int(arguments.bound is not None and found.worst > arguments.bound)

@@ -1,4 +1,4 @@
-"""The task and the sampler of a run's evaluations, for commands that are given none."""
+"""The task, the samplers and the scheme of a run, for commands that are given none."""
 
 import ast
 import inspect
@@ -9,6 +9,7 @@ from typing import Any
 
 from dllm_rl.cli.options import checkpoint_of
 from dllm_rl.files import read_json
+from dllm_rl.tasks.base import Problem
 
 Call = tuple[str, dict[str, Any]]  # a function's name and its keywords
 
@@ -47,15 +48,39 @@ def task_of(model: str) -> Call:
     raise ValueError(f"{model}: its task is of a script, {text}; give --task, or call dllm_rl.evaluate in the script")
 
 
-def sampler_of(model: str) -> partial | None:
-    """The sampler of a run's evaluations; None for no run's folder, and for a sampler that is not the library's."""
+def problems_of(model: str, count: int) -> list[Problem]:
+    """The first held-out problems of a run; none for no run's folder, and for a run of a script's task."""
+    from dllm_rl.tasks.protocols import TASKS
+
+    try:
+        name, settings = task_of(model)
+    except ValueError:
+        return []
+    task = TASKS[name](**settings)
+    return [task[i] for i in range(min(count, len(task)))]
+
+
+def form_of_prompts(model: str) -> tuple[bool, str | None]:
+    """Whether the prompts of a run's task are chats, and what stands for a token to fill in."""
+    try:
+        _, settings = task_of(model)
+    except ValueError:
+        return False, None
+    problem = problems_of(model, 1) if settings.get("infill") else []
+    chat = settings.get("chat") is True and settings.get("prompt_format") != "compact"
+    return chat, problem[0].blank if problem else None
+
+
+def sampler_of(model: str, field: str = "eval_sampler") -> partial | None:
+    """The sampler of a run's evaluations, or of its rollouts (field="sampler"); None for no run's folder, and for a
+    sampler that is not the library's."""
     from dllm_rl.samplers.autoregress import autoregress
     from dllm_rl.samplers.by_name import CACHES, COMMITS, RANKS
     from dllm_rl.samplers.renoise import renoise
     from dllm_rl.samplers.unmask import unmask
 
     recipe = recipe_of(model)
-    called = read_call(recipe.get("eval_sampler")) if recipe else None
+    called = read_call(recipe.get(field)) if recipe else None
     sampler = {each.__name__: each for each in (unmask, autoregress, renoise)}.get(called[0]) if called else None
     if called is None or sampler is None or not called[1].keys() <= parameters_of(sampler):
         return None
@@ -68,6 +93,24 @@ def sampler_of(model: str) -> partial | None:
             made = known[function]
             keywords[name] = made(**bound) if name == "cache" else partial(made, **bound) if bound else made
     return partial(sampler, **keywords)
+
+
+def scheme_of(model: str) -> Callable[[], Any] | None:
+    """What makes the scheme of a run's rollouts; None for rollouts in full precision, and for no run's folder.
+
+    Raises:
+        ValueError: The scheme is one of a script.
+    """
+    from dllm_rl.recipe import CHOICES
+
+    text = (recipe_of(model) or {}).get("rollout_quantization")
+    if text is None:
+        return None
+    name, keywords = read_call(text) or (text, {})
+    make = CHOICES["rollout_quantization"].get(name)
+    if make is None or not keywords.keys() <= parameters_of(make):
+        raise ValueError(f"{model}: its rollout_quantization is of a script, {text}; give --quantization")
+    return partial(make, **keywords)
 
 
 def read_call(text: Any) -> Call | None:

@@ -28,7 +28,7 @@ from dllm_rl.types import Prompts, Rollout
 
 def show(
     policy: Policy,
-    texts: Sequence[str],
+    texts: Sequence[str | Problem],
     *,
     as_json: bool = False,
     live: bool | None = None,  # draw each step; None: only on a terminal and without JSON
@@ -44,11 +44,11 @@ def show(
     if not texts:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
     options = {name: value for name, value in options.items() if value is not None}
-    asked = [Problem([{"role": "user", "content": text}] if chat else text, blank=blank) for text in texts]
-    prompts = encode(policy, asked, group_size=group_size)
+    problems = [as_problem(text, chat=chat, blank=blank) for text in texts]
+    prompts = encode(policy, problems, group_size=group_size)
     sampler = sampler_for(policy)
     options = check_options(policy, options)
-    prompt_texts = [text for text in texts for _ in range(group_size)]
+    prompt_texts = [shown_prompt(problem) for problem in problems for _ in range(group_size)]
     console = Console()
     live = console.is_terminal and not as_json if live is None else live
     began = time.perf_counter()  # after the prompts, which are no work of the model
@@ -56,7 +56,9 @@ def show(
         rollout = drawn(console, policy, prompts, prompt_texts, delay=delay, seed=seed, **options)
     else:
         rollout = sampler(policy, prompts, generator_for(seed), **options)
-    record = to_record(policy, rollout, prompt_texts, seconds=time.perf_counter() - began, whole=blank is not None)
+    record = to_record(
+        policy, rollout, prompt_texts, seconds=time.perf_counter() - began, whole=problems[0].blank is not None
+    )
     dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
     device = f"{policy.device}, {device_name(policy.device)}"
     record |= {"checkpoint": checkpoint, "dtype": dtype, "device": device}
@@ -66,6 +68,19 @@ def show(
         print(json.dumps(record))
     else:
         print_record(record)
+
+
+def as_problem(text: str | Problem, *, chat: bool, blank: str | None) -> Problem:
+    if isinstance(text, Problem):
+        return text
+    return Problem([{"role": "user", "content": text}] if chat else text, blank=blank)
+
+
+def shown_prompt(problem: Problem) -> str:
+    """The prompt's text; of a chat, the user's last message."""
+    if isinstance(problem.prompt, str):
+        return problem.prompt
+    return next((turn["content"] for turn in reversed(problem.prompt) if turn["role"] == "user"), "")
 
 
 def check_options(policy: Policy, options: Mapping[str, Any]) -> dict[str, Any]:

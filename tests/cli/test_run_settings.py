@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from tiny_recipe import tiny_recipe
@@ -11,6 +12,7 @@ from dllm_rl.cli import run_settings
 from dllm_rl.cli.main import main
 from dllm_rl.cli.run_settings import read_call, sampler_of, task_of
 from dllm_rl.members import describe
+from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.samplers.rules import threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks import Sudoku
@@ -20,7 +22,8 @@ from dllm_rl.tasks import Sudoku
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     sampler = partial(unmask, max_new_tokens=16, diffusion_steps=None, commit=partial(threshold, tau=0.75))
-    train(tiny_recipe(folder, num_steps=1, warmup_steps=0, eval_sampler=partial(sampler, suppress=(0, 2))))
+    rollout = {"sampler": partial(sampler, temperature=0.8), "rollout_quantization": int8_weight_only}
+    train(tiny_recipe(folder, num_steps=1, warmup_steps=0, eval_sampler=partial(sampler, suppress=(0, 2)), **rollout))
     return folder
 
 
@@ -38,6 +41,43 @@ def test_an_option_replaces_the_runs_own(run, capsys):
     assert main(["evaluate", str(run), "--json", "--limit", "2", "--commit", "schedule", "--set", "seed=3"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["n"] == 2 and row["commit"] == "schedule"
+
+
+def test_sample_takes_sampler_and_problems_from_the_run(run, capsys, monkeypatch):
+    """Its suppressed ids, too; an option replaces one of them."""
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    assert main(["sample", str(run), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    task = Sudoku(**task_of(str(run))[1])
+    assert [row["prompt"] for row in record["rows"]] == [task[i].prompt for i in range(4)]
+    assert record["sampler"] == json.loads((run / "summary.json").read_text())["recipe"]["eval_sampler"]
+    assert main(["sample", str(run), "12", "--json", "--suppress", "3,4", "--max_new_tokens", "5"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert "suppress=(3, 4)" in record["sampler"] and "tau=0.75" in record["sampler"]
+    assert [row["prompt"] for row in record["rows"]] == ["12"] and record["num_tokens"] == 5
+    assert not {"1", "2"} & {token["text"] for row in record["rows"] for token in row["tokens"]}  # ids 3 and 4
+
+
+@pytest.mark.parametrize("options", [[], ["--quantization", "none", "--temperature", "0.5"]])
+def test_doctor_takes_task_sampler_and_scheme_from_the_run(run, monkeypatch, options):
+    seen = {}
+
+    def diagnose(policy, scheme, *, prompts, sampler, seed):
+        seen.update(scheme=scheme, sampler=describe(sampler), rows=len(prompts.tokens))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("dllm_rl.diagnostics.doctor.diagnose", diagnose)
+    assert main(["doctor", str(run), "--num_prompts", "3", *options]) == 2
+    sampler = json.loads((run / "summary.json").read_text())["recipe"]["sampler"]
+    wanted = sampler.replace("temperature=0.8", "temperature=0.5") if options else sampler
+    assert seen["rows"] == 3 and seen["sampler"] == wanted
+    assert (seen["scheme"] is None) == bool(options)
+
+
+def test_a_scripts_scheme_is_named(monkeypatch):
+    monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"rollout_quantization": "mine:scheme(bits=3)"})
+    with pytest.raises(ValueError, match="rollout_quantization is of a script, mine:scheme"):
+        run_settings.scheme_of("runs/mine")
 
 
 def test_what_is_read_back_is_what_was_described(run):
