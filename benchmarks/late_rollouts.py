@@ -24,13 +24,9 @@ import torch
 from benchmarks.measure import machine, table, write_json
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.monitoring.log import RunLog
-from dllm_rl.training.late_rollouts import (
-    as_bytes,
-    batch_from_bytes,
-    from_bytes,
-    make_workers,
-    trained_weights,
-)
+from dllm_rl.training.context import StepContext
+from dllm_rl.training.late_rollouts.ray_pool import ray_workers
+from dllm_rl.training.late_rollouts.serialization import as_bytes, batch_from_bytes, from_bytes, trained_weights
 from dllm_rl.training.learner import step, update
 from dllm_rl.training.policies import engine_of, make_optimizer, make_policy
 from dllm_rl.training.rollouts import collect
@@ -48,9 +44,17 @@ class Turns:
         self.engine = engine_of(job)
         self.rollout_policy = self.engine.load(self.policy)
         self.optimizer = make_optimizer(job, self.policy)
-        workers = make_workers(job)
+        workers = ray_workers(job)
         assert workers is not None, "the recipe has workers"
-        workers.set_up(self.policy, print)
+        workers.set_up(
+            StepContext(
+                recipe=job,
+                accelerator=self.accelerator,
+                log=self.log,
+                policy=self.policy,
+                rollout_policy=self.rollout_policy,
+            )
+        )
         self.workers = workers
         self.number = 0
 
@@ -78,7 +82,7 @@ class Turns:
         return {"rollout": median(rollouts), "learning": median(learning)}
 
     def hand_out(self, number: int) -> None:
-        self.workers.submit(number, self.workers.put(trained_weights(self.policy)))
+        self.workers.submit(number, trained_weights(self.policy))
 
     def overlapped(self, steps: int) -> dict[str, float]:
         """Mean seconds of a step in the long run, and the worker's own median."""

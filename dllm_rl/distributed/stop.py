@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
+from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -33,6 +33,7 @@ class HasFolder(Protocol):
 
 Returned = TypeVar("Returned")
 Record = TypeVar("Record", bound=HasFolder)
+Others = ParamSpec("Others")
 
 
 class Stopped(BaseException):
@@ -155,16 +156,18 @@ def leave_folder(directory: Path) -> None:
             remove(directory)
 
 
-def leaving_nothing_behind(train: Callable[[Record], Returned]) -> Callable[[Record], Returned]:
+def leaving_nothing_behind(
+    train: Callable[Concatenate[Record, Others], Returned],
+) -> Callable[Concatenate[Record, Others], Returned]:
     """`train`, which restores the signal handlers and unlocks the run's folder however it ends."""
 
     @wraps(train)
-    def wrapped(recipe: Record) -> Returned:
+    def wrapped(recipe: Record, *others: Others.args, **options: Others.kwargs) -> Returned:
         ending = ExitStack()
         before_this = _ENDING.set(ending)
         try:
             with handlers_kept(), ending:
-                return train(recipe)
+                return train(recipe, *others, **options)
         except Stopped as stopped:
             if interactive():  # a notebook goes on, and would hide a SystemExit's status
                 raise KeyboardInterrupt(f"status {stopped.args[0]}") from None

@@ -11,11 +11,12 @@ from dllm_rl.device import send
 from dllm_rl.distributed.collectives import local
 from dllm_rl.models.tokens import written_tokens
 from dllm_rl.monitoring.log import finite
+from dllm_rl.recipe import Recipe
 from dllm_rl.screen import NARROW, literal
 from dllm_rl.tasks.base import Problem, parts
 from dllm_rl.training.balance import of_sampled_rows
+from dllm_rl.training.context import StepContext
 from dllm_rl.training.rollouts import Answer
-from dllm_rl.training.run import Run
 from dllm_rl.training.samples import Samples
 from dllm_rl.types import Logprobs, Rollout
 
@@ -24,7 +25,7 @@ CHARACTERS = 160  # of a text in the table, from its two ends
 
 
 def log_completions(
-    run: Run,
+    run: StepContext[Recipe],
     step: int,
     answers: list[Answer],  # of the rows that this process sampled, as `sampled`
     sampled: Rollout,

@@ -6,22 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 
 from dllm_rl.callbacks import RunControl
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import Stop
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.json_lines import current_rows
-from dllm_rl.monitoring.log import RunLog
-from dllm_rl.recipe import Settings
 from dllm_rl.screen import escape_controls
-
-Record = TypeVar("Record", bound=Settings)
+from dllm_rl.training.context import Record, StepContext
+from dllm_rl.training.late_rollouts.schedule import LateRollouts
 
 
 class Writer:
@@ -76,23 +73,17 @@ class Writer:
         return said
 
 
-@dataclass(eq=False)
-class Run(Generic[Record]):
+@dataclass(eq=False, kw_only=True)
+class Run(StepContext[Record]):
     """What a run of RL or SFT owns from its start to its summary."""
 
-    recipe: Record
-    accelerator: Accelerator
-    log: RunLog
-    policy: Policy
-    rollout_policy: Policy
-    reference: Policy | None
     optimizer: torch.optim.Optimizer
     state: TrainingState  # replaced as a whole: another thread never reads the fields of two steps
     stop: Stop
     writer: Writer
     progress: Callable[..., None]
     teacher: Policy | None = None  # of a model of its own, for `distillation`
-    late: Any = None  # `late_rollouts.LateRollouts`, where workers make the rollouts
+    late: LateRollouts | None = None  # where workers make the rollouts
     control: RunControl = field(init=False)
     saved: int | None = None  # step of the last save
     owns_folder: bool = True  # else another run has locked it since

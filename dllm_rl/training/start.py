@@ -22,7 +22,8 @@ from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.cautions import cautions, of_emulated_products
 from dllm_rl.training.distillation import teacher_policy
 from dllm_rl.training.hooks import before_first_step
-from dllm_rl.training.late_rollouts import late_rollouts, make_workers
+from dllm_rl.training.late_rollouts.ray_pool import ray_workers
+from dllm_rl.training.late_rollouts.schedule import LateRollouts, Pool
 from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
     check_compiled,
@@ -41,7 +42,7 @@ from dllm_rl.training.saving import check_lock, make_writer, protect, save
 from dllm_rl.training.sharded_learner import check_batches, check_engine, check_sharding, first_home, share_out
 
 
-def start(recipe: Recipe) -> Run[Recipe]:
+def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     """A run at its first step, fresh or as a checkpoint left it. Raises ValueError if the recipe cannot run."""
     # 1. Refuse what needs no model, and join the processes. From here on a signal ends the process at once.
     if recipe.zero_mismatch:
@@ -49,7 +50,8 @@ def start(recipe: Recipe) -> Run[Recipe]:
     check_compiled(recipe)
     check_hub(recipe)
     check_tasks(recipe)
-    workers = make_workers(recipe)  # they import torch while the model is made
+    if pool is None or not recipe.rollout_workers:
+        pool = ray_workers(recipe)  # they import torch while the model is made
     accelerator, stop, peers = launch(recipe)
 
     # 2. A new run rehearses a step. A recipe refused up to here overwrites nothing.
@@ -95,7 +97,10 @@ def start(recipe: Recipe) -> Run[Recipe]:
         progress=log.view("training", recipe.num_steps, curve="reward", completed=state.step),
         checkpoint=str(folder or ""),
     )
-    run.late = late_rollouts(run, workers, folder)
+    if pool is not None:
+        pool.set_up(run)
+        run.late = LateRollouts(run, pool)
+        run.late.begin(state.step, folder)
 
     # 6. The first checkpoint. From here on whatever ends the run finds a complete step to save.
     if not folder:

@@ -12,6 +12,7 @@ from dllm_rl.training.distillation import teach
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import Summary, finish
 from dllm_rl.training.hooks import after_step
+from dllm_rl.training.late_rollouts.schedule import Pool
 from dllm_rl.training.learner import step, update
 from dllm_rl.training.policies import engine_of
 from dllm_rl.training.rollouts import collect
@@ -21,14 +22,22 @@ from dllm_rl.training.validation import validate
 
 
 @leaving_nothing_behind
-def train(recipe: Recipe) -> Summary:
-    """Run a recipe; returns its summary with the trained policy. Raises ValueError before any work on a bad recipe."""
+def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
+    """Run a recipe; returns its summary with the trained policy.
+
+    Args:
+        recipe: The run's settings.
+        pool: Who makes the rollouts of a recipe with `rollout_workers`; None: Ray workers.
+
+    Raises:
+        ValueError: The recipe cannot run; raised before any work.
+    """
     if recipe.dry_run:
         text = plan(recipe)
         if os.environ.get("RANK", "0") == "0":  # one plan, whatever was launched
             print(escape_controls(text, keep="\n"))
         return Summary({"plan": text})
-    run = start(recipe)  # fresh, or from a checkpoint
+    run = start(recipe, pool)  # fresh, or from a checkpoint
     policy = run.policy
     rollout_policy = run.rollout_policy
     accelerator = run.accelerator

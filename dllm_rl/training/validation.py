@@ -6,7 +6,7 @@ from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.tasks.base import Task
-from dllm_rl.training.run import Run
+from dllm_rl.training.context import StepContext
 
 
 def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> dict[str, float]:
@@ -19,7 +19,7 @@ def shown(found: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name in names)
 
 
-def validate(run: Run[Recipe], step: int) -> dict[str, float]:
+def validate(run: StepContext[Recipe], step: int) -> dict[str, float]:
     """Metrics on the validation task every eval_steps; none in between."""
     recipe = run.recipe
     if not recipe.eval_steps or (step + 1) % recipe.eval_steps:  # step counts from 0

@@ -21,10 +21,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from shutil import rmtree
 from statistics import covariance, mean, stdev, variance
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dllm_rl import Recipe
 from dllm_rl.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from dllm_rl.training.late_rollouts.schedule import Pool
 
 # Student's t, 95 %, by the number of seeds.
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -93,7 +96,7 @@ def capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> None:
+def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int, pool: "Pool | None" = None) -> None:
     """Train and evaluate one arm; leaves `root`/results/....json. A run whose gradient is not finite has diverged: its
     rates count as 0."""
     from dllm_rl.monitoring.plots import read_metrics
@@ -115,7 +118,7 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int) -> No
         settings["model"] = str(warm_up(study.base, seed, root / "warm" / str(seed)))
     kept: dict[str, Any] = {"arm": arm, "seed": seed, "num_steps": num_steps, "diverged": False}
     try:
-        summary = train(replace(study.base, **(settings | study.arms[arm])))
+        summary = train(replace(study.base, **(settings | study.arms[arm])), pool)
     except FloatingPointError as error:
         print(f"diverged: {error}")
         kept |= {"diverged": True, "after": 0.0, "quantised": 0.0}

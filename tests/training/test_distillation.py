@@ -20,7 +20,7 @@ from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import plackett_luce, random
 from dllm_rl.training.distillation import finer, log_ratio, teacher_policy
 from dllm_rl.training.grpo import grpo_recipe
-from dllm_rl.training.late_rollouts import in_this_process
+from dllm_rl.training.late_rollouts.schedule import InTurn
 from dllm_rl.training.policies import make_policy
 from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome
 
@@ -232,9 +232,8 @@ def test_the_order_of_draws_counts_on_both_sides_in_the_same_steps(tmp_path):
 def test_late_rollouts_are_scored_by_the_learners_process(tmp_path):
     """Without staleness the steps of a plain run; q is the record of the weights that sampled."""
     plain = train(taught_recipe(tmp_path / "plain", teacher_steps=4))
-    with in_this_process():
-        late = train(taught_recipe(tmp_path / "late", teacher_steps=4, rollout_workers=1))
-        train(taught_recipe(tmp_path / "stale", rollout_workers=2, max_staleness=1, learning_rate=1e-2))
+    late = train(taught_recipe(tmp_path / "late", teacher_steps=4, rollout_workers=1), InTurn())
+    train(taught_recipe(tmp_path / "stale", rollout_workers=2, max_staleness=1, learning_rate=1e-2), InTurn())
     for name, weight in weights_of(plain).items():
         torch.testing.assert_close(weights_of(late)[name], weight, rtol=1e-4, atol=1e-5)
     rows = metrics_of(tmp_path / "stale")

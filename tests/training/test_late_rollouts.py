@@ -25,18 +25,10 @@ from dllm_rl.monitoring.log import RunLog
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import max_prob, plackett_luce, random, soft_threshold
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training import late_rollouts
-from dllm_rl.training.late_rollouts import (
-    ATTEMPTS,
-    InTurn,
-    as_bytes,
-    batch_as_bytes,
-    batch_from_bytes,
-    from_bytes,
-    held,
-    in_this_process,
-    make_workers,
-)
+from dllm_rl.training.late_rollouts import ray_pool
+from dllm_rl.training.late_rollouts.ray_pool import ATTEMPTS, RayWorkers, ray_workers
+from dllm_rl.training.late_rollouts.schedule import InTurn, LateRollouts, held
+from dllm_rl.training.late_rollouts.serialization import as_bytes, batch_as_bytes, batch_from_bytes, from_bytes
 from dllm_rl.training.learner import step, update
 from dllm_rl.training.policies import engine_of, make_optimizer, make_policy
 from dllm_rl.training.rollouts import collect
@@ -50,11 +42,10 @@ def late_recipe(directory, *, late=1, workers=1, **changes):
 
 
 def train_here(recipe):
-    with in_this_process():
-        return train(recipe)
+    return train(recipe, InTurn())
 
 
-def test_each_batch_is_made_of_the_weights_that_the_schedule_says_also_after_a_resume(tmp_path, monkeypatch):
+def test_each_batch_is_made_of_the_weights_that_the_schedule_says_also_after_a_resume(tmp_path):
     """K = 2, six steps: at the start three batches of the first weights; after step m the batch of step m + 3."""
     seen = []
 
@@ -67,9 +58,8 @@ def test_each_batch_is_made_of_the_weights_that_the_schedule_says_also_after_a_r
             seen.append(("result", step))
             return super().result(step)
 
-    monkeypatch.setattr(late_rollouts, "InTurn", Watched)
     recipe = late_recipe(tmp_path / "run", late=2, num_steps=6, save_steps=3, save_total_limit=9)
-    whole = train_here(recipe)
+    whole = train(recipe, Watched())
     start = [("submit", 0, 0), ("submit", 1, 0), ("submit", 2, 0)]
     steps = [("result", 0), ("submit", 3, 1), ("result", 1), ("submit", 4, 2), ("result", 2), ("submit", 5, 3)]
     end = [("result", 3), ("result", 4), ("result", 5)]
@@ -89,7 +79,7 @@ def test_each_batch_is_made_of_the_weights_that_the_schedule_says_also_after_a_r
     assert sorted(path.name for path in (folder / "rollouts").iterdir()) == pending
     assert not (tmp_path / "run" / "checkpoints" / "step-000000" / "rollouts").exists()
     seen.clear()
-    train_here(replace(recipe, resume_from_checkpoint=str(folder)))
+    train(replace(recipe, resume_from_checkpoint=str(folder)), Watched())
     assert seen == [("submit", 3, 1), ("submit", 4, 2), ("submit", 5, 3), *end]
     again = weights_of({"checkpoint": str(tmp_path / "run" / "checkpoints" / "step-000006")})
     assert all(torch.equal(weights[name], weight) for name, weight in again.items())
@@ -97,18 +87,17 @@ def test_each_batch_is_made_of_the_weights_that_the_schedule_says_also_after_a_r
 
 
 @pytest.mark.slow
-def test_a_resume_takes_the_batches_that_were_made_before(tmp_path, monkeypatch):
+def test_a_resume_takes_the_batches_that_were_made_before(tmp_path):
     class Ahead(InTurn):
         def submit(self, step, weights):
             super().submit(step, weights)
             self.result(step)
 
-    monkeypatch.setattr(late_rollouts, "InTurn", Ahead)
     recipe = late_recipe(tmp_path / "run", late=2, num_steps=6, save_steps=3, save_total_limit=9, corrector=ais())
-    weights, rows = weights_of(train_here(recipe)), metrics_of(tmp_path / "run")
+    weights, rows = weights_of(train(recipe, Ahead())), metrics_of(tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "step-000003"
     assert sorted(path.name for path in (folder / "rollouts").iterdir()) == [f"00000{i}.safetensors" for i in (3, 4)]
-    again = train_here(replace(recipe, resume_from_checkpoint=str(folder)))
+    again = train(replace(recipe, resume_from_checkpoint=str(folder)), Ahead())
     assert all(torch.equal(weights[name], weight) for name, weight in weights_of(again).items())
     assert metrics_of(tmp_path / "run") == rows
 
@@ -280,12 +269,12 @@ def test_bad_input_is_refused_in_one_line(changes, said, tmp_path):
 
 def test_a_launch_of_several_processes_and_a_missing_ray_are_refused(tmp_path, monkeypatch):
     recipe = late_recipe(tmp_path)
-    assert make_workers(replace(recipe, rollout_workers=0, max_staleness=0)) is None
+    assert ray_workers(replace(recipe, rollout_workers=0, max_staleness=0)) is None
     with monkeypatch.context() as patched:
         patched.setenv("WORLD_SIZE", "2")
         with pytest.raises(ValueError, match=r"rollout_workers=1 goes with one learner process, and 2 were launched"):
-            make_workers(recipe)
-    monkeypatch.setattr(late_rollouts, "find_spec", lambda name: None)
+            ray_workers(recipe)
+    monkeypatch.setattr(ray_pool, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs Ray: pip install 'dllm_rl\[ray\]'"):
         train(recipe)
     assert not tmp_path.exists() or not any(tmp_path.iterdir())
@@ -338,8 +327,8 @@ def test_workers_make_the_bits_of_this_process(ray, likelihood, tmp_path, capsys
 
 
 def test_a_job_goes_to_the_worker_with_the_fewest_to_do(monkeypatch):
-    monkeypatch.setattr(late_rollouts.RayWorkers, "_sent", lambda *_: Future())
-    pool = object.__new__(late_rollouts.RayWorkers)
+    monkeypatch.setattr(RayWorkers, "_sent", lambda *_: Future())
+    pool = object.__new__(RayWorkers)
     pool.workers, pool.jobs = [None, None], {}
     for number in range(3):
         pool.submit(number, None)
@@ -355,7 +344,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced(ray, number_of, tmp_path, monke
     """A stopped process keeps its memory and its sockets, and never answers: as one that hangs in a driver's call. The
     batch of step 3 is handed out after the blow, so that it is always one that the struck worker cannot make."""
     expected = train_here(late_recipe(tmp_path / "here", num_steps=5))
-    plain = late_rollouts.LateRollouts.collect
+    plain = LateRollouts.collect
     struck = []
 
     def struck_first(late, number):
@@ -365,7 +354,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced(ray, number_of, tmp_path, monke
                 struck.append(process)
         return plain(late, number)
 
-    monkeypatch.setattr(late_rollouts.LateRollouts, "collect", struck_first)
+    monkeypatch.setattr(LateRollouts, "collect", struck_first)
     found = train(late_recipe(tmp_path / "run", num_steps=5, collective_timeout=60.0))
     (process,) = struck
     why = "died" if number_of == "SIGKILL" else "did not return within collective_timeout=60 s"

@@ -1,0 +1,118 @@
+"""Weights, and batches of late rollouts, as the bytes of a safetensors file."""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from dllm_rl.models.base import Policy
+from dllm_rl.recipe import Recipe
+from dllm_rl.tasks.base import Problem, Reward
+from dllm_rl.training.completion_log import stored_fields
+from dllm_rl.training.rollouts import Answer
+from dllm_rl.training.samples import Samples
+from dllm_rl.types import Columns, Rollout, SamplingParams
+
+# What a rollout consists of: records of columns, as it is one itself.
+RECORDS: dict[str, Callable] = {kind.__name__: kind for kind in (*Columns.__subclasses__(), SamplingParams)}
+Collected = tuple[Samples, list[Answer], dict[str, float]]
+
+
+def as_bytes(tensors: Mapping[str, Tensor], about: Any) -> bytes:
+    """A safetensors file of host copies of the tensors, whose header has `about` as JSON."""
+    # Copies: the format refuses tensors that share memory.
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return safetensors.save(copies, metadata={"about": json.dumps(about)})
+
+
+def from_bytes(data: bytes) -> tuple[dict[str, Tensor], Any]:
+    """What `as_bytes` got. Raises ValueError on other bytes."""
+    try:
+        (size,) = struct.unpack("<Q", data[:8])
+        return safetensors.load(data), json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["about"])
+    except (SafetensorError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise ValueError(f"no safetensors file of this library: {error}") from None
+
+
+def trained_weights(policy: Policy) -> bytes:
+    """The weights that training changes, with adapters these alone, and their version."""
+    trained = {name: weight for name, weight in policy.module.named_parameters() if weight.requires_grad}
+    return as_bytes(trained, {"version": policy.version})
+
+
+def plain_record(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A rollout, or a part of it, as JSON; its tensors go to `tensors`."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if is_dataclass(value):
+        held = {f.name: plain_record(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in fields(value)}
+        return {"record": type(value).__name__, "fields": held}
+    if isinstance(value, tuple):
+        return {"tuple": [plain_record(each, f"{name}.{i}", tensors) for i, each in enumerate(value)]}
+    return {"rank": True} if callable(value) else value  # of all that a rollout holds, its rank alone is a function
+
+
+def record_of(value: Any, tensors: Mapping[str, Tensor], rank: Callable | None) -> Any:
+    """What `plain_record` got; `rank` is the sampler's."""
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "record" in value:
+        held = {name: record_of(each, tensors, rank) for name, each in value["fields"].items()}
+        return RECORDS[value["record"]](**held)
+    return rank if "rank" in value else tuple(record_of(each, tensors, rank) for each in value["tuple"])
+
+
+def batch_as_bytes(collected: Collected, seconds: float) -> bytes:
+    """A batch for another process or a checkpoint; `seconds` that it took. A problem's fields become JSON, as in
+    completions.jsonl: after grading they are shown and stored, and no more than that."""
+    samples, answers, metrics = collected
+    tensors = {"rewards": samples.rewards, "advantages": samples.advantages, "metric_weights": samples.metric_weights}
+    tensors |= {f"rollout_logprobs.{number}": each for number, each in enumerate(samples.rollout_logprobs)}
+    problems: dict[int, dict[str, Any]] = {}
+    graded = []
+    for answer in answers:
+        problem, reward = answer.problem, answer.reward
+        if id(problem) not in problems:
+            texts = {"prompt": problem.prompt, "solution": problem.solution, "blank": problem.blank}
+            problems[id(problem)] = {"fields": stored_fields(problem), **texts}
+        parts = {name: float(value) for name, value in reward.breakdown.items()}
+        kept = {
+            "value": float(reward.value),
+            "parsed": bool(reward.parsed),
+            "breakdown": parts,
+            "answer": reward.answer,
+        }
+        plain = {f.name: getattr(answer, f.name) for f in fields(answer) if f.name not in ("problem", "reward")}
+        graded.append({"problem": list(problems).index(id(problem)), "reward": kept, **plain})
+    rollout = plain_record(samples.rollout, "rollout", tensors)
+    known = {"rollout": rollout, "problems": list(problems.values()), "answers": graded}
+    return as_bytes(tensors, {**known, "metrics": metrics, "seconds": seconds})
+
+
+def batch_from_bytes(data: bytes, recipe: Recipe, device: torch.device) -> tuple[Collected, float]:
+    """What `batch_as_bytes` got, the rollout on the device."""
+    tensors, about = from_bytes(data)
+    rollout: Rollout = record_of(about["rollout"], tensors, getattr(recipe.sampler, "keywords", {}).get("rank"))
+    count = sum(name.startswith("rollout_logprobs.") for name in tensors)
+    samples = Samples(
+        rollout.to(device),
+        tensors["rewards"],
+        tensors["advantages"],
+        tensors["metric_weights"],
+        tuple(tensors[f"rollout_logprobs.{number}"].to(device) for number in range(count)),
+    )
+    problems = [Problem(**each) for each in about["problems"]]
+    answers = []
+    for each in about["answers"]:
+        graded = {"problem": problems[each["problem"]], "reward": Reward(**each["reward"])}
+        answers.append(Answer(**{**each, **graded}))
+    return (samples, answers, about["metrics"]), about["seconds"]
