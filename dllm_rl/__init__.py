@@ -26,6 +26,7 @@ _HOME = {
     "models.lora": "lora_r16",
     "models.tiny": "tiny_masked_lm tiny_llama tiny_moe",
     "samplers": "unmask autoregress",
+    "samplers.records": "Rank Commit",
     "samplers.rules": "confidence max_prob margin schedule threshold factor entropy_bound",
     "samplers.revise": "remask edit soft_edit",
     "samplers.cache": "block_cache prefix_cache dual_cache",
@@ -48,7 +49,7 @@ _HOME = {
     "cli.run_recipe": "main",
     "evaluation.evaluate": "evaluate",
     "diagnostics.doctor": "diagnose",
-    "testing": "check_corrector check_estimator check_policy",
+    "testing": "check_corrector check_estimator check_order check_policy",
 }
 _MODULE_OF = {name: f"dllm_rl.{module}" for module, names in _HOME.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)

@@ -243,24 +243,12 @@ def run_example(heading, folder, monkeypatch, name="example", instead=("", "")):
 
 
 @pytest.mark.nightly
-def test_a_rank_of_ones_own_has_the_probabilities_that_it_records(tmp_path, monkeypatch):
+def test_a_rank_of_ones_own_keeps_the_contract(tmp_path, monkeypatch, capsys):
     made = run_example("Write a rank or a commit rule", tmp_path, monkeypatch)
-    assert (made["log_p"] - made["rollout"].logprobs).abs().max() < 1e-5
-    assert len(made["chances"]) == 8 and abs(sum(made["chances"].values()) - 1) < 1e-5
-    assert max(made["apart"]) < 0.015  # 4,000 draws: a share's standard error is below 0.008
-    steps = made["rollout"].unmask_step[:, 1:]
-    assert (steps.sum(-1) == 1).all(), "two tokens of three in the first step, one in the second"
-
-    def drawn_first(tokens, logits):
-        """A rank of the draws: what the page says must not be done without a probability of the order."""
-        return logits.gather(-1, tokens[:, None])[:, 0]
-
-    policy, prompts, options = made["policy"], made["prompts"], made["options"] | {"rank": drawn_first}
-    rollout = dllm_rl.unmask(policy, prompts, torch.Generator(), suppress=made["others"], **options)
-    noise = made["likelihood"].draw(rollout, torch.Generator())
-    chances = made["likelihood"].logprobs(policy, rollout, noise).sum(-1).exp()
-    written = zip(map(tuple, rollout.tokens.tolist()), map(tuple, rollout.unmask_step.tolist()), strict=True)
-    assert sum(dict(zip(written, chances.tolist(), strict=True)).values()) > 1.5
+    assert capsys.readouterr().out.split() == ["deterministic", "unknown"]
+    with pytest.raises(ValueError, match="declared deterministic, but reads tokens"):
+        dllm_rl.Rank(lambda logits, tokens: logits.gather(-1, tokens[:, None])[:, 0], "deterministic")
+    assert dllm_rl.check_order(dllm_rl.confidence, made["commit"]) == "unknown"
 
 
 @pytest.mark.nightly

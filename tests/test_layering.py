@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "diagnostics": "files screen types algorithms models likelihoods quantization samplers",
     "evaluation": "files rng screen tasks types members distributed models likelihoods quantization samplers",
     "recipe": "bounds callbacks tasks types algorithms members models likelihoods quantization samplers",
-    "testing": "types algorithms models likelihoods quantization",
+    "testing": "types algorithms models likelihoods quantization samplers",
     # floor 5
     "config": "bounds screen members recipe",
     "checkpoints": "files manifest members distributed models recipe",

@@ -203,7 +203,7 @@ def propose_and_rank(
     mask_id = policy.spec.mask_id
     same = sampling_params.temperature in (0, 1) and not sampling_params.filters
 
-    def one(logits: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def one(logits: Tensor, u: Tensor, v: Tensor, h: Tensor | None = None) -> tuple[Tensor, ...]:
         mask = logits[:, mask_id].clone()
         logits[:, mask_id] = -torch.inf
         drawn = _draw(logits, u, sampling_params)
@@ -211,10 +211,11 @@ def propose_and_rank(
         if "normalizer" in needs:
             # With the mask token, as in the published algorithms; `same` reuses the log-sum-exp of the draw.
             drawn = drawn._replace(normalizer=drawn.normalizer.logaddexp(mask) if same else logits.logsumexp(-1))
-        offered = {"logits": logits, "normalizer": drawn.normalizer, "tokens": drawn.tokens, "uniforms": v}
+        offered = {"logits": logits, "normalizer": drawn.normalizer, "tokens": drawn.tokens, "uniforms": v, "hidden": h}
         return rank(**{name: offered[name] for name in needs}).float(), *drawn.tensors()
 
-    scores, *drawn = _slabs(policy, one, sampling_params, hidden, uniforms, ties)
+    states = (hidden,) if "hidden" in needs else ()
+    scores, *drawn = _slabs(policy, one, sampling_params, hidden, uniforms, ties, *states)
     return scores, Drawn(*drawn)
 
 
@@ -228,15 +229,16 @@ def rank_only(
     """Scores of a rank that takes no tokens; the head runs only for a rank that takes logits."""
     needs = rank.reads
     if not needs & {"logits", "normalizer"}:
-        return rank(**dict.fromkeys(needs, ties)).float()
+        given = {"uniforms": ties, "hidden": hidden}
+        return rank(**{name: given[name] for name in needs}).float()
 
-    def one(logits: Tensor, v: Tensor) -> tuple[Tensor]:
-        offered = {"logits": logits, "uniforms": v}
+    def one(logits: Tensor, v: Tensor, h: Tensor | None = None) -> tuple[Tensor]:
+        offered = {"logits": logits, "uniforms": v, "hidden": h}
         if "normalizer" in needs:
             offered["normalizer"] = logits.logsumexp(-1)
         return (rank(**{name: offered[name] for name in needs}).float(),)
 
-    return _slabs(policy, one, sampling_params, hidden, ties)[0]
+    return _slabs(policy, one, sampling_params, hidden, ties, *([hidden] if "hidden" in needs else []))[0]
 
 
 def _slabs(

@@ -56,7 +56,8 @@ class Rank:
         mine = ("unknown", "deterministic", "independent")
         _check_order("rank", function, self.order, mine if library is None else ("unknown", RANKS[library]))
         reads = rank_inputs(function)
-        wrong = reads - {"deterministic": {"logits", "normalizer"}, "independent": {"uniforms"}}.get(self.order, reads)
+        allowed = {"deterministic": {"logits", "normalizer", "hidden"}, "independent": {"uniforms"}}
+        wrong = reads - allowed.get(self.order, reads)
         if wrong:
             raise ValueError(f"rank={name_of(function)} is declared {self.order}, but reads {', '.join(sorted(wrong))}")
         vars(self).update(function=function, order=RANKS.get(library, self.order), library=library, reads=reads)

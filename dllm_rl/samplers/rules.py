@@ -5,6 +5,7 @@ A rank scores each of K masked positions; the highest are committed first. A ran
     normalizer  (K,)    their log-sum-exp: logits - normalizer are log-probabilities in nats
     tokens      (K,)    the tokens sampled there
     uniforms    (K,)    fresh random numbers in [0, 1)
+    hidden      (K, D)  the last hidden states, which the model's head turns into logits; in the model's dtype
 A rank without `tokens` is a function of the state alone. The order is then independent of the draws, and log-probs at
 commit are the exact behaviour probabilities.
 
@@ -30,7 +31,7 @@ PerPosition = Float[Tensor, " K"]
 Scores = Float[Tensor, "B L"]
 Places = Bool[Tensor, "B L"]
 Counts = Int[Tensor, " B"]
-RANK_INPUTS = ("logits", "normalizer", "tokens", "uniforms")
+RANK_INPUTS = ("logits", "normalizer", "tokens", "uniforms", "hidden")
 
 
 def confidence(logits: Logits, normalizer: PerPosition, tokens: Int[Tensor, " K"]) -> PerPosition:

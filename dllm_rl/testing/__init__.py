@@ -1,7 +1,8 @@
-"""Contracts of correctors, engines, estimators and policies, for the tests of this package and of custom methods."""
+"""Contracts of correctors, engines, estimators, orders and policies, for tests of this package and custom methods."""
 
 from dllm_rl.testing.engine_contract import check_engine
 from dllm_rl.testing.method_contracts import check_corrector, check_estimator, loss_of, make_batch, make_stats
+from dllm_rl.testing.order_contract import check_order
 from dllm_rl.testing.policy_contract import check_policy
 from dllm_rl.testing.weighted_shares import Shares, weighted_shares
 
@@ -10,6 +11,7 @@ __all__ = [
     "check_corrector",
     "check_engine",
     "check_estimator",
+    "check_order",
     "check_policy",
     "loss_of",
     "make_batch",

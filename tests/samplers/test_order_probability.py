@@ -2,7 +2,6 @@
 that is said to be unknown. Logits are tied: the same ones at all positions of a state, or at every second one."""
 
 import functools
-import math
 import types
 from functools import partial
 
@@ -11,13 +10,13 @@ import torch
 from likelihood_toys import TablePolicy
 
 from dllm_rl import trajectory
-from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.samplers import revise, rules, whole_step
 from dllm_rl.samplers.records import Commit, Rank, as_commit, as_rank, order_probability
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.testing import check_order
 from dllm_rl.types import Prompts
 
-DRAWS, LENGTH = 1500, 4
+LENGTH = 4
 RANKS = {rank.__name__: rank for rank in (rules.confidence, rules.max_prob, rules.margin, rules.entropy, rules.random)}
 RANKS["plackett_luce"] = partial(rules.plackett_luce, temperature=0.5)
 COMMITS = {
@@ -44,34 +43,8 @@ def tied_policy(period: int) -> TablePolicy:
     return policy
 
 
-def drawn(policy, rank, commit, **options):
-    prompts = Prompts.from_ids([[3]], pad_id=policy.pad_id, group_size=DRAWS, seeds=range(DRAWS))
-    options = {"diffusion_steps": 2, "temperature": 1.0, "suppress": (2, 3, 4), **options}
-    return unmask(policy, prompts, torch.Generator(), max_new_tokens=LENGTH, rank=rank, commit=commit, **options)
-
-
-def check_shares(policy, rollout):
-    """The outcomes' counts, by chi-squared at 1 - 1e-5, and the sampler's record of each row."""
-    views = trajectory().draw(rollout, torch.Generator())
-    logps = trajectory().logprobs(policy, rollout, views).sum(-1).double()
-    torch.testing.assert_close(recorded(rollout, views).sum(-1).double(), logps, rtol=0, atol=1e-5)
-    steps = [rollout.unmask_step] if rollout.events is None else list(rollout.events.step.unbind(-1))
-    tokens = [rollout.tokens] if rollout.events is None else list(rollout.events.token.unbind(-1))
-    ahead = [] if rollout.order.draw is None else [rollout.order.draw]
-    orders, order = torch.cat(steps, 1).unique(dim=0, return_inverse=True)
-    total = torch.full((len(orders),), float(DRAWS), dtype=torch.float64)
-    if rollout.order.probability == "independent" or rollout.events is not None:  # no weights move it: it is given
-        total = torch.bincount(order).double()
-    _, outcome = torch.cat([*steps, *tokens, *ahead], 1).unique(dim=0, return_inverse=True)
-    first = torch.zeros(int(outcome.max()) + 1, dtype=torch.long).scatter_(0, outcome, torch.arange(DRAWS))
-    counts = torch.bincount(outcome).double()
-    expected = total[order[first]] * logps[first].exp()
-    often = expected >= 8
-    rest = counts[~often].sum(), DRAWS - expected[often].sum()  # rare ones, and those that were not drawn
-    observed, wanted = torch.cat([counts[often], rest[0][None]]), torch.cat([expected[often], rest[1][None]])
-    statistic = float(((observed - wanted) ** 2 / wanted.abs().clamp(min=8)).sum())
-    degrees = max(len(observed) - 1, 1)
-    assert statistic < degrees * (1 - 2 / (9 * degrees) + 4.265 * math.sqrt(2 / (9 * degrees))) ** 3
+def check(policy, rank, commit, **options):
+    return check_order(rank, commit, policy=policy, suppress=(2, 3, 4), **options)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "fixed"])
@@ -83,14 +56,10 @@ def test_shares_are_the_trajectorys_or_the_order_is_unknown(monkeypatch, rank, c
     known = order_probability(as_rank(RANKS[rank]), as_commit(COMMITS[commit]))
     assert ((rank, commit) in LAWS) == (known in ("confidence", "plackett_luce", "soft_threshold"))
     try:
-        rollout = drawn(policy, RANKS[rank], COMMITS[commit], compile_step=compiled)
+        assert check(policy, RANKS[rank], COMMITS[commit], compile_step=compiled) == known
     except ValueError as error:  # in one line, and before anything is drawn
         assert "\n" not in str(error)
         assert compiled or known == "unknown" or commit in ("origin", "remask")  # whose scores are uniforms
-        return
-    assert rollout.order.probability == known and trajectory().is_exact_for(rollout) == (known != "unknown")
-    if known != "unknown":
-        check_shares(policy, rollout)
 
 
 def copy_of(rule):
@@ -129,31 +98,84 @@ OTHER = {
 @pytest.mark.parametrize("wrap", [*SAME, *OTHER])
 def test_a_wrapped_rule_is_the_rule_or_unknown(monkeypatch, wrap, compiled):
     monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
-    policy, pair = tied_policy(period=1), {"rank": rules.confidence, "commit": rules.schedule}
+    pair = {"rank": rules.confidence, "commit": rules.schedule}
     for name, rule in pair.items():
-        rollout = drawn(policy, **pair | {name: (SAME | OTHER)[wrap](rule)}, compile_step=compiled)
-        check_wrapped(policy, rollout, same=wrap in SAME)
+        wrapped = pair | {name: (SAME | OTHER)[wrap](rule)}
+        known = check(tied_policy(period=1), **wrapped, compile_step=compiled)
+        assert known == ("confidence" if wrap in SAME else "unknown")
 
 
-def check_wrapped(policy, rollout, *, same):
-    if same:
-        assert rollout.order.probability == "confidence" and trajectory().is_exact_for(rollout)
-        check_shares(policy, rollout)
-    else:
-        assert rollout.order.probability == "unknown" and not trajectory().is_exact_for(rollout)
-        assert rollout.order.logprobs is None and rollout.order.rank in (None, "confidence")
+def mine(logits, normalizer):
+    return logits.amax(-1) - normalizer
+
+
+def of_logits(logits):
+    return logits[:, :2].amax(-1)
+
+
+def of_states(hidden):
+    """`of_logits`: the states of a `TablePolicy` are its logits."""
+    return hidden[:, :2].amax(-1)
+
+
+def by_chance(logits, normalizer):
+    """Reads more than it names."""
+    return logits.amax(-1) - normalizer + torch.rand(len(logits), generator=CHANCE)
+
+
+def halves(scores, masked, steps_left):
+    left = masked.sum(-1)
+    return rules.highest(scores, masked, count=torch.where(steps_left == 1, left, (left + 1) // 2))
+
+
+CHANCE = torch.Generator().manual_seed(0)
+FIXED = partial(Rank, order="deterministic")
+
+
+def test_declared_rules_keep_the_contract_or_are_caught():
+    commit = Commit(halves, "deterministic")
+    assert check(tied_policy(period=2), FIXED(mine), commit) == "deterministic"
+    assert check_order(FIXED(of_states_of_tiny), commit) == "deterministic"
+    assert check_order(rules.random, commit) == "independent"
+    assert check_order(mine, commit) == check_order(FIXED(mine), halves) == "unknown"
+    with pytest.raises(AssertionError, match="as often as trajectory"):
+        check_order(FIXED(by_chance), commit)
+
+
+def of_states_of_tiny(hidden):
+    return hidden.float().norm(dim=-1)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "compile_step": True}])
+@pytest.mark.parametrize("with_draws", [False, True])
+def test_a_rank_may_read_the_hidden_states(monkeypatch, options, with_draws):
+    monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
+    prompts = Prompts.from_ids([[3]], pad_id=4, group_size=16, seeds=range(16))
+    options = {"max_new_tokens": LENGTH, "diffusion_steps": 2, "suppress": (2, 3, 4), **options}
+    steps = []
+    for rank in (of_logits, of_states):
+        if with_draws:
+            rank = READING_TOKENS[rank]
+        rollout = unmask(tied_policy(period=3), prompts, torch.Generator(), rank=rank, **options)
+        steps.append((rollout.unmask_step, rollout.tokens))
+    assert all(map(torch.equal, *steps))
+
+
+READING_TOKENS = {
+    of_logits: lambda logits, tokens: of_logits(logits) + tokens,
+    of_states: lambda hidden, tokens: of_states(hidden) + tokens,
+}
 
 
 def test_what_a_pair_may_declare():
-    def mine(logits, normalizer):
-        return logits.amax(-1) - normalizer
-
-    rollout = drawn(policy := tied_policy(period=2), Rank(mine, "deterministic"), rules.schedule)
-    assert rollout.order.probability == "deterministic" and trajectory().is_exact_for(rollout)
-    check_shares(policy, rollout)
-    assert not trajectory().is_exact_for(drawn(policy, mine, rules.schedule))
-    assert not trajectory(order="given").is_exact_for(drawn(policy, rules.confidence, rules.schedule))
-    assert not trajectory(num_segments=2).is_exact_for(rollout)
+    policy, prompts = tied_policy(period=2), Prompts.from_ids([[3]], pad_id=4, group_size=2)
+    for likelihood, rank in (
+        (trajectory(), mine),
+        (trajectory(order="given"), rules.confidence),
+        (trajectory(num_segments=2), FIXED(mine)),
+    ):
+        rollout = unmask(policy, prompts, torch.Generator(), max_new_tokens=LENGTH, temperature=1.0, rank=rank)
+        assert not likelihood.is_exact_for(rollout)
     for wrong in (
         lambda: Rank(rules.confidence, "deterministic"),
         lambda: Rank(rules.random, "deterministic"),

@@ -1,0 +1,79 @@
+"""The contract of a rank and a commit rule."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Generator
+
+from dllm_rl.likelihoods.estimator import recorded
+from dllm_rl.likelihoods.estimators import trajectory
+from dllm_rl.models.base import Policy
+from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.types import Prompts, Rollout
+
+LENGTH = 4  # of a completion; with two words 16 completions are possible
+QUANTILE = 4.265  # of the normal distribution: a rule that keeps the contract fails in one of 100,000 cases
+
+
+def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: int = 1500, **options: Any) -> str:
+    """Raise AssertionError unless a rank and a commit rule write as often as `trajectory()` says; return what is known
+    of the order's probability ("unknown" claims nothing, and nothing is compared).
+
+    Samples completions of four positions and two words through the rules themselves, and compares the count of every
+    outcome (tokens, and which step wrote them) with its probability, the exponential of `trajectory()`. What the
+    sampler records must be the same number.
+
+    policy   None: a tiny one, whose first two characters are the words
+    rows     rollouts; more see smaller deviations
+    options  of `unmask`; by default two steps at temperature 1
+    """
+    prompt = 3
+    if policy is None:
+        policy = tiny_masked_lm(characters="ab=", head_std=0.5)
+        a, b, prompt = policy.tokenizer.encode("ab=", add_special_tokens=False)
+        options = {"suppress": tuple({*range(policy.vocab_size)} - {a, b}), **options}
+    prompts = Prompts.from_ids([[prompt]], pad_id=policy.pad_id, group_size=rows, seeds=range(rows))
+    options = {"max_new_tokens": LENGTH, "diffusion_steps": 2, "temperature": 1.0, **options}
+    rollout = unmask(policy, prompts, Generator(), rank=rank, commit=commit, **options)
+    assert rollout.order is not None, "a sampler that unmasks records the order"
+    known = rollout.order.probability
+    assert trajectory().is_exact_for(rollout) == (known != "unknown"), "exact is where the probability is known"
+    if known == "unknown":
+        assert rollout.order.logprobs is None, "an order of unknown probability has no log-probs"
+    else:
+        _check_counts(policy, rollout, known)
+    return known
+
+
+def _check_counts(policy: Policy, rollout: Rollout, known: str) -> None:
+    views = trajectory().draw(rollout, Generator())
+    logps = trajectory().logprobs(policy, rollout, views).sum(-1).double()
+    apart = float((recorded(rollout, views).sum(-1).double() - logps).abs().max())
+    assert apart <= 1e-5, f"the sampler's record must be the learner's log-prob, but they are {apart:.2g} nats apart"
+    events, order = rollout.events, rollout.order
+    assert order is not None, "as in the caller"
+    steps = [rollout.unmask_step] if events is None else list(events.step.unbind(-1))
+    tokens = [rollout.tokens] if events is None else list(events.token.unbind(-1))
+    draws = [] if order.draw is None else [order.draw]
+    rows = len(logps)
+    orders, order_number = torch.cat(steps, 1).unique(dim=0, return_inverse=True)
+    total = torch.full((len(orders),), float(rows), dtype=torch.float64)
+    if known == "independent" or events is not None:  # the probability is that of the tokens, given the order
+        total = torch.bincount(order_number).double()
+    _, outcome = torch.cat([*steps, *tokens, *draws], 1).unique(dim=0, return_inverse=True)
+    first = torch.zeros(int(outcome.max()) + 1, dtype=torch.long).scatter_(0, outcome, torch.arange(rows))
+    counts = torch.bincount(outcome).double()
+    expected = total[order_number[first]] * logps[first].exp()
+    often = expected >= 8
+    # Rare outcomes, and those that were not drawn, are one.
+    observed = torch.cat([counts[often], counts[~often].sum()[None]])
+    expected = torch.cat([expected[often], rows - expected[often].sum()[None]])
+    statistic = float(((observed - expected) ** 2 / expected.abs().clamp(min=8)).sum())
+    degrees = max(len(observed) - 1, 1)
+    limit = degrees * (1 - 2 / (9 * degrees) + QUANTILE * math.sqrt(2 / (9 * degrees))) ** 3  # of chi-squared
+    assert statistic < limit, (
+        f"outcomes must occur as often as trajectory() says: chi-squared is {statistic:.0f}, at most {limit:.0f} for "
+        f"{degrees} degrees of freedom; the order is declared {known}"
+    )
