@@ -15,7 +15,7 @@ from torch import Generator
 from dllm_rl.algorithms import advantages, correctors, losses, optimizers
 from dllm_rl.algorithms.advantages import group_relative, takes_parts
 from dllm_rl.algorithms.by_step import by_step
-from dllm_rl.algorithms.correctors import Corrector, none, unit_weights
+from dllm_rl.algorithms.correctors import Corrector, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, ppo_clip, surrogate_inputs, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.algorithms.triage import triage
@@ -297,7 +297,7 @@ class Settings:
         return [
             (bool(unknown), f"report_to={', '.join(unknown)!r} is not known; use {', '.join(TRACKERS)}, or none"),
             (
-                self.dtype == "float16" and self.lora is None and self.optim is adamw,
+                self.dtype == "float16" and self.lora is None and function_of(self.optim) is adamw,
                 "dtype='float16' needs lora, or another optim: AdamW's second moments of float16 weights underflow to "
                 "0 and so does its epsilon; or use 'bfloat16' or 'float32'",
             ),
@@ -453,7 +453,7 @@ class Recipe(Settings):
                 "use_bias_correction_kl=True corrects a KL term, and beta=0 has none: set beta above 0",
             ),
             (
-                self.old_logprobs == "rollout" and self.corrector.weight_fn is not unit_weights,
+                self.old_logprobs == "rollout" and self.corrector.weighs,
                 "old_logprobs='rollout' takes ratios against the rollout itself, which a corrector's weights would "
                 "correct a second time: use corrector=none(), or one without weight_fn, or old_logprobs='recompute'",
             ),

@@ -10,7 +10,7 @@ from dllm_rl import block_cache, main, max_prob, trajectory
 from recipes.llada_8b_gsm8k import in_blocks
 from recipes.llada_8b_gsm8k import recipe as base
 
-# The order of segments has no known law under `confidence`.
+# The order of segments has no known probability under `confidence`.
 by_max_prob = partial(in_blocks, rank=max_prob, cache=block_cache())
 
 recipe = replace(

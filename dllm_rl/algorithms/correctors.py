@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.losses import MAX_LOG, sequence, trust_band
 from dllm_rl.bounds import Bound, bounded, check_bound
-from dllm_rl.members import maker
+from dllm_rl.members import function_of, maker
 
 Level = Literal["token", "sequence"]
 Aggregate = Literal["product", "geometric"]
@@ -292,6 +292,11 @@ class Corrector:
     def __post_init__(self) -> None:  # a constant is refused here, before a run, and not at the first batch
         check_bound((self.weight_fn, self.surrogate, self.aggregate))
 
+    @property
+    def weighs(self) -> bool:
+        """Whether it has weights: False where every weight is 1 and every token stays."""
+        return function_of(self.weight_fn) is not unit_weights
+
 
 @maker
 def none() -> Corrector:
@@ -420,7 +425,7 @@ def compose(*parts: Corrector | WeightFn) -> Corrector:
     brought = [part for part in correctors if part.surrogate is not None] or [none()]  # an objective, its aggregation
     if len({part.surrogate for part in brought}) > 1:
         raise ValueError(f"{len(brought)} parts bring an objective; keep one: replace(part, surrogate=None)")
-    fns = tuple(part.weight_fn for part in correctors if part.weight_fn is not unit_weights)
+    fns = tuple(part.weight_fn for part in correctors if part.weighs)
     combined = partial(combine_weights, weight_fns=fns) if fns else unit_weights
     return Corrector(
         weight_fn=fns[0] if len(fns) == 1 else combined,

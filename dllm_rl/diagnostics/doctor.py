@@ -43,8 +43,8 @@ ADVICE = {
     "batch shape": "kernels depend on the batch's shape: run under zero_mismatch(), or accept it as noise",
 }
 ORDER_ADVICE = (
-    "no weight corrects it: roll out in an order that does not depend on the weights (rank=random), in one whose law "
-    "trajectory() scores (rank=confidence), align the forward (qarl), or keep more bits"
+    "no weight corrects it: roll out in an order that does not depend on the weights (rank=random), in one whose "
+    "probability trajectory() scores (rank=confidence), align the forward (qarl), or keep more bits"
 )
 PADDING = 3  # columns that the padding probe adds on the left
 

@@ -90,8 +90,8 @@ class OrderScoring:
         recorded, plan, params = order_of(rollout), seen.plan, rollout.sampling_params
         groups, width = _blocks(rollout, plan), rollout.tokens.shape[1]
         if recorded.soft is not None:
-            return scored_sets(policy, seen.states, params, groups, plan.plain, width, recorded.soft)
-        assert recorded.noisy_rank is not None and recorded.draw is not None, "the law of `plackett_luce`"
+            return scored_sets(policy, seen.states, params, groups, plan.plain, width, *recorded.soft)
+        assert recorded.noisy_rank is not None and recorded.draw is not None, "the order of `plackett_luce`"
         scores = order.state_scores(policy, seen.states, params, recorded.noisy_rank)
         nth = recorded.draw.flatten()[plan.places].index_fill(0, plan.marked, width)  # left: drawn later
         return order.drawn_logprobs(scores, groups, nth, plan.plain, width)
@@ -120,7 +120,7 @@ def by_scores(recorded: Order) -> bool:
 
 
 def order_of(rollout: Rollout) -> Order:
-    assert rollout.order is not None, "an order has a law only where the sampler recorded it"
+    assert rollout.order is not None, "an order is scored only where the sampler recorded it"
     return rollout.order
 
 

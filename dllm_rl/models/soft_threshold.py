@@ -1,10 +1,11 @@
-"""The law of `soft_threshold`: every masked position of the open block is written by a coin of its own [ours].
+"""The probability of the sets that `soft_threshold` writes: every masked position of the open block is an independent
+draw [ours].
 
 Position j is written with probability q_j = sigmoid((logit p_j - logit tau) / temperature), p_j the model's own
-probability of its likeliest token. All coins are thrown again until one says yes, so that a step writes a set S with
+probability of its likeliest token. The set is drawn again while it is empty, so that a step writes a set S with
     log P(S | state) = sum_{j in S} log q_j + sum_{j not in S} log(1 - q_j) - log(1 - prod_j (1 - q_j)).
-P is a smooth function of the logits. Would the most confident position be written where no coin says yes, P would jump
-where two positions change places in confidence, and no gradient of log P sees a jump.
+P is a smooth function of the logits. If an empty set were replaced by the most confident position, P would jump where
+two positions change places in confidence, and no gradient of log P sees a jump.
 """
 
 import math
@@ -41,15 +42,15 @@ def drawn_set(
     tau: float,
     temperature: float,
 ) -> Bool[Tensor, "R L"]:
-    """A set S of the masked positions of each row, drawn by the law; a row without masked positions gets none."""
+    """A set S of the masked positions of each row, drawn with P(S); a row without masked positions gets none."""
     yes, no = log_chances(logprobs.double(), tau=tau, temperature=temperature)
     no = no.masked_fill(~masked, 0)
-    first = (yes + no.cumsum(-1) - no).masked_fill(~masked, -torch.inf)  # log-prob of the first yes at j, from the left
+    first = (yes + no.cumsum(-1) - no).masked_fill(~masked, -torch.inf)  # log-prob that j is the leftmost of S
     first = first.masked_fill(~masked.any(-1, keepdim=True), 0)  # else NaN
     begin = masked.long().argmax(-1, keepdim=True)
     at = invert((first - first.amax(-1, keepdim=True)).exp(), uniforms.gather(-1, begin)[:, 0].double())[:, None]
     place = torch.arange(masked.shape[1], device=masked.device)
-    # Behind the first one the coins are free. The number that drew it is of a position that is not behind it.
+    # The positions behind the leftmost are independent. The number that drew it belongs to none of them.
     return masked & ((place == at) | (place > at) & (uniforms < yes.exp()))
 
 
@@ -67,7 +68,8 @@ def set_logprobs(
     written = torch.zeros_like(groups, dtype=torch.bool).index_fill(0, drawn, True)
     member, mine = members(groups, drawn, width)
     happened = torch.where(written, yes, no)[member].masked_fill(~mine, 0)
-    some, none = yes[member].masked_fill(~mine, NEVER), no[member].masked_fill(~mine, 0)  # a coin says yes, none does
+    # Log-probs of a nonempty and of an empty set.
+    some, none = yes[member].masked_fill(~mine, NEVER), no[member].masked_fill(~mine, 0)
     while some.shape[-1] > 1:  # in pairs: more empty slots do not change the rounding
         half = some.shape[-1] // 2
         some = torch.logaddexp(some[:, :half], none[:, :half] + some[:, half:])
@@ -83,11 +85,12 @@ def scored_sets(
     groups: Int[Tensor, " K"],
     drawn: Int[Tensor, " C"],
     width: int,
-    law: tuple[float, float],
+    tau: float,
+    temperature: float,
 ) -> Float[Tensor, " C"]:
-    """`set_logprobs` under a policy, differentiable. `law` is tau and temperature."""
+    """`set_logprobs` under a policy, differentiable."""
     logprobs = state_scores(policy, hidden, sampling_params, likeliest)
-    return set_logprobs(logprobs, groups, drawn, width, tau=law[0], temperature=law[1])
+    return set_logprobs(logprobs, groups, drawn, width, tau=tau, temperature=temperature)
 
 
 def likeliest(logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"]) -> Float[Tensor, " K"]:

@@ -81,7 +81,7 @@ class Choose:
         self.soft = softness(commit.function) if commit.order == "soft_threshold" else None
         if self.soft is not None and not has_order_logprob(rank, commit):
             raise ValueError(
-                f"commit=soft_threshold makes its chances of max_prob's scores, and rank={rank.name} has others; "
+                f"commit=soft_threshold makes its probabilities of max_prob's scores, and rank={rank.name} has others; "
                 "use rank=max_prob"
             )
         self.order_probability = order_probability(rank, commit, greedy=greedy)
@@ -122,8 +122,9 @@ class Choose:
         picked ones by `confidence`; with `plackett_luce` of each one picked, that it was drawn, and as which; with
         `soft_threshold` of each one picked its share of the set's."""
         if self.soft is not None:
-            law = dict(zip(("tau", "temperature"), self.soft, strict=True))
-            return {"order": (picked, set_logprobs(scores, turn.row, picked, chosen.shape[1], **law), 0)}
+            tau, temperature = self.soft
+            logps = set_logprobs(scores, turn.row, picked, chosen.shape[1], tau=tau, temperature=temperature)
+            return {"order": (picked, logps, 0)}
         if self.noisy:
             nth = draw_index(offered, turn.masked, chosen)[turn.row, turn.place]
             logps = drawn_logprobs(scores, turn.row, nth, picked, chosen.shape[1])

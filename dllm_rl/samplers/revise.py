@@ -64,8 +64,8 @@ def edit(
 def soft_edit(
     scores: Scores, masked: Places, steps_left: Counts, visible: Places, uniforms: Scores, *, rate: float
 ) -> Places:
-    """Editing with an exact law: masked positions as in `schedule`; each written one is drawn again with probability
-    `rate`, independently.
+    """Editing with an exact probability: masked positions as in `schedule`; each written one is drawn again,
+    independently, with probability `rate`.
 
     rate  in [0, 1]; a written position becomes v with probability rate p(v), of the sampled distribution; 0 is
           `schedule` in as many steps

@@ -153,7 +153,7 @@ def soft_threshold(
     tau: float,
     temperature: float = 0.5,
 ) -> Places:
-    """`threshold` by chance, with an exact law (`models.soft_threshold`): each masked position is written with
+    """`threshold` by independent draws (`models.soft_threshold`): each masked position is written with
     probability sigmoid((logit p - logit tau) / temperature), independently, given that one at least is. [ours]
 
     tau          the probability at which a position is written every second time, in (0, 1)

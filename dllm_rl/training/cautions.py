@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import takes_parts
-from dllm_rl.algorithms.correctors import unit_weights
 from dllm_rl.algorithms.losses import kl_k1, ppo_clip
+from dllm_rl.members import function_of
 from dllm_rl.models.base import has_bf16_products
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.records import Commit, Rank, as_commit, as_rank, has_order_logprob, order_probability
@@ -31,7 +31,7 @@ def cautions(recipe: Recipe) -> list[str]:
             f"dtype='bfloat16' without lora and learning_rate={recipe.learning_rate}: bf16 weights above {steps:.1g} "
             "round such updates away; use --dtype float32 --bf16, whose weights are fp32 and whose products are bf16"
         )
-    if recipe.beta and recipe.kl is kl_k1:
+    if recipe.beta and function_of(recipe.kl) is kl_k1:
         said.append(
             f"beta={recipe.beta:g} with kl=kl_k1: the mean gradient of k1 is 0 where the learner drew the tokens, and "
             "only noise is added; use kl_k2 or kl_k3"
@@ -73,7 +73,7 @@ def of_the_clip(recipe: Recipe) -> list[str]:
 def of_the_lag(recipe: Recipe) -> list[str]:
     """Of late rollouts: see recipes/studies/late_rollouts.md."""
     bounded = recipe.old_logprobs == "rollout" and not open_above(recipe)
-    if not recipe.max_staleness or bounded or recipe.corrector.weight_fn is not unit_weights:
+    if not recipe.max_staleness or bounded or recipe.corrector.weighs:
         return []
     clip = f" {dual(recipe)}" if open_above(recipe) else ""
     return [
@@ -99,7 +99,7 @@ def of_the_corrector(recipe: Recipe) -> list[str]:
 def open_above(recipe: Recipe) -> bool:
     """Whether the objective is PPO's, without a bound of the ratio where the advantage is negative."""
     surrogate = recipe.surrogate
-    return getattr(surrogate, "func", surrogate) is ppo_clip and _bound(surrogate, "delta") is None
+    return function_of(surrogate) is ppo_clip and _bound(surrogate, "delta") is None
 
 
 def dual(recipe: Recipe) -> str:
@@ -131,7 +131,7 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
                 f"{pair} and num_segments or num_sampled: the order has a probability, which segments leave out of the "
                 "ratios; leave both at None, or use rank=max_prob or random"
             )
-    if not exact and recipe.corrector.weight_fn is not unit_weights and recipe.rolls_out_apart:
+    if not exact and recipe.corrector.weighs and recipe.rolls_out_apart:
         said.append(
             f"likelihood={likelihood.name!r} gives no likelihood ratios: the mean of the corrector's weights is not 1, "
             "and they need not bring the gradient nearer to the learner's own; use trajectory(), or corrector=none"

@@ -10,6 +10,7 @@ from dllm_rl.distributed.collectives import machine
 from dllm_rl.distributed.stop import how_to_continue
 from dllm_rl.files import write_json, write_text
 from dllm_rl.manifest import CARD
+from dllm_rl.members import function_of
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe
@@ -135,7 +136,8 @@ def sampling_options(sampler: Any) -> str:
             options += f" --{name} {keywords[name]}"
     for name, known in (("rank", RANKS), ("commit", COMMITS)):
         rule = keywords.get(name)
-        word = next((word for word, function in known.items() if function is getattr(rule, "func", rule)), None)
+        rule = getattr(rule, "function", rule)  # of a Rank or a Commit
+        word = next((word for word, function in known.items() if function is function_of(rule)), None)
         numbers = list(getattr(rule, "keywords", {}).values())
         if word is not None and len(numbers) <= 1:
             options += f" --{name} {word}" + "".join(f"={number}" for number in numbers)

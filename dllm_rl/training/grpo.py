@@ -111,8 +111,8 @@ def grpo_recipe(
         sampler = partial(renoise, **{"answer": "drawn", **options})
         greedy = {"answer": "argmax"}
     else:
-        # `unmask`'s own rank, LLaDA's `confidence`, is not shown to learn more (docs/concepts.md), and its law costs
-        # time.
+        # `unmask`'s own rank, LLaDA's `confidence`, is not shown to learn more (docs/concepts.md), and its
+        # order's probability costs time.
         sampler = partial(unmask, **{"rank": max_prob, **options})
     for option, value in options.items():
         if parameter := inspect.signature(sampler.func).parameters.get(option):

@@ -9,6 +9,7 @@ from accelerate.utils import parse_flag_from_env
 
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.distributed.sharding import shard, sharding_of
+from dllm_rl.members import function_of
 from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.forward.blocks import backbone_of, blocks_of
 from dllm_rl.models.lora import add_lora
@@ -67,7 +68,7 @@ def check_sharding(recipe: Settings, processes: int) -> None:
         and "where the sides differ, one process alone would look for the layer",
         f"base_quantization={recipe.base_quantization!r}": recipe.base_quantization
         and "bitsandbytes' weights cannot be parted",
-        "optim=adamw_8bit": recipe.optim is adamw_8bit and "its moments cannot be parted: use adamw",
+        "optim=adamw_8bit": function_of(recipe.optim) is adamw_8bit and "its moments cannot be parted: use adamw",
     }
     for name, why in wrong.items():
         if why:

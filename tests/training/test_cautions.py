@@ -41,6 +41,7 @@ def test_greedy_rollouts():
 def test_a_kl_term_without_a_gradient():
     (said,) = cautions(tiny_recipe("x", beta=0.1, kl=kl_k1))
     assert "beta=0.1 with kl=kl_k1" in said and said.endswith("use kl_k2 or kl_k3")
+    assert cautions(tiny_recipe("x", beta=0.1, kl=partial(kl_k1))) == [said]
     assert cautions(tiny_recipe("x", beta=0.1)) == cautions(tiny_recipe("x", kl=kl_k1)) == []
     logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
     logps = logits.log_softmax(-1)

@@ -7,6 +7,7 @@ import pytest
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
 from dllm_rl import tiny_masked_lm
+from dllm_rl.samplers.records import Rank
 from dllm_rl.samplers.rules import max_prob, threshold
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
@@ -59,7 +60,7 @@ def test_the_next_command_quotes_the_prompt_and_names_the_gap(tmp_path):
         _next_command(recipe, str(tmp_path)) == f"Sample:     dllm-rl sample {tmp_path} {first!r} --diffusion_steps 3"
     )
     command = f"Sample:     dllm-rl sample {tmp_path}"
-    rules = {"rank": max_prob, "commit": partial(threshold, tau=0.9), "temperature": 0.5}
+    rules = {"rank": Rank(max_prob), "commit": partial(threshold, tau=0.9), "temperature": 0.5}
     longer = replace(recipe, eval_sampler=partial(recipe.eval_sampler, max_new_tokens=20, **rules))
     options = "--max_new_tokens 20 --diffusion_steps 3 --temperature 0.5 --rank max_prob --commit threshold=0.9"
     assert _next_command(longer, str(tmp_path)).endswith(f"{first!r} {options}")

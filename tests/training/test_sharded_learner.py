@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import process_grid
 import pytest
@@ -149,6 +150,7 @@ def test_slurm_starts_a_process_a_task_and_queues_the_job_again_after_its_warnin
         ({"warmup_steps": 5, "lora": lora_r16}, "warmup_steps=5 with lora does not go with shard_size=2"),
         ({"zero_mismatch": True, "rollout_quantization": None}, "zero_mismatch=True does not go"),
         ({"optim": adamw_8bit}, "optim=adamw_8bit does not go"),
+        ({"optim": partial(adamw_8bit)}, "optim=adamw_8bit does not go"),
     ],
 )
 def test_what_does_not_go_with_a_shared_out_learner_is_refused(tmp_path, change, said):

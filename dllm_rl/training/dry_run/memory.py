@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.batch_invariance import GROUPED
+from dllm_rl.members import function_of
 from dllm_rl.models.base import Module, Policy, position_ids, trained_of
 from dllm_rl.models.denoiser import Prefix, backward_through, conditioning
 from dllm_rl.models.forward.blocks import backbone_of, blocks_of
@@ -426,7 +427,8 @@ def batch_of(rows: int, width: int) -> tuple[Tensor, Tensor]:
 def step_optimizer(recipe: Recipe, trained: list[nn.Parameter], *, on_gpu: bool) -> object:
     """Clip and step as `update` does; returns what holds the optimiser's state."""
     torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
-    if recipe.optim is adamw_8bit:  # its kernel wants addresses: two bytes a weight, a scale for each 256 of either
+    # Its kernel needs addresses: two bytes a weight, and a scale for each 256 of either.
+    if function_of(recipe.optim) is adamw_8bit:
         return [torch.empty(2 * p.numel() + p.numel() // 32, dtype=torch.uint8) for p in trained]
     optimizer = recipe.optim(trained, lr=1e-6, betas=(recipe.adam_beta1, recipe.adam_beta2), weight_decay=0.0)
     for group in optimizer.param_groups:
