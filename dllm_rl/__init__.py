@@ -39,6 +39,7 @@ _HOME = {
     "algorithms.correctors": "Corrector TokenStats TokenWeights none tis mis icepop reject ais tbpo aligned qarl "
     "compose finite",
     "algorithms.by_step": "by_step",
+    "algorithms.prompt_sources": "PromptSource RewardHistory uniform_prompts mixed_reward_prompts",
     "algorithms.triage": "triage",
     "algorithms.losses": "ppo_clip gspo trust_band cispo vespo reinforce token sequence constant kl_k3",
     "algorithms.optimizers": "adamw_8bit",

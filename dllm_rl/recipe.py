@@ -12,12 +12,13 @@ from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from torch import Generator
 
-from dllm_rl.algorithms import advantages, correctors, losses, optimizers
+from dllm_rl.algorithms import advantages, correctors, losses, optimizers, prompt_sources
 from dllm_rl.algorithms.advantages import group_relative, takes_parts
 from dllm_rl.algorithms.by_step import by_step
 from dllm_rl.algorithms.correctors import Corrector, none
 from dllm_rl.algorithms.losses import kl_k3, policy_loss, ppo_clip, surrogate_inputs, token
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
+from dllm_rl.algorithms.prompt_sources import PromptSource, uniform_prompts
 from dllm_rl.algorithms.triage import triage
 from dllm_rl.bounds import Bound, check_bound
 from dllm_rl.callbacks import check_callbacks
@@ -59,6 +60,7 @@ CHOICES: dict[str, dict[str, Callable]] = {
         optimizers, "constant_rate constant_with_warmup cosine_with_warmup linear_decay linear_with_warmup"
     ),
     "optim": _named(optimizers, "adamw adamw_8bit"),
+    "prompt_source": _named(prompt_sources, "mixed_reward_prompts uniform_prompts"),
     "rank": by_name.RANKS,
     "rollout_quantization": _named(
         schemes,
@@ -74,6 +76,12 @@ def _(help: str, default: Any = MISSING, **bound: int) -> Any:
     return field(default=default, metadata={"help": help, "bound": Bound(**bound) if bound else None})
 
 
+RECORDS = (
+    Corrector,
+    LikelihoodEstimator,
+    PromptSource,
+    RolloutEngine,
+)  # that functions make
 REFERENCE = "reference"  # as `teacher`: the policy that RL started from
 DIRECTION_STEPS = 5  # steps from one measurement of `update/direction` to the next
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
@@ -123,7 +131,7 @@ def fitted(name: str, annotation: Any, value: Any) -> Any:
         return partial(adapters, value)
     if name == "lora" and type(value).__module__.partition(".")[0] == "peft":
         return partial(adapters, from_peft(value))
-    record = next((kind for kind in kinds if kind in (Corrector, LikelihoodEstimator, RolloutEngine)), None)
+    record = next((kind for kind in kinds if kind in RECORDS), None)
     if record is not None and inspect.isfunction(function_of(value)):
         optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         lacking = [
@@ -149,7 +157,7 @@ def check_fits(field: Field, value: Any) -> None:
     corrector="tis"), and on text in place of a number or a flag (learning_rate="1e-3")."""
     kinds = kinds_of(field.type)
     flag = isinstance(value, bool) and bool not in kinds
-    record = next((kind for kind in kinds if kind in (Corrector, LikelihoodEstimator, RolloutEngine)), None)
+    record = next((kind for kind in kinds if kind in RECORDS), None)
     wrong_record = record is not None and not isinstance(value, record)
     wrong_record |= field.type is Task and not hasattr(value, "reward")
     function = Callable in [get_origin(kind) or kind for kind in kinds] and str not in kinds and not callable(value)
@@ -212,7 +220,12 @@ class Settings:
     )
     bf16: bool = _("forwards compute in bf16, weights stay in dtype: with float32 for training all weights", False)
 
-    eval_steps: int = _("steps between evaluations, on validation_task or SFT's held-out rows; 0: none", 0, at_least=0)
+    eval_steps: int | None = _(
+        "steps between evaluations, on validation_task or SFT's held-out rows; 0: none; None: as many as keep them "
+        "within 2 % of the forwards",
+        None,
+        at_least=0,
+    )
     eval_batch_size: int = _("problems, or SFT's rows, per evaluation batch", 32, at_least=1)
     logging_steps: int = _("steps between lines on the screen (metrics.jsonl has every step)", 10, at_least=1)
     report_to: str | None = _(
@@ -306,7 +319,7 @@ class Settings:
                 f"base_quantization={self.base_quantization!r} is a frozen base: set lora, or leave it out",
             ),
             (
-                self.metric_for_best_model is not None and not self.eval_steps,
+                self.metric_for_best_model is not None and self.eval_steps == 0,
                 f"metric_for_best_model={self.metric_for_best_model!r} is measured every eval_steps, and eval_steps=0 "
                 "never measures: set eval_steps",
             ),
@@ -347,6 +360,7 @@ class Recipe(Settings):
     sampler: Callable = _("rollout sampler: (policy, prompts, generator) -> Rollout")
     eval_sampler: Callable = _("the sampler of evaluations")
     likelihood: LikelihoodEstimator = _("sequence-likelihood estimator")
+    prompt_source: PromptSource = _("which prompts a step learns from", uniform_prompts())
     corrector: Corrector = _("correction of the training-inference mismatch", none())
     sampling_support: Literal["own", "unfiltered", "rollout"] = _(
         "tokens over which log-probs are normalised where top_k or top_p filter (models.support.with_support)", "own"
@@ -503,6 +517,11 @@ class Recipe(Settings):
                 bool(late) and self.teacher is not None and not self.likelihood.exact_for_sampler,
                 f"teacher with {given} and likelihood={self.likelihood.name!r}: a worker scores the groups whose "
                 "rewards differ, and the teacher changes the rewards afterwards: use trajectory(), or max_staleness=0",
+            ),
+            (
+                bool(workers) and self.prompt_source.uses_history,
+                f"rollout_workers={workers} draw prompts before earlier rewards are known, which prompt_source="
+                f"{describe(self.prompt_source)} reads: use uniform_prompts, or rollout_workers=0",
             ),
             (
                 bool(workers) and self.router_replay is not None,

@@ -8,9 +8,9 @@ has room for 12 rows at a time (81 GB). Not run yet: no results.
 
 from functools import partial
 
-from dllm_rl import Lora, Recipe, Sudoku, float8_dynamic, kl_k3, main, one_step, ppo_clip, unmask
+from dllm_rl import Lora, Recipe, Sudoku, confidence, float8_dynamic, kl_k3, main, one_step, ppo_clip, unmask
 
-in_blocks = partial(unmask, max_new_tokens=256, diffusion_steps=128, block_size=32)
+in_blocks = partial(unmask, max_new_tokens=256, diffusion_steps=128, block_size=32, rank=confidence)
 puzzles = partial(Sudoku, clues=8, prompt_format="text", opening="<reasoning>", reward_rule="d1")
 
 recipe = Recipe(

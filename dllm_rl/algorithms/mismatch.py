@@ -18,6 +18,7 @@ from dllm_rl.algorithms.losses import MAX_LOG
 from dllm_rl.types import Batch
 
 PREFIX = "rollout_corr/"
+STEP_GROUPS = 8  # at most, of `step_metrics`
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,31 @@ def _weight_metrics(scored: _Measured, high: float) -> dict[str, float]:
         "seq_fraction_low": scored.per_row((raw_seq < 1 / high).double()),
     }
     return {f"{PREFIX}rollout_is_{name}": v.item() + 0.0 for name, v in values.items()}
+
+
+def step_metrics(
+    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], unmask_step: Int[Tensor, "B T"]
+) -> dict[str, float]:
+    """The largest |log rho| and its 99th percentile, nats, by the denoising step that wrote the token.
+
+    With more than STEP_GROUPS steps, step_K is the K-th of as many equal parts of the longest completion's steps. The
+    percentile is the least value with at least 99 % of the values at or below it. Tokens whose ratio is not finite are
+    left out; a step without a token has no metric.
+    """
+    written = mask & log_mismatch.isfinite() & (unmask_step >= 0)
+    sizes = log_mismatch[written].abs().double()
+    steps = unmask_step[written]
+    if not len(steps):
+        return {}
+    total = int(steps.max()) + 1
+    groups = steps * min(STEP_GROUPS, total) // total
+    metrics = {}
+    for group in groups.unique().tolist():
+        values = sizes[groups == group]
+        metrics[f"{PREFIX}abs_log_ratio_max/step_{group}"] = values.max().item()
+        percentile = values.kthvalue(math.ceil(0.99 * len(values))).values
+        metrics[f"{PREFIX}abs_log_ratio_p99/step_{group}"] = percentile.item()
+    return metrics
 
 
 def off_policy_metrics(

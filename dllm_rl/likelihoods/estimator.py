@@ -111,6 +111,11 @@ class LikelihoodEstimator:
         """Per-position contributions to the estimate, nats; their sum over T is the sequence's. No gradient."""
         return self.combine(self.scores(policy, rollout, views, micro_batch_size=micro_batch_size), views)
 
+    @property
+    def exact_ratios(self) -> bool:
+        """Whether exp of a difference of two policies' estimates is a ratio of probabilities of the sampler's draws."""
+        return self.exact_for_sampler or self.attention == ("causal",)
+
     def is_exact_for(self, rollout: Rollout) -> bool:
         """Whether the estimate is the log-probability of all that the sampler decided by the weights: of the tokens,
         and of their order. False where the probability of the order is unknown, or is left out."""

@@ -12,11 +12,14 @@ BACKWARDS_MEAN = -0.25
 MEASURED = 3
 
 
-def health(metrics: dict[str, float], *, direction: float = 0.0) -> tuple[str, str] | None:
+def health(
+    metrics: dict[str, float], *, direction: float = 0.0, first_ess: float | None = None
+) -> tuple[str, str] | None:
     """(word, reason) of a step: the first of backwards, backfiring, strong, mild, healthy that holds; None where
-    nothing was measured.
+    nothing was measured. Of estimated ratios "estimated" in place of the last three, whose bounds are of exact ones.
 
     direction  mean of the last MEASURED values of `update/direction`
+    first_ess  of estimated ratios: the ESS of the run's first step; None: the ratios are exact
     """
     if direction < BACKWARDS_MEAN:
         trend = f"{DIRECTION} {direction:.2g} on average of {MEASURED}"
@@ -30,8 +33,11 @@ def health(metrics: dict[str, float], *, direction: float = 0.0) -> tuple[str, s
     moved = {n: v for n, v in metrics.items() if n.startswith("off_policy/") and "/contribution_" in n}
     worst = max(moved, key=moved.__getitem__, default="")
     highest = moved.get(worst, 0.0)
-    word = "strong" if ess < STRONG else "mild" if ess < MILD else "healthy"
-    bound = {"strong": f" below {STRONG}", "mild": f" below {MILD}"}.get(word, "")
+    if first_ess is not None:
+        word, bound = "estimated", f", {first_ess:.3g} in the first step"
+    else:
+        word = "strong" if ess < STRONG else "mild" if ess < MILD else "healthy"
+        bound = {"strong": f" below {STRONG}", "mild": f" below {MILD}"}.get(word, "")
     reasons = [f"ESS {ess:.3g}{bound}"]
     if moved:
         _, base, sign, *_ = worst.replace("contribution_", "").split("/")

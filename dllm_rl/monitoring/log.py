@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 
 from dllm_rl.device import peak_memory
 from dllm_rl.monitoring.health import PATIENCE
-from dllm_rl.monitoring.json_lines import JsonLines, current_rows, known, number
+from dllm_rl.monitoring.json_lines import JsonLines, current_rows, known
 from dllm_rl.monitoring.progress import View
 from dllm_rl.recipe import Settings
 from dllm_rl.screen import escape_controls
@@ -133,13 +133,11 @@ class RunLog:
         """Print lines safely: markup and control characters have no effect."""
         self.console.print(escape_controls(text, keep="\n"), markup=False, highlight=False, soft_wrap=True)
 
-    def view(self, description: str, total: int, *, curve: str, completed: int = 0) -> View:
+    def view(self, description: str, total: int, *, curve: str, completed: int = 0, exact: bool = True) -> View:
         """The view of a part of the run, to be called once per step; it draws the metric `curve`."""
         rows = current_rows(self.files["metrics"].path) if self.main and completed else []
-        past = [found for row in rows if (found := number(row.get(curve))) is not None]
-        return View(
-            self.console, description, total, curve=curve, completed=completed, past=past, stage=lambda: self.entered
-        )
+        options = {"curve": curve, "completed": completed, "past": [known(row) for row in rows], "exact": exact}
+        return View(self.console, description, total, stage=lambda: self.entered, **options)
 
     def close(self) -> None:
         for file in self.files.values():

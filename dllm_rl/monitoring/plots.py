@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any
 
 from dllm_rl.files import read_json, replacing
-from dllm_rl.monitoring.health import MILD, STRONG
 from dllm_rl.monitoring.json_lines import current_rows, known, number, warmup_rows
 from dllm_rl.screen import escape_controls
 
@@ -23,7 +22,6 @@ class Panel:
     unit: str
     metrics: dict[str, str]  # name -> text in the legend
     points: tuple[str, ...] = ()  # metrics of some steps only
-    bounds: tuple[float, ...] = ()  # thin lines
 
 
 SOLVED_PANEL = Panel(
@@ -37,7 +35,7 @@ PANELS = (  # of an RL run, whose loss is no likelihood and is not drawn
     Panel("Reward", "reward", {"reward": "training"}, ("eval/reward",)),
     SOLVED_PANEL,
     Panel("Mismatch", "nats", {"rollout_corr/k3_kl": "k3 KL", "rollout_corr/abs_log_ratio_mean": "mean |log ratio|"}),
-    Panel("Effective sample size", "share", {"rollout_corr/ess": "of the raw ratios"}, bounds=(MILD, STRONG)),
+    Panel("Effective sample size", "share", {"rollout_corr/ess": "of the raw ratios"}),
 )
 PANELS_OF_SFT = (
     Panel("Loss", "nats a token", {"loss": "training"}, ("eval/loss",)),
@@ -117,8 +115,6 @@ def lines_of(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel) -> None:
         curve(axis, rows, name, color=COLOURS[i], linestyle=DASHES[i], linewidth=1.6, label=panel.metrics[name])
     for name in panel.points:
         held_out(axis, rows, name)
-    for bound in panel.bounds:
-        axis.axhline(bound, color="black", linewidth=0.8, linestyle=":", alpha=0.6)
 
 
 def ends(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[str, Any]) -> None:

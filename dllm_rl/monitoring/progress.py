@@ -3,7 +3,7 @@
 import atexit
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 from rich.console import Console, ConsoleRenderable, Group
@@ -23,7 +23,8 @@ SHOWN = {
     "eval/loss": "held-out loss",
 }
 BLOCKS = "▁▂▃▄▅▆▇█"
-COLOURS = {"healthy": "green", "mild": "yellow"}
+COLOURS = {"healthy": "green", "mild": "yellow", "estimated": ""}
+ESS = "rollout_corr/ess"
 
 
 class View:
@@ -37,14 +38,17 @@ class View:
         *,
         curve: str,  # the metric to draw
         completed: int = 0,
-        past: Sequence[float] = (),  # its values so far
+        past: Sequence[Mapping[str, float]] = (),  # the rows so far
+        exact: bool = True,  # whether ratios are of probabilities; else the ESS is shown beside the first step's
         stage: Callable[[], str] = lambda: "",  # the present one, in words
     ) -> None:
         self.console = console
         self.description = escape_controls(description)
         self.total = total
         self.curve = curve
-        self.values = list(past)
+        self.values = [row[curve] for row in past if curve in row]
+        self.exact = exact
+        self.first_ess = None if exact else next((row[ESS] for row in past if ESS in row), None)
         self.metrics: dict[str, float] = {}
         self.directions = deque[float](maxlen=MEASURED)
         self.stage = stage
@@ -61,6 +65,8 @@ class View:
     def __call__(self, metrics: dict[str, float], *, show: bool, close: bool = False) -> None:
         """One step is done, or with `close` all are. show: print a line that stays."""
         self.metrics |= metrics
+        if not self.exact and self.first_ess is None:
+            self.first_ess = metrics.get(ESS)
         self.directions += [metrics[DIRECTION]] if DIRECTION in metrics else []
         if math.isfinite(metrics.get(self.curve, math.nan)):
             self.values.append(metrics[self.curve])
@@ -82,7 +88,9 @@ class View:
         left = task.time_remaining
         eta = [] if left is None or task.finished else [f"ETA {timedelta(seconds=math.ceil(left))}"]
         done = f"{self.description} {int(task.completed)}/{self.total}"
-        return "  ".join(filter(None, [done, one_line(metrics, direction=self.direction), *eta]))
+        return "  ".join(
+            filter(None, [done, one_line(metrics, direction=self.direction, first_ess=self.first_ess), *eta])
+        )
 
     def __rich__(self) -> ConsoleRenderable:
         below = [Text.assemble(f"{name:11}", literal(text, style=colour)) for name, text, colour in self.rows()]
@@ -96,7 +104,7 @@ class View:
             span = f"{min(self.values):.3g} to {max(self.values):.3g}"
             text = f"{self.values[-1]:.3g}  {sparkline(self.values)}  {span}"
             rows.append((name if len(name) < 11 else "curve", text, ""))
-        if found := health(self.metrics, direction=self.direction):
+        if found := health(self.metrics, direction=self.direction, first_ess=self.first_ess):
             subject = "updates" if found[0] == "backwards" else "mismatch"
             rows.append((subject, f"{found[0]}: {found[1]}", COLOURS.get(found[0], "red")))
         if stage := self.stage():
@@ -116,12 +124,12 @@ def sparkline(values: Sequence[float], *, width: int = 30) -> str:
     return "".join(BLOCKS[int((mean - low) / span * (len(BLOCKS) - 1) + 0.5)] for mean in means)
 
 
-def one_line(metrics: dict[str, float], *, direction: float = 0.0) -> str:
+def one_line(metrics: dict[str, float], *, direction: float = 0.0, first_ess: float | None = None) -> str:
     """The main numbers of a step, and its `health`, with a reason unless it is healthy."""
     plain = {} if "reward" in metrics else {"loss": "loss"}  # the loss of GRPO shows no progress
     known = plain | SHOWN | {name: name.removeprefix("warmup/") for name in metrics if name.startswith("warmup/")}
     said = [f"{short} {metrics[name]:.3g}" for name, short in known.items() if name in metrics]
-    if found := health(metrics, direction=direction):
+    if found := health(metrics, direction=direction, first_ess=first_ess):
         subject = "updates" if found[0] == "backwards" else "mismatch"
         said.append(found[0] if found[0] == "healthy" else f"{subject} {found[0]} ({found[1]})")
     return "  ".join(said)

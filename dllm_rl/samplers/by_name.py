@@ -9,7 +9,7 @@ from dllm_rl.samplers.cache import Cache, block_cache, dual_cache, prefix_cache
 
 RANKS: dict[str, Callable] = {rank.__name__: rank for rank in records.RANKS}
 # Whose scores a rule is made for.
-OWN_RANKS = {"entropy_bound": "entropy", "origin": "random", "remask": "random", "soft_threshold": "max_prob"}
+OWN_RANKS = {"entropy_bound": "entropy", "origin": "random", "remask": "random"}
 COMMITS: dict[str, Callable] = {rule.__name__: rule for rule in records.COMMITS}
 CACHES: dict[str, Callable[..., Cache]] = {"block": block_cache, "prefix": prefix_cache, "dual": dual_cache}
 
@@ -48,7 +48,7 @@ def _read(kind: str, text: str, known: dict[str, Callable], number: Callable[[st
 def rank_for(commit: str, asked: str | None = None) -> str:
     """The name of the rank: the one asked for, else the one whose scores the rule is made for (as `read_commit` has
     its name)."""
-    return asked or OWN_RANKS.get(commit.partition("=")[0], "confidence")
+    return asked or OWN_RANKS.get(commit.partition("=")[0], "max_prob")
 
 
 # What reads each of a sampler's settings that a command line names.

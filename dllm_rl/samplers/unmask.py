@@ -15,7 +15,7 @@ from dllm_rl.samplers.canvas import BlockQueue, make_canvas, next_turn
 from dllm_rl.samplers.choose import Choose
 from dllm_rl.samplers.infilling import check_infilling, infilling_canvas
 from dllm_rl.samplers.records import as_commit, as_rank
-from dllm_rl.samplers.rules import check_steps, confidence, schedule
+from dllm_rl.samplers.rules import check_steps, max_prob, schedule
 from dllm_rl.samplers.states import States
 from dllm_rl.samplers.whole_step import WholeSteps
 from dllm_rl.types import Prompts, Rollout, SamplingParams
@@ -40,7 +40,7 @@ def unmask(
     top_k: int | None = None,
     top_p: float | None = None,
     suppress: tuple[int, ...] = (),
-    rank: Callable = confidence,
+    rank: Callable = max_prob,
     commit: Callable = schedule,
     cache: Cache | None = None,
     approximate_early_exit: bool = False,

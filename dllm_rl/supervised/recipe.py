@@ -14,7 +14,12 @@ class SFT(Settings):
     """What a model is shown, and how. Names are TRL's where the meaning is the same."""
 
     dataset: str | Any = _("rows with `messages`, `prompt` and `completion`, or `text`: data set, list, or .jsonl path")
-    eval_dataset: str | Any = _("held-out rows; None: the last tenth of dataset, at most 256 rows", None)
+    eval_dataset: str | Any = _("held-out rows; None: the last ones of dataset, see eval_split", None)
+    eval_split: float | None = _(
+        "rows of dataset that are held out: a share below 1, or a number; None: a tenth, at most 256",
+        None,
+        above=0,
+    )
     max_length: int = _("longer rows, in tokens, are left out; with packing also the length of a row", 1024, at_least=2)
     completion_length: int | None = _(
         "end tokens fill diffusion completions to this length (RL's max_new_tokens); None: one", None, at_least=1

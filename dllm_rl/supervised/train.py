@@ -28,7 +28,7 @@ from dllm_rl.supervised.examples import (
     weighted_loss,
 )
 from dllm_rl.supervised.recipe import SFT
-from dllm_rl.tasks.datasets import hold_out, in_memory
+from dllm_rl.tasks.datasets import in_memory, training_and_held_out
 from dllm_rl.tasks.rows import load_rows
 from dllm_rl.training.denoising import Noise, denoising_loss, lessons
 from dllm_rl.training.finish import Summary, conclude
@@ -37,6 +37,7 @@ from dllm_rl.training.policies import freeze, make_optimizer, make_policy, opene
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, make_writer, protect, save, settle
 from dllm_rl.training.start import launch, open_log, restore
+from dllm_rl.training.validation import check_best_model, interval
 from dllm_rl.training.warmup import draw_levels
 
 VIEWS = 4  # masks that a diffusion model's held-out loss takes of each row
@@ -60,6 +61,9 @@ def fine_tune(recipe: SFT) -> Summary:
     policy = _policy(recipe, accelerator, folder, saved)
     training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
+    views = 1 if policy.spec.attention == "causal" else VIEWS
+    every = interval(recipe, len(held_out) * views, 3 * recipe.train_batch_size)  # a backward is about two forwards
+    check_best_model(recipe, every)
     optimizer = make_optimizer(recipe, policy)
     log = open_log(recipe, accelerator, peers, saved, notes)
     state = restore(recipe, folder, saved, policy, optimizer, log) if folder else TrainingState.first(recipe, policy)
@@ -87,7 +91,7 @@ def fine_tune(recipe: SFT) -> Summary:
 
     for step in range(run.state.step, recipe.num_steps):
         metrics = take_step(run, training, step)
-        if recipe.eval_steps and (step + 1) % recipe.eval_steps == 0:
+        if every and (step + 1) % every == 0:
             metrics["eval/loss"] = evaluate_loss(run, held_out)["loss"]
         metrics = after_step(run, step, metrics)
         log.write(step, metrics)
@@ -113,9 +117,8 @@ def read_datasets(recipe: SFT) -> SFT:
     rows = _rows(recipe.dataset)
     if not len(rows):
         raise ValueError("dataset is empty: give at least two rows")
-    if recipe.eval_dataset is not None:
-        return replace(recipe, dataset=rows, eval_dataset=_rows(recipe.eval_dataset))
-    training, held_out = hold_out(rows)
+    given = None if recipe.eval_dataset is None else _rows(recipe.eval_dataset)
+    training, held_out = training_and_held_out(rows, given, recipe.eval_split)
     return replace(recipe, dataset=training, eval_dataset=held_out)
 
 

@@ -229,15 +229,46 @@ def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
     return list(islice(iter(dataset), max_rows))
 
 
-def hold_out(rows: Any) -> tuple[Any, Any]:
-    """The rows without their last tenth, and the last tenth: 1 to HELD_OUT rows. Errors: ValueError below 2 rows."""
+def hold_out(rows: Any, eval_split: float | None = None) -> tuple[Any, Any]:
+    """Split off the last rows.
+
+    Args:
+        rows: A data set with a length.
+        eval_split: The share of the rows that is held out, if below 1, or their number. None: a tenth, 1 to HELD_OUT.
+
+    Returns:
+        The rows to train on, and the held-out ones.
+
+    Raises:
+        ValueError: There are fewer than 2 rows, or no row is left for one of the two.
+    """
     if len(rows) < 2:
         raise ValueError(f"dataset must have 2 rows, one of them held out, and has {len(rows)}; give eval_dataset")
-    kept = len(rows) - min(HELD_OUT, len(rows) // 10 or 1)  # one row at least
+    count: float = min(HELD_OUT, len(rows) // 10 or 1)  # one row at least
+    if eval_split is not None:
+        count = round(eval_split * len(rows)) if 0 < eval_split < 1 else eval_split
+    if not 0 < count < len(rows) or count != int(count):
+        raise ValueError(
+            f"eval_split={eval_split} of {len(rows)} rows is not possible: give a share between 0 and 1, or a number "
+            f"from 1 to {len(rows) - 1}"
+        )
+    kept = len(rows) - int(count)
     parts = range(kept), range(kept, len(rows))
     if hasattr(rows, "select"):  # a `datasets.Dataset`, which gives views
         return rows.select(parts[0]), rows.select(parts[1])
     return list(map(rows.__getitem__, parts[0])), list(map(rows.__getitem__, parts[1]))
+
+
+def training_and_held_out(rows: Any, eval_dataset: Any, eval_split: float | None) -> tuple[Any, Any]:
+    """The rows to train on and the held-out ones: `eval_dataset`, or without it as `hold_out` splits. Errors:
+    ValueError where both are given."""
+    if eval_dataset is None:
+        return hold_out(rows, eval_split)
+    if eval_split is not None:
+        raise ValueError(
+            f"eval_split={eval_split} holds out training rows, and eval_dataset is given too: leave one of them out"
+        )
+    return rows, eval_dataset
 
 
 def _accepted(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:

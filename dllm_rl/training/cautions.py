@@ -113,7 +113,7 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
     """What the ratios of the recipe's estimator cannot correct, and the remedy."""
     said = []
     likelihood = recipe.likelihood
-    exact = likelihood.exact_for_sampler or likelihood.attention == ("causal",)
+    exact = likelihood.exact_ratios
     cache = _bound(recipe.sampler, "cache")
     given = likelihood.made_by is not None and likelihood.made_by.keywords.get("order") == "given"
     if likelihood.name == "trajectory" and not given and (rules := rules_of(recipe)) is not None:

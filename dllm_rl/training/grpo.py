@@ -18,9 +18,9 @@ from dllm_rl.recipe import Recipe, check_kind
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.records import as_commit
 from dllm_rl.samplers.renoise import renoise
-from dllm_rl.samplers.rules import max_prob, schedule
+from dllm_rl.samplers.rules import schedule
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.tasks.datasets import RewardFunction, hold_out, in_memory, task_from_dataset
+from dllm_rl.tasks.datasets import RewardFunction, in_memory, task_from_dataset, training_and_held_out
 from dllm_rl.training.finish import Summary
 from dllm_rl.training.policies import called
 from dllm_rl.training.trainer import train
@@ -56,6 +56,7 @@ def grpo_recipe(
     *,
     processing_class: Tokenizer = None,
     eval_dataset: Any = None,
+    eval_split: float | None = None,
     reward_weights: Sequence[float] | None = None,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
@@ -63,15 +64,15 @@ def grpo_recipe(
     max_rows: int | None = None,
     **settings: Any,
 ) -> Recipe:
-    """The recipe of `grpo`, with the sampler and the likelihood that the model's attention needs. Positions are ranked
-    by `max_prob`.
+    """The recipe of `grpo`, with the sampler and the likelihood that the model's attention needs.
 
     model           a checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one and
                     may take the seed.
     train_dataset   rows with a `prompt` (text or chat messages); the other columns go to the reward functions.
     reward_funcs    f(prompts=, completions=, **columns) -> numbers or None, sync or async; logged as rewards/NAME/mean.
     processing_class  the tokenizer of a transformers model; training copies the model.
-    eval_dataset    held-out rows; None: the last tenth of `train_dataset`, at most 256 rows.
+    eval_dataset    held-out rows; None: the last ones of `train_dataset`.
+    eval_split      how many these are: a share below 1, or a number; None: a tenth, at most 256 rows.
     reward_weights  one per function, 1 by default; advantages=decoupled normalises each reward before weighing it.
     sampler_options keywords of `unmask`, `autoregress` or `renoise`: diffusion_steps (of unmasking; default one per
                     token), top_p ... A max_new_tokens or temperature in them replaces the argument of that name.
@@ -86,11 +87,8 @@ def grpo_recipe(
     if callable(train_dataset):
         raise ValueError("train_dataset is a function; the order is grpo(model, train_dataset, reward_funcs)")
     rows = in_memory(train_dataset, max_rows)
-    if eval_dataset is None:
-        training, held_out = hold_out(rows)
-    else:
-        training = rows
-        held_out = in_memory(eval_dataset, max_rows)
+    given = None if eval_dataset is None else in_memory(eval_dataset, max_rows)
+    training, held_out = training_and_held_out(rows, given, eval_split)
     task_of = partial(task_from_dataset, reward_funcs=reward_funcs, weights=reward_weights)
     name = settings.pop("name", Path(model).name.lower() if isinstance(model, str) else "grpo")
     task = task_of(training, name=name)
@@ -111,9 +109,7 @@ def grpo_recipe(
         sampler = partial(renoise, **{"answer": "drawn", **options})
         greedy = {"answer": "argmax"}
     else:
-        # `unmask`'s own rank, LLaDA's `confidence`, is not shown to learn more (docs/concepts.md), and its
-        # order's probability costs time.
-        sampler = partial(unmask, **{"rank": max_prob, **options})
+        sampler = partial(unmask, **options)
     for option, value in options.items():
         if parameter := inspect.signature(sampler.func).parameters.get(option):
             check_kind(f"sampler_options: {option}", parameter.annotation, value)

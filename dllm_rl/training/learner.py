@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights
-from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, off_policy_metrics, symptom_metrics
+from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, off_policy_metrics, step_metrics, symptom_metrics
 from dllm_rl.device import send
 from dllm_rl.diagnostics.batch_invariance import check_bitwise_equal
 from dllm_rl.distributed.collectives import (
@@ -206,6 +206,10 @@ def correct(
         row_weights=rows.metric_weights,
     )
     batch = make_batch(recipe, logps, samples.rollout, rows, weights, accelerator)
+    if recipe.likelihood.exact_ratios or not recipe.likelihood.random:  # else masks are drawn, and follow no step
+        every |= step_metrics(
+            stats.log_mismatch, rows.completion & (rows.metric_weights > 0)[:, None], stats.unmask_step
+        )
     return batch, lost | every | live | symptoms(recipe, rows, logps.views)
 
 
@@ -266,8 +270,7 @@ def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dic
 
 def symptoms(recipe: Recipe, rows: Rows, views: Views) -> dict[str, float]:
     """`symptom_metrics` of the learned rows; error tokens only where contributions are log-probs of single tokens."""
-    single = recipe.likelihood.exact_for_sampler or recipe.likelihood.attention == ("causal",)
-    single = single and all(part.single_tokens for part in views.parts)
+    single = recipe.likelihood.exact_ratios and all(part.single_tokens for part in views.parts)
     stats = rows.stats
     return symptom_metrics(rows.tokens, stats.mask, stats.advantages, old=stats.old_logprobs if single else None)
 

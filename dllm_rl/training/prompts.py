@@ -2,11 +2,16 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
 from torch import Tensor
 
+from dllm_rl.algorithms.prompt_sources import RewardHistory
+from dllm_rl.members import describe
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.recipe import Recipe
@@ -14,12 +19,62 @@ from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem, Task, check_filled
 
 CHECKED = 5000  # prompts per task that are tokenised before a run begins
+HISTORY = "reward_history.safetensors"  # in a checkpoint
 SECONDS = 10.0  # at most for the prompts of a task: some tasks make a problem slowly
 
 
 def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " size"]:
     """Problems of a step, of all processes, with replacement: a pure function of the key."""
     return torch.randint(num_problems, (size,), generator=generator_for(*key))
+
+
+def prompt_indices(
+    recipe: Recipe, history: RewardHistory | None, step: int, draw: int = 0
+) -> Int[Tensor, " train_batch_size"]:
+    """Return the problems of a step, of all processes, by the recipe's `prompt_source`.
+
+    Args:
+        recipe: The run's record.
+        history: What the run has graded; None for a source that reads none.
+        step: The training step.
+        draw: Which draw of the step: 0, then those of dynamic sampling.
+
+    Raises:
+        ValueError: The source gave something else than as many indices of the task.
+    """
+    source, count, size = recipe.prompt_source, recipe.train_batch_size, len(recipe.task)
+    purpose = f"train, draw {draw}" if draw else "train"
+    history = RewardHistory(size) if history is None else history
+    indices = source.draw(history, count, generator_for(recipe.seed, purpose, step))
+    name = f"prompt_source={describe(source)}"
+    if not isinstance(indices, Tensor) or indices.shape != (count,) or indices.dtype != torch.long:
+        raise ValueError(f"{name} must return a tensor of train_batch_size={count} whole numbers")
+    if indices.min() < 0 or indices.max() >= size:
+        wrong = f"{name} gave the indices {int(indices.min())} to {int(indices.max())}"
+        raise ValueError(f"{wrong}, and task {recipe.task.name!r} has the problems 0 to {size - 1}")
+    return indices
+
+
+def reward_history(recipe: Recipe, folder: Path | None) -> RewardHistory | None:
+    """Return the history that a run goes on from: a checkpoint's, or an empty one; None where no source reads it.
+
+    Raises:
+        ValueError: The checkpoint's file is damaged.
+    """
+    if not recipe.prompt_source.uses_history:
+        return None
+    size = len(recipe.task)
+    if folder is None or not (folder / HISTORY).exists():  # begun with another source
+        return RewardHistory(size)
+    try:
+        return RewardHistory(size, **safetensors.load((folder / HISTORY).read_bytes()))
+    except (SafetensorError, TypeError) as error:
+        raise ValueError(f"{folder}: {HISTORY} is damaged: {error}; take an earlier checkpoint") from None
+
+
+def history_files(history: RewardHistory | None, step: int) -> dict[str, bytes]:
+    """Return what a checkpoint of the state after `step` steps holds of the history."""
+    return {} if history is None else {HISTORY: safetensors.save(history.before(step).tensors())}
 
 
 def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
@@ -110,7 +165,7 @@ def _drawn(recipe: Recipe) -> Iterable[int]:
         return range(size)
     drawn: dict[int, None] = {}  # in order, each once
     for step in range(recipe.num_steps):
-        drawn |= dict.fromkeys(draw_indices(size, recipe.train_batch_size, recipe.seed, "train", step).tolist())
+        drawn |= dict.fromkeys(prompt_indices(recipe, None, step).tolist())
         if len(drawn) >= CHECKED:
             break
     return drawn

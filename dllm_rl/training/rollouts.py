@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import informative, takes_parts
+from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.device import send
 from dllm_rl.distributed.collectives import (
     Metrics,
@@ -30,7 +31,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.tasks.base import Problem, Reward, addends, grade
 from dllm_rl.training.forwards import arithmetic
-from dllm_rl.training.prompts import choose, draw_indices
+from dllm_rl.training.prompts import choose, prompt_indices
 from dllm_rl.training.samples import Samples
 from dllm_rl.types import Rollout
 
@@ -50,21 +51,32 @@ class Answer:
 
 
 def collect(
-    recipe: Recipe, rollout_policy: Policy, step: int, accelerator: Accelerator, log: RunLog
+    recipe: Recipe,
+    rollout_policy: Policy,
+    step: int,
+    accelerator: Accelerator,
+    log: RunLog,
+    history: RewardHistory | None = None,
 ) -> tuple[Samples, list[Answer], dict[str, float]]:
     """What a step learns from, this process's answers, and metrics.
 
     With max_num_gen_batches > 1, groups of equal rewards are drawn again with other prompts, at most that many draws
     (DAPO's dynamic sampling [paper]). Each group is drawn again on its own [ours]; DAPO pools the draws.
 
+    history     gets the step's groups, also those that are then replaced; None: nothing is kept
     num_tokens  TRL's: tokens of the run so far, of all processes, of each completion and of the prompt before it. The
                 completions that dynamic sampling replaces were sampled, and count
     """
     every = torch.arange(recipe.train_batch_size // accelerator.num_processes)
-    rollout, answers, mine, replaced = draw_and_grade(recipe, rollout_policy, (step, 0), every, accelerator, log)
+    indices = prompt_indices(recipe, history, step)
+    rollout, answers, mine, replaced = draw_and_grade(
+        recipe, rollout_policy, (step, 0), indices, every, accelerator, log
+    )
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
         lost = waited("rollout", accelerator)
         (graded_all,) = gather_on_host([mine], accelerator)
+    if history is not None:
+        history.add(step, indices, graded_all)
     rewards = graded_all[..., 0]
     metrics = reward_metrics(rewards, answers, accelerator) | reduce_metrics(lost, accelerator)
     if recipe.max_prompt_length is not None:
@@ -73,10 +85,14 @@ def collect(
     draws = 1
     tokens = tokens_of(answers)
     while draws < recipe.max_num_gen_batches and not informative(graded_all).all():
-        places = local(~informative(graded_all), accelerator).nonzero()[:, 0]
+        equal = ~informative(graded_all)
+        indices = prompt_indices(recipe, history, step, draws)
+        places = local(equal, accelerator).nonzero()[:, 0]
         if len(places):  # another process may have groups to draw again where this one has none
             key = (step, draws)
-            part, others, mine[places], _ = draw_and_grade(recipe, rollout_policy, key, places, accelerator, log)
+            part, others, mine[places], _ = draw_and_grade(
+                recipe, rollout_policy, key, indices, places, accelerator, log
+            )
             tokens += tokens_of(others)
             group = torch.arange(recipe.num_generations)
             rows = rearrange(places[:, None] * recipe.num_generations + group, "p g -> (p g)")
@@ -85,6 +101,8 @@ def collect(
             (rows,) = send(accelerator.device, rows)
             rollout = rollout.replaced(rows, part, pad_id=rollout_policy.pad_id)
         (graded_all,) = gather_on_host([mine], accelerator)
+        if history is not None:
+            history.add(step, indices[equal], graded_all[equal])
         draws += 1
     rewards = graded_all[..., 0]
     # The last step's total is in the log's last row, also after a resume: there in the main process, which writes it.
@@ -115,14 +133,13 @@ def draw_and_grade(
     recipe: Recipe,
     policy: Policy,
     step_and_draw: tuple[int, int],
+    indices: Int[Tensor, " P"],  # of the draw's prompts, of all processes
     places: Tensor,
     accelerator: Accelerator,
     log: RunLog,
 ) -> tuple[Rollout, list[Answer], Float[Tensor, "p G K"], int]:
     """`sample_and_grade` of this process's prompts at `places` of a draw, and how many were replaced as too long."""
     step, draw = step_and_draw
-    purpose = f"train, draw {draw}" if draw else "train"
-    indices = draw_indices(len(recipe.task), recipe.train_batch_size, recipe.seed, purpose, step)
     problems, replaced = choose(recipe, policy, local(indices, accelerator)[places].tolist())
     key = (recipe.seed, "rollout", step, *([draw] if draw else []))
     seeds = local(row_seeds(generator_for(*key), len(indices) * recipe.num_generations), accelerator)

@@ -27,6 +27,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.model_card import card
+from dllm_rl.training.prompts import history_files
 from dllm_rl.training.run import Run, Writer
 from dllm_rl.training.sharded_learner import group_size, on_main
 from dllm_rl.versions import versions
@@ -196,7 +197,7 @@ def _prepared(run: Run[Any], state: TrainingState, policy: Policy, optimizer: ch
         merged=is_merged(run, state),
         processes=run.accelerator.num_processes,
         versions=versions(),
-        also=run.late.files(state.step) if run.late is not None else {},
+        also=history_files(run.history, state.step) | (run.late.files(state.step) if run.late is not None else {}),
         card=card(recipe, step=state.step, evaluations=evaluations, metrics=run.log.last) if rl else None,
     )
 

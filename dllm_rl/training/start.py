@@ -34,12 +34,13 @@ from dllm_rl.training.policies import (
     reference_policy,
     resumed_policy,
 )
-from dllm_rl.training.prompts import check_prompts, check_tasks, choose
+from dllm_rl.training.prompts import check_prompts, check_tasks, choose, reward_history
 from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import wanted_parts
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import check_lock, make_writer, protect, save
 from dllm_rl.training.sharded_learner import check_batches, check_engine, check_sharding, first_home, share_out
+from dllm_rl.training.validation import check_best_model, validation_interval
 
 
 def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
@@ -50,6 +51,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     check_compiled(recipe)
     check_hub(recipe)
     check_tasks(recipe)
+    check_best_model(recipe, validation_interval(recipe))
     if pool is None or not recipe.rollout_workers:
         pool = ray_workers(recipe)  # they import torch while the model is made
     accelerator, stop, peers = launch(recipe)
@@ -94,8 +96,15 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
         state=state,
         stop=stop,
         writer=make_writer(recipe, accelerator),
-        progress=log.view("training", recipe.num_steps, curve="reward", completed=state.step),
+        progress=log.view(
+            "training",
+            recipe.num_steps,
+            curve="reward",
+            completed=state.step,
+            exact=recipe.likelihood.exact_ratios,
+        ),
         checkpoint=str(folder or ""),
+        history=reward_history(recipe, folder),
     )
     if pool is not None:
         pool.set_up(run)

@@ -49,7 +49,7 @@ def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
 
     for number in range(run.state.step, recipe.num_steps):
         if late is None:
-            samples, answers, sampling = collect(recipe, rollout_policy, number, accelerator, log)
+            samples, answers, sampling = collect(recipe, rollout_policy, number, accelerator, log, run.history)
         else:
             samples, answers, sampling = late.collect(number)
         samples, taught = teach(run, samples, number)

@@ -1,12 +1,17 @@
 """Evaluation during a run."""
 
+import math
+
 from accelerate import Accelerator
 
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.base import Policy
-from dllm_rl.recipe import Recipe
+from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.tasks.base import Task
 from dllm_rl.training.context import StepContext
+
+SHARE = 0.02  # of the forwards, at most, where the run chooses eval_steps
+FEWEST_STEPS = 10  # between evaluations, and what their number is a multiple of, where the run chooses
 
 
 def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> dict[str, float]:
@@ -19,10 +24,44 @@ def shown(found: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name in names)
 
 
+def interval(recipe: Settings, evaluation: float, step: float) -> int:
+    """Steps between evaluations, 0 for none: `eval_steps`, else as many as keep evaluations within SHARE of the work.
+
+    Counted and not timed, so that a resumed run evaluates at the same steps.
+
+    Args:
+        recipe: The run's record.
+        evaluation: Forwards of rows that an evaluation takes.
+        step: Forwards of rows that a training step takes.
+    """
+    if recipe.eval_steps is not None:
+        return recipe.eval_steps
+    return FEWEST_STEPS * max(1, math.ceil(evaluation / (SHARE * step * FEWEST_STEPS)))
+
+
+def check_best_model(recipe: Settings, every: int) -> None:
+    """Raise ValueError where `metric_for_best_model` would not be measured once."""
+    if recipe.metric_for_best_model is not None and 0 < recipe.num_steps < every:
+        raise ValueError(
+            f"metric_for_best_model={recipe.metric_for_best_model!r} is measured every {every} steps, and "
+            f"num_steps={recipe.num_steps}: set a smaller eval_steps"
+        )
+
+
+def validation_interval(recipe: Recipe) -> int:
+    """`interval` of the validation task. Of a training step only the rollout counts."""
+    forwards = [getattr(each, "keywords", {}) for each in (recipe.eval_sampler, recipe.sampler)]
+    counts = [options.get("diffusion_steps") or options.get("max_new_tokens") for options in forwards]
+    evaluated, sampled = counts if all(counts) else (1, 1)
+    rows = recipe.train_batch_size * recipe.num_generations
+    return interval(recipe, len(recipe.validation_task) * evaluated, rows * sampled)
+
+
 def validate(run: StepContext[Recipe], step: int) -> dict[str, float]:
-    """Metrics on the validation task every eval_steps; none in between."""
+    """Metrics on the validation task at every `validation_interval`; none in between."""
     recipe = run.recipe
-    if not recipe.eval_steps or (step + 1) % recipe.eval_steps:  # step counts from 0
+    every = validation_interval(recipe)
+    if not every or (step + 1) % every:  # step counts from 0
         return {}
     with run.log.stage("evaluation"):
         means = evaluate_with(recipe, run.policy, recipe.validation_task, run.accelerator)

@@ -12,6 +12,7 @@ from dllm_rl.algorithms.mismatch import (
     mismatch_metrics,
     off_policy_metrics,
     repeats,
+    step_metrics,
     symptom_metrics,
     weight_metrics,
 )
@@ -47,6 +48,22 @@ def test_divergences():
     assert m["ess"] == pytest.approx(18.75**2 / (9 * 88.3125))
     assert m["rho_max"] == pytest.approx(8)
     assert m["nonfinite_fraction"] == 0
+
+
+def test_each_denoising_step_has_its_largest_ratio_and_its_percentile():
+    # |ln rho| / ln 2: 0 1 2 1 | 2 0 3 | 0 0.
+    steps = tensor([[0, 0, 1, 1], [0, 0, 1, -1], [0, 0, 0, 0]])
+    names = [f"rollout_corr/abs_log_ratio_{kind}/step_{step}" for step in (0, 1) for kind in ("max", "p99")]
+    found = step_metrics(X, MASK, steps)
+    assert found == pytest.approx(dict(zip(names, [2 * LN2, 2 * LN2, 3 * LN2, 3 * LN2], strict=True)))
+    assert step_metrics(X, ~MASK & (steps < 0), steps) == {}
+    # Ten steps of 100 tokens are eight groups; steps 0 and 1 are the first one, with 199 finite tokens.
+    values, written = torch.zeros(1, 1000), torch.arange(1000)[None] // 100
+    values[0, :3] = tensor([-7.0, 5.0, torch.inf])
+    found = step_metrics(values, torch.ones_like(written, dtype=torch.bool), written)
+    assert {name.rpartition("_")[2] for name in found} == set("01234567")
+    assert found["rollout_corr/abs_log_ratio_max/step_0"] == 7
+    assert found["rollout_corr/abs_log_ratio_p99/step_0"] == 5  # the 198th of 199
 
 
 def test_weight_metrics_are_those_of_the_truncated_weights():

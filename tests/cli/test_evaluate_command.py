@@ -382,7 +382,7 @@ def test_a_budget_gives_each_sampler_its_steps_or_its_number_and_the_rank_it_is_
     command = ("evaluate", model, "--task", "sudoku", "--limit", 4, "--commit", "schedule,entropy_bound", "--json")
     found = list(map(json.loads, output(capsys, *command, "--forwards", "1,4").splitlines()))
     assert [row["diffusion_steps"] for row in found] == [1, 4, None, None]
-    assert [row["rank"] for row in found] == ["confidence"] * 2 + ["entropy"] * 2
+    assert [row["rank"] for row in found] == ["max_prob"] * 2 + ["entropy"] * 2
     assert [row["forwards_per_answer"] for row in found[:2]] == [1.0, 4.0]
     assert all(row["forwards_per_answer"] <= budget for row, budget in zip(found[2:], (1, 4), strict=True))
     assert all(row["tokens_per_forward"] == row["tokens"] / 4 / row["forwards_per_answer"] for row in found)

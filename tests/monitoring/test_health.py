@@ -1,5 +1,7 @@
 """What a step is said to be on the screen."""
 
+import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,6 +10,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl import grpo, recipe, tiny_masked_lm
 from dllm_rl.algorithms.losses import ppo_clip
+from dllm_rl.likelihoods.estimators import one_step
 from dllm_rl.monitoring.health import health
 from dllm_rl.monitoring.progress import one_line
 from dllm_rl.training.trainer import train
@@ -18,6 +21,8 @@ GOOD = {
     "off_policy/rollout/contribution_negative/iteration_0": 0.005,
     "off_policy/rollout/m2": 2.0,
 }
+
+C_AT_MOST = "C at most +0.005 (A<0, against the rollout)"
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,14 @@ def test_updates_that_go_backwards_come_before_any_mismatch():
     assert one_line(GOOD, direction=-0.5).startswith("loss" if "loss" in GOOD else "updates backwards (worse answers")
 
 
+def test_estimated_ratios_have_no_bounds():
+    """Segments, `one_step` and ELBOs compare two estimates: only the change within the run says something."""
+    for ess in (0.99, 0.9, 0.1):
+        metrics = GOOD | {"rollout_corr/ess": ess}
+        assert health(metrics, first_ess=0.7) == ("estimated", f"ESS {ess}, 0.7 in the first step, {C_AT_MOST}")
+    assert health(GOOD | {"off_policy/old/contribution_positive": 1.0}, first_ess=0.7)[0] == "backfiring"
+
+
 def test_without_mismatch_metrics_nothing_is_said():
     assert health({"loss": 1.0}) is None and one_line({"reward": 1.0}) == "reward 1"
     assert health({"rollout_corr/ess": 1.0}) == ("healthy", "ESS 1")
@@ -66,6 +79,15 @@ def test_without_mismatch_metrics_nothing_is_said():
 def test_a_run_says_how_it_is(tmp_path, capsys):
     train(tiny_recipe(tmp_path, num_steps=1, rollout_quantization=None))
     assert "  healthy" in capsys.readouterr().out
+    recipe = tiny_recipe(tmp_path, num_steps=2, logging_steps=1, likelihood=one_step(), overwrite_output_dir=True)
+    train(recipe)
+    resumed = replace(
+        recipe, num_steps=3, lr_schedule_steps=2, resume_from_checkpoint="latest", overwrite_output_dir=False
+    )
+    train(resumed)
+    first = f"{metrics_of(tmp_path)[0]['rollout_corr/ess']:.3g}"
+    lines = re.findall(r"mismatch (\w+) \(ESS [\d.]+, ([\d.]+) in the first step", capsys.readouterr().out)
+    assert lines == [("estimated", first)] * 3
 
 
 def of_the_wrong_sign(log_ratio, advantages, mask):

@@ -21,6 +21,7 @@ SETTINGS = {"num_steps": 3, "warmup_steps": 8, "warmup_eval_steps": 4, "train_ba
 SETTINGS |= {"eval_task.size": 20, "validation_task.size": 20, "bf16": "false"}
 STABLE = ["--loss", "recipes.studies.surrogates:stable_drl"]
 STABLE += ["--beta", "0.1", "--use_bias_correction_kl", "true"]
+REDRAWN = ["--max_num_gen_batches", "3", "--prompt_source", "mixed_reward_prompts"]
 SMALL = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 
 
@@ -48,7 +49,7 @@ def launch(directory, *launcher, recipe="sudoku_unique", more=()):
         ("sudoku_unique", ["--sampler.temperature", "0.2", "--num_generations", "2", "--mismatch_sample", "1"]),
         ("sudoku_unique", ["--likelihood", "coupled", "--num_iterations", "2", *STABLE]),
         ("sudoku_unique", ["--teacher", "reference", "--teacher_steps", "4", "--teacher_coeff", "0.5"]),
-        ("sudoku_unique", ["--max_num_gen_batches", "3", "--num_generations", "2", "--entropy_coeff", "0.01"]),
+        ("sudoku_unique", [*REDRAWN, "--num_generations", "2", "--entropy_coeff", "0.01"]),
     ],
 )
 def test_two_processes_equal_one(tmp_path, recipe, more):

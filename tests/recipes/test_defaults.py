@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dllm_rl import Recipe, autoregress, causal, max_prob, tiny_llama, tiny_masked_lm, trajectory, unmask
-from dllm_rl.members import describe
+from dllm_rl.members import describe, members
 from dllm_rl.samplers.rules import confidence
 from dllm_rl.training.grpo import grpo_recipe
 
@@ -39,7 +39,7 @@ def parts_apart(recipe):
     """Names of the parts in which a recipe is not the default."""
     apart = {name for name in PARTS if getattr(recipe, name) != DEFAULTS[name]}
     diffusion = recipe.sampler.func is not autoregress
-    if recipe.sampler.func is unmask and recipe.sampler.keywords.get("rank") is not max_prob:
+    if recipe.sampler.func is unmask and recipe.sampler.keywords.get("rank", max_prob) is not max_prob:
         apart.add("rank")
     if describe(recipe.likelihood) != describe(trajectory() if diffusion else causal()):
         apart.add("likelihood")
@@ -65,7 +65,7 @@ def test_grpo_is_the_default(steps, segments):
     recipe = grpo_recipe(model, rows, nothing, **given)
     assert parts_apart(recipe) == ({"likelihood"} if segments else set())
     assert describe(recipe.likelihood) == describe(trajectory(num_segments=segments))
-    assert recipe.eval_sampler.keywords["rank"] is max_prob
+    assert members(recipe.eval_sampler)["rank"].value is max_prob
     given["sampler_options"]["rank"] = confidence
     assert grpo_recipe(model, rows, nothing, **given).sampler.keywords["rank"] is confidence
     recipe = grpo_recipe(tiny_llama(characters="abcdefghij", causal=True), rows, nothing, max_new_tokens=4)

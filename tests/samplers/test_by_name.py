@@ -39,7 +39,7 @@ def test_what_cannot_be_read_is_named(read, text, said):
 
 def test_a_rule_has_the_rank_that_its_documentation_asks_for():
     """`remask` compares the scores with chances, so that they must be uniform numbers; `origin` picks at random;
-    `entropy_bound` adds up entropies. The others want the most confident positions."""
+    `entropy_bound` adds up entropies. The others take the default."""
     own = {"origin": "random", "remask=0.1": "random", "entropy_bound=1": "entropy"}
     for text in ("schedule", "late_schedule", "threshold=0.9", "factor=1.5", "edit=0.5", "soft_edit=0.1", *own):
-        assert by_name.rank_for(text) == own.get(text, "confidence")
+        assert by_name.rank_for(text) == own.get(text, "max_prob")

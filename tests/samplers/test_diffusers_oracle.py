@@ -158,6 +158,7 @@ def ours(policy, ids, length, *, tau, tau_edit=None, diffusion_steps=None, **opt
         torch.Generator(),
         max_new_tokens=length,
         diffusion_steps=diffusion_steps,
+        rank=rules.confidence,
         commit=rule,
         **options,
     )

@@ -111,7 +111,7 @@ RULES = {
     "random": {"rank": rules.random},
     "plackett_luce": {"rank": partial(rules.plackett_luce, temperature=0.3), "temperature": 0.7, "top_k": 9},
     "origin": {"rank": rules.random, "commit": rules.origin},
-    "threshold": {"commit": partial(rules.threshold, tau=0.3)},
+    "threshold": {"rank": rules.confidence, "commit": partial(rules.threshold, tau=0.3)},
     "soft_threshold": {"rank": rules.max_prob, "commit": partial(rules.soft_threshold, tau=0.3, temperature=1.0)},
     "factor": {"rank": rules.max_prob, "commit": partial(rules.factor, f=1.5), "top_p": 0.8},
     "greedy": {"temperature": 0.0, "commit": partial(rules.threshold, tau=0.3), "suppress": (2, 5)},

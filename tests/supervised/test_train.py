@@ -131,6 +131,8 @@ def test_it_learns_and_rl_starts_from_its_checkpoint(tmp_path, kind):
     assert summary["eval_after"]["loss"] < 0.5 * summary["eval_before"]["loss"]
     assert (tmp_path / "sft/training.png").stat().st_size > 1000
     rows = metrics_of(tmp_path / "sft")
+    # An evaluation is 4 forwards of 4 rows, and a step 3 of 14: 2 % are 19.05 steps.
+    assert kind != "masked" or [row["step"] for row in rows if "eval/loss" in row] == [19, 39, 59]
     assert rows[-1]["epoch"] == pytest.approx(60 * 14 / 16) and rows[-1]["loss"] < rows[0]["loss"]
     if kind == "masked":
         recipe = tiny_recipe(tmp_path / "rl", model=summary["checkpoint"], num_steps=1)

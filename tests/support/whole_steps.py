@@ -21,12 +21,12 @@ from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.samplers import unmask, whole_step
 from dllm_rl.samplers.cache import block_cache, dual_cache
-from dllm_rl.samplers.rules import late_schedule, max_prob, plackett_luce, random, threshold
+from dllm_rl.samplers.rules import confidence, late_schedule, max_prob, plackett_luce, random, threshold
 
 IDS = [[3, 4, 5], [6, 7, 8, 9, 10, 11, 12], [13]]
 SIZES = {"characters": "1234.=abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
 RULES = {
-    "confidence": {},
+    "confidence": {"rank": confidence},
     "greedy": {"temperature": 0.0},
     "max_prob": {"rank": max_prob, "commit": partial(threshold, tau=0.9)},
     "random": {"rank": random, "top_k": 5},

@@ -152,8 +152,12 @@ def test_orders_whose_law_is_not_known():
     for options in ({"rank": partial(confidence), "commit": partial(schedule)}, {"rank": Rank(first, "deterministic")}):
         assert cautions(tiny_recipe("x", sampler=sampler(**options), likelihood=trajectory(), corrector=none())) == []
     for options, likelihood, name in (
-        ({"commit": partial(threshold, tau=0.9)}, trajectory(), "rank=confidence with commit=threshold"),
-        ({}, trajectory(num_segments=2), "rank=confidence with commit=schedule and num_segments"),
+        (
+            {"rank": confidence, "commit": partial(threshold, tau=0.9)},
+            trajectory(),
+            "rank=confidence with commit=threshold",
+        ),
+        ({"rank": confidence}, trajectory(num_segments=2), "rank=confidence with commit=schedule and num_segments"),
         ({"rank": own}, trajectory(), "rank=own with commit=schedule"),
         ({"rank": first}, trajectory(), "rank=first with commit=schedule"),
         (own_rule, trajectory(), "rank=max_prob with commit=<lambda>"),

@@ -1,11 +1,15 @@
 """Evaluation during a run: when, and under which names."""
 
 from dataclasses import replace
+from functools import partial
 
+import pytest
+from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
+from dllm_rl import Sudoku, grpo, tiny_masked_lm, unmask
 from dllm_rl.training.start import start
-from dllm_rl.training.validation import evaluate_with, shown, validate
+from dllm_rl.training.validation import evaluate_with, shown, validate, validation_interval
 
 
 def test_it_is_every_eval_steps_on_the_validation_task(tmp_path):
@@ -18,6 +22,59 @@ def test_it_is_every_eval_steps_on_the_validation_task(tmp_path):
         found = [validate(often, step) for step in range(4)]
         assert found == [wanted if step in steps else {} for step in range(4)]
     run.log.close()
+
+
+@pytest.mark.parametrize(
+    ("eval_rows", "eval_steps_each", "step_rows", "steps_each", "every"),
+    [
+        (200, 2, 512, 2, 20),  # sudoku_tiny: 0.39 of a step's rollout, and 0.39 / 0.02 = 19.5
+        (256, 128, 48, 128, 270),  # LLaDA-8B's 4x4 Sudoku: 5.33 / 0.02 = 266.7
+        (256, 16, 256, 4, 200),
+        (1, 1, 1000, 8, 10),  # never more often than every tenth step
+        (8, None, 16, 4, 30),  # a sampler without a number of steps: rows alone
+    ],
+)
+def test_without_eval_steps_evaluations_take_two_percent(eval_rows, eval_steps_each, step_rows, steps_each, every):
+    def bound(steps):
+        return some_sampler if steps is None else partial(unmask, max_new_tokens=16, diffusion_steps=steps)
+
+    recipe = tiny_recipe(
+        "x",
+        validation_task=Sudoku(split="validation", size=eval_rows),
+        train_batch_size=step_rows // 8 or 1,
+        num_generations=8 if step_rows >= 8 else 1,
+        sampler=bound(steps_each),
+        eval_sampler=bound(eval_steps_each),
+        eval_steps=None,
+    )
+    assert validation_interval(recipe) == every
+    assert [validation_interval(replace(recipe, eval_steps=steps)) for steps in (0, 7)] == [0, 7]
+
+
+def some_sampler(policy, prompts, generator):
+    raise NotImplementedError
+
+
+def test_evaluations_by_default_change_no_other_number_and_a_best_checkpoint_needs_one(tmp_path):
+    rows = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]
+
+    def right(completions, answer, **columns):
+        return [sum(map(str.__eq__, *pair)) / 2 for pair in zip(completions, answer, strict=True)]
+
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+    options = {"train_batch_size": 2, "num_generations": 4, "max_new_tokens": 2, "num_steps": 10, "report_to": None}
+    curves = {}
+    for steps in (None, 0):
+        model, folder = tiny_masked_lm(characters="1234=", **sizes), tmp_path / str(steps)
+        grpo(model, rows, right, eval_split=1, eval_steps=steps, output_dir=str(folder), **options)
+        curves[steps] = metrics_of(folder)
+    names = {name for row in curves[None] for name in row if name.startswith("eval/")}
+    assert [row["step"] for row in curves[None] if names <= row.keys()] == [9], "1 row beside 8 of a step"
+    assert [{name: value for name, value in row.items() if name not in names} for row in curves[None]] == curves[0]
+    with pytest.raises(ValueError, match=r"metric_for_best_model.*every 30 steps.*eval_steps"):
+        grpo(
+            model, rows, right, eval_split=4, metric_for_best_model="reward", output_dir=str(tmp_path / "x"), **options
+        )
 
 
 def test_a_line_shows_what_a_task_is_judged_by():

@@ -1,0 +1,113 @@
+"""Which prompts a step learns from: by hand, as shares, and bit for bit after a resume."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from run_outputs import assert_same_weights, metrics_of
+from safetensors.torch import load_file
+from tiny_recipe import OddPuzzles, tiny_recipe
+
+from dllm_rl.algorithms.prompt_sources import PromptSource, RewardHistory, mixed_reward_prompts, uniform_prompts
+from dllm_rl.config import from_command_line
+from dllm_rl.monitoring.json_lines import current_rows
+from dllm_rl.rng import generator_for
+from dllm_rl.training.prompts import prompt_indices
+from dllm_rl.training.trainer import train
+
+
+def graded(*groups):
+    """Groups of two rewards each, as a run has them: (P, G, 1)."""
+    return torch.tensor(groups)[..., None]
+
+
+def history_by_hand():
+    """Ten prompts. Of prompt 1 the last group differed, of 2 and 3 it did not."""
+    history = RewardHistory(10)
+    history.add(0, torch.tensor([1, 2]), graded([1.0, 1.0], [0.0, 2.0]))
+    history.add(1, torch.tensor([3, 2, 1]), graded([2.0, 2.0], [3.0, 3.0], [0.0, 1.0]))
+    return history
+
+
+def test_the_last_group_of_each_prompt_counts():
+    history = history_by_hand()
+    latest = history.latest()
+    assert latest.prompt.tolist() == [1, 2, 3] and latest.step.tolist() == [1, 1, 1]
+    assert latest.mean.tolist() == [0.5, 3.0, 2.0] and latest.mixed.tolist() == [True, False, False]
+    assert history.before(1).prompt.tolist() == [1, 2] and history.before(1).mixed.tolist() == [False, True]
+    assert len(history.before(2).step) == 5 and len(RewardHistory(3).latest().prompt) == 0
+
+
+def test_the_default_is_uniform_and_reads_nothing():
+    drawn = uniform_prompts().draw(history_by_hand(), 5, generator_for(0, "train", 3))
+    assert torch.equal(drawn, torch.randint(10, (5,), generator=generator_for(0, "train", 3)))
+    assert not uniform_prompts().uses_history
+
+
+@pytest.mark.parametrize("weight", [0.05, 0.5, 1.0])
+def test_prompts_of_equal_rewards_are_drawn_as_often_as_their_weight_says(weight):
+    source = mixed_reward_prompts(equal_weight=weight)
+    count = 40_000
+    drawn = source.draw(history_by_hand(), count, generator_for(0))
+    assert len(drawn) == count
+    expected = torch.ones(10, dtype=torch.double)
+    expected[[2, 3]] = weight
+    expected *= count / expected.sum()
+    found = torch.bincount(drawn, minlength=10)
+    assert ((found - expected).abs() < 5 * expected.sqrt()).all(), found
+    everything = RewardHistory(2)
+    everything.add(0, torch.tensor([0, 1]), graded([1.0, 1.0], [2.0, 2.0]))  # nothing differs: still drawn
+    assert len(source.draw(everything, 50, generator_for(1))) == 50
+
+
+def test_a_resume_draws_the_same_prompts(tmp_path):
+    options = {"task": OddPuzzles(), "num_steps": 6, "save_steps": 3, "save_total_limit": 9, "max_num_gen_batches": 2}
+    options |= {"prompt_source": mixed_reward_prompts(equal_weight=0.01), "log_completions_steps": 1, "seed": 3}
+    recipe = tiny_recipe(tmp_path / "run", report_to=None, **options)
+    whole = train(recipe)
+    rows, texts = metrics_of(tmp_path / "run"), current_rows(tmp_path / "run" / "completions.jsonl")
+    stored = load_file(tmp_path / "run" / "checkpoints" / "step-000003" / "reward_history.safetensors")
+    # Four groups of each step, and those that were drawn again.
+    again = [row["dynamic_sampling/draws"] > 1 for row in rows[:3]]
+    assert stored["step"].unique().tolist() == [0, 1, 2] and len(stored["step"]) > 12 and any(again)
+    assert any(not mixed for mixed in stored["mixed"].tolist())
+
+    copied = replace(recipe, resume_from_checkpoint=str(tmp_path / "run" / "checkpoints" / "step-000003"))
+    assert_same_weights(whole, train(copied))
+    assert metrics_of(tmp_path / "run") == rows
+    assert current_rows(tmp_path / "run" / "completions.jsonl") == texts
+
+    settings = json.loads((tmp_path / "run" / "summary.json").read_text())["recipe"]
+    assert settings["prompt_source"] == "mixed_reward_prompts(equal_weight=0.01)"
+    other = replace(copied, prompt_source=uniform_prompts())
+    with pytest.raises(ValueError, match="prompt_source"):
+        train(other)
+
+
+def test_a_source_of_ones_own_and_what_it_may_not_return():
+    def in_order(history, count, generator):
+        return (torch.arange(count) + len(history.step)) % history.num_prompts
+
+    recipe = tiny_recipe("x", prompt_source=PromptSource(in_order))
+    history = history_by_hand()
+    history.num_prompts = len(recipe.task)
+    assert prompt_indices(recipe, history, 0).tolist() == [5, 6, 7, 8]
+    for wrong in ([0, 1, 2, 3], torch.zeros(3, dtype=torch.long), torch.zeros(4), torch.tensor([0, 0, 0, -1])):
+        source = PromptSource(lambda *given, wrong=wrong: wrong)
+        with pytest.raises(ValueError, match="prompt_source"):
+            prompt_indices(replace(recipe, prompt_source=source), history, 0)
+    with pytest.raises(ValueError, match="prompt_source"):
+        tiny_recipe("x", prompt_source=in_order)
+    with pytest.raises(ValueError, match="equal_weight"):
+        mixed_reward_prompts(equal_weight=0.0)
+    with pytest.raises(ValueError, match=r"rollout_workers=1.*prompt_source"):
+        tiny_recipe("x", prompt_source=mixed_reward_prompts(), rollout_workers=1)
+
+
+def test_the_command_line_names_a_source():
+    words = ["--prompt_source", "mixed_reward_prompts", "--prompt_source.equal_weight", "0.5"]
+    shown = repr(from_command_line(tiny_recipe("x"), words))
+    assert "prompt_source=mixed_reward_prompts(equal_weight=0.5)" in shown
+    assert "prompt_source" not in repr(tiny_recipe("x"))
+    assert tiny_recipe("x", prompt_source="mixed_reward_prompts").prompt_source.uses_history
