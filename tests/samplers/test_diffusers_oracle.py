@@ -158,9 +158,8 @@ def ours(policy, ids, length, *, tau, tau_edit=None, diffusion_steps=None, **opt
         torch.Generator(),
         max_new_tokens=length,
         diffusion_steps=diffusion_steps,
-        rank=rules.confidence,
         commit=rule,
-        **options,
+        **{"rank": rules.confidence, **options},
     )
     record = [rollout.unmask_step[..., None], rollout.tokens[..., None], rollout.logprobs[..., None]]
     if rollout.events is not None:
