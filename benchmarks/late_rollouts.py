@@ -1,4 +1,4 @@
-"""What late rollouts save: seconds per step of the main job when a Ray worker makes the next batch meanwhile, against
+"""What late rollouts save: seconds per step of sudoku_tiny.py when a Ray worker makes the next batch meanwhile, against
 rollout and learning in turn; and the seconds that weights take to the worker, by their size. Run it on two idle cores.
 
 synchronous  rollout, learning and sync one after the other, in this process

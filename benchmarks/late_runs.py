@@ -1,5 +1,5 @@
-"""Whole runs of the main job, synchronous and with late rollouts, as a user starts them: seconds and solve rates, seed
-by seed. Run it on two idle cores.
+"""Whole runs of sudoku_tiny.py, synchronous and with late rollouts, as a user starts them: seconds and solve rates,
+seed by seed. Run it on two idle cores.
 
 one thread    recipes/sudoku_tiny.py with one thread: rollout and learning in turn
 two threads   the same with both cores for every product

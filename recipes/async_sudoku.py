@@ -1,4 +1,4 @@
-"""The main job with rollouts in a process of their own, one step late: while the learner trains on a batch, a Ray
+"""sudoku_tiny.py with rollouts in a process of their own, one step late: while the learner trains on a batch, a Ray
 worker makes the next one, with the weights before the update. `pip install -e ".[ray]"` first.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process 1 recipes/async_sudoku.py

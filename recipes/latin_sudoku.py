@@ -51,7 +51,6 @@ recipe = replace(
     eval_sampler=partial(write, diffusion_steps=16),  # one cell a step
     likelihood=trajectory(num_segments=2),  # what `dllm_rl.grpo` takes for four steps
     rollout_quantization=None,
-    learning_rate=1e-3,
     train_batch_size=16,
     kept_graphs=16,
     num_steps=150,

@@ -1,4 +1,4 @@
-"""The main job without its reward: the model learns to write in two steps from itself, writing in eight.
+"""sudoku_tiny.py without its reward: the model learns to write in two steps from itself, writing in eight.
 
 The teacher is the supervised model before RL, frozen. It scores each completion as it would have written it: each of
 the student's two steps becomes up to four, and cells of one of them are seen by the next. Digits that contradict each

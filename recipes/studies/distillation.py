@@ -1,11 +1,11 @@
 """Can a model that writes in two steps learn from itself in eight? 4x4 Sudoku, many right answers. Claims before runs.
 
-The task is the main job's: puzzles of one to three clues with 34 right answers, two steps, FP8 rollouts. Every arm
-starts from its seed's one supervised model (400 steps) and trains for the processor time that 100 steps of "RL alone"
-take, on one thread. An arm's number of steps is that time over the time of one of its steps, measured first. The
+The task is that of sudoku_tiny.py: puzzles of one to three clues with 34 right answers, two steps, FP8 rollouts. Every
+arm starts from its seed's one supervised model (400 steps) and trains for the processor time that 100 steps of "RL
+alone" take, on one thread. An arm's number of steps is that time over the time of one of its steps, measured first. The
 teacher is the supervised model, frozen and unquantised.
 
-    RL alone            the main job: a reward by the rules
+    RL alone            sudoku_tiny.py: a reward by the rules
     teacher alone       `recipes/sudoku_distil.py`: the reverse KL to the teacher in eight steps, no reward
     teacher and reward  the same teacher with teacher_coeff 0.02, beside 0.98 of the reward by the rules
     sixteen steps       as "teacher alone", but the teacher writes one cell at a time
@@ -15,7 +15,7 @@ teacher is the supervised model, frozen and unquantised.
 Known before the runs, from seed 100 alone and about 45 CPU seconds each: "RL alone" 0.36 at the rate 1e-3; "teacher
 alone" 0.37 at 1e-3, 0.22 at 2e-3, 0.34 with a teacher of four steps, and after 30 steps at 5e-4 with one of sixteen
 0.26; "teacher and reward" 0.35 with a coefficient of 0.06 and 0.41 with 0.02. The teacher arms take the rate 1e-3.
-"RL alone" keeps the main job's 5e-4, which solved 0.396±0.041 on these seeds in few_clues.md. The claims, on seeds 10
+"RL alone" keeps sudoku_tiny.py's 5e-4, which solved 0.396±0.041 on these seeds in few_clues.md. The claims, on seeds 10
 to 19, are those of `CLAIMS`; "answers" are the different right grids that eight samples of a puzzle hold, as in
 few_clues.md.
 

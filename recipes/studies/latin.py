@@ -266,15 +266,25 @@ TUNING = study(
 )
 
 
-def tables(results: Results) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The arms' rates, with 95 % intervals, and the claims. What is computed has no interval."""
+def tables(results: Results) -> tuple[list[dict[str, str]], ...]:
+    """The arms' rates, with 95 % intervals, the claims, and the tuning. What is computed has no interval."""
     rows = [{name: row[name] for name in COLUMNS} for row in arm_rows(STUDY, results, COLUMNS[2:])]
     for row in rows:
         row["seconds"] = f"{float(row['seconds'].split('±')[0]):.0f}" if row["seconds"] != "-" else "-"
     rows[0] = dict.fromkeys(COLUMNS, "-") | {"arm": LIMIT, "after": f"{results[LIMIT, 0]['after']:.3f}"}
     claims = contrast_rows(STUDY, results)
     columns = ("stated before the runs", "of", "difference, 95 %", "above 0", "Holm's p")
-    return rows, [{name: row[name] for name in columns} for row in claims]
+    return rows, [{name: row[name] for name in columns} for row in claims], tuning_rows(results)
+
+
+def tuning_rows(results: Results) -> list[dict[str, str]]:
+    """What each rate solves of the validation puzzles, by tuning seed."""
+    runs = {name: [results.get((name, seed)) for seed in TUNED_ON] for name in TUNING.arms}
+    return [
+        {"arm and rate": name}
+        | {f"seed {seed}": f"{run['after']:.3f}" if run else "-" for seed, run in zip(TUNED_ON, each, strict=True)}
+        for name, each in runs.items()
+    ]
 
 
 def picture(results: Results, path: Path) -> None:

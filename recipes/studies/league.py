@@ -16,10 +16,10 @@ Those of four steps came last. In 12 s with a further claim: a random part of th
 ends above as many segments, whose gradient is not ("two sampled" and "two segments"; its exact p is counted by itself).
 When it had failed, and all steps had ended behind two segments, those of 60 s were added: do all steps make up for it?
 
-Then two more, stated before their runs. 16 steps in 60 s: the default there is four segments. The main job's task
+Then two more, stated before their runs. 16 steps in 60 s: the default there is four segments. The few-clues task
 (few clues, many answers) in four steps and 60 s: a second task for two segments against all steps. If two segments end
 significantly above all steps there as well, `grpo` merges four steps into two. (They did, and it does.) A third, the
-main job itself in two steps and 24 s, was stated with them and not run, for time.
+few-clues recipe itself in two steps and 24 s, was stated with them and not run, for time.
 
 Each row is another gradient. With one update those of TraceRL, GSPO and DAPO are one: TraceRL's row stands for GSPO,
 and DAPO's differs by the groups that it draws again. `trajectory(num_segments=1)` is `one_step(prompt_mask=0)`.

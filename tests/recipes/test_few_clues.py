@@ -1,4 +1,4 @@
-"""The main job's task and what exact probabilities reach on it, worked by hand."""
+"""The few-clues task and what exact probabilities reach on it, worked by hand."""
 
 import json
 from dataclasses import replace

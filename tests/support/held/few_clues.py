@@ -1,4 +1,4 @@
-"""The study of few clues, and the main job's numbers on other pages."""
+"""The study of few clues, and its numbers on other pages."""
 
 from collections import Counter
 

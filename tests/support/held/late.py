@@ -1,4 +1,4 @@
-"""The study of late rollouts, and whole runs of the main job with a worker."""
+"""The study of late rollouts, and whole runs of sudoku_tiny.py with a worker."""
 
 from statistics import mean
 
@@ -105,7 +105,7 @@ def staleness() -> str:
 
 
 def whole_runs():
-    """Of the main job with a worker, and without: benchmarks/late_runs.py."""
+    """Of sudoku_tiny.py with a worker, and without: benchmarks/late_runs.py."""
     page, found = "benchmarks/README.md", stored("benchmarks/results/late-runs-cpu")
     names = (
         "one thread, rollout and learning in turn",
@@ -119,7 +119,7 @@ def whole_runs():
     assert len({run["seed"] for run in found["runs"]}) == 3
     apart = [run["after"] for run in found["runs"] if run["arm"] == "late"]
     others = [run["after"] for run in found["runs"] if run["arm"] == "one thread"]
-    assert mean(apart) > mean(others) - 0.05, "recipes/README.md: as much as the main job"
+    assert mean(apart) > mean(others) - 0.05, "recipes/README.md: as much as sudoku_tiny.py"
 
 
 def which_corrector():

@@ -131,18 +131,16 @@ def four_steps():
     gains = [paired.interval(apart(name, "two segments", DEFAULT)) for name in (short, long)]
     yield CONCEPTS, "in four steps of Sudoku by {} in 12 s and {} in 60 s, in four steps".format(*gains)
     second = "few_clues_4_steps"
-    yield CONCEPTS, f"of the main job's task by {paired.interval(apart(second, 'two segments', DEFAULT))} in 60 s"
+    yield CONCEPTS, f"of few clues by {paired.interval(apart(second, 'two segments', DEFAULT))} in 60 s"
     even = apart(second, "two segments", "one step")
     told = f"({paired.interval(even)} in favour of two segments, exact p {paired.sign_flip(even):.3f})"
     yield PAGE, f"no difference between two segments and `one step` {told}"
     rates = [solved(name, method) for name in (short, long) for method in ("two segments", DEFAULT)]
     rates += [solved(second, method) for method in ("two segments", DEFAULT)]
-    told = (
-        "in 12 s two segments solve {} and every step, the default then, {}; in 60 s {} and {}; on the main job's task"
-    )
+    told = "in 12 s two segments solve {} and every step, the default then, {}; in 60 s {} and {}; on few clues"
     yield BOARD, f"{told} in 60 s {{}} and {{}}.".format(*rates)
     cheap = [solved(name, "one step") for name in (short, second, long)]
-    told = "in 12 s ({}) and on the main job's task ({}), and below them in 60 s of Sudoku ({})"
+    told = "in 12 s ({}) and on few clues ({}), and below them in 60 s of Sudoku ({})"
     yield BOARD, told.format(*cheap)
 
 

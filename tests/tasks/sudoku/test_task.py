@@ -47,7 +47,7 @@ def test_splits_share_no_puzzle_of_few_clues(clues: int) -> None:
 
 
 def test_the_puzzles_of_few_clues_are_pinned() -> None:
-    """A change here changes what the main job's stored results were measured on."""
+    """A change here changes what the few-clues study's stored results were measured on."""
     task = Sudoku(split="test", clues=(1, 3), unique=False, size=400)
     assert [task[i].fields["puzzle"] for i in range(3)] == ["0000000142000000", "0040003000000100", "0000000000100000"]
 
