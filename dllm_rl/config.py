@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from dllm_rl.bounds import Bound
 from dllm_rl.members import describe, full_name, function_of, imported, members
-from dllm_rl.recipe import CHOICES
+from dllm_rl.recipe import CHOICES, RECORDS, fitted
 from dllm_rl.screen import escape_controls, interactive
 
 Record = TypeVar("Record", bound=Any)  # a frozen dataclass, as Recipe or a task
@@ -182,7 +182,7 @@ def _pick(path: str, kinds: tuple, words: Mapping[str, Any], text: str, below: M
     record = next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
     if record is None:
         return function
-    made = function()
+    made = fitted(path, record, function) if record in RECORDS else function()
     if not isinstance(made, record):
         raise ValueError(f"--{path} {text!r} makes no {record.__name__}; give a function that returns one")
     return made

@@ -139,6 +139,8 @@ def fitted(name: str, annotation: Any, value: Any) -> Any:
             for parameter in inspect.signature(value).parameters.values()
             if parameter.default is parameter.empty and parameter.kind not in optional
         ]
+        if lacking and record is PromptSource:  # what it draws by
+            return PromptSource(value)
         if lacking:
             needs = f"{name}={describe(value)} needs {', '.join(lacking)}"
             maker = getattr(function_of(value), "__name__", name)

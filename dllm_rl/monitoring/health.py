@@ -48,6 +48,6 @@ def health(
         if highest > BACKWARDS:
             word = "backfiring"
             reasons.insert(0, f"C {highest:+.2g} ({SIGNS[sign]}, against {against}) above {BACKWARDS}")
-        else:
+        elif first_ess is None:
             reasons.append(f"C at most {highest:+.2g} ({SIGNS[sign]}, against {against})")
     return word, ", ".join(reasons)

@@ -131,5 +131,6 @@ def one_line(metrics: dict[str, float], *, direction: float = 0.0, first_ess: fl
     said = [f"{short} {metrics[name]:.3g}" for name, short in known.items() if name in metrics]
     if found := health(metrics, direction=direction, first_ess=first_ess):
         subject = "updates" if found[0] == "backwards" else "mismatch"
-        said.append(found[0] if found[0] == "healthy" else f"{subject} {found[0]} ({found[1]})")
+        short = {"healthy": "healthy", "estimated": found[1]}
+        said.append(short.get(found[0], f"{subject} {found[0]} ({found[1]})"))
     return "  ".join(said)

@@ -85,11 +85,14 @@ def test_a_resume_draws_the_same_prompts(tmp_path):
         train(other)
 
 
-def test_a_source_of_ones_own_and_what_it_may_not_return():
-    def in_order(history, count, generator):
-        return (torch.arange(count) + len(history.step)) % history.num_prompts
+def in_order(history, count, generator):
+    """A source as a function."""
+    return (torch.arange(count) + len(history.step)) % history.num_prompts
 
-    recipe = tiny_recipe("x", prompt_source=PromptSource(in_order))
+
+def test_a_source_of_ones_own_and_what_it_may_not_return():
+    recipe = tiny_recipe("x", prompt_source=in_order)
+    assert recipe.prompt_source == PromptSource(in_order)
     history = history_by_hand()
     history.num_prompts = len(recipe.task)
     assert prompt_indices(recipe, history, 0).tolist() == [5, 6, 7, 8]
@@ -98,7 +101,7 @@ def test_a_source_of_ones_own_and_what_it_may_not_return():
         with pytest.raises(ValueError, match="prompt_source"):
             prompt_indices(replace(recipe, prompt_source=source), history, 0)
     with pytest.raises(ValueError, match="prompt_source"):
-        tiny_recipe("x", prompt_source=in_order)
+        tiny_recipe("x", prompt_source="in_order")
     with pytest.raises(ValueError, match="equal_weight"):
         mixed_reward_prompts(equal_weight=0.0)
     with pytest.raises(ValueError, match=r"rollout_workers=1.*prompt_source"):
@@ -110,4 +113,8 @@ def test_the_command_line_names_a_source():
     shown = repr(from_command_line(tiny_recipe("x"), words))
     assert "prompt_source=mixed_reward_prompts(equal_weight=0.5)" in shown
     assert "prompt_source" not in repr(tiny_recipe("x"))
+    named = from_command_line(tiny_recipe("x"), ["--prompt_source", f"{__name__}:in_order"])
+    assert named.prompt_source == PromptSource(in_order)
+    with pytest.raises(SystemExit):
+        from_command_line(tiny_recipe("x"), ["--corrector", f"{__name__}:in_order"])
     assert tiny_recipe("x", prompt_source="mixed_reward_prompts").prompt_source.uses_history

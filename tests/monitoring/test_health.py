@@ -22,8 +22,6 @@ GOOD = {
     "off_policy/rollout/m2": 2.0,
 }
 
-C_AT_MOST = "C at most +0.005 (A<0, against the rollout)"
-
 
 @pytest.mark.parametrize(
     ("changes", "word", "reason"),
@@ -67,7 +65,7 @@ def test_estimated_ratios_have_no_bounds():
     """Segments, `one_step` and ELBOs compare two estimates: only the change within the run says something."""
     for ess in (0.99, 0.9, 0.1):
         metrics = GOOD | {"rollout_corr/ess": ess}
-        assert health(metrics, first_ess=0.7) == ("estimated", f"ESS {ess}, 0.7 in the first step, {C_AT_MOST}")
+        assert health(metrics, first_ess=0.7) == ("estimated", f"ESS {ess}, 0.7 in the first step")
     assert health(GOOD | {"off_policy/old/contribution_positive": 1.0}, first_ess=0.7)[0] == "backfiring"
 
 
@@ -86,8 +84,7 @@ def test_a_run_says_how_it_is(tmp_path, capsys):
     )
     train(resumed)
     first = f"{metrics_of(tmp_path)[0]['rollout_corr/ess']:.3g}"
-    lines = re.findall(r"mismatch (\w+) \(ESS [\d.]+, ([\d.]+) in the first step", capsys.readouterr().out)
-    assert lines == [("estimated", first)] * 3
+    assert re.findall(r"  ESS [\d.]+, ([\d.]+) in the first step", capsys.readouterr().out) == [first] * 3
 
 
 def of_the_wrong_sign(log_ratio, advantages, mask):
