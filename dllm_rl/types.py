@@ -255,7 +255,8 @@ class Order(Columns):
     logprobs   log-prob (nats, 0 elsewhere) that its block's earlier steps left the position, or, under `plackett_luce`,
                that its step drew it. None without chance, or if the probability is unknown
     probability  what is known of it, as `samplers.records.order_probability` says
-    noisy_rank  the bound `plackett_luce` whose draws `draw` numbers; None under another rank
+    rank_function  the rank by whose scores the positions were drawn: the bound `plackett_luce`, or `max_prob` under
+               `soft_threshold`; None if they were not drawn, or by the tokens
     draw       which draw of its step took the position, from 0; 0 in a step that wrote all that was left
     soft       tau and temperature of the commit rule `soft_threshold`; `logprobs` are then each written position's
                share of its step's. None under another rule
@@ -266,7 +267,7 @@ class Order(Columns):
     open_step: Int[Tensor, "B T"]
     rank: str | None = None
     logprobs: Float[Tensor, "B T"] | None = None
-    noisy_rank: Callable | None = None
+    rank_function: Callable | None = None
     draw: Int[Tensor, "B T"] | None = None
     soft: tuple[float, float] | None = None
     probability: str = "unknown"

@@ -10,23 +10,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.types import Events, Rollout, ViewPart, Views
+from dllm_rl.types import Rollout, ViewPart, Views
 
 
-def canvas(rollout: Rollout, events: Events, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+def canvas_at(rollout: Rollout, *, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
     """The tokens before the given step of each position, and those that it wrote; -1 if masked, or not written."""
+    events = rollout.events
+    if events is None:
+        raise ValueError("the rollout has no events: only a sampler that revises records them")
     known = events.step >= 0
     count = (known & (events.step < step[..., None])).sum(-1, keepdim=True)
     latest = events.token.gather(-1, (count - 1).clamp(min=0))
     first = torch.where(known[..., :1], -1, rollout.tokens[..., None])  # a position without events never changed
     before = torch.where(count > 0, latest, first)[..., 0]
     return before, torch.where(events.step == step[..., None], events.token, -1).amax(-1).long()
-
-
-def canvas_at(rollout: Rollout, *, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    if rollout.events is None:
-        raise ValueError("the rollout has no events: only a sampler that revises records them")
-    return canvas(rollout, rollout.events, step)
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,6 @@ def replayed(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Views:
             f"sampling_support={params.support!r}: a rollout that revises records what a filter kept at each "
             "position's last writing alone; use sampling_support='own'"
         )
-    both: Iterator = (canvas(rollout, events, each) for each in step)
+    both: Iterator = (canvas_at(rollout, step=each) for each in step)
     before, written = map(torch.stack, zip(*both, strict=True))
     return Views(before < 0, (written >= 0).float(), parts=(Replayed(step),))

@@ -14,7 +14,7 @@ from dllm_rl.likelihoods.views import Plan, ViewStates
 from dllm_rl.models import order
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import backward_chunked, token_logprobs
-from dllm_rl.models.soft_threshold import scored_sets
+from dllm_rl.models.soft_threshold import set_logprobs
 from dllm_rl.types import Order, Rollout, ViewPart, Views
 
 
@@ -27,7 +27,7 @@ def with_order(rollout: Rollout, views: Views) -> Views:
     recorded = rollout.order
     if recorded is None or recorded.logprobs is None:
         return views
-    if params.filters and params.support != "own" and not by_scores(recorded):
+    if params.filters and params.support != "own" and recorded.rank_function is None:
         raise ValueError(
             f"sampling_support={params.support!r}: the rollout does not record which tokens a filter kept at positions "
             "left masked, so their order has no probability; use sampling_support='own', or trajectory(order='given')"
@@ -65,7 +65,7 @@ class OrderScoring:
 
     def needed(self, rollout: Rollout, at: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         live = scored & at.any(-1, keepdim=True)
-        if by_scores(order_of(rollout)):  # a draw depends on all that its step offered
+        if order_of(rollout).rank_function is not None:  # a draw depends on all that its step offered
             return live
         return at | (live & ~self.marks)  # the committed tokens determine the probability of what was left
 
@@ -74,7 +74,7 @@ class OrderScoring:
         drawn = plan.plain
         states, tokens = seen.states[drawn], seen.tokens[drawn]
         recorded = order_of(rollout)
-        if by_scores(recorded):
+        if recorded.rank_function is not None:
             kept = seen.kept if seen.kept is None else seen.kept[drawn]
             logps = token_logprobs(policy, states, tokens, params, kept)
             logps = logps + self._of_draws(policy, rollout, seen)
@@ -89,16 +89,18 @@ class OrderScoring:
         """What each written position adds under `plackett_luce` and `soft_threshold`."""
         recorded, plan, params = order_of(rollout), seen.plan, rollout.sampling_params
         groups, width = _blocks(rollout, plan), rollout.tokens.shape[1]
+        assert recorded.rank_function is not None, "the positions were drawn by scores"
+        scores = order.state_scores(policy, seen.states, params, recorded.rank_function)
         if recorded.soft is not None:
-            return scored_sets(policy, seen.states, params, groups, plan.plain, width, *recorded.soft)
-        assert recorded.noisy_rank is not None and recorded.draw is not None, "the order of `plackett_luce`"
-        scores = order.state_scores(policy, seen.states, params, recorded.noisy_rank)
+            tau, temperature = recorded.soft
+            return set_logprobs(scores, groups, plan.plain, width, tau=tau, temperature=temperature)
+        assert recorded.draw is not None, "the order of `plackett_luce`"
         nth = recorded.draw.flatten()[plan.places].index_fill(0, plan.marked, width)  # left: drawn later
         return order.drawn_logprobs(scores, groups, nth, plan.plain, width)
 
     def backward(self, policy: Policy, rollout: Rollout, seen: ViewStates, vector: Float[Tensor, " K"]) -> None:
         plan, states, params = seen.plan, seen.states, rollout.sampling_params
-        if by_scores(order_of(rollout)):
+        if order_of(rollout).rank_function is not None:
             logps = self.logprobs(policy, rollout, seen)
             if logps.requires_grad:
                 logps.backward(vector)
@@ -111,12 +113,6 @@ class OrderScoring:
         if states.requires_grad:  # the head alone may be trained
             gradient = torch.zeros_like(states).index_copy(0, drawn, of_drawn)  # one backward through the backbone
             states.backward(gradient.index_copy(0, left, of_left))
-
-
-def by_scores(recorded: Order) -> bool:
-    """Whether the order was drawn by scores of the states, as by `plackett_luce` and `soft_threshold`, and not by the
-    drawn tokens."""
-    return recorded.noisy_rank is not None or recorded.soft is not None
 
 
 def order_of(rollout: Rollout) -> Order:

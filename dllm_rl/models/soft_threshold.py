@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import invert
-from dllm_rl.models.order import members, state_scores
-from dllm_rl.types import SamplingParams
+from dllm_rl.models.order import members
 
 SUREST = -1e-4  # nats; a higher log p counts as this one, as rounding leaves few digits of 1 - p
 NEVER = -1e4  # nats, far below any log q; finite, as gradients of log-sums of -inf are NaN
@@ -76,23 +74,3 @@ def set_logprobs(
         none, happened = (x[:, :half] + x[:, half:] for x in (none, happened))
     count = (written[member] & mine).sum(-1)
     return (happened - some)[:, 0] / count
-
-
-def scored_sets(
-    policy: Policy,
-    hidden: Float[Tensor, "K D"],
-    sampling_params: SamplingParams,
-    groups: Int[Tensor, " K"],
-    drawn: Int[Tensor, " C"],
-    width: int,
-    tau: float,
-    temperature: float,
-) -> Float[Tensor, " C"]:
-    """`set_logprobs` under a policy, differentiable."""
-    logprobs = state_scores(policy, hidden, sampling_params, likeliest)
-    return set_logprobs(logprobs, groups, drawn, width, tau=tau, temperature=temperature)
-
-
-def likeliest(logits: Float[Tensor, "K V"], normalizer: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
-    """The log-prob of the likeliest token, nats, as the rank `max_prob` has it."""
-    return logits.amax(-1) - normalizer

@@ -142,12 +142,13 @@ class Choose:
         """What the features recorded so far, as parts of a `Rollout`, of the completion's places."""
         canvas = self.canvas
         noted = canvas.noted
-        noisy_rank = self.rank.function if self.noisy and self.has_order_logprob else None
+        drawn = self.soft is not None or self.noisy  # the positions, and not by the rank alone
+        rank = self.rank.function if drawn and self.has_order_logprob else None
         first = open_step(canvas.unmask_step, canvas.block)
-        library = None if self.soft or self.noisy else self.rank.library  # chance decides, and not the rank alone
+        library = None if drawn else self.rank.library
         name = None if library is None else library.__name__
         soft = self.soft if self.has_order_logprob else None
-        order = Order(first, name, noted.get("order"), noisy_rank, noted.get("draw"), soft, self.order_probability)
+        order = Order(first, name, noted.get("order"), rank, noted.get("draw"), soft, self.order_probability)
         kept = kept_part(noted["log_mass"], noted["ids"]) if "ids" in noted else None
         events = None
         if canvas.events is not None:

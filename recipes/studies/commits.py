@@ -18,6 +18,7 @@ import torch
 
 from dllm_rl.files import write_json
 from dllm_rl.likelihoods import estimators as lik
+from dllm_rl.samplers.rules import max_prob
 from dllm_rl.types import Order, Rollout
 from recipes.studies.enumeration import ToyPolicy, contributions
 from recipes.studies.paired import markdown
@@ -39,7 +40,8 @@ def in_every_set(toy: ToyPolicy, temperature: float) -> Rollout:
     base = toy.rollout(1)
     ways = [way for way in product(range(LENGTH), repeat=LENGTH) if set(way) == set(range(max(way) + 1))]
     step = torch.tensor(ways).repeat_interleave(len(base.tokens), 0)
-    order = Order(torch.zeros_like(step), logprobs=torch.zeros(step.shape), soft=(TAU, temperature))
+    blank = torch.zeros(step.shape)
+    order = Order(blank.long(), logprobs=blank, soft=(TAU, temperature), rank_function=max_prob)
     return replace(base.rows(torch.arange(len(base.tokens)).repeat(len(ways))), unmask_step=step, order=order)
 
 

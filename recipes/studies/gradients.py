@@ -225,7 +225,7 @@ def in_every_order(toy: ToyPolicy, temperature: float | None) -> Rollout:
     blank = torch.zeros_like(step)
     order = Order(open_step=blank, logprobs=torch.zeros(step.shape))
     if temperature is not None:
-        order = replace(order, draw=blank, noisy_rank=partial(plackett_luce, temperature=temperature))
+        order = replace(order, draw=blank, rank_function=partial(plackett_luce, temperature=temperature))
     return replace(base.rows(torch.arange(len(base.tokens)).repeat(len(steps))), unmask_step=step, order=order)
 
 

@@ -84,7 +84,7 @@ def as_rollout(policy, keys, *, tau, score="max_prob", **options):
     made = policy.rollout(tokens, unmask_step=steps)
     rank = partial(rules.plackett_luce, temperature=tau, score=getattr(rules, score))
     params = SamplingParams(**options, suppress=made.sampling_params.suppress)
-    order = Order(opened, logprobs=torch.zeros(made.tokens.shape), noisy_rank=rank, draw=draws)
+    order = Order(opened, logprobs=torch.zeros(made.tokens.shape), rank_function=rank, draw=draws)
     return replace(made, sampling_params=params, order=order)
 
 

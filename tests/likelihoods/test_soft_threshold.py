@@ -85,7 +85,7 @@ def as_rollout(policy, keys, *, tau, softness, **options):
     steps, opened = (torch.nn.functional.pad(x, (1, 0), value=-1) for x in (steps, opened))
     made = policy.rollout(tokens, unmask_step=steps)
     params = SamplingParams(**options, suppress=made.sampling_params.suppress)
-    order = Order(opened, logprobs=torch.zeros(made.tokens.shape), soft=(tau, softness))
+    order = Order(opened, logprobs=torch.zeros(made.tokens.shape), soft=(tau, softness), rank_function=rules.max_prob)
     return replace(made, sampling_params=params, order=order)
 
 

@@ -197,7 +197,7 @@ def test_a_batch_survives_its_bytes(tmp_path):
         assert torch.equal(samples.rewards, collected[0].rewards)
         assert torch.equal(samples.advantages, collected[0].advantages)
         assert torch.equal(samples.metric_weights, collected[0].metric_weights)
-    assert {"Rollout", "Kept", "Order", "Events", "noisy_rank"} <= found
+    assert {"Rollout", "Kept", "Order", "Events", "rank_function"} <= found
 
 
 def assert_equal_records(a, b, found):
