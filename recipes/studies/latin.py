@@ -64,6 +64,7 @@ from recipes.studies.paired import (
     load,
     main,
     markdown,
+    paired,
     result_path,
     run_missing,
     warm_up,
@@ -267,12 +268,16 @@ TUNING = study(
 
 
 def tables(results: Results) -> tuple[list[dict[str, str]], ...]:
-    """The arms' rates, with 95 % intervals, the claims, and the tuning. What is computed has no interval."""
+    """The arms' rates, with 95 % intervals, the claims, and the tuning. What is computed has no interval, and a claim
+    of fewer than ten seeds no p."""
     rows = [{name: row[name] for name in COLUMNS} for row in arm_rows(STUDY, results, COLUMNS[2:])]
     for row in rows:
         row["seconds"] = f"{float(row['seconds'].split('±')[0]):.0f}" if row["seconds"] != "-" else "-"
     rows[0] = dict.fromkeys(COLUMNS, "-") | {"arm": LIMIT, "after": f"{results[LIMIT, 0]['after']:.3f}"}
-    claims = contrast_rows(STUDY, results)
+    whole = [each for each in STUDY.contrasts if len(paired(results, each.arm, each.against)) == STUDY.seeds]
+    claims = contrast_rows(replace(STUDY, contrasts=tuple(whole)), results)
+    fewer = [each for each in STUDY.contrasts if each not in whole]
+    claims += [row | {"Holm's p": "-"} for row in contrast_rows(replace(STUDY, contrasts=tuple(fewer)), results)]
     columns = ("stated before the runs", "of", "difference, 95 %", "above 0", "Holm's p")
     return rows, [{name: row[name] for name in columns} for row in claims], tuning_rows(results)
 
@@ -288,7 +293,7 @@ def tuning_rows(results: Results) -> list[dict[str, str]]:
 
 
 def picture(results: Results, path: Path) -> None:
-    """Rates on validation puzzles against processor seconds, a line a run, and the limit of the labels."""
+    """Rates on validation puzzles against the share of a run's time, a line a run, and the limit of the labels."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -299,8 +304,10 @@ def picture(results: Results, path: Path) -> None:
     for place, arm in enumerate(ARMS):
         runs = [run for (name, _), run in sorted(results.items()) if name == arm and run.get("curve")]
         for i, run in enumerate(runs):
-            axis.plot(*zip(*run["curve"], strict=True), ".-", color=f"C{place}", label=None if i else arm)
-    axis.set(xlabel="processor seconds behind the common start", ylabel="validation puzzles solved", ylim=(0, 1.02))
+            seconds, rates = zip(*run["curve"], strict=True)
+            shares = [each / run["seconds"] for each in seconds]
+            axis.plot(shares, rates, ".-", color=f"C{place}", label=None if i else arm)
+    axis.set(xlabel="share of the time behind the common start", ylabel="validation puzzles solved", ylim=(0, 1.02))
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)

@@ -8,7 +8,7 @@ from recipes.studies.latin_limit import limit
 
 PAGE, README = f"{STUDIES}/latin.md", "README.md"
 RUNS = runs_of("latin")
-ROWS, CLAIMS = latin.tables(RUNS)
+ROWS, CLAIMS, TUNING = latin.tables(RUNS)
 RATES = {each["arm"]: each for each in ROWS}
 APART = [each["difference, 95 %"] for each in CLAIMS]
 TOLD = {
