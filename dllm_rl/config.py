@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from dllm_rl.bounds import Bound
 from dllm_rl.members import describe, full_name, function_of, imported, members
-from dllm_rl.recipe import CHOICES, RECORDS, fitted
+from dllm_rl.presets import PRESETS, find_preset, say_preset, with_preset
+from dllm_rl.recipe import CHOICES, RECORDS, Recipe, fitted
 from dllm_rl.screen import escape_controls, interactive
 
 Record = TypeVar("Record", bound=Any)  # a frozen dataclass, as Recipe or a task
@@ -31,7 +32,10 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
     arguments = list(([] if interactive() else sys.argv[1:]) if argv is None else argv)
     wanted = [word for word in arguments if word not in ("--help", "-h")]  # help is of the recipe that the rest makes
     try:
-        recipe = override(recipe, _pairs(list(wanted))) if wanted else recipe
+        pairs = _pairs(list(wanted))
+        if (preset := pairs.pop("preset", None)) is not None:  # beneath the other options
+            recipe = take_preset(recipe, preset)
+        recipe = override(recipe, pairs) if pairs else recipe
         if wanted != arguments:
             print(escape_controls(usage(recipe), keep="\n"))
             raise SystemExit(0)
@@ -39,6 +43,16 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
         print(f"error: {escape_controls(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     return recipe
+
+
+def take_preset(recipe: Any, name: str) -> Any:
+    """The recipe with a preset of `dllm_rl.presets`, which one line on the screen names."""
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"--preset {name}: presets are of RL, and this is a {type(recipe).__name__}")
+    taken = with_preset(recipe, name)
+    settings, keywords = find_preset(name).for_task(recipe.task.name)
+    say_preset(name, settings | keywords)
+    return taken
 
 
 def _pairs(arguments: list[str]) -> dict[str, str]:
@@ -221,6 +235,8 @@ def usage(recipe: Any) -> str:
     docstrings of the functions and records that the recipe holds, which explain their own keywords."""
     settings = paths(recipe)
     lines = [f"usage: [accelerate launch] RECIPE.py [--FIELD VALUE ...]      recipe {recipe.name}", ""]
+    if isinstance(recipe, Recipe):
+        lines += [f"  --preset {' | '.join(PRESETS)}   settings that belong together, beneath the other options", ""]
     indented = partial(textwrap.fill, width=WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     for field in dataclasses.fields(recipe):
         own = {path: setting for path, setting in settings.items() if path.partition(".")[0] == field.name}

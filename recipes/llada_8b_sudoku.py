@@ -9,15 +9,16 @@ has room for 12 rows at a time (81 GB). Not run yet: no results.
 from functools import partial
 
 from dllm_rl import Lora, Recipe, Sudoku, confidence, float8_dynamic, kl_k3, main, one_step, ppo_clip, unmask
+from dllm_rl.presets import PRESETS
 
-in_blocks = partial(unmask, max_new_tokens=256, diffusion_steps=128, block_size=32, rank=confidence)
+large = PRESETS["large"]  # rate, bf16, gradient norm, groups: what `grpo` takes for this model
+in_blocks = partial(unmask, max_new_tokens=256, diffusion_steps=128, rank=confidence, **large.sampler)
 puzzles = partial(Sudoku, clues=8, prompt_format="text", opening="<reasoning>", reward_rule="d1")
 
 recipe = Recipe(
     name="llada-8b-sudoku",
     model="GSAI-ML/LLaDA-8B-Instruct",
-    dtype="bfloat16",
-    lora=partial(Lora, r=128, alpha=64.0, dropout=0.05),
+    **{**large.settings, "lora": partial(Lora, r=128, alpha=64.0, dropout=0.05)},
     task=puzzles(split="train"),
     validation_task=puzzles(split="validation", size=256),
     eval_task=puzzles(split="test", size=256),
@@ -29,17 +30,11 @@ recipe = Recipe(
     torch_compile=True,
     beta=0.04,
     kl=kl_k3,
-    train_batch_size=8,
-    num_generations=6,
-    micro_batch_size=6,
     num_iterations=8,
     num_steps=1000,
-    learning_rate=3e-6,
     adam_beta1=0.9,
     adam_beta2=0.99,
     weight_decay=0.1,
-    max_grad_norm=0.2,
-    eval_batch_size=32,
 )
 
 if __name__ == "__main__":

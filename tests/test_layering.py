@@ -40,12 +40,13 @@ MAY_IMPORT = {
     "recipe": "bounds callbacks tasks types algorithms members models likelihoods quantization samplers",
     "testing": "types algorithms models likelihoods quantization samplers",
     # floor 5
-    "config": "bounds screen members recipe",
+    "presets": "algorithms likelihoods members models recipe samplers screen",
+    "config": "bounds screen members presets recipe",
     "checkpoints": "files manifest members distributed models recipe",
     "monitoring": "device files screen recipe",
     # floor 6
     "training": "callbacks device files manifest members rng screen tasks types versions algorithms distributed models "
-    "likelihoods quantization samplers diagnostics evaluation recipe checkpoints monitoring",
+    "likelihoods quantization samplers diagnostics evaluation presets recipe checkpoints monitoring",
     # floor 7
     "supervised": "rng tasks types members distributed models likelihoods recipe checkpoints training",
     # floor 8

@@ -17,6 +17,8 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.records import Commit, Rank, as_commit, as_rank, has_order_logprob, order_probability
 
 BF16_STEPS = 512  # half a step of bf16 is at least a 512th of the number
+LARGEST_RATE = 1e-4  # that a model of LARGE_MODEL parameters is given without a word
+LARGE_MODEL = 7e9
 GEOMETRIC = ("sequence", "geometric")
 TYPICAL_WEIGHT = 0.02  # of a matrix in a language model
 
@@ -45,6 +47,16 @@ def cautions(recipe: Recipe) -> list[str]:
             "which teach nothing; use at least 2"
         )
     return said
+
+
+def of_the_rate(learning_rate: float, parameters: int) -> list[str]:
+    """Of a small model's learning rate, at a large one."""
+    if learning_rate <= LARGEST_RATE or parameters < LARGE_MODEL:
+        return []
+    return [
+        f"learning_rate={learning_rate:g} for {parameters / 1e9:.1f} billion parameters is a small model's: published "
+        "runs of such models take 1e-6 to 1e-5 (3e-6 with adapters)"
+    ]
 
 
 def of_emulated_products(recipe: Recipe, device: str) -> list[str]:

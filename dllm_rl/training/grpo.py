@@ -14,6 +14,7 @@ from dllm_rl.models.base import Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import load_config
 from dllm_rl.models.policy import make_policy
+from dllm_rl.presets import find_preset, num_parameters, preset_by_size, say_preset, without_groups
 from dllm_rl.recipe import Recipe, check_kind
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.records import as_commit
@@ -28,6 +29,7 @@ from dllm_rl.training.trl_names import with_trl_names
 
 EXACT_STEPS = 3  # a trajectory of so many steps is scored exactly
 SEGMENTS = 8  # at most, of a longer one
+TOKENS_PER_STEP = 2  # of a large model, as LLaDA's papers decode
 
 
 def grpo(
@@ -38,10 +40,10 @@ def grpo(
 ) -> Summary:
     """Train a model with TRL-style reward functions; returns its summary, with the trained `policy` as an attribute.
 
-        grpo("GSAI-ML/LLaDA-8B-Instruct", rows, [correct, short], reward_weights=[1.0, 0.1], lora=lora_r16,
-             learning_rate=3e-6, micro_batch_size=8)
+        grpo("GSAI-ML/LLaDA-8B-Instruct", rows, [correct, short], reward_weights=[1.0, 0.1])
 
-    The default learning rate, 5e-4, is of small models: set it for a published one.
+    A model of a billion parameters or more takes a preset (`dllm_rl.presets`), whose name and settings are printed;
+    the defaults are of small models.
 
     The arguments are those of `grpo_recipe`: print its recipe to see every setting.
     """
@@ -59,9 +61,10 @@ def grpo_recipe(
     eval_split: float | None = None,
     reward_weights: Sequence[float] | None = None,
     max_new_tokens: int = 256,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     sampler_options: dict[str, Any] | None = None,
     max_rows: int | None = None,
+    preset: str | None = None,
     **settings: Any,
 ) -> Recipe:
     """The recipe of `grpo`, with the sampler and the likelihood that the model's attention needs.
@@ -77,6 +80,8 @@ def grpo_recipe(
     sampler_options keywords of `unmask`, `autoregress` or `renoise`: diffusion_steps (of unmasking; default one per
                     token), top_p ... A max_new_tokens or temperature in them replaces the argument of that name.
     max_rows        rows to read of a data set without a length, as a streamed one.
+    preset          settings that stand where nothing is given: "d1", "large" ... (`dllm_rl.presets`); None: by the
+                    model's size, from a billion parameters on; "none": the defaults.
     settings        fields of Recipe: num_steps (RL steps), learning_rate, lora, rollout_quantization, corrector ...
 
     TRL's names are taken where they mean the same (docs/trl.md). A sampler that takes at most 3 steps is scored
@@ -93,12 +98,19 @@ def grpo_recipe(
     name = settings.pop("name", Path(model).name.lower() if isinstance(model, str) else "grpo")
     task = task_of(training, name=name)
     eval_task = task_of(held_out, name=f"{name}-held-out")
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, **(sampler_options or {})}
     if isinstance(model, str):
         attention = find_family(load_config(model)).attention  # no weights are fetched for it
+        sized: str | Policy = model
     else:
-        policy = model if isinstance(model, Policy) else called(model, settings.get("seed", Recipe.seed))
-        attention = policy.spec.attention
+        sized = model if isinstance(model, Policy) else called(model, settings.get("seed", Recipe.seed))
+        attention = sized.spec.attention
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **(sampler_options or {})}
+    if temperature is not None:
+        options.setdefault("temperature", temperature)
+    preset = preset_by_size(attention, num_parameters(sized)) if preset is None else preset
+    if preset not in (None, "none"):
+        options, settings = take_preset(preset, name, options, settings, is_path=isinstance(model, str))
+    options.setdefault("temperature", 1.0)
     sampler: partial
     greedy: dict[str, Any] = {"temperature": 0.0}
     if attention == "causal":  # an autoregressive model writes from left to right
@@ -134,6 +146,26 @@ def grpo_recipe(
         "likelihood": causal() if attention == "causal" else trajectory(num_segments=segments),
     }
     return Recipe(**fixed | settings)
+
+
+def take_preset(
+    preset: str, task: str, options: dict[str, Any], settings: dict[str, Any], *, is_path: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sampler's keywords and the recipe's fields with a preset's, where the caller gives none; prints them."""
+    fields, keywords = find_preset(preset).for_task(task)
+    fields = without_groups(fields, settings)
+    if not is_path:  # the module has its own
+        fields = {field: value for field, value in fields.items() if field not in ("dtype", "base_quantization")}
+    length = options["max_new_tokens"]
+    size = options.get("block_size", keywords.get("block_size"))
+    if keywords and "diffusion_steps" not in keywords and length % (size or 2) == 0:
+        keywords["diffusion_steps"] = length // TOKENS_PER_STEP
+    if "sampler" in settings:  # the caller's own
+        keywords = {}
+    fields = {field: value for field, value in fields.items() if field not in settings}
+    keywords = {keyword: value for keyword, value in keywords.items() if keyword not in options}
+    say_preset(preset, fields | keywords)
+    return keywords | options, fields | settings
 
 
 def segments_for(options: dict[str, Any]) -> int | None:

@@ -18,8 +18,9 @@ from dllm_rl.distributed.stop import Stop, how_to_continue, with_the_run
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
+from dllm_rl.presets import num_parameters
 from dllm_rl.recipe import Recipe, Settings
-from dllm_rl.training.cautions import cautions, of_emulated_products
+from dllm_rl.training.cautions import cautions, of_emulated_products, of_the_rate
 from dllm_rl.training.distillation import teacher_policy
 from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
@@ -78,6 +79,10 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     else:
         state = fresh_state(recipe, policy, accelerator, log)
         optimizer = make_optimizer(recipe, policy)
+
+    parameters = num_parameters(recipe.model if isinstance(recipe.model, str) else policy)
+    for caution in of_the_rate(recipe.learning_rate, parameters):
+        log.say(f"warning: {caution}")
 
     # 5. The copies: the rollout's is of the learner's version, the reference is what RL started from.
     rollout_policy = engine_of(recipe).load(policy)

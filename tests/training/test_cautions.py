@@ -19,7 +19,7 @@ from dllm_rl.samplers.cache import dual_cache, prefix_cache
 from dllm_rl.samplers.records import Rank
 from dllm_rl.samplers.rules import confidence, max_prob, plackett_luce, schedule, soft_threshold, threshold
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training.cautions import cautions
+from dllm_rl.training.cautions import cautions, of_the_rate
 from dllm_rl.training.trainer import train
 
 
@@ -193,3 +193,11 @@ def test_approximate_caches_that_the_estimator_does_not_see():
 def test_a_zero_that_would_compare_a_tensor_with_itself_is_refused():
     with pytest.raises(ValueError, match="zero_mismatch=True with likelihood='elbo' would compare"):
         tiny_recipe("x", likelihood=elbo(), zero_mismatch=True, rollout_quantization=None)
+
+
+def test_a_small_models_rate_at_a_large_model(tmp_path, capsys, monkeypatch):
+    assert len(of_the_rate(5e-4, 8_015_581_184)) == 1
+    assert of_the_rate(1e-4, 8_015_581_184) == of_the_rate(5e-4, 135_000_000) == []
+    monkeypatch.setattr("dllm_rl.training.cautions.LARGE_MODEL", 1000)
+    train(tiny_recipe(tmp_path, num_steps=0))
+    assert capsys.readouterr().out.count("warning: learning_rate=") == 1

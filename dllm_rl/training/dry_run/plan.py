@@ -20,6 +20,7 @@ from dllm_rl.quantization.schemes import FakeQuantize, int4_packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import autoregress, renoise, sampler_for, unmask
 from dllm_rl.tasks.base import check_filled
+from dllm_rl.training.cautions import of_the_rate
 from dllm_rl.training.dry_run.duration import HOST, PEAK, seconds, shares
 from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, most_graphs, shared_out
 from dllm_rl.training.policies import called, check_blocks
@@ -175,6 +176,7 @@ def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
         f"trainable parameters  {trainable:,}{adapters}",
         f"quantised layers      {layers} with {weights:,} weights; kept: {named or 'all'}",
         *([unknown] if recipe.rollout_engine is not None else []),
+        *(f"warning: {caution}" for caution in of_the_rate(recipe.learning_rate, policy.parameters)),
     ]
 
 

@@ -1,0 +1,133 @@
+"""Sets of settings that belong together: of large models, which `grpo` takes by a model's size, and d1's.
+
+What a caller gives replaces a preset's. No large model has been trained with either yet."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from dllm_rl.algorithms.advantages import group_relative
+from dllm_rl.algorithms.correctors import none
+from dllm_rl.algorithms.losses import kl_k3, ppo_clip
+from dllm_rl.algorithms.optimizers import constant_rate
+from dllm_rl.likelihoods.estimators import one_step
+from dllm_rl.members import describe
+from dllm_rl.models.base import Lora, Policy
+from dllm_rl.models.checkpoint.loading import build_empty, load_config
+from dllm_rl.recipe import Recipe
+from dllm_rl.samplers.cache import block_cache
+from dllm_rl.samplers.rules import confidence
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.screen import escape_controls
+
+LARGE = 1_000_000_000  # parameters from which a model takes a preset
+GROUPS = ("num_generations", "train_batch_size", "micro_batch_size", "rollout_batch_size")  # they depend on each other
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Fields of `Recipe`, and keywords of `unmask` for completions of `max_new_tokens` tokens."""
+
+    settings: Mapping[str, Any]
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+    by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # a task's name -> what differs there
+
+    def for_task(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields and the keywords for a task."""
+        changes = self.by_task.get(name, {})
+        fields = {name: value for name, value in changes.items() if name not in self.sampler}
+        keywords = {name: value for name, value in changes.items() if name in self.sampler}
+        return {**self.settings, **fields}, {**self.sampler, **keywords}
+
+
+_LARGE: dict[str, Any] = {
+    "learning_rate": 3e-6,  # d1's, of adapters whose alpha / rank is 0.5
+    "lora": partial(Lora, r=128, alpha=64.0),
+    "dtype": "bfloat16",
+    "max_grad_norm": 0.2,
+    "train_batch_size": 8,
+    "num_generations": 6,
+    "micro_batch_size": 6,
+    "eval_batch_size": 32,
+}
+PRESETS: dict[str, Preset] = {
+    "large": Preset(_LARGE, {"block_size": 32}),  # LLaDA, Dream and others of full attention
+    "large-blocks": Preset(_LARGE, {"cache": block_cache()}),  # LLaDA2, SDAR: blocks of their own, an exact cache
+    "large-causal": Preset(_LARGE),
+    "d1": Preset(  # arXiv 2504.12216 and the train.yaml of its repository
+        {
+            "learning_rate": 3e-6,
+            "lr_schedule": constant_rate,
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.99,
+            "weight_decay": 0.1,
+            "max_grad_norm": 0.2,
+            "dtype": "bfloat16",
+            "lora": partial(Lora, r=128, alpha=64.0, dropout=0.05),
+            "base_quantization": "nf4",  # which rolls out, too
+            "rollout_quantization": None,
+            "torch_compile": False,
+            "train_batch_size": 16,  # two groups on each of eight GPUs
+            "num_generations": 6,
+            "micro_batch_size": 6,
+            "num_iterations": 8,
+            "likelihood": one_step(prompt_mask=0.15),
+            "corrector": none(),
+            "loss": partial(ppo_clip, epsilon=0.5),
+            "advantages": partial(group_relative, scale_rewards="none"),
+            "beta": 0.04,
+            "kl": kl_k3,
+        },
+        {"max_new_tokens": 256, "diffusion_steps": 128, "block_size": 32, "temperature": 0.9, "rank": confidence},
+        {"sudoku": {"temperature": 0.3}, "gsm8k": {"num_iterations": 12}, "math500": {"num_iterations": 12}},
+    ),
+}
+
+
+def find_preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r} is none of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def preset_by_size(attention: str, parameters: int) -> str | None:
+    """The name of a large model's preset; None for a small model, whose settings are the defaults."""
+    if parameters < LARGE:
+        return None
+    return {"full": "large", "block_causal": "large-blocks"}.get(attention, "large-causal")
+
+
+def num_parameters(model: str | Policy) -> int:
+    """Count a model's weights: of a folder or a hub's id by config.json alone."""
+    module = build_empty(load_config(model), model) if isinstance(model, str) else model.module
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def without_groups(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's settings beside those that a caller gives: if one of GROUPS is among these, the others follow it."""
+    kept = {name: value for name, value in settings.items() if not (given.keys() & set(GROUPS) and name in GROUPS)}
+    if "micro_batch_size" in settings:
+        generations = given.get("num_generations", kept.get("num_generations", Recipe.num_generations))
+        kept["micro_batch_size"] = given.get("micro_batch_size", generations)
+    return kept
+
+
+def with_preset(recipe: Recipe, name: str) -> Recipe:
+    """Give a recipe a preset's settings, in place of its own. Raises ValueError for another sampler than `unmask`."""
+    settings, keywords = find_preset(name).for_task(recipe.task.name)
+    sampler, evaluation = recipe.sampler, recipe.eval_sampler
+    for each in (sampler, evaluation) if keywords else ():
+        if getattr(each, "func", None) is not unmask:
+            raise ValueError(f"preset={name!r} is of the sampler unmask, and this recipe has {describe(each)}")
+    greedy = {keyword: value for keyword, value in keywords.items() if keyword != "temperature"}
+    samplers: dict[str, Any] = {"sampler": partial(sampler, **keywords), "eval_sampler": partial(evaluation, **greedy)}
+    return replace(recipe, **settings, **samplers)
+
+
+def say_preset(name: str, settings: Mapping[str, Any]) -> None:
+    """Print in one line which preset a run takes, and what of it; one process does."""
+    if os.environ.get("RANK", "0") == "0":
+        listed = ", ".join(f"{field}={describe(value)}" for field, value in settings.items())
+        print(escape_controls(f"preset {name}: {listed}"), flush=True)
