@@ -6,12 +6,20 @@ The public names below are imported on first use, so that `import dllm_rl` costs
 from importlib import import_module
 from typing import Any
 
-from dllm_rl.renamed import RENAMED
 from dllm_rl.screen import imports_interruptible, silence_import_noise
 
 silence_import_noise()  # before the first of these libraries is imported
 
 __version__ = "0.2.0.dev0"
+
+RENAMED = {  # public names of earlier versions, and what each is called now
+    "Weigh": "WeightFn",
+    "Weighed": "TokenWeights",
+    "composed": "combine_weights",
+    "no_weights": "unit_weights",
+    "weigh": "weight_fn",
+    "weighs": "weight_fns",
+}
 
 _HOME = {
     "types": "Prompts SamplingParams Rollout",

@@ -18,7 +18,6 @@ MAY_IMPORT = {
     "device": "",
     "files": "",
     "manifest": "",
-    "renamed": "",
     "rng": "",
     "screen": "",
     "tasks": "",
