@@ -136,8 +136,16 @@ class RunLog:
     def view(self, description: str, total: int, *, curve: str, completed: int = 0, exact: bool = True) -> View:
         """The view of a part of the run, to be called once per step; it draws the metric `curve`."""
         rows = current_rows(self.files["metrics"].path) if self.main and completed else []
-        options = {"curve": curve, "completed": completed, "past": [known(row) for row in rows], "exact": exact}
-        return View(self.console, description, total, stage=lambda: self.entered, **options)
+        return View(
+            self.console,
+            description,
+            total,
+            curve=curve,
+            completed=completed,
+            past=[known(row) for row in rows],
+            exact=exact,
+            stage=lambda: self.entered,
+        )
 
     def close(self) -> None:
         for file in self.files.values():

@@ -1,6 +1,7 @@
 """Evaluation during a run."""
 
 import math
+from collections.abc import Callable
 
 from accelerate import Accelerator
 
@@ -50,11 +51,17 @@ def check_best_model(recipe: Settings, every: int) -> None:
 
 def validation_interval(recipe: Recipe) -> int:
     """`interval` of the validation task. Of a training step only the rollout counts."""
-    forwards = [getattr(each, "keywords", {}) for each in (recipe.eval_sampler, recipe.sampler)]
-    counts = [options.get("diffusion_steps") or options.get("max_new_tokens") for options in forwards]
-    evaluated, sampled = counts if all(counts) else (1, 1)
+    evaluated, sampled = forwards_of(recipe.eval_sampler), forwards_of(recipe.sampler)
+    if not evaluated or not sampled:  # one of them is not known
+        evaluated = sampled = 1
     rows = recipe.train_batch_size * recipe.num_generations
     return interval(recipe, len(recipe.validation_task) * evaluated, rows * sampled)
+
+
+def forwards_of(sampler: Callable) -> int:
+    """Forwards in which a sampler writes a completion, at most; 0 where its keywords do not say."""
+    keywords = getattr(sampler, "keywords", {})
+    return keywords.get("diffusion_steps") or keywords.get("max_new_tokens") or 0
 
 
 def validate(run: StepContext[Recipe], step: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from dllm_rl.models.tiny import tiny_diffusion_gemma, tiny_llama
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.renoise import renoise
+from dllm_rl.samplers.rules import confidence
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.dry_run.memory import LiveBytes, measure_step
 from dllm_rl.training.learner import keeps_graphs, update
@@ -26,6 +27,7 @@ from dllm_rl.types import Batch, Prompts
 SIZES = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "intermediate_size": 384, "max_length": 128}
 LETTERS = {"characters": "".join(chr(c) for c in range(0x4E00, 0x4E00 + 1500))} | SIZES
 PROMPT, LENGTH, ROWS = 24, 72, 8
+OF_DRAWS = {"diffusion_steps": 2, "temperature": 1.0, "rank": confidence}  # draws at every position
 
 
 def profiled(work: Callable[[], object]) -> tuple[int, int]:
@@ -52,7 +54,7 @@ def recipe_of(tmp_path, *, causal: bool = False, canvas: int | None = None, **ch
             "likelihood": lik.trajectory(),
         }
         return replace(recipe_of(tmp_path, **changes), **given)
-    sampler = partial(autoregress, temperature=1.0) if causal else partial(unmask, diffusion_steps=2, temperature=1.0)
+    sampler = partial(autoregress, temperature=1.0) if causal else partial(unmask, **OF_DRAWS)
     return tiny_recipe(
         tmp_path,
         model=partial(tiny_llama, causal=causal, **LETTERS),
