@@ -22,7 +22,7 @@ from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.samplers import renoise
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.revise import edit
-from dllm_rl.samplers.rules import max_prob, soft_threshold, threshold
+from dllm_rl.samplers.rules import soft_threshold, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.trl_names import NEAREST, SAME, WORDS, translated
@@ -242,7 +242,7 @@ def test_trls_names_set_what_they_mean():
     assert (recipe.max_new_tokens, recipe.num_steps, recipe.name, recipe.push_to_hub) == (4, 3, "a", "me/b")
     assert recipe.advantages.keywords == {"scale_rewards": "none"} and recipe.trackers == []
     assert recipe.sampler.keywords == {
-        "rank": max_prob, "max_new_tokens": 4, "diffusion_steps": 2, "top_p": 0.9, "top_k": 5, "temperature": 1.0
+        "max_new_tokens": 4, "diffusion_steps": 2, "top_p": 0.9, "top_k": 5, "temperature": 1.0
     }  # fmt: skip
     assert recipe_of(loss=gspo, epsilon=0.1).loss.func is gspo
     assert recipe_of(report_to=["wandb", "mlflow"]).trackers == ["wandb", "mlflow"]
