@@ -14,24 +14,25 @@ python -m benchmarks.late_rollouts [--rounds 6] [--steps 10] [--smoke] [--json F
 import argparse
 import time
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks.measure import machine, table, write_json
+from dllm_rl.algorithms.optimizers import constant_rate
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.monitoring.log import RunLog
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
 from dllm_rl.training.late_rollouts.serialization import as_bytes, batch_from_bytes, from_bytes, trained_weights
-from dllm_rl.training.learner import step, update
+from dllm_rl.training.learner import step
 from dllm_rl.training.policies import engine_of, make_optimizer, make_policy
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.samples import Samples
-from recipes.async_sudoku import recipe as job
+from recipes.async_sudoku import recipe
+
+job = replace(recipe, lr_schedule=constant_rate)  # also for more steps than it has
 
 
 class Turns:
@@ -39,38 +40,27 @@ class Turns:
 
     def __init__(self) -> None:
         self.accelerator = make_accelerator(device=torch.device("cpu"))
-        self.log = RunLog(Path("/dev/null"), start=0, main=False)
         self.policy = make_policy(job, self.accelerator.device)
         self.engine = engine_of(job)
         self.rollout_policy = self.engine.load(self.policy)
+        self.context = StepContext(
+            recipe=job, accelerator=self.accelerator, policy=self.policy, rollout_policy=self.rollout_policy
+        )
         self.optimizer = make_optimizer(job, self.policy)
         workers = ray_workers(job)
         assert workers is not None, "the recipe has workers"
-        workers.set_up(
-            StepContext(
-                recipe=job,
-                accelerator=self.accelerator,
-                log=self.log,
-                policy=self.policy,
-                rollout_policy=self.rollout_policy,
-            )
-        )
+        workers.set_up(self.context)
         self.workers = workers
         self.number = 0
 
     def learn(self, samples: Samples) -> None:
-        settings = job.update_settings(50)  # the rate of the middle of a run, also for more steps than it has
-        learn = partial(update, self.policy, self.optimizer, accelerator=self.accelerator, **settings)
-        policies: dict[str, Any] = {"policy": self.policy, "rollout_policy": self.rollout_policy, "reference": None}
-        step(job, samples, self.number, self.accelerator, learn=learn, **policies)
+        step(self.context, samples, self.number, self.optimizer)
 
     def synchronous(self, steps: int) -> dict[str, float]:
         """Median seconds of a step's rollout and of its learning, sync included."""
         rollouts, learning = [], []
         for _ in range(steps):
-            (samples, _, _), spent = timed(
-                lambda: collect(job, self.rollout_policy, self.number, self.accelerator, self.log)
-            )
+            (samples, _, _), spent = timed(lambda: collect(self.context, self.number))
             rollouts.append(spent)
 
             def learn_and_sync(samples: Samples = samples) -> None:

@@ -28,6 +28,7 @@ from dllm_rl.likelihoods.estimators import coupled, elbo, one_step
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.tiny import tiny_masked_lm
+from dllm_rl.recipe import UpdateSettings
 from dllm_rl.training.learner import accumulate_gradients, update
 from dllm_rl.types import Batch, Rollout, Views
 
@@ -66,10 +67,9 @@ def step(
     batch = Batch(rollout, noise, advantages_of(rollout), old, scores, ones, mask, anchor, count, len(mask))
     beta = 0.0 if reference is None else BETA
     loss = partial(losses.policy_loss, surrogate=ppo_clip, aggregate=losses.token, beta=beta, kl=losses.kl_k3)
-    settings = {"loss": loss, "likelihood": likelihood, "learning_rate": 0.0}
-    update(
-        policy, optimizer, [replace(batch, rollout=at(rollout, policy))] * iterations, Accelerator(cpu=True), **settings
-    )
+    settings = UpdateSettings(loss=loss, likelihood=likelihood, learning_rate=0.0)
+    batches = [replace(batch, rollout=at(rollout, policy))] * iterations
+    update(policy, optimizer, batches, Accelerator(cpu=True), settings)
 
 
 def at(rollout: Rollout, policy: Policy) -> Rollout:

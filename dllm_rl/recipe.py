@@ -603,18 +603,18 @@ class Recipe(Settings):
             unbiased_kl=self.use_bias_correction_kl,
         )
 
-    def update_settings(self, step: int) -> dict[str, Any]:
-        """The keyword arguments of `training.learner.update` at a step."""
-        return {
-            "loss": self.policy_loss,
-            "likelihood": self.likelihood,
-            "learning_rate": self.learning_rate * self.lr_schedule(step, self.schedule_steps),
-            "max_grad_norm": self.max_grad_norm,
-            "micro_batch_size": self.micro_batch_size,
-            "max_staleness": self.max_staleness,
+    def update_settings(self, step: int) -> "UpdateSettings":
+        """What `training.learner.update` takes at a step."""
+        return UpdateSettings(
+            loss=self.policy_loss,
+            likelihood=self.likelihood,
+            learning_rate=self.learning_rate * self.lr_schedule(step, self.schedule_steps),
+            max_grad_norm=self.max_grad_norm,
+            micro_batch_size=self.micro_batch_size,
+            max_staleness=self.max_staleness,
             # A forward after the update would quantise an aligned learner's weights once more, and count no changes.
-            "measure": (step + 1) % DIRECTION_STEPS == 0 and not self.corrector.align_forward,
-        }
+            measure=(step + 1) % DIRECTION_STEPS == 0 and not self.corrector.align_forward,
+        )
 
     @property
     def max_new_tokens(self) -> int:
@@ -625,3 +625,19 @@ class Recipe(Settings):
 
 
 Recipe.__doc__ = documented(Recipe)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateSettings:
+    """The settings of a step's updates.
+
+    measure  whether to measure `update_direction` after them
+    """
+
+    loss: Callable  # detached log-probs, batch -> loss, metrics, gradient
+    likelihood: LikelihoodEstimator
+    learning_rate: float
+    max_grad_norm: float = 1.0
+    micro_batch_size: int | None = None
+    max_staleness: int = 0
+    measure: bool = False

@@ -90,7 +90,7 @@ def test_what_functions_take_by_default_has_a_name_too(recipe):
     assert changed.advantages(torch.tensor([[0.0, 4.0]])).tolist() == [[-2.0, 2.0]]
     assert changed.lr_schedule(10, 10) == pytest.approx(0.5) and changed.lora() == Lora(r=4)
     assert describe(changed.advantages) == "group_relative(scale_rewards='none', eps=0.0001)"
-    assert changed.update_settings(0)["learning_rate"] == pytest.approx(recipe.learning_rate * 0.2)
+    assert changed.update_settings(0).learning_rate == pytest.approx(recipe.learning_rate * 0.2)
 
 
 def test_a_name_that_may_be_left_out_is_left_out_by_none(recipe):

@@ -1,10 +1,14 @@
 """What every part of a step is given."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from accelerate import Accelerator
 
+from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Settings
@@ -18,7 +22,8 @@ class StepContext(Generic[Record]):
 
     recipe: Record
     accelerator: Accelerator
-    log: RunLog
     policy: Policy
     rollout_policy: Policy
     reference: Policy | None = None
+    history: RewardHistory | None = None  # where the recipe's prompt_source reads it
+    log: RunLog = field(default_factory=partial(RunLog, Path(os.devnull), start=0, main=False))  # silent

@@ -13,7 +13,7 @@ from dllm_rl.manifest import CARD
 from dllm_rl.members import function_of
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring import plots
-from dllm_rl.recipe import Recipe
+from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.samplers.by_name import COMMITS, RANKS
 from dllm_rl.training.hooks import after_summary, ending, load_best
 from dllm_rl.training.model_card import card, push_to_hub
@@ -72,7 +72,7 @@ def finish(run: Run[Recipe]) -> Summary:
     )
 
 
-def conclude(run: Run[Any], measured: dict[str, Any], *, result: str, advice: str) -> Summary:
+def conclude(run: Run[Settings], measured: dict[str, Any], *, result: str, advice: str) -> Summary:
     """Write summary.json with `measured`, and the picture; print `result` and `advice`. With async_save, call
     `settle` first."""
     run.log.close()

@@ -10,6 +10,7 @@ from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.recipe import Recipe
+from dllm_rl.training.context import StepContext
 
 
 @contextmanager
@@ -27,8 +28,11 @@ def aligns(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> bool:
 
 
 @contextmanager
-def learner_forward(recipe: Recipe, policy: Policy, rollout_policy: Policy, accelerator: Accelerator) -> Iterator[None]:
+def learner_forward(run: StepContext[Recipe]) -> Iterator[None]:
     """The recipe's arithmetic, through the rollout's quantised operands where the forward is aligned."""
-    aligned = aligned_forward(policy, rollout_policy) if aligns(recipe, policy, rollout_policy) else nullcontext()
-    with arithmetic(recipe, accelerator), aligned:
+    aligned = aligns(run.recipe, run.policy, run.rollout_policy)
+    with (
+        arithmetic(run.recipe, run.accelerator),
+        aligned_forward(run.policy, run.rollout_policy) if aligned else nullcontext(),
+    ):
         yield

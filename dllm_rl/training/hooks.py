@@ -11,11 +11,12 @@ from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.models.base import Policy
+from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.policies import engine_of
 from dllm_rl.training.run import Run
 
 
-def before_first_step(run: Run[Any]) -> None:
+def before_first_step(run: Run[Settings]) -> None:
     """Check `metric_for_best_model` against the first evaluation, and call every `on_start`. Collective.
 
     Raises:
@@ -36,7 +37,7 @@ def before_first_step(run: Run[Any]) -> None:
         from_main(start, run.accelerator)
 
 
-def after_step(run: Run[Any], step: int, metrics: dict[str, float]) -> dict[str, float]:
+def after_step(run: Run[Settings], step: int, metrics: dict[str, float]) -> dict[str, float]:
     """Call `on_evaluate` and `on_step` in the main process; returns the metrics with what they add. Collective."""
     if not run.recipe.callbacks:
         return metrics
@@ -68,14 +69,14 @@ def _checked(callback: Callback, added: Any) -> dict[str, float]:
     return {name: float(value) for name, value in added.items()}
 
 
-def best_folder(run: Run[Any]) -> Path | None:
+def best_folder(run: Run[Settings]) -> Path | None:
     """The folder of the best checkpoint by `metric_for_best_model`; None if no step has been evaluated."""
     if run.state.best_step is None:
         return None
     return checkpoint.folder_of(Path(run.recipe.directory) / "checkpoints", run.state.best_step)
 
 
-def load_best(run: Run[Any], open_policy: Callable[[Path, TrainingState], Policy]) -> None:
+def load_best(run: Run[Settings], open_policy: Callable[[Path, TrainingState], Policy]) -> None:
     """With `load_best_model_at_end`, replace the run's policy by that of the best checkpoint. Collective.
 
     Call it after the last write is complete. The rollout policy gets the same weights.
@@ -89,13 +90,13 @@ def load_best(run: Run[Any], open_policy: Callable[[Path, TrainingState], Policy
     run.policy.version = state.version
     if shares:
         run.rollout_policy = run.policy
-    else:
+    elif isinstance(run.recipe, Recipe):
         engine_of(run.recipe).sync(run.policy, run.rollout_policy)
     run.checkpoint = str(folder)
     run.log.say(f"loaded the best checkpoint, of step {state.step}: {folder}")
 
 
-def ending(run: Run[Any]) -> dict[str, Any]:
+def ending(run: Run[Settings]) -> dict[str, Any]:
     """What summary.json says of the best checkpoint and of an early end; nothing without either."""
     summary: dict[str, Any] = {}
     if run.state.best_step is not None:
@@ -108,7 +109,7 @@ def ending(run: Run[Any]) -> dict[str, Any]:
     return summary
 
 
-def after_summary(run: Run[Any], summary: dict[str, Any]) -> None:
+def after_summary(run: Run[Settings], summary: dict[str, Any]) -> None:
     """Call every `on_end` in the main process."""
     for callback in run.recipe.callbacks if run.accelerator.is_main_process else ():
         callback.on_end(run.control, summary)

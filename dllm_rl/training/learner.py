@@ -5,7 +5,6 @@ Memory does not grow with the number N of masks: grad f = sum_n (df/ds_n) . grad
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -35,11 +34,12 @@ from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy, trained_of, whole
 from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.logprobs import chunked, process
-from dllm_rl.recipe import Recipe
+from dllm_rl.recipe import Recipe, UpdateSettings
 from dllm_rl.training.balance import balance
 from dllm_rl.training.compare import compare_sides, side_metrics
+from dllm_rl.training.context import StepContext
 from dllm_rl.training.forwards import learner_forward
-from dllm_rl.training.samples import Samples
+from dllm_rl.training.samples import Samples, Step
 from dllm_rl.training.selection import active_groups, metric_weights, only_groups, own_rows, views_of_step
 from dllm_rl.types import Batch, Logprobs, Rollout, Views
 
@@ -48,59 +48,52 @@ MEASURED_VIEWS = 4
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a step learned from, and its metrics. After load balancing, some rows come from other processes. With
-    several sets of masks, `logps` and all metrics but the update's are of the first set."""
+class Scored:
+    """A step's samples, scored under each set of its masks, and what `compare_sides` counted."""
 
     samples: Samples
-    logps: Logprobs
-    metrics: dict[str, float]
+    logps: list[Logprobs]  # of the sets of masks; the first also for the metrics
+    compared: tuple[Metrics, Int[Tensor, "M X"] | None]
 
 
-def step(
-    recipe: Recipe,
-    samples: Samples,
-    number: int,
-    accelerator: Accelerator,
-    *,
-    policy: Policy,
-    rollout_policy: Policy,
-    reference: Policy | None,
-    learn: Callable[[list[Batch]], dict[str, float]],  # a batch for each inner update -> metrics
-    stage: Callable[[str], AbstractContextManager] = nullcontext,  # times a block
-) -> Step:
-    """Learn from a step's samples: the loop's step, and the rehearsal's."""
-    arithmetic = partial(learner_forward, recipe, policy, rollout_policy, accelerator)
-    with stage("scoring"), arithmetic():
-        # Groups to learn from are scored, and a sample of the others, by which metrics estimate all.
-        samples = samples.weighted(metric_weights(recipe, samples.advantages, number))
-        samples = balance(recipe, samples, accelerator, pad_id=policy.pad_id)  # so that all processes finish together
-        rollout, advantages = samples.rollout, samples.advantages
-        active = active_groups(recipe, advantages)
-        # Every policy is scored under the same masks. Masks of later updates are for these alone, not for metrics.
-        views = views_of_step(recipe, samples, number, accelerator)
-        compared = compare_sides(policy, rollout_policy, rollout, views[0])  # before graphs are kept
-        recorded_by = samples.rollout_logprobs or (None,) * len(views)
-        scored: list[Logprobs] = []
-        for k in reversed(range(len(views))):  # the first last, as it may keep graphs
-            logps = score(
-                recipe,
-                rollout,
-                views[k],
-                policy=policy,
-                rollout_policy=rollout_policy,
-                reference=reference,
-                given=recorded_by[k],
-                keep=own_rows(active, rollout.group_size, accelerator) if k == 0 else False,
-            )
-            scored.insert(0, logps)
-    with stage("update"), arithmetic():
-        batch, mismatch = correct(recipe, samples, scored[0], accelerator)
-        for_update = samples.weighted(active.double())
-        batches = [batch] + [weighted_batch(recipe, for_update, logps, accelerator) for logps in scored[1:]]
-        agreement = side_metrics(*compared, accelerator)  # after scoring, which would wait for the exchange
-        learning = learn([batches[k % len(batches)] for k in range(recipe.num_iterations)])
-    return Step(samples, scored[0], agreement | mismatch | learning)
+def step(run: StepContext[Recipe], samples: Samples, number: int, optimizer: torch.optim.Optimizer) -> Step:
+    """Learn from a step's samples: score them, correct for the mismatch, and update the weights."""
+    with run.log.stage("scoring"), learner_forward(run):
+        scored = score_samples(run, samples, number)
+    with run.log.stage("update"), learner_forward(run):
+        batches, mismatch = make_batches(run, scored)
+        batches = [batches[k % len(batches)] for k in range(run.recipe.num_iterations)]
+        learning = update(run.policy, optimizer, batches, run.accelerator, run.recipe.update_settings(number))
+    return Step(scored.samples, scored.logps[0], mismatch | learning)
+
+
+def score_samples(run: StepContext[Recipe], samples: Samples, number: int) -> Scored:
+    """Score a step's samples before its first update."""
+    recipe = run.recipe
+    # Groups to learn from are scored, and a sample of the others, by which metrics estimate all.
+    samples = samples.weighted(metric_weights(recipe, samples.advantages, number))
+    # So that all processes finish together.
+    samples = balance(recipe, samples, run.accelerator, pad_id=run.policy.pad_id)
+    rollout = samples.rollout
+    active = own_rows(active_groups(recipe, samples.advantages), rollout.group_size, run.accelerator)
+    # Every policy is scored under the same masks. Masks of later updates are for these alone, not for metrics.
+    views = views_of_step(recipe, samples, number, run.accelerator)
+    compared = compare_sides(run.policy, run.rollout_policy, rollout, views[0])  # before graphs are kept
+    recorded_by = samples.rollout_logprobs or (None,) * len(views)
+    logps = []
+    for k in reversed(range(len(views))):  # the first last, as it may keep graphs
+        logps.append(score(run, rollout, views[k], rollout_logps=recorded_by[k], keep=active if k == 0 else False))
+    return Scored(samples, logps[::-1], compared)
+
+
+def make_batches(run: StepContext[Recipe], scored: Scored) -> tuple[list[Batch], dict[str, float]]:
+    """A batch to learn from for each set of masks, and metrics of the mismatch between learner and rollout."""
+    samples = scored.samples
+    batch, mismatch = correct(run, samples, scored.logps[0])
+    learned = samples.weighted(active_groups(run.recipe, samples.advantages).double())
+    later = [weighted_batch(run, learned, logps) for logps in scored.logps[1:]]
+    agreement = side_metrics(*scored.compared, run.accelerator)  # after scoring, which would wait for the exchange
+    return [batch, *later], agreement | mismatch
 
 
 def rollout_side(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Literal["recorded", "scored", "learner"]:
@@ -112,29 +105,27 @@ def rollout_side(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Lite
 
 
 def score(
-    recipe: Recipe,
+    run: StepContext[Recipe],
     rollout: Rollout,
     views: Views,
     *,
-    policy: Policy,
-    rollout_policy: Policy,
-    reference: Policy | None,
-    given: Float[Tensor, "B T"] | None = None,
+    rollout_logps: Float[Tensor, "B T"] | None = None,
     keep: bool | Bool[Tensor, " B"] = False,
 ) -> Logprobs:
-    """The rollout's log-probs under every policy, same masks. `given`: those of the rollout's side, nats, where the
-    weights that sampled are gone. `keep`: rows with graphs, where `keeps_graphs` allows them. Raises RuntimeError if
-    zero_mismatch does not hold."""
-    likelihood = recipe.likelihood
+    """The rollout's log-probs under every policy, same masks. `rollout_logps`: those of the rollout's side, nats, where
+    the weights that sampled are gone. `keep`: rows with graphs, where `keeps_graphs` allows them. Raises RuntimeError
+    if zero_mismatch does not hold."""
+    recipe, policy, rollout_policy, likelihood = run.recipe, run.policy, run.rollout_policy, run.recipe.likelihood
     side = rollout_side(recipe, policy, rollout_policy)
     size = recipe.micro_batch_size
     reference_logps = None
-    if reference is not None:
-        reference_logps = likelihood.logprobs(reference, rollout, views, micro_batch_size=size)
+    if run.reference is not None and recipe.beta:  # else the reference is a teacher alone
+        reference_logps = likelihood.logprobs(run.reference, rollout, views, micro_batch_size=size)
     if recipe.router_replay is not None:  # the learner takes the rollout's experts again
         views = as_sampled(views, rollout) if side == "recorded" else watched(policy, rollout, views)
-    rollout_logps = recorded(rollout, views) if side == "recorded" else given
-    if side == "scored" and given is None:
+    if side == "recorded":
+        rollout_logps = recorded(rollout, views)
+    elif side == "scored" and rollout_logps is None:
         rollout_logps = likelihood.logprobs(rollout_policy, rollout, views, micro_batch_size=size)
         views = as_chosen(views, rollout)
     forwards = len(views.weight) * math.prod(part.num_forwards for part in views.parts)
@@ -190,13 +181,11 @@ def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bo
     return unsharded and forwards <= recipe.kept_graphs and not dropout
 
 
-def correct(
-    recipe: Recipe, samples: Samples, logps: Logprobs, accelerator: Accelerator
-) -> tuple[Batch, dict[str, float]]:
+def correct(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> tuple[Batch, dict[str, float]]:
     """The batch to learn from, with the corrector's weights and keep mask, and mismatch metrics over all processes."""
-    lost = reduce_metrics(waited("scoring", accelerator), accelerator)  # first: the gathering waits for all
-    rows = gather_rows(recipe, samples, logps, accelerator)
-    weights, live = apply_corrector(recipe.corrector, rows)
+    lost = reduce_metrics(waited("scoring", run.accelerator), run.accelerator)  # first: the gathering waits for all
+    rows = gather_rows(run, samples, logps)
+    weights, live = apply_corrector(run.recipe.corrector, rows)
     stats = rows.stats
     every = mismatch_metrics(  # of all rows, estimated from those that are scored
         stats.log_mismatch,
@@ -205,18 +194,20 @@ def correct(
         advantages=stats.advantages,
         row_weights=rows.metric_weights,
     )
-    batch = make_batch(recipe, logps, samples.rollout, rows, weights, accelerator)
-    if recipe.likelihood.exact_ratios or not recipe.likelihood.random:  # else masks are drawn, and follow no step
+    batch = make_batch(run, samples.rollout, logps, rows, weights)
+    likelihood = run.recipe.likelihood
+    if likelihood.exact_ratios or not likelihood.random:  # else masks are drawn, and follow no step
         every |= step_metrics(
             stats.log_mismatch, rows.completion & (rows.metric_weights > 0)[:, None], stats.unmask_step
         )
-    return batch, lost | every | live | symptoms(recipe, rows, logps.views)
+    return batch, lost | every | live | symptoms(run.recipe, rows, logps.views)
 
 
-def weighted_batch(recipe: Recipe, samples: Samples, logps: Logprobs, accelerator: Accelerator) -> Batch:
+def weighted_batch(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> Batch:
     """The batch of a later update, with the corrector's weights of its own set of masks."""
-    rows = gather_rows(recipe, samples, logps, accelerator)
-    return make_batch(recipe, logps, samples.rollout, rows, apply_corrector(recipe.corrector, rows)[0], accelerator)
+    rows = gather_rows(run, samples, logps)
+    weights, _ = apply_corrector(run.recipe.corrector, rows)
+    return make_batch(run, samples.rollout, logps, rows, weights)
 
 
 @dataclass(frozen=True)
@@ -230,27 +221,36 @@ class Rows:
     metric_weights: Float[Tensor, " B"]  # inverse sampling fractions (`group_weights`), 0 where not scored
 
 
-def gather_rows(recipe: Recipe, samples: Samples, logps: Logprobs, accelerator: Accelerator) -> Rows:
+def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> Rows:
     """The rows of all processes, with one set of masks' log-probs, on the host: the step's only transfer of them. A
     collective: every process must call it."""
     rollout = samples.rollout
     mask = logps.views.scored(rollout.completion_mask)
     apart = torch.where(mask, logps.old - logps.rollout, 0)
-    parts = [apart, mask, rollout.completion_mask, logps.old, logps.rollout, rollout.tokens, rollout.unmask_step]
-    parts += [] if logps.entropy is None else [logps.entropy]
-    log_mismatch, scored, completion, old, sampled, tokens, steps, *entropy = gather_on_host(parts, accelerator)
-    learned = repeat(active_groups(recipe, samples.advantages), "p -> (p g)", g=rollout.group_size)
+    parts = {
+        "log_mismatch": apart,
+        "scored": mask,
+        "completion": rollout.completion_mask,
+        "old": logps.old,
+        "rollout": logps.rollout,
+        "tokens": rollout.tokens,
+        "unmask_step": rollout.unmask_step,
+    }
+    if logps.entropy is not None:
+        parts["entropy"] = logps.entropy
+    rows = dict(zip(parts, gather_on_host(list(parts.values()), run.accelerator), strict=True))
+    learned = repeat(active_groups(run.recipe, samples.advantages), "p -> (p g)", g=rollout.group_size)
     stats = TokenStats(
-        log_mismatch=log_mismatch,
+        log_mismatch=rows["log_mismatch"],
         advantages=rearrange(samples.advantages, "p g -> (p g)"),
-        mask=scored & learned[:, None],
-        old_logprobs=old,
-        rollout_logprobs=sampled,
-        unmask_step=steps,
-        entropy=entropy[0] if entropy else None,
+        mask=rows["scored"] & learned[:, None],
+        old_logprobs=rows["old"],
+        rollout_logprobs=rows["rollout"],
+        unmask_step=rows["unmask_step"],
+        entropy=rows.get("entropy"),
     )
     weights = repeat(samples.metric_weights, "p -> (p g)", g=rollout.group_size)
-    return Rows(stats, completion, tokens, learned, weights)
+    return Rows(stats, rows["completion"], rows["tokens"], learned, weights)
 
 
 def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dict[str, float]]:
@@ -275,15 +275,8 @@ def symptoms(recipe: Recipe, rows: Rows, views: Views) -> dict[str, float]:
     return symptom_metrics(rows.tokens, stats.mask, stats.advantages, old=stats.old_logprobs if single else None)
 
 
-def make_batch(
-    recipe: Recipe,
-    logps: Logprobs,
-    rollout: Rollout,
-    rows: Rows,
-    weights: TokenWeights,
-    accelerator: Accelerator,
-) -> Batch:
-    importance_weights, keep, _ = weights
+def make_batch(run: StepContext[Recipe], rollout: Rollout, logps: Logprobs, rows: Rows, weights: TokenWeights) -> Batch:
+    accelerator, keep = run.accelerator, weights.loss_mask
     device = rollout.tokens.device
     width = rollout.tokens.shape[1]  # other processes' rows may be wider
     chosen = rows.learned[:: rollout.group_size]
@@ -293,9 +286,9 @@ def make_batch(
         advantages=send(device, local(rows.stats.advantages, accelerator))[0],
         # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, without weights. Under mismatch it declines
         # silently, with K1 and K3 rising; recomputation without weights fails in stages, with K1 and K3 flat [digest].
-        old=logps.rollout if recipe.old_logprobs == "rollout" else logps.old,
+        old=logps.rollout if run.recipe.old_logprobs == "rollout" else logps.old,
         old_scores=logps.old_scores,
-        weights=send(device, local(importance_weights, accelerator)[:, :width])[0],
+        weights=send(device, local(weights.importance_weights, accelerator)[:, :width])[0],
         keep=send(device, local(keep, accelerator)[:, :width])[0],
         reference=logps.reference,
         # Rows without advantage count in the denominators, so that a skipped group is a zero and not a smaller mean.
@@ -323,21 +316,20 @@ def update(
     optimizer: torch.optim.Optimizer,
     batches: list[Batch],
     accelerator: Accelerator,
-    *,
-    loss: Loss,
-    likelihood: LikelihoodEstimator,
-    learning_rate: float,
-    max_grad_norm: float = 1.0,
-    micro_batch_size: int | None = None,
-    max_staleness: int = 0,
-    measure: bool = False,
+    settings: UpdateSettings,
 ) -> dict[str, float]:
     """Take a step on each of the batches, which are one rollout's, `micro_batch_size` rows per forward in whole groups.
-    Returns the last iteration's metrics, grad_norm and off_policy/* of every iteration as NAME/iteration_I, and with
-    `measure` the `update_direction`. Raises RuntimeError if the rollout's weights are not the learner's
-    (`check_version`); FloatingPointError on logits or a gradient norm that are not finite: that iteration is not
-    applied, earlier ones are."""
-    check_version(batches[0].rollout, policy, max_staleness=max_staleness)
+
+    Returns:
+        The last iteration's metrics, grad_norm and off_policy/* of every iteration as NAME/iteration_I, and with
+        `measure` the `update_direction`.
+
+    Raises:
+        RuntimeError: The rollout's weights are not the learner's (`check_version`).
+        FloatingPointError: Logits or a gradient norm are not finite. That iteration is not applied, earlier ones are.
+    """
+    likelihood, learning_rate, size = settings.likelihood, settings.learning_rate, settings.micro_batch_size
+    check_version(batches[0].rollout, policy, max_staleness=settings.max_staleness)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     scores = batches[0].old_scores
@@ -347,16 +339,14 @@ def update(
         optimizer.zero_grad(set_to_none=True)  # before scoring, which can use the memory
         if iteration:
             torch.clear_autocast_cache()  # its bf16 copies are of the weights before the last optimiser step
-            scores = likelihood.scores(
-                policy, batch.rollout, batch.views, micro_batch_size=micro_batch_size, keep_graphs=keep
-            )
+            scores = likelihood.scores(policy, batch.rollout, batch.views, micro_batch_size=size, keep_graphs=keep)
         metrics = accumulate_gradients(
-            policy, batch, scores, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
+            policy, batch, scores, loss=settings.loss, likelihood=likelihood, micro_batch_size=size
         )
         metrics |= waited("update", accelerator)
         sum_gradients(policy.module, accelerator)
         trained = trained_of(policy.module)
-        norm = whole(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm))
+        norm = whole(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
         reduced = reduce_metrics(metrics | {"grad_norm": (norm, torch.ones_like(norm))}, accelerator)
         if not math.isfinite(reduced["grad_norm"]):
             what = f"gradient norm is {reduced['grad_norm']}" if scores.isfinite().all() else "logits are not finite"
@@ -370,9 +360,9 @@ def update(
         for name, value in reduced.items():
             if name.startswith(("off_policy/", "grad_norm")):
                 gathered[f"{name}/iteration_{iteration}"] = value
-    if measure:
+    if settings.measure:
         torch.clear_autocast_cache()
-        gathered |= update_direction(policy, batches[0], accelerator, likelihood, micro_batch_size)
+        gathered |= update_direction(policy, batches[0], accelerator, likelihood, size)
     return gathered
 
 

@@ -29,15 +29,16 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.tasks.base import Problem, addends
 from dllm_rl.training.cautions import made_up_rewards
+from dllm_rl.training.context import StepContext
 from dllm_rl.training.distillation import log_ratio
-from dllm_rl.training.learner import accumulate_gradients, step
+from dllm_rl.training.forwards import learner_forward
+from dllm_rl.training.learner import accumulate_gradients, make_batches, score_samples
 from dllm_rl.training.policies import engine_of, make_optimizer
 from dllm_rl.training.rollouts import Answer, compute_advantages, sample_and_grade
 from dllm_rl.training.samples import Samples
 from dllm_rl.training.saving import adapters_alone
 from dllm_rl.training.sharded_learner import on_main
 from dllm_rl.training.warmup import solved
-from dllm_rl.types import Batch
 
 MOMENTS: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes per trained weight; unknown for other optimisers
 
@@ -55,31 +56,29 @@ def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Acce
 def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
     """The loop's step on one group per process, up to the gradients; no weight changes."""
     key = (recipe.seed, "rehearsal")
-    rollout_policy = engine_of(recipe).load(policy)
+    reference = policy if recipe.lora is None else policy.reference()
+    run = StepContext(
+        recipe=recipe,
+        accelerator=accelerator,
+        policy=policy,
+        rollout_policy=engine_of(recipe).load(policy),
+        reference=reference if recipe.beta else None,
+    )
     seeds = row_seeds(generator_for(*key), recipe.num_generations)[None]
-    rollout, answers, _ = sample_and_grade(recipe, rollout_policy, [problem], seeds, key, accelerator)
+    rollout, answers, _ = sample_and_grade(run, [problem], seeds, key)
     if recipe.warmup_steps:
         check_warmup(recipe, policy, answers[0])
     if recipe.teacher is not None:
         log_ratio(recipe, policy, rollout, seeds[:, 0])  # the student in the teacher's place
 
-    def gradients(batches: list[Batch]) -> dict[str, float]:
-        batch = batches[0]
-        options: dict[str, Any] = {"loss": recipe.policy_loss, "likelihood": recipe.likelihood}
-        accumulate_gradients(policy, batch, batch.old_scores, **options, micro_batch_size=recipe.micro_batch_size)
-        return {}
-
     advantages = made_up_advantages(recipe)[: accelerator.num_processes]
-    step(
-        recipe,
-        Samples(rollout, advantages, advantages, torch.ones(len(advantages), dtype=torch.double)),
-        0,
-        accelerator,
-        policy=policy,
-        rollout_policy=rollout_policy,
-        reference=None if not recipe.beta else policy if recipe.lora is None else policy.reference(),
-        learn=gradients,
-    )
+    samples = Samples(rollout, advantages, advantages, torch.ones(len(advantages), dtype=torch.double))
+    with learner_forward(run):
+        scored = score_samples(run, samples, 0)
+    with learner_forward(run):
+        batch = make_batches(run, scored)[0][0]
+        loss, likelihood, size = recipe.policy_loss, recipe.likelihood, recipe.micro_batch_size
+        accumulate_gradients(policy, batch, batch.old_scores, loss=loss, likelihood=likelihood, micro_batch_size=size)
 
 
 def check_warmup(recipe: Recipe, policy: Policy, answer: Answer) -> None:

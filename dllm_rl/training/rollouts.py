@@ -1,8 +1,7 @@
 """Problems in, rollouts and rewards out: what a step learns from."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import informative, takes_parts
-from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.device import send
 from dllm_rl.distributed.collectives import (
     Metrics,
@@ -24,12 +22,11 @@ from dllm_rl.distributed.collectives import (
     waited,
 )
 from dllm_rl.members import describe
-from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import chosen_ids, costs_of, encode, graded_texts
-from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.tasks.base import Problem, Reward, addends, grade
+from dllm_rl.training.context import StepContext
 from dllm_rl.training.forwards import arithmetic
 from dllm_rl.training.prompts import choose, prompt_indices
 from dllm_rl.training.samples import Samples
@@ -50,28 +47,20 @@ class Answer:
     forwards: int  # that its row took part in
 
 
-def collect(
-    recipe: Recipe,
-    rollout_policy: Policy,
-    step: int,
-    accelerator: Accelerator,
-    log: RunLog,
-    history: RewardHistory | None = None,
-) -> tuple[Samples, list[Answer], dict[str, float]]:
+def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[Answer], dict[str, float]]:
     """What a step learns from, this process's answers, and metrics.
 
     With max_num_gen_batches > 1, groups of equal rewards are drawn again with other prompts, at most that many draws
-    (DAPO's dynamic sampling [paper]). Each group is drawn again on its own [ours]; DAPO pools the draws.
+    (DAPO's dynamic sampling [paper]). Each group is drawn again on its own [ours]; DAPO pools the draws. `run.history`
+    gets the step's groups, also those that are then replaced.
 
-    history     gets the step's groups, also those that are then replaced; None: nothing is kept
     num_tokens  TRL's: tokens of the run so far, of all processes, of each completion and of the prompt before it. The
                 completions that dynamic sampling replaces were sampled, and count
     """
+    recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
     every = torch.arange(recipe.train_batch_size // accelerator.num_processes)
     indices = prompt_indices(recipe, history, step)
-    rollout, answers, mine, replaced = draw_and_grade(
-        recipe, rollout_policy, (step, 0), indices, every, accelerator, log
-    )
+    rollout, answers, mine, replaced = draw_and_grade(run, step, 0, indices, every)
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
         lost = waited("rollout", accelerator)
         (graded_all,) = gather_on_host([mine], accelerator)
@@ -89,17 +78,14 @@ def collect(
         indices = prompt_indices(recipe, history, step, draws)
         places = local(equal, accelerator).nonzero()[:, 0]
         if len(places):  # another process may have groups to draw again where this one has none
-            key = (step, draws)
-            part, others, mine[places], _ = draw_and_grade(
-                recipe, rollout_policy, key, indices, places, accelerator, log
-            )
+            part, others, mine[places], _ = draw_and_grade(run, step, draws, indices, places)
             tokens += tokens_of(others)
             group = torch.arange(recipe.num_generations)
             rows = rearrange(places[:, None] * recipe.num_generations + group, "p g -> (p g)")
             for row, answer in zip(rows.tolist(), others, strict=True):
                 answers[row] = answer
             (rows,) = send(accelerator.device, rows)
-            rollout = rollout.replaced(rows, part, pad_id=rollout_policy.pad_id)
+            rollout = rollout.replaced(rows, part, pad_id=run.rollout_policy.pad_id)
         (graded_all,) = gather_on_host([mine], accelerator)
         if history is not None:
             history.add(step, indices[equal], graded_all[equal])
@@ -130,35 +116,32 @@ def compiled_graphs(recipe: Recipe) -> dict[str, float]:
 
 
 def draw_and_grade(
-    recipe: Recipe,
-    policy: Policy,
-    step_and_draw: tuple[int, int],
+    run: StepContext[Recipe],
+    step: int,
+    draw: int,
     indices: Int[Tensor, " P"],  # of the draw's prompts, of all processes
     places: Tensor,
-    accelerator: Accelerator,
-    log: RunLog,
 ) -> tuple[Rollout, list[Answer], Float[Tensor, "p G K"], int]:
     """`sample_and_grade` of this process's prompts at `places` of a draw, and how many were replaced as too long."""
-    step, draw = step_and_draw
-    problems, replaced = choose(recipe, policy, local(indices, accelerator)[places].tolist())
+    recipe, accelerator = run.recipe, run.accelerator
+    problems, replaced = choose(recipe, run.rollout_policy, local(indices, accelerator)[places].tolist())
     key = (recipe.seed, "rollout", step, *([draw] if draw else []))
     seeds = local(row_seeds(generator_for(*key), len(indices) * recipe.num_generations), accelerator)
     mine = rearrange(seeds, "(p g) -> p g", g=recipe.num_generations)[places]  # of places, not of the number drawn
-    return *sample_and_grade(recipe, policy, problems, mine, key, accelerator, log.stage), replaced
+    rollout, answers, values = sample_and_grade(run, problems, mine, key)
+    return rollout, answers, values, replaced
 
 
 def sample_and_grade(
-    recipe: Recipe,
-    rollout_policy: Policy,
+    run: StepContext[Recipe],
     problems: Sequence[Problem],
     seeds: Int[Tensor, "p G"],  # of the rows
     key: tuple[object, ...],  # of the sampler's generator
-    accelerator: Accelerator,
-    stage: Callable[[str], AbstractContextManager] = nullcontext,  # times a block
 ) -> tuple[Rollout, list[Answer], Float[Tensor, "p G K"]]:
     """Rollout, answers and rewards (value, then `wanted_parts`) of a group of completions per problem."""
+    recipe, rollout_policy = run.recipe, run.rollout_policy
     group = recipe.num_generations
-    with stage("rollout"), arithmetic(recipe, accelerator):
+    with run.log.stage("rollout"), arithmetic(recipe, run.accelerator):
         prompts = encode(rollout_policy, problems, group_size=group, seeds=seeds.flatten().tolist())
         batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)  # rows have seeds: the split is not seen
         pieces = [recipe.sample(rollout_policy, batch, generator_for(*key)) for batch in batches]
@@ -168,7 +151,7 @@ def sample_and_grade(
                 f"the rollout's logits are not finite at weights_version={rollout.weights_version}: the weights have "
                 f"diverged; use a learning_rate below {recipe.learning_rate:g}, or an earlier checkpoint"
             )
-    with stage("reward"):
+    with run.log.stage("reward"):
         chosen = chosen_ids(rollout)
         completions = graded_texts(rollout_policy, rollout, problems, chosen)
         costs = costs_of(rollout_policy, rollout, chosen)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.callbacks import RunControl
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import Stop
@@ -84,7 +83,6 @@ class Run(StepContext[Record]):
     writer: Writer
     progress: Callable[..., None]
     teacher: Policy | None = None  # of a model of its own, for `distillation`
-    history: RewardHistory | None = None  # where the recipe's prompt_source reads it
     late: LateRollouts | None = None  # where workers make the rollouts
     control: RunControl = field(init=False)
     saved: int | None = None  # step of the last save

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.types import Rollout
+from dllm_rl.types import Logprobs, Rollout
 
 
 @dataclass(frozen=True)
@@ -29,3 +29,13 @@ class Samples:
 
     def weighted(self, weights: Float[Tensor, " P"]) -> "Samples":
         return replace(self, metric_weights=weights)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step learned from, and its metrics. After load balancing, some rows come from other processes. With
+    several sets of masks, `logps` and all metrics but the update's are of the first set."""
+
+    samples: Samples
+    logps: Logprobs
+    metrics: dict[str, float]

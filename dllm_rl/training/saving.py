@@ -45,7 +45,7 @@ def make_writer(recipe: Settings, accelerator: Accelerator) -> Writer:
     return writer
 
 
-def save(run: Run[Any]) -> None:
+def save(run: Run[Settings]) -> None:
     """Checkpoint the run's state after the previous write. Raises OSError unless on_save_error is 'continue'."""
     settle(run)
     if sharding_of(run.policy.module) is not None:
@@ -56,7 +56,7 @@ def save(run: Run[Any]) -> None:
         settle(run)
 
 
-def settle(run: Run[Any]) -> None:
+def settle(run: Run[Settings]) -> None:
     """Wait for the checkpoint that is being written. All processes call it together."""
     shared = sharding_of(run.policy.module) is not None
     folder = run.writer.wait() if shared else from_main(run.writer.wait, run.accelerator)
@@ -66,14 +66,14 @@ def settle(run: Run[Any]) -> None:
             callback.on_save(run.control, folder)
 
 
-def write_checkpoint(run: Run[Any]) -> Path | None:
+def write_checkpoint(run: Run[Settings]) -> Path | None:
     """Write an unsharded learner in the main process; None if the write failed and the run goes on."""
     with run.writer.alone:
         run.writer.wait()
         return _by_main(run)()
 
 
-def can_be_saved(run: Run[Any]) -> bool:
+def can_be_saved(run: Run[Settings]) -> bool:
     """Whether this process alone can save the last complete step: its weights and moments are still that step's, this
     process holds them whole, and the folder is its run's."""
     # An update raises the version before it changes the first weight; the run's state follows at the step's end.
@@ -83,7 +83,7 @@ def can_be_saved(run: Run[Any]) -> bool:
     return run.owns_folder and unchanged and not aligned and sharding_of(run.policy.module) is None
 
 
-def save_at_once(run: Run[Any]) -> None:
+def save_at_once(run: Run[Settings]) -> None:
     """On an overdue stop, save the last complete step and end the process."""
     if not can_be_saved(run):
         return
@@ -96,7 +96,7 @@ def save_at_once(run: Run[Any]) -> None:
     run.stop.leave(f"stopped in the step after step {done}, which is saved; {how_to_continue(run.recipe)}")
 
 
-def save_alone(run: Run[Any]) -> None:
+def save_alone(run: Run[Settings]) -> None:
     """When another process is lost, save a copy of the last complete step from another thread of the main process."""
     if not can_be_saved(run):
         return
@@ -114,7 +114,7 @@ def save_alone(run: Run[Any]) -> None:
                 print(f"error: step {state.step} was not saved: {error}", file=sys.stderr, flush=True)
 
 
-def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceback: Any) -> None:
+def save_on_error(run: Run[Settings], kind: Any, error: BaseException | None, traceback: Any) -> None:
     """On an error during a step or after it, save the last complete step and add a note to the error; a resume goes on
     from there."""
     recipe = run.recipe
@@ -137,13 +137,13 @@ def save_on_error(run: Run[Any], kind: Any, error: BaseException | None, traceba
     error.add_note(f"{note}; fix the cause and {how_to_continue(recipe)}")
 
 
-def _by_main(run: Run[Any], *, copied: bool = False) -> Callable[[], Path | None]:
+def _by_main(run: Run[Settings], *, copied: bool = False) -> Callable[[], Path | None]:
     """The main process's write; copied: of the current state, even if the run goes on meanwhile."""
     held: tuple[Policy, checkpoint.Saved] = (run.policy, run.optimizer)
     return partial(_attempt, run, run.state.step, _prepared(run, run.state, *(on_host(*held) if copied else held)))
 
 
-def _by_all(run: Run[Any]) -> Callable[[], Path | None]:
+def _by_all(run: Run[Settings]) -> Callable[[], Path | None]:
     """This process's write of a sharded learner. All processes call it, and what it returns."""
     whole = on_main(run.policy, run.accelerator)
     part = part_of(run.policy, run.optimizer, copy=run.recipe.async_save)
@@ -178,12 +178,11 @@ def on_host(policy: Policy, optimizer: Any) -> tuple[Policy, checkpoint.Held]:
     return twin, checkpoint.Held(state, fields)
 
 
-def _prepared(run: Run[Any], state: TrainingState, policy: Policy, optimizer: checkpoint.Saved) -> Write:
+def _prepared(run: Run[Settings], state: TrainingState, policy: Policy, optimizer: checkpoint.Saved) -> Write:
     """`checkpoint.save` bound to a state of the run, for now or for the writer thread."""
     recipe = run.recipe
     state = replace(state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds))
     evaluations = {"before RL": state.eval_before}
-    rl = isinstance(recipe, Recipe)
     run.log.flush()  # its rows are on disk before the checkpoint
     return partial(
         checkpoint.save,
@@ -198,7 +197,9 @@ def _prepared(run: Run[Any], state: TrainingState, policy: Policy, optimizer: ch
         processes=run.accelerator.num_processes,
         versions=versions(),
         also=history_files(run.history, state.step) | (run.late.files(state.step) if run.late is not None else {}),
-        card=card(recipe, step=state.step, evaluations=evaluations, metrics=run.log.last) if rl else None,
+        card=card(recipe, step=state.step, evaluations=evaluations, metrics=run.log.last)
+        if isinstance(recipe, Recipe)
+        else None,
     )
 
 
@@ -216,7 +217,7 @@ def adapters_alone(recipe: Settings) -> bool:
     return recipe.lora is not None and isinstance(recipe.model, str) and not recipe.save_merged
 
 
-def is_merged(run: Run[Any], state: TrainingState) -> bool:
+def is_merged(run: Run[Settings], state: TrainingState) -> bool:
     """Whether a checkpoint holds whole weights: all without adapters or with a base that is in no folder, else those
     that a run may end with."""
     recipe = run.recipe
@@ -226,7 +227,7 @@ def is_merged(run: Run[Any], state: TrainingState) -> bool:
     return last or (recipe.load_best_model_at_end and state.best_step == state.step)
 
 
-def _attempt(run: Run[Any], step: int, write: Write) -> Path | None:
+def _attempt(run: Run[Settings], step: int, write: Write) -> Path | None:
     """Write; returns the checkpoint, or None if the write failed and the run goes on."""
     try:
         folder = write()
@@ -239,7 +240,7 @@ def _attempt(run: Run[Any], step: int, write: Write) -> Path | None:
     return folder
 
 
-def protect(run: Run[Any], peers: Peers | None) -> None:
+def protect(run: Run[Settings], peers: Peers | None) -> None:
     """From here on, save the last complete step if a signal is overdue, a process is lost, or a step fails."""
     run.stop.last_words = None  # a signal no longer ends the process at once
     run.stop.overdue = partial(save_at_once, run)
@@ -249,7 +250,7 @@ def protect(run: Run[Any], peers: Peers | None) -> None:
     with_the_run().push(partial(save_on_error, run))
 
 
-def check_folder(run: Run[Any]) -> None:
+def check_folder(run: Run[Settings]) -> None:
     """Raise OSError where someone removed or renamed the run's folder: its open files would go on growing elsewhere."""
     directory = Path(run.recipe.directory)
     if run.accelerator.is_main_process and not (directory / "metrics.jsonl").exists():
@@ -259,7 +260,7 @@ def check_folder(run: Run[Any]) -> None:
         )
 
 
-def check_lock(run: Run[Any]) -> None:
+def check_lock(run: Run[Settings]) -> None:
     """Lock the run's folder again where someone removed the lock's file. Raises OSError if another run has locked it
     meanwhile: two runs would write over each other's checkpoints."""
     directory = Path(run.recipe.directory)
@@ -274,7 +275,7 @@ def check_lock(run: Run[Any]) -> None:
         ) from None
 
 
-def checkpoint_if_due(run: Run[Any], step: int, metrics: dict[str, float]) -> None:
+def checkpoint_if_due(run: Run[Settings], step: int, metrics: dict[str, float]) -> None:
     """Save every save_steps, after the last step, the best one, on a callback's request, and on a signal, which ends
     the process with its status."""
     recipe = run.recipe

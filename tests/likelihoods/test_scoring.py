@@ -23,6 +23,7 @@ from dllm_rl.samplers.rules import max_prob, plackett_luce, soft_threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import check_estimator
+from dllm_rl.training.context import StepContext
 from dllm_rl.training.forwards import arithmetic
 from dllm_rl.training.learner import accumulate_gradients, score
 from dllm_rl.types import Batch, Prompts
@@ -116,12 +117,13 @@ def test_what_is_scored_is_what_was_sampled(tmp_path, zero_mismatch):
     task = Ragged(Sudoku(split="train", size=8))
     recipe = tiny_recipe(tmp_path, zero_mismatch=zero_mismatch, rollout_quantization=None, task=task)
     policy = recipe.model()
-    with arithmetic(recipe, Accelerator(cpu=True)):
+    run = StepContext(recipe=recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
+    with arithmetic(recipe, run.accelerator):
         problems = [recipe.task[i] for i in range(8)]
         rollout = recipe.sampler(policy, encode(policy, problems, group_size=2), generator_for(0))
         noise = recipe.likelihood.draw(rollout, generator_for(1)).only(torch.arange(16) != 3)
         assert len(row_chunks(rollout, noise, None)) == 2
-        logps = score(recipe, rollout, noise, policy=policy, rollout_policy=policy, reference=None)
+        logps = score(run, rollout, noise)
     there = torch.arange(16)[:, None] != 3
     bound = 0 if zero_mismatch else 1e-5
     torch.testing.assert_close(logps.old, recorded(rollout, noise) * there, rtol=0, atol=bound)

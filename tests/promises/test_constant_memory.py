@@ -19,6 +19,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import int8_weight_only
+from dllm_rl.recipe import UpdateSettings
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
@@ -225,7 +226,7 @@ def test_the_first_inner_iteration_pays_no_extra_forward(num_iterations, monkeyp
     settings = {"loss": loss_of(c.none(), losses.token), "likelihood": estimator, "learning_rate": 1e-3}
     optimizer = torch.optim.AdamW(policy.module.parameters())
     rows = spying(policy, monkeypatch)
-    metrics = update(policy, optimizer, [batch] * num_iterations, Accelerator(cpu=True), **settings)
+    metrics = update(policy, optimizer, [batch] * num_iterations, Accelerator(cpu=True), UpdateSettings(**settings))
     views = 4
     assert len(rows) == views * (1 + 2 * (num_iterations - 1))
     if num_iterations == 1:
@@ -259,7 +260,13 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move():
     before = [p.detach().clone() for p in parameters(policy)]
     broken = replace(batch, weights=batch.weights.masked_fill(batch.keep, torch.nan))
     with pytest.raises(FloatingPointError, match=r"gradient norm is nan at inner iteration 0"):
-        update(policy, torch.optim.AdamW(policy.module.parameters()), [broken], Accelerator(cpu=True), **settings)
+        update(
+            policy,
+            torch.optim.AdamW(policy.module.parameters()),
+            [broken],
+            Accelerator(cpu=True),
+            UpdateSettings(**settings),
+        )
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(policy), strict=True))
 
 
@@ -276,7 +283,7 @@ def test_bf16_autocast_sees_the_weights_of_each_inner_iteration(num_iterations):
     optimizer = torch.optim.SGD(policy.module.parameters(), lr=0.05)
     start = [p.detach().clone() for p in parameters(policy)]
     with torch.autocast("cpu", torch.bfloat16):
-        update(policy, optimizer, [batch] * num_iterations, Accelerator(cpu=True), **settings)
+        update(policy, optimizer, [batch] * num_iterations, Accelerator(cpu=True), UpdateSettings(**settings))
     ours = [p.grad.clone() for p in parameters(policy)]
 
     # The same steps with a block of autocast for each forward.

@@ -16,6 +16,7 @@ from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tokens import encode
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
+from dllm_rl.training.context import StepContext
 from dllm_rl.training.forwards import learner_forward
 from dllm_rl.training.learner import accumulate_gradients, correct, keeps_graphs, score, update
 from dllm_rl.training.policies import make_optimizer
@@ -44,7 +45,14 @@ class Step:
         scheme = recipe.rollout_quantization
         self.rollout_policy = self.policy if scheme is None else quantized_copy(self.policy, scheme())
         problems = [recipe.task[i] for i in range(recipe.train_batch_size)]
-        with learner_forward(recipe, self.policy, self.rollout_policy, self.accelerator):
+        self.run = StepContext(
+            recipe=recipe,
+            accelerator=self.accelerator,
+            policy=self.policy,
+            rollout_policy=self.rollout_policy,
+            reference=None if not recipe.beta else self.policy.reference() if recipe.lora else recipe.model(seed=3),
+        )
+        with self.forward():
             prompts = encode(self.rollout_policy, problems, group_size=recipe.num_generations)
             self.rollout = recipe.sampler(self.rollout_policy, prompts, generator_for(1))
         rewards = torch.rand(recipe.train_batch_size, recipe.num_generations, generator=generator_for(2))
@@ -55,22 +63,21 @@ class Step:
         self.policy.encode = lambda *a, **k: (self.forwards.append(torch.is_grad_enabled()), encode_(*a, **k))[1]
 
     def forward(self):
-        return learner_forward(self.recipe, self.policy, self.rollout_policy, self.accelerator)
+        return learner_forward(self.run)
 
     def batch(self):
-        recipe, policies = self.recipe, {"policy": self.policy, "rollout_policy": self.rollout_policy}
+        recipe = self.recipe
         groups = metric_weights(recipe, self.advantages, 0)
         if not recipe.beta:
             assert (groups > 0).all() and not (self.advantages[0] != 0).any()
-        anchor = None if not recipe.beta else self.policy.reference() if recipe.lora else recipe.model(seed=3)
         with self.forward():
             noise = draw_views(recipe, self.rollout, self.advantages, groups, (0,), self.accelerator)
             keep = (self.advantages != 0).any(-1).repeat_interleave(self.rollout.group_size) | bool(
                 recipe.beta or recipe.entropy_coeff
             )
-            self.logps = score(recipe, self.rollout, noise, reference=anchor, keep=keep, **policies)
+            self.logps = score(self.run, self.rollout, noise, keep=keep)
         samples = Samples(self.rollout, self.advantages, self.advantages, groups)
-        return correct(recipe, samples, self.logps, self.accelerator)[0]
+        return correct(self.run, samples, self.logps)[0]
 
     def gradient(self):
         """And the forwards of the update: one flag each, whether it was differentiated."""
@@ -136,7 +143,7 @@ def test_an_update_runs_one_forward_for_each_later_inner_iteration(tmp_path, ite
         step.forwards.clear()
         with step.forward():
             metrics = update(
-                step.policy, optimizer, [batch] * iterations, step.accelerator, **step.recipe.update_settings(0)
+                step.policy, optimizer, [batch] * iterations, step.accelerator, step.recipe.update_settings(0)
             )
         ends.append(([p.detach().clone() for p in step.policy.module.parameters()], metrics))
         assert step.forwards == ([True] * (iterations - 1) if number else [True, *[False, True] * (iterations - 1)])

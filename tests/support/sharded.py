@@ -176,7 +176,7 @@ def plan_and_allocator(cases):
             batch = replace(batch, rollout=replace(rollout, weights_version=step))
             optimizer.zero_grad(set_to_none=True)
             batches = [batch] * recipe.num_iterations
-            learn = partial(update, policy, optimizer, batches, accelerator, **recipe.update_settings(0))
+            learn = partial(update, policy, optimizer, batches, accelerator, recipe.update_settings(0))
             peaks.append(held + plan.profiled(learn)[0])
         # Gloo's thread frees a gathered layer when its turn comes: the lowest peak has the shortest wait.
         peak = min(peaks[1:])

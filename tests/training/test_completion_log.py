@@ -70,7 +70,7 @@ def test_a_resumed_run_adds_to_them(tmp_path):
 def test_mismatch_and_advantage_by_hand(tmp_path):
     """The learner gives every token exp(0.25) times the rollout's probability; the last group is not scored."""
     run = start(recipe := tiny_recipe(tmp_path))
-    samples, answers, _ = collect(recipe, run.rollout_policy, 0, run.accelerator, run.log)
+    samples, answers, _ = collect(run, 0)
     rollout, rewards = samples.rollout, samples.rewards
     advantages = torch.arange(16.0).reshape(4, 4)
     groups = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
@@ -92,7 +92,7 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
 def test_a_probability_that_is_no_number_stops_no_run(tmp_path):
     """JSON has none for it, and a rollout may have one."""
     run = start(recipe := tiny_recipe(tmp_path))
-    samples, answers, _ = collect(recipe, run.rollout_policy, 0, run.accelerator, run.log)
+    samples, answers, _ = collect(run, 0)
     rollout = dataclasses.replace(samples.rollout, logprobs=torch.full_like(samples.rollout.logprobs, torch.nan))
     advantages = torch.full((4, 4), torch.inf)
     noise = draw_views(recipe, rollout, advantages, torch.ones(4, dtype=torch.float64), (0,), run.accelerator)

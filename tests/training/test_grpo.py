@@ -441,7 +441,7 @@ def test_trls_learning_rates_are_those_of_transformers(name, warmup):
         rates.append(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
-    assert [recipe.update_settings(step)["learning_rate"] for step in range(8)] == pytest.approx(rates)
+    assert [recipe.update_settings(step).learning_rate for step in range(8)] == pytest.approx(rates)
     assert recipe.warmup_steps == 0, "Recipe's counts supervised steps"
 
 

@@ -21,15 +21,15 @@ from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods.estimators import coupled, sandwich, trajectory
 from dllm_rl.models.base import copied
 from dllm_rl.models.lora import add_lora, lora_r16
-from dllm_rl.monitoring.log import RunLog
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import max_prob, plackett_luce, random, soft_threshold
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts import ray_pool
 from dllm_rl.training.late_rollouts.ray_pool import ATTEMPTS, RayWorkers, ray_workers
 from dllm_rl.training.late_rollouts.schedule import InTurn, LateRollouts, held
 from dllm_rl.training.late_rollouts.serialization import as_bytes, batch_as_bytes, batch_from_bytes, from_bytes
-from dllm_rl.training.learner import step, update
+from dllm_rl.training.learner import step
 from dllm_rl.training.policies import engine_of, make_optimizer, make_policy
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.trainer import train
@@ -122,7 +122,6 @@ def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
     recipe = late_recipe(tmp_path / "run", num_steps=3, **changes)
     trained = train_here(recipe)
     accelerator = make_accelerator()
-    log = RunLog(tmp_path, start=0, main=False)
     policy = make_policy(recipe, accelerator.device)
     if recipe.lora is not None:
         add_lora(policy, recipe.lora())
@@ -130,14 +129,13 @@ def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
     engine = engine_of(recipe)
     fresh = engine.load(policy)
     reference = copied(policy) if recipe.beta else None
+    run = StepContext(recipe=recipe, accelerator=accelerator, policy=policy, rollout_policy=fresh, reference=reference)
     kept = [copied(policy)]
     for number in range(recipe.num_steps):
         stale = engine.load(kept[max(0, number - 1)])
-        samples, _, _ = collect(recipe, stale, number, accelerator, log)
-        learn = partial(update, policy, optimizer, accelerator=accelerator, **recipe.update_settings(number))
+        samples, _, _ = collect(replace(run, rollout_policy=stale), number)
         scores = fresh if recipe.likelihood.exact_for_sampler else stale
-        sides = {"policy": policy, "rollout_policy": scores, "reference": reference}
-        step(recipe, samples, number, accelerator, learn=learn, **sides)
+        step(replace(run, rollout_policy=scores), samples, number, optimizer)
         engine.sync(policy, fresh)
         kept.append(copied(policy))
     assert any((a != b).any() for a, b in zip(kept[0].module.parameters(), policy.module.parameters(), strict=True))
@@ -169,7 +167,6 @@ def test_a_batch_survives_its_bytes(tmp_path):
     """Every part that a rollout may have: the order's law, kept tokens, events of a rule that rewrites."""
     recipe = late_recipe(tmp_path, late=0)
     accelerator = make_accelerator()
-    log = RunLog(tmp_path, start=0, main=False)
     ranked = partial(
         unmask,
         max_new_tokens=8,
@@ -185,7 +182,9 @@ def test_a_batch_survives_its_bytes(tmp_path):
     found = set()
     for sampler in (ranked, rewriting, coins):
         each = replace(recipe, sampler=sampler)
-        collected = collect(each, make_policy(each, accelerator.device), 0, accelerator, log)
+        policy = make_policy(each, accelerator.device)
+        run = StepContext(recipe=each, accelerator=accelerator, policy=policy, rollout_policy=policy)
+        collected = collect(run, 0)
         scored = tuple(torch.full((2, 3), float(i)) for i in range(11))
         collected = (replace(collected[0], rollout_logprobs=scored), *collected[1:])
         (samples, answers, metrics), seconds = batch_from_bytes(

@@ -18,9 +18,9 @@ from dllm_rl.algorithms.losses import constant, kl_k1, kl_k2, sequence, token
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.models.tokens import decode
-from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import plot, read_metrics
 from dllm_rl.quantization.schemes import float8_weight_only
+from dllm_rl.training.context import StepContext
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.selection import metric_weights
 from dllm_rl.training.trainer import train
@@ -144,9 +144,9 @@ def test_dynamic_sampling_draws_until_groups_differ(make, tmp_path):
 def test_after_dynamic_sampling_every_reward_is_its_own_rows(tmp_path):
     recipe = replace(tiny_recipe(tmp_path, train_batch_size=8), task=OddPuzzles())
     policy, accelerator = recipe.model(seed=0), make_accelerator()
-    log, task = RunLog(tmp_path, start=0, main=False), recipe.task
-    before, _, _ = collect(recipe, policy, 0, accelerator, log)
-    now, answers, metrics = collect(replace(recipe, max_num_gen_batches=3), policy, 0, accelerator, log)
+    run = StepContext(recipe=recipe, accelerator=accelerator, policy=policy, rollout_policy=policy)
+    before, _, _ = collect(run, 0)
+    now, answers, metrics = collect(replace(run, recipe=replace(recipe, max_num_gen_batches=3)), 0)
     first, rewards, after, rewards_after = before.rollout, before.rewards, now.rollout, now.rewards
     assert metrics["dynamic_sampling/draws"] > 1
     dull = (rewards == rewards[:, :1]).all(-1)

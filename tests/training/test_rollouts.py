@@ -22,6 +22,7 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.training.context import StepContext
 from dllm_rl.training.policies import make_policy
 from dllm_rl.training.rollouts import collect, compute_advantages, total
 from dllm_rl.training.trainer import train
@@ -101,8 +102,8 @@ def test_a_step_of_a_run(tmp_path, make):
         sampler = recipe.sampler
         recipe = dataclasses.replace(recipe, sampler=partial(spy, sampler, rows, max_new_tokens=16))
         policy = make_policy(recipe, torch.device("cpu"))
-        log = RunLog(tmp_path / str(size), start=0, main=False)
-        samples, _, _ = collect(recipe, policy, 0, Accelerator(cpu=True), log)
+        run = StepContext(recipe=recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
+        samples, _, _ = collect(run, 0)
         seen.append((samples.rollout, samples.rewards))
         assert max(rows) <= (size or 12)
         rows.clear()
@@ -160,8 +161,9 @@ def test_num_tokens_counts_every_prompt_and_completion_that_was_sampled_so_far(t
     sampler = partial(counted, sampler=recipe.sampler.func, **recipe.sampler.keywords)
     recipe = dataclasses.replace(recipe, sampler=sampler)
     policy, log = make_policy(recipe, torch.device("cpu")), RunLog(tmp_path, start=0, main=True)
+    run = StepContext(recipe=recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy, log=log)
     for step in (0, 1):
-        *_, metrics = collect(recipe, policy, step, Accelerator(cpu=True), log)
+        *_, metrics = collect(run, step)
         log.write(step, metrics)
         assert metrics["dynamic_sampling/draws"] > 1 and metrics["num_tokens"] == sum(seen)
 

@@ -1,7 +1,6 @@
 """Which step's batch is made of which weights, and by whom."""
 
 import copy
-import os
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +13,6 @@ from accelerate import Accelerator
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics
 from dllm_rl.models.base import Policy
 from dllm_rl.models.merge import host_copy
-from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.forwards import arithmetic
@@ -25,10 +23,9 @@ from dllm_rl.training.late_rollouts.serialization import (
     from_bytes,
     trained_weights,
 )
-from dllm_rl.training.learner import Step
 from dllm_rl.training.policies import engine_of
 from dllm_rl.training.rollouts import collect
-from dllm_rl.training.samples import Samples
+from dllm_rl.training.samples import Samples, Step
 from dllm_rl.training.selection import metric_weights, views_of_step
 
 
@@ -39,46 +36,48 @@ class Sampler:
         self.recipe = recipe
         self.policy = twin.to(accelerator.device)
         self.accelerator = accelerator
-        self.log = RunLog(Path(os.devnull), start=0, main=False)
-        self.rollout_policy: Policy | None = None
+        self.context: StepContext[Recipe] | None = None
 
     def make(self, step: int, weights: bytes) -> bytes:
         """A step's batch of these weights: nothing else decides its bits. Raises what `collect` raises."""
         began = time.perf_counter()
-        self.load(weights)
-        assert self.rollout_policy is not None, "loaded"
-        samples, answers, metrics = collect(self.recipe, self.rollout_policy, step, self.accelerator, self.log)
-        samples = self.scored(samples, step)
-        return batch_as_bytes((samples, answers, metrics), time.perf_counter() - began)
-
-    def scored(self, samples: Samples, step: int) -> Samples:
-        """The samples with the estimate of the weights that sampled, which are gone when the learner scores. An
-        estimate that replays the sampler needs none: its record is in the rollout. The masks are those that the
-        learner will draw: of the step's number, the rollout and its advantages alone."""
-        recipe, likelihood = self.recipe, self.recipe.likelihood
-        if likelihood.exact_for_sampler or not recipe.max_staleness:  # without a lag the learner has these weights
-            return samples
-        assert self.rollout_policy is not None, "loaded"
-        known = samples.weighted(metric_weights(recipe, samples.advantages, step))
-        score = partial(likelihood.logprobs, self.rollout_policy, samples.rollout)
-        with arithmetic(recipe, self.accelerator):
-            sets = views_of_step(recipe, known, step, self.accelerator)
-            made = tuple(score(views, micro_batch_size=recipe.micro_batch_size) for views in sets)
-        return replace(samples, rollout_logprobs=made)
+        context = self.load(weights)
+        samples, answers, metrics = collect(context, step)
+        return batch_as_bytes((scored(context, samples, step), answers, metrics), time.perf_counter() - began)
 
     @torch.no_grad()
-    def load(self, weights: bytes) -> None:
+    def load(self, weights: bytes) -> StepContext[Recipe]:
         tensors, about = from_bytes(weights)
         places = dict(self.policy.module.named_parameters())
         for name, tensor in tensors.items():
             places[name].copy_(tensor)
-        self.policy.version = about["version"]
+        policy = self.policy
+        policy.version = about["version"]
         engine = engine_of(self.recipe)
-        if self.rollout_policy is None:
-            self.rollout_policy = engine.load(self.policy)
-            self.rollout_policy.version = self.policy.version
+        if self.context is None:
+            sampling = engine.load(policy)
+            sampling.version = policy.version
+            self.context = StepContext(
+                recipe=self.recipe, accelerator=self.accelerator, policy=policy, rollout_policy=sampling
+            )
         else:
-            engine.sync(self.policy, self.rollout_policy)
+            engine.sync(policy, self.context.rollout_policy)
+        return self.context
+
+
+def scored(run: StepContext[Recipe], samples: Samples, step: int) -> Samples:
+    """The samples with the estimate of the weights that sampled, which are gone when the learner scores. An estimate
+    that replays the sampler needs none: its record is in the rollout. The masks are those that the learner will draw:
+    of the step's number, the rollout and its advantages alone."""
+    recipe, likelihood = run.recipe, run.recipe.likelihood
+    if likelihood.exact_for_sampler or not recipe.max_staleness:  # without a lag the learner has these weights
+        return samples
+    known = samples.weighted(metric_weights(recipe, samples.advantages, step))
+    score = partial(likelihood.logprobs, run.rollout_policy, samples.rollout)
+    with arithmetic(recipe, run.accelerator):
+        sets = views_of_step(recipe, known, step, run.accelerator)
+        made = tuple(score(views, micro_batch_size=recipe.micro_batch_size) for views in sets)
+    return replace(samples, rollout_logprobs=made)
 
 
 def twin_of(policy: Policy) -> Policy:

@@ -20,6 +20,7 @@ from dllm_rl.models.lora import Lora, adapted_layers, add_lora
 from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.schemes import int8_weight_only
+from dllm_rl.recipe import UpdateSettings
 from dllm_rl.training import policies
 from dllm_rl.training.learner import update
 from dllm_rl.types import Batch, Rollout
@@ -132,7 +133,7 @@ def updated(policy, estimator, *, recompute: bool, align: bool = False, bf16: bo
     optimizer = torch.optim.AdamW([p for p in policy.module.parameters() if p.requires_grad], lr=1e-2)
     settings = {"loss": main_job.policy_loss, "likelihood": estimator, "learning_rate": 1e-2}
     with aligned_forward(policy, rollout_policy) if align else torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        update(policy, optimizer, [batch] * 2, Accelerator(cpu=True), **settings)
+        update(policy, optimizer, [batch] * 2, Accelerator(cpu=True), UpdateSettings(**settings))
     return {name: parameter.detach() for name, parameter in policy.module.named_parameters()}
 
 

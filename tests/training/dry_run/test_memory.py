@@ -127,7 +127,7 @@ def test_the_plan_agrees_with_the_allocator_within_a_tenth(tmp_path, case):
             num_tokens=ROWS * LENGTH, num_sequences=ROWS,
         )  # fmt: skip
         with autocast():
-            update(policy, optimizer, [batch] * recipe.num_iterations, accelerator, **recipe.update_settings(0))
+            update(policy, optimizer, [batch] * recipe.num_iterations, accelerator, recipe.update_settings(0))
 
     for _ in range(2):  # the second step finds the optimiser's state and the gradients of the first
         state = sum(x.nbytes for s in optimizer.state.values() for x in s.values())
