@@ -404,7 +404,7 @@ class Batch:
 class ViewPart(_Movable):
     """What an optional feature adds to the views of an estimate: a record of tensors (N, B, T, ...) or (B,).
 
-    The features of this kind: `likelihoods.order`, `likelihoods.events`, `likelihoods.packed`, `likelihoods.replay`.
+    One that changes how views are scored is a `likelihoods.views.ViewFeature`.
     """
 
     single_tokens: ClassVar[bool] = True  # whether a contribution is the log-prob of a single token
@@ -413,10 +413,6 @@ class ViewPart(_Movable):
     def num_forwards(self) -> int:
         """Forwards of the model in a view, whose graphs would be kept together."""
         return 1
-
-    def on(self, view: Any, number: int) -> Any:
-        """The view of this number (a `likelihoods.views.View`) with the feature."""
-        return view
 
     def recorded(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """The sampler's recorded contributions, nats, given those of a plain view."""

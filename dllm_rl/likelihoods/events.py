@@ -4,13 +4,13 @@ position, and score what that step wrote."""
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.types import Rollout, ViewPart, Views
+from dllm_rl.likelihoods.views import View, ViewFeature
+from dllm_rl.types import Rollout, Views
 
 
 def canvas_at(rollout: Rollout, *, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
@@ -27,12 +27,12 @@ def canvas_at(rollout: Rollout, *, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor
 
 
 @dataclass(frozen=True)
-class Replayed(ViewPart):
+class Replayed(ViewFeature):
     """View n sees the tokens before this step, and scores those that it wrote."""
 
     step: Int[Tensor, "N B T"]
 
-    def on(self, view: Any, number: int) -> Any:
+    def on(self, view: View, number: int) -> View:
         return replace(view, canvas=partial(canvas_at, step=self.step[number]))
 
     def recorded(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:

@@ -3,19 +3,19 @@ left masked (`confidence`), or adds the log-prob of their draw (`plackett_luce`)
 the written ones."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.likelihoods.packed import Packed
-from dllm_rl.likelihoods.views import Plan, ViewStates
+from dllm_rl.likelihoods.views import Plan, View, ViewFeature, ViewStates
 from dllm_rl.models import order
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import backward_chunked, token_logprobs
 from dllm_rl.models.soft_threshold import set_logprobs
-from dllm_rl.types import Order, Rollout, ViewPart, Views
+from dllm_rl.types import Order, Rollout, Views
 
 
 def with_order(rollout: Rollout, views: Views) -> Views:
@@ -40,14 +40,14 @@ def with_order(rollout: Rollout, views: Views) -> Views:
 
 
 @dataclass(frozen=True)
-class Stayed(ViewPart):
+class Stayed(ViewFeature):
     """Positions that view n scores by the probability of having been left masked."""
 
     single_tokens: ClassVar[bool] = False  # a contribution holds an order's log-prob too
 
     stayed: Bool[Tensor, "N B T"]
 
-    def on(self, view: Any, number: int) -> Any:
+    def on(self, view: View, number: int) -> View:
         return replace(view, scoring=OrderScoring(self.stayed[number]))
 
     def recorded(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:

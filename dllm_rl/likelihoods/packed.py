@@ -1,7 +1,6 @@
 """Packed scoring of a block-causal model: a view masks every block at once, and each block sees the others clean."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,16 +8,16 @@ from torch import Tensor
 
 from dllm_rl.likelihoods import events
 from dllm_rl.likelihoods.trajectory import all_segments, views_of_segments
-from dllm_rl.likelihoods.views import Plan
+from dllm_rl.likelihoods.views import Plan, View, ViewFeature
 from dllm_rl.models.base import Policy, block_causal_mask, block_ranks, position_ids
-from dllm_rl.types import Rollout, ViewPart, Views
+from dllm_rl.types import Rollout, Views
 
 
 @dataclass(frozen=True)
-class Packed(ViewPart):
+class Packed(ViewFeature):
     """Views whose forward is `packed_hidden`."""
 
-    def on(self, view: Any, number: int) -> Any:
+    def on(self, view: View, number: int) -> View:
         return replace(view, forward=packed_forward, share=False)
 
 

@@ -7,23 +7,24 @@ the logits of the step before, which are computed again, step by step.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dllm_rl.likelihoods.views import View, ViewFeature, ViewStates
 from dllm_rl.models.base import Policy
 from dllm_rl.models.denoiser import Prefix, backward_through, conditioning
 from dllm_rl.models.logprobs import TokenLogprob
-from dllm_rl.types import Renoised, Rollout, ViewPart, Views
+from dllm_rl.types import Renoised, Rollout, Views
 
 SELF_CONDITIONING = ("detached", "full")
 
 
 @dataclass(frozen=True)
-class Replayed(ViewPart):
+class Replayed(ViewFeature):
     """The view replays every step of `renoise`.
 
     full   the gradient goes back through the self-conditioning; else it stops at the step before
@@ -39,8 +40,8 @@ class Replayed(ViewPart):
     def num_forwards(self) -> int:
         return self.steps
 
-    def on(self, view: Any, number: int) -> Any:
-        return Replay(view.scored, self.full)
+    def on(self, view: View, number: int) -> View:
+        return Replay(view.masked, view.scored, full=self.full)
 
 
 def renoised_view(rollout: Rollout, *, full: bool) -> Views:
@@ -65,15 +66,17 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Replay:
-    """The view of all steps; called as `likelihoods.views.View` is."""
+class Replay(View):
+    """The view of all steps, which takes one forward for each."""
 
-    scored: Bool[Tensor, "B T"]
-    full: bool
+    full: bool = False
 
     def seen(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
         """The tokens that the encoder reads."""
         return rollout.tokens
+
+    def run(self, policy: Policy, rollout: Rollout, at: Bool[Tensor, "B T"]) -> ViewStates | None:
+        raise ValueError("a corrector with needs_entropy does not go with renoise, whose view is several forwards")
 
     def logprobs(self, policy: Policy, rollout: Rollout) -> Float[Tensor, "B T"]:
         """The sum of each position's log-probs, nats; 0 where nothing is scored."""
@@ -92,7 +95,7 @@ class Replay:
             return
         vector = vector[rows]
         if self.full:
-            part = Replay(self.scored[rows], full=True)
+            part = replace(self, scored=self.scored[rows])
             part.logprobs(policy, rollout.rows(rows)).backward(vector)
             return
         cuts: list[list[tuple[Tensor, Tensor]]] = []

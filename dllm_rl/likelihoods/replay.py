@@ -8,17 +8,16 @@ experts of all tokens in that scoring.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
 from dllm_rl.likelihoods.order import Stayed
-from dllm_rl.likelihoods.views import Plan
+from dllm_rl.likelihoods.views import Plan, View, ViewFeature
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.routing import Routing, mixtures, of_states, of_tokens
-from dllm_rl.types import Rollout, ViewPart, Views
+from dllm_rl.types import Rollout, Views
 
 
 def check_replay(policy: Policy, mode: str | None) -> None:
@@ -32,13 +31,13 @@ def check_replay(policy: Policy, mode: str | None) -> None:
 
 
 @dataclass(frozen=True)
-class Experts(ViewPart):
+class Experts(ViewFeature):
     """Experts that the forward of view n takes again where `where`; elsewhere a token's own router chooses."""
 
     ids: Integer[Tensor, "n B T M E"]  # n=1: for all views
     where: Bool[Tensor, "N B T"]
 
-    def on(self, view: Any, number: int) -> Any:
+    def on(self, view: View, number: int) -> View:
         ids = self.ids[number if len(self.ids) > 1 else 0]
         again = partial(_replaying, forward=view.forward, ids=ids, where=self.where[number])
         return replace(view, forward=again, share=False)
@@ -52,13 +51,13 @@ def _replaying(
 
 
 @dataclass(frozen=True)
-class Watched(ViewPart):
+class Watched(ViewFeature):
     """The experts that the forwards of every view choose are written into the store."""
 
     store: list[Tensor]  # of one (N, B, T, M, E): a list, as the rows of a part are cut and the store must stay whole
     place: Int[Tensor, "1 B T"]  # of each token in the store's B T
 
-    def on(self, view: Any, number: int) -> Any:
+    def on(self, view: View, number: int) -> View:
         watching = partial(_watching, forward=view.forward, experts=self.store[0][number], place=self.place[0])
         return replace(view, forward=watching)
 

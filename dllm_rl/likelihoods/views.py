@@ -2,9 +2,10 @@
 own backward for a given vector.
 
 The plain view hides masked positions, runs the policy, and scores the rollout's tokens. An optional feature replaces
-one of a view's three functions (`ViewPart.on`): what the model sees, its forward, or how states become log-probs.
+one of a view's three functions (`ViewFeature.on`): what the model sees, its forward, or how states become log-probs.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -19,7 +20,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
 from dllm_rl.models.support import ids_at
-from dllm_rl.types import Rollout, Views
+from dllm_rl.types import Rollout, ViewPart, Views
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class ViewStates(NamedTuple):
 class Scoring(Protocol):
     """How the states of a view become the log-probs of its K positions."""
 
-    marks: Bool[Tensor, "B T"] | None  # positions that it treats apart, listed in `Plan.marked`; None: there are none
+    @property
+    def marks(self) -> Bool[Tensor, "B T"] | None:
+        """Positions that it treats apart, listed in `Plan.marked`; None: there are none."""
 
     def needed(self, rollout: Rollout, at: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         """Positions that a backward has to score where the vector is not 0 `at` these."""
@@ -181,13 +184,23 @@ class View:
         return ViewStates(plan, states, wanted.flatten()[plan.places], ids_at(rollout, plan.places))
 
 
+@dataclass(frozen=True)
+class ViewFeature(ViewPart, ABC):
+    """A part that changes how views are scored: `likelihoods.order`, `.events`, `.packed`, `.renoise`, `.replay`."""
+
+    @abstractmethod
+    def on(self, view: View, number: int) -> View:
+        """The view of this number with the feature."""
+
+
 def each_view(views: Views) -> Iterator[View]:
     """The views one by one, with the features of its parts: what scoring runs through, and the update
     again."""
     for number, masked in enumerate(views.masked):
         view = View(masked, views.weight[number] != 0)
         for part in views.parts:
-            view = part.on(view, number)
+            if isinstance(part, ViewFeature):
+                view = part.on(view, number)
         yield view
 
 

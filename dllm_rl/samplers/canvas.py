@@ -1,7 +1,7 @@
 """State of the unmasking loop: tokens on the device, counts of masks on the host, and the rows whose turn it is."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +64,8 @@ class Canvas:
         if self.events is not None:
             self.events.append((rows, places, steps, tokens, logprobs))
 
-    def take(self, turn: "Turn", choice: Any) -> None:
-        """Write what a step chose (a `Choice`), mask again what it reopened, and keep what was noted of the turn."""
+    def take(self, turn: "Turn", choice: "Choice") -> None:
+        """Write what a step chose, mask again what it reopened, and keep what was noted of the turn."""
         if (again := choice.decision.reopened) is not None:
             self.reopen(*turn.where(again), turn.clock[again])
         drawn = choice.drawn
@@ -241,6 +241,31 @@ class Decision:
     committed: Int[Tensor, " R"]  # how many masked positions fewer each row has, on the host
     reopened: Int[Tensor, " M"] | None = None  # which of the K positions are masked again; None: the rule never does
     held: Bool[Tensor, " R"] | None = None  # rows that stay in their block with none masked, while it has steps left
+
+
+class Drawn(NamedTuple):
+    """Tokens drawn at K positions."""
+
+    tokens: Int[Tensor, " K"]
+    logprobs: Float[Tensor, " K"]  # as drawn, nats
+    normalizer: Float[Tensor, " K"]  # of the rank's logits, or without one of those that were drawn from
+    log_mass: Float[Tensor, " K"] | None = None  # with top_k or top_p, what `kept_set` gives
+    support: Int[Tensor, "K C"] | None = None
+
+    def at(self, picked: Int[Tensor, " C"]) -> "Drawn":
+        return Drawn(*(values[picked] for values in self.tensors()))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(values for values in self if values is not None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a step writes; indices are of the turn's K positions."""
+
+    decision: Decision
+    picked: Int[Tensor, " C"]  # positions that are written
+    drawn: Drawn  # at those positions
 
 
 class BlockQueue:

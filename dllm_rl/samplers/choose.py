@@ -1,11 +1,11 @@
 """What a step writes: its rank orders the positions, its commit rule picks some, and each of those gets a token."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
@@ -13,7 +13,7 @@ from dllm_rl.models.logprobs import chunked, invert, process
 from dllm_rl.models.order import commit_cutoff, draw_index, drawn_logprobs, left_logprobs, open_step
 from dllm_rl.models.soft_threshold import set_logprobs
 from dllm_rl.models.support import kept_part, kept_set
-from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Decision, Turn
+from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Choice, Decision, Drawn, Turn
 from dllm_rl.samplers.confidences import ConfidenceChange
 from dllm_rl.samplers.records import Commit, Rank, has_order_logprob, order_probability
 from dllm_rl.samplers.revise import packed_events, revise
@@ -21,31 +21,6 @@ from dllm_rl.samplers.rules import check_last_step, softness
 from dllm_rl.types import Order, SamplingParams
 
 SLAB = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits reduced at once; on a CPU they should stay in its cache
-
-
-class Drawn(NamedTuple):
-    """Tokens drawn at K positions."""
-
-    tokens: Int[Tensor, " K"]
-    logprobs: Float[Tensor, " K"]  # as drawn, nats
-    normalizer: Float[Tensor, " K"]  # of the rank's logits, or without one of those that were drawn from
-    log_mass: Float[Tensor, " K"] | None = None  # with top_k or top_p, what `kept_set` gives
-    support: Int[Tensor, "K C"] | None = None
-
-    def at(self, picked: Int[Tensor, " C"]) -> "Drawn":
-        return Drawn(*(values[picked] for values in self.tensors()))
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(values for values in self if values is not None)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a step writes; indices are of the turn's K positions."""
-
-    decision: Decision
-    picked: Int[Tensor, " C"]  # positions that are written
-    drawn: Drawn  # at those positions
 
 
 class Choose:

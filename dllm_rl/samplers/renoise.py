@@ -4,6 +4,7 @@ replaces the others by new random tokens."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,8 @@ def renoise(
     weights only; batching changes at most the last bits of a sum. A step holds fp32 logits of all rows (R, C, V).
     Raises ValueError for another kind of model, images, or numbers out of range.
     """
-    _check(policy, prompts, max_new_tokens, diffusion_steps, t_max, t_min, entropy_bound, answer)
+    _check(policy, prompts, max_new_tokens)
+    _check_settings(diffusion_steps, t_max, t_min, entropy_bound, answer)
     if (stability_threshold is None) != (confidence_threshold is None):
         raise ValueError(
             f"stability_threshold={stability_threshold} and confidence_threshold={confidence_threshold} stop a canvas "
@@ -157,6 +159,17 @@ class _Record:
         )
 
 
+class _Step(NamedTuple):
+    """A step of R rows on the C places of their canvas."""
+
+    canvas: Int[Tensor, "R C"]  # the tokens that it saw
+    after: Int[Tensor, "R C"]
+    decided: Bool[Tensor, "R C"]  # places whose token is no noise
+    drawn: Int[Tensor, "R C"]
+    counts: Bool[Tensor, "R C"]  # draws that the likelihood scores
+    logps: Float[Tensor, "R C"]  # of the draws, nats
+
+
 @dataclass
 class _Loop:
     """The rows of a bucket that have not ended, and what the encoder has read of them."""
@@ -213,7 +226,7 @@ class _Loop:
             noise = self.noise(step + 1, places)
             after = torch.where(stops[:, None], final, torch.where(accepted, drawn, noise))
             decided = accepted | stops[:, None]
-            self.note(where, step, ~done, canvas, after, decided, drawn, counts, logps)
+            self.note(where, step, ~done, _Step(canvas, after, decided, drawn, counts, logps))
             history = torch.cat([history, best[None]])[1:] if stability else history
             canvas = torch.where(done[:, None], canvas, after)
             done = done | stops
@@ -261,25 +274,20 @@ class _Loop:
         where: tuple[Tensor, Tensor],
         step: int,
         live: Bool[Tensor, " R"],
-        canvas: Int[Tensor, "R C"],
-        after: Int[Tensor, "R C"],
-        decided: Bool[Tensor, "R C"],
-        drawn: Int[Tensor, "R C"],
-        counts: Bool[Tensor, "R C"],
-        logps: Float[Tensor, "R C"],
+        taken: _Step,
     ) -> None:
         """Record a step of the live rows. A step of which no draw counts leaves no trace in `Renoised`."""
         record = self.record
-        there = live[:, None].expand_as(counts)
-        scored = counts & there
-        kept = there & counts.any(-1, keepdim=True)
-        added = logps.to(record.logprobs).masked_fill(~scored, 0.0)
+        there = live[:, None].expand_as(taken.counts)
+        scored = taken.counts & there
+        kept = there & taken.counts.any(-1, keepdim=True)
+        added = taken.logps.to(record.logprobs).masked_fill(~scored, 0.0)
         clock = record.clock[self.rows]
-        record.tokens[where] = torch.where(there, after, record.tokens[where])
-        record.step[where] = torch.where(there, torch.where(decided, clock[:, None], -1), record.step[where])
+        record.tokens[where] = torch.where(there, taken.after, record.tokens[where])
+        record.step[where] = torch.where(there, torch.where(taken.decided, clock[:, None], -1), record.step[where])
         record.logprobs[where] += added
-        record.seen[(*where, step)] = torch.where(kept, canvas, -1).int()
-        record.drawn[(*where, step)] = torch.where(scored, drawn, -1).int()
+        record.seen[(*where, step)] = torch.where(kept, taken.canvas, -1).int()
+        record.drawn[(*where, step)] = torch.where(scored, taken.drawn, -1).int()
         record.logps[(*where, step)] = added
         record.clock[self.rows] = clock + live
 
@@ -292,16 +300,7 @@ def accept(entropies: Float[Tensor, "R C"], bound: float) -> Bool[Tensor, "R C"]
     return torch.zeros_like(among).scatter(-1, index, among)
 
 
-def _check(
-    policy: Policy,
-    prompts: Prompts,
-    length: int,
-    diffusion_steps: int,
-    t_max: float,
-    t_min: float,
-    entropy_bound: float,
-    answer: str,
-) -> None:
+def _check(policy: Policy, prompts: Prompts, length: int) -> None:
     """Raise ValueError as documented in `renoise`."""
     spec = policy.spec
     if spec.attention != "encoder_decoder":
@@ -315,6 +314,14 @@ def _check(
         lower = length // size * size
         near = f"{lower}, {lower + size}" if lower > 0 else f"{size}"
         raise ValueError(f"max_new_tokens={length} must be a multiple of the canvas's {size} tokens; nearest: {near}")
+    if prompts.open is not None:
+        raise ValueError("prompts have open positions, which need a mask token; give prompts without blanks")
+    if has_images(policy.module, prompts.tokens):
+        raise ValueError("a prompt holds the image token, and images are not supported; give text alone")
+    check_fits(policy, prompts, length)
+
+
+def _check_settings(diffusion_steps: int, t_max: float, t_min: float, entropy_bound: float, answer: str) -> None:
     if diffusion_steps < 1:
         raise ValueError(f"diffusion_steps={diffusion_steps} must be at least 1")
     if not (0 < t_min <= t_max < math.inf):
@@ -323,8 +330,3 @@ def _check(
         raise ValueError(f"entropy_bound={entropy_bound} must be above 0 nats")
     if answer not in ("argmax", "drawn"):
         raise ValueError(f"answer={answer!r} must be 'argmax' or 'drawn'")
-    if prompts.open is not None:
-        raise ValueError("prompts have open positions, which need a mask token; give prompts without blanks")
-    if has_images(policy.module, prompts.tokens):
-        raise ValueError("a prompt holds the image token, and images are not supported; give text alone")
-    check_fits(policy, prompts, length)

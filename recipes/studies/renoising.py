@@ -36,7 +36,9 @@ from dllm_rl import trajectory
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.likelihoods.renoise import Replay, renoised
-from dllm_rl.types import Renoised, Rollout, ViewPart, Views
+from dllm_rl.likelihoods.views import View, ViewFeature
+from dllm_rl.models.base import Policy
+from dllm_rl.types import Renoised, Rollout, Views
 from recipes.renoise_sudoku import recipe, renoise_in_four
 from recipes.studies.paired import Contrast, Study, arm_rows, contrast_rows, load, markdown, run_all, run_missing
 
@@ -47,23 +49,14 @@ TIMED = 12  # steps, of which the first two are left out
 EXACT, FULL, ONE_STEP, BOUND = "exact", "full", "one step", "bound of 0.1"
 
 
-class FromNoise:
+class FromNoise(Replay):
     """A view of one forward: the answer's tokens, given the noise that their canvas began with."""
 
-    def __init__(self, view: Any) -> None:
-        self.scored = view.scored
+    def logprobs(self, policy: Policy, rollout: Rollout) -> torch.Tensor:
+        return super().logprobs(policy, self._one_step(rollout))
 
-    def seen(self, policy: Any, rollout: Rollout) -> torch.Tensor:
-        return rollout.tokens
-
-    def logprobs(self, policy: Any, rollout: Rollout) -> torch.Tensor:
-        return self._replay(rollout).logprobs(policy, self._one_step(rollout))
-
-    def backward(self, policy: Any, rollout: Rollout, vector: torch.Tensor) -> None:
-        self._replay(rollout).backward(policy, self._one_step(rollout), vector)
-
-    def _replay(self, rollout: Rollout) -> Replay:
-        return Replay(self.scored, full=False)
+    def backward(self, policy: Policy, rollout: Rollout, vector: torch.Tensor) -> None:
+        super().backward(policy, self._one_step(rollout), vector)
 
     def _one_step(self, rollout: Rollout) -> Rollout:
         part = renoised(rollout)
@@ -73,11 +66,11 @@ class FromNoise:
 
 
 @dataclass(frozen=True)
-class OneStep(ViewPart):
+class OneStep(ViewFeature):
     single_tokens: ClassVar[bool] = True
 
-    def on(self, view: Any, number: int) -> Any:
-        return FromNoise(view)
+    def on(self, view: View, number: int) -> View:
+        return FromNoise(view.masked, view.scored)
 
 
 def draw_one_step(rollout: Rollout, generator: Generator) -> Views:

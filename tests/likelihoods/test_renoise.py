@@ -231,6 +231,8 @@ def test_the_view_counts_its_forwards():
     assert part.num_forwards == 2 and not part.single_tokens
     (view,) = each_view(trajectory().draw(rollout, torch.Generator()))
     assert (view.seen(toy(), rollout) == rollout.tokens).all()
+    with pytest.raises(ValueError, match="needs_entropy"):  # as triage, which reads the states of one forward
+        view.run(toy(), rollout, view.scored)
 
 
 def test_what_cannot_be_replayed_is_refused():
