@@ -72,8 +72,7 @@ def score_samples(run: StepContext[Recipe], samples: Samples, number: int) -> Sc
     recipe = run.recipe
     # Groups to learn from are scored, and a sample of the others, by which metrics estimate all.
     samples = samples.weighted(metric_weights(recipe, samples.advantages, number))
-    # So that all processes finish together.
-    samples = balance(recipe, samples, run.accelerator, pad_id=run.policy.pad_id)
+    samples = balance(recipe, samples, run.accelerator, pad_id=run.policy.pad_id)  # so that all finish together
     rollout = samples.rollout
     active = own_rows(active_groups(recipe, samples.advantages), rollout.group_size, run.accelerator)
     # Every policy is scored under the same masks. Masks of later updates are for these alone, not for metrics.
@@ -92,7 +91,8 @@ def make_batches(run: StepContext[Recipe], scored: Scored) -> tuple[list[Batch],
     batch, mismatch = correct(run, samples, scored.logps[0])
     learned = samples.weighted(active_groups(run.recipe, samples.advantages).double())
     later = [weighted_batch(run, learned, logps) for logps in scored.logps[1:]]
-    agreement = side_metrics(*scored.compared, run.accelerator)  # after scoring, which would wait for the exchange
+    order, routing = scored.compared
+    agreement = side_metrics(order, routing, run.accelerator)  # after scoring, which would wait for the exchange
     return [batch, *later], agreement | mismatch
 
 
