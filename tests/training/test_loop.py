@@ -155,7 +155,7 @@ def test_after_dynamic_sampling_every_reward_is_its_own_rows(tmp_path):
     kept = (~dull).repeat_interleave(4)
     assert torch.equal(after.tokens[kept, width:], first.tokens[kept])
     assert not after.attention_mask[kept, :width].any() and (after.unmask_step >= 0).equal(after.completion_mask)
-    known = {problem.prompt: problem for problem in (task[i] for i in range(len(task)))}
+    known = {problem.prompt: problem for problem in (recipe.task[i] for i in range(len(recipe.task)))}
     replaced = 0
     for row, completion in enumerate(decode(policy, after)):
         asked = policy.tokenizer.decode(after.tokens[row, after.attention_mask[row] & ~after.completion_mask[row]])
