@@ -162,7 +162,9 @@ def test_after_dynamic_sampling_every_reward_is_its_own_rows(tmp_path):
         before = policy.tokenizer.decode(first.tokens[row, first.attention_mask[row] & ~first.completion_mask[row]])
         replaced += asked != before
         assert (answers[row].problem.prompt, answers[row].completion) == (asked, completion)
-        assert task.reward(known[asked], completion).value == pytest.approx(rewards_after[row // 4, row % 4].item())
+        assert recipe.task.reward(known[asked], completion).value == pytest.approx(
+            rewards_after[row // 4, row % 4].item()
+        )
     assert replaced >= 4
 
 
