@@ -462,7 +462,7 @@ class Recipe(Settings):
             (
                 self.loss is not None and self.corrector.surrogate is not None,
                 f"loss={describe(self.loss)} and the corrector's own {describe(self.corrector.surrogate)} are two "
-                "objectives: use --loss none, or a corrector without one",
+                "objectives: use loss=None (--loss none), or a corrector without one",
             ),
             (
                 self.use_bias_correction_kl and not self.beta,

@@ -140,13 +140,13 @@ def _enough_room(final: Path, policy: Policy, optimizer: Saved, reserve: int, *,
     def fault(why: str, number: int | None = None) -> OSError:
         free = shutil.disk_usage(final.parent).free
         if needed > free:
-            remedy = f"{(needed - free) / 1e6:.1f} MB are missing. Make room, lower --save_total_limit"
+            remedy = f"{(needed - free) / 1e6:.1f} MB are missing. Make room, lower save_total_limit"
         else:
             remedy = "which is enough. Look for a quota or a limit on file sizes (ulimit -f), correct what failed"
         return OSError(
             errno.ENOSPC if needed > free else number or errno.EIO,
             f"{final} was not saved: {why}; it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free, {remedy}, "
-            "or train on with --on_save_error continue",
+            "or train on with on_save_error='continue'",
         )
 
     if shutil.disk_usage(final.parent).free < needed:

@@ -145,7 +145,7 @@ def allowed_changes(recipe: Settings) -> set[str]:
         if name in FIXED:
             raise ValueError(
                 f"allow_changed: the checkpoint's weights and moments depend on {name}; start a new run with "
-                "--model CHECKPOINT"
+                f"{as_written(model='CHECKPOINT')}"
             )
     return set(names)
 
@@ -176,7 +176,7 @@ def _check_recipe(recipe: Settings, state: TrainingState) -> None:
     settings = recipe.settings()
     before = defaults(type(recipe)) | state.recipe  # a setting that the checkpoint lacks had its default
     if lacking := ", ".join(sorted(settings.keys() - before.keys())):
-        raise ValueError(f"the checkpoint is of another kind of run, without {lacking}; give its folder as --model")
+        raise ValueError(f"the checkpoint is of another kind of run, without {lacking}; give its folder as model")
     allowed = allowed_changes(recipe)
     for name, value in settings.items():
         if name not in FREE and name not in allowed and before[name] != value:
@@ -197,4 +197,4 @@ def _check_recipe(recipe: Settings, state: TrainingState) -> None:
     if any(recipe.lr_schedule(i, then) != recipe.lr_schedule(i, now) for i in range(recipe.num_steps)):
         field = "num_steps" if recipe.lr_schedule_steps is None else "lr_schedule_steps"
         change = f"would change the learning rates of a schedule that began with {then} steps"
-        raise ValueError(f"{field}={now} {change}; add --lr_schedule_steps {then}")
+        raise ValueError(f"{field}={now} {change}; add {as_written(lr_schedule_steps=then)}")

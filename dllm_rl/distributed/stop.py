@@ -124,7 +124,15 @@ def as_written(**settings: Any) -> str:
     """Settings as whoever started the run writes them: `--name value`, or `name='value'`."""
     if not _BY_COMMAND.get():
         return ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in settings.items())
+    words = {name: str(value).lower() if value is False else value for name, value in settings.items()}
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in words.items())
+
+
+def option_as_written(setting: str, method: str | None, option: str, value: Any) -> str:
+    """An option of a method as whoever started the run writes it; `method` where the run does not name it already."""
+    if not _BY_COMMAND.get():
+        return f"{setting}=partial({method}, {option}={value!r})" if method else f"{option}={value!r} in {setting}"
+    return (f"--{setting} {method} " if method else "") + f"--{setting}.{option} {value}"
 
 
 def with_the_run() -> ExitStack:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from dllm_rl.checkpoints.run_folder import open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main, reduce_metrics, sum_gradients
-from dllm_rl.distributed.stop import how_to_continue, leaving_nothing_behind
+from dllm_rl.distributed.stop import as_written, how_to_continue, leaving_nothing_behind
 from dllm_rl.models.base import Policy, trained_of
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.rng import generator_for
@@ -108,7 +108,7 @@ def fine_tune(recipe: SFT) -> Summary:
         {"eval_before": before, "eval_after": after, "eval_rows": len(held_out)},
         result=f"held-out loss {before['loss']:.4f}  ->  {after['loss']:.4f} nats on {len(held_out)} rows, after "
         f"{run.state.step} steps",
-        advice=f"RL from it: python RECIPE.py --model {run.checkpoint} --warmup_steps 0",
+        advice=f"RL from it: {as_written(model=run.checkpoint, warmup_steps=0)} of a recipe or of grpo",
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.advantages import takes_parts
 from dllm_rl.algorithms.losses import kl_k1, ppo_clip
+from dllm_rl.distributed.stop import as_written, option_as_written
 from dllm_rl.members import function_of
 from dllm_rl.models.base import has_bf16_products
 from dllm_rl.recipe import Recipe
@@ -31,7 +32,7 @@ def cautions(recipe: Recipe) -> list[str]:
     if recipe.lora is None and isinstance(recipe.model, str) and recipe.dtype == "bfloat16" and steps < TYPICAL_WEIGHT:
         said.append(
             f"dtype='bfloat16' without lora and learning_rate={recipe.learning_rate}: bf16 weights above {steps:.1g} "
-            "round such updates away; use --dtype float32 --bf16, whose weights are fp32 and whose products are bf16"
+            f"round such updates away; use {as_written(dtype='float32', bf16=True)}: fp32 weights, bf16 products"
         )
     if recipe.beta and function_of(recipe.kl) is kl_k1:
         said.append(
@@ -67,7 +68,7 @@ def of_emulated_products(recipe: Recipe, device: str) -> list[str]:
     name = "bf16=True" if recipe.bf16 else "dtype='bfloat16'"
     return [
         f"{name}: this CPU has no bf16 products, and emulated ones are slow; where memory allows use "
-        "--dtype float32 --bf16 false"
+        f"{as_written(dtype='float32', bf16=False)}"
     ]
 
 
@@ -87,11 +88,12 @@ def of_the_lag(recipe: Recipe) -> list[str]:
     bounded = recipe.old_logprobs == "rollout" and not open_above(recipe)
     if not recipe.max_staleness or bounded or recipe.corrector.weighs:
         return []
-    clip = f" {dual(recipe)}" if open_above(recipe) else ""
+    rollout = as_written(old_logprobs="rollout")
+    remedy = f"{rollout} and {dual(recipe)}" if open_above(recipe) else rollout
     return [
         f"max_staleness={recipe.max_staleness} with old_logprobs={recipe.old_logprobs!r}, and no corrector that "
-        "weighs: the loss does not bound how far the learner is from the weights that sampled; use --old_logprobs "
-        f"rollout{clip}"
+        "weighs: the loss does not bound how far the learner is from the weights that sampled; use "
+        f"{remedy}"
     ]
 
 
@@ -115,10 +117,10 @@ def open_above(recipe: Recipe) -> bool:
 
 
 def dual(recipe: Recipe) -> str:
-    """The options that bound PPO's ratio from both sides, at the recipe's own epsilon."""
+    """The setting that bounds PPO's ratio from both sides, at the recipe's epsilon."""
     epsilon, high = (_bound(recipe.surrogate, name) for name in ("epsilon", "epsilon_high"))
-    named = "--loss ppo_clip " if recipe.loss is None else ""
-    return f"{named}--loss.delta {1 + (epsilon if high is None else high):.10g}"
+    delta = float(f"{1 + (epsilon if high is None else high):.10g}")
+    return option_as_written("loss", "ppo_clip" if recipe.loss is None else None, "delta", delta)
 
 
 def of_the_likelihood(recipe: Recipe) -> list[str]:

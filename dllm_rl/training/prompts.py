@@ -11,6 +11,7 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from dllm_rl.algorithms.prompt_sources import RewardHistory
+from dllm_rl.distributed.stop import as_written
 from dllm_rl.members import describe
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import prompt_ids
@@ -116,7 +117,7 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
     if new >= limit:
         raise ValueError(
             f"max_new_tokens={new} leaves no room for a prompt in the model's {limit} positions; "
-            "lower it (--sampler.max_new_tokens, --eval_sampler.max_new_tokens)"
+            "lower it in sampler and eval_sampler"
         )
     most = recipe.max_prompt_length
     if most is not None and most + trained > limit:
@@ -143,7 +144,8 @@ def _longest(recipe: Recipe, policy: Policy, field: str, indices: Iterable[int],
         except ValueError as error:
             raise ValueError(f"{field}: problem {index}: {error}") from None
         if length + new > room:
-            remedy = f"--max_prompt_length {room - new} takes another in its place" if field == "task" else "shorten it"
+            other = as_written(max_prompt_length=room - new)
+            remedy = f"{other} takes another in its place" if field == "task" else "shorten it"
             raise ValueError(
                 f"{field}: the prompt of problem {index} has {length} tokens and its completion {new}, more than "
                 f"the model's {room} positions; {remedy}"

@@ -9,6 +9,7 @@ from accelerate.utils import parse_flag_from_env
 
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.distributed.sharding import shard, sharding_of
+from dllm_rl.distributed.stop import as_written
 from dllm_rl.members import function_of
 from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.forward.blocks import backbone_of, blocks_of
@@ -36,7 +37,7 @@ def check_engine() -> None:
             raise ValueError(
                 f"distributed_type={name} in the launch's config: such an engine would own the model, whose layers the "
                 "sync of the rollout's copy and the constant-memory update take one by one; use MULTI_GPU, and "
-                "--shard_size 0 to share the weights out (torch's FSDP2)"
+                f"{as_written(shard_size=0)} to share the weights out (torch's FSDP2)"
             )
 
 

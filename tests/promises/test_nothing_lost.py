@@ -71,7 +71,7 @@ class TestSchedule:
         return tmp_path
 
     def test_more_steps_would_change_what_was_done(self, two_steps):
-        said = "num_steps=4 would change the learning rates of a schedule that began with 2 steps; add --lr_schedule_st"
+        said = "num_steps=4 would change the learning rates of a schedule that began with 2 steps; add lr_schedule_st"
         with pytest.raises(ValueError, match=said):
             train(small(two_steps, num_steps=4, resume_from_checkpoint="latest"))
         train(small(two_steps, num_steps=4, lr_schedule_steps=2, resume_from_checkpoint="latest"))
@@ -161,7 +161,7 @@ class TestFullDisk:
             raise RuntimeError("unexpected pos 679680 vs 679574")
 
         monkeypatch.setattr(checkpoint.torch, "save", full)
-        with pytest.raises(OSError, match=r"was not saved: .*unexpected pos.* --on_save_error continue"):
+        with pytest.raises(OSError, match=r"was not saved: .*unexpected pos.* on_save_error='continue'"):
             train(small(tmp_path, num_steps=1))
         assert not tmp_path.exists() or not any(tmp_path.iterdir())
 

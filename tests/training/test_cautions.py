@@ -69,7 +69,7 @@ def test_weights_that_are_too_coarse_for_their_updates():
     assert torch.tensor(0.99).bfloat16() + 0.0009 == torch.tensor(0.99).bfloat16()
     full = tiny_recipe("x", model="a/checkpoint", dtype="bfloat16", learning_rate=1e-6)
     (said,) = cautions(full)
-    assert "bf16 weights above 0.0005 round such updates away; use --dtype float32 --bf16" in said
+    assert "bf16 weights above 0.0005 round such updates away; use dtype='float32', bf16=True" in said
     for changes in ({"dtype": "float32", "bf16": True}, {"lora": lora_r16}, {"learning_rate": 1e-4}):
         assert cautions(replace(full, **changes)) == []
 
@@ -102,10 +102,10 @@ def test_updates_without_a_bound_where_the_advantage_is_negative():
     several = tiny_recipe("x", num_iterations=2)
     assert several.rollout_quantization is not None
     (said,) = cautions(several)
-    assert "num_iterations=2" in said and said.endswith("use --loss ppo_clip --loss.delta 1.2")
+    assert "num_iterations=2" in said and said.endswith("use loss=partial(ppo_clip, delta=1.2)")
     for settings, wanted in (({"epsilon_high": 0.28}, "1.28"), ({"epsilon": 0.5}, "1.5")):
         (said,) = cautions(replace(several, loss=partial(ppo_clip, **settings)))
-        assert said.endswith(f"use --loss.delta {wanted}")
+        assert said.endswith(f"use delta={wanted} in loss")
     for changes in (
         {"loss": partial(ppo_clip, delta=1.2)},
         {"corrector": tbpo()},
@@ -119,11 +119,11 @@ def test_late_rollouts_whose_lag_nothing_bounds():
     late = tiny_recipe("x", rollout_workers=1, max_staleness=2, corrector=none())
     (said,) = cautions(late)
     assert said.startswith("max_staleness=2 with old_logprobs='recompute'")
-    assert said.endswith("use --old_logprobs rollout --loss ppo_clip --loss.delta 1.2")
+    assert said.endswith("use old_logprobs='rollout' and loss=partial(ppo_clip, delta=1.2)")
     (said,) = cautions(replace(late, old_logprobs="rollout", loss=partial(ppo_clip, epsilon_high=0.28)))
-    assert said.endswith("use --old_logprobs rollout --loss.delta 1.28")
+    assert said.endswith("use old_logprobs='rollout' and delta=1.28 in loss")
     (said,) = cautions(replace(late, loss=partial(ppo_clip, delta=1.2)))
-    assert said.endswith("use --old_logprobs rollout")
+    assert said.endswith("use old_logprobs='rollout'")
     for changes in (
         {"old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
         {"old_logprobs": "rollout", "loss": gspo_of_a_row},

@@ -411,6 +411,31 @@ def test_an_address_where_nobody_listens_is_refused(ray, tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_the_death_of_rays_own_processes_ends_the_run_in_a_line_with_its_last_step_saved(ray, name, tmp_path):
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parents[1]), str(here.parent / "support")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    run = tmp_path / "run"
+    program = PROGRAM.replace("num_steps=12", "num_steps=4000").replace("save_steps=3", "save_steps=4000")
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(run)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as learner:
+        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_bytes().splitlines()) < 3:
+            assert learner.poll() is None
+            time.sleep(0.05)
+        import psutil
+
+        (daemon,) = [p for p in psutil.Process(learner.pid).children() if Path((named(p) or [""])[0]).name == name]
+        daemon.kill()
+        _, words = learner.communicate()
+    assert learner.returncode == 1
+    assert f"Ray's process {name} died" in words.decode()
+    steps = len((run / "metrics.jsonl").read_bytes().splitlines())
+    assert (run / "checkpoints" / f"step-{steps:06d}").is_dir()
+
+
 PROGRAM = """
 import sys, torch
 torch.set_num_threads(1)

@@ -89,7 +89,7 @@ def test_a_prompt_that_cannot_be_read_is_named_with_its_problem(tmp_path):
 def test_of_a_large_task_the_prompts_that_are_drawn_are_looked_at(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, task=SomeLong(size=1000, every=4))
     monkeypatch.setattr(prompts, "CHECKED", 7)
-    with pytest.raises(ValueError, match=r"task: the prompt of problem \d+ has 60 .*--max_prompt_length 48 takes"):
+    with pytest.raises(ValueError, match=r"task: the prompt of problem \d+ has 60 .*max_prompt_length=48 takes"):
         train(recipe)
 
 

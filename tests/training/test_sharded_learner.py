@@ -175,5 +175,5 @@ def test_a_module_whose_head_is_tied_or_that_is_not_known_is_refused():
 def test_an_engine_of_the_launch_is_refused_also_where_accelerate_would_leave_it_out(monkeypatch, engine):
     check_engine()
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(ValueError, match=f"distributed_type={engine} .* use MULTI_GPU, and --shard_size 0"):
+    with pytest.raises(ValueError, match=f"distributed_type={engine} .* use MULTI_GPU, and shard_size=0"):
         check_engine()

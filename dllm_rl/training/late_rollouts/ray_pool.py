@@ -1,9 +1,12 @@
 """Ray workers that make late rollouts, and the cluster that they run on."""
 
+import atexit
 import os
 import signal
 import socket
-from concurrent.futures import Future
+import sys
+import time
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,6 +99,8 @@ class RayWorkers:
         self.jobs[step] = Job(weights, worker, self._sent(step, weights, worker))
 
     def _sent(self, step: int, weights: bytes, worker: int) -> "Future[Made]":
+        if dead_daemon(self.ray):  # the learner completes its step, and `result` raises
+            return Future()
         if weights is not self.sent:  # once for all jobs that take them
             self.sent, self.shared = weights, self.ray.put(weights)
         # A future, not ray.get: inside Ray's own wait a signal's handler could not end the run.
@@ -111,7 +116,7 @@ class RayWorkers:
         while True:
             why = f"did not return within collective_timeout={seconds:g} s"
             try:
-                found = job.future.result(seconds)
+                found = self._wait(step, job.future, seconds)
             except (errors.RayActorError, errors.WorkerCrashedError, errors.ObjectLostError):
                 why = "died"
             except errors.RayError as error:  # what was sent could not be read at the other end
@@ -130,6 +135,18 @@ class RayWorkers:
             job.attempts += 1
             self.say(f"warning: the worker that made the rollouts of step {step} {why}; another one makes them again")
             self._replace(job.worker)
+
+    def _wait(self, step: int, future: "Future[Made]", seconds: float) -> Made:
+        """Like `future.result`, but raises RuntimeError within a second of the death of one of Ray's own processes."""
+        until = time.monotonic() + seconds
+        while (remaining := until - time.monotonic()) > 0 and not wait([future], timeout=min(remaining, 1.0)).done:
+            self.check_daemons(step)
+        self.check_daemons(step)
+        return future.result(0)
+
+    def check_daemons(self, step: int) -> None:
+        if (name := dead_daemon(self.ray)) is not None:
+            raise RuntimeError(f"rollouts of step {step}: Ray's process {name} died, and its cluster with it")
 
     def _replace(self, worker: int) -> None:
         """A new actor in a worker's place, which gets all of its jobs that are not done."""
@@ -177,7 +194,7 @@ def ray_workers(recipe: Recipe) -> RayWorkers | None:
     bundle = {name: wanted for name, wanted in each.items() if wanted}
     reserved = ray.util.placement_group([bundle] * count) if enough else None
     if reserved is not None:  # a cluster of the caller's own outlives the run
-        with_the_run().callback(ray.util.remove_placement_group, reserved)
+        with_the_run().callback(release, ray, reserved)
     if reserved is None or not reserved.wait(PATIENCE):
         free = ray.available_resources() if enough else there
         found = ", ".join(f"{free.get(name, 0):g} {name}" for name in bundle)
@@ -216,7 +233,36 @@ def start_ray(ray: Any, device: torch.device) -> None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
         else:
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    with_the_run().callback(ray.shutdown)
+    with_the_run().callback(shut_down, ray)
+
+
+def dead_daemon(ray: Any) -> str | None:
+    """Return the name of a Ray process that this one started and that has died, or None. Check it before a call into
+    Ray: without its raylet or its gcs_server Ray ends this process without a word, at once or after a minute."""
+    started = ray._private.worker.global_worker.node.all_processes
+    names = ("raylet", "gcs_server")
+    return next((name for name in names for each in started.get(name, []) if each.process.poll() is not None), None)
+
+
+def release(ray: Any, reserved: Any) -> None:
+    if dead_daemon(ray) is None:
+        ray.util.remove_placement_group(reserved)
+
+
+def shut_down(ray: Any) -> None:
+    if dead_daemon(ray) is None:
+        ray.shutdown()
+    else:  # Ray's clean-up, its report of an error and its threads at exit would wait for the dead process, or crash
+        atexit.unregister(ray.shutdown)
+        atexit.register(leave_at_exit)
+        sys.excepthook = ray._private.worker.normal_excepthook
+        ray._private.worker.global_worker.node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
+def leave_at_exit() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def check_address(address: str) -> None:
