@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dllm_rl.models.support import kept_part, kept_set
 from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Choice, Decision, Drawn, Turn
 from dllm_rl.samplers.confidences import ConfidenceChange
 from dllm_rl.samplers.records import Commit, Rank, has_order_logprob, order_probability
-from dllm_rl.samplers.revise import packed_events, revise
+from dllm_rl.samplers.revise import KINDS, packed_events, revise
 from dllm_rl.samplers.rules import check_last_step, softness
 from dllm_rl.types import Order, SamplingParams
 
@@ -133,16 +134,14 @@ class Choose:
 
     def decide(self, turn: Turn, scores: Float[Tensor, "R L"], drawn: Drawn | None) -> Decision:
         """What the commit rule picks. Raises ValueError where it leaves a block's last step empty."""
-        if self.commit.revises:
-            tokens = None if drawn is None else drawn.tokens
-            return revise(
-                turn, scores, tokens, self.canvas.tokens, commit=self.commit.function, takes=self.commit.reads
-            )
-        inputs = {"steps": turn.steps}
+        inputs = {"steps": turn.steps} if "steps" in self.commit.reads else {}
         if "uniforms" in self.commit.reads:
             inputs["uniforms"] = turn.spread(turn.uniforms(TIES).float())
-        taken = {name: inputs[name] for name in self.commit.reads}
-        chosen = self.commit(scores, turn.masked, turn.left, **taken) & turn.masked
+        if self.commit.revises:
+            tokens = None if drawn is None else drawn.tokens
+            (kind,) = self.commit.reads & KINDS
+            return revise(turn, scores, tokens, self.canvas.tokens, partial(self.commit.function, **inputs), kind)
+        chosen = self.commit(scores, turn.masked, turn.left, **inputs) & turn.masked
         # The host may know the number, and then does not wait for the device to count.
         known = self.commit.count
         count = chosen.sum(-1).cpu() if known is None else known(turn.num_masked, turn.steps_left)

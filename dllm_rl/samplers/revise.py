@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
-from dllm_rl.samplers.canvas import TIES, Decision, Turn
+from dllm_rl.samplers.canvas import Decision, Turn
 from dllm_rl.samplers.rules import Counts, Places, Scores, check_last_step, name_of, schedule, threshold
 from dllm_rl.types import Events
 
@@ -93,27 +93,24 @@ def revise(
     scores: Float[Tensor, "R L"],
     proposed: Int[Tensor, " K"] | None,
     tokens: Int[Tensor, "B T"],
-    *,
     commit: Callable,
-    takes: frozenset[str],
+    kind: str,
 ) -> Decision:
     """Decide what a rule that rewrites does with a turn. Raises ValueError where a block's last step commits
     nothing or masks again.
 
     proposed  the tokens drawn; a rule that takes `changed` needs them
     tokens    the canvas
+    kind      which of KINDS the rule takes; further inputs are bound
     """
     assert turn.written is not None, "the turn of a canvas that is revised"
     changed = torch.zeros_like(turn.masked)
     if proposed is not None:
         changed[turn.row, turn.place] = proposed != tokens[turn.canvas_row, turn.column]
-    offered = {"steps": turn.steps, "written": turn.written, "visible": turn.written, "changed": turn.written & changed}
-    if "uniforms" in takes:
-        offered["uniforms"] = turn.spread(turn.uniforms(TIES).float())
-    flipped = commit(scores, turn.masked, turn.left, **{name: offered[name] for name in takes})
-    (kind,) = takes & KINDS
+    offered = turn.written & changed if kind == "changed" else turn.written
+    flipped = commit(scores, turn.masked, turn.left, **{kind: offered})
     again = flipped & turn.written & (kind == "written")
-    chosen = flipped & (turn.masked | offered[kind]) & ~again
+    chosen = flipped & (turn.masked | offered) & ~again
     # One wait for the device gives the host all three counts.
     committed, num_chosen, reopened = torch.stack([chosen & turn.masked, chosen, again]).sum(-1).cpu()
     check_last_step(name_of(commit), turn.steps_left, turn.num_masked, committed)
