@@ -1,5 +1,6 @@
 """The end of a run: evaluation, summary, picture, model card."""
 
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,9 @@ from dllm_rl.distributed.collectives import machine
 from dllm_rl.distributed.stop import how_to_continue
 from dllm_rl.files import write_json, write_text
 from dllm_rl.manifest import CARD
-from dllm_rl.members import function_of
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe, Settings
-from dllm_rl.samplers.by_name import COMMITS, RANKS
 from dllm_rl.training.hooks import after_summary, ending, load_best
 from dllm_rl.training.model_card import card, push_to_hub
 from dllm_rl.training.policies import resumed_policy
@@ -110,35 +109,15 @@ def conclude(run: Run[Settings], measured: dict[str, Any], *, result: str, advic
 
 
 def _next_command(recipe: Recipe, folder: str) -> str:
+    """Return the line that samples the first held-out problem as the run's evaluation does."""
     stock = isinstance(recipe.model, str) or (Path(folder) / "config.json").exists()
     maker = "" if stock else " --model MODULE:FUNCTION"  # it makes a custom module
     problem = recipe.eval_task[0]
     text = problem.prompt
-    length = getattr(recipe.eval_sampler, "keywords", {}).get("max_new_tokens", 16)
     options = ""
     if not isinstance(text, str):  # the last turn may be the opening of the answer
         text = next(turn["content"] for turn in reversed(text) if turn["role"] != "assistant")
         options = " --chat"
     if problem.blank is not None:
-        length = 0
-        options += f" --blank {problem.blank!r}"
-    options += f" --max_new_tokens {length}" if length != 16 else ""  # the command's own default
-    options += sampling_options(recipe.eval_sampler)
-    return f"Sample:     dllm-rl sample {folder} {text!r}{options}{maker}"
-
-
-def sampling_options(sampler: Any) -> str:
-    """The options of `dllm-rl sample` for what a sampler binds, as far as it has such options."""
-    keywords = getattr(sampler, "keywords", {})
-    options = ""
-    for name in ("diffusion_steps", "block_size", "temperature", "top_k", "top_p"):
-        if keywords.get(name):  # the command's temperature is 0 by default, the others None
-            options += f" --{name} {keywords[name]}"
-    for name, known in (("rank", RANKS), ("commit", COMMITS)):
-        rule = keywords.get(name)
-        rule = getattr(rule, "function", rule)  # of a Rank or a Commit
-        word = next((word for word, function in known.items() if function is function_of(rule)), None)
-        numbers = list(getattr(rule, "keywords", {}).values())
-        if word is not None and len(numbers) <= 1:
-            options += f" --{name} {word}" + "".join(f"={number}" for number in numbers)
-    return options
+        options += f" --blank {shlex.quote(problem.blank)}"
+    return f"Sample:     dllm-rl sample {shlex.quote(str(recipe.directory))} {shlex.quote(text)}{options}{maker}"

@@ -1,14 +1,12 @@
 """The end of a run: its summary, and the command that tries the trained model."""
 
+import shlex
 from dataclasses import replace
-from functools import partial
 
 import pytest
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
 from dllm_rl import tiny_masked_lm
-from dllm_rl.samplers.records import Rank
-from dllm_rl.samplers.rules import max_prob, threshold
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.finish import Summary, _next_command
@@ -50,19 +48,12 @@ class Told(Wrapped):
         return Problem([{"role": role, "content": text} for role, text in said.items()], blank="_")
 
 
-def test_the_next_command_quotes_the_prompt_and_names_the_gap(tmp_path):
+def test_the_next_command_is_the_runs_own_and_quotes_the_prompt_for_a_shell(tmp_path):
     recipe = tiny_recipe(tmp_path)
     first = recipe.eval_task[0].prompt
-    own = _next_command(recipe, str(tmp_path))
-    assert own == f"Sample:     dllm-rl sample {tmp_path} {first!r} --diffusion_steps 3 --model MODULE:FUNCTION"
-    (tmp_path / "config.json").touch()
-    assert (
-        _next_command(recipe, str(tmp_path)) == f"Sample:     dllm-rl sample {tmp_path} {first!r} --diffusion_steps 3"
-    )
     command = f"Sample:     dllm-rl sample {tmp_path}"
-    rules = {"rank": Rank(max_prob), "commit": partial(threshold, tau=0.9), "temperature": 0.5}
-    longer = replace(recipe, eval_sampler=partial(recipe.eval_sampler, max_new_tokens=20, **rules))
-    options = "--max_new_tokens 20 --diffusion_steps 3 --temperature 0.5 --rank max_prob --commit threshold=0.9"
-    assert _next_command(longer, str(tmp_path)).endswith(f"{first!r} {options}")
-    asked = _next_command(replace(recipe, eval_task=Told(Sudoku(split="test", size=2))), str(tmp_path))
-    assert asked == f"""{command} "1+_='2'" --chat --blank '_' --max_new_tokens 0 --diffusion_steps 3"""
+    assert _next_command(recipe, str(tmp_path)) == f"{command} {first} --model MODULE:FUNCTION"
+    (tmp_path / "config.json").touch()
+    assert _next_command(recipe, str(tmp_path)) == f"{command} {first}"
+    line = _next_command(replace(recipe, eval_task=Told(Sudoku(split="test", size=2))), str(tmp_path))
+    assert shlex.split(line)[4:] == ["1+_='2'", "--chat", "--blank", "_"]
