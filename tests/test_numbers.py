@@ -31,7 +31,6 @@ NOT_MEASURED = {  # settings, bounds, versions, arithmetic, what a screen may sh
     "docs/methods.md": ("4,000 draws, about 0.015",),
     "docs/models.md": ("at least 0.02 [ours; 0.001 there]",),
     "docs/order.md": ("A log-prob above -0.0001 counts as -0.0001:",),
-    "docs/pitfalls.md": ("values below 0.00097",),
     "docs/running.md": ("above 0.005", "below 0.005", '"C at most +0.00081'),
     "docs/trl.md": ("| 0.99 | 0.999 |",),
     "recipes/studies/distillation.md": ("`teacher_coeff` 0.02", "the coefficient (of 0.02 and 0.06)"),

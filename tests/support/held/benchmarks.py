@@ -28,13 +28,10 @@ def one_h200():
     float8, int8 = (f"{each['sync, s']:.2f}" for each in parts["sync"])
     yield PAGE, f"A sync of 8B weights takes {float8} s (FP8) or {int8} s (int8)."
     of = {name: f"{speed / fp8['bf16, exact']:.2f}" for name, speed in fp8.items()}
-    gpus = f"{DOCS}/gpus.md"
-    yield gpus, f"{of['FP8 weights, eager']} of bf16 eager, {of['FP8 weights, compiled']} compiled"
-    yield gpus, f"compiled {of['FP8 products, compiled']} times eager bf16, eager {of['FP8 products, eager']} times"
-    yield gpus, f"a part of the {of['FP8 products, compiled']} may be the compiler's"
-    yield gpus, f"samples {of['FP8 products, compiled']} times as fast as eager bf16,"
-    yield gpus, f"and eager {of['FP8 products, eager']} times as fast."
-    yield f"{DOCS}/llada-8b.md", f"FP8 is slower than bf16 ({of['FP8 products, eager']} times its speed,"
+    schemes = f"{DOCS}/quantization.md"
+    yield schemes, f"| {of['FP8 weights, compiled']} compiled, {of['FP8 weights, eager']} eager |"
+    yield schemes, f"| {of['FP8 products, compiled']} compiled, {of['FP8 products, eager']} eager |"
+    yield schemes, f"part of the {of['FP8 products, compiled']}."
 
 
 def the_sampler():

@@ -1,25 +1,20 @@
 """Pages of docs/ whose numbers belong to no other module here."""
 
-from collections import Counter
-
-from dllm_rl.tasks.sudoku.task import hashed_split
 from held import DOCS, row, runs_of, span_of, stored
 from recipes.studies import order, paired, revise
 
-MISMATCH, GPUS = f"{DOCS}/mismatch.md", f"{DOCS}/gpus.md"
+MISMATCH, QUANTIZATION = f"{DOCS}/mismatch.md", f"{DOCS}/quantization.md"
 
 
 def schemes():
     """Where the mismatch comes from: recipes/studies/schemes.py."""
     found = stored("schemes")
-    told = {}
     for each in found["rows"]:
         name, nats, ess = each["scheme"], f"{each['mean_abs']:.4f}", f"{each['ess']:.4f}"
-        told[name] = f"{nats} nats, ESS {ess}"
         parts = " / ".join(f"{each[part]:.4f}" if each[part] > 1e-6 else "0" for part in ("weights", "activations"))
         note = "`float8_dynamic_emulated` (W8A8)" if name == "float8_dynamic_emulated" else f"`{name}`"
         yield MISMATCH, row(note, nats, parts, f"{each['max_abs']:.2f}", f"{each['k3']:.4f}", ess)
-        yield GPUS, f"{told[name]} |"
+        yield QUANTIZATION, f"| {ess} |"
         assert each["largest other cause"] < 1e-7
     steps, solved, tokens = found["RL steps"], f"{found['solved']:.3f}", f"{found['rows'][0]['tokens']:,}"
     yield MISMATCH, f"after {steps} RL steps (seed {found['seed']}, {solved} solved; {tokens} tokens"
@@ -57,22 +52,3 @@ def spans_of_no_difference():
 def rules_that_decide_how_many():
     yield f"{DOCS}/order.md", paired.markdown(stored("commits"))
     yield f"{DOCS}/order.md", "it misses 0.05 to 0.41."
-
-
-def five_seeds_may_mislead():
-    """From rates that were stored with two digits."""
-    arms = [each for each in stored("mismatch_first")["arms"] if each["setting"] == "diffusion, five_level"]
-    first = {each["arm"]: each["each seed"].split(", ") for each in arms}
-    apart = [float(a) - float(b) for a, b in zip(first["none-dual"], first["tis-dual"], strict=True)]
-    centre, half = paired.interval(apart).split("±")
-    assert len(apart) == 5
-    yield f"{DOCS}/pitfalls.md", f"TIS with a dual clip lost {float(centre):.2f}±{float(half):.2f} over five seeds,"
-    (ten,) = (each for each in stored("mismatch")["contrasts"] if each["arm"] == "two: TIS")
-    assert abs(float(ten["difference, 95 %"].split("±")[0])) < 0.005 and ten["seeds"] == "10"
-
-
-def splits_of_the_puzzles_of_one_clue():
-    puzzles = ["0" * cell + digit + "0" * (15 - cell) for cell in range(16) for digit in "1234"]
-    counts = Counter(map(hashed_split, puzzles))
-    told = f"{counts['train']} are in train, {counts['validation']} in validation and {counts['test']} in test."
-    yield f"{DOCS}/tasks.md", f"of the {len(puzzles)} puzzles of one clue {told}"

@@ -83,7 +83,6 @@ def rounding_as_small_as_a_kernels():
     nats, ess = f"{float(noisy['mean abs log-ratio']):.3f}", f"{float(noisy['ESS']):.0f}"
     told = f"({after} against {against} unquantised; mean |log ratio| {nats} nats, ESS {ess})"
     yield PAGE, f"**We saw no difference: {apart}** {told}"
-    yield f"{DOCS}/gpus.md", f"emulated on a CPU: {nats} nats, ESS {ess} ([study]"
 
 
 def an_autoregressive_model():
@@ -180,7 +179,6 @@ def one_rate_for_all():
     yield SHORT, f"FP8 {fp8}, int4 {int4})"
     yield SHORT, f"at 2.5e-4 (ESS {lower}) it loses {fewer} |"
     yield SHORT, f"int4 has the {int4} of the table above"
-    yield f"{DOCS}/gpus.md", f"slower than bf16 | ESS {fp8} in training |"
     int3 = f"{ess(low, 'int3'):.2f}"
     yield SHORT, f"Under int3 ({int3}) we saw no gain"
     yield SHORT, f"int3 harms at an ESS of {int3}."
@@ -213,7 +211,6 @@ def the_converted_model():
     yield PAGE, f"But they are {len(ess)} of the recipe's {converted.num_steps}:"
     yield PAGE, f"the ESS falls from {ess[0]:.3f} to {ess[10]:.3f} at the eleventh"
     yield PAGE, f"grows from {apart[0]:.3f} to {apart[11]:.3f} nats at the twelfth"
-    yield f"{DOCS}/symptoms.md", f"fell from {ess[0]:.3f} to {ess[10]:.3f} in the first eleven RL steps"
 
 
 def rollouts_by_llama_cpp():
