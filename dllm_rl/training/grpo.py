@@ -1,7 +1,8 @@
 """GRPO in one call: a model, a data set and reward functions."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def grpo(
     return train(grpo_recipe(model, train_dataset, reward_funcs, **settings))
 
 
+@contextmanager
+def names_field(field: str) -> Iterator[None]:
+    """Put the name of an argument before the message of a ValueError in the block."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
 @with_trl_names
 def grpo_recipe(
     model: str | nn.Module | Policy | Callable[..., Policy],
@@ -92,12 +102,14 @@ def grpo_recipe(
     if callable(train_dataset):
         raise ValueError("train_dataset is a function; the order is grpo(model, train_dataset, reward_funcs)")
     rows = in_memory(train_dataset, max_rows)
-    given = None if eval_dataset is None else in_memory(eval_dataset, max_rows)
+    with names_field("eval_dataset"):
+        given = None if eval_dataset is None else in_memory(eval_dataset, max_rows)
     training, held_out = training_and_held_out(rows, given, eval_split)
     task_of = partial(task_from_dataset, reward_funcs=reward_funcs, weights=reward_weights)
     name = settings.pop("name", Path(model).name.lower() if isinstance(model, str) else "grpo")
     task = task_of(training, name=name)
-    eval_task = task_of(held_out, name=f"{name}-held-out")
+    with names_field("train_dataset" if eval_dataset is None else "eval_dataset"):
+        eval_task = task_of(held_out, name=f"{name}-held-out")
     if isinstance(model, str):
         attention = find_family(load_config(model)).attention  # no weights are fetched for it
         sized: str | Policy = model

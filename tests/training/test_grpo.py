@@ -523,3 +523,10 @@ def test_every_name_of_trls_config_is_in_the_docs_and_what_they_call_refused_is(
     for name in named & {*GRPO_CONFIG}:  # loss_type has words that are taken
         with pytest.raises(ValueError, match=f"{name} is not a setting of grpo"):
             translated(grpo_recipe, {name: None})
+
+
+@pytest.mark.parametrize("rows", [["1="], [{"question": "1="}], "1=", {"prompt": ["1="]}])
+def test_held_out_rows_that_cannot_be_read_are_named_as_such(rows):
+    training = [{"prompt": "12=", "answer": "3"}] * 4
+    with pytest.raises(ValueError, match=r"^eval_dataset"):
+        grpo_recipe(tiny_masked_lm(characters="123="), training, lambda completions, **_: [0.0], eval_dataset=rows)
