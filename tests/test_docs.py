@@ -27,6 +27,7 @@ from dllm_rl.tasks.sudoku import task as sudoku
 from dllm_rl.training.cautions import cautions
 
 DOCS = Path(__file__).parents[1] / "docs"
+EXAMPLES = DOCS.parent / "recipes" / "examples"
 hooks = importlib.util.module_from_spec(importlib.util.spec_from_file_location("hooks", DOCS / "site" / "hooks.py"))
 hooks.__spec__.loader.exec_module(hooks)
 
@@ -160,9 +161,8 @@ def test_the_settings_for_a_real_model_are_a_recipe_without_cautions(tmp_path, m
     assert [task.reward(task[0], text).value for text in ("It is 20.", "21")] == [1.0, 0.0]
 
 
-def test_own_rows_in_an_8b_recipe_change_the_tasks_alone(tmp_path):
-    (tmp_path / "mine.py").write_text(example("Your rows and reward in an 8B recipe"))
-    recipe = runpy.run_path(str(tmp_path / "mine.py"))["recipe"]
+def test_own_rows_in_an_8b_recipe_change_the_tasks_alone():
+    recipe = runpy.run_path(str(EXAMPLES / "own_rows.py"))["recipe"]
     base = importlib.import_module("recipes.llada_8b_countdown").recipe
     changed = {f.name for f in dataclasses.fields(recipe) if getattr(recipe, f.name) != getattr(base, f.name)}
     assert changed == {"name", "task", "validation_task", "eval_task"} and cautions(recipe) == cautions(base)
@@ -424,7 +424,7 @@ def test_a_reward_of_ones_own_grades_and_trains(tmp_path, monkeypatch):
     assert summary["eval_problems"] == 2 and summary["eval_after"].keys() >= {"right", "digit"}
 
 
-def test_a_reward_service_that_fails_in_part_teaches_nothing_of_what_it_did_not_grade(tmp_path, monkeypatch):
+def test_a_reward_service_that_fails_in_part_teaches_nothing_of_what_it_did_not_grade():
     """Of two groups "good" completions score their length; the service breaks on "bad" ones, in two ways."""
     asked = []
 
@@ -443,7 +443,8 @@ def test_a_reward_service_that_fails_in_part_teaches_nothing_of_what_it_did_not_
     with ThreadingHTTPServer(("127.0.0.1", 0), Service) as service:
         threading.Thread(target=service.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{service.server_port}"
-        made = run_example("A reward service over HTTP", tmp_path, monkeypatch, instead=("SERVICE", address))
+        made = runpy.run_path(str(EXAMPLES / "reward_service.py"))
+        made["ask"].__globals__["URL"] = f"http://{address}/score"
         rewards = made["served"](["p"] * 3 + ["q"] * 2, ["good", "bad", "better", "odd", "goodness"])
         assert rewards == [4.0, 5.0, 6.0, 8.0, 8.0]  # the group's mean in the place of what is missing
         assert asked.count("bad") == asked.count("odd") == 2  # attempts

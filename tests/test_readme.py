@@ -72,11 +72,10 @@ def test_the_exit_statuses_of_a_run_are_those_of_the_code():
 
 
 def test_the_infilling_example_trains(tmp_path, monkeypatch):
-    (tmp_path / "missing.py").write_text(example("Infilling"))
     arguments = "--num_steps 2 --train_batch_size 4 --num_generations 4 --output_dir run"
     monkeypatch.setattr("sys.argv", ["missing.py", *arguments.split()])
     monkeypatch.chdir(tmp_path)
-    recipe = runpy.run_path("missing.py", run_name="__main__")["recipe"]
+    recipe = runpy.run_path(str(README.parent / "recipes/examples/infill_digits.py"), run_name="__main__")["recipe"]
     assert recipe.task[8].prompt == "8__1" and recipe.task.reward(recipe.task[8], "8911").value == 0.75
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_after"]["parsed"] == 1 and summary["eval_after"]["reward"] >= 0.5
