@@ -58,6 +58,7 @@ from recipes.studies.paired import (
     interval,
     load,
     markdown,
+    result_path,
     run_all,
     run_missing,
     warm_up,
@@ -208,9 +209,6 @@ LEAGUES = {
     ),
 }
 # The commit that added a league's runs; a run's record has no commit of its own.
-COMMITS = {"sudoku": "abab8ad", "sudoku_60_s": "60f9a78", "sudoku_8_steps": "f2424fe", "countdown": "e1f10db"}
-COMMITS |= {"sudoku_4_steps": "868ff51", "sudoku_4_steps_60_s": "868ff51", "few_clues_4_steps": "681c918"}
-COMMITS |= {"sudoku_16_steps": "7b7d92a"}
 STORED = {name: Path(__file__).with_name(f"league_{name}.json") for name in LEAGUES}  # every run
 
 GRID: dict[str, dict[str, Any]] = {
@@ -308,7 +306,7 @@ def rows_of(name: str, results: Results) -> list[dict[str, str]]:
 
 def told(name: str, results: Results) -> str:
     """The table, as the document holds it."""
-    columns = ("method", "held-out rate, 95 %", "default beats it by", "Holm's p", "steps", "s in all")
+    columns = ("method", "held-out rate, 95 %", "default beats it by", "Holm's p", "steps", "s in all", "setting")
     return markdown(rows_of(name, results), columns)
 
 
@@ -341,28 +339,8 @@ def stored_rows(name: str) -> list[dict[str, str]]:
     return rows_of(name, {(run["arm"], run["seed"]): run for run in read_json(STORED[name])["runs"]})
 
 
-def board() -> str:
-    """The table of docs/leaderboard.md: each method of each league, from the stored runs, the best mean first."""
-    rows = []
-    for name, league in LEAGUES.items():
-        for row in stored_rows(name):
-            one = {
-                "task, steps of a completion": f"{league.recipe.name}, {league.diffusion_steps}",
-                "method": row["method"],
-            }
-            one |= {"score, 95 %": row["held-out rate, 95 %"], "budget, s": f"{league.seconds:.0f}"}
-            one |= {"s in all": row["s in all"], "RL steps": row["steps"], "its setting": row["setting"]}
-            one |= {
-                "commit": COMMITS[name],
-                "command": f"`league {name}`",
-                "JSON": f"[runs](../recipes/studies/{STORED[name].name})",
-            }
-            rows.append(one)
-    return markdown(rows)
-
-
 def above_the_default() -> str:
-    """The other table of docs/leaderboard.md: by league, which rows are shown to be above the default of its time."""
+    """The table of docs/leaderboard.md: by league, which rows are shown to be above the default of its time."""
     rows = []
     for name, league in LEAGUES.items():
         others = [row for row in stored_rows(name) if row["method"] != league.default]
@@ -372,6 +350,16 @@ def above_the_default() -> str:
         cell |= {"rows beside it": str(len(others))}
         rows.append(cell | {"shown to be above it": ", ".join(row["method"] for row in above) or "none"})
     return markdown(rows)
+
+
+def restore(name: str, root: Path) -> None:
+    """Put the committed runs of a league into its folder, so that the command runs only methods that they lack."""
+    parts = read_json(STORED[name])
+    for folder, runs in ((root / "tuning", parts["tuning"]), (root, parts["runs"])):
+        (folder / "results").mkdir(parents=True, exist_ok=True)
+        for run in runs:
+            write_json(result_path(folder, run["arm"], run["seed"]), run)
+    write_json(root / "costs.json", parts["costs"])
 
 
 def draw(name: str, results: Results, path: Path) -> None:
@@ -403,11 +391,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("league", choices=LEAGUES)
     parser.add_argument("--output_dir", type=Path)
+    parser.add_argument("--restore", action="store_true", help="take the committed runs: only new methods run")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
     root = options.output_dir or Path("runs") / f"league-{options.league}"
     study = study_of(options.league)
     trials = replace(study, base=replace(study.base, eval_task=study.base.validation_task))
+    if options.restore:
+        restore(options.league, root)
 
     run_all([("costs", partial(measure, study, root))], root, 1)
     costs, seconds = read_json(root / "costs.json"), LEAGUES[options.league].seconds

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from readme import example
 
 from dllm_rl import one_step, trajectory
 from dllm_rl.models.tokens import encode
@@ -71,27 +70,28 @@ def test_the_table_has_the_best_method_first(tmp_path):
     rows = paired.markdown(league.rows_of("sudoku", lost | ours)).splitlines()[2:]
     assert rows[0] == f"| {league.DEFAULT} | 0.450±0.635 | - | - | one update, 5e-4 | 70 | 20 |"
     assert rows[1] == "| d1 | 0.000±0.000 | 0.450±0.635 | 0.500 | all updates, 1e-4 | 7 | - |"
-    assert league.told("sudoku", lost).endswith("| d1 | 0.000±0.000 | - | - | 7 | - |\n")
+    assert league.told("sudoku", lost).endswith("| d1 | 0.000±0.000 | - | - | 7 | - | all updates, 1e-4 |\n")
     league.draw("sudoku", lost | ours, tmp_path / "league.png")
     assert (tmp_path / "league.png").stat().st_size > 5_000
 
 
 def test_committed_runs_that_are_put_back_are_not_repeated(tmp_path, monkeypatch):
-    """docs/leaderboard.md's block, then the command: nothing is left to run, and the JSON is the same."""
-    stored = dict(league.STORED)
+    """With --restore nothing is left to run, and the JSON is the same."""
     monkeypatch.chdir(tmp_path)
-    exec(example("Add a row"), {})
+    parts = json.loads(league.STORED["sudoku"].read_text())
+    (tmp_path / "written.json").write_text(json.dumps(parts | {"stale": 1}))
     monkeypatch.setattr(league, "STORED", {"sudoku": tmp_path / "written.json"})
     monkeypatch.setattr(league, "warm_up", lambda *_: tmp_path)  # where a cost is measured: of none
     monkeypatch.setattr(league, "run_all", lambda jobs, root, workers: [job() for _, job in jobs])
     left = []
     monkeypatch.setattr(paired, "run_all", lambda jobs, root, workers: left.extend(name for name, _ in jobs))
-    monkeypatch.setattr("sys.argv", ["league", "sudoku"])
+    monkeypatch.setattr("sys.argv", ["league", "sudoku", "--restore"])
     league.main()
     assert not left
-    assert json.loads((tmp_path / "written.json").read_text()) == json.loads(stored["sudoku"].read_text())
+    assert json.loads((tmp_path / "written.json").read_text()) == parts
 
     one = next((tmp_path / "runs/league-sudoku/results").glob("wd1*_3.json"))
     one.unlink()
+    monkeypatch.setattr("sys.argv", ["league", "sudoku"])
     league.main()
     assert len(left) == 2 and left[0] == "warm-3" and left[1] == one.stem

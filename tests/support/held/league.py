@@ -21,11 +21,6 @@ def apart(name, arm, against):
     return paired.paired(runs_of(name), arm, against)
 
 
-def solved(name, method):
-    """A method's solve rate, mean and interval over the seeds."""
-    return paired.interval([run["after"] for (which, _), run in runs_of(name).items() if which == method])
-
-
 def tables():
     """Each table, where RL began, and that each method ran in the setting that its trials chose."""
     for name in league.LEAGUES:
@@ -53,33 +48,12 @@ def settings_of_the_methods():
 
 
 def the_leaderboard():
-    """The whole table, and one row of it by hand from the seeds that the JSON holds."""
-    board = league.board()
-    yield BOARD, board
     yield BOARD, league.above_the_default()
     assert "| sudoku-unique, 16 | 60 | four segments | 2 | two segments |" in league.above_the_default()
     seeds = [run["after"] for run in stored("league_sudoku_60_s")["runs"] if run["arm"].startswith("one step")]
     half = 2.262 * stdev(seeds) / 10**0.5  # Student's t of nine degrees of freedom
-    line = next(line for line in board.splitlines() if "league sudoku_60_s`" in line and "| one step |" in line)
-    assert len(seeds) == 10 and f"| {mean(seeds):.3f}±{half:.3f} | 60 |" in line
-    assert league.COMMITS.keys() == league.LEAGUES.keys()
-    p_values = []
-    for name in league.LEAGUES:
-        claims = league.study_of(name).contrasts
-        p_values += [paired.sign_flip(apart(name, claim.arm, claim.against)) for claim in claims]
-    least = min(paired.holm(p_values))
-    yield BOARD, f"over the {len(p_values)} rows of all tables none is: the least is {least:.3f})"
-    hours = []
-    for name in league.LEAGUES:
-        parts = stored(f"league_{name}")
-        hours.append(sum(run.get("s", 0.0) for run in parts["tuning"] + parts["runs"]) / 3600)
-    yield BOARD, f"which took {min(hours):.1f} to {max(hours):.1f} hours of one thread per task,"
-    yield (
-        BOARD,
-        f"it takes twice as many steps in 12 s, and ends {paired.interval(apart('sudoku', 'one step', DEFAULT))} above",
-    )
-    one, two, every = (solved("sudoku_8_steps", name) for name in ("one step", "two segments", DEFAULT))
-    yield BOARD, f"in eight steps and 48 s `one step` solves {one}, two segments {two}, every step {every}:"
+    (row,) = (row for row in league.stored_rows("sudoku_60_s") if row["method"] == "one step")
+    assert len(seeds) == 10 and row["held-out rate, 95 %"] == f"{mean(seeds):.3f}±{half:.3f}"
 
 
 def one_step_against_the_default():
@@ -135,13 +109,6 @@ def four_steps():
     even = apart(second, "two segments", "one step")
     told = f"({paired.interval(even)} in favour of two segments, exact p {paired.sign_flip(even):.3f})"
     yield PAGE, f"no difference between two segments and `one step` {told}"
-    rates = [solved(name, method) for name in (short, long) for method in ("two segments", DEFAULT)]
-    rates += [solved(second, method) for method in ("two segments", DEFAULT)]
-    told = "in 12 s two segments solve {} and every step, the default then, {}; in 60 s {} and {}; on few clues"
-    yield BOARD, f"{told} in 60 s {{}} and {{}}.".format(*rates)
-    cheap = [solved(name, "one step") for name in (short, second, long)]
-    told = "in 12 s ({}) and on few clues ({}), and below them in 60 s of Sudoku ({})"
-    yield BOARD, told.format(*cheap)
 
 
 def sixteen_steps():
@@ -149,9 +116,6 @@ def sixteen_steps():
     ahead = apart(name, "two segments", default)
     yield PAGE, f"two segments beat four by {paired.interval(ahead)}."
     yield CONCEPTS, f"**two segments beat the four** by {paired.interval(ahead)} in 60 s"
-    rates = [solved(name, method) for method in ("two segments", default, "one step")]
-    told = "in sixteen steps and 60 s two segments solve {}, the four that `grpo(...)` takes {}, `one step` {}"
-    yield BOARD, told.format(*rates)
 
 
 def countdown():
