@@ -17,7 +17,7 @@ from dllm_rl.models.lora import lora_r16
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.revise import remask
-from dllm_rl.samplers.rules import plackett_luce, random
+from dllm_rl.samplers.rules import confidence, plackett_luce, random
 from dllm_rl.training.distillation import finer, log_ratio, teacher_policy
 from dllm_rl.training.grpo import grpo_recipe
 from dllm_rl.training.late_rollouts.schedule import InTurn
@@ -297,7 +297,7 @@ def test_settings_that_do_not_go_together(tmp_path, changes, message):
             "teacher_steps=2: the sampler's rank chooses by",
         ),
         (
-            {"sampler": partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0)},
+            {"sampler": partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=confidence)},
             "teacher_steps=2: .* rank",
         ),
         (
