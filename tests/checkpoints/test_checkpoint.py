@@ -163,10 +163,11 @@ def steps_done(directory: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path):
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.nightly)])
+def test_killed_at_random_moments_a_run_ends_with_the_same_weights(kills, tmp_path):
     finished(start(tmp_path / "whole"))
     chance = random.Random()
-    for number in range(3):
+    for number in range(kills):
         process, directory = start(tmp_path / f"run{number}"), tmp_path / f"run{number}"
         # Past the first checkpoint of the loop, so that an optimiser's state is what must come back.
         wanted = chance.randint(4, 36)

@@ -25,7 +25,7 @@ def told(tmp_path_factory) -> tuple[Path, dict]:
     return folder, json.loads(done.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_number_of_processes_goes_on_from_every_other(told):
     """Weights and moments to fp32 rounding (4e-6 here, moments lost: 5e-3), and bit for bit where the number is the
     same. Of 4 processes the last holds no row of some weights."""

@@ -40,15 +40,21 @@ def launch(directory, *launcher, recipe="sudoku_unique", more=()):
     return metrics_of(directory)
 
 
+FEW_ROWS = ["--sampler.temperature", "0.2", "--num_generations", "2", "--mismatch_sample", "1"]
+TEACHER = ["--teacher", "reference", "--teacher_steps", "4", "--teacher_coeff", "0.5"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "more"),
     [
         ("sudoku_unique", []),
         ("sudoku_tiny_ar", []),
-        ("sudoku_unique", ["--sampler.temperature", "0.2", "--num_generations", "2", "--mismatch_sample", "1"]),
-        ("sudoku_unique", ["--likelihood", "coupled", "--num_iterations", "2", *STABLE]),
-        ("sudoku_unique", ["--teacher", "reference", "--teacher_steps", "4", "--teacher_coeff", "0.5"]),
+        pytest.param("sudoku_unique", FEW_ROWS, marks=pytest.mark.nightly),
+        pytest.param(
+            "sudoku_unique", ["--likelihood", "coupled", "--num_iterations", "2", *STABLE], marks=pytest.mark.nightly
+        ),
+        pytest.param("sudoku_unique", TEACHER, marks=pytest.mark.nightly),
         ("sudoku_unique", [*REDRAWN, "--num_generations", "2", "--entropy_coeff", "0.01"]),
     ],
 )

@@ -163,9 +163,10 @@ def test_tokens_are_those_of_transformers():
 
 
 @pytest.mark.slow
-def test_tokens_are_those_of_transformers_in_200_configurations():
-    seen = check(range(200))
-    assert min(seen.values()) >= 20, seen  # of each kind there are some
+@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.nightly)])
+def test_tokens_are_those_of_transformers_in_many_configurations(count):
+    seen = check(range(count))
+    assert min(seen.values()) >= count // 10, seen  # of each kind there are some
 
 
 def test_accept_by_hand():

@@ -111,9 +111,9 @@ SEVERAL_MASKS = {"likelihood": coupled(), "rollout_quantization": None, "num_ite
         {},
         {"likelihood": coupled()},
         SEVERAL_MASKS,
-        pytest.param({"lora": lora_r16, "learning_rate": 1e-2}, marks=pytest.mark.slow),
-        pytest.param({"likelihood": sandwich()}, marks=pytest.mark.slow),
-        pytest.param({"likelihood": trajectory(num_segments=2), "beta": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"lora": lora_r16, "learning_rate": 1e-2}, marks=pytest.mark.nightly),
+        pytest.param({"likelihood": sandwich()}, marks=pytest.mark.nightly),
+        pytest.param({"likelihood": trajectory(num_segments=2), "beta": 0.1}, marks=pytest.mark.nightly),
     ],
 )
 def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
@@ -145,7 +145,7 @@ def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, SEVERAL_MASKS])
+@pytest.mark.parametrize("changes", [{}, pytest.param(SEVERAL_MASKS, marks=pytest.mark.nightly)])
 def test_without_staleness_a_worker_takes_the_steps_of_a_plain_run(changes, tmp_path):
     plain = train(tiny_recipe(tmp_path / "plain", num_steps=3, **QUIET, **changes))
     worker = train_here(late_recipe(tmp_path / "worker", late=0, num_steps=3, **changes))
@@ -309,7 +309,13 @@ def workers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("likelihood", [{}, {"likelihood": coupled()}], ids=["recorded", "scored"])
+@pytest.mark.parametrize(
+    "likelihood",
+    [
+        pytest.param({}, id="recorded"),
+        pytest.param({"likelihood": coupled()}, id="scored", marks=pytest.mark.nightly),
+    ],
+)
 def test_workers_make_the_bits_of_this_process(ray, likelihood, tmp_path, capsys):
     changes = {"num_steps": 5, "log_completions_steps": 1, "late": 2, **likelihood}
     before = signal.getsignal(signal.SIGTERM)
@@ -338,7 +344,7 @@ def test_a_job_goes_to_the_worker_with_the_fewest_to_do(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number_of", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("number_of", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.nightly)])
 def test_a_worker_that_dies_or_hangs_is_replaced(ray, number_of, tmp_path, monkeypatch, capsys):
     """A stopped process keeps its memory and its sockets, and never answers: as one that hangs in a driver's call. The
     batch of step 3 is handed out after the blow, so that it is always one that the struck worker cannot make."""
@@ -447,7 +453,7 @@ train(late_recipe(sys.argv[1], num_steps=12, train_batch_size=8, num_generations
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.nightly), signal.SIGTERM])
 def test_a_learner_that_ends_leaves_no_process_and_its_run_goes_on(ray, number, tmp_path):
     changes = {"num_steps": 12, "train_batch_size": 8, "num_generations": 8, "late": 2, "save_steps": 3}
     expected = train_here(late_recipe(tmp_path / "here", **changes))

@@ -55,7 +55,7 @@ def test_a_learner_shared_out_trains_as_a_whole_one(tmp_path, one):
             torch.testing.assert_close(logprobs, theirs[1], rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_three_processes_train_as_one(tmp_path):
     """Whole and shared out: rollouts token by token, the rest to fp32 rounding. `process_grid.py` does many more."""
     process_grid.run_all(tmp_path, 3, (1,), "diffusion-full-iterations-all", "ar-lora-dynamic-all")
@@ -110,7 +110,7 @@ def test_copies_syncs_and_gradients_of_published_layouts_are_those_of_a_whole_le
     run_ranks("import sys, sharded; sharded.families(sys.argv[1])", 2, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_plan_of_a_shared_out_learner_agrees_with_the_allocator():
     run_ranks("import sharded; sharded.plan_and_allocator(['full, recomputed', 'adapters'])", 2)
 
