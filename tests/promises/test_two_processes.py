@@ -41,6 +41,7 @@ def launch(directory, *launcher, recipe="sudoku_unique", more=()):
 
 
 FEW_ROWS = ["--sampler.temperature", "0.2", "--num_generations", "2", "--mismatch_sample", "1"]
+COUPLED = ["--likelihood", "coupled", "--num_iterations", "2", *STABLE]
 TEACHER = ["--teacher", "reference", "--teacher_steps", "4", "--teacher_coeff", "0.5"]
 
 
