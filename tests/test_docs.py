@@ -400,9 +400,9 @@ def test_a_corrector_of_ones_own_has_one_mark_to_pass(tmp_path, monkeypatch):
 
 
 @pytest.mark.nightly  # it checks a policy: 4 s
-def test_a_block_causal_module_of_ones_own_keeps_its_contract_and_scores_what_it_sampled(tmp_path, monkeypatch):
-    made = run_example("A block-causal module", tmp_path, monkeypatch)
-    assert (made["log_p"] - made["rollout"].logprobs).abs().max() < 1e-5 and len(made["views"].weight) == 2
+def test_a_block_causal_module_of_ones_own_keeps_its_contract_and_scores_what_it_sampled():
+    made = runpy.run_path(str(EXAMPLES / "own_block_module.py"))
+    assert (made["log_p"] - made["rollout"].logprobs).abs().max() < 1e-5 and len(made["views"].coefficients) == 2
 
     def without_blocks(module, tokens, attention_mask, positions):  # every token sees every other
         seen = attention_mask[:, None, None, :].expand(-1, 1, tokens.shape[1], -1)

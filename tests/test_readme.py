@@ -26,7 +26,8 @@ def test_six_lines_train(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_module_of_ones_own_is_trained_and_opened_again(tmp_path, monkeypatch):
-    (tmp_path / "own.py").write_text(example("Add a backbone").replace("num_steps=60", "num_steps=2, warmup_steps=2"))
+    text = (README.parent / "recipes/examples/own_module.py").read_text()
+    (tmp_path / "own.py").write_text(text.replace("num_steps=60", "num_steps=2, sft_warmup_steps=2"))
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(devices=[]):
         made = runpy.run_path(str(tmp_path / "own.py"), run_name="__main__")

@@ -160,4 +160,3 @@ def puzzles_of_the_main_job():
     yield "recipes/studies/few_clues.md", f"fills {len(puzzles)} test puzzles ({len(set(puzzles))} distinct) greedily"
     yield PAGE, f"Puzzles have one to three clues and {right} right answers on average."
     yield "recipes/studies/few_clues.md", f"one to three clues has {right} right answers a puzzle on average."
-    yield f"{DOCS}/tasks.md", f"which are right in {right} ways on average."

@@ -73,7 +73,6 @@ def routers():
             spans.append(paired.paired(results, arm, against))
     fp8, int3 = map(span_of, spans)
     yield page, f"**We saw no difference in solve rate** ({fp8} under FP8, {int3} under three bits)."
-    yield f"{DOCS}/experts.md", f"({span_of(*spans)})."
     found = stored("recipes/results")["sudoku_tiny_moe"]
     yield page, f"({', '.join(f'{rate:.3f}' for rate in found['before'])} of 400 held-out puzzles)"
 
