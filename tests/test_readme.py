@@ -9,7 +9,7 @@ import torch
 from readme import PAGES, README, example
 from safetensors.torch import load_file
 
-RUNNING = README.parent / "docs" / "running.md"
+FILES = README.parent / "docs" / "files-and-commands.md"
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -63,7 +63,7 @@ def test_the_exit_statuses_of_a_run_are_those_of_the_code():
     from dllm_rl.tasks.deadline import STATUS
 
     rows = dict(
-        re.findall(r"^\| ([\d, ]+) \| (.*?) \|", RUNNING.read_text().partition("| exit status |")[2], re.MULTILINE)
+        re.findall(r"^\| ([\d, ]+) \| (.*?) \|", FILES.read_text().partition("| exit status |")[2], re.MULTILINE)
     )
     codes = next(row for row in rows if "," in row)
     named = [getattr(signal, name) for name in re.findall(r"SIG[A-Z0-9]+", rows.pop(codes))]

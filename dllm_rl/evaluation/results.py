@@ -51,6 +51,12 @@ class Evaluation:
         samples = len(self.answers) // problems
         found = dict(self.sums)
         right = headline(self.means)
+        if samples > 1:
+            rewards: defaultdict[int, set[float]] = defaultdict(set)
+            for answer in self.answers:
+                rewards[answer.problem].add(answer.reward.value)
+            equal = {problem: (float(len(values) == 1), 1.0) for problem, values in rewards.items()}
+            found["frac_reward_zero_std"] = equal  # of problems, as a run's metric of this name
         if samples > 1 and right != "reward":  # a reward is no count of right samples
             for k in (*(2**i for i in range(samples.bit_length()) if 2**i < samples), samples):
                 found[f"pass@{k}"] = {}

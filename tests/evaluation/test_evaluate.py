@@ -293,7 +293,7 @@ def test_means_and_intervals_by_hand():
     assert found["accuracy"] == found["reward"] == 0.75
     assert found["accuracy_interval"] == list(wilson(3, 4))
     assert found["parsed"] == 1.0 and found["parsed_interval"] == list(wilson(4, 4))
-    assert not [name for name in found if name.startswith("pass@")]
+    assert not [name for name in found if name.startswith(("pass@", "frac_reward"))]
     # a reward is a number by nature, also where all of them are 0 or 1
     assert interval("reward", [1.0] * 4, [1.0] * 4) == (1.0, 1.0) and interval("accuracy", [1.0] * 4, [1.0] * 4)[0] < 1
     # a mean of other numbers is resampled: quarter, half -> all resampled means lie between them
@@ -311,11 +311,12 @@ def test_samples_of_a_problem_are_resampled_together():
 
 
 def test_pass_at_k_by_hand():
-    """4 samples; 0, 1, 2 and 4 right. pass@1 = 7/16; pass@2: 0, 1-3/6, 1-1/6, 1; pass@4: 0, 1, 1, 1."""
+    """4 samples; 0, 1, 2 and 4 right, so two of four groups are equal. pass@1 = 7/16; pass@2: 0, 1-3/6, 1-1/6, 1; pass@4: 0, 1, 1, 1."""
     right = [0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 1]
     found = Evaluation(answers(right, per_problem=4, name="solve_rate"), {}).summary
     assert found["pass@1"] == found["solve_rate"] == pytest.approx(7 / 16)
     assert found["pass@2"] == pytest.approx((0 + 1 / 2 + 5 / 6 + 1) / 4)
+    assert found["frac_reward_zero_std"] == 0.5
     assert found["pass@4"] == 0.75 and found["pass@4_interval"] == list(wilson(3, 4))
     low, high = found["pass@2_interval"]
     assert 0 <= low < found["pass@2"] < high <= 1

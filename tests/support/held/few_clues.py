@@ -106,7 +106,6 @@ def seconds():
     took = {arm: each["CPU seconds"] for arm, each in RATES.items()}
     yield PAGE, f"the processor time of RL in two steps ({took[TAUGHT]} against {took[RL]} CPU seconds)."
     yield RECIPES, f"A run took {took[RL]} CPU seconds in the study"
-    yield f"{DOCS}/running.md", f"{took[RL]} CPU seconds on one thread"
 
 
 def concepts():

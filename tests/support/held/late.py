@@ -197,7 +197,3 @@ def pretrained():
     yield PAGE, f"the three seeds end at {ends('FP8')}, and the one unquantised seed ends at {ends('unquantised')}."
     quarter = {row["arm"]: list(row.values())[1:] for row in late_pretrained.quarters(runs)}
     yield PAGE, f"Under FP8 it is {quarter['FP8'][0]} in the first twelve steps and {quarter['FP8'][3]} in the last."
-    yield (
-        "docs/running.md",
-        f"ended at {ends('lag 4')} without a correction, and at {ends('lag 4, dual clip')} with the dual clip",
-    )
