@@ -311,7 +311,7 @@ def test_samples_of_a_problem_are_resampled_together():
 
 
 def test_pass_at_k_by_hand():
-    """4 samples; 0, 1, 2 and 4 right, so two of four groups are equal. pass@1 = 7/16; pass@2: 0, 1-3/6, 1-1/6, 1; pass@4: 0, 1, 1, 1."""
+    """4 samples; 0, 1, 2, 4 right: two equal groups. pass@1 = 7/16; pass@2: 0, 1-3/6, 1-1/6, 1; pass@4: 0, 1, 1, 1."""
     right = [0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 1]
     found = Evaluation(answers(right, per_problem=4, name="solve_rate"), {}).summary
     assert found["pass@1"] == found["solve_rate"] == pytest.approx(7 / 16)
