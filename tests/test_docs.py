@@ -169,8 +169,8 @@ def test_own_rows_in_an_8b_recipe_change_the_tasks_alone():
 
 def test_chats_then_rewards_are_two_starts_of_one_file(tmp_path, monkeypatch):
     """The first start makes a valid SFT record; the second, once its checkpoint is there, a recipe without cautions."""
-    text = example("Your own chat data: SFT, then RL")
-    (tmp_path / "both.py").write_text(text)
+    both = str(EXAMPLES / "chats_then_rl.py")
+    text = Path(both).read_text()
     rows = [{"prompt": [{"role": "user", "content": f"{i}"}], "answer": str(i)} for i in range(4)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
@@ -178,7 +178,7 @@ def test_chats_then_rewards_are_two_starts_of_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(
         dllm_rl, "sft", lambda *given, **more: made.append((given, dllm_rl.SFT(model=given[0], dataset=rows, **more)))
     )
-    runpy.run_path("both.py")
+    runpy.run_path(both)
     (start, chats), first = made.pop()
     assert (start, chats) == ("GSAI-ML/LLaDA-8B-Instruct", "chats.jsonl") and first.completion_length == 256
     tuned = Path(re.search(r'TUNED = "(.+)"', text)[1])
@@ -190,7 +190,7 @@ def test_chats_then_rewards_are_two_starts_of_one_file(tmp_path, monkeypatch):
         made.append((model, dllm_rl.grpo_recipe(tiny, rows, reward, **settings)))
 
     monkeypatch.setattr(dllm_rl, "grpo", record)
-    runpy.run_path("both.py")
+    runpy.run_path(both)
     (model, second), task = made[0], made[0][1].task
     assert model == str(tuned) and second.max_new_tokens == 256 and cautions(second) == []
     assert [task.reward(task[2], text).value for text in ("It is 2.", "3")] == [1.0, 0.0]
