@@ -1,4 +1,4 @@
-"""TRL's names for settings of `grpo`, and what they mean here. docs/trl.md has both tables."""
+"""TRL's names for settings of `grpo`, and what they mean here. docs/trl.md has the tables."""
 
 import difflib
 import inspect
@@ -70,6 +70,26 @@ NEAREST = {
     "model_init_kwargs": "dtype",
     "fp16": "dtype='float16' with lora",
     "log_completions": "log_completions_steps",
+    "cast_lm_head_to_fp32": "float32_head",
+    "vllm_importance_sampling_correction": "corrector",
+    "vllm_importance_sampling_clip_max": "corrector",
+    "vllm_importance_sampling_clip_min": "corrector",
+    "vllm_mode": "rollout_workers, for rollouts by other processes",
+    "cache_implementation": "sampler_options, with cache=block_cache()",
+    "chat_template_kwargs": "the chat_template of the tokenizer",
+    "num_generations_eval": "dllm-rl evaluate --samples, after training",
+    "lr_scheduler_kwargs": "lr_schedule, a function with its keywords bound",
+    "adam_epsilon": "optim, a function",
+    "optim_args": "optim, a function",
+    "fsdp": "shard_size",
+    "deepspeed": "shard_size",
+    "ddp_timeout": "collective_timeout",
+    "data_seed": "seed",
+    "auto_find_batch_size": "dry_run=True, which prints what fits",
+    "use_cpu": "accelerate launch --cpu",
+    "hub_token": "HF_TOKEN, an environment variable",
+    "trust_remote_code": "none: no checkpoint needs it",
+    "reward_processing_classes": "a reward function that calls the reward model",
 }
 
 

@@ -64,8 +64,8 @@ def test_an_update_takes_what_the_h200_took(policy, what, changes):
 
 
 def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps(policy):
-    """docs/concepts.md: `llada_8b_sudoku` in 32 steps, one update, no KL term, no graphs kept (its adapters drop)."""
-    told = (Path(__file__).parents[3] / "docs" / "concepts.md").read_text()
+    """docs/which-likelihood.md: `llada_8b_sudoku` in 32 steps, one update, no KL term, no graphs kept (its adapters drop)."""
+    told = (Path(__file__).parents[3] / "docs" / "which-likelihood.md").read_text()
     sampler = partial(sudoku.sampler, diffusion_steps=32)
     recipe = replace(sudoku, sampler=sampler, num_iterations=1, beta=0.0)
     for row, estimator in (
