@@ -29,7 +29,6 @@ NOT_MEASURED = {  # settings, bounds, versions, arithmetic, what a screen may sh
     "benchmarks/README.md": ("torch 2.11",),
     "docs/concepts.md": ("(standard deviation of its group + 0.0001)",),
     "docs/methods.md": ("4,000 draws, about 0.015",),
-    "docs/order.md": ("A log-prob above -0.0001 counts as -0.0001:",),
     "docs/metrics.md": ("contributions above 0.005",),
     "docs/running.md": ("is above 0.005",),
     "docs/trl.md": ("| 0.99 | 0.999 |",),

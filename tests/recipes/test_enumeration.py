@@ -169,7 +169,8 @@ def test_errors_name_what_moved():
 
 @pytest.mark.slow
 def test_a_ratio_of_estimates_is_no_likelihood_ratio():
-    """The table of docs/which-likelihood.md: exp of a difference of two estimates under the same masks, its mean over masks and
+    """The table of docs/which-likelihood.md: exp of a difference of two estimates under the same masks, its mean over
+    masks and
     over the completions of the old policy, which is 1 for likelihoods; and the same of the mean over masks."""
     told = (Path(__file__).parents[2] / "docs" / "which-likelihood.md").read_text()
     old = ToyPolicy(length=4, words=3, sharpness=1.0, generator=torch.Generator().manual_seed(0))

@@ -34,7 +34,6 @@ def spans_of_no_difference():
     gains = apart(edits, [claim for claim in revised if claim.claim.startswith(("edits gain", "training with"))])
     assert len(gains) == 4
     told = span_of(*gains)
-    yield f"{DOCS}/order.md", f"that edits make ({told})."
     yield "recipes/studies/revise.md", f"that edits make** ({told} at 2, 4 and 8 forwards, and after training with"
     starts = [run["before"] for run in edits.values()]
     yield "recipes/studies/revise.md", f"solves {min(starts):.2f} to {max(starts):.2f} of the puzzles."
@@ -44,11 +43,11 @@ def spans_of_no_difference():
         part += apart(results, [claim for claim in study.contrasts if "part helps" in claim.claim])
         noisy += apart(results, [claim for claim in study.contrasts if "than a random one" in claim.claim])
     assert (len(part), len(noisy)) == (4, 2)
-    yield f"{DOCS}/order.md", f"that the order's part makes ({span_of(*part)})"
     yield orders, f"order's part of the gradient makes** ({span_of(*part)} on both tasks)"
     yield orders, f"({span_of(noisy[0])} on Sudoku, {span_of(noisy[1])} on Countdown)"
 
 
 def rules_that_decide_how_many():
-    yield f"{DOCS}/order.md", paired.markdown(stored("commits"))
-    yield f"{DOCS}/order.md", "it misses 0.05 to 0.41."
+    page = "recipes/studies/gradients.md"
+    yield page, paired.markdown(stored("commits"))
+    yield page, "it misses 0.05 to 0.41."

@@ -3,7 +3,7 @@
 from statistics import mean, stdev
 
 from dllm_rl.tasks.sudoku.solver import completions
-from held import DOCS, row, runs_of, stored
+from held import row, runs_of, stored
 from recipes import countdown_tiny
 from recipes.studies import few_clues, revise
 from recipes.studies.paired import interval, sign_flip
@@ -120,7 +120,6 @@ def pretrained():
     gains = [float(rate) - float(start) for rate in after]
     yield PAGE, f"Over three seeds, as claimed, it is not significant: {interval(gains[:3])}."
     yield PAGE, f"the gain is {interval(gains)} (Student's t; exact p {sign_flip(gains):.2f})."
-    yield f"{DOCS}/not-tried.md", f"a gain of {interval(gains[:3])} over three seeds, not significant"
 
 
 def antibody_loops():

@@ -64,7 +64,7 @@ def test_an_update_takes_what_the_h200_took(policy, what, changes):
 
 
 def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps(policy):
-    """docs/which-likelihood.md: `llada_8b_sudoku` in 32 steps, one update, no KL term, no graphs kept (its adapters drop)."""
+    """docs/which-likelihood.md: `llada_8b_sudoku` in 32 steps, one update, no KL term, no graphs kept."""
     told = (Path(__file__).parents[3] / "docs" / "which-likelihood.md").read_text()
     sampler = partial(sudoku.sampler, diffusion_steps=32)
     recipe = replace(sudoku, sampler=sampler, num_iterations=1, beta=0.0)
