@@ -56,14 +56,14 @@ def main() -> None:
         return unmask(rollout_policy, prompts, torch.Generator().manual_seed(0), **settings)
 
     estimator, rollout = trajectory(), sample(True)
-    noise = estimator.draw(rollout, torch.Generator())
+    noise = estimator.draw_views(rollout, torch.Generator())
     replay = as_sampled(noise, rollout)
 
     def update(masks: Views) -> None:
-        for view, weight in zip(each_view(masks), masks.weight, strict=True):
+        for view, weight in zip(each_view(masks), masks.coefficients, strict=True):
             view.backward(policy, rollout, weight)
 
-    score = partial(estimator.scores, policy, rollout)
+    score = partial(estimator.view_logprobs, policy, rollout)
     best = fastest(
         {
             "rollout": partial(sample, False),

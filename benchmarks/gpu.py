@@ -211,10 +211,10 @@ def learner(smoke: bool, device: str) -> list[Row]:
         optimizer = (
             torch.optim.AdamW(trained, lr=1e-6) if adapters or smoke else adamw_8bit(trained, 1e-6, (0.9, 0.99), 0.0)
         )
-        noise = one_step().draw(rollout, torch.Generator().manual_seed(0))
+        noise = one_step().draw_views(rollout, torch.Generator().manual_seed(0))
 
         def step(policy=policy, rollout=rollout, noise=noise, optimizer=optimizer) -> None:
-            for view, weight in zip(each_view(noise), noise.weight, strict=True):
+            for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
                 view.backward(policy, rollout, weight)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -293,7 +293,12 @@ def planned(smoke: bool, device: str) -> list[Row]:
     for name, fields in arms.items():
         fields |= {"model": partial(tiny_llama, characters=letters, causal=False, num_heads=8, **sizes)}
         fields |= {"validation_task": replace(main_job.validation_task, size=4), "likelihood": one_step()}
-        fields |= {"eval_task": replace(main_job.eval_task, size=4), "warmup_steps": 0, "num_steps": 2, "bf16": True}
+        fields |= {
+            "eval_task": replace(main_job.eval_task, size=4),
+            "sft_warmup_steps": 0,
+            "num_steps": 2,
+            "bf16": True,
+        }
         fields |= {"task": Varied(main_job.task), "train_batch_size": 4 if smoke else 32}
         gc.collect()
         with tempfile.TemporaryDirectory() as folder:
@@ -307,7 +312,7 @@ def planned(smoke: bool, device: str) -> list[Row]:
 
 
 def _small(smoke: bool, device: str, folder: str) -> Recipe:
-    sizes = {"num_steps": 2, "warmup_steps": 5, "warmup_eval_steps": 5} if smoke else {}
+    sizes = {"num_steps": 2, "sft_warmup_steps": 5, "sft_warmup_eval_steps": 5} if smoke else {}
     return replace(main_job, output_dir=folder, **sizes)
 
 
@@ -378,7 +383,7 @@ def studied(name: str, smoke: bool, folder: Path) -> list[Row]:
     if smoke:
         few = {"task": replace(main_job.task, size=8), "validation_task": replace(main_job.validation_task, size=4)}
         tiny = partial(tiny_llama, characters="1234.=", causal=False, hidden_size=32, num_layers=1, num_heads=2)
-        base = replace(main_job, model=tiny, eval_task=replace(main_job.eval_task, size=4), **few, warmup_steps=2)
+        base = replace(main_job, model=tiny, eval_task=replace(main_job.eval_task, size=4), **few, sft_warmup_steps=2)
         base = replace(base, train_batch_size=2, num_generations=2)
         study = replace(study, base=base, seeds=2, num_steps=1, metric="solve_rate")
     runs = [(arm, seed) for seed in range(study.seeds) for arm in study.arms]

@@ -35,7 +35,7 @@ def measured(preset: str, dtype: str, *, float32_head: bool) -> list[dict]:
     policy, rollout = make(shape, "cpu", getattr(torch, dtype))
     policy.module.lm_head.weight.data *= SHARPER
     policy.float32_head = float32_head
-    noise = one_step(prompt_mask=0.0).draw(rollout, torch.Generator())
+    noise = one_step(prompt_mask=0.0).draw_views(rollout, torch.Generator())
     whole = one_step().logprobs(policy, rollout, noise)
     apart = whole - one_step().logprobs(policy, rollout, noise, micro_batch_size=1)
     rows = [{"between": "batch shape", **sizes(apart[rollout.completion_mask])}]
@@ -48,7 +48,7 @@ def measured(preset: str, dtype: str, *, float32_head: bool) -> list[dict]:
     options = {"max_new_tokens": shape.completion_length, "diffusion_steps": 4, "temperature": 1.0, "rank": max_prob}
     sampled = unmask(policy, prompts, torch.Generator().manual_seed(0), **options)
     exact = trajectory()
-    learner = exact.logprobs(policy, sampled, exact.draw(sampled, torch.Generator()), micro_batch_size=2)
+    learner = exact.logprobs(policy, sampled, exact.draw_views(sampled, torch.Generator()), micro_batch_size=2)
     rows.append({"between": "rollout", **sizes((learner - sampled.logprobs)[sampled.completion_mask])})
     fewer = quantized_copy(policy, int8_weight_only())
     apart = whole - one_step().logprobs(fewer, rollout, noise)
@@ -59,7 +59,7 @@ def measured(preset: str, dtype: str, *, float32_head: bool) -> list[dict]:
     causal_policy.float32_head = float32_head
     generator = torch.Generator().manual_seed(0)
     sampled = autoregress(causal_policy, prompts, generator, max_new_tokens=shape.completion_length)
-    learner = causal().logprobs(causal_policy, sampled, causal().draw(sampled, torch.Generator()))
+    learner = causal().logprobs(causal_policy, sampled, causal().draw_views(sampled, torch.Generator()))
     rows.append({"between": "cache", **sizes((learner - sampled.logprobs)[sampled.completion_mask])})
     head = "fp32" if float32_head else dtype
     return [{"dtype": dtype, "head": head, **row} for row in rows]

@@ -27,7 +27,7 @@ from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
 from dllm_rl.training.late_rollouts.serialization import as_bytes, batch_from_bytes, from_bytes, trained_weights
 from dllm_rl.training.learner import step
-from dllm_rl.training.policies import engine_of, make_optimizer, make_policy
+from dllm_rl.training.policies import build_policy, engine_of, make_optimizer
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.samples import Samples
 from recipes.async_sudoku import recipe
@@ -40,7 +40,7 @@ class Turns:
 
     def __init__(self) -> None:
         self.accelerator = make_accelerator(device=torch.device("cpu"))
-        self.policy = make_policy(job, self.accelerator.device)
+        self.policy = build_policy(job, self.accelerator.device)
         self.engine = engine_of(job)
         self.rollout_policy = self.engine.load(self.policy)
         self.context = StepContext(

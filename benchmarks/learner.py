@@ -27,14 +27,14 @@ def arm(
     """Seconds and MiB of one gradient, and its norm."""
     policy, rollout = make(PRESETS[preset], device, getattr(torch, dtype))
     estimator = elbo(num_samples=masks)
-    noise = estimator.draw(rollout, torch.Generator().manual_seed(0))
-    scores = estimator.scores(policy, rollout, noise, micro_batch_size=micro_batch_size)
+    noise = estimator.draw_views(rollout, torch.Generator().manual_seed(0))
+    scores = estimator.view_logprobs(policy, rollout, noise, micro_batch_size=micro_batch_size)
     old, mask = estimator.combine(scores, noise), rollout.completion_mask
     advantages = torch.linspace(-1, 1, len(mask), device=device)
     ones, count = torch.ones_like(old), int(mask.sum())
     batch = Batch(rollout, noise, advantages, old, scores, ones, mask, None, count, len(mask))
     surrogate = ppo_clip
-    loss = partial(losses.policy_loss, surrogate=surrogate, aggregate=losses.token, beta=0.0, kl=losses.kl_k3)
+    loss = partial(losses.policy_loss, surrogate=surrogate, loss_reduction=losses.token_mean, beta=0.0, kl=losses.kl_k3)
     parameters = list(policy.module.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter).zero_()  # written to, so that its pages are there

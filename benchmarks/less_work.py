@@ -192,7 +192,7 @@ def savings(shape: Shape, repeats: int, smoke: bool) -> Iterator[dict[str, Any]]
     for cache in ("prefix cache", "dual cache"):
         run = sampled([shape.prompt] * shape.batch, cache=caches[cache], rank=rules.random, commit=some)
         yield compared(f"finished rows leave, {cache}", partial(with_it, waiting_rows, run), run, repeats)
-    in_products, once = (quantized_copy(policy, float8_weight_only(dequantised=d)) for d in (False, True))
+    in_products, once = (quantized_copy(policy, float8_weight_only(dequantized=d)) for d in (False, True))
     for batch in (1, shape.batch):
         lengths = [shape.prompt] * batch
         state = generator.get_state()

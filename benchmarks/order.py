@@ -44,19 +44,19 @@ def main() -> None:
         job()  # type: ignore[operator]
         times.setdefault(name, []).append(time.process_time() - start)
 
-    def score(rollout: object, order: str, *, backward: bool) -> None:
-        estimator = trajectory(order=order)
-        noise = estimator.draw(rollout, seeded())
+    def score(rollout: object, order: bool, *, backward: bool) -> None:
+        estimator = trajectory(include_order=order)
+        noise = estimator.draw_views(rollout, seeded())
         if not backward:
-            estimator.scores(policy, rollout, noise)
+            estimator.view_logprobs(policy, rollout, noise)
             return
-        for view, weight in zip(each_view(noise), noise.weight, strict=True):
+        for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
             view.backward(policy, rollout, weight)
 
     for _ in range(options.repeats):
         for rank in (max_prob, confidence):
             timed(f"sampling, {rank.__name__}", lambda rank=rank: sample(seeded(), rank=rank))
-        for order in ("given", "law"):
+        for order in (False, True):
             timed(f"scoring, {order}", lambda order=order: score(lawful, order, backward=False))
             timed(f"backward, {order}", lambda order=order: score(lawful, order, backward=True))
     policy.module.zero_grad()

@@ -34,7 +34,7 @@ def arm(scheme: str, preset: str, device: str, dtype: str, repeats: int) -> dict
     policy, rollout = make(shape, device, getattr(torch, dtype))
     rollout_policy = quantized_copy(policy, None if scheme == "none" else getattr(quantize, scheme)())
     prompts = Prompts.from_ids(rollout.tokens[:, : shape.prompt_length].tolist(), pad_id=policy.pad_id)
-    noise = trajectory().draw(rollout, torch.Generator())
+    noise = trajectory().draw_views(rollout, torch.Generator())
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=1e-6)
 
     def step() -> None:
@@ -43,8 +43,8 @@ def arm(scheme: str, preset: str, device: str, dtype: str, repeats: int) -> dict
         unmask(
             rollout_policy, prompts, generator, max_new_tokens=length, diffusion_steps=2, temperature=1.0, rank=max_prob
         )
-        trajectory().scores(policy, rollout, noise)
-        for view, weight in zip(each_view(noise), noise.weight, strict=True):
+        trajectory().view_logprobs(policy, rollout, noise)
+        for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
             view.backward(policy, rollout, weight / weight.sum())
         optimizer.step()
         optimizer.zero_grad()

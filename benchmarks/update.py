@@ -56,30 +56,33 @@ def step(
     optimizer: torch.optim.Optimizer,
     *,
     likelihood: LikelihoodEstimator,
-    keep_graphs: bool,
+    retain_graphs: bool,
     iterations: int = 1,
 ) -> None:
     """The library's: reference and learner are scored, then `update`."""
     anchor = None if reference is None else likelihood.logprobs(reference, rollout, noise)
-    scores, mask = likelihood.scores(policy, rollout, noise, keep_graphs=keep_graphs), rollout.completion_mask
+    scores, mask = (
+        likelihood.view_logprobs(policy, rollout, noise, retain_graphs=retain_graphs),
+        rollout.completion_mask,
+    )
     old = likelihood.combine(scores.detach(), noise)
     count, ones = int(mask.sum()), torch.ones_like(old)
     batch = Batch(rollout, noise, advantages_of(rollout), old, scores, ones, mask, anchor, count, len(mask))
     beta = 0.0 if reference is None else BETA
-    loss = partial(losses.policy_loss, surrogate=ppo_clip, aggregate=losses.token, beta=beta, kl=losses.kl_k3)
+    loss = partial(losses.policy_loss, surrogate=ppo_clip, loss_reduction=losses.token_mean, beta=beta, kl=losses.kl_k3)
     settings = UpdateSettings(loss=loss, likelihood=likelihood, learning_rate=0.0)
     batches = [replace(batch, rollout=at(rollout, policy))] * iterations
     update(policy, optimizer, batches, Accelerator(cpu=True), settings)
 
 
 def at(rollout: Rollout, policy: Policy) -> Rollout:
-    return replace(rollout, weights_version=policy.version)
+    return replace(rollout, weights_version=policy.weights_version)
 
 
 def published_logps(policy: Policy, rollout: Rollout, noise: Views) -> torch.Tensor:
     """sum_n weight_n log p, from the logits of every position of every view."""
     total = torch.zeros(rollout.tokens.shape)
-    for masked, weight in zip(noise.masked, noise.weight, strict=True):
+    for masked, weight in zip(noise.masked, noise.coefficients, strict=True):
         logits = policy.logits(rollout.tokens.masked_fill(masked, policy.spec.mask_id), rollout.attention_mask)
         logits[..., policy.spec.mask_id] = -torch.inf
         found = -F.cross_entropy(logits.flatten(0, 1).float(), rollout.tokens.flatten(), reduction="none")
@@ -121,13 +124,13 @@ def published(shape: Shape, repeats: int) -> list[dict]:
         ("d1's estimator, two inner iterations and KL", one_step(), reference, 2),
         ("ESPO's coupled masks, 4 views", coupled(num_samples=2), None, 1),
     ):
-        noise = likelihood.draw(rollout, torch.Generator().manual_seed(0))
+        noise = likelihood.draw_views(rollout, torch.Generator().manual_seed(0))
         given, norms = (policy, anchor, rollout, noise, optimizer), []
         ours = partial(step, *given, likelihood=likelihood, iterations=iterations)
         arms = {
             "published": partial(published_step, *given, iterations=iterations),
-            "constant memory": partial(ours, keep_graphs=False),
-            "kept graphs": partial(ours, keep_graphs=True),
+            "constant memory": partial(ours, retain_graphs=False),
+            "kept graphs": partial(ours, retain_graphs=True),
         }
         for run in arms.values():  # warmed up, and seen to compute the same
             run()
@@ -140,17 +143,17 @@ def published(shape: Shape, repeats: int) -> list[dict]:
 def gradient(policy: Policy, rollout: Rollout, noise: Views, estimator: LikelihoodEstimator, *, keep: bool) -> None:
     """Scoring and one gradient."""
     policy.module.zero_grad()
-    scores, mask = estimator.scores(policy, rollout, noise, keep_graphs=keep), rollout.completion_mask
+    scores, mask = estimator.view_logprobs(policy, rollout, noise, retain_graphs=keep), rollout.completion_mask
     old = estimator.combine(scores.detach(), noise)
     batch = Batch(rollout, noise, advantages_of(rollout), old, scores, torch.ones_like(old), mask, None, 1, 1)
-    loss = partial(losses.policy_loss, surrogate=ppo_clip, aggregate=losses.token, beta=0.0, kl=losses.kl_k3)
+    loss = partial(losses.policy_loss, surrogate=ppo_clip, loss_reduction=losses.token_mean, beta=0.0, kl=losses.kl_k3)
     accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator)
 
 
 def padded_gradient(policy: Policy, rollout: Rollout, noise: Views, estimator: LikelihoodEstimator) -> None:
     """As `gradient` with its graphs kept would be, of one batch as wide as its longest row: forward and backward."""
     policy.module.zero_grad()
-    for view, weight in zip(each_view(noise), noise.weight, strict=True):
+    for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
         view.backward(policy, rollout, weight)
 
 
@@ -168,7 +171,7 @@ def ragged(shape: Shape, repeats: int, *, longest: int) -> list[dict]:
         wide = replace(shape, num_rows=count, prompt_length=max(lengths))
         policy, rollout = make(wide, "cpu", torch.float32)
         rollout, estimator = left_padded(rollout, lengths), one_step()
-        noise = estimator.draw(rollout, torch.Generator().manual_seed(0))
+        noise = estimator.draw_views(rollout, torch.Generator().manual_seed(0))
         arms = {
             "padded": partial(padded_gradient, policy, rollout, noise, estimator),
             "buckets": partial(gradient, policy, rollout, noise, estimator, keep=True),
@@ -181,7 +184,7 @@ def main_job(rows: int, repeats: int) -> list[dict]:
     """Forward and backward of sudoku_unique's model and batch."""
     policy = tiny_masked_lm(characters="1234.=")
     _, rollout = make(Shape(8, 1, 2, 8, policy.vocab_size, rows, 17, 16), "cpu", torch.float32)
-    noise = one_step().draw(rollout, torch.Generator().manual_seed(0))
+    noise = one_step().draw_views(rollout, torch.Generator().manual_seed(0))
 
     def run(narrow: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
@@ -201,7 +204,7 @@ def growth(shape: Shape, repeats: int, *, masks: list[int], batch: list[int], le
                 wide = replace(wide, prompt_length=value // 2, completion_length=value // 2)
             policy, rollout = make(wide, "cpu", torch.float32)
             estimator = elbo(num_samples=number)
-            noise = estimator.draw(rollout, torch.Generator().manual_seed(0))
+            noise = estimator.draw_views(rollout, torch.Generator().manual_seed(0))
             given = (policy, rollout, noise, estimator)
             found = fastest({k: partial(gradient, *given, keep=k == "kept") for k in ("constant", "kept")}, repeats)
             base = base or found

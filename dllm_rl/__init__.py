@@ -6,20 +6,12 @@ The public names below are imported on first use, so that `import dllm_rl` costs
 from importlib import import_module
 from typing import Any
 
+from dllm_rl.renamed import hint
 from dllm_rl.screen import imports_interruptible, silence_import_noise
 
 silence_import_noise()  # before the first of these libraries is imported
 
 __version__ = "0.2.0.dev0"
-
-RENAMED = {  # public names of earlier versions, and what each is called now
-    "Weigh": "WeightFn",
-    "Weighed": "TokenWeights",
-    "composed": "combine_weights",
-    "no_weights": "unit_weights",
-    "weigh": "weight_fn",
-    "weighs": "weight_fns",
-}
 
 _HOME = {
     "types": "Prompts SamplingParams Rollout",
@@ -42,14 +34,15 @@ _HOME = {
     "int4_weight_only int4_packed fake_quantize",
     "quantization.rollout_policy": "quantized_copy sync_weights",
     "likelihoods.estimator": "LikelihoodEstimator",
-    "likelihoods.estimators": "one_step elbo coupled quadrature block eubo sandwich trajectory causal",
+    "likelihoods.estimators": "one_step elbo coupled quadrature block_elbo eubo sandwich trajectory causal",
     "algorithms.advantages": "group_relative leave_one_out decoupled",
-    "algorithms.correctors": "Corrector TokenStats TokenWeights none tis mis icepop reject ais tbpo aligned qarl "
-    "compose finite",
+    "algorithms.correctors": "Corrector TokenStats TokenWeights no_correction tis mis icepop reject ais tbpo aligned "
+    "qarl compose drop_nonfinite",
     "algorithms.by_step": "by_step",
     "algorithms.prompt_sources": "PromptSource RewardHistory uniform_prompts mixed_reward_prompts",
     "algorithms.triage": "triage",
-    "algorithms.losses": "ppo_clip gspo trust_band cispo vespo reinforce token sequence constant kl_k3",
+    "algorithms.losses": "ppo_clip gspo trust_band cispo vespo reinforce token_mean sequence_mean "
+    "fixed_length_mean kl_k3",
     "algorithms.optimizers": "adamw_8bit",
     "training.trainer": "train",
     "training.grpo": "grpo grpo_recipe",
@@ -66,8 +59,8 @@ __all__ = sorted(_MODULE_OF)
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        now = f": {name} is now {RENAMED[name]}" if name in RENAMED else ""
-        raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}{now}")
+        now = hint(name)
+        raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}" + (f": {now}" if now else ""))
     with imports_interruptible():
         return getattr(import_module(_MODULE_OF[name]), name)
 

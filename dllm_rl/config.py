@@ -19,6 +19,7 @@ from dllm_rl.bounds import Bound
 from dllm_rl.members import describe, full_name, function_of, imported, members
 from dllm_rl.presets import PRESETS, find_preset, say_preset, with_preset
 from dllm_rl.recipe import CHOICES, RECORDS, Recipe, fitted
+from dllm_rl.renamed import hint
 from dllm_rl.screen import escape_controls, interactive
 
 Record = TypeVar("Record", bound=Any)  # a frozen dataclass, as Recipe or a task
@@ -87,6 +88,9 @@ def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
         elif name in held and name not in texts:
             value = held[name].value
         else:
+            function = function_of(getattr(owner, "factory", None) or owner)
+            if now := hint(name, getattr(function, "__name__", type(owner).__name__) if prefix else ""):
+                raise ValueError(f"--{path}: {now}")
             raise _no_field(owner, path if name in texts else f"{path}.{next(iter(inner))}", texts.get(name), known)
         changes[name] = override(value, inner, f"{path}.") if inner else value
     try:
@@ -100,8 +104,8 @@ def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
 
 def _with(owner: Any, changes: Mapping[str, Any]) -> Any:
     """The owner with its changes: a record is made again, by its maker if it has one; of a function, a new partial."""
-    if getattr(owner, "made_by", None) is not None:
-        return _with(owner.made_by, changes)()
+    if getattr(owner, "factory", None) is not None:
+        return _with(owner.factory, changes)()
     if not isinstance(owner, partial) and not inspect.isfunction(owner):
         return dataclasses.replace(owner, **changes)
     function = owner if isinstance(owner, partial) else partial(owner)
@@ -210,6 +214,8 @@ def _needed(function: Callable) -> dict[str, Any]:
 
 
 def _unknown(path: str, text: str, words: Iterable[str]) -> ValueError:
+    if now := hint(text) or hint(f"{path}={text}"):
+        return ValueError(f"--{path} {text}: {now}")
     near = difflib.get_close_matches(text, words, n=1, cutoff=0)
     return ValueError(f"--{path} {text!r} is not known; the nearest is {near[0]!r} (one of {', '.join(words)})")
 
@@ -265,7 +271,7 @@ def _short(value: Any) -> str:
 
 def explained_by(value: Any) -> list[Any]:
     """The function, or the record's class and its bases, whose docstrings explain a value's keywords."""
-    value = function_of(getattr(value, "made_by", None) or value)
+    value = function_of(getattr(value, "factory", None) or value)
     if inspect.isfunction(value):
         return [value]
     if not inspect.isclass(value):

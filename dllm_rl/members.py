@@ -14,21 +14,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dllm_rl.bounds import Bound
+from dllm_rl.renamed import refuse_renamed
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{4,}")
 Made = TypeVar("Made", bound=Callable[..., Any])
 
 
-def maker(function: Made) -> Made:
+def configurable(function: Made) -> Made:
     """Remember, in the record that a function returns, the function and its arguments: the command line changes one of
     them by making the record again, and `describe` shows them. The record declares
-    `made_by: partial | None = field(default=None, init=False, repr=False, compare=False)`."""
+    `factory: partial | None = field(default=None, init=False, repr=False, compare=False)`."""
 
     @wraps(function)
     def make(*parts: Any, **keywords: Any) -> Any:
+        refuse_renamed(keywords, function.__name__)
         made = function(*parts, **keywords)
         # The record is frozen. A copy by `replace` has None: the function would not make that copy.
-        object.__setattr__(made, "made_by", partial(make, *parts, **keywords))
+        object.__setattr__(made, "factory", partial(make, *parts, **keywords))
         return made
 
     return typing.cast(Made, make)
@@ -47,8 +49,8 @@ class Member:
 def members(owner: Any) -> dict[str, Member]:
     """By name: a record's fields, or what its maker got; a function's keywords, bound or by default, and its bound
     positional arguments under 1, 2 ...; nothing for anything else, as for a record that no maker made."""
-    if hasattr(owner, "made_by"):
-        return members(owner.made_by)
+    if hasattr(owner, "factory"):
+        return members(owner.factory)
     if isinstance(owner, partial) or inspect.isfunction(owner):
         function = owner if isinstance(owner, partial) else partial(owner)
         bounds = getattr(function.func, "bounds", {})
@@ -98,8 +100,8 @@ def imported(path: str, text: str) -> Callable:
 
 def describe(value: Any) -> str:
     """A value as text: functions with their keywords, and records, as name(k=v), defaults included."""
-    if getattr(value, "made_by", None) is not None:
-        value = value.made_by  # shorter, and as one would write it
+    if getattr(value, "factory", None) is not None:
+        value = value.factory  # shorter, and as one would write it
     if isinstance(value, partial):
         return _call(value.func, {name: member.value for name, member in members(value).items()})
     if inspect.isfunction(value) or inspect.isbuiltin(value) or isinstance(value, type):
@@ -135,9 +137,9 @@ def _described_object(value: Any) -> str:
     return f"{full_name(type(value))}({', '.join(f'{name}={text}' for name, text in held.items())})"
 
 
-def _call(made_by: Any, held: dict[str, Any]) -> str:
+def _call(factory: Any, held: dict[str, Any]) -> str:
     arguments = [("" if name.isdecimal() else f"{name}=") + describe(value) for name, value in held.items()]
-    return f"{full_name(made_by)}({', '.join(arguments)})"
+    return f"{full_name(factory)}({', '.join(arguments)})"
 
 
 def full_name(made: Any) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.algorithms.correctors import none
+from dllm_rl.algorithms.correctors import no_correction
 from dllm_rl.algorithms.losses import kl_k3, ppo_clip
 from dllm_rl.algorithms.optimizers import constant_rate
 from dllm_rl.likelihoods.estimators import one_step
@@ -74,7 +74,7 @@ PRESETS: dict[str, Preset] = {
             "micro_batch_size": 6,
             "num_iterations": 8,
             "likelihood": one_step(prompt_mask=0.15),
-            "corrector": none(),
+            "corrector": no_correction(),
             "loss": partial(ppo_clip, epsilon=0.5),
             "advantages": partial(group_relative, scale_rewards="none"),
             "beta": 0.04,

@@ -13,10 +13,10 @@ from typing import Any, Literal, Union, cast, get_args, get_origin
 from torch import Generator
 
 from dllm_rl.algorithms import advantages, correctors, losses, optimizers, prompt_sources
-from dllm_rl.algorithms.advantages import group_relative, takes_parts
+from dllm_rl.algorithms.advantages import group_relative, takes_component_rewards
 from dllm_rl.algorithms.by_step import by_step
-from dllm_rl.algorithms.correctors import Corrector, none
-from dllm_rl.algorithms.losses import kl_k3, policy_loss, ppo_clip, surrogate_inputs, token
+from dllm_rl.algorithms.correctors import Corrector, no_correction
+from dllm_rl.algorithms.losses import kl_k3, policy_loss, ppo_clip, surrogate_inputs, token_mean
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.algorithms.prompt_sources import PromptSource, uniform_prompts
 from dllm_rl.algorithms.triage import triage
@@ -30,6 +30,7 @@ from dllm_rl.models.engine import RolloutEngine
 from dllm_rl.models.lora import Lora, check_mergeable, from_peft, lora_r16
 from dllm_rl.models.support import with_support
 from dllm_rl.quantization import schemes
+from dllm_rl.renamed import refuse_renamed
 from dllm_rl.samplers import by_name, rules
 from dllm_rl.tasks.base import Task
 from dllm_rl.types import Prompts, Rollout
@@ -39,19 +40,19 @@ def _named(module: ModuleType, names: str) -> dict[str, Callable]:
     return {name: getattr(module, name) for name in names.split()}
 
 
-_LIKELIHOODS = _named(estimators, "block causal coupled elbo eubo one_step quadrature sandwich trajectory")
+_LIKELIHOODS = _named(estimators, "block_elbo causal coupled elbo eubo one_step quadrature sandwich trajectory")
 _STATE_ONLY = _named(rules, "max_prob margin entropy")
 # What may be chosen by name, for each field of a record and keyword of a function that takes a function or what a
 # function makes. All functions of a row are called alike. Others are chosen as MODULE:FUNCTION.
 CHOICES: dict[str, dict[str, Callable]] = {
     "advantages": _named(advantages, "decoupled group_relative leave_one_out"),
-    "aggregate": _named(losses, "constant sequence token"),
+    "loss_reduction": _named(losses, "fixed_length_mean sequence_mean token_mean"),
     "base": _LIKELIHOODS,  # of `eubo` and `sandwich`
     "cache": by_name.CACHES,
-    "combine": _named(correctors, "alarm"),  # of `ais`
+    "lambda_fn": _named(correctors, "ais_lambda"),  # of `ais`
     "commit": by_name.COMMITS,
-    "corrector": _named(correctors, "ais aligned icepop mis none qarl reject tbpo tis")
-    | {"by_step": by_step, "triage": triage},
+    "corrector": _named(correctors, "ais aligned icepop mis qarl reject tbpo tis")
+    | {"by_step": by_step, "none": no_correction, "triage": triage},
     "kl": _named(losses, "kl_k1 kl_k2 kl_k3"),
     "likelihood": _LIKELIHOODS,
     "lora": {"lora_r16": lora_r16},
@@ -67,7 +68,7 @@ CHOICES: dict[str, dict[str, Callable]] = {
         "fake_quantize float8_dynamic float8_dynamic_emulated float8_weight_only int4_packed int4_weight_only "
         "int8_dynamic int8_weight_only",
     ),
-    "score": _STATE_ONLY,  # of `plackett_luce`
+    "base_rank": _STATE_ONLY,  # of `plackett_luce`
 }
 
 
@@ -199,6 +200,11 @@ def _remedy(name: str) -> str:
 class Settings:
     """The fields that every record of a run has. Names follow TRL and verl where the meaning is the same."""
 
+    def __new__(cls, **settings: Any) -> Any:
+        """Refuse a keyword of an earlier version with its name of today."""
+        refuse_renamed(settings.keys() - {f.name for f in fields(cls)})
+        return super().__new__(cls)
+
     name: str = _("name of the run, and of its folder below runs/")
     model: Callable[..., Policy] | str | Policy = _("function (seed=...) -> policy, a policy (copied), or a path")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = _("of weights from a path; auto: as stored", "float32")
@@ -263,7 +269,7 @@ class Settings:
     # Other records take these for fields that only RL has. Without an annotation they are no fields.
     shard_size = 1
     async_save = False
-    warmup_steps = 0
+    sft_warmup_steps = 0
     beta = 0.0
     log_completions_steps = 0
     torch_compile = False
@@ -363,16 +369,17 @@ class Recipe(Settings):
     eval_sampler: Callable = _("the sampler of evaluations")
     likelihood: LikelihoodEstimator = _("sequence-likelihood estimator")
     prompt_source: PromptSource = _("which prompts a step learns from", uniform_prompts())
-    corrector: Corrector = _("correction of the training-inference mismatch", none())
-    sampling_support: Literal["own", "unfiltered", "rollout"] = _(
-        "tokens over which log-probs are normalised where top_k or top_p filter (models.support.with_support)", "own"
+    corrector: Corrector = _("correction of the training-inference mismatch", no_correction())
+    sampling_support: Literal["per_policy", "unfiltered", "rollout"] = _(
+        "tokens over which log-probs are normalised where top_k or top_p filter (models.support.with_support)",
+        "per_policy",
     )
     advantages: Callable = _(
-        "(P, G) rewards -> (P, G) advantages; a function of `parts` and `weights` (decoupled: GDPO) gets each reward",
+        "(P, G) rewards -> (P, G) advantages; one that takes `component_rewards` (decoupled: GDPO) gets each reward",
         group_relative,
     )
     loss: Callable | None = _("the objective; None: the corrector's own, else ppo_clip", None)
-    aggregate: Callable | None = _("how the loss weighs tokens; None: the corrector's choice, else token", None)
+    loss_reduction: Callable | None = _("how the loss averages tokens; None: the corrector's, else token_mean", None)
     rollout_quantization: Callable[[], Any] | None = _("the rollout's scheme", None)
     rollout_engine: RolloutEngine | None = _("what makes rollouts; None: the learner, or its quantised copy", None)
     rollout_workers: int = _("Ray actors that make rollouts while the learner trains; 0: none", 0, at_least=0)
@@ -381,21 +388,23 @@ class Recipe(Settings):
     num_generations: int = _("completions per prompt (G)", 8, at_least=1)
     rollout_batch_size: int | None = _("completions sampled at a time, whole groups; None: all at once", None)
     micro_batch_size: int | None = _("completions per forward, a multiple of num_generations; None: all at once", None)
-    kept_graphs: int = _(
+    max_retained_graphs: int = _(
         "forwards (views x micro-batches) whose graphs scoring keeps for the first update", 1, at_least=0
     )
     old_logprobs: Literal["recompute", "rollout"] = _(
         "what ratios divide by: the learner's log-probs before the update, or the rollout's (bypass)", "recompute"
     )
     router_replay: Literal["R3"] | None = _("experts of the learner's tokens: R3: the rollout's; none: its own", None)
-    mismatch_sample: int = _("groups without advantage scored per step, to measure the mismatch", 2, at_least=1)
+    num_mismatch_groups: int = _("groups without advantage scored per step, to measure the mismatch", 2, at_least=1)
     max_prompt_length: int | None = _(
         "tokens; a longer training prompt is replaced by the task's next one that fits; None: refused", None, at_least=1
     )
     max_num_gen_batches: int = _("draws of prompts per step, until no group's rewards are all equal", 1, at_least=1)
     num_steps: int = _("RL steps", 180, at_least=0)
     num_iterations: int = _("optimiser updates per rollout", 1, at_least=1)
-    fresh_masks: bool = _("each of these updates draws its own masks, as in d1's code; False: all share one set", True)
+    resample_masks: bool = _(
+        "each of these updates draws its own masks, as in d1's code; False: all share one set", True
+    )
     adam_beta2: float = _("of AdamW", 0.99, at_least=0, below=1)
     weight_decay: float = _("of AdamW", 0.0, at_least=0)
     beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0, at_least=0)
@@ -404,7 +413,7 @@ class Recipe(Settings):
     teacher: Callable[..., Policy] | str | Policy | None = _(
         "a model (as `model`) whose reverse KL is in the reward; 'reference': the policy that RL started from", None
     )
-    teacher_steps: int = _("steps that the teacher takes for each one of the sampler's; 1: the same", 1, at_least=1)
+    teacher_substeps: int = _("steps that the teacher takes for each one of the sampler's; 1: the same", 1, at_least=1)
     teacher_coeff: float = _(
         "the teacher's share of the reward, beside 1 - teacher_coeff of the task's; 1: the teacher alone",
         1.0,
@@ -416,13 +425,13 @@ class Recipe(Settings):
     shard_size: int = _("processes (a divisor of all) that shard the learner (FSDP2); 0: all; 1: none", 1, at_least=0)
     zero_mismatch: bool = _("batch-invariant arithmetic; stop where rollout and learner differ at all", False)
 
-    warmup_steps: int = _("most supervised steps before RL; 0: none", 0, at_least=0)
-    warmup_batch_size: int = _("prompts per warm-up step, over all processes", 64, at_least=1)
-    warmup_learning_rate: float = _("of the warm-up's AdamW", 2e-3, above=0)
-    warmup_corruption: float = _("SFT's corruption, in the warm-up", 0.0, at_least=0, below=1)
-    warmup_target: float = _("warm-up ends when warmup_metric on validation_task reaches this", 1.0)
-    warmup_metric: str = _("the metric that ends the warm-up", "solve_rate")
-    warmup_eval_steps: int = _("steps between looks at that metric", 5, at_least=1)
+    sft_warmup_steps: int = _("most supervised steps before RL; 0: none", 0, at_least=0)
+    sft_warmup_batch_size: int = _("prompts per warm-up step, over all processes", 64, at_least=1)
+    sft_warmup_learning_rate: float = _("of the warm-up's AdamW", 2e-3, above=0)
+    sft_warmup_corruption: float = _("SFT's corruption, in the warm-up", 0.0, at_least=0, below=1)
+    sft_warmup_target: float = _("warm-up ends when sft_warmup_metric on validation_task reaches this", 1.0)
+    sft_warmup_metric: str = _("the metric that ends the warm-up", "solve_rate")
+    sft_warmup_eval_steps: int = _("steps between looks at that metric", 5, at_least=1)
 
     eval_batch_size: int = _("problems per evaluation batch and process", 256, at_least=1)
     log_completions_steps: int = _("RL steps between tables of completions, which are kept; 0: never", 50, at_least=0)
@@ -437,7 +446,7 @@ class Recipe(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        surrogate_inputs(self.surrogate)
+        surrogate_inputs(self.resolved_loss)
         if self.rollout_engine is not None and (self.rollout_quantization is not None or self.corrector.align_forward):
             wrong = f"rollout_engine={describe(self.rollout_engine)} makes no quantised copy"
             raise ValueError(f"{wrong}: use rollout_quantization=None, and a corrector that does not align the forward")
@@ -460,8 +469,8 @@ class Recipe(Settings):
                 "copy on the host; use async_save=False",
             ),
             (
-                self.loss is not None and self.corrector.surrogate is not None,
-                f"loss={describe(self.loss)} and the corrector's own {describe(self.corrector.surrogate)} are two "
+                self.loss is not None and self.corrector.loss is not None,
+                f"loss={describe(self.loss)} and the corrector's own {describe(self.corrector.loss)} are two "
                 "objectives: use loss=None (--loss none), or a corrector without one",
             ),
             (
@@ -471,10 +480,11 @@ class Recipe(Settings):
             (
                 self.old_logprobs == "rollout" and self.corrector.weighs,
                 "old_logprobs='rollout' takes ratios against the rollout itself, which a corrector's weights would "
-                "correct a second time: use corrector=none(), or one without weight_fn, or old_logprobs='recompute'",
+                "correct a second time: use corrector=no_correction(), or one without weight_fn, or "
+                "old_logprobs='recompute'",
             ),
             (
-                self.zero_mismatch and self.rolls_out_apart and not self.corrector.align_forward,
+                self.zero_mismatch and self.has_separate_rollout_policy and not self.corrector.align_forward,
                 "zero_mismatch=True needs rollout_quantization=None and no engine, or a corrector that aligns forwards",
             ),
             (
@@ -485,7 +495,7 @@ class Recipe(Settings):
             (
                 self.zero_mismatch and self.sampling_support == "unfiltered",
                 "zero_mismatch=True does not go with sampling_support='unfiltered', whose rollout log-probs are sums "
-                "of two recorded numbers and round; use 'own' or 'rollout'",
+                "of two recorded numbers and round; use 'per_policy' or 'rollout'",
             ),
             (
                 self.likelihood.reads_confidence_change and radius is not None and radius.default is None,
@@ -539,12 +549,12 @@ class Recipe(Settings):
         there = self.teacher is not None
         return [
             (
-                not there and (self.teacher_steps, self.teacher_coeff) != (1, 1.0),
-                f"teacher_steps={self.teacher_steps} and teacher_coeff={self.teacher_coeff:g} are a teacher's, and "
-                "teacher=None: set teacher, or leave them out",
+                not there and (self.teacher_substeps, self.teacher_coeff) != (1, 1.0),
+                f"teacher_substeps={self.teacher_substeps} and teacher_coeff={self.teacher_coeff:g} are a teacher's, "
+                "and teacher=None: set teacher, or leave them out",
             ),
             (
-                there and takes_parts(self.advantages),
+                there and takes_component_rewards(self.advantages),
                 f"advantages={describe(self.advantages)} takes each of the task's rewards on its own, and teacher adds "
                 "one that is none of them: use group_relative, or leave the teacher out",
             ),
@@ -556,33 +566,36 @@ class Recipe(Settings):
         ]
 
     @property
-    def keeps_reference(self) -> bool:
+    def needs_reference_policy(self) -> bool:
         """Whether a run keeps the policy that RL started from: for the KL term, or as a teacher."""
         return bool(self.beta) or self.teacher == REFERENCE
 
     @property
-    def mask_draws(self) -> int:
-        """How many sets of masks score a rollout. `rollout_corr/*`, `live/*` and `ais/*` are of the first."""
-        return self.num_iterations if self.fresh_masks and self.likelihood.random else 1
+    def num_mask_sets(self) -> int:
+        """How many sets of masks score a rollout. `rollout_corr/*`, `trained/*` and `ais/*` are of the first."""
+        return self.num_iterations if self.resample_masks and self.likelihood.is_random else 1
 
     @property
-    def rolls_out_apart(self) -> bool:
+    def has_separate_rollout_policy(self) -> bool:
         """Whether rollouts come from other arithmetic than the learner's own."""
         return self.rollout_quantization is not None or self.rollout_engine is not None
 
     @property
-    def aggregation(self) -> Callable:
-        """The aggregation in effect: the recipe's, else the corrector's, else `token`."""
-        return self.aggregate or self.corrector.aggregate or token
+    def resolved_loss_reduction(self) -> Callable:
+        """How the loss averages tokens: by the recipe's function, else the corrector's, else `token_mean`."""
+        return self.loss_reduction or self.corrector.loss_reduction or token_mean
 
     def settings(self) -> dict[str, Any]:
-        """The recipe as JSON, with the objective and the aggregation in effect."""
-        return described(self) | {"loss": plain(self.surrogate), "aggregate": plain(self.aggregation)}
+        """The recipe as JSON, with the loss and its reduction in effect."""
+        return described(self) | {
+            "loss": plain(self.resolved_loss),
+            "loss_reduction": plain(self.resolved_loss_reduction),
+        }
 
     @property
-    def surrogate(self) -> Callable:
+    def resolved_loss(self) -> Callable:
         """The objective in effect: the recipe's, else the corrector's, else PPO's clipped ratio."""
-        return self.loss or self.corrector.surrogate or ppo_clip
+        return self.loss or self.corrector.loss or ppo_clip
 
     def sample(self, policy: Policy, prompts: Prompts, generator: Generator) -> Rollout:
         """Completions of the prompts by the recipe's sampler, as they are to be scored where top_k or top_p filter."""
@@ -595,8 +608,8 @@ class Recipe(Settings):
         By default: ppo_clip with epsilon 0.2, every token of the batch alike, no KL term, no entropy bonus."""
         return partial(
             policy_loss,
-            surrogate=self.surrogate,
-            aggregate=self.aggregation,
+            surrogate=self.resolved_loss,
+            loss_reduction=self.resolved_loss_reduction,
             beta=self.beta,
             kl=self.kl,
             entropy=self.entropy_coeff,

@@ -19,7 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.text import Text
 
 PR_SET_PDEATHSIG = 1
-LONGEST = 380  # characters of an error, or of a library's message
+MAX_MESSAGE_LENGTH = 380  # characters of an error, or of a library's message
 NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}  # a table for 80 columns
 
 
@@ -45,7 +45,7 @@ def escape_controls(text: str, *, keep: str = "") -> str:
 
 def line_of(error: BaseException) -> str:
     """An error in one line: of a file, its path and what is wrong with it, without the system's number. A line of more
-    than LONGEST characters loses its middle: the field stands at the beginning, the remedy at the end."""
+    than MAX_MESSAGE_LENGTH characters loses its middle: the field stands at the beginning, the remedy at the end."""
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
@@ -53,8 +53,12 @@ def line_of(error: BaseException) -> str:
 
 
 def without_middle(text: str) -> str:
-    """A text of more than LONGEST characters loses its middle."""
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[5 - LONGEST // 2 :]}"
+    """A text of more than MAX_MESSAGE_LENGTH characters loses its middle."""
+    return (
+        text
+        if len(text) <= MAX_MESSAGE_LENGTH
+        else f"{text[: MAX_MESSAGE_LENGTH // 2]} ... {text[5 - MAX_MESSAGE_LENGTH // 2 :]}"
+    )
 
 
 def literal(text: object, *, style: str = "") -> Text:

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 Moved = TypeVar("Moved", bound="_Movable")
-Laid = TypeVar("Laid", bound="Columns")
-Support = Literal["own", "unfiltered", "rollout"]
-SUPPORTS: tuple[Support, ...] = ("own", "unfiltered", "rollout")
+Laid = TypeVar("Laid", bound="BatchRecord")
+Support = Literal["per_policy", "unfiltered", "rollout"]
+SUPPORTS: tuple[Support, ...] = ("per_policy", "unfiltered", "rollout")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Movable:
 
 
 @dataclass(frozen=True)
-class Columns(_Movable):
+class BatchRecord(_Movable):
     """A record of a batch's columns: tensors (B, T) or (B, T, C), vectors (B,), and parts that are such records.
 
     FILL  what a field's columns hold where there is no token; 0 for other fields
@@ -68,7 +68,7 @@ class Columns(_Movable):
         wider: dict[str, Any] = {}
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
-            if isinstance(value, Columns):
+            if isinstance(value, BatchRecord):
                 wider[each.name] = value.padded(columns, right=right)
             elif isinstance(value, Tensor) and value.dim() > 1:
                 behind = (0, 0) * (value.dim() - 2)  # axes behind the columns stay as they are
@@ -85,7 +85,7 @@ class Columns(_Movable):
         wider: dict[str, Any] = {}
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
-            if isinstance(value, Columns):
+            if isinstance(value, BatchRecord):
                 wider[each.name] = value.with_slots(sizes)
             elif isinstance(value, Tensor) and value.dim() == 3:
                 wider[each.name] = self._filled_up(each.name, next(sizes))
@@ -97,18 +97,18 @@ class Columns(_Movable):
         return F.pad(value, (0, size - value.shape[2]), value=self.FILL.get(name, 0))
 
     @staticmethod
-    def united(records: "Sequence[Laid]", unite: Callable[[list[Tensor]], Tensor]) -> "Laid":
+    def merge_records(records: "Sequence[Laid]", unite: Callable[[list[Tensor]], Tensor]) -> "Laid":
         """One record of several of like width, tensor by tensor. What some of them lack is left out: what is known of
         some rows alone is known of no batch."""
         changed: dict[str, Any] = {}
         for each in dataclasses.fields(records[0]):
             values = [getattr(record, each.name) for record in records]
-            if not any(isinstance(value, Tensor | Columns) for value in values):
+            if not any(isinstance(value, Tensor | BatchRecord) for value in values):
                 continue
             if any(value is None for value in values):
                 changed[each.name] = None
-            elif isinstance(values[0], Columns):
-                changed[each.name] = Columns.united(values, unite)
+            elif isinstance(values[0], BatchRecord):
+                changed[each.name] = BatchRecord.merge_records(values, unite)
             else:
                 if values[0].dim() == 3:
                     size = max(value.shape[2] for value in values)
@@ -131,7 +131,7 @@ class SamplingParams:
     top_k: int | None = None
     top_p: float | None = None
     suppress: tuple[int, ...] = ()
-    support: Support = "own"
+    support: Support = "per_policy"
 
     def __post_init__(self) -> None:
         if self.support not in SUPPORTS:
@@ -154,14 +154,14 @@ class Prompts(_Movable):
     """Left-padded prompts, each to be completed `group_size` times.
 
     seeds  one per row (B,), for the row's own random numbers; None: the sampler draws them from its generator
-    open   positions inside the prompts to fill in (infilling), part of the completion; None: there are none
+    infill_mask  positions inside the prompts to fill in (infilling), part of the completion; None: there are none
     """
 
     tokens: Int[Tensor, "P S"]
     attention_mask: Bool[Tensor, "P S"]
     group_size: int = 1
     seeds: Int[Tensor, " B"] | None = None
-    open: Bool[Tensor, "P S"] | None = None
+    infill_mask: Bool[Tensor, "P S"] | None = None
 
     @classmethod
     def from_ids(
@@ -187,7 +187,7 @@ class Prompts(_Movable):
             attention_mask=_left_padded([[True] * len(row) for row in ids], False, torch.bool),
             group_size=group_size,
             seeds=None if seeds is None else torch.tensor(seeds, dtype=torch.long),
-            open=_opened(ids, mask_id, open_positions),
+            infill_mask=_opened(ids, mask_id, open_positions),
         )
 
     @property
@@ -197,7 +197,7 @@ class Prompts(_Movable):
     @property
     def lengths(self) -> list[int]:
         """How many tokens each prompt gives; positions to fill in are none of them."""
-        given = self.attention_mask if self.open is None else self.attention_mask & ~self.open
+        given = self.attention_mask if self.infill_mask is None else self.attention_mask & ~self.infill_mask
         return given.sum(-1).tolist()
 
     def split(self, rows: int) -> "list[Prompts]":
@@ -233,7 +233,7 @@ def _opened(
 
 
 @dataclass(frozen=True)
-class Kept(Columns):
+class FilterSupport(BatchRecord):
     """What top_k and top_p kept of the distribution that a token was drawn from (`models.support`).
 
     log_mass  log of its probability; nats, 0 where no token was drawn
@@ -247,40 +247,40 @@ class Kept(Columns):
 
 
 @dataclass(frozen=True)
-class Order(Columns):
+class Order(BatchRecord):
     """In which order a sampler wrote, and with which probability (`models.order`, `likelihoods.order`).
 
-    open_step  the first step of the position's block; -1 elsewhere
-    rank       name of the sampler's rank, one of `samplers.records.RANKS`; None: another
+    block_first_step  the first step of the position's block; -1 elsewhere
+    rank_name  name of the sampler's rank, one of `samplers.records.RANKS`; None: another
     logprobs   log-prob (nats, 0 elsewhere) that its block's earlier steps left the position, or, under `plackett_luce`,
                that its step drew it. None without chance, or if the probability is unknown
     probability  what is known of it, as `samplers.records.order_probability` says
     rank_function  the rank by whose scores the positions were drawn: the bound `plackett_luce`, or `max_prob` under
                `soft_threshold`; None if they were not drawn, or by the tokens
-    draw       which draw of its step took the position, from 0; 0 in a step that wrote all that was left
-    soft       tau and temperature of the commit rule `soft_threshold`; `logprobs` are then each written position's
-               share of its step's. None under another rule
+    draw_index  which draw of its step took the position, from 0; 0 in a step that wrote all that was left
+    soft_threshold_params  tau and temperature of the commit rule `soft_threshold`; `logprobs` are then each written
+               position's share of its step's. None under another rule
     """
 
-    FILL: ClassVar[dict[str, Any]] = {"open_step": -1}
+    FILL: ClassVar[dict[str, Any]] = {"block_first_step": -1}
 
-    open_step: Int[Tensor, "B T"]
-    rank: str | None = None
+    block_first_step: Int[Tensor, "B T"]
+    rank_name: str | None = None
     logprobs: Float[Tensor, "B T"] | None = None
     rank_function: Callable | None = None
-    draw: Int[Tensor, "B T"] | None = None
-    soft: tuple[float, float] | None = None
+    draw_index: Int[Tensor, "B T"] | None = None
+    soft_threshold_params: tuple[float, float] | None = None
     probability: str = "unknown"
 
 
 @dataclass(frozen=True)
-class Events(Columns):
+class Events(BatchRecord):
     """Every event of each position under a commit rule that rewrites (`remask`, `edit`, `soft_edit`), in order.
 
     step      of the event; -1 behind a position's last one
     token     the token written; -1 where the position was masked again
     logprobs  of the token, as drawn in that step; nats, 0 where masked again
-    by_draws  rewrites depend on the drawn tokens, so events alone do not give the likelihood
+    depends_on_tokens  rewrites depend on the drawn tokens, so events alone do not give the likelihood
     """
 
     FILL: ClassVar[dict[str, Any]] = {"step": -1, "token": -1}
@@ -288,11 +288,11 @@ class Events(Columns):
     step: Int[Tensor, "B T W"]
     token: Int[Tensor, "B T W"]
     logprobs: Float[Tensor, "B T W"]
-    by_draws: bool = False
+    depends_on_tokens: bool = False
 
 
 @dataclass(frozen=True)
-class Renoised(Columns):
+class Renoised(BatchRecord):
     """Every step of each position under `renoise`, W a canvas's most steps: all that its likelihood needs.
 
     block     the canvas of each position, from 0; -1 elsewhere
@@ -312,7 +312,7 @@ class Renoised(Columns):
 
 
 @dataclass(frozen=True)
-class Rollout(Columns):
+class Rollout(BatchRecord):
     """What a sampler did.
 
     attention_mask   False on padding; always passed to the model
@@ -322,7 +322,7 @@ class Rollout(Columns):
     sampling_params  that distribution's temperature and filters, which the learner uses too
 
     Parts that only some samplers record; None where there is nothing to record:
-    kept     of a filtered distribution
+    filter_support  of a filtered distribution
     order    of a sampler that unmasks
     events   of a rule that rewrites; unmask_step and logprobs are then of a position's last writing alone
     experts  expert ids in M mixtures, of the state that the token was drawn from; undefined without a token
@@ -342,7 +342,7 @@ class Rollout(Columns):
     weights_version: int = 0
     sampling_params: SamplingParams = SamplingParams()
     forwards: int = 0  # model calls, counted per batch
-    kept: Kept | None = None
+    filter_support: FilterSupport | None = None
     order: Order | None = None
     events: Events | None = None
     experts: Integer[Tensor, "B T M E"] | None = None
@@ -350,29 +350,31 @@ class Rollout(Columns):
     confidence_change: Float[Tensor, "B T"] | None = None
     batch_row: Int[Tensor, " B"] | None = None  # in the global batch, by which masks are drawn; None: rows are in order
 
-    def replaced(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
+    def replace_rows(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
         """This rollout with `rows` replaced by another's; the narrower of the two is padded on the left."""
         width = max(self.tokens.shape[1], by.tokens.shape[1])
         both = [each.padded(width - each.tokens.shape[1], pad_id=pad_id) for each in (self, by)]
-        found = Columns.united(both, lambda pair: pair[0].index_copy(0, rows, pair[1]))
+        found = BatchRecord.merge_records(both, lambda pair: pair[0].index_copy(0, rows, pair[1]))
         return dataclasses.replace(found, forwards=self.forwards + by.forwards)
 
     @classmethod
-    def joined(cls, parts: "Sequence[Rollout]", *, pad_id: int) -> "Rollout":
+    def concatenate(cls, parts: "Sequence[Rollout]", *, pad_id: int) -> "Rollout":
         """The rows of all parts, in order; narrower parts are padded on the right, like rows that ended early."""
         width = max(part.tokens.shape[1] for part in parts)  # parts end where their longest row ends
         alike = [part.padded(width - part.tokens.shape[1], right=True, pad_id=pad_id) for part in parts]
-        return dataclasses.replace(Columns.united(alike, torch.cat), forwards=sum(part.forwards for part in parts))
+        return dataclasses.replace(
+            BatchRecord.merge_records(alike, torch.cat), forwards=sum(part.forwards for part in parts)
+        )
 
 
 @dataclass(frozen=True)
 class Logprobs:
     """Log-prob contributions of one rollout under every policy of a step; nats, 0 where none is scored."""
 
-    old: Float[Tensor, "B T"]  # under the learner at the start of the update
-    old_scores: Float[Tensor, "N B T"]  # the same per mask, with kept graphs if any
-    rollout: Float[Tensor, "B T"]  # under the policy that sampled
-    reference: Float[Tensor, "B T"] | None  # under the reference policy, or None without a KL term
+    old_logprobs: Float[Tensor, "B T"]  # under the learner at the start of the update
+    old_view_logprobs: Float[Tensor, "N B T"]  # the same per mask, with kept graphs if any
+    rollout_logprobs: Float[Tensor, "B T"]  # under the policy that sampled
+    reference_logprobs: Float[Tensor, "B T"] | None  # under the reference policy, or None without a KL term
     views: "Views"  # with the experts that the learner takes again, if any
     entropy: Float[Tensor, "B T"] | None = None  # of the learner's distributions, where a corrector asks for it
 
@@ -389,32 +391,34 @@ class Batch:
     rollout: Rollout
     views: "Views"
     advantages: Float[Tensor, " B"]
-    old: Float[Tensor, "B T"]  # log-probs that ratios are taken against; the rollout's with old_logprobs="rollout"
-    old_scores: Float[Tensor, "N B T"]  # the learner's, per mask (saves the first inner step's forwards)
-    weights: Float[Tensor, "B T"]  # detached importance weights of the corrector
-    keep: Bool[Tensor, "B T"]  # positions that stay in the loss
-    reference: Float[Tensor, "B T"] | None  # log-probs under the reference policy, or None without a KL term
+    old_logprobs: Float[
+        Tensor, "B T"
+    ]  # log-probs that ratios are taken against; the rollout's with old_logprobs="rollout"
+    old_view_logprobs: Float[Tensor, "N B T"]  # the learner's, per mask (saves the first inner step's forwards)
+    importance_weights: Float[Tensor, "B T"]  # detached importance weights of the corrector
+    loss_mask: Bool[Tensor, "B T"]  # positions that stay in the loss
+    reference_logprobs: Float[Tensor, "B T"] | None  # log-probs under the reference policy, or None without a KL term
     num_tokens: int  # denominators of the loss, over the global batch
     num_sequences: int
     rollout_logprobs: Float[Tensor, "B T"] | None = None  # log-probs under the policy that sampled; None: not known
-    sum_over: Callable[[Tensor], Tensor] = alone  # over all processes, on the tensor's device
+    sum_over_processes: Callable[[Tensor], Tensor] = alone  # over all processes, on the tensor's device
 
 
 @dataclass(frozen=True)
-class ViewPart(_Movable):
+class ViewTensors(_Movable):
     """What an optional feature adds to the views of an estimate: a record of tensors (N, B, T, ...) or (B,).
 
     One that changes how views are scored is a `likelihoods.views.ViewFeature`.
     """
 
-    single_tokens: ClassVar[bool] = True  # whether a contribution is the log-prob of a single token
+    is_per_token: ClassVar[bool] = True  # whether a contribution is the log-prob of a single token
 
     @property
     def num_forwards(self) -> int:
         """Forwards of the model in a view, whose graphs would be kept together."""
         return 1
 
-    def recorded(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def sampler_logprobs(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """The sampler's recorded contributions, nats, given those of a plain view."""
         return logprobs
 
@@ -424,23 +428,23 @@ class Views(_Movable):
     """The masks of a likelihood estimate: data that travels with the batch, the same for every policy.
 
     masked  positions hidden from the model in view n
-    weight  coefficient of the position's log-prob in view n, of either sign; 0 where it is not scored
+    coefficients  coefficient of the position's log-prob in view n, of either sign; 0 where it is not scored
     upper_bound_weight  per row, in [0, 1]: `sandwich`'s; None: lower bound only
-    parts   of optional features, in the order in which they change a view; an estimator's own tensors too
+    features  of optional features, in the order in which they change a view; an estimator's own tensors too
     """
 
     masked: Bool[Tensor, "N B T"]
-    weight: Float[Tensor, "N B T"]
+    coefficients: Float[Tensor, "N B T"]
     upper_bound_weight: Float[Tensor, " B"] | None = None
-    parts: tuple[ViewPart, ...] = ()
+    features: tuple[ViewTensors, ...] = ()
 
     def rows(self, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> "Views":
         return self.map(lambda x: x[keep] if x.dim() == 1 else x[:, keep][:, :, columns])
 
-    def only(self, live: Bool[Tensor, " B"]) -> "Views":
+    def restrict_to_rows(self, live: Bool[Tensor, " B"]) -> "Views":
         """The same masks, with the other rows not scored."""
-        return dataclasses.replace(self, weight=self.weight * live[:, None])
+        return dataclasses.replace(self, coefficients=self.coefficients * live[:, None])
 
     def scored(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         """`mask` in the rows that any view scores."""
-        return mask & (self.weight != 0).any(0).any(-1, keepdim=True)
+        return mask & (self.coefficients != 0).any(0).any(-1, keepdim=True)

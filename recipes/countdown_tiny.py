@@ -27,10 +27,10 @@ recipe = Recipe(
     train_batch_size=32,
     num_steps=300,
     learning_rate=5e-4,
-    warmup_steps=600,
-    warmup_target=0.08,
-    warmup_metric="accuracy",
-    warmup_eval_steps=20,
+    sft_warmup_steps=600,
+    sft_warmup_target=0.08,
+    sft_warmup_metric="accuracy",
+    sft_warmup_eval_steps=20,
 )
 
 if __name__ == "__main__":

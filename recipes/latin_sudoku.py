@@ -52,7 +52,7 @@ recipe = replace(
     likelihood=trajectory(num_segments=2),  # what `dllm_rl.grpo` takes for four steps
     rollout_quantization=None,
     train_batch_size=16,
-    kept_graphs=16,
+    max_retained_graphs=16,
     num_steps=150,
     eval_steps=15,
 )

@@ -17,7 +17,7 @@ recipe = replace(
     eval_task=questions(split="test"),
     sampler=partial(in_blocks, temperature=0.9),
     num_iterations=12,
-    warmup_metric="accuracy",
+    sft_warmup_metric="accuracy",
 )
 
 if __name__ == "__main__":

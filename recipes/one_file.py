@@ -58,7 +58,7 @@ class Settings:
 
     seed: int = 0
     warmup_steps: int = 400  # at most, supervised, before RL
-    warmup_target: float = 0.2  # the solve rate that ends the warm-up
+    sft_warmup_target: float = 0.2  # the solve rate that ends the warm-up
     num_steps: int = 100  # of RL
     train_batch_size: int = 32  # P, puzzles per step
     num_generations: int = 8  # G, completions per puzzle
@@ -388,7 +388,7 @@ def warm_up(model: Any, tokenizer: Any, task: Sudoku, settings: Settings) -> Non
         if (step + 1) % 20 == 0:  # often: a small model gets the idea within 20 steps, at another step for each seed
             solve_rate = solve_rate_of(model, tokenizer, "validation", settings)
             print(f"warm-up step {step + 1:3}  loss {loss.item():.3f}  solve_rate {solve_rate:.3f}")
-            if solve_rate >= settings.warmup_target:
+            if solve_rate >= settings.sft_warmup_target:
                 return
 
 

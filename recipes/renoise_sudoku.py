@@ -26,8 +26,8 @@ recipe = replace(
     sampler=partial(renoise_in_four, answer="drawn", entropy_bound=math.inf),
     eval_sampler=renoise_in_four,
     likelihood=trajectory(self_conditioning="full"),
-    warmup_steps=300,
-    kept_graphs=4,
+    sft_warmup_steps=300,
+    max_retained_graphs=4,
     num_steps=240,
     eval_steps=60,
 )

@@ -67,7 +67,7 @@ recipe = Recipe(
     eval_sampler=partial(answer, temperature=0.0),
     likelihood=causal(),
     corrector=tis(),  # the mean ESS is 0.92: docs/mismatch.md
-    rollout_quantization=partial(float8_weight_only, dequantised=True),
+    rollout_quantization=partial(float8_weight_only, dequantized=True),
     lora=lora_r16,
     beta=0.02,
     learning_rate=5e-4,

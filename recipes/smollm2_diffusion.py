@@ -27,7 +27,7 @@ recipe = replace(
     sampler=partial(in_two, rank=random, temperature=1.0),
     eval_sampler=partial(in_two, rank=max_prob, temperature=0.0),
     likelihood=trajectory(),
-    kept_graphs=2,
+    max_retained_graphs=2,
     train_batch_size=8,
     num_steps=48,
 )

@@ -26,8 +26,8 @@ recipe = replace(
     bf16=True,
     rollout_quantization=float8_dynamic,
     torch_compile=True,
-    warmup_steps=2000,
-    warmup_learning_rate=5e-4,
+    sft_warmup_steps=2000,
+    sft_warmup_learning_rate=5e-4,
     learning_rate=1e-4,
 )
 

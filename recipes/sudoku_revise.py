@@ -19,9 +19,9 @@ recipe = replace(
     name="sudoku-revise",
     sampler=partial(edit_in_four, temperature=1.0),
     eval_sampler=partial(edit_in_four, temperature=0.0),
-    warmup_corruption=0.3,
+    sft_warmup_corruption=0.3,
     train_batch_size=16,
-    kept_graphs=4,
+    max_retained_graphs=4,
     num_steps=120,
     eval_steps=30,
 )

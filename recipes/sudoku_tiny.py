@@ -85,7 +85,7 @@ recipe = Recipe(
     rollout_quantization=float8_weight_only,
     entropy_coeff=0.05,  # answers of a group stay apart for longer: equal ones teach nothing
     train_batch_size=64,
-    kept_graphs=2,
+    max_retained_graphs=2,
     num_steps=100,
     eval_steps=20,
 )

@@ -13,7 +13,7 @@ recipe = replace(
     sampler=partial(autoregress, max_new_tokens=16, temperature=1.0),
     eval_sampler=partial(autoregress, max_new_tokens=16, temperature=0.0),
     likelihood=causal(),
-    warmup_steps=600,
+    sft_warmup_steps=600,
 )
 
 if __name__ == "__main__":

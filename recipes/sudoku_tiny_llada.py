@@ -10,8 +10,8 @@ recipe = replace(
     base,
     name="sudoku-tiny-llada",
     model=partial(tiny_llama, characters="1234.=", causal=False),
-    warmup_steps=400,
-    warmup_target=0.3,
+    sft_warmup_steps=400,
+    sft_warmup_target=0.3,
     num_steps=500,
 )
 

@@ -11,10 +11,10 @@ recipe = replace(
     name="sudoku-tiny-moe",
     model=partial(tiny_moe, characters="1234.="),
     rollout_quantization=float8_weight_only,
-    warmup_steps=400,
-    warmup_target=0.25,
+    sft_warmup_steps=400,
+    sft_warmup_target=0.25,
     num_steps=180,
-    kept_graphs=2,
+    max_retained_graphs=2,
 )
 
 if __name__ == "__main__":

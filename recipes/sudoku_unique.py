@@ -22,8 +22,8 @@ recipe = Recipe(
     eval_sampler=partial(unmask_in_two, temperature=0.0),
     likelihood=trajectory(),
     rollout_quantization=float8_weight_only,
-    warmup_steps=200,
-    warmup_target=0.2,
+    sft_warmup_steps=200,
+    sft_warmup_target=0.2,
     num_steps=360,
     eval_steps=60,
 )

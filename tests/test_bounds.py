@@ -22,7 +22,7 @@ RECORDS = (correctors.Corrector, estimators.LikelihoodEstimator)
 NUMBERS = {int, float}
 GIVEN = {"num_tokens", "num_sequences", "group_size", "beta", "entropy"}  # by the learner, to functions of losses
 # Where 0 says something: no token is left out of a band or a mask, no bound on the entropy, nothing added.
-ZERO = {"low", "bound", "prompt_mask", "mix", "gamma", "eta", "rate", "tau_edit", "eps"}
+ZERO = {"bound", "min_ratio", "threshold", "prompt_mask", "mix", "gamma", "eta", "rate", "tau_edit", "eps"}
 
 
 def kinds_of(annotation):
@@ -76,7 +76,7 @@ def test_no_constant_is_negative_or_zero_or_not_finite(function, keyword):
 
 def test_the_list_has_all_kinds():
     found = {param.id for param in constants()}
-    assert {"tis-cap", "vespo-lam_neg", "sandwich-mix", "remask-eta", "constant-length", "gdsd-psi"} <= found
+    assert {"tis-cap", "vespo-lam_neg", "sandwich-mix", "remask-eta", "fixed_length_mean-length", "gdsd-psi"} <= found
     assert len(found) > 60
 
 
@@ -84,8 +84,8 @@ def test_the_list_has_all_kinds():
     ("function", "keyword", "value", "message"),
     [
         (correctors.tis, "cap", 0.5, "cap=0.5 must be at least 1"),
-        (correctors.mis, "low", 1.5, "low=1.5 must lie in [0, 1]"),
-        (correctors.mis, "high", 0.9, "high=0.9 must be at least 1"),
+        (correctors.mis, "min_ratio", 1.5, "min_ratio=1.5 must lie in [0, 1]"),
+        (correctors.mis, "max_ratio", 0.9, "max_ratio=0.9 must be at least 1"),
         (rules.threshold, "tau", 1.1, "tau=1.1 must lie in (0, 1]"),
         (estimators.one_step, "prompt_mask", 1.0, "prompt_mask=1.0 must lie in [0, 1)"),
         (correctors.tis, "cap", math.inf, "cap=inf must be at least 1, and be finite"),
@@ -118,7 +118,7 @@ def test_a_recipe_checks_what_it_holds(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"tau=7.0 must lie in \(0, 1\]"):
         replace(recipe, sampler=sampler)
     with pytest.raises(ValueError, match="length=0 must be at least 1"):
-        replace(recipe, aggregate=partial(losses.constant, length=0))
+        replace(recipe, loss_reduction=partial(losses.fixed_length_mean, length=0))
     two = (partial(correctors.truncated_weights, cap=2.0), partial(correctors.truncated_weights, cap=-2.0))
     with pytest.raises(ValueError, match=r"cap=-2\.0 must be at least 1"):
         correctors.Corrector(partial(correctors.combine_weights, weight_fns=two))

@@ -14,7 +14,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.advantages import decoupled
-from dllm_rl.algorithms.losses import ppo_clip, sequence
+from dllm_rl.algorithms.losses import ppo_clip, sequence_mean
 from dllm_rl.config import CHOICES, explained_by, from_command_line, override, paths, usage
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.members import describe, members
@@ -130,8 +130,8 @@ def test_an_estimators_parts_are_not_changed_one_by_one(recipe):
     assert [path for path in paths(recipe) if path.startswith("likelihood.")] == [
         "likelihood.num_segments",
         "likelihood.block_size",
-        "likelihood.order",
-        "likelihood.num_sampled",
+        "likelihood.include_order",
+        "likelihood.num_sampled_steps",
         "likelihood.self_conditioning",
     ]
     mine = replace(recipe, likelihood=replace(recipe.likelihood, name="mine"))  # no function makes this one
@@ -146,14 +146,16 @@ def test_what_a_picked_function_needs_has_a_name_and_is_asked_for(recipe, capsys
     assert describe(from_command_line(recipe, again).sampler.keywords["commit"]) == "remask(eta=0.1)"
     assert describe(from_command_line(changed, [*rules[2:3], "0.8"]).sampler.keywords["commit"]) == "threshold(tau=0.8)"
     assert from_command_line(changed, ["--sampler.commit", "schedule"]).sampler.keywords["commit"] is schedule
-    blocks = ["--likelihood", "block", "--likelihood.block_size", "4"]
+    blocks = ["--likelihood", "block_elbo", "--likelihood.block_size", "4"]
     changed = from_command_line(recipe, blocks)
-    assert describe(changed.likelihood) == describe(likelihoods.block(block_size=4))
-    constant = from_command_line(recipe, ["--aggregate", "constant", "--aggregate.length", "16"]).aggregate
+    assert describe(changed.likelihood) == describe(likelihoods.block_elbo(block_size=4))
+    constant = from_command_line(
+        recipe, ["--loss_reduction", "fixed_length_mean", "--loss_reduction.length", "16"]
+    ).loss_reduction
     assert describe(constant.keywords) == "{'length': 16}"  # what the learner gives is not asked for
     for words, message in [
         (rules[:2], "--sampler.commit threshold needs --sampler.commit.tau\n"),
-        (blocks[:2], "--likelihood block needs --likelihood.block_size\n"),
+        (blocks[:2], "--likelihood block_elbo needs --likelihood.block_size\n"),
     ]:
         with pytest.raises(SystemExit) as stop:
             from_command_line(recipe, words)
@@ -172,8 +174,8 @@ def test_caches_schemes_adapters_and_parts_of_a_composition(recipe):
     assert from_command_line(adapted, ["--lora.r", "8"]).lora() == Lora(r=8)
     assert from_command_line(adapted, ["--lora", "lora_r16"]).lora() == Lora(r=16)
     two = replace(recipe, corrector=correctors.compose(correctors.tis(), correctors.reject()))
-    changed = from_command_line(two, ["--corrector.2.bound", "0.1"])
-    wanted = correctors.compose(correctors.tis(), correctors.reject(bound=0.1))
+    changed = from_command_line(two, ["--corrector.2.threshold", "0.1"])
+    wanted = correctors.compose(correctors.tis(), correctors.reject(threshold=0.1))
     assert describe(changed.corrector) == describe(wanted)
 
 
@@ -193,9 +195,11 @@ def test_the_keywords_of_a_corrector_stand_below_its_name(recipe):
         make_stats(torch.full((1, 1), 9.0), torch.ones(1), torch.ones(1, 1, dtype=torch.bool))
     )
     assert weights.item() == 2.5, "min(exp(9), 2.5)"
-    banded = from_command_line(recipe, ["--corrector", "qarl", "--corrector.c", "3", "--corrector.neg_low", "0.1"])
-    assert describe(banded.corrector) == describe(correctors.qarl(c=3.0, neg_low=0.1))
-    assert banded.corrector.surrogate.keywords["neg_low"] == 0.1 and banded.corrector.align_forward
+    banded = from_command_line(
+        recipe, ["--corrector", "qarl", "--corrector.max_weight", "3", "--corrector.neg_low", "0.1"]
+    )
+    assert describe(banded.corrector) == describe(correctors.qarl(max_weight=3.0, neg_low=0.1))
+    assert banded.corrector.loss.keywords["neg_low"] == 0.1 and banded.corrector.align_forward
     for name, make in CHOICES["corrector"].items():
         keywords = inspect.signature(make).parameters
         below = {path for path in paths(make(), "corrector.") if path != "corrector.combine.tau"}
@@ -204,7 +208,7 @@ def test_the_keywords_of_a_corrector_stand_below_its_name(recipe):
 
 def test_the_choices_of_a_name_are_called_alike(recipe):
     """Whoever calls one of a row calls every other: they take the same positional arguments, or a row's are by name."""
-    by_name = {"advantages", "rank", "score", "commit", "loss"}  # what these take, they get by their names
+    by_name = {"advantages", "rank", "base_rank", "commit", "loss"}  # what these take, they get by their names
     for name, known in CHOICES.items():
         assert known and all(inspect.isfunction(function) for function in known.values()), name
         kinds = [inspect.signature(function).parameters.values() for function in known.values()]
@@ -213,9 +217,9 @@ def test_the_choices_of_a_name_are_called_alike(recipe):
 
 
 def test_a_keyword_that_says_a_word_is_no_choice_of_functions(recipe):
-    """`aggregate` is a field that takes a function, and a keyword of correctors that takes a word."""
-    changed = from_command_line(recipe, ["--corrector", "tis", "--corrector.aggregate", "geometric"])
-    assert describe(changed.corrector) == describe(correctors.tis(aggregate="geometric"))
+    """`loss_reduction` is a field that takes a function, `pool` a keyword of correctors that takes a word."""
+    changed = from_command_line(recipe, ["--corrector", "tis", "--corrector.pool", "geometric"])
+    assert describe(changed.corrector) == describe(correctors.tis(pool="geometric"))
 
 
 def test_a_function_of_any_module_by_name(recipe):
@@ -232,18 +236,18 @@ def test_functions_by_name(recipe):
     new = from_command_line(
         recipe,
         [
-            *["--corrector", "none", "--likelihood", "one_step", "--aggregate", "sequence", "--kl", "kl_k2"],
+            *["--corrector", "none", "--likelihood", "one_step", "--loss_reduction", "sequence_mean", "--kl", "kl_k2"],
             *["--rollout_quantization", "int8_weight_only", "--advantages", "leave_one_out"],
             *["--sampler.rank", "max_prob"],
         ],
     )
-    assert new.corrector == correctors.none() and new.likelihood.name == "one_step"
+    assert new.corrector == correctors.no_correction() and new.likelihood.name == "one_step"
     assert override(recipe, {"advantages": "decoupled"}).advantages is decoupled
     assert "row_mean" not in paths(recipe)["loss"].choices
     bounded = ["--loss", "cispo", "--loss.max_ratio", "3"]
     assert from_command_line(recipe, bounded).loss.keywords == {"max_ratio": 3.0}
-    assert paths(override(recipe, {"corrector": "ais"}))["corrector.combine"].choices == ("alarm",)
-    assert new.aggregate is sequence and new.rollout_quantization is int8_weight_only
+    assert paths(override(recipe, {"corrector": "ais"}))["corrector.lambda_fn"].choices == ("ais_lambda",)
+    assert new.loss_reduction is sequence_mean and new.rollout_quantization is int8_weight_only
     assert new.sampler.keywords["rank"].__name__ == "max_prob"
     assert override(recipe, {"rollout_quantization": "none"}).rollout_quantization is None
     assert override(recipe, {"micro_batch_size": "none"}).micro_batch_size is None
@@ -287,7 +291,7 @@ def test_functions_by_name(recipe):
         ),
         (
             ["--corrector", "none", "--corrector.cap", "3"],
-            "--corrector.cap is not a field of the recipe; --corrector is none",
+            "--corrector.cap is not a field of the recipe; --corrector is no_correction",
         ),
         (["--corrector", "tis", "--corrector.weight_fn.cap", "3"], "the nearest is --corrector.cap"),
         (["--corrector", "tis", "--corrector.cap", "0.5"], "cap=0.5 must be at least 1"),
@@ -362,7 +366,16 @@ def test_help_shows_each_bound(recipe):
 
 NAMES = [path.stem for path in sorted(Path(main_job_file).parent.glob("*.py")) if "recipe" in path.read_text()]
 NAMES = [name for name in NAMES if name not in ("__init__", "weights", "antibody_loops", "one_file")]
-PICKS = ("likelihood", "corrector", "loss", "advantages", "aggregate", "rollout_quantization", "lora", "sampler.commit")
+PICKS = (
+    "likelihood",
+    "corrector",
+    "loss",
+    "advantages",
+    "loss_reduction",
+    "rollout_quantization",
+    "lora",
+    "sampler.commit",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -378,7 +391,7 @@ def test_every_name_of_every_recipe_is_explained(name):
     if isinstance(recipe, Recipe):
         # tbpo brings its own loss, correctors that weigh go with the learner's old log-probs, decoupled with no teacher
         plain = {"loss": None, "old_logprobs": "recompute", "max_staleness": 0, "rollout_workers": 0}
-        plain |= {"teacher": None, "teacher_steps": 1, "teacher_coeff": 1.0}
+        plain |= {"teacher": None, "teacher_substeps": 1, "teacher_coeff": 1.0}
         without_dropout = replace(without_dropout, **plain)
     needed = {
         "threshold": ("tau", "0.9"),
@@ -390,8 +403,8 @@ def test_every_name_of_every_recipe_is_explained(name):
     needed |= {
         "remask": ("eta", "0.1"),
         "soft_edit": ("rate", "0.1"),
-        "constant": ("length", "16"),
-        "likelihood block": ("block_size", "4"),  # a cache is named block, too
+        "fixed_length_mean": ("length", "16"),
+        "likelihood block_elbo": ("block_size", "4"),
     }
     recipes = [recipe]
     for field in (*PICKS, "sampler.cache", "optim", "kl", "lr_schedule"):

@@ -50,7 +50,7 @@ def test_every_public_name_is_in_the_reference_once():
     further = {f"dllm_rl.algorithms.correctors.{name}" for name in weigh.split()}
     further |= {"dllm_rl.algorithms.triage.triage_weights"}
     # What an estimator, and a sampler, of one's own are made of.
-    further |= {f"dllm_rl.types.{name}" for name in ("Views", "ViewPart", "Order", "Events", "Kept", "Renoised")}
+    further |= {f"dllm_rl.types.{name}" for name in ("Views", "ViewTensors", "Order", "Events", "Kept", "Renoised")}
     rules = "entropy random plackett_luce late_schedule origin soft_threshold"
     further |= {f"dllm_rl.samplers.rules.{name}" for name in rules.split()}
     further |= {f"dllm_rl.testing.{name}" for name in ("check_engine", "weighted_shares", "Shares")}
@@ -86,7 +86,7 @@ def test_the_reference_has_the_signatures_of_the_code(monkeypatch):
     signatures = importlib.import_module("signatures")
     for page in (DOCS / "reference").glob("*.md"):
         assert signatures.with_signatures(page.read_text()) == page.read_text(), f"{page.name}: run signatures.py"
-    for told in ("def none() -> Corrector:", "def tis(*, cap: float = 2.0,", "class Corrector:"):
+    for told in ("def no_correction() -> Corrector:", "def tis(*, cap: float = 2.0,", "class Corrector:"):
         assert told in (DOCS / "reference" / "algorithms.md").read_text()
     page = (DOCS / "reference" / "algorithms.md").read_text()
     assert "pyi" not in hooks.PYI.sub("", page)
@@ -223,9 +223,9 @@ def test_every_page_begins_with_the_question_that_it_answers():
 def test_the_estimator_of_ones_own_keeps_its_contract_and_scores_each_token_once(tmp_path):
     (tmp_path / "halves.py").write_text(example("Write a likelihood estimator"))
     made = runpy.run_path(str(tmp_path / "halves.py"))
-    noise = made["halves"].draw(made["rollout"], torch.Generator())
-    assert torch.equal(noise.weight.sum(0), made["rollout"].completion_mask.float())
-    assert torch.equal(noise.masked, noise.weight > 0)
+    noise = made["halves"].draw_views(made["rollout"], torch.Generator())
+    assert torch.equal(noise.coefficients.sum(0), made["rollout"].completion_mask.float())
+    assert torch.equal(noise.masked, noise.coefficients > 0)
 
 
 def run_example(heading, folder, monkeypatch, name="example", instead=("", "")):
@@ -261,7 +261,9 @@ def test_a_rule_that_rewrites_has_ratios_of_mean_one_and_some_of_its_steps_have_
     assert abs(jumping.mean_ratio - 1) < 3 * jumping.ratio_error and jumping.off > 8
     # Unbiased for the sum of the logs: its exponential is no weight.
     rule = made["partial"](made["sampler"], rank=made["random"], commit=made["partial"](made["beside"], rate=0.5))
-    some = made["weighted_shares"](made["policy"], rule, [made["equals"]], likelihood=dllm_rl.trajectory(num_sampled=2))
+    some = made["weighted_shares"](
+        made["policy"], rule, [made["equals"]], likelihood=dllm_rl.trajectory(num_sampled_steps=2)
+    )
     assert abs(some.mean_ratio - 1) > 3 * some.ratio_error
 
 
@@ -308,7 +310,7 @@ def test_a_loss_of_ones_own_is_checked_three_times(tmp_path, monkeypatch):
     for name, (row,) in made["rows"].items():
         assert f"    {name} {[(row.policy, row.sigma, round(row.bias, 2), round(row.rmse, 2))]}\n" in told
     with pytest.raises(AssertionError, match="on-policy"):
-        halved = dataclasses.replace(made["mine"], surrogate=lambda r, a, m: made["soft_clip"](r, a, m) / 2)
+        halved = dataclasses.replace(made["mine"], loss=lambda r, a, m: made["soft_clip"](r, a, m) / 2)
         made["check_corrector"](halved)
 
 
@@ -319,16 +321,16 @@ def test_a_loss_with_a_detached_part_has_checks_that_see_its_gradient(tmp_path, 
     assert made["table"][0].bias < 1e-12
     of = partial(made["Corrector"], weight_fn=made["unit_weights"])
     with pytest.raises(AssertionError, match=r"the loss must be that of none\(\) bit for bit"):
-        made["check_corrector"](of(surrogate=made["capped"]))
+        made["check_corrector"](of(loss=made["capped"]))
 
     def twice(log_ratio, advantages, mask):  # the right value at ratio 1, and a gradient that is twice as long
         extra = made["capped"](log_ratio, advantages, mask)
         return made["with_value"](log_ratio, advantages, mask) + extra - extra.detach()
 
     with pytest.raises(AssertionError, match=r"the gradient must be that of none\(\) bit for bit"):
-        made["check_corrector"](of(surrogate=twice))
+        made["check_corrector"](of(loss=twice))
     options = {"moved": "old", "policies": ("early",), "sigmas": (0.0,), "networks": 1}
-    (row,) = made["gradient_table"](of(surrogate=twice), **options)
+    (row,) = made["gradient_table"](of(loss=twice), **options)
     assert row.bias == pytest.approx(1)
 
 
@@ -344,10 +346,10 @@ def test_what_the_librarys_losses_do_in_these_checks():
     inside = {"epsilon": 0.2, "epsilon_high": 0.2}
     ours = {name: getattr(losses, name) for name in ("ppo_clip", "cispo", "vespo", "reinforce")}
     ours |= {"gspo": partial(losses.gspo, **inside), "bgpo": surrogates.bgpo, "gdsd": surrogates.gdsd}
-    ours |= {"stable_drl": partial(surrogates.stable_drl, sum_over=lambda x: x), "ebpo": surrogates.ebpo}
+    ours |= {"stable_drl": partial(surrogates.stable_drl, sum_over_processes=lambda x: x), "ebpo": surrogates.ebpo}
     found = {}
     for name, loss in ours.items():
-        made = Corrector(weight_fn=unit_weights, surrogate=surrogates.stable_drl if name == "stable_drl" else loss)
+        made = Corrector(weight_fn=unit_weights, loss=surrogates.stable_drl if name == "stable_drl" else loss)
         keeps, whole = True, True
         try:
             dllm_rl.check_corrector(made)
@@ -455,7 +457,7 @@ def test_a_quantisation_scheme_of_ones_own_is_an_engine(tmp_path, monkeypatch):
     """The example's own checks, and that the mixed copy keeps the layers that it names."""
     made = run_example("Write a quantisation scheme", tmp_path, monkeypatch)
     report = made["load_mixed"](made["policy"]).quantization_report
-    kept = [name for name in report.kept if name.endswith("down_proj")]
+    kept = [name for name in report.skipped if name.endswith("down_proj")]
     assert len(kept) == 3 and len(report.quantized) == len(made["chosen"](made["policy"].module)) - 3
 
 
@@ -507,14 +509,18 @@ def test_a_control_variate_keeps_the_contract(tmp_path, monkeypatch):
     made = run_example("A control variate in an estimator", tmp_path, monkeypatch)
     rollout, torch_generator = made["rollout"], torch.Generator().manual_seed(0)
     many = dataclasses.replace(rollout, batch_row=None).rows(torch.zeros(4000, dtype=torch.long))
-    weight = made["controlled"](coefficient=0.5).draw(many, torch_generator).weight[0, :, rollout.completion_mask[0]]
+    weight = (
+        made["controlled"](coefficient=0.5)
+        .draw_views(many, torch_generator)
+        .coefficients[0, :, rollout.completion_mask[0]]
+    )
     assert (weight.mean(0).abs() < 4 * weight.std(0) / 4000**0.5).all() and weight.std() > 0.1
     batch = dataclasses.replace(made["controlled"](), combine=lambda scores, views: of_the_batch(scores, views))
     made["check_estimator"](batch, made["policy"], rollout)  # as the page says, it does not see this
 
 
 def of_the_batch(scores, views):
-    total, scored = (scores * views.weight).sum(0), views.weight[0] != 0
+    total, scored = (scores * views.coefficients).sum(0), views.coefficients[0] != 0
     return total + scored * total.detach()[scored].mean()
 
 

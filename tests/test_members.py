@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from dllm_rl.algorithms.losses import ppo_clip, token
+from dllm_rl.algorithms.losses import ppo_clip, token_mean
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.members import describe, described, flattened
 from recipes.studies.surrogates import gdsd
@@ -16,9 +16,9 @@ from recipes.sudoku_unique import recipe as main_job
 
 def test_describe_fills_in_defaults():
     assert describe(partial(ppo_clip, epsilon=0.1)) == "ppo_clip(epsilon=0.1, epsilon_high=None, delta=None)"
-    assert describe(token) == "token"
+    assert describe(token_mean) == "token_mean"
     text = described(main_job)
-    assert text["corrector"] == "none()" and "0x" not in str(text)
+    assert text["corrector"] == "no_correction()" and "0x" not in str(text)
     assert "temperature=1.0" in text["sampler"] and "max_new_tokens=16" in text["sampler"]
 
 
@@ -33,10 +33,10 @@ def test_a_function_of_ones_own_is_not_described_as_the_librarys_of_its_name():
     def mine(mean):
         return mean
 
-    mine.__name__ = token.__name__
-    assert describe(token) == "token"
-    assert describe(mine) == f"{__name__}:token"
-    assert describe(partial(mine)) == f"{__name__}:token()"
+    mine.__name__ = token_mean.__name__
+    assert describe(token_mean) == "token_mean"
+    assert describe(mine) == f"{__name__}:token_mean"
+    assert describe(partial(mine)) == f"{__name__}:token_mean()"
     assert describe((gdsd,)) == "(recipes.studies.surrogates:gdsd)"
 
 

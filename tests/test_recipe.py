@@ -11,7 +11,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import tis
-from dllm_rl.algorithms.losses import gspo, kl_k2, ppo_clip, sequence, token, trust_band
+from dllm_rl.algorithms.losses import gspo, kl_k2, ppo_clip, sequence_mean, token_mean, trust_band
 from dllm_rl.algorithms.optimizers import adamw
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods.estimators import one_step, trajectory
@@ -70,12 +70,12 @@ def test_a_word_that_a_field_does_not_know_is_refused(recipe):
 
 
 def test_the_aggregation_is_the_one_given_else_the_correctors_papers_else_token(recipe):
-    taken = lambda *words: from_command_line(recipe, list(words)).aggregation  # noqa: E731
-    assert taken() is token and taken("--corrector", "ais") is token
-    assert taken("--corrector", "tbpo") is sequence and taken("--corrector", "qarl") is sequence
-    assert taken("--corrector", "tbpo", "--aggregate", "token") is token
-    assert taken("--corrector", "none", "--aggregate", "sequence") is sequence
-    assert replace(recipe, corrector=correctors.tbpo()).policy_loss.keywords["aggregate"] is sequence
+    taken = lambda *words: from_command_line(recipe, list(words)).resolved_loss_reduction  # noqa: E731
+    assert taken() is token_mean and taken("--corrector", "ais") is token_mean
+    assert taken("--corrector", "tbpo") is sequence_mean and taken("--corrector", "qarl") is sequence_mean
+    assert taken("--corrector", "tbpo", "--loss_reduction", "token_mean") is token_mean
+    assert taken("--corrector", "none", "--loss_reduction", "sequence_mean") is sequence_mean
+    assert replace(recipe, corrector=correctors.tbpo()).policy_loss.keywords["loss_reduction"] is sequence_mean
 
 
 def test_the_objective_is_the_one_given_else_the_correctors_else_ppos(recipe):
@@ -98,7 +98,7 @@ def test_an_update_has_the_recipes_rate_limits_and_loss(recipe):
     loss = given.pop("loss").keywords
     late = {"max_staleness": 0, "measure": False}
     assert given == limits | late | {"likelihood": recipe.likelihood, "learning_rate": 0.5 * 3 / 10}
-    named = {"surrogate": ppo_clip, "aggregate": token, "beta": 0.1, "kl": kl_k2}
+    named = {"surrogate": ppo_clip, "loss_reduction": token_mean, "beta": 0.1, "kl": kl_k2}
     assert loss == named | {"entropy": 0.01, "unbiased_kl": True}
 
 
@@ -106,7 +106,7 @@ def test_an_update_has_the_recipes_rate_limits_and_loss(recipe):
     ("likelihood", "fresh", "draws"), [(one_step(), True, 3), (one_step(), False, 1), (trajectory(), True, 1)]
 )
 def test_masks_are_drawn_anew_where_another_draw_gives_others(recipe, likelihood, fresh, draws):
-    assert replace(recipe, likelihood=likelihood, num_iterations=3, fresh_masks=fresh).mask_draws == draws
+    assert replace(recipe, likelihood=likelihood, num_iterations=3, resample_masks=fresh).num_mask_sets == draws
 
 
 @pytest.mark.parametrize(
@@ -192,12 +192,12 @@ def test_no_tracker_is_none_or_its_name(recipe):
 
 
 def test_a_run_is_said_to_aggregate_as_it_does(recipe):
-    assert recipe.settings()["aggregate"] == "token"
-    assert replace(recipe, corrector=correctors.qarl()).settings()["aggregate"] == "sequence"
-    assert describe(correctors.none()) == "none()"
-    mine = replace(correctors.tbpo(), surrogate=None)  # no function makes it: its parts tell it from others
-    assert describe(mine).startswith("Corrector(weight_fn=band_weights(c=2.0), ")
-    assert describe(mine).endswith(", align_forward=False, aggregate=sequence, needs_entropy=False)")
+    assert recipe.settings()["loss_reduction"] == "token_mean"
+    assert replace(recipe, corrector=correctors.qarl()).settings()["loss_reduction"] == "sequence_mean"
+    assert describe(correctors.no_correction()) == "no_correction()"
+    mine = replace(correctors.tbpo(), loss=None)  # no function makes it: its parts tell it from others
+    assert describe(mine).startswith("Corrector(weight_fn=band_weights(max_weight=2.0), ")
+    assert describe(mine).endswith(", align_forward=False, loss_reduction=sequence_mean, needs_entropy=False)")
 
 
 def test_a_partial_whose_dict_was_read_is_bound_again(tmp_path):

@@ -39,7 +39,7 @@ def test_a_rollout_is_padded_on_the_side_that_is_asked_for(right, tokens):
 
 def test_rows_are_replaced_by_those_of_another_in_their_order():
     old, new = rollout([[1, 2], [3, 4], [5, 6]], forwards=3), rollout([[0, 7, 8], [0, 9, 10]], forwards=4)
-    both = old.replaced(torch.tensor([2, 0]), new, pad_id=0)
+    both = old.replace_rows(torch.tensor([2, 0]), new, pad_id=0)
     assert both.tokens.tolist() == [[0, 9, 10], [0, 3, 4], [0, 7, 8]]
     assert both.logprobs.tolist() == [[0, -9, -10], [0, -3, -4], [0, -7, -8]]
     assert both.attention_mask.tolist() == [[True] * 3, [False, True, True], [True] * 3] and both.forwards == 7
@@ -51,10 +51,10 @@ def test_masks_of_rows_and_rows_that_are_not_scored():
     noise = Views(weight != 0, weight, torch.tensor([0.25, 0.5, 0.75]))
     assert noise.scored(torch.ones(3, 2, dtype=torch.bool)).tolist() == [[True, True], [True, True], [False, False]]
     taken = noise.rows(torch.tensor([1, 0]))
-    assert taken.weight.tolist() == [[[0, 0], [0, 2]], [[3, 0], [0, 0]]]
-    assert torch.equal(taken.masked, taken.weight != 0) and taken.upper_bound_weight.tolist() == [0.5, 0.25]
-    only = noise.only(torch.tensor([True, False, True]))
-    assert only.weight.tolist() == [[[0, 2], [0, 0], [0, 0]], [[0, 0], [0, 0], [0, 0]]]
+    assert taken.coefficients.tolist() == [[[0, 0], [0, 2]], [[3, 0], [0, 0]]]
+    assert torch.equal(taken.masked, taken.coefficients != 0) and taken.upper_bound_weight.tolist() == [0.5, 0.25]
+    only = noise.restrict_to_rows(torch.tensor([True, False, True]))
+    assert only.coefficients.tolist() == [[[0, 2], [0, 0], [0, 0]], [[0, 0], [0, 0], [0, 0]]]
     assert torch.equal(only.masked, noise.masked) and only.upper_bound_weight is noise.upper_bound_weight
 
 
@@ -70,11 +70,14 @@ def test_open_positions_of_prompts():
     ids = [[3, 1, 5], [6], [8, 1]]
     opened = [[False, True, False], [False, False, False], [False, False, True]]
     prompts = Prompts.from_ids(ids, pad_id=1, group_size=2, seeds=range(6), mask_id=1)
-    assert prompts.open.tolist() == opened and prompts.seeds.tolist() == list(range(6))
+    assert prompts.infill_mask.tolist() == opened and prompts.seeds.tolist() == list(range(6))
     bools = [[False, True, False], [False], [False, True]]
-    assert Prompts.from_ids(ids, pad_id=1, open_positions=bools).open.tolist() == opened
-    assert Prompts.from_ids(ids, pad_id=1).open is None and Prompts.from_ids(ids, pad_id=0, mask_id=9).open is None
-    assert [part.open.tolist() for part in prompts.split(4)] == [opened[:2], opened[2:]]
+    assert Prompts.from_ids(ids, pad_id=1, open_positions=bools).infill_mask.tolist() == opened
+    assert (
+        Prompts.from_ids(ids, pad_id=1).infill_mask is None
+        and Prompts.from_ids(ids, pad_id=0, mask_id=9).infill_mask is None
+    )
+    assert [part.infill_mask.tolist() for part in prompts.split(4)] == [opened[:2], opened[2:]]
     with pytest.raises(ValueError, match="give one of them"):
         Prompts.from_ids(ids, pad_id=1, mask_id=1, open_positions=bools)
     with pytest.raises(ValueError, match="one bool for each of the ids"):

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
+from dllm_rl.renamed import refuse_renamed
 
 
 @bounded(eps=Bound(at_least=0))
@@ -41,36 +42,44 @@ def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 
 @bounded(eps=Bound(at_least=0))
 def decoupled(
-    rewards: Float[Tensor, "P G"], *, parts: Float[Tensor, "K P G"], weights: Float[Tensor, " K"], eps: float = 1e-4
+    rewards: Float[Tensor, "P G"],
+    *,
+    component_rewards: Float[Tensor, "K P G"],
+    reward_weights: Float[Tensor, " K"],
+    eps: float = 1e-4,
 ) -> Float[Tensor, "P G"]:
     """GDPO (of rewards): normalise each of K rewards within its group, then their weighted sum over the batch.
-        z_k = (R_k - mean_group R_k) / (std_group R_k + eps),   s = sum_k weights_k z_k,   A = s / (std_batch s + eps)
+        z_k = (R_k - mean_group R_k) / (std_group R_k + eps),   s = sum_k w_k z_k,   A = s / (std_batch s + eps)
     Standard deviations are samples'. GDPO also subtracts the batch mean of s, which is 0. A NaN reward does not apply:
     its z is 0. Sources: arXiv 2601.05242, TRL's multi_objective_aggregation="normalize_then_sum" [digest].
-    parts    each reward of the task on its own
-    weights  of the rewards in the sum
+    component_rewards  each reward of the task on its own
+    reward_weights  of the rewards in the sum
     eps      added to both standard deviations
     """
-    there = ~parts.isnan()
+    there = ~component_rewards.isnan()
     count = there.sum(-1, keepdim=True)
-    mean = parts.nanmean(-1, keepdim=True)
-    centred = torch.where(there & _differ(parts)[..., None], parts - mean, 0)  # a mean of equal rewards may be rounded
+    mean = component_rewards.nanmean(-1, keepdim=True)
+    centred = torch.where(
+        there & _differ(component_rewards)[..., None], component_rewards - mean, 0
+    )  # a mean of equal rewards may be rounded
     size = _magnitude(centred, dim=-1)
     std = (torch.ldexp(centred, -size).square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    terms = _divided(weights[:, None, None] * centred, torch.ldexp(std, size) + eps)
+    terms = _divided(reward_weights[:, None, None] * centred, torch.ldexp(std, size) + eps)
     total = terms.sum(0)
     cancelled = total.abs() <= 8 * torch.finfo(total.dtype).eps * terms.abs().sum(0)  # a sum of roundings
     total = total.masked_fill(cancelled, 0)
     return _divided(total, _std(rearrange(total, "p g -> (p g)"), dim=0) + eps)
 
 
-def takes_parts(advantages: Callable) -> bool:
+def takes_component_rewards(advantages: Callable) -> bool:
     """Whether a function takes each reward on its own, as `decoupled` does."""
     function = getattr(advantages, "func", advantages)
-    return inspect.isfunction(function) and "parts" in inspect.signature(function).parameters
+    names = inspect.signature(function).parameters.keys() if inspect.isfunction(function) else set()
+    refuse_renamed(names & {"parts"}, "decoupled")
+    return "component_rewards" in names
 
 
-def informative(rewards: Float[Tensor, "P G *K"]) -> Bool[Tensor, " P"]:
+def has_unequal_rewards(rewards: Float[Tensor, "P G *K"]) -> Bool[Tensor, " P"]:
     """Groups whose rewards differ; the others have advantage 0. DAPO draws prompts until enough groups differ [paper].
     One differing reward of K is enough. NaN (the reward does not apply) is ignored."""
     return _differ(rearrange(rewards, "p g ... -> p (...) g")).any(-1)

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, WeightFn, ais
-from dllm_rl.members import maker
+from dllm_rl.members import configurable
 
 
 def weights_by_step(stats: TokenStats, *, weight_fn: WeightFn) -> TokenWeights:
@@ -28,7 +28,7 @@ def weights_by_step(stats: TokenStats, *, weight_fn: WeightFn) -> TokenWeights:
     return TokenWeights(weights, keep, {name: total / stats.mask.sum().item() for name, total in sums.items()})
 
 
-@maker
+@configurable
 def by_step(*, corrector: Corrector | None = None) -> Corrector:
     """A corrector whose statistics are of one denoising step at a time: AIS's lambda, the ratio of a sequence (of its
     tokens of a step), rejection. Token weights of their own (`tis`, `icepop`) are the same with it and without.

@@ -2,7 +2,7 @@
 
 log_mismatch = logp_old - logp_rollout per token (nats), over the GLOBAL batch. The mask marks the corrected rows: those
 with an advantage, or all rows with a KL term or an entropy bonus. Batch statistics (AIS's lambda) are of these rows; a
-corrector's `rollout_corr/*` are logged as `live/*`, next to those of all rows. Weights are detached, multiply the
+corrector's `rollout_corr/*` are logged as `trained/*`, next to those of all rows. Weights are detached, multiply the
 surrogate before any KL term, and are 1 off the mask. A token with a non-finite log_mismatch leaves the keep mask.
 """
 
@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.algorithms.losses import MAX_LOG, sequence, trust_band
+from dllm_rl.algorithms.losses import MAX_LOG, sequence_mean, trust_band
 from dllm_rl.bounds import Bound, bounded, check_bound
-from dllm_rl.members import function_of, maker
+from dllm_rl.members import configurable, function_of
 
 Level = Literal["token", "sequence"]
-Aggregate = Literal["product", "geometric"]
+Pool = Literal["product", "geometric"]
 Outside = Literal["zero", "drop"]
 
 
@@ -64,11 +64,11 @@ WeightFn = Callable[[TokenStats], TokenWeights]
 
 def unit_weights(stats: TokenStats) -> TokenWeights:
     """Every weight 1, every token with a finite ratio in the loss."""
-    _, keep, metrics = finite(stats.log_mismatch, stats.mask)
+    _, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     return TokenWeights(torch.ones_like(stats.log_mismatch).detach(), keep, metrics)
 
 
-def finite(
+def drop_nonfinite(
     log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"], dict[str, float]]:
     """log_mismatch with 0 wherever it is not finite or not marked, the mask without such tokens, and their share."""
@@ -78,7 +78,7 @@ def finite(
 
 
 def per_level(
-    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, aggregate: str
+    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, pool: str
 ) -> Float[Tensor, "B T"]:
     """The log-ratio at token level, or the row's sum (`product`) or mean (`geometric`) over it; 0 off the mask."""
     log_w = torch.where(mask, log_mismatch, 0)
@@ -87,18 +87,18 @@ def per_level(
     if level != "sequence":
         raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
     total = log_w.double().sum(-1, keepdim=True)  # fp64: sums over long rows round
-    if aggregate == "geometric":
+    if pool == "geometric":
         total = total / mask.sum(-1, keepdim=True).clamp(min=1)
-    elif aggregate != "product":
-        raise ValueError(f"aggregate={aggregate!r} must be 'product' or 'geometric'")
+    elif pool != "product":
+        raise ValueError(f"pool={pool!r} must be 'product' or 'geometric'")
     return torch.where(mask, total.clamp(-MAX_LOG, MAX_LOG).to(log_w.dtype), 0)
 
 
 def ratios(
-    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, aggregate: str
+    log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, pool: str
 ) -> Float[Tensor, "B T"]:
     """exp of `per_level`, whose logs stay within +-MAX_LOG."""
-    return per_level(log_mismatch, mask, level=level, aggregate=aggregate).clamp(-MAX_LOG, MAX_LOG).exp()
+    return per_level(log_mismatch, mask, level=level, pool=pool).clamp(-MAX_LOG, MAX_LOG).exp()
 
 
 def _fraction(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
@@ -112,57 +112,57 @@ def truncated_weights(
     *,
     cap: float = 2.0,
     level: str = "token",
-    aggregate: str = "product",
+    pool: str = "product",
 ) -> TokenWeights:
     """Truncated importance weights, w = min(rho, cap) [paper: TIS, fengyao.notion.site/off-policy-rl].
 
     rho_t = exp(log_mismatch_t) per token; per sequence exp of the sum (`product`) or the mean (`geometric`). `tis`
     explains the keywords.
     """
-    log_mismatch, keep, metrics = finite(stats.log_mismatch, stats.mask)
-    weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
+    log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
+    weights = ratios(log_mismatch, keep, level=level, pool=pool)
     metrics["tis/capped_fraction"] = _fraction(weights > cap, keep)  # of raw ratios: a weight at the cap is not capped
     return TokenWeights(torch.where(keep, weights.clamp(max=cap), 1), keep, metrics)
 
 
-@bounded(low=Bound(at_least=0, at_most=1), high=Bound(at_least=1))
+@bounded(min_ratio=Bound(at_least=0, at_most=1), max_ratio=Bound(at_least=1))
 def masked_weights(
     stats: TokenStats,
     *,
-    low: float = 0.5,
-    high: float = 5.0,
+    min_ratio: float = 0.5,
+    max_ratio: float = 5.0,
     level: str = "token",
-    aggregate: str = "product",
+    pool: str = "product",
     outside: str = "zero",
 ) -> TokenWeights:
     """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, "When Speed Kills Stability", by
     Liu et al. 2025; IcePop, arXiv 2510.18855]; rho as in `truncated_weights`. `mis` explains the keywords."""
     if outside not in ("zero", "drop"):
         raise ValueError(f"outside={outside!r} must be 'zero' or 'drop'")
-    log_mismatch, keep, metrics = finite(stats.log_mismatch, stats.mask)
-    weights = ratios(log_mismatch, keep, level=level, aggregate=aggregate)
-    oob = (weights < low) | (weights > high)
+    log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
+    weights = ratios(log_mismatch, keep, level=level, pool=pool)
+    oob = (weights < min_ratio) | (weights > max_ratio)
     metrics["rollout_corr/rollout_is_oob_ratio"] = _fraction(oob, keep)
     weights = torch.where(keep, weights.masked_fill(oob, 0), 1)
     return TokenWeights(weights, keep & ~oob if outside == "drop" else keep, metrics)
 
 
-@bounded(bound=Bound(at_least=0))
+@bounded(threshold=Bound(at_least=0))
 def rejection(
     stats: TokenStats,
     *,
     level: str = "sequence",
     statistic: str = "k3",
-    bound: float = 0.001,
-    aggregate: str = "mean",
+    threshold: float = 0.001,
+    pool: str = "mean",
 ) -> TokenWeights:
     """Drop what disagrees too much from the MASK, and so from the loss's denominator; weights stay 1.
 
     With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, nats. |k| is compared, for a
-    sequence after aggregation. Sources: verl's names, VeXact's default (sequence mean of k3 above 0.001 fits bf16
+    sequence after pooling. Sources: verl's names, VeXact's default (sequence mean of k3 above 0.001 fits bf16
     kernels; low-bit rollouts need more) [digest]. `reject` explains the keywords.
     """
-    d, finite_mask, metrics = finite(stats.log_mismatch, stats.mask)
+    d, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     d = d.clamp(-MAX_LOG, MAX_LOG)  # exp(d) overflows fp32 at 89
     match statistic:
         case "k1":
@@ -174,7 +174,7 @@ def rejection(
         case _:
             raise ValueError(f"statistic={statistic!r} must be 'k1', 'k2' or 'k3'")
     if level == "sequence":
-        match aggregate:
+        match pool:
             case "mean":
                 k = k.sum(-1, keepdim=True) / finite_mask.sum(-1, keepdim=True).clamp(min=1)
             case "sum":
@@ -182,10 +182,10 @@ def rejection(
             case "max":
                 k = k.abs().amax(-1, keepdim=True)
             case _:
-                raise ValueError(f"aggregate={aggregate!r} must be 'mean', 'sum' or 'max'")
+                raise ValueError(f"pool={pool!r} must be 'mean', 'sum' or 'max'")
     elif level != "token":
         raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
-    keep = finite_mask & (k.abs() <= bound)
+    keep = finite_mask & (k.abs() <= threshold)
     dropped = finite_mask & ~keep
     rows = finite_mask.any(-1).sum().item()
     metrics["rollout_corr/rollout_rs_masked_fraction"] = _fraction(dropped, finite_mask)
@@ -194,7 +194,7 @@ def rejection(
 
 
 @bounded(tau=Bound(above=0))
-def alarm(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
+def ais_lambda(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
     """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, towards 1 with the mismatch [ours: the digest of AIS
     that we read does not give the formula]."""
     return 1 - reliability * (tau / (divergence + tau)) * (1 / (1 + variation))
@@ -206,8 +206,8 @@ def adaptive_weights(
     *,
     cap: float = 2.0,
     tau: float = 0.05,
-    combine: Callable[..., float] = alarm,
-    aggregate: str = "product",
+    lambda_fn: Callable[..., float] = ais_lambda,
+    pool: str = "product",
     level: str = "token",
 ) -> TokenWeights:
     """AIS (arXiv 2605.13907 [digest]): one lam in [0, 1] for the batch mixes the uncorrected gradient and the TIS one.
@@ -218,34 +218,34 @@ def adaptive_weights(
     All three are of the corrected rows. Truncation [digest], cap 2 [ours]. No gradient goes through lam or w. `ais`
     explains the keywords.
     """
-    log_mismatch, keep, metrics = finite(stats.log_mismatch, stats.mask)
+    log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     log_w = log_mismatch.clamp(-MAX_LOG, MAX_LOG)
     reliability = 1.0  # without a token lam is what it is on-policy
     divergence = 0.0
     variation = 0.0
     if keep.any():
         w = log_w[keep].double().exp()
-        rows = per_level(log_mismatch, keep, level="sequence", aggregate=aggregate).double()
+        rows = per_level(log_mismatch, keep, level="sequence", pool=pool).double()
         log_rows = torch.where(keep, rows, -torch.inf).amax(-1)[keep.any(-1)]
         scaled = (log_rows - log_rows.max()).exp()  # rho does not change with the scale, and no square overflows
         reliability = min(1.0, (scaled.sum().square() / (len(scaled) * scaled.square().sum())).item())
         divergence = log_mismatch[keep].double().abs().mean().item()
         variation = (w.std(correction=0) / w.mean()).item()
-    capped = ratios(log_mismatch, keep, level=level, aggregate=aggregate).clamp(max=cap)
-    lam = min(1.0, max(0.0, combine(reliability, divergence, variation, tau=tau)))
+    capped = ratios(log_mismatch, keep, level=level, pool=pool).clamp(max=cap)
+    lam = min(1.0, max(0.0, lambda_fn(reliability, divergence, variation, tau=tau)))
     weights = torch.lerp(torch.ones_like(capped), capped, lam)  # exact at lam = 0, and at lam = 1
     metrics |= {"ais/rho": reliability, "ais/D": divergence, "ais/CV": variation, "ais/lambda": lam}
     return TokenWeights(torch.where(keep, weights, 1), keep, metrics)
 
 
-@bounded(c=Bound(at_least=1))
-def band_weights(stats: TokenStats, *, c: float = 2.0) -> TokenWeights:
+@bounded(max_weight=Bound(at_least=1))
+def band_weights(stats: TokenStats, *, max_weight: float = 2.0) -> TokenWeights:
     """TBPO's weight exp(clamp(mean_t log_mismatch, -log c, log c)), one per row (QaRL, arXiv 2604.07853 [digest]; clamp
     in log space [ours]). c is the largest weight, and one over the smallest.
     """
-    log_mismatch, keep, metrics = finite(stats.log_mismatch, stats.mask)
-    log_w = per_level(log_mismatch, keep, level="sequence", aggregate="geometric")
-    bound = math.log(c)
+    log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
+    log_w = per_level(log_mismatch, keep, level="sequence", pool="geometric")
+    bound = math.log(max_weight)
     metrics["tbpo/capped_fraction"] = _fraction(log_w.abs() > bound, keep)
     return TokenWeights(log_w.clamp(-bound, bound).exp(), keep, metrics)
 
@@ -265,8 +265,8 @@ def combine_weights(stats: TokenStats, *, weight_fns: tuple[WeightFn, ...]) -> T
     return TokenWeights(weights, keep, metrics)
 
 
-Surrogate = Callable[..., Tensor]  # (log_ratio, advantages, mask, further ones of losses.OFFERED)
-Aggregation = Callable[..., Tensor]  # of losses: (mask, *, num_tokens, num_sequences) -> coefficients
+Surrogate = Callable[..., Tensor]  # (log_ratio, advantages, mask, further ones of losses.SURROGATE_INPUTS)
+LossReduction = Callable[..., Tensor]  # (mask, *, num_tokens, num_sequences) -> coefficients
 
 
 @dataclass(frozen=True)
@@ -274,23 +274,23 @@ class Corrector:
     """weight_fn      `TokenStats` of the global batch -> `TokenWeights`
     needs_entropy  weight_fn reads `TokenStats.entropy`
     align_forward  the learner's forward runs through the rollout's quantised operands
-    surrogate      the objective (see `algorithms.losses`) of a method that brings one; None: the recipe's `loss`
-    aggregate      that method's aggregation, where the recipe names none
-    made_by        the function below with its arguments, so that a command line can change a keyword
+    loss           the objective (see `algorithms.losses`) of a method that brings one; None: the recipe's `loss`
+    loss_reduction  how that method averages tokens, where the recipe names no function
+    factory        the function below with its arguments, so that a command line can change a keyword
 
-    `none`, `tis` and the others below make one. A method of one's own is a function under
-    `members.maker` that returns a Corrector; its keywords are then options, too.
+    `no_correction`, `tis` and the others below make one. A method of one's own is a function under
+    `members.configurable` that returns a Corrector; its keywords are then options, too.
     """
 
     weight_fn: WeightFn = unit_weights
-    surrogate: Surrogate | None = None
+    loss: Surrogate | None = None
     align_forward: bool = False
-    aggregate: Aggregation | None = None
+    loss_reduction: LossReduction | None = None
     needs_entropy: bool = False
-    made_by: partial | None = field(default=None, init=False, repr=False, compare=False)
+    factory: partial | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:  # a constant is refused here, before a run, and not at the first batch
-        check_bound((self.weight_fn, self.surrogate, self.aggregate))
+        check_bound((self.weight_fn, self.loss, self.loss_reduction))
 
     @property
     def weighs(self) -> bool:
@@ -298,139 +298,147 @@ class Corrector:
         return function_of(self.weight_fn) is not unit_weights
 
 
-@maker
-def none() -> Corrector:
+@configurable
+def no_correction() -> Corrector:
     """No correction: weight 1 everywhere."""
     return Corrector()
 
 
-@maker
-def tis(*, cap: float = 2.0, level: Level = "token", aggregate: Aggregate = "product") -> Corrector:
+@configurable
+def tis(*, cap: float = 2.0, level: Level = "token", pool: Pool = "product") -> Corrector:
     """Truncated importance sampling; see `truncated_weights`.
 
     cap        largest weight, at least 1
     level      what has a ratio of its own: token or sequence
-    aggregate  of a sequence's tokens: product or geometric
+    pool       of a sequence's tokens: product or geometric
     """
-    return Corrector(weight_fn=partial(truncated_weights, cap=cap, level=level, aggregate=aggregate))
+    return Corrector(weight_fn=partial(truncated_weights, cap=cap, level=level, pool=pool))
 
 
-@maker
+@configurable
 def mis(
     *,
-    low: float = 0.5,
-    high: float = 2.0,
+    min_ratio: float = 0.5,
+    max_ratio: float = 2.0,
     level: Level = "token",
-    aggregate: Aggregate = "product",
+    pool: Pool = "product",
     outside: Outside = "zero",
 ) -> Corrector:
     """Masked importance sampling; see `masked_weights`.
 
-    low, high  the range of ratios that count
+    min_ratio, max_ratio  the range of ratios that count
     level      what has a ratio of its own: token or sequence
-    aggregate  of a sequence's tokens: product or geometric
+    pool       of a sequence's tokens: product or geometric
     outside    tokens outside the range: zero (weight 0, counted in the loss's denominator) or drop (not counted, as in
                verl's rejection)
     """
-    bound = partial(masked_weights, low=low, high=high, level=level, aggregate=aggregate, outside=outside)
+    bound = partial(masked_weights, min_ratio=min_ratio, max_ratio=max_ratio, level=level, pool=pool, outside=outside)
     return Corrector(weight_fn=bound)
 
 
-@maker
-def icepop(*, low: float = 0.5, high: float = 5.0, outside: Outside = "zero") -> Corrector:
+@configurable
+def icepop(*, min_ratio: float = 0.5, max_ratio: float = 5.0, outside: Outside = "zero") -> Corrector:
     """IcePop: masked importance sampling per token, from 0.5 to 5 [paper].
 
-    low, high  the range of ratios that count
+    min_ratio, max_ratio  the range of ratios that count
     outside    tokens outside the range: zero (weight 0, counted in the loss's denominator) or drop (not counted)
     """
-    return mis(low=low, high=high, level="token", outside=outside)
+    return mis(min_ratio=min_ratio, max_ratio=max_ratio, level="token", outside=outside)
 
 
-@maker
+@configurable
 def reject(
     *,
     level: Level = "sequence",
     statistic: Literal["k1", "k2", "k3"] = "k3",
-    bound: float = 0.001,
-    aggregate: Literal["mean", "sum", "max"] = "mean",
+    threshold: float = 0.001,
+    pool: Literal["mean", "sum", "max"] = "mean",
 ) -> Corrector:
     """Rejection of tokens or sequences; see `rejection`.
 
     level      what is dropped: token or sequence
     statistic  k1, k2 or k3
-    bound      its largest value that is kept, nats
-    aggregate  of a sequence's tokens: mean, sum or max
+    threshold  its largest value that is kept, nats
+    pool       of a sequence's tokens: mean, sum or max
     """
-    return Corrector(weight_fn=partial(rejection, level=level, statistic=statistic, bound=bound, aggregate=aggregate))
+    return Corrector(weight_fn=partial(rejection, level=level, statistic=statistic, threshold=threshold, pool=pool))
 
 
-@maker
+@configurable
 def ais(
     *,
     cap: float = 2.0,
     tau: float = 0.05,
-    combine: Callable[..., float] = alarm,
-    aggregate: Aggregate = "product",
+    lambda_fn: Callable[..., float] = ais_lambda,
+    pool: Pool = "product",
     level: Level = "token",
 ) -> Corrector:
     """Adaptive importance sampling; see `adaptive_weights`.
 
     cap        largest weight, at least 1
     tau        nats of mean |log_mismatch| at which half the trust is gone, above 0
-    combine    function (rho, D, CV, *, tau) -> lam; a result outside [0, 1] is clamped to it
-    aggregate  of a sequence's tokens, in rho and in weights of sequences: product or geometric
+    lambda_fn  function (rho, D, CV, *, tau) -> lam; a result outside [0, 1] is clamped to it
+    pool       of a sequence's tokens, in rho and in weights of sequences: product or geometric
     level      of the weights that are mixed: token, or sequence
     """
-    bound = partial(adaptive_weights, cap=cap, tau=tau, combine=combine, aggregate=aggregate, level=level)
+    bound = partial(adaptive_weights, cap=cap, tau=tau, lambda_fn=lambda_fn, pool=pool, level=level)
     return Corrector(weight_fn=bound)
 
 
-@maker
-def tbpo(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, c: float = 2.0) -> Corrector:
+@configurable
+def tbpo(
+    *, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, max_weight: float = 2.0
+) -> Corrector:
     """Trust-band policy optimisation: `band_weights` with `trust_band`, the mean over sequences [digest].
 
     The defaults fit long autoregressive responses [digest]; diffusion likelihoods move more and need wider bands.
     eps_high           how far the ratio may rise above 1 where the advantage is not negative
     neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
-    c                  the largest weight, and one over the smallest; at least 1
+    max_weight         the largest weight, and one over the smallest; at least 1
     """
     surrogate = partial(trust_band, eps_high=eps_high, neg_low=neg_low, neg_high=neg_high)
-    return Corrector(weight_fn=partial(band_weights, c=c), surrogate=surrogate, aggregate=sequence)
+    return Corrector(
+        weight_fn=partial(band_weights, max_weight=max_weight), loss=surrogate, loss_reduction=sequence_mean
+    )
 
 
-@maker
+@configurable
 def aligned() -> Corrector:
     """No weights: the learner's forward runs through the rollout's quantised operands."""
     return Corrector(align_forward=True)
 
 
-@maker
-def qarl(*, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, c: float = 2.0) -> Corrector:
+@configurable
+def qarl(
+    *, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, max_weight: float = 2.0
+) -> Corrector:
     """QaRL (arXiv 2604.07853 [digest]): `tbpo` with the aligned forward.
 
     eps_high           how far the ratio may rise above 1 where the advantage is not negative
     neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
-    c                  the largest weight, and one over the smallest; at least 1
+    max_weight         the largest weight, and one over the smallest; at least 1
     """
-    return compose(tbpo(eps_high=eps_high, neg_low=neg_low, neg_high=neg_high, c=c), aligned())
+    return compose(tbpo(eps_high=eps_high, neg_low=neg_low, neg_high=neg_high, max_weight=max_weight), aligned())
 
 
-@maker
+@configurable
 def compose(*parts: Corrector | WeightFn) -> Corrector:
     """Combine correctors or bare weight functions: see `combine_weights`. The forward is aligned if any part's is.
 
-    Raises ValueError when two parts bring different objectives. Example: compose(tis(cap=3.0), reject(bound=0.1))
+    Raises ValueError when two parts bring different objectives. Example: compose(tis(cap=3.0), reject(threshold=0.1))
     """
     correctors = [part if isinstance(part, Corrector) else Corrector(weight_fn=part) for part in parts]
-    brought = [part for part in correctors if part.surrogate is not None] or [none()]  # an objective, its aggregation
-    if len({part.surrogate for part in brought}) > 1:
-        raise ValueError(f"{len(brought)} parts bring an objective; keep one: replace(part, surrogate=None)")
+    brought = [part for part in correctors if part.loss is not None] or [
+        no_correction()
+    ]  # an objective and its reduction
+    if len({part.loss for part in brought}) > 1:
+        raise ValueError(f"{len(brought)} parts bring an objective; keep one: replace(part, loss=None)")
     fns = tuple(part.weight_fn for part in correctors if part.weighs)
     combined = partial(combine_weights, weight_fns=fns) if fns else unit_weights
     return Corrector(
         weight_fn=fns[0] if len(fns) == 1 else combined,
-        surrogate=brought[0].surrogate,
+        loss=brought[0].loss,
         align_forward=any(part.align_forward for part in correctors),
-        aggregate=brought[0].aggregate,
+        loss_reduction=brought[0].loss_reduction,
         needs_entropy=any(part.needs_entropy for part in correctors),
     )

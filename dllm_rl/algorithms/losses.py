@@ -1,12 +1,12 @@
-"""Losses on (B, T) tensors: surrogates, KL terms, aggregations (token coefficients over the GLOBAL batch), their sum.
+"""Losses on (B, T) tensors: surrogates, KL terms, reductions (token coefficients over the GLOBAL batch), their sum.
 
 A surrogate is a per-token objective (B, T) to be maximised, unreduced. It takes (log_ratio (B, T), advantages (B,),
-mask (B, T)) and any of OFFERED by name. log_ratio = logp_current - logp_old, nats, 0 off the mask. A surrogate sees all
-rows of its process, whatever the micro-batches.
+mask (B, T)) and any of SURROGATE_INPUTS by name. log_ratio = logp_current - logp_old, nats, 0 off the mask. A surrogate
+sees all rows of its process, whatever the micro-batches.
 
-old           (B, T) log-probs that ratios are taken against, nats; 0 off the mask
+old_logprobs  (B, T) log-probs that ratios are taken against, nats; 0 off the mask
 log_mismatch  (B, T) logp_old - logp_rollout, nats; 0 off the mask
-sum_over      sums a tensor over all processes; every process calls it once, with the same shape
+sum_over_processes  sums a tensor over all processes; every process calls it once, with the same shape
 """
 
 import inspect
@@ -19,22 +19,24 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
+from dllm_rl.renamed import refuse_renamed
 from dllm_rl.types import Batch
 
 MAX_LOG = 20.0  # log-ratios are clamped to +-20 before exp
-OFFERED = ("old", "log_mismatch", "sum_over")
+SURROGATE_INPUTS = ("old_logprobs", "log_mismatch", "sum_over_processes")
 
 
 def surrogate_inputs(surrogate: Callable) -> frozenset[str]:
-    """Which of OFFERED a surrogate takes. Raises ValueError when it wants anything else."""
+    """Which of SURROGATE_INPUTS a surrogate takes. Raises ValueError when it wants anything else."""
     further = list(inspect.signature(surrogate).parameters.values())[3:]  # behind log_ratio, advantages, mask
+    refuse_renamed((p.name for p in further if p.default is p.empty), "surrogate")
     for p in further:
-        if p.name not in OFFERED and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+        if p.name not in SURROGATE_INPUTS and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             raise ValueError(
-                f"the surrogate takes {p.name!r}, which is not one of {', '.join(OFFERED)}; bind it with "
+                f"the surrogate takes {p.name!r}, which is not one of {', '.join(SURROGATE_INPUTS)}; bind it with "
                 "functools.partial"
             )
-    return frozenset(p.name for p in further if p.name in OFFERED and p.default is p.empty)
+    return frozenset(p.name for p in further if p.name in SURROGATE_INPUTS and p.default is p.empty)
 
 
 def _delta_is_above_the_clip(keywords: dict[str, Any]) -> None:
@@ -98,8 +100,8 @@ def trust_band(
 ) -> Float[Tensor, "B T"]:
     """TBPO's objective r^ A on the row's geometric ratio r = exp(mean_t log_ratio), without PPO's outer minimum.
         A >= 0:  r^ = clamp(r, 0, 1 + eps_high)        A < 0:  r^ = clamp(r, 1 - neg_low, 1 + neg_high)
-    The gradient is zero outside the band. With `sequence` the sum is the paper's mean over sequences. Source: QaRL,
-    arXiv 2604.07853 [digest].
+    The gradient is zero outside the band. With `sequence_mean` the sum is the paper's mean over sequences. Source:
+    QaRL, arXiv 2604.07853 [digest].
     eps_high           how far the ratio may rise above 1 where the advantage is not negative
     neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
     """
@@ -207,18 +209,20 @@ def entropy_bonus(
     return (surprise - rearrange(baseline, "p g -> (p g) 1")) * torch.where(mask, logps, 0)
 
 
-def token(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) -> Float[Tensor, "B T"]:
+def token_mean(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) -> Float[Tensor, "B T"]:
     """Every token weighs the same: 1 / (tokens of the global batch) (DAPO [paper])."""
     return mask / max(num_tokens, 1)
 
 
-def sequence(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) -> Float[Tensor, "B T"]:
+def sequence_mean(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) -> Float[Tensor, "B T"]:
     """Mean over sequences of the mean over each one's tokens (GRPO [paper]). A sequence without tokens adds nothing."""
     return mask / (mask.sum(-1, keepdim=True).clamp(min=1) * max(num_sequences, 1))  # all rows count, also empty ones
 
 
 @bounded(length=Bound(at_least=1))
-def constant(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int, length: int) -> Float[Tensor, "B T"]:
+def fixed_length_mean(
+    mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int, length: int
+) -> Float[Tensor, "B T"]:
     """1 / (sequences of the global batch * length), whatever the lengths (Dr.GRPO [paper]).
 
     length  the constant, tokens: usually max_new_tokens
@@ -227,15 +231,17 @@ def constant(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int, 
 
 
 def further_inputs(surrogate: Callable[..., Tensor], batch: Batch) -> dict[str, Any]:
-    """The inputs of OFFERED that a surrogate takes, by name."""
+    """The inputs of SURROGATE_INPUTS that a surrogate takes, by name."""
     wanted = surrogate_inputs(surrogate)
     found: dict[str, Any] = {}
-    if "old" in wanted:
-        found["old"] = torch.where(batch.keep, batch.old, 0)
+    if "old_logprobs" in wanted:
+        found["old_logprobs"] = torch.where(batch.loss_mask, batch.old_logprobs, 0)
     if "log_mismatch" in wanted:
-        found["log_mismatch"] = torch.where(batch.keep, batch.old - _rollout_logprobs(batch, "a surrogate"), 0)
-    if "sum_over" in wanted:
-        found["sum_over"] = batch.sum_over
+        found["log_mismatch"] = torch.where(
+            batch.loss_mask, batch.old_logprobs - _rollout_logprobs(batch, "a surrogate"), 0
+        )
+    if "sum_over_processes" in wanted:
+        found["sum_over_processes"] = batch.sum_over_processes
     return found
 
 
@@ -250,7 +256,7 @@ def policy_loss(
     batch: Batch,
     *,
     surrogate: Callable[..., Tensor],
-    aggregate: Callable[..., Tensor],
+    loss_reduction: Callable[..., Tensor],
     beta: float,
     kl: Callable[[Tensor], Tensor],
     entropy: float = 0.0,
@@ -258,7 +264,7 @@ def policy_loss(
 ) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]], Float[Tensor, "B T"]]:
     """This process's share of the loss, its metrics as (sum, count), and d loss / d logps.
         loss = -sum_t c_t (w_t J_t - beta KL_t + entropy H_t)
-    J is the surrogate, w the corrector's weights, c the aggregation's coefficients, H the `entropy_bonus`. The returned
+    J is the surrogate, w the corrector's weights, c the reduction's coefficients, H the `entropy_bonus`. The returned
     loss leaves H out; the gradient includes H.
     unbiased_kl  multiply KL_t by r_t = exp(logp - logp_rollout), differentiated too: with k3 the mean then has
                  the gradient of KL(current || reference) (DeepSeek-V3.2, arXiv 2512.02556, eq. 7 [digest])
@@ -266,21 +272,23 @@ def policy_loss(
     clip_ratio/*  share of tokens with A != 0 whose policy term has no gradient: all, A < 0, A > 0
     band/positive, band/negative  share of tokens with A > 0, A < 0 whose policy term has a gradient
     """
-    keep = batch.keep
+    keep = batch.loss_mask
     logps = logps.detach().requires_grad_()
-    coefficient = aggregate(keep, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
-    log_ratio = torch.where(keep, logps - batch.old, 0)  # off the mask even infinities have no gradient
+    coefficient = loss_reduction(keep, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
+    log_ratio = torch.where(keep, logps - batch.old_logprobs, 0)  # off the mask even infinities have no gradient
     objective = surrogate(log_ratio, batch.advantages, keep, **further_inputs(surrogate, batch))
     places = keep.flatten().nonzero()[:, 0]  # found once: on a GPU the host waits to learn how many there are
 
     def kept(values: Tensor) -> Tensor:
         return values.flatten()[places]
 
-    loss = -kept(coefficient * batch.weights * objective).sum()
+    loss = -kept(coefficient * batch.importance_weights * objective).sum()
     (gradient,) = torch.autograd.grad(loss, logps)
 
     positive = (batch.advantages > 0)[:, None]
-    counted = keep & (batch.advantages != 0)[:, None] & (batch.weights != 0)  # others have no gradient to lose
+    counted = (
+        keep & (batch.advantages != 0)[:, None] & (batch.importance_weights != 0)
+    )  # others have no gradient to lose
     clipped = counted & (gradient == 0)  # whatever the surrogate
     count = counted.sum()
     positives = (counted & positive).sum()
@@ -292,8 +300,8 @@ def policy_loss(
         "band/negative": ((counted & ~clipped & ~positive).sum(), count - positives),
         "ratio/mean": (kept(log_ratio.detach()).exp().sum(), keep.sum()),
     }
-    if batch.reference is not None:
-        divergence = kl(torch.where(keep, batch.reference - logps, 0))
+    if batch.reference_logprobs is not None:
+        divergence = kl(torch.where(keep, batch.reference_logprobs - logps, 0))
         if unbiased_kl:
             ratio = torch.where(keep, logps - _rollout_logprobs(batch, "unbiased_kl=True"), 0)
             divergence = divergence * ratio.clamp(-MAX_LOG, MAX_LOG).exp()

@@ -226,7 +226,7 @@ def off_policy_metrics(
     m2   mean over kept tokens of (log r)^2, nats^2 (M2PO bounds m2 by 0.04 [digest])
     max  mean over sequences of the largest |log r|, nats
     """
-    keep = batch.keep
+    keep = batch.loss_mask
     advantages = batch.advantages[:, None]
     metrics: dict[str, tuple[Tensor, Tensor]] = {}
     tokens = batch.rollout.completion_mask.sum()  # of all rows: those without advantage contribute 0

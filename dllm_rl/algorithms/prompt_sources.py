@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from dllm_rl.algorithms.advantages import informative
+from dllm_rl.algorithms.advantages import has_unequal_rewards
 from dllm_rl.bounds import Bound, bounded
-from dllm_rl.members import maker
+from dllm_rl.members import configurable
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class RewardHistory:
         """Append the groups of a draw of prompts. The first of K rewards is the one that the mean is of."""
         self.prompt = torch.cat([self.prompt, prompt])
         self.mean = torch.cat([self.mean, rewards[..., 0].mean(-1)])
-        self.mixed = torch.cat([self.mixed, informative(rewards)])
+        self.mixed = torch.cat([self.mixed, has_unequal_rewards(rewards)])
         self.step = torch.cat([self.step, torch.full_like(prompt, step)])  # last: `before` counts by it
 
     def before(self, step: int) -> "RewardHistory":
@@ -64,20 +64,20 @@ class PromptSource:
 
     draw: Callable[[RewardHistory, int, Generator], Int[Tensor, " P"]]
     uses_history: bool = True
-    made_by: partial | None = field(default=None, init=False, repr=False, compare=False)
+    factory: partial | None = field(default=None, init=False, repr=False, compare=False)
 
 
 def _uniform(history: RewardHistory, count: int, generator: Generator) -> Int[Tensor, " P"]:
     return torch.randint(history.num_prompts, (count,), generator=generator)
 
 
-@maker
+@configurable
 def uniform_prompts() -> PromptSource:
     """Draw every prompt with the same chance, with replacement."""
     return PromptSource(_uniform, uses_history=False)
 
 
-@maker
+@configurable
 @bounded(equal_weight=Bound(above=0, at_most=1))
 def mixed_reward_prompts(*, equal_weight: float = 0.1) -> PromptSource:
     """Prefer prompts whose rewards differed in their last group, and prompts that were not drawn yet [ours].

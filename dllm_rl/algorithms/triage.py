@@ -5,10 +5,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, finite
+from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, drop_nonfinite
 from dllm_rl.algorithms.losses import exp_ratio
 from dllm_rl.bounds import Bound, bounded
-from dllm_rl.members import maker
+from dllm_rl.members import configurable
 
 
 @bounded(gate=Bound(at_least=0), window=Bound(at_least=1))
@@ -20,7 +20,7 @@ def triage_weights(stats: TokenStats, *, gate: float = 0.02, window: int = 64) -
     damped, and that a gate decides per 64 tokens, is [digest]. The weight rho, and the gate, which opens where the mean
     |log_mismatch| of the window exceeds `gate`, are [ours]. `triage` explains the keywords.
     """
-    log_mismatch, keep, metrics = finite(stats.log_mismatch, stats.mask)
+    log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     place = stats.mask.cumsum(-1).sub(1).clamp(min=0) // window  # windows are of corrected tokens: padding is in none
     windows = F.one_hot(place) * keep[..., None]  # (B, T, windows of a row)
     size = windows.sum(1).clamp(min=1)
@@ -33,7 +33,7 @@ def triage_weights(stats: TokenStats, *, gate: float = 0.02, window: int = 64) -
     return TokenWeights(torch.where(damped, exp_ratio(log_mismatch), 1), keep, metrics)
 
 
-@maker
+@configurable
 def triage(*, gate: float = 0.02, window: int = 64) -> Corrector:
     """Damping of unlikely tokens in answers of negative advantage; see `triage_weights`.
 

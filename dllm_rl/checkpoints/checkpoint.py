@@ -305,8 +305,10 @@ def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimize
     if isinstance(optimizer, torch.optim.AdamW):
         _check_moments(f"{folder}: {source.name}", policy, optimizer)
         for name, parameter in policy.module.named_parameters():
-            if policy.version and parameter.requires_grad and parameter not in optimizer.state:
-                raise ValueError(f"{folder}: {source.name} holds no moments of {name}, after {policy.version} updates")
+            if policy.weights_version and parameter.requires_grad and parameter not in optimizer.state:
+                raise ValueError(
+                    f"{folder}: {source.name} holds no moments of {name}, after {policy.weights_version} updates"
+                )
     try:
         check_finite(f"{folder}: {source.name} is damaged", _trained(policy, optimizer))
     except FloatingPointError as error:

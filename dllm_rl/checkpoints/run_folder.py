@@ -14,13 +14,14 @@ from dllm_rl.distributed.stop import LOCK, as_written
 from dllm_rl.files import lock, recover, remove
 from dllm_rl.members import ADDRESS, plain
 from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.renamed import same_setting
 
 REHEARSAL = ".rehearsal"  # where a rehearsal writes
 
 # Fields that a resume may change: they do not change what is computed, or only extend it (see `_check_recipe`).
 FREE = {
     *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
-    *("eval_steps", "eval_batch_size", "mismatch_sample"),
+    *("eval_steps", "eval_batch_size", "num_mismatch_groups"),
     *("save_steps", "save_total_limit", "save_merged", "verify_checkpoint", "on_save_error", "async_save"),
     *("logging_steps", "log_completions_steps", "report_to", "push_to_hub"),
     *("stop_seconds", "reward_timeout", "collective_timeout", "peer_timeout"),
@@ -157,7 +158,7 @@ def changes_since(recipe: Settings, state: TrainingState) -> list[dict[str, Any]
     return [
         {"step": state.step, "field": name, "before": before[name], "after": settings[name]}
         for name in sorted(allowed_changes(recipe))
-        if before[name] != settings[name]
+        if not same_setting(before[name], settings[name])
     ]
 
 
@@ -179,7 +180,7 @@ def _check_recipe(recipe: Settings, state: TrainingState) -> None:
         raise ValueError(f"the checkpoint is of another kind of run, without {lacking}; give its folder as model")
     allowed = allowed_changes(recipe)
     for name, value in settings.items():
-        if name not in FREE and name not in allowed and before[name] != value:
+        if name not in FREE and name not in allowed and not same_setting(before[name], value):
             allow = "" if name in FIXED else f", or with {as_written(allow_changed=name)}"
             if renamed := renamings(before[name], value):
                 raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from dllm_rl.files import read_json
 from dllm_rl.models.base import Policy, frozen_of
 from dllm_rl.recipe import Settings
+from dllm_rl.renamed import renamed_settings
 
 NAME = "state.json"
 
@@ -35,7 +36,7 @@ class TrainingState:
     def first(cls, recipe: Settings, policy: Policy, **known: Any) -> "TrainingState":
         dtype: Any = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
         frozen = None if policy.lora else frozen_of(policy.module) or None
-        return cls(version=policy.version, dtype=dtype, frozen=frozen, recipe=recipe.settings(), **known)
+        return cls(version=policy.weights_version, dtype=dtype, frozen=frozen, recipe=recipe.settings(), **known)
 
     @classmethod
     def read(cls, folder: Path) -> "TrainingState":
@@ -48,6 +49,7 @@ class TrainingState:
         # The schedule of a resumed run is compared with these two; the other settings are only compared.
         check_types(folder, found["recipe"], {"num_steps": int, "lr_schedule_steps": int | None}, prefix="recipe.")
         known: dict[str, Any] = {name: found.get(name) for name in kinds}
+        known["recipe"] = renamed_settings(known["recipe"])
         return cls(**known)
 
     def write(self, folder: Path) -> None:

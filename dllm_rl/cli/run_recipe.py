@@ -40,7 +40,7 @@ def main(recipe: Recipe | SFT) -> "Summary":
 def run(recipe: Recipe | SFT, *, first: bool) -> "Summary":
     """`train` or `fine_tune`; the first process prints what is done before the imports that it takes."""
     if first and (isinstance(recipe, SFT) or not recipe.dry_run):
-        warmup = f"up to {recipe.warmup_steps} warm-up steps, then " if recipe.warmup_steps else ""
+        warmup = f"up to {recipe.sft_warmup_steps} warm-up steps, then " if recipe.sft_warmup_steps else ""
         steps = f"{recipe.name}, seed {recipe.seed}: {warmup}{recipe.num_steps} steps, into {recipe.directory}"
         print(escape_controls(f"{steps}; the time left is known from the second step on"), flush=True)
     from dllm_rl.distributed.stop import started_by_command

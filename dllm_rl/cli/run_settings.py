@@ -9,6 +9,7 @@ from typing import Any
 
 from dllm_rl.cli.options import checkpoint_of
 from dllm_rl.files import read_json
+from dllm_rl.renamed import renamed_text
 from dllm_rl.tasks.base import Problem
 
 Call = tuple[str, dict[str, Any]]  # a function's name and its keywords
@@ -80,7 +81,7 @@ def sampler_of(model: str, field: str = "eval_sampler") -> partial | None:
     from dllm_rl.samplers.unmask import unmask
 
     recipe = recipe_of(model)
-    called = read_call(recipe.get(field)) if recipe else None
+    called = read_call(renamed_text(str(recipe.get(field)))) if recipe else None
     sampler = {each.__name__: each for each in (unmask, autoregress, renoise)}.get(called[0]) if called else None
     if called is None or sampler is None or not called[1].keys() <= parameters_of(sampler):
         return None

@@ -108,7 +108,7 @@ def drawn(
             screen.update(render(policy, rollout, texts), refresh=True)
             time.sleep(delay)
 
-        return sampler_for(policy)(policy, prompts, generator_for(seed), watch=watch, **options)
+        return sampler_for(policy)(policy, prompts, generator_for(seed), on_step=watch, **options)
 
 
 def print_record(record: dict[str, Any]) -> None:

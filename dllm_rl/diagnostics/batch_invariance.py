@@ -148,12 +148,12 @@ def check_bitwise_equal(
 ) -> None:
     """RuntimeError, naming position and layer, unless learner and rollout agree bit for bit in every scored row."""
     mask = views.scored(rollout.completion_mask)
-    differs = mask & (logps.old != logps.rollout)
+    differs = mask & (logps.old_logprobs != logps.rollout_logprobs)
     if not differs.any():
         return
     row, position = differs.nonzero()[0].tolist()
     token = int(rollout.tokens[row, position])
-    view = int((views.weight[:, row, position] != 0).int().argmax())  # the first that scores the token, or 0
+    view = int((views.coefficients[:, row, position] != 0).int().argmax())  # the first that scores the token, or 0
     tokens = list(each_view(views))[view].seen(policy, rollout)[row : row + 1]
     seen = rollout.attention_mask[row : row + 1]
     ours = layer_outputs(policy, tokens, seen)
@@ -164,7 +164,8 @@ def check_bitwise_equal(
     raise RuntimeError(
         f"zero_mismatch: {int(differs.sum())} of {int(mask.sum())} log-probs differ, the first at row {row}, position "
         f"{position} (token {token}, {policy.tokenizer.decode([token])!r}): learner "
-        f"{float(logps.old[row, position]):.9g}, rollout {float(logps.rollout[row, position]):.9g} nats; {where}"
+        f"{float(logps.old_logprobs[row, position]):.9g}, rollout "
+        f"{float(logps.rollout_logprobs[row, position]):.9g} nats; {where}"
     )
 
 

@@ -139,8 +139,8 @@ def diagnose(
     score = partial(likelihood.logprobs, micro_batch_size=micro_batch_size)
     rollout = sampler(rollout_policy, prompts, Generator().manual_seed(seed))
     mask = rollout.completion_mask
-    views = likelihood.draw(rollout, Generator().manual_seed(seed))
-    own_noise = views if share_noise else likelihood.draw(rollout, Generator().manual_seed(seed + 1))
+    views = likelihood.draw_views(rollout, Generator().manual_seed(seed))
+    own_noise = views if share_noise else likelihood.draw_views(rollout, Generator().manual_seed(seed + 1))
 
     scored_as = replace(rollout, sampling_params=learner_sampling_params or rollout.sampling_params)
     # From the learner's own score to the sampler's record, each score differs from the one before in one thing.
@@ -153,7 +153,7 @@ def diagnose(
 
     steps = {"sampling parameters": learner - mirrored, "estimator noise": mirrored - ours}
     steps |= forward_steps(score, policy, rollout_policy, config, rollout, views, chosen, ours, theirs)
-    order = exact.draw(rollout, Generator())
+    order = exact.draw_views(rollout, Generator())
     replay = exact.logprobs(rollout_policy, rollout, order, micro_batch_size=micro_batch_size)
     # An exact replay runs without a cache: what it misses of the sampler's own record is the cache's.
     steps["cache or sampler"] = torch.where(mask, replay - recorded(rollout, order), 0)

@@ -30,7 +30,7 @@ STATUS = 75  # exit status after the loss of another process: EX_TEMPFAIL of sys
 TURNS = 10  # turns per peer_timeout; more silent turns are a loss
 GRACE = 10.0  # seconds, at most, in which a process may end by itself after a loss
 SETTLE = 2.0  # seconds to wait for the cause of a failed exchange
-LONGEST = 1 << 16  # bytes per message
+MAX_MESSAGE_BYTES = 1 << 16  # bytes per message
 STRANGERS = 16  # open connections that have not sent the run's token
 
 
@@ -52,10 +52,10 @@ class Line:
     def heard(self) -> Iterator[dict[str, Any]]:
         """The messages received. Raises EOFError at the end, and ValueError on anything else."""
         try:
-            while data := self.socket.recv(LONGEST):
+            while data := self.socket.recv(MAX_MESSAGE_BYTES):
                 *lines, self.buffer = (self.buffer + data).split(b"\n")
                 yield from map(_message, lines)
-                if len(self.buffer) > LONGEST:
+                if len(self.buffer) > MAX_MESSAGE_BYTES:
                     raise ValueError("a message without an end")
         except BlockingIOError:
             return
@@ -65,7 +65,7 @@ class Line:
 
     def close(self) -> None:
         with suppress(OSError):  # a close with unread bytes resets the connection, and the other end loses its own
-            self.socket.recv(LONGEST)
+            self.socket.recv(MAX_MESSAGE_BYTES)
         self.socket.close()
 
 
@@ -246,7 +246,7 @@ class Peers:
         elif isinstance(key.data, Line):
             self._listen_to(key.data)
         else:
-            self._woken.recv(LONGEST)
+            self._woken.recv(MAX_MESSAGE_BYTES)
             for line in self._lines.values():
                 line.tell(stage=self.stage())
 

@@ -9,7 +9,7 @@ from typing import Any
 from dllm_rl.files import read_json
 
 LARGEST = 2**24  # bytes of a file
-LONGEST = 1000  # characters of a setting
+MAX_SETTING_LENGTH = 1000  # characters of a setting
 KINDS: dict[str, tuple[type, ...]] = dict.fromkeys(("task", "version", "protocol", "quantization"), (str,))
 KINDS |= dict.fromkeys(("seed", "n", "samples", "max_new_tokens"), (int,)) | {"temperature": (int, float)}
 KINDS |= dict.fromkeys(("diffusion_steps", "block_size"), (int, NoneType))
@@ -27,9 +27,9 @@ def read_card(path: Path) -> list[dict[str, Any]]:
         for name, value in row.items():
             nested = isinstance(value, list) and {list, dict} & set(map(type, value))
             # A prompt's own template is long.
-            long = len(str(value)) > LONGEST and name != "settings.prompt_format"
+            long = len(str(value)) > MAX_SETTING_LENGTH and name != "settings.prompt_format"
             if type(value) not in KINDS.get(name, PLAIN) or nested or long:
-                wrong = f"{name[:LONGEST]} is missing, of a wrong type or too long"
+                wrong = f"{name[:MAX_SETTING_LENGTH]} is missing, of a wrong type or too long"
                 raise ValueError(f"{path}, row {number}: {wrong}; give the results.json of an evaluation")
     return rows
 
@@ -55,4 +55,4 @@ def differences(row: Mapping[str, Any], others: Sequence[Mapping[str, tuple[Any,
 
 
 def shown(values: tuple[Any, ...]) -> str:
-    return " or ".join("-" if value in (None, "") else str(value)[:LONGEST] for value in values)
+    return " or ".join("-" if value in (None, "") else str(value)[:MAX_SETTING_LENGTH] for value in values)

@@ -15,6 +15,7 @@ from dllm_rl.evaluation.results import Graded
 from dllm_rl.files import replacing, to_disk
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.linear import is_packed, unpacked
+from dllm_rl.renamed import same_setting
 from dllm_rl.tasks.base import Problem, parts
 from dllm_rl.tasks.rows import load_rows
 
@@ -42,7 +43,7 @@ class Completions:
                 check_types(path, row)
                 for name, value in made_with.items():  # facts that old and new rows share: weights, seed, sampler
                     before = row["evaluation"].get(name)
-                    if before != value:
+                    if not same_setting(before, value):
                         made = f"made with {name}={before}, not {value}"
                         raise ValueError(f"{path} holds completions {made}; give another output_dir")
 

@@ -137,7 +137,7 @@ class HarnessModel(TemplateLM):
         values: list[float] = []
         for start in range(0, len(pairs), self.batch_size):
             rollout = as_rollout(self.policy, pairs[start : start + self.batch_size])
-            noise = self.likelihood.draw(rollout, generator_for(self.seed, "score", start))
+            noise = self.likelihood.draw_views(rollout, generator_for(self.seed, "score", start))
             values += self.likelihood.logprobs(self.policy, rollout, noise).sum(-1).tolist()
         return values
 
@@ -173,7 +173,7 @@ def as_rollout(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
     if limit is not None and width > limit:
         raise ValueError(f"a context and continuation of {width} tokens exceed the model's {limit} positions")
     tokens = prompts.tokens
-    opened = torch.zeros(tokens.shape, dtype=torch.bool) if prompts.open is None else prompts.open
+    opened = torch.zeros(tokens.shape, dtype=torch.bool) if prompts.infill_mask is None else prompts.infill_mask
     blank = torch.zeros(tokens.shape)  # nothing was sampled: no step and no log-prob is recorded
     steps = torch.full_like(tokens, -1)
     return Rollout(tokens, prompts.attention_mask, opened, steps, blank, group_size=1).to(policy.device)

@@ -22,7 +22,7 @@ from dllm_rl.types import Rollout, Views
 def weighted_sum(scores: Float[Tensor, "N B T"], views: Views) -> Float[Tensor, "B T"]:
     """sum_n weight_n * log p(y_t | view n), per position, nats."""
     total = torch.zeros_like(scores[0])
-    for score, weight in zip(scores, views.weight, strict=True):  # view by view, as a sampler adds up its record
+    for score, weight in zip(scores, views.coefficients, strict=True):  # view by view, as a sampler adds up its record
         total = total + score * weight
     return total
 
@@ -36,49 +36,49 @@ class LikelihoodEstimator:
     """Draws masks and combines the views' log-probs, as pure functions. Contributions are zero off the completion; both
     sides of a ratio use the same estimator and views.
 
-    draw      rollout, generator -> masks and weights of every view
+    draw_views  rollout, generator -> masks and weights of every view
     combine   scores (N, B, T), views -> contributions (B, T); differentiable
     with_advantages    adapts the views to the advantages (B,); only `sandwich` needs it
     exact_for_sampler  True if scoring under the rollout policy equals the sampler's record (`recorded`), reused then
     scores_order       True if the views also score an order that has a log-probability (`models.order`)
-    random      whether two draws differ: an inner update then takes masks of its own (`Recipe.fresh_masks`)
-    reads_confidence_change  True if `draw` needs `Rollout.confidence_change`
+    is_random   whether two draws differ: an inner update then takes masks of its own (`Recipe.resample_masks`)
+    reads_confidence_change  True if `draw_views` needs `Rollout.confidence_change`
     block_size  of the models that the estimate is for, where its views mask whole blocks; None: any
-    made_by     the function of `estimators` with its keywords, so that a command line can change a keyword
+    factory     the function of `estimators` with its keywords, so that a command line can change a keyword
 
     Example:
-        views = coupled().draw(rollout, generator)
+        views = coupled().draw_views(rollout, generator)
         log_ratio = coupled().logprobs(policy, rollout, views) - coupled().logprobs(other, rollout, views)
     """
 
     name: str
-    draw: Callable[[Rollout, Generator], Views]
+    draw_views: Callable[[Rollout, Generator], Views]
     combine: Callable[[Tensor, Views], Tensor] = weighted_sum
     with_advantages: Callable[[Views, Tensor], Views] = as_drawn
-    attention: tuple[str, ...] = ("full", "block_causal")
+    supported_attention: tuple[str, ...] = ("full", "block_causal")
     exact_for_sampler: bool = False
     scores_order: bool = False
-    random: bool = True
+    is_random: bool = True
     reads_confidence_change: bool = False
     block_size: int | None = None
-    made_by: partial | None = field(default=None, init=False, repr=False, compare=False)
+    factory: partial | None = field(default=None, init=False, repr=False, compare=False)
 
-    def scores(
+    def view_logprobs(
         self,
         policy: Policy,
         rollout: Rollout,
         views: Views,
         *,
         micro_batch_size: int | None = None,
-        keep_graphs: bool | Bool[Tensor, " B"] = False,
+        retain_graphs: bool | Bool[Tensor, " B"] = False,
     ) -> Float[Tensor, "N B T"]:
-        """log p(y_t | view n) in nats where view n scores t, 0 elsewhere. `keep_graphs` keeps the graphs of all rows,
+        """log p(y_t | view n) in nats where view n scores t, 0 elsewhere. `retain_graphs` keeps the graphs of all rows,
         or of the marked ones, until their backward; otherwise there is no gradient."""
         self.check(policy)
-        out = torch.zeros(views.weight.shape, device=rollout.tokens.device)
-        parts = [(views, keep_graphs is True)]
-        if isinstance(keep_graphs, Tensor):  # no backward frees the graphs of other rows
-            parts = [(views.only(~keep_graphs), False), (views.only(keep_graphs), True)]
+        out = torch.zeros(views.coefficients.shape, device=rollout.tokens.device)
+        parts = [(views, retain_graphs is True)]
+        if isinstance(retain_graphs, Tensor):  # no backward frees the graphs of other rows
+            parts = [(views.restrict_to_rows(~retain_graphs), False), (views.restrict_to_rows(retain_graphs), True)]
         for part, kept in parts:
             # Processes may have different numbers of rows: see `join_uneven_forwards`.
             with torch.set_grad_enabled(kept), join_uneven_forwards(policy):
@@ -109,27 +109,28 @@ class LikelihoodEstimator:
         self, policy: Policy, rollout: Rollout, views: Views, *, micro_batch_size: int | None = None
     ) -> Float[Tensor, "B T"]:
         """Per-position contributions to the estimate, nats; their sum over T is the sequence's. No gradient."""
-        return self.combine(self.scores(policy, rollout, views, micro_batch_size=micro_batch_size), views)
+        return self.combine(self.view_logprobs(policy, rollout, views, micro_batch_size=micro_batch_size), views)
 
     @property
     def exact_ratios(self) -> bool:
         """Whether exp of a difference of two policies' estimates is a ratio of probabilities of the sampler's draws."""
-        return self.exact_for_sampler or self.attention == ("causal",)
+        return self.exact_for_sampler or self.supported_attention == ("causal",)
 
     def is_exact_for(self, rollout: Rollout) -> bool:
         """Whether the estimate is the log-probability of all that the sampler decided by the weights: of the tokens,
         and of their order. False where the probability of the order is unknown, or is left out."""
-        if self.attention == ("causal",) or not self.exact_for_sampler or rollout.order is None:
-            return self.attention == ("causal",) or (self.exact_for_sampler and rollout.renoised is not None)
+        if self.supported_attention == ("causal",) or not self.exact_for_sampler or rollout.order is None:
+            return self.supported_attention == ("causal",) or (self.exact_for_sampler and rollout.renoised is not None)
         known = rollout.order.probability
         return known in ("deterministic", "independent") or (known != "unknown" and self.scores_order)
 
     def check(self, policy: Policy) -> None:
         """Raise ValueError when the estimate is not for this policy's attention or block size."""
-        if policy.spec.attention not in self.attention:
+        if policy.spec.attention not in self.supported_attention:
             raise ValueError(
-                f"likelihood={self.name!r} is for {' or '.join(self.attention)} attention, but the policy's is "
-                f"{policy.spec.attention!r}; use {'causal()' if policy.spec.attention == 'causal' else 'trajectory()'}"
+                f"likelihood={self.name!r} is for {' or '.join(self.supported_attention)} attention, but the policy's "
+                f"is {policy.spec.attention!r}; "
+                f"use {'causal()' if policy.spec.attention == 'causal' else 'trajectory()'}"
             )
         if self.block_size not in (None, policy.spec.block_size):
             raise ValueError(f"block_size={self.block_size} is not the policy's block size, {policy.spec.block_size}")
@@ -138,6 +139,6 @@ class LikelihoodEstimator:
 def recorded(rollout: Rollout, views: Views) -> Float[Tensor, "B T"]:
     """The sampler's recorded contributions for an estimate that is `exact_for_sampler`, nats."""
     logprobs = rollout.logprobs
-    for part in views.parts:
-        logprobs = part.recorded(rollout, logprobs)
+    for part in views.features:
+        logprobs = part.sampler_logprobs(rollout, logprobs)
     return logprobs

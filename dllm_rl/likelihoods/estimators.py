@@ -22,17 +22,17 @@ from dllm_rl.likelihoods.order import with_order
 from dllm_rl.likelihoods.packed import packed_views
 from dllm_rl.likelihoods.renoise import SELF_CONDITIONING, renoised_view
 from dllm_rl.likelihoods.trajectory import all_segments, sampled_segments, segments, views_of_segments
-from dllm_rl.members import maker
+from dllm_rl.members import configurable
 from dllm_rl.types import Rollout, Views
 
 
-@maker
+@configurable
 def causal() -> LikelihoodEstimator:
     """log p(y) = sum_t log p(y_t | prompt, y_<t). One forward, exact. For autoregressive policies."""
-    return LikelihoodEstimator("causal", masks.draw_nothing, attention=("causal",), random=False)
+    return LikelihoodEstimator("causal", masks.draw_nothing, supported_attention=("causal",), is_random=False)
 
 
-@maker
+@configurable
 @bounded(prompt_mask=Bound(at_least=0, below=1))
 def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     """d1's mean-field estimate: sum_i l_i(all of y), each prompt token masked with probability `prompt_mask`.
@@ -41,10 +41,10 @@ def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     One forward (per group at prompt_mask=0). Biased: tokens count as independent. Source: d1, arXiv 2504.12216 [paper].
     """
     draw = partial(masks.draw_everything, prompt_mask=prompt_mask)
-    return LikelihoodEstimator("one_step", draw, random=prompt_mask > 0)
+    return LikelihoodEstimator("one_step", draw, is_random=prompt_mask > 0)
 
 
-@maker
+@configurable
 @bounded(num_samples=Bound(at_least=1), informed_masking=Bound(above=0))
 def elbo(
     *,
@@ -77,7 +77,7 @@ def elbo(
     return LikelihoodEstimator("elbo", draw, reads_confidence_change=informed_masking is not None)
 
 
-@maker
+@configurable
 @bounded(num_samples=Bound(at_least=1), informed_masking=Bound(above=0))
 def coupled(*, num_samples: int = 1, informed_masking: float | None = None) -> LikelihoodEstimator:
     """The any-order ELBO from a mask and its complement, so that every token is scored.
@@ -92,7 +92,7 @@ def coupled(*, num_samples: int = 1, informed_masking: float | None = None) -> L
     return LikelihoodEstimator("coupled", draw, reads_confidence_change=informed_masking is not None)
 
 
-@maker
+@configurable
 @bounded(nodes=Bound(at_least=1))
 def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     """The any-order ELBO, integral_0^1 E_m[(L/k) sum_{i in m} l_i(m)] dt, by Gauss-Legendre nodes t_n with weights w_n:
@@ -106,9 +106,9 @@ def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     return LikelihoodEstimator("quadrature", partial(masks.draw_quadrature, nodes=nodes))
 
 
-@maker
+@configurable
 @bounded(block_size=Bound(at_least=1), num_samples=Bound(at_least=1))
-def block(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
+def block_elbo(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
     """The ELBO of block-wise decoding: blocks before a chosen one clean, a mask inside it, later ones fully masked.
 
     With blocks b = 1..N of L_b tokens, k ~ U{1..L_b} and m in b with |m| = k, the mean over samples of
@@ -119,14 +119,14 @@ def block(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
     block_size   tokens of a block
     num_samples  masks, and forwards; as many as there are blocks score every block
     """
-    return LikelihoodEstimator("block", partial(masks.draw_block, block_size=block_size, num_samples=num_samples))
+    return LikelihoodEstimator("block_elbo", partial(masks.draw_block, block_size=block_size, num_samples=num_samples))
 
 
 def upper_bound(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) -> Float[Tensor, "B T"]:
     """(1/beta) log sum_n weight_n p_i(view n)^beta per position, nats; 0 where no view scores it."""
-    scored = views.weight > 0
+    scored = views.coefficients > 0
     # A position that no view scores would be log 0, with a NaN gradient: its terms are replaced before the log too.
-    logits = torch.where(scored, beta * scores + views.weight.where(scored, 1).log(), -torch.inf)
+    logits = torch.where(scored, beta * scores + views.coefficients.where(scored, 1).log(), -torch.inf)
     nowhere = ~scored.any(0)
     return torch.where(nowhere, 0, logits.masked_fill(nowhere, 0).logsumexp(0) / beta)
 
@@ -141,16 +141,16 @@ def mixed_bounds(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) -
 
 def upper_where_negative(views: Views, advantages: Float[Tensor, " B"], *, mix: float) -> Views:
     """The noise with upper_bound_weight = mix in the rows whose advantage is negative, 0 in the others."""
-    return replace(views, upper_bound_weight=mix * (advantages < 0).to(views.weight))
+    return replace(views, upper_bound_weight=mix * (advantages < 0).to(views.coefficients))
 
 
-@maker
+@configurable
 @bounded(beta=Bound(above=0))
 def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """SPG's evidence upper bound: the contribution of position i is (1/beta) log sum_n w_n p_i(m_n)^beta, over the
     views n of `base` that mask i, with their weights w_n (SPG writes it as a mean over masks of p_i^beta / t).
 
-    base  elbo, coupled (None: `coupled()`), quadrature or block: the same masks, and their weights for 1/t
+    base  elbo, coupled (None: `coupled()`), quadrature or block_elbo: the same masks, and their weights for 1/t
     beta  exponent of the probabilities, above 0
     Cost as base. Over all masks it is at least the ELBO, for every beta > 0 (Jensen). It is at least log p in random
     order if beta >= L (Hoelder), or if all conditionals of the model come from one joint distribution, which those of a
@@ -162,7 +162,7 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
     return replace(made, combine=partial(upper_bound, beta=beta))
 
 
-@maker
+@configurable
 @bounded(beta=Bound(above=0), mix=Bound(at_least=0, at_most=1))
 def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """SPG's pair of bounds: the ELBO where the advantage is >= 0, mix * EUBO + (1 - mix) * ELBO where it is negative.
@@ -180,14 +180,14 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
     return replace(made, combine=combine, with_advantages=with_advantages)
 
 
-@maker
-@bounded(num_segments=Bound(at_least=1), block_size=Bound(at_least=1), num_sampled=Bound(at_least=1))
+@configurable
+@bounded(num_segments=Bound(at_least=1), block_size=Bound(at_least=1), num_sampled_steps=Bound(at_least=1))
 def trajectory(
     *,
     num_segments: int | None = None,
     block_size: int | None = None,
-    order: str = "law",
-    num_sampled: int | None = None,
+    include_order: bool = True,
+    num_sampled_steps: int | None = None,
     self_conditioning: str = "detached",
 ) -> LikelihoodEstimator:
     """Replay the recorded unmasking: in segment s, score the tokens committed there, everything from s on masked.
@@ -205,10 +205,9 @@ def trajectory(
                   that revises can have
     block_size    of a block-causal model: the same likelihood from one packed forward per place of a step in its block,
                   all blocks together; num_segments then counts the segments of a block
-    order         law: also the order's part, where the rollout recorded one (rank=confidence or plackett_luce with
-                  commit=schedule or late_schedule; commit=soft_threshold) and num_segments is None; given: the tokens'
-                  alone
-    num_sampled   steps (or segments) of each row that are scored, drawn without replacement: an unbiased estimate
+    include_order  also the order's log-probability, where the rollout recorded one (rank=confidence or plackett_luce
+                  with commit=schedule or late_schedule; commit=soft_threshold) and num_segments is None
+    num_sampled_steps  steps (or segments) of each row that are scored, drawn without replacement: an unbiased estimate
                   [ours] of the row's sum and, on-policy, of its gradient. None: all. With `unmask(block_size=1)`, all
                   are JustGRPO (arXiv 2601.15165, its authors' code [paper])
     self_conditioning  of `renoise`, whose steps see the logits of the step before. detached: the gradient stops there,
@@ -217,19 +216,19 @@ def trajectory(
     """
     if self_conditioning not in SELF_CONDITIONING:
         raise ValueError(f"self_conditioning={self_conditioning!r} must be 'detached' or 'full'")
-    if order not in ("law", "given"):
-        raise ValueError(f"order={order!r} must be 'law' or 'given'")
-    if num_sampled is not None and block_size is not None:
-        raise ValueError(f"num_sampled={num_sampled} draws steps, and block_size={block_size} packs them: drop one")
-    exact = num_segments is None and num_sampled is None  # one view per step
-    scores_order = exact and order == "law"  # a merged segment is no step of the sampler
+    if num_sampled_steps is not None and block_size is not None:
+        raise ValueError(
+            f"num_sampled_steps={num_sampled_steps} draws steps, and block_size={block_size} packs them: drop one"
+        )
+    exact = num_segments is None and num_sampled_steps is None  # one view per step
+    scores_order = exact and include_order  # a merged segment is no step of the sampler
     attention: tuple[str, ...] = ("full", "block_causal") if block_size is None else ("block_causal",)
     if exact and block_size is None:
         attention = (*attention, "encoder_decoder")
     draw = partial(
         trajectory_views,
         num_segments=num_segments,
-        num_sampled=num_sampled,
+        num_sampled_steps=num_sampled_steps,
         block_size=block_size,
         scores_order=scores_order,
         full=self_conditioning == "full",
@@ -237,10 +236,10 @@ def trajectory(
     return LikelihoodEstimator(
         "trajectory",
         draw,
-        attention=attention,
+        supported_attention=attention,
         exact_for_sampler=exact,
         scores_order=scores_order,
-        random=num_sampled is not None,
+        is_random=num_sampled_steps is not None,
         block_size=block_size,
     )
 
@@ -250,7 +249,7 @@ def trajectory_views(
     generator: Generator,
     *,
     num_segments: int | None,
-    num_sampled: int | None,
+    num_sampled_steps: int | None,
     block_size: int | None,
     scores_order: bool,
     full: bool,
@@ -265,12 +264,12 @@ def trajectory_views(
         step, _ = last_and_first_step(rollout)
         segment = segments(step, num_segments)
         index, coefficient = all_segments(segment), None
-        if num_sampled is not None:
-            index, coefficient = sampled_segments(segment, rollout, generator, num_sampled)
+        if num_sampled_steps is not None:
+            index, coefficient = sampled_segments(segment, rollout, generator, num_sampled_steps)
         if rollout.events is None:
             views = views_of_segments(rollout, segment, index)
         else:
             views = replayed(rollout, index.expand(-1, *segment.shape))
         if coefficient is not None:
-            views = replace(views, weight=views.weight * coefficient)
+            views = replace(views, coefficients=views.coefficients * coefficient)
     return with_order(rollout, views) if scores_order else views

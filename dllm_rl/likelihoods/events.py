@@ -32,10 +32,10 @@ class Replayed(ViewFeature):
 
     step: Int[Tensor, "N B T"]
 
-    def on(self, view: View, number: int) -> View:
+    def apply_to(self, view: View, number: int) -> View:
         return replace(view, canvas=partial(canvas_at, step=self.step[number]))
 
-    def recorded(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def sampler_logprobs(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         assert rollout.events is not None, "views are replayed of a rollout with events"
         # Slot by slot, in the order in which views are added up.
         return sum(rollout.events.logprobs.unbind(-1), torch.zeros_like(logprobs))
@@ -54,25 +54,25 @@ def check_merges(rollout: Rollout, num_segments: int | None) -> None:
     if num_segments is not None and rollout.events is not None:
         raise ValueError(
             f"num_segments={num_segments} merges steps, and this rollout's commit rule may write a position in several "
-            "of them (remask, soft_edit): leave num_segments at None; num_sampled scores some of the steps"
+            "of them (remask, soft_edit): leave num_segments at None; num_sampled_steps scores some of the steps"
         )
 
 
 def replayed(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Views:
     """View s sees the canvas before its step of each position, and scores what that step wrote."""
     events = rollout.events
-    if events is None or events.by_draws:
+    if events is None or events.depends_on_tokens:
         raise ValueError(
             "likelihood='trajectory' replays events, but which positions this rollout rewrote depends on the tokens "
             "drawn (edit, rank=confidence), and its ratios would be biased: use soft_edit or remask with rank=random, "
             "or one_step(), elbo() or coupled()"
         )
     params = rollout.sampling_params
-    if params.filters and params.support != "own":
+    if params.filters and params.support != "per_policy":
         raise ValueError(
             f"sampling_support={params.support!r}: a rollout that revises records what a filter kept at each "
-            "position's last writing alone; use sampling_support='own'"
+            "position's last writing alone; use sampling_support='per_policy'"
         )
     both: Iterator = (canvas_at(rollout, step=each) for each in step)
     before, written = map(torch.stack, zip(*both, strict=True))
-    return Views(before < 0, (written >= 0).float(), parts=(Replayed(step),))
+    return Views(before < 0, (written >= 0).float(), features=(Replayed(step),))

@@ -27,30 +27,31 @@ def with_order(rollout: Rollout, views: Views) -> Views:
     recorded = rollout.order
     if recorded is None or recorded.logprobs is None:
         return views
-    if params.filters and params.support != "own" and recorded.rank_function is None:
+    if params.filters and params.support != "per_policy" and recorded.rank_function is None:
         raise ValueError(
             f"sampling_support={params.support!r}: the rollout does not record which tokens a filter kept at positions "
-            "left masked, so their order has no probability; use sampling_support='own', or trajectory(order='given')"
+            "left masked, so their order has no probability; use sampling_support='per_policy', or "
+            "trajectory(include_order=False)"
         )
-    stayed = views.masked & (views.weight == 0)
-    if not any(isinstance(part, Packed) for part in views.parts):
+    stayed = views.masked & (views.coefficients == 0)
+    if not any(isinstance(part, Packed) for part in views.features):
         # A later block's positions are masked too, and could not be chosen.
-        stayed &= recorded.open_step <= torch.arange(len(stayed), device=stayed.device)[:, None, None]
-    return replace(views, weight=views.weight + stayed, parts=(*views.parts, Stayed(stayed)))
+        stayed &= recorded.block_first_step <= torch.arange(len(stayed), device=stayed.device)[:, None, None]
+    return replace(views, coefficients=views.coefficients + stayed, features=(*views.features, Stayed(stayed)))
 
 
 @dataclass(frozen=True)
 class Stayed(ViewFeature):
     """Positions that view n scores by the probability of having been left masked."""
 
-    single_tokens: ClassVar[bool] = False  # a contribution holds an order's log-prob too
+    is_per_token: ClassVar[bool] = False  # a contribution holds an order's log-prob too
 
     stayed: Bool[Tensor, "N B T"]
 
-    def on(self, view: View, number: int) -> View:
+    def apply_to(self, view: View, number: int) -> View:
         return replace(view, scoring=OrderScoring(self.stayed[number]))
 
-    def recorded(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def sampler_logprobs(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         assert rollout.order is not None and rollout.order.logprobs is not None, "views score an order that is recorded"
         return rollout.order.logprobs + logprobs  # added as views are added up: the later step last
 
@@ -91,11 +92,11 @@ class OrderScoring:
         groups, width = _blocks(rollout, plan), rollout.tokens.shape[1]
         assert recorded.rank_function is not None, "the positions were drawn by scores"
         scores = order.state_scores(policy, seen.states, params, recorded.rank_function)
-        if recorded.soft is not None:
-            tau, temperature = recorded.soft
+        if recorded.soft_threshold_params is not None:
+            tau, temperature = recorded.soft_threshold_params
             return set_logprobs(scores, groups, plan.plain, width, tau=tau, temperature=temperature)
-        assert recorded.draw is not None, "the order of `plackett_luce`"
-        nth = recorded.draw.flatten()[plan.places].index_fill(0, plan.marked, width)  # left: drawn later
+        assert recorded.draw_index is not None, "the order of `plackett_luce`"
+        nth = recorded.draw_index.flatten()[plan.places].index_fill(0, plan.marked, width)  # left: drawn later
         return order.drawn_logprobs(scores, groups, nth, plan.plain, width)
 
     def backward(self, policy: Policy, rollout: Rollout, seen: ViewStates, vector: Float[Tensor, " K"]) -> None:
@@ -132,4 +133,4 @@ def _bounds(rollout: Rollout, plan: Plan, confidences: Float[Tensor, " C"]) -> t
 def _blocks(rollout: Rollout, plan: Plan) -> Int[Tensor, " K"]:
     """A number for each row and block, rising; the opening step distinguishes the blocks of a packed view."""
     width = rollout.tokens.shape[1]
-    return plan.places // width * width + order_of(rollout).open_step.flatten()[plan.places]
+    return plan.places // width * width + order_of(rollout).block_first_step.flatten()[plan.places]

@@ -17,7 +17,7 @@ from dllm_rl.types import Rollout, Views
 class Packed(ViewFeature):
     """Views whose forward is `packed_hidden`."""
 
-    def on(self, view: View, number: int) -> View:
+    def apply_to(self, view: View, number: int) -> View:
         return replace(view, forward=packed_forward, share=False)
 
 
@@ -40,7 +40,7 @@ def packed_views(rollout: Rollout, *, num_segments: int | None, block_size: int)
         views = views_of_segments(rollout, segment, index)
     else:
         views = events.replayed(rollout, (index + torch.where(completion, first, 0)).expand(-1, *segment.shape))
-    return replace(views, parts=(*views.parts, Packed()))
+    return replace(views, features=(*views.features, Packed()))
 
 
 def packed_mask(

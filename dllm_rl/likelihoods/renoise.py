@@ -31,7 +31,7 @@ class Replayed(ViewFeature):
     steps  of all canvases together, at most
     """
 
-    single_tokens: ClassVar[bool] = False  # a contribution is a sum over a position's draws
+    is_per_token: ClassVar[bool] = False  # a contribution is a sum over a position's draws
 
     full: bool
     steps: int
@@ -40,7 +40,7 @@ class Replayed(ViewFeature):
     def num_forwards(self) -> int:
         return self.steps
 
-    def on(self, view: View, number: int) -> View:
+    def apply_to(self, view: View, number: int) -> View:
         return Replay(view.masked, view.scored, full=self.full)
 
 
@@ -49,7 +49,7 @@ def renoised_view(rollout: Rollout, *, full: bool) -> Views:
     part = renoised(rollout)
     scored = (part.drawn >= 0).any(-1)
     count = int(part.block.amax() + 1) * part.seen.shape[2]
-    return Views(torch.zeros_like(scored)[None], scored.float()[None], parts=(Replayed(full, count),))
+    return Views(torch.zeros_like(scored)[None], scored.float()[None], features=(Replayed(full, count),))
 
 
 def renoised(rollout: Rollout) -> Renoised:

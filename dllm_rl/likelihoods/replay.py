@@ -37,7 +37,7 @@ class Experts(ViewFeature):
     ids: Integer[Tensor, "n B T M E"]  # n=1: for all views
     where: Bool[Tensor, "N B T"]
 
-    def on(self, view: View, number: int) -> View:
+    def apply_to(self, view: View, number: int) -> View:
         ids = self.ids[number if len(self.ids) > 1 else 0]
         again = partial(_replaying, forward=view.forward, ids=ids, where=self.where[number])
         return replace(view, forward=again, share=False)
@@ -57,7 +57,7 @@ class Watched(ViewFeature):
     store: list[Tensor]  # of one (N, B, T, M, E): a list, as the rows of a part are cut and the store must stay whole
     place: Int[Tensor, "1 B T"]  # of each token in the store's B T
 
-    def on(self, view: View, number: int) -> View:
+    def apply_to(self, view: View, number: int) -> View:
         watching = partial(_watching, forward=view.forward, experts=self.store[0][number], place=self.place[0])
         return replace(view, forward=watching)
 
@@ -79,9 +79,9 @@ def watched(policy: Policy, rollout: Rollout, views: Views) -> Views:
     with torch.no_grad(), Routing(policy.module) as routing:  # a forward of one token tells mixtures and dtype
         policy.hidden(rollout.tokens[:1, :1], torch.ones_like(rollout.attention_mask[:1, :1]))
     experts = routing.experts(1)
-    store = experts.new_zeros(*views.weight.shape, *experts.shape[2:])
+    store = experts.new_zeros(*views.coefficients.shape, *experts.shape[2:])
     place = torch.arange(rollout.tokens.numel(), device=rollout.tokens.device).view_as(rollout.tokens)[None]
-    return replace(views, parts=(*views.parts, Watched([store], place)))
+    return replace(views, features=(*views.features, Watched([store], place)))
 
 
 def as_sampled(views: Views, rollout: Rollout) -> Views:
@@ -96,21 +96,21 @@ def as_sampled(views: Views, rollout: Rollout) -> Views:
             "router_replay='R3': a rollout that revises (remask, soft_edit) records the experts of each position's "
             "last writing alone; leave router_replay at None"
         )
-    where = views.weight != 0
-    for part in views.parts:
+    where = views.coefficients != 0
+    for part in views.features:
         if isinstance(part, Stayed):  # no token was drawn there, so that no experts are recorded
             where &= ~part.stayed
     experts = Experts(rollout.experts[None], where)  # one record for all views: each token once
-    return replace(views, parts=(*views.parts, experts))
+    return replace(views, features=(*views.features, experts))
 
 
 def as_chosen(views: Views, rollout: Rollout) -> Views:
     """Views with the experts that were chosen in a scoring under `watched` ones; other views as they are."""
-    if not any(isinstance(part, Watched) for part in views.parts):
+    if not any(isinstance(part, Watched) for part in views.features):
         return views  # the same object, which all policies share
     parts = []
-    for part in views.parts:
+    for part in views.features:
         if isinstance(part, Watched):
-            part = Experts(part.store[0], rollout.attention_mask.expand_as(views.weight))
+            part = Experts(part.store[0], rollout.attention_mask.expand_as(views.coefficients))
         parts.append(part)
-    return replace(views, parts=tuple(parts))
+    return replace(views, features=tuple(parts))

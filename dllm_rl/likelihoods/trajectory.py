@@ -22,15 +22,17 @@ def all_segments(segment: Int[Tensor, "B T"]) -> Int[Tensor, "S 1 1"]:
 
 
 def sampled_segments(
-    segment: Int[Tensor, "B T"], rollout: Rollout, generator: Generator, num_sampled: int
+    segment: Int[Tensor, "B T"], rollout: Rollout, generator: Generator, num_sampled_steps: int
 ) -> tuple[Int[Tensor, "S B 1"], Float[Tensor, "B 1"]]:
-    """num_sampled of each row's segments, drawn without replacement, and the weight that makes their sum unbiased."""
+    """Draw segments of each row without replacement; returns them and the weight that makes their sum unbiased."""
     counts = segment.amax(-1).cpu() + 1
     rows = []
     for row, count in zip(row_generators(rollout, generator), counts.tolist(), strict=True):
-        drawn = torch.rand(max(count, 0), generator=row).argsort()[:num_sampled].sort().values
-        rows.append(torch.nn.functional.pad(drawn, (0, num_sampled - len(drawn)), value=-2))  # -2: no segment's number
-    weight = counts / counts.clamp(1, num_sampled)
+        drawn = torch.rand(max(count, 0), generator=row).argsort()[:num_sampled_steps].sort().values
+        rows.append(
+            torch.nn.functional.pad(drawn, (0, num_sampled_steps - len(drawn)), value=-2)
+        )  # -2: no segment's number
+    weight = counts / counts.clamp(1, num_sampled_steps)
     return torch.stack(rows, dim=1)[..., None].to(segment.device), weight[:, None].to(segment.device)
 
 

@@ -2,7 +2,8 @@
 own backward for a given vector.
 
 The plain view hides masked positions, runs the policy, and scores the rollout's tokens. An optional feature replaces
-one of a view's three functions (`ViewFeature.on`): what the model sees, its forward, or how states become log-probs.
+one of a view's three functions (`ViewFeature.apply_to`): what the model sees, its forward, or how states become
+log-probs.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +21,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
 from dllm_rl.models.support import ids_at
-from dllm_rl.types import Rollout, ViewPart, Views
+from dllm_rl.types import Rollout, Views, ViewTensors
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def row_chunks(rollout: Rollout, views: Views, micro_batch_size: int | None) -> 
     """The groups that any view scores, as chunks of whole groups of like length, of at most micro_batch_size rows (or
     one group)."""
     group = rollout.group_size
-    scored = rearrange((views.weight != 0).any(0).any(-1), "(p g) -> p g", g=group).any(-1)
+    scored = rearrange((views.coefficients != 0).any(0).any(-1), "(p g) -> p g", g=group).any(-1)
     first = rearrange(rollout.attention_mask.long().argmax(-1), "(p g) -> p g", g=group).amin(-1)
     chosen, starts = torch.stack([scored, first]).cpu()  # one wait for the device
     size = len(chosen) if micro_batch_size is None else max(1, micro_batch_size // group)
@@ -185,11 +186,11 @@ class View:
 
 
 @dataclass(frozen=True)
-class ViewFeature(ViewPart, ABC):
+class ViewFeature(ViewTensors, ABC):
     """A part that changes how views are scored: `likelihoods.order`, `.events`, `.packed`, `.renoise`, `.replay`."""
 
     @abstractmethod
-    def on(self, view: View, number: int) -> View:
+    def apply_to(self, view: View, number: int) -> View:
         """The view of this number with the feature."""
 
 
@@ -197,10 +198,10 @@ def each_view(views: Views) -> Iterator[View]:
     """The views one by one, with the features of its parts: what scoring runs through, and the update
     again."""
     for number, masked in enumerate(views.masked):
-        view = View(masked, views.weight[number] != 0)
-        for part in views.parts:
+        view = View(masked, views.coefficients[number] != 0)
+        for part in views.features:
             if isinstance(part, ViewFeature):
-                view = part.on(view, number)
+                view = part.apply_to(view, number)
         yield view
 
 

@@ -150,19 +150,21 @@ class FamilySpec:
     head: Callable = linear_head  # module, hidden states -> logits
     lora_targets: tuple[str, ...] = LLAMA_LINEARS  # linear layers of a block that LoRA adapts by default
     architectures: tuple[str, ...] = ()  # values of the config's `architectures` field; `*` for any text
-    when: Callable[[dict], bool] = lambda config: True  # further test of the config's fields
-    native: Callable[[dict], tuple] | None = None  # config fields -> (stock class, its config); None: already stock
-    names: tuple[tuple[str, str], ...] = ()  # (original, stock) where they differ; `*` for a number
+    config_test: Callable[[dict], bool] = lambda config: True  # further test of the config's fields
+    stock_model: Callable[[dict], tuple] | None = (
+        None  # config fields -> (stock class, its config); None: already stock
+    )
+    tensor_names: tuple[tuple[str, str], ...] = ()  # (original, stock) where they differ; `*` for a number
     fused_qkv: str | None = None  # a projection with query, key and value rows in this order
     float32_rope: bool = False  # rotary embeddings are applied in fp32 whatever the weights' dtype
-    ignored: tuple[str, ...] = ()  # patterns of the checkpoint's unused tensors
+    ignored_tensors: tuple[str, ...] = ()  # patterns of the checkpoint's unused tensors
     end_tokens: tuple[str, ...] = ()  # further tokens that end a completion, where the tokenizer has them
-    original: dict | None = field(default=None, compare=False, repr=False)  # config written back; None: stock
-    source: str | None = field(default=None, compare=False, repr=False)  # folder of the checkpoint
+    original_config: dict | None = field(default=None, compare=False, repr=False)  # config written back; None: stock
+    checkpoint_folder: str | None = field(default=None, compare=False, repr=False)  # folder of the checkpoint
 
-    def recognises(self, config: dict) -> bool:
+    def matches(self, config: dict) -> bool:
         name = (config.get("architectures") or [""])[0]
-        return any(fnmatchcase(name, pattern) for pattern in self.architectures) and self.when(config)
+        return any(fnmatchcase(name, pattern) for pattern in self.architectures) and self.config_test(config)
 
 
 @runtime_checkable
@@ -183,7 +185,7 @@ class Policy(Head, Protocol):
     module: Module
     spec: FamilySpec
     tokenizer: Tokenizer
-    version: int  # counts weight updates
+    weights_version: int  # counts weight updates
     float32_head: bool  # logits of a model in 16 bits (or under autocast) are in fp32
     gradient_checkpointing: bool  # blocks run twice: a third more work, far less memory, same gradients
     records_experts: bool  # samplers record the experts of each token (`Rollout.experts`)

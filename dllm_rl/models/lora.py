@@ -358,7 +358,7 @@ def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = No
         "bias": "none",
         "target_modules": linear,
         **({"target_parameters": [f"{path}.{name}" for path in experts for name in STACKS]} if experts else {}),
-        "base_model_name_or_path": base or policy.spec.source,
+        "base_model_name_or_path": base or policy.spec.checkpoint_folder,
         "inference_mode": True,
     }
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -391,7 +391,9 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
             "as plain LoRA (peft's path_initial_model_for_weight_conversion)"
         )
     linear, experts = _paths(state)
-    paths = tuple(sorted(renamed(f"{stem}.weight", policy.spec.names).removesuffix(".weight") for stem in linear))
+    paths = tuple(
+        sorted(renamed(f"{stem}.weight", policy.spec.tensor_names).removesuffix(".weight") for stem in linear)
+    )
     # Before an adapter is made, whose size r alone sets.
     if (needed := config["r"] * _width(policy.module, paths, experts)) > sum(map(Tensor.numel, state.values())):
         raise ValueError(

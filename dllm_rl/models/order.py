@@ -22,7 +22,7 @@ from dllm_rl.types import SamplingParams
 LEAST = -20.0  # nats; an order that a policy cannot choose has this log-prob and no gradient, as log-ratios are clamped
 
 
-def open_step(unmask_step: Int[Tensor, "B L"], block: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+def block_first_step(unmask_step: Int[Tensor, "B L"], block: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     """The first step of each written place's block; -1 at places that are masked."""
     far = torch.iinfo(unmask_step.dtype).max
     steps = torch.where(unmask_step < 0, far, unmask_step)

@@ -53,7 +53,7 @@ class _Backbone:
                 layer.use_nested_tensor = False
         self.spec = spec
         self.tokenizer = tokenizer
-        self.version = 0
+        self.weights_version = 0
         self.float32_head = True  # copies inherit it, so that both sides of a ratio have the same
 
     def __repr__(self) -> str:
@@ -245,7 +245,7 @@ def _found_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
     raw = module.config.to_dict()
     raw["architectures"] = raw.get("architectures") or [kind]  # a model that was never saved has none
     spec = family_spec(module.config, tokenizer, raw=raw, generation=getattr(module, "generation_config", None))
-    if spec.native is not None:
+    if spec.stock_model is not None:
         raise ValueError(f"{kind} runs code of its checkpoint; give the checkpoint's folder or id to use stock classes")
     prepared(module, spec)
     return spec

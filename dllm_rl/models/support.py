@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.types import Kept, Rollout, Support
+from dllm_rl.types import FilterSupport, Rollout, Support
 
 KEPT_IDS = 64  # most tokens of a filtered distribution whose ids a rollout records
 
@@ -27,9 +27,9 @@ def fitting(kept_ids: Int[Tensor, "B T C"]) -> Int[Tensor, "B T c"] | None:
     return None if width > KEPT_IDS else kept_ids[..., :width]
 
 
-def kept_part(log_mass: Float[Tensor, "B T"], ids: Int[Tensor, "B T C"]) -> Kept:
+def kept_part(log_mass: Float[Tensor, "B T"], ids: Int[Tensor, "B T C"]) -> FilterSupport:
     """The rollout's record, from what `kept_set` gave for each token."""
-    return Kept(log_mass, fitting(ids))
+    return FilterSupport(log_mass, fitting(ids))
 
 
 def with_support(rollout: Rollout, support: Support) -> Rollout:
@@ -44,11 +44,11 @@ def with_support(rollout: Rollout, support: Support) -> Rollout:
     params = rollout.sampling_params
     if support == params.support or not params.filters:
         return rollout
-    if params.support != "own":
+    if params.support != "per_policy":
         raise ValueError(f"support={support!r}: the rollout has {params.support!r} already; take the sampler's own")
-    kept = rollout.kept
+    kept = rollout.filter_support
     if kept is None or (support == "rollout" and kept.ids is None):
-        advice = "sample with this library's samplers, or use 'own'"
+        advice = "sample with this library's samplers, or use 'per_policy'"
         if support == "rollout":
             advice = f"ids are recorded for at most {KEPT_IDS} tokens; lower top_k or top_p, or use 'unfiltered'"
         raise ValueError(f"support={support!r} needs what the sampler kept, which is not recorded: {advice}")
@@ -58,6 +58,10 @@ def with_support(rollout: Rollout, support: Support) -> Rollout:
 
 def ids_at(rollout: Rollout, places: Int[Tensor, " K"]) -> Int[Tensor, "K C"] | None:
     """The ids over which the tokens at K places of the flattened batch are normalised; None: each policy's own."""
-    if rollout.sampling_params.support != "rollout" or rollout.kept is None or rollout.kept.ids is None:
+    if (
+        rollout.sampling_params.support != "rollout"
+        or rollout.filter_support is None
+        or rollout.filter_support.ids is None
+    ):
         return None
-    return rollout.kept.ids.flatten(0, 1)[places]
+    return rollout.filter_support.ids.flatten(0, 1)[places]

@@ -25,7 +25,7 @@ LONGEST_PATTERN = 20_000  # characters
 REPEAT = r"(?:[*+]|\{\d*,?\d*\})"
 TRIAL = Path(__file__).with_name("checkpoint") / "trial.py"
 LIMITS = {"seconds": 4, "memory": 2 << 30}  # a published tokenizer of 256,000 tokens takes 2 s and 1 GiB
-PATIENCE = 60.0  # seconds by the clock: the other limit is of processor time, which a busy machine gives slowly
+WALL_SECONDS = 60.0  # seconds by the clock: the other limit is of processor time, which a busy machine gives slowly
 MOST_COUNTED = 1_000_000
 CHOOSES_CODE = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 
@@ -101,11 +101,11 @@ def try_out(
             [sys.executable, "-P", str(TRIAL)],
             input=json.dumps(asked | {"limits": LIMITS}).encode(),
             capture_output=True,
-            timeout=PATIENCE,
+            timeout=WALL_SECONDS,
             env=os.environ | alone,
         )
     except subprocess.TimeoutExpired:
-        return f"stopped after {PATIENCE:g} s"
+        return f"stopped after {WALL_SECONDS:g} s"
     if done.returncode == 0:
         return ""
     said = (done.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]

@@ -4,7 +4,7 @@ MILD = 0.95  # ESS that AIS reports early in training [digest]
 STRONG = 0.70  # and late without correction [digest]
 BACKWARDS = 0.005  # largest contribution of a sign of A, averaged over tokens, that may be noise [ours]
 SIGNS = {"positive": "A>0", "negative": "A<0"}
-PATIENCE = 20  # steps in a row without a group whose rewards differ
+EQUAL_REWARD_STEPS = 20  # steps in a row without a group whose rewards differ
 DIRECTION = "update/direction"  # cosine of advantages and changes of log-prob, measured after some updates
 # Mean of MEASURED values in a row. In six small runs of 20 or 30 steps its least was -0.22 with a loss of the right
 # sign, and -0.37 to -0.81 with one of the wrong sign [ours].

@@ -15,7 +15,7 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 from rich.console import Console, RenderableType
 
 from dllm_rl.device import peak_memory
-from dllm_rl.monitoring.health import PATIENCE
+from dllm_rl.monitoring.health import EQUAL_REWARD_STEPS
 from dllm_rl.monitoring.json_lines import JsonLines, current_rows, known
 from dllm_rl.monitoring.progress import View
 from dllm_rl.recipe import Settings
@@ -91,11 +91,11 @@ class RunLog:
         self._step = {}
         self._done = step + 1
         self._flat = self._flat + 1 if metrics.get("frac_reward_zero_std") == 1 else 0
-        if self._flat == PATIENCE and not self._warned:
+        if self._flat == EQUAL_REWARD_STEPS and not self._warned:
             self._warned = True
             self.say(
-                f"warning: in the last {PATIENCE} steps the rewards of every group were equal, which teaches nothing: "
-                "see whether the grader distinguishes completions, or take easier problems or more generations"
+                f"warning: in the last {EQUAL_REWARD_STEPS} steps the rewards of every group were equal, which teaches "
+                "nothing: see whether the grader distinguishes completions, or take easier problems or more generations"
             )
         row = {**metrics, "step_time": sum(times.values()), "memory/peak_gb": peak_memory(), **times}
         self.last = row

@@ -100,9 +100,9 @@ def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable
     The next forward after an optimiser step quantises the changed weights into the rollout's own storage. The yielded
     function does so at once, for an optimiser that bypasses autograd's version counters. Raises ValueError when learner
     and rollout have different weights at the start, or for adapters with dropout."""
-    if policy.version != rollout_policy.version:
-        versions = f"weights_version={rollout_policy.version} of the rollout is not the learner's {policy.version}"
-        raise ValueError(f"{versions}: call sync_weights(policy, rollout_policy) first")
+    if policy.weights_version != rollout_policy.weights_version:
+        wrong = f"weights_version={rollout_policy.weights_version} of the rollout is not the learner's"
+        raise ValueError(f"{wrong} {policy.weights_version}: call sync_weights(policy, rollout_policy) first")
     links = []
     for name, source, target in quantized_pairs(policy.module, rollout_policy.module):
         kind = _AlignedExperts if isinstance(target, Experts) else _AlignedLinear

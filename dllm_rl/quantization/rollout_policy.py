@@ -35,13 +35,13 @@ class QuantizationReport:
     """Names of quantised layers, matrices that keep their precision and why, and the modules' bytes."""
 
     quantized: tuple[str, ...]
-    kept: dict[str, str]
+    skipped: dict[str, str]
     bytes_before: int
     bytes_after: int
 
     def __str__(self) -> str:
         reasons: dict[str, list[str]] = {}
-        for name, why in self.kept.items():
+        for name, why in self.skipped.items():
             reasons.setdefault(why, []).append(name)
         kept = "; ".join(f"{len(names)} kept ({why}): {', '.join(names[:3])}" for why, names in reasons.items())
         size = f"{self.bytes_before / 2**20:.1f} -> {self.bytes_after / 2**20:.1f} MiB"
@@ -249,7 +249,7 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
         if name in targets and not is_same(value, targets[name]):  # a tied tensor is written under its first name
             targets[name].copy_(whole(value))
     check_finite(finite)  # once all are written: a check per layer would make the host wait
-    rollout_policy.version = policy.version
+    rollout_policy.weights_version = policy.weights_version
     return change_metrics(changes)
 
 

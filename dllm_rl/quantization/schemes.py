@@ -45,13 +45,13 @@ def _torchao() -> Any:
     return quantization
 
 
-def float8_weight_only(*, dequantised: bool = False) -> Scheme:
+def float8_weight_only(*, dequantized: bool = False) -> Scheme:
     """e4m3 weights per row, products in the learner's dtype. Saves memory, not time; runs anywhere, CPU included.
 
-    dequantised  round and dequantise weights once per sync instead of in every product: the same numbers in the time
+    dequantized  round and dequantise weights once per sync instead of in every product: the same numbers in the time
                  and memory of a plain copy
     """
-    return FakeQuantize("e4m3") if dequantised else _torchao().Float8WeightOnlyConfig()
+    return FakeQuantize("e4m3") if dequantized else _torchao().Float8WeightOnlyConfig()
 
 
 def float8_dynamic() -> Scheme:

@@ -18,12 +18,12 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     order has probability 0, and importance weights of the tokens do not correct the order [ours]."""
     ranks = {rank.__name__: as_rank(rank) for rank, order in RANKS.items() if order in ("max_prob", "deterministic")}
     order, mask_id = rollout.order, policy.spec.mask_id
-    if order is None or order.rank not in ranks or mask_id is None or rollout.events is not None:
+    if order is None or order.rank_name not in ranks or mask_id is None or rollout.events is not None:
         return {}  # `random` and `confidence` have nothing to compare
-    rank = ranks[order.rank]
+    rank = ranks[order.rank_name]
     first = slice(None, None, rollout.group_size)  # all completions of a prompt begin alike
     masked = rollout.completion_mask[first]
-    opened = order.open_step[first] == 0
+    opened = order.block_first_step[first] == 0
     committed = rollout.unmask_step[first] == 0
     hidden = policy.hidden(rollout.tokens[first].masked_fill(masked, mask_id), rollout.attention_mask[first])
     states = hidden[opened]

@@ -45,7 +45,7 @@ def autoregress(
     """
     if policy.spec.attention != "causal":
         raise ValueError(f"policy {policy.spec.name!r} is not causal; autoregress needs a causal one: use unmask")
-    if prompts.open is not None:
+    if prompts.infill_mask is not None:
         raise ValueError("prompts have open positions, which a causal model cannot fill in; use a diffusion model")
     if not (filled := prompts.attention_mask.any(-1)).all():
         row = int(filled.long().argmin())
@@ -129,8 +129,8 @@ def _rollout(
         unmask_step=torch.where(completion_mask, steps, -1),
         logprobs=F.pad(drawn.logprobs.masked_fill(~alive, 0.0), (start, 0)),
         group_size=prompts.group_size,
-        weights_version=policy.version,
+        weights_version=policy.weights_version,
         sampling_params=sampling_params,
         forwards=len(columns),
-        kept=recorded,
+        filter_support=recorded,
     )

@@ -13,7 +13,7 @@ from dllm_rl.device import send
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers.rules import steps_per_block
-from dllm_rl.types import Columns, Prompts, Rollout, SamplingParams
+from dllm_rl.types import BatchRecord, Prompts, Rollout, SamplingParams
 
 TOKENS = 0  # streams of random numbers: the draw of a token, and the numbers of ranks and commit rules
 TIES = 1
@@ -130,7 +130,7 @@ class Canvas:
         )
 
     def _part_at_columns(self, part: Any) -> Any:
-        if not isinstance(part, Columns):
+        if not isinstance(part, BatchRecord):
             return None if part is None else self._at_columns(part, 0)
         tensors = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
         return replace(part, **{n: self._at_columns(value, part.FILL.get(n, 0)) for n, value in tensors.items()})

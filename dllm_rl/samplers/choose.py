@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import chunked, invert, process
-from dllm_rl.models.order import commit_cutoff, draw_index, drawn_logprobs, left_logprobs, open_step
+from dllm_rl.models.order import block_first_step, commit_cutoff, draw_index, drawn_logprobs, left_logprobs
 from dllm_rl.models.soft_threshold import set_logprobs
 from dllm_rl.models.support import kept_part, kept_set
 from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Choice, Decision, Drawn, Turn
@@ -45,8 +45,8 @@ class Choose:
         self.commit = commit
         greedy = sampling_params.temperature == 0
         # A rank of the state alone leaves the drawing to when it is known where; the likeliest tokens come for free.
-        self.draws_first = "tokens" in needs or (greedy and "logits" in needs) or "changed" in commit.reads
-        self.by_draws = not greedy and ("tokens" in needs or "changed" in commit.reads)
+        self.draws_first = "tokens" in needs or (greedy and "logits" in needs) or "replaceable" in commit.reads
+        self.by_draws = not greedy and ("tokens" in needs or "replaceable" in commit.reads)
         if commit.revises:
             canvas.events = []
         self.noisy = rank.order == "plackett_luce"
@@ -120,7 +120,7 @@ class Choose:
         noted = canvas.noted
         drawn = self.soft is not None or self.noisy  # the positions, and not by the rank alone
         rank = self.rank.function if drawn and self.has_order_logprob else None
-        first = open_step(canvas.unmask_step, canvas.block)
+        first = block_first_step(canvas.unmask_step, canvas.block)
         library = None if drawn else self.rank.library
         name = None if library is None else library.__name__
         soft = self.soft if self.has_order_logprob else None
@@ -128,9 +128,9 @@ class Choose:
         kept = kept_part(noted["log_mass"], noted["ids"]) if "ids" in noted else None
         events = None
         if canvas.events is not None:
-            events = packed_events(canvas.events, canvas.masked.shape, by_draws=self.by_draws)
+            events = packed_events(canvas.events, canvas.masked.shape, depends_on_tokens=self.by_draws)
         change = None if self.change is None else self.change.total
-        return {"order": order, "kept": kept, "events": events, "confidence_change": change}
+        return {"order": order, "filter_support": kept, "events": events, "confidence_change": change}
 
     def decide(self, turn: Turn, scores: Float[Tensor, "R L"], drawn: Drawn | None) -> Decision:
         """What the commit rule picks. Raises ValueError where it leaves a block's last step empty."""

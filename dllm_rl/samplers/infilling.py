@@ -18,7 +18,7 @@ def check_infilling(
     policy: Policy, prompts: Prompts, length: int, cache: Cache | None, approximate_early_exit: bool
 ) -> None:
     """Raise ValueError where prompts with open positions cannot be filled in, or a row has nothing to fill."""
-    assert prompts.open is not None
+    assert prompts.infill_mask is not None
     if policy.spec.attention != "full":
         wrong = f"attention is {policy.spec.attention!r} and a gap would not see what follows it"
         raise ValueError(f"prompts have open positions, but {wrong}; use a model of full attention")
@@ -26,17 +26,17 @@ def check_infilling(
         raise ValueError(f"cache={cache} keeps what surrounds a block, but open positions lie apart; use cache=None")
     if approximate_early_exit:
         raise ValueError("approximate_early_exit would leave gaps behind an end token unfilled; leave it out")
-    empty = (~(prompts.open & prompts.attention_mask).any(-1)).nonzero()[:, 0].tolist()
+    empty = (~(prompts.infill_mask & prompts.attention_mask).any(-1)).nonzero()[:, 0].tolist()
     if length == 0 and empty:
         raise ValueError(f"max_new_tokens=0, and prompt {empty[0]} has no open position: there is nothing to fill")
 
 
 def infilling_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int) -> Canvas:
     """The canvas of prompts with open positions, followed by `length` masks."""
-    assert prompts.open is not None and policy.spec.mask_id is not None, "a diffusion model has a mask token"
+    assert prompts.infill_mask is not None and policy.spec.mask_id is not None, "a diffusion model has a mask token"
     behind = torch.ones(len(prompts.tokens), length, dtype=torch.bool)
     attended = prompts.attention_mask.cpu()
-    opened = torch.cat([prompts.open.cpu() & attended, behind], dim=1)
+    opened = torch.cat([prompts.infill_mask.cpu() & attended, behind], dim=1)
     mask = torch.cat([attended, behind], dim=1)
     tokens = F.pad(prompts.tokens.cpu(), (0, length)).masked_fill(opened, policy.spec.mask_id)
     columns = (~opened).long().argsort(dim=-1, stable=True)[:, : int(opened.sum(-1).max())]

@@ -145,7 +145,7 @@ def order_probability(rank: Rank, commit: Commit, *, greedy: bool = False) -> st
     if "unknown" in (rank.order, commit.order):
         return "unknown"
     by_chance = rank.order == "plackett_luce" or commit.order == "soft_threshold"
-    by_draws = not greedy and (rank.order == "confidence" or "changed" in commit.reads)
+    by_draws = not greedy and (rank.order == "confidence" or "replaceable" in commit.reads)
     if not by_chance and not by_draws:
         return "independent" if rank.order == "independent" else "deterministic"
     if greedy:

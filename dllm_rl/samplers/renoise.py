@@ -40,7 +40,7 @@ def renoise(
     stability_threshold: int | None = 1,
     confidence_threshold: float | None = 0.005,
     answer: str = "argmax",
-    watch: Callable[[Rollout], None] | None = None,
+    on_step: Callable[[Rollout], None] | None = None,
 ) -> Rollout:
     """Complete every prompt `group_size` times, canvas by canvas (DiffusionGemma's sampler [paper: transformers 5.23]).
 
@@ -57,7 +57,7 @@ def renoise(
                      steps before, and the mean entropy is below so many nats; None: it always takes diffusion_steps
     answer           argmax: the likeliest tokens of a canvas's last step, as the authors; no draw decides them.
                      drawn: the last step accepts every draw, and these are the answer [ours]: for training
-    watch            called with the current rollout after every step: the canvas in motion
+    on_step          called with the current rollout after every step: the canvas in motion
 
     `Rollout.renoised` records every step; `trajectory()` replays it. A row depends on its prompt, its seed and the
     weights only; batching changes at most the last bits of a sum. A step holds fp32 logits of all rows (R, C, V).
@@ -84,7 +84,7 @@ def renoise(
         for block in range(max_new_tokens // record.length):
             if not len(loop.rows):
                 break
-            loop.canvas(block, (lambda: watch(record.rollout(policy))) if watch else None)
+            loop.canvas(block, (lambda: on_step(record.rollout(policy))) if on_step else None)
     return record.rollout(policy)
 
 
@@ -153,7 +153,7 @@ class _Record:
             unmask_step=F.pad(self.step, (width, 0), value=-1),
             logprobs=F.pad(self.logprobs, (width, 0)),
             group_size=prompts.group_size,
-            weights_version=policy.version,
+            weights_version=policy.weights_version,
             forwards=self.forwards,
             renoised=part.padded(width),
         )
@@ -314,7 +314,7 @@ def _check(policy: Policy, prompts: Prompts, length: int) -> None:
         lower = length // size * size
         near = f"{lower}, {lower + size}" if lower > 0 else f"{size}"
         raise ValueError(f"max_new_tokens={length} must be a multiple of the canvas's {size} tokens; nearest: {near}")
-    if prompts.open is not None:
+    if prompts.infill_mask is not None:
         raise ValueError("prompts have open positions, which need a mask token; give prompts without blanks")
     if has_images(policy.module, prompts.tokens):
         raise ValueError("a prompt holds the image token, and images are not supported; give text alone")

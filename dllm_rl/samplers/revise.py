@@ -1,10 +1,10 @@
 """Commit rules that rewrite what a block holds: ReMDM masks again, LLaDA2.1 edits.
 
-Such a rule takes one of `written`, `visible` and `changed` by name, beside what every commit rule takes (`rules`).
-Scores are then given at written positions too. The rollout records every event (`Rollout.events`).
-    written   (B, L)  positions written before; picked ones are masked again, and the row uses all its steps
-    visible   (B, L)  positions written before; picked ones are drawn again, and the row uses all its steps
-    changed   (B, L)  positions whose proposal differs from the token written; picked ones take the proposal, and the
+Such a rule takes one of `remaskable`, `redrawable` and `replaceable` by name, beside what every commit rule takes
+(`rules`). Scores are then given at written positions too. The rollout records every event (`Rollout.events`).
+    remaskable   (B, L)  positions written before; picked ones are masked again, and the row uses all its steps
+    redrawable   (B, L)  positions written before; picked ones are drawn again, and the row uses all its steps
+    replaceable  (B, L)  positions whose proposal differs from the token written; picked ones take the proposal, and the
                       row leaves its block when nothing is masked and a step changed nothing. `trajectory()` refuses it
     steps     (B,)    the block's total steps; optional with each
     uniforms  (B, L)  fresh random numbers in [0, 1); with rank=random they are the scores
@@ -19,16 +19,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
+from dllm_rl.renamed import refuse_renamed
 from dllm_rl.samplers.canvas import Decision, Turn
 from dllm_rl.samplers.rules import Counts, Places, Scores, check_last_step, name_of, schedule, threshold
 from dllm_rl.types import Events
 
-COMMIT_INPUTS = ("written", "visible", "changed", "steps", "uniforms")
+COMMIT_INPUTS = ("remaskable", "redrawable", "replaceable", "steps", "uniforms")
 KINDS = frozenset(COMMIT_INPUTS[:3])
 
 
 @bounded(eta=Bound(at_least=0, at_most=1))
-def remask(scores: Scores, masked: Places, steps_left: Counts, written: Places, steps: Counts, *, eta: float) -> Places:
+def remask(
+    scores: Scores, masked: Places, steps_left: Counts, remaskable: Places, steps: Counts, *, eta: float
+) -> Places:
     """ReMDM's capped remasking (arXiv 2503.00307): a written position is masked again with probability sigma, a masked
     one written with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), independently.
 
@@ -39,12 +42,12 @@ def remask(scores: Scores, masked: Places, steps_left: Counts, written: Places, 
     done = (steps - steps_left).clamp(min=0)
     sigma = ((steps_left - 1) / done.clamp(min=1)).clamp(max=eta)
     write = (1 + sigma * done) / steps_left
-    return masked & (scores >= 1 - write[:, None]) | written & (scores >= 1 - sigma[:, None])
+    return masked & (scores >= 1 - write[:, None]) | remaskable & (scores >= 1 - sigma[:, None])
 
 
 @bounded(tau=Bound(above=0, at_most=1), tau_edit=Bound(at_least=0, at_most=1))
 def edit(
-    scores: Scores, masked: Places, steps_left: Counts, changed: Places, *, tau: float, tau_edit: float = 0.5
+    scores: Scores, masked: Places, steps_left: Counts, replaceable: Places, *, tau: float, tau_edit: float = 0.5
 ) -> Places:
     """LLaDA2.1's token editing (arXiv 2602.08676): masked positions as in `threshold`; a written one takes a different
     proposal of probability >= tau_edit.
@@ -57,12 +60,12 @@ def edit(
     """
     log_edit = torch.tensor(tau_edit, dtype=torch.float64).log().item()
     best = threshold(scores.masked_fill(~masked, -torch.inf), masked, steps_left, tau=tau)
-    return best | changed & (scores >= log_edit)
+    return best | replaceable & (scores >= log_edit)
 
 
 @bounded(rate=Bound(at_least=0, at_most=1))
 def soft_edit(
-    scores: Scores, masked: Places, steps_left: Counts, visible: Places, uniforms: Scores, *, rate: float
+    scores: Scores, masked: Places, steps_left: Counts, redrawable: Places, uniforms: Scores, *, rate: float
 ) -> Places:
     """Editing with an exact probability: masked positions as in `schedule`; each written one is drawn again,
     independently, with probability `rate`.
@@ -72,12 +75,13 @@ def soft_edit(
     The soft form of `edit`: the model's probability of another token is the chance of an edit, and no threshold. With
     rank=random or max_prob, `trajectory()` scores its rollouts; the same token drawn again counts too. [ours]
     """
-    return schedule(scores.masked_fill(~masked, -torch.inf), masked, steps_left) | visible & (uniforms < rate)
+    return schedule(scores.masked_fill(~masked, -torch.inf), masked, steps_left) | redrawable & (uniforms < rate)
 
 
 def commit_inputs(commit: Callable) -> frozenset[str]:
     """Which of COMMIT_INPUTS a rule takes. ValueError for two of KINDS."""
     parameters = inspect.signature(commit).parameters.values()
+    refuse_renamed((p.name for p in parameters if p.default is p.empty), "commit")
     taken = frozenset(p.name for p in parameters if p.name in COMMIT_INPUTS and p.default is p.empty)
     kinds = sorted(taken & KINDS, key=COMMIT_INPUTS.index)
     if len(kinds) > 1:
@@ -99,7 +103,7 @@ def revise(
     """Decide what a rule that rewrites does with a turn. Raises ValueError where a block's last step commits
     nothing or masks again.
 
-    proposed  the tokens drawn; a rule that takes `changed` needs them
+    proposed  the tokens drawn; a rule that takes `replaceable` needs them
     tokens    the canvas
     kind      which of KINDS the rule takes; further inputs are bound
     """
@@ -107,9 +111,9 @@ def revise(
     changed = torch.zeros_like(turn.masked)
     if proposed is not None:
         changed[turn.row, turn.place] = proposed != tokens[turn.canvas_row, turn.column]
-    offered = turn.written & changed if kind == "changed" else turn.written
+    offered = turn.written & changed if kind == "replaceable" else turn.written
     flipped = commit(scores, turn.masked, turn.left, **{kind: offered})
-    again = flipped & turn.written & (kind == "written")
+    again = flipped & turn.written & (kind == "remaskable")
     chosen = flipped & (turn.masked | offered) & ~again
     # One wait for the device gives the host all three counts.
     committed, num_chosen, reopened = torch.stack([chosen & turn.masked, chosen, again]).sum(-1).cpu()
@@ -123,12 +127,12 @@ def revise(
         num_chosen=num_chosen,
         committed=committed - reopened,
         reopened=turn.among(again, int(reopened.sum())),
-        # A row uses all its steps, but under `changed` leaves when a step changes nothing.
-        held=(num_chosen > 0) | (kind != "changed"),
+        # A row uses all its steps, but under `replaceable` leaves when a step changes nothing.
+        held=(num_chosen > 0) | (kind != "replaceable"),
     )
 
 
-def packed_events(noted: list[tuple[Tensor, ...]], shape: torch.Size, *, by_draws: bool) -> Events:
+def packed_events(noted: list[tuple[Tensor, ...]], shape: torch.Size, *, depends_on_tokens: bool) -> Events:
     """Each position's events (B, L, W) in order, from every step's rows, places, steps, tokens, log-probs.
 
     The host waits for the device: it does not know how many events a position has."""
@@ -144,4 +148,4 @@ def packed_events(noted: list[tuple[Tensor, ...]], shape: torch.Size, *, by_draw
         blank[rows[order], places[order], slot] = values[order]
         return blank
 
-    return Events(packed(steps.int(), -1), packed(tokens.int(), -1), packed(logprobs, 0), by_draws)
+    return Events(packed(steps.int(), -1), packed(tokens.int(), -1), packed(logprobs, 0), depends_on_tokens)

@@ -70,21 +70,23 @@ def random(uniforms: PerPosition) -> PerPosition:
 
 @bounded(temperature=Bound(above=0))
 def plackett_luce(
-    logits: Logits, normalizer: PerPosition, *, temperature: float, score: Callable = max_prob
+    logits: Logits, normalizer: PerPosition, *, temperature: float, base_rank: Callable = max_prob
 ) -> PerPosition:
-    """s = score / temperature, to which the sampler adds Gumbel noise: a random order with a known probability [ours].
+    """s = base_rank / temperature, to which the sampler adds Gumbel noise: an order with a known probability [ours].
 
     A step commits j_1 .. j_k, in the order of noisy scores, with probability (Plackett-Luce [paper])
         prod_{i=1..k} exp(s_{j_i}) / sum_{m masked, not j_1 .. j_(i-1)} exp(s_m).
     It is that of the ORDERED draw; the set's is a sum over k! orders. Given the set, the mean of the ordered ratio is
     the set's ratio: weights and gradients stay unbiased. A step that commits all that is left counts 1.
     Needs `schedule` or `late_schedule`.
-    temperature  towards 0 the order of `score`, towards infinity that of `random`
-    score        max_prob, margin, entropy, or a function of your own with the same arguments
+    temperature  towards 0 the order of `base_rank`, towards infinity that of `random`
+    base_rank    max_prob, margin, entropy, or a function of your own with the same arguments
     """
-    if rank_inputs(score) != {"logits", "normalizer"}:
-        raise ValueError(f"score={name_of(score)} must take logits and normalizer, as max_prob, margin and entropy do")
-    return score(logits, normalizer) / temperature
+    if rank_inputs(base_rank) != {"logits", "normalizer"}:
+        raise ValueError(
+            f"base_rank={name_of(base_rank)} must take logits and normalizer, as max_prob, margin and entropy do"
+        )
+    return base_rank(logits, normalizer) / temperature
 
 
 def rank_inputs(rank: Callable) -> frozenset[str]:

@@ -46,7 +46,7 @@ def unmask(
     approximate_early_exit: bool = False,
     compile_step: bool = False,
     confidence_radius: int | None = None,
-    watch: Callable[[Rollout], None] | None = None,
+    on_step: Callable[[Rollout], None] | None = None,
 ) -> Rollout:
     """Complete every prompt `group_size` times by iterative unmasking (LLaDA, arXiv 2502.09992, algorithm 5 [paper]).
 
@@ -69,7 +69,7 @@ def unmask(
     confidence_radius  record for each token how far the confidence of masked positions within so many places changed
                     (`Rollout.confidence_change`), for `elbo(informed_masking=...)`; None: not recorded. Needs
                     rank=confidence or max_prob; refuses compile_step and rules that rewrite
-    watch           called with the current rollout after every step
+    on_step         called with the current rollout after every step
 
     Infilling (full attention only): a row's completion is its open positions, then the appended ones; blocks count
     these alone. Rows may differ in their open positions.
@@ -83,7 +83,7 @@ def unmask(
     spec = policy.spec
     ranked, rule = as_rank(rank), as_commit(commit)
     block_size = _check(policy, prompts, max_new_tokens, block_size, cache)
-    if prompts.open is None:
+    if prompts.infill_mask is None:
         check_steps(diffusion_steps, max_new_tokens, rule.count)
         block_aligned = cache is not None and cache.kind == "block"
         canvas = make_canvas(policy, prompts, max_new_tokens, block_size, block_aligned=block_aligned)
@@ -105,13 +105,13 @@ def unmask(
 
     def record() -> Rollout:
         parts = choose.parts() if states is None else choose.parts() | states.parts()
-        return canvas.rollout(sampling_params, policy.version, **parts)
+        return canvas.rollout(sampling_params, policy.weights_version, **parts)
 
     while (complete := take()) is not None:
         if rows_end_early and len(complete):
             queue.drop(canvas.end(complete, spec.eos_ids))
-        if watch is not None:
-            watch(record())
+        if on_step is not None:
+            on_step(record())
     return record()
 
 
@@ -133,7 +133,7 @@ def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None
         raise ValueError(f"policy {policy.spec.name!r} is causal; unmask needs a diffusion model: use autoregress")
     if attention == "encoder_decoder":
         raise ValueError(f"policy {policy.spec.name!r} has no mask token, its noise is random tokens: use renoise")
-    infilling = prompts.open is not None
+    infilling = prompts.infill_mask is not None
     width = prompts.tokens.shape[1] + length if infilling else length
     least = 0 if infilling else 1  # open positions alone may be the whole completion
     size = block_size if block_size is not None else policy.spec.block_size or width

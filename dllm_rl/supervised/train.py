@@ -33,7 +33,7 @@ from dllm_rl.tasks.rows import load_rows
 from dllm_rl.training.denoising import Noise, denoising_loss, lessons
 from dllm_rl.training.finish import Summary, conclude
 from dllm_rl.training.hooks import after_step, before_first_step, load_best
-from dllm_rl.training.policies import freeze, make_optimizer, make_policy, opened
+from dllm_rl.training.policies import build_policy, freeze, make_optimizer, opened
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, make_writer, protect, save, settle
 from dllm_rl.training.start import launch, open_log, restore
@@ -108,7 +108,7 @@ def fine_tune(recipe: SFT) -> Summary:
         {"eval_before": before, "eval_after": after, "eval_rows": len(held_out)},
         result=f"held-out loss {before['loss']:.4f}  ->  {after['loss']:.4f} nats on {len(held_out)} rows, after "
         f"{run.state.step} steps",
-        advice=f"RL from it: {as_written(model=run.checkpoint, warmup_steps=0)} of a recipe or of grpo",
+        advice=f"RL from it: {as_written(model=run.checkpoint, sft_warmup_steps=0)} of a recipe or of grpo",
     )
 
 
@@ -132,7 +132,7 @@ def _policy(recipe: SFT, accelerator: Accelerator, folder: Path | None, saved: T
         policy = opened(recipe, folder, getattr(torch, saved.dtype), accelerator.device)
         freeze(recipe, policy, saved.frozen or [])
     else:
-        policy = make_policy(recipe, accelerator.device)
+        policy = build_policy(recipe, accelerator.device)
         if folder:
             load_adapter(policy, folder / "adapter")
         elif recipe.lora is not None:
@@ -173,7 +173,9 @@ def take_step(run: Run[SFT], examples: Sequence[Example], step: int) -> dict[str
         rate = recipe.learning_rate * recipe.lr_schedule(step, recipe.schedule_steps)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        policy.version += 1  # before the weights change: an error in between must not leave them the old version
+        policy.weights_version += (
+            1  # before the weights change: an error in between must not leave them the old version
+        )
         run.optimizer.step()
     epoch = (step + 1) * recipe.train_batch_size / len(examples)
     return metrics | {"learning_rate": rate, "epoch": epoch}

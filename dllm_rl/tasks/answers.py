@@ -5,7 +5,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 
-LONGEST = 10_000  # characters of an answer, box or expression; a longer one counts as none
+MAX_ANSWER_LENGTH = 10_000  # characters of an answer, box or expression; a longer one counts as none
 # d1's parsers have no limits; ours are far beyond any completion.
 FARTHEST = 100_000  # characters that are searched for a closing brace or a number
 MOST_BOXES = 10_000  # that are searched for a number
@@ -62,7 +62,7 @@ def final_answer(text: str) -> str | None:
     block = last_answer(text)
     box = last_box(text if block is None else block)  # an answer block outranks a box in the working
     found = block if box is None else box
-    return None if found is None or len(found) > LONGEST else found.strip()
+    return None if found is None or len(found) > MAX_ANSWER_LENGTH else found.strip()
 
 
 def readings(unmarked: str | None = None) -> dict[str, Callable[[str], str | None]]:
@@ -149,7 +149,7 @@ def printed(text: str) -> str:
 
 def exact_number(text: str) -> Fraction | None:
     """The text as one decimal number, with optional sign, dollar sign, commas between thousands and final point."""
-    if len(text) > LONGEST:
+    if len(text) > MAX_ANSWER_LENGTH:
         return None
     text = printed(text).strip().replace("\\$", "$").removesuffix(".").rstrip()
     found = _PLAIN.fullmatch(text) if len(text) <= 100 else None
@@ -167,7 +167,7 @@ def cut(text: str, start: int, ends: tuple[str, ...] = (*SPECIAL, "</answer>"), 
 
 def _balanced(text: str, start: int) -> str | None:
     depth = 1
-    for length, character in enumerate(text[start : start + LONGEST]):
+    for length, character in enumerate(text[start : start + MAX_ANSWER_LENGTH]):
         depth += (character == "{") - (character == "}")
         if depth == 0:
             return text[start : start + length]

@@ -48,7 +48,7 @@ def check_engine(
     scored = _logprobs(learner, rollout)[1]
     for tensor in learner.module.parameters():  # an update, after which the old weights would be far off
         tensor.mul_(0.5)
-    learner.version += 1
+    learner.weights_version += 1
     moved = (_logprobs(learner, rollout)[1] - scored).abs().mean()
     assert moved > 2 * bound, f"bound={bound} nats hides weights that differ by {moved:.3g}: give a smaller one"
     facts = _facts(learner)
@@ -72,14 +72,14 @@ def _check_untouched(learner: Policy, before: dict[str, Tensor], state: Tensor) 
 def _logprobs(learner: Policy, rollout: Rollout) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """The sampled tokens' log-probs by the record, and by the learner, nats."""
     exact = causal() if learner.spec.attention == "causal" else trajectory()
-    views = exact.draw(rollout, Generator().manual_seed(0))
+    views = exact.draw_views(rollout, Generator().manual_seed(0))
     mask = rollout.completion_mask
     return recorded(rollout, views)[mask], exact.logprobs(learner, rollout, views)[mask]
 
 
 def _check_record(learner: Policy, rollout: Rollout, bound: float) -> None:
-    versions = f"weights_version={rollout.weights_version} of a rollout, but the learner's is {learner.version}"
-    assert rollout.weights_version == learner.version, f"{versions}: load and sync must pass it on"
+    versions = f"weights_version={rollout.weights_version} of a rollout, but the learner's is {learner.weights_version}"
+    assert rollout.weights_version == learner.weights_version, f"{versions}: load and sync must pass it on"
     mean = torch.sub(*_logprobs(learner, rollout)).abs().mean()
     why = "are they of other tokens, at another temperature, of other weights?"
     assert mean <= bound, f"log-probs differ by {mean:.3g} nats a token, more than bound={bound}: {why}"  # also on NaN

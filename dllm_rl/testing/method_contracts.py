@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_rl.algorithms.correctors import Corrector, TokenStats, none
-from dllm_rl.algorithms.losses import kl_k2, policy_loss, ppo_clip, sequence
+from dllm_rl.algorithms.correctors import Corrector, TokenStats, no_correction
+from dllm_rl.algorithms.losses import kl_k2, policy_loss, ppo_clip, sequence_mean
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Batch, Rollout, Views
@@ -17,10 +17,10 @@ from dllm_rl.types import Batch, Rollout, Views
 def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
     """Raise AssertionError, naming the broken promise, unless the corrector keeps its contract.
 
-    Where every log-ratio is exactly 0 it is `none` bit for bit. Weights are finite, >= 0 and without gradient; the keep
-    mask is inside the mask, and drops ratios that are not finite; metrics are finite floats. Inputs are left alone. Row
-    order, padding and micro-batches do not matter. One row, a row without tokens, and a batch without tokens are
-    defined."""
+    Where every log-ratio is exactly 0 it is `no_correction` bit for bit. Weights are finite, >= 0 and without gradient;
+    the loss mask is inside the mask, and drops ratios that are not finite; metrics are finite floats. Inputs are left
+    alone. Row order, padding and micro-batches do not matter. One row, a row without tokens, and a batch without tokens
+    are defined."""
     generator = torch.Generator().manual_seed(seed)
     for rows, length in ((6, 5), (1, 3)):  # a statistic over one row divides by nothing
         mask = torch.rand(rows, length, generator=generator) < 0.8
@@ -40,17 +40,33 @@ def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
 
 
 def make_batch(
-    mask: Tensor, advantages: Tensor, *, old: Tensor | None = None, keep: Tensor | None = None, **more: Any
+    mask: Tensor,
+    advantages: Tensor,
+    *,
+    old_logprobs: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    **more: Any,
 ) -> Batch:
-    """A Batch around the tensors that a loss reads; `more` replaces blanks, and the rollout's log-probs are `old`."""
-    keep = mask if keep is None else keep
-    old = torch.full(mask.shape, -1.0) if old is None else old
+    """A Batch around the tensors that a loss reads; `more` replaces blanks; rollout log-probs are `old_logprobs`."""
+    loss_mask = mask if loss_mask is None else loss_mask
+    old_logprobs = torch.full(mask.shape, -1.0) if old_logprobs is None else old_logprobs
     blank = torch.zeros(mask.shape, dtype=torch.long)
     rollout = Rollout(blank, torch.ones_like(mask), mask, blank, torch.zeros(mask.shape), group_size=1)
     views = Views(mask[None], mask[None].float())
     ones = torch.ones(mask.shape)
-    made = Batch(rollout, views, advantages, old, old[None], ones, keep, None, int(keep.sum()), len(mask))
-    return replace(made, **{"rollout_logprobs": old, **more})
+    made = Batch(
+        rollout,
+        views,
+        advantages,
+        old_logprobs,
+        old_logprobs[None],
+        ones,
+        loss_mask,
+        None,
+        int(loss_mask.sum()),
+        len(mask),
+    )
+    return replace(made, **{"rollout_logprobs": old_logprobs, **more})
 
 
 def make_stats(log_mismatch: Tensor, advantages: Tensor, mask: Tensor, **more: Any) -> TokenStats:
@@ -63,7 +79,9 @@ def make_stats(log_mismatch: Tensor, advantages: Tensor, mask: Tensor, **more: A
 
 
 def loss_of(corrector: Corrector, batch: Batch, logps: Tensor) -> tuple[Tensor, dict, Tensor]:
-    return policy_loss(logps, batch, surrogate=corrector.surrogate or ppo_clip, aggregate=sequence, beta=0.0, kl=kl_k2)
+    return policy_loss(
+        logps, batch, surrogate=corrector.loss or ppo_clip, loss_reduction=sequence_mean, beta=0.0, kl=kl_k2
+    )
 
 
 def _neutral(corrector: Corrector, mask: Tensor, advantages: Tensor) -> None:
@@ -71,10 +89,10 @@ def _neutral(corrector: Corrector, mask: Tensor, advantages: Tensor) -> None:
     weights, keep, _ = corrector.weight_fn(make_stats(zeros, advantages, mask))
     assert torch.equal(keep, mask), "on-policy, the keep mask must be the mask"
     assert (weights[mask] == 1).all(), f"on-policy, every weight must be exactly 1, got {weights[mask]}"
-    ours = make_batch(mask, advantages, weights=weights, keep=keep)
+    ours = make_batch(mask, advantages, importance_weights=weights, loss_mask=keep)
     plain = make_batch(mask, advantages)
-    loss, _, gradient = loss_of(corrector, ours, ours.old)
-    wanted, _, slope = loss_of(none(), plain, plain.old)
+    loss, _, gradient = loss_of(corrector, ours, ours.old_logprobs)
+    wanted, _, slope = loss_of(no_correction(), plain, plain.old_logprobs)
     # Bit for bit: under zero_mismatch a run with a corrector is then the run without one. Unquantised rollouts alone
     # agree with the learner to rounding, and so do the two runs.
     assert torch.equal(loss, wanted), f"on-policy, the loss must be that of none() bit for bit: {loss} against {wanted}"
@@ -120,23 +138,23 @@ def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask:
     _same(wider[:, : mask.shape[1]][mask], weights[mask], "what lies off the mask must not change the weights")
 
     behaviour = torch.full(mask.shape, -1.0) - torch.where(mask, mismatch, 0)
-    batch = make_batch(mask, advantages, weights=weights, keep=keep, rollout_logprobs=behaviour)
-    logps = batch.old + step
+    batch = make_batch(mask, advantages, importance_weights=weights, loss_mask=keep, rollout_logprobs=behaviour)
+    logps = batch.old_logprobs + step
     asked: list[Tensor] = []  # what a surrogate has summed over processes: of the whole, then of each part
 
     def of_all(x: Tensor) -> Tensor:
         asked.append(x)
         return asked[0]
 
-    loss, sums, gradient = loss_of(corrector, replace(batch, sum_over=of_all), logps)
+    loss, sums, gradient = loss_of(corrector, replace(batch, sum_over_processes=of_all), logps)
     whole = len(asked)
     assert whole <= 1, "a surrogate must ask for one sum over processes, or for none"
     parts = []
     for rows in torch.arange(len(mask)).split(max(1, len(mask) // 2)):
-        some = {"weights": weights[rows], "keep": keep[rows], "rollout_logprobs": behaviour[rows]}
+        some = {"importance_weights": weights[rows], "loss_mask": keep[rows], "rollout_logprobs": behaviour[rows]}
         part = make_batch(mask[rows], advantages[rows], **some)
         # The denominators of the whole batch, so that the parts' losses add up to its loss.
-        part = replace(part, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences, sum_over=of_all)
+        part = replace(part, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences, sum_over_processes=of_all)
         parts.append(loss_of(corrector, part, logps[rows]))
     losses, parts_sums, gradients = zip(*parts, strict=True)
     if whole:
@@ -182,7 +200,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     view scores. `policy` made the rollout, of at least two prompts with completions of at least two tokens."""
 
     def draw(rows: Rollout) -> Views:
-        return estimator.draw(rows, torch.Generator().manual_seed(seed))
+        return estimator.draw_views(rows, torch.Generator().manual_seed(seed))
 
     before = torch.get_rng_state()
     tokens = rollout.tokens.clone()
@@ -196,12 +214,14 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     assert torch.equal(torch.get_rng_state(), before), "the global generator must be left alone"
     assert torch.equal(rollout.tokens, tokens), "the rollout must not be written to"
     assert _same_noise(views, again), "the same seed must give the same masks"
-    assert told.masked is views.masked and told.weight is views.weight, "with_advantages() must keep the masks"
+    assert told.masked is views.masked and told.coefficients is views.coefficients, (
+        "with_advantages() must keep the masks"
+    )
 
     assert not (views.masked & ~rollout.attention_mask).any(), "padding must not be masked"
-    assert not views.weight.masked_fill(completion, 0).any(), "weights must be zero off the completion"
+    assert not views.coefficients.masked_fill(completion, 0).any(), "weights must be zero off the completion"
     if policy.spec.mask_id is not None:
-        seen = (views.weight != 0) & ~views.masked
+        seen = (views.coefficients != 0) & ~views.masked
         assert not seen.any(), "a token must be masked where it is scored: the model could read it off"
     assert logps.shape == completion.shape and logps.isfinite().all(), "contributions must be finite, (B, T)"
     assert not logps.masked_fill(completion, 0).any(), "contributions must be zero off the completion"
@@ -222,16 +242,20 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     turned = estimator.logprobs(policy, rollout.rows(order), told.rows(order))
     torch.testing.assert_close(turned, logps[order], **near, msg=lambda m: f"the order of prompts must not matter: {m}")
 
-    scores = estimator.scores(policy, rollout, told).requires_grad_()
+    scores = estimator.view_logprobs(policy, rollout, told).requires_grad_()
     combined = estimator.combine(scores, told)
     (gradient,) = torch.autograd.grad(combined.sum(), scores)
     assert gradient.isfinite().all(), "the gradient with respect to scores must be finite"
-    assert not gradient[views.weight == 0].any(), "a view that does not score a token must get no gradient there"
+    assert not gradient[views.coefficients == 0].any(), "a view that does not score a token must get no gradient there"
     assert gradient.any(), "combine must pass a gradient to the scores"
 
 
 def _same_noise(a: Views, b: Views) -> bool:
     """Equal masks and weights; surplus views must be empty (a trajectory's length may differ)."""
     few = min(len(a.masked), len(b.masked))
-    surplus = a.masked[few:].any() or a.weight[few:].any() or b.masked[few:].any() or b.weight[few:].any()
-    return torch.equal(a.masked[:few], b.masked[:few]) and torch.equal(a.weight[:few], b.weight[:few]) and not surplus
+    surplus = a.masked[few:].any() or a.coefficients[few:].any() or b.masked[few:].any() or b.coefficients[few:].any()
+    return (
+        torch.equal(a.masked[:few], b.masked[:few])
+        and torch.equal(a.coefficients[:few], b.coefficients[:few])
+        and not surplus
+    )

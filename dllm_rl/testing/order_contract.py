@@ -48,7 +48,7 @@ def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: i
 
 
 def _check_counts(policy: Policy, rollout: Rollout, known: str) -> None:
-    views = trajectory().draw(rollout, Generator())
+    views = trajectory().draw_views(rollout, Generator())
     logps = trajectory().logprobs(policy, rollout, views).sum(-1).double()
     apart = float((recorded(rollout, views).sum(-1).double() - logps).abs().max())
     assert apart <= 1e-5, f"the sampler's record must be the learner's log-prob, but they are {apart:.2g} nats apart"
@@ -56,7 +56,7 @@ def _check_counts(policy: Policy, rollout: Rollout, known: str) -> None:
     assert order is not None, "as in the caller"
     steps = [rollout.unmask_step] if events is None else list(events.step.unbind(-1))
     tokens = [rollout.tokens] if events is None else list(events.token.unbind(-1))
-    draws = [] if order.draw is None else [order.draw]
+    draws = [] if order.draw_index is None else [order.draw_index]
     rows = len(logps)
     orders, order_number = torch.cat(steps, 1).unique(dim=0, return_inverse=True)
     total = torch.full((len(orders),), float(rows), dtype=torch.float64)

@@ -16,7 +16,9 @@ from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.quantization.schemes import fake_quantize
 
-ASKED = "module spec tokenizer version float32_head lora quantization quantization_report device vocab_size pad_id"
+ASKED = (
+    "module spec tokenizer weights_version float32_head lora quantization quantization_report device vocab_size pad_id"
+)
 ASKED += " encode hidden head logits to save_pretrained reference"
 
 
@@ -161,7 +163,7 @@ def _check_quantised(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tenso
         assert _gap(policy, aligned[mask], ours[mask]) <= 1, "in aligned_forward, logits must be the quantised copy's"
         for parameter in learner.module.parameters():  # an update, after which the old codes would be far off
             parameter.mul_(0.5)
-        learner.version += 1
+        learner.weights_version += 1
         sync_weights(learner, rollout)
         fresh = quantized_copy(learner, fake_quantize(weight="int8")).logits(tokens, mask)
         assert torch.equal(rollout.logits(tokens, mask), fresh), "after sync_weights the copy must be a fresh copy's"

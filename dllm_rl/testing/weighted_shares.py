@@ -65,7 +65,7 @@ def weighted_shares(
         return sampler(by, prompts, Generator().manual_seed(0))
 
     rollout, theirs = rolled(policy, 0), rolled(other, rows)
-    views = likelihood.draw(rollout, Generator().manual_seed(0))
+    views = likelihood.draw_views(rollout, Generator().manual_seed(0))
     log_p, log_q = (likelihood.logprobs(each, rollout, views).sum(-1) for each in (other, policy))
     record = recorded(rollout, views) if likelihood.exact_for_sampler else rollout.logprobs
     ratio = (log_p - log_q).double().exp()

@@ -33,7 +33,7 @@ def balance(recipe: Recipe, samples: Samples, accelerator: Accelerator, *, pad_i
     if recipe.zero_mismatch:  # the bits of a row depend on the width of the rollout that sampled it
         return replace(samples, rollout=rollout)
     if rollout.sampling_params.support != "rollout":
-        rollout = replace(rollout, kept=None)  # unused here, and not every process records them
+        rollout = replace(rollout, filter_support=None)  # unused here, and not every process records them
     lengths = reduce(rollout.attention_mask.long(), "(p g) t -> p", "sum", g=rollout.group_size).cpu()
     shape = (rollout.tokens.shape[1], *rollout.slots())
     (table,) = gather_on_host([torch.cat([lengths, torch.tensor(shape)])[None]], accelerator)

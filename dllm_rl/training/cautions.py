@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dllm_rl.algorithms.advantages import takes_parts
+from dllm_rl.algorithms.advantages import takes_component_rewards
 from dllm_rl.algorithms.losses import kl_k1, ppo_clip
 from dllm_rl.distributed.stop import as_written, option_as_written
 from dllm_rl.members import function_of
@@ -74,7 +74,7 @@ def of_emulated_products(recipe: Recipe, device: str) -> list[str]:
 
 def of_the_clip(recipe: Recipe) -> list[str]:
     """PPO bounds no ratio above 1 + epsilon at a negative advantage: see recipes/studies/mismatch.md."""
-    if recipe.num_iterations == 1 or not recipe.rolls_out_apart or not open_above(recipe):
+    if recipe.num_iterations == 1 or not recipe.has_separate_rollout_policy or not open_above(recipe):
         return []
     return [
         f"num_iterations={recipe.num_iterations} with rollouts of other arithmetic and loss.delta=None: nothing "
@@ -102,23 +102,23 @@ def of_the_corrector(recipe: Recipe) -> list[str]:
     biased = [
         each.keywords
         for each in _bound(weight_fn, "weight_fns") or (weight_fn,)
-        if isinstance(each, partial) and (each.keywords.get("level"), each.keywords.get("aggregate")) == GEOMETRIC
+        if isinstance(each, partial) and (each.keywords.get("level"), each.keywords.get("pool")) == GEOMETRIC
     ]
     return [
-        "corrector with level='sequence' and aggregate='geometric': the geometric mean of a row's ratios is not the "
-        "row's importance weight, and the corrected gradient stays biased; use aggregate='product', or level='token'"
+        "corrector with level='sequence' and pool='geometric': the geometric mean of a row's ratios is not the "
+        "row's importance weight, and the corrected gradient stays biased; use pool='product', or level='token'"
     ] * bool(biased)
 
 
 def open_above(recipe: Recipe) -> bool:
     """Whether the objective is PPO's, without a bound of the ratio where the advantage is negative."""
-    surrogate = recipe.surrogate
+    surrogate = recipe.resolved_loss
     return function_of(surrogate) is ppo_clip and _bound(surrogate, "delta") is None
 
 
 def dual(recipe: Recipe) -> str:
     """The setting that bounds PPO's ratio from both sides, at the recipe's epsilon."""
-    epsilon, high = (_bound(recipe.surrogate, name) for name in ("epsilon", "epsilon_high"))
+    epsilon, high = (_bound(recipe.resolved_loss, name) for name in ("epsilon", "epsilon_high"))
     delta = float(f"{1 + (epsilon if high is None else high):.10g}")
     return option_as_written("loss", "ppo_clip" if recipe.loss is None else None, "delta", delta)
 
@@ -129,7 +129,7 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
     likelihood = recipe.likelihood
     exact = likelihood.exact_ratios
     cache = _bound(recipe.sampler, "cache")
-    given = likelihood.made_by is not None and likelihood.made_by.keywords.get("order") == "given"
+    given = likelihood.factory is not None and likelihood.factory.keywords.get("include_order") is False
     if likelihood.name == "trajectory" and not given and (rules := rules_of(recipe)) is not None:
         rank, commit = rules
         pair = f"sampler.rank={rank.name} with commit={commit.name}"
@@ -138,14 +138,14 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
             said.append(
                 f"{pair}: the order's probability is unknown, so likelihood=trajectory is not exact for this sampler: "
                 "its ratios leave the order out; use rank=max_prob or random and a commit rule of the library, declare "
-                "yours (Rank, Commit), or order='given' to say that it is meant"
+                "yours (Rank, Commit), or include_order=False to say that it is meant"
             )
         elif has_order_logprob(rank, commit, greedy=greedy) and not likelihood.exact_for_sampler:
             said.append(
-                f"{pair} and num_segments or num_sampled: the order has a probability, which segments leave out of the "
-                "ratios; leave both at None, or use rank=max_prob or random"
+                f"{pair} and num_segments or num_sampled_steps: the order has a probability, which segments leave out "
+                "of the ratios; leave both at None, or use rank=max_prob or random"
             )
-    if not exact and recipe.corrector.weighs and recipe.rolls_out_apart:
+    if not exact and recipe.corrector.weighs and recipe.has_separate_rollout_policy:
         said.append(
             f"likelihood={likelihood.name!r} gives no likelihood ratios: the mean of the corrector's weights is not 1, "
             "and they need not bring the gradient nearer to the learner's own; use trajectory(), or corrector=none"
@@ -175,7 +175,9 @@ def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, "P G"], dict[str, Ten
     """Rewards of a batch that all differ, and what `recipe.advantages` takes in addition."""
     shape = (recipe.train_batch_size, recipe.num_generations)
     rewards = torch.arange(float(shape[0] * shape[1])).reshape(shape)
-    return rewards, {"parts": rewards[None], "weights": torch.ones(1)} if takes_parts(recipe.advantages) else {}
+    return rewards, {"component_rewards": rewards[None], "reward_weights": torch.ones(1)} if takes_component_rewards(
+        recipe.advantages
+    ) else {}
 
 
 def _bound(function: Callable, name: str) -> Any:

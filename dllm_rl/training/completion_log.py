@@ -44,7 +44,7 @@ def log_completions(
         return
     rollout = learned.rollout
     scored = logps.views.scored(rollout.completion_mask)
-    apart = torch.where(scored, logps.old - logps.rollout, 0).double().sum(-1)
+    apart = torch.where(scored, logps.old_logprobs - logps.rollout_logprobs, 0).double().sum(-1)
     nats = torch.where(scored.any(-1), apart, torch.nan)  # a row that is not scored has no mismatch
     mine = send(nats.device, local(rearrange(learned.advantages, "p g -> (p g)"), run.accelerator))[0]
     found = of_sampled_rows(torch.stack([nats, mine], dim=1), rollout, run.accelerator).tolist()

@@ -3,7 +3,7 @@
     reward = (1 - teacher_coeff) * the task's reward + teacher_coeff * (log p_T(y) - log q(y)),  nats
 
 q(y) is the record of the policy that sampled. p_T(y) is the probability with which the teacher would have written y in
-the same order, in finer steps: each step of the student becomes up to `teacher_steps` steps, and what one of them
+the same order, in finer steps: each step of the student becomes up to `teacher_substeps` steps, and what one of them
 writes, the next one sees. Which positions come first inside a step of the student is a fixed draw, the same for all
 completions of a prompt. The draw does not depend on the tokens, so that p_T adds up to 1 over all completions.
 
@@ -33,7 +33,7 @@ from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.rng import generator_for, row_seeds, uniforms
 from dllm_rl.training.cautions import order_by_draws
 from dllm_rl.training.forwards import arithmetic
-from dllm_rl.training.policies import make_policy
+from dllm_rl.training.policies import build_policy
 from dllm_rl.training.rollouts import compute_advantages
 from dllm_rl.training.run import Run
 from dllm_rl.training.samples import Samples
@@ -46,7 +46,7 @@ def teacher_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> 
     if recipe.teacher in (None, REFERENCE):
         return None
     changes: dict[str, Any] = {"model": recipe.teacher, "base_quantization": None}
-    teacher = make_policy(replace(recipe, **changes), accelerator.device)
+    teacher = build_policy(replace(recipe, **changes), accelerator.device)
     check_teacher(policy, teacher)
     teacher.module.requires_grad_(False)
     return teacher
@@ -96,10 +96,10 @@ def log_ratio(recipe: Recipe, teacher: Policy, rollout: Rollout, seeds: Int[Tens
     check_rollout(recipe, teacher, rollout)
     likelihood = causal() if teacher.spec.attention == "causal" else trajectory()
     unused = torch.Generator()  # neither estimate draws
-    sampled = recorded(rollout, likelihood.draw(rollout, unused))
+    sampled = recorded(rollout, likelihood.draw_views(rollout, unused))
     (seeds,) = send(rollout.tokens.device, seeds)
-    taken = rollout if recipe.teacher_steps == 1 else finer(rollout, seeds, num_parts=recipe.teacher_steps)
-    views = likelihood.draw(taken, unused)
+    taken = rollout if recipe.teacher_substeps == 1 else finer(rollout, seeds, num_parts=recipe.teacher_substeps)
+    views = likelihood.draw_views(taken, unused)
     scored = likelihood.logprobs(teacher, taken, views, micro_batch_size=recipe.micro_batch_size)
     return (sampled.double() - scored.double()).sum(-1)
 
@@ -134,5 +134,5 @@ def check_rollout(recipe: Recipe, teacher: Policy, rollout: Rollout) -> None:
         why = "the sampler writes a position more than once, so that its steps have no finer order"
     elif order_by_draws(recipe):
         why = "the sampler's rank chooses by the drawn tokens, so that a finer order would know them before they stand"
-    if recipe.teacher_steps > 1 and why:
-        raise ValueError(f"teacher_steps={recipe.teacher_steps}: {why}; use teacher_steps=1, or rank=max_prob")
+    if recipe.teacher_substeps > 1 and why:
+        raise ValueError(f"teacher_substeps={recipe.teacher_substeps}: {why}; use teacher_substeps=1, or rank=max_prob")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dllm_rl.algorithms.losses import constant
+from dllm_rl.algorithms.losses import fixed_length_mean
 from dllm_rl.likelihoods.estimators import causal, trajectory
 from dllm_rl.models.base import Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
@@ -145,8 +145,8 @@ def grpo_recipe(
     # A recipe's own sampler takes the place of this one.
     taken = {"max_new_tokens": max_new_tokens} | getattr(settings.get("sampler", sampler), "keywords", {})
     segments = None if attention == "encoder_decoder" else segments_for(taken)
-    if settings.get("aggregate") is constant:  # Dr. GRPO's constant is the length of a completion
-        settings["aggregate"] = partial(constant, length=taken["max_new_tokens"])
+    if settings.get("loss_reduction") is fixed_length_mean:  # Dr. GRPO's constant is the length of a completion
+        settings["loss_reduction"] = partial(fixed_length_mean, length=taken["max_new_tokens"])
     fixed: dict[str, Any] = {
         "name": name,
         "model": model,

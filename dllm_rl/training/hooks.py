@@ -87,7 +87,7 @@ def load_best(run: Run[Settings], open_policy: Callable[[Path, TrainingState], P
     state = TrainingState.read(folder)
     shares = run.rollout_policy is run.policy
     run.policy = open_policy(folder, state)
-    run.policy.version = state.version
+    run.policy.weights_version = state.version
     if shares:
         run.rollout_policy = run.policy
     elif isinstance(run.recipe, Recipe):

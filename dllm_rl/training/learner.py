@@ -128,18 +128,18 @@ def score(
     elif side == "scored" and rollout_logps is None:
         rollout_logps = likelihood.logprobs(rollout_policy, rollout, views, micro_batch_size=size)
         views = as_chosen(views, rollout)
-    forwards = len(views.weight) * math.prod(part.num_forwards for part in views.parts)
+    forwards = len(views.coefficients) * math.prod(part.num_forwards for part in views.features)
     if not keeps_graphs(recipe, policy, views=forwards, rows=len(rollout.tokens)):
         keep = False
     entropy = token_entropy(policy, rollout, views, size) if recipe.corrector.needs_entropy else None
     # Last: kept graphs and another forward would add up.
-    scores = likelihood.scores(policy, rollout, views, micro_batch_size=size, keep_graphs=keep)
+    scores = likelihood.view_logprobs(policy, rollout, views, micro_batch_size=size, retain_graphs=keep)
     old = likelihood.combine(scores.detach(), views)
     logps = Logprobs(
-        old=old,
-        old_scores=scores,
-        rollout=old if rollout_logps is None else rollout_logps,
-        reference=reference_logps,
+        old_logprobs=old,
+        old_view_logprobs=scores,
+        rollout_logprobs=old if rollout_logps is None else rollout_logps,
+        reference_logprobs=reference_logps,
         views=views,
         entropy=entropy,
     )
@@ -174,11 +174,11 @@ def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_si
 
 
 def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bool:
-    """Whether an update goes back through the forwards that scored: at most `kept_graphs`, each of a micro-batch."""
+    """Whether an update goes back through the forwards that scored: `max_retained_graphs` at most, of micro-batches."""
     forwards = views * math.ceil(rows / (recipe.micro_batch_size or rows))
     dropout = policy.lora is not None and policy.lora.dropout  # scoring leaves it out, an update does not
     unsharded = recipe.shard_size == 1  # a sharded learner's forwards have a backward each, or none
-    return unsharded and forwards <= recipe.kept_graphs and not dropout
+    return unsharded and forwards <= recipe.max_retained_graphs and not dropout
 
 
 def correct(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> tuple[Batch, dict[str, float]]:
@@ -196,7 +196,7 @@ def correct(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> tupl
     )
     batch = make_batch(run, samples.rollout, logps, rows, weights)
     likelihood = run.recipe.likelihood
-    if likelihood.exact_ratios or not likelihood.random:  # else masks are drawn, and follow no step
+    if likelihood.exact_ratios or not likelihood.is_random:  # else masks are drawn, and follow no step
         every |= step_metrics(
             stats.log_mismatch, rows.completion & (rows.metric_weights > 0)[:, None], stats.unmask_step
         )
@@ -226,13 +226,13 @@ def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> 
     collective: every process must call it."""
     rollout = samples.rollout
     mask = logps.views.scored(rollout.completion_mask)
-    apart = torch.where(mask, logps.old - logps.rollout, 0)
+    apart = torch.where(mask, logps.old_logprobs - logps.rollout_logprobs, 0)
     parts = {
         "log_mismatch": apart,
         "scored": mask,
         "completion": rollout.completion_mask,
-        "old": logps.old,
-        "rollout": logps.rollout,
+        "old": logps.old_logprobs,
+        "rollout": logps.rollout_logprobs,
         "tokens": rollout.tokens,
         "unmask_step": rollout.unmask_step,
     }
@@ -255,7 +255,7 @@ def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> 
 
 def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dict[str, float]]:
     """The corrector's weights and loss mask of the learned rows, and metrics of these rows, its `rollout_corr/*` as
-    `live/*`."""
+    `trained/*`."""
     stats = rows.stats.among(rows.stats.mask)
     weights = corrector.weight_fn(stats)
     metrics = weights.metrics
@@ -263,14 +263,14 @@ def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dic
         metrics = metrics | mismatch_metrics(
             stats.log_mismatch, stats.mask, old=stats.old_logprobs, advantages=stats.advantages
         )
-    live = {name.replace(PREFIX, "live/"): value for name, value in metrics.items()}
-    live["live/rollout_rs_masked_fraction"] = 1 - (weights.loss_mask.sum() / stats.mask.sum().clamp(min=1)).item()
+    live = {name.replace(PREFIX, "trained/"): value for name, value in metrics.items()}
+    live["trained/rollout_rs_masked_fraction"] = 1 - (weights.loss_mask.sum() / stats.mask.sum().clamp(min=1)).item()
     return weights, live
 
 
 def symptoms(recipe: Recipe, rows: Rows, views: Views) -> dict[str, float]:
     """`symptom_metrics` of the learned rows; error tokens only where contributions are log-probs of single tokens."""
-    single = recipe.likelihood.exact_ratios and all(part.single_tokens for part in views.parts)
+    single = recipe.likelihood.exact_ratios and all(part.is_per_token for part in views.features)
     stats = rows.stats
     return symptom_metrics(rows.tokens, stats.mask, stats.advantages, old=stats.old_logprobs if single else None)
 
@@ -286,25 +286,26 @@ def make_batch(run: StepContext[Recipe], rollout: Rollout, logps: Logprobs, rows
         advantages=send(device, local(rows.stats.advantages, accelerator))[0],
         # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, without weights. Under mismatch it declines
         # silently, with K1 and K3 rising; recomputation without weights fails in stages, with K1 and K3 flat [digest].
-        old=logps.rollout if run.recipe.old_logprobs == "rollout" else logps.old,
-        old_scores=logps.old_scores,
-        weights=send(device, local(weights.importance_weights, accelerator)[:, :width])[0],
-        keep=send(device, local(keep, accelerator)[:, :width])[0],
-        reference=logps.reference,
+        old_logprobs=logps.rollout_logprobs if run.recipe.old_logprobs == "rollout" else logps.old_logprobs,
+        old_view_logprobs=logps.old_view_logprobs,
+        importance_weights=send(device, local(weights.importance_weights, accelerator)[:, :width])[0],
+        loss_mask=send(device, local(keep, accelerator)[:, :width])[0],
+        reference_logprobs=logps.reference_logprobs,
         # Rows without advantage count in the denominators, so that a skipped group is a zero and not a smaller mean.
         num_tokens=int((keep | (rows.completion & ~rows.stats.mask)).sum()),
         num_sequences=len(keep),
-        rollout_logprobs=logps.rollout,  # also where ratios divide by the learner's
-        sum_over=partial(accelerator.reduce, reduction="sum"),
+        rollout_logprobs=logps.rollout_logprobs,  # also where ratios divide by the learner's
+        sum_over_processes=partial(accelerator.reduce, reduction="sum"),
     )
 
 
 def check_version(rollout: Rollout, policy: Policy, *, max_staleness: int = 0) -> None:
     """Raise RuntimeError if the rollout's weights are not the learner's, or older ones by at most so many updates."""
-    if not 0 <= policy.version - rollout.weights_version <= max_staleness:
+    if not 0 <= policy.weights_version - rollout.weights_version <= max_staleness:
         raise RuntimeError(
-            f"weights_version={rollout.weights_version} of the rollout is {policy.version - rollout.weights_version} "
-            f"updates behind the learner's {policy.version}: call sync_weights before sampling"
+            f"weights_version={rollout.weights_version} of the rollout is "
+            f"{policy.weights_version - rollout.weights_version} updates behind the learner's {policy.weights_version}"
+            ": call sync_weights before sampling"
         )
 
 
@@ -332,14 +333,16 @@ def update(
     check_version(batches[0].rollout, policy, max_staleness=settings.max_staleness)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    scores = batches[0].old_scores
+    scores = batches[0].old_view_logprobs
     keep = scores.grad_fn is not None
     gathered = {"learning_rate": learning_rate}
     for iteration, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)  # before scoring, which can use the memory
         if iteration:
             torch.clear_autocast_cache()  # its bf16 copies are of the weights before the last optimiser step
-            scores = likelihood.scores(policy, batch.rollout, batch.views, micro_batch_size=size, keep_graphs=keep)
+            scores = likelihood.view_logprobs(
+                policy, batch.rollout, batch.views, micro_batch_size=size, retain_graphs=keep
+            )
         metrics = accumulate_gradients(
             policy, batch, scores, loss=settings.loss, likelihood=likelihood, micro_batch_size=size
         )
@@ -354,7 +357,9 @@ def update(
                 f"{what} at inner iteration {iteration}, learning_rate={learning_rate:g}; the update was not applied"
             )
         if iteration == 0:
-            policy.version += 1  # before the weights change: an error in between must not leave them the old version
+            policy.weights_version += (
+                1  # before the weights change: an error in between must not leave them the old version
+            )
         optimizer.step()
         gathered |= reduced
         for name, value in reduced.items():
@@ -382,13 +387,13 @@ def update_direction(
     order = batch.advantages.argsort(stable=True)
     rows = torch.zeros_like(batch.advantages, dtype=torch.bool)
     rows[torch.cat([order[: MEASURED_ROWS // 2], order[-(MEASURED_ROWS // 2) :]])] = True
-    views = batch.views.only(rows & batch.keep.any(-1))
-    scored = (views.weight != 0).sum((-1, -2))
+    views = batch.views.restrict_to_rows(rows & batch.loss_mask.any(-1))
+    scored = (views.coefficients != 0).sum((-1, -2))
     few = torch.zeros_like(scored).scatter(0, scored.topk(min(MEASURED_VIEWS, len(scored))).indices, 1)
-    views = replace(views, weight=views.weight * few[:, None, None])
-    after = likelihood.scores(policy, batch.rollout, views, micro_batch_size=micro_batch_size)
-    at = views.weight != 0
-    change = torch.where(at, after - batch.old_scores.detach(), 0).double().sum((0, 2))
+    views = replace(views, coefficients=views.coefficients * few[:, None, None])
+    after = likelihood.view_logprobs(policy, batch.rollout, views, micro_batch_size=micro_batch_size)
+    at = views.coefficients != 0
+    change = torch.where(at, after - batch.old_view_logprobs.detach(), 0).double().sum((0, 2))
     advantages = torch.where(at.any(0).any(-1), batch.advantages, 0).double()
     products = torch.stack([advantages @ change, advantages @ advantages, change @ change])
     covariance, *squares = sum_over(products, accelerator).tolist()
@@ -414,7 +419,9 @@ def accumulate_gradients(
     logps = likelihood.combine(leaves, batch.views)
     _, metrics, gradient = loss(logps.detach(), batch)
     (vectors,) = torch.autograd.grad(logps, leaves, gradient)
-    metrics |= off_policy_metrics(logps.detach(), batch, old=likelihood.combine(batch.old_scores.detach(), batch.views))
+    metrics |= off_policy_metrics(
+        logps.detach(), batch, old=likelihood.combine(batch.old_view_logprobs.detach(), batch.views)
+    )
     if scores.grad_fn is not None:  # kept graphs
         scores.backward(vectors)  # frees the graphs; no forward runs
         return metrics

@@ -38,7 +38,7 @@ def fresh_state(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: R
     with log.stage("warm-up"):
         warmup_steps = warm_up(recipe, policy, accelerator, log, measure)
     # A resume needs the adapters' base if the warm-up changed it, and the reference, which with adapters is the base.
-    needed = recipe.keeps_reference if recipe.lora is None else warmup_steps and policy.lora is None
+    needed = recipe.needs_reference_policy if recipe.lora is None else warmup_steps and policy.lora is None
     reference = save_reference(recipe, policy, accelerator) if needed else None
     if recipe.lora is not None and policy.lora is None:
         add_lora(policy, recipe.lora())
@@ -57,12 +57,12 @@ def resumed_policy(recipe: Recipe, folder: Path, state: TrainingState, accelerat
         return share_out(recipe, policy, accelerator)
     # Adapters apply to the weights after the warm-up, if there was one.
     base = Path(recipe.directory) / "reference"
-    policy = opened(recipe, base, dtype, device) if state.warmup_steps else make_policy(recipe, device)
+    policy = opened(recipe, base, dtype, device) if state.warmup_steps else build_policy(recipe, device)
     load_adapter(policy, folder / "adapter")
     return share_out(recipe, policy, accelerator)
 
 
-def make_policy(recipe: Settings, device: torch.device) -> Policy:
+def build_policy(recipe: Settings, device: torch.device) -> Policy:
     """The recipe's model: a checkpoint, a copy of a policy, or what its function makes, given the seed if accepted."""
     if isinstance(recipe.model, str):
         options: dict[str, Any] = {"dtype": recipe.dtype, "quantization": recipe.base_quantization}
@@ -110,7 +110,7 @@ def opened(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.dev
     # A folder of this run was verified when the run's folder was opened, or was written since.
     if (folder / "config.json").exists():
         return configured(recipe, load_policy(folder, dtype=dtype, device=device, verify_checkpoint="quick"))
-    policy = make_policy(recipe, device)
+    policy = build_policy(recipe, device)
     load_weights(policy, folder, verify_checkpoint="quick")
     return policy
 
@@ -137,7 +137,7 @@ def make_optimizer(recipe: Settings, policy: Policy) -> torch.optim.Optimizer:
 
 def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *, fresh: bool) -> Policy | None:
     """The frozen policy that RL started from, if a run keeps it: without adapters, or from the run's folder."""
-    if not recipe.keeps_reference:
+    if not recipe.needs_reference_policy:
         return None
     if recipe.lora is not None:
         return policy.reference()  # the same weights without the adapters: no second copy

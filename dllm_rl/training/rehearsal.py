@@ -66,7 +66,7 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
     )
     seeds = row_seeds(generator_for(*key), recipe.num_generations)[None]
     rollout, answers, _ = sample_and_grade(run, [problem], seeds, key)
-    if recipe.warmup_steps:
+    if recipe.sft_warmup_steps:
         check_warmup(recipe, policy, answers[0])
     if recipe.teacher is not None:
         log_ratio(recipe, policy, rollout, seeds[:, 0])  # the student in the teacher's place
@@ -78,21 +78,25 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
     with learner_forward(run):
         batch = make_batches(run, scored)[0][0]
         loss, likelihood, size = recipe.policy_loss, recipe.likelihood, recipe.micro_batch_size
-        accumulate_gradients(policy, batch, batch.old_scores, loss=loss, likelihood=likelihood, micro_batch_size=size)
+        accumulate_gradients(
+            policy, batch, batch.old_view_logprobs, loss=loss, likelihood=likelihood, micro_batch_size=size
+        )
 
 
 def check_warmup(recipe: Recipe, policy: Policy, answer: Answer) -> None:
-    """Raise ValueError if the problem has no solution to learn from, or its grader no `warmup_metric`."""
+    """Raise ValueError if the problem has no solution to learn from, or its grader no `sft_warmup_metric`."""
     solved(policy, [answer.problem], max_new_tokens=recipe.max_new_tokens)
-    if recipe.warmup_corruption and policy.spec.attention == "encoder_decoder":
+    if recipe.sft_warmup_corruption and policy.spec.attention == "encoder_decoder":
         raise ValueError(
-            f"warmup_corruption={recipe.warmup_corruption} replaces tokens beside masks, and the noise of "
+            f"sft_warmup_corruption={recipe.sft_warmup_corruption} replaces tokens beside masks, and the noise of "
             f"{policy.spec.name!r} is replaced tokens already; use 0"
         )
     metrics = addends(answer.reward)
-    if recipe.warmup_metric not in metrics:
+    if recipe.sft_warmup_metric not in metrics:
         known = ", ".join(sorted(metrics))
-        raise ValueError(f"warmup_metric={recipe.warmup_metric!r} is none of the task's: {known}; name one of these")
+        raise ValueError(
+            f"sft_warmup_metric={recipe.sft_warmup_metric!r} is none of the task's: {known}; name one of these"
+        )
 
 
 def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.algorithms.advantages import informative, takes_parts
+from dllm_rl.algorithms.advantages import has_unequal_rewards, takes_component_rewards
 from dllm_rl.device import send
 from dllm_rl.distributed.collectives import (
     Metrics,
@@ -73,8 +73,8 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[Answer],
         metrics |= reduce_metrics({"frac_prompts_too_long": share}, accelerator)
     draws = 1
     tokens = tokens_of(answers)
-    while draws < recipe.max_num_gen_batches and not informative(graded_all).all():
-        equal = ~informative(graded_all)
+    while draws < recipe.max_num_gen_batches and not has_unequal_rewards(graded_all).all():
+        equal = ~has_unequal_rewards(graded_all)
         indices = prompt_indices(recipe, history, step, draws)
         places = local(equal, accelerator).nonzero()[:, 0]
         if len(places):  # another process may have groups to draw again where this one has none
@@ -85,7 +85,7 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[Answer],
             for row, answer in zip(rows.tolist(), others, strict=True):
                 answers[row] = answer
             (rows,) = send(accelerator.device, rows)
-            rollout = rollout.replaced(rows, part, pad_id=run.rollout_policy.pad_id)
+            rollout = rollout.replace_rows(rows, part, pad_id=run.rollout_policy.pad_id)
         (graded_all,) = gather_on_host([mine], accelerator)
         if history is not None:
             history.add(step, indices[equal], graded_all[equal])
@@ -145,7 +145,7 @@ def sample_and_grade(
         prompts = encode(rollout_policy, problems, group_size=group, seeds=seeds.flatten().tolist())
         batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)  # rows have seeds: the split is not seen
         pieces = [recipe.sample(rollout_policy, batch, generator_for(*key)) for batch in batches]
-        rollout = pieces[0] if len(pieces) == 1 else Rollout.joined(pieces, pad_id=rollout_policy.pad_id)
+        rollout = pieces[0] if len(pieces) == 1 else Rollout.concatenate(pieces, pad_id=rollout_policy.pad_id)
         if recipe.rollout_engine is None and not rollout.logprobs.isfinite().all():
             raise FloatingPointError(
                 f"the rollout's logits are not finite at weights_version={rollout.weights_version}: the weights have "
@@ -187,13 +187,13 @@ def parts_of(recipe: Recipe, graded: Float[Tensor, "P G K"]) -> dict[str, Tensor
     """What the recipe's advantages take in addition to the rewards: each reward and the weights, or nothing."""
     weights = wanted_parts(recipe)
     parts = rearrange(graded[..., 1:], "p g k -> k p g")
-    return {"parts": parts, "weights": torch.tensor(list(weights.values()))} if weights else {}
+    return {"component_rewards": parts, "reward_weights": torch.tensor(list(weights.values()))} if weights else {}
 
 
 def wanted_parts(recipe: Recipe) -> dict[str, float]:
     """The task's reward weights by name if the advantages take single rewards. Raises ValueError if there are none."""
     function = recipe.advantages
-    if not takes_parts(function):
+    if not takes_component_rewards(function):
         return {}
     weights = getattr(recipe.task, "reward_weights", None)
     if not weights:
@@ -206,7 +206,7 @@ def wanted_parts(recipe: Recipe) -> dict[str, float]:
 
 
 def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:
-    return (~informative(rewards)).double().mean().item()
+    return (~has_unequal_rewards(rewards)).double().mean().item()
 
 
 def reward_metrics(

@@ -77,7 +77,7 @@ def can_be_saved(run: Run[Settings]) -> bool:
     """Whether this process alone can save the last complete step: its weights and moments are still that step's, this
     process holds them whole, and the folder is its run's."""
     # An update raises the version before it changes the first weight; the run's state follows at the step's end.
-    unchanged = run.policy.version == run.state.version
+    unchanged = run.policy.weights_version == run.state.version
     # In an aligned forward the layers run the rollout's weights, and a copy of the module would hold these.
     aligned = any("forward" in vars(layer) for layer in run.policy.module.modules())
     return run.owns_folder and unchanged and not aligned and sharding_of(run.policy.module) is None
@@ -284,7 +284,7 @@ def checkpoint_if_due(run: Run[Settings], step: int, metrics: dict[str, float]) 
     due = done % recipe.save_steps == 0 or done == recipe.num_steps or run.control.stop_reason is not None
     due |= run.control.save_requested
     run.control.save_requested = False
-    run.state = replace(run.state, step=done, version=run.policy.version)
+    run.state = replace(run.state, step=done, version=run.policy.weights_version)
     value = metrics.get(f"eval/{recipe.best_metric}")
     if value is not None and recipe.is_better(value, run.state.best_value):
         run.state = replace(run.state, best_step=done, best_value=value)

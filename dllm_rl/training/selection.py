@@ -22,9 +22,9 @@ def active_groups(recipe: Recipe, advantages: Float[Tensor, "P G"]) -> Bool[Tens
 
 
 def metric_weights(recipe: Recipe, advantages: Float[Tensor, "P G"], step: int) -> Float[Tensor, " P"]:
-    """Weights of groups in the mismatch metrics (`group_weights`): learned groups, `mismatch_sample` of the others."""
+    """Weights of groups in the mismatch metrics (`group_weights`): learned ones, `num_mismatch_groups` others."""
     generator = generator_for(recipe.seed, "mismatch sample", step)  # the same groups in every process
-    return group_weights(active_groups(recipe, advantages), recipe.mismatch_sample, generator)
+    return group_weights(active_groups(recipe, advantages), recipe.num_mismatch_groups, generator)
 
 
 def group_weights(learned: Bool[Tensor, " P"], sample: int, generator: Generator) -> Float[Tensor, " P"]:
@@ -42,9 +42,9 @@ def group_weights(learned: Bool[Tensor, " P"], sample: int, generator: Generator
 
 def views_of_step(recipe: Recipe, samples: Samples, number: int, accelerator: Accelerator) -> list[Views]:
     """The sets of masks under which a step's rollout is scored: the first for the metrics and the first update, and
-    where `fresh_masks` draws them anew, one for each later update, which scores the groups to learn from alone."""
+    where `resample_masks` draws them anew, one for each later update, which scores the groups to learn from alone."""
     active = active_groups(recipe, samples.advantages).double()
-    keys = [(number, iteration) if iteration else (number,) for iteration in range(recipe.mask_draws)]
+    keys = [(number, iteration) if iteration else (number,) for iteration in range(recipe.num_mask_sets)]
     groups = [active if len(key) > 1 else samples.metric_weights for key in keys]
     draw = partial(draw_views, recipe, samples.rollout, samples.advantages, accelerator=accelerator)
     return [draw(chosen, key) for chosen, key in zip(groups, keys, strict=True)]
@@ -59,7 +59,7 @@ def draw_views(
     accelerator: Accelerator,
 ) -> Views:
     """The masks of a step: groups of weight 0 in `groups` are not scored."""
-    views = recipe.likelihood.draw(rollout, generator_for(recipe.seed, "noise", *key))
+    views = recipe.likelihood.draw_views(rollout, generator_for(recipe.seed, "noise", *key))
     (mine,) = send(accelerator.device, local(rearrange(advantages, "p g -> (p g)"), accelerator))
     return only_groups(recipe.likelihood.with_advantages(views, mine), groups > 0, rollout.group_size, accelerator)
 
@@ -67,7 +67,7 @@ def draw_views(
 def only_groups(views: Views, chosen: Bool[Tensor, " P"], group_size: int, accelerator: Accelerator) -> Views:
     if chosen.all():  # the same object, which all policies share
         return views
-    return views.only(own_rows(chosen, group_size, accelerator))
+    return views.restrict_to_rows(own_rows(chosen, group_size, accelerator))
 
 
 def own_rows(groups: Bool[Tensor, " P"], group_size: int, accelerator: Accelerator) -> Bool[Tensor, " B"]:

@@ -30,7 +30,7 @@ def first_home(recipe: Settings, accelerator: Accelerator) -> torch.device:
     return torch.device("cpu") if group_size(recipe, accelerator.num_processes) > 1 else accelerator.device
 
 
-def check_engine() -> None:
+def check_launch_config() -> None:
     """Raise ValueError if the launch asks for an engine, which Accelerate silently leaves out on a CPU."""
     for name in ("DEEPSPEED", "FSDP"):  # on a GPU they would own the model
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -43,7 +43,7 @@ def check_engine() -> None:
 
 def check_batches(recipe: Settings, processes: int) -> None:
     """Raise ValueError if the processes cannot share a batch equally."""
-    for name in ("train_batch_size", "warmup_batch_size") if recipe.warmup_steps else ("train_batch_size",):
+    for name in ("train_batch_size", "sft_warmup_batch_size") if recipe.sft_warmup_steps else ("train_batch_size",):
         whole = getattr(recipe, name)
         if whole % processes:
             least = whole // processes * processes
@@ -61,7 +61,7 @@ def check_sharding(recipe: Settings, processes: int) -> None:
     if size == 1 or not isinstance(recipe, Recipe):
         return
     wrong = {
-        f"warmup_steps={recipe.warmup_steps} with lora": recipe.warmup_steps
+        f"sft_warmup_steps={recipe.sft_warmup_steps} with lora": recipe.sft_warmup_steps
         and recipe.lora is not None
         and "adapters cannot be added to weights that are shared out: warm up without them in a run of its own, and "
         "start from its checkpoint",

@@ -27,11 +27,11 @@ from dllm_rl.training.late_rollouts.ray_pool import ray_workers
 from dllm_rl.training.late_rollouts.schedule import LateRollouts, Pool
 from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
+    build_policy,
     check_compiled,
     engine_of,
     fresh_state,
     make_optimizer,
-    make_policy,
     reference_policy,
     resumed_policy,
 )
@@ -40,7 +40,7 @@ from dllm_rl.training.rehearsal import rehearse
 from dllm_rl.training.rollouts import wanted_parts
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import check_lock, make_writer, protect, save
-from dllm_rl.training.sharded_learner import check_batches, check_engine, check_sharding, first_home, share_out
+from dllm_rl.training.sharded_learner import check_batches, check_launch_config, check_sharding, first_home, share_out
 from dllm_rl.training.validation import check_best_model, validation_interval
 
 
@@ -86,7 +86,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
 
     # 5. The copies: the rollout's is of the learner's version, the reference is what RL started from.
     rollout_policy = engine_of(recipe).load(policy)
-    rollout_policy.version = policy.version
+    rollout_policy.weights_version = policy.weights_version
     if recipe.torch_compile:
         compile_blocks(rollout_policy)
     run = Run(
@@ -129,7 +129,7 @@ def restore(
     recipe: Settings, folder: Path, state: TrainingState, policy: Policy, optimizer: torch.optim.Optimizer, log: RunLog
 ) -> TrainingState:
     """Set policy version, optimiser and log to a checkpoint's; returns its state, with the recipe of this run."""
-    policy.version = state.version
+    policy.weights_version = state.version
     log.seconds = state.stages
     log.begun -= state.seconds  # as if the run had never paused
     checkpoint.load_optimizer(folder, policy, optimizer)
@@ -178,14 +178,14 @@ def open_log(
 
 
 def check_processes(recipe: Settings, accelerator: Accelerator) -> None:
-    check_engine()
+    check_launch_config()
     check_sharding(recipe, accelerator.num_processes)
     check_batches(recipe, accelerator.num_processes)
 
 
 def rehearsed(recipe: Recipe, accelerator: Accelerator) -> Policy:
     """The recipe's model after a rehearsed step: a bad setting is refused before any work and before any file."""
-    policy = make_policy(recipe, first_home(recipe, accelerator))
+    policy = build_policy(recipe, first_home(recipe, accelerator))
     recipe.likelihood.check(policy)
     wanted_parts(recipe)
     longest = check_prompts(recipe, policy)

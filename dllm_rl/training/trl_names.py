@@ -10,9 +10,10 @@ from typing import Any
 
 from dllm_rl.algorithms import optimizers
 from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.algorithms.losses import constant, gspo, ppo_clip, sequence, token
+from dllm_rl.algorithms.losses import fixed_length_mean, gspo, ppo_clip, sequence_mean, token_mean
 from dllm_rl.distributed.collectives import launched
 from dllm_rl.recipe import Recipe, check_kind, fitted
+from dllm_rl.renamed import hint
 
 # A name of the same meaning: the keyword of grpo_recipe or, behind a dot, of what the keyword holds.
 SAME = {
@@ -31,7 +32,10 @@ SAME = {
 }
 # A name that takes a word: the keyword, and what it holds for each word that means one thing here.
 WORDS: dict[str, tuple[str, dict[str, Callable]]] = {
-    "loss_type": ("aggregate", {"grpo": sequence, "dapo": token, "bnpo": token, "dr_grpo": constant}),
+    "loss_type": (
+        "loss_reduction",
+        {"grpo": sequence_mean, "dapo": token_mean, "bnpo": token_mean, "dr_grpo": fixed_length_mean},
+    ),
     # The level alone: epsilon stays 0.2, and epsilon_high what epsilon is. GSPO's own bounds are those of loss=gspo.
     "importance_sampling_level": (
         "loss",
@@ -104,16 +108,19 @@ def translated(function: Callable[..., Recipe], given: dict[str, Any]) -> dict[s
         check_kind(name, types[name], given[name])
     found = batch_sizes(given)
     same = dict(SAME)
-    if "lr_scheduler_type" in given and given.get("warmup_steps"):  # else Recipe's own, which counts supervised steps
+    if "lr_scheduler_type" in given:  # without it, a name of an earlier version
         same["warmup_steps"] = "lr_schedule.warmup_steps"
     for name, value in given.items():
-        if name in BATCH_SIZES or (name == "sync_ref_model" and value is False):  # False: the reference stays, as here
+        if name in BATCH_SIZES or (name, value) in (("sync_ref_model", False), ("warmup_steps", 0)):  # as here
             continue
         path, value = spelled(name, value) if name in WORDS else (same.get(name, name), value)
         if path.partition(".")[0] not in known:
+            if now := hint(name):
+                more = "; a learning-rate warm-up needs lr_scheduler_type too" if name == "warmup_steps" else ""
+                raise ValueError(now + more)
             near = [NEAREST[name]] if name in NEAREST else difflib.get_close_matches(name, known | SAME.keys(), n=1)
-            hint = f"the nearest is {near[0]}" if near else "help(dllm_rl.Recipe) lists all"
-            raise ValueError(f"{name} is not a setting of grpo; {hint}")
+            remedy = f"the nearest is {near[0]}" if near else "help(dllm_rl.Recipe) lists all"
+            raise ValueError(f"{name} is not a setting of grpo; {remedy}")
         if path in found:
             raise ValueError(f"{path} is given twice, once by TRL's name; give it once")
         found[path] = value
@@ -146,7 +153,8 @@ def spelled(name: str, word: Any) -> tuple[str, Callable]:
     keyword, words = WORDS[name]
     if word not in list(words):
         known = ", ".join(map(repr, words))
-        raise ValueError(f"{name}={word!r} is none of {known}; for others give Recipe's loss, aggregate or lr_schedule")
+        others = "for others give Recipe's loss, loss_reduction or lr_schedule"
+        raise ValueError(f"{name}={word!r} is none of {known}; {others}")
     return keyword, words[word]
 
 

@@ -27,7 +27,7 @@ RISE = 30  # steps in which the learning rate rises to its full height
 def solved(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int) -> list[tuple[list[int], list[int]]]:
     """The token ids of each prompt, and of its solution. Raises ValueError if a solution is missing or too long."""
     if any(problem.blank is not None for problem in problems):
-        raise ValueError("a problem has blanks, and warm-up writes solutions behind the prompt; use warmup_steps=0")
+        raise ValueError("a problem has blanks, and warm-up writes solutions behind the prompt; use sft_warmup_steps=0")
     found = []
     for problem in problems:
         prompt = prompt_ids(policy, problem.prompt)
@@ -134,21 +134,21 @@ def supervised_loss(
 def warm_up(
     recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog, measure: Callable[[], dict[str, float]]
 ) -> int:
-    """AdamW on `supervised_loss` until `measure` reaches warmup_target; returns the number of steps taken."""
-    if not recipe.warmup_steps:
+    """AdamW on `supervised_loss` until `measure` reaches sft_warmup_target; returns the number of steps taken."""
+    if not recipe.sft_warmup_steps:
         return 0
-    name = f"warmup/{recipe.warmup_metric}"
-    progress = log.view("warm-up", recipe.warmup_steps, curve=name)
+    name = f"warmup/{recipe.sft_warmup_metric}"
+    progress = log.view("warm-up", recipe.sft_warmup_steps, curve=name)
     optimizer = torch.optim.AdamW(policy.module.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     taken = 0
     reached = False
-    while taken < recipe.warmup_steps and not reached:
+    while taken < recipe.sft_warmup_steps and not reached:
         loss = warmup_step(recipe, policy, optimizer, taken, accelerator)
         taken += 1
         metrics = reduce_metrics({"warmup/loss": (torch.tensor(loss), torch.tensor(1.0))}, accelerator)
-        if taken % recipe.warmup_eval_steps == 0:
-            metrics[name] = measure()[recipe.warmup_metric]
-            reached = metrics[name] >= recipe.warmup_target
+        if taken % recipe.sft_warmup_eval_steps == 0:
+            metrics[name] = measure()[recipe.sft_warmup_metric]
+            reached = metrics[name] >= recipe.sft_warmup_target
         log.write_warmup(taken - 1, metrics)
         progress(metrics, show=reached or taken % recipe.logging_steps == 0)
     progress({}, show=False, close=True)
@@ -161,12 +161,12 @@ def warmup_step(
     """One step on the problems and masks of its number, which one process would draw too; returns this process's loss.
     Raises FloatingPointError on a gradient that is not finite, before the weights change."""
     generator = generator_for(recipe.seed, "warm-up masks", step)
-    rows = recipe.warmup_batch_size
+    rows = recipe.sft_warmup_batch_size
     canvas = policy.spec.block_size if policy.spec.attention == "encoder_decoder" else None
     drawn = list(draw_levels(generator, rows, canvas or recipe.max_new_tokens))
     if canvas:
         drawn += torch.rand(2, rows, generator=generator)
-    chosen = draw_indices(len(recipe.task), recipe.warmup_batch_size, recipe.seed, "warm-up", step)
+    chosen = draw_indices(len(recipe.task), recipe.sft_warmup_batch_size, recipe.seed, "warm-up", step)
     problems, _ = choose(recipe, policy, local(chosen, accelerator).tolist())
     mine = [local(each, accelerator) for each in drawn]
     with join_uneven_forwards(policy, backward=True):
@@ -177,14 +177,14 @@ def warmup_step(
             loss = denoising_loss(policy, lessons(policy, ended, Noise(*mine))) / len(ended)
         else:
             batch = examples(policy, problems, max_new_tokens=recipe.max_new_tokens)
-            loss = supervised_loss(policy, batch, *mine, corruption=recipe.warmup_corruption)
+            loss = supervised_loss(policy, batch, *mine, corruption=recipe.sft_warmup_corruption)
         loss.backward()
     sum_gradients(policy.module, accelerator, mean=True)  # equal shares
     norm = whole(torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0))
     if not norm.isfinite():
         raise FloatingPointError(f"gradient norm is {norm.item()} at warm-up step {step}; it was not applied")
     for group in optimizer.param_groups:
-        group["lr"] = recipe.warmup_learning_rate * min(1.0, (step + 1) / RISE)
+        group["lr"] = recipe.sft_warmup_learning_rate * min(1.0, (step + 1) / RISE)
     optimizer.step()
     policy.module.zero_grad(set_to_none=True)  # an evaluation has the memory
     return loss.item()

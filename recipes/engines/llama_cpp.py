@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl import Policy
-from dllm_rl.members import maker
+from dllm_rl.members import configurable
 from dllm_rl.models.base import position_ids
-from dllm_rl.models.engine import RolloutEngine, computed_by
+from dllm_rl.models.engine import RolloutEngine, with_forward
 from recipes.engines.gguf_file import Format, write_gguf
 
 PINNED = "2026.10.11549"  # whose structures are declared below
@@ -84,7 +84,7 @@ def library() -> c.CDLL:
     return opened
 
 
-@maker
+@configurable
 def llama_cpp(*, format: Format = "Q8_0", threads: int | None = None) -> RolloutEngine:
     """Rollouts by llama.cpp: LLaDA's and Dream's layouts by `unmask` without a cache, causal ones by `autoregress`.
 
@@ -96,14 +96,14 @@ def llama_cpp(*, format: Format = "Q8_0", threads: int | None = None) -> Rollout
 
 def load(policy: Policy, *, format: Format, threads: int | None) -> Policy:
     opened = Llama(policy, format, threads or torch.get_num_threads())
-    rollout_policy = computed_by(policy, opened.forward)
+    rollout_policy = with_forward(policy, opened.forward)
     rollout_policy.module.llama = opened
     return rollout_policy
 
 
 def sync(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     rollout_policy.module.llama.open(policy)
-    rollout_policy.version = policy.version
+    rollout_policy.weights_version = policy.weights_version
     return {}
 
 

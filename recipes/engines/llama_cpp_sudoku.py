@@ -15,7 +15,7 @@ recipe = replace(
     name="llama-cpp-sudoku",
     rollout_quantization=None,
     rollout_engine=llama_cpp(format="Q8_0"),
-    kept_graphs=2,
+    max_retained_graphs=2,
     num_steps=1800,
 )
 

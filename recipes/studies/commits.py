@@ -27,9 +27,9 @@ STORED = Path(__file__).with_suffix(".json")
 TAU = 0.5
 # The temperature of the rule, and `order` of the gradient.
 RULES = {
-    "threshold": (0.01, "given"),
-    **{f"soft_threshold {heat}": (heat, "law") for heat in (0.1, 0.5, 1.0)},
-    **{f"soft_threshold {heat}, tokens alone": (heat, "given") for heat in (0.1, 0.5, 1.0)},
+    "threshold": (0.01, False),
+    **{f"soft_threshold {heat}": (heat, True) for heat in (0.1, 0.5, 1.0)},
+    **{f"soft_threshold {heat}, tokens alone": (heat, False) for heat in (0.1, 0.5, 1.0)},
 }
 SHARPNESS = {"early": 1.0, "late": 3.0}
 LENGTH = WORDS = 3
@@ -41,7 +41,7 @@ def in_every_set(toy: ToyPolicy, temperature: float) -> Rollout:
     ways = [way for way in product(range(LENGTH), repeat=LENGTH) if set(way) == set(range(max(way) + 1))]
     step = torch.tensor(ways).repeat_interleave(len(base.tokens), 0)
     blank = torch.zeros(step.shape)
-    order = Order(blank.long(), logprobs=blank, soft=(TAU, temperature), rank_function=max_prob)
+    order = Order(blank.long(), logprobs=blank, soft_threshold_params=(TAU, temperature), rank_function=max_prob)
     return replace(base.rows(torch.arange(len(base.tokens)).repeat(len(ways))), unmask_step=step, order=order)
 
 
@@ -53,14 +53,14 @@ def along_a_line(toy: ToyPolicy, rule: str, generator: torch.Generator, *, point
     right = torch.randn(WORDS**LENGTH, generator=generator, dtype=torch.float64)
     rewards = right.repeat(len(steps) // len(right)) + 0.5 * (LENGTH - steps)
     starts, ends = toy.weights, toy.moved(0.6, generator).weights
-    laws = {each: lik.trajectory(order=each) for each in ("law", "given")}
-    views = {each: law.draw(rollout, generator) for each, law in laws.items()}
+    laws = {each: lik.trajectory(include_order=each) for each in (True, False)}
+    views = {each: law.draw_views(rollout, generator) for each, law in laws.items()}
     moving = toy.moved(0.0, generator)
     change = integral = 0.0
     for place in [0.0, 1.0, *((i + 0.5) / points for i in range(points))]:
         moving.weights = [(a + place * (b - a)).requires_grad_() for a, b in zip(starts, ends, strict=True)]
-        logps = {each: contributions(moving, rollout, views[each], laws[each]).sum(-1) for each in {"law", order}}
-        chances = logps["law"].detach().exp()
+        logps = {each: contributions(moving, rollout, views[each], laws[each]).sum(-1) for each in {True, order}}
+        chances = logps[True].detach().exp()
         assert abs(float(chances.sum()) - 1) < 1e-9, "every way, once"
         if place in (0.0, 1.0):
             change += (2 * place - 1) * float(chances @ rewards)

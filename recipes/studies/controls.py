@@ -14,7 +14,7 @@ def fixed_lambda(lam: float, **options: Any) -> Corrector:
     those of `ais`."""
     if not 0 <= lam <= 1:
         raise ValueError(f"lam={lam} must lie in [0, 1]")
-    return ais(combine=partial(constant_lambda, lam=lam), **options)
+    return ais(lambda_fn=partial(constant_lambda, lam=lam), **options)
 
 
 def constant_lambda(reliability: float, divergence: float, variation: float, *, tau: float, lam: float) -> float:
@@ -24,7 +24,7 @@ def constant_lambda(reliability: float, divergence: float, variation: float, *, 
 def shuffled(corrector: Corrector, *, seed: int = 0) -> Corrector:
     """The corrector with its weights dealt out anew over the tokens that it keeps: as large and as many, of other
     tokens. What remains of its effect is not due to which tokens it weighs."""
-    return Corrector(partial(shuffled_weights, weight_fn=corrector.weight_fn, seed=seed), corrector.surrogate)
+    return Corrector(partial(shuffled_weights, weight_fn=corrector.weight_fn, seed=seed), corrector.loss)
 
 
 def shuffled_weights(stats: TokenStats, *, weight_fn: WeightFn, seed: int) -> TokenWeights:

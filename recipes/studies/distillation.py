@@ -64,14 +64,14 @@ TIMED = 12  # steps, of which the first two are left out
 LESSONS = 400
 RL, ALONE, BOTH, SIXTEEN, TWO = "RL alone", "teacher alone", "teacher and reward", "sixteen steps", "two steps"
 TEACHER = {
-    name: getattr(taught_by_itself, name) for name in ("teacher", "teacher_steps", "entropy_coeff", "learning_rate")
+    name: getattr(taught_by_itself, name) for name in ("teacher", "teacher_substeps", "entropy_coeff", "learning_rate")
 }
 ARMS: dict[str, dict[str, Any]] = {
     RL: {},
     ALONE: TEACHER,
     BOTH: TEACHER | {"teacher_coeff": 0.02},
-    SIXTEEN: TEACHER | {"teacher_steps": 8},
-    TWO: TEACHER | {"teacher_steps": 1},
+    SIXTEEN: TEACHER | {"teacher_substeps": 8},
+    TWO: TEACHER | {"teacher_substeps": 1},
 }
 CLAIMS = (
     Contrast("a teacher of eight steps is above one of two", ALONE, TWO),

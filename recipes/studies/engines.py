@@ -20,11 +20,13 @@ from recipes.sudoku_tiny_llada import recipe
 
 STORED = Path(__file__).with_suffix(".json")  # every run
 
-base = replace(recipe, train_batch_size=16, kept_graphs=2, rollout_quantization=None, corrector=c.none())
+base = replace(
+    recipe, train_batch_size=16, max_retained_graphs=2, rollout_quantization=None, corrector=c.no_correction()
+)
 
 
 def arm(format: Any, corrector: c.Corrector | None = None) -> dict[str, Any]:
-    return {"rollout_engine": llama_cpp(format=format, threads=1), "corrector": corrector or c.none()}
+    return {"rollout_engine": llama_cpp(format=format, threads=1), "corrector": corrector or c.no_correction()}
 
 
 ARMS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, TokenStats
-from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
+from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, policy_loss, ppo_clip
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.likelihoods.views import each_view
@@ -44,7 +44,7 @@ class ToyPolicy:
         self.weights = [draw(wide, hidden) / length**0.5, draw(hidden, length * words) / hidden**0.5]
         self.spec, self.device = replace(DIFFUSION_LM, mask_id=words), torch.device("cpu")
         # What else a policy has; scoring asks for none of it.
-        self.module, self.tokenizer, self.pad_id, self.version = None, None, 0, 0
+        self.module, self.tokenizer, self.pad_id, self.weights_version = None, None, 0, 0
         self.float32_head, self.gradient_checkpointing, self.records_experts = True, False, False
         self.lora = self.quantization = self.quantization_report = None
 
@@ -142,7 +142,9 @@ def references(toy: ToyPolicy, rollout: Rollout) -> dict[str, Float[Tensor, " B"
     """What an estimate is compared with: log p of every completion by the name of each reference, differentiable."""
 
     def in_order(steps: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
-        views = trajectory().draw(replace(rollout, unmask_step=steps), _stream(0))  # every step: nothing is random
+        views = trajectory().draw_views(
+            replace(rollout, unmask_step=steps), _stream(0)
+        )  # every step: nothing is random
         return contributions(toy, rollout, views, trajectory()).sum(-1)
 
     orders = [torch.tensor(order).expand_as(rollout.tokens) for order in permutations(range(toy.length))]
@@ -179,11 +181,11 @@ def estimator_table(
         return torch.cat([weight.flatten() for weight in found])
 
     def drawn(number: int) -> tuple[Tensor, Tensor, int]:
-        views = estimator.with_advantages(estimator.draw(rollout, _stream(seed + number)), advantages)
+        views = estimator.with_advantages(estimator.draw_views(rollout, _stream(seed + number)), advantages)
         logps = contributions(toy, rollout, views, estimator).sum(-1)
-        return logps.detach(), gradient(logps), len(views.weight)
+        return logps.detach(), gradient(logps), len(views.coefficients)
 
-    draws = draws if estimator.random else 2  # which are then alike
+    draws = draws if estimator.is_random else 2  # which are then alike
     found = [drawn(number) for number in range(draws)]
     estimates, gradients = torch.stack([one for one, _, _ in found]), torch.stack([two for _, two, _ in found])
     error = (estimates.std(0) / draws**0.5).clamp(min=ROUNDING)
@@ -319,7 +321,7 @@ def _case(length: int, words: int, diffusion_steps: int, sharpness: float, seed:
     generator = torch.Generator().manual_seed(seed)
     toy = ToyPolicy(length=length, words=words, sharpness=sharpness, generator=generator)
     rollout = toy.rollout(diffusion_steps)
-    noise = trajectory().draw(rollout, generator)
+    noise = trajectory().draw_views(rollout, generator)
     rewards = torch.randn(len(rollout.tokens), generator=generator, dtype=torch.float64)
     for weight in toy.weights:
         weight.requires_grad_()
@@ -385,17 +387,17 @@ def _gradients(
         rollout=case.rollout.rows(rows),
         views=case.noise.rows(rows),
         advantages=advantages,
-        old=old,
-        old_scores=old[None],
-        weights=weights,
-        keep=keep,
-        reference=None,
+        old_logprobs=old,
+        old_view_logprobs=old[None],
+        importance_weights=weights,
+        loss_mask=keep,
+        reference_logprobs=None,
         num_tokens=1,
         num_sequences=1,
         rollout_logprobs=sampled,
     )
-    aggregate: Callable[..., Tensor] = partial(constant, length=1)  # every sequence counts 1
-    loss = partial(policy_loss, surrogate=corrector.surrogate or ppo_clip, aggregate=aggregate, beta=0.0, kl=kl_k2)
+    aggregate: Callable[..., Tensor] = partial(fixed_length_mean, length=1)  # every sequence counts 1
+    loss = partial(policy_loss, surrogate=corrector.loss or ppo_clip, loss_reduction=aggregate, beta=0.0, kl=kl_k2)
     gradient = -loss(case.logps[rows], made)[2]
     return gradient, torch.where(keep, weights, 0)
 

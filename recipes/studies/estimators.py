@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.algorithms.correctors import none
+from dllm_rl.algorithms.correctors import no_correction
 from dllm_rl.checkpoints.checkpoint import found
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
@@ -44,7 +44,7 @@ MEASURED = {
     "coupled(8)": lik.coupled(num_samples=8),
     "quadrature(2)": lik.quadrature(nodes=2),
     "quadrature(3)": lik.quadrature(nodes=3),
-    "block(8, 2)": lik.block(block_size=8, num_samples=2),
+    "block(8, 2)": lik.block_elbo(block_size=8, num_samples=2),
     "eubo on coupled(2)": lik.eubo(base=lik.coupled(num_samples=2)),
     "trajectory(1 segment)": lik.trajectory(num_segments=1),
     "trajectory": lik.trajectory(),
@@ -59,7 +59,7 @@ COLUMNS = {
     "seconds": ("seconds", 3),
 }  # fmt: skip
 STORED = Path(__file__).with_suffix(".json")  # every estimator
-plain = replace(base, rollout_quantization=None, corrector=none())
+plain = replace(base, rollout_quantization=None, corrector=no_correction())
 
 
 def sequences(estimator, policy: Policy, rollout: Rollout, noise) -> torch.Tensor:
@@ -69,7 +69,7 @@ def sequences(estimator, policy: Policy, rollout: Rollout, noise) -> torch.Tenso
 
 def gradient(estimator, policy: Policy, rollout: Rollout, noise, advantages: torch.Tensor) -> torch.Tensor:
     """The on-policy GRPO gradient (every ratio is 1) that an estimator gives, as one vector."""
-    scores = estimator.scores(policy, rollout, noise)
+    scores = estimator.view_logprobs(policy, rollout, noise)
     old, mask = estimator.combine(scores, noise), rollout.completion_mask
     batch = Batch(rollout, noise, advantages, old, scores, torch.ones_like(old), mask, None, int(mask.sum()), len(mask))
     parameters = list(policy.module.parameters())
@@ -83,7 +83,7 @@ def forwarded(estimator, policy: Policy, rollout: Rollout, noise) -> float:
     """Rows sent through the model in one scoring, per row of the batch."""
     rows, hidden = [], policy.hidden
     policy.hidden = lambda tokens, mask: (rows.append(len(tokens)), hidden(tokens, mask))[1]
-    estimator.scores(policy, rollout, noise)
+    estimator.view_logprobs(policy, rollout, noise)
     del policy.hidden
     return sum(rows) / len(rollout.tokens)
 
@@ -98,7 +98,7 @@ def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int, group:
     after = root / "after-20-steps"
     if not (after / "summary.json").exists():
         settings = {"num_steps": 20, "save_steps": 10**6, "output_dir": str(after), "overwrite_output_dir": True}
-        train(replace(plain, model=str(start), warmup_steps=0, **settings))
+        train(replace(plain, model=str(start), sft_warmup_steps=0, **settings))
     current = load_policy(found(after / "checkpoints")[-1][1])
     stream = torch.Generator().manual_seed(7)
     problems = [base.task[i] for i in range(prompts)]
@@ -107,14 +107,14 @@ def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int, group:
     advantages = group_relative(rewards.float()).flatten()
 
     exact, reference = lik.trajectory(), lik.coupled(num_samples=256)
-    own = exact.draw(rollout, stream)
+    own = exact.draw_views(rollout, stream)
     log_p = sequences(exact, old, rollout, own)
     log_ratio = sequences(exact, current, rollout, own) - log_p
     direction = gradient(exact, old, rollout, own, advantages)
-    elbo = sequences(reference, old, rollout, reference.draw(rollout, stream))
+    elbo = sequences(reference, old, rollout, reference.draw_views(rollout, stream))
     rows = []
     for name, estimator in MEASURED.items():
-        drawn = [estimator.with_advantages(estimator.draw(rollout, stream), advantages) for _ in range(draws)]
+        drawn = [estimator.with_advantages(estimator.draw_views(rollout, stream), advantages) for _ in range(draws)]
         begin = time.process_time()
         totals = torch.stack([sequences(estimator, old, rollout, noise) for noise in drawn])
         seconds = (time.process_time() - begin) / draws

@@ -102,9 +102,9 @@ def causal_base() -> Recipe:
         sampler=partial(write, temperature=1.0),
         eval_sampler=partial(write, temperature=0.0),
         likelihood=causal(),
-        warmup_steps=400,
-        warmup_target=1.0,
-        warmup_eval_steps=400,
+        sft_warmup_steps=400,
+        sft_warmup_target=1.0,
+        sft_warmup_eval_steps=400,
     )
 
 
@@ -114,7 +114,7 @@ def supervised(model: Callable[..., Policy]) -> Recipe:
 
 ARMS: dict[str, Callable[[], Recipe]] = {
     RL: lambda: base,
-    RL_4: lambda: replace(base, sampler=in_steps(4, temperature=1.0), eval_sampler=in_steps(4), kept_graphs=4),
+    RL_4: lambda: replace(base, sampler=in_steps(4, temperature=1.0), eval_sampler=in_steps(4), max_retained_graphs=4),
     TAUGHT: lambda: supervised(taught),
     CHOSEN: lambda: supervised(taught_by_a_solver),
     OWN: lambda: replace(base, model=partial(taught_by_itself, steps=700), num_steps=0),

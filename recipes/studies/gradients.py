@@ -32,23 +32,23 @@ from recipes.studies.paired import markdown
 
 BAND = {"eps_high": 0.05, "neg_low": 0.05, "neg_high": 0.05}
 CORRECTORS = {
-    "none": c.none(),
+    "none": c.no_correction(),
     "TIS, tokens, cap 2": c.tis(),
     "token IS, no cap": c.tis(cap=1e8),
     "TIS, sequence, cap 2": c.tis(level="sequence"),
     "sequence IS, no cap": c.tis(cap=1e8, level="sequence"),
-    "geometric mean, cap 2": c.tis(level="sequence", aggregate="geometric"),
+    "geometric mean, cap 2": c.tis(level="sequence", pool="geometric"),
     "TBPO's weight": c.Corrector(weight_fn=c.tbpo().weight_fn),
     "MIS, tokens, .5 to 2": c.mis(),
     "IcePop": c.icepop(),
-    "reject, k3 > .1": c.reject(bound=0.1),
-    "TIS and reject": c.compose(c.tis(), c.reject(bound=0.1)),
+    "reject, k3 > .1": c.reject(threshold=0.1),
+    "TIS and reject": c.compose(c.tis(), c.reject(threshold=0.1)),
     "AIS, alarm": c.ais(),
 }
 WHOLE = {"level": "sequence", "cap": 1e8}
 CAPPED = {"level": "sequence", "cap": 2.0}
 BATCHES = {  # correctors whose weights depend on the batch, with what they must beat
-    "none": c.none(),
+    "none": c.no_correction(),
     "TIS, tokens, cap 2": c.tis(),
     "TIS, sequence, cap 2": c.tis(**CAPPED),
     "sequence IS, no cap": c.tis(**WHOLE),
@@ -85,23 +85,23 @@ SURROGATES = {
 ESTIMATORS = {
     "trajectory": lik.trajectory(),
     "trajectory, 1 segment": lik.trajectory(num_segments=1),
-    "trajectory, 1 step drawn": lik.trajectory(num_sampled=1),
+    "trajectory, 1 step drawn": lik.trajectory(num_sampled_steps=1),
     "one_step": lik.one_step(prompt_mask=0.0),
     "elbo, 2 masks": lik.elbo(num_samples=2),
     "elbo, 8 masks": lik.elbo(num_samples=8),
     "coupled, 2 masks": lik.coupled(),
     "quadrature, 3 masks": lik.quadrature(),
-    "block of 2, 2 masks": lik.block(block_size=2),
+    "block of 2, 2 masks": lik.block_elbo(block_size=2),
     "eubo, 2 masks": lik.eubo(),
     "sandwich, 2 masks": lik.sandwich(),
 }
 # The temperature of plackett_luce that gives a rank's law (None: the law is confidence's), and `order` of its gradient.
 RANKED: dict[str, tuple[float | None, str]] = {
-    "max_prob": (1e-6, "given"),
-    "confidence": (None, "law"),
-    "random": (1e9, "given"),
-    **{f"plackett_luce {tau}": (tau, "law") for tau in (0.03, 0.1, 0.3, 1.0)},
-    **{f"plackett_luce {tau}, tokens alone": (tau, "given") for tau in (0.03, 0.1, 0.3, 1.0)},
+    "max_prob": (1e-6, False),
+    "confidence": (None, True),
+    "random": (1e9, False),
+    **{f"plackett_luce {tau}": (tau, True) for tau in (0.03, 0.1, 0.3, 1.0)},
+    **{f"plackett_luce {tau}, tokens alone": (tau, False) for tau in (0.03, 0.1, 0.3, 1.0)},
 }
 SIGMAS, KINDS, SHARPNESS = (0.1, 0.3, 0.5), ("early", "late"), {"early": 1.0, "late": 3.0}
 COLUMNS = [f"{kind} {sigma}" for kind, sigma in product(KINDS, SIGMAS)]
@@ -150,13 +150,13 @@ def of_estimators(
             for weight in toy.weights:
                 weight.requires_grad_()
             exact = lik.trajectory()
-            logps = contributions(toy, rollout, exact.draw(rollout, generator), exact)
+            logps = contributions(toy, rollout, exact.draw_views(rollout, generator), exact)
             p = logps.detach().sum(-1).exp()
             advantages = rewards - p @ rewards
             truth = torch.einsum("b,btw->w", p * advantages, per_outcome(toy, logps))
             each = []
-            for _ in range(draws if estimator.random else 1):
-                noise = estimator.with_advantages(estimator.draw(rollout, generator), advantages)
+            for _ in range(draws if estimator.is_random else 1):
+                noise = estimator.with_advantages(estimator.draw_views(rollout, generator), advantages)
                 if noise.upper_bound_weight is not None:
                     noise = replace(noise, upper_bound_weight=noise.upper_bound_weight.double())
                 sums = contributions(toy, rollout, noise, estimator).sum(-1, keepdim=True)
@@ -178,7 +178,7 @@ def confidence_outcomes(toy: ToyPolicy) -> Rollout:
     steps = [[int(i not in first) for i in range(toy.length)] for first in firsts]
     rows = torch.arange(len(base.tokens)).repeat(len(steps))
     step = torch.tensor(steps).repeat_interleave(len(base.tokens), 0)
-    order = Order(open_step=torch.zeros_like(step), logprobs=torch.zeros(step.shape))
+    order = Order(block_first_step=torch.zeros_like(step), logprobs=torch.zeros(step.shape))
     return replace(base.rows(rows), unmask_step=step, order=order)
 
 
@@ -192,19 +192,19 @@ def of_orders(networks: int, *, batch: int = 128) -> dict[str, list[str]]:
             rewards = torch.randn(81, generator=generator, dtype=torch.float64).repeat(6)
             for weight in toy.weights:
                 weight.requires_grad_()
-            laws = {order: lik.trajectory(order=order) for order in ("law", "given")}
-            noises = {order: law.draw(rollout, generator) for order, law in laws.items()}
+            laws = {order: lik.trajectory(include_order=order) for order in (True, False)}
+            noises = {order: law.draw_views(rollout, generator) for order, law in laws.items()}
             ours = {order: contributions(toy, rollout, noises[order], laws[order]).sum(-1) for order in laws}
             theirs = {order: contributions(behaviour, rollout, noises[order], laws[order]).sum(-1) for order in laws}
             scores = {order: per_outcome(toy, ours[order][:, None])[:, 0] for order in laws}
-            p, q = ours["law"].detach().exp(), theirs["law"].detach().exp()
+            p, q = ours[True].detach().exp(), theirs[True].detach().exp()
             p, q = map(without_floor, (p, q))
             advantages = rewards - q @ rewards
-            truth = torch.einsum("b,bw->w", p * advantages, scores["law"])
+            truth = torch.einsum("b,bw->w", p * advantages, scores[True])
             for order, weighted in product(laws, (False, True)):
                 ratio = (ours[order] - theirs[order]).detach().clamp(-20, 20).exp() if weighted else torch.ones_like(q)
                 each = (ratio * advantages)[:, None] * scores[order]
-                name = "tokens and order" if order == "law" else "tokens alone"
+                name = "tokens and order" if order else "tokens alone"
                 name += ", sequence IS" if weighted else ", none"
                 numbers.setdefault(name, []).append(against(truth, each, q, batch))
         for name, rows in numbers.items():
@@ -223,9 +223,9 @@ def in_every_order(toy: ToyPolicy, temperature: float | None) -> Rollout:
     steps = torch.tensor(list(permutations(range(toy.length))))
     step = steps.repeat_interleave(len(base.tokens), 0)
     blank = torch.zeros_like(step)
-    order = Order(open_step=blank, logprobs=torch.zeros(step.shape))
+    order = Order(block_first_step=blank, logprobs=torch.zeros(step.shape))
     if temperature is not None:
-        order = replace(order, draw=blank, rank_function=partial(plackett_luce, temperature=temperature))
+        order = replace(order, draw_index=blank, rank_function=partial(plackett_luce, temperature=temperature))
     return replace(base.rows(torch.arange(len(base.tokens)).repeat(len(steps))), unmask_step=step, order=order)
 
 
@@ -236,14 +236,14 @@ def along_a_line(toy: ToyPolicy, rank: str, generator: torch.Generator, *, point
     rollout = in_every_order(toy, temperature)
     rewards = torch.randn(toy.words**toy.length, generator=generator, dtype=torch.float64).repeat(6)
     starts, ends = toy.weights, toy.moved(0.6, generator).weights
-    laws = {each: lik.trajectory(order=each) for each in ("law", "given")}
-    noises = {each: law.draw(rollout, generator) for each, law in laws.items()}
+    laws = {each: lik.trajectory(include_order=each) for each in (True, False)}
+    noises = {each: law.draw_views(rollout, generator) for each, law in laws.items()}
     moving = toy.moved(0.0, generator)
     change = integral = 0.0
     for place in [0.0, 1.0, *((i + 0.5) / points for i in range(points))]:
         moving.weights = [(a + place * (b - a)).requires_grad_() for a, b in zip(starts, ends, strict=True)]
         logps = {each: contributions(moving, rollout, noises[each], laws[each]).sum(-1) for each in laws}
-        chances = logps["law"].detach().exp()
+        chances = logps[True].detach().exp()
         if temperature is None:
             chances = without_floor(chances)
         if place in (0.0, 1.0):
@@ -305,7 +305,7 @@ def main() -> None:
     weights = {name: [f"{row.mean_weight:.2f}/{row.ess:.2f}" for row in rows] for name, rows in many.items()}
     sized = partial(of_correctors, CORRECTORS, networks=networks, words=2, diffusion_steps=2)
     short, long = sized(length=2), sized(length=6)
-    clipped = {name: replace(c.none(), surrogate=surrogate) for name, surrogate in SURROGATES.items()}
+    clipped = {name: replace(c.no_correction(), loss=surrogate) for name, surrogate in SURROGATES.items()}
     updated = of_correctors(clipped, networks=networks, moved="old")
     with_none = [f"{kind} {sigma}" for kind, sigma in product(KINDS, (0.0, *SIGMAS))]
     tables = {

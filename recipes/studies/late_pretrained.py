@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from dllm_rl import int4_weight_only, none, ppo_clip, tis
+from dllm_rl import int4_weight_only, no_correction, ppo_clip, tis
 from recipes.smollm2_diffusion import recipe
 from recipes.studies.late_rollouts import METRICS, QUIET, run_late
 from recipes.studies.paired import Results, Study, interval, main, markdown
@@ -44,7 +44,7 @@ INT4 = {"rollout_quantization": int4_weight_only}
 RATE = {"learning_rate": recipe.learning_rate}
 STUDY = Study(
     name="late-pretrained",
-    base=replace(recipe, **QUIET, dtype="bfloat16", beta=0.0, corrector=none()),
+    base=replace(recipe, **QUIET, dtype="bfloat16", beta=0.0, corrector=no_correction()),
     arms={
         "FP8": RATE,
         "lag 4": RATE | LATE,

@@ -37,10 +37,10 @@ from typing import Any
 
 import torch
 
-from dllm_rl import ais, icepop, none, ppo_clip, tbpo, tis
+from dllm_rl import ais, icepop, no_correction, ppo_clip, tbpo, tis
 from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, truncated_weights
 from dllm_rl.files import read_json, write_json
-from dllm_rl.members import maker
+from dllm_rl.members import configurable
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.training.late_rollouts.schedule import InTurn
 from recipes.studies.paired import (
@@ -72,7 +72,7 @@ def weights_of_other_rows(stats: TokenStats, *, cap: float) -> TokenWeights:
     return TokenWeights(other, keep, metrics)
 
 
-@maker
+@configurable
 def placebo(*, cap: float = 2.0) -> Corrector:
     """`weights_of_other_rows`, which any gain of TIS must exceed.
 
@@ -82,8 +82,8 @@ def placebo(*, cap: float = 2.0) -> Corrector:
 
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
-    "none": {"corrector": none()},
-    "dual clip": {"corrector": none(), "old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
+    "none": {"corrector": no_correction()},
+    "dual clip": {"corrector": no_correction(), "old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
     "decoupled": {"corrector": tis(cap=UNBOUNDED)},
     "tis": {"corrector": tis()},
     "ais": {"corrector": ais()},

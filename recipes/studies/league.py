@@ -44,8 +44,8 @@ from torch import Tensor
 
 from dllm_rl import Recipe
 from dllm_rl.algorithms.advantages import group_relative, leave_one_out
-from dllm_rl.algorithms.correctors import none
-from dllm_rl.algorithms.losses import gspo, ppo_clip, reinforce, sequence, token
+from dllm_rl.algorithms.correctors import no_correction
+from dllm_rl.algorithms.losses import gspo, ppo_clip, reinforce, sequence_mean, token_mean
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.samplers.rules import random
@@ -91,7 +91,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "likelihood": lik.one_step(prompt_mask=0.15),
         "loss": partial(ppo_clip, epsilon=0.5),
         "advantages": centred,
-        "aggregate": token,
+        "loss_reduction": token_mean,
         "num_iterations": 8,
     },
     # One estimate of log p, no ratio, softmax weights of both signs.
@@ -99,7 +99,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "likelihood": lik.one_step(prompt_mask=0.15),
         "loss": reinforce,
         "advantages": wd1,
-        "aggregate": sequence,
+        "loss_reduction": sequence_mean,
         "num_iterations": 8,
     },
     # The ELBO's ratio per sequence, over its length, clipped; two Monte Carlo samples.
@@ -107,7 +107,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "likelihood": lik.coupled(num_samples=2),
         "loss": partial(gspo, epsilon=0.2, epsilon_high=0.2),
         "advantages": leave_one_out,
-        "aggregate": sequence,
+        "loss_reduction": sequence_mean,
         "num_iterations": 8,
     },
     # A lower bound where A >= 0, an upper one mixed in where A < 0. Ours: PPO's clip per token; masks not by block.
@@ -117,7 +117,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "likelihood": SPG_BOUNDS,
         "loss": stable_drl,
         "advantages": centred,
-        "aggregate": sequence,
+        "loss_reduction": sequence_mean,
         "num_iterations": 2,
     },
     # A regression of the sequence's log-ratio on the advantage.
@@ -125,13 +125,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "likelihood": lik.coupled(),
         "loss": partial(gdsd, psi=1.0),
         "advantages": centred,
-        "aggregate": sequence,
+        "loss_reduction": sequence_mean,
         "num_iterations": 8,
     },
     # Rollouts a token a step from left to right, each token's own conditional. Two positions a row are scored, ours:
     # with all 16 there is time for three steps.
     "JustGRPO": {
-        "likelihood": lik.trajectory(num_sampled=2),
+        "likelihood": lik.trajectory(num_sampled_steps=2),
         "sampler": {"diffusion_steps": None, "block_size": 1},
         "loss": dual_clip,
         "num_iterations": 2,
@@ -156,7 +156,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "two segments": {"likelihood": lik.trajectory(num_segments=2), "loss": dual_clip, "num_iterations": 2},
     "four segments": {"likelihood": lik.trajectory(num_segments=4), "loss": dual_clip, "num_iterations": 2},
     # As many forwards as two segments have, without their bias: random steps of each row, weighted.
-    "two sampled": {"likelihood": lik.trajectory(num_sampled=2), "loss": dual_clip, "num_iterations": 2},
+    "two sampled": {"likelihood": lik.trajectory(num_sampled_steps=2), "loss": dual_clip, "num_iterations": 2},
 }
 
 BETWEEN = ("two segments", "four segments", "two sampled")  # one step and all steps: for four and more
@@ -224,7 +224,12 @@ def study_of(name: str) -> Study:
         for each in ("sampler", "eval_sampler")
     }
     base = replace(
-        league.recipe, train_batch_size=16, kept_graphs=16, corrector=none(), rollout_quantization=None, **steps
+        league.recipe,
+        train_batch_size=16,
+        max_retained_graphs=16,
+        corrector=no_correction(),
+        rollout_quantization=None,
+        **steps,
     )
     arms = {}
     for method, (setting, more) in product(league.methods, GRID.items()):
@@ -256,7 +261,7 @@ def measure(study: Study, root: Path) -> None:
     found: dict[str, float] = read_json(path) if path.exists() else {}
     missing = {same_cost(arm): changes for arm, changes in study.arms.items() if same_cost(arm) not in found}
     warm = warm_up(study.base, TUNED_ON[0], root / "tuning" / "warm" / str(TUNED_ON[0]))
-    few = {"model": str(warm), "warmup_steps": 0, "num_steps": 8, "eval_steps": 0, "report_to": None}
+    few = {"model": str(warm), "sft_warmup_steps": 0, "num_steps": 8, "eval_steps": 0, "report_to": None}
     for _ in range(2):
         for name, changes in missing.items():
             settings = changes | few | {"output_dir": str(folder), "overwrite_output_dir": True}
@@ -316,14 +321,18 @@ def settings() -> str:
     def named(part: Any) -> str:
         """A function or an estimator with its keywords, as one writes it."""
         if isinstance(part, lik.LikelihoodEstimator):
-            part = part.made_by
+            part = part.factory
         if not isinstance(part, partial):
             return part.__name__ if callable(part) else repr(part)
         given = ((key, value) for key, value in part.keywords.items() if value is not None)
         return f"{part.func.__name__}({', '.join(f'{key}={named(value)}' for key, value in given)})"
 
     base = study_of("sudoku").base
-    usual = {"loss": base.policy_loss.keywords["surrogate"], "advantages": base.advantages, "aggregate": token}
+    usual = {
+        "loss": base.policy_loss.keywords["surrogate"],
+        "advantages": base.advantages,
+        "loss_reduction": token_mean,
+    }
     rows = []
     for method, changes in METHODS.items():
         row = {"method": method, "likelihood": f"`{named(changes['likelihood'])}`"}

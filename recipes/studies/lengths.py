@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dllm_rl import none, tis
+from dllm_rl import no_correction, tis
 from dllm_rl.files import write_json
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.models.base import Policy
@@ -103,7 +103,7 @@ def study_of(before: Study, names: Sequence[str]) -> Study:
     return replace(
         before,
         name="lengths",
-        base=replace(before.base, rollout_quantization=None, corrector=none(), kept_graphs=16),
+        base=replace(before.base, rollout_quantization=None, corrector=no_correction(), max_retained_graphs=16),
         arms=arms,
         against={arm: against(arm) for arm in arms if "unquantised" not in arm},
         metrics=mismatch.study.metrics,
@@ -130,7 +130,7 @@ def distance(study: Study, arm: str, start: Path, share: float) -> float:
     problems = [recipe.task[index] for index in range(128)]
     prompts = encode(policy, problems, group_size=1, seeds=list(range(len(problems))))
     rollout = recipe.sampler(load(policy, share=share), prompts, generator_for(0, "distance"))
-    noise = recipe.likelihood.draw(rollout, generator_for(0, "noise"))
+    noise = recipe.likelihood.draw_views(rollout, generator_for(0, "noise"))
     apart = recipe.likelihood.logprobs(policy, rollout, noise) - recorded(rollout, noise)
     return apart[rollout.completion_mask].abs().mean().item()
 

@@ -32,7 +32,9 @@ from recipes.sudoku_unique import recipe
 FIVE_LEVELS = partial(fake_quantize, weight="five_level", activation="e4m3")
 INT3 = partial(fake_quantize, weight="int3", activation="e4m3")
 
-base = replace(recipe, train_batch_size=16, kept_graphs=2, rollout_quantization=None, corrector=c.none())
+base = replace(
+    recipe, train_batch_size=16, max_retained_graphs=2, rollout_quantization=None, corrector=c.no_correction()
+)
 DUAL = partial(ppo_clip, epsilon=0.2, delta=1.2)  # bounds what PPO leaves open: A < 0 and r > 1 + epsilon
 
 
@@ -48,9 +50,9 @@ in_random_order = partial(base.sampler, rank=random)
 in_halves = partial(base.sampler, block_size=8)
 in_llada_order = partial(base.sampler, rank=confidence)
 ARMS = {
-    "start": arm(c.none(), num_steps=0),
-    "one: unquantised": arm(c.none(), None),
-    "one: none": arm(c.none()),
+    "start": arm(c.no_correction(), num_steps=0),
+    "one: unquantised": arm(c.no_correction(), None),
+    "one: none": arm(c.no_correction()),
     "one: TIS": arm(c.tis()),
     "one: AIS alarm": arm(c.ais()),
     "one: lambda 0.25": arm(fixed_lambda(0.25)),
@@ -58,26 +60,26 @@ ARMS = {
     "one: lambda 0.75": arm(fixed_lambda(0.75)),
     "one: TIS shuffled": arm(shuffled(c.tis())),
     "one: aligned": arm(c.aligned()),
-    "two: unquantised": clipped(c.none(), None),
-    "two: none": clipped(c.none()),
+    "two: unquantised": clipped(c.no_correction(), None),
+    "two: none": clipped(c.no_correction()),
     "two: TIS": clipped(c.tis()),
     "two: AIS alarm": clipped(c.ais()),
     "two: aligned": clipped(c.aligned()),
-    "two: none, no clip": arm(c.none(), num_iterations=2),
+    "two: none, no clip": arm(c.no_correction(), num_iterations=2),
     "two: TIS, no clip": arm(c.tis(), num_iterations=2),
-    "two: none, delta 3": arm(c.none(), num_iterations=2, loss=partial(ppo_clip, epsilon=0.2, delta=3.0)),
-    "random: unquantised": arm(c.none(), None, sampler=in_random_order),
-    "random: none": arm(c.none(), sampler=in_random_order),
+    "two: none, delta 3": arm(c.no_correction(), num_iterations=2, loss=partial(ppo_clip, epsilon=0.2, delta=3.0)),
+    "random: unquantised": arm(c.no_correction(), None, sampler=in_random_order),
+    "random: none": arm(c.no_correction(), sampler=in_random_order),
     "random: TIS": arm(c.tis(), sampler=in_random_order),
-    "left: unquantised": arm(c.none(), None, sampler=in_halves),
-    "left: none": arm(c.none(), sampler=in_halves),
+    "left: unquantised": arm(c.no_correction(), None, sampler=in_halves),
+    "left: none": arm(c.no_correction(), sampler=in_halves),
     "left: TIS": arm(c.tis(), sampler=in_halves),
-    "confidence: unquantised": arm(c.none(), None, sampler=in_llada_order),
-    "confidence: none": arm(c.none(), sampler=in_llada_order),
+    "confidence: unquantised": arm(c.no_correction(), None, sampler=in_llada_order),
+    "confidence: none": arm(c.no_correction(), sampler=in_llada_order),
     "confidence: TIS": arm(c.tis(), sampler=in_llada_order),
-    "int3, one: none": arm(c.none(), INT3),
+    "int3, one: none": arm(c.no_correction(), INT3),
     "int3, one: TIS": arm(c.tis(), INT3),
-    "int3, two: none": clipped(c.none(), INT3),
+    "int3, two: none": clipped(c.no_correction(), INT3),
     "int3, two: TIS": clipped(c.tis(), INT3),
 }
 # No claim is stated of these; the first is there for the clip's width.

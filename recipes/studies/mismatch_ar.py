@@ -10,7 +10,7 @@ before the runs: such rollouts harm, and token TIS helps. The numbers: mismatch.
 from dataclasses import replace
 from functools import partial
 
-from dllm_rl.algorithms.correctors import none, tis
+from dllm_rl.algorithms.correctors import no_correction, tis
 from dllm_rl.quantization.schemes import fake_quantize
 from recipes.studies.paired import Contrast, Study, main
 from recipes.sudoku_tiny_ar import recipe
@@ -19,7 +19,9 @@ FIVE_LEVELS = partial(fake_quantize, weight="five_level", activation="e4m3")
 
 study = Study(
     name="mismatch_ar",
-    base=replace(recipe, train_batch_size=16, learning_rate=2.5e-4, rollout_quantization=None, corrector=none()),
+    base=replace(
+        recipe, train_batch_size=16, learning_rate=2.5e-4, rollout_quantization=None, corrector=no_correction()
+    ),
     arms={
         "unquantised": {},
         "none": {"rollout_quantization": FIVE_LEVELS},

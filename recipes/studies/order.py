@@ -5,7 +5,7 @@ differ in how training rollouts are ranked; all evaluations are greedy, ranked b
 
     max_prob, random         no gradient of the order: its probability is 0 or 1, or depends on no weight
     confidence, noisy        `trajectory()` scores tokens and order; noisy is `plackett_luce` at the task's TAU
-    ..., tokens alone        the same rollouts, scored by trajectory(order="given")
+    ..., tokens alone        the same rollouts, scored by trajectory(include_order=False)
 
 TAU has the best mean on seeds 100 to 102 among TAUS (`tune`), on the study's own held-out problems; the other arms have
 nothing to choose. The contrasts below were written before the runs; Holm's correction counts those of one task.
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dllm_rl import Recipe, max_prob, none, trajectory
+from dllm_rl import Recipe, max_prob, no_correction, trajectory
 from dllm_rl.samplers.rules import confidence, plackett_luce, random
 from recipes import countdown_tiny, sudoku_unique
 from recipes.studies.paired import Contrast, Study, main, tables, tune, which
@@ -41,20 +41,20 @@ CONTRASTS = (
 )
 
 
-def arm(recipe: Recipe, rank: Any, order: str = "law") -> dict[str, Any]:
-    return {"sampler": partial(recipe.sampler, rank=rank), "likelihood": trajectory(order=order)}
+def arm(recipe: Recipe, rank: Any, include_order: bool = True) -> dict[str, Any]:
+    return {"sampler": partial(recipe.sampler, rank=rank), "likelihood": trajectory(include_order=include_order)}
 
 
 def study_of(task: str) -> Study:
-    base = replace(RECIPES[task], corrector=none(), rollout_quantization=None)
+    base = replace(RECIPES[task], corrector=no_correction(), rollout_quantization=None)
     noisy = partial(plackett_luce, temperature=TAU[task])
     arms = {
         "max_prob": arm(base, max_prob),
         "random": arm(base, random),
         "noisy": arm(base, noisy),
-        "noisy, tokens alone": arm(base, noisy, "given"),
+        "noisy, tokens alone": arm(base, noisy, False),
         "confidence": arm(base, confidence),
-        "confidence, tokens alone": arm(base, confidence, "given"),
+        "confidence, tokens alone": arm(base, confidence, False),
     }
     return Study(
         name=f"order-{task}",

@@ -71,7 +71,7 @@ class Study:
 
 def by_seed(base: Recipe) -> bool:
     """Has each seed a model of its own that its arms share: a warmed-up one, or one that is a function of the seed?"""
-    return bool(base.warmup_steps) or (callable(base.model) and "seed" in signature(base.model).parameters)
+    return bool(base.sft_warmup_steps) or (callable(base.model) and "seed" in signature(base.model).parameters)
 
 
 def warm_up(base: Recipe, seed: int, folder: Path) -> Path:
@@ -106,7 +106,7 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int, pool:
     folder = root / "runs" / path.stem
     settings: dict[str, Any] = {
         "name": f"{study.name}-{path.stem}",
-        "warmup_steps": 0,
+        "sft_warmup_steps": 0,
         "seed": seed,
         "num_steps": num_steps,
         "eval_steps": 0,

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from dllm_rl import ais, aligned, none, tis
+from dllm_rl import ais, aligned, no_correction, tis
 from dllm_rl.files import write_json
 from dllm_rl.quantization.schemes import fake_quantize
 from recipes.studies import mismatch
@@ -43,7 +43,7 @@ RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3)
 EQUAL = (2.5e-4, 5e-4)
 TUNED_ON, TESTED_ON = range(100, 103), range(10, 20)
 FORMATS = {"FP8": "e4m3", "int4": "int4", "int3": "int3", "five levels": "five_level"}
-CORRECTORS = {"none": none(), "TIS": tis(), "AIS": ais(), "aligned": aligned()}
+CORRECTORS = {"none": no_correction(), "TIS": tis(), "AIS": ais(), "aligned": aligned()}
 OTHER = "unquantised, other rounding"
 
 

@@ -67,18 +67,18 @@ class FromNoise(Replay):
 
 @dataclass(frozen=True)
 class OneStep(ViewFeature):
-    single_tokens: ClassVar[bool] = True
+    is_per_token: ClassVar[bool] = True
 
-    def on(self, view: View, number: int) -> View:
+    def apply_to(self, view: View, number: int) -> View:
         return FromNoise(view.masked, view.scored)
 
 
 def draw_one_step(rollout: Rollout, generator: Generator) -> Views:
     scored = renoised(rollout).block >= 0
-    return Views(torch.zeros_like(scored)[None], scored.float()[None], parts=(OneStep(),))
+    return Views(torch.zeros_like(scored)[None], scored.float()[None], features=(OneStep(),))
 
 
-one_step = LikelihoodEstimator("one_step", draw_one_step, random=False, attention=("encoder_decoder",))
+one_step = LikelihoodEstimator("one_step", draw_one_step, is_random=False, supported_attention=("encoder_decoder",))
 every_draw = partial(renoise_in_four, answer="drawn", entropy_bound=math.inf)
 base = replace(recipe, rollout_quantization=None, sampler=every_draw, likelihood=trajectory())
 ARMS: dict[str, dict[str, Any]] = {
@@ -116,7 +116,7 @@ def cost(arm: str, folder: Path) -> None:
 
     made = replace(base, **ARMS[arm])
     sampler = partial(stamped_sampler, stamped, **made.sampler.keywords)
-    timed = {"warmup_steps": 0, "num_steps": TIMED, "eval_steps": 0, "report_to": None, "seed": 100}
+    timed = {"sft_warmup_steps": 0, "num_steps": TIMED, "eval_steps": 0, "report_to": None, "seed": 100}
     timed |= {"eval_task": replace(base.eval_task, size=8), "output_dir": str(folder / "timed" / arm.replace(" ", "-"))}
     train(replace(made, sampler=sampler, overwrite_output_dir=True, **timed))
     steps = stamps[-TIMED + 2 :]  # the rehearsal samples too

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dllm_rl import elbo, none, soft_edit
+from dllm_rl import elbo, no_correction, soft_edit
 from recipes.studies.paired import Contrast, Study, main, tables, tune
 from recipes.sudoku_revise import recipe, unmask_in_four
 
@@ -36,7 +36,7 @@ STORED = Path(__file__).with_suffix(".json")  # every run
 
 base = replace(
     recipe,
-    corrector=none(),
+    corrector=no_correction(),
     rollout_quantization=None,
     train_batch_size=8,
     sampler=partial(unmask_in_four, temperature=1.0),
@@ -46,7 +46,7 @@ base = replace(
 
 def arm(forwards: int, *, rate: float = 0.0, at_end: float | None = None, **changes: Any) -> dict[str, Any]:
     """Changes for n forwards, edits at `rate`, and at another rate in evaluations."""
-    made: dict[str, Any] = {"kept_graphs": forwards, **changes}
+    made: dict[str, Any] = {"max_retained_graphs": forwards, **changes}
     for name, share in (("sampler", rate), ("eval_sampler", rate if at_end is None else at_end)):
         commit = {"commit": partial(soft_edit, rate=share)} if share else {}
         made[name] = partial(getattr(base, name), diffusion_steps=forwards, **commit)

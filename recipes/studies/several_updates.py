@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dllm_rl import none, ppo_clip, qarl, tbpo
+from dllm_rl import no_correction, ppo_clip, qarl, tbpo
 from recipes.studies import late_rollouts
 from recipes.studies.paired import Contrast, Study
 
@@ -32,8 +32,8 @@ STORED = Path(__file__).with_suffix(".json")  # the tuning, the rates, and every
 WIDE = {"eps_high": 0.04, "neg_low": 0.03, "neg_high": 0.07}
 LATE = {"rollout_workers": 1, "max_staleness": 1}
 ARMS: dict[str, dict[str, Any]] = {
-    "none": LATE | {"corrector": none()},
-    "dual clip": LATE | {"corrector": none(), "old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
+    "none": LATE | {"corrector": no_correction()},
+    "dual clip": LATE | {"corrector": no_correction(), "old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
     "tbpo": LATE | {"corrector": tbpo()},
     "wide tbpo": LATE | {"corrector": tbpo(**WIDE)},
     "wide qarl": LATE | {"corrector": qarl(**WIDE)},

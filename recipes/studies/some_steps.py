@@ -5,7 +5,7 @@ sum over rows and steps, sum_rs A_r grad log p(step s of row r). Each summand is
 of two of them; what a way of drawing steps gives is then known from 2,000 draws without another forward. A way scores k
 of the N steps of each row:
 
-    uniform        k steps without replacement, weight N / k: `trajectory(num_sampled=k)`
+    uniform        k steps without replacement, weight N / k: `trajectory(num_sampled_steps=k)`
     by surprise    k draws with replacement, a step's chance in proportion to -log p of the tokens that it wrote (plus a
                    hundredth of the row's mean), weight 1 / (k chance): the least certain steps, without a bias
     by size        the same with the chance in proportion to the norm of the step's own gradient, which nobody knows
@@ -46,13 +46,15 @@ WAYS = ("uniform", "by surprise", "by size", "rows by advantage", "segments")
 def summands(policy: Any, rollout: Any, advantages: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """A_r grad log p of each step of each row (R, N, P), and -log p of its tokens (R, N), nats."""
     exact = lik.trajectory()
-    views = exact.draw(rollout, torch.Generator())
+    views = exact.draw_views(rollout, torch.Generator())
     parameters = list(policy.module.parameters())
     found, surprise = [], torch.zeros(len(advantages), steps)
     for row, advantage in enumerate(advantages):
         one = torch.zeros(len(advantages), dtype=torch.bool)
         one[row] = True
-        logps = exact.scores(policy, rollout, views.only(one), keep_graphs=True)[:, row].sum(-1)  # (N,)
+        logps = exact.view_logprobs(policy, rollout, views.restrict_to_rows(one), retain_graphs=True)[:, row].sum(
+            -1
+        )  # (N,)
         surprise[row] = -logps.detach()
         for logp in logps:
             parts = torch.autograd.grad(logp, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
@@ -106,7 +108,7 @@ def measure(root: Path, prompts: int, group: int = 8) -> list[dict[str, Any]]:
                 rows.append({"steps": steps, "scored": k, "way": way, "cosine": sum(cosines) / DRAWS, "mean": mean})
                 print(rows[-1], flush=True)
             merged = lik.trajectory(num_segments=k)
-            g = gradient(merged, policy, rollout, merged.draw(rollout, stream), advantages)
+            g = gradient(merged, policy, rollout, merged.draw_views(rollout, stream), advantages)
             total = -flat.double().sum(0)  # `gradient` is that of a loss, and divided by the number of tokens
             cosine = float(g @ total / (g.norm() * total.norm()))
             mean = float(g @ total / total.square().sum() * rollout.completion_mask.sum())

@@ -2,7 +2,7 @@
 
 What a surrogate takes: `dllm_rl.algorithms.losses`. On the command line one is named by module and function:
 
-    python recipes/sudoku_unique.py --loss recipes.studies.surrogates:gdsd --aggregate sequence
+    python recipes/sudoku_unique.py --loss recipes.studies.surrogates:gdsd --loss_reduction sequence_mean
 """
 
 import math
@@ -21,7 +21,7 @@ def dppo_tv(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
     mask: Bool[Tensor, "B T"],
-    old: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
     *,
     delta: float = 0.2,
     delta_high: float | None = None,
@@ -39,7 +39,7 @@ def dppo_tv(
     delta_high  how far it may have risen; None: delta
     max_ratio   bound on the ratio
     """
-    shift = (log_ratio.detach() + old).exp() - old.exp()
+    shift = (log_ratio.detach() + old_logprobs).exp() - old_logprobs.exp()
     up, down = shift <= (delta if delta_high is None else delta_high), shift >= -delta
     inside = torch.where((advantages > 0)[:, None], up, down)
     weight = exp_ratio(log_ratio.detach()).clamp(max=max_ratio)
@@ -129,7 +129,7 @@ def stable_drl(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
     mask: Bool[Tensor, "B T"],
-    sum_over: Callable[[Tensor], Tensor],
+    sum_over_processes: Callable[[Tensor], Tensor],
     *,
     max_ratio: float = 5.0,
 ) -> Float[Tensor, "B T"]:
@@ -144,7 +144,7 @@ def stable_drl(
     """
     rows = mask.any(-1, keepdim=True)
     ratio = exp_ratio(_mean(log_ratio, mask)).clamp(max=max_ratio)
-    total, count = sum_over(torch.stack([torch.where(rows, ratio, 0).double().sum(), rows.sum().double()]))
+    total, count = sum_over_processes(torch.stack([torch.where(rows, ratio, 0).double().sum(), rows.sum().double()]))
     weight = ratio * (count / total.clamp(min=1e-30)).to(ratio)
     return _carried(weight, advantages, log_ratio)
 

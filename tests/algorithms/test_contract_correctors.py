@@ -16,19 +16,19 @@ from dllm_rl.algorithms.triage import triage
 from dllm_rl.testing import check_corrector, make_stats
 
 CORRECTORS = {
-    "none": c.none(),
+    "none": c.no_correction(),
     "tis": c.tis(),
     "tis-sequence": c.tis(level="sequence"),
-    "tis-geometric": c.tis(level="sequence", aggregate="geometric", cap=3.0),
+    "tis-geometric": c.tis(level="sequence", pool="geometric", cap=3.0),
     "mis": c.mis(),
-    "mis-sequence": c.mis(level="sequence", aggregate="geometric"),
+    "mis-sequence": c.mis(level="sequence", pool="geometric"),
     "icepop": c.icepop(),
-    "reject-token": c.reject(level="token", statistic="k1", bound=0.3),
-    "reject-mean": c.reject(bound=0.1),
-    "reject-sum": c.reject(statistic="k2", aggregate="sum", bound=0.5),
-    "reject-max": c.reject(statistic="k3", aggregate="max", bound=0.2),
+    "reject-token": c.reject(level="token", statistic="k1", threshold=0.3),
+    "reject-mean": c.reject(threshold=0.1),
+    "reject-sum": c.reject(statistic="k2", pool="sum", threshold=0.5),
+    "reject-max": c.reject(statistic="k3", pool="max", threshold=0.2),
     "ais-alarm": c.ais(),
-    "ais-geometric": c.ais(aggregate="geometric"),
+    "ais-geometric": c.ais(pool="geometric"),
     "ais-sequence": c.ais(level="sequence"),
     "tbpo": c.tbpo(),
     "tbpo-wide": c.tbpo(eps_high=0.05, neg_low=0.05, neg_high=0.05),
@@ -37,11 +37,9 @@ CORRECTORS = {
     "triage": triage(),
     "triage-narrow": triage(gate=0.3, window=2),
     "by step": by_step(),
-    "by step, rejection": by_step(corrector=c.reject(bound=0.1)),
+    "by step, rejection": by_step(corrector=c.reject(threshold=0.1)),
     "vexact": c.compose(c.tis(), c.reject()),
-    "composed": replace(
-        c.compose(c.ais(), c.reject(bound=0.2)), surrogate=partial(gspo, epsilon=0.1, epsilon_high=0.1)
-    ),
+    "composed": replace(c.compose(c.ais(), c.reject(threshold=0.2)), loss=partial(gspo, epsilon=0.1, epsilon_high=0.1)),
 }
 
 
@@ -56,9 +54,9 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 @settings(max_examples=150, deadline=None)
 @given(values=arrays("float32", (3, 4), elements=FINITE), marked=arrays("bool", (3, 4)))
-@pytest.mark.parametrize("aggregate", ["product", "geometric"])
-def test_lambda_lies_in_the_unit_interval_for_any_finite_input(aggregate, values, marked):
-    weight_fn = c.ais(aggregate=aggregate).weight_fn
+@pytest.mark.parametrize("pool", ["product", "geometric"])
+def test_lambda_lies_in_the_unit_interval_for_any_finite_input(pool, values, marked):
+    weight_fn = c.ais(pool=pool).weight_fn
     weights, keep, metrics = weight_fn(make_stats(torch.tensor(values), torch.ones(3), torch.tensor(marked)))
     assert 0 <= metrics["ais/lambda"] <= 1
     assert 1 / 3 - 1e-12 <= metrics["ais/rho"] <= 1 and metrics["ais/CV"] >= 0 and metrics["ais/D"] >= 0

@@ -12,13 +12,13 @@ from torch.testing import assert_close
 
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import correctors as weighing
-from dllm_rl.algorithms.losses import gspo, sequence, token
+from dllm_rl.algorithms.losses import gspo, sequence_mean, token_mean
 from dllm_rl.testing import loss_of, make_batch, make_stats
 from recipes.sudoku_unique import recipe as main_job
 
 
 def test_none():
-    weights, keep, metrics = weigh(c.none())
+    weights, keep, metrics = weigh(c.no_correction())
     assert torch.equal(weights, MASK.double()) and torch.equal(keep, MASK)
     assert metrics == {"rollout_corr/nonfinite_fraction": 0.0}
 
@@ -30,19 +30,19 @@ def test_defaults():
     close(weigh(c.Corrector(weight_fn=c.truncated_weights))[0], capped)
     close(weigh(c.Corrector(weight_fn=c.masked_weights))[0], banded)
     assert c.mis().weight_fn.keywords == {
-        "low": 0.5,
-        "high": 2.0,
+        "min_ratio": 0.5,
+        "max_ratio": 2.0,
         "level": "token",
-        "aggregate": "product",
+        "pool": "product",
         "outside": "zero",
     }
-    surrogate = main_job.surrogate(tensor([[0.5, -0.5]]), tensor([1.0]), tensor([[True, True]]))
+    surrogate = main_job.resolved_loss(tensor([[0.5, -0.5]]), tensor([1.0]), tensor([[True, True]]))
     assert_close(surrogate, tensor([[1.2, math.exp(-0.5)]]))  # clipped at 1 + 0.2
 
 
 def test_tokens_outside_the_range_count_in_the_denominator_or_leave_it():
     zeroed, all_kept, metrics = weigh(c.icepop())
-    for corrector in (c.icepop(outside="drop"), c.mis(high=5.0, outside="drop")):
+    for corrector in (c.icepop(outside="drop"), c.mis(max_ratio=5.0, outside="drop")):
         weights, keep, same = weigh(corrector)
         assert torch.equal(weights, zeroed) and torch.equal(all_kept, MASK) and same == metrics
         assert torch.equal(keep, MASK & (zeroed > 0))
@@ -53,20 +53,20 @@ def test_tokens_outside_the_range_count_in_the_denominator_or_leave_it():
 def test_qarl_is_tbpo_with_an_aligned_forward():
     ours, plain = c.qarl(eps_high=0.01), c.tbpo(eps_high=0.01)
     assert ours.align_forward and not plain.align_forward and c.aligned().align_forward
-    assert ours.surrogate.keywords == plain.surrogate.keywords == {"eps_high": 0.01, "neg_low": 3e-4, "neg_high": 7e-4}
+    assert ours.loss.keywords == plain.loss.keywords == {"eps_high": 0.01, "neg_low": 3e-4, "neg_high": 7e-4}
     assert ours.weight_fn.func is plain.weight_fn.func and ours.weight_fn.keywords == plain.weight_fn.keywords == {
-        "c": 2.0
+        "max_weight": 2.0
     }
     assert c.compose(c.tbpo(), c.aligned()).align_forward
 
 
 def test_compose_multiplies_weights_and_intersects_masks_in_any_order():
-    weights, keep, metrics = weigh(c.compose(c.tis(cap=3.0), c.reject(bound=1.0)))
+    weights, keep, metrics = weigh(c.compose(c.tis(cap=3.0), c.reject(threshold=1.0)))
     close(weights, [[1, 2, 3, 0.5], [0, 0, 0, 0], [1, 1, 0, 0]])
     assert keep.any(-1).tolist() == [True, False, True]
     assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(3 / 9)
     assert metrics["tis/capped_fraction"] == pytest.approx(2 / 9), "of the whole mask, whatever else is rejected"
-    other = weigh(c.compose(c.reject(bound=1.0), c.tis(cap=3.0)))
+    other = weigh(c.compose(c.reject(threshold=1.0), c.tis(cap=3.0)))
     assert torch.equal(other[0], weights) and torch.equal(other[1], keep) and other[2] == metrics
     squared, _, metrics = weigh(c.compose(c.tis(cap=3.0), c.tis(cap=5.0)))
     close(squared[0], [1, 4, 12, 0.25])
@@ -78,29 +78,29 @@ def test_tbpo_alone_is_the_papers_mean_over_sequences():
     """Rows of 1 and 3 tokens with A = 1 and -2, on-policy but for the rollout, weights w = 2^(1/1) and 1.3 (capped)."""
     mask = tensor([[True, False, False], [True, True, True]])
     mismatch = tensor([[math.log(1.2), 9.0, 9.0], [math.log(4.0)] * 3])
-    advantages, corrector = tensor([1.0, -2.0]), c.tbpo(c=1.3)
+    advantages, corrector = tensor([1.0, -2.0]), c.tbpo(max_weight=1.3)
     weights, keep, _ = corrector.weight_fn(make_stats(mismatch, advantages, mask))
-    batch = make_batch(mask, advantages, weights=weights, keep=keep)
+    batch = make_batch(mask, advantages, importance_weights=weights, loss_mask=keep)
     recipe = replace(main_job, corrector=corrector)
-    loss, _, gradient = recipe.policy_loss(batch.old, batch)
+    loss, _, gradient = recipe.policy_loss(batch.old_logprobs, batch)
     assert loss.item() == pytest.approx(-(1.2 * 1 - 1.3 * 2) / 2)
     assert_close(gradient, tensor([[-1.2 / 2, 0, 0], [1.3 * 2 / 2 / 3] * 3]))
-    by_token, _, _ = replace(recipe, aggregate=token).policy_loss(batch.old, batch)
+    by_token, _, _ = replace(recipe, loss_reduction=token_mean).policy_loss(batch.old_logprobs, batch)
     assert by_token.item() == pytest.approx(-(1.2 * 1 - 3 * 1.3 * 2) / 4)
 
 
 def test_compose_takes_the_aggregation_of_the_part_whose_surrogate_it_takes():
-    assert c.compose(c.tbpo(), c.reject()).aggregate is sequence
-    assert c.compose(c.tis(), c.reject()).aggregate is None
+    assert c.compose(c.tbpo(), c.reject()).loss_reduction is sequence_mean
+    assert c.compose(c.tis(), c.reject()).loss_reduction is None
 
 
 def test_compose_takes_the_one_surrogate_that_is_brought():
     mine = partial(gspo, epsilon=0.1)
-    assert c.compose(c.tis(), c.Corrector(surrogate=mine)).surrogate is mine
-    assert c.compose(c.tis().weight_fn, c.reject().weight_fn).surrogate is None
-    assert c.compose() == c.none()
-    with pytest.raises(ValueError, match=r"2 parts bring an objective; keep one: replace\(part, surrogate=None\)"):
-        c.compose(c.tbpo(), c.Corrector(surrogate=mine))
+    assert c.compose(c.tis(), c.Corrector(loss=mine)).loss is mine
+    assert c.compose(c.tis().weight_fn, c.reject().weight_fn).loss is None
+    assert c.compose() == c.no_correction()
+    with pytest.raises(ValueError, match=r"2 parts bring an objective; keep one: replace\(part, loss=None\)"):
+        c.compose(c.tbpo(), c.Corrector(loss=mine))
 
 
 def test_token_tis():
@@ -113,19 +113,19 @@ def test_token_tis():
 def test_sequence_tis_by_product_and_by_geometric_mean():
     close(weigh(c.tis(level="sequence", cap=3.0))[0], [[3, 3, 3, 3], [2, 2, 2, 0], [1, 1, 0, 0]])
     root2, cube2 = math.sqrt(2), 2 ** (1 / 3)
-    weights = weigh(c.tis(level="sequence", aggregate="geometric", cap=1.3))[0]
+    weights = weigh(c.tis(level="sequence", pool="geometric", cap=1.3))[0]
     close(weights, [[1.3] * 4, [cube2, cube2, cube2, 0], [1, 1, 0, 0]])
-    close(weigh(c.tis(level="sequence", aggregate="geometric"))[0][0], [root2] * 4)
+    close(weigh(c.tis(level="sequence", pool="geometric"))[0][0], [root2] * 4)
 
 
 def test_mis_and_icepop_zero_what_is_outside_but_keep_it_in_the_mask():
-    weights, keep, metrics = weigh(c.mis(low=0.4, high=5.0))
+    weights, keep, metrics = weigh(c.mis(min_ratio=0.4, max_ratio=5.0))
     close(weights, [[1, 2, 4, 0.5], [0, 1, 0, 0], [1, 1, 0, 0]])
     assert torch.equal(keep, MASK)
     assert metrics["rollout_corr/rollout_is_oob_ratio"] == pytest.approx(2 / 9)
-    close(weigh(c.icepop(low=0.4))[0], weights)
-    close(weigh(c.mis(low=0.5, high=3.0, level="sequence"))[0], [[0] * 4, [2, 2, 2, 0], [1, 1, 0, 0]])
-    keywords = {"low": 0.5, "high": 5.0, "level": "token", "aggregate": "product", "outside": "zero"}
+    close(weigh(c.icepop(min_ratio=0.4))[0], weights)
+    close(weigh(c.mis(min_ratio=0.5, max_ratio=3.0, level="sequence"))[0], [[0] * 4, [2, 2, 2, 0], [1, 1, 0, 0]])
+    keywords = {"min_ratio": 0.5, "max_ratio": 5.0, "level": "token", "pool": "product", "outside": "zero"}
     assert c.icepop().weight_fn.keywords == keywords
 
 
@@ -134,17 +134,17 @@ def test_mis_and_icepop_zero_what_is_outside_but_keep_it_in_the_mask():
 @pytest.mark.parametrize(
     ("options", "dropped"),
     [
-        ({"level": "token", "statistic": "k3", "bound": 1.0}, [(0, 2), (1, 2)]),
-        ({"level": "token", "statistic": "k1", "bound": 1.3}, [(0, 2), (1, 0), (1, 2)]),  # |ln rho|: 2 ln 2 = 1.386
-        ({"level": "token", "statistic": "k2", "bound": 1.0}, [(1, 2)]),  # (3 ln 2)^2/2 = 2.16, (2 ln 2)^2/2 = 0.96
-        ({"statistic": "k3", "bound": 1.0}, [(1, 0), (1, 1), (1, 2)]),
-        ({"statistic": "k3", "bound": 1.5}, [(1, 0), (1, 1), (1, 2)]),  # a mean over three tokens, not four columns
-        ({"statistic": "k3", "aggregate": "sum", "bound": 2.1}, [(r, t) for r in (0, 1) for t in range(4 - r)]),
-        ({"statistic": "k3", "aggregate": "max", "bound": 1.62}, [(1, 0), (1, 1), (1, 2)]),
+        ({"level": "token", "statistic": "k3", "threshold": 1.0}, [(0, 2), (1, 2)]),
+        ({"level": "token", "statistic": "k1", "threshold": 1.3}, [(0, 2), (1, 0), (1, 2)]),  # |ln rho|: 2 ln 2 = 1.386
+        ({"level": "token", "statistic": "k2", "threshold": 1.0}, [(1, 2)]),  # (3 ln 2)^2/2 = 2.16, (2 ln 2)^2/2 = 0.96
+        ({"statistic": "k3", "threshold": 1.0}, [(1, 0), (1, 1), (1, 2)]),
+        ({"statistic": "k3", "threshold": 1.5}, [(1, 0), (1, 1), (1, 2)]),  # a mean over three tokens, not four columns
+        ({"statistic": "k3", "pool": "sum", "threshold": 2.1}, [(r, t) for r in (0, 1) for t in range(4 - r)]),
+        ({"statistic": "k3", "pool": "max", "threshold": 1.62}, [(1, 0), (1, 1), (1, 2)]),
         # Signed before the absolute value: row means of -ln rho are -(2/4) ln 2 = -0.347 and -(1/3) ln 2 = -0.231.
-        ({"statistic": "k1", "bound": 0.3}, [(0, t) for t in range(4)]),
+        ({"statistic": "k1", "threshold": 0.3}, [(0, t) for t in range(4)]),
         # The largest |ln rho|: 2 ln 2 = 1.386 in row 0, 3 ln 2 = 2.079 in row 1, where -ln rho is 1.386 at most.
-        ({"statistic": "k1", "aggregate": "max", "bound": 1.5}, [(1, 0), (1, 1), (1, 2)]),
+        ({"statistic": "k1", "pool": "max", "threshold": 1.5}, [(1, 0), (1, 1), (1, 2)]),
     ],
 )
 def test_rejection_leaves_the_mask(options, dropped):
@@ -159,36 +159,40 @@ def test_rejection_leaves_the_mask(options, dropped):
     assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx(rows / 3)
 
 
-@pytest.mark.parametrize(("aggregate", "statistic"), [("sum", 4.0), ("mean", 1.0), ("max", 20.0)])
-def test_rejection_counts_a_log_ratio_of_at_most_twenty(aggregate, statistic):
+@pytest.mark.parametrize(("pool", "statistic"), [("sum", 4.0), ("mean", 1.0), ("max", 20.0)])
+def test_rejection_counts_a_log_ratio_of_at_most_twenty(pool, statistic):
     """Log-ratios of 900, -12, -2 and -2: the first counts 20. The sum is 4, the mean 1, and the largest 20."""
     log_ratios, mask = torch.tensor([[900.0, -12.0, -2.0, -2.0]]), torch.ones(1, 4, dtype=torch.bool)
     for bound, is_kept in ((statistic, True), (statistic - 0.01, False)):
-        corrector = c.reject(statistic="k1", aggregate=aggregate, bound=bound)
+        corrector = c.reject(statistic="k1", pool=pool, threshold=bound)
         assert corrector.weight_fn(make_stats(log_ratios, torch.ones(1), mask))[1].all().item() == is_kept
 
 
 def test_edges_belong_to_what_is_kept():
     zeros = torch.zeros_like(X)
-    for corrector in (c.mis(low=1.0, high=1.0), c.reject(bound=0.0), c.reject(level="token", bound=0.0)):
+    for corrector in (
+        c.mis(min_ratio=1.0, max_ratio=1.0),
+        c.reject(threshold=0.0),
+        c.reject(level="token", threshold=0.0),
+    ):
         weights, keep, metrics = corrector.weight_fn(make_stats(zeros, A, MASK))
         assert torch.equal(keep, MASK) and (weights[MASK] == 1).all()
         assert set(metrics.values()) == {0.0}
     assert c.tis(cap=1.0).weight_fn(make_stats(zeros, A, MASK))[2]["tis/capped_fraction"] == 0
-    assert c.tbpo(c=1.0).weight_fn(make_stats(zeros, A, MASK))[2]["tbpo/capped_fraction"] == 0
+    assert c.tbpo(max_weight=1.0).weight_fn(make_stats(zeros, A, MASK))[2]["tbpo/capped_fraction"] == 0
 
 
 def test_rows_without_tokens_and_tokens_without_a_ratio_count_nowhere():
     """Row 2 has no token, and one of row 1's four has no finite ratio: the numbers are those of the two rows' seven."""
     x, mask = X.clone(), MASK.clone()
     x[1, 3], mask[1, 3], mask[2] = math.nan, True, False
-    metrics = c.reject(bound=1.0).weight_fn(make_stats(x, A, mask))[2]
+    metrics = c.reject(threshold=1.0).weight_fn(make_stats(x, A, mask))[2]
     assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx(1 / 2)
     assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(3 / 7)
     assert metrics["rollout_corr/nonfinite_fraction"] == pytest.approx(1 / 8)
     # Products 4 and 2: (4 + 2)^2 / (2 * 20); geometric mean of row 1 over its three tokens.
     assert c.ais().weight_fn(make_stats(x, A, mask))[2]["ais/rho"] == pytest.approx(36 / 40)
-    close(c.tbpo(c=9.0).weight_fn(make_stats(x, A, mask))[0][1, :3], [2 ** (1 / 3)] * 3)
+    close(c.tbpo(max_weight=9.0).weight_fn(make_stats(x, A, mask))[0][1, :3], [2 ** (1 / 3)] * 3)
 
 
 # AIS. Sequence weights (products) 4, 2, 1: rho = 7^2 / (3 * 21) = 7/9. D = ln 2 (0+1+2+1 + 2+0+3 + 0+0)/9 = ln 2.
@@ -212,7 +216,7 @@ def test_ais_geometric_reliability():
     # Sequence weights sqrt 2, 2^(1/3), 1.
     rows = [math.sqrt(2), 2 ** (1 / 3), 1.0]
     expected = sum(rows) ** 2 / (3 * sum(w * w for w in rows))
-    assert weigh(c.ais(aggregate="geometric"))[2]["ais/rho"] == pytest.approx(expected, rel=1e-12)
+    assert weigh(c.ais(pool="geometric"))[2]["ais/rho"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_ais_reliability_of_extreme_sequences_is_a_number():
@@ -223,10 +227,10 @@ def test_ais_reliability_of_extreme_sequences_is_a_number():
 
 
 def test_alarm_grows_with_each_signal():
-    base = weighing.alarm(0.8, 0.1, 0.3, tau=0.05)
-    assert base < weighing.alarm(0.7, 0.1, 0.3, tau=0.05)
-    assert base < weighing.alarm(0.8, 0.2, 0.3, tau=0.05)
-    assert base < weighing.alarm(0.8, 0.1, 0.4, tau=0.05)
+    base = weighing.ais_lambda(0.8, 0.1, 0.3, tau=0.05)
+    assert base < weighing.ais_lambda(0.7, 0.1, 0.3, tau=0.05)
+    assert base < weighing.ais_lambda(0.8, 0.2, 0.3, tau=0.05)
+    assert base < weighing.ais_lambda(0.8, 0.1, 0.4, tau=0.05)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -235,13 +239,13 @@ def test_lambda_zero_is_none_and_lambda_one_is_tis_bit_for_bit(seed):
     mismatch = torch.randn(16, 33, generator=generator)
     mask, advantages = torch.rand(16, 33, generator=generator) < 0.7, torch.randn(16, generator=generator)
     logps = -1 + 0.1 * torch.randn(16, 33, generator=generator)
-    for lam, other in ((0.0, c.none()), (1.0, c.tis(cap=1.7))):
-        ours = c.ais(cap=1.7, combine=lambda rho, divergence, variation, *, tau, lam=lam: lam)
+    for lam, other in ((0.0, c.no_correction()), (1.0, c.tis(cap=1.7))):
+        ours = c.ais(cap=1.7, lambda_fn=lambda rho, divergence, variation, *, tau, lam=lam: lam)
         w, _, _ = ours.weight_fn(make_stats(mismatch, advantages, mask))
         w0, _, _ = other.weight_fn(make_stats(mismatch, advantages, mask))
         assert torch.equal(w, w0)
         (loss, _, gradient), (loss0, _, gradient0) = (
-            loss_of(corrector, make_batch(mask, advantages, weights=weights), logps)
+            loss_of(corrector, make_batch(mask, advantages, importance_weights=weights), logps)
             for corrector, weights in ((ours, w), (other, w0))
         )
         assert torch.equal(loss, loss0) and torch.equal(gradient, gradient0)
@@ -249,17 +253,17 @@ def test_lambda_zero_is_none_and_lambda_one_is_tis_bit_for_bit(seed):
 
 def test_a_lambda_outside_the_unit_interval_is_brought_back():
     for value, lam in ((3.0, 1.0), (-2.0, 0.0)):
-        ours = c.ais(combine=lambda rho, divergence, variation, *, tau, value=value: value)
+        ours = c.ais(lambda_fn=lambda rho, divergence, variation, *, tau, value=value: value)
         assert weigh(ours)[2]["ais/lambda"] == lam
 
 
 def test_tbpo_weight_is_the_geometric_ratio_kept_in_a_two_sided_band():
     # Row logs: (1/2) ln 2, (1/3) ln 2, 0; c = 1.3 has log 0.2624, between the two. Mirrored, the bound is 1/1.3.
-    weights, keep, metrics = weigh(c.tbpo(c=1.3))
+    weights, keep, metrics = weigh(c.tbpo(max_weight=1.3))
     close(weights, [[1.3] * 4, [2 ** (1 / 3)] * 3 + [0], [1, 1, 0, 0]])
     assert torch.equal(keep, MASK)
     assert metrics["tbpo/capped_fraction"] == pytest.approx(4 / 9)
-    mirrored = c.tbpo(c=1.3).weight_fn(make_stats(-X, A, MASK))[0]
+    mirrored = c.tbpo(max_weight=1.3).weight_fn(make_stats(-X, A, MASK))[0]
     close(mirrored[0], [1 / 1.3] * 4)
     close(mirrored[1, :3], [2 ** (-1 / 3)] * 3)
 
@@ -270,13 +274,13 @@ def test_values_that_cannot_be_are_errors():
 
     for wrong, message in (
         (lambda: weigh(made(c.truncated_weights, level="row")), "level='row' must be"),
-        (lambda: weigh(made(c.truncated_weights, level="sequence", aggregate="mean")), "aggregate='mean' must be"),
+        (lambda: weigh(made(c.truncated_weights, level="sequence", pool="mean")), "pool='mean' must be"),
         (lambda: weigh(made(c.rejection, statistic="k4")), "statistic='k4' must be"),
-        (lambda: weigh(made(c.rejection, aggregate="median")), "aggregate='median' must be"),
+        (lambda: weigh(made(c.rejection, pool="median")), "pool='median' must be"),
         (lambda: weigh(made(c.rejection, level="row")), "level='row' must be"),
         (lambda: weigh(c.ais(tau=0.0)), "tau=0.0 must be above 0"),
-        (lambda: weigh(c.tbpo(c=0.5)), "c=0.5 must be at least 1"),
-        (lambda: c.mis(low=1.5), r"low=1.5 must lie in \[0, 1\]"),
+        (lambda: weigh(c.tbpo(max_weight=0.5)), "max_weight=0.5 must be at least 1"),
+        (lambda: c.mis(min_ratio=1.5), r"min_ratio=1.5 must lie in \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
@@ -296,7 +300,7 @@ def test_means_over_a_row_are_over_its_finite_tokens_behind_a_prompt():
     x[0, 4], x[1, 3] = math.inf, math.nan
     left = mask.clone()
     left[0, 4] = left[1, 3] = False
-    weights, keep, metrics = c.tis(level="sequence", aggregate="geometric").weight_fn(make_stats(x, A, mask))
+    weights, keep, metrics = c.tis(level="sequence", pool="geometric").weight_fn(make_stats(x, A, mask))
     assert torch.equal(keep, left)
     close(weights, [[1] * 6, [1, 1, math.sqrt(2), 1, math.sqrt(2), 1], [1] * 6])
     assert metrics["rollout_corr/nonfinite_fraction"] == pytest.approx(2 / 9)
@@ -305,7 +309,7 @@ def test_means_over_a_row_are_over_its_finite_tokens_behind_a_prompt():
     # k3: row 0 has 0, 1 - ln 2, -1/2 + ln 2: mean .5/3 = .1667 over three tokens (.125 over four);
     # row 1 has -3/4 + 2 ln 2 and 7 - 3 ln 2: mean (6.25 - ln 2)/2 = 2.778 over two (1.852 over three).
     for bound, rows in ((0.15, [2]), (0.18, [0, 2]), (2.5, [0, 2]), (2.8, [0, 1, 2])):
-        weights, keep, metrics = c.reject(statistic="k3", bound=bound).weight_fn(make_stats(x, A, mask))
+        weights, keep, metrics = c.reject(statistic="k3", threshold=bound).weight_fn(make_stats(x, A, mask))
         assert keep.any(-1).nonzero()[:, 0].tolist() == rows
         assert torch.equal(keep, left & keep.any(-1, keepdim=True)) and torch.equal(weights, torch.ones_like(x))
         lost = sum((3, 2, 2)[row] for row in range(3) if row not in rows)
@@ -322,7 +326,7 @@ def test_means_over_a_row_are_over_its_finite_tokens_behind_a_prompt():
 
 
 def test_ais_mixes_weights_of_sequences_where_told():
-    mixed = c.ais(level="sequence", cap=3.0, combine=lambda *signals, tau: 0.5)
+    mixed = c.ais(level="sequence", cap=3.0, lambda_fn=lambda *signals, tau: 0.5)
     close(weigh(mixed)[0], [[2, 2, 2, 2], [1.5, 1.5, 1.5, 0], [1, 1, 0, 0]])
 
 
@@ -333,8 +337,6 @@ def test_alarm_depends_on_the_length_and_not_with_geometric_means():
         x = torch.randn(1024, length, generator=generator, dtype=torch.float64) * spread - spread**2 / 2
         exact = 1 - math.exp(-length * spread**2) * (0.05 / 0.07) / (1 + math.sqrt(math.expm1(spread**2)))
         assert exact == pytest.approx(product, abs=0.005)
-        for aggregate, expected in (("product", product), ("geometric", 0.30)):
-            found = c.ais(aggregate=aggregate).weight_fn(
-                make_stats(x, torch.ones(1024), torch.ones_like(x, dtype=torch.bool))
-            )[2]
+        for pool, expected in (("product", product), ("geometric", 0.30)):
+            found = c.ais(pool=pool).weight_fn(make_stats(x, torch.ones(1024), torch.ones_like(x, dtype=torch.bool)))[2]
             assert found["ais/lambda"] == pytest.approx(expected, abs=0.05)

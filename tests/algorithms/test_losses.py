@@ -14,7 +14,7 @@ from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.algorithms.losses import (
     cispo,
-    constant,
+    fixed_length_mean,
     gspo,
     kl_k1,
     kl_k2,
@@ -22,9 +22,9 @@ from dllm_rl.algorithms.losses import (
     policy_loss,
     ppo_clip,
     reinforce,
-    sequence,
+    sequence_mean,
     surrogate_inputs,
-    token,
+    token_mean,
     trust_band,
     vespo,
 )
@@ -78,9 +78,9 @@ def test_a_delta_that_would_clip_positive_advantages_is_refused(keywords):
     with pytest.raises(ValueError, match="delta="):
         ppo_clip(torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1, dtype=torch.bool), **keywords)
     with pytest.raises(ValueError, match="delta="):  # before a run, where a recipe binds it
-        Corrector(surrogate=partial(ppo_clip, **keywords))
+        Corrector(loss=partial(ppo_clip, **keywords))
     for fine in ({"epsilon": 0.2, "delta": 1.2}, {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1 + 0.1 + 0.2}):
-        Corrector(surrogate=partial(ppo_clip, **fine))
+        Corrector(loss=partial(ppo_clip, **fine))
 
 
 def test_gspo_clips_the_rows_geometric_ratio():
@@ -181,20 +181,20 @@ MASK = tensor([[True, True, True, False], [True, False, False, False], [False, F
 def test_aggregations():
     # 4 tokens in 3 sequences of 3, 1 and 0 tokens.
     counts = {"num_tokens": 4, "num_sequences": 3}
-    assert_close(token(MASK, **counts), MASK / 4)
+    assert_close(token_mean(MASK, **counts), MASK / 4)
     expected = tensor([[1 / 9, 1 / 9, 1 / 9, 0], [1 / 3, 0, 0, 0], [0, 0, 0, 0]])
-    assert_close(sequence(MASK, **counts), expected)
-    assert_close(constant(MASK, length=8, **counts), MASK / 24)
+    assert_close(sequence_mean(MASK, **counts), expected)
+    assert_close(fixed_length_mean(MASK, length=8, **counts), MASK / 24)
     # Of a global batch of 10 tokens in 5 sequences this is a share: the denominators are those that are given.
     counts = {"num_tokens": 10, "num_sequences": 5}
-    assert_close(token(MASK, **counts), MASK / 10)
-    assert_close(sequence(MASK, **counts), expected * 3 / 5)
-    assert_close(constant(MASK, length=8, **counts), MASK / 40)
+    assert_close(token_mean(MASK, **counts), MASK / 10)
+    assert_close(sequence_mean(MASK, **counts), expected * 3 / 5)
+    assert_close(fixed_length_mean(MASK, length=8, **counts), MASK / 40)
 
 
 def test_an_empty_batch_has_coefficients_of_zero():
     nothing = torch.zeros(2, 3, dtype=torch.bool)
-    for aggregate in (token, sequence, partial(constant, length=3)):
+    for aggregate in (token_mean, sequence_mean, partial(fixed_length_mean, length=3)):
         assert torch.equal(aggregate(nothing, num_tokens=0, num_sequences=0), torch.zeros(2, 3))
 
 
@@ -209,12 +209,14 @@ WEIGHTS = [[1.0, 2.0, 1.0, 7.0], [0.5, 7.0, 7.0, 7.0], [7.0, 7.0, 7.0, 7.0]]
 def example(**changes):
     old = torch.full((3, 4), -1.0, dtype=torch.float64)
     weights = tensor(WEIGHTS, dtype=torch.float64)
-    batch = make_batch(MASK, tensor([1.0, -2.0, 1.0], dtype=torch.float64), weights=weights, old=old, **changes)
+    batch = make_batch(
+        MASK, tensor([1.0, -2.0, 1.0], dtype=torch.float64), importance_weights=weights, old_logprobs=old, **changes
+    )
     return old + tensor(RATIO, dtype=torch.float64).log(), batch
 
 
-def loss_of(logps, batch, *, aggregate=token, beta=0.0, kl=kl_k2, surrogate=ppo_clip):
-    return policy_loss(logps, batch, surrogate=surrogate, aggregate=aggregate, beta=beta, kl=kl)
+def loss_of(logps, batch, *, loss_reduction=token_mean, beta=0.0, kl=kl_k2, surrogate=ppo_clip):
+    return policy_loss(logps, batch, surrogate=surrogate, loss_reduction=loss_reduction, beta=beta, kl=kl)
 
 
 def test_policy_loss_of_the_worked_example():
@@ -232,7 +234,7 @@ def test_policy_loss_of_the_worked_example():
     assert share["ratio/mean"] == (pytest.approx(3.6), 4)
     assert share["loss"] == (pytest.approx(-0.8), 1)
     # Per sequence: (1.1 + 2.4 + 0.5)/3 and -0.8/1 over three sequences: -(4/3 - 0.8)/3.
-    loss = loss_of(*example(), aggregate=sequence)[0]
+    loss = loss_of(*example(), loss_reduction=sequence_mean)[0]
     assert float(loss) == pytest.approx(-(4 / 3 - 0.8) / 3, rel=1e-7)  # coefficients such as 1/9 are fp32
 
 
@@ -240,7 +242,9 @@ def test_clipped_shares_are_told_apart_by_sign():
     # A = 1: 1.5 and 1.3 are clipped, 1 is not; A = -1: 0.5 is clipped, 1 and 1.3 are not; A = 0 counts nowhere.
     ratio = tensor([[1.5, 1.3, 1.0], [0.5, 1.0, 1.3], [1.5, 0.5, 1.0]], dtype=torch.float64)
     old = torch.full((3, 3), -1.0, dtype=torch.float64)
-    batch = make_batch(torch.ones(3, 3, dtype=torch.bool), tensor([1.0, -1.0, 0.0], dtype=torch.float64), old=old)
+    batch = make_batch(
+        torch.ones(3, 3, dtype=torch.bool), tensor([1.0, -1.0, 0.0], dtype=torch.float64), old_logprobs=old
+    )
     _, metrics, _ = loss_of(old + ratio.log(), batch)
     share = {name: (float(total), float(count)) for name, (total, count) in metrics.items()}
     assert share["clip_ratio/high_mean"] == (2, 6) and share["clip_ratio/low_mean"] == (1, 6)
@@ -250,7 +254,7 @@ def test_clipped_shares_are_told_apart_by_sign():
 
 def test_kl_is_added_after_the_weights():
     # d = ref - logp with ref = -1: d = -log r. k2 = d^2/2 over the four tokens, beta 0.1, divided by 4; no weight.
-    logps, batch = example(reference=torch.full((3, 4), -1.0, dtype=torch.float64))
+    logps, batch = example(reference_logprobs=torch.full((3, 4), -1.0, dtype=torch.float64))
     logs = [math.log(r) for r in (1.1, 1.5, 0.5, 0.5)]
     loss, metrics, gradient = loss_of(logps, batch, beta=0.1)
     close(loss, -0.8 + 0.1 * sum(x * x / 2 for x in logs) / 4)
@@ -266,9 +270,9 @@ def test_kl_is_added_after_the_weights():
 
 def test_kl_and_policy_term_share_the_aggregations_coefficients():
     # Rows of 3 and 1 tokens among three: coefficients 1/9 and 1/3; d = -log r, k2 = d^2/2.
-    logps, batch = example(reference=torch.full((3, 4), -1.0, dtype=torch.float64))
+    logps, batch = example(reference_logprobs=torch.full((3, 4), -1.0, dtype=torch.float64))
     k = [math.log(r) ** 2 / 2 for r in (1.1, 1.5, 0.5, 0.5)]
-    loss, _, _ = loss_of(logps, batch, beta=0.1, aggregate=sequence)
+    loss, _, _ = loss_of(logps, batch, beta=0.1, loss_reduction=sequence_mean)
     expected = -(4 / 3 - 0.8) / 3 + 0.1 * (sum(k[:3]) / 9 + k[3] / 3)
     assert float(loss) == pytest.approx(expected, rel=1e-7)
 
@@ -277,12 +281,12 @@ def test_a_rejected_token_leaves_its_rows_mean():
     # Without the clipped token row 0 is the mean of 1.1 and 0.5: -(0.8 - 0.8) / 3.
     keep = MASK.clone()
     keep[0, 1] = False
-    assert float(loss_of(*example(keep=keep), aggregate=sequence)[0]) == pytest.approx(0, abs=1e-8)
+    assert float(loss_of(*example(loss_mask=keep), loss_reduction=sequence_mean)[0]) == pytest.approx(0, abs=1e-8)
 
 
 def test_a_token_of_weight_zero_is_not_a_clipped_one():
     logps, batch = example()
-    batch.weights[0, 0] = 0
+    batch.importance_weights[0, 0] = 0
     _, metrics, _ = loss_of(logps, batch)
     assert [int(x) for x in metrics["clip_ratio/region_mean"]] == [2, 3]
     assert [int(x) for x in metrics["band/positive"]] == [1, 2]
@@ -317,7 +321,7 @@ def test_entropy_enters_the_gradient_with_its_coefficient():
     logps, batch = example()
     _, _, plain = loss_of(logps, batch)
     loss, metrics, gradient = policy_loss(
-        logps, batch, surrogate=ppo_clip, aggregate=token, beta=0.0, kl=kl_k2, entropy=0.1
+        logps, batch, surrogate=ppo_clip, loss_reduction=token_mean, beta=0.0, kl=kl_k2, entropy=0.1
     )
     # -c * 0.1 * (-log p) per kept token, c = 1/4.
     close(gradient - plain, torch.where(MASK, 0.1 / 4 * logps, 0))
@@ -334,7 +338,7 @@ def test_what_stands_off_the_mask_may_be_infinite():
     # A surrogate without any clamp of its own meets log-ratio 0 there.
     bare = lambda log_ratio, advantages, mask: log_ratio.exp() * advantages[:, None]  # noqa: E731
     assert loss_of(logps, batch, surrogate=bare)[2].isfinite().all()
-    options = {"surrogate": ppo_clip, "aggregate": token, "beta": 0.0, "kl": kl_k2, "entropy": 0.1}
+    options = {"surrogate": ppo_clip, "loss_reduction": token_mean, "beta": 0.0, "kl": kl_k2, "entropy": 0.1}
     assert policy_loss(logps, batch, **options)[2].isfinite().all()
     assert gradient.isfinite().all() and (gradient[~MASK] == 0).all()
     assert float(metrics["ratio/mean"][0]) == pytest.approx(3.6)
@@ -343,10 +347,10 @@ def test_what_stands_off_the_mask_may_be_infinite():
 def test_rejected_tokens_leave_the_denominator_and_a_wholly_rejected_batch_is_still():
     keep = MASK.clone()
     keep[1] = False
-    logps, batch = example(keep=keep)
+    logps, batch = example(loss_mask=keep)
     # 1.1 + 2.4 + 0.5 over the three that stay; the coefficient 1/3 is fp32.
     assert float(loss_of(logps, batch)[0]) == pytest.approx(-4.0 / 3, rel=1e-7)
-    logps, batch = example(keep=torch.zeros_like(MASK))
+    logps, batch = example(loss_mask=torch.zeros_like(MASK))
     loss, metrics, gradient = loss_of(logps, batch)
     assert float(loss) == 0 and torch.equal(gradient, torch.zeros(3, 4, dtype=torch.float64))
     assert int(metrics["clip_ratio/region_mean"][1]) == 0
@@ -354,27 +358,29 @@ def test_rejected_tokens_leave_the_denominator_and_a_wholly_rejected_batch_is_st
 
 def test_weights_receive_no_gradient():
     logps, batch = example()
-    batch.weights.requires_grad_()
+    batch.importance_weights.requires_grad_()
     loss, _, gradient = loss_of(logps, batch)
-    assert not loss.requires_grad and not gradient.requires_grad and batch.weights.grad is None
+    assert not loss.requires_grad and not gradient.requires_grad and batch.importance_weights.grad is None
 
 
 def test_a_surrogate_is_given_what_its_parameters_name():
     logps, batch = example()
-    batch = replace(batch, rollout_logprobs=batch.old - 0.5, sum_over=lambda x: 2 * x)
+    batch = replace(batch, rollout_logprobs=batch.old_logprobs - 0.5, sum_over_processes=lambda x: 2 * x)
     seen = {}
 
-    def curious(log_ratio, advantages, mask, sum_over, log_mismatch, old, *, scale=1.0):
-        seen.update(old=old, log_mismatch=log_mismatch, sum=sum_over(torch.ones(())))
+    def curious(log_ratio, advantages, mask, sum_over_processes, log_mismatch, old_logprobs, *, scale=1.0):
+        seen.update(old=old_logprobs, log_mismatch=log_mismatch, sum=sum_over_processes(torch.ones(())))
         return scale * log_ratio
 
     loss_of(logps, batch, surrogate=partial(curious, scale=3.0))
     close(seen["old"], torch.where(MASK, -1.0, 0).double())
     close(seen["log_mismatch"], torch.where(MASK, 0.5, 0).double())
     assert seen["sum"] == 2
-    with pytest.raises(ValueError, match="takes 'rewards', which is not one of old, log_mismatch, sum_over"):
+    with pytest.raises(
+        ValueError, match="takes 'rewards', which is not one of old_logprobs, log_mismatch, sum_over_processes"
+    ):
         surrogate_inputs(lambda log_ratio, advantages, mask, rewards: log_ratio)
-    assert surrogate_inputs(partial(curious, old=1)) == {"sum_over", "log_mismatch"}
+    assert surrogate_inputs(partial(curious, old_logprobs=1)) == {"sum_over_processes", "log_mismatch"}
     with pytest.raises(
         ValueError, match=r"a surrogate takes the rollout's log-probs, and batch\.rollout_logprobs is None"
     ):
@@ -388,12 +394,14 @@ def test_an_unbiased_kl_has_the_kls_own_gradient_where_k3_has_another():
     q, ref = (torch.randn(4, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     logp, mask = z.log_softmax(-1)[:, None], torch.ones(4, 1, dtype=torch.bool)
     (exact,) = torch.autograd.grad((logp.exp() * (logp - ref[:, None])).sum(), z, retain_graph=True)
-    batch = make_batch(mask, torch.zeros(4, dtype=torch.float64), old=q[:, None], reference=ref[:, None])
+    batch = make_batch(
+        mask, torch.zeros(4, dtype=torch.float64), old_logprobs=q[:, None], reference_logprobs=ref[:, None]
+    )
     options = {"surrogate": ppo_clip, "beta": 1.0, "kl": kl_k3}
     weighed = lambda mask, *, num_tokens, num_sequences: q.exp()[:, None]  # noqa: E731
     for unbiased in (True, False):
-        _, _, gradient = policy_loss(logp, batch, aggregate=weighed, unbiased_kl=unbiased, **options)
+        _, _, gradient = policy_loss(logp, batch, loss_reduction=weighed, unbiased_kl=unbiased, **options)
         (found,) = torch.autograd.grad(logp, z, gradient, retain_graph=True)
         assert torch.allclose(found, exact, atol=1e-12) == unbiased
     with pytest.raises(ValueError, match="unbiased_kl=True takes the rollout's log-probs"):
-        policy_loss(logp, replace(batch, rollout_logprobs=None), aggregate=weighed, unbiased_kl=True, **options)
+        policy_loss(logp, replace(batch, rollout_logprobs=None), loss_reduction=weighed, unbiased_kl=True, **options)

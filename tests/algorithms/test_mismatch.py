@@ -265,7 +265,7 @@ def test_off_policy_metrics_by_hand():
     keep = tensor([[True, True, False], [True, True, False]])
     logps = tensor([[0.0, LN2, 7.0], [-LN2, 2 * LN2, math.nan]], dtype=torch.float64)
     advantages, zeros = tensor([2.0, -1.0]), torch.zeros(2, 3, dtype=torch.float64)
-    batch = make_batch(mask, advantages, keep=keep)
+    batch = make_batch(mask, advantages, loss_mask=keep)
     found = off_policy_metrics(logps, replace(batch, rollout_logprobs=zeros + LN2), old=zeros)
     values = {name: float(total / count) for name, (total, count) in found.items()}
     assert values == pytest.approx(

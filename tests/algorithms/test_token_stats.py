@@ -44,7 +44,7 @@ def test_by_step_takes_the_statistics_of_each_step():
     weights, keep, metrics = by_step(corrector=c.tis(cap=4.2, level="sequence")).weight_fn(stats)
     assert_close(weights, tensor([[1.0, 4.2, 1.0, 4.2], [4.0, 4.0, 1.0, 1.0]]))
     assert keep.all() and metrics["tis/capped_fraction"] == pytest.approx(2 / 8)  # of 4.5, in two of eight tokens
-    for corrector in (c.tis(), c.icepop(outside="drop"), c.none()):
+    for corrector in (c.tis(), c.icepop(outside="drop"), c.no_correction()):
         for ours, plain in zip(by_step(corrector=corrector).weight_fn(stats), corrector.weight_fn(stats), strict=True):
             same = ours == pytest.approx(plain) if isinstance(ours, dict) else torch.equal(ours, plain)
             assert same, "what has no statistics of more than a token is the same"
@@ -59,7 +59,7 @@ def test_a_corrector_is_told_of_steps_log_probs_and_the_entropy_that_it_asks_for
         seen.append(stats)
         return c.unit_weights(stats)
 
-    asking = c.compose(c.Corrector(weight_fn=look, needs_entropy=True), c.none())
+    asking = c.compose(c.Corrector(weight_fn=look, needs_entropy=True), c.no_correction())
     drawn = partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=random)  # no order by the draw
     train(tiny_recipe(tmp_path, num_steps=1, sampler=drawn, corrector=asking))
     asked = seen[-1]

@@ -19,7 +19,7 @@ from recipes.sudoku_tiny_llada import recipe as base_recipe
 
 
 def recipe(directory: Path, base: Path, **fields):
-    few = {"train_batch_size": 2, "num_generations": 4, "warmup_steps": 0, "eval_steps": 0, "num_steps": 2}
+    few = {"train_batch_size": 2, "num_generations": 4, "sft_warmup_steps": 0, "eval_steps": 0, "num_steps": 2}
     few |= {"save_steps": 1, "save_total_limit": 9, "output_dir": str(directory), "report_to": None}
     few |= {"eval_task": base_recipe.validation_task, "lora": partial(Lora, r=2)}
     return replace(base_recipe, model=str(base), **few | fields)
@@ -111,7 +111,7 @@ def test_a_base_that_is_gone_is_named_in_one_line(run, tmp_path, capsys):
 
 
 def test_after_a_warm_up_the_base_is_the_runs_own(run, tmp_path):
-    train(recipe(tmp_path / "run", run / "base", warmup_steps=1, num_steps=1, save_merged=True))
+    train(recipe(tmp_path / "run", run / "base", sft_warmup_steps=1, num_steps=1, save_merged=True))
     moved = (tmp_path / "run").rename(tmp_path / "elsewhere")
     last = moved / "checkpoints/step-000001"
     merged, alone = weights_of(last), weights_of(last / "adapter")

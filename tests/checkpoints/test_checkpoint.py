@@ -25,7 +25,7 @@ from dllm_rl.training.trainer import train
 
 
 def test_resume_continues_bit_for_bit(tmp_path):
-    changes = {"warmup_steps": 2, "num_iterations": 2, "beta": 0.01, "save_steps": 2}
+    changes = {"sft_warmup_steps": 2, "num_iterations": 2, "beta": 0.01, "save_steps": 2}
     changes |= {"num_steps": 3, "train_batch_size": 2}
     whole = train(tiny_recipe(tmp_path / "whole", **changes))
     train(tiny_recipe(tmp_path / "parts", save_total_limit=9, **changes))

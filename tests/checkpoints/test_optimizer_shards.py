@@ -24,7 +24,7 @@ SMALL = partial(tiny_masked_lm, **(SIZES | {"hidden_size": 8, "num_layers": 1, "
 def trained():
     """A policy, and an AdamW that has made a step with it."""
     policy = SMALL()
-    policy.version = 1
+    policy.weights_version = 1
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=1e-3)
     for number, parameter in enumerate(policy.module.parameters()):
         parameter.grad = torch.linspace(-1, number + 1, parameter.numel()).view_as(parameter)
@@ -50,7 +50,7 @@ def cut(folder, policy, optimizer, fractions=(0.0, 0.3, 0.3, 1.0)):
 
 def load(folder):
     policy = SMALL()
-    policy.version = 1
+    policy.weights_version = 1
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=1e-3)
     checkpoint.load_optimizer(folder, policy, optimizer)
     return optimizer

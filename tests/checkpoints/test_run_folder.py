@@ -32,7 +32,7 @@ def files_of(run):
 
 
 def test_the_same_command_starts_again_after_a_stop_in_the_warm_up(tmp_path, monkeypatch, capfd):
-    settings = {"num_steps": 1, "warmup_steps": 2, "warmup_eval_steps": 9}
+    settings = {"num_steps": 1, "sft_warmup_steps": 2, "sft_warmup_eval_steps": 9}
     train(tiny_recipe(tmp_path / "whole", **settings))
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch:
@@ -103,12 +103,12 @@ def test_a_checkpoint_from_before_a_setting_existed_had_its_default(tmp_path):
     with pytest.raises(ValueError, match="gradient_checkpointing=True differs from the checkpoint's False"):
         train(tiny_recipe(tmp_path, **again, gradient_checkpointing=True))
     # What does not touch training may be another one.
-    train(tiny_recipe(tmp_path, **again, mismatch_sample=3, eval_steps=1, eval_batch_size=2))
+    train(tiny_recipe(tmp_path, **again, num_mismatch_groups=3, eval_steps=1, eval_batch_size=2))
 
 
 MAY_CHANGE = {
     **{"output_dir": "elsewhere", "resume_from_checkpoint": "latest", "overwrite_output_dir": True, "dry_run": True},
-    **{"eval_steps": 1, "eval_batch_size": 2, "mismatch_sample": 3},
+    **{"eval_steps": 1, "eval_batch_size": 2, "num_mismatch_groups": 3},
     **{"save_steps": 7, "save_total_limit": 3, "verify_checkpoint": "quick", "on_save_error": "continue"},
     **{"async_save": True, "logging_steps": 3, "log_completions_steps": 1, "report_to": None, "push_to_hub": "me/it"},
     **{"stop_seconds": 1.0, "reward_timeout": None, "collective_timeout": 60.0, "peer_timeout": 60.0},

@@ -135,7 +135,7 @@ def test_the_names_of_model_args(model, causal_model):
         model, batch_size="3", diffusion_steps=2, commit="threshold=0.5", **{"likelihood.num_samples": 6}
     )
     assert made.batch_size == 3 and made.likelihood.name == "elbo"
-    assert made.likelihood.made_by.keywords == {"num_samples": 6}
+    assert made.likelihood.factory.keywords == {"num_samples": 6}
     assert made.sampler.keywords["commit"].keywords == {"tau": 0.5} and made.sampler.keywords["diffusion_steps"] == 2
     causal = harness.NamedModel(causal_model)
     assert causal.likelihood.name == "causal" and causal.sampler.keywords == {"temperature": 0.0}

@@ -50,8 +50,10 @@ def test_a_bad_setting_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
 def test_a_refused_run_deletes_nothing(tmp_path):
     train(small(tmp_path / "run"))
     before = sorted(path for path in (tmp_path / "run").rglob("*"))
-    bad = {"overwrite_output_dir": True, "warmup_steps": 2, "warmup_metric": "solved"}
-    with pytest.raises(ValueError, match=r"warmup_metric='solved' is none of the task's: cell_accuracy, .*solve_rate"):
+    bad = {"overwrite_output_dir": True, "sft_warmup_steps": 2, "sft_warmup_metric": "solved"}
+    with pytest.raises(
+        ValueError, match=r"sft_warmup_metric='solved' is none of the task's: cell_accuracy, .*solve_rate"
+    ):
         train(small(tmp_path / "run", **bad))
     assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
     assert train(small(tmp_path / "run", overwrite_output_dir=True))["checkpoint"]
@@ -78,7 +80,7 @@ def test_one_process_names_the_run_for_all(tmp_path, monkeypatch, capsys, rank, 
 
 
 def test_the_first_line_names_the_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["recipe.py", "--num_steps", "1", "--warmup_steps", "2"])
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--num_steps", "1", "--sft_warmup_steps", "2"])
     main(small(tmp_path / "run"))
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith(

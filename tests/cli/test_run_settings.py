@@ -23,7 +23,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     sampler = partial(unmask, max_new_tokens=16, diffusion_steps=None, commit=partial(threshold, tau=0.75))
     rollout = {"sampler": partial(sampler, temperature=0.8), "rollout_quantization": int8_weight_only}
-    train(tiny_recipe(folder, num_steps=1, warmup_steps=0, eval_sampler=partial(sampler, suppress=(0, 2)), **rollout))
+    train(
+        tiny_recipe(folder, num_steps=1, sft_warmup_steps=0, eval_sampler=partial(sampler, suppress=(0, 2)), **rollout)
+    )
     return folder
 
 

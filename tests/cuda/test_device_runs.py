@@ -35,7 +35,7 @@ from dllm_rl.samplers import autoregress, by_name, rules, unmask
 from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.testing import make_stats
 from dllm_rl.training import train
-from dllm_rl.types import Columns, Prompts
+from dllm_rl.types import BatchRecord, Prompts
 from recipes.studies import surrogates as published
 
 pytestmark = pytest.mark.gpu
@@ -72,7 +72,7 @@ def assert_same(there, here, near=1e-3):
         torch.testing.assert_close(there.cpu(), here, rtol=near, atol=near)
         return
     for name, value in vars(here).items():
-        if isinstance(value, torch.Tensor | Columns):
+        if isinstance(value, torch.Tensor | BatchRecord):
             assert_same(getattr(there, name), value, near)
         else:
             assert getattr(there, name) == value
@@ -97,7 +97,7 @@ RULES = {
     "entropy_bound": {"commit": partial(rules.entropy_bound, gamma=0.5), "rank": rules.entropy},
     "filters": {"top_k": 3, "top_p": 0.9, "suppress": (2,)},
     "blocks, early exit": {"block_size": 3, "approximate_early_exit": True},
-    "watched": {"watch": lambda rollout: rollout.tokens.tolist()},
+    "watched": {"on_step": lambda rollout: rollout.tokens.tolist()},
 }
 
 
@@ -135,10 +135,10 @@ ESTIMATORS = {
     "elbo": estimators.elbo(num_samples=2, antithetic=True),
     "coupled": estimators.coupled(),
     "quadrature": estimators.quadrature(nodes=2),
-    "block": estimators.block(block_size=2),
+    "block": estimators.block_elbo(block_size=2),
     "eubo": estimators.eubo(),
     "sandwich": estimators.sandwich(),
-    "trajectory": estimators.trajectory(order="given"),
+    "trajectory": estimators.trajectory(include_order=False),
     "trajectory, its order too": estimators.trajectory(),
     "segments": estimators.trajectory(num_segments=2),
     "packed": estimators.trajectory(block_size=4),
@@ -153,13 +153,13 @@ def test_estimators(name, tmp_path):
     sampler = partial(autoregress, max_new_tokens=6) if name == "causal" else partial(PLAIN, top_p=0.9)
 
     def work(policy):
-        rollout = with_support(run(sampler, policy), "rollout" if name == "trajectory" else "own")
-        noise = likelihood.draw(rollout, generator())
+        rollout = with_support(run(sampler, policy), "rollout" if name == "trajectory" else "per_policy")
+        noise = likelihood.draw_views(rollout, generator())
         signs = torch.tensor([1.0, -1.0, 0.5, -0.5], device=policy.device)
         noise = likelihood.with_advantages(noise, signs)
         logps = likelihood.logprobs(policy, rollout, noise, micro_batch_size=2)
         vector = logps.sin() * rollout.completion_mask
-        for view, weight in zip(each_view(noise), noise.weight, strict=True):
+        for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
             view.backward(policy, rollout, vector * weight)
         gradient = next(p.grad for p in policy.module.parameters() if p.grad is not None)
         return torch.cat([logps.flatten(), gradient.flatten()])
@@ -170,19 +170,19 @@ def test_estimators(name, tmp_path):
 ELSEWHERE = ("float8_dynamic", "int4_packed", "float8_dynamic_emulated")  # kernels of CUDA's, and of the CPU's
 
 CORRECTORS = {
-    "none": correctors.none(),
+    "none": correctors.no_correction(),
     "tis": correctors.tis(),
-    "tis of sequences": correctors.tis(level="sequence", aggregate="geometric"),
+    "tis of sequences": correctors.tis(level="sequence", pool="geometric"),
     "mis": correctors.mis(),
     "icepop": correctors.icepop(),
     "reject": correctors.reject(),
     "reject tokens": correctors.reject(level="token", statistic="k2"),
     "ais": correctors.ais(),
     "ais of sequences": correctors.ais(level="sequence"),
-    "bgpo": replace(correctors.tis(), surrogate=published.bgpo),
-    "ebpo": replace(correctors.tis(), surrogate=published.ebpo),
-    "gdsd": replace(correctors.tis(), surrogate=published.gdsd),
-    "stable_drl": replace(correctors.tis(), surrogate=partial(published.stable_drl, sum_over=lambda x: x)),
+    "bgpo": replace(correctors.tis(), loss=published.bgpo),
+    "ebpo": replace(correctors.tis(), loss=published.ebpo),
+    "gdsd": replace(correctors.tis(), loss=published.gdsd),
+    "stable_drl": replace(correctors.tis(), loss=partial(published.stable_drl, sum_over_processes=lambda x: x)),
     "tbpo": correctors.tbpo(),
     "aligned": correctors.aligned(),
     "qarl": correctors.qarl(),
@@ -199,7 +199,7 @@ def test_correctors(name):
     def work(device):
         seen = [x.to(device) for x in (log_mismatch, advantages, mask)]
         weights, keep, metrics = corrector.weight_fn(make_stats(*seen))
-        objective = (corrector.surrogate or ppo_clip)(torch.where(mask.to(device), 0.1, 0.0), *seen[1:])
+        objective = (corrector.loss or ppo_clip)(torch.where(mask.to(device), 0.1, 0.0), *seen[1:])
         return weights, keep, objective, metrics
 
     *here, numbers = work("cpu")
@@ -222,7 +222,7 @@ def test_schemes_their_sync_and_the_aligned_forward(name):
         seen = tokens.to(policy.device), mask.to(policy.device)
         with torch.no_grad():
             policy.module.model.layers[0].mlp.up_proj.weight[0, :9] += 5
-        policy.version += 1
+        policy.weights_version += 1
         changed = sync_weights(policy, rollout_policy)
         assert changed and all(value > 0 for value in changed.values())
         with aligned_forward(policy, rollout_policy):
@@ -241,9 +241,9 @@ def test_adapters_with_dropout(dtype):
         policy.module.to(dtype)
         add_lora(policy, Lora(r=2, dropout=0.5))
         rollout, likelihood = run(PLAIN, policy), estimators.elbo(num_samples=1)
-        noise = likelihood.draw(rollout, generator())
+        noise = likelihood.draw_views(rollout, generator())
         (view,) = each_view(noise)
-        view.backward(policy, rollout, noise.weight[0])
+        view.backward(policy, rollout, noise.coefficients[0])
         sync_weights(policy, quantized_copy(policy, None))
         gradients = [p.grad.flatten() for p in policy.module.parameters() if p.requires_grad]
         return torch.cat([likelihood.logprobs(policy.reference(), rollout, noise).flatten(), *gradients])
@@ -254,7 +254,7 @@ def test_adapters_with_dropout(dtype):
 def small(directory, *, causal=False, **changes):
     """Two steps of two prompts with two completions each."""
     recipe = (tiny_recipe_ar if causal else tiny_recipe)(directory)
-    few = {"train_batch_size": 2, "num_generations": 2, "mismatch_sample": 1, "num_steps": 2, "save_steps": 1}
+    few = {"train_batch_size": 2, "num_generations": 2, "num_mismatch_groups": 1, "num_steps": 2, "save_steps": 1}
     few |= {"model": partial(tiny_llama, causal=causal, **SIZES), "eval_task": replace(recipe.eval_task, size=2)}
     return replace(recipe, **few | changes)
 
@@ -298,7 +298,9 @@ def test_a_run_in_bf16_with_adapters_resumes(tmp_path):
 @pytest.mark.slow
 def test_a_run_of_all_weights_with_a_warm_up_resumes(tmp_path):
     fields = {"corrector": correctors.qarl(), "rollout_quantization": schemes.int8_weight_only, "beta": 0.1}
-    recipe = partial(small, warmup_steps=2, warmup_batch_size=2, max_num_gen_batches=2, entropy_coeff=0.01, **fields)
+    recipe = partial(
+        small, sft_warmup_steps=2, sft_warmup_batch_size=2, max_num_gen_batches=2, entropy_coeff=0.01, **fields
+    )
     trains_alike(recipe, tmp_path)
     resumes(recipe, tmp_path)
 
@@ -366,4 +368,4 @@ def test_a_tensor_left_on_the_host_is_found(name, tmp_path, monkeypatch):
     monkeypatch.setattr(module, function, on_host(getattr(module, function)))
     said = "to be on the same device|expected the value on cuda:0|indices should be|expected device cuda:0 but got cpu"
     with Cuda(), pytest.raises(RuntimeError, match=said):
-        train(small(tmp_path, num_steps=1, corrector=correctors.none()))
+        train(small(tmp_path, num_steps=1, corrector=correctors.no_correction()))

@@ -69,7 +69,7 @@ def test_quantised_products_their_sync_and_the_aligned_forward(name):
     assert (plain - quantised).float().norm() < KERNELS[name] * 3 * plain.float().norm()
     with torch.no_grad():
         policy.module.model.layers[0].mlp.up_proj.weight.mul_(-1)
-    policy.version += 1
+    policy.weights_version += 1
     sync_weights(policy, rollout_policy)
     fresh = quantized_copy(policy, getattr(schemes, name)()).logits(*batch())
     assert torch.equal(rollout_policy.logits(*batch()), fresh) and not torch.equal(fresh, quantised)
@@ -134,13 +134,13 @@ def test_the_host_waits_as_often_as_the_simulated_device_says():
             waits.append(cuda.waits(f"{steps} steps"))
         assert waits[1] - waits[0] <= 6, cuda.report()
         for likelihood in (one_step(), trajectory()):
-            noise = likelihood.draw(rollout, torch.Generator().manual_seed(0))
+            noise = likelihood.draw_views(rollout, torch.Generator().manual_seed(0))
             forward, backward = (f"{likelihood.name}, {what}" for what in ("forward", "backward"))
             with cuda.phase(forward):
                 for view in each_view(noise):
                     view.logprobs(policy, rollout)
             with cuda.phase(backward):
-                for view, weight in zip(each_view(noise), noise.weight, strict=True):
+                for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
                     view.backward(policy, rollout, weight)
             assert max(cuda.waits(forward), cuda.waits(backward)) <= 2 * len(noise.masked), cuda.report()
         rollout_policy = quantized_copy(policy, schemes.float8_weight_only())

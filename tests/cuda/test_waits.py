@@ -27,7 +27,7 @@ from dllm_rl.types import Prompts
 SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 16}
 ESTIMATORS = {
     "trajectory": trajectory(),
-    "trajectory over the rollout's support": trajectory(order="given"),
+    "trajectory over the rollout's support": trajectory(include_order=False),
     "elbo": elbo(num_samples=3),
     "one_step, a forward for the group": one_step(prompt_mask=0.0),
     "packed": trajectory(block_size=4),
@@ -81,18 +81,18 @@ def test_a_scored_view_waits_twice_at_most(name, tmp_path):
         rank = NOISY if name == "noisy order" else rules.confidence
         options = {"max_new_tokens": 8, "diffusion_steps": 4, "temperature": 1.0, "top_k": 3}
         rollout = unmask(policy, prompts, generator, rank=rank, **options)
-        rollout = with_support(rollout, "rollout" if "support" in name else "own")
-        noise = likelihood.draw(rollout, generator)
+        rollout = with_support(rollout, "rollout" if "support" in name else "per_policy")
+        noise = likelihood.draw_views(rollout, generator)
         views = len(noise.masked)
         assert (stayed_of(noise) is None) == (name not in ("trajectory", "packed", "noisy order"))
         with cuda.phase("forward"):
             for view in each_view(noise):
                 view.logprobs(policy, rollout)
         with cuda.phase("backward"):
-            for view, weight in zip(each_view(noise), noise.weight, strict=True):
+            for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
                 view.backward(policy, rollout, weight)
         with cuda.phase("all views"):
-            likelihood.scores(policy, rollout, noise)
+            likelihood.view_logprobs(policy, rollout, noise)
         assert 0 < cuda.waits("forward") <= 2 * views and 0 < cuda.waits("backward") <= 2 * views, cuda.report()
         assert cuda.waits("all views") <= 2 * views + 1, "and once for the rows of all views"
 
@@ -121,7 +121,7 @@ def test_the_metrics_of_a_step_are_fetched_together(tmp_path):
     recipe = tiny_recipe(tmp_path, corrector=compose(ais(), reject()), **few)
     with SimulatedCuda() as cuda:
         train(recipe)
-        assert cuda.waits(place="gather_on_host") == 2 and cuda.waits(place="sum_over") == 1, cuda.report()
+        assert cuda.waits(place="gather_on_host") == 2 and cuda.waits(place="sum_over_processes") == 1, cuda.report()
         assert cuda.waits(place="chosen_ids") == 5, "the rehearsal's, the step's, and those of three evaluations"
         assert cuda.waits(place="reward_metrics") == 0
         for room in ("algorithms/mismatch", "algorithms/correctors", "algorithms/advantages", "training/learner"):

@@ -134,7 +134,7 @@ def test_ragged_rollouts_are_scored_bit_for_bit_however_they_are_cut(model, atte
     policy.module.to(dtype).set_attn_implementation(attention)
     with batch_invariant():
         rollout = sampled(policy)
-        noise = estimator.draw(rollout, torch.Generator())
+        noise = estimator.draw_views(rollout, torch.Generator())
         for size in (None, 2, 4):
             old = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
             assert torch.equal(old, rollout.logprobs)
@@ -145,7 +145,9 @@ def test_ragged_rollouts_are_scored_bit_for_bit_however_they_are_cut(model, atte
 
 
 def check(rollout, noise, old, sampled, policy, rollout_policy) -> None:
-    logps = Logprobs(old=old, old_scores=old[None], rollout=sampled, reference=None, views=noise)
+    logps = Logprobs(
+        old_logprobs=old, old_view_logprobs=old[None], rollout_logprobs=sampled, reference_logprobs=None, views=noise
+    )
     check_bitwise_equal(rollout, noise, logps, policy=policy, rollout_policy=rollout_policy)
 
 
@@ -166,7 +168,7 @@ def test_one_ulp_in_one_layer_is_caught_with_its_name(model, index):
     weight.copy_(weight.nextafter(torch.full_like(weight, torch.inf)))
     with batch_invariant():
         rollout = sampled(other)
-        noise = estimator.draw(rollout, torch.Generator())
+        noise = estimator.draw_views(rollout, torch.Generator())
         old = estimator.logprobs(policy, rollout, noise)
         sampled_logps = estimator.logprobs(other, rollout, noise)
         row, position = (rollout.completion_mask & (old != sampled_logps)).nonzero()[0].tolist()
@@ -180,7 +182,7 @@ def test_one_ulp_in_one_layer_is_caught_with_its_name(model, index):
 def test_a_difference_that_no_layer_makes_is_said_to_be_so():
     policy, estimator = MODELS["llada"](), trajectory()
     rollout = sampled(policy)
-    noise = estimator.draw(rollout, torch.Generator())
+    noise = estimator.draw_views(rollout, torch.Generator())
     old = estimator.logprobs(policy, rollout, noise)
     recorded = old.clone()
     recorded[1, -1] += 0.5
@@ -221,7 +223,7 @@ def test_the_main_job_logs_exactly_zero_mismatch(tmp_path, steps):
 def test_a_run_samples_and_scores_in_batch_invariant_arithmetic_where_it_says_so(tmp_path, zero_mismatch):
     seen = []
     recipe = zero_recipe(tmp_path, num_steps=1, zero_mismatch=zero_mismatch)
-    draw, sample = recipe.likelihood.draw, recipe.sampler
+    draw, sample = recipe.likelihood.draw_views, recipe.sampler
 
     def watched_draw(*arguments):
         seen.append(torch.are_deterministic_algorithms_enabled())
@@ -232,7 +234,7 @@ def test_a_run_samples_and_scores_in_batch_invariant_arithmetic_where_it_says_so
         return sample(policy, prompts, generator)
 
     sampler = partial(watched_sample, max_new_tokens=16)
-    train(replace(recipe, sampler=sampler, likelihood=replace(recipe.likelihood, draw=watched_draw)))
+    train(replace(recipe, sampler=sampler, likelihood=replace(recipe.likelihood, draw_views=watched_draw)))
     assert seen == [zero_mismatch] * 4  # sampled and scored in the rehearsal, and in the step
 
 

@@ -151,7 +151,7 @@ def opposite_k3(policy, plant):
     given = {"sampler": sampler} | plant(policy)
     other = given.get("rollout_policy") or quantized_copy(policy, given.get("config"))
     rollout = given["sampler"](other, prompts(), torch.Generator().manual_seed(0))
-    learner = trajectory().logprobs(policy, rollout, trajectory().draw(rollout, torch.Generator()))
+    learner = trajectory().logprobs(policy, rollout, trajectory().draw_views(rollout, torch.Generator()))
     log_rho = (rollout.logprobs - learner)[rollout.completion_mask].double()
     return (log_rho.exp() - 1 - log_rho).mean().item()
 
@@ -211,7 +211,7 @@ def test_heads_in_16_bits_are_a_cause_and_what_fp32_heads_save_is_shown():
     sides = []
     other.float32_head = True
     rollout = sampler(other, prompts(), torch.Generator().manual_seed(0))
-    order = trajectory().draw(rollout, torch.Generator())
+    order = trajectory().draw_views(rollout, torch.Generator())
     for p in (policy, other):
         half = copy.copy(p)
         half.float32_head = False

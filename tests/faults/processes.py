@@ -25,7 +25,7 @@ from dllm_rl.tasks.sudoku import Sudoku  # noqa: E402
 
 # Each process grades one completion beforehand, two of the first evaluation (the first process), then four a step.
 GRADED_IN_STEP_2 = 1 + 4 + 2
-SHARED = {"shard_size": 0, "train_batch_size": 6, "warmup_batch_size": 6, "beta": 0.0}
+SHARED = {"shard_size": 0, "train_batch_size": 6, "sft_warmup_batch_size": 6, "beta": 0.0}
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {  # how many processes, which one has the fault, settings
     "raises": (2, 1, {}),
     "dies": (2, 1, {}),

@@ -37,7 +37,7 @@ def recipe(directory: Path, processes: int, **changes: Any) -> Recipe:
     settings = {
         "num_steps": 2,
         "train_batch_size": 12,
-        "warmup_batch_size": 12,
+        "sft_warmup_batch_size": 12,
         "num_generations": 2,
         "save_total_limit": 9,
     }

@@ -20,7 +20,7 @@ SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
     "beta > 0": {"beta": 0.1},
-    "LoRA": {"lora": partial(Lora, r=2), "warmup_steps": 2, "beta": 0.1},
+    "LoRA": {"lora": partial(Lora, r=2), "sft_warmup_steps": 2, "beta": 0.1},
     "two processes": {"beta": 0.1},
 }
 PROCESSES = {"two processes": 2}
@@ -33,7 +33,7 @@ def small_recipe(directory: Path, scenario: str, **changes: Any) -> Recipe:
         "validation_task": Sudoku(split="validation", size=2),
         "eval_task": Sudoku(split="test", size=2),
         "train_batch_size": 4,
-        "warmup_batch_size": 4,
+        "sft_warmup_batch_size": 4,
         "num_generations": 2,
         "num_steps": 3,
         "save_steps": 1,

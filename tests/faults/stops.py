@@ -61,8 +61,8 @@ GRADED_IN_STEP_2 = 1 + 2 + 8 + 3
 # processes two each.
 IN_WARM_UP, IN_STEP_2, IN_STEP_2_OF_TWO = 35, 39, 36
 CASES: dict[str, tuple[str, Signalling, dict[str, Any]]] = {
-    "warm-up": ("plain", Signalling(IN_WARM_UP, (signal.SIGHUP,)), {"warmup_steps": 2}),
-    "warm-up, two processes": ("two processes", Signalling(IN_WARM_UP, (signal.SIGTERM,)), {"warmup_steps": 2}),
+    "warm-up": ("plain", Signalling(IN_WARM_UP, (signal.SIGHUP,)), {"sft_warmup_steps": 2}),
+    "warm-up, two processes": ("two processes", Signalling(IN_WARM_UP, (signal.SIGTERM,)), {"sft_warmup_steps": 2}),
     "SIGUSR1": ("plain", Signalling(IN_STEP_2, (signal.SIGUSR1,)), {}),
     "Ctrl-C": ("plain", Signalling(IN_STEP_2, (signal.SIGINT,)), {}),
     "overdue": ("plain", Signalling(IN_STEP_2, (signal.SIGTERM,), wait=True), {"stop_seconds": 0.0}),

@@ -27,12 +27,12 @@ ESTIMATORS = {
     "coupled-informed": lik.coupled(informed_masking=1.5),
     "coupled-3": lik.coupled(num_samples=3),
     "quadrature": lik.quadrature(),
-    "block": lik.block(block_size=4),
+    "block": lik.block_elbo(block_size=4),
     "eubo": lik.eubo(),
-    "eubo-block": lik.eubo(beta=1.0, base=lik.block(block_size=3, num_samples=4)),
+    "eubo-block": lik.eubo(beta=1.0, base=lik.block_elbo(block_size=3, num_samples=4)),
     "sandwich": lik.sandwich(),
     "trajectory": lik.trajectory(),
-    "trajectory-drawn": lik.trajectory(num_sampled=2),
+    "trajectory-drawn": lik.trajectory(num_sampled_steps=2),
     "trajectory-2": lik.trajectory(num_segments=2),
     "causal": lik.causal(),
 }
@@ -57,7 +57,7 @@ def test_contract(name, seed):
 
 def drawing(change):
     base = lik.elbo(num_samples=3)
-    return replace(base, draw=lambda rollout, generator: change(base.draw(rollout, generator), rollout))
+    return replace(base, draw_views=lambda rollout, generator: change(base.draw_views(rollout, generator), rollout))
 
 
 def global_noise(noise, rollout):
@@ -74,18 +74,18 @@ TIMES = count(1)
 BROKEN = {
     "global generator": drawing(global_noise),
     "written to": drawing(lambda n, r: (r.tokens.fill_(4), n)[1]),
-    "same seed": drawing(lambda n, r: replace(n, weight=n.weight * next(TIMES))),
-    "keep the masks": replace(lik.elbo(), with_advantages=lambda n, a: Views(n.masked.clone(), n.weight)),
+    "same seed": drawing(lambda n, r: replace(n, coefficients=n.coefficients * next(TIMES))),
+    "keep the masks": replace(lik.elbo(), with_advantages=lambda n, a: Views(n.masked.clone(), n.coefficients)),
     "padding must not be masked": drawing(lambda n, r: replace(n, masked=n.masked | ~r.attention_mask)),
-    "zero off the completion": drawing(lambda n, r: replace(n, weight=n.weight + 1.0)),
-    "read it off": drawing(lambda n, r: replace(n, weight=n.weight + r.completion_mask)),
-    "finite": replace(lik.elbo(), combine=lambda s, n: (s * n.weight).sum(0) / 0),
+    "zero off the completion": drawing(lambda n, r: replace(n, coefficients=n.coefficients + 1.0)),
+    "read it off": drawing(lambda n, r: replace(n, coefficients=n.coefficients + r.completion_mask)),
+    "finite": replace(lik.elbo(), combine=lambda s, n: (s * n.coefficients).sum(0) / 0),
     "rows that follow": drawing(shuffled),
     "depend on padding": drawing(
         lambda n, r: n if r.tokens.shape[1] < 14 else replace(n, masked=r.completion_mask.expand_as(n.masked))
     ),
     "no gradient there": replace(lik.elbo(), combine=lambda s, n: s.sum(0)),
-    "pass a gradient": replace(lik.elbo(), combine=lambda s, n: (s.detach() * n.weight).sum(0) + 0 * s.sum(0)),
+    "pass a gradient": replace(lik.elbo(), combine=lambda s, n: (s.detach() * n.coefficients).sum(0) + 0 * s.sum(0)),
 }
 
 

@@ -123,11 +123,11 @@ MONTE_CARLO = {
     "coupled": (lik.coupled, elbo_by_hand),
     "coupled, 3": (partial(lik.coupled, num_samples=3), elbo_by_hand),
     "block": (
-        partial(lik.block, block_size=2, num_samples=1),
+        partial(lik.block_elbo, block_size=2, num_samples=1),
         lambda p, y: elbo_by_hand(p, y, (0, 1), later=(2,)) + elbo_by_hand(p, y, (2,)),
     ),
     "block, stratified": (
-        partial(lik.block, block_size=2, num_samples=2),
+        partial(lik.block_elbo, block_size=2, num_samples=2),
         lambda p, y: elbo_by_hand(p, y, (0, 1), later=(2,)) + elbo_by_hand(p, y, (2,)),
     ),
 }
@@ -138,7 +138,7 @@ def test_monte_carlo_mean_is_within_four_standard_errors(name):
     make, by_hand = MONTE_CARLO[name]
     rows = 4000
     rollout, estimator = TOY.rollout([COMPLETION] * rows), make()
-    totals = estimator.logprobs(TOY, rollout, estimator.draw(rollout, seeded(1))).double().sum(-1)
+    totals = estimator.logprobs(TOY, rollout, estimator.draw_views(rollout, seeded(1))).double().sum(-1)
     error = totals.std() / math.sqrt(rows)
     assert abs(totals.mean() - by_hand(TOY, COMPLETION)) < 4 * error
     assert error < 0.08  # or the line above would say nothing
@@ -149,7 +149,7 @@ def test_stratification_and_antithetic_pairs_lower_the_variance():
 
     def variance(**options):
         estimator = lik.elbo(num_samples=4, **options)
-        return estimator.logprobs(TOY, rollout, estimator.draw(rollout, seeded(2))).sum(-1).var().item()
+        return estimator.logprobs(TOY, rollout, estimator.draw_views(rollout, seeded(2))).sum(-1).var().item()
 
     plain, stratified, both = variance(stratified=False), variance(), variance(antithetic=True)
     assert stratified < 0.9 * plain and both < 0.9 * stratified
@@ -157,7 +157,7 @@ def test_stratification_and_antithetic_pairs_lower_the_variance():
 
 def test_antithetic_pairs_cover_the_completion_and_mirror_k():
     rollout = TOY.rollout([COMPLETION] * 64)
-    masked = lik.elbo(num_samples=4, antithetic=True).draw(rollout, seeded(3)).masked
+    masked = lik.elbo(num_samples=4, antithetic=True).draw_views(rollout, seeded(3)).masked
     first, second = masked[:2], masked[2:]
     assert torch.equal(first | second, rollout.completion_mask.expand(2, -1, -1))
     assert (first.sum(-1) + second.sum(-1) == LENGTH + 1).all()
@@ -173,7 +173,7 @@ def test_quadrature_bias_is_what_its_nodes_say():
         return LENGTH / k * sum(terms) / math.comb(LENGTH, k)
 
     estimator = lik.quadrature(nodes=2)
-    noise = estimator.draw(rollout, seeded(5))
+    noise = estimator.draw_views(rollout, seeded(5))
     assert noise.masked.sum(-1).unique(dim=1).tolist() == [[1], [3]]
     totals = estimator.logprobs(TOY, rollout, noise).double().sum(-1)
     expected = 0.5 * g(1) + 0.5 * g(3)
@@ -182,7 +182,7 @@ def test_quadrature_bias_is_what_its_nodes_say():
     assert abs(bias) > 0.05  # a bias that more masks do not remove; three nodes hit k = 1, 2, 3 with weights 5/18, 8/18
     three = 5 / 18 * (g(1) + g(3)) + 8 / 18 * g(2)
     totals = lik.quadrature(nodes=3)
-    totals = totals.logprobs(TOY, rollout, totals.draw(rollout, seeded(6))).double().sum(-1)
+    totals = totals.logprobs(TOY, rollout, totals.draw_views(rollout, seeded(6))).double().sum(-1)
     assert abs(totals.mean() - three) < 4 * totals.std() / math.sqrt(6000)
 
 
@@ -195,13 +195,13 @@ def test_quadrature_is_unbiased_where_the_integrand_is_linear_in_k():
     length = 40
     rollout = TablePolicy(length=1, words=2, seed=0).rollout([[0] * length], prompt=3)
     for nodes in (1, 2, 3):
-        noise = lik.quadrature(nodes=nodes).draw(rollout, seeded(0))
+        noise = lik.quadrature(nodes=nodes).draw_views(rollout, seeded(0))
         count = noise.masked.sum(-1, keepdim=True)
-        estimate = -(noise.weight * count).sum().item()
+        estimate = -(noise.coefficients * count).sum().item()
         # Rounding t_n L moves k by up to half a token; the rule itself is exact.
         assert abs(estimate + length * (length + 1) / 2) <= length * 0.5 + 1e-3
         assert not noise.masked[..., :3].any()  # the prompt
-        assert ((noise.weight != 0) == noise.masked).all()
+        assert ((noise.coefficients != 0) == noise.masked).all()
 
 
 @settings(max_examples=100, deadline=None)
@@ -212,7 +212,7 @@ def test_bounds_hold_on_random_toys(seed, length, words, scale):
     tokens = torch.randint(words, (length,), generator=seeded(seed)).tolist()
     noise = Views(*(torch.stack(column) for column in zip(*all_exact(length), strict=True)))
     exact = log_any_order(toy, tokens)
-    scores = lik.elbo().scores(toy, toy.rollout([tokens]), noise)
+    scores = lik.elbo().view_logprobs(toy, toy.rollout([tokens]), noise)
     lower = lik.weighted_sum(scores, noise).double().sum().item()
     assert lower == pytest.approx(elbo_by_hand(toy, tokens), abs=1e-4)
     assert lower <= exact + 1e-4
@@ -253,12 +253,12 @@ def test_sandwich_takes_the_bound_that_the_advantage_calls_for():
     advantages = torch.tensor([1.0, -2.0, 0.0])
     base = lik.elbo(num_samples=4)
     both = lik.sandwich(beta=1.5, mix=0.25, base=base)
-    noise = both.draw(rollout, seeded(0))
+    noise = both.draw_views(rollout, seeded(0))
     lower = base.logprobs(TOY, rollout, noise)
     upper = lik.eubo(beta=1.5, base=base).logprobs(TOY, rollout, noise)
     assert torch.equal(both.logprobs(TOY, rollout, noise), lower)  # no advantages given yet
     told = both.with_advantages(noise, advantages)
-    assert told.masked is noise.masked and told.weight is noise.weight
+    assert told.masked is noise.masked and told.coefficients is noise.coefficients
     mixed = both.logprobs(TOY, rollout, told)
     assert torch.equal(mixed[[0, 2]], lower[[0, 2]])
     torch.testing.assert_close(mixed[1], 0.25 * upper[1] + 0.75 * lower[1])
@@ -270,14 +270,14 @@ def test_sandwich_takes_the_bound_that_the_advantage_calls_for():
 def test_one_step_is_the_product_of_marginals_and_masks_only_prompts():
     rollout = TOY.rollout([COMPLETION] * 500, prompt=20)
     estimator = lik.one_step(prompt_mask=0.15)
-    noise = estimator.draw(rollout, seeded(0))
+    noise = estimator.draw_views(rollout, seeded(0))
     by_hand = [TOY.logp(COMPLETION, {0, 1, 2}, i) for i in range(3)]
     logps = estimator.logprobs(TOY, rollout, noise)
     assert logps[7, 20:].tolist() == pytest.approx(by_hand, abs=1e-6)
     assert logps[:, :20].abs().max() == 0 and noise.masked[0, :, 20:].all()
     share = noise.masked[0, :, :20].float().mean().item()
     assert abs(share - 0.15) < 4 * math.sqrt(0.15 * 0.85 / 10_000)
-    assert not lik.one_step(prompt_mask=0.0).draw(rollout, seeded(0)).masked[0, :, :20].any()
+    assert not lik.one_step(prompt_mask=0.0).draw_views(rollout, seeded(0)).masked[0, :, :20].any()
 
 
 def test_trajectory_by_hand():
@@ -285,12 +285,12 @@ def test_trajectory_by_hand():
     steps = torch.tensor([[-1, 1, 0, 0]])
     rollout = TOY.rollout([COMPLETION], unmask_step=steps)
     estimator = lik.trajectory()
-    logps = estimator.logprobs(TOY, rollout, estimator.draw(rollout, seeded(0)))[0]
+    logps = estimator.logprobs(TOY, rollout, estimator.draw_views(rollout, seeded(0)))[0]
     everything = {0, 1, 2}
     by_hand = [TOY.logp(COMPLETION, {0}, 0), TOY.logp(COMPLETION, everything, 1), TOY.logp(COMPLETION, everything, 2)]
     assert logps.tolist() == pytest.approx([0, *by_hand], abs=1e-6)
     merged = lik.trajectory(num_segments=1)
-    logps = merged.logprobs(TOY, rollout, merged.draw(rollout, seeded(0)))[0]
+    logps = merged.logprobs(TOY, rollout, merged.draw_views(rollout, seeded(0)))[0]
     assert logps.tolist() == pytest.approx([0, *(TOY.logp(COMPLETION, everything, i) for i in range(3))], abs=1e-6)
 
 
@@ -299,7 +299,7 @@ def test_segments_split_each_rows_own_steps_evenly():
     toy = TablePolicy(length=4, words=2, seed=0)
     steps = torch.tensor([[-1, 0, 1, 2, 3], [-1, 1, 0, 1, 0]])
     rollout = toy.rollout([[0] * 4, [1] * 4], unmask_step=steps)
-    weight = lik.trajectory(num_segments=2).draw(rollout, seeded(0)).weight
+    weight = lik.trajectory(num_segments=2).draw_views(rollout, seeded(0)).coefficients
     assert weight[0].tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 0, 1]]
     assert weight[1].tolist() == [[0, 0, 0, 1, 1], [0, 1, 0, 1, 0]]
 
@@ -309,10 +309,10 @@ def test_steps_that_are_drawn_stand_for_all():
     each token with twice its log-prob given those before it, so that the mean over draws is the whole row's."""
     toy, tokens, rows = TablePolicy(length=4, words=2, seed=0), [0, 1, 1, 0], 1200
     rollout = toy.rollout([tokens] * rows, unmask_step=torch.tensor([[-1, 0, 1, 2, 3]] * rows))
-    estimator = lik.trajectory(num_sampled=2)
-    noise = estimator.draw(rollout, seeded(0))
-    assert noise.weight.shape == (2, rows, 5) and not estimator.exact_for_sampler
-    drawn = noise.weight.sum(0)[:, 1:]
+    estimator = lik.trajectory(num_sampled_steps=2)
+    noise = estimator.draw_views(rollout, seeded(0))
+    assert noise.coefficients.shape == (2, rows, 5) and not estimator.exact_for_sampler
+    drawn = noise.coefficients.sum(0)[:, 1:]
     assert set(drawn.flatten().tolist()) == {0.0, 2.0} and (drawn.sum(-1) == 4).all()
     pairs = torch.unique(drawn, dim=0, return_counts=True)[1]
     assert len(pairs) == 6 and (pairs / rows - 1 / 6).abs().max() < 4 * math.sqrt(1 / 6 * 5 / 6 / rows)
@@ -327,30 +327,30 @@ def test_drawing_as_many_steps_as_there_are_is_the_trajectory():
     toy = TablePolicy(length=4, words=2, seed=0)
     rollout = toy.rollout([[0] * 4, [1] * 4], unmask_step=torch.tensor([[-1, 0, 1, 2, 3], [-1, 1, 0, 1, 0]]))
     for merged in ({}, {"num_segments": 2}):
-        whole, drawn = lik.trajectory(**merged), lik.trajectory(num_sampled=6, **merged)
-        noise = drawn.draw(rollout, seeded(0))
-        assert len(noise.weight) == 6 and set(noise.weight.flatten().tolist()) == {0.0, 1.0}
-        expected = whole.logprobs(toy, rollout, whole.draw(rollout, seeded(0)))
+        whole, drawn = lik.trajectory(**merged), lik.trajectory(num_sampled_steps=6, **merged)
+        noise = drawn.draw_views(rollout, seeded(0))
+        assert len(noise.coefficients) == 6 and set(noise.coefficients.flatten().tolist()) == {0.0, 1.0}
+        expected = whole.logprobs(toy, rollout, whole.draw_views(rollout, seeded(0)))
         assert torch.equal(drawn.logprobs(toy, rollout, noise), expected)
     never = torch.full((*rollout.tokens.shape, 1), -1)
-    events = Events(never, never, never.float(), by_draws=True)
+    events = Events(never, never, never.float(), depends_on_tokens=True)
     with pytest.raises(ValueError, match="replays events"):
-        lik.trajectory(num_sampled=2).draw(replace(rollout, events=events), seeded(0))
+        lik.trajectory(num_sampled_steps=2).draw_views(replace(rollout, events=events), seeded(0))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(lik.trajectory, num_sampled=0), r"num_sampled=0 must be at least 1"),
+        (partial(lik.trajectory, num_sampled_steps=0), r"num_sampled_steps=0 must be at least 1"),
         (
-            partial(lik.trajectory, num_sampled=2, block_size=4),
-            r"num_sampled=2 draws steps, and block_size=4 packs them",
+            partial(lik.trajectory, num_sampled_steps=2, block_size=4),
+            r"num_sampled_steps=2 draws steps, and block_size=4 packs them",
         ),
         (partial(lik.elbo, num_samples=0), r"num_samples=0 must be at least 1"),
         (partial(lik.elbo, num_samples=3, antithetic=True), r"num_samples=3 must be even .* use 4"),
         (partial(lik.coupled, num_samples=0), r"num_samples=0"),
         (partial(lik.quadrature, nodes=0), r"nodes=0"),
-        (partial(lik.block, block_size=0), r"block_size=0"),
+        (partial(lik.block_elbo, block_size=0), r"block_size=0"),
         (partial(lik.one_step, prompt_mask=1.0), r"prompt_mask=1.0 must lie in \[0, 1\)"),
         (partial(lik.eubo, beta=0.0), r"beta=0.0 must be above 0"),
         (partial(lik.sandwich, mix=2.0), r"mix=2.0 must lie in \[0, 1\]"),

@@ -68,11 +68,11 @@ def test_masks_are_drawn_without_replacement():
             key = (k, frozenset(order[:k]))
             chance[key] = chance.get(key, 0) + p
     for views, weighted in (
-        (elbo(num_samples=1, informed_masking=D).draw(rollout, seeded(0)), lambda k: 4 / k),
-        (coupled(informed_masking=D).draw(rollout, seeded(1)), lambda k: 5 / (2 * k)),
+        (elbo(num_samples=1, informed_masking=D).draw_views(rollout, seeded(0)), lambda k: 4 / k),
+        (coupled(informed_masking=D).draw_views(rollout, seeded(1)), lambda k: 5 / (2 * k)),
     ):
         seen, rows = {}, {}
-        for masked, weight in zip(views.masked[0, :, 1:].tolist(), views.weight[0, :, 1:].tolist(), strict=True):
+        for masked, weight in zip(views.masked[0, :, 1:].tolist(), views.coefficients[0, :, 1:].tolist(), strict=True):
             places = [i for i in range(4) if masked[i]]
             assert weight == pytest.approx([weighted(len(places)) if m else 0 for m in masked])
             key = (len(places), frozenset(places))
@@ -81,7 +81,7 @@ def test_masks_are_drawn_without_replacement():
             (seen.get(key, 0) - rows[key[0]] * p) ** 2 / (rows[key[0]] * p) for key, p in chance.items() if key[0] < 4
         )
         assert statistic < 39.0  # 3 + 5 + 3 degrees of freedom
-    pair = coupled(informed_masking=D).draw(rollout, seeded(1))
+    pair = coupled(informed_masking=D).draw_views(rollout, seeded(1))
     assert (pair.masked.sum(0) == rollout.completion_mask).all()
 
 
@@ -90,11 +90,11 @@ def test_without_differences_the_masks_are_the_plain_ones(estimator):
     """Equal changes, and a d near 0, give every mask the same chance, and the very masks of the plain estimate."""
     rollout = TablePolicy(length=4, words=2, seed=0).rollout(torch.zeros(64, 4, dtype=torch.long))
     changes = torch.randn(64, 5, generator=seeded(2))
-    plain = estimator(num_samples=4).draw(rollout, seeded(0))
+    plain = estimator(num_samples=4).draw_views(rollout, seeded(0))
     for d, change in ((1e-12, changes), (D, torch.ones(64, 5))):
-        same = estimator(num_samples=4, informed_masking=d).draw(rollout_with(rollout, change), seeded(0))
+        same = estimator(num_samples=4, informed_masking=d).draw_views(rollout_with(rollout, change), seeded(0))
         assert torch.equal(same.masked, plain.masked) and torch.equal(same.weight, plain.weight)
-    other = estimator(num_samples=4, informed_masking=D).draw(rollout_with(rollout, changes), seeded(0))
+    other = estimator(num_samples=4, informed_masking=D).draw_views(rollout_with(rollout, changes), seeded(0))
     assert not torch.equal(other.masked, plain.masked)
 
 
@@ -112,7 +112,7 @@ def test_what_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"^confidence_radius=0 "):
         sampled(policy, confidence_radius=0)
     with pytest.raises(ValueError, match="confidence_change: sample with"):
-        elbo(informed_masking=D).draw(rollout, seeded(0))
+        elbo(informed_masking=D).draw_views(rollout, seeded(0))
     with pytest.raises(ValueError, match=r"^informed_masking=-1 "):
         elbo(informed_masking=-1)
     rows = [{"prompt": "1+1="}] * 8

@@ -26,8 +26,8 @@ ESTIMATORS = {
     "elbo": lik.elbo(num_samples=4, antithetic=True),
     "coupled": lik.coupled(num_samples=2),
     "quadrature": lik.quadrature(nodes=3),
-    "block": lik.block(block_size=3),
-    "eubo": lik.eubo(base=lik.block(block_size=3, num_samples=3)),
+    "block": lik.block_elbo(block_size=3),
+    "eubo": lik.eubo(base=lik.block_elbo(block_size=3, num_samples=3)),
     "sandwich": lik.sandwich(base=lik.coupled(num_samples=2)),
     "trajectory": lik.trajectory(),
     "trajectory, merged": lik.trajectory(num_segments=2),
@@ -63,7 +63,7 @@ def test_trajectory_over_every_step_is_the_samplers_own_record(family, options):
     policy = DIFFUSION[family]
     rollout = sampled(policy, group_size=4, **options)
     estimator = lik.trajectory()
-    logps = estimator.logprobs(policy, rollout, estimator.draw(rollout, seeded()))
+    logps = estimator.logprobs(policy, rollout, estimator.draw_views(rollout, seeded()))
     torch.testing.assert_close(logps, rollout.logprobs, rtol=0, atol=1e-5)
     assert rollout.logprobs[rollout.completion_mask].max() < 0 or "top_k" in options or "top_p" in options
 
@@ -76,7 +76,7 @@ def test_causal_is_transformers_cross_entropy(sampling_params):
     prompts = Prompts.from_ids(RAGGED, pad_id=CAUSAL.pad_id, group_size=2)
     rollout = autoregress(CAUSAL, prompts, seeded(), max_new_tokens=7, **sampling_params)
     estimator = lik.causal()
-    logps = estimator.logprobs(CAUSAL, rollout, estimator.draw(rollout, seeded()))
+    logps = estimator.logprobs(CAUSAL, rollout, estimator.draw_views(rollout, seeded()))
     torch.testing.assert_close(logps, rollout.logprobs, atol=2e-6, rtol=0)
     if sampling_params:
         return
@@ -95,9 +95,9 @@ def test_the_wrong_estimator_for_a_policy_is_refused_by_name():
     rollout = sampled(DIFFUSION["llada"])
     message = r"likelihood='causal' is for causal attention, but the policy's is 'full'; use trajectory\(\)"
     with pytest.raises(ValueError, match=message):
-        lik.causal().logprobs(DIFFUSION["llada"], rollout, lik.causal().draw(rollout, seeded()))
+        lik.causal().logprobs(DIFFUSION["llada"], rollout, lik.causal().draw_views(rollout, seeded()))
     with pytest.raises(ValueError, match=r"likelihood='elbo' .* 'causal'; use causal\(\)"):
-        lik.elbo().logprobs(CAUSAL, rollout, lik.elbo().draw(rollout, seeded()))
+        lik.elbo().logprobs(CAUSAL, rollout, lik.elbo().draw_views(rollout, seeded()))
 
 
 @pytest.mark.parametrize("family", few(DIFFUSION, ["llada"]))
@@ -105,12 +105,14 @@ def test_the_wrong_estimator_for_a_policy_is_refused_by_name():
 def test_padding_changes_neither_masks_nor_logprobs(family, name):
     policy, estimator = DIFFUSION[family], ESTIMATORS[name]
     rollout = sampled(policy)
-    noise = estimator.draw(rollout, seeded(3))
+    noise = estimator.draw_views(rollout, seeded(3))
     logps = estimator.logprobs(policy, rollout, noise)
     assert logps[rollout.completion_mask].abs().sum() > 1 and logps[~rollout.completion_mask].abs().max() == 0
     padded = rollout.padded(3, pad_id=policy.pad_id)
-    again = estimator.draw(padded, seeded(3))
-    assert torch.equal(again.masked[..., 3:], noise.masked) and torch.equal(again.weight[..., 3:], noise.weight)
+    again = estimator.draw_views(padded, seeded(3))
+    assert torch.equal(again.masked[..., 3:], noise.masked) and torch.equal(
+        again.coefficients[..., 3:], noise.coefficients
+    )
     torch.testing.assert_close(estimator.logprobs(policy, padded, again)[:, 3:], logps, atol=3e-6, rtol=1e-5)
 
 
@@ -118,7 +120,7 @@ def test_padding_changes_neither_masks_nor_logprobs(family, name):
 def test_an_estimator_is_exact_for_the_sampler_where_it_says_so(name):
     policy, estimator = DIFFUSION["llada"], ESTIMATORS[name]
     rollout = sampled(policy, group_size=4)
-    logps = estimator.logprobs(policy, rollout, estimator.draw(rollout, seeded(3)))
+    logps = estimator.logprobs(policy, rollout, estimator.draw_views(rollout, seeded(3)))
     assert torch.allclose(logps, rollout.logprobs, atol=1e-5) == estimator.exact_for_sampler
 
 
@@ -152,12 +154,12 @@ def test_a_rows_masks_depend_on_its_place_in_the_draw_only(name):
     others hold; with their seeds, two processes draw what one would."""
     policy, estimator = DIFFUSION["llada"], ESTIMATORS[name]
     rollout = sampled(policy)
-    noise = estimator.draw(rollout, seeded(5))
-    fewer = estimator.draw(rollout.rows(torch.arange(2)), seeded(5))
+    noise = estimator.draw_views(rollout, seeded(5))
+    fewer = estimator.draw_views(rollout.rows(torch.arange(2)), seeded(5))
     assert torch.equal(fewer.masked, noise.masked[: len(fewer.masked), :2])
-    assert torch.equal(fewer.weight, noise.weight[: len(fewer.masked), :2])
+    assert torch.equal(fewer.coefficients, noise.coefficients[: len(fewer.masked), :2])
     if not name.startswith("trajectory"):
-        other = estimator.draw(rollout, seeded(6))
+        other = estimator.draw_views(rollout, seeded(6))
         assert not torch.equal(other.masked, noise.masked)
         assert not torch.equal(noise.masked[:, 0], noise.masked[:, 1])  # same prompt, a seed of its own
     assert torch.equal(noise.rows(torch.tensor([4, 1])).masked, noise.masked[:, [4, 1]])
@@ -167,7 +169,7 @@ def test_a_rows_masks_depend_on_its_place_in_the_draw_only(name):
 def test_micro_batches_give_the_same_logprobs(name):
     policy, estimator = DIFFUSION["roberta"], ESTIMATORS[name]
     rollout = sampled(policy)
-    noise = estimator.with_advantages(estimator.draw(rollout, seeded()), torch.tensor([1.0, -1, 2, -2, 0, -1]))
+    noise = estimator.with_advantages(estimator.draw_views(rollout, seeded()), torch.tensor([1.0, -1, 2, -2, 0, -1]))
     whole = estimator.logprobs(policy, rollout, noise)
     for size in (1, 2, 4):
         parts = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
@@ -192,7 +194,7 @@ def test_a_view_that_a_group_shares_is_forwarded_once_a_prompt(monkeypatch):
         (lik.trajectory(num_segments=2), [3, 12]),
     ):
         rows.clear()
-        estimator.logprobs(policy, rollout, estimator.draw(rollout, seeded()))
+        estimator.logprobs(policy, rollout, estimator.draw_views(rollout, seeded()))
         assert rows == expected
 
 
@@ -202,7 +204,7 @@ def test_rows_without_a_scored_position_are_left_out(monkeypatch):
     steps = torch.where(rollout.unmask_step < torch.tensor([[8], [3], [5]]), rollout.unmask_step, -1)
     ragged = replace(rollout, unmask_step=steps, completion_mask=steps >= 0)
     rows = counting(policy, monkeypatch)
-    noise = lik.trajectory().draw(ragged, seeded())
+    noise = lik.trajectory().draw_views(ragged, seeded())
     lik.trajectory().logprobs(policy, ragged, noise)
     assert rows == [3, 3, 3, 2, 2, 1, 1, 1]
     nothing = torch.zeros_like(rollout.completion_mask)
@@ -215,15 +217,15 @@ def test_the_global_generators_are_untouched_and_draws_repeat(name):
     policy, estimator = DIFFUSION["roberta"], ESTIMATORS[name]
     rollout = sampled(policy)
     before = torch.get_rng_state()
-    first, second = estimator.draw(rollout, seeded(2)), estimator.draw(rollout, seeded(2))
+    first, second = estimator.draw_views(rollout, seeded(2)), estimator.draw_views(rollout, seeded(2))
     estimator.logprobs(policy, rollout, first)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first.masked, second.masked) and torch.equal(first.weight, second.weight)
+    assert torch.equal(first.masked, second.masked) and torch.equal(first.coefficients, second.coefficients)
 
 
 OTHERS = {
     "one_step, prompts whole": lik.one_step(prompt_mask=0.0),
-    "trajectory, sampled": lik.trajectory(num_sampled=2),
+    "trajectory, sampled": lik.trajectory(num_sampled_steps=2),
 }
 
 
@@ -232,18 +234,18 @@ def test_an_estimator_is_random_where_two_draws_differ(name):
     """Inner updates then take masks of their own. Ten draws are not all alike by chance."""
     estimator = (ESTIMATORS | OTHERS)[name]
     rollout = sampled(DIFFUSION["roberta"])
-    first, *others = (estimator.draw(rollout, seeded(seed)).masked for seed in range(10))
-    assert estimator.random == any(not torch.equal(first, other) for other in others)
+    first, *others = (estimator.draw_views(rollout, seeded(seed)).masked for seed in range(10))
+    assert estimator.is_random == any(not torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_gradient_through_combine_matches_finite_differences(name):
     estimator, rollout = ESTIMATORS[name], sampled(DIFFUSION["roberta"], group_size=1)
-    noise = estimator.with_advantages(estimator.draw(rollout, seeded()), torch.tensor([1.0, -1.0, -0.5]))
-    scored = noise.weight != 0
+    noise = estimator.with_advantages(estimator.draw_views(rollout, seeded()), torch.tensor([1.0, -1.0, -0.5]))
+    scored = noise.coefficients != 0
     scores = -3 * torch.rand(scored.shape, generator=seeded(1)).double() * scored
     share = None if noise.upper_bound_weight is None else noise.upper_bound_weight.double()
-    noise = replace(noise, weight=noise.weight.double(), upper_bound_weight=share)
+    noise = replace(noise, coefficients=noise.coefficients.double(), upper_bound_weight=share)
     assert torch.autograd.gradcheck(partial(estimator.combine, views=noise), scores.requires_grad_(), atol=1e-6)
 
 
@@ -252,8 +254,8 @@ def test_a_ratio_under_shared_masks_is_exactly_one_on_policy(name):
     """The same weights on both sides, scored twice: a log-ratio of exactly 0, and not with masks drawn anew."""
     policy, estimator = DIFFUSION["roberta"], ESTIMATORS[name]
     rollout = sampled(policy)
-    noise = estimator.draw(rollout, seeded(0))
+    noise = estimator.draw_views(rollout, seeded(0))
     once, twice = (estimator.logprobs(policy, rollout, noise) for _ in range(2))
     assert torch.equal(once, twice)
     if not name.startswith("trajectory"):
-        assert not torch.equal(estimator.logprobs(policy, rollout, estimator.draw(rollout, seeded(1))), once)
+        assert not torch.equal(estimator.logprobs(policy, rollout, estimator.draw_views(rollout, seeded(1))), once)

@@ -9,7 +9,7 @@ import torch
 from likelihood_toys import TablePolicy
 from order_toys import as_rollout, missing_order, outcomes, stayed_of, total
 
-from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
+from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, policy_loss, ppo_clip
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.views import each_view
@@ -75,18 +75,18 @@ def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, d
 
     def through_the_learner(estimator):
         rollout = as_rollout(policy, found, **options)
-        noise = estimator.draw(rollout, GENERATOR)
-        scores = estimator.scores(policy, rollout, noise)
+        noise = estimator.draw_views(rollout, GENERATOR)
+        scores = estimator.view_logprobs(policy, rollout, noise)
         old, mask = estimator.combine(scores, noise), rollout.completion_mask
         weights = chances.detach()[:, None].expand(mask.shape)
         batch = Batch(rollout, noise, rewards, old, scores, weights, mask, None, num_tokens=1, num_sequences=1)
-        surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(constant, length=1)
-        loss = partial(policy_loss, surrogate=surrogate, aggregate=aggregate, beta=0.0, kl=kl_k2)
+        surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(fixed_length_mean, length=1)
+        loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=kl_k2)
         policy.table.grad = None
         accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
         return -policy.table.grad
 
-    exact, given = through_the_learner(lik.trajectory()), through_the_learner(lik.trajectory(order="given"))
+    exact, given = through_the_learner(lik.trajectory()), through_the_learner(lik.trajectory(include_order=False))
     assert (exact - expected).norm() <= 1e-10 * expected.norm()
     assert (given - expected).norm() >= 0.05 * expected.norm()
 
@@ -97,8 +97,8 @@ def test_only_what_moves_is_scored_again(fp64):
     policy.table.requires_grad_()
     found = outcomes(policy, [[0, 1, 2, 3]], 2)
     rollout, estimator = as_rollout(policy, list(found)[:40]), lik.trajectory()
-    noise = estimator.draw(rollout, GENERATOR)
-    vectors = torch.randn(noise.weight.shape, generator=GENERATOR.manual_seed(3)) * (noise.weight != 0)
+    noise = estimator.draw_views(rollout, GENERATOR)
+    vectors = torch.randn(noise.coefficients.shape, generator=GENERATOR.manual_seed(3)) * (noise.coefficients != 0)
     vectors = vectors * (torch.rand(vectors.shape, generator=GENERATOR) < 0.3)
     scores = [view.logprobs(policy, rollout) for view in each_view(noise)]
     (expected,) = torch.autograd.grad((torch.stack(scores) * vectors).sum(), policy.table)
@@ -119,20 +119,20 @@ def test_a_sampler_records_what_scoring_finds(options):
     run = partial(unmask, policy, prompts, max_new_tokens=4, suppress=suppress)
     rollout = run(torch.Generator().manual_seed(0), rank=rules.confidence, **settings)
     estimator = lik.trajectory()
-    noise = estimator.draw(rollout, GENERATOR)
+    noise = estimator.draw_views(rollout, GENERATOR)
     contributions = estimator.logprobs(policy, rollout, noise)
-    assert torch.equal(contributions, recorded(rollout, noise)) and rollout.order.rank == "confidence"
+    assert torch.equal(contributions, recorded(rollout, noise)) and rollout.order.rank_name == "confidence"
     blocks = [[0, 1], [2, 3]] if "block_size" in options else [[0, 1, 2, 3]]
     law = {k: v for k, v in settings.items() if k in ("temperature", "top_k")}
     found = outcomes(policy, blocks, 2, **law)
     keys = zip(
-        *(x[:, 1:].tolist() for x in (rollout.tokens, rollout.unmask_step, rollout.order.open_step)), strict=True
+        *(x[:, 1:].tolist() for x in (rollout.tokens, rollout.unmask_step, rollout.order.block_first_step)), strict=True
     )
     chances = torch.tensor([found[tuple(tuple(part) for part in key)] for key in keys])
     torch.testing.assert_close(contributions.sum(-1), chances.log(), rtol=0, atol=3e-5)
     for rank in (rules.max_prob, rules.random):
         other = run(torch.Generator().manual_seed(0), rank=rank, **settings)
-        assert other.order.logprobs is None and other.order.rank == rank.__name__
+        assert other.order.logprobs is None and other.order.rank_name == rank.__name__
     greedy = run(torch.Generator(), rank=rules.confidence, diffusion_steps=2)
     assert greedy.order.logprobs is None, "without a temperature nothing is left to chance"
 
@@ -146,13 +146,13 @@ def test_the_mean_ratio_to_another_policy_is_its_mass_on_what_the_rollout_can_do
         found, theirs = (outcomes(each, [[0, 1, 2, 3]], 2) for each in (policy, other))
         rollout, p = as_rollout(policy, found), torch.tensor(list(found.values()))
         mean = {}
-        for order in ("law", "given"):
-            ours, new = (total(each, rollout, order=order) for each in (policy, other))
+        for order in (True, False):
+            ours, new = (total(each, rollout, include_order=order) for each in (policy, other))
             mean[order] = float((p * (new - ours).exp()).sum())
         shared = sum(theirs.get(key, 0.0) for key in found)
         # Where the other policy cannot choose the order, LEAST stands for log 0.
-        assert mean["law"] == pytest.approx(shared, abs=1e-6) and shared > least
-        assert abs(mean["given"] - shared) > 0.01
+        assert mean[True] == pytest.approx(shared, abs=1e-6) and shared > least
+        assert abs(mean[False] - shared) > 0.01
 
 
 def test_an_order_that_cannot_be_chosen_has_a_floor_and_no_gradient(fp64):
@@ -170,10 +170,8 @@ def test_what_has_no_law_is_left_out_and_said(fp64):
     policy = TablePolicy(length=4, words=3, seed=2)
     rollout = as_rollout(policy, outcomes(policy, [[0, 1, 2, 3]], 2, top_k=2), top_k=2)
     for other in (replace(rollout, order=replace(rollout.order, logprobs=None)), rollout):
-        merged = lik.trajectory(num_segments=1).draw(other, GENERATOR)
+        merged = lik.trajectory(num_segments=1).draw_views(other, GENERATOR)
         assert stayed_of(merged) is None and recorded(other, merged) is other.logprobs
     unlawful = replace(rollout, sampling_params=replace(rollout.sampling_params, support="rollout"))
-    with pytest.raises(ValueError, match=r"sampling_support='rollout'.*trajectory\(order='given'\)"):
-        lik.trajectory().draw(unlawful, GENERATOR)
-    with pytest.raises(ValueError, match="order='exact' must be 'law' or 'given'"):
-        lik.trajectory(order="exact")
+    with pytest.raises(ValueError, match=r"sampling_support='rollout'.*trajectory\(include_order=False\)"):
+        lik.trajectory().draw_views(unlawful, GENERATOR)

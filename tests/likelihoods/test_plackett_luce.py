@@ -11,7 +11,7 @@ import torch
 from likelihood_toys import TablePolicy
 from order_toys import drawn_from, missing_order, total
 
-from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
+from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, policy_loss, ppo_clip
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.models.support import with_support
@@ -44,7 +44,7 @@ def orders(scores):
         yield order, chance
 
 
-def outcomes(policy, blocks, diffusion_steps, *, tau, score="max_prob", **options):
+def outcomes(policy, blocks, diffusion_steps, *, tau, base_rank="max_prob", **options):
     """{(tokens, steps, draws, opened): probability}: a step of M masked positions has M! orders of noisy scores and W^k
     words at the k positions that come first."""
     hole, size = policy.mask_id, policy.length
@@ -61,7 +61,7 @@ def outcomes(policy, blocks, diffusion_steps, *, tau, score="max_prob", **option
                 rows = [policy.table[state, i].detach() for i in masked]
                 p = [drawn_from(row[: policy.words], **options).tolist() for row in rows]
                 own = [row[: policy.words + 1].softmax(-1).tolist() for row in rows]  # the mask token takes its share
-                ways = orders([SCORES[score](each) / tau for each in own])
+                ways = orders([SCORES[base_rank](each) / tau for each in own])
                 if count == len(masked):  # nothing depends on the order: one outcome
                     ways = [(tuple(range(count)), 1.0)]
                 for order, likely in ways:
@@ -78,13 +78,13 @@ def outcomes(policy, blocks, diffusion_steps, *, tau, score="max_prob", **option
     return {(*key, tuple(opened)): p for key, p in found.items() if p > 0}
 
 
-def as_rollout(policy, keys, *, tau, score="max_prob", **options):
+def as_rollout(policy, keys, *, tau, base_rank="max_prob", **options):
     tokens, steps, draws, opened = (torch.tensor(column) for column in zip(*keys, strict=True))
     steps, draws, opened = (torch.nn.functional.pad(x, (1, 0), value=-1) for x in (steps, draws, opened))
     made = policy.rollout(tokens, unmask_step=steps)
-    rank = partial(rules.plackett_luce, temperature=tau, score=getattr(rules, score))
+    rank = partial(rules.plackett_luce, temperature=tau, base_rank=getattr(rules, base_rank))
     params = SamplingParams(**options, suppress=made.sampling_params.suppress)
-    order = Order(opened, logprobs=torch.zeros(made.tokens.shape), rank_function=rank, draw=draws)
+    order = Order(opened, logprobs=torch.zeros(made.tokens.shape), rank_function=rank, draw_index=draws)
     return replace(made, sampling_params=params, order=order)
 
 
@@ -92,7 +92,7 @@ def some_toy(seed):
     """Three positions, 1 to 3 commits a step, in one block or two."""
     pick = random.Random(seed)
     options = {"temperature": pick.choice([1.0, 0.6, 1.7])} | pick.choice([{}, {"top_k": 2}, {"top_p": 0.8}])
-    options |= {"tau": pick.choice([0.03, 0.1, 0.3, 1.0, 10.0]), "score": pick.choice(list(SCORES))}
+    options |= {"tau": pick.choice([0.03, 0.1, 0.3, 1.0, 10.0]), "base_rank": pick.choice(list(SCORES))}
     policy = TablePolicy(length=3, words=3, seed=seed, scale=pick.choice([0.7, 1.5, 2.5]))
     return policy, pick.choice([[[0, 1, 2]], [[0, 1, 2]], [[0, 1], [2]]]), 1 + seed % 3, options
 
@@ -109,16 +109,16 @@ def test_the_law_is_the_enumeration_of_all_orders(fp64, part):
     assert max(missing) > 0.5
 
 
-def through_the_learner(policy, rollout, chances, rewards, *, keep_graphs, **options):
+def through_the_learner(policy, rollout, chances, rewards, *, retain_graphs, **options):
     """sum of P A grad log P over the rows, as an update makes it."""
     estimator = lik.trajectory(**options)
-    noise = estimator.draw(rollout, GENERATOR)
-    scores = estimator.scores(policy, rollout, noise, keep_graphs=keep_graphs)
+    noise = estimator.draw_views(rollout, GENERATOR)
+    scores = estimator.view_logprobs(policy, rollout, noise, retain_graphs=retain_graphs)
     old, mask = estimator.combine(scores.detach(), noise), rollout.completion_mask
     weights = chances[:, None].expand(mask.shape)
     batch = Batch(rollout, noise, rewards, old, scores, weights, mask, None, num_tokens=1, num_sequences=1)
-    surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(constant, length=1)
-    loss = partial(policy_loss, surrogate=surrogate, aggregate=aggregate, beta=0.0, kl=kl_k2)
+    surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(fixed_length_mean, length=1)
+    loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=kl_k2)
     policy.table.grad = None
     accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
     return -policy.table.grad
@@ -128,8 +128,8 @@ def through_the_learner(policy, rollout, chances, rewards, *, keep_graphs, **opt
     ("diffusion_steps", "options"),
     [
         (3, {"tau": 0.03}),
-        (3, {"tau": 1.0, "score": "entropy"}),
-        (2, {"tau": 0.3, "score": "margin"}),
+        (3, {"tau": 1.0, "base_rank": "entropy"}),
+        (2, {"tau": 0.3, "base_rank": "margin"}),
         (1, {"tau": 0.3, "temperature": 0.7, "top_k": 2}),
     ],
     ids=str,
@@ -153,10 +153,10 @@ def test_the_gradient_is_the_finite_difference_of_the_expected_reward(fp64, diff
     rollout, chances = as_rollout(policy, found, **options), torch.tensor(list(found.values()))
     run = partial(through_the_learner, policy, rollout, chances, rewards)
     expected = torch.tensor(quotients)
-    for keep_graphs in (False, True):
-        slopes = (run(keep_graphs=keep_graphs) * directions).flatten(1).sum(1)
+    for retain_graphs in (False, True):
+        slopes = (run(retain_graphs=retain_graphs) * directions).flatten(1).sum(1)
         torch.testing.assert_close(slopes, expected, rtol=0, atol=1e-6)
-    given = (run(keep_graphs=False, order="given") * directions).flatten(1).sum(1)
+    given = (run(retain_graphs=False, include_order=False) * directions).flatten(1).sum(1)
     assert ((given - expected).abs().max() > 1e-2) == (diffusion_steps > 1), "one step writes all: no order matters"
 
 
@@ -177,7 +177,7 @@ def test_ratios_and_kl_take_the_order_in(fp64):
         rows = torch.tensor([key == each for key in sets])
         mean = (p[rows] * log_ratio[rows].exp()).sum() / p[rows].sum()
         torch.testing.assert_close(mean, q[rows].sum() / p[rows].sum(), rtol=0, atol=1e-12)
-    given = (total(other, rollout, order="given") - total(policy, rollout, order="given")).exp()
+    given = (total(other, rollout, include_order=False) - total(policy, rollout, include_order=False)).exp()
     assert abs(float((p * given).sum()) - 1) < 1e-12, "the tokens' ratio also has mean 1 ..."
     assert abs(float(((p * given) - q).abs().sum())) > 0.1, "... and moves to another law of the orders"
 
@@ -202,15 +202,15 @@ def test_a_sampler_draws_by_the_law_and_records_it(diffusion_steps, tau, options
         policy, partial(rules.plackett_luce, temperature=tau), rows, diffusion_steps=diffusion_steps, **options
     )
     estimator = lik.trajectory()
-    noise = estimator.draw(rollout, GENERATOR)
+    noise = estimator.draw_views(rollout, GENERATOR)
     contributions = estimator.logprobs(policy, rollout, noise)
     assert torch.equal(contributions, recorded(rollout, noise))
     if "top_k" in options:  # the order needs no kept set
         kept = with_support(rollout, "rollout")
-        again = estimator.logprobs(policy, kept, estimator.draw(kept, GENERATOR))
+        again = estimator.logprobs(policy, kept, estimator.draw_views(kept, GENERATOR))
         torch.testing.assert_close(again, contributions, rtol=0, atol=1e-5)
     found = outcomes(policy, [[0, 1, 2]], diffusion_steps, tau=tau, **options)
-    columns = (rollout.tokens, rollout.unmask_step, rollout.order.draw, rollout.order.open_step)
+    columns = (rollout.tokens, rollout.unmask_step, rollout.order.draw_index, rollout.order.block_first_step)
     keys = [tuple(map(tuple, key)) for key in zip(*(x[:, 1:].tolist() for x in columns), strict=True)]
     chances = torch.tensor([found[key] for key in keys])
     torch.testing.assert_close(contributions.sum(-1), chances.log(), rtol=0, atol=1e-4)
@@ -234,7 +234,7 @@ def test_the_limits_are_the_score_and_a_random_order(diffusion_steps):
         ours = sample(policy, partial(rules.plackett_luce, temperature=tau), 500, diffusion_steps=diffusion_steps)
         theirs = sample(policy, limit, 500, diffusion_steps=diffusion_steps)
         assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.unmask_step, theirs.unmask_step)
-        assert ours.order.rank is None and theirs.order.logprobs is None
+        assert ours.order.rank_name is None and theirs.order.logprobs is None
 
 
 def test_what_needs_log_probabilities_is_refused():
@@ -244,6 +244,6 @@ def test_what_needs_log_probabilities_is_refused():
         sample(policy, rank, 2, diffusion_steps=3, commit=partial(rules.threshold, tau=0.9))
     with pytest.raises(ValueError, match="temperature=0 must be above 0"):
         sample(policy, partial(rules.plackett_luce, temperature=0), 2, diffusion_steps=3)
-    with pytest.raises(ValueError, match="score=confidence must take logits and normalizer, as max_prob"):
-        sample(policy, partial(rank, score=rules.confidence), 2, diffusion_steps=3)
+    with pytest.raises(ValueError, match="base_rank=confidence must take logits and normalizer, as max_prob"):
+        sample(policy, partial(rank, base_rank=rules.confidence), 2, diffusion_steps=3)
     assert sample(policy, rank, 2, diffusion_steps=3, temperature=0.0).order.logprobs is None

@@ -50,7 +50,7 @@ def reward(answer):
 def gradient(policy, estimator, found, weights):
     """sum_h weights_h grad log p(h), by the estimator's backward on all histories."""
     rollout = as_rollout(found, PROMPT, TEMPERATURES)
-    views = estimator.draw(rollout, torch.Generator())
+    views = estimator.draw_views(rollout, torch.Generator())
     vectors = (weights[:, None] * rollout.completion_mask)[None]
     policy.module.zero_grad()
     estimator.backward(policy, rollout, views, vectors)
@@ -85,7 +85,7 @@ def test_a_rollouts_log_prob_is_that_of_its_history(answer, stops):
     with torch.no_grad():
         found = enumerate_all(policy, PROMPT, temperatures, BOUND, answer, stops=stops)
     rollout = as_rollout(found, PROMPT, temperatures)
-    scored = trajectory().logprobs(policy, rollout, trajectory().draw(rollout, torch.Generator())).sum(-1)
+    scored = trajectory().logprobs(policy, rollout, trajectory().draw_views(rollout, torch.Generator())).sum(-1)
     assert (scored - found.p.log()).abs().max() < 1e-10
     assert abs(float((scored.exp() * found.noise).sum()) - 1) < 1e-10
     lengths = (found.seen >= 0).any(1).sum(-1)
@@ -126,7 +126,7 @@ def test_scoring_is_the_samplers_record(answer):
     policy = toy()
     rollout = sampled(policy, 64, answer=answer)
     estimator = trajectory()
-    views = estimator.draw(rollout, torch.Generator())
+    views = estimator.draw_views(rollout, torch.Generator())
     # One policy, one arithmetic: `zero_mismatch` compares bits in tests/models/test_denoiser.py.
     assert (estimator.logprobs(policy, rollout, views) - rollout.logprobs).abs().max() < 1e-12
     assert (rollout.renoised.logprobs.sum(-1) - rollout.logprobs).abs().max() < 1e-12
@@ -182,10 +182,10 @@ def test_kept_graphs_carry_the_same_gradient():
     weights = found.p * found.noise * reward(found.answer)
     for estimator in (trajectory(), trajectory(self_conditioning="full")):
         rollout = as_rollout(found, PROMPT, TEMPERATURES)
-        views = estimator.draw(rollout, torch.Generator())
+        views = estimator.draw_views(rollout, torch.Generator())
         once = gradient(policy, estimator, found, weights).clone()
         policy.module.zero_grad()
-        scores = estimator.scores(policy, rollout, views, keep_graphs=True)
+        scores = estimator.view_logprobs(policy, rollout, views, retain_graphs=True)
         scores.backward((weights[:, None] * rollout.completion_mask)[None])
         assert (flat(policy) - once).abs().max() < 1e-12
 
@@ -227,9 +227,9 @@ def test_what_the_argmax_leaves_out_of_the_gradient():
 
 def test_the_view_counts_its_forwards():
     rollout = sampled(toy(), 4, answer="drawn")
-    (part,) = trajectory().draw(rollout, torch.Generator()).parts
-    assert part.num_forwards == 2 and not part.single_tokens
-    (view,) = each_view(trajectory().draw(rollout, torch.Generator()))
+    (part,) = trajectory().draw_views(rollout, torch.Generator()).features
+    assert part.num_forwards == 2 and not part.is_per_token
+    (view,) = each_view(trajectory().draw_views(rollout, torch.Generator()))
     assert (view.seen(toy(), rollout) == rollout.tokens).all()
     with pytest.raises(ValueError, match="needs_entropy"):  # as triage, which reads the states of one forward
         view.run(toy(), rollout, view.scored)
@@ -238,6 +238,6 @@ def test_the_view_counts_its_forwards():
 def test_what_cannot_be_replayed_is_refused():
     with pytest.raises(ValueError, match="self_conditioning='some' must be"):
         trajectory(self_conditioning="some")
-    for estimator in (trajectory(num_segments=2), trajectory(num_sampled=1), elbo()):
+    for estimator in (trajectory(num_segments=2), trajectory(num_sampled_steps=1), elbo()):
         with pytest.raises(ValueError, match=r"the policy's is 'encoder_decoder'; use trajectory\(\)"):
             estimator.check(toy())

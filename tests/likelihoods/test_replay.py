@@ -87,7 +87,7 @@ def test_nothing_is_noted_unless_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(routing.Routing, "__enter__", lambda self: pytest.fail("a forward notes its experts"))
     rollout = draw(policy, prompts(), GENERATOR)
     assert rollout.experts is None
-    noise = lik.trajectory().draw(rollout, GENERATOR)
+    noise = lik.trajectory().draw_views(rollout, GENERATOR)
     lik.trajectory().logprobs(policy, rollout, noise)
     with pytest.raises(ValueError, match=r"its sampler did not note.*router_replay=None"):
         as_sampled(noise, rollout)
@@ -102,7 +102,7 @@ def test_replay_removes_the_jump_of_a_router_on_a_boundary(layers, whole, rank):
     policy = moe(num_experts_per_tok=1)
     other = on_a_boundary(policy, layers)
     rollout = sampled(other, rank=rank)
-    noise = lik.trajectory().draw(rollout, GENERATOR)
+    noise = lik.trajectory().draw_views(rollout, GENERATOR)
     jump = gap(policy, rollout, noise)
     replay = as_sampled(noise, rollout)
     if whole:
@@ -118,7 +118,7 @@ def views(estimator):
     policy = moe()
     other = quantized_copy(policy, int3_emulated())
     rollout = sampled(other)
-    noise = estimator.draw(rollout, GENERATOR)
+    noise = estimator.draw_views(rollout, GENERATOR)
     seen = watched(policy, rollout, noise)
     estimator.logprobs(other, rollout, seen, micro_batch_size=2)
     return policy, other, rollout, noise, as_chosen(seen, rollout)
@@ -127,11 +127,13 @@ def views(estimator):
 @pytest.mark.parametrize("estimator", [lik.trajectory(), lik.elbo(num_samples=2), lik.coupled()])
 def test_scores_and_gradients_under_replay_are_those_of_routers_by_hand(estimator):
     policy, _, rollout, noise, replay = views(estimator)
-    note = replay.parts[-1].ids
-    scores = estimator.scores(policy, rollout, replay, micro_batch_size=4)
-    kept = estimator.scores(policy, rollout, replay, keep_graphs=True)
+    note = replay.features[-1].ids
+    scores = estimator.view_logprobs(policy, rollout, replay, micro_batch_size=4)
+    kept = estimator.view_logprobs(policy, rollout, replay, retain_graphs=True)
     torch.testing.assert_close(kept.detach(), scores, rtol=1e-5, atol=1e-5)
-    vector = torch.randn(noise.weight.shape, generator=torch.Generator().manual_seed(1)) * (noise.weight != 0)
+    vector = torch.randn(noise.coefficients.shape, generator=torch.Generator().manual_seed(1)) * (
+        noise.coefficients != 0
+    )
     for n, view in enumerate(each_view(replay)):
         view.backward(policy, rollout, vector[n])
     ours = [p.grad.clone() for p in policy.module.parameters() if p.grad is not None]
@@ -155,9 +157,11 @@ def test_an_update_replays_where_the_order_has_a_law(rank):
     policy = moe()
     rollout = sampled(quantized_copy(policy, int3_emulated()), rank=rank)
     estimator = lik.trajectory()
-    noise = as_sampled(estimator.draw(rollout, GENERATOR), rollout)
+    noise = as_sampled(estimator.draw_views(rollout, GENERATOR), rollout)
     assert stayed_of(noise) is not None
-    vectors = torch.randn(noise.weight.shape, generator=torch.Generator().manual_seed(1)) * (noise.weight != 0)
+    vectors = torch.randn(noise.coefficients.shape, generator=torch.Generator().manual_seed(1)) * (
+        noise.coefficients != 0
+    )
 
     def gradient(update):
         policy.module.zero_grad()
@@ -175,10 +179,10 @@ def test_an_update_replays_where_the_order_has_a_law(rank):
 def test_what_is_noted_in_scoring_is_what_routers_take_by_hand():
     estimator = lik.coupled()
     _, other, rollout, noise, replay = views(estimator)
-    note = replay.parts[-1].ids
+    note = replay.features[-1].ids
     for n, masked in enumerate(noise.masked):
         own = chosen_by_hand(other, rollout.tokens.masked_fill(masked, other.spec.mask_id), rollout.attention_mask)
-        seen = rollout.attention_mask & (noise.weight[n] != 0).any(-1, keepdim=True)
+        seen = rollout.attention_mask & (noise.coefficients[n] != 0).any(-1, keepdim=True)
         assert torch.equal(own[seen].sort().values, note[n][seen].long().sort().values)
 
 
@@ -191,7 +195,7 @@ def test_packed_scoring_takes_the_same_experts_as_step_by_step(tmp_path):
     rollout = sampled(other)
     size, found = policy.spec.block_size, []
     for estimator in (lik.trajectory(), lik.trajectory(block_size=size)):
-        noise = estimator.draw(rollout, GENERATOR)
+        noise = estimator.draw_views(rollout, GENERATOR)
         found.append(estimator.logprobs(policy, rollout, as_sampled(noise, rollout)))
         found.append(estimator.logprobs(policy, rollout, noise))
     torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-5)
@@ -203,12 +207,12 @@ def test_rollouts_are_joined_padded_and_cut_with_their_experts():
     policy = moe()
     policy.records_experts = True
     parts = [draw(policy, each, GENERATOR) for each in prompts((5, 9)).split(2)]
-    whole = Rollout.joined(parts, pad_id=0)
+    whole = Rollout.concatenate(parts, pad_id=0)
     wider = parts[0].padded(3, pad_id=0)
     assert torch.equal(wider.experts[:, 3:], parts[0].experts) and not wider.experts[:, :3].any()
     assert torch.equal(whole.experts[:2, : parts[0].tokens.shape[1]], parts[0].experts)
     assert torch.equal(whole.rows(torch.tensor([3, 2])).experts, whole.experts[[3, 2]])
-    swapped = whole.replaced(torch.tensor([0, 1]), parts[1], pad_id=0)
+    swapped = whole.replace_rows(torch.tensor([0, 1]), parts[1], pad_id=0)
     assert torch.equal(swapped.experts[:2], swapped.experts[2:])
 
 
@@ -229,7 +233,7 @@ def test_one_row_a_prompt_is_counted_in_the_first_view():
     policy = moe()
     other = quantized_copy(policy, int3_emulated())
     rollout = draw(other, prompts(), GENERATOR)
-    noise = lik.trajectory().draw(rollout, GENERATOR)
+    noise = lik.trajectory().draw_views(rollout, GENERATOR)
     tokens, seen = rollout.tokens.masked_fill(noise.masked[0], 1)[::2], rollout.attention_mask[::2]
     theirs, ours = (chosen_by_hand(each, tokens, seen)[seen] for each in (other, policy))
     counts = routing_counts(policy, other, rollout, noise)
@@ -244,16 +248,16 @@ def test_one_row_a_prompt_is_counted_in_the_first_view():
 def test_positions_that_are_scored_as_left_choose_for_themselves():
     policy = moe()
     rollout = sampled(policy, rank=confidence)
-    noise = lik.trajectory().draw(rollout, GENERATOR)
+    noise = lik.trajectory().draw_views(rollout, GENERATOR)
     assert stayed_of(noise).any()
-    routed = as_sampled(noise, rollout).parts[-1].where
+    routed = as_sampled(noise, rollout).features[-1].where
     assert torch.equal(routed, torch.stack([rollout.unmask_step == n for n in range(4)]))
 
 
 def test_both_sides_of_one_policy_agree():
     policy = moe()
     rollout = draw(policy, prompts(), GENERATOR)
-    noise = lik.trajectory().draw(rollout, GENERATOR)
+    noise = lik.trajectory().draw_views(rollout, GENERATOR)
     counts = routing_counts(policy, quantized_copy(policy, None), rollout, noise)
     seen = int(rollout.attention_mask[::2].sum())
     assert counts.shape == (2, 2 + 2 * 6) and (counts[:, :2] == 2 * seen).all()
@@ -263,7 +267,7 @@ def test_both_sides_of_one_policy_agree():
 def test_a_router_that_names_no_choice_is_not_measured_and_the_run_goes_on():
     policy = moe()
     rollout = draw(policy, prompts(), GENERATOR)
-    noise = lik.trajectory().draw(rollout, GENERATOR)
+    noise = lik.trajectory().draw_views(rollout, GENERATOR)
     other = quantized_copy(policy, None)
 
     def first_two(hidden):
@@ -281,5 +285,5 @@ def test_a_dense_model_has_nothing_to_replay():
     with pytest.raises(ValueError, match=r"router_replay='R3' .*LlamaForCausalLM has none"):
         check_replay(policy, "R3")
     rollout = draw(policy, prompts(), GENERATOR)
-    noise = lik.trajectory().draw(rollout, GENERATOR)
+    noise = lik.trajectory().draw_views(rollout, GENERATOR)
     assert routing_counts(policy, policy, rollout, noise) is None

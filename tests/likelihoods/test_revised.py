@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from dllm_rl import train
 from dllm_rl.algorithms import correctors
-from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
+from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, policy_loss, ppo_clip
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
@@ -83,7 +83,7 @@ def test_the_law_is_the_enumeration_of_all_event_sequences(fp64, toy_of):
     rollout = as_rollout(policy, found, **options)
     known, drawn = torch.tensor(list(found.values())).T
     torch.testing.assert_close((known * drawn).sum(), torch.tensor(1.0), rtol=0, atol=1e-10)
-    contributions = estimator.logprobs(policy, rollout, estimator.draw(rollout, torch.Generator()))
+    contributions = estimator.logprobs(policy, rollout, estimator.draw_views(rollout, torch.Generator()))
     torch.testing.assert_close(contributions.sum(-1), drawn.log(), rtol=0, atol=1e-10)
     assert (rollout.events.token == -1).any() and rollout.events.step.shape[-1] > 1
 
@@ -96,14 +96,14 @@ def test_the_sampler_takes_each_sequence_as_often_as_the_law_says(toy_of):
     found = sequences(policy, blocks, diffusion_steps, rule, **options)
     rollout = sampled(policy, rows, blocks, diffusion_steps, rule, **options)
     counts = Counter(events_of(rollout))
-    assert set(counts) <= set(found) and rollout.events and not rollout.events.by_draws
+    assert set(counts) <= set(found) and rollout.events and not rollout.events.depends_on_tokens
     expected = {key: rows * known * drawn for key, (known, drawn) in found.items()}
     cells = [(counts[key], e) for key, e in expected.items() if e >= 5]
     cells.append((rows - sum(o for o, _ in cells), rows - sum(e for _, e in cells)))
     statistic, degrees = sum((o - e) ** 2 / e for o, e in cells if e > 1e-9), len(cells) - 1
     assert degrees > 20 and abs(math.sqrt(2 * statistic) - math.sqrt(2 * degrees - 1)) < 3  # Fisher's normal
     estimator = lik.trajectory()  # the record is the law's, bit for bit
-    noise = estimator.draw(rollout, torch.Generator())
+    noise = estimator.draw_views(rollout, torch.Generator())
     assert torch.equal(estimator.logprobs(policy, rollout, noise), recorded(rollout, noise))
 
 
@@ -128,13 +128,13 @@ def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, t
         estimator = lik.trajectory()
         policy.table.grad = None
         policy.table.requires_grad_()
-        noise = estimator.draw(rollout, torch.Generator())
-        scores = estimator.scores(policy, rollout, noise)
+        noise = estimator.draw_views(rollout, torch.Generator())
+        scores = estimator.view_logprobs(policy, rollout, noise)
         old, mask = estimator.combine(scores, noise), rollout.completion_mask
         weights = chances[:, None].expand(mask.shape)
         batch = Batch(rollout, noise, rewards, old, scores, weights, mask, None, num_tokens=1, num_sequences=1)
-        surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(constant, length=1)
-        loss = partial(policy_loss, surrogate=surrogate, aggregate=aggregate, beta=0.0, kl=kl_k2)
+        surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(fixed_length_mean, length=1)
+        loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=kl_k2)
         accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
         return -policy.table.grad
 
@@ -156,13 +156,13 @@ def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, t
 @pytest.mark.parametrize("rule", [REMASK, EDIT], ids=str)
 def test_a_few_steps_are_an_unbiased_estimate_of_all(fp64, rule):
     """Each draw of two of three steps is as likely: their mean is the sum."""
-    policy, estimator = toy([[0, 1]]), lik.trajectory(num_sampled=2)
+    policy, estimator = toy([[0, 1]]), lik.trajectory(num_sampled_steps=2)
     found = sequences(policy, [[0, 1]], 3, rule)
     key = next(k for k in found if {step for place in k for step, token in place if token >= 0} == {0, 1, 2})
     rollout = as_rollout(policy, [key] * 3000)
-    some = estimator.logprobs(policy, rollout, estimator.draw(rollout, torch.Generator().manual_seed(0))).sum(-1)
+    some = estimator.logprobs(policy, rollout, estimator.draw_views(rollout, torch.Generator().manual_seed(0))).sum(-1)
     whole = lik.trajectory()
-    total = whole.logprobs(policy, rollout, whole.draw(rollout, torch.Generator())).sum(-1)[0]
+    total = whole.logprobs(policy, rollout, whole.draw_views(rollout, torch.Generator())).sum(-1)[0]
     values, counts = some.round(decimals=9).unique(return_counts=True)
     assert len(values) == 3 and (counts / 3000 - 1 / 3).abs().max() < 0.04
     torch.testing.assert_close(values.mean(), total, rtol=0, atol=1e-8)
@@ -208,7 +208,7 @@ def assert_replayed(rule, options, *, atol):
         tiny_llama(characters=CHARACTERS, causal=False, num_layers=2, head_std=0.3),
     ):
         rollout, estimator = rolled(policy, **rule, **options), lik.trajectory()
-        noise = estimator.draw(rollout, torch.Generator())
+        noise = estimator.draw_views(rollout, torch.Generator())
         contributions = estimator.logprobs(policy, rollout, noise)
         torch.testing.assert_close(contributions, recorded(rollout, noise), rtol=0, atol=atol)
         assert not torch.equal(contributions, rollout.logprobs)  # of the last writings
@@ -231,11 +231,11 @@ def test_blocks_at_once_score_what_steps_one_by_one_do(rule, cache):
     vector = torch.randn(rollout.tokens.shape, generator=torch.Generator().manual_seed(2)) * rollout.completion_mask
     found = []
     for estimator in (lik.trajectory(), lik.trajectory(block_size=4)):
-        noise = estimator.draw(rollout, torch.Generator())
+        noise = estimator.draw_views(rollout, torch.Generator())
         logps = estimator.logprobs(policy, rollout, noise)
         torch.testing.assert_close(logps, recorded(rollout, noise), atol=5e-6, rtol=1e-5)
         policy.module.zero_grad()
-        for view, weight in zip(each_view(noise), noise.weight, strict=True):
+        for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
             view.backward(policy, rollout, vector * weight)
         by_hand = torch.cat([p.grad.flatten() for p in policy.module.parameters() if p.grad is not None])
         logps = sum(view.logprobs(policy, rollout) for view in each_view(noise))
@@ -254,7 +254,7 @@ def test_open_positions_inside_a_prompt_are_revised_too():
     options = {"diffusion_steps": 4, "temperature": 1.0, "max_new_tokens": 2}
     for rule in RULES:
         rollout, estimator = unmask(policy, prompts, torch.Generator(), **options, **rule), lik.trajectory()
-        noise = estimator.draw(rollout, torch.Generator())
+        noise = estimator.draw_views(rollout, torch.Generator())
         assert torch.equal(estimator.logprobs(policy, rollout, noise), recorded(rollout, noise))
         assert torch.equal((rollout.events.step >= 0).any(-1), rollout.completion_mask)
 
@@ -266,7 +266,7 @@ def test_events_are_carried_with_the_record():
     assert few.events.step.shape[-1] < many.events.step.shape[-1] and few.events.step.dtype == torch.int32
 
     def scored(rollout):
-        noise = estimator.draw(rollout, torch.Generator())
+        noise = estimator.draw_views(rollout, torch.Generator())
         ours = estimator.logprobs(policy, rollout, noise, micro_batch_size=2)
         torch.testing.assert_close(ours, recorded(rollout, noise), atol=1e-5, rtol=0)
         return ours
@@ -276,14 +276,14 @@ def test_events_are_carried_with_the_record():
     taken = torch.tensor([4, 5, 0, 1])
     torch.testing.assert_close(scored(many.rows(taken)), scored(many)[taken], atol=1e-5, rtol=0)
     for first, second in ((few, many), (many, wide)):
-        both = Rollout.joined([first, second], pad_id=policy.pad_id)
+        both = Rollout.concatenate([first, second], pad_id=policy.pad_id)
         assert both.events.step.shape[-1] == many.events.step.shape[-1]
         ours, theirs = scored(first), scored(second)
         width = both.tokens.shape[1]  # narrower parts are padded on the right
         parts = torch.cat([pad(x, (0, width - x.shape[1])) for x in (ours, theirs)])
         torch.testing.assert_close(scored(both), parts, atol=1e-5, rtol=0)
         rows = torch.tensor([2, 3, 0, 1, 4, 5])
-        swapped = first.replaced(rows[:4], second.rows(torch.arange(4)), pad_id=policy.pad_id)
+        swapped = first.replace_rows(rows[:4], second.rows(torch.arange(4)), pad_id=policy.pad_id)
         width = swapped.tokens.shape[1]  # the narrower one is padded on the left
         wider = [pad(x, (width - x.shape[1], 0)) for x in (ours, theirs)]
         torch.testing.assert_close(scored(swapped), wider[0].index_copy(0, rows[:4], wider[1][:4]), atol=1e-5, rtol=0)
@@ -295,20 +295,20 @@ def test_what_has_no_law_is_refused_before_any_forward():
     ranked = {"rank": rules.confidence, "commit": partial(revise.soft_edit, rate=0.3)}
     for options in (hard, ranked):
         rollout = rolled(policy, **options)
-        assert rollout.events.by_draws
-        for estimator in (lik.trajectory(), lik.trajectory(num_sampled=2)):
+        assert rollout.events.depends_on_tokens
+        for estimator in (lik.trajectory(), lik.trajectory(num_sampled_steps=2)):
             with pytest.raises(ValueError, match=r"trajectory.*\(edit, rank=confidence\).*soft_edit.*one_step"):
-                estimator.draw(rollout, torch.Generator())
-        assert lik.coupled().draw(rollout, torch.Generator()).masked.any()
+                estimator.draw_views(rollout, torch.Generator())
+        assert lik.coupled().draw_views(rollout, torch.Generator()).masked.any()
     with pytest.raises(ValueError, match="num_segments=2 merges steps"):
-        lik.trajectory(num_segments=2).draw(rolled(policy, **RULES[0]), torch.Generator())
+        lik.trajectory(num_segments=2).draw_views(rolled(policy, **RULES[0]), torch.Generator())
     with pytest.raises(ValueError, match=r"sampling_support='rollout'.*last writing alone"):
         filtered = with_support(rolled(policy, top_k=3, **RULES[0]), "rollout")
-        lik.trajectory().draw(filtered, torch.Generator())
+        lik.trajectory().draw_views(filtered, torch.Generator())
     rollout = rolled(policy, **RULES[0])
     with pytest.raises(ValueError, match=r"router_replay='R3'.*last writing alone"):
         noted = replace(rollout, experts=rollout.tokens[..., None, None])
-        as_sampled(lik.trajectory().draw(noted, torch.Generator()), noted)
+        as_sampled(lik.trajectory().draw_views(noted, torch.Generator()), noted)
     with pytest.raises(ValueError, match="has no events"):
         canvas_at(rolled(policy), step=rollout.unmask_step)
 
@@ -328,7 +328,7 @@ WORDS = {
 
 @pytest.mark.parametrize("name", WORDS)
 def test_an_unquantised_run_has_exactly_no_mismatch(tmp_path, name):
-    exact = {"zero_mismatch": True, "rollout_quantization": None, "corrector": correctors.none()}
+    exact = {"zero_mismatch": True, "rollout_quantization": None, "corrector": correctors.no_correction()}
     rows = run(tmp_path / "run", WORDS[name], **exact, likelihood=lik.trajectory())
     assert [row["rollout_corr/abs_log_ratio_max"] for row in rows] == [0.0, 0.0]
     assert all(row["grad_norm"] > 0 for row in rows)

@@ -45,7 +45,7 @@ def ragged(kind: str = "llada"):
 def test_chunks_by_hand():
     """Of two rows each; the rule of `length_buckets`, which a test of its own works out."""
     _, rollout = ragged()
-    noise = one_step().draw(rollout, generator_for(1))
+    noise = one_step().draw_views(rollout, generator_for(1))
 
     def chunks(noise, size):
         return [(chunk.rows.tolist(), chunk.columns.start) for chunk in row_chunks(rollout, noise, size)]
@@ -53,7 +53,7 @@ def test_chunks_by_hand():
     assert chunks(noise, None) == [([2, 3, 6, 7], 0), ([0, 1, 4, 5, 8, 9], 28)]
     assert chunks(noise, 5) == [([2, 3, 6, 7], 0), ([0, 1, 4, 5], 28), ([8, 9], 28)]
     assert chunks(noise, 2) == [([2, 3], 0), ([6, 7], 0), ([0, 1], 28), ([4, 5], 28), ([8, 9], 28)]
-    one = noise.only(torch.arange(10) == 4)
+    one = noise.restrict_to_rows(torch.arange(10) == 4)
     assert chunks(one, None) == [([4, 5], 28)], "the width is that of the whole rollout's bucket"
 
 
@@ -62,26 +62,26 @@ def test_scores_are_those_of_the_padded_batch_and_of_each_row_alone(kind, monkey
     """A causal row that ends early has padding behind it, too."""
     policy, rollout = ragged(kind)
     estimator = causal() if kind == "causal" else elbo()
-    noise = estimator.draw(rollout, generator_for(1))
+    noise = estimator.draw_views(rollout, generator_for(1))
     padded = torch.stack([view.logprobs(policy, rollout) for view in each_view(noise)])
     tokens, hidden = [], policy.hidden
     monkeypatch.setattr(policy, "hidden", lambda x, mask: (tokens.append(x.numel()), hidden(x, mask))[1])
-    ours = estimator.scores(policy, rollout, noise)
-    assert sum(tokens) == len(noise.weight) * (4 * 46 + 6 * 18)
+    ours = estimator.view_logprobs(policy, rollout, noise)
+    assert sum(tokens) == len(noise.coefficients) * (4 * 46 + 6 * 18)
     torch.testing.assert_close(ours, padded, rtol=1e-5, atol=2e-6)
     assert (padded != 0).any()
     monkeypatch.undo()
     single = replace(rollout, group_size=1)
     rows = torch.arange(10).split(1)
-    alone = torch.cat([estimator.scores(policy, single.rows(row), noise.rows(row)) for row in rows], dim=1)
+    alone = torch.cat([estimator.view_logprobs(policy, single.rows(row), noise.rows(row)) for row in rows], dim=1)
     torch.testing.assert_close(ours, alone, rtol=1e-5, atol=2e-6)
 
 
 def test_the_gradient_is_that_of_the_padded_batch():
     policy, rollout = ragged()
     estimator = coupled()
-    noise = estimator.draw(rollout, generator_for(1))
-    scores, mask = estimator.scores(policy, rollout, noise), rollout.completion_mask
+    noise = estimator.draw_views(rollout, generator_for(1))
+    scores, mask = estimator.view_logprobs(policy, rollout, noise), rollout.completion_mask
     vector = torch.randn(mask.shape, generator=generator_for(2)) * mask
     old = estimator.combine(scores, noise)
     batch = Batch(rollout, noise, torch.ones(10), old, scores, mask.float(), mask, None, 1, 1)
@@ -89,10 +89,10 @@ def test_the_gradient_is_that_of_the_padded_batch():
     for update in ("padded", "buckets", "kept"):
         policy.module.zero_grad()
         if update == "padded":
-            for view, weight in zip(each_view(noise), noise.weight, strict=True):
+            for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
                 view.backward(policy, rollout, vector * weight)
         else:
-            given = estimator.scores(policy, rollout, noise, keep_graphs=update == "kept")
+            given = estimator.view_logprobs(policy, rollout, noise, retain_graphs=update == "kept")
             accumulate_gradients(policy, batch, given, loss=lambda logps, batch: (0, {}, vector), likelihood=estimator)
         found.append(torch.cat([p.grad.flatten() for p in policy.module.parameters()]))
     for ours in found[1:]:
@@ -121,13 +121,13 @@ def test_what_is_scored_is_what_was_sampled(tmp_path, zero_mismatch):
     with arithmetic(recipe, run.accelerator):
         problems = [recipe.task[i] for i in range(8)]
         rollout = recipe.sampler(policy, encode(policy, problems, group_size=2), generator_for(0))
-        noise = recipe.likelihood.draw(rollout, generator_for(1)).only(torch.arange(16) != 3)
+        noise = recipe.likelihood.draw_views(rollout, generator_for(1)).restrict_to_rows(torch.arange(16) != 3)
         assert len(row_chunks(rollout, noise, None)) == 2
         logps = score(run, rollout, noise)
     there = torch.arange(16)[:, None] != 3
     bound = 0 if zero_mismatch else 1e-5
-    torch.testing.assert_close(logps.old, recorded(rollout, noise) * there, rtol=0, atol=bound)
-    assert (logps.old != 0).any()
+    torch.testing.assert_close(logps.old_logprobs, recorded(rollout, noise) * there, rtol=0, atol=bound)
+    assert (logps.old_logprobs != 0).any()
 
 
 SIZE = 4
@@ -178,12 +178,12 @@ def test_packed_trajectory_is_the_trajectory(diffusion_steps, causal_context):
     policy = block_causal_policy(causal_context=causal_context)
     rollout = block_sampled(policy, diffusion_steps=diffusion_steps)
     one_by_one, packed = lik.trajectory(), lik.trajectory(block_size=SIZE)
-    plain, together = (e.draw(rollout, torch.Generator()) for e in (one_by_one, packed))
+    plain, together = (e.draw_views(rollout, torch.Generator()) for e in (one_by_one, packed))
     logps = packed.logprobs(policy, rollout, together)
     torch.testing.assert_close(logps, one_by_one.logprobs(policy, rollout, plain), atol=3e-6, rtol=1e-5)
     torch.testing.assert_close(logps, rollout.logprobs, atol=3e-6, rtol=1e-5)
     assert len(together.masked) <= SIZE < len(plain.masked) or diffusion_steps == 4
-    assert torch.equal(together.weight.sum(0), rollout.completion_mask.float())  # every token once
+    assert torch.equal(together.coefficients.sum(0), rollout.completion_mask.float())  # every token once
 
 
 def test_packed_gradient_is_that_of_the_steps_one_by_one():
@@ -192,7 +192,7 @@ def test_packed_gradient_is_that_of_the_steps_one_by_one():
     vector = torch.randn(rollout.tokens.shape, generator=torch.Generator().manual_seed(2)) * rollout.completion_mask
     parameters, gradients = list(policy.module.parameters()), []
     for estimator in (lik.trajectory(), lik.trajectory(block_size=SIZE)):
-        noise = estimator.draw(rollout, torch.Generator())
+        noise = estimator.draw_views(rollout, torch.Generator())
         logps = sum(view.logprobs(policy, rollout) for view in each_view(noise))
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), parameters)]))
     assert gradients[0].norm() > 0.1
@@ -215,12 +215,12 @@ def test_packed_scoring_of_noisy_orders(options):
     parameters, found = list(policy.module.parameters()), []
     vector = torch.randn(rollout.tokens.shape, generator=torch.Generator().manual_seed(2)) * rollout.completion_mask
     for estimator in (lik.trajectory(), lik.trajectory(block_size=SIZE)):
-        noise = estimator.draw(rollout, torch.Generator())
-        logps = estimator.combine(estimator.scores(policy, rollout, noise, keep_graphs=True), noise)
+        noise = estimator.draw_views(rollout, torch.Generator())
+        logps = estimator.combine(estimator.view_logprobs(policy, rollout, noise, retain_graphs=True), noise)
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad((logps * vector).sum(), parameters)])
         found.append((logps.detach(), gradient))
     (one_by_one, expected), (packed, gradient) = found
-    assert torch.equal(one_by_one, recorded(rollout, lik.trajectory().draw(rollout, torch.Generator())))
+    assert torch.equal(one_by_one, recorded(rollout, lik.trajectory().draw_views(rollout, torch.Generator())))
     torch.testing.assert_close(packed, one_by_one, atol=5e-6, rtol=1e-5)
     assert (rollout.order.logprobs < -0.5).any() and expected.norm() > 0.1
     assert ((gradient - expected).norm() / expected.norm()).item() < 1e-5
@@ -231,7 +231,7 @@ def test_what_a_block_cannot_see_does_not_move_it():
     policy = block_causal_policy()
     rollout = block_sampled(policy)
     estimator = lik.trajectory(block_size=SIZE)
-    noise = estimator.draw(rollout, torch.Generator())
+    noise = estimator.draw_views(rollout, torch.Generator())
     base = estimator.logprobs(policy, rollout, noise)
     block = (rollout.attention_mask.long().cumsum(-1) - 1) // SIZE
     last = rollout.completion_mask & (block == block.amax(-1, keepdim=True))
@@ -245,9 +245,9 @@ def test_what_a_block_cannot_see_does_not_move_it():
 def test_segments_of_each_block_merge_its_own_steps():
     policy = block_causal_policy()
     rollout = block_sampled(policy, diffusion_steps=12)
-    noise = lik.trajectory(num_segments=1, block_size=SIZE).draw(rollout, torch.Generator())
+    noise = lik.trajectory(num_segments=1, block_size=SIZE).draw_views(rollout, torch.Generator())
     assert torch.equal(noise.masked[0], rollout.completion_mask) and len(noise.masked) == 1
-    halves = lik.trajectory(num_segments=2, block_size=SIZE).draw(rollout, torch.Generator())
+    halves = lik.trajectory(num_segments=2, block_size=SIZE).draw_views(rollout, torch.Generator())
     assert len(halves.masked) == 2
     columns = zip(rollout.unmask_step, rollout.completion_mask, rollout.attention_mask, strict=True)
     for row, (steps, completion, real) in enumerate(columns):
@@ -256,7 +256,7 @@ def test_segments_of_each_block_merge_its_own_steps():
             inside = completion & (block == b)
             own = steps[inside] - steps[inside].min()
             expected = own * 2 // (own.max() + 1)
-            assert halves.weight[1, row][inside].tolist() == expected.float().tolist()
+            assert halves.coefficients[1, row][inside].tolist() == expected.float().tolist()
 
 
 @pytest.mark.parametrize("num_segments", [None, 2])
@@ -270,13 +270,13 @@ def test_packed_scoring_is_refused_where_it_would_be_wrong():
     rollout = block_sampled(policy)
     wrong = lik.trajectory(block_size=8)
     with pytest.raises(ValueError, match="block_size=8 is not the policy's block size, 4"):
-        wrong.logprobs(policy, rollout, wrong.draw(rollout, torch.Generator()))
+        wrong.logprobs(policy, rollout, wrong.draw_views(rollout, torch.Generator()))
     with pytest.raises(ValueError, match=r"block_size=0 must be at least 1"):
         lik.trajectory(block_size=0)
     policy.spec = replace(policy.spec, attention="full")
     right = lik.trajectory(block_size=SIZE)
     with pytest.raises(ValueError, match=r"likelihood='trajectory' is for block_causal attention"):
-        right.logprobs(policy, rollout, right.draw(rollout, torch.Generator()))
+        right.logprobs(policy, rollout, right.draw_views(rollout, torch.Generator()))
 
 
 def test_packed_padding_rows_stay_finite():
@@ -284,6 +284,6 @@ def test_packed_padding_rows_stay_finite():
     rollout = block_sampled(policy)
     wide = rollout.padded(5, pad_id=policy.pad_id)
     estimator = lik.trajectory(block_size=SIZE)
-    found = estimator.logprobs(policy, wide, estimator.draw(wide, torch.Generator()))
+    found = estimator.logprobs(policy, wide, estimator.draw_views(wide, torch.Generator()))
     assert found.isfinite().all()
     torch.testing.assert_close(found[:, 5:], rollout.logprobs, atol=3e-6, rtol=1e-5)

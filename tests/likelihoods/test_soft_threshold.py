@@ -11,7 +11,7 @@ import torch
 from likelihood_toys import TablePolicy
 from order_toys import drawn_from, missing_order, stayed_of, total
 
-from dllm_rl.algorithms.losses import constant, kl_k2, policy_loss, ppo_clip
+from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, policy_loss, ppo_clip
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.views import each_view
@@ -85,7 +85,12 @@ def as_rollout(policy, keys, *, tau, softness, **options):
     steps, opened = (torch.nn.functional.pad(x, (1, 0), value=-1) for x in (steps, opened))
     made = policy.rollout(tokens, unmask_step=steps)
     params = SamplingParams(**options, suppress=made.sampling_params.suppress)
-    order = Order(opened, logprobs=torch.zeros(made.tokens.shape), soft=(tau, softness), rank_function=rules.max_prob)
+    order = Order(
+        opened,
+        logprobs=torch.zeros(made.tokens.shape),
+        soft_threshold_params=(tau, softness),
+        rank_function=rules.max_prob,
+    )
     return replace(made, sampling_params=params, order=order)
 
 
@@ -110,16 +115,16 @@ def test_the_law_is_the_enumeration_of_all_coins(fp64, part):
     assert max(missing) > 0.5, "without the sets' part the product of token probabilities is another number"
 
 
-def through_the_learner(policy, rollout, chances, rewards, *, keep_graphs, **options):
+def through_the_learner(policy, rollout, chances, rewards, *, retain_graphs, **options):
     """sum of P A grad log P over the rows, as an update makes it."""
     estimator = lik.trajectory(**options)
-    noise = estimator.draw(rollout, GENERATOR)
-    scores = estimator.scores(policy, rollout, noise, keep_graphs=keep_graphs)
+    noise = estimator.draw_views(rollout, GENERATOR)
+    scores = estimator.view_logprobs(policy, rollout, noise, retain_graphs=retain_graphs)
     old, mask = estimator.combine(scores.detach(), noise), rollout.completion_mask
     weights = chances[:, None].expand(mask.shape)
     batch = Batch(rollout, noise, rewards, old, scores, weights, mask, None, num_tokens=1, num_sequences=1)
-    surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(constant, length=1)
-    loss = partial(policy_loss, surrogate=surrogate, aggregate=aggregate, beta=0.0, kl=kl_k2)
+    surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(fixed_length_mean, length=1)
+    loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=kl_k2)
     policy.table.grad = None
     accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
     return -policy.table.grad
@@ -154,10 +159,10 @@ def test_the_gradient_is_the_finite_difference_of_the_expected_reward(fp64, bloc
     rollout, chances = as_rollout(policy, found, **options), torch.tensor(list(found.values()))
     run = partial(through_the_learner, policy, rollout, chances, rewards)
     expected = torch.tensor(quotients)
-    for keep_graphs in (False, True):
-        slopes = (run(keep_graphs=keep_graphs) * directions).flatten(1).sum(1)
+    for retain_graphs in (False, True):
+        slopes = (run(retain_graphs=retain_graphs) * directions).flatten(1).sum(1)
         torch.testing.assert_close(slopes, expected, rtol=0, atol=1e-6)
-    given = (run(keep_graphs=False, order="given") * directions).flatten(1).sum(1)
+    given = (run(retain_graphs=False, include_order=False) * directions).flatten(1).sum(1)
     assert (given - expected).abs().max() > 1e-2
 
 
@@ -167,8 +172,8 @@ def test_only_what_moves_is_scored_again(fp64):
     policy.table.requires_grad_()
     options = {"tau": 0.6, "softness": 0.5}
     rollout = as_rollout(policy, list(outcomes(policy, [[0, 1, 2]], **options))[:40], **options)
-    noise = lik.trajectory().draw(rollout, GENERATOR)
-    vectors = torch.randn(noise.weight.shape, generator=GENERATOR.manual_seed(3)) * (noise.weight != 0)
+    noise = lik.trajectory().draw_views(rollout, GENERATOR)
+    vectors = torch.randn(noise.coefficients.shape, generator=GENERATOR.manual_seed(3)) * (noise.coefficients != 0)
     vectors = vectors * (torch.rand(vectors.shape, generator=GENERATOR) < 0.3)
     scores = [view.logprobs(policy, rollout) for view in each_view(noise)]
     (expected,) = torch.autograd.grad((torch.stack(scores) * vectors).sum(), policy.table)
@@ -208,13 +213,13 @@ def test_a_sampler_draws_by_the_law_and_records_it(tau, softness, options):
     rows = 8_000
     rollout = sample(policy, rows, commit=partial(rules.soft_threshold, tau=tau, temperature=softness), **options)
     estimator = lik.trajectory()
-    noise = estimator.draw(rollout, GENERATOR)
+    noise = estimator.draw_views(rollout, GENERATOR)
     contributions = estimator.logprobs(policy, rollout, noise)
-    assert torch.equal(contributions, recorded(rollout, noise)) and rollout.order.rank is None
+    assert torch.equal(contributions, recorded(rollout, noise)) and rollout.order.rank_name is None
     law = {name: value for name, value in options.items() if name != "block_size"}
     blocks = [[0, 1], [2]] if "block_size" in options else [[0, 1, 2]]
     found = outcomes(policy, blocks, tau=tau, softness=softness, **law)
-    columns = (rollout.tokens, rollout.unmask_step, rollout.order.open_step)
+    columns = (rollout.tokens, rollout.unmask_step, rollout.order.block_first_step)
     keys = [tuple(map(tuple, key)) for key in zip(*(x[:, 1:].tolist() for x in columns), strict=True)]
     chances = torch.tensor([found[key] for key in keys])
     torch.testing.assert_close(contributions.sum(-1), chances.log(), rtol=0, atol=1e-3)
@@ -270,7 +275,7 @@ def test_far_below_the_threshold_the_law_is_finite(fp64):
     policy.table.requires_grad_()
     keys = [((0, 1, 2), steps, (0, 0, 0)) for steps in ((0, 1, 2), (0, 0, 0))]
     rollout = as_rollout(policy, keys, tau=0.999, softness=0.01)
-    views = list(each_view(lik.trajectory().draw(rollout, GENERATOR)))
+    views = list(each_view(lik.trajectory().draw_views(rollout, GENERATOR)))
     found = sum(view.logprobs(policy, rollout) for view in views).sum(-1)
     found.sum().backward()
     assert found.isfinite().all() and found[1] < -500 and policy.table.grad.isfinite().all()
@@ -289,7 +294,7 @@ def test_what_has_no_law_is_refused_or_left_out():
     with pytest.raises(ValueError, match=r"tau=1.0 must lie in \(0, 1\)"):
         sample(policy, 2, commit=partial(rules.soft_threshold, tau=1.0))
     rollout = sample(policy, 4, commit=rule)
-    assert stayed_of(lik.trajectory(num_segments=1).draw(rollout, GENERATOR)) is None
-    assert stayed_of(lik.trajectory().draw(rollout, GENERATOR)) is not None
+    assert stayed_of(lik.trajectory(num_segments=1).draw_views(rollout, GENERATOR)) is None
+    assert stayed_of(lik.trajectory().draw_views(rollout, GENERATOR)) is not None
     greedy = sample(policy, 2, commit=rule, temperature=0.0)
-    assert greedy.order.logprobs is None and greedy.order.soft is None
+    assert greedy.order.logprobs is None and greedy.order.soft_threshold_params is None

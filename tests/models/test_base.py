@@ -33,8 +33,8 @@ def test_a_block_without_a_mask_is_causal():
 
 def test_a_family_recognises_its_architectures():
     spec = FamilySpec(
-        name="a", attention="full", architectures=("*ForMaskedLM", "Egg"), when=lambda raw: "no" not in raw
+        name="a", attention="full", architectures=("*ForMaskedLM", "Egg"), config_test=lambda raw: "no" not in raw
     )
     for names, known in ((["BertForMaskedLM"], True), (["Egg"], True), (["Eggs"], False), ([], False), (None, False)):
-        assert spec.recognises({"architectures": names}) == known, names
-    assert not spec.recognises({"architectures": ["Egg"], "no": 1})
+        assert spec.matches({"architectures": names}) == known, names
+    assert not spec.matches({"architectures": ["Egg"], "no": 1})

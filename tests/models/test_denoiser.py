@@ -38,7 +38,7 @@ def sampled(policy, *, group_size=2, seed=0, **changes):
 
 def scored(policy, rollout, estimator=None):
     estimator = estimator or trajectory()
-    views = estimator.draw(rollout, torch.Generator())
+    views = estimator.draw_views(rollout, torch.Generator())
     with torch.no_grad():
         return estimator.logprobs(policy, rollout, views)
 
@@ -76,7 +76,7 @@ def test_zero_mismatch_unquantised(policy, answer):
     with batch_invariant():
         rollout = sampled(policy, answer=answer)
         estimator = trajectory()
-        views = estimator.draw(rollout, torch.Generator())
+        views = estimator.draw_views(rollout, torch.Generator())
         with torch.no_grad():
             for size in (None, 2):
                 ours = estimator.logprobs(policy, rollout, views, micro_batch_size=size)
@@ -86,7 +86,7 @@ def test_zero_mismatch_unquantised(policy, answer):
 
 
 def test_rows_of_two_batches_are_scored_together(policy):
-    """`Rollout.joined` pads narrower parts on the right, so that completions begin at different columns."""
+    """`Rollout.concatenate` pads narrower parts on the right, so that completions begin at different columns."""
     parts = [sampled(policy, seed=1), sampled(policy, seed=2)]
     short = Prompts.from_ids([[4, 5]], pad_id=policy.pad_id, group_size=2)
     parts.append(renoise(policy, short, torch.Generator().manual_seed(3), **SHORT | {"answer": "drawn"}))
@@ -153,7 +153,7 @@ def test_memory_of_a_detached_view_is_of_one_step():
     def most_saved(estimator, steps):
         policy = tiny(3)
         rollout = sampled(policy, diffusion_steps=steps, entropy_bound=0.5)
-        views = estimator.draw(rollout, torch.Generator())
+        views = estimator.draw_views(rollout, torch.Generator())
         vectors = rollout.completion_mask[None].float()
         held = {"now": 0, "most": 0}
 
@@ -181,13 +181,13 @@ def test_the_gradient_reaches_the_encoder_as_in_one_graph():
     policy = tiny(4)
     rollout = sampled(policy)
     estimator = trajectory()
-    views = estimator.draw(rollout, torch.Generator())
-    vectors = torch.randn(views.weight.shape, generator=torch.Generator().manual_seed(0))
+    views = estimator.draw_views(rollout, torch.Generator())
+    vectors = torch.randn(views.coefficients.shape, generator=torch.Generator().manual_seed(0))
     found = []
     for kept in (False, True):
         policy.module.zero_grad()
         if kept:
-            estimator.scores(policy, rollout, views, keep_graphs=True).backward(vectors)
+            estimator.view_logprobs(policy, rollout, views, retain_graphs=True).backward(vectors)
         else:
             estimator.backward(policy, rollout, views, vectors)
         found.append({n: p.grad.clone() for n, p in policy.module.named_parameters() if p.grad is not None})

@@ -10,10 +10,10 @@ from repetitions import few
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import train
-from dllm_rl.algorithms.correctors import aligned, none, tis
+from dllm_rl.algorithms.correctors import aligned, no_correction, tis
 from dllm_rl.likelihoods.estimators import coupled
 from dllm_rl.models.base import copied
-from dllm_rl.models.engine import RolloutEngine, computed_by
+from dllm_rl.models.engine import RolloutEngine, with_forward
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm, tiny_moe
 from dllm_rl.quantization.schemes import float8_weight_only
@@ -34,14 +34,14 @@ def held_apart(noise=0.0):
             logits = held.head(held.spec.encode(held.module, *inputs, **cache))
             return logits + noise * torch.arange(logits.shape[-1]) / logits.shape[-1]
 
-        rollout_policy = computed_by(policy, forward)
+        rollout_policy = with_forward(policy, forward)
         rollout_policy.module.held = [held]
         return rollout_policy
 
     def sync(policy, rollout_policy):
         (held,) = rollout_policy.module.held
         held.module.load_state_dict(policy.module.state_dict())
-        rollout_policy.version = policy.version
+        rollout_policy.weights_version = policy.weights_version
         return {"engine/synced": 1.0}
 
     return RolloutEngine(load, sync)
@@ -92,7 +92,7 @@ def test_an_engines_policy_has_no_adapters_of_its_own():
     """They are merged into what the engine computes with: nothing else may take them for what is trained."""
     policy = tiny_llama(characters="01234", causal=False, num_layers=1)
     add_lora(policy, Lora(r=2, dropout=0.5))
-    rollout_policy = computed_by(policy, lambda tokens, mask, positions: torch.zeros(*tokens.shape, policy.vocab_size))
+    rollout_policy = with_forward(policy, lambda tokens, mask, positions: torch.zeros(*tokens.shape, policy.vocab_size))
     assert rollout_policy.lora is None and policy.lora is not None
     assert not any(parameter.requires_grad for parameter in rollout_policy.module.parameters())
 
@@ -108,7 +108,7 @@ def test_an_engines_policy_has_no_adapters_of_its_own():
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
 def test_what_an_engine_cannot_have_is_refused_in_a_line(tmp_path, changes, said):
-    given = {"rollout_quantization": None, "rollout_engine": held_apart(), "corrector": none()} | changes
+    given = {"rollout_quantization": None, "rollout_engine": held_apart(), "corrector": no_correction()} | changes
     with pytest.raises(ValueError, match=said) as error:
         tiny_recipe(tmp_path, **given)
     assert "\n" not in str(error.value)
@@ -130,7 +130,7 @@ def test_a_resumed_run_sets_the_version_of_an_engine_that_counts_for_itself(tmp_
 
     def load(policy):
         rollout_policy = apart.load(policy)
-        rollout_policy.version = 0
+        rollout_policy.weights_version = 0
         return rollout_policy
 
     options = {"rollout_quantization": None, "rollout_engine": RolloutEngine(load, apart.sync), "lr_schedule_steps": 2}

@@ -114,14 +114,14 @@ def test_the_rollouts_copy_holds_the_merged_experts_and_syncs_in_place(scheme):
     assert torch.equal(rollout_policy.logits(tokens, mask), quantized_copy(merged(policy), config).logits(tokens, mask))
     if scheme:
         assert sum(isinstance(layer, Experts) for layer in rollout_policy.module.modules()) == 2
-        kept = set(rollout_policy.quantization_report.kept.values())
+        kept = set(rollout_policy.quantization_report.skipped.values())
         assert kept <= {"embedding", "router", "outside the blocks"}
     before = [parameter.data_ptr() for _, layer in quantized_layers(rollout_policy) for parameter in [layer.weight]]
     with torch.no_grad():
         for name, parameter in policy.module.named_parameters():
             if ".lora_A" in name:
                 parameter.mul_(1.5)
-    policy.version += 1
+    policy.weights_version += 1
     sync_weights(policy, rollout_policy)
     fresh = quantized_copy(policy, config)
     assert torch.equal(rollout_policy.logits(tokens, mask), fresh.logits(tokens, mask))

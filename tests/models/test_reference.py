@@ -41,7 +41,7 @@ def scored(estimator):
         steps = torch.arange(width).expand_as(TOKENS) - 1
         chosen = steps >= 0
         rollout = Rollout(TOKENS, MASK, chosen, torch.where(chosen, steps, -1), torch.zeros(TOKENS.shape), group_size=1)
-        return estimator.logprobs(policy, rollout, estimator.draw(rollout, torch.Generator().manual_seed(0)))
+        return estimator.logprobs(policy, rollout, estimator.draw_views(rollout, torch.Generator().manual_seed(0)))
 
     return run
 

@@ -97,8 +97,8 @@ def test_blanks_are_open_positions(policy):
     assert policy.tokenizer.decode(ids) == "<user>hi <eos><mask><eos><assistant>so <mask> <mask>" and sum(blanks) == 2
     asked = [Problem("a_", blank="_"), Problem("<mask>"), Problem("bc_d", blank="_")]
     prompts = encode(policy, asked, group_size=2)
-    assert prompts.open.sum(-1).tolist() == [1, 0, 1] and (prompts.tokens[prompts.open] == MASK).all()
-    assert encode(policy, [Problem("ab")]).open is None
+    assert prompts.infill_mask.sum(-1).tolist() == [1, 0, 1] and (prompts.tokens[prompts.infill_mask] == MASK).all()
+    assert encode(policy, [Problem("ab")]).infill_mask is None
     with pytest.raises(ValueError, match="blank='' is no text; leave it at None"):
         encode(policy, [Problem("ab", blank="")])
 

@@ -140,7 +140,7 @@ def wandb(monkeypatch):
 
 
 def test_tensorboard_is_the_default(tmp_path):
-    train(tiny_recipe(tmp_path, warmup_steps=2, warmup_eval_steps=2))
+    train(tiny_recipe(tmp_path, sft_warmup_steps=2, sft_warmup_eval_steps=2))
     found = events(tmp_path / "tensorboard")
     assert [event.step for event in found.Scalars("reward")] == [0, 1]
     assert [event.step for event in found.Scalars("warmup/loss")] == [0, 1]
@@ -152,7 +152,7 @@ def test_none_is_none(tmp_path):
 
 
 def test_others_get_every_step_and_the_recipe(tmp_path, wandb):
-    train(tiny_recipe(tmp_path / "run", report_to="tensorboard,wandb", warmup_steps=2, warmup_eval_steps=2))
+    train(tiny_recipe(tmp_path / "run", report_to="tensorboard,wandb", sft_warmup_steps=2, sft_warmup_eval_steps=2))
     (made,) = wandb.made
     assert made.project == "tiny" and made.options == {"name": "run", "dir": str(tmp_path / "run")}
     assert made.config["rollout_quantization"] == "float8_weight_only" and made.finished

@@ -101,7 +101,7 @@ def test_a_curve_by_hand():
 
 
 def test_a_run_shows_and_keeps_its_warm_up(tmp_path, capsys):
-    settings = {"warmup_steps": 6, "warmup_eval_steps": 3, "logging_steps": 4, "num_steps": 1}
+    settings = {"sft_warmup_steps": 6, "sft_warmup_eval_steps": 3, "logging_steps": 4, "num_steps": 1}
     train(tiny_recipe(tmp_path, **settings))
     out = capsys.readouterr().out
     assert re.search(r"^warm-up 4/6  loss \d\.\d+  ETA 0:00:0\d$", out, re.MULTILINE)

@@ -34,7 +34,7 @@ ESTIMATORS = {
     "elbo": lik.elbo(num_samples=4, antithetic=True),
     "coupled": lik.coupled(num_samples=2),
     "quadrature": lik.quadrature(nodes=2),
-    "block": lik.block(block_size=3, num_samples=2),
+    "block": lik.block_elbo(block_size=3, num_samples=2),
     "eubo": lik.eubo(base=lik.coupled(num_samples=2)),
     "sandwich": lik.sandwich(base=lik.elbo(num_samples=3)),
     "trajectory": lik.trajectory(),
@@ -42,10 +42,10 @@ ESTIMATORS = {
     "causal": lik.causal(),
 }
 CORRECTORS = {
-    "none": c.none(),
+    "none": c.no_correction(),
     "tis": c.tis(),
     "icepop": c.icepop(),
-    "reject": c.reject(level="token", statistic="k1", bound=0.4),
+    "reject": c.reject(level="token", statistic="k1", threshold=0.4),
     "ais": c.ais(),
     "tbpo": c.tbpo(eps_high=0.1, neg_low=0.1, neg_high=0.1),
 }
@@ -55,7 +55,11 @@ LOSSES = {
     "cispo": losses.cispo,
     "reinforce": losses.reinforce,
 }
-AGGREGATIONS = {"token": losses.token, "sequence": losses.sequence, "constant": partial(losses.constant, length=9)}
+AGGREGATIONS = {
+    "token": losses.token_mean,
+    "sequence": losses.sequence_mean,
+    "constant": partial(losses.fixed_length_mean, length=9),
+}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -74,13 +78,13 @@ def setting(name: str, *, policy=None):
         options = {"max_new_tokens": 6, "diffusion_steps": 3, "temperature": 1.0, "rank": max_prob}
         rollout = unmask(policy, prompts, seeded(1), **options)
     advantages = group_relative(torch.randn(3, 4, generator=seeded(2))).flatten()
-    noise = estimator.with_advantages(estimator.draw(rollout, seeded(3)), advantages)
+    noise = estimator.with_advantages(estimator.draw_views(rollout, seeded(3)), advantages)
     return policy, estimator, rollout, noise, advantages
 
 
 def make_batch(policy, estimator, rollout, noise, advantages, *, corrector, beta: float) -> tuple[Batch, torch.Tensor]:
     """A batch whose old, rollout and reference log-probs lie off the current ones, so that clips and weights bite."""
-    scores = estimator.scores(policy, rollout, noise)
+    scores = estimator.view_logprobs(policy, rollout, noise)
     current, mask = estimator.combine(scores, noise), rollout.completion_mask
     off = lambda seed, scale: scale * torch.randn(current.shape, generator=seeded(seed)) * mask  # noqa: E731
     old = current + off(4, 0.3)
@@ -89,20 +93,20 @@ def make_batch(policy, estimator, rollout, noise, advantages, *, corrector, beta
         rollout=rollout,
         views=noise,
         advantages=advantages,
-        old=old,
-        old_scores=scores,
-        weights=weights,
-        keep=keep,
-        reference=current + off(6, 0.3) if beta else None,
+        old_logprobs=old,
+        old_view_logprobs=scores,
+        importance_weights=weights,
+        loss_mask=keep,
+        reference_logprobs=current + off(6, 0.3) if beta else None,
         num_tokens=int(keep.sum()) + 3,
         num_sequences=len(advantages) + 1,
     ), scores
 
 
 def loss_of(corrector, aggregate, *, beta: float = 0.0, entropy: float = 0.0) -> partial:
-    surrogate = corrector.surrogate or losses.ppo_clip
+    surrogate = corrector.loss or losses.ppo_clip
     return partial(
-        losses.policy_loss, surrogate=surrogate, aggregate=aggregate, beta=beta, kl=losses.kl_k3, entropy=entropy
+        losses.policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=beta, kl=losses.kl_k3, entropy=entropy
     )
 
 
@@ -151,11 +155,11 @@ def test_gradient_is_plain_autograds(name, correction):
     batches = {
         beta: make_batch(policy, estimator, rollout, noise, advantages, corrector=own, beta=beta) for beta in (0.0, 0.1)
     }
-    surrogates = [own.surrogate] if correction == "tbpo" else LOSSES.values()
+    surrogates = [own.loss] if correction == "tbpo" else LOSSES.values()
     for i, (surrogate, aggregate) in enumerate(product(surrogates, AGGREGATIONS.values())):
         beta, size = (0.0, 0.1)[i % 2], (None, 4, 8)[(i // 2) % 3]
         batch, scores = batches[beta]
-        loss = loss_of(replace(own, surrogate=surrogate), aggregate, beta=beta, entropy=(0.0, 0.2, 0.0)[i % 3])
+        loss = loss_of(replace(own, loss=surrogate), aggregate, beta=beta, entropy=(0.0, 0.2, 0.0)[i % 3])
         plain = plain_gradient(policy, estimator, batch, loss, logps=logps)
         assert_same(learned(policy, batch, scores, estimator, loss, micro_batch_size=size), plain)
 
@@ -185,7 +189,7 @@ def test_gradient_survives(variant, name, monkeypatch):
         rollout = replace(rollout, sampling_params=replace(rollout.sampling_params, temperature=0.5, top_k=4))
     with aligned_forward(policy, rollout_policy) if variant == "aligned" else torch.enable_grad():
         batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.tis(), beta=0.0)
-        loss = loss_of(c.tis(), losses.token)
+        loss = loss_of(c.tis(), losses.token_mean)
         plain = plain_gradient(policy, estimator, batch, loss)
         assert_same(learned(policy, batch, scores, estimator, loss, micro_batch_size=4), plain)
 
@@ -194,7 +198,7 @@ def test_accumulated_batches_give_the_whole_batchs_gradient():
     """Two processes' shares, or two accumulated batches, with the global counts: the sum is one batch's gradient."""
     policy, estimator, rollout, noise, advantages = setting("sandwich")
     batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.tis(), beta=0.1)
-    loss = loss_of(c.tis(), losses.sequence, beta=0.1)
+    loss = loss_of(c.tis(), losses.sequence_mean, beta=0.1)
     whole, total = learned(policy, batch, scores, estimator, loss), 0
     for rows in (torch.arange(4), torch.arange(4, 12)):
         share = replace(
@@ -202,11 +206,11 @@ def test_accumulated_batches_give_the_whole_batchs_gradient():
             rollout=rollout.rows(rows),
             views=noise.rows(rows),
             advantages=advantages[rows],
-            old=batch.old[rows],
-            old_scores=scores[:, rows],
-            weights=batch.weights[rows],
-            keep=batch.keep[rows],
-            reference=batch.reference[rows],
+            old_logprobs=batch.old_logprobs[rows],
+            old_view_logprobs=scores[:, rows],
+            importance_weights=batch.importance_weights[rows],
+            loss_mask=batch.loss_mask[rows],
+            reference_logprobs=batch.reference_logprobs[rows],
         )
         total = total + learned(policy, share, scores[:, rows], estimator, loss)
     assert_same(total, whole)
@@ -221,9 +225,9 @@ def spying(policy, monkeypatch) -> list[int]:
 @pytest.mark.parametrize("num_iterations", [1, 3])
 def test_the_first_inner_iteration_pays_no_extra_forward(num_iterations, monkeypatch):
     policy, estimator, rollout, noise, advantages = setting("coupled")
-    batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.none(), beta=0.0)
-    batch = replace(batch, old=estimator.combine(scores, noise))
-    settings = {"loss": loss_of(c.none(), losses.token), "likelihood": estimator, "learning_rate": 1e-3}
+    batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.no_correction(), beta=0.0)
+    batch = replace(batch, old_logprobs=estimator.combine(scores, noise))
+    settings = {"loss": loss_of(c.no_correction(), losses.token_mean), "likelihood": estimator, "learning_rate": 1e-3}
     optimizer = torch.optim.AdamW(policy.module.parameters())
     rows = spying(policy, monkeypatch)
     metrics = update(policy, optimizer, [batch] * num_iterations, Accelerator(cpu=True), UpdateSettings(**settings))
@@ -240,13 +244,15 @@ def test_what_moves_nothing_is_not_forwarded(monkeypatch):
     policy, estimator, rollout, noise, advantages = setting("trajectory")
     advantages = advantages.clone()
     advantages[:4] = 0
-    batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.none(), beta=0.0)
-    batch = replace(batch, old=estimator.combine(scores, noise))
-    loss = loss_of(c.none(), losses.token)
+    batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.no_correction(), beta=0.0)
+    batch = replace(batch, old_logprobs=estimator.combine(scores, noise))
+    loss = loss_of(c.no_correction(), losses.token_mean)
     rows = spying(policy, monkeypatch)
     learned(policy, batch, scores, estimator, loss)
     assert rows[0] == 3 and rows[1:] == [8, 8]  # the shared first view is forwarded once a prompt
-    clipped = replace(batch, old=batch.old - noise.weight[2] * torch.where(advantages[:, None] > 0, 1.0, -1.0))
+    clipped = replace(
+        batch, old_logprobs=batch.old_logprobs - noise.coefficients[2] * torch.where(advantages[:, None] > 0, 1.0, -1.0)
+    )
     rows.clear()
     ours = learned(policy, clipped, scores, estimator, loss)
     assert rows == [3, 8]
@@ -255,10 +261,10 @@ def test_what_moves_nothing_is_not_forwarded(monkeypatch):
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_move():
     policy, estimator, rollout, noise, advantages = setting("elbo")
-    batch, _ = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.none(), beta=0.0)
-    settings = {"loss": loss_of(c.none(), losses.token), "likelihood": estimator, "learning_rate": 1e-3}
+    batch, _ = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.no_correction(), beta=0.0)
+    settings = {"loss": loss_of(c.no_correction(), losses.token_mean), "likelihood": estimator, "learning_rate": 1e-3}
     before = [p.detach().clone() for p in parameters(policy)]
-    broken = replace(batch, weights=batch.weights.masked_fill(batch.keep, torch.nan))
+    broken = replace(batch, importance_weights=batch.importance_weights.masked_fill(batch.loss_mask, torch.nan))
     with pytest.raises(FloatingPointError, match=r"gradient norm is nan at inner iteration 0"):
         update(
             policy,
@@ -276,9 +282,9 @@ def test_bf16_autocast_sees_the_weights_of_each_inner_iteration(num_iterations):
     stale: the second iteration's gradient is that of the moved weights."""
     policy, estimator, rollout, noise, advantages = setting("coupled")
     with torch.autocast("cpu", torch.bfloat16):
-        batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.none(), beta=0.0)
-    batch = replace(batch, old=estimator.combine(scores, noise))
-    loss = loss_of(replace(c.none(), surrogate=losses.reinforce), losses.token)
+        batch, scores = make_batch(policy, estimator, rollout, noise, advantages, corrector=c.no_correction(), beta=0.0)
+    batch = replace(batch, old_logprobs=estimator.combine(scores, noise))
+    loss = loss_of(replace(c.no_correction(), loss=losses.reinforce), losses.token_mean)
     settings = {"loss": loss, "likelihood": estimator, "learning_rate": 0.05, "max_grad_norm": 1e9}
     optimizer = torch.optim.SGD(policy.module.parameters(), lr=0.05)
     start = [p.detach().clone() for p in parameters(policy)]

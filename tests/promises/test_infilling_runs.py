@@ -10,7 +10,7 @@ from repetitions import few
 from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl.algorithms.correctors import none
+from dllm_rl.algorithms.correctors import no_correction
 from dllm_rl.cli.main import main
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.likelihoods.estimators import one_step, trajectory
@@ -57,7 +57,7 @@ def recipe_of(directory, **changes):
         eval_task=Missing(),
         sampler=sampler,
         eval_sampler=partial(sampler, temperature=0.0),
-        **{"likelihood": trajectory(), "rollout_quantization": None, "corrector": none()} | changes,
+        **{"likelihood": trajectory(), "rollout_quantization": None, "corrector": no_correction()} | changes,
     )
 
 

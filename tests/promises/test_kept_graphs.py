@@ -10,7 +10,7 @@ from repetitions import few
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import group_relative
-from dllm_rl.algorithms.correctors import none, qarl, tis
+from dllm_rl.algorithms.correctors import no_correction, qarl, tis
 from dllm_rl.likelihoods.estimators import coupled, elbo, one_step, sandwich
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.tokens import encode
@@ -85,7 +85,9 @@ class Step:
         self.forwards.clear()
         with self.forward():
             size, options = recipe.micro_batch_size, {"loss": recipe.policy_loss, "likelihood": recipe.likelihood}
-            metrics = accumulate_gradients(self.policy, batch, batch.old_scores, micro_batch_size=size, **options)
+            metrics = accumulate_gradients(
+                self.policy, batch, batch.old_view_logprobs, micro_batch_size=size, **options
+            )
         found = {n: p.grad for n, p in self.policy.module.named_parameters() if p.grad is not None}
         return found, {name: [x.item() for x in pair] for name, pair in metrics.items()}
 
@@ -102,7 +104,7 @@ CASES = {
     "adapters, KL": {"lora": partial(Lora, r=4), "beta": 0.1},
     "weights of the mismatch": {"corrector": tis(), "likelihood": coupled(), "entropy_coeff": 0.1},
     "bf16": {"bf16": True},
-    "zero_mismatch": {"zero_mismatch": True, "rollout_quantization": None, "corrector": none()},
+    "zero_mismatch": {"zero_mismatch": True, "rollout_quantization": None, "corrector": no_correction()},
     "causal": {"causal": True},
 }
 
@@ -117,10 +119,12 @@ def test_kept_graphs_give_the_same_scores_and_gradient_without_a_forward(case, t
     gradients from the last to the first, where the constant-memory update goes from the first to the last."""
     changes = dict(CASES[case])
     make = tiny_recipe_ar if changes.pop("causal", False) else tiny_recipe
-    kept, plain = (Step(make(tmp_path, kept_graphs=number, **changes)) for number in (MANY, 0))
+    kept, plain = (Step(make(tmp_path, max_retained_graphs=number, **changes)) for number in (MANY, 0))
     (ours, ours_metrics), (theirs, metrics) = kept.gradient(), plain.gradient()
-    assert kept.logps.old_scores.grad_fn is not None and plain.logps.old_scores.grad_fn is None
-    assert torch.equal(kept.logps.old, plain.logps.old) and torch.equal(kept.logps.rollout, plain.logps.rollout)
+    assert kept.logps.old_view_logprobs.grad_fn is not None and plain.logps.old_view_logprobs.grad_fn is None
+    assert torch.equal(kept.logps.old_logprobs, plain.logps.old_logprobs) and torch.equal(
+        kept.logps.rollout_logprobs, plain.logps.rollout_logprobs
+    )
     assert kept.forwards == [] and plain.forwards and all(plain.forwards)
     assert ours.keys() == theirs.keys() and ours_metrics == metrics
     assert max(x.abs().max() for x in theirs.values()) > 1e-3
@@ -138,7 +142,7 @@ def test_an_update_runs_one_forward_for_each_later_inner_iteration(tmp_path, ite
     """And the weights end where two forwards an iteration take them: the second's graph is of the moved weights."""
     ends = []
     for number in (MANY, 0):
-        step = Step(tiny_recipe(tmp_path, kept_graphs=number, num_iterations=iterations, likelihood=one_step()))
+        step = Step(tiny_recipe(tmp_path, max_retained_graphs=number, num_iterations=iterations, likelihood=one_step()))
         batch, optimizer = step.batch(), make_optimizer(step.recipe, step.policy)
         step.forwards.clear()
         with step.forward():
@@ -163,10 +167,10 @@ def test_rows_that_teach_nothing_keep_no_graph(tmp_path):
     [
         ({}, 1, True),
         ({}, 2, False),
-        ({"kept_graphs": 0}, 1, False),
-        ({"kept_graphs": 2}, 2, True),
-        ({"kept_graphs": 2, "micro_batch_size": 8}, 1, True),
-        ({"kept_graphs": 2, "micro_batch_size": 8}, 2, False),
+        ({"max_retained_graphs": 0}, 1, False),
+        ({"max_retained_graphs": 2}, 2, True),
+        ({"max_retained_graphs": 2, "micro_batch_size": 8}, 1, True),
+        ({"max_retained_graphs": 2, "micro_batch_size": 8}, 2, False),
         ({"lora": partial(Lora, r=4)}, 1, True),
         ({"lora": partial(Lora, r=4, dropout=0.1)}, 1, False),  # scores have no dropout, the update's forwards have
     ],

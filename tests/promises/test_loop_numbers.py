@@ -17,8 +17,8 @@ from run_outputs import metrics_of
 from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
 from dllm_rl import load_policy
-from dllm_rl.algorithms.correctors import compose, none, reject, tis
-from dllm_rl.algorithms.losses import constant, kl_k2, ppo_clip, sequence, token
+from dllm_rl.algorithms.correctors import compose, no_correction, reject, tis
+from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, ppo_clip, sequence_mean, token_mean
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.checkpoints.checkpoint import found
 from dllm_rl.likelihoods.estimators import coupled, elbo, one_step, sandwich
@@ -45,7 +45,7 @@ class Planted:
             "model": partial(tiny_masked_lm, **SIZES, head_std=0.3),
             "seed": 3,
             "likelihood": one_step(prompt_mask=0.0),
-            "corrector": none(),
+            "corrector": no_correction(),
             "rollout_quantization": five_level_emulated,
             "advantages": lambda rewards: A,
             "train_batch_size": PROMPTS,
@@ -151,19 +151,22 @@ CASES = {
     "no correction": ({}, {}),
     "weights rho = p_old / p_rollout, capped": ({"corrector": tis(cap=1.5)}, {"weight": CAPPED}),
     "rejection leaves the mask and its denominator": (
-        {"corrector": reject(level="token", statistic="k1", bound=LIMIT)},
+        {"corrector": reject(level="token", statistic="k1", threshold=LIMIT)},
         {"kept": lambda rho: rho.log().abs() <= LIMIT},
     ),
     "weights and rejection": (
-        {"corrector": compose(tis(cap=1.5), reject(level="token", statistic="k1", bound=LIMIT))},
+        {"corrector": compose(tis(cap=1.5), reject(level="token", statistic="k1", threshold=LIMIT))},
         {"weight": CAPPED, "kept": lambda rho: rho.log().abs() <= LIMIT},
     ),
-    "mean over sequences, those without advantage counted": ({"aggregate": sequence}, {"coefficient": by_sequence}),
+    "mean over sequences, those without advantage counted": (
+        {"loss_reduction": sequence_mean},
+        {"coefficient": by_sequence},
+    ),
     "rejection under sequence": (
-        {"aggregate": sequence, "corrector": reject(level="token", statistic="k1", bound=LIMIT)},
+        {"loss_reduction": sequence_mean, "corrector": reject(level="token", statistic="k1", threshold=LIMIT)},
         {"coefficient": by_sequence, "kept": lambda rho: rho.log().abs() <= LIMIT},
     ),
-    "constant length": ({"aggregate": partial(constant, length=20)}, {"coefficient": by_constant}),
+    "constant length": ({"loss_reduction": partial(fixed_length_mean, length=20)}, {"coefficient": by_constant}),
     "two updates, ratios against the start of the update": (
         {"num_iterations": 2, "corrector": tis(cap=1.5)},
         {"updates": 2, "weight": CAPPED},
@@ -200,20 +203,20 @@ def test_the_cases_differ(tmp_path):
 
 
 def test_metrics_are_of_the_tokens_before_rejection_and_shares_of_what_is_corrected(tmp_path):
-    planted = Planted(tmp_path, corrector=reject(level="token", statistic="k1", bound=LIMIT), mismatch_sample=9)
+    planted = Planted(tmp_path, corrector=reject(level="token", statistic="k1", threshold=LIMIT), num_mismatch_groups=9)
     (row,) = planted.train()
     policy, rollout = planted.recipe.model(seed=3), planted.rollouts[0]
     mask, live = rollout.completion_mask, (A != 0).any(-1).repeat_interleave(GROUP)
     with torch.no_grad():
         d = (log_probs(policy, rollout) - log_probs(quantized_copy(policy, five_level_emulated()), rollout)).double()
-    for prefix, tokens in (("rollout_corr/", mask), ("live/", mask & live[:, None])):
+    for prefix, tokens in (("rollout_corr/", mask), ("trained/", mask & live[:, None])):
         x = d[tokens]
         assert row[f"{prefix}k3_kl"] == pytest.approx((x.exp() - 1 - x).mean().item(), rel=1e-3)
         assert row[f"{prefix}kl"] == pytest.approx(-x.mean().item(), rel=1e-3, abs=1e-5)
         assert row[f"{prefix}abs_log_ratio_max"] == pytest.approx(x.abs().max().item(), rel=1e-3)
     rejected = d[mask & live[:, None]].abs() > LIMIT
     assert 0.05 < rejected.double().mean() < 0.95
-    assert row["live/rollout_rs_masked_fraction"] == pytest.approx(rejected.double().mean().item())
+    assert row["trained/rollout_rs_masked_fraction"] == pytest.approx(rejected.double().mean().item())
     r = d.exp() - 1
     for name, sign in (("positive", A.flatten() > 0), ("negative", A.flatten() < 0)):
         sums = (-r * A.flatten()[:, None])[mask & sign[:, None]].sum().item()
@@ -223,8 +226,8 @@ def test_metrics_are_of_the_tokens_before_rejection_and_shares_of_what_is_correc
 def test_a_sample_of_the_groups_without_advantage_stands_for_all_of_them_and_moves_nothing(tmp_path):
     """Two such groups, of which one is scored: it counts twice, and rows that are not scored stay in denominators."""
     live = A * torch.tensor([[1.0], [0.0], [0.0]])
-    changes = {"advantages": lambda rewards: live, "aggregate": sequence}
-    both, one = (Planted(tmp_path / str(n), mismatch_sample=n, **changes) for n in (2, 1))
+    changes = {"advantages": lambda rewards: live, "loss_reduction": sequence_mean}
+    both, one = (Planted(tmp_path / str(n), num_mismatch_groups=n, **changes) for n in (2, 1))
     both.train()
     (row,) = one.train()
     assert_same_direction_and_length(moved(one), moved(both))
@@ -291,15 +294,15 @@ def test_the_kl_term_reaches_groups_without_advantage_and_counts_every_token(tmp
 def test_masks_are_drawn_anew_every_step_and_depend_on_the_seed(estimator, tmp_path):
     def masks(folder, **changes):
         drawn = []
-        draw = lambda *arguments: drawn.append(estimator.draw(*arguments)) or drawn[-1]  # noqa: E731
-        planted = Planted(tmp_path / folder, likelihood=replace(estimator, draw=draw), num_steps=3, **changes)
+        draw = lambda *arguments: drawn.append(estimator.draw_views(*arguments)) or drawn[-1]  # noqa: E731
+        planted = Planted(tmp_path / folder, likelihood=replace(estimator, draw_views=draw), num_steps=3, **changes)
         once, sample = [], planted.recipe.sampler  # the same completions at every step: only masks can differ
 
         def same(policy, prompts, generator, *, max_new_tokens):
             if policy.tokenizer and len(prompts.tokens) == 1:
                 return sample(policy, prompts, generator)
             once.append(sample(policy, prompts, generator))
-            return replace(once[0], weights_version=policy.version)
+            return replace(once[0], weights_version=policy.weights_version)
 
         planted.recipe = replace(planted.recipe, sampler=partial(same, max_new_tokens=16))
         planted.train()
@@ -427,7 +430,7 @@ def test_schedule_betas_and_weight_decay_are_those_of_an_adamw_written_by_hand(t
 def test_the_objective_is_the_recipes(tmp_path):
     """In bypass r is far from 1 at the first update: another clip is another step."""
     wide = partial(ppo_clip, epsilon=10.0)
-    planted = Planted(tmp_path, old_logprobs="rollout", corrector=none(), loss=wide, aggregate=token)
+    planted = Planted(tmp_path, old_logprobs="rollout", corrector=no_correction(), loss=wide, loss_reduction=token_mean)
     planted.train()
     narrow = by_hand(planted, coefficient=by_token, base="rollout")
     assert (moved(planted) - narrow).norm() > 0.05 * narrow.norm()

@@ -55,7 +55,7 @@ def test_small_updates_arrive_in_fp32_weights_alone(tmp_path):
     "scheme",
     [
         float8_weight_only,
-        partial(float8_weight_only, dequantised=True),
+        partial(float8_weight_only, dequantized=True),
         partial(fake_quantize, weight="int3"),
         pytest.param(float8_dynamic_emulated, marks=pytest.mark.float8_rows),
     ],

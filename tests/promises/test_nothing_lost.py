@@ -40,7 +40,7 @@ class TestLoraAfterAWarmUp:
         assert all(parameter.grad is None for parameter in policy.module.parameters())
 
     def test_grad_norm_is_of_what_is_trained_and_a_resumed_run_is_the_same(self, tmp_path):
-        changes = {"lora": partial(Lora, r=2), "warmup_steps": 2, "num_steps": 3, "save_total_limit": 9}
+        changes = {"lora": partial(Lora, r=2), "sft_warmup_steps": 2, "num_steps": 3, "save_total_limit": 9}
         whole = train(small(tmp_path / "a", **changes))
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         start = str(tmp_path / "b" / "checkpoints" / "step-000000")

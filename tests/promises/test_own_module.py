@@ -11,7 +11,7 @@ from run_outputs import metrics_of
 from safetensors.torch import load_file
 from tiny_recipe import tiny_recipe
 
-from dllm_rl import load_weights, none, tiny_masked_lm
+from dllm_rl import load_weights, no_correction, tiny_masked_lm
 from dllm_rl.models.lora import Lora
 from dllm_rl.training import train
 
@@ -33,7 +33,7 @@ def recipe_of(directory, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"beta": 0.1}, {"lora": partial(Lora, r=2), "warmup_steps": 2, "beta": 0.1}],
+    [{"beta": 0.1}, {"lora": partial(Lora, r=2), "sft_warmup_steps": 2, "beta": 0.1}],
     ids=["all weights", "adapters after a warm-up"],
 )
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_a_policy_may_be_given_and_stays_as_it_is(tmp_path):
 @pytest.mark.slow
 def test_a_policy_that_is_given_can_be_resumed(tmp_path):
     policy = tiny_masked_lm(characters="1234.=", hidden_size=16, num_layers=1, intermediate_size=16)
-    recipe = recipe_of(tmp_path / "parts", model=policy, corrector=none())
+    recipe = recipe_of(tmp_path / "parts", model=policy, corrector=no_correction())
     train(replace(recipe, num_steps=2, lr_schedule_steps=4))
     parts = train(replace(recipe, lr_schedule_steps=4, resume_from_checkpoint="latest"))
     whole = train(replace(recipe, output_dir=str(tmp_path / "whole")))

@@ -21,7 +21,7 @@ def test_the_loop_trains_it(tmp_path):
         eval_sampler=partial(renoise, max_new_tokens=16, diffusion_steps=2),
         eval_task=replace(base.eval_task, size=4),
         validation_task=replace(base.validation_task, size=4),
-        warmup_steps=0,
+        sft_warmup_steps=0,
         num_steps=1,
         eval_steps=1,
         train_batch_size=4,

@@ -48,7 +48,7 @@ def recipe(tmp_path, likelihood, **changes) -> Recipe:
         num_iterations=2,
         num_steps=1,
         beta=0.05,
-        warmup_steps=2,
+        sft_warmup_steps=2,
         output_dir=str(tmp_path / "run"),
     )
     return replace(base, **changes)
@@ -61,7 +61,7 @@ MAKERS = [partial(lik.coupled, num_samples=2), partial(lik.sandwich)]
 @pytest.mark.parametrize("fresh", [True, False])
 def test_old_rollout_reference_and_current_share_one_noise_object(make, fresh, tmp_path, monkeypatch):
     estimator, seen = make(), []
-    scores, accumulate = LikelihoodEstimator.scores, learner.accumulate_gradients
+    scores, accumulate = LikelihoodEstimator.view_logprobs, learner.accumulate_gradients
 
     def spied_scores(self, policy, rollout, noise, **options):
         seen.append((policy, noise))
@@ -71,9 +71,9 @@ def test_old_rollout_reference_and_current_share_one_noise_object(make, fresh, t
         seen.append((policy, batch.views))
         return accumulate(policy, batch, *rest, **settings)
 
-    monkeypatch.setattr(LikelihoodEstimator, "scores", spied_scores)
+    monkeypatch.setattr(LikelihoodEstimator, "view_logprobs", spied_scores)
     monkeypatch.setattr(learner, "accumulate_gradients", spied_accumulate)
-    train(recipe(tmp_path, estimator, fresh_masks=fresh))
+    train(recipe(tmp_path, estimator, resample_masks=fresh))
     seen = seen[6 if fresh else 3 :]  # after the rehearsal's
     # Each set of masks is scored by reference, rollout policy and learner, the last set first; then come the updates: a
     # gradient, and for the second one scores and a gradient.
@@ -113,8 +113,8 @@ def test_updates_on_fresh_masks_may_have_nothing_to_learn_from(tmp_path):
 
 ESTIMATORS = [
     *(getattr(lik, name)() for name in ("one_step", "elbo", "coupled", "quadrature", "eubo", "sandwich", "trajectory")),
-    *(lik.one_step(prompt_mask=0.0), lik.causal(), lik.block(block_size=4)),
-    *(lik.trajectory(num_segments=2), lik.trajectory(num_sampled=2)),
+    *(lik.one_step(prompt_mask=0.0), lik.causal(), lik.block_elbo(block_size=4)),
+    *(lik.trajectory(num_segments=2), lik.trajectory(num_sampled_steps=2)),
 ]
 
 
@@ -123,9 +123,9 @@ def test_random_says_whether_two_draws_differ(estimator):
     policy = tiny_masked_lm(characters="1234.=", **SMALL)
     prompts = Prompts.from_ids([[3, 4, 5, 6]] * 4, pad_id=policy.pad_id)
     rollout = unmask(policy, prompts, generator_for(0), max_new_tokens=16, diffusion_steps=4, rank=max_prob)
-    one, other = (estimator.draw(rollout, generator_for(0, "noise", i)) for i in range(2))
-    differ = not (torch.equal(one.masked, other.masked) and torch.equal(one.weight, other.weight))
-    assert differ == estimator.random
+    one, other = (estimator.draw_views(rollout, generator_for(0, "noise", i)) for i in range(2))
+    differ = not (torch.equal(one.masked, other.masked) and torch.equal(one.coefficients, other.coefficients))
+    assert differ == estimator.is_random
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.monitoring.json_lines import current_rows
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = {"num_steps": 3, "warmup_steps": 8, "warmup_eval_steps": 4, "train_batch_size": 8}
+SETTINGS = {"num_steps": 3, "sft_warmup_steps": 8, "sft_warmup_eval_steps": 4, "train_batch_size": 8}
 SETTINGS |= {"eval_task.size": 20, "validation_task.size": 20, "bf16": "false"}
 STABLE = ["--loss", "recipes.studies.surrogates:stable_drl"]
 STABLE += ["--beta", "0.1", "--use_bias_correction_kl", "true"]
@@ -40,9 +40,9 @@ def launch(directory, *launcher, recipe="sudoku_unique", more=()):
     return metrics_of(directory)
 
 
-FEW_ROWS = ["--sampler.temperature", "0.2", "--num_generations", "2", "--mismatch_sample", "1"]
+FEW_ROWS = ["--sampler.temperature", "0.2", "--num_generations", "2", "--num_mismatch_groups", "1"]
 COUPLED = ["--likelihood", "coupled", "--num_iterations", "2", *STABLE]
-TEACHER = ["--teacher", "reference", "--teacher_steps", "4", "--teacher_coeff", "0.5"]
+TEACHER = ["--teacher", "reference", "--teacher_substeps", "4", "--teacher_coeff", "0.5"]
 
 
 @pytest.mark.slow
@@ -70,8 +70,8 @@ def test_two_processes_equal_one(tmp_path, recipe, more):
     assert [[row[name] for name in ("step", "prompt")] for row in written[0]] == [
         [row[name] for name in ("step", "prompt")] for row in written[1]
     ], "the main process alone writes"
-    if "--mismatch_sample" in more:  # some groups are left out, the same ones
-        assert any(0 < row["live/rows"] < row["rollout_corr/rows"] < 16 for row in one)
+    if "--num_mismatch_groups" in more:  # some groups are left out, the same ones
+        assert any(0 < row["trained/rows"] < row["rollout_corr/rows"] < 16 for row in one)
         for alone, main in zip(*written, strict=True):  # of the rows that it sampled, whichever process scored them
             moved = ("reward", "advantage", "mismatch")
             numbers = [[math.nan if row[name] is None else row[name] for name in moved] for row in (main, alone)]

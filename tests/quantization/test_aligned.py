@@ -152,10 +152,10 @@ def test_forward_is_restored_whatever_happens_and_misuse_is_refused():
     ):
         pass
     assert torch.equal(policy.logits(*batch()), plain)
-    policy.version = 1
+    policy.weights_version = 1
     with pytest.raises(ValueError, match="=0 of the rollout is not the learner's 1"), aligned_forward(policy, rollout):
         pass
-    policy.version = 0
+    policy.weights_version = 0
     with (
         pytest.raises(RuntimeError, match="changed between a forward and its backward"),
         aligned_forward(policy, rollout),

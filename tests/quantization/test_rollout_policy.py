@@ -105,9 +105,9 @@ def test_steps_and_syncs_equal_a_fresh_quantisation_and_move_no_storage(make, sc
         F.cross_entropy(policy.logits(tokens, mask).flatten(0, 1), tokens.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        policy.version += 1
+        policy.weights_version += 1
         sync_weights(policy, rollout)
-        assert rollout.version == policy.version == step + 1
+        assert rollout.weights_version == policy.weights_version == step + 1
         assert not equal(contents(rollout.module), before)
     assert equal(contents(rollout.module), contents(quantized_copy(policy, scheme()).module))
     assert storages(rollout.module) == addresses
@@ -195,7 +195,7 @@ def test_report_says_what_was_quantised_what_not_and_why():
     rollout = quantized_copy(llada(), quantize.int8_weight_only(), skip=skip)
     report = rollout.quantization_report
     assert len(report.quantized) == 2 * 7 - 1
-    assert report.kept == {
+    assert report.skipped == {
         "model.embed_tokens": "embedding",
         "lm_head": "outside the blocks",
         "model.layers.1.mlp.up_proj": "skip",
@@ -329,9 +329,9 @@ def test_stale_rollouts_are_refused():
     policy = masked_lm()
     tokens, mask = batch()
     rollout = Rollout(tokens, mask, mask, tokens, torch.zeros(tokens.shape), 1, 3, SamplingParams())
-    policy.version = 3
+    policy.weights_version = 3
     check_version(rollout, policy)
-    policy.version = 5
+    policy.weights_version = 5
     with pytest.raises(RuntimeError, match="weights_version=3 of the rollout is 2 updates behind the learner's 5"):
         check_version(rollout, policy)
     with pytest.raises(RuntimeError, match="2 updates behind"):

@@ -13,7 +13,7 @@ from dllm_rl.training.grpo import grpo_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DEFAULTS = {field.name: field.default for field in fields(Recipe)}
-PARTS = ("corrector", "loss", "aggregate", "num_iterations", "advantages", "old_logprobs", "beta", "entropy_coeff")
+PARTS = ("corrector", "loss", "loss_reduction", "num_iterations", "advantages", "old_logprobs", "beta", "entropy_coeff")
 LIKE_D1 = {"likelihood", "num_iterations", "loss", "rank", "beta"}  # published settings, for comparison
 APART = {
     "sudoku_tiny": {"entropy_coeff"},  # equal answers of a group teach nothing, and it keeps them apart for longer

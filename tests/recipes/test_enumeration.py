@@ -39,7 +39,7 @@ def test_its_truth_is_autograds_gradient_of_the_expected_reward():
     for weight in toy.weights:
         weight.requires_grad_()
     rollout, rewards = toy.rollout(2), torch.randn(27, dtype=torch.float64, generator=generator)
-    noise = trajectory().draw(rollout, generator)
+    noise = trajectory().draw_views(rollout, generator)
     logps = contributions(toy, rollout, noise, trajectory())
     chances = logps.sum(-1).exp()
     torch.testing.assert_close(chances.sum(), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-12)
@@ -58,7 +58,7 @@ def test_bias_noise_and_efficiency_by_hand():
 
 
 def test_on_policy_every_corrector_is_unbiased():
-    for corrector in (c.none(), c.tis(), SEQUENCE, c.ais(), c.icepop(), c.tbpo(), c.reject()):
+    for corrector in (c.no_correction(), c.tis(), SEQUENCE, c.ais(), c.icepop(), c.tbpo(), c.reject()):
         for row in table(corrector, sigmas=(0.0,)):
             assert row.bias < 1e-12 and row.mean_weight == pytest.approx(1, abs=1e-12) == row.ess
 
@@ -70,7 +70,7 @@ def test_sequence_weights_are_unbiased_and_have_mean_one():
 
 def test_token_weights_are_biased_with_a_cap_and_without():
     for corrector in (c.tis(), c.tis(cap=1e9), c.icepop()):
-        for row, none in zip(table(corrector), table(c.none()), strict=True):
+        for row, none in zip(table(corrector), table(c.no_correction()), strict=True):
             assert 0.05 < row.bias < none.bias
     for row in table(c.tis(cap=1e9)):
         assert row.mean_weight == pytest.approx(1, abs=1e-12), "each token's weights have mean one all the same"
@@ -84,7 +84,7 @@ def test_a_cap_buys_less_noise_with_bias():
 
 
 def test_more_rows_less_noise_and_the_same_bias():
-    few, many = (table(c.none(), batch=batch) for batch in (16, 1024))
+    few, many = (table(c.no_correction(), batch=batch) for batch in (16, 1024))
     for one, other in zip(few, many, strict=True):
         assert one.bias == other.bias and one.rmse > other.rmse and one.efficiency < other.efficiency
 
@@ -112,7 +112,7 @@ def test_real_batches_agree_with_one_without_end_and_see_their_own_size():
 
 
 def planted(weigh):
-    return c.Corrector(weight_fn=weigh, surrogate=reinforce)
+    return c.Corrector(weight_fn=weigh, loss=reinforce)
 
 
 def self_normalised(stats):
@@ -156,15 +156,15 @@ def test_an_update_off_policy_needs_the_ratio():
         ("reinforce", reinforce, False),
         ("clipped", partial(ppo_clip, epsilon=0.05), False),
     ):
-        for row in table(replace(c.none(), surrogate=surrogate), **single):
+        for row in table(replace(c.no_correction(), loss=surrogate), **single):
             assert (row.bias < 1e-12) == unbiased, name
 
 
 def test_errors_name_what_moved():
     with pytest.raises(ValueError, match="moved='reference' must be 'rollout' or 'old'"):
-        gradient_table(c.none(), moved="reference")
+        gradient_table(c.no_correction(), moved="reference")
     with pytest.raises(ValueError, match="draws=1 must be 0"):
-        gradient_table(c.none(), draws=1)
+        gradient_table(c.no_correction(), draws=1)
 
 
 @pytest.mark.slow
@@ -176,20 +176,20 @@ def test_a_ratio_of_estimates_is_no_likelihood_ratio():
     old = ToyPolicy(length=4, words=3, sharpness=1.0, generator=torch.Generator().manual_seed(0))
     new = old.moved(0.3, torch.Generator().manual_seed(1))
     rollout, exact = old.rollout(2), trajectory()
-    made = {"trajectory()": exact, "trajectory(num_sampled=1)": trajectory(num_sampled=1)}
+    made = {"trajectory()": exact, "trajectory(num_sampled_steps=1)": trajectory(num_sampled_steps=1)}
     made |= {f"elbo(num_samples={count})": elbo(num_samples=count) for count in (4, 1)}
     made |= {"coupled(num_samples=1)": coupled(num_samples=1)}
 
     def log_ratio(estimator, seed):
-        views = estimator.draw(rollout, torch.Generator().manual_seed(seed))
+        views = estimator.draw_views(rollout, torch.Generator().manual_seed(seed))
         return contributions(new, rollout, views, estimator).sum(-1) - contributions(
             old, rollout, views, estimator
         ).sum(-1)
 
     with torch.no_grad():
-        p = contributions(old, rollout, exact.draw(rollout, torch.Generator()), exact).sum(-1).exp()
+        p = contributions(old, rollout, exact.draw_views(rollout, torch.Generator()), exact).sum(-1).exp()
         for name, estimator in made.items():
-            draws = torch.stack([log_ratio(estimator, seed) for seed in range(200 if estimator.random else 2)])
+            draws = torch.stack([log_ratio(estimator, seed) for seed in range(200 if estimator.is_random else 2)])
             means = float(p @ draws.exp().mean(0)), float(p @ draws.mean(0).exp()), float(p @ draws.std(0))
             (cells,) = re.findall(
                 rf"^\| `{re.escape(name)}` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", told, re.MULTILINE
@@ -200,14 +200,14 @@ def test_a_ratio_of_estimates_is_no_likelihood_ratio():
 
 def too_short(rollout, generator):
     """The masks of `elbo`, and nine tenths of its weights."""
-    views = elbo(num_samples=4).draw(rollout, generator)
-    return replace(views, weight=0.9 * views.weight)
+    views = elbo(num_samples=4).draw_views(rollout, generator)
+    return replace(views, coefficients=0.9 * views.coefficients)
 
 
 HOLD = {
     "every step": (trajectory(), {"exact", "unbiased for the order taken"}),
     "a segment": (trajectory(num_segments=1), set()),
-    "some steps": (trajectory(num_sampled=1), {"unbiased for the order taken"}),
+    "some steps": (trajectory(num_sampled_steps=1), {"unbiased for the order taken"}),
     "elbo": (elbo(num_samples=4), {"unbiased for the ELBO", "lower bound"}),
     "eubo": (eubo(base=elbo(num_samples=32), beta=4.0), {"upper bound"}),
     "too short": (LikelihoodEstimator("too short", too_short), {"upper bound"}),
@@ -240,7 +240,7 @@ def test_the_references_are_probabilities_and_a_bound_of_one():
     for logps in (taken, any_order):
         assert abs(logps.exp().sum() - 1) < 1e-12
     many = eubo(beta=4.0, base=elbo(num_samples=400))  # many masks, and beta is the number of tokens
-    upper = contributions(toy, rollout, many.draw(rollout, torch.Generator().manual_seed(0)), many).sum(-1)
+    upper = contributions(toy, rollout, many.draw_views(rollout, torch.Generator().manual_seed(0)), many).sum(-1)
     assert (lower < any_order).all() and (any_order < upper).all()
     assert not (lower < taken).all() and not (taken < upper).all()
 

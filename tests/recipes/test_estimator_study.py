@@ -18,7 +18,7 @@ def test_the_studys_gradient_is_plain_autograds():
     prompts = Prompts.from_ids([[3, 4, 5], [6]], pad_id=policy.pad_id, group_size=2)
     sampler = partial(unmask, max_new_tokens=4, diffusion_steps=2, temperature=1.0, rank=max_prob)
     rollout = sampler(policy, prompts, torch.Generator().manual_seed(0))
-    noise = estimator.draw(rollout, torch.Generator())
+    noise = estimator.draw_views(rollout, torch.Generator())
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
     views = [view.logprobs(policy, rollout) for view in each_view(noise)]
     logps = estimator.combine(torch.stack(views), noise)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.algorithms.correctors import TokenStats, none
+from dllm_rl.algorithms.correctors import TokenStats, no_correction
 from dllm_rl.monitoring.plots import read_metrics
 from recipes.studies import late_pretrained, late_rollouts
 from recipes.studies.late_rollouts import AGAIN, TUNED, best_two, weights_of_other_rows, widened
@@ -49,7 +49,7 @@ def test_the_ess_is_averaged_over_twelve_steps_at_a_time():
 @pytest.mark.parametrize(("name", "seed"), [("lag 1, dual clip", 0), (AGAIN, 1001)])
 def test_an_arm_runs_with_its_lag_and_seed(name, seed, tmp_path):
     study = late_rollouts.at_rates(late_rollouts.STUDY, dict.fromkeys(TUNED, 1e-3))
-    base = tiny_recipe(tmp_path, corrector=none(), **late_rollouts.QUIET)
+    base = tiny_recipe(tmp_path, corrector=no_correction(), **late_rollouts.QUIET)
     late_rollouts.run_late(replace(study, base=base), tmp_path, 3, name, seed % 1000)
     ((_, found),) = late_rollouts.load(tmp_path).items()
     assert found["learning_rate"] == 1e-3 and 0 < found["least ess"] <= found["ess"]

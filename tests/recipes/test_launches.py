@@ -13,7 +13,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl import main
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.training.sharded_learner import check_engine
+from dllm_rl.training.sharded_learner import check_launch_config
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
 PROCESSES = {"cpu": 1, "cpu_2": 2, "single_gpu": 1, "multi_gpu": 8, "multi_node": 16}
@@ -41,7 +41,7 @@ def test_every_launch_is_listed_and_starts_as_many_processes_without_an_engine(m
         with monkeypatch.context() as patched:
             for key, value in environment.items():
                 patched.setenv(key, value)
-            check_engine()
+            check_launch_config()
 
 
 def test_a_config_with_fsdp_is_refused_also_on_a_cpu(tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_a_config_with_fsdp_is_refused_also_on_a_cpu(tmp_path, monkeypatch):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(ValueError, match="distributed_type=FSDP in the launch's config"):
-        check_engine()
+        check_launch_config()
 
 
 def test_cpu_processes_that_accelerate_does_not_start_are_missed(monkeypatch):

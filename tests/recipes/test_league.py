@@ -26,7 +26,7 @@ def test_one_segment_is_one_step():
     rollout = recipe.sampler(policy, prompts, generator_for(0, "rollout"))
     scores = []
     for likelihood in (one_step(prompt_mask=0.0), trajectory(num_segments=1)):
-        noise = likelihood.draw(rollout, generator_for(0, "noise"))
+        noise = likelihood.draw_views(rollout, generator_for(0, "noise"))
         scores.append(likelihood.logprobs(policy, rollout, noise))
     assert torch.equal(*scores) and scores[0].abs().sum() > 1
 

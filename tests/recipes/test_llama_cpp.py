@@ -102,11 +102,11 @@ def test_a_sync_takes_the_new_weights_adapters_merged(format):
     for name, parameter in policy.module.named_parameters():
         if ".lora_B." in name:
             parameter.data.fill_(0.02)
-    policy.version = 3
+    policy.weights_version = 3
     with torch.no_grad():
         wanted = policy.logits(tokens, mask)[mask]
         assert (rollout_policy.logits(tokens, mask)[mask] - wanted).abs().mean() > 0.2
-        assert llama_cpp().sync(policy, rollout_policy) == {} and rollout_policy.version == 3
+        assert llama_cpp().sync(policy, rollout_policy) == {} and rollout_policy.weights_version == 3
         assert (rollout_policy.logits(tokens, mask)[mask] - wanted).abs().mean() < BOUNDS[format]
 
 
@@ -226,7 +226,7 @@ def test_the_recipe_runs_in_another_format(
 def test_every_claim_is_between_arms_of_the_study(study):
     for name, changes in study.arms.items():
         made = replace(study.base, **changes)
-        assert (made.rollout_engine is None) == (not made.rolls_out_apart) == (name == "unquantised")
+        assert (made.rollout_engine is None) == (not made.has_separate_rollout_policy) == (name == "unquantised")
     names = {name for each in study.contrasts for name in (each.arm, each.against)}
     assert names <= set(study.arms) and set(study.against.values()) == {"unquantised"}
 
@@ -234,7 +234,7 @@ def test_every_claim_is_between_arms_of_the_study(study):
 @needs_wheel
 @pytest.mark.nightly
 def test_the_study_runs(tmp_path):
-    few = replace(engines.base, warmup_steps=2, train_batch_size=4, report_to=None, log_completions_steps=0)
+    few = replace(engines.base, sft_warmup_steps=2, train_batch_size=4, report_to=None, log_completions_steps=0)
     few = replace(few, **{name: replace(getattr(few, name), size=8) for name in ("validation_task", "eval_task")})
     study = replace(engines.study, base=few)
     for arm in ("unquantised", "Q4_0 TIS"):

@@ -43,8 +43,8 @@ class Recorded:
             self.rewards.append(rewards)
             return group_relative(rewards)
 
-        def loss(log_ratio, advantages, mask, *, old):
-            self.old.append(old)
+        def loss(log_ratio, advantages, mask, *, old_logprobs):
+            self.old.append(old_logprobs)
             return ppo_clip(log_ratio, advantages, mask, epsilon=settings.epsilon)
 
         few = Sudoku(split="test", size=2)
@@ -69,7 +69,7 @@ class Recorded:
             learning_rate=settings.learning_rate,
             lr_schedule=lambda step, num_steps: 1.0,
             max_grad_norm=settings.max_grad_norm,
-            kept_graphs=settings.diffusion_steps,  # one backward for all views, as in one_file
+            max_retained_graphs=settings.diffusion_steps,  # one backward for all views, as in one_file
             save_steps=1000,
             report_to=None,
             output_dir=str(directory),
@@ -112,7 +112,7 @@ def test_the_package_does_the_same(changed, tmp_path):
         torch.testing.assert_close(step.old_RL, old, **CLOSE)
         row = package.metrics[number]
         ours = [step.metrics[name] for name in ("reward", "solve_rate", "ess", "lambda", "mismatch")]
-        names = ("reward", "rewards/solve_rate/mean", "live/ess", "ais/lambda", "ais/D")
+        names = ("reward", "rewards/solve_rate/mean", "trained/ess", "ais/lambda", "ais/D")
         assert ours == pytest.approx([row[name] for name in names], rel=0, abs=1e-5), number
 
     start = policy.module.state_dict()
@@ -132,7 +132,7 @@ def test_the_package_does_the_same(changed, tmp_path):
 def test_it_warms_up_and_prints_what_each_step_did(monkeypatch, capsys):
     sizes = {name: size for name, size in SIZES.items() if name != "characters"}
     monkeypatch.setattr(one_file, "tiny_masked_lm", partial(tiny_masked_lm, **sizes))
-    words = "--warmup_steps 20 --num_steps 2 --train_batch_size 4 --num_generations 4 --seed 5"
+    words = "--sft_warmup_steps 20 --num_steps 2 --train_batch_size 4 --num_generations 4 --seed 5"
     monkeypatch.setattr(sys, "argv", ["one_file.py", *words.split()])
     one_file.main()
     warm_up, *steps, last = capsys.readouterr().out.splitlines()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dllm_rl import none, tis
+from dllm_rl import no_correction, tis
 from dllm_rl.files import read_json
 from recipes.studies import paired
 from recipes.studies.paired import Contrast, Study
@@ -14,7 +14,7 @@ from recipes.sudoku_unique import recipe
 study = Study(
     name="my-study",
     base=recipe,
-    arms={"none": {"corrector": none()}, "tis": {"corrector": tis()}},
+    arms={"none": {"corrector": no_correction()}, "tis": {"corrector": tis()}},
     against={"tis": "none"},
     metrics={"ess": "rollout_corr/ess"},
     seeds=5,
@@ -39,7 +39,7 @@ def test_a_share_of_the_harm_by_hand():
 
 
 def test_a_study_trains_its_arms_from_one_model_and_prints_its_tables(tmp_path, monkeypatch, capsys):
-    few = {"warmup_steps": 2, "train_batch_size": 4, "report_to": None, "log_completions_steps": 0}
+    few = {"sft_warmup_steps": 2, "train_batch_size": 4, "report_to": None, "log_completions_steps": 0}
     few |= {name: dataclasses.replace(getattr(recipe, name), size=8) for name in ("validation_task", "eval_task")}
     short = dataclasses.replace(study, base=dataclasses.replace(recipe, **few))
     for arm in short.arms:

@@ -22,7 +22,7 @@ def test_one_step_scores_the_answer_from_the_first_noise():
     options = {"max_new_tokens": 3, "diffusion_steps": 3, "entropy_bound": float("inf"), "answer": "drawn"}
     options |= {"stability_threshold": None, "confidence_threshold": None}
     rollout = renoise(policy, prompts, torch.Generator(), **options)
-    (view,) = each_view(renoising.one_step.draw(rollout, torch.Generator()))
+    (view,) = each_view(renoising.one_step.draw_views(rollout, torch.Generator()))
     found = view.logprobs(policy, rollout)
     expected = []
     for row, prompt in enumerate([[0, 2], [0, 2], [1], [1]]):

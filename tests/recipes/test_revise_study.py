@@ -13,7 +13,7 @@ from dllm_rl.training.trainer import train
 from recipes import sudoku_revise
 from recipes.studies import revise
 
-SHORT = "--warmup_steps 2 --num_steps 2 --train_batch_size 2 --num_generations 4 --model.num_layers 1"
+SHORT = "--sft_warmup_steps 2 --num_steps 2 --train_batch_size 2 --num_generations 4 --model.num_layers 1"
 FEW = "--eval_task.size 8 --validation_task.size 8"
 
 
@@ -36,10 +36,10 @@ def test_an_arm_takes_the_forwards_of_its_name_and_edits_if_it_says_so(name):
         for sampler in (made.sampler, made.eval_sampler)
     )
     forwards = int(name.split(", ")[-1])
-    assert trained.forwards == evaluated.forwards == made.kept_graphs == forwards
+    assert trained.forwards == evaluated.forwards == made.max_retained_graphs == forwards
     revised = tuple(rollout.events is not None for rollout in (trained, evaluated))
     assert revised == ("edits" in name and "plain" not in name, "edits" in name)
-    noise = made.likelihood.draw(trained, torch.Generator().manual_seed(0))
+    noise = made.likelihood.draw_views(trained, torch.Generator().manual_seed(0))
     assert len(noise.masked) == forwards
     assert (made.likelihood.name == "elbo") == ("elbo" in name)
 

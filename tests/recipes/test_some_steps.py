@@ -19,7 +19,7 @@ def test_the_summands_of_rows_and_steps_are_the_gradient():
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
     parts, surprise = some_steps.summands(policy, rollout, advantages, 3)
     exact = trajectory()
-    whole = gradient(exact, policy, rollout, exact.draw(rollout, torch.Generator()), advantages)
+    whole = gradient(exact, policy, rollout, exact.draw_views(rollout, torch.Generator()), advantages)
     ours = -parts.flatten(0, 1).double().sum(0) / rollout.completion_mask.sum()
     torch.testing.assert_close(ours, whole, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(surprise.sum(-1), -rollout.logprobs.sum(-1), atol=1e-5, rtol=1e-5)

@@ -10,7 +10,7 @@ from torch import tensor
 from torch.testing import assert_close
 
 from dllm_rl.algorithms import correctors as c
-from dllm_rl.algorithms.losses import sequence
+from dllm_rl.algorithms.losses import sequence_mean
 from dllm_rl.testing import check_corrector
 from recipes.studies.surrogates import bgpo, dppo_tv, ebpo, gdsd, sequence_masked, stable_drl
 
@@ -43,21 +43,21 @@ def test_extreme_ratios_stay_finite(surrogate):
 @pytest.mark.parametrize("surrogate", [dppo_tv, bgpo, stable_drl, partial(sequence_masked, bound=0.1)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_contract(surrogate, seed):
-    check_corrector(replace(c.tis(), surrogate=surrogate), seed=seed)
+    check_corrector(replace(c.tis(), loss=surrogate), seed=seed)
 
 
 def test_dppo_tv_stops_what_has_moved_by_too_much_probability():
     # p_old = 0.5, 0.5, 0.01; p = 0.75 (+0.25), 0.3 (-0.2), 0.25 (+0.24): ratios 1.5, 0.6, 25. delta 0.2 and 0.245.
     old = tensor([[0.5, 0.5, 0.01]], dtype=torch.float64).log()
-    ratios, surrogate = [[1.5, 0.6, 25.0]], partial(dppo_tv, old=old, delta=0.2 + 1e-9, delta_high=0.245)
+    ratios, surrogate = [[1.5, 0.6, 25.0]], partial(dppo_tv, old_logprobs=old, delta=0.2 + 1e-9, delta_high=0.245)
     value, gradient = value_and_gradient(surrogate, ratios, [2.0])
     close(gradient, [[0.0, 1.2, 40.0]])  # +0.25 is too far up; falling does not matter; a ratio of 25 counts as 20
     close(value, [[0.0, 1.2, 40.0]])
     _, gradient = value_and_gradient(surrogate, ratios, [-2.0])
     close(gradient, [[-3.0, -1.2, -40.0]])  # 0.2 down is still inside
-    _, gradient = value_and_gradient(partial(dppo_tv, old=old, delta=0.19), ratios, [-2.0])
+    _, gradient = value_and_gradient(partial(dppo_tv, old_logprobs=old, delta=0.19), ratios, [-2.0])
     close(gradient, [[-3.0, 0.0, -40.0]])
-    _, gradient = value_and_gradient(partial(dppo_tv, old=old), ratios, [2.0])
+    _, gradient = value_and_gradient(partial(dppo_tv, old_logprobs=old), ratios, [2.0])
     close(gradient, [[0.0, 1.2, 0.0]])  # delta 0.2 both ways
 
 
@@ -92,7 +92,7 @@ def test_ebpo_clips_the_product_of_the_row():
     # By autograd of the ratio itself, under the aggregation that it is for.
     logs = tensor([[0.05, -0.1, 0.02]], dtype=torch.float64, requires_grad=True)
     whole = torch.ones(1, 3, dtype=torch.bool)
-    ours = (ebpo(logs, tensor([1.5]), whole) * sequence(whole, num_tokens=3, num_sequences=1).double()).sum()
+    ours = (ebpo(logs, tensor([1.5]), whole) * sequence_mean(whole, num_tokens=3, num_sequences=1).double()).sum()
     assert_close(torch.autograd.grad(ours, logs)[0], torch.autograd.grad(1.5 * logs.sum().exp(), logs)[0])
 
 
@@ -116,7 +116,7 @@ def test_stable_drl_weighs_a_row_by_its_share_of_all_clipped_ratios():
     # Rows' geometric ratios 2, 0.5, 8 (clipped to 4); the fourth has no token. Their mean is 6.5 / 3.
     ratios = [[4.0, 1.0], [0.5, 9.0], [8.0, 8.0], [7.0, 7.0]]
     mask = [[True, True], [True, False], [True, True], [False, False]]
-    surrogate = partial(stable_drl, sum_over=lambda x: x, max_ratio=4.0)
+    surrogate = partial(stable_drl, sum_over_processes=lambda x: x, max_ratio=4.0)
     value, gradient = value_and_gradient(surrogate, ratios, [1.0, -1.0, 2.0, 1.0], mask)
     weights = [2 * 3 / 6.5, 0.5 * 3 / 6.5, 4 * 3 / 6.5]
     expected = [[weights[0]] * 2, [-weights[1]] * 2, [2 * weights[2]] * 2]
@@ -124,7 +124,9 @@ def test_stable_drl_weighs_a_row_by_its_share_of_all_clipped_ratios():
     close(value[:3], expected)
     # Another process has 5 rows whose clipped ratios add up to 3.5: the mean is 10 / 8.
     other = tensor([3.5, 5.0], dtype=torch.float64)
-    _, gradient = value_and_gradient(partial(surrogate, sum_over=lambda x: x + other), ratios, [1.0] * 4, mask)
+    _, gradient = value_and_gradient(
+        partial(surrogate, sum_over_processes=lambda x: x + other), ratios, [1.0] * 4, mask
+    )
     close(gradient[:3, 0], [2 * 0.8, 0.5 * 0.8, 4 * 0.8])
     _, gradient = value_and_gradient(stable_drl_alone, [[2.0]], [1.0], [[False]])
     assert gradient.isfinite().all(), "a process without a row of its own"

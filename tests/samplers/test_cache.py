@@ -124,7 +124,7 @@ def test_blocks_count_from_the_prompt(policies, cache):
 def test_block_causal_replay_is_bitwise(policies, family):
     policy = policies(family)
     rollout, estimator = run(policy), trajectory()
-    noise = estimator.draw(rollout, torch.Generator())
+    noise = estimator.draw_views(rollout, torch.Generator())
     assert torch.equal(estimator.logprobs(policy, rollout, noise), rollout.logprobs)
 
 
@@ -160,7 +160,7 @@ def test_early_exit_of_block_causal_models_is_exact(policies, cache):
     assert (short.logprobs[~short.completion_mask] == 0).all()
     if cache is None:
         estimator = trajectory()
-        noise = estimator.draw(short, torch.Generator())
+        noise = estimator.draw_views(short, torch.Generator())
         assert torch.equal(estimator.logprobs(policy, short, noise), short.logprobs)
 
 
@@ -236,7 +236,7 @@ def test_stale_keys_are_an_approximation_and_save_work(policies, family, kind, m
     assert torch.equal(exact.tokens[first], cached.tokens[first])
     torch.testing.assert_close(exact.logprobs[first], cached.logprobs[first], rtol=0, atol=1e-5)
     estimator = trajectory()
-    noise = estimator.draw(cached, torch.Generator())
+    noise = estimator.draw_views(cached, torch.Generator())
     drift = (estimator.logprobs(policy, cached, noise) - cached.logprobs).abs()
     assert drift.max() > 1e-4
     work = columns_run(policy, monkeypatch, **options)

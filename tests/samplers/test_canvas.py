@@ -6,7 +6,7 @@ import pytest
 import torch
 from likelihood_toys import TablePolicy
 
-from dllm_rl.models.order import open_step
+from dllm_rl.models.order import block_first_step
 from dllm_rl.samplers.canvas import BlockQueue, make_canvas, next_turn
 from dllm_rl.samplers.revise import packed_events
 from dllm_rl.samplers.rules import check_last_step, threshold
@@ -59,7 +59,7 @@ def test_events_of_a_position_are_packed_in_their_order():
     """Row 0, place 1: written in step 0, masked in 2, written in 3; row 1, place 0: written in step 1."""
     noted = [[[0], [1], [0], [5]], [[1], [0], [1], [6]], [[0], [1], [2], [-1]], [[0], [1], [3], [7]]]
     events = [(*torch.tensor(each), -0.1 * torch.tensor(each[3])) for each in noted]
-    found = packed_events(events, torch.Size([2, 2]), by_draws=False)
+    found = packed_events(events, torch.Size([2, 2]), depends_on_tokens=False)
     none = [-1, -1, -1]
     assert found.step.tolist() == [[none, [0, 2, 3]], [[1, -1, -1], none]]
     assert found.token.tolist() == [[none, [5, -1, 7]], [[6, -1, -1], none]]
@@ -71,9 +71,9 @@ def test_the_opening_step_is_known_of_what_is_written_alone():
     """Of a block of two positions the second is written in step 3, the first is still masked."""
     canvas = canvas_of(2)
     write(canvas, [0], [1], step=3)
-    assert open_step(canvas.unmask_step, canvas.block).tolist() == [[-1, 3]]
+    assert block_first_step(canvas.unmask_step, canvas.block).tolist() == [[-1, 3]]
     write(canvas, [0], [0], step=5)
-    assert open_step(canvas.unmask_step, canvas.block).tolist() == [[3, 3]]
+    assert block_first_step(canvas.unmask_step, canvas.block).tolist() == [[3, 3]]
 
 
 SEEDS = torch.tensor([7, 8])

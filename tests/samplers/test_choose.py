@@ -22,7 +22,7 @@ from dllm_rl.samplers.canvas import BlockQueue, make_canvas, next_turn
 from dllm_rl.samplers.choose import Choose, propose
 from dllm_rl.samplers.records import as_commit, as_rank
 from dllm_rl.samplers.rules import confidence, max_prob
-from dllm_rl.types import Kept, Prompts, Rollout, SamplingParams
+from dllm_rl.types import FilterSupport, Prompts, Rollout, SamplingParams
 
 
 def choice_of(rank, commit=rules.schedule, *, temperature=1.0):
@@ -78,7 +78,7 @@ SHAPE = {"characters": "123456789", "hidden_size": 32, "num_layers": 2, "num_hea
 class HeadAlone:
     """A policy of which only the head is asked, whose hidden states are the logits; the last token is the mask."""
 
-    module = tokenizer = version = lora = quantization = quantization_report = None
+    module = tokenizer = weights_version = lora = quantization = quantization_report = None
     float32_head, gradient_checkpointing, records_experts = True, False, False
     device, pad_id = torch.device("cpu"), 0
 
@@ -108,7 +108,7 @@ def exact_for(policy):
 
 
 def score(policy, rollout: Rollout) -> torch.Tensor:
-    return exact_for(policy).logprobs(policy, rollout, exact_for(policy).draw(rollout, torch.Generator()))
+    return exact_for(policy).logprobs(policy, rollout, exact_for(policy).draw_views(rollout, torch.Generator()))
 
 
 def test_the_worked_example():
@@ -123,24 +123,24 @@ def test_the_worked_example():
         one = torch.ones(1, 1, dtype=torch.bool)
         rollout = Rollout(
             tokens[None], one, one, tokens[None] * 0, logp[None], 1, sampling_params=params,
-            kept=Kept(log_mass[None], kept[None]),
+            filter_support=FilterSupport(log_mass[None], kept[None]),
         )  # fmt: skip
-        for support in ("own", "unfiltered", "rollout"):
+        for support in ("per_policy", "unfiltered", "rollout"):
             side = with_support(rollout, support)
-            ids = side.kept.ids[0] if support == "rollout" else None
+            ids = side.filter_support.ids[0] if support == "rollout" else None
             learner = token_logprobs(policy, q, tokens, side.sampling_params, ids)
             ratios[support, token] = (learner - side.logprobs[0]).exp().item()
     expected = {
-        ("own", 0): (0.4 / 0.7) / 0.625,
-        ("own", 1): (0.2 / 0.9) / 0.375,
+        ("per_policy", 0): (0.4 / 0.7) / 0.625,
+        ("per_policy", 1): (0.2 / 0.9) / 0.375,
         ("unfiltered", 0): 0.4 / 0.5,
         ("unfiltered", 1): 0.2 / 0.3,
         ("rollout", 0): (0.4 / 0.6) / 0.625,
         ("rollout", 1): (0.2 / 0.6) / 0.375,
     }
     assert ratios == pytest.approx(expected)
-    means = {s: 0.625 * ratios[s, 0] + 0.375 * ratios[s, 1] for s in ("own", "unfiltered", "rollout")}
-    assert means == pytest.approx({"own": 0.7936508, "unfiltered": 0.75, "rollout": 1.0})
+    means = {s: 0.625 * ratios[s, 0] + 0.375 * ratios[s, 1] for s in ("per_policy", "unfiltered", "rollout")}
+    assert means == pytest.approx({"per_policy": 0.7936508, "unfiltered": 0.75, "rollout": 1.0})
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -185,16 +185,20 @@ def test_a_rollout_records_what_was_kept(is_causal, name):
     policy = tiny(is_causal=is_causal)
     rollout = sampled(policy, **FILTERS[name])
     chosen = rollout.completion_mask
-    assert rollout.kept.ids.shape[:2] == rollout.tokens.shape and rollout.kept.ids.dtype == torch.int32
-    assert (rollout.kept.ids[~chosen] == -1).all() and (rollout.kept.log_mass[~chosen] == 0).all()
-    assert (rollout.kept.log_mass[chosen] < 0).all()
-    assert (rollout.kept.ids[chosen] == rollout.tokens[chosen][:, None]).any(-1).all()  # the sampled token is one
-    count = (rollout.kept.ids >= 0).sum(-1)[chosen]
-    assert count.max() == rollout.kept.ids.shape[-1]
+    assert (
+        rollout.filter_support.ids.shape[:2] == rollout.tokens.shape and rollout.filter_support.ids.dtype == torch.int32
+    )
+    assert (rollout.filter_support.ids[~chosen] == -1).all() and (rollout.filter_support.log_mass[~chosen] == 0).all()
+    assert (rollout.filter_support.log_mass[chosen] < 0).all()
+    assert (
+        (rollout.filter_support.ids[chosen] == rollout.tokens[chosen][:, None]).any(-1).all()
+    )  # the sampled token is one
+    count = (rollout.filter_support.ids >= 0).sum(-1)[chosen]
+    assert count.max() == rollout.filter_support.ids.shape[-1]
     if name == "top_k":
         assert (count == 2).all()
     # On-policy all conventions agree bit for bit, except for the rounding of one sum of two numbers.
-    own, within, whole = (with_support(rollout, s) for s in ("own", "rollout", "unfiltered"))
+    own, within, whole = (with_support(rollout, s) for s in ("per_policy", "rollout", "unfiltered"))
     assert own is rollout
     if not is_causal:  # a cache computes other shapes than the learner
         assert torch.equal(score(policy, own), rollout.logprobs)
@@ -210,19 +214,23 @@ def test_a_rank_that_draws_first_records_the_same():
         for rank in (confidence, max_prob)
     ]
     assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
-    assert torch.equal(rollouts[0].kept.ids, rollouts[1].kept.ids)
-    assert torch.equal(rollouts[0].kept.log_mass, rollouts[1].kept.log_mass)
+    assert torch.equal(rollouts[0].filter_support.ids, rollouts[1].filter_support.ids)
+    assert torch.equal(rollouts[0].filter_support.log_mass, rollouts[1].filter_support.log_mass)
 
 
-@pytest.mark.parametrize("support", ["own", "unfiltered", "rollout"])
+@pytest.mark.parametrize("support", ["per_policy", "unfiltered", "rollout"])
 def test_another_policy_scores_under_each_convention(support):
     """log q(y) less the log of the mass that the convention divides by, from logits in float64; and its gradient."""
     rollout = with_support(sampled(tiny(is_causal=True), top_k=2), support)
     policy, chosen = tiny(is_causal=True, seed=5), rollout.completion_mask
     logits = policy.logits(rollout.tokens, rollout.attention_mask).double()[chosen] / 0.7
-    y, kept = rollout.tokens[chosen], rollout.kept.ids[chosen].long()
+    y, kept = rollout.tokens[chosen], rollout.filter_support.ids[chosen].long()
     own = logits >= logits.topk(2).values[:, -1:]
-    sets = {"own": own, "unfiltered": torch.ones_like(own), "rollout": torch.zeros_like(own).scatter(-1, kept, True)}
+    sets = {
+        "per_policy": own,
+        "unfiltered": torch.ones_like(own),
+        "rollout": torch.zeros_like(own).scatter(-1, kept, True),
+    }
     inside = sets[support].scatter(-1, y[:, None], True)
     expected = logits.gather(-1, y[:, None])[:, 0] - logits.masked_fill(~inside, -torch.inf).logsumexp(-1)
     view = View(torch.zeros_like(chosen), chosen)
@@ -238,8 +246,8 @@ def test_another_policy_scores_under_each_convention(support):
 
 def test_nothing_is_recorded_without_filters():
     rollout = sampled(tiny(is_causal=False))
-    assert rollout.kept is None
-    assert all(with_support(rollout, s) is rollout for s in ("own", "unfiltered", "rollout"))
+    assert rollout.filter_support is None
+    assert all(with_support(rollout, s) is rollout for s in ("per_policy", "unfiltered", "rollout"))
 
 
 def test_a_set_too_large_for_its_ids_is_refused_and_its_mass_is_not():
@@ -247,19 +255,21 @@ def test_a_set_too_large_for_its_ids_is_refused_and_its_mass_is_not():
     characters = "".join(map(chr, range(0x4E00, 0x4E00 + size)))
     policy = tiny_llama(causal=True, hidden_size=32, num_layers=1, characters=characters)
     rollout = sampled(policy, top_k=KEPT_IDS + 1)
-    assert rollout.kept.ids is None and rollout.kept.log_mass is not None
+    assert rollout.filter_support.ids is None and rollout.filter_support.log_mass is not None
     with pytest.raises(ValueError, match=f"ids are recorded for at most {KEPT_IDS} tokens; lower top_k or top_p"):
         with_support(rollout, "rollout")
     assert with_support(rollout, "unfiltered").sampling_params.support == "unfiltered"
-    assert sampled(policy, top_k=KEPT_IDS).kept.ids.shape[-1] == KEPT_IDS
+    assert sampled(policy, top_k=KEPT_IDS).filter_support.ids.shape[-1] == KEPT_IDS
 
 
 def test_conventions_that_cannot_be():
     rollout = sampled(tiny(is_causal=True), top_k=2)
-    with pytest.raises(ValueError, match="support='own': the rollout has 'unfiltered' already; take the sampler's own"):
-        with_support(with_support(rollout, "unfiltered"), "own")
+    with pytest.raises(
+        ValueError, match="support='per_policy': the rollout has 'unfiltered' already; take the sampler's own"
+    ):
+        with_support(with_support(rollout, "unfiltered"), "per_policy")
     with pytest.raises(ValueError, match="needs what the sampler kept, which is not recorded: sample with this"):
-        with_support(replace(rollout, kept=None), "unfiltered")
+        with_support(replace(rollout, filter_support=None), "unfiltered")
     with pytest.raises((ValueError, TypeError), match="'half'"):  # the tests' type checker is asked first
         tiny_recipe("unused", sampling_support="half")
     with pytest.raises(ValueError, match="zero_mismatch=True does not go with sampling_support='unfiltered'"):
@@ -270,16 +280,27 @@ def test_records_stay_together():
     """Padding and replaced rows carry the kept sets with them, of whatever width."""
     policy = tiny(is_causal=False)
     wide, narrow = sampled(policy, top_k=5), sampled(policy, top_k=2)
-    joined = wide.replaced(torch.tensor([0, 1, 2]), narrow.rows(torch.arange(3)), pad_id=0)
-    assert torch.equal(joined.kept.ids[:3, :, :2], narrow.kept.ids[:3]) and (joined.kept.ids[:3, :, 2:] == -1).all()
-    assert torch.equal(joined.kept.ids[3:], wide.kept.ids[3:])
-    assert torch.equal(joined.kept.log_mass, torch.cat([narrow.kept.log_mass[:3], wide.kept.log_mass[3:]]))
+    joined = wide.replace_rows(torch.tensor([0, 1, 2]), narrow.rows(torch.arange(3)), pad_id=0)
+    assert (
+        torch.equal(joined.filter_support.ids[:3, :, :2], narrow.filter_support.ids[:3])
+        and (joined.filter_support.ids[:3, :, 2:] == -1).all()
+    )
+    assert torch.equal(joined.filter_support.ids[3:], wide.filter_support.ids[3:])
+    assert torch.equal(
+        joined.filter_support.log_mass,
+        torch.cat([narrow.filter_support.log_mass[:3], wide.filter_support.log_mass[3:]]),
+    )
     padded = wide.padded(2, pad_id=0)
-    assert torch.equal(padded.kept.ids[:, 2:], wide.kept.ids) and (padded.kept.ids[:, :2] == -1).all()
-    assert torch.equal(padded.kept.log_mass[:, 2:], wide.kept.log_mass)
+    assert (
+        torch.equal(padded.filter_support.ids[:, 2:], wide.filter_support.ids)
+        and (padded.filter_support.ids[:, :2] == -1).all()
+    )
+    assert torch.equal(padded.filter_support.log_mass[:, 2:], wide.filter_support.log_mass)
     first = torch.tensor([0])
     assert (
-        wide.replaced(first, replace(narrow, kept=replace(narrow.kept, ids=None)).rows(first), pad_id=0).kept.ids
+        wide.replace_rows(
+            first, replace(narrow, filter_support=replace(narrow.filter_support, ids=None)).rows(first), pad_id=0
+        ).filter_support.ids
         is None
     )
 
@@ -297,7 +318,7 @@ def test_ties_with_the_kth_are_kept_and_recorded():
     assert log_mass.exp().item() == pytest.approx(2 * math.e**3 / (2 * math.e**3 + math.e + 1))
 
 
-@pytest.mark.parametrize("support", ["own", "unfiltered", "rollout"])
+@pytest.mark.parametrize("support", ["per_policy", "unfiltered", "rollout"])
 @pytest.mark.parametrize("make", [tiny_recipe, pytest.param(tiny_recipe_ar, marks=pytest.mark.slow)])
 def test_a_run_under_each_convention(tmp_path, make, support):
     """Unquantised and on-policy, the first step has no mismatch under any of them."""

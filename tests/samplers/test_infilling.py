@@ -29,7 +29,10 @@ WAYS = {
     "confidence": {"rank": rules.confidence},
     "entropy": {"rank": rules.entropy, "block_size": 2},
     "random": {"rank": rules.random, "diffusion_steps": 3, "top_k": 5},
-    "plackett_luce": {"rank": partial(rules.plackett_luce, temperature=0.3, score=rules.entropy), "diffusion_steps": 3},
+    "plackett_luce": {
+        "rank": partial(rules.plackett_luce, temperature=0.3, base_rank=rules.entropy),
+        "diffusion_steps": 3,
+    },
     "soft_threshold": {"rank": rules.max_prob, "commit": partial(rules.soft_threshold, tau=0.2)},
     "threshold": {"rank": rules.max_prob, "commit": partial(rules.threshold, tau=0.2)},
     "greedy": {"temperature": 0.0},
@@ -120,7 +123,7 @@ def assert_replayed(policy, name, *, atol):
     for rows, group in ((slice(1), 1), (slice(3), 2)):
         rollout = fill(policy, IDS[rows], range(len(IDS[rows]) * group), new=1, group=group, **WAYS[name])
         estimator = estimators.trajectory()
-        noise = estimator.draw(rollout, torch.Generator())
+        noise = estimator.draw_views(rollout, torch.Generator())
         found = estimator.logprobs(policy, rollout, noise)
         torch.testing.assert_close(found, recorded(rollout, noise), rtol=0, atol=atol)
         assert (stayed_of(noise) is None) == (name not in ("confidence", "plackett_luce", "soft_threshold"))
@@ -128,11 +131,11 @@ def assert_replayed(policy, name, *, atol):
 
 def test_filters_record_what_they_kept(policy):
     rollout = fill(policy, IDS, range(5), top_k=3, rank=rules.random)
-    assert ((rollout.kept.ids >= 0).sum(-1) == 3 * rollout.completion_mask).all()
-    assert ((rollout.kept.log_mass < 0) == rollout.completion_mask).all()
+    assert ((rollout.filter_support.ids >= 0).sum(-1) == 3 * rollout.completion_mask).all()
+    assert ((rollout.filter_support.log_mass < 0) == rollout.completion_mask).all()
     scored = with_support(rollout, "rollout")
     estimator = estimators.trajectory()
-    again = estimator.logprobs(policy, scored, estimator.draw(scored, torch.Generator()))
+    again = estimator.logprobs(policy, scored, estimator.draw_views(scored, torch.Generator()))
     torch.testing.assert_close(again, rollout.logprobs, rtol=0, atol=1e-5)
 
 
@@ -146,7 +149,7 @@ def test_blocks_count_open_positions(policy):
 
 def test_watch_sees_masks_go(policy):
     seen = []
-    last = fill(policy, IDS[:2], range(2), watch=seen.append)
+    last = fill(policy, IDS[:2], range(2), on_step=seen.append)
     assert [int((each.tokens == M).sum()) for each in seen] == [2, 1, 0]
     assert [int(each.completion_mask.sum()) for each in seen] == [2, 3, 4]
     equal(seen[-1], last)
@@ -164,24 +167,24 @@ def test_one_step_and_elbo_score_the_open_positions():
     policy, rollout, inside = table_rollout()
     tokens = rollout.tokens[0, 1:]
     step = estimators.one_step(prompt_mask=0.0)
-    found = step.logprobs(policy, rollout, step.draw(rollout, torch.Generator()))
+    found = step.logprobs(policy, rollout, step.draw_views(rollout, torch.Generator()))
     expected = [0.0, 0.0, policy.logp(tokens, set(inside), 1), 0.0, policy.logp(tokens, set(inside), 3)]
     torch.testing.assert_close(found[0], torch.tensor(expected), rtol=0, atol=1e-6)
 
     elbo = estimators.elbo(num_samples=1000)
-    noise = elbo.draw(rollout, torch.Generator().manual_seed(0))
+    noise = elbo.draw_views(rollout, torch.Generator().manual_seed(0))
     assert not (noise.masked & ~rollout.completion_mask).any()
-    views = (elbo.scores(policy, rollout, noise) * noise.weight).sum((1, 2)) * 1000
+    views = (elbo.view_logprobs(policy, rollout, noise) * noise.coefficients).sum((1, 2)) * 1000
     error = (views.mean() - elbo_by_hand(policy, tokens.tolist(), inside)).abs()
     assert error < 4 * views.std() / 1000**0.5
 
 
 def test_gradients_are_those_of_the_open_positions(policy):
     rollout = fill(policy, IDS[:2], range(2))
-    estimator = estimators.trajectory(order="given")
-    noise = estimator.draw(rollout, torch.Generator())
+    estimator = estimators.trajectory(include_order=False)
+    noise = estimator.draw_views(rollout, torch.Generator())
     policy.module.zero_grad()
-    for view, weight in zip(each_view(noise), noise.weight, strict=True):
+    for view, weight in zip(each_view(noise), noise.coefficients, strict=True):
         view.backward(policy, rollout, weight)
     found = [p.grad.clone() for p in policy.module.parameters() if p.grad is not None]
     policy.module.zero_grad()

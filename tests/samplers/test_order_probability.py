@@ -171,7 +171,7 @@ def test_what_a_pair_may_declare():
     policy, prompts = tied_policy(period=2), Prompts.from_ids([[3]], pad_id=4, group_size=2)
     for likelihood, rank in (
         (trajectory(), mine),
-        (trajectory(order="given"), rules.confidence),
+        (trajectory(include_order=False), rules.confidence),
         (trajectory(num_segments=2), FIXED(mine)),
     ):
         rollout = unmask(policy, prompts, torch.Generator(), max_new_tokens=LENGTH, temperature=1.0, rank=rank)

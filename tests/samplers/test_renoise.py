@@ -182,7 +182,7 @@ def test_watched_it_shows_the_canvas_in_motion():
     seen = []
     prompts = Prompts.from_ids([[3, 4]], pad_id=0, group_size=2)
     options = {"diffusion_steps": 3, "stability_threshold": None, "confidence_threshold": None}
-    rollout = renoise(policy, prompts, torch.Generator(), max_new_tokens=4, watch=seen.append, **options)
+    rollout = renoise(policy, prompts, torch.Generator(), max_new_tokens=4, on_step=seen.append, **options)
     assert len(seen) == 3 and rollout.forwards == 4  # the encoder's, and three steps
     for shown in seen[:2]:
         noise = shown.unmask_step[:, 2:] < 0

@@ -127,11 +127,11 @@ def test_editing_by_hand():
 def test_edits_depend_on_draws_only_where_tokens_are_drawn(rank):
     """At temperature 0 a state has one proposal: the events are all of the law, and replay gives the record."""
     options = {"rank": rank, "commit": partial(revise.edit, tau=0.5)}
-    assert sample(Scripted(), [[3]], [0], length=3, **options).events.by_draws
+    assert sample(Scripted(), [[3]], [0], length=3, **options).events.depends_on_tokens
     greedy = sample(Scripted(), [[3]], [0], length=3, temperature=0.0, **options)
-    assert not greedy.events.by_draws and greedy.tokens[0, 1:].tolist() == [0, 1, 0]
+    assert not greedy.events.depends_on_tokens and greedy.tokens[0, 1:].tolist() == [0, 1, 0]
     trajectory = estimators.trajectory()
-    noise = trajectory.draw(greedy, torch.Generator())
+    noise = trajectory.draw_views(greedy, torch.Generator())
     assert torch.equal(trajectory.logprobs(Scripted(), greedy, noise), recorded(greedy, noise))
 
 
@@ -171,7 +171,7 @@ def test_a_row_depends_on_itself_alone_and_ends_whole(policy, options):
 def test_positions_are_masked_again_and_none_is_left(policy):
     masks, policy_mask = [], policy.spec.mask_id
     rollout = sample(policy, IDS * 4, range(12), length=12, diffusion_steps=6, block_size=6, **REMASK,
-                     watch=lambda r: masks.append(r.tokens[:, -12:] == policy_mask))  # fmt: skip
+                     on_step=lambda r: masks.append(r.tokens[:, -12:] == policy_mask))  # fmt: skip
     states = torch.stack(masks)
     assert (~states[:-1] & states[1:]).any() and not states[-1].any() and rollout.forwards == 6
     assert not (~states[:-1] & states[1:])[2:, :, :6].any()  # a finished block is not opened again
@@ -185,33 +185,35 @@ def test_filters_caches_and_infilling(policy, options):
         exact = sample(policy, IDS, range(3), diffusion_steps=4, block_size=3, **options)
         assert torch.equal(cached.tokens[:, -6:], exact.tokens[:, -6:])
     filtered = sample(policy, IDS, range(3), diffusion_steps=4, top_k=3, **options)
-    assert ((filtered.kept.ids[:, -6:] >= 0).sum(-1) == 3).all() and (filtered.kept.log_mass[:, -6:] < 0).all()
+    assert ((filtered.filter_support.ids[:, -6:] >= 0).sum(-1) == 3).all() and (
+        filtered.filter_support.log_mass[:, -6:] < 0
+    ).all()
     prompts = Prompts.from_ids([[3, 1, 4, 1, 1], [1, 5]], pad_id=0, seeds=[1, 2], mask_id=1)
     filled = unmask(policy, prompts, torch.Generator(), max_new_tokens=0, diffusion_steps=2, temperature=1.0, **options)
     assert filled.completion_mask.sum(-1).tolist() == [3, 1] and not (filled.tokens[filled.completion_mask] == 1).any()
 
 
 def test_a_rule_takes_written_or_changed_and_leaves_the_last_step_whole(policy):
-    def both(scores, masked, steps_left, written, changed):
+    def both(scores, masked, steps_left, remaskable, replaceable):
         return masked
 
-    def three(scores, masked, steps_left, written, changed, visible):
+    def three(scores, masked, steps_left, remaskable, replaceable, redrawable):
         return masked
 
-    def stubborn(scores, masked, steps_left, written):
-        return masked | written
+    def stubborn(scores, masked, steps_left, remaskable):
+        return masked | remaskable
 
-    with pytest.raises(ValueError, match="commit=both takes written and changed"):
+    with pytest.raises(ValueError, match="commit=both takes remaskable and replaceable"):
         sample(policy, IDS, range(3), commit=both)
-    with pytest.raises(ValueError, match="commit=three takes written and visible and changed"):
+    with pytest.raises(ValueError, match="commit=three takes remaskable and redrawable and replaceable"):
         sample(policy, IDS, range(3), commit=three)
     with pytest.raises(ValueError, match="commit=stubborn masked positions again in the last step"):
         sample(policy, IDS, range(3), diffusion_steps=2, commit=stubborn)
     for rule in (rules.schedule, partial(rules.threshold, tau=0.5)):
         assert revise.commit_inputs(rule) == frozenset()
-    assert revise.commit_inputs(revise.remask) == {"written", "steps"}
-    assert revise.commit_inputs(revise.edit) == {"changed"}
-    assert revise.commit_inputs(revise.soft_edit) == {"visible", "uniforms"}
+    assert revise.commit_inputs(revise.remask) == {"remaskable", "steps"}
+    assert revise.commit_inputs(revise.edit) == {"replaceable"}
+    assert revise.commit_inputs(revise.soft_edit) == {"redrawable", "uniforms"}
 
 
 def test_errors_and_names():

@@ -168,13 +168,13 @@ def assert_replayed(policy, name, *, atol):
         options = {"temperature": 1.0, "block_size": 8, "diffusion_steps": 9} | RULES[name]
         rollout = unmask(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=20, **options)
         estimator = trajectory()
-        noise = estimator.draw(rollout, torch.Generator())
+        noise = estimator.draw_views(rollout, torch.Generator())
         for size in (None, 2):
             found = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
             torch.testing.assert_close(found, recorded(rollout, noise), rtol=0, atol=atol)
         assert (stayed_of(noise) is None) == (name not in ("confidence", "plackett_luce", "soft_threshold"))
-        given = trajectory(order="given")
-        tokens = given.logprobs(policy, rollout, given.draw(rollout, torch.Generator()))
+        given = trajectory(include_order=False)
+        tokens = given.logprobs(policy, rollout, given.draw_views(rollout, torch.Generator()))
         torch.testing.assert_close(tokens, rollout.logprobs, rtol=0, atol=atol)
 
 
@@ -313,13 +313,13 @@ def test_approximate_early_exit_keeps_the_tail_masked(policy):
         assert short.attention_mask[row, -length:].all()
     assert stopped > 0
     estimator = trajectory()
-    noise = estimator.draw(short, torch.Generator())
+    noise = estimator.draw_views(short, torch.Generator())
     assert torch.equal(estimator.logprobs(policy, short, noise), recorded(short, noise))
 
 
 def test_watch_sees_every_step(policy):
     seen = []
-    rollout = sample(policy, IDS[:2], [0, 1], watch=seen.append)
+    rollout = sample(policy, IDS[:2], [0, 1], on_step=seen.append)
     assert [int((r.unmask_step.max()) + 1) for r in seen] == list(range(1, rollout.forwards + 1))
     assert torch.equal(seen[-1].tokens, rollout.tokens)
     hidden = seen[0].completion_mask != rollout.completion_mask

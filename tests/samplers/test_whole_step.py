@@ -46,8 +46,8 @@ def test_uneven_blocks_step_by_step(uncompiled):
     prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
     run = partial(unmask, policy, prompts, max_new_tokens=12, block_size=5, temperature=1.0)
     ragged, fixed = [], []
-    run(torch.Generator().manual_seed(0), watch=ragged.append)
-    run(torch.Generator().manual_seed(0), watch=fixed.append, compile_step=True)
+    run(torch.Generator().manual_seed(0), on_step=ragged.append)
+    run(torch.Generator().manual_seed(0), on_step=fixed.append, compile_step=True)
     assert len(ragged) == 12
     assert not any(whole_steps.differing(one, other) for one, other in zip(ragged, fixed, strict=True))
 
@@ -62,9 +62,9 @@ def test_a_vocabulary_that_is_larger_than_what_is_recorded(uncompiled, kept):
     ragged, fixed = (run(torch.Generator().manual_seed(0), compile_step=on) for on in (False, True))
     assert whole_steps.differing(ragged, fixed) == []
     if kept > KEPT_IDS:
-        assert fixed.kept.ids is None
+        assert fixed.filter_support.ids is None
     else:
-        assert ((fixed.kept.ids >= 0).sum(-1)[fixed.completion_mask] == kept).all()
+        assert ((fixed.filter_support.ids >= 0).sum(-1)[fixed.completion_mask] == kept).all()
 
 
 def test_a_shifted_block_may_begin_before_the_prompt(uncompiled, tmp_path):

@@ -100,11 +100,11 @@ def renoising_recipe(directory, **changes):
     sampler = partial(renoise, max_new_tokens=16, diffusion_steps=2)
     model = partial(gemma, canvas_length=16)
     given = {"model": model, "sampler": partial(sampler, answer="drawn"), "eval_sampler": sampler}
-    return replace(base, **given | {"task": Sudoku(split="train", size=1), "warmup_batch_size": 8} | changes)
+    return replace(base, **given | {"task": Sudoku(split="train", size=1), "sft_warmup_batch_size": 8} | changes)
 
 
 def test_the_warm_up_learns_what_it_is_shown(tmp_path):
-    recipe = renoising_recipe(tmp_path, warmup_steps=20, warmup_learning_rate=1e-2)
+    recipe = renoising_recipe(tmp_path, sft_warmup_steps=20, sft_warmup_learning_rate=1e-2)
     policy = recipe.model()
     optimizer = torch.optim.AdamW(policy.module.parameters())
     losses = [warmup_step(recipe, policy, optimizer, step, make_accelerator()) for step in range(20)]
@@ -112,7 +112,7 @@ def test_the_warm_up_learns_what_it_is_shown(tmp_path):
 
 
 def test_the_warm_up_replaces_tokens_without_a_share(tmp_path):
-    recipe = renoising_recipe(tmp_path, warmup_steps=1, warmup_corruption=0.1)
+    recipe = renoising_recipe(tmp_path, sft_warmup_steps=1, sft_warmup_corruption=0.1)
     answer = Answer(recipe.task[0], "", Reward(0.0, True, {"solve_rate": 0.0}), 1, 1, True, 1, 1)
-    with pytest.raises(ValueError, match=r"warmup_corruption=0\.1 replaces tokens beside masks"):
+    with pytest.raises(ValueError, match=r"sft_warmup_corruption=0\.1 replaces tokens beside masks"):
         check_warmup(recipe, recipe.model(), answer)

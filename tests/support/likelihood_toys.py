@@ -19,7 +19,7 @@ class TablePolicy:
         self.length, self.words, self.mask_id, self.vocab_size = length, words, words, words + 3
         self.table = scale * torch.randn((words + 1) ** length, length, self.vocab_size, generator=generator)
         self.spec = replace(DIFFUSION_LM, mask_id=self.mask_id)
-        self.device, self.version, self.forwards = torch.device("cpu"), 0, []
+        self.device, self.weights_version, self.forwards = torch.device("cpu"), 0, []
         self.module, self.tokenizer, self.pad_id = None, None, words + 2
         self.lora = self.quantization = self.quantization_report = None
         self.float32_head, self.gradient_checkpointing, self.records_experts = True, False, False

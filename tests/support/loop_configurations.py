@@ -11,13 +11,13 @@ from dllm_rl.likelihoods.estimators import coupled, elbo, one_step, sandwich, tr
 from dllm_rl.training import train
 
 PAIRS = {"num_generations": 2, "train_batch_size": 8}
-TWICE = PAIRS | {"num_iterations": 2, "fresh_masks": False}
+TWICE = PAIRS | {"num_iterations": 2, "resample_masks": False}
 CONFIGURATIONS = {
-    "golden": {"num_steps": 5, "num_iterations": 2, "learning_rate": 5e-3, "warmup_steps": 4},
+    "golden": {"num_steps": 5, "num_iterations": 2, "learning_rate": 5e-3, "sft_warmup_steps": 4},
     "elbo, micro-batches": TWICE | {"likelihood": elbo(num_samples=2), "micro_batch_size": 4},
     "one_step": TWICE | {"likelihood": one_step()},
     "coupled, KL": PAIRS | {"likelihood": coupled(), "beta": 0.1, "kl": kl_k2},
-    "sandwich, tis, rejection": PAIRS | {"likelihood": sandwich(), "corrector": compose(tis(), reject(bound=1e-4))},
+    "sandwich, tis, rejection": PAIRS | {"likelihood": sandwich(), "corrector": compose(tis(), reject(threshold=1e-4))},
     "qarl": PAIRS | {"corrector": qarl(), "num_iterations": 2},
     "dynamic sampling": {"task": OddPuzzles(), "train_batch_size": 8, "max_num_gen_batches": 3},
     "zero_mismatch, validation": PAIRS | {"zero_mismatch": True, "rollout_quantization": None, "eval_steps": 1},
@@ -27,6 +27,6 @@ CONFIGURATIONS = {
 
 def run(name: str, directory: Path) -> list[dict[str, float]]:
     """Every number of metrics.jsonl but the times."""
-    settings = {"num_steps": 3, "learning_rate": 5e-3, "likelihood": trajectory(order="given")}
+    settings = {"num_steps": 3, "learning_rate": 5e-3, "likelihood": trajectory(include_order=False)}
     train(tiny_recipe(directory, **{**settings, **CONFIGURATIONS[name]}))
     return metrics_of(directory)

@@ -74,13 +74,13 @@ def as_rollout(policy: TablePolicy, keys, **options) -> Rollout:
 
 def stayed_of(noise: Views) -> torch.Tensor | None:
     """The positions that the views score by the probability of having been left; None without an order's law."""
-    return next((part.stayed for part in noise.parts if isinstance(part, Stayed)), None)
+    return next((part.stayed for part in noise.features if isinstance(part, Stayed)), None)
 
 
 def total(policy, rollout, **options):
     """The estimate of each row by `trajectory`."""
     estimator = lik.trajectory(**options)
-    return estimator.logprobs(policy, rollout, estimator.draw(rollout, torch.Generator())).sum(-1)
+    return estimator.logprobs(policy, rollout, estimator.draw_views(rollout, torch.Generator())).sum(-1)
 
 
 def missing_order(policy, rollout, found, *, atol):
@@ -89,4 +89,4 @@ def missing_order(policy, rollout, found, *, atol):
     expected = torch.tensor(list(found.values()))
     torch.testing.assert_close(expected.sum(), torch.tensor(1.0), rtol=0, atol=1e-12)
     torch.testing.assert_close(total(policy, rollout), expected.log(), rtol=0, atol=atol)
-    return (total(policy, rollout, order="given") - expected.log()).abs().max().item()
+    return (total(policy, rollout, include_order=False) - expected.log()).abs().max().item()

@@ -33,10 +33,10 @@ from dllm_rl.types import Batch, SamplingParams
 EVERY = {"report_to": None, "collective_timeout": 600.0}
 FULL = {**EVERY, "likelihood": coupled(), "num_iterations": 2, "micro_batch_size": 4, "beta": 0.1, "save_steps": 2}
 FULL |= {
-    "warmup_steps": 2,
-    "warmup_batch_size": 8,
-    "warmup_eval_steps": 2,
-    "warmup_target": 1.0,
+    "sft_warmup_steps": 2,
+    "sft_warmup_batch_size": 8,
+    "sft_warmup_eval_steps": 2,
+    "sft_warmup_target": 1.0,
     "corrector": aligned(),
 }
 LORA = {**EVERY, "lora": lora_r16, "num_iterations": 2, "max_num_gen_batches": 2, "num_generations": 2, "save_steps": 2}
@@ -149,7 +149,9 @@ def plan_and_allocator(cases):
     accelerator = make_accelerator(timeout=600)
     for case in cases:
         recipe = replace(
-            plan.recipe_of(Path("nowhere"), **plan.CASES[case]), shard_size=accelerator.num_processes, kept_graphs=0
+            plan.recipe_of(Path("nowhere"), **plan.CASES[case]),
+            shard_size=accelerator.num_processes,
+            max_retained_graphs=0,
         )
         policy = plan.made(recipe)
         options = {"prompt_tokens": plan.PROMPT, "dtype": None, "rollout_copy": 0, "on_gpu": False}
@@ -161,12 +163,13 @@ def plan_and_allocator(cases):
         )
         with join_uneven_forwards(policy):
             rollout = recipe.sampler(policy, prompts, generator_for(0))
-            noise = recipe.likelihood.draw(rollout, generator_for(1))
-            scores = recipe.likelihood.scores(policy, rollout, noise)
+            noise = recipe.likelihood.draw_views(rollout, generator_for(1))
+            scores = recipe.likelihood.view_logprobs(policy, rollout, noise)
         old = recipe.likelihood.combine(scores, noise)
         batch = Batch(
-            rollout=rollout, views=noise, advantages=torch.linspace(-1, 1, plan.ROWS), old=old, old_scores=scores,
-            weights=torch.ones_like(old), keep=rollout.completion_mask, reference=None,
+            rollout=rollout, views=noise, advantages=torch.linspace(-1, 1, plan.ROWS), old_logprobs=old,
+            old_view_logprobs=scores, importance_weights=torch.ones_like(old), loss_mask=rollout.completion_mask,
+            reference_logprobs=None,
             num_tokens=plan.ROWS * plan.LENGTH, num_sequences=plan.ROWS,
         )  # fmt: skip
         peaks = []

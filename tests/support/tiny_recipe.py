@@ -29,7 +29,7 @@ def tiny_recipe(directory, **changes):
         train_batch_size=4,
         num_generations=4,
         num_steps=2,
-        warmup_steps=0,
+        sft_warmup_steps=0,
         output_dir=str(directory),
     )
     return replace(base, **changes)

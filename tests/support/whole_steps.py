@@ -83,7 +83,7 @@ def main(backend, rules, names):
                     with torch.no_grad():
                         for parameter in policy.module.parameters():
                             parameter.mul_(1.1 if seed == 0 else 1 / 1.1)  # larger weights would round more
-                    policy.version += 1
+                    policy.weights_version += 1
                     if copy is not policy:
                         sync_weights(policy, copy)
                 graphs = counters["stats"]["unique_graphs"] - before

@@ -6,7 +6,7 @@ import pytest
 
 from dllm_rl.tasks.answers import (
     FARTHEST,
-    LONGEST,
+    MAX_ANSWER_LENGTH,
     MOST_BOXES,
     d1_box,
     exact_number,
@@ -94,4 +94,4 @@ def test_boxes_are_balanced() -> None:
     assert last_box("\\boxed{a{b}c} d}") == "a{b}c"
     assert last_box("\\boxed{1} \\boxed{2") is None
     assert last_box("\\fbox{1}") == "1" and last_box("\\fbox{1}", names=("\\boxed",)) is None
-    assert last_box("\\boxed{" + "x" * LONGEST + "}") is None
+    assert last_box("\\boxed{" + "x" * MAX_ANSWER_LENGTH + "}") is None

@@ -10,7 +10,7 @@ from tiny_recipe import SIZES, tiny_recipe
 
 from dllm_rl import tiny_llama, tiny_masked_lm
 from dllm_rl.models.base import copied
-from dllm_rl.models.engine import RolloutEngine, computed_by
+from dllm_rl.models.engine import RolloutEngine, with_forward
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.samplers.autoregress import autoregress
@@ -54,7 +54,7 @@ def test_adapters_and_learned_positions_pass(tmp_path):
 
 
 def forward_of(policy):
-    return computed_by(
+    return with_forward(
         policy, lambda tokens, mask, positions: policy.head(policy.spec.encode(policy.module, tokens, mask, positions))
     )
 
@@ -77,7 +77,7 @@ class Elsewhere:
         if self.fault != "stale weights":
             self.held.module.load_state_dict(policy.module.state_dict())
         if self.fault != "stale version":
-            rollout_policy.version = policy.version
+            rollout_policy.weights_version = policy.weights_version
         if self.fault == "a draw in sync":
             torch.rand(1)
         if self.fault == "the learner's weights in sync":
@@ -90,7 +90,7 @@ class Elsewhere:
             prompts = replace(prompts, seeds=torch.arange(prompts.num_rows))
         if self.fault == "one seed":
             prompts = replace(prompts, seeds=prompts.seeds[:1] + torch.arange(prompts.num_rows))
-        rollout = replace(SAMPLERS[attention](self.held, prompts, generator), weights_version=policy.version)
+        rollout = replace(SAMPLERS[attention](self.held, prompts, generator), weights_version=policy.weights_version)
         if self.fault == "other tokens":
             return replace(rollout, logprobs=rollout.logprobs.roll(1, 0))
         if self.fault == "no numbers":
@@ -157,7 +157,7 @@ def test_the_cache_of_a_block_causal_module_is_an_engines_matter():
 
     def sync(learner, rollout_policy):
         rollout_policy.module.load_state_dict(learner.module.state_dict())
-        rollout_policy.version = learner.version
+        rollout_policy.weights_version = learner.weights_version
         return {}
 
     check_engine(RolloutEngine(copied, sync), policy, prompts, partial(in_blocks, cache=block_cache()), bound=1e-4)

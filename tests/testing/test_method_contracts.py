@@ -13,7 +13,7 @@ def _broken(change):
     def weight_fn(stats):
         return change(*c.tis().weight_fn(stats), stats.log_mismatch)
 
-    return replace(c.none(), weight_fn=weight_fn)
+    return replace(c.no_correction(), weight_fn=weight_fn)
 
 
 def summing(what):
@@ -32,12 +32,12 @@ BROKEN = {
     "off the mask": _broken(lambda w, k, m, x: (w * (1 + x.detach().clamp(min=5, max=8).sub(5).sum()), k, m)),
     "subset": _broken(lambda w, k, m, x: (w, k | (x > 0), m)),
     "leave the keep mask": _broken(lambda w, k, m, x: (w, k | ~x.isfinite(), m)),
-    "loss must be that of none": replace(c.none(), surrogate=lambda r, a, m: r.exp() * a[:, None] + 1e-3),
+    "loss must be that of none": replace(c.no_correction(), loss=lambda r, a, m: r.exp() * a[:, None] + 1e-3),
     "must ask for one sum": replace(
-        c.none(), surrogate=lambda r, a, m, sum_over: r.exp() * sum_over(sum_over(a))[:, None]
+        c.no_correction(), loss=lambda r, a, m, sum_over: r.exp() * sum_over(sum_over(a))[:, None]
     ),
-    "sums over processes must add up": replace(c.none(), surrogate=summing(lambda r: r.exp().mean())),
-    "gradient must be that of none": c.none(),
+    "sums over processes must add up": replace(c.no_correction(), loss=summing(lambda r: r.exp().mean())),
+    "gradient must be that of none": c.no_correction(),
 }
 
 
@@ -45,6 +45,6 @@ BROKEN = {
 def test_contract_notices(promise):
     corrector = BROKEN[promise]
     if promise == "gradient must be that of none":  # same value on-policy, half the gradient
-        corrector = replace(corrector, surrogate=lambda r, a, m: (1 + 0.5 * r) * a[:, None])
+        corrector = replace(corrector, loss=lambda r, a, m: (1 + 0.5 * r) * a[:, None])
     with pytest.raises(AssertionError, match=promise):
         check_corrector(corrector)

@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from tiny_recipe import tiny_recipe
 from torch import Tensor
 
-from dllm_rl.likelihoods.estimators import block, coupled, elbo, one_step, quadrature, trajectory
+from dllm_rl.likelihoods.estimators import block_elbo, coupled, elbo, one_step, quadrature, trajectory
 from dllm_rl.rng import generator_for
 from dllm_rl.training import balance
 from dllm_rl.training.samples import Samples
-from dllm_rl.types import Columns, Events, Kept, Order, Rollout, SamplingParams
+from dllm_rl.types import BatchRecord, Events, FilterSupport, Order, Rollout, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def made(rows, columns, ids, *, seed, padding, events=0):
     real = lambda *shape: torch.randn(shape, generator=draw)  # noqa: E731
     two = (rows, columns)
     seen = torch.arange(columns).expand(two) >= padding
-    order = Order(whole(*two), logprobs=real(*two), draw=whole(*two))
+    order = Order(whole(*two), logprobs=real(*two), draw_index=whole(*two))
     record = Events(whole(*two, events), whole(*two, events), real(*two, events)) if events else None
     return Rollout(
         tokens=whole(*two), attention_mask=seen, completion_mask=yes(*two), unmask_step=whole(*two),
         logprobs=real(*two), group_size=2, sampling_params=SamplingParams(support="rollout"),
-        kept=Kept(real(*two), whole(*two, ids)), order=order, events=record,
+        filter_support=FilterSupport(real(*two), whole(*two, ids)), order=order, events=record,
         experts=torch.randint(0, 64, (*two, 3, 2), dtype=torch.uint8, generator=draw),
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ def columns_of(rollout, source):
     """Pairs of the tensors (B, T, ...) of two records, and of their parts, and what fills empty columns."""
     for field in fields(rollout):
         now, then = getattr(rollout, field.name), getattr(source, field.name)
-        if isinstance(now, Columns):
+        if isinstance(now, BatchRecord):
             yield from columns_of(now, then)
         elif isinstance(now, Tensor) and now.dim() > 1:
             yield now, then, rollout.FILL.get(field.name, 0)
@@ -195,7 +195,7 @@ def test_one_process_keeps_its_records(tmp_path):
 
 @pytest.mark.parametrize(
     "estimator",
-    [one_step(), elbo(), coupled(), quadrature(), block(block_size=2), trajectory(num_sampled=2)],
+    [one_step(), elbo(), coupled(), quadrature(), block_elbo(block_size=2), trajectory(num_sampled_steps=2)],
     ids=lambda estimator: estimator.name,
 )
 def test_a_row_has_the_same_noise_wherever_it_is(estimator):
@@ -206,11 +206,13 @@ def test_a_row_has_the_same_noise_wherever_it_is(estimator):
         completion_mask=seen & (torch.arange(7) > 2),
         unmask_step=(torch.arange(7) - 3).expand(shape).clamp(min=-1),
     )
-    every = estimator.draw(rollout, generator_for("noise"))
+    every = estimator.draw_views(rollout, generator_for("noise"))
     rows = torch.tensor([4, 5, 10, 11, 2, 3])
-    some = estimator.draw(replace(rollout.rows(rows), batch_row=rows), generator_for("noise"))
-    assert torch.equal(some.masked, every.masked[:, rows]) and torch.equal(some.weight, every.weight[:, rows])
-    other = estimator.draw(rollout.rows(rows), generator_for("noise"))
+    some = estimator.draw_views(replace(rollout.rows(rows), batch_row=rows), generator_for("noise"))
+    assert torch.equal(some.masked, every.masked[:, rows]) and torch.equal(
+        some.coefficients, every.coefficients[:, rows]
+    )
+    other = estimator.draw_views(rollout.rows(rows), generator_for("noise"))
     assert not torch.equal(other.masked, some.masked)
 
 

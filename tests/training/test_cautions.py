@@ -8,11 +8,11 @@ import torch
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.algorithms.advantages import leave_one_out
-from dllm_rl.algorithms.correctors import ais, compose, mis, none, reject, tbpo, tis
+from dllm_rl.algorithms.correctors import ais, compose, mis, no_correction, reject, tbpo, tis
 from dllm_rl.algorithms.losses import kl_k1, kl_k2, ppo_clip
 from dllm_rl.likelihoods.estimators import elbo, one_step, trajectory
 from dllm_rl.models.lora import lora_r16
-from dllm_rl.monitoring.health import PATIENCE
+from dllm_rl.monitoring.health import EQUAL_REWARD_STEPS
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import dual_cache, prefix_cache
@@ -58,9 +58,9 @@ def test_one_completion_a_group():
 
 @pytest.mark.parametrize("make", [tis, mis, ais, lambda **k: compose(reject(), tis(**k), tis())])
 def test_geometric_weights_of_sequences(make):
-    (said,) = cautions(tiny_recipe("x", corrector=make(level="sequence", aggregate="geometric")))
-    assert "level='sequence' and aggregate='geometric'" in said and "\n" not in said
-    for fine in ({"level": "sequence"}, {"aggregate": "geometric"}):
+    (said,) = cautions(tiny_recipe("x", corrector=make(level="sequence", pool="geometric")))
+    assert "level='sequence' and pool='geometric'" in said and "\n" not in said
+    for fine in ({"level": "sequence"}, {"pool": "geometric"}):
         assert cautions(tiny_recipe("x", corrector=make(**fine))) == []
 
 
@@ -81,17 +81,20 @@ def test_a_run_says_it_once(tmp_path, capsys):
 
 def test_equal_rewards_for_many_steps(tmp_path, capsys):
     log = RunLog(tmp_path, start=0, main=True)
-    for step in range(PATIENCE - 1):
+    for step in range(EQUAL_REWARD_STEPS - 1):
         log.write(step, {"frac_reward_zero_std": 1.0})
     log.write(0, {"frac_reward_zero_std": 0.75})  # one group differs: the count starts again
-    for step in range(PATIENCE - 1):
+    for step in range(EQUAL_REWARD_STEPS - 1):
         log.write(step, {"frac_reward_zero_std": 1.0})
     assert "warning" not in capsys.readouterr().out
-    for step in range(3 * PATIENCE):
-        log.write(step, {"frac_reward_zero_std": 1.0 if step % PATIENCE else 0.5 * (step > PATIENCE) + 0.5})
+    for step in range(3 * EQUAL_REWARD_STEPS):
+        log.write(
+            step,
+            {"frac_reward_zero_std": 1.0 if step % EQUAL_REWARD_STEPS else 0.5 * (step > EQUAL_REWARD_STEPS) + 0.5},
+        )
     log.close()
     said = capsys.readouterr().out
-    assert said.count(f"warning: in the last {PATIENCE} steps the rewards of every group were equal") == 1
+    assert said.count(f"warning: in the last {EQUAL_REWARD_STEPS} steps the rewards of every group were equal") == 1
 
 
 def sampler(**options):
@@ -116,7 +119,7 @@ def test_updates_without_a_bound_where_the_advantage_is_negative():
 
 
 def test_late_rollouts_whose_lag_nothing_bounds():
-    late = tiny_recipe("x", rollout_workers=1, max_staleness=2, corrector=none())
+    late = tiny_recipe("x", rollout_workers=1, max_staleness=2, corrector=no_correction())
     (said,) = cautions(late)
     assert said.startswith("max_staleness=2 with old_logprobs='recompute'")
     assert said.endswith("use old_logprobs='rollout' and loss=partial(ppo_clip, delta=1.2)")
@@ -145,12 +148,20 @@ def test_orders_whose_law_is_not_known():
         return logits[:, 0]
 
     noisy = partial(plackett_luce, temperature=0.3)
-    assert cautions(tiny_recipe("x", sampler=sampler(rank=noisy), likelihood=trajectory(), corrector=none())) == []
+    assert (
+        cautions(tiny_recipe("x", sampler=sampler(rank=noisy), likelihood=trajectory(), corrector=no_correction()))
+        == []
+    )
     coins = {"rank": max_prob, "commit": partial(soft_threshold, tau=0.9)}
-    assert cautions(tiny_recipe("x", sampler=sampler(**coins), likelihood=trajectory(), corrector=none())) == []
+    assert (
+        cautions(tiny_recipe("x", sampler=sampler(**coins), likelihood=trajectory(), corrector=no_correction())) == []
+    )
     own_rule = {"rank": max_prob, "commit": lambda *inputs: schedule(*inputs)}
     for options in ({"rank": partial(confidence), "commit": partial(schedule)}, {"rank": Rank(first, "deterministic")}):
-        assert cautions(tiny_recipe("x", sampler=sampler(**options), likelihood=trajectory(), corrector=none())) == []
+        assert (
+            cautions(tiny_recipe("x", sampler=sampler(**options), likelihood=trajectory(), corrector=no_correction()))
+            == []
+        )
     for options, likelihood, name in (
         (
             {"rank": confidence, "commit": partial(threshold, tau=0.9)},
@@ -161,29 +172,29 @@ def test_orders_whose_law_is_not_known():
         ({"rank": own}, trajectory(), "rank=own with commit=schedule"),
         ({"rank": first}, trajectory(), "rank=first with commit=schedule"),
         (own_rule, trajectory(), "rank=max_prob with commit=<lambda>"),
-        ({"rank": noisy}, trajectory(num_sampled=2), "rank=plackett_luce with commit=schedule and num_segments"),
+        ({"rank": noisy}, trajectory(num_sampled_steps=2), "rank=plackett_luce with commit=schedule and num_segments"),
         (coins, trajectory(num_segments=2), "rank=max_prob with commit=soft_threshold and num_segments"),
     ):
-        recipe = tiny_recipe("x", sampler=sampler(**options), likelihood=likelihood, corrector=none())
+        recipe = tiny_recipe("x", sampler=sampler(**options), likelihood=likelihood, corrector=no_correction())
         (said,) = cautions(recipe)
         assert "ratios" in said and f"sampler.{name}" in said and "\n" not in said
-        meant = likelihood.made_by.keywords | {"order": "given"}
+        meant = likelihood.factory.keywords | {"include_order": False}
         assert cautions(replace(recipe, likelihood=trajectory(**meant))) == []
         if "rank" not in options:
             assert cautions(replace(recipe, sampler=sampler(**options | {"rank": max_prob}))) == []
 
 
 def test_weights_of_what_is_no_likelihood_ratio():
-    for likelihood in (one_step(), elbo(), trajectory(num_segments=2, order="given")):
+    for likelihood in (one_step(), elbo(), trajectory(num_segments=2, include_order=False)):
         recipe = tiny_recipe("x", likelihood=likelihood, sampler=sampler(rank=max_prob))
         (said,) = cautions(recipe)
         assert f"likelihood={likelihood.name!r} gives no likelihood ratios" in said and "\n" not in said
-        assert cautions(replace(recipe, corrector=none())) == []
+        assert cautions(replace(recipe, corrector=no_correction())) == []
         assert cautions(replace(recipe, rollout_quantization=None)) == []
 
 
 def test_approximate_caches_that_the_estimator_does_not_see():
-    recipe = tiny_recipe("x", likelihood=elbo(), corrector=none(), sampler=sampler(cache=dual_cache()))
+    recipe = tiny_recipe("x", likelihood=elbo(), corrector=no_correction(), sampler=sampler(cache=dual_cache()))
     (said,) = cautions(recipe)
     assert "sampler.cache='dual' is approximate, and likelihood='elbo' does not replay" in said and "\n" not in said
     assert cautions(replace(recipe, likelihood=trajectory())) == []

@@ -76,7 +76,13 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
     groups = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     noise = draw_views(recipe, rollout, advantages, groups, (0,), run.accelerator)
     old = rollout.logprobs + 0.25 * rollout.completion_mask
-    logps = Logprobs(old=old, old_scores=old[None], rollout=rollout.logprobs, reference=None, views=noise)
+    logps = Logprobs(
+        old_logprobs=old,
+        old_view_logprobs=old[None],
+        rollout_logprobs=rollout.logprobs,
+        reference_logprobs=None,
+        views=noise,
+    )
     learned = dataclasses.replace(samples, rollout=rollout, advantages=advantages)
     log_completions(run, 0, answers, rollout, learned, logps)
     run.log.close()
@@ -97,7 +103,9 @@ def test_a_probability_that_is_no_number_stops_no_run(tmp_path):
     advantages = torch.full((4, 4), torch.inf)
     noise = draw_views(recipe, rollout, advantages, torch.ones(4, dtype=torch.float64), (0,), run.accelerator)
     same = rollout.logprobs
-    logps = Logprobs(old=same, old_scores=same[None], rollout=same, reference=None, views=noise)
+    logps = Logprobs(
+        old_logprobs=same, old_view_logprobs=same[None], rollout_logprobs=same, reference_logprobs=None, views=noise
+    )
     learned = dataclasses.replace(samples, rollout=rollout, advantages=advantages)
     log_completions(run, 0, answers, rollout, learned, logps)
     run.log.close()

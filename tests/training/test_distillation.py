@@ -89,7 +89,7 @@ def test_the_teachers_probabilities_add_up_to_one(tmp_path, num_parts, seed):
     tokens, steps = outcomes(student, (2, 2, 1))
     assert len({tuple(row) for row in steps.tolist()}) > 1
     rollout = student.rollout(tokens, unmask_step=steps)
-    recipe = taught_recipe(tmp_path, teacher_steps=num_parts)
+    recipe = taught_recipe(tmp_path, teacher_substeps=num_parts)
     # All completions are of one prompt, with one draw of the order; the rollout's own record is left at 0.
     found = -log_ratio(recipe, teacher, rollout, torch.full((32,), seed))
     torch.testing.assert_close(found.exp().sum(), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-6)
@@ -140,7 +140,7 @@ def test_the_rewards_gradient_is_that_of_the_reverse_kl(tmp_path, num_parts):
         directions.append(torch.cat([d.flatten() for d in direction]))
     student.weights = [w.requires_grad_() for w in before]
     own = logps(student, rollout)
-    recipe = taught_recipe(tmp_path, teacher_steps=num_parts)
+    recipe = taught_recipe(tmp_path, teacher_substeps=num_parts)
     reward = -log_ratio(recipe, teacher, replace(rollout, logprobs=own.detach()), seeds)
     gradient = torch.einsum("b,btw->w", own.detach().sum(-1).exp() * reward, per_outcome(student, own))
     found = [-(gradient @ direction).item() for direction in directions]
@@ -150,7 +150,7 @@ def test_the_rewards_gradient_is_that_of_the_reverse_kl(tmp_path, num_parts):
 def test_the_same_model_in_the_same_steps_has_a_kl_of_exactly_zero(tmp_path):
     train(taught_recipe(tmp_path / "same", zero_mismatch=True, num_steps=1))
     assert metrics_of(tmp_path / "same")[0]["teacher/reverse_kl"] == 0
-    train(taught_recipe(tmp_path / "finer", zero_mismatch=True, num_steps=1, teacher_steps=8))
+    train(taught_recipe(tmp_path / "finer", zero_mismatch=True, num_steps=1, teacher_substeps=8))
     assert metrics_of(tmp_path / "finer")[0]["teacher/reverse_kl"] > 1e-4
 
 
@@ -169,7 +169,7 @@ def test_the_reward_is_shared_between_task_and_teacher(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(trainer, "teach", watched)
-    recipe = taught_recipe(tmp_path, teacher=other_model, teacher_steps=4, teacher_coeff=0.25, num_steps=1)
+    recipe = taught_recipe(tmp_path, teacher=other_model, teacher_substeps=4, teacher_coeff=0.25, num_steps=1)
     train(recipe)
     ((before, after, metrics),) = seen
     seeds = torch.randint(2**63 - 1, (4,), generator=generator_for(0, "teacher", 0))
@@ -197,7 +197,7 @@ def test_a_teacher_is_given_as_a_model_is(tmp_path, kind):
 
 @pytest.mark.parametrize("teacher", few(["reference", other_model], [other_model]))
 def test_a_resumed_run_has_the_same_teacher(tmp_path, teacher):
-    recipe = partial(taught_recipe, teacher=teacher, teacher_steps=4, warmup_steps=2, save_steps=2)
+    recipe = partial(taught_recipe, teacher=teacher, teacher_substeps=4, warmup_steps=2, save_steps=2)
     whole = train(recipe(tmp_path / "whole", num_steps=4))
     train(recipe(tmp_path / "parts", num_steps=2, lr_schedule_steps=4))
     parts = train(recipe(tmp_path / "parts", num_steps=4, lr_schedule_steps=4, resume_from_checkpoint="latest"))
@@ -231,8 +231,8 @@ def test_the_order_of_draws_counts_on_both_sides_in_the_same_steps(tmp_path):
 
 def test_late_rollouts_are_scored_by_the_learners_process(tmp_path):
     """Without staleness the steps of a plain run; q is the record of the weights that sampled."""
-    plain = train(taught_recipe(tmp_path / "plain", teacher_steps=4))
-    late = train(taught_recipe(tmp_path / "late", teacher_steps=4, rollout_workers=1), InTurn())
+    plain = train(taught_recipe(tmp_path / "plain", teacher_substeps=4))
+    late = train(taught_recipe(tmp_path / "late", teacher_substeps=4, rollout_workers=1), InTurn())
     train(taught_recipe(tmp_path / "stale", rollout_workers=2, max_staleness=1, learning_rate=1e-2), InTurn())
     for name, weight in weights_of(plain).items():
         torch.testing.assert_close(weights_of(late)[name], weight, rtol=1e-4, atol=1e-5)
@@ -243,7 +243,7 @@ def test_late_rollouts_are_scored_by_the_learners_process(tmp_path):
 
 def test_micro_batches_change_nothing(tmp_path):
     policy = tiny_masked_lm(**SIZES)
-    recipe = taught_recipe(tmp_path, teacher_steps=4)
+    recipe = taught_recipe(tmp_path, teacher_substeps=4)
     prompts = encode(policy, [recipe.task[i] for i in range(4)], group_size=4, seeds=range(16))
     rollout = recipe.sample(policy, prompts, torch.Generator())
     whole, parts = (
@@ -258,13 +258,13 @@ def test_grpo_takes_a_teacher():
         "max_new_tokens": 4,
         "sampler_options": {"diffusion_steps": 2},
         "teacher": "reference",
-        "teacher_steps": 2,
+        "teacher_substeps": 2,
     }
     recipe = grpo_recipe(
         tiny_masked_lm(characters="abcdef"), rows, lambda completions: [0.0] * len(completions), **options
     )
-    assert (recipe.teacher, recipe.teacher_steps, recipe.teacher_coeff) == ("reference", 2, 1.0)
-    assert recipe.keeps_reference and not recipe.beta
+    assert (recipe.teacher, recipe.teacher_substeps, recipe.teacher_coeff) == ("reference", 2, 1.0)
+    assert recipe.needs_reference_policy and not recipe.beta
 
 
 # --- Refusals -------------------------------------------------------------------------------------------------------
@@ -275,8 +275,8 @@ def test_grpo_takes_a_teacher():
     [
         ({"teacher_coeff": -0.1}, r"teacher_coeff=-0\.1 must lie in \(0, 1\]"),
         ({"teacher_coeff": 1.5}, r"teacher_coeff=1\.5"),
-        ({"teacher_steps": 0}, "teacher_steps=0 must be at least 1"),
-        ({"teacher": None, "teacher_steps": 4}, "teacher_steps=4 .* teacher=None: set teacher"),
+        ({"teacher_substeps": 0}, "teacher_substeps=0 must be at least 1"),
+        ({"teacher": None, "teacher_substeps": 4}, "teacher_substeps=4 .* teacher=None: set teacher"),
         ({"advantages": decoupled}, "advantages=decoupled takes each of the task's rewards"),
         ({"max_num_gen_batches": 2}, "max_num_gen_batches=2 draws prompts until"),
     ],
@@ -294,25 +294,25 @@ def test_settings_that_do_not_go_together(tmp_path, changes, message):
         ({"teacher": partial(other_model, characters="4321.=")}, "teacher .* has another vocabulary than"),
         (
             {"sampler": partial(STATE_ONLY, rank=partial(plackett_luce, temperature=1.0))},
-            "teacher_steps=2: the sampler's rank chooses by",
+            "teacher_substeps=2: the sampler's rank chooses by",
         ),
         (
             {"sampler": partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=confidence)},
-            "teacher_steps=2: .* rank",
+            "teacher_substeps=2: .* rank",
         ),
         (
             {"sampler": partial(STATE_ONLY, rank=random, commit=partial(remask, eta=0.3))},
-            "teacher_steps=2: .* more than once",
+            "teacher_substeps=2: .* more than once",
         ),
         ({"sampler": partial(STATE_ONLY, top_k=3)}, "teacher with top_k or top_p"),
     ],
 )
 def test_a_run_that_cannot_be_taught_is_refused_before_any_work(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
-        train(taught_recipe(tmp_path / "run", teacher_steps=2, **changes))
+        train(taught_recipe(tmp_path / "run", teacher_substeps=2, **changes))
     assert "\n" not in str(caught.value) and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_an_autoregressive_students_steps_have_no_parts(tmp_path):
-    with pytest.raises(ValueError, match="teacher_steps=2: an autoregressive student writes one token a step"):
-        train(tiny_recipe_ar(tmp_path, teacher="reference", teacher_steps=2))
+    with pytest.raises(ValueError, match="teacher_substeps=2: an autoregressive student writes one token a step"):
+        train(tiny_recipe_ar(tmp_path, teacher="reference", teacher_substeps=2))

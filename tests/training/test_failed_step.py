@@ -9,7 +9,7 @@ import pytest
 from run_outputs import assert_same_weights
 from tiny_recipe import SIZES, tiny_recipe
 
-from dllm_rl.algorithms.correctors import none
+from dllm_rl.algorithms.correctors import no_correction
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.distributed.stop import LOCK
 from dllm_rl.models.lora import Lora
@@ -100,7 +100,7 @@ def test_weights_that_an_update_has_begun_to_change_are_not_saved(tmp_path):
             raise RuntimeError("the surrogate has met a ratio")
         return advantages[:, None] * log_ratio.exp()
 
-    changes = {"corrector": replace(none(), surrogate=in_second_iteration), "lora": partial(Lora, r=2)}
+    changes = {"corrector": replace(no_correction(), loss=in_second_iteration), "lora": partial(Lora, r=2)}
     late = {"num_iterations": 2, "lr_schedule": lambda step, num_steps: float(step > 0)}
     note = failed(tmp_path, RuntimeError, **changes, **late)
     assert "failed after step 1 was complete" in note and steps(tmp_path) == [0]

@@ -78,9 +78,9 @@ def test_a_reward_may_ask_for_speed(tmp_path):
 def test_each_reward_is_normalised_on_its_own(tmp_path, monkeypatch):
     seen = []
 
-    def spy(rewards, *, parts, weights):
-        seen.append((rewards, parts, weights))
-        return decoupled(rewards, parts=parts, weights=weights)
+    def spy(rewards, *, component_rewards, reward_weights):
+        seen.append((rewards, component_rewards, reward_weights))
+        return decoupled(rewards, component_rewards=component_rewards, reward_weights=reward_weights)
 
     policy, rewards = tiny_masked_lm(**SMALL), ([right, short], [1.0, 0.1])
     grpo(policy, ROWS, rewards[0], reward_weights=rewards[1], advantages=spy, **options(tmp_path / "spied"))
@@ -322,10 +322,10 @@ def test_an_argument_of_another_type_is_named(settings, field):
 
 def test_names_and_peft_settings_are_taken_where_they_mean_one_thing():
     peft = pytest.importorskip("peft")
-    settings = {"loss": "gspo", "epsilon": 0.1, "aggregate": "constant", "max_new_tokens": 4}
+    settings = {"loss": "gspo", "epsilon": 0.1, "loss_reduction": "fixed_length_mean", "max_new_tokens": 4}
     recipe = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, peft_config=peft.LoraConfig(r=4), **settings)
     assert describe(recipe.loss) == describe(partial(gspo, epsilon=0.1)) and recipe.lora().r == 4
-    assert describe(recipe.aggregate) == "constant(length=4)"
+    assert describe(recipe.loss_reduction) == "fixed_length_mean(length=4)"
 
 
 def test_trls_order_of_arguments_is_refused():
@@ -348,7 +348,7 @@ def test_a_loaded_model_and_its_tokenizer_go_together():
 
 def segments(**settings):
     """How many segments a trajectory is scored in: None where each step is scored, which is exact."""
-    return recipe_of(**settings).likelihood.made_by.keywords["num_segments"]
+    return recipe_of(**settings).likelihood.factory.keywords["num_segments"]
 
 
 def test_the_likelihood_is_chosen_by_the_steps_that_the_sampler_takes():
@@ -390,7 +390,7 @@ def test_trls_loss_types_weigh_tokens_as_trl_does():
     mask = torch.tensor([[True, False, False], [True, True, True]])
 
     def weights(**settings):
-        return recipe_of(**settings).aggregation(mask, num_tokens=4, num_sequences=2).tolist()
+        return recipe_of(**settings).resolved_loss_reduction(mask, num_tokens=4, num_sequences=2).tolist()
 
     of_sequences = [[1 / 2, 0, 0], [1 / 6, 1 / 6, 1 / 6]]
     of_tokens = [[1 / 4, 0, 0], [1 / 4, 1 / 4, 1 / 4]]
@@ -406,7 +406,7 @@ def test_the_level_of_the_ratio_changes_nothing_else():
     log_ratio, mask = torch.tensor([[2.0, 1.0]]).log(), torch.ones(1, 2, dtype=torch.bool)
 
     def objective(advantage, **settings):
-        return recipe_of(**settings).surrogate(log_ratio, torch.tensor([advantage]), mask)[0].tolist()
+        return recipe_of(**settings).resolved_loss(log_ratio, torch.tensor([advantage]), mask)[0].tolist()
 
     token, sequence = {"importance_sampling_level": "token"}, {"importance_sampling_level": "sequence"}
     root = 2**0.5
@@ -443,7 +443,7 @@ def test_trls_learning_rates_are_those_of_transformers(name, warmup):
         optimizer.step()
         theirs.step()
     assert [recipe.update_settings(step).learning_rate for step in range(8)] == pytest.approx(rates)
-    assert recipe.warmup_steps == 0, "Recipe's counts supervised steps"
+    assert recipe.sft_warmup_steps == 0, "Recipe's counts supervised steps"
 
 
 def test_a_reference_that_stays_is_the_only_one():
@@ -453,9 +453,15 @@ def test_a_reference_that_stays_is_the_only_one():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": "cispo"}, "loss_type='cispo' is none of 'grpo', .*; for others give Recipe's loss, aggregate"),
+        (
+            {"loss_type": "cispo"},
+            "loss_type='cispo' is none of 'grpo', .*; for others give Recipe's loss, loss_reduction",
+        ),
         ({"loss_type": ["grpo"]}, r"loss_type=\['grpo'\] is none of"),
-        ({"loss_type": "grpo", "aggregate": torch.zeros_like}, "aggregate is given twice, once by TRL's name"),
+        (
+            {"loss_type": "grpo", "loss_reduction": torch.zeros_like},
+            "loss_reduction is given twice, once by TRL's name",
+        ),
         (
             {"loss_type": "bnpo", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
             "loss_type='bnpo' divides by the tokens of each forward, and an update has 2 of them; use 'dapo'",

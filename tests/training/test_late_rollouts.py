@@ -30,7 +30,7 @@ from dllm_rl.training.late_rollouts.ray_pool import ATTEMPTS, RayWorkers, ray_wo
 from dllm_rl.training.late_rollouts.schedule import InTurn, LateRollouts, held
 from dllm_rl.training.late_rollouts.serialization import as_bytes, batch_as_bytes, batch_from_bytes, from_bytes
 from dllm_rl.training.learner import step
-from dllm_rl.training.policies import engine_of, make_optimizer, make_policy
+from dllm_rl.training.policies import build_policy, engine_of, make_optimizer
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.trainer import train
 
@@ -122,7 +122,7 @@ def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
     recipe = late_recipe(tmp_path / "run", num_steps=3, **changes)
     trained = train_here(recipe)
     accelerator = make_accelerator()
-    policy = make_policy(recipe, accelerator.device)
+    policy = build_policy(recipe, accelerator.device)
     if recipe.lora is not None:
         add_lora(policy, recipe.lora())
     optimizer = make_optimizer(recipe, policy)
@@ -182,7 +182,7 @@ def test_a_batch_survives_its_bytes(tmp_path):
     found = set()
     for sampler in (ranked, rewriting, coins):
         each = replace(recipe, sampler=sampler)
-        policy = make_policy(each, accelerator.device)
+        policy = build_policy(each, accelerator.device)
         run = StepContext(recipe=each, accelerator=accelerator, policy=policy, rollout_policy=policy)
         collected = collect(run, 0)
         scored = tuple(torch.full((2, 3), float(i)) for i in range(11))
@@ -196,7 +196,7 @@ def test_a_batch_survives_its_bytes(tmp_path):
         assert torch.equal(samples.rewards, collected[0].rewards)
         assert torch.equal(samples.advantages, collected[0].advantages)
         assert torch.equal(samples.metric_weights, collected[0].metric_weights)
-    assert {"Rollout", "Kept", "Order", "Events", "rank_function"} <= found
+    assert {"Rollout", "FilterSupport", "Order", "Events", "rank_function"} <= found
 
 
 def assert_equal_records(a, b, found):
@@ -376,7 +376,7 @@ def test_a_job_that_kills_every_worker_ends_the_run_in_a_line(ray, tmp_path):
     plain = tiny_recipe(tmp_path).sampler
 
     def deadly(policy, prompts, generator):  # of this function: pickled with its code
-        if os.getpid() != learner and policy.version:
+        if os.getpid() != learner and policy.weights_version:
             os._exit(1)
         return plain(policy, prompts, generator)
 

@@ -11,7 +11,7 @@ from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import Prompts, max_prob, tiny_masked_lm, unmask
-from dllm_rl.algorithms.correctors import none
+from dllm_rl.algorithms.correctors import no_correction
 from dllm_rl.likelihoods.estimators import coupled, trajectory
 from dllm_rl.models.base import trained_of
 from dllm_rl.training.learner import update_direction
@@ -21,7 +21,7 @@ from dllm_rl.types import Batch
 
 def test_under_autocast_a_later_inner_iteration_sees_the_weights_that_moved(tmp_path, monkeypatch):
     """As far from the step's start as without autocast's cache, which holds bf16 copies of the weights."""
-    changes = {"bf16": True, "num_iterations": 2, "num_steps": 1, "kept_graphs": 0, "learning_rate": 0.01}
+    changes = {"bf16": True, "num_iterations": 2, "num_steps": 1, "max_retained_graphs": 0, "learning_rate": 0.01}
     train(tiny_recipe(tmp_path / "cached", **changes))
     autocast = torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: autocast(*a, **k | {"cache_enabled": False}))
@@ -31,7 +31,7 @@ def test_under_autocast_a_later_inner_iteration_sees_the_weights_that_moved(tmp_
 
 
 def test_with_ratios_against_the_rollout_the_steps_start_is_still_reported_as_such(tmp_path):
-    changes = {"old_logprobs": "rollout", "corrector": none(), "rollout_quantization": int3_emulated}
+    changes = {"old_logprobs": "rollout", "corrector": no_correction(), "rollout_quantization": int3_emulated}
     train(tiny_recipe(tmp_path, num_steps=1, **changes))
     row = metrics_of(tmp_path)[0]
     assert row["off_policy/old/m2"] < 1e-8 < 1e-6 < row["off_policy/rollout/m2"]
@@ -40,7 +40,7 @@ def test_with_ratios_against_the_rollout_the_steps_start_is_still_reported_as_su
 def test_an_update_makes_weights_of_the_next_version(tmp_path):
     """One more a step, however many inner updates it has: what late and aligned rollouts are told apart by."""
     summary = train(tiny_recipe(tmp_path, num_iterations=2, save_steps=1, save_total_limit=9))
-    assert summary.policy.version == 2
+    assert summary.policy.weights_version == 2
     states = sorted((tmp_path / "checkpoints").glob("step-*/state.json"))
     assert [json.loads(path.read_text())["version"] for path in states] == [0, 1, 2]
 
@@ -65,9 +65,9 @@ def test_the_direction_of_an_update_by_hand(estimator):
     rollout = unmask(
         policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=6, temperature=1.0, rank=max_prob
     )
-    views = estimator.draw(rollout, torch.Generator().manual_seed(0))
+    views = estimator.draw_views(rollout, torch.Generator().manual_seed(0))
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
-    scores = estimator.scores(policy, rollout, views, keep_graphs=True)
+    scores = estimator.view_logprobs(policy, rollout, views, retain_graphs=True)
     mask = rollout.completion_mask
     batch = Batch(rollout, views, advantages, scores[0], scores, torch.ones_like(scores[0]), mask, None, 1, 1)
     (scores * advantages[:, None]).sum().backward()
@@ -79,8 +79,8 @@ def test_the_direction_of_an_update_by_hand(estimator):
                     parameter += sign * 1e-3 * parameter.grad
         measured = update_direction(policy, batch, Accelerator(cpu=True), estimator)
         found.append(measured["update/direction"])
-        some = (views.weight != 0).sum((1, 2)).topk(min(4, len(scores))).indices
-        change = (estimator.scores(policy, rollout, views) - scores.detach())[some].double().sum((0, 2))
+        some = (views.coefficients != 0).sum((1, 2)).topk(min(4, len(scores))).indices
+        change = (estimator.view_logprobs(policy, rollout, views) - scores.detach())[some].double().sum((0, 2))
         cosine = torch.cosine_similarity(advantages.double(), change, dim=0)
         assert found[-1] == pytest.approx(cosine.item(), rel=1e-6)
     assert found[0] > 0.1 > -0.1 > found[1]

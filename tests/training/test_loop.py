@@ -13,8 +13,8 @@ from tiny_recipe import OddPuzzles, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import load_policy
 from dllm_rl.algorithms import correctors
-from dllm_rl.algorithms.correctors import none, tis
-from dllm_rl.algorithms.losses import constant, kl_k1, kl_k2, sequence, token
+from dllm_rl.algorithms.correctors import no_correction, tis
+from dllm_rl.algorithms.losses import fixed_length_mean, kl_k1, kl_k2, sequence_mean, token_mean
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.likelihoods import estimators as likelihoods
 from dllm_rl.models.tokens import decode
@@ -28,7 +28,7 @@ from dllm_rl.training.trainer import train
 
 @pytest.mark.parametrize("make", few([tiny_recipe, tiny_recipe_ar], [tiny_recipe]))
 def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):
-    summary = train(make(tmp_path / "run", warmup_steps=3, warmup_eval_steps=2, eval_steps=1))
+    summary = train(make(tmp_path / "run", sft_warmup_steps=3, sft_warmup_eval_steps=2, eval_steps=1))
     run = tmp_path / "run"
     assert json.loads((run / "summary.json").read_text()) == summary
     for part in ("eval_before", "eval_after"):
@@ -83,17 +83,21 @@ def test_unquantised_rollouts_have_exactly_no_mismatch(make, tmp_path):
 )
 @pytest.mark.usefixtures("exact_arithmetic")
 def test_on_policy_every_weighting_is_none(corrector, tmp_path):
-    a = train(tiny_recipe(tmp_path / "a", rollout_quantization=None, corrector=none()))
+    a = train(tiny_recipe(tmp_path / "a", rollout_quantization=None, corrector=no_correction()))
     b = train(tiny_recipe(tmp_path / "b", rollout_quantization=None, corrector=corrector))
     assert_same_weights(a, b)
 
 
 @pytest.mark.parametrize(
-    "aggregate", [token, *(pytest.param(f, marks=pytest.mark.slow) for f in (sequence, partial(constant, length=16)))]
+    "loss_reduction",
+    [
+        token_mean,
+        *(pytest.param(f, marks=pytest.mark.slow) for f in (sequence_mean, partial(fixed_length_mean, length=16))),
+    ],
 )
-def test_micro_batches_change_nothing_beyond_rounding(aggregate, tmp_path):
+def test_micro_batches_change_nothing_beyond_rounding(loss_reduction, tmp_path):
     # Plain descent: AdamW divides a gradient by its own size, and so shows the rounding of one near zero at full scale.
-    changes = {"aggregate": aggregate, "num_iterations": 2, "beta": 0.04, "kl": kl_k2, "optim": descent}
+    changes = {"loss_reduction": loss_reduction, "num_iterations": 2, "beta": 0.04, "kl": kl_k2, "optim": descent}
     changes["learning_rate"] = 0.5
     whole = train(tiny_recipe(tmp_path / "whole", **changes))
     parts = train(tiny_recipe(tmp_path / "parts", micro_batch_size=4, **changes))
@@ -115,12 +119,12 @@ def test_leaving_out_groups_without_advantage_changes_nothing_but_time(tmp_path)
 def test_entropy_bonus_reaches_the_weights_without_any_advantage(tmp_path):
     """With advantages 0 the bonus is all there is: it must raise -log p of what is sampled, and 0 must move nothing."""
     still = {"advantages": torch.zeros_like, "rollout_quantization": None, "num_steps": 6}
-    still |= {"likelihood": likelihoods.trajectory(order="given")}
+    still |= {"likelihood": likelihoods.trajectory(include_order=False)}
     a = train(tiny_recipe(tmp_path / "a", **still))
     b = train(tiny_recipe(tmp_path / "b", num_iterations=2, **still))
     assert_same_weights(a, b)
     still |= {"num_steps": 20, "train_batch_size": 16}
-    train(tiny_recipe(tmp_path / "c", entropy_coeff=0.5, learning_rate=1e-3, warmup_steps=60, **still))
+    train(tiny_recipe(tmp_path / "c", entropy_coeff=0.5, learning_rate=1e-3, sft_warmup_steps=60, **still))
     entropy = [row["entropy"] for row in metrics_of(tmp_path / "c")]
     assert sum(entropy[-5:]) / 5 > sum(entropy[:5]) / 5 + 0.03  # without its baseline the bonus LOWERS it, by 0.3
     assert "entropy" not in metrics_of(tmp_path / "a")[0]
@@ -190,7 +194,7 @@ def test_a_batch_without_any_advantage_still_measures_mismatch(tmp_path):
     summary = train(before)
     (row,) = metrics_of(tmp_path)
     assert row["rollout_corr/k3_kl"] > 0 and row["grad_norm"] == 0
-    assert row["rollout_corr/rows"] == 2 * 4 and not any(name.startswith("live/k3") for name in row)
+    assert row["rollout_corr/rows"] == 2 * 4 and not any(name.startswith("trained/k3") for name in row)
     assert row["ais/lambda"] == 0, "there is nothing to correct"
     untouched = before.model().module.state_dict()
     assert all(torch.equal(value, untouched[name]) for name, value in weights_of(summary).items())
@@ -201,15 +205,15 @@ def test_mismatch_is_that_of_all_rows_whatever_the_number_of_live_ones(tmp_path)
     changes = {"advantages": one_live_group, "train_batch_size": 6, "num_steps": 1}
     changes["rollout_quantization"] = int3_emulated
     train(tiny_recipe(tmp_path / "all", beta=1e-30, kl=kl_k1, **changes))
-    train(tiny_recipe(tmp_path / "five", mismatch_sample=5, **changes))
+    train(tiny_recipe(tmp_path / "five", num_mismatch_groups=5, **changes))
     train(tiny_recipe(tmp_path / "two", **changes))
     every, five, two = (metrics_of(tmp_path / name)[0] for name in ("all", "five", "two"))
     shared = [name for name in every if name.startswith("rollout_corr/")]
     assert {name: five[name] for name in shared} == pytest.approx({name: every[name] for name in shared}, rel=1e-4)
     assert [row["rollout_corr/rows"] for row in (every, five, two)] == [24, 24, 12]
-    assert [row["live/rows"] for row in (every, five, two)] == [24, 4, 4]
-    assert five["live/k3_kl"] == pytest.approx(two["live/k3_kl"], rel=1e-4)
-    assert five["live/k3_kl"] != pytest.approx(five["rollout_corr/k3_kl"], rel=1e-3)
+    assert [row["trained/rows"] for row in (every, five, two)] == [24, 4, 4]
+    assert five["trained/k3_kl"] == pytest.approx(two["trained/k3_kl"], rel=1e-4)
+    assert five["trained/k3_kl"] != pytest.approx(five["rollout_corr/k3_kl"], rel=1e-3)
     assert two["rollout_corr/k3_kl"] != pytest.approx(five["rollout_corr/k3_kl"], rel=1e-3), "an estimate, not the mean"
     # The corrector's own statistics are of the rows that it corrects, however many others are measured.
     lam = [row["ais/lambda"] for row in (every, five, two)]
@@ -226,8 +230,8 @@ def test_the_sample_of_groups_depends_on_seed_and_step_alone(tmp_path):
     assert found[0][5] == 1 and sorted(found[0].tolist())[-3:] == [1, 15.5, 15.5] and found[0].sum() == 32
     assert not torch.equal(found[0], metric_weights(replace(recipe, seed=4), advantages, 0))
     assert metric_weights(replace(recipe, beta=0.1), advantages, 0).tolist() == [1.0] * 32
-    with pytest.raises(ValueError, match="mismatch_sample=0 must be at least 1"):
-        replace(recipe, mismatch_sample=0)
+    with pytest.raises(ValueError, match="num_mismatch_groups=0 must be at least 1"):
+        replace(recipe, num_mismatch_groups=0)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +250,7 @@ def test_aligned_forward_leaves_no_mismatch(tmp_path):
 
 def test_global_random_state_is_untouched(tmp_path):
     before = torch.random.get_rng_state()
-    train(tiny_recipe(tmp_path, warmup_steps=2, rollout_quantization=float8_weight_only))
+    train(tiny_recipe(tmp_path, sft_warmup_steps=2, rollout_quantization=float8_weight_only))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -284,13 +288,13 @@ def test_kl_starts_at_zero_and_grows(tmp_path):
 
 class TestRefusals:
     def test_a_sampler_of_the_other_kind_before_any_work(self, tmp_path):
-        wrong = replace(tiny_recipe_ar(tmp_path), sampler=tiny_recipe(tmp_path).sampler, warmup_steps=10**6)
+        wrong = replace(tiny_recipe_ar(tmp_path), sampler=tiny_recipe(tmp_path).sampler, sft_warmup_steps=10**6)
         with pytest.raises(ValueError, match="use autoregress"):
             train(wrong)
 
     def test_a_likelihood_of_the_other_kind_before_any_work(self, tmp_path):
         with pytest.raises(ValueError, match="likelihood='causal'"):
-            train(tiny_recipe(tmp_path, likelihood=likelihoods.causal(), warmup_steps=10**6))
+            train(tiny_recipe(tmp_path, likelihood=likelihoods.causal(), sft_warmup_steps=10**6))
 
     def test_a_micro_batch_that_cuts_a_group(self, tmp_path):
         with pytest.raises(ValueError, match="micro_batch_size=6 must be a multiple of num_generations=4"):

@@ -17,7 +17,7 @@ HOSTILE = "a`b|c\n# <img src=x> \x1b[2J"
 
 def test_every_checkpoint_says_what_it_is_and_the_last_how_it_did(tmp_path):
     summary = train(
-        tiny_recipe(tmp_path, num_steps=2, save_steps=1, save_total_limit=9, likelihood=trajectory(order="given"))
+        tiny_recipe(tmp_path, num_steps=2, save_steps=1, save_total_limit=9, likelihood=trajectory(include_order=False))
     )
     first, last = ((tmp_path / f"checkpoints/step-00000{i}/README.md").read_text() for i in (1, 2))
     front = yaml.safe_load(last.split("---\n")[1])

@@ -16,8 +16,8 @@ from dllm_rl.samplers.cache import prefix_cache
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.policies import (
+    build_policy,
     check_compiled,
-    make_policy,
     reference_policy,
     resumed_policy,
     rollout_copy,
@@ -33,10 +33,10 @@ def weights(policy):
 
 def test_a_function_that_takes_a_seed_gets_the_runs_and_a_policy_is_copied(tmp_path):
     recipe = tiny_recipe(tmp_path, seed=5)
-    assert torch.equal(weights(make_policy(recipe, CPU)), weights(tiny_masked_lm(**SIZES, seed=5)))
-    assert not torch.equal(weights(make_policy(recipe, CPU)), weights(tiny_masked_lm(**SIZES, seed=6)))
+    assert torch.equal(weights(build_policy(recipe, CPU)), weights(tiny_masked_lm(**SIZES, seed=5)))
+    assert not torch.equal(weights(build_policy(recipe, CPU)), weights(tiny_masked_lm(**SIZES, seed=6)))
     given = tiny_masked_lm(**SIZES)
-    made = make_policy(replace(recipe, model=given), CPU)
+    made = build_policy(replace(recipe, model=given), CPU)
     with torch.no_grad():
         next(made.module.parameters()).add_(1.0)
     assert torch.equal(weights(given), weights(tiny_masked_lm(**SIZES)))
@@ -47,7 +47,7 @@ def test_the_reference_keeps_the_weights_that_rl_started_from(tmp_path, fresh):
     """Of a fresh run a copy; on a resume what the run's folder has, whatever the learner is now."""
     recipe = tiny_recipe(tmp_path, beta=0.1)
     accelerator = Accelerator(cpu=True)
-    policy = make_policy(recipe, CPU)
+    policy = build_policy(recipe, CPU)
     start = weights(policy)
     assert save_reference(recipe, policy, accelerator) == manifest.read(tmp_path / "reference")["sha256"]
     with torch.no_grad():
@@ -62,21 +62,21 @@ def test_the_reference_keeps_the_weights_that_rl_started_from(tmp_path, fresh):
 
 def test_without_a_scheme_the_learner_rolls_out(tmp_path):
     recipe = tiny_recipe(tmp_path, rollout_quantization=None)
-    policy = make_policy(recipe, CPU)
+    policy = build_policy(recipe, CPU)
     assert rollout_copy(recipe, policy) is policy
 
 
 @pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_rollouts_copy_is_in_the_dtype_of_the_runs_products(tmp_path, bf16, dtype):
     recipe = tiny_recipe(tmp_path, bf16=bf16)
-    copy = rollout_copy(recipe, make_policy(recipe, CPU))
+    copy = rollout_copy(recipe, build_policy(recipe, CPU))
     assert {p.dtype for p in copy.module.parameters()} == {dtype}
 
 
 def test_a_resumed_learner_keeps_the_dtype_that_it_was_saved_in(tmp_path):
     """Not the recipe's, which is of a model from a path."""
     recipe = tiny_recipe(tmp_path)
-    policy = make_policy(recipe, CPU)
+    policy = build_policy(recipe, CPU)
     policy.module.bfloat16()
     accelerator = Accelerator(cpu=True)
     save_reference(recipe, policy, accelerator)
@@ -89,14 +89,14 @@ def test_a_resumed_learner_keeps_the_dtype_that_it_was_saved_in(tmp_path):
 def test_of_the_model_that_a_recipe_names_the_rest_of_large_files_may_be_left_unread(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "HEAD", 64)
     recipe = tiny_recipe(tmp_path)
-    save_reference(recipe, make_policy(recipe, CPU), Accelerator(cpu=True))
+    save_reference(recipe, build_policy(recipe, CPU), Accelerator(cpu=True))
     file = tmp_path / "reference" / "model.safetensors"
     damaged = bytearray(file.read_bytes())
     damaged[-3] ^= 1
     file.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its SHA-256 differs"):
-        make_policy(replace(recipe, model=str(file.parent)), CPU)
-    make_policy(replace(recipe, model=str(file.parent), verify_checkpoint="quick"), CPU)
+        build_policy(replace(recipe, model=str(file.parent)), CPU)
+    build_policy(replace(recipe, model=str(file.parent), verify_checkpoint="quick"), CPU)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dllm_rl.quantization.schemes import int4_weight_only
 from dllm_rl.samplers.revise import edit
 from dllm_rl.samplers.rules import max_prob, threshold
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training.policies import make_policy
+from dllm_rl.training.policies import build_policy
 from dllm_rl.training.rehearsal import random_numbers_kept
 from dllm_rl.training.start import rehearsed
 
@@ -58,7 +58,10 @@ BAD = {
         },
         r"trajectory.*depends on the tokens drawn \(edit, rank=confidence\)",
     ),
-    "warm-up": ({"warmup_steps": 1, "warmup_metric": "solved"}, "warmup_metric='solved' is none of the task's"),
+    "warm-up": (
+        {"sft_warmup_steps": 1, "sft_warmup_metric": "solved"},
+        "sft_warmup_metric='solved' is none of the task's",
+    ),
     "advantages": (
         {"advantages": lambda rewards: rewards.mean(-1)},
         r"advantages=.*numbers of shape \(4,\) for rewards",
@@ -124,11 +127,11 @@ def test_nothing_is_left_of_it(changes, tmp_path):
     recipe = small(tmp_path, **changes)
     recipe = replace(recipe, task=Drawing(recipe.task))
     accelerator = make_accelerator()
-    before = make_policy(recipe, accelerator.device)
+    before = build_policy(recipe, accelerator.device)
     drawn = torch.get_rng_state(), np.random.get_state()[1].tolist()
     policy = rehearsed(recipe, accelerator)
     assert torch.equal(torch.get_rng_state(), drawn[0]) and np.random.get_state()[1].tolist() == drawn[1]
-    assert policy.lora is None and policy.version == before.version
+    assert policy.lora is None and policy.weights_version == before.weights_version
     now = dict(policy.module.named_parameters())
     for name, parameter in before.module.named_parameters():
         assert torch.equal(now.pop(name), parameter) and parameter.requires_grad

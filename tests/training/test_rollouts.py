@@ -23,10 +23,10 @@ from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.context import StepContext
-from dllm_rl.training.policies import make_policy
+from dllm_rl.training.policies import build_policy
 from dllm_rl.training.rollouts import collect, compute_advantages, total
 from dllm_rl.training.trainer import train
-from dllm_rl.types import Kept, Prompts, Rollout
+from dllm_rl.types import FilterSupport, Prompts, Rollout
 
 PROMPTS = Prompts.from_ids(
     [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]], pad_id=1, group_size=2, seeds=list(range(100, 108))
@@ -46,7 +46,7 @@ def assert_same(one: Rollout, other: Rollout, *, exact: bool = True) -> None:
 def sampled(sampler, policy, rows: int) -> Rollout:
     with batch_invariant():
         parts = [sampler(policy, batch, generator_for(0)) for batch in PROMPTS.split(rows)]
-    return Rollout.joined(parts, pad_id=policy.pad_id)
+    return Rollout.concatenate(parts, pad_id=policy.pad_id)
 
 
 HOW = ["dream", "sdar", "sdar, cached", "llama"]
@@ -76,19 +76,23 @@ def test_shorter_batches_are_filled_up_on_the_right():
         yes = torch.ones(2, width, dtype=torch.bool)
         rollouts.append(
             Rollout(tokens, yes, yes, tokens - 10, -tokens.float(), group_size=2, forwards=width,
-                    kept=Kept(tokens / 100, tokens[..., None].repeat(1, 1, kept).int()))
+                    filter_support=FilterSupport(tokens / 100, tokens[..., None].repeat(1, 1, kept).int()))
         )  # fmt: skip
-    both = Rollout.joined(rollouts, pad_id=7)
+    both = Rollout.concatenate(rollouts, pad_id=7)
     assert both.tokens.tolist() == [[10, 11, 12, 7], [13, 14, 15, 7], [10, 11, 12, 13], [14, 15, 16, 17]]
     assert both.attention_mask[:, 3].tolist() == both.completion_mask[:, 3].tolist() == [False, False, True, True]
     assert both.unmask_step[0].tolist() == [0, 1, 2, -1]
-    assert both.logprobs[0].tolist() == [-10, -11, -12, 0] and both.kept.log_mass[0, 3] == 0
-    assert both.kept.ids[0].tolist() == [[10, -1], [11, -1], [12, -1], [-1, -1]]
+    assert both.logprobs[0].tolist() == [-10, -11, -12, 0] and both.filter_support.log_mass[0, 3] == 0
+    assert both.filter_support.ids[0].tolist() == [[10, -1], [11, -1], [12, -1], [-1, -1]]
     assert both.forwards == 7
-    none = Rollout.joined(
-        [rollouts[0], dataclasses.replace(rollouts[1], kept=dataclasses.replace(rollouts[1].kept, ids=None))], pad_id=7
+    none = Rollout.concatenate(
+        [
+            rollouts[0],
+            dataclasses.replace(rollouts[1], filter_support=dataclasses.replace(rollouts[1].filter_support, ids=None)),
+        ],
+        pad_id=7,
     )
-    assert none.kept.ids is None  # some set was too large to record
+    assert none.filter_support.ids is None  # some set was too large to record
 
 
 @pytest.mark.parametrize(
@@ -101,7 +105,7 @@ def test_a_step_of_a_run(tmp_path, make):
         recipe = make(tmp_path, task=OddPuzzles(), max_num_gen_batches=2, rollout_batch_size=size, train_batch_size=3)
         sampler = recipe.sampler
         recipe = dataclasses.replace(recipe, sampler=partial(spy, sampler, rows, max_new_tokens=16))
-        policy = make_policy(recipe, torch.device("cpu"))
+        policy = build_policy(recipe, torch.device("cpu"))
         run = StepContext(recipe=recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
         samples, _, _ = collect(run, 0)
         seen.append((samples.rollout, samples.rewards))
@@ -160,7 +164,7 @@ def test_num_tokens_counts_every_prompt_and_completion_that_was_sampled_so_far(t
     recipe = make(tmp_path, task=OddPuzzles(), max_num_gen_batches=3)
     sampler = partial(counted, sampler=recipe.sampler.func, **recipe.sampler.keywords)
     recipe = dataclasses.replace(recipe, sampler=sampler)
-    policy, log = make_policy(recipe, torch.device("cpu")), RunLog(tmp_path, start=0, main=True)
+    policy, log = build_policy(recipe, torch.device("cpu")), RunLog(tmp_path, start=0, main=True)
     run = StepContext(recipe=recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy, log=log)
     for step in (0, 1):
         *_, metrics = collect(run, step)

@@ -170,7 +170,7 @@ def test_a_step_replaces_the_state_as_a_whole():
         recipe=recipe,
         accelerator=SimpleNamespace(is_main_process=False),
         state=before,
-        policy=SimpleNamespace(version=8),
+        policy=SimpleNamespace(weights_version=8),
         log=SimpleNamespace(entered="sync"),
         stop=SimpleNamespace(agreed=nothing),
         writer=SimpleNamespace(check=nothing),

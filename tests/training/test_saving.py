@@ -37,7 +37,7 @@ def test_a_save_that_failed_is_not_remembered_as_done():
 @pytest.mark.parametrize("during", [{}, {"state": "later"}, {"state": "later", "version": 4}])
 def test_a_copy_during_which_a_step_ended_is_not_saved(monkeypatch, during):
     """The copy may hold weights of two steps, also where version and state agree again when it is made."""
-    policy = SimpleNamespace(version=3, module=torch.nn.Module())
+    policy = SimpleNamespace(weights_version=3, module=torch.nn.Module())
     log = SimpleNamespace(entered="")
     writer = SimpleNamespace(alone=nullcontext(), wait=lambda: None)
     run = object.__new__(Run)
@@ -47,7 +47,7 @@ def test_a_copy_during_which_a_step_ended_is_not_saved(monkeypatch, during):
     def copied(policy, optimizer):
         if "state" in during:
             run.state = replace(state, step=4, version=during.get("version", 3))
-        policy.version = during.get("version", 3)
+        policy.weights_version = during.get("version", 3)
         return ()
 
     written = []
@@ -68,7 +68,7 @@ def stopped(monkeypatch, *, version=3, **changes):
     run = object.__new__(Run)
     run.__dict__.update(stop=stop, recipe=tiny_recipe("runs/x"), saved=2)
     run.__dict__.update(policy=tiny_masked_lm(**SIZES))
-    run.policy.version = version
+    run.policy.weights_version = version
     run.__dict__.update(accelerator=SimpleNamespace(is_main_process=True), writer=SimpleNamespace(wait=lambda: None))
     run.__dict__.update(state=TrainingState(step=3, version=3, dtype="float32", recipe={}), **changes)
     written = []
@@ -97,7 +97,7 @@ def test_an_overdue_stop_saves_the_last_step_where_weights_are_whole(monkeypatch
 def test_an_overdue_stop_waits_where_the_weights_are_of_no_step(monkeypatch):
     assert stopped(monkeypatch, version=4) == (False, []), "an update has begun"
     policy = tiny_masked_lm(**SIZES)
-    policy.version = 3
+    policy.weights_version = 3
     with aligned_forward(policy, quantized_copy(policy, int3_emulated())):
         assert stopped(monkeypatch, policy=policy) == (False, []), "its layers run the rollout's weights"
     assert stopped(monkeypatch, policy=policy) == (True, [3])
@@ -110,7 +110,7 @@ def test_before_the_first_stage_of_a_step_a_run_is_between_two_steps(tmp_path):
     log = SimpleNamespace(entered="evaluation")
     stop = SimpleNamespace(last_words="over", agreed=lambda accelerator: 0)
     run = object.__new__(Run)
-    run.__dict__.update(log=log, stop=stop, accelerator=None, policy=SimpleNamespace(version=4))
+    run.__dict__.update(log=log, stop=stop, accelerator=None, policy=SimpleNamespace(weights_version=4))
     saving.protect(run, None)
     assert log.entered == "" and stop.last_words is None
     log.entered = "sync"

@@ -9,7 +9,7 @@ from tiny_recipe import tiny_recipe
 from torch.overrides import _get_current_function_mode_stack
 
 from dllm_rl.algorithms import correctors
-from dllm_rl.algorithms.correctors import none, qarl, tis
+from dllm_rl.algorithms.correctors import no_correction, qarl, tis
 from dllm_rl.diagnostics.batch_invariance import BatchInvariantOps
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.estimators import coupled, trajectory
@@ -19,7 +19,7 @@ from dllm_rl.training.forwards import aligns, arithmetic
 from dllm_rl.training.learner import keeps_graphs, rollout_side
 from dllm_rl.training.selection import active_groups, group_weights, metric_weights
 
-EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": none()}
+EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": no_correction()}
 
 
 @pytest.mark.parametrize(("changes", "modes"), [({}, []), ({"bf16": True}, []), (EXACT, [BatchInvariantOps])])
@@ -51,8 +51,8 @@ def test_the_samplers_record_is_the_learners_own_score_in_any_arithmetic(tmp_pat
         policy.module.bfloat16()
     with arithmetic(recipe, Accelerator(cpu=True)):
         rollout = recipe.sampler(policy, encode(policy, [recipe.task[i] for i in range(4)]), generator_for(0))
-        noise = recipe.likelihood.draw(rollout, generator_for(1))
-        scores = recipe.likelihood.scores(policy, rollout, noise, keep_graphs=True)
+        noise = recipe.likelihood.draw_views(rollout, generator_for(1))
+        scores = recipe.likelihood.view_logprobs(policy, rollout, noise, retain_graphs=True)
         torch.testing.assert_close(recipe.likelihood.combine(scores, noise), recorded(rollout, noise), rtol=0, atol=0)
 
 
@@ -90,7 +90,7 @@ def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path):
 )
 def test_graphs_are_kept_of_as_many_forwards_as_are_allowed(views, rows, size, forwards, tmp_path):
     for allowed, kept in ((forwards - 1, False), (forwards, True)):
-        recipe = tiny_recipe(tmp_path, micro_batch_size=size, kept_graphs=allowed)
+        recipe = tiny_recipe(tmp_path, micro_batch_size=size, max_retained_graphs=allowed)
         assert keeps_graphs(recipe, recipe.model(), views=views, rows=rows) == kept
 
 
@@ -111,7 +111,7 @@ def test_weights_of_groups():
 
 def test_each_step_measures_other_groups(tmp_path):
     """The same groups at each step would hide the mismatch of all others for the whole run."""
-    recipe, still = tiny_recipe(tmp_path, mismatch_sample=2), torch.zeros(8, 4)
+    recipe, still = tiny_recipe(tmp_path, num_mismatch_groups=2), torch.zeros(8, 4)
     drawn = [metric_weights(recipe, still, step).tolist() for step in range(20)]
     assert drawn == [metric_weights(recipe, still, step).tolist() for step in range(20)]
     assert all(sorted(weights) == [0] * 6 + [4, 4] for weights in drawn)

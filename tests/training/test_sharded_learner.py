@@ -22,7 +22,7 @@ from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.training import train
-from dllm_rl.training.sharded_learner import check_engine, check_module, check_sharding
+from dllm_rl.training.sharded_learner import check_launch_config, check_module, check_sharding
 
 CLOSE = {"rel": 2e-3, "abs": 2e-5}
 MOVED = ("reward", "advantage", "mismatch")  # numbers of a row, whichever process scored it
@@ -147,7 +147,7 @@ def test_slurm_starts_a_process_a_task_and_queues_the_job_again_after_its_warnin
     ("change", "said"),
     [
         ({"shard_size": 3}, "shard_size=3 must divide the 4 processes"),
-        ({"warmup_steps": 5, "lora": lora_r16}, "warmup_steps=5 with lora does not go with shard_size=2"),
+        ({"sft_warmup_steps": 5, "lora": lora_r16}, "sft_warmup_steps=5 with lora does not go with shard_size=2"),
         ({"zero_mismatch": True, "rollout_quantization": None}, "zero_mismatch=True does not go"),
         ({"optim": adamw_8bit}, "optim=adamw_8bit does not go"),
         ({"optim": partial(adamw_8bit)}, "optim=adamw_8bit does not go"),
@@ -173,7 +173,7 @@ def test_a_module_whose_head_is_tied_or_that_is_not_known_is_refused():
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
 def test_an_engine_of_the_launch_is_refused_also_where_accelerate_would_leave_it_out(monkeypatch, engine):
-    check_engine()
+    check_launch_config()
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(ValueError, match=f"distributed_type={engine} .* use MULTI_GPU, and shard_size=0"):
-        check_engine()
+        check_launch_config()

@@ -18,14 +18,14 @@ from dllm_rl.training.start import check_processes, open_log, restore
 from dllm_rl.training.trainer import train
 
 
-@pytest.mark.parametrize("changes", [{"train_batch_size": 8}, {"train_batch_size": 2}, {"warmup_steps": 5}])
+@pytest.mark.parametrize("changes", [{"train_batch_size": 8}, {"train_batch_size": 2}, {"sft_warmup_steps": 5}])
 def test_batches_that_three_processes_cannot_share_are_refused(tmp_path, monkeypatch, changes):
     monkeypatch.setattr(Accelerator, "num_processes", 3)
-    recipe = tiny_recipe(tmp_path, **{"train_batch_size": 6, "warmup_batch_size": 64, **changes})
+    recipe = tiny_recipe(tmp_path, **{"train_batch_size": 6, "sft_warmup_batch_size": 64, **changes})
     said = {8: "train_batch_size=8 .* 3 processes; nearest that are: 6, 9", 2: "nearest that are: 3"}
-    with pytest.raises(ValueError, match=said.get(recipe.train_batch_size, "warmup_batch_size=64 .*: 63, 66")):
+    with pytest.raises(ValueError, match=said.get(recipe.train_batch_size, "sft_warmup_batch_size=64 .*: 63, 66")):
         check_processes(recipe, Accelerator(cpu=True))
-    check_processes(replace(recipe, train_batch_size=9, warmup_steps=0), Accelerator(cpu=True))
+    check_processes(replace(recipe, train_batch_size=9, sft_warmup_steps=0), Accelerator(cpu=True))
 
 
 def test_policy_optimiser_and_log_are_set_to_the_checkpoints_and_the_recipe_is_the_runs(tmp_path):
@@ -39,7 +39,7 @@ def test_policy_optimiser_and_log_are_set_to_the_checkpoints_and_the_recipe_is_t
     log = RunLog(tmp_path, start=2, main=False)
     state = restore(longer, folder, written, policy, optimizer, log)
     assert state == replace(written, recipe=longer.settings()) and state.recipe["logging_steps"] == 7
-    assert (state.step, state.version, policy.version) == (2, 2, 2)
+    assert (state.step, state.version, policy.weights_version) == (2, 2, 2)
     assert {int(moments["step"]) for moments in optimizer.state.values()} == {4}
     assert log.seconds == written.stages and time.perf_counter() - log.begun >= written.seconds > 0
 

@@ -113,7 +113,7 @@ def test_levels_are_stratified_and_floored():
 
 def stepped(policy, tmp_path, *, steps: int, **changes):
     """The losses of the first steps."""
-    recipe = tiny_recipe(tmp_path, **{"warmup_learning_rate": 1e-2, "warmup_batch_size": 8} | changes)
+    recipe = tiny_recipe(tmp_path, **{"sft_warmup_learning_rate": 1e-2, "sft_warmup_batch_size": 8} | changes)
     optimizer = torch.optim.AdamW(policy.module.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     return [warmup_step(recipe, policy, optimizer, step, make_accelerator()) for step in range(steps)]
 
@@ -125,9 +125,9 @@ def test_warm_up_learns_what_it_is_shown(tmp_path):
 
 def test_each_step_hides_other_tokens_and_replaces_its_share(tmp_path):
     """One problem, and a rate that moves no weight: masks and replaced tokens alone can change the loss."""
-    still = {"steps": 3, "warmup_learning_rate": 1e-30, "task": Sudoku(split="train", size=1)}
+    still = {"steps": 3, "sft_warmup_learning_rate": 1e-30, "task": Sudoku(split="train", size=1)}
     policy = tiny_recipe(tmp_path).model()
-    losses = [stepped(policy, tmp_path, **still, warmup_corruption=share) for share in (0.0, 0.5, 0.0)]
+    losses = [stepped(policy, tmp_path, **still, sft_warmup_corruption=share) for share in (0.0, 0.5, 0.0)]
     assert losses[0] == pytest.approx(losses[2], rel=1e-6)
     every = sorted(losses[0] + losses[1])
     assert all(after - before > 1e-3 for before, after in pairwise(every))
@@ -137,7 +137,7 @@ def test_the_learning_rate_rises_to_its_full_height(tmp_path):
     """AdamW moves a weight first by the rate, here 1/30 of 1e-3, and by its decay, a hundredth of that."""
     policy = tiny_recipe(tmp_path).model()
     before = [p.detach().clone() for p in policy.module.parameters()]
-    stepped(policy, tmp_path, steps=1, warmup_learning_rate=1e-3)
+    stepped(policy, tmp_path, steps=1, sft_warmup_learning_rate=1e-3)
     moved = max((p - was).abs().max().item() for p, was in zip(policy.module.parameters(), before, strict=True))
     assert moved == pytest.approx(1e-3 / 30, rel=0.05)
 
@@ -156,7 +156,7 @@ def test_a_step_takes_the_mean_of_the_processes_gradients(tmp_path, monkeypatch)
     policy = tiny_recipe(tmp_path).model()
     before = parameters_to_vector(policy.module.parameters()).detach()
     # The rate of the first step, which rises to its height in 30, is 1: plain descent moves weights by the gradient.
-    recipe = tiny_recipe(tmp_path, warmup_learning_rate=30.0, warmup_batch_size=8)
+    recipe = tiny_recipe(tmp_path, sft_warmup_learning_rate=30.0, sft_warmup_batch_size=8)
     warmup_step(recipe, policy, torch.optim.SGD(policy.module.parameters()), 0, Accelerator(cpu=True))
     expected = 0.1 * torch.cat(sent)
     assert 0.1 < expected.norm() < 0.5, "above 1 a gradient is scaled down"
@@ -173,7 +173,7 @@ def test_a_gradient_that_is_not_finite_stops_the_warm_up(tmp_path):
 
 
 def test_warm_up_ends_with_the_first_look_that_finds_the_target(tmp_path):
-    recipe = tiny_recipe(tmp_path, warmup_steps=8, warmup_eval_steps=2, warmup_target=0.5)
+    recipe = tiny_recipe(tmp_path, sft_warmup_steps=8, sft_warmup_eval_steps=2, sft_warmup_target=0.5)
     policy, log, looks = recipe.model(), RunLog(tmp_path, start=0, main=True), iter([0.25, 0.5, 0.75])
     taken = warm_up(recipe, policy, make_accelerator(), log, lambda: {"solve_rate": next(looks)})
     assert taken == 4 and list(looks) == [0.75]

@@ -151,14 +151,14 @@ LLADA = FamilySpec(
     name="llada",
     attention="full",
     architectures=("LLaDAModelLM", "LLaDAModel"),
-    when=lambda raw: "num_experts" not in raw,
-    native=llada,
+    config_test=lambda raw: "num_experts" not in raw,
+    stock_model=llada,
     float32_rope=True,
     mask_id=126336,
     mask_vocabulary=126464,
     mask_names=("<|mdm_mask|>", "[MDM_MASK]"),
     end_tokens=("<|eot_id|>",),
-    names=(
+    tensor_names=(
         ("model.transformer.wte", "model.embed_tokens"),
         ("model.transformer.ln_f", "model.norm"),
         ("model.transformer.ff_out", "lm_head"),
@@ -169,7 +169,7 @@ ILLADA = FamilySpec(
     name="illada",
     attention="full",
     architectures=("ILLaDAForCausalLM",),
-    native=plain_llama,
+    stock_model=plain_llama,
     mask_id=5,
     mask_vocabulary=155136,
     mask_names=("<[MASK]>",),
@@ -178,8 +178,8 @@ LLADA_MOE = FamilySpec(
     name="llada_moe",
     attention="full",
     architectures=("LLaDAMoEModelLM", "LLaDAMoEModel", "LLaDAModelLM"),
-    when=lambda raw: "num_experts" in raw,
-    native=llada_moe,
+    config_test=lambda raw: "num_experts" in raw,
+    stock_model=llada_moe,
     mask_id=156895,
     mask_vocabulary=157184,
     mask_names=("<|mask|>",),
@@ -190,13 +190,13 @@ LLADA2 = FamilySpec(
     attention="block_causal",
     block_size=32,
     architectures=("LLaDA2MoeModelLM",),
-    native=llada2,
+    stock_model=llada2,
     mask_id=156895,
     mask_vocabulary=157184,
     mask_names=("<|mask|>",),
     end_tokens=("<|role_end|>",),
     fused_qkv="model.layers.*.attention.query_key_value",
-    names=(
+    tensor_names=(
         ("model.word_embeddings", "model.embed_tokens"),
         ("model.layers.*.attention.query_layernorm", "model.layers.*.self_attn.q_norm"),
         ("model.layers.*.attention.key_layernorm", "model.layers.*.self_attn.k_norm"),
@@ -209,7 +209,7 @@ DREAM = FamilySpec(
     attention="full",
     shift=True,
     architectures=("DreamModel",),
-    native=dream,
+    stock_model=dream,
     mask_id=151666,
     mask_vocabulary=152064,
     mask_names=("<|mask|>",),
@@ -220,7 +220,7 @@ SDAR = FamilySpec(
     attention="block_causal",
     block_size=4,
     architectures=("SDARForCausalLM", "SDARMoeForCausalLM"),
-    native=sdar,
+    stock_model=sdar,
     mask_id=151669,
     mask_vocabulary=151936,
     mask_names=("<|MASK|>",),
@@ -231,7 +231,7 @@ RND1 = FamilySpec(
     attention="full",
     shift=True,
     architectures=("RND1", "RND1LM"),
-    native=sdar,
+    stock_model=sdar,
     mask_id=151669,
     mask_vocabulary=151936,
 )
@@ -240,7 +240,7 @@ STABLE_DIFFCODER = FamilySpec(
     attention="block_causal",
     block_size=4,
     architectures=("StableDiffcoderForCausalLM",),
-    native=plain_llama,
+    stock_model=plain_llama,
     mask_id=5,
     mask_vocabulary=155136,
     mask_names=("<[MASK_TOKEN]>",),
@@ -249,20 +249,22 @@ A2D = FamilySpec(
     name="a2d",
     attention="full",
     architectures=("A2DQwen2LMHeadModel", "A2DQwen3LMHeadModel"),
-    native=a2d,
+    stock_model=a2d,
     mask_names=("<|mask|>",),
     end_tokens=("<|im_end|>",),
 )
 # The published configs of bd3lm and mdlm are alike: only a block size that is given says which one it is.
-A2D_BLOCKS = replace(A2D, name="a2d_blocks", attention="block_causal", when=lambda raw: bool(raw.get("block_size")))
+A2D_BLOCKS = replace(
+    A2D, name="a2d_blocks", attention="block_causal", config_test=lambda raw: bool(raw.get("block_size"))
+)
 NEMOTRON_AR = FamilySpec(
     name="nemotron_ar",
     attention="causal",
     shift=True,
     architectures=("NemotronLabsDiffusionModel",),
-    when=lambda raw: raw.get("dlm_paradigm") == "autoregressive",
-    native=nemotron,
-    names=(
+    config_test=lambda raw: raw.get("dlm_paradigm") == "autoregressive",
+    stock_model=nemotron,
+    tensor_names=(
         ("diffusion_head", "lm_head"),
         *((f"encoder.{name}", f"model.{name}") for name in ("embed_tokens", "norm")),
         *((f"encoder.layers.*.{name}", f"model.layers.*.{name}") for _, name in _BLOCK),
@@ -275,7 +277,7 @@ NEMOTRON = replace(
     block_size=32,
     causal_context=True,
     shift=False,
-    when=lambda raw: raw.get("dlm_paradigm") != "autoregressive",
+    config_test=lambda raw: raw.get("dlm_paradigm") != "autoregressive",
     mask_id=100,
     mask_vocabulary=131072,
 )
@@ -292,7 +294,7 @@ MASKED_LM = FamilySpec(
     architectures=("*ForMaskedLM",),
     head=mlm_head,
     lora_targets=BERT_LINEARS,
-    ignored=(r".*\.pooler\..*", r"cls\.seq_relationship\..*", r".*\.position_ids"),
+    ignored_tensors=(r".*\.pooler\..*", r"cls\.seq_relationship\..*", r".*\.position_ids"),
 )
 ROBERTA = replace(
     MASKED_LM,
@@ -304,13 +306,13 @@ DIFFUSION_LM = FamilySpec(
     name="diffusion_lm",  # a stock causal class whose config says is_causal=False
     attention="full",
     architectures=("*ForCausalLM", "*LMHeadModel"),
-    when=lambda raw: raw.get("is_causal") is False,
+    config_test=lambda raw: raw.get("is_causal") is False,
 )
 SHIFTED_DIFFUSION_LM = replace(
     DIFFUSION_LM,
     name="shifted_diffusion_lm",
     shift=True,
-    when=lambda raw: raw.get("is_causal") is False and bool(raw.get("shifted_head")),
+    config_test=lambda raw: raw.get("is_causal") is False and bool(raw.get("shifted_head")),
 )
 CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, architectures=("*ForCausalLM", "*LMHeadModel"))
 
@@ -347,7 +349,7 @@ def find_family(raw: dict) -> FamilySpec:
     architecture = (raw.get("architectures") or [None])[0]
     for family in FAMILIES:
         # A checkpoint's custom class may be called ...ForCausalLM too.
-        if family.recognises(raw) and (family.native or stock_class(raw) is not None):
+        if family.matches(raw) and (family.stock_model or stock_class(raw) is not None):
             return family
     if raw.get("model_type") == "diffusion_gemma":
         raise ValueError(

@@ -87,7 +87,7 @@ def load_module(
         check_depth(raw, len(shapes) if files else MOST_LAYERS, folder)
         check_numbers(raw, folder)
         check_plain(raw, folder)
-        tokenizer = load_tokenizer(folder, stock=family.native is None)
+        tokenizer = load_tokenizer(folder, stock=family.stock_model is None)
         check_templates(folder, tokenizer.chat_template, tokenizer.special_tokens_map)
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
         there = sum(map(prod, shapes.values()))
@@ -96,7 +96,7 @@ def load_module(
             if (needed := sum(own.values())) > 2 * there:
                 # Before it takes memory; twice, because a checkpoint may leave out tied tensors.
                 raise RuntimeError(f"it describes {needed:,} parameters, and there are {there:,} numbers")
-            check_dtypes(dtypes, own if family.native is None else None, folder)
+            check_dtypes(dtypes, own if family.stock_model is None else None, folder)
         if quantization is not None:
             if family.attention == "encoder_decoder":
                 wrong = f"quantization={quantization!r} would part the weights that encoder and decoder share"
@@ -105,7 +105,7 @@ def load_module(
             options["device_map"] = {"": device}  # else bitsandbytes takes the first GPU
         with quiet_progress():
             cls, config = class_and_config(raw, family)
-            if family.native is None:
+            if family.stock_model is None:
                 module, report = cls.from_pretrained(folder, config=config, **options)
             else:
                 state = to_stock(read_tensors(folder), family, config)
@@ -134,8 +134,8 @@ def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
 
 def class_and_config(raw: dict, family: FamilySpec) -> tuple[Any, Any]:
     """A family's stock class, and its config from a checkpoint's fields."""
-    if family.native is not None:
-        return family.native(without_code(raw))
+    if family.stock_model is not None:
+        return family.stock_model(without_code(raw))
     cls = stock_class(raw)
     return cls, cls.config_class.from_dict(without_code(raw))
 
@@ -270,7 +270,7 @@ def prepared(module: Module, spec: FamilySpec) -> Module:
 
 def check_report(report: dict, family: FamilySpec, folder: Path) -> None:
     """Raise ValueError on a missing, unexpected or differently shaped tensor."""
-    ignored = re.compile("|".join(family.ignored) or r"(?!)")  # (?!) matches nothing
+    ignored = re.compile("|".join(family.ignored_tensors) or r"(?!)")  # (?!) matches nothing
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(name for name in map(str, report[kind]) if not ignored.fullmatch(name))
         if names:
@@ -306,8 +306,8 @@ def family_spec(
         if not 0 <= config.pad_token_id < config.vocab_size:
             raise ValueError(f"pad_token_id={config.pad_token_id} is outside the vocabulary; correct config.json")
         changes["max_length"] -= config.pad_token_id + 1
-    if family.native:
-        changes |= {"original": raw, "source": str(folder) if folder else None}
+    if family.stock_model:
+        changes |= {"original_config": raw, "checkpoint_folder": str(folder) if folder else None}
     return replace(family, **changes)
 
 
@@ -454,18 +454,18 @@ def save_module(
     with quiet_progress():
         if not hasattr(module, "save_pretrained"):
             write_tensors(own_tensors(module, device="cpu"), directory, max_shard_size=max_shard_size)
-        elif spec.native is None:
+        elif spec.stock_model is None:
             stored = merged_copy(module, device="cpu") if has_extras(module) else module
             stored.save_pretrained(directory, max_shard_size=max_shard_size)
         else:
-            assert spec.original is not None, "a spec of this checkpoint, not of its family"
+            assert spec.original_config is not None, "a spec of this checkpoint, not of its family"
             state = merged_later(module)
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
             dtype = str(main_dtype(state)).removeprefix("torch.")
-            keys = [key for key in ("dtype", "torch_dtype") if key in spec.original] or ["torch_dtype"]
-            fields = spec.original | dict.fromkeys(keys, dtype)
+            keys = [key for key in ("dtype", "torch_dtype") if key in spec.original_config] or ["torch_dtype"]
+            fields = spec.original_config | dict.fromkeys(keys, dtype)
             (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-            source = Path(spec.source or directory)
+            source = Path(spec.checkpoint_folder or directory)
             if source.is_dir() and source.resolve() != directory.resolve():
                 # The authors' code is copied for the authors' tools; it never runs here.
                 for file in [*source.glob("*.py"), *source.glob("generation_config.json")]:

@@ -134,7 +134,7 @@ def _alone(tensor: Tensor) -> Tensor:
 
 def backwards(spec: FamilySpec) -> tuple[tuple[str, str], ...]:
     """The names of a family from the stock class's to the authors'."""
-    return tuple((stock, original) for original, stock in spec.names)
+    return tuple((stock, original) for original, stock in spec.tensor_names)
 
 
 def renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
@@ -160,7 +160,7 @@ def to_stock(state: State, spec: FamilySpec, config: Any) -> State:
             for part, value in zip(QKV, tensor.split(rows), strict=True):
                 out[f"{parent}.{part}.{leaf}"] = value.clone()  # a view would keep the fused tensor alive
         else:
-            out[renamed(name, spec.names)] = tensor
+            out[renamed(name, spec.tensor_names)] = tensor
     return out
 
 

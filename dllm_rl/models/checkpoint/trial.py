@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-LONGEST = 200  # characters of a string that is tried
+MAX_TRIAL_LENGTH = 200  # characters of a string that is tried
 MOST = 100_000  # characters tried in all
 GROWTH = 100  # tokens for a character, or characters of the decoded text for one of the tokens' own
 RENDERED = 100_000  # characters that a template may make of a few words
@@ -61,7 +61,7 @@ def probes(fields: dict[str, Any]) -> Iterator[str]:
     }
     left = MOST
     for text in [string.printable, *sorted(named, key=len), *string.printable]:
-        if len(text) <= LONGEST and left > 0:
+        if len(text) <= MAX_TRIAL_LENGTH and left > 0:
             yield text
             yield text * 64
             left -= 65 * len(text)

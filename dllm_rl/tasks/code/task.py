@@ -17,7 +17,7 @@ from dllm_rl.tasks.math.task import Questions
 from dllm_rl.tasks.rows import Row, Split, present, text_of
 
 AT_ONCE = 4  # programs that run at the same time
-LONGEST = 20_000  # characters of a program; a longer one is not parsed
+MAX_PROGRAM_LENGTH = 20_000  # characters of a program; a longer one is not parsed
 ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # of a function that the prompt begins (arXiv 2107.03374)
 MODULES = """abc array bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools
 hashlib heapq itertools json math operator random re statistics string sys textwrap time typing"""
@@ -42,7 +42,7 @@ def static(fields: Mapping[str, Any], completion: str) -> Reward:
     checks = dict.fromkeys(("parses", "signature", "names", "allowed"), 0.0)
     try:
         with warnings.catch_warnings(action="ignore"):
-            nodes = list(ast.walk(ast.parse(code if len(code) <= LONGEST else "(")))
+            nodes = list(ast.walk(ast.parse(code if len(code) <= MAX_PROGRAM_LENGTH else "(")))
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return Reward(0.0, False, checks)
     defined = set(dir(builtins))

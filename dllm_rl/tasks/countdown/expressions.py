@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-LONGEST = 500  # characters of an exact expression
+MAX_EXPRESSION_LENGTH = 500  # characters of an exact expression
 LARGEST = 10**40  # of any numerator or denominator on the way
 LONGEST_PYTHON = 2_000  # characters of Python's
 LARGEST_PYTHON = 100_000  # bits of an integer on the way
@@ -49,7 +49,7 @@ class Value:
 def evaluate(text: str) -> Value | None:
     """The exact value of an expression; None for any other text, a division by zero, and beyond the bounds."""
     # As in Python, an integer has no leading zero. ** and // are no operators here, and juxtaposition is no product.
-    if len(text) > LONGEST:
+    if len(text) > MAX_EXPRESSION_LENGTH:
         return None
     try:
         tokens = _tokens(text.strip(" \t\n\r\f"), _TOKEN)

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_rl.tasks.answers import LONGEST, d1_box, final_answer, first_closed_answer, last_closed_answer
+from dllm_rl.tasks.answers import MAX_ANSWER_LENGTH, d1_box, final_answer, first_closed_answer, last_closed_answer
 from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.countdown.expressions import Number, OutOfBounds, evaluate, python_value
 from dllm_rl.tasks.rows import present
@@ -124,7 +124,7 @@ def left_of_equals(text: str) -> str:
 
 
 def _operators(text: str) -> str:
-    if len(text) > LONGEST:
+    if len(text) > MAX_ANSWER_LENGTH:
         return text
     for sign, operator in (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\u00d7", "*"), ("\u00b7", "*")):
         text = text.replace(sign, operator)

@@ -82,7 +82,7 @@ def math500_d1(fields: Mapping[str, Any], completion: str) -> Reward:
     correct = fields["answer"] is not None and same_in_d1(answer, fields["answer"])
     # parsed: the completion marks an answer, or all of it is the right answer [ours]
     parsed = correct or bool(answer and answer != completion)
-    return _graded(parsed, correct, d1_spelling(answer) if parsed and len(answer) <= answers.LONGEST else "")
+    return _graded(parsed, correct, d1_spelling(answer) if parsed and len(answer) <= answers.MAX_ANSWER_LENGTH else "")
 
 
 def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:

@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-from dllm_rl.tasks.answers import LONGEST, exact_number, printed
+from dllm_rl.tasks.answers import MAX_ANSWER_LENGTH, exact_number, printed
 
 _DROPPED = ("\n", "\\!")  # first: they may stand within the marks below
 _UNWRITTEN = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
@@ -36,7 +36,7 @@ def normalise(answer: str) -> str:
     \\frac{1}{2}. The original drops all that follows "\\text{ " and all blanks, so that "5 \\text{ or } 6" is 5 and
     "2 2/3" is 22/3 [ours].
     """
-    if len(answer) > LONGEST:
+    if len(answer) > MAX_ANSWER_LENGTH:
         return answer
     answer = printed(answer).replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
     for mark in (*_UNWRITTEN, "\\%"):
@@ -74,15 +74,19 @@ def hedged(answer: str, reference: str) -> bool:
     """Whether a text in the answer, and none in the reference, offers a choice or holds a digit, as "\\text{ or 6}"."""
 
     def choices(latex: str) -> bool:
-        words = [word for text in _TEXT.findall(latex[:LONGEST]) for word in re.findall(r"[a-z]+|[0-9]", text.lower())]
+        words = [
+            word
+            for text in _TEXT.findall(latex[:MAX_ANSWER_LENGTH])
+            for word in re.findall(r"[a-z]+|[0-9]", text.lower())
+        ]
         return any(word in _NO_UNIT or word.isdigit() for word in words)
 
     return choices(answer) and not choices(reference)
 
 
 def same_in_d1(answer: str, reference: str) -> bool:
-    """Whether d1's spellings of both are equal, or the texts where d1's code fails; False beyond LONGEST [ours]."""
-    return max(len(answer), len(reference)) <= LONGEST and d1_spelling(answer) == d1_spelling(reference)
+    """Whether d1's spellings of both are equal, or the texts where d1's code fails; False of long answers [ours]."""
+    return max(len(answer), len(reference)) <= MAX_ANSWER_LENGTH and d1_spelling(answer) == d1_spelling(reference)
 
 
 def d1_spelling(answer: str) -> str:
@@ -135,7 +139,7 @@ def _without_name(answer: str) -> str:
 
 def rational(answer: str) -> Fraction | None:
     """The value of a decimal number or a fraction of integers; None for anything else."""
-    if re.search(r"[0-9] *,\s+[0-9]|[0-9]\s+,", printed(answer[: LONGEST + 1])):
+    if re.search(r"[0-9] *,\s+[0-9]|[0-9]\s+,", printed(answer[: MAX_ANSWER_LENGTH + 1])):
         return None  # a list, as 12, 345; normalised, it looks like 12,345
     answer = normalise(answer)
     found = _PLAIN_FRAC.fullmatch(answer)

@@ -16,10 +16,12 @@ from time import monotonic
 
 from dllm_rl.tasks.math.latex import normalise
 
-LONGEST = 300  # characters of an answer that is compared symbolically; a reference may have ten times as many
+MAX_SYMBOLIC_LENGTH = (
+    300  # characters of an answer that is compared symbolically; a reference may have ten times as many
+)
 SECONDS = 1.0  # processor time of one comparison
 TRIES = 2  # per comparison, when its worker ends
-PATIENCE = 60.0  # seconds without a reply after which all workers are replaced
+REPLY_SECONDS = 60.0  # seconds without a reply after which all workers are replaced
 STARTING = 300.0  # seconds that the workers may take to start, on a busy machine
 MOST_KNOWN = 65536  # remembered verdicts
 
@@ -46,7 +48,7 @@ def equal_all(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
         if pair not in _KNOWN:
             reference, answer = pair
             _KNOWN[pair] = True if normalise(reference) == normalise(answer) else None  # no algebra is needed
-            short = len(answer) <= LONGEST and len(reference) <= 10 * LONGEST
+            short = len(answer) <= MAX_SYMBOLIC_LENGTH and len(reference) <= 10 * MAX_SYMBOLIC_LENGTH
             if _KNOWN[pair] is None and short and "\n" not in answer:
                 asked.append(pair)
     if asked:
@@ -108,7 +110,11 @@ class _Pool:
             if waiting and line not in asked:
                 question = waiting.popleft()
                 self.number += 1
-                asked[line] = question, self.number, monotonic() + PATIENCE  # first: a line that breaks counts as asked
+                asked[line] = (
+                    question,
+                    self.number,
+                    monotonic() + REPLY_SECONDS,
+                )  # first: a line that breaks counts as asked
                 self.send(line, self.number, pairs[question])
 
     def take_in(self, asked: Asked, verdicts: list[bool | None]) -> list[int]:

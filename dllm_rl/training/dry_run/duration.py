@@ -58,9 +58,9 @@ def seconds(recipe: Recipe, policy: Policy, prompt_tokens: int) -> dict[str, flo
         forwards = views * chunks
         view_tokens = views * rows * row
     scoring = time(view_tokens, FORWARD, forwards, passes=1 + bool(recipe.beta))
-    if recipe.rolls_out_apart and not recipe.likelihood.exact_for_sampler:
+    if recipe.has_separate_rollout_policy and not recipe.likelihood.exact_for_sampler:
         scoring += time(view_tokens, copy, forwards)
-    scoring *= recipe.mask_draws
+    scoring *= recipe.num_mask_sets
     passes = 2 + (recipe.lora is None) + recipe.gradient_checkpointing  # gradients of inputs, of weights; run again
     update = recipe.num_iterations * time(view_tokens, BACKWARD, forwards, passes)
     if most_graphs(recipe, policy, rows=rows):  # the first update has its forward from scoring
@@ -96,4 +96,4 @@ def count_views(recipe: Recipe, length: int, steps: int) -> int:
     tokens, mask = batch_of(1, length)
     step = torch.arange(length)[None] * steps // length
     rollout = Rollout(tokens, mask, mask, step, torch.zeros(1, length), group_size=1)
-    return len(recipe.likelihood.draw(rollout, torch.Generator()).weight)
+    return len(recipe.likelihood.draw_views(rollout, torch.Generator()).coefficients)

@@ -178,7 +178,7 @@ def measure_step(
 
 def reference_tensors(recipe: Recipe, policy: Policy) -> list[Tensor]:
     """The weights of the run's reference; with adapters the reference is the base, which is there already."""
-    needed = recipe.keeps_reference and recipe.lora is None
+    needed = recipe.needs_reference_policy and recipe.lora is None
     return [torch.empty_like(p) for p in policy.module.parameters()] if needed else []
 
 
@@ -394,9 +394,9 @@ def forget_data(module: Module, dtype: torch.dtype | None, quantization: str | N
 
 
 def most_graphs(recipe: Recipe, policy: Policy, *, rows: int) -> int:
-    """How many of scoring's graphs `kept_graphs` keeps; an estimator of unknown views takes as many as fit."""
+    """How many of scoring's graphs `max_retained_graphs` keeps; an estimator of unknown views takes as many as fit."""
     chunks = math.ceil(rows / (recipe.micro_batch_size or rows))
-    views = 1 if recipe.likelihood.name in ONE_VIEW else recipe.kept_graphs // chunks
+    views = 1 if recipe.likelihood.name in ONE_VIEW else recipe.max_retained_graphs // chunks
     if policy.spec.attention == "encoder_decoder":
         views = renoising_steps(recipe, policy)
     return views * chunks if views and keeps_graphs(recipe, policy, views=views, rows=rows) else 0

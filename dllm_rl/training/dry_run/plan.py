@@ -187,7 +187,7 @@ def batch_lines(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> list[
     kept = "none: an update runs every forward again, one at a time"
     if graphs := most_graphs(recipe, policy, rows=rows // count):
         most = "" if recipe.likelihood.name in ONE_VIEW else "up to "
-        kept = f"{most}{graphs} of scoring's forwards, for the first update (kept_graphs)"
+        kept = f"{most}{graphs} of scoring's forwards, for the first update (max_retained_graphs)"
     at_once = min(recipe.micro_batch_size or rows, rows // count)
     return [
         f"processes             {count} assumed; WORLD_SIZE=N in front of the command plans for N",
@@ -227,7 +227,7 @@ def save_lines(recipe: Recipe, policy: MetaPolicy, found: Memory) -> list[str]:
     host = min(weights, SHARD)  # a shard of weights at a time
     if recipe.async_save or group_size(recipe, launched()) > 1:
         host += weights + moments * recipe.async_save
-    elif recipe.lora is not None and policy.spec.native is None:  # transformers writes a copy with merged weights
+    elif recipe.lora is not None and policy.spec.stock_model is None:  # transformers writes a copy with merged weights
         host = weights
     kinds = f"{each / GB:.3f} GB each" + (f", the last one {(weights + moments) / GB:.3f}" if alone else "")
     seconds = ", ".join(f"{size / WRITE_RATE:.0f} s" for size in ([each, weights + moments] if alone else [each]))

@@ -24,7 +24,7 @@ from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts.schedule import Sampler, twin_of
 
 ATTEMPTS = 3  # at a job: a worker that dies for a reason of its own would die for ever
-PATIENCE = 30.0  # seconds that a cluster gets to reserve the workers' processors
+CLUSTER_SECONDS = 30.0  # seconds that a cluster gets to reserve the workers' processors
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 Made = bytes | tuple[str, str]  # a batch, or the kind and the text of an error
 
@@ -195,7 +195,7 @@ def ray_workers(recipe: Recipe) -> RayWorkers | None:
     reserved = ray.util.placement_group([bundle] * count) if enough else None
     if reserved is not None:  # a cluster of the caller's own outlives the run
         with_the_run().callback(release, ray, reserved)
-    if reserved is None or not reserved.wait(PATIENCE):
+    if reserved is None or not reserved.wait(CLUSTER_SECONDS):
         free = ray.available_resources() if enough else there
         found = ", ".join(f"{free.get(name, 0):g} {name}" for name in bundle)
         wanted = ", ".join(f"{number} {name}" for name, number in bundle.items())
@@ -271,7 +271,7 @@ def check_address(address: str) -> None:
     if not host or not port.isdecimal() or "/" in host:  # local, auto, or a URL
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_SECONDS).close()
     except OSError as error:
         raise ValueError(
             f"rollout_workers: nobody answers at RAY_ADDRESS={address!r} ({error}): start a cluster there (ray start "

@@ -52,11 +52,11 @@ class Sampler:
         for name, tensor in tensors.items():
             places[name].copy_(tensor)
         policy = self.policy
-        policy.version = about["version"]
+        policy.weights_version = about["version"]
         engine = engine_of(self.recipe)
         if self.context is None:
             sampling = engine.load(policy)
-            sampling.version = policy.version
+            sampling.weights_version = policy.weights_version
             self.context = StepContext(
                 recipe=self.recipe, accelerator=self.accelerator, policy=policy, rollout_policy=sampling
             )
@@ -175,7 +175,7 @@ class LateRollouts:
         (samples, answers, metrics), seconds = batch_from_bytes(made, run.recipe, run.accelerator.device)
         metrics["num_tokens"] += run.log.last.get("num_tokens", 0.0)  # a worker knows its own batch alone
         version = samples.rollout.weights_version
-        metrics |= {"rollout_version": float(version), "staleness": float(run.policy.version - version)}
+        metrics |= {"rollout_version": float(version), "staleness": float(run.policy.weights_version - version)}
         return samples, answers, metrics | {"time/rollout_worker": seconds}
 
     def publish(self, step: int, learned: Step) -> dict[str, float]:
@@ -233,10 +233,10 @@ def split(run: StepContext[Recipe], learned: Step) -> dict[str, float]:
     chosen = torch.zeros_like(mask[:, 0]).index_fill(0, rows, True)
     with run.log.stage("scoring"), arithmetic(recipe, run.accelerator):
         size = recipe.micro_batch_size
-        fresh = recipe.likelihood.logprobs(copied, rollout, logps.views.only(chosen), micro_batch_size=size)
+        fresh = recipe.likelihood.logprobs(copied, rollout, logps.views.restrict_to_rows(chosen), micro_batch_size=size)
     mask = mask[rows].cpu()
     found: dict[str, float] = {}
-    for part, apart in (("quantization", logps.old - fresh), ("staleness", fresh - logps.rollout)):
+    for part, apart in (("quantization", logps.old_logprobs - fresh), ("staleness", fresh - logps.rollout_logprobs)):
         apart = torch.where(mask, apart[rows].cpu(), 0)
         if (mask & apart.isfinite()).any():
             measured = mismatch_metrics(apart, mask)

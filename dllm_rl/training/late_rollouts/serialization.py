@@ -13,14 +13,15 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
+from dllm_rl.renamed import RENAMED, renamed
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.training.completion_log import stored_fields
 from dllm_rl.training.rollouts import Answer
 from dllm_rl.training.samples import Samples
-from dllm_rl.types import Columns, Rollout, SamplingParams
+from dllm_rl.types import BatchRecord, Rollout, SamplingParams
 
 # What a rollout consists of: records of columns, as it is one itself.
-RECORDS: dict[str, Callable] = {kind.__name__: kind for kind in (*Columns.__subclasses__(), SamplingParams)}
+RECORDS: dict[str, Callable] = {kind.__name__: kind for kind in (*BatchRecord.__subclasses__(), SamplingParams)}
 Collected = tuple[Samples, list[Answer], dict[str, float]]
 
 
@@ -43,7 +44,7 @@ def from_bytes(data: bytes) -> tuple[dict[str, Tensor], Any]:
 def trained_weights(policy: Policy) -> bytes:
     """The weights that training changes, with adapters these alone, and their version."""
     trained = {name: weight for name, weight in policy.module.named_parameters() if weight.requires_grad}
-    return as_bytes(trained, {"version": policy.version})
+    return as_bytes(trained, {"version": policy.weights_version})
 
 
 def plain_record(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -66,8 +67,9 @@ def record_of(value: Any, tensors: Mapping[str, Tensor], rank: Callable | None) 
     if "tensor" in value:
         return tensors[value["tensor"]]
     if "record" in value:
-        held = {name: record_of(each, tensors, rank) for name, each in value["fields"].items()}
-        return RECORDS[value["record"]](**held)
+        kind: str = value["record"]  # of a checkpoint, maybe of an earlier version
+        held = dict(renamed(kind, name, record_of(each, tensors, rank)) for name, each in value["fields"].items())
+        return RECORDS[RENAMED.get(kind, kind)](**held)
     return rank if "rank" in value else tuple(record_of(each, tensors, rank) for each in value["tuple"])
 
 

@@ -390,7 +390,7 @@ def recipe(tmp_path, name: str, **fields):
         "model": small,
         "train_batch_size": 2,
         "num_generations": 4,
-        "warmup_steps": 0,
+        "sft_warmup_steps": 0,
         "eval_steps": 0,
         "num_steps": 3,
     }
@@ -410,7 +410,7 @@ def recipe(tmp_path, name: str, **fields):
         ("full", {}),
         slow("full in 8 bits", {"optim": adamw_8bit}),
         ("lora", {"lora": partial(Lora, r=4, dropout=0.1)}),
-        slow("lora after warm-up", {"lora": partial(Lora, r=4), "warmup_steps": 2, "optim": adamw_8bit}),
+        slow("lora after warm-up", {"lora": partial(Lora, r=4), "sft_warmup_steps": 2, "optim": adamw_8bit}),
         slow("qlora", {"lora": partial(Lora, r=4)}),
     ],
 )

@@ -137,7 +137,7 @@ def test_what_is_sampled_is_scored_as_sampled(policies, family):
     policy, generator = policies(family), torch.Generator().manual_seed(0)
     prompts = Prompts.from_ids([[3, 4, 5, 6, 7], [8]], pad_id=policy.pad_id, group_size=2)
     rollout = unmask(policy, prompts, generator, max_new_tokens=12, diffusion_steps=6, temperature=1.0, rank=max_prob)
-    scored = trajectory().logprobs(policy, rollout, trajectory().draw(rollout, generator))
+    scored = trajectory().logprobs(policy, rollout, trajectory().draw_views(rollout, generator))
     assert rollout.logprobs[rollout.completion_mask].max() < 0
     torch.testing.assert_close(scored, rollout.logprobs, rtol=0, atol=1e-5)
 

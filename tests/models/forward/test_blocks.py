@@ -121,13 +121,14 @@ def updated(policy, estimator, *, recompute: bool, align: bool = False, bf16: bo
     policy, rollout = copy.deepcopy(policy), rollout_of(policy)
     policy.gradient_checkpointing = recompute
     generator = torch.Generator().manual_seed(3)
-    noise = estimator.draw(rollout, generator)
+    noise = estimator.draw_views(rollout, generator)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
-    scores = estimator.scores(policy, rollout, noise)
+    scores = estimator.view_logprobs(policy, rollout, noise)
     old = estimator.combine(scores, noise)
     batch = Batch(
-        rollout=rollout, views=noise, advantages=advantages, old=old, old_scores=scores, weights=torch.ones_like(old),
-        keep=rollout.completion_mask, reference=None, num_tokens=32, num_sequences=4,
+        rollout=rollout, views=noise, advantages=advantages, old_logprobs=old, old_view_logprobs=scores,
+        importance_weights=torch.ones_like(old), loss_mask=rollout.completion_mask, reference_logprobs=None,
+        num_tokens=32, num_sequences=4,
     )  # fmt: skip
     rollout_policy = quantized_copy(policy, int8_weight_only())
     optimizer = torch.optim.AdamW([p for p in policy.module.parameters() if p.requires_grad], lr=1e-2)
@@ -196,7 +197,7 @@ def test_nothing_is_recomputed_where_nothing_is_differentiated():
         block.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     rollout = rollout_of(policy)
     with torch.no_grad():
-        lik.one_step().logprobs(policy, rollout, lik.one_step().draw(rollout, torch.Generator().manual_seed(0)))
+        lik.one_step().logprobs(policy, rollout, lik.one_step().draw_views(rollout, torch.Generator().manual_seed(0)))
     assert calls == [False, False]
 
 

@@ -66,7 +66,7 @@ def test_compiled_blocks_follow_a_sync():
         with torch.no_grad():
             for parameter in policy.module.parameters():
                 parameter.mul_(1.1)
-        policy.version += 1
+        policy.weights_version += 1
         with torch.no_grad():
             before = compiled.logits(*calls[0])
         for copy in (eager, compiled):
@@ -160,7 +160,7 @@ def test_compiled_and_cached_tokens_are_the_eager_ones(cache):
         with torch.no_grad():
             for parameter in policy.module.parameters():
                 parameter.mul_(1.1)
-        policy.version += 1
+        policy.weights_version += 1
         for copy in (eager, compiled):
             sync_weights(policy, copy)
 

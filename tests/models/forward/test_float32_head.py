@@ -20,7 +20,7 @@ from dllm_rl.models.forward.float32_head import float32_linear, projected_in_flo
 from dllm_rl.models.lora import Lora
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.schemes import int8_weight_only
-from dllm_rl.training.policies import make_policy
+from dllm_rl.training.policies import build_policy
 
 FAMILIES = ("llada", "dream", "smollm2", "bert", "roberta", "modernbert")
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -170,8 +170,8 @@ def test_whatever_is_made_from_a_policy_has_its_head(tmp_path):
     for other in (policy.reference(), quantized_copy(policy, int8_weight_only()), copy.copy(policy)):
         assert other.float32_head is False
     recipe = tiny_recipe(tmp_path / "run", float32_head=False)
-    assert make_policy(recipe, torch.device("cpu")).float32_head is False
-    assert make_policy(replace(recipe, float32_head=True), torch.device("cpu")).float32_head is True
+    assert build_policy(recipe, torch.device("cpu")).float32_head is False
+    assert build_policy(replace(recipe, float32_head=True), torch.device("cpu")).float32_head is True
 
 
 def test_a_run_in_float16(tmp_path):

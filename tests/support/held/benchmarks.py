@@ -91,7 +91,7 @@ def the_learners_step():
     for step, name in (
         ("d1's estimator, one inner iteration", "d1's estimator, one inner iteration (kept: the default)"),
         ("d1's estimator, two inner iterations and KL", "the same, two inner iterations and KL"),
-        ("ESPO's coupled masks, 4 views", "ESPO's coupled masks, 4 views (kept: `--kept_graphs 4`)"),
+        ("ESPO's coupled masks, 4 views", "ESPO's coupled masks, 4 views (kept: `--max_retained_graphs 4`)"),
     ):
         yield PAGE, row(name, found[step, "constant memory"], f"**{found[step, 'kept graphs']}**")
     last = {each["arm"]: each for each in stored(f"{RESULTS}/learner-cpu")["rows"] if each["masks"] == 16}

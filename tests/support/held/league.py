@@ -39,7 +39,7 @@ def settings_of_the_methods():
     """The table, and where it is not what the options of docs/concepts.md or the defaults are."""
     yield PAGE, league.settings()
     beta, psi = (signature(made).parameters[name].default for made, name in ((sandwich, "beta"), (gdsd, "psi")))
-    spg, own = league.METHODS["SPG"]["likelihood"].made_by.keywords, league.METHODS["GDSD"]["loss"].keywords
+    spg, own = league.METHODS["SPG"]["likelihood"].factory.keywords, league.METHODS["GDSD"]["loss"].keywords
     told = f"`beta` is {spg['beta']} here, as in its Sudoku runs, and {beta} by default;"
     yield PAGE, f"{told} GDSD's `psi` is {own['psi']} here and {psi} by default;"
     arms = [run["arm"] for name in league.LEAGUES for run in stored(f"league_{name}")["runs"]]

@@ -43,7 +43,7 @@ def orders():
         yield page, paired.tables(study, results)
         assert all({claim.arm, claim.against} <= set(study.arms) for claim in study.contrasts)
         for name, changes in study.arms.items():
-            assert ("order='given'" in describe(changes["likelihood"])) == name.endswith("tokens alone")
+            assert ("include_order=False" in describe(changes["likelihood"])) == name.endswith("tokens alone")
             assert changes["sampler"].func is study.base.sampler.func
         for arm in ("noisy", "random"):
             apart[task, arm] = paired.interval(paired.paired(results, arm, "max_prob"))

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear import linear_time
 
-from dllm_rl.tasks.countdown.expressions import DEEPEST, LARGEST, LONGEST, OutOfBounds, Value, apply, evaluate
+from dllm_rl.tasks.countdown.expressions import (
+    DEEPEST,
+    LARGEST,
+    MAX_EXPRESSION_LENGTH,
+    OutOfBounds,
+    Value,
+    apply,
+    evaluate,
+)
 
 OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
@@ -81,7 +89,9 @@ def test_everything_else_is_refused(text: str) -> None:
 def test_bounds() -> None:
     assert evaluate("1" * 40) is not None and evaluate("1" * 41) is None
     assert evaluate("+".join("1" * 200)) is not None
-    assert evaluate("1" + " " * LONGEST) is None and evaluate("1" + " " * (LONGEST - 1)) == Value(Fraction(1), (1,))
+    assert evaluate("1" + " " * MAX_EXPRESSION_LENGTH) is None and evaluate(
+        "1" + " " * (MAX_EXPRESSION_LENGTH - 1)
+    ) == Value(Fraction(1), (1,))
     nested = "(" * DEEPEST + "1" + ")" * DEEPEST
     assert evaluate(nested) is not None and evaluate(f"({nested})") is None
     assert evaluate("-" * DEEPEST + "1") is not None and evaluate("-" * (DEEPEST + 1) + "1") is None

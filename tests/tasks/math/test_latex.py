@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from dllm_rl.tasks.answers import (
-    LONGEST,
+    MAX_ANSWER_LENGTH,
 )
 from dllm_rl.tasks.math.latex import normalise, rational, same_in_d1
 
@@ -29,7 +29,7 @@ from dllm_rl.tasks.math.latex import normalise, rational, same_in_d1
         ("x=.5", ".5", False),  # ".5" behind a name gets no zero
         (".5", "0.5", True),
         ("", "\\!", True),
-        ("1" + " " * LONGEST, "1", False),
+        ("1" + " " * MAX_ANSWER_LENGTH, "1", False),
     ],
 )
 def test_sameness_in_d1(answer: str, reference: str, same: bool) -> None:

@@ -167,10 +167,10 @@ def test_workers_that_hang_are_replaced(monkeypatch, pool) -> None:
     for pid in workers():
         os.kill(pid, signal.SIGSTOP)
     plain = math_check._Pool.start
-    monkeypatch.setattr(math_check, "PATIENCE", 0.01)
+    monkeypatch.setattr(math_check, "REPLY_SECONDS", 0.01)
 
     def patient(self):
-        monkeypatch.setattr(math_check, "PATIENCE", 600.0)
+        monkeypatch.setattr(math_check, "REPLY_SECONDS", 600.0)
         plain(self)
 
     monkeypatch.setattr(math_check._Pool, "start", patient)

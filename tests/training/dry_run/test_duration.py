@@ -58,7 +58,9 @@ def test_a_rollout_takes_what_the_h200_took(policy, part, what, scheme, compiled
 )
 def test_an_update_takes_what_the_h200_took(policy, what, changes):
     """8 rows of 128 + 256 tokens; the rate is that of the slowest case."""
-    recipe = replace(sudoku, train_batch_size=1, num_generations=8, micro_batch_size=8, kept_graphs=0, **changes)
+    recipe = replace(
+        sudoku, train_batch_size=1, num_generations=8, micro_batch_size=8, max_retained_graphs=0, **changes
+    )
     recipe = replace(recipe, num_iterations=1)
     assert measured("learner", what) <= 1.02 * seconds(recipe, policy, 128)["update"] <= 1.3 * measured("learner", what)
 
@@ -71,7 +73,7 @@ def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps(policy):
     for row, estimator in (
         ("`trajectory()` | exact given the order", lik.trajectory()),
         ("`trajectory(num_segments=8)`", lik.trajectory(num_segments=8)),
-        ("`trajectory(num_sampled=8)`", lik.trajectory(num_sampled=8)),
+        ("`trajectory(num_sampled_steps=8)`", lik.trajectory(num_sampled_steps=8)),
         ("`elbo(num_samples=4)`", lik.elbo(num_samples=4)),
         ("`elbo(num_samples=4)`", lik.coupled(num_samples=2)),
         ("`one_step(prompt_mask=0.15)`", lik.one_step()),
@@ -92,7 +94,7 @@ def test_stages_by_hand(policy):
     # Learner, reference and the FP8 copy, under the masks of each of 8 updates.
     assert found["scoring"] == pytest.approx(8 * (2 * step / FORWARD + step / 0.84))
     assert found["update"] == pytest.approx(8 * 2 * step / 0.2)
-    fields = {"likelihood": lik.coupled(), "beta": 0.0, "rollout_quantization": None, "fresh_masks": False}
+    fields = {"likelihood": lik.coupled(), "beta": 0.0, "rollout_quantization": None, "resample_masks": False}
     coupled = replace(sudoku, **fields, lora=None)
     found = seconds(coupled, policy, 256)
     assert found["scoring"] == pytest.approx(2 * step / FORWARD)

@@ -83,11 +83,11 @@ CASES = {
     "adapters": {"lora": partial(Lora, r=16, dropout=0.05)},
     "adapters, recomputed": {"lora": partial(Lora, r=16, dropout=0.05), "gradient_checkpointing": True},
     "micro-batches": {"micro_batch_size": 4},
-    "micro-batches, kept": {"micro_batch_size": 4, "kept_graphs": 2},
-    "constant memory": {"kept_graphs": 0},
+    "micro-batches, kept": {"micro_batch_size": 4, "max_retained_graphs": 2},
+    "constant memory": {"max_retained_graphs": 0},
     "causal": {"causal": True},
     "renoise": {"canvas": 36},
-    "renoise, kept": {"canvas": 72, "kept_graphs": 2},
+    "renoise, kept": {"canvas": 72, "max_retained_graphs": 2},
 }
 
 
@@ -113,17 +113,18 @@ def test_the_plan_agrees_with_the_allocator_within_a_tenth(tmp_path, case):
 
     def score():
         with autocast():
-            noise = kept["noise"] = recipe.likelihood.draw(kept["rollout"], generator_for(1))
-            kept["scores"] = recipe.likelihood.scores(
-                policy, kept["rollout"], noise, micro_batch_size=recipe.micro_batch_size, keep_graphs=keep
+            noise = kept["noise"] = recipe.likelihood.draw_views(kept["rollout"], generator_for(1))
+            kept["scores"] = recipe.likelihood.view_logprobs(
+                policy, kept["rollout"], noise, micro_batch_size=recipe.micro_batch_size, retain_graphs=keep
             )
 
     def learn():
         rollout, noise, scores = kept["rollout"], kept["noise"], kept["scores"]
         old = recipe.likelihood.combine(scores.detach(), noise)
         batch = Batch(
-            rollout=replace(rollout, weights_version=policy.version), views=noise, advantages=torch.randn(ROWS),
-            old=old, old_scores=scores, weights=torch.ones_like(old), keep=rollout.completion_mask, reference=None,
+            rollout=replace(rollout, weights_version=policy.weights_version), views=noise, advantages=torch.randn(ROWS),
+            old_logprobs=old, old_view_logprobs=scores, importance_weights=torch.ones_like(old),
+            loss_mask=rollout.completion_mask, reference_logprobs=None,
             num_tokens=ROWS * LENGTH, num_sequences=ROWS,
         )  # fmt: skip
         with autocast():

@@ -101,7 +101,7 @@ def test_llada_8b_to_the_parameter():
     assert (layers, weights) == (224, 32 * (4 * 4096**2 + 3 * 4096 * 12288))
     assert rollout_bytes(recipe, adapted, 2) == weights + 2 * (8_015_581_184 - weights)
     assert sorted(kept) == ["lm_head", "model.embed_tokens"]
-    held = replace(recipe, rollout_quantization=partial(float8_weight_only, dequantised=True))
+    held = replace(recipe, rollout_quantization=partial(float8_weight_only, dequantized=True))
     assert rollout_bytes(held, adapted, 2) == 2 * 8_015_581_184  # in bf16, what a plain copy takes
     rounded = replace(recipe, rollout_quantization=partial(fake_quantize, activation="int8"))
     assert rollout_bytes(rounded, adapted, 2) == 4 * weights + 2 * (8_015_581_184 - weights)  # products in fp32
@@ -201,11 +201,11 @@ def test_the_gpus_that_a_plan_fits(monkeypatch):
 def test_a_small_model_is_planned_from_itself(capsys):
     from recipes.sudoku_unique import recipe
 
-    train(replace(recipe, dry_run=True, kept_graphs=2, rollout_quantization=float8_weight_only))
+    train(replace(recipe, dry_run=True, max_retained_graphs=2, rollout_quantization=float8_weight_only))
     made, out = recipe.model().module, capsys.readouterr().out
     assert f"parameters            {sum(p.numel() for p in made.parameters()):,}\n" in out
-    assert "graphs kept           up to 2 of scoring's forwards, for the first update (kept_graphs)\n" in out
-    train(replace(recipe, dry_run=True, kept_graphs=0))
+    assert "graphs kept           up to 2 of scoring's forwards, for the first update (max_retained_graphs)\n" in out
+    train(replace(recipe, dry_run=True, max_retained_graphs=0))
     assert "graphs kept           none: an update runs every forward again, one at a time\n" in capsys.readouterr().out
 
 

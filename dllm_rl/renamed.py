@@ -1,0 +1,195 @@
+"""Public names of earlier versions, and what each is called now.
+
+A key is a name of the package or a field of `Recipe`; or OWNER.NAME, a keyword of a function or a field of a record; or
+one of these with =VALUE, where a value has another word.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+RENAMED = {
+    # fields of Recipe, which are options of the command line and keywords of grpo
+    "aggregate": "loss_reduction",
+    "fresh_masks": "resample_masks",
+    "kept_graphs": "max_retained_graphs",
+    "mismatch_sample": "num_mismatch_groups",
+    "sampling_support=own": "sampling_support=per_policy",
+    "teacher_steps": "teacher_substeps",
+    "warmup_batch_size": "sft_warmup_batch_size",
+    "warmup_corruption": "sft_warmup_corruption",
+    "warmup_eval_steps": "sft_warmup_eval_steps",
+    "warmup_learning_rate": "sft_warmup_learning_rate",
+    "warmup_metric": "sft_warmup_metric",
+    "warmup_steps": "sft_warmup_steps",
+    "warmup_target": "sft_warmup_target",
+    # functions and classes
+    "Columns": "BatchRecord",
+    "Kept": "FilterSupport",
+    "ViewPart": "ViewTensors",
+    "Weigh": "WeightFn",
+    "Weighed": "TokenWeights",
+    "alarm": "ais_lambda",
+    "block": "block_elbo",
+    "composed": "combine_weights",
+    "computed_by": "with_forward",
+    "constant": "fixed_length_mean",
+    "finite": "drop_nonfinite",
+    "informative": "has_unequal_rewards",
+    "maker": "configurable",
+    "no_weights": "unit_weights",
+    "none": "no_correction",
+    "sequence": "sequence_mean",
+    "takes_parts": "takes_component_rewards",
+    "token": "token_mean",
+    "weigh": "weight_fn",
+    "weighs": "weight_fns",
+    # keywords of functions
+    "adaptive_weights.aggregate": "pool",
+    "adaptive_weights.combine": "lambda_fn",
+    "ais.aggregate": "pool",
+    "ais.combine": "lambda_fn",
+    "band_weights.c": "max_weight",
+    "decoupled.parts": "component_rewards",
+    "decoupled.weights": "reward_weights",
+    "float8_weight_only.dequantised": "dequantized",
+    "icepop.high": "max_ratio",
+    "icepop.low": "min_ratio",
+    "masked_weights.aggregate": "pool",
+    "masked_weights.high": "max_ratio",
+    "masked_weights.low": "min_ratio",
+    "mis.aggregate": "pool",
+    "mis.high": "max_ratio",
+    "mis.low": "min_ratio",
+    "plackett_luce.score": "base_rank",
+    "qarl.c": "max_weight",
+    "reject.aggregate": "pool",
+    "reject.bound": "threshold",
+    "rejection.aggregate": "pool",
+    "rejection.bound": "threshold",
+    "renoise.watch": "on_step",
+    "tbpo.c": "max_weight",
+    "tis.aggregate": "pool",
+    "trajectory.num_sampled": "num_sampled_steps",
+    "trajectory.order": "include_order",
+    "trajectory.order=given": "include_order=False",
+    "trajectory.order=law": "include_order=True",
+    "trajectory_views.num_sampled": "num_sampled_steps",
+    "truncated_weights.aggregate": "pool",
+    "unmask.watch": "on_step",
+    # inputs that functions of a user take by name
+    "commit.changed": "replaceable",
+    "commit.visible": "redrawable",
+    "commit.written": "remaskable",
+    "surrogate.old": "old_logprobs",
+    "surrogate.sum_over": "sum_over_processes",
+    # fields and methods of records
+    "Batch.keep": "loss_mask",
+    "Batch.old": "old_logprobs",
+    "Batch.old_scores": "old_view_logprobs",
+    "Batch.reference": "reference_logprobs",
+    "Batch.sum_over": "sum_over_processes",
+    "Batch.weights": "importance_weights",
+    "Columns.united": "merge_records",
+    "Corrector.aggregate": "loss_reduction",
+    "Corrector.made_by": "factory",
+    "Corrector.surrogate": "loss",
+    "Events.by_draws": "depends_on_tokens",
+    "FamilySpec.ignored": "ignored_tensors",
+    "FamilySpec.names": "tensor_names",
+    "FamilySpec.native": "stock_model",
+    "FamilySpec.original": "original_config",
+    "FamilySpec.recognises": "matches",
+    "FamilySpec.source": "checkpoint_folder",
+    "FamilySpec.when": "config_test",
+    "LikelihoodEstimator.attention": "supported_attention",
+    "LikelihoodEstimator.draw": "draw_views",
+    "LikelihoodEstimator.made_by": "factory",
+    "LikelihoodEstimator.random": "is_random",
+    "LikelihoodEstimator.scores": "view_logprobs",
+    "LikelihoodEstimator.scores.keep_graphs": "retain_graphs",
+    "Order.draw": "draw_index",
+    "Order.noisy_rank": "rank_function",
+    "Order.open_step": "block_first_step",
+    "Order.rank": "rank_name",
+    "Order.soft": "soft_threshold_params",
+    "Policy.version": "weights_version",
+    "Prompts.open": "infill_mask",
+    "QuantizationReport.kept": "skipped",
+    "Recipe.aggregation": "resolved_loss_reduction",
+    "Recipe.keeps_reference": "needs_reference_policy",
+    "Recipe.mask_draws": "num_mask_sets",
+    "Recipe.rolls_out_apart": "has_separate_rollout_policy",
+    "Recipe.surrogate": "resolved_loss",
+    "Rollout.joined": "concatenate",
+    "Rollout.kept": "filter_support",
+    "Rollout.replaced": "replace_rows",
+    "RolloutEngine.made_by": "factory",
+    "SamplingParams.support=own": "support=per_policy",
+    "ViewPart.on": "apply_to",
+    "ViewPart.recorded": "sampler_logprobs",
+    "ViewPart.single_tokens": "is_per_token",
+    "Views.only": "restrict_to_rows",
+    "Views.parts": "features",
+    "Views.weight": "coefficients",
+}
+# What a description (`members.describe`) consists of.
+_WORD = re.compile(
+    r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?P<call>[\w.:]*)\(|\)|(?P<key>\w+)=(?:'(?P<value>\w+)')?|[\w.:]+"""
+)
+
+
+def hint(name: str, *owners: str) -> str:
+    """`aggregate is now pool` for a name of an earlier version, of the first owner that had it; else an empty text."""
+    for owner in owners or ("",):
+        if now := RENAMED.get(f"{owner}.{name}" if owner else name):
+            return f"{name} is now {now}"
+    return ""
+
+
+def refuse_renamed(names: Iterable[str], *owners: str) -> None:
+    """Raise ValueError on the first of the names that has another name now."""
+    for name in names:
+        if now := hint(name, *owners):
+            raise ValueError(now)
+
+
+def renamed(owner: str, name: str, value: Any = None) -> tuple[str, Any]:
+    """A stored name and value of `owner` ("" for a recipe), in today's words."""
+    path = f"{owner}.{name}" if owner else name
+    if isinstance(value, str) and (pair := RENAMED.get(f"{path}={value}")):
+        new, _, word = pair.partition("=")
+        return new, word
+    return RENAMED.get(path, name), value
+
+
+def renamed_text(text: str) -> str:
+    """A stored description in today's words: `tis(aggregate='product')` -> `tis(pool='product')`."""
+    owners: list[str] = []
+    parts: list[str] = []
+    end = 0
+    for found in _WORD.finditer(text):
+        word, call, key, value = found[0], found["call"], found["key"], found["value"]
+        if call is not None:
+            owners.append(call)
+            word = RENAMED.get(call, call) + "("
+        elif key is not None:
+            name, now = renamed(owners[-1] if owners else "", key, value)
+            word = f"{name}={now if now != value else repr(value) if value else ''}"
+        elif word == ")":
+            owners = owners[:-1]
+        else:
+            word = RENAMED.get(word, word)
+        parts += [text[end : found.start()], word]
+        end = found.end()
+    return "".join(parts) + text[end:]
+
+
+def renamed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's stored settings under today's names; their values are compared by `same_setting`."""
+    return dict(renamed("", name, value) for name, value in settings.items())
+
+
+def same_setting(before: Any, now: Any) -> bool:
+    """Whether a stored value is the one of today, maybe in words of an earlier version."""
+    return before == now or (isinstance(before, str) and isinstance(now, str) and renamed_text(before) == now)
