@@ -136,11 +136,12 @@ def test_every_link_leads_to_a_file_and_a_heading():
     assert not broken
 
 
-def test_the_quickstart_runs(tmp_path, monkeypatch):
-    (tmp_path / "quick.py").write_text(example("A run in one call").replace("num_steps=60", "num_steps=2"))
+def test_the_first_reward_is_learned_from(tmp_path, monkeypatch):
+    (tmp_path / "sort_digits.py").write_text(example("2. Write the reward").replace("num_steps=200", "num_steps=2"))
     monkeypatch.chdir(tmp_path)
-    summary = runpy.run_path(str(tmp_path / "quick.py"))["summary"]
-    assert summary["eval_problems"] == 6 and (tmp_path / "runs/quickstart/summary.json").is_file()
+    made = runpy.run_path("sort_digits.py")
+    assert made["summary"]["eval_problems"] == 51 and (tmp_path / "runs/sort/training.png").is_file()
+    assert made["in_order"](["826=", "415="], ["268", "1"]) == [1, 1 / 3]
 
 
 def test_the_settings_for_a_real_model_are_a_recipe_without_cautions(tmp_path, monkeypatch):
