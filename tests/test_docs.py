@@ -279,8 +279,8 @@ def test_an_order_of_ones_own_has_a_probability_under_plackett_luce_and_none_as_
 
 
 @pytest.mark.nightly
-def test_the_doctor_takes_rows_of_ones_own(tmp_path, monkeypatch, capsys):
-    made = run_example("The doctor on your own rows", tmp_path, monkeypatch)
+def test_the_doctor_takes_rows_of_ones_own(capsys):
+    made = runpy.run_path(str(EXAMPLES / "own_doctor.py"))
     assert made["report"].num_tokens == 64 and 0.99 < made["report"].total.ess <= 1
     assert "quantised" in capsys.readouterr().out
 

@@ -122,20 +122,6 @@ def whole_runs():
     assert mean(apart) > mean(others) - 0.05, "recipes/README.md: as much as sudoku_tiny.py"
 
 
-def which_corrector():
-    claim = "the dual clip is above TIS"
-    assert shown(claim)
-    gain = claimed(claim).split(" (")[0]
-    ess, cost = average("lag 2", "ess"), claimed("a lag of 2 costs").split(" (")[0]
-    yield (
-        "docs/mismatch.md",
-        f"At a lag of 2 the ESS was {ess:.3f}, and the lag cost {cost}, at a quarter of the rate of",
-    )
-    level = apart("lag 4, dual clip", "lag 4, decoupled")
-    yield "docs/mismatch.md", f"decoupled PPO is level with it ({level} in favor of the clip, five seeds)"
-    yield "docs/mismatch.md", f"At a lag of 4 it beat TIS by {gain}, in a claim that was stated before the runs;"
-
-
 def the_page():
     yield PAGE, paired.tables(STUDY, RESULTS, "ess", "least ess")
     for each in rates():

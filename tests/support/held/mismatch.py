@@ -1,4 +1,4 @@
-"""The study of mismatch, docs/mismatch.md, and what other pages say of both."""
+"""The study of mismatch, and what other pages say of it."""
 
 import re
 from statistics import mean
@@ -7,7 +7,7 @@ from held import DOCS, STUDIES, by_arm, row, runs_of, span_of, stored, tables_of
 from recipes.smollm2_diffusion import recipe as converted
 from recipes.studies import engines, engines_ar, fp8_sums, lengths, paired, rates
 
-PAGE, SHORT, CONCEPTS = f"{STUDIES}/mismatch.md", f"{DOCS}/mismatch.md", f"{DOCS}/concepts.md"
+PAGE, CONCEPTS = f"{STUDIES}/mismatch.md", f"{DOCS}/concepts.md"
 PS = "Holm's p"
 DIFFERENCE = "difference, 95 %"
 
@@ -48,12 +48,10 @@ def the_first_study():
     none = arms["one: none"]
     apart, ess, order = (two_digits(none[column]) for column in ("mean abs log-ratio", "ESS", "same order"))
     yield PAGE, f"Mean |log ratio| is {apart} nats and ESS {ess}. The learner agrees on {order} of the positions"
-    yield SHORT, f"had ESS {ess} and {apart} nats of mean |log ratio|"
     yield PAGE, f"one warmed-up model: {two_digits(arms['start']['after'])} (ten seeds)"
     yield PAGE, f"AIS's mean lambda is {two_digits(arms['one: AIS alarm']['lambda'])},"
     undone = paired.share(runs, "two: none", "two: none, no clip", "two: unquantised")
     yield PAGE, f"A dual clip at 1.2 alone undoes {undone} of it"
-    yield SHORT, f"It undoes {undone} of the harm"
     undone = paired.share(runs, "one: TIS", "one: none", "one: unquantised")
     yield PAGE, f"it undoes {undone} of the harm"
     for arm, against, sentence in (
@@ -62,13 +60,6 @@ def the_first_study():
         ("left: TIS", "left: none", "Left half first, TIS adds {} (five seeds)"),
     ):
         yield PAGE, sentence.format(two_digits(paired.interval(paired.paired(runs, arm, against))))
-    claims = {each["stated before the runs"]: each for each in stored("mismatch")["contrasts"]}
-    yield SHORT, f"in the first study by {two_digits(claims['token TIS helps'][DIFFERENCE])} |"
-    ais = claims["AIS alarm does better than TIS"]
-    apart = two_digits(ais[DIFFERENCE]).removeprefix("-")
-    yield SHORT, f"TIS beats AIS by {apart} at one rate (Holm's p {p_value(ais[PS])})"
-    tis, none = (two_digits(arms[f"one: {arm}"]["quantised"]).split("±")[0] for arm in ("TIS", "none"))
-    yield SHORT, f"TIS lowers this net: {tis}, against {none} without"
 
 
 def the_claims_were_stated_after_an_earlier_study():
@@ -83,13 +74,6 @@ def rounding_as_small_as_a_kernels():
     nats, ess = f"{float(noisy['mean abs log-ratio']):.3f}", f"{float(noisy['ESS']):.0f}"
     told = f"({after} against {against} unquantised; mean |log ratio| {nats} nats, ESS {ess})"
     yield PAGE, f"**We saw no difference: {apart}** {told}"
-
-
-def an_autoregressive_model():
-    arms, contrasts = (stored("mismatch_ar")[part] for part in ("arms", "contrasts"))
-    assert arms[0]["arm"] == "unquantised"
-    harm = two_digits(contrasts[0][DIFFERENCE]).removeprefix("-")
-    yield SHORT, f"Five levels cost an autoregressive model {harm},"
 
 
 def real_fp8():
@@ -112,17 +96,12 @@ def real_fp8():
             assert min(apart) > 0
     cost, tis, aligned, ais, tbpo = told.values()
     yield PAGE, f"FP8 costs {cost[0]} (p {cost[1]}); TIS adds {tis[0]} ({tis[1]}, all seeds),"
-    yield SHORT, f"[FP8 costs SmolLM2-135M {cost[0]} there]"
     yield PAGE, f"`aligned()` {aligned[0]} ({aligned[1]}), AIS {ais[0]} ({ais[1]}), TBPO {tbpo[0]}."
     half = by_rate["half"]
     loss, gain = paired.paired(half, "unquantised", "none"), paired.paired(half, "TIS", "none")
     assert (sum(each > 0 for each in loss), sum(each > 0 for each in gain)) == (9, 8)
     yield PAGE, f"nine of ten seeds (p {paired.sign_flip(loss):.3f} alone)"
     yield PAGE, f"TIS gains in eight ({paired.sign_flip(gain):.3f})"
-    gains = [mean(paired.paired(found, arm, "none")) for found in by_rate.values() for arm in ("TIS", "aligned")]
-    yield SHORT, f"[adds {min(gains):.2f} to {max(gains):.2f} there]"
-    ess = mean(by_rate["full"]["none", seed]["ESS"] for seed in range(10))
-    yield SHORT, f"an autoregressive model: {ess:.2f})"
 
 
 def each_arms_own_rate():
@@ -135,11 +114,9 @@ def each_arms_own_rate():
     harm, gain = claims["five levels harms"], claims["token TIS helps under five levels"]
     yield PAGE, f"five levels still harm ({harm[DIFFERENCE]}, Holm's p {harm[PS]})"
     yield PAGE, f"beats no corrector by {gain[DIFFERENCE]}, Holm's p {gain[PS]}: not significant"
-    yield SHORT, f"beats no corrector by {gain[DIFFERENCE]} (Holm's p {gain[PS]}: not significant)"
     ais = claims["AIS does better than TIS under five levels"]
     apart = ais[DIFFERENCE].removeprefix("-")
     yield PAGE, f"**TIS beats AIS at five levels** by {apart};"
-    yield SHORT, f"by {apart} where each takes its own rate ({ais[PS]})"
     best = rates.best(tuning)
     assert best.pop("five levels: AIS") == 1.25e-4 and set(best.values()) == {2.5e-4, 5e-4}
 
@@ -174,14 +151,6 @@ def one_rate_for_all():
     five = paired.interval(paired.paired(runs, low["five levels: none"], high["five levels: none"]))
     yield PAGE, f"It takes {higher} from unquantised rollouts and gives five levels {five}."
     yield CONCEPTS, row("learning rate", "5e-4", f"above 2.5e-4 by {higher} on 4x4 Sudoku, unquantised")
-    yield SHORT, f"int4 may cost {cost} (not significant after Holm's correction) at the default learning rate of 5e-4,"
-    yield SHORT, f"where its ESS is {int4}"
-    yield SHORT, f"FP8 {fp8}, int4 {int4})"
-    yield SHORT, f"at 2.5e-4 (ESS {lower}) it loses {fewer} |"
-    yield SHORT, f"int4 has the {int4} of the table above"
-    int3 = f"{ess(low, 'int3'):.2f}"
-    yield SHORT, f"Under int3 ({int3}) we saw no gain"
-    yield SHORT, f"int3 harms at an ESS of {int3}."
     fp8 = [-each for each in loss(high, "FP8")]
     yield CONCEPTS, f"we saw no difference of FP8 to unquantised rollouts: {paired.interval(fp8)} ([mismatch]"
 
@@ -225,12 +194,12 @@ def rollouts_by_llama_cpp():
 
     start = f"from {of('unquantised', 'before'):.3f} to {of('unquantised', 'after'):.3f} unquantised"
     mismatch = f"Q4_0: {of('Q4_0', 'mean abs log-ratio'):.2f} nats, ESS {of('Q4_0', 'ESS'):.2f}."
-    yield SHORT, f"ten paired seeds, {engines.study.num_steps} steps {start}. {mismatch}"
+    yield PAGE, f"ten paired seeds, {engines.study.num_steps} steps {start}. {mismatch}"
     f32, q8, q4 = (apart(arm, "unquantised") for arm in ("F32", "Q8_0", "Q4_0"))
-    yield SHORT, f"to other kernels alone (F32) by {f32}, to 8 bits by {q8} and to 4 bits by {q4}."
-    yield SHORT, f"8 bits beat F32 by {apart('Q8_0', 'F32')}, 4 bits by {apart('Q4_0', 'F32')}."
+    yield PAGE, f"to other kernels alone (F32) by {f32}, to 8 bits by {q8} and to 4 bits by {q4}."
+    yield PAGE, f"8 bits beat F32 by {apart('Q8_0', 'F32')}, 4 bits by {apart('Q4_0', 'F32')}."
     tis, less, ais = apart("Q8_0 TIS", "Q8_0"), apart("Q4_0", "Q4_0 TIS"), apart("Q4_0 TIS", "Q4_0 AIS")
-    yield SHORT, f"TIS adds {tis} under 8 bits and takes {less} under 4, where it beats AIS by {ais}."
+    yield PAGE, f"TIS adds {tis} under 8 bits and takes {less} under 4, where it beats AIS by {ais}."
     assert {each[PS] for each in paired.contrast_rows(engines.study, results)} == {"1.000"}
 
 
@@ -246,7 +215,7 @@ def rollouts_by_llama_cpp_of_a_causal_model():
 
     start = f"from {of('unquantised', 'before'):.2f} to {of('unquantised', 'after'):.3f} unquantised"
     mismatch = f"Q4_0: {of('Q4_0', 'mean abs log-ratio'):.2f} nats, ESS {of('Q4_0', 'ESS'):.2f}"
-    yield SHORT, f"five paired seeds, {engines_ar.study.num_steps} steps {start}. {mismatch}"
+    yield PAGE, f"five paired seeds, {engines_ar.study.num_steps} steps {start}. {mismatch}"
     q8, q4, tis = apart("unquantised", "Q8_0"), apart("unquantised", "Q4_0"), apart("Q4_0 TIS", "Q4_0")
     p = min(each[PS] for each in paired.contrast_rows(engines_ar.study, results))
-    yield SHORT, f"beat 8 bits by {q8} and 4 bits by {q4} (Holm's p {p}). TIS adds {tis} under 4 bits."
+    yield PAGE, f"beat 8 bits by {q8} and 4 bits by {q4} (Holm's p {p}). TIS adds {tis} under 4 bits."
