@@ -68,8 +68,8 @@ def test_options_of_recipes_are_fields_of_theirs():
 
 @pytest.mark.slow
 def test_published_methods_are_options():
-    """The options of docs/concepts.md's table of methods, on a recipe of 4x4 Sudoku."""
-    told = (ROOT / "docs" / "concepts.md").read_text().partition("### Published methods, by options")[2]
+    """The options of docs/methods.md's table of methods, on a recipe of 4x4 Sudoku."""
+    told = (ROOT / "docs" / "methods.md").read_text().partition("## Published methods, by options")[2]
     rows = re.findall(r"^\| [^|]+ \| `(--[^`]+)` \|", told.partition("\n#")[0], re.MULTILINE)
     assert len(rows) == 10
     for options in rows:

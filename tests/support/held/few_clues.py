@@ -2,12 +2,12 @@
 
 from collections import Counter
 
-from held import DOCS, STUDIES, stored
+from held import STUDIES, stored
 from recipes.perfect import luckiest
 from recipes.studies import few_clues
 from recipes.studies.paired import interval, markdown
 
-PAGE, RECIPES, CONCEPTS = f"{STUDIES}/few_clues.md", "recipes/README.md", f"{DOCS}/concepts.md"
+PAGE, RECIPES = f"{STUDIES}/few_clues.md", "recipes/README.md"
 STORED = stored("few_clues")
 RUNS = {(run["arm"], run["seed"]): run for run in STORED["runs"]}
 CEILINGS = {int(steps): rate for steps, rate in STORED["ceiling"].items()}
@@ -106,11 +106,3 @@ def seconds():
     took = {arm: each["CPU seconds"] for arm, each in RATES.items()}
     yield PAGE, f"the processor time of RL in two steps ({took[TAUGHT]} against {took[RL]} CPU seconds)."
     yield RECIPES, f"A run took {took[RL]} CPU seconds in the study"
-
-
-def concepts():
-    two = {arm: each["2"] for arm, each in RATES.items()}
-    yield CONCEPTS, f"exact probabilities with random ties solve {CEILINGS[2]:.3f} of the puzzles in two steps; [RL]"
-    yield CONCEPTS, f"solves {two[RL]}. Labels can choose too:"
-    yield CONCEPTS, f"training on its answers solves {two[CHOSEN]}, and on the model's own greedy"
-    yield CONCEPTS, f"which nothing has checked, {two[OWN]} (three seeds each)"

@@ -11,7 +11,7 @@ def cells(table, rows, *columns):
 
 def gradient_tables():
     page = f"{STUDIES}/gradients.md"
-    (table,) = tables_of(page)
+    table, _ = tables_of(page)
     kept = {each["row"]: each for each in stored("gradients")["corrector, n = 128"]}
     for told in table:
         names = [name for name in told if name != "corrector"]

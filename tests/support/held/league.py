@@ -8,7 +8,7 @@ from held import DOCS, STUDIES, by_arm, stored
 from recipes.studies import league, paired
 from recipes.studies.surrogates import gdsd
 
-PAGE, CONCEPTS, BOARD = f"{STUDIES}/league.md", f"{DOCS}/concepts.md", f"{DOCS}/leaderboard.md"
+PAGE, BOARD = f"{STUDIES}/league.md", f"{DOCS}/leaderboard.md"
 DEFAULT, METHOD = league.DEFAULT, league.method_of
 
 
@@ -36,7 +36,7 @@ def tables():
 
 
 def settings_of_the_methods():
-    """The table, and where it is not what the options of docs/concepts.md or the defaults are."""
+    """The table, and where it is not what the options of docs/methods.md or the defaults are."""
     yield PAGE, league.settings()
     beta, psi = (signature(made).parameters[name].default for made, name in ((sandwich, "beta"), (gdsd, "psi")))
     spg, own = league.METHODS["SPG"]["likelihood"].factory.keywords, league.METHODS["GDSD"]["loss"].keywords
@@ -66,9 +66,6 @@ def one_step_against_the_default():
     yield f"{DOCS}/LOG.md", f"one segment beats every step by {in_48} in 48 s."
     yield f"{DOCS}/LOG.md", f"it beats every step by {in_12} in 12 s"
     yield f"{DOCS}/LOG.md", f"(every step is {in_60} above)"
-    yield CONCEPTS, f"`one_step(prompt_mask=0)`, beat it by {in_12}; in 60 s we saw no difference between the two."
-    yield CONCEPTS, f"`one_step(prompt_mask=0)` beats it**: by {in_12} in 12 s of two-step Sudoku,"
-    yield CONCEPTS, f"(the default is ahead by {in_60})"
     gains = [after - before for before, after in zip(short, long, strict=True)]
     gains = [-each for each in gains]
     told = f"{paired.interval(gains)} from 12 to 60 s (every seed, exact p {paired.sign_flip(gains):.3f};"
@@ -81,13 +78,10 @@ def eight_steps():
     behind = [paired.interval(apart(name, arm, DEFAULT)) for arm in ("one step", "two segments", "wd1")]
     yield PAGE, "`one step` beats the default by {}, two segments by {}, wd1 by {}.".format(*behind)
     yield PAGE, f"Two segments beat eight by {behind[1]},"
-    yield CONCEPTS, f"two segments beat all eight steps by {behind[1]} ([league]"
     wd1, one = apart(name, "two segments", "wd1"), apart(name, "one step", "two segments")
     told = "{} (exact p {:.3f}, not claimed before)"
     yield PAGE, f"wd1 by {told.format(paired.interval(wd1), paired.sign_flip(wd1))}"
     yield PAGE, f"`one step` still beats two segments by {told.format(paired.interval(one), paired.sign_flip(one))}"
-    yield CONCEPTS, f"`one_step(prompt_mask=0)` beat two segments by {paired.interval(one)} and"
-    yield CONCEPTS, f"and by {paired.interval(one)} in 48 s of eight-step Sudoku."
 
 
 def four_steps():
@@ -102,10 +96,7 @@ def four_steps():
         PAGE,
         f"beat `one step` by {paired.interval(middle)} (exact p {paired.sign_flip(middle):.3f}, not claimed before)",
     )
-    gains = [paired.interval(apart(name, "two segments", DEFAULT)) for name in (short, long)]
-    yield CONCEPTS, "in four steps of Sudoku by {} in 12 s and {} in 60 s, in four steps".format(*gains)
     second = "few_clues_4_steps"
-    yield CONCEPTS, f"of few clues by {paired.interval(apart(second, 'two segments', DEFAULT))} in 60 s"
     even = apart(second, "two segments", "one step")
     told = f"({paired.interval(even)} in favour of two segments, exact p {paired.sign_flip(even):.3f})"
     yield PAGE, f"no difference between two segments and `one step` {told}"
@@ -115,12 +106,9 @@ def sixteen_steps():
     name, default = "sudoku_16_steps", "four segments"
     ahead = apart(name, "two segments", default)
     yield PAGE, f"two segments beat four by {paired.interval(ahead)}."
-    yield CONCEPTS, f"**two segments beat the four** by {paired.interval(ahead)} in 60 s"
 
 
 def countdown():
-    ahead = paired.interval(apart("countdown", "one step", DEFAULT))
-    yield CONCEPTS, f"no row is above it significantly (`one_step` is ahead by {ahead})."
     yield PAGE, f"beats d1 by {paired.interval(apart('countdown', DEFAULT, 'd1'))}. We saw no difference"
 
 

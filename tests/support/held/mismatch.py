@@ -3,11 +3,11 @@
 import re
 from statistics import mean
 
-from held import DOCS, STUDIES, by_arm, row, runs_of, span_of, stored, tables_of
+from held import STUDIES, by_arm, row, runs_of, span_of, stored, tables_of
 from recipes.smollm2_diffusion import recipe as converted
 from recipes.studies import engines, engines_ar, fp8_sums, lengths, paired, rates
 
-PAGE, CONCEPTS = f"{STUDIES}/mismatch.md", f"{DOCS}/concepts.md"
+PAGE = f"{STUDIES}/mismatch.md"
 PS = "Holm's p"
 DIFFERENCE = "difference, 95 %"
 
@@ -150,9 +150,7 @@ def one_rate_for_all():
     higher = paired.interval(paired.paired(runs, high["unquantised"], low["unquantised"]))
     five = paired.interval(paired.paired(runs, low["five levels: none"], high["five levels: none"]))
     yield PAGE, f"It takes {higher} from unquantised rollouts and gives five levels {five}."
-    yield CONCEPTS, row("learning rate", "5e-4", f"above 2.5e-4 by {higher} on 4x4 Sudoku, unquantised")
     fp8 = [-each for each in loss(high, "FP8")]
-    yield CONCEPTS, f"we saw no difference of FP8 to unquantised rollouts: {paired.interval(fp8)} ([mismatch]"
 
 
 def length_or_conditioning():
