@@ -224,9 +224,9 @@ def test_every_page_begins_with_the_question_that_it_answers():
 def test_the_estimator_of_ones_own_keeps_its_contract_and_scores_each_token_once(tmp_path):
     (tmp_path / "halves.py").write_text(example("Write a likelihood estimator"))
     made = runpy.run_path(str(tmp_path / "halves.py"))
-    noise = made["halves"].draw_views(made["rollout"], torch.Generator())
-    assert torch.equal(noise.coefficients.sum(0), made["rollout"].completion_mask.float())
-    assert torch.equal(noise.masked, noise.coefficients > 0)
+    views = made["halves"].draw_views(made["rollout"], torch.Generator())
+    assert torch.equal(views.coefficients.sum(0), made["rollout"].completion_mask.float())
+    assert torch.equal(views.masked, views.coefficients > 0)
 
 
 def run_example(heading, folder, monkeypatch, name="example", instead=("", "")):
@@ -252,29 +252,28 @@ def test_a_rank_of_ones_own_keeps_the_contract(tmp_path, monkeypatch, capsys):
 @pytest.mark.nightly
 def test_a_rule_that_rewrites_has_ratios_of_mean_one_and_some_of_its_steps_have_not(tmp_path, monkeypatch):
     made = run_example("Write a rule that rewrites", tmp_path, monkeypatch)
-    found = made["found"]
-    assert found.record < 1e-5 and abs(found.mean_ratio - 1) < 3 * found.ratio_error and found.spread > 0.2
-    assert found.off < 4, "the shares that the ratio says are those of the other policy's own rollouts"
-    assert found.writings > 5, "of four tokens, one more is drawn again in the mean"
+    shares = made["shares"]
+    assert shares.record < 1e-5 and abs(shares.mean_ratio - 1) < 3 * shares.ratio_error and shares.spread > 0.2
+    assert shares.off < 4, "the shares that the ratio says are those of the other policy's own rollouts"
+    assert shares.writings > 5, "of four tokens, one more is drawn again in the mean"
     # An order that moves with the weights, which the ratio leaves out.
     moved = ("import random", "import max_prob as random")
-    jumping = run_example("Write a rule that rewrites", tmp_path, monkeypatch, instead=moved)["found"]
+    jumping = run_example("Write a rule that rewrites", tmp_path, monkeypatch, instead=moved)["shares"]
     assert abs(jumping.mean_ratio - 1) < 3 * jumping.ratio_error and jumping.off > 8
     # Unbiased for the sum of the logs: its exponential is no weight.
     rule = made["partial"](made["sampler"], rank=made["random"], commit=made["partial"](made["beside"], rate=0.5))
-    some = made["weighted_shares"](
-        made["policy"], rule, [made["equals"]], likelihood=dllm_rl.trajectory(num_sampled_steps=2)
-    )
+    sampled = dllm_rl.trajectory(num_sampled_steps=2)
+    some = made["weighted_shares"](made["policy"], rule, [made["equals"]], likelihood=sampled)
     assert abs(some.mean_ratio - 1) > 3 * some.ratio_error
 
 
 @pytest.mark.nightly
 def test_an_order_of_ones_own_has_a_probability_under_plackett_luce_and_none_as_a_bare_rank(tmp_path, monkeypatch):
-    made = run_example("An order of your own, with a probability", tmp_path, monkeypatch)
-    for found in (made["drawn"], made["plain"]):
-        assert found.record < 1e-5 and abs(found.mean_ratio - 1) < 3 * found.ratio_error and found.spread > 0.2
-    told = (DOCS / "methods.md").read_text()
-    assert f"it is {made['drawn'].off:.1f}. With the bare rank it is {made['plain'].off:.1f}" in told
+    made = run_example("Give the order a probability", tmp_path, monkeypatch)
+    for shares in (made["drawn"], made["plain"]):
+        assert shares.record < 1e-5 and abs(shares.mean_ratio - 1) < 3 * shares.ratio_error and shares.spread > 0.2
+    told = (DOCS / "samplers.md").read_text()
+    assert f"it is {made['drawn'].off:.1f}, and {made['plain'].off:.1f} with the bare rank" in told
     assert made["drawn"].off < 4 < 8 < made["plain"].off
 
 
@@ -286,19 +285,18 @@ def test_the_doctor_takes_rows_of_ones_own(capsys):
 
 
 @pytest.mark.nightly
-def test_a_sampler_of_ones_own_keeps_the_engines_contract_and_a_greedy_one_does_not(tmp_path, monkeypatch):
-    made = run_example("Write a sampler", tmp_path, monkeypatch)
+def test_a_sampler_of_ones_own_keeps_the_engines_contract_and_a_greedy_one_does_not():
+    made = runpy.run_path(str(EXAMPLES / "sampler_at_once.py"), run_name="__main__")
     rollout = made["at_once"](made["policy"], made["prompts"], torch.Generator(), max_new_tokens=6)
     assert rollout.tokens.shape == (8, 9) and rollout.unmask_step.max() == 0
 
-    def wrong(*given, **keywords):  # log-probs of another temperature
-        found = made["at_once"](*given, **keywords)
-        return dataclasses.replace(found, logprobs=found.logprobs * 1.5)
+    def wrong(*inputs, **keywords):  # log-probs of another temperature
+        rollout = made["at_once"](*inputs, **keywords)
+        return dataclasses.replace(rollout, logprobs=rollout.logprobs * 1.5)
 
-    engine = made["RolloutEngine"](made["copied"], made["sync"])
-    sampler = made["partial"](wrong, max_new_tokens=6, temperature=0.7)
+    sampler = partial(wrong, max_new_tokens=6, temperature=0.7)
     with pytest.raises(AssertionError, match="log-probs differ"):
-        made["check_engine"](engine, made["policy"], made["prompts"], sampler)
+        made["check_engine"](made["engine"], made["policy"], made["prompts"], sampler)
 
 
 def test_a_loss_of_ones_own_is_checked_three_times(tmp_path, monkeypatch):
@@ -307,7 +305,7 @@ def test_a_loss_of_ones_own_is_checked_three_times(tmp_path, monkeypatch):
     value = made["soft_clip"](ratio, torch.tensor([2.0]), torch.ones(1, 2, dtype=torch.bool))
     moved = 0.3498588  # exp(0.3) - 1
     assert torch.allclose(value, torch.tensor([[2.0, 2 * (1 + moved / (1 + moved / 0.2))]]))
-    told = (DOCS / "methods.md").read_text()
+    told = (DOCS / "losses.md").read_text()
     for name, (row,) in made["rows"].items():
         assert f"    {name} {[(row.policy, row.sigma, round(row.bias, 2), round(row.rmse, 2))]}\n" in told
     with pytest.raises(AssertionError, match="on-policy"):
@@ -318,9 +316,9 @@ def test_a_loss_of_ones_own_is_checked_three_times(tmp_path, monkeypatch):
 def test_a_loss_with_a_detached_part_has_checks_that_see_its_gradient(tmp_path, monkeypatch):
     made = run_example("A loss with a detached part", tmp_path, monkeypatch)
     rows = [(row.policy, row.sigma, round(row.bias, 2), round(row.rmse, 2)) for row in made["table"]]
-    assert f"It prints `{rows}`." in (DOCS / "methods.md").read_text()
+    assert f"It prints `{rows}`." in (DOCS / "losses.md").read_text()
     assert made["table"][0].bias < 1e-12
-    of = partial(made["Corrector"], weight_fn=made["unit_weights"])
+    of = made["Corrector"]
     with pytest.raises(AssertionError, match=r"the loss must be that of none\(\) bit for bit"):
         made["check_corrector"](of(loss=made["capped"]))
 
@@ -336,7 +334,7 @@ def test_a_loss_with_a_detached_part_has_checks_that_see_its_gradient(tmp_path, 
 
 
 def test_what_the_librarys_losses_do_in_these_checks():
-    """The table of docs/methods.md: of each loss, the contract, finite differences, and the gradient at ratio 1."""
+    """Of each loss: the contract, finite differences, and the gradient at ratio 1 (docs/losses.md)."""
     from dllm_rl.algorithms import losses
     from dllm_rl.algorithms.correctors import Corrector, unit_weights
     from recipes.studies import surrogates
@@ -380,9 +378,10 @@ def test_a_corrector_of_ones_own_has_one_mark_to_pass(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     made = run_example("Does my corrector correct?", tmp_path, monkeypatch)
     assert made["marks"] == {"tis": True, "doubt": False}
-    told = (DOCS / "methods.md").read_text()
+    told = (DOCS / "correctors.md").read_text()
     for name, rows in made["tables"].items():
-        cells = (f"{row.bias:.2f} {row.rmse:.2f} {row.efficiency:.2f}" for row in rows)
+        assert [f"{row.policy} {row.sigma}" for row in rows].pop(3) == "late 0.1"
+        cells = (f"{row.bias:.2f} {row.efficiency:.2f}" for index, row in enumerate(rows) if index != 3)
         assert f"| {name} | {' | '.join(cells)} |" in told
     correctors = importlib.import_module("dllm_rl.algorithms.correctors")
     for corrector, passes in (
@@ -393,7 +392,7 @@ def test_a_corrector_of_ones_own_has_one_mark_to_pass(tmp_path, monkeypatch):
         (correctors.ais(), True),
         (correctors.tbpo(), True),
         (correctors.mis(), False),
-        (correctors.reject(bound=0.1), False),
+        (correctors.reject(threshold=0.1), False),
     ):
         assert made["passes"](made["gradient_table"](corrector), made["tables"]["none"]) == passes
     sys.modules.pop("my_corrector")
@@ -454,12 +453,12 @@ def test_a_reward_service_that_fails_in_part_teaches_nothing_of_what_it_did_not_
 
 
 @pytest.mark.nightly
-def test_a_quantisation_scheme_of_ones_own_is_an_engine(tmp_path, monkeypatch):
-    """The example's own checks, and that the mixed copy keeps the layers that it names."""
-    made = run_example("Write a quantisation scheme", tmp_path, monkeypatch)
+def test_engines_of_ones_own_keep_the_contract():
+    """The example's own checks, and that the mixed copy skips the layers that it names."""
+    made = runpy.run_path(str(EXAMPLES / "quantized_engines.py"), run_name="__main__")
     report = made["load_mixed"](made["policy"]).quantization_report
-    kept = [name for name in report.skipped if name.endswith("down_proj")]
-    assert len(kept) == 3 and len(report.quantized) == len(made["chosen"](made["policy"].module)) - 3
+    skipped = [name for name in report.skipped if name.endswith("down_proj")]
+    assert len(skipped) == 3 and len(report.quantized) == len(made["layers"](made["policy"].module)) - 3
 
 
 def test_rows_of_a_file_are_read(tmp_path, monkeypatch):
@@ -471,50 +470,39 @@ def test_rows_of_a_file_are_read(tmp_path, monkeypatch):
 
 @pytest.mark.nightly
 def test_an_estimator_is_compared_with_the_enumeration_of_all_completions(tmp_path, monkeypatch, capsys):
-    """What the page says that its example prints, and the page's rows of other estimators."""
-    monkeypatch.syspath_prepend(DOCS.parent)
-    (tmp_path / "compared.py").write_text(example("Is my estimator right?"))
-    made = runpy.run_path(str(tmp_path / "compared.py"))
-    told = (DOCS / "methods.md").read_text()
-    printed = capsys.readouterr().out.partition("exact:")
-    assert "".join(f"    {line}\n" for line in "".join(printed[1:]).splitlines()) in told
-    own = run_example("A control variate in an estimator", tmp_path, monkeypatch)
+    """What docs/estimator-right.md says that its example prints, its table, and that its picture can be drawn."""
+    made = run_example("An example with a mistake", tmp_path, monkeypatch)
+    told = (DOCS / "estimator-right.md").read_text()
+    assert "".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines()) in told
+    script = importlib.import_module("recipes.examples.estimator_right")
+    examples = vars(importlib.import_module("recipes.examples.control_variates"))
     likelihoods = vars(importlib.import_module("dllm_rl.likelihoods.estimators")) | {
-        name: own[name] for name in ("controlled", "cross_fitted")
+        name: examples[name] for name in ("controlled", "cross_fitted")
     }
-    holds = ""
-    for name, cells in re.findall(r"^\| `(\S[^`]*)`(?:, \[?below[^|]*)? \| (\d[^|]* \|.*) \|$", told, re.MULTILINE):
-        made_by, _, keywords = name.partition("(")
-        given = dict(each.split("=") for each in keywords.rstrip(")").split(", ") if each)
-        estimator = likelihoods[made_by]
-        if keywords:
-            estimator = estimator(**{key: ast.literal_eval(value) for key, value in given.items()})
-        rows = made["estimator_table"](estimator)
+    tables = {}
+    for name, cells in re.findall(r"^\| `(\S[^`]*)` \| (\d.*) \|$", told, re.MULTILINE):
+        function, call, keywords = name.partition("(")
+        estimator = likelihoods[function]
+        if call:
+            pairs = (each.split("=") for each in keywords.rstrip(")").split(", ") if each)
+            estimator = estimator(**{key: ast.literal_eval(value) for key, value in pairs})
+        tables[name] = rows = made["estimator_table"](estimator)
         order, elbo, _ = rows
-        off = [
-            f"{max(row.below, row.above):.1f}" if row.noise else f"by up to {max(0, -row.lowest, row.highest):.2f} nats"
-            for row in (order, elbo)
-        ]
-        pairs = [f"{row.gradient_bias:.2f}, {row.gradient_error:.2f}" for row in (order, elbo)]
-        numbers = [f"{order.noise:.2f}", *off, *pairs, f"{elbo.gradient_noise:.1f}"]
-        numbers = [re.sub(r"\b0\.0+\b", "0", cell).replace("by up to 0 nats", "0") for cell in numbers]
-        *shown, last = cells.split(" | ")
-        assert shown == numbers, name
-        holds = holds if last == "the same" else last.partition(":")[0]
-        found = ", ".join(claim for claim in made["CLAIMS"] if not made["speaks_against"](rows, claim))
-        assert holds == (found or "none"), name
+        numbers = [*(f"{max(row.below, row.above):.1f}" for row in (order, elbo)), f"{elbo.gradient_noise:.1f}"]
+        claims = ", ".join(claim for claim in script.CLAIMS if not made["speaks_against"](rows, claim))
+        assert cells == " | ".join([*numbers, claims]), name
+    assert len(tables) == 5
+    script.draw_picture(tables, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size > 5_000
 
 
-def test_a_control_variate_keeps_the_contract(tmp_path, monkeypatch):
+def test_a_control_variate_keeps_the_contract():
     """And the weights of a fixed coefficient have mean 1 of l(m), and 0 of the control."""
-    made = run_example("A control variate in an estimator", tmp_path, monkeypatch)
+    made = runpy.run_path(str(EXAMPLES / "control_variates.py"), run_name="__main__")
     rollout, torch_generator = made["rollout"], torch.Generator().manual_seed(0)
     many = dataclasses.replace(rollout, batch_row=None).rows(torch.zeros(4000, dtype=torch.long))
-    weight = (
-        made["controlled"](coefficient=0.5)
-        .draw_views(many, torch_generator)
-        .coefficients[0, :, rollout.completion_mask[0]]
-    )
+    views = made["controlled"](coefficient=0.5).draw_views(many, torch_generator)
+    weight = views.coefficients[0, :, rollout.completion_mask[0]]
     assert (weight.mean(0).abs() < 4 * weight.std(0) / 4000**0.5).all() and weight.std() > 0.1
     batch = dataclasses.replace(made["controlled"](), combine=lambda scores, views: of_the_batch(scores, views))
     made["check_estimator"](batch, made["policy"], rollout)  # as the page says, it does not see this
@@ -535,8 +523,10 @@ def test_the_engine_of_ones_own_keeps_its_contract_and_without_its_sync_does_not
 
 def test_a_study_of_ones_own_tunes_runs_and_prints_what_the_page_shows(tmp_path, monkeypatch):
     """Its arms and trials train, cut to a step; and the printed table follows from the rates of its seeds."""
-    made = run_example("Does it help? Run a paired study", tmp_path, monkeypatch, "my_study")
-    paired, study, trials = importlib.import_module("recipes.studies.paired"), made["study"], made["trials"]
+    short = run_example("Write a study", tmp_path, monkeypatch)["study"]
+    assert short.arms.keys() == {"PPO", "soft"}
+    paired, made = (importlib.import_module(f"recipes.{name}") for name in ("studies.paired", "examples.paired_study"))
+    study, trials = made.study, made.trials
     held_out = [
         {problem.prompt for problem in map(each.base.eval_task.__getitem__, range(16))} for each in (study, trials)
     ]
@@ -545,7 +535,7 @@ def test_a_study_of_ones_own_tunes_runs_and_prints_what_the_page_shows(tmp_path,
         paired.run_one(which, tmp_path / str(seed), 1, arm, seed)
     assert {arm for arm, _ in paired.load(tmp_path / "0")} == {"soft 0.1", "one update"}
 
-    told = (DOCS / "methods.md").read_text().partition("$ OMP_NUM_THREADS=1 python my_study.py run")[2]
+    told = (DOCS / "paired-study.md").read_text().partition("paired_study run")[2]
     results = {}
     for arm, rates in re.findall(r"^\| (\S[^|]*) \| 6 \| [^|]+ \| ([\d., ]+) \|", told, re.MULTILINE):
         for seed, rate in enumerate(rates.split(", ")):

@@ -28,7 +28,6 @@ OF_RESULTS = re.compile(r"\d[\d.]*±\d+(\.\d+)?|(?<![\d.])\d+\.\d{2,}(?![\de])")
 NOT_MEASURED = {  # settings, bounds, versions, arithmetic, what a screen may show
     "benchmarks/README.md": ("torch 2.11",),
     "docs/concepts.md": ("(standard deviation of its group + 0.0001)",),
-    "docs/methods.md": ("4,000 draws, about 0.015",),
     "docs/metrics.md": ("contributions above 0.005",),
     "docs/running.md": ("is above 0.005",),
     "docs/trl.md": ("| 0.99 | 0.999 |",),
@@ -39,12 +38,6 @@ NOT_MEASURED = {  # settings, bounds, versions, arithmetic, what a screen may sh
     "recipes/studies/mismatch.md": ("These steps are above 0.95",),
 }
 ELSEWHERE = {  # of examples and toys: tests that take longer compute them anew
-    "docs/methods.md": (  # tests/test_docs.py
-        "| 0.010±0.169 is from -0.16 to 0.18 and includes 0",
-        "0.448±0.152 is above 0 |",
-        "2 of 64 choices: 0.031,",
-        "| 0.062: **not shown**",
-    ),
     "recipes/studies/renoising.md": (  # tests/likelihoods/test_renoise.py
         "moved by -0.290 with `argmax` and every draw accepted, of which the gradient explains -0.062;",
         "by -0.202, of which -0.023. With drawn answers and that bound by 0.043, of which 0.022.",

@@ -1,6 +1,6 @@
 """The study of gradients: its table, and the numbers of its sentences."""
 
-from held import DOCS, STUDIES, row, stored, tables_of
+from held import STUDIES, row, stored, tables_of
 
 
 def cells(table, rows, *columns):
@@ -76,7 +76,6 @@ def of_estimators_and_orders(page):
     without.append("trajectory, 1 segment")
     span = "{} to {}".format(*(f(cosine for name in without for cosine in cosines[name]) for f in (min, max)))
     yield page, f"have a mean gradient at cosine {span} with the true one."
-    yield f"{DOCS}/methods.md", f"{span} for estimates that do not replay the order"
     (block,) = set(cosines["block of 2, 2 masks"])
     yield page, f"one block a step, it is {block}."
     assert cosines["trajectory"] == ("1.00", "1.00")
