@@ -142,6 +142,12 @@ def test_the_first_reward_is_learned_from(tmp_path, monkeypatch):
     made = runpy.run_path("sort_digits.py")
     assert made["summary"]["eval_problems"] == 51 and (tmp_path / "runs/sort/training.png").is_file()
     assert made["in_order"](["826=", "415="], ["268", "1"]) == [1, 1 / 3]
+    names = re.findall(r"`([^`\n]+)`", (DOCS / "metrics.md").read_text())
+    variable = re.compile(r"NAME|METRIC|STAGE|(?<=_)[IK]\b|\\\*")
+    described = re.compile("|".join(variable.sub(".*", re.escape(name)) for name in names))
+    lines = (tmp_path / "runs/sort/metrics.jsonl").read_text().splitlines()
+    logged = {name for line in lines for name in json.loads(line)} - {"step", "warmup_step"}
+    assert len(logged) > 80 and {name for name in logged if not described.fullmatch(name)} == set()
 
 
 def test_the_settings_for_a_real_model_are_a_recipe_without_cautions(tmp_path, monkeypatch):
