@@ -50,7 +50,8 @@ def bounded(
 ) -> Callable[[Function], Function]:
     """Decorator: the function's keywords, by name, must lie within their bounds.
 
-    together  takes all keywords, with their defaults, and raises ValueError where they do not go together
+    Args:
+        together: Takes all keywords, with their defaults, and raises ValueError where they do not go together.
     """
 
     def decorate(function: Function) -> Function:

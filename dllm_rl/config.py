@@ -29,7 +29,8 @@ WIDTH = 118
 
 def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
     """The recipe with `--path value` overrides; argv None: the program's arguments, or none at a prompt. `--help` lists
-    every path. Exits with status 2 on an unknown path or a bad value, in one line that names the nearest valid one."""
+    every path. Exits with status 2 on an unknown path or a bad value, in one line that names the nearest valid one.
+    """
     arguments = list(([] if interactive() else sys.argv[1:]) if argv is None else argv)
     wanted = [word for word in arguments if word not in ("--help", "-h")]  # help is of the recipe that the rest makes
     try:
@@ -72,7 +73,8 @@ def _pairs(arguments: list[str]) -> dict[str, str]:
 
 def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
     """The record or function with new values, texts by path. Each record is made, and checked, once with all of its
-    changes. Raises ValueError on an unknown path or a bad value."""
+    changes. Raises ValueError on an unknown path or a bad value.
+    """
     held = members(owner)
     known = paths(owner, prefix)
     below: dict[str, dict[str, str]] = {}
@@ -238,7 +240,8 @@ def _accepted(path: str, kind: Any, text: str) -> Any:
 
 def usage(recipe: Any) -> str:
     """Every path with its value, its meaning, its bound and its choices, below the field that it belongs to; then the
-    docstrings of the functions and records that the recipe holds, which explain their own keywords."""
+    docstrings of the functions and records that the recipe holds, which explain their own keywords.
+    """
     settings = paths(recipe)
     lines = [f"usage: [accelerate launch] RECIPE.py [--FIELD VALUE ...]      recipe {recipe.name}", ""]
     if isinstance(recipe, Recipe):

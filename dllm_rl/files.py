@@ -114,7 +114,8 @@ _LOCKS: dict[tuple[int, Path], IO[str]] = {}  # by process: a forked child does 
 
 def lock(path: Path) -> bool:
     """Lock the file until `unlock` or the process ends; False where the system or the file system has no such locks.
-    Raises BlockingIOError naming the process that holds it."""
+    Raises BlockingIOError naming the process that holds it.
+    """
     path = path.resolve()
     if fcntl is None or (os.getpid(), path) in _LOCKS:
         return fcntl is not None
@@ -140,7 +141,8 @@ def lock(path: Path) -> bool:
 
 def keep_lock(path: Path) -> None:
     """Lock the file anew if it was removed or replaced since `lock`, which then locks nothing that others open. Raises
-    BlockingIOError if another process was faster."""
+    BlockingIOError if another process was faster.
+    """
     file = _LOCKS.get((os.getpid(), path.resolve()))
     if file is not None and not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
         unlock(path)

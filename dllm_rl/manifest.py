@@ -1,6 +1,7 @@
 """A checkpoint's manifest.json: {"format": 1, "step", "processes", "versions", "files": {NAME: {"size", "sha256"}},
 "sha256"}, the last of the other fields. A file over 1 MiB has `head` too, the SHA-256 of its first 1 MiB (a safetensors
-header and the first tensors)."""
+header and the first tensors).
+"""
 
 import hashlib
 import json
@@ -62,7 +63,8 @@ def read(folder: Path) -> dict[str, Any]:
 
 def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = (), unread: str | None = None) -> dict[str, Any]:
     """The manifest, if all files agree, else ValueError; `quick` reads the first MiB of large files alone, and so it
-    does of the files that the pattern `unread` names."""
+    does of the files that the pattern `unread` names.
+    """
     found = read(folder)
     files = found["files"]
     here = _regular_files(folder)

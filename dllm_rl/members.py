@@ -23,7 +23,8 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 def configurable(function: Made) -> Made:
     """Remember, in the record that a function returns, the function and its arguments: the command line changes one of
     them by making the record again, and `describe` shows them. The record declares
-    `factory: partial | None = field(default=None, init=False, repr=False, compare=False)`."""
+    `factory: partial | None = field(default=None, init=False, repr=False, compare=False)`.
+    """
 
     @wraps(function)
     def make(*parts: Any, **keywords: Any) -> Any:
@@ -48,7 +49,8 @@ class Member:
 
 def members(owner: Any) -> dict[str, Member]:
     """By name: a record's fields, or what its maker got; a function's keywords, bound or by default, and its bound
-    positional arguments under 1, 2 ...; nothing for anything else, as for a record that no maker made."""
+    positional arguments under 1, 2 ...; nothing for anything else, as for a record that no maker made.
+    """
     if hasattr(owner, "factory"):
         return members(owner.factory)
     if isinstance(owner, partial) or inspect.isfunction(owner):

@@ -1,6 +1,7 @@
 """Sets of settings that belong together: of large models, which `grpo` takes by a model's size, and d1's.
 
-What a caller gives replaces a preset's. No large model has been trained with either yet."""
+What a caller gives replaces a preset's. No large model has been trained with either yet.
+"""
 
 import os
 from collections.abc import Mapping

@@ -122,7 +122,8 @@ def kinds_of(annotation: Any) -> tuple[Any, ...]:
 
 def fitted(name: str, annotation: Any, value: Any) -> Any:
     """The value in the form that a field of this type holds, where its meaning is clear: text that names a function of
-    the library, a function that makes the record, settings of adapters. Anything else is returned as it is."""
+    the library, a function that makes the record, settings of adapters. Anything else is returned as it is.
+    """
     kinds = kinds_of(annotation)
     value = flattened(value)
     text = str in kinds or any(get_origin(kind) is Literal for kind in kinds)
@@ -157,7 +158,8 @@ def adapters(lora: Lora) -> Lora:
 
 def check_fits(field: Field, value: Any) -> None:
     """Raise ValueError on a flag for what is none (push_to_hub=True), on no function or record (optim="adamw_torch",
-    corrector="tis"), and on text in place of a number or a flag (learning_rate="1e-3")."""
+    corrector="tis"), and on text in place of a number or a flag (learning_rate="1e-3").
+    """
     kinds = kinds_of(field.type)
     flag = isinstance(value, bool) and bool not in kinds
     record = next((kind for kind in kinds if kind in RECORDS), None)
@@ -605,7 +607,8 @@ class Recipe(Settings):
     def policy_loss(self) -> Callable:
         """(log-probs (B, T), batch) -> loss, metrics, gradient: `losses.policy_loss` with the recipe's parts bound.
 
-        By default: ppo_clip with epsilon 0.2, every token of the batch alike, no KL term, no entropy bonus."""
+        By default: ppo_clip with epsilon 0.2, every token of the batch alike, no KL term, no entropy bonus.
+        """
         return partial(
             policy_loss,
             surrogate=self.resolved_loss,
@@ -644,7 +647,8 @@ Recipe.__doc__ = documented(Recipe)
 class UpdateSettings:
     """The settings of a step's updates.
 
-    measure  whether to measure `update_direction` after them
+    Args:
+        measure: Whether to measure `update_direction` after them.
     """
 
     loss: Callable  # detached log-probs, batch -> loss, metrics, gradient

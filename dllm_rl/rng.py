@@ -29,7 +29,8 @@ def uniforms(
     seeds: Int[Tensor, " K"], steps: Int[Tensor, " K"], positions: Int[Tensor, " K"], *, stream: int
 ) -> Float[Tensor, " K"]:
     """Uniforms in [0, 1), fp64 with 53 random bits, the same on every device and in every batch: SplitMix64 twice
-    (Steele, Lea, Flood 2014). `positions` count from the completion's start, so that padding changes nothing. [ours]"""
+    (Steele, Lea, Flood 2014). `positions` count from the completion's start, so that padding changes nothing. [ours]
+    """
     state = _mix(seeds + (2 * steps + stream + 1) * GAMMA)
     bits = _shift(_mix(state + (positions + 1) * GAMMA), 11)  # fp64 has 53 bits
     return bits.double() * 2.0**-53

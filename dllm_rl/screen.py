@@ -1,6 +1,7 @@
 """Foreign text on a screen: prompts, completions, paths and names cannot act as control characters or rich markup.
 
-`import dllm_rl` runs this module first of all, so that what must hold during the imports stands here, too."""
+`import dllm_rl` runs this module first of all, so that what must hold during the imports stands here, too.
+"""
 
 import logging
 import os
@@ -45,7 +46,8 @@ def escape_controls(text: str, *, keep: str = "") -> str:
 
 def line_of(error: BaseException) -> str:
     """An error in one line: of a file, its path and what is wrong with it, without the system's number. A line of more
-    than MAX_MESSAGE_LENGTH characters loses its middle: the field stands at the beginning, the remedy at the end."""
+    than MAX_MESSAGE_LENGTH characters loses its middle: the field stands at the beginning, the remedy at the end.
+    """
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
@@ -100,7 +102,8 @@ def imports_interruptible() -> Iterator[None]:
 
 def ended_by_launcher() -> None:
     """Have Linux send SIGTERM when torch's or accelerate's launcher dies, so that no process outlives it; end at once
-    if it has died already, as far as that can be told."""
+    if it has died already, as far as that can be told.
+    """
     launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
     if not sys.platform.startswith("linux") or not launched:
         return

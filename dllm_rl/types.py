@@ -1,6 +1,7 @@
 """The records of the loop. Log-probs are fp32 nats. Axes: P prompts, G completions each, B = P*G rows (row p*G+g),
 S prompt positions, T positions (prompt and completion), V vocabulary, D hidden size, N masks or segments of an
-estimator, K scored positions."""
+estimator, K scored positions.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +54,8 @@ class _Movable:
 class BatchRecord(_Movable):
     """A record of a batch's columns: tensors (B, T) or (B, T, C), vectors (B,), and parts that are such records.
 
-    FILL  what a field's columns hold where there is no token; 0 for other fields
+    Args:
+        FILL: What a field's columns hold where there is no token; 0 for other fields.
     """
 
     FILL: ClassVar[dict[str, Any]] = {}
@@ -99,7 +101,8 @@ class BatchRecord(_Movable):
     @staticmethod
     def merge_records(records: "Sequence[Laid]", unite: Callable[[list[Tensor]], Tensor]) -> "Laid":
         """One record of several of like width, tensor by tensor. What some of them lack is left out: what is known of
-        some rows alone is known of no batch."""
+        some rows alone is known of no batch.
+        """
         changed: dict[str, Any] = {}
         for each in dataclasses.fields(records[0]):
             values = [getattr(record, each.name) for record in records]
@@ -121,10 +124,12 @@ class BatchRecord(_Movable):
 class SamplingParams:
     """What turns raw logits into the sampling distribution; the learner uses the same.
 
-    temperature   divides the logits; 0 is greedy, whose log-probs are reported at temperature 1
-    top_k, top_p  keep the k likeliest tokens / the smallest set with probability >= p; None keeps all
-    suppress      token ids that are never sampled (a mask token always is)
-    support       the tokens that a scorer normalises over where top_k or top_p filter; see `models.support`
+    Args:
+        temperature: Divides the logits; 0 is greedy, whose log-probs are reported at temperature 1.
+        top_k: Keep the k likeliest tokens / the smallest set with probability >= p; None keeps all.
+        top_p: Keep the k likeliest tokens / the smallest set with probability >= p; None keeps all.
+        suppress: Token ids that are never sampled (a mask token always is).
+        support: The tokens that a scorer normalises over where top_k or top_p filter; see `models.support`.
     """
 
     temperature: float = 1.0
@@ -153,8 +158,9 @@ class SamplingParams:
 class Prompts(_Movable):
     """Left-padded prompts, each to be completed `group_size` times.
 
-    seeds  one per row (B,), for the row's own random numbers; None: the sampler draws them from its generator
-    infill_mask  positions inside the prompts to fill in (infilling), part of the completion; None: there are none
+    Args:
+        seeds: One per row (B,), for the row's own random numbers; None: the sampler draws them from its generator.
+        infill_mask: Positions inside the prompts to fill in (infilling), part of the completion; None: there are none.
     """
 
     tokens: Int[Tensor, "P S"]
@@ -175,7 +181,8 @@ class Prompts(_Movable):
         open_positions: Sequence[Sequence[bool]] | None = None,
     ) -> "Prompts":
         """Left-pad lists of token ids; `mask_id`, or a list of bools per row, says which positions are to be filled in.
-        Raises ValueError on an empty batch or a group_size below 1."""
+        Raises ValueError on an empty batch or a group_size below 1.
+        """
         if not len(ids):
             raise ValueError("ids is empty: at least one prompt is needed")
         if group_size < 1:
@@ -236,8 +243,9 @@ def _opened(
 class FilterSupport(BatchRecord):
     """What top_k and top_p kept of the distribution that a token was drawn from (`models.support`).
 
-    log_mass  log of its probability; nats, 0 where no token was drawn
-    ids       ids of the kept tokens, at most `support.KEPT_IDS`, then -1. None where somewhere more were kept
+    Args:
+        log_mass: Log of its probability; nats, 0 where no token was drawn.
+        ids: Ids of the kept tokens, at most `support.KEPT_IDS`, then -1. None where somewhere more were kept.
     """
 
     FILL: ClassVar[dict[str, Any]] = {"ids": -1}
@@ -250,16 +258,17 @@ class FilterSupport(BatchRecord):
 class Order(BatchRecord):
     """In which order a sampler wrote, and with which probability (`models.order`, `likelihoods.order`).
 
-    block_first_step  the first step of the position's block; -1 elsewhere
-    rank_name  name of the sampler's rank, one of `samplers.records.RANKS`; None: another
-    logprobs   log-prob (nats, 0 elsewhere) that its block's earlier steps left the position, or, under `plackett_luce`,
-               that its step drew it. None without chance, or if the probability is unknown
-    probability  what is known of it, as `samplers.records.order_probability` says
-    rank_function  the rank by whose scores the positions were drawn: the bound `plackett_luce`, or `max_prob` under
-               `soft_threshold`; None if they were not drawn, or by the tokens
-    draw_index  which draw of its step took the position, from 0; 0 in a step that wrote all that was left
-    soft_threshold_params  tau and temperature of the commit rule `soft_threshold`; `logprobs` are then each written
-               position's share of its step's. None under another rule
+    Args:
+        block_first_step: The first step of the position's block; -1 elsewhere.
+        rank_name: Name of the sampler's rank, one of `samplers.records.RANKS`; None: another.
+        logprobs: Log-prob (nats, 0 elsewhere) that its block's earlier steps left the position, or, under
+            `plackett_luce`, that its step drew it. None without chance, or if the probability is unknown.
+        probability: What is known of it, as `samplers.records.order_probability` says.
+        rank_function: The rank by whose scores the positions were drawn: the bound `plackett_luce`, or `max_prob` under
+            `soft_threshold`; None if they were not drawn, or by the tokens.
+        draw_index: Which draw of its step took the position, from 0; 0 in a step that wrote all that was left.
+        soft_threshold_params: Tau and temperature of the commit rule `soft_threshold`; `logprobs` are then each written
+            position's share of its step's. None under another rule.
     """
 
     FILL: ClassVar[dict[str, Any]] = {"block_first_step": -1}
@@ -277,10 +286,11 @@ class Order(BatchRecord):
 class Events(BatchRecord):
     """Every event of each position under a commit rule that rewrites (`remask`, `edit`, `soft_edit`), in order.
 
-    step      of the event; -1 behind a position's last one
-    token     the token written; -1 where the position was masked again
-    logprobs  of the token, as drawn in that step; nats, 0 where masked again
-    depends_on_tokens  rewrites depend on the drawn tokens, so events alone do not give the likelihood
+    Args:
+        step: Of the event; -1 behind a position's last one.
+        token: The token written; -1 where the position was masked again.
+        logprobs: Of the token, as drawn in that step; nats, 0 where masked again.
+        depends_on_tokens: Rewrites depend on the drawn tokens, so events alone do not give the likelihood.
     """
 
     FILL: ClassVar[dict[str, Any]] = {"step": -1, "token": -1}
@@ -295,11 +305,12 @@ class Events(BatchRecord):
 class Renoised(BatchRecord):
     """Every step of each position under `renoise`, W a canvas's most steps: all that its likelihood needs.
 
-    block     the canvas of each position, from 0; -1 elsewhere
-    seen      the token on the canvas that step w saw; -1 behind the last step of which a draw counts
-    drawn     the accepted draw of step w; -1 where the draw was not accepted, or decides nothing
-    logprobs  of that draw; nats, 0 where there is none
-    temperatures  of a canvas's steps, of which W or more are known
+    Args:
+        block: The canvas of each position, from 0; -1 elsewhere.
+        seen: The token on the canvas that step w saw; -1 behind the last step of which a draw counts.
+        drawn: The accepted draw of step w; -1 where the draw was not accepted, or decides nothing.
+        logprobs: Of that draw; nats, 0 where there is none.
+        temperatures: Of a canvas's steps, of which W or more are known.
     """
 
     FILL: ClassVar[dict[str, Any]] = {"block": -1, "seen": -1, "drawn": -1}
@@ -315,20 +326,23 @@ class Renoised(BatchRecord):
 class Rollout(BatchRecord):
     """What a sampler did.
 
-    attention_mask   False on padding; always passed to the model
-    completion_mask  True where the policy chose the token
-    unmask_step      step that committed the token (autoregressive: 0, 1, 2 ...); -1 elsewhere
-    logprobs         at commit, under the rollout policy, of the sampling distribution; nats; 0 elsewhere
-    sampling_params  that distribution's temperature and filters, which the learner uses too
+    Args:
+        attention_mask: False on padding; always passed to the model.
+        completion_mask: True where the policy chose the token.
+        unmask_step: Step that committed the token (autoregressive: 0, 1, 2 ...); -1 elsewhere.
+        logprobs: At commit, under the rollout policy, of the sampling distribution; nats; 0 elsewhere.
+        sampling_params: That distribution's temperature and filters, which the learner uses too.
 
     Parts that only some samplers record; None where there is nothing to record:
-    filter_support  of a filtered distribution
-    order    of a sampler that unmasks
-    events   of a rule that rewrites; unmask_step and logprobs are then of a position's last writing alone
-    experts  expert ids in M mixtures, of the state that the token was drawn from; undefined without a token
-    renoised  of a sampler that replaces tokens by random ones; logprobs are then sums over a position's draws
-    confidence_change  summed change of the confidence of the masked positions near the token in the step after it was
-             written, in [-1, 1] each; 0 elsewhere. `unmask(confidence_radius=...)` records it
+
+    Args:
+        filter_support: Of a filtered distribution.
+        order: Of a sampler that unmasks.
+        events: Of a rule that rewrites; unmask_step and logprobs are then of a position's last writing alone.
+        experts: Expert ids in M mixtures, of the state that the token was drawn from; undefined without a token.
+        renoised: Of a sampler that replaces tokens by random ones; logprobs are then sums over a position's draws.
+        confidence_change: Summed change of the confidence of the masked positions near the token in the step after it
+            was written, in [-1, 1] each; 0 elsewhere. `unmask(confidence_radius=...)` records it.
     """
 
     FILL: ClassVar[dict[str, Any]] = {"attention_mask": False, "completion_mask": False, "unmask_step": -1}
@@ -427,10 +441,11 @@ class ViewTensors(_Movable):
 class Views(_Movable):
     """The masks of a likelihood estimate: data that travels with the batch, the same for every policy.
 
-    masked  positions hidden from the model in view n
-    coefficients  coefficient of the position's log-prob in view n, of either sign; 0 where it is not scored
-    upper_bound_weight  per row, in [0, 1]: `sandwich`'s; None: lower bound only
-    features  of optional features, in the order in which they change a view; an estimator's own tensors too
+    Args:
+        masked: Positions hidden from the model in view n.
+        coefficients: Coefficient of the position's log-prob in view n, of either sign; 0 where it is not scored.
+        upper_bound_weight: Per row, in [0, 1]: `sandwich`'s; None: lower bound only.
+        features: Of optional features, in the order in which they change a view; an estimator's own tensors too.
     """
 
     masked: Bool[Tensor, "N B T"]

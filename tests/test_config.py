@@ -421,10 +421,10 @@ def test_every_name_of_every_recipe_is_explained(name):
 
 
 def unexplained(owner, prefix=""):
-    """Paths that have neither a help of their own nor a line "name  text" in the docstring of what takes them."""
+    """Paths that have neither a help of their own nor a line "name: text" in the docstring of what takes them."""
     told = "\n".join(inspect.getdoc(explains) for explains in explained_by(owner))
     for name, member in members(owner).items():
-        line = rf"^ *(\w+, )*{name}(, \w+)* {{2,}}\S"
+        line = rf"^ *{name}(: | {{2,}})\S"
         if not member.help and not re.search(line, told, re.MULTILINE):
             yield f"{prefix}{name}"
         yield from unexplained(member.value, f"{prefix}{name}.")

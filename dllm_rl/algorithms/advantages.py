@@ -19,8 +19,9 @@ def group_relative(
     """A = (R - mean of the group) / (std + eps), sample standard deviation (GRPO; without division: d1, Dr.GRPO)
     [paper]. A group of one, or of equal rewards, gives zeros.
 
-    scale_rewards  whose standard deviation divides: group, batch or none
-    eps            added to the standard deviation
+    Args:
+        scale_rewards: Whose standard deviation divides: group, batch or none.
+        eps: Added to the standard deviation.
     """
     centred = _centred(rewards)
     match scale_rewards:
@@ -52,9 +53,11 @@ def decoupled(
         z_k = (R_k - mean_group R_k) / (std_group R_k + eps),   s = sum_k w_k z_k,   A = s / (std_batch s + eps)
     Standard deviations are samples'. GDPO also subtracts the batch mean of s, which is 0. A NaN reward does not apply:
     its z is 0. Sources: arXiv 2601.05242, TRL's multi_objective_aggregation="normalize_then_sum" [digest].
-    component_rewards  each reward of the task on its own
-    reward_weights  of the rewards in the sum
-    eps      added to both standard deviations
+
+    Args:
+        component_rewards: Each reward of the task on its own.
+        reward_weights: Of the rewards in the sum.
+        eps: Added to both standard deviations.
     """
     there = ~component_rewards.isnan()
     count = there.sum(-1, keepdim=True)
@@ -81,7 +84,8 @@ def takes_component_rewards(advantages: Callable) -> bool:
 
 def has_unequal_rewards(rewards: Float[Tensor, "P G *K"]) -> Bool[Tensor, " P"]:
     """Groups whose rewards differ; the others have advantage 0. DAPO draws prompts until enough groups differ [paper].
-    One differing reward of K is enough. NaN (the reward does not apply) is ignored."""
+    One differing reward of K is enough. NaN (the reward does not apply) is ignored.
+    """
     return _differ(rearrange(rewards, "p g ... -> p (...) g")).any(-1)
 
 
@@ -99,7 +103,7 @@ def _centred(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 
 
 def _divided(centred: Tensor, scale: Tensor) -> Tensor:
-    """centred / scale, and 0 where centred is 0: equal rewards and eps=0 would divide 0 by 0."""
+    """Centred / scale, and 0 where centred is 0: equal rewards and eps=0 would divide 0 by 0."""
     return torch.where(centred == 0, 0, centred / scale)
 
 

@@ -11,7 +11,8 @@ from dllm_rl.members import configurable
 
 def weights_by_step(stats: TokenStats, *, weight_fn: WeightFn) -> TokenWeights:
     """Weigh the tokens of each denoising step as a batch of their own [ours]. A metric is the mean over the steps, each
-    weighted by its tokens."""
+    weighted by its tokens.
+    """
     weights = torch.ones_like(stats.log_mismatch).detach()
     keep = torch.zeros_like(stats.mask)
     sums: dict[str, float] = {}
@@ -33,7 +34,8 @@ def by_step(*, corrector: Corrector | None = None) -> Corrector:
     """A corrector whose statistics are of one denoising step at a time: AIS's lambda, the ratio of a sequence (of its
     tokens of a step), rejection. Token weights of their own (`tis`, `icepop`) are the same with it and without.
 
-    corrector  whose weights they are; None: `ais()`
+    Args:
+        corrector: Whose weights they are; None: `ais()`.
     """
     corrector = ais() if corrector is None else corrector
     return replace(corrector, weight_fn=partial(weights_by_step, weight_fn=corrector.weight_fn))

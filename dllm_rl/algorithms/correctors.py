@@ -29,13 +29,14 @@ Outside = Literal["zero", "drop"]
 class TokenStats:
     """What a corrector may read of the global batch's tokens. Every process has the same, on the host.
 
-    log_mismatch      logp_old - logp_rollout, nats; 0 off the mask
-    mask              tokens to correct
-    old_logprobs      under the learner at the start of the update, nats
-    rollout_logprobs  under the policy that sampled, nats
-    unmask_step       denoising step that wrote the token (autoregressive: its place); -1 where none did
-    entropy           of the learner's distribution that the token was drawn from, nats; None unless the corrector's
-                      `needs_entropy` asks for it, which takes one more forward per view
+    Args:
+        log_mismatch: Logp_old - logp_rollout, nats; 0 off the mask.
+        mask: Tokens to correct.
+        old_logprobs: Under the learner at the start of the update, nats.
+        rollout_logprobs: Under the policy that sampled, nats.
+        unmask_step: Denoising step that wrote the token (autoregressive: its place); -1 where none did.
+        entropy: Of the learner's distribution that the token was drawn from, nats; None unless the corrector's
+            `needs_entropy` asks for it, which takes one more forward per view.
     """
 
     log_mismatch: Float[Tensor, "B T"]
@@ -97,7 +98,7 @@ def per_level(
 def ratios(
     log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, pool: str
 ) -> Float[Tensor, "B T"]:
-    """exp of `per_level`, whose logs stay within +-MAX_LOG."""
+    """Exp of `per_level`, whose logs stay within +-MAX_LOG."""
     return per_level(log_mismatch, mask, level=level, pool=pool).clamp(-MAX_LOG, MAX_LOG).exp()
 
 
@@ -136,7 +137,8 @@ def masked_weights(
     outside: str = "zero",
 ) -> TokenWeights:
     """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, "When Speed Kills Stability", by
-    Liu et al. 2025; IcePop, arXiv 2510.18855]; rho as in `truncated_weights`. `mis` explains the keywords."""
+    Liu et al. 2025; IcePop, arXiv 2510.18855]; rho as in `truncated_weights`. `mis` explains the keywords.
+    """
     if outside not in ("zero", "drop"):
         raise ValueError(f"outside={outside!r} must be 'zero' or 'drop'")
     log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
@@ -195,8 +197,9 @@ def rejection(
 
 @bounded(tau=Bound(above=0))
 def ais_lambda(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
-    """lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, towards 1 with the mismatch [ours: the digest of AIS
-    that we read does not give the formula]."""
+    """Lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, towards 1 with the mismatch [ours: the digest of AIS
+    that we read does not give the formula].
+    """
     return 1 - reliability * (tau / (divergence + tau)) * (1 / (1 + variation))
 
 
@@ -252,7 +255,8 @@ def band_weights(stats: TokenStats, *, max_weight: float = 2.0) -> TokenWeights:
 
 def combine_weights(stats: TokenStats, *, weight_fns: tuple[WeightFn, ...]) -> TokenWeights:
     """The product of the weights and the intersection of the loss masks. A metric that two parts log with different
-    values gets the part's number as a suffix."""
+    values gets the part's number as a suffix.
+    """
     weights = torch.ones_like(stats.log_mismatch).detach()
     keep = stats.mask
     metrics: dict[str, float] = {}
@@ -271,12 +275,13 @@ LossReduction = Callable[..., Tensor]  # (mask, *, num_tokens, num_sequences) ->
 
 @dataclass(frozen=True)
 class Corrector:
-    """weight_fn      `TokenStats` of the global batch -> `TokenWeights`
-    needs_entropy  weight_fn reads `TokenStats.entropy`
-    align_forward  the learner's forward runs through the rollout's quantised operands
-    loss           the objective (see `algorithms.losses`) of a method that brings one; None: the recipe's `loss`
-    loss_reduction  how that method averages tokens, where the recipe names no function
-    factory        the function below with its arguments, so that a command line can change a keyword
+    """Args:
+        weight_fn: `TokenStats` of the global batch -> `TokenWeights`.
+        needs_entropy: Weight_fn reads `TokenStats.entropy`.
+        align_forward: The learner's forward runs through the rollout's quantised operands.
+        loss: The objective (see `algorithms.losses`) of a method that brings one; None: the recipe's `loss`.
+        loss_reduction: How that method averages tokens, where the recipe names no function.
+        factory: The function below with its arguments, so that a command line can change a keyword.
 
     `no_correction`, `tis` and the others below make one. A method of one's own is a function under
     `members.configurable` that returns a Corrector; its keywords are then options, too.
@@ -308,9 +313,10 @@ def no_correction() -> Corrector:
 def tis(*, cap: float = 2.0, level: Level = "token", pool: Pool = "product") -> Corrector:
     """Truncated importance sampling; see `truncated_weights`.
 
-    cap        largest weight, at least 1
-    level      what has a ratio of its own: token or sequence
-    pool       of a sequence's tokens: product or geometric
+    Args:
+        cap: Largest weight, at least 1.
+        level: What has a ratio of its own: token or sequence.
+        pool: Of a sequence's tokens: product or geometric.
     """
     return Corrector(weight_fn=partial(truncated_weights, cap=cap, level=level, pool=pool))
 
@@ -326,11 +332,13 @@ def mis(
 ) -> Corrector:
     """Masked importance sampling; see `masked_weights`.
 
-    min_ratio, max_ratio  the range of ratios that count
-    level      what has a ratio of its own: token or sequence
-    pool       of a sequence's tokens: product or geometric
-    outside    tokens outside the range: zero (weight 0, counted in the loss's denominator) or drop (not counted, as in
-               verl's rejection)
+    Args:
+        min_ratio: The range of ratios that count.
+        max_ratio: The range of ratios that count.
+        level: What has a ratio of its own: token or sequence.
+        pool: Of a sequence's tokens: product or geometric.
+        outside: Tokens outside the range: zero (weight 0, counted in the loss's denominator) or drop (not counted, as
+            in verl's rejection).
     """
     bound = partial(masked_weights, min_ratio=min_ratio, max_ratio=max_ratio, level=level, pool=pool, outside=outside)
     return Corrector(weight_fn=bound)
@@ -340,8 +348,10 @@ def mis(
 def icepop(*, min_ratio: float = 0.5, max_ratio: float = 5.0, outside: Outside = "zero") -> Corrector:
     """IcePop: masked importance sampling per token, from 0.5 to 5 [paper].
 
-    min_ratio, max_ratio  the range of ratios that count
-    outside    tokens outside the range: zero (weight 0, counted in the loss's denominator) or drop (not counted)
+    Args:
+        min_ratio: The range of ratios that count.
+        max_ratio: The range of ratios that count.
+        outside: Tokens outside the range: zero (weight 0, counted in the loss's denominator) or drop (not counted).
     """
     return mis(min_ratio=min_ratio, max_ratio=max_ratio, level="token", outside=outside)
 
@@ -356,10 +366,11 @@ def reject(
 ) -> Corrector:
     """Rejection of tokens or sequences; see `rejection`.
 
-    level      what is dropped: token or sequence
-    statistic  k1, k2 or k3
-    threshold  its largest value that is kept, nats
-    pool       of a sequence's tokens: mean, sum or max
+    Args:
+        level: What is dropped: token or sequence.
+        statistic: K1, k2 or k3.
+        threshold: Its largest value that is kept, nats.
+        pool: Of a sequence's tokens: mean, sum or max.
     """
     return Corrector(weight_fn=partial(rejection, level=level, statistic=statistic, threshold=threshold, pool=pool))
 
@@ -375,11 +386,12 @@ def ais(
 ) -> Corrector:
     """Adaptive importance sampling; see `adaptive_weights`.
 
-    cap        largest weight, at least 1
-    tau        nats of mean |log_mismatch| at which half the trust is gone, above 0
-    lambda_fn  function (rho, D, CV, *, tau) -> lam; a result outside [0, 1] is clamped to it
-    pool       of a sequence's tokens, in rho and in weights of sequences: product or geometric
-    level      of the weights that are mixed: token, or sequence
+    Args:
+        cap: Largest weight, at least 1.
+        tau: Nats of mean |log_mismatch| at which half the trust is gone, above 0.
+        lambda_fn: Function (rho, D, CV, *, tau) -> lam; a result outside [0, 1] is clamped to it.
+        pool: Of a sequence's tokens, in rho and in weights of sequences: product or geometric.
+        level: Of the weights that are mixed: token, or sequence.
     """
     bound = partial(adaptive_weights, cap=cap, tau=tau, lambda_fn=lambda_fn, pool=pool, level=level)
     return Corrector(weight_fn=bound)
@@ -392,9 +404,12 @@ def tbpo(
     """Trust-band policy optimisation: `band_weights` with `trust_band`, the mean over sequences [digest].
 
     The defaults fit long autoregressive responses [digest]; diffusion likelihoods move more and need wider bands.
-    eps_high           how far the ratio may rise above 1 where the advantage is not negative
-    neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
-    max_weight         the largest weight, and one over the smallest; at least 1
+
+    Args:
+        eps_high: How far the ratio may rise above 1 where the advantage is not negative.
+        neg_low: How far it may fall below 1, and rise above it, where the advantage is negative.
+        neg_high: How far it may fall below 1, and rise above it, where the advantage is negative.
+        max_weight: The largest weight, and one over the smallest; at least 1.
     """
     surrogate = partial(trust_band, eps_high=eps_high, neg_low=neg_low, neg_high=neg_high)
     return Corrector(
@@ -414,9 +429,11 @@ def qarl(
 ) -> Corrector:
     """QaRL (arXiv 2604.07853 [digest]): `tbpo` with the aligned forward.
 
-    eps_high           how far the ratio may rise above 1 where the advantage is not negative
-    neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
-    max_weight         the largest weight, and one over the smallest; at least 1
+    Args:
+        eps_high: How far the ratio may rise above 1 where the advantage is not negative.
+        neg_low: How far it may fall below 1, and rise above it, where the advantage is negative.
+        neg_high: How far it may fall below 1, and rise above it, where the advantage is negative.
+        max_weight: The largest weight, and one over the smallest; at least 1.
     """
     return compose(tbpo(eps_high=eps_high, neg_low=neg_low, neg_high=neg_high, max_weight=max_weight), aligned())
 

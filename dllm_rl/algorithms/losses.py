@@ -61,9 +61,10 @@ def ppo_clip(
 ) -> Float[Tensor, "B T"]:
     """min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) per token, r = exp(log_ratio) (PPO, GRPO [paper]).
 
-    epsilon       how far the ratio may fall below 1 (or rise above it) and keep its gradient
-    epsilon_high  how far it may rise above 1 (DAPO: higher than epsilon); None: epsilon
-    delta         bound of the unclipped ratio, at least 1 + epsilon_high (two-sided clipping, for A < 0); None: none
+    Args:
+        epsilon: How far the ratio may fall below 1 (or rise above it) and keep its gradient.
+        epsilon_high: How far it may rise above 1 (DAPO: higher than epsilon); None: epsilon.
+        delta: Bound of the unclipped ratio, at least 1 + epsilon_high (two-sided clipping, for A < 0); None: none.
     """
     ratio = exp_ratio(log_ratio)
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
@@ -83,7 +84,9 @@ def gspo(
 ) -> Float[Tensor, "B T"]:
     """ppo_clip on the row's geometric ratio r = exp(mean_t log_ratio), the mean over the mask (GSPO [paper]).
 
-    epsilon, epsilon_high  how far the ratio may fall below 1, and rise above it, and keep its gradient
+    Args:
+        epsilon: How far the ratio may fall below 1, and rise above it, and keep its gradient.
+        epsilon_high: How far the ratio may fall below 1, and rise above it, and keep its gradient.
     """
     return ppo_clip(row_mean(log_ratio, mask), advantages, mask, epsilon=epsilon, epsilon_high=epsilon_high)
 
@@ -102,8 +105,11 @@ def trust_band(
         A >= 0:  r^ = clamp(r, 0, 1 + eps_high)        A < 0:  r^ = clamp(r, 1 - neg_low, 1 + neg_high)
     The gradient is zero outside the band. With `sequence_mean` the sum is the paper's mean over sequences. Source:
     QaRL, arXiv 2604.07853 [digest].
-    eps_high           how far the ratio may rise above 1 where the advantage is not negative
-    neg_low, neg_high  how far it may fall below 1, and rise above it, where the advantage is negative
+
+    Args:
+        eps_high: How far the ratio may rise above 1 where the advantage is not negative.
+        neg_low: How far it may fall below 1, and rise above it, where the advantage is negative.
+        neg_high: How far it may fall below 1, and rise above it, where the advantage is negative.
     """
     ratio = exp_ratio(row_mean(log_ratio, mask))
     up = ratio.clamp(0, 1 + eps_high)  # no outer minimum, as PPO's would leave the ratio unbounded for A < 0
@@ -123,7 +129,9 @@ def cispo(
     """sg(min(r, max_ratio)) A log_ratio: the gradient of log p, weighted by the capped ratio (CISPO [paper]).
 
     Every token keeps a gradient. log_ratio replaces logp_current, so the value is 0 on-policy.
-    max_ratio  bound on the ratio itself (TRL's `epsilon_high`)
+
+    Args:
+        max_ratio: Bound on the ratio itself (TRL's `epsilon_high`).
     """
     return exp_ratio(log_ratio.detach()).clamp(max=max_ratio) * advantages[:, None] * log_ratio
 
@@ -143,8 +151,12 @@ def vespo(
 
     phi(1) = 1; phi is largest at w = k / lam and falls to 0 on both sides. VESPO's w is current / rollout, as here with
     old_logprobs="rollout"; otherwise w is current / old, and the corrector's weights multiply phi(w) [ours].
-    k_pos, lam_pos  where the advantage is >= 0; above 0
-    k_neg, lam_neg  where it is negative
+
+    Args:
+        k_pos: Where the advantage is >= 0; above 0.
+        lam_pos: Where the advantage is >= 0; above 0.
+        k_neg: Where it is negative.
+        lam_neg: Where it is negative.
     """
     # Detached: phi weighs the gradient of log p, and has none itself.
     log_w = torch.where(mask, log_ratio.detach(), 0).sum(-1, keepdim=True).clamp(-MAX_LOG, MAX_LOG)
@@ -163,7 +175,8 @@ def reinforce(
 
 def row_mean(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """The mean of log_ratio over the row's mask, at every position of the mask; 0 elsewhere and for an empty row. Each
-    position's gradient goes to its own log_ratio alone."""
+    position's gradient goes to its own log_ratio alone.
+    """
     kept = torch.where(mask, log_ratio, 0)
     mean = kept.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
     # With coefficients constant in a row these gradients add up to the mean's own, without the rounding of a sum over T
@@ -179,7 +192,8 @@ def exp_ratio(log_ratio: Tensor) -> Tensor:
 def kl_k1(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """k1 = -d, d = logp_reference - logp_current: unbiased for KL(current || reference), per token, nats.
 
-    In a loss its mean gradient is 0 on-policy, as that of any log-prob is [ours]."""
+    In a loss its mean gradient is 0 on-policy, as that of any log-prob is [ours].
+    """
     return -log_ratio
 
 
@@ -225,7 +239,8 @@ def fixed_length_mean(
 ) -> Float[Tensor, "B T"]:
     """1 / (sequences of the global batch * length), whatever the lengths (Dr.GRPO [paper]).
 
-    length  the constant, tokens: usually max_new_tokens
+    Args:
+        length: The constant, tokens: usually max_new_tokens.
     """
     return mask / (max(num_sequences, 1) * length)
 
@@ -266,8 +281,10 @@ def policy_loss(
         loss = -sum_t c_t (w_t J_t - beta KL_t + entropy H_t)
     J is the surrogate, w the corrector's weights, c the reduction's coefficients, H the `entropy_bonus`. The returned
     loss leaves H out; the gradient includes H.
-    unbiased_kl  multiply KL_t by r_t = exp(logp - logp_rollout), differentiated too: with k3 the mean then has
-                 the gradient of KL(current || reference) (DeepSeek-V3.2, arXiv 2512.02556, eq. 7 [digest])
+
+    Args:
+        unbiased_kl: Multiply KL_t by r_t = exp(logp - logp_rollout), differentiated too: with k3 the mean then has the
+            gradient of KL(current || reference) (DeepSeek-V3.2, arXiv 2512.02556, eq. 7 [digest]).
 
     clip_ratio/*  share of tokens with A != 0 whose policy term has no gradient: all, A < 0, A > 0
     band/positive, band/negative  share of tokens with A > 0, A < 0 whose policy term has a gradient

@@ -99,9 +99,11 @@ def mismatch_metrics(
     contribution_{positive,negative}  with `advantages`: -(rho - 1) A mean over tokens, by sign of A (VeXact [digest])
     nonfinite_fraction, rows  share of marked tokens left out; number of scored rows
     Log-ratios are clamped to +-20 before exp. Raises ValueError when no marked token has a finite ratio.
-    row_weights  inverse sampling fraction per row, 0 where not scored (`group_weights`); None: all are. `mask` marks
-                 ALL rows. Means are unbiased for all rows while ratios are finite; ess, rollout_is_std and
-                 eff_sample_size are only consistent; extremes are of scored rows
+
+    Args:
+        row_weights: Inverse sampling fraction per row, 0 where not scored (`group_weights`); None: all are. `mask`
+            marks ALL rows. Means are unbiased for all rows while ratios are finite; ess, rollout_is_std and
+            eff_sample_size are only consistent; extremes are of scored rows.
     """
     scored = _measured(log_mismatch, mask, row_weights)
     flat = scored.log_mismatch[scored.finite]
@@ -148,7 +150,7 @@ def weight_metrics(
     high: float = 2.0,
     row_weights: Float[Tensor, " B"] | None = None,
 ) -> dict[str, float]:
-    """verl's rollout_is_* set for truncated weights w = min(rho, high).
+    """Verl's rollout_is_* set for truncated weights w = min(rho, high).
 
     mean, std, eff_sample_size, min, max  of w over tokens: population std, and 1 / mean((w / mean w)^2). verl's
                                           eff_sample_size clamps weights to [1 / high, high], and so is larger

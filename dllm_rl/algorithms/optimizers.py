@@ -9,7 +9,7 @@ from dllm_rl.bounds import Bound, bounded
 
 
 def adamw(parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> optim.Optimizer:
-    """torch's AdamW: 8 bytes per parameter for its moments."""
+    """Torch's AdamW: 8 bytes per parameter for its moments."""
     parameters = list(parameters)
     fused = all(parameter.is_cuda for parameter in parameters) or None  # it needs no large temporaries
     return optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
@@ -18,7 +18,7 @@ def adamw(parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], w
 def adamw_8bit(
     parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
 ) -> optim.Optimizer:
-    """bitsandbytes' AdamW: moments take 2 bytes per parameter; tensors below 4096 elements keep fp32 moments."""
+    """Bitsandbytes' AdamW: moments take 2 bytes per parameter; tensors below 4096 elements keep fp32 moments."""
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
@@ -29,9 +29,10 @@ def linear_decay(
 ) -> float:
     """Factor on the learning rate at `step`: a linear rise, a plateau, a linear fall, then `final`.
 
-    warmup_steps    steps of the rise
-    constant_until  share of the run at which the fall begins, in [0, 1]
-    final           the factor at the end
+    Args:
+        warmup_steps: Steps of the rise.
+        constant_until: Share of the run at which the fall begins, in [0, 1].
+        final: The factor at the end.
     """
     rise = min(1.0, (step + 1) / max(1, warmup_steps))  # the first step's rate is not 0
     fall = max(0.0, min(1.0, step / max(1, num_steps)) - constant_until) / max(1e-9, 1 - constant_until)
@@ -50,7 +51,8 @@ def constant_rate(step: int, num_steps: int) -> float:
 def constant_with_warmup(step: int, num_steps: int, *, warmup_steps: int = 0) -> float:
     """Factor on the learning rate: a linear rise from 0, then 1.
 
-    warmup_steps  steps of the rise
+    Args:
+        warmup_steps: Steps of the rise.
     """
     return step / warmup_steps if step < warmup_steps else 1.0
 
@@ -59,7 +61,8 @@ def constant_with_warmup(step: int, num_steps: int, *, warmup_steps: int = 0) ->
 def linear_with_warmup(step: int, num_steps: int, *, warmup_steps: int = 0) -> float:
     """Factor on the learning rate: a linear rise from 0, then a linear fall, to 0 after the last step.
 
-    warmup_steps  steps of the rise
+    Args:
+        warmup_steps: Steps of the rise.
     """
     if step < warmup_steps:
         return step / warmup_steps
@@ -70,7 +73,8 @@ def linear_with_warmup(step: int, num_steps: int, *, warmup_steps: int = 0) -> f
 def cosine_with_warmup(step: int, num_steps: int, *, warmup_steps: int = 0) -> float:
     """Factor on the learning rate: a linear rise from 0, then half a cosine from 1 to 0 after the last step; 0 later.
 
-    warmup_steps  steps of the rise
+    Args:
+        warmup_steps: Steps of the rise.
     """
     if step < warmup_steps:
         return step / warmup_steps

@@ -13,7 +13,7 @@ from dllm_rl.members import configurable
 
 @bounded(gate=Bound(at_least=0), window=Bound(at_least=1))
 def triage_weights(stats: TokenStats, *, gate: float = 0.02, window: int = 64) -> TokenWeights:
-    """w = rho = exp(log_mismatch) where the advantage is negative, the learner finds the token less likely than the
+    """W = rho = exp(log_mismatch) where the advantage is negative, the learner finds the token less likely than the
     rollout did (rho < 1), and the gate is open; 1 elsewhere.
 
     Pushing down a token that the learner holds for unlikely already is what drives it off. That only such tokens are
@@ -37,7 +37,8 @@ def triage_weights(stats: TokenStats, *, gate: float = 0.02, window: int = 64) -
 def triage(*, gate: float = 0.02, window: int = 64) -> Corrector:
     """Damping of unlikely tokens in answers of negative advantage; see `triage_weights`.
 
-    gate    mean |log_mismatch| of a window above which its tokens are damped, nats
-    window  tokens per window
+    Args:
+        gate: Mean |log_mismatch| of a window above which its tokens are damped, nats.
+        window: Tokens per window.
     """
     return Corrector(weight_fn=partial(triage_weights, gate=gate, window=window))

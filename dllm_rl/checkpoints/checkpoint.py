@@ -69,7 +69,8 @@ def save(
     swap: Swap = alone,
 ) -> Path:
     """Write `directory`/step-NNNNNN, name it in `directory`/latest, and keep the newest `keep`. Raises
-    FloatingPointError on a number that is not finite, before anything is written; OSError if a write fails."""
+    FloatingPointError on a number that is not finite, before anything is written; OSError if a write fails.
+    """
     check_finite(f"step {state.step} was not saved", _trained(policy, optimizer))
     directory.mkdir(parents=True, exist_ok=True)
     recover_all(directory)
@@ -243,7 +244,8 @@ def locate(
     say: Callable[[str], None] = lambda text: None,
 ) -> Path | None:
     """The verified checkpoint; 'latest': the newest undamaged one, if any. `compare` raises ValueError on the state of
-    another run, before all bytes are read; unread: as for `manifest.verify`. Raises ValueError if none is whole."""
+    another run, before all bytes are read; unread: as for `manifest.verify`. Raises ValueError if none is whole.
+    """
     if which != "latest":
         path = Path(which)
         if not is_checkpoint(path):

@@ -43,7 +43,8 @@ def defaults(record: type[Settings]) -> dict[str, Any]:
 
 def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, list[str]]:
     """Lock the run's folder; returns the checkpoint to resume from, its state, and lines to print. Raises ValueError
-    if the folder is in use, holds another run, or has no whole checkpoint of this recipe."""
+    if the folder is in use, holds another run, or has no whole checkpoint of this recipe.
+    """
     directory = Path(recipe.directory)
     notes: list[str] = []
     check_files(directory)
@@ -108,7 +109,8 @@ def check_names(recipe: Settings) -> None:
 
 def check_files(directory: Path) -> None:
     """Raise ValueError on a FIFO, a device or a directory in place of a file of the run: reading it may never end; and
-    on a file in place of a folder."""
+    on a file in place of a folder.
+    """
     for name in FILES:
         path = directory / name
         if path.exists() and not path.is_file():

@@ -21,9 +21,11 @@ from lm_eval.api.registry import register_model  # isort: skip
 class NamedModel(HarnessModel):
     """The model of `--model dllm_rl --model_args pretrained=FOLDER,NAME=VALUE,...`.
 
-    pretrained  a checkpoint's or a run's folder, or a hub's id
-    likelihood  an estimator's name, whose settings are likelihood.NAME; None: causal for a causal model, else elbo
-    options     the sampler's settings, with rank, commit and cache as `dllm-rl sample` has them"""
+    Args:
+        pretrained: A checkpoint's or a run's folder, or a hub's id.
+        likelihood: An estimator's name, whose settings are likelihood.NAME; None: causal for a causal model, else elbo.
+        options: The sampler's settings, with rank, commit and cache as `dllm-rl sample` has them.
+    """
 
     def __init__(
         self,

@@ -17,7 +17,8 @@ def main(recipe: Recipe | SFT) -> "Summary":
     """Train the recipe, of RL or SFT, with the command line's changes; a script's last line. Returns `train`'s result.
 
     An error of a setting (ValueError, printed by one process) or of a file (OSError) is one line, and the process exits
-    with 2 or 1. DLLM_RL_TRACEBACK=1 in the environment raises the error instead."""
+    with 2 or 1. DLLM_RL_TRACEBACK=1 in the environment raises the error instead.
+    """
     rank = os.environ.get("RANK", "0")
     try:
         with imports_interruptible():

@@ -74,7 +74,8 @@ def form_of_prompts(model: str) -> tuple[bool, str | None]:
 
 def sampler_of(model: str, field: str = "eval_sampler") -> partial | None:
     """The sampler of a run's evaluations, or of its rollouts (field="sampler"); None for no run's folder, and for a
-    sampler that is not the library's."""
+    sampler that is not the library's.
+    """
     from dllm_rl.samplers.autoregress import autoregress
     from dllm_rl.samplers.by_name import CACHES, COMMITS, RANKS
     from dllm_rl.samplers.renoise import renoise

@@ -2,7 +2,8 @@
 
 Kernels depend on the batch's shape: a processor rounds the same row differently in batches of different size. So
 without this reference unquantised rollouts agree with the learner to rounding only. Here products run in tiles of a
-fixed number of rows, attention row by row."""
+fixed number of rows, attention row by row.
+"""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,7 @@ def prepare_workspace() -> None:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """torch's deterministic algorithms in the block; an error for an operation that has none."""
+    """Torch's deterministic algorithms in the block; an error for an operation that has none."""
     before = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True)
     try:
@@ -113,7 +114,8 @@ class BatchInvariantOps(TorchFunctionMode):
 def batch_invariant(*, tile: int = 64) -> Iterator[None]:
     """Batch-invariant, deterministic and slow arithmetic in the block: on a CPU it runs in one thread. Every setting is
     restored after it. A key-value cache, and inputs with one scale per tensor, still differ. Raises as
-    `prepare_workspace` does."""
+    `prepare_workspace` does.
+    """
     if tile < 1:
         raise ValueError(f"tile={tile} must be at least 1 row")
     cudnn = torch.backends.cudnn

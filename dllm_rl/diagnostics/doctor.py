@@ -1,7 +1,8 @@
 """Attribution by ablation: remove one difference between rollout and learner at a time, and measure the log-probs.
 
 Policies between the two differ in one thing each, so that the steps (score before a switch - after it) add up to
-log_mismatch, nats. Their logits are fp32, so that heads in 16 bits are one cause."""
+log_mismatch, nats. Their logits are fp32, so that heads in 16 bits are one cause.
+"""
 
 import copy
 from collections.abc import Callable
@@ -125,11 +126,13 @@ def diagnose(
 ) -> Report:
     """Sample `prompts` as a run would, and attribute log_mismatch = logp_learner - logp_rollout to its causes.
 
-    config              the rollout's quantisation; None: that of rollout_policy, or none.
-    likelihood          None: the exact one (trajectory, or causal).
-    rollout_policy      the policy that samples, to look for stale weights or precision; None: a fresh copy.
-    learner_sampling_params  for the learner's scoring; None: the rollout's.
-    share_noise         both sides use the same masks.
+    Args:
+        config: The rollout's quantisation; None: that of rollout_policy, or none.
+        likelihood: None: the exact one (trajectory, or causal).
+        rollout_policy: The policy that samples, to look for stale weights or precision; None: a fresh copy.
+        learner_sampling_params: For the learner's scoring; None: the rollout's.
+        share_noise: Both sides use the same masks.
+
     Raises ValueError when the sampler chose no token.
     """
     config = getattr(rollout_policy, "quantization", None) if config is None else config

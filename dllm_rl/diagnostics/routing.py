@@ -16,7 +16,8 @@ from dllm_rl.types import Rollout, Views
 def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views) -> Int[Tensor, "M X"] | None:
     """Counts per mixture, under the first view and one row per prompt: choices that both sides make, all choices, the
     tokens of each expert in the rollout, and in the learner. None without mixtures, where an engine hides them, or
-    where an encoder and a decoder route apart; and where a router's choice cannot be read, which a warning says."""
+    where an encoder and a decoder route apart; and where a router's choice cannot be read, which a warning says.
+    """
     if policy.spec.attention == "encoder_decoder" or not (mixtures(policy.module) and mixtures(rollout_policy.module)):
         return None
     first = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, a group's share of the work

@@ -30,7 +30,8 @@ BUCKET = 2**25  # numbers per bucket of gradients: memory for two buckets is eno
 
 def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = False) -> None:
     """Sum gradients over processes, in place. mean: divide by their number, for a loss that each process averaged over
-    its own rows; otherwise the loss is divided by global counts already."""
+    its own rows; otherwise the loss is divided by global counts already.
+    """
     gradients = []
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -120,7 +121,8 @@ def make_accelerator(
     directory: str | None = None,  # parent of tensorboard's events
 ) -> Accelerator:
     """The launch's processes and device. Raises ValueError if Accelerate has others: a setting of
-    the launch is wrong."""
+    the launch is wrong.
+    """
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # what a launch's config with use_cpu sets
     wanted = device if device is not None else torch.device("cpu") if on_cpu else find_device()
     # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.

@@ -39,7 +39,8 @@ def shard(
     module: Any, blocks: Sequence[nn.Module], accelerator: Accelerator, *, size: int, timeout: float | None = None
 ) -> None:
     """Shard weights, gradients and state over `size` consecutive processes (HSDP: several groups), unit by unit. A
-    process waits `timeout` seconds in `Sharding.anyone`, by default as long as torch does."""
+    process waits `timeout` seconds in `Sharding.anyone`, by default as long as torch does.
+    """
     count = accelerator.num_processes
     hybrid = {"mesh_shape": (count // size, size), "mesh_dim_names": ("replicate", "shard")}
     mesh = init_device_mesh(accelerator.device.type, **(hybrid if size < count else {"mesh_shape": (count,)}))

@@ -33,7 +33,8 @@ def within_budget(
     """The commit rule, with the number whose mean forwards per answer on the problems are the most up to the budget.
 
     A rule of `diffusion_steps` is returned as it is. Grades are not looked at. Costs 11 batches. Raises ValueError for
-    a rule with a number already, for `edit`, and where blocks alone take more forwards."""
+    a rule with a number already, for `edit`, and where blocks alone take more forwards.
+    """
     name, _, value = commit.partition("=")
     if name in COMMITS and not as_commit(COMMITS[name]).adaptive:
         return commit

@@ -2,7 +2,8 @@
 
 A row holds `prompt`, `completion`, the problem's fields, and under `evaluation` what made the row, and `reward` and its
 `parts` under the latest `protocol`. Each process appends to NAME.partN.jsonl; as an evaluation begins and ends, the
-parts are folded into NAME.jsonl."""
+parts are folded into NAME.jsonl.
+"""
 
 import hashlib
 import json

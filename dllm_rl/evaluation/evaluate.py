@@ -38,12 +38,16 @@ def evaluate(
     """Complete the task's problems, or its first `limit`, `samples` times each, and grade the completions.
 
     Random numbers depend on (seed, problem, sample) only; sample 0 is what samples=1 gives.
-    batch_size   completions per call of the sampler and process, but at least those of one problem.
-    completions  a .jsonl file that keeps every completion; stored completions are graded again, not sampled again.
-    model, quantization  names of the model and of its weights' quantisation, for the records.
-    accelerator  shares the problems among its processes; all return the same result. None: this process alone.
-    reward_timeout  seconds for the grading of one completion; see `tasks.deadline`. None: no limit.
-    progress     called with the number of completions done so far, over all processes.
+
+    Args:
+        batch_size: Completions per call of the sampler and process, but at least those of one problem.
+        completions: A .jsonl file that keeps every completion; stored completions are graded again, not sampled again.
+        model: Names of the model and of its weights' quantisation, for the records.
+        quantization: Names of the model and of its weights' quantisation, for the records.
+        accelerator: Shares the problems among its processes; all return the same result. None: this process alone.
+        reward_timeout: Seconds for the grading of one completion; see `tasks.deadline`. None: no limit.
+        progress: Called with the number of completions done so far, over all processes.
+
     Raises ValueError if the file holds completions of other weights, quantisation, seed, sampler or problems.
     """
     count = len(task) if limit is None else min(limit, len(task))

@@ -14,7 +14,8 @@ Numbers = Sequence[float] | np.ndarray
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """Wilson's score interval (1927) of p = successes/n, z the normal quantile; in [0, 1] and of positive width:
-    (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n). ValueError unless 0 <= successes <= n and n >= 1."""
+    (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n). ValueError unless 0 <= successes <= n and n >= 1.
+    """
     if not (n >= 1 and 0 <= successes <= n):
         raise ValueError(f"successes={successes} of n={n}: needs 0 <= successes <= n and n >= 1")
     z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
@@ -33,7 +34,8 @@ def bootstrap_mean(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (Efron 1979) for a mean, or with weights for sum(values)/sum(weights).
 
-    With 30 normal rows the interval covers 93 %, not 95 %."""
+    With 30 normal rows the interval covers 93 %, not 95 %.
+    """
     numbers = np.asarray(values, dtype=np.float64)
     shares = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
     if len(numbers) == 0 or len(numbers) != len(shares) or not (shares > 0).all():
@@ -68,7 +70,8 @@ def bootstrap_difference(
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Unbiased chance that one of k samples is correct (Chen et al. 2021, eq. 1), 1 - C(n - correct, k) / C(n, k), as a
-    product that neither overflows nor cancels. ValueError unless 0 <= correct <= n and 1 <= k <= n."""
+    product that neither overflows nor cancels. ValueError unless 0 <= correct <= n and 1 <= k <= n.
+    """
     if not (0 <= correct <= n and 1 <= k <= n):
         raise ValueError(f"n={n}, correct={correct}, k={k}: needs 0 <= correct <= n and 1 <= k <= n")
     if n - correct < k:
@@ -82,8 +85,11 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def majority_at_k(n: int, correct: int, wrong: Sequence[int], k: int) -> float:
     """Unbiased chance that the most frequent answer among k of n samples is right: the exact mean over all subsets.
 
-    correct  samples with the right answer; wrong: samples with each wrong answer. The others have no vote.
-    A tie counts as the right answer's share of it; k samples without a vote are wrong [ours]. ValueError if k > n."""
+    Args:
+        correct: Samples with the right answer; wrong: samples with each wrong answer. The others have no vote.
+
+    A tie counts as the right answer's share of it; k samples without a vote are wrong [ours]. ValueError if k > n.
+    """
     if not (min(correct, *wrong, 0) == 0 and correct + sum(wrong) <= n and 1 <= k <= n):
         raise ValueError(f"n={n}, correct={correct}, wrong={wrong}, k={k}: needs correct + sum(wrong) <= n, n >= k > 0")
     right = Fraction(0)

@@ -31,13 +31,16 @@ MAX_NEW_TOKENS = 256  # where neither the sampler nor the task says; as other mo
 class HarnessModel(TemplateLM):
     """Answers the harness's three kinds of request with a sampler and a likelihood estimator, in one process.
 
-    sampler     unmask or autoregress with its settings bound. Of a task's generation settings `until` is used, and
-                `max_gen_toks` where the sampler's max_new_tokens is not bound.
-    likelihood  any estimator that needs no recorded unmasking: causal(), elbo(), coupled(), quadrature() ...; nats.
-    greedy      find out if greedy decoding gives the continuation (one forward per token); False: none is greedy.
+    Args:
+        sampler: Unmask or autoregress with its settings bound. Of a task's generation settings `until` is used, and
+            `max_gen_toks` where the sampler's max_new_tokens is not bound.
+        likelihood: Any estimator that needs no recorded unmasking: causal(), elbo(), coupled(), quadrature() ...; nats.
+        greedy: Find out if greedy decoding gives the continuation (one forward per token); False: none is greedy.
+
     Completions depend on the seed, the task's row and the sample, as those of `evaluate` do; not on the batch.
     Raises ValueError for an estimator that does not fit this policy, for a text that is too long, and for a task that
-    samples at another temperature."""
+    samples at another temperature.
+    """
 
     def __init__(
         self,

@@ -36,15 +36,17 @@ class LikelihoodEstimator:
     """Draws masks and combines the views' log-probs, as pure functions. Contributions are zero off the completion; both
     sides of a ratio use the same estimator and views.
 
-    draw_views  rollout, generator -> masks and weights of every view
-    combine   scores (N, B, T), views -> contributions (B, T); differentiable
-    with_advantages    adapts the views to the advantages (B,); only `sandwich` needs it
-    exact_for_sampler  True if scoring under the rollout policy equals the sampler's record (`recorded`), reused then
-    scores_order       True if the views also score an order that has a log-probability (`models.order`)
-    is_random   whether two draws differ: an inner update then takes masks of its own (`Recipe.resample_masks`)
-    reads_confidence_change  True if `draw_views` needs `Rollout.confidence_change`
-    block_size  of the models that the estimate is for, where its views mask whole blocks; None: any
-    factory     the function of `estimators` with its keywords, so that a command line can change a keyword
+    Args:
+        draw_views: Rollout, generator -> masks and weights of every view.
+        combine: Scores (N, B, T), views -> contributions (B, T); differentiable.
+        with_advantages: Adapts the views to the advantages (B,); only `sandwich` needs it.
+        exact_for_sampler: True if scoring under the rollout policy equals the sampler's record (`recorded`), reused
+            then.
+        scores_order: True if the views also score an order that has a log-probability (`models.order`).
+        is_random: Whether two draws differ: an inner update then takes masks of its own (`Recipe.resample_masks`).
+        reads_confidence_change: True if `draw_views` needs `Rollout.confidence_change`.
+        block_size: Of the models that the estimate is for, where its views mask whole blocks; None: any.
+        factory: The function of `estimators` with its keywords, so that a command line can change a keyword.
 
     Example:
         views = coupled().draw_views(rollout, generator)
@@ -72,8 +74,9 @@ class LikelihoodEstimator:
         micro_batch_size: int | None = None,
         retain_graphs: bool | Bool[Tensor, " B"] = False,
     ) -> Float[Tensor, "N B T"]:
-        """log p(y_t | view n) in nats where view n scores t, 0 elsewhere. `retain_graphs` keeps the graphs of all rows,
-        or of the marked ones, until their backward; otherwise there is no gradient."""
+        """Log p(y_t | view n) in nats where view n scores t, 0 elsewhere. `retain_graphs` keeps the graphs of all rows,
+        or of the marked ones, until their backward; otherwise there is no gradient.
+        """
         self.check(policy)
         out = torch.zeros(views.coefficients.shape, device=rollout.tokens.device)
         parts = [(views, retain_graphs is True)]
@@ -98,7 +101,8 @@ class LikelihoodEstimator:
         micro_batch_size: int | None = None,
     ) -> None:
         """`scores(...).backward(vectors)` without kept graphs: every forward runs again, and carries its gradient back
-        at once, so that memory does not grow with the number of views."""
+        at once, so that memory does not grow with the number of views.
+        """
         with join_uneven_forwards(policy, backward=True):
             for chunk in row_chunks(rollout, views, micro_batch_size):
                 rows, masks = chunk.of(rollout, views)
@@ -118,7 +122,8 @@ class LikelihoodEstimator:
 
     def is_exact_for(self, rollout: Rollout) -> bool:
         """Whether the estimate is the log-probability of all that the sampler decided by the weights: of the tokens,
-        and of their order. False where the probability of the order is unknown, or is left out."""
+        and of their order. False where the probability of the order is unknown, or is left out.
+        """
         if self.supported_attention == ("causal",) or not self.exact_for_sampler or rollout.order is None:
             return self.supported_attention == ("causal",) or (self.exact_for_sampler and rollout.renoised is not None)
         known = rollout.order.probability

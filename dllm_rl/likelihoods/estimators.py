@@ -28,7 +28,7 @@ from dllm_rl.types import Rollout, Views
 
 @configurable
 def causal() -> LikelihoodEstimator:
-    """log p(y) = sum_t log p(y_t | prompt, y_<t). One forward, exact. For autoregressive policies."""
+    """Log p(y) = sum_t log p(y_t | prompt, y_<t). One forward, exact. For autoregressive policies."""
     return LikelihoodEstimator("causal", masks.draw_nothing, supported_attention=("causal",), is_random=False)
 
 
@@ -37,7 +37,9 @@ def causal() -> LikelihoodEstimator:
 def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     """d1's mean-field estimate: sum_i l_i(all of y), each prompt token masked with probability `prompt_mask`.
 
-    prompt_mask  share of the prompt's tokens that are masked, in [0, 1)
+    Args:
+        prompt_mask: Share of the prompt's tokens that are masked, in [0, 1).
+
     One forward (per group at prompt_mask=0). Biased: tokens count as independent. Source: d1, arXiv 2504.12216 [paper].
     """
     draw = partial(masks.draw_everything, prompt_mask=prompt_mask)
@@ -56,14 +58,16 @@ def elbo(
     """The any-order ELBO by masks of exactly k tokens: the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}.
 
     Unbiased for the ELBO, high variance. Sources: LLaDA eq. 14, VRPO [paper].
-    num_samples  masks, and forwards
-    stratified   k spread evenly over 1..L among the samples
-    antithetic   samples in pairs (num_samples even): k and L+1-k, from both ends of one order: all tokens are scored
-    informed_masking  d of Informed Masking (arXiv 2609.25927 [paper]), 1.5 there: m is drawn without replacement with
-                 q_i proportional to exp(d (max c - c_i) / (max c - min c)), where c_i is the change of confidence that
-                 writing i made within 10 places (`unmask(confidence_radius=10)` records it). The expectation is then
-                 sum_k (1/k) E_{m ~ q, |m|=k} sum_{i in m} l_i(m), which is not the ELBO: tokens that changed little
-                 count more. The change is signed, of open positions of the block [ours]. None: any m alike
+
+    Args:
+        num_samples: Masks, and forwards.
+        stratified: K spread evenly over 1..L among the samples.
+        antithetic: Samples in pairs (num_samples even): k and L+1-k, from both ends of an order; all tokens are scored.
+        informed_masking: D of Informed Masking (arXiv 2609.25927 [paper]), 1.5 there: m is drawn without replacement
+            with q_i proportional to exp(d (max c - c_i) / (max c - min c)), where c_i is the change of confidence that
+            writing i made within 10 places (`unmask(confidence_radius=10)` records it). The expectation is then sum_k
+            (1/k) E_{m ~ q, |m|=k} sum_{i in m} l_i(m), which is not the ELBO: tokens that changed little count more.
+            The change is signed, of open positions of the block [ours]. None: any m alike.
     """
     if antithetic and num_samples % 2:  # samples come in pairs
         raise ValueError(f"num_samples={num_samples} must be even with antithetic=True; use {num_samples + 1}")
@@ -85,8 +89,10 @@ def coupled(*, num_samples: int = 1, informed_masking: float | None = None) -> L
     k is stratified over 0..L, m holds exactly k of the L completion positions (a term with an empty set is 0):
         ( sum_{i in m} l_i(m) (L+1)/k + sum_{i not in m} l_i(m^c) (L+1)/(L-k) ) / 2
     Unbiased for the ELBO. Source: ESPO's form [paper].
-    num_samples  pairs of masks, of two forwards each
-    informed_masking  as of `elbo`: m is drawn so, and m^c is what it leaves; the expectation is then not the ELBO
+
+    Args:
+        num_samples: Pairs of masks, of two forwards each.
+        informed_masking: As of `elbo`: m is drawn so, and m^c is what it leaves; the expectation is then not the ELBO.
     """
     draw = partial(masks.draw_coupled, num_samples=num_samples, informed_masking=informed_masking)
     return LikelihoodEstimator("coupled", draw, reads_confidence_change=informed_masking is not None)
@@ -101,7 +107,9 @@ def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     No variance from k. Bias from the quadrature rule and from rounding k_n, which more masks do not reduce. Sources:
     SDMC of the diffusion GDPO (not the normalisation `decoupled`), arXiv 2510.08554 [paper]; exactly k masked tokens
     instead of independent ones [ours].
-    nodes  of the quadrature: masks, and forwards
+
+    Args:
+        nodes: Of the quadrature: masks, and forwards.
     """
     return LikelihoodEstimator("quadrature", partial(masks.draw_quadrature, nodes=nodes))
 
@@ -116,8 +124,10 @@ def block_elbo(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
     Unbiased for a lower bound of the block-wise sampler's likelihood: the sum of each block's any-order ELBO given
     earlier blocks. Blocks start at the completion, as in `unmask`. Source: SPG, arXiv 2510.09541 [paper], whose code
     also scores later blocks [ours: only the chosen one].
-    block_size   tokens of a block
-    num_samples  masks, and forwards; as many as there are blocks score every block
+
+    Args:
+        block_size: Tokens of a block.
+        num_samples: Masks, and forwards; as many as there are blocks score every block.
     """
     return LikelihoodEstimator("block_elbo", partial(masks.draw_block, block_size=block_size, num_samples=num_samples))
 
@@ -150,8 +160,10 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
     """SPG's evidence upper bound: the contribution of position i is (1/beta) log sum_n w_n p_i(m_n)^beta, over the
     views n of `base` that mask i, with their weights w_n (SPG writes it as a mean over masks of p_i^beta / t).
 
-    base  elbo, coupled (None: `coupled()`), quadrature or block_elbo: the same masks, and their weights for 1/t
-    beta  exponent of the probabilities, above 0
+    Args:
+        base: Elbo, coupled (None: `coupled()`), quadrature or block_elbo: the same masks, and their weights for 1/t.
+        beta: Exponent of the probabilities, above 0.
+
     Cost as base. Over all masks it is at least the ELBO, for every beta > 0 (Jensen). It is at least log p in random
     order if beta >= L (Hoelder), or if all conditionals of the model come from one joint distribution, which those of a
     network do not. In other cases log p may lie above it [ours]; SPG's theorem for beta >= 1 adds a constant. Few masks
@@ -168,9 +180,12 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
     """SPG's pair of bounds: the ELBO where the advantage is >= 0, mix * EUBO + (1 - mix) * ELBO where it is negative.
 
     Both bounds come from the same views of `base` (see `eubo`), at its cost. Without `with_advantages` the ELBO alone.
-    beta  exponent of the upper bound, above 0
-    mix   weight of the upper bound, in [0, 1]
-    base  the estimate whose masks both bounds take; None: `coupled()`
+
+    Args:
+        beta: Exponent of the upper bound, above 0.
+        mix: Weight of the upper bound, in [0, 1].
+        base: The estimate whose masks both bounds take; None: `coupled()`.
+
     Source: SPG, arXiv 2510.09541, and its code [paper]; inside a clipped ratio, per token and unnormalised [ours].
     """
     base = coupled() if base is None else base
@@ -200,19 +215,21 @@ def trajectory(
     A rollout that revises (`remask`, `soft_edit`) is replayed event by event [ours]: the canvas of each step is
     rebuilt, and a position's contribution is the sum over its writings (docs/order.md).
     A rollout of `renoise` is replayed in one view; a position's contribution is the sum over its accepted draws [ours].
-    num_segments  parts into which a row's steps are merged: step s of the row's n steps, counted over all its blocks,
-                  goes to part floor(s * num_segments / n). None: one per step, which is exact, and all that a rollout
-                  that revises can have
-    block_size    of a block-causal model: the same likelihood from one packed forward per place of a step in its block,
-                  all blocks together; num_segments then counts the segments of a block
-    include_order  also the order's log-probability, where the rollout recorded one (rank=confidence or plackett_luce
-                  with commit=schedule or late_schedule; commit=soft_threshold) and num_segments is None
-    num_sampled_steps  steps (or segments) of each row that are scored, drawn without replacement: an unbiased estimate
-                  [ours] of the row's sum and, on-policy, of its gradient. None: all. With `unmask(block_size=1)`, all
-                  are JustGRPO (arXiv 2601.15165, its authors' code [paper])
-    self_conditioning  of `renoise`, whose steps see the logits of the step before. detached: the gradient stops there,
-                  and memory is of one step; full: it goes back through them, and memory is of all steps. The log-probs
-                  are the same
+
+    Args:
+        num_segments: Parts into which a row's steps are merged: step s of the row's n steps, counted over all its
+            blocks, goes to part floor(s * num_segments / n). None: one per step, which is exact, and all that a rollout
+            that revises can have.
+        block_size: Of a block-causal model: the same likelihood from one packed forward per place of a step in its
+            block, all blocks together; num_segments then counts the segments of a block.
+        include_order: Also the order's log-probability, where the rollout recorded one (rank=confidence or
+            plackett_luce with commit=schedule or late_schedule; commit=soft_threshold) and num_segments is None.
+        num_sampled_steps: Steps (or segments) of each row that are scored, drawn without replacement: an unbiased
+            estimate [ours] of the row's sum and, on-policy, of its gradient. None: all. With `unmask(block_size=1)`,
+            all are JustGRPO (arXiv 2601.15165, its authors' code [paper]).
+        self_conditioning: Of `renoise`, whose steps see the logits of the step before. detached: the gradient stops
+            there, and memory is of one step; full: it goes back through them, and memory is of all steps. The log-probs
+            are the same.
     """
     if self_conditioning not in SELF_CONDITIONING:
         raise ValueError(f"self_conditioning={self_conditioning!r} must be 'detached' or 'full'")

@@ -1,5 +1,6 @@
 """Rollouts of a rule that rewrites (`remask`, `soft_edit`): their views see the canvas as it was before a step of each
-position, and score what that step wrote."""
+position, and score what that step wrote.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

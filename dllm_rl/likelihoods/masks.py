@@ -42,7 +42,8 @@ def mask_keys(
 ) -> Float[Tensor, "B T"]:
     """Keys whose k smallest are the k positions that a mask hides: any k alike, or, by `informed_masking` d, drawn one
     after the other, without replacement, with q_i proportional to exp(d (max m - m_i) / (max m - min m)), m the
-    rollout's `confidence_change`. Raises ValueError where it is not recorded."""
+    rollout's `confidence_change`. Raises ValueError where it is not recorded.
+    """
     completion = rollout.completion_mask
     uniforms = uniforms_at(completion, generators)
     if informed_masking is None:
@@ -107,7 +108,8 @@ def block_view(
     block_size: int,
 ) -> tuple[Bool[Tensor, "B T"], Float[Tensor, "B T"]]:
     """One of the row's N blocks, uniformly: earlier blocks clean, exactly k of its L positions masked, later blocks
-    masked and not scored; weight N L/k."""
+    masked and not scored; weight N L/k.
+    """
     block = block_index(completion, block_size)
     chosen = choose(u_block, block.amax(-1, keepdim=True) + 1)
     inside = completion & (block == chosen)

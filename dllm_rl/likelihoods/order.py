@@ -1,6 +1,7 @@
 """The order's part of a trajectory's likelihood (`models.order`): each view also scores the positions that its step
 left masked (`confidence`), or adds the log-prob of their draw (`plackett_luce`) or of their set (`soft_threshold`) to
-the written ones."""
+the written ones.
+"""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -60,7 +61,8 @@ class Stayed(ViewFeature):
 class OrderScoring:
     """The written positions by the log-prob of their tokens, those left masked by the log-prob of being left; under
     `plackett_luce` and `soft_threshold` the latter by 0, and each written position by the log-prob of its draw, or by
-    its share of the set's, too."""
+    its share of the set's, too.
+    """
 
     marks: Bool[Tensor, "B T"]  # those left masked
 

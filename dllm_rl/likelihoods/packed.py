@@ -23,7 +23,8 @@ class Packed(ViewFeature):
 
 def packed_views(rollout: Rollout, *, num_segments: int | None, block_size: int) -> Views:
     """The views of a trajectory in every block at once: view r hides what was committed r or more steps after the
-    block's first step, and scores step r. Blocks count from the row's first token."""
+    block's first step, and scores step r. Blocks count from the row's first token.
+    """
     completion = rollout.completion_mask
     step, begun = events.last_and_first_step(rollout)
     block = position_ids(rollout.attention_mask) // block_size
@@ -47,7 +48,8 @@ def packed_mask(
     attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int, *ranks: tuple[Tensor, Tensor]
 ) -> Bool[Tensor, "B 1 Q Q"]:
     """Which columns see which, among T clean columns and the noisy columns start..T-1, each with its `block_ranks`;
-    Q = 2 T - start."""
+    Q = 2 T - start.
+    """
     clean, noisy = (block_causal_mask(attention_mask, *one)[:, 0] for one in ranks)
     before = block_causal_mask(attention_mask, block, block - 1)[:, 0]
     real = attention_mask[:, :, None]

@@ -27,8 +27,9 @@ SELF_CONDITIONING = ("detached", "full")
 class Replayed(ViewFeature):
     """The view replays every step of `renoise`.
 
-    full   the gradient goes back through the self-conditioning; else it stops at the step before
-    steps  of all canvases together, at most
+    Args:
+        full: The gradient goes back through the self-conditioning; else it stops at the step before.
+        steps: Of all canvases together, at most.
     """
 
     is_per_token: ClassVar[bool] = False  # a contribution is a sum over a position's draws
@@ -89,7 +90,8 @@ class Replay(View):
 
     def backward(self, policy: Policy, rollout: Rollout, vector: Float[Tensor, "B T"]) -> None:
         """`logprobs(...).backward(vector)`. Unless `full`, memory does not grow with the number of steps: each step
-        goes back at once, to the encoder's cache, and the encoder once, at the end."""
+        goes back at once, to the encoder's cache, and the encoder once, at the end.
+        """
         rows = ((vector != 0) & self.scored).any(-1).nonzero()[:, 0]
         if not len(rows):
             return
@@ -146,7 +148,8 @@ def steps(
 
 def _aligned(part: Renoised) -> tuple[Int[Tensor, "R W"], int, int, int]:
     """Columns of each row such that all completions begin at one column; which; the most canvases, and their length.
-    Columns outside of the rollout are negative, or beyond its width."""
+    Columns outside of the rollout are negative, or beyond its width.
+    """
     there = part.block >= 0
     starts = there.long().argmax(-1)
     length = int((part.block == 0).sum(-1).amax())

@@ -1,5 +1,6 @@
 """The masks of a trajectory: a rollout's own steps, replayed. View s hides what was written in segment s or later, and
-scores segment s; a segment is a step, or several of them."""
+scores segment s; a segment is a step, or several of them.
+"""
 
 import torch
 from jaxtyping import Float, Int

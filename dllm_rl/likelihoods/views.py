@@ -37,7 +37,8 @@ class Chunk:
 
 def row_chunks(rollout: Rollout, views: Views, micro_batch_size: int | None) -> list[Chunk]:
     """The groups that any view scores, as chunks of whole groups of like length, of at most micro_batch_size rows (or
-    one group)."""
+    one group).
+    """
     group = rollout.group_size
     scored = rearrange((views.coefficients != 0).any(0).any(-1), "(p g) -> p g", g=group).any(-1)
     first = rearrange(rollout.attention_mask.long().argmax(-1), "(p g) -> p g", g=group).amin(-1)
@@ -131,12 +132,13 @@ def forward(
 class View:
     """A view of the rows at hand.
 
-    masked   positions hidden from the model
-    scored   positions whose log-prob is wanted
-    canvas   rollout -> the tokens before masking, and the tokens that are scored
-    forward  the states of those tokens; see `forward`
-    scoring  how states become log-probs
-    share    completions of a prompt that look the same to the model share a forward
+    Args:
+        masked: Positions hidden from the model.
+        scored: Positions whose log-prob is wanted.
+        canvas: Rollout -> the tokens before masking, and the tokens that are scored.
+        forward: The states of those tokens; see `forward`.
+        scoring: How states become log-probs.
+        share: Completions of a prompt that look the same to the model share a forward.
     """
 
     masked: Bool[Tensor, "B T"]
@@ -157,7 +159,8 @@ class View:
 
     def backward(self, policy: Policy, rollout: Rollout, vector: Float[Tensor, "B T"]) -> None:
         """`logprobs(...).backward(vector)` in one forward and backward. Only positions that move the loss, where
-        `vector` is not 0, are scored again; where none does, no forward runs."""
+        `vector` is not 0, are scored again; where none does, no forward runs.
+        """
         seen = self.run(policy, rollout, self.scoring.needed(rollout, vector != 0, self.scored))
         if seen is not None:
             self.scoring.backward(policy, rollout, seen, vector.flatten()[seen.plan.places])
@@ -196,7 +199,8 @@ class ViewFeature(ViewTensors, ABC):
 
 def each_view(views: Views) -> Iterator[View]:
     """The views one by one, with the features of its parts: what scoring runs through, and the update
-    again."""
+    again.
+    """
     for number, masked in enumerate(views.masked):
         view = View(masked, views.coefficients[number] != 0)
         for part in views.features:

@@ -31,12 +31,15 @@ BERT_LINEARS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
 class Lora:
     """W + (alpha / r) B A on linear layers of the blocks: A is random, B zero, so that nothing changes at first.
 
-    r        rank of the adapters
-    alpha    their scale, times r
-    targets  names of layers (`q_proj`), or full paths; None: the family's list. Routers, embeddings, heads have none.
-    experts  adapt each expert of a stack too
-    dropout  share of the adapters' inputs that is dropped, in differentiated forwards only; 0 with `experts`
-    seed     of A, and of dropout
+    Args:
+        r: Rank of the adapters.
+        alpha: Their scale, times r.
+        targets: Names of layers (`q_proj`), or full paths; None: the family's list. Routers, embeddings, heads have
+            none.
+        experts: Adapt each expert of a stack too.
+        dropout: Share of the adapters' inputs that is dropped, in differentiated forwards only; 0 with `experts`.
+        seed: Of A, and of dropout.
+
     Source: LoRA, arXiv 2106.09685 [paper]; A uniform in +-1/sqrt(in_features), as peft does.
     """
 
@@ -72,8 +75,9 @@ def encode_base(
 ) -> States:
     """The final hidden states of a stock module's backbone; the cache's columns come first among the mask's S.
 
-    cache      transformers' Cache of the keys and values of earlier columns, to which those of `tokens` are added
-    use_cache  whether the module may keep keys and values at all; samplers with a cache say True
+    Args:
+        cache: Transformers' Cache of the keys and values of earlier columns, to which those of `tokens` are added.
+        use_cache: Whether the module may keep keys and values at all; samplers with a cache say True.
     """
     given = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": use_cache}
     if cache is not None:
@@ -88,7 +92,8 @@ def encode_roberta(module: Module, tokens: Tokens, attention_mask: Mask, positio
 
 def block_ranks(spec: "FamilySpec", tokens: Tokens, positions: Tokens) -> tuple[Tokens, Tokens]:
     """Each token's rank as a key and as a query, which sees the keys of at most its rank: floor(position / block). With
-    `causal_context` the rank is the position, but the block's first one for a key whose block holds a mask."""
+    `causal_context` the rank is the position, but the block's first one for a key whose block holds a mask.
+    """
     assert spec.block_size is not None, "a block-causal family has a block size"
     block = positions // spec.block_size
     if not spec.causal_context or spec.mask_id is None:
@@ -106,7 +111,8 @@ def encode_block_causal(
     module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, *, spec: "FamilySpec", **kept: Any
 ) -> States:
     """The final hidden states under the block-causal mask, or under a given mask of four axes. kept: `cache` and
-    `use_cache`, as for `encode_base`."""
+    `use_cache`, as for `encode_base`.
+    """
     if attention_mask.dim() == 2:  # a mask of four axes is whole: a cache's, or a packed forward's
         attention_mask = block_causal_mask(attention_mask, *block_ranks(spec, tokens, positions))
     return encode_base(module, tokens, attention_mask, positions, **kept)

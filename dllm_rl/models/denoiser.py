@@ -33,7 +33,8 @@ def encode_denoiser(
     conditioned: Bool[Tensor, " B"] | None = None,
 ) -> States:
     """DiffusionGemma's encoder, or with a cache that is only read its decoder; text alone. attention_mask None: no
-    padding. conditioned: the rows that see `previous`; None: all."""
+    padding. conditioned: the rows that see `previous`; None: all.
+    """
     kept = {} if cache is None else {CACHE: cache}
     if cache is None or use_cache:
         reads = {"attention_mask": attention_mask, "position_ids": positions} | kept
@@ -49,14 +50,15 @@ def encode_denoiser(
 
 
 def softcapped_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-    """cap * tanh(logits / cap), in fp32 or fp64, as transformers' `forward` computes it."""
+    """Cap * tanh(logits / cap), in fp32 or fp64, as transformers' `forward` computes it."""
     cap = module.final_logit_softcapping
     return torch.tanh(wide(module.get_output_embeddings()(hidden)) / cap) * cap
 
 
 def share_layers(module: Module) -> None:
     """Let encoder and decoder hold the same layers, in place, where they hold the same weights: a quantised or adapted
-    layer is then both sides' own. transformers ties the weights alone, and keeps two layers around them."""
+    layer is then both sides' own. transformers ties the weights alone, and keeps two layers around them.
+    """
     reader, writer = module.model.encoder.language_model, module.model.decoder
     for name, layer in list(reader.named_modules()):
         if not name or any(layer is each for each in writer.modules()):
@@ -75,8 +77,9 @@ def share_layers(module: Module) -> None:
 class Prefix:
     """What the encoder has read of R rows: its cache, and which of the columns are no padding.
 
-    cache  transformers' DynamicCache
-    mask   (R, S), False on padding
+    Args:
+        cache: Transformers' DynamicCache.
+        mask: (R, S), False on padding.
     """
 
     cache: Any
@@ -107,7 +110,8 @@ class Prefix:
         conditioned: Bool[Tensor, " R"] | None = None,
     ) -> Float[Tensor, "R C D"]:
         """The decoder's states of a canvas behind these columns. previous: the logits of the step before, as
-        `conditioning` keeps them; conditioned: the rows that see them, None: all."""
+        `conditioning` keeps them; conditioned: the rows that see them, None: all.
+        """
         mask = torch.cat([self.mask, torch.ones_like(canvas, dtype=torch.bool)], dim=1)
         positions = position_ids(mask)[:, -canvas.shape[1] :]
         rows = {} if conditioned is None else {"conditioned": conditioned}
@@ -121,12 +125,14 @@ class Prefix:
         temperature: float,
     ) -> Float[Tensor, "R C V"]:
         """The head of `states`, divided by the temperature: fp32, or fp64 if the head's are. Sampler and scoring both
-        come here."""
+        come here.
+        """
         return wide(policy.head(self.states(policy, canvas, previous))) / temperature
 
     def cut(self) -> list[tuple[Tensor, Tensor]]:
         """Put leaves in the place of the cache's tensors; returns (tensor, its leaf). Gradients then gather in the
-        leaves, so that many backwards of the decoder go through the encoder once: see `backward_through`."""
+        leaves, so that many backwards of the decoder go through the encoder once: see `backward_through`.
+        """
         pairs = []
         for layer in self.cache.layers:
             for name in ("keys", "values"):

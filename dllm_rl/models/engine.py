@@ -15,12 +15,14 @@ from dllm_rl.models.base import Policy
 class RolloutEngine:
     """What makes a run's rollouts, as two functions; `load` makes all that a run keeps. `check_engine` tests both.
 
-    load  learner -> the policy that samplers get, with the learner's weights and version; see `with_forward`. A new run
-          also loads for its rehearsal, and drops that policy first: what the policy holds must end with it
-    sync  learner, that policy -> metrics, after the policy got the learner's new weights and version
-    factory  the function that made the engine, with its keywords, so that a command line can change a keyword
+    Args:
+        load: Learner -> the policy that samplers get, with the learner's weights and version; see `with_forward`. A new
+            run also loads for its rehearsal, and drops that policy first: what the policy holds must end with it.
+        sync: Learner, that policy -> metrics, after the policy got the learner's new weights and version.
+        factory: The function that made the engine, with its keywords, so that a command line can change a keyword.
 
-    An engine that decodes by itself has a sampler of its own for `Recipe.sampler`, which gets the policy of `load`."""
+    An engine that decodes by itself has a sampler of its own for `Recipe.sampler`, which gets the policy of `load`.
+    """
 
     load: Callable[[Policy], Policy]
     sync: Callable[[Policy, Policy], dict[str, float]]
@@ -30,7 +32,8 @@ class RolloutEngine:
 def with_forward(policy: Policy, forward: Callable[..., Tensor]) -> Policy:
     """The policy with another forward, without gradient: tokens, attention mask, positions (each (B, T)) -> logits.
 
-    forward  -> fp32 (B, T, V), not shifted: what the module's head gives at each token; any numbers at padding
+    Args:
+        forward: -> fp32 (B, T, V), not shifted: what the module's head gives at each token; any numbers at padding.
     """
     twin = copy.copy(policy)
     twin.spec = replace(

@@ -122,7 +122,7 @@ def token_logprobs(
     sampling_params: SamplingParams,
     kept: Int[Tensor, "K C"] | None = None,
 ) -> Float[Tensor, " K"]:
-    """log p(tokens_k | hidden_k) in nats after `process` (with `kept`); the head runs in chunks of rows."""
+    """Log p(tokens_k | hidden_k) in nats after `process` (with `kept`); the head runs in chunks of rows."""
     rows = (hidden, tokens) if kept is None else (hidden, tokens, kept)
     return chunked(_scored(policy, sampling_params), *rows, policy=policy)[0]
 

@@ -46,10 +46,11 @@ def check_mergeable(lora: Lora) -> None:
 def lora_r16(*, r: int = 16, alpha: float = 32.0, dropout: float = 0.0, experts: bool = False) -> Lora:
     """Small adapters: r 16, alpha 32, no dropout by default.
 
-    r        rank of the adapters
-    alpha    their scale, times r
-    dropout  share of the adapters' inputs that is dropped, in differentiated forwards only
-    experts  adapt each expert of a mixture too
+    Args:
+        r: Rank of the adapters.
+        alpha: Their scale, times r.
+        dropout: Share of the adapters' inputs that is dropped, in differentiated forwards only.
+        experts: Adapt each expert of a mixture too.
     """
     return Lora(r=r, alpha=alpha, dropout=dropout, experts=experts)
 
@@ -120,7 +121,8 @@ class LoraLinear(nn.Module):
 
 class _Float32Backward(torch.autograd.Function):
     """A frozen layer's bf16 product whose backward is in fp32, and rounded: on a CPU without bf16 products torch takes
-    60 times as long for the transposed one."""
+    60 times as long for the transposed one.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -337,7 +339,8 @@ def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = No
     """Write the adapters as peft's adapter_model.safetensors and adapter_config.json, by which `load_policy` opens them
     with their base. Raises ValueError without any.
 
-    base  folder or hub's id of the weights that they belong to; None: the folder that the policy was loaded from
+    Args:
+        base: Folder or hub's id of the weights that they belong to; None: the folder that the policy was loaded from.
     """
     lora = policy.lora
     if lora is None:

@@ -54,7 +54,8 @@ def commit_cutoff(
     num_steps: int,
 ) -> tuple[Float[Tensor, " J"], Bool[Tensor, " J"]]:
     """For each position left masked, the lowest score that its step committed, +inf if none, and whether the position
-    is to the right of the last one with this score: an equal score then ranks behind it (`highest`)."""
+    is to the right of the last one with this score: an equal score then ranks behind it (`highest`).
+    """
     lowest = scores.new_full((num_steps,), torch.inf).scatter_reduce(0, steps, scores, "amin")
     at = torch.where(scores == lowest[steps], places, -1)  # scatter_reduce has no argmin
     last = places.new_full((num_steps,), -1).scatter_reduce(0, steps, at, "amax")
@@ -85,7 +86,8 @@ def drawn_logprobs(
     width: int,  # at least the size of a group
 ) -> Float[Tensor, " C"]:
     """Plackett-Luce: scores_i - log sum_m exp(scores_m), nats, over the m of i's group drawn at i's turn or later.
-    0 where a group is drawn whole: nothing depends on its order, whose log-prob would be noise in every ratio."""
+    0 where a group is drawn whole: nothing depends on its order, whose log-prob would be noise in every ratio.
+    """
     member, mine = members(groups, drawn, width)
     rivals = mine & (nth[member] >= nth[drawn, None])
     among = scores[member].masked_fill(~rivals, -torch.inf)
@@ -103,7 +105,8 @@ def members(
     groups: Int[Tensor, " K"], drawn: Int[Tensor, " C"], width: int
 ) -> tuple[Int[Tensor, "C M"], Bool[Tensor, "C M"]]:
     """For each drawn position all positions of its group, which are at most `width`, and which of the slots are some of
-    them: the first ones."""
+    them: the first ones.
+    """
     slots = max(16, 1 << (width - 1).bit_length())
     at = torch.searchsorted(groups, groups[drawn])[:, None] + torch.arange(slots, device=groups.device)
     member = at.clamp(max=len(groups) - 1)
@@ -182,7 +185,7 @@ def left_logprobs(
     sampling_params: SamplingParams,
     normalizer: Float[Tensor, " K"] | None = None,  # of the confidences; None: computed
 ) -> Float[Tensor, " K"]:
-    """log F_j(c) of K positions that a step left masked, nats, at least LEAST; the head runs in chunks of rows."""
+    """Log F_j(c) of K positions that a step left masked, nats, at least LEAST; the head runs in chunks of rows."""
     given = (lowest, behind) if normalizer is None else (lowest, behind, normalizer)
     return chunked(score_left(policy, sampling_params), hidden, *given, policy=policy)[0]
 
@@ -190,7 +193,7 @@ def left_logprobs(
 def token_logprobs_and_confidences(
     policy: Policy, hidden: Float[Tensor, "K D"], tokens: Int[Tensor, " K"], sampling_params: SamplingParams
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
-    """log p(tokens_k) under the sampled distribution, and their confidence without a gradient; both in nats."""
+    """Log p(tokens_k) under the sampled distribution, and their confidence without a gradient; both in nats."""
     return chunked(score_committed(policy, sampling_params), hidden, tokens, policy=policy)  # type: ignore[return-value]
 
 

@@ -104,7 +104,8 @@ class _Backbone:
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
         """Write weights (adapters merged), config and tokenizer in the checkpoint's layout. Of a module that is not
-        transformers' only weights and tokenizer, for `load_weights`. Raises ValueError for a quantized copy."""
+        transformers' only weights and tokenizer, for `load_weights`. Raises ValueError for a quantized copy.
+        """
         if self.quantization is not None:
             raise ValueError(
                 f"quantization={self.quantization!r}: a quantized copy's weights are rounded; save the policy that it "
@@ -141,10 +142,11 @@ def make_policy(
 ) -> DiffusionPolicy | AutoregressivePolicy:
     """A policy of a module. Raises ValueError on wrong attention or ids, and on a tokenizer without what it needs.
 
-    tokenizer  transformers', or with encode(text, add_special_tokens=False, split_special_tokens=True) -> list of ids,
-               decode(ids, skip_special_tokens=True) -> text, and save_pretrained(folder)
-    spec       None: of the family of a transformers class. A custom module's spec has `attention`, `encode`, `head`,
-               `vocab_size`, `eos_ids` and, unless causal, `mask_id`
+    Args:
+        tokenizer: Transformers', or with encode(text, add_special_tokens=False, split_special_tokens=True) -> list of
+            ids, decode(ids, skip_special_tokens=True) -> text, and save_pretrained(folder).
+        spec: None: of the family of a transformers class. A custom module's spec has `attention`, `encode`, `head`,
+            `vocab_size`, `eos_ids` and, unless causal, `mask_id`.
     """
     check_tokenizer(tokenizer, stock=spec is None)
     check_no_peft(module)
@@ -172,12 +174,13 @@ def load_policy(
     """Open a checkpoint with stock transformers classes. Of a folder of adapters alone, a run's or peft's, it opens the
     base that they name and merges them.
 
-    dtype         of the weights: float32, bfloat16 or float16; "auto" keeps the checkpoint's
-    block_size    of a block-causal model; None: the checkpoint's
-    quantization  "nf4" or "int8": a frozen bitsandbytes base for adapters; None keeps the weights as they are
-    lora          adapters to train instead of the weights
-    float32_head  logits in fp32 where the weights are in 16 bits; False: in the weights' dtype
-    verify_checkpoint  of a folder with a manifest: "full" reads every byte, "quick" sizes and each file's first MiB
+    Args:
+        dtype: Of the weights: float32, bfloat16 or float16; "auto" keeps the checkpoint's.
+        block_size: Of a block-causal model; None: the checkpoint's.
+        quantization: "nf4" or "int8": a frozen bitsandbytes base for adapters; None keeps the weights as they are.
+        lora: Adapters to train instead of the weights.
+        float32_head: Logits in fp32 where the weights are in 16 bits; False: in the weights' dtype.
+        verify_checkpoint: "full" compares every byte with the manifest, "quick" sizes and each file's first MiB.
 
     Raises ValueError on a file that differs from the manifest, an unknown architecture, missing or unexpected tensors,
     weights that are not finite, a mask id outside the vocabulary, or attention other than the family's.
@@ -223,7 +226,8 @@ def _merged(
 @torch.no_grad()
 def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Check = "full") -> None:
     """Copy the tensors that `save_pretrained` wrote into a policy's custom module. Raises ValueError on other names or
-    shapes, adapters, or a file that differs from the manifest; verify_checkpoint: as for `load_policy`."""
+    shapes, adapters, or a file that differs from the manifest; verify_checkpoint: as for `load_policy`.
+    """
     if has_extras(policy.module):
         raise ValueError("the policy has adapters or low-bit layers; load the weights first, then add_lora")
     verify_if_there(Path(directory), verify_checkpoint)
@@ -341,10 +345,13 @@ def check_attention(policy: _Backbone) -> None:
 def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32) -> DiffusionPolicy:
     """A masked-diffusion policy with the weights of a causal checkpoint, to be trained further by a warm-up.
 
-    dtype  of the weights
+    Args:
+        dtype: Of the weights.
+
     The head stays shifted, as in Dream: the state at t-1 predicts position t. The mask token's embedding starts as the
     mean of all others. Attention is full at once, as Tiny-A2D's; DiffuLLaMA anneals its mask, which is not built here.
-    `save_pretrained` writes a stock folder. ValueError for a model that is not causal."""
+    `save_pretrained` writes a stock folder. ValueError for a model that is not causal.
+    """
     policy = load_policy(path_or_id, dtype=dtype)
     module = policy.module
     tokenizer = policy.tokenizer

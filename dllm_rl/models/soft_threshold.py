@@ -25,7 +25,7 @@ NEVER = -1e4  # nats, far below any log q; finite, as gradients of log-sums of -
 def log_chances(
     logprobs: Float[Tensor, "*K"], *, tau: float, temperature: float
 ) -> tuple[Float[Tensor, "*K"], Float[Tensor, "*K"]]:
-    """log q and log(1 - q), given log p; nats."""
+    """Log q and log(1 - q), given log p; nats."""
     sure = logprobs.clamp(max=SUREST)
     odds = sure - torch.expm1(sure).neg().log()
     z = (odds - math.log(tau) + math.log1p(-tau)) / temperature
@@ -61,7 +61,7 @@ def set_logprobs(
     tau: float,
     temperature: float,
 ) -> Float[Tensor, " C"]:
-    """log P(S), nats, in equal shares on the positions of S."""
+    """Log P(S), nats, in equal shares on the positions of S."""
     yes, no = log_chances(logprobs, tau=tau, temperature=temperature)
     written = torch.zeros_like(groups, dtype=torch.bool).index_fill(0, drawn, True)
     member, mine = members(groups, drawn, width)

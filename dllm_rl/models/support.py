@@ -1,5 +1,6 @@
 """The tokens over which log-probs are normalised where top_k or top_p filter: what a sampler records of its filter, and
-the three conventions by which a learner uses it."""
+the three conventions by which a learner uses it.
+"""
 
 from dataclasses import replace
 
@@ -38,8 +39,10 @@ def with_support(rollout: Rollout, support: Support) -> Rollout:
 
     own         each policy normalises over its own kept set and the sampled token. The ratio's mean is not 1
     unfiltered  over the whole vocabulary on both sides. The ratio's mean is q(S)/p(S)
-    rollout     over S for every policy (DeepSeek-V3.2's "keep sampling mask", arXiv 2512.02556 [digest]). The
-                ratio's mean is 1: weights are unbiased for the learner in S
+
+    Args:
+        rollout: Over S for every policy (DeepSeek-V3.2's "keep sampling mask", arXiv 2512.02556 [digest]). The ratio's
+            mean is 1: weights are unbiased for the learner in S.
     """
     params = rollout.sampling_params
     if support == params.support or not params.filters:

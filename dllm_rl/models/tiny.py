@@ -43,14 +43,16 @@ def tiny_masked_lm(
 ) -> Policy:
     """A pre-norm RoBERTa: bidirectional, with learned positions, which learn a grid fastest.
 
-    characters         all characters of prompts and completions, one token each
-    hidden_size        width of the model
-    num_layers         blocks
-    num_heads          attention heads of a block
-    intermediate_size  width between a block's two feed-forward layers
-    max_length         longest prompt plus completion, tokens
-    embedding_std, head_std  initial standard deviation of the embeddings, of the head
-    gain               initial standard deviation of the other weights, times sqrt(inputs)
+    Args:
+        characters: All characters of prompts and completions, one token each.
+        hidden_size: Width of the model.
+        num_layers: Blocks.
+        num_heads: Attention heads of a block.
+        intermediate_size: Width between a block's two feed-forward layers.
+        max_length: Longest prompt plus completion, tokens.
+        embedding_std: Initial standard deviation of the embeddings.
+        head_std: Initial standard deviation of the head.
+        gain: Initial standard deviation of the other weights, times sqrt(inputs).
     """
     tokenizer = char_tokenizer(characters)
     positions = max_length + 1  # counted from pad_token_id + 1
@@ -81,16 +83,18 @@ def tiny_llama(
 ) -> Policy:
     """A Llama: causal, or with `causal=False` un-causaled, in the layout of LLaDA.
 
-    causal             an autoregressive model, or a masked-diffusion one
-    rope_theta         base of the rotary positions' wavelengths
-    characters         all characters of prompts and completions, one token each
-    hidden_size        width of the model
-    num_layers         blocks
-    num_heads          attention heads of a block
-    intermediate_size  width between a block's two feed-forward layers
-    max_length         longest prompt plus completion, tokens
-    embedding_std, head_std  initial standard deviation of the embeddings, of the head
-    gain               initial standard deviation of the other weights, times sqrt(inputs)
+    Args:
+        causal: An autoregressive model, or a masked-diffusion one.
+        rope_theta: Base of the rotary positions' wavelengths.
+        characters: All characters of prompts and completions, one token each.
+        hidden_size: Width of the model.
+        num_layers: Blocks.
+        num_heads: Attention heads of a block.
+        intermediate_size: Width between a block's two feed-forward layers.
+        max_length: Longest prompt plus completion, tokens.
+        embedding_std: Initial standard deviation of the embeddings.
+        head_std: Initial standard deviation of the head.
+        gain: Initial standard deviation of the other weights, times sqrt(inputs).
     """
     tokenizer = char_tokenizer(characters)
     fields = _fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
@@ -118,18 +122,20 @@ def tiny_moe(
 ) -> Policy:
     """A Qwen3-MoE with experts in every block: un-causaled, in the layout of LLaDA-MoE, or causal.
 
-    causal               an autoregressive model, or a masked-diffusion one
-    num_experts          experts of a block
-    num_experts_per_tok  experts of a token
-    rope_theta           base of the rotary positions' wavelengths
-    characters           all characters of prompts and completions, one token each
-    hidden_size          width of the model
-    num_layers           blocks
-    num_heads            attention heads of a block
-    intermediate_size    width between an expert's layers
-    max_length           longest prompt plus completion, tokens
-    embedding_std, head_std  initial standard deviation of the embeddings, of the head
-    gain                 initial standard deviation of the other weights, times sqrt(inputs)
+    Args:
+        causal: An autoregressive model, or a masked-diffusion one.
+        num_experts: Experts of a block.
+        num_experts_per_tok: Experts of a token.
+        rope_theta: Base of the rotary positions' wavelengths.
+        characters: All characters of prompts and completions, one token each.
+        hidden_size: Width of the model.
+        num_layers: Blocks.
+        num_heads: Attention heads of a block.
+        intermediate_size: Width between an expert's layers.
+        max_length: Longest prompt plus completion, tokens.
+        embedding_std: Initial standard deviation of the embeddings.
+        head_std: Initial standard deviation of the head.
+        gain: Initial standard deviation of the other weights, times sqrt(inputs).
     """
     tokenizer = char_tokenizer(characters)
     fields = _fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
@@ -166,21 +172,22 @@ def tiny_diffusion_gemma(
 ) -> Policy:
     """A DiffusionGemma: an encoder of the text, and a decoder that predicts a canvas of random tokens.
 
-    characters           all characters of prompts and completions, one token each
-    hidden_size          width of the model
-    num_layers           blocks; the last has full attention, and those before it a sliding window
-    num_heads            attention heads of a block
-    intermediate_size    width between a block's two feed-forward layers
-    num_experts          experts of a block, beside these
-    num_experts_per_tok  experts of a token
-    expert_size          width between an expert's layers
-    canvas_length        tokens that are denoised together
-    sliding_window       tokens that a sliding layer's encoder sees
-    softcap              the logits' largest absolute value
-    max_length           longest prompt plus completion, tokens
-    rope_theta           base of the rotary positions' wavelengths
-    embedding_std        initial standard deviation of the embeddings, which are the head's weights too
-    gain                 initial standard deviation of the other weights, times sqrt(inputs)
+    Args:
+        characters: All characters of prompts and completions, one token each.
+        hidden_size: Width of the model.
+        num_layers: Blocks; the last has full attention, and those before it a sliding window.
+        num_heads: Attention heads of a block.
+        intermediate_size: Width between a block's two feed-forward layers.
+        num_experts: Experts of a block, beside these.
+        num_experts_per_tok: Experts of a token.
+        expert_size: Width between an expert's layers.
+        canvas_length: Tokens that are denoised together.
+        sliding_window: Tokens that a sliding layer's encoder sees.
+        softcap: The logits' largest absolute value.
+        max_length: Longest prompt plus completion, tokens.
+        rope_theta: Base of the rotary positions' wavelengths.
+        embedding_std: Initial standard deviation of the embeddings, which are the head's weights too.
+        gain: Initial standard deviation of the other weights, times sqrt(inputs).
     """
     tokenizer = char_tokenizer(characters)
     head_dim = hidden_size // num_heads

@@ -82,7 +82,8 @@ def check_tokenizer(folder: Path) -> None:
 
 def check_templates(folder: Path, templates: str | Mapping[str, str] | None, tokens: Mapping[str, Any]) -> None:
     """Raise ValueError on a chat template that takes too much time or memory, or reaches for what it may not have.
-    tokens: the names and texts of the tokenizer's special tokens, which a template sees."""
+    tokens: the names and texts of the tokenizer's special tokens, which a template sees.
+    """
     texts = [] if templates is None else [templates] if isinstance(templates, str) else list(templates.values())
     if texts and (why := try_out(templates=texts, tokens=tokens)):
         raise ValueError(f"{folder}: the chat template was tried on short chats: {why}; take another chat_template")
@@ -93,7 +94,8 @@ def try_out(
 ) -> str:
     """What goes wrong when a tokenizer.json or chat templates are used, in one short line; "" where nothing does.
 
-    A process of its own uses them, with limits of time and memory: only running a pipeline shows what it takes."""
+    A process of its own uses them, with limits of time and memory: only running a pipeline shows what it takes.
+    """
     asked = {"tokenizer": tokenizer and str(tokenizer), "templates": [*templates], "tokens": dict(tokens or {})}
     alone = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "USE_TORCH": "0"}
     try:

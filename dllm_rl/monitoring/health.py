@@ -18,8 +18,9 @@ def health(
     """(word, reason) of a step: the first of backwards, backfiring, strong, mild, healthy that holds; None where
     nothing was measured. Of estimated ratios "estimated" in place of the last three, whose bounds are of exact ones.
 
-    direction  mean of the last MEASURED values of `update/direction`
-    first_ess  of estimated ratios: the ESS of the run's first step; None: the ratios are exact
+    Args:
+        direction: Mean of the last MEASURED values of `update/direction`.
+        first_ess: Of estimated ratios: the ESS of the run's first step; None: the ratios are exact.
     """
     if direction < BACKWARDS_MEAN:
         trend = f"{DIRECTION} {direction:.2g} on average of {MEASURED}"

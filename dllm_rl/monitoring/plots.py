@@ -132,7 +132,8 @@ def plot(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Path:
     """Draw `directory`/training.png: the warm-up, and a panel for each kind of number that the run has. Without
     summary.json, as of a run that has not ended, the picture lacks the result.
 
-    levels  shares of solved problems to compare the run with, by name: horizontal lines
+    Args:
+        levels: Shares of solved problems to compare the run with, by name: horizontal lines.
     """
     import matplotlib
 

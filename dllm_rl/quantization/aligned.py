@@ -2,7 +2,8 @@
 
 The forward is the rollout's low-bit product: the same operands, and the same bits for a batch of the same shape. The
 backward is that of the dequantised operands' product,
-    y = Q(x) Q(w)^T + b,   dx = dy Q(w),   dw = dy^T Q(x),   db = sum dy."""
+    y = Q(x) Q(w)^T + b,   dx = dy Q(w),   dw = dy^T Q(x),   db = sum dy.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,7 +100,8 @@ def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable
 
     The next forward after an optimiser step quantises the changed weights into the rollout's own storage. The yielded
     function does so at once, for an optimiser that bypasses autograd's version counters. Raises ValueError when learner
-    and rollout have different weights at the start, or for adapters with dropout."""
+    and rollout have different weights at the start, or for adapters with dropout.
+    """
     if policy.weights_version != rollout_policy.weights_version:
         wrong = f"weights_version={rollout_policy.weights_version} of the rollout is not the learner's"
         raise ValueError(f"{wrong} {policy.weights_version}: call sync_weights(policy, rollout_policy) first")

@@ -153,7 +153,7 @@ def dequantized_weight(layer: nn.Linear) -> Tensor:
 
 
 def unpacked(weight: Tensor) -> Tensor:
-    """torchao's quantised weight (O, I) in the learner's units."""
+    """Torchao's quantised weight (O, I) in the learner's units."""
     if type(weight).dequantize is Tensor.dequantize:  # int4_packed's layout has no way back but its own product
         return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T.contiguous()
     return weight.dequantize()

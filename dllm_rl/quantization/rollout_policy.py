@@ -58,11 +58,15 @@ def quantized_copy(
 ) -> Policy:
     """A second policy whose block linears are quantised by `config`; None copies without quantising.
 
-    skip   (module, name) -> True for further layers that keep their precision.
-    dtype  of the copy's weights before quantising; None: the policy's own. A learner under autocast computes in bf16.
+    Args:
+        skip: (module, name) -> True for further layers that keep their precision.
+        dtype: Of the copy's weights before quantising; None: the policy's own. A learner under autocast computes in
+            bf16.
+
     Head, embeddings, norms, routers and layers tied to them keep their precision. Stacked experts are quantised one by
     one. At most one layer is held twice: adapters are merged and sharded weights gathered layer by layer. Raises
-    ValueError for a config that the device cannot run, NaN or infinite weights, or when nothing can be quantised."""
+    ValueError for a config that the device cannot run, NaN or infinite weights, or when nothing can be quantised.
+    """
     module = policy.module
     layers = layers_of(module)
     kept: dict[str, str] = {}
@@ -112,8 +116,9 @@ def replaced_layers(module: Module, config: Scheme, kept: dict[str, str]) -> dic
 def copies(
     module: Module, layers: Module, dtype: torch.dtype | None, *, without: set[int], shared: bool
 ) -> dict[int, Any]:
-    """deepcopy's memo: copies of a module's tensors, except `without`, by the id of the tensor in `layers`. shared: a
-    frozen tensor that keeps its dtype is the module's own, as nothing changes it."""
+    """Deepcopy's memo: copies of a module's tensors, except `without`, by the id of the tensor in `layers`. shared: a
+    frozen tensor that keeps its dtype is the module's own, as nothing changes it.
+    """
     memo: dict[int, Any] = {}
     for place, tensor in zip(layers.parameters(), module.parameters(), strict=True):
         kind = dtype if tensor.is_floating_point() else None  # codes keep their integers
@@ -133,7 +138,7 @@ def copies(
 def replacement(
     name: str, layer: Any, held: Any, config: Scheme, dtype: torch.dtype | None, memo: dict[int, Any]
 ) -> tuple[dict[int, Any], Finite]:
-    """deepcopy's entry for a layer, adapted or not, and which weights are finite; `held` has the weights."""
+    """Deepcopy's entry for a layer, adapted or not, and which weights are finite; `held` has the weights."""
     finite: Finite = {}
     if is_stacked(layer):
         if config is None:
@@ -232,7 +237,8 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
 
     Returns for quantised layers quantization/codes_changed, the share of all codes that this sync changed (an update
     below the grid vanishes: QuRL [digest]), and quantization/scale_change, the mean of |s' - s| / s over all scales.
-    After an aligned forward they cover the last inner update alone. Raises ValueError for NaN or infinite weights."""
+    After an aligned forward they cover the last inner update alone. Raises ValueError for NaN or infinite weights.
+    """
     if rollout_policy is policy:  # without a scheme the learner samples itself
         return {}
     module = rollout_policy.module

@@ -48,8 +48,9 @@ def _torchao() -> Any:
 def float8_weight_only(*, dequantized: bool = False) -> Scheme:
     """e4m3 weights per row, products in the learner's dtype. Saves memory, not time; runs anywhere, CPU included.
 
-    dequantized  round and dequantise weights once per sync instead of in every product: the same numbers in the time
-                 and memory of a plain copy
+    Args:
+        dequantized: Round and dequantise weights once per sync instead of in every product: the same numbers in the
+            time and memory of a plain copy.
     """
     return FakeQuantize("e4m3") if dequantized else _torchao().Float8WeightOnlyConfig()
 
@@ -78,7 +79,8 @@ def int8_dynamic() -> Scheme:
 def int4_weight_only(*, group_size: int = 32) -> Scheme:
     """4-bit weights in groups, held in bytes, products in the learner's dtype. Runs anywhere, CPU included.
 
-    group_size  inputs per scale; layers whose inputs are not a multiple are not quantised
+    Args:
+        group_size: Inputs per scale; layers whose inputs are not a multiple are not quantised.
     """
     if group_size < 1:
         raise ValueError(f"group_size={group_size} must be at least 1")
@@ -88,7 +90,8 @@ def int4_weight_only(*, group_size: int = 32) -> Scheme:
 def int4_packed(*, group_size: int = 128) -> Scheme:
     """4-bit weights in groups, packed for a CUDA kernel of torch (capability 8.0 or more, bf16). Time: not measured.
 
-    group_size  inputs per scale: 32, 64, 128 or 256
+    Args:
+        group_size: Inputs per scale: 32, 64, 128 or 256.
     """
     if group_size not in (32, 64, 128, 256):
         raise ValueError(f"group_size={group_size} must be 32, 64, 128 or 256")
@@ -100,9 +103,11 @@ def fake_quantize(
 ) -> FakeQuantize:
     """Emulation of any pair of schemes: e4m3, e5m2, int8, int4, int3, five_level, ternary, or None.
 
-    weight       scheme of the weights, or none
-    activation   scheme of the linear layers' inputs, or none
-    granularity  row: a scale per output row of a weight and per token of an input; tensor: one scale
+    Args:
+        weight: Scheme of the weights, or none.
+        activation: Scheme of the linear layers' inputs, or none.
+        granularity: Row: a scale per output row of a weight and per token of an input; tensor: one scale.
+
     Rounded inputs make it slower than bf16. e4m3 for both is what dynamic FP8 does, on any device.
     """
     return FakeQuantize(weight=weight, activation=activation, granularity=granularity)
@@ -179,7 +184,8 @@ def codes_and_scale(
     e4m3, e5m2   s = a / largest value, q = x/s rounded to the format (torchao's float8, bit for bit)
     int8         s = a / 127.5, q = round(x/s) in -128..127 (torchao's int8, bit for bit)
     int4, int3, five_level   s = a/7, a/3, a/2; q = round(x/s) in -7..7, -3..3, -2..2 [ours]
-    ternary      s = mean |x|, q = round(x/s) in -1..1 (BitNet b1.58's rule [paper])"""
+    ternary      s = mean |x|, q = round(x/s) in -1..1 (BitNet b1.58's rule [paper])
+    """
     magnitude = x.abs()
     dims = -1 if granularity == "row" else tuple(range(x.dim()))
     top = magnitude.mean(dims, keepdim=True) if scheme == "ternary" else magnitude.amax(dims, keepdim=True)

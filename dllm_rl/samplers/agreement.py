@@ -15,7 +15,8 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     """What `policy` would commit in a rollout's first step, compared with what was committed; (sum, count) pairs.
 
     max_prob, margin and entropy depend on the state alone. Where the policy would choose other positions, the recorded
-    order has probability 0, and importance weights of the tokens do not correct the order [ours]."""
+    order has probability 0, and importance weights of the tokens do not correct the order [ours].
+    """
     ranks = {rank.__name__: as_rank(rank) for rank, order in RANKS.items() if order in ("max_prob", "deterministic")}
     order, mask_id = rollout.order, policy.spec.mask_id
     if order is None or order.rank_name not in ranks or mask_id is None or rollout.events is not None:

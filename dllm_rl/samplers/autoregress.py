@@ -37,11 +37,13 @@ def autoregress(
 
     The prompt is read once per group. Log-probs are those of the processed distribution, nats. A row depends on its
     prompt, its seed and the weights only. Raises ValueError for a diffusion policy or a completion that does not fit.
-    max_new_tokens  tokens of a completion, at most
-    temperature     of the categorical distribution; 0 takes the likeliest token
-    top_k           only the k likeliest tokens are sampled; None: all
-    top_p           only the smallest set of likeliest tokens with this probability is sampled; None: all
-    suppress        token ids that are never sampled
+
+    Args:
+        max_new_tokens: Tokens of a completion, at most.
+        temperature: Of the categorical distribution; 0 takes the likeliest token.
+        top_k: Only the k likeliest tokens are sampled; None: all.
+        top_p: Only the smallest set of likeliest tokens with this probability is sampled; None: all.
+        suppress: Token ids that are never sampled.
     """
     if policy.spec.attention != "causal":
         raise ValueError(f"policy {policy.spec.name!r} is not causal; autoregress needs a causal one: use unmask")

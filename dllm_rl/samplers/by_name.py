@@ -47,7 +47,8 @@ def _read(kind: str, text: str, known: dict[str, Callable], number: Callable[[st
 
 def rank_for(commit: str, asked: str | None = None) -> str:
     """The name of the rank: the one asked for, else the one whose scores the rule is made for (as `read_commit` has
-    its name)."""
+    its name).
+    """
     return asked or OWN_RANKS.get(commit.partition("=")[0], "max_prob")
 
 

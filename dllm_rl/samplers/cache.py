@@ -18,9 +18,10 @@ from dllm_rl.models.base import Policy, block_ranks, position_ids
 class Cache:
     """Which columns' keys and values are kept while a block is unmasked, and for how many steps.
 
-    kind     block: the earlier blocks, exact under block-causal attention; prefix: what precedes the block; dual: what
-             precedes and what follows the block
-    refresh  steps after which an approximate cache is recomputed within a block; None: only at its start
+    Args:
+        kind: Block: the earlier blocks, exact under block-causal attention; prefix: what precedes the block; dual: what
+            precedes and what follows the block.
+        refresh: Steps after which an approximate cache is recomputed within a block; None: only at its start.
     """
 
     kind: Literal["block", "prefix", "dual"]
@@ -46,7 +47,8 @@ def prefix_cache(*, refresh: int | None = None) -> Cache:
     """Fast-dLLM's prefix cache (arXiv 2505.22618), APPROXIMATE: all that precedes the block keeps the keys and values
     of the block's first step. refresh=1 is exact. [paper]
 
-    refresh  steps after which it is computed again within a block; None: only at its start
+    Args:
+        refresh: Steps after which it is computed again within a block; None: only at its start.
     """
     return Cache("prefix", refresh)
 
@@ -54,7 +56,8 @@ def prefix_cache(*, refresh: int | None = None) -> Cache:
 def dual_cache(*, refresh: int | None = None) -> Cache:
     """Fast-dLLM's dual cache, APPROXIMATE: as prefix_cache, and the masks after the block are kept too. [paper]
 
-    refresh  steps after which it is computed again within a block; None: only at its start
+    Args:
+        refresh: Steps after which it is computed again within a block; None: only at its start.
     """
     return Cache("dual", refresh)
 
@@ -106,7 +109,8 @@ class CachedStates:
 
     def _begin_step(self, start: int, end: int, width: int) -> tuple[Int[Tensor, " F"], Int[Tensor, " C"]]:
         """The columns that run in this step, and those whose keys and values are kept after it. Restores or drops kept
-        keys where a block starts."""
+        keys where a block starts.
+        """
         everything = torch.arange(width)
         if self.cache.kind == "block":
             if self.step == 0 and self.whole is not None:

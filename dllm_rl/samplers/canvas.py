@@ -106,7 +106,8 @@ class Canvas:
 
     def rollout(self, sampling_params: SamplingParams, weights_version: int, **parts: Any) -> Rollout:
         """The current record: the columns of the prompts, then the columns written behind them. `parts` are the
-        rollout's optional ones, of the completion's places."""
+        rollout's optional ones, of the completion's places.
+        """
         if self.open is not None:
             tokens = self.tokens.clone()
             attention_mask = self.attention_mask.clone()

@@ -96,7 +96,8 @@ class Choose:
     ) -> dict[str, tuple[Tensor | None, Tensor, int]]:
         """The log-probs of the order (`models.order`): of each position left, that its draw ranks behind the row's
         picked ones by `confidence`; with `plackett_luce` of each one picked, that it was drawn, and as which; with
-        `soft_threshold` of each one picked its share of the set's."""
+        `soft_threshold` of each one picked its share of the set's.
+        """
         if self.soft is not None:
             tau, temperature = self.soft
             logps = set_logprobs(scores, turn.row, picked, chosen.shape[1], tau=tau, temperature=temperature)

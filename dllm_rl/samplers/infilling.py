@@ -1,7 +1,8 @@
 """Infilling: prompts with open positions, which are part of the completion.
 
 A row's completion is its open columns, from left to right, then the appended ones; blocks and steps count these
-alone."""
+alone.
+"""
 
 import torch
 import torch.nn.functional as F

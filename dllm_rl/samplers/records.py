@@ -40,9 +40,10 @@ COMMITS: dict[Any, dict[str, Any]] = {
 class Rank:
     """A rank, and what is known of its scores. A library rank, or a partial of its settings, declares itself.
 
-    function  see `rules`
-    order     of a function of yours: deterministic, if the scores follow from the canvas and the weights, without
-              chance; independent, if they are random numbers, free of the weights; unknown, which claims nothing
+    Args:
+        function: See `rules`.
+        order: Of a function of yours: deterministic, if the scores follow from the canvas and the weights, without
+            chance; independent, if they are random numbers, free of the weights; unknown, which claims nothing.
     """
 
     function: Any
@@ -74,11 +75,12 @@ class Rank:
 class Commit:
     """A commit rule, and what is known of the positions that it picks. A library rule declares itself, as in `Rank`.
 
-    function  see `rules`, and of one that rewrites `revise`
-    order     of a function of yours: deterministic, if the positions follow from what it takes, and random numbers
-              among these meet nothing that the weights decide; unknown, which claims nothing
-    count     (masked positions, steps left) -> how many of the highest it picks, whatever the scores; None: it varies
-    adaptive  the rule chooses how many steps a block takes, and not `diffusion_steps`
+    Args:
+        function: See `rules`, and of one that rewrites `revise`.
+        order: Of a function of yours: deterministic, if the positions follow from what it takes, and random numbers
+            among these meet nothing that the weights decide; unknown, which claims nothing.
+        count: (masked positions, steps left) -> how many of the highest it picks, whatever the scores; None: it varies.
+        adaptive: The rule chooses how many steps a block takes, and not `diffusion_steps`.
     """
 
     function: Any
@@ -116,7 +118,8 @@ def as_commit(commit: Any) -> Commit:
 
 def _unwrapped(kind: str, function: Any, library: dict[Any, Any]) -> tuple[Any, Any]:
     """The function without partials that bind nothing; and the library's function, if it is one or binds settings of
-    one. A wrapper, a copy or a lambda is another function: what it does is not known."""
+    one. A wrapper, a copy or a lambda is another function: what it does is not known.
+    """
     if not callable(function):
         raise ValueError(f"{kind}={function!r} must be a function, as rank=max_prob, commit=schedule, or its record")
     function = flattened(function)

@@ -1,5 +1,6 @@
 """Sampling from random tokens, as DiffusionGemma does: each step predicts a whole canvas, accepts the surest draws and
-replaces the others by new random tokens."""
+replaces the others by new random tokens.
+"""
 
 import math
 from collections.abc import Callable
@@ -49,15 +50,20 @@ def renoise(
     many as have (sum of their entropies) - (the largest) <= entropy_bound. The others get new random tokens. The next
     step sees the canvas, and this step's logits. With equal random numbers the tokens are those of transformers'
     `generate`, but that tokens behind a row's end token stay as they were sampled.
-    max_new_tokens   a multiple of the canvas's length
-    diffusion_steps  steps of a canvas, at most
-    t_max, t_min     the first step's temperature, and the one that the schedule ends just above; may be equal
-    entropy_bound    nats, above 0; infinity accepts every draw
-    stability_threshold, confidence_threshold  a row's canvas ends when the likeliest tokens were the same in so many
-                     steps before, and the mean entropy is below so many nats; None: it always takes diffusion_steps
-    answer           argmax: the likeliest tokens of a canvas's last step, as the authors; no draw decides them.
-                     drawn: the last step accepts every draw, and these are the answer [ours]: for training
-    on_step          called with the current rollout after every step: the canvas in motion
+
+    Args:
+        max_new_tokens: A multiple of the canvas's length.
+        diffusion_steps: Steps of a canvas, at most.
+        t_max: The first step's temperature, and the one that the schedule ends just above; may be equal.
+        t_min: The first step's temperature, and the one that the schedule ends just above; may be equal.
+        entropy_bound: Nats, above 0; infinity accepts every draw.
+        stability_threshold: A row's canvas ends when the likeliest tokens were the same in so
+            many steps before, and the mean entropy is below so many nats; None: it always takes diffusion_steps.
+        confidence_threshold: A row's canvas ends when the likeliest tokens were the same in so
+            many steps before, and the mean entropy is below so many nats; None: it always takes diffusion_steps.
+        answer: Argmax: the likeliest tokens of a canvas's last step, as the authors; no draw decides them. drawn: the
+            last step accepts every draw, and these are the answer [ours]: for training.
+        on_step: Called with the current rollout after every step: the canvas in motion.
 
     `Rollout.renoised` records every step; `trajectory()` replays it. A row depends on its prompt, its seed and the
     weights only; batching changes at most the last bits of a sum. A step holds fp32 logits of all rows (R, C, V).
@@ -294,7 +300,8 @@ class _Loop:
 
 def accept(entropies: Float[Tensor, "R C"], bound: float) -> Bool[Tensor, "R C"]:
     """The places of lowest entropy, as many as have (sum) - (largest) <= bound (arXiv 2505.24857 [paper]); at least
-    one."""
+    one.
+    """
     ordered, index = entropies.sort(dim=-1)
     among = ordered.cumsum(-1) - ordered <= bound
     return torch.zeros_like(among).scatter(-1, index, among)

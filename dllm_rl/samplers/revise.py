@@ -35,7 +35,9 @@ def remask(
     """ReMDM's capped remasking (arXiv 2503.00307): a written position is masked again with probability sigma, a masked
     one written with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), independently.
 
-    eta  the cap, in [0, 1]: sigma = min(eta, (1 - alpha_s) / alpha_t); 0 never masks again and is `origin`
+    Args:
+        eta: The cap, in [0, 1]: sigma = min(eta, (1 - alpha_s) / alpha_t); 0 never masks again and is `origin`.
+
     alpha_t, the share written, is j/n before step j of n and (j+1)/n after it. The last step masks nothing again. Needs
     rank=random, whose scores are the uniforms. [paper; ours: alpha linear over the block's steps]
     """
@@ -52,8 +54,10 @@ def edit(
     """LLaDA2.1's token editing (arXiv 2602.08676): masked positions as in `threshold`; a written one takes a different
     proposal of probability >= tau_edit.
 
-    tau       the probability from which on a masked position is written, in (0, 1]
-    tau_edit  the probability from which on a written one is replaced, in [0, 1]
+    Args:
+        tau: The probability from which on a masked position is written, in (0, 1].
+        tau_edit: The probability from which on a written one is replaced, in [0, 1].
+
     Only for models trained to see wrong tokens, as LLaDA2.1: editing ruins other models' answers (docs/LOG.md). Edits
     go on after the last mask while steps last and a step changes something. Needs log-probabilities of the proposal as
     scores (confidence; max_prob at temperature 0). [paper; ours: the block's steps are the bound, not max_post_steps]
@@ -70,8 +74,10 @@ def soft_edit(
     """Editing with an exact probability: masked positions as in `schedule`; each written one is drawn again,
     independently, with probability `rate`.
 
-    rate  in [0, 1]; a written position becomes v with probability rate p(v), of the sampled distribution; 0 is
-          `schedule` in as many steps
+    Args:
+        rate: In [0, 1]; a written position becomes v with probability rate p(v), of the sampled distribution; 0 is
+            `schedule` in as many steps.
+
     The soft form of `edit`: the model's probability of another token is the chance of an edit, and no threshold. With
     rank=random or max_prob, `trajectory()` scores its rollouts; the same token drawn again counts too. [ours]
     """
@@ -103,9 +109,10 @@ def revise(
     """Decide what a rule that rewrites does with a turn. Raises ValueError where a block's last step commits
     nothing or masks again.
 
-    proposed  the tokens drawn; a rule that takes `replaceable` needs them
-    tokens    the canvas
-    kind      which of KINDS the rule takes; further inputs are bound
+    Args:
+        proposed: The tokens drawn; a rule that takes `replaceable` needs them.
+        tokens: The canvas.
+        kind: Which of KINDS the rule takes; further inputs are bound.
     """
     assert turn.written is not None, "the turn of a canvas that is revised"
     changed = torch.zeros_like(turn.masked)
@@ -135,7 +142,8 @@ def revise(
 def packed_events(noted: list[tuple[Tensor, ...]], shape: torch.Size, *, depends_on_tokens: bool) -> Events:
     """Each position's events (B, L, W) in order, from every step's rows, places, steps, tokens, log-probs.
 
-    The host waits for the device: it does not know how many events a position has."""
+    The host waits for the device: it does not know how many events a position has.
+    """
     rows, places, steps, tokens, logprobs = map(torch.cat, zip(*noted, strict=True))
     position = rows * shape[1] + places
     order = position.argsort(stable=True)  # steps were noted in order

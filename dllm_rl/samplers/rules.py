@@ -45,7 +45,8 @@ def confidence(logits: Logits, normalizer: PerPosition, tokens: Int[Tensor, " K"
 
 def max_prob(logits: Logits, normalizer: PerPosition) -> PerPosition:
     """Log-probability of the likeliest token, nats; the mask token counts. State-only. [paper: Dream's maskgit_plus at
-    temperature 0]"""
+    temperature 0]
+    """
     return logits.amax(-1) - normalizer
 
 
@@ -72,15 +73,17 @@ def random(uniforms: PerPosition) -> PerPosition:
 def plackett_luce(
     logits: Logits, normalizer: PerPosition, *, temperature: float, base_rank: Callable = max_prob
 ) -> PerPosition:
-    """s = base_rank / temperature, to which the sampler adds Gumbel noise: an order with a known probability [ours].
+    """S = base_rank / temperature, to which the sampler adds Gumbel noise: an order with a known probability [ours].
 
     A step commits j_1 .. j_k, in the order of noisy scores, with probability (Plackett-Luce [paper])
         prod_{i=1..k} exp(s_{j_i}) / sum_{m masked, not j_1 .. j_(i-1)} exp(s_m).
     It is that of the ORDERED draw; the set's is a sum over k! orders. Given the set, the mean of the ordered ratio is
     the set's ratio: weights and gradients stay unbiased. A step that commits all that is left counts 1.
     Needs `schedule` or `late_schedule`.
-    temperature  towards 0 the order of `base_rank`, towards infinity that of `random`
-    base_rank    max_prob, margin, entropy, or a function of your own with the same arguments
+
+    Args:
+        temperature: Towards 0 the order of `base_rank`, towards infinity that of `random`.
+        base_rank: Max_prob, margin, entropy, or a function of your own with the same arguments.
     """
     if rank_inputs(base_rank) != {"logits", "normalizer"}:
         raise ValueError(
@@ -130,7 +133,8 @@ def late_share(num_masked: Counts, steps_left: Counts) -> Counts:
 
 def origin(scores: Scores, masked: Places, steps_left: Counts) -> Places:
     """Dream's origin, the ancestral step of masked diffusion: write each masked position with probability 1 - s/t =
-    1/steps_left. Needs rank=random, whose scores are the uniforms. A step may commit nothing. [paper]"""
+    1/steps_left. Needs rank=random, whose scores are the uniforms. A step may commit nothing. [paper]
+    """
     return masked & (scores >= 1 - 1 / steps_left[:, None])
 
 
@@ -139,7 +143,8 @@ def threshold(scores: Scores, masked: Places, steps_left: Counts, *, tau: float)
     """Fast-dLLM's parallel decoding (arXiv 2505.22618): all positions with probability >= tau, at least the best one.
     Needs log-probabilities as scores (confidence, max_prob). Ignores steps_left. [paper]
 
-    tau  the probability from which on a position is written, in (0, 1]
+    Args:
+        tau: The probability from which on a position is written, in (0, 1].
     """
     log_tau = torch.tensor(tau, dtype=torch.float64).log().item()
     return masked & (scores >= log_tau) | highest(scores, masked, count=torch.ones_like(steps_left))
@@ -158,9 +163,11 @@ def soft_threshold(
     """`threshold` by independent draws (`models.soft_threshold`): each masked position is written with
     probability sigmoid((logit p - logit tau) / temperature), independently, given that one at least is. [ours]
 
-    tau          the probability at which a position is written every second time, in (0, 1)
-    temperature  at least 0.01; towards 0 the rule is `threshold`. At tau=0.9 a position of p=0.99 is written with
-                 probability 0.992 at temperature 0.5 and 0.92 at 1, one of p=0.5 with 0.012 and 0.1
+    Args:
+        tau: The probability at which a position is written every second time, in (0, 1).
+        temperature: At least 0.01; towards 0 the rule is `threshold`. At tau=0.9 a position of p=0.99 is written with
+            probability 0.992 at temperature 0.5 and 0.92 at 1, one of p=0.5 with 0.012 and 0.1.
+
     `threshold` writes a number of positions that is a function of the weights, and no gradient sees it. Of this rule
     `trajectory()` scores the set that each step wrote (docs/order.md). Needs rank=max_prob. Ignores steps_left.
     """
@@ -168,7 +175,7 @@ def soft_threshold(
 
 
 def softness(commit: Callable) -> tuple[float, float]:
-    """tau and temperature of a bound `soft_threshold`."""
+    """Tau and temperature of a bound `soft_threshold`."""
     given = inspect.signature(commit).parameters
     if given["tau"].default is inspect.Parameter.empty:
         raise ValueError("commit=soft_threshold lacks its tau; give functools.partial(soft_threshold, tau=0.9)")
@@ -180,7 +187,8 @@ def factor(scores: Scores, masked: Places, steps_left: Counts, *, f: float) -> P
     """Fast-dLLM's factor rule: the n best, n the largest with p_(n) >= 1 - f/(n+1), p sorted downwards; at least one.
     Needs log-probabilities as scores (confidence, max_prob). Ignores steps_left. [paper]
 
-    f  above 0; larger writes more at once
+    Args:
+        f: Above 0; larger writes more at once.
     """
     best = scores.sort(dim=-1, descending=True).values.exp()
     n = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
@@ -193,7 +201,8 @@ def entropy_bound(scores: Scores, masked: Places, steps_left: Counts, *, gamma: 
     """EB-Sampler (arXiv 2505.24857): the most certain positions U, as many as keep sum_U H - max_U H <= gamma, nats.
     Needs rank=entropy, whose scores are -H; one position always fits. Ignores steps_left. [paper]
 
-    gamma  the bound, nats; larger writes more at once
+    Args:
+        gamma: The bound, nats; larger writes more at once.
     """
     entropies = -scores.sort(dim=-1, descending=True).values
     # In rising order the largest is the last, so what counts is the sum of those before it.
@@ -203,7 +212,8 @@ def entropy_bound(scores: Scores, masked: Places, steps_left: Counts, *, gamma: 
 
 def check_steps(diffusion_steps: int | None, length: int, count: Callable | None) -> None:
     """Raise ValueError if a rule whose `count` writes a position in each step would take fewer than
-    `diffusion_steps`."""
+    `diffusion_steps`.
+    """
     if diffusion_steps is None or count is None or not 0 < length < diffusion_steps:
         return
     if count(torch.tensor([length]), torch.tensor([diffusion_steps])) > 0:
@@ -213,7 +223,8 @@ def check_steps(diffusion_steps: int | None, length: int, count: Callable | None
 
 def steps_per_block(diffusion_steps: int | None, sizes: list[int]) -> list[int]:
     """Equal shares of steps per block, the remainder on the first; None: one step per position. Raises ValueError with
-    fewer steps than blocks."""
+    fewer steps than blocks.
+    """
     if diffusion_steps is None:
         return sizes
     if diffusion_steps < len(sizes):

@@ -1,5 +1,6 @@
 """The forward of a sampler: the states of the positions that a step may write. Rows of similar length run together, and
-a cache keeps keys and values between the steps of a block."""
+a cache keeps keys and values between the steps of a block.
+"""
 
 from typing import Any
 

@@ -50,26 +50,27 @@ def unmask(
 ) -> Rollout:
     """Complete every prompt `group_size` times by iterative unmasking (LLaDA, arXiv 2502.09992, algorithm 5 [paper]).
 
-    max_new_tokens  masked positions appended to each prompt; may be 0 where every prompt has open positions
-    diffusion_steps  steps of the whole completion, split equally over blocks; None: one per position. Adaptive commit
-                    rules ignore diffusion_steps
-    block_size      positions open at once; None: all, or a block-causal policy's own. The last block may be shorter,
-                    and so may a block-causal policy's first: its blocks count from the prompt's start
-    temperature     of the categorical distribution; 0 takes the likeliest token
-    top_k           only the k likeliest tokens are sampled; None: all
-    top_p           only the smallest set of likeliest tokens with this probability is sampled; None: all
-    rank            which positions come first, on untempered fp32 log-probabilities, see `rules`
-    commit          how many positions a step writes, see `rules`; those of `revise` also record events
-    suppress        token ids that are never sampled; the mask token never is
-    cache           see `cache`; None recomputes every position in every step
-    approximate_early_exit  full attention only: a row ends with the block of its end token. Masks after the end token
-                    stay in the input, never sampled; the recorded log-probs stay exact. Block-causal rows always end so
-    compile_step    run each step as one compiled graph, with a cache as two; for few rows, on a GPU as CUDA graphs.
-                    Refuses prefix_cache(), open positions and rules that rewrite. A near-tie may give another token
-    confidence_radius  record for each token how far the confidence of masked positions within so many places changed
-                    (`Rollout.confidence_change`), for `elbo(informed_masking=...)`; None: not recorded. Needs
-                    rank=confidence or max_prob; refuses compile_step and rules that rewrite
-    on_step         called with the current rollout after every step
+    Args:
+        max_new_tokens: Masked positions appended to each prompt; may be 0 where every prompt has open positions.
+        diffusion_steps: Steps of the whole completion, split equally over blocks; None: one per position. Adaptive
+            commit rules ignore diffusion_steps.
+        block_size: Positions open at once; None: all, or a block-causal policy's own. The last block may be shorter,
+            and so may a block-causal policy's first: its blocks count from the prompt's start.
+        temperature: Of the categorical distribution; 0 takes the likeliest token.
+        top_k: Only the k likeliest tokens are sampled; None: all.
+        top_p: Only the smallest set of likeliest tokens with this probability is sampled; None: all.
+        rank: Which positions come first, on untempered fp32 log-probabilities, see `rules`.
+        commit: How many positions a step writes, see `rules`; those of `revise` also record events.
+        suppress: Token ids that are never sampled; the mask token never is.
+        cache: See `cache`; None recomputes every position in every step.
+        approximate_early_exit: Full attention only: a row ends with the block of its end token. Masks after the end
+            token stay in the input, never sampled; the recorded log-probs stay exact. Block-causal rows always end so.
+        compile_step: Run each step as one compiled graph, with a cache as two; for few rows, on a GPU as CUDA graphs.
+            Refuses prefix_cache(), open positions and rules that rewrite. A near-tie may give another token.
+        confidence_radius: Record for each token how far the confidence of masked positions within so many places
+            changed (`Rollout.confidence_change`), for `elbo(informed_masking=...)`; None: not recorded. Needs
+            rank=confidence or max_prob; refuses compile_step and rules that rewrite.
+        on_step: Called with the current rollout after every step.
 
     Infilling (full attention only): a row's completion is its open positions, then the appended ones; blocks count
     these alone. Rows may differ in their open positions.

@@ -3,7 +3,8 @@
 Every step runs all rows and a whole block. Positions that it does not choose keep what they hold. The host reads
 nothing inside a step. Each number of rows, length of completion and 64 columns of width has its own graph. Eager steps
 have shapes of their own (`choose`): uncompiled, this one took 1.14 to 1.41 times their processor time on a CPU, because
-the head then runs at written positions too."""
+the head then runs at written positions too.
+"""
 
 import functools
 from collections.abc import Callable
@@ -73,7 +74,8 @@ class WholeSteps:
 
     def take(self) -> Int[Tensor, " C"] | None:
         """Advance the open rows; returns the rows whose block is now complete, None when every block was. Raises
-        ValueError where the commit rule leaves a block's last step empty."""
+        ValueError where the commit rule leaves a block's last step empty.
+        """
         rows, blocks = where = self.queue.next_rows()
         if not len(rows):
             return None

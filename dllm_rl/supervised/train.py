@@ -47,7 +47,8 @@ def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: A
     """Fine-tune a model on rows, as SFT's fields say; returns its summary, with the trained `policy` as an attribute.
     Example: `sft("GSAI-ML/LLaDA-8B-Base", rows, max_length=512, completion_length=256, lora=lora_r16,
     dtype="bfloat16", learning_rate=1e-5, micro_batch_size=2, gradient_checkpointing=True)`: the default learning rate,
-    5e-4, is of small models."""
+    5e-4, is of small models.
+    """
     name = Path(model).name.lower() if isinstance(model, str) else "sft"
     return fine_tune(SFT(**{"name": name, "model": model, "dataset": dataset} | settings))
 

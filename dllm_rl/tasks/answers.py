@@ -105,7 +105,8 @@ def _pattern(pattern: re.Pattern[str], which: int, text: str) -> str | None:
 
 def d1_box(text: str) -> str | None:
     """The last \\boxed, or without one \\fbox, as d1 reads it; None when it is not closed, all of a text with neither.
-    "\\boxed " with a space runs to the next dollar sign; else only "\\boxed{" and "}" are removed."""
+    "\\boxed " with a space runs to the next dollar sign; else only "\\boxed{" and "}" are removed.
+    """
     if "\\boxed " in text:
         return text.rpartition("\\boxed ")[2].partition("$")[0]
     start = text.rfind("\\boxed") if "\\boxed" in text else text.rfind("\\fbox")
@@ -142,7 +143,8 @@ def last_number(text: str) -> float | None:
 
 def printed(text: str) -> str:
     """The text in plain characters: printed minus signs, wide and LaTeX spaces, full-width digits, and separators of
-    thousands as in 1{,}000 and 1 000. Other blanks between digits stay: 3 4 is not 34."""
+    thousands as in 1{,}000 and 1 000. Other blanks between digits stay: 3 4 is not 34.
+    """
     text = _LATEX_SPACE.sub(" ", text.translate(_PRINTED).replace("\\!", "")).replace("{,}", ",")
     return _SPACED_THOUSANDS.sub(lambda group: group[1].replace(" ", ""), text)
 

@@ -36,9 +36,10 @@ class Reward:
 class Cost:
     """What a completion cost its sampler. A grader that has one of SPEED as a parameter is given it.
 
-    forwards  the model's calls that the completion's own row took part in, up to its last writing: how many it needed.
-              Rows of a batch that take longer do not count, nor does what a cache runs beside the steps
-    tokens    what was written, up to the end token
+    Args:
+        forwards: The model's calls that the completion's own row took part in, up to its last writing: how many it
+            needed. Rows of a batch that take longer do not count, nor does what a cache runs beside the steps.
+        tokens: What was written, up to the end token.
     """
 
     forwards: int
@@ -61,7 +62,8 @@ def asked(function: Callable) -> list[str]:
 class Task(Protocol):
     """A sized, indexable collection of problems with a grader. `version` changes whenever a grade may change.
     Optional: rewards(problems, completions) grades many like `reward`; reward_weights: breakdown name -> weight. Both
-    may ask for SPEED: reward(problem, completion, forwards), rewards(problems, completions, forwards) for a list."""
+    may ask for SPEED: reward(problem, completion, forwards), rewards(problems, completions, forwards) for a list.
+    """
 
     @property
     def name(self) -> str: ...
@@ -120,7 +122,8 @@ def grade(
 ) -> list[Reward]:
     """Grade completions, G consecutive ones per problem, all at once where the task can; `timeout` as for `deadline`.
     `costs` are for graders that ask for SPEED; None: not known. RuntimeError when the grader raises or exits;
-    ValueError for no `Reward`, or a number that is not finite in fp32."""
+    ValueError for no `Reward`, or a number that is not finite in fp32.
+    """
     group = len(completions) // len(problems)
     grading = _Grading(task, [problems[i // group] for i in range(len(completions))], completions, costs or (), timeout)
     with nullcontext(lambda: None) if timeout is None else deadline(timeout, grading.late) as restart:
@@ -159,7 +162,8 @@ class _Grading:
 
     def together(self) -> tuple[list[Reward] | None, BaseException | None]:
         """Rewards, or the error: a second error, one by one, would otherwise be shown under the first. Neither where
-        the task grades one by one."""
+        the task grades one by one.
+        """
         rewards: Callable[..., Sequence[Reward]] | None = getattr(self.task, "rewards", None)
         if rewards is None:
             return None, None

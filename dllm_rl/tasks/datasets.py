@@ -64,7 +64,8 @@ class DatasetTask:
     ) -> list[Reward]:
         """Grades by one call per function; a value is the sum of weight * number over functions that gave a number.
         ValueError when a function returns too few or a number that is not finite, or all return None; and when it asks
-        for SPEED, and none is given."""
+        for SPEED, and none is given.
+        """
         told: list[Any] = []
         for problem, text in zip(problems, completions, strict=True):
             told.append(text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": text}])
@@ -105,11 +106,13 @@ def task_from_dataset(
 ) -> DatasetTask:
     """A task from a `datasets.Dataset`, or any sequence of rows, with a `prompt` column of text or chat messages.
 
-    reward_funcs  TRL-style functions; the other columns are keyword lists. With chat prompts a completion is a chat
-                  of one message, as in TRL. A function with a parameter `forwards` or `tokens_per_forward` gets a list
-                  of these, too (`tasks.base.Cost`).
-    weights       one per function; 1 by default.
-    version       change it when a function changes, so that stored results are not mixed up.
+    Args:
+        reward_funcs: TRL-style functions; the other columns are keyword lists. With chat prompts a completion is a chat
+            of one message, as in TRL. A function with a parameter `forwards` or `tokens_per_forward` gets a list of
+            these, too (`tasks.base.Cost`).
+        weights: One per function; 1 by default.
+        version: Change it when a function changes, so that stored results are not mixed up.
+
     A `completion` column, text or chat, becomes the solution for supervised warm-up.
     """
     functions = _functions(reward_funcs)
@@ -261,7 +264,8 @@ def hold_out(rows: Any, eval_split: float | None = None) -> tuple[Any, Any]:
 
 def training_and_held_out(rows: Any, eval_dataset: Any, eval_split: float | None) -> tuple[Any, Any]:
     """The rows to train on and the held-out ones: `eval_dataset`, or without it as `hold_out` splits. Errors:
-    ValueError where both are given."""
+    ValueError where both are given.
+    """
     if eval_dataset is None:
         return hold_out(rows, eval_split)
     if eval_split is not None:

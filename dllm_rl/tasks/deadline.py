@@ -17,7 +17,8 @@ EVERY = 1.0  # seconds after which a restart arms the last resort again
 @contextmanager
 def deadline(seconds: float, describe: Callable[[], str]) -> Iterator[Callable[[], None]]:
     """Yields restart(), called before each piece of work. A piece longer than `seconds` ends the process by status 124,
-    after `describe()` and the stacks of all threads on standard error, without clean-up."""
+    after `describe()` and the stacks of all threads on standard error, without clean-up.
+    """
     began = time.monotonic()
     armed = -math.inf
     done = threading.Event()

@@ -14,7 +14,8 @@ _MESSAGE = {"role": str, "content": str}
 @lru_cache(maxsize=64)
 def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
     """A text with a line break or a placeholder, else a file's; ValueError without the file or one of `needs`, where
-    "a|b" asks for a or b."""
+    "a|b" asks for a or b.
+    """
     asked = [[f"{{{name}}}" for name in each.split("|")] for each in needs]
     if isinstance(template, str) and ("\n" in template or any(name in template for names in asked for name in names)):
         loaded: Prompt = template
@@ -65,7 +66,8 @@ class Prompted:
 
     def worded(self, blanks: str = "", **values: str) -> Prompt:
         """The template with each given `{name}` replaced, then an answer block of the `blanks` to fill in; with `chat`,
-        a plain text becomes one user message."""
+        a plain text becomes one user message.
+        """
         block = blanks and f"<answer>\n{blanks}\n</answer>"
         template = self._template()  # nothing is replaced inside a value; other braces stay, such as \boxed{}
         if isinstance(template, str) and not self.chat:

@@ -135,12 +135,17 @@ def read_fields(row: Fields, protocol: str) -> dict[str, Any]:
 class ReasoningGym(Prompted):
     """A reasoning-gym generator with our strict graders; problem i depends on seed, split, i and the settings only.
 
-    generator, size, seed  of the problems; "course_schedule" asks for an order of the courses.
-    settings       of the generator, such as its difficulty, as JSON: '{"num_people": 3}'.
-    split          train, validation and test share no solution grid (Sudoku), set of numbers (Countdown, puzzle24),
-                   graph or question: 70, 10 and 20 in 100, by a hash.
-    infill         the prompt ends in the answer with a blank per empty cell or color: both Sudokus and graph_color.
-    prompt_format, chat, opening  as in `Sudoku`, without "compact"; a template has {question}.
+    Args:
+        generator: Of the problems; "course_schedule" asks for an order of the courses.
+        size: Of the problems; "course_schedule" asks for an order of the courses.
+        seed: Of the problems; "course_schedule" asks for an order of the courses.
+        settings: Of the generator, such as its difficulty, as JSON: '{"num_people": 3}'.
+        split: Train, validation and test share no solution grid (Sudoku), set of numbers (Countdown, puzzle24), graph
+            or question: 70, 10 and 20 in 100, by a hash.
+        infill: The prompt ends in the answer with a blank per empty cell or color: both Sudokus and graph_color.
+        prompt_format: As in `Sudoku`, without "compact"; a template has {question}.
+        chat: As in `Sudoku`, without "compact"; a template has {question}.
+        opening: As in `Sudoku`, without "compact"; a template has {question}.
     """
 
     name: ClassVar[str] = "reasoning_gym"

@@ -24,9 +24,10 @@ def check_engine(
     token, or (block-causal) with the block of that token. A row's seed alone makes its chance. After `sync` all that
     holds for the new weights. Nothing else changes.
 
-    prompts  with a group_size of at least 2; their seeds are replaced
-    sampler  the recipe's, at a temperature other than 0 and 1: at these a log-prob's temperature does not show
-    bound    what formats and kernels of the engine may make; log-probs of other weights must exceed twice of it
+    Args:
+        prompts: With a group_size of at least 2; their seeds are replaced.
+        sampler: The recipe's, at a temperature other than 0 and 1: at these a log-prob's temperature does not show.
+        bound: What formats and kernels of the engine may make; log-probs of other weights must exceed twice of it.
     """
     learner = copied(policy)
     learner.module.requires_grad_(False)

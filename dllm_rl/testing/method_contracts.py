@@ -20,7 +20,8 @@ def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
     Where every log-ratio is exactly 0 it is `no_correction` bit for bit. Weights are finite, >= 0 and without gradient;
     the loss mask is inside the mask, and drops ratios that are not finite; metrics are finite floats. Inputs are left
     alone. Row order, padding and micro-batches do not matter. One row, a row without tokens, and a batch without tokens
-    are defined."""
+    are defined.
+    """
     generator = torch.Generator().manual_seed(seed)
     for rows, length in ((6, 5), (1, 3)):  # a statistic over one row divides by nothing
         mask = torch.rand(rows, length, generator=generator) < 0.8
@@ -197,7 +198,8 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     The same seed gives a row the same masks, whatever its neighbours and padding; inputs and the global generator are
     left alone. It masks and scores real tokens only, and (unless causal) scores only masked tokens. Contributions are
     finite, zero off the completion, the same twice, in micro-batches, padded or reordered. Gradients reach only what a
-    view scores. `policy` made the rollout, of at least two prompts with completions of at least two tokens."""
+    view scores. `policy` made the rollout, of at least two prompts with completions of at least two tokens.
+    """
 
     def draw(rows: Rollout) -> Views:
         return estimator.draw_views(rows, torch.Generator().manual_seed(seed))

@@ -25,9 +25,10 @@ def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: i
     outcome (tokens, and which step wrote them) with its probability, the exponential of `trajectory()`. What the
     sampler records must be the same number.
 
-    policy   None: a tiny one, whose first two characters are the words
-    rows     rollouts; more see smaller deviations
-    options  of `unmask`; by default two steps at temperature 1
+    Args:
+        policy: None: a tiny one, whose first two characters are the words.
+        rows: Rollouts; more see smaller deviations.
+        options: Of `unmask`; by default two steps at temperature 1.
     """
     prompt = 3
     if policy is None:

@@ -30,7 +30,8 @@ def check_policy(policy: Any, *, seed: int = 0) -> None:
     blocks have linear layers, whose quantised copy follows the weights. Fresh adapters change nothing, are all that is
     trained, and are left out of the reference. `aligned_forward` computes what the quantised copy does.
     The policy is left as it is: its module is copied. A policy with adapters gets no further ones. Sums in another
-    order may differ by 1e-4 of the largest logit (0.05 in 16 bits)."""
+    order may differ by 1e-4 of the largest logit (0.05 in 16 bits).
+    """
     missing = [name for name in ASKED.split() if not hasattr(policy, name)]
     assert not missing, f"a policy has {', '.join(missing)}: see dllm_rl.models.base.Policy"
     try:

@@ -17,13 +17,14 @@ from dllm_rl.types import Prompts, Rollout
 class Shares:
     """What `weighted_shares` found.
 
-    record       largest gap between the sampler's record and the learner's log-prob of a completion, nats: 1e-5 at most
-    mean_ratio   mean of p_other / p_policy over the policy's rollouts: 1
-    ratio_error  its standard error: a mean further than three of these from 1 is a failure
-    spread       standard deviation of the ratios: 0.2 to 1, or the check sees little
-    off          how far a completion's share among the weighted rollouts is from its share among the other policy's
-                 own, at most, in standard errors: above 4 is a failure
-    writings     tokens written per completion, rewritten ones among them; 0 for a sampler that records no events
+    Args:
+        record: Largest gap between the sampler's record and the learner's log-prob of a completion, nats: 1e-5 at most.
+        mean_ratio: Mean of p_other / p_policy over the policy's rollouts: 1.
+        ratio_error: Its standard error: a mean further than three of these from 1 is a failure.
+        spread: Standard deviation of the ratios: 0.2 to 1, or the check sees little.
+        off: How far a completion's share among the weighted rollouts is from its share among the other policy's own, at
+            most, in standard errors: above 4 is a failure.
+        writings: Tokens written per completion, rewritten ones among them; 0 for a sampler that records no events.
     """
 
     record: float
@@ -48,11 +49,12 @@ def weighted_shares(
     give the completions the shares that they have among the other's. It does so if the likelihood is the probability
     of all that the sampler decided by the weights: tokens, and which positions when.
 
-    policy      tiny, so that few completions are possible: a hundred at most for 2000 rows
-    sampler     as a recipe has it, at temperature 1; it suppresses all tokens but a few
-    prompt      token ids
-    likelihood  None: `trajectory()`
-    factor      on the weights of the second policy; further from 1 the ratios spread more
+    Args:
+        policy: Tiny, so that few completions are possible: a hundred at most for 2000 rows.
+        sampler: As a recipe has it, at temperature 1; it suppresses all tokens but a few.
+        prompt: Token ids.
+        likelihood: None: `trajectory()`.
+        factor: On the weights of the second policy; further from 1 the ratios spread more.
     """
     likelihood = likelihood or trajectory()
     other = copied(policy)

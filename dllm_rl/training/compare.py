@@ -17,7 +17,8 @@ def compare_sides(
     policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views
 ) -> tuple[Metrics, Int[Tensor, "M X"] | None]:
     """This process's `routing_counts`, and `order_agreement`: how many of the first step's committed positions the
-    learner would commit too, in one row per prompt."""
+    learner would commit too, in one row per prompt.
+    """
     if rollout_policy is policy:
         return {}, None
     with join_uneven_forwards(policy):  # both run the learner, which may be sharded

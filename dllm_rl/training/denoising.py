@@ -32,11 +32,12 @@ class Noise(NamedTuple):
     """What is random in the lessons of B examples; C is the canvas's length. All but `level` are uniforms in [0, 1).
     The first three are what `warmup.draw_levels` draws.
 
-    level    probability with which a token of the canvas is replaced
-    hit      a place is replaced where this is below the level
-    token    which token replaces it
-    canvas   which of the answer's canvases is predicted
-    passes   self-conditioned where this is below CONDITIONED
+    Args:
+        level: Probability with which a token of the canvas is replaced.
+        hit: A place is replaced where this is below the level.
+        token: Which token replaces it.
+        canvas: Which of the answer's canvases is predicted.
+        passes: Self-conditioned where this is below CONDITIONED.
     """
 
     level: Float[Tensor, " B"]
@@ -50,8 +51,9 @@ class Noise(NamedTuple):
 class Lesson:
     """An example: what the encoder reads (S,), the canvas behind it as it should be and as the decoder sees it (C,).
 
-    real         how many tokens of the target are the answer's; end tokens fill the others, and count for the decoder
-    conditioned  whether the decoder sees the logits of a first pass
+    Args:
+        real: How many tokens of the target are the answer's; end tokens fill the others, and count for the decoder.
+        conditioned: Whether the decoder sees the logits of a first pass.
     """
 
     context: Int[Tensor, " S"]

@@ -42,7 +42,8 @@ from dllm_rl.types import Rollout
 
 def teacher_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy | None:
     """The recipe's teacher, frozen; None without one, or where the teacher is the run's reference. Raises ValueError if
-    it cannot score what this student writes."""
+    it cannot score what this student writes.
+    """
     if recipe.teacher in (None, REFERENCE):
         return None
     changes: dict[str, Any] = {"model": recipe.teacher, "base_quantization": None}
@@ -91,8 +92,9 @@ def teach(run: Run[Recipe], samples: Samples, step: int) -> tuple[Samples, dict[
 
 
 def log_ratio(recipe: Recipe, teacher: Policy, rollout: Rollout, seeds: Int[Tensor, " p"]) -> Float[Tensor, " B"]:
-    """log q(y) - log p_T(y) of each row, nats, fp64; `seeds`: of each prompt's order. Raises ValueError on a rollout
-    whose steps cannot be parted."""
+    """Log q(y) - log p_T(y) of each row, nats, fp64; `seeds`: of each prompt's order. Raises ValueError on a rollout
+    whose steps cannot be parted.
+    """
     check_rollout(recipe, teacher, rollout)
     likelihood = causal() if teacher.spec.attention == "causal" else trajectory()
     unused = torch.Generator()  # neither estimate draws
@@ -106,7 +108,8 @@ def log_ratio(recipe: Recipe, teacher: Policy, rollout: Rollout, seeds: Int[Tens
 
 def finer(rollout: Rollout, seeds: Int[Tensor, " p"], *, num_parts: int) -> Rollout:
     """The rollout as if each of its steps had been `num_parts` steps of equal size, or one for each position where it
-    has fewer. Their order is drawn from the prompt's seed, the same for all of its completions."""
+    has fewer. Their order is drawn from the prompt's seed, the same for all of its completions.
+    """
     step = rollout.unmask_step
     place = position_ids(rollout.attention_mask)  # padding changes nothing
     rows = seeds.repeat_interleave(rollout.group_size)[:, None].expand_as(step).flatten()

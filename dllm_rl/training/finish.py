@@ -73,7 +73,8 @@ def finish(run: Run[Recipe]) -> Summary:
 
 def conclude(run: Run[Settings], measured: dict[str, Any], *, result: str, advice: str) -> Summary:
     """Write summary.json with `measured`, and the picture; print `result` and `advice`. With async_save, call
-    `settle` first."""
+    `settle` first.
+    """
     run.log.close()
     recipe = run.recipe
     directory = Path(recipe.directory)

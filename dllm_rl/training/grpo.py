@@ -79,20 +79,25 @@ def grpo_recipe(
 ) -> Recipe:
     """The recipe of `grpo`, with the sampler and the likelihood that the model's attention needs.
 
-    model           a checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one and
-                    may take the seed.
-    train_dataset   rows with a `prompt` (text or chat messages); the other columns go to the reward functions.
-    reward_funcs    f(prompts=, completions=, **columns) -> numbers or None, sync or async; logged as rewards/NAME/mean.
-    processing_class  the tokenizer of a transformers model; training copies the model.
-    eval_dataset    held-out rows; None: the last ones of `train_dataset`.
-    eval_split      how many these are: a share below 1, or a number; None: a tenth, at most 256 rows.
-    reward_weights  one per function, 1 by default; advantages=decoupled normalises each reward before weighing it.
+    Args:
+        model: A checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one and may
+            take the seed.
+        train_dataset: Rows with a `prompt` (text or chat messages); the other columns go to the reward functions.
+        reward_funcs: F(prompts=, completions=, **columns) -> numbers or None, sync or async; logged as
+            rewards/NAME/mean.
+        processing_class: The tokenizer of a transformers model; training copies the model.
+        eval_dataset: Held-out rows; None: the last ones of `train_dataset`.
+        eval_split: How many these are: a share below 1, or a number; None: a tenth, at most 256 rows.
+        reward_weights: One per function, 1 by default; advantages=decoupled normalises each reward before weighing it.
+
     sampler_options keywords of `unmask`, `autoregress` or `renoise`: diffusion_steps (of unmasking; default one per
                     token), top_p ... A max_new_tokens or temperature in them replaces the argument of that name.
-    max_rows        rows to read of a data set without a length, as a streamed one.
-    preset          settings that stand where nothing is given: "d1", "large" ... (`dllm_rl.presets`); None: by the
-                    model's size, from a billion parameters on; "none": the defaults.
-    settings        fields of Recipe: num_steps (RL steps), learning_rate, lora, rollout_quantization, corrector ...
+
+    Args:
+        max_rows: Rows to read of a data set without a length, as a streamed one.
+        preset: Settings that stand where nothing is given: "d1", "large" ... (`dllm_rl.presets`); None: by the model's
+            size, from a billion parameters on; "none": the defaults.
+        settings: Fields of Recipe: num_steps (RL steps), learning_rate, lora, rollout_quantization, corrector ...
 
     TRL's names are taken where they mean the same (docs/trl.md). A sampler that takes at most 3 steps is scored
     exactly, and so is the commit rule `soft_threshold`; one that takes more, in a segment for every four steps, 2 to 8.

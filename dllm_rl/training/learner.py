@@ -98,7 +98,8 @@ def make_batches(run: StepContext[Recipe], scored: Scored) -> tuple[list[Batch],
 
 def rollout_side(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Literal["recorded", "scored", "learner"]:
     """The rollout's log-probs: the sampler's record if the estimator is exact for it, else the rollout policy's own, or
-    without a copy the learner's."""
+    without a copy the learner's.
+    """
     if recipe.likelihood.exact_for_sampler:
         return "recorded"
     return "learner" if rollout_policy is policy else "scored"
@@ -114,7 +115,8 @@ def score(
 ) -> Logprobs:
     """The rollout's log-probs under every policy, same masks. `rollout_logps`: those of the rollout's side, nats, where
     the weights that sampled are gone. `keep`: rows with graphs, where `keeps_graphs` allows them. Raises RuntimeError
-    if zero_mismatch does not hold."""
+    if zero_mismatch does not hold.
+    """
     recipe, policy, rollout_policy, likelihood = run.recipe, run.policy, run.rollout_policy, run.recipe.likelihood
     side = rollout_side(recipe, policy, rollout_policy)
     size = recipe.micro_batch_size
@@ -151,7 +153,8 @@ def score(
 @torch.no_grad()
 def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_size: int | None) -> Float[Tensor, "B T"]:
     """Entropy in nats of the learner's distribution at each scored token, the mean over the views that score it: one
-    more forward per view, for correctors that ask for it."""
+    more forward per view, for correctors that ask for it.
+    """
 
     def entropy(hidden: Tensor) -> tuple[Tensor]:
         logps = process(policy.head(hidden), rollout.sampling_params).log_softmax(-1)
@@ -223,7 +226,8 @@ class Rows:
 
 def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> Rows:
     """The rows of all processes, with one set of masks' log-probs, on the host: the step's only transfer of them. A
-    collective: every process must call it."""
+    collective: every process must call it.
+    """
     rollout = samples.rollout
     mask = logps.views.scored(rollout.completion_mask)
     apart = torch.where(mask, logps.old_logprobs - logps.rollout_logprobs, 0)
@@ -255,7 +259,8 @@ def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> 
 
 def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dict[str, float]]:
     """The corrector's weights and loss mask of the learned rows, and metrics of these rows, its `rollout_corr/*` as
-    `trained/*`."""
+    `trained/*`.
+    """
     stats = rows.stats.among(rows.stats.mask)
     weights = corrector.weight_fn(stats)
     metrics = weights.metrics
@@ -414,7 +419,8 @@ def accumulate_gradients(
 ) -> Metrics:
     """Add this process's share of the loss gradient to the parameters; returns (sum, count) metrics.
 
-    The loss and its derivative use `scores`. A forward that runs again only carries the gradient back."""
+    The loss and its derivative use `scores`. A forward that runs again only carries the gradient back.
+    """
     leaves = scores.detach().requires_grad_()  # df/ds_n stops here
     logps = likelihood.combine(leaves, batch.views)
     _, metrics, gradient = loss(logps.detach(), batch)

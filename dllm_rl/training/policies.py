@@ -82,7 +82,8 @@ def build_policy(recipe: Settings, device: torch.device) -> Policy:
 
 def called(model: Callable[..., Policy], seed: int, *, dry_run: bool = False) -> Policy:
     """The policy that a recipe's function makes. The function is given the seed if it takes one. If it takes `dry_run`,
-    as one that also trains its policy should, it is told whether only the shapes of the weights count."""
+    as one that also trains its policy should, it is told whether only the shapes of the weights count.
+    """
     accepted = inspect.signature(model).parameters
     return model(**{name: value for name, value in (("seed", seed), ("dry_run", dry_run)) if name in accepted})
 
@@ -117,7 +118,8 @@ def opened(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.dev
 
 def freeze(recipe: Settings, policy: Policy, names: list[str]) -> None:
     """Freeze the weights of these names alone, as the run did that is resumed. Raises ValueError where the recipe's
-    policy has others frozen: the optimizer's state would not fit."""
+    policy has others frozen: the optimizer's state would not fit.
+    """
     if isinstance(recipe.model, Policy) and (odd := set(frozen_of(recipe.model.module)) ^ set(names)):
         name = min(odd)
         raise ValueError(

@@ -80,7 +80,8 @@ def history_files(history: RewardHistory | None, step: int) -> dict[str, bytes]:
 
 def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
     """The problems at `indices`, and how many were replaced: a prompt longer than max_prompt_length is replaced by the
-    task's next one that fits. Raises ValueError if none fits."""
+    task's next one that fits. Raises ValueError if none fits.
+    """
     task = recipe.task
     most = recipe.max_prompt_length
     if most is None:
@@ -107,7 +108,8 @@ def check_tasks(recipe: Recipe) -> None:
 
 def check_prompts(recipe: Recipe, policy: Policy) -> int:
     """Check the prompts of all three tasks, at most 5000 and 10 s each. Returns the index of the training task's
-    longest; 0 if none was looked at. Raises ValueError if a prompt and its completion exceed the model's positions."""
+    longest; 0 if none was looked at. Raises ValueError if a prompt and its completion exceed the model's positions.
+    """
     limit = policy.spec.max_length
     trained = getattr(recipe.sampler, "keywords", {}).get("max_new_tokens")
     evaluated = getattr(recipe.eval_sampler, "keywords", {}).get("max_new_tokens")

@@ -173,7 +173,8 @@ def sample_and_grade(
 
 def compute_advantages(recipe: Recipe, rewards: Float[Tensor, "P G"], parts: dict[str, Tensor]) -> Float[Tensor, "P G"]:
     """The recipe's advantages: by default (R - mean) / (std + 1e-4). Raises ValueError, naming the function, if they
-    are of another shape, or not finite."""
+    are of another shape, or not finite.
+    """
     advantages = recipe.advantages(rewards, **parts)
     shape = tuple(getattr(advantages, "shape", ()))
     if shape != tuple(rewards.shape) or not advantages.isfinite().all():

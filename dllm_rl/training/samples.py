@@ -12,9 +12,10 @@ from dllm_rl.types import Logprobs, Rollout
 class Samples:
     """The rollout holds this process's rows; what is said by group is of all processes, theirs in order of rank.
 
-    metric_weights    of a group in the mismatch metrics: its inverse sampling fraction, 0 where it is not scored
-    rollout_logprobs  of late rollouts, where the estimate does not replay the sampler: the estimate by the weights that
-                      sampled, nats, under each set of the step's masks (`selection.views_of_step`)
+    Args:
+        metric_weights: Of a group in the mismatch metrics: its inverse sampling fraction, 0 where it is not scored.
+        rollout_logprobs: Of late rollouts, where the estimate does not replay the sampler: the estimate by the weights
+            that sampled, nats, under each set of the step's masks (`selection.views_of_step`).
     """
 
     rollout: Rollout
@@ -34,7 +35,8 @@ class Samples:
 @dataclass(frozen=True)
 class Step:
     """What a step learned from, and its metrics. After load balancing, some rows come from other processes. With
-    several sets of masks, `logps` and all metrics but the update's are of the first set."""
+    several sets of masks, `logps` and all metrics but the update's are of the first set.
+    """
 
     samples: Samples
     logps: Logprobs

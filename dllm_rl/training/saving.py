@@ -75,7 +75,8 @@ def write_checkpoint(run: Run[Settings]) -> Path | None:
 
 def can_be_saved(run: Run[Settings]) -> bool:
     """Whether this process alone can save the last complete step: its weights and moments are still that step's, this
-    process holds them whole, and the folder is its run's."""
+    process holds them whole, and the folder is its run's.
+    """
     # An update raises the version before it changes the first weight; the run's state follows at the step's end.
     unchanged = run.policy.weights_version == run.state.version
     # In an aligned forward the layers run the rollout's weights, and a copy of the module would hold these.
@@ -116,7 +117,8 @@ def save_alone(run: Run[Settings]) -> None:
 
 def save_on_error(run: Run[Settings], kind: Any, error: BaseException | None, traceback: Any) -> None:
     """On an error during a step or after it, save the last complete step and add a note to the error; a resume goes on
-    from there."""
+    from there.
+    """
     recipe = run.recipe
     done = run.state.step
     if not isinstance(error, Exception) or done == recipe.num_steps:  # after the last step there is none to repeat
@@ -219,7 +221,8 @@ def adapters_alone(recipe: Settings) -> bool:
 
 def is_merged(run: Run[Settings], state: TrainingState) -> bool:
     """Whether a checkpoint holds whole weights: all without adapters or with a base that is in no folder, else those
-    that a run may end with."""
+    that a run may end with.
+    """
     recipe = run.recipe
     if not adapters_alone(recipe):
         return True
@@ -262,7 +265,8 @@ def check_folder(run: Run[Settings]) -> None:
 
 def check_lock(run: Run[Settings]) -> None:
     """Lock the run's folder again where someone removed the lock's file. Raises OSError if another run has locked it
-    meanwhile: two runs would write over each other's checkpoints."""
+    meanwhile: two runs would write over each other's checkpoints.
+    """
     directory = Path(run.recipe.directory)
     try:
         if run.accelerator.is_main_process:
@@ -277,7 +281,8 @@ def check_lock(run: Run[Settings]) -> None:
 
 def checkpoint_if_due(run: Run[Settings], step: int, metrics: dict[str, float]) -> None:
     """Save every save_steps, after the last step, the best one, on a callback's request, and on a signal, which ends
-    the process with its status."""
+    the process with its status.
+    """
     recipe = run.recipe
     done = step + 1
     signum = run.stop.agreed(run.accelerator)

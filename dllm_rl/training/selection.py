@@ -42,7 +42,8 @@ def group_weights(learned: Bool[Tensor, " P"], sample: int, generator: Generator
 
 def views_of_step(recipe: Recipe, samples: Samples, number: int, accelerator: Accelerator) -> list[Views]:
     """The sets of masks under which a step's rollout is scored: the first for the metrics and the first update, and
-    where `resample_masks` draws them anew, one for each later update, which scores the groups to learn from alone."""
+    where `resample_masks` draws them anew, one for each later update, which scores the groups to learn from alone.
+    """
     active = active_groups(recipe, samples.advantages).double()
     keys = [(number, iteration) if iteration else (number,) for iteration in range(recipe.num_mask_sets)]
     groups = [active if len(key) > 1 else samples.metric_weights for key in keys]

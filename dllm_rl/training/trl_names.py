@@ -160,7 +160,8 @@ def spelled(name: str, word: Any) -> tuple[str, Callable]:
 
 def batch_sizes(given: dict[str, Any]) -> dict[str, Any]:
     """micro_batch_size (completions) and train_batch_size (prompts) for TRL's BATCH_SIZES; {} without them. Raises
-    ValueError where a forward would cut a group."""
+    ValueError where a forward would cut a group.
+    """
     if not given.keys() & set(BATCH_SIZES):
         return {}
     rows, forwards = given.get(BATCH_SIZES[0]), given.get(BATCH_SIZES[1], 1)

@@ -1,5 +1,6 @@
 """Supervised warm-up: the masked-diffusion loss, the causal one, or that of `training.denoising`, on prompts with a
-known completion."""
+known completion.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -87,7 +88,8 @@ def corrupted(
     policy: Policy, tokens: Int[Tensor, "*K"], noise: Float[Tensor, "*K"], *, share: float
 ) -> Int[Tensor, "*K"]:
     """Each token replaced with probability `share` by another one, uniform over the vocabulary without special tokens.
-    `noise`: uniforms in [0, 1). Raises ValueError for a causal model."""
+    `noise`: uniforms in [0, 1). Raises ValueError for a causal model.
+    """
     if not share:
         return tokens
     if policy.spec.attention == "causal":
@@ -159,7 +161,8 @@ def warmup_step(
     recipe: Recipe, policy: Policy, optimizer: torch.optim.Optimizer, step: int, accelerator: Accelerator
 ) -> float:
     """One step on the problems and masks of its number, which one process would draw too; returns this process's loss.
-    Raises FloatingPointError on a gradient that is not finite, before the weights change."""
+    Raises FloatingPointError on a gradient that is not finite, before the weights change.
+    """
     generator = generator_for(recipe.seed, "warm-up masks", step)
     rows = recipe.sft_warmup_batch_size
     canvas = policy.spec.block_size if policy.spec.attention == "encoder_decoder" else None

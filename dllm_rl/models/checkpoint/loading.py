@@ -143,7 +143,8 @@ def class_and_config(raw: dict, family: FamilySpec) -> tuple[Any, Any]:
 def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
     """The fields of a checkpoint's config.json, with a chosen block size, which is saved with the weights later.
 
-    Raises ValueError without a config.json, saying what the folder is."""
+    Raises ValueError without a config.json, saying what the folder is.
+    """
     path = weights_folder(folder) / "config.json"
     try:
         raw = json.loads(path.read_bytes())
@@ -229,7 +230,8 @@ def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> N
 
 def check_dtypes(dtypes: dict[str, str], own: Collection[str] | None, folder: Path) -> None:
     """Raise ValueError on a weight of a dtype that transformers would cast without a word: integers, flags, complex
-    numbers, 8 bits. own: the parameters' names; other tensors, as the positions of BERT, may be of any. None: all."""
+    numbers, 8 bits. own: the parameters' names; other tensors, as the positions of BERT, may be of any. None: all.
+    """
     for name, dtype in dtypes.items():
         mine = own is None or any(f".{each}".endswith(f".{name}") or name.endswith(f".{each}") for each in own)
         if dtype not in WEIGHTS and mine:
@@ -476,7 +478,7 @@ def save_module(
 def bitsandbytes_config(
     quantization: str, dtype: torch.dtype | str, *, masked: bool
 ) -> transformers.BitsAndBytesConfig:
-    """bitsandbytes' config of a frozen base in 4 ("nf4") or 8 ("int8") bits, without the heads."""
+    """Bitsandbytes' config of a frozen base in 4 ("nf4") or 8 ("int8") bits, without the heads."""
     # transformers skips the output embedding, but not the layers that masked models have before it.
     skip = {"llm_int8_skip_modules": ["cls", "lm_head", "predictions", "head", "decoder"]} if masked else {}
     compute = torch.bfloat16 if dtype == "auto" else dtype

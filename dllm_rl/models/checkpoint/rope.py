@@ -24,7 +24,7 @@ _COMMON = {"rope_type", "rope_theta", "partial_rotary_factor"}
 
 
 def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
-    """transformers' `rope_parameters` of config fields; ValueError on an unsupported kind, field or factor."""
+    """Transformers' `rope_parameters` of config fields; ValueError on an unsupported kind, field or factor."""
     name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"  # of older files
     given = raw.get(name) or {}
     if not isinstance(given, dict):

@@ -86,7 +86,8 @@ def shapes_and_dtypes(directory: Path, files: Sequence[str]) -> tuple[dict[str, 
 
 def write_tensors(state: Mapping[str, Tensor | Later], directory: Path, *, max_shard_size: int) -> None:
     """Write safetensors files of at most max_shard_size bytes (or one tensor), with an index for several files. One
-    file's tensors are made, copied to the host and written at a time."""
+    file's tensors are made, copied to the host and written at a time.
+    """
     shards: list[list[str]] = [[]]
     room = max_shard_size
     for name, tensor in state.items():
@@ -112,7 +113,8 @@ def write_tensors(state: Mapping[str, Tensor | Later], directory: Path, *, max_s
 
 def misfits(state: State, own: State) -> list[str]:
     """Names in only one of the two, or with different shapes, or with weights on one side and other numbers on the
-    other, which a copy would cast."""
+    other, which a copy would cast.
+    """
     fit = [
         name
         for name in state.keys() & own.keys()

@@ -2,7 +2,8 @@
 
 It reads {"tokenizer": the path of a tokenizer.json, or null; "templates": texts; "tokens": the tokenizer's special
 tokens; "limits": {"seconds" of processor time after the imports, "memory": bytes of address space}} as JSON. It ends
-with 0, or with 1 and the reason as the last line of standard error, or by a limit's signal."""
+with 0, or with 1 and the reason as the last line of standard error, or by a limit's signal.
+"""
 
 import json
 import string

@@ -37,7 +37,8 @@ def blocks_of(module: Module, wanted_by: str = "gradient_checkpointing") -> list
 @contextmanager
 def recomputed_blocks(module: Module) -> Iterator[None]:
     """Gradient checkpointing: a forward inside keeps each block's input alone. The backward, inside or later, runs the
-    block again with the same dropout masks, so that gradients are the same bit for bit on deterministic kernels."""
+    block again with the same dropout masks, so that gradients are the same bit for bit on deterministic kernels.
+    """
     # transformers' own switch does nothing in eval mode, in which policies stay, and does not cover every family.
     blocks = blocks_of(module)
     compiled = [vars(block).get("forward") for block in blocks]
@@ -87,7 +88,8 @@ def compile_blocks(policy: Policy) -> None:
 
     Few graphs serve all blocks and shapes, with a cache or without: the first forward has its own, and so have a batch
     or a width of 1. A block that is not one graph raises torch's error; quantised experts run between two graphs.
-    Numbers differ from eager ones by rounding. Differentiated forwards stay eager."""
+    Numbers differ from eager ones by rounding. Differentiated forwards stay eager.
+    """
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # 12 have been seen
     run = torch.compile(_run, dynamic=True, fullgraph=not has_uncompiled(policy.module))
     for index, block in enumerate(blocks_of(policy.module, "torch_compile")):

@@ -1,6 +1,7 @@
 """Length buckets: rows of similar length go through the model together, without their common padding.
 
-They depend on the batch's padding alone, so that sampling and scoring the same rows have the same shapes."""
+They depend on the batch's padding alone, so that sampling and scoring the same rows have the same shapes.
+"""
 
 from dataclasses import dataclass
 
@@ -26,8 +27,10 @@ def length_buckets(
 ) -> list[Bucket]:
     """The buckets, longest rows first, of the least sum of (rows x columns + forwards x FORWARD[device]).
 
-    starts    the first column of each row that is no padding, on the host
-    forwards  model calls per bucket, many with a cache"""
+    Args:
+        starts: The first column of each row that is no padding, on the host.
+        forwards: Model calls per bucket, many with a cache.
+    """
     # Exact, by dynamic programming over the distinct lengths, without attention's quadratic cost.
     distinct, count = starts.unique(return_counts=True)  # rising: the longest rows first
     begins = distinct.tolist()

@@ -1,6 +1,7 @@
 """Logits in fp32 from a model in 16 bits, without an fp32 copy of the head.
 
-bf16 has steps of 0.0625 between 8 and 16: sampler and learner, which differ by noise, would differ by whole steps."""
+bf16 has steps of 0.0625 between 8 and 16: sampler and learner, which differ by noise, would differ by whole steps.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

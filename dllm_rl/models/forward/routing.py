@@ -1,6 +1,7 @@
 """Router replay (R3, arXiv 2510.11370 [paper]): one forward records each token's experts, and another uses them.
 
-Rounding flips an expert where two score alike. Replay fixes the choice; gates use the replaying side's scores."""
+Rounding flips an expert where two score alike. Replay fixes the choice; gates use the replaying side's scores.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial

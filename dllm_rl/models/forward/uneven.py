@@ -13,7 +13,8 @@ def join_uneven_forwards(policy: Any, *, backward: bool = False) -> Iterator[Non
     joins the others' forwards with dummy rows. All processes enter and leave the block together. An unsharded policy is
     left alone.
 
-    backward  True: every forward is followed by its backward. False: no forward needs gradients
+    Args:
+        backward: True: every forward is followed by its backward. False: no forward needs gradients.
     """
     shards = getattr(policy.module, "sharding", None)
     if shards is None:

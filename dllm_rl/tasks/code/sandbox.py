@@ -3,7 +3,8 @@
 There this file is process 1, which runs the tests. Its child, forked before the tests are read, runs the program. The
 tests call the program's function through pipes and get plain data, so that the program sees no test and no token, and
 none of its objects is compared. What remains possible: answers to the calls that are seen, without computing them; a
-fault of the kernel. Each of the two processes may take the memory."""
+fault of the kernel. Each of the two processes may take the memory.
+"""
 
 import ast
 import ctypes
@@ -33,7 +34,8 @@ DENIED = {
 
 def run(prelude: str, code: str, tests: str, entry_point: str, seconds: int = SECONDS) -> tuple[bool, str]:
     """Whether the code defines the function `entry_point` and the tests pass with it, after the prelude; and what was
-    written, or why the program was stopped. Errors: OSError without prlimit."""
+    written, or why the program was stopped. Errors: OSError without prlimit.
+    """
     import resource  # here: Windows lacks it
 
     token = os.urandom(16).hex()

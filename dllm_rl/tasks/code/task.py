@@ -26,7 +26,8 @@ FORBIDDEN = "__import__ breakpoint compile eval exec exit getattr globals input 
 
 def program(fields: Mapping[str, Any], completion: str) -> str:
     """The prelude and the last block that defines the function; without one, the first block that begins with a
-    space, or the first text, goes on."""
+    space, or the first text, goes on.
+    """
     blocks = [re.sub(r"^[\w+-]*\n", "", block) for block in cut(completion, 0, SPECIAL).split("```")]
     for block in reversed(blocks):
         if re.search(rf"^def {re.escape(fields['entry_point'])}\b", block, re.MULTILINE):
@@ -37,7 +38,8 @@ def program(fields: Mapping[str, Any], completion: str) -> str:
 
 def static(fields: Mapping[str, Any], completion: str) -> Reward:
     """The mean of four checks; nothing runs [ours]. The program parses. Its function has the number of arguments asked
-    and returns something. Its names are defined in it. It imports only MODULES, and uses no name of FORBIDDEN."""
+    and returns something. Its names are defined in it. It imports only MODULES, and uses no name of FORBIDDEN.
+    """
     code = program(fields, completion)
     checks = dict.fromkeys(("parses", "signature", "names", "allowed"), 0.0)
     try:
@@ -121,9 +123,11 @@ class Code(Questions):
 
     path         a file of rows with `prompt`, `entry_point`, `canonical_solution`, `test` (HumanEval's), or with `text`
                  or `prompt`, `code`, `test_list` (MBPP's; the prompt shows the tests). None: HumanEval by `datasets`.
-    split        as for MATH500; prompt_format (with {question}), size, chat and opening, too.
-    reward_rule  "static": the share of checks that the text passes; nothing runs. "sandbox": 1 when the tests pass, run
-                 in a sandbox: Linux only. Tests give the function plain data, and compare plain data.
+
+    Args:
+        split: As for MATH500; prompt_format (with {question}), size, chat and opening, too.
+        reward_rule: "static": the share of checks that the text passes; nothing runs. "sandbox": 1 when the tests pass,
+            run in a sandbox: Linux only. Tests give the function plain data, and compare plain data.
     """
 
     name: ClassVar[str] = "code"

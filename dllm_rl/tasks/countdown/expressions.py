@@ -157,7 +157,7 @@ def _number(token: str) -> Number:
 
 
 def apply(operator: str, left: Fraction, right: Fraction) -> Fraction:
-    """left operator right. Errors: ZeroDivisionError; OutOfBounds beyond LARGEST."""
+    """Left operator right. Errors: ZeroDivisionError; OutOfBounds beyond LARGEST."""
     value = OPERATORS[operator](left, right)
     if max(abs(value.numerator), value.denominator) > LARGEST:
         raise OutOfBounds

@@ -18,7 +18,8 @@ _EQUALS = re.compile(r"[0-9+\-*/() ]=[0-9. ]")
 
 def countdown_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     """The rules of the game: one expression, each number exactly once, exactly the target [ours].
-    The expression is the whole strict answer (see `final_answer`), else the whole completion; no "= 24" may follow."""
+    The expression is the whole strict answer (see `final_answer`), else the whole completion; no "= 24" may follow.
+    """
     answer = final_answer(completion)
     found = evaluate(_operators(completion if answer is None else answer))  # printed and LaTeX signs count
     if found is None:
@@ -47,7 +48,8 @@ def countdown_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
 
 def countdown_dream(fields: Mapping[str, Any], completion: str) -> Reward:
     """Dream's evaluation of cd3, cd4 and cd5 [code]: the first line is steps such as 86+28=114,114-18=96. Each is right
-    by Python, takes given numbers or results, which are then used up, and the last result is the target."""
+    by Python, takes given numbers or results, which are then used up, and the last result is the target.
+    """
     left_over = Counter(map(str, fields["numbers"]))
     result = ""
     for step in completion.partition("\n")[0].split(","):

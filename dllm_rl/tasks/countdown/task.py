@@ -41,24 +41,26 @@ _BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "": 3}
 class Countdown(Prompted):
     """Countdown problems; problem i is a pure function of (seed, split, i) and the settings.
 
-    split          train, validation and test share no set of numbers: 70, 10 and 20 in 100, by a hash.
-    count          how many numbers, 3 to 6, or an inclusive range.
-    max_number     numbers are drawn from 1 to this.
-    max_target     targets lie between 1 and this.
-    operators      the operators that a solution may need; every problem has a solution.
-    difficulty     "sums": + and - suffice. "products": they do not. "any".
-    size           number of problems; fewer when a file has fewer.
-    seed           of the problems.
-    path           a JSONL file of problems instead: {"input": "30,100,93", "output": "23"} (d1's), {"input":
-                   "30,7,37", "output": "30+7=37"} (Dream's, with the target last), or numbers and target.
-    prompt_format  "compact": " 3,25, 7> 82=", answered by an expression padded with spaces to `width` characters.
-                   "text": an instruction, answered between <answer> tags. Else a template with {numbers} and
-                   {target}, or the path of its file.
-    chat           "text" and templates: one user message (True) or plain text (False).
-    opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
-    reward_rule    "own": solved_weight * accuracy + numbers_weight * numbers_used, read strictly [ours]; "d1": 0, 0.1
-                   or 1 [paper].
-    solved_weight, numbers_weight  of the two parts of the value "own".
+    Args:
+        split: Train, validation and test share no set of numbers: 70, 10 and 20 in 100, by a hash.
+        count: How many numbers, 3 to 6, or an inclusive range.
+        max_number: Numbers are drawn from 1 to this.
+        max_target: Targets lie between 1 and this.
+        operators: The operators that a solution may need; every problem has a solution.
+        difficulty: "sums": + and - suffice. "products": they do not. "any".
+        size: Number of problems; fewer when a file has fewer.
+        seed: Of the problems.
+        path: A JSONL file of problems instead: {"input": "30,100,93", "output": "23"} (d1's), {"input": "30,7,37",
+            "output": "30+7=37"} (Dream's, with the target last), or numbers and target.
+        prompt_format: "compact": " 3,25, 7> 82=", answered by an expression padded with spaces to `width` characters.
+            "text": an instruction, answered between <answer> tags. Else a template with {numbers} and {target}, or the
+            path of its file.
+        chat: "text" and templates: one user message (True) or plain text (False).
+        opening: The text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
+        reward_rule: "own": solved_weight * accuracy + numbers_weight * numbers_used, read strictly [ours]; "d1": 0, 0.1
+            or 1 [paper].
+        solved_weight: Of the two parts of the value "own".
+        numbers_weight: Of the two parts of the value "own".
     """
 
     name: ClassVar[str] = "countdown"
@@ -169,7 +171,7 @@ def _random_expression(numbers: tuple[int, ...], operators: str, rng: Random) ->
 
 
 def write(left: Expression, operator: str, right: Expression) -> Expression:
-    """left operator right, with parentheses only where they are needed."""
+    """Left operator right, with parentheses only where they are needed."""
     first, first_operator = left
     second, second_operator = right
     if _BINDS[first_operator] < _BINDS[operator]:

@@ -1,5 +1,6 @@
 """The script that math_verify.py starts, with SECONDS and the file descriptors of lines. A worker forked for each line
-answers each JSON [number, reference, answer] by "NUMBER VERDICT", 1 or 0; a line gets "ready" before the first."""
+answers each JSON [number, reference, answer] by "NUMBER VERDICT", 1 or 0; a line gets "ready" before the first.
+"""
 
 import gc
 import json

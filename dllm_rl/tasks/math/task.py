@@ -74,8 +74,10 @@ class GSM8K(Questions):
     prompt_format  "text": the built-in instruction; else a template with {question}, or the path of its file.
     chat           one user message (True) or plain text (False).
     opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
-    reward_rule    "own": 1 when strictly right [ours]; "d1": up to 4, with terms of format [paper]; "espo": 1 when
-                   right by ESPO's reading [paper].
+
+    Args:
+        reward_rule: "own": 1 when strictly right [ours]; "d1": up to 4, with terms of format [paper]; "espo": 1 when
+            right by ESPO's reading [paper].
     """
 
     name: ClassVar[str] = "gsm8k"
@@ -114,8 +116,10 @@ class MATH500(Questions):
                    give a file of other MATH problems: "validation" is a tenth of it, by a hash of the problem, and
                    "train" the rest.
     prompt_format  as for GSM8K, with {problem}; size, chat and opening, too.
-    reward_rule    "own": 1 when right under the strict protocol [ours]; "espo": 1 when math-verify finds it equal
-                   [paper].
+
+    Args:
+        reward_rule: "own": 1 when right under the strict protocol [ours]; "espo": 1 when math-verify finds it equal
+            [paper].
     """
 
     name: ClassVar[str] = "math500"

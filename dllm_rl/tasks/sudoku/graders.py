@@ -17,7 +17,8 @@ _FENCED = re.compile(r"```([\d\s]++)```")  # ++ does not backtrack: linear time 
 
 def sudoku_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     """The rules of the game: any valid completion of the puzzle is right [ours]. Value: solve_rate.
-    The grid: the first 16 (or 81) non-blank characters of the last `<answer>` block, or of a text without one."""
+    The grid: the first 16 (or 81) non-blank characters of the last `<answer>` block, or of a text without one.
+    """
     block = last_answer(completion)
     puzzle = fields["puzzle"]
     cells = first_cells(completion if block is None else block, len(puzzle))

@@ -39,28 +39,30 @@ _CLUES = {(4, False): (0, 16, ""), (4, True): (4, 16, " with unique=True"), (9, 
 class Sudoku(Prompted):
     """Sudoku puzzles; problem i is a pure function of (seed, split, i) and the settings.
 
-    split          train, validation and test share no solution grid, whatever the seeds; with unique=False no puzzle
-                   either, but for the empty one.
-    side           4 or 9.
-    clues          how many digits are given, or an inclusive range that each problem draws from; 9x9 needs 26.
-    unique         whether every puzzle has exactly one completion; 9x9 puzzles always have. False: any number, and
-                   few clues repeat: there are 64 puzzles of one clue.
-    size           number of problems; fewer when a file has fewer.
-    seed           of the puzzles.
-    path           a CSV or JSONL file of problems instead, with Puzzle and Solution.
-    prompt_format  "compact": the cells row by row, a dot for a blank, then "="; answered by the digits of the grid.
-                   "text": an instruction with the grid in lines, answered between <answer> tags. Else a template with
-                   {puzzle}, the grid in lines, a dot for a blank, or {cells}, its digits in one line, 0 for a blank; or
-                   the path of its file.
-    infill         the compact puzzle itself is filled in: a token to write in place of each dot, and no "=".
-    chat           "text" and templates: one user message (True) or plain text (False).
-    opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
-    shots          worked examples before the puzzle, from the solutions of the train split; text only.
-    reward_rule    "own": solved_weight * solved + match_weight * (share of all cells that agree with the best
-                   matching completion; over the empty cells alone, training lets the givens drift) [ours]. "d1": empty
-                   cells that agree with the reference / empty cells [paper]. "rules": the rules of the game alone, for
-                   puzzles with many right answers; needs no solution and no solver; see `by_rules` [ours].
-    solved_weight, match_weight  of the two parts of the value "own".
+    Args:
+        split: Train, validation and test share no solution grid, whatever the seeds; with unique=False no puzzle
+            either, but for the empty one.
+        side: 4 or 9.
+        clues: How many digits are given, or an inclusive range that each problem draws from; 9x9 needs 26.
+        unique: Whether every puzzle has exactly one completion; 9x9 puzzles always have. False: any number, and few
+            clues repeat: there are 64 puzzles of one clue.
+        size: Number of problems; fewer when a file has fewer.
+        seed: Of the puzzles.
+        path: A CSV or JSONL file of problems instead, with Puzzle and Solution.
+        prompt_format: "compact": the cells row by row, a dot for a blank, then "="; answered by the digits of the grid.
+            "text": an instruction with the grid in lines, answered between <answer> tags. Else a template with
+            {puzzle}, the grid in lines, a dot for a blank, or {cells}, its digits in one line, 0 for a blank; or the
+            path of its file.
+        infill: The compact puzzle itself is filled in: a token to write in place of each dot, and no "=".
+        chat: "text" and templates: one user message (True) or plain text (False).
+        opening: The text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
+        shots: Worked examples before the puzzle, from the solutions of the train split; text only.
+        reward_rule: "own": solved_weight * solved + match_weight * (share of all cells that agree with the best
+            matching completion; over the empty cells alone, training lets the givens drift) [ours]. "d1": empty cells
+            that agree with the reference / empty cells [paper]. "rules": the rules of the game alone, for puzzles with
+            many right answers; needs no solution and no solver; see `by_rules` [ours].
+        solved_weight: Of the two parts of the value "own".
+        match_weight: Of the two parts of the value "own".
     """
 
     name: ClassVar[str] = "sudoku"

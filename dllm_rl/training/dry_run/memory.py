@@ -258,7 +258,8 @@ class FakeStep:
 
     def replay(self, rows: int, *, back: bool = False) -> list[Tensor]:
         """The log-probs of `renoise`'s steps as they are scored: of all that are kept, or of the last one. back: as in
-        `likelihoods.renoise.Replay.backward`, a step's gradient goes to the cache at once, and then to the encoder."""
+        `likelihoods.renoise.Replay.backward`, a step's gradient goes to the cache at once, and then to the encoder.
+        """
         prefix = Prefix.empty(self.policy, rows)
         cuts = []
         found = []

@@ -172,7 +172,8 @@ def error_of(kind: str, text: str) -> Exception:
 
 def ray_workers(recipe: Recipe) -> RayWorkers | None:
     """Join the cluster of RAY_ADDRESS, or start one of this machine, and start the workers on processors and GPUs that
-    are reserved for them. None for a run without. Raises ValueError where they find no room, before any work."""
+    are reserved for them. None for a run without. Raises ValueError where they find no room, before any work.
+    """
     count = recipe.rollout_workers
     if not count:
         return None
@@ -238,7 +239,8 @@ def start_ray(ray: Any, device: torch.device) -> None:
 
 def dead_daemon(ray: Any) -> str | None:
     """Return the name of a Ray process that this one started and that has died, or None. Check it before a call into
-    Ray: without its raylet or its gcs_server Ray ends this process without a word, at once or after a minute."""
+    Ray: without its raylet or its gcs_server Ray ends this process without a word, at once or after a minute.
+    """
     started = ray._private.worker.global_worker.node.all_processes
     names = ("raylet", "gcs_server")
     return next((name for name in names for each in started.get(name, []) if each.process.poll() is not None), None)

@@ -68,7 +68,8 @@ class Sampler:
 def scored(run: StepContext[Recipe], samples: Samples, step: int) -> Samples:
     """The samples with the estimate of the weights that sampled, which are gone when the learner scores. An estimate
     that replays the sampler needs none: its record is in the rollout. The masks are those that the learner will draw:
-    of the step's number, the rollout and its advantages alone."""
+    of the step's number, the rollout and its advantages alone.
+    """
     recipe, likelihood = run.recipe, run.recipe.likelihood
     if likelihood.exact_for_sampler or not recipe.max_staleness:  # without a lag the learner has these weights
         return samples
@@ -107,7 +108,8 @@ class Pool(Protocol):
 
 class InTurn:
     """Batches made in this process, each when it is asked for: for studies of the lag alone, which then need one
-    processor and no Ray, and for tests. The bits are those of the workers."""
+    processor and no Ray, and for tests. The bits are those of the workers.
+    """
 
     def set_up(self, context: StepContext[Recipe]) -> None:
         self.sampler = Sampler(context.recipe, twin_of(context.policy), context.accelerator)
@@ -150,7 +152,8 @@ class LateRollouts:
     def begin(self, done: int, folder: Path | None) -> None:
         """After `done` steps, hand out the batches of the next K + 1, as in the undisturbed run at the checkpoint in
         `folder`. What it does not hold is made of the present weights: the newest batch, and, where a finished run goes
-        on, the batches of steps that it had not planned."""
+        on, the batches of steps that it had not planned.
+        """
         recipe = self.context.recipe
         own = trained_weights(self.context.policy)
         for step in range(done, min(done + recipe.max_staleness + 1, recipe.num_steps)):
@@ -180,7 +183,8 @@ class LateRollouts:
 
     def publish(self, step: int, learned: Step) -> dict[str, float]:
         """Hand out another batch, of the weights after the update of `step`. Call it before the learner's own copy is
-        refreshed, by which it tells staleness from quantisation in `learned`; returns the metrics of both."""
+        refreshed, by which it tells staleness from quantisation in `learned`; returns the metrics of both.
+        """
         run = self.context
         if self.pending.pop(step).made is None:
             self.pool.forget(step)
@@ -191,7 +195,8 @@ class LateRollouts:
 
     def files(self, step: int) -> dict[str, bytes]:
         """What a checkpoint of the state after `step` steps holds of the pending batches: each one if it is made, else
-        the weights that it is made of. Waits for nothing, so that a stopped run can be saved in time."""
+        the weights that it is made of. Waits for nothing, so that a stopped run can be saved in time.
+        """
         found = {}
         for number, each in self.pending.items():
             if each.age < step:  # else of the checkpoint's own weights
@@ -221,7 +226,8 @@ def held(folder: Path | None, name: str) -> bytes | None:
 def split(run: StepContext[Recipe], learned: Step) -> dict[str, float]:
     """Which part of the mismatch is the quantisation's (the learner against its own copy of the same weights), and
     which the staleness's (that copy against the record of the weights that sampled): `kl` and `k3_kl` of
-    `mismatch_metrics`, nats, over the tokens of one scored group. Nothing without a copy, or without staleness."""
+    `mismatch_metrics`, nats, over the tokens of one scored group. Nothing without a copy, or without staleness.
+    """
     recipe, copied = run.recipe, run.rollout_policy
     if copied is run.policy or not recipe.max_staleness:
         return {}

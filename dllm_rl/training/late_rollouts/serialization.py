@@ -75,7 +75,8 @@ def record_of(value: Any, tensors: Mapping[str, Tensor], rank: Callable | None) 
 
 def batch_as_bytes(collected: Collected, seconds: float) -> bytes:
     """A batch for another process or a checkpoint; `seconds` that it took. A problem's fields become JSON, as in
-    completions.jsonl: after grading they are shown and stored, and no more than that."""
+    completions.jsonl: after grading they are shown and stored, and no more than that.
+    """
     samples, answers, metrics = collected
     tensors = {"rewards": samples.rewards, "advantages": samples.advantages, "metric_weights": samples.metric_weights}
     tensors |= {f"rollout_logprobs.{number}": each for number, each in enumerate(samples.rollout_logprobs)}
