@@ -27,7 +27,7 @@ def gradient_findings():
     columns = [name for name in found[many][0] if name != "row"]
     pairs = zip(cells(many, ["AIS, alarm"], *columns), cells(many, ["TIS, tokens, cap 2"], *columns), strict=True)
     largest = max(abs(a - b) for both in pairs for a, b in zip(*both, strict=True))
-    yield page, f"AIS's `alarm` is within {largest:.2f} of token TIS."
+    yield page, f"AIS's `ais_lambda` is within {largest:.2f} of token TIS."
     (_, ess) = cells("corrector: mean weight/ESS", ["sequence IS, no cap"], "late 0.5")[0]
     assert {each[0] for each in cells(many, ["sequence IS, no cap"], *columns)} == {0.0}
     six = cells(
