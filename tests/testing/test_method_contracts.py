@@ -18,7 +18,7 @@ def _broken(change):
 
 def summing(what):
     """r A, with a sum over processes that changes nothing."""
-    return lambda r, a, m, sum_over: r.exp() * a[:, None] + 0 * sum_over(what(r)).sum()
+    return lambda r, a, m, sum_over_processes: r.exp() * a[:, None] + 0 * sum_over_processes(what(r)).sum()
 
 
 BROKEN = {
@@ -34,7 +34,8 @@ BROKEN = {
     "leave the keep mask": _broken(lambda w, k, m, x: (w, k | ~x.isfinite(), m)),
     "loss must be that of none": replace(c.no_correction(), loss=lambda r, a, m: r.exp() * a[:, None] + 1e-3),
     "must ask for one sum": replace(
-        c.no_correction(), loss=lambda r, a, m, sum_over: r.exp() * sum_over(sum_over(a))[:, None]
+        c.no_correction(),
+        loss=lambda r, a, m, sum_over_processes: r.exp() * sum_over_processes(sum_over_processes(a))[:, None],
     ),
     "sums over processes must add up": replace(c.no_correction(), loss=summing(lambda r: r.exp().mean())),
     "gradient must be that of none": c.no_correction(),

@@ -114,5 +114,5 @@ def test_what_is_missing_is_listed():
     class Half:
         module = spec = None
 
-    with pytest.raises(AssertionError, match=r"a policy has tokenizer, version, .*reference: see"):
+    with pytest.raises(AssertionError, match=r"a policy has tokenizer, weights_version, .*reference: see"):
         check_policy(Half())
