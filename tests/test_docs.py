@@ -45,12 +45,14 @@ def test_every_public_name_is_in_the_reference_once():
     listed = re.findall(r"^::: (\S+)$", "".join(p.read_text() for p in (DOCS / "reference").glob("*.md")), re.MULTILINE)
     public = {f"{dllm_rl._MODULE_OF[name]}.{name}" for name in dllm_rl.__all__}
     assert len(listed) == len(set(listed)) and public <= set(listed)
-    weigh = "truncated_weights masked_weights rejection adaptive_weights alarm band_weights combine_weights"
+    weigh = "truncated_weights masked_weights rejection adaptive_weights ais_lambda band_weights combine_weights"
     losses = "policy_loss kl_k1 kl_k2 exp_ratio row_mean"
     further = {f"dllm_rl.algorithms.correctors.{name}" for name in weigh.split()}
     further |= {"dllm_rl.algorithms.triage.triage_weights"}
     # What an estimator, and a sampler, of one's own are made of.
-    further |= {f"dllm_rl.types.{name}" for name in ("Views", "ViewTensors", "Order", "Events", "Kept", "Renoised")}
+    further |= {
+        f"dllm_rl.types.{name}" for name in ("Views", "ViewTensors", "Order", "Events", "FilterSupport", "Renoised")
+    }
     rules = "entropy random plackett_luce late_schedule origin soft_threshold"
     further |= {f"dllm_rl.samplers.rules.{name}" for name in rules.split()}
     further |= {f"dllm_rl.testing.{name}" for name in ("check_engine", "weighted_shares", "Shares")}

@@ -58,7 +58,7 @@ def edit(
         tau: The probability from which on a masked position is written, in (0, 1].
         tau_edit: The probability from which on a written one is replaced, in [0, 1].
 
-    Only for models trained to see wrong tokens, as LLaDA2.1: editing ruins other models' answers (docs/LOG.md). Edits
+    Only for models trained to see wrong tokens, as LLaDA2.1: editing ruins other models' answers. Edits
     go on after the last mask while steps last and a step changes something. Needs log-probabilities of the proposal as
     scores (confidence; max_prob at temperature 0). [paper; ours: the block's steps are the bound, not max_post_steps]
     """
