@@ -45,7 +45,7 @@ def check_paths(arguments: argparse.Namespace) -> None:
 def add_sample(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("sample", help="complete prompts with a checkpoint, and watch it being done")
     sub.add_argument("model", help="a checkpoint's or a run's folder")
-    texts = "texts to complete; none: lines of standard input, or at a terminal the run's held-out problems"
+    texts = "texts to complete; none: lines of standard input, or at a terminal problems of the run"
     sub.add_argument("prompts", nargs="*", metavar="PROMPT", help=texts)
     sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the run's, or 16)")
     sub.add_argument("--chat", action="store_true", help="a prompt is a user's message, for a model of instructions")
@@ -260,7 +260,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     from functools import partial
 
     from dllm_rl.cli.evaluate import read_schemes
-    from dllm_rl.cli.run_settings import recipe_of, sampler_of, scheme_of, task_of
+    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_of, scheme_of
     from dllm_rl.diagnostics.doctor import diagnose
     from dllm_rl.diagnostics.findings import write_doctor
     from dllm_rl.models.tokens import encode, usual_length
@@ -268,13 +268,19 @@ def doctor(arguments: argparse.Namespace) -> int:
     from dllm_rl.samplers.by_name import read_rank
     from dllm_rl.tasks.protocols import TASKS
 
+    if arguments.num_prompts < 1:
+        raise ValueError(f"num_prompts={arguments.num_prompts} must be at least 1")
     recipe = recipe_of(arguments.model)
     name = arguments.task or "sudoku"
-    settings: dict[str, Any] = {}
     if recipe is not None and arguments.task is None:
-        name, settings = task_of(arguments.model)
-    if name not in TASKS:
+        problems = problems_of(arguments.model, arguments.num_prompts)
+    elif name in TASKS:
+        task = TASKS[name]()
+        problems = [task[i] for i in range(min(arguments.num_prompts, len(task)))]
+    else:
         raise ValueError(f"task={name!r} is none of {', '.join(TASKS)}")
+    if not problems:
+        raise ValueError(f"{arguments.model}: neither its task nor its completions.jsonl has prompts; give --task")
     if recipe is not None and arguments.quantization is None:
         make = scheme_of(arguments.model)
     else:
@@ -288,14 +294,13 @@ def doctor(arguments: argparse.Namespace) -> int:
     options |= {name: value for name, value in given.items() if value is not None}
     head = not arguments.half_head and (recipe is None or recipe.get("float32_head") is not False)
     policy = open_policy(arguments, float32_head=head)
-    task = TASKS[name](**settings)
-    options.setdefault("max_new_tokens", usual_length(policy, task))
+    options.setdefault("max_new_tokens", usual_length(policy, problems))
     if policy.spec.attention == "encoder_decoder":
         raise ValueError(f"doctor takes the steps of a model with masks; {policy.spec.name!r} has none")
     if policy.spec.attention == "causal":
         options = {name: value for name, value in options.items() if name not in ("diffusion_steps", "rank")}
     sampler = partial(sampler_for(policy), **options)
-    prompts = encode(policy, [task[i] for i in range(min(arguments.num_prompts, len(task)))], group_size=2)
+    prompts = encode(policy, problems, group_size=2)
     found = diagnose(policy, scheme, prompts=prompts, sampler=sampler, seed=arguments.seed)
     write_doctor(found, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))
     return int(arguments.bound is not None and found.worst > arguments.bound)

@@ -5,10 +5,11 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dllm_rl.cli.options import checkpoint_of
 from dllm_rl.files import read_json
+from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.renamed import renamed_text
 from dllm_rl.tasks.base import Problem
 
@@ -50,15 +51,32 @@ def task_of(model: str) -> Call:
 
 
 def problems_of(model: str, count: int) -> list[Problem]:
-    """The first held-out problems of a run; none for no run's folder, and for a run of a script's task."""
+    """Return a run's first held-out problems, or the first prompts of its completions.jsonl if its task is a script's.
+
+    The list is empty for a folder that is no run's, and for prompts with blanks, which the file does not mark.
+    """
     from dllm_rl.tasks.protocols import TASKS
 
     try:
         name, settings = task_of(model)
     except ValueError:
-        return []
+        return logged_problems(model)[:count]
     task = TASKS[name](**settings)
     return [task[i] for i in range(min(count, len(task)))]
+
+
+def logged_problems(model: str) -> list[Problem]:
+    """Return the different prompts of a run's completions.jsonl."""
+    path, sampler = Path(model) / "completions.jsonl", sampler_of(model)
+    if sampler is None or sampler.keywords.get("max_new_tokens") == 0 or not path.is_file():
+        return []
+    prompts = {str(row.get("prompt")): row.get("prompt") for row in current_rows(path)}
+    return [Problem(prompt) for prompt in prompts.values() if is_prompt(prompt)]
+
+
+def is_prompt(value: Any) -> TypeGuard[str | list[dict[str, str]]]:
+    """Return whether a value of a file is text or a list of chat messages."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(turn, dict) for turn in value))
 
 
 def form_of_prompts(model: str) -> tuple[bool, str | None]:

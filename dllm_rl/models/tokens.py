@@ -296,9 +296,9 @@ def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]
     return rows
 
 
-def usual_length(policy: Policy, task: Task) -> int:
+def usual_length(policy: Policy, problems: Task | Sequence[Problem]) -> int:
     """Tokens of the first problem's solution if the prompt is plain text, else 256; 0 with blanks."""
-    problem = task[0]
+    problem = problems[0]
     if problem.blank is not None:
         return 0
     if isinstance(problem.prompt, str) and problem.solution is not None:

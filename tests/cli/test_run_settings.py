@@ -121,3 +121,24 @@ def test_a_scripts_task_is_named(monkeypatch):
     monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"eval_task": "mine:Words(seed=1)"})
     with pytest.raises(ValueError, match="of a script, mine:Words"):
         task_of("run")
+
+
+@pytest.mark.parametrize(
+    ("max_new_tokens", "prompts"),
+    [(4, ["1+1=", [{"role": "user", "content": "hi"}]]), (0, [])],  # of blanks the file says nothing
+)
+def test_problems_of_a_scripts_task_are_the_prompts_of_its_completions(tmp_path, monkeypatch, max_new_tokens, prompts):
+    sampler = f"unmask(max_new_tokens={max_new_tokens})"
+    monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"eval_task": "mine:Words()", "eval_sampler": sampler})
+    assert run_settings.problems_of(str(tmp_path), 3) == []
+    chat = [{"role": "user", "content": "hi"}]
+    rows = [{"step": 0, "prompt": prompt} for prompt in ("1+1=", "1+1=", 7, None, ["hi"], chat, "2+2=")]
+    (tmp_path / "completions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + "half a li")
+    assert [problem.prompt for problem in run_settings.problems_of(str(tmp_path), 2)] == prompts
+
+
+@pytest.mark.parametrize("options", [[], ["--num_prompts", "0"]])
+def test_a_doctor_without_prompts_names_the_option(tmp_path, monkeypatch, capsys, options):
+    monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"eval_task": "mine:Words()"})
+    assert main(["doctor", str(tmp_path), *options]) == 2
+    assert ("num_prompts=0" if options else "--task") in capsys.readouterr().err
