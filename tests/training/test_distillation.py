@@ -21,7 +21,7 @@ from dllm_rl.samplers.rules import confidence, plackett_luce, random
 from dllm_rl.training.distillation import finer, log_ratio, teacher_policy
 from dllm_rl.training.grpo import grpo_recipe
 from dllm_rl.training.late_rollouts.schedule import InTurn
-from dllm_rl.training.policies import make_policy
+from dllm_rl.training.policies import build_policy
 from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome
 
 STATE_ONLY = partial(unmask, max_new_tokens=16, diffusion_steps=3, rank=max_prob, temperature=1.0)
@@ -120,7 +120,7 @@ def test_the_rewards_gradient_is_that_of_the_reverse_kl(tmp_path, num_parts):
     taken = finer(rollout, seeds, num_parts=num_parts)
 
     def logps(policy, of):
-        return contributions(policy, of, trajectory().draw(of, torch.Generator()), trajectory())
+        return contributions(policy, of, trajectory().draw_views(of, torch.Generator()), trajectory())
 
     target = logps(teacher, taken).sum(-1).double()
 
@@ -186,7 +186,7 @@ def test_a_teacher_is_given_as_a_model_is(tmp_path, kind):
     made.save_pretrained(tmp_path / "model")
     given = {"function": other_model, "policy": made, "path": str(tmp_path / "model")}[kind]
     recipe = taught_recipe(tmp_path / "run", teacher=given)
-    policy = make_policy(recipe, torch.device("cpu"))
+    policy = build_policy(recipe, torch.device("cpu"))
     found = teacher_policy(recipe, policy, Accelerator(cpu=True))
     for name, weight in made.module.state_dict().items():
         torch.testing.assert_close(found.module.state_dict()[name], weight, rtol=0, atol=0)
@@ -197,7 +197,7 @@ def test_a_teacher_is_given_as_a_model_is(tmp_path, kind):
 
 @pytest.mark.parametrize("teacher", few(["reference", other_model], [other_model]))
 def test_a_resumed_run_has_the_same_teacher(tmp_path, teacher):
-    recipe = partial(taught_recipe, teacher=teacher, teacher_substeps=4, warmup_steps=2, save_steps=2)
+    recipe = partial(taught_recipe, teacher=teacher, teacher_substeps=4, sft_warmup_steps=2, save_steps=2)
     whole = train(recipe(tmp_path / "whole", num_steps=4))
     train(recipe(tmp_path / "parts", num_steps=2, lr_schedule_steps=4))
     parts = train(recipe(tmp_path / "parts", num_steps=4, lr_schedule_steps=4, resume_from_checkpoint="latest"))
