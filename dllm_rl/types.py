@@ -1,6 +1,8 @@
-"""The records of the loop. Log-probs are fp32 nats. Axes: P prompts, G completions each, B = P*G rows (row p*G+g),
-S prompt positions, T positions (prompt and completion), V vocabulary, D hidden size, N masks or segments of an
-estimator, K scored positions.
+"""Records that the stages of a training step pass to each other.
+
+Log-probs are fp32, in nats. Axes: P prompts, G completions of each prompt, B = P*G rows (row p*G+g), S prompt
+positions, T positions (prompt and completion), V vocabulary, D hidden size, N masks or segments of an estimator, K
+scored positions.
 """
 
 import dataclasses
@@ -21,13 +23,13 @@ SUPPORTS: tuple[Support, ...] = ("per_policy", "unfiltered", "rollout")
 
 @dataclass(frozen=True)
 class _Movable:
-    """Records of tensors that move to a device as one."""
+    """Base of the records whose tensors move to a device together."""
 
     def to(self: Moved, device: torch.device | str) -> Moved:
         return self.map(lambda x: x.to(device))
 
     def map(self: Moved, f: Callable[[Tensor], Tensor]) -> Moved:
-        """The same record with `f` of every tensor, also of those that its parts hold, in the order of the fields."""
+        """Apply `f` to every tensor, including the tensors of nested records, in the order of the fields."""
 
         def changed(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -39,7 +41,7 @@ class _Movable:
         return dataclasses.replace(self, **{x.name: changed(getattr(self, x.name)) for x in dataclasses.fields(self)})
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, in the order of `map`."""
+        """Return all tensors in the order of `map`."""
         found: list[Tensor] = []
 
         def see(tensor: Tensor) -> Tensor:
@@ -52,20 +54,20 @@ class _Movable:
 
 @dataclass(frozen=True)
 class BatchRecord(_Movable):
-    """A record of a batch's columns: tensors (B, T) or (B, T, C), vectors (B,), and parts that are such records.
+    """A record of per-row data: tensors (B, T) or (B, T, C), vectors (B,), and nested records of the same kind.
 
     Args:
-        FILL: What a field's columns hold where there is no token; 0 for other fields.
+        FILL: Padding value of each field where a row has no token. Fields that are not listed are padded with 0.
     """
 
     FILL: ClassVar[dict[str, Any]] = {}
 
     def rows(self: Laid, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> Laid:
-        """The given rows, in the given order, and their `columns`."""
-        return self.map(lambda x: x[keep] if x.dim() == 1 else x[keep][:, columns])  # a vector is of rows
+        """Return these rows, in the order of `keep`, cut to `columns`."""
+        return self.map(lambda x: x[keep] if x.dim() == 1 else x[keep][:, columns])  # a vector has one entry per row
 
     def padded(self: Laid, columns: int, *, pad_id: int = 0, right: bool = False) -> Laid:
-        """The same rows with `columns` more columns of padding on the left, or on the right; `tokens` get pad_id."""
+        """Add `columns` columns of padding on the left, or on the right. `tokens` are padded with pad_id."""
         fills = {"tokens": pad_id} | self.FILL
         wider: dict[str, Any] = {}
         for each in dataclasses.fields(self):
@@ -73,17 +75,17 @@ class BatchRecord(_Movable):
             if isinstance(value, BatchRecord):
                 wider[each.name] = value.padded(columns, right=right)
             elif isinstance(value, Tensor) and value.dim() > 1:
-                behind = (0, 0) * (value.dim() - 2)  # axes behind the columns stay as they are
+                behind = (0, 0) * (value.dim() - 2)  # do not pad axes after T
                 sides = (0, columns) if right else (columns, 0)
                 wider[each.name] = F.pad(value, (*behind, *sides), value=fills.get(each.name, 0))
         return dataclasses.replace(self, **wider)
 
     def slots(self) -> list[int]:
-        """The sizes C of all tensors (B, T, C), in the order of `map`."""
+        """Return the size C of every tensor (B, T, C), in the order of `map`."""
         return [x.shape[2] for x in self.tensors() if x.dim() == 3]
 
     def with_slots(self: Laid, sizes: Iterator[int]) -> Laid:
-        """The same record with the tensors of `slots` filled up to these sizes."""
+        """Pad the last axis of the tensors of `slots` to these sizes."""
         wider: dict[str, Any] = {}
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
@@ -94,14 +96,15 @@ class BatchRecord(_Movable):
         return dataclasses.replace(self, **wider)
 
     def _filled_up(self, name: str, size: int) -> Tensor:
-        """A tensor (B, T, C) with its last axis filled up to `size`."""
+        """Return a tensor (B, T, C) with its last axis padded to `size`."""
         value = getattr(self, name)
         return F.pad(value, (0, size - value.shape[2]), value=self.FILL.get(name, 0))
 
     @staticmethod
     def merge_records(records: "Sequence[Laid]", unite: Callable[[list[Tensor]], Tensor]) -> "Laid":
-        """One record of several of like width, tensor by tensor. What some of them lack is left out: what is known of
-        some rows alone is known of no batch.
+        """Merge records of equal width, tensor by tensor.
+
+        A field that is None in any record is None in the result, because a field must cover every row.
         """
         changed: dict[str, Any] = {}
         for each in dataclasses.fields(records[0]):
@@ -122,14 +125,20 @@ class BatchRecord(_Movable):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What turns raw logits into the sampling distribution; the learner uses the same.
+    """Settings that turn raw logits into the sampling distribution.
+
+    The sampler records them in the rollout, and the learner scores tokens with the same settings.
 
     Args:
-        temperature: Divides the logits; 0 is greedy, whose log-probs are reported at temperature 1.
-        top_k: Keep the k likeliest tokens / the smallest set with probability >= p; None keeps all.
-        top_p: Keep the k likeliest tokens / the smallest set with probability >= p; None keeps all.
-        suppress: Token ids that are never sampled (a mask token always is).
-        support: The tokens that a scorer normalises over where top_k or top_p filter; see `models.support`.
+        temperature: Divisor of the logits, at least 0. 0 is greedy; its log-probs are reported at temperature 1.
+        top_k: Sample only from the k likeliest tokens. None (default): from all.
+        top_p: Sample only from the smallest set of tokens with at least this probability. None (default): from all.
+        suppress: Token ids that are never sampled. A mask token is never sampled either.
+        support: Tokens over which log-probs are normalized if top_k or top_p filter: "per_policy" (default),
+            "unfiltered" or "rollout"; see `models.support`.
+
+    Raises:
+        ValueError: A setting is out of its range.
     """
 
     temperature: float = 1.0
@@ -150,7 +159,7 @@ class SamplingParams:
 
     @property
     def filters(self) -> bool:
-        """Whether some tokens are left out by top_k or top_p."""
+        """Whether top_k or top_p excludes any token."""
         return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
 
 
@@ -158,9 +167,16 @@ class SamplingParams:
 class Prompts(_Movable):
     """Left-padded prompts, each to be completed `group_size` times.
 
+    Build them with `Prompts.from_ids`.
+
     Args:
-        seeds: One per row (B,), for the row's own random numbers; None: the sampler draws them from its generator.
-        infill_mask: Positions inside the prompts to fill in (infilling), part of the completion; None: there are none.
+        tokens: Token ids (P, S).
+        attention_mask: False on padding.
+        group_size: Completions per prompt. Default: 1.
+        seeds: One seed per row for the row's random numbers. None (default): the sampler draws seeds from its
+            generator.
+        infill_mask: Positions inside the prompts that the policy fills in. They count as completion. None (default): no
+            such positions.
     """
 
     tokens: Int[Tensor, "P S"]
@@ -180,8 +196,22 @@ class Prompts(_Movable):
         mask_id: int | None = None,
         open_positions: Sequence[Sequence[bool]] | None = None,
     ) -> "Prompts":
-        """Left-pad lists of token ids; `mask_id`, or a list of bools per row, says which positions are to be filled in.
-        Raises ValueError on an empty batch or a group_size below 1.
+        """Left-pad lists of token ids into one batch.
+
+        Args:
+            ids: One list of token ids per prompt.
+            pad_id: Token id of the padding.
+            group_size: Completions per prompt. Default: 1.
+            seeds: One seed per row (prompts x group_size). None (default): the sampler draws them.
+            mask_id: Token id that marks positions to fill in. None (default): no such id.
+            open_positions: One list of bools per prompt that marks positions to fill in, instead of `mask_id`.
+
+        Returns:
+            The prompts. `infill_mask` is None if no position is to be filled in.
+
+        Raises:
+            ValueError: `ids` is empty, group_size is below 1, or the lengths of `seeds` or `open_positions` do not fit
+                `ids`.
         """
         if not len(ids):
             raise ValueError("ids is empty: at least one prompt is needed")
@@ -203,19 +233,25 @@ class Prompts(_Movable):
 
     @property
     def lengths(self) -> list[int]:
-        """How many tokens each prompt gives; positions to fill in are none of them."""
+        """The number of tokens of each prompt, without padding and without positions to fill in."""
         given = self.attention_mask if self.infill_mask is None else self.attention_mask & ~self.infill_mask
         return given.sum(-1).tolist()
 
     def split(self, rows: int) -> "list[Prompts]":
-        """Batches of at most `rows` completions in whole groups; ValueError where a group is larger or has no seeds."""
+        """Split into batches of at most `rows` completions, without splitting a group.
+
+        Raises:
+            ValueError: A group is larger than `rows`, or the prompts have no seeds.
+        """
         size = rows // self.group_size
         if not size or self.seeds is None:
             raise ValueError(f"rows={rows} must hold a group of {self.group_size}, and every row have its seed")
         return [self._part(start, start + size) for start in range(0, len(self.tokens), size)]
 
     def _part(self, first: int, last: int) -> "Prompts":
-        seeds = slice(first * self.group_size, last * self.group_size)  # of rows; all else is of prompts
+        seeds = slice(
+            first * self.group_size, last * self.group_size
+        )  # one per row; the other fields have one per prompt
         return self.map(lambda x: x[first:last] if x.dim() > 1 else x[seeds])
 
 
@@ -241,11 +277,12 @@ def _opened(
 
 @dataclass(frozen=True)
 class FilterSupport(BatchRecord):
-    """What top_k and top_p kept of the distribution that a token was drawn from (`models.support`).
+    """The support of a distribution that top_k or top_p filtered, per sampled token (`models.support`).
 
     Args:
-        log_mass: Log of its probability; nats, 0 where no token was drawn.
-        ids: Ids of the kept tokens, at most `support.KEPT_IDS`, then -1. None where somewhere more were kept.
+        log_mass: Log of the probability that the filter left, in nats; 0 where no token was drawn.
+        ids: Ids of the remaining tokens, at most `support.KEPT_IDS` per position, padded with -1. None if any position
+            has more.
     """
 
     FILL: ClassVar[dict[str, Any]] = {"ids": -1}
@@ -256,19 +293,20 @@ class FilterSupport(BatchRecord):
 
 @dataclass(frozen=True)
 class Order(BatchRecord):
-    """In which order a sampler wrote, and with which probability (`models.order`, `likelihoods.order`).
+    """The order in which a sampler wrote the positions, and its probability (`models.order`, `likelihoods.order`).
 
     Args:
-        block_first_step: The first step of the position's block; -1 elsewhere.
-        rank_name: Name of the sampler's rank, one of `samplers.records.RANKS`; None: another.
-        logprobs: Log-prob (nats, 0 elsewhere) that its block's earlier steps left the position, or, under
-            `plackett_luce`, that its step drew it. None without chance, or if the probability is unknown.
-        probability: What is known of it, as `samplers.records.order_probability` says.
-        rank_function: The rank by whose scores the positions were drawn: the bound `plackett_luce`, or `max_prob` under
-            `soft_threshold`; None if they were not drawn, or by the tokens.
-        draw_index: Which draw of its step took the position, from 0; 0 in a step that wrote all that was left.
-        soft_threshold_params: Tau and temperature of the commit rule `soft_threshold`; `logprobs` are then each written
-            position's share of its step's. None under another rule.
+        block_first_step: First step of the position's block; -1 outside the completion.
+        rank_name: Name of the sampler's rank, one of `samplers.records.RANKS`. None: another rank.
+        logprobs: Log-prob in nats that the earlier steps of the block left the position masked; under `plackett_luce`,
+            that its step drew the position; 0 elsewhere. None if the order is not random or its probability is unknown.
+        probability: Status of the order's probability, as `samplers.records.order_probability` returns it.
+        rank_function: Rank by whose scores the positions were drawn: the bound `plackett_luce`, or `max_prob` under
+            `soft_threshold`. None if the positions were not drawn, or if their scores depend on the tokens.
+        draw_index: Number of the draw, from 0, that selected the position within its step; 0 in a step that wrote all
+            remaining positions.
+        soft_threshold_params: Tau and temperature of the commit rule `soft_threshold`; `logprobs` then holds each
+            written position's share of its step's log-prob. None under other rules.
     """
 
     FILL: ClassVar[dict[str, Any]] = {"block_first_step": -1}
@@ -284,13 +322,14 @@ class Order(BatchRecord):
 
 @dataclass(frozen=True)
 class Events(BatchRecord):
-    """Every event of each position under a commit rule that rewrites (`remask`, `edit`, `soft_edit`), in order.
+    """Every event of each position, in order, under a commit rule that rewrites (`remask`, `edit`, `soft_edit`).
 
     Args:
-        step: Of the event; -1 behind a position's last one.
-        token: The token written; -1 where the position was masked again.
-        logprobs: Of the token, as drawn in that step; nats, 0 where masked again.
-        depends_on_tokens: Rewrites depend on the drawn tokens, so events alone do not give the likelihood.
+        step: Step of the event; -1 after a position's last event.
+        token: Token that was written; -1 where the position was masked again.
+        logprobs: Log-prob of the token in that step, in nats; 0 where the position was masked again.
+        depends_on_tokens: Whether rewrites depend on the drawn tokens. If so, the events do not determine the
+            likelihood.
     """
 
     FILL: ClassVar[dict[str, Any]] = {"step": -1, "token": -1}
@@ -303,14 +342,16 @@ class Events(BatchRecord):
 
 @dataclass(frozen=True)
 class Renoised(BatchRecord):
-    """Every step of each position under `renoise`, W a canvas's most steps: all that its likelihood needs.
+    """Every step of each position under `renoise`: all data that its likelihood needs.
+
+    W is the largest number of steps of a canvas.
 
     Args:
-        block: The canvas of each position, from 0; -1 elsewhere.
-        seen: The token on the canvas that step w saw; -1 behind the last step of which a draw counts.
-        drawn: The accepted draw of step w; -1 where the draw was not accepted, or decides nothing.
-        logprobs: Of that draw; nats, 0 where there is none.
-        temperatures: Of a canvas's steps, of which W or more are known.
+        block: Index of the position's canvas, from 0; -1 elsewhere.
+        seen: Token on the canvas before step w; -1 after the last step whose draw counts.
+        drawn: Accepted draw of step w; -1 where the draw was rejected or has no effect.
+        logprobs: Log-prob of that draw, in nats; 0 where there is no draw.
+        temperatures: Temperatures of a canvas's steps, at least W of them.
     """
 
     FILL: ClassVar[dict[str, Any]] = {"block": -1, "seen": -1, "drawn": -1}
@@ -324,25 +365,29 @@ class Renoised(BatchRecord):
 
 @dataclass(frozen=True)
 class Rollout(BatchRecord):
-    """What a sampler did.
+    """The completions that a sampler produced, with the data that scoring them needs.
 
     Args:
+        tokens: Prompt and completion token ids.
         attention_mask: False on padding; always passed to the model.
         completion_mask: True where the policy chose the token.
         unmask_step: Step that committed the token (autoregressive: 0, 1, 2 ...); -1 elsewhere.
-        logprobs: At commit, under the rollout policy, of the sampling distribution; nats; 0 elsewhere.
-        sampling_params: That distribution's temperature and filters, which the learner uses too.
-
-    Parts that only some samplers record; None where there is nothing to record:
-
-    Args:
-        filter_support: Of a filtered distribution.
-        order: Of a sampler that unmasks.
-        events: Of a rule that rewrites; unmask_step and logprobs are then of a position's last writing alone.
-        experts: Expert ids in M mixtures, of the state that the token was drawn from; undefined without a token.
-        renoised: Of a sampler that replaces tokens by random ones; logprobs are then sums over a position's draws.
-        confidence_change: Summed change of the confidence of the masked positions near the token in the step after it
-            was written, in [-1, 1] each; 0 elsewhere. `unmask(confidence_radius=...)` records it.
+        logprobs: Log-prob of the token when it was committed, under the rollout policy's sampling distribution, in
+            nats; 0 elsewhere.
+        group_size: Completions per prompt.
+        weights_version: Version of the weights that sampled.
+        sampling_params: Temperature and filters of the sampling distribution; the learner uses the same.
+        forwards: Model calls of the batch.
+        filter_support: Support of a filtered distribution. This field and the next ones are None if the sampler records
+            nothing for them.
+        order: Order of a sampler that unmasks.
+        events: Events of a rule that rewrites; unmask_step and logprobs then describe a position's last write only.
+        experts: Expert ids in M mixtures for the state that the token was drawn from; undefined without a token.
+        renoised: Steps of a sampler that replaces tokens by random ones; logprobs are then sums over a position's
+            draws.
+        confidence_change: Sum of the changes in confidence, each in [-1, 1], of the masked positions near the token in
+            the step after its write; 0 elsewhere. Recorded by `unmask(confidence_radius=...)`.
+        batch_row: Index of each row in the global batch, which masks are drawn by. None (default): rows are in order.
     """
 
     FILL: ClassVar[dict[str, Any]] = {"attention_mask": False, "completion_mask": False, "unmask_step": -1}
@@ -362,10 +407,10 @@ class Rollout(BatchRecord):
     experts: Integer[Tensor, "B T M E"] | None = None
     renoised: Renoised | None = None
     confidence_change: Float[Tensor, "B T"] | None = None
-    batch_row: Int[Tensor, " B"] | None = None  # in the global batch, by which masks are drawn; None: rows are in order
+    batch_row: Int[Tensor, " B"] | None = None  # index in the global batch, for drawing masks; None: rows are in order
 
     def replace_rows(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
-        """This rollout with `rows` replaced by another's; the narrower of the two is padded on the left."""
+        """Replace `rows` by the rows of another rollout. The narrower rollout is padded on the left."""
         width = max(self.tokens.shape[1], by.tokens.shape[1])
         both = [each.padded(width - each.tokens.shape[1], pad_id=pad_id) for each in (self, by)]
         found = BatchRecord.merge_records(both, lambda pair: pair[0].index_copy(0, rows, pair[1]))
@@ -373,8 +418,10 @@ class Rollout(BatchRecord):
 
     @classmethod
     def concatenate(cls, parts: "Sequence[Rollout]", *, pad_id: int) -> "Rollout":
-        """The rows of all parts, in order; narrower parts are padded on the right, like rows that ended early."""
-        width = max(part.tokens.shape[1] for part in parts)  # parts end where their longest row ends
+        """Concatenate the rows of all parts, in order. Narrower parts are padded on the right, like rows that ended
+        early.
+        """
+        width = max(part.tokens.shape[1] for part in parts)  # a part ends where its longest row ends
         alike = [part.padded(width - part.tokens.shape[1], right=True, pad_id=pad_id) for part in parts]
         return dataclasses.replace(
             BatchRecord.merge_records(alike, torch.cat), forwards=sum(part.forwards for part in parts)
@@ -383,69 +430,75 @@ class Rollout(BatchRecord):
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Log-prob contributions of one rollout under every policy of a step; nats, 0 where none is scored."""
+    """Log-prob contributions of one rollout under every policy of a step, in nats; 0 where a position is not scored."""
 
     old_logprobs: Float[Tensor, "B T"]  # under the learner at the start of the update
-    old_view_logprobs: Float[Tensor, "N B T"]  # the same per mask, with kept graphs if any
+    old_view_logprobs: Float[Tensor, "N B T"]  # the same per mask, with autograd graphs if they were retained
     rollout_logprobs: Float[Tensor, "B T"]  # under the policy that sampled
     reference_logprobs: Float[Tensor, "B T"] | None  # under the reference policy, or None without a KL term
-    views: "Views"  # with the experts that the learner takes again, if any
-    entropy: Float[Tensor, "B T"] | None = None  # of the learner's distributions, where a corrector asks for it
+    views: "Views"  # with the experts that the learner replays, if any
+    entropy: Float[Tensor, "B T"] | None = None  # entropy of the learner's distributions, if a corrector needs it
 
 
 def alone(total: Tensor) -> Tensor:
-    """The sum over all processes where there is one."""
+    """Return `total` unchanged: the sum over all processes if there is only one process."""
     return total
 
 
 @dataclass(frozen=True)
 class Batch:
-    """All that one optimiser update needs. Rows are of one process; counts are over all processes."""
+    """All data of one optimizer update. Rows belong to this process; counts cover all processes."""
 
     rollout: Rollout
     views: "Views"
     advantages: Float[Tensor, " B"]
-    old_logprobs: Float[
-        Tensor, "B T"
-    ]  # log-probs that ratios are taken against; the rollout's with old_logprobs="rollout"
-    old_view_logprobs: Float[Tensor, "N B T"]  # the learner's, per mask (saves the first inner step's forwards)
+    old_logprobs: Float[Tensor, "B T"]  # denominator of the ratios; the rollout's log-probs with old_logprobs="rollout"
+    old_view_logprobs: Float[
+        Tensor, "N B T"
+    ]  # the learner's log-probs per mask (saves the first inner step's forwards)
     importance_weights: Float[Tensor, "B T"]  # detached importance weights of the corrector
     loss_mask: Bool[Tensor, "B T"]  # positions that stay in the loss
     reference_logprobs: Float[Tensor, "B T"] | None  # log-probs under the reference policy, or None without a KL term
     num_tokens: int  # denominators of the loss, over the global batch
     num_sequences: int
-    rollout_logprobs: Float[Tensor, "B T"] | None = None  # log-probs under the policy that sampled; None: not known
-    sum_over_processes: Callable[[Tensor], Tensor] = alone  # over all processes, on the tensor's device
+    rollout_logprobs: Float[Tensor, "B T"] | None = None  # log-probs under the policy that sampled; None: unknown
+    sum_over_processes: Callable[[Tensor], Tensor] = alone  # sums a tensor over all processes, on its device
 
 
 @dataclass(frozen=True)
 class ViewTensors(_Movable):
-    """What an optional feature adds to the views of an estimate: a record of tensors (N, B, T, ...) or (B,).
+    """Tensors that an optional feature adds to the views of an estimate: (N, B, T, ...) or (B,).
 
-    One that changes how views are scored is a `likelihoods.views.ViewFeature`.
+    Subclass it for tensors that only travel with the views. Subclass `likelihoods.views.ViewFeature` for a feature that
+    changes how views are scored.
     """
 
-    is_per_token: ClassVar[bool] = True  # whether a contribution is the log-prob of a single token
+    is_per_token: ClassVar[bool] = True  # whether each contribution is the log-prob of one token
 
     @property
     def num_forwards(self) -> int:
-        """Forwards of the model in a view, whose graphs would be kept together."""
+        """The number of model forwards per view whose graphs would be retained together."""
         return 1
 
     def sampler_logprobs(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """The sampler's recorded contributions, nats, given those of a plain view."""
+        """Return the sampler's recorded contributions in nats, from the contributions `logprobs` of a plain view."""
         return logprobs
 
 
 @dataclass(frozen=True)
 class Views(_Movable):
-    """The masks of a likelihood estimate: data that travels with the batch, the same for every policy.
+    """The masked versions of a batch that a likelihood estimate scores, the same for every policy.
+
+    An estimator draws them once; they travel with the batch.
 
     Args:
         masked: Positions hidden from the model in view n.
-        coefficients: Coefficient of the position's log-prob in view n, of either sign; 0 where it is not scored.
-        upper_bound_weight: Per row, in [0, 1]: `sandwich`'s; None: lower bound only.
-        features: Of optional features, in the order in which they change a view; an estimator's own tensors too.
+        coefficients: Coefficient of the position's log-prob in view n, of either sign; 0 where the position is not
+            scored.
+        upper_bound_weight: Weight per row of the upper bound of `sandwich`, in [0, 1]. None (default): lower bound
+            only.
+        features: Tensors of optional features, in the order in which they change a view, and an estimator's additional
+            tensors.
     """
 
     masked: Bool[Tensor, "N B T"]
@@ -457,9 +510,9 @@ class Views(_Movable):
         return self.map(lambda x: x[keep] if x.dim() == 1 else x[:, keep][:, :, columns])
 
     def restrict_to_rows(self, live: Bool[Tensor, " B"]) -> "Views":
-        """The same masks, with the other rows not scored."""
+        """Keep the masks, and score only the rows in `live`."""
         return dataclasses.replace(self, coefficients=self.coefficients * live[:, None])
 
     def scored(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-        """`mask` in the rows that any view scores."""
+        """Return `mask` restricted to the rows that any view scores."""
         return mask & (self.coefficients != 0).any(0).any(-1, keepdim=True)
