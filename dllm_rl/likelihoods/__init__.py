@@ -1,1 +1,1 @@
-"""Sequence-likelihood estimators: masks as data, views of a rollout, and what combines them."""
+"""Sequence-likelihood estimators: masks as data, views of a rollout, and the functions that combine the views."""

@@ -1,8 +1,8 @@
-"""What a sequence-likelihood estimator is: masks are drawn once, as data; every policy is scored under the same masks.
+"""The interface of a sequence-likelihood estimator: masks are data, drawn once, and score every policy.
 
-An estimator is a number of views of the batch. In view n some positions are masked and some are scored. `combine` sums
-the views' log-probs per position; the sum over T estimates log p(completion | prompt). Scoring and the update both take
-the views one at a time, in constant memory.
+An estimator is a number of views of the batch. View n masks some positions and scores some. `combine` sums the views'
+log-probs per position; the sum over T estimates log p(completion | prompt). Scoring and the update both process one
+view at a time, so that memory does not grow with the number of views.
 """
 
 from collections.abc import Callable
@@ -20,33 +20,42 @@ from dllm_rl.types import Rollout, Views
 
 
 def weighted_sum(scores: Float[Tensor, "N B T"], views: Views) -> Float[Tensor, "B T"]:
-    """sum_n weight_n * log p(y_t | view n), per position, nats."""
+    """Return sum_n weight_n * log p(y_t | view n) per position, in nats. This is the default `combine`."""
     total = torch.zeros_like(scores[0])
-    for score, weight in zip(scores, views.coefficients, strict=True):  # view by view, as a sampler adds up its record
+    for score, weight in zip(scores, views.coefficients, strict=True):  # as a sampler sums its record
         total = total + score * weight
     return total
 
 
 def as_drawn(views: Views, advantages: Float[Tensor, " B"]) -> Views:
-    return views  # most estimates do not depend on the advantages
+    """Return the views unchanged. Most estimates do not depend on the advantages."""
+    return views
 
 
 @dataclass(frozen=True)
 class LikelihoodEstimator:
-    """Draws masks and combines the views' log-probs, as pure functions. Contributions are zero off the completion; both
-    sides of a ratio use the same estimator and views.
+    """Pure functions that draw the masks of an estimate and combine the views' log-probs.
+
+    Use a function of `likelihoods.estimators` (`elbo`, `trajectory`, ...) for a published estimate, and this record for
+    a custom one, which `check_estimator` tests. Contributions are zero off the completion. Both sides of a ratio must
+    use the same estimator and the same views.
 
     Args:
-        draw_views: Rollout, generator -> masks and weights of every view.
-        combine: Scores (N, B, T), views -> contributions (B, T); differentiable.
-        with_advantages: Adapts the views to the advantages (B,); only `sandwich` needs it.
-        exact_for_sampler: True if scoring under the rollout policy equals the sampler's record (`recorded`), reused
-            then.
-        scores_order: True if the views also score an order that has a log-probability (`models.order`).
-        is_random: Whether two draws differ: an inner update then takes masks of its own (`Recipe.resample_masks`).
-        reads_confidence_change: True if `draw_views` needs `Rollout.confidence_change`.
-        block_size: Of the models that the estimate is for, where its views mask whole blocks; None: any.
-        factory: The function of `estimators` with its keywords, so that a command line can change a keyword.
+        name: Name of the estimate in error messages.
+        draw_views: Function of the rollout and a generator. It returns the masks and coefficients of every view.
+        combine: Function of the log-probs (N, B, T) and the views. It returns contributions (B, T) in nats and must be
+            differentiable.
+        with_advantages: Function that adapts the views to the advantages (B,). Only `sandwich` needs it.
+        supported_attention: Values of the policy's attention for which the estimate is defined.
+        exact_for_sampler: Whether scoring under the rollout policy equals the sampler's record (`recorded`). If True,
+            the record is reused.
+        scores_order: Whether the views also score an order that has a log-probability (`models.order`).
+        is_random: Whether two draws differ. If True, each inner update may draw separate masks
+            (`Recipe.resample_masks`).
+        reads_confidence_change: Whether `draw_views` needs `Rollout.confidence_change`.
+        block_size: Required block size of the policy, for views that mask complete blocks. None: any.
+        factory: Function of `estimators` with its keywords, so that the command line can change a keyword. It is set by
+            that function.
 
     Example:
         views = coupled().draw_views(rollout, generator)
@@ -74,13 +83,22 @@ class LikelihoodEstimator:
         micro_batch_size: int | None = None,
         retain_graphs: bool | Bool[Tensor, " B"] = False,
     ) -> Float[Tensor, "N B T"]:
-        """Log p(y_t | view n) in nats where view n scores t, 0 elsewhere. `retain_graphs` keeps the graphs of all rows,
-        or of the marked ones, until their backward; otherwise there is no gradient.
+        """Return log p(y_t | view n) in nats where view n scores t, and 0 elsewhere.
+
+        Call it with `retain_graphs` to differentiate the result; `logprobs` is enough without a gradient.
+
+        Args:
+            policy: Policy to score under.
+            rollout: Rollout to score, of B rows.
+            views: Views of `draw_views`.
+            micro_batch_size: Number of rows per forward. None: all.
+            retain_graphs: True retains the autograd graphs of all rows until their backward, and a mask (B,) those of
+                the marked rows. False: no gradient.
         """
         self.check(policy)
         out = torch.zeros(views.coefficients.shape, device=rollout.tokens.device)
         parts = [(views, retain_graphs is True)]
-        if isinstance(retain_graphs, Tensor):  # no backward frees the graphs of other rows
+        if isinstance(retain_graphs, Tensor):  # no backward would free the graphs of the other rows
             parts = [(views.restrict_to_rows(~retain_graphs), False), (views.restrict_to_rows(retain_graphs), True)]
         for part, kept in parts:
             # Processes may have different numbers of rows: see `join_uneven_forwards`.
@@ -100,8 +118,10 @@ class LikelihoodEstimator:
         *,
         micro_batch_size: int | None = None,
     ) -> None:
-        """`scores(...).backward(vectors)` without kept graphs: every forward runs again, and carries its gradient back
-        at once, so that memory does not grow with the number of views.
+        """Compute `view_logprobs(...).backward(vectors)` without retained graphs.
+
+        Every forward runs again and is differentiated immediately, so that memory does not grow with the number of
+        views.
         """
         with join_uneven_forwards(policy, backward=True):
             for chunk in row_chunks(rollout, views, micro_batch_size):
@@ -112,7 +132,10 @@ class LikelihoodEstimator:
     def logprobs(
         self, policy: Policy, rollout: Rollout, views: Views, *, micro_batch_size: int | None = None
     ) -> Float[Tensor, "B T"]:
-        """Per-position contributions to the estimate, nats; their sum over T is the sequence's. No gradient."""
+        """Return each position's contribution to the estimate in nats, without gradient.
+
+        The sum over T estimates the sequence's log-prob.
+        """
         return self.combine(self.view_logprobs(policy, rollout, views, micro_batch_size=micro_batch_size), views)
 
     @property
@@ -121,8 +144,9 @@ class LikelihoodEstimator:
         return self.exact_for_sampler or self.supported_attention == ("causal",)
 
     def is_exact_for(self, rollout: Rollout) -> bool:
-        """Whether the estimate is the log-probability of all that the sampler decided by the weights: of the tokens,
-        and of their order. False where the probability of the order is unknown, or is left out.
+        """Return whether the estimate is the log-probability of all that the sampler decided by the weights.
+
+        That is the tokens and their order. The result is False if the probability of the order is unknown or left out.
         """
         if self.supported_attention == ("causal",) or not self.exact_for_sampler or rollout.order is None:
             return self.supported_attention == ("causal",) or (self.exact_for_sampler and rollout.renoised is not None)
@@ -130,7 +154,7 @@ class LikelihoodEstimator:
         return known in ("deterministic", "independent") or (known != "unknown" and self.scores_order)
 
     def check(self, policy: Policy) -> None:
-        """Raise ValueError when the estimate is not for this policy's attention or block size."""
+        """Raise ValueError when the estimate does not support this policy's attention or block size."""
         if policy.spec.attention not in self.supported_attention:
             raise ValueError(
                 f"likelihood={self.name!r} is for {' or '.join(self.supported_attention)} attention, but the policy's "
@@ -142,7 +166,10 @@ class LikelihoodEstimator:
 
 
 def recorded(rollout: Rollout, views: Views) -> Float[Tensor, "B T"]:
-    """The sampler's recorded contributions for an estimate that is `exact_for_sampler`, nats."""
+    """Return the contributions (B, T) that the sampler recorded, in nats.
+
+    Call it instead of scoring if the estimator is `exact_for_sampler`.
+    """
     logprobs = rollout.logprobs
     for part in views.features:
         logprobs = part.sampler_logprobs(rollout, logprobs)

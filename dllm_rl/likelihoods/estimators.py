@@ -1,10 +1,10 @@
-"""The sequence-likelihood estimators that there are. What an estimator is: `likelihoods.estimator`.
+"""The sequence-likelihood estimators of the library. `likelihoods.estimator` defines the interface.
 
-Cost is in forwards of the whole batch per scoring.
+Costs are numbers of forwards of the full batch per scoring.
 
 Notation: y a completion of L tokens, m a set of its positions, l_i(m) = log p(y_i | prompt, y with m masked), nats.
-The any-order ELBO is  sum_{k=1..L} (1/k) E_{|m|=k} sum_{i in m} l_i(m)  <=  log p(y) = log E_order prod_i p(y_i | those
-before it in the order).
+The any-order ELBO is  sum_{k=1..L} (1/k) E_{|m|=k} sum_{i in m} l_i(m)  <=  log p(y) = log E_order prod_i p(y_i |
+the positions before i in the order).
 """
 
 from dataclasses import replace
@@ -28,19 +28,26 @@ from dllm_rl.types import Rollout, Views
 
 @configurable
 def causal() -> LikelihoodEstimator:
-    """Log p(y) = sum_t log p(y_t | prompt, y_<t). One forward, exact. For autoregressive policies."""
+    """Score a completion of an autoregressive policy: log p(y) = sum_t log p(y_t | prompt, y_<t).
+
+    Use it for policies with causal attention, and only for them. It is exact and costs one forward.
+    """
     return LikelihoodEstimator("causal", masks.draw_nothing, supported_attention=("causal",), is_random=False)
 
 
 @configurable
 @bounded(prompt_mask=Bound(at_least=0, below=1))
 def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
-    """d1's mean-field estimate: sum_i l_i(all of y), each prompt token masked with probability `prompt_mask`.
+    """Score all tokens in one forward with the completion fully masked (d1's mean-field estimate).
+
+    Use it where cost matters most: it takes one forward (one per group with prompt_mask=0). The estimate is
+    sum_i l_i(all of y), with each prompt token masked with probability `prompt_mask`. It is biased, because it treats
+    the tokens as independent.
 
     Args:
         prompt_mask: Share of the prompt's tokens that are masked, in [0, 1).
 
-    One forward (per group at prompt_mask=0). Biased: tokens count as independent. Source: d1, arXiv 2504.12216 [paper].
+    Source: d1, arXiv 2504.12216 [paper].
     """
     draw = partial(masks.draw_everything, prompt_mask=prompt_mask)
     return LikelihoodEstimator("one_step", draw, is_random=prompt_mask > 0)
@@ -55,21 +62,29 @@ def elbo(
     antithetic: bool = False,
     informed_masking: float | None = None,
 ) -> LikelihoodEstimator:
-    """The any-order ELBO by masks of exactly k tokens: the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}.
+    """Estimate the any-order ELBO with random masks of exactly k tokens.
 
-    Unbiased for the ELBO, high variance. Sources: LLaDA eq. 14, VRPO [paper].
+    Use it as the standard estimate of masked-diffusion models; `coupled` also scores every token. The estimate is the
+    mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}. It is unbiased for the ELBO and has a high variance.
 
     Args:
-        num_samples: Masks, and forwards.
-        stratified: K spread evenly over 1..L among the samples.
-        antithetic: Samples in pairs (num_samples even): k and L+1-k, from both ends of an order; all tokens are scored.
-        informed_masking: D of Informed Masking (arXiv 2609.25927 [paper]), 1.5 there: m is drawn without replacement
-            with q_i proportional to exp(d (max c - c_i) / (max c - min c)), where c_i is the change of confidence that
-            writing i made within 10 places (`unmask(confidence_radius=10)` records it). The expectation is then sum_k
-            (1/k) E_{m ~ q, |m|=k} sum_{i in m} l_i(m), which is not the ELBO: tokens that changed little count more.
-            The change is signed, of open positions of the block [ours]. None: any m alike.
+        num_samples: Number of masks, and of forwards.
+        stratified: Spread k evenly over 1..L across the samples.
+        antithetic: Draw samples in pairs with k and L+1-k masked tokens, from opposite ends of one order, so that all
+            tokens are scored. num_samples must then be even.
+        informed_masking: Strength d of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). m is drawn without
+            replacement with q_i proportional to exp(d (max c - c_i) / (max c - min c)), where c_i is the change of
+            confidence that writing i caused within 10 places (`unmask(confidence_radius=10)` records it). The
+            expectation is then sum_k (1/k) E_{m ~ q, |m|=k} sum_{i in m} l_i(m), which is not the ELBO: tokens that
+            changed little count more. The change is signed and covers open positions of the block [ours]. None: uniform
+            masks.
+
+    Raises:
+        ValueError: num_samples is odd with antithetic=True.
+
+    Source: LLaDA eq. 14; VRPO [paper].
     """
-    if antithetic and num_samples % 2:  # samples come in pairs
+    if antithetic and num_samples % 2:
         raise ValueError(f"num_samples={num_samples} must be even with antithetic=True; use {num_samples + 1}")
     draw = partial(
         masks.draw_exact,
@@ -84,15 +99,19 @@ def elbo(
 @configurable
 @bounded(num_samples=Bound(at_least=1), informed_masking=Bound(above=0))
 def coupled(*, num_samples: int = 1, informed_masking: float | None = None) -> LikelihoodEstimator:
-    """The any-order ELBO from a mask and its complement, so that every token is scored.
+    """Estimate the any-order ELBO from a mask and its complement, so that every token is scored.
 
-    k is stratified over 0..L, m holds exactly k of the L completion positions (a term with an empty set is 0):
+    Use it in place of `elbo` to score every token, at two forwards per sample. k is stratified over 0..L, and m has
+    exactly k of the L completion positions (a term with an empty set is 0):
         ( sum_{i in m} l_i(m) (L+1)/k + sum_{i not in m} l_i(m^c) (L+1)/(L-k) ) / 2
-    Unbiased for the ELBO. Source: ESPO's form [paper].
+    The estimate is unbiased for the ELBO.
 
     Args:
-        num_samples: Pairs of masks, of two forwards each.
-        informed_masking: As of `elbo`: m is drawn so, and m^c is what it leaves; the expectation is then not the ELBO.
+        num_samples: Number of pairs of masks. Each pair costs two forwards.
+        informed_masking: Strength of Informed Masking, as in `elbo`. m is drawn by it, and m^c is the complement; the
+            expectation is then not the ELBO. None: uniform masks.
+
+    Source: ESPO's form [paper].
     """
     draw = partial(masks.draw_coupled, num_samples=num_samples, informed_masking=informed_masking)
     return LikelihoodEstimator("coupled", draw, reads_confidence_change=informed_masking is not None)
@@ -101,15 +120,18 @@ def coupled(*, num_samples: int = 1, informed_masking: float | None = None) -> L
 @configurable
 @bounded(nodes=Bound(at_least=1))
 def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
-    """The any-order ELBO, integral_0^1 E_m[(L/k) sum_{i in m} l_i(m)] dt, by Gauss-Legendre nodes t_n with weights w_n:
-    sum_n w_n (L/k_n) sum_{i in m_n} l_i(m_n), k_n = floor(t_n L) + 1, one random mask of k_n tokens per node.
+    """Estimate the any-order ELBO by Gauss-Legendre quadrature over the share of masked tokens.
 
-    No variance from k. Bias from the quadrature rule and from rounding k_n, which more masks do not reduce. Sources:
-    SDMC of the diffusion GDPO (not the normalisation `decoupled`), arXiv 2510.08554 [paper]; exactly k masked tokens
-    instead of independent ones [ours].
+    Use it for few forwards, if a small bias is acceptable. The ELBO is the integral over t in [0, 1]
+    of E_m[(L/k) sum_{i in m} l_i(m)]. With nodes t_n and weights w_n the estimate is
+    sum_n w_n (L/k_n) sum_{i in m_n} l_i(m_n), k_n = floor(t_n L) + 1, with one random mask of k_n tokens per node. The
+    choice of k adds no variance. The quadrature rule and the rounding of k_n add a bias that more masks do not reduce.
 
     Args:
-        nodes: Of the quadrature: masks, and forwards.
+        nodes: Number of nodes of the quadrature; each takes one mask and one forward.
+
+    Source: SDMC of the diffusion GDPO (not the normalization `decoupled`), arXiv 2510.08554 [paper]; exactly k masked
+    tokens instead of independent ones [ours].
     """
     return LikelihoodEstimator("quadrature", partial(masks.draw_quadrature, nodes=nodes))
 
@@ -117,57 +139,65 @@ def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
 @configurable
 @bounded(block_size=Bound(at_least=1), num_samples=Bound(at_least=1))
 def block_elbo(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
-    """The ELBO of block-wise decoding: blocks before a chosen one clean, a mask inside it, later ones fully masked.
+    """Estimate the ELBO of block-wise decoding: earlier blocks clean, one partly masked, later ones fully masked.
 
-    With blocks b = 1..N of L_b tokens, k ~ U{1..L_b} and m in b with |m| = k, the mean over samples of
+    Use it for rollouts of `unmask` with a `block_size`. With blocks b = 1..N of L_b tokens, k ~ U{1..L_b} and m in b
+    with |m| = k, the estimate is the mean over samples of
         N (L_b / k) sum_{i in m} l_i(m and all later blocks),  b ~ U{1..N}, stratified over the samples.
-    Unbiased for a lower bound of the block-wise sampler's likelihood: the sum of each block's any-order ELBO given
-    earlier blocks. Blocks start at the completion, as in `unmask`. Source: SPG, arXiv 2510.09541 [paper], whose code
-    also scores later blocks [ours: only the chosen one].
+    It is unbiased for a lower bound of the block-wise sampler's likelihood: the sum of each block's any-order ELBO
+    given the earlier blocks. Blocks start at the completion, as in `unmask`.
 
     Args:
-        block_size: Tokens of a block.
-        num_samples: Masks, and forwards; as many as there are blocks score every block.
+        block_size: Number of tokens of a block.
+        num_samples: Number of masks, and of forwards. With one per block, every block is scored.
+
+    Source: SPG, arXiv 2510.09541 [paper], whose code also scores later blocks [ours: only the chosen one].
     """
     return LikelihoodEstimator("block_elbo", partial(masks.draw_block, block_size=block_size, num_samples=num_samples))
 
 
 def upper_bound(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) -> Float[Tensor, "B T"]:
-    """(1/beta) log sum_n weight_n p_i(view n)^beta per position, nats; 0 where no view scores it."""
+    """Return (1/beta) log sum_n weight_n p_i(view n)^beta per position, in nats; 0 where no view scores it."""
     scored = views.coefficients > 0
-    # A position that no view scores would be log 0, with a NaN gradient: its terms are replaced before the log too.
+    # A position that no view scores would give log 0 and a NaN gradient: its terms are also replaced before the log.
     logits = torch.where(scored, beta * scores + views.coefficients.where(scored, 1).log(), -torch.inf)
     nowhere = ~scored.any(0)
     return torch.where(nowhere, 0, logits.masked_fill(nowhere, 0).logsumexp(0) / beta)
 
 
 def mixed_bounds(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) -> Float[Tensor, "B T"]:
-    """The lower bound mixed with the upper one by `upper_bound_weight`, per position, nats."""
+    """Mix the lower with the upper bound by `upper_bound_weight`, per position, in nats."""
     lower = weighted_sum(scores, views)
-    if views.upper_bound_weight is None:  # advantages are not known yet
+    if views.upper_bound_weight is None:  # no advantages yet
         return lower
     return torch.lerp(lower, upper_bound(scores, views, beta=beta), views.upper_bound_weight[:, None].to(lower))
 
 
 def upper_where_negative(views: Views, advantages: Float[Tensor, " B"], *, mix: float) -> Views:
-    """The noise with upper_bound_weight = mix in the rows whose advantage is negative, 0 in the others."""
+    """Set upper_bound_weight to `mix` in the rows with a negative advantage, and to 0 in the others."""
     return replace(views, upper_bound_weight=mix * (advantages < 0).to(views.coefficients))
 
 
 @configurable
 @bounded(beta=Bound(above=0))
 def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
-    """SPG's evidence upper bound: the contribution of position i is (1/beta) log sum_n w_n p_i(m_n)^beta, over the
-    views n of `base` that mask i, with their weights w_n (SPG writes it as a mean over masks of p_i^beta / t).
+    """Estimate SPG's evidence upper bound from the masks of another estimate.
+
+    Use `sandwich` instead to apply the upper bound only to rows with a negative advantage. The
+    contribution of position i is (1/beta) log sum_n w_n p_i(m_n)^beta, over the views n of `base` that mask i, with
+    their weights w_n (SPG writes it as a mean over masks of p_i^beta / t). The cost is that of `base`.
+
+    Over all masks the result is at least the ELBO, for every beta > 0 (Jensen). It is at least log p in random order if
+    beta >= L (Hoelder), or if all conditionals of the model come from one joint distribution, which a network's do not.
+    In other cases log p may exceed it [ours]; SPG's theorem for beta >= 1 adds a constant. Few masks bias the log of a
+    mean downwards.
 
     Args:
-        base: Elbo, coupled (None: `coupled()`), quadrature or block_elbo: the same masks, and their weights for 1/t.
         beta: Exponent of the probabilities, above 0.
+        base: Estimate whose masks are used, with their weights for 1/t: elbo, coupled, quadrature or block_elbo. None:
+            `coupled()`.
 
-    Cost as base. Over all masks it is at least the ELBO, for every beta > 0 (Jensen). It is at least log p in random
-    order if beta >= L (Hoelder), or if all conditionals of the model come from one joint distribution, which those of a
-    network do not. In other cases log p may lie above it [ours]; SPG's theorem for beta >= 1 adds a constant. Few masks
-    bias the log of a mean downwards. Source: SPG, arXiv 2510.09541 [paper], whose code divides by the scored tokens.
+    Source: SPG, arXiv 2510.09541 [paper], whose code divides by the scored tokens.
     """
     base = coupled() if base is None else base
     made = replace(base, name="eubo", exact_for_sampler=False, scores_order=False)
@@ -177,16 +207,17 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
 @configurable
 @bounded(beta=Bound(above=0), mix=Bound(at_least=0, at_most=1))
 def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
-    """SPG's pair of bounds: the ELBO where the advantage is >= 0, mix * EUBO + (1 - mix) * ELBO where it is negative.
+    """Score with SPG's pair of bounds: the ELBO for advantages >= 0, mix * EUBO + (1 - mix) * ELBO for negative ones.
 
-    Both bounds come from the same views of `base` (see `eubo`), at its cost. Without `with_advantages` the ELBO alone.
+    Use it so that a negative advantage lowers an upper bound and not only the ELBO. Both bounds come from the same
+    views of `base` (see `eubo`), at its cost. Without `with_advantages` the result is the ELBO.
 
     Args:
         beta: Exponent of the upper bound, above 0.
         mix: Weight of the upper bound, in [0, 1].
-        base: The estimate whose masks both bounds take; None: `coupled()`.
+        base: Estimate whose masks both bounds use. None: `coupled()`.
 
-    Source: SPG, arXiv 2510.09541, and its code [paper]; inside a clipped ratio, per token and unnormalised [ours].
+    Source: SPG, arXiv 2510.09541, and its code [paper]; inside a clipped ratio, per token and unnormalized [ours].
     """
     base = coupled() if base is None else base
     combine = partial(mixed_bounds, beta=beta)
@@ -205,31 +236,41 @@ def trajectory(
     num_sampled_steps: int | None = None,
     self_conditioning: str = "detached",
 ) -> LikelihoodEstimator:
-    """Replay the recorded unmasking: in segment s, score the tokens committed there, everything from s on masked.
+    """Score a rollout by replaying its recorded unmasking steps.
 
-    One forward per segment. With one segment per step, the exact log-probability of the tokens given the order.
-    Sources: TraceRL, d2's StepMerge [paper]. Under the sampler's rank `confidence` the order depends on the draws: each
-    step then also scores the positions left masked, by the probability of a lower-ranked draw (`models.order` [ours]);
-    under `plackett_luce` the draw of positions, under the commit rule `soft_threshold` the set of a step. The row's sum
-    is then the exact log-probability of tokens AND order.
-    A rollout that revises (`remask`, `soft_edit`) is replayed event by event [ours]: the canvas of each step is
-    rebuilt, and a position's contribution is the sum over its writings (docs/order.md).
-    A rollout of `renoise` is replayed in one view; a position's contribution is the sum over its accepted draws [ours].
+    Use it when ratios must be exact or the sampler takes few steps: it costs one forward per segment. Segment s scores
+    the tokens committed in it, with everything from s on masked. With one segment per step (the default), the sum over
+    T is the exact log-probability of the tokens given the order.
+
+    Some orders depend on the weights and are scored too (`include_order`). Under the rank `confidence`, each step also
+    scores the positions that stayed masked, by the probability of a lower-ranked draw (`models.order` [ours]); under
+    `plackett_luce` the draw of positions, and under the commit rule `soft_threshold` the set of a step. The row's sum
+    is then the exact log-probability of tokens AND order. For other rules that choose by the drawn tokens, the order is
+    left out, and a run prints a warning.
+
+    A rollout that rewrites tokens (`remask`, `soft_edit`) is replayed event by event [ours]: the canvas of each step is
+    rebuilt, and a position's contribution is the sum over its writings (docs/order.md). A rollout of `renoise` is
+    replayed in one view; a position's contribution is the sum over its accepted draws [ours].
 
     Args:
-        num_segments: Parts into which a row's steps are merged: step s of the row's n steps, counted over all its
-            blocks, goes to part floor(s * num_segments / n). None: one per step, which is exact, and all that a rollout
-            that revises can have.
-        block_size: Of a block-causal model: the same likelihood from one packed forward per place of a step in its
-            block, all blocks together; num_segments then counts the segments of a block.
-        include_order: Also the order's log-probability, where the rollout recorded one (rank=confidence or
-            plackett_luce with commit=schedule or late_schedule; commit=soft_threshold) and num_segments is None.
-        num_sampled_steps: Steps (or segments) of each row that are scored, drawn without replacement: an unbiased
-            estimate [ours] of the row's sum and, on-policy, of its gradient. None: all. With `unmask(block_size=1)`,
-            all are JustGRPO (arXiv 2601.15165, its authors' code [paper]).
-        self_conditioning: Of `renoise`, whose steps see the logits of the step before. detached: the gradient stops
-            there, and memory is of one step; full: it goes back through them, and memory is of all steps. The log-probs
-            are the same.
+        num_segments: Number of segments into which a row's steps are merged: step s of n goes to segment
+            floor(s * num_segments / n), with steps counted over all blocks. Cheaper, but not exact. None: one segment
+            per step; a rollout that rewrites tokens needs None.
+        block_size: Block size of a block-causal model. The same likelihood then takes one packed forward per step of a
+            block, for all blocks together, and num_segments counts the segments of a block. None: no packing.
+        include_order: Add the order's log-probability where the rollout recorded one (rank=confidence or plackett_luce
+            with commit=schedule or late_schedule; commit=soft_threshold) and num_segments is None.
+        num_sampled_steps: Number of steps (or segments) of each row that are scored, drawn without replacement: an
+            unbiased estimate [ours] of the row's sum and, on-policy, of its gradient. None: all. With
+            `unmask(block_size=1)`, all steps give JustGRPO (arXiv 2601.15165, its authors' code [paper]).
+        self_conditioning: For `renoise`, whose steps see the logits of the step before: "detached" stops the gradient
+            there and needs the memory of one step; "full" differentiates through all steps and needs the memory of all.
+            The log-probs are the same.
+
+    Raises:
+        ValueError: self_conditioning is another word, or num_sampled_steps is set together with block_size.
+
+    Source: TraceRL, d2's StepMerge [paper].
     """
     if self_conditioning not in SELF_CONDITIONING:
         raise ValueError(f"self_conditioning={self_conditioning!r} must be 'detached' or 'full'")
@@ -238,7 +279,7 @@ def trajectory(
             f"num_sampled_steps={num_sampled_steps} draws steps, and block_size={block_size} packs them: drop one"
         )
     exact = num_segments is None and num_sampled_steps is None  # one view per step
-    scores_order = exact and include_order  # a merged segment is no step of the sampler
+    scores_order = exact and include_order  # a merged segment is not a step of the sampler
     attention: tuple[str, ...] = ("full", "block_causal") if block_size is None else ("block_causal",)
     if exact and block_size is None:
         attention = (*attention, "encoder_decoder")
@@ -271,7 +312,7 @@ def trajectory_views(
     scores_order: bool,
     full: bool,
 ) -> Views:
-    """The views of `trajectory()`, whose arguments these are; `full`: of the self-conditioning."""
+    """Draw the views of `trajectory()`, which binds the keywords. `full` refers to the self-conditioning."""
     if rollout.renoised is not None:
         return renoised_view(rollout, full=full)
     check_merges(rollout, num_segments)

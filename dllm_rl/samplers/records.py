@@ -1,4 +1,4 @@
-"""Ranks and commit rules as records: the function, what it reads, and what is known of the order that it chooses."""
+"""Records of ranks and commit rules: the function, its inputs, and the probability of the order that it chooses."""
 
 import inspect
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from dllm_rl.members import flattened
 from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.rules import name_of, rank_inputs
 
-# What is known of the library's ranks: `deterministic` or `independent` (see `Rank`), or a name of its own where the
-# order has a log-probability, or decides that of a commit rule.
+# The order that each rank of the library declares: `deterministic` or `independent` (see `Rank`), or the rank's name if
+# the order has a log-probability, or if a commit rule's log-probability depends on the rank.
 RANKS: dict[Any, str] = {
     rules.confidence: "confidence",
     rules.max_prob: "max_prob",
@@ -20,7 +20,7 @@ RANKS: dict[Any, str] = {
     rules.random: "independent",
     rules.plackett_luce: "plackett_luce",
 }
-# What the library's commit rules declare, by the names of `Commit`.
+# The fields of `Commit` that each commit rule of the library declares.
 _ADAPTIVE = {"order": "deterministic", "adaptive": True}
 COMMITS: dict[Any, dict[str, Any]] = {
     rules.schedule: {"order": "deterministic", "count": rules.share},
@@ -38,12 +38,18 @@ COMMITS: dict[Any, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Rank:
-    """A rank, and what is known of its scores. A library rank, or a partial of its settings, declares itself.
+    """A rank function, with what its scores depend on.
+
+    Use it to declare the order of a custom rank; a function of the library, or a partial of its settings, needs no
+    declaration and can be passed itself.
 
     Args:
-        function: See `rules`.
-        order: Of a function of yours: deterministic, if the scores follow from the canvas and the weights, without
-            chance; independent, if they are random numbers, free of the weights; unknown, which claims nothing.
+        function: Function that scores positions, see `samplers.rules`.
+        order: Order of a custom function. "deterministic": the scores follow from the canvas and the weights, without
+            chance. "independent": the scores are random numbers that do not depend on the weights. "unknown": no claim.
+
+    Raises:
+        ValueError: The function takes an input that no sampler has, or reads one that contradicts `order`.
     """
 
     function: Any
@@ -52,7 +58,6 @@ class Rank:
     reads: frozenset[str] = field(default=frozenset(), init=False, repr=False)  # inputs taken by name
 
     def __post_init__(self) -> None:
-        """Raises ValueError for inputs that no sampler has, or an order that contradicts them."""
         function, library = _unwrapped("rank", self.function, RANKS)
         mine = ("unknown", "deterministic", "independent")
         _check_order("rank", function, self.order, mine if library is None else ("unknown", RANKS[library]))
@@ -73,14 +78,21 @@ class Rank:
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit rule, and what is known of the positions that it picks. A library rule declares itself, as in `Rank`.
+    """A commit rule, with what its choice of positions depends on.
+
+    Use it to declare a custom rule; a rule of the library, or a partial of its settings, needs no declaration and can
+    be passed itself.
 
     Args:
-        function: See `rules`, and of one that rewrites `revise`.
-        order: Of a function of yours: deterministic, if the positions follow from what it takes, and random numbers
-            among these meet nothing that the weights decide; unknown, which claims nothing.
-        count: (masked positions, steps left) -> how many of the highest it picks, whatever the scores; None: it varies.
-        adaptive: The rule chooses how many steps a block takes, and not `diffusion_steps`.
+        function: Rule that chooses positions, see `samplers.rules`, or `samplers.revise` for rules that rewrite.
+        order: Order of a custom rule. "deterministic": the positions follow from the rule's inputs, and random numbers
+            in these inputs are not compared with anything that depends on the weights. "unknown": no claim.
+        count: Function (masked positions, steps left) -> number of highest-ranked positions that the rule picks,
+            whatever the scores. None: the number depends on the scores.
+        adaptive: Whether the rule, and not `diffusion_steps`, determines how many steps a block takes.
+
+    Raises:
+        ValueError: The order is unknown, or the rule's inputs contradict each other.
     """
 
     function: Any
@@ -90,7 +102,6 @@ class Commit:
     reads: frozenset[str] = field(default=frozenset(), init=False, repr=False)  # inputs taken by name
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an unknown order, or for inputs that contradict each other."""
         function, library = _unwrapped("commit", self.function, COMMITS)
         declared = COMMITS.get(library, {})
         _check_order("commit", function, self.order, ("unknown", declared.get("order", "deterministic")))
@@ -109,16 +120,19 @@ class Commit:
 
 
 def as_rank(rank: Any) -> Rank:
+    """Return a rank function as its record."""
     return rank if isinstance(rank, Rank) else Rank(rank)
 
 
 def as_commit(commit: Any) -> Commit:
+    """Return a commit rule as its record."""
     return commit if isinstance(commit, Commit) else Commit(commit)
 
 
 def _unwrapped(kind: str, function: Any, library: dict[Any, Any]) -> tuple[Any, Any]:
-    """The function without partials that bind nothing; and the library's function, if it is one or binds settings of
-    one. A wrapper, a copy or a lambda is another function: what it does is not known.
+    """Return the function without partials that bind nothing, and the library's function if it is one.
+
+    The second is None for a wrapper, a copy or a lambda, whose behavior is unknown.
     """
     if not callable(function):
         raise ValueError(f"{kind}={function!r} must be a function, as rank=max_prob, commit=schedule, or its record")
@@ -138,10 +152,10 @@ def _check_order(kind: str, function: Any, order: str, known: tuple[str, ...]) -
 
 
 def order_probability(rank: Rank, commit: Commit, *, greedy: bool = False) -> str:
-    """What is known of the probability of the order in which the pair writes.
+    """Return what is known of the probability of the order in which the pair writes.
 
-    deterministic  1: it follows from the canvas and the weights
-    independent    a number that no weights change
+    deterministic  1: the order follows from the canvas and the weights
+    independent    a number that does not depend on the weights
     confidence, plackett_luce, soft_threshold  a log-probability, which samplers record and `trajectory()` scores
     unknown        none of these
     """
@@ -159,5 +173,5 @@ def order_probability(rank: Rank, commit: Commit, *, greedy: bool = False) -> st
 
 
 def has_order_logprob(rank: Rank, commit: Commit, *, greedy: bool = False) -> bool:
-    """Whether the order has a log-probability that samplers record."""
+    """Return whether the order has a log-probability that samplers record."""
     return order_probability(rank, commit, greedy=greedy) in ("confidence", "plackett_luce", "soft_threshold")

@@ -1,9 +1,9 @@
-"""Commit rules that rewrite what a block holds: ReMDM masks again, LLaDA2.1 edits.
+"""Commit rules that rewrite tokens of a block: ReMDM masks them again, LLaDA2.1 edits them.
 
-Such a rule takes one of `remaskable`, `redrawable` and `replaceable` by name, beside what every commit rule takes
-(`rules`). Scores are then given at written positions too. The rollout records every event (`Rollout.events`).
-    remaskable   (B, L)  positions written before; picked ones are masked again, and the row uses all its steps
-    redrawable   (B, L)  positions written before; picked ones are drawn again, and the row uses all its steps
+Such a rule takes one of `remaskable`, `redrawable` and `replaceable` by name, in addition to the inputs of every
+commit rule (`rules`). Scores then also cover written positions. The rollout records every event (`Rollout.events`).
+    remaskable   (B, L)  written positions; picked ones are masked again, and the row uses all its steps
+    redrawable   (B, L)  written positions; picked ones are redrawn, and the row uses all its steps
     replaceable  (B, L)  positions whose proposal differs from the token written; picked ones take the proposal, and the
                       row leaves its block when nothing is masked and a step changed nothing. `trajectory()` refuses it
     steps     (B,)    the block's total steps; optional with each
@@ -32,14 +32,22 @@ KINDS = frozenset(COMMIT_INPUTS[:3])
 def remask(
     scores: Scores, masked: Places, steps_left: Counts, remaskable: Places, steps: Counts, *, eta: float
 ) -> Places:
-    """ReMDM's capped remasking (arXiv 2503.00307): a written position is masked again with probability sigma, a masked
-    one written with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), independently.
+    """Mask written positions again with probability sigma, and write masked ones (ReMDM's capped remasking).
+
+    Use it to let a sampler correct itself with more steps; `trajectory()` scores its rollouts. It needs rank=random,
+    whose scores are the uniforms. A masked position is written with probability
+    (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), independently. The written share alpha_t is j/n before step j of n
+    and (j+1)/n after it. The last step masks nothing again.
 
     Args:
-        eta: The cap, in [0, 1]: sigma = min(eta, (1 - alpha_s) / alpha_t); 0 never masks again and is `origin`.
+        scores: Uniform random numbers (B, L), the scores of rank=random.
+        masked: Masked positions (B, L).
+        steps_left: Remaining steps of the block (B,), including the current one.
+        remaskable: Written positions (B, L).
+        steps: Total steps of the block (B,).
+        eta: Cap in [0, 1]: sigma = min(eta, (1 - alpha_s) / alpha_t). 0 never masks again and is `origin`.
 
-    alpha_t, the share written, is j/n before step j of n and (j+1)/n after it. The last step masks nothing again. Needs
-    rank=random, whose scores are the uniforms. [paper; ours: alpha linear over the block's steps]
+    Source: ReMDM, arXiv 2503.00307 [paper]; alpha linear over the block's steps [ours].
     """
     done = (steps - steps_left).clamp(min=0)
     sigma = ((steps_left - 1) / done.clamp(min=1)).clamp(max=eta)
@@ -51,16 +59,24 @@ def remask(
 def edit(
     scores: Scores, masked: Places, steps_left: Counts, replaceable: Places, *, tau: float, tau_edit: float = 0.5
 ) -> Places:
-    """LLaDA2.1's token editing (arXiv 2602.08676): masked positions as in `threshold`; a written one takes a different
-    proposal of probability >= tau_edit.
+    """Commit masked positions as `threshold` does, and replace written tokens (LLaDA2.1's editing).
+
+    A written token is replaced by a different proposal of probability >= tau_edit.
+
+    Use it only for models trained to see wrong tokens, as LLaDA2.1: editing ruins other models' answers.
+    `trajectory()` refuses its rollouts; `soft_edit` is the form with a known probability. Edits continue after the last
+    mask while steps remain and a step changes something. It needs log-probabilities of the proposal as scores
+    (rank=confidence; max_prob at temperature 0).
 
     Args:
-        tau: The probability from which on a masked position is written, in (0, 1].
-        tau_edit: The probability from which on a written one is replaced, in [0, 1].
+        scores: Log-probabilities (B, L) of the proposals.
+        masked: Masked positions (B, L).
+        steps_left: Remaining steps (B,); not used.
+        replaceable: Written positions (B, L) whose proposal differs from their token.
+        tau: Lowest probability at which a masked position is written, in (0, 1].
+        tau_edit: Lowest probability of the proposal at which a written token is replaced, in [0, 1].
 
-    Only for models trained to see wrong tokens, as LLaDA2.1: editing ruins other models' answers. Edits
-    go on after the last mask while steps last and a step changes something. Needs log-probabilities of the proposal as
-    scores (confidence; max_prob at temperature 0). [paper; ours: the block's steps are the bound, not max_post_steps]
+    Source: LLaDA2.1, arXiv 2602.08676 [paper]; the block's steps are the bound, not max_post_steps [ours].
     """
     log_edit = torch.tensor(tau_edit, dtype=torch.float64).log().item()
     best = threshold(scores.masked_fill(~masked, -torch.inf), masked, steps_left, tau=tau)
@@ -71,21 +87,28 @@ def edit(
 def soft_edit(
     scores: Scores, masked: Places, steps_left: Counts, redrawable: Places, uniforms: Scores, *, rate: float
 ) -> Places:
-    """Editing with an exact probability: masked positions as in `schedule`; each written one is drawn again,
-    independently, with probability `rate`.
+    """Commit masked positions as `schedule` does, and redraw each written token independently with probability `rate`.
+
+    Use it in place of `edit` if the probability of an edit must be known: the model's probability of another token is
+    the chance of an edit, and there is no threshold. With rank=random or max_prob, `trajectory()` scores its rollouts;
+    a redraw of the same token counts too.
 
     Args:
-        rate: In [0, 1]; a written position becomes v with probability rate p(v), of the sampled distribution; 0 is
-            `schedule` in as many steps.
+        scores: Scores of the rank (B, L).
+        masked: Masked positions (B, L).
+        steps_left: Remaining steps of the block (B,), including the current one.
+        redrawable: Written positions (B, L).
+        uniforms: Fresh random numbers in [0, 1), (B, L).
+        rate: Probability of a redraw, in [0, 1]. A written position becomes v with probability rate p(v), p the sampled
+            distribution. 0 is `schedule` in the same number of steps.
 
-    The soft form of `edit`: the model's probability of another token is the chance of an edit, and no threshold. With
-    rank=random or max_prob, `trajectory()` scores its rollouts; the same token drawn again counts too. [ours]
+    Source: ours.
     """
     return schedule(scores.masked_fill(~masked, -torch.inf), masked, steps_left) | redrawable & (uniforms < rate)
 
 
 def commit_inputs(commit: Callable) -> frozenset[str]:
-    """Which of COMMIT_INPUTS a rule takes. ValueError for two of KINDS."""
+    """Return the names of COMMIT_INPUTS that a rule takes. Raise ValueError if it takes two of KINDS."""
     parameters = inspect.signature(commit).parameters.values()
     refuse_renamed((p.name for p in parameters if p.default is p.empty), "commit")
     taken = frozenset(p.name for p in parameters if p.name in COMMIT_INPUTS and p.default is p.empty)
@@ -106,13 +129,18 @@ def revise(
     commit: Callable,
     kind: str,
 ) -> Decision:
-    """Decide what a rule that rewrites does with a turn. Raises ValueError where a block's last step commits
-    nothing or masks again.
+    """Apply a rule that rewrites to one step's plan.
 
     Args:
-        proposed: The tokens drawn; a rule that takes `replaceable` needs them.
-        tokens: The canvas.
-        kind: Which of KINDS the rule takes; further inputs are bound.
+        turn: Plan of the step.
+        scores: Scores (R, L) of the rank.
+        proposed: Tokens drawn (K,); a rule that takes `replaceable` needs them.
+        tokens: Canvas (B, T).
+        commit: The rule, with its further inputs bound.
+        kind: Name of KINDS that the rule takes.
+
+    Raises:
+        ValueError: A block's last step commits nothing, or masks a position again.
     """
     assert turn.written is not None, "the turn of a canvas that is revised"
     changed = torch.zeros_like(turn.masked)
@@ -134,19 +162,19 @@ def revise(
         num_chosen=num_chosen,
         committed=committed - reopened,
         reopened=turn.among(again, int(reopened.sum())),
-        # A row uses all its steps, but under `replaceable` leaves when a step changes nothing.
+        # A row uses all its steps, except that under `replaceable` it leaves when a step changes nothing.
         held=(num_chosen > 0) | (kind != "replaceable"),
     )
 
 
 def packed_events(noted: list[tuple[Tensor, ...]], shape: torch.Size, *, depends_on_tokens: bool) -> Events:
-    """Each position's events (B, L, W) in order, from every step's rows, places, steps, tokens, log-probs.
+    """Return each position's events (B, L, W) in order, from the records of every step.
 
-    The host waits for the device: it does not know how many events a position has.
+    The host waits for the device, because it does not know how many events a position has.
     """
     rows, places, steps, tokens, logprobs = map(torch.cat, zip(*noted, strict=True))
     position = rows * shape[1] + places
-    order = position.argsort(stable=True)  # steps were noted in order
+    order = position.argsort(stable=True)  # steps were recorded in order
     position = position[order]
     slot = torch.arange(len(order), device=order.device) - torch.searchsorted(position, position)
     size = (*shape, int(F.pad(slot, (0, 1)).max()) + 1)

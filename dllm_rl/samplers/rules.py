@@ -1,17 +1,18 @@
-"""Which masked positions come next (rank), and how many of them at once (commit). Users can pass their own.
+"""Functions that rank the masked positions, and rules that choose how many of them a step commits.
 
-A rank scores each of K masked positions; the highest are committed first. A rank takes by name what it needs:
+Users can pass their own functions. A rank scores each of K masked positions; the highest are committed first. A rank
+receives by name the inputs that it needs:
     logits      (K, V)  untempered fp32 logits, suppressed ids at -inf except the mask token, which is never sampled
     normalizer  (K,)    their log-sum-exp: logits - normalizer are log-probabilities in nats
-    tokens      (K,)    the tokens sampled there
+    tokens      (K,)    the tokens sampled at the positions
     uniforms    (K,)    fresh random numbers in [0, 1)
     hidden      (K, D)  the last hidden states, which the model's head turns into logits; in the model's dtype
-A rank without `tokens` is a function of the state alone. The order is then independent of the draws, and log-probs at
-commit are the exact behaviour probabilities.
+A rank without `tokens` is a function of the state only. The order is then independent of the draws, and log-probs at
+commit are the exact behavior probabilities.
 
 A commit rule (scores (B, L), masked (B, L), steps_left (B,)) -> (B, L) picks masked positions; scores are -inf
-elsewhere. steps_left counts the block's remaining steps, this one included. A rule must have chosen a position by the
-last step. Bind hyper-parameters with functools.partial. Rules that rewrite what a block holds are in `revise`.
+elsewhere. steps_left counts the block's remaining steps, including the current one. A rule must have chosen a position
+by the last step. Bind hyperparameters with functools.partial. Rules that rewrite a block's tokens are in `revise`.
 """
 
 import inspect
@@ -35,23 +36,30 @@ RANK_INPUTS = ("logits", "normalizer", "tokens", "uniforms", "hidden")
 
 
 def confidence(logits: Logits, normalizer: PerPosition, tokens: Int[Tensor, " K"]) -> PerPosition:
-    """LLaDA's low_confidence remasking: log-probability of the SAMPLED token, nats.
+    """Rank positions by the log-probability of the SAMPLED token, in nats (LLaDA's low_confidence remasking).
 
-    The commit depends on the draw, so at-commit log-probs are not the exact behaviour probabilities [paper].
-    `Order.logprobs` of the rollout records the rest, and `trajectory()` scores it [ours].
+    Use it to reproduce LLaDA's sampler; the order of `max_prob` does not depend on the draws. The commit depends on the
+    draw, so log-probs at commit are not the exact behavior probabilities [paper]. The rollout records the rest in
+    `Order.logprobs`, and `trajectory()` scores it [ours].
     """
     return logits.gather(-1, tokens[:, None])[:, 0] - normalizer
 
 
 def max_prob(logits: Logits, normalizer: PerPosition) -> PerPosition:
-    """Log-probability of the likeliest token, nats; the mask token counts. State-only. [paper: Dream's maskgit_plus at
-    temperature 0]
+    """Rank positions by the log-probability of the likeliest token, in nats.
+
+    Use it as the default: the order does not depend on the drawn tokens. The mask token counts as a token. Source:
+    Dream's maskgit_plus at temperature 0 [paper].
     """
     return logits.amax(-1) - normalizer
 
 
 def margin(logits: Logits, normalizer: PerPosition) -> PerPosition:
-    """Probability of the likeliest token minus that of the second. State-only. [paper: Dream's topk_margin]"""
+    """Rank positions by the probability of the likeliest token minus that of the second.
+
+    Use it to prefer positions without a close competitor. The order does not depend on the drawn tokens. Source:
+    Dream's topk_margin [paper].
+    """
     if logits.shape[-1] < 2:
         raise ValueError("margin needs a vocabulary of at least 2 tokens")
     first, second = (logits.topk(2, dim=-1).values - normalizer[:, None]).exp().unbind(-1)
@@ -59,13 +67,21 @@ def margin(logits: Logits, normalizer: PerPosition) -> PerPosition:
 
 
 def entropy(logits: Logits, normalizer: PerPosition) -> PerPosition:
-    """Minus the entropy, sum_v p_v log p_v, nats. State-only. [paper: Dream's, there tempered and filtered]"""
+    """Rank positions by minus their entropy, sum_v p_v log p_v, in nats.
+
+    Use it with `entropy_bound`, which reads these scores. The order does not depend on the drawn tokens. Source:
+    Dream's entropy, which is tempered and filtered [paper].
+    """
     logp = logits - normalizer[:, None]
-    return (logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)  # before the product: finite gradients
+    return (logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)  # masked first: finite gradients
 
 
 def random(uniforms: PerPosition) -> PerPosition:
-    """A uniformly random order, as LLaDA's remasking="random" and Dream's origin. State-only. [paper]"""
+    """Rank positions in a uniformly random order.
+
+    Use it with `origin` and `remask`, which read these scores, or for an order without any model. Source: LLaDA's
+    remasking="random" and Dream's origin [paper].
+    """
     return uniforms
 
 
@@ -73,17 +89,27 @@ def random(uniforms: PerPosition) -> PerPosition:
 def plackett_luce(
     logits: Logits, normalizer: PerPosition, *, temperature: float, base_rank: Callable = max_prob
 ) -> PerPosition:
-    """S = base_rank / temperature, to which the sampler adds Gumbel noise: an order with a known probability [ours].
+    """Rank positions by base_rank / temperature; the sampler adds Gumbel noise, so that the order has a probability.
 
-    A step commits j_1 .. j_k, in the order of noisy scores, with probability (Plackett-Luce [paper])
+    Use it to train the order together with the tokens: `trajectory()` scores both. It needs the commit rule `schedule`
+    or `late_schedule`. With s = base_rank / temperature, a step commits j_1 .. j_k, in the order of noisy scores, with
+    probability (Plackett-Luce [paper])
         prod_{i=1..k} exp(s_{j_i}) / sum_{m masked, not j_1 .. j_(i-1)} exp(s_m).
-    It is that of the ORDERED draw; the set's is a sum over k! orders. Given the set, the mean of the ordered ratio is
-    the set's ratio: weights and gradients stay unbiased. A step that commits all that is left counts 1.
-    Needs `schedule` or `late_schedule`.
+    This is the probability of the ORDERED draw; the probability of the set is a sum over k! orders. Given the set, the
+    mean of the ordered ratio is the set's ratio, so weights and gradients stay unbiased. A step that commits all
+    remaining positions has probability 1.
 
     Args:
-        temperature: Towards 0 the order of `base_rank`, towards infinity that of `random`.
-        base_rank: Max_prob, margin, entropy, or a function of your own with the same arguments.
+        logits: Untempered fp32 logits (K, V).
+        normalizer: Their log-sum-exp (K,).
+        temperature: Temperature of the order, above 0: towards 0 the order of `base_rank`, towards infinity that of
+            `random`.
+        base_rank: Rank that is perturbed: max_prob, margin, entropy, or a custom function with the same arguments.
+
+    Raises:
+        ValueError: base_rank reads other inputs than logits and normalizer.
+
+    Source: ours.
     """
     if rank_inputs(base_rank) != {"logits", "normalizer"}:
         raise ValueError(
@@ -93,7 +119,7 @@ def plackett_luce(
 
 
 def rank_inputs(rank: Callable) -> frozenset[str]:
-    """Which of RANK_INPUTS a rank takes. Raises ValueError when it wants anything else."""
+    """Return the names of RANK_INPUTS that a rank takes. Raise ValueError when it requires any other."""
     parameters = inspect.signature(rank).parameters.values()
     unknown = [p.name for p in parameters if p.name not in RANK_INPUTS and p.default is p.empty]
     if unknown:
@@ -105,46 +131,59 @@ def rank_inputs(rank: Callable) -> frozenset[str]:
 
 
 def name_of(rule: Any) -> str:
+    """Return the name of a rule's function, without the settings that are bound to it."""
     return getattr(getattr(rule, "func", rule), "__name__", repr(rule))
 
 
 def schedule(scores: Scores, masked: Places, steps_left: Counts) -> Places:
-    """LLaDA's equal shares of a block, the remainder on the first steps: ceil(masked / steps_left). [paper]"""
+    """Commit an equal share of a block per step, with the remainder on the first steps: ceil(masked / steps_left).
+
+    Use it as the default; the number of steps is then `diffusion_steps`. Source: LLaDA [paper].
+    """
     return highest(scores, masked, count=share(masked.sum(-1), steps_left))
 
 
 def share(num_masked: Counts, steps_left: Counts) -> Counts:
-    """How many positions `schedule` commits: ceil(num_masked / steps_left)."""
+    """Return the number of positions that `schedule` commits: ceil(num_masked / steps_left)."""
     return -(-num_masked // steps_left)
 
 
 def late_schedule(scores: Scores, masked: Places, steps_left: Counts) -> Places:
-    """Dream's shares, floor(masked / steps_left), with the remainder on the last steps.
+    """Commit floor(masked / steps_left) positions, so that the remainder is on the last steps.
 
-    [paper; ours: Dream's time grid ends at 1e-3 instead of 0, so that Dream commits nothing in some steps]
+    Use it to reproduce Dream's shares. Source: Dream [paper]; Dream's time grid ends at 1e-3 instead of 0, so that
+    Dream commits nothing in some steps [ours].
     """
     return highest(scores, masked, count=late_share(masked.sum(-1), steps_left))
 
 
 def late_share(num_masked: Counts, steps_left: Counts) -> Counts:
-    """How many positions `late_schedule` commits: floor(num_masked / steps_left)."""
+    """Return the number of positions that `late_schedule` commits: floor(num_masked / steps_left)."""
     return num_masked // steps_left
 
 
 def origin(scores: Scores, masked: Places, steps_left: Counts) -> Places:
-    """Dream's origin, the ancestral step of masked diffusion: write each masked position with probability 1 - s/t =
-    1/steps_left. Needs rank=random, whose scores are the uniforms. A step may commit nothing. [paper]
+    """Write each masked position with probability 1 - s/t = 1/steps_left, the ancestral step of masked diffusion.
+
+    Use it with rank=random, whose scores are the uniforms. A step may commit nothing. Source: Dream's origin [paper].
     """
     return masked & (scores >= 1 - 1 / steps_left[:, None])
 
 
 @bounded(tau=Bound(above=0, at_most=1))
 def threshold(scores: Scores, masked: Places, steps_left: Counts, *, tau: float) -> Places:
-    """Fast-dLLM's parallel decoding (arXiv 2505.22618): all positions with probability >= tau, at least the best one.
-    Needs log-probabilities as scores (confidence, max_prob). Ignores steps_left. [paper]
+    """Commit all positions with probability >= tau, and at least the best one (Fast-dLLM's parallel decoding).
+
+    Use it to take fewer steps where the model is certain; `soft_threshold` is the form that `trajectory()` can score.
+    It needs log-probabilities as scores (rank=confidence or max_prob).
 
     Args:
-        tau: The probability from which on a position is written, in (0, 1].
+        scores: Log-probabilities (B, L), -inf off the masked positions.
+        masked: Masked positions (B, L).
+        steps_left: Remaining steps (B,); not used.
+        tau: Lowest probability at which a position is written, in (0, 1].
+
+    Source: Fast-dLLM, arXiv 2505.22618 [paper].
     """
     log_tau = torch.tensor(tau, dtype=torch.float64).log().item()
     return masked & (scores >= log_tau) | highest(scores, masked, count=torch.ones_like(steps_left))
@@ -160,22 +199,29 @@ def soft_threshold(
     tau: float,
     temperature: float = 0.5,
 ) -> Places:
-    """`threshold` by independent draws (`models.soft_threshold`): each masked position is written with
-    probability sigmoid((logit p - logit tau) / temperature), independently, given that one at least is. [ours]
+    """Commit each masked position independently, with a probability that rises around tau (`models.soft_threshold`).
+
+    Use it in place of `threshold` for training: the number of positions that `threshold` writes is a function of the
+    weights, and no gradient sees it, while `trajectory()` scores the set that each step of this rule wrote
+    (docs/order.md). It needs rank=max_prob. A position is written with probability
+    sigmoid((logit p - logit tau) / temperature), independently, given that at least one position is written.
 
     Args:
-        tau: The probability at which a position is written every second time, in (0, 1).
-        temperature: At least 0.01; towards 0 the rule is `threshold`. At tau=0.9 a position of p=0.99 is written with
-            probability 0.992 at temperature 0.5 and 0.92 at 1, one of p=0.5 with 0.012 and 0.1.
+        scores: Log-probabilities (B, L), -inf off the masked positions.
+        masked: Masked positions (B, L).
+        steps_left: Remaining steps (B,); not used.
+        uniforms: Fresh random numbers in [0, 1), (B, L).
+        tau: Probability at which a position is written every second time, in (0, 1).
+        temperature: Width of the transition, at least 0.01; towards 0 the rule is `threshold`. At tau=0.9 a position of
+            p=0.99 is written with probability 0.992 at temperature 0.5 and 0.92 at 1, one of p=0.5 with 0.012 and 0.1.
 
-    `threshold` writes a number of positions that is a function of the weights, and no gradient sees it. Of this rule
-    `trajectory()` scores the set that each step wrote (docs/order.md). Needs rank=max_prob. Ignores steps_left.
+    Source: ours.
     """
     return drawn_set(scores, masked, uniforms, tau=tau, temperature=temperature)
 
 
 def softness(commit: Callable) -> tuple[float, float]:
-    """Tau and temperature of a bound `soft_threshold`."""
+    """Return tau and temperature of a bound `soft_threshold`."""
     given = inspect.signature(commit).parameters
     if given["tau"].default is inspect.Parameter.empty:
         raise ValueError("commit=soft_threshold lacks its tau; give functools.partial(soft_threshold, tau=0.9)")
@@ -184,11 +230,18 @@ def softness(commit: Callable) -> tuple[float, float]:
 
 @bounded(f=Bound(above=0))
 def factor(scores: Scores, masked: Places, steps_left: Counts, *, f: float) -> Places:
-    """Fast-dLLM's factor rule: the n best, n the largest with p_(n) >= 1 - f/(n+1), p sorted downwards; at least one.
-    Needs log-probabilities as scores (confidence, max_prob). Ignores steps_left. [paper]
+    """Commit the n best positions, n the largest with p_(n) >= 1 - f/(n+1), p sorted downwards; at least one.
+
+    Use it in place of `threshold`, if more positions per step should require more certainty. It needs
+    log-probabilities as scores (rank=confidence or max_prob).
 
     Args:
-        f: Above 0; larger writes more at once.
+        scores: Log-probabilities (B, L), -inf off the masked positions.
+        masked: Masked positions (B, L).
+        steps_left: Remaining steps (B,); not used.
+        f: Tolerance, above 0. A larger value writes more positions per step.
+
+    Source: Fast-dLLM's factor rule, arXiv 2505.22618 [paper].
     """
     best = scores.sort(dim=-1, descending=True).values.exp()
     n = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
@@ -198,22 +251,27 @@ def factor(scores: Scores, masked: Places, steps_left: Counts, *, f: float) -> P
 
 @bounded(gamma=Bound(at_least=0))
 def entropy_bound(scores: Scores, masked: Places, steps_left: Counts, *, gamma: float) -> Places:
-    """EB-Sampler (arXiv 2505.24857): the most certain positions U, as many as keep sum_U H - max_U H <= gamma, nats.
-    Needs rank=entropy, whose scores are -H; one position always fits. Ignores steps_left. [paper]
+    """Commit the most certain positions U, as many as satisfy sum_U H - max_U H <= gamma, in nats (EB-Sampler).
+
+    Use it to take fewer steps with a bound on the dependence between the tokens of a step. It needs rank=entropy, whose
+    scores are -H. One position always satisfies the bound.
 
     Args:
-        gamma: The bound, nats; larger writes more at once.
+        scores: Minus the entropies (B, L) in nats, -inf off the masked positions.
+        masked: Masked positions (B, L).
+        steps_left: Remaining steps (B,); not used.
+        gamma: Bound, at least 0, in nats. A larger value writes more positions per step.
+
+    Source: EB-Sampler, arXiv 2505.24857 [paper].
     """
     entropies = -scores.sort(dim=-1, descending=True).values
-    # In rising order the largest is the last, so what counts is the sum of those before it.
+    # In rising order the last entropy is the largest, so the bound applies to the sum of the entropies before it.
     before = torch.nn.functional.pad(entropies.cumsum(-1)[:, :-1], (1, 0))
     return highest(scores, masked, count=(before <= gamma).sum(-1))
 
 
 def check_steps(diffusion_steps: int | None, length: int, count: Callable | None) -> None:
-    """Raise ValueError if a rule whose `count` writes a position in each step would take fewer than
-    `diffusion_steps`.
-    """
+    """Raise ValueError if `diffusion_steps` exceeds the length and `count` writes a position in every step."""
     if diffusion_steps is None or count is None or not 0 < length < diffusion_steps:
         return
     if count(torch.tensor([length]), torch.tensor([diffusion_steps])) > 0:
@@ -222,8 +280,9 @@ def check_steps(diffusion_steps: int | None, length: int, count: Callable | None
 
 
 def steps_per_block(diffusion_steps: int | None, sizes: list[int]) -> list[int]:
-    """Equal shares of steps per block, the remainder on the first; None: one step per position. Raises ValueError with
-    fewer steps than blocks.
+    """Return equal shares of steps per block, with the remainder on the first blocks.
+
+    Without `diffusion_steps` there is one step per position. Raise ValueError with fewer steps than blocks.
     """
     if diffusion_steps is None:
         return sizes

@@ -1,4 +1,4 @@
-"""Iterative unmasking as in LLaDA: blocks from left to right, a few positions of a block per step."""
+"""Iterative unmasking as in LLaDA: fill blocks from left to right, a few positions of a block per step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -48,38 +48,57 @@ def unmask(
     confidence_radius: int | None = None,
     on_step: Callable[[Rollout], None] | None = None,
 ) -> Rollout:
-    """Complete every prompt `group_size` times by iterative unmasking (LLaDA, arXiv 2502.09992, algorithm 5 [paper]).
+    """Complete every prompt `group_size` times by iterative unmasking.
+
+    Use it for masked-diffusion policies; use `autoregress` for causal policies, and `renoise` for models whose noise is
+    random tokens. A row depends only on its prompt, its seed and the weights; batching changes at most the last bits of
+    a sum.
+
+    Infilling (full attention only): a row's completion is its open positions, then the appended ones, and blocks count
+    only these positions. Rows may differ in their open positions.
+
+    Finished rows leave the batch, and rows of similar length run together (`length_buckets`); with compile_step all
+    rows run in every step. With `schedule` the host waits for the device at most once per forward; other rules also
+    wait for the number of chosen positions.
 
     Args:
-        max_new_tokens: Masked positions appended to each prompt; may be 0 where every prompt has open positions.
-        diffusion_steps: Steps of the whole completion, split equally over blocks; None: one per position. Adaptive
-            commit rules ignore diffusion_steps.
-        block_size: Positions open at once; None: all, or a block-causal policy's own. The last block may be shorter,
-            and so may a block-causal policy's first: its blocks count from the prompt's start.
-        temperature: Of the categorical distribution; 0 takes the likeliest token.
-        top_k: Only the k likeliest tokens are sampled; None: all.
-        top_p: Only the smallest set of likeliest tokens with this probability is sampled; None: all.
-        rank: Which positions come first, on untempered fp32 log-probabilities, see `rules`.
-        commit: How many positions a step writes, see `rules`; those of `revise` also record events.
-        suppress: Token ids that are never sampled; the mask token never is.
-        cache: See `cache`; None recomputes every position in every step.
-        approximate_early_exit: Full attention only: a row ends with the block of its end token. Masks after the end
-            token stay in the input, never sampled; the recorded log-probs stay exact. Block-causal rows always end so.
-        compile_step: Run each step as one compiled graph, with a cache as two; for few rows, on a GPU as CUDA graphs.
-            Refuses prefix_cache(), open positions and rules that rewrite. A near-tie may give another token.
-        confidence_radius: Record for each token how far the confidence of masked positions within so many places
-            changed (`Rollout.confidence_change`), for `elbo(informed_masking=...)`; None: not recorded. Needs
-            rank=confidence or max_prob; refuses compile_step and rules that rewrite.
-        on_step: Called with the current rollout after every step.
+        policy: Masked-diffusion policy, with full or block-causal attention.
+        prompts: Left-padded prompts, P rows of tokens. With `prompts.infill_mask`, those positions are filled in too.
+        generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
+        max_new_tokens: Number of masked positions appended to each prompt. 0 is allowed only for prompts with open
+            positions.
+        diffusion_steps: Number of steps per completion, split equally over blocks. Adaptive commit rules ignore it.
+            None: one per position.
+        block_size: Number of positions that are open together. None: all, or the block size of a block-causal policy.
+            The last block may be shorter, and so may the first one of a block-causal policy, whose blocks count from
+            the prompt's start.
+        temperature: Temperature of the token draw. 0 takes the likeliest token.
+        top_k: Sample only from the k likeliest tokens. None: all.
+        top_p: Sample only from the smallest set of likeliest tokens with this probability. None: all.
+        suppress: Token ids that are never sampled. The mask token never is.
+        rank: Function that scores positions; the highest scores come first. It reads untempered fp32 log-probabilities,
+            see `samplers.rules`.
+        commit: Rule that chooses the positions that a step writes, see `samplers.rules`; the rules of `samplers.revise`
+            also rewrite, and record events.
+        cache: `block_cache()`, `prefix_cache()` or `dual_cache()`. None recomputes every position in every step.
+        approximate_early_exit: End a row with the block of its end token (full attention only). Masks after the end
+            token stay in the input and are never sampled; the recorded log-probs stay exact. Block-causal rows always
+            end so.
+        compile_step: Run each step as one compiled graph, or as two with a cache; for few rows, on a GPU as CUDA
+            graphs. It refuses prefix_cache(), open positions and rules that rewrite. A near-tie may give another token.
+        confidence_radius: Record for each token how far the confidence of masked positions within this many places
+            changed (`Rollout.confidence_change`), for `elbo(informed_masking=...)`. It needs rank=confidence or
+            max_prob, and refuses compile_step and rules that rewrite. None: not recorded.
+        on_step: Function that is called with the current rollout after every step. None: no call.
 
-    Infilling (full attention only): a row's completion is its open positions, then the appended ones; blocks count
-    these alone. Rows may differ in their open positions.
+    Returns:
+        Rollout of B = P * group_size rows: tokens, the step that wrote each token, and log-probs at commit in nats.
 
-    A row depends on its prompt, its seed and the weights only; batching changes at most the last bits of a sum.
-    Finished rows leave the batch; rows of similar length run together (`length_buckets`); with compile_step all rows
-    run in every step. With `schedule` the host
-    waits for the device at most once per forward; other rules also wait for the number of chosen positions. Raises
-    ValueError for a causal policy, a completion that does not fit, or rules, blocks and caches that do not go together.
+    Raises:
+        ValueError: The policy is causal or has no mask token, a completion does not fit, or the rank, commit rule,
+            blocks and cache cannot be combined.
+
+    Source: LLaDA, arXiv 2502.09992, algorithm 5 [paper].
     """
     spec = policy.spec
     ranked, rule = as_rank(rank), as_commit(commit)
@@ -117,7 +136,7 @@ def unmask(
 
 
 def _take(choose: Choose, states_of: States, queue: BlockQueue, seeds: Int[Tensor, " B"]) -> Tensor | None:
-    """One step of the open rows; returns the rows whose block is now complete, None when every block was."""
+    """Run one step of the open rows. Return the rows whose block is now complete, or None if all rows were finished."""
     canvas = choose.canvas
     if (turn := next_turn(canvas, queue, seeds)) is None:
         return None
@@ -128,7 +147,7 @@ def _take(choose: Choose, states_of: States, queue: BlockQueue, seeds: Int[Tenso
 
 
 def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None, cache: Cache | None) -> int:
-    """The block size in effect. Raises ValueError as documented in `unmask`."""
+    """Return the block size in effect. Raise ValueError as documented in `unmask`."""
     attention = policy.spec.attention
     if attention == "causal":
         raise ValueError(f"policy {policy.spec.name!r} is causal; unmask needs a diffusion model: use autoregress")
@@ -152,7 +171,7 @@ def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None
 
 
 def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int) -> None:
-    """Raise ValueError when the longest prompt and its completion exceed what the model can take."""
+    """Raise ValueError when the longest prompt and its completion exceed the model's maximum length."""
     longest = int(prompts.attention_mask.sum(-1).max())
     limit = policy.spec.max_length
     if limit is not None and longest + max_new_tokens > limit:
@@ -164,7 +183,7 @@ def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int) -> None:
 
 
 def check_suppress(policy: Policy, sampling_params: SamplingParams) -> None:
-    """Raise ValueError when a suppressed id is no token, or no token is left to sample."""
+    """Raise ValueError when a suppressed id is outside the vocabulary, or when no token remains to sample."""
     tokens = set(sampling_params.suppress)
     odd = sorted(token for token in tokens if not 0 <= token < policy.vocab_size)
     if odd:
