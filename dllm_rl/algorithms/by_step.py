@@ -1,4 +1,4 @@
-"""A corrector's statistics per denoising step: early steps, which see little, disagree in other ways than late ones."""
+"""Corrector statistics per denoising step: early steps see few tokens and disagree in other ways than late steps."""
 
 from dataclasses import replace
 from functools import partial
@@ -10,8 +10,9 @@ from dllm_rl.members import configurable
 
 
 def weights_by_step(stats: TokenStats, *, weight_fn: WeightFn) -> TokenWeights:
-    """Weigh the tokens of each denoising step as a batch of their own [ours]. A metric is the mean over the steps, each
-    weighted by its tokens.
+    """Weight the tokens of each denoising step as a separate batch [ours].
+
+    A metric is the mean over the steps, each weighted by its number of tokens. `by_step` explains the keyword.
     """
     weights = torch.ones_like(stats.log_mismatch).detach()
     keep = torch.zeros_like(stats.mask)
@@ -24,18 +25,23 @@ def weights_by_step(stats: TokenStats, *, weight_fn: WeightFn) -> TokenWeights:
         keep |= part.loss_mask
         for name, value in part.metrics.items():
             sums[name] = sums.get(name, 0.0) + value * count
-    if not sums:  # no token at all: whatever the corrector says of that
+    if not sums:  # no tokens: return the corrector's result for an empty mask
         return weight_fn(stats)
     return TokenWeights(weights, keep, {name: total / stats.mask.sum().item() for name, total in sums.items()})
 
 
 @configurable
 def by_step(*, corrector: Corrector | None = None) -> Corrector:
-    """A corrector whose statistics are of one denoising step at a time: AIS's lambda, the ratio of a sequence (of its
-    tokens of a step), rejection. Token weights of their own (`tis`, `icepop`) are the same with it and without.
+    """Make a corrector whose statistics cover one denoising step at a time.
+
+    The statistics are the lambda of `ais`, the ratio of a sequence (over the tokens of one step) and the rejection of
+    sequences. Token weights without batch statistics (`tis`, `icepop`) are the same with and without it.
 
     Args:
-        corrector: Whose weights they are; None: `ais()`.
+        corrector: Corrector to apply per step. None (default): `ais()`.
+
+    Returns:
+        A corrector with the same loss and reduction.
     """
     corrector = ais() if corrector is None else corrector
     return replace(corrector, weight_fn=partial(weights_by_step, weight_fn=corrector.weight_fn))

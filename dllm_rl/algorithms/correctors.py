@@ -1,9 +1,10 @@
-"""Corrections of the training-inference mismatch, made of three parts that methods combine.
+"""Corrections of the training-inference mismatch, built from three parts that can be combined.
 
-log_mismatch = logp_old - logp_rollout per token (nats), over the GLOBAL batch. The mask marks the corrected rows: those
-with an advantage, or all rows with a KL term or an entropy bonus. Batch statistics (AIS's lambda) are of these rows; a
-corrector's `rollout_corr/*` are logged as `trained/*`, next to those of all rows. Weights are detached, multiply the
-surrogate before any KL term, and are 1 off the mask. A token with a non-finite log_mismatch leaves the keep mask.
+log_mismatch = logp_old - logp_rollout per token (nats), over the GLOBAL batch. The mask marks the corrected rows: rows
+with an advantage, or all rows with a KL term or an entropy bonus. Batch statistics (the lambda of AIS) cover these
+rows; the `rollout_corr/*` metrics of a corrector are logged as `trained/*`, next to the metrics of all rows. Weights
+are detached, multiply the surrogate before any KL term, and are 1 off the mask. A token with a non-finite log_mismatch
+leaves the loss mask.
 """
 
 import math
@@ -27,16 +28,19 @@ Outside = Literal["zero", "drop"]
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What a corrector may read of the global batch's tokens. Every process has the same, on the host.
+    """Input of a corrector: statistics of the global batch's tokens.
+
+    Every process has the same copy, on the host. A custom corrector reads it in its `weight_fn`.
 
     Args:
-        log_mismatch: Logp_old - logp_rollout, nats; 0 off the mask.
+        log_mismatch: logp_old - logp_rollout, in nats; 0 off the mask.
+        advantages: Advantage of each row.
         mask: Tokens to correct.
-        old_logprobs: Under the learner at the start of the update, nats.
-        rollout_logprobs: Under the policy that sampled, nats.
-        unmask_step: Denoising step that wrote the token (autoregressive: its place); -1 where none did.
-        entropy: Of the learner's distribution that the token was drawn from, nats; None unless the corrector's
-            `needs_entropy` asks for it, which takes one more forward per view.
+        old_logprobs: Log-probs under the learner at the start of the update, in nats.
+        rollout_logprobs: Log-probs under the policy that sampled, in nats.
+        unmask_step: Denoising step that wrote the token (autoregressive: its position); -1 elsewhere.
+        entropy: Entropy of the learner's distribution that the token was drawn from, in nats. None (default) unless the
+            corrector sets `needs_entropy`, which takes one more forward per view.
     """
 
     log_mismatch: Float[Tensor, "B T"]
@@ -48,12 +52,18 @@ class TokenStats:
     entropy: Float[Tensor, "B T"] | None = None
 
     def among(self, mask: Bool[Tensor, "B T"]) -> "TokenStats":
-        """The same of fewer tokens."""
+        """Return the statistics of fewer tokens."""
         return replace(self, mask=mask, log_mismatch=torch.where(mask, self.log_mismatch, 0))
 
 
 class TokenWeights(NamedTuple):
-    """What a corrector says of the tokens: detached weights, 1 off the mask; which stay in the loss; metrics."""
+    """Result of a corrector for each token.
+
+    Attributes:
+        importance_weights: Detached weights; 1 off the mask.
+        loss_mask: Tokens that stay in the loss.
+        metrics: Numbers to log, by name.
+    """
 
     importance_weights: Float[Tensor, "B T"]
     loss_mask: Bool[Tensor, "B T"]
@@ -64,7 +74,7 @@ WeightFn = Callable[[TokenStats], TokenWeights]
 
 
 def unit_weights(stats: TokenStats) -> TokenWeights:
-    """Every weight 1, every token with a finite ratio in the loss."""
+    """Give every token the weight 1, and keep every token with a finite ratio in the loss."""
     _, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     return TokenWeights(torch.ones_like(stats.log_mismatch).detach(), keep, metrics)
 
@@ -72,7 +82,14 @@ def unit_weights(stats: TokenStats) -> TokenWeights:
 def drop_nonfinite(
     log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"], dict[str, float]]:
-    """log_mismatch with 0 wherever it is not finite or not marked, the mask without such tokens, and their share."""
+    """Remove tokens whose log_mismatch is not finite from the mask.
+
+    Call it first in a custom `weight_fn`.
+
+    Returns:
+        log_mismatch, detached, with 0 where it is not finite or off the mask; the mask without these tokens; the metric
+        rollout_corr/nonfinite_fraction, their share of the mask.
+    """
     keep = mask & log_mismatch.isfinite()
     lost = 1 - keep.sum().item() / mask.sum().item() if mask.any() else 0.0
     return torch.where(keep, log_mismatch.detach(), 0), keep, {"rollout_corr/nonfinite_fraction": lost}
@@ -81,13 +98,13 @@ def drop_nonfinite(
 def per_level(
     log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, pool: str
 ) -> Float[Tensor, "B T"]:
-    """The log-ratio at token level, or the row's sum (`product`) or mean (`geometric`) over it; 0 off the mask."""
+    """Return each token's log-ratio, or its row's sum (`product`) or mean (`geometric`); 0 off the mask."""
     log_w = torch.where(mask, log_mismatch, 0)
     if level == "token":
         return log_w
     if level != "sequence":
         raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
-    total = log_w.double().sum(-1, keepdim=True)  # fp64: sums over long rows round
+    total = log_w.double().sum(-1, keepdim=True)  # fp64: sums over long rows are rounded in fp32
     if pool == "geometric":
         total = total / mask.sum(-1, keepdim=True).clamp(min=1)
     elif pool != "product":
@@ -98,12 +115,12 @@ def per_level(
 def ratios(
     log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, pool: str
 ) -> Float[Tensor, "B T"]:
-    """Exp of `per_level`, whose logs stay within +-MAX_LOG."""
+    """Return exp of `per_level`, whose logs are clamped to +-MAX_LOG."""
     return per_level(log_mismatch, mask, level=level, pool=pool).clamp(-MAX_LOG, MAX_LOG).exp()
 
 
 def _fraction(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
-    """Share of the marked tokens at which `event` holds; 0 when none is marked."""
+    """Return the share of marked tokens at which `event` is true; 0 if no token is marked."""
     return (event & mask).sum().item() / max(mask.sum().item(), 1)
 
 
@@ -115,14 +132,18 @@ def truncated_weights(
     level: str = "token",
     pool: str = "product",
 ) -> TokenWeights:
-    """Truncated importance weights, w = min(rho, cap) [paper: TIS, fengyao.notion.site/off-policy-rl].
+    """Compute truncated importance weights, w = min(rho, cap).
 
-    rho_t = exp(log_mismatch_t) per token; per sequence exp of the sum (`product`) or the mean (`geometric`). `tis`
+    rho_t = exp(log_mismatch_t) per token; per sequence, exp of the sum (`product`) or of the mean (`geometric`). `tis`
     explains the keywords.
+
+    Source: TIS, fengyao.notion.site/off-policy-rl [paper].
     """
     log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     weights = ratios(log_mismatch, keep, level=level, pool=pool)
-    metrics["tis/capped_fraction"] = _fraction(weights > cap, keep)  # of raw ratios: a weight at the cap is not capped
+    metrics["tis/capped_fraction"] = _fraction(
+        weights > cap, keep
+    )  # compares raw ratios: a ratio equal to the cap is not capped
     return TokenWeights(torch.where(keep, weights.clamp(max=cap), 1), keep, metrics)
 
 
@@ -136,8 +157,11 @@ def masked_weights(
     pool: str = "product",
     outside: str = "zero",
 ) -> TokenWeights:
-    """Masked importance weights, w = rho inside [low, high] and 0 outside [paper: MIS, "When Speed Kills Stability", by
-    Liu et al. 2025; IcePop, arXiv 2510.18855]; rho as in `truncated_weights`. `mis` explains the keywords.
+    """Compute masked importance weights: w = rho inside [min_ratio, max_ratio], and 0 outside.
+
+    rho is the ratio of `truncated_weights`. `mis` explains the keywords.
+
+    Sources: MIS, "When Speed Kills Stability" (Liu et al. 2025); IcePop, arXiv 2510.18855 [paper].
     """
     if outside not in ("zero", "drop"):
         raise ValueError(f"outside={outside!r} must be 'zero' or 'drop'")
@@ -158,11 +182,13 @@ def rejection(
     threshold: float = 0.001,
     pool: str = "mean",
 ) -> TokenWeights:
-    """Drop what disagrees too much from the MASK, and so from the loss's denominator; weights stay 1.
+    """Remove tokens or sequences with a large mismatch from the loss mask, and thereby from the loss's denominator.
 
-    With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, nats. |k| is compared, for a
-    sequence after pooling. Sources: verl's names, VeXact's default (sequence mean of k3 above 0.001 fits bf16
-    kernels; low-bit rollouts need more) [digest]. `reject` explains the keywords.
+    Weights stay 1. With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, in nats. |k| is
+    compared with the threshold, for a sequence after pooling. `reject` explains the keywords.
+
+    Sources: verl's names; VeXact's default [digest]: a sequence mean of k3 above 0.001 fits bf16 kernels, and low-bit
+    rollouts need more.
     """
     d, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     d = d.clamp(-MAX_LOG, MAX_LOG)  # exp(d) overflows fp32 at 89
@@ -197,8 +223,15 @@ def rejection(
 
 @bounded(tau=Bound(above=0))
 def ais_lambda(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
-    """Lam = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, towards 1 with the mismatch [ours: the digest of AIS
-    that we read does not give the formula].
+    """Compute lambda = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, and closer to 1 the larger the mismatch.
+
+    The formula is [ours]: the digest of AIS that we read does not contain one.
+
+    Args:
+        reliability: rho, the effective sample size of the sequence weights, in (0, 1].
+        divergence: D, the mean |log_mismatch|, in nats.
+        variation: CV, the coefficient of variation of the token weights.
+        tau: Mean |log_mismatch| at which half of the trust is gone, in nats, above 0.
     """
     return 1 - reliability * (tau / (divergence + tau)) * (1 / (1 + variation))
 
@@ -213,17 +246,21 @@ def adaptive_weights(
     pool: str = "product",
     level: str = "token",
 ) -> TokenWeights:
-    """AIS (arXiv 2605.13907 [digest]): one lam in [0, 1] for the batch mixes the uncorrected gradient and the TIS one.
-        m_t = 1 + lam (min(w_t, cap) - 1),   w_t = exp(log_mismatch_t)
+    """Mix the uncorrected gradient and the TIS gradient by one lambda in [0, 1] per batch.
+
+        m_t = 1 + lambda (min(w_t, cap) - 1),   w_t = exp(log_mismatch_t)
         rho = (sum w)^2 / (B sum w^2) over SEQUENCE weights: reliability [digest]; B counts rows that have a token
         D   = mean |log_mismatch| over tokens, nats: divergence severity [digest]
         CV  = std(w) / mean(w) over TOKEN weights: variance amplification [digest]
-    All three are of the corrected rows. Truncation [digest], cap 2 [ours]. No gradient goes through lam or w. `ais`
-    explains the keywords.
+
+    All three statistics cover the corrected rows. Truncation is [digest], cap 2 is [ours]. No gradient goes through
+    lambda or w. `ais` explains the keywords.
+
+    Source: AIS, arXiv 2605.13907 [digest].
     """
     log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     log_w = log_mismatch.clamp(-MAX_LOG, MAX_LOG)
-    reliability = 1.0  # without a token lam is what it is on-policy
+    reliability = 1.0  # without tokens, lam has its on-policy value
     divergence = 0.0
     variation = 0.0
     if keep.any():
@@ -236,15 +273,18 @@ def adaptive_weights(
         variation = (w.std(correction=0) / w.mean()).item()
     capped = ratios(log_mismatch, keep, level=level, pool=pool).clamp(max=cap)
     lam = min(1.0, max(0.0, lambda_fn(reliability, divergence, variation, tau=tau)))
-    weights = torch.lerp(torch.ones_like(capped), capped, lam)  # exact at lam = 0, and at lam = 1
+    weights = torch.lerp(torch.ones_like(capped), capped, lam)  # exact at lam = 0 and at lam = 1
     metrics |= {"ais/rho": reliability, "ais/D": divergence, "ais/CV": variation, "ais/lambda": lam}
     return TokenWeights(torch.where(keep, weights, 1), keep, metrics)
 
 
 @bounded(max_weight=Bound(at_least=1))
 def band_weights(stats: TokenStats, *, max_weight: float = 2.0) -> TokenWeights:
-    """TBPO's weight exp(clamp(mean_t log_mismatch, -log c, log c)), one per row (QaRL, arXiv 2604.07853 [digest]; clamp
-    in log space [ours]). c is the largest weight, and one over the smallest.
+    """Compute TBPO's weight exp(clamp(mean_t log_mismatch, -log c, log c)), one per row.
+
+    c is `max_weight`: the largest weight, and the reciprocal of the smallest. `tbpo` explains the keyword.
+
+    Source: QaRL, arXiv 2604.07853 [digest]; the clamp in log space is [ours].
     """
     log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     log_w = per_level(log_mismatch, keep, level="sequence", pool="geometric")
@@ -254,14 +294,15 @@ def band_weights(stats: TokenStats, *, max_weight: float = 2.0) -> TokenWeights:
 
 
 def combine_weights(stats: TokenStats, *, weight_fns: tuple[WeightFn, ...]) -> TokenWeights:
-    """The product of the weights and the intersection of the loss masks. A metric that two parts log with different
-    values gets the part's number as a suffix.
+    """Multiply the weights of several functions, and intersect their loss masks.
+
+    If two functions log a metric with different values, its name gets the function's number as a suffix.
     """
     weights = torch.ones_like(stats.log_mismatch).detach()
     keep = stats.mask
     metrics: dict[str, float] = {}
     for i, weight_fn in enumerate(weight_fns, start=1):
-        part = weight_fn(stats)  # of the whole mask, so that their order does not matter
+        part = weight_fn(stats)  # each function sees the full mask, so that their order does not matter
         weights = weights * part.importance_weights
         keep = keep & part.loss_mask
         for name, value in part.metrics.items():
@@ -269,22 +310,29 @@ def combine_weights(stats: TokenStats, *, weight_fns: tuple[WeightFn, ...]) -> T
     return TokenWeights(weights, keep, metrics)
 
 
-Surrogate = Callable[..., Tensor]  # (log_ratio, advantages, mask, further ones of losses.SURROGATE_INPUTS)
+Surrogate = Callable[..., Tensor]  # (log_ratio, advantages, mask, any of losses.SURROGATE_INPUTS)
 LossReduction = Callable[..., Tensor]  # (mask, *, num_tokens, num_sequences) -> coefficients
 
 
 @dataclass(frozen=True)
 class Corrector:
-    """Args:
-        weight_fn: `TokenStats` of the global batch -> `TokenWeights`.
-        needs_entropy: Weight_fn reads `TokenStats.entropy`.
-        align_forward: The learner's forward runs through the rollout's quantised operands.
-        loss: The objective (see `algorithms.losses`) of a method that brings one; None: the recipe's `loss`.
-        loss_reduction: How that method averages tokens, where the recipe names no function.
-        factory: The function below with its arguments, so that a command line can change a keyword.
+    """A correction of the training-inference mismatch: weights, a loss mask and, optionally, an objective.
 
-    `no_correction`, `tis` and the others below make one. A method of one's own is a function under
-    `members.configurable` that returns a Corrector; its keywords are then options, too.
+    `no_correction`, `tis` and the functions below each make one. For a custom corrector, write a function that returns
+    a Corrector and decorate it with `members.configurable`; its keywords are then options of the command line.
+
+    Args:
+        weight_fn: Function `TokenStats` of the global batch -> `TokenWeights`. Default: unit weights.
+        loss: Objective (see `algorithms.losses`) of a method that defines one. None (default): the recipe's `loss`.
+        align_forward: Whether the learner's forward computes with the rollout's quantized operands. Default: False.
+        loss_reduction: Averaging of tokens that belongs to the method, if the recipe names no function. None (default):
+            the recipe's.
+        needs_entropy: Whether `weight_fn` reads `TokenStats.entropy`. Default: False.
+        factory: Function that made the corrector, with its arguments, so that a command line can change a keyword. Set
+            by `members.configurable`.
+
+    Raises:
+        ValueError: A constant bound in a function is out of its range.
     """
 
     weight_fn: WeightFn = unit_weights
@@ -294,29 +342,42 @@ class Corrector:
     needs_entropy: bool = False
     factory: partial | None = field(default=None, init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:  # a constant is refused here, before a run, and not at the first batch
+    def __post_init__(self) -> None:  # an invalid constant is refused before a run, not at the first batch
         check_bound((self.weight_fn, self.loss, self.loss_reduction))
 
     @property
     def weighs(self) -> bool:
-        """Whether it has weights: False where every weight is 1 and every token stays."""
+        """Whether the corrector has weights: False if every weight is 1 and every token stays in the loss."""
         return function_of(self.weight_fn) is not unit_weights
 
 
 @configurable
 def no_correction() -> Corrector:
-    """No correction: weight 1 everywhere."""
+    """Make the corrector without a correction: every weight is 1.
+
+    Use it if the rollout has the learner's precision, or as a baseline. Tokens with a non-finite ratio still leave the
+    loss.
+    """
     return Corrector()
 
 
 @configurable
 def tis(*, cap: float = 2.0, level: Level = "token", pool: Pool = "product") -> Corrector:
-    """Truncated importance sampling; see `truncated_weights`.
+    """Make the truncated importance sampling corrector; see `truncated_weights`.
+
+    Use it as the first correction of a quantized rollout: every token stays in the loss, and the cap bounds the
+    variance.
 
     Args:
-        cap: Largest weight, at least 1.
-        level: What has a ratio of its own: token or sequence.
-        pool: Of a sequence's tokens: product or geometric.
+        cap: Largest weight, at least 1. Default: 2.
+        level: Unit that has one ratio: "token" (default) or "sequence".
+        pool: How token ratios become the ratio of a sequence: "product" (default) or "geometric" (mean).
+
+    Returns:
+        A corrector. It logs tis/capped_fraction.
+
+    Raises:
+        ValueError: cap is below 1; at the first batch, level or pool is unknown.
     """
     return Corrector(weight_fn=partial(truncated_weights, cap=cap, level=level, pool=pool))
 
@@ -330,15 +391,23 @@ def mis(
     pool: Pool = "product",
     outside: Outside = "zero",
 ) -> Corrector:
-    """Masked importance sampling; see `masked_weights`.
+    """Make the masked importance sampling corrector; see `masked_weights`.
+
+    Use it instead of `tis` if tokens with an extreme ratio should not contribute a gradient.
 
     Args:
-        min_ratio: The range of ratios that count.
-        max_ratio: The range of ratios that count.
-        level: What has a ratio of its own: token or sequence.
-        pool: Of a sequence's tokens: product or geometric.
-        outside: Tokens outside the range: zero (weight 0, counted in the loss's denominator) or drop (not counted, as
-            in verl's rejection).
+        min_ratio: Smallest ratio that contributes, in [0, 1]. Default: 0.5.
+        max_ratio: Largest ratio that contributes, at least 1. Default: 2.
+        level: Unit that has one ratio: "token" (default) or "sequence".
+        pool: How token ratios become the ratio of a sequence: "product" (default) or "geometric" (mean).
+        outside: Treatment of tokens outside the range: "zero" (default; weight 0, counted in the loss's denominator) or
+            "drop" (not counted, as in verl's rejection).
+
+    Returns:
+        A corrector. It logs rollout_corr/rollout_is_oob_ratio, the share outside the range.
+
+    Raises:
+        ValueError: A ratio is out of its range; at the first batch, level, pool or outside is unknown.
     """
     bound = partial(masked_weights, min_ratio=min_ratio, max_ratio=max_ratio, level=level, pool=pool, outside=outside)
     return Corrector(weight_fn=bound)
@@ -346,12 +415,15 @@ def mis(
 
 @configurable
 def icepop(*, min_ratio: float = 0.5, max_ratio: float = 5.0, outside: Outside = "zero") -> Corrector:
-    """IcePop: masked importance sampling per token, from 0.5 to 5 [paper].
+    """Make the IcePop corrector: masked importance sampling per token, from 0.5 to 5 [paper].
+
+    It is `mis` with another range and no sequence level.
 
     Args:
-        min_ratio: The range of ratios that count.
-        max_ratio: The range of ratios that count.
-        outside: Tokens outside the range: zero (weight 0, counted in the loss's denominator) or drop (not counted).
+        min_ratio: Smallest ratio that contributes, in [0, 1]. Default: 0.5.
+        max_ratio: Largest ratio that contributes, at least 1. Default: 5.
+        outside: Treatment of tokens outside the range: "zero" (default; weight 0, counted in the loss's denominator) or
+            "drop" (not counted).
     """
     return mis(min_ratio=min_ratio, max_ratio=max_ratio, level="token", outside=outside)
 
@@ -364,13 +436,21 @@ def reject(
     threshold: float = 0.001,
     pool: Literal["mean", "sum", "max"] = "mean",
 ) -> Corrector:
-    """Rejection of tokens or sequences; see `rejection`.
+    """Make the corrector that rejects tokens or sequences with a large mismatch; see `rejection`.
+
+    Use it alone or in `compose`, to remove bad sequences before other weights act.
 
     Args:
-        level: What is dropped: token or sequence.
-        statistic: K1, k2 or k3.
-        threshold: Its largest value that is kept, nats.
-        pool: Of a sequence's tokens: mean, sum or max.
+        level: Unit that is rejected: "token" or "sequence" (default).
+        statistic: Estimator of the mismatch: "k1", "k2" or "k3" (default).
+        threshold: Largest statistic that is accepted, in nats, at least 0. Default: 0.001.
+        pool: How token statistics become the statistic of a sequence: "mean" (default), "sum" or "max".
+
+    Returns:
+        A corrector. It logs rollout_corr/rollout_rs_masked_fraction and rollout_rs_seq_masked_fraction.
+
+    Raises:
+        ValueError: threshold is negative; at the first batch, level, statistic or pool is unknown.
     """
     return Corrector(weight_fn=partial(rejection, level=level, statistic=statistic, threshold=threshold, pool=pool))
 
@@ -384,14 +464,26 @@ def ais(
     pool: Pool = "product",
     level: Level = "token",
 ) -> Corrector:
-    """Adaptive importance sampling; see `adaptive_weights`.
+    """Make the adaptive importance sampling corrector; see `adaptive_weights`.
+
+    Use it if the mismatch changes during a run: the weights lie between 1 and the weights of `tis`, depending on the
+    mismatch of the batch.
 
     Args:
-        cap: Largest weight, at least 1.
-        tau: Nats of mean |log_mismatch| at which half the trust is gone, above 0.
-        lambda_fn: Function (rho, D, CV, *, tau) -> lam; a result outside [0, 1] is clamped to it.
-        pool: Of a sequence's tokens, in rho and in weights of sequences: product or geometric.
-        level: Of the weights that are mixed: token, or sequence.
+        cap: Largest weight, at least 1. Default: 2.
+        tau: Mean |log_mismatch| at which half of the trust is gone, in nats, above 0. Default: 0.05.
+        lambda_fn: Function (rho, D, CV, *, tau) -> lambda; a result outside [0, 1] is clamped. Default: `ais_lambda`.
+        pool: How token ratios become the ratio of a sequence, in rho and in sequence weights: "product" (default) or
+            "geometric" (mean).
+        level: Unit that has one weight: "token" (default) or "sequence".
+
+    Returns:
+        A corrector. It logs ais/rho, ais/D, ais/CV and ais/lambda.
+
+    Raises:
+        ValueError: cap or tau is out of its range; at the first batch, level or pool is unknown.
+
+    Source: AIS, arXiv 2605.13907 [digest].
     """
     bound = partial(adaptive_weights, cap=cap, tau=tau, lambda_fn=lambda_fn, pool=pool, level=level)
     return Corrector(weight_fn=bound)
@@ -401,15 +493,24 @@ def ais(
 def tbpo(
     *, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, max_weight: float = 2.0
 ) -> Corrector:
-    """Trust-band policy optimisation: `band_weights` with `trust_band`, the mean over sequences [digest].
+    """Make the trust-band policy optimization corrector: `band_weights` with `trust_band`, the mean over sequences
+    [digest].
 
     The defaults fit long autoregressive responses [digest]; diffusion likelihoods move more and need wider bands.
 
     Args:
-        eps_high: How far the ratio may rise above 1 where the advantage is not negative.
-        neg_low: How far it may fall below 1, and rise above it, where the advantage is negative.
-        neg_high: How far it may fall below 1, and rise above it, where the advantage is negative.
-        max_weight: The largest weight, and one over the smallest; at least 1.
+        eps_high: Largest rise of the ratio above 1 if the advantage is not negative. Default: 4e-4.
+        neg_low: Largest fall of the ratio below 1 if the advantage is negative. Default: 3e-4.
+        neg_high: Largest rise of the ratio above 1 if the advantage is negative. Default: 7e-4.
+        max_weight: Largest weight, and the reciprocal of the smallest; at least 1. Default: 2.
+
+    Returns:
+        A corrector with an objective and a reduction. It logs tbpo/capped_fraction.
+
+    Raises:
+        ValueError: A constant is out of its range.
+
+    Source: QaRL, arXiv 2604.07853 [digest].
     """
     surrogate = partial(trust_band, eps_high=eps_high, neg_low=neg_low, neg_high=neg_high)
     return Corrector(
@@ -419,7 +520,10 @@ def tbpo(
 
 @configurable
 def aligned() -> Corrector:
-    """No weights: the learner's forward runs through the rollout's quantised operands."""
+    """Make the corrector without weights whose learner's forward computes with the rollout's quantized operands.
+
+    Use it to remove the mismatch instead of weighting it, and combine it with weights by `compose`.
+    """
     return Corrector(align_forward=True)
 
 
@@ -427,27 +531,44 @@ def aligned() -> Corrector:
 def qarl(
     *, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, max_weight: float = 2.0
 ) -> Corrector:
-    """QaRL (arXiv 2604.07853 [digest]): `tbpo` with the aligned forward.
+    """Make the QaRL corrector: `tbpo` with the aligned forward.
 
     Args:
-        eps_high: How far the ratio may rise above 1 where the advantage is not negative.
-        neg_low: How far it may fall below 1, and rise above it, where the advantage is negative.
-        neg_high: How far it may fall below 1, and rise above it, where the advantage is negative.
-        max_weight: The largest weight, and one over the smallest; at least 1.
+        eps_high: Largest rise of the ratio above 1 if the advantage is not negative. Default: 4e-4.
+        neg_low: Largest fall of the ratio below 1 if the advantage is negative. Default: 3e-4.
+        neg_high: Largest rise of the ratio above 1 if the advantage is negative. Default: 7e-4.
+        max_weight: Largest weight, and the reciprocal of the smallest; at least 1. Default: 2.
+
+    Returns:
+        A corrector with an objective and a reduction.
+
+    Raises:
+        ValueError: A constant is out of its range.
+
+    Source: QaRL, arXiv 2604.07853 [digest].
     """
     return compose(tbpo(eps_high=eps_high, neg_low=neg_low, neg_high=neg_high, max_weight=max_weight), aligned())
 
 
 @configurable
 def compose(*parts: Corrector | WeightFn) -> Corrector:
-    """Combine correctors or bare weight functions: see `combine_weights`. The forward is aligned if any part's is.
+    """Combine correctors or weight functions: see `combine_weights`.
 
-    Raises ValueError when two parts bring different objectives. Example: compose(tis(cap=3.0), reject(threshold=0.1))
+    The forward is aligned if any part aligns it. Example: compose(tis(cap=3.0), reject(threshold=0.1)).
+
+    Args:
+        *parts: Correctors, or functions `TokenStats` -> `TokenWeights`.
+
+    Returns:
+        One corrector.
+
+    Raises:
+        ValueError: Two parts have different objectives.
     """
     correctors = [part if isinstance(part, Corrector) else Corrector(weight_fn=part) for part in parts]
     brought = [part for part in correctors if part.loss is not None] or [
         no_correction()
-    ]  # an objective and its reduction
+    ]  # one objective and its reduction
     if len({part.loss for part in brought}) > 1:
         raise ValueError(f"{len(brought)} parts bring an objective; keep one: replace(part, loss=None)")
     fns = tuple(part.weight_fn for part in correctors if part.weighs)

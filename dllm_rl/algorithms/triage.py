@@ -1,4 +1,4 @@
-"""TRIAGE (arXiv 2610.07043): damp the tokens that a low-bit rollout makes dangerous, and no others."""
+"""TRIAGE (arXiv 2610.07043): damp only the tokens that a low-bit rollout makes dangerous."""
 
 from functools import partial
 
@@ -13,16 +13,17 @@ from dllm_rl.members import configurable
 
 @bounded(gate=Bound(at_least=0), window=Bound(at_least=1))
 def triage_weights(stats: TokenStats, *, gate: float = 0.02, window: int = 64) -> TokenWeights:
-    """W = rho = exp(log_mismatch) where the advantage is negative, the learner finds the token less likely than the
-    rollout did (rho < 1), and the gate is open; 1 elsewhere.
+    """Compute w = rho = exp(log_mismatch) for dangerous tokens, and w = 1 for all others.
 
-    Pushing down a token that the learner holds for unlikely already is what drives it off. That only such tokens are
-    damped, and that a gate decides per 64 tokens, is [digest]. The weight rho, and the gate, which opens where the mean
-    |log_mismatch| of the window exceeds `gate`, are [ours]. `triage` explains the keywords.
+    A token is dangerous if its advantage is negative, the learner finds the token less likely than the rollout did (rho
+    < 1), and its gate is open. Lowering the probability of a token that the learner already finds unlikely is what
+    makes the learner drift. The choice of these tokens, and one gate per 64 tokens, are from the paper [digest]. The
+    weight rho, and a gate that opens where the window's mean |log_mismatch| exceeds `gate`, are [ours]. `triage`
+    explains the keywords.
     """
     log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
-    place = stats.mask.cumsum(-1).sub(1).clamp(min=0) // window  # windows are of corrected tokens: padding is in none
-    windows = F.one_hot(place) * keep[..., None]  # (B, T, windows of a row)
+    place = stats.mask.cumsum(-1).sub(1).clamp(min=0) // window  # windows contain only corrected tokens, no padding
+    windows = F.one_hot(place) * keep[..., None]  # (B, T, windows per row)
     size = windows.sum(1).clamp(min=1)
     mean = (windows * log_mismatch.abs().double()[..., None]).sum(1) / size
     is_open = (mean > gate).gather(1, place)
@@ -35,10 +36,20 @@ def triage_weights(stats: TokenStats, *, gate: float = 0.02, window: int = 64) -
 
 @configurable
 def triage(*, gate: float = 0.02, window: int = 64) -> Corrector:
-    """Damping of unlikely tokens in answers of negative advantage; see `triage_weights`.
+    """Damp unlikely tokens in completions with a negative advantage; see `triage_weights`.
+
+    Use it if a low-bit rollout makes training drift: only the tokens that cause the drift get a smaller weight.
 
     Args:
-        gate: Mean |log_mismatch| of a window above which its tokens are damped, nats.
-        window: Tokens per window.
+        gate: Mean |log_mismatch| of a window, in nats, above which its tokens are damped; at least 0. Default: 0.02.
+        window: Tokens per window, at least 1. Default: 64.
+
+    Returns:
+        A corrector. It logs triage/open_fraction and triage/damped_fraction.
+
+    Raises:
+        ValueError: gate or window is out of range.
+
+    Source: TRIAGE, arXiv 2610.07043 [digest].
     """
     return Corrector(weight_fn=partial(triage_weights, gate=gate, window=window))
