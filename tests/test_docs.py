@@ -102,13 +102,13 @@ def test_links_lead_to_where_files_lie_in_the_site():
         ("docs/reference/training.md", "[a](../../README.md#x)", "[a](../repository/README.md#x)"),
         ("docs/running.md", "[a](models.md#b)", "[a](models.md#b)"),
         ("docs/running.md", "[a](https://x.org/b)", "[a](https://x.org/b)"),
-        ("README.md", "![a](recipes/sudoku_tiny.png)", "![a](recipes/sudoku_tiny.png)"),
+        ("README.md", "![a](recipes/latin_sudoku.png)", "![a](recipes/latin_sudoku.png)"),
         ("README.md", "[a](docs/models.md)", "[a](../models.md)"),
         ("README.md", "[a](docs)", "[a]"),
     ]:
         assert hooks.relinked(link, root / source) == becomes
     outside = hooks.linked(sorted(DOCS.rglob("*.md")))
-    assert root / "README.md" in outside and root / "recipes" / "sudoku_tiny.png" in outside
+    assert root / "README.md" in outside and root / "recipes" / "latin_sudoku.png" in outside
     assert not [path for path in outside if path.is_relative_to(DOCS)] and len(outside) == len(set(outside))
 
 
