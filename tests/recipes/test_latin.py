@@ -80,6 +80,24 @@ def test_filtered_labels_are_right_and_a_round_adds_to_them(monkeypatch):
     assert set(taken) == {GRID, CYCLIC}
 
 
+def test_the_higher_mean_of_two_seeds_is_the_best_rate():
+    tried = latin.RATES[latin.ONE]
+
+    def reached(*rates):
+        first = {
+            (latin.at_rate(latin.ONE, rate), 100): {"after": each} for rate, each in zip(tried, rates, strict=True)
+        }
+        return first | {(latin.at_rate(latin.ONE, rate), 101): {"after": 0.5} for rate in tried}
+
+    assert latin.better_two(reached(0.1, 0.3, 0.2), latin.ONE) == [2e-3, 4e-3]
+    assert latin.best(reached(0.1, 0.3, 0.2), latin.ONE) == 2e-3
+    equal = reached(0.1, 0.3, 0.2)
+    equal[latin.at_rate(latin.ONE, 4e-3), 101] = {"after": 0.6}
+    assert latin.best(equal, latin.ONE) == 2e-3  # of equal ones the lower
+    equal[latin.at_rate(latin.ONE, 4e-3), 101] = {"after": 0.7}
+    assert latin.best(equal, latin.ONE) == 4e-3
+
+
 def test_the_clock_leaves_evaluations_out(monkeypatch):
     times = iter([0.0, 1.0, 9.0, 10.0])
     monkeypatch.setattr(latin, "time", SimpleNamespace(process_time=lambda: next(times)))
