@@ -377,7 +377,7 @@ class Recipe(Settings):
         "per_policy",
     )
     advantages: Callable = _(
-        "(P, G) rewards -> (P, G) advantages; one that takes `component_rewards` (decoupled: GDPO) gets each reward",
+        "(P, G) rewards -> (P, G) advantages; one that takes `parts` (decoupled: GDPO) gets each reward",
         group_relative,
     )
     loss: Callable | None = _("the objective; None: the corrector's own, else ppo_clip", None)

@@ -50,8 +50,6 @@ RENAMED = {
     "ais.aggregate": "pool",
     "ais.combine": "lambda_fn",
     "band_weights.c": "max_weight",
-    "decoupled.parts": "component_rewards",
-    "decoupled.weights": "reward_weights",
     "float8_weight_only.dequantised": "dequantized",
     "icepop.high": "max_ratio",
     "icepop.low": "min_ratio",

@@ -12,7 +12,6 @@ from tiny_recipe import tiny_recipe
 import dllm_rl
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import losses
-from dllm_rl.algorithms.advantages import takes_component_rewards
 from dllm_rl.checkpoints.run_folder import _check_recipe
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.config import from_command_line
@@ -65,9 +64,6 @@ def test_keywords_and_inputs_of_an_earlier_version_are_refused():
     def rule(scores, masked, steps_left, written):
         return written
 
-    def advantages(rewards, *, parts):
-        return parts
-
     grpo = partial(grpo_recipe, None, [], [])
     for call, said in (
         (lambda: tiny_recipe("x", aggregate=losses.token_mean), "aggregate is now loss_reduction"),
@@ -76,7 +72,6 @@ def test_keywords_and_inputs_of_an_earlier_version_are_refused():
         (lambda: c.tis(aggregate="product"), "aggregate is now pool"),
         (lambda: losses.surrogate_inputs(surrogate), "old is now old_logprobs"),
         (lambda: commit_inputs(rule), "written is now remaskable"),
-        (lambda: takes_component_rewards(advantages), "parts is now component_rewards"),
     ):
         with pytest.raises(ValueError, match=said):
             call()

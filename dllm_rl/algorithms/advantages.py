@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
-from dllm_rl.renamed import refuse_renamed
 
 
 @bounded(eps=Bound(at_least=0))
@@ -57,8 +56,8 @@ def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 def decoupled(
     rewards: Float[Tensor, "P G"],
     *,
-    component_rewards: Float[Tensor, "K P G"],
-    reward_weights: Float[Tensor, " K"],
+    parts: Float[Tensor, "K P G"],
+    weights: Float[Tensor, " K"],
     eps: float = 1e-4,
 ) -> Float[Tensor, "P G"]:
     """Normalize each of K rewards within its group, then normalize their weighted sum over the batch (GDPO of rewards).
@@ -72,8 +71,8 @@ def decoupled(
 
     Args:
         rewards: Total rewards (P, G). They are not used.
-        component_rewards: Each reward of the task separately (K, P, G).
-        reward_weights: Weight of each reward in the sum (K,).
+        parts: Each reward of the task separately (K, P, G).
+        weights: Weight of each reward in the sum (K,).
         eps: Constant added to both standard deviations, at least 0. Default: 1e-4.
 
     Returns:
@@ -84,15 +83,15 @@ def decoupled(
 
     Sources: arXiv 2601.05242, TRL's multi_objective_aggregation="normalize_then_sum" [digest].
     """
-    there = ~component_rewards.isnan()
+    there = ~parts.isnan()
     count = there.sum(-1, keepdim=True)
-    mean = component_rewards.nanmean(-1, keepdim=True)
+    mean = parts.nanmean(-1, keepdim=True)
     centred = torch.where(
-        there & _differ(component_rewards)[..., None], component_rewards - mean, 0
+        there & _differ(parts)[..., None], parts - mean, 0
     )  # the mean of equal rewards may be rounded
     size = _magnitude(centred, dim=-1)
     std = (torch.ldexp(centred, -size).square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    terms = _divided(reward_weights[:, None, None] * centred, torch.ldexp(std, size) + eps)
+    terms = _divided(weights[:, None, None] * centred, torch.ldexp(std, size) + eps)
     total = terms.sum(0)
     cancelled = total.abs() <= 8 * torch.finfo(total.dtype).eps * terms.abs().sum(0)  # only rounding errors remain
     total = total.masked_fill(cancelled, 0)
@@ -103,8 +102,7 @@ def takes_component_rewards(advantages: Callable) -> bool:
     """Return whether a function takes each reward separately, as `decoupled` does."""
     function = getattr(advantages, "func", advantages)
     names = inspect.signature(function).parameters.keys() if inspect.isfunction(function) else set()
-    refuse_renamed(names & {"parts"}, "decoupled")
-    return "component_rewards" in names
+    return "parts" in names
 
 
 def has_unequal_rewards(rewards: Float[Tensor, "P G *K"]) -> Bool[Tensor, " P"]:

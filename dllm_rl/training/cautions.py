@@ -175,7 +175,7 @@ def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, "P G"], dict[str, Ten
     """Rewards of a batch that all differ, and what `recipe.advantages` takes in addition."""
     shape = (recipe.train_batch_size, recipe.num_generations)
     rewards = torch.arange(float(shape[0] * shape[1])).reshape(shape)
-    return rewards, {"component_rewards": rewards[None], "reward_weights": torch.ones(1)} if takes_component_rewards(
+    return rewards, {"parts": rewards[None], "weights": torch.ones(1)} if takes_component_rewards(
         recipe.advantages
     ) else {}
 

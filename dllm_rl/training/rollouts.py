@@ -188,7 +188,7 @@ def parts_of(recipe: Recipe, graded: Float[Tensor, "P G K"]) -> dict[str, Tensor
     """What the recipe's advantages take in addition to the rewards: each reward and the weights, or nothing."""
     weights = wanted_parts(recipe)
     parts = rearrange(graded[..., 1:], "p g k -> k p g")
-    return {"component_rewards": parts, "reward_weights": torch.tensor(list(weights.values()))} if weights else {}
+    return {"parts": parts, "weights": torch.tensor(list(weights.values()))} if weights else {}
 
 
 def wanted_parts(recipe: Recipe) -> dict[str, float]:

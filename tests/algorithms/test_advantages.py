@@ -38,7 +38,7 @@ def test_leave_one_out():
 
 
 def alone(rewards):
-    return decoupled(rewards, component_rewards=rewards[None], reward_weights=torch.ones(1))
+    return decoupled(rewards, parts=rewards[None], weights=torch.ones(1))
 
 
 EVERY = [partial(group_relative, scale_rewards=by) for by in ("group", "batch", "none")] + [leave_one_out, alone]
@@ -97,12 +97,10 @@ def test_decoupled_with_eps_of_zero():
         torch.stack([opposed, 1 - opposed]),
         tensor([[[nan, nan, nan]], [[nan, 1.0, nan]]]),
     ):
-        assert torch.equal(bare(parts[0], component_rewards=parts, reward_weights=weights), torch.zeros_like(parts[0]))
+        assert torch.equal(bare(parts[0], parts=parts, weights=weights), torch.zeros_like(parts[0]))
     parts = tensor([[[1e-30, 2e-30, nan]], [[5.0, 5.0, 5.0]]])  # z = (-1, 1, 0) / sqrt 2, over its deviation 1 / sqrt 2
-    assert_close(
-        bare(parts[0], component_rewards=parts, reward_weights=weights), tensor([[-1.0, 1.0, 0.0]]) * half / half
-    )
-    assert torch.equal(bare(parts[0], component_rewards=parts, reward_weights=torch.zeros(2)), torch.zeros(1, 3))
+    assert_close(bare(parts[0], parts=parts, weights=weights), tensor([[-1.0, 1.0, 0.0]]) * half / half)
+    assert torch.equal(bare(parts[0], parts=parts, weights=torch.zeros(2)), torch.zeros(1, 3))
 
 
 def test_unknown_scaling_is_an_error():
@@ -124,7 +122,7 @@ def test_decoupled_by_hand():
     parts = tensor([[[0.0, 1.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
     unit = math.sqrt(0.3)
     expected = tensor([[-unit, unit], [-2 * unit, 2 * unit]])
-    assert_close(decoupled(parts.sum(0), component_rewards=parts, reward_weights=torch.ones(2), eps=1e-12), expected)
+    assert_close(decoupled(parts.sum(0), parts=parts, weights=torch.ones(2), eps=1e-12), expected)
     alone = group_relative(parts.sum(0), eps=0.0)
     assert_close(alone[0], alone[1])
 
@@ -133,7 +131,7 @@ def test_decoupled_weighs_what_is_normalised():
     """A reward of another scale counts by its weight alone: reward 2 is a thousand times as large, and weighs a third.
     s = z_1 + z_2 / 3 with z_1 = (-a, a), z_2 = (a, -a) in one group: 2/3 (-a, a), of sample standard deviation 2/3."""
     parts = tensor([[[0.0, 1.0]], [[1000.0, 0.0]]])
-    found = decoupled(parts.sum(0), component_rewards=parts, reward_weights=tensor([1.0, 1 / 3]), eps=1e-12)
+    found = decoupled(parts.sum(0), parts=parts, weights=tensor([1.0, 1 / 3]), eps=1e-12)
     assert_close(found, tensor([[-1.0, 1.0]]) / math.sqrt(2))
 
 
@@ -142,13 +140,13 @@ def test_decoupled_takes_sample_deviations_of_as_many_as_there_are():
     parts, a = tensor([[[0.0, 1.0, float("nan")]], [[-1.0, 0.0, 1.0]]]), 1 / math.sqrt(2)
     total = tensor([[-1 - a, a, 1.0]])
     expected = total / math.sqrt(((1 + a) ** 2 + a**2 + 1) / 2)
-    assert_close(decoupled(total, component_rewards=parts, reward_weights=torch.ones(2), eps=1e-12), expected)
+    assert_close(decoupled(total, parts=parts, weights=torch.ones(2), eps=1e-12), expected)
 
 
 def test_decoupled_leaves_out_what_does_not_apply_and_what_is_equal():
     nan = float("nan")
     parts = tensor([[[0.0, 1.0, nan], [0.1, 0.1, 0.1]], [[nan, nan, nan], [0.7, nan, nan]]])
-    found = decoupled(parts.nan_to_num().sum(0), component_rewards=parts, reward_weights=torch.ones(2), eps=1e-12)
+    found = decoupled(parts.nan_to_num().sum(0), parts=parts, weights=torch.ones(2), eps=1e-12)
     # One pair in six places: +-1/sqrt 2 over the sample standard deviation sqrt((1/2 + 1/2) / 5).
     assert_close(found, tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]) * math.sqrt(5 / 2))
     assert (found[1] == 0).all()

@@ -78,9 +78,9 @@ def test_a_reward_may_ask_for_speed(tmp_path):
 def test_each_reward_is_normalised_on_its_own(tmp_path, monkeypatch):
     seen = []
 
-    def spy(rewards, *, component_rewards, reward_weights):
-        seen.append((rewards, component_rewards, reward_weights))
-        return decoupled(rewards, component_rewards=component_rewards, reward_weights=reward_weights)
+    def spy(rewards, *, parts, weights):
+        seen.append((rewards, parts, weights))
+        return decoupled(rewards, parts=parts, weights=weights)
 
     policy, rewards = tiny_masked_lm(**SMALL), ([right, short], [1.0, 0.1])
     grpo(policy, ROWS, rewards[0], reward_weights=rewards[1], advantages=spy, **options(tmp_path / "spied"))
