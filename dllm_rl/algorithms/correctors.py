@@ -438,7 +438,7 @@ def reject(
 ) -> Corrector:
     """Make the corrector that rejects tokens or sequences with a large mismatch; see `rejection`.
 
-    Use it alone or in `compose`, to remove bad sequences before other weights act.
+    Use it by itself, or in `compose` together with weights.
 
     Args:
         level: Unit that is rejected: "token" or "sequence" (default).

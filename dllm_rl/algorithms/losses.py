@@ -1,12 +1,12 @@
 """Losses on (B, T) tensors: surrogates, KL terms, reductions (token coefficients over the GLOBAL batch), their sum.
 
-A surrogate is a per-token objective (B, T) to be maximised, unreduced. It takes (log_ratio (B, T), advantages (B,),
-mask (B, T)) and any of SURROGATE_INPUTS by name. log_ratio = logp_current - logp_old, nats, 0 off the mask. A surrogate
-sees all rows of its process, whatever the micro-batches.
+A surrogate is a per-token objective (B, T) to be maximized, before reduction. Its arguments are log_ratio (B, T),
+advantages (B,), mask (B, T) and any of SURROGATE_INPUTS by name. log_ratio = logp_current - logp_old, in nats, 0 off
+the mask. A surrogate sees all rows of its process, regardless of micro-batches. SURROGATE_INPUTS:
 
-old_logprobs  (B, T) log-probs that ratios are taken against, nats; 0 off the mask
-log_mismatch  (B, T) logp_old - logp_rollout, nats; 0 off the mask
-sum_over_processes  sums a tensor over all processes; every process calls it once, with the same shape
+- old_logprobs: (B, T) log-probs in the denominator of the ratios, in nats; 0 off the mask.
+- log_mismatch: (B, T) logp_old - logp_rollout, in nats; 0 off the mask.
+- sum_over_processes: Function that sums a tensor over all processes; every process calls it once, with equal shapes.
 """
 
 import inspect
@@ -27,8 +27,12 @@ SURROGATE_INPUTS = ("old_logprobs", "log_mismatch", "sum_over_processes")
 
 
 def surrogate_inputs(surrogate: Callable) -> frozenset[str]:
-    """Which of SURROGATE_INPUTS a surrogate takes. Raises ValueError when it wants anything else."""
-    further = list(inspect.signature(surrogate).parameters.values())[3:]  # behind log_ratio, advantages, mask
+    """Return the SURROGATE_INPUTS that a surrogate requires.
+
+    Raises:
+        ValueError: The surrogate requires any other input.
+    """
+    further = list(inspect.signature(surrogate).parameters.values())[3:]  # after log_ratio, advantages, mask
     refuse_renamed((p.name for p in further if p.default is p.empty), "surrogate")
     for p in further:
         if p.name not in SURROGATE_INPUTS and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
@@ -59,16 +63,30 @@ def ppo_clip(
     epsilon_high: float | None = None,
     delta: float | None = None,
 ) -> Float[Tensor, "B T"]:
-    """min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) per token, r = exp(log_ratio) (PPO, GRPO [paper]).
+    """Compute min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) per token, r = exp(log_ratio) (PPO, GRPO [paper]).
+
+    Use it as the default `loss`; `gspo` clips one ratio per sequence.
 
     Args:
-        epsilon: How far the ratio may fall below 1 (or rise above it) and keep its gradient.
-        epsilon_high: How far it may rise above 1 (DAPO: higher than epsilon); None: epsilon.
-        delta: Bound of the unclipped ratio, at least 1 + epsilon_high (two-sided clipping, for A < 0); None: none.
+        log_ratio: logp_current - logp_old (B, T), in nats.
+        advantages: Advantage of each row (B,).
+        mask: Tokens in the loss (B, T).
+        epsilon: Largest fall of the ratio below 1 that leaves a gradient; also the largest rise, without epsilon_high.
+            Default: 0.2.
+        epsilon_high: Largest rise of the ratio above 1 that leaves a gradient (DAPO: more than epsilon). None
+            (default): epsilon.
+        delta: Bound of the unclipped ratio, at least 1 + epsilon_high (two-sided clipping, for A < 0). None (default):
+            no bound.
+
+    Returns:
+        The objective of each token (B, T).
+
+    Raises:
+        ValueError: epsilon or epsilon_high is not above 0, or delta is below 1 + epsilon_high.
     """
     ratio = exp_ratio(log_ratio)
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
-    if delta is not None:  # the minimum below takes the unclipped ratio where A < 0
+    if delta is not None:  # for A < 0 the minimum below selects the unclipped ratio
         ratio = ratio.clamp(max=delta)
     return torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
 
@@ -82,11 +100,22 @@ def gspo(
     epsilon: float = 3e-4,
     epsilon_high: float | None = 4e-4,
 ) -> Float[Tensor, "B T"]:
-    """ppo_clip on the row's geometric ratio r = exp(mean_t log_ratio), the mean over the mask (GSPO [paper]).
+    """Apply `ppo_clip` to the row's geometric ratio r = exp(mean_t log_ratio), the mean over the mask (GSPO [paper]).
+
+    Use it if ratios of single tokens are noisy.
 
     Args:
-        epsilon: How far the ratio may fall below 1, and rise above it, and keep its gradient.
-        epsilon_high: How far the ratio may fall below 1, and rise above it, and keep its gradient.
+        log_ratio: logp_current - logp_old (B, T), in nats.
+        advantages: Advantage of each row (B,).
+        mask: Tokens in the loss (B, T).
+        epsilon: Largest fall of the ratio below 1 that leaves a gradient. Default: 3e-4.
+        epsilon_high: Largest rise of the ratio above 1 that leaves a gradient. None: epsilon. Default: 4e-4.
+
+    Returns:
+        The objective of each token (B, T).
+
+    Raises:
+        ValueError: epsilon or epsilon_high is not above 0.
     """
     return ppo_clip(row_mean(log_ratio, mask), advantages, mask, epsilon=epsilon, epsilon_high=epsilon_high)
 
@@ -101,18 +130,32 @@ def trust_band(
     neg_low: float = 3e-4,
     neg_high: float = 7e-4,
 ) -> Float[Tensor, "B T"]:
-    """TBPO's objective r^ A on the row's geometric ratio r = exp(mean_t log_ratio), without PPO's outer minimum.
+    """Compute TBPO's objective r^ A on the row's geometric ratio r = exp(mean_t log_ratio), without PPO's outer
+    minimum.
+
         A >= 0:  r^ = clamp(r, 0, 1 + eps_high)        A < 0:  r^ = clamp(r, 1 - neg_low, 1 + neg_high)
-    The gradient is zero outside the band. With `sequence_mean` the sum is the paper's mean over sequences. Source:
-    QaRL, arXiv 2604.07853 [digest].
+
+    The gradient is zero outside the band. With `sequence_mean` the sum is the paper's mean over sequences. The
+    corrector `tbpo` sets both.
 
     Args:
-        eps_high: How far the ratio may rise above 1 where the advantage is not negative.
-        neg_low: How far it may fall below 1, and rise above it, where the advantage is negative.
-        neg_high: How far it may fall below 1, and rise above it, where the advantage is negative.
+        log_ratio: logp_current - logp_old (B, T), in nats.
+        advantages: Advantage of each row (B,).
+        mask: Tokens in the loss (B, T).
+        eps_high: Largest rise of the ratio above 1 if the advantage is not negative. Default: 4e-4.
+        neg_low: Largest fall of the ratio below 1 if the advantage is negative. Default: 3e-4.
+        neg_high: Largest rise of the ratio above 1 if the advantage is negative. Default: 7e-4.
+
+    Returns:
+        The objective of each token (B, T).
+
+    Raises:
+        ValueError: A constant is not above 0.
+
+    Source: QaRL, arXiv 2604.07853 [digest].
     """
     ratio = exp_ratio(row_mean(log_ratio, mask))
-    up = ratio.clamp(0, 1 + eps_high)  # no outer minimum, as PPO's would leave the ratio unbounded for A < 0
+    up = ratio.clamp(0, 1 + eps_high)  # no outer minimum: PPO's would leave the ratio unbounded for A < 0
     down = ratio.clamp(1 - neg_low, 1 + neg_high)
     advantages = advantages[:, None]
     return torch.where(advantages >= 0, up, down) * advantages
@@ -126,12 +169,21 @@ def cispo(
     *,
     max_ratio: float = 5.0,
 ) -> Float[Tensor, "B T"]:
-    """sg(min(r, max_ratio)) A log_ratio: the gradient of log p, weighted by the capped ratio (CISPO [paper]).
+    """Compute sg(min(r, max_ratio)) A log_ratio: the gradient of log p, weighted by the capped ratio (CISPO [paper]).
 
-    Every token keeps a gradient. log_ratio replaces logp_current, so the value is 0 on-policy.
+    Every token has a gradient. log_ratio replaces logp_current, so that the value is 0 on-policy.
 
     Args:
-        max_ratio: Bound on the ratio itself (TRL's `epsilon_high`).
+        log_ratio: logp_current - logp_old (B, T), in nats.
+        advantages: Advantage of each row (B,).
+        mask: Tokens in the loss (B, T).
+        max_ratio: Largest ratio (TRL's `epsilon_high`), at least 1. Default: 5.
+
+    Returns:
+        The objective of each token (B, T).
+
+    Raises:
+        ValueError: max_ratio is below 1.
     """
     return exp_ratio(log_ratio.detach()).clamp(max=max_ratio) * advantages[:, None] * log_ratio
 
@@ -147,18 +199,30 @@ def vespo(
     k_neg: float = 3.0,
     lam_neg: float = 2.0,
 ) -> Float[Tensor, "B T"]:
-    """sg(phi(w)) A log_ratio, phi(w) = e^lam w^k e^(-lam w), w the row's ratio (VESPO, arXiv 2602.10693 [paper]).
+    """Compute sg(phi(w)) A log_ratio, phi(w) = e^lam w^k e^(-lam w), where w is the row's ratio (VESPO [paper]).
 
-    phi(1) = 1; phi is largest at w = k / lam and falls to 0 on both sides. VESPO's w is current / rollout, as here with
-    old_logprobs="rollout"; otherwise w is current / old, and the corrector's weights multiply phi(w) [ours].
+    phi(1) = 1; phi is largest at w = k / lam and falls to 0 on both sides. VESPO's w is current / rollout, as in this
+    library with old_logprobs="rollout"; otherwise w is current / old, and the corrector's weights multiply phi(w)
+    [ours].
 
     Args:
-        k_pos: Where the advantage is >= 0; above 0.
-        lam_pos: Where the advantage is >= 0; above 0.
-        k_neg: Where it is negative.
-        lam_neg: Where it is negative.
+        log_ratio: logp_current - logp_old (B, T), in nats.
+        advantages: Advantage of each row (B,).
+        mask: Tokens in the loss (B, T).
+        k_pos: k if the advantage is not negative, above 0. Default: 2.
+        lam_pos: lam if the advantage is not negative, above 0. Default: 3.
+        k_neg: k if the advantage is negative, above 0. Default: 3.
+        lam_neg: lam if the advantage is negative, above 0. Default: 2.
+
+    Returns:
+        The objective of each token (B, T).
+
+    Raises:
+        ValueError: A constant is not above 0.
+
+    Source: VESPO, arXiv 2602.10693 [paper].
     """
-    # Detached: phi weighs the gradient of log p, and has none itself.
+    # Detached: phi weights the gradient of log p and has no gradient.
     log_w = torch.where(mask, log_ratio.detach(), 0).sum(-1, keepdim=True).clamp(-MAX_LOG, MAX_LOG)
     positive = (advantages >= 0)[:, None]
     k = torch.where(positive, k_pos, k_neg)
@@ -169,67 +233,86 @@ def vespo(
 def reinforce(
     log_ratio: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """A log_ratio: the plain policy gradient A grad log p, without ratio and clip."""
+    """Compute A log_ratio: the plain policy gradient A grad log p, without a ratio and without a clip.
+
+    Use it for one update per rollout.
+    """
     return advantages[:, None] * log_ratio
 
 
 def row_mean(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The mean of log_ratio over the row's mask, at every position of the mask; 0 elsewhere and for an empty row. Each
-    position's gradient goes to its own log_ratio alone.
+    """Return the mean of log_ratio over the row's mask, at every position of the mask; 0 elsewhere and for an empty
+    row.
+
+    The gradient of each position goes only to its log_ratio.
     """
     kept = torch.where(mask, log_ratio, 0)
     mean = kept.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    # With coefficients constant in a row these gradients add up to the mean's own, without the rounding of a sum over T
-    # and its division [ours].
+    # With coefficients that are constant in a row, these gradients add up to the gradient of the mean, without the
+    # rounding of a sum over T and its division [ours].
     return torch.where(mask, mean + (kept - kept.detach()), 0)
 
 
 def exp_ratio(log_ratio: Tensor) -> Tensor:
-    """The ratio, its log clamped to +-MAX_LOG."""
+    """Return exp(log_ratio), with log_ratio clamped to +-MAX_LOG."""
     return log_ratio.clamp(-MAX_LOG, MAX_LOG).exp()
 
 
 def kl_k1(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """k1 = -d, d = logp_reference - logp_current: unbiased for KL(current || reference), per token, nats.
+    """Compute k1 = -d, d = logp_reference - logp_current: unbiased for KL(current || reference), per token, in nats.
 
-    In a loss its mean gradient is 0 on-policy, as that of any log-prob is [ours].
+    In a loss the mean of its gradient is 0 on-policy, like the mean gradient of any log-prob [ours].
     """
     return -log_ratio
 
 
 def kl_k2(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """k2 = d^2 / 2: its gradient is the KL's on-policy; stable for ELBO ratios (ESPO [paper])."""
+    """Compute k2 = d^2 / 2, d = logp_reference - logp_current, in nats.
+
+    On-policy its gradient is the gradient of the KL. It is stable for ELBO ratios (ESPO [paper]).
+    """
     return log_ratio.square() / 2
 
 
 def kl_k3(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """k3 = exp(d) - 1 - d: unbiased, never negative (GRPO [paper])."""
-    return torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) - log_ratio  # unclamped, it keeps a gradient beyond
+    """Compute k3 = exp(d) - 1 - d, d = logp_reference - logp_current, in nats: unbiased and never negative (GRPO
+    [paper]).
+    """
+    return (
+        torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) - log_ratio
+    )  # this term is not clamped: a gradient remains beyond MAX_LOG
 
 
 def entropy_bonus(
     logps: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, group_size: int = 1
 ) -> Float[Tensor, "B T"]:
-    """(-sg(log p) - b) log p: an objective that raises the entropy, in nats, from the sampled tokens alone.
+    """Compute (-sg(log p) - b) log p: an objective that raises the entropy, in nats, from the sampled tokens only.
 
     The mean gradient is grad H for every b that does not depend on the row (score function; exact only on-policy). b is
-    the mean of -log p over the prompt's OTHER completions, or 0. Without b the noise lowers the entropy [ours].
+    the mean of -log p over the prompt's OTHER completions, or 0 without others. Without b the noise lowers the entropy
+    [ours].
     """
     surprise = torch.where(mask, -logps.detach(), 0)
     total = rearrange(surprise.sum(-1), "(p g) -> p g", g=group_size)
     count = rearrange(mask.sum(-1), "(p g) -> p g", g=group_size)
-    others = total.sum(-1, keepdim=True) - total  # a row's own tokens would make the baseline depend on the row
+    others = total.sum(-1, keepdim=True) - total  # including the row would make the baseline depend on it
     baseline = others / (count.sum(-1, keepdim=True) - count).clamp(min=1)
     return (surprise - rearrange(baseline, "p g -> (p g) 1")) * torch.where(mask, logps, 0)
 
 
 def token_mean(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) -> Float[Tensor, "B T"]:
-    """Every token weighs the same: 1 / (tokens of the global batch) (DAPO [paper])."""
+    """Weight every token equally: 1 / (tokens of the global batch) (DAPO [paper]).
+
+    Use it if long completions should count more than short ones.
+    """
     return mask / max(num_tokens, 1)
 
 
 def sequence_mean(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) -> Float[Tensor, "B T"]:
-    """Mean over sequences of the mean over each one's tokens (GRPO [paper]). A sequence without tokens adds nothing."""
+    """Average over sequences the mean over each sequence's tokens (GRPO [paper]).
+
+    A sequence without tokens adds nothing, but is counted.
+    """
     return mask / (mask.sum(-1, keepdim=True).clamp(min=1) * max(num_sequences, 1))  # all rows count, also empty ones
 
 
@@ -237,16 +320,27 @@ def sequence_mean(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: 
 def fixed_length_mean(
     mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int, length: int
 ) -> Float[Tensor, "B T"]:
-    """1 / (sequences of the global batch * length), whatever the lengths (Dr.GRPO [paper]).
+    """Divide by a constant: 1 / (sequences of the global batch * length), for any lengths (Dr.GRPO [paper]).
+
+    Use it if a token's weight should not depend on the length of its completion.
 
     Args:
-        length: The constant, tokens: usually max_new_tokens.
+        mask: Tokens in the loss (B, T).
+        num_tokens: Tokens of the global batch. It is not used.
+        num_sequences: Sequences of the global batch.
+        length: Constant length in tokens, at least 1; usually max_new_tokens.
+
+    Returns:
+        The coefficient of each token (B, T).
+
+    Raises:
+        ValueError: length is below 1.
     """
     return mask / (max(num_sequences, 1) * length)
 
 
 def further_inputs(surrogate: Callable[..., Tensor], batch: Batch) -> dict[str, Any]:
-    """The inputs of SURROGATE_INPUTS that a surrogate takes, by name."""
+    """Return the values of the SURROGATE_INPUTS that a surrogate requires, by name."""
     wanted = surrogate_inputs(surrogate)
     found: dict[str, Any] = {}
     if "old_logprobs" in wanted:
@@ -277,24 +371,41 @@ def policy_loss(
     entropy: float = 0.0,
     unbiased_kl: bool = False,
 ) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]], Float[Tensor, "B T"]]:
-    """This process's share of the loss, its metrics as (sum, count), and d loss / d logps.
+    """Compute this process's share of the loss, its metrics, and d loss / d logps.
+
+    Call it to compute a loss outside of `train`; training calls it for every update.
+
         loss = -sum_t c_t (w_t J_t - beta KL_t + entropy H_t)
+
     J is the surrogate, w the corrector's weights, c the reduction's coefficients, H the `entropy_bonus`. The returned
     loss leaves H out; the gradient includes H.
 
     Args:
-        unbiased_kl: Multiply KL_t by r_t = exp(logp - logp_rollout), differentiated too: with k3 the mean then has the
-            gradient of KL(current || reference) (DeepSeek-V3.2, arXiv 2512.02556, eq. 7 [digest]).
+        logps: Current log-probs (B, T), in nats.
+        batch: Data of the update: old log-probs, advantages, weights, loss mask and counts.
+        surrogate: Per-token objective, such as `ppo_clip`.
+        loss_reduction: Averaging of tokens, such as `token_mean`.
+        beta: Coefficient of the KL term; used if the batch has reference log-probs.
+        kl: Estimator of the KL term, such as `kl_k3`.
+        entropy: Coefficient of the entropy bonus. Default: 0.
+        unbiased_kl: Multiply KL_t by r_t = exp(logp - logp_rollout), which is differentiated too: with k3 the mean then
+            has the gradient of KL(current || reference) (DeepSeek-V3.2, arXiv 2512.02556, eq. 7 [digest]). Default:
+            False.
 
-    clip_ratio/*  share of tokens with A != 0 whose policy term has no gradient: all, A < 0, A > 0
-    band/positive, band/negative  share of tokens with A > 0, A < 0 whose policy term has a gradient
+    Returns:
+        The loss, detached. The metrics as (sum, count); clip_ratio/{region,low,high}_mean are the share of tokens with
+        A != 0 whose policy term has no gradient (all, A < 0, A > 0), band/{positive,negative} the share of tokens with
+        A > 0, A < 0 whose policy term has a gradient. The gradient (B, T).
+
+    Raises:
+        ValueError: The surrogate or unbiased_kl needs the rollout's log-probs, and the batch has none.
     """
     keep = batch.loss_mask
     logps = logps.detach().requires_grad_()
     coefficient = loss_reduction(keep, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
     log_ratio = torch.where(keep, logps - batch.old_logprobs, 0)  # off the mask even infinities have no gradient
     objective = surrogate(log_ratio, batch.advantages, keep, **further_inputs(surrogate, batch))
-    places = keep.flatten().nonzero()[:, 0]  # found once: on a GPU the host waits to learn how many there are
+    places = keep.flatten().nonzero()[:, 0]  # computed once: on a GPU the host waits for their number
 
     def kept(values: Tensor) -> Tensor:
         return values.flatten()[places]
@@ -305,8 +416,8 @@ def policy_loss(
     positive = (batch.advantages > 0)[:, None]
     counted = (
         keep & (batch.advantages != 0)[:, None] & (batch.importance_weights != 0)
-    )  # others have no gradient to lose
-    clipped = counted & (gradient == 0)  # whatever the surrogate
+    )  # the other tokens never have a gradient
+    clipped = counted & (gradient == 0)  # for any surrogate
     count = counted.sum()
     positives = (counted & positive).sum()
     metrics = {

@@ -1,10 +1,11 @@
-"""How far the rollout policy and the learner disagree on the sampled tokens (training-inference mismatch).
+"""Metrics of the disagreement between rollout policy and learner on the sampled tokens (training-inference mismatch).
 
-log_mismatch = logp_old - logp_rollout per token, nats; rho = exp(log_mismatch). Names follow verl. Functions take the
-mask from BEFORE any rejection and the GLOBAL batch. Tokens whose log_mismatch is not finite are left out and counted.
+log_mismatch = logp_old - logp_rollout per token, in nats; rho = exp(log_mismatch). Names follow verl. Functions expect
+the mask from BEFORE any rejection and the GLOBAL batch. Tokens whose log_mismatch is not finite are left out and
+counted.
 
 Only the rows that the step learns from and a random sample of the other groups are scored. Each row is weighted by its
-inverse sampling fraction (0 if not scored), so that sums over scored rows estimate sums over all.
+inverse sampling fraction (0 if not scored), so that sums over scored rows estimate sums over all rows.
 """
 
 import math
@@ -18,17 +19,17 @@ from dllm_rl.algorithms.losses import MAX_LOG
 from dllm_rl.types import Batch
 
 PREFIX = "rollout_corr/"
-STEP_GROUPS = 8  # at most, of `step_metrics`
+STEP_GROUPS = 8  # largest number of step groups of `step_metrics`
 
 
 @dataclass(frozen=True)
 class _Measured:
     log_mismatch: Float[Tensor, "B T"]  # fp64, 0 where not `finite`
     finite: Bool[Tensor, "B T"]  # tokens of scored rows whose ratio is finite
-    token_weights: Float[Tensor, " K"]  # of those tokens
-    row_weights: Float[Tensor, " R"]  # of the rows that have one
-    num_tokens: Float[Tensor, ""]  # of ALL rows, less the estimated non-finite ones
-    num_rows: Float[Tensor, ""]  # the same of rows
+    token_weights: Float[Tensor, " K"]  # one weight per finite token
+    row_weights: Float[Tensor, " R"]  # one weight per row with a finite token
+    num_tokens: Float[Tensor, ""]  # tokens of ALL rows, minus the estimated non-finite tokens
+    num_rows: Float[Tensor, ""]  # ALL rows, minus the estimated rows without a finite token
     lost: Float[Tensor, ""]  # share of non-finite tokens
 
     @property
@@ -36,26 +37,26 @@ class _Measured:
         return self.finite.any(-1)
 
     def per_token(self, values: Float[Tensor, " K"]) -> Float[Tensor, ""]:
-        """Mean over the tokens of all rows."""
-        return (values * self.token_weights).sum() / self.num_tokens  # the known number, so that the mean is unbiased
+        """Return the mean over the tokens of all rows."""
+        return (values * self.token_weights).sum() / self.num_tokens  # the exact number, so that the mean is unbiased
 
     def per_row(self, values: Float[Tensor, " R"]) -> Float[Tensor, ""]:
         return (values * self.row_weights).sum() / self.num_rows
 
     def row_means(self, values: Float[Tensor, "B T"]) -> Float[Tensor, " R"]:
-        """Each scored row's mean over its finite tokens."""
+        """Return each scored row's mean over its finite tokens."""
         return torch.where(self.finite, values, 0).sum(-1)[self.rows] / self.finite.sum(-1)[self.rows]
 
     def spread(self, values: Float[Tensor, " K"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Weighted mean and mean square over tokens."""
-        total = self.token_weights.sum()  # under both, so that mean^2 / mean square stays in (0, 1]
+        """Return the weighted mean and mean square over tokens."""
+        total = self.token_weights.sum()  # divides both, so that mean^2 / mean square stays in (0, 1]
         return (values * self.token_weights).sum() / total, (values.square() * self.token_weights).sum() / total
 
 
 def _measured(
     log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], row_weights: Float[Tensor, " B"] | None
 ) -> _Measured:
-    """Raises ValueError when no scored row has a token with a finite ratio."""
+    """Prepare the metrics' inputs. Raises ValueError if no scored row has a token with a finite ratio."""
     weights = torch.ones(len(mask), device=mask.device) if row_weights is None else row_weights
     weights = weights.double()
     scored = mask & (weights > 0)[:, None]
@@ -85,34 +86,47 @@ def mismatch_metrics(
     advantages: Float[Tensor, " B"] | None = None,
     row_weights: Float[Tensor, " B"] | None = None,
 ) -> dict[str, float]:
-    """The `rollout_corr/` set over the marked tokens; exactly 0 / exactly 1 where both policies agree bit for bit,
-    which only zero_mismatch promises: otherwise an unquantised rollout agrees with the learner to rounding.
+    """Compute the `rollout_corr/` metrics over the marked tokens.
 
-    rollout_is_*  of the token weights min(rho, high): see `weight_metrics`
-    ess, rho_max  of the raw rho: 1 / mean((rho / mean rho)^2) in (0, 1], and the largest (not verl's)
-    kl, k3_kl  mean(-log rho), mean(rho - 1 - log rho), nats
-    abs_log_ratio_{mean,max}  of |log rho|, nats
-    log_ppl_{diff,abs_diff,diff_max,diff_min}  over sequences, of the sequence's mean of -log rho
-    ppl_ratio  mean over sequences of exp of the same
-    chi2_token, chi2_seq  mean of rho^2 - 1 over tokens, of (prod rho)^2 - 1 over sequences
-    {training,rollout}_{ppl,log_ppl}  with `old`: mean over sequences of exp(-mean_t logp), and of -mean_t logp
-    contribution_{positive,negative}  with `advantages`: -(rho - 1) A mean over tokens, by sign of A (VeXact [digest])
-    nonfinite_fraction, rows  share of marked tokens left out; number of scored rows
-    Log-ratios are clamped to +-20 before exp. Raises ValueError when no marked token has a finite ratio.
+    They are exactly 0, or exactly 1, if both policies agree bit for bit, which only zero_mismatch promises: otherwise
+    an unquantized rollout agrees with the learner up to rounding. Log-ratios are clamped to +-20 before exp.
+
+    - rollout_is_*: Metrics of the token weights min(rho, high); see `weight_metrics`.
+    - ess, rho_max: 1 / mean((rho / mean rho)^2) in (0, 1], and the largest rho (not verl's).
+    - kl, k3_kl: mean(-log rho), mean(rho - 1 - log rho), in nats.
+    - abs_log_ratio_{mean,max}: Mean and maximum of |log rho|, in nats.
+    - log_ppl_{diff,abs_diff,diff_max,diff_min}: Statistics over sequences of the sequence's mean of -log rho.
+    - ppl_ratio: Mean over sequences of exp of the sequence's mean of -log rho.
+    - chi2_token, chi2_seq: Mean of rho^2 - 1 over tokens, of (prod rho)^2 - 1 over sequences.
+    - {training,rollout}_{ppl,log_ppl}: With `old`, mean over sequences of exp(-mean_t logp), and of -mean_t logp.
+    - contribution_{positive,negative}: With `advantages`, mean over tokens of -(rho - 1) A, by sign of A (VeXact
+      [digest]).
+    - nonfinite_fraction, rows: Share of marked tokens that are left out; number of scored rows.
 
     Args:
-        row_weights: Inverse sampling fraction per row, 0 where not scored (`group_weights`); None: all are. `mask`
-            marks ALL rows. Means are unbiased for all rows while ratios are finite; ess, rollout_is_std and
-            eff_sample_size are only consistent; extremes are of scored rows.
+        log_mismatch: logp_old - logp_rollout (B, T), in nats.
+        mask: Completion tokens of ALL rows (B, T), scored or not.
+        high: Cap of the token weights. Default: 2.
+        old: Log-probs under the learner (B, T), in nats. None (default): no perplexities.
+        advantages: Advantage of each row (B,). None (default): no contributions.
+        row_weights: Inverse sampling fraction per row, 0 if not scored (`group_weights`). None (default): all rows are
+            scored. Means are unbiased for all rows if ratios are finite; ess, rollout_is_std and eff_sample_size are
+            only consistent; extremes cover scored rows only.
+
+    Returns:
+        Numbers by name.
+
+    Raises:
+        ValueError: No marked token has a finite ratio.
     """
     scored = _measured(log_mismatch, mask, row_weights)
     flat = scored.log_mismatch[scored.finite]
-    excess = torch.expm1(flat.clamp(-MAX_LOG, MAX_LOG))  # rho - 1: means about 1 are exact where all agree
+    excess = torch.expm1(flat.clamp(-MAX_LOG, MAX_LOG))  # rho - 1: means around 1 are exact if the policies agree
     rho = flat.clamp(-MAX_LOG, MAX_LOG).exp()
     sums = scored.log_mismatch.sum(-1)[scored.rows]
     log_ppl = -scored.row_means(scored.log_mismatch)
     mean, _ = scored.spread(rho)
-    _, square = scored.spread(rho / mean)  # divided first: where all agree it is exactly 1
+    _, square = scored.spread(rho / mean)  # divided first: exactly 1 if the policies agree
     values = {
         "ess": 1 / square,
         "rho_max": rho.max(),
@@ -150,14 +164,16 @@ def weight_metrics(
     high: float = 2.0,
     row_weights: Float[Tensor, " B"] | None = None,
 ) -> dict[str, float]:
-    """Verl's rollout_is_* set for truncated weights w = min(rho, high).
+    """Compute verl's rollout_is_* metrics for truncated weights w = min(rho, high).
 
-    mean, std, eff_sample_size, min, max  of w over tokens: population std, and 1 / mean((w / mean w)^2). verl's
-                                          eff_sample_size clamps weights to [1 / high, high], and so is larger
-    ratio_fraction_{high,low}  share of tokens with rho > high, < 1/high
-    seq_{mean,std,min,max,max_deviation}  over sequences, of the row's mean w; sample std; largest |mean w - 1|
-    seq_fraction_{high,low}  share of rows whose mean rho is > high, < 1/high
-    `row_weights` and errors are as in `mismatch_metrics`.
+    `row_weights` and errors are the same as in `mismatch_metrics`.
+
+    - mean, std, eff_sample_size, min, max: Statistics of w over tokens: population std, and 1 / mean((w / mean w)^2).
+      verl's eff_sample_size clamps weights to [1 / high, high], and is therefore larger.
+    - ratio_fraction_{high,low}: Share of tokens with rho > high, < 1/high.
+    - seq_{mean,std,min,max,max_deviation}: Statistics over sequences of the row's mean w; sample std; largest |mean w -
+      1|.
+    - seq_fraction_{high,low}: Share of rows whose mean rho is > high, < 1/high.
     """
     return _weight_metrics(_measured(log_mismatch, mask, row_weights), high)
 
@@ -171,8 +187,8 @@ def _weight_metrics(scored: _Measured, high: float) -> dict[str, float]:
     each = raw[scored.finite]
     mean, _ = scored.spread(flat)
     _, variance = scored.spread(flat - mean)
-    centre = 1 + scored.per_row(seq - 1)  # about 1, so that it is exact where all agree
-    bessel = scored.num_rows / (scored.num_rows - 1).clamp(min=1)  # of one row the deviation is 0
+    centre = 1 + scored.per_row(seq - 1)  # around 1, so that it is exact if the policies agree
+    bessel = scored.num_rows / (scored.num_rows - 1).clamp(min=1)  # the deviation of one row is 0
     values = {
         "mean": 1 + scored.per_token(flat - 1),
         "std": variance.sqrt(),
@@ -195,11 +211,11 @@ def _weight_metrics(scored: _Measured, high: float) -> dict[str, float]:
 def step_metrics(
     log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], unmask_step: Int[Tensor, "B T"]
 ) -> dict[str, float]:
-    """The largest |log rho| and its 99th percentile, nats, by the denoising step that wrote the token.
+    """Compute the largest |log rho| and its 99th percentile, in nats, by the denoising step that wrote the token.
 
-    With more than STEP_GROUPS steps, step_K is the K-th of as many equal parts of the longest completion's steps. The
-    percentile is the least value with at least 99 % of the values at or below it. Tokens whose ratio is not finite are
-    left out; a step without a token has no metric.
+    With more than STEP_GROUPS steps, the steps of the longest completion are divided into STEP_GROUPS equal parts, and
+    step_K is part K. The percentile is the smallest value with at least 99 % of the values at or below it. Tokens whose
+    ratio is not finite are left out; a step without a token has no metric.
     """
     written = mask & log_mismatch.isfinite() & (unmask_step >= 0)
     sizes = log_mismatch[written].abs().double()
@@ -220,21 +236,22 @@ def step_metrics(
 def off_policy_metrics(
     logps: Float[Tensor, "B T"], batch: Batch, *, old: Float[Tensor, "B T"]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """How far the current log-probs have moved from the data's at one inner update, as (sum, count).
+    """Measure how far the current log-probs have moved from the data's at one inner update, as (sum, count).
 
     off_policy/old/*: r = p_current / p_old (start of the update); off_policy/rollout/*: r = p_current / p_rollout.
-    contribution_{positive,negative}  -(r - 1) A summed over tokens by sign of A, divided by ALL completion tokens
-                                      (VeXact, eq. 5 [digest]); negative where the update follows the advantages
-    m2   mean over kept tokens of (log r)^2, nats^2 (M2PO bounds m2 by 0.04 [digest])
-    max  mean over sequences of the largest |log r|, nats
+
+    - contribution_{positive,negative}: Sum over tokens of -(r - 1) A by sign of A, divided by ALL completion tokens
+      (VeXact, eq. 5 [digest]); negative if the update follows the advantages.
+    - m2: Mean of (log r)^2 over tokens in the loss, nats^2 (M2PO bounds m2 by 0.04 [digest]).
+    - max: Mean over sequences of the largest |log r|, in nats.
     """
     keep = batch.loss_mask
     advantages = batch.advantages[:, None]
     metrics: dict[str, tuple[Tensor, Tensor]] = {}
-    tokens = batch.rollout.completion_mask.sum()  # of all rows: those without advantage contribute 0
+    tokens = batch.rollout.completion_mask.sum()  # all rows: rows without advantage contribute 0
     rows = keep.any(-1).sum()
     for name, base in (("old", old), ("rollout", batch.rollout_logprobs)):
-        if base is None:  # the rollout's are not known
+        if base is None:  # the rollout's log-probs are unknown
             continue
         log_ratio = torch.where(keep, logps - base, 0).double()
         part = -torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) * advantages
@@ -254,11 +271,11 @@ def symptom_metrics(
     *,
     old: Float[Tensor, "B T"] | None = None,
 ) -> dict[str, float]:
-    """QaRL's early-warning metrics [digest], each over the tokens with A > 0 and those with A < 0.
+    """Compute QaRL's early-warning metrics [digest], separately over the tokens with A > 0 and with A < 0.
 
-    symptoms/error_tokens_*  share of tokens with p_learner < 1e-4; `old` must hold log-probs of single tokens
-                             (trajectory, causal), not an ELBO's
-    symptoms/repetition_*  share inside a trigram that occurred earlier in the completion; trigrams may overlap
+    - symptoms/error_tokens_*: Share of tokens with p_learner < 1e-4; `old` must hold log-probs of single tokens
+      (trajectory, causal), not of an ELBO.
+    - symptoms/repetition_*: Share of tokens in a trigram that occurred earlier in the completion; trigrams may overlap.
     """
     error = None if old is None else mask & (old < math.log(1e-4))
     repeated = repeats(tokens, mask)
@@ -273,7 +290,7 @@ def symptom_metrics(
 
 
 def repeats(tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """Marked tokens inside a trigram that started earlier in the same row."""
+    """Return the marked tokens inside a trigram that started earlier in the same row."""
     found = torch.zeros(mask.shape, dtype=torch.bool)
     for row, (ids, marked) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
         places = marked.nonzero()[:, 0]

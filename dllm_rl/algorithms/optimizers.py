@@ -1,4 +1,4 @@
-"""Optimisers that a recipe can name, AdamW with moments in more or less memory, and schedules of its learning rate."""
+"""Optimizers that a recipe can name (AdamW with moments in more or less memory), and learning-rate schedules."""
 
 import math
 from collections.abc import Iterable
@@ -9,16 +9,20 @@ from dllm_rl.bounds import Bound, bounded
 
 
 def adamw(parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> optim.Optimizer:
-    """Torch's AdamW: 8 bytes per parameter for its moments."""
+    """Make torch's AdamW: 8 bytes per parameter for its moments."""
     parameters = list(parameters)
-    fused = all(parameter.is_cuda for parameter in parameters) or None  # it needs no large temporaries
+    fused = all(parameter.is_cuda for parameter in parameters) or None  # fused needs no large temporary tensors
     return optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
 
 
 def adamw_8bit(
     parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
 ) -> optim.Optimizer:
-    """Bitsandbytes' AdamW: moments take 2 bytes per parameter; tensors below 4096 elements keep fp32 moments."""
+    """Make bitsandbytes' AdamW: 2 bytes per parameter for its moments.
+
+    Use it if the optimizer's moments do not fit in GPU memory. Tensors below 4096 elements keep fp32 moments. It needs
+    the package bitsandbytes.
+    """
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
@@ -27,42 +31,48 @@ def adamw_8bit(
 def linear_decay(
     step: int, num_steps: int, *, warmup_steps: int = 5, constant_until: float = 0.6, final: float = 0.1
 ) -> float:
-    """Factor on the learning rate at `step`: a linear rise, a plateau, a linear fall, then `final`.
+    """Return the factor on the learning rate at `step`: a linear rise, a plateau, a linear fall, then `final`.
 
     Args:
-        warmup_steps: Steps of the rise.
-        constant_until: Share of the run at which the fall begins, in [0, 1].
-        final: The factor at the end.
+        step: Training step, from 0.
+        num_steps: Training steps of the run.
+        warmup_steps: Steps of the rise. Default: 5.
+        constant_until: Share of the run after which the fall begins, in [0, 1]. Default: 0.6.
+        final: Factor at the end. Default: 0.1.
     """
     rise = min(1.0, (step + 1) / max(1, warmup_steps))  # the first step's rate is not 0
     fall = max(0.0, min(1.0, step / max(1, num_steps)) - constant_until) / max(1e-9, 1 - constant_until)
     return rise * (1 - (1 - final) * fall)
 
 
-# The schedules of transformers, under its names. With a warmup, their first step has the rate 0.
+# The schedules of transformers, with the same names. With a warmup, their first step has the rate 0.
 
 
 def constant_rate(step: int, num_steps: int) -> float:
-    """Factor 1 at every step."""
+    """Return the factor 1 at every step."""
     return 1.0
 
 
 @bounded(warmup_steps=Bound(at_least=0))
 def constant_with_warmup(step: int, num_steps: int, *, warmup_steps: int = 0) -> float:
-    """Factor on the learning rate: a linear rise from 0, then 1.
+    """Return the factor on the learning rate: a linear rise from 0, then 1.
 
     Args:
-        warmup_steps: Steps of the rise.
+        step: Training step, from 0.
+        num_steps: Training steps of the run. It is not used.
+        warmup_steps: Steps of the rise, at least 0. Default: 0.
     """
     return step / warmup_steps if step < warmup_steps else 1.0
 
 
 @bounded(warmup_steps=Bound(at_least=0))
 def linear_with_warmup(step: int, num_steps: int, *, warmup_steps: int = 0) -> float:
-    """Factor on the learning rate: a linear rise from 0, then a linear fall, to 0 after the last step.
+    """Return the factor on the learning rate: a linear rise from 0, then a linear fall, to 0 after the last step.
 
     Args:
-        warmup_steps: Steps of the rise.
+        step: Training step, from 0.
+        num_steps: Training steps of the run.
+        warmup_steps: Steps of the rise, at least 0. Default: 0.
     """
     if step < warmup_steps:
         return step / warmup_steps
@@ -71,10 +81,14 @@ def linear_with_warmup(step: int, num_steps: int, *, warmup_steps: int = 0) -> f
 
 @bounded(warmup_steps=Bound(at_least=0))
 def cosine_with_warmup(step: int, num_steps: int, *, warmup_steps: int = 0) -> float:
-    """Factor on the learning rate: a linear rise from 0, then half a cosine from 1 to 0 after the last step; 0 later.
+    """Return the factor on the learning rate: a linear rise from 0, then half a cosine from 1 to 0 after the last step.
+
+    The factor stays 0 after that.
 
     Args:
-        warmup_steps: Steps of the rise.
+        step: Training step, from 0.
+        num_steps: Training steps of the run.
+        warmup_steps: Steps of the rise, at least 0. Default: 0.
     """
     if step < warmup_steps:
         return step / warmup_steps

@@ -1,4 +1,4 @@
-"""Which prompts a step learns from: uniform ones, or those whose rewards still differ."""
+"""Choice of the prompts that a step learns from: uniform prompts, or prompts whose rewards still differ."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ from dllm_rl.members import configurable
 
 @dataclass(eq=False)
 class RewardHistory:
-    """The groups of completions that a run has graded so far, oldest first: N of them. All processes have the same.
+    """The N groups of completions that a run has graded so far, oldest first. All processes have the same history.
 
     Attributes:
-        num_prompts: Prompts of the task. A source returns indices below it.
-        step: The training step that graded the group.
-        prompt: The prompt's index.
-        mean: The group's mean reward.
-        mixed: Whether the group's rewards differed.
+        num_prompts: Number of prompts of the task. A source returns indices below this number.
+        step: Training step that graded the group.
+        prompt: Index of the prompt.
+        mean: Mean reward of the group.
+        mixed: Whether the rewards of the group differed.
     """
 
     num_prompts: int
@@ -35,19 +35,19 @@ class RewardHistory:
         return {name: getattr(self, name) for name in ("step", "prompt", "mean", "mixed")}
 
     def add(self, step: int, prompt: Int[Tensor, " P"], rewards: Float[Tensor, "P G K"]) -> None:
-        """Append the groups of a draw of prompts. The first of K rewards is the one that the mean is of."""
+        """Append the groups of a draw of prompts. `mean` is the mean of the first of K rewards."""
         self.prompt = torch.cat([self.prompt, prompt])
         self.mean = torch.cat([self.mean, rewards[..., 0].mean(-1)])
         self.mixed = torch.cat([self.mixed, has_unequal_rewards(rewards)])
-        self.step = torch.cat([self.step, torch.full_like(prompt, step)])  # last: `before` counts by it
+        self.step = torch.cat([self.step, torch.full_like(prompt, step)])  # last, because `before` counts these entries
 
     def before(self, step: int) -> "RewardHistory":
-        """The groups of earlier steps; also while another thread adds later ones."""
+        """Return the groups of earlier steps. Safe while another thread adds later groups."""
         count = int((self.step < step).sum())
         return RewardHistory(self.num_prompts, **{name: value[:count] for name, value in self.tensors().items()})
 
     def latest(self) -> "RewardHistory":
-        """Each prompt's last group, in order of prompts."""
+        """Return each prompt's last group, ordered by prompt."""
         prompts, places = self.prompt.unique(return_inverse=True)
         last = torch.zeros_like(prompts).scatter_reduce(0, places, torch.arange(len(places)), "amax")
         return RewardHistory(self.num_prompts, **{name: value[last] for name, value in self.tensors().items()})
@@ -55,11 +55,15 @@ class RewardHistory:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """How the prompts of a step are chosen.
+    """A rule that chooses the prompts of a step.
+
+    Return one from a function under `members.configurable` to choose prompts by a custom rule.
 
     Attributes:
-        draw: `(history, count, generator)` -> indices of `count` prompts. It must be a pure function of the three.
-        uses_history: Whether `draw` reads the groups of `history`. Without, a run keeps none.
+        draw: Function `(history, count, generator)` -> indices of `count` prompts. It must be a pure function of these
+            arguments.
+        uses_history: Whether `draw` reads the groups of `history`. If False, a run records none. Default: True.
+        factory: Function that made the source, with its arguments. Set by `members.configurable`.
     """
 
     draw: Callable[[RewardHistory, int, Generator], Int[Tensor, " P"]]
@@ -73,7 +77,10 @@ def _uniform(history: RewardHistory, count: int, generator: Generator) -> Int[Te
 
 @configurable
 def uniform_prompts() -> PromptSource:
-    """Draw every prompt with the same chance, with replacement."""
+    """Draw every prompt with the same probability, with replacement.
+
+    This is the default.
+    """
     return PromptSource(_uniform, uses_history=False)
 
 
@@ -82,18 +89,22 @@ def uniform_prompts() -> PromptSource:
 def mixed_reward_prompts(*, equal_weight: float = 0.1) -> PromptSource:
     """Prefer prompts whose rewards differed in their last group, and prompts that were not drawn yet [ours].
 
-    Take it where many groups have equal rewards (`frac_reward_zero_std`) and the run draws each prompt several times:
-    groups of equal rewards teach nothing. `max_num_gen_batches` (DAPO) samples such groups and then replaces them;
+    Use it if many groups have equal rewards (`frac_reward_zero_std`) and the run draws each prompt several times:
+    groups with equal rewards teach nothing. `max_num_gen_batches` (DAPO) samples such groups and then replaces them;
     this source draws fewer of them in the first place.
 
     Args:
-        equal_weight: The chance of a prompt whose last group had equal rewards, as a share of any other prompt's.
+        equal_weight: Probability of a prompt whose last group had equal rewards, relative to any other prompt, above 0
+            and at most 1. Default: 0.1.
+
+    Raises:
+        ValueError: equal_weight is out of its range.
     """
     return PromptSource(partial(_mixed, equal_weight=equal_weight))
 
 
 def _mixed(history: RewardHistory, count: int, generator: Generator, *, equal_weight: float) -> Int[Tensor, " P"]:
-    """Uniform prompts, of which those with equal rewards are rejected with probability 1 - equal_weight."""
+    """Draw uniform prompts, and reject prompts with equal rewards with probability 1 - equal_weight."""
     latest = history.latest()
     equal = latest.prompt[~latest.mixed]
     accepted = torch.zeros(0, dtype=torch.long)
