@@ -328,6 +328,8 @@ class Corrector:
         loss_reduction: Averaging of tokens that belongs to the method, if the recipe names no function. None (default):
             the recipe's.
         needs_entropy: Whether `weight_fn` reads `TokenStats.entropy`. Default: False.
+
+    Attributes:
         factory: Function that made the corrector, with its arguments, so that a command line can change a keyword. Set
             by `members.configurable`.
 

@@ -54,6 +54,8 @@ class LikelihoodEstimator:
             (`Recipe.resample_masks`).
         reads_confidence_change: Whether `draw_views` needs `Rollout.confidence_change`.
         block_size: Required block size of the policy, for views that mask complete blocks. None: any.
+
+    Attributes:
         factory: Function of `estimators` with its keywords, so that the command line can change a keyword. It is set by
             that function.
 
