@@ -16,11 +16,11 @@ Module = Any  # transformers' or custom; nn.Module would type every member as Te
 Tokenizer = Any  # transformers' or custom: `make_policy` lists what it needs
 Attention = Literal["full", "block_causal", "causal", "encoder_decoder"]
 Tokens = Int[Tensor, "B T"]
-# Two axes: False on padding, over the cache's columns and then the T new ones. Four axes replace the family's own mask.
+# Two axes: False on padding, over the cache's columns and then the T new ones. Four axes replace the family's mask.
 Mask = Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"]
 States = Float[Tensor, "B T D"]
 
-# The keyword under which transformers' forwards take the keys and values of earlier columns; 5.24 renamed it.
+# The keyword with which transformers' forwards take the keys and values of earlier columns; 5.24 renamed it.
 CACHE = "cache" if tuple(map(int, version("transformers").split(".")[:2])) >= (5, 24) else "past_key_values"
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,18 +29,24 @@ BERT_LINEARS = ("query", "key", "value", "dense", "Wqkv", "Wo", "Wi")
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """W + (alpha / r) B A on linear layers of the blocks: A is random, B zero, so that nothing changes at first.
+    """Settings of LoRA adapters: W + (alpha / r) B A on linear layers of the blocks.
+
+    Use it as `lora` of `load_policy` or a recipe, to train adapters instead of the weights. A is random and B zero, so
+    that fresh adapters change nothing.
 
     Args:
         r: Rank of the adapters.
-        alpha: Their scale, times r.
-        targets: Names of layers (`q_proj`), or full paths; None: the family's list. Routers, embeddings, heads have
-            none.
-        experts: Adapt each expert of a stack too.
-        dropout: Share of the adapters' inputs that is dropped, in differentiated forwards only; 0 with `experts`.
-        seed: Of A, and of dropout.
+        alpha: Scale of the adapters, times r.
+        dropout: Share of the adapters' inputs that is dropped, in differentiated forwards only. 0 with `experts`.
+        targets: Names of layers (`q_proj`), or full paths. None: the family's list. Routers, embeddings and heads have
+            no adapters.
+        experts: Also adapt each expert of a stack.
+        seed: Seed of A and of dropout.
 
-    Source: LoRA, arXiv 2106.09685 [paper]; A uniform in +-1/sqrt(in_features), as peft does.
+    Raises:
+        ValueError: r is below 1, dropout is outside [0, 1), or dropout is combined with experts.
+
+    Source: LoRA, arXiv 2106.09685 [paper]; A uniform in +-1/sqrt(in_features), as in peft.
     """
 
     r: int = 16
@@ -55,12 +61,12 @@ class Lora:
             raise ValueError(f"lora.r={self.r} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout={self.dropout} must lie in [0, 1)")
-        if self.experts and self.dropout:  # merged weights see no single input that could be dropped
+        if self.experts and self.dropout:  # merged weights have no separate input that could be dropped
             raise ValueError(f"lora.dropout={self.dropout}: adapters on experts are merged in a forward; set it to 0")
 
 
 def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Each token's place among the row's unpadded tokens, from 0; padding on the left is at 0."""
+    """Return each token's index in the row's unpadded tokens, from 0. Left padding has index 0."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
@@ -73,11 +79,15 @@ def encode_base(
     cache: Any = None,
     use_cache: bool = False,
 ) -> States:
-    """The final hidden states of a stock module's backbone; the cache's columns come first among the mask's S.
+    """Return the final hidden states of a stock module's backbone.
 
     Args:
-        cache: Transformers' Cache of the keys and values of earlier columns, to which those of `tokens` are added.
-        use_cache: Whether the module may keep keys and values at all; samplers with a cache say True.
+        module: Stock transformers module.
+        tokens: New tokens (B, T).
+        attention_mask: Mask over the S columns, first those of the cache and then the new ones.
+        positions: Positions of the new tokens (B, T).
+        cache: Cache of transformers with the keys and values of earlier columns; those of `tokens` are added to it.
+        use_cache: Whether the module may store keys and values. Samplers with a cache set True.
     """
     given = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": use_cache}
     if cache is not None:
@@ -86,13 +96,18 @@ def encode_base(
 
 
 def encode_roberta(module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, **kept: Any) -> States:
-    """RoBERTa counts positions from pad_token_id + 1. kept: `cache` and `use_cache`, as for `encode_base`."""
+    """Encode with RoBERTa, which counts positions from pad_token_id + 1.
+
+    `kept` passes `cache` and `use_cache`, as in `encode_base`.
+    """
     return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1, **kept)
 
 
 def block_ranks(spec: "FamilySpec", tokens: Tokens, positions: Tokens) -> tuple[Tokens, Tokens]:
-    """Each token's rank as a key and as a query, which sees the keys of at most its rank: floor(position / block). With
-    `causal_context` the rank is the position, but the block's first one for a key whose block holds a mask.
+    """Return each token's rank as a key and as a query, which sees the keys of at most its rank.
+
+    The rank is floor(position / block). With `causal_context` the rank is the position, except that a key in a block
+    with a mask has the block's first position as its rank.
     """
     assert spec.block_size is not None, "a block-causal family has a block size"
     block = positions // spec.block_size
@@ -103,32 +118,34 @@ def block_ranks(spec: "FamilySpec", tokens: Tokens, positions: Tokens) -> tuple[
 
 
 def block_causal_mask(attention_mask: Bool[Tensor, "B T"], key: Tokens, query: Tokens) -> Bool[Tensor, "B 1 T T"]:
-    """Query q may see key k when k is no padding and rank_k <= rank_q (`block_ranks`)."""
+    """Return the mask in which query q sees key k if k is not padding and rank_k <= rank_q (`block_ranks`)."""
     return (attention_mask[:, None, :] & (key[:, None, :] <= query[:, :, None]))[:, None]
 
 
 def encode_block_causal(
     module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, *, spec: "FamilySpec", **kept: Any
 ) -> States:
-    """The final hidden states under the block-causal mask, or under a given mask of four axes. kept: `cache` and
-    `use_cache`, as for `encode_base`.
+    """Encode under the block-causal mask, or under `attention_mask` if it has four axes.
+
+    `kept` passes `cache` and `use_cache`, as in `encode_base`.
     """
-    if attention_mask.dim() == 2:  # a mask of four axes is whole: a cache's, or a packed forward's
+    if attention_mask.dim() == 2:  # a mask of four axes is complete: a cache's, or a packed forward's
         attention_mask = block_causal_mask(attention_mask, *block_ranks(spec, tokens, positions))
     return encode_base(module, tokens, attention_mask, positions, **kept)
 
 
 def output_embeddings(module: Module) -> Any:
-    """The layer that projects on the vocabulary; None where a module does not name it."""
+    """Return the layer that projects on the vocabulary, or None if the module does not name it."""
     return module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
 
 
 def linear_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+    """Project hidden states on the vocabulary."""
     return module.get_output_embeddings()(hidden)
 
 
 def mlm_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-    """BERT-type heads transform before they project."""
+    """Compute logits with a BERT-type head, which transforms the states before it projects them."""
     if hasattr(module, "decoder"):  # ModernBERT
         return module.decoder(module.head(hidden))
     name = next(name for name in ("cls", "lm_head", "predictions") if hasattr(module, name))  # BERT, RoBERTa, ALBERT
@@ -137,21 +154,24 @@ def mlm_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, ".
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """One family of checkpoints."""
+    """Facts and functions of one family of checkpoints.
+
+    Pass it to `make_policy` for a custom module, or to `register_family` for checkpoints of a new architecture.
+    """
 
     name: str
-    # "block_causal": blocks of `block_size`, aligned to a row's first token. "encoder_decoder": blocks behind an
+    # "block_causal": blocks of `block_size`, aligned to a row's first token. "encoder_decoder": blocks after an
     # encoder's cache, whose noise is random tokens (`models.denoiser`).
     attention: Attention
     shift: bool = False  # the state at t-1 predicts position t
-    block_size: int | None = None  # positions of a block; None where there are no blocks
+    block_size: int | None = None  # positions of a block; None without blocks
     causal_context: bool = False  # "block_causal": a block without a mask is causal
-    mask_id: int | None = None  # token id of the mask; None for causal models, and where noise is random tokens
-    mask_vocabulary: int | None = None  # a family's mask_id is for so many tokens
-    mask_names: tuple[str, ...] = ()  # the mask's texts, for a tokenizer that declares no mask token
+    mask_id: int | None = None  # token id of the mask; None for causal models and random-token noise
+    mask_vocabulary: int | None = None  # size of the vocabulary for which a family's mask_id holds
+    mask_names: tuple[str, ...] = ()  # texts of the mask, for a tokenizer without a mask token
     eos_ids: tuple[int, ...] = ()  # ids that end a completion
     max_length: int | None = None  # longest sequence in tokens; None if unknown
-    vocab_size: int | None = None  # number of logits; None: the module's config has it
+    vocab_size: int | None = None  # number of logits; None: from the module's config
     encode: Callable = encode_base  # module, tokens, attention mask, positions -> hidden states
     head: Callable = linear_head  # module, hidden states -> logits
     lora_targets: tuple[str, ...] = LLAMA_LINEARS  # linear layers of a block that LoRA adapts by default
@@ -162,9 +182,9 @@ class FamilySpec:
     )
     tensor_names: tuple[tuple[str, str], ...] = ()  # (original, stock) where they differ; `*` for a number
     fused_qkv: str | None = None  # a projection with query, key and value rows in this order
-    float32_rope: bool = False  # rotary embeddings are applied in fp32 whatever the weights' dtype
+    float32_rope: bool = False  # rotary embeddings are applied in fp32 for every dtype of weights
     ignored_tensors: tuple[str, ...] = ()  # patterns of the checkpoint's unused tensors
-    end_tokens: tuple[str, ...] = ()  # further tokens that end a completion, where the tokenizer has them
+    end_tokens: tuple[str, ...] = ()  # further tokens that end a completion, if the tokenizer has them
     original_config: dict | None = field(default=None, compare=False, repr=False)  # config written back; None: stock
     checkpoint_folder: str | None = field(default=None, compare=False, repr=False)  # folder of the checkpoint
 
@@ -175,7 +195,7 @@ class FamilySpec:
 
 @runtime_checkable
 class Head(Protocol):
-    """Hidden states -> logits: all that scoring a token needs of a policy."""
+    """The members of a policy that score a token: hidden states -> logits."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -186,18 +206,21 @@ class Head(Protocol):
 
 @runtime_checkable
 class Policy(Head, Protocol):
-    """A model, its tokenizer, and all that samplers, estimators, quantisation and the loop need of it."""
+    """A model, its tokenizer, and the members that samplers, estimators, quantization and the training loop use.
+
+    `load_policy` and `make_policy` return one. A custom class needs every member; `check_policy` tests it.
+    """
 
     module: Module
     spec: FamilySpec
     tokenizer: Tokenizer
     weights_version: int  # counts weight updates
-    float32_head: bool  # logits of a model in 16 bits (or under autocast) are in fp32
-    gradient_checkpointing: bool  # blocks run twice: a third more work, far less memory, same gradients
-    records_experts: bool  # samplers record the experts of each token (`Rollout.experts`)
+    float32_head: bool  # compute logits of a model in 16 bits (or under autocast) in fp32
+    gradient_checkpointing: bool  # run blocks twice: a third more work, far less memory, same gradients
+    records_experts: bool  # let samplers record the experts of each token (`Rollout.experts`)
     lora: Lora | None  # the adapters that are trained instead of the weights
-    quantization: Any  # config of a rollout's copy, or None
-    quantization_report: Any  # its effect, or None
+    quantization: Any  # scheme of a quantized copy, or None
+    quantization_report: Any  # QuantizationReport of a quantized copy, or None
 
     @property
     def pad_id(self) -> int: ...
@@ -210,31 +233,35 @@ class Policy(Head, Protocol):
 
 
 def trained_of(module: Module) -> list[nn.Parameter]:
+    """Return the parameters that are trained."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def has_bf16_products() -> bool:
-    """Whether this machine's CPU multiplies in bf16; else torch emulates it, some products at a 60th of fp32's rate."""
+    """Return whether this machine's CPU multiplies in bf16.
+
+    Otherwise torch emulates bf16, with some products at a 60th of fp32's rate.
+    """
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all of a tensor's numbers are finite. Makes no copy of the tensor: a NaN is both of its extremes."""
+    """Return whether all of a tensor's numbers are finite, without a copy: a NaN is its minimum and maximum."""
     return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def frozen_of(module: Module) -> list[str]:
-    """Names of the weights that are not trained."""
+    """Return the names of the weights that are not trained."""
     return [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor; all processes gather a sharded one together."""
+    """Return the full tensor. For a sharded tensor this is a collective: every process must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def copied(policy: Policy) -> Policy:
-    """The same policy over a copy of its module."""
+    """Return the same policy with a copy of its module."""
     twin = copy.copy(policy)
     twin.module = copy.deepcopy(policy.module)
     return twin

@@ -1,4 +1,4 @@
-"""The seam for whatever makes the rollouts: a copy of the learner, or an inference engine of its own."""
+"""Plug-in interface for rollout generation: a copy of the learner, or a separate inference engine."""
 
 import copy
 from collections.abc import Callable
@@ -13,15 +13,18 @@ from dllm_rl.models.base import Policy
 
 @dataclass(frozen=True)
 class RolloutEngine:
-    """What makes a run's rollouts, as two functions; `load` makes all that a run keeps. `check_engine` tests both.
+    """Two functions that provide the policy of a run's rollouts and update its weights.
+
+    Use it to sample with an inference engine in place of a copy of the learner; `check_engine` tests both functions. An
+    engine that decodes by itself also needs a sampler for `Recipe.sampler`, which receives the policy of `load`.
 
     Args:
-        load: Learner -> the policy that samplers get, with the learner's weights and version; see `with_forward`. A new
-            run also loads for its rehearsal, and drops that policy first: what the policy holds must end with it.
-        sync: Learner, that policy -> metrics, after the policy got the learner's new weights and version.
-        factory: The function that made the engine, with its keywords, so that a command line can change a keyword.
-
-    An engine that decodes by itself has a sampler of its own for `Recipe.sampler`, which gets the policy of `load`.
+        load: Function of the learner. It returns the policy that samplers receive, with the learner's weights and
+            version; see `with_forward`. A new run also loads for its rehearsal, and drops that policy first, so the
+            policy must own everything that it holds.
+        sync: Function of the learner and that policy, which must then have the learner's new weights and version. It
+            returns metrics.
+        factory: Function that made the engine, with its keywords, so that the command line can change a keyword.
     """
 
     load: Callable[[Policy], Policy]
@@ -30,10 +33,17 @@ class RolloutEngine:
 
 
 def with_forward(policy: Policy, forward: Callable[..., Tensor]) -> Policy:
-    """The policy with another forward, without gradient: tokens, attention mask, positions (each (B, T)) -> logits.
+    """Return the policy with another forward, without gradient.
+
+    Call it in `RolloutEngine.load` for an engine that computes logits.
 
     Args:
-        forward: -> fp32 (B, T, V), not shifted: what the module's head gives at each token; any numbers at padding.
+        policy: Policy whose spec, tokenizer and version are copied.
+        forward: Function of tokens, attention mask and positions, each (B, T). It returns fp32 logits (B, T, V), not
+            shifted: the output of the module's head at each token, with any numbers at padding.
+
+    Returns:
+        Policy without layers.
     """
     twin = copy.copy(policy)
     twin.spec = replace(
@@ -41,7 +51,7 @@ def with_forward(policy: Policy, forward: Callable[..., Tensor]) -> Policy:
         encode=lambda module, *inputs, **kept: forward(*inputs, **kept),
         head=lambda module, logits: logits,
     )
-    twin.module = nn.Module()  # without layers: no weight is held twice
+    twin.module = nn.Module()  # without layers: no weight is stored twice
     twin.module.config = getattr(policy.module, "config", None)
     twin.module.place = nn.Parameter(torch.zeros((), device=policy.device), requires_grad=False)
     twin.lora = None

@@ -35,7 +35,7 @@ Moved = TypeVar("Moved", bound="_Backbone")  # beartype refuses typing.Self
 
 
 class _Backbone:
-    """The `Policy` that diffusion and autoregressive policies share."""
+    """Members of `Policy` that diffusion and autoregressive policies share."""
 
     gradient_checkpointing: bool = False
     records_experts: bool = False
@@ -44,7 +44,7 @@ class _Backbone:
     quantization_report: Any = None
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
-        self.module = module.eval()  # for good: a stock module's dropout does not repeat
+        self.module = module.eval()  # permanently: a stock module's dropout does not repeat
         for layer in module.modules():
             # torch's fused forwards read the weights past the layers, which may be adapted or quantized.
             if isinstance(layer, nn.TransformerEncoderLayer):
@@ -54,7 +54,7 @@ class _Backbone:
         self.spec = spec
         self.tokenizer = tokenizer
         self.weights_version = 0
-        self.float32_head = True  # copies inherit it, so that both sides of a ratio have the same
+        self.float32_head = True  # copies inherit it, so that both sides of a ratio agree
 
     def __repr__(self) -> str:
         number = sum(parameter.numel() for parameter in self.module.parameters())
@@ -78,19 +78,22 @@ class _Backbone:
         return self.spec.eos_ids[0] if own is None else own
 
     def encode(self, tokens: Tokens, attention_mask: Mask, positions: Tokens, **kept: Any) -> States:
-        """The backbone's states at each token, not shifted. kept: `cache` and `use_cache`, as for `encode_base`."""
+        """Return the backbone's states at each token, not shifted.
+
+        `kept` passes `cache` and `use_cache`, as in `encode_base`.
+        """
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed_blocks(self.module) if recompute else nullcontext():
-            # The family adds its own mask, except to one of four axes. All runs of the backbone come here.
+            # The family adds its mask, except to a mask of four axes. Every run of the backbone goes through this call.
             return self.spec.encode(self.module, tokens, attention_mask, positions, **kept)
 
     def hidden(self, tokens: Tokens, attention_mask: Bool[Tensor, "B T"]) -> States:
-        """Final hidden states; `head` of the state at t gives logits for the token at t."""
+        """Return the final hidden states. `head` of the state at t gives the logits for the token at t."""
         states = self.encode(tokens, attention_mask, position_ids(attention_mask))
         return shifted(states, attention_mask) if self.spec.shift else states
 
     def head(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        """Logits from hidden states: in fp32 with `float32_head`, else in the module's dtype (or autocast's)."""
+        """Return logits of hidden states: in fp32 with `float32_head`, else in the module's dtype (or autocast's)."""
         if self.float32_head:
             return head_in_float32(self.spec.head, self.module, hidden)
         return self.spec.head(self.module, hidden)
@@ -98,13 +101,15 @@ class _Backbone:
     def logits(
         self, tokens: Tokens, attention_mask: Bool[Tensor, "B T"], positions: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T V"] | Float[Tensor, "K V"]:
-        """Logits for the token AT each position (B, T, V), or only at the K marked positions, row by row: (K, V)."""
+        """Return logits for the token AT each position (B, T, V), or of the K marked positions (K, V), row by row."""
         hidden = self.hidden(tokens, attention_mask)
         return self.head(hidden if positions is None else hidden[positions])
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
-        """Write weights (adapters merged), config and tokenizer in the checkpoint's layout. Of a module that is not
-        transformers' only weights and tokenizer, for `load_weights`. Raises ValueError for a quantized copy.
+        """Write weights (adapters merged), config and tokenizer in the checkpoint's layout.
+
+        `load_policy` opens the folder. For a custom module, only weights and tokenizer are written, for `load_weights`.
+        Raise ValueError for a quantized copy.
         """
         if self.quantization is not None:
             raise ValueError(
@@ -114,25 +119,32 @@ class _Backbone:
         save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
 
     def reference(self) -> Policy:
-        """The policy that RL started from (`without_adapters`). Raises ValueError without adapters."""
+        """Return the policy that RL started from (`without_adapters`). Raise ValueError without adapters."""
         return without_adapters(self)
 
     def to(self: Moved, device: torch.device | str) -> Moved:
+        """Move the module to a device and return the policy."""
         self.module.to(device)
         return self
 
 
 class DiffusionPolicy(_Backbone):
-    """A masked-diffusion model: every position sees every other one (or its block and earlier blocks)."""
+    """A masked-diffusion model, in which a position sees every other one (or its block and earlier blocks).
+
+    `load_policy` and `make_policy` create it.
+    """
 
 
 class AutoregressivePolicy(_Backbone):
-    """A causal model: its logits at t predict the token AT t from earlier tokens."""
+    """A causal model, whose logits at t predict the token AT t from earlier tokens.
+
+    `load_policy` and `make_policy` create it.
+    """
 
 
 def shifted(states: States, attention_mask: Bool[Tensor, "B T"]) -> States:
-    """The state at t-1 at each t, for shifted families; a row's first token keeps its own state."""
-    # Nothing predicts a row's first token; it is never sampled.
+    """Return at each t the state at t-1, for shifted families. A row's first token keeps its state."""
+    # A row's first token is never sampled, so nothing needs to predict it.
     before = torch.cat([torch.zeros_like(attention_mask[:, :1]), attention_mask[:, :-1]], dim=1)
     return torch.where(before[..., None], states.roll(1, dims=1), states)
 
@@ -140,13 +152,26 @@ def shifted(states: States, attention_mask: Bool[Tensor, "B T"]) -> States:
 def make_policy(
     module: Module, tokenizer: Tokenizer, spec: FamilySpec | None = None
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """A policy of a module. Raises ValueError on wrong attention or ids, and on a tokenizer without what it needs.
+    """Wrap a module and its tokenizer as a policy.
+
+    Call it for a model that you built or loaded yourself; use `load_policy` for a checkpoint. It puts the module into
+    eval mode and runs one or two short forwards to check the attention, because a wrong mask would train without an
+    error. A module on the meta device is not run.
 
     Args:
-        tokenizer: Transformers', or with encode(text, add_special_tokens=False, split_special_tokens=True) -> list of
-            ids, decode(ids, skip_special_tokens=True) -> text, and save_pretrained(folder).
-        spec: None: of the family of a transformers class. A custom module's spec has `attention`, `encode`, `head`,
-            `vocab_size`, `eos_ids` and, unless causal, `mask_id`.
+        module: transformers model, or any nn.Module together with `spec`.
+        tokenizer: Tokenizer of transformers, or any object with encode(text, add_special_tokens=False,
+            split_special_tokens=True) -> list of ids, decode(ids, skip_special_tokens=True) -> text, and
+            save_pretrained(folder).
+        spec: FamilySpec of a custom module: `attention`, `encode`, `head`, `vocab_size`, `eos_ids` and, unless causal,
+            `mask_id`. None: the spec of the transformers class's family.
+
+    Returns:
+        AutoregressivePolicy if the attention is causal, else DiffusionPolicy.
+
+    Raises:
+        ValueError: The tokenizer lacks a method, an id is outside the vocabulary, a needed field of the spec is
+            missing, or the module's attention differs from the spec's.
     """
     check_tokenizer(tokenizer, stock=spec is None)
     check_no_peft(module)
@@ -155,7 +180,7 @@ def make_policy(
     check_spec(module, spec)
     check_ids(module, spec, tokenizer)
     policy = (AutoregressivePolicy if spec.attention == "causal" else DiffusionPolicy)(module, spec, tokenizer)
-    if not any(weight.is_meta for weight in module.parameters()):  # a dry run needs shapes alone, and computes nothing
+    if not any(weight.is_meta for weight in module.parameters()):  # a dry run needs only shapes, and computes nothing
         check_attention(policy)
     return policy
 
@@ -171,19 +196,28 @@ def load_policy(
     float32_head: bool = True,
     verify_checkpoint: Check = "full",
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """Open a checkpoint with stock transformers classes. Of a folder of adapters alone, a run's or peft's, it opens the
-    base that they name and merges them.
+    """Open a checkpoint with stock transformers classes.
+
+    Use it for a checkpoint's folder or id; use `make_policy` for a module that you built yourself. For a folder with
+    only adapters (of a run, or of peft), it opens the base that the adapters name and merges them.
 
     Args:
-        dtype: Of the weights: float32, bfloat16 or float16; "auto" keeps the checkpoint's.
-        block_size: Of a block-causal model; None: the checkpoint's.
-        quantization: "nf4" or "int8": a frozen bitsandbytes base for adapters; None keeps the weights as they are.
-        lora: Adapters to train instead of the weights.
-        float32_head: Logits in fp32 where the weights are in 16 bits; False: in the weights' dtype.
-        verify_checkpoint: "full" compares every byte with the manifest, "quick" sizes and each file's first MiB.
+        path_or_id: Folder of a checkpoint, or its id on the Hugging Face Hub.
+        dtype: Dtype of the weights: float32, bfloat16 or float16. "auto" keeps the checkpoint's.
+        device: Device of the weights.
+        block_size: Block size of a block-causal model. None: the checkpoint's.
+        quantization: "nf4" or "int8" for a frozen bitsandbytes base under adapters. None keeps the weights unchanged.
+        lora: Adapters to train instead of the weights. None: train the weights.
+        float32_head: Compute logits in fp32 where the weights are in 16 bits. False: in the weights' dtype.
+        verify_checkpoint: "full" compares every byte with the manifest, "quick" compares sizes and each file's first
+            MiB.
 
-    Raises ValueError on a file that differs from the manifest, an unknown architecture, missing or unexpected tensors,
-    weights that are not finite, a mask id outside the vocabulary, or attention other than the family's.
+    Returns:
+        AutoregressivePolicy if the attention is causal, else DiffusionPolicy.
+
+    Raises:
+        ValueError: A file differs from the manifest, the architecture is unknown, tensors are missing or unexpected,
+            weights are not finite, the mask id is outside the vocabulary, or the attention differs from the family's.
     """
     folder = checkpoint_folder(path_or_id)
     verify_if_there(folder, verify_checkpoint)
@@ -193,7 +227,7 @@ def load_policy(
     else:
         module, tokenizer, spec = load_module(folder, **options)
         check_finite(module, path_or_id)
-        with named(folder):  # the first forward: a config's values may be of types that no layer takes
+        with named(folder):  # the first forward: a config's values may have types that no layer takes
             policy = make_policy(module, tokenizer, spec)
     policy.float32_head = float32_head
     if lora is not None:
@@ -204,12 +238,12 @@ def load_policy(
 def _merged(
     adapter: Path, folder: Path, options: dict[str, Any], verify_checkpoint: Check
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """The base of saved adapters with these merged, as a checkpoint of merged weights holds them."""
+    """Load the base of saved adapters and merge the adapters, as in a checkpoint of merged weights."""
     if options["quantization"] is not None:
         wrong = f"quantization={options['quantization']!r} is of a base without adapters, and {folder} holds adapters"
         raise ValueError(f"{wrong}; save load_policy({str(folder)!r}).save_pretrained(NEW), and give that")
     dtype = options["dtype"]
-    weights_folder(folder)  # refuses a circle
+    weights_folder(folder)  # refuses adapters that name each other as base
     with named(adapter), safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         held = file.metadata() or {}
     stored = held["dtype"] if held.get("dtype") in ("float32", "bfloat16", "float16", "float64") else "auto"
@@ -225,8 +259,18 @@ def _merged(
 
 @torch.no_grad()
 def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Check = "full") -> None:
-    """Copy the tensors that `save_pretrained` wrote into a policy's custom module. Raises ValueError on other names or
-    shapes, adapters, or a file that differs from the manifest; verify_checkpoint: as for `load_policy`.
+    """Copy the tensors that `save_pretrained` wrote into a policy's custom module.
+
+    Use it for a module that is not transformers'; `load_policy` opens all other checkpoints.
+
+    Args:
+        policy: Policy whose module receives the tensors, without adapters.
+        directory: Folder that `save_pretrained` wrote.
+        verify_checkpoint: "full" or "quick" check of the manifest, as in `load_policy`.
+
+    Raises:
+        ValueError: The names or shapes of the tensors differ, the policy has adapters or low-bit layers, or a file
+            differs from the manifest.
     """
     if has_extras(policy.module):
         raise ValueError("the policy has adapters or low-bit layers; load the weights first, then add_lora")
@@ -242,12 +286,12 @@ def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Ch
 
 
 def _found_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
-    """The spec of a transformers module's family. Raises ValueError on a module of other code."""
+    """Return the spec of a transformers module's family. Raise ValueError for a module with other code."""
     kind = type(module).__name__
     if not hasattr(module, "config"):
         raise ValueError(f"spec=None, and {kind} has no config that names its family: give a FamilySpec")
     raw = module.config.to_dict()
-    raw["architectures"] = raw.get("architectures") or [kind]  # a model that was never saved has none
+    raw["architectures"] = raw.get("architectures") or [kind]  # a model that was never saved has no architectures
     spec = family_spec(module.config, tokenizer, raw=raw, generation=getattr(module, "generation_config", None))
     if spec.stock_model is not None:
         raise ValueError(f"{kind} runs code of its checkpoint; give the checkpoint's folder or id to use stock classes")
@@ -256,7 +300,7 @@ def _found_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
 
 
 def check_no_peft(module: Module) -> None:
-    """Raise ValueError on a module with peft's adapters, around it or inside it."""
+    """Raise ValueError for a module with peft's adapters, around it or inside it."""
     if hasattr(module, "merge_and_unload"):
         kind = type(module).__name__
         raise ValueError(f"{kind} has peft's adapters; give its merge_and_unload(), and lora to train new ones")
@@ -268,7 +312,10 @@ def check_no_peft(module: Module) -> None:
 
 
 def check_tokenizer(tokenizer: Tokenizer, *, stock: bool = False) -> None:
-    """Raise ValueError on a tokenizer without what `make_policy` lists; `stock`: and what finds a stock model's ids."""
+    """Raise ValueError for a tokenizer without the methods that `make_policy` lists.
+
+    With `stock`, also require what finds the ids of a stock model.
+    """
     kind = type(tokenizer).__name__
     needed = ["encode", "decode", "save_pretrained", *["get_vocab", "eos_token_id", "mask_token_id"] * stock]
     if getattr(tokenizer, "chat_template", None):
@@ -285,7 +332,7 @@ def check_tokenizer(tokenizer: Tokenizer, *, stock: bool = False) -> None:
 
 
 def check_spec(module: Module, spec: FamilySpec) -> None:
-    """Raise ValueError on a spec without a needed field, or with ids outside the vocabulary."""
+    """Raise ValueError for a spec without a needed field, or with ids outside the vocabulary."""
     size = spec.vocab_size or getattr(getattr(module, "config", None), "vocab_size", None)
     if size is None:
         kind = type(module).__name__
@@ -302,17 +349,17 @@ def check_spec(module: Module, spec: FamilySpec) -> None:
 
 
 def check_ids(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
-    """Raise ValueError on a mask token that also ends or pads a completion, or a padding token without an embedding."""
+    """Raise ValueError for a mask token that also ends or pads completions, or a padding token without an embedding."""
     size = spec.vocab_size or module.config.vocab_size
     check_padding(size, tokenizer, f"the policy of {type(module).__name__}")
     if spec.mask_id is None:
         return
-    if spec.mask_id in spec.eos_ids:  # a mask is never drawn, so that nothing could end
+    if spec.mask_id in spec.eos_ids:  # a mask is never drawn, so that no completion could end
         raise ValueError(
             f"mask_id={spec.mask_id} of the spec {spec.name!r} is also one of eos_ids={spec.eos_ids}; give the mask a "
             "token of its own"
         )
-    if spec.mask_id == getattr(tokenizer, "pad_token_id", None):  # padding would count as a place to fill in
+    if spec.mask_id == getattr(tokenizer, "pad_token_id", None):  # padding would count as a position to fill in
         raise ValueError(
             f"mask_id={spec.mask_id} of the spec {spec.name!r} is also the tokenizer's pad_token_id; set its pad_token "
             "to another token"
@@ -325,7 +372,7 @@ def check_attention(policy: _Backbone) -> None:
     attention = policy.spec.attention
     expected = {7: attention == "full"}
     if attention == "block_causal" and (block := policy.spec.block_size) is not None:
-        expected = {block - 1: True, block: False} if block > 1 else {block: False}  # one token sees itself alone
+        expected = {block - 1: True, block: False} if block > 1 else {block: False}  # one token sees only itself
     size = policy.vocab_size
     for position, moves in expected.items():
         tokens = (torch.arange(position + 1, device=policy.device) % max(1, size - 1))[None].repeat(2, 1)
@@ -343,14 +390,22 @@ def check_attention(policy: _Backbone) -> None:
 
 
 def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32) -> DiffusionPolicy:
-    """A masked-diffusion policy with the weights of a causal checkpoint, to be trained further by a warm-up.
+    """Make a masked-diffusion policy from the weights of a causal checkpoint.
+
+    Use it to start from an autoregressive model, and train the result further with supervised steps before RL. The head
+    stays shifted, as in Dream: the state at t-1 predicts position t. The mask token's embedding starts as the mean of
+    all others. Attention is full from the first step, as in Tiny-A2D; DiffuLLaMA anneals its mask, which is not
+    implemented. `save_pretrained` writes a stock folder.
 
     Args:
-        dtype: Of the weights.
+        path_or_id: Folder or id of a causal checkpoint.
+        dtype: Dtype of the weights.
 
-    The head stays shifted, as in Dream: the state at t-1 predicts position t. The mask token's embedding starts as the
-    mean of all others. Attention is full at once, as Tiny-A2D's; DiffuLLaMA anneals its mask, which is not built here.
-    `save_pretrained` writes a stock folder. ValueError for a model that is not causal.
+    Returns:
+        DiffusionPolicy whose spec has shift=True.
+
+    Raises:
+        ValueError: The checkpoint is not causal.
     """
     policy = load_policy(path_or_id, dtype=dtype)
     module = policy.module
@@ -361,11 +416,11 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
     mask_id = tokenizer.mask_token_id
-    if mask_id >= old:  # many vocabularies are padded, and have a row for it already
+    if mask_id >= old:  # many vocabularies are padded, and already have a row for it
         with torch.random.fork_rng(devices=[]):  # transformers fills new rows from the global RNG
             module.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    # A vocabulary that already has a mask token may have it anywhere. The rows behind the last token belong to none:
-    # they start as the mask token's does.
+    # A vocabulary that already has a mask token may have it anywhere. The rows after the last token have no token: they
+    # start as the mask token's row does.
     words = torch.arange(module.config.vocab_size) < min(old, 1 + max(tokenizer.get_vocab().values()))
     words[mask_id] = False
     with torch.no_grad():

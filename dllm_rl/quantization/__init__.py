@@ -1,1 +1,4 @@
-"""The rollout's quantised copy of a policy: schemes, layers, sync, aligned forward. The one room of torchao."""
+"""The rollout's quantized copy of a policy: schemes, layers, sync, aligned forward.
+
+Only this package imports torchao.
+"""

@@ -1,4 +1,4 @@
-"""Quantised rollout copies and their refresh."""
+"""Quantized copies of a policy for rollouts, and the sync of their weights."""
 
 import copy
 import logging
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Names of quantised layers, matrices that keep their precision and why, and the modules' bytes."""
+    """Quantized layers, matrices that keep their precision with the reason, and the modules' sizes in bytes."""
 
     quantized: tuple[str, ...]
     skipped: dict[str, str]
@@ -56,16 +56,25 @@ def quantized_copy(
     skip: Callable[[nn.Module, str], bool] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Policy:
-    """A second policy whose block linears are quantised by `config`; None copies without quantising.
+    """Return a second policy whose block linears are quantized by `config`.
+
+    Call it once to sample with quantized weights, and `sync_weights` after each update; a run with
+    `Recipe.quantization` does both. Head, embeddings, norms, routers and layers tied to them keep their precision.
+    Stacked experts are quantized one by one. At most one layer is stored twice: adapters are merged and sharded weights
+    gathered layer by layer.
 
     Args:
-        skip: (module, name) -> True for further layers that keep their precision.
-        dtype: Of the copy's weights before quantising; None: the policy's own. A learner under autocast computes in
+        policy: Policy to copy. It does not change.
+        config: Scheme, as `int8_weight_only()` or another torchao config. None copies without quantizing.
+        skip: Function (module, name) -> True for further layers that keep their precision. None: no further layers.
+        dtype: Dtype of the copy's weights before quantizing. None: the policy's. A learner under autocast computes in
             bf16.
 
-    Head, embeddings, norms, routers and layers tied to them keep their precision. Stacked experts are quantised one by
-    one. At most one layer is held twice: adapters are merged and sharded weights gathered layer by layer. Raises
-    ValueError for a config that the device cannot run, NaN or infinite weights, or when nothing can be quantised.
+    Returns:
+        Policy with `quantization` and `quantization_report` set, without gradients.
+
+    Raises:
+        ValueError: The device cannot run the config, a weight is NaN or infinite, or no layer can be quantized.
     """
     module = policy.module
     layers = layers_of(module)
@@ -75,7 +84,7 @@ def quantized_copy(
         kept = skip_reasons(module, config, skip)
     schemes = replaced_layers(module, config, kept)
     matrices = {id(p) for name in schemes for p in layers.get_submodule(name).parameters() if p.dim() > 1}
-    # deepcopy takes an object's entry in the memo instead of copying the object: no plain copy of a weight is made.
+    # deepcopy uses an object's entry in the memo instead of copying the object: no plain copy of a weight is made.
     memo = copies(module, layers, dtype, without=matrices, shared=config is not None)
     finite: Finite = {}
     for name, scheme in schemes.items():
@@ -87,7 +96,7 @@ def quantized_copy(
     rollout_policy = copy.copy(policy)
     rollout_policy.module = copy.deepcopy(layers, memo).requires_grad_(False)
     for name in finite:
-        rollout_policy.module.get_submodule(name).quantization = config  # by which load_weight_ quantises again
+        rollout_policy.module.get_submodule(name).quantization = config  # load_weight_ quantizes with it
     forget_quantizer(rollout_policy.module)
     rollout_policy.quantization = config
     rollout_policy.lora = None
@@ -100,7 +109,7 @@ def quantized_copy(
 
 
 def replaced_layers(module: Module, config: Scheme, kept: dict[str, str]) -> dict[str, Scheme]:
-    """Names of the layers that a copy replaces, and their scheme: None only merges adapters or dequantises."""
+    """Return the scheme of each layer that a copy replaces, by name; None only merges adapters or dequantizes."""
     schemes = {}
     for name, layer in quantizable_layers(module):
         if "forward" in vars(layer):
@@ -116,13 +125,14 @@ def replaced_layers(module: Module, config: Scheme, kept: dict[str, str]) -> dic
 def copies(
     module: Module, layers: Module, dtype: torch.dtype | None, *, without: set[int], shared: bool
 ) -> dict[int, Any]:
-    """Deepcopy's memo: copies of a module's tensors, except `without`, by the id of the tensor in `layers`. shared: a
-    frozen tensor that keeps its dtype is the module's own, as nothing changes it.
+    """Return deepcopy's memo: copies of a module's tensors, except `without`, by the id of the tensor in `layers`.
+
+    With `shared`, a frozen tensor that keeps its dtype is shared with the module, because nothing changes it.
     """
     memo: dict[int, Any] = {}
     for place, tensor in zip(layers.parameters(), module.parameters(), strict=True):
         kind = dtype if tensor.is_floating_point() else None  # codes keep their integers
-        # A trained tensor that keeps its dtype and is where deepcopy looks for it needs no entry.
+        # A trained tensor that keeps its dtype, and that deepcopy reaches by itself, needs no entry.
         if id(place) in without:
             continue
         if shared and place is tensor and not tensor.requires_grad and kind in (None, tensor.dtype):
@@ -138,7 +148,10 @@ def copies(
 def replacement(
     name: str, layer: Any, held: Any, config: Scheme, dtype: torch.dtype | None, memo: dict[int, Any]
 ) -> tuple[dict[int, Any], Finite]:
-    """Deepcopy's entry for a layer, adapted or not, and which weights are finite; `held` has the weights."""
+    """Return deepcopy's entry for a layer, with or without adapters, and which weights are finite.
+
+    `held` is the layer with the weights.
+    """
     finite: Finite = {}
     if is_stacked(layer):
         if config is None:
@@ -155,12 +168,15 @@ def replacement(
     new, finite[name] = quantized_linear(weight, bias, config)
     if has_extras(layer) or isinstance(new, EmulatedLinear):
         return {id(layer): new}, finite
-    return {id(layer.weight): new.weight}, finite  # the weight alone, so that the layer keeps its class
+    return {id(layer.weight): new.weight}, finite  # only the weight, so that the layer keeps its class
 
 
 @torch.no_grad()
 def rollout_weights(name: str, layer: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """What a rollout quantises of a learner's layer, by the rollout's names: gathered, adapters merged, per expert."""
+    """Yield the weights that a rollout quantizes of a learner's layer, by the rollout's names.
+
+    The weights are gathered, merged with adapters, and split by expert.
+    """
     if isinstance(layer, nn.Linear | LoraLinear):
         yield name, whole(merged_tensor(layer, "weight")).to(dtype)
         return
@@ -170,13 +186,13 @@ def rollout_weights(name: str, layer: nn.Module, dtype: torch.dtype | None = Non
 
 
 def requantize(name: str, layer: nn.Module, rollout_module: Module) -> Iterator[tuple[str, Changes, Tensor]]:
-    """Quantise a learner's layer into the rollout's, in place: name, changes and finiteness of each weight."""
+    """Quantize a learner's layer into the rollout's, in place. Yield name, changes and finiteness of each weight."""
     for part, weight in rollout_weights(name, layer):
         yield part, *load_weight_(rollout_module.get_submodule(part), weight)
 
 
 def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
-    """Layers with a matrix that keeps its precision, and the reason."""
+    """Return the layers with a matrix that keeps its precision, and the reason."""
     owners: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):
         owners.setdefault(id(weight), []).append(name.rpartition(".")[0].removesuffix(".base_layer"))
@@ -186,7 +202,7 @@ def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, s
         matrices = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
         if not matrices:
             continue
-        # The same layer in two places, of an encoder and a decoder, is tied to no other.
+        # A layer that an encoder and a decoder share is not tied to another layer.
         tied = [other for other in owners[id(matrices[0])] if base_of(module.get_submodule(other)) is not layer]
         if reason := skip_reason(name, layer, matrices[0], tied):
             kept[name] = reason
@@ -198,7 +214,7 @@ def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, s
 
 
 def skip_reason(name: str, layer: nn.Module, matrix: Tensor, tied: list[str]) -> str | None:
-    """Why a layer keeps its precision under every config, or None."""
+    """Return why a layer keeps its precision under every config, or None."""
     router = re.search(r"(router|\.gate)$", name)
     if isinstance(layer, nn.Embedding):
         return "embedding"
@@ -215,14 +231,14 @@ def skip_reason(name: str, layer: nn.Module, matrix: Tensor, tied: list[str]) ->
 
 
 def quantizable_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Linear layers and stacks of experts, with or without adapters."""
+    """Yield linear layers and stacks of experts, with or without adapters."""
     for name, layer in plain_layers(module):
         if isinstance(layer, nn.Linear | LoraLinear) or is_stacked(layer):
             yield name, layer
 
 
 def quantized_pairs(module: nn.Module, rollout_module: Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Name, the learner's layer and the rollout's, of every layer that the rollout has quantised."""
+    """Yield name, learner layer and rollout layer of every layer that the rollout has quantized."""
     for name, layer in quantizable_layers(module):
         target = rollout_module.get_submodule(name)
         if is_quantized(target) or isinstance(target, Experts):
@@ -231,15 +247,26 @@ def quantized_pairs(module: nn.Module, rollout_module: Module) -> Iterator[tuple
 
 @torch.no_grad()
 def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
-    """Quantise the learner's weights into the rollout policy, in place, layer by layer: no storage moves.
+    """Quantize the learner's weights into the rollout policy, in place, layer by layer. No storage moves.
 
-    FP8 weights: for each row scale = max |w| / 448, code = w / scale rounded to e4m3; products take code * scale.
+    Call it after the updates of a step and before the next rollout; with a sharded learner, every process must call it.
+    Adapters are merged. If both arguments are one policy, nothing happens. FP8 weights: for each row
+    scale = max |w| / 448, code = w / scale rounded to e4m3; products use code * scale.
 
-    Returns for quantised layers quantization/codes_changed, the share of all codes that this sync changed (an update
-    below the grid vanishes: QuRL [digest]), and quantization/scale_change, the mean of |s' - s| / s over all scales.
-    After an aligned forward they cover the last inner update alone. Raises ValueError for NaN or infinite weights.
+    Args:
+        policy: Learner.
+        rollout_policy: Its `quantized_copy`, which receives the weights and their version.
+
+    Returns:
+        Metrics of the quantized layers, {} without any: quantization/codes_changed, the share of all codes that this
+        sync changed (an update below the grid vanishes: QuRL [digest]), and quantization/scale_change, the mean of
+        |s' - s| / s over all scales. After an aligned forward, both cover only the last inner update.
+
+    Raises:
+        ValueError: A weight is NaN or infinite. The rollout policy's tensors are overwritten by then; its version is
+            not.
     """
-    if rollout_policy is policy:  # without a scheme the learner samples itself
+    if rollout_policy is policy:  # without a scheme the learner samples
         return {}
     module = rollout_policy.module
     changes: list[Changes] = []
@@ -254,18 +281,18 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     for name, value in merged_state(policy.module, skip=written):
         if name in targets and not is_same(value, targets[name]):  # a tied tensor is written under its first name
             targets[name].copy_(whole(value))
-    check_finite(finite)  # once all are written: a check per layer would make the host wait
+    check_finite(finite)  # after all writes: a check per layer would make the host wait
     rollout_policy.weights_version = policy.weights_version
     return change_metrics(changes)
 
 
 def is_same(value: Tensor, target: Tensor) -> bool:
-    """Whether a learner's frozen tensor is the copy's, too."""
+    """Return whether a learner's frozen tensor is shared with the copy."""
     return type(value) is type(target) is nn.Parameter and value.data_ptr() == target.data_ptr()
 
 
 def change_metrics(changes: list[Changes]) -> dict[str, float]:
-    """The sums of all layers over their counts, with one transfer."""
+    """Return the sums of all layers over their counts, with one transfer."""
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     for name, (total, count) in (item for changed in changes for item in changed.items()):
@@ -276,5 +303,5 @@ def change_metrics(changes: list[Changes]) -> dict[str, float]:
 
 
 def quantized_layers(rollout_policy: Policy) -> Iterator[tuple[str, nn.Linear]]:
-    """Name and module of every quantised linear layer, those of experts among them: see `linear.place`."""
+    """Yield name and module of every quantized linear layer, including those of experts: see `linear.place`."""
     return ((name, layer) for name, layer in rollout_policy.module.named_modules() if is_quantized(layer))

@@ -1,4 +1,4 @@
-"""Quantisation schemes by name: torchao's configs, and emulation at about a plain rollout's time and memory."""
+"""Quantization schemes by name: torchao's configs, and emulation at about a plain rollout's time and memory."""
 
 import copy
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ E4M3 = "fake_quantize with weight=e4m3 and activation=e4m3"
 
 @dataclass(frozen=True)
 class FakeQuantize:
-    """A config for `quantized_copy`, like torchao's; `fake_quantize` explains the fields."""
+    """A config for `quantized_copy`, like torchao's. `fake_quantize` creates it and explains the fields."""
 
     weight: str | None
     activation: str | None = None
@@ -36,7 +36,7 @@ class FakeQuantize:
 
 @dataclass(frozen=True)
 class Float8DynamicEmulated:
-    """torchao's dynamic float8 tensors and torch's scaled product without float8 hardware: exact, slow."""
+    """Config for torchao's dynamic float8 tensors and torch's scaled product without float8 hardware: exact, slow."""
 
 
 def _torchao() -> Any:
@@ -46,41 +46,61 @@ def _torchao() -> Any:
 
 
 def float8_weight_only(*, dequantized: bool = False) -> Scheme:
-    """e4m3 weights per row, products in the learner's dtype. Saves memory, not time; runs anywhere, CPU included.
+    """Quantize weights to e4m3 per row, with products in the learner's dtype.
+
+    Use it to save memory; it saves no time. It runs anywhere, including CPUs.
 
     Args:
-        dequantized: Round and dequantise weights once per sync instead of in every product: the same numbers in the
+        dequantized: Round and dequantize weights once per sync instead of in every product: the same numbers in the
             time and memory of a plain copy.
     """
     return FakeQuantize("e4m3") if dequantized else _torchao().Float8WeightOnlyConfig()
 
 
 def float8_dynamic() -> Scheme:
-    """e4m3 weights per row, e4m3 inputs per token, on float8 hardware: CUDA capability 8.9 or more, bf16 weights."""
+    """Quantize weights to e4m3 per row and inputs to e4m3 per token.
+
+    Use it on float8 hardware: it needs CUDA capability 8.9 or more, and bf16 weights. `fake_quantize` emulates it on
+    other devices.
+    """
     made = _torchao()
     return made.Float8DynamicActivationFloat8WeightConfig(granularity=made.PerRow(), activation_value_lb=TINY)
 
 
 def float8_dynamic_emulated() -> Float8DynamicEmulated:
-    """The same arithmetic as float8_dynamic on a CPU, through torchao's own tensors. For tests: slower than bf16."""
+    """Compute as `float8_dynamic` on a CPU, with torchao's tensors.
+
+    Use it in tests; it is slower than bf16.
+    """
     return Float8DynamicEmulated()
 
 
 def int8_weight_only() -> Scheme:
-    """int8 weights per row, products in the learner's dtype. Runs anywhere, CPU included."""
+    """Quantize weights to int8 per row, with products in the learner's dtype.
+
+    Use it to save memory on any device, including CPUs.
+    """
     return _torchao().Int8WeightOnlyConfig()
 
 
 def int8_dynamic() -> Scheme:
-    """int8 weights per row, int8 inputs per token, integer products. Runs anywhere; slower than bf16 where measured."""
+    """Quantize weights to int8 per row and inputs to int8 per token, with integer products.
+
+    Use it where float8 products are not available. It runs anywhere, and was slower than bf16 where measured.
+    """
     return _torchao().Int8DynamicActivationInt8WeightConfig()
 
 
 def int4_weight_only(*, group_size: int = 32) -> Scheme:
-    """4-bit weights in groups, held in bytes, products in the learner's dtype. Runs anywhere, CPU included.
+    """Quantize weights to 4 bits in groups, stored in bytes, with products in the learner's dtype.
+
+    Use it to study 4-bit rollouts on any device, including CPUs; `int4_packed` saves more memory on CUDA.
 
     Args:
-        group_size: Inputs per scale; layers whose inputs are not a multiple are not quantised.
+        group_size: Number of inputs per scale, at least 1. Layers whose inputs are not a multiple are not quantized.
+
+    Raises:
+        ValueError: group_size is below 1.
     """
     if group_size < 1:
         raise ValueError(f"group_size={group_size} must be at least 1")
@@ -88,10 +108,15 @@ def int4_weight_only(*, group_size: int = 32) -> Scheme:
 
 
 def int4_packed(*, group_size: int = 128) -> Scheme:
-    """4-bit weights in groups, packed for a CUDA kernel of torch (capability 8.0 or more, bf16). Time: not measured.
+    """Quantize weights to 4 bits in groups, packed for a CUDA kernel of torch.
+
+    Use it on CUDA with capability 8.0 or more and bf16 weights. Its time is not measured.
 
     Args:
-        group_size: Inputs per scale: 32, 64, 128 or 256.
+        group_size: Number of inputs per scale: 32, 64, 128 or 256.
+
+    Raises:
+        ValueError: group_size is another number.
     """
     if group_size not in (32, 64, 128, 256):
         raise ValueError(f"group_size={group_size} must be 32, 64, 128 or 256")
@@ -101,21 +126,22 @@ def int4_packed(*, group_size: int = 128) -> Scheme:
 def fake_quantize(
     *, weight: str | None = "int8", activation: str | None = None, granularity: str = "row"
 ) -> FakeQuantize:
-    """Emulation of any pair of schemes: e4m3, e5m2, int8, int4, int3, five_level, ternary, or None.
+    """Emulate any pair of schemes: e4m3, e5m2, int8, int4, int3, five_level, ternary, or None.
+
+    Use it for formats that the device does not have. Rounded inputs make it slower than bf16. e4m3 for both computes
+    what dynamic FP8 does, on any device.
 
     Args:
-        weight: Scheme of the weights, or none.
-        activation: Scheme of the linear layers' inputs, or none.
-        granularity: Row: a scale per output row of a weight and per token of an input; tensor: one scale.
-
-    Rounded inputs make it slower than bf16. e4m3 for both is what dynamic FP8 does, on any device.
+        weight: Scheme of the weights, or None.
+        activation: Scheme of the linear layers' inputs, or None.
+        granularity: "row" for a scale per output row of a weight and per token of an input; "tensor" for one scale.
     """
     return FakeQuantize(weight=weight, activation=activation, granularity=granularity)
 
 
 @cache
 def has_float8_rows() -> bool:
-    """Whether the CPU multiplies float8 numbers with a scale per row: some kernels of torch 2.11 do not."""
+    """Return whether the CPU multiplies float8 numbers with a scale per row: some kernels of torch 2.11 do not."""
     ones = torch.ones(16, 16).to(torch.float8_e4m3fn)
     scale = torch.ones(16, 1)
     try:
@@ -126,7 +152,10 @@ def has_float8_rows() -> bool:
 
 
 def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Scheme:
-    """The config, safe for torch's global settings and all-zero inputs. Raises ValueError if `device` cannot run it."""
+    """Return the config, made safe for torch's global settings and all-zero inputs.
+
+    Raise ValueError if `device` cannot run it.
+    """
     ours = isinstance(config, FakeQuantize | Float8DynamicEmulated)
     if not ours and not any("torchao" in cls.__module__ for cls in type(config).__mro__):
         raise ValueError(f"config={config!r} is neither a torchao config nor a FakeQuantize")
@@ -144,7 +173,7 @@ def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Sc
 
 
 def _refusal(config: Scheme, device: torch.device, dtype: torch.dtype) -> str:
-    """Why the device cannot run a config, and what to use instead; else ""."""
+    """Return why the device cannot run a config, and what to use instead; "" if it can."""
     if isinstance(config, Float8DynamicEmulated):
         if device.type != "cpu":
             return f"device={device}: float8_dynamic_emulated is for CPUs; use float8_dynamic"
@@ -155,7 +184,7 @@ def _refusal(config: Scheme, device: torch.device, dtype: torch.dtype) -> str:
         if device.type != "cuda":
             why = f"device={device} has no float8 products"
             return f"{why}; use float8_weight_only, or, slower, float8_dynamic_emulated or {E4M3}"
-        # ROCm counts capabilities in its own way.
+        # ROCm counts capabilities differently.
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
             below = f"device={torch.cuda.get_device_name(device)} is below CUDA capability 8.9"
             return f"{below}, which dynamic FP8 needs; use int8_dynamic or float8_weight_only"
@@ -170,7 +199,7 @@ def _refusal(config: Scheme, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def round_to_float(x: Float[Tensor, "*S"], *, mantissa: int, exponent: int) -> Float[Tensor, "*S"]:
-    """fp32 rounded to `mantissa` explicit bits, ties to even, subnormals below 2**exponent, as a float8 cast."""
+    """Round fp32 to `mantissa` explicit bits, ties to even, subnormals below 2**exponent, as a float8 cast does."""
     # 2**e of each value, at least the smallest normal's; then a sum whose last bit is worth 2**(e - mantissa).
     anchor = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**exponent)
     anchor.mul_(1.5 * 2.0 ** (23 - mantissa))
@@ -180,7 +209,9 @@ def round_to_float(x: Float[Tensor, "*S"], *, mantissa: int, exponent: int) -> F
 def codes_and_scale(
     x: Float[Tensor, "... K"], scheme: str, granularity: str
 ) -> tuple[Float[Tensor, "... K"], Float[Tensor, "*S"]]:
-    """Integers (or float8 values) q held in fp32, and the fp32 scale s with x ~ q * s; a = max |x| over a row or all x.
+    """Return integers (or float8 values) q, stored in fp32, and the fp32 scale s, with x ~ q * s.
+
+    With a = max |x| over a row or over all of x:
     e4m3, e5m2   s = a / largest value, q = x/s rounded to the format (torchao's float8, bit for bit)
     int8         s = a / 127.5, q = round(x/s) in -128..127 (torchao's int8, bit for bit)
     int4, int3, five_level   s = a/7, a/3, a/2; q = round(x/s) in -7..7, -3..3, -2..2 [ours]
@@ -203,7 +234,7 @@ def codes_and_scale(
 
 
 class EmulatedLinear(nn.Linear):
-    """A linear layer with a rounded weight; with a rounded input its product is in fp32 and then cast."""
+    """A linear layer with a rounded weight. With a rounded input, its product is computed in fp32 and then cast."""
 
     def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, config: FakeQuantize) -> None:
         nn.Module.__init__(self)  # the parent's constructor would draw random weights
@@ -226,7 +257,7 @@ class EmulatedLinear(nn.Linear):
 
     @torch.no_grad()
     def load_(self, weight: Float[Tensor, "N K"]) -> None:
-        """Round `weight` into this layer, in place: once per sync, and not in every product."""
+        """Round `weight` into this layer, in place: once per sync instead of in every product."""
         weight = weight.to(self.source_dtype)
         if self.config.weight is None:
             self.weight.copy_(weight)
@@ -236,7 +267,7 @@ class EmulatedLinear(nn.Linear):
         self.weight_scale.copy_(scale.flatten())
 
     def codes(self) -> Float[Tensor, "N K"]:
-        """The weight's codes, recovered from rounded values, which equal code * scale to a bit."""
+        """Return the weight's codes, recovered from rounded values, which equal code * scale to a bit."""
         if self.scales_product:
             return self.weight
         codes = self.weight.float() / self.weight_scale[:, None]
@@ -251,7 +282,7 @@ class EmulatedLinear(nn.Linear):
     def quantized_forward(
         self, x: Float[Tensor, "... K"], bias: Float[Tensor, " N"] | None
     ) -> tuple[Float[Tensor, "... N"], tuple[Tensor, ...]]:
-        """The layer's output with the given bias, and the input as the layer rounded it (codes and scale)."""
+        """Return the layer's output with this bias, and the input as the layer rounded it (codes and scale)."""
         if self.config.activation is None:
             return F.linear(x, self.weight, bias), (x,)
         codes, scale = codes_and_scale(x, self.config.activation, self.config.granularity)
@@ -262,5 +293,5 @@ class EmulatedLinear(nn.Linear):
         return (y if bias is None else y.add_(bias)).to(x.dtype), (codes, scale)
 
     def dequantized(self) -> Float[Tensor, "N K"]:
-        """The rounded weight in the learner's units."""
+        """Return the rounded weight in the learner's units."""
         return self.weight * self.weight_scale[:, None] if self.scales_product else self.weight

@@ -10,7 +10,7 @@ from dllm_rl.types import Rollout
 
 
 def sampler_for(policy: Policy) -> Callable[..., Rollout]:
-    """`autoregress` for a causal policy, `renoise` where noise is random tokens, `unmask` where it is masks."""
+    """Return a policy's sampler: `autoregress` if it is causal, `renoise` for random-token noise, else `unmask`."""
     if policy.spec.attention == "encoder_decoder":
         return renoise
     return autoregress if policy.spec.attention == "causal" else unmask

@@ -1,4 +1,4 @@
-"""Whether the learner would unmask in the rollout's order: a mismatch that no weight corrects."""
+"""Whether the learner would unmask in the rollout's order: a mismatch that no importance weight corrects."""
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from dllm_rl.types import Rollout
 
 @torch.no_grad()
 def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
-    """What `policy` would commit in a rollout's first step, compared with what was committed; (sum, count) pairs.
+    """Compare what `policy` would commit in a rollout's first step with what was committed. Return (sum, count) pairs.
 
-    max_prob, margin and entropy depend on the state alone. Where the policy would choose other positions, the recorded
+    max_prob, margin and entropy depend only on the state. Where the policy would choose other positions, the recorded
     order has probability 0, and importance weights of the tokens do not correct the order [ours].
     """
     ranks = {rank.__name__: as_rank(rank) for rank, order in RANKS.items() if order in ("max_prob", "deterministic")}
@@ -22,7 +22,7 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     if order is None or order.rank_name not in ranks or mask_id is None or rollout.events is not None:
         return {}  # `random` and `confidence` have nothing to compare
     rank = ranks[order.rank_name]
-    first = slice(None, None, rollout.group_size)  # all completions of a prompt begin alike
+    first = slice(None, None, rollout.group_size)  # all completions of a prompt begin the same
     masked = rollout.completion_mask[first]
     opened = order.block_first_step[first] == 0
     committed = rollout.unmask_step[first] == 0
@@ -35,6 +35,6 @@ def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     begun = committed.any(-1)
     same = (chosen == committed).all(-1) & begun
     return {
-        "order_agreement": ((chosen & committed).sum(), committed.sum()),  # of positions, among the policy's top ones
-        "order_agreement_rows": (same.sum(), begun.sum()),  # of prompts, where the two sets are equal
+        "order_agreement": ((chosen & committed).sum(), committed.sum()),  # of positions, in the policy's top ones
+        "order_agreement_rows": (same.sum(), begun.sum()),  # of prompts whose two sets are equal
     }

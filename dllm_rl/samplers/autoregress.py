@@ -35,15 +35,24 @@ def autoregress(
 ) -> Rollout:
     """Complete every prompt `group_size` times, one token per step, until an end token or max_new_tokens.
 
-    The prompt is read once per group. Log-probs are those of the processed distribution, nats. A row depends on its
-    prompt, its seed and the weights only. Raises ValueError for a diffusion policy or a completion that does not fit.
+    Use it for policies with causal attention; use `unmask` for masked-diffusion policies. The prompt is read once per
+    group. A row depends only on its prompt, its seed and the weights.
 
     Args:
-        max_new_tokens: Tokens of a completion, at most.
-        temperature: Of the categorical distribution; 0 takes the likeliest token.
-        top_k: Only the k likeliest tokens are sampled; None: all.
-        top_p: Only the smallest set of likeliest tokens with this probability is sampled; None: all.
+        policy: Policy with causal attention.
+        prompts: Left-padded prompts, without open positions.
+        generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
+        max_new_tokens: Largest number of tokens of a completion.
+        temperature: Temperature of the token draw. 0 takes the likeliest token.
+        top_k: Sample only from the k likeliest tokens. None: all.
+        top_p: Sample only from the smallest set of likeliest tokens with this probability. None: all.
         suppress: Token ids that are never sampled.
+
+    Returns:
+        Rollout of P * group_size rows, with log-probs of the sampled tokens under the processed distribution, in nats.
+
+    Raises:
+        ValueError: The policy is not causal, a prompt is empty or has open positions, or a completion does not fit.
     """
     if policy.spec.attention != "causal":
         raise ValueError(f"policy {policy.spec.name!r} is not causal; autoregress needs a causal one: use unmask")
@@ -58,7 +67,7 @@ def autoregress(
     device = policy.device
     num_rows = prompts.num_rows
     seeds = row_seeds(generator, num_rows) if prompts.seeds is None else prompts.seeds
-    # One uniform per token, all drawn first: a row's numbers do not depend on when its neighbours end.
+    # One uniform per token, all drawn first: a row's numbers do not depend on when other rows end.
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     numbers = [torch.rand(max_new_tokens, generator=row, dtype=torch.float64) for row in generators]
     uniforms = torch.stack(numbers).to(device)
@@ -69,7 +78,7 @@ def autoregress(
     cache = KeysAndValues(config=policy.module.config)
     eos = torch.tensor(policy.spec.eos_ids, device=device)
     alive = torch.ones(num_rows, dtype=torch.bool, device=device)
-    columns: list[tuple[Drawn, Bool[Tensor, " B"]]] = []  # what each step drew, and which rows were alive
+    columns: list[tuple[Drawn, Bool[Tensor, " B"]]] = []  # each step's draws, and which rows were alive
     for step in range(max_new_tokens):
         states = policy.encode(new, attention_mask, positions, cache=cache, use_cache=True)[:, -1]
         if step == 0:  # the prompt is read once for all rows of its group
@@ -80,7 +89,7 @@ def autoregress(
             cache.batch_select_indices(prompt_of)
         written = _draw(policy, states, uniforms[:, step], sampling_params)
         columns.append((written, alive))
-        # A row that has ended goes on with padding, so that all rows keep one length.
+        # A finished row continues with padding, so that all rows have the same length.
         new = torch.where(alive, written.tokens, policy.pad_id)[:, None]
         positions = positions[:, -1:] + 1
         attention_mask = torch.cat([attention_mask, alive[:, None]], dim=1)
@@ -112,7 +121,7 @@ def _rollout(
     attention_mask: Bool[Tensor, "B T"],
     columns: list[tuple[Drawn, Bool[Tensor, " B"]]],
 ) -> Rollout:
-    """The record of what the steps drew, and of which rows were alive."""
+    """Build the rollout from the steps' draws, and from which rows were alive."""
     alive = torch.stack([each for _, each in columns], dim=1)
     drawn = Drawn(*(torch.stack(x, dim=1) for x in zip(*(each.tensors() for each, _ in columns), strict=True)))
     tokens = torch.where(alive, drawn.tokens, policy.pad_id)

@@ -1,4 +1,4 @@
-"""Ranks, commit rules and caches under the names that a command line gives them."""
+"""Ranks, commit rules and caches by the names that the command line gives them."""
 
 import inspect
 from collections.abc import Callable
@@ -8,29 +8,29 @@ from dllm_rl.samplers import records
 from dllm_rl.samplers.cache import Cache, block_cache, dual_cache, prefix_cache
 
 RANKS: dict[str, Callable] = {rank.__name__: rank for rank in records.RANKS}
-# Whose scores a rule is made for.
+# The rank whose scores a rule needs.
 OWN_RANKS = {"entropy_bound": "entropy", "origin": "random", "remask": "random"}
 COMMITS: dict[str, Callable] = {rule.__name__: rule for rule in records.COMMITS}
 CACHES: dict[str, Callable[..., Cache]] = {"block": block_cache, "prefix": prefix_cache, "dual": dual_cache}
 
 
 def read_rank(text: str) -> Callable:
-    """A rank by its name, or with its number, as `plackett_luce=0.3`. Raises ValueError on anything else."""
+    """Return a rank by its name, or with its number, as `plackett_luce=0.3`. Raise ValueError on other text."""
     return _read("rank", text, RANKS)
 
 
 def read_commit(text: str) -> Callable:
-    """`schedule`, or a rule with its number, as `threshold=0.9`. Raises ValueError on anything else."""
+    """Return `schedule`, or a rule with its number, as `threshold=0.9`. Raise ValueError on other text."""
     return _read("commit", text, COMMITS)
 
 
 def read_cache(text: str) -> Cache:
-    """`block`, `prefix`, `dual`, or the latter two with the steps between refreshes, as `dual=4`."""
+    """Return the cache `block`, `prefix` or `dual`; the latter two may add the steps between refreshes, as `dual=4`."""
     return _read("cache", text, CACHES, number=int)()
 
 
 def _read(kind: str, text: str, known: dict[str, Callable], number: Callable[[str], float] = float) -> Callable:
-    """The named function, its first keyword bound to the number. A keyword without a default needs one."""
+    """Return the named function, with its first keyword bound to the number. A keyword without a default needs one."""
     name, _, value = text.partition("=")
     if name not in known:
         raise ValueError(f"{kind}={text!r} is not one of {', '.join(known)}")
@@ -46,11 +46,9 @@ def _read(kind: str, text: str, known: dict[str, Callable], number: Callable[[st
 
 
 def rank_for(commit: str, asked: str | None = None) -> str:
-    """The name of the rank: the one asked for, else the one whose scores the rule is made for (as `read_commit` has
-    its name).
-    """
+    """Return the name of the rank: `asked`, or else the rank whose scores the rule needs."""
     return asked or OWN_RANKS.get(commit.partition("=")[0], "max_prob")
 
 
-# What reads each of a sampler's settings that a command line names.
+# The function that reads each of a sampler's settings that the command line names.
 READERS: dict[str, Callable] = {"rank": read_rank, "commit": read_commit, "cache": read_cache}

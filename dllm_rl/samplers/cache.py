@@ -1,4 +1,4 @@
-"""Key-value caches for unmasking: exact for block-causal attention, approximations of it for full attention."""
+"""Key-value caches for unmasking: exact for block-causal attention, approximate for full attention."""
 
 import copy
 from collections.abc import Callable
@@ -16,12 +16,14 @@ from dllm_rl.models.base import Policy, block_ranks, position_ids
 
 @dataclass(frozen=True)
 class Cache:
-    """Which columns' keys and values are kept while a block is unmasked, and for how many steps.
+    """Settings of a key-value cache: which columns are stored while a block is unmasked, and for how many steps.
+
+    `block_cache`, `prefix_cache` and `dual_cache` create it.
 
     Args:
-        kind: Block: the earlier blocks, exact under block-causal attention; prefix: what precedes the block; dual: what
-            precedes and what follows the block.
-        refresh: Steps after which an approximate cache is recomputed within a block; None: only at its start.
+        kind: "block" stores the earlier blocks, which is exact under block-causal attention; "prefix" stores the
+            columns before the block; "dual" stores the columns before and after the block.
+        refresh: Number of steps after which an approximate cache is recomputed within a block. None: only at its start.
     """
 
     kind: Literal["block", "prefix", "dual"]
@@ -39,31 +41,44 @@ class Cache:
 
 
 def block_cache() -> Cache:
-    """The exact cache of block-causal models: the states of a finished block never change again."""
+    """Store the keys and values of finished blocks, which never change: the exact cache of block-causal models.
+
+    Use it for block-causal policies; `prefix_cache` and `dual_cache` are for full attention.
+    """
     return Cache("block")
 
 
 def prefix_cache(*, refresh: int | None = None) -> Cache:
-    """Fast-dLLM's prefix cache (arXiv 2505.22618), APPROXIMATE: all that precedes the block keeps the keys and values
-    of the block's first step. refresh=1 is exact. [paper]
+    """Store the keys and values before the block as of the block's first step (Fast-dLLM's prefix cache). APPROXIMATE.
+
+    Use it with full attention to sample faster if the mismatch is acceptable. refresh=1 is exact.
 
     Args:
-        refresh: Steps after which it is computed again within a block; None: only at its start.
+        refresh: Number of steps after which the cache is recomputed within a block. None: only at its start.
+
+    Source: Fast-dLLM, arXiv 2505.22618 [paper].
     """
     return Cache("prefix", refresh)
 
 
 def dual_cache(*, refresh: int | None = None) -> Cache:
-    """Fast-dLLM's dual cache, APPROXIMATE: as prefix_cache, and the masks after the block are kept too. [paper]
+    """Store the keys and values before and after the block (Fast-dLLM's dual cache). APPROXIMATE.
+
+    Use it with full attention where the masks after the block are many; `prefix_cache` recomputes these in every step.
 
     Args:
-        refresh: Steps after which it is computed again within a block; None: only at its start.
+        refresh: Number of steps after which the cache is recomputed within a block. None: only at its start.
+
+    Source: Fast-dLLM, arXiv 2505.22618 [paper].
     """
     return Cache("dual", refresh)
 
 
 class KeysAndValues(DynamicCache):
-    """Stores keys in the dtype of the values: rotary embeddings and autocast leave fp32 keys next to 16-bit values."""
+    """A cache that stores keys in the dtype of the values.
+
+    Rotary embeddings and autocast leave fp32 keys next to 16-bit values.
+    """
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -72,24 +87,27 @@ class KeysAndValues(DynamicCache):
 
 
 class CachedStates:
-    """Owns the keys and values of a batch; `advance` computes a block's states from the fewest rows and columns."""
+    """The keys and values of a batch. `advance` computes a block's states from the fewest rows and columns."""
 
     def __init__(self, policy: Policy, cache: Cache, attention_mask: Bool[Tensor, "B T"]) -> None:
         self.policy = policy
         self.cache = cache
         self.attention_mask = attention_mask
         self.positions = position_ids(attention_mask)
-        self.kept = torch.arange(0)  # columns whose keys and values `past` holds
+        self.kept = torch.arange(0)  # columns whose keys and values are in `past`
         self.rows = torch.arange(len(attention_mask))
         self.past: Any = None  # KeysAndValues of `rows` from the first forward on
-        self.whole: tuple[Any, Tensor] | None = None  # block-causal: those of all rows that began the block, and these
+        self.whole: tuple[Any, Tensor] | None = None  # block-causal: cache and rows at the block's start
         self.columns: tuple[int, int] | None = None
         self.step = 0
 
     def advance(
         self, tokens: Int[Tensor, "B T"], rows: Int[Tensor, " R"], columns: tuple[int, int], *, alike: int = 1
     ) -> tuple[Float[Tensor, "r W D"], int]:
-        """States of the block `columns` = [start, end) for `rows`, and the first state's column; r = R / `alike`."""
+        """Return states of the block `columns` = [start, end) for `rows`, and the first state's column.
+
+        There are r = R / `alike` rows of states.
+        """
         self.step = 0 if columns != self.columns else self.step + 1
         self.columns = columns
         # A shifted family reads a block's first state one column to its left, which therefore is part of the block.
@@ -108,8 +126,9 @@ class CachedStates:
         return states, first
 
     def _begin_step(self, start: int, end: int, width: int) -> tuple[Int[Tensor, " F"], Int[Tensor, " C"]]:
-        """The columns that run in this step, and those whose keys and values are kept after it. Restores or drops kept
-        keys where a block starts.
+        """Return the columns that run in this step, and the columns whose keys and values are stored after it.
+
+        Restore or drop stored keys where a block starts.
         """
         everything = torch.arange(width)
         if self.cache.kind == "block":
@@ -122,15 +141,15 @@ class CachedStates:
             self.kept = everything[:0]
             after = everything[end:] if self.cache.kind == "dual" else everything[:0]
             return everything, torch.cat([everything[:start], after])
-        # A prefix cache runs what follows the block in every step; a dual one keeps it.
+        # A prefix cache runs the columns after the block in every step; a dual cache stores them.
         return everything[start : None if self.cache.kind == "prefix" else end], self.kept
 
     def _forward(self, tokens: Tensor, rows: Tensor, fresh: Tensor, keep: Tensor) -> Tensor:
-        """Run the `fresh` columns against the kept ones and themselves, then keep only `keep`; all on the host."""
+        """Run the `fresh` columns against the stored ones and themselves, then store only `keep`; all on the host."""
         module = self.policy.module
         seen = torch.cat([self.kept, fresh])
         here, new, columns = send(tokens.device, rows, fresh, seen)
-        # The model puts the fresh keys behind those that it is given: into a copy, so that the kept ones stay.
+        # The model appends the fresh keys to its cache: to a copy, so that the stored ones do not change.
         past = KeysAndValues(config=module.config) if self.past is None else mapped(self.past, lambda x: x)
         positions = self.positions[here]
         mask = attention_bias(self.policy, tokens[here], self.attention_mask[here], positions, new, columns)
@@ -138,7 +157,7 @@ class CachedStates:
         if past.get_seq_length() != len(seen):
             raise ValueError(f"cache={self.cache}: {type(module).__name__} keeps no keys and values; use cache=None")
         if self.past is None or len(keep) != len(self.kept):
-            # Keys carry their own positions, so the order in which they are stored means nothing.
+            # Keys contain their positions, so the order in which they are stored does not matter.
             (wanted,) = send(tokens.device, torch.isin(seen, keep).nonzero()[:, 0])
             self.past = mapped(past, lambda x: x[:, :, wanted])
             self.kept = keep
@@ -153,7 +172,7 @@ def attention_bias(
     fresh: Int[Tensor, " F"],
     seen: Int[Tensor, " C"],
 ) -> Float[Tensor, "B 1 F C"]:
-    """The additive mask of fresh columns over seen ones: 0 where a query may look, else the lowest number."""
+    """Return the additive mask of fresh columns over seen ones: 0 where a query may look, else the lowest number."""
     allowed = attention_mask[:, None, seen].expand(-1, len(fresh), -1)
     if policy.spec.attention == "block_causal":
         key, query = block_ranks(policy.spec, tokens, positions)
@@ -164,7 +183,7 @@ def attention_bias(
 
 
 def mapped(past: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """The same cache with other keys and values; the given one does not change."""
+    """Return the same cache with other keys and values, without changing `past`."""
     out = copy.copy(past)
     out.layers = [copy.copy(layer) for layer in past.layers]
     for layer in out.layers:

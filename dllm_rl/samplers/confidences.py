@@ -1,4 +1,4 @@
-"""How far each written token changed the confidence of the masked positions near it."""
+"""How much each written token changed the confidence of the masked positions near it."""
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +11,13 @@ from dllm_rl.samplers.records import Commit, Rank
 
 
 class ConfidenceChange:
-    """Sum, for each position, how far confidences moved between the step that wrote it and the next one of its block.
+    """Sum, for each position, how much confidences moved between the step that wrote it and the block's next step.
 
     The sum is over the positions that stayed masked within `radius` places. Positions of one step share the changes.
     """
 
     def __init__(self, canvas: Canvas, rank: Rank, commit: Commit, radius: int) -> None:
-        """Raises ValueError for a rank whose scores are not confidences, or a rule that rewrites."""
+        """Raise ValueError for a rank whose scores are not confidences, or a rule that rewrites."""
         if rank.order not in ("confidence", "max_prob") or commit.revises:
             raise ValueError(
                 f"confidence_radius={radius} needs rank=confidence or max_prob, and a commit rule that does not "
@@ -29,7 +29,7 @@ class ConfidenceChange:
         self.written = torch.zeros_like(canvas.masked)  # in the row's last step
 
     def record(self, turn: Turn, logprobs: Float[Tensor, "R L"], chosen: Bool[Tensor, "R L"]) -> None:
-        """Record a step: the log-probs that its rank gave, nats, and the positions that it writes."""
+        """Record a step: the log-probs that its rank returned, in nats, and the positions that it writes."""
         (rows,) = send(chosen.device, turn.rows)
         now = logprobs.exp()
         before = self.confidence[rows]

@@ -1,5 +1,6 @@
-"""Sampling from random tokens, as DiffusionGemma does: each step predicts a whole canvas, accepts the surest draws and
-replaces the others by new random tokens.
+"""Sampling from random tokens, as in DiffusionGemma.
+
+Each step predicts a full canvas, accepts the most certain draws and replaces the others by new random tokens.
 """
 
 import math
@@ -43,31 +44,42 @@ def renoise(
     answer: str = "argmax",
     on_step: Callable[[Rollout], None] | None = None,
 ) -> Rollout:
-    """Complete every prompt `group_size` times, canvas by canvas (DiffusionGemma's sampler [paper: transformers 5.23]).
+    """Complete every prompt `group_size` times, canvas by canvas (DiffusionGemma's sampler).
 
-    A canvas of `policy.spec.block_size` tokens begins at random. In step s of n a token is drawn at every place from
-    softmax(logits / tau), tau = t_min + (t_max - t_min) (n - s) / n. The places of lowest entropy keep their draw: as
-    many as have (sum of their entropies) - (the largest) <= entropy_bound. The others get new random tokens. The next
-    step sees the canvas, and this step's logits. With equal random numbers the tokens are those of transformers'
-    `generate`, but that tokens behind a row's end token stay as they were sampled.
+    Use it for encoder-decoder models whose noise is random tokens; use `unmask` where the noise is mask tokens. A
+    canvas of `policy.spec.block_size` tokens begins at random. In step s of n a token is drawn at every position from
+    softmax(logits / tau), tau = t_min + (t_max - t_min) (n - s) / n. The positions of lowest entropy keep their draw:
+    as many as have (sum of their entropies) - (the largest) <= entropy_bound. The others get new random tokens. The
+    next step sees the canvas and this step's logits. With equal random numbers the tokens are those of transformers'
+    `generate`, except that tokens after a row's end token stay as they were sampled.
+
+    `Rollout.renoised` records every step, and `trajectory()` replays it. A row depends only on its prompt, its seed and
+    the weights; batching changes at most the last bits of a sum. A step needs memory for fp32 logits of all rows (R, C,
+    V).
 
     Args:
-        max_new_tokens: A multiple of the canvas's length.
-        diffusion_steps: Steps of a canvas, at most.
-        t_max: The first step's temperature, and the one that the schedule ends just above; may be equal.
-        t_min: The first step's temperature, and the one that the schedule ends just above; may be equal.
-        entropy_bound: Nats, above 0; infinity accepts every draw.
-        stability_threshold: A row's canvas ends when the likeliest tokens were the same in so
-            many steps before, and the mean entropy is below so many nats; None: it always takes diffusion_steps.
-        confidence_threshold: A row's canvas ends when the likeliest tokens were the same in so
-            many steps before, and the mean entropy is below so many nats; None: it always takes diffusion_steps.
-        answer: Argmax: the likeliest tokens of a canvas's last step, as the authors; no draw decides them. drawn: the
-            last step accepts every draw, and these are the answer [ours]: for training.
-        on_step: Called with the current rollout after every step: the canvas in motion.
+        policy: Policy with an encoder and a decoder.
+        prompts: Left-padded prompts, without open positions and images.
+        generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
+        max_new_tokens: Number of new tokens, a multiple of the canvas's length.
+        diffusion_steps: Largest number of steps of a canvas.
+        t_max: Temperature of the first step, at least t_min.
+        t_min: Temperature just below that of the last step, above 0.
+        entropy_bound: Bound on the accepted entropies in nats, above 0. Infinity accepts every draw.
+        stability_threshold: A row's canvas ends when the likeliest tokens were the same in this many earlier steps and
+            the mean entropy is below confidence_threshold. None, for both: every canvas takes diffusion_steps.
+        confidence_threshold: Mean entropy in nats below which a row's canvas may end, see stability_threshold.
+        answer: "argmax": the likeliest tokens of a canvas's last step, as the authors do; no draw decides them.
+            "drawn": the last step accepts every draw, and the draws are the answer [ours]. Use "drawn" for training.
+        on_step: Function that is called with the current rollout after every step. None: no call.
 
-    `Rollout.renoised` records every step; `trajectory()` replays it. A row depends on its prompt, its seed and the
-    weights only; batching changes at most the last bits of a sum. A step holds fp32 logits of all rows (R, C, V).
-    Raises ValueError for another kind of model, images, or numbers out of range.
+    Returns:
+        Rollout of P * group_size rows.
+
+    Raises:
+        ValueError: The model is of another kind, a prompt has images or open positions, or a number is out of range.
+
+    Source: transformers 5.23 [paper].
     """
     _check(policy, prompts, max_new_tokens)
     _check_settings(diffusion_steps, t_max, t_min, entropy_bound, answer)
@@ -96,15 +108,15 @@ def renoise(
 
 @dataclass
 class _Record:
-    """What is known of the L places of every completion (B, L)."""
+    """The recorded state of the L positions of every completion (B, L)."""
 
     prompts: Prompts
     seeds: Int[Tensor, " B"]
     length: int  # of a canvas
     temperatures: tuple[float, ...]
-    tokens: Int[Tensor, "B L"]  # the canvas, and at last the answer
+    tokens: Int[Tensor, "B L"]  # the canvas, and finally the answer
     begun: Bool[Tensor, "B L"]
-    step: Int[Tensor, "B L"]  # of the last accepted draw, or that decided the answer; -1 while a token is noise
+    step: Int[Tensor, "B L"]  # of the last accepted draw, or of the answer; -1 while a token is noise
     logprobs: Float[Tensor, "B L"]  # sums over the steps
     seen: Int[Tensor, "B L W"]
     drawn: Int[Tensor, "B L W"]
@@ -138,12 +150,12 @@ class _Record:
         )
 
     def rollout(self, policy: Policy) -> Rollout:
-        """The record so far, behind the prompts."""
+        """Return the rollout so far, with the prompts on the left."""
         prompts = self.prompts
         width = prompts.tokens.shape[1]
         both = (prompts.tokens, prompts.attention_mask)
         before, real = (repeat(x.to(policy.device), "p s -> (p g) s", g=prompts.group_size) for x in both)
-        used = max(1, int((self.seen >= 0).any(0).any(0).sum()))  # steps behind the last one taken are cut off
+        used = max(1, int((self.seen >= 0).any(0).any(0).sum()))  # steps after the last one taken are cut off
         block = torch.arange(self.tokens.shape[1], device=policy.device) // self.length
         part = Renoised(
             block=torch.where(self.begun, block, -1),
@@ -166,11 +178,11 @@ class _Record:
 
 
 class _Step(NamedTuple):
-    """A step of R rows on the C places of their canvas."""
+    """A step of R rows on the C positions of their canvas."""
 
-    canvas: Int[Tensor, "R C"]  # the tokens that it saw
+    canvas: Int[Tensor, "R C"]  # the tokens that the step saw
     after: Int[Tensor, "R C"]
-    decided: Bool[Tensor, "R C"]  # places whose token is no noise
+    decided: Bool[Tensor, "R C"]  # positions whose token is not noise
     drawn: Int[Tensor, "R C"]
     counts: Bool[Tensor, "R C"]  # draws that the likelihood scores
     logps: Float[Tensor, "R C"]  # of the draws, nats
@@ -178,7 +190,7 @@ class _Step(NamedTuple):
 
 @dataclass
 class _Loop:
-    """The rows of a bucket that have not ended, and what the encoder has read of them."""
+    """The unfinished rows of a bucket, and what the encoder has read of them."""
 
     policy: Policy
     record: _Record
@@ -201,7 +213,7 @@ class _Loop:
             self.prefix.keep(torch.arange(len(firsts), device=tokens.device).repeat_interleave(group))
 
     def canvas(self, block: int, watch: Callable[[], None] | None) -> None:
-        """Denoise one canvas of every row; rows that wrote an end token leave."""
+        """Denoise one canvas of every row. Rows that wrote an end token leave."""
         policy, record, rows = self.policy, self.record, self.rows
         places = block * record.length + torch.arange(record.length, device=rows.device)
         if block:
@@ -225,7 +237,7 @@ class _Loop:
             if step + 1 == len(record.temperatures):
                 stops = torch.ones_like(stops)
             accepted = accept(entropies, self.entropy_bound)
-            counts = accepted & ~stops[:, None]  # a last draw decides nothing where the answer is the argmax
+            counts = accepted & ~stops[:, None]  # the last draw decides nothing if the answer is the argmax
             if self.answer == "drawn":
                 accepted = counts = accepted | stops[:, None]
             final = drawn if self.answer == "drawn" else best
@@ -248,11 +260,11 @@ class _Loop:
             self.prefix.keep(left)
 
     def noise(self, step: int, places: Int[Tensor, " C"]) -> Int[Tensor, "R C"]:
-        """Random tokens, each of the vocabulary alike."""
+        """Return random tokens, uniform over the vocabulary."""
         return (self.uniforms(step, places, NOISE) * self.policy.vocab_size).long()
 
     def uniforms(self, step: int, places: Int[Tensor, " C"], stream: int) -> Float[Tensor, "R C"]:
-        """Of the row's seed, the canvas's step and the place alone."""
+        """Return numbers that depend only on the row's seed, the canvas's step and the position."""
         seeds = self.record.seeds[self.rows].repeat_interleave(len(places))
         numbers = uniforms(seeds, torch.full_like(seeds, step), places.repeat(len(self.rows)), stream=stream)
         return numbers.view(len(self.rows), len(places))
@@ -260,7 +272,7 @@ class _Loop:
     def draw(
         self, logits: Float[Tensor, "R C V"], step: int, places: Int[Tensor, " C"]
     ) -> tuple[Int[Tensor, "R C"], Float[Tensor, "R C"]]:
-        """A token at every place, and its log-prob (nats) as `trajectory()` scores it again."""
+        """Draw a token at every position. Return it and its log-prob in nats, as `trajectory()` recomputes it."""
         flat = logits.flatten(0, 1)
         tokens = invert(flat.softmax(-1), self.uniforms(step, places, TOKENS).flatten())
         logps = TokenLogprob.apply(flat, tokens)
@@ -269,7 +281,7 @@ class _Loop:
     def stop(
         self, best: Int[Tensor, "R C"], entropies: Float[Tensor, "R C"], history: Int[Tensor, "H R C"]
     ) -> Bool[Tensor, " R"]:
-        """Rows whose likeliest tokens were the same in the steps of the history, and whose mean entropy is low."""
+        """Return the rows whose likeliest tokens were the same in all steps of the history, with a low mean entropy."""
         stability, confidence = self.stops
         if stability is None or confidence is None:
             return torch.zeros_like(best[:, 0], dtype=torch.bool)
@@ -282,7 +294,7 @@ class _Loop:
         live: Bool[Tensor, " R"],
         taken: _Step,
     ) -> None:
-        """Record a step of the live rows. A step of which no draw counts leaves no trace in `Renoised`."""
+        """Record a step of the live rows. A step without a counted draw leaves no trace in `Renoised`."""
         record = self.record
         there = live[:, None].expand_as(taken.counts)
         scored = taken.counts & there
@@ -299,8 +311,9 @@ class _Loop:
 
 
 def accept(entropies: Float[Tensor, "R C"], bound: float) -> Bool[Tensor, "R C"]:
-    """The places of lowest entropy, as many as have (sum) - (largest) <= bound (arXiv 2505.24857 [paper]); at least
-    one.
+    """Return the positions of lowest entropy, as many as have (sum) - (largest) <= bound, and at least one.
+
+    Source: arXiv 2505.24857 [paper].
     """
     ordered, index = entropies.sort(dim=-1)
     among = ordered.cumsum(-1) - ordered <= bound

@@ -1,4 +1,4 @@
-"""The contract of every rollout engine."""
+"""The contract of rollout engines."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,17 +17,25 @@ from dllm_rl.types import Prompts, Rollout
 def check_engine(
     engine: RolloutEngine, policy: Policy, prompts: Prompts, sampler: Callable, *, bound: float = 0.02, seed: int = 0
 ) -> None:
-    """Raise AssertionError, naming the broken promise, unless the engine's rollouts keep their contract.
+    """Raise AssertionError, naming the broken promise, unless the engine's rollouts fulfill their contract.
 
-    A rollout names the learner's version. It records the log-probs of its own tokens under its sampling_params: the
-    learner's differ by at most `bound` nats a token in the mean. A completion ends at its full length, with its end
-    token, or (block-causal) with the block of that token. A row's seed alone makes its chance. After `sync` all that
-    holds for the new weights. Nothing else changes.
+    Call it in a test of a custom `RolloutEngine`. A rollout must name the learner's version. It must record the
+    log-probs of its tokens under its sampling_params: the learner's differ by at most `bound` nats a token in the mean.
+    A completion ends at its full length, with its end token, or (block-causal) with the block of that token. A row's
+    randomness depends only on its seed. After `sync` all this holds for the new weights. Nothing else changes.
 
     Args:
-        prompts: With a group_size of at least 2; their seeds are replaced.
-        sampler: The recipe's, at a temperature other than 0 and 1: at these a log-prob's temperature does not show.
-        bound: What formats and kernels of the engine may make; log-probs of other weights must exceed twice of it.
+        engine: Engine to check.
+        policy: Learner. It is copied and does not change.
+        prompts: Prompts with a group_size of at least 2. Their seeds are replaced.
+        sampler: Sampler of the recipe, at a temperature other than 0 and 1: these would hide a log-prob at a wrong
+            temperature.
+        bound: Largest mean difference in nats that formats and kernels of the engine may cause. Log-probs of other
+            weights must differ by more than twice the bound.
+        seed: Seed of the rows' seeds.
+
+    Raises:
+        AssertionError: A promise is broken, or the inputs cannot show it.
     """
     learner = copied(policy)
     learner.module.requires_grad_(False)
@@ -71,7 +79,7 @@ def _check_untouched(learner: Policy, before: dict[str, Tensor], state: Tensor) 
 
 
 def _logprobs(learner: Policy, rollout: Rollout) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """The sampled tokens' log-probs by the record, and by the learner, nats."""
+    """Return the sampled tokens' log-probs by the record, and by the learner, in nats."""
     exact = causal() if learner.spec.attention == "causal" else trajectory()
     views = exact.draw_views(rollout, Generator().manual_seed(0))
     mask = rollout.completion_mask
@@ -91,7 +99,7 @@ def _check_rows(
 ) -> None:
     first = _written(rollout)
     full = max(map(len, first))
-    # A block-causal model writes the block of its end token to the end.
+    # A block-causal model completes the block of its end token.
     lost = [row for row in first if len(row) < full and not {*(row if in_blocks else row[-1:])} & ends]
     assert not lost, f"tokens {lost[:1]} end early without an end token: a completion must hold that token"
     assert _written(sampled(seeds)) == first, "the same seeds must give the same tokens"

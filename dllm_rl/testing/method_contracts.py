@@ -15,15 +15,22 @@ from dllm_rl.types import Batch, Rollout, Views
 
 
 def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
-    """Raise AssertionError, naming the broken promise, unless the corrector keeps its contract.
+    """Raise AssertionError, naming the broken promise, unless the corrector fulfills its contract.
 
-    Where every log-ratio is exactly 0 it is `no_correction` bit for bit. Weights are finite, >= 0 and without gradient;
-    the loss mask is inside the mask, and drops ratios that are not finite; metrics are finite floats. Inputs are left
-    alone. Row order, padding and micro-batches do not matter. One row, a row without tokens, and a batch without tokens
-    are defined.
+    Call it in a test of a custom corrector. Where every log-ratio is exactly 0, the corrector must equal
+    `no_correction` bit for bit. Weights are finite, >= 0 and without gradient. The loss mask is a subset of the mask
+    and drops ratios that are not finite. Metrics are finite floats. Inputs do not change. Row order, padding and
+    micro-batches do not matter. One row, a row without tokens, and a batch without tokens are defined.
+
+    Args:
+        corrector: Corrector to check.
+        seed: Seed of the random batches.
+
+    Raises:
+        AssertionError: A promise is broken.
     """
     generator = torch.Generator().manual_seed(seed)
-    for rows, length in ((6, 5), (1, 3)):  # a statistic over one row divides by nothing
+    for rows, length in ((6, 5), (1, 3)):  # a statistic over one row must not divide by 0
         mask = torch.rand(rows, length, generator=generator) < 0.8
         mask[0, 0] = True  # at least one token counts
         mismatch = torch.randn(rows, length, generator=generator) * 0.5
@@ -48,7 +55,15 @@ def make_batch(
     loss_mask: Tensor | None = None,
     **more: Any,
 ) -> Batch:
-    """A Batch around the tensors that a loss reads; `more` replaces blanks; rollout log-probs are `old_logprobs`."""
+    """Build a Batch around the tensors that a loss reads, to test a custom loss.
+
+    Args:
+        mask: Completion tokens (B, T).
+        advantages: Advantages (B,).
+        old_logprobs: Log-probs (B, T) before the update, in nats; they are the rollout's too. None: -1.
+        loss_mask: Tokens (B, T) that the loss counts. None: `mask`.
+        more: Fields of Batch that replace the blanks.
+    """
     loss_mask = mask if loss_mask is None else loss_mask
     old_logprobs = torch.full(mask.shape, -1.0) if old_logprobs is None else old_logprobs
     blank = torch.zeros(mask.shape, dtype=torch.long)
@@ -71,7 +86,10 @@ def make_batch(
 
 
 def make_stats(log_mismatch: Tensor, advantages: Tensor, mask: Tensor, **more: Any) -> TokenStats:
-    """Build the `TokenStats` of a batch: log-probs about -1 nat, a step per column, entropy 1. `more` replaces them."""
+    """Build the `TokenStats` of a batch, to test a custom corrector.
+
+    Log-probs are about -1 nat, each column is a step, and the entropy is 1. `more` replaces fields.
+    """
     old = torch.full_like(log_mismatch, -1.0).detach()
     entropy = torch.ones_like(old)
     steps = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
@@ -80,6 +98,7 @@ def make_stats(log_mismatch: Tensor, advantages: Tensor, mask: Tensor, **more: A
 
 
 def loss_of(corrector: Corrector, batch: Batch, logps: Tensor) -> tuple[Tensor, dict, Tensor]:
+    """Return the loss, the metrics and the gradient of a corrector's surrogate (default: `ppo_clip`)."""
     return policy_loss(
         logps, batch, surrogate=corrector.loss or ppo_clip, loss_reduction=sequence_mean, beta=0.0, kl=kl_k2
     )
@@ -94,14 +113,14 @@ def _neutral(corrector: Corrector, mask: Tensor, advantages: Tensor) -> None:
     plain = make_batch(mask, advantages)
     loss, _, gradient = loss_of(corrector, ours, ours.old_logprobs)
     wanted, _, slope = loss_of(no_correction(), plain, plain.old_logprobs)
-    # Bit for bit: under zero_mismatch a run with a corrector is then the run without one. Unquantised rollouts alone
-    # agree with the learner to rounding, and so do the two runs.
+    # Bit for bit: under zero_mismatch a run with a corrector is then the run without one. Unquantized rollouts only
+    # agree with the learner up to rounding, and so do the two runs.
     assert torch.equal(loss, wanted), f"on-policy, the loss must be that of none() bit for bit: {loss} against {wanted}"
     assert torch.equal(gradient, slope), "on-policy, the gradient must be that of none() bit for bit"
 
 
 def _steps(mask: Tensor) -> Tensor:
-    """Steps of a few tokens each, which differ between rows."""
+    """Return steps of a few tokens each, which differ between rows."""
     return (torch.arange(mask.numel()).view(mask.shape) * 7 % 3).masked_fill(~mask, -1)
 
 
@@ -141,7 +160,7 @@ def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask:
     behaviour = torch.full(mask.shape, -1.0) - torch.where(mask, mismatch, 0)
     batch = make_batch(mask, advantages, importance_weights=weights, loss_mask=keep, rollout_logprobs=behaviour)
     logps = batch.old_logprobs + step
-    asked: list[Tensor] = []  # what a surrogate has summed over processes: of the whole, then of each part
+    asked: list[Tensor] = []  # the sums over processes that a surrogate asks for: of the full batch, then of each part
 
     def of_all(x: Tensor) -> Tensor:
         asked.append(x)
@@ -154,7 +173,7 @@ def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask:
     for rows in torch.arange(len(mask)).split(max(1, len(mask) // 2)):
         some = {"importance_weights": weights[rows], "loss_mask": keep[rows], "rollout_logprobs": behaviour[rows]}
         part = make_batch(mask[rows], advantages[rows], **some)
-        # The denominators of the whole batch, so that the parts' losses add up to its loss.
+        # The denominators of the full batch, so that the parts' losses add up to its loss.
         part = replace(part, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences, sum_over_processes=of_all)
         parts.append(loss_of(corrector, part, logps[rows]))
     losses, parts_sums, gradients = zip(*parts, strict=True)
@@ -163,7 +182,7 @@ def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask:
     _same(sum(losses), loss, "micro-batches must add up to the batch's loss")
     _same(torch.cat(gradients), gradient, "micro-batches must give the batch's gradient")
     for name, (total, count) in sums.items():
-        if name != "loss":  # the loss has its denominators already
+        if name != "loss":  # the loss is already divided
             above, below = zip(*(part[name] for part in parts_sums), strict=True)
             adds_up = _near(sum(above), total) and _near(sum(below), count)
             assert adds_up, f"metric {name} must be a (sum, count) that adds up over micro-batches"
@@ -193,12 +212,21 @@ def _drops_nonfinite(corrector: Corrector, advantages: Tensor) -> None:
 
 
 def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rollout, *, seed: int = 0) -> None:
-    """Raise AssertionError, naming the broken promise, unless the estimator keeps its contract.
+    """Raise AssertionError, naming the broken promise, unless the estimator fulfills its contract.
 
-    The same seed gives a row the same masks, whatever its neighbours and padding; inputs and the global generator are
-    left alone. It masks and scores real tokens only, and (unless causal) scores only masked tokens. Contributions are
-    finite, zero off the completion, the same twice, in micro-batches, padded or reordered. Gradients reach only what a
-    view scores. `policy` made the rollout, of at least two prompts with completions of at least two tokens.
+    Call it in a test of a custom `LikelihoodEstimator`. The same seed gives a row the same masks, whatever the other
+    rows and the padding; inputs and the global generator do not change. The estimator masks and scores only real
+    tokens, and (unless causal) scores only masked tokens. Contributions are finite, zero off the completion, and the
+    same twice, in micro-batches, padded or reordered. Gradients reach only what a view scores.
+
+    Args:
+        estimator: Estimator to check.
+        policy: Policy that sampled the rollout.
+        rollout: Rollout of at least two prompts, with completions of at least two tokens.
+        seed: Seed of the views.
+
+    Raises:
+        AssertionError: A promise is broken.
     """
 
     def draw(rows: Rollout) -> Views:
@@ -253,7 +281,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
 
 
 def _same_noise(a: Views, b: Views) -> bool:
-    """Equal masks and weights; surplus views must be empty (a trajectory's length may differ)."""
+    """Return whether masks and weights are equal. Surplus views must be empty (a trajectory's length may differ)."""
     few = min(len(a.masked), len(b.masked))
     surplus = a.masked[few:].any() or a.coefficients[few:].any() or b.masked[few:].any() or b.coefficients[few:].any()
     return (

@@ -18,17 +18,24 @@ QUANTILE = 4.265  # of the normal distribution: a rule that keeps the contract f
 
 
 def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: int = 1500, **options: Any) -> str:
-    """Raise AssertionError unless a rank and a commit rule write as often as `trajectory()` says; return what is known
-    of the order's probability ("unknown" claims nothing, and nothing is compared).
+    """Raise AssertionError unless a rank and a commit rule write as often as `trajectory()` says.
 
-    Samples completions of four positions and two words through the rules themselves, and compares the count of every
-    outcome (tokens, and which step wrote them) with its probability, the exponential of `trajectory()`. What the
-    sampler records must be the same number.
+    Call it in a test of a custom rank or commit rule. It samples completions of four positions and two words with the
+    rules, and compares the count of every outcome (tokens, and which step wrote them) with its probability, the
+    exponential of `trajectory()`. The sampler must record the same number.
 
     Args:
-        policy: None: a tiny one, whose first two characters are the words.
-        rows: Rollouts; more see smaller deviations.
-        options: Of `unmask`; by default two steps at temperature 1.
+        rank: Rank to check.
+        commit: Commit rule to check.
+        policy: Policy to sample from. None: a tiny one, whose first two characters are the words.
+        rows: Number of rollouts. More rollouts show smaller deviations.
+        options: Keywords of `unmask`. Default: two steps at temperature 1.
+
+    Returns:
+        What is known of the order's probability. For "unknown" nothing is compared.
+
+    Raises:
+        AssertionError: The counts or the record contradict `trajectory()`.
     """
     prompt = 3
     if policy is None:
@@ -61,14 +68,14 @@ def _check_counts(policy: Policy, rollout: Rollout, known: str) -> None:
     rows = len(logps)
     orders, order_number = torch.cat(steps, 1).unique(dim=0, return_inverse=True)
     total = torch.full((len(orders),), float(rows), dtype=torch.float64)
-    if known == "independent" or events is not None:  # the probability is that of the tokens, given the order
+    if known == "independent" or events is not None:  # the probability of the tokens, given the order
         total = torch.bincount(order_number).double()
     _, outcome = torch.cat([*steps, *tokens, *draws], 1).unique(dim=0, return_inverse=True)
     first = torch.zeros(int(outcome.max()) + 1, dtype=torch.long).scatter_(0, outcome, torch.arange(rows))
     counts = torch.bincount(outcome).double()
     expected = total[order_number[first]] * logps[first].exp()
     often = expected >= 8
-    # Rare outcomes, and those that were not drawn, are one.
+    # Rare outcomes, and outcomes that were not drawn, count as one.
     observed = torch.cat([counts[often], counts[~often].sum()[None]])
     expected = torch.cat([expected[often], rows - expected[often].sum()[None]])
     statistic = float(((observed - expected) ** 2 / expected.abs().clamp(min=8)).sum())

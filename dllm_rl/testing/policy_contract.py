@@ -1,4 +1,4 @@
-"""The contract of every policy."""
+"""The contract of policies."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,14 +23,23 @@ ASKED += " encode hidden head logits to save_pretrained reference"
 
 
 def check_policy(policy: Any, *, seed: int = 0) -> None:
-    """Raise AssertionError, naming the broken promise, unless the policy keeps its contract.
+    """Raise AssertionError, naming the broken promise, unless the policy fulfills its contract.
 
-    It has every member of `Policy`. Logits (B, T, V) are finite and repeatable, whatever the padding and the other
-    rows; a row sees what its `attention` allows. Weights get finite gradients, and survive saving bit for bit. Its
-    blocks have linear layers, whose quantised copy follows the weights. Fresh adapters change nothing, are all that is
-    trained, and are left out of the reference. `aligned_forward` computes what the quantised copy does.
-    The policy is left as it is: its module is copied. A policy with adapters gets no further ones. Sums in another
-    order may differ by 1e-4 of the largest logit (0.05 in 16 bits).
+    Call it in a test of a custom policy or module. The policy must have every member of `Policy`. Logits (B, T, V) are
+    finite and repeatable, whatever the padding and the other rows; a row sees what its `attention` allows. Weights get
+    finite gradients, and survive saving bit for bit. The blocks have linear layers, whose quantized copy follows the
+    weights. Fresh adapters change nothing, are the only trained weights, and are left out of the reference.
+    `aligned_forward` computes what the quantized copy does.
+
+    The policy does not change: its module is copied. A policy with adapters gets no further ones. Sums in another order
+    may differ by 1e-4 of the largest logit (0.05 in 16 bits).
+
+    Args:
+        policy: Policy to check.
+        seed: Seed of the random tokens.
+
+    Raises:
+        AssertionError: A promise is broken.
     """
     missing = [name for name in ASKED.split() if not hasattr(policy, name)]
     assert not missing, f"a policy has {', '.join(missing)}: see dllm_rl.models.base.Policy"
@@ -53,11 +62,11 @@ def check_policy(policy: Any, *, seed: int = 0) -> None:
 
 
 def _rows(policy: Policy, generator: torch.Generator) -> tuple[Int[Tensor, "3 T"], Bool[Tensor, "3 T"]]:
-    """Three rows of random tokens without the mask token; the last two have padding on the left."""
+    """Return three rows of random tokens without the mask token; the last two have padding on the left."""
     spec = policy.spec
     length = 12
     if spec.block_size is not None:
-        length = max(length, spec.block_size + 2)  # a token of the second block, whose sight is checked
+        length = max(length, spec.block_size + 2)  # a token of the second block, to check what it sees
     if spec.max_length is not None:
         assert spec.max_length >= 6, f"max_length={spec.max_length} leaves no room for six tokens"
         length = min(length, spec.max_length)
@@ -69,7 +78,7 @@ def _rows(policy: Policy, generator: torch.Generator) -> tuple[Int[Tensor, "3 T"
 
 
 def _gap(policy: Policy, a: Tensor, b: Tensor) -> float:
-    """The largest difference, as a share of what sums in another order may make."""
+    """Return the largest difference, as a share of the difference that another order of sums may cause."""
     half = next(policy.module.parameters()).dtype in (torch.bfloat16, torch.float16)
     return float((a.float() - b.float()).abs().max() / (b.float().abs().max() + 1e-6)) / (0.05 if half else 1e-4)
 
@@ -115,14 +124,14 @@ def _check_sight(policy: Policy, tokens: Int[Tensor, "1 T"], mask: Bool[Tensor, 
 
 def _check_gradient(policy: Policy, tokens: Tensor, mask: Tensor) -> None:
     twin = copied(policy)
-    for name, parameter in twin.module.named_parameters():  # with adapters they alone are trained
+    for name, parameter in twin.module.named_parameters():  # with adapters, only these are trained
         parameter.requires_grad_(policy.lora is None or ".lora_" in name)
     trained = trained_of(twin.module)
     if not all(parameter.dtype.is_floating_point for parameter in trained):
         return  # codes have no gradient
     twin.logits(tokens, mask)[mask].float().log_softmax(-1)[:, 0].sum().backward()
     reached = [parameter.grad for parameter in trained if parameter.grad is not None]
-    # Half is enough: an expert that no token is sent to gets none.
+    # Half is enough: an expert without tokens gets no gradient.
     missed = f"{len(trained) - len(reached)} of {len(trained)} weights get no gradient from the logits"
     assert 2 * len(reached) > len(trained), f"{missed}: is there a detach() or no_grad() on the way?"
     assert all(gradient.isfinite().all() for gradient in reached), "a gradient of the log-probs is not finite"
@@ -138,7 +147,7 @@ def _check_saving(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) 
         else:
             again = copied(policy)
             for parameter in again.module.parameters():
-                parameter.zero_()  # so that a weight that is not loaded shows
+                parameter.zero_()  # so that a weight that is not loaded is noticed
             if has_extras(again.module):  # saved merged, as ordinary layers
                 merge_lora(again)
             load_weights(again, folder)
@@ -150,8 +159,8 @@ def _check_saving(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) 
 
 def _check_quantised(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) -> None:
     learner = copied(policy)
-    # Of weights alone: a module may choose another kernel for weights that are trained, and a code of an activation
-    # would jump by a whole level where the two round apart.
+    # Only weights: a module may choose another kernel for weights that are trained, and a code of an activation
+    # would jump by a full level where the two kernels round differently.
     try:
         rollout = quantized_copy(learner, fake_quantize(weight="int8"))
     except ValueError as error:

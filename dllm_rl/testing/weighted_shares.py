@@ -1,4 +1,4 @@
-"""Is the likelihood of a sampler's rollouts the probability with which it wrote them? A check by sampling."""
+"""Check by sampling whether the likelihood of a sampler's rollouts is the probability with which it wrote them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,16 +15,17 @@ from dllm_rl.types import Prompts, Rollout
 
 @dataclass(frozen=True)
 class Shares:
-    """What `weighted_shares` found.
+    """The result of `weighted_shares`.
 
     Args:
-        record: Largest gap between the sampler's record and the learner's log-prob of a completion, nats: 1e-5 at most.
-        mean_ratio: Mean of p_other / p_policy over the policy's rollouts: 1.
-        ratio_error: Its standard error: a mean further than three of these from 1 is a failure.
-        spread: Standard deviation of the ratios: 0.2 to 1, or the check sees little.
-        off: How far a completion's share among the weighted rollouts is from its share among the other policy's own, at
-            most, in standard errors: above 4 is a failure.
-        writings: Tokens written per completion, rewritten ones among them; 0 for a sampler that records no events.
+        record: Largest gap between the sampler's record and the learner's log-prob of a completion, in nats. At most
+            1e-5.
+        mean_ratio: Mean of p_other / p_policy over the policy's rollouts. It should be 1.
+        ratio_error: Standard error of mean_ratio. A mean further than three errors from 1 is a failure.
+        spread: Standard deviation of the ratios. It should be 0.2 to 1, or the check sees little.
+        off: Largest gap, in standard errors, between a completion's share in the weighted rollouts and its share in the
+            other policy's rollouts. Above 4 is a failure.
+        writings: Tokens written per completion, including rewritten ones. 0 for a sampler that records no events.
     """
 
     record: float
@@ -45,16 +46,19 @@ def weighted_shares(
     rows: int = 2000,
     factor: float = 1.15,
 ) -> Shares:
-    """Compare the likelihood ratio of two policies with what the ratio is for: as weights of the one's rollouts it must
-    give the completions the shares that they have among the other's. It does so if the likelihood is the probability
-    of all that the sampler decided by the weights: tokens, and which positions when.
+    """Compare the likelihood ratio of two policies with its use as a weight.
+
+    Call it in a test of a custom sampler with a known likelihood. As weights of one policy's rollouts, the ratio must
+    give the completions the shares that they have in the other policy's rollouts. This holds if the likelihood is the
+    probability of all that the sampler decided by the weights: the tokens, and which positions were written when.
 
     Args:
-        policy: Tiny, so that few completions are possible: a hundred at most for 2000 rows.
-        sampler: As a recipe has it, at temperature 1; it suppresses all tokens but a few.
+        policy: Tiny policy, so that few completions are possible: a hundred at most for 2000 rows.
+        sampler: Sampler as in a recipe, at temperature 1, which suppresses all tokens but a few.
         prompt: Token ids.
-        likelihood: None: `trajectory()`.
-        factor: On the weights of the second policy; further from 1 the ratios spread more.
+        likelihood: Estimator to check. None: `trajectory()`.
+        rows: Number of rollouts of each policy.
+        factor: Factor on the weights of the second policy. Further from 1 the ratios spread more.
     """
     likelihood = likelihood or trajectory()
     other = copied(policy)
