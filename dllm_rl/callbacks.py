@@ -1,4 +1,4 @@
-"""Hooks of a run. Subclass `Callback` to log more, to ask for a checkpoint, or to end a run early."""
+"""Hooks of a run. Subclass `Callback` to log more, to request a checkpoint, or to end a run early."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +11,17 @@ from dllm_rl.bounds import Bound
 
 @dataclass
 class RunControl:
-    """What a callback sees of a run, and what it may ask of it.
+    """The state of a run that a callback can read, and the requests that it can make.
+
+    A run passes it to every hook.
 
     Attributes:
-        directory: The run's folder.
-        step: Complete training steps.
-        num_steps: Training steps of the whole run.
-        rows: Reads the rows of metrics.jsonl that a resumed run goes on from.
+        directory: Folder of the run.
+        step: Number of completed training steps.
+        num_steps: Number of training steps of the complete run.
+        rows: Function that reads the rows of metrics.jsonl from which a resumed run continues.
+        stop_reason: First reason passed to `stop`. None: no stop was requested.
+        save_requested: Whether `save` was called.
     """
 
     directory: Path
@@ -28,31 +32,34 @@ class RunControl:
     save_requested: bool = field(default=False, init=False)
 
     def stop(self, reason: str) -> None:
-        """Ask the run to end after this step. It saves, evaluates and writes its summary, which holds `reason`."""
+        """Request the end of the run after this step. The run saves, evaluates and writes its summary, which contains
+        `reason`.
+        """
         self.stop_reason = self.stop_reason or reason
 
     def save(self) -> None:
-        """Ask the run to write a checkpoint after this step."""
+        """Request a checkpoint after this step."""
         self.save_requested = True
 
 
 class Callback:
-    """The hooks of a run, which do nothing. Override the ones you need, and give `callbacks=[...]`.
+    """Base class of the hooks of a run, which do nothing.
 
-    The main process alone calls them. An exception ends the run after its last complete step was saved.
+    Override the hooks that you need, and pass `callbacks=[...]`. Only the main process calls them. An exception in a
+    hook ends the run after its last complete step was saved.
     """
 
     def on_start(self, run: RunControl) -> None:
-        """Run before the first step of a run, fresh or resumed."""
+        """Run before the first step of a run, new or resumed."""
 
     def on_step(self, run: RunControl, metrics: Mapping[str, float]) -> Mapping[str, float] | None:
-        """Run after each step, before its metrics are written. The numbers that it returns are logged with them."""
+        """Run after each step, before its metrics are written. The returned numbers are logged with the metrics."""
 
     def on_evaluate(self, run: RunControl, metrics: Mapping[str, float]) -> None:
         """Run after an evaluation on validation problems, or on the held-out rows of SFT."""
 
     def on_save(self, run: RunControl, folder: Path) -> None:
-        """Run after a checkpoint was written. With `async_save` it runs when the next step finds the write complete."""
+        """Run after a checkpoint was written. With `async_save`, run when the next step finds the write complete."""
 
     def on_end(self, run: RunControl, summary: Mapping[str, Any]) -> None:
         """Run after the summary was written."""
@@ -60,15 +67,18 @@ class Callback:
 
 @dataclass
 class StopBelow(Callback):
-    """End a run whose metric stayed below a bound for some steps in a row.
+    """End a run if a metric stays below a bound for several consecutive steps.
 
     Use it to end a run whose rollouts no longer fit the learner (the default), or whose held-out reward fell:
     `StopBelow("eval/reward", 0.2, steps=3)`. A step without the metric does not count.
 
     Args:
-        metric: A name of metrics.jsonl.
-        bound: The metric counts as low below this number. A number that is not finite counts as low.
-        steps: Steps in a row, of those that have the metric.
+        metric: Name of a metric in metrics.jsonl. Default: effective sample size of the rollout's weights.
+        bound: Number below which the metric is low. A non-finite metric is low too. Default: 0.5.
+        steps: Consecutive low steps that end the run, counting only steps with the metric; at least 1. Default: 20.
+
+    Raises:
+        ValueError: steps is below 1.
     """
 
     metric: str = "rollout_corr/rollout_is_eff_sample_size"
@@ -80,7 +90,7 @@ class StopBelow(Callback):
         Bound(at_least=1).check("steps", self.steps)
 
     def on_start(self, run: RunControl) -> None:
-        """Count the low steps at the end of what a resumed run has logged."""
+        """Count the consecutive low steps at the end of a resumed run's log."""
         for row in run.rows():
             self._count(row)
 
@@ -98,14 +108,14 @@ class StopBelow(Callback):
 
 @dataclass
 class SaveBest(Callback):
-    """Ask for a checkpoint whenever a metric of a step is the best so far.
+    """Request a checkpoint whenever a metric of a step is the best so far.
 
     For a metric of the evaluation use the setting `metric_for_best_model`, whose checkpoint is never deleted. The
-    checkpoints of this callback count for `save_total_limit`.
+    checkpoints of this callback count towards `save_total_limit`.
 
     Args:
-        metric: A name of metrics.jsonl.
-        greater_is_better: Whether a larger number is better.
+        metric: Name of a metric in metrics.jsonl. Default: "reward".
+        greater_is_better: Whether a larger number is better. Default: True.
     """
 
     metric: str = "reward"
@@ -113,7 +123,7 @@ class SaveBest(Callback):
     _best: float | None = field(default=None, init=False, repr=False)
 
     def on_start(self, run: RunControl) -> None:
-        """Take the best value of what a resumed run has logged."""
+        """Read the best value so far from a resumed run's log."""
         for row in run.rows():
             self._is_best(row)
 
@@ -132,7 +142,7 @@ class SaveBest(Callback):
 
 
 def _number(value: Any) -> float | None:
-    """A finite number as a float; None for anything else."""
+    """Return a finite number as a float, and None for anything else."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 

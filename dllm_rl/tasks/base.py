@@ -1,4 +1,4 @@
-"""What a task is: text in, numbers out. Nothing here, nor in any task, imports torch."""
+"""Interface of a task: text in, numbers out. Tasks never import torch."""
 
 import inspect
 import os
@@ -14,7 +14,17 @@ FLOAT32_MAX = 3.4028234663852886e38
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: what the model reads, and what a grader needs."""
+    """One problem: the text that the model reads, and the data that a grader needs.
+
+    A task returns one for each index.
+
+    Attributes:
+        prompt: Text, or chat messages with role and content that the tokenizer renders.
+        fields: Data for the grader, as JSON; stored with completions.
+        solution: A correct completion, for supervised warm-up. None (default): no solution is available.
+        blank: For infilling, the piece of text that marks one token to fill in, at each place in the prompt; the grader
+            receives the filled text. None (default): no infilling.
+    """
 
     prompt: str | list[dict[str, str]]  # text, or chat messages with role and content that the tokenizer renders
     fields: Mapping[str, Any] = field(default_factory=dict)  # the grader's facts, as JSON, stored with completions
@@ -24,7 +34,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Reward:
-    """A graded completion."""
+    """The grade of a completion.
+
+    A task's `reward` returns it.
+
+    Attributes:
+        value: Number that training maximizes.
+        parsed: Whether the grader could read an answer; reported separately from the value.
+        breakdown: Further numbers by name, averaged over completions; ratios of counts are listed in COUNTED.
+        answer: Vote of maj@k: one spelling for equal answers, "" if not parsed. None (default): unknown.
+    """
 
     value: float  # the number that training maximises
     parsed: bool  # whether the grader found an answer at all; reported separately from the value
@@ -34,12 +53,12 @@ class Reward:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a completion cost its sampler. A grader that has one of SPEED as a parameter is given it.
+    """The sampling cost of a completion. A grader with a parameter named in SPEED receives it.
 
     Args:
-        forwards: The model's calls that the completion's own row took part in, up to its last writing: how many it
-            needed. Rows of a batch that take longer do not count, nor does what a cache runs beside the steps.
-        tokens: What was written, up to the end token.
+        forwards: Model calls that the completion's row took part in, up to its last write. Steps of other rows of the
+            batch, and extra calls of a cache, do not count.
+        tokens: Tokens written, up to the end token.
     """
 
     forwards: int
@@ -54,15 +73,18 @@ SPEED = ("forwards", "tokens_per_forward")
 
 
 def asked(function: Callable) -> list[str]:
-    """Those of SPEED that the function has as parameters; `**others` asks for none."""
+    """Return the names of SPEED that the function has as parameters; `**kwargs` requests none."""
     return [name for name in SPEED if name in inspect.signature(function).parameters]
 
 
 @runtime_checkable
 class Task(Protocol):
-    """A sized, indexable collection of problems with a grader. `version` changes whenever a grade may change.
-    Optional: rewards(problems, completions) grades many like `reward`; reward_weights: breakdown name -> weight. Both
-    may ask for SPEED: reward(problem, completion, forwards), rewards(problems, completions, forwards) for a list.
+    """A sized, indexable collection of problems with a grader.
+
+    Implement it for problems that no other task covers; use `task_from_dataset` for rows with reward functions.
+    `version` changes whenever a grade may change. Optional members: rewards(problems, completions) grades many
+    completions together; reward_weights maps breakdown names to weights. Both graders may request SPEED:
+    reward(problem, completion, forwards), rewards(problems, completions, forwards) with a list.
     """
 
     @property
@@ -79,32 +101,36 @@ class Task(Protocol):
 
 
 def check_filled(field: str, task: Task) -> None:
-    """Raise ValueError if the task has no problems, as an empty file or a split that no row falls in."""
+    """Raise ValueError if the task has no problems, such as an empty file or an empty split."""
     if not len(task):
         path = getattr(task, "path", None)
         where = "" if path is None else f" in {str(path)!r}"
         raise ValueError(f"{field}: {task.name!r} has no problems{where}; give a file with more rows, or another split")
 
 
-Grader = Callable[[Mapping[str, Any], str], Reward]  # (a problem's fields, a completion) -> its grade
+Grader = Callable[[Mapping[str, Any], str], Reward]  # (a problem's fields, a completion) -> grade
 
-# Ratios of counts: their mean over a set is the sum of one count over the sum of the other.
+# Ratios of counts: the mean over a set is the sum of the first count divided by the sum of the second.
 COUNTED = {"cell_accuracy": ("correct_cells", "empty_cells")}
 
 
 def addends(reward: Reward) -> dict[str, tuple[float, float]]:
-    """What a completion adds to numerator and denominator of each mean: (number, 1), or a ratio's counts of COUNTED."""
+    """Return the terms that a completion adds to numerator and denominator of each mean: (number, 1), or the counts of
+    COUNTED.
+    """
     added = {"reward": (reward.value, 1.0), "parsed": (float(reward.parsed), 1.0)}
     added |= {name: (number, 1.0) for name, number in reward.breakdown.items()}
     for name, counts in COUNTED.items():
         if name in added and all(count in added for count in counts):
-            (above, _), (below, _) = map(added.pop, counts)  # a count alone says nothing: its mean is not shown
+            (above, _), (below, _) = map(
+                added.pop, counts
+            )  # the mean of a count is not shown: it has no meaning without the other count
             added[name] = above, below
     return added
 
 
 def parts(reward: Reward) -> dict[str, float]:
-    """`parsed` and the breakdown of one completion, as its means show them; without a ratio over nothing."""
+    """Return `parsed` and the breakdown of one completion as its means show them, without ratios over nothing."""
     shown = {}
     for name, (above, below) in addends(reward).items():
         if below and name != "reward":
@@ -120,15 +146,27 @@ def grade(
     *,
     timeout: float | None = None,
 ) -> list[Reward]:
-    """Grade completions, G consecutive ones per problem, all at once where the task can; `timeout` as for `deadline`.
-    `costs` are for graders that ask for SPEED; None: not known. RuntimeError when the grader raises or exits;
-    ValueError for no `Reward`, or a number that is not finite in fp32.
+    """Grade completions, G consecutive completions per problem, together if the task can.
+
+    Args:
+        task: Task with the grader.
+        problems: P problems.
+        completions: P*G completions.
+        costs: One per completion, for graders that request SPEED. None (default): unknown.
+        timeout: Time limit of a grader call, in seconds; see `deadline`. None (default): no limit.
+
+    Returns:
+        One reward per completion.
+
+    Raises:
+        RuntimeError: The grader raises or exits.
+        ValueError: The grader does not return a `Reward`, or a number is not finite in fp32.
     """
     group = len(completions) // len(problems)
     grading = _Grading(task, [problems[i // group] for i in range(len(completions))], completions, costs or (), timeout)
     with nullcontext(lambda: None) if timeout is None else deadline(timeout, grading.late) as restart:
         rewards, error = grading.together()
-        if rewards is None:  # one by one, also to name what the grader raises on
+        if rewards is None:  # one by one, also to name the completion that the grader fails on
             rewards = grading.one_by_one(restart)
         if error is not None:
             texts = f"{len(completions)} texts together"
@@ -139,7 +177,7 @@ def grade(
 
 @dataclass
 class _Grading:
-    """One call of `grade`. `place` is the completion that is graded or checked, which errors name."""
+    """One call of `grade`. `place` is the index of the current completion, which errors name."""
 
     task: Task
     problems: Sequence[Problem]  # one per completion
@@ -161,8 +199,9 @@ class _Grading:
         return {name: [getattr(cost, name) for cost in self.costs] for name in asked(grader)} if self.costs else {}
 
     def together(self) -> tuple[list[Reward] | None, BaseException | None]:
-        """Rewards, or the error: a second error, one by one, would otherwise be shown under the first. Neither where
-        the task grades one by one.
+        """Return the rewards, or the error, or neither if the task grades one by one.
+
+        The error is returned because a second error, raised one by one, would otherwise be shown under the first.
         """
         rewards: Callable[..., Sequence[Reward]] | None = getattr(self.task, "rewards", None)
         if rewards is None:
@@ -181,7 +220,7 @@ class _Grading:
             try:
                 cost = {name: values[place] for name, values in speed.items()}
                 rewards.append(self.task.reward(problem, completion, **cost))
-            except (Exception, SystemExit) as error:  # a grader that exits must not look like a run that ended well
+            except (Exception, SystemExit) as error:  # a grader that exits must not look like a successful run
                 raise RuntimeError(
                     f"the grader of task {self.task.name!r} raised on {self.current()}: {error!r}"
                 ) from error
@@ -195,7 +234,7 @@ class _Grading:
 
 
 def fault_of(reward: Any) -> str | None:
-    """What is wrong with a reward, or None: all of its numbers must be finite in fp32."""
+    """Describe the fault of a reward, or return None: all of its numbers must be finite in fp32."""
     if not isinstance(reward, Reward):
         return f"{reward!r}, which is no Reward(value, parsed, breakdown)"
     if not isinstance(reward.breakdown, Mapping):

@@ -1,4 +1,4 @@
-"""A data set with TRL-style reward functions as a task."""
+"""Make a task from a data set and TRL-style reward functions."""
 
 import asyncio
 import inspect
@@ -11,25 +11,25 @@ from typing import Any
 
 from dllm_rl.tasks.base import FLOAT32_MAX, SPEED, Problem, Reward, asked
 
-HELD_OUT = 256  # rows at most
-PASSED = ("prompts", "completions")  # what every reward function is given, beside the columns
-# TRL passes these to functions that name them. A column of such a name would take their place.
+HELD_OUT = 256  # largest number of rows that are held out by default
+PASSED = ("prompts", "completions")  # arguments that every reward function receives, besides the columns
+# TRL passes these to functions that name them. A column with such a name would replace them.
 TRL_PASSES = ("prompt_ids", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 TEXT = (str, bytes, bytearray, memoryview)
-# f(prompts=[...], completions=[...], **columns) -> for each completion a number, or None: does not apply. May be async.
+# f(prompts=[...], completions=[...], **columns) -> a number, or None (does not apply), per completion. May be async.
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 
 @dataclass(frozen=True)
 class DatasetTask:
-    """The rows of a data set, graded by a weighted sum of functions; see task_from_dataset."""
+    """The rows of a data set, graded by a weighted sum of functions. Make it with `task_from_dataset`."""
 
     dataset: Any = field(repr=False)
     reward_funcs: tuple[RewardFunction, ...]
     weights: tuple[float, ...]
     name: str
     version: str
-    columns: tuple[str, ...] = field(default=(), repr=False)  # of all rows, beside prompt and completion
+    columns: tuple[str, ...] = field(default=(), repr=False)  # names in any row, except prompt and completion
 
     @property
     def reward_weights(self) -> dict[str, float]:
@@ -62,15 +62,19 @@ class DatasetTask:
         forwards: Sequence[int | None] = (),
         tokens_per_forward: Sequence[float | None] = (),
     ) -> list[Reward]:
-        """Grades by one call per function; a value is the sum of weight * number over functions that gave a number.
-        ValueError when a function returns too few or a number that is not finite, or all return None; and when it asks
-        for SPEED, and none is given.
+        """Grade completions by one call per function; a value is the sum of weight * number over the functions that
+        return
+        one.
+
+        Raises:
+            ValueError: A function returns too few numbers or a non-finite number, all functions return None, or a
+                function requests SPEED that is unknown.
         """
         told: list[Any] = []
         for problem, text in zip(problems, completions, strict=True):
             told.append(text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": text}])
         columns: dict[str, list[Any]] = {"prompts": [problem.prompt for problem in problems], "completions": told}
-        for name in self.columns:  # None where a row lacks it, as in a `datasets.Dataset`
+        for name in self.columns:  # None if a row lacks it, as in a `datasets.Dataset`
             columns[name] = [problem.fields.get(name) for problem in problems]
         breakdowns: list[dict[str, float]] = [{} for _ in problems]
         values = [0.0] * len(problems)
@@ -91,7 +95,7 @@ class DatasetTask:
         return [Reward(value, True, breakdown) for value, breakdown in zip(values, breakdowns, strict=True)]
 
     def _labels(self) -> list[str]:
-        inner = [getattr(function, "func", function) for function in self.reward_funcs]  # of a functools.partial
+        inner = [getattr(function, "func", function) for function in self.reward_funcs]  # unwrap functools.partial
         names = [getattr(function, "__name__", type(function).__name__) for function in inner]
         return [name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names, 1)]
 
@@ -104,16 +108,26 @@ def task_from_dataset(
     name: str = "dataset",
     version: str = "1",
 ) -> DatasetTask:
-    """A task from a `datasets.Dataset`, or any sequence of rows, with a `prompt` column of text or chat messages.
+    """Make a task from a `datasets.Dataset`, or any sequence of rows, and reward functions.
+
+    Use it for your rows and graders; write a `Task` if problems are generated. Each row needs a `prompt` column of text
+    or chat messages. A `completion` column, text or chat, becomes the solution for supervised warm-up.
 
     Args:
-        reward_funcs: TRL-style functions; the other columns are keyword lists. With chat prompts a completion is a chat
-            of one message, as in TRL. A function with a parameter `forwards` or `tokens_per_forward` gets a list of
-            these, too (`tasks.base.Cost`).
-        weights: One per function; 1 by default.
-        version: Change it when a function changes, so that stored results are not mixed up.
+        dataset: Rows with a length: a `datasets.Dataset` or a list of dicts.
+        reward_funcs: One or several TRL-style functions; the other columns are passed as keyword lists. With chat
+            prompts a completion is a chat of one message, as in TRL. A function with a parameter `forwards` or
+            `tokens_per_forward` also receives a list of these (`tasks.base.Cost`).
+        weights: One number per function. None (default): 1 each.
+        name: Name of the task. Default: "dataset".
+        version: Version of the grading; change it when a function changes, so that stored results are not mixed up.
 
-    A `completion` column, text or chat, becomes the solution for supervised warm-up.
+    Returns:
+        A task.
+
+    Raises:
+        ValueError: The rows lack a prompt or a length, a function is not callable, the number of weights differs, a
+            function needs an argument that no column provides, or a column's name is reserved.
     """
     functions = _functions(reward_funcs)
     if weights is not None and (not isinstance(weights, list | tuple) or not all(isinstance(w, Real) for w in weights)):
@@ -150,7 +164,7 @@ def task_from_dataset(
 
 
 def _functions(reward_funcs: Any) -> tuple[RewardFunction, ...]:
-    """The reward functions as a tuple. Raises ValueError on what cannot be called."""
+    """Return the reward functions as a tuple. Raises ValueError if one is not callable."""
     if isinstance(reward_funcs, TEXT):
         raise ValueError(
             f"reward_funcs={reward_funcs!r} is text; give a function of prompts, completions and **columns, which "
@@ -168,7 +182,9 @@ def _functions(reward_funcs: Any) -> tuple[RewardFunction, ...]:
 
 
 def _column_names(dataset: Any) -> list[str]:
-    """The columns of all rows, in order. Raises ValueError on what is no sequence of rows with a prompt."""
+    """Return the column names of all rows, in order. Raises ValueError unless `dataset` is a sequence of rows with a
+    prompt.
+    """
     check_is_rows("dataset", dataset)
     if not isinstance(dataset, Sized):
         raise ValueError("dataset has no length, as a streamed one: give its first rows, list(itertools.islice(...))")
@@ -193,7 +209,9 @@ def _column_names(dataset: Any) -> list[str]:
 
 
 def check_is_rows(name: str, dataset: Any) -> None:
-    """Raise ValueError, with the remedy, on what is known to hold rows in another way than one after the other."""
+    """Raise ValueError, with the remedy, for data that is not a sequence of rows: text, a dict of columns, a pandas
+    table.
+    """
     if isinstance(dataset, TEXT):
         raise ValueError(f"{name}={dataset!r} is text; give rows, as datasets.load_dataset or a list of dicts has them")
     if isinstance(dataset, Mapping):
@@ -223,7 +241,11 @@ def _row(dataset: Any, number: int) -> Mapping[str, Any]:
 
 
 def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
-    """The data set itself if it has a length, else its first `max_rows` rows. Errors: ValueError without max_rows."""
+    """Return the data set if it has a length, else a list of its first `max_rows` rows.
+
+    Raises:
+        ValueError: The data set has no length, and max_rows is None.
+    """
     check_is_rows("dataset", dataset)
     if isinstance(dataset, Sized):
         return dataset
@@ -233,17 +255,18 @@ def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
 
 
 def hold_out(rows: Any, eval_split: float | None = None) -> tuple[Any, Any]:
-    """Split off the last rows.
+    """Split off the last rows for evaluation.
 
     Args:
-        rows: A data set with a length.
-        eval_split: The share of the rows that is held out, if below 1, or their number. None: a tenth, 1 to HELD_OUT.
+        rows: Data set with a length.
+        eval_split: Share of the rows to hold out, if below 1, else their number. None (default): a tenth, 1 to
+            HELD_OUT.
 
     Returns:
-        The rows to train on, and the held-out ones.
+        The rows to train on, and the held-out rows.
 
     Raises:
-        ValueError: There are fewer than 2 rows, or no row is left for one of the two.
+        ValueError: There are fewer than 2 rows, or one part would be empty.
     """
     if len(rows) < 2:
         raise ValueError(f"dataset must have 2 rows, one of them held out, and has {len(rows)}; give eval_dataset")
@@ -257,14 +280,16 @@ def hold_out(rows: Any, eval_split: float | None = None) -> tuple[Any, Any]:
         )
     kept = len(rows) - int(count)
     parts = range(kept), range(kept, len(rows))
-    if hasattr(rows, "select"):  # a `datasets.Dataset`, which gives views
+    if hasattr(rows, "select"):  # a `datasets.Dataset` returns views
         return rows.select(parts[0]), rows.select(parts[1])
     return list(map(rows.__getitem__, parts[0])), list(map(rows.__getitem__, parts[1]))
 
 
 def training_and_held_out(rows: Any, eval_dataset: Any, eval_split: float | None) -> tuple[Any, Any]:
-    """The rows to train on and the held-out ones: `eval_dataset`, or without it as `hold_out` splits. Errors:
-    ValueError where both are given.
+    """Return the rows to train on and the held-out rows: `eval_dataset` if it is passed, else split by `hold_out`.
+
+    Raises:
+        ValueError: Both eval_dataset and eval_split are passed.
     """
     if eval_dataset is None:
         return hold_out(rows, eval_split)
@@ -276,7 +301,7 @@ def training_and_held_out(rows: Any, eval_dataset: Any, eval_split: float | None
 
 
 def _accepted(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The columns that the function takes: all with `**columns`, else those that it names."""
+    """Return the columns that the function accepts: all with `**columns`, else the columns that it names."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return columns
@@ -284,7 +309,7 @@ def _accepted(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[s
 
 
 def _asked_for(label: str, function: RewardFunction, speed: dict[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """What the function asks for of SPEED. Errors: ValueError if it is not known."""
+    """Return the values of SPEED that the function requests. Raises ValueError if one is unknown."""
     given = {name: list(speed[name]) for name in asked(function)}
     for name, values in given.items():
         if None in values or not values:
@@ -296,7 +321,7 @@ def _asked_for(label: str, function: RewardFunction, speed: dict[str, Sequence[A
 
 
 def _called(functions: Sequence[RewardFunction], arguments: Sequence[dict[str, Any]]) -> list[Any]:
-    """What each function returns, given its arguments; async functions run concurrently."""
+    """Call each function with its arguments and return the results; async functions run concurrently."""
     returned: list[Any] = [function(**given) for function, given in zip(functions, arguments, strict=True)]
     waiting = [place for place, value in enumerate(returned) if inspect.isawaitable(value)]
     if waiting:
@@ -311,13 +336,15 @@ def _called(functions: Sequence[RewardFunction], arguments: Sequence[dict[str, A
 
 
 def _numbers(label: str, numbers: Any, told: Sequence[Any]) -> dict[int, float]:
-    """What a function returned, by the completion's place, without None. Errors: ValueError."""
+    """Return a function's numbers by completion index, without None. Raises ValueError if they do not fit the
+    completions.
+    """
     if hasattr(numbers, "tolist") and hasattr(numbers, "ndim"):  # an array, a tensor, a pandas series
         if numbers.ndim != 1:
             shape = tuple(numbers.shape)
             raise ValueError(f"reward function {label} returned numbers of shape {shape}; give one number a completion")
         numbers = numbers.tolist()
-    # A set has no order, a dict is its keys, and text is its characters.
+    # A set has no order, a dict would be read as its keys, and text as its characters.
     if not isinstance(numbers, Sequence) or isinstance(numbers, TEXT):
         raise ValueError(
             f"reward function {label} returned {_shortened(numbers)} of type {type(numbers).__name__}, not a list of "
@@ -330,7 +357,7 @@ def _numbers(label: str, numbers: Any, told: Sequence[Any]) -> dict[int, float]:
         )
     rewards = {}
     for place, number in enumerate(numbers):
-        if getattr(number, "ndim", None) == 0 and hasattr(number, "item"):  # of NumPy, or a tensor
+        if getattr(number, "ndim", None) == 0 and hasattr(number, "item"):  # a NumPy scalar or a tensor
             number = number.item()
         if number is None:  # the function does not apply to this completion
             continue
