@@ -248,7 +248,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 RATES = {GRPO: (2.5e-4, 5e-4, 1e-3, 2e-3), ONE: (1e-3, 2e-3, 4e-3)}
 TUNED = {arm: 5e-4 if "num_steps" in settings else 2e-3 for arm, settings in SETTINGS.items()}
-ARMS = {LIMIT: {}} | {arm: each | {"learning_rate": TUNED[arm]} for arm, each in SETTINGS.items()}
+ARMS: dict[str, dict[str, Any]] = {LIMIT: {}} | {
+    arm: each | {"learning_rate": TUNED[arm]} for arm, each in SETTINGS.items()
+}
 STUDY = study(
     "latin",
     ARMS,
