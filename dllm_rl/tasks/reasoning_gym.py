@@ -1,4 +1,6 @@
-"""reasoning-gym's generators as a task, with graders of ours: its own scorers evaluate what a model writes."""
+"""reasoning-gym's generators as a task, with separate graders: reasoning-gym's scorers evaluate code that a model
+writes.
+"""
 
 import json
 import re
@@ -22,33 +24,37 @@ from dllm_rl.tasks.sudoku.task import lines
 ORDER = """Each of {count} courses, numbered from 0, is taken once. In every pair [a, b] course b comes before course a:
 {pairs}
 Write the numbers of all courses in such an order, separated by commas."""
-TRIES = 1000  # entries for a problem of a split
+TRIES = 1000  # generated entries per problem before giving up
 
 Fields = Mapping[str, Any]
-# A question, the grader's fields, a right answer, what no two splits share, and the answer to fill in or "".
+# Question, grader's fields, right answer, the text whose hash decides the split, and the answer to fill in or "".
 Drawn = tuple[str, dict[str, Any], str, str, str]
 
 
 def exact(fields: Fields, completion: str) -> Reward:
-    """The strict answer (`final_answer`) is `answer`; case, blanks around it and a final point do not count [ours]."""
+    """Compare the strict answer (`final_answer`) with `answer`, ignoring case, surrounding blanks and a final point
+    [ours].
+    """
     found = (final_answer(completion) or "").removesuffix(".").strip().casefold()
     return _graded(found != "", found == fields["answer"].casefold())
 
 
 def coloring(fields: Fields, completion: str) -> Reward:
-    """The strict answer is a JSON map of each vertex, once, to a color from 1; no pair has one color [ours]."""
+    """Check that the strict answer is a JSON map of each vertex, once, to a color from 1, and no pair shares a color
+    [ours].
+    """
     try:
         colored = json.loads(final_answer(completion) or "", object_pairs_hook=tuple)
     except (ValueError, RecursionError):  # RecursionError: a hostile text of brackets
         colored = None
-    color = dict(colored) if isinstance(colored, tuple) else {}  # only a map is read as a tuple
+    color = dict(colored) if isinstance(colored, tuple) else {}  # only a JSON object is read as a tuple
     whole = sorted(color) == sorted(map(str, range(fields["count"]))) and len(colored) == len(color)
-    known = all(type(one) is int and 1 <= one <= fields["colors"] for one in color.values())  # True is no color
+    known = all(type(one) is int and 1 <= one <= fields["colors"] for one in color.values())  # True is not a color
     return _graded(bool(color), whole and known and all(color[str(a)] != color[str(b)] for a, b in fields["pairs"]))
 
 
 def course_order(fields: Fields, completion: str) -> Reward:
-    """The strict answer has each course once, and in each pair the second before the first [ours]."""
+    """Check that the strict answer has each course once, and in each pair the second before the first [ours]."""
     words = (final_answer(completion) or "").strip("[]").replace(",", " ").split()
     place = dict(zip(words, range(len(words)), strict=True))
     courses = set(map(str, range(fields["count"])))
@@ -63,7 +69,10 @@ def _graded(parsed: bool, right: bool) -> Reward:
 
 
 def _read(entry: Fields) -> Drawn | None:
-    """None: a schedule without an order. The generator asks whether there is an order; our question asks for it."""
+    """Read a generated entry; None for a schedule without an order.
+
+    The generator asks whether there is an order; this task's question asks for the order.
+    """
     question = entry["question"]
     answer = entry["answer"]
     facts = entry["metadata"]
@@ -72,7 +81,7 @@ def _read(entry: Fields) -> Drawn | None:
         return question, fields, answer, repr(sorted(facts["numbers"])), ""
     if "prerequisites" in facts:
         fields = {"count": len(facts["courses"]), "pairs": sorted(map(list, facts["prerequisites"]))}
-        order = ", ".join(map(str, facts["courses"]))  # a course's prerequisites were drawn from those before it
+        order = ", ".join(map(str, facts["courses"]))  # a course's prerequisites were drawn from the courses before it
         return (ORDER.format(**fields), fields, order, repr(fields), "") if facts["solution"] else None
     if "possible_answer" in facts:
         graph = facts["puzzle"]
@@ -102,7 +111,7 @@ def _read_graph(names: tuple[str, ...], row: Fields, _: str) -> dict[str, Any]:
     return read
 
 
-# How a generator's answers are graded, and how a stored row's fields are read.
+# Each generator's grader, and the reader of a stored row's fields.
 KINDS: dict[str, Any] = {
     **dict.fromkeys(("mini_sudoku", "sudoku"), (sudoku.sudoku_strict, sudoku.read_fields)),
     **dict.fromkeys(("countdown", "puzzle24"), (countdown.countdown_strict, countdown.read_fields)),
@@ -121,31 +130,40 @@ def _kind(generator: str) -> tuple[Grader, Callable[[Fields, str], dict[str, Any
 
 
 def gym_strict(fields: Fields, completion: str) -> Reward:
-    """The strict grader of the field `generator` [ours]."""
+    """Grade by the strict grader of the field `generator` [ours]."""
     return _kind(fields["generator"])[0](fields, completion)
 
 
 def read_fields(row: Fields, protocol: str) -> dict[str, Any]:
-    """`generator` of a stored row, and the fields of its grader. Errors: ValueError."""
+    """Read `generator` of a stored row and the fields of its grader. Raises ValueError if they are malformed."""
     generator = text_of(row, "generator")
     return {"generator": generator} | _kind(generator)[1](row, protocol)
 
 
 @dataclass(frozen=True)
 class ReasoningGym(Prompted):
-    """A reasoning-gym generator with our strict graders; problem i depends on seed, split, i and the settings only.
+    """Problems of a reasoning-gym generator with strict graders; problem i depends only on seed, split, i and the
+    settings.
+
+    Use it for generated puzzles and logic problems; it needs the package reasoning-gym.
 
     Args:
-        generator: Of the problems; "course_schedule" asks for an order of the courses.
-        size: Of the problems; "course_schedule" asks for an order of the courses.
-        seed: Of the problems; "course_schedule" asks for an order of the courses.
-        settings: Of the generator, such as its difficulty, as JSON: '{"num_people": 3}'.
-        split: Train, validation and test share no solution grid (Sudoku), set of numbers (Countdown, puzzle24), graph
-            or question: 70, 10 and 20 in 100, by a hash.
-        infill: The prompt ends in the answer with a blank per empty cell or color: both Sudokus and graph_color.
-        prompt_format: As in `Sudoku`, without "compact"; a template has {question}.
-        chat: As in `Sudoku`, without "compact"; a template has {question}.
-        opening: As in `Sudoku`, without "compact"; a template has {question}.
+        generator: Name of the generator; "course_schedule" asks for an order of the courses. Default: "mini_sudoku".
+        size: Number of problems. Default: 1000.
+        seed: Seed of the problems. Default: 0.
+        settings: Settings of the generator, such as its difficulty, as JSON: '{"num_people": 3}'. Default: "{}".
+        split: "train" (default), "validation" or "test". Splits share no solution grid (Sudoku), set of numbers
+            (Countdown, puzzle24), graph or question: 70, 10 and 20 in 100, by a hash.
+        infill: Whether the prompt ends in the answer with a blank per empty cell or color: both Sudokus and
+            graph_color. Default: False.
+        prompt_format: "text" (default): the built-in instruction. Otherwise a template with {question}, or the path of
+            its file.
+        chat: Whether the prompt is one user message; False: plain text. Default: True.
+        opening: Text that begins the assistant's turn, such as "<reasoning>"; needs chat. Default: none.
+
+    Raises:
+        ValueError: A setting is unknown, or no problem of the split was generated in 1000 tries.
+        ImportError: The package reasoning-gym is not installed.
     """
 
     name: ClassVar[str] = "reasoning_gym"
@@ -167,7 +185,9 @@ class ReasoningGym(Prompted):
         check_split(self.split)
         _kind(self.generator)
         self.check_prompt()
-        blanks = _drawn(self.generator, self.settings, self.seed, self.split, 0)[-1]  # a wrong setting is found here
+        blanks = _drawn(self.generator, self.settings, self.seed, self.split, 0)[
+            -1
+        ]  # a wrong setting raises in this line
         check_settings(
             (self.size < 1, f"size={self.size} must be at least 1"),
             (self.infill and not blanks, "infill=True needs a generator with a grid or colors to fill in"),
@@ -200,7 +220,7 @@ def _drawn(generator: str, settings: str, seed: int, split: Split, index: int) -
         own = int(rng.random() * 2**53)
         try:
             entry = reasoning_gym.create_dataset(generator, seed=own, size=1, **json.loads(settings))[0]
-        except (AssertionError, TypeError, ValueError) as error:  # the package's ways to refuse a setting
+        except (AssertionError, TypeError, ValueError) as error:  # the package raises these for a wrong setting
             raise ValueError(f"settings={settings!r} of {generator}: {error}; give its own settings as JSON") from None
         drawn = _read(entry)
         if drawn and hashed_split(drawn[3]) == split:

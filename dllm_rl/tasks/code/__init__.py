@@ -1,4 +1,4 @@
-"""Problems of programming: static rewards, and a sandbox for tests."""
+"""Programming problems: static rewards, and a sandbox for tests."""
 
 from dllm_rl.tasks.code.task import Code
 

@@ -1,4 +1,4 @@
-"""Functions to write in Python: problems of files in the form of HumanEval or MBPP, and their rewards."""
+"""Functions to write in Python: problems from files in the form of HumanEval or MBPP, and their rewards."""
 
 import ast
 import builtins
@@ -18,27 +18,31 @@ from dllm_rl.tasks.rows import Row, Split, present, text_of
 
 AT_ONCE = 4  # programs that run at the same time
 MAX_PROGRAM_LENGTH = 20_000  # characters of a program; a longer one is not parsed
-ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # of a function that the prompt begins (arXiv 2107.03374)
+ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # end a function that the prompt begins (arXiv 2107.03374)
 MODULES = """abc array bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools
 hashlib heapq itertools json math operator random re statistics string sys textwrap time typing"""
 FORBIDDEN = "__import__ breakpoint compile eval exec exit getattr globals input locals open quit vars"
 
 
 def program(fields: Mapping[str, Any], completion: str) -> str:
-    """The prelude and the last block that defines the function; without one, the first block that begins with a
-    space, or the first text, goes on.
+    """Return the prelude and the last code block that defines the function.
+
+    Without such a block, the first block that begins with white space, else the first nonblank block, continues the
+    prompt.
     """
     blocks = [re.sub(r"^[\w+-]*\n", "", block) for block in cut(completion, 0, SPECIAL).split("```")]
     for block in reversed(blocks):
         if re.search(rf"^def {re.escape(fields['entry_point'])}\b", block, re.MULTILINE):
             return f"{fields['prelude']}\n{block}"
-    indented = (block for block in blocks if block[:1].isspace() and block.strip())  # such a block goes on
+    indented = (block for block in blocks if block[:1].isspace() and block.strip())  # such a block continues the prompt
     return fields["prelude"] + cut(next(indented, next(filter(str.strip, blocks), "")), 0, ENDS)
 
 
 def static(fields: Mapping[str, Any], completion: str) -> Reward:
-    """The mean of four checks; nothing runs [ours]. The program parses. Its function has the number of arguments asked
-    and returns something. Its names are defined in it. It imports only MODULES, and uses no name of FORBIDDEN.
+    """Return the mean of four checks, without running the program [ours].
+
+    The program parses. Its function has the requested number of arguments and returns something. Its names are defined
+    in it. It imports only MODULES, and uses no name of FORBIDDEN.
     """
     code = program(fields, completion)
     checks = dict.fromkeys(("parses", "signature", "names", "allowed"), 0.0)
@@ -87,27 +91,27 @@ def _passes(prelude: str, code: str, tests: str, entry_point: str) -> bool:
 
 
 def sandboxed(fields: Mapping[str, Any], completion: str) -> Reward:
-    """1 when the tests pass, run in the sandbox [ours]. Errors: OSError without the sandbox's programs."""
+    """Return 1 if the tests pass in the sandbox [ours]. Raises OSError without the sandbox's programs."""
     code = program(fields, completion)
     right = float(_passes(fields["prelude"], code, fields["tests"], fields["entry_point"]))
     return Reward(right, static(fields, completion).parsed, {"accuracy": right})
 
 
 def run_all(fields: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> None:
-    """Runs the programs in parallel; `sandboxed` finds the verdicts remembered."""
+    """Run the programs in parallel, so that `sandboxed` reads cached verdicts."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(sandboxed, fields, completions))
 
 
 def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
-    """The fields of a stored row. Errors: ValueError."""
+    """Read the fields of a stored row. Raises ValueError if they are malformed."""
     if type(present(row, "arguments")) is not int:  # a truth value is an int to isinstance
         raise ValueError(f"arguments={row['arguments']!r} must be an integer")
     return {name: text_of(row, name) for name in ("prelude", "entry_point", "tests")} | {"arguments": row["arguments"]}
 
 
 def _texts(row: Mapping[str, Any], name: str) -> list[str]:
-    """The field, a list of texts. Raises ValueError on a text, whose characters would be taken for its items."""
+    """Return the field, a list of texts. Raises ValueError for a text, whose characters would be read as items."""
     texts = present(row, name)
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name}={texts!r} must be a list of texts")
@@ -119,15 +123,24 @@ GRADERS: dict[str, Grader] = {"strict": static, "sandbox": sandboxed}
 
 @dataclass(frozen=True)
 class Code(Questions):
-    """Functions to write in Python.
+    """Python functions to write, as in HumanEval or MBPP.
 
-    path         a file of rows with `prompt`, `entry_point`, `canonical_solution`, `test` (HumanEval's), or with `text`
-                 or `prompt`, `code`, `test_list` (MBPP's; the prompt shows the tests). None: HumanEval by `datasets`.
+    Use it to train or evaluate on programs.
 
     Args:
-        split: As for MATH500; prompt_format (with {question}), size, chat and opening, too.
-        reward_rule: "static": the share of checks that the text passes; nothing runs. "sandbox": 1 when the tests pass,
-            run in a sandbox: Linux only. Tests give the function plain data, and compare plain data.
+        path: File of rows with `prompt`, `entry_point`, `canonical_solution`, `test` (HumanEval's), or with `text` or
+            `prompt`, `code`, `test_list` (MBPP's; the prompt shows the tests). None (default): HumanEval by `datasets`.
+        split: "test" (default), "validation" or "train", as for MATH500.
+        size: Number of problems, in the file's order. None (default): all.
+        prompt_format: "text" (default): the built-in instruction. Otherwise a template with {question}, or the path of
+            its file.
+        chat: Whether the prompt is one user message; False: plain text. Default: True.
+        opening: Text that begins the assistant's turn; needs chat. Default: none.
+        reward_rule: "static" (default): share of checks that the text passes; nothing runs. "sandbox": 1 if the tests
+            pass, run in a sandbox (Linux only). Tests pass plain data to the function and compare plain data.
+
+    Raises:
+        ValueError: A setting is unknown, a row is malformed, or the sandbox does not work on this machine.
     """
 
     name: ClassVar[str] = "code"
@@ -152,7 +165,7 @@ class Code(Questions):
 
     @staticmethod
     def read_row(place: str, row: Row) -> tuple[str, Any, str]:
-        """(question, the grader's fields, solution)."""
+        """Return (question, the grader's fields, solution) of a row."""
         try:
             if "entry_point" in row:
                 question = prelude = text_of(row, "prompt")

@@ -1,4 +1,5 @@
-"""Arithmetic from a model, without Python's evaluator: exact within bounds, or with Python's value for d1's protocol.
+"""Evaluation of arithmetic from a model, without Python's evaluator: exact within bounds, or with Python's value for
+d1.
 
 sum     = product (("+" | "-") product)*
 product = factor (("*" | "/" | "//") factor)*
@@ -15,10 +16,10 @@ from fractions import Fraction
 from typing import Any
 
 MAX_EXPRESSION_LENGTH = 500  # characters of an exact expression
-LARGEST = 10**40  # of any numerator or denominator on the way
-LONGEST_PYTHON = 2_000  # characters of Python's
-LARGEST_PYTHON = 100_000  # bits of an integer on the way
-DEEPEST = 40  # parentheses, signs and powers within one another
+LARGEST = 10**40  # largest intermediate numerator or denominator
+LONGEST_PYTHON = 2_000  # characters of an expression with Python's value
+LARGEST_PYTHON = 100_000  # bits of an intermediate integer
+DEEPEST = 40  # nested parentheses, signs and powers
 
 Number = int | float | complex
 
@@ -35,7 +36,7 @@ OPERATORS = {
 
 
 class OutOfBounds(Exception):
-    """The text is too long or too deep, or an integer on the way is too large."""
+    """The text is too long or too deeply nested, or an intermediate integer is too large."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Value:
 
 
 def evaluate(text: str) -> Value | None:
-    """The exact value of an expression; None for any other text, a division by zero, and beyond the bounds."""
-    # As in Python, an integer has no leading zero. ** and // are no operators here, and juxtaposition is no product.
+    """Return the exact value of an expression; None for any other text, a division by zero, or beyond the bounds."""
+    # As in Python, an integer has no leading zero. ** and // are not operators, juxtaposition is no product.
     if len(text) > MAX_EXPRESSION_LENGTH:
         return None
     try:
@@ -60,7 +61,7 @@ def evaluate(text: str) -> Value | None:
 
 
 def python_value(text: str) -> Number | None:
-    """The value that Python gives to the stripped text; None where Python raises. Errors: OutOfBounds."""
+    """Return Python's value of the stripped text, or None if Python raises. Raises OutOfBounds."""
     # d1 passes digits, + - * / ( ) . and spaces to Python. 2(3), () and ... are accepted, but never have a number.
     text = text.strip()
     if len(text) > LONGEST_PYTHON:
@@ -73,7 +74,7 @@ def python_value(text: str) -> Number | None:
 
 
 def _tokens(text: str, token: re.Pattern[str], *, breaks: bool = True) -> list[str]:
-    """The tokens, then ""; without `breaks`, a line break outside parentheses is an error, as it is in Python."""
+    """Return the tokens and a final "". Without `breaks`, a line break outside parentheses is an error."""
     tokens: list[str] = []
     at = 0
     depth = 0
@@ -89,16 +90,16 @@ def _tokens(text: str, token: re.Pattern[str], *, breaks: bool = True) -> list[s
 
 @dataclass
 class Reader:
-    """Evaluates a list of tokens that ends with "". Each method reads what it is named after, at `depth`."""
+    """Evaluates a list of tokens that ends with "". Each method reads the rule of its name, nested `depth` deep."""
 
     tokens: list[str]
-    signs: tuple[str, ...]  # that a factor may have
-    number: Callable[[str], Any]  # token -> its value, for each token that is no operator and no parenthesis
+    signs: tuple[str, ...]  # signs that a factor may have
+    number: Callable[[str], Any]  # token -> value, for each token that is not an operator or parenthesis
     apply: Callable[..., Any]  # (operator, left, right) -> value
     at: int = 0
 
     def value(self) -> Any:
-        """Errors: SyntaxError; OutOfBounds beyond DEEPEST; what `number` and `apply` raise."""
+        """Evaluate all tokens. Raises SyntaxError, OutOfBounds beyond DEEPEST, and errors of `number` and `apply`."""
         value = self.sum(0)
         self.take("")
         return value
@@ -126,7 +127,7 @@ class Reader:
         return value
 
     def factor(self, depth: int) -> Any:
-        if depth > DEEPEST:  # or a hostile text could end the process by recursion
+        if depth > DEEPEST:  # otherwise a hostile text could end the process by recursion
             raise OutOfBounds
         if sign := self.next_of(*self.signs):
             value = self.factor(depth + 1)
@@ -157,7 +158,7 @@ def _number(token: str) -> Number:
 
 
 def apply(operator: str, left: Fraction, right: Fraction) -> Fraction:
-    """Left operator right. Errors: ZeroDivisionError; OutOfBounds beyond LARGEST."""
+    """Return `left operator right`. Raises ZeroDivisionError, and OutOfBounds beyond LARGEST."""
     value = OPERATORS[operator](left, right)
     if max(abs(value.numerator), value.denominator) > LARGEST:
         raise OutOfBounds
@@ -166,7 +167,7 @@ def apply(operator: str, left: Fraction, right: Fraction) -> Fraction:
 
 def _python_apply(sign: str, left: Number, right: Number) -> Number:
     if isinstance(left, int) and isinstance(right, int):
-        # The size is known before the work: a power of text such as 9**9**9 must not be computed to be refused.
+        # The size is bounded before the work: a power such as 9**9**9 must be refused without computing it.
         bits = left.bit_length() * right if sign == "**" else left.bit_length() + right.bit_length()
         if sign in ("*", "**") and abs(left) > 1 and bits > LARGEST_PYTHON:
             raise OutOfBounds

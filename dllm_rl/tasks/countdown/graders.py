@@ -17,8 +17,10 @@ _EQUALS = re.compile(r"[0-9+\-*/() ]=[0-9. ]")
 
 
 def countdown_strict(fields: Mapping[str, Any], completion: str) -> Reward:
-    """The rules of the game: one expression, each number exactly once, exactly the target [ours].
-    The expression is the whole strict answer (see `final_answer`), else the whole completion; no "= 24" may follow.
+    """Grade by the rules of the game: one expression, each number exactly once, exactly the target [ours].
+
+    The expression is the complete strict answer (see `final_answer`), or the complete completion if there is none; no
+    "= 24" may follow.
     """
     answer = final_answer(completion)
     found = evaluate(_operators(completion if answer is None else answer))  # printed and LaTeX signs count
@@ -28,7 +30,9 @@ def countdown_strict(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def countdown_d1(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's evaluation [paper], to 1e-5: `d1_box`, else the first answer block, else all; cut by `left_of_equals`."""
+    """Grade as in d1's evaluation [paper], to 1e-5: `d1_box`, else the first answer block, else all; cut by
+    `left_of_equals`.
+    """
     text = d1_box(completion)
     if text is None:
         block = first_closed_answer(completion)
@@ -38,17 +42,19 @@ def countdown_d1(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def countdown_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's training reward [paper]: 0 without a closed answer block, 0.1 when it is wrong, 1 when it is correct."""
+    """Grade by d1's training reward [paper]: 0 without a closed answer block, 0.1 if it is wrong, 1 if it is right."""
     block = last_closed_answer(completion)
     if block is None:
-        return Reward(0.0, False, _NOTHING)  # every metric, so that means have one denominator
+        return Reward(0.0, False, _NOTHING)  # every metric is present, so that means have one denominator
     graded = grade_python_expression(fields, block)
     return Reward(1.0 if graded.value else 0.1, True, graded.breakdown)
 
 
 def countdown_dream(fields: Mapping[str, Any], completion: str) -> Reward:
-    """Dream's evaluation of cd3, cd4 and cd5 [code]: the first line is steps such as 86+28=114,114-18=96. Each is right
-    by Python, takes given numbers or results, which are then used up, and the last result is the target.
+    """Grade as in Dream's evaluation of cd3, cd4 and cd5 [code].
+
+    The first line is steps such as 86+28=114,114-18=96. Each step must be right by Python and use up numbers or
+    results, and the last result must be the target.
     """
     left_over = Counter(map(str, fields["numbers"]))
     result = ""
@@ -62,7 +68,7 @@ def countdown_dream(fields: Mapping[str, Any], completion: str) -> Reward:
             return Reward(0.0, False, {"accuracy": 0.0, "undecided": 0.0})
         if value != float(result):
             return Reward(0.0, True, {"accuracy": 0.0, "undecided": 0.0})
-        left_over.subtract(re.findall(r"\d+(?=[+-/*=])", step))  # as their code counts numbers: none before ")"
+        left_over.subtract(re.findall(r"\d+(?=[+-/*=])", step))  # Dream's code counts numbers this way: none before ")"
         left_over[result] += 1
     left_over[str(fields["target"])] -= 1
     right = float(result == str(fields["target"]) and not any(left_over.values()))
@@ -77,7 +83,7 @@ GRADERS: dict[str, Grader] = {
 
 
 def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
-    """`numbers` and `target` of a stored row. Errors: ValueError."""
+    """Read `numbers` and `target` of a stored row. Raises ValueError if they are malformed."""
     numbers = present(row, "numbers")
     target = present(row, "target")
     if not isinstance(numbers, list) or not numbers or not all(type(number) is int for number in numbers):
@@ -88,7 +94,7 @@ def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
 
 
 def grade_python_expression(fields: Mapping[str, Any], text: str) -> Reward:
-    """Grades an expression by d1's rules: the value is Python's, and every run of digits is a number."""
+    """Grade an expression by d1's rules: the value is Python's, and every run of digits is a number."""
     try:
         value = python_value(text)
     except OutOfBounds:  # undecided: beyond the bounds of `python_value`
@@ -108,8 +114,8 @@ def _close(value: Number, target: int) -> bool:
 
 
 def _graded(fields: Mapping[str, Any], numbers: list[int], on_target: bool) -> Reward:
-    """Value: accuracy, 1 when `valid` (each given number once, no other) and on target."""
-    valid = sorted(numbers) == sorted(fields["numbers"])  # a number that is given twice must stand twice
+    """Return accuracy as the value: 1 if `valid` (each number once, no other number) and on target."""
+    valid = sorted(numbers) == sorted(fields["numbers"])  # a number that occurs twice in the problem must occur twice
     common = sum((Counter(numbers) & Counter(fields["numbers"])).values())
     used = common / max(len(numbers), len(fields["numbers"]))  # share of the larger multiset
     value = float(valid and on_target)
@@ -117,7 +123,10 @@ def _graded(fields: Mapping[str, Any], numbers: list[int], on_target: bool) -> R
 
 
 def left_of_equals(text: str) -> str:
-    """The first run of digits, + - * / ( ) and spaces before "=" and a digit, point or space; else all."""
+    """Return the run of digits, + - * / ( ) and spaces before the first "=" that precedes a digit, point or space.
+
+    Without such a "=", return the text.
+    """
     found = _EQUALS.search(text)
     if found is None:
         return text

@@ -1,4 +1,4 @@
-"""Countdown: reach a target with given numbers, each used exactly once."""
+"""Countdown: reach a target with given numbers, using each number exactly once."""
 
 import re
 from collections.abc import Sequence
@@ -41,26 +41,32 @@ _BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "": 3}
 class Countdown(Prompted):
     """Countdown problems; problem i is a pure function of (seed, split, i) and the settings.
 
+    Use it for arithmetic with many right answers, without downloads.
+
     Args:
-        split: Train, validation and test share no set of numbers: 70, 10 and 20 in 100, by a hash.
-        count: How many numbers, 3 to 6, or an inclusive range.
-        max_number: Numbers are drawn from 1 to this.
-        max_target: Targets lie between 1 and this.
-        operators: The operators that a solution may need; every problem has a solution.
-        difficulty: "sums": + and - suffice. "products": they do not. "any".
-        size: Number of problems; fewer when a file has fewer.
-        seed: Of the problems.
-        path: A JSONL file of problems instead: {"input": "30,100,93", "output": "23"} (d1's), {"input": "30,7,37",
-            "output": "30+7=37"} (Dream's, with the target last), or numbers and target.
-        prompt_format: "compact": " 3,25, 7> 82=", answered by an expression padded with spaces to `width` characters.
-            "text": an instruction, answered between <answer> tags. Else a template with {numbers} and {target}, or the
-            path of its file.
-        chat: "text" and templates: one user message (True) or plain text (False).
-        opening: The text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
-        reward_rule: "own": solved_weight * accuracy + numbers_weight * numbers_used, read strictly [ours]; "d1": 0, 0.1
-            or 1 [paper].
-        solved_weight: Of the two parts of the value "own".
-        numbers_weight: Of the two parts of the value "own".
+        split: "train" (default), "validation" or "test". Splits share no set of numbers: 70, 10 and 20 in 100, by a
+            hash.
+        count: How many numbers, 3 to 6, or an inclusive range. Default: 3.
+        max_number: Largest number of a problem; the smallest is 1. Default: 99.
+        max_target: Largest target; the smallest is 1. Default: 99.
+        operators: Operators that a solution may need; every problem has a solution. Default: "+-*/".
+        difficulty: "sums": + and - suffice. "products": they do not suffice. "any" (default).
+        size: Number of problems; fewer if a file has fewer. Default: 10000.
+        seed: Seed of the problems. Default: 0.
+        path: JSONL file of problems: {"input": "30,100,93", "output": "23"} (d1's), {"input": "30,7,37", "output":
+            "30+7=37"} (Dream's, with the target last), or numbers and target. None (default): generated problems.
+        prompt_format: "compact" (default): " 3,25, 7> 82=", answered by an expression padded with spaces to `width`
+            characters. "text": an instruction, answered between <answer> tags. Otherwise a template with {numbers} and
+            {target}, or the path of its file.
+        chat: Whether "text" and templates are one user message; False: plain text. Default: True.
+        opening: Text that begins the assistant's turn, such as "<reasoning>"; needs chat. Default: none.
+        reward_rule: "own" (default): solved_weight * accuracy + numbers_weight * numbers_used, read strictly [ours];
+            "d1": 0, 0.1 or 1 [paper].
+        solved_weight: Weight of accuracy under "own". Default: 1.
+        numbers_weight: Weight of numbers_used under "own". Default: 0.2.
+
+    Raises:
+        ValueError: A setting is out of its range, or the file is malformed.
     """
 
     name: ClassVar[str] = "countdown"
@@ -124,7 +130,7 @@ class Countdown(Prompted):
 
     @property
     def width(self) -> int:
-        """Characters of the longest solution: numbers, operators and parentheses."""
+        """Number of characters of the longest solution: numbers, operators and parentheses."""
         _, count = as_range(self.count)
         return count * len(str(self.max_number)) + (count - 1) + 2 * (count - 2)
 
@@ -134,7 +140,7 @@ class Countdown(Prompted):
         count = drawn(self.count, rng)
         while True:
             numbers = tuple(1 + int(rng.random() * self.max_number) for _ in range(count))
-            if hashed_split(repr(sorted(numbers))) != self.split:  # sorted: splits share no set, in whatever order
+            if hashed_split(repr(sorted(numbers))) != self.split:  # sorted: splits share no set of numbers in any order
                 continue
             target, expression = _random_expression(numbers, self.operators, rng)
             if not 1 <= target <= self.max_target:
@@ -146,37 +152,40 @@ class Countdown(Prompted):
 
     def _prompt(self, numbers: tuple[int, ...], target: int) -> Prompt:
         if self.compact:
-            # Aligned, so that a position's meaning does not depend on how many digits a number has.
+            # Aligned, so that a position's meaning does not depend on the number of digits.
             listed = ",".join(str(number).rjust(len(str(self.max_number))) for number in numbers)
             return f"{listed}>{str(target).rjust(len(str(self.max_target)))}="
         return self.worded(numbers=", ".join(map(str, numbers)), target=str(target))
 
 
 def _random_expression(numbers: tuple[int, ...], operators: str, rng: Random) -> tuple[int, str]:
-    """(value, text): joins two random operands by a random operator until one is left; (0, "") for a failed attempt."""
+    """Return (value, text) of a random expression, or (0, "") if the attempt fails.
+
+    It joins two random operands by a random operator until one operand is left.
+    """
     operands = [(number, (str(number), "")) for number in numbers]
     while len(operands) > 1:
         a, left = operands.pop(int(rng.random() * len(operands)))
         b, right = operands.pop(int(rng.random() * len(operands)))
         operator = operators[int(rng.random() * len(operators))]
-        if operator in "-/" and a < b:  # the larger first, so that the value stays positive
+        if operator in "-/" and a < b:  # larger operand first, so that the value stays positive
             (a, left), (b, right) = (b, right), (a, left)
         if (operator == "-" and a == b) or (operator == "/" and a % b):
             return 0, ""
         value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]
-        if value > 10**6:  # each value on the way is a positive integer up to a million
+        if value > 10**6:  # each intermediate value is a positive integer up to a million
             return 0, ""
         operands.append((value, write(left, operator, right)))
     return operands[0][0], operands[0][1][0]
 
 
 def write(left: Expression, operator: str, right: Expression) -> Expression:
-    """Left operator right, with parentheses only where they are needed."""
+    """Write `left operator right`, with parentheses only where they are needed."""
     first, first_operator = left
     second, second_operator = right
     if _BINDS[first_operator] < _BINDS[operator]:
         first = f"({first})"
-    # On the right of - and / an operator that binds alike needs parentheses, too: a-(b-c) is not a-b-c.
+    # To the right of - and /, an operator of equal precedence needs parentheses too: a-(b-c) is not a-b-c.
     least = _BINDS[operator] + (operator in "-/" and second_operator != "")
     if _BINDS[second_operator] < least:
         second = f"({second})"
@@ -184,7 +193,7 @@ def write(left: Expression, operator: str, right: Expression) -> Expression:
 
 
 def signed_sums(numbers: Sequence[int]) -> set[int]:
-    """Every value that + and - alone give: the sums with at least one number counted positively."""
+    """Return every value that + and - can reach: the sums with at least one positive number."""
     negative = 0  # all numbers so far, each negative
     totals: set[int] = set()
     for number in numbers:
@@ -210,7 +219,7 @@ def _stored(path: str | Path) -> tuple[tuple[tuple[int, ...], int], ...]:
 
 
 def _published(row: Row) -> dict[str, Any]:
-    """`numbers` and `target` of a row with `input` and `output`, which are texts. Raises ValueError on other texts."""
+    """Read `numbers` and `target` of a row with the texts `input` and `output`. Raises ValueError on other texts."""
     listed: list[str] = text_of(row, "input").split(",")
     target = str(present(row, "output"))
     if "=" in target:  # Dream's: the target ends the input, and the output shows steps

@@ -1,4 +1,4 @@
-"""GSM8K and MATH500: questions of a published file, with a working and a final answer."""
+"""GSM8K and MATH500: questions of a published file, with a solution and a final answer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ TAGGED = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>\n"  # a solutio
 
 @dataclass(frozen=True)
 class Questions(Prompted, ABC):
-    """The rows of a published file, or of the data set `hub` (name, configuration) by `datasets`."""
+    """Base of tasks over the rows of a published file, or of the data set `hub` (name, configuration) by `datasets`."""
 
     hub: ClassVar[tuple[str, str | None]]
     rules: ClassVar[Mapping[str, Grader]]  # by reward_rule
@@ -49,7 +49,9 @@ class Questions(Prompted, ABC):
             raise IndexError(f"problem {index} of {len(self)}")
         question, fields, solution = self._rows()[index]
         prompt = self.worded(**{self.placeholders[0]: question})
-        return Problem(prompt, fields, solution and solution.removeprefix(self.opening))  # the prompt has the opening
+        return Problem(
+            prompt, fields, solution and solution.removeprefix(self.opening)
+        )  # the prompt already has the opening
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         return self.rules[self.reward_rule](problem.fields, completion)
@@ -57,7 +59,7 @@ class Questions(Prompted, ABC):
     @staticmethod
     @abstractmethod
     def read_row(place: str, row: Row) -> tuple[str, dict[str, Any], str | None]:
-        """(question, the graders' fields, solution or None). Errors: ValueError naming the place."""
+        """Return (question, the grader's fields, solution or None) of a row. Raises ValueError naming the place."""
 
     def _rows(self) -> tuple[tuple[Any, ...], ...]:
         return load_problems(self.path, self.split, self.hub, type(self).read_row)
@@ -67,17 +69,22 @@ class Questions(Prompted, ABC):
 class GSM8K(Questions):
     """GSM8K in its published form: rows with `question` and `answer`, the number after "####".
 
-    path           a JSONL or Parquet file, or a folder with one per split; None: openai/gsm8k by `datasets`.
-    split          "test": the published one; "validation": a tenth of the published train rows, by a hash of the
-                   question; "train": the rest.
-    size           number of problems, in the file's order; None: all.
-    prompt_format  "text": the built-in instruction; else a template with {question}, or the path of its file.
-    chat           one user message (True) or plain text (False).
-    opening        the text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
+    Use it for grade-school word problems whose answer is one number.
 
     Args:
-        reward_rule: "own": 1 when strictly right [ours]; "d1": up to 4, with terms of format [paper]; "espo": 1 when
-            right by ESPO's reading [paper].
+        path: JSONL or Parquet file, or a folder with one file per split. None (default): openai/gsm8k by `datasets`.
+        split: "test": the published test rows; "validation": a tenth of the published train rows, by a hash of the
+            question; "train" (default): the remaining train rows.
+        size: Number of problems, in the file's order. None (default): all.
+        prompt_format: "text" (default): the built-in instruction. Otherwise a template with {question}, or the path of
+            its file.
+        chat: Whether the prompt is one user message; False: plain text. Default: True.
+        opening: Text that begins the assistant's turn, such as "<reasoning>"; needs chat. Default: none.
+        reward_rule: "own" (default): 1 if strictly right [ours]; "d1": up to 4, with terms for the format [paper];
+            "espo": 1 if right by ESPO's reading [paper].
+
+    Raises:
+        ValueError: A setting is unknown, or a row is malformed.
     """
 
     name: ClassVar[str] = "gsm8k"
@@ -109,17 +116,27 @@ class GSM8K(Questions):
 
 @dataclass(frozen=True)
 class MATH500(Questions):
-    """MATH problems in their published form: rows with `problem`, `solution` and, where the file has it, `answer`.
-    Or those of AIME, AMC and olympiads, in a file of yours: `problem` and `answer`, a text or a whole number.
+    """MATH problems in their published form: rows with `problem`, `solution` and, optionally, `answer`.
 
-    path           as for GSM8K; None: HuggingFaceH4/MATH-500 by `datasets`, which has only a test split. For "train"
-                   give a file of other MATH problems: "validation" is a tenth of it, by a hash of the problem, and
-                   "train" the rest.
-    prompt_format  as for GSM8K, with {problem}; size, chat and opening, too.
+    Use it for problems whose answer is LaTeX. Problems of AIME, AMC and olympiads fit too, in your file: `problem` and
+    `answer`, a text or an integer.
 
     Args:
-        reward_rule: "own": 1 when right under the strict protocol [ours]; "espo": 1 when math-verify finds it equal
-            [paper].
+        path: JSONL or Parquet file, or a folder with one file per split. None (default): HuggingFaceH4/MATH-500 by
+            `datasets`, which has only a test split.
+        split: "test" (default); with a file of other MATH problems also "validation", a tenth of its rows by a hash of
+            the problem, and "train", the remaining rows.
+        size: Number of problems, in the file's order. None (default): all.
+        prompt_format: "text" (default): the built-in instruction. Otherwise a template with {problem}, or the path of
+            its file.
+        chat: Whether the prompt is one user message; False: plain text. Default: True.
+        opening: Text that begins the assistant's turn, such as "<reasoning>"; needs chat. Default: none.
+        reward_rule: "own" (default): 1 if right under the strict protocol [ours]; "espo": 1 if math-verify finds it
+            equal [paper].
+
+    Raises:
+        ValueError: A setting is unknown, a row is malformed, or another split than "test" has no path.
+        ImportError: reward_rule="espo" without the package math-verify.
     """
 
     name: ClassVar[str] = "math500"
@@ -141,7 +158,7 @@ class MATH500(Questions):
 
     def rewards(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Reward]:
         if self.reward_rule == "espo":
-            # In parallel; `reward` finds the verdicts remembered.
+            # In parallel; `reward` then reads the cached verdicts.
             graders.compare_all([problem.fields for problem in problems], completions)
         return list(map(self.reward, problems, completions))
 

@@ -16,8 +16,9 @@ _FENCED = re.compile(r"```([\d\s]++)```")  # ++ does not backtrack: linear time 
 
 
 def sudoku_strict(fields: Mapping[str, Any], completion: str) -> Reward:
-    """The rules of the game: any valid completion of the puzzle is right [ours]. Value: solve_rate.
-    The grid: the first 16 (or 81) non-blank characters of the last `<answer>` block, or of a text without one.
+    """Grade by the rules of the game: any valid completion of the puzzle is right [ours]. The value is solve_rate.
+
+    The grid is the first 16 (9x9: 81) non-blank characters of the last `<answer>` block, or of a text without one.
     """
     block = last_answer(completion)
     puzzle = fields["puzzle"]
@@ -26,20 +27,23 @@ def sudoku_strict(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def sudoku_d1(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's evaluation [paper], 4x4 only. Value: share of empty cells as in the reference; solve_rate [ours]."""
+    """Grade as in d1's evaluation [paper], 4x4 only.
+
+    The value is the share of empty cells that agree with the reference; solve_rate is [ours].
+    """
     found = d1_candidate(completion)
     return _against_reference(fields, first_cells(found, 16), parsed=bool(found))
 
 
 def sudoku_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's training reward [paper]: as d1's evaluation, of the first 16 digits in the last answer block."""
+    """Grade by d1's training reward [paper]: d1's evaluation of the first 16 digits in the last answer block."""
     block = last_closed_answer(completion)
     return _against_reference(fields, first_digits(block or "", 16), parsed=block is not None)
 
 
 def _against_reference(fields: Mapping[str, Any], cells: str, *, parsed: bool) -> Reward:
     puzzle = fields["puzzle"]
-    cells = cells.ljust(16, "0")  # a cell that is missing is wrong
+    cells = cells.ljust(16, "0")  # a missing cell is wrong
     empty = puzzle.count("0")
     triples = zip(puzzle, cells, fields["solution"], strict=True)
     correct = sum(cell == right for given, cell, right in triples if given == "0")
@@ -49,7 +53,7 @@ def _against_reference(fields: Mapping[str, Any], cells: str, *, parsed: bool) -
 
 
 def d1_candidate(text: str) -> str:
-    """The text that d1 reads as the grid, stripped: the first of five readings that is not blank; "" without one."""
+    """Return the text that d1 reads as the grid, stripped: the first of five readings that is not blank, else ""."""
     opened = text.find("<answer>")
     closed = text.find("</answer>")
     if opened >= 0:
@@ -70,21 +74,23 @@ def d1_candidate(text: str) -> str:
 
 
 def first_cells(text: str, count: int) -> str:
-    """The first `count` characters of the text that are not white space."""
+    """Return the first `count` characters of the text that are not white space."""
     # More splits than count - 1 cannot change the first `count` characters.
     return "".join(text.split(None, count - 1))[:count]
 
 
 def first_digits(text: str, count: int) -> str:
-    """The first `count` digits of the text, or all when there are fewer."""
-    enough = re.match(rf"(?:\D*+\d){{{count}}}", text)  # digits behind the last one that counts are not collected
+    """Return the first `count` digits of the text, or all digits if there are fewer."""
+    enough = re.match(rf"(?:\D*+\d){{{count}}}", text)  # digits after the last one that counts are not collected
     return "".join(re.findall(r"\d", enough[0] if enough else text))
 
 
 def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float) -> Reward:
-    """Compares the cells with every valid completion; the best match counts. `parsed`: all are digits of the game."""
+    """Compare the cells with every valid completion and score the best match. `parsed`: all cells are digits of the
+    game.
+    """
     grids = completions(puzzle)
-    # A 9x9 puzzle may have more completions than are listed: the rules decide then.
+    # A 9x9 puzzle may have more completions than are listed: in that case the rules decide.
     solved = cells in grids or (len(grids) == MOST_COMPLETIONS and is_completion(puzzle, cells))
     # Every completion has the same givens, so the best match over all cells is the best over the empty cells.
     size = len(puzzle)
@@ -93,7 +99,7 @@ def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float)
     kept = sum(cell == given for cell, given in zip(cells, puzzle, strict=False) if given != "0")
     breakdown = {
         "solve_rate": float(solved),
-        "cell_accuracy": (matching - kept) / empty if empty else 1.0,  # of the cells that the puzzle leaves empty
+        "cell_accuracy": (matching - kept) / empty if empty else 1.0,  # share of the cells that the puzzle leaves empty
         "correct_cells": float(matching - kept),
         "empty_cells": float(empty),
         "givens_kept": kept / (size - empty) if empty < size else 1.0,
@@ -103,18 +109,18 @@ def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float)
 
 
 def by_rules(puzzle: str, cells: str) -> Reward:
-    """Grades by the rules of the game alone. Value, from 0 to 6: solve_rate + 2 givens_kept + units + 2 digits.
+    """Grade only by the rules of the game. The value, from 0 to 6, is solve_rate + 2 givens_kept + units + 2 digits.
 
-    givens_kept  share of the givens that stand where the puzzle has them
-    units        share of rows, columns and boxes with every digit once
-    digits       share of the digits of all units that are there, however often
-    solve_rate   1 if every given is kept and every unit whole
+    - givens_kept: Share of the clues that the grid has in the puzzle's places.
+    - units: Share of rows, columns and boxes with every digit once.
+    - digits: Share of the digits of all units that occur, any number of times.
+    - solve_rate: 1 if every clue is present and every unit complete.
 
-    Units and digits are counted with the puzzle's givens put back: otherwise changing a given can earn a unit.
+    Units and digits are counted with the puzzle's clues restored: otherwise changing a clue could earn a unit.
     """
     size = len(puzzle)
     side = isqrt(size)
-    cells = cells.ljust(size, ".")  # a cell that is missing holds no digit
+    cells = cells.ljust(size, ".")  # a missing cell has no digit
     filled = [cell if given == "0" else given for given, cell in zip(puzzle, cells, strict=True)]
     wanted = set("123456789"[:side])
     found = [len(wanted.intersection(map(filled.__getitem__, unit))) for unit in units(side)]
@@ -132,7 +138,7 @@ def by_rules(puzzle: str, cells: str) -> Reward:
 
 @lru_cache(maxsize=2)
 def units(side: int) -> tuple[tuple[int, ...], ...]:
-    """The cells of every row, column and box."""
+    """Return the cells of every row, column and box."""
     box = isqrt(side)
     rows = [tuple(range(start, start + side)) for start in range(0, side * side, side)]
     corners = [row * side + column for row in range(0, side, box) for column in range(0, side, box)]
@@ -144,7 +150,7 @@ GRADERS: dict[str, Grader] = {"strict": sudoku_strict, "d1": sudoku_d1, "spg": s
 
 
 def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
-    """`puzzle` and `solution` of a stored row; a dot is a blank too. Errors: ValueError."""
+    """Read `puzzle` and `solution` of a stored row; a dot is a blank too. Raises ValueError if they are malformed."""
     puzzle = text_of(row, "puzzle").replace(".", "0")
     solution = text_of(row, "solution")
     if protocol != "strict" and len(puzzle) != 16:

@@ -13,12 +13,12 @@ from random import Random
 
 from dllm_rl.tasks.rows import Split
 
-MOST_COMPLETIONS = 64  # listed for a 9x9 puzzle, which may have billions
+MOST_COMPLETIONS = 64  # completions listed for a 9x9 puzzle, which may have billions
 SPLIT_SIZES: dict[Split, int] = {"test": 88, "validation": 24, "train": 176}
 
 
 def solutions(puzzle: str, rng: Random | None = None) -> Iterator[str]:
-    """Every completion, lazily, each once, in a fixed order or drawn from rng; none if the givens break a rule."""
+    """Yield every completion once, in a fixed order or in an order drawn from rng; none if the clues break a rule."""
     side = isqrt(len(puzzle))
     demands, rivals, met = _cover(isqrt(side))
     alive = (1 << side**3) - 1
@@ -26,7 +26,7 @@ def solutions(puzzle: str, rng: Random | None = None) -> Iterator[str]:
     for cell, digit in enumerate(puzzle):
         if digit != "0":
             candidate = cell * side + int(digit) - 1
-            if not alive >> candidate & 1:  # an earlier given rules it out
+            if not alive >> candidate & 1:  # an earlier clue excludes it
                 return
             alive &= ~rivals[candidate]
             for number in met[candidate]:
@@ -41,7 +41,7 @@ def is_unique(puzzle: str) -> bool:
 
 @lru_cache(maxsize=2)
 def _cover(box: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """(demands, rivals, met) as bits of candidates: a digit in a cell, numbered cell * side + digit - 1."""
+    """Return (demands, rivals, met) as bits of candidates: a digit in a cell, numbered cell * side + digit - 1."""
     side = box * box
     sets: dict[tuple, int] = {}
     for row in range(side):
@@ -55,9 +55,9 @@ def _cover(box: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int,
                     ("box", row // box * box + column // box, digit),
                 ):
                     sets[key] = sets.get(key, 0) | bit
-    demands = tuple(sets.values())  # a solved grid has exactly one candidate of each
+    demands = tuple(sets.values())  # a solved grid has exactly one candidate per demand
     met: list[tuple[int, ...]] = []  # the numbers of a candidate's four demands
-    rivals = []  # the candidates that it rules out
+    rivals = []  # the candidates that a candidate excludes
     for candidate in range(side**3):
         own = 1 << candidate
         met.append(tuple(number for number, demand in enumerate(demands) if demand & own))
@@ -66,7 +66,7 @@ def _cover(box: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int,
 
 
 def _search(alive: int, unmet: dict[int, int], side: int, rng: Random | None) -> Iterator[int]:
-    """Every choice of alive candidates that meets all unmet demands (number -> demand)."""
+    """Yield every choice of alive candidates that meets all unmet demands (number -> demand)."""
     _, rivals, met = _cover(isqrt(side))
     while True:
         fewest = 1 << 30
@@ -76,12 +76,12 @@ def _search(alive: int, unmet: dict[int, int], side: int, rng: Random | None) ->
             if count < fewest:
                 fewest = count
                 tightest = demand
-                if count < 2:  # nothing is tighter than a forced move, or a demand that cannot be met
+                if count < 2:  # nothing is tighter than a forced move or an unsatisfiable demand
                     break
         if not tightest:
             yield alive
             return
-        if fewest != 1:  # none leaves no choice below
+        if fewest != 1:  # 0 leaves no choice below
             break
         forced = (alive & tightest).bit_length() - 1
         alive &= ~rivals[forced]
@@ -98,22 +98,22 @@ def _search(alive: int, unmet: dict[int, int], side: int, rng: Random | None) ->
 
 
 def _places(bits: int) -> Iterator[int]:
-    """The places of the ones, lowest first."""
+    """Yield the positions of the ones, lowest first."""
     while bits:
-        low = bits & -bits  # the lowest one alone
+        low = bits & -bits  # only the lowest one
         yield low.bit_length() - 1
         bits ^= low
 
 
 def random_grid(rng: Random) -> str:
-    """A solved 9x9 grid; not uniform among all of them."""
+    """Return a solved 9x9 grid. The distribution is not uniform over all grids."""
     return next(solutions("0" * 81, rng))
 
 
 def random_unique_puzzle(solution: str, clues: int, rng: Random) -> str | None:
-    """The solution with cells blanked in random order while it is unique, to `clues` givens; None if more are left."""
+    """Blank cells of the solution in random order while it stays unique, down to `clues`; None if more clues remain."""
     order = sorted(range(81), key=lambda _: rng.random())
-    # The first half goes at once where it can: nearly all puzzles with 41 clues or more are unique.
+    # The first half is blanked in one go if possible: nearly all puzzles with 41 clues or more are unique.
     ahead = min(81 - clues, 40)
     whole = [9 * cell + int(digit) - 1 for cell, digit in enumerate(solution)]
     givens = list(map(whole.__getitem__, order[ahead:]))
@@ -131,7 +131,7 @@ def random_unique_puzzle(solution: str, clues: int, rng: Random) -> str | None:
 
 
 def _allowed(givens: list[int]) -> int:
-    """The candidates of a 9x9 grid that the givens do not rule out."""
+    """Return the candidates of a 9x9 grid that the clues do not exclude."""
     alive = (1 << 729) - 1
     rivals = _cover(3)[1]
     for given in givens:
@@ -140,14 +140,14 @@ def _allowed(givens: list[int]) -> int:
 
 
 def _completes_otherwise(givens: list[int], own: int) -> bool:
-    """Whether 9x9 givens complete with another digit in the cell of the candidate `own`."""
+    """Return whether 9x9 clues complete with another digit in the cell of the candidate `own`."""
     alive = _allowed(givens)  # faster than a search for two completions
     others = alive & (0b111111111 << own // 9 * 9) & ~(1 << own)
     return any(_completes(alive & ~_cover(3)[1][other]) for other in _places(others))
 
 
 def _completes(alive: int) -> bool:
-    """Whether candidates of a 9x9 grid contain a completion."""
+    """Return whether candidates of a 9x9 grid contain a completion."""
     alive = _closed(alive)
     cells = [alive & (0b111111111 << place) for place in range(0, 729, 9)]
     choices = min((cell for cell in cells if cell & (cell - 1)), key=int.bit_count, default=0)  # two digits or more
@@ -157,18 +157,18 @@ def _completes(alive: int) -> bool:
 
 
 def _closed(alive: int) -> int:
-    """The candidates of a 9x9 grid that are left after all forced moves; 0 when a demand has no candidate."""
+    """Return the candidates of a 9x9 grid that remain after all forced moves; 0 if a demand has no candidate."""
     rivals = _cover(3)[1]
     placed = 0
     while True:
         forced = 0
         for base, shifts, spread in _KINDS:
-            once = twice = 0  # all demands of a kind at once: shifted onto one another
+            once = twice = 0  # all demands of a kind together, shifted onto each other
             for shift in shifts:
                 here = alive >> shift & base
-                twice |= once & here  # first: `once` must not hold this candidate yet
+                twice |= once & here  # before the next line: `once` must not contain this candidate yet
                 once |= here
-            if once != base:  # a demand that nothing meets
+            if once != base:  # no candidate meets some demand
                 return 0
             forced |= alive & (once ^ twice) * spread  # the product writes a demand's bit at all of its candidates
         forced &= ~placed
@@ -182,7 +182,7 @@ def _closed(alive: int) -> int:
 
 
 def _sums(*ranges: range) -> list[int]:
-    """Every sum of one number of each range."""
+    """Return every sum of one number of each range."""
     return list(map(sum, product(*ranges)))
 
 
@@ -224,7 +224,9 @@ SPLITS = {name: tuple(sorted(islice(_SHUFFLED, size))) for name, size in SPLIT_S
 
 @lru_cache(maxsize=65536)
 def completions(puzzle: str) -> tuple[str, ...]:
-    """Every completion of a puzzle, of 9x9 the first MOST_COMPLETIONS; ValueError on a malformed one, or on none."""
+    """Return every completion of a puzzle; for 9x9 the first MOST_COMPLETIONS. Raises ValueError if malformed or
+    unsolvable.
+    """
     digits = {16: "01234", 81: "0123456789"}.get(len(puzzle))
     if digits is None or not set(puzzle) <= set(digits):
         raise ValueError(f"puzzle={puzzle!r} must be 16 characters 0-4 or 81 characters 0-9, row by row, 0 for a blank")
@@ -239,17 +241,17 @@ def completions(puzzle: str) -> tuple[str, ...]:
 
 
 def is_completion(puzzle: str, cells: str) -> bool:
-    """Whether the cells are digits without blanks, keep every given and obey every rule."""
+    """Return whether the cells are digits without blanks, contain every clue and obey every rule."""
     if len(puzzle) == 16:
         return cells in completions(puzzle)
-    # Only ASCII: isdigit is true of other scripts' digits, too, which the solver would read as numbers.
+    # Only ASCII: isdigit is also true for digits of other scripts, which the solver would read as numbers.
     if len(cells) != 81 or "0" in cells or not (cells.isascii() and cells.isdigit()):
         return False
     return all(given in ("0", cell) for given, cell in zip(puzzle, cells, strict=True)) and any(solutions(cells))
 
 
 def agreeing(puzzle: str) -> int:
-    """The solved 4x4 grids that agree with a puzzle's givens, as bits."""
+    """Return the solved 4x4 grids that agree with a puzzle's clues, as bits."""
     bits = -1  # all ones
     for holds, digit in zip(_HOLDS, puzzle, strict=True):
         bits &= holds[digit]

@@ -1,4 +1,4 @@
-"""Sudoku: puzzles without downloads or leaks, graded against every valid completion."""
+"""Sudoku: generated puzzles without downloads or leaks, graded against every valid completion."""
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -31,7 +31,7 @@ the digits 1 to {side} exactly once; a dot marks an empty cell, and the given di
 
 Think it through first if you like, then write the completed grid, {side} rows of {side} digits, between <answer> and \
 </answer>."""
-# (side, unique) -> the fewest and the most clues, and why. Fewer than 26 on 9x9 take too long to find.
+# (side, unique) -> the fewest and the most clues, and a reason. On 9x9, fewer than 26 take too long to generate.
 _CLUES = {(4, False): (0, 16, ""), (4, True): (4, 16, " with unique=True"), (9, True): (26, 81, " on 9x9")}
 
 
@@ -39,30 +39,37 @@ _CLUES = {(4, False): (0, 16, ""), (4, True): (4, 16, " with unique=True"), (9, 
 class Sudoku(Prompted):
     """Sudoku puzzles; problem i is a pure function of (seed, split, i) and the settings.
 
+    Use it as a first task: no downloads, a dense reward, and completions of a fixed length.
+
     Args:
-        split: Train, validation and test share no solution grid, whatever the seeds; with unique=False no puzzle
-            either, but for the empty one.
-        side: 4 or 9.
-        clues: How many digits are given, or an inclusive range that each problem draws from; 9x9 needs 26.
-        unique: Whether every puzzle has exactly one completion; 9x9 puzzles always have. False: any number, and few
-            clues repeat: there are 64 puzzles of one clue.
-        size: Number of problems; fewer when a file has fewer.
-        seed: Of the puzzles.
-        path: A CSV or JSONL file of problems instead, with Puzzle and Solution.
-        prompt_format: "compact": the cells row by row, a dot for a blank, then "="; answered by the digits of the grid.
-            "text": an instruction with the grid in lines, answered between <answer> tags. Else a template with
-            {puzzle}, the grid in lines, a dot for a blank, or {cells}, its digits in one line, 0 for a blank; or the
-            path of its file.
-        infill: The compact puzzle itself is filled in: a token to write in place of each dot, and no "=".
-        chat: "text" and templates: one user message (True) or plain text (False).
-        opening: The text with which the assistant's turn begins, such as "<reasoning>"; needs chat.
-        shots: Worked examples before the puzzle, from the solutions of the train split; text only.
-        reward_rule: "own": solved_weight * solved + match_weight * (share of all cells that agree with the best
-            matching completion; over the empty cells alone, training lets the givens drift) [ours]. "d1": empty cells
-            that agree with the reference / empty cells [paper]. "rules": the rules of the game alone, for puzzles with
-            many right answers; needs no solution and no solver; see `by_rules` [ours].
-        solved_weight: Of the two parts of the value "own".
-        match_weight: Of the two parts of the value "own".
+        split: "train" (default), "validation" or "test". Splits share no solution grid, for any seeds; with
+            unique=False they share no puzzle either, except the empty one.
+        clues: Number of clues, or an inclusive range that each problem draws from; 9x9 needs at least 26. Default: (10,
+            12).
+        unique: Whether every puzzle has exactly one completion; 9x9 puzzles always have. False: any number of
+            completions, and puzzles with few clues repeat: only 64 puzzles have one clue. Default: True.
+        size: Number of problems; fewer if a file has fewer. Default: 10000.
+        seed: Seed of the puzzles. Default: 0.
+        side: Cells per row, 4 or 9. Default: 4.
+        path: CSV or JSONL file of problems with Puzzle and Solution. None (default): generated problems.
+        prompt_format: "compact" (default): the cells row by row, a dot for a blank, then "="; answered by the digits of
+            the grid. "text": an instruction with the grid in lines, answered between <answer> tags. Otherwise a
+            template with {puzzle}, the grid in lines, a dot for a blank, or {cells}, its digits in one line, 0 for a
+            blank; or the path of its file.
+        infill: Whether the compact puzzle itself is filled in: one token to write in place of each dot, and no "=".
+            Default: False.
+        chat: Whether "text" and templates are one user message; False: plain text. Default: True.
+        opening: Text that begins the assistant's turn, such as "<reasoning>"; needs chat. Default: none.
+        shots: Worked examples before the puzzle, from the solutions of the train split; text only. Default: 0.
+        reward_rule: "own" (default): solved_weight * solved + match_weight * (share of all cells that agree with the
+            best matching completion; if only the empty cells counted, training would let the clues drift) [ours]. "d1":
+            empty cells that agree with the reference / empty cells [paper]. "rules": only the rules of the game, for
+            puzzles with many right answers; needs no solution and no solver; see `by_rules` [ours].
+        solved_weight: Weight of a solved puzzle under "own". Default: 1.
+        match_weight: Weight of the matching cells under "own". Default: 4.
+
+    Raises:
+        ValueError: A setting is out of its range, or the file is malformed.
     """
 
     name: ClassVar[str] = "sudoku"
@@ -90,7 +97,7 @@ class Sudoku(Prompted):
     def __post_init__(self) -> None:
         check_split(self.split)
         fewest, most, why = _CLUES.get((self.side, self.unique), (0, 0, ""))
-        drawn_here = self.path is None or self.shots  # a file's puzzles have their own clues
+        drawn_here = self.path is None or self.shots  # `clues` does not apply to a file's puzzles
         low, high = as_range(self.clues) if drawn_here else (fewest, most)
         rules = ("own", "d1", "rules") if self.side == 4 else ("own", "rules")
         check_settings(
@@ -136,11 +143,11 @@ class Sudoku(Prompted):
         return Problem(self._prompt(puzzle, solution, index), fields, answer)
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        """Grades the first 16 (81) non-blank characters; see `score`. Linear in the text's length."""
+        """Grade the first 16 (9x9: 81) non-blank characters; see `score`. Linear in the text's length."""
         if self.reward_rule == "d1":
             return sudoku_d1_training(problem.fields, completion)
         puzzle = problem.fields["puzzle"]
-        # A compact completion is the grid itself. In a text only the answer block counts: the working has digits, too.
+        # A compact completion is the grid itself. In a text only the answer block counts: reasoning has digits, too.
         cells = first_cells(completion if self.compact else last_answer(completion) or "", len(puzzle))
         if self.reward_rule == "rules":
             return by_rules(puzzle, cells)
@@ -153,7 +160,7 @@ class Sudoku(Prompted):
         puzzle = _blanked(solution, given, rng)
         while self.unique and agreeing(puzzle).bit_count() > 1:
             puzzle = _blanked(solution, given, rng)
-        # Grids of two splits agree with the same puzzle where it has many completions: a hash splits the puzzles, too.
+        # A puzzle with many completions agrees with grids of two splits: therefore a hash splits the puzzles, too.
         while not self.unique and given and hashed_split(puzzle) != split:
             solution = grids[int(rng.random() * len(grids))]
             puzzle = _blanked(solution, given, rng)
@@ -173,7 +180,9 @@ class Sudoku(Prompted):
             return dotted + "="
         asked = lines(dotted)
         if self.shots:
-            rng = Random(f"sudoku/shots/{self.seed}/{self.split}/{index}")  # own: examples leave the puzzle as it is
+            rng = Random(
+                f"sudoku/shots/{self.seed}/{self.split}/{index}"
+            )  # a separate generator: examples do not change the puzzle
             parts = []
             for _ in range(self.shots):
                 draw = partial(self._drawn4, without=solution) if self.side == 4 else self._drawn9
@@ -184,7 +193,7 @@ class Sudoku(Prompted):
 
 
 def _blanked(solution: str, given: int, rng: Random) -> str:
-    """The solution with all but `given` cells, chosen uniformly, set to 0."""
+    """Return the solution with all but `given` cells, chosen uniformly, set to 0."""
     cells = list(range(16))
     kept = ["0"] * 16
     for taken in range(given):
@@ -195,13 +204,15 @@ def _blanked(solution: str, given: int, rng: Random) -> str:
 
 
 def lines(grid: str) -> str:
-    """The rows of a grid, one a line."""
+    """Return the rows of a grid, one per line."""
     side = isqrt(len(grid))
     return "\n".join(grid[start : start + side] for start in range(0, len(grid), side))
 
 
 def _text(row: Row, name: str) -> str:
-    """The field, with a capital or without. Raises ValueError unless the row has one of both, a text."""
+    """Return a field spelled with or without a capital. Raises ValueError unless the row has exactly one of both, a
+    text.
+    """
     if name in row and name.lower() in row:
         raise ValueError(f"{name} and {name.lower()} both stand in one row; leave one")
     return text_of(row, name if name in row else name.lower())
