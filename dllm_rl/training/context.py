@@ -1,4 +1,4 @@
-"""What every part of a step is given."""
+"""The objects that every part of a step reads."""
 
 import os
 from dataclasses import dataclass, field
@@ -18,12 +18,12 @@ Record = TypeVar("Record", bound=Settings, covariant=True)
 
 @dataclass(eq=False, kw_only=True)
 class StepContext(Generic[Record]):
-    """The settings, processes, log and policies of a step, of a run or of a worker that makes its rollouts."""
+    """Settings, processes, log and policies of a step. A run extends it; a rollout worker has one too."""
 
     recipe: Record
     accelerator: Accelerator
     policy: Policy
     rollout_policy: Policy
     reference: Policy | None = None
-    history: RewardHistory | None = None  # where the recipe's prompt_source reads it
-    log: RunLog = field(default_factory=partial(RunLog, Path(os.devnull), start=0, main=False))  # silent
+    history: RewardHistory | None = None  # set if the recipe's prompt_source reads it
+    log: RunLog = field(default_factory=partial(RunLog, Path(os.devnull), start=0, main=False))  # writes nothing

@@ -28,9 +28,9 @@ from dllm_rl.training.policies import called
 from dllm_rl.training.trainer import train
 from dllm_rl.training.trl_names import with_trl_names
 
-EXACT_STEPS = 3  # a trajectory of so many steps is scored exactly
-SEGMENTS = 8  # at most, of a longer one
-TOKENS_PER_STEP = 2  # of a large model, as LLaDA's papers decode
+EXACT_STEPS = 3  # a trajectory of at most this many steps is scored exactly
+SEGMENTS = 8  # largest number of segments of a longer trajectory
+TOKENS_PER_STEP = 2  # for a large model, as in LLaDA's papers
 
 
 def grpo(
@@ -39,14 +39,27 @@ def grpo(
     reward_funcs: RewardFunction | Sequence[RewardFunction],
     **settings: Any,
 ) -> Summary:
-    """Train a model with TRL-style reward functions; returns its summary, with the trained `policy` as an attribute.
+    """Train a model with TRL-style reward functions and return the run's summary.
+
+    Use it for a model, a data set and reward functions; use `train` for a recipe that you wrote yourself. The arguments
+    are those of `grpo_recipe`: print its recipe to see every setting.
 
         grpo("GSAI-ML/LLaDA-8B-Instruct", rows, [correct, short], reward_weights=[1.0, 0.1])
 
-    A model of a billion parameters or more takes a preset (`dllm_rl.presets`), whose name and settings are printed;
-    the defaults are of small models.
+    A model of a billion parameters or more uses a preset (`dllm_rl.presets`), whose name and settings are printed; the
+    defaults suit small models.
 
-    The arguments are those of `grpo_recipe`: print its recipe to see every setting.
+    Args:
+        model: A checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one.
+        train_dataset: Rows with a `prompt`; the other columns are passed to the reward functions.
+        reward_funcs: One reward function or several.
+        settings: The other arguments of `grpo_recipe`.
+
+    Returns:
+        The content of summary.json, with the trained policy as its attribute `policy`.
+
+    Raises:
+        ValueError: A setting is unknown, or the recipe cannot run. It is raised before any training.
     """
     return train(grpo_recipe(model, train_dataset, reward_funcs, **settings))
 
@@ -77,31 +90,39 @@ def grpo_recipe(
     preset: str | None = None,
     **settings: Any,
 ) -> Recipe:
-    """The recipe of `grpo`, with the sampler and the likelihood that the model's attention needs.
+    """Make the recipe of `grpo`, with the sampler and the likelihood that the model's attention needs.
+
+    Call it to print or to change the recipe before you pass it to `train`. TRL's names are accepted if they mean the
+    same (docs/trl.md). A sampler of at most 3 steps is scored exactly, and so is the commit rule `soft_threshold`; a
+    sampler of more steps is scored in 2 to 8 segments, one for every four steps.
 
     Args:
         model: A checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one and may
             take the seed.
-        train_dataset: Rows with a `prompt` (text or chat messages); the other columns go to the reward functions.
-        reward_funcs: F(prompts=, completions=, **columns) -> numbers or None, sync or async; logged as
-            rewards/NAME/mean.
-        processing_class: The tokenizer of a transformers model; training copies the model.
-        eval_dataset: Held-out rows; None: the last ones of `train_dataset`.
-        eval_split: How many these are: a share below 1, or a number; None: a tenth, at most 256 rows.
-        reward_weights: One per function, 1 by default; advantages=decoupled normalises each reward before weighing it.
-
-    sampler_options keywords of `unmask`, `autoregress` or `renoise`: diffusion_steps (of unmasking; default one per
-                    token), top_p ... A max_new_tokens or temperature in them replaces the argument of that name.
-
-    Args:
-        max_rows: Rows to read of a data set without a length, as a streamed one.
-        preset: Settings that stand where nothing is given: "d1", "large" ... (`dllm_rl.presets`); None: by the model's
-            size, from a billion parameters on; "none": the defaults.
+        train_dataset: Rows with a `prompt` (text or chat messages); the other columns are passed to the reward
+            functions.
+        reward_funcs: One function or several, f(prompts=, completions=, **columns) -> numbers or None, sync or async.
+            Each is logged as rewards/NAME/mean.
+        processing_class: Tokenizer of a transformers model. Training copies the model.
+        eval_dataset: Held-out rows. None (default): the last rows of `train_dataset`.
+        eval_split: Held-out part of `train_dataset`: a share below 1, or a number of rows. None (default): a tenth, at
+            most 256 rows.
+        reward_weights: One weight per reward function, each 1 by default. With advantages=decoupled, each reward is
+            normalized before it is weighted.
+        max_new_tokens: Length of a completion, in tokens. Default: 256.
+        temperature: Temperature of the sampler. Default: 1, or the preset's. `renoise` has t_max and t_min instead.
+        sampler_options: Keywords of `unmask`, `autoregress` or `renoise`, such as diffusion_steps (unmasking steps, by
+            default one per token) or top_p. Its max_new_tokens and temperature override the arguments of these names.
+        max_rows: Number of rows to read of a data set without a length, such as a streamed one.
+        preset: Name of the preset (`dllm_rl.presets`) whose settings replace the defaults: "d1", "large" ... None
+            (default): chosen by the model's size, from a billion parameters on. "none": no preset.
         settings: Fields of Recipe: num_steps (RL steps), learning_rate, lora, rollout_quantization, corrector ...
 
-    TRL's names are taken where they mean the same (docs/trl.md). A sampler that takes at most 3 steps is scored
-    exactly, and so is the commit rule `soft_threshold`; one that takes more, in a segment for every four steps, 2 to 8.
-    Raises ValueError on too few rows and on an unknown setting.
+    Returns:
+        The recipe, with `train_dataset` as its task and the held-out rows as its evaluation task.
+
+    Raises:
+        ValueError: The data set has too few rows, or a setting is unknown.
     """
     model = as_model(model, processing_class)
     if callable(train_dataset):
@@ -116,7 +137,7 @@ def grpo_recipe(
     with names_field("train_dataset" if eval_dataset is None else "eval_dataset"):
         eval_task = task_of(held_out, name=f"{name}-held-out")
     if isinstance(model, str):
-        attention = find_family(load_config(model)).attention  # no weights are fetched for it
+        attention = find_family(load_config(model)).attention  # this downloads no weights
         sized: str | Policy = model
     else:
         sized = model if isinstance(model, Policy) else called(model, settings.get("seed", Recipe.seed))
@@ -132,7 +153,7 @@ def grpo_recipe(
     greedy: dict[str, Any] = {"temperature": 0.0}
     if attention == "causal":  # an autoregressive model writes from left to right
         sampler = partial(autoregress, **options)
-    elif attention == "encoder_decoder":  # one whose noise is random tokens
+    elif attention == "encoder_decoder":  # a model whose noise is random tokens
         if options.pop("temperature") != 1.0:
             raise ValueError(f"temperature={temperature}: renoise has t_max and t_min; give these in sampler_options")
         sampler = partial(renoise, **{"answer": "drawn", **options})
@@ -147,10 +168,10 @@ def grpo_recipe(
         raise ValueError(
             f"sampler_options: {option!r} is not a keyword of {kind}; help(dllm_rl.samplers.{kind}) lists them"
         )
-    # A recipe's own sampler takes the place of this one.
+    # A sampler in `settings` replaces this one.
     taken = {"max_new_tokens": max_new_tokens} | getattr(settings.get("sampler", sampler), "keywords", {})
     segments = None if attention == "encoder_decoder" else segments_for(taken)
-    if settings.get("loss_reduction") is fixed_length_mean:  # Dr. GRPO's constant is the length of a completion
+    if settings.get("loss_reduction") is fixed_length_mean:  # Dr. GRPO divides by the length of a completion
         settings["loss_reduction"] = partial(fixed_length_mean, length=taken["max_new_tokens"])
     fixed: dict[str, Any] = {
         "name": name,
@@ -168,16 +189,18 @@ def grpo_recipe(
 def take_preset(
     preset: str, task: str, options: dict[str, Any], settings: dict[str, Any], *, is_path: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The sampler's keywords and the recipe's fields with a preset's, where the caller gives none; prints them."""
+    """Fill in the sampler's keywords and the recipe's fields from a preset, except those the caller passed, and print
+    them.
+    """
     fields, keywords = find_preset(preset).for_task(task)
     fields = without_groups(fields, settings)
-    if not is_path:  # the module has its own
+    if not is_path:  # the module has its dtype already
         fields = {field: value for field, value in fields.items() if field not in ("dtype", "base_quantization")}
     length = options["max_new_tokens"]
     size = options.get("block_size", keywords.get("block_size"))
     if keywords and "diffusion_steps" not in keywords and length % (size or 2) == 0:
         keywords["diffusion_steps"] = length // TOKENS_PER_STEP
-    if "sampler" in settings:  # the caller's own
+    if "sampler" in settings:  # the caller's sampler replaces the preset's
         keywords = {}
     fields = {field: value for field, value in fields.items() if field not in settings}
     keywords = {keyword: value for keyword, value in keywords.items() if keyword not in options}
@@ -186,20 +209,25 @@ def take_preset(
 
 
 def segments_for(options: dict[str, Any]) -> int | None:
-    """Into how many segments to merge the steps that `unmask` takes at most; None: each step is scored, exactly."""
+    """Return into how many segments the steps of `unmask` are merged; None if each step is scored exactly."""
     commit = as_commit(options.get("commit", schedule))
     if commit.order == "soft_threshold":
-        return None  # the chance of a set is that of one step
-    steps = options["max_new_tokens"]  # one per token, which is also what a rule that ignores diffusion_steps may take
+        return None  # the probability of a set belongs to one step
+    steps = options["max_new_tokens"]  # one per token; a rule that ignores diffusion_steps may take as many
     if options.get("diffusion_steps") and not commit.adaptive:
         steps = options["diffusion_steps"]
-    # A segment's forward and backward cost three steps of the rollout. In equal time two segments of four steps teach
-    # more than all four, on two tasks, and two of eight steps more than all eight (recipes/studies/league.md).
+    # A segment's forward and backward cost as much as three steps of the rollout. In equal time, on two tasks, two
+    # segments of four steps taught more than all four steps, and two segments of eight steps more than all eight steps
+    # (recipes/studies/league.md).
     return None if steps <= EXACT_STEPS else max(2, min(SEGMENTS, steps // 4))
 
 
 def as_model(model: Any, tokenizer: Tokenizer) -> str | Policy | Callable[..., Policy]:
-    """The model for a recipe: a policy of a transformers model and its tokenizer. Raises ValueError on one alone."""
+    """Return the model for a recipe; a transformers model and its tokenizer become a policy.
+
+    Raises:
+        ValueError: A transformers model without a tokenizer, or a tokenizer for another kind of model.
+    """
     kind = type(model).__name__
     if isinstance(model, nn.Module) and not isinstance(model, Policy):
         if tokenizer is None:

@@ -1,6 +1,6 @@
 """The learner's part of a step: score a rollout, correct for the mismatch, update the weights.
 
-Memory does not grow with the number N of masks: grad f = sum_n (df/ds_n) . grad s_n is taken forward by forward.
+Memory does not grow with the number N of masks: grad f = sum_n (df/ds_n) . grad s_n is summed one forward at a time.
 """
 
 import math
@@ -43,16 +43,16 @@ from dllm_rl.training.samples import Samples, Step
 from dllm_rl.training.selection import active_groups, metric_weights, only_groups, own_rows, views_of_step
 from dllm_rl.types import Batch, Logprobs, Rollout, Views
 
-MEASURED_ROWS = 16  # of `update_direction`, of each process
+MEASURED_ROWS = 16  # rows of each process that `update_direction` measures
 MEASURED_VIEWS = 4
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A step's samples, scored under each set of its masks, and what `compare_sides` counted."""
+    """A step's samples, scored under each set of its masks, and the counts of `compare_sides`."""
 
     samples: Samples
-    logps: list[Logprobs]  # of the sets of masks; the first also for the metrics
+    logps: list[Logprobs]  # one per set of masks; the first also serves the metrics
     compared: tuple[Metrics, Int[Tensor, "M X"] | None]
 
 
@@ -70,35 +70,35 @@ def step(run: StepContext[Recipe], samples: Samples, number: int, optimizer: tor
 def score_samples(run: StepContext[Recipe], samples: Samples, number: int) -> Scored:
     """Score a step's samples before its first update."""
     recipe = run.recipe
-    # Groups to learn from are scored, and a sample of the others, by which metrics estimate all.
+    # Score the groups to learn from, and a sample of the other groups, from which metrics estimate all groups.
     samples = samples.weighted(metric_weights(recipe, samples.advantages, number))
-    samples = balance(recipe, samples, run.accelerator, pad_id=run.policy.pad_id)  # so that all finish together
+    samples = balance(recipe, samples, run.accelerator, pad_id=run.policy.pad_id)  # so that all end together
     rollout = samples.rollout
     active = own_rows(active_groups(recipe, samples.advantages), rollout.group_size, run.accelerator)
-    # Every policy is scored under the same masks. Masks of later updates are for these alone, not for metrics.
+    # Every policy is scored under the same masks. Masks of later updates serve only these updates, not the metrics.
     views = views_of_step(recipe, samples, number, run.accelerator)
-    compared = compare_sides(run.policy, run.rollout_policy, rollout, views[0])  # before graphs are kept
+    compared = compare_sides(run.policy, run.rollout_policy, rollout, views[0])  # before graphs are retained
     recorded_by = samples.rollout_logprobs or (None,) * len(views)
     logps = []
-    for k in reversed(range(len(views))):  # the first last, as it may keep graphs
+    for k in reversed(range(len(views))):  # the first set comes last, since it may retain graphs
         logps.append(score(run, rollout, views[k], rollout_logps=recorded_by[k], keep=active if k == 0 else False))
     return Scored(samples, logps[::-1], compared)
 
 
 def make_batches(run: StepContext[Recipe], scored: Scored) -> tuple[list[Batch], dict[str, float]]:
-    """A batch to learn from for each set of masks, and metrics of the mismatch between learner and rollout."""
+    """Return a batch to learn from for each set of masks, and metrics of the mismatch between learner and rollout."""
     samples = scored.samples
     batch, mismatch = correct(run, samples, scored.logps[0])
     learned = samples.weighted(active_groups(run.recipe, samples.advantages).double())
     later = [weighted_batch(run, learned, logps) for logps in scored.logps[1:]]
     order, routing = scored.compared
-    agreement = side_metrics(order, routing, run.accelerator)  # after scoring, which would wait for the exchange
+    agreement = side_metrics(order, routing, run.accelerator)  # after scoring, which would wait for this collective
     return [batch, *later], agreement | mismatch
 
 
 def rollout_side(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Literal["recorded", "scored", "learner"]:
-    """The rollout's log-probs: the sampler's record if the estimator is exact for it, else the rollout policy's own, or
-    without a copy the learner's.
+    """Return the source of the rollout's log-probs: "recorded" (the sampler's record; the estimator is exact for it),
+    "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
     """
     if recipe.likelihood.exact_for_sampler:
         return "recorded"
@@ -113,17 +113,29 @@ def score(
     rollout_logps: Float[Tensor, "B T"] | None = None,
     keep: bool | Bool[Tensor, " B"] = False,
 ) -> Logprobs:
-    """The rollout's log-probs under every policy, same masks. `rollout_logps`: those of the rollout's side, nats, where
-    the weights that sampled are gone. `keep`: rows with graphs, where `keeps_graphs` allows them. Raises RuntimeError
-    if zero_mismatch does not hold.
+    """Compute the rollout's log-probs under every policy, with the same masks.
+
+    Args:
+        run: Settings and policies.
+        rollout: The rows to score.
+        views: The masks.
+        rollout_logps: Log-probs of the rollout policy, in nats (B, T), if the weights that sampled are no longer in
+            memory. None (default): the log-probs of `rollout_side`.
+        keep: Rows whose autograd graphs are retained, if `keeps_graphs` allows any. Default: no row.
+
+    Returns:
+        Log-probs in nats, each (B, T).
+
+    Raises:
+        RuntimeError: `zero_mismatch` is set and the log-probs of learner and rollout differ.
     """
     recipe, policy, rollout_policy, likelihood = run.recipe, run.policy, run.rollout_policy, run.recipe.likelihood
     side = rollout_side(recipe, policy, rollout_policy)
     size = recipe.micro_batch_size
     reference_logps = None
-    if run.reference is not None and recipe.beta:  # else the reference is a teacher alone
+    if run.reference is not None and recipe.beta:  # with beta=0 the reference is only a teacher
         reference_logps = likelihood.logprobs(run.reference, rollout, views, micro_batch_size=size)
-    if recipe.router_replay is not None:  # the learner takes the rollout's experts again
+    if recipe.router_replay is not None:  # the learner reuses the rollout's experts
         views = as_sampled(views, rollout) if side == "recorded" else watched(policy, rollout, views)
     if side == "recorded":
         rollout_logps = recorded(rollout, views)
@@ -134,7 +146,7 @@ def score(
     if not keeps_graphs(recipe, policy, views=forwards, rows=len(rollout.tokens)):
         keep = False
     entropy = token_entropy(policy, rollout, views, size) if recipe.corrector.needs_entropy else None
-    # Last: kept graphs and another forward would add up.
+    # Last: the memory of retained graphs and of another forward would add up.
     scores = likelihood.view_logprobs(policy, rollout, views, micro_batch_size=size, retain_graphs=keep)
     old = likelihood.combine(scores.detach(), views)
     logps = Logprobs(
@@ -152,8 +164,10 @@ def score(
 
 @torch.no_grad()
 def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_size: int | None) -> Float[Tensor, "B T"]:
-    """Entropy in nats of the learner's distribution at each scored token, the mean over the views that score it: one
-    more forward per view, for correctors that ask for it.
+    """Return the entropy in nats of the learner's distribution at each scored token, averaged over the views that score
+    the token.
+
+    It costs one more forward per view, so only correctors with `needs_entropy` use it.
     """
 
     def entropy(hidden: Tensor) -> tuple[Tensor]:
@@ -177,20 +191,24 @@ def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_si
 
 
 def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bool:
-    """Whether an update goes back through the forwards that scored: `max_retained_graphs` at most, of micro-batches."""
+    """Return whether an update reuses the autograd graphs of scoring: at most `max_retained_graphs`, one per
+    micro-batch and view.
+    """
     forwards = views * math.ceil(rows / (recipe.micro_batch_size or rows))
-    dropout = policy.lora is not None and policy.lora.dropout  # scoring leaves it out, an update does not
-    unsharded = recipe.shard_size == 1  # a sharded learner's forwards have a backward each, or none
+    dropout = policy.lora is not None and policy.lora.dropout  # scoring runs without dropout, an update with it
+    unsharded = recipe.shard_size == 1  # each forward of a sharded learner has its backward right after it, or none
     return unsharded and forwards <= recipe.max_retained_graphs and not dropout
 
 
 def correct(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> tuple[Batch, dict[str, float]]:
-    """The batch to learn from, with the corrector's weights and keep mask, and mismatch metrics over all processes."""
-    lost = reduce_metrics(waited("scoring", run.accelerator), run.accelerator)  # first: the gathering waits for all
+    """Return the batch to learn from, with the corrector's weights and loss mask, and mismatch metrics over all
+    processes.
+    """
+    lost = reduce_metrics(waited("scoring", run.accelerator), run.accelerator)  # before gathering, which waits for all
     rows = gather_rows(run, samples, logps)
     weights, live = apply_corrector(run.recipe.corrector, rows)
     stats = rows.stats
-    every = mismatch_metrics(  # of all rows, estimated from those that are scored
+    every = mismatch_metrics(  # of all rows, estimated from the scored rows
         stats.log_mismatch,
         rows.completion,
         old=stats.old_logprobs,
@@ -199,7 +217,7 @@ def correct(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> tupl
     )
     batch = make_batch(run, samples.rollout, logps, rows, weights)
     likelihood = run.recipe.likelihood
-    if likelihood.exact_ratios or not likelihood.is_random:  # else masks are drawn, and follow no step
+    if likelihood.exact_ratios or not likelihood.is_random:  # otherwise masks are random and belong to no step
         every |= step_metrics(
             stats.log_mismatch, rows.completion & (rows.metric_weights > 0)[:, None], stats.unmask_step
         )
@@ -207,7 +225,7 @@ def correct(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> tupl
 
 
 def weighted_batch(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> Batch:
-    """The batch of a later update, with the corrector's weights of its own set of masks."""
+    """Return the batch of a later update, with the corrector's weights for that update's set of masks."""
     rows = gather_rows(run, samples, logps)
     weights, _ = apply_corrector(run.recipe.corrector, rows)
     return make_batch(run, samples.rollout, logps, rows, weights)
@@ -217,7 +235,7 @@ def weighted_batch(run: StepContext[Recipe], samples: Samples, logps: Logprobs) 
 class Rows:
     """The rows of all processes, on the host."""
 
-    stats: TokenStats  # of all scored tokens; `mask` marks those of rows that the update learns from
+    stats: TokenStats  # of all scored tokens; `mask` marks the tokens of rows that the update learns from
     completion: Bool[Tensor, "B T"]
     tokens: Int[Tensor, "B T"]
     learned: Bool[Tensor, " B"]
@@ -225,8 +243,9 @@ class Rows:
 
 
 def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> Rows:
-    """The rows of all processes, with one set of masks' log-probs, on the host: the step's only transfer of them. A
-    collective: every process must call it.
+    """Gather the rows of all processes, with the log-probs under one set of masks, on the host.
+
+    It is the only transfer of these rows in a step. Collective: every process must call it.
     """
     rollout = samples.rollout
     mask = logps.views.scored(rollout.completion_mask)
@@ -258,8 +277,9 @@ def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> 
 
 
 def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dict[str, float]]:
-    """The corrector's weights and loss mask of the learned rows, and metrics of these rows, its `rollout_corr/*` as
-    `trained/*`.
+    """Return the corrector's weights and loss mask of the learned rows, and metrics of these rows.
+
+    The metrics `rollout_corr/*` of the learned rows are renamed `trained/*`.
     """
     stats = rows.stats.among(rows.stats.mask)
     weights = corrector.weight_fn(stats)
@@ -274,7 +294,9 @@ def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dic
 
 
 def symptoms(recipe: Recipe, rows: Rows, views: Views) -> dict[str, float]:
-    """`symptom_metrics` of the learned rows; error tokens only where contributions are log-probs of single tokens."""
+    """Return `symptom_metrics` of the learned rows. Error tokens are counted only if every contribution is the log-prob
+    of one token.
+    """
     single = recipe.likelihood.exact_ratios and all(part.is_per_token for part in views.features)
     stats = rows.stats
     return symptom_metrics(rows.tokens, stats.mask, stats.advantages, old=stats.old_logprobs if single else None)
@@ -296,16 +318,18 @@ def make_batch(run: StepContext[Recipe], rollout: Rollout, logps: Logprobs, rows
         importance_weights=send(device, local(weights.importance_weights, accelerator)[:, :width])[0],
         loss_mask=send(device, local(keep, accelerator)[:, :width])[0],
         reference_logprobs=logps.reference_logprobs,
-        # Rows without advantage count in the denominators, so that a skipped group is a zero and not a smaller mean.
+        # Rows without advantage count in the denominators, so that a skipped group adds a zero to the mean.
         num_tokens=int((keep | (rows.completion & ~rows.stats.mask)).sum()),
         num_sequences=len(keep),
-        rollout_logprobs=logps.rollout_logprobs,  # also where ratios divide by the learner's
+        rollout_logprobs=logps.rollout_logprobs,  # also if ratios divide by the learner's log-probs
         sum_over_processes=partial(accelerator.reduce, reduction="sum"),
     )
 
 
 def check_version(rollout: Rollout, policy: Policy, *, max_staleness: int = 0) -> None:
-    """Raise RuntimeError if the rollout's weights are not the learner's, or older ones by at most so many updates."""
+    """Raise RuntimeError unless the rollout was sampled with the learner's current weights, or with weights at most
+    `max_staleness` updates older.
+    """
     if not 0 <= policy.weights_version - rollout.weights_version <= max_staleness:
         raise RuntimeError(
             f"weights_version={rollout.weights_version} of the rollout is "
@@ -324,15 +348,17 @@ def update(
     accelerator: Accelerator,
     settings: UpdateSettings,
 ) -> dict[str, float]:
-    """Take a step on each of the batches, which are one rollout's, `micro_batch_size` rows per forward in whole groups.
+    """Take an optimizer step on each batch. The batches belong to one rollout; a forward has `micro_batch_size` rows,
+    in complete groups.
 
     Returns:
-        The last iteration's metrics, grad_norm and off_policy/* of every iteration as NAME/iteration_I, and with
-        `measure` the `update_direction`.
+        The last iteration's metrics; grad_norm and off_policy/* of every iteration as NAME/iteration_I; and with
+        `measure` the metric of `update_direction`.
 
     Raises:
-        RuntimeError: The rollout's weights are not the learner's (`check_version`).
-        FloatingPointError: Logits or a gradient norm are not finite. That iteration is not applied, earlier ones are.
+        RuntimeError: The rollout was sampled with other weights than the learner's (`check_version`).
+        FloatingPointError: Logits or a gradient norm are not finite. That iteration is not applied; earlier iterations
+            are.
     """
     likelihood, learning_rate, size = settings.likelihood, settings.learning_rate, settings.micro_batch_size
     check_version(batches[0].rollout, policy, max_staleness=settings.max_staleness)
@@ -344,7 +370,7 @@ def update(
     for iteration, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)  # before scoring, which can use the memory
         if iteration:
-            torch.clear_autocast_cache()  # its bf16 copies are of the weights before the last optimiser step
+            torch.clear_autocast_cache()  # it has bf16 copies of the weights before the last optimizer step
             scores = likelihood.view_logprobs(
                 policy, batch.rollout, batch.views, micro_batch_size=size, retain_graphs=keep
             )
@@ -363,7 +389,7 @@ def update(
             )
         if iteration == 0:
             policy.weights_version += (
-                1  # before the weights change: an error in between must not leave them the old version
+                1  # before the weights change: after an error in between, they must not have the old version
             )
         optimizer.step()
         gathered |= reduced
@@ -383,11 +409,12 @@ def update_direction(
     likelihood: LikelihoodEstimator,
     micro_batch_size: int | None = None,
 ) -> dict[str, float]:
-    """Measure what the step's updates did to a few of the rows that they learned from, the best and the worst, in a few
-    of their views. Ratios that are measured before an update cannot show it.
+    """Measure how the step's updates changed the log-probs of a few rows that they learned from: those with the highest
+    and the lowest advantages, in a few of their views. Ratios that are measured before an update cannot show this.
 
-    update/direction  cosine of the rows' advantages and changes of log-prob, in [-1, 1]. Below 0 worse answers became
-                      likelier; {} where nothing changed
+    Returns:
+        update/direction: cosine of the rows' advantages and changes of log-prob, in [-1, 1]. Below 0, worse answers
+        became likelier. {} if nothing changed.
     """
     order = batch.advantages.argsort(stable=True)
     rows = torch.zeros_like(batch.advantages, dtype=torch.bool)
@@ -417,7 +444,7 @@ def accumulate_gradients(
     likelihood: LikelihoodEstimator,
     micro_batch_size: int | None = None,
 ) -> Metrics:
-    """Add this process's share of the loss gradient to the parameters; returns (sum, count) metrics.
+    """Add this process's share of the loss gradient to the parameters and return (sum, count) metrics.
 
     The loss and its derivative use `scores`. A forward that runs again only carries the gradient back.
     """
@@ -428,7 +455,7 @@ def accumulate_gradients(
     metrics |= off_policy_metrics(
         logps.detach(), batch, old=likelihood.combine(batch.old_view_logprobs.detach(), batch.views)
     )
-    if scores.grad_fn is not None:  # kept graphs
+    if scores.grad_fn is not None:  # retained graphs
         scores.backward(vectors)  # frees the graphs; no forward runs
         return metrics
     likelihood.backward(policy, batch.rollout, batch.views, vectors, micro_batch_size=micro_batch_size)

@@ -1,4 +1,4 @@
-"""Problems in, rollouts and rewards out: what a step learns from."""
+"""Make the samples of a step: sample completions of its problems and grade them."""
 
 import math
 from collections.abc import Sequence
@@ -41,21 +41,21 @@ class Answer:
     completion: str
     reward: Reward
     num_tokens: int  # tokens that the policy chose
-    length: int  # tokens up to the end token, which counts
-    ends: bool  # whether there is an end token
-    prompt_length: int  # tokens that it was given
-    forwards: int  # that its row took part in
+    length: int  # tokens up to and including the end token
+    ends: bool  # whether it has an end token
+    prompt_length: int  # tokens of its prompt
+    forwards: int  # model calls that its row took part in
 
 
 def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[Answer], dict[str, float]]:
-    """What a step learns from, this process's answers, and metrics.
+    """Sample and grade a step's problems; return the samples, this process's answers, and metrics.
 
-    With max_num_gen_batches > 1, groups of equal rewards are drawn again with other prompts, at most that many draws
-    (DAPO's dynamic sampling [paper]). Each group is drawn again on its own [ours]; DAPO pools the draws. `run.history`
-    gets the step's groups, also those that are then replaced.
+    With max_num_gen_batches > 1, groups of equal rewards are redrawn with other prompts until their rewards differ or
+    that many draws are done (DAPO's dynamic sampling [paper]). Each group is redrawn separately [ours]; DAPO pools the
+    draws. `run.history` receives all groups of the step, also the groups that a later draw replaces.
 
-    num_tokens  TRL's: tokens of the run so far, of all processes, of each completion and of the prompt before it. The
-                completions that dynamic sampling replaces were sampled, and count
+    The metric num_tokens is TRL's: tokens of the run so far, over all processes, of each completion and its prompt.
+    Completions that dynamic sampling replaces count too.
     """
     recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
     every = torch.arange(recipe.train_batch_size // accelerator.num_processes)
@@ -77,7 +77,7 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[Answer],
         equal = ~has_unequal_rewards(graded_all)
         indices = prompt_indices(recipe, history, step, draws)
         places = local(equal, accelerator).nonzero()[:, 0]
-        if len(places):  # another process may have groups to draw again where this one has none
+        if len(places):  # this process may have no group to redraw while another process has some
             part, others, mine[places], _ = draw_and_grade(run, step, draws, indices, places)
             tokens += tokens_of(others)
             group = torch.arange(recipe.num_generations)
@@ -91,7 +91,7 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[Answer],
             history.add(step, indices[equal], graded_all[equal])
         draws += 1
     rewards = graded_all[..., 0]
-    # The last step's total is in the log's last row, also after a resume: there in the main process, which writes it.
+    # The last step's total is in the log's last row; after a resume only in the main process, which writes the log.
     before = log.last.get("num_tokens", 0.0)
     metrics["num_tokens"] = before + sum_over(torch.tensor(tokens, dtype=torch.double), accelerator).item()
     if recipe.max_num_gen_batches > 1:
@@ -107,10 +107,10 @@ def tokens_of(answers: Sequence[Answer]) -> int:
 
 
 def compiled_graphs(recipe: Recipe) -> dict[str, float]:
-    """How many graphs this process has compiled, where rollouts are compiled: a number that grows shows new shapes."""
+    """Return how many graphs this process has compiled, if rollouts are compiled. A growing number means new shapes."""
     if not (recipe.torch_compile or getattr(recipe.sampler, "keywords", {}).get("compile_step")):
         return {}
-    from torch._dynamo.utils import counters  # imported by then; for other runs it would take a second
+    from torch._dynamo.utils import counters  # already imported here; in other runs the import would take a second
 
     return {"rollout/compiled_graphs": float(counters["stats"]["unique_graphs"])}
 
@@ -119,15 +119,17 @@ def draw_and_grade(
     run: StepContext[Recipe],
     step: int,
     draw: int,
-    indices: Int[Tensor, " P"],  # of the draw's prompts, of all processes
+    indices: Int[Tensor, " P"],  # of the draw's prompts, over all processes
     places: Tensor,
 ) -> tuple[Rollout, list[Answer], Float[Tensor, "p G K"], int]:
-    """`sample_and_grade` of this process's prompts at `places` of a draw, and how many were replaced as too long."""
+    """Call `sample_and_grade` for this process's prompts at `places` of a draw; also return how many prompts were
+    replaced as too long.
+    """
     recipe, accelerator = run.recipe, run.accelerator
     problems, replaced = choose(recipe, run.rollout_policy, local(indices, accelerator)[places].tolist())
     key = (recipe.seed, "rollout", step, *([draw] if draw else []))
     seeds = local(row_seeds(generator_for(*key), len(indices) * recipe.num_generations), accelerator)
-    mine = rearrange(seeds, "(p g) -> p g", g=recipe.num_generations)[places]  # of places, not of the number drawn
+    mine = rearrange(seeds, "(p g) -> p g", g=recipe.num_generations)[places]  # a seed per place, not per prompt drawn
     rollout, answers, values = sample_and_grade(run, problems, mine, key)
     return rollout, answers, values, replaced
 
@@ -136,14 +138,17 @@ def sample_and_grade(
     run: StepContext[Recipe],
     problems: Sequence[Problem],
     seeds: Int[Tensor, "p G"],  # of the rows
-    key: tuple[object, ...],  # of the sampler's generator
+    key: tuple[object, ...],  # seeds the sampler's generator
 ) -> tuple[Rollout, list[Answer], Float[Tensor, "p G K"]]:
-    """Rollout, answers and rewards (value, then `wanted_parts`) of a group of completions per problem."""
+    """Sample a group of completions per problem; return the rollout, the answers and the rewards (value, then
+    `wanted_parts`).
+    """
     recipe, rollout_policy = run.recipe, run.rollout_policy
     group = recipe.num_generations
     with run.log.stage("rollout"), arithmetic(recipe, run.accelerator):
         prompts = encode(rollout_policy, problems, group_size=group, seeds=seeds.flatten().tolist())
-        batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)  # rows have seeds: the split is not seen
+        # Each row has a seed, so that the split does not change the result.
+        batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)
         pieces = [recipe.sample(rollout_policy, batch, generator_for(*key)) for batch in batches]
         rollout = pieces[0] if len(pieces) == 1 else Rollout.concatenate(pieces, pad_id=rollout_policy.pad_id)
         if recipe.rollout_engine is None and not rollout.logprobs.isfinite().all():
@@ -167,13 +172,16 @@ def sample_and_grade(
         sizes = (len(chosen[row]), before_end + ends, ends, prompt_lengths[place], costs[row].forwards)
         answers.append(Answer(problems[place], completion, reward, *sizes))
         parts = [reward.breakdown.get(name, math.nan) for name in names]  # NaN: does not apply
-        values.append(list(map(float, [reward.value, *parts])))  # `grade` checks that they fit fp32
+        values.append(list(map(float, [reward.value, *parts])))  # `grade` has checked that they fit fp32
     return rollout, answers, rearrange(torch.tensor(values, dtype=torch.float32), "(p g) k -> p g k", g=group)
 
 
 def compute_advantages(recipe: Recipe, rewards: Float[Tensor, "P G"], parts: dict[str, Tensor]) -> Float[Tensor, "P G"]:
-    """The recipe's advantages: by default (R - mean) / (std + 1e-4). Raises ValueError, naming the function, if they
-    are of another shape, or not finite.
+    """Compute the recipe's advantages, by default (R - mean) / (std + 1e-4).
+
+    Raises:
+        ValueError: The advantages have another shape than the rewards or are not finite. The message names the
+            function.
     """
     advantages = recipe.advantages(rewards, **parts)
     shape = tuple(getattr(advantages, "shape", ()))
@@ -185,14 +193,18 @@ def compute_advantages(recipe: Recipe, rewards: Float[Tensor, "P G"], parts: dic
 
 
 def parts_of(recipe: Recipe, graded: Float[Tensor, "P G K"]) -> dict[str, Tensor]:
-    """What the recipe's advantages take in addition to the rewards: each reward and the weights, or nothing."""
+    """Return the extra arguments of the recipe's advantages: the component rewards and their weights, or nothing."""
     weights = wanted_parts(recipe)
     parts = rearrange(graded[..., 1:], "p g k -> k p g")
     return {"parts": parts, "weights": torch.tensor(list(weights.values()))} if weights else {}
 
 
 def wanted_parts(recipe: Recipe) -> dict[str, float]:
-    """The task's reward weights by name if the advantages take single rewards. Raises ValueError if there are none."""
+    """Return the task's reward weights by name if the advantages use component rewards, else nothing.
+
+    Raises:
+        ValueError: The advantages use component rewards and the task has no reward weights.
+    """
     function = recipe.advantages
     if not takes_component_rewards(function):
         return {}
@@ -213,16 +225,19 @@ def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:
 def reward_metrics(
     rewards: Float[Tensor, "P G"], answers: Sequence[Answer], accelerator: Accelerator
 ) -> dict[str, float]:
-    """TRL's reward and length metrics over all processes. Completions without a metric are left out of its mean.
+    """Return TRL's reward and length metrics over all processes. A completion without a metric does not count in its
+    mean.
 
-    completions/mean_length     tokens up to the end token, which counts
-    completions/clipped_ratio   share of completions without an end token
-    completions/distinct_ratio  distinct texts of a group / its completions, mean over groups: 1/G where a prompt's
-                                completions have all become the same
+    completions/mean_length: tokens up to and including the end token.
+
+    completions/clipped_ratio: share of completions without an end token.
+
+    completions/distinct_ratio: distinct texts of a group / its completions, mean over groups; 1/G if all completions of
+    each prompt are the same.
     """
     added = [addends(answer.reward) for answer in answers]
     mine = sorted({name for each in added for name in each} - {"reward", "parsed"})
-    names = sorted(set(gather_objects(mine, accelerator)))  # all reduce the same names, in the same order
+    names = sorted(set(gather_objects(mine, accelerator)))  # all processes reduce the same names, in the same order
     lengths = torch.tensor([answer.length for answer in answers])
     pairs: Metrics = {"parsed": total(added, "parsed")}
     pairs["completions/mean_length"] = (lengths.sum(), torch.tensor(len(lengths)))
@@ -244,7 +259,7 @@ def reward_metrics(
 
 
 def total(added: Sequence[dict[str, tuple[float, float]]], name: str) -> tuple[Tensor, Tensor]:
-    """The sum of a metric's numerators, and of its denominators, over the completions that have it."""
+    """Sum a metric's numerators, and its denominators, over the completions that have the metric."""
     pairs = [each[name] for each in added if name in each]
     above = sum(pair[0] for pair in pairs)
     below = sum(pair[1] for pair in pairs)

@@ -1,4 +1,4 @@
-"""What a run owns: its record, and the writer of its checkpoints."""
+"""State of a run, and the writer of its checkpoints."""
 
 import sys
 import threading
@@ -22,12 +22,12 @@ from dllm_rl.training.late_rollouts.schedule import LateRollouts
 
 
 class Writer:
-    """Writes one checkpoint at a time: at once, or with `later` in a thread; `check` and `wait` raise its error."""
+    """Writes one checkpoint at a time, with `later` in a thread. `check` and `wait` raise an error of the thread."""
 
     def __init__(self, *, later: bool, group: Any = None) -> None:
         self.later = later
-        self.group = group  # of the exchanges of several writing processes
-        self.alone = threading.RLock()  # for a save by the main process alone
+        self.group = group  # process group for the collectives of several writing processes
+        self.alone = threading.RLock()  # locked during a save by the main process only
         self._thread: threading.Thread | None = None
         self._folder: Path | None = None
         self._error: Exception | None = None
@@ -44,27 +44,27 @@ class Writer:
         try:
             with torch.no_grad():
                 self._folder = work()
-        except Exception as error:  # of any kind: `check` raises it in the main thread
+        except Exception as error:  # any exception: `check` raises it in the main thread
             self._error = error
 
     def check(self) -> None:
         if self._error is not None and not (self._thread and self._thread.is_alive()):
             error = self._error
-            self._error = None  # raised once
+            self._error = None  # raise it only once
             raise error
 
     def wait(self) -> Path | None:
-        """Wait for the write; returns the last checkpoint, or None if none was written."""
+        """Wait for the write and return the last checkpoint, or None if none was written."""
         if self._thread is not None:
             self._thread.join()
         self.check()
         return self._folder
 
     def close(self) -> None:
-        """Wait, and print an error that nothing has raised. For the end of a run, however it ends."""
+        """Wait for the write at the end of a run, also on errors; print an error that no other call has raised."""
         try:
             self.wait()
-        except Exception as error:  # of any kind: the run is ending already
+        except Exception as error:  # any exception: the run is ending already
             print(f"error: the last checkpoint: {escape_controls(str(error))}", file=sys.stderr, flush=True)
 
     def gather(self, value: Any) -> list[Any]:
@@ -75,19 +75,19 @@ class Writer:
 
 @dataclass(eq=False, kw_only=True)
 class Run(StepContext[Record]):
-    """What a run of RL or SFT owns from its start to its summary."""
+    """State of a run of RL or SFT, from its start to its summary."""
 
     optimizer: torch.optim.Optimizer
-    state: TrainingState  # replaced as a whole: another thread never reads the fields of two steps
+    state: TrainingState  # replaced, never changed: another thread never reads fields of two different steps
     stop: Stop
     writer: Writer
     progress: Callable[..., None]
-    teacher: Policy | None = None  # of a model of its own, for `distillation`
-    late: LateRollouts | None = None  # where workers make the rollouts
+    teacher: Policy | None = None  # a separate model, for `distillation`
+    late: LateRollouts | None = None  # set if workers make the rollouts
     control: RunControl = field(init=False)
     saved: int | None = None  # step of the last save
-    owns_folder: bool = True  # else another run has locked it since
-    checkpoint: str = ""  # folder of the last one, which may be the one that the run resumes from
+    owns_folder: bool = True  # False once another run has locked the folder
+    checkpoint: str = ""  # folder of the last checkpoint, maybe the one that the run resumed from
 
     def __post_init__(self) -> None:
         directory = Path(self.recipe.directory)

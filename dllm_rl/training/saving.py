@@ -36,9 +36,9 @@ Write = Callable[..., Path]
 
 
 def make_writer(recipe: Settings, accelerator: Accelerator) -> Writer:
-    """The run's writer, which the end of the run waits for. All processes call it together."""
+    """Return the run's writer; the end of the run waits for it. Collective: every process must call it."""
     shared = group_size(recipe, accelerator.num_processes) > 1
-    # A group of its own: the exchanges of the writing thread must not mix with those of the step.
+    # A separate group: the collectives of the writing thread must not mix with the step's collectives.
     patience = timedelta(seconds=recipe.collective_timeout)
     writer = Writer(later=recipe.async_save, group=dist.new_group(backend="gloo", timeout=patience) if shared else None)
     with_the_run().callback(writer.close)
@@ -46,18 +46,22 @@ def make_writer(recipe: Settings, accelerator: Accelerator) -> Writer:
 
 
 def save(run: Run[Settings]) -> None:
-    """Checkpoint the run's state after the previous write. Raises OSError unless on_save_error is 'continue'."""
+    """Checkpoint the run's state after the previous write.
+
+    Raises:
+        OSError: The write failed, unless on_save_error is 'continue'.
+    """
     settle(run)
     if sharding_of(run.policy.module) is not None:
         run.writer.run(_by_all(run))
     else:
         from_main(lambda: run.writer.run(_by_main(run, copied=run.recipe.async_save)), run.accelerator)
-    if not run.recipe.async_save:  # else a later step raises its error
+    if not run.recipe.async_save:  # with async_save a later step raises an error of the write
         settle(run)
 
 
 def settle(run: Run[Settings]) -> None:
-    """Wait for the checkpoint that is being written. All processes call it together."""
+    """Wait for the checkpoint that is being written. Collective: every process must call it."""
     shared = sharding_of(run.policy.module) is not None
     folder = run.writer.wait() if shared else from_main(run.writer.wait, run.accelerator)
     if folder and str(folder) != run.checkpoint:
@@ -67,19 +71,19 @@ def settle(run: Run[Settings]) -> None:
 
 
 def write_checkpoint(run: Run[Settings]) -> Path | None:
-    """Write an unsharded learner in the main process; None if the write failed and the run goes on."""
+    """Write an unsharded learner in the main process; return None if the write failed and the run continues."""
     with run.writer.alone:
         run.writer.wait()
         return _by_main(run)()
 
 
 def can_be_saved(run: Run[Settings]) -> bool:
-    """Whether this process alone can save the last complete step: its weights and moments are still that step's, this
-    process holds them whole, and the folder is its run's.
+    """Return whether this process can save the last complete step without the others: no update has changed the weights
+    since, no aligned forward is active, the learner is not sharded, and the run still owns its folder.
     """
     # An update raises the version before it changes the first weight; the run's state follows at the step's end.
     unchanged = run.policy.weights_version == run.state.version
-    # In an aligned forward the layers run the rollout's weights, and a copy of the module would hold these.
+    # In an aligned forward the layers run the rollout's weights, and a copy of the module would contain these weights.
     aligned = any("forward" in vars(layer) for layer in run.policy.module.modules())
     return run.owns_folder and unchanged and not aligned and sharding_of(run.policy.module) is None
 
@@ -98,7 +102,7 @@ def save_at_once(run: Run[Settings]) -> None:
 
 
 def save_alone(run: Run[Settings]) -> None:
-    """When another process is lost, save a copy of the last complete step from another thread of the main process."""
+    """If another process died, save a copy of the last complete step from another thread of the main process."""
     if not can_be_saved(run):
         return
     with run.writer.alone, torch.no_grad():
@@ -106,7 +110,7 @@ def save_alone(run: Run[Settings]) -> None:
         if state.step == run.saved:
             return
         copies = on_host(run.policy, run.optimizer)
-        # Else the run went on meanwhile, and the copy may be of two steps.
+        # If this fails, training continued during the copy, and the copy may mix two steps.
         if run.state is state and can_be_saved(run):
             try:
                 run.writer.wait()
@@ -116,12 +120,12 @@ def save_alone(run: Run[Settings]) -> None:
 
 
 def save_on_error(run: Run[Settings], kind: Any, error: BaseException | None, traceback: Any) -> None:
-    """On an error during a step or after it, save the last complete step and add a note to the error; a resume goes on
-    from there.
+    """On an error during or after a step, save the last complete step and add a note to the error. A resume continues
+    from that step.
     """
     recipe = run.recipe
     done = run.state.step
-    if not isinstance(error, Exception) or done == recipe.num_steps:  # after the last step there is none to repeat
+    if not isinstance(error, Exception) or done == recipe.num_steps:  # after the last step there is no step to repeat
         return
     note = f"process {run.accelerator.process_index}: failed after step {done} was complete"
     if run.accelerator.num_processes > 1 and of_an_exchange(error):
@@ -131,7 +135,7 @@ def save_on_error(run: Run[Settings], kind: Any, error: BaseException | None, tr
         )
     try:
         folder = checkpoint.folder_of(Path(recipe.directory) / "checkpoints", done)
-        # That step may be saved already.
+        # The step may be saved already.
         if run.accelerator.is_main_process and can_be_saved(run) and not folder.exists():
             write_checkpoint(run)
     except (OSError, ValueError, RuntimeError, ArithmeticError) as other:
@@ -140,13 +144,17 @@ def save_on_error(run: Run[Settings], kind: Any, error: BaseException | None, tr
 
 
 def _by_main(run: Run[Settings], *, copied: bool = False) -> Callable[[], Path | None]:
-    """The main process's write; copied: of the current state, even if the run goes on meanwhile."""
+    """Return the main process's write. With `copied`, copy weights and optimizer state to the host now, so that
+    training can continue during the write.
+    """
     held: tuple[Policy, checkpoint.Saved] = (run.policy, run.optimizer)
     return partial(_attempt, run, run.state.step, _prepared(run, run.state, *(on_host(*held) if copied else held)))
 
 
 def _by_all(run: Run[Settings]) -> Callable[[], Path | None]:
-    """This process's write of a sharded learner. All processes call it, and what it returns."""
+    """Return this process's write of a sharded learner. Collective: every process must call it, and the write that it
+    returns.
+    """
     whole = on_main(run.policy, run.accelerator)
     part = part_of(run.policy, run.optimizer, copy=run.recipe.async_save)
     main = run.accelerator.is_main_process
@@ -164,7 +172,7 @@ def _by_all(run: Run[Settings]) -> Callable[[], Path | None]:
 
 @torch.no_grad()
 def on_host(policy: Policy, optimizer: Any) -> tuple[Policy, checkpoint.Held]:
-    """Copies on the host of what a checkpoint saves."""
+    """Copy to the host everything that a checkpoint saves."""
     copies: dict[int, Tensor] = {}
 
     def copied(tensor: Tensor) -> Tensor:
@@ -181,11 +189,11 @@ def on_host(policy: Policy, optimizer: Any) -> tuple[Policy, checkpoint.Held]:
 
 
 def _prepared(run: Run[Settings], state: TrainingState, policy: Policy, optimizer: checkpoint.Saved) -> Write:
-    """`checkpoint.save` bound to a state of the run, for now or for the writer thread."""
+    """Bind `checkpoint.save` to a state of the run, to be called now or in the writer thread."""
     recipe = run.recipe
     state = replace(state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds))
     evaluations = {"before RL": state.eval_before}
-    run.log.flush()  # its rows are on disk before the checkpoint
+    run.log.flush()  # its rows must be on disk before the checkpoint
     return partial(
         checkpoint.save,
         Path(recipe.directory) / "checkpoints",
@@ -206,7 +214,7 @@ def _prepared(run: Run[Settings], state: TrainingState, policy: Policy, optimize
 
 
 def base_of_adapters(recipe: Settings, warmup_steps: int) -> str | None:
-    """Where the base of a run's adapters is, as seen from their folder; None if it is a function's or a policy."""
+    """Return the path of the adapters' base, relative to their folder; None for a function's or a policy's base."""
     if warmup_steps:
         return "../../../reference"
     if not isinstance(recipe.model, str):
@@ -215,13 +223,15 @@ def base_of_adapters(recipe: Settings, warmup_steps: int) -> str | None:
 
 
 def adapters_alone(recipe: Settings) -> bool:
-    """Whether checkpoints before the last hold adapters alone: their base is in a folder or on the hub."""
+    """Return whether checkpoints before the last contain only adapters: their base is in a folder or on the hub."""
     return recipe.lora is not None and isinstance(recipe.model, str) and not recipe.save_merged
 
 
 def is_merged(run: Run[Settings], state: TrainingState) -> bool:
-    """Whether a checkpoint holds whole weights: all without adapters or with a base that is in no folder, else those
-    that a run may end with.
+    """Return whether a checkpoint contains full weights.
+
+    Every checkpoint does if the run has no adapters or if their base is in no folder. Otherwise only checkpoints that
+    the run may end with do.
     """
     recipe = run.recipe
     if not adapters_alone(recipe):
@@ -231,7 +241,7 @@ def is_merged(run: Run[Settings], state: TrainingState) -> bool:
 
 
 def _attempt(run: Run[Settings], step: int, write: Write) -> Path | None:
-    """Write; returns the checkpoint, or None if the write failed and the run goes on."""
+    """Write and return the checkpoint, or None if the write failed and the run continues."""
     try:
         folder = write()
     except OSError as error:
@@ -244,8 +254,8 @@ def _attempt(run: Run[Settings], step: int, write: Write) -> Path | None:
 
 
 def protect(run: Run[Settings], peers: Peers | None) -> None:
-    """From here on, save the last complete step if a signal is overdue, a process is lost, or a step fails."""
-    run.stop.last_words = None  # a signal no longer ends the process at once
+    """From here on, save the last complete step if a signal is overdue, a process dies, or a step fails."""
+    run.stop.last_words = None  # a signal no longer ends the process immediately
     run.stop.overdue = partial(save_at_once, run)
     run.log.entered = ""
     if peers is not None and run.accelerator.is_main_process:
@@ -254,7 +264,7 @@ def protect(run: Run[Settings], peers: Peers | None) -> None:
 
 
 def check_folder(run: Run[Settings]) -> None:
-    """Raise OSError where someone removed or renamed the run's folder: its open files would go on growing elsewhere."""
+    """Raise OSError if the run's folder was removed or renamed: its open files would continue to grow elsewhere."""
     directory = Path(run.recipe.directory)
     if run.accelerator.is_main_process and not (directory / "metrics.jsonl").exists():
         raise OSError(
@@ -264,8 +274,10 @@ def check_folder(run: Run[Settings]) -> None:
 
 
 def check_lock(run: Run[Settings]) -> None:
-    """Lock the run's folder again where someone removed the lock's file. Raises OSError if another run has locked it
-    meanwhile: two runs would write over each other's checkpoints.
+    """Lock the run's folder again if the lock's file was removed.
+
+    Raises:
+        OSError: Another run has locked the folder meanwhile. The two runs would overwrite each other's checkpoints.
     """
     directory = Path(run.recipe.directory)
     try:
@@ -280,8 +292,8 @@ def check_lock(run: Run[Settings]) -> None:
 
 
 def checkpoint_if_due(run: Run[Settings], step: int, metrics: dict[str, float]) -> None:
-    """Save every save_steps, after the last step, the best one, on a callback's request, and on a signal, which ends
-    the process with its status.
+    """Save every save_steps, after the last step, after the best step, on a callback's request, and on a signal, which
+    ends the process with the signal's status.
     """
     recipe = run.recipe
     done = step + 1

@@ -45,8 +45,12 @@ from dllm_rl.training.validation import check_best_model, validation_interval
 
 
 def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
-    """A run at its first step, fresh or as a checkpoint left it. Raises ValueError if the recipe cannot run."""
-    # 1. Refuse what needs no model, and join the processes. From here on a signal ends the process at once.
+    """Return a run at its first step, fresh or restored from a checkpoint.
+
+    Raises:
+        ValueError: The recipe cannot run.
+    """
+    # 1. Check what needs no model, and join the processes. From here on a signal ends the process immediately.
     if recipe.zero_mismatch:
         prepare_workspace()
     check_compiled(recipe)
@@ -54,16 +58,16 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     check_tasks(recipe)
     check_best_model(recipe, validation_interval(recipe))
     if pool is None or not recipe.rollout_workers:
-        pool = ray_workers(recipe)  # they import torch while the model is made
+        pool = ray_workers(recipe)  # the workers import torch while this process builds the model
     accelerator, stop, peers = launch(recipe)
 
-    # 2. A new run rehearses a step. A recipe refused up to here overwrites nothing.
+    # 2. A new run rehearses a step. A recipe that is refused up to here has overwritten nothing.
     folder, saved, notes = from_main(partial(open_folder, recipe), accelerator)
     if not folder:
         policy = rehearsed(recipe, accelerator)
         teacher = teacher_policy(recipe, policy, accelerator)
 
-    # 3. The run's files, and the watch: from here on the other processes know the stage of this one.
+    # 3. The run's files, and the watch: from here on the other processes can read the stage of this process.
     log = open_log(recipe, accelerator, peers, saved, notes)
     emulated = of_emulated_products(recipe, accelerator.device.type)
     for caution in [*cautions(recipe), *emulated]:
@@ -84,7 +88,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     for caution in of_the_rate(recipe.learning_rate, parameters):
         log.say(f"warning: {caution}")
 
-    # 5. The copies: the rollout's is of the learner's version, the reference is what RL started from.
+    # 5. The copies: the rollout's copy has the learner's version; the reference has the weights that RL started from.
     rollout_policy = engine_of(recipe).load(policy)
     rollout_policy.weights_version = policy.weights_version
     if recipe.torch_compile:
@@ -116,7 +120,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
         run.late = LateRollouts(run, pool)
         run.late.begin(state.step, folder)
 
-    # 6. The first checkpoint. From here on whatever ends the run finds a complete step to save.
+    # 6. The first checkpoint. From here on there is a complete step to save, whatever ends the run.
     if not folder:
         check_lock(run)
         save(run)
@@ -128,7 +132,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
 def restore(
     recipe: Settings, folder: Path, state: TrainingState, policy: Policy, optimizer: torch.optim.Optimizer, log: RunLog
 ) -> TrainingState:
-    """Set policy version, optimiser and log to a checkpoint's; returns its state, with the recipe of this run."""
+    """Set policy version, optimizer and log to the checkpoint's; return its state with the recipe of this run."""
     policy.weights_version = state.version
     log.seconds = state.stages
     log.begun -= state.seconds  # as if the run had never paused
@@ -141,7 +145,11 @@ def restore(
 
 
 def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
-    """The processes, the stop on a signal, the watch over processes (or None). Raises ValueError if they do not fit."""
+    """Join the processes; return them with the handler of stop signals and the watch over other processes (or None).
+
+    Raises:
+        ValueError: The number of processes does not fit the recipe.
+    """
     check_trackers(recipe)
     directory = str(Path(recipe.directory) / "tensorboard")
     accelerator = make_accelerator(timeout=recipe.collective_timeout, log_with=recipe.trackers, directory=directory)
@@ -150,7 +158,7 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
     if recipe.peer_timeout is not None and accelerator.num_processes > 1:
         peers = Peers(accelerator, seconds=recipe.peer_timeout, advice=f"this run ends; {how_to_continue(recipe)}")
         peers.hear = stop.hear_from_another
-        with_the_run().enter_context(peers)  # however the run ends, the others hear of it
+        with_the_run().enter_context(peers)  # the other processes are told of the end, also on errors
     stop.leave_at_once("stopped before the first step: nothing new was saved; start again with the same command")
     check_processes(recipe, accelerator)
     return accelerator, stop, peers
@@ -159,7 +167,7 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
 def open_log(
     recipe: Settings, accelerator: Accelerator, peers: Peers | None, saved: TrainingState | None, notes: Sequence[str]
 ) -> RunLog:
-    """The run's files and trackers, from the step of `saved` on; `peers` follows the log; prints `notes`."""
+    """Open the run's files and trackers from the step of `saved` on, connect `peers` to the log, and print `notes`."""
     from_main(partial(clear_folder, recipe), accelerator)
     start = saved.step if saved else 0
     log = RunLog(
@@ -184,7 +192,9 @@ def check_processes(recipe: Settings, accelerator: Accelerator) -> None:
 
 
 def rehearsed(recipe: Recipe, accelerator: Accelerator) -> Policy:
-    """The recipe's model after a rehearsed step: a bad setting is refused before any work and before any file."""
+    """Return the recipe's model after a rehearsed step, so that a bad setting is refused before any work and before any
+    file.
+    """
     policy = build_policy(recipe, first_home(recipe, accelerator))
     recipe.likelihood.check(policy)
     wanted_parts(recipe)

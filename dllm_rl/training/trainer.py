@@ -1,4 +1,4 @@
-"""The loop: task, prompts, rollout, rewards, advantages, likelihoods, corrector, update, weight sync."""
+"""The RL training loop: prompts, rollout, rewards, advantages, likelihoods, corrector, update, weight sync."""
 
 import os
 
@@ -21,25 +21,31 @@ from dllm_rl.training.validation import validate
 
 @leaving_nothing_behind
 def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
-    """Run a recipe; returns its summary with the trained policy.
+    """Train with a recipe and return the run's summary.
+
+    Call it for a recipe that you wrote yourself; use `grpo` for a model, a data set and reward functions. With
+    `recipe.dry_run` it prints the plan and trains nothing.
 
     Args:
-        recipe: The run's settings.
-        pool: Who makes the rollouts of a recipe with `rollout_workers`; None: Ray workers.
+        recipe: Settings of the run.
+        pool: Workers that make the rollouts if the recipe sets `rollout_workers`. None (default): Ray workers.
+
+    Returns:
+        The content of summary.json, with the trained policy as its attribute `policy`.
 
     Raises:
-        ValueError: The recipe cannot run; raised before any work.
+        ValueError: The recipe cannot run. It is raised before any training.
     """
     if recipe.dry_run:
         text = plan(recipe)
-        if os.environ.get("RANK", "0") == "0":  # one plan, whatever was launched
+        if os.environ.get("RANK", "0") == "0":  # one plan, whatever the number of processes
             print(escape_controls(text, keep="\n"))
         return Summary({"plan": text})
     run = start(recipe, pool)  # fresh, or from a checkpoint
     engine = engine_of(recipe)
 
     for number in range(run.state.step, recipe.num_steps):
-        # Workers, if there are any, sample the batches of later steps meanwhile.
+        # Rollout workers, if the recipe has them, sample the batches of later steps meanwhile.
         samples, answers, sampling = collect(run, number) if run.late is None else run.late.collect(number)
         samples, taught = teach(run, samples, number)
         learned = step(run, samples, number, run.optimizer)
@@ -51,7 +57,7 @@ def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
         run.log.write(number, metrics)
         log_completions(run, number, answers, samples.rollout, learned.samples, learned.logps)
         run.progress(metrics, show=(number + 1) % recipe.logging_steps == 0 or number + 1 == recipe.num_steps)
-        checkpoint_if_due(run, number, metrics)  # also on a signal, which ends the process
+        checkpoint_if_due(run, number, metrics)  # also saves on a signal, which ends the process
         if run.control.stop_reason is not None:
             break
     return finish(run)
