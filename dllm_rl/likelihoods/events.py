@@ -1,5 +1,6 @@
-"""Rollouts of a rule that rewrites (`remask`, `soft_edit`): their views see the canvas as it was before a step of each
-position, and score what that step wrote.
+"""Replay of rollouts of a rule that rewrites (`remask`, `soft_edit`).
+
+Their views see the canvas before a step of each position, and score what that step wrote.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from dllm_rl.types import Rollout, Views
 
 
 def canvas_at(rollout: Rollout, *, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """The tokens before the given step of each position, and those that it wrote; -1 if masked, or not written."""
+    """Return the tokens before `step` of each position, and those that it wrote; -1 if masked, or not written."""
     events = rollout.events
     if events is None:
         raise ValueError("the rollout has no events: only a sampler that revises records them")
@@ -29,7 +30,7 @@ def canvas_at(rollout: Rollout, *, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor
 
 @dataclass(frozen=True)
 class Replayed(ViewFeature):
-    """View n sees the tokens before this step, and scores those that it wrote."""
+    """Feature of views that see the tokens before their step, and score those that it wrote."""
 
     step: Int[Tensor, "N B T"]
 
@@ -38,12 +39,12 @@ class Replayed(ViewFeature):
 
     def sampler_logprobs(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         assert rollout.events is not None, "views are replayed of a rollout with events"
-        # Slot by slot, in the order in which views are added up.
+        # Slot by slot, in the order in which views are summed.
         return sum(rollout.events.logprobs.unbind(-1), torch.zeros_like(logprobs))
 
 
 def last_and_first_step(rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """The last and the first step in which something happened to each position; -1 off the completion."""
+    """Return the last and the first step in which each position changed; -1 off the completion."""
     step = rollout.unmask_step
     if rollout.events is None:
         return step, step
@@ -51,7 +52,7 @@ def last_and_first_step(rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tenso
 
 
 def check_merges(rollout: Rollout, num_segments: int | None) -> None:
-    """Raise ValueError where steps are merged, and a position may be written in several of them."""
+    """Raise ValueError where steps are merged although a position may be written in several of them."""
     if num_segments is not None and rollout.events is not None:
         raise ValueError(
             f"num_segments={num_segments} merges steps, and this rollout's commit rule may write a position in several "
@@ -60,7 +61,7 @@ def check_merges(rollout: Rollout, num_segments: int | None) -> None:
 
 
 def replayed(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Views:
-    """View s sees the canvas before its step of each position, and scores what that step wrote."""
+    """Return views of the canvas before each position's step, which score what that step wrote."""
     events = rollout.events
     if events is None or events.depends_on_tokens:
         raise ValueError(

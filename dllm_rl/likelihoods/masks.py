@@ -13,14 +13,14 @@ from dllm_rl.types import Rollout, Views
 
 
 def row_generators(rollout: Rollout, generator: Generator) -> list[Generator]:
-    """One generator per row, so that a row's masks depend neither on its neighbours nor on padding."""
+    """Return one generator per row, so that a row's masks depend neither on other rows nor on padding."""
     rows = torch.arange(len(rollout.tokens)) if rollout.batch_row is None else rollout.batch_row.cpu()
-    seeds = row_seeds(generator, int(rows.max()) + 1)[rows]  # of the row's number, whichever process holds it
+    seeds = row_seeds(generator, int(rows.max()) + 1)[rows]  # by the row's number, on whichever process it is
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
 
 def uniforms_at(marked: Bool[Tensor, "B T"], generators: list[Generator]) -> Float[Tensor, "B T"]:
-    """Uniforms in [0, 1) where `marked`, +inf elsewhere; row i's come from its own generator, left to right."""
+    """Draw uniforms in [0, 1) where `marked`, +inf elsewhere, from each row's generator, left to right."""
     out = torch.full(marked.shape, torch.inf)
     for row, where, generator in zip(out, marked.cpu(), generators, strict=True):
         row[where] = torch.rand(int(where.sum()), generator=generator)
@@ -30,7 +30,7 @@ def uniforms_at(marked: Bool[Tensor, "B T"], generators: list[Generator]) -> Flo
 def uniforms_per_row(
     generators: list[Generator], num_samples: int, *, stratified: bool, device: torch.device | str
 ) -> Float[Tensor, "N B 1"]:
-    """num_samples uniforms in [0, 1) per row; stratified puts sample j into [j/N, (j+1)/N)."""
+    """Draw num_samples uniforms in [0, 1) per row. `stratified` puts sample j into [j/N, (j+1)/N)."""
     u = torch.stack([torch.rand(num_samples, generator=g, dtype=torch.float64) for g in generators], dim=1)
     if stratified:
         u = (torch.arange(num_samples)[:, None] + u) / num_samples
@@ -40,9 +40,11 @@ def uniforms_per_row(
 def mask_keys(
     rollout: Rollout, generators: list[Generator], informed_masking: float | None = None
 ) -> Float[Tensor, "B T"]:
-    """Keys whose k smallest are the k positions that a mask hides: any k alike, or, by `informed_masking` d, drawn one
-    after the other, without replacement, with q_i proportional to exp(d (max m - m_i) / (max m - min m)), m the
-    rollout's `confidence_change`. Raises ValueError where it is not recorded.
+    """Draw keys whose k smallest are the k positions that a mask hides.
+
+    Without `informed_masking` every set of k is equally likely. With `informed_masking` d, positions are drawn without
+    replacement, with q_i proportional to exp(d (max m - m_i) / (max m - min m)), m the rollout's `confidence_change`.
+    Raise ValueError if it is not recorded.
     """
     completion = rollout.completion_mask
     uniforms = uniforms_at(completion, generators)
@@ -57,24 +59,25 @@ def mask_keys(
     most = change.masked_fill(~completion, -torch.inf).amax(-1, keepdim=True)
     least = change.masked_fill(~completion, torch.inf).amin(-1, keepdim=True)
     log_q = informed_masking * torch.where(most > least, (most - change) / (most - least), 0)
-    # The first of exponential times of rates q_i is i with probability q_i / sum q, and so on among the others.
+    # The first of exponential times of rates q_i is i with probability q_i / sum q, and so on for the remaining ones.
     times = uniforms.double().where(completion, 0.5).clamp(min=1e-12).neg().log1p().neg().log() - log_q
     return times.masked_fill(~completion, torch.inf)
 
 
 def choose(u: Float[Tensor, "*N B 1"], count: Int[Tensor, "B 1"]) -> Int[Tensor, "*N B 1"]:
-    """floor(u * count): uniform over 0 .. count-1 (0 where count is 0)."""
+    """Return floor(u * count): uniform over 0 .. count-1 (0 where count is 0)."""
     return (u * count).long().minimum(count - 1).clamp(min=0)  # a stratified u may round to 1
 
 
 def ranks(keys: Float[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Return each key's rank in its row, from 0."""
     return keys.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)  # stable: ties go from left to right
 
 
 def exact_view(
     inside: Bool[Tensor, "B T"], keys: Float[Tensor, "B T"], k: Int[Tensor, "B 1"]
 ) -> tuple[Bool[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Mask the k positions of `inside` with the smallest keys, each weighted by L/k, L = |inside|.
+    """Mask the k positions of `inside` with the smallest keys, each with weight L/k, L = |inside|.
 
     Averaged over k in 1..L and all orders, sum_i weight_i l_i is sum_k (1/k) E_{|m|=k} sum_{i in m} l_i(m).
     """
@@ -85,9 +88,10 @@ def exact_view(
 def coupled_views(
     inside: Bool[Tensor, "B T"], keys: Float[Tensor, "B T"], k: Int[Tensor, "B 1"]
 ) -> list[tuple[Bool[Tensor, "B T"], Float[Tensor, "B T"]]]:
-    """Exactly k of `inside`, weighted (L+1)/2k, and the other L-k, weighted (L+1)/2(L-k): every position once.
+    """Mask exactly k of `inside` with weight (L+1)/2k, and the other L-k with weight (L+1)/2(L-k).
 
-    Averaged over k in 0..L and all orders, the two together are the sum that `exact_view` gives.
+    Every position is masked once. Averaged over k in 0..L and all orders, the sum of both views is that of
+    `exact_view`.
     """
     size = inside.sum(-1, keepdim=True)
     order = ranks(keys.masked_fill(~inside, torch.inf))
@@ -107,8 +111,9 @@ def block_view(
     *,
     block_size: int,
 ) -> tuple[Bool[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """One of the row's N blocks, uniformly: earlier blocks clean, exactly k of its L positions masked, later blocks
-    masked and not scored; weight N L/k.
+    """Choose one of the row's N blocks uniformly, and mask exactly k of its L positions, with weight N L/k.
+
+    Earlier blocks are clean; later blocks are masked and not scored.
     """
     block = block_index(completion, block_size)
     chosen = choose(u_block, block.amax(-1, keepdim=True) + 1)
@@ -119,24 +124,26 @@ def block_view(
 
 
 def block_index(completion: Bool[Tensor, "B T"], block_size: int) -> Int[Tensor, "B T"]:
-    """The block of each completion position, -1 elsewhere; only completion positions count."""
+    """Return the block of each completion position, -1 elsewhere. Only completion positions count."""
     place = completion.long().cumsum(-1) - 1
     return torch.where(completion, place // block_size, -1)
 
 
 def stacked(views: list[tuple[Tensor, Tensor]], *, samples: int) -> Views:
+    """Stack views, with their weights divided by `samples`."""
     masked = torch.stack([view[0] for view in views])
     weight = torch.stack([view[1] for view in views])
     return Views(masked, (weight / samples).float())
 
 
 def draw_nothing(rollout: Rollout, generator: Generator) -> Views:
+    """Return one view that masks nothing and scores the completion."""
     scored = rollout.completion_mask[None]
     return Views(torch.zeros_like(scored), scored.float())
 
 
 def draw_everything(rollout: Rollout, generator: Generator, *, prompt_mask: float) -> Views:
-    """All of the completion, and each prompt token with probability `prompt_mask`."""
+    """Mask the full completion, and each prompt token with probability `prompt_mask`."""
     prompt = rollout.attention_mask & ~rollout.completion_mask
     hidden = uniforms_at(prompt, row_generators(rollout, generator)) < prompt_mask
     return Views((hidden | rollout.completion_mask)[None], rollout.completion_mask[None].float())
@@ -151,7 +158,10 @@ def draw_exact(
     antithetic: bool,
     informed_masking: float | None,
 ) -> Views:
-    """`exact_view`s with k uniform over 1..L. Antithetic pairs: L+1-k for k, from the other end of the same order."""
+    """Draw `exact_view`s with k uniform over 1..L.
+
+    Antithetic pairs have L+1-k for k, from the other end of the same order.
+    """
     completion = rollout.completion_mask
     generators = row_generators(rollout, generator)
     size = completion.sum(-1, keepdim=True)
@@ -169,6 +179,7 @@ def draw_exact(
 
 
 def draw_coupled(rollout: Rollout, generator: Generator, *, num_samples: int, informed_masking: float | None) -> Views:
+    """Draw `coupled_views` with k stratified over 0..L."""
     completion = rollout.completion_mask
     generators = row_generators(rollout, generator)
     size = completion.sum(-1, keepdim=True)
@@ -180,7 +191,7 @@ def draw_coupled(rollout: Rollout, generator: Generator, *, num_samples: int, in
 
 
 def draw_quadrature(rollout: Rollout, generator: Generator, *, nodes: int) -> Views:
-    """An `exact_view` at each Gauss-Legendre node t of [0, 1], with k = floor(t L) + 1 and the node's weight."""
+    """Draw an `exact_view` at each Gauss-Legendre node t of [0, 1], with k = floor(t L) + 1 and the node's weight."""
     completion = rollout.completion_mask
     generators = row_generators(rollout, generator)
     size = completion.sum(-1, keepdim=True)
@@ -193,11 +204,11 @@ def draw_quadrature(rollout: Rollout, generator: Generator, *, nodes: int) -> Vi
 
 
 def draw_block(rollout: Rollout, generator: Generator, *, block_size: int, num_samples: int) -> Views:
-    """`block_view`s, the block stratified over the samples, k uniform inside it."""
+    """Draw `block_view`s, with the block stratified over the samples and k uniform in it."""
     completion = rollout.completion_mask
     generators = row_generators(rollout, generator)
     u_block = uniforms_per_row(generators, num_samples, stratified=True, device=completion.device)
-    # Not stratified as well: early blocks would then always have few positions hidden, and late ones many.
+    # Not stratified too: early blocks would then always have few hidden positions, and late ones many.
     u_count = uniforms_per_row(generators, num_samples, stratified=False, device=completion.device)
     views = []
     for block, count in zip(u_block, u_count, strict=True):

@@ -1,6 +1,8 @@
-"""The order's part of a trajectory's likelihood (`models.order`): each view also scores the positions that its step
-left masked (`confidence`), or adds the log-prob of their draw (`plackett_luce`) or of their set (`soft_threshold`) to
-the written ones.
+"""The order's term of `trajectory()`.
+
+Under `confidence`, each view also scores the positions that its step left masked. Under `plackett_luce` and
+`soft_threshold`, each written position also gets the log-prob of its draw, or its share of the step's set. Formulas:
+models/order.py, models/soft_threshold.py.
 """
 
 from dataclasses import dataclass, replace
@@ -20,9 +22,9 @@ from dllm_rl.types import Order, Rollout, Views
 
 
 def with_order(rollout: Rollout, views: Views) -> Views:
-    """Views of one step each, which also score the order of the step, if it has a log-probability.
+    """Add the order's log-probability to views of one step each, if it has one.
 
-    Raises ValueError where the distribution was filtered and its kept set is not recorded.
+    Raise ValueError where the distribution was filtered and its support is not recorded.
     """
     params = rollout.sampling_params
     recorded = rollout.order
@@ -36,16 +38,16 @@ def with_order(rollout: Rollout, views: Views) -> Views:
         )
     stayed = views.masked & (views.coefficients == 0)
     if not any(isinstance(part, Packed) for part in views.features):
-        # A later block's positions are masked too, and could not be chosen.
+        # A later block's positions are masked too, but could not be chosen.
         stayed &= recorded.block_first_step <= torch.arange(len(stayed), device=stayed.device)[:, None, None]
     return replace(views, coefficients=views.coefficients + stayed, features=(*views.features, Stayed(stayed)))
 
 
 @dataclass(frozen=True)
 class Stayed(ViewFeature):
-    """Positions that view n scores by the probability of having been left masked."""
+    """Feature of views that also score positions by the probability of staying masked."""
 
-    is_per_token: ClassVar[bool] = False  # a contribution holds an order's log-prob too
+    is_per_token: ClassVar[bool] = False  # a contribution includes an order's log-prob
 
     stayed: Bool[Tensor, "N B T"]
 
@@ -54,23 +56,24 @@ class Stayed(ViewFeature):
 
     def sampler_logprobs(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         assert rollout.order is not None and rollout.order.logprobs is not None, "views score an order that is recorded"
-        return rollout.order.logprobs + logprobs  # added as views are added up: the later step last
+        return rollout.order.logprobs + logprobs  # in the order in which views are summed: the later step last
 
 
 @dataclass(frozen=True)
 class OrderScoring:
-    """The written positions by the log-prob of their tokens, those left masked by the log-prob of being left; under
-    `plackett_luce` and `soft_threshold` the latter by 0, and each written position by the log-prob of its draw, or by
-    its share of the set's, too.
+    """Scoring of written positions by their tokens' log-probs, and of positions left masked by the log-prob of staying.
+
+    Under `plackett_luce` and `soft_threshold`, positions left masked score 0, and each written position also gets the
+    log-prob of its draw, or its share of the set's.
     """
 
     marks: Bool[Tensor, "B T"]  # those left masked
 
     def needed(self, rollout: Rollout, at: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         live = scored & at.any(-1, keepdim=True)
-        if order_of(rollout).rank_function is not None:  # a draw depends on all that its step offered
+        if order_of(rollout).rank_function is not None:  # a draw depends on all positions that its step offered
             return live
-        return at | (live & ~self.marks)  # the committed tokens determine the probability of what was left
+        return at | (live & ~self.marks)  # the committed tokens determine the probability of staying masked
 
     def logprobs(self, policy: Policy, rollout: Rollout, seen: ViewStates) -> Float[Tensor, " K"]:
         plan, params = seen.plan, rollout.sampling_params
@@ -89,7 +92,7 @@ class OrderScoring:
         return out.index_copy(0, plan.marked, stayed)
 
     def _of_draws(self, policy: Policy, rollout: Rollout, seen: ViewStates) -> Float[Tensor, " C"]:
-        """What each written position adds under `plackett_luce` and `soft_threshold`."""
+        """Return what each written position adds under `plackett_luce` and `soft_threshold`."""
         recorded, plan, params = order_of(rollout), seen.plan, rollout.sampling_params
         groups, width = _blocks(rollout, plan), rollout.tokens.shape[1]
         assert recorded.rank_function is not None, "the positions were drawn by scores"
@@ -113,18 +116,22 @@ class OrderScoring:
         of_drawn, (confidences,) = backward_chunked(run, policy, vector[drawn], states[drawn], seen.tokens[drawn])
         bounds = _bounds(rollout, plan, confidences)
         of_left, _ = backward_chunked(order.score_left(policy, params), policy, vector[left], states[left], *bounds)
-        if states.requires_grad:  # the head alone may be trained
+        if states.requires_grad:  # not if only the head is trained
             gradient = torch.zeros_like(states).index_copy(0, drawn, of_drawn)  # one backward through the backbone
             states.backward(gradient.index_copy(0, left, of_left))
 
 
 def order_of(rollout: Rollout) -> Order:
+    """Return the rollout's order, which must be recorded."""
     assert rollout.order is not None, "an order is scored only where the sampler recorded it"
     return rollout.order
 
 
 def _bounds(rollout: Rollout, plan: Plan, confidences: Float[Tensor, " C"]) -> tuple[Tensor, Tensor]:
-    """For each left position, the lowest confidence that its block committed, and whether the position follows it."""
+    """Return, for each position left masked, the lowest confidence that its block committed.
+
+    The second result is whether the position is to the right of the position with this confidence.
+    """
     block = _blocks(rollout, plan)
     column = plan.places % rollout.tokens.shape[1]
     drawn, left = plan.plain, plan.marked
@@ -133,6 +140,6 @@ def _bounds(rollout: Rollout, plan: Plan, confidences: Float[Tensor, " C"]) -> t
 
 
 def _blocks(rollout: Rollout, plan: Plan) -> Int[Tensor, " K"]:
-    """A number for each row and block, rising; the opening step distinguishes the blocks of a packed view."""
+    """Return a rising number for each row and block. The opening step distinguishes the blocks of a packed view."""
     width = rollout.tokens.shape[1]
     return plan.places // width * width + order_of(rollout).block_first_step.flatten()[plan.places]

@@ -1,4 +1,4 @@
-"""Packed scoring of a block-causal model: a view masks every block at once, and each block sees the others clean."""
+"""Packed scoring of a block-causal model: a view masks all blocks, and each block sees the others clean."""
 
 from dataclasses import dataclass, replace
 
@@ -15,20 +15,22 @@ from dllm_rl.types import Rollout, Views
 
 @dataclass(frozen=True)
 class Packed(ViewFeature):
-    """Views whose forward is `packed_hidden`."""
+    """Feature of views whose forward is `packed_hidden`."""
 
     def apply_to(self, view: View, number: int) -> View:
         return replace(view, forward=packed_forward, share=False)
 
 
 def packed_views(rollout: Rollout, *, num_segments: int | None, block_size: int) -> Views:
-    """The views of a trajectory in every block at once: view r hides what was committed r or more steps after the
-    block's first step, and scores step r. Blocks count from the row's first token.
+    """Return the views of a trajectory for all blocks together.
+
+    View r hides what was committed r or more steps after the block's first step, and scores step r. Blocks count from
+    the row's first token.
     """
     completion = rollout.completion_mask
     step, begun = events.last_and_first_step(rollout)
     block = position_ids(rollout.attention_mask) // block_size
-    far = torch.iinfo(step.dtype).max  # positions off the completion are no block's first step
+    far = torch.iinfo(step.dtype).max  # positions off the completion must not count as a first step
     blank = step.new_full((len(step), int(block.max()) + 1), far)
     first = blank.scatter_reduce(1, block, torch.where(completion, begun, far), "amin").gather(1, block)
     segment = step - first
@@ -47,19 +49,21 @@ def packed_views(rollout: Rollout, *, num_segments: int | None, block_size: int)
 def packed_mask(
     attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int, *ranks: tuple[Tensor, Tensor]
 ) -> Bool[Tensor, "B 1 Q Q"]:
-    """Which columns see which, among T clean columns and the noisy columns start..T-1, each with its `block_ranks`;
-    Q = 2 T - start.
+    """Return which of Q columns see which: T clean columns and the noisy columns start..T-1; Q = 2 T - start.
+
+    Each kind has its `block_ranks`.
     """
     clean, noisy = (block_causal_mask(attention_mask, *one)[:, 0] for one in ranks)
     before = block_causal_mask(attention_mask, block, block - 1)[:, 0]
     real = attention_mask[:, :, None]
     upper = torch.cat([clean, torch.zeros_like(noisy[:, :, start:])], dim=-1)
-    # Padding sees its own clean block, so that no row of the mask is empty, whose softmax is NaN.
+    # Padding sees its clean block, so that no row of the mask is empty: its softmax would be NaN.
     lower = torch.cat([before | (clean & ~real), (noisy & ~before & real)[:, :, start:]], dim=-1)[:, start:]
     return torch.cat([upper, lower], dim=1)[:, None]
 
 
 def packed_forward(policy: Policy, plan: Plan, *inputs: Tensor) -> Tensor:
+    """Run `packed_hidden` as the forward of a view."""
     return packed_hidden(policy, *inputs)
 
 
@@ -70,12 +74,12 @@ def packed_hidden(
     tokens: Int[Tensor, "B T"],
     read: Bool[Tensor, "B T"],
 ) -> Float[Tensor, "B T D"]:
-    """Final states where each block sees `noisy` of itself and `tokens` of the others; zeros before the first block
-    with a position to `read`.
+    """Return final states where each block sees `noisy` of itself and `tokens` of the others.
 
-    A clean and a noisy copy of the row go through one forward. Clean tokens see clean tokens of their own and earlier
-    blocks, noisy tokens clean ones of earlier blocks and noisy ones of their own. Exact: each token sees what it would
-    see in a forward of its block alone. Raises ValueError for a model that is not block-causal, or with a shift.
+    States before the first block with a position to `read` are zeros. A clean and a noisy copy of the row go through
+    one forward. Clean tokens see clean tokens of their block and earlier ones; noisy tokens see clean tokens of earlier
+    blocks and noisy ones of their block. The result is exact: each token sees what it would see in a forward of its
+    block only. Raise ValueError for a model that is not block-causal, or with a shift.
     """
     spec = policy.spec
     if spec.attention != "block_causal" or spec.shift or spec.block_size is None or spec.mask_id is None:

@@ -1,9 +1,9 @@
 """Rollouts of `renoise`: their one view replays every step, and scores the accepted draws.
 
-Drawn are a token at every place, and the random tokens. Used are the draws at accepted places alone. Which places are
-accepted, and when a canvas ends, are functions of the logits; random tokens are free of the weights. So a rollout's
-log-prob is the sum of log p(token) over steps and accepted places, at the step's temperature. Each step's state holds
-the logits of the step before, which are computed again, step by step.
+A step draws a token at every position, and random tokens. Only the draws at accepted positions are used. The accepted
+positions and the end of a canvas are functions of the logits, and random tokens do not depend on the weights. So a
+rollout's log-prob is the sum of log p(token) over steps and accepted positions, at the step's temperature. Each step's
+state includes the logits of the step before, which are recomputed step by step.
 """
 
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ SELF_CONDITIONING = ("detached", "full")
 
 @dataclass(frozen=True)
 class Replayed(ViewFeature):
-    """The view replays every step of `renoise`.
+    """Feature of the view that replays every step of `renoise`.
 
     Args:
-        full: The gradient goes back through the self-conditioning; else it stops at the step before.
-        steps: Of all canvases together, at most.
+        full: Differentiate through the self-conditioning. False: the gradient stops at the step before.
+        steps: Largest number of steps, over all canvases.
     """
 
     is_per_token: ClassVar[bool] = False  # a contribution is a sum over a position's draws
@@ -46,7 +46,7 @@ class Replayed(ViewFeature):
 
 
 def renoised_view(rollout: Rollout, *, full: bool) -> Views:
-    """The one view, of all steps, of a rollout of `renoise`."""
+    """Return the one view, of all steps, of a rollout of `renoise`."""
     part = renoised(rollout)
     scored = (part.drawn >= 0).any(-1)
     count = int(part.block.amax() + 1) * part.seen.shape[2]
@@ -54,12 +54,13 @@ def renoised_view(rollout: Rollout, *, full: bool) -> Views:
 
 
 def renoised(rollout: Rollout) -> Renoised:
+    """Return the record of `renoise`, which must exist."""
     assert rollout.renoised is not None, "only `renoise` records its steps"
     return rollout.renoised
 
 
 class Step(NamedTuple):
-    """A step of R rows: what it accepted, and the log-probs of all draws there."""
+    """A step of R rows: the accepted draws, and the log-probs of all draws at these positions."""
 
     places: Int[Tensor, "R C"]  # columns of the rollout
     scored: Bool[Tensor, "R C"]
@@ -73,24 +74,26 @@ class Replay(View):
     full: bool = False
 
     def seen(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
-        """The tokens that the encoder reads."""
+        """Return the tokens that the encoder reads."""
         return rollout.tokens
 
     def run(self, policy: Policy, rollout: Rollout, at: Bool[Tensor, "B T"]) -> ViewStates | None:
         raise ValueError("a corrector with needs_entropy does not go with renoise, whose view is several forwards")
 
     def logprobs(self, policy: Policy, rollout: Rollout) -> Float[Tensor, "B T"]:
-        """The sum of each position's log-probs, nats; 0 where nothing is scored."""
+        """Return the sum of each position's log-probs in nats; 0 where nothing is scored."""
         out = torch.zeros(self.scored.shape, device=self.scored.device)
         rows = self.scored.any(-1).nonzero()[:, 0]
         for step in steps(policy, rollout.rows(rows), full=self.full):
-            # Step by step, as the sampler adds up its record.
+            # Step by step, as the sampler sums its record.
             out = out.to(step.logprobs.dtype).index_put((rows[:, None], step.places), step.logprobs, accumulate=True)
         return out
 
     def backward(self, policy: Policy, rollout: Rollout, vector: Float[Tensor, "B T"]) -> None:
-        """`logprobs(...).backward(vector)`. Unless `full`, memory does not grow with the number of steps: each step
-        goes back at once, to the encoder's cache, and the encoder once, at the end.
+        """Compute `logprobs(...).backward(vector)`.
+
+        Unless `full`, memory does not grow with the number of steps: each step is differentiated immediately, down to
+        the encoder's cache, and the encoder once, at the end.
         """
         rows = ((vector != 0) & self.scored).any(-1).nonzero()[:, 0]
         if not len(rows):
@@ -111,14 +114,17 @@ class Replay(View):
 def steps(
     policy: Policy, rollout: Rollout, *, full: bool, cuts: list[list[tuple[Tensor, Tensor]]] | None = None
 ) -> Iterator[Step]:
-    """All rows' steps, canvas by canvas. `cuts`: the encoder's cache is cut from its graph, and each cut listed."""
+    """Yield all rows' steps, canvas by canvas.
+
+    With `cuts`, the encoder's cache is cut from its graph, and each cut is appended to the list.
+    """
     part = renoised(rollout)
     if not len(rollout.tokens):
         return
     columns, first, canvases, length = _aligned(part)
     tokens = _at(rollout.tokens, columns)
     real = _at(rollout.attention_mask, columns)
-    # Rows that ended early read what stands behind their end, and nothing is scored there: a row of padding alone
+    # Rows that ended early read the columns after their end, where nothing is scored: a row with only padding
     # would have no key to attend to.
     real |= torch.arange(columns.shape[1], device=columns.device) >= first
     prefix = Prefix.empty(policy, len(tokens))
@@ -147,7 +153,8 @@ def steps(
 
 
 def _aligned(part: Renoised) -> tuple[Int[Tensor, "R W"], int, int, int]:
-    """Columns of each row such that all completions begin at one column; which; the most canvases, and their length.
+    """Return columns at which all completions begin together, that column, and the canvases' number and length.
+
     Columns outside of the rollout are negative, or beyond its width.
     """
     there = part.block >= 0
@@ -159,7 +166,7 @@ def _aligned(part: Renoised) -> tuple[Int[Tensor, "R W"], int, int, int]:
 
 
 def _at(values: Tensor, columns: Int[Tensor, "R W"]) -> Tensor:
-    """Values at these columns; 0 or False outside of the rollout."""
+    """Return values at these columns; 0 or False outside of the rollout."""
     wide = values.shape[1]
     found = values.gather(1, columns.clamp(0, wide - 1))
     return found.masked_fill((columns < 0) | (columns >= wide), 0)

@@ -1,8 +1,8 @@
-"""Router replay: masks with the rollout's experts, for the learner to take again.
+"""Router replay: views with the rollout's experts, for the learner to use again.
 
 R3 (arXiv 2510.11370 [paper]) replays the experts that the sampler recorded for the state that each token was drawn
-from; the learner's router chooses elsewhere. Estimates that score the rollout again (`causal`, ELBOs) replay the
-experts of all tokens in that scoring.
+from; elsewhere the learner's router chooses. Estimates that score the rollout differently (`causal`, ELBOs) replay the
+experts of all tokens in the scoring forward.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def check_replay(policy: Policy, mode: str | None) -> None:
 
 @dataclass(frozen=True)
 class Experts(ViewFeature):
-    """Experts that the forward of view n takes again where `where`; elsewhere a token's own router chooses."""
+    """Feature of views whose forward n uses recorded experts where `where`; elsewhere a token's router chooses."""
 
     ids: Integer[Tensor, "n B T M E"]  # n=1: for all views
     where: Bool[Tensor, "N B T"]
@@ -52,10 +52,10 @@ def _replaying(
 
 @dataclass(frozen=True)
 class Watched(ViewFeature):
-    """The experts that the forwards of every view choose are written into the store."""
+    """Feature of views whose forwards write the chosen experts into the store."""
 
-    store: list[Tensor]  # of one (N, B, T, M, E): a list, as the rows of a part are cut and the store must stay whole
-    place: Int[Tensor, "1 B T"]  # of each token in the store's B T
+    store: list[Tensor]  # one (N, B, T, M, E) in a list: a feature's tensors are cut to rows, and the store must not be
+    place: Int[Tensor, "1 B T"]  # index of each token in the store's B T
 
     def apply_to(self, view: View, number: int) -> View:
         watching = partial(_watching, forward=view.forward, experts=self.store[0][number], place=self.place[0])
@@ -75,8 +75,8 @@ def _watching(
 
 
 def watched(policy: Policy, rollout: Rollout, views: Views) -> Views:
-    """The masks under which scoring keeps the experts that `policy` chooses, for `as_chosen`."""
-    with torch.no_grad(), Routing(policy.module) as routing:  # a forward of one token tells mixtures and dtype
+    """Return views under which scoring records the experts that `policy` chooses, for `as_chosen`."""
+    with torch.no_grad(), Routing(policy.module) as routing:  # a forward of one token shows mixtures and dtype
         policy.hidden(rollout.tokens[:1, :1], torch.ones_like(rollout.attention_mask[:1, :1]))
     experts = routing.experts(1)
     store = experts.new_zeros(*views.coefficients.shape, *experts.shape[2:])
@@ -85,7 +85,7 @@ def watched(policy: Policy, rollout: Rollout, views: Views) -> Views:
 
 
 def as_sampled(views: Views, rollout: Rollout) -> Views:
-    """The masks with the sampler's recorded experts. Raises ValueError where none are recorded."""
+    """Return the views with the sampler's recorded experts. Raise ValueError where none are recorded."""
     if rollout.experts is None:
         raise ValueError(
             "router_replay='R3' needs the rollout's experts, which its sampler did not note; sample with unmask, or "
@@ -98,14 +98,14 @@ def as_sampled(views: Views, rollout: Rollout) -> Views:
         )
     where = views.coefficients != 0
     for part in views.features:
-        if isinstance(part, Stayed):  # no token was drawn there, so that no experts are recorded
+        if isinstance(part, Stayed):  # no token was drawn at these positions, so no experts are recorded
             where &= ~part.stayed
     experts = Experts(rollout.experts[None], where)  # one record for all views: each token once
     return replace(views, features=(*views.features, experts))
 
 
 def as_chosen(views: Views, rollout: Rollout) -> Views:
-    """Views with the experts that were chosen in a scoring under `watched` ones; other views as they are."""
+    """Return the views with the experts that a scoring under `watched` ones recorded; other views unchanged."""
     if not any(isinstance(part, Watched) for part in views.features):
         return views  # the same object, which all policies share
     parts = []

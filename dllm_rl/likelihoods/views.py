@@ -1,9 +1,8 @@
-"""A view of a batch: what is hidden from the model, and what is scored. It scores itself in one forward, and takes its
-own backward for a given vector.
+"""A view of a batch: the positions hidden from the model, and the positions that are scored.
 
-The plain view hides masked positions, runs the policy, and scores the rollout's tokens. An optional feature replaces
-one of a view's three functions (`ViewFeature.apply_to`): what the model sees, its forward, or how states become
-log-probs.
+A view scores itself in one forward, and computes its backward for a given vector. The plain view hides masked
+positions, runs the policy, and scores the rollout's tokens. An optional feature replaces one of a view's three
+functions (`ViewFeature.apply_to`): what the model sees, its forward, or how states become log-probs.
 """
 
 from abc import ABC, abstractmethod
@@ -36,8 +35,9 @@ class Chunk:
 
 
 def row_chunks(rollout: Rollout, views: Views, micro_batch_size: int | None) -> list[Chunk]:
-    """The groups that any view scores, as chunks of whole groups of like length, of at most micro_batch_size rows (or
-    one group).
+    """Return the groups that any view scores, as chunks of complete groups of similar length.
+
+    A chunk has at most micro_batch_size rows, or one group.
     """
     group = rollout.group_size
     scored = rearrange((views.coefficients != 0).any(0).any(-1), "(p g) -> p g", g=group).any(-1)
@@ -46,7 +46,7 @@ def row_chunks(rollout: Rollout, views: Views, micro_batch_size: int | None) -> 
     size = len(chosen) if micro_batch_size is None else max(1, micro_batch_size // group)
     width = rollout.tokens.shape[1]
     found = []
-    # A row is scored at the width at which it was sampled: another width rounds otherwise.
+    # A row is scored at the width at which it was sampled: another width rounds differently.
     for bucket in length_buckets(starts.repeat_interleave(group), width, rollout.tokens.device):
         groups = bucket.rows[::group] // group
         for part in groups[chosen[groups] != 0].split(size):
@@ -65,39 +65,39 @@ class Plan(NamedTuple):
     live: Int[Tensor, " L"]  # rows with a scored position
     inside: Int[Tensor, " K"]  # where the positions are in the flattened states
     places: Int[Tensor, " K"]  # where they are in the flattened batch
-    plain: Int[Tensor, " M"]  # which of the K the scoring does not single out; all in a plain view
-    marked: Int[Tensor, " J"]  # which it does (`Scoring.marks`)
+    plain: Int[Tensor, " M"]  # which of the K are not marked; all in a plain view
+    marked: Int[Tensor, " J"]  # which of the K are marked (`Scoring.marks`)
 
 
 class ViewStates(NamedTuple):
-    """What a forward of a view gives: the states at its K scored positions, and the tokens scored there."""
+    """The result of a view's forward: the states at its K scored positions, and the tokens scored there."""
 
     plan: Plan
     states: Float[Tensor, "K D"]
     tokens: Int[Tensor, " K"]
-    kept: Int[Tensor, "K C"] | None  # ids over which log-probs are normalised there (`models.support`); None: all
+    kept: Int[Tensor, "K C"] | None  # ids over which log-probs are normalized (`models.support`); None: all
 
 
 @runtime_checkable
 class Scoring(Protocol):
-    """How the states of a view become the log-probs of its K positions."""
+    """Functions that turn the states of a view into the log-probs of its K positions."""
 
     @property
     def marks(self) -> Bool[Tensor, "B T"] | None:
-        """Positions that it treats apart, listed in `Plan.marked`; None: there are none."""
+        """Positions that are scored differently, listed in `Plan.marked`. None: there are none."""
 
     def needed(self, rollout: Rollout, at: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-        """Positions that a backward has to score where the vector is not 0 `at` these."""
+        """Return the positions that a backward must score where the vector is not 0 `at` these."""
 
     def logprobs(self, policy: Policy, rollout: Rollout, seen: ViewStates) -> Float[Tensor, " K"]:
-        """Nats, differentiable."""
+        """Return log-probs in nats, differentiable."""
 
     def backward(self, policy: Policy, rollout: Rollout, seen: ViewStates, vector: Float[Tensor, " K"]) -> None:
-        """`logprobs(...).backward(vector)`."""
+        """Compute `logprobs(...).backward(vector)`."""
 
 
 class TokenScoring:
-    """Each position on its own: the log-prob of the rollout's token there."""
+    """Scoring of each position separately, by the log-prob of the rollout's token."""
 
     marks: Bool[Tensor, "B T"] | None = None
 
@@ -112,7 +112,7 @@ class TokenScoring:
 
 
 def as_written(rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """The tokens that the model sees where none is hidden, and the tokens that are scored: both are the rollout's."""
+    """Return the rollout's tokens twice: as the tokens before masking, and as the tokens that are scored."""
     return rollout.tokens, rollout.tokens
 
 
@@ -124,21 +124,24 @@ def forward(
     clean: Int[Tensor, "R T"],
     read: Bool[Tensor, "R T"],
 ) -> Float[Tensor, "R T D"]:
-    """The states of a view's tokens; other forwards also use the plan, the rollout's own tokens, and what is `read`."""
+    """Return the states of a view's tokens.
+
+    Other forwards also use the plan, the rollout's tokens (`clean`), and the positions to `read`.
+    """
     return policy.hidden(tokens, attention_mask)
 
 
 @dataclass(frozen=True)
 class View:
-    """A view of the rows at hand.
+    """A view of some rows.
 
     Args:
         masked: Positions hidden from the model.
-        scored: Positions whose log-prob is wanted.
-        canvas: Rollout -> the tokens before masking, and the tokens that are scored.
-        forward: The states of those tokens; see `forward`.
-        scoring: How states become log-probs.
-        share: Completions of a prompt that look the same to the model share a forward.
+        scored: Positions to score.
+        canvas: Function of the rollout. It returns the tokens before masking, and the tokens that are scored.
+        forward: Function that computes the states of those tokens; see `forward`.
+        scoring: Functions that turn states into log-probs.
+        share: Whether completions of a prompt that look the same to the model share a forward.
     """
 
     masked: Bool[Tensor, "B T"]
@@ -149,7 +152,7 @@ class View:
     share: bool = True
 
     def logprobs(self, policy: Policy, rollout: Rollout) -> Float[Tensor, "B T"]:
-        """One forward: the log-probs of what is scored at `scored`, in nats, 0 elsewhere."""
+        """Run one forward. Return the log-probs at `scored` in nats, 0 elsewhere."""
         out = torch.zeros(self.scored.numel(), device=self.scored.device)
         seen = self.run(policy, rollout, self.scored)
         if seen is not None:
@@ -158,22 +161,23 @@ class View:
         return out.view(self.scored.shape)
 
     def backward(self, policy: Policy, rollout: Rollout, vector: Float[Tensor, "B T"]) -> None:
-        """`logprobs(...).backward(vector)` in one forward and backward. Only positions that move the loss, where
-        `vector` is not 0, are scored again; where none does, no forward runs.
+        """Compute `logprobs(...).backward(vector)` in one forward and backward.
+
+        Only positions that affect the loss, where `vector` is not 0, are scored; if there are none, no forward runs.
         """
         seen = self.run(policy, rollout, self.scoring.needed(rollout, vector != 0, self.scored))
         if seen is not None:
             self.scoring.backward(policy, rollout, seen, vector.flatten()[seen.plan.places])
 
     def seen(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
-        """The tokens that the model sees."""
+        """Return the tokens that the model sees."""
         return self._masked(policy, self.canvas(rollout)[0])
 
     def _masked(self, policy: Policy, tokens: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
         return tokens if policy.spec.mask_id is None else tokens.masked_fill(self.masked, policy.spec.mask_id)
 
     def run(self, policy: Policy, rollout: Rollout, at: Bool[Tensor, "B T"]) -> ViewStates | None:
-        """One forward, and its states `at` these positions; None, and no forward, where there are none."""
+        """Run one forward and return its states `at` these positions, or None, without a forward, if there are none."""
         before, wanted = self.canvas(rollout)
         tokens = self._masked(policy, before)
         plan = plan_view(rollout, tokens, at, self.scoring.marks, share=self.share)
@@ -190,17 +194,15 @@ class View:
 
 @dataclass(frozen=True)
 class ViewFeature(ViewTensors, ABC):
-    """A part that changes how views are scored: `likelihoods.order`, `.events`, `.packed`, `.renoise`, `.replay`."""
+    """A feature that changes how views are scored: `likelihoods.order`, `.events`, `.packed`, `.renoise`, `.replay`."""
 
     @abstractmethod
     def apply_to(self, view: View, number: int) -> View:
-        """The view of this number with the feature."""
+        """Apply this feature to view `number` and return the new view."""
 
 
 def each_view(views: Views) -> Iterator[View]:
-    """The views one by one, with the features of its parts: what scoring runs through, and the update
-    again.
-    """
+    """Yield the views one by one, with their features. Scoring and the update both use this function."""
     for number, masked in enumerate(views.masked):
         view = View(masked, views.coefficients[number] != 0)
         for part in views.features:
@@ -217,7 +219,10 @@ def plan_view(
     *,
     share: bool,
 ) -> Plan | None:
-    """The plan of a view, made on the host; None where nothing is scored. With `share` a group may share a forward."""
+    """Make the plan of a view on the host, or None where nothing is scored.
+
+    With `share`, a group may share a forward.
+    """
     group = rollout.group_size
     alike = _equal_in_groups(tokens, group) & _equal_in_groups(rollout.attention_mask, group)
     apart = torch.zeros_like(scored) if marks is None else marks

@@ -1,1 +1,1 @@
-"""Backbones: how a checkpoint maps onto a stock transformers class, and small models made from scratch."""
+"""Models: the policy interface, backbones, heads, adapters and checkpoints."""

@@ -44,19 +44,24 @@ def check_mergeable(lora: Lora) -> None:
 
 
 def lora_r16(*, r: int = 16, alpha: float = 32.0, dropout: float = 0.0, experts: bool = False) -> Lora:
-    """Small adapters: r 16, alpha 32, no dropout by default.
+    """Return settings of small adapters: r 16, alpha 32 and no dropout by default.
+
+    Use it as `lora` of `load_policy` or a recipe; use `Lora` to choose the layers.
 
     Args:
         r: Rank of the adapters.
-        alpha: Their scale, times r.
+        alpha: Scale of the adapters, times r.
         dropout: Share of the adapters' inputs that is dropped, in differentiated forwards only.
-        experts: Adapt each expert of a mixture too.
+        experts: Also adapt each expert of a mixture.
     """
     return Lora(r=r, alpha=alpha, dropout=dropout, experts=experts)
 
 
 def from_peft(config: Any) -> Lora:
-    """The adapters that a peft LoraConfig describes. Raises ValueError on a setting that changes what they compute."""
+    """Return the adapters that a peft LoraConfig describes.
+
+    Raise ValueError for a setting that changes what the adapters compute.
+    """
     kind = type(config).__name__
     if kind != "LoraConfig":
         raise ValueError(f"lora={kind}(...) is of another kind than LoRA; give peft's LoraConfig, or lora_r16")
@@ -81,14 +86,14 @@ def from_peft(config: Any) -> Lora:
 
 
 class LoraLinear(nn.Module):
-    """A linear layer and its fp32 adapter; the adapter's products are in the input's dtype."""
+    """A linear layer and its fp32 adapter, whose products are in the input's dtype."""
 
     def __init__(self, base_layer: nn.Linear, lora: Lora, generator: Generator) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.lora = lora
         self.active = True
-        self.calls = 0  # of dropout: a mask depends on (seed, calls) alone, so that recomputed blocks repeat it
+        self.calls = 0  # of dropout: a mask depends only on (seed, calls), so that recomputed blocks repeat it
         self.seed = int(torch.randint(2**40, (), generator=generator))
         device = base_layer.weight.device
         # Drawn on the host, so that every device starts from the same numbers.
@@ -105,14 +110,14 @@ class LoraLinear(nn.Module):
         return (out + added).to(out.dtype)
 
     def dropped(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
-        if not self.lora.dropout or not torch.is_grad_enabled():  # policies stay in eval mode: train() tells nothing
+        if not self.lora.dropout or not torch.is_grad_enabled():  # always in eval mode: `training` is False
             return x
         self.calls += 1
         keep = keep_mask(x.shape, seed=self.seed, step=self.calls, drop=self.lora.dropout, device=x.device)
         return x * keep / (1 - self.lora.dropout)
 
     def merged(self) -> Float[Tensor, "O I"]:
-        """W + (alpha / r) B A, summed in fp32 and rounded once to W's dtype; differentiable in A and B."""
+        """Return W + (alpha / r) B A, summed in fp32 and rounded once to W's dtype. It is differentiable in A and B."""
         weight = plain_weight(self.base_layer)
         added = whole(self.lora_B.weight).float() @ whole(self.lora_A.weight).float()
         scaled = added.mul_(self.lora.alpha / self.lora.r).float()  # under autocast the product is in 16 bits
@@ -120,8 +125,9 @@ class LoraLinear(nn.Module):
 
 
 class _Float32Backward(torch.autograd.Function):
-    """A frozen layer's bf16 product whose backward is in fp32, and rounded: on a CPU without bf16 products torch takes
-    60 times as long for the transposed one.
+    """A frozen layer's bf16 product whose backward is computed in fp32 and rounded.
+
+    On a CPU without bf16 products torch takes 60 times as long for the transposed product.
     """
 
     @staticmethod
@@ -136,7 +142,7 @@ class _Float32Backward(torch.autograd.Function):
 
 
 def base_product(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a frozen layer gives for x."""
+    """Return a frozen layer's output for x."""
     weight = layer.weight
     emulated = x.device.type == "cpu" and x.dtype == torch.bfloat16 == weight.dtype and not has_bf16_products()
     if emulated and type(layer) is nn.Linear and not weight.requires_grad and not torch.is_autocast_enabled("cpu"):
@@ -171,19 +177,22 @@ class LoraExperts(nn.Module):
         return functional_call(self.base_layer, dict(zip(STACKS, map(self.merged, STACKS), strict=True)), args)
 
     def merged(self, name: str) -> Float[Tensor, "E O I"]:
-        """W + (alpha / r) B A per expert, summed in fp32 and rounded once to W's dtype; differentiable in A and B."""
+        """Return W + (alpha / r) B A per expert, summed in fp32 and rounded once to W's dtype.
+
+        It is differentiable in A and B.
+        """
         weight = whole(getattr(self.base_layer, name).detach())
         added = whole(self.lora_B[name]).float() @ whole(self.lora_A[name]).float()
         return added.mul_(self.lora.alpha / self.lora.r).float().add_(weight).to(weight.dtype)
 
     @torch.no_grad()
     def plain(self, memo: dict[int, Any]) -> nn.Module:
-        """The stock module with the adapters merged; `memo` is deepcopy's."""
+        """Return the stock module with the adapters merged. `memo` is deepcopy's."""
         stacks = {id(getattr(self.base_layer, name)): nn.Parameter(self.merged(name), False) for name in STACKS}
         return copy.deepcopy(self.base_layer, memo | stacks)
 
     def saved(self) -> dict[str, Tensor]:
-        """The adapters as peft names them: its wrapper of the second stack contains its wrapper of the first."""
+        """Return the adapters under peft's names: its wrapper of the second stack contains its wrapper of the first."""
         found = {}
         for place, name in zip((".base_layer", ""), STACKS, strict=True):
             found[f"{place}.lora_A.weight"] = self.lora_A[name].detach().flatten(0, 1)  # (E r, in)
@@ -192,7 +201,7 @@ class LoraExperts(nn.Module):
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Copy tensors in that `saved` returned."""
+        """Copy tensors that `saved` returned into the adapters."""
         for place, name in zip((".base_layer", ""), STACKS, strict=True):
             self.lora_A[name].copy_(state[f"{place}.lora_A.weight"].view_as(self.lora_A[name]))
             stacked = state[f"{place}.lora_B.weight"].unflatten(1, (self.lora.r, -1))  # (out, r, E)
@@ -200,8 +209,10 @@ class LoraExperts(nn.Module):
 
 
 def add_lora(policy: Policy, lora: Lora) -> None:
-    """Put adapters on the policy's module, in place; freeze everything else and free its gradients. Raises ValueError
-    without a layer of a target name, for the output layer, without stacked experts to adapt, or on existing adapters.
+    """Add adapters to the policy's module, in place. Freeze everything else and free its gradients.
+
+    Raise ValueError if no layer has a target name, for the output layer, without stacked experts to adapt, or if the
+    policy already has adapters.
     """
     module = policy.module
     names = lora.targets or policy.spec.lora_targets
@@ -230,24 +241,26 @@ def add_lora(policy: Policy, lora: Lora) -> None:
 
 
 def put(module: nn.Module, layer: nn.Module, other: nn.Module) -> None:
-    """Put another layer in every place of a layer: encoder and decoder may share it."""
+    """Replace a layer by another one everywhere: encoder and decoder may share it."""
     for path in [path for path, each in module.named_modules(remove_duplicate=False) if each is layer]:
         module.set_submodule(path, other)
 
 
 def is_target(path: str, names: Sequence[str]) -> bool:
-    """Whether a layer is named by its full path, or, inside a block, by its last name."""
+    """Return whether `names` has the layer's full path, or, inside a block, its last name."""
     return path in names or (re.search(r"\.\d+\.", path) is not None and path.rpartition(".")[2] in names)
 
 
 def adapted_layers(module: nn.Module) -> dict[str, LoraLinear | LoraExperts]:
+    """Return the layers with adapters, by path."""
     return {path: layer for path, layer in module.named_modules() if isinstance(layer, LoraLinear | LoraExperts)}
 
 
 @contextmanager
 def disable_adapters(module: nn.Module) -> Iterator[None]:
+    """Leave the adapters out of the forwards in the block."""
     layers = adapted_layers(module).values()
-    before = [layer.active for layer in layers]  # an outer block may have disabled some already
+    before = [layer.active for layer in layers]  # an outer block may already have disabled some
     for layer in layers:
         layer.active = False
     try:
@@ -258,7 +271,10 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
 
 
 def without_adapters(policy: Policy) -> Policy:
-    """A policy on the same weights without adapters; ValueError without any: training would change the reference."""
+    """Return a policy on the same weights without adapters.
+
+    Raise ValueError for a policy without adapters, because training would change the reference.
+    """
     if not adapted_layers(policy.module):
         raise ValueError(f"{type(policy.module).__name__} has no adapters to leave out; keep a copy as the reference")
     spec = policy.spec
@@ -273,17 +289,17 @@ def _without(f: Callable[..., Tensor], module: nn.Module, *args: Any, **kwargs: 
 
 
 def base_of(layer: Any) -> Any:
-    """The layer below the adapters; the layer itself without any."""
+    """Return the layer below the adapters, or the layer itself without any."""
     return layer.base_layer if isinstance(layer, LoraLinear | LoraExperts) else layer
 
 
 def is_extra(layer: nn.Module) -> bool:
-    """Whether a layer has adapters or bitsandbytes weights."""
+    """Return whether a layer has adapters or bitsandbytes weights."""
     return base_of(layer) is not layer or is_bitsandbytes(layer)
 
 
 def linear_of(weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None) -> nn.Linear:
-    """A layer of these tensors, not copied; the weight is frozen."""
+    """Return a layer with these tensors, not copied. The weight is frozen."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")  # meta: draws no random weights
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = cast(Any, bias)
@@ -291,12 +307,13 @@ def linear_of(weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None) ->
 
 
 def is_bitsandbytes(layer: nn.Module) -> bool:
+    """Return whether a layer has bitsandbytes weights."""
     return isinstance(layer, nn.Linear) and type(layer.weight).__module__.startswith("bitsandbytes")
 
 
 @torch.no_grad()
 def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
-    """A linear layer's weight: dequantised from bitsandbytes, gathered if sharded."""
+    """Return a linear layer's weight, dequantized from bitsandbytes and gathered if sharded."""
     if not is_bitsandbytes(layer):
         return whole(layer.weight.detach())
     weight: Any = layer.weight
@@ -310,7 +327,10 @@ def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
 
 
 def is_stacked(layer: nn.Module) -> bool:
-    """Whether a module, adapted or not, stores gated experts without biases as two stacks (E, out, in)."""
+    """Return whether a module, with or without adapters, stores gated experts as two stacks (E, out, in).
+
+    The experts have no biases.
+    """
     layer = base_of(layer)
     stacks = [getattr(layer, name, None) for name in STACKS]
     return (
@@ -322,11 +342,11 @@ def is_stacked(layer: nn.Module) -> bool:
 
 
 def adapter_state(policy: Policy) -> dict[str, Tensor]:
-    """The adapters' tensors under peft's names, built from the authors' module names."""
+    """Return the adapters' tensors under peft's names, built from the authors' module names."""
     out: dict[str, Tensor] = {}
     names = backwards(policy.spec)
     for path, layer in adapted_layers(policy.module).items():
-        if isinstance(layer, LoraExperts):  # a stock class's own names: the authors have no stacks
+        if isinstance(layer, LoraExperts):  # the stock class's names: the authors have no stacks
             out |= {f"{PREFIX}{path}{name}": tensor for name, tensor in layer.saved().items()}
             continue
         stem = renamed(f"{path}.weight", names).removesuffix(".weight")
@@ -336,11 +356,17 @@ def adapter_state(policy: Policy) -> dict[str, Tensor]:
 
 
 def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = None) -> None:
-    """Write the adapters as peft's adapter_model.safetensors and adapter_config.json, by which `load_policy` opens them
-    with their base. Raises ValueError without any.
+    """Write the adapters as peft's adapter_model.safetensors and adapter_config.json.
+
+    Call it to save adapters without their base; `load_policy` opens the folder together with the base.
 
     Args:
-        base: Folder or hub's id of the weights that they belong to; None: the folder that the policy was loaded from.
+        policy: Policy with adapters.
+        directory: Folder to write, created if missing.
+        base: Folder or hub id of the base's weights. None: the folder that the policy was loaded from.
+
+    Raises:
+        ValueError: The policy has no adapters.
     """
     lora = policy.lora
     if lora is None:
@@ -348,7 +374,7 @@ def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = No
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = adapter_state(policy)
-    calls = next(iter(adapted_layers(policy.module).values())).calls  # layers count dropout masks alike
+    calls = next(iter(adapted_layers(policy.module).values())).calls  # all layers have the same count of dropout masks
     metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)} | base_form(policy.module)
     stored = {name: tensor.cpu().clone() for name, tensor in state.items()}
     save_file(stored, directory / "adapter_model.safetensors", metadata)
@@ -368,7 +394,7 @@ def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = No
 
 
 def base_form(module: nn.Module) -> dict[str, str]:
-    """How the base of a module's adapters is held: its dtype, and bitsandbytes' kind."""
+    """Return the form of the adapters' base: its dtype, and bitsandbytes' kind."""
     form = {"dtype": str(next(module.parameters()).dtype).removeprefix("torch.")}
     packed = next((layer for layer in map(base_of, module.modules()) if is_bitsandbytes(layer)), None)
     return (
@@ -377,7 +403,10 @@ def base_form(module: nn.Module) -> dict[str, str]:
 
 
 def load_adapter(policy: Policy, directory: str | Path) -> None:
-    """Put saved adapters, ours or peft's, on the policy in place; ValueError on other methods or unfitting tensors."""
+    """Load saved adapters, of this library or of peft, into the policy in place.
+
+    Raise ValueError for other methods or tensors that do not fit.
+    """
     directory = Path(directory)
     config, state, metadata = read_adapter(directory)
     plain: dict[str, Any] = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none"}
@@ -388,7 +417,7 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
             raise ValueError(f"{directory}: {field}={config[field]!r} is not supported; only {field}={value!r} is")
     start = config.get("init_lora_weights")
     if start not in (None, True, False, "gaussian", "eva", "orthogonal"):
-        # PiSSA, OLoRA and their like subtract the first adapters from the base, which here is the unchanged one.
+        # PiSSA, OLoRA and similar methods subtract the first adapters from the base; the base here is unchanged.
         raise ValueError(
             f"{directory}: init_lora_weights={start!r} changed the base too, which is not supported; save the adapters "
             "as plain LoRA (peft's path_initial_model_for_weight_conversion)"
@@ -397,13 +426,13 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
     paths = tuple(
         sorted(renamed(f"{stem}.weight", policy.spec.tensor_names).removesuffix(".weight") for stem in linear)
     )
-    # Before an adapter is made, whose size r alone sets.
+    # Checked before an adapter is made, because only r sets its size.
     if (needed := config["r"] * _width(policy.module, paths, experts)) > sum(map(Tensor.numel, state.values())):
         raise ValueError(
             f"{directory}: r={config['r']} needs {needed:,} numbers, and fewer are there; give other adapters"
         )
     settings = {"r": config["r"], "alpha": float(config["lora_alpha"]), "dropout": float(config["lora_dropout"])}
-    # peft's files have no seed: it matters for dropout alone, since A and B are overwritten.
+    # peft's files have no seed: it matters only for dropout, since A and B are overwritten.
     add_lora(policy, Lora(**settings, targets=paths, experts=bool(experts), seed=int(metadata.get("seed", 0))))
     have = adapter_state(policy)
     if odd := misfits(state, have):
@@ -418,7 +447,7 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
 
 
 def _width(module: nn.Module, linear: Sequence[str], experts: Sequence[str]) -> int:
-    """Numbers that adapters of rank 1 have on these layers, of those that the module has."""
+    """Return how many numbers adapters of rank 1 have on those of these layers that the module has."""
     layers = dict(module.named_modules())
     found = [layers[path] for path in linear if isinstance(layers.get(path), nn.Linear)]
     mixed = [layers[path] for path in experts if path in layers and is_stacked(layers[path])]
@@ -427,7 +456,10 @@ def _width(module: nn.Module, linear: Sequence[str], experts: Sequence[str]) -> 
 
 
 def _paths(state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Paths of linear layers, and of experts: two parameters of one module, which peft wraps one inside the other."""
+    """Return the paths of linear layers and of experts, which are two parameters of one module.
+
+    peft wraps one inside the other.
+    """
     stems = {name.split(".lora_")[0].removeprefix(PREFIX) for name in state}
     experts = sorted(stem for stem in stems if f"{stem}.base_layer" in stems)
     return sorted(stems - {f"{path}{part}" for path in experts for part in ("", ".base_layer")}), experts

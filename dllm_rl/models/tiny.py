@@ -18,7 +18,10 @@ EOS = "<eos>"
 
 
 def char_tokenizer(characters: str) -> PreTrainedTokenizerBase:
-    """One token per character, after <pad> 0, <mask> 1, <eos> 2; an unknown one raises. Decoding is exact."""
+    """Return a tokenizer with one token per character, after <pad> 0, <mask> 1, <eos> 2.
+
+    An unknown character raises. Decoding is exact.
+    """
     vocabulary = {token: i for i, token in enumerate([PAD, MASK, EOS, *dict.fromkeys(characters)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # `.` leaves out newlines
@@ -41,15 +44,19 @@ def tiny_masked_lm(
     head_std: float = 0.02,
     gain: float = 0.7,
 ) -> Policy:
-    """A pre-norm RoBERTa: bidirectional, with learned positions, which learn a grid fastest.
+    """Make a small masked-diffusion policy with random weights: a pre-norm RoBERTa.
+
+    Use it for tests and for training in minutes; its learned positions learn a grid fastest. Use `tiny_llama` for a
+    model in the layout of LLaDA.
 
     Args:
         characters: All characters of prompts and completions, one token each.
+        seed: Seed of the weights.
         hidden_size: Width of the model.
-        num_layers: Blocks.
-        num_heads: Attention heads of a block.
+        num_layers: Number of blocks.
+        num_heads: Number of attention heads of a block.
         intermediate_size: Width between a block's two feed-forward layers.
-        max_length: Longest prompt plus completion, tokens.
+        max_length: Longest prompt plus completion, in tokens.
         embedding_std: Initial standard deviation of the embeddings.
         head_std: Initial standard deviation of the head.
         gain: Initial standard deviation of the other weights, times sqrt(inputs).
@@ -81,17 +88,20 @@ def tiny_llama(
     head_std: float = 0.02,
     gain: float = 0.7,
 ) -> Policy:
-    """A Llama: causal, or with `causal=False` un-causaled, in the layout of LLaDA.
+    """Make a small Llama policy with random weights: causal, or bidirectional in the layout of LLaDA.
+
+    Use it to test code for causal models, or for models with rotary positions.
 
     Args:
-        causal: An autoregressive model, or a masked-diffusion one.
-        rope_theta: Base of the rotary positions' wavelengths.
         characters: All characters of prompts and completions, one token each.
+        causal: True for an autoregressive model, False for a masked-diffusion one.
+        seed: Seed of the weights.
         hidden_size: Width of the model.
-        num_layers: Blocks.
-        num_heads: Attention heads of a block.
+        num_layers: Number of blocks.
+        num_heads: Number of attention heads of a block.
         intermediate_size: Width between a block's two feed-forward layers.
-        max_length: Longest prompt plus completion, tokens.
+        max_length: Longest prompt plus completion, in tokens.
+        rope_theta: Base of the rotary positions' wavelengths.
         embedding_std: Initial standard deviation of the embeddings.
         head_std: Initial standard deviation of the head.
         gain: Initial standard deviation of the other weights, times sqrt(inputs).
@@ -120,19 +130,22 @@ def tiny_moe(
     head_std: float = 0.02,
     gain: float = 0.7,
 ) -> Policy:
-    """A Qwen3-MoE with experts in every block: un-causaled, in the layout of LLaDA-MoE, or causal.
+    """Make a small Qwen3-MoE policy with random weights: bidirectional in the layout of LLaDA-MoE, or causal.
+
+    Use it to test code for mixtures of experts; every block has experts.
 
     Args:
-        causal: An autoregressive model, or a masked-diffusion one.
-        num_experts: Experts of a block.
-        num_experts_per_tok: Experts of a token.
-        rope_theta: Base of the rotary positions' wavelengths.
         characters: All characters of prompts and completions, one token each.
+        causal: True for an autoregressive model, False for a masked-diffusion one.
+        seed: Seed of the weights.
         hidden_size: Width of the model.
-        num_layers: Blocks.
-        num_heads: Attention heads of a block.
+        num_layers: Number of blocks.
+        num_heads: Number of attention heads of a block.
         intermediate_size: Width between an expert's layers.
-        max_length: Longest prompt plus completion, tokens.
+        num_experts: Number of experts of a block.
+        num_experts_per_tok: Number of experts of a token.
+        max_length: Longest prompt plus completion, in tokens.
+        rope_theta: Base of the rotary positions' wavelengths.
         embedding_std: Initial standard deviation of the embeddings.
         head_std: Initial standard deviation of the head.
         gain: Initial standard deviation of the other weights, times sqrt(inputs).
@@ -170,23 +183,26 @@ def tiny_diffusion_gemma(
     embedding_std: float = 0.1,
     gain: float = 0.7,
 ) -> Policy:
-    """A DiffusionGemma: an encoder of the text, and a decoder that predicts a canvas of random tokens.
+    """Make a small DiffusionGemma policy with random weights: an encoder of the text, and a decoder of a noisy canvas.
+
+    Use it to test `renoise`.
 
     Args:
         characters: All characters of prompts and completions, one token each.
+        seed: Seed of the weights.
         hidden_size: Width of the model.
-        num_layers: Blocks; the last has full attention, and those before it a sliding window.
-        num_heads: Attention heads of a block.
+        num_layers: Number of blocks. The last has full attention, the others a sliding window.
+        num_heads: Number of attention heads of a block.
         intermediate_size: Width between a block's two feed-forward layers.
-        num_experts: Experts of a block, beside these.
-        num_experts_per_tok: Experts of a token.
+        num_experts: Number of experts of a block, in addition to the feed-forward layers.
+        num_experts_per_tok: Number of experts of a token.
         expert_size: Width between an expert's layers.
-        canvas_length: Tokens that are denoised together.
-        sliding_window: Tokens that a sliding layer's encoder sees.
-        softcap: The logits' largest absolute value.
-        max_length: Longest prompt plus completion, tokens.
+        canvas_length: Number of tokens that are denoised together.
+        sliding_window: Number of tokens that a sliding layer's encoder sees.
+        softcap: Largest absolute value of the logits.
+        max_length: Longest prompt plus completion, in tokens.
         rope_theta: Base of the rotary positions' wavelengths.
-        embedding_std: Initial standard deviation of the embeddings, which are the head's weights too.
+        embedding_std: Initial standard deviation of the embeddings, which are also the head's weights.
         gain: Initial standard deviation of the other weights, times sqrt(inputs).
     """
     tokenizer = char_tokenizer(characters)
@@ -207,7 +223,7 @@ def tiny_diffusion_gemma(
         "final_logit_softcapping": softcap,
         "tie_word_embeddings": True,
     }
-    # The class has a vision model, whose default is of 167 million weights.
+    # The class has a vision model, whose default has 167 million weights.
     vision: dict[str, Any] = {
         "model_type": "gemma4_vision",
         "hidden_size": 8,
@@ -243,8 +259,8 @@ def _fields(
 
 @torch.no_grad()
 def _made(make: Callable, config: Any, tokenizer: PreTrainedTokenizerBase, seed: int, *scales: float) -> Any:
-    """The policy of a module with random weights: matrices within blocks have the std gain / sqrt(fan_in)."""
-    from dllm_rl.models.policy import make_policy  # here, for the same reason
+    """Return the policy of a module with random weights. Matrices in blocks have the std gain / sqrt(fan_in)."""
+    from dllm_rl.models.policy import make_policy  # here: an import at the top takes seconds
 
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global RNG
         module = make(config)

@@ -31,15 +31,15 @@ _SAME = (
 
 
 def _fields(raw: dict, **more: Any) -> dict:
-    """Config fields under the stock classes' names, token ids, rotary parameters, and `more`."""
-    # None, too: a class's default ids belong to another vocabulary.
+    """Return config fields under the stock classes' names, token ids, rotary parameters, and `more`."""
+    # None is passed too: a class's default ids belong to another vocabulary.
     ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")}
     same = {key: raw[key] for key in _SAME if raw.get(key) is not None}
     return same | ids | {"rope_parameters": rope_parameters(raw), "is_causal": False, "use_cache": False} | more
 
 
 def _refuse(raw: dict, **supported: Any) -> None:
-    """Raise ValueError on a field whose value is not the one that the stock class computes."""
+    """Raise ValueError for a field whose value differs from the one that the stock class computes."""
     for key, value in supported.items():
         if raw.get(key) not in (None, value):
             raise ValueError(
@@ -69,7 +69,7 @@ def llada(raw: dict) -> tuple[type, LlamaConfig]:
 
 
 def llada_moe(raw: dict) -> tuple[type, Qwen3MoeConfig]:
-    """LLaDA-MoE-7B-A1B: a Qwen3-MoE whose chosen experts' weights are not normalised."""
+    """LLaDA-MoE-7B-A1B: a Qwen3-MoE whose chosen experts' weights are not normalized."""
     if raw.get("moe_router_enable_expert_bias"):
         raise ValueError(
             "moe_router_enable_expert_bias=True adds the bias to the experts' weights, which is not supported; "
@@ -253,7 +253,7 @@ A2D = FamilySpec(
     mask_names=("<|mask|>",),
     end_tokens=("<|im_end|>",),
 )
-# The published configs of bd3lm and mdlm are alike: only a block size that is given says which one it is.
+# The published configs of bd3lm and mdlm are the same: only a block size distinguishes them.
 A2D_BLOCKS = replace(
     A2D, name="a2d_blocks", attention="block_causal", config_test=lambda raw: bool(raw.get("block_size"))
 )
@@ -316,21 +316,31 @@ SHIFTED_DIFFUSION_LM = replace(
 )
 CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, architectures=("*ForCausalLM", "*LMHeadModel"))
 
-# The first family that recognises a config is used: specific families come first.
+# The first family that matches a config is used: specific families come first.
 FAMILIES = [LLADA, ILLADA, LLADA_MOE, LLADA2, DREAM, SDAR, RND1, STABLE_DIFFCODER, A2D_BLOCKS, A2D]
 FAMILIES += [NEMOTRON_AR, NEMOTRON, DIFFUSION_GEMMA]
 FAMILIES += [ROBERTA, MASKED_LM, SHIFTED_DIFFUSION_LM, DIFFUSION_LM, CAUSAL_LM]
 
 
 def register_family(spec: FamilySpec) -> None:
-    """Add a family that `load_policy` tries first, in place of one of its name; ValueError without `architectures`."""
+    """Add a family of checkpoints, which `load_policy` tries first. It replaces a family of the same name.
+
+    Call it before `load_policy` for an architecture that the library does not know; use `make_policy` for a single
+    module.
+
+    Args:
+        spec: FamilySpec with `architectures`.
+
+    Raises:
+        ValueError: The spec has no `architectures`.
+    """
     if not spec.architectures:
         raise ValueError(f"architectures=() of the family {spec.name!r}: name the class that its config.json names")
     FAMILIES[:] = [spec, *(family for family in FAMILIES if family.name != spec.name)]
 
 
 def stock_class(raw: dict) -> Any:
-    """The class that a config's `architectures` names, in transformers or its Auto classes; else None."""
+    """Return the class that a config's `architectures` names, in transformers or its Auto classes, or None."""
     architecture = (raw.get("architectures") or [""])[0]
     kind = raw.get("model_type", "")
     if kind in transformers.CONFIG_MAPPING:
@@ -338,17 +348,17 @@ def stock_class(raw: dict) -> Any:
         causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         for mapping in (masked, causal, transformers.MODEL_MAPPING):
             found: Any = mapping.get(transformers.CONFIG_MAPPING[kind], None)
-            # An Auto class may map the config to another class than the checkpoint's.
+            # An Auto class may map the config to a class that is not the checkpoint's.
             if getattr(found, "__name__", None) == architecture:
                 return found
     return getattr(transformers, architecture, None)
 
 
 def find_family(raw: dict) -> FamilySpec:
-    """The family of a checkpoint's config fields. Raises ValueError for an unknown one."""
+    """Return the family of a checkpoint's config fields. Raise ValueError for an unknown one."""
     architecture = (raw.get("architectures") or [None])[0]
     for family in FAMILIES:
-        # A checkpoint's custom class may be called ...ForCausalLM too.
+        # A checkpoint's custom class may also be called ...ForCausalLM.
         if family.matches(raw) and (family.stock_model or stock_class(raw) is not None):
             return family
     if raw.get("model_type") == "diffusion_gemma":
