@@ -1,7 +1,7 @@
-"""Models whose noise is random tokens (DiffusionGemma): an encoder reads what is written, a decoder predicts a canvas.
+"""Models whose noise is random tokens (DiffusionGemma): an encoder reads the text, a decoder predicts a canvas.
 
-The encoder is causal and fills a cache of keys and values. The decoder reads the cache, sees its whole canvas, and is
-conditioned on the logits of the step before (self-conditioning). Both have the same weights, but for the decoder's
+The encoder is causal and fills a cache of keys and values. The decoder reads the cache, sees its full canvas, and is
+conditioned on the logits of the step before (self-conditioning). Both have the same weights, except for the decoder's
 layers of the self-conditioning. `encode` of such a family is called in two ways:
 
     encode(module, tokens, attention_mask, positions, [cache, use_cache=True])    the encoder; fills the cache
@@ -32,8 +32,9 @@ def encode_denoiser(
     previous: Float[Tensor, "B T V"] | None = None,
     conditioned: Bool[Tensor, " B"] | None = None,
 ) -> States:
-    """DiffusionGemma's encoder, or with a cache that is only read its decoder; text alone. attention_mask None: no
-    padding. conditioned: the rows that see `previous`; None: all.
+    """Run DiffusionGemma's encoder, or, with a cache that is only read, its decoder. Only text is supported.
+
+    With attention_mask None there is no padding. `conditioned` marks the rows that see `previous`; None: all.
     """
     kept = {} if cache is None else {CACHE: cache}
     if cache is None or use_cache:
@@ -50,19 +51,21 @@ def encode_denoiser(
 
 
 def softcapped_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-    """Cap * tanh(logits / cap), in fp32 or fp64, as transformers' `forward` computes it."""
+    """Return cap * tanh(logits / cap), in fp32 or fp64, as transformers' `forward` computes it."""
     cap = module.final_logit_softcapping
     return torch.tanh(wide(module.get_output_embeddings()(hidden)) / cap) * cap
 
 
 def share_layers(module: Module) -> None:
-    """Let encoder and decoder hold the same layers, in place, where they hold the same weights: a quantised or adapted
-    layer is then both sides' own. transformers ties the weights alone, and keeps two layers around them.
+    """Make encoder and decoder share the layers whose weights they share, in place.
+
+    A quantized or adapted layer then serves both sides. transformers ties only the weights, and keeps two layers around
+    them.
     """
     reader, writer = module.model.encoder.language_model, module.model.decoder
     for name, layer in list(reader.named_modules()):
         if not name or any(layer is each for each in writer.modules()):
-            continue  # the inside of a layer that is shared already
+            continue  # inside a layer that is already shared
         try:
             other = writer.get_submodule(name)
         except AttributeError:
@@ -75,11 +78,11 @@ def share_layers(module: Module) -> None:
 
 @dataclass
 class Prefix:
-    """What the encoder has read of R rows: its cache, and which of the columns are no padding.
+    """The columns that the encoder has read of R rows: its cache, and which columns are not padding.
 
     Args:
-        cache: Transformers' DynamicCache.
-        mask: (R, S), False on padding.
+        cache: DynamicCache of transformers.
+        mask: Columns (R, S), False on padding.
     """
 
     cache: Any
@@ -92,13 +95,13 @@ class Prefix:
         return cls(cache, torch.zeros(rows, 0, dtype=torch.bool, device=policy.device))
 
     def read(self, policy: Policy, tokens: Int[Tensor, "R N"], mask: Bool[Tensor, "R N"]) -> Float[Tensor, "R N D"]:
-        """Append columns, of which `mask` is False on padding; returns the encoder's states of them."""
+        """Append columns, with `mask` False on padding, and return the encoder's states of them."""
         self.mask = torch.cat([self.mask, mask], dim=1)
         positions = position_ids(self.mask)[:, -tokens.shape[1] :]
         return policy.encode(tokens, self.mask, positions, cache=self.cache, use_cache=True)
 
     def keep(self, rows: Int[Tensor, " K"]) -> None:
-        """Keep these rows, in this order; a row may be repeated."""
+        """Select these rows, in this order. A row may be repeated."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
 
@@ -109,8 +112,10 @@ class Prefix:
         previous: Float[Tensor, "R C V"] | None,
         conditioned: Bool[Tensor, " R"] | None = None,
     ) -> Float[Tensor, "R C D"]:
-        """The decoder's states of a canvas behind these columns. previous: the logits of the step before, as
-        `conditioning` keeps them; conditioned: the rows that see them, None: all.
+        """Return the decoder's states of a canvas after these columns.
+
+        `previous` has the logits of the step before, as `conditioning` returns them. `conditioned` marks the rows that
+        see them; None: all.
         """
         mask = torch.cat([self.mask, torch.ones_like(canvas, dtype=torch.bool)], dim=1)
         positions = position_ids(mask)[:, -canvas.shape[1] :]
@@ -124,14 +129,17 @@ class Prefix:
         previous: Float[Tensor, "R C V"] | None,
         temperature: float,
     ) -> Float[Tensor, "R C V"]:
-        """The head of `states`, divided by the temperature: fp32, or fp64 if the head's are. Sampler and scoring both
-        come here.
+        """Return the head of `states`, divided by the temperature: fp32, or fp64 if the head's logits are.
+
+        Sampler and scoring both use this function.
         """
         return wide(policy.head(self.states(policy, canvas, previous))) / temperature
 
     def cut(self) -> list[tuple[Tensor, Tensor]]:
-        """Put leaves in the place of the cache's tensors; returns (tensor, its leaf). Gradients then gather in the
-        leaves, so that many backwards of the decoder go through the encoder once: see `backward_through`.
+        """Replace the cache's tensors by leaves, and return pairs (tensor, its leaf).
+
+        Gradients then accumulate in the leaves, so that many backwards of the decoder go through the encoder once: see
+        `backward_through`.
         """
         pairs = []
         for layer in self.cache.layers:
@@ -144,7 +152,7 @@ class Prefix:
 
 
 def backward_through(cuts: list[list[tuple[Tensor, Tensor]]]) -> None:
-    """Carry the gradients of each cut's leaves into the encoder; the last cut first, as it was read last."""
+    """Propagate the gradients of each cut's leaves into the encoder. The last cut comes first, as it was read last."""
     for pairs in reversed(cuts):
         reached = [(whole, leaf.grad) for whole, leaf in pairs if leaf.grad is not None and whole.requires_grad]
         if reached:
@@ -152,11 +160,11 @@ def backward_through(cuts: list[list[tuple[Tensor, Tensor]]]) -> None:
 
 
 def conditioning(policy: Policy, logits: Float[Tensor, "R C V"]) -> Float[Tensor, "R C V"]:
-    """A step's logits as the next step gets them: in the weights' dtype."""
+    """Return a step's logits as the next step receives them: in the weights' dtype."""
     return logits.to(next(p for p in policy.module.parameters() if p.is_floating_point()).dtype)
 
 
 def has_images(module: nn.Module, tokens: Int[Tensor, "P S"]) -> bool:
-    """Whether the prompts hold the token that stands for an image."""
+    """Return whether the prompts contain the token that represents an image."""
     image = getattr(getattr(module, "config", None), "image_token_id", None)
     return image is not None and bool((tokens == image).any())

@@ -1,4 +1,4 @@
-"""A module's tensors with adapters merged: what a checkpoint saves and loads, and a sync writes. Custom modules too."""
+"""A module's tensors with adapters merged, for checkpoints and syncs. Custom modules are supported too."""
 
 import copy
 from collections.abc import Container, Iterator
@@ -25,23 +25,23 @@ from dllm_rl.models.lora import (
 
 
 def has_extras(module: nn.Module) -> bool:
-    """Whether a layer of the module has adapters or bitsandbytes weights."""
+    """Return whether a layer of the module has adapters or bitsandbytes weights."""
     return any(map(is_extra, module.modules()))
 
 
 def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and layers, without the parts of adapted layers."""
+    """Return names and layers, without the inner layers of adapted ones."""
     parts = {f"{path}.{part}" for path in adapted_layers(module) for part in ("base_layer", "lora_A", "lora_B")}
     return ((name, layer) for name, layer in module.named_modules() if name not in parts)
 
 
 def layers_of(module: Module) -> Module:
-    """The module itself; of a sharded one, the layers without weights."""
+    """Return the module, or, if it is sharded, its layers without weights."""
     return module.sharding.plain if hasattr(module, "sharding") else module
 
 
 def merged_tensor(layer: Any, kind: str) -> Tensor:
-    """A layer's tensor, adapters merged (differentiable) and bitsandbytes weights dequantised; else its own."""
+    """Return a layer's tensor, with adapters merged (differentiable) and bitsandbytes weights dequantized."""
     if isinstance(layer, LoraExperts):
         return layer.merged(kind)
     if kind == "weight" and is_extra(layer):
@@ -51,7 +51,10 @@ def merged_tensor(layer: Any, kind: str) -> Tensor:
 
 @torch.no_grad()
 def merged_state(module: nn.Module, skip: Container[str] = (), lasting: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """(name without adapters, `merged_tensor`), one at a time, except `skip`; lasting: what a checkpoint contains."""
+    """Yield (name without adapters, `merged_tensor`), one at a time, except `skip`.
+
+    With `lasting`, only the tensors of a checkpoint.
+    """
     for path, layer in plain_layers(module):
         own = base_of(layer)
         left = own._non_persistent_buffers_set if lasting else ()
@@ -63,7 +66,7 @@ def merged_state(module: nn.Module, skip: Container[str] = (), lasting: bool = F
 
 @torch.no_grad()
 def merged_later(module: nn.Module) -> dict[str, Later]:
-    """What `merged_state` yields of a checkpoint, each tensor made when it is written."""
+    """Return the tensors of a checkpoint as `merged_state` names them, each made when it is written."""
     found = {}
     for path, layer in plain_layers(module):
         own = base_of(layer)
@@ -71,7 +74,7 @@ def merged_later(module: nn.Module) -> dict[str, Later]:
             if kind in own._non_persistent_buffers_set:
                 continue
             shape, dtype = tuple(tensor.shape), tensor.dtype
-            if kind == "weight" and is_bitsandbytes(own):  # its tensor is of codes
+            if kind == "weight" and is_bitsandbytes(own):  # its tensor has codes
                 shape = (own.out_features, own.in_features)
                 dtype = getattr(getattr(tensor, "quant_state", None), "dtype", torch.float32)
             make = torch.no_grad()(partial(merged_tensor, layer, kind))
@@ -81,11 +84,11 @@ def merged_later(module: nn.Module) -> dict[str, Later]:
 
 @torch.no_grad()
 def merged_copy(module: Module, *, device: torch.device | str | None = None) -> Module:
-    """A copy with `merged_state` in ordinary layers; `device` None keeps each tensor's device."""
-    memo: dict[int, Any] = {}  # deepcopy takes an object's entry in the memo instead of copying the object
+    """Return a copy with `merged_state` in ordinary layers. With `device` None each tensor keeps its device."""
+    memo: dict[int, Any] = {}  # deepcopy uses an object's entry in the memo instead of copying the object
     for _, layer in plain_layers(module):
         if is_extra(layer):
-            memo[id(layer)] = _plain(layer, memo).to(device)  # one by one: a device holds one layer twice
+            memo[id(layer)] = _plain(layer, memo).to(device)  # one by one: a device stores one layer twice
             continue
         for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
             memo[id(tensor)] = _like(tensor, tensor.detach().to(device or tensor.device, copy=True))
@@ -96,9 +99,12 @@ def merged_copy(module: Module, *, device: torch.device | str | None = None) -> 
 
 @torch.no_grad()
 def merge_lora(policy: Policy) -> None:
-    """Merge the policy's adapters into its weights, in place; all weights become trainable."""
+    """Merge the policy's adapters into its weights, in place. All weights become trainable.
+
+    Call it to train the full weights after adapters, or before `add_lora` with new ones.
+    """
     module = policy.module
-    memo = {id(tensor): tensor for tensor in module.parameters()}  # a bias stays what it is
+    memo = {id(tensor): tensor for tensor in module.parameters()}  # a bias does not change
     for _, layer in list(plain_layers(module)):
         if is_extra(layer):
             put(module, layer, _plain(layer, memo))
@@ -108,7 +114,7 @@ def merge_lora(policy: Policy) -> None:
 
 
 def _plain(layer: Any, memo: dict[int, Any]) -> nn.Module:
-    """An ordinary layer for an adapted or low-bit one; `memo` is deepcopy's."""
+    """Return an ordinary layer for one with adapters or low-bit weights. `memo` is deepcopy's."""
     if isinstance(layer, LoraExperts):
         return layer.plain(memo)
     return linear_of(merged_tensor(layer, "weight"), copy.deepcopy(base_of(layer).bias, memo))
@@ -127,7 +133,7 @@ def forget_quantizer(module: nn.Module) -> None:
 
 @torch.no_grad()
 def own_tensors(module: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """A module's parameters and persistent buffers, adapters merged; a tied tensor under its first name."""
+    """Return a module's parameters and persistent buffers, adapters merged. A tied tensor has its first name."""
     own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     seen: set[int] = set()
     found = {}
@@ -135,18 +141,21 @@ def own_tensors(module: nn.Module, device: torch.device | str | None = None) -> 
         if id(tensor) in seen:
             continue
         seen |= own & {id(tensor)}  # a merged tensor is new: its id may return after it is freed
-        found[name] = tensor if device is None else tensor.detach().to(device)  # the module's holds one extra tensor
+        found[name] = tensor if device is None else tensor.detach().to(device)  # one extra tensor at a time
     return found
 
 
 @torch.no_grad()
 def host_copy(module: Module, *, keep: bool = True) -> Module | None:
-    """A copy on the host, adapters unmerged, by all processes of a sharded module together; None without `keep`."""
+    """Return a copy on the host, adapters unmerged, or None without `keep`.
+
+    For a sharded module this is a collective: every process must call it.
+    """
     layers = layers_of(module)
     memo: dict[int, Any] = {}
     tensors = chain(module.parameters(), module.buffers())
     for tensor, place in zip(tensors, chain(layers.parameters(), layers.buffers()), strict=True):
-        value = whole(tensor.detach())  # the device holds one gathered tensor at a time
+        value = whole(tensor.detach())  # the device stores one gathered tensor at a time
         if keep:
             memo[id(place)] = _like(tensor, value.to("cpu", copy=True))
     if not keep:

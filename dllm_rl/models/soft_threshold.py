@@ -1,11 +1,10 @@
-"""The probability of the sets that `soft_threshold` writes: every masked position of the open block is an independent
-draw [ours].
+"""The probability of the sets that `soft_threshold` writes: every masked position is an independent draw [ours].
 
-Position j is written with probability q_j = sigmoid((logit p_j - logit tau) / temperature), p_j the model's own
-probability of its likeliest token. The set is drawn again while it is empty, so that a step writes a set S with
+Position j of the open block is written with probability q_j = sigmoid((logit p_j - logit tau) / temperature), p_j the
+model's probability of its likeliest token. The set is redrawn while it is empty, so that a step writes a set S with
     log P(S | state) = sum_{j in S} log q_j + sum_{j not in S} log(1 - q_j) - log(1 - prod_j (1 - q_j)).
 P is a smooth function of the logits. If an empty set were replaced by the most confident position, P would jump where
-two positions change places in confidence, and no gradient of log P sees a jump.
+two positions swap their order of confidence, and no gradient of log P sees a jump.
 """
 
 import math
@@ -18,14 +17,14 @@ from torch import Tensor
 from dllm_rl.models.logprobs import invert
 from dllm_rl.models.order import members
 
-SUREST = -1e-4  # nats; a higher log p counts as this one, as rounding leaves few digits of 1 - p
+SUREST = -1e-4  # nats; a higher log p is clamped to this one, as rounding leaves few digits of 1 - p
 NEVER = -1e4  # nats, far below any log q; finite, as gradients of log-sums of -inf are NaN
 
 
 def log_chances(
     logprobs: Float[Tensor, "*K"], *, tau: float, temperature: float
 ) -> tuple[Float[Tensor, "*K"], Float[Tensor, "*K"]]:
-    """Log q and log(1 - q), given log p; nats."""
+    """Return log q and log(1 - q) of log p, in nats."""
     sure = logprobs.clamp(max=SUREST)
     odds = sure - torch.expm1(sure).neg().log()
     z = (odds - math.log(tau) + math.log1p(-tau)) / temperature
@@ -40,7 +39,7 @@ def drawn_set(
     tau: float,
     temperature: float,
 ) -> Bool[Tensor, "R L"]:
-    """A set S of the masked positions of each row, drawn with P(S); a row without masked positions gets none."""
+    """Draw a set S of the masked positions of each row with P(S). A row without masked positions gets none."""
     yes, no = log_chances(logprobs.double(), tau=tau, temperature=temperature)
     no = no.masked_fill(~masked, 0)
     first = (yes + no.cumsum(-1) - no).masked_fill(~masked, -torch.inf)  # log-prob that j is the leftmost of S
@@ -48,7 +47,7 @@ def drawn_set(
     begin = masked.long().argmax(-1, keepdim=True)
     at = invert((first - first.amax(-1, keepdim=True)).exp(), uniforms.gather(-1, begin)[:, 0].double())[:, None]
     place = torch.arange(masked.shape[1], device=masked.device)
-    # The positions behind the leftmost are independent. The number that drew it belongs to none of them.
+    # The positions after the leftmost are independent, and none of them uses the number that drew the leftmost.
     return masked & ((place == at) | (place > at) & (uniforms < yes.exp()))
 
 
@@ -61,7 +60,7 @@ def set_logprobs(
     tau: float,
     temperature: float,
 ) -> Float[Tensor, " C"]:
-    """Log P(S), nats, in equal shares on the positions of S."""
+    """Return log P(S) in nats, in equal shares on the positions of S."""
     yes, no = log_chances(logprobs, tau=tau, temperature=temperature)
     written = torch.zeros_like(groups, dtype=torch.bool).index_fill(0, drawn, True)
     member, mine = members(groups, drawn, width)

@@ -1,5 +1,6 @@
-"""The tokens over which log-probs are normalised where top_k or top_p filter: what a sampler records of its filter, and
-the three conventions by which a learner uses it.
+"""The tokens over which log-probs are normalized under top_k or top_p.
+
+A sampler records what its filter kept, and a learner uses the record by one of three conventions.
 """
 
 from dataclasses import replace
@@ -16,33 +17,42 @@ KEPT_IDS = 64  # most tokens of a filtered distribution whose ids a rollout reco
 def kept_set(
     logits: Float[Tensor, "K V"], filtered: Float[Tensor, "K V"]
 ) -> tuple[Float[Tensor, " K"], Int[Tensor, "K C"]]:
-    """Log of the mass that a filter kept (nats), and up to KEPT_IDS + 1 kept ids, likeliest first, then -1."""
+    """Return the log of the mass that a filter kept, in nats, and up to KEPT_IDS + 1 kept ids.
+
+    The ids are ordered from the likeliest on, then -1.
+    """
     log_mass = filtered.logsumexp(-1) - logits.logsumexp(-1)
-    values, ids = filtered.topk(min(KEPT_IDS + 1, filtered.shape[-1]), dim=-1)  # one more shows that they do not fit
+    values, ids = filtered.topk(min(KEPT_IDS + 1, filtered.shape[-1]), dim=-1)  # one more shows that the ids do not fit
     return log_mass, ids.where(values > -torch.inf, -1).int()
 
 
 def fitting(kept_ids: Int[Tensor, "B T C"]) -> Int[Tensor, "B T c"] | None:
-    """The ids in as few columns as possible; None where a set is larger than KEPT_IDS."""
+    """Return the ids in as few columns as possible, or None where a set is larger than KEPT_IDS."""
     width = int((kept_ids >= 0).sum(-1).max())
     return None if width > KEPT_IDS else kept_ids[..., :width]
 
 
 def kept_part(log_mass: Float[Tensor, "B T"], ids: Int[Tensor, "B T C"]) -> FilterSupport:
-    """The rollout's record, from what `kept_set` gave for each token."""
+    """Return the rollout's record of what `kept_set` returned for each token."""
     return FilterSupport(log_mass, fitting(ids))
 
 
 def with_support(rollout: Rollout, support: Support) -> Rollout:
-    """The rollout as it is to be scored where top_k or top_p filter; itself where neither does. ValueError when it
-    lacks what the convention needs. p is the rollout's distribution, S its kept set, q is the learner's:
+    """Return the rollout as it is scored under a convention for top_k or top_p, or unchanged without these filters.
 
-    own         each policy normalises over its own kept set and the sampled token. The ratio's mean is not 1
-    unfiltered  over the whole vocabulary on both sides. The ratio's mean is q(S)/p(S)
+    With p the rollout's distribution, S its kept set, and q the learner's distribution, the conventions are:
+
+    per_policy  each policy normalizes over its kept set and the sampled token. The ratio's mean is not 1
+    unfiltered  both sides normalize over the full vocabulary. The ratio's mean is q(S)/p(S)
+    rollout     every policy normalizes over S (DeepSeek-V3.2's "keep sampling mask", arXiv 2512.02556 [digest]). The
+                ratio's mean is 1: weights are unbiased for the learner in S
 
     Args:
-        rollout: Over S for every policy (DeepSeek-V3.2's "keep sampling mask", arXiv 2512.02556 [digest]). The ratio's
-            mean is 1: weights are unbiased for the learner in S.
+        rollout: Rollout of a sampler.
+        support: Name of the convention.
+
+    Raises:
+        ValueError: The rollout lacks what the convention needs.
     """
     params = rollout.sampling_params
     if support == params.support or not params.filters:
@@ -60,7 +70,7 @@ def with_support(rollout: Rollout, support: Support) -> Rollout:
 
 
 def ids_at(rollout: Rollout, places: Int[Tensor, " K"]) -> Int[Tensor, "K C"] | None:
-    """The ids over which the tokens at K places of the flattened batch are normalised; None: each policy's own."""
+    """Return the ids over which K tokens of the flattened batch are normalized, or None for each policy's kept set."""
     if (
         rollout.sampling_params.support != "rollout"
         or rollout.filter_support is None

@@ -1,7 +1,7 @@
-"""Aligned forward (QaRL, arXiv 2604.07853 [digest]): the learner computes with the rollout's quantised operands.
+"""Aligned forward (QaRL, arXiv 2604.07853 [digest]): the learner computes with the rollout's quantized operands.
 
 The forward is the rollout's low-bit product: the same operands, and the same bits for a batch of the same shape. The
-backward is that of the dequantised operands' product,
+backward differentiates the product of the dequantized operands,
     y = Q(x) Q(w)^T + b,   dx = dy Q(w),   dw = dy^T Q(x),   db = sum dy.
 """
 
@@ -29,7 +29,7 @@ from dllm_rl.quantization.rollout_policy import quantized_pairs, requantize
 
 
 class StraightThrough(torch.autograd.Function):
-    """A rollout layer's product, differentiated as if quantisation were the identity."""
+    """A rollout layer's product, differentiated as if quantization were the identity."""
 
     @staticmethod
     def forward(ctx: Any, layer: nn.Linear, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class _AlignedLinear:
         self.source = source
         self.target = target
         self.rollout_module = rollout_module
-        self.held = list(source.parameters())  # outside of a forward: a sharded learner's parts
+        self.held = list(source.parameters())  # read outside of a forward: a sharded learner's parts
         self.seen = self.versions()
 
     def versions(self) -> list[int]:
@@ -96,11 +96,20 @@ class _AlignedExperts(_AlignedLinear):
 
 @contextmanager
 def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable[[], None]]:
-    """In the block the learner's linear layers run the rollout's quantised operands, adapters merged.
+    """Run the learner's linear layers with the rollout's quantized operands in the block, adapters merged.
 
-    The next forward after an optimiser step quantises the changed weights into the rollout's own storage. The yielded
-    function does so at once, for an optimiser that bypasses autograd's version counters. Raises ValueError when learner
-    and rollout have different weights at the start, or for adapters with dropout.
+    Use it with the correctors `aligned` and `qarl`; a run with them does so. The next forward after an optimizer step
+    quantizes the changed weights into the rollout's storage.
+
+    Args:
+        policy: Learner.
+        rollout_policy: Its quantized copy, with the same weights version.
+
+    Yields:
+        Function that quantizes the weights immediately, for an optimizer that bypasses autograd's version counters.
+
+    Raises:
+        ValueError: Learner and rollout have different weights at the start, or the adapters have dropout.
     """
     if policy.weights_version != rollout_policy.weights_version:
         wrong = f"weights_version={rollout_policy.weights_version} of the rollout is not the learner's"
@@ -119,10 +128,10 @@ def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable
         for link in links:
             if "forward" in vars(link.source):
                 raise ValueError(f"{link.name}.forward is already replaced: is this inside another aligned_forward()?")
-            if isinstance(link.source, LoraLinear | LoraExperts):  # it merges them, and so drops nothing
+            if isinstance(link.source, LoraLinear | LoraExperts):  # adapters are merged, which leaves no input to drop
                 check_mergeable(link.source.lora)
             link.source.forward = link.forward
-            swapped.append(link.source)  # one by one: an error above restores what was replaced before it
+            swapped.append(link.source)  # one by one: on an error, the layers replaced so far are restored
         yield refresh
     finally:
         for layer in swapped:

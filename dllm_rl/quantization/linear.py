@@ -1,4 +1,4 @@
-"""One quantised linear layer: quantise, refresh in place, multiply, dequantise; and experts made of such layers."""
+"""One quantized linear layer: quantize, refresh in place, multiply, dequantize; and experts made of such layers."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -24,16 +24,17 @@ from dllm_rl.quantization.schemes import TINY, EmulatedLinear, FakeQuantize, Flo
 
 
 def is_quantized(layer: nn.Module) -> bool:
+    """Return whether a linear layer is quantized, by emulation or by torchao."""
     return isinstance(layer, EmulatedLinear) or (isinstance(layer, nn.Linear) and is_packed(layer.weight))
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether a tensor is torchao's quantised one."""
+    """Return whether a tensor is torchao's quantized one."""
     return hasattr(weight, "qdata")
 
 
 def unsupported_reason(weight: Tensor, config: Scheme) -> str | None:
-    """Why a torchao config cannot quantise a weight (..., O, I), or None: torchao itself skips or asserts."""
+    """Return why a torchao config cannot quantize a weight (..., O, I), or None: torchao would skip it or assert."""
     rows, columns = weight.shape[-2:]
     granularity = getattr(config, "granularity", None)
     group = getattr(granularity, "group_size", None) or getattr(config, "group_size", None)
@@ -49,7 +50,10 @@ def unsupported_reason(weight: Tensor, config: Scheme) -> str | None:
 
 @torch.no_grad()
 def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]:
-    """One weight by a config other than a FakeQuantize, and whether it is finite; zero rows get the smallest scale."""
+    """Quantize one weight by a config other than a FakeQuantize, and return it and whether it is finite.
+
+    Zero rows get the smallest scale.
+    """
     if isinstance(config, Float8DynamicEmulated):
         inputs = QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY)
         settings = {"mm_config": Float8MMConfig(use_fast_accum=False), "act_quant_kwargs": inputs}
@@ -65,7 +69,7 @@ def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]
     # amax propagates NaN and infinity into the scale, so checking scales checks every weight.
     finite = (weight if scale is None else scale).isfinite().all()
     if isinstance(packed, Float8Tensor):
-        empty = scale == 0  # no `any()`: the host would wait for the answer
+        empty = scale == 0  # no `any()`: the host would wait for the result
         groups = packed.qdata.view(torch.uint8).unflatten(-1, (scale.shape[-1], -1))  # 0/0 made NaN of these
         groups.masked_fill_(empty.expand(packed.shape[0], -1)[..., None], 0)
         scale.masked_fill_(empty, TINY)
@@ -73,7 +77,7 @@ def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]
 
 
 def quantized_linear(weight: Tensor, bias: Tensor | None, config: Scheme) -> tuple[nn.Linear, Bool[Tensor, ""]]:
-    """A layer with a quantised weight, and whether the weight is finite."""
+    """Return a layer with a quantized weight, and whether the weight is finite."""
     if isinstance(config, FakeQuantize):
         layer = EmulatedLinear(weight, bias, config)
         return layer, layer.weight.isfinite().all()
@@ -96,7 +100,10 @@ def check_finite(finite: Finite) -> None:
 
 @torch.no_grad()
 def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[Changes, Bool[Tensor, ""]]:
-    """Quantise `weight` into a quantised layer, in place: no storage moves. `Changes`, and whether it is finite."""
+    """Quantize `weight` into a quantized layer, in place. Return `Changes`, and whether the weight is finite.
+
+    No storage moves.
+    """
     if not isinstance(layer, EmulatedLinear):
         held: Any = layer.weight
         fresh: Any
@@ -116,7 +123,7 @@ def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[Changes, Bool[Tensor
 
 
 def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tensor, int]:
-    """(different codes, all codes) of two packed tensors, with two codes per byte if bytes are fewer than codes."""
+    """Return (different codes, all codes) of two packed tensors. A byte has two codes if bytes are fewer than codes."""
     a = before.view(torch.uint8)
     b = after.view(torch.uint8)
     if before.nbytes < num_codes:
@@ -129,12 +136,13 @@ def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tens
 
 
 def scales_of(packed: Tensor) -> Tensor | None:
-    """The scales of torchao's quantised tensor; None without a known one."""
+    """Return the scales of torchao's quantized tensor, or None if its layout is unknown."""
     both = getattr(packed, "scale_and_zero", None)
     return getattr(packed, "scale", None) if both is None else both[..., 0]
 
 
 def scale_change(before: Tensor | None, after: Tensor | None) -> Changes:
+    """Return the sum of relative changes of scales, and their number."""
     if before is None or after is None:
         return {}
     change = (after.double() - before.double()).abs() / before.double().abs().clamp(min=TINY)
@@ -142,24 +150,26 @@ def scale_change(before: Tensor | None, after: Tensor | None) -> Changes:
 
 
 def quantized_forward(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The quantised layer's own product with the given bias, and the arguments of `dequantized_input`."""
+    """Return the quantized layer's product with this bias, and the arguments of `dequantized_input`."""
     if isinstance(layer, EmulatedLinear):
         return layer.quantized_forward(x, bias)
     return F.linear(x, layer.weight, bias), (x,)
 
 
 def dequantized_weight(layer: nn.Linear) -> Tensor:
+    """Return the weight in the learner's units."""
     return layer.dequantized() if isinstance(layer, EmulatedLinear) else unpacked(layer.weight)
 
 
 def unpacked(weight: Tensor) -> Tensor:
-    """Torchao's quantised weight (O, I) in the learner's units."""
-    if type(weight).dequantize is Tensor.dequantize:  # int4_packed's layout has no way back but its own product
+    """Return torchao's quantized weight (O, I) in the learner's units."""
+    if type(weight).dequantize is Tensor.dequantize:  # int4_packed's layout can be undone only by its product
         return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T.contiguous()
     return weight.dequantize()
 
 
 def dequantized_input(layer: nn.Linear, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Return the input as the layer rounded it."""
     if scale is not None:
         return x * scale
     kwargs = getattr(layer.weight, "act_quant_kwargs", None)
@@ -167,20 +177,20 @@ def dequantized_input(layer: nn.Linear, x: Tensor, scale: Tensor | None = None) 
 
 
 def write_count(layer: nn.Linear) -> int:
-    """Autograd's count of in-place writes to the quantised data."""
+    """Return autograd's count of in-place writes to the quantized data."""
     weight: Any = layer.weight
     return (weight if isinstance(layer, EmulatedLinear) else weight.qdata)._version
 
 
 def stored_bytes(tensor: Any) -> int:
-    """Bytes of a tensor, or of a quantised tensor's codes and scales."""
+    """Return the bytes of a tensor, or of a quantized tensor's codes and scales."""
     if not is_packed(tensor):
         return tensor.nbytes
     return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
 
 
 class Experts(nn.Module):
-    """A layer's experts one by one: quantised tensors are two-dimensional, unlike stock stacks."""
+    """A layer's experts as separate layers: quantized tensors are two-dimensional, unlike stock stacks."""
 
     def __init__(self, gate_up_proj: list[nn.Linear], down_proj: list[nn.Linear], act_fn: nn.Module) -> None:
         super().__init__()
@@ -202,7 +212,7 @@ def mixture(
     *,
     act_fn: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "S D"]:
-    """sum_k weight_k down_e(act(gate_e(x)) * up_e(x)), e = index_k, as a stock mixture."""
+    """Return sum_k weight_k down_e(act(gate_e(x)) * up_e(x)), e = index_k, as in a stock mixture."""
     chosen = top_k_index.flatten()
     order = chosen.argsort(stable=True)
     counts = chosen.bincount(minlength=len(gate_up_proj)).tolist()  # the only wait for the device
@@ -217,6 +227,6 @@ def mixture(
 
 
 def place(name: str) -> tuple[str, int | None]:
-    """A quantised layer's place in a plain module: the parameter's name, and the expert in a stack."""
+    """Return a quantized layer's parameter name in a plain module, and its expert in a stack."""
     stacked = re.fullmatch(rf"(.*\.(?:{'|'.join(STACKS)}))\.(\d+)", name)
     return (stacked[1], int(stacked[2])) if stacked else (f"{name}.weight", None)

@@ -1,4 +1,4 @@
-"""State of the unmasking loop: tokens on the device, counts of masks on the host, and the rows whose turn it is."""
+"""State of the unmasking loop: tokens on the device, counts of masks on the host, and the rows of each step."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -21,12 +21,12 @@ TIES = 1
 
 @dataclass
 class Canvas:
-    """The batch as the model sees it (B, T), and what is known of the L positions of each completion (B, L)."""
+    """The batch as the model sees it (B, T), and the records of the L positions of each completion (B, L)."""
 
     prompts: Prompts
     tokens: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
-    columns: Int[Tensor, "B L"]  # where in T a completion's positions lie
+    columns: Int[Tensor, "B L"]  # the column in T of each position
     block: Int[Tensor, "B L"]  # the block of each position
     bounds: list[tuple[int, int]]  # the columns of each block; caches read them
     starts: Int[Tensor, " B"]  # the first of the T columns that a row does not pad, on the host
@@ -40,9 +40,9 @@ class Canvas:
     fills: dict[str, int] = field(init=False, default_factory=dict)
     ended: Bool[Tensor, " B"] = field(init=False)  # rows that stopped early
     forwards: int = 0
-    events: list[tuple[Tensor, ...]] | None = None  # of a rule that rewrites (`revise.packed_events`); None: another
-    # Infilling only: the T columns of the completion, those inside the prompt included. Rows may then have fewer than L
-    # positions: later places are never masked, and their `columns` mean nothing.
+    events: list[tuple[Tensor, ...]] | None = None  # of a rule that rewrites (`revise.packed_events`)
+    # Infilling only: the completion's columns in T, including those inside the prompt. Rows may then have fewer than L
+    # positions: the remaining places are never masked, and their `columns` have no meaning.
     open: Bool[Tensor, "B T"] | None = None
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class Canvas:
         self.ended = torch.zeros(len(self.columns), dtype=torch.bool, device=self.columns.device)
 
     def write(self, rows: Tensor, places: Tensor, steps: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
-        """Commit tokens at places (within the completion) of rows; all are (K,)."""
+        """Commit tokens at places (in the completion) of rows; all arguments are (K,)."""
         self.tokens[rows, self.columns[rows, places]] = tokens
         # A tensor of False: a Python False would be copied to the GPU, and the host would wait for it.
         self.masked[rows, places] = torch.zeros_like(rows, dtype=torch.bool)
@@ -65,25 +65,25 @@ class Canvas:
             self.events.append((rows, places, steps, tokens, logprobs))
 
     def take(self, turn: "Turn", choice: "Choice") -> None:
-        """Write what a step chose, mask again what it reopened, and keep what was noted of the turn."""
+        """Write the tokens that a step chose, mask again the reopened positions, and store the turn's records."""
         if (again := choice.decision.reopened) is not None:
             self.reopen(*turn.where(again), turn.clock[again])
         drawn = choice.drawn
         self.write(*turn.where(choice.picked), turn.clock[choice.picked], drawn.tokens, drawn.logprobs)
         for name, (among, values, fill) in turn.notes.items():
-            if among is None:  # noted of all K before it was known which are written
+            if among is None:  # recorded for all K before the choice
                 among, values = choice.picked, values[choice.picked]
             self.note(name, *turn.where(among), values, fill)
 
     def note(self, name: str, rows: Tensor, places: Tensor, values: Shaped[Tensor, "K *C"], fill: int = 0) -> None:
-        """Keep what an optional feature records of these places; `fill` stands where nothing is recorded."""
+        """Store an optional feature's values for these places. `fill` marks places without a value."""
         if name not in self.noted:
             self.noted[name] = values.new_full((*self.masked.shape, *values.shape[1:]), fill)
             self.fills[name] = fill
         self.noted[name][rows, places] = values
 
     def reopen(self, rows: Tensor, places: Tensor, steps: Tensor) -> None:
-        """Mask places (within the completion) of rows again; all are (K,)."""
+        """Mask places (in the completion) of rows again; all arguments are (K,)."""
         assert self.events is not None, "only a rule that rewrites masks again"
         nothing = torch.zeros_like(rows, dtype=self.logprobs.dtype)
         self.events.append((rows, places, steps, torch.full_like(rows, -1), nothing))
@@ -98,15 +98,16 @@ class Canvas:
         return self.tokens.gather(-1, self.columns)
 
     def end(self, rows: Tensor, eos_ids: tuple[int, ...]) -> Tensor:
-        """Mark those of `rows` that have written an end token; returns them, on the host."""
+        """Mark the rows of `rows` that have written an end token, and return them, on the host."""
         eos, there = send(self.tokens.device, torch.tensor(eos_ids, dtype=torch.long), rows)
         written = (torch.isin(self.completions()[there], eos) & ~self.masked[there]).any(-1)
         self.ended[there] |= written
         return rows[written.cpu()]
 
     def rollout(self, sampling_params: SamplingParams, weights_version: int, **parts: Any) -> Rollout:
-        """The current record: the columns of the prompts, then the columns written behind them. `parts` are the
-        rollout's optional ones, of the completion's places.
+        """Return the current record: the columns of the prompts, then the columns written after them.
+
+        `parts` are the rollout's optional fields, for the completion's places.
         """
         if self.open is not None:
             tokens = self.tokens.clone()
@@ -137,7 +138,7 @@ class Canvas:
         return replace(part, **{n: self._at_columns(value, part.FILL.get(n, 0)) for n, value in tensors.items()})
 
     def _at_columns(self, values: Shaped[Tensor, "B L *C"], elsewhere: bool | int | float) -> Shaped[Tensor, "B T *C"]:
-        """Values of the completion's places, at the columns of those places; `elsewhere` in the others."""
+        """Return values of the completion's places at their columns, and `elsewhere` in the others."""
         if self.open is None:
             width = self.prompts.tokens.shape[1]
             return F.pad(values, (*(0, 0) * (values.dim() - 2), width, 0), value=elsewhere)
@@ -148,7 +149,10 @@ class Canvas:
 
 
 def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, *, block_aligned: bool) -> Canvas:
-    """Prompts, each repeated group_size times and followed by `length` masks; `block_aligned`: rows start alike."""
+    """Return prompts, each repeated group_size times and followed by `length` masks.
+
+    With `block_aligned`, all rows start in the same columns.
+    """
     spec = policy.spec
     device = policy.device
     group = prompts.group_size
@@ -158,7 +162,7 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
     offsets = sizes % block_size  # a block-causal completion begins inside its prompt's last block
     full = sizes // block_size
     block = (offsets[:, None] + torch.arange(length)) // block_size
-    if block_aligned:  # prompts are padded by whole blocks, so that all rows start in the same columns
+    if block_aligned:  # prompts are padded by complete blocks, so that all rows start in the same columns
         base = int(full.max()) * block_size
         columns = base + offsets[:, None] + torch.arange(length)
         starts = base - full * block_size
@@ -198,50 +202,53 @@ class Turn:
     rows: Int[Tensor, " R"]  # of the canvas
     blocks: Int[Tensor, " R"]  # the open block of each row
     num_masked: Int[Tensor, " R"]  # masked positions of those blocks
-    steps_left: Int[Tensor, " R"]  # steps left for those blocks, this one included
+    steps_left: Int[Tensor, " R"]  # remaining steps of those blocks, including this one
     num_positions: Int[Tensor, " R"]  # how many of the K positions each row has
     # On the device:
     left: Int[Tensor, " R"]  # `steps_left`
-    steps: Int[Tensor, " R"]  # the blocks' steps in all
+    steps: Int[Tensor, " R"]  # total steps of the blocks
     masked: Bool[Tensor, "R L"]  # masked positions of the open blocks
     written: Bool[Tensor, "R L"] | None  # written positions that the step may rewrite
-    row: Int[Tensor, " K"]  # each position's row among the R
+    row: Int[Tensor, " K"]  # each position's row in the R
     place: Int[Tensor, " K"]  # its place in the completion
     canvas_row: Int[Tensor, " K"]  # its row of the canvas
     column: Int[Tensor, " K"]  # its column of the canvas
     seed: Int[Tensor, " K"]  # its row's seed
     clock: Int[Tensor, " K"]  # steps that its row has taken part in
-    # What optional features record of the step: which of the K positions (None: each), their values, and a fill.
+    # Records of optional features: the indices in the K positions (None: all), their values, and a fill.
     notes: dict[str, tuple[Tensor | None, Tensor, int]] = field(default_factory=dict)
 
     def uniforms(self, stream: int, among: Int[Tensor, " C"] | slice = slice(None)) -> Float[Tensor, " C"]:
-        """A number in [0, 1) for each position, or for those `among` the K: of its seed, step and place alone."""
+        """Return a number in [0, 1) for each position, or for the `among` of the K.
+
+        It depends only on the row's seed, its step and the place.
+        """
         return uniforms(self.seed[among], self.clock[among], self.place[among], stream=stream)
 
     def where(self, among: Int[Tensor, " C"]) -> tuple[Int[Tensor, " C"], Int[Tensor, " C"]]:
-        """Rows of the canvas and places in the completion of those `among` the K positions."""
+        """Return rows of the canvas and places in the completion of the positions with these indices in the K."""
         return self.canvas_row[among], self.place[among]
 
     def spread(self, values: Float[Tensor, " K"]) -> Float[Tensor, "R L"]:
-        """Values of the K positions at their rows and places; -inf elsewhere."""
+        """Return values of the K positions at their rows and places; -inf elsewhere."""
         out = torch.full(self.masked.shape, -torch.inf, device=values.device)
         out[self.row, self.place] = values
         return out
 
     def among(self, chosen: Bool[Tensor, "R L"], count: int) -> Int[Tensor, " C"]:
-        """Which of the K positions are among the `count` chosen ones."""
+        """Return the indices in the K positions of the `count` chosen ones."""
         return chosen[self.row, self.place].nonzero_static(size=count)[:, 0]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a commit rule does with a turn."""
+    """The decision of a commit rule in one step."""
 
     chosen: Bool[Tensor, "R L"]  # positions that are written, on the device
-    num_chosen: Int[Tensor, " R"]  # their number, on the host: so nothing waits for the device
-    committed: Int[Tensor, " R"]  # how many masked positions fewer each row has, on the host
-    reopened: Int[Tensor, " M"] | None = None  # which of the K positions are masked again; None: the rule never does
-    held: Bool[Tensor, " R"] | None = None  # rows that stay in their block with none masked, while it has steps left
+    num_chosen: Int[Tensor, " R"]  # their number, on the host, so that nothing waits for the device
+    committed: Int[Tensor, " R"]  # by how many each row's masked positions decrease, on the host
+    reopened: Int[Tensor, " M"] | None = None  # indices of positions that are masked again; None: never
+    held: Bool[Tensor, " R"] | None = None  # rows that stay in a block without masks, while steps remain
 
 
 class Drawn(NamedTuple):
@@ -249,8 +256,8 @@ class Drawn(NamedTuple):
 
     tokens: Int[Tensor, " K"]
     logprobs: Float[Tensor, " K"]  # as drawn, nats
-    normalizer: Float[Tensor, " K"]  # of the rank's logits, or without one of those that were drawn from
-    log_mass: Float[Tensor, " K"] | None = None  # with top_k or top_p, what `kept_set` gives
+    normalizer: Float[Tensor, " K"]  # of the rank's logits, or of the logits drawn from
+    log_mass: Float[Tensor, " K"] | None = None  # with top_k or top_p, from `kept_set`
     support: Int[Tensor, "K C"] | None = None
 
     def at(self, picked: Int[Tensor, " C"]) -> "Drawn":
@@ -262,7 +269,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """What a step writes; indices are of the turn's K positions."""
+    """The positions and tokens that a step writes; indices refer to the turn's K positions."""
 
     decision: Decision
     picked: Int[Tensor, " C"]  # positions that are written
@@ -270,15 +277,15 @@ class Choice:
 
 
 class BlockQueue:
-    """The host's bookkeeping per row and block: masked positions and steps left. It need not wait for the device."""
+    """Counts per row and block on the host: masked positions and remaining steps. It need not wait for the device."""
 
     def __init__(
         self,
         block: Int[Tensor, "B L"],
         diffusion_steps: int | None,
         *,
-        in_step: bool,  # rows wait for the slowest row at each block; otherwise each row moves on alone
-        masked: Bool[Tensor, "B L"] | None = None,  # the places that begin masked; None: all of them
+        in_step: bool,  # rows wait for the slowest row at each block; otherwise each row advances separately
+        masked: Bool[Tensor, "B L"] | None = None,  # the places that begin masked; None: all
     ) -> None:
         block = block.cpu()
         self.in_step = in_step
@@ -294,7 +301,7 @@ class BlockQueue:
         self.clock = torch.zeros(len(block), dtype=torch.long)  # steps that the row has taken part in
 
     def next_rows(self) -> tuple[Int[Tensor, " R"], Int[Tensor, " R"]]:
-        """The rows of the next step, and the block of each; empty when all is done."""
+        """Return the rows of the next step and the block of each; empty when all is done."""
         open_blocks = (self.masked > 0) | self.held
         blocks = open_blocks.int().argmax(-1)
         taking_part = open_blocks.any(-1)
@@ -306,7 +313,7 @@ class BlockQueue:
     def record(
         self, where: tuple[Tensor, Tensor], committed: Int[Tensor, " R"], held: Bool[Tensor, " R"] | None = None
     ) -> Int[Tensor, " C"]:
-        """Record a step of rows and blocks, as `Decision` says; returns the rows whose block is now complete."""
+        """Record a step of rows and blocks as in `Decision`, and return the rows whose block is now complete."""
         self.masked[where] -= committed
         self.steps[where] -= 1
         self.clock[where[0]] += 1
@@ -315,20 +322,20 @@ class BlockQueue:
         return where[0][(self.masked[where] == 0) & ~self.held[where]]
 
     def drop(self, rows: Int[Tensor, " C"]) -> None:
-        """Rows that ended early take part no more."""
+        """Remove rows that ended early from all later steps."""
         self.masked[rows] = 0
         self.held[rows] = False
 
 
 def next_turn(canvas: Canvas, queue: BlockQueue, seeds: Int[Tensor, " B"]) -> Turn | None:
-    """The next step's rows and positions; None when every block is complete."""
+    """Return the next step's rows and positions, or None when every block is complete."""
     rows, blocks = queue.next_rows()
     if not len(rows):
         return None
     where = (rows, blocks)
     num_masked = queue.masked[where]
     steps_left = queue.steps[where].clamp(min=1)  # adaptive rules may take more steps than `diffusion_steps`
-    # All that a step needs of the host's bookkeeping, in one copy that nothing waits for.
+    # All host counts that a step needs, in one copy that nothing waits for.
     host = (rows, blocks, steps_left, queue.clock[rows], queue.shares[where])
     on_device, block, left, clock, steps = send(canvas.tokens.device, *host)
     inside = canvas.block[on_device] == block[:, None]

@@ -1,4 +1,7 @@
-"""What a step writes: its rank orders the positions, its commit rule picks some, and each of those gets a token."""
+"""One denoising step of `unmask`.
+
+Rank the masked positions, commit some of them, draw their tokens, and record the log-probs of tokens and order.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,11 +24,15 @@ from dllm_rl.samplers.revise import KINDS, packed_events, revise
 from dllm_rl.samplers.rules import check_last_step, softness
 from dllm_rl.types import Order, SamplingParams
 
-SLAB = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits reduced at once; on a CPU they should stay in its cache
+SLAB = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits reduced together; on a CPU they should stay in its cache
 
 
 class Choose:
-    """`choose(turn, states)`: a step's choice, whichever comes first, the drawing of tokens or the ranking."""
+    """Sample one denoising step: `choose(turn, states)` ranks the positions, commits some and draws their tokens.
+
+    Tokens are drawn before ranking only if the rank or the commit rule reads them, or if greedy decoding makes them
+    free.
+    """
 
     def __init__(
         self,
@@ -36,7 +43,7 @@ class Choose:
         commit: Commit,
         confidence_radius: int | None = None,
     ) -> None:
-        """Raises ValueError when the rank and the commit rule do not go together."""
+        """Raise ValueError when the rank and the commit rule cannot be combined."""
         needs = rank.reads
         self.policy = policy
         self.canvas = canvas
@@ -44,7 +51,7 @@ class Choose:
         self.rank = rank
         self.commit = commit
         greedy = sampling_params.temperature == 0
-        # A rank of the state alone leaves the drawing to when it is known where; the likeliest tokens come for free.
+        # A rank of only the state delays the draw until the positions are chosen; the likeliest tokens cost nothing.
         self.draws_first = "tokens" in needs or (greedy and "logits" in needs) or "replaceable" in commit.reads
         self.by_draws = not greedy and ("tokens" in needs or "replaceable" in commit.reads)
         if commit.revises:
@@ -67,7 +74,7 @@ class Choose:
             self.change = ConfidenceChange(canvas, rank, commit, confidence_radius)
 
     def __call__(self, turn: Turn, states: Float[Tensor, "K D"]) -> Choice:
-        """Raises ValueError where the commit rule leaves a block's last step empty."""
+        """Raise ValueError where the commit rule leaves a block's last step empty."""
         params = self.sampling_params
         drawn: Drawn | None = None
         if self.draws_first:
@@ -94,9 +101,11 @@ class Choose:
     def order_notes(
         self, turn: Turn, states: Tensor, scores: Tensor, offered: Tensor, chosen: Tensor, picked: Tensor
     ) -> dict[str, tuple[Tensor | None, Tensor, int]]:
-        """The log-probs of the order (`models.order`): of each position left, that its draw ranks behind the row's
-        picked ones by `confidence`; with `plackett_luce` of each one picked, that it was drawn, and as which; with
-        `soft_threshold` of each one picked its share of the set's.
+        """Return the log-probs of the order (`models.order`) as records of the turn.
+
+        By `confidence`, each position that stays masked has the log-prob that its draw ranks after the row's picked
+        ones. With `plackett_luce`, each picked position has the log-prob and the index of its draw. With
+        `soft_threshold`, each picked position has its share of the set's log-prob.
         """
         if self.soft is not None:
             tau, temperature = self.soft
@@ -111,15 +120,15 @@ class Choose:
         cutoff = commit_cutoff(scores[picked], *places, len(turn.rows))
         # The head runs again, because the picked positions are known only now.
         logps = left_logprobs(self.policy, states[left], *cutoff, self.sampling_params)
-        if (before := self.canvas.noted.get("order")) is not None:  # a position may be left in several steps
+        if (before := self.canvas.noted.get("order")) is not None:  # a position may stay masked in several steps
             logps = before[turn.where(left)] + logps
         return {"order": (left, logps, 0)}
 
     def parts(self) -> dict[str, Any]:
-        """What the features recorded so far, as parts of a `Rollout`, of the completion's places."""
+        """Return the features' records so far, as fields of a `Rollout`, for the completion's places."""
         canvas = self.canvas
         noted = canvas.noted
-        drawn = self.soft is not None or self.noisy  # the positions, and not by the rank alone
+        drawn = self.soft is not None or self.noisy  # the positions are drawn, not only ranked
         rank = self.rank.function if drawn and self.has_order_logprob else None
         first = block_first_step(canvas.unmask_step, canvas.block)
         library = None if drawn else self.rank.library
@@ -134,7 +143,7 @@ class Choose:
         return {"order": order, "filter_support": kept, "events": events, "confidence_change": change}
 
     def decide(self, turn: Turn, scores: Float[Tensor, "R L"], drawn: Drawn | None) -> Decision:
-        """What the commit rule picks. Raises ValueError where it leaves a block's last step empty."""
+        """Return the commit rule's decision. Raise ValueError where it leaves a block's last step empty."""
         inputs = {"steps": turn.steps} if "steps" in self.commit.reads else {}
         if "uniforms" in self.commit.reads:
             inputs["uniforms"] = turn.spread(turn.uniforms(TIES).float())
@@ -143,7 +152,7 @@ class Choose:
             (kind,) = self.commit.reads & KINDS
             return revise(turn, scores, tokens, self.canvas.tokens, partial(self.commit.function, **inputs), kind)
         chosen = self.commit(scores, turn.masked, turn.left, **inputs) & turn.masked
-        # The host may know the number, and then does not wait for the device to count.
+        # If the host knows the number, it does not wait for the device to count.
         known = self.commit.count
         count = chosen.sum(-1).cpu() if known is None else known(turn.num_masked, turn.steps_left)
         check_last_step(self.commit.name, turn.steps_left, turn.num_masked, count)
@@ -151,7 +160,7 @@ class Choose:
 
 
 def add_gumbel(scores: Float[Tensor, "*K"], uniforms: Float[Tensor, "*K"]) -> Float[Tensor, "*K"]:
-    """Scores with Gumbel noise made of uniforms, of which one may be 0."""
+    """Add Gumbel noise, made of uniforms of which one may be 0, to scores."""
     return (scores - uniforms.clamp(min=1e-300).log().neg().log()).float()
 
 
@@ -175,7 +184,7 @@ def propose_and_rank(
     sampling_params: SamplingParams,
     rank: Rank,
 ) -> tuple[Float[Tensor, " K"], Drawn]:
-    """The rank's score of each position, and the result of `propose`."""
+    """Return the rank's score of each position, and the result of `propose`."""
     needs = rank.reads
     mask_id = policy.spec.mask_id
     same = sampling_params.temperature in (0, 1) and not sampling_params.filters
@@ -203,7 +212,7 @@ def rank_only(
     sampling_params: SamplingParams,
     rank: Rank,
 ) -> Float[Tensor, " K"]:
-    """Scores of a rank that takes no tokens; the head runs only for a rank that takes logits."""
+    """Return the scores of a rank that takes no tokens. The head runs only for a rank that takes logits."""
     needs = rank.reads
     if not needs & {"logits", "normalizer"}:
         given = {"uniforms": ties, "hidden": hidden}
@@ -221,7 +230,7 @@ def rank_only(
 def _slabs(
     policy: Policy, one: Callable, sampling_params: SamplingParams, hidden: Tensor, *rows: Tensor
 ) -> tuple[Tensor, ...]:
-    """Run the head in chunks, and `one` on their fp32 slabs; all suppressed ids except the mask token are at -inf."""
+    """Run the head in chunks, and `one` on their fp32 slabs. All suppressed ids except the mask token are at -inf."""
     size = max(1, SLAB.get(policy.device.type, SLAB["cuda"]) // policy.vocab_size)
 
     def chunk(h: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -235,8 +244,8 @@ def _slabs(
 
 
 def _draw(logits: Tensor, u: Tensor, sampling_params: SamplingParams) -> Drawn:
-    """Tokens of the processed distribution."""
-    sampling_params = replace(sampling_params, suppress=())  # they are at -inf already
+    """Draw tokens of the processed distribution."""
+    sampling_params = replace(sampling_params, suppress=())  # they are already at -inf
     unfiltered = process(logits, replace(sampling_params, support="unfiltered"))
     logits = process(logits, sampling_params)
     kept = kept_set(unfiltered, logits) if sampling_params.filters else ()

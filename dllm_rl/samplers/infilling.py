@@ -1,7 +1,6 @@
 """Infilling: prompts with open positions, which are part of the completion.
 
-A row's completion is its open columns, from left to right, then the appended ones; blocks and steps count these
-alone.
+A row's completion is its open columns, from left to right, then the appended ones. Blocks and steps count only these.
 """
 
 import torch
@@ -33,7 +32,7 @@ def check_infilling(
 
 
 def infilling_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int) -> Canvas:
-    """The canvas of prompts with open positions, followed by `length` masks."""
+    """Return the canvas of prompts with open positions, followed by `length` masks."""
     assert prompts.infill_mask is not None and policy.spec.mask_id is not None, "a diffusion model has a mask token"
     behind = torch.ones(len(prompts.tokens), length, dtype=torch.bool)
     attended = prompts.attention_mask.cpu()

@@ -1,5 +1,6 @@
-"""The forward of a sampler: the states of the positions that a step may write. Rows of similar length run together, and
-a cache keeps keys and values between the steps of a block.
+"""The forward of a sampler: the states of the positions that a step may write.
+
+Rows of similar length run together, and a cache stores keys and values between the steps of a block.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from dllm_rl.samplers.canvas import Canvas, Turn
 
 
 class States:
-    """Owns which rows of a canvas run together, and each bucket's keys and values, where there is a cache."""
+    """The forward of a canvas: which rows run together, and each bucket's keys and values if there is a cache."""
 
     def __init__(self, policy: Policy, canvas: Canvas, cache: Cache | None, steps: Int[Tensor, "B N"]) -> None:
         self.policy = policy
@@ -32,8 +33,8 @@ class States:
             self.caches.append(None if cache is None else CachedStates(policy, cache, seen))
 
     def __call__(self, turn: Turn) -> Float[Tensor, "K D"]:
-        """The states of the turn's K positions. Counts a forward."""
-        # The first state of all is the same for every completion of a prompt: one forward serves the group.
+        """Return the states of the turn's K positions, and count a forward."""
+        # In the first step all completions of a prompt are the same: one forward serves the group.
         alike = self.canvas.prompts.group_size if self.canvas.forwards == 0 else 1
         self.canvas.forwards += 1
         owner = self.bucket[turn.rows]
@@ -47,13 +48,13 @@ class States:
         return found[0]
 
     def parts(self) -> dict[str, Any]:
-        """What forwards noted so far, as parts of a `Rollout`, of the completion's places."""
+        """Return the fields of a `Rollout` that the forwards have recorded so far, for the completion's places."""
         return {"experts": self.canvas.noted.get("experts")}
 
     def _join(self, numbers: list[int], owner: Int[Tensor, " R"], turn: Turn, alike: int) -> list[Tensor]:
-        """Run each bucket's rows apart; results are in the order of the turn's positions. `owner` is on the host."""
+        """Run each bucket separately. Results are in the order of the turn's positions. `owner` is on the host."""
         members = {number: (owner == number).nonzero()[:, 0] for number in numbers}
-        within = torch.empty_like(turn.rows)  # the place of each row in its bucket
+        within = torch.empty_like(turn.rows)  # the index of each row in its bucket
         for rows in members.values():
             within[rows] = torch.arange(len(rows))
         owner_of_position = owner.repeat_interleave(turn.num_positions)
@@ -71,7 +72,7 @@ class States:
     def _run(
         self, number: int, turn: Turn, rows: Int[Tensor, " R"], alike: int, row: Int[Tensor, " K"], column: Tensor
     ) -> list[Tensor]:
-        """The states (K, D) and, if recorded, the experts (K, M, E); `row`: each position's among a bucket's `rows`."""
+        """Return the states (K, D) and, if recorded, the experts (K, M, E). `row` indexes `rows` for each position."""
         block = int(turn.blocks[0])  # with a cache all rows are in the same block; without one nothing reads it
         if not self.policy.records_experts:
             hidden, first = self._forward(number, rows, block, alike)
@@ -80,12 +81,12 @@ class States:
             with Routing(self.policy.module) as routing:
                 hidden, first = self._forward(number, rows, block, alike)
             experts = routing.experts(len(hidden))
-            # A cache gives the states as they are; without one they lie at the tokens that they predict.
+            # A cache returns states that are not shifted; without one a state is at the token that it predicts.
             parts = [hidden, of_tokens(self.policy, experts) if self.caches[number] is None else experts]
         return [part[row // alike, (column - first).clamp(min=0)] for part in parts]
 
     def _forward(self, number: int, rows: Tensor, block: int, alike: int) -> tuple[Float[Tensor, "r W D"], int]:
-        """The states of all columns that run, and the canvas's column that the first state predicts."""
+        """Return the states of all columns that run, and the canvas's column that the first state predicts."""
         canvas = self.canvas
         start = self.buckets[number].start
         cached = self.caches[number]

@@ -1,9 +1,9 @@
 """A step of `unmask` as one compiled graph of fixed shapes, for batches of few rows, where a GPU waits for its host.
 
-Every step runs all rows and a whole block. Positions that it does not choose keep what they hold. The host reads
-nothing inside a step. Each number of rows, length of completion and 64 columns of width has its own graph. Eager steps
-have shapes of their own (`choose`): uncompiled, this one took 1.14 to 1.41 times their processor time on a CPU, because
-the head then runs at written positions too.
+Every step runs all rows and a full block. Positions that it does not choose do not change. The host reads nothing
+inside a step. Each number of rows, length of completion and 64 columns of width has a separate graph. Eager steps have
+other shapes (`choose`): uncompiled, this step took 1.14 to 1.41 times their processor time on a CPU, because the head
+then runs at written positions too.
 """
 
 import functools
@@ -27,19 +27,19 @@ from dllm_rl.samplers.choose import Choose, Drawn, add_gumbel, propose_and_rank
 from dllm_rl.samplers.records import Commit
 from dllm_rl.samplers.rules import check_last_step
 
-COLUMNS = 64  # the canvas is padded to a multiple of these, because each width has graphs of its own
-GRAPHS = 128  # in a process at most
+COLUMNS = 64  # the canvas is padded to a multiple of these, because each width has separate graphs
+GRAPHS = 128  # largest number in a process
 Past = list[tuple[Tensor, Tensor]]  # keys and values of each layer
-WRITTEN = ("masked", "unmask_step", "logprobs")  # of the canvas, beside what is noted
+WRITTEN = ("masked", "unmask_step", "logprobs")  # fields of the canvas, in addition to the recorded ones
 
 
 class WholeSteps:
-    """Owns the padded tokens and, with a cache, the kept keys and values; `take` advances all rows by one step."""
+    """The padded tokens and, with a cache, the stored keys and values. `take` advances all rows by one step."""
 
     def __init__(
         self, choose: Choose, cache: Cache | None, queue: BlockQueue, seeds: Int[Tensor, " B"], block_size: int
     ) -> None:
-        """Raises ValueError for what has no fixed shapes, or cannot be captured."""
+        """Raise ValueError for settings without fixed shapes, or that cannot be captured."""
         policy, canvas = choose.policy, choose.canvas
         check_fixed_shapes(cache, choose.commit, choose.change is not None)
         check_captured(policy, canvas, cache)
@@ -52,7 +52,7 @@ class WholeSteps:
         self.cache = cache
         self.first_place = queue.sizes.cumsum(-1) - queue.sizes
         width = canvas.tokens.shape[1]
-        # A cache's windows are of one width: the last block is filled up, and the first one may begin a column earlier.
+        # A cache's windows have one width: the last block is filled up, and the first one may begin a column earlier.
         behind = 0 if cache is None else block_size + canvas.bounds[-1][0] - width
         shift = int(policy.spec.shift)
         padding = (shift + -(width + behind + shift) % COLUMNS, behind)
@@ -62,7 +62,7 @@ class WholeSteps:
         self.attention_mask = F.pad(canvas.attention_mask, padding, value=False)
         self.past: Past = []
         self.block = -1
-        self.step = 0  # within the block
+        self.step = 0  # in the block
         if choose.sampling_params.filters:
             size = (*canvas.masked.shape, min(KEPT_IDS + 1, policy.vocab_size))
             canvas.noted["log_mass"] = torch.zeros_like(canvas.logprobs)
@@ -73,8 +73,9 @@ class WholeSteps:
                 canvas.noted["draw"] = torch.zeros_like(canvas.columns)
 
     def take(self) -> Int[Tensor, " C"] | None:
-        """Advance the open rows; returns the rows whose block is now complete, None when every block was. Raises
-        ValueError where the commit rule leaves a block's last step empty.
+        """Advance the open rows. Return the rows whose block is now complete, or None when every block was.
+
+        Raise ValueError where the commit rule leaves a block's last step empty.
         """
         rows, blocks = where = self.queue.next_rows()
         if not len(rows):
@@ -109,7 +110,7 @@ class WholeSteps:
                 f"compile_step=True has compiled {GRAPHS} graphs: {varied}; set compile_step=False"
             ) from error
         self.canvas.forwards += 1
-        # The next replay of a graph writes its outputs where this one did.
+        # The next replay of a graph overwrites this replay's outputs.
         self.tokens = tokens.clone()
         self.canvas.tokens = self.tokens[:, self.shown]
         for name in WRITTEN:
@@ -117,14 +118,14 @@ class WholeSteps:
         self.canvas.noted = {name: state[name].clone() for name in self.canvas.noted}
         if whole:
             self.past = [(keys.clone(), values.clone()) for keys, values in past]
-        # The host may know the number, and then does not wait for the device to count.
+        # If the host knows the number, it does not wait for the device to count.
         known = self.choose.commit.count
         count = committed.cpu()[rows] if known is None else known(num_masked, steps_left)
         check_last_step(self.choose.commit.name, steps_left, num_masked, count)
         return self.queue.record(where, count)
 
     def _window(self, block: int) -> tuple[int, int, bool]:
-        """The first column that this step runs, the number of columns, and whether the columns are all."""
+        """Return the first column that this step runs, the number of columns, and whether the columns are all."""
         width = self.tokens.shape[1]
         if self.cache is None:
             return 0, width, True
@@ -152,7 +153,7 @@ def check_fixed_shapes(cache: Cache | None, commit: Commit, records_confidence: 
 
 
 def check_captured(policy: Policy, canvas: Canvas, cache: Cache | None) -> None:
-    """Raise ValueError for a policy or prompts that a graph cannot hold."""
+    """Raise ValueError for a policy or prompts that a graph does not support."""
     why = None
     if policy.records_experts:
         why = "records no experts: leave out router_replay"
@@ -168,7 +169,7 @@ def check_captured(policy: Policy, canvas: Canvas, cache: Cache | None) -> None:
 
 @torch.no_grad()
 def keeps_keys(policy: Policy, canvas: Canvas) -> bool:
-    """Whether a forward of one column leaves its keys and values in the cache that it gets."""
+    """Return whether a forward of one column leaves its keys and values in its cache."""
     past = KeysAndValues(config=policy.module.config)
     one = torch.ones_like(canvas.attention_mask[:1, :1])
     policy.encode(canvas.tokens[:1, :1], one, position_ids(one), cache=past, use_cache=True)
@@ -177,6 +178,7 @@ def keeps_keys(policy: Policy, canvas: Canvas) -> bool:
 
 @functools.cache
 def compiled() -> Callable[..., Any]:
+    """Return the compiled step. One function serves all samplers of the process."""
     run = torch.compile(_step, mode="reduce-overhead", dynamic=False, fullgraph=True)
     limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     return torch._dynamo.config.patch(recompile_limit=limit)(run)
@@ -195,14 +197,14 @@ def _step(
     *,
     width: int,  # of the window
     size: int,  # of the largest block
-    whole: bool,  # all columns run, and with a cache those outside the window are kept
+    whole: bool,  # all columns run, and with a cache those outside the window are stored
     cached: bool,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Past]:
-    """Tokens and state after the step, the number of committed positions of each row (B,), and what is kept."""
+    """Return tokens and state after the step, the number of committed positions of each row (B,), and stored keys."""
     policy = choose.policy
     begin, first_place, sizes, left, clock = numbers.unbind()
     slot = torch.arange(size, device=tokens.device)
-    # The slots behind a smaller block are other places, all distinct, which keep what they hold.
+    # The slots after a smaller block are other places, all distinct, which do not change.
     place = (first_place[:, None] + slot) % columns.shape[1]
     column = columns.gather(1, place)
     masked = state["masked"].gather(1, place) & (slot < sizes[:, None])
@@ -237,7 +239,7 @@ def _step(
         row = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores).flatten()
         at = slot.expand_as(scores).flatten()
         cutoff = commit_cutoff(scores.masked_fill(~chosen, torch.inf).flatten(), row, at, row, at, len(scores))
-        # Generated code sums the normaliser in another order here, and a tie would be none: the scores' own is taken.
+        # Generated code sums the normalizer in another order here and would miss ties: the scores' normalizer is used.
         left_behind = left_logprobs(policy, hidden, *cutoff, choose.sampling_params, flat.normalizer)
         so_far = state["order"]
         total = so_far.gather(1, place) + left_behind.view_as(scores)
@@ -247,7 +249,7 @@ def _step(
 
 @no_type_check
 def _put(whole: Tensor, place: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
-    """`whole` (B, L, ...) with the chosen of the values (B, S, ...) at their places (B, S)."""
+    """Return `whole` (B, L, ...) with the chosen of the values (B, S, ...) at their places (B, S)."""
     wide = (..., *[None] * (whole.dim() - 2))
     place = place[wide].expand(*place.shape, *whole.shape[2:])
     return whole.scatter(1, place, torch.where(chosen[wide], values.to(whole.dtype), whole.gather(1, place)))
@@ -257,7 +259,7 @@ def _put(whole: Tensor, place: Tensor, values: Tensor, chosen: Tensor) -> Tensor
 def _cached_states(
     policy: Policy, tokens: Tensor, attention_mask: Tensor, window: tuple[Tensor, int], past: Past, whole: bool
 ) -> tuple[Tensor, Past]:
-    """The states of all columns, and the keys and values outside the window; or the window's states, and `past`."""
+    """Return all columns' states, and the keys and values outside the window; or the window's states, and `past`."""
     begin, width = window
     inside = begin + torch.arange(width, device=tokens.device)
     outside = torch.arange(tokens.shape[1] - width, device=tokens.device)

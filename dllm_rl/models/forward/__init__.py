@@ -1,1 +1,1 @@
-"""How a forward runs: packing by length, compiled blocks, the fp32 head, recomputation, rotary tables, routing."""
+"""How a forward runs: length buckets, compiled and recomputed blocks, the fp32 head, uneven processes, routing."""

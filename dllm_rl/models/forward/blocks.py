@@ -17,16 +17,19 @@ from dllm_rl.models.lora import LoraLinear
 
 
 def backbone_of(module: Module) -> Any:
-    """A stock module without its heads; any other module itself."""
+    """Return a stock module without its heads, or any other module itself."""
     return getattr(module, "base_model", module)
 
 
 def blocks_of(module: Module, wanted_by: str = "gradient_checkpointing") -> list[nn.Module]:
-    """The members of the backbone's outermost lists of layers. Raises ValueError, naming `wanted_by`, without any."""
+    """Return the members of the backbone's outermost lists of layers.
+
+    Raise ValueError, naming `wanted_by`, if there are none.
+    """
     backbone = backbone_of(module)
     found: list[nn.Module] = []
     for name, layers in backbone.named_modules():
-        # A list inside a block, as of experts, has the block's number in its name.
+        # A list inside a block, as a list of experts, has the block's number in its name.
         if isinstance(layers, nn.ModuleList) and not re.search(r"(^|\.)\d+(\.|$)", name):
             found += layers
     if not found:
@@ -36,10 +39,12 @@ def blocks_of(module: Module, wanted_by: str = "gradient_checkpointing") -> list
 
 @contextmanager
 def recomputed_blocks(module: Module) -> Iterator[None]:
-    """Gradient checkpointing: a forward inside keeps each block's input alone. The backward, inside or later, runs the
-    block again with the same dropout masks, so that gradients are the same bit for bit on deterministic kernels.
+    """Use gradient checkpointing for the forwards in the block: each forward stores only the blocks' inputs.
+
+    The backward, inside or later, runs each block again with the same dropout masks, so that gradients are the same bit
+    for bit on deterministic kernels.
     """
-    # transformers' own switch does nothing in eval mode, in which policies stay, and does not cover every family.
+    # transformers' switch does nothing in eval mode, in which policies stay, and does not cover every family.
     blocks = blocks_of(module)
     compiled = [vars(block).get("forward") for block in blocks]
     for block in blocks:
@@ -69,7 +74,7 @@ def _checkpointed(forward: Callable, block: nn.Module, *args: Any, **kwargs: Any
         finally:  # the backward leaves the block early, by an exception
             _count(adapters, map(max, (layer.calls for layer in adapters), now))
 
-    # No block draws from torch's global generator, so its state is not kept.
+    # No block draws from torch's global generator, so its state is not stored.
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
@@ -79,18 +84,18 @@ def _count(adapters: list[LoraLinear], calls: Iterable[int]) -> None:
 
 
 def has_uncompiled(module: Module) -> bool:
-    """Whether some layers, as quantised experts, always run outside of compiled graphs."""
+    """Return whether some layers, as quantized experts, always run outside of compiled graphs."""
     return any(getattr(layer.forward, "_torchdynamo_disable", False) for layer in module.modules())
 
 
 def compile_blocks(policy: Policy) -> None:
-    """Compile every block of the policy's module in place, at its first forward. Raises ValueError without blocks.
+    """Compile every block of the policy's module in place, at its first forward. Raise ValueError without blocks.
 
-    Few graphs serve all blocks and shapes, with a cache or without: the first forward has its own, and so have a batch
-    or a width of 1. A block that is not one graph raises torch's error; quantised experts run between two graphs.
-    Numbers differ from eager ones by rounding. Differentiated forwards stay eager.
+    Few graphs serve all blocks and shapes, with a cache or without: the first forward has a separate graph, and so has
+    a batch or a width of 1. A block that is not one graph raises torch's error; quantized experts run between two
+    graphs. Numbers differ from eager ones by rounding. Differentiated forwards stay eager.
     """
-    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # 12 have been seen
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # 12 were observed
     run = torch.compile(_run, dynamic=True, fullgraph=not has_uncompiled(policy.module))
     for index, block in enumerate(blocks_of(policy.module, "torch_compile")):
         block.forward = partial(_compiled, block, index, run)  # type: ignore[method-assign]
@@ -119,7 +124,10 @@ def _run(block: nn.Module, args: tuple, kw: dict) -> Any:
 
 
 class _OwnKeysAndValues:
-    """One block's, in place of transformers' cache of all: a graph that read the block's number would be its alone."""
+    """One block's keys and values, in place of transformers' cache of all blocks.
+
+    A graph that read the block's number could serve only that block.
+    """
 
     def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
         self.keys: Any = keys

@@ -1,6 +1,6 @@
 """Length buckets: rows of similar length go through the model together, without their common padding.
 
-They depend on the batch's padding alone, so that sampling and scoring the same rows have the same shapes.
+They depend only on the batch's padding, so that sampling and scoring the same rows have the same shapes.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,12 @@ FORWARD = {"cpu": 128, "cuda": 1024}
 
 @dataclass(frozen=True)
 class Bucket:
-    """rows: indices into the batch, rising, on the host. start: the first column that some row does not pad."""
+    """Rows of similar length.
+
+    Args:
+        rows: Indices into the batch, rising, on the host.
+        start: First column that some row does not pad.
+    """
 
     rows: Int[Tensor, " R"]
     start: int
@@ -25,11 +30,13 @@ class Bucket:
 def length_buckets(
     starts: Int[Tensor, " B"], columns: int, device: torch.device | str, *, forwards: int = 1
 ) -> list[Bucket]:
-    """The buckets, longest rows first, of the least sum of (rows x columns + forwards x FORWARD[device]).
+    """Return the buckets, longest rows first, with the least sum of (rows x columns + forwards x FORWARD[device]).
 
     Args:
-        starts: The first column of each row that is no padding, on the host.
-        forwards: Model calls per bucket, many with a cache.
+        starts: First column of each row that is not padding, on the host.
+        columns: Number of columns of the batch.
+        device: Device of the model.
+        forwards: Number of model calls per bucket, many with a cache.
     """
     # Exact, by dynamic programming over the distinct lengths, without attention's quadratic cost.
     distinct, count = starts.unique(return_counts=True)  # rising: the longest rows first
@@ -46,7 +53,7 @@ def length_buckets(
         cut.append(costs.index(best[-1]))
     found = []
     end = len(begins)
-    while end:  # back from the shortest rows
+    while end:  # backwards from the shortest rows
         start = begins[cut[end]]
         found.append(Bucket(((starts >= start) & (starts <= begins[end - 1])).nonzero()[:, 0], start))
         end = cut[end]

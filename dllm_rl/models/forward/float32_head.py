@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dllm_rl.models.base import Module, output_embeddings
 
 HALF = (torch.bfloat16, torch.float16)
-SLAB = 2**22  # weights in fp32 at once on a CPU, 16 MiB; a GPU needs four times as many to stay busy
+SLAB = 2**22  # weights in fp32 at a time on a CPU, 16 MiB; a GPU needs four times as many to stay busy
 
 
 class _Float32Linear(torch.autograd.Function):
@@ -33,7 +33,7 @@ class _Float32Linear(torch.autograd.Function):
         out = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # autocast would round the fp32 product's operands again
             wide = x.float()
-            for part in slabs(weight):  # so that no fp32 copy of the whole head is made
+            for part in slabs(weight):  # so that no fp32 copy of the full head is made
                 some = None if bias is None else bias[part].float()
                 out[..., part] = F.linear(wide, weight[part].float(), some)
         return out
@@ -58,7 +58,7 @@ class _Float32Linear(torch.autograd.Function):
 
 
 def slabs(weight: Float[Tensor, "V D"]) -> Iterator[slice]:
-    """Runs of rows of at most SLAB elements (four times as many on an accelerator), at least one row each."""
+    """Return runs of rows of at most SLAB elements (four times as many on an accelerator), at least one row each."""
     size = max(1, (SLAB if weight.device.type == "cpu" else 4 * SLAB) // weight.shape[1])
     return (slice(start, start + size) for start in range(0, len(weight), size))
 
@@ -66,12 +66,15 @@ def slabs(weight: Float[Tensor, "V D"]) -> Iterator[slice]:
 def float32_linear(
     x: Float[Tensor, "... D"], weight: Float[Tensor, "V D"], bias: Float[Tensor, " V"] | None = None
 ) -> Float[Tensor, "... V"]:
-    """A linear layer's output in fp32 whatever the dtypes and autocast; differentiable once."""
+    """Return a linear layer's output in fp32 whatever the dtypes and autocast. It is differentiable once."""
     return _Float32Linear.apply(x, weight, bias)
 
 
 def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[Tensor, "... D"]) -> Tensor:
-    """`head(module, hidden)` with an fp32 projection; ValueError for a 16-bit module that does not name it."""
+    """Return `head(module, hidden)` with an fp32 projection.
+
+    Raise ValueError for a 16-bit module that does not name its output layer.
+    """
     output = output_embeddings(module)
     if output is None and next(module.parameters()).dtype in HALF:
         wrong = f"float32_head=True needs to know the output layer of {type(module).__name__}, which is in 16 bits"
@@ -80,14 +83,14 @@ def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[T
         with projected_in_float32(output):  # a masked model's layers before it stay in 16 bits
             return head(module, hidden)
     if hidden.dtype in HALF or torch.is_autocast_enabled(hidden.device.type):
-        with torch.autocast(hidden.device.type, enabled=False):  # fp32 weights: the whole head runs in fp32
+        with torch.autocast(hidden.device.type, enabled=False):  # fp32 weights: the full head runs in fp32
             return head(module, hidden.float())
     return head(module, hidden)
 
 
 @contextmanager
 def projected_in_float32(output: nn.Linear) -> Iterator[None]:
-    """In the block the layer computes its output in fp32; its hooks still run."""
+    """Compute the layer's output in fp32 in the block. The layer's hooks still run."""
     output.forward = lambda h: float32_linear(h, output.weight, output.bias)  # type: ignore[method-assign,assignment]
     try:
         yield

@@ -1,6 +1,7 @@
 """Router replay (R3, arXiv 2510.11370 [paper]): one forward records each token's experts, and another uses them.
 
-Rounding flips an expert where two score alike. Replay fixes the choice; gates use the replaying side's scores.
+Rounding changes an expert where two scores are almost equal. Replay fixes the choice; gates use the scores of the
+replaying side.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +19,12 @@ from dllm_rl.models.lora import base_of
 
 
 def mixtures(module: Module) -> list[Any]:
-    """The layers that route tokens to experts, in the order of the blocks; none in a dense model."""
+    """Return the layers that route tokens to experts, in the order of the blocks; none in a dense model."""
     return [layer for layer in module.modules() if hasattr(base_of(getattr(layer, "experts", None)), "gate_up_proj")]
 
 
 class Routing(TorchFunctionMode):
-    """Forwards inside record the experts of each token; with `given` they use the given experts where `where` holds."""
+    """A mode whose forwards record the experts of each token, and use `given` experts where `where` holds."""
 
     def __init__(
         self, module: Module, given: Integer[Tensor, "R W M E"] | None = None, where: Bool[Tensor, "R W"] | None = None
@@ -31,7 +32,7 @@ class Routing(TorchFunctionMode):
         super().__init__()
         self.layers = mixtures(module)
         self.given = given  # ids for R rows, W columns, M mixtures; of a packed forward, for the repeated columns
-        self.where = where  # elsewhere a token's own router chooses
+        self.where = where  # elsewhere the router chooses
         self.taken: list[Tensor | None] = [None] * len(self.layers)
         self.layer: int | None = None  # the mixture that runs
         self.hooks: list[list[Any]] = []  # a stack: a recomputed block enters the mode again
@@ -60,7 +61,7 @@ class Routing(TorchFunctionMode):
         number = self.layer
         if number is None or func not in (torch.topk, Tensor.topk) or not args:
             return out
-        # A router with groups of experts ranks the groups by a topk too.
+        # A router with groups of experts also ranks the groups by a topk.
         if args[0].dim() != 2 or args[0].shape[-1] != self.num_experts(number):
             return out
         ids = out[1]
@@ -68,7 +69,7 @@ class Routing(TorchFunctionMode):
             given = _packed(self.given[:, :, number], len(ids)).flatten(0, 1)
             where = _packed(self.where, len(ids)).flatten(0, 1)
             ids = torch.where(where[:, None], given.to(ids.dtype), ids)
-            # The weights and their gradient are this side's own scores of the given experts.
+            # The weights and their gradient come from this side's scores of the given experts.
             out = torch.return_types.topk((args[0].gather(-1, ids), ids))
         self.taken[number] = ids
         return out
@@ -77,7 +78,7 @@ class Routing(TorchFunctionMode):
         return len(base_of(self.layers[number].experts).gate_up_proj)
 
     def unread(self) -> str:
-        """Why the last forward's experts are not known, or ""."""
+        """Return why the last forward's experts are unknown, or ""."""
         taken = [ids for ids in self.taken if ids is not None]
         if len(taken) < len(self.layers):
             return f"{len(taken)} of {len(self.layers)} mixtures chose their experts by one topk over all of them"
@@ -85,7 +86,10 @@ class Routing(TorchFunctionMode):
         return f"the mixtures take different numbers of experts, {sizes}" if len(sizes) > 1 else ""
 
     def experts(self, rows: int, columns: int | None = None) -> Integer[Tensor, "R W M E"]:
-        """The last forward's experts, of `rows` rows and, if packed, `columns` clean columns; bytes where ids fit."""
+        """Return the last forward's experts, of `rows` rows and, if packed, `columns` clean columns.
+
+        The ids are bytes where they fit.
+        """
         if why := self.unread():
             raise ValueError(f"router_replay: {why}; set router_replay=None")
         taken = [ids for ids in self.taken if ids is not None]
@@ -97,7 +101,7 @@ class Routing(TorchFunctionMode):
 
 
 def _packed(x: Shaped[Tensor, "R W *E"], tokens: int) -> Shaped[Tensor, "R Q *E"]:
-    """Values of a row's columns, for a forward of `tokens` tokens: zeros for a packed forward's clean columns."""
+    """Return values of a row's columns for a forward of `tokens` tokens; 0 for a packed forward's clean columns."""
     rows, columns = x.shape[:2]
     if tokens == rows * columns:
         return x
@@ -105,12 +109,12 @@ def _packed(x: Shaped[Tensor, "R W *E"], tokens: int) -> Shaped[Tensor, "R Q *E"
 
 
 def of_tokens(policy: Policy, experts: Integer[Tensor, "R W M E"]) -> Integer[Tensor, "R W M E"]:
-    """Experts of the state at each column -> of the state that predicts the column's token."""
+    """Move experts from the state at each column to the column whose token the state predicts."""
     return experts.roll(1, dims=1) if policy.spec.shift else experts
 
 
 def of_states(policy: Policy, x: Tensor) -> Tensor:
-    """The reverse, along the second axis; the last column's state predicts nothing and gets zeros."""
+    """Reverse `of_tokens` along the second axis. The last column's state predicts nothing and gets zeros."""
     if not policy.spec.shift:
         return x
     moved = x.roll(-1, dims=1)
