@@ -1,4 +1,4 @@
-"""The training loop, and what a run needs around it."""
+"""The training loop, and the parts of a run around it."""
 
 from dllm_rl.training.trainer import train
 

@@ -1,6 +1,7 @@
-"""Balance of work: groups without advantage are not scored, so that some processes have more work than others.
+"""Load balancing. Groups without advantage are not scored, so that some processes have more work than others.
 
-A process with much work swaps whole groups, once, for cheaper ones. `Rollout.batch_row` keeps their rows' noise.
+A process with much work swaps complete groups, once, for cheaper groups. `Rollout.batch_row` preserves the noise of
+their rows.
 """
 
 from dataclasses import replace
@@ -18,13 +19,15 @@ from dllm_rl.training.samples import Samples
 from dllm_rl.training.selection import active_groups
 from dllm_rl.types import Rollout
 
-Place = tuple[int, int]  # a process, and a group's place in its share
-UPDATE = 3  # forward and backward of an update, against the one forward of scoring
+Place = tuple[int, int]  # a process, and the index of a group in its share
+UPDATE = 3  # cost of an update's forward and backward, in forwards of scoring
 WORTH = 0.02  # a swap must save the slower process this share of its work
 
 
 def balance(recipe: Recipe, samples: Samples, accelerator: Accelerator, *, pad_id: int) -> Samples:
-    """The samples with this process's new rows, and all groups in the new order. An exchange."""
+    """Return the samples with this process's new rows and all groups in the new order. Collective: every process must
+    call it.
+    """
     if accelerator.num_processes == 1:
         return samples
     rollout = samples.rollout
@@ -33,14 +36,14 @@ def balance(recipe: Recipe, samples: Samples, accelerator: Accelerator, *, pad_i
     if recipe.zero_mismatch:  # the bits of a row depend on the width of the rollout that sampled it
         return replace(samples, rollout=rollout)
     if rollout.sampling_params.support != "rollout":
-        rollout = replace(rollout, filter_support=None)  # unused here, and not every process records them
+        rollout = replace(rollout, filter_support=None)  # not used from here on, and not every process records it
     lengths = reduce(rollout.attention_mask.long(), "(p g) t -> p", "sum", g=rollout.group_size).cpu()
     shape = (rollout.tokens.shape[1], *rollout.slots())
     (table,) = gather_on_host([torch.cat([lengths, torch.tensor(shape)])[None]], accelerator)
     work = (samples.metric_weights > 0) + UPDATE * active_groups(recipe, samples.advantages).long()
     costs = table[:, : -len(shape)] * rearrange(work, "(w p) -> w p", w=len(table))
     plan = swaps(costs)
-    mine = dict[int, list[int]]()  # by process, which places trade with it; both sides list a trade in the plan's order
+    mine = dict[int, list[int]]()  # by process: its places to swap, in the plan's order in both processes
     for pair in plan:
         for (process, place), (other, _) in (pair, pair[::-1]):
             if process == accelerator.process_index:
@@ -57,7 +60,7 @@ def balance(recipe: Recipe, samples: Samples, accelerator: Accelerator, *, pad_i
 
 
 def swaps(costs: Int[Tensor, "W P"]) -> list[tuple[Place, Place]]:
-    """Pairs of groups to swap, each group at most once: greedy, on the host, the same in every process."""
+    """Return pairs of groups to swap, each group at most once. The choice is greedy, and the same in every process."""
     loads = costs.sum(1)
     settled = torch.zeros_like(costs, dtype=torch.bool)
     found = list[tuple[Place, Place]]()
@@ -67,7 +70,7 @@ def swaps(costs: Int[Tensor, "W P"]) -> list[tuple[Place, Place]]:
         apart = loads[most] - loads[least]
         handed = costs[most][:, None] - costs[least]
         handed[settled[most][:, None] | settled[least]] = 0
-        left = (apart - 2 * handed).abs()  # the pair that leaves the two processes closest is swapped
+        left = (apart - 2 * handed).abs()  # swap the pair that brings the two processes closest
         if apart - left.min() <= 2 * WORTH * loads[most]:
             return found
         give, take = divmod(int(left.argmin()), costs.shape[1])
@@ -78,12 +81,14 @@ def swaps(costs: Int[Tensor, "W P"]) -> list[tuple[Place, Place]]:
 
 
 def exchanged(rollout: Rollout, mine: dict[int, list[int]]) -> Rollout:
-    """The rollout with the groups at the places `mine` sent to each process, and replaced by those that come back."""
+    """Send the groups at the places `mine` to each process, and return the rollout with the received groups in their
+    place.
+    """
     group = torch.arange(rollout.group_size)
     counts = [len(places) * len(group) for places in mine.values()]
     places = torch.tensor([place for each in mine.values() for place in each])
     (rows,) = send(rollout.tokens.device, rearrange(places[:, None] * len(group) + group, "p g -> (p g)"))
-    tensors = rollout.tensors()  # of the record and of its parts, in one order everywhere
+    tensors = rollout.tensors()  # of the record and its nested records, in the same order in all processes
     lines = [value[rows].double().reshape(len(rows), -1) for value in tensors]  # fp64 holds masks, ids, fp32
     parcels = torch.cat(lines, dim=1).split(counts)  # all fields of a row travel as one line
     arrived = [torch.empty_like(parcel) for parcel in parcels]
@@ -99,7 +104,9 @@ def exchanged(rollout: Rollout, mine: dict[int, list[int]]) -> Rollout:
 
 
 def of_sampled_rows(values: Float[Tensor, "B K"], rollout: Rollout, accelerator: Accelerator) -> Float[Tensor, "B K"]:
-    """Numbers of the balanced rows -> those of the rows sampled here, on the host. An exchange."""
+    """Return values of the balanced rows in the order in which this process sampled its rows, on the host. Collective:
+    every process must call it.
+    """
     if rollout.batch_row is None:
         return values.cpu()
     (found,) = gather_on_host([torch.cat([values.double(), rollout.batch_row[:, None]], dim=1)], accelerator)

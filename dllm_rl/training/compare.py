@@ -1,4 +1,4 @@
-"""Where rollout and learner differ in what no importance weight corrects: the order of positions, a token's experts."""
+"""Differences of rollout and learner that no importance weight corrects: the order of positions, a token's experts."""
 
 from accelerate import Accelerator
 from jaxtyping import Int
@@ -16,16 +16,16 @@ from dllm_rl.types import Rollout, Views
 def compare_sides(
     policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views
 ) -> tuple[Metrics, Int[Tensor, "M X"] | None]:
-    """This process's `routing_counts`, and `order_agreement`: how many of the first step's committed positions the
-    learner would commit too, in one row per prompt.
+    """Return `order_agreement` and `routing_counts` of this process. The first counts how many of the first step's
+    committed positions the learner would commit too, in one row per prompt.
     """
     if rollout_policy is policy:
         return {}, None
-    with join_uneven_forwards(policy):  # both run the learner, which may be sharded
+    with join_uneven_forwards(policy):  # both counts run the learner, which may be sharded
         return order_agreement(policy, rollout), routing_counts(policy, rollout_policy, rollout, views)
 
 
 def side_metrics(order: Metrics, routing: Int[Tensor, "M X"] | None, accelerator: Accelerator) -> dict[str, float]:
-    """Metrics over all processes of what `compare_sides` found."""
+    """Reduce the counts of `compare_sides` to metrics over all processes."""
     metrics = {PREFIX + name: value for name, value in reduce_metrics(order, accelerator).items()}
     return metrics if routing is None else metrics | routing_metrics(sum_over(routing, accelerator))

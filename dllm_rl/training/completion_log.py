@@ -1,4 +1,4 @@
-"""Completions of a step for people to read: a table on the screen, rows of completions.jsonl."""
+"""Completions of a step for people to read: a table on the screen, and rows of completions.jsonl."""
 
 import json
 from typing import Any
@@ -20,19 +20,20 @@ from dllm_rl.training.rollouts import Answer
 from dllm_rl.training.samples import Samples
 from dllm_rl.types import Logprobs, Rollout
 
-PROMPTS = 4  # of a step; of each the completion of highest reward and that of lowest
-CHARACTERS = 160  # of a text in the table, from its two ends
+PROMPTS = 4  # prompts of a step; each shows its completions of highest and lowest reward
+CHARACTERS = 160  # characters of a text in the table, from its two ends
 
 
 def log_completions(
     run: StepContext[Recipe],
     step: int,
-    answers: list[Answer],  # of the rows that this process sampled, as `sampled`
+    answers: list[Answer],  # of the rows that this process sampled, like `sampled`
     sampled: Rollout,
-    learned: Samples,  # after load balancing, as `logps`
+    learned: Samples,  # after load balancing, like `logps`
     logps: Logprobs,
 ) -> None:
-    """Show and store the best and worst completions of the step's first prompts. All processes call it together.
+    """Show and store the best and worst completions of the step's first prompts. Collective: every process must call
+    it.
 
     A row of completions.jsonl: the problem's fields, and {"step", "prompt", "completion", "reward", "advantage",
         "mismatch": sum over scored tokens of log p_learner - log p_rollout, nats; null if the row is not scored,
@@ -48,7 +49,7 @@ def log_completions(
     nats = torch.where(scored.any(-1), apart, torch.nan)  # a row that is not scored has no mismatch
     mine = send(nats.device, local(rearrange(learned.advantages, "p g -> (p g)"), run.accelerator))[0]
     found = of_sampled_rows(torch.stack([nats, mine], dim=1), rollout, run.accelerator).tolist()
-    if not log.main:  # the exchange above needs all processes, the rest the main one alone
+    if not log.main:  # the collective above needs all processes; only the main process does the rest
         return
     chosen = contrasts([float(answer.reward.value) for answer in answers], sampled.group_size)
     (rows,) = send(sampled.tokens.device, torch.tensor(chosen))
@@ -65,12 +66,12 @@ def log_completions(
 
 
 def stored_fields(problem: Problem) -> dict[str, Any]:
-    # A data set's columns may be of any kind, such as dates and NaN: they become text rather than stop the run.
+    # A data set's columns may have any type, such as dates and NaN: they become text and do not stop the run.
     return json.loads(json.dumps(dict(problem.fields), default=str, skipkeys=True), parse_constant=str)
 
 
 def contrasts(rewards: list[float], group_size: int) -> list[int]:
-    """The row of highest and of lowest reward of each of the first groups; one row if all rewards are equal."""
+    """Return the rows of highest and lowest reward of each of the first groups; one row if all rewards are equal."""
     chosen: dict[int, None] = {}
     for first in range(0, len(rewards), group_size)[:PROMPTS]:
         group = range(first, first + group_size)
@@ -79,9 +80,9 @@ def contrasts(rewards: list[float], group_size: int) -> list[int]:
 
 
 def table(title: str, made: list[dict]) -> Table:
-    """The rows for a terminal of 80 columns or more (A: advantage), with markup and control characters escaped."""
+    """Return the rows for a terminal of at least 80 columns (A: advantage), markup and control characters escaped."""
     shown = Table(title=literal(title, style="table.title"), title_justify="left", **NARROW)
-    for name in ("prompt", "completion", "reward"):  # without a width: the longest gives way to the others
+    for name in ("prompt", "completion", "reward"):  # no width: the longest column shrinks first
         shown.add_column(name, overflow="fold")
     for name in ("A", "mismatch,\nnats"):
         shown.add_column(name, justify="right", no_wrap=True)
@@ -102,7 +103,7 @@ def signed(value: float | None) -> str:
 
 
 def shortened(text: object) -> str:
-    """A text, or its two ends where it is longer."""
+    """Return a text unchanged, or its two ends if it is longer than CHARACTERS."""
     shown = str(text)
     half = CHARACTERS // 2
     return shown if len(shown) <= CHARACTERS else f"{shown[:half]} ... {shown[-half:]}"

@@ -23,7 +23,7 @@ from dllm_rl.training.validation import evaluate_with, shown
 
 
 class Summary(dict[str, Any]):
-    """The content of summary.json, with the trained policy as an attribute that no file or comparison sees."""
+    """The content of summary.json. The attribute `policy` is the trained policy; files and comparisons ignore it."""
 
     def __init__(self, numbers: Mapping[str, Any], policy: Policy | None = None) -> None:
         super().__init__(numbers)
@@ -31,14 +31,18 @@ class Summary(dict[str, Any]):
 
     @property
     def policy(self) -> Policy:
-        """As the last step left it, with its adapters. Raises ValueError after a dry run, which trains no policy."""
+        """Return the policy as the last step left it, with its adapters.
+
+        Raises:
+            ValueError: The run was a dry run, which trains no policy.
+        """
         if self._policy is None:
             raise ValueError("dry_run=True trains no policy; run without it")
         return self._policy
 
 
 def finish(run: Run[Recipe]) -> Summary:
-    """Evaluate on held-out problems, write summary.json and the picture, and print what happened."""
+    """Evaluate on held-out problems, write summary.json and the picture, and print the result."""
     recipe = run.recipe
     log = run.log
     before = run.state.eval_before
@@ -72,8 +76,8 @@ def finish(run: Run[Recipe]) -> Summary:
 
 
 def conclude(run: Run[Settings], measured: dict[str, Any], *, result: str, advice: str) -> Summary:
-    """Write summary.json with `measured`, and the picture; print `result` and `advice`. With async_save, call
-    `settle` first.
+    """Write summary.json with `measured`, and the picture; print `result` and `advice`. With async_save, call `settle`
+    before.
     """
     run.log.close()
     recipe = run.recipe
@@ -83,7 +87,7 @@ def conclude(run: Run[Settings], measured: dict[str, Any], *, result: str, advic
         "stages": {name: round(spent, 3) for name, spent in run.log.seconds.items()},
         "seed": recipe.seed,
         "num_processes": run.accelerator.num_processes,
-        "checkpoint": run.checkpoint,  # the one whose weights were evaluated
+        "checkpoint": run.checkpoint,  # the checkpoint whose weights were evaluated
         "machine": machine(run.accelerator),
         "recipe": recipe.settings(),
         **ending(run),
@@ -101,7 +105,7 @@ def conclude(run: Run[Settings], measured: dict[str, Any], *, result: str, advic
             folder = Path(run.checkpoint)
             try:
                 run.log.say(f"Uploaded:   {push_to_hub(folder, recipe.push_to_hub)}")
-            except Exception as error:  # of any kind, the network's or the hub's: the run has ended well
+            except Exception as error:  # any exception, of the network or the hub: the run has succeeded
                 run.log.say(f"warning: {folder} could not be uploaded to {recipe.push_to_hub}: {error}")
     after_summary(run, summary)
     run.accelerator.wait_for_everyone()
@@ -112,11 +116,11 @@ def conclude(run: Run[Settings], measured: dict[str, Any], *, result: str, advic
 def _next_command(recipe: Recipe, folder: str) -> str:
     """Return the line that samples the first held-out problem as the run's evaluation does."""
     stock = isinstance(recipe.model, str) or (Path(folder) / "config.json").exists()
-    maker = "" if stock else " --model MODULE:FUNCTION"  # it makes a custom module
+    maker = "" if stock else " --model MODULE:FUNCTION"  # this function makes a custom module
     problem = recipe.eval_task[0]
     text = problem.prompt
     options = ""
-    if not isinstance(text, str):  # the last turn may be the opening of the answer
+    if not isinstance(text, str):  # the last turn may be the beginning of the answer
         text = next(turn["content"] for turn in reversed(text) if turn["role"] != "assistant")
         options = " --chat"
     if problem.blank is not None:

@@ -1,4 +1,7 @@
-"""What stands around every forward of a step: its arithmetic, and the rollout's quantised operands if shared."""
+"""Context managers for the forwards of a training step. `arithmetic` sets autocast and batch invariance;
+`learner_forward` also lets the learner compute with the rollout's quantized operands if the corrector aligns the
+forward.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,21 +18,21 @@ from dllm_rl.training.context import StepContext
 
 @contextmanager
 def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
-    """Autocast to bf16 with `bf16`; batch-invariant with zero_mismatch."""
-    kept = recipe.shard_size == 1  # autocast's cache would hold all of a sharded model in bf16
+    """Set autocast to bf16 if `bf16` is set, and batch invariance if `zero_mismatch` is set."""
+    kept = recipe.shard_size == 1  # autocast's cache would contain all of a sharded model in bf16
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16, cache_enabled=kept)
     with autocast, batch_invariant() if recipe.zero_mismatch else nullcontext():
         yield
 
 
 def aligns(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> bool:
-    """Whether the learner computes with the rollout's quantised operands."""
+    """Return whether the learner computes with the rollout's quantized operands."""
     return recipe.corrector.align_forward and rollout_policy is not policy
 
 
 @contextmanager
 def learner_forward(run: StepContext[Recipe]) -> Iterator[None]:
-    """The recipe's arithmetic, through the rollout's quantised operands where the forward is aligned."""
+    """Set the recipe's arithmetic, and the rollout's quantized operands if the forward is aligned."""
     aligned = aligns(run.recipe, run.policy, run.rollout_policy)
     with (
         arithmetic(run.recipe, run.accelerator),

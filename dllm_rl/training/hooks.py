@@ -1,4 +1,4 @@
-"""The calls of a run's callbacks, and the best checkpoint that a run ends with."""
+"""Calls of a run's callbacks, and the best checkpoint that a run ends with."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -38,7 +38,9 @@ def before_first_step(run: Run[Settings]) -> None:
 
 
 def after_step(run: Run[Settings], step: int, metrics: dict[str, float]) -> dict[str, float]:
-    """Call `on_evaluate` and `on_step` in the main process; returns the metrics with what they add. Collective."""
+    """Call `on_evaluate` and `on_step` in the main process; return the metrics with the numbers that they add.
+    Collective.
+    """
     if not run.recipe.callbacks:
         return metrics
     run.control.step = step + 1
@@ -57,7 +59,11 @@ def after_step(run: Run[Settings], step: int, metrics: dict[str, float]) -> dict
 
 
 def _checked(callback: Callback, added: Any) -> dict[str, float]:
-    """What `on_step` returned. Raises ValueError unless it is None, or numbers by name."""
+    """Return the numbers that `on_step` returned.
+
+    Raises:
+        ValueError: `on_step` returned neither None nor numbers by name.
+    """
     if added is None:
         return {}
     where = f"{type(callback).__name__}.on_step"
@@ -70,14 +76,14 @@ def _checked(callback: Callback, added: Any) -> dict[str, float]:
 
 
 def best_folder(run: Run[Settings]) -> Path | None:
-    """The folder of the best checkpoint by `metric_for_best_model`; None if no step has been evaluated."""
+    """Return the folder of the best checkpoint by `metric_for_best_model`; None if no step has been evaluated."""
     if run.state.best_step is None:
         return None
     return checkpoint.folder_of(Path(run.recipe.directory) / "checkpoints", run.state.best_step)
 
 
 def load_best(run: Run[Settings], open_policy: Callable[[Path, TrainingState], Policy]) -> None:
-    """With `load_best_model_at_end`, replace the run's policy by that of the best checkpoint. Collective.
+    """With `load_best_model_at_end`, replace the run's policy by the policy of the best checkpoint. Collective.
 
     Call it after the last write is complete. The rollout policy gets the same weights.
     """
@@ -97,7 +103,7 @@ def load_best(run: Run[Settings], open_policy: Callable[[Path, TrainingState], P
 
 
 def ending(run: Run[Settings]) -> dict[str, Any]:
-    """What summary.json says of the best checkpoint and of an early end; nothing without either."""
+    """Return summary.json's entries about the best checkpoint, changed settings and an early end, if any."""
     summary: dict[str, Any] = {}
     if run.state.best_step is not None:
         summary |= {"best_checkpoint": str(best_folder(run)), "best_step": run.state.best_step}

@@ -1,4 +1,6 @@
-"""What a step samples: one record, so that whatever reorders a step's groups reorders all that is known of them."""
+"""The data of one training step. Keep every per-group tensor in `Samples`, so that load balancing reorders all of them
+together.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -10,12 +12,14 @@ from dllm_rl.types import Logprobs, Rollout
 
 @dataclass(frozen=True)
 class Samples:
-    """The rollout holds this process's rows; what is said by group is of all processes, theirs in order of rank.
+    """Data of one training step. `rollout` has this process's rows; tensors with a group axis P cover all processes, in
+    rank order.
 
     Args:
-        metric_weights: Of a group in the mismatch metrics: its inverse sampling fraction, 0 where it is not scored.
-        rollout_logprobs: Of late rollouts, where the estimate does not replay the sampler: the estimate by the weights
-            that sampled, nats, under each set of the step's masks (`selection.views_of_step`).
+        metric_weights: Weight of each group in the mismatch metrics: its inverse sampling fraction, 0 if it is not
+            scored.
+        rollout_logprobs: For asynchronous rollouts whose estimator does not replay the sampler: the estimate by the
+            weights that sampled, in nats, under each set of the step's masks (`selection.views_of_step`).
     """
 
     rollout: Rollout
@@ -25,7 +29,7 @@ class Samples:
     rollout_logprobs: tuple[Float[Tensor, "B T"], ...] = ()
 
     def reordered(self, order: Int[Tensor, " P"], rollout: Rollout) -> "Samples":
-        """All groups in this order, and this process's rows of them."""
+        """Return all groups in this order, with this process's rows."""
         return Samples(rollout, self.rewards[order], self.advantages[order], self.metric_weights[order])
 
     def weighted(self, weights: Float[Tensor, " P"]) -> "Samples":
@@ -34,8 +38,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step learned from, and its metrics. After load balancing, some rows come from other processes. With
-    several sets of masks, `logps` and all metrics but the update's are of the first set.
+    """Samples that a step learned from, and its metrics.
+
+    After load balancing, some rows come from other processes. With several sets of masks, `logps` and all metrics
+    except the update's belong to the first set.
     """
 
     samples: Samples

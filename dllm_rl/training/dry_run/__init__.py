@@ -1,1 +1,1 @@
-"""What a run would do and take, without running it."""
+"""The plan of a run and the memory and time that it needs, computed without running it."""

@@ -1,4 +1,4 @@
-"""Ray workers that make late rollouts, and the cluster that they run on."""
+"""Ray workers that make asynchronous rollouts, and the cluster that they run on."""
 
 import atexit
 import os
@@ -23,36 +23,38 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts.schedule import Sampler, twin_of
 
-ATTEMPTS = 3  # at a job: a worker that dies for a reason of its own would die for ever
-CLUSTER_SECONDS = 30.0  # seconds that a cluster gets to reserve the workers' processors
+ATTEMPTS = 3  # per job: a worker whose death has a lasting cause would die in every attempt
+CLUSTER_SECONDS = 30.0  # seconds that a cluster has to reserve the workers' processors
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 Made = bytes | tuple[str, str]  # a batch, or the kind and the text of an error
 
 
 class Worker:
-    """What a Ray actor runs. It sets itself up with its first job, so that a failure is that job's, and told."""
+    """Ray actor that makes batches. It sets itself up in its first job, so that a setup error is reported as that job's
+    error.
+    """
 
     def __init__(self) -> None:
         self.sampler: Sampler | None = None
 
     def make(self, given: tuple[Recipe, Policy, int, str], step: int, weights: bytes) -> Made:
-        """A batch, or the kind and the text of an error: Ray would wrap it in lines of its own."""
+        """Return a batch, or the kind and the text of an error: Ray would add lines to an exception."""
         try:
             if self.sampler is None:
                 recipe, twin, threads, kind = given
                 torch.set_num_threads(threads)  # sums are split between them, and round accordingly
-                for name in LAUNCH:  # of the learner, whose process group this process must not join
+                for name in LAUNCH:  # the learner's, whose process group this process must not join
                     os.environ.pop(name, None)
-                # A copy: the object store's own is shared and must not change.
+                # A copy: the object in Ray's store is shared and must not change.
                 self.sampler = Sampler(recipe, twin_of(twin), make_accelerator(device=torch.device(kind)))
             return self.sampler.make(step, weights)
-        except Exception as error:  # of any kind: a sampler's or a grader's own
+        except Exception as error:  # any exception, from a sampler or a grader
             return type(error).__name__, str(error)
 
 
 @dataclass(eq=False)
 class Job:
-    weights: bytes  # a lost job is made again with the same
+    weights: bytes  # a lost job is repeated with the same weights
     worker: int
     future: "Future[Made]"
     attempts: int = 1
@@ -66,11 +68,11 @@ class Job:
 
 
 class RayWorkers:
-    """Batches made by Ray actors, each by the one with the fewest jobs to do when it is asked for. A worker that dies,
-    or does not return within collective_timeout, is replaced, and its jobs are made again.
+    """Pool of Ray actors. Each batch goes to the actor with the fewest open jobs.
 
-    The actors are made here, before the learner has a model: they import torch and this library, which takes seconds,
-    while the learner loads and warms up. `set_up` comes before the first job.
+    A worker that dies, or does not return within collective_timeout, is replaced, and its jobs are repeated. The actors
+    start here, before the learner has a model: they import torch and this library, which takes seconds, while the
+    learner loads and warms up. Call `set_up` before the first job.
     """
 
     def __init__(self, recipe: Recipe, reserved: Any, device: torch.device) -> None:
@@ -101,9 +103,9 @@ class RayWorkers:
     def _sent(self, step: int, weights: bytes, worker: int) -> "Future[Made]":
         if dead_daemon(self.ray):  # the learner completes its step, and `result` raises
             return Future()
-        if weights is not self.sent:  # once for all jobs that take them
+        if weights is not self.sent:  # once for all jobs with these weights
             self.sent, self.shared = weights, self.ray.put(weights)
-        # A future, not ray.get: inside Ray's own wait a signal's handler could not end the run.
+        # A future, not ray.get: while Ray waits, a signal handler could not end the run.
         return self.workers[worker].make.remote(self.setup, step, self.shared).future()
 
     def ready(self, step: int) -> bytes | None:
@@ -119,7 +121,7 @@ class RayWorkers:
                 found = self._wait(step, job.future, seconds)
             except (errors.RayActorError, errors.WorkerCrashedError, errors.ObjectLostError):
                 why = "died"
-            except errors.RayError as error:  # what was sent could not be read at the other end
+            except errors.RayError as error:  # the worker could not read its input
                 raise RuntimeError(f"rollouts of step {step}: {str(error).strip().splitlines()[-1]}") from None
             except TimeoutError:
                 pass
@@ -137,7 +139,7 @@ class RayWorkers:
             self._replace(job.worker)
 
     def _wait(self, step: int, future: "Future[Made]", seconds: float) -> Made:
-        """Like `future.result`, but raises RuntimeError within a second of the death of one of Ray's own processes."""
+        """Call `future.result`, but raise RuntimeError within a second of the death of a Ray process."""
         until = time.monotonic() + seconds
         while (remaining := until - time.monotonic()) > 0 and not wait([future], timeout=min(remaining, 1.0)).done:
             self.check_daemons(step)
@@ -149,8 +151,8 @@ class RayWorkers:
             raise RuntimeError(f"rollouts of step {step}: Ray's process {name} died, and its cluster with it")
 
     def _replace(self, worker: int) -> None:
-        """A new actor in a worker's place, which gets all of its jobs that are not done."""
-        self.ray.kill(self.workers[worker])  # one that hangs; another is dead already
+        """Replace a worker by a new actor and send the new actor all unfinished jobs of the old one."""
+        self.ray.kill(self.workers[worker])  # a worker that hangs; a dead worker is not affected
         self.workers[worker] = self.actor.remote()
         for step, job in sorted(self.jobs.items()):
             if job.worker == worker and job.made is None:
@@ -165,14 +167,19 @@ class RayWorkers:
 
 
 def error_of(kind: str, text: str) -> Exception:
-    """A worker's error in this process: of the kinds that a step raises, or a RuntimeError that names the kind."""
+    """Make a worker's error in this process: one of the kinds that a step raises, or a RuntimeError that names the
+    kind.
+    """
     known = {each.__name__: each for each in (ValueError, RuntimeError, FloatingPointError, OSError)}
     return known[kind](text) if kind in known else RuntimeError(f"{kind}: {text}")
 
 
 def ray_workers(recipe: Recipe) -> RayWorkers | None:
-    """Join the cluster of RAY_ADDRESS, or start one of this machine, and start the workers on processors and GPUs that
-    are reserved for them. None for a run without. Raises ValueError where they find no room, before any work.
+    """Join the cluster of RAY_ADDRESS, or start one on this machine, and start the workers on processors and GPUs that
+    are reserved for them. Return None for a run without workers.
+
+    Raises:
+        ValueError: The cluster has too few free processors or GPUs, or Ray is missing. It is raised before any work.
     """
     count = recipe.rollout_workers
     if not count:
@@ -194,7 +201,7 @@ def ray_workers(recipe: Recipe) -> RayWorkers | None:
     enough = all(there.get(name, 0) >= wanted * count for name, wanted in each.items())
     bundle = {name: wanted for name, wanted in each.items() if wanted}
     reserved = ray.util.placement_group([bundle] * count) if enough else None
-    if reserved is not None:  # a cluster of the caller's own outlives the run
+    if reserved is not None:  # a cluster that the caller started outlives the run
         with_the_run().callback(release, ray, reserved)
     if reserved is None or not reserved.wait(CLUSTER_SECONDS):
         free = ray.available_resources() if enough else there
@@ -209,7 +216,7 @@ def ray_workers(recipe: Recipe) -> RayWorkers | None:
 
 
 def start_ray(ray: Any, device: torch.device) -> None:
-    """Ray, silent, until the run ends."""
+    """Start Ray without output, until the run ends."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would give the learner the cores that they share
     address = os.environ.get("RAY_ADDRESS", "local")
@@ -218,12 +225,12 @@ def start_ray(ray: Any, device: torch.device) -> None:
     if address == "local" and device.type == "cuda":  # the first GPU is the learner's
         ids = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids[1:])
-    # Ray's processes are of this one's group, and ignore what a terminal or SLURM sends to all of it: without them Ray
-    # would hold this process for a minute. The kernel kills them when this process ends, however it ends.
-    deaf = {number for number in SIGNALS if number != signal.SIGINT}  # that one Ray blocks by itself
+    # Ray's processes are in this process's group, and ignore signals that a terminal or SLURM sends to the group: if
+    # they died, Ray would block this process for a minute. The kernel kills them whenever this process ends.
+    deaf = {number for number in SIGNALS if number != signal.SIGINT}  # Ray blocks SIGINT itself
     before = signal.pthread_sigmask(signal.SIG_BLOCK, deaf)
     try:
-        with handlers_kept():  # Ray sets its own for SIGTERM
+        with handlers_kept():  # Ray sets a handler for SIGTERM
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError) as error:
         why = str(error).strip().splitlines()[0]
@@ -238,8 +245,10 @@ def start_ray(ray: Any, device: torch.device) -> None:
 
 
 def dead_daemon(ray: Any) -> str | None:
-    """Return the name of a Ray process that this one started and that has died, or None. Check it before a call into
-    Ray: without its raylet or its gcs_server Ray ends this process without a word, at once or after a minute.
+    """Return the name of a Ray process that this process started and that has died, or None.
+
+    Call it before each call into Ray: without its raylet or its gcs_server, Ray ends this process without a message,
+    immediately or after a minute.
     """
     started = ray._private.worker.global_worker.node.all_processes
     names = ("raylet", "gcs_server")
@@ -254,7 +263,7 @@ def release(ray: Any, reserved: Any) -> None:
 def shut_down(ray: Any) -> None:
     if dead_daemon(ray) is None:
         ray.shutdown()
-    else:  # Ray's clean-up, its report of an error and its threads at exit would wait for the dead process, or crash
+    else:  # Ray's clean-up, error report and exit threads would wait for the dead process, or crash
         atexit.unregister(ray.shutdown)
         atexit.register(leave_at_exit)
         sys.excepthook = ray._private.worker.normal_excepthook
@@ -268,7 +277,7 @@ def leave_at_exit() -> None:
 
 
 def check_address(address: str) -> None:
-    """Raise ValueError where nobody listens at HOST:PORT: Ray would try for minutes, and then end the process."""
+    """Raise ValueError if nothing listens at HOST:PORT: Ray would try for minutes, and then end the process."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "/" in host:  # local, auto, or a URL
         return

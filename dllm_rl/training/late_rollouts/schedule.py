@@ -1,4 +1,4 @@
-"""Which step's batch is made of which weights, and by whom."""
+"""The schedule of asynchronous rollouts: which step's batch is made with which weights, and by which pool."""
 
 import copy
 import time
@@ -30,7 +30,7 @@ from dllm_rl.training.selection import metric_weights, views_of_step
 
 
 class Sampler:
-    """Makes batches with a learner's twin and the rollout's copy of it, in a worker's process or in the learner's."""
+    """Makes batches with copies of the learner and of the rollout policy, in a worker's process or in the learner's."""
 
     def __init__(self, recipe: Recipe, twin: Policy, accelerator: Accelerator) -> None:
         self.recipe = recipe
@@ -39,7 +39,7 @@ class Sampler:
         self.context: StepContext[Recipe] | None = None
 
     def make(self, step: int, weights: bytes) -> bytes:
-        """A step's batch of these weights: nothing else decides its bits. Raises what `collect` raises."""
+        """Make a step's batch with these weights. Nothing else decides its bits. Raises what `collect` raises."""
         began = time.perf_counter()
         context = self.load(weights)
         samples, answers, metrics = collect(context, step)
@@ -66,12 +66,13 @@ class Sampler:
 
 
 def scored(run: StepContext[Recipe], samples: Samples, step: int) -> Samples:
-    """The samples with the estimate of the weights that sampled, which are gone when the learner scores. An estimate
-    that replays the sampler needs none: its record is in the rollout. The masks are those that the learner will draw:
-    of the step's number, the rollout and its advantages alone.
+    """Add the estimate by the weights that sampled, since these weights are gone when the learner scores.
+
+    An estimator that replays the sampler needs no estimate: its record is in the rollout. The masks are the masks that
+    the learner will draw: they depend only on the step's number, the rollout and its advantages.
     """
     recipe, likelihood = run.recipe, run.recipe.likelihood
-    if likelihood.exact_for_sampler or not recipe.max_staleness:  # without a lag the learner has these weights
+    if likelihood.exact_for_sampler or not recipe.max_staleness:  # without staleness the learner has these weights
         return samples
     known = samples.weighted(metric_weights(recipe, samples.advantages, step))
     score = partial(likelihood.logprobs, run.rollout_policy, samples.rollout)
@@ -82,7 +83,7 @@ def scored(run: StepContext[Recipe], samples: Samples, step: int) -> Samples:
 
 
 def twin_of(policy: Policy) -> Policy:
-    """The policy over a copy of its module, on the host."""
+    """Return the policy over a copy of its module on the host."""
     twin = copy.copy(policy)
     twin.module = host_copy(policy.module)
     return twin
@@ -90,30 +91,35 @@ def twin_of(policy: Policy) -> Policy:
 
 @runtime_checkable
 class Pool(Protocol):
-    """Who makes the batches. Jobs are named by their step, and asked for in order."""
+    """Interface of the workers that make the batches of `rollout_workers`.
+
+    Implement it for workers other than Ray's and pass it to `train(recipe, pool=...)`. Each job has the number of its
+    step, and results are requested in the order of the steps.
+    """
 
     def set_up(self, context: StepContext[Recipe]) -> None:
-        """Take the model; called once, before the first job."""
+        """Receive the model; called once, before the first job."""
 
     def submit(self, step: int, weights: bytes) -> None: ...
 
     def ready(self, step: int) -> bytes | None:
-        """A batch, or None if it is not yet made; waits for nothing and raises nothing."""
+        """Return a batch, or None if it is not finished. Do not wait and do not raise."""
 
     def result(self, step: int) -> bytes:
-        """A batch, which is waited for. Raises what its making raised; RuntimeError if no worker makes it."""
+        """Wait for a batch and return it. Raise the error of its job, or RuntimeError if no worker makes it."""
 
     def forget(self, step: int) -> None: ...
 
 
 class InTurn:
-    """Batches made in this process, each when it is asked for: for studies of the lag alone, which then need one
-    processor and no Ray, and for tests. The bits are those of the workers.
+    """Pool that makes each batch in this process when it is requested.
+
+    Use it in tests, and to study staleness on one processor without Ray. The bits are the same as the workers'.
     """
 
     def set_up(self, context: StepContext[Recipe]) -> None:
         self.sampler = Sampler(context.recipe, twin_of(context.policy), context.accelerator)
-        self.jobs: dict[int, bytes] = {}  # the weights of each
+        self.jobs: dict[int, bytes] = {}  # the weights of each job
         self.made: dict[int, bytes] = {}
 
     def submit(self, step: int, weights: bytes) -> None:
@@ -134,25 +140,27 @@ class InTurn:
 
 @dataclass(eq=False)
 class Pending:
-    """A batch that is not yet learned from."""
+    """A batch that the learner has not trained on yet."""
 
     weights: bytes
-    age: int  # the steps behind the weights
+    age: int  # number of steps that the weights were trained for
     made: bytes | None = None  # from a checkpoint
 
 
 @dataclass(eq=False)
 class LateRollouts:
-    """The schedule of a run: which step's batch is made of which weights."""
+    """Schedule of a run: which step's batch is made with which weights."""
 
     context: StepContext[Recipe]
     pool: Pool
     pending: dict[int, Pending] = field(default_factory=dict)
 
     def begin(self, done: int, folder: Path | None) -> None:
-        """After `done` steps, hand out the batches of the next K + 1, as in the undisturbed run at the checkpoint in
-        `folder`. What it does not hold is made of the present weights: the newest batch, and, where a finished run goes
-        on, the batches of steps that it had not planned.
+        """After `done` steps, submit the batches of the next K + 1 steps, as in the uninterrupted run at the checkpoint
+        in `folder`.
+
+        Batches that the checkpoint does not contain are made with the current weights: the newest batch, and, if a
+        finished run is continued, the batches of steps that it had not planned.
         """
         recipe = self.context.recipe
         own = trained_weights(self.context.policy)
@@ -170,20 +178,21 @@ class LateRollouts:
         self.pool.submit(step, weights)
 
     def collect(self, step: int) -> Collected:
-        """What `training.rollouts.collect` returns, from whoever makes it."""
+        """Return the result of `training.rollouts.collect` for this step, from the pool or from the checkpoint."""
         run = self.context
         with run.log.stage("waiting"):
             held = self.pending[step].made
             made = self.pool.result(step) if held is None else held
         (samples, answers, metrics), seconds = batch_from_bytes(made, run.recipe, run.accelerator.device)
-        metrics["num_tokens"] += run.log.last.get("num_tokens", 0.0)  # a worker knows its own batch alone
+        metrics["num_tokens"] += run.log.last.get("num_tokens", 0.0)  # a worker counts only the tokens of its batch
         version = samples.rollout.weights_version
         metrics |= {"rollout_version": float(version), "staleness": float(run.policy.weights_version - version)}
         return samples, answers, metrics | {"time/rollout_worker": seconds}
 
     def publish(self, step: int, learned: Step) -> dict[str, float]:
-        """Hand out another batch, of the weights after the update of `step`. Call it before the learner's own copy is
-        refreshed, by which it tells staleness from quantisation in `learned`; returns the metrics of both.
+        """Submit another batch, with the weights after the update of `step`, and return the metrics of `split`.
+
+        Call it before the rollout policy is synced: the metrics need the copy of the weights that scored.
         """
         run = self.context
         if self.pending.pop(step).made is None:
@@ -194,12 +203,12 @@ class LateRollouts:
         return split(run, learned)
 
     def files(self, step: int) -> dict[str, bytes]:
-        """What a checkpoint of the state after `step` steps holds of the pending batches: each one if it is made, else
-        the weights that it is made of. Waits for nothing, so that a stopped run can be saved in time.
+        """Return the pending batches that a checkpoint after `step` steps contains: each batch if it is finished, else
+        the weights that it is made with. It does not wait, so that a stopped run can be saved in time.
         """
         found = {}
         for number, each in self.pending.items():
-            if each.age < step:  # else of the checkpoint's own weights
+            if each.age < step:  # a newer batch is made with the checkpoint's weights
                 made = each.made or self.pool.ready(number)
                 batch, weights = file_names(number)
                 found[weights if made is None else batch] = each.weights if made is None else made
@@ -207,12 +216,16 @@ class LateRollouts:
 
 
 def file_names(step: int) -> tuple[str, str]:
-    """In a checkpoint: of a step's batch, and of the weights that it is made of."""
+    """Return the file names in a checkpoint of a step's batch and of the weights that it is made with."""
     return f"rollouts/{step:06d}.safetensors", f"rollouts/{step:06d}.weights.safetensors"
 
 
 def held(folder: Path | None, name: str) -> bytes | None:
-    """A checkpoint's file, or None. Raises ValueError if it is damaged."""
+    """Read a file of a checkpoint; return None if the file does not exist.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     if folder is None or not (folder / name).exists():
         return None
     data = (folder / name).read_bytes()
@@ -224,9 +237,13 @@ def held(folder: Path | None, name: str) -> bytes | None:
 
 
 def split(run: StepContext[Recipe], learned: Step) -> dict[str, float]:
-    """Which part of the mismatch is the quantisation's (the learner against its own copy of the same weights), and
-    which the staleness's (that copy against the record of the weights that sampled): `kl` and `k3_kl` of
-    `mismatch_metrics`, nats, over the tokens of one scored group. Nothing without a copy, or without staleness.
+    """Split the mismatch into the part of quantization (the learner against its quantized copy of the same weights) and
+    the part of staleness (that copy against the record of the weights that sampled).
+
+    Returns:
+        `kl` and `k3_kl` of `mismatch_metrics` for both parts, in nats, over the tokens of one scored group. {} without
+        a
+        copy or without staleness.
     """
     recipe, copied = run.recipe, run.rollout_policy
     if copied is run.policy or not recipe.max_staleness:

@@ -1,4 +1,4 @@
-"""Weights, and batches of late rollouts, as the bytes of a safetensors file."""
+"""Weights, and batches of asynchronous rollouts, as the bytes of a safetensors file."""
 
 import json
 import struct
@@ -20,20 +20,24 @@ from dllm_rl.training.rollouts import Answer
 from dllm_rl.training.samples import Samples
 from dllm_rl.types import BatchRecord, Rollout, SamplingParams
 
-# What a rollout consists of: records of columns, as it is one itself.
+# The records that a rollout consists of. A rollout is a `BatchRecord` too.
 RECORDS: dict[str, Callable] = {kind.__name__: kind for kind in (*BatchRecord.__subclasses__(), SamplingParams)}
 Collected = tuple[Samples, list[Answer], dict[str, float]]
 
 
 def as_bytes(tensors: Mapping[str, Tensor], about: Any) -> bytes:
-    """A safetensors file of host copies of the tensors, whose header has `about` as JSON."""
+    """Return a safetensors file with host copies of the tensors, and `about` as JSON in its header."""
     # Copies: the format refuses tensors that share memory.
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     return safetensors.save(copies, metadata={"about": json.dumps(about)})
 
 
 def from_bytes(data: bytes) -> tuple[dict[str, Tensor], Any]:
-    """What `as_bytes` got. Raises ValueError on other bytes."""
+    """Return the arguments of `as_bytes`.
+
+    Raises:
+        ValueError: The bytes are not from `as_bytes`.
+    """
     try:
         (size,) = struct.unpack("<Q", data[:8])
         return safetensors.load(data), json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["about"])
@@ -42,13 +46,13 @@ def from_bytes(data: bytes) -> tuple[dict[str, Tensor], Any]:
 
 
 def trained_weights(policy: Policy) -> bytes:
-    """The weights that training changes, with adapters these alone, and their version."""
+    """Return the weights that training changes, with adapters only the adapters, and their version."""
     trained = {name: weight for name, weight in policy.module.named_parameters() if weight.requires_grad}
     return as_bytes(trained, {"version": policy.weights_version})
 
 
 def plain_record(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A rollout, or a part of it, as JSON; its tensors go to `tensors`."""
+    """Convert a rollout, or a part of it, to JSON; its tensors go to `tensors`."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
@@ -57,25 +61,26 @@ def plain_record(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"record": type(value).__name__, "fields": held}
     if isinstance(value, tuple):
         return {"tuple": [plain_record(each, f"{name}.{i}", tensors) for i, each in enumerate(value)]}
-    return {"rank": True} if callable(value) else value  # of all that a rollout holds, its rank alone is a function
+    return {"rank": True} if callable(value) else value  # the rank is the only function in a rollout
 
 
 def record_of(value: Any, tensors: Mapping[str, Tensor], rank: Callable | None) -> Any:
-    """What `plain_record` got; `rank` is the sampler's."""
+    """Return the argument of `plain_record`; `rank` is the sampler's."""
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
         return tensors[value["tensor"]]
     if "record" in value:
-        kind: str = value["record"]  # of a checkpoint, maybe of an earlier version
+        kind: str = value["record"]  # from a checkpoint, maybe of an earlier version
         held = dict(renamed(kind, name, record_of(each, tensors, rank)) for name, each in value["fields"].items())
         return RECORDS[RENAMED.get(kind, kind)](**held)
     return rank if "rank" in value else tuple(record_of(each, tensors, rank) for each in value["tuple"])
 
 
 def batch_as_bytes(collected: Collected, seconds: float) -> bytes:
-    """A batch for another process or a checkpoint; `seconds` that it took. A problem's fields become JSON, as in
-    completions.jsonl: after grading they are shown and stored, and no more than that.
+    """Convert a batch for another process or a checkpoint; `seconds` is the time that it took.
+
+    The fields of a problem become JSON, as in completions.jsonl: after grading they are only shown and stored.
     """
     samples, answers, metrics = collected
     tensors = {"rewards": samples.rewards, "advantages": samples.advantages, "metric_weights": samples.metric_weights}
@@ -102,7 +107,7 @@ def batch_as_bytes(collected: Collected, seconds: float) -> bytes:
 
 
 def batch_from_bytes(data: bytes, recipe: Recipe, device: torch.device) -> tuple[Collected, float]:
-    """What `batch_as_bytes` got, the rollout on the device."""
+    """Return the arguments of `batch_as_bytes`, with the rollout on the device."""
     tensors, about = from_bytes(data)
     rollout: Rollout = record_of(about["rollout"], tensors, getattr(recipe.sampler, "keywords", {}).get("rank"))
     count = sum(name.startswith("rollout_logprobs.") for name in tensors)
