@@ -1,6 +1,6 @@
-"""Reinforcement learning of diffusion language models with quantised rollouts.
+"""Reinforcement learning of diffusion language models with quantized rollouts.
 
-The public names below are imported on first use, so that `import dllm_rl` costs nothing.
+The public names below are imported on first use, so that `import dllm_rl` is fast.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Bounds of a function's constants: declared at the function, checked where a constant is bound and at each call."""
+"""Bounds of a function's constants: declared at the function, checked when a constant is bound and at each call."""
 
 import inspect
 import math
@@ -13,7 +13,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Bound:
-    """The range of a number. A number that is not finite is never in it."""
+    """The range of a number. A non-finite number is never in range."""
 
     at_least: int | float | None = None
     above: int | float | None = None
@@ -21,10 +21,10 @@ class Bound:
     below: int | float | None = None
 
     def check(self, name: str, value: Any) -> None:
-        """Raise ValueError where the value is outside; None passes."""
+        """Raise ValueError if the value is outside the range; None passes."""
         if value is None:
             return
-        if not issubclass(type(value), Real):  # mypy narrows no Real to a number
+        if not issubclass(type(value), Real):  # mypy does not narrow Real to a number
             raise ValueError(f"{name}={value!r} must be a number")
         low = -math.inf if self.above is None else self.above
         high = math.inf if self.below is None else self.below
@@ -36,7 +36,7 @@ class Bound:
             raise ValueError(f"{name}={value} must {verb} {self}" + ("" if math.isfinite(value) else ", and be finite"))
 
     def __str__(self) -> str:
-        """As `at least 1`, `above 0` or `in [0, 1)`."""
+        """Format as `at least 1`, `above 0` or `in [0, 1)`."""
         low = f"({self.above}" if self.at_least is None else f"[{self.at_least}"
         if self.at_most is not None:
             return f"in {low}, {self.at_most}]"
@@ -48,10 +48,11 @@ class Bound:
 def bounded(
     together: Callable[[dict[str, Any]], None] | None = None, **bounds: Bound
 ) -> Callable[[Function], Function]:
-    """Decorator: the function's keywords, by name, must lie within their bounds.
+    """Decorate a function: its keywords, by name, must lie within their bounds.
 
     Args:
-        together: Takes all keywords, with their defaults, and raises ValueError where they do not go together.
+        together: Function of all keywords, with their defaults, that raises ValueError if they cannot be combined.
+        **bounds: Bound of each keyword.
     """
 
     def decorate(function: Function) -> Function:
@@ -68,7 +69,7 @@ def bounded(
 
 
 def check_keywords(function: Callable, keywords: dict[str, Any]) -> None:
-    """Raise ValueError where one of the keywords is outside the function's bounds."""
+    """Raise ValueError if a keyword is outside the function's bounds."""
     for name, bound in getattr(function, "bounds", {}).items():
         if name in keywords:  # a default is within its bounds
             bound.check(name, keywords[name])
@@ -78,7 +79,7 @@ def check_keywords(function: Callable, keywords: dict[str, Any]) -> None:
 
 
 def check_bound(value: Any) -> None:
-    """Raise ValueError where a partial, or one within it or within a tuple, binds a constant outside its bounds."""
+    """Raise ValueError if a partial, also one nested in it or in a tuple, binds a constant outside its bounds."""
     if isinstance(value, partial):
         check_keywords(value.func, value.keywords)
         check_bound((*value.args, *value.keywords.values()))  # functions within functions

@@ -1,5 +1,7 @@
-"""A recipe from the command line. A path is a field (`learning_rate`), a keyword of what a field holds
-(`corrector.cap`, `sampler.commit.tau`), or a field of a record that it holds (`task.clues`).
+"""Override a recipe from the command line.
+
+A path is a field (`learning_rate`), a keyword of a function in a field (`corrector.cap`, `sampler.commit.tau`), or a
+field of a record in a field (`task.clues`).
 """
 
 import dataclasses
@@ -22,20 +24,34 @@ from dllm_rl.recipe import CHOICES, RECORDS, Recipe, fitted
 from dllm_rl.renamed import hint
 from dllm_rl.screen import escape_controls, interactive
 
-Record = TypeVar("Record", bound=Any)  # a frozen dataclass, as Recipe or a task
+Record = TypeVar("Record", bound=Any)  # a frozen dataclass, such as Recipe or a task
 SCALARS = frozenset((bool, int, float, str, Path))
 WIDTH = 118
 
 
 def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
-    """The recipe with `--path value` overrides; argv None: the program's arguments, or none at a prompt. `--help` lists
-    every path. Exits with status 2 on an unknown path or a bad value, in one line that names the nearest valid one.
+    """Apply `--path value` overrides to a recipe.
+
+    Call it in a script, before `train`. `--help` lists every path. On an unknown path or a bad value the process exits
+    with status 2 and one line that names the nearest valid path.
+
+    Args:
+        recipe: Recipe, or another frozen dataclass of settings.
+        argv: Words of the command line. None (default): the program's arguments, or none in an interactive session.
+
+    Returns:
+        The recipe with the overrides.
+
+    Raises:
+        SystemExit: After `--help` (status 0), or on an error (status 2).
     """
     arguments = list(([] if interactive() else sys.argv[1:]) if argv is None else argv)
-    wanted = [word for word in arguments if word not in ("--help", "-h")]  # help is of the recipe that the rest makes
+    wanted = [
+        word for word in arguments if word not in ("--help", "-h")
+    ]  # help describes the recipe with the other overrides
     try:
         pairs = _pairs(list(wanted))
-        if (preset := pairs.pop("preset", None)) is not None:  # beneath the other options
+        if (preset := pairs.pop("preset", None)) is not None:  # before the other options, which override it
             recipe = take_preset(recipe, preset)
         recipe = override(recipe, pairs) if pairs else recipe
         if wanted != arguments:
@@ -48,7 +64,7 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
 
 
 def take_preset(recipe: Any, name: str) -> Any:
-    """The recipe with a preset of `dllm_rl.presets`, which one line on the screen names."""
+    """Apply a preset of `dllm_rl.presets` to a recipe, and print one line that names it."""
     if not isinstance(recipe, Recipe):
         raise ValueError(f"--preset {name}: presets are of RL, and this is a {type(recipe).__name__}")
     taken = with_preset(recipe, name)
@@ -58,7 +74,7 @@ def take_preset(recipe: Any, name: str) -> Any:
 
 
 def _pairs(arguments: list[str]) -> dict[str, str]:
-    """`--a 1 --b=2 --flag` -> {a: 1, b: 2, flag: true}."""
+    """Parse `--a 1 --b=2 --flag` into {a: 1, b: 2, flag: true}."""
     pairs: dict[str, str] = {}
     while arguments:
         head = arguments.pop(0)
@@ -72,8 +88,9 @@ def _pairs(arguments: list[str]) -> dict[str, str]:
 
 
 def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
-    """The record or function with new values, texts by path. Each record is made, and checked, once with all of its
-    changes. Raises ValueError on an unknown path or a bad value.
+    """Replace values of a record or function by texts, by path.
+
+    Each record is made, and checked, once with all of its changes. Raises ValueError on an unknown path or a bad value.
     """
     held = members(owner)
     known = paths(owner, prefix)
@@ -85,7 +102,7 @@ def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
     for name, inner in below.items():
         path = f"{prefix}{name}"
         if name in texts and path in known:
-            # A function before its keywords: they are those of the function that is picked.
+            # The function is read before its keywords, which belong to the chosen function.
             value = _read(path, held[name].annotation, texts[name], inner)
         elif name in held and name not in texts:
             value = held[name].value
@@ -105,7 +122,7 @@ def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
 
 
 def _with(owner: Any, changes: Mapping[str, Any]) -> Any:
-    """The owner with its changes: a record is made again, by its maker if it has one; of a function, a new partial."""
+    """Apply changes to an owner: rebuild a record, by its factory if it has one; make a new partial of a function."""
     if getattr(owner, "factory", None) is not None:
         return _with(owner.factory, changes)()
     if not isinstance(owner, partial) and not inspect.isfunction(owner):
@@ -117,13 +134,13 @@ def _with(owner: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def _no_field(owner: Any, path: str, text: str | None, known: Iterable[str]) -> ValueError:
-    if text and path in members(owner):  # as a task, whose name would not say what its fields and the sampler's are
+    if text and path in members(owner):  # such as a task, whose name would not determine its fields and the sampler's
         script = Path(sys.argv[0])
         files = [file.name for file in script.parent.glob("*.py") if text in file.stem]
         near = difflib.get_close_matches(script.name, files, n=1, cutoff=0)
         where = f": {near[0]}" if near else "'s file"
         return ValueError(f"--{path} {text!r}: a {path} is chosen by its recipe{where}")
-    near = difflib.get_close_matches(path, known, n=1, cutoff=0)  # cutoff 0: the nearest, however far
+    near = difflib.get_close_matches(path, known, n=1, cutoff=0)  # cutoff 0: the nearest, at any distance
     remedy = f"the nearest is --{near[0]}" if near else f"--{path.rpartition('.')[0]} is {_short(owner)}, without any"
     return ValueError(f"--{path} is not a field of the recipe; {remedy} (--help lists all)")
 
@@ -132,18 +149,18 @@ def _no_field(owner: Any, path: str, text: str | None, known: Iterable[str]) -> 
 class Setting:
     value: Any
     help: str
-    choices: tuple[str, ...]  # empty: any text that one of the annotation's types accepts
+    choices: tuple[str, ...]  # empty: any text that a type of the annotation accepts
     bound: Bound | None = None
 
 
 def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
-    """Every path below a record or a function that text can set."""
+    """Return every path below a record or a function that text can set."""
     found: dict[str, Setting] = {}
     for name, member in members(owner).items():
         path = f"{prefix}{name}"
         kinds = _kinds(member.annotation)
         words = _words(path, kinds)
-        # The recipe's own seed is what the model is made with.
+        # The model is made with the recipe's seed.
         if (words or not SCALARS.isdisjoint(kinds)) and path != "model.seed":
             found[path] = Setting(member.value, member.help, tuple(words), member.bound)
         found |= paths(member.value, f"{path}.")
@@ -156,7 +173,9 @@ def _kinds(annotation: Any) -> tuple:
 
 
 def _words(path: str, kinds: tuple) -> dict[str, Any]:
-    """What text may name there: the words of a Literal, or functions; and none, where the value may be None."""
+    """Return the words that text may be: the words of a Literal, or names of functions; and none if the value may be
+    None.
+    """
     literals = [kind for kind in kinds if typing.get_origin(kind) is typing.Literal]
     words: dict[str, Any] = {word: word for kind in literals for word in typing.get_args(kind)}
     if not words and SCALARS.isdisjoint(kinds):
@@ -165,7 +184,7 @@ def _words(path: str, kinds: tuple) -> dict[str, Any]:
 
 
 def _read(path: str, annotation: Any, text: str, below: Mapping[str, str] = types.MappingProxyType({})) -> Any:
-    """What text says: a word, a function or the record that it makes, or a value of the first type that accepts it."""
+    """Convert text to a value: a word, a function or its record, or a value of the first type that accepts the text."""
     kinds = _kinds(annotation)
     words = _words(path, kinds)
     if text == "none" and types.NoneType in kinds:
@@ -185,12 +204,12 @@ def _read(path: str, annotation: Any, text: str, below: Mapping[str, str] = type
 
 
 def _pick(path: str, kinds: tuple, words: Mapping[str, Any], text: str, below: Mapping[str, str]) -> Any:
-    """The function that text names, bound with the keywords that it needs (`below`), or the record that it makes."""
-    # A checkpoint's text never comes here: only a user's command line may import.
+    """Return the function that text names, bound with its required keywords (`below`), or the record that it makes."""
+    # Text of a checkpoint never reaches this line: only a user's command line may import.
     chosen = imported(path, text) if ":" in text else words.get(text)
     if chosen is None:
         raise _unknown(path, text, words)
-    # What every one of them needs is given by the caller.
+    # Arguments that all of these functions need are passed by the caller.
     given = set.intersection(*(set(_needed(function)) for function in words.values() if function is not None))
     bound = {}
     for name, annotation in _needed(chosen).items():
@@ -209,7 +228,7 @@ def _pick(path: str, kinds: tuple, words: Mapping[str, Any], text: str, below: M
 
 
 def _needed(function: Callable) -> dict[str, Any]:
-    """Keywords that have no default and that text can give, with their annotations."""
+    """Return the keywords that have no default and that text can set, with their annotations."""
     parameters = inspect.signature(function).parameters.values()
     without = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     return {p.name: p.annotation for p in without if not SCALARS.isdisjoint(_kinds(p.annotation))}
@@ -223,7 +242,7 @@ def _unknown(path: str, text: str, words: Iterable[str]) -> ValueError:
 
 
 def _accepted(path: str, kind: Any, text: str) -> Any:
-    """Text as a value of one type; None: the type does not accept it."""
+    """Convert text to a value of one type; None if the type does not accept the text."""
     if kind is bool:
         return {"true": True, "false": False}.get(text)
     if typing.get_origin(kind) is tuple and "," in text:
@@ -234,13 +253,14 @@ def _accepted(path: str, kind: Any, text: str) -> Any:
         except ValueError:
             return None
         return value if kind is int or math.isfinite(value) else None
-    # An empty path is a variable that is not set.
+    # An empty path comes from an unset variable.
     return kind(text) if kind in (str, Path) and text else None
 
 
 def usage(recipe: Any) -> str:
-    """Every path with its value, its meaning, its bound and its choices, below the field that it belongs to; then the
-    docstrings of the functions and records that the recipe holds, which explain their own keywords.
+    """Format the help: every path with its value, meaning, bound and choices, grouped by field.
+
+    Below them are the docstrings of the functions and records in the recipe, which explain their keywords.
     """
     settings = paths(recipe)
     lines = [f"usage: [accelerate launch] RECIPE.py [--FIELD VALUE ...]      recipe {recipe.name}", ""]
@@ -267,13 +287,13 @@ def usage(recipe: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value in help: a function by its name, as its keywords have lines of their own."""
+    """Format a value for help: a function by its name, because its keywords have separate lines."""
     text = describe(next(iter(explained_by(value)), value))
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
 
 
 def explained_by(value: Any) -> list[Any]:
-    """The function, or the record's class and its bases, whose docstrings explain a value's keywords."""
+    """Return the function, or the record's class and its bases, whose docstrings explain a value's keywords."""
     value = function_of(getattr(value, "factory", None) or value)
     if inspect.isfunction(value):
         return [value]

@@ -9,26 +9,26 @@ from torch import Tensor
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """The device of that name, else the accelerator, else the CPU. Raises ValueError on an absent device."""
+    """Return the device of that name, else the accelerator, else the CPU. Raises ValueError if the device is absent."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name is None:  # a Mac's GPU must be named: it has no fp64, which random numbers and metrics need
         return torch.device("cpu") if found is None or found.type == "mps" else found
     there = ["cpu"] if found is None else ["cpu", found.type]
     kind, colon, index = name.partition(":")
-    count = 1 if kind == "cpu" else torch.accelerator.device_count()  # cpu:0 is the only one
+    count = 1 if kind == "cpu" else torch.accelerator.device_count()  # cpu:0 is the only CPU device
     if kind not in there or (colon and not (index.isdecimal() and int(index) < count)):
         raise ValueError(f"device={name!r} is not on this machine, which has {' and '.join(there)}")
     return torch.device(name)
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's model, or the host's processor or architecture."""
+    """Return a GPU's model, or the host's processor or architecture."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 def peak_memory() -> float:
-    """This process's peak memory so far, GB: on its GPU if it uses one, else on the host."""
-    if torch.cuda.is_initialized():  # a process without the GPU in use asks the host
+    """Return this process's peak memory so far in GB: on its GPU if it uses one, else on the host."""
+    if torch.cuda.is_initialized():  # a process that does not use the GPU reports host memory
         return torch.cuda.max_memory_allocated() / 1e9
     try:
         import resource
@@ -39,10 +39,10 @@ def peak_memory() -> float:
 
 
 def send(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The host's tensors, all of one dtype, on the device."""
+    """Copy tensors of one dtype from the host to the device."""
     if device.type != "cuda":
         return tuple(x.to(device) for x in tensors)
-    # One copy from pinned memory: for pageable memory the host waits, longer than a sampler's step takes.
+    # One copy from pinned memory: with pageable memory the host waits longer than a sampler's step takes.
     there = torch.cat([x.flatten() for x in tensors]).pin_memory().to(device, non_blocking=True)
     parts = there.split([x.numel() for x in tensors])
     return tuple(part.view(x.shape) for part, x in zip(parts, tensors, strict=True))

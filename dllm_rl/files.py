@@ -1,4 +1,4 @@
-"""Writing so that a kill leaves no half file: a file with its final name is complete, and on disk."""
+"""Crash-safe writing: a file with its final name is complete and on disk, even after a kill."""
 
 import errno
 import json
@@ -18,7 +18,9 @@ except ModuleNotFoundError:  # not a POSIX system: folders are not locked there
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield `.NAME.partial`, a file or folder to write; then rename it to `path`, unchanged if the block raises."""
+    """Yield `.NAME.partial`, a file or folder to write; then rename it to `path`, which is unchanged if the block
+    raises.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = _aside(path, "partial"), _aside(path, "old")
     recover(path)
@@ -26,30 +28,32 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         for part in [*sorted(partial.rglob("*")), partial] if partial.is_dir() else [partial]:
             flush(part)
-    except BaseException as error:  # an interrupt, too
+    except BaseException as error:  # also an interrupt
         remove(partial)
         if isinstance(error, OSError) and error.errno and error.filename is None:  # a failed write names no file
             remedy = "; make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
             raise OSError(error.errno, f"{error.strerror}{remedy}", str(path)) from error
         raise
     if partial.is_dir() and path.exists():
-        path.rename(old)  # a rename cannot replace a folder; after a kill here `recover` puts the old one back
+        path.rename(old)  # a rename cannot replace a folder; after a kill at this point `recover` restores the old one
     partial.replace(path)
     flush(path.parent)
     remove(old)
 
 
 def recover(path: Path) -> None:
-    """Clean up after a killed `replacing(path)` or `remove_whole(path)`: `path` is the old or the new one, complete."""
+    """Clean up after a killed `replacing(path)` or `remove_whole(path)`: `path` is the old or the new version,
+    complete.
+    """
     partial, old = _aside(path, "partial"), _aside(path, "old")
     if old.exists() and not path.exists():
-        old.rename(path)  # the kill came before the new folder had its place
+        old.rename(path)  # the kill came before the new folder was renamed
     remove(old)
     remove(partial)
 
 
 def remove_whole(path: Path) -> None:
-    """Delete a folder; a kill leaves all or nothing of it under its name."""
+    """Delete a folder. A kill leaves either all of it or nothing under its name."""
     partial = _aside(path, "partial")
     remove(partial)
     if path.exists():
@@ -63,7 +67,7 @@ def _aside(path: Path, kind: str) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if there is one."""
+    """Delete a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -81,7 +85,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content. Raises ValueError naming its folder if it is missing or is no JSON."""
+    """Return a JSON file's content. Raises ValueError naming its folder if the file is missing or not JSON."""
     if not path.is_file():  # reading a FIFO would wait
         raise ValueError(f"{path.parent}: {path.name} is {'no regular file' if path.exists() else 'missing'}")
     try:
@@ -105,22 +109,23 @@ def to_disk(file: IO[Any]) -> None:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Return the number of bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-_LOCKS: dict[tuple[int, Path], IO[str]] = {}  # by process: a forked child does not hold its parent's locks
+_LOCKS: dict[tuple[int, Path], IO[str]] = {}  # by process: a forked child does not have its parent's locks
 
 
 def lock(path: Path) -> bool:
-    """Lock the file until `unlock` or the process ends; False where the system or the file system has no such locks.
-    Raises BlockingIOError naming the process that holds it.
+    """Lock the file until `unlock` or the end of the process; False if the system or file system has no such locks.
+
+    Raises BlockingIOError naming the process that has the lock.
     """
     path = path.resolve()
     if fcntl is None or (os.getpid(), path) in _LOCKS:
         return fcntl is not None
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+")  # not w: the file names the process that holds it
+    file = path.open("a+")  # not w: the file names the process that has the lock
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -132,7 +137,7 @@ def lock(path: Path) -> bool:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return False
         raise
-    file.truncate(0)  # a process that is gone
+    file.truncate(0)  # the name of an ended process
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _LOCKS[os.getpid(), path] = file
@@ -140,8 +145,9 @@ def lock(path: Path) -> bool:
 
 
 def keep_lock(path: Path) -> None:
-    """Lock the file anew if it was removed or replaced since `lock`, which then locks nothing that others open. Raises
-    BlockingIOError if another process was faster.
+    """Lock the file again if it was removed or replaced since `lock`, because the old lock no longer protects it.
+
+    Raises BlockingIOError if another process was faster.
     """
     file = _LOCKS.get((os.getpid(), path.resolve()))
     if file is not None and not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):

@@ -1,5 +1,7 @@
-"""A checkpoint's manifest.json: {"format": 1, "step", "processes", "versions", "files": {NAME: {"size", "sha256"}},
-"sha256"}, the last of the other fields. A file over 1 MiB has `head` too, the SHA-256 of its first 1 MiB (a safetensors
+"""A checkpoint's manifest.json: sizes and digests of its files.
+
+Its form is {"format": 1, "step", "processes", "versions", "files": {NAME: {"size", "sha256"}}, "sha256"}, where the
+last is the digest of the other fields. A file over 1 MiB also has `head`, the SHA-256 of its first 1 MiB (a safetensors
 header and the first tensors).
 """
 
@@ -27,7 +29,15 @@ def write(
     versions: dict[str, Any],
     known: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> str:
-    """Write the folder's manifest; returns its own digest. known: entries of files that others wrote and described."""
+    """Write the folder's manifest and return its digest.
+
+    Args:
+        folder: Folder of the checkpoint.
+        step: Training step.
+        processes: Number of processes of the run.
+        versions: Versions of packages.
+        known: Entries of files that other processes wrote and described. Default: none.
+    """
     files = {}
     with ThreadPoolExecutor(4) as pool:
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (NAME, CARD, *known)]
@@ -36,13 +46,13 @@ def write(
     files |= known
     fields = {"format": FORMAT, "step": step, "processes": processes, "versions": versions, "files": files}
     own = _own_digest(fields)
-    # The last file: a folder with a manifest is whole.
+    # The manifest is written last: a folder with a manifest is complete.
     (folder / NAME).write_text(json.dumps(fields | {"sha256": own}, indent=1) + "\n", encoding="utf-8")
     return own
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest. Raises ValueError if it is missing, damaged, or of another format."""
+    """Return the manifest. Raises ValueError if it is missing, damaged, or of another format."""
     path = folder / NAME
     if not path.is_file():
         raise ValueError(f"{folder}: {NAME} is {'no regular file' if path.exists() else 'missing'}")
@@ -56,14 +66,19 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: {NAME} is damaged: its own SHA-256 differs")
     if type(found.get("format")) is int and found["format"] != FORMAT:
         raise ValueError(f"{folder}: format={found['format']} is newer than {FORMAT}; upgrade dllm_rl")
-    if not _has_types(found):  # who can write a checkpoint can sign it
+    if not _has_types(found):  # anyone who can write a checkpoint can sign it
         raise ValueError(f"{folder}: {NAME} is damaged: its fields are missing, or of other types than `write` gives")
     return found | {"sha256": own}
 
 
 def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = (), unread: str | None = None) -> dict[str, Any]:
-    """The manifest, if all files agree, else ValueError; `quick` reads the first MiB of large files alone, and so it
-    does of the files that the pattern `unread` names.
+    """Return the manifest if all files agree with it, else raise ValueError.
+
+    Args:
+        folder: Folder of the checkpoint.
+        quick: Whether to read only the first MiB of large files. Default: False.
+        also: Names of further files that may be present. Default: none.
+        unread: Pattern of file names to check as with `quick`. Default: none.
     """
     found = read(folder)
     files = found["files"]
@@ -84,7 +99,7 @@ def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = (), unrea
 
 
 def _regular_files(folder: Path) -> dict[str, Path]:
-    """The files below the folder by name. Raises ValueError on what is neither a file nor a folder."""
+    """Return the files below the folder by name. Raises ValueError on entries that are neither a file nor a folder."""
     found = {}
     for path in folder.rglob("*"):
         if path.is_file():
@@ -95,7 +110,7 @@ def _regular_files(folder: Path) -> dict[str, Path]:
 
 
 def verify_if_there(folder: Path, check: Check) -> None:
-    """`verify` a folder that has a manifest, as this library's checkpoints have; others pass."""
+    """Call `verify` on a folder with a manifest, such as this library's checkpoints; other folders pass."""
     if (folder / NAME).exists():
         verify(folder, quick=check == "quick")
 
@@ -107,7 +122,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def digest(path: Path, *, limit: int | None = None) -> str:
-    """SHA-256, in hexadecimal, of a file or of its first `limit` bytes."""
+    """Return the SHA-256, in hexadecimal, of a file or of its first `limit` bytes."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256") if limit is None else hashlib.sha256(file.read(limit))
     return found.hexdigest()
@@ -123,7 +138,7 @@ def _fault(path: Path, entry: dict[str, Any], quick: bool) -> str | None:
 
 
 def _has_types(fields: dict[str, Any]) -> bool:
-    """Whether the fields have the types of `write`: a signed manifest may still be forged."""
+    """Return whether the fields have the types that `write` gives: a signed manifest may still be forged."""
     files = fields.get("files")
     if type(fields.get("format")) is not int or type(fields.get("step", "")) not in (int, type(None)):
         return False

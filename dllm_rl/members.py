@@ -1,4 +1,7 @@
-"""What records and functions hold, by name and as text; and a function that text names."""
+"""Read and rebuild settings: list the contents of a record or a bound function, print them, import a function by name.
+
+A factory's arguments are remembered in its record, so that the command line can change one keyword.
+"""
 
 import dataclasses
 import hashlib
@@ -21,16 +24,18 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 
 
 def configurable(function: Made) -> Made:
-    """Remember, in the record that a function returns, the function and its arguments: the command line changes one of
-    them by making the record again, and `describe` shows them. The record declares
-    `factory: partial | None = field(default=None, init=False, repr=False, compare=False)`.
+    """Decorate a function that returns a record: remember the function and its arguments in the record.
+
+    Use it for a custom corrector, estimator or prompt source, so that the command line can change a keyword (the record
+    is made again) and `describe` shows the keywords. The record must declare `factory: partial | None =
+    field(default=None, init=False, repr=False, compare=False)`.
     """
 
     @wraps(function)
     def make(*parts: Any, **keywords: Any) -> Any:
         refuse_renamed(keywords, function.__name__)
         made = function(*parts, **keywords)
-        # The record is frozen. A copy by `replace` has None: the function would not make that copy.
+        # The record is frozen. A copy by `replace` has None, because the function would not make that copy.
         object.__setattr__(made, "factory", partial(make, *parts, **keywords))
         return made
 
@@ -48,8 +53,10 @@ class Member:
 
 
 def members(owner: Any) -> dict[str, Member]:
-    """By name: a record's fields, or what its maker got; a function's keywords, bound or by default, and its bound
-    positional arguments under 1, 2 ...; nothing for anything else, as for a record that no maker made.
+    """Return the members of an owner by name.
+
+    These are a record's fields, or its factory's arguments; a function's keywords, bound or with a default, and its
+    bound positional arguments under 1, 2 ...; nothing for any other owner, or for a record without a factory call.
     """
     if hasattr(owner, "factory"):
         return members(owner.factory)
@@ -71,13 +78,13 @@ def members(owner: Any) -> dict[str, Member]:
 
 
 def function_of(value: Any) -> Any:
-    """The function of a bound one; anything else as it is."""
+    """Return the function of a partial, and anything else unchanged."""
     return value.func if isinstance(value, partial) else value
 
 
 def flattened(value: Any) -> Any:
-    """A partial of a partial as one partial; anything else as it is."""
-    # Python keeps the two apart once the inner one's `__dict__` was read, as by `dir`.
+    """Return a partial of a partial as one partial, and anything else unchanged."""
+    # Python does not merge the two after the inner one's `__dict__` was read, for example by `dir`.
     if not (isinstance(value, partial) and isinstance(value.func, partial)):
         return value
     inner = flattened(value.func)
@@ -85,10 +92,12 @@ def flattened(value: Any) -> Any:
 
 
 def imported(path: str, text: str) -> Callable:
-    """The function that `text`, MODULE:FUNCTION, names; `path` is the option that an error names."""
+    """Import the function that `text`, MODULE:FUNCTION, names; `path` is the option that an error names."""
     module_name, _, name = text.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # a command has the folder of its program there; last, so that nothing is hidden
+        sys.path.append(
+            os.getcwd()
+        )  # an installed command has its program's folder in the path instead; last, so that nothing is shadowed
     try:
         function = getattr(import_module(module_name), name, None)
     except (ImportError, ValueError) as error:  # ValueError: an empty name
@@ -101,9 +110,12 @@ def imported(path: str, text: str) -> Callable:
 
 
 def describe(value: Any) -> str:
-    """A value as text: functions with their keywords, and records, as name(k=v), defaults included."""
+    """Format a value as text: functions with their keywords and records as name(k=v), including defaults.
+
+    Use it to print a setting, such as a corrector.
+    """
     if getattr(value, "factory", None) is not None:
-        value = value.factory  # shorter, and as one would write it
+        value = value.factory  # shorter, and as a user would write it
     if isinstance(value, partial):
         return _call(value.func, {name: member.value for name, member in members(value).items()})
     if inspect.isfunction(value) or inspect.isbuiltin(value) or isinstance(value, type):
@@ -125,13 +137,13 @@ def describe(value: Any) -> str:
 
 
 def _described_object(value: Any) -> str:
-    """An object without a text of its own: its class, and what it keeps of its constructor's arguments."""
+    """Format an object without a custom repr: its class, and the constructor arguments that it stores."""
     held = {}
     for name in inspect.signature(type(value)).parameters:
         if name in vars(value):
             part = vars(value)[name]
             text = "itself" if part is value else describe(part)
-            # A long text is of data. A word may be a secret, and this text is saved and shown.
+            # A long text is data. A word may be a secret, and this text is saved and printed.
             shown = part is None or isinstance(part, bool | int | float) or callable(part)
             held[name] = text if shown else f"#{hashlib.sha256(text.encode()).hexdigest()[:12]}"
             if ADDRESS.search(text):
@@ -145,9 +157,9 @@ def _call(factory: Any, held: dict[str, Any]) -> str:
 
 
 def full_name(made: Any) -> str:
-    """NAME of a function or class, or MODULE:NAME outside of this library."""
+    """Return the NAME of a function or class, or MODULE:NAME outside of this library."""
     # A resume must distinguish two functions of one name.
-    module = made.__module__ or "builtins"  # torch's own functions name none
+    module = made.__module__ or "builtins"  # builtin functions of torch have no module
     if module.partition(".")[0] == "dllm_rl":
         return made.__name__
     module = _started_as() if module == "__main__" else module
@@ -155,7 +167,7 @@ def full_name(made: Any) -> str:
 
 
 def _started_as() -> str:
-    """The name with which other code imports the script that runs; __main__ in a notebook."""
+    """Return the name by which other code imports the running script; __main__ in a notebook."""
     main = sys.modules["__main__"]
     if main.__spec__ is not None:  # python -m
         return main.__spec__.name
@@ -167,10 +179,10 @@ def _started_as() -> str:
 
 
 def plain(value: Any) -> Any:
-    """Scalars as they are, everything else as text."""
+    """Return scalars unchanged and everything else as text."""
     return value if value is None or isinstance(value, bool | int | float | str) else describe(value)
 
 
 def described(record: Any) -> dict[str, Any]:
-    """Field by field, as `plain` values; for JSON."""
+    """Return the fields as `plain` values, for JSON."""
     return {f.name: plain(getattr(record, f.name)) for f in dataclasses.fields(record)}

@@ -1,6 +1,6 @@
-"""Sets of settings that belong together: of large models, which `grpo` takes by a model's size, and d1's.
+"""Sets of settings that belong together: for large models, which `grpo` selects by a model's size, and d1's.
 
-What a caller gives replaces a preset's. No large model has been trained with either yet.
+A caller's settings replace a preset's. No large model has been trained with any preset yet.
 """
 
 import os
@@ -33,10 +33,10 @@ class Preset:
 
     settings: Mapping[str, Any]
     sampler: Mapping[str, Any] = field(default_factory=dict)
-    by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # a task's name -> what differs there
+    by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # a task's name -> settings that differ
 
     def for_task(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The fields and the keywords for a task."""
+        """Return the fields and the keywords for a task."""
         changes = self.by_task.get(name, {})
         fields = {name: value for name, value in changes.items() if name not in self.sampler}
         keywords = {name: value for name, value in changes.items() if name in self.sampler}
@@ -44,7 +44,7 @@ class Preset:
 
 
 _LARGE: dict[str, Any] = {
-    "learning_rate": 3e-6,  # d1's, of adapters whose alpha / rank is 0.5
+    "learning_rate": 3e-6,  # d1's, for adapters whose alpha / rank is 0.5
     "lora": partial(Lora, r=128, alpha=64.0),
     "dtype": "bfloat16",
     "max_grad_norm": 0.2,
@@ -54,8 +54,8 @@ _LARGE: dict[str, Any] = {
     "eval_batch_size": 32,
 }
 PRESETS: dict[str, Preset] = {
-    "large": Preset(_LARGE, {"block_size": 32}),  # LLaDA, Dream and others of full attention
-    "large-blocks": Preset(_LARGE, {"cache": block_cache()}),  # LLaDA2, SDAR: blocks of their own, an exact cache
+    "large": Preset(_LARGE, {"block_size": 32}),  # LLaDA, Dream and others with full attention
+    "large-blocks": Preset(_LARGE, {"cache": block_cache()}),  # LLaDA2, SDAR: the model's block size, an exact cache
     "large-causal": Preset(_LARGE),
     "d1": Preset(  # arXiv 2504.12216 and the train.yaml of its repository
         {
@@ -67,7 +67,7 @@ PRESETS: dict[str, Preset] = {
             "max_grad_norm": 0.2,
             "dtype": "bfloat16",
             "lora": partial(Lora, r=128, alpha=64.0, dropout=0.05),
-            "base_quantization": "nf4",  # which rolls out, too
+            "base_quantization": "nf4",  # also used for rollouts
             "rollout_quantization": None,
             "torch_compile": False,
             "train_batch_size": 16,  # two groups on each of eight GPUs
@@ -94,20 +94,22 @@ def find_preset(name: str) -> Preset:
 
 
 def preset_by_size(attention: str, parameters: int) -> str | None:
-    """The name of a large model's preset; None for a small model, whose settings are the defaults."""
+    """Return the name of a large model's preset, or None for a small model, which uses the defaults."""
     if parameters < LARGE:
         return None
     return {"full": "large", "block_causal": "large-blocks"}.get(attention, "large-causal")
 
 
 def num_parameters(model: str | Policy) -> int:
-    """Count a model's weights: of a folder or a hub's id by config.json alone."""
+    """Count a model's weights. For a folder or a hub's id, only config.json is read."""
     module = build_empty(load_config(model), model) if isinstance(model, str) else model.module
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def without_groups(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset's settings beside those that a caller gives: if one of GROUPS is among these, the others follow it."""
+    """Return a preset's settings that the caller did not set. If the caller set one of GROUPS, the others follow from
+    it.
+    """
     kept = {name: value for name, value in settings.items() if not (given.keys() & set(GROUPS) and name in GROUPS)}
     if "micro_batch_size" in settings:
         generations = given.get("num_generations", kept.get("num_generations", Recipe.num_generations))
@@ -116,7 +118,7 @@ def without_groups(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dic
 
 
 def with_preset(recipe: Recipe, name: str) -> Recipe:
-    """Give a recipe a preset's settings, in place of its own. Raises ValueError for another sampler than `unmask`."""
+    """Apply a preset's settings to a recipe. Raises ValueError for another sampler than `unmask`."""
     settings, keywords = find_preset(name).for_task(recipe.task.name)
     sampler, evaluation = recipe.sampler, recipe.eval_sampler
     for each in (sampler, evaluation) if keywords else ():
@@ -128,7 +130,7 @@ def with_preset(recipe: Recipe, name: str) -> Recipe:
 
 
 def say_preset(name: str, settings: Mapping[str, Any]) -> None:
-    """Print in one line which preset a run takes, and what of it; one process does."""
+    """Print in one line the preset that a run uses and its settings; only one process prints."""
     if os.environ.get("RANK", "0") == "0":
         listed = ", ".join(f"{field}={describe(value)}" for field, value in settings.items())
         print(escape_controls(f"preset {name}: {listed}"), flush=True)

@@ -1,4 +1,4 @@
-"""A Recipe is the experiment: one flat frozen record. A variant is `replace(base, ...)` in a file of its own."""
+"""The record of an experiment: a flat frozen Recipe. A variant is `replace(base, ...)` in a separate file."""
 
 import inspect
 import math
@@ -42,14 +42,14 @@ def _named(module: ModuleType, names: str) -> dict[str, Callable]:
 
 _LIKELIHOODS = _named(estimators, "block_elbo causal coupled elbo eubo one_step quadrature sandwich trajectory")
 _STATE_ONLY = _named(rules, "max_prob margin entropy")
-# What may be chosen by name, for each field of a record and keyword of a function that takes a function or what a
-# function makes. All functions of a row are called alike. Others are chosen as MODULE:FUNCTION.
+# Functions that can be chosen by name, for each field of a record and keyword of a function that takes a function or
+# a function's result. All functions in a row take the same arguments. Others are chosen as MODULE:FUNCTION.
 CHOICES: dict[str, dict[str, Callable]] = {
     "advantages": _named(advantages, "decoupled group_relative leave_one_out"),
     "loss_reduction": _named(losses, "fixed_length_mean sequence_mean token_mean"),
-    "base": _LIKELIHOODS,  # of `eubo` and `sandwich`
+    "base": _LIKELIHOODS,  # keyword of `eubo` and `sandwich`
     "cache": by_name.CACHES,
-    "lambda_fn": _named(correctors, "ais_lambda"),  # of `ais`
+    "lambda_fn": _named(correctors, "ais_lambda"),  # keyword of `ais`
     "commit": by_name.COMMITS,
     "corrector": _named(correctors, "ais aligned icepop mis qarl reject tbpo tis")
     | {"by_step": by_step, "none": no_correction, "triage": triage},
@@ -68,12 +68,12 @@ CHOICES: dict[str, dict[str, Callable]] = {
         "fake_quantize float8_dynamic float8_dynamic_emulated float8_weight_only int4_packed int4_weight_only "
         "int8_dynamic int8_weight_only",
     ),
-    "base_rank": _STATE_ONLY,  # of `plackett_luce`
+    "base_rank": _STATE_ONLY,  # keyword of `plackett_luce`
 }
 
 
 def _(help: str, default: Any = MISSING, **bound: int) -> Any:
-    """A documented field; `bound` is for `Bound`. `CHOICES` names what a command line can give it."""
+    """Make a documented field; `bound` is for `Bound`. `CHOICES` lists the words that a command line accepts."""
     return field(default=default, metadata={"help": help, "bound": Bound(**bound) if bound else None})
 
 
@@ -82,14 +82,14 @@ RECORDS = (
     LikelihoodEstimator,
     PromptSource,
     RolloutEngine,
-)  # that functions make
-REFERENCE = "reference"  # as `teacher`: the policy that RL started from
+)  # records that functions make
+REFERENCE = "reference"  # value of `teacher`: the policy that RL started from
 DIRECTION_STEPS = 5  # steps from one measurement of `update/direction` to the next
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
 def documented(record: type) -> str:
-    """The record's docstring with a line for each field: what it is, and its bound."""
+    """Return the record's docstring with a line for each field: its meaning and its bound."""
     lines = [f"{record.__doc__}\n"]
     for known in fields(record):
         bound = known.metadata["bound"]
@@ -98,12 +98,12 @@ def documented(record: type) -> str:
 
 
 def check_bounds(field: Field, value: Any) -> None:
-    """Raise ValueError where a field's number is out of bounds, or its word unknown."""
+    """Raise ValueError if a field's number is out of bounds, or its word is unknown."""
     optional = NoneType in get_args(field.type)
     if value is None and optional:
         return
     none = ", or none" if optional else ""
-    if isinstance(value, str) and not value:  # what a script's variable that is not set leaves
+    if isinstance(value, str) and not value:  # the value of an unset variable in a script
         raise ValueError(f"{field.name}='' is empty; give a name{none}")
     check_fits(field, value)
     literals = [kind for kind in (field.type, *get_args(field.type)) if get_origin(kind) is Literal]
@@ -116,13 +116,15 @@ def check_bounds(field: Field, value: Any) -> None:
 
 
 def kinds_of(annotation: Any) -> tuple[Any, ...]:
-    """The types of a union, or the type alone."""
+    """Return the types of a union, or a tuple of the only type."""
     return get_args(annotation) if get_origin(annotation) in (UnionType, Union) else (annotation,)
 
 
 def fitted(name: str, annotation: Any, value: Any) -> Any:
-    """The value in the form that a field of this type holds, where its meaning is clear: text that names a function of
-    the library, a function that makes the record, settings of adapters. Anything else is returned as it is.
+    """Convert a value to the form that a field of this type has, if its meaning is clear.
+
+    It converts text that names a function of the library, a function that makes the record, and settings of adapters.
+    Any other value is returned unchanged.
     """
     kinds = kinds_of(annotation)
     value = flattened(value)
@@ -141,7 +143,7 @@ def fitted(name: str, annotation: Any, value: Any) -> Any:
             for parameter in inspect.signature(value).parameters.values()
             if parameter.default is parameter.empty and parameter.kind not in optional
         ]
-        if lacking and record is PromptSource:  # what it draws by
+        if lacking and record is PromptSource:  # `value` is the function that draws
             return PromptSource(value)
         if lacking:
             needs = f"{name}={describe(value)} needs {', '.join(lacking)}"
@@ -152,13 +154,15 @@ def fitted(name: str, annotation: Any, value: Any) -> Any:
 
 
 def adapters(lora: Lora) -> Lora:
-    """The settings themselves: a recipe holds a function that makes them."""
+    """Return the settings unchanged: a recipe contains a function that makes them."""
     return lora
 
 
 def check_fits(field: Field, value: Any) -> None:
-    """Raise ValueError on a flag for what is none (push_to_hub=True), on no function or record (optim="adamw_torch",
-    corrector="tis"), and on text in place of a number or a flag (learning_rate="1e-3").
+    """Raise ValueError if a value has the wrong type for a field.
+
+    Examples are a flag for a field without flags (push_to_hub=True), a value that is not a function or record
+    (optim="adamw_torch", corrector="tis"), and text for a number or flag (learning_rate="1e-3").
     """
     kinds = kinds_of(field.type)
     flag = isinstance(value, bool) and bool not in kinds
@@ -177,14 +181,14 @@ def check_fits(field: Field, value: Any) -> None:
 
 
 def check_kind(name: str, annotation: Any, value: Any) -> None:
-    """Raise ValueError on a value that is no number, flag or text where the annotation says that it is one."""
+    """Raise ValueError if the annotation requires a number, flag or text, and the value is not one."""
     kinds = kinds_of(annotation)
     if value is None and NoneType in kinds:
         return
     likes = {bool: bool, int: Integral, float: Real, str: str | Path}
     scalars = [kind for kind in kinds if kind in likes]
     if not scalars or any(kind not in (*likes, NoneType) for kind in kinds):
-        return  # more than a number, or none
+        return  # the annotation allows other types, or no scalar
     flag = isinstance(value, bool) and bool not in kinds
     if flag or not any(isinstance(value, likes[kind]) for kind in scalars):
         expected = " or ".join(kind.__name__ for kind in scalars)
@@ -192,7 +196,7 @@ def check_kind(name: str, annotation: Any, value: Any) -> None:
 
 
 def _remedy(name: str) -> str:
-    """The names of the library's functions for a field, and how to give adapters of another size."""
+    """Return the names of the library's functions for a field, or how to set adapters of another size."""
     if name == "lora":
         return "; use lora=partial(lora_r16, r=16)"
     return f"; use one of {', '.join(CHOICES[name])}" if name in CHOICES else ""
@@ -200,10 +204,10 @@ def _remedy(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
-    """The fields that every record of a run has. Names follow TRL and verl where the meaning is the same."""
+    """The fields that every record of a run has. Names follow TRL and verl if the meaning is the same."""
 
     def __new__(cls, **settings: Any) -> Any:
-        """Refuse a keyword of an earlier version with its name of today."""
+        """Refuse a keyword of an earlier version, and name its replacement."""
         refuse_renamed(settings.keys() - {f.name for f in fields(cls)})
         return super().__new__(cls)
 
@@ -268,7 +272,8 @@ class Settings:
     peer_timeout: float | None = _("seconds of silence until a process counts as lost; none: no watch", 40.0, above=0)
     overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
 
-    # Other records take these for fields that only RL has. Without an annotation they are no fields.
+    # Defaults for records without the RL fields of these names. They have no annotation, so that they are class
+    # attributes, not fields.
     shard_size = 1
     async_save = False
     sft_warmup_steps = 0
@@ -288,7 +293,7 @@ class Settings:
         return self.metric_for_best_model and self.metric_for_best_model.removeprefix("eval/").removeprefix("eval_")
 
     def is_better(self, value: float, best: float | None) -> bool:
-        """Whether a value of `metric_for_best_model` is better than the best so far, which is None before the first."""
+        """Return whether a value of `metric_for_best_model` is better than the best so far (None before the first)."""
         greater = self.greater_is_better
         if greater is None:
             greater = not str(self.best_metric).endswith("loss")
@@ -300,11 +305,11 @@ class Settings:
         return [name for name in names if name != "none"]
 
     def settings(self) -> dict[str, Any]:
-        """The record for JSON, as in checkpoints and summary.json."""
+        """Return the record for JSON, as in checkpoints and summary.json."""
         return described(self)
 
     def __post_init__(self) -> None:
-        """Raise ValueError on a field out of bounds, and on fields that do not go together."""
+        """Raise ValueError if a field is out of bounds, or fields cannot be combined."""
         for checked in fields(self):
             value = fitted(checked.name, checked.type, getattr(self, checked.name))
             object.__setattr__(self, checked.name, value)
@@ -315,7 +320,7 @@ class Settings:
                 raise ValueError(message)
 
     def conflicts(self) -> list[tuple[bool, str]]:
-        """(whether fields do not go together, what to do), by subject."""
+        """Return (whether fields cannot be combined, the remedy), by subject."""
         unknown = [name for name in self.trackers if name not in TRACKERS]
         return [
             (bool(unknown), f"report_to={', '.join(unknown)!r} is not known; use {', '.join(TRACKERS)}, or none"),
@@ -345,23 +350,23 @@ class Settings:
         ]
 
     def __repr__(self) -> str:
-        """The fields that are not at their default, one per line."""
+        """Return the fields that differ from their default, one per line."""
         lines = [f"{type(self).__name__}("]
         for known in fields(self):
             value = getattr(self, known.name)
-            if value != known.default:  # a variant is read by what it changes
+            if value != known.default:  # a variant shows only its changes
                 lines.append(f"    {known.name}={describe(value)},")
         return "\n".join([*lines, ")"])
 
     @property
     def schedule_steps(self) -> int:
-        """The horizon of the learning-rate schedule, steps."""
+        """Number of steps of the learning-rate schedule."""
         return self.lr_schedule_steps or self.num_steps
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe(Settings):
-    """Reinforcement learning: what is trained, and how."""
+    """The settings of reinforcement learning."""
 
     task: Task = _("problems to train on")
     validation_task: Task = _("problems that steer the warm-up and are evaluated every eval_steps")
@@ -453,7 +458,7 @@ class Recipe(Settings):
             wrong = f"rollout_engine={describe(self.rollout_engine)} makes no quantised copy"
             raise ValueError(f"{wrong}: use rollout_quantization=None, and a corrector that does not align the forward")
         if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
-            check_mergeable(self.lora())  # the aligned forward quantises merged weights
+            check_mergeable(self.lora())  # the aligned forward quantizes merged weights
 
     def conflicts(self) -> list[tuple[bool, str]]:
         quantized = self.rollout_quantization is not None
@@ -569,26 +574,28 @@ class Recipe(Settings):
 
     @property
     def needs_reference_policy(self) -> bool:
-        """Whether a run keeps the policy that RL started from: for the KL term, or as a teacher."""
+        """Whether a run stores the policy that RL started from, for the KL term or as a teacher."""
         return bool(self.beta) or self.teacher == REFERENCE
 
     @property
     def num_mask_sets(self) -> int:
-        """How many sets of masks score a rollout. `rollout_corr/*`, `trained/*` and `ais/*` are of the first."""
+        """Number of mask sets that score a rollout. `rollout_corr/*`, `trained/*` and `ais/*` are computed from the
+        first.
+        """
         return self.num_iterations if self.resample_masks and self.likelihood.is_random else 1
 
     @property
     def has_separate_rollout_policy(self) -> bool:
-        """Whether rollouts come from other arithmetic than the learner's own."""
+        """Whether rollouts are computed with other arithmetic than the learner's."""
         return self.rollout_quantization is not None or self.rollout_engine is not None
 
     @property
     def resolved_loss_reduction(self) -> Callable:
-        """How the loss averages tokens: by the recipe's function, else the corrector's, else `token_mean`."""
+        """The reduction in effect: the recipe's function, else the corrector's, else `token_mean`."""
         return self.loss_reduction or self.corrector.loss_reduction or token_mean
 
     def settings(self) -> dict[str, Any]:
-        """The recipe as JSON, with the loss and its reduction in effect."""
+        """Return the recipe for JSON, with the loss and the reduction in effect."""
         return described(self) | {
             "loss": plain(self.resolved_loss),
             "loss_reduction": plain(self.resolved_loss_reduction),
@@ -596,18 +603,21 @@ class Recipe(Settings):
 
     @property
     def resolved_loss(self) -> Callable:
-        """The objective in effect: the recipe's, else the corrector's, else PPO's clipped ratio."""
+        """The objective in effect: the recipe's function, else the corrector's, else PPO's clipped ratio."""
         return self.loss or self.corrector.loss or ppo_clip
 
     def sample(self, policy: Policy, prompts: Prompts, generator: Generator) -> Rollout:
-        """Completions of the prompts by the recipe's sampler, as they are to be scored where top_k or top_p filter."""
+        """Sample completions of the prompts, in the form in which they are scored if top_k or top_p filter."""
         return with_support(self.sampler(policy, prompts, generator), self.sampling_support)
 
     @property
     def policy_loss(self) -> Callable:
-        """(log-probs (B, T), batch) -> loss, metrics, gradient: `losses.policy_loss` with the recipe's parts bound.
+        """Function (log-probs (B, T), batch) -> loss, metrics, gradient: `losses.policy_loss` with the recipe's
+        settings
+        bound.
 
-        By default: ppo_clip with epsilon 0.2, every token of the batch alike, no KL term, no entropy bonus.
+        The defaults are ppo_clip with epsilon 0.2, an equal weight for every token of the batch, no KL term and no
+        entropy bonus.
         """
         return partial(
             policy_loss,
@@ -620,7 +630,7 @@ class Recipe(Settings):
         )
 
     def update_settings(self, step: int) -> "UpdateSettings":
-        """What `training.learner.update` takes at a step."""
+        """Return the arguments of `training.learner.update` at a step."""
         return UpdateSettings(
             loss=self.policy_loss,
             likelihood=self.likelihood,
@@ -628,13 +638,13 @@ class Recipe(Settings):
             max_grad_norm=self.max_grad_norm,
             micro_batch_size=self.micro_batch_size,
             max_staleness=self.max_staleness,
-            # A forward after the update would quantise an aligned learner's weights once more, and count no changes.
+            # A forward after the update would quantize an aligned learner's weights again, and count no changes.
             measure=(step + 1) % DIRECTION_STEPS == 0 and not self.corrector.align_forward,
         )
 
     @property
     def max_new_tokens(self) -> int:
-        """Length of a completion, tokens; it is the sampler's."""
+        """Length of a completion in tokens, as bound in the sampler."""
         if isinstance(self.sampler, partial) and "max_new_tokens" in self.sampler.keywords:
             return self.sampler.keywords["max_new_tokens"]
         raise ValueError("sampler must be a partial that binds max_new_tokens")
@@ -648,7 +658,13 @@ class UpdateSettings:
     """The settings of a step's updates.
 
     Args:
-        measure: Whether to measure `update_direction` after them.
+        loss: Function (detached log-probs, batch) -> loss, metrics, gradient.
+        likelihood: Estimator of the log-probs.
+        learning_rate: Learning rate of the step.
+        max_grad_norm: Norm to which gradients are clipped. Default: 1.
+        micro_batch_size: Rows per forward. None (default): all.
+        max_staleness: Largest number of updates by which the rollout's weights may be older. Default: 0.
+        measure: Whether to measure `update_direction` after the updates. Default: False.
     """
 
     loss: Callable  # detached log-probs, batch -> loss, metrics, gradient

@@ -1,7 +1,7 @@
-"""Public names of earlier versions, and what each is called now.
+"""Public names of earlier versions, and their current names.
 
 A key is a name of the package or a field of `Recipe`; or OWNER.NAME, a keyword of a function or a field of a record; or
-one of these with =VALUE, where a value has another word.
+one of these with =VALUE, if a value has another word.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 RENAMED = {
-    # fields of Recipe, which are options of the command line and keywords of grpo
+    # fields of Recipe, which are also options of the command line and keywords of grpo
     "aggregate": "loss_reduction",
     "fresh_masks": "resample_masks",
     "kept_graphs": "max_retained_graphs",
@@ -75,7 +75,7 @@ RENAMED = {
     "trajectory_views.num_sampled": "num_sampled_steps",
     "truncated_weights.aggregate": "pool",
     "unmask.watch": "on_step",
-    # inputs that functions of a user take by name
+    # inputs that a user's functions receive by name
     "commit.changed": "replaceable",
     "commit.visible": "redrawable",
     "commit.written": "remaskable",
@@ -131,14 +131,14 @@ RENAMED = {
     "Views.parts": "features",
     "Views.weight": "coefficients",
 }
-# What a description (`members.describe`) consists of.
+# The tokens of a description (`members.describe`).
 _WORD = re.compile(
     r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?P<call>[\w.:]*)\(|\)|(?P<key>\w+)=(?:'(?P<value>\w+)')?|[\w.:]+"""
 )
 
 
 def hint(name: str, *owners: str) -> str:
-    """`aggregate is now pool` for a name of an earlier version, of the first owner that had it; else an empty text."""
+    """Return `aggregate is now pool` for a name of an earlier version, from the first owner that had it; else ""."""
     for owner in owners or ("",):
         if now := RENAMED.get(f"{owner}.{name}" if owner else name):
             return f"{name} is now {now}"
@@ -153,7 +153,7 @@ def refuse_renamed(names: Iterable[str], *owners: str) -> None:
 
 
 def renamed(owner: str, name: str, value: Any = None) -> tuple[str, Any]:
-    """A stored name and value of `owner` ("" for a recipe), in today's words."""
+    """Return a stored name and value of `owner` ("" for a recipe) with their current names."""
     path = f"{owner}.{name}" if owner else name
     if isinstance(value, str) and (pair := RENAMED.get(f"{path}={value}")):
         new, _, word = pair.partition("=")
@@ -162,7 +162,7 @@ def renamed(owner: str, name: str, value: Any = None) -> tuple[str, Any]:
 
 
 def renamed_text(text: str) -> str:
-    """A stored description in today's words: `tis(aggregate='product')` -> `tis(pool='product')`."""
+    """Convert a stored description to current names: `tis(aggregate='product')` -> `tis(pool='product')`."""
     owners: list[str] = []
     parts: list[str] = []
     end = 0
@@ -184,10 +184,10 @@ def renamed_text(text: str) -> str:
 
 
 def renamed_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's stored settings under today's names; their values are compared by `same_setting`."""
+    """Return a recipe's stored settings under current names. `same_setting` compares their values."""
     return dict(renamed("", name, value) for name, value in settings.items())
 
 
 def same_setting(before: Any, now: Any) -> bool:
-    """Whether a stored value is the one of today, maybe in words of an earlier version."""
+    """Return whether a stored value equals the current one, possibly in words of an earlier version."""
     return before == now or (isinstance(before, str) and isinstance(now, str) and renamed_text(before) == now)

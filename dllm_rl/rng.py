@@ -10,13 +10,15 @@ from torch import Generator, Tensor
 
 
 def generator_for(*key: object) -> Generator:
-    """A generator that is a pure function of its key, as (seed, "rollout", step): nothing to save or restore."""
+    """Return a generator that is a pure function of its key, such as (seed, "rollout", step). Nothing needs to be
+    saved.
+    """
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()  # Python's own hash differs between processes
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # a seed has 63 bits
 
 
 def row_seeds(generator: Generator, num_rows: int) -> Int[Tensor, " B"]:
-    """One seed per row; row i's seed does not depend on the rows after it."""
+    """Draw one seed per row; the seed of row i does not depend on later rows."""
     return torch.randint(2**63 - 1, (num_rows,), generator=generator)
 
 
@@ -28,8 +30,10 @@ SECOND = 0x94D049BB133111EB - 2**64
 def uniforms(
     seeds: Int[Tensor, " K"], steps: Int[Tensor, " K"], positions: Int[Tensor, " K"], *, stream: int
 ) -> Float[Tensor, " K"]:
-    """Uniforms in [0, 1), fp64 with 53 random bits, the same on every device and in every batch: SplitMix64 twice
-    (Steele, Lea, Flood 2014). `positions` count from the completion's start, so that padding changes nothing. [ours]
+    """Compute uniform numbers in [0, 1), the same on every device and in every batch [ours].
+
+    They are fp64 with 53 random bits, by SplitMix64 twice (Steele, Lea, Flood 2014). `positions` count from the
+    completion's start, so that padding changes nothing.
     """
     state = _mix(seeds + (2 * steps + stream + 1) * GAMMA)
     bits = _shift(_mix(state + (positions + 1) * GAMMA), 11)  # fp64 has 53 bits
@@ -39,15 +43,18 @@ def uniforms(
 def keep_mask(
     shape: Sequence[int], *, seed: int, step: int, drop: float, device: torch.device | str
 ) -> Bool[Tensor, "*S"]:
-    """False with probability `drop` (to 2^-17): a function of seed, step and place, on every device the same. [ours]"""
+    """Compute a mask that is False with probability `drop` (to 2^-17), the same on every device [ours].
+
+    It is a function of seed, step and position.
+    """
     count, state = math.prod(shape), _mix(torch.tensor(seed) + torch.tensor(step + 1) * GAMMA)
-    # The first round is on the host, and each number of the second serves four places.
+    # The first round is on the host, and each number of the second round is used for four positions.
     bits = _mix(state + torch.arange(1, -(-count // 4) + 1, device=device) * GAMMA).view(torch.int16)[:count]
     return (bits >= min(round(drop * 2**16), 2**16 - 1) - 2**15).view(*shape)
 
 
 def _mix(x: Int[Tensor, "*K"]) -> Int[Tensor, "*K"]:
-    """SplitMix64's finaliser; products wrap around at 64 bits."""
+    """Apply SplitMix64's finalizer; products wrap around at 64 bits."""
     x = (x ^ _shift(x, 30)) * FIRST
     x = (x ^ _shift(x, 27)) * SECOND
     return x ^ _shift(x, 31)

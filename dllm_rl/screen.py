@@ -1,6 +1,7 @@
-"""Foreign text on a screen: prompts, completions, paths and names cannot act as control characters or rich markup.
+"""Untrusted text on a screen: prompts, completions, paths and names cannot act as control characters or rich markup.
 
-`import dllm_rl` runs this module first of all, so that what must hold during the imports stands here, too.
+`import dllm_rl` runs this module before all others, so that it also contains the setup that must precede the other
+imports.
 """
 
 import logging
@@ -25,12 +26,12 @@ NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "padding": (0,
 
 
 def interactive() -> bool:
-    """Whether Python runs at a prompt: a notebook, IPython, Python itself."""
-    return hasattr(sys, "ps1")  # the prompt, which only an interactive Python has
+    """Return whether Python runs interactively: a notebook, IPython, or Python's prompt."""
+    return hasattr(sys, "ps1")  # the prompt string, which only an interactive Python has
 
 
 def escape_controls(text: str, *, keep: str = "") -> str:
-    """The text with visible signs in place of control and format characters, except those of `keep`."""
+    """Replace control and format characters, except those of `keep`, by visible signs."""
     shown = []
     for c in text:
         if c in keep:
@@ -45,8 +46,10 @@ def escape_controls(text: str, *, keep: str = "") -> str:
 
 
 def line_of(error: BaseException) -> str:
-    """An error in one line: of a file, its path and what is wrong with it, without the system's number. A line of more
-    than MAX_MESSAGE_LENGTH characters loses its middle: the field stands at the beginning, the remedy at the end.
+    """Format an error in one line; for a file, its path and the fault, without the system's error number.
+
+    A line of more than MAX_MESSAGE_LENGTH characters loses its middle: the field is at the beginning, the remedy at the
+    end.
     """
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
@@ -55,7 +58,7 @@ def line_of(error: BaseException) -> str:
 
 
 def without_middle(text: str) -> str:
-    """A text of more than MAX_MESSAGE_LENGTH characters loses its middle."""
+    """Remove the middle of a text of more than MAX_MESSAGE_LENGTH characters."""
     return (
         text
         if len(text) <= MAX_MESSAGE_LENGTH
@@ -64,7 +67,7 @@ def without_middle(text: str) -> str:
 
 
 def literal(text: object, *, style: str = "") -> Text:
-    """A cell or a title that rich prints unchanged, brackets included."""
+    """Return a cell or a title that rich prints unchanged, including brackets."""
     return Text(escape_controls(str(text)), style=style)
 
 
@@ -72,14 +75,14 @@ _NOISE = {
     "torchao": "Failed to load",  # CUDA extensions, on a machine without CUDA
     "torch.utils._pytree": "is an Enum subclass",  # a deprecation inside torchao
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional faster kernel
-    "bitsandbytes.autograd._functions": "inputs will be cast from",  # at every product
+    "bitsandbytes.autograd._functions": "inputs will be cast from",  # at every matrix product
 }
 
 
 def silence_import_noise() -> None:
-    """Drop these messages alone, whoever imports the library."""
+    """Drop only these messages, for any importer of the library."""
     for name, start in _NOISE.items():
-        logging.getLogger(name).addFilter(_other_than(start))  # a filter: a level would drop errors, too
+        logging.getLogger(name).addFilter(_other_than(start))  # a filter, because a level would also drop errors
 
 
 def _other_than(start: str) -> Callable[[logging.LogRecord], bool]:
@@ -88,7 +91,7 @@ def _other_than(start: str) -> Callable[[logging.LogRecord], bool]:
 
 @contextmanager
 def imports_interruptible() -> Iterator[None]:
-    """In the block, a Ctrl-C during an import prints one line and ends the process with 130; at a prompt it raises."""
+    """Make Ctrl-C during an import in the block print one line and exit with 130; interactively it raises."""
     main = threading.current_thread() is threading.main_thread()
     if interactive() or not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -101,8 +104,9 @@ def imports_interruptible() -> Iterator[None]:
 
 
 def ended_by_launcher() -> None:
-    """Have Linux send SIGTERM when torch's or accelerate's launcher dies, so that no process outlives it; end at once
-    if it has died already, as far as that can be told.
+    """Let Linux send SIGTERM when torch's or accelerate's launcher dies, so that no process outlives the launcher.
+
+    If the launcher has died already, as far as this can be determined, end the process immediately.
     """
     launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
     if not sys.platform.startswith("linux") or not launched:
@@ -111,15 +115,15 @@ def ended_by_launcher() -> None:
     words = Path(f"/proc/{parent}/cmdline")
     command = words.read_bytes() if words.exists() else b""
     if not command and parent > 1:
-        # It is ending: its memory is freed, which takes a while, and its children get another parent only then.
+        # The launcher is ending: freeing its memory takes a while, and only then its children get another parent.
         for _ in range(5000):
             if os.getppid() != parent:
                 return ended_by_launcher()
             time.sleep(0.001)
     if not any(word in command for word in (b"accelerate", b"torchrun", b"torch.distributed", b"dllm")):
-        # Any other parent, such as a shell, may end before its jobs. But a recipe may import torch before this line,
-        # and init is then the parent of what a launcher has left. torchrun's variable is its own. accelerate's may be
-        # exported by hand, in a service or a container: there the leader of the process's group lives.
+        # Any other parent, such as a shell, may end before its jobs. But a recipe may import torch before this line:
+        # then init is the parent of a dead launcher's processes. Only torchrun sets its variable. accelerate's may be
+        # exported by hand, in a service or a container: in this case the leader of the process group is alive.
         if parent == 1 and ("TORCHELASTIC_RUN_ID" in launched or not _lives(os.getpgrp())):
             os.kill(os.getpid(), signal.SIGTERM)
         return
@@ -131,9 +135,9 @@ def ended_by_launcher() -> None:
 
 
 def _lives(process: int) -> bool:
-    """Whether a process runs; 0 is one that a container does not see."""
+    """Return whether a process runs; 0 means a process that a container does not see."""
     status = Path(f"/proc/{process}/stat")
-    # Behind the name in brackets stands the state; Z has ended, and its parent has not asked yet.
+    # The state comes after the name in brackets; Z has ended, and its parent has not collected it yet.
     return process == 0 or (status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z")
 
 
@@ -146,5 +150,5 @@ def _end_an_import(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-# Now, for the other imports take seconds: a launcher that dies meanwhile would leave its process another parent.
+# Called now because the other imports take seconds: if the launcher died meanwhile, the parent would change.
 ended_by_launcher()

@@ -1,4 +1,4 @@
-"""What a number was computed with: the versions of packages, and the commit of this library."""
+"""The versions of the software that computed a number: packages, and the commit of this library."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of dllm_rl and of the packages that its numbers depend on (None: not installed), and its commit."""
+    """Return the versions of dllm_rl and of packages that affect its numbers (None: not installed), and its commit."""
     found: dict[str, str | None] = {}
     for package in ("dllm_rl", "torch", "transformers", "accelerate", "torchao"):
         try:
@@ -20,12 +20,12 @@ def versions() -> dict[str, str | None]:
     return found | {"dllm_rl_commit": commit(PACKAGE)}
 
 
-@cache  # of the code that was imported: a checkout may change while a run lasts
+@cache  # the commit of the imported code: a checkout may change during a run
 def commit(package: Path) -> str | None:
-    """The commit of a package's code, or None if nothing knows it (a wheel, no git program).
+    """Return the commit of a package's code, or None if it cannot be determined (a wheel, no git program).
 
-    In a git checkout, whose top level holds the package, it is that of HEAD, with "+" behind it if tracked files of the
-    package differ. Installed from a git address, it is the one that pip wrote down.
+    In a git checkout whose top level contains the package, it is HEAD, followed by "+" if tracked files of the package
+    differ. For an installation from a git address, it is the commit that pip recorded.
     """
     if (package.parent / ".git").exists():
         head = _git(package, "rev-parse", "HEAD")
@@ -39,8 +39,8 @@ def commit(package: Path) -> str | None:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """What git prints, or None: there is no such program, or it refuses the folder (it is somebody else's)."""
-    # Without optional locks `status` leaves the index as it is: the user may be working in this checkout.
+    """Return git's output, or None if git is missing or refuses the folder (another user owns it)."""
+    # Without optional locks `status` does not change the index: the user may be working in this checkout.
     try:
         command = ["git", "--no-optional-locks", "-C", str(folder), *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
