@@ -1,20 +1,20 @@
-"""Scanners that find an answer in a completion. Each takes linear time on any text, and none raises."""
+"""Scanners that find an answer in a completion. Each takes linear time on any text and never raises."""
 
 import re
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 
-MAX_ANSWER_LENGTH = 10_000  # characters of an answer, box or expression; a longer one counts as none
-# d1's parsers have no limits; ours are far beyond any completion.
-FARTHEST = 100_000  # characters that are searched for a closing brace or a number
-MOST_BOXES = 10_000  # that are searched for a number
+MAX_ANSWER_LENGTH = 10_000  # characters of an answer, box or expression; a longer one is ignored
+# d1's parsers have no limits; these limits are far beyond any completion.
+FARTHEST = 100_000  # characters searched for a closing brace or a number
+MOST_BOXES = 10_000  # boxes searched for a number
 
 SPECIAL = ("<|eot_id|>", "<|endoftext|>")
 _BRACE = re.compile(r"[{}]")
 _BOX_END = re.compile(r"[}\n]")
 _NUMBER = re.compile(r"-?\d+\.?\d*")
-# Printed minus signs, spaces of other widths and full-width digits, as the characters that they stand for.
+# Plain characters for printed minus signs, spaces of other widths and full-width digits.
 _PRINTED = dict.fromkeys((*range(0x2010, 0x2014), 0x2212, 0xFE63, 0xFF0D), "-")
 _PRINTED |= {0xFF0B: "+", 0xFF0C: ",", 0xFF0E: ".", 0xFF0F: "/", 0x2044: "/"}
 _PRINTED |= dict.fromkeys((0xA0, *range(0x2000, 0x200C), 0x202F, 0x205F, 0x2060, 0x3000, 0xFEFF), " ")
@@ -25,7 +25,9 @@ _PLAIN = re.compile(r"([+-]?) ?\$?([+-]?) ?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?
 
 
 def last_answer(text: str) -> str | None:
-    """The text after the last `<answer>`, up to its end tag, a special token or the end; None without `<answer>`."""
+    """Return the text after the last `<answer>`, up to its end tag, a special token or the end; None without
+    `<answer>`.
+    """
     start = text.rfind("<answer>")
     if start < 0:
         return None
@@ -33,15 +35,15 @@ def last_answer(text: str) -> str | None:
 
 
 def first_closed_answer(text: str) -> str | None:
-    """The text between the first `<answer>` and the next `</answer>`; None when either is missing."""
+    """Return the text between the first `<answer>` and the next `</answer>`; None if either is missing."""
     start = text.find("<answer>")
     end = text.find("</answer>", start + len("<answer>"))
     return text[start + len("<answer>") : end] if 0 <= start < end else None
 
 
 def last_closed_answer(text: str) -> str | None:
-    """The last of the non-overlapping `<answer>...</answer>` pairs, read from the left; None without one."""
-    for piece in reversed(text.split("</answer>")[:-1]):  # no pair begins behind the last end tag
+    """Return the last of the non-overlapping `<answer>...</answer>` pairs, read from the left; None without a pair."""
+    for piece in reversed(text.split("</answer>")[:-1]):  # no pair begins after the last end tag
         start = piece.find("<answer>")
         if start >= 0:
             return piece[start + len("<answer>") :]
@@ -49,7 +51,7 @@ def last_closed_answer(text: str) -> str | None:
 
 
 def last_box(text: str, *, names: tuple[str, ...] = ("\\boxed", "\\fbox")) -> str | None:
-    """The content of the last `\\boxed{...}`, else of the last `\\fbox{...}`, with balanced braces."""
+    r"""Return the content of the last `\boxed{...}`, else of the last `\fbox{...}`, with balanced braces."""
     for name in names:
         start = text.rfind(name + "{")
         if start >= 0:
@@ -58,21 +60,22 @@ def last_box(text: str, *, names: tuple[str, ...] = ("\\boxed", "\\fbox")) -> st
 
 
 def final_answer(text: str) -> str | None:
-    """The strict reading: the last box inside the last `<answer>` block, else the block, else the text's last box."""
+    """Read the strict answer: the last box in the last `<answer>` block, else the block, else the text's last box."""
     block = last_answer(text)
-    box = last_box(text if block is None else block)  # an answer block outranks a box in the working
+    box = last_box(text if block is None else block)  # an answer block takes precedence over a box in the reasoning
     found = block if box is None else box
     return None if found is None or len(found) > MAX_ANSWER_LENGTH else found.strip()
 
 
 def readings(unmarked: str | None = None) -> dict[str, Callable[[str], str | None]]:
-    """The places where papers and harnesses look for an answer, first and last of each kind, by name.
+    """Return the readings of an answer that papers and harnesses use, first and last of each kind, by name.
 
     Args:
-        unmarked: A pattern of an answer that nothing marks, which takes linear time on any text; None: no such reading.
+        unmarked: Pattern of an answer without a mark, which must take linear time on any text. None (default): no such
+            reading.
 
     Returns:
-        Functions of a completion to its answer, or None where it has none of that kind.
+        Functions of a completion to its answer, or to None if it has no answer of that kind.
     """
     found: dict[str, Callable[[str], str | None]] = {
         "first <answer>": _first_answer,
@@ -104,8 +107,10 @@ def _pattern(pattern: re.Pattern[str], which: int, text: str) -> str | None:
 
 
 def d1_box(text: str) -> str | None:
-    """The last \\boxed, or without one \\fbox, as d1 reads it; None when it is not closed, all of a text with neither.
-    "\\boxed " with a space runs to the next dollar sign; else only "\\boxed{" and "}" are removed.
+    r"""Return the last `\boxed`, or without one `\fbox`, as d1 reads it.
+
+    The result is None if the box is not closed, and the complete text if it has neither. "\boxed " with a space extends
+    to the next dollar sign; otherwise only "\boxed{" and "}" are removed.
     """
     if "\\boxed " in text:
         return text.rpartition("\\boxed ")[2].partition("$")[0]
@@ -122,7 +127,10 @@ def d1_box(text: str) -> str | None:
 
 
 def first_boxed_number(text: str) -> float | None:
-    """As d1: the first `\\boxed{...}` (to the first brace, in one line) with a number, as a float or its first one."""
+    r"""Return the first number in a `\boxed{...}` as d1 reads it: up to the first brace, in one line; a float or its
+    first
+    number.
+    """
     at = text.find("\\boxed{")
     for _ in range(MOST_BOXES):
         end = _BOX_END.search(text, at + len("\\boxed{")) if at >= 0 else None
@@ -137,32 +145,34 @@ def first_boxed_number(text: str) -> float | None:
 
 
 def last_number(text: str) -> float | None:
-    """The text as a float, else its last number; None when there is none or the text is too long."""
+    """Return the text as a float, else its last number; None if there is no number or the text is too long."""
     return _number(text, last=True)
 
 
 def printed(text: str) -> str:
-    """The text in plain characters: printed minus signs, wide and LaTeX spaces, full-width digits, and separators of
-    thousands as in 1{,}000 and 1 000. Other blanks between digits stay: 3 4 is not 34.
+    """Convert the text to plain characters.
+
+    Printed minus signs, wide and LaTeX spaces, full-width digits, and separators of thousands as in 1{,}000 and 1 000
+    are replaced. Other blanks between digits stay: 3 4 is not 34.
     """
     text = _LATEX_SPACE.sub(" ", text.translate(_PRINTED).replace("\\!", "")).replace("{,}", ",")
     return _SPACED_THOUSANDS.sub(lambda group: group[1].replace(" ", ""), text)
 
 
 def exact_number(text: str) -> Fraction | None:
-    """The text as one decimal number, with optional sign, dollar sign, commas between thousands and final point."""
+    """Read the text as one decimal number, with optional sign, dollar sign, thousands commas and final point."""
     if len(text) > MAX_ANSWER_LENGTH:
         return None
     text = printed(text).strip().replace("\\$", "$").removesuffix(".").rstrip()
     found = _PLAIN.fullmatch(text) if len(text) <= 100 else None
-    if not found or (found[1] and found[2]):  # a sign on either side of the dollar sign, not on both
+    if not found or (found[1] and found[2]):  # a sign on one side of the dollar sign, not on both
         return None
     value = Fraction(found[3].replace(",", ""))
     return -value if "-" in found[1] + found[2] else value
 
 
 def cut(text: str, start: int, ends: tuple[str, ...] = (*SPECIAL, "</answer>"), *, closed: bool = False) -> str:
-    """The text from `start` up to the first of the ends; without one, all of it, or nothing if `closed`."""
+    """Return the text from `start` up to the first of the ends; without an end, all of it, or nothing if `closed`."""
     found = [at for end in ends if (at := text.find(end, start)) >= 0]
     return text[start : min(found, default=start if closed else len(text))]
 

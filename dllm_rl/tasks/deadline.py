@@ -1,4 +1,4 @@
-"""A time limit on graders: a grader that does not return ends the process and is named."""
+"""A time limit on graders: a grader that does not return ends the process, and an error names it."""
 
 import faulthandler
 import math
@@ -9,15 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-STATUS = 124  # the process's exit status, that of timeout(1)
+STATUS = 124  # exit status of the process, as of timeout(1)
 GRACE = 5.0  # seconds between the limit and the last resort
-EVERY = 1.0  # seconds after which a restart arms the last resort again
+EVERY = 1.0  # seconds after which a restart re-arms the last resort
 
 
 @contextmanager
 def deadline(seconds: float, describe: Callable[[], str]) -> Iterator[Callable[[], None]]:
-    """Yields restart(), called before each piece of work. A piece longer than `seconds` ends the process by status 124,
-    after `describe()` and the stacks of all threads on standard error, without clean-up.
+    """Yield restart(), to be called before each piece of work.
+
+    A piece longer than `seconds` ends the process with status 124, after `describe()` and the stacks of all threads on
+    standard error, without cleanup.
     """
     began = time.monotonic()
     armed = -math.inf
@@ -45,7 +47,7 @@ def deadline(seconds: float, describe: Callable[[], str]) -> Iterator[Callable[[
     threading.Thread(target=watch, daemon=True).start()  # for work that sleeps, waits or runs Python
     restart()
     try:
-        # A timer of processor time interrupts C code that holds the interpreter, such as regular expressions.
+        # A timer of processor time interrupts C code that blocks the interpreter, such as regular expressions.
         with _interrupting(stop_if_late, every=min(1.0, seconds)):
             yield restart
     finally:
@@ -55,7 +57,7 @@ def deadline(seconds: float, describe: Callable[[], str]) -> Iterator[Callable[[
 
 @contextmanager
 def _interrupting(handle: Callable[..., None], *, every: float) -> Iterator[None]:
-    """Call `handle` every `every` seconds of processor time; does nothing outside the main thread."""
+    """Call `handle` every `every` seconds of processor time; do nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 Prompt = str | list[dict[str, str]]
-BLANK = "\u25a1"  # a token to fill in; no text of a prompt has this square
+BLANK = "\u25a1"  # a token to fill in; no prompt text contains this square
 _MESSAGE = {"role": str, "content": str}
 
 
 @lru_cache(maxsize=64)
 def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
-    """A text with a line break or a placeholder, else a file's; ValueError without the file or one of `needs`, where
-    "a|b" asks for a or b.
+    """Return a text with a line break or a placeholder unchanged, else read a file.
+
+    Raises ValueError if there is no such file, or a name of `needs` is missing ("a|b" needs a or b).
     """
     asked = [[f"{{{name}}}" for name in each.split("|")] for each in needs]
     if isinstance(template, str) and ("\n" in template or any(name in template for names in asked for name in names)):
@@ -45,8 +46,8 @@ class Prompted:
     """The settings prompt_format, chat and opening of a task; the task declares them as its fields."""
 
     text: ClassVar[str]  # the instruction of prompt_format="text"
-    placeholders: ClassVar[tuple[str, ...]]  # the names that a template must have in braces; "a|b": one of the two
-    has_compact: ClassVar[bool] = False  # whether the task also writes a format "compact" itself
+    placeholders: ClassVar[tuple[str, ...]]  # names that a template must have in braces; "a|b": one of the two
+    has_compact: ClassVar[bool] = False  # whether the task also has a format "compact"
 
     prompt_format: str | Path
     chat: bool
@@ -58,15 +59,16 @@ class Prompted:
         return self.has_compact and self.prompt_format == "compact"
 
     def check_prompt(self) -> None:
-        """Errors: ValueError for an opening without an assistant's turn, and for an invalid template."""
+        """Raise ValueError for an opening without an assistant's turn, and for an invalid template."""
         if self.opening and (not self.chat or self.compact):
             raise ValueError(f"opening={self.opening!r} begins the assistant's turn: it needs chat=True and text")
         if not self.compact:
             self._template()
 
     def worded(self, blanks: str = "", **values: str) -> Prompt:
-        """The template with each given `{name}` replaced, then an answer block of the `blanks` to fill in; with `chat`,
-        a plain text becomes one user message.
+        """Fill in the template and append an answer block with the `blanks` to fill in.
+
+        Each `{name}` of `values` is replaced. With `chat`, a plain text becomes one user message.
         """
         block = blanks and f"<answer>\n{blanks}\n</answer>"
         template = self._template()  # nothing is replaced inside a value; other braces stay, such as \boxed{}
@@ -82,6 +84,6 @@ class Prompted:
 
 
 def _replace(text: str, values: dict[str, str]) -> str:
-    # One pass over the template: a value that looks like a placeholder is text.
+    # One pass over the template: a value that looks like a placeholder stays text.
     names = re.compile("|".join("\\{" + re.escape(name) + "\\}" for name in values))
     return names.sub(lambda found: values[found[0][1:-1]], text)

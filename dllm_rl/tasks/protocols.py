@@ -1,4 +1,4 @@
-"""The tasks by name, and their graders by protocol (of a paper)."""
+"""The tasks by name, and their graders by protocol (the grading rules of a paper)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,15 +19,15 @@ from dllm_rl.tasks.sudoku import graders as sudoku
 
 @dataclass(frozen=True)
 class Entry:
-    """A task's class, and by protocol its graders and what they need."""
+    """A task's class, and its graders and their requirements by protocol."""
 
     task: type[Any]
     graders: Mapping[str, Grader]
     read_fields: Callable[[Mapping[str, Any], str], dict[str, Any]]  # (stored row, protocol) -> fields, or ValueError
     require: Mapping[str, Callable[[], None]] = field(default_factory=dict)  # ImportError without a package
-    # The slow part of many grades ahead, in parallel: (fields, completions) -> None.
+    # Precomputes the slow part of many grades in parallel: (fields, completions) -> None.
     prepare: Mapping[str, Callable[[Sequence[Mapping[str, Any]], Sequence[str]], None]] = field(default_factory=dict)
-    # Where an answer may stand: (completion) -> answer or None. `strict` grades what was read.
+    # Places of an answer: (completion) -> answer or None. `strict` grades the answer that was read.
     readings: Mapping[str, Callable[[str], str | None]] = field(default_factory=dict)
 
 
@@ -48,12 +48,12 @@ TASKS = {name: entry.task for name, entry in TABLE.items()}
 PROTOCOLS = {name: entry.graders for name, entry in TABLE.items()}
 SOURCES = {"strict": "dllm_rl", "d1": "arXiv 2504.12216", "spg": "arXiv 2510.09541", "espo": "arXiv 2512.03759"}
 SOURCES |= {"dream": "arXiv 2508.15487", "math-verify": "huggingface/Math-Verify", "sandbox": "dllm_rl"}
-PUBLISHED = ("d1", "spg")  # whose settings of every task are known
+PUBLISHED = ("d1", "spg")  # protocols with published settings for every task
 
 
 @dataclass(frozen=True)
 class UnderProtocol:
-    """The problems of a task with the reward of a protocol; made by under_protocol."""
+    """The problems of a task with the reward of a protocol. Made by `under_protocol`."""
 
     task: Task
     protocol: str
@@ -80,10 +80,13 @@ class UnderProtocol:
 
 
 def under_protocol(task: Task, protocol: str) -> UnderProtocol:
-    """The task, graded by a protocol. Errors: as find_grader; ValueError where the problems do not fit the protocol."""
+    """Return the task, graded by a protocol.
+
+    Raises the errors of find_grader, and ValueError if the problems do not fit the protocol.
+    """
     find_grader(task.name, protocol)
     stored = getattr(task, "path", None) is not None
-    for index in range(len(task) if stored else min(1, len(task))):  # generated problems are all of one kind
+    for index in range(len(task) if stored else min(1, len(task))):  # generated problems all have the same form
         try:
             TABLE[task.name].read_fields(task[index].fields, protocol)
         except ValueError as error:
@@ -92,20 +95,20 @@ def under_protocol(task: Task, protocol: str) -> UnderProtocol:
 
 
 def find_grader(task: str, protocol: str) -> Grader:
-    """Errors: ValueError for an unknown protocol; ImportError when its package is not installed."""
+    """Return the grader. Raises ValueError for an unknown protocol, ImportError if its package is not installed."""
     if task not in PROTOCOLS:
         raise ValueError(f"task={task!r} has no protocols; those that have: {', '.join(PROTOCOLS)}")
     if protocol not in PROTOCOLS[task]:
         raise ValueError(f"protocol={protocol!r} is none of {task}'s: {', '.join(PROTOCOLS[task])}")
     if protocol in TABLE[task].require:
-        TABLE[task].require[protocol]()  # before any work: a package that is missing is named at once
+        TABLE[task].require[protocol]()  # before any work: a missing package is named immediately
     return PROTOCOLS[task][protocol]
 
 
 def grade_all(
     task: str, protocol: str, fields: Sequence[Mapping[str, Any]], completions: Sequence[str]
 ) -> list[Reward]:
-    """Errors: as find_grader."""
+    """Grade completions by a protocol. Raises the errors of find_grader."""
     grader = find_grader(task, protocol)
     if protocol in TABLE[task].prepare:
         TABLE[task].prepare[protocol](fields, completions)
@@ -113,7 +116,9 @@ def grade_all(
 
 
 def published(protocol: str, task: str, max_new_tokens: int) -> dict[str, tuple[Any, ...]]:
-    """The settings of a paper's evaluation: name -> the values that the paper has. Errors: ValueError if not known."""
+    """Return the settings of a paper's evaluation: name -> the values in the paper. Raises ValueError if there are
+    none.
+    """
     graders = PROTOCOLS.get(task, {})
     if protocol not in PUBLISHED or protocol not in graders:
         raise ValueError(f"no published settings of protocol={protocol!r} for task={task!r}; give d1 or spg")
@@ -121,7 +126,7 @@ def published(protocol: str, task: str, max_new_tokens: int) -> dict[str, tuple[
     found: dict[str, tuple] = {"protocol": alike, "block_size": (32,), "temperature": (0,), "cache": ("none",)}
     found |= {"max_new_tokens": (128, 256, 512), "diffusion_steps": (max_new_tokens // 2,), "quantization": ("none",)}
     found |= {"rank": ("confidence", "max_prob"), "commit": ("schedule",), "settings.opening": ("<reasoning>",)}
-    found["settings.prompt_format"] = ("the paper's text",)  # the texts of the tasks are ours
+    found["settings.prompt_format"] = ("the paper's text",)  # the tasks' prompt texts are [ours]
     if task == "sudoku":
         found["settings.shots"] = (0 if protocol == "d1" else 3,)
     if task in ("sudoku", "countdown"):
@@ -130,5 +135,5 @@ def published(protocol: str, task: str, max_new_tokens: int) -> dict[str, tuple[
 
 
 def protocol_names() -> list[str]:
-    """Every protocol, once, in the order of the tasks."""
+    """Return every protocol once, in the order of the tasks."""
     return list(dict.fromkeys(name for graders in PROTOCOLS.values() for name in graders))

@@ -17,8 +17,8 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def hashed_split(key: str) -> Split:
-    """The split of a key, by a fixed hash: 70 in 100 train, 10 validation, 20 test."""
-    # Python's own hash differs between processes. A JSON text may hold half of a surrogate pair.
+    """Return the split of a key, by a fixed hash: 70 in 100 train, 10 validation, 20 test."""
+    # Python's hash() differs between processes. A JSON text may contain half of a surrogate pair.
     place = int.from_bytes(sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 100
     return "test" if place < 20 else "validation" if place < 30 else "train"
 
@@ -29,7 +29,7 @@ def check_split(split: str, names: tuple[str, ...] = NAMES) -> None:
 
 
 def check_settings(*faults: tuple[bool, str]) -> None:
-    """Errors: ValueError with the message of the first (condition, message) whose condition holds."""
+    """Raise ValueError with the message of the first (condition, message) whose condition is true."""
     for broken, message in faults:
         if broken:
             raise ValueError(message)
@@ -40,13 +40,13 @@ def as_range(number: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def drawn(number: int | tuple[int, int], rng: Random) -> int:
-    """The number, or one of an inclusive range."""
+    """Return the number, or draw one from an inclusive range."""
     low, high = as_range(number)
     return low + int(rng.random() * (high - low + 1))
 
 
 def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
-    """(place, row) for each row of one file. Errors: ValueError naming the file and line."""
+    """Yield (place, row) for each row of one file. Raises ValueError naming the file and line."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}: give the path of a {', '.join(_SUFFIXES)} file")
@@ -60,8 +60,8 @@ def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:  # -sig: a byte order mark is no part of the first name
-        reader = csv.DictReader(file, strict=True)  # strict: a quote that is never closed would swallow the rows below
+    with path.open(encoding="utf-8-sig", newline="") as file:  # -sig: a byte order mark is not part of the first name
+        reader = csv.DictReader(file, strict=True)  # strict: an unclosed quote would swallow the rows below
         try:
             names = list(reader.fieldnames or ())
             check_names(f"{path}, line 1", names)
@@ -81,7 +81,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def check_names(place: str, names: Sequence[str]) -> None:
-    """Raise ValueError where a name stands twice, or is empty: one of its values would be lost."""
+    """Raise ValueError if a name occurs twice or is empty, because one of its values would be lost."""
     stripped = [name.strip("\ufeff ") for name in names]
     for name in names:
         if name.startswith("\ufeff"):
@@ -93,7 +93,7 @@ def check_names(place: str, names: Sequence[str]) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError where a name stands twice, whose first value Python's own reader drops."""
+    """Make a JSON object. Raises ValueError if a name occurs twice, because Python's reader drops the first value."""
     if len(dict(pairs)) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
@@ -104,9 +104,9 @@ def _table(path: Path) -> list[Row]:
     if path.suffix == ".json":
         try:
             rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
+        except (ValueError, RecursionError) as error:  # RecursionError: endless brackets
             raise ValueError(f"{path}: not JSON in UTF-8 ({error}); correct it") from None
-        if isinstance(rows, dict):  # an evaluation of d1's
+        if isinstance(rows, dict):  # an evaluation file of d1
             rows = rows.get("generations")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path} must hold a list of objects")
@@ -124,7 +124,7 @@ def _table(path: Path) -> list[Row]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open("rb") as file:  # binary: only "\n" ends a line, not the other line separators of Unicode
+    with path.open("rb") as file:  # binary: only "\n" ends a line, not Unicode's other line separators
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(BOM_UTF8)
@@ -140,14 +140,14 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def present(row: Mapping[str, Any], name: str) -> Any:
-    """Errors: ValueError when the row lacks the field."""
+    """Return a field of the row. Raises ValueError if it is missing."""
     if name not in row:
         raise ValueError(f"no field {name!r}")
     return row[name]
 
 
 def text_of(row: Mapping[str, Any], name: str) -> str:
-    """Errors: ValueError when the field is missing or no text."""
+    """Return a text field of the row. Raises ValueError if it is missing or not a text."""
     value = present(row, name)
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, not {type(value).__name__}")
@@ -156,13 +156,13 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
 
 @lru_cache(maxsize=16)
 def load_split(path: str | Path | None, split: str, dataset: tuple[str, str | None]) -> tuple[tuple[str, Row], ...]:
-    """The rows of a split: of a file, of the folder's file with its name, or of a data set. Errors: ValueError."""
+    """Return the rows of a split, from a file, the folder's file with its name, or a data set. Raises ValueError."""
     if path is not None:
         rows = tuple(load_rows(file := _split_file(Path(path), split)))
         if not rows:
             raise ValueError(f"{file} holds no rows; give a file of problems")
         return rows
-    import datasets  # here: importing takes seconds, and a file needs none of it
+    import datasets  # local: the import takes seconds, and files do not need it
 
     name, configuration = dataset
     try:
@@ -190,7 +190,7 @@ def _split_file(path: Path, split: str) -> Path:
 def load_problems(
     path: str | Path | None, split: Split, hub: tuple[str, str | None], parse: Callable[[str, Row], tuple]
 ) -> tuple[tuple, ...]:
-    """`parse(place, row)`, the question first, for each row of the split."""
+    """Return `parse(place, row)`, with the question first, for each row of the split."""
     problems = [parse(place, row) for place, row in load_split(path, "test" if split == "test" else "train", hub)]
     if split != "test":  # "validation" is a tenth of the published train rows, by a hash of the question
         problems = [p for p in problems if (hashed_split(p[0]) == "validation") == (split == "validation")]

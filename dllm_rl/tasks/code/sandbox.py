@@ -1,9 +1,9 @@
-"""Runs a program and its tests in new namespaces (unshare, prlimit of util-linux), with no network, files or processes.
+"""Run a program and its tests in new namespaces (unshare, prlimit of util-linux), without network, files or processes.
 
-There this file is process 1, which runs the tests. Its child, forked before the tests are read, runs the program. The
-tests call the program's function through pipes and get plain data, so that the program sees no test and no token, and
-none of its objects is compared. What remains possible: answers to the calls that are seen, without computing them; a
-fault of the kernel. Each of the two processes may take the memory.
+In the sandbox this file is process 1, which runs the tests. Its child, forked before the tests are read, runs the
+program. The tests call the program's function through pipes and receive plain data, so that the program sees no test
+and no token, and none of its objects is compared. Two attacks remain possible: answers to the observed calls without
+computing them, and a fault of the kernel. Each of the two processes may use the full memory limit.
 """
 
 import ast
@@ -16,14 +16,14 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-SECONDS = 5  # of a program and its tests, by the wall and by the processor
+SECONDS = 5  # limit of a program and its tests, in wall time and in processor time
 OUTPUT = 1 << 16  # bytes
 LIMITS = ["--as=536870912", f"--fsize={OUTPUT}", "--nofile=32", "--msgqueue=0"]
 SPACES = ["--user", "--map-root-user", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
 FOLDERS = dict.fromkeys(("/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib"))  # the interpreter's
-ROOT = b"/sys"  # where the new root is mounted: a folder of every machine, with nothing of the interpreter in it
+ROOT = b"/sys"  # mount point of the new root: exists on every machine, contains nothing of the interpreter
 # By machine: the kernel's number of the architecture, then refused system calls: execve, execveat, clone, clone3,
-# socket (that of a virtual machine to its host knows no namespace), socketpair, ptrace, process_vm_readv and _writev,
+# socket (a virtual machine's socket to its host ignores namespaces), socketpair, ptrace, process_vm_readv, _writev,
 # pidfd_getfd, unshare, setns, shmget, semget, msgget, add_key, request_key, keyctl, bpf, perf_event_open, userfaultfd,
 # io_uring_setup, memfd_create; on x86-64 fork and vfork.
 DENIED = {
@@ -33,14 +33,20 @@ DENIED = {
 
 
 def run(prelude: str, code: str, tests: str, entry_point: str, seconds: int = SECONDS) -> tuple[bool, str]:
-    """Whether the code defines the function `entry_point` and the tests pass with it, after the prelude; and what was
-    written, or why the program was stopped. Errors: OSError without prlimit.
+    """Run the code and its tests, after the prelude.
+
+    Returns:
+        Whether the code defines the function `entry_point` and the tests pass with it; and its output, or the reason
+        why the program was stopped.
+
+    Raises:
+        OSError: prlimit is missing.
     """
-    import resource  # here: Windows lacks it
+    import resource  # local: Windows lacks it
 
     token = os.urandom(16).hex()
     request = ascii((prelude, code, tests, entry_point, token)).encode()
-    # A core of 1 byte is none, even where the kernel gives cores to a program. A hard limit of 0 cannot be raised to 1.
+    # A core limit of 1 byte means no core, even if the kernel pipes cores to a program. 0 cannot be raised to 1.
     core = min(1, resource.getrlimit(resource.RLIMIT_CORE)[1] % 2**64)  # no limit is -1
     command = [
         "prlimit",
@@ -65,7 +71,7 @@ def run(prelude: str, code: str, tests: str, entry_point: str, seconds: int = SE
 
 
 def require() -> None:
-    """Errors: ValueError where a right program does not pass."""
+    """Raise ValueError if a correct program does not pass in the sandbox."""
     try:
         worked, said = run("", "def f(x):\n    return x", "assert f(1) == 1", "f", 60)
     except (OSError, AttributeError) as error:  # AttributeError: no memfd, so not Linux
@@ -82,12 +88,12 @@ def call(name: str, *arguments: Any) -> None:
 
 
 def enter(folders: list[str]) -> None:
-    """A root with the folders only, all read-only; the old root is out of reach."""
+    """Change to a root with only the folders, all read-only; the old root is unreachable."""
     call("mount", b"sandbox", ROOT, b"tmpfs", 0, b"size=1m")
     for folder in map(os.fsencode, folders):
         os.makedirs(ROOT + folder, exist_ok=True)
-        call("mount", folder, ROOT + folder, None, 0x5000, None)  # with all that is mounted below
-    call("syscall", 442, -100, ROOT, 0x8000, struct.pack("4Q", 7, 0, 0, 0), 32)  # mount_setattr: all of it read-only
+        call("mount", folder, ROOT + folder, None, 0x5000, None)  # including everything mounted below
+    call("syscall", 442, -100, ROOT, 0x8000, struct.pack("4Q", 7, 0, 0, 0), 32)  # mount_setattr: all read-only
     os.chdir(ROOT)
     call("pivot_root", b".", b".")
     call("umount2", b".", 2)
@@ -95,12 +101,12 @@ def enter(folders: list[str]) -> None:
 
 
 def confine() -> None:
-    """No capability, no new privilege, none of DENIED."""
+    """Drop all capabilities and new privileges, and refuse the system calls of DENIED."""
     call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
     call("prctl", 38, 1, 0, 0, 0)
     architecture, *numbers = map(int, DENIED[os.uname().machine].split())
     refuse = (6, 0, 0, 0x50001)  # EPERM
-    # A call of another architecture kills; the numbers from 1 << 30 are those of x32.
+    # A call of another architecture kills the process; the numbers from 1 << 30 belong to x32.
     steps = [(32, 0, 0, 4), (21, 1, 0, architecture), (6, 0, 0, 1 << 31), (32, 0, 0, 0), (53, 0, 1, 1 << 30), refuse]
     for number in numbers:
         steps += [(21, 0, 1, number), refuse]
@@ -110,20 +116,20 @@ def confine() -> None:
 
 
 class Floats(ast.NodeTransformer):
-    """What `ascii` writes of floats that are not finite."""
+    """Replace the names that `ascii` writes for non-finite floats."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return ast.Constant(float(node.id)) if node.id in ("inf", "nan") else node
 
 
 def plain(text: str) -> Any:
-    """The plain data that `ascii` wrote. Errors: ValueError or SyntaxError."""
+    """Parse the plain data that `ascii` wrote. Raises ValueError or SyntaxError."""
     return ast.literal_eval(Floats().visit(ast.parse(text.strip(), mode="eval")))
 
 
-# What `exec` runs below is a stranger's program: only here, behind `enter`, where nothing of the machine is in reach.
+# `exec` below runs an untrusted program: only after `enter`, where nothing of the machine is reachable.
 def serve(asked: Any, answer: Any) -> None:
-    """The child: runs the program, then answers calls of its function, by an error's name if it raises."""
+    """Run the program in the child, then answer calls of its function, with an error's name if it raises."""
     code, entry_point = plain(asked.readline())
     space: dict[str, Any] = {"__name__": "program"}
     exec(code, space)
@@ -138,14 +144,14 @@ def serve(asked: Any, answer: Any) -> None:
 
 
 def judge(ask: Any, answers: Any) -> str:
-    """Process 1: runs the tests, and returns the token."""
+    """Run the tests in process 1, and return the token."""
     prelude, code, tests, entry_point, token = plain(sys.stdin.read())
     print(ascii((code, entry_point)), file=ask, flush=True)
 
     def function(*arguments: Any, **keywords: Any) -> Any:
         with suppress(BrokenPipeError):  # the program has ended: there is no reply to read
             print(ascii((arguments, keywords)), file=ask, flush=True)
-        return plain(answers.readline(1 << 20))  # ValueError for an error's name and for what is no plain data
+        return plain(answers.readline(1 << 20))  # ValueError for an error's name and for anything but plain data
 
     space: dict[str, Any] = {"__name__": "tests"}
     exec(f"\n{prelude}".partition(f"\ndef {entry_point}(")[0], space)  # a prelude may end before the function's body
@@ -158,7 +164,7 @@ def main() -> None:
     enter(sys.argv[2:])
     os.setsid()  # a signal to the old group would leave the namespace
     signal.signal(signal.SIGALRM, lambda *_: os._exit(1))
-    signal.alarm(int(sys.argv[1]) + 1)  # for a caller that was killed
+    signal.alarm(int(sys.argv[1]) + 1)  # in case the caller was killed
     verdict = os.dup(1)
     os.dup2(2, 1)
     asked, ask = os.pipe()

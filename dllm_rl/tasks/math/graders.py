@@ -1,4 +1,4 @@
-"""GSM8K and MATH500 graders by protocol. Field: `answer`, the reference; with None every completion is wrong."""
+"""GSM8K and MATH500 graders by protocol. Field: `answer`, the reference; if it is None every completion is wrong."""
 
 import math
 import re
@@ -18,13 +18,17 @@ _REASONED = re.compile(r"</reasoning>\s*+<answer>")  # *+ does not backtrack: li
 
 
 def gsm8k_strict(fields: Mapping[str, Any], completion: str) -> Reward:
-    """The strict answer (see `final_answer`) is one number (see `exact_number`), exactly the reference [ours]."""
+    """Check that the strict answer (see `final_answer`) is one number (see `exact_number`), exactly the reference
+    [ours].
+    """
     answer = final_answer(completion)
     return _compared(None if answer is None else exact_number(answer), fields)
 
 
 def gsm8k_d1(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's evaluation [paper]: the first boxed number, else the first answer block as a float or its LAST number."""
+    """Grade as in d1's evaluation [paper]: the first boxed number, else the first answer block as a float or its LAST
+    number.
+    """
     number = answers.first_boxed_number(completion)
     if number is None:
         number = answers.last_number((first_closed_answer(completion) or "").strip())
@@ -32,7 +36,9 @@ def gsm8k_d1(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def gsm8k_spg(fields: Mapping[str, Any], completion: str) -> Reward:
-    """SPG's evaluation [paper]: as d1's, else the last number in the last answer block, or in a text without one."""
+    """Grade as in SPG's evaluation [paper]: d1's, else the last number in the last answer block, or in a text without
+    one.
+    """
     graded = gsm8k_d1(fields, completion)
     if graded.parsed:
         return graded
@@ -40,19 +46,21 @@ def gsm8k_spg(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def gsm8k_espo(fields: Mapping[str, Any], completion: str) -> Reward:
-    """ESPO's binary reward [paper]: the number after "The answer is", else after "####", else the last integer."""
+    """Grade by ESPO's binary reward [paper]: the number after "The answer is", else after "####", else the last
+    integer.
+    """
     found = _STATED[0].search(completion) or _STATED[1].search(completion)
     if found:
         stated = found[1]
     else:
-        last = re.search("[0-9]+-?", completion[::-1])  # backwards: the last integer in linear time
+        last = re.search("[0-9]+-?", completion[::-1])  # reversed, to find the last integer in linear time
         stated = last[0][::-1] if last else ""
     number = exact_number(stated.rstrip(".,"))  # numbers are compared instead of strings [ours]
     return _compared(number, fields)
 
 
 def gsm8k_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's training reward [paper]: a sum of up to 4."""
+    """Grade by d1's training reward [paper]: a sum of up to 4."""
     # d1 also subtracts 0.001 per character after the end; this unbounded term is left out [ours].
     answer = _after_last_tag(completion).strip()
     correct = fields["answer"] is not None and answer == _after_hashes(fields["answer"])
@@ -61,7 +69,7 @@ def gsm8k_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
     terms = {
         "correct": 2.0 * correct,
         "integer": 0.5 * answer.isdigit(),
-        "strict": 0.5 * _strict_layout(completion),  # both blocks, each tag on its own line, and nothing else
+        "strict": 0.5 * _strict_layout(completion),  # both blocks, each tag on a separate line, and nothing else
         "soft": 0.5 * (turn is not None and completion.find("</answer>", turn.end()) >= 0),
         "tags": 0.125 * sum(completion.count(tag) == 1 for tag in tags),
     }
@@ -69,7 +77,7 @@ def gsm8k_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def math500_strict(fields: Mapping[str, Any], completion: str) -> Reward:
-    """The strict answer equals the reference: the same after normalisation, or the same rational number [ours]."""
+    """Check that the strict answer equals the reference after normalization, or as a rational number [ours]."""
     answer = final_answer(completion)
     reference = fields["answer"]
     spelt = _spelling(answer or "")
@@ -77,7 +85,9 @@ def math500_strict(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def math500_d1(fields: Mapping[str, Any], completion: str) -> Reward:
-    """d1's evaluation [paper]: `d1_box`, or the first answer block where it is empty; compared by `same_in_d1`."""
+    """Grade as in d1's evaluation [paper]: `d1_box`, or the first answer block if it is empty; compared by
+    `same_in_d1`.
+    """
     answer = d1_box(completion) or (first_closed_answer(completion) or "").strip()
     correct = fields["answer"] is not None and same_in_d1(answer, fields["answer"])
     # parsed: the completion marks an answer, or all of it is the right answer [ours]
@@ -86,16 +96,18 @@ def math500_d1(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
-    """The strict answer is symbolically equal to the reference, by math-verify [library], and not `hedged` [ours]."""
+    """Check that the strict answer equals the reference symbolically, by math-verify [library], and is not `hedged`
+    [ours].
+    """
     answer = final_answer(completion)
     graded = answer and fields["answer"] is not None and not hedged(answer, fields["answer"])
     equal = math_check.equal(fields["answer"], answer) if answer and graded else False
-    # undecided: beyond math-verify's bounds. No spelling says which wrong answers it finds equal.
+    # undecided: beyond math-verify's bounds. Wrong answers that math-verify finds equal have no common spelling.
     return _graded(bool(answer), equal is True, None, undecided=float(equal is None))
 
 
 def compare_all(fields: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> None:
-    """Makes the comparisons of math500_math_verify in parallel; math_check remembers the verdicts."""
+    """Make the comparisons of math500_math_verify in parallel; math_check caches the verdicts."""
     found = zip(fields, map(final_answer, completions), strict=True)
     math_check.equal_all([(each["answer"], answer) for each, answer in found if answer and each["answer"] is not None])
 
@@ -109,15 +121,15 @@ MATH500_AT_ONCE = dict.fromkeys(_BY_MATH_VERIFY, compare_all)
 
 
 def read_gsm8k(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
-    """`answer` of a stored row: a number, as such or as text, or null. Errors: ValueError."""
+    """Read `answer` of a stored row: a number, also as text, or null. Raises ValueError if it is malformed."""
     fields = read_math500(row, protocol)
     if fields["answer"] is not None:
-        reference_number(fields["answer"])  # raises here, with the row's line, and not while grading
+        reference_number(fields["answer"])  # raises now, with the row's line, not while grading
     return fields
 
 
 def read_math500(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
-    """`answer` of a stored row: LaTeX, a number or null. Errors: ValueError."""
+    """Read `answer` of a stored row: LaTeX, a number or null. Raises ValueError if it is malformed."""
     answer = present(row, "answer")
     infinite = isinstance(answer, float) and not math.isfinite(answer)
     if answer is not None and (type(answer) not in (str, int, float) or infinite or not str(answer).strip()):
@@ -126,7 +138,7 @@ def read_math500(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
 
 
 def reference_number(answer: str | int | float) -> Fraction:
-    """The number of a GSM8K reference: the text after "####", or all of it. Errors: ValueError without a number."""
+    """Return the number of a GSM8K reference: the text after "####", or all of it. Raises ValueError if none."""
     number = exact_number(_after_hashes(str(answer)))
     if number is None:
         raise ValueError(f"answer={answer!r} is no number, and has none behind ####")
@@ -153,7 +165,7 @@ def _compared(number: Fraction | float | None, fields: Mapping[str, Any]) -> Rew
     if number is None:
         return _graded(False, False, "")
     reference: Any = None if fields["answer"] is None else reference_number(fields["answer"])
-    if reference is not None and isinstance(number, float):  # is the reference if it is that rounded to a float
+    if reference is not None and isinstance(number, float):  # equal if the reference rounds to this float
         reference = float(reference)
     return _graded(True, number == reference, str(number + 0))  # + 0: a float's -0.0 is 0.0
 

@@ -1,20 +1,20 @@
-"""Equality of LaTeX answers: the string normalisation of the MATH data set [paper], and d1's."""
+"""Equality of LaTeX answers: the string normalization of the MATH data set [paper], and d1's."""
 
 import re
 from fractions import Fraction
 
 from dllm_rl.tasks.answers import MAX_ANSWER_LENGTH, exact_number, printed
 
-_DROPPED = ("\n", "\\!")  # first: they may stand within the marks below
+_DROPPED = ("\n", "\\!")  # removed first: they may be inside the marks below
 _UNWRITTEN = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
 _SQRT = re.compile(r"\\sqrt([^{])")
 _FRAC = re.compile(r"\\frac([^{])(.)")
-_FRAC_HEAD = re.compile(r"\A([^{])(.)", re.DOTALL)  # what follows \\frac
+_FRAC_HEAD = re.compile(r"\A([^{])(.)", re.DOTALL)  # the text after \\frac
 _QUOTIENT = re.compile(r"(-?[0-9]+)/(-?[0-9]+)")
 _TEXT = re.compile(r"\\(?:text(?:rm|bf|it|sf|tt|normal)?|math(?:rm|bf|it|sf)|[mh]box)\s*\{([^{}]*)\}")
 _UNIT = re.compile(rf"\s*{_TEXT.pattern}(?:\^(?:[0-9]|\{{[0-9]\}}))?\.?\s*\Z")
 _WORD = re.compile(r"[a-z]+|[^\sa-z.\-/'()]")
-# What makes another answer of the number before it, or two of one.
+# Words that change the number before them, or make two answers of one.
 _NO_UNITS = """and but either else except from if maybe neither nor not or otherwise perhaps possibly through to unless
 until versus vs minus plus times over squared cubed factorial negative positive even odd half zero one two three four
 five six seven eight nine ten eleven twelve twenty thirty forty fifty dozen hundred thousand million billion trillion
@@ -23,27 +23,29 @@ _NO_UNIT = frozenset(_NO_UNITS.split())
 _NAME = re.compile(r"\A[^=0-9+\-*/]{1,2}=(?=[^=]*\Z)")
 _SPACED_ARGUMENTS = re.compile(r"\\frac\s*([0-9])\s*([0-9])(?![0-9])")
 _LEADING_POINT = re.compile(r"(?:\A|(?<=[ {]))\.(?=[0-9])")
-_REMOVED_SPACE = re.compile(r" +(?![0-9.])|(?<![0-9.]) +")  # all but those within what would become one number
+_REMOVED_SPACE = re.compile(
+    r" +(?![0-9.])|(?<![0-9.]) +"
+)  # all blanks except between digits that would become one number
 _PLAIN_FRAC = re.compile(r"(-?)\\frac\{(-?[0-9]{1,100})\}\{(-?[0-9]{1,100})\}")
 
 
 def normalise(answer: str) -> str:
-    """A canonical spelling; two answers are equal when their spellings are.
+    r"""Return a canonical spelling; two answers are equal if their spellings are.
 
-    Dropped: \\!, \\left, \\right, degrees, \\$, \\%, one unit "\\text{ cm}" at the end, a name of one or two letters
-    before a single "=", all blanks but those between two digits. Printed characters become plain ones (`printed`);
-    tfrac and dfrac become frac; .5 becomes 0.5; \\sqrt3 becomes \\sqrt{3}; \\frac12, 1/2 and a whole answer 0.5 become
-    \\frac{1}{2}. The original drops all that follows "\\text{ " and all blanks, so that "5 \\text{ or } 6" is 5 and
-    "2 2/3" is 22/3 [ours].
+    Removed: \!, \left, \right, degrees, \$, \%, one unit "\text{ cm}" at the end, a name of one or two letters before a
+    single "=", all blanks except between two digits. Printed characters become plain ones (`printed`); tfrac and dfrac
+    become frac; .5 becomes 0.5; \sqrt3 becomes \sqrt{3}; \frac12, 1/2 and a complete answer 0.5 become \frac{1}{2}. The
+    original removes everything after "\text{ " and all blanks, so that "5 \text{ or } 6" is 5 and "2 2/3" is 22/3
+    [ours].
     """
     if len(answer) > MAX_ANSWER_LENGTH:
         return answer
     answer = printed(answer).replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
     for mark in (*_UNWRITTEN, "\\%"):
-        answer = answer.replace(mark, " ")  # two digits around a mark stay apart
+        answer = answer.replace(mark, " ")  # two digits around a mark stay separate
     answer = without_unit(answer)
     answer = _NAME.sub("", _LEADING_POINT.sub("0.", " ".join(answer.split())))
-    # Blanks go first, so that "\\sqrt 3" is a root; the original makes "\\sqrt{}3" of it [ours].
+    # Blanks are removed first, so that "\\sqrt 3" is a root; the original turns it into "\\sqrt{}3" [ours].
     answer = _REMOVED_SPACE.sub("", _SPACED_ARGUMENTS.sub(r"\\frac{\1}{\2}", answer))
     answer = _SQRT.sub(r"\\sqrt{\1}", answer)
     answer = _FRAC.sub(lambda found: "\\frac" + _braced(found), answer)
@@ -56,7 +58,7 @@ def normalise(answer: str) -> str:
 
 
 def without_unit(answer: str) -> str:
-    """The answer without a last "\\text{ cm}" behind a number, whose words name neither numbers nor choices."""
+    r"""Remove a last "\text{ cm}" after a number, if its words name neither numbers nor choices."""
     start = max(answer.rfind("\\text"), answer.rfind("\\math"), answer.rfind("box{") - 2)
     unit = _UNIT.match(answer, start) if start > 0 else None
     number = answer[:start]
@@ -71,7 +73,9 @@ def _words_of_unit(text: str) -> bool:
 
 
 def hedged(answer: str, reference: str) -> bool:
-    """Whether a text in the answer, and none in the reference, offers a choice or holds a digit, as "\\text{ or 6}"."""
+    r"""Return whether a text in the answer, and no text in the reference, offers a choice or has a digit, as "\text{ or
+    6}".
+    """
 
     def choices(latex: str) -> bool:
         words = [
@@ -85,12 +89,12 @@ def hedged(answer: str, reference: str) -> bool:
 
 
 def same_in_d1(answer: str, reference: str) -> bool:
-    """Whether d1's spellings of both are equal, or the texts where d1's code fails; False of long answers [ours]."""
+    """Return whether d1's spellings are equal, or the texts if d1's code fails; False for long answers [ours]."""
     return max(len(answer), len(reference)) <= MAX_ANSWER_LENGTH and d1_spelling(answer) == d1_spelling(reference)
 
 
 def d1_spelling(answer: str) -> str:
-    """d1's spelling; where d1's code fails, the text after a line break, which no spelling has."""
+    """Return d1's spelling; if d1's code fails, the text after a line break, which no spelling contains."""
     try:
         return _normalised_in_d1(answer)
     except (IndexError, ValueError):
@@ -98,7 +102,7 @@ def d1_spelling(answer: str) -> str:
 
 
 def _normalised_in_d1(answer: str) -> str:
-    """As `normalise`, with d1's bugs; IndexError or ValueError where d1's code raises them."""
+    """Normalize with d1's bugs. Raises IndexError or ValueError where d1's code raises them."""
     plain, *units = _without_marks(answer).split("\\text{ ")
     if len(units) > 1:
         raise ValueError(answer)
@@ -107,7 +111,7 @@ def _normalised_in_d1(answer: str) -> str:
         answer += "\\sqrt" + (root if root[0] == "{" else f"{{{root[0]}}}{root[1:]}")
     answer = answer.replace(" ", "")  # after the root, unlike `normalise`
     first, *fractions = answer.split("\\frac")
-    if all(fraction[0] == "{" or len(fraction) > 1 for fraction in fractions):  # one short \frac: all stay
+    if all(fraction[0] == "{" or len(fraction) > 1 for fraction in fractions):  # one short \frac: all stay unchanged
         answer = first
         for fraction in fractions:
             answer += "\\frac" + _FRAC_HEAD.sub(_braced, fraction)
@@ -129,7 +133,7 @@ def _without_marks(answer: str) -> str:
 
 
 def _without_name(answer: str) -> str:
-    """Without percent signs and a short name before "=", and with a zero before a leading point."""
+    """Remove percent signs and a short name before "=", and add a zero before a leading point."""
     answer = answer.replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
     if answer.startswith("."):
         answer = "0" + answer
@@ -138,9 +142,9 @@ def _without_name(answer: str) -> str:
 
 
 def rational(answer: str) -> Fraction | None:
-    """The value of a decimal number or a fraction of integers; None for anything else."""
+    """Return the value of a decimal number or a fraction of integers; None for anything else."""
     if re.search(r"[0-9] *,\s+[0-9]|[0-9]\s+,", printed(answer[: MAX_ANSWER_LENGTH + 1])):
-        return None  # a list, as 12, 345; normalised, it looks like 12,345
+        return None  # a list such as 12, 345; normalized, it looks like 12,345
     answer = normalise(answer)
     found = _PLAIN_FRAC.fullmatch(answer)
     if found is None:

@@ -1,4 +1,4 @@
-"""math-verify in processes of its own: symbolic equality of LaTeX answers, bounded in time, memory and length."""
+"""math-verify in separate processes: symbolic equality of LaTeX answers, bounded in time, memory and length."""
 
 import json
 import os
@@ -20,27 +20,27 @@ MAX_SYMBOLIC_LENGTH = (
     300  # characters of an answer that is compared symbolically; a reference may have ten times as many
 )
 SECONDS = 1.0  # processor time of one comparison
-TRIES = 2  # per comparison, when its worker ends
+TRIES = 2  # attempts per comparison if its worker ends
 REPLY_SECONDS = 60.0  # seconds without a reply after which all workers are replaced
 STARTING = 300.0  # seconds that the workers may take to start, on a busy machine
-MOST_KNOWN = 65536  # remembered verdicts
+MOST_KNOWN = 65536  # cached verdicts
 
 Asked = dict[Connection, tuple[int, int, float]]  # line -> question, its number, its deadline
 
 
 def require() -> None:
-    """Errors: ImportError when math-verify is not installed."""
+    """Raise ImportError if math-verify is not installed."""
     if find_spec("math_verify") is None:
         raise ImportError("grading by math-verify needs the math-verify package: pip install 'dllm_rl[math]'")
 
 
 def equal(reference: str, answer: str) -> bool | None:
-    """Whether math-verify finds both equal; None: undecided within the bounds. Errors: ImportError as `require`."""
+    """Return whether math-verify finds both equal; None: undecided within the bounds. Raises ImportError."""
     return equal_all([(reference, answer)])[0]
 
 
 def equal_all(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-    """As `equal`, for many pairs of (reference, answer), on all `cores`."""
+    """Compare many pairs of (reference, answer) as `equal` does, on all `cores`."""
     if len(_KNOWN) > MOST_KNOWN:
         _KNOWN.clear()
     asked = []
@@ -57,7 +57,7 @@ def equal_all(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
 
 
 def cores() -> int:
-    """The processor cores of this process, or its share where a launcher started several processes."""
+    """Return the processor cores of this process, or its share if a launcher started several processes."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
@@ -68,13 +68,13 @@ class _Pool:
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.lines: Sequence[Connection] = []
-        self.number = 0  # of the last question: a late reply carries another number
+        self.number = 0  # number of the last question: a late reply has another number
         self.lock = Lock()
 
     def forget(self) -> None:
-        """For a forked process, which closes the lines and leaves the workers to the parent."""
+        """Close the lines in a forked process, and leave the workers to the parent."""
         self._close()
-        self.lock = Lock()  # the parent's may be held
+        self.lock = Lock()  # the parent's lock may be locked
 
     def _close(self) -> None:
         for line in self.lines:
@@ -94,18 +94,18 @@ class _Pool:
                 try:
                     self.hand_out(pairs, waiting, asked)
                     failed = self.take_in(asked, verdicts)
-                except (OSError, EOFError):  # the workers are gone, or hang
+                except (OSError, EOFError):  # the workers have ended or hang
                     self.stop()
                     failed = [question for question, _, _ in asked.values()]
                     asked.clear()
                 for question in failed:
                     failures[question] += 1
-                    if failures[question] < TRIES:  # a worker may have ended by an accident, which is no verdict
+                    if failures[question] < TRIES:  # a worker may have ended by accident, which is not a verdict
                         waiting.append(question)
         return verdicts
 
     def hand_out(self, pairs: Sequence[tuple[str, str]], waiting: deque[int], asked: Asked) -> None:
-        """Sends a question down each line that has none."""
+        """Send a question to each idle line."""
         for line in self.lines:
             if waiting and line not in asked:
                 question = waiting.popleft()
@@ -114,16 +114,16 @@ class _Pool:
                     question,
                     self.number,
                     monotonic() + REPLY_SECONDS,
-                )  # first: a line that breaks counts as asked
+                )  # before sending: a line that breaks counts as asked
                 self.send(line, self.number, pairs[question])
 
     def take_in(self, asked: Asked, verdicts: list[bool | None]) -> list[int]:
-        """Waits for a reply; the questions whose worker ended. Errors: TimeoutError past a question's deadline."""
-        _, _, earliest = next(iter(asked.values()))  # they stand in the order of asking
+        """Wait for a reply; return the questions whose worker ended. Raises TimeoutError past a question's deadline."""
+        _, _, earliest = next(iter(asked.values()))  # entries are in the order of asking
         ready = wait(list(asked), max(0.0, earliest - monotonic()))
         if not ready:
             raise TimeoutError
-        # All is read before anything counts: a line that breaks here leaves every question asked.
+        # All replies are read before any counts: if a line breaks now, every question stays asked.
         replies = [(line, line.recv_bytes()) for line in asked if line in ready]
         ended = []
         for line, reply in replies:
@@ -138,7 +138,7 @@ class _Pool:
         return ended
 
     def start(self) -> None:
-        """Errors: RuntimeError when the workers do not start."""
+        """Start the workers. Raises RuntimeError if they do not start."""
         require()
         self.lines, ends = zip(*(Pipe() for _ in range(cores())), strict=True)
         theirs = [end.fileno() for end in ends]
@@ -152,7 +152,7 @@ class _Pool:
             start_new_session=True,  # Ctrl-C is for this process to handle
         )
         for end in ends:
-            end.close()  # or a line would not end with its worker
+            end.close()  # otherwise a line would not end with its worker
         try:
             ready = all(line.poll(STARTING) and line.recv_bytes() == b"ready" for line in self.lines)
         except (OSError, EOFError):

@@ -1,5 +1,7 @@
-"""The script that math_verify.py starts, with SECONDS and the file descriptors of lines. A worker forked for each line
-answers each JSON [number, reference, answer] by "NUMBER VERDICT", 1 or 0; a line gets "ready" before the first.
+"""The script that math_verify.py starts, with SECONDS and the file descriptors of lines.
+
+A worker is forked for each line. It answers each JSON [number, reference, answer] by "NUMBER VERDICT", 1 or 0; a line
+receives "ready" before the first answer.
 """
 
 import gc
@@ -21,7 +23,7 @@ from latex2sympy2_extended import latex2sympy2
 from math_verify import LatexExtractionConfig, parse, verify
 
 MEMORY = 2 << 30  # bytes of address space
-IDLE = 100  # consecutive workers that end before their time, after which the process ends
+IDLE = 100  # consecutive workers that end early, after which the process ends
 # The first parse of each construction costs many times the later ones.
 WARM = {
     "(-3, \\frac{\\pi}{2})": "\\left(-3, \\pi/2\\right)",
@@ -79,7 +81,7 @@ def main() -> None:
     lines = [Connection(int(number)) for number in sys.argv[2:]]
     logging.disable(logging.WARNING)
     latex2sympy2._Latex2Sympy.create_parser = two_stages(latex2sympy2._Latex2Sympy.create_parser)
-    # Symbolic algebra can take any time and memory inside C calls that no Python timeout reaches. So the kernel ends a
+    # Symbolic algebra can take any time and memory inside C calls that no Python timeout stops. So the kernel ends a
     # worker that exceeds its processor time or memory, and another is forked in milliseconds.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for pair in WARM.items():
@@ -93,14 +95,14 @@ def main() -> None:
         worker, status, used = os.wait4(-1, 0)
         line = workers.pop(worker)
         if status != 0:  # 0: the other end is closed
-            # A worker that computed for long met a hard question; many that did not mean that something else is wrong.
+            # A worker that computed for long had a hard question; many short-lived workers indicate another fault.
             idle = idle + 1 if used.ru_utime + used.ru_stime < seconds / 2 else 0
             workers[fork(line, seconds)] = line
             line.send_bytes(b"ended")
 
 
 def fork(line: Connection, seconds: float) -> int:
-    """The id of a new process that answers a line's questions."""
+    """Fork a process that answers a line's questions, and return its id."""
     worker = os.fork()
     if worker == 0:
         serve(line, seconds)
@@ -109,14 +111,14 @@ def fork(line: Connection, seconds: float) -> int:
 
 
 def serve(line: Connection, seconds: float) -> None:
-    """Reading a reference and comparing an answer have a time limit each."""
+    """Answer questions; reading a reference and comparing an answer each have a time limit."""
     while True:
         try:
             number, reference, answer = json.loads(line.recv_bytes())
         except (EOFError, OSError):
             return
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        known = read(reference)  # remembered: many completions have one reference
+        known = read(reference)  # cached: many completions have one reference
         signal.setitimer(signal.ITIMER_PROF, seconds)
         equal = verify(known, read.__wrapped__(answer), timeout_seconds=None)  # the timer is the limit
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -131,11 +133,11 @@ class StartAgain(ErrorListener):
 
 
 def two_stages(plain: Callable) -> Callable:
-    """create_parser with SLL prediction first, and LL after a syntax error."""
+    """Wrap create_parser: SLL prediction first, and LL after a syntax error."""
 
     def create_parser(converter: Any, latex: str) -> Any:
         parser = plain(converter, latex)
-        # LL prediction takes nearly all the time of a comparison. SLL prediction takes a tenth of it, and gives LL's
+        # LL prediction takes nearly all the time of a comparison. SLL prediction takes a tenth of it, and returns LL's
         # tree or a syntax error (documentation of PredictionMode.SLL).
         parser._interp.predictionMode = PredictionMode.SLL
         parser.removeErrorListeners()
