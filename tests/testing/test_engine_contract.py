@@ -15,14 +15,14 @@ from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import block_cache
-from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.rules import confidence, max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.testing import check_engine
 from dllm_rl.training.policies import engine_of
 from dllm_rl.types import Prompts
 
 SAMPLERS = {
-    "full": partial(unmask, max_new_tokens=6, diffusion_steps=3, temperature=0.7),
+    "full": partial(unmask, max_new_tokens=6, diffusion_steps=3, temperature=0.7, rank=confidence),  # some rows end
     "causal": partial(autoregress, max_new_tokens=6, temperature=0.7),
 }
 
