@@ -18,10 +18,10 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.records import Commit, Rank, as_commit, as_rank, has_order_logprob, order_probability
 
 BF16_STEPS = 512  # half a step of bf16 is at least a 512th of the number
-LARGEST_RATE = 1e-4  # that a model of LARGE_MODEL parameters is given without a word
+LARGEST_RATE = 1e-4  # largest rate that a model of LARGE_MODEL parameters can have without a warning
 LARGE_MODEL = 7e9
 GEOMETRIC = ("sequence", "geometric")
-TYPICAL_WEIGHT = 0.02  # of a matrix in a language model
+TYPICAL_WEIGHT = 0.02  # size of a matrix entry in a language model
 
 
 def cautions(recipe: Recipe) -> list[str]:
@@ -51,7 +51,7 @@ def cautions(recipe: Recipe) -> list[str]:
 
 
 def of_the_rate(learning_rate: float, parameters: int) -> list[str]:
-    """Of a small model's learning rate, at a large one."""
+    """Warn about a learning rate that suits a small model, if the model is large."""
     if learning_rate <= LARGEST_RATE or parameters < LARGE_MODEL:
         return []
     return [
@@ -61,7 +61,7 @@ def of_the_rate(learning_rate: float, parameters: int) -> list[str]:
 
 
 def of_emulated_products(recipe: Recipe, device: str) -> list[str]:
-    """Of bf16 on a CPU that does not multiply in it."""
+    """Warn about bf16 on a CPU that has no bf16 products."""
     stored = isinstance(recipe.model, str) and recipe.dtype == "bfloat16"
     if device != "cpu" or has_bf16_products() or not (recipe.bf16 or stored):
         return []
@@ -73,7 +73,7 @@ def of_emulated_products(recipe: Recipe, device: str) -> list[str]:
 
 
 def of_the_clip(recipe: Recipe) -> list[str]:
-    """PPO bounds no ratio above 1 + epsilon at a negative advantage: see recipes/studies/mismatch.md."""
+    """Warn if PPO does not bound ratios above 1 + epsilon at a negative advantage: see recipes/studies/mismatch.md."""
     if recipe.num_iterations == 1 or not recipe.has_separate_rollout_policy or not open_above(recipe):
         return []
     return [
@@ -84,7 +84,7 @@ def of_the_clip(recipe: Recipe) -> list[str]:
 
 
 def of_the_lag(recipe: Recipe) -> list[str]:
-    """Of late rollouts: see recipes/studies/late_rollouts.md."""
+    """Warn about stale rollouts without a bound or a corrector: see recipes/studies/late_rollouts.md."""
     bounded = recipe.old_logprobs == "rollout" and not open_above(recipe)
     if not recipe.max_staleness or bounded or recipe.corrector.weighs:
         return []
@@ -111,20 +111,20 @@ def of_the_corrector(recipe: Recipe) -> list[str]:
 
 
 def open_above(recipe: Recipe) -> bool:
-    """Whether the objective is PPO's, without a bound of the ratio where the advantage is negative."""
+    """Return whether the objective is PPO's, without a bound of the ratio if the advantage is negative."""
     surrogate = recipe.resolved_loss
     return function_of(surrogate) is ppo_clip and _bound(surrogate, "delta") is None
 
 
 def dual(recipe: Recipe) -> str:
-    """The setting that bounds PPO's ratio from both sides, at the recipe's epsilon."""
+    """Return the setting that bounds PPO's ratio from both sides, at the recipe's epsilon."""
     epsilon, high = (_bound(recipe.resolved_loss, name) for name in ("epsilon", "epsilon_high"))
     delta = float(f"{1 + (epsilon if high is None else high):.10g}")
     return option_as_written("loss", "ppo_clip" if recipe.loss is None else None, "delta", delta)
 
 
 def of_the_likelihood(recipe: Recipe) -> list[str]:
-    """What the ratios of the recipe's estimator cannot correct, and the remedy."""
+    """Warn about differences that the ratios of the recipe's estimator cannot correct, with the remedy."""
     said = []
     likelihood = recipe.likelihood
     exact = likelihood.exact_ratios
@@ -159,20 +159,20 @@ def of_the_likelihood(recipe: Recipe) -> list[str]:
 
 
 def order_by_draws(recipe: Recipe) -> bool:
-    """Whether the order in which the recipe's sampler writes depends on what it draws."""
+    """Return whether the order in which the recipe's sampler writes depends on the tokens that it draws."""
     if (rules := rules_of(recipe)) is None or _bound(recipe.sampler, "temperature") == 0:
         return False
     return "tokens" in rules[0].reads or has_order_logprob(*rules)
 
 
 def rules_of(recipe: Recipe) -> tuple[Rank, Commit] | None:
-    """The rank and the commit rule of the recipe's sampler; None where it has none of them."""
+    """Return the rank and the commit rule of the recipe's sampler; None if the sampler has no such rules."""
     rank, commit = _bound(recipe.sampler, "rank"), _bound(recipe.sampler, "commit")
     return None if rank is None or commit is None else (as_rank(rank), as_commit(commit))
 
 
 def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, "P G"], dict[str, Tensor]]:
-    """Rewards of a batch that all differ, and what `recipe.advantages` takes in addition."""
+    """Return rewards of a batch that all differ, and the extra arguments of `recipe.advantages`."""
     shape = (recipe.train_batch_size, recipe.num_generations)
     rewards = torch.arange(float(shape[0] * shape[1])).reshape(shape)
     return rewards, {"parts": rewards[None], "weights": torch.ones(1)} if takes_component_rewards(
@@ -181,7 +181,7 @@ def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, "P G"], dict[str, Ten
 
 
 def _bound(function: Callable, name: str) -> Any:
-    """The value of a keyword that a function is bound with, or its default; None where it has no such keyword."""
+    """Return the value of a keyword that a function is bound with, or its default; None if it has no such keyword."""
     target, keywords = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
     parameter = inspect.signature(target).parameters.get(name)
     default = None if parameter is None or parameter.default is parameter.empty else parameter.default

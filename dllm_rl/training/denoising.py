@@ -1,14 +1,15 @@
-"""Supervised training of models whose noise is random tokens (DiffusionGemma): a canvas of the answer, of which some
-tokens are replaced by random ones, is predicted from what stands before it.
+"""Supervised training of models whose noise is random tokens (DiffusionGemma). Some tokens of a canvas of the answer
+are replaced by random tokens, and the model predicts the canvas from the text before it.
 
-The objective is that of TRL's example for this model and of NeMo AutoModel (both of 2026): for an answer of one or more
-canvases, one of them is drawn; each of its tokens is replaced with probability t by a random one; and the loss is
+The objective is the objective of TRL's example for this model and of NeMo AutoModel (both of 2026): for an answer of
+one or more canvases, one canvas is drawn; each of its tokens is replaced with probability t by a random token; and the
+loss is
 
-    - mean over the canvas of log p(token)     the decoder's, of replaced and of other tokens alike, without 1/t
-    - mean over the text of log p(next token)  the encoder's, as a causal model
+    - mean over the canvas of log p(token): the decoder's, of replaced and of other tokens equally, without 1/t
+    - mean over the text of log p(next token): the encoder's, as a causal model
 
 Half of the examples, drawn at random, are self-conditioned: a first pass without gradient gives the logits that the
-second pass sees, as in sampling a step sees those of the step before.
+second pass sees, just as a sampling step sees the logits of the step before.
 """
 
 from collections.abc import Sequence
@@ -29,15 +30,15 @@ CONDITIONED = 0.5  # share of the examples whose second pass sees the first one'
 
 
 class Noise(NamedTuple):
-    """What is random in the lessons of B examples; C is the canvas's length. All but `level` are uniforms in [0, 1).
-    The first three are what `warmup.draw_levels` draws.
+    """Random numbers of the lessons of B examples; C is the canvas's length. All but `level` are uniforms in [0, 1).
+    `warmup.draw_levels` draws the first three.
 
     Args:
         level: Probability with which a token of the canvas is replaced.
-        hit: A place is replaced where this is below the level.
-        token: Which token replaces it.
-        canvas: Which of the answer's canvases is predicted.
-        passes: Self-conditioned where this is below CONDITIONED.
+        hit: A position is replaced if this number is below the level.
+        token: Decides which token replaces it.
+        canvas: Decides which of the answer's canvases is predicted.
+        passes: The example is self-conditioned if this number is below CONDITIONED.
     """
 
     level: Float[Tensor, " B"]
@@ -49,10 +50,14 @@ class Noise(NamedTuple):
 
 @dataclass(frozen=True)
 class Lesson:
-    """An example: what the encoder reads (S,), the canvas behind it as it should be and as the decoder sees it (C,).
+    """An example: the encoder's input (S,), and the canvas after it, as the target and as the decoder sees it (C,).
 
     Args:
-        real: How many tokens of the target are the answer's; end tokens fill the others, and count for the decoder.
+        context: Token ids that the encoder reads.
+        target: Token ids of the canvas.
+        seen: Token ids of the canvas as the decoder sees it, with replaced tokens.
+        real: Number of the target's tokens that belong to the answer. End tokens fill the rest, and count for the
+            decoder.
         conditioned: Whether the decoder sees the logits of a first pass.
     """
 
@@ -64,7 +69,7 @@ class Lesson:
 
 
 def lessons(policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], noise: Noise) -> list[Lesson]:
-    """A lesson for each prompt and answer (token ids; the answer with its end token), under the noise of its row."""
+    """Make a lesson for each prompt and answer (token ids; the answer with its end token), with its row's noise."""
     length = policy.spec.block_size
     assert length is not None, "`check_spec` asks for it"
     fill = policy.spec.eos_ids[0]
@@ -74,7 +79,7 @@ def lessons(policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
         begin = int(noise.canvas[row] * canvases) * length
         part = [*answer[begin : begin + length]]
         target = torch.tensor(part + [fill] * (length - len(part)))
-        random = (noise.token[row] * policy.vocab_size).long()  # of the whole vocabulary, as `renoise` draws
+        random = (noise.token[row] * policy.vocab_size).long()  # from the full vocabulary, as `renoise` draws
         seen = torch.where(noise.hit[row] < noise.level[row], random, target)
         context = torch.tensor([*prompt, *answer[:begin]])
         found.append(Lesson(context, target, seen, len(part), bool(noise.passes[row] < CONDITIONED)))
@@ -82,7 +87,9 @@ def lessons(policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
 def denoising_loss(policy: Policy, batch: Sequence[Lesson]) -> Float[Tensor, ""]:
-    """The sum over the lessons of decoder's and encoder's loss, nats. Divide by the number of lessons for the mean."""
+    """Return the sum over the lessons of the decoder's and the encoder's loss, in nats. Divide by the number of lessons
+    for the mean.
+    """
     device = policy.device
     context, real = left_padded([one.context for one in batch])
     context, real = context.to(device), real.to(device)
@@ -97,7 +104,7 @@ def denoising_loss(policy: Policy, batch: Sequence[Lesson]) -> Float[Tensor, ""]
             previous = conditioning(policy, prefix.logits(policy, seen, None, temperature=1.0))
     states = prefix.states(policy, seen, previous, conditioned)
     decoder = logprobs(policy, states, target).mean(-1)
-    # The encoder reads on, so that it learns the canvas's text too. The fill behind the answer is none of it.
+    # The encoder reads the canvas too, so that it learns the canvas's text. The fill after the answer is not text.
     text = (
         torch.arange(target.shape[1], device=device) < torch.tensor([one.real for one in batch], device=device)[:, None]
     )
@@ -119,7 +126,7 @@ def scored(policy: Policy, states: Float[Tensor, "K D"], tokens: Int[Tensor, " K
 
 
 def left_padded(rows: Sequence[Tensor]) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B S"]]:
-    """The rows with zeros before them, and which columns are theirs."""
+    """Pad the rows with zeros on the left; return the tokens and the mask of the rows' tokens."""
     mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
     tokens = pad_sequence(list(rows), batch_first=True, padding_side="left")
     return tokens, pad_sequence(mask, batch_first=True, padding_side="left")

@@ -1,17 +1,20 @@
-"""On-policy distillation: a teacher scores the student's own completions, and its score is their reward, or part of it.
+"""On-policy distillation: a teacher scores the student's completions, and the teacher's score is their reward, or part
+of it.
 
-    reward = (1 - teacher_coeff) * the task's reward + teacher_coeff * (log p_T(y) - log q(y)),  nats
+    reward = (1 - teacher_coeff) * the task's reward + teacher_coeff * (log p_T(y) - log q(y)), in nats
 
 q(y) is the record of the policy that sampled. p_T(y) is the probability with which the teacher would have written y in
-the same order, in finer steps: each step of the student becomes up to `teacher_substeps` steps, and what one of them
-writes, the next one sees. Which positions come first inside a step of the student is a fixed draw, the same for all
-completions of a prompt. The draw does not depend on the tokens, so that p_T adds up to 1 over all completions.
+the same order, in finer steps: each step of the student becomes up to `teacher_substeps` steps, and each of them sees
+the tokens of the steps before it. The order of the positions inside a step of the student is a fixed draw, the same for
+all completions of a prompt. The draw does not depend on the tokens, so that p_T adds up to 1 over all completions.
 
 The mean of log q - log p_T over the student's completions is KL(q || p_T), the reverse KL of TRL and verl, and
+
     grad KL(q || p_T) = E_q[(log q(y) - log p_T(y)) grad log q(y)],
-as E_q[grad log q] = 0: the policy gradient of this reward is that of -KL. (The order of a rank such as max_prob changes
-with the weights too, in jumps that no gradient sees, as in all of the library.) Over the draws of the order the mean is
-the mean of the KLs, at least the KL to the mean of the p_T [ours].
+
+since E_q[grad log q] = 0: the policy gradient of this reward is the gradient of -KL. (The order of a rank such as
+max_prob changes with the weights too, in jumps that no gradient sees, as everywhere in the library.) Over the draws of
+the order, the mean is the mean of the KLs, at least the KL to the mean of the p_T [ours].
 """
 
 from dataclasses import replace
@@ -41,8 +44,10 @@ from dllm_rl.types import Rollout
 
 
 def teacher_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy | None:
-    """The recipe's teacher, frozen; None without one, or where the teacher is the run's reference. Raises ValueError if
-    it cannot score what this student writes.
+    """Return the recipe's teacher, frozen; None without a teacher, or if the teacher is the run's reference.
+
+    Raises:
+        ValueError: The teacher cannot score this student's completions.
     """
     if recipe.teacher in (None, REFERENCE):
         return None
@@ -54,7 +59,7 @@ def teacher_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> 
 
 
 def check_teacher(policy: Policy, teacher: Policy) -> None:
-    """Raise ValueError if the teacher reads other tokens than the student writes, or writes in another way."""
+    """Raise ValueError if the teacher's vocabulary or kind of attention differs from the student's."""
     ours, theirs = policy.spec, teacher.spec
     if theirs.attention != ours.attention:
         raise ValueError(
@@ -72,10 +77,11 @@ def check_teacher(policy: Policy, teacher: Policy) -> None:
 
 
 def teach(run: Run[Recipe], samples: Samples, step: int) -> tuple[Samples, dict[str, float]]:
-    """The samples with the teacher's part in their rewards, and advantages of these; the same samples without one.
+    """Add the teacher's part to the rewards and recompute the advantages; without a teacher, return the samples
+    unchanged.
 
-    teacher/reverse_kl  mean of log q - log p_T over the completions of all processes, nats per completion
-    teacher/coeff       `teacher_coeff`
+    The metric teacher/reverse_kl is the mean of log q - log p_T over the completions of all processes, in nats per
+    completion; teacher/coeff is `teacher_coeff`.
     """
     recipe, accelerator = run.recipe, run.accelerator
     teacher = run.reference if recipe.teacher == REFERENCE else run.teacher
@@ -92,12 +98,14 @@ def teach(run: Run[Recipe], samples: Samples, step: int) -> tuple[Samples, dict[
 
 
 def log_ratio(recipe: Recipe, teacher: Policy, rollout: Rollout, seeds: Int[Tensor, " p"]) -> Float[Tensor, " B"]:
-    """Log q(y) - log p_T(y) of each row, nats, fp64; `seeds`: of each prompt's order. Raises ValueError on a rollout
-    whose steps cannot be parted.
+    """Return log q(y) - log p_T(y) of each row, in nats, in fp64. `seeds` seeds the order of each prompt.
+
+    Raises:
+        ValueError: The steps of the rollout cannot be split.
     """
     check_rollout(recipe, teacher, rollout)
     likelihood = causal() if teacher.spec.attention == "causal" else trajectory()
-    unused = torch.Generator()  # neither estimate draws
+    unused = torch.Generator()  # neither estimator is random
     sampled = recorded(rollout, likelihood.draw_views(rollout, unused))
     (seeds,) = send(rollout.tokens.device, seeds)
     taken = rollout if recipe.teacher_substeps == 1 else finer(rollout, seeds, num_parts=recipe.teacher_substeps)
@@ -107,17 +115,18 @@ def log_ratio(recipe: Recipe, teacher: Policy, rollout: Rollout, seeds: Int[Tens
 
 
 def finer(rollout: Rollout, seeds: Int[Tensor, " p"], *, num_parts: int) -> Rollout:
-    """The rollout as if each of its steps had been `num_parts` steps of equal size, or one for each position where it
-    has fewer. Their order is drawn from the prompt's seed, the same for all of its completions.
+    """Return the rollout as if each of its steps had been `num_parts` steps of equal size, or one step per position if
+    it has fewer positions. The order of these steps is drawn from the prompt's seed, the same for all of its
+    completions.
     """
     step = rollout.unmask_step
-    place = position_ids(rollout.attention_mask)  # padding changes nothing
+    place = position_ids(rollout.attention_mask)  # does not depend on padding
     rows = seeds.repeat_interleave(rollout.group_size)[:, None].expand_as(step).flatten()
     keys = uniforms(rows, torch.zeros_like(rows), place.flatten(), stream=0).view(step.shape)
     group = step + 1  # 0: not written
     sizes = torch.zeros_like(group[:, :1]).expand(-1, int(group.max()) + 1)
     sizes = sizes.scatter_add(1, group, torch.ones_like(group))
-    rank = ranks(group + keys) - (sizes.cumsum(-1) - sizes).gather(1, group)  # inside the step, from 0
+    rank = ranks(group + keys) - (sizes.cumsum(-1) - sizes).gather(1, group)  # rank inside the step, from 0
     size = sizes.gather(1, group)
     part = rank * size.clamp(max=num_parts) // size
     return replace(rollout, unmask_step=torch.where(step < 0, -1, step * num_parts + part), order=None)

@@ -13,15 +13,17 @@ from dllm_rl.screen import escape_controls
 OWN = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run", "push_to_hub", "report_to")
 SHOWN = ("reward", "rollout_corr/k3_kl", "rollout_corr/ess", "grad_norm", "completions/mean_length")
 PROTOCOL = ("eval_task", "eval_sampler", "seed", "dtype")
-LEFT_OUT = ("optimizer.pt", PATTERN, "state.json", "manifest.json")  # what training goes on from is not uploaded
+LEFT_OUT = ("optimizer.pt", PATTERN, "state.json", "manifest.json")  # files that only a resume needs are not uploaded
 
 
 def card(recipe: Recipe, *, step: int, evaluations: dict[str, dict[str, float]], metrics: dict[str, float]) -> str:
-    """README.md of a checkpoint. evaluations: held-out metrics by when they were taken; metrics: of the last step."""
+    """Return a checkpoint's README.md. `evaluations` has held-out metrics by the time of evaluation, `metrics` the last
+    step's.
+    """
     settings = {name: value for name, value in recipe.settings().items() if name not in OWN}
     front: dict[str, Any] = {"library_name": "dllm_rl", "tags": ["reinforcement-learning", "grpo", "dllm_rl"]}
     if isinstance(recipe.model, str):
-        if Path(recipe.model).exists():  # a folder of this machine: others know its name alone
+        if Path(recipe.model).exists():  # a folder of this machine: show only its name
             settings["model"] = Path(recipe.model).name
         else:
             front["base_model"] = recipe.model
@@ -43,7 +45,7 @@ def card(recipe: Recipe, *, step: int, evaluations: dict[str, dict[str, float]],
 
 
 def _evaluated(evaluations: dict[str, dict[str, float]]) -> list[str]:
-    """A table with a row per metric and a column per evaluation; none without metrics."""
+    """Return a table with a row per metric and a column per evaluation; [] without metrics."""
     names = dict.fromkeys(chain.from_iterable(evaluations.values()))
     rows = [(name, *(_number(found.get(name)) for found in evaluations.values())) for name in names]
     return [_table(("metric", *evaluations), rows)] if rows else []
@@ -57,7 +59,9 @@ def _last_step(metrics: dict[str, float]) -> str:
 
 
 def push_to_hub(folder: Path, repo: str) -> str:
-    """Upload a checkpoint, less what only training needs, to a hub repository (private if new); returns its address."""
+    """Upload a checkpoint, without the files that only training needs, to a hub repository (private if new); return its
+    address.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -67,7 +71,7 @@ def push_to_hub(folder: Path, repo: str) -> str:
 
 
 def check_hub(recipe: Recipe) -> None:
-    """Raise ValueError if a run is to be uploaded and nobody is logged in."""
+    """Raise ValueError if the run is to be uploaded and no user is logged in."""
     if recipe.push_to_hub is None:
         return
     from huggingface_hub import get_token
@@ -81,7 +85,7 @@ def _number(value: float | None) -> str:
 
 
 def _code(text: object) -> str:
-    """Text as Markdown code, also in a table: no markup or HTML in the text is obeyed."""
+    """Return text as Markdown code that is safe in a table: no markup or HTML in the text takes effect."""
     # A backtick would end the code, and a bar the table's cell.
     shown = escape_controls(str(text)).replace("`", "'").replace("|", "\\|").strip()
     return f"`{shown or ' '}`"

@@ -33,7 +33,7 @@ from dllm_rl.versions import versions
 
 
 def fresh_state(recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog) -> TrainingState:
-    """Warm the recipe's model up, add its adapters, and evaluate it."""
+    """Warm up the recipe's model, add its adapters, and evaluate it."""
     measure = partial(evaluate_with, recipe, policy, recipe.validation_task, accelerator)
     with log.stage("warm-up"):
         warmup_steps = warm_up(recipe, policy, accelerator, log, measure)
@@ -63,16 +63,16 @@ def resumed_policy(recipe: Recipe, folder: Path, state: TrainingState, accelerat
 
 
 def build_policy(recipe: Settings, device: torch.device) -> Policy:
-    """The recipe's model: a checkpoint, a copy of a policy, or what its function makes, given the seed if accepted."""
+    """Return the recipe's model: a checkpoint, a copy of a policy, or the result of its function."""
     if isinstance(recipe.model, str):
         options: dict[str, Any] = {"dtype": recipe.dtype, "quantization": recipe.base_quantization}
         options["verify_checkpoint"] = recipe.verify_checkpoint
         policy: Policy = load_policy(recipe.model, device=device, **options)
     elif isinstance(recipe.model, Policy):
-        policy = copied(recipe.model).to(device)  # the caller's own stays as it is
+        policy = copied(recipe.model).to(device)  # the caller's policy stays unchanged
     else:
         policy = called(recipe.model, recipe.seed).to(device)
-    if policy.lora is not None:  # neither a checkpoint nor a reference tells them from those that a run adds
+    if policy.lora is not None:  # a checkpoint could not distinguish them from the run's adapters
         raise ValueError(
             f"model has adapters of rank {policy.lora.r} already; merge them first, merge_lora(policy), and give lora "
             "to train new ones"
@@ -81,15 +81,19 @@ def build_policy(recipe: Settings, device: torch.device) -> Policy:
 
 
 def called(model: Callable[..., Policy], seed: int, *, dry_run: bool = False) -> Policy:
-    """The policy that a recipe's function makes. The function is given the seed if it takes one. If it takes `dry_run`,
-    as one that also trains its policy should, it is told whether only the shapes of the weights count.
+    """Call a recipe's function and return its policy. The function receives the seed if it accepts `seed`. A function
+    that also trains its policy should accept `dry_run`: it is True if only the shapes of the weights matter.
     """
     accepted = inspect.signature(model).parameters
     return model(**{name: value for name, value in (("seed", seed), ("dry_run", dry_run)) if name in accepted})
 
 
 def configured(recipe: Settings, policy: Policy) -> Policy:
-    """The policy with the recipe's compute settings. Raises ValueError on a setting that it cannot have."""
+    """Set the recipe's compute settings on the policy and return it.
+
+    Raises:
+        ValueError: The policy cannot have a setting.
+    """
     policy.float32_head = recipe.float32_head
     policy.gradient_checkpointing = recipe.gradient_checkpointing
     check_blocks(recipe, policy)
@@ -98,17 +102,17 @@ def configured(recipe: Settings, policy: Policy) -> Policy:
 
 
 def check_blocks(recipe: Settings, policy: Policy) -> None:
-    """Raise ValueError on a setting that wraps the model's blocks, where it has none, or they write a cache."""
+    """Raise ValueError on a setting that wraps the model's blocks, if the model has no blocks or they write a cache."""
     for setting in ("gradient_checkpointing", "torch_compile"):
         if getattr(recipe, setting):
             blocks_of(policy.module, setting)
-            if policy.spec.attention == "encoder_decoder":  # a block that runs again would write its cache again
+            if policy.spec.attention == "encoder_decoder":  # a block that runs again would write its cache twice
                 raise ValueError(f"{setting}=True does not go with the cache of {policy.spec.name!r}; leave it off")
 
 
 def opened(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
-    """The policy in a folder of this run; a module that is not transformers' is first made by the recipe."""
-    # A folder of this run was verified when the run's folder was opened, or was written since.
+    """Load the policy in a folder of this run; the recipe first builds a module that is not a transformers model."""
+    # A folder of this run was verified when the run's folder was opened, or written after that.
     if (folder / "config.json").exists():
         return configured(recipe, load_policy(folder, dtype=dtype, device=device, verify_checkpoint="quick"))
     policy = build_policy(recipe, device)
@@ -117,8 +121,10 @@ def opened(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.dev
 
 
 def freeze(recipe: Settings, policy: Policy, names: list[str]) -> None:
-    """Freeze the weights of these names alone, as the run did that is resumed. Raises ValueError where the recipe's
-    policy has others frozen: the optimizer's state would not fit.
+    """Freeze exactly the weights of these names, as in the run that is resumed.
+
+    Raises:
+        ValueError: Other weights of the recipe's policy are frozen: the optimizer's state would not fit.
     """
     if isinstance(recipe.model, Policy) and (odd := set(frozen_of(recipe.model.module)) ^ set(names)):
         name = min(odd)
@@ -138,11 +144,11 @@ def make_optimizer(recipe: Settings, policy: Policy) -> torch.optim.Optimizer:
 
 
 def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *, fresh: bool) -> Policy | None:
-    """The frozen policy that RL started from, if a run keeps it: without adapters, or from the run's folder."""
+    """Return the frozen policy that RL started from, if a run needs it: without adapters, or from the run's folder."""
     if not recipe.needs_reference_policy:
         return None
     if recipe.lora is not None:
-        return policy.reference()  # the same weights without the adapters: no second copy
+        return policy.reference()  # the same weights without the adapters, so there is no second copy
     folder = Path(recipe.directory) / "reference"
     if fresh and sharding_of(policy.module) is None:
         reference = copied(policy)
@@ -150,12 +156,12 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
         dtype = next(policy.module.parameters()).dtype
         device = first_home(recipe, accelerator)
         reference = share_out(recipe, opened(recipe, folder, dtype, device), accelerator)
-    reference.module.requires_grad_(False)  # the loss has no gradient to it
+    reference.module.requires_grad_(False)  # the loss has no gradient with respect to it
     return reference
 
 
 def save_reference(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> str:
-    """Write the weights that RL starts from to the run's folder, atomically; returns the digest of their manifest."""
+    """Write the weights that RL starts from to the run's folder, atomically; return the digest of their manifest."""
     saved = on_main(policy, accelerator)
 
     def write() -> str:
@@ -171,7 +177,9 @@ def engine_of(recipe: Recipe) -> RolloutEngine:
 
 
 def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
-    """The policy that samples: the quantised copy; without a scheme the learner, or a full copy of a sharded one."""
+    """Return the policy that samples: the quantized copy; without a scheme the learner, or a full copy of a sharded
+    learner.
+    """
     scheme = recipe.rollout_quantization
     if scheme is None:
         return policy if sharding_of(policy.module) is None else quantized_copy(policy, None)
@@ -181,7 +189,7 @@ def rollout_copy(recipe: Recipe, policy: Policy) -> Policy:
 
 
 def check_compiled(recipe: Recipe) -> None:
-    """Raise ValueError where torch_compile, or the sampler's compile_step, does not go with another setting."""
+    """Raise ValueError if torch_compile, or the sampler's compile_step, cannot be combined with another setting."""
     given = [getattr(sampler, "keywords", {}) for sampler in (recipe.sampler, recipe.eval_sampler)]
     whole = [options for options in given if options.get("compile_step")]
     steps = bool(whole)

@@ -19,29 +19,29 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem, Task, check_filled
 
-CHECKED = 5000  # prompts per task that are tokenised before a run begins
-HISTORY = "reward_history.safetensors"  # in a checkpoint
-SECONDS = 10.0  # at most for the prompts of a task: some tasks make a problem slowly
+CHECKED = 5000  # prompts per task that are tokenized before a run begins
+HISTORY = "reward_history.safetensors"  # file in a checkpoint
+SECONDS = 10.0  # limit for the prompts of a task: some tasks make problems slowly
 
 
 def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " size"]:
-    """Problems of a step, of all processes, with replacement: a pure function of the key."""
+    """Draw a step's problems for all processes, with replacement: a pure function of the key."""
     return torch.randint(num_problems, (size,), generator=generator_for(*key))
 
 
 def prompt_indices(
     recipe: Recipe, history: RewardHistory | None, step: int, draw: int = 0
 ) -> Int[Tensor, " train_batch_size"]:
-    """Return the problems of a step, of all processes, by the recipe's `prompt_source`.
+    """Return the problems of a step, over all processes, from the recipe's `prompt_source`.
 
     Args:
-        recipe: The run's record.
-        history: What the run has graded; None for a source that reads none.
-        step: The training step.
-        draw: Which draw of the step: 0, then those of dynamic sampling.
+        recipe: Settings of the run.
+        history: Graded completions of the run. None for a source that reads none.
+        step: Training step.
+        draw: Number of the draw in the step: 0, then the draws of dynamic sampling.
 
     Raises:
-        ValueError: The source gave something else than as many indices of the task.
+        ValueError: The source did not return `train_batch_size` indices of the task.
     """
     source, count, size = recipe.prompt_source, recipe.train_batch_size, len(recipe.task)
     purpose = f"train, draw {draw}" if draw else "train"
@@ -57,7 +57,7 @@ def prompt_indices(
 
 
 def reward_history(recipe: Recipe, folder: Path | None) -> RewardHistory | None:
-    """Return the history that a run goes on from: a checkpoint's, or an empty one; None where no source reads it.
+    """Return the history that a run continues: a checkpoint's, or an empty one; None if the source reads no history.
 
     Raises:
         ValueError: The checkpoint's file is damaged.
@@ -65,7 +65,7 @@ def reward_history(recipe: Recipe, folder: Path | None) -> RewardHistory | None:
     if not recipe.prompt_source.uses_history:
         return None
     size = len(recipe.task)
-    if folder is None or not (folder / HISTORY).exists():  # begun with another source
+    if folder is None or not (folder / HISTORY).exists():  # the run began with another source
         return RewardHistory(size)
     try:
         return RewardHistory(size, **safetensors.load((folder / HISTORY).read_bytes()))
@@ -74,13 +74,16 @@ def reward_history(recipe: Recipe, folder: Path | None) -> RewardHistory | None:
 
 
 def history_files(history: RewardHistory | None, step: int) -> dict[str, bytes]:
-    """Return what a checkpoint of the state after `step` steps holds of the history."""
+    """Return the history's file in a checkpoint of the state after `step` steps."""
     return {} if history is None else {HISTORY: safetensors.save(history.before(step).tensors())}
 
 
 def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
-    """The problems at `indices`, and how many were replaced: a prompt longer than max_prompt_length is replaced by the
-    task's next one that fits. Raises ValueError if none fits.
+    """Return the problems at `indices`, and how many were replaced. A prompt longer than max_prompt_length is replaced
+    by the task's next prompt that fits.
+
+    Raises:
+        ValueError: No prompt fits.
     """
     task = recipe.task
     most = recipe.max_prompt_length
@@ -101,14 +104,19 @@ def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list
 
 
 def check_tasks(recipe: Recipe) -> None:
-    """Raise ValueError if a task has no problems; needs no model."""
+    """Raise ValueError if a task has no problems. It needs no model."""
     for field in ("task", "validation_task", "eval_task"):
         check_filled(field, getattr(recipe, field))
 
 
 def check_prompts(recipe: Recipe, policy: Policy) -> int:
-    """Check the prompts of all three tasks, at most 5000 and 10 s each. Returns the index of the training task's
-    longest; 0 if none was looked at. Raises ValueError if a prompt and its completion exceed the model's positions.
+    """Check the prompts of all three tasks, at most 5000 prompts and 10 seconds each.
+
+    Returns:
+        Index of the training task's longest prompt; 0 if no prompt was checked.
+
+    Raises:
+        ValueError: A prompt and its completion exceed the model's positions.
     """
     limit = policy.spec.max_length
     trained = getattr(recipe.sampler, "keywords", {}).get("max_new_tokens")
@@ -133,7 +141,11 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
 
 
 def _longest(recipe: Recipe, policy: Policy, field: str, indices: Iterable[int], *, room: int, new: int) -> int:
-    """The problem of `field` with the longest prompt. Raises ValueError if a prompt and `new` tokens exceed `room`."""
+    """Return the problem of `field` with the longest prompt.
+
+    Raises:
+        ValueError: A prompt and `new` tokens exceed `room`.
+    """
     began = time.monotonic()
     longest = 0
     found = 0
@@ -163,11 +175,11 @@ def _first(task: Task) -> range:
 
 
 def _drawn(recipe: Recipe) -> Iterable[int]:
-    """The whole task, or the first that its steps draw."""
+    """Return all problems of the task, or the first problems that its steps draw."""
     size = len(recipe.task)
-    if size <= CHECKED:  # all of them, in the time that there is
+    if size <= CHECKED:  # all of them, within the time limit
         return range(size)
-    drawn: dict[int, None] = {}  # in order, each once
+    drawn: dict[int, None] = {}  # in order, without repeats
     for step in range(recipe.num_steps):
         drawn |= dict.fromkeys(prompt_indices(recipe, None, step).tolist())
         if len(drawn) >= CHECKED:

@@ -1,4 +1,4 @@
-"""The rehearsal: one micro-step before any work. Weights, gradients and random numbers are then what they were."""
+"""The rehearsal: one micro-step before any work. It restores weights, gradients and random numbers."""
 
 import copy
 import random
@@ -40,11 +40,11 @@ from dllm_rl.training.saving import adapters_alone
 from dllm_rl.training.sharded_learner import on_main
 from dllm_rl.training.warmup import solved
 
-MOMENTS: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes per trained weight; unknown for other optimisers
+MOMENTS: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes per trained weight; unknown for other optimizers
 
 
 def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
-    """Run one group through a step except the update, and save it, in all processes. Raises what its parts raise."""
+    """Run one group through a step except the update, and save it, in all processes. Raises any error of a part."""
     with random_numbers_kept(), as_trained(recipe, policy) as learner:
         micro_step(recipe, learner, problem, accelerator)
         with join_uneven_forwards(learner):
@@ -54,7 +54,7 @@ def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Acce
 
 
 def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
-    """The loop's step on one group per process, up to the gradients; no weight changes."""
+    """Run the loop's step on one group per process, up to the gradients. No weight changes."""
     key = (recipe.seed, "rehearsal")
     reference = policy if recipe.lora is None else policy.reference()
     run = StepContext(
@@ -69,7 +69,7 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
     if recipe.sft_warmup_steps:
         check_warmup(recipe, policy, answers[0])
     if recipe.teacher is not None:
-        log_ratio(recipe, policy, rollout, seeds[:, 0])  # the student in the teacher's place
+        log_ratio(recipe, policy, rollout, seeds[:, 0])  # with the student as its teacher
 
     advantages = made_up_advantages(recipe)[: accelerator.num_processes]
     samples = Samples(rollout, advantages, advantages, torch.ones(len(advantages), dtype=torch.double))
@@ -84,7 +84,7 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
 
 
 def check_warmup(recipe: Recipe, policy: Policy, answer: Answer) -> None:
-    """Raise ValueError if the problem has no solution to learn from, or its grader no `sft_warmup_metric`."""
+    """Raise ValueError if the problem has no solution to learn from, or its grader has no `sft_warmup_metric`."""
     solved(policy, [answer.problem], max_new_tokens=recipe.max_new_tokens)
     if recipe.sft_warmup_corruption and policy.spec.attention == "encoder_decoder":
         raise ValueError(
@@ -100,22 +100,22 @@ def check_warmup(recipe: Recipe, policy: Policy, answer: Answer) -> None:
 
 
 def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:
-    """Advantages of rewards that all differ; a group of zeros gets both signs, for a loss."""
+    """Return advantages of rewards that all differ; a group of zeros gets both signs, so that it has a loss."""
     rewards, parts = made_up_rewards(recipe)
     advantages = compute_advantages(recipe, rewards, parts)
-    both = torch.linspace(1, -1, rewards.shape[1]).expand_as(rewards)  # a loss of no row would try nothing
+    both = torch.linspace(1, -1, rewards.shape[1]).expand_as(rewards)  # a loss without rows would test nothing
     return torch.where((advantages != 0).any(-1, keepdim=True), advantages, both)
 
 
 def save_once(recipe: Recipe, policy: Policy) -> None:
-    """Write a checkpoint where the run will, with room for the optimiser's state, and delete it."""
+    """Write a checkpoint to the run's disk, with space for the optimizer's state, and delete it."""
     folder = Path(recipe.directory) / REHEARSAL
     trained = trained_of(policy.module)
     moments = MOMENTS.get(recipe.optim, 0) * sum(p.numel() for p in trained)
     try:
         state = TrainingState.first(recipe, policy)
         merged = not adapters_alone(recipe)
-        later = 0 if merged else checkpoint.weights_size(policy.module)  # the last checkpoint's
+        later = 0 if merged else checkpoint.weights_size(policy.module)  # size of the last checkpoint
         optimizer = make_optimizer(recipe, policy)
         checkpoint.save(folder, policy, optimizer, state, keep=1, merged=merged, reserve=moments + later)
     finally:
@@ -124,14 +124,16 @@ def save_once(recipe: Recipe, policy: Policy) -> None:
 
 @contextmanager
 def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
-    """The policy as RL will train it, with adapters if there are any, on the same weights; no gradient is left."""
+    """Yield the policy as RL will train it, on the same weights, with adapters if the recipe has them; leave no
+    gradient.
+    """
     module = policy.module
     learner = policy
     trained = trained_of(module)
     if recipe.lora is not None and policy.lora is None:
         shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
         learner = copy.copy(policy)
-        learner.module = copy.deepcopy(module, shared)  # layers of its own, over the same tensors
+        learner.module = copy.deepcopy(module, shared)  # separate layers, over the same tensors
         add_lora(learner, recipe.lora())
     try:
         yield learner
@@ -147,7 +149,7 @@ def random_numbers_kept() -> Iterator[None]:
     """Restore the global generators after the block, for a grader or a model that draws from them."""
     python = random.getstate()
     array = np.random.get_state()
-    devices = range(len(torch.cuda.default_generators))  # those of GPUs in use
+    devices = range(len(torch.cuda.default_generators))  # GPUs in use
     with torch.random.fork_rng(devices=devices):
         try:
             yield

@@ -1,4 +1,4 @@
-"""A learner whose weights are sharded: what does not go with it, and its state on one host."""
+"""A learner whose weights are sharded: incompatible settings, and its state on one host."""
 
 import copy
 from typing import Any
@@ -25,14 +25,14 @@ def group_size(recipe: Settings, processes: int) -> int:
 
 
 def first_home(recipe: Settings, accelerator: Accelerator) -> torch.device:
-    """The device that the learner's weights are read to: the host if they are to be sharded."""
-    # A device need not hold the whole model: `shard` sends it unit by unit.
+    """Return the device that the learner's weights are loaded to: the host if they are to be sharded."""
+    # A device need not have memory for the full model: `shard` sends it unit by unit.
     return torch.device("cpu") if group_size(recipe, accelerator.num_processes) > 1 else accelerator.device
 
 
 def check_launch_config() -> None:
-    """Raise ValueError if the launch asks for an engine, which Accelerate silently leaves out on a CPU."""
-    for name in ("DEEPSPEED", "FSDP"):  # on a GPU they would own the model
+    """Raise ValueError if the launch requests an engine, which Accelerate silently ignores on a CPU."""
+    for name in ("DEEPSPEED", "FSDP"):  # on a GPU such an engine would own the model
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
                 f"distributed_type={name} in the launch's config: such an engine would own the model, whose layers the "
@@ -82,7 +82,7 @@ def share_out(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Polic
     if size == 1:
         return policy
     check_module(module, size)
-    if recipe.lora is not None and policy.lora is None:  # a sharded layer takes none later
+    if recipe.lora is not None and policy.lora is None:  # adapters cannot be added to a sharded layer later
         add_lora(policy, recipe.lora())
     shard(module, blocks_of(module, "shard_size"), accelerator, size=size, timeout=recipe.collective_timeout)
     return policy
@@ -104,9 +104,9 @@ def check_module(module: Module, size: int) -> None:
 
 
 def on_main(policy: Policy, accelerator: Accelerator) -> Policy:
-    """The policy to save: itself, or of a sharded learner a full copy on the main process. All processes call it."""
+    """Return the policy to save: itself, or of a sharded learner a full copy on the main process. Collective."""
     if sharding_of(policy.module) is None:
         return policy
-    twin: Any = copy.copy(policy)  # the learner keeps its sharded module
+    twin: Any = copy.copy(policy)  # the learner's sharded module stays unchanged
     twin.module = host_copy(policy.module, keep=accelerator.is_main_process) or policy.module
     return twin

@@ -1,4 +1,4 @@
-"""TRL's names for settings of `grpo`, and what they mean here. docs/trl.md has the tables."""
+"""TRL's names for settings of `grpo`, and their meaning here. docs/trl.md has the tables."""
 
 import difflib
 import inspect
@@ -15,7 +15,7 @@ from dllm_rl.distributed.collectives import launched
 from dllm_rl.recipe import Recipe, check_kind, fitted
 from dllm_rl.renamed import hint
 
-# A name of the same meaning: the keyword of grpo_recipe or, behind a dot, of what the keyword holds.
+# Names of the same meaning: the keyword of grpo_recipe or, after a dot, a keyword of its value.
 SAME = {
     "max_completion_length": "max_new_tokens",
     "max_steps": "num_steps",
@@ -30,13 +30,13 @@ SAME = {
     "delta": "loss.delta",
     "scale_rewards": "advantages.scale_rewards",
 }
-# A name that takes a word: the keyword, and what it holds for each word that means one thing here.
+# Names whose value is a word: the keyword, and its value for each word that has one meaning here.
 WORDS: dict[str, tuple[str, dict[str, Callable]]] = {
     "loss_type": (
         "loss_reduction",
         {"grpo": sequence_mean, "dapo": token_mean, "bnpo": token_mean, "dr_grpo": fixed_length_mean},
     ),
-    # The level alone: epsilon stays 0.2, and epsilon_high what epsilon is. GSPO's own bounds are those of loss=gspo.
+    # Only the level: epsilon stays 0.2, and epsilon_high equals epsilon. For GSPO's bounds use loss=gspo.
     "importance_sampling_level": (
         "loss",
         {"token": ppo_clip, "sequence": partial(gspo, epsilon=0.2, epsilon_high=None)},
@@ -53,7 +53,7 @@ WORDS: dict[str, tuple[str, dict[str, Callable]]] = {
 }
 # Completions of a process's forward, and forwards of a process per update: see `batch_sizes`.
 BATCH_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
-# Other names are refused with what is nearest here.
+# Other names are refused with the nearest setting.
 NEAREST = {
     "args": "a keyword for each of its fields, as learning_rate=1e-6",
     "generation_batch_size": "train_batch_size, in prompts per step over all processes",
@@ -98,20 +98,24 @@ NEAREST = {
 
 
 def translated(function: Callable[..., Recipe], given: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of the function for these, which may have TRL's names. Raises ValueError on an unknown name."""
+    """Return the function's keywords for these keywords, which may have TRL's names.
+
+    Raises:
+        ValueError: A name is unknown.
+    """
     types = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
-    types = {field.name: field.type for field in fields(Recipe)} | types  # `model` has one form more here
+    types = {field.name: field.type for field in fields(Recipe)} | types  # `model` has one more form here
     known = types.keys() - {"settings"}
     given = {name: value if name == "model" else fitted(name, types.get(name), value) for name, value in given.items()}
     check_counts(given)
-    for name in given.keys() & known - {"report_to"}:  # TRL's is a list
+    for name in given.keys() & known - {"report_to"}:  # TRL's value is a list
         check_kind(name, types[name], given[name])
     found = batch_sizes(given)
     same = dict(SAME)
-    if "lr_scheduler_type" in given:  # without it, a name of an earlier version
+    if "lr_scheduler_type" in given:  # without it, the name is one of an earlier version
         same["warmup_steps"] = "lr_schedule.warmup_steps"
     for name, value in given.items():
-        if name in BATCH_SIZES or (name, value) in (("sync_ref_model", False), ("warmup_steps", 0)):  # as here
+        if name in BATCH_SIZES or (name, value) in (("sync_ref_model", False), ("warmup_steps", 0)):  # the default
             continue
         path, value = spelled(name, value) if name in WORDS else (same.get(name, name), value)
         if path.partition(".")[0] not in known:
@@ -132,13 +136,13 @@ def translated(function: Callable[..., Recipe], given: dict[str, Any]) -> dict[s
 
 
 def check_counts(given: dict[str, Any]) -> None:
-    """Raise ValueError on TRL's numbers that are no whole numbers, or that count what a step here has several of."""
+    """Raise ValueError on TRL's counts that are not whole numbers, or that count updates if a step has several."""
     for name in (*BATCH_SIZES, "num_generations", "warmup_steps"):
         if not isinstance(given.get(name, 0), Integral):
             raise ValueError(f"{name}={given[name]!r} must be a whole number")
     if given.get("num_iterations", 1) > 1:
         for name, remedy in (("max_steps", "num_steps"), ("lr_scheduler_type", "lr_schedule, a function")):
-            if given.get(name, "constant") != "constant":  # a constant rate counts nothing
+            if given.get(name, "constant") != "constant":  # a constant rate does not count updates
                 raise ValueError(f"{name} counts updates, and num_iterations of them are one step here; give {remedy}")
     forwards = given.get("gradient_accumulation_steps", 1) * launched()
     if given.get("loss_type") == "bnpo" and forwards > 1:
@@ -149,7 +153,11 @@ def check_counts(given: dict[str, Any]) -> None:
 
 
 def spelled(name: str, word: Any) -> tuple[str, Callable]:
-    """The keyword for a name of WORDS, and what it holds. Raises ValueError on a word that is not in the table."""
+    """Return the keyword for a name of WORDS, and its value.
+
+    Raises:
+        ValueError: The word is not in the table.
+    """
     keyword, words = WORDS[name]
     if word not in list(words):
         known = ", ".join(map(repr, words))
@@ -159,8 +167,10 @@ def spelled(name: str, word: Any) -> tuple[str, Callable]:
 
 
 def batch_sizes(given: dict[str, Any]) -> dict[str, Any]:
-    """micro_batch_size (completions) and train_batch_size (prompts) for TRL's BATCH_SIZES; {} without them. Raises
-    ValueError where a forward would cut a group.
+    """Return micro_batch_size (completions) and train_batch_size (prompts) for TRL's BATCH_SIZES; {} without them.
+
+    Raises:
+        ValueError: A forward would split a group.
     """
     if not given.keys() & set(BATCH_SIZES):
         return {}
@@ -177,7 +187,7 @@ def batch_sizes(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def bind(settings: dict[str, Any], path: str, value: Any) -> None:
-    """Set a keyword of what a setting holds, of a function or of the sampler's options; `path` as in SAME."""
+    """Set a keyword of a setting's function or of the sampler's options; `path` is as in SAME."""
     name, _, keyword = path.partition(".")
     if name == "sampler_options":
         settings[name] = {**(settings.get(name) or {}), keyword: value}

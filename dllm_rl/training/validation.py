@@ -11,8 +11,8 @@ from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.tasks.base import Task
 from dllm_rl.training.context import StepContext
 
-SHARE = 0.02  # of the forwards, at most, where the run chooses eval_steps
-FEWEST_STEPS = 10  # between evaluations, and what their number is a multiple of, where the run chooses
+SHARE = 0.02  # largest share of the forwards, if the run chooses eval_steps
+FEWEST_STEPS = 10  # between evaluations; an interval that the run chooses is a multiple of it
 
 
 def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> dict[str, float]:
@@ -26,14 +26,15 @@ def shown(found: dict[str, float]) -> str:
 
 
 def interval(recipe: Settings, evaluation: float, step: float) -> int:
-    """Steps between evaluations, 0 for none: `eval_steps`, else as many as keep evaluations within SHARE of the work.
+    """Return the number of steps between evaluations, 0 for none: `eval_steps`, or the number that limits evaluations
+    to SHARE of the work.
 
-    Counted and not timed, so that a resumed run evaluates at the same steps.
+    The work is counted and not timed, so that a resumed run evaluates at the same steps.
 
     Args:
-        recipe: The run's record.
-        evaluation: Forwards of rows that an evaluation takes.
-        step: Forwards of rows that a training step takes.
+        recipe: Settings of the run.
+        evaluation: Forwards of rows in an evaluation.
+        step: Forwards of rows in a training step.
     """
     if recipe.eval_steps is not None:
         return recipe.eval_steps
@@ -41,7 +42,7 @@ def interval(recipe: Settings, evaluation: float, step: float) -> int:
 
 
 def check_best_model(recipe: Settings, every: int) -> None:
-    """Raise ValueError where `metric_for_best_model` would not be measured once."""
+    """Raise ValueError if `metric_for_best_model` would never be measured."""
     if recipe.metric_for_best_model is not None and 0 < recipe.num_steps < every:
         raise ValueError(
             f"metric_for_best_model={recipe.metric_for_best_model!r} is measured every {every} steps, and "
@@ -50,22 +51,22 @@ def check_best_model(recipe: Settings, every: int) -> None:
 
 
 def validation_interval(recipe: Recipe) -> int:
-    """`interval` of the validation task. Of a training step only the rollout counts."""
+    """Return the `interval` of the validation task. Only the rollout of a training step counts."""
     evaluated, sampled = forwards_of(recipe.eval_sampler), forwards_of(recipe.sampler)
-    if not evaluated or not sampled:  # one of them is not known
+    if not evaluated or not sampled:  # one of them is not set
         evaluated = sampled = 1
     rows = recipe.train_batch_size * recipe.num_generations
     return interval(recipe, len(recipe.validation_task) * evaluated, rows * sampled)
 
 
 def forwards_of(sampler: Callable) -> int:
-    """Forwards in which a sampler writes a completion, at most; 0 where its keywords do not say."""
+    """Return the largest number of forwards in which a sampler writes a completion; 0 if its keywords do not set it."""
     keywords = getattr(sampler, "keywords", {})
     return keywords.get("diffusion_steps") or keywords.get("max_new_tokens") or 0
 
 
 def validate(run: StepContext[Recipe], step: int) -> dict[str, float]:
-    """Metrics on the validation task at every `validation_interval`; none in between."""
+    """Return metrics on the validation task at every `validation_interval`, and {} at other steps."""
     recipe = run.recipe
     every = validation_interval(recipe)
     if not every or (step + 1) % every:  # step counts from 0

@@ -1,5 +1,5 @@
-"""Supervised warm-up: the masked-diffusion loss, the causal one, or that of `training.denoising`, on prompts with a
-known completion.
+"""Supervised warm-up on prompts with a known completion. The loss is the masked-diffusion loss, the causal loss, or the
+loss of `training.denoising`.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,11 @@ RISE = 30  # steps in which the learning rate rises to its full height
 
 
 def solved(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int) -> list[tuple[list[int], list[int]]]:
-    """The token ids of each prompt, and of its solution. Raises ValueError if a solution is missing or too long."""
+    """Return the token ids of each prompt and of its solution.
+
+    Raises:
+        ValueError: A solution is missing or too long.
+    """
     if any(problem.blank is not None for problem in problems):
         raise ValueError("a problem has blanks, and warm-up writes solutions behind the prompt; use sft_warmup_steps=0")
     found = []
@@ -46,7 +50,11 @@ def solved(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int) 
 
 
 def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int) -> Rollout:
-    """Left-padded prompts with solutions, as if sampled. Raises ValueError if a solution is missing or too long."""
+    """Return left-padded prompts with their solutions, as if they were sampled.
+
+    Raises:
+        ValueError: A solution is missing or too long.
+    """
     eos = policy.spec.eos_ids[0] if policy.spec.eos_ids else policy.pad_id
     causal = policy.spec.attention == "causal"
     pairs = solved(policy, problems, max_new_tokens=max_new_tokens)
@@ -57,7 +65,7 @@ def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int
     for prompt, answer in pairs:
         left = width - len(prompt)
         spare = max_new_tokens - len(answer)
-        # A diffusion model generates all end tokens, a causal one stops at the first.
+        # A diffusion model generates all end tokens; a causal model stops at the first.
         learnt = min(max_new_tokens, len(answer) + 1) if causal else max_new_tokens
         rows.append([policy.pad_id] * left + prompt + answer + [eos] * spare)
         attention.append([False] * left + [True] * (len(prompt) + max_new_tokens))
@@ -77,7 +85,7 @@ def examples(policy: Policy, problems: Sequence[Problem], *, max_new_tokens: int
 def draw_levels(
     generator: Generator, num_rows: int, length: int, *, min_t: float = 0.02
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B L"], Float[Tensor, "B L"]]:
-    """Masking levels t ~ U(min_t, 1], stratified over the batch, the uniforms to compare with them, and the noise."""
+    """Draw masking levels t ~ U(min_t, 1], stratified over the batch, the uniforms to compare them with, and noise."""
     # One level per stratum: a batch has easy and hard rows, so that the loss varies less.
     strata = (torch.randperm(num_rows, generator=generator) + torch.rand(num_rows, generator=generator)) / num_rows
     uniforms = torch.rand(num_rows, length, generator=generator)
@@ -87,8 +95,11 @@ def draw_levels(
 def corrupted(
     policy: Policy, tokens: Int[Tensor, "*K"], noise: Float[Tensor, "*K"], *, share: float
 ) -> Int[Tensor, "*K"]:
-    """Each token replaced with probability `share` by another one, uniform over the vocabulary without special tokens.
-    `noise`: uniforms in [0, 1). Raises ValueError for a causal model.
+    """Replace each token with probability `share` by another token, uniform over the vocabulary without special tokens.
+    `noise` has uniforms in [0, 1).
+
+    Raises:
+        ValueError: The model is causal.
     """
     if not share:
         return tokens
@@ -96,8 +107,8 @@ def corrupted(
         raise ValueError(f"corruption={share} is of a diffusion model's visible tokens; use 0 for a causal model")
     ordinary = ordinary_ids(policy).to(tokens.device)
     place = torch.searchsorted(ordinary, tokens.contiguous())
-    own = (ordinary[place % len(ordinary)] == tokens).long()  # else a special token, which any id may replace
-    # A uniform below `share` is, divided by it, uniform again. Doubles: no device rounds the product up.
+    own = (ordinary[place % len(ordinary)] == tokens).long()  # 0 for a special token, which any id may replace
+    # A uniform below `share`, divided by `share`, is uniform too. Doubles: no device rounds the product up.
     drawn = (noise.double() / share * (len(ordinary) - own)).long()
     return torch.where(noise.double() < share, ordinary[(place + own + drawn) % len(ordinary)], tokens)
 
@@ -111,11 +122,12 @@ def supervised_loss(
     *,
     corruption: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood per completion token, nats. The L completion positions stand at the rows' end.
+    """Return the mean negative log-likelihood per completion token, in nats. The last L positions of each row are the
+    completion.
 
-    causal     -sum_t log p(y_t | before) / tokens
-    diffusion  -sum_{masked with the row's t} log p(y_i | rest) / t / tokens (LLaDA eq. 5 [paper]; strata, floor [ours])
-    corruption: a share of a diffusion model's visible tokens is replaced, and each visible one counts 1 / tokens [ours]
+    A causal model's loss is -sum_t log p(y_t | before) / tokens. A diffusion model's loss is -sum_{masked with the
+    row's t} log p(y_i | rest) / t / tokens (LLaDA eq. 5 [paper]; strata, floor [ours]). `corruption` is the share of a
+    diffusion model's visible tokens that are replaced; if it is above 0, each visible token counts 1 / tokens [ours].
     """
     here = slice(-uniforms.shape[1], None)
     seen = batch.tokens.clone()
@@ -127,7 +139,7 @@ def supervised_loss(
         masked[:, here] = (uniforms < levels[:, None]).to(policy.device)
         masked &= batch.completion_mask
         weight *= torch.where(masked, 1 / levels[:, None].to(policy.device), float(corruption > 0))
-    # The view sees the corrupted tokens, and scores the solution's.
+    # The view sees the corrupted tokens, and scores the solution's tokens.
     view = View(masked, weight != 0, canvas=lambda rollout: (seen, rollout.tokens))
     logps = view.logprobs(policy, batch)
     return -(logps * weight).sum() / batch.completion_mask.sum()
@@ -136,7 +148,7 @@ def supervised_loss(
 def warm_up(
     recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog, measure: Callable[[], dict[str, float]]
 ) -> int:
-    """AdamW on `supervised_loss` until `measure` reaches sft_warmup_target; returns the number of steps taken."""
+    """Train with AdamW on `supervised_loss` until `measure` reaches sft_warmup_target; return the number of steps."""
     if not recipe.sft_warmup_steps:
         return 0
     name = f"warmup/{recipe.sft_warmup_metric}"
@@ -160,8 +172,11 @@ def warm_up(
 def warmup_step(
     recipe: Recipe, policy: Policy, optimizer: torch.optim.Optimizer, step: int, accelerator: Accelerator
 ) -> float:
-    """One step on the problems and masks of its number, which one process would draw too; returns this process's loss.
-    Raises FloatingPointError on a gradient that is not finite, before the weights change.
+    """Train one step on the problems and masks of its number, which do not depend on the number of processes; return
+    this process's loss.
+
+    Raises:
+        FloatingPointError: A gradient is not finite. It is raised before the weights change.
     """
     generator = generator_for(recipe.seed, "warm-up masks", step)
     rows = recipe.sft_warmup_batch_size
@@ -182,12 +197,12 @@ def warmup_step(
             batch = examples(policy, problems, max_new_tokens=recipe.max_new_tokens)
             loss = supervised_loss(policy, batch, *mine, corruption=recipe.sft_warmup_corruption)
         loss.backward()
-    sum_gradients(policy.module, accelerator, mean=True)  # equal shares
+    sum_gradients(policy.module, accelerator, mean=True)  # all processes have equal shares
     norm = whole(torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0))
     if not norm.isfinite():
         raise FloatingPointError(f"gradient norm is {norm.item()} at warm-up step {step}; it was not applied")
     for group in optimizer.param_groups:
         group["lr"] = recipe.sft_warmup_learning_rate * min(1.0, (step + 1) / RISE)
     optimizer.step()
-    policy.module.zero_grad(set_to_none=True)  # an evaluation has the memory
+    policy.module.zero_grad(set_to_none=True)  # frees the memory for an evaluation
     return loss.item()
