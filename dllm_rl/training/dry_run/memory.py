@@ -1,4 +1,6 @@
-"""A step's memory, on fake tensors and CPU kernels: live storages, without kernels' workspaces and rounding."""
+"""A step's memory, measured on fake tensors with CPU kernels: live storages, without the kernels' workspaces and
+rounding.
+"""
 
 import copy
 import inspect
@@ -40,11 +42,11 @@ from dllm_rl.training.learner import keeps_graphs
 from dllm_rl.types import SamplingParams
 
 ONE_VIEW = ("one_step", "causal")  # estimators that score the batch in one view
-NF4 = 9 / 16  # bytes a weight: half of one, and an fp32 scale per 64
+NF4 = 9 / 16  # bytes per weight: half a byte, and an fp32 scale per 64 weights
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the live storages that were made in the block: now, and at most."""
+    """Counts the bytes of live storages that were made in the block: the current number and the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive.add(key)
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
-        # Views share a storage, which lives as long as the last of them.
+        # Views share a storage, which is live as long as any of the views.
         weakref.finalize(storage, self._freed, key, storage.nbytes())
 
     def _freed(self, key: int, size: int) -> None:
@@ -74,7 +76,9 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def measured(self, into: dict[str, int], name: str, *, peak: bool = False) -> Iterator[None]:
-        """Write under `name` how many more bytes are held after the block than before, or the most held inside it."""
+        """Write under `name` how many more bytes are live after the block than before it, or with `peak` the peak
+        inside it.
+        """
         before = self.peak = self.now
         yield
         into[name] = self.peak if peak else self.now - before
@@ -84,8 +88,8 @@ class LiveBytes(TorchDispatchMode):
 class Memory:
     """Bytes of a step."""
 
-    held: dict[str, int]  # from step to step, by part
-    peaks: dict[str, int]  # the most alive in a stage, `held` included
+    held: dict[str, int]  # persistent tensors, by part
+    peaks: dict[str, int]  # largest live bytes in a stage, `held` included
 
     @property
     def peak(self) -> int:
@@ -93,7 +97,7 @@ class Memory:
 
 
 class Packed(nn.Linear):
-    """A frozen layer whose weight is held in few bits, and unpacked for each product and its backward."""
+    """A frozen layer whose weight is stored in few bits, and unpacked for each product and its backward."""
 
     def __init__(self, layer: nn.Linear, bytes_per_weight: float, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -122,7 +126,9 @@ class _PackedProduct(torch.autograd.Function):
 
 
 class GroupedShapes(TorchFunctionMode):
-    """Products of stacked experts outside bf16 (torch 2.13 has no shapes for them) as one expert's: the same memory."""
+    """Computes products of stacked experts outside bf16 (torch 2.13 has no shapes for them) as the product of one
+    expert, which needs the same memory.
+    """
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -134,14 +140,14 @@ class GroupedShapes(TorchFunctionMode):
 
 def measure_step(
     recipe: Recipe,
-    policy: Policy,  # with the adapters; its module is on the meta device, or has weights to forget
+    policy: Policy,  # with the adapters; its module is on the meta device, or its weights are not used
     *,
     prompt_tokens: int,
-    dtype: torch.dtype | None,  # of the weights; None: as they are
-    rollout_copy: int,  # bytes of the quantised one
-    on_gpu: bool = True,  # the optimiser's step is one fused kernel; the head's chunks are of the policy's device
+    dtype: torch.dtype | None,  # of the weights; None: unchanged
+    rollout_copy: int,  # bytes of the quantized copy
+    on_gpu: bool = True,  # the optimizer's step is one fused kernel; the policy's device decides the head's chunks
 ) -> Memory:
-    """One step of the recipe on fake tensors: first what it holds, then its stages."""
+    """Run one step of the recipe on fake tensors: first its persistent tensors, then its stages."""
     held: dict[str, int] = {}
     peaks: dict[str, int] = {}
     policy = copy.copy(policy)
@@ -177,7 +183,7 @@ def measure_step(
 
 
 def reference_tensors(recipe: Recipe, policy: Policy) -> list[Tensor]:
-    """The weights of the run's reference; with adapters the reference is the base, which is there already."""
+    """Return the weights of the run's reference. With adapters the reference is the base, which is counted already."""
     needed = recipe.needs_reference_policy and recipe.lora is None
     return [torch.empty_like(p) for p in policy.module.parameters()] if needed else []
 
@@ -188,11 +194,13 @@ def make_gradients(trained: list[nn.Parameter]) -> None:
 
 
 class FakeStep:
-    """The stages of a recipe's step, on the policy's fake tensors; the gradients of the step before are there."""
+    """The stages of a recipe's step on the policy's fake tensors, while the gradients of the previous step are in
+    memory.
+    """
 
     def __init__(self, recipe: Recipe, policy: Policy, prompt_tokens: int) -> None:
         self.recipe = recipe
-        if policy.spec.attention == "encoder_decoder":  # its decoder asks for padding, and fake tensors have no answer
+        if policy.spec.attention == "encoder_decoder":  # its decoder reads the mask, which is fake
             policy = copy.copy(policy)
             policy.spec = replace(policy.spec, encode=partial(without_mask, policy.spec.encode))
         self.policy = policy
@@ -214,7 +222,9 @@ class FakeStep:
 
     @torch.no_grad()
     def rollout(self) -> None:
-        """The widest turn: the forward of all rows and the draw in a block, with keys and values if cached."""
+        """Run the widest part of a rollout: the forward of all rows and the draw in a block, with a cache if the
+        sampler has one.
+        """
         rows = min(self.recipe.rollout_batch_size or self.rows, self.rows)
         length = self.recipe.max_new_tokens
         spec = self.policy.spec
@@ -223,7 +233,7 @@ class FakeStep:
                 self.renoise(rows)
                 return
             cache = self.cache(rows)
-            if spec.attention == "causal":  # the widest is the prompts' forward; a group shares its prompt's
+            if spec.attention == "causal":  # the widest part is the prompts' forward, one per group
                 tokens, mask = batch_of(rows // self.recipe.num_generations, self.prompt_tokens)
                 token_logprobs(self.policy, self.policy.hidden(tokens, mask)[:, -1], tokens[:, -1], self.params)
                 return
@@ -246,19 +256,22 @@ class FakeStep:
         return torch.empty(shape, dtype=next(self.policy.module.parameters()).dtype)
 
     def renoise(self, rows: int) -> None:
-        """The widest step of `renoise`: of the last canvas, behind all others."""
+        """Run the widest step of `renoise`: a step of the last canvas, after all others."""
         prefix = Prefix.empty(self.policy, rows)
         self.read(prefix, rows, self.prompt_tokens + self.recipe.max_new_tokens - self.canvas)
         logits, before = self.step_logits(prefix, rows)
         flat = logits.flatten(0, 1)
         invert(flat.softmax(-1), torch.zeros(len(flat), dtype=torch.float64))
         TokenLogprob.apply(flat, torch.zeros(len(flat), dtype=torch.long))
-        Categorical(logits=logits, validate_args=False).entropy()  # a check of values has no answer here
+        Categorical(logits=logits, validate_args=False).entropy()  # fake tensors have no values to check
         del before
 
     def replay(self, rows: int, *, back: bool = False) -> list[Tensor]:
-        """The log-probs of `renoise`'s steps as they are scored: of all that are kept, or of the last one. back: as in
-        `likelihoods.renoise.Replay.backward`, a step's gradient goes to the cache at once, and then to the encoder.
+        """Compute the log-probs of `renoise`'s steps as scoring does: of all steps with retained graphs, or of the last
+        step.
+
+        With `back`, the gradient of a step goes to the cache immediately, and then to the encoder, as in
+        `likelihoods.renoise.Replay.backward`.
         """
         prefix = Prefix.empty(self.policy, rows)
         cuts = []
@@ -284,16 +297,18 @@ class FakeStep:
 
     def read(self, prefix: Prefix, rows: int, columns: int) -> None:
         tokens, mask = batch_of(rows, columns)
-        prefix.mask = prefix.mask.cpu()  # here all is computed by CPU kernels
+        prefix.mask = prefix.mask.cpu()  # all kernels run on the CPU
         prefix.read(self.policy, tokens, mask)
 
     def step_logits(self, prefix: Prefix, rows: int) -> tuple[Tensor, Tensor]:
-        """Of a step, and of the step before, which it sees."""
+        """Return the logits of a step, and of the step before, which the step sees."""
         before = conditioning(self.policy, torch.zeros(rows, self.canvas, self.policy.vocab_size))
         return prefix.logits(self.policy, batch_of(rows, self.canvas)[0], before, temperature=1.0), before
 
     def score(self) -> None:
-        """With kept graphs all of their forwards; else one forward, and as much of the head as lives at a time."""
+        """With retained graphs, run all of their forwards; otherwise one forward, and the part of the head that is live
+        at a time.
+        """
         with torch.set_grad_enabled(self.graphs > 0), self.autocast():
             if self.policy.spec.attention == "encoder_decoder":
                 found = self.replay(self.micro_rows)
@@ -306,7 +321,7 @@ class FakeStep:
 
     def update(self) -> None:
         if self.graphs or (self.micro_rows >= self.rows and self.recipe.likelihood.name in ONE_VIEW):
-            # The update's only backward: no gradients of another micro-batch or view are there.
+            # The update's only backward: there are no gradients of another micro-batch or view.
             self.policy.module.zero_grad(set_to_none=True)
         with self.autocast():
             if self.graphs:
@@ -322,14 +337,16 @@ class FakeStep:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """The sync and a save merge adapters one layer at a time."""
+        """Merge adapters one layer at a time, as the sync and a save do."""
         for _ in merged_state(self.policy.module):
             pass
 
     def states(self) -> Tensor:
-        """The states (K, D) at all completion positions of a view; without a completion, at all prompt positions."""
+        """Return the states (K, D) at all completion positions of a view; without a completion, at all prompt
+        positions.
+        """
         length = self.recipe.max_new_tokens
-        packed = self.recipe.likelihood.block_size is not None  # clean and noisy columns go through one forward
+        packed = self.recipe.likelihood.block_size is not None  # clean and noisy columns share one forward
         tokens, mask = batch_of(self.micro_rows, self.prompt_tokens + length * (1 + packed))
         scored = length or self.prompt_tokens
         if not packed:
@@ -342,9 +359,11 @@ class FakeStep:
 
 
 def shared_out(memory: Memory, module: Module, size: int) -> Memory:
-    """The memory per process of a learner sharded over `size` processes, from the memory of one alone."""
+    """Return the memory per process of a learner that is sharded over `size` processes, from the memory of an unsharded
+    learner.
+    """
     held = {name: -(-value // size) for name, value in memory.held.items()}
-    if "rollout copy" in held:  # the one part that is full
+    if "rollout copy" in held:  # the only part that is not sharded
         held["rollout copy"] = memory.held["rollout copy"]
     before = sum(memory.held.values())
     now = sum(held.values())
@@ -362,7 +381,7 @@ def shared_out(memory: Memory, module: Module, size: int) -> Memory:
     block, rest, head = units(False)
     block_grad, rest_grad, head_grad = units(True)
     scoring = 2 * block + rest + head  # unsharded: two blocks (the next is fetched), the backbone's rest, the head
-    # The update also has their gradients: twice while they are summed, except the head's.
+    # The update also has their gradients: twice while they are summed, except the head's gradients.
     extra = {"scoring": scoring, "update": scoring + 2 * (block_grad + rest_grad) + head_grad}
     extra["sync or save"] = each * max(numbers)  # the largest tensor
     peaks = {}
@@ -373,7 +392,8 @@ def shared_out(memory: Memory, module: Module, size: int) -> Memory:
 
 
 def forget_data(module: Module, dtype: torch.dtype | None, quantization: str | None) -> Module:
-    """The module with empty tensors: floating weights in `dtype`, linear layers of a quantised base in few bits."""
+    """Return the module with empty tensors: floating weights in `dtype`, a quantized base's linear layers in few bits.
+    """
     new: dict[int, Tensor] = {}
 
     def empty(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -388,14 +408,16 @@ def forget_data(module: Module, dtype: torch.dtype | None, quantization: str | N
             packed = Packed(layer, NF4 if quantization == "nf4" else 1, dtype or layer.weight.dtype)
             module.set_submodule(path, packed)
             continue
-        own = None if ".lora_" in path else dtype  # adapters keep their fp32
+        own = None if ".lora_" in path else dtype  # adapters stay in fp32
         for tensors, kind in ((layer._parameters, own), (layer._buffers, None)):
             tensors |= {name: empty(tensor, kind) for name, tensor in tensors.items() if tensor is not None}
     return module
 
 
 def most_graphs(recipe: Recipe, policy: Policy, *, rows: int) -> int:
-    """How many of scoring's graphs `max_retained_graphs` keeps; an estimator of unknown views takes as many as fit."""
+    """Return how many of scoring's graphs `max_retained_graphs` retains. An estimator of unknown views has as many as
+    fit.
+    """
     chunks = math.ceil(rows / (recipe.micro_batch_size or rows))
     views = 1 if recipe.likelihood.name in ONE_VIEW else recipe.max_retained_graphs // chunks
     if policy.spec.attention == "encoder_decoder":
@@ -404,14 +426,14 @@ def most_graphs(recipe: Recipe, policy: Policy, *, rows: int) -> int:
 
 
 def renoising_steps(recipe: Recipe, policy: Policy) -> int:
-    """Steps of all canvases of a completion, at most: a canvas may end earlier."""
+    """Return the largest number of steps of all canvases of a completion: a canvas may end earlier."""
     named = getattr(recipe.sampler, "keywords", {}).get("diffusion_steps")
     steps = named or inspect.signature(renoise).parameters["diffusion_steps"].default
     return steps * (recipe.max_new_tokens // (policy.spec.block_size or recipe.max_new_tokens))
 
 
 def two_chunks(policy: Policy, states: Tensor) -> Tensor:
-    """As many rows as the head takes in two chunks: a third chunk holds no more memory than the second."""
+    """Return as many rows as the head processes in two chunks: a third chunk needs no more memory than the second."""
     return states[: 2 * chunk_rows(policy.vocab_size, policy.device)]
 
 
@@ -426,9 +448,9 @@ def batch_of(rows: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def step_optimizer(recipe: Recipe, trained: list[nn.Parameter], *, on_gpu: bool) -> object:
-    """Clip and step as `update` does; returns what holds the optimiser's state."""
+    """Clip and step as `update` does; return the objects that contain the optimizer's state."""
     torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
-    # Its kernel needs addresses: two bytes a weight, and a scale for each 256 of either.
+    # Its kernel needs real addresses. It uses two bytes per weight, and a scale for each 256 values.
     if function_of(recipe.optim) is adamw_8bit:
         return [torch.empty(2 * p.numel() + p.numel() // 32, dtype=torch.uint8) for p in trained]
     optimizer = recipe.optim(trained, lr=1e-6, betas=(recipe.adam_beta1, recipe.adam_beta2), weight_decay=0.0)

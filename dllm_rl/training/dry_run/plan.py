@@ -1,4 +1,4 @@
-"""What a recipe takes, computed without weights: parameters, batches, memory, and the GPUs that it fits."""
+"""The needs of a recipe, computed without weights: parameters, batches, memory, and the GPUs that are large enough."""
 
 import copy
 import math
@@ -29,14 +29,14 @@ from dllm_rl.training.sharded_learner import check_batches, check_module, check_
 
 GB = 1e9
 GPUS = (80, 96, 141, 192)  # GB of memory
-USABLE = 0.9  # of it; the rest is the allocator's, the kernels' and the driver's
-SHARD = 5 * GB  # `save_pretrained` makes and writes so much at a time
-WRITE_RATE = 0.57 * GB  # bytes a second: 16 GB were written in 13 s and digested in 15
-PROMPT = 256  # tokens of a prompt that is not known
+USABLE = 0.9  # usable share; the allocator, the kernels and the driver need the rest
+SHARD = 5 * GB  # bytes that `save_pretrained` makes and writes at a time
+WRITE_RATE = 0.57 * GB  # bytes per second: 16 GB were written in 13 s and digested in 15 s
+PROMPT = 256  # assumed tokens of a prompt if no task is opened
 
 
 class MetaPolicy(DiffusionPolicy):
-    """A policy on a GPU without weights or tokenizer: what is known before either is fetched."""
+    """A policy on a GPU without weights or tokenizer: only the facts that need no download."""
 
     @property
     def pad_id(self) -> int:
@@ -52,7 +52,9 @@ class MetaPolicy(DiffusionPolicy):
 
 
 def meta_policy(recipe: Recipe) -> MetaPolicy:
-    """The recipe's policy without weights: its module on the meta device (or the small model itself) and its spec."""
+    """Return the recipe's policy without weights: its module on the meta device (or the small model itself) and its
+    spec.
+    """
     if not isinstance(recipe.model, str):
         policy = recipe.model if isinstance(recipe.model, Policy) else called(recipe.model, recipe.seed, dry_run=True)
         found = MetaPolicy(copy.deepcopy(policy.module), policy.spec, policy.tokenizer)
@@ -60,8 +62,8 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
         raw = load_config(recipe.model)
         family = find_family(raw)
         module = build_empty(raw)
-        config = module.config.get_text_config()  # of a model with images the text's own; else the config itself
-        # As load_policy does, except for the ids that only the tokenizer knows.
+        config = module.config.get_text_config()  # the text's config of a model with images; else the config itself
+        # As load_policy does, except for the ids that only the tokenizer has.
         spec = replace(family, max_length=config.max_position_embeddings)
         if family.attention == "encoder_decoder":
             spec = replace(spec, vocab_size=config.vocab_size, block_size=raw["canvas_length"])
@@ -74,17 +76,17 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
 
 
 def processes(recipe: Recipe) -> int:
-    """How many are assumed: those that were launched, or as many as `shard_size` needs."""
+    """Return the assumed number of processes: the launched ones, or as many as `shard_size` needs."""
     return max(group_size(recipe, launched()), launched())
 
 
 def share_of(recipe: Recipe) -> Recipe:
-    """The recipe with one process's part of the batch."""
+    """Return the recipe with one process's part of the batch."""
     return replace(recipe, train_batch_size=recipe.train_batch_size // processes(recipe))
 
 
 def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
-    """Raise ValueError if sampler, likelihood and model do not go together, or a completion does not fit."""
+    """Raise ValueError if sampler, likelihood and model cannot be combined, or a completion does not fit."""
     recipe.likelihood.check(policy)
     check_blocks(recipe, policy)
     size = group_size(recipe, launched())
@@ -106,13 +108,13 @@ def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
 
 def weights_dtype(recipe: Recipe, policy: MetaPolicy) -> torch.dtype:
     if not isinstance(recipe.model, str):
-        return next(policy.module.parameters()).dtype  # of a small model, as made
+        return next(policy.module.parameters()).dtype  # dtype of a small model, as it was made
     name = policy.module.config.dtype if recipe.dtype == "auto" else recipe.dtype
     return getattr(torch, str(name or "float32").removeprefix("torch."))
 
 
 def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
-    """Bytes per GPU: every GPU holds the full learner, or its part of a sharded one."""
+    """Return the bytes per GPU: every GPU has the full learner, or its part of a sharded learner."""
     dtype = weights_dtype(recipe, policy)
     size = group_size(recipe, launched())
     copied = rollout_bytes(recipe, policy, 2 if recipe.bf16 else dtype.itemsize)
@@ -123,33 +125,39 @@ def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
 
 
 def quantisable(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str, str]]:
-    """Number of layers and of weights that the rollout quantises, and why the others keep their precision."""
+    """Return the number of layers and of weights that the rollout quantizes, and why the other layers keep their
+    precision.
+    """
     if recipe.rollout_quantization is None:
         return 0, 0, {}
     kept = skip_reasons(policy.module, recipe.rollout_quantization(), None)
     layers = [base_of(layer) for name, layer in quantizable_layers(policy.module) if name not in kept]
     chosen = [weight for layer in layers for weight in layer.parameters(recurse=False) if weight.dim() > 1]
-    # An expert of a stack is a layer.
+    # Each expert of a stack counts as a layer.
     return sum(math.prod(weight.shape[:-2]) for weight in chosen), sum(map(torch.numel, chosen)), kept
 
 
 def rollout_bytes(recipe: Recipe, policy: MetaPolicy, size: int) -> int:
-    """Bytes of the quantised copy without scales, which take a few per thousand."""
+    """Return the bytes of the quantized copy without its scales, which need a few bytes per thousand."""
     layers, weights, _ = quantisable(recipe, policy)
     scheme = recipe.rollout_quantization
     if scheme is None or not layers:
         return 0
     made = scheme()
-    each = 0.5 if isinstance(made, type(int4_packed())) else 1.0  # bytes of a quantised weight
+    each = 0.5 if isinstance(made, type(int4_packed())) else 1.0  # bytes of a quantized weight
     if isinstance(made, FakeQuantize):
-        each = size if made.activation is None else 4.0  # rounded in its own dtype; with rounded inputs in fp32
+        each = size if made.activation is None else 4.0  # rounded in the weight's dtype; with rounded inputs in fp32
     return int(weights * each) + (policy.parameters - weights) * size
 
 
 def plan(recipe: Recipe) -> str:
-    """The plan as text, after every check that needs no weights. Raises ValueError if the recipe cannot run."""
+    """Return the plan as text, after every check that needs no weights.
+
+    Raises:
+        ValueError: The recipe cannot run.
+    """
     policy = meta_policy(recipe)
-    # Without a tokenizer no task is opened: its data may not be here. A forward is as wide as its longest prompt.
+    # Without a tokenizer no task is opened: its data may be elsewhere. A forward is as wide as its longest prompt.
     prompt_tokens = recipe.max_prompt_length or PROMPT
     if policy.tokenizer is not None:
         check_filled("task", recipe.task)
@@ -218,13 +226,13 @@ def memory_lines(recipe: Recipe, found: Memory) -> list[str]:
 
 
 def save_lines(recipe: Recipe, policy: MetaPolicy, found: Memory) -> list[str]:
-    """What checkpoints take of the host and of the disk, and how long one is written."""
+    """Return the lines about checkpoints: memory on the host, space on the disk, and the time of a write."""
     moments = group_size(recipe, launched()) * sum(found.held.get(name, 0) for name in ("optimiser", "adapters"))
     weights = policy.parameters * weights_dtype(recipe, policy).itemsize
     alone = adapters_alone(recipe)
     each = moments if alone else weights + moments
     disk = recipe.save_total_limit * each + weights + moments
-    host = min(weights, SHARD)  # a shard of weights at a time
+    host = min(weights, SHARD)  # one shard of weights at a time
     if recipe.async_save or group_size(recipe, launched()) > 1:
         host += weights + moments * recipe.async_save
     elif recipe.lora is not None and policy.spec.stock_model is None:  # transformers writes a copy with merged weights
