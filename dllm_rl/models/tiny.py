@@ -108,7 +108,7 @@ def tiny_llama(
     """
     tokenizer = char_tokenizer(characters)
     fields = _fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
-    fields |= {"rope_theta": rope_theta, "is_causal": causal}  # transformers >= 5.2 honours is_causal
+    fields |= {"rope_theta": rope_theta, "is_causal": causal}  # transformers >= 5.2 honors is_causal
     config = transformers.LlamaConfig(**fields, intermediate_size=intermediate_size)
     return _made(transformers.LlamaForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
@@ -262,7 +262,7 @@ def _made(make: Callable, config: Any, tokenizer: PreTrainedTokenizerBase, seed:
     """Return the policy of a module with random weights. Matrices in blocks have the std gain / sqrt(fan_in)."""
     from dllm_rl.models.policy import make_policy  # here: an import at the top takes seconds
 
-    with torch.random.fork_rng(devices=[]):  # transformers initialises from the global RNG
+    with torch.random.fork_rng(devices=[]):  # transformers initializes from the global RNG
         module = make(config)
     generator = Generator().manual_seed(seed)
     embedding_std, head_std, gain = scales

@@ -1,4 +1,4 @@
-"""Text and tokens: problems -> Prompts, Rollout -> completions."""
+"""Conversion between text and tokens: problems -> Prompts, Rollout -> completions."""
 
 import math
 import re
@@ -25,20 +25,27 @@ NEEDS_TOKEN = "a causal model samples after a token: begin the prompt with text,
 def encode(
     policy: Policy, problems: Sequence[Problem], *, group_size: int = 1, seeds: Sequence[int] | None = None
 ) -> Prompts:
-    """Tokenise prompts: messages by the template, text without added special tokens. Blanks become open positions."""
+    """Tokenize prompts: messages by the chat template, text without added special tokens.
+
+    Blanks become open positions.
+    """
     found = [ids_and_blanks(policy, problem.prompt, problem.blank) for problem in problems]
     ids, blanks = zip(*found, strict=True) if found else ((), ())
     return Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size, seeds=seeds, open_positions=blanks)
 
 
 def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]], blank: str | None = None) -> list[int]:
+    """Return the token ids of a prompt."""
     return ids_and_blanks(policy, prompt, blank)[0]
 
 
 def ids_and_blanks(
     policy: Policy, prompt: str | list[dict[str, str]], blank: str | None
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a prompt, and which are blanks: masks for `blank`. ValueError on what the model cannot read."""
+    """Return the token ids of a prompt, and which are blanks: masks for `blank`.
+
+    Raise ValueError for a prompt that the model cannot read.
+    """
     ids, blanks = _ids_and_blanks(policy, prompt, blank)
     if not ids and policy.spec.attention == "causal":
         raise ValueError(f"prompt={prompt!r} has no token, and {NEEDS_TOKEN}")
@@ -55,7 +62,7 @@ def _ids_and_blanks(
         pieces: list[tuple[list[int], bool]] = []
         for text in [prompt] if blank is None else prompt.split(blank):
             pieces += [_gap(policy), (text_ids(policy, text), False)]
-        return _joined(pieces[1:])  # gaps stand between texts
+        return _joined(pieces[1:])  # gaps are between texts
     chat = _Chat(policy, prompt, blank=blank)
     if prompt[-1]["role"] != "assistant":
         return chat.ids_and_blanks(chat.rendered(prompt, answered=True))
@@ -65,7 +72,7 @@ def _ids_and_blanks(
             f"prompt={_shown(prompt)}: the last assistant turn, which the model continues, is no text; give its "
             "content as text, or leave the turn out"
         )
-    # The template closes a last assistant turn, so the answer's beginning is written behind the open turn instead.
+    # The template closes a last assistant turn, so the answer's beginning is written after the open turn instead.
     return chat.ids_and_blanks(chat.rendered(prompt[:-1], answered=True) + chat.hide(opening))
 
 
@@ -85,7 +92,10 @@ def _joined(pieces: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]
 def conversation_ids(
     policy: Policy, messages: Sequence[dict[str, Any]], *, since: int = 0
 ) -> list[tuple[list[int], bool]]:
-    """Token ids of a conversation in pieces, and whether an assistant wrote each in the messages since `since`."""
+    """Return the token ids of a conversation in pieces, and whether each piece trains.
+
+    A piece trains if an assistant wrote it, in a message from index `since` on.
+    """
     chat = _Chat(policy, messages)
     turns = list(messages)
     whole = chat.rendered(turns)
@@ -101,7 +111,7 @@ def conversation_ids(
                 f"messages: the chat template does not write message {i} as the continuation of those before it; give "
                 "a row for each turn, with prompt and completion as text"
             )
-        pieces.append((chat.ids(whole[done : len(before)]), False))  # up to where `prompt_ids` of these messages end
+        pieces.append((chat.ids(whole[done : len(before)]), False))  # up to the end of `prompt_ids` of these messages
         pieces.append((chat.ids(whole[len(before) : len(after)]), True))
         done = len(after)
     return [*pieces, (chat.ids(whole[done:]), False)]
@@ -113,7 +123,7 @@ def _shown(prompt: Any) -> str:
 
 
 def check_chat(messages: Any) -> None:
-    """Raise ValueError on what is no chat: messages, each with a role and with content that a template can write."""
+    """Raise ValueError unless `messages` is a chat: messages with a role, and content that a template can write."""
     wrong = f"prompt={_shown(messages)} is neither text nor chat messages, each with role and content"
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(wrong)
@@ -143,18 +153,18 @@ class _Chat:
         self.specials = [*([] if blank is None else [blank]), *special_texts(policy.tokenizer)]
         self.spelled = re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")  # (?!) matches nothing
         said = "".join(str(turn["content"]) for turn in messages)
-        # A private character, which no message has, goes through the template in place of what messages spell.
+        # A private character, which no message has, replaces the special tokens that messages spell.
         self.mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in said)
 
     def hide(self, text: str) -> str:
-        """The text, with a mark for each special token that it spells."""
+        """Return the text with a mark for each special token that it spells."""
         return self.spelled.sub(lambda found: f"{self.mark}{self.specials.index(found[0])}{self.mark}", text)
 
     def rendered(self, messages: Sequence[dict[str, Any]], *, answered: bool = False) -> str:
-        """The template's text, with marks; `answered`: up to the start of the assistant's answer."""
+        """Return the template's text, with marks. With `answered`, it ends where the assistant's answer starts."""
         turns = []
         for turn in messages:
-            # Other content is parts, as for images, or None.
+            # Other content is a list of parts, as for images, or None.
             content = self.hide(turn["content"]) if isinstance(turn["content"], str) else turn["content"]
             turns.append({**turn, "content": content})
         try:
@@ -166,10 +176,10 @@ class _Chat:
         return text
 
     def check_written(self, turns: Sequence[Mapping[str, Any]], text: str) -> None:
-        """Raise ValueError where the template leaves a question out, or writes Python in place of content."""
+        """Raise ValueError where the template omits a question, or writes Python's notation in place of content."""
         for number, turn in enumerate(turns):
             role, content = turn["role"], turn["content"]
-            # A template may shorten what an assistant thought, and quotes what a tool returned.
+            # A template may shorten an assistant's reasoning, and quotes a tool's result.
             told = isinstance(content, str) and role not in ("assistant", "tool", "function", "ipython")
             if told and content.strip() not in text:
                 raise ValueError(
@@ -183,14 +193,14 @@ class _Chat:
                 )
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text of `rendered` and `hide`."""
+        """Return the token ids of a text of `rendered` and `hide`."""
         return self.ids_and_blanks(text)[0]
 
     def ids_and_blanks(self, text: str) -> tuple[list[int], list[bool]]:
-        """The same, and for each id whether it is a blank."""
+        """Return the token ids of a text of `rendered` and `hide`, and for each id whether it is a blank."""
         pieces: list[tuple[list[int], bool]] = []
         for i, part in enumerate(re.split(rf"{self.mark}(\d+){self.mark}", text)):
-            if i % 2 == 0:  # between two marks: special tokens here are the template's
+            if i % 2 == 0:  # between two marks: special tokens in this part are the template's
                 pieces.append((text_ids(self.policy, part, special=True), False))
             elif self.specials[int(part)] == self.blank:
                 pieces.append(_gap(self.policy))
@@ -200,7 +210,10 @@ class _Chat:
 
 
 def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
-    """Token ids, or ValueError outside the model's vocabulary; `special`: special tokens in it are not split."""
+    """Return token ids. Raise ValueError for ids outside the model's vocabulary.
+
+    With `special`, special tokens in the text are not split.
+    """
     try:
         ids = policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
     except BaseException as error:  # the tokenizers library raises a bare Exception, or panics
@@ -217,7 +230,7 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
 
 
 def ordinary_ids(policy: Policy) -> Int[Tensor, " V"]:
-    """The ids of the vocabulary that are no special tokens, ascending."""
+    """Return the ids of the vocabulary that are not special tokens, in ascending order."""
     size = len(policy.tokenizer) if hasattr(policy.tokenizer, "__len__") else policy.vocab_size
     added = getattr(policy.tokenizer, "added_tokens_decoder", {})
     special = {policy.pad_id, policy.spec.mask_id, *policy.spec.eos_ids, *(i for i in added if added[i].special)}
@@ -225,22 +238,23 @@ def ordinary_ids(policy: Policy) -> Int[Tensor, " V"]:
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts of the special tokens, longest first, so that a pattern of them finds no token within another."""
+    """Return the texts of the special tokens, longest first, so that a pattern of them matches the longest."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted({*added, *tokenizer.all_special_tokens}, key=lambda text: (-len(text), text))
 
 
 def decode(policy: Policy, rollout: Rollout) -> list[str]:
-    """Each row's completion as text: the policy's tokens up to the first end token, without special tokens."""
+    """Return each row's completion as text: the tokens up to the first end token, without special tokens."""
     return decode_ids(policy, chosen_ids(rollout))
 
 
 def decode_ids(policy: Policy, chosen: list[list[int]]) -> list[str]:
+    """Return completions as text, from the token ids of each row."""
     return [policy.tokenizer.decode(before_end(policy, ids), skip_special_tokens=True) for ids in chosen]
 
 
 def graded_texts(policy: Policy, rollout: Rollout, problems: Sequence[Problem], chosen: list[list[int]]) -> list[str]:
-    """What a task grades per row: the completion (`chosen`), or the whole filled text of a problem with blanks."""
+    """Return what a task grades per row: the completion (`chosen`), or the full text of a problem with blanks."""
     texts = decode_ids(policy, chosen)
     if all(problem.blank is None for problem in problems):
         return texts
@@ -251,13 +265,13 @@ def graded_texts(policy: Policy, rollout: Rollout, problems: Sequence[Problem], 
 
 
 def filled(policy: Policy, rollout: Rollout) -> list[str]:
-    """Each row's whole text, prompt and completion, without special tokens."""
+    """Return each row's full text, prompt and completion, without special tokens."""
     columns = (rollout.tokens, rollout.attention_mask, rollout.completion_mask)
     texts = []
     for tokens, kept, own in zip(*(column.tolist() for column in columns), strict=True):
         ids = list(compress(tokens, kept))
         chosen = list(compress(own, kept))
-        # An end token in a gap ends nothing: the text goes on behind the prompt's last token.
+        # An end token in a gap ends nothing: the text continues after the prompt's last token.
         behind = len(chosen) - chosen[::-1].index(False) if False in chosen else 0
         whole = [*ids[:behind], *before_end(policy, ids[behind:])]
         texts.append(policy.tokenizer.decode(whole, skip_special_tokens=True))
@@ -265,22 +279,27 @@ def filled(policy: Policy, rollout: Rollout) -> list[str]:
 
 
 def chosen_ids(rollout: Rollout) -> list[list[int]]:
+    """Return the token ids of each row's completion."""
     tokens = rollout.tokens.masked_fill(~rollout.completion_mask, -1)  # so that one transfer to the host is enough
     return [[token for token in row if token >= 0] for row in tokens.tolist()]
 
 
 def before_end(policy: Policy, ids: list[int]) -> list[int]:
+    """Return the ids before the first end token."""
     return ids[: next((i for i, token in enumerate(ids) if token in policy.spec.eos_ids), len(ids))]
 
 
 def costs_of(policy: Policy, rollout: Rollout, chosen: list[list[int]]) -> list[Cost]:
-    """What each row cost; `chosen` are its `chosen_ids`."""
+    """Return each row's cost. `chosen` are its `chosen_ids`."""
     forwards = (rollout.unmask_step.amax(-1) + 1).tolist()
     return [Cost(steps, len(before_end(policy, ids))) for steps, ids in zip(forwards, chosen, strict=True)]
 
 
 def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]]]:
-    """Per row every token of the completion as plain data: id, text, its step (-1: masked), probability as sampled."""
+    """Return, per row, every token of the completion as plain data.
+
+    A token has its id, text, step (-1: masked) and probability as sampled.
+    """
     chosen = rollout.completion_mask.any(0)
     start = int(chosen.nonzero()[0]) if chosen.any() else len(chosen)
     columns = (rollout.tokens[:, start:], rollout.unmask_step[:, start:], rollout.logprobs[:, start:].exp())
@@ -288,7 +307,7 @@ def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]
     for row in zip(*(column.tolist() for column in columns), strict=True):
         written = []
         for token, step, probability in zip(*row, strict=True):
-            if step >= 0 or token == policy.spec.mask_id:  # else padding, or a token of the prompt
+            if step >= 0 or token == policy.spec.mask_id:  # otherwise padding, or a token of the prompt
                 finite = probability if math.isfinite(probability) else None  # JSON has no NaN and no infinity
                 text = policy.tokenizer.decode([token])
                 written.append({"id": token, "text": text, "step": step, "probability": finite})
@@ -297,7 +316,10 @@ def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]
 
 
 def usual_length(policy: Policy, problems: Task | Sequence[Problem]) -> int:
-    """Tokens of the first problem's solution if the prompt is plain text, else 256; 0 with blanks."""
+    """Return the number of tokens of the first problem's solution if the prompt is plain text, else 256.
+
+    With blanks the result is 0.
+    """
     problem = problems[0]
     if problem.blank is not None:
         return 0

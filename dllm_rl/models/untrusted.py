@@ -25,13 +25,13 @@ LONGEST_PATTERN = 20_000  # characters
 REPEAT = r"(?:[*+]|\{\d*,?\d*\})"
 TRIAL = Path(__file__).with_name("checkpoint") / "trial.py"
 LIMITS = {"seconds": 4, "memory": 2 << 30}  # a published tokenizer of 256,000 tokens takes 2 s and 1 GiB
-WALL_SECONDS = 60.0  # seconds by the clock: the other limit is of processor time, which a busy machine gives slowly
+WALL_SECONDS = 60.0  # seconds by the clock: the other limit counts processor time, slow on a busy machine
 MOST_COUNTED = 1_000_000
 CHOOSES_CODE = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 
 
 def check_regular(folder: Path) -> None:
-    """Raise ValueError on a FIFO, a device or a directory instead of a file."""
+    """Raise ValueError for a FIFO, a device or a directory in place of a file."""
     # Reading a FIFO might never end. is_file() follows links: the hub's cache consists of them.
     for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
         if not path.is_file() and (path.suffix in SUFFIXES or not path.is_dir()):
@@ -39,7 +39,7 @@ def check_regular(folder: Path) -> None:
 
 
 def check_plain(raw: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError on weights that another tool quantised."""
+    """Raise ValueError for weights that another tool quantized."""
     if raw.get("quantization_config") is not None:
         raise ValueError(
             f"{folder}: config.json has a quantization_config; give the checkpoint in 16 or 32 bits, and quantise it "
@@ -48,13 +48,13 @@ def check_plain(raw: dict[str, Any], folder: Path) -> None:
 
 
 def check_numbers(fields: Any, folder: str | Path, name: str = "config.json") -> None:
-    """Raise ValueError on a count above MOST_COUNTED and on a number that is NaN or infinite, at any depth."""
+    """Raise ValueError for a count above MOST_COUNTED, and for a number that is NaN or infinite, at any depth."""
     if isinstance(fields, dict | list):
         for key, value in fields.items() if isinstance(fields, dict) else ((name, value) for value in fields):
             # A list may have no upper end: the time_step_limit of Mamba is [0, Infinity].
             if not (isinstance(fields, list) and value == math.inf):
                 check_numbers(value, folder, key)
-    # A list of as many labels, heads or experts is made from a count before any tensor is compared with it.
+    # A count makes a list of labels, heads or experts before any tensor is compared with it.
     elif isinstance(fields, int) and name.startswith(("num_", "n_")) and fields > MOST_COUNTED:
         raise ValueError(f"{folder}: {name}={fields:.6g} is more than {MOST_COUNTED}; correct config.json")
     elif isinstance(fields, float) and not math.isfinite(fields):
@@ -62,14 +62,14 @@ def check_numbers(fields: Any, folder: str | Path, name: str = "config.json") ->
 
 
 def without_code(fields: Any) -> Any:
-    """A config without the names of implementations."""
-    if isinstance(fields, dict):  # by such a name transformers would download a kernel from the hub
+    """Return a config without the names of implementations."""
+    if isinstance(fields, dict):  # for such a name transformers would download a kernel from the hub
         return {name: without_code(value) for name, value in fields.items() if not CHOOSES_CODE.fullmatch(name)}
     return [without_code(value) for value in fields] if isinstance(fields, list) else fields
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise ValueError on a tokenizer.json that takes too much time or memory, or that may for another text."""
+    """Raise ValueError for a tokenizer.json that takes too much time or memory, or may do so for another text."""
     path = folder / "tokenizer.json"
     if not path.exists():
         return
@@ -81,8 +81,9 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def check_templates(folder: Path, templates: str | Mapping[str, str] | None, tokens: Mapping[str, Any]) -> None:
-    """Raise ValueError on a chat template that takes too much time or memory, or reaches for what it may not have.
-    tokens: the names and texts of the tokenizer's special tokens, which a template sees.
+    """Raise ValueError for a chat template that takes too much time or memory, or accesses what it must not.
+
+    `tokens` has the names and texts of the tokenizer's special tokens, which a template sees.
     """
     texts = [] if templates is None else [templates] if isinstance(templates, str) else list(templates.values())
     if texts and (why := try_out(templates=texts, tokens=tokens)):
@@ -92,9 +93,9 @@ def check_templates(folder: Path, templates: str | Mapping[str, str] | None, tok
 def try_out(
     *, tokenizer: Path | None = None, templates: Sequence[str] = (), tokens: Mapping[str, Any] | None = None
 ) -> str:
-    """What goes wrong when a tokenizer.json or chat templates are used, in one short line; "" where nothing does.
+    """Use a tokenizer.json or chat templates, and return the error in one short line, or "".
 
-    A process of its own uses them, with limits of time and memory: only running a pipeline shows what it takes.
+    A separate process uses them, with limits of time and memory, because only running a pipeline shows its cost.
     """
     asked = {"tokenizer": tokenizer and str(tokenizer), "templates": [*templates], "tokens": dict(tokens or {})}
     alone = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "USE_TORCH": "0"}
@@ -119,7 +120,7 @@ def try_out(
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """Config, tensors and metadata of saved adapters. Raises ValueError on damage and on impossible numbers."""
+    """Return config, tensors and metadata of saved adapters. Raise ValueError for damage and impossible numbers."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: the adapters are missing; give the folder of saved ones, or an earlier checkpoint")
     check_regular(folder)
@@ -134,7 +135,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     fields: dict[str, Any] = config if isinstance(config, dict) else {}
     for name, kinds in {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float)}.items():
         value: Any = fields.get(name)
-        # True is an int for isinstance. JSON has integers that are no floats; NaN and infinity fail, too.
+        # True is an int for isinstance. JSON has integers too large for a float; NaN and infinity fail too.
         if type(value) not in kinds or not abs(value) < 1e30:
             raise ValueError(f"{folder}: adapter_config.json is damaged: {name}={value!r} is no number")
     if not 0 <= fields["lora_dropout"] < 1:
@@ -148,7 +149,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
             raise ValueError(f"{folder}: {name} holds numbers that are not finite; take earlier adapters")
     if not any(fields["r"] in tensor.shape for tensor in state.values()):
         raise ValueError(f"{folder}: adapter_config.json is damaged: r={fields['r']} is the rank of no tensor")
-    for name, limit in {"seed": 1 << 64, "dropout_calls": 1 << 62}.items():  # a generator's, and below the 63 bits
+    for name, limit in {"seed": 1 << 64, "dropout_calls": 1 << 62}.items():  # a generator's limit, and below 63 bits
         said = metadata.get(name, "0")
         if not re.fullmatch(r"-?\d{1,20}", said) or not -(1 << 63) <= int(said) < limit:
             raise ValueError(f"{folder}: {name}={said[:40]!r} of the adapters is out of range; save them again")
@@ -156,7 +157,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
 
 
 def _patterns(fields: Any) -> list[str]:
-    """All texts under the key Regex, at any depth."""
+    """Return all texts under the key Regex, at any depth."""
     found: list[str] = []
     if isinstance(fields, list):
         for value in fields:
@@ -168,7 +169,7 @@ def _patterns(fields: Any) -> list[str]:
 
 
 def explodes(pattern: str) -> str:
-    """Why a search for the pattern may take unbounded time, or ""."""
+    """Return why a search for the pattern may take unbounded time, or ""."""
     if len(pattern) > LONGEST_PATTERN:
         return f"has {len(pattern)} characters"
     if re.search(r"(?<!\\)(?:\\\\)*\\[1-9gk]", pattern):
@@ -182,21 +183,21 @@ def explodes(pattern: str) -> str:
         again = re.match(REPEAT, text[group.end() :])
         if again and re.search(rf"{REPEAT}|[|?]", inside):
             return "repeats a group that repeats or chooses"
-        # The group's repeats count outside too; a choice within the group stays a choice.
+        # The group's repeats also count outside; a choice within the group stays a choice.
         left = "x" + "x+" * len(re.findall(REPEAT, inside)) + "x?" * ("|" in inside or "?" in inside)
         text = text[: group.start()] + left + text[group.end() :]
     if re.search(r"[()\[\]]", text):
         return "has groups that do not close"
-    text = re.sub(r"([*+?}])[+?]", r"\1", text)  # a lazy or possessive mark is no repeat of its own
+    text = re.sub(r"([*+?}])[+?]", r"\1", text)  # a lazy or possessive mark is not another repeat
     most = max(len(re.findall(REPEAT, part)) for part in text.split("|"))
     return f"has {most} repeats in a row" if most > MOST_REPEATS else ""
 
 
 def _without_classes(pattern: str) -> str:
-    """The pattern with x for an escaped character or a class, and without flags and exact numbers."""
+    """Return the pattern with x for an escaped character or a class, and without flags and exact numbers."""
     text = re.sub(r"\\[pP]\{[^}]*\}|\\.", "x", pattern, flags=re.DOTALL)
     for unit, left in ((r"\[\^?\]?[^\[\]]*\]", "x"), (r"\(\?[imsu-]*\)", ""), (r"(?<=x)\{\d+\}", "")):
-        while (shorter := re.sub(unit, left, text)) != text:  # classes may stand inside each other
+        while (shorter := re.sub(unit, left, text)) != text:  # classes may be nested
             text = shorter
     return text
 
@@ -206,7 +207,7 @@ def show_messages() -> None:
 
     def escaped(record: logging.LogRecord) -> bool:
         record.msg = escape_controls(without_middle(record.getMessage()), keep="\n\t")
-        record.args = None  # they are in the message already
+        record.args = None  # already part of the message
         return True
 
     for handler in logging.getLogger("transformers").handlers:

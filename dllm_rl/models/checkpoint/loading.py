@@ -1,4 +1,4 @@
-"""Checkpoint folder -> stock module, tokenizer and spec; and back, bit for bit, in the checkpoint's own layout."""
+"""Checkpoint folder -> stock module, tokenizer and spec; and back, bit for bit, in the checkpoint's layout."""
 
 import json
 import re
@@ -57,14 +57,14 @@ from dllm_rl.models.untrusted import (
     without_code,
 )
 
-# What transformers, safetensors and json raise on damaged files.
+# The errors of transformers, safetensors and json on damaged files.
 _DAMAGED = (
     *(SafetensorError, StrictDataclassError, UnpicklingError, json.JSONDecodeError, UnicodeDecodeError),
     *(RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError, AssertionError),
 )
 WEIGHTS = ("F64", "F32", "F16", "BF16")  # of FLOATS, in a safetensors header
 show_messages()
-MOST_LAYERS = 10_000  # where there are no tensors to count
+MOST_LAYERS = 10_000  # if there are no tensors to count
 CONFIGS = Path(__file__).parents[1] / "configs"  # config.json of published models
 
 
@@ -76,7 +76,10 @@ def load_module(
     quantization: str | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Module, PreTrainedTokenizerBase, FamilySpec]:
-    """A checkpoint's module, tokenizer and spec; ValueError on missing or unexpected tensors and damaged files."""
+    """Load a checkpoint's module, tokenizer and spec.
+
+    Raise ValueError for missing or unexpected tensors and damaged files.
+    """
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     with named(folder):
@@ -94,7 +97,7 @@ def load_module(
         if files:
             own = {name: p.numel() for name, p in build_empty(raw, folder).named_parameters()}
             if (needed := sum(own.values())) > 2 * there:
-                # Before it takes memory; twice, because a checkpoint may leave out tied tensors.
+                # Checked before it takes memory; twice, because a checkpoint may omit tied tensors.
                 raise RuntimeError(f"it describes {needed:,} parameters, and there are {there:,} numbers")
             check_dtypes(dtypes, own if family.stock_model is None else None, folder)
         if quantization is not None:
@@ -102,7 +105,7 @@ def load_module(
                 wrong = f"quantization={quantization!r} would part the weights that encoder and decoder share"
                 raise ValueError(f"{wrong}; leave it at None")
             options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
-            options["device_map"] = {"": device}  # else bitsandbytes takes the first GPU
+            options["device_map"] = {"": device}  # otherwise bitsandbytes takes the first GPU
         with quiet_progress():
             cls, config = class_and_config(raw, family)
             if family.stock_model is None:
@@ -115,7 +118,7 @@ def load_module(
                 # transformers 5.24 keeps GLM-4's routers in fp32: the same numbers, whose products are in fp32
                 # anyway. The published files, and FSDP, have all of a layer's weights in one dtype.
                 for parameter in module.parameters():
-                    if parameter.is_floating_point():  # else bitsandbytes'
+                    if parameter.is_floating_point():  # otherwise bitsandbytes' codes
                         parameter.data = parameter.data.to(options["dtype"])
         check_report(report, family, folder)
         check_padding(module.config.get_text_config().vocab_size, tokenizer, folder)
@@ -124,7 +127,7 @@ def load_module(
 
 
 def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
-    """The stock module of config fields, on the meta device: shapes without storage. Errors name `source`."""
+    """Return the stock module of config fields, on the meta device: shapes without storage. Errors name `source`."""
     family = find_family(raw)
     check_depth(raw, MOST_LAYERS)
     with named(source), torch.device("meta"):
@@ -133,7 +136,7 @@ def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
 
 
 def class_and_config(raw: dict, family: FamilySpec) -> tuple[Any, Any]:
-    """A family's stock class, and its config from a checkpoint's fields."""
+    """Return a family's stock class, and its config from a checkpoint's fields."""
     if family.stock_model is not None:
         return family.stock_model(without_code(raw))
     cls = stock_class(raw)
@@ -141,9 +144,9 @@ def class_and_config(raw: dict, family: FamilySpec) -> tuple[Any, Any]:
 
 
 def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
-    """The fields of a checkpoint's config.json, with a chosen block size, which is saved with the weights later.
+    """Return the fields of a checkpoint's config.json, with the block size if one is passed.
 
-    Raises ValueError without a config.json, saying what the folder is.
+    The block size is later saved with the weights. Raise ValueError without a config.json, saying what the folder is.
     """
     path = weights_folder(folder) / "config.json"
     try:
@@ -166,14 +169,14 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
 
 
 def adapter_folder(folder: Path) -> Path | None:
-    """Where a folder of adapters alone has them: a run's checkpoint, or what peft saved; None of other folders."""
+    """Return the folder of the adapters of a folder with only adapters (a run's checkpoint, or peft's), or None."""
     if (folder / "config.json").exists() or weight_files(folder):
         return None
     return next((each for each in (folder, folder / "adapter") if (each / "adapter_config.json").is_file()), None)
 
 
 def base_of_adapter(adapter: Path) -> Path:
-    """The folder of the base that saved adapters name. Raises ValueError if they name none, or it is gone."""
+    """Return the folder of the base that saved adapters name. Raise ValueError if they name none, or it is missing."""
     base = named_base(adapter)
     try:
         return checkpoint_folder(base)
@@ -184,12 +187,12 @@ def base_of_adapter(adapter: Path) -> Path:
 
 
 def named_base(adapter: Path) -> str:
-    """The folder or hub's id of the base that saved adapters name. Raises ValueError if they name none."""
+    """Return the folder or hub id of the base that saved adapters name. Raise ValueError if they name none."""
     config = read_json(adapter / "adapter_config.json")
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:
         raise ValueError(f"{adapter}: base_model_name_or_path={base!r} names no base; {_otherwise(adapter)}")
-    # Of a run with a warm-up it is the run's own folder, wherever that is now.
+    # For a run with a warm-up it is the run's folder, which may have moved.
     return str(adapter / base) if base.startswith("..") else base
 
 
@@ -198,7 +201,7 @@ def _otherwise(adapter: Path) -> str:
 
 
 def weights_folder(folder: Path) -> Path:
-    """The folder itself, or of adapters alone that of their base."""
+    """Return the folder, or, for a folder with only adapters, the folder of their base."""
     seen = {folder.resolve()}
     while (adapter := adapter_folder(folder)) is not None:
         folder = base_of_adapter(adapter)
@@ -209,7 +212,7 @@ def weights_folder(folder: Path) -> Path:
 
 
 def main_dtype(state: Mapping[str, torch.Tensor | Later]) -> torch.dtype:
-    """The dtype of most of the numbers."""
+    """Return the dtype of most of the numbers."""
     counts = Counter[torch.dtype]()
     for tensor in state.values():
         counts[tensor.dtype] += tensor.numel()
@@ -217,8 +220,8 @@ def main_dtype(state: Mapping[str, torch.Tensor | Later]) -> torch.dtype:
 
 
 def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> None:
-    """Raise ValueError on a config of more layers than `most`, the number of tensors: building them would not end."""
-    parts = (raw, *(part for part in raw.values() if isinstance(part, dict)))  # of text, of images
+    """Raise ValueError for a config with more layers than `most`, the number of tensors: building would not end."""
+    parts = (raw, *(part for part in raw.values() if isinstance(part, dict)))  # for text, for images
     for field, part in product(("num_hidden_layers", "n_layers", "n_layer"), parts):
         number = part.get(field)
         if number is not None and not (isinstance(number, int) and 0 <= number <= most):
@@ -229,8 +232,9 @@ def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> N
 
 
 def check_dtypes(dtypes: dict[str, str], own: Collection[str] | None, folder: Path) -> None:
-    """Raise ValueError on a weight of a dtype that transformers would cast without a word: integers, flags, complex
-    numbers, 8 bits. own: the parameters' names; other tensors, as the positions of BERT, may be of any. None: all.
+    """Raise ValueError for a weight of a dtype that transformers would cast silently: integers, flags, complex, 8 bits.
+
+    `own` has the parameters' names; other tensors, as the positions of BERT, may have any dtype. None: all names count.
     """
     for name, dtype in dtypes.items():
         mine = own is None or any(f".{each}".endswith(f".{name}") or name.endswith(f".{each}") for each in own)
@@ -239,7 +243,7 @@ def check_dtypes(dtypes: dict[str, str], own: Collection[str] | None, folder: Pa
 
 
 def check_padding(size: int, tokenizer: Tokenizer, source: str | Path) -> None:
-    """Raise ValueError on a padding token without an embedding."""
+    """Raise ValueError for a padding token without an embedding."""
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is not None and not 0 <= pad < size:
         raise ValueError(
@@ -250,14 +254,14 @@ def check_padding(size: int, tokenizer: Tokenizer, source: str | Path) -> None:
 
 @torch.no_grad()
 def check_finite(module: Module, folder: str | Path) -> None:
-    """Raise ValueError on weights that are NaN or infinite."""
+    """Raise ValueError for weights that are NaN or infinite."""
     for name, parameter in module.named_parameters():
         if parameter.dtype in FLOATS and not is_finite(parameter):
             raise ValueError(f"{folder}: {name} holds numbers that are not finite; the checkpoint is damaged")
 
 
 def prepared(module: Module, spec: FamilySpec) -> Module:
-    """The module with its family's changes to the stock class."""
+    """Apply the family's changes of the stock class to the module, and return it."""
     if spec.float32_rope:
         rotate_in_float32(module)
     if spec.attention == "encoder_decoder":
@@ -271,7 +275,7 @@ def prepared(module: Module, spec: FamilySpec) -> Module:
 
 
 def check_report(report: dict, family: FamilySpec, folder: Path) -> None:
-    """Raise ValueError on a missing, unexpected or differently shaped tensor."""
+    """Raise ValueError for a missing, unexpected or differently shaped tensor."""
     ignored = re.compile("|".join(family.ignored_tensors) or r"(?!)")  # (?!) matches nothing
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(name for name in map(str, report[kind]) if not ignored.fullmatch(name))
@@ -283,15 +287,18 @@ def family_spec(
     config: Any,
     tokenizer: Tokenizer,
     *,
-    raw: dict | None = None,  # the fields of config.json, where the module's config differs
+    raw: dict | None = None,  # the fields of config.json, if the module's config differs
     folder: Path | None = None,
-    generation: Any = None,  # the module's generation config, of a module that is not from a folder
+    generation: Any = None,  # the generation config of a module that is not from a folder
     block_size: int | None = None,
 ) -> FamilySpec:
-    """The family's spec with this checkpoint's ids and limits; ValueError on a mask id that is missing or outside."""
+    """Return the family's spec with this checkpoint's ids and limits.
+
+    Raise ValueError for a mask id that is missing or outside the vocabulary.
+    """
     raw = config.to_dict() if raw is None else raw
     family = find_family(raw)
-    config = config.get_text_config()  # of a model with images the text's own; else the config itself
+    config = config.get_text_config()  # for a model with images, the text's config
     also = generation_ends(folder) if folder else getattr(generation, "eos_token_id", None)
     changes = {"eos_ids": end_ids(config, tokenizer, family, also), "max_length": config.max_position_embeddings}
     if family.attention == "encoder_decoder":
@@ -304,7 +311,7 @@ def family_spec(
     elif block_size not in (None, changes.get("block_size")):
         wrong = f"but {family.name} has {family.attention} attention; leave it out"
         raise ValueError(f"block_size={block_size} is for block-causal models, {wrong}")
-    if family.encode is encode_roberta:  # it counts positions from pad_token_id + 1
+    if family.encode is encode_roberta:  # RoBERTa counts positions from pad_token_id + 1
         if not 0 <= config.pad_token_id < config.vocab_size:
             raise ValueError(f"pad_token_id={config.pad_token_id} is outside the vocabulary; correct config.json")
         changes["max_length"] -= config.pad_token_id + 1
@@ -314,10 +321,13 @@ def family_spec(
 
 
 def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:
-    """The mask id of the config, tokenizer, a known name or the family; ValueError on none, on two, or one outside."""
-    # With two of the names, neither is chosen: nothing tells which of the tokens was trained as the mask.
+    """Return the mask id of the config, the tokenizer, a registered name or the family.
+
+    Raise ValueError for no id, two ids, or one outside the vocabulary.
+    """
+    # With two of the names, neither is chosen: nothing shows which of the tokens was trained as the mask.
     named = set(map(tokenizer.get_vocab().get, family.mask_names)) - {None}
-    default = family.mask_id if config.vocab_size == family.mask_vocabulary else None  # elsewhere its number is a word
+    default = family.mask_id if config.vocab_size == family.mask_vocabulary else None  # otherwise the id is a word
     known = named.pop() if len(named) == 1 else None
     candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, known, default)
     found = next((i for i in candidates if i is not None), None)
@@ -340,13 +350,13 @@ def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:
 
 
 def generation_ends(folder: Path) -> Any:
-    """The end ids of a checkpoint's generation_config.json, if there is one: an id, a list of ids or None."""
+    """Return the end ids of a checkpoint's generation_config.json, if it exists: an id, a list of ids or None."""
     path = folder / "generation_config.json"
     return json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
 
 
 def end_ids(config: Any, tokenizer: Tokenizer, family: FamilySpec, also: Any = None) -> tuple[int, ...]:
-    """Ids that end a completion: the config's, the generation config's (`also`), the tokenizer's, the family's."""
+    """Return the ids that end a completion: the config's, generation config's (`also`), tokenizer's and family's."""
     ids = [tokenizer.eos_token_id, *map(tokenizer.get_vocab().get, family.end_tokens)]
     for some in (also, config.eos_token_id):  # each an id, a list of ids or None
         ids = [*(some if isinstance(some, list | tuple) else [some]), *ids]
@@ -354,7 +364,10 @@ def end_ids(config: Any, tokenizer: Tokenizer, family: FamilySpec, also: Any = N
 
 
 def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
-    """A stock tokenizer from the checkpoint's files, none of its code; `stock`: of a class that transformers knows."""
+    """Load a stock tokenizer from the checkpoint's files, without running its code.
+
+    With `stock`, the class is one that transformers has.
+    """
     check_tokenizer(folder)
     config = folder / "tokenizer_config.json"
     asked = json.loads(config.read_text()) if config.exists() else {}
@@ -378,7 +391,7 @@ def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
 
 
 def checkpoint_folder(path_or_id: str | Path) -> Path:
-    """The folder itself, or the download of a model hub's id (owner/name)."""
+    """Return the folder, or the download of a hub id (owner/name)."""
     path = Path(path_or_id)
     if str(path_or_id) and path.is_dir():
         check_regular(path)
@@ -392,16 +405,17 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
 
 
 def load_config(path_or_id: str | Path, *, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a model's config.json and none of its weights, for what its shapes decide; of adapters alone their base's.
+    """Read a model's config.json without its weights. For a folder with only adapters, read their base's.
 
-    The package carries the config.json of some published models. Of another hub's id, this file alone is fetched.
+    Call it for facts that depend only on shapes. The package includes the config.json of some published models; for
+    another hub id, only this file is fetched.
 
     Args:
-        path_or_id: A folder, or a hub's id (owner/name).
-        above: The folders and ids whose adapters led here.
+        path_or_id: Folder, or hub id (owner/name).
+        above: Folders and ids whose adapters led to this call.
 
     Raises:
-        ValueError: The folder has no config.json, or the hub gives none under this id.
+        ValueError: The folder has no config.json, or the hub has none under this id.
     """
     text = str(path_or_id)
     if text in above:
@@ -421,7 +435,7 @@ def load_config(path_or_id: str | Path, *, above: tuple[str, ...] = ()) -> dict[
 
 
 def _fetch(hub_id: str, file: str) -> Path | None:
-    """The cache's folder with this file of a repository; None if the repository has no such file."""
+    """Return the cache's folder with this file of a repository, or None if the repository has no such file."""
     try:
         return Path(hf_hub_download(hub_id, file)).parent
     except LocalEntryNotFoundError:
@@ -434,7 +448,7 @@ def _fetch(hub_id: str, file: str) -> Path | None:
 
 
 def check_hub_id(path_or_id: str | Path) -> None:
-    """Raise ValueError on what is neither a folder nor written as a hub's id (owner/name)."""
+    """Raise ValueError for a text that is neither a folder nor a hub id (owner/name)."""
     text = str(path_or_id)
     if Path(text).is_absolute() or text.count("/") != 1 or text.startswith("."):
         raise ValueError(f"path_or_id={text!r} is neither a folder nor a model hub's id; give one of them")
@@ -450,7 +464,7 @@ def _not_fetched(path_or_id: str) -> ValueError:
 def save_module(
     module: Module, tokenizer: Tokenizer, spec: FamilySpec, directory: str | Path, *, max_shard_size: int
 ) -> None:
-    """Write weights (adapters merged), config and tokenizer in the checkpoint's own layout."""
+    """Write weights (adapters merged), config and tokenizer in the checkpoint's layout."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with quiet_progress():
@@ -469,7 +483,7 @@ def save_module(
             (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
             source = Path(spec.checkpoint_folder or directory)
             if source.is_dir() and source.resolve() != directory.resolve():
-                # The authors' code is copied for the authors' tools; it never runs here.
+                # The authors' code is copied for the authors' tools; this library never runs it.
                 for file in [*source.glob("*.py"), *source.glob("generation_config.json")]:
                     shutil.copyfile(file, directory / file.name)
         tokenizer.save_pretrained(directory)
@@ -478,7 +492,7 @@ def save_module(
 def bitsandbytes_config(
     quantization: str, dtype: torch.dtype | str, *, masked: bool
 ) -> transformers.BitsAndBytesConfig:
-    """Bitsandbytes' config of a frozen base in 4 ("nf4") or 8 ("int8") bits, without the heads."""
+    """Return bitsandbytes' config of a frozen base in 4 ("nf4") or 8 ("int8") bits, without the heads."""
     # transformers skips the output embedding, but not the layers that masked models have before it.
     skip = {"llm_int8_skip_modules": ["cls", "lm_head", "predictions", "head", "decoder"]} if masked else {}
     compute = torch.bfloat16 if dtype == "auto" else dtype
@@ -493,7 +507,7 @@ def bitsandbytes_config(
 
 @contextmanager
 def named(source: str | Path) -> Iterator[None]:
-    """Turn other libraries' errors on damaged files or impossible configs into a ValueError naming `source`."""
+    """Turn other libraries' errors on damaged files or impossible configs into a ValueError that names `source`."""
     try:
         yield
     except Exception as error:
@@ -507,7 +521,7 @@ def named(source: str | Path) -> Iterator[None]:
 
 @contextmanager
 def quiet_progress() -> Iterator[None]:
-    """Hide transformers' progress bars and load reports; a tensor that a report would name raises an error anyway."""
+    """Hide transformers' progress bars and load reports. A tensor that a report would name raises an error anyway."""
     bars = logging.is_progress_bar_enabled()
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()

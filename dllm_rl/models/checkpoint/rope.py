@@ -11,7 +11,7 @@ from dllm_rl.models.base import Module
 
 ATTENTION = "sdpa_float32_rope"
 _YARN = {"original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
-# What transformers computes: the required and the optional fields of each kind of scaling.
+# The scalings that transformers computes, with the required and the optional fields of each.
 SCALINGS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
@@ -24,7 +24,10 @@ _COMMON = {"rope_type", "rope_theta", "partial_rotary_factor"}
 
 
 def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
-    """Transformers' `rope_parameters` of config fields; ValueError on an unsupported kind, field or factor."""
+    """Return transformers' `rope_parameters` of config fields.
+
+    Raise ValueError for an unsupported kind, field or factor.
+    """
     name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"  # of older files
     given = raw.get(name) or {}
     if not isinstance(given, dict):
@@ -36,24 +39,24 @@ def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
     _check_scaling(name, kind, found)
     for key in ("rope_theta", "partial_rotary_factor"):
         if raw.get(key) is not None:
-            found.setdefault(key, raw[key])  # the scaling's own value comes first
+            found.setdefault(key, raw[key])  # the scaling's value comes first
     if "rope_theta" not in found:  # transformers would take a default, which may not be the checkpoint's
         raise ValueError("rope_theta is not in the config; set the base of the rotary frequencies in config.json")
     return found
 
 
 def _check_scaling(name: str, kind: Any, found: dict[str, Any]) -> None:
-    """Raise ValueError on a kind of scaling, or a field of one, that transformers does not compute."""
+    """Raise ValueError for a kind of scaling, or a field of one, that transformers does not compute."""
     if kind not in SCALINGS:
         raise ValueError(f"{name} has the kind {kind!r}, which is not known; known are {', '.join(SCALINGS)}")
     needed, optional = SCALINGS[kind]
     for key in sorted(needed - found.keys()):
         raise ValueError(f"{name} of the kind {kind!r} has no {key!r}; add it to config.json")
-    # transformers ignores a field that it does not know, and would compute other positions than the authors.
+    # transformers ignores an unknown field, and would compute other positions than the authors.
     for key in sorted(found.keys() - needed - optional - _COMMON):
         raise ValueError(f"{name} of the kind {kind!r} has a {key!r} that is not understood; remove it")
     factor = found.get("factor", 1.0)
-    # `not >=` refuses NaN too; True is an int.
+    # `not >=` also refuses NaN; True is an int.
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
         raise ValueError(f"{name} has factor={factor!r}; it must be a number of at least 1")
 

@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Later:
-    """A tensor that is made when it is written: a save never holds more than a shard of them."""
+    """A tensor that is made when it is written, so that a save never has more than a shard of tensors in memory."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class Later:
 
 
 def later(tensor: Tensor) -> Later:
-    """A tensor that is there already."""
+    """Return an existing tensor as a `Later`."""
     return Later(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
@@ -47,7 +47,7 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def read_tensors(directory: Path) -> State:
-    """All tensors of a folder's safetensors files, memory-mapped. Raises ValueError when there are none."""
+    """Return all tensors of a folder's safetensors files, memory-mapped. Raise ValueError when there are none."""
     files = weight_files(directory)
     if not files:
         raise ValueError(f"{directory}: no model.safetensors or {INDEX}; convert the checkpoint to safetensors")
@@ -58,7 +58,10 @@ def read_tensors(directory: Path) -> State:
 
 
 def weight_files(directory: Path) -> list[str]:
-    """Names of a folder's safetensors files; ValueError on an index that names a missing file or one outside."""
+    """Return the names of a folder's safetensors files.
+
+    Raise ValueError for an index that names a missing file or one outside the folder.
+    """
     index = directory / INDEX
     if not index.exists():
         return ["model.safetensors"] if (directory / "model.safetensors").exists() else []
@@ -72,11 +75,11 @@ def weight_files(directory: Path) -> list[str]:
 
 
 def shapes_and_dtypes(directory: Path, files: Sequence[str]) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """By name, from the headers of safetensors files; no tensor is read."""
+    """Return shapes and dtypes by name, from the headers of safetensors files. No tensor is read."""
     shapes: dict[str, list[int]] = {}
     dtypes: dict[str, str] = {}
     for name in files:
-        (directory / name).open("rb").close()  # of a file that may not be read, safetensors says that there is none
+        (directory / name).open("rb").close()  # for an unreadable file safetensors would report a missing one
         with safe_open(directory / name, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 shapes[key] = file.get_slice(key).get_shape()
@@ -85,23 +88,24 @@ def shapes_and_dtypes(directory: Path, files: Sequence[str]) -> tuple[dict[str, 
 
 
 def write_tensors(state: Mapping[str, Tensor | Later], directory: Path, *, max_shard_size: int) -> None:
-    """Write safetensors files of at most max_shard_size bytes (or one tensor), with an index for several files. One
-    file's tensors are made, copied to the host and written at a time.
+    """Write safetensors files of at most max_shard_size bytes (or one tensor), with an index for several files.
+
+    One file's tensors are made, copied to the host and written at a time.
     """
     shards: list[list[str]] = [[]]
     room = max_shard_size
     for name, tensor in state.items():
-        if tensor.nbytes > room and shards[-1]:  # a tensor larger than a shard gets one for itself
+        if tensor.nbytes > room and shards[-1]:  # a tensor larger than a shard gets a separate one
             shards.append([])
             room = max_shard_size
         shards[-1].append(name)
         room -= tensor.nbytes
-    for old in [*directory.glob("model*.safetensors"), *directory.glob(INDEX)]:  # else they are read with the new ones
+    for old in [*directory.glob("model*.safetensors"), *directory.glob(INDEX)]:  # or they would be read too
         old.unlink()
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = files if len(files) > 1 else ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
-        # Tensors that share a storage are copied, shard by shard, because safetensors writes whole storages.
+        # Tensors that share a storage are copied, shard by shard, because safetensors writes complete storages.
         save_file({name: _alone(_made(state[name])) for name in names}, directory / file, {"format": "pt"})
     if len(files) > 1:
         where: dict[str, str] = {}
@@ -112,8 +116,9 @@ def write_tensors(state: Mapping[str, Tensor | Later], directory: Path, *, max_s
 
 
 def misfits(state: State, own: State) -> list[str]:
-    """Names in only one of the two, or with different shapes, or with weights on one side and other numbers on the
-    other, which a copy would cast.
+    """Return the names that are in only one of the two states, or differ in shape or kind of dtype.
+
+    Kinds differ if one side has weights and the other has numbers that a copy would cast.
     """
     fit = [
         name
@@ -135,12 +140,12 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 def backwards(spec: FamilySpec) -> tuple[tuple[str, str], ...]:
-    """The names of a family from the stock class's to the authors'."""
+    """Return a family's pairs of names from the stock class's to the authors'."""
     return tuple((stock, original) for original, stock in spec.tensor_names)
 
 
 def renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    """The name after the first pair (from, to) that matches all of it or all but its last part; else the name."""
+    """Return the name after the first pair (from, to) that matches all of it or all but its last part, or the name."""
     stem, _, leaf = name.rpartition(".")
     for source, target in pairs:
         for whole, suffix in ((name, ""), (stem, f".{leaf}")):
@@ -151,7 +156,7 @@ def renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
 
 
 def to_stock(state: State, spec: FamilySpec, config: Any) -> State:
-    """The authors' tensor names -> the stock class's; fused query-key-value rows are split."""
+    """Rename the authors' tensors to the stock class's names, and split fused query-key-value rows."""
     out = {}
     for name, tensor in state.items():
         stem, _, leaf = name.rpartition(".")
@@ -160,15 +165,15 @@ def to_stock(state: State, spec: FamilySpec, config: Any) -> State:
             heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
             rows = [number * config.head_dim for number in heads]
             for part, value in zip(QKV, tensor.split(rows), strict=True):
-                out[f"{parent}.{part}.{leaf}"] = value.clone()  # a view would keep the fused tensor alive
+                out[f"{parent}.{part}.{leaf}"] = value.clone()  # a view would keep the fused tensor in memory
         else:
             out[renamed(name, spec.tensor_names)] = tensor
     return out
 
 
 def to_original(state: dict[str, Later], spec: FamilySpec, config: Any) -> dict[str, Later]:
-    """The stock class's tensors -> the authors'; the exact inverse of `to_stock`."""
-    # A config may say that two tensors are tied which the checkpoint has apart: none of them is lost.
+    """Rename the stock class's tensors to the authors' names: the exact inverse of `to_stock`."""
+    # A config may declare two tensors as tied that differ in the checkpoint: both are then written.
     head, table = (state.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     if config.tie_word_embeddings and head and table and torch.equal(head.make(), table.make()):
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
@@ -194,7 +199,7 @@ def _joined(parts: list[Later]) -> Later:
 def split_experts(state: dict[str, Later]) -> dict[str, Later]:
     """Split stock stacks of experts into one tensor per expert, as checkpoints store them."""
     out = {}
-    stack = lru_cache(maxsize=1)(lambda name: state[name].make())  # merged once for all experts, which come in a row
+    stack = lru_cache(maxsize=1)(lambda name: state[name].make())  # merged once for all experts of a stack
     for name, tensor in state.items():
         fused = name.endswith(".mlp.experts.gate_up_proj")
         if not fused and not name.endswith(".mlp.experts.down_proj"):

@@ -1,4 +1,4 @@
-"""The script that `untrusted.try_out` starts: it uses a stranger's tokenizer or chat templates, within limits.
+"""The script that `untrusted.try_out` starts: it uses an untrusted tokenizer or chat templates, within limits.
 
 It reads {"tokenizer": the path of a tokenizer.json, or null; "templates": texts; "tokens": the tokenizer's special
 tokens; "limits": {"seconds" of processor time after the imports, "memory": bytes of address space}} as JSON. It ends
@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 MAX_TRIAL_LENGTH = 200  # characters of a string that is tried
-MOST = 100_000  # characters tried in all
-GROWTH = 100  # tokens for a character, or characters of the decoded text for one of the tokens' own
+MOST = 100_000  # total characters tried
+GROWTH = 100  # tokens per character, or characters of the decoded text per character of the tokens
 RENDERED = 100_000  # characters that a template may make of a few words
 USER = {"role": "user", "content": "1+1="}
-# What a template raises, beside jinja2's errors, as it computes with the messages as Python does.
+# Errors of a template, in addition to jinja2's: it computes with the messages as Python does.
 COMPUTING = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 CHATS = [[USER], [{"role": "system", "content": "Add."}, USER, {"role": "assistant", "content": "2"}, USER]]
 
 
 def main() -> None:
+    """Use the tokenizer or the templates of the request on standard input."""
     asked = json.load(sys.stdin)
     if asked["tokenizer"]:
         from tokenizers import Tokenizer
@@ -32,7 +33,7 @@ def main() -> None:
         content = Path(asked["tokenizer"]).read_text(encoding="utf-8")
         use_tokenizer(Tokenizer.from_str(content), list(probes(json.loads(content))))
     if asked["templates"]:
-        # With these names and in this sandbox a template runs later, too.
+        # A template later runs with the same names and in the same sandbox.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         limit(**asked["limits"])
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def limit(seconds: int, memory: int) -> None:
-    """From here on the kernel ends the process after so many seconds of processor time, and gives it no more memory."""
+    """Make the kernel end the process after `seconds` more of processor time, and limit its memory."""
     import resource  # here: Windows lacks it, and imports COMPUTING
 
     until = int(time.process_time()) + 1 + seconds
@@ -54,7 +55,7 @@ def limit(seconds: int, memory: int) -> None:
 
 
 def probes(fields: dict[str, Any]) -> Iterator[str]:
-    """Short texts: each string that the pipeline names, and each ordinary character, alone and many times."""
+    """Yield short texts: each string that the pipeline names, and each ordinary character, once and many times."""
     named = {
         text
         for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -69,7 +70,7 @@ def probes(fields: dict[str, Any]) -> Iterator[str]:
 
 
 def strings(fields: Any) -> Iterator[str]:
-    """All strings of JSON, at any depth, that are no names of fields."""
+    """Yield all strings of JSON, at any depth, that are not names of fields."""
     if isinstance(fields, str):
         yield fields
     elif isinstance(fields, dict | list):
@@ -78,14 +79,14 @@ def strings(fields: Any) -> Iterator[str]:
 
 
 def use_tokenizer(tokenizer: Any, texts: list[str]) -> None:
-    """Encode the texts; decode what they gave, and every token of the vocabulary. Raises OverflowError on growth."""
+    """Encode the texts, and decode the result and every token of the vocabulary. Raise OverflowError on growth."""
     for text in texts:
         if tokenizer.normalizer and len(tokenizer.normalizer.normalize_str(text)) > GROWTH * len(text):
             raise OverflowError(f"the normalizer makes the {len(text)} characters {text[:40]!r} {GROWTH} times as long")
         try:
             ids = tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:
-            if type(error) is not Exception:  # the bare class is tokenizers' own: a character that the vocabulary lacks
+            if type(error) is not Exception:  # tokenizers raises the bare class for a character outside the vocabulary
                 raise
             continue
         if len(ids) > GROWTH * len(text):
@@ -97,6 +98,7 @@ def use_tokenizer(tokenizer: Any, texts: list[str]) -> None:
 
 
 def decode(tokenizer: Any, ids: list[int]) -> None:
+    """Decode ids. Raise OverflowError on growth."""
     length = sum(len(tokenizer.id_to_token(number) or "") for number in ids)
     text = tokenizer.decode(ids, skip_special_tokens=False)
     if len(text) > GROWTH * (length + 1):
@@ -104,7 +106,7 @@ def decode(tokenizer: Any, ids: list[int]) -> None:
 
 
 def use_template(render: Any, **options: Any) -> None:
-    """Render CHATS. Raises OverflowError on a long text, MemoryError, or jinja2's SecurityError."""
+    """Render CHATS. Raise OverflowError on a long text, MemoryError, or jinja2's SecurityError."""
     from jinja2.exceptions import SecurityError, TemplateError
 
     for chat in CHATS:
@@ -112,7 +114,7 @@ def use_template(render: Any, **options: Any) -> None:
             (text,), _ = render([chat], **options)
         except SecurityError:  # a kind of TemplateError
             raise
-        except (TemplateError, *COMPUTING):  # the template may be made for other messages, and then refuses these
+        except (TemplateError, *COMPUTING):  # the template may be made for other messages, and refuse these
             continue
         if len(text) > RENDERED:
             raise OverflowError(f"{len(text)} characters for a conversation of {len(chat)} messages")
