@@ -1,4 +1,4 @@
-"""Router replay: views with the rollout's experts, for the learner to use again.
+"""Router replay: views with the rollout's experts, for the learner to reuse.
 
 R3 (arXiv 2510.11370 [paper]) replays the experts that the sampler recorded for the state that each token was drawn
 from; elsewhere the learner's router chooses. Estimates that score the rollout differently (`causal`, ELBOs) replay the
@@ -21,7 +21,7 @@ from dllm_rl.types import Rollout, Views
 
 
 def check_replay(policy: Policy, mode: str | None) -> None:
-    """Raise ValueError where there are no experts to replay."""
+    """Raise ValueError if the model has no experts to replay."""
     if mode is not None and policy.spec.attention == "encoder_decoder":
         raise ValueError(f"router_replay={mode!r} does not replay renoise's steps; leave it at None")
     if mode is not None and not mixtures(policy.module):

@@ -70,7 +70,7 @@ class Plan(NamedTuple):
 
 
 class ViewStates(NamedTuple):
-    """The result of a view's forward: the states at its K scored positions, and the tokens scored there."""
+    """The result of a view's forward: the states and the tokens at its K scored positions."""
 
     plan: Plan
     states: Float[Tensor, "K D"]
@@ -84,7 +84,7 @@ class Scoring(Protocol):
 
     @property
     def marks(self) -> Bool[Tensor, "B T"] | None:
-        """Positions that are scored differently, listed in `Plan.marked`. None: there are none."""
+        """Positions that are scored differently, listed in `Plan.marked`. None: no positions."""
 
     def needed(self, rollout: Rollout, at: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
         """Return the positions that a backward must score where the vector is not 0 `at` these."""

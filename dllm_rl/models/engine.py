@@ -20,9 +20,9 @@ class RolloutEngine:
 
     Args:
         load: Function of the learner. It returns the policy that samplers receive, with the learner's weights and
-            version; see `with_forward`. A new run also loads for its rehearsal, and drops that policy first, so the
-            policy must own everything that it holds.
-        sync: Function of the learner and that policy, which must then have the learner's new weights and version. It
+            version; see `with_forward`. A new run also loads for its rehearsal and drops that policy first, so the
+            engine's resources must be freed together with the policy.
+        sync: Function of the learner and that policy. It gives the policy the learner's new weights and version, and
             returns metrics.
         factory: Function that made the engine, with its keywords, so that the command line can change a keyword.
     """

@@ -314,7 +314,7 @@ def check_no_peft(module: Module) -> None:
 def check_tokenizer(tokenizer: Tokenizer, *, stock: bool = False) -> None:
     """Raise ValueError for a tokenizer without the methods that `make_policy` lists.
 
-    With `stock`, also require what finds the ids of a stock model.
+    With `stock`, also require the members that identify the ids of a stock model.
     """
     kind = type(tokenizer).__name__
     needed = ["encode", "decode", "save_pretrained", *["get_vocab", "eos_token_id", "mask_token_id"] * stock]

@@ -33,12 +33,12 @@ def fitting(kept_ids: Int[Tensor, "B T C"]) -> Int[Tensor, "B T c"] | None:
 
 
 def kept_part(log_mass: Float[Tensor, "B T"], ids: Int[Tensor, "B T C"]) -> FilterSupport:
-    """Return the rollout's record of what `kept_set` returned for each token."""
+    """Return the rollout's record, made of the results of `kept_set` for each token."""
     return FilterSupport(log_mass, fitting(ids))
 
 
 def with_support(rollout: Rollout, support: Support) -> Rollout:
-    """Return the rollout as it is scored under a convention for top_k or top_p, or unchanged without these filters.
+    """Apply a convention for scoring under top_k or top_p to a rollout. Without these filters, return it unchanged.
 
     With p the rollout's distribution, S its kept set, and q the learner's distribution, the conventions are:
 

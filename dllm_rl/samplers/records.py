@@ -38,7 +38,7 @@ COMMITS: dict[Any, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Rank:
-    """A rank function, with what its scores depend on.
+    """A rank function, with the kind of order that its scores make.
 
     Use it to declare the order of a custom rank; a function of the library, or a partial of its settings, needs no
     declaration and can be passed itself.
@@ -78,7 +78,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit rule, with what its choice of positions depends on.
+    """A commit rule, with the kind of order that its choice of positions makes.
 
     Use it to declare a custom rule; a rule of the library, or a partial of its settings, needs no declaration and can
     be passed itself.
@@ -152,12 +152,12 @@ def _check_order(kind: str, function: Any, order: str, known: tuple[str, ...]) -
 
 
 def order_probability(rank: Rank, commit: Commit, *, greedy: bool = False) -> str:
-    """Return what is known of the probability of the order in which the pair writes.
+    """Return the kind of probability of the order in which the pair writes.
 
     deterministic  1: the order follows from the canvas and the weights
     independent    a number that does not depend on the weights
     confidence, plackett_luce, soft_threshold  a log-probability, which samplers record and `trajectory()` scores
-    unknown        none of these
+    unknown        another probability
     """
     if "unknown" in (rank.order, commit.order):
         return "unknown"

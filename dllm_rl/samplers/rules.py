@@ -1,6 +1,6 @@
 """Functions that rank the masked positions, and rules that choose how many of them a step commits.
 
-Users can pass their own functions. A rank scores each of K masked positions; the highest are committed first. A rank
+Users can pass custom functions. A rank scores each of K masked positions; the highest are committed first. A rank
 receives by name the inputs that it needs:
     logits      (K, V)  untempered fp32 logits, suppressed ids at -inf except the mask token, which is never sampled
     normalizer  (K,)    their log-sum-exp: logits - normalizer are log-probabilities in nats

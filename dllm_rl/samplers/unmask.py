@@ -155,7 +155,7 @@ def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None
         raise ValueError(f"policy {policy.spec.name!r} has no mask token, its noise is random tokens: use renoise")
     infilling = prompts.infill_mask is not None
     width = prompts.tokens.shape[1] + length if infilling else length
-    least = 0 if infilling else 1  # open positions alone may be the whole completion
+    least = 0 if infilling else 1  # open positions may be the full completion
     size = block_size if block_size is not None else policy.spec.block_size or width
     if length < least or size < 1:
         raise ValueError(f"max_new_tokens={length} and block_size={size} must both be at least 1")

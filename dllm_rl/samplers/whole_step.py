@@ -191,7 +191,7 @@ def _step(
     columns: Int[Tensor, "B L"],
     seeds: Int[Tensor, " B"],
     tokens: Int[Tensor, "B T"],
-    state: dict[str, Tensor],  # of WRITTEN, and what is noted
+    state: dict[str, Tensor],  # fields of WRITTEN, and the recorded ones
     numbers: Int[Tensor, "5 B"],  # the window's first column, the block's first place, its size, steps left, the clock
     past: Past,
     *,
@@ -239,7 +239,7 @@ def _step(
         row = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores).flatten()
         at = slot.expand_as(scores).flatten()
         cutoff = commit_cutoff(scores.masked_fill(~chosen, torch.inf).flatten(), row, at, row, at, len(scores))
-        # Generated code sums the normalizer in another order here and would miss ties: the scores' normalizer is used.
+        # Generated code would sum the normalizer in another order and miss ties: the scores' normalizer is used.
         left_behind = left_logprobs(policy, hidden, *cutoff, choose.sampling_params, flat.normalizer)
         so_far = state["order"]
         total = so_far.gather(1, place) + left_behind.view_as(scores)

@@ -14,7 +14,7 @@ from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts, Rollout
 
 LENGTH = 4  # of a completion; with two words 16 completions are possible
-QUANTILE = 4.265  # of the normal distribution: a rule that keeps the contract fails in one of 100,000 cases
+QUANTILE = 4.265  # of the normal distribution: a rule that fulfills the contract fails in one of 100,000 cases
 
 
 def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: int = 1500, **options: Any) -> str:
@@ -32,7 +32,7 @@ def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: i
         options: Keywords of `unmask`. Default: two steps at temperature 1.
 
     Returns:
-        What is known of the order's probability. For "unknown" nothing is compared.
+        Kind of the order's probability (`Rollout.order.probability`). For "unknown" nothing is compared.
 
     Raises:
         AssertionError: The counts or the record contradict `trajectory()`.

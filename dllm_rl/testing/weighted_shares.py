@@ -46,7 +46,7 @@ def weighted_shares(
     rows: int = 2000,
     factor: float = 1.15,
 ) -> Shares:
-    """Compare the likelihood ratio of two policies with its use as a weight.
+    """Check by sampling that the likelihood ratio of two policies is a correct importance weight.
 
     Call it in a test of a custom sampler with a known likelihood. As weights of one policy's rollouts, the ratio must
     give the completions the shares that they have in the other policy's rollouts. This holds if the likelihood is the

@@ -64,7 +64,7 @@ _DAMAGED = (
 )
 WEIGHTS = ("F64", "F32", "F16", "BF16")  # of FLOATS, in a safetensors header
 show_messages()
-MOST_LAYERS = 10_000  # if there are no tensors to count
+MOST_LAYERS = 10_000  # without tensors to count
 CONFIGS = Path(__file__).parents[1] / "configs"  # config.json of published models
 
 
@@ -371,7 +371,7 @@ def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
     check_tokenizer(folder)
     config = folder / "tokenizer_config.json"
     asked = json.loads(config.read_text()) if config.exists() else {}
-    if stock and "auto_map" not in asked:  # auto_map names a class in the checkpoint's own code
+    if stock and "auto_map" not in asked:  # auto_map names a class in the checkpoint's code
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if (folder / "tokenizer.json").exists():
         cls = transformers.PreTrainedTokenizerFast

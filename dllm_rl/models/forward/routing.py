@@ -123,12 +123,12 @@ def of_states(policy: Policy, x: Tensor) -> Tensor:
 
 
 def agreement(ours: Integer[Tensor, "S M E"], theirs: Integer[Tensor, "S M E"]) -> Bool[Tensor, "S M E"]:
-    """Which of our experts are among theirs."""
+    """Return which experts of this side the other side also chose."""
     return (ours[..., :, None] == theirs[..., None, :]).any(-1)
 
 
 def load(experts: Integer[Tensor, "S M E"], num_experts: int) -> Int[Tensor, "M X"]:
-    """Tokens of each expert of each mixture."""
+    """Return the number of tokens of each expert of each mixture."""
     by_layer = experts.transpose(0, 1).flatten(1).long()
     empty = torch.zeros(len(by_layer), num_experts, dtype=torch.long, device=by_layer.device)
     return empty.scatter_add(1, by_layer, torch.ones_like(by_layer))
