@@ -1,1 +1,1 @@
-"""Evaluating a policy on a task, storing completions and grading them again."""
+"""Evaluating a policy on a task, storing completions and regrading them."""

@@ -1,4 +1,4 @@
-"""The number of an adaptive commit rule for a budget of forwards: `--commit threshold --forwards 4`."""
+"""The parameter of an adaptive commit rule for a budget of forwards: `--commit threshold --forwards 4`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ from dllm_rl.samplers.records import as_commit
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
 
-# More slack writes more at once. 10^5 nats and 1 - 10^-7 are beyond what a rule meets.
+# More slack commits more positions per step. The ends, 10^5 nats and 1 - 10^-7, are beyond the values of any rule.
 NUMBERS: dict[str, Callable[[float], float]] = {
     "threshold": lambda slack: max(1 - slack, 1e-9),
     "factor": lambda slack: slack,
@@ -30,10 +30,13 @@ def within_budget(
     *,
     seed: int,
 ) -> str:
-    """The commit rule, with the number whose mean forwards per answer on the problems are the most up to the budget.
+    """Return the commit rule with the number that uses the most forwards per answer within the budget, on average over
+    the problems.
 
-    A rule of `diffusion_steps` is returned as it is. Grades are not looked at. Costs 11 batches. Raises ValueError for
-    a rule with a number already, for `edit`, and where blocks alone take more forwards.
+    A rule of `diffusion_steps` is returned unchanged. The search reads no grades. It costs 11 batches.
+
+    Raises:
+        ValueError: The rule has a number already, is `edit`, or needs more forwards because of its blocks.
     """
     name, _, value = commit.partition("=")
     if name in COMMITS and not as_commit(COMMITS[name]).adaptive:

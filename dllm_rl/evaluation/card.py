@@ -1,4 +1,4 @@
-"""An evaluation's card, a row of its results.json: read as foreign text, and compared with other settings. No torch."""
+"""An evaluation's card, a row of its results.json: read as untrusted text and compared with settings. No torch."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -18,7 +18,11 @@ PLAIN = (str, int, float, bool, NoneType, list)  # a setting of a task
 
 
 def read_card(path: Path) -> list[dict[str, Any]]:
-    """The `flat` settings of each row of a results.json, or of a file with one row. Errors: ValueError."""
+    """Return the `flat` settings of each row of a results.json, or of a file with one row.
+
+    Raises:
+        ValueError: The file is too large or malformed.
+    """
     if path.is_file() and path.stat().st_size > LARGEST:
         raise ValueError(f"{path} is larger than {LARGEST >> 20} MiB; give the results.json of an evaluation")
     found = read_json(path)
@@ -26,7 +30,7 @@ def read_card(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         for name, value in row.items():
             nested = isinstance(value, list) and {list, dict} & set(map(type, value))
-            # A prompt's own template is long.
+            # The template of a prompt is long.
             long = len(str(value)) > MAX_SETTING_LENGTH and name != "settings.prompt_format"
             if type(value) not in KINDS.get(name, PLAIN) or nested or long:
                 wrong = f"{name[:MAX_SETTING_LENGTH]} is missing, of a wrong type or too long"
@@ -35,7 +39,9 @@ def read_card(path: Path) -> list[dict[str, Any]]:
 
 
 def flat(row: Any) -> dict[str, Any]:
-    """The settings of KINDS, None where the row has none, and those of its task as settings.NAME."""
+    """Return the settings of KINDS, None for a setting that the row lacks, and the settings of its task as
+    settings.NAME.
+    """
     whole = row if isinstance(row, dict) else {}
     own = whole.get("settings")
     found = dict(zip(KINDS, map(whole.get, KINDS), strict=True))
@@ -45,7 +51,9 @@ def flat(row: Any) -> dict[str, Any]:
 
 
 def differences(row: Mapping[str, Any], others: Sequence[Mapping[str, tuple[Any, ...]]]) -> list[tuple[str, ...]]:
-    """(setting, the row's, each other's), as texts, where the row's is none of the values that another one has."""
+    """Return (setting, the row's value, each other value) as texts, for settings whose value another card does not
+    have.
+    """
     found = []
     for name in dict.fromkeys(chain(*others)):
         if any(row.get(name) not in other.get(name, (row.get(name),)) for other in others):

@@ -1,8 +1,8 @@
 """Stored completions: a JSONL file that grows during an evaluation, survives a kill, and can be graded again.
 
-A row holds `prompt`, `completion`, the problem's fields, and under `evaluation` what made the row, and `reward` and its
-`parts` under the latest `protocol`. Each process appends to NAME.partN.jsonl; as an evaluation begins and ends, the
-parts are folded into NAME.jsonl.
+A row has `prompt`, `completion` and the problem's fields. Under `evaluation` it has the settings that made the row, and
+`reward` and its `parts` under the latest `protocol`. Each process appends to NAME.partN.jsonl; at the beginning and at
+the end of an evaluation, the parts are merged into NAME.jsonl.
 """
 
 import hashlib
@@ -27,14 +27,18 @@ Rows = dict[Key, Row]
 
 
 class Completions:
-    """The file's rows and this process's part; without a path nothing is kept. ValueError if `made_with` differs."""
+    """The rows of the file and of this process's part. Without a path nothing is stored.
+
+    Raises:
+        ValueError: The stored rows were made with other settings than `made_with`.
+    """
 
     def __init__(self, path: Path | None, made_with: Mapping[str, Any], accelerator: Processes) -> None:
         self.path = path
         self.accelerator = accelerator
         self.rows: Rows = {}
         if path is not None:
-            self.fold()  # a killed run left parts, perhaps of another number of processes: they count as stored
+            self.fold()  # parts of a killed run count as stored, whatever its number of processes
             self.rows = read(path)
             self.part = path.with_name(f"{path.stem}.part{accelerator.process_index}.jsonl")
             for row in self.rows.values():
@@ -42,17 +46,21 @@ class Completions:
                     older = "holds completions without `steps`, of an older version"
                     raise ValueError(f"{path} {older}; give another output_dir")
                 check_types(path, row)
-                for name, value in made_with.items():  # facts that old and new rows share: weights, seed, sampler
+                for name, value in made_with.items():  # facts that old and new rows must share: weights, seed, sampler
                     before = row["evaluation"].get(name)
                     if not same_setting(before, value):
                         made = f"made with {name}={before}, not {value}"
                         raise ValueError(f"{path} holds completions {made}; give another output_dir")
 
     def held(self, keys: Iterable[Key], problems: Mapping[int, Problem]) -> Rows:
-        """The stored rows among `keys`. Raises ValueError if a row belongs to another problem."""
+        """Return the stored rows of `keys`.
+
+        Raises:
+            ValueError: A row belongs to another problem.
+        """
         rows = {key: self.rows[key] for key in keys if key in self.rows}
         for key, row in rows.items():
-            # Through JSON, as the stored row went: a tuple comes back as a list.
+            # Through JSON, like the stored row: a tuple becomes a list.
             now = json.loads(json.dumps(make_row(problems[key[0]], row["completion"], row["evaluation"])))
             for name, value in now.items():
                 if value != row.get(name):
@@ -61,7 +69,7 @@ class Completions:
         return rows
 
     def append(self, rows: Rows) -> None:
-        """Append the rows that are not stored to this process's part; they are on disk on return."""
+        """Append the rows that are not stored yet to this process's part. They are on disk when it returns."""
         if self.path is not None:
             with self.part.open("a", encoding="utf-8") as file:
                 for key, row in rows.items():
@@ -78,17 +86,21 @@ class Completions:
 
 
 def check_types(path: Path, row: Row) -> None:
-    """Raise ValueError on a stored row whose completion is no text, or whose costs are no numbers."""
+    """Raise ValueError on a stored row whose completion is not a text, or whose costs are not numbers."""
     made = row["evaluation"]
     odd = [] if isinstance(row.get("completion"), str) else ["completion"]
-    # NaN fails, and what is no float, too: JSON has integers of any length
+    # NaN fails too, and so do integers beyond all floats, which JSON can contain
     odd += [name for name in COSTS if type(made.get(name)) not in (int, float) or not 0 <= made[name] < 1e30]
     if odd:
         raise ValueError(f"{path} is damaged: {odd[0]} is missing, or of another type; give another output_dir")
 
 
 def make_row(problem: Problem, completion: str, evaluation: Mapping[str, Any]) -> Row:
-    """A row of the file. Raises ValueError if a problem's field has a name that rows need."""
+    """Return a row of the file.
+
+    Raises:
+        ValueError: A field of the problem has a name that rows need.
+    """
     own: Row = {} if problem.blank is None else {"blank": problem.blank}
     own |= {"prompt": problem.prompt, "completion": completion, "evaluation": dict(evaluation)}
     for name in problem.fields:
@@ -98,7 +110,9 @@ def make_row(problem: Problem, completion: str, evaluation: Mapping[str, Any]) -
 
 
 def fold(path: Path, answers: Sequence[Graded] = (), protocol: str = "") -> None:
-    """Gather the file, its parts and the grades in one file, by problem and sample; atomic: a kill loses nothing."""
+    """Merge the file, its parts and the grades into one file, sorted by problem and sample. Atomic: a kill loses
+    nothing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     pieces = sorted(path.parent.glob(f"{path.stem}.part*.jsonl"))
     if not pieces and not answers:
@@ -115,25 +129,31 @@ def fold(path: Path, answers: Sequence[Graded] = (), protocol: str = "") -> None
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for key in sorted(rows):
             file.write(_line(rows[key]))
-    for part in pieces:  # last: a kill before this leaves rows twice, which the next fold joins
+    for part in pieces:  # last: a kill before this leaves duplicate rows, which the next fold merges
         part.unlink()
 
 
 def read(path: Path) -> Rows:
-    """The file's rows by (problem, sample); none without a file. Raises ValueError naming a malformed line."""
+    """Return the file's rows by (problem, sample), and {} without a file.
+
+    Raises:
+        ValueError: A line is malformed. The message names the line.
+    """
     rows = {}
     for place, row in load_rows(path) if path.exists() else ():
         try:
             rows[int(row["evaluation"]["problem"]), int(row["evaluation"]["sample"])] = row
-        except (KeyError, TypeError, ValueError, OverflowError):  # the last: JSON has numbers beyond all floats
+        except (KeyError, TypeError, ValueError, OverflowError):  # OverflowError: JSON has numbers beyond all floats
             raise ValueError(f"{place}: not a stored completion (no evaluation.problem, evaluation.sample)") from None
     return rows
 
 
 def fingerprint(policy: Policy) -> str:
-    """Sixteen hex digits that distinguish weights: each layer's kind, each parameter's first 1024 numbers."""
+    """Return sixteen hex digits that identify the weights, from each layer's kind and each parameter's first 1024
+    numbers.
+    """
     digest = hashlib.sha256()
-    # The kinds distinguish a quantised copy, whose first numbers may be the same.
+    # The kinds distinguish a quantized copy, whose first numbers may be the same.
     for name, module in policy.module.named_modules():
         digest.update(f"{name} {type(module).__name__}\n".encode())
     for parameter in policy.module.parameters():

@@ -1,4 +1,4 @@
-"""Evaluate a policy on a task: one function for training, for code and for `dllm-rl evaluate`."""
+"""Evaluation of a policy on a task: one function for training, for code and for `dllm-rl evaluate`."""
 
 import dataclasses
 import time
@@ -35,20 +35,35 @@ def evaluate(
     reward_timeout: float | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Complete the task's problems, or its first `limit`, `samples` times each, and grade the completions.
+    """Complete the problems of a task and grade the completions.
 
-    Random numbers depend on (seed, problem, sample) only; sample 0 is what samples=1 gives.
+    Call it to measure a policy outside a run; a run evaluates itself every `eval_steps`. Random numbers depend only on
+    (seed, problem, sample); sample 0 is the same as with samples=1.
 
     Args:
-        batch_size: Completions per call of the sampler and process, but at least those of one problem.
-        completions: A .jsonl file that keeps every completion; stored completions are graded again, not sampled again.
-        model: Names of the model and of its weights' quantisation, for the records.
-        quantization: Names of the model and of its weights' quantisation, for the records.
-        accelerator: Shares the problems among its processes; all return the same result. None: this process alone.
-        reward_timeout: Seconds for the grading of one completion; see `tasks.deadline`. None: no limit.
-        progress: Called with the number of completions done so far, over all processes.
+        policy: Policy to evaluate.
+        task: Problems and their grader.
+        sampler: `unmask`, `autoregress` or `renoise` with its settings bound.
+        seed: Seed of the random numbers. Default: 0.
+        batch_size: Completions per call of the sampler in each process, but at least all samples of one problem.
+            Default: 256.
+        samples: Completions per problem. Default: 1.
+        limit: Number of problems, from the first on. None (default): all problems.
+        completions: A .jsonl file that stores every completion. Stored completions are graded again and not sampled
+            again. None (default): nothing is stored.
+        model: Name of the model, for the records.
+        quantization: Name of the weights' quantization, for the records.
+        accelerator: Processes that share the problems; all of them return the same result. None (default): only this
+            process.
+        reward_timeout: Seconds for the grading of one completion; see `tasks.deadline`. None (default): no limit.
+        progress: Function that is called with the number of completions done so far, over all processes.
 
-    Raises ValueError if the file holds completions of other weights, quantisation, seed, sampler or problems.
+    Returns:
+        The graded completions of all processes, with means and summary.
+
+    Raises:
+        ValueError: samples, batch_size or limit is below 1; the log-probs are not finite; or the file has completions
+            of other weights, quantization, seed, sampler or problems.
     """
     count = len(task) if limit is None else min(limit, len(task))
     for name, value in {"samples": samples, "batch_size": batch_size, "limit": count}.items():
@@ -56,21 +71,21 @@ def evaluate(
             raise ValueError(f"{name}={value} must be at least 1")
     accelerator = accelerator or OneProcess()
     path = None if completions is None else Path(completions)
-    # Without a file nothing is compared with other weights, and no weight is read.
+    # Without a file there are no other weights to compare with, so no weight is read.
     made_with = {"seed": seed, "sampler": describe(sampler), "weights": path and fingerprint(policy)}
     made_with |= {"quantization": quantization} if quantization else {}
     keeper = Completions(path, made_with, accelerator)
     facts = task_facts(task) | {"model": model} | made_with
 
     answers: list[Graded] = []
-    # Every process gets a batch, even if one batch could hold all problems.
+    # Every process gets a batch, even if all problems fit into one batch.
     size = min(max(1, batch_size // samples), -(-count // accelerator.num_processes))
     with join_uneven_forwards(policy):
         for start in range(accelerator.process_index * size, count, accelerator.num_processes * size):
             problems = {problem: task[problem] for problem in range(start, min(start + size, count))}
             rows = keeper.held(product(problems, range(samples)), problems)
             if len(rows) < len(problems) * samples:
-                # The whole batch is run, even if part of it is stored, so that a kill before it changes no result.
+                # The full batch is run, even if part of it is stored, so that an earlier kill changes no result.
                 rows = complete(policy, problems, sampler, seed, samples, facts) | rows
                 keeper.append(rows)
             answers += graded(task, problems, rows, reward_timeout)
@@ -88,7 +103,7 @@ def complete(
     samples: int,
     facts: dict[str, Any],
 ) -> Rows:
-    """The rows of a batch: every problem completed `samples` times."""
+    """Return the rows of a batch in which every problem is completed `samples` times."""
     asked = list(problems.values())
     keys = list(product(problems, range(samples)))
     begin = time.perf_counter()
@@ -98,7 +113,7 @@ def complete(
         raise ValueError("the model's log-probabilities are not finite (NaN or infinity): nothing can be evaluated")
     chosen = chosen_ids(rollout)
     texts = graded_texts(policy, rollout, asked, chosen)
-    # The rows of a batch share its calls and its time, so that their sum is the evaluation's cost.
+    # The rows of a batch share its calls and its time, so that the rows' costs add up to the evaluation's cost.
     share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - begin) / len(keys)}
     rows = {}
     for (problem, sample), text, cost in zip(keys, texts, costs_of(policy, rollout, chosen), strict=True):
@@ -110,7 +125,7 @@ def complete(
 def seeds_of(seed: int, keys: Sequence[tuple[int, int]]) -> list[int]:
     seeds = []
     for problem, sample in keys:
-        place = (problem, sample) if sample else (problem,)  # sample 0 is what samples=1 gives
+        place = (problem, sample) if sample else (problem,)  # sample 0 is the same as with samples=1
         seeds.append(generator_for(seed, "evaluate", *place).initial_seed())
     return seeds
 
@@ -127,8 +142,8 @@ def graded(task: Task, problems: dict[int, Problem], rows: Rows, timeout: float 
 
 
 def task_facts(task: Task) -> dict[str, Any]:
-    """Name, version, protocol and split of a task, and its settings that are plain values."""
-    inner = getattr(task, "task", task)  # under a protocol, the settings are those of the task itself
+    """Return name, version, protocol and split of a task, and its settings that are plain values."""
+    inner = getattr(task, "task", task)  # under a protocol, take the settings of the inner task
     plain = {}
     for field in dataclasses.fields(inner) if dataclasses.is_dataclass(inner) else ():
         value = getattr(inner, field.name)

@@ -1,4 +1,4 @@
-"""Grading stored completions again, anyone's: by one protocol, or by every rule that a task knows. No torch."""
+"""Regrading of stored completions from any source, by one protocol or by every rule that a task has. No torch."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from dllm_rl.tasks.base import Reward
 from dllm_rl.tasks.protocols import PROTOCOLS, TABLE, find_grader, grade_all
 from dllm_rl.tasks.rows import load_rows, text_of
 
-MOST_IDS = 5  # of rows that two rules grade differently
+MOST_IDS = 5  # ids shown of rows that two rules grade differently
 LONGEST_ID = 40  # characters
 
 
@@ -30,16 +30,16 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
     """Grade the rows of a file of completions under one protocol.
 
     Args:
-        path: As for `read_completions`.
-        task: Its name. Fields of a row: sudoku `puzzle`, `solution`; countdown `numbers`, `target`; gsm8k, math500
-            `answer` (null: graded wrong); code `prelude`, `entry_point`, `arguments` (how many), `tests`.
-        protocol: Its name.
+        path: File of completions, as for `read_completions`.
+        task: Name of the task. Fields of a row: sudoku `puzzle`, `solution`; countdown `numbers`, `target`; gsm8k,
+            math500 `answer` (null: graded wrong); code `prelude`, `entry_point`, `arguments` (their number), `tests`.
+        protocol: Name of the protocol. Default: "strict".
 
     Returns:
-        task, version, protocol, n, `no_answer` (rows with null), and each of RATES with its 95 % [low, high].
+        task, version, protocol, n, `no_answer` (rows with null), and each of RATES with its 95 % interval [low, high].
 
     Raises:
-        ValueError: There are no rows, or one is malformed; it names file and line, before anything is graded.
+        ValueError: The file has no rows, or a row is malformed. The message names file and line, before any grading.
     """
     find_grader(task, protocol)
     stored = read_completions(path, task)
@@ -51,22 +51,24 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
 
 
 def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
-    """Grade the rows of a file under every protocol of the task, and by `strict` of every reading of the answer.
+    """Grade the rows of a file under every protocol of the task, and under `strict` with every reading of the answer.
 
-    Call it to see how much of a published number is its parser. A reading (see `answers.readings`) is left out where
-    no completion has it.
+    Call it to see how much of a published number depends on its parser. A reading (see `answers.readings`) is left out
+    if no completion has it.
 
     Args:
-        path: As for `read_completions`.
-        task: Its name.
+        path: File of completions, as for `read_completions`.
+        task: Name of the task.
 
     Returns:
-        task, version, n; `rules`: by name, how many rows are right (of full marks) and each of RATES with its 95 %
-        [low, high]; `differences`: for each two sets of rules that disagree, the number of rows, of those where only
-        the first is right, and the ids of a few; `not_graded`: why a protocol could not grade these rows.
+        task, version, n; `rules`: by name, the number of right rows (full marks) and each of RATES with its 95 %
+        interval
+        [low, high]; `differences`: for each two sets of rules that disagree, the number of rows, the number of these
+        rows
+        in which only the first is right, and a few ids; `not_graded`: why a protocol could not grade these rows.
 
     Raises:
-        ValueError: As `grade_file` under strict.
+        ValueError: As for `grade_file` under strict.
     """
     find_grader(task, "strict")
     stored = read_completions(path, task)
@@ -102,7 +104,9 @@ def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
 
 
 def _differences(right: Mapping[str, list[bool]], ids: Sequence[str]) -> list[dict[str, Any]]:
-    """The pairs of verdicts that differ, those with the most rows first; rules that agree on every row are one."""
+    """Return the pairs of verdicts that differ, sorted by their number of rows; rules that agree on every row count as
+    one.
+    """
     agreeing: dict[tuple[bool, ...], list[str]] = {}
     for name, verdicts in right.items():
         agreeing.setdefault(tuple(verdicts), []).append(name)
@@ -116,19 +120,20 @@ def _differences(right: Mapping[str, list[bool]], ids: Sequence[str]) -> list[di
 
 
 def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
-    """Read the completions of a file, and what their graders need, under the names that the task has.
+    """Read the completions of a file and the fields that their graders need, under the task's names.
 
-    A .jsonl file has an object a line: ours; anyone's, with `completion` and the task's fields, or these as one
-    `reference`; lm-evaluation-harness' samples. A .json file has a list of such objects, or is one of d1's.
+    A .jsonl file has one object per line: this library's rows; rows of any source with `completion` and the task's
+    fields, or these fields as one `reference`; or samples of lm-evaluation-harness. A .json file has a list of such
+    objects, or is a file of d1.
 
     Raises:
-        ValueError: The file holds no rows, or a row has no completion; it names file and line.
+        ValueError: The file has no rows, or a row has no completion. The message names file and line.
     """
     if Path(path).suffix not in (".jsonl", ".json"):
         raise ValueError(f"{path} must be a .jsonl file (an object a line), or a .json file (a list of objects)")
     found: list[tuple[int, StoredCompletion]] = []
     for place, row in load_rows(path):
-        if isinstance(start := row.get("resume_from"), int):  # a resumed run writes the steps from here on again
+        if isinstance(start := row.get("resume_from"), int):  # a resumed run repeats the steps from here on
             found = [known for known in found if known[0] < start]
             continue
         step = row["step"] if isinstance(row.get("step"), int) else -1
@@ -146,16 +151,16 @@ def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
 
 
 def _named(row: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """The row with the names that this package has for its completion and its reference."""
+    """Return the row with this package's names of the completion and the reference."""
     names = dict(row)
-    if isinstance(doc := row.get("doc"), dict) and "resps" in row:  # of lm-evaluation-harness, whose `target` is a text
+    if isinstance(doc := row.get("doc"), dict) and "resps" in row:  # lm-evaluation-harness, whose `target` is a text
         resps = row["resps"]
         while isinstance(resps, list) and len(resps) == 1:
             resps = resps[0]
         if not isinstance(resps, str):
             raise ValueError("resps holds several texts; write a row for each")
         names = doc | {"completion": resps}
-    elif "completion" not in row and "generations" in row:  # of d1
+    elif "completion" not in row and "generations" in row:  # a row of d1
         names["completion"] = row["generations"]
     known = [name for name in ("reference", "ground_truth") if name in names]
     if not known:
@@ -179,7 +184,7 @@ def _id(row: Mapping[str, Any], place: str) -> str:
 
 
 def _fields(stored: Sequence[StoredCompletion], task: str, protocol: str) -> list[dict[str, Any]]:
-    """All rows' fields, read before any is graded: a broken line 900 must not cost the work on 899."""
+    """Read the fields of all rows before any row is graded: a broken line 900 must not waste the work on 899 rows."""
     fields = []
     for each in stored:
         try:
@@ -190,5 +195,5 @@ def _fields(stored: Sequence[StoredCompletion], task: str, protocol: str) -> lis
 
 
 def _rates(rewards: Sequence[Reward]) -> dict[str, Any]:
-    sums = sums_by_name([Graded(i, 0, reward) for i, reward in enumerate(rewards)])  # each row is a problem
+    sums = sums_by_name([Graded(i, 0, reward) for i, reward in enumerate(rewards)])  # each row counts as a problem
     return with_intervals({name: sums[name] for name in (*RATES, headline(sums)) if name in sums})

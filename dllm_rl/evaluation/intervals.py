@@ -13,8 +13,13 @@ Numbers = Sequence[float] | np.ndarray
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's score interval (1927) of p = successes/n, z the normal quantile; in [0, 1] and of positive width:
-    (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n). ValueError unless 0 <= successes <= n and n >= 1.
+    """Return Wilson's score interval (1927) of p = successes / n.
+
+    (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n), with z the normal quantile. The interval is in [0, 1]
+    and has a positive width.
+
+    Raises:
+        ValueError: Not 0 <= successes <= n, or n below 1.
     """
     if not (n >= 1 and 0 <= successes <= n):
         raise ValueError(f"successes={successes} of n={n}: needs 0 <= successes <= n and n >= 1")
@@ -23,7 +28,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     middle = p + z * z / (2 * n)
     reach = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # With no (every) success the bound is 0 (1) exactly; rounding must not move it.
+    # Without a success the lower bound is exactly 0; without a failure the upper bound is exactly 1, despite rounding.
     low = 0.0 if successes == 0 else (middle - reach) / scale
     high = 1.0 if successes == n else (middle + reach) / scale
     return low, high
@@ -32,7 +37,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 def bootstrap_mean(
     values: Numbers, generator: np.random.Generator, *, resamples: int = 2000, weights: Numbers | None = None
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (Efron 1979) for a mean, or with weights for sum(values)/sum(weights).
+    """Return the percentile bootstrap interval (Efron 1979) for a mean, or with weights for sum(values)/sum(weights).
 
     With 30 normal rows the interval covers 93 %, not 95 %.
     """
@@ -53,7 +58,9 @@ def bootstrap_difference(
     weights: Numbers | None = None,
     weights_before: Numbers | None = None,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (Efron 1979) for the mean of `values` less that of `before`, on the same rows."""
+    """Return the percentile bootstrap interval (Efron 1979) for the mean of `values` less the mean of `before`, on the
+    same rows.
+    """
     numbers = np.asarray(values, dtype=np.float64)
     other = np.asarray(before, dtype=np.float64)
     shares = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -62,40 +69,51 @@ def bootstrap_difference(
         raise ValueError(f"{len(numbers)} values, {len(other)} before: needs some values, and as many of each")
     found = []
     for _ in range(resamples):
-        rows = generator.integers(0, len(numbers), len(numbers))  # both values, so that a row's difficulty cancels
+        rows = generator.integers(0, len(numbers), len(numbers))  # both values of a row, so that its difficulty cancels
         found.append(numbers[rows].sum() / shares[rows].sum() - other[rows].sum() / others[rows].sum())
     low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased chance that one of k samples is correct (Chen et al. 2021, eq. 1), 1 - C(n - correct, k) / C(n, k), as a
-    product that neither overflows nor cancels. ValueError unless 0 <= correct <= n and 1 <= k <= n.
+    """Return the unbiased probability that one of k samples is correct (Chen et al. 2021, eq. 1).
+
+    1 - C(n - correct, k) / C(n, k), computed as a product that neither overflows nor cancels.
+
+    Raises:
+        ValueError: Not 0 <= correct <= n, or not 1 <= k <= n.
     """
     if not (0 <= correct <= n and 1 <= k <= n):
         raise ValueError(f"n={n}, correct={correct}, k={k}: needs 0 <= correct <= n and 1 <= k <= n")
     if n - correct < k:
         return 1.0
-    none_right = 1.0  # the chance that k samples are all wrong
+    none_right = 1.0  # the probability that all k samples are wrong
     for i in range(n - correct + 1, n + 1):
         none_right *= 1 - k / i
     return 1 - none_right
 
 
 def majority_at_k(n: int, correct: int, wrong: Sequence[int], k: int) -> float:
-    """Unbiased chance that the most frequent answer among k of n samples is right: the exact mean over all subsets.
+    """Return the unbiased probability that the most frequent answer of k of n samples is right: the exact mean over all
+    subsets.
+
+    A tie counts as the right answer's share of the tie; k samples without a vote are wrong [ours].
 
     Args:
-        correct: Samples with the right answer; wrong: samples with each wrong answer. The others have no vote.
+        n: Number of samples.
+        correct: Number of samples with the right answer.
+        wrong: Number of samples with each wrong answer. The remaining samples have no vote.
+        k: Number of samples that vote.
 
-    A tie counts as the right answer's share of it; k samples without a vote are wrong [ours]. ValueError if k > n.
+    Raises:
+        ValueError: k is above n or below 1, or the counts do not fit n.
     """
     if not (min(correct, *wrong, 0) == 0 and correct + sum(wrong) <= n and 1 <= k <= n):
         raise ValueError(f"n={n}, correct={correct}, wrong={wrong}, k={k}: needs correct + sum(wrong) <= n, n >= k > 0")
     right = Fraction(0)
     for most in range(1, min(correct, k) + 1):  # votes for the right answer, which no other answer may exceed
         rivals = [count for count in wrong if count >= most]
-        free = n - correct - sum(rivals)  # samples that cannot tie, however many are drawn
+        free = n - correct - sum(rivals)  # samples whose answers cannot tie
         ways = Counter({(drawn, 1): comb(free, drawn) for drawn in range(k - most + 1)})  # (drawn, answers that tie)
         for count in rivals:
             more: Counter[tuple[int, int]] = Counter()

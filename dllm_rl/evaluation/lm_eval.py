@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 try:
-    import lm_eval.models  # noqa: F401 - the harness has its own models only if no other one was registered before
+    import lm_eval.models  # noqa: F401 - the harness registers its models only if no other model was registered before
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
@@ -25,21 +25,29 @@ from dllm_rl.tasks.answers import cut
 from dllm_rl.types import Prompts, Rollout
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
-MAX_NEW_TOKENS = 256  # where neither the sampler nor the task says; as other models of the harness have it
+MAX_NEW_TOKENS = 256  # if neither the sampler nor the task sets it; the default of the harness's models
 
 
 class HarnessModel(TemplateLM):
-    """Answers the harness's three kinds of request with a sampler and a likelihood estimator, in one process.
+    """Model of lm-evaluation-harness that answers its three kinds of request with a sampler and a likelihood estimator,
+    in one process.
+
+    Completions depend on the seed, the task's row and the sample, like completions of `evaluate`, and not on the batch.
 
     Args:
-        sampler: Unmask or autoregress with its settings bound. Of a task's generation settings `until` is used, and
-            `max_gen_toks` where the sampler's max_new_tokens is not bound.
-        likelihood: Any estimator that needs no recorded unmasking: causal(), elbo(), coupled(), quadrature() ...; nats.
-        greedy: Find out if greedy decoding gives the continuation (one forward per token); False: none is greedy.
+        policy: Policy to evaluate.
+        sampler: `unmask` or `autoregress` with its settings bound. It uses `until` of a task's generation settings, and
+            `max_gen_toks` if the sampler's max_new_tokens is not bound.
+        likelihood: Estimator of log-probs in nats that needs no recorded unmasking: causal(), elbo(), coupled(),
+            quadrature() ...
+        batch_size: Rows per forward. Default: 32.
+        greedy: Whether to test if greedy decoding gives the continuation, which costs one forward per token. False: no
+            continuation counts as greedy.
+        seed: Seed of completions and masks. Default: 0.
 
-    Completions depend on the seed, the task's row and the sample, as those of `evaluate` do; not on the batch.
-    Raises ValueError for an estimator that does not fit this policy, for a text that is too long, and for a task that
-    samples at another temperature.
+    Raises:
+        ValueError: The estimator does not fit this policy, a text is too long, or a task samples at another
+            temperature.
     """
 
     def __init__(
@@ -82,7 +90,7 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         settings = [request.args[1] for request in requests]
-        samples: Counter[tuple[str, int]] = Counter()  # so far, of each row of each task
+        samples: Counter[tuple[str, int]] = Counter()  # number so far, for each row of each task
         rows = []
         for request in requests:
             row = (request.task_name, request.doc_id)
@@ -98,14 +106,14 @@ class HarnessModel(TemplateLM):
             for place, text in zip(places, decode(self.policy, rollout), strict=True):
                 until = settings[place].get("until") or []
                 stops = [until] if isinstance(until, str) else until
-                texts[place] = cut(text, 0, tuple(filter(None, stops)))  # an empty one stops nothing
+                texts[place] = cut(text, 0, tuple(filter(None, stops)))  # an empty text stops nothing
                 self.cache_hook.add_partial("generate_until", requests[place].args, texts[place])
         return texts
 
     def _length(self, asked: Mapping[str, Any]) -> int:
-        """max_new_tokens for a task's generation settings."""
+        """Return max_new_tokens for a task's generation settings."""
         own = getattr(self.sampler, "keywords", {})
-        held = inspect.signature(self.sampler).parameters["temperature"].default  # bound, or the sampler's own
+        held = inspect.signature(self.sampler).parameters["temperature"].default  # bound, or the sampler's default
         temperature = asked.get("temperature") if asked.get("do_sample", True) else 0.0
         if temperature is not None and temperature != held:
             raise ValueError(
@@ -136,7 +144,7 @@ class HarnessModel(TemplateLM):
         return list(zip(self._scored(pairs), greedy, strict=True))
 
     def _scored(self, pairs: Sequence[Pair]) -> list[float]:
-        """Estimates of log p(continuation | context), nats."""
+        """Return estimates of log p(continuation | context), in nats."""
         values: list[float] = []
         for start in range(0, len(pairs), self.batch_size):
             rollout = as_rollout(self.policy, pairs[start : start + self.batch_size])
@@ -145,7 +153,7 @@ class HarnessModel(TemplateLM):
         return values
 
     def _is_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
-        """Whether greedy decoding of as many tokens, one at a time, gives the continuation."""
+        """Return whether greedy decoding of as many tokens, one at a time, gives the continuation."""
         decoder = partial(sampler_for(self.policy), temperature=0.0)
         found = [False] * len(pairs)
         for length, places in _batches([len(continuation) for _, continuation in pairs], self.batch_size):
@@ -157,7 +165,7 @@ class HarnessModel(TemplateLM):
 
 
 def _batches(lengths: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
-    """A length and places that have it, at most `size`: a diffusion model's tokens depend on how many there are."""
+    """Yield a length and at most `size` places of this length: a diffusion model's tokens depend on the length."""
     by_length = defaultdict(list)
     for place, length in enumerate(lengths):
         by_length[length].append(place)
@@ -167,7 +175,11 @@ def _batches(lengths: Sequence[int], size: int) -> Iterator[tuple[int, list[int]
 
 
 def as_rollout(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
-    """Continuations as if sampled: rows are left-padded. Raises ValueError for a pair longer than the model allows."""
+    """Return continuations as if they were sampled, with left-padded rows.
+
+    Raises:
+        ValueError: A pair is longer than the model allows.
+    """
     ids = [[*context, *continuation] for context, continuation in pairs]
     chosen = [[False] * len(context) + [True] * len(continuation) for context, continuation in pairs]
     prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, open_positions=chosen)
@@ -177,6 +189,6 @@ def as_rollout(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
         raise ValueError(f"a context and continuation of {width} tokens exceed the model's {limit} positions")
     tokens = prompts.tokens
     opened = torch.zeros(tokens.shape, dtype=torch.bool) if prompts.infill_mask is None else prompts.infill_mask
-    blank = torch.zeros(tokens.shape)  # nothing was sampled: no step and no log-prob is recorded
+    blank = torch.zeros(tokens.shape)  # nothing was sampled: there is no step and no log-prob
     steps = torch.full_like(tokens, -1)
     return Rollout(tokens, prompts.attention_mask, opened, steps, blank, group_size=1).to(policy.device)

@@ -13,7 +13,7 @@ import numpy as np
 from dllm_rl.evaluation.intervals import bootstrap_difference, bootstrap_mean, majority_at_k, pass_at_k, wilson
 from dllm_rl.tasks.base import Reward, addends
 
-RATES = ("parsed", "accuracy", "solve_rate", "undecided", "cell_accuracy")  # what is shown, where a grader has it
+RATES = ("parsed", "accuracy", "solve_rate", "undecided", "cell_accuracy")  # shown if a grader has it
 Sums = dict[int, tuple[float, float]]  # problem -> a metric's sum over its completions, and the sum's divisor
 
 
@@ -22,9 +22,9 @@ class Graded:
     problem: int
     sample: int
     reward: Reward
-    tokens: int = 0  # before the end token; 0 here and below: unknown
-    forwards: float = 0.0  # its share of the batch's
-    seconds: float = 0.0  # its share of the batch's
+    tokens: int = 0  # before the end token; here and below, 0: unknown
+    forwards: float = 0.0  # its share of the batch's cost
+    seconds: float = 0.0  # its share of the batch's cost
     steps: int = 0  # forwards that its row took part in, whatever the batch
 
 
@@ -41,12 +41,14 @@ class Evaluation:
 
     @cached_property
     def means(self) -> dict[str, float]:
-        """Means over all completions: reward, parsed, and every name of the rewards' breakdown."""
+        """Return means over all completions: reward, parsed, and every name of the rewards' breakdown."""
         return {name: mean(*columns(sums)) for name, sums in self.sums.items()}
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Facts, n problems, samples per problem, every mean and pass@k with its interval, and the cost; plain JSON."""
+        """Return facts, number of problems, samples per problem, every mean and pass@k with its interval, and costs, as
+        plain JSON.
+        """
         problems = len(self.sums["reward"])
         samples = len(self.answers) // problems
         found = dict(self.sums)
@@ -56,8 +58,8 @@ class Evaluation:
             for answer in self.answers:
                 rewards[answer.problem].add(answer.reward.value)
             equal = {problem: (float(len(values) == 1), 1.0) for problem, values in rewards.items()}
-            found["frac_reward_zero_std"] = equal  # of problems, as a run's metric of this name
-        if samples > 1 and right != "reward":  # a reward is no count of right samples
+            found["frac_reward_zero_std"] = equal  # share of problems, like a run's metric of this name
+        if samples > 1 and right != "reward":  # a reward does not count right samples
             for k in (*(2**i for i in range(samples.bit_length()) if 2**i < samples), samples):
                 found[f"pass@{k}"] = {}
                 for problem, (count, _) in self.sums[right].items():
@@ -69,7 +71,11 @@ class Evaluation:
         return {**self.facts, "n": problems, "samples": samples, **with_intervals(found), **cost}
 
     def majority(self, ks: Sequence[int]) -> dict[str, Any]:
-        """maj@k by `majority_at_k`, and its interval. Errors: ValueError without answers or k samples."""
+        """Return maj@k by `majority_at_k`, with its interval.
+
+        Raises:
+            ValueError: The grader returns no answers, or there are fewer than k samples.
+        """
         right = headline(self.means)
         wrong: defaultdict[int, Counter[str]] = defaultdict(Counter)
         for answer in self.answers if ks else ():
@@ -86,24 +92,26 @@ class Evaluation:
 
 
 def sums_by_name(answers: Sequence[Graded]) -> dict[str, Sums]:
-    """The `Sums` of each metric, by name: a mean's divisor counts completions, a ratio's what `addends` divides by."""
+    """Return the `Sums` of each metric by name. The divisor of a mean counts completions; `addends` gives the divisor
+    of a ratio.
+    """
     found: dict[str, Sums] = {}
     for answer in answers:
         for name, (value, weight) in addends(answer.reward).items():
             sums = found.setdefault(name, {})
-            if weight:  # a puzzle without empty cells has no share of them
+            if weight:  # a puzzle without empty cells has no share of empty cells
                 before = sums.get(answer.problem, (0.0, 0.0))
                 sums[answer.problem] = before[0] + value, before[1] + weight
     return dict(sorted(found.items()))
 
 
 def columns(sums: Sums) -> Any:
-    """The problems' sums, and their divisors; a metric that no problem has is 0."""
+    """Return the problems' sums and their divisors; a metric that no problem has is 0."""
     return zip(*(sums.values() or [(0.0, 1.0)]), strict=True)
 
 
 def headline(names: Collection[str]) -> str:
-    """The metric that a task is known by, if it is in `names`."""
+    """Return the main metric of a task: accuracy or solve_rate if it is in `names`, else reward."""
     for name in ("accuracy", "solve_rate"):
         if name in names:
             return name
@@ -111,7 +119,7 @@ def headline(names: Collection[str]) -> str:
 
 
 def best_of(looked_at: Sequence[tuple[float, str]], metric: str) -> str:
-    """The highest of the (value, label), of how many it is, and the last one, which no choice flatters."""
+    """Return a line with the highest (value, label), the number of values, and the last one, which is not selected."""
     best, where = max(looked_at, key=itemgetter(0))
     last, end = looked_at[-1]
     of = f"the highest of {len(looked_at)}, which flatters it"
@@ -119,11 +127,13 @@ def best_of(looked_at: Sequence[tuple[float, str]], metric: str) -> str:
 
 
 def paired_differences(found: Evaluation, before: Evaluation) -> dict[str, list[float]]:
-    """Each mean less that of another evaluation: [difference, low, high], a 95 % interval, over problems with both."""
+    """Return each mean less the mean of another evaluation: [difference, low, high], with a 95 % interval, over the
+    problems that both have.
+    """
     differences = {}
     for name, now in found.sums.items():
         then = before.sums.get(name, {})
-        both = sorted(now.keys() & then.keys())  # in one order, whatever the sets': the draws depend on it
+        both = sorted(now.keys() & then.keys())  # sorted, since the draws depend on the order
         if both:
             values, weights = zip(*map(now.__getitem__, both), strict=True)
             earlier, shares = zip(*map(then.__getitem__, both), strict=True)
@@ -138,7 +148,7 @@ def mean(values: Sequence[float], weights: Sequence[float]) -> float:
 
 
 def with_intervals(found: Mapping[str, Sums]) -> dict[str, Any]:
-    """NAME, its mean, and NAME_interval, [low, high], for each name."""
+    """Return NAME, its mean, and NAME_interval, [low, high], for each name."""
     shown: dict[str, Any] = {}
     for name, sums in found.items():
         values, weights = columns(sums)
@@ -148,9 +158,9 @@ def with_intervals(found: Mapping[str, Sums]) -> dict[str, Any]:
 
 
 def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """A 95 % interval: Wilson's if every problem gives 0 or 1, else a bootstrap over problems, from a fixed seed."""
-    # Samples of a problem are not independent, so problems are resampled. Cells of a puzzle are no trials, even if all
-    # are right; and a reward is a number by nature.
+    """Return a 95 % interval: Wilson's if every problem gives 0 or 1, else a bootstrap over problems, of fixed seed."""
+    # Samples of a problem are not independent, so problems are resampled. Cells of a puzzle are not trials, even if all
+    # are right, and neither is a reward.
     numbers = np.asarray(values)
     trials = ((numbers == 0) | (numbers == np.asarray(weights))).all()
     if trials and name not in ("reward", "cell_accuracy"):

@@ -18,12 +18,12 @@ COSTS = ("forwards_per_answer", "tokens_per_forward", "tokens", "forwards", "sec
 
 
 def varying(found: Sequence[dict[str, Any]]) -> list[str]:
-    """The settings in which the results differ; the model if the results differ in nothing."""
+    """Return the settings in which the results differ; the model if the results differ in nothing."""
     return [name for name in SETTINGS if len({str(row.get(name)) for row in found}) > 1] or ["model"]
 
 
 def write_csv(path: Path, found: Sequence[dict[str, Any]]) -> None:
-    """A row per result: settings, each metric with its interval, and the difference from the first model, if any."""
+    """Write a row per result: settings, each metric with its interval, and differences from the first model."""
     rows = []
     for result in found:
         row = {name: result.get(name) for name in (*FACTS, *SETTINGS)}
@@ -38,7 +38,7 @@ def write_csv(path: Path, found: Sequence[dict[str, Any]]) -> None:
         for name in COSTS:
             row[name] = result[name]
         rows.append(row)
-    header = list(dict.fromkeys(chain.from_iterable(rows)))  # the first model has no differences, later ones have
+    header = list(dict.fromkeys(chain.from_iterable(rows)))  # only later models have differences
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, header)
         writer.writeheader()
@@ -46,14 +46,16 @@ def write_csv(path: Path, found: Sequence[dict[str, Any]]) -> None:
 
 
 def plot_curve(path: Path, found: Sequence[dict[str, Any]]) -> None:
-    """A PNG: the headline metric with 95 % intervals against forwards and seconds an answer; a line per sampler."""
+    """Write a PNG: the headline metric with 95 % intervals against forwards and seconds per answer, with a line per
+    sampler.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     metric = headline(found[0])
-    differ = [name for name in varying(found) if name != "diffusion_steps"]  # steps are the axis
+    differ = [name for name in varying(found) if name != "diffusion_steps"]  # steps are on the axis
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in found:
         # The numbers of an adaptive rule (threshold=0.9, 0.8 ...) are points of one line.

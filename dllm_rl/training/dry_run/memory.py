@@ -392,8 +392,7 @@ def shared_out(memory: Memory, module: Module, size: int) -> Memory:
 
 
 def forget_data(module: Module, dtype: torch.dtype | None, quantization: str | None) -> Module:
-    """Return the module with empty tensors: floating weights in `dtype`, a quantized base's linear layers in few bits.
-    """
+    """Return the module with empty tensors: floating weights in `dtype`, linear layers of a quantized base packed."""
     new: dict[int, Tensor] = {}
 
     def empty(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
