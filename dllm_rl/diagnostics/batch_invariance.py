@@ -1,8 +1,8 @@
 """A reference without training-inference mismatch (VeXact, 2605.14220 [paper]): rollout and learner agree bit for bit.
 
 Kernels depend on the batch's shape: a processor rounds the same row differently in batches of different size. So
-without this reference unquantised rollouts agree with the learner to rounding only. Here products run in tiles of a
-fixed number of rows, attention row by row.
+without this reference unquantized rollouts agree with the learner only to rounding. In this reference products run in
+tiles of a fixed number of rows, and attention runs row by row.
 """
 
 import os
@@ -26,7 +26,11 @@ SETTINGS = (":4096:8", ":16:8")  # which torch reads once, at the first product 
 
 
 def prepare_workspace() -> None:
-    """Set what deterministic products on a GPU need; ValueError if the process has made one without it."""
+    """Set the environment that deterministic products on a GPU need.
+
+    Raises:
+        ValueError: The process has made a product on the GPU without it.
+    """
     if not torch.cuda.is_available():
         return
     found = os.environ.get(WORKSPACE)
@@ -36,14 +40,14 @@ def prepare_workspace() -> None:
     try:
         with deterministic():
             one @ one
-    except RuntimeError:  # torch says so of a setting that came too late, and nowhere else
+    except RuntimeError:  # torch raises it if the setting came too late; there is no other sign
         late = f"{WORKSPACE} was {found!r} at this process's first product on the GPU"
         raise ValueError(f"zero_mismatch: {late}: export {WORKSPACE}={SETTINGS[0]} before Python starts") from None
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Torch's deterministic algorithms in the block; an error for an operation that has none."""
+    """Use torch's deterministic algorithms in the block; an operation without one raises an error."""
     before = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True)
     try:
@@ -52,12 +56,12 @@ def deterministic() -> Iterator[None]:
         torch.set_deterministic_debug_mode(before)
 
 
-# The names that torch and transformers have for the product of rows, sorted by expert, with stacked experts.
+# The functions of torch and transformers for the product of rows, sorted by expert, with stacked experts.
 GROUPED = [f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None]
 
 
 class BatchInvariantOps(TorchFunctionMode):
-    """Linear layers in tiles of `tile` rows, the last filled up with zeros; attention row by row."""
+    """Runs linear layers in tiles of `tile` rows, the last tile filled with zeros, and attention row by row."""
 
     def __init__(self, tile: int) -> None:
         super().__init__()
@@ -80,23 +84,23 @@ class BatchInvariantOps(TorchFunctionMode):
         if func is torch.matmul and args[0].dim() == args[1].dim() == 4:
             pairs = zip(args[0].split(1), args[1].split(1), strict=True)
             return torch.cat([torch.matmul(left, right) for left, right in pairs])
-        if func is torch.matmul and args[1].dim() == 2:  # of self-conditioning: probabilities with embeddings
+        if func is torch.matmul and args[1].dim() == 2:  # self-conditioning: probabilities times embeddings
             return self.linear(args[0], args[1].T)
         return func(*args, **kwargs)
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = input.reshape(-1, input.shape[-1])
-        filled = F.pad(rows, (0, 0, 0, -len(rows) % self.tile))  # the last tile has as many rows as the others
+        filled = F.pad(rows, (0, 0, 0, -len(rows) % self.tile))  # fill up the last tile
         out = torch.cat([F.linear(part, weight, bias) for part in filled.split(self.tile)])
         return out[: len(rows)].unflatten(0, input.shape[:-1])
 
     def grouped(
         self, input: Tensor, weight: Tensor, *, offs: Tensor, bias: None = None, out_dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Products of stacked experts, expert by expert: rows up to offs[0] with weight[0] (K, N), and so on."""
+        """Multiply stacked experts one by one: rows up to offs[0] with weight[0] (K, N), and so on."""
         counts = offs.diff(prepend=offs.new_zeros(1)).tolist()
         parts = input.split([*counts, len(input) - sum(counts)])
-        # Not strict: rows behind the last expert's are no expert's, and get no product.
+        # Not strict: rows after the last expert's rows belong to no expert, and have no product.
         out = torch.cat([self.linear(part, one.T) for part, one in zip(parts, weight, strict=False)])
         return out.to(out_dtype or out.dtype)
 
@@ -112,9 +116,12 @@ class BatchInvariantOps(TorchFunctionMode):
 
 @contextmanager
 def batch_invariant(*, tile: int = 64) -> Iterator[None]:
-    """Batch-invariant, deterministic and slow arithmetic in the block: on a CPU it runs in one thread. Every setting is
-    restored after it. A key-value cache, and inputs with one scale per tensor, still differ. Raises as
-    `prepare_workspace` does.
+    """Use batch-invariant, deterministic and slow arithmetic in the block: on a CPU it runs in one thread.
+
+    Every setting is restored after the block. A key-value cache, and inputs with one scale per tensor, still differ.
+
+    Raises:
+        ValueError: tile is below 1, or as for `prepare_workspace`.
     """
     if tile < 1:
         raise ValueError(f"tile={tile} must be at least 1 row")
@@ -123,19 +130,19 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
         (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
         (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
         (cudnn, "allow_tf32", False),
-        (cudnn, "benchmark", False),  # the autotuner chooses a kernel by time, which varies
+        (cudnn, "benchmark", False),  # the autotuner chooses a kernel by its time, which varies
         (cudnn, "deterministic", True),
     ]
     before = [getattr(owner, name) for owner, name, _ in switches]
     precision = torch.get_float32_matmul_precision()
     threads = torch.get_num_threads()
     plain = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext()  # CUDA's plain attention
-    prepare_workspace()  # first: it raises where nothing has been changed yet
+    prepare_workspace()  # first: an error must come before any change
     try:
         for owner, name, value in switches:
             setattr(owner, name, value)
-        torch.set_float32_matmul_precision("highest")  # also switches TF32 products off
-        torch.set_num_threads(1)  # how a kernel is split among threads depends on the batch, and rounds accordingly
+        torch.set_float32_matmul_precision("highest")  # also turns TF32 products off
+        torch.set_num_threads(1)  # the split of a kernel into threads, and its rounding, depend on the batch
         with deterministic(), BatchInvariantOps(tile), plain:
             yield
     finally:
@@ -148,7 +155,7 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
 def check_bitwise_equal(
     rollout: Rollout, views: Views, logps: Logprobs, *, policy: Policy, rollout_policy: Policy
 ) -> None:
-    """RuntimeError, naming position and layer, unless learner and rollout agree bit for bit in every scored row."""
+    """Raise RuntimeError, naming position and layer, unless learner and rollout agree bitwise in every scored row."""
     mask = views.scored(rollout.completion_mask)
     differs = mask & (logps.old_logprobs != logps.rollout_logprobs)
     if not differs.any():
@@ -162,7 +169,7 @@ def check_bitwise_equal(
     theirs = layer_outputs(rollout_policy, tokens, seen)
     where = "no layer differs when both score this row alone: the sampler, the batch's shape, or the settings do"
     if parted := [name for name in ours if name in theirs and not torch.equal(ours[name], theirs[name])]:
-        where = f"the hidden states part at {parted[0]}"  # in the order of the forward
+        where = f"the hidden states part at {parted[0]}"  # names are in the order of the forward
     raise RuntimeError(
         f"zero_mismatch: {int(differs.sum())} of {int(mask.sum())} log-probs differ, the first at row {row}, position "
         f"{position} (token {token}, {policy.tokenizer.decode([token])!r}): learner "
@@ -173,7 +180,7 @@ def check_bitwise_equal(
 
 @torch.no_grad()
 def layer_outputs(policy: Policy, tokens: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Outputs of every layer with weights of its own (an adapted layer is one), in order of execution."""
+    """Return the outputs of every layer that has weights (an adapted layer is one layer), in order of execution."""
     outputs: dict[str, Tensor] = {}
     hooks = []
     for name, layer in policy.module.named_modules():

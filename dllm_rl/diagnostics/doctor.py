@@ -1,7 +1,7 @@
 """Attribution by ablation: remove one difference between rollout and learner at a time, and measure the log-probs.
 
-Policies between the two differ in one thing each, so that the steps (score before a switch - after it) add up to
-log_mismatch, nats. Their logits are fp32, so that heads in 16 bits are one cause.
+Between the two policies there is a chain of policies that differ in one thing each, so that the steps (log-prob before
+a switch - after it) add up to log_mismatch, in nats. Their logits are fp32, so that heads in 16 bits are one cause.
 """
 
 import copy
@@ -52,7 +52,7 @@ PADDING = 3  # columns that the padding probe adds on the left
 
 @dataclass(frozen=True)
 class Cause:
-    """One cause alone: mean and max |d|, k3 = mean(rho - 1 - log rho) in nats, effective sample size; rho = exp(d)."""
+    """One cause: mean and max |d|, k3 = mean(rho - 1 - log rho) in nats, effective sample size; rho = exp(d)."""
 
     name: str
     mean_abs: float
@@ -78,7 +78,7 @@ class WorstToken:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole mismatch by cause, and where it is largest."""
+    """The full mismatch by cause, and the tokens and layers with the largest mismatch."""
 
     scheme: str
     num_tokens: int
@@ -86,15 +86,15 @@ class Report:
     causes: tuple[Cause, ...]  # by mean |d|
     tokens: tuple[WorstToken, ...]
     layers: tuple[tuple[str, float], ...]  # by relative error of their outputs
-    half_heads: Cause | None = None  # the whole with 16-bit heads, both sides scored again
-    # Shares of first-step positions and of prompts whose order is the learner's; log-probs given the order miss it.
+    half_heads: Cause | None = None  # the full mismatch with 16-bit heads, log-probs of both sides recomputed
+    # Shares of first-step positions and of prompts with the learner's order; log-probs do not show the order.
     order: tuple[float, float] | None = None
-    routing: tuple[float, ...] | None = None  # share of the rollout's experts that the learner takes too, by layer
+    routing: tuple[float, ...] | None = None  # share of the rollout's experts that the learner uses too, by layer
     load: tuple[tuple[tuple[int, ...], ...], ...] | None = None  # each expert's tokens by layer; rollout, then learner
 
     @property
     def worst(self) -> float:
-        """Mean |d| of the whole, or of a probed cause if larger; nats."""
+        """Return the mean |d| of the full mismatch, or of a probed cause if it is larger, in nats."""
         return max(self.total.mean_abs, self.causes[0].mean_abs)
 
     @property
@@ -124,16 +124,29 @@ def diagnose(
     seed: int = 0,
     num_worst: int = 5,
 ) -> Report:
-    """Sample `prompts` as a run would, and attribute log_mismatch = logp_learner - logp_rollout to its causes.
+    """Attribute the mismatch of rollout and learner to its causes.
+
+    Call it if a run's mismatch metrics are large. It samples `prompts` as a run would, and splits log_mismatch =
+    logp_learner - logp_rollout, in nats.
 
     Args:
-        config: The rollout's quantisation; None: that of rollout_policy, or none.
-        likelihood: None: the exact one (trajectory, or causal).
-        rollout_policy: The policy that samples, to look for stale weights or precision; None: a fresh copy.
-        learner_sampling_params: For the learner's scoring; None: the rollout's.
-        share_noise: Both sides use the same masks.
+        policy: Policy of the learner.
+        config: Quantization of the rollout. None (default): the quantization of rollout_policy, or none.
+        prompts: Prompts to sample, with `group_size` completions each.
+        sampler: Sampler of the rollout, with its settings bound.
+        likelihood: Estimator of the log-probs. None (default): the exact one (trajectory, or causal).
+        rollout_policy: Policy that samples, to look for stale weights or precision. None (default): a fresh copy.
+        learner_sampling_params: Sampling parameters for the learner's log-probs. None (default): the rollout's.
+        share_noise: Whether both sides use the same masks. Default: True.
+        micro_batch_size: Rows per forward. None (default): all rows.
+        seed: Seed of the rollout and the masks. Default: 0.
+        num_worst: Number of worst tokens and of worst layers in the report. Default: 5.
 
-    Raises ValueError when the sampler chose no token.
+    Returns:
+        The causes by mean |d|, the worst tokens and layers, and a verdict with advice.
+
+    Raises:
+        ValueError: The sampler chose no token.
     """
     config = getattr(rollout_policy, "quantization", None) if config is None else config
     rollout_policy = quantized_copy(policy, config) if rollout_policy is None else rollout_policy
@@ -146,11 +159,11 @@ def diagnose(
     own_noise = views if share_noise else likelihood.draw_views(rollout, Generator().manual_seed(seed + 1))
 
     scored_as = replace(rollout, sampling_params=learner_sampling_params or rollout.sampling_params)
-    # From the learner's own score to the sampler's record, each score differs from the one before in one thing.
+    # From the learner's log-probs to the sampler's record, each score differs from the previous one in one thing.
     learner = score(policy, scored_as, own_noise)
     mirrored = score(policy, rollout, own_noise)
     ours = score(policy, rollout, views)
-    chosen = watched(policy, rollout, views) if mixtures(policy.module) else views  # keeps the rollout's experts
+    chosen = watched(policy, rollout, views) if mixtures(policy.module) else views  # records the rollout's experts
     theirs = score(rollout_policy, rollout, chosen)
     sampled = recorded(rollout, views) if likelihood.exact_for_sampler else theirs
 
@@ -158,11 +171,11 @@ def diagnose(
     steps |= forward_steps(score, policy, rollout_policy, config, rollout, views, chosen, ours, theirs)
     order = exact.draw_views(rollout, Generator())
     replay = exact.logprobs(rollout_policy, rollout, order, micro_batch_size=micro_batch_size)
-    # An exact replay runs without a cache: what it misses of the sampler's own record is the cache's.
+    # An exact replay runs without a cache: its difference from the sampler's record is due to the cache.
     steps["cache or sampler"] = torch.where(mask, replay - recorded(rollout, order), 0)
-    # Padding and batch shape are probed on the learner alone.
+    # Padding and batch shape are probed only on the learner.
     steps["padding"] = ours - score(policy, *pad_left(rollout, views, policy.pad_id))[:, PADDING:]
-    whole = score(policy, rollout, views, micro_batch_size=None)  # all rows at once, against a prompt's rows
+    whole = score(policy, rollout, views, micro_batch_size=None)  # all rows together, against one prompt's rows
     steps["batch shape"] = whole - score(policy, rollout, views, micro_batch_size=rollout.group_size)
 
     causes = [measure(name, step, mask) for name, step in steps.items()]
@@ -191,14 +204,16 @@ def forward_steps(
     ours: Tensor,
     theirs: Tensor,
 ) -> dict[str, Tensor]:
-    """What each switch takes off the log-probs, from the learner's forward (`ours`) to the rollout's (`theirs`)."""
-    # Between the two sides' own heads every forward has one in fp32, so that rounding in a head is one cause alone.
+    """Return the part of the log-probs that each switch removes, from the learner's forward (`ours`) to the rollout's
+    (`theirs`).
+    """
+    # All forwards between the two sides have a head in fp32, so that rounding in a head is one separate cause.
     learner = with_head(policy, float32=True)
     plain = with_head(in_rollout_forward(policy, rollout_policy), float32=True)
     first = ours if policy.float32_head else score(learner, rollout, views)
     last = theirs if rollout_policy.float32_head else score(with_head(rollout_policy, float32=True), rollout, views)
     states = {}
-    taken = as_chosen(chosen, rollout)  # later forwards take the rollout's experts, so that they add no routing
+    taken = as_chosen(chosen, rollout)  # later forwards use the rollout's experts, so that they add no routing
     if chosen is not views:
         states["routing"] = score(learner, rollout, taken)
     states["precision"] = score(plain, rollout, taken)
@@ -220,7 +235,7 @@ def forward_steps(
 def half_heads(
     score: Callable[..., Tensor], policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views
 ) -> Cause | None:
-    """The mismatch that heads in 16 bits would add to; None unless both have fp32 heads that could be in 16 bits."""
+    """Return the mismatch with heads in 16 bits; None unless both policies have fp32 heads that could be in 16 bits."""
     if not (policy.float32_head and rollout_policy.float32_head and computes_in_half(policy, rollout_policy)):
         return None
     learner = score(with_head(policy, float32=False), rollout, views)
@@ -229,7 +244,7 @@ def half_heads(
 
 
 def same_experts(policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views) -> dict[str, Any]:
-    """`Report.routing` and `Report.load`; nothing without mixtures."""
+    """Return `Report.routing` and `Report.load`; {} without mixtures."""
     counts = routing_counts(policy, rollout_policy, rollout, views)
     if counts is None:
         return {}
@@ -239,21 +254,21 @@ def same_experts(policy: Policy, rollout_policy: Policy, rollout: Rollout, views
 
 
 def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Cause:
-    """A difference of log-probs (nats) over the marked tokens."""
+    """Summarize a difference of log-probs (nats) over the marked tokens."""
     found = mismatch_metrics(d, mask)
     keys = ("abs_log_ratio_mean", "abs_log_ratio_max", "k3_kl", "rollout_is_eff_sample_size")
     return Cause(name, *(found[f"rollout_corr/{key}"] for key in keys))
 
 
 def with_head(policy: Policy, *, float32: bool) -> Policy:
-    """The same policy, weights shared, with its logits in fp32 or in its own dtype."""
-    other = copy.copy(policy)  # shallow: the modules, and with them the weights, are shared
+    """Return the same policy, with shared weights and its logits in fp32 or in the weights' dtype."""
+    other = copy.copy(policy)  # shallow: the modules and their weights are shared
     other.float32_head = float32
     return other
 
 
 def computes_in_half(*policies: Policy) -> bool:
-    """Whether a head without float32_head would compute in 16 bits."""
+    """Return whether a head without float32_head would compute in 16 bits."""
     for policy in policies:
         head = output_embeddings(policy.module)
         weight = next(policy.module.parameters()) if head is None else head.weight
@@ -264,7 +279,7 @@ def computes_in_half(*policies: Policy) -> bool:
 
 @torch.no_grad()
 def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
-    """The learner's weights in the rollout's forward: its dtype, its buffers (rotary tables), its head."""
+    """Return the learner's weights in the rollout's forward: its dtype, its buffers (rotary tables), its head."""
     plain = quantized_copy(policy, None)
     plain.spec = rollout_policy.spec
     quantised = {place(name)[0] for name, _ in quantized_layers(rollout_policy)}
@@ -273,7 +288,7 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
     for name, parameter in plain.module.named_parameters():
         if name in kinds:
             parameter.data = parameter.data.to(kinds[name])
-        elif name in quantised and len(common) == 1:  # codes do not tell the dtype that a layer computes in
+        elif name in quantised and len(common) == 1:  # codes do not show the dtype that a layer computes in
             parameter.data = parameter.data.to(*common)
     for name, buffer in rollout_policy.module.named_buffers():
         owner, _, kind = name.rpartition(".")
@@ -284,9 +299,9 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
 
 @torch.no_grad()
 def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
-    """Two copies: with rounded weights only, and fully quantised."""
+    """Return two copies: with only the weights rounded, and fully quantized."""
     fresh = quantized_copy(plain, config)
-    rounded = quantized_copy(plain, None)  # plain layers, which do not quantise what comes in
+    rounded = quantized_copy(plain, None)  # plain layers, which do not quantize their inputs
     weights = dict(rounded.module.named_parameters())
     for name, layer in quantized_layers(fresh):
         where, expert = place(name)
@@ -295,7 +310,7 @@ def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
 
 
 def pad_left(rollout: Rollout, views: Views, pad_id: int) -> tuple[Rollout, Views]:
-    """The same batch with PADDING more columns on the left, which should score the same."""
+    """Return the same batch with PADDING more columns on the left, whose log-probs should be the same."""
     # New columns are neither masked nor scored.
     padded = views.map(lambda x: F.pad(x, (PADDING, 0)) if x.dim() == 3 else x)
     return rollout.padded(PADDING, pad_id=pad_id), padded
@@ -304,8 +319,8 @@ def pad_left(rollout: Rollout, views: Views, pad_id: int) -> tuple[Rollout, View
 def worst_tokens(
     policy: Policy, rollout: Rollout, learner: Float[Tensor, "B T"], sampled: Float[Tensor, "B T"], count: int
 ) -> tuple[WorstToken, ...]:
-    """The tokens with the largest |learner - rollout|, with eight tokens of text on either side."""
-    # -1 lies below every |difference|, so that no prompt token is among the worst.
+    """Return the tokens with the largest |learner - rollout|, with eight tokens of text on either side."""
+    # -1 is below every |difference|, so that no prompt token is selected.
     gap = torch.where(rollout.completion_mask, (learner - sampled).abs(), -1.0)
     best = gap.flatten().topk(min(count, int(rollout.completion_mask.sum()))).indices
     decode = policy.tokenizer.decode
@@ -325,7 +340,7 @@ def worst_tokens(
 def worst_layers(
     policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views, count: int
 ) -> tuple[tuple[str, float], ...]:
-    """Layers by ||output under the learner - under the rollout|| / ||output||, on at most eight rows of a view."""
+    """Sort layers by ||output under the learner - under the rollout|| / ||output||, on at most eight rows of a view."""
     tokens = next(each_view(views)).seen(policy, rollout)[:8]
     attention_mask = rollout.attention_mask[:8]
     theirs = layer_outputs(rollout_policy, tokens, attention_mask)
@@ -333,7 +348,7 @@ def worst_layers(
     for name, before in layer_outputs(policy, tokens, attention_mask).items():
         if name in theirs:
             after = theirs[name]
-            if before.shape[:2] == tokens.shape:  # padding computes numbers, too, which nothing reads
+            if before.shape[:2] == tokens.shape:  # outputs at padding are not used
                 before, after = before[attention_mask], after[attention_mask]
             before = before.float()
             errors[name] = ((before - after.float()).norm() / before.norm().clamp(min=1e-12)).item()

@@ -17,11 +17,11 @@ COLUMNS = ("cause", "mean |d|", "max |d|", "k3", "ESS", "to do")
 
 
 def rows(report: Report) -> list[tuple[str, ...]]:
-    """The whole, then each cause, as text; nats."""
+    """Return the full mismatch, then each cause, as text, in nats."""
     found: list[tuple[str, ...]] = []
     for cause in (report.total, report.half_heads, *report.causes):
         if cause is not None:
-            # A cause below a hundredth of the mismatch is not worth the work that its advice asks for.
+            # A cause below a hundredth of the mismatch is not worth the work of its advice.
             advice = cause.advice if cause.mean_abs >= report.worst / 100 else ""
             sizes = f"{cause.mean_abs:.2e}", f"{cause.max_abs:.2e}", f"{cause.k3:.1e}", f"{cause.ess:.4f}"
             found.append((cause.name, *sizes, advice))
@@ -29,7 +29,7 @@ def rows(report: Report) -> list[tuple[str, ...]]:
 
 
 def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-    """(title, columns, lines) of each table that the report has numbers for."""
+    """Return (title, columns, lines) of each table that the report has numbers for."""
     title = f"log-prob mismatch over {report.num_tokens} tokens, nats; rollout: {report.scheme}"
     found: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [(title, COLUMNS, rows(report))]
     lines: list[tuple[str, ...]]
@@ -77,7 +77,7 @@ def write_doctor(report: Report, *, as_json: bool = False, directory: Path | Non
 
 
 def plot(report: Report, path: Path) -> None:
-    """Bars of mean |d| by cause, and of the worst layers' errors."""
+    """Draw bars of mean |d| by cause, and of the worst layers' errors."""
     import matplotlib
 
     matplotlib.use("Agg")  # needs no screen

@@ -1,4 +1,4 @@
-"""Whether learner and rollout route tokens to the same experts: measured in every quantised run of a mixture."""
+"""Agreement of learner and rollout in the experts of each token, measured in every quantized run of a mixture."""
 
 import warnings
 
@@ -14,13 +14,15 @@ from dllm_rl.types import Rollout, Views
 
 @torch.no_grad()
 def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views) -> Int[Tensor, "M X"] | None:
-    """Counts per mixture, under the first view and one row per prompt: choices that both sides make, all choices, the
-    tokens of each expert in the rollout, and in the learner. None without mixtures, where an engine hides them, or
-    where an encoder and a decoder route apart; and where a router's choice cannot be read, which a warning says.
+    """Return counts per mixture, under the first view and one row per prompt: choices that both sides make, all
+    choices, the tokens of each expert in the rollout, and in the learner.
+
+    None without mixtures, if an engine hides them, if encoder and decoder route separately, or, with a warning, if a
+    router's choice cannot be read.
     """
     if policy.spec.attention == "encoder_decoder" or not (mixtures(policy.module) and mixtures(rollout_policy.module)):
         return None
-    first = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, a group's share of the work
+    first = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, at a fraction of the work
     seen = rollout.attention_mask[first]
     tokens = next(each_view(views)).seen(policy, rollout)[first]
     sides = []
@@ -28,7 +30,7 @@ def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, vie
         with Routing(each.module) as routing:
             each.hidden(tokens, seen)
         if why := routing.unread():
-            warnings.warn(f"routing/* is not measured: {why}", stacklevel=1)  # once: of one line Python repeats none
+            warnings.warn(f"routing/* is not measured: {why}", stacklevel=1)  # Python does not repeat it
             return None
         sides.append(routing.experts(len(tokens))[seen])
     ours, theirs = sides
@@ -39,13 +41,14 @@ def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, vie
 
 
 def routing_metrics(counts: Int[Tensor, "M X"]) -> dict[str, float]:
-    """Of counts over all processes:
+    """Return metrics of counts over all processes.
 
-    routing/agreement[/layer_I]  share of the rollout's experts that the learner takes too
-    routing/max_violation[/learner][/layer_I]  the busiest expert's tokens / the mean - 1, of the rollout and the
-                                               learner, the largest or per layer (DeepSeek's MaxVio, arXiv 2408.15664
-                                               [paper]); 0 is balance
-    routing/idle[/learner]  share of experts that no token takes
+    routing/agreement[/layer_I]: share of the rollout's experts that the learner uses too.
+
+    routing/max_violation[/learner][/layer_I]: the busiest expert's tokens / the mean - 1, of the rollout and the
+    learner, the largest or per layer (DeepSeek's MaxVio, arXiv 2408.15664 [paper]); 0 is balance.
+
+    routing/idle[/learner]: share of experts that no token uses.
     """
     counts = counts.double()
     same = counts[:, 0]
