@@ -74,7 +74,7 @@ class StopBelow(Callback):
 
     Args:
         metric: Name of a metric in metrics.jsonl. Default: effective sample size of the rollout's weights.
-        bound: Number below which the metric is low. A non-finite metric is low too. Default: 0.5.
+        bound: Number below which the metric counts as low. A non-finite metric counts as low too. Default: 0.5.
         steps: Consecutive low steps that end the run, counting only steps with the metric; at least 1. Default: 20.
 
     Raises:

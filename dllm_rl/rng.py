@@ -13,7 +13,7 @@ def generator_for(*key: object) -> Generator:
     """Return a generator that is a pure function of its key, such as (seed, "rollout", step). Nothing needs to be
     saved.
     """
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()  # Python's own hash differs between processes
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()  # Python's hash() differs between processes
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # a seed has 63 bits
 
 

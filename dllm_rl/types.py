@@ -56,7 +56,7 @@ class _Movable:
 class BatchRecord(_Movable):
     """A record of per-row data: tensors (B, T) or (B, T, C), vectors (B,), and nested records of the same kind.
 
-    Args:
+    Attributes:
         FILL: Padding value of each field where a row has no token. Fields that are not listed are padded with 0.
     """
 
@@ -453,9 +453,7 @@ class Batch:
     views: "Views"
     advantages: Float[Tensor, " B"]
     old_logprobs: Float[Tensor, "B T"]  # denominator of the ratios; the rollout's log-probs with old_logprobs="rollout"
-    old_view_logprobs: Float[
-        Tensor, "N B T"
-    ]  # the learner's log-probs per mask (saves the first inner step's forwards)
+    old_view_logprobs: Float[Tensor, "N B T"]  # the learner's, per mask; saves the first inner step's forwards
     importance_weights: Float[Tensor, "B T"]  # detached importance weights of the corrector
     loss_mask: Bool[Tensor, "B T"]  # positions that stay in the loss
     reference_logprobs: Float[Tensor, "B T"] | None  # log-probs under the reference policy, or None without a KL term

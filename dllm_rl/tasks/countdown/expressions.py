@@ -49,7 +49,7 @@ class Value:
 
 def evaluate(text: str) -> Value | None:
     """Return the exact value of an expression; None for any other text, a division by zero, or beyond the bounds."""
-    # As in Python, an integer has no leading zero. ** and // are not operators, juxtaposition is no product.
+    # As in Python, an integer has no leading zero. ** and // are not operators; 2(3) is not a product.
     if len(text) > MAX_EXPRESSION_LENGTH:
         return None
     try:
