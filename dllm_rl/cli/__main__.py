@@ -1,4 +1,4 @@
-"""`python -m dllm_rl.cli` is `dllm-rl`."""
+"""Run `dllm-rl` as `python -m dllm_rl.cli`."""
 
 from dllm_rl.cli.main import main
 

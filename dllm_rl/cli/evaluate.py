@@ -45,8 +45,8 @@ from dllm_rl.tasks.protocols import PUBLISHED, SOURCES, TASKS, UnderProtocol, pu
 from dllm_rl.versions import versions
 
 Plan = tuple[dict[str, Any], Callable]  # settings by name, and the sampler bound to them
-Measured = tuple[dict[str, Any], Evaluation]  # settings by name, and what was found at them
-GENERATED = 500  # problems of a task that generates any number
+Measured = tuple[dict[str, Any], Evaluation]  # settings by name, and their results
+GENERATED = 500  # problems of a task that can generate any number
 
 
 def evaluate_command(arguments: argparse.Namespace) -> None:
@@ -63,7 +63,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     fixed |= {"reward_timeout": arguments.reward_timeout, "accelerator": processes, "limit": limit}
     facts = {"protocol_source": SOURCES[task.protocol], "versions": versions()}
     found: list[dict[str, Any]] = []
-    first: list[Measured] = []  # of the first model, setting by setting
+    first: list[Measured] = []  # results of the first model, setting by setting
     for model in arguments.models:
         policy = open_policy(arguments, model, device=device)
         facts["dtype"] = dtype_of(policy)
@@ -84,13 +84,15 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                 row |= {"completions": file.name} if file else {}
                 before = first[len(measured) - 1 :][:1]  # every model has the same plans, in the same order
                 found.append(row | compared(result, settings, before, arguments.models[0]))
-        first = first or measured  # later models are compared with it
+        first = first or measured  # later models are compared with the first
     if processes.is_main_process:
         show(found, arguments)
 
 
 def asked(arguments: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
-    """The settings of this command, as a card names them -> their values; lengths and steps only where given."""
+    """Return the settings of this command -> their values, under a card's names; lengths and steps only if they are
+    passed.
+    """
     task = make_task(arguments)
     lists = dict(zip(("commit", "rank", "cache"), choices(arguments), strict=False))
     lists["rank"] = [rank_for(commit, rank) for rank, commit in product(lists["rank"], lists["commit"])]
@@ -98,16 +100,16 @@ def asked(arguments: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
     lists["quantization"] = arguments.quantization or ["none"]
     row = flat(vars(arguments) | task_facts(task) | {"n": num_problems(task, arguments)})
     found = {name: (value,) for name, value in json.loads(json.dumps(row)).items() if name not in lists}
-    if arguments.dtype == "auto":  # the checkpoint decides, and none is opened here
+    if arguments.dtype == "auto":  # the checkpoint decides, and no checkpoint is opened here
         del found["dtype"]
     return found | {name: tuple(values) for name, values in lists.items() if values}
 
 
 def show_differences(arguments: argparse.Namespace) -> None:
-    """Print where a card differs from the paper of --protocol and, with --task, from this command."""
+    """Print the differences of a card from the paper of --protocol and, with --task, from this command."""
     ours = [asked(arguments)] if arguments.task else []
     paper = arguments.protocol in PUBLISHED or not ours
-    lines: dict[tuple[str, ...], None] = {}  # the rows of a sweep differ alike in most settings
+    lines: dict[tuple[str, ...], None] = {}  # the rows of a sweep have the same differences in most settings
     for row in read_card(Path(arguments.compare)):
         theirs = [published(arguments.protocol or "strict", row["task"], row["max_new_tokens"])] if paper else []
         lines |= dict.fromkeys(differences(row, theirs + ours))
@@ -118,7 +120,12 @@ def show_differences(arguments: argparse.Namespace) -> None:
 
 
 def check(task: Task, arguments: argparse.Namespace) -> None:
-    """Refuse what cannot be counted or written, and make the folders of the results. Errors: ValueError, OSError."""
+    """Check that the results can be counted and written, and make their folders.
+
+    Raises:
+        ValueError: There is no model, or `--majority` cannot be counted.
+        OSError: A folder cannot be written.
+    """
     most = max(arguments.majority, default=0)
     if not arguments.models:
         raise ValueError("evaluate needs a MODEL: a checkpoint's or a run's folder, or a hub's id")
@@ -134,7 +141,7 @@ def check(task: Task, arguments: argparse.Namespace) -> None:
 
 
 def compared(result: Evaluation, settings: dict[str, Any], first: Sequence[Measured], against: str) -> dict[str, Any]:
-    """The differences from the first model at the same settings; nothing for the first model itself."""
+    """Return the differences from the first model at the same settings; {} for the first model itself."""
     for known, before in first:
         if without_number(known) == without_number(settings):
             return {"against": against, "difference": paired_differences(result, before)}
@@ -142,7 +149,7 @@ def compared(result: Evaluation, settings: dict[str, Any], first: Sequence[Measu
 
 
 def without_number(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, the commit rule by its name alone: under a budget each model has a number for itself."""
+    """Return the settings with only the name of the commit rule: under a budget each model has a different number."""
     return settings | {"commit": str(settings.get("commit")).partition("=")[0]}
 
 
@@ -162,7 +169,11 @@ def show(found: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None
 
 
 def read_schemes(names: Sequence[str]) -> dict[str, Callable[[], Any] | None]:
-    """Schemes of the weights by name; None for "none". Raises ValueError on an unknown name."""
+    """Return the weights' schemes by name; None for "none".
+
+    Raises:
+        ValueError: A name is unknown.
+    """
     known = {"none": None, **CHOICES["rollout_quantization"]}
     for name in names:
         if name not in known:
@@ -171,14 +182,16 @@ def read_schemes(names: Sequence[str]) -> dict[str, Callable[[], Any] | None]:
 
 
 def dtype_of(policy: Policy) -> str:
-    """The dtype of the weights as opened, whatever --dtype says."""
+    """Return the dtype of the loaded weights, whatever --dtype is."""
     return str(next(policy.module.parameters()).dtype).removeprefix("torch.")
 
 
 def completions_file(
     arguments: argparse.Namespace, policy: Policy, task: Task, settings: dict[str, Any]
 ) -> Path | None:
-    """The file of the completions: its name depends on all that the completions depend on, and not on the grading."""
+    """Return the file of the completions. Its name depends on everything that the completions depend on, not on the
+    grading.
+    """
     if arguments.output_dir is None:
         return None
     facts = task_facts(task)
@@ -190,10 +203,10 @@ def completions_file(
 
 
 def make_task(arguments: argparse.Namespace) -> UnderProtocol:
-    """The named task with the given split, file and settings, under its protocol (strict, or a setting's sandbox)."""
+    """Return the named task with its split, file and settings, under its protocol (strict, or a setting's sandbox)."""
     name = arguments.task
     settings: dict[str, Any] = {"split": "test"}
-    if name is None:  # a run names its own
+    if name is None:  # a run names its task
         name, settings = task_of(arguments.models[0] if arguments.models else "")
     if name not in TASKS:
         raise ValueError(f"task={name!r} is none of {', '.join(TASKS)}")
@@ -214,7 +227,7 @@ def make_task(arguments: argparse.Namespace) -> UnderProtocol:
 
 
 def num_problems(task: Task, arguments: argparse.Namespace) -> int:
-    """--limit, else all problems of a file or data set, else GENERATED."""
+    """Return --limit, or all problems of a file or data set, or GENERATED."""
     inner = getattr(task, "task", task)  # under a protocol
     made_at_will = hasattr(inner, "seed") and getattr(inner, "path", None) is None
     limit = GENERATED if made_at_will and arguments.limit is None else arguments.limit
@@ -222,7 +235,7 @@ def num_problems(task: Task, arguments: argparse.Namespace) -> int:
 
 
 def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:
-    """(settings, sampler bound to them) for each combination of the settings that are lists."""
+    """Return (settings, sampler bound to them) for each combination of the settings that are lists."""
     if (sampler := run_sampler(arguments)) is not None:
         known = inspect.signature(sampler.func).parameters
         names = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "rank", "commit", "cache")
@@ -245,7 +258,7 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
 
 
 def run_sampler(arguments: argparse.Namespace) -> partial | None:
-    """The sampler of the run's own evaluations, where one run's folder and no option of a sampler are given."""
+    """Return the sampler of the run's evaluations if one run's folder and no sampler option are passed."""
     options = ("max_new_tokens", "diffusion_steps", "forwards", "rank", "commit", "cache", "block_size", "temperature")
     if len(arguments.models) != 1 or any(getattr(arguments, option) for option in options) or arguments.samples > 1:
         return None
@@ -253,7 +266,7 @@ def run_sampler(arguments: argparse.Namespace) -> partial | None:
 
 
 def renoising_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:
-    """The plans of a model whose noise is random tokens: lengths and steps; its schedule gives the temperatures."""
+    """Return the plans of a model whose noise is random tokens: lengths and steps. Its schedule sets temperatures."""
     for name in ("forwards", "block_size", "rank", "commit", "cache"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
@@ -268,7 +281,7 @@ def renoising_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -
 
 
 def choices(arguments: argparse.Namespace) -> tuple[Sequence[Any], ...]:
-    """The commit rules, ranks, caches and budgets; None for a rule's own rank and for no budget."""
+    """Return the commit rules, ranks, caches and budgets; None for a rule's default rank and for no budget."""
     lists = (arguments.commit or ["schedule"], arguments.rank or [None], arguments.cache or ["none"])
     return (*lists, arguments.forwards or [None])
 
@@ -276,7 +289,7 @@ def choices(arguments: argparse.Namespace) -> tuple[Sequence[Any], ...]:
 def plans_of(policy: Policy, task: Task, lengths: Sequence[int], arguments: argparse.Namespace) -> list[Plan]:
     block_size = arguments.block_size
     count = min(arguments.batch_size, num_problems(task, arguments)) if arguments.forwards else 0
-    first = {i: task[i] for i in range(count)}  # on which a rule's number is searched
+    first = {i: task[i] for i in range(count)}  # problems for the search of a rule's number
     plans: list[Plan] = []
     for length, commit, rank, cache, forwards in product(lengths, *choices(arguments)):
         rank = rank_for(commit, rank)
@@ -291,7 +304,7 @@ def plans_of(policy: Policy, task: Task, lengths: Sequence[int], arguments: argp
         # An adaptive rule chooses its number of steps.
         several = [None] if rule.adaptive else arguments.diffusion_steps or [forwards or length or None]
         for steps in dict.fromkeys(several):
-            check_steps(steps, length, rule.count)  # before the first model is run, and not amid a sweep
+            check_steps(steps, length, rule.count)  # before the first model runs, not in the middle of a sweep
             if block_size and steps and length:
                 steps_per_block(steps, [block_size] * -(-length // block_size))
             bound = bound | {"diffusion_steps": steps}
@@ -302,14 +315,14 @@ def plans_of(policy: Policy, task: Task, lengths: Sequence[int], arguments: argp
 
 @contextmanager
 def progress_bar(description: str, total: int, *, main: bool) -> Iterator[Callable[[int], None]]:
-    """progress(done), shown on standard error from its first call on; standard output has only the result."""
+    """Yield progress(done), shown on standard error from its first call on; standard output has only the result."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     shown = TextColumn("{task.description}", markup=False)
     bar = Progress(shown, *columns, console=Console(file=sys.stderr), disable=not main)
     line = bar.add_task(escape_controls(description), total=total)
 
     def progress(done: int) -> None:
-        bar.start()  # not before the first batch: errors come without a bar
+        bar.start()  # not before the first batch: errors are printed without a bar
         bar.update(line, completed=done)
 
     try:
@@ -325,7 +338,7 @@ def heading(first: dict[str, Any], split: str = "") -> Any:
 
 
 def table(found: Sequence[dict[str, Any]]) -> Table:
-    """One row per metric with 95 % intervals, one column per length."""
+    """Return a table with one row per metric with 95 % intervals, and one column per length."""
     first = found[0]
     split = f", {first['split']} split" if first["split"] else ""
     shown = Table(title=heading(first, split), caption=literal(first["model"], style="table.caption"))
@@ -344,7 +357,7 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
 
 
 def sweep_table(found: Sequence[dict[str, Any]]) -> Table:
-    """One row per setting: the settings that differ, the headline metric, and the cost."""
+    """Return a table with one row per setting: the settings that differ, the headline metric, and the cost."""
     metric = headline(found[0])
     against = next((row["against"] for row in found if "against" in row), None)
     text = f"difference: {metric} minus that of {against}, problem by problem, with a 95 % interval"
@@ -353,11 +366,11 @@ def sweep_table(found: Sequence[dict[str, Any]]) -> Table:
     said = [*[text] * bool(against), best_of(looked_at, metric), "forwards: per answer, x tokens per forward"]
     shown = Table(title=heading(found[0]), caption=literal(". ".join(said), style="table.caption"), **NARROW)
     for name in names:
-        # The long name leaves no room for the others.
+        # The long name leaves no space for the others.
         shown.add_column(literal("steps" if name == "diffusion_steps" else name), overflow="fold")
     for name in (metric, *["difference"] * (against is not None), "forwards", "seconds"):
         shown.add_column(literal(name), justify="right", no_wrap=True)
-    apart = "\n" if against else " "  # room for the names of models
+    apart = "\n" if against else " "  # saves space for the names of models
     for row in found:
         low, high = row[f"{metric}_interval"]
         cells = [f"{row[metric]:.3f}{apart}[{low:.3f}, {high:.3f}]"]

@@ -1,4 +1,4 @@
-"""`dllm-rl grade`: grades stored completions, anyone's, by one protocol or by every rule of the task."""
+"""`dllm-rl grade`: grades stored completions from any source, by one protocol or by every rule of the task."""
 
 import json
 from typing import Any
@@ -9,11 +9,11 @@ from rich.table import Table
 from dllm_rl.evaluation.grading import grade_by_every_rule, grade_file
 from dllm_rl.screen import NARROW, literal
 
-MOST_PAIRS = 12  # of rules, on the screen
+MOST_PAIRS = 12  # pairs of rules on the screen
 
 
 def grade_command(file: str, *, task: str, protocol: str, as_json: bool) -> None:
-    """Print the grades: JSON, or of protocol="all" tables of every rule and of where two rules differ."""
+    """Print the grades as JSON, or for protocol="all" tables of every rule and of rows in which two rules differ."""
     if protocol != "all":
         print(json.dumps(grade_file(file, task=task, protocol=protocol)))
         return
@@ -29,7 +29,7 @@ def grade_command(file: str, *, task: str, protocol: str, as_json: bool) -> None
 
 
 def rules_table(graded: dict[str, Any], file: str) -> Table:
-    """A line for each protocol and reading: the rows of full marks, and rates with 95 % intervals."""
+    """Return a table with a line per protocol and reading: rows of full marks, and rates with 95 % intervals."""
     rules = graded["rules"]
     rates = [name for name in ("accuracy", "solve_rate", "cell_accuracy") if any(name in row for row in rules.values())]
     title = f"{graded['task']} (version {graded['version']}), {graded['n']} rows of {file}"
@@ -48,7 +48,7 @@ def rules_table(graded: dict[str, Any], file: str) -> Table:
 
 
 def differences_table(graded: dict[str, Any]) -> Table:
-    """A line for each two rules that disagree, and which rows to look at."""
+    """Return a table with a line for each two rules that disagree, and ids of rows to look at."""
     pairs = graded["differences"]
     shown = Table(title="Rows with another verdict", **NARROW)
     for name in ("between", "and"):

@@ -1,4 +1,4 @@
-"""`dllm-rl lm-eval`: the command of lm-evaluation-harness, which then knows `--model dllm_rl`."""
+"""`dllm-rl lm-eval`: the command of lm-evaluation-harness, with the model `--model dllm_rl` added."""
 
 import inspect
 import sys
@@ -19,12 +19,13 @@ from lm_eval.api.registry import register_model  # isort: skip
 
 @register_model("dllm_rl")
 class NamedModel(HarnessModel):
-    """The model of `--model dllm_rl --model_args pretrained=FOLDER,NAME=VALUE,...`.
+    """Model of `--model dllm_rl --model_args pretrained=FOLDER,NAME=VALUE,...`.
 
     Args:
         pretrained: A checkpoint's or a run's folder, or a hub's id.
-        likelihood: An estimator's name, whose settings are likelihood.NAME; None: causal for a causal model, else elbo.
-        options: The sampler's settings, with rank, commit and cache as `dllm-rl sample` has them.
+        likelihood: Name of an estimator, whose settings are likelihood.NAME. None (default): causal for a causal model,
+            else elbo.
+        options: Settings of the sampler, with rank, commit and cache as in `dllm-rl sample`.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class NamedModel(HarnessModel):
         dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str = 1,
-        max_batch_size: int | None = None,  # of `--batch_size auto`, which is refused
+        max_batch_size: int | None = None,  # for `--batch_size auto`, which is refused
         greedy: bool = True,
         seed: int = 0,
         **options: Any,
@@ -49,7 +50,7 @@ class NamedModel(HarnessModel):
         if likelihood not in makers:
             raise ValueError(f"likelihood={likelihood!r} is none of {', '.join(makers)}")
         scoring: dict[str, Any] = {}
-        sampling: dict[str, Any] = {"temperature": 0.0}  # as `dllm-rl evaluate` has it; autoregress has 1.0
+        sampling: dict[str, Any] = {"temperature": 0.0}  # as in `dllm-rl evaluate`; autoregress's default is 1.0
         for name, value in options.items():
             if name.startswith("likelihood."):
                 scoring[name.removeprefix("likelihood.")] = value
@@ -71,7 +72,7 @@ class NamedModel(HarnessModel):
 
 
 def check(name: str, bind: Callable[..., Any], settings: Mapping[str, Any]) -> None:
-    """Raise ValueError where a function lacks a setting, or has none of that name."""
+    """Raise ValueError if a required setting of a function is missing, or the function has no setting of a name."""
     try:
         bind(**settings)
     except TypeError as error:
@@ -79,5 +80,5 @@ def check(name: str, bind: Callable[..., Any], settings: Mapping[str, Any]) -> N
 
 
 def harness_command(arguments: Sequence[str]) -> None:
-    sys.argv[1:] = arguments  # where the harness reads them
+    sys.argv[1:] = arguments  # the harness reads them from sys.argv
     cli_evaluate()

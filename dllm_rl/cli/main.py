@@ -13,7 +13,7 @@ from dllm_rl.screen import escape_controls, imports_interruptible, line_of
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(escape_controls(message))  # it quotes words, and a shell's * may make a file's name one
+        super().error(escape_controls(message))  # it quotes words, which may be names of files from a shell's *
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,20 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_paths(arguments)
         with imports_interruptible():
-            return arguments.run(arguments) or 0  # a command that checks something returns its own status
+            return arguments.run(arguments) or 0  # a command that checks something returns its status
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {line_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130  # 128 and the signal's number, as shells have it
+        return 130  # 128 plus the signal's number, as in shells
 
 
 def check_paths(arguments: argparse.Namespace) -> None:
     """Raise ValueError on an empty name of a file or folder, such as from an unset shell variable."""
     for name in ("model", "models", "path", "file", "output_dir", "csv", "plot"):
         value = getattr(arguments, name, None)
-        if "" in (value if isinstance(value, list) else [value]):  # Path('') is the present folder
+        if "" in (value if isinstance(value, list) else [value]):  # Path('') is the current folder
             raise ValueError(f"{name}='' is empty; give a file or folder, or leave the option out")
 
 
@@ -80,14 +80,14 @@ def sample(arguments: argparse.Namespace) -> None:
 
     run_sampler = sampler_of(arguments.model)
     options = {"max_new_tokens": 16, "temperature": 0.0} if run_sampler is None else dict(run_sampler.keywords)
-    if arguments.commit is not None:  # without a rule the sampler's own default ranks; a causal one has none
+    if arguments.commit is not None:  # without a rule the sampler's default rank applies; a causal sampler has no rank
         arguments.rank = rank_for(arguments.commit, arguments.rank)
     shown = ("live", "delay", "seed", "group_size", "blank", "chat")
     sampled = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "top_k", "top_p", "suppress")
     given = {name: getattr(arguments, name) for name in (*shown, *sampled)}
     for name, read in READERS.items():
         text = getattr(arguments, name)
-        given[name] = None if text is None else read(text)  # None: the sampler's own default
+        given[name] = None if text is None else read(text)  # None: the sampler's default
     texts: list[Any] = arguments.prompts
     if not texts:
         problems = problems_of(arguments.model, 4)
@@ -95,18 +95,18 @@ def sample(arguments: argparse.Namespace) -> None:
     elif run_sampler is not None:
         chat, blank = form_of_prompts(arguments.model)
         given |= {"chat": given["chat"] or chat, "blank": blank if given["blank"] is None else given["blank"]}
-    policy = open_policy(arguments)  # names the checkpoint, too
+    policy = open_policy(arguments)  # this also names the checkpoint
     options |= {name: value for name, value in given.items() if value is not None}
     show(policy, texts, as_json=arguments.json, checkpoint=arguments.checkpoint, **options)
 
 
 def lines_of_input() -> list[str]:
-    """Read the prompts of standard input, one a line. Line ends of any system and marks of UTF are no part of them."""
+    """Read the prompts of standard input, one per line, without line ends of any system and without Unicode marks."""
     import codecs
     import re
 
     raw = sys.stdin.buffer.read()
-    # UTF-32's mark begins with that of UTF-16.
+    # UTF-32's mark begins with UTF-16's mark.
     marks = [(codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")]
     marks += [(codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8")]
     encoding = next((name for mark, name in marks if raw.startswith(mark)), sys.stdin.encoding)
@@ -116,7 +116,7 @@ def lines_of_input() -> list[str]:
         raise ValueError(f"standard input is not {error.encoding} at byte {error.start}; convert the prompts") from None
     if "\0" in text:
         raise ValueError(f"standard input holds a NUL at character {text.index(chr(0))}; give text in {encoding}")
-    # Not splitlines, which also ends a line at the separators of Unicode.
+    # Not splitlines, which also splits at the separators of Unicode.
     lines = [line.removeprefix("\ufeff") for line in re.split(r"\r\n|\n|\r", text)]
     return lines if lines[-1] else lines[:-1]
 
@@ -161,7 +161,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 
 def _either(names: Iterable[str], default: str | None = None) -> str:
-    """The names in a help text: a (default), b or c."""
+    """Return the names for a help text: a (default), b or c."""
     *others, last = (f"{name} (default)" if name == default else name for name in names)
     return f"{', '.join(others)} or {last}"
 
@@ -189,7 +189,7 @@ def _seconds(text: str) -> float | None:
     if text == "none":
         return None
     with suppress(ValueError):
-        if 0 < (seconds := float(text)) < float("inf"):  # NaN fails, too
+        if 0 < (seconds := float(text)) < float("inf"):  # NaN fails too
             return seconds
     raise argparse.ArgumentTypeError(f"{text!r} must be seconds above 0, or none for no limit")
 
@@ -222,7 +222,7 @@ def grade(arguments: argparse.Namespace) -> None:
 
 def add_lm_eval(commands: argparse._SubParsersAction) -> None:
     about = "lm-evaluation-harness with --model dllm_rl; its own options follow"
-    # No text begins an option here: all are the harness's.
+    # No text begins an option here: all options are the harness's.
     sub = commands.add_parser("lm-eval", help=about, add_help=False, prefix_chars="\0")
     sub.add_argument("options", nargs="*")
     sub.set_defaults(run=lm_eval)
@@ -256,7 +256,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Print the report; 1 when the mismatch is above --bound (mean |log-ratio|, nats), else 0."""
+    """Print the report; return 1 if the mismatch is above --bound (mean |log-ratio|, nats), else 0."""
     from functools import partial
 
     from dllm_rl.cli.evaluate import read_schemes
@@ -314,7 +314,9 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Print one line per checkpoint, of a run its reference and all of its own; 1 when one is damaged, else 0."""
+    """Print one line per checkpoint, for a run of its reference and all its checkpoints; return 1 if one is damaged,
+    else 0.
+    """
     from dllm_rl import manifest
     from dllm_rl.checkpoints import checkpoint
     from dllm_rl.files import folder_size
@@ -334,7 +336,7 @@ def verify(arguments: argparse.Namespace) -> int:
         try:
             check(folder, quick=arguments.quick)
         except ValueError as error:
-            damaged += 1  # and go on: all that is damaged is named
+            damaged += 1  # continue, to name every damaged checkpoint
             print(f"damaged  {error}")
         else:
             print(f"whole    {folder} ({folder_size(folder) / 1e6:.1f} MB)")

@@ -1,4 +1,4 @@
-"""The options that every command with a model has, and the policy that they select."""
+"""The options of every command with a model, and the policy that they select."""
 
 import argparse
 import sys
@@ -29,11 +29,15 @@ def add_model_options(sub: argparse.ArgumentParser) -> None:
 
 
 def checkpoint_of(model: str, *, quick: bool = False) -> str:
-    """A folder or a hub's id unchanged; for a run's folder, its newest whole checkpoint, or ValueError without one."""
+    """Return a folder or a hub's id unchanged, and for a run's folder its newest complete checkpoint.
+
+    Raises:
+        ValueError: The run has no complete checkpoint.
+    """
     folder = Path(model) / "checkpoints"
     if not folder.is_dir():
         return model
-    from dllm_rl.checkpoints import checkpoint  # here, as it imports torch: --help is fast without
+    from dllm_rl.checkpoints import checkpoint  # imported here, since it imports torch: --help is fast without torch
     from dllm_rl.screen import escape_controls
 
     try:
@@ -53,7 +57,9 @@ def open_policy(
     device: "torch.device | None" = None,
     float32_head: bool = True,
 ) -> "Policy":
-    """The model (default: the arguments' model) in the arguments' dtype, on the device (default: the arguments')."""
+    """Return the model (default: the arguments' model) in the arguments' dtype, on the device (default: the
+    arguments').
+    """
     import torch
 
     from dllm_rl.device import find_device
@@ -63,7 +69,7 @@ def open_policy(
     device = find_device(arguments.device) if device is None else device
     asked = model or arguments.model
     folder = checkpoint_of(asked, quick=arguments.verify_checkpoint == "quick")
-    arguments.checkpoint = folder  # for the record
+    arguments.checkpoint = folder  # stored for the record
     # checkpoint_of has verified the newest checkpoint of a run.
     check: Check = arguments.verify_checkpoint if folder == asked else "quick"
     if arguments.maker is None:

@@ -14,10 +14,17 @@ if TYPE_CHECKING:
 
 
 def main(recipe: Recipe | SFT) -> "Summary":
-    """Train the recipe, of RL or SFT, with the command line's changes; a script's last line. Returns `train`'s result.
+    """Train a recipe of RL or SFT with the changes of the command line, and return the run's summary.
 
-    An error of a setting (ValueError, printed by one process) or of a file (OSError) is one line, and the process exits
-    with 2 or 1. DLLM_RL_TRACEBACK=1 in the environment raises the error instead.
+    Call it in the last line of a script. An error of a setting (ValueError, printed by one process) or of a file
+    (OSError) is printed in one line, and the process exits with 2 or 1. With DLLM_RL_TRACEBACK=1 in the environment the
+    error is raised instead.
+
+    Args:
+        recipe: Settings of the run.
+
+    Returns:
+        The content of summary.json, with the trained policy as its attribute `policy`.
     """
     rank = os.environ.get("RANK", "0")
     try:
@@ -29,9 +36,9 @@ def main(recipe: Recipe | SFT) -> "Summary":
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
-        if os.environ.get("DLLM_RL_TRACEBACK") == "1":  # for whoever looks for the cause
+        if os.environ.get("DLLM_RL_TRACEBACK") == "1":  # to look for the cause
             raise
-        setting = isinstance(error, ValueError)  # which every process finds, so that one prints it
+        setting = isinstance(error, ValueError)  # every process has this error, so that only one prints it
         if rank == "0" or not setting:
             where = "" if rank == "0" else f"process {rank}: "
             print(f"error: {where}{line_of(error)}", file=sys.stderr, flush=True)
@@ -39,13 +46,13 @@ def main(recipe: Recipe | SFT) -> "Summary":
 
 
 def run(recipe: Recipe | SFT, *, first: bool) -> "Summary":
-    """`train` or `fine_tune`; the first process prints what is done before the imports that it takes."""
+    """Call `train` or `fine_tune`; the first process prints the plan before the imports, which take seconds."""
     if first and (isinstance(recipe, SFT) or not recipe.dry_run):
         warmup = f"up to {recipe.sft_warmup_steps} warm-up steps, then " if recipe.sft_warmup_steps else ""
         steps = f"{recipe.name}, seed {recipe.seed}: {warmup}{recipe.num_steps} steps, into {recipe.directory}"
         print(escape_controls(f"{steps}; the time left is known from the second step on"), flush=True)
     from dllm_rl.distributed.stop import started_by_command
-    from dllm_rl.supervised.train import fine_tune  # here: importing it takes seconds
+    from dllm_rl.supervised.train import fine_tune  # imported here: it takes seconds
     from dllm_rl.training.trainer import train
 
     with started_by_command():

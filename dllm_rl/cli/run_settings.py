@@ -1,4 +1,4 @@
-"""The task, the samplers and the scheme of a run, for commands that are given none."""
+"""The task, the samplers and the scheme of a run, for commands without these options."""
 
 import ast
 import inspect
@@ -17,10 +17,10 @@ Call = tuple[str, dict[str, Any]]  # a function's name and its keywords
 
 
 def recipe_of(model: str) -> dict[str, Any] | None:
-    """The settings, as text and numbers, that a run's newest checkpoint was trained with; None for no run's folder.
+    """Return the settings, as text and numbers, of a run's newest checkpoint; None if the folder is not a run's.
 
     Raises:
-        ValueError: The folder has no whole checkpoint, or its state.json names no settings.
+        ValueError: The folder has no complete checkpoint, or its state.json names no settings.
     """
     if not (Path(model) / "checkpoints").is_dir():
         return None
@@ -32,10 +32,10 @@ def recipe_of(model: str) -> dict[str, Any] | None:
 
 
 def task_of(model: str) -> Call:
-    """The name, as --task has it, and the settings of the held-out task that a run was evaluated on.
+    """Return the name, as in --task, and the settings of the held-out task that a run was evaluated on.
 
     Raises:
-        ValueError: The model is no run's folder, or its task is one of a script.
+        ValueError: The model is not a run's folder, or its task is defined in a script.
     """
     from dllm_rl.tasks.protocols import TASKS
 
@@ -51,9 +51,10 @@ def task_of(model: str) -> Call:
 
 
 def problems_of(model: str, count: int) -> list[Problem]:
-    """Return a run's first held-out problems, or the first prompts of its completions.jsonl if its task is a script's.
+    """Return a run's first held-out problems, or the first prompts of its completions.jsonl if a script defines its
+    task.
 
-    The list is empty for a folder that is no run's, and for prompts with blanks, which the file does not mark.
+    The list is empty for a folder that is not a run's, and for prompts with blanks, which the file does not mark.
     """
     from dllm_rl.tasks.protocols import TASKS
 
@@ -80,7 +81,7 @@ def is_prompt(value: Any) -> TypeGuard[str | list[dict[str, str]]]:
 
 
 def form_of_prompts(model: str) -> tuple[bool, str | None]:
-    """Whether the prompts of a run's task are chats, and what stands for a token to fill in."""
+    """Return whether the prompts of a run's task are chats, and the text that marks a token to fill in."""
     try:
         _, settings = task_of(model)
     except ValueError:
@@ -91,8 +92,8 @@ def form_of_prompts(model: str) -> tuple[bool, str | None]:
 
 
 def sampler_of(model: str, field: str = "eval_sampler") -> partial | None:
-    """The sampler of a run's evaluations, or of its rollouts (field="sampler"); None for no run's folder, and for a
-    sampler that is not the library's.
+    """Return the sampler of a run's evaluations, or of its rollouts (field="sampler"); None if the folder is not a
+    run's, or the sampler is not the library's.
     """
     from dllm_rl.samplers.autoregress import autoregress
     from dllm_rl.samplers.by_name import CACHES, COMMITS, RANKS
@@ -109,17 +110,18 @@ def sampler_of(model: str, field: str = "eval_sampler") -> partial | None:
         if isinstance(keywords.get(name), tuple):
             function, bound = keywords[name]
             if function not in known or any(isinstance(value, tuple) for value in bound.values()):
-                return None  # a rule of a script, or one that binds another function
+                return None  # a rule of a script, or a rule that binds another function
             made = known[function]
             keywords[name] = made(**bound) if name == "cache" else partial(made, **bound) if bound else made
     return partial(sampler, **keywords)
 
 
 def scheme_of(model: str) -> Callable[[], Any] | None:
-    """What makes the scheme of a run's rollouts; None for rollouts in full precision, and for no run's folder.
+    """Return the function that makes the scheme of a run's rollouts; None for rollouts in full precision, and if the
+    folder is not a run's.
 
     Raises:
-        ValueError: The scheme is one of a script.
+        ValueError: A script defines the scheme.
     """
     from dllm_rl.recipe import CHOICES
 
@@ -134,9 +136,10 @@ def scheme_of(model: str) -> Callable[[], Any] | None:
 
 
 def read_call(text: Any) -> Call | None:
-    """A name and its keywords, of text as `Sudoku(split='test', clues=(1, 3))`; None if the text is no such call.
+    """Return a name and its keywords, from text such as `Sudoku(split='test', clues=(1, 3))`; None if the text is no
+    such call.
 
-    A value is a number, text, a tuple of those, or another function's name and keywords. Nothing is called.
+    A value is a number, text, a tuple of these, or another function's name and keywords. Nothing is called.
     """
     try:
         parsed = ast.parse(text, mode="eval").body if isinstance(text, str) else None

@@ -36,11 +36,11 @@ def show(
     seed: int = 0,
     group_size: int = 1,
     chat: bool = False,  # each text is a user's message, in the tokenizer's template
-    blank: str | None = None,  # the text of a token to fill in; the completion is then the whole text
-    checkpoint: str | None = None,  # the policy's, for the record
-    **options: Any,  # for the sampler of the policy's kind; None: its default
+    blank: str | None = None,  # the text of a token to fill in; the completion is then the full text
+    checkpoint: str | None = None,  # the policy's checkpoint, for the record
+    **options: Any,  # for the sampler of the policy; None: the sampler's default
 ) -> None:
-    """Complete texts: completions or one JSON object go to standard output, the speed goes to standard error."""
+    """Complete texts. Completions or one JSON object go to standard output, and the speed goes to standard error."""
     if not texts:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
     options = {name: value for name, value in options.items() if value is not None}
@@ -51,7 +51,7 @@ def show(
     prompt_texts = [shown_prompt(problem) for problem in problems for _ in range(group_size)]
     console = Console()
     live = console.is_terminal and not as_json if live is None else live
-    began = time.perf_counter()  # after the prompts, which are no work of the model
+    began = time.perf_counter()  # after the prompts, whose encoding is not the model's work
     if live and sampler is not autoregress:
         rollout = drawn(console, policy, prompts, prompt_texts, delay=delay, seed=seed, **options)
     else:
@@ -77,17 +77,21 @@ def as_problem(text: str | Problem, *, chat: bool, blank: str | None) -> Problem
 
 
 def shown_prompt(problem: Problem) -> str:
-    """The prompt's text; of a chat, the user's last message."""
+    """Return the prompt's text; of a chat, the user's last message."""
     if isinstance(problem.prompt, str):
         return problem.prompt
     return next((turn["content"] for turn in reversed(problem.prompt) if turn["role"] == "user"), "")
 
 
 def check_options(policy: Policy, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that the policy's sampler takes. Raises ValueError on an option that other models have."""
+    """Return the options of the policy's sampler.
+
+    Raises:
+        ValueError: An option belongs to other models.
+    """
     if sampler_for(policy) is renoise:
         options = dict(options)
-        if not options.get("temperature"):  # the command's default; renoise has a schedule of its own
+        if not options.get("temperature"):  # the command's default; renoise has a schedule instead
             options.pop("temperature", None)
         if extra := sorted(options.keys() - inspect.signature(renoise).parameters.keys()):
             raise ValueError(f"{extra[0]} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
@@ -112,9 +116,9 @@ def drawn(
 
 
 def print_record(record: dict[str, Any]) -> None:
-    """Completions to standard output, the speed to standard error: a pipe gets the completions alone."""
+    """Print completions to standard output and the speed to standard error, so that a pipe gets only completions."""
     for row in record["rows"]:
-        # A pipe or a file gets what the model wrote; a terminal would obey its escape sequences.
+        # A pipe or a file gets the model's text unchanged; a terminal would obey its escape sequences.
         print(escape_controls(row["completion"], keep="\n\t") if sys.stdout.isatty() else row["completion"])
     print(record["facts"], file=sys.stderr)
 
@@ -122,7 +126,9 @@ def print_record(record: dict[str, Any]) -> None:
 def to_record(
     policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: float | None = None, whole: bool = False
 ) -> dict:
-    """A rollout as plain data, with each row's prompt, completion (`whole`: and the text around it) and tokens."""
+    """Return a rollout as plain data, with each row's prompt, completion (with `whole` also the text around it) and
+    tokens.
+    """
     completions = filled(policy, rollout) if whole else decode(policy, rollout)
     made = zip(prompts, completions, written_tokens(policy, rollout), strict=True)
     rows = [{"prompt": prompt, "completion": completion, "tokens": tokens} for prompt, completion, tokens in made]
@@ -136,7 +142,7 @@ def to_record(
 
 
 def render(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows: int = 8) -> Group:
-    """The state of a rollout: prompts and masks dim, the tokens of the last step bright."""
+    """Draw the state of a rollout: prompts and masks dim, the tokens of the last step bright."""
     lines = []
     for row in to_record(policy, rollout, prompts)["rows"][:max_rows]:
         line = Text().append(escape_controls(row["prompt"]), style="dim")
@@ -146,7 +152,7 @@ def render(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows
             style = "dim" if token["step"] < 0 else "bold bright_yellow" if fresh else ""
             line.append("░" if token["step"] < 0 else escape_controls(token["text"]) or "∅", style=style)
         lines.append(line)
-    hidden = len(rollout.tokens) - len(lines)  # a terminal's height is small
+    hidden = len(rollout.tokens) - len(lines)  # a terminal has few lines
     left = 0 if policy.spec.mask_id is None else int((rollout.tokens == policy.spec.mask_id).sum())
     more = f", {hidden} more rows" if hidden else ""
     lines.append(Text(f"step {rollout.forwards}, {left} masked{more}", style="dim italic"))

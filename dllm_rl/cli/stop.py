@@ -1,4 +1,4 @@
-"""`dllm-rl stop`: ends a run after its present step, with a checkpoint."""
+"""`dllm-rl stop`: ends a run after its current step, with a checkpoint."""
 
 import os
 import re
@@ -14,19 +14,19 @@ from dllm_rl.screen import escape_controls
 
 
 def stop_run(directory: Path, *, timeout: float) -> int:
-    """Ask the run of a folder to stop, and wait until it has ended.
+    """Tell the run of a folder to stop, and wait until it has ended.
 
-    The run finishes its step, or is cut off after its own `stop_seconds`, saves, and leaves with status 143.
+    The run finishes its step, or is interrupted after its `stop_seconds`, saves, and exits with status 143.
 
     Args:
-        directory: The run's folder.
+        directory: Folder of the run.
         timeout: Seconds to wait.
 
     Returns:
-        0 once the run has ended, 1 if it has not within `timeout`.
+        0 once the run has ended, 1 if it has not ended within `timeout`.
 
     Raises:
-        ValueError: No run writes the folder, or it runs on another machine.
+        ValueError: No run writes the folder, or the run is on another machine.
     """
     process = _writer(directory)
     os.kill(process, signal.SIGTERM)
@@ -48,7 +48,11 @@ def stop_run(directory: Path, *, timeout: float) -> int:
 
 
 def _writer(directory: Path) -> int:
-    """The process that has locked the folder. Raises ValueError if there is none on this machine."""
+    """Return the process that has locked the folder.
+
+    Raises:
+        ValueError: No process on this machine has locked it.
+    """
     path = directory / LOCK
     if not path.is_file():
         raise ValueError(f"{directory}: no run writes this folder")
