@@ -41,8 +41,8 @@ def grpo(
 ) -> Summary:
     """Train a model with TRL-style reward functions and return the run's summary.
 
-    Use it for a model, a data set and reward functions; use `train` for a recipe that you wrote yourself. The arguments
-    are those of `grpo_recipe`: print its recipe to see every setting.
+    Use it for a model, a data set and reward functions; use `train` for a recipe that you wrote yourself. Print the
+    recipe of `grpo_recipe`, which has the same arguments, to see every setting.
 
         grpo("GSAI-ML/LLaDA-8B-Instruct", rows, [correct, short], reward_weights=[1.0, 0.1])
 
