@@ -367,7 +367,7 @@ def no_correction() -> Corrector:
 def tis(*, cap: float = 2.0, level: Level = "token", pool: Pool = "product") -> Corrector:
     """Make the truncated importance sampling corrector; see `truncated_weights`.
 
-    Use it as the first correction of a quantized rollout: every token stays in the loss, and the cap bounds the
+    Use it where docs/mismatch.md advises a correction: every token stays in the loss, and the cap bounds the
     variance.
 
     Args:
