@@ -612,9 +612,7 @@ class Recipe(Settings):
 
     @property
     def policy_loss(self) -> Callable:
-        """Function (log-probs (B, T), batch) -> loss, metrics, gradient: `losses.policy_loss` with the recipe's
-        settings
-        bound.
+        """Function (log-probs (B, T), batch) -> loss, metrics, gradient: the recipe's `losses.policy_loss`.
 
         The defaults are ppo_clip with epsilon 0.2, an equal weight for every token of the batch, no KL term and no
         entropy bonus.

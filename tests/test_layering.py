@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "supervised": "rng tasks types members distributed models likelihoods recipe checkpoints training",
     # floor 8
     "cli": "device files manifest members renamed rng screen tasks types versions config distributed models "
-    "quantization samplers diagnostics evaluation recipe checkpoints training supervised",
+    "quantization samplers diagnostics evaluation recipe checkpoints monitoring training supervised",
 }
 # Costly libraries, and the only packages that may import them.
 ROOMS = {

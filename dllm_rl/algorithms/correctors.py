@@ -39,7 +39,7 @@ class TokenStats:
         old_logprobs: Log-probs under the learner at the start of the update, in nats.
         rollout_logprobs: Log-probs under the policy that sampled, in nats.
         unmask_step: Denoising step that wrote the token (autoregressive: its position); -1 elsewhere.
-        entropy: Entropy of the learner's distribution that the token was drawn from, in nats. None (default) unless the
+        entropy: Entropy of the learner's distribution at the token, in nats. None (default) unless the
             corrector sets `needs_entropy`, which takes one more forward per view.
     """
 
@@ -141,9 +141,7 @@ def truncated_weights(
     """
     log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     weights = ratios(log_mismatch, keep, level=level, pool=pool)
-    metrics["tis/capped_fraction"] = _fraction(
-        weights > cap, keep
-    )  # compares raw ratios: a ratio equal to the cap is not capped
+    metrics["tis/capped_fraction"] = _fraction(weights > cap, keep)  # before the clamp: one equal to cap is not capped
     return TokenWeights(torch.where(keep, weights.clamp(max=cap), 1), keep, metrics)
 
 

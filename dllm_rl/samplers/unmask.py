@@ -158,7 +158,7 @@ def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None
     least = 0 if infilling else 1  # open positions may be the full completion
     size = block_size if block_size is not None else policy.spec.block_size or width
     if length < least or size < 1:
-        raise ValueError(f"max_new_tokens={length} and block_size={size} must both be at least 1")
+        raise ValueError(f"max_new_tokens={length} must be at least {least}, and block_size={size} at least 1")
     if attention == "block_causal" and size != policy.spec.block_size:
         raise ValueError(
             f"block_size={size} is not the policy's: its blocks are of {policy.spec.block_size}; "

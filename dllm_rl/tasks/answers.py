@@ -128,8 +128,7 @@ def d1_box(text: str) -> str | None:
 
 def first_boxed_number(text: str) -> float | None:
     r"""Return the first number in a `\boxed{...}` as d1 reads it: up to the first brace, in one line; a float or its
-    first
-    number.
+    first number.
     """
     at = text.find("\\boxed{")
     for _ in range(MOST_BOXES):

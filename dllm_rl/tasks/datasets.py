@@ -62,9 +62,9 @@ class DatasetTask:
         forwards: Sequence[int | None] = (),
         tokens_per_forward: Sequence[float | None] = (),
     ) -> list[Reward]:
-        """Grade completions by one call per function; a value is the sum of weight * number over the functions that
-        return
-        one.
+        """Grade completions by one call per function.
+
+        A value is the sum of weight * number over the functions that return a number.
 
         Raises:
             ValueError: A function returns too few numbers or a non-finite number, all functions return None, or a

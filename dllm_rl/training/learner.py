@@ -388,9 +388,8 @@ def update(
                 f"{what} at inner iteration {iteration}, learning_rate={learning_rate:g}; the update was not applied"
             )
         if iteration == 0:
-            policy.weights_version += (
-                1  # before the weights change: after an error in between, they must not have the old version
-            )
+            # Before the weights change: after an error in between, they must not have the old version.
+            policy.weights_version += 1
         optimizer.step()
         gathered |= reduced
         for name, value in reduced.items():

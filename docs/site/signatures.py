@@ -16,6 +16,7 @@ from typing import Any
 from hooks import DOCS, MARK, PYI, TABLE, recipe_fields
 
 WIDTH = 100
+SECTION = re.compile(r"\n\n(?:Args|Attributes|Returns|Yields|Raises|Example|Examples):\n")
 
 
 def named(path: str) -> Any:
@@ -76,7 +77,8 @@ def block(path: str, *, fields: bool) -> str:
     source = textwrap.dedent(inspect.getsource(thing))
     (node,) = ast.parse(source).body
     told = inspect.getdoc(thing) or ""
-    told = told if fields else told.partition("\n\n")[0]
+    # What it does, and when to call it: the rest (formulas, Args, Returns, ...) is on the site and in help().
+    told = "\n\n".join(SECTION.split(told)[0].split("\n\n")[: 2 if fields else 1])
     doc = textwrap.indent(f'"""{told}"""', "    ")
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(map(ast.unparse, node.bases))
