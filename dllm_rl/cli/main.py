@@ -74,7 +74,7 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_of
+    from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_of, with_given
     from dllm_rl.cli.sample import show
     from dllm_rl.samplers.by_name import READERS, rank_for
 
@@ -96,7 +96,7 @@ def sample(arguments: argparse.Namespace) -> None:
         chat, blank = form_of_prompts(arguments.model)
         given |= {"chat": given["chat"] or chat, "blank": blank if given["blank"] is None else given["blank"]}
     policy = open_policy(arguments)  # this also names the checkpoint
-    options |= {name: value for name, value in given.items() if value is not None}
+    options = with_given(options, given)
     show(policy, texts, as_json=arguments.json, checkpoint=arguments.checkpoint, **options)
 
 
@@ -260,7 +260,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     from functools import partial
 
     from dllm_rl.cli.evaluate import read_schemes
-    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_of, scheme_of
+    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_of, scheme_of, with_given
     from dllm_rl.diagnostics.doctor import diagnose
     from dllm_rl.diagnostics.findings import write_doctor
     from dllm_rl.models.tokens import encode, usual_length
@@ -291,7 +291,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     options = {"temperature": 1.0, "rank": read_rank("max_prob")}
     if (run_sampler := sampler_of(arguments.model, "sampler")) is not None:
         options = dict(run_sampler.keywords)
-    options |= {name: value for name, value in given.items() if value is not None}
+    options = with_given(options, given)
     head = not arguments.half_head and (recipe is None or recipe.get("float32_head") is not False)
     policy = open_policy(arguments, float32_head=head)
     options.setdefault("max_new_tokens", usual_length(policy, problems))

@@ -116,6 +116,15 @@ def sampler_of(model: str, field: str = "eval_sampler") -> partial | None:
     return partial(sampler, **keywords)
 
 
+def with_given(run_options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's sampler options with those that the command line gives; a shorter completion takes fewer steps."""
+    options = run_options | {name: value for name, value in given.items() if value is not None}
+    steps, length = options.get("diffusion_steps"), options.get("max_new_tokens")
+    if given.get("diffusion_steps") is None and steps is not None and length:
+        options["diffusion_steps"] = min(steps, length)
+    return options
+
+
 def scheme_of(model: str) -> Callable[[], Any] | None:
     """Return the function that makes the scheme of a run's rollouts; None for rollouts in full precision, and if the
     folder is not a run's.

@@ -93,7 +93,7 @@ def test_without_differences_the_masks_are_the_plain_ones(estimator):
     plain = estimator(num_samples=4).draw_views(rollout, seeded(0))
     for d, change in ((1e-12, changes), (D, torch.ones(64, 5))):
         same = estimator(num_samples=4, informed_masking=d).draw_views(rollout_with(rollout, change), seeded(0))
-        assert torch.equal(same.masked, plain.masked) and torch.equal(same.weight, plain.weight)
+        assert torch.equal(same.masked, plain.masked) and torch.equal(same.coefficients, plain.coefficients)
     other = estimator(num_samples=4, informed_masking=D).draw_views(rollout_with(rollout, changes), seeded(0))
     assert not torch.equal(other.masked, plain.masked)
 

@@ -90,7 +90,7 @@ def test_rows_of_two_batches_are_scored_together(policy):
     parts = [sampled(policy, seed=1), sampled(policy, seed=2)]
     short = Prompts.from_ids([[4, 5]], pad_id=policy.pad_id, group_size=2)
     parts.append(renoise(policy, short, torch.Generator().manual_seed(3), **SHORT | {"answer": "drawn"}))
-    whole = type(parts[0]).joined(parts, pad_id=policy.pad_id)
+    whole = type(parts[0]).concatenate(parts, pad_id=policy.pad_id)
     assert (scored(policy, whole) - whole.logprobs).abs().max() < 1e-4
     wider = whole.padded(3, pad_id=policy.pad_id)
     assert (scored(policy, wider) - wider.logprobs).abs().max() < 1e-4

@@ -72,7 +72,7 @@ def test_a_step_learns_from_the_filled_text(tmp_path, capsys):
     assert all(2 <= row["completions/mean_length"] <= 3 and row["parsed"] == 1 for row in rows)
     assert all(row["reward"] >= 0.25 and row["reward_std"] > 0 for row in rows)
     assert summary["eval_after"]["parsed"] == 1
-    assert "'__2_' --blank '_' --max_new_tokens 0" in capsys.readouterr().out
+    assert "__2_ --blank _\n" in capsys.readouterr().out
     main(["sample", summary["checkpoint"], "4__7", "--blank", "_", "--max_new_tokens", "0"])
     said = capsys.readouterr().out.strip()
     assert len(said) == 4 and (said[0], said[3]) == ("4", "7") and "_" not in said

@@ -132,7 +132,7 @@ def test_the_package_does_the_same(changed, tmp_path):
 def test_it_warms_up_and_prints_what_each_step_did(monkeypatch, capsys):
     sizes = {name: size for name, size in SIZES.items() if name != "characters"}
     monkeypatch.setattr(one_file, "tiny_masked_lm", partial(tiny_masked_lm, **sizes))
-    words = "--sft_warmup_steps 20 --num_steps 2 --train_batch_size 4 --num_generations 4 --seed 5"
+    words = "--warmup_steps 20 --num_steps 2 --train_batch_size 4 --num_generations 4 --seed 5"
     monkeypatch.setattr(sys, "argv", ["one_file.py", *words.split()])
     one_file.main()
     warm_up, *steps, last = capsys.readouterr().out.splitlines()

@@ -51,7 +51,7 @@ def policy(request):
 def fill(policy, ids, seeds, *, new=0, width=0, group=1, **options):
     prompts = Prompts.from_ids(ids, pad_id=0, group_size=group, seeds=list(seeds), mask_id=M)
     if width:
-        columns = {name: getattr(prompts, name) for name in ("tokens", "attention_mask", "open")}
+        columns = {name: getattr(prompts, name) for name in ("tokens", "attention_mask", "infill_mask")}
         pad = lambda x: torch.nn.functional.pad(x, (width - x.shape[1], 0))  # noqa: E731
         prompts = replace(prompts, **{name: pad(x) for name, x in columns.items()})
     options = {"temperature": 1.0} | options
