@@ -141,7 +141,7 @@ import sys
 sys.path[:0] = {path!r}
 from tiny_recipe import tiny_recipe
 from dllm_rl.training import train
-train(tiny_recipe({directory!r}, num_steps=40, save_steps=3, warmup_steps=10, resume_from_checkpoint={resume!r}))
+train(tiny_recipe({directory!r}, num_steps=40, save_steps=3, sft_warmup_steps=10, resume_from_checkpoint={resume!r}))
 """
 
 
