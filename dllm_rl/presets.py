@@ -16,7 +16,6 @@ from dllm_rl.algorithms.optimizers import constant_rate
 from dllm_rl.likelihoods.estimators import one_step
 from dllm_rl.members import describe
 from dllm_rl.models.base import Lora, Policy
-from dllm_rl.models.checkpoint.loading import build_empty, load_config
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.rules import confidence
@@ -102,6 +101,8 @@ def preset_by_size(attention: str, parameters: int) -> str | None:
 
 def num_parameters(model: str | Policy) -> int:
     """Count a model's weights. For a folder or a hub's id, only config.json is read."""
+    from dllm_rl.models.checkpoint.loading import build_empty, load_config  # costly: the command line imports this file
+
     module = build_empty(load_config(model), model) if isinstance(model, str) else model.module
     return sum(parameter.numel() for parameter in module.parameters())
 
