@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dllm_rl.cli.options import open_policy
-from dllm_rl.cli.run_settings import sampler_of, task_of
+from dllm_rl.cli.run_settings import sampler_or_note, task_of
 from dllm_rl.config import CHOICES, override, paths
 from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import OneProcess, Processes, launched, make_accelerator
@@ -262,7 +262,7 @@ def run_sampler(arguments: argparse.Namespace) -> partial | None:
     options = ("max_new_tokens", "diffusion_steps", "forwards", "rank", "commit", "cache", "block_size", "temperature")
     if len(arguments.models) != 1 or any(getattr(arguments, option) for option in options) or arguments.samples > 1:
         return None
-    return sampler_of(arguments.models[0])
+    return sampler_or_note(arguments.models[0])
 
 
 def renoising_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:

@@ -74,11 +74,11 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_of, with_given
+    from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_or_note, with_given
     from dllm_rl.cli.sample import show
     from dllm_rl.samplers.by_name import READERS, rank_for
 
-    run_sampler = sampler_of(arguments.model)
+    run_sampler = sampler_or_note(arguments.model)
     options = {"max_new_tokens": 16, "temperature": 0.0} if run_sampler is None else dict(run_sampler.keywords)
     if arguments.commit is not None:  # without a rule the sampler's default rank applies; a causal sampler has no rank
         arguments.rank = rank_for(arguments.commit, arguments.rank)
@@ -260,7 +260,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     from functools import partial
 
     from dllm_rl.cli.evaluate import read_schemes
-    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_of, scheme_of, with_given
+    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_or_note, scheme_of, with_given
     from dllm_rl.diagnostics.doctor import diagnose
     from dllm_rl.diagnostics.findings import write_doctor
     from dllm_rl.models.tokens import encode, usual_length
@@ -289,7 +289,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in ("max_new_tokens", "diffusion_steps", "temperature")}
     given["rank"] = arguments.rank and read_rank(arguments.rank)
     options = {"temperature": 1.0, "rank": read_rank("max_prob")}
-    if (run_sampler := sampler_of(arguments.model, "sampler")) is not None:
+    if (run_sampler := sampler_or_note(arguments.model, "sampler")) is not None:
         options = dict(run_sampler.keywords)
     options = with_given(options, given)
     head = not arguments.half_head and (recipe is None or recipe.get("float32_head") is not False)

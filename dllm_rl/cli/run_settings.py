@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from dllm_rl.cli.options import checkpoint_of
 from dllm_rl.files import read_json
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.renamed import renamed_text
+from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem
 
 Call = tuple[str, dict[str, Any]]  # a function's name and its keywords
@@ -116,10 +118,21 @@ def sampler_of(model: str, field: str = "eval_sampler") -> partial | None:
     return partial(sampler, **keywords)
 
 
+def sampler_or_note(model: str, field: str = "eval_sampler") -> partial | None:
+    """Return `sampler_of`, and print a note if the run has a sampler that the command cannot make again."""
+    sampler, recipe = sampler_of(model, field), recipe_of(model)
+    if sampler is None and recipe is not None:
+        text = escape_controls(
+            f"note: {field}={recipe.get(field)} is of a script; the command's sampler is used instead"
+        )
+        print(text, file=sys.stderr)
+    return sampler
+
+
 def with_given(run_options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Return a run's sampler options with those that the command line gives; a shorter completion takes fewer steps."""
     options = run_options | {name: value for name, value in given.items() if value is not None}
-    steps, length = options.get("diffusion_steps"), options.get("max_new_tokens")
+    steps, length = options.get("diffusion_steps"), given.get("max_new_tokens")
     if given.get("diffusion_steps") is None and steps is not None and length:
         options["diffusion_steps"] = min(steps, length)
     return options

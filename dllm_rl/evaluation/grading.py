@@ -62,10 +62,9 @@ def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
 
     Returns:
         task, version, n; `rules`: by name, the number of right rows (full marks) and each of RATES with its 95 %
-        interval
-        [low, high]; `differences`: for each two sets of rules that disagree, the number of rows, the number of these
-        rows
-        in which only the first is right, and a few ids; `not_graded`: why a protocol could not grade these rows.
+        interval [low, high]; `differences`: for each two sets of rules that disagree, the number of rows, the number of
+        these rows in which only the first is right, and a few ids; `not_graded`: why a protocol could not grade these
+        rows.
 
     Raises:
         ValueError: As for `grade_file` under strict.

@@ -10,7 +10,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl import train
 from dllm_rl.cli import run_settings
 from dllm_rl.cli.main import main
-from dllm_rl.cli.run_settings import read_call, sampler_of, task_of
+from dllm_rl.cli.run_settings import read_call, sampler_of, sampler_or_note, task_of, with_given
 from dllm_rl.members import describe
 from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.samplers.rules import threshold
@@ -74,6 +74,23 @@ def test_doctor_takes_task_sampler_and_scheme_from_the_run(run, monkeypatch, opt
     wanted = sampler.replace("temperature=0.8", "temperature=0.5") if options else sampler
     assert seen["rows"] == 3 and seen["sampler"] == wanted
     assert (seen["scheme"] is None) == bool(options)
+
+
+@pytest.mark.parametrize("text", ["mine:sampler(temperature=1.0)", "unmask(max_new_tokens=4, rank=mine:rank)", None])
+def test_a_scripts_sampler_is_named_and_the_librarys_is_not(run, monkeypatch, capsys, text):
+    assert sampler_or_note(str(run)) is not None and sampler_or_note("no run") is None
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"eval_sampler": text})
+    assert sampler_or_note("runs/mine") is None
+    assert capsys.readouterr().err.startswith(f"note: eval_sampler={text} ")
+
+
+def test_a_shorter_completion_takes_fewer_steps_and_the_runs_own_length_does_not():
+    settings = {"max_new_tokens": 2, "diffusion_steps": 8}  # 8 steps: open positions beside the 2 new ones
+    assert with_given(settings, {"temperature": 0.5, "max_new_tokens": None}) == {**settings, "temperature": 0.5}
+    assert with_given(settings, {"max_new_tokens": 4}) == {"max_new_tokens": 4, "diffusion_steps": 4}
+    given = {"max_new_tokens": 4, "diffusion_steps": 9}  # refused by the sampler, as it was typed
+    assert with_given(settings, given) == given
 
 
 def test_a_scripts_scheme_is_named(monkeypatch):
