@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dllm_rl.bounds import Bound
-from dllm_rl.renamed import refuse_renamed
+from dllm_rl.renamed import refuse_renamed, renamed_text
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{4,}")
 Made = TypeVar("Made", bound=Callable[..., Any])
@@ -181,6 +181,29 @@ def _started_as() -> str:
 def plain(value: Any) -> Any:
     """Return scalars unchanged and everything else as text."""
     return value if value is None or isinstance(value, bool | int | float | str) else describe(value)
+
+
+def same_setting(before: Any, now: Any) -> bool:
+    """Return whether a stored value equals the current one, possibly as an earlier version described it.
+
+    That version may have had other names, and fewer keywords: a keyword that its text does not name had its default.
+    """
+    if before == now or not (isinstance(before, str) and isinstance(now, str)):
+        return before == now
+    before = renamed_text(before)
+    return before == now or before == _without_new_keywords(now, before)
+
+
+def _without_new_keywords(text: str, before: str) -> str:
+    """Leave out the keywords that have their defaults and that `before` does not name."""
+    package = sys.modules[__name__.partition(".")[0]]
+    for name in dict.fromkeys(re.findall(r"\b(\w+)\(", text)):
+        maker = getattr(package, name) if name in package.__all__ else None
+        for parameter in inspect.signature(maker).parameters.values() if callable(maker) else ():
+            if parameter.default is not parameter.empty and f"{parameter.name}=" not in before:
+                held = rf"(?<![\w.]){re.escape(f'{parameter.name}={describe(parameter.default)}')}(?=[,)])"
+                text = re.sub(rf", {held}|{held}, |{held}", "", text)
+    return text
 
 
 def described(record: Any) -> dict[str, Any]:

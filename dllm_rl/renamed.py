@@ -184,10 +184,5 @@ def renamed_text(text: str) -> str:
 
 
 def renamed_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe's stored settings under current names. `same_setting` compares their values."""
+    """Return a recipe's stored settings under current names. `members.same_setting` compares their values."""
     return dict(renamed("", name, value) for name, value in settings.items())
-
-
-def same_setting(before: Any, now: Any) -> bool:
-    """Return whether a stored value equals the current one, possibly in words of an earlier version."""
-    return before == now or (isinstance(before, str) and isinstance(now, str) and renamed_text(before) == now)

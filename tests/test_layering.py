@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "samplers": "bounds device members renamed rng types models",
     # floor 4
     "diagnostics": "files screen types algorithms models likelihoods quantization samplers",
-    "evaluation": "files renamed rng screen tasks types members distributed models likelihoods quantization samplers",
+    "evaluation": "files rng screen tasks types members distributed models likelihoods quantization samplers",
     "recipe": "bounds callbacks renamed tasks types algorithms members models likelihoods quantization samplers",
     "testing": "types algorithms models likelihoods quantization samplers",
     # floor 5

@@ -15,7 +15,8 @@ from dllm_rl.algorithms import losses
 from dllm_rl.checkpoints.run_folder import _check_recipe
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.config import from_command_line
-from dllm_rl.likelihoods.estimators import block_elbo, sandwich, trajectory
+from dllm_rl.likelihoods.estimators import block_elbo, elbo, sandwich, trajectory
+from dllm_rl.members import describe, same_setting
 from dllm_rl.recipe import Recipe
 from dllm_rl.renamed import RENAMED, renamed_settings, renamed_text
 from dllm_rl.samplers.revise import commit_inputs
@@ -129,11 +130,33 @@ def test_a_run_of_an_earlier_version_resumes(changes, stored):
     assert before.keys() > STORED.keys()
     text = before["sampler"].replace("on_step=", "watch=")
     before |= {"sampler": text, "eval_sampler": before["eval_sampler"].replace("on_step=", "watch=")}
-    assert "watch=" in text
+    for field in ("sampler", "eval_sampler"):  # as before these keywords existed
+        before[field] = (
+            before[field].replace(", confidence_radius=None", "").replace("approximate_early_exit=False, ", "")
+        )
+    assert "watch=" in text and "confidence_radius" not in before["sampler"]
     state = TrainingState(step=1, version=1, dtype="float32", recipe=renamed_settings(before))
     _check_recipe(recipe, state)
     with pytest.raises(ValueError, match="loss_reduction"):
         _check_recipe(replace(recipe, loss_reduction=partial(losses.fixed_length_mean, length=7)), state)
+
+
+@pytest.mark.parametrize(
+    ("before", "same"),
+    [
+        ("sandwich(beta=1.5, mix=0.5, base=elbo(num_samples=8, stratified=True, antithetic=False))", True),
+        ("sandwich(base=elbo(num_samples=8))", True),
+        ("sandwich(base=elbo(stratified=True))", False),  # its number of samples was a default, and 8 is none
+        ("sandwich(beta=1.5, mix=0.5, base=elbo(num_samples=7, stratified=True, antithetic=False))", False),
+        ("sandwich(base=elbo(num_samples=8, informed_masking=1.5))", False),
+        ("sandwich(base=elbo(num_samples=8, gone=1))", False),
+        ("eubo(base=elbo(num_samples=8))", False),
+        ("sandwich", False),
+    ],
+)
+def test_a_keyword_that_a_stored_text_does_not_name_had_its_default(before, same):
+    assert same_setting(before, describe(sandwich(base=elbo(num_samples=8)))) == same
+    assert not same_setting(before, describe(sandwich(base=elbo(num_samples=8, informed_masking=0.7))))
 
 
 def test_a_stored_text_is_renamed_only_where_a_name_stands():

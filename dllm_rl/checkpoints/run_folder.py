@@ -12,9 +12,8 @@ from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState, check_types
 from dllm_rl.distributed.stop import LOCK, as_written
 from dllm_rl.files import lock, recover, remove
-from dllm_rl.members import ADDRESS, plain
+from dllm_rl.members import ADDRESS, plain, same_setting
 from dllm_rl.recipe import Recipe, Settings
-from dllm_rl.renamed import same_setting
 
 REHEARSAL = ".rehearsal"  # where a rehearsal writes
 

@@ -14,9 +14,9 @@ from typing import Any
 from dllm_rl.distributed.collectives import Processes
 from dllm_rl.evaluation.results import Graded
 from dllm_rl.files import replacing, to_disk
+from dllm_rl.members import same_setting
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.linear import is_packed, unpacked
-from dllm_rl.renamed import same_setting
 from dllm_rl.tasks.base import Problem, parts
 from dllm_rl.tasks.rows import load_rows
 
