@@ -25,7 +25,7 @@ def shown(found: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name in names)
 
 
-def interval(recipe: Settings, evaluation: float, step: float) -> int:
+def interval(recipe: Settings, evaluation: int, step: int) -> int:
     """Return the number of steps between evaluations, 0 for none: `eval_steps`, or the number that limits evaluations
     to SHARE of the work.
 
