@@ -1,10 +1,12 @@
-"""Corrections of the training-inference mismatch, built from three parts that can be combined.
+"""Correctors of the training-inference mismatch: importance weights, a loss mask and, optionally, an objective.
 
-log_mismatch = logp_old - logp_rollout per token (nats), over the GLOBAL batch. The mask marks the corrected rows: rows
-with an advantage, or all rows with a KL term or an entropy bonus. Batch statistics (the lambda of AIS) cover these
-rows; the `rollout_corr/*` metrics of a corrector are logged as `trained/*`, next to the metrics of all rows. Weights
-are detached, multiply the surrogate before any KL term, and are 1 off the mask. A token with a non-finite log_mismatch
-leaves the loss mask.
+All functions read the GLOBAL batch and log_mismatch = logp_old - logp_rollout per token, in nats. The mask marks the
+tokens to correct: those of rows with an advantage, or of all rows if the recipe has a KL term or an entropy bonus.
+Batch statistics, such as the lambda of AIS, cover these rows. The `rollout_corr/*` metrics of a corrector are logged as
+`trained/*`, next to the metrics of all rows.
+
+Weights are detached, and 1 outside the mask. They multiply the surrogate, but not the KL term. A token with a
+non-finite log_mismatch leaves the loss mask. docs/methods.md explains the tags [paper], [digest] and [ours].
 """
 
 import math
@@ -33,12 +35,12 @@ class TokenStats:
     Every process has the same copy, on the host. A custom corrector reads it in its `weight_fn`.
 
     Args:
-        log_mismatch: logp_old - logp_rollout, in nats; 0 off the mask.
+        log_mismatch: logp_old - logp_rollout, in nats; 0 outside the mask.
         advantages: Advantage of each row.
         mask: Tokens to correct.
         old_logprobs: Log-probs under the learner at the start of the update, in nats.
         rollout_logprobs: Log-probs under the policy that sampled, in nats.
-        unmask_step: Denoising step that wrote the token (autoregressive: its position); -1 elsewhere.
+        unmask_step: Denoising step that wrote the token (autoregressive: its position); -1 outside the completion.
         entropy: Entropy of the learner's distribution at the token, in nats. None (default) unless the
             corrector sets `needs_entropy`, which takes one more forward per view.
     """
@@ -52,7 +54,7 @@ class TokenStats:
     entropy: Float[Tensor, "B T"] | None = None
 
     def among(self, mask: Bool[Tensor, "B T"]) -> "TokenStats":
-        """Return the statistics of fewer tokens."""
+        """Return the same statistics with a smaller mask."""
         return replace(self, mask=mask, log_mismatch=torch.where(mask, self.log_mismatch, 0))
 
 
@@ -60,7 +62,7 @@ class TokenWeights(NamedTuple):
     """Result of a corrector for each token.
 
     Attributes:
-        importance_weights: Detached weights; 1 off the mask.
+        importance_weights: Detached weights; 1 outside the mask.
         loss_mask: Tokens that stay in the loss.
         metrics: Numbers to log, by name.
     """
@@ -74,9 +76,9 @@ WeightFn = Callable[[TokenStats], TokenWeights]
 
 
 def unit_weights(stats: TokenStats) -> TokenWeights:
-    """Give every token the weight 1, and keep every token with a finite ratio in the loss."""
-    _, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
-    return TokenWeights(torch.ones_like(stats.log_mismatch).detach(), keep, metrics)
+    """Give every token the weight 1. Tokens with a non-finite ratio leave the loss."""
+    _, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
+    return TokenWeights(torch.ones_like(stats.log_mismatch).detach(), finite_mask, metrics)
 
 
 def drop_nonfinite(
@@ -87,18 +89,22 @@ def drop_nonfinite(
     Call it first in a custom `weight_fn`.
 
     Returns:
-        log_mismatch, detached, with 0 where it is not finite or off the mask; the mask without these tokens; the metric
-        rollout_corr/nonfinite_fraction, their share of the mask.
+        log_mismatch, detached, and 0 where it is not finite or outside the mask; the mask of the finite tokens; the
+        metric rollout_corr/nonfinite_fraction, the share of the mask that was removed.
     """
-    keep = mask & log_mismatch.isfinite()
-    lost = 1 - keep.sum().item() / mask.sum().item() if mask.any() else 0.0
-    return torch.where(keep, log_mismatch.detach(), 0), keep, {"rollout_corr/nonfinite_fraction": lost}
+    finite_mask = mask & log_mismatch.isfinite()
+    removed_fraction = 1 - finite_mask.sum().item() / mask.sum().item() if mask.any() else 0.0
+    metrics = {"rollout_corr/nonfinite_fraction": removed_fraction}
+    return torch.where(finite_mask, log_mismatch.detach(), 0), finite_mask, metrics
 
 
-def per_level(
+def pooled_log_ratio(
     log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, pool: str
 ) -> Float[Tensor, "B T"]:
-    """Return each token's log-ratio, or its row's sum (`product`) or mean (`geometric`); 0 off the mask."""
+    """Return log-ratios of tokens or sequences, in nats, at every token of the mask; 0 outside the mask.
+
+    With level="sequence", every token gets the sum (pool="product") or the mean ("geometric") over its row.
+    """
     log_w = torch.where(mask, log_mismatch, 0)
     if level == "token":
         return log_w
@@ -112,15 +118,15 @@ def per_level(
     return torch.where(mask, total.clamp(-MAX_LOG, MAX_LOG).to(log_w.dtype), 0)
 
 
-def ratios(
+def pooled_ratio(
     log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, level: str, pool: str
 ) -> Float[Tensor, "B T"]:
-    """Return exp of `per_level`, whose logs are clamped to +-MAX_LOG."""
-    return per_level(log_mismatch, mask, level=level, pool=pool).clamp(-MAX_LOG, MAX_LOG).exp()
+    """Return exp of `pooled_log_ratio`, clamped to +-MAX_LOG before exp."""
+    return pooled_log_ratio(log_mismatch, mask, level=level, pool=pool).clamp(-MAX_LOG, MAX_LOG).exp()
 
 
 def _fraction(event: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> float:
-    """Return the share of marked tokens at which `event` is true; 0 if no token is marked."""
+    """Return the share of the mask's tokens at which `event` is true; 0 if the mask is empty."""
     return (event & mask).sum().item() / max(mask.sum().item(), 1)
 
 
@@ -139,10 +145,11 @@ def truncated_weights(
 
     Source: TIS, fengyao.notion.site/off-policy-rl [paper].
     """
-    log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
-    weights = ratios(log_mismatch, keep, level=level, pool=pool)
-    metrics["tis/capped_fraction"] = _fraction(weights > cap, keep)  # before the clamp: one equal to cap is not capped
-    return TokenWeights(torch.where(keep, weights.clamp(max=cap), 1), keep, metrics)
+    log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
+    weights = pooled_ratio(log_mismatch, finite_mask, level=level, pool=pool)
+    # Counted before the clamp: a weight equal to cap is not capped.
+    metrics["tis/capped_fraction"] = _fraction(weights > cap, finite_mask)
+    return TokenWeights(torch.where(finite_mask, weights.clamp(max=cap), 1), finite_mask, metrics)
 
 
 @bounded(min_ratio=Bound(at_least=0, at_most=1), max_ratio=Bound(at_least=1))
@@ -163,12 +170,13 @@ def masked_weights(
     """
     if outside not in ("zero", "drop"):
         raise ValueError(f"outside={outside!r} must be 'zero' or 'drop'")
-    log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
-    weights = ratios(log_mismatch, keep, level=level, pool=pool)
-    oob = (weights < min_ratio) | (weights > max_ratio)
-    metrics["rollout_corr/rollout_is_oob_ratio"] = _fraction(oob, keep)
-    weights = torch.where(keep, weights.masked_fill(oob, 0), 1)
-    return TokenWeights(weights, keep & ~oob if outside == "drop" else keep, metrics)
+    log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
+    weights = pooled_ratio(log_mismatch, finite_mask, level=level, pool=pool)
+    out_of_range = (weights < min_ratio) | (weights > max_ratio)
+    metrics["rollout_corr/rollout_is_oob_ratio"] = _fraction(out_of_range, finite_mask)
+    weights = torch.where(finite_mask, weights.masked_fill(out_of_range, 0), 1)
+    loss_mask = finite_mask & ~out_of_range if outside == "drop" else finite_mask
+    return TokenWeights(weights, loss_mask, metrics)
 
 
 @bounded(threshold=Bound(at_least=0))
@@ -182,11 +190,12 @@ def rejection(
 ) -> TokenWeights:
     """Remove tokens or sequences with a large mismatch from the loss mask, and thereby from the loss's denominator.
 
-    Weights stay 1. With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, in nats. |k| is
-    compared with the threshold, for a sequence after pooling. `reject` explains the keywords.
+    Weights stay 1. With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, in nats. A token
+    is removed if its |k| exceeds the threshold, and a sequence if the |k| that is pooled over its tokens does. `reject`
+    explains the keywords.
 
-    Sources: verl's names; VeXact's default [digest]: a sequence mean of k3 above 0.001 fits bf16 kernels, and low-bit
-    rollouts need more.
+    Sources: the names are verl's. The default threshold is VeXact's [digest], for bf16 kernels: it rejects a sequence
+    whose mean k3 exceeds 0.001. Low-bit rollouts need a larger threshold.
     """
     d, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     d = d.clamp(-MAX_LOG, MAX_LOG)  # exp(d) overflows fp32 at 89
@@ -211,25 +220,25 @@ def rejection(
                 raise ValueError(f"pool={pool!r} must be 'mean', 'sum' or 'max'")
     elif level != "token":
         raise ValueError(f"level={level!r} must be 'token' or 'sequence'")
-    keep = finite_mask & (k.abs() <= threshold)
-    dropped = finite_mask & ~keep
-    rows = finite_mask.any(-1).sum().item()
-    metrics["rollout_corr/rollout_rs_masked_fraction"] = _fraction(dropped, finite_mask)
-    metrics["rollout_corr/rollout_rs_seq_masked_fraction"] = dropped.any(-1).sum().item() / max(rows, 1)
-    return TokenWeights(torch.ones_like(d), keep, metrics)
+    loss_mask = finite_mask & (k.abs() <= threshold)
+    rejected = finite_mask & ~loss_mask
+    num_rows = finite_mask.any(-1).sum().item()
+    metrics["rollout_corr/rollout_rs_masked_fraction"] = _fraction(rejected, finite_mask)
+    metrics["rollout_corr/rollout_rs_seq_masked_fraction"] = rejected.any(-1).sum().item() / max(num_rows, 1)
+    return TokenWeights(torch.ones_like(d), loss_mask, metrics)
 
 
 @bounded(tau=Bound(above=0))
 def ais_lambda(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
     """Compute lambda = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, and closer to 1 the larger the mismatch.
 
-    The formula is [ours]: the digest of AIS that we read does not contain one.
+    The formula is [ours]: the summary of AIS that was available does not contain one.
 
     Args:
         reliability: rho, the effective sample size of the sequence weights, in (0, 1].
         divergence: D, the mean |log_mismatch|, in nats.
         variation: CV, the coefficient of variation of the token weights.
-        tau: Mean |log_mismatch| at which half of the trust is gone, in nats, above 0.
+        tau: Value of D at which the factor tau/(D + tau) is 1/2, in nats, above 0.
     """
     return 1 - reliability * (tau / (divergence + tau)) * (1 / (1 + variation))
 
@@ -256,24 +265,25 @@ def adaptive_weights(
 
     Source: AIS, arXiv 2605.13907 [digest].
     """
-    log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
+    log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     log_w = log_mismatch.clamp(-MAX_LOG, MAX_LOG)
-    reliability = 1.0  # without tokens, lam has its on-policy value
+    reliability = 1.0  # without tokens, lambda has its on-policy value
     divergence = 0.0
     variation = 0.0
-    if keep.any():
-        w = log_w[keep].double().exp()
-        rows = per_level(log_mismatch, keep, level="sequence", pool=pool).double()
-        log_rows = torch.where(keep, rows, -torch.inf).amax(-1)[keep.any(-1)]
-        scaled = (log_rows - log_rows.max()).exp()  # rho does not change with the scale, and no square overflows
-        reliability = min(1.0, (scaled.sum().square() / (len(scaled) * scaled.square().sum())).item())
-        divergence = log_mismatch[keep].double().abs().mean().item()
+    if finite_mask.any():
+        w = log_w[finite_mask].double().exp()
+        row_log_w = pooled_log_ratio(log_mismatch, finite_mask, level="sequence", pool=pool).double()
+        # One number per row that has a token.
+        row_log_w = torch.where(finite_mask, row_log_w, -torch.inf).amax(-1)[finite_mask.any(-1)]
+        row_w = (row_log_w - row_log_w.max()).exp()  # rho does not depend on the scale, and no square overflows
+        reliability = min(1.0, (row_w.sum().square() / (len(row_w) * row_w.square().sum())).item())
+        divergence = log_mismatch[finite_mask].double().abs().mean().item()
         variation = (w.std(correction=0) / w.mean()).item()
-    capped = ratios(log_mismatch, keep, level=level, pool=pool).clamp(max=cap)
+    capped = pooled_ratio(log_mismatch, finite_mask, level=level, pool=pool).clamp(max=cap)
     lam = min(1.0, max(0.0, lambda_fn(reliability, divergence, variation, tau=tau)))
-    weights = torch.lerp(torch.ones_like(capped), capped, lam)  # exact at lam = 0 and at lam = 1
+    weights = torch.lerp(torch.ones_like(capped), capped, lam)  # exact if lambda is 0 or 1
     metrics |= {"ais/rho": reliability, "ais/D": divergence, "ais/CV": variation, "ais/lambda": lam}
-    return TokenWeights(torch.where(keep, weights, 1), keep, metrics)
+    return TokenWeights(torch.where(finite_mask, weights, 1), finite_mask, metrics)
 
 
 @bounded(max_weight=Bound(at_least=1))
@@ -284,28 +294,29 @@ def band_weights(stats: TokenStats, *, max_weight: float = 2.0) -> TokenWeights:
 
     Source: QaRL, arXiv 2604.07853 [digest]; the clamp in log space is [ours].
     """
-    log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
-    log_w = per_level(log_mismatch, keep, level="sequence", pool="geometric")
-    bound = math.log(max_weight)
-    metrics["tbpo/capped_fraction"] = _fraction(log_w.abs() > bound, keep)
-    return TokenWeights(log_w.clamp(-bound, bound).exp(), keep, metrics)
+    log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
+    log_w = pooled_log_ratio(log_mismatch, finite_mask, level="sequence", pool="geometric")
+    max_log_w = math.log(max_weight)
+    metrics["tbpo/capped_fraction"] = _fraction(log_w.abs() > max_log_w, finite_mask)
+    return TokenWeights(log_w.clamp(-max_log_w, max_log_w).exp(), finite_mask, metrics)
 
 
 def combine_weights(stats: TokenStats, *, weight_fns: tuple[WeightFn, ...]) -> TokenWeights:
     """Multiply the weights of several functions, and intersect their loss masks.
 
-    If two functions log a metric with different values, its name gets the function's number as a suffix.
+    If two functions log a metric with different values, the later function's metric has its number as a suffix.
     """
     weights = torch.ones_like(stats.log_mismatch).detach()
-    keep = stats.mask
+    loss_mask = stats.mask
     metrics: dict[str, float] = {}
-    for i, weight_fn in enumerate(weight_fns, start=1):
-        part = weight_fn(stats)  # each function sees the full mask, so that their order does not matter
-        weights = weights * part.importance_weights
-        keep = keep & part.loss_mask
-        for name, value in part.metrics.items():
-            metrics[name if metrics.get(name, value) == value else f"{name}_{i}"] = value
-    return TokenWeights(weights, keep, metrics)
+    for number, weight_fn in enumerate(weight_fns, start=1):
+        result = weight_fn(stats)  # each function sees the full mask, so that their order does not matter
+        weights = weights * result.importance_weights
+        loss_mask = loss_mask & result.loss_mask
+        for name, value in result.metrics.items():
+            is_same = metrics.get(name, value) == value
+            metrics[name if is_same else f"{name}_{number}"] = value
+    return TokenWeights(weights, loss_mask, metrics)
 
 
 Surrogate = Callable[..., Tensor]  # (log_ratio, advantages, mask, any of losses.SURROGATE_INPUTS)
@@ -321,10 +332,9 @@ class Corrector:
 
     Args:
         weight_fn: Function `TokenStats` of the global batch -> `TokenWeights`. Default: unit weights.
-        loss: Objective (see `algorithms.losses`) of a method that defines one. None (default): the recipe's `loss`.
+        loss: Objective (see `algorithms.losses`) that replaces the recipe's `loss`. None (default): the recipe's.
         align_forward: Whether the learner's forward computes with the rollout's quantized operands. Default: False.
-        loss_reduction: Averaging of tokens that belongs to the method, if the recipe names no function. None (default):
-            the recipe's.
+        loss_reduction: Averaging of tokens to use if the recipe sets none. None (default): the recipe's.
         needs_entropy: Whether `weight_fn` reads `TokenStats.entropy`. Default: False.
 
     Attributes:
@@ -347,7 +357,7 @@ class Corrector:
 
     @property
     def weighs(self) -> bool:
-        """Whether the corrector has weights: False if every weight is 1 and every token stays in the loss."""
+        """Whether `weight_fn` is not the default: False if every weight is 1 and every finite token is in the loss."""
         return function_of(self.weight_fn) is not unit_weights
 
 
@@ -409,8 +419,10 @@ def mis(
     Raises:
         ValueError: A ratio is out of its range; at the first batch, level, pool or outside is unknown.
     """
-    bound = partial(masked_weights, min_ratio=min_ratio, max_ratio=max_ratio, level=level, pool=pool, outside=outside)
-    return Corrector(weight_fn=bound)
+    weight_fn = partial(
+        masked_weights, min_ratio=min_ratio, max_ratio=max_ratio, level=level, pool=pool, outside=outside
+    )
+    return Corrector(weight_fn=weight_fn)
 
 
 @configurable
@@ -438,7 +450,7 @@ def reject(
 ) -> Corrector:
     """Make the corrector that rejects tokens or sequences with a large mismatch; see `rejection`.
 
-    Use it by itself, or in `compose` together with weights.
+    Use it by itself, or combine it with importance weights by `compose`.
 
     Args:
         level: Unit that is rejected: "token" or "sequence" (default).
@@ -471,7 +483,7 @@ def ais(
 
     Args:
         cap: Largest weight, at least 1. Default: 2.
-        tau: Mean |log_mismatch| at which half of the trust is gone, in nats, above 0. Default: 0.05.
+        tau: Mean |log_mismatch| at which 1 - lambda is halved, in nats, above 0. Default: 0.05.
         lambda_fn: Function (rho, D, CV, *, tau) -> lambda; a result outside [0, 1] is clamped. Default: `ais_lambda`.
         pool: How token ratios become the ratio of a sequence, in rho and in sequence weights: "product" (default) or
             "geometric" (mean).
@@ -485,16 +497,15 @@ def ais(
 
     Source: AIS, arXiv 2605.13907 [digest].
     """
-    bound = partial(adaptive_weights, cap=cap, tau=tau, lambda_fn=lambda_fn, pool=pool, level=level)
-    return Corrector(weight_fn=bound)
+    weight_fn = partial(adaptive_weights, cap=cap, tau=tau, lambda_fn=lambda_fn, pool=pool, level=level)
+    return Corrector(weight_fn=weight_fn)
 
 
 @configurable
 def tbpo(
     *, eps_high: float = 4e-4, neg_low: float = 3e-4, neg_high: float = 7e-4, max_weight: float = 2.0
 ) -> Corrector:
-    """Make the trust-band policy optimization corrector: `band_weights` with `trust_band`, the mean over sequences
-    [digest].
+    """Make the trust-band policy optimization corrector: `band_weights`, `trust_band` and `sequence_mean` [digest].
 
     The defaults fit long autoregressive responses [digest]; diffusion likelihoods move more and need wider bands.
 
@@ -512,17 +523,18 @@ def tbpo(
 
     Source: QaRL, arXiv 2604.07853 [digest].
     """
-    surrogate = partial(trust_band, eps_high=eps_high, neg_low=neg_low, neg_high=neg_high)
     return Corrector(
-        weight_fn=partial(band_weights, max_weight=max_weight), loss=surrogate, loss_reduction=sequence_mean
+        weight_fn=partial(band_weights, max_weight=max_weight),
+        loss=partial(trust_band, eps_high=eps_high, neg_low=neg_low, neg_high=neg_high),
+        loss_reduction=sequence_mean,
     )
 
 
 @configurable
 def aligned() -> Corrector:
-    """Make the corrector without weights whose learner's forward computes with the rollout's quantized operands.
+    """Make the corrector that aligns the learner's forward: it computes with the rollout's quantized operands.
 
-    Use it to remove the mismatch instead of weighting it, and combine it with weights by `compose`.
+    Use it to remove the mismatch instead of correcting it. It has no weights; `compose` adds some.
     """
     return Corrector(align_forward=True)
 
@@ -552,9 +564,9 @@ def qarl(
 
 @configurable
 def compose(*parts: Corrector | WeightFn) -> Corrector:
-    """Combine correctors or weight functions: see `combine_weights`.
+    """Combine correctors or weight functions; see `combine_weights`.
 
-    The forward is aligned if any part aligns it. Example: compose(tis(cap=3.0), reject(threshold=0.1)).
+    The learner's forward is aligned if any part aligns it. Example: compose(tis(cap=3.0), reject(threshold=0.1)).
 
     Args:
         *parts: Correctors, or functions `TokenStats` -> `TokenWeights`.
@@ -566,17 +578,19 @@ def compose(*parts: Corrector | WeightFn) -> Corrector:
         ValueError: Two parts have different objectives.
     """
     correctors = [part if isinstance(part, Corrector) else Corrector(weight_fn=part) for part in parts]
-    brought = [part for part in correctors if part.loss is not None] or [
-        no_correction()
-    ]  # one objective and its reduction
-    if len({part.loss for part in brought}) > 1:
-        raise ValueError(f"{len(brought)} parts bring an objective; keep one: replace(part, loss=None)")
-    fns = tuple(part.weight_fn for part in correctors if part.weighs)
-    combined = partial(combine_weights, weight_fns=fns) if fns else unit_weights
+    with_loss = [corrector for corrector in correctors if corrector.loss is not None]
+    if len({corrector.loss for corrector in with_loss}) > 1:
+        raise ValueError(f"{len(with_loss)} parts have a loss; keep one: replace(part, loss=None)")
+    loss_source = with_loss[0] if with_loss else no_correction()  # an objective and the reduction that belongs to it
+    weight_fns = tuple(corrector.weight_fn for corrector in correctors if corrector.weighs)
+    if len(weight_fns) > 1:
+        weight_fn: WeightFn = partial(combine_weights, weight_fns=weight_fns)
+    else:
+        weight_fn = weight_fns[0] if weight_fns else unit_weights
     return Corrector(
-        weight_fn=fns[0] if len(fns) == 1 else combined,
-        loss=brought[0].loss,
-        align_forward=any(part.align_forward for part in correctors),
-        loss_reduction=brought[0].loss_reduction,
-        needs_entropy=any(part.needs_entropy for part in correctors),
+        weight_fn=weight_fn,
+        loss=loss_source.loss,
+        align_forward=any(corrector.align_forward for corrector in correctors),
+        loss_reduction=loss_source.loss_reduction,
+        needs_entropy=any(corrector.needs_entropy for corrector in correctors),
     )

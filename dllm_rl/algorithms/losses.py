@@ -1,12 +1,15 @@
-"""Losses on (B, T) tensors: surrogates, KL terms, reductions (token coefficients over the GLOBAL batch), their sum.
+"""The loss of an update: surrogates, KL terms, reductions, and `policy_loss`, which adds them up.
 
-A surrogate is a per-token objective (B, T) to be maximized, before reduction. Its arguments are log_ratio (B, T),
-advantages (B,), mask (B, T) and any of SURROGATE_INPUTS by name. log_ratio = logp_current - logp_old, in nats, 0 off
-the mask. A surrogate sees all rows of its process, regardless of micro-batches. SURROGATE_INPUTS:
+A surrogate is a per-token objective (B, T) to be maximized. Its arguments are log_ratio (B, T), advantages (B,), mask
+(B, T) and any of SURROGATE_INPUTS by name. log_ratio = logp_current - logp_old, in nats; 0 outside the mask. A
+surrogate sees all rows of its process, regardless of micro-batches. SURROGATE_INPUTS:
 
-- old_logprobs: (B, T) log-probs in the denominator of the ratios, in nats; 0 off the mask.
-- log_mismatch: (B, T) logp_old - logp_rollout, in nats; 0 off the mask.
+- old_logprobs: (B, T) log-probs in the denominator of the ratios, in nats; 0 outside the mask.
+- log_mismatch: (B, T) logp_old - logp_rollout, in nats; 0 outside the mask.
 - sum_over_processes: Function that sums a tensor over all processes; every process calls it once, with equal shapes.
+
+A reduction returns the coefficient of each token (B, T) in the loss; the counts in its arguments cover the GLOBAL
+batch. docs/methods.md explains the tags [paper], [digest] and [ours].
 """
 
 import inspect
@@ -32,28 +35,31 @@ def surrogate_inputs(surrogate: Callable) -> frozenset[str]:
     Raises:
         ValueError: The surrogate requires any other input.
     """
-    further = list(inspect.signature(surrogate).parameters.values())[3:]  # after log_ratio, advantages, mask
-    refuse_renamed((p.name for p in further if p.default is p.empty), "surrogate")
-    for p in further:
-        if p.name not in SURROGATE_INPUTS and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+    parameters = list(inspect.signature(surrogate).parameters.values())[3:]  # after log_ratio, advantages, mask
+    required = [p for p in parameters if p.default is p.empty]
+    refuse_renamed((p.name for p in required), "surrogate")
+    for p in required:
+        if p.name not in SURROGATE_INPUTS and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             raise ValueError(
                 f"the surrogate takes {p.name!r}, which is not one of {', '.join(SURROGATE_INPUTS)}; bind it with "
                 "functools.partial"
             )
-    return frozenset(p.name for p in further if p.name in SURROGATE_INPUTS and p.default is p.empty)
+    return frozenset(p.name for p in required if p.name in SURROGATE_INPUTS)
 
 
-def _delta_is_above_the_clip(keywords: dict[str, Any]) -> None:
-    epsilon, high, delta = (keywords[name] for name in ("epsilon", "epsilon_high", "delta"))
-    least = 1 + (epsilon if high is None else high)
-    if delta is not None and delta < least - 1e-6:  # a sum of decimals may be rounded
+def _check_delta(keywords: dict[str, Any]) -> None:
+    """Raise ValueError if `delta` of `ppo_clip` is below the upper clip."""
+    delta = keywords["delta"]
+    upper_name = "epsilon" if keywords["epsilon_high"] is None else "epsilon_high"
+    min_delta = 1 + keywords[upper_name]
+    if delta is not None and delta < min_delta - 1e-6:  # a sum of decimals may be rounded
         raise ValueError(
-            f"delta={delta} must be at least 1 + {'epsilon' if high is None else 'epsilon_high'}={least:g}: a smaller "
-            "one would clip ratios of positive advantages too"
+            f"delta={delta} must be at least 1 + {upper_name}={min_delta:g}: a smaller one would clip ratios of "
+            "positive advantages too"
         )
 
 
-@bounded(_delta_is_above_the_clip, epsilon=Bound(above=0), epsilon_high=Bound(above=0), delta=Bound(at_least=1))
+@bounded(_check_delta, epsilon=Bound(above=0), epsilon_high=Bound(above=0), delta=Bound(at_least=1))
 def ppo_clip(
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, " B"],
@@ -63,20 +69,20 @@ def ppo_clip(
     epsilon_high: float | None = None,
     delta: float | None = None,
 ) -> Float[Tensor, "B T"]:
-    """Compute min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) per token, r = exp(log_ratio) (PPO, GRPO [paper]).
+    """Compute min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) per token, with r = exp(log_ratio).
 
-    Use it as the default `loss`; `gspo` clips one ratio per sequence.
+    Use it as the default `loss`; `gspo` clips one ratio per sequence. Source: PPO, GRPO [paper].
 
     Args:
         log_ratio: logp_current - logp_old (B, T), in nats.
         advantages: Advantage of each row (B,).
         mask: Tokens in the loss (B, T).
-        epsilon: Largest fall of the ratio below 1 that leaves a gradient; also the largest rise, without epsilon_high.
-            Default: 0.2.
+        epsilon: Largest fall of the ratio below 1 that leaves a gradient; also the largest rise if epsilon_high is
+            None. Default: 0.2.
         epsilon_high: Largest rise of the ratio above 1 that leaves a gradient (DAPO: more than epsilon). None
             (default): epsilon.
-        delta: Bound of the unclipped ratio, at least 1 + epsilon_high (two-sided clipping, for A < 0). None (default):
-            no bound.
+        delta: Largest ratio in r A (two-sided clipping), at least 1 + epsilon_high. It limits rows with A < 0, whose
+            ratio is otherwise unlimited. None (default): no limit.
 
     Returns:
         The objective of each token (B, T).
@@ -100,9 +106,9 @@ def gspo(
     epsilon: float = 3e-4,
     epsilon_high: float | None = 4e-4,
 ) -> Float[Tensor, "B T"]:
-    """Apply `ppo_clip` to the row's geometric ratio r = exp(mean_t log_ratio), the mean over the mask (GSPO [paper]).
+    """Apply `ppo_clip` to one ratio per row, r = exp(mean_t log_ratio), the mean over the mask.
 
-    Use it if ratios of single tokens are noisy.
+    Use it if ratios of single tokens are noisy. Source: GSPO [paper].
 
     Args:
         log_ratio: logp_current - logp_old (B, T), in nats.
@@ -130,13 +136,12 @@ def trust_band(
     neg_low: float = 3e-4,
     neg_high: float = 7e-4,
 ) -> Float[Tensor, "B T"]:
-    """Compute TBPO's objective r^ A on the row's geometric ratio r = exp(mean_t log_ratio), without PPO's outer
-    minimum.
+    """Compute TBPO's objective r^ A, where r^ is the row's ratio r = exp(mean_t log_ratio), clamped to a band.
 
         A >= 0:  r^ = clamp(r, 0, 1 + eps_high)        A < 0:  r^ = clamp(r, 1 - neg_low, 1 + neg_high)
 
-    The gradient is zero outside the band. With `sequence_mean` the sum is the paper's mean over sequences. The
-    corrector `tbpo` sets both.
+    The gradient is zero outside the band, because there is no outer minimum as in PPO. The paper averages over
+    sequences, as `sequence_mean` does; the corrector `tbpo` sets this objective and this reduction.
 
     Args:
         log_ratio: logp_current - logp_old (B, T), in nats.
@@ -155,10 +160,11 @@ def trust_band(
     Source: QaRL, arXiv 2604.07853 [digest].
     """
     ratio = exp_ratio(row_mean(log_ratio, mask))
-    up = ratio.clamp(0, 1 + eps_high)  # no outer minimum: PPO's would leave the ratio unbounded for A < 0
-    down = ratio.clamp(1 - neg_low, 1 + neg_high)
+    # No outer minimum: PPO's minimum would leave the ratio unbounded for A < 0.
+    for_nonnegative = ratio.clamp(0, 1 + eps_high)
+    for_negative = ratio.clamp(1 - neg_low, 1 + neg_high)
     advantages = advantages[:, None]
-    return torch.where(advantages >= 0, up, down) * advantages
+    return torch.where(advantages >= 0, for_nonnegative, for_negative) * advantages
 
 
 @bounded(max_ratio=Bound(at_least=1))
@@ -169,9 +175,10 @@ def cispo(
     *,
     max_ratio: float = 5.0,
 ) -> Float[Tensor, "B T"]:
-    """Compute sg(min(r, max_ratio)) A log_ratio: the gradient of log p, weighted by the capped ratio (CISPO [paper]).
+    """Compute sg(min(r, max_ratio)) A log_ratio: a policy gradient weighted by the capped ratio (sg: stop-gradient).
 
-    Every token has a gradient. log_ratio replaces logp_current, so that the value is 0 on-policy.
+    Use it if every token should have a gradient. The paper multiplies by logp_current; log_ratio has the same gradient,
+    and makes the value 0 on-policy. Source: CISPO [paper].
 
     Args:
         log_ratio: logp_current - logp_old (B, T), in nats.
@@ -199,11 +206,11 @@ def vespo(
     k_neg: float = 3.0,
     lam_neg: float = 2.0,
 ) -> Float[Tensor, "B T"]:
-    """Compute sg(phi(w)) A log_ratio, phi(w) = e^lam w^k e^(-lam w), where w is the row's ratio (VESPO [paper]).
+    """Compute sg(phi(w)) A log_ratio, where w is the row's ratio and phi(w) = e^lam w^k e^(-lam w) (sg: stop-gradient).
 
-    phi(1) = 1; phi is largest at w = k / lam and falls to 0 on both sides. VESPO's w is current / rollout, as in this
-    library with old_logprobs="rollout"; otherwise w is current / old, and the corrector's weights multiply phi(w)
-    [ours].
+    phi(1) = 1; phi is largest at w = k / lam and falls to 0 on both sides. VESPO's w is p_current / p_rollout, as in
+    this library with old_logprobs="rollout". Otherwise w is p_current / p_old, and the corrector's weights multiply
+    phi(w) [ours].
 
     Args:
         log_ratio: logp_current - logp_old (B, T), in nats.
@@ -222,7 +229,7 @@ def vespo(
 
     Source: VESPO, arXiv 2602.10693 [paper].
     """
-    # Detached: phi weights the gradient of log p and has no gradient.
+    # The ratio is detached: phi weights the gradient of log p, and has no gradient.
     log_w = torch.where(mask, log_ratio.detach(), 0).sum(-1, keepdim=True).clamp(-MAX_LOG, MAX_LOG)
     positive = (advantages >= 0)[:, None]
     k = torch.where(positive, k_pos, k_neg)
@@ -233,24 +240,23 @@ def vespo(
 def reinforce(
     log_ratio: Float[Tensor, "B T"], advantages: Float[Tensor, " B"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """Compute A log_ratio: the plain policy gradient A grad log p, without a ratio and without a clip.
+    """Compute A log_ratio, whose gradient is the plain policy gradient A grad log p, without a ratio or a clip.
 
-    Use it for one update per rollout.
+    Use it if a run makes one update per rollout.
     """
     return advantages[:, None] * log_ratio
 
 
 def row_mean(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Return the mean of log_ratio over the row's mask, at every position of the mask; 0 elsewhere and for an empty
-    row.
+    """Return the row's mean of log_ratio over the mask, at every position of the mask; 0 outside the mask.
 
-    The gradient of each position goes only to its log_ratio.
+    The value is the mean, but the gradient of a position goes to the log_ratio of this position only.
     """
-    kept = torch.where(mask, log_ratio, 0)
-    mean = kept.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    # With coefficients that are constant in a row, these gradients add up to the gradient of the mean, without the
+    masked_ratio = torch.where(mask, log_ratio, 0)
+    mean = masked_ratio.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    # If the loss's coefficients are constant in a row, these gradients add up to the gradient of the mean, without the
     # rounding of a sum over T and its division [ours].
-    return torch.where(mask, mean + (kept - kept.detach()), 0)
+    return torch.where(mask, mean + (masked_ratio - masked_ratio.detach()), 0)
 
 
 def exp_ratio(log_ratio: Tensor) -> Tensor:
@@ -259,70 +265,74 @@ def exp_ratio(log_ratio: Tensor) -> Tensor:
 
 
 def kl_k1(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Compute k1 = -d, d = logp_reference - logp_current: unbiased for KL(current || reference), per token, in nats.
+    """Compute k1 = -d, with d = logp_reference - logp_current, in nats: unbiased for KL(current || reference).
 
-    In a loss the mean of its gradient is 0 on-policy, like the mean gradient of any log-prob [ours].
+    In a loss use `kl_k2` or `kl_k3`: on-policy the mean gradient of k1 is 0, like the mean gradient of any log-prob
+    [ours].
     """
     return -log_ratio
 
 
 def kl_k2(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Compute k2 = d^2 / 2, d = logp_reference - logp_current, in nats.
+    """Compute k2 = d^2 / 2, with d = logp_reference - logp_current, in nats.
 
-    On-policy its gradient is the gradient of the KL. It is stable for ELBO ratios (ESPO [paper]).
+    Use it if log-probs are ELBOs, for which it is stable (ESPO [paper]). On-policy its gradient is the gradient of the
+    KL.
     """
     return log_ratio.square() / 2
 
 
 def kl_k3(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Compute k3 = exp(d) - 1 - d, d = logp_reference - logp_current, in nats: unbiased and never negative (GRPO
-    [paper]).
+    """Compute k3 = exp(d) - 1 - d, with d = logp_reference - logp_current, in nats.
+
+    It is the default: unbiased for KL(current || reference), and never negative. Source: GRPO [paper].
     """
-    return (
-        torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) - log_ratio
-    )  # this term is not clamped: a gradient remains beyond MAX_LOG
+    # The second term is not clamped, so that a gradient remains beyond MAX_LOG.
+    return torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) - log_ratio
 
 
 def entropy_bonus(
     logps: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, group_size: int = 1
 ) -> Float[Tensor, "B T"]:
-    """Compute (-sg(log p) - b) log p: an objective that raises the entropy, in nats, from the sampled tokens only.
+    """Compute (-sg(log p) - b) log p: an objective that raises the entropy H, in nats, from the sampled tokens only.
 
-    The mean gradient is grad H for every b that does not depend on the row (score function; exact only on-policy). b is
-    the mean of -log p over the prompt's OTHER completions, or 0 without others. Without b the noise lowers the entropy
-    [ours].
+    sg is stop-gradient. b is a baseline: the mean of -log p over the tokens of the prompt's OTHER completions, or 0
+    without others. For every b that does not depend on the row, the mean gradient is the gradient of H (score function;
+    exact only on-policy). Without b, the noise of the gradient lowers the entropy [ours].
     """
     surprise = torch.where(mask, -logps.detach(), 0)
     total = rearrange(surprise.sum(-1), "(p g) -> p g", g=group_size)
     count = rearrange(mask.sum(-1), "(p g) -> p g", g=group_size)
-    others = total.sum(-1, keepdim=True) - total  # including the row would make the baseline depend on it
-    baseline = others / (count.sum(-1, keepdim=True) - count).clamp(min=1)
+    others_total = total.sum(-1, keepdim=True) - total  # including the row would make the baseline depend on it
+    others_count = count.sum(-1, keepdim=True) - count
+    baseline = others_total / others_count.clamp(min=1)
     return (surprise - rearrange(baseline, "p g -> (p g) 1")) * torch.where(mask, logps, 0)
 
 
 def token_mean(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) -> Float[Tensor, "B T"]:
-    """Weight every token equally: 1 / (tokens of the global batch) (DAPO [paper]).
+    """Weight every token equally, by 1 / (tokens of the global batch).
 
-    Use it if long completions should count more than short ones.
+    Use it if long completions should count more than short ones. Source: DAPO [paper].
     """
     return mask / max(num_tokens, 1)
 
 
 def sequence_mean(mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int) -> Float[Tensor, "B T"]:
-    """Average over sequences the mean over each sequence's tokens (GRPO [paper]).
+    """Average over each sequence's tokens, then over sequences.
 
-    A sequence without tokens adds nothing, but is counted.
+    Use it if every completion should count the same. A sequence without tokens adds nothing, but is counted. Source:
+    GRPO [paper].
     """
-    return mask / (mask.sum(-1, keepdim=True).clamp(min=1) * max(num_sequences, 1))  # all rows count, also empty ones
+    return mask / (mask.sum(-1, keepdim=True).clamp(min=1) * max(num_sequences, 1))
 
 
 @bounded(length=Bound(at_least=1))
 def fixed_length_mean(
     mask: Bool[Tensor, "B T"], *, num_tokens: int, num_sequences: int, length: int
 ) -> Float[Tensor, "B T"]:
-    """Divide by a constant: 1 / (sequences of the global batch * length), for any lengths (Dr.GRPO [paper]).
+    """Weight every token by the constant 1 / (sequences of the global batch * length).
 
-    Use it if a token's weight should not depend on the length of its completion.
+    Use it if a token's weight should not depend on the length of any completion. Source: Dr.GRPO [paper].
 
     Args:
         mask: Tokens in the loss (B, T).
@@ -339,24 +349,24 @@ def fixed_length_mean(
     return mask / (max(num_sequences, 1) * length)
 
 
-def further_inputs(surrogate: Callable[..., Tensor], batch: Batch) -> dict[str, Any]:
+def surrogate_keywords(surrogate: Callable[..., Tensor], batch: Batch) -> dict[str, Any]:
     """Return the values of the SURROGATE_INPUTS that a surrogate requires, by name."""
-    wanted = surrogate_inputs(surrogate)
-    found: dict[str, Any] = {}
-    if "old_logprobs" in wanted:
-        found["old_logprobs"] = torch.where(batch.loss_mask, batch.old_logprobs, 0)
-    if "log_mismatch" in wanted:
-        found["log_mismatch"] = torch.where(
-            batch.loss_mask, batch.old_logprobs - _rollout_logprobs(batch, "a surrogate"), 0
-        )
-    if "sum_over_processes" in wanted:
-        found["sum_over_processes"] = batch.sum_over_processes
-    return found
+    names = surrogate_inputs(surrogate)
+    keywords: dict[str, Any] = {}
+    if "old_logprobs" in names:
+        keywords["old_logprobs"] = torch.where(batch.loss_mask, batch.old_logprobs, 0)
+    if "log_mismatch" in names:
+        log_mismatch = batch.old_logprobs - _rollout_logprobs(batch, "a surrogate")
+        keywords["log_mismatch"] = torch.where(batch.loss_mask, log_mismatch, 0)
+    if "sum_over_processes" in names:
+        keywords["sum_over_processes"] = batch.sum_over_processes
+    return keywords
 
 
-def _rollout_logprobs(batch: Batch, wanted_by: str) -> Float[Tensor, "B T"]:
+def _rollout_logprobs(batch: Batch, user: str) -> Float[Tensor, "B T"]:
+    """Return the rollout's log-probs. Raise ValueError, which names their `user`, if the batch has none."""
     if batch.rollout_logprobs is None:
-        raise ValueError(f"{wanted_by} takes the rollout's log-probs, and batch.rollout_logprobs is None: give them")
+        raise ValueError(f"{user} needs the rollout's log-probs, but batch.rollout_logprobs is None: set it")
     return batch.rollout_logprobs
 
 
@@ -378,7 +388,7 @@ def policy_loss(
         loss = -sum_t c_t (w_t J_t - beta KL_t + entropy H_t)
 
     J is the surrogate, w the corrector's weights, c the reduction's coefficients, H the `entropy_bonus`. The returned
-    loss leaves H out; the gradient includes H.
+    loss does not include H; the returned gradient does.
 
     Args:
         logps: Current log-probs (B, T), in nats.
@@ -388,59 +398,63 @@ def policy_loss(
         beta: Coefficient of the KL term; used if the batch has reference log-probs.
         kl: Estimator of the KL term, such as `kl_k3`.
         entropy: Coefficient of the entropy bonus. Default: 0.
-        unbiased_kl: Multiply KL_t by r_t = exp(logp - logp_rollout), which is differentiated too: with k3 the mean then
-            has the gradient of KL(current || reference) (DeepSeek-V3.2, arXiv 2512.02556, eq. 7 [digest]). Default:
-            False.
+        unbiased_kl: Whether to multiply KL_t by r_t = exp(logp - logp_rollout), and to differentiate r_t too. With k3,
+            the mean gradient is then the gradient of KL(current || reference) (DeepSeek-V3.2, arXiv 2512.02556, eq. 7
+            [digest]). Default: False.
 
     Returns:
-        The loss, detached. The metrics as (sum, count); clip_ratio/{region,low,high}_mean are the share of tokens with
-        A != 0 whose policy term has no gradient (all, A < 0, A > 0), band/{positive,negative} the share of tokens with
-        A > 0, A < 0 whose policy term has a gradient. The gradient (B, T).
+        The loss, detached; the metrics as (sum, count); the gradient (B, T). clip_ratio/{region,low,high}_mean are the
+        shares of tokens whose policy term has no gradient, for all A, A < 0 and A > 0; band/{positive,negative} are the
+        shares of tokens with A > 0 and with A < 0 whose policy term has a gradient. Tokens with A = 0 or with weight 0
+        are not counted.
 
     Raises:
         ValueError: The surrogate or unbiased_kl needs the rollout's log-probs, and the batch has none.
     """
-    keep = batch.loss_mask
+    loss_mask = batch.loss_mask
     logps = logps.detach().requires_grad_()
-    coefficient = loss_reduction(keep, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
-    log_ratio = torch.where(keep, logps - batch.old_logprobs, 0)  # off the mask even infinities have no gradient
-    objective = surrogate(log_ratio, batch.advantages, keep, **further_inputs(surrogate, batch))
-    places = keep.flatten().nonzero()[:, 0]  # computed once: on a GPU the host waits for their number
+    coefficient = loss_reduction(loss_mask, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
+    # Not multiplied by the mask: infinities outside the mask would have a NaN gradient.
+    log_ratio = torch.where(loss_mask, logps - batch.old_logprobs, 0)
+    objective = surrogate(log_ratio, batch.advantages, loss_mask, **surrogate_keywords(surrogate, batch))
+    flat_index = loss_mask.flatten().nonzero()[:, 0]  # computed once: on a GPU the host waits for the number of tokens
 
-    def kept(values: Tensor) -> Tensor:
-        return values.flatten()[places]
+    def at_tokens(values: Tensor) -> Tensor:
+        return values.flatten()[flat_index]
 
-    loss = -kept(coefficient * batch.importance_weights * objective).sum()
+    loss = -at_tokens(coefficient * batch.importance_weights * objective).sum()
     (gradient,) = torch.autograd.grad(loss, logps)
 
     positive = (batch.advantages > 0)[:, None]
-    counted = (
-        keep & (batch.advantages != 0)[:, None] & (batch.importance_weights != 0)
-    )  # the other tokens never have a gradient
-    clipped = counted & (gradient == 0)  # for any surrogate
+    # Tokens with a zero advantage or a zero weight never have a gradient, so that they say nothing about the clip.
+    counted = loss_mask & (batch.advantages != 0)[:, None] & (batch.importance_weights != 0)
+    clipped = counted & (gradient == 0)  # true of every surrogate, whatever its clip
     count = counted.sum()
-    positives = (counted & positive).sum()
+    num_positive = (counted & positive).sum()
     metrics = {
         "clip_ratio/region_mean": (clipped.sum(), count),
         "clip_ratio/low_mean": ((clipped & ~positive).sum(), count),
         "clip_ratio/high_mean": ((clipped & positive).sum(), count),
-        "band/positive": ((counted & ~clipped & positive).sum(), positives),
-        "band/negative": ((counted & ~clipped & ~positive).sum(), count - positives),
-        "ratio/mean": (kept(log_ratio.detach()).exp().sum(), keep.sum()),
+        "band/positive": ((counted & ~clipped & positive).sum(), num_positive),
+        "band/negative": ((counted & ~clipped & ~positive).sum(), count - num_positive),
+        "ratio/mean": (at_tokens(log_ratio.detach()).exp().sum(), loss_mask.sum()),
     }
     if batch.reference_logprobs is not None:
-        divergence = kl(torch.where(keep, batch.reference_logprobs - logps, 0))
+        divergence = kl(torch.where(loss_mask, batch.reference_logprobs - logps, 0))
         if unbiased_kl:
-            ratio = torch.where(keep, logps - _rollout_logprobs(batch, "unbiased_kl=True"), 0)
+            ratio = torch.where(loss_mask, logps - _rollout_logprobs(batch, "unbiased_kl=True"), 0)
             divergence = divergence * ratio.clamp(-MAX_LOG, MAX_LOG).exp()
-        penalty = kept(divergence)
-        term = beta * (kept(coefficient) * penalty).sum()
-        loss = loss + term
-        gradient = gradient + torch.autograd.grad(term, logps)[0]
-        metrics["kl"] = (penalty.detach().sum(), keep.sum())
+        penalty = at_tokens(divergence)
+        kl_term = beta * (at_tokens(coefficient) * penalty).sum()
+        loss = loss + kl_term
+        gradient = gradient + torch.autograd.grad(kl_term, logps)[0]
+        metrics["kl"] = (penalty.detach().sum(), loss_mask.sum())
     if entropy:
-        bonus = entropy * (coefficient * entropy_bonus(logps, keep, group_size=batch.rollout.group_size)).sum()
+        bonus = entropy * (coefficient * entropy_bonus(logps, loss_mask, group_size=batch.rollout.group_size)).sum()
         gradient = gradient - torch.autograd.grad(bonus, logps)[0]
-        metrics["entropy"] = (-kept(logps.detach()).sum(), keep.sum())
-    metrics["loss"] = (loss.detach(), torch.ones_like(loss.detach()))  # a share, which reduce_metrics sums
+        metrics["entropy"] = (-at_tokens(logps.detach()).sum(), loss_mask.sum())
+    metrics["loss"] = (
+        loss.detach(),
+        torch.ones_like(loss.detach()),
+    )  # this process's share; reduce_metrics adds them up
     return loss.detach(), metrics, gradient

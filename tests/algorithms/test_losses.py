@@ -382,7 +382,7 @@ def test_a_surrogate_is_given_what_its_parameters_name():
         surrogate_inputs(lambda log_ratio, advantages, mask, rewards: log_ratio)
     assert surrogate_inputs(partial(curious, old_logprobs=1)) == {"sum_over_processes", "log_mismatch"}
     with pytest.raises(
-        ValueError, match=r"a surrogate takes the rollout's log-probs, and batch\.rollout_logprobs is None"
+        ValueError, match=r"a surrogate needs the rollout's log-probs, but batch\.rollout_logprobs is None"
     ):
         loss_of(logps, replace(batch, rollout_logprobs=None), surrogate=curious)
 
@@ -403,5 +403,5 @@ def test_an_unbiased_kl_has_the_kls_own_gradient_where_k3_has_another():
         _, _, gradient = policy_loss(logp, batch, loss_reduction=weighed, unbiased_kl=unbiased, **options)
         (found,) = torch.autograd.grad(logp, z, gradient, retain_graph=True)
         assert torch.allclose(found, exact, atol=1e-12) == unbiased
-    with pytest.raises(ValueError, match="unbiased_kl=True takes the rollout's log-probs"):
+    with pytest.raises(ValueError, match="unbiased_kl=True needs the rollout's log-probs"):
         policy_loss(logp, replace(batch, rollout_logprobs=None), loss_reduction=weighed, unbiased_kl=True, **options)
