@@ -14,7 +14,7 @@ def schemes():
         parts = " / ".join(f"{each[part]:.4f}" if each[part] > 1e-6 else "0" for part in ("weights", "activations"))
         note = "`float8_dynamic_emulated` (W8A8)" if name == "float8_dynamic_emulated" else f"`{name}`"
         yield MISMATCH, row(note, nats, parts, f"{each['max_abs']:.2f}", f"{each['k3']:.4f}", ess)
-        yield QUANTIZATION, f"| {ess} |"
+        yield QUANTIZATION, f"| `{name}` | {nats} | {each['k3']:.4f} | {ess} |"
         assert each["largest other cause"] < 1e-7
     steps, solved, tokens = found["RL steps"], f"{found['solved']:.3f}", f"{found['rows'][0]['tokens']:,}"
     yield MISMATCH, f"after {steps} RL steps (seed {found['seed']}, {solved} solved; {tokens} tokens"
