@@ -209,8 +209,14 @@ def save(root: Path, layers: int) -> dict[str, Any]:
     for merged in (False, True):
         kind = "merged" if merged else "adapters"
         with timed(found, f"save {kind}"):
-            options: dict[str, Any] = {"keep": 1, "base": str(root / "base"), "merged": merged}
-            folder = checkpoint.save(root / "saves", policy, optimizer, replace(state, step=merged), **options)
+            content = checkpoint.Checkpoint(
+                policy=policy,
+                optimizer=optimizer,
+                state=replace(state, step=int(merged)),
+                base=str(root / "base"),
+                merged=merged,
+            )
+            folder = checkpoint.save(root / "saves", content, keep_last=1)
         found[f"GB {kind}"] = round(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e9, 3)
     return found
 

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     # floor 5
     "presets": "algorithms likelihoods members models recipe samplers screen",
     "config": "bounds renamed screen members presets recipe",
-    "checkpoints": "files manifest members renamed distributed models recipe",
+    "checkpoints": "files manifest members renamed versions distributed models recipe",
     "monitoring": "device files screen recipe",
     # floor 6
     "training": "callbacks device files manifest members renamed rng screen tasks types versions algorithms "

@@ -6,10 +6,9 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
@@ -24,10 +23,10 @@ from dllm_rl.checkpoints.state import NAME, TrainingState
 from dllm_rl.distributed.sharding import part_like
 from dllm_rl.distributed.stop import as_written
 from dllm_rl.files import recover, remove, remove_whole, replacing, write_text
-from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Module, Policy, is_finite
 from dllm_rl.models.lora import adapter_state, save_adapter
 from dllm_rl.models.merge import layers_of, merged_later
+from dllm_rl.versions import versions
 
 # What torch's loader raises on a damaged file.
 _NO_TENSORS = (
@@ -38,71 +37,103 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True)
-class Held:
-    """An optimiser's state, copied to the host."""
+class OptimizerCopy:
+    """Copy of an optimizer's state on the host, which `save` can write while training continues.
 
-    state: dict[Any, dict[str, Any]]  # by weight
-    fields: dict[str, Any]  # the optimiser's state_dict
+    Args:
+        state: State of each weight.
+        optimizer_state_dict: The optimizer's `state_dict()`.
+    """
+
+    state: dict[Any, dict[str, Any]]
+    optimizer_state_dict: dict[str, Any]
 
     def state_dict(self) -> dict[str, Any]:
-        return self.fields
+        return self.optimizer_state_dict
 
 
-Saved = torch.optim.Optimizer | Held | Part
+SavedOptimizer = torch.optim.Optimizer | OptimizerCopy | Part
 
 
-def save(
-    directory: Path,
-    policy: Policy,
-    optimizer: Saved,
-    state: TrainingState,
-    *,
-    keep: int,
-    best: int | None = None,  # step of a checkpoint that is never deleted
-    base: str | None = None,  # folder or id of the weights that the policy's adapters belong to
-    merged: bool = True,  # False: the adapters alone are written, for which `base` is known
-    processes: int = 1,
-    versions: dict[str, Any] | None = None,
-    reserve: int = 0,  # bytes that later checkpoints take beyond this one
-    card: str | None = None,
-    also: Mapping[str, bytes] = MappingProxyType({}),  # files of an optional feature, by their name in the folder
-    swap: Swap = alone,
-) -> Path:
-    """Write `directory`/step-NNNNNN, name it in `directory`/latest, and keep the newest `keep`. Raises
-    FloatingPointError on a number that is not finite, before anything is written; OSError if a write fails.
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Content of a checkpoint: a policy, an optimizer and the run's state, all after the same step.
+
+    Args:
+        policy: Policy to save.
+        optimizer: Optimizer to save, a copy of it, or this process's part of a sharded one.
+        state: State of the run. Its `best_step` names a checkpoint that `save` never deletes.
+        base: Folder or id of the weights that the policy's adapters belong to. None (default): unknown.
+        merged: Whether to save full weights. False saves only the adapters, and `base` must be known. Default: True.
+        processes: Number of processes of the run. Default: 1.
+        files: Content of further files, by name in the folder. Default: none.
     """
-    check_finite(f"step {state.step} was not saved", _trained(policy, optimizer))
+
+    policy: Policy
+    optimizer: SavedOptimizer
+    state: TrainingState
+    base: str | None = None
+    merged: bool = True
+    processes: int = 1
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def save(directory: Path, checkpoint: Checkpoint, *, keep_last: int, reserve: int = 0, swap: Swap = alone) -> Path:
+    """Write a checkpoint, and delete the older ones.
+
+    Args:
+        directory: Folder of the run's checkpoints. The checkpoint is written to `directory`/step-NNNNNN, and
+            `directory`/latest then contains this name.
+        checkpoint: Content of the checkpoint.
+        keep_last: Number of the newest checkpoints that are not deleted.
+        reserve: Bytes that later checkpoints need in addition. Default: 0.
+        swap: Exchange of values between the processes that write parts of the optimizer. Default: one process.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        FloatingPointError: A number is not finite. Nothing is written.
+        OSError: The disk is full, or the write failed.
+    """
+    state = checkpoint.state
+    check_finite(f"step {state.step} was not saved", _trained(checkpoint.policy, checkpoint.optimizer))
     directory.mkdir(parents=True, exist_ok=True)
     recover_all(directory)
-    final = folder_of(directory, state.step)
-    with _enough_room(final, policy, optimizer, reserve + sum(map(len, also.values())), merged=merged):
-        with replacing(final) as partial:  # the folder gets its name when it is complete and on disk
-            partial.mkdir()
-            swap(str(partial))  # the others begin to write into it
-            if merged:
-                policy.save_pretrained(partial)
-            if policy.lora is not None:
-                save_adapter(policy, partial / "adapter", base=base)
-            written = _write_optimizer(partial, optimizer)  # all of it; or a part: then the others call `save_part`
-            state.write(partial)
-            for name, data in also.items():
-                (partial / name).parent.mkdir(exist_ok=True)
-                (partial / name).write_bytes(data)
-            if card is not None:
-                (partial / CARD).write_text(card, encoding="utf-8")
-            parts: dict[str, Any] = {}
-            for entries in swap(written):  # of the files that the others wrote
-                parts |= entries
-            manifest.write(partial, step=state.step, processes=processes, versions=versions or {}, known=parts)
-        write_text(directory / "latest", final.name + "\n")
-    for step, old in found(directory)[:-keep]:  # only now: a failed save costs no older checkpoint
-        if step != best:
+    folder = folder_of(directory, state.step)
+    with _enough_room(folder, checkpoint, reserve):
+        with replacing(folder) as partial:  # the folder gets its name when it is complete and on disk
+            _write(partial, checkpoint, swap)
+        write_text(directory / "latest", folder.name + "\n")
+    for step, old in found(directory)[:-keep_last]:  # only now: a failed save costs no older checkpoint
+        if step != state.best_step:
             remove_whole(old)
-    return final
+    return folder
 
 
-def _write_optimizer(folder: Path, optimizer: Saved) -> dict[str, Any]:
-    """Write the state; returns the manifest entries known so far."""
+def _write(folder: Path, checkpoint: Checkpoint, swap: Swap) -> None:
+    """Write the files of a checkpoint into a new folder, together with the processes that call `save_part`."""
+    policy = checkpoint.policy
+    folder.mkdir()
+    swap(str(folder))  # the other processes begin to write into the folder
+    if checkpoint.merged:
+        policy.save_pretrained(folder)
+    if policy.lora is not None:
+        save_adapter(policy, folder / "adapter", base=checkpoint.base)
+    entries = _write_optimizer(folder, checkpoint.optimizer)
+    checkpoint.state.write(folder)
+    for name, data in checkpoint.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    described: dict[str, Any] = {}
+    for entries_of_process in swap(entries):
+        described |= entries_of_process
+    step = checkpoint.state.step
+    manifest.write(folder, step=step, processes=checkpoint.processes, versions=versions(), known=described)
+
+
+def _write_optimizer(folder: Path, optimizer: SavedOptimizer) -> dict[str, Any]:
+    """Write the optimizer's state, or this process's part, and return the manifest's entries of the part."""
     if isinstance(optimizer, Part):
         return write_part(folder, optimizer)
     try:
@@ -113,7 +144,7 @@ def _write_optimizer(folder: Path, optimizer: Saved) -> dict[str, Any]:
 
 
 def save_part(step: int, part: Part | None, swap: Swap) -> None:
-    """The other processes' side of `save`; a process of another replica has no part."""
+    """Write this process's part of a checkpoint that the main process saves. A process of another replica has none."""
     if part is not None:
         check_finite(f"step {step} was not saved", part.tensors)
     folder, *_ = swap(None)
@@ -129,28 +160,30 @@ def recover_all(directory: Path) -> None:
 
 
 @contextmanager
-def _enough_room(final: Path, policy: Policy, optimizer: Saved, reserve: int, *, merged: bool = True) -> Iterator[None]:
-    """Raise OSError, which reports the free room, if another checkpoint does not fit or the block fails to write it."""
-    needed = _moments_size(policy, optimizer) + reserve + (1 << 20)
-    needed += weights_size(policy.module) if merged else 0
+def _enough_room(folder: Path, checkpoint: Checkpoint, reserve: int) -> Iterator[None]:
+    """Raise OSError, which reports the free space, if the checkpoint does not fit or the block fails to write it."""
+    policy = checkpoint.policy
+    needed = _moments_size(policy, checkpoint.optimizer) + reserve + (1 << 20)
+    needed += sum(map(len, checkpoint.files.values()))
+    needed += weights_size(policy.module) if checkpoint.merged else 0
     if policy.lora is not None:
-        needed += sum(x.nbytes for x in adapter_state(policy).values())
-    before = found(final.parent)
-    needed += _others_size(before[-1][1]) if before else 0
+        needed += sum(tensor.nbytes for tensor in adapter_state(policy).values())
+    older = found(folder.parent)
+    needed += _others_size(older[-1][1]) if older else 0
 
     def fault(why: str, number: int | None = None) -> OSError:
-        free = shutil.disk_usage(final.parent).free
+        free = shutil.disk_usage(folder.parent).free
         if needed > free:
             remedy = f"{(needed - free) / 1e6:.1f} MB are missing. Make room, lower save_total_limit"
         else:
             remedy = "which is enough. Look for a quota or a limit on file sizes (ulimit -f), correct what failed"
         return OSError(
             errno.ENOSPC if needed > free else number or errno.EIO,
-            f"{final} was not saved: {why}; it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free, {remedy}, "
+            f"{folder} was not saved: {why}; it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free, {remedy}, "
             "or train on with on_save_error='continue'",
         )
 
-    if shutil.disk_usage(final.parent).free < needed:
+    if shutil.disk_usage(folder.parent).free < needed:
         raise fault("the disk is full")
     try:
         yield
@@ -163,7 +196,7 @@ def weights_size(module: Module) -> int:
     return sum(tensor.nbytes for tensor in merged_later(layers_of(module)).values())
 
 
-def _moments_size(policy: Policy, optimizer: Saved) -> int:
+def _moments_size(policy: Policy, optimizer: SavedOptimizer) -> int:
     if isinstance(optimizer, Part):  # the other parts need room too
         return max(optimizer.nbytes, sum(x.nbytes for x in optimizer.tensors.values()))
     names = {name for name, _ in chain(policy.module.named_parameters(), policy.module.named_buffers())}
@@ -177,7 +210,7 @@ def _others_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in files if path.suffix not in (".safetensors", ".pt"))
 
 
-def _tensors(policy: Policy, optimizer: Saved) -> dict[str, Tensor]:
+def _tensors(policy: Policy, optimizer: SavedOptimizer) -> dict[str, Tensor]:
     """Weights by name, and the optimiser's state of each trained one."""
     found = {}
     for name, tensor in chain(policy.module.named_parameters(), policy.module.named_buffers()):
@@ -191,7 +224,7 @@ def _tensors(policy: Policy, optimizer: Saved) -> dict[str, Tensor]:
     return found
 
 
-def _trained(policy: Policy, optimizer: Saved) -> dict[str, Tensor]:
+def _trained(policy: Policy, optimizer: SavedOptimizer) -> dict[str, Tensor]:
     """`_tensors` without frozen weights, which were checked when they were loaded."""
     frozen = {name for name, parameter in policy.module.named_parameters() if not parameter.requires_grad}
     return {name: tensor for name, tensor in _tensors(policy, optimizer).items() if name not in frozen}

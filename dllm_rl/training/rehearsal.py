@@ -117,7 +117,8 @@ def save_once(recipe: Recipe, policy: Policy) -> None:
         merged = not adapters_alone(recipe)
         later = 0 if merged else checkpoint.weights_size(policy.module)  # size of the last checkpoint
         optimizer = make_optimizer(recipe, policy)
-        checkpoint.save(folder, policy, optimizer, state, keep=1, merged=merged, reserve=moments + later)
+        content = checkpoint.Checkpoint(policy=policy, optimizer=optimizer, state=state, merged=merged)
+        checkpoint.save(folder, content, keep_last=1, reserve=moments + later)
     finally:
         remove(folder)
 

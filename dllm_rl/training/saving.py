@@ -23,6 +23,7 @@ from dllm_rl.distributed.peers import Peers, of_an_exchange
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.distributed.stop import LOCK, how_to_continue, with_the_run
 from dllm_rl.files import keep_lock
+from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
 from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe, Settings
@@ -30,7 +31,6 @@ from dllm_rl.training.model_card import card
 from dllm_rl.training.prompts import history_files
 from dllm_rl.training.run import Run, Writer
 from dllm_rl.training.sharded_learner import group_size, on_main
-from dllm_rl.versions import versions
 
 Write = Callable[..., Path]
 
@@ -147,7 +147,7 @@ def _by_main(run: Run[Settings], *, copied: bool = False) -> Callable[[], Path |
     """Return the main process's write. With `copied`, copy weights and optimizer state to the host now, so that
     training can continue during the write.
     """
-    held: tuple[Policy, checkpoint.Saved] = (run.policy, run.optimizer)
+    held: tuple[Policy, checkpoint.SavedOptimizer] = (run.policy, run.optimizer)
     return partial(_attempt, run, run.state.step, _prepared(run, run.state, *(on_host(*held) if copied else held)))
 
 
@@ -171,7 +171,7 @@ def _by_all(run: Run[Settings]) -> Callable[[], Path | None]:
 
 
 @torch.no_grad()
-def on_host(policy: Policy, optimizer: Any) -> tuple[Policy, checkpoint.Held]:
+def on_host(policy: Policy, optimizer: Any) -> tuple[Policy, checkpoint.OptimizerCopy]:
     """Copy to the host everything that a checkpoint saves."""
     copies: dict[int, Tensor] = {}
 
@@ -185,32 +185,29 @@ def on_host(policy: Policy, optimizer: Any) -> tuple[Policy, checkpoint.Held]:
     fields = tree_map_only(Tensor, copied, optimizer.state_dict())
     places = dict(zip(policy.module.parameters(), twin.module.parameters(), strict=True))
     state = {places[p]: tree_map_only(Tensor, copied, held) for p, held in optimizer.state.items()}
-    return twin, checkpoint.Held(state, fields)
+    return twin, checkpoint.OptimizerCopy(state, fields)
 
 
-def _prepared(run: Run[Settings], state: TrainingState, policy: Policy, optimizer: checkpoint.Saved) -> Write:
+def _prepared(run: Run[Settings], state: TrainingState, policy: Policy, optimizer: checkpoint.SavedOptimizer) -> Write:
     """Bind `checkpoint.save` to a state of the run, to be called now or in the writer thread."""
     recipe = run.recipe
     state = replace(state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds))
-    evaluations = {"before RL": state.eval_before}
     run.log.flush()  # its rows must be on disk before the checkpoint
-    return partial(
-        checkpoint.save,
-        Path(recipe.directory) / "checkpoints",
-        policy,
-        optimizer,
-        state,
-        keep=recipe.save_total_limit,
-        best=state.best_step,
+    files = history_files(run.history, state.step) | (run.late.files(state.step) if run.late is not None else {})
+    if isinstance(recipe, Recipe):
+        evaluations = {"before RL": state.eval_before}
+        files[CARD] = card(recipe, step=state.step, evaluations=evaluations, metrics=run.log.last).encode()
+    content = checkpoint.Checkpoint(
+        policy=policy,
+        optimizer=optimizer,
+        state=state,
         base=base_of_adapters(recipe, state.warmup_steps),
         merged=is_merged(run, state),
         processes=run.accelerator.num_processes,
-        versions=versions(),
-        also=history_files(run.history, state.step) | (run.late.files(state.step) if run.late is not None else {}),
-        card=card(recipe, step=state.step, evaluations=evaluations, metrics=run.log.last)
-        if isinstance(recipe, Recipe)
-        else None,
+        files=files,
     )
+    folder = Path(recipe.directory) / "checkpoints"
+    return partial(checkpoint.save, folder, content, keep_last=recipe.save_total_limit)
 
 
 def base_of_adapters(recipe: Settings, warmup_steps: int) -> str | None:

@@ -127,7 +127,8 @@ def test_room_is_needed_for_as_much_as_the_last_checkpoint_took(tmp_path, monkey
         file.truncate(10**8)  # no byte is written
     room = namedtuple("room", "total used free")
     optimizer = make_optimizer(recipe, policy)
-    save = partial(checkpoint.save, tmp_path, policy, optimizer, replace(state, step=1), keep=9)
+    content = checkpoint.Checkpoint(policy=policy, optimizer=optimizer, state=replace(state, step=1))
+    save = partial(checkpoint.save, tmp_path, content, keep_last=9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: room(10**9, 0, 10**8))
     with pytest.raises(OSError, match=r"step-000001 was not saved: the disk is full; it takes 101\.\d MB, 100\.0 MB"):
         save()

@@ -360,10 +360,12 @@ def test_a_fifo_is_no_file_of_a_checkpoint(run, name):
 def test_a_limit_on_file_sizes_is_not_called_a_full_disk(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     policy = SMALL()
+    optimizer = torch.optim.AdamW(policy.module.parameters())
+    content = checkpoint.Checkpoint(policy=policy, optimizer=optimizer, state=STATE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(OSError, match=r"MB are free, which is enough\. Look for .* limit on file sizes") as said:
-            checkpoint.save(tmp_path, policy, torch.optim.AdamW(policy.module.parameters()), STATE, keep=2)
+            checkpoint.save(tmp_path, content, keep_last=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "missing" not in str(said.value) and "\n" not in str(said.value)
@@ -424,5 +426,5 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with torch.no_grad():
         next(policy.module.parameters())[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"step 7 was not saved: .* is not finite"):
-        checkpoint.save(tmp_path, policy, optimizer, STATE, keep=2)
+        checkpoint.save(tmp_path, checkpoint.Checkpoint(policy=policy, optimizer=optimizer, state=STATE), keep_last=2)
     assert not list(tmp_path.iterdir())

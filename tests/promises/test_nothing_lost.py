@@ -54,10 +54,10 @@ class TestLoraAfterAWarmUp:
 def test_the_reference_is_whole_before_the_first_checkpoint(tmp_path, monkeypatch):
     saved, seen = checkpoint.save, []
 
-    def killed(directory, policy, optimizer, state, **options):
+    def killed(directory, content, **options):
         if directory.name != REHEARSAL:
-            seen.append((state.step, manifest.verify(tmp_path / "reference")["step"]))
-        return saved(directory, policy, optimizer, state, **options)
+            seen.append((content.state.step, manifest.verify(tmp_path / "reference")["step"]))
+        return saved(directory, content, **options)
 
     monkeypatch.setattr(checkpoint, "save", killed)
     train(small(tmp_path, beta=0.1, num_steps=1))
