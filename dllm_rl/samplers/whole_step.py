@@ -8,7 +8,7 @@ then runs at written positions too.
 
 import functools
 from collections.abc import Callable
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,25 @@ Past = list[tuple[Tensor, Tensor]]  # keys and values of each layer
 WRITTEN = ("masked", "unmask_step", "logprobs")  # fields of the canvas, in addition to the recorded ones
 
 
+class StepConstants(NamedTuple):
+    """Inputs that are the same in all steps of a batch."""
+
+    attention_mask: Bool[Tensor, "B T"]
+    columns: Int[Tensor, "B L"]  # of the completions' positions
+    seeds: Int[Tensor, " B"]
+    block_size: int  # of the largest block
+
+
+class StepState(NamedTuple):
+    """Tensors that a step replaces."""
+
+    tokens: Int[Tensor, "B T"]
+    records: dict[str, Tensor]  # the canvas's fields in WRITTEN, and the records of features
+    # Keys and values of the columns outside the window. Empty: the step runs all columns and returns them. None: the
+    # sampler has no cache, and every step runs all columns.
+    past: Past | None
+
+
 class WholeSteps:
     """The padded tokens and, with a cache, the stored keys and values. `take` advances all rows by one step."""
 
@@ -46,9 +65,7 @@ class WholeSteps:
         self.choose = choose
         self.canvas = canvas
         self.queue = queue
-        self.size = min(block_size, canvas.columns.shape[1])
         self.block_size = block_size
-        self.seeds = seeds
         self.cache = cache
         self.first_place = queue.sizes.cumsum(-1) - queue.sizes
         width = canvas.tokens.shape[1]
@@ -57,10 +74,11 @@ class WholeSteps:
         shift = int(policy.spec.shift)
         padding = (shift + -(width + behind + shift) % COLUMNS, behind)
         self.shown = slice(padding[0], padding[0] + width)
-        self.columns = canvas.columns + padding[0]
         self.tokens = F.pad(canvas.tokens, padding, value=policy.pad_id)
-        self.attention_mask = F.pad(canvas.attention_mask, padding, value=False)
-        self.past: Past = []
+        attention_mask = F.pad(canvas.attention_mask, padding, value=False)
+        largest = min(block_size, canvas.columns.shape[1])
+        self.constants = StepConstants(attention_mask, canvas.columns + padding[0], seeds, largest)
+        self.past: Past | None = None if cache is None else []
         self.block = -1
         self.step = 0  # in the block
         if choose.sampling_params.filters:
@@ -82,28 +100,18 @@ class WholeSteps:
             return None
         num_masked = self.queue.masked[where]
         steps_left = self.queue.steps[where].clamp(min=1)
-        begin, width, whole = self._window(int(blocks[0]))
+        begin, width, is_full = self._window(int(blocks[0]))
         host = torch.zeros(5, len(self.queue.clock), dtype=torch.long)  # rows that do not take part have a size of 0
         host[0] = begin
         host[1:, rows] = torch.stack(
             [self.first_place[where], self.queue.sizes[where], steps_left, self.queue.clock[rows]]
         )
-        (numbers,) = send(self.seeds.device, host)
-        state = {name: getattr(self.canvas, name) for name in WRITTEN} | self.canvas.noted
-        constant = (self.choose, self.attention_mask, self.columns, self.seeds)
-        past = [] if whole else self.past
+        (numbers,) = send(self.tokens.device, host)
+        records = {name: getattr(self.canvas, name) for name in WRITTEN} | self.canvas.noted
+        past: Past | None = [] if is_full and self.cache is not None else self.past
+        state = StepState(self.tokens, records, past)
         try:
-            tokens, state, committed, past = compiled()(
-                *constant,
-                self.tokens,
-                state,
-                numbers,
-                past,
-                width=width,
-                size=self.size,
-                whole=whole,
-                cached=self.cache is not None,
-            )
+            state, committed = compiled()(self.choose, self.constants, state, numbers, width)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             varied = "the number of rows, the prompts' width or max_new_tokens changes too often"
             raise ValueError(
@@ -111,16 +119,16 @@ class WholeSteps:
             ) from error
         self.canvas.forwards += 1
         # The next replay of a graph overwrites this replay's outputs.
-        self.tokens = tokens.clone()
+        self.tokens = state.tokens.clone()
         self.canvas.tokens = self.tokens[:, self.shown]
         for name in WRITTEN:
-            setattr(self.canvas, name, state[name].clone())
-        self.canvas.noted = {name: state[name].clone() for name in self.canvas.noted}
-        if whole:
-            self.past = [(keys.clone(), values.clone()) for keys, values in past]
+            setattr(self.canvas, name, state.records[name].clone())
+        self.canvas.noted = {name: state.records[name].clone() for name in self.canvas.noted}
+        if is_full and state.past is not None:
+            self.past = [(keys.clone(), values.clone()) for keys, values in state.past]
         # If the host knows the number, it does not wait for the device to count.
-        known = self.choose.commit.count
-        count = committed.cpu()[rows] if known is None else known(num_masked, steps_left)
+        count_on_host = self.choose.commit.count
+        count = committed.cpu()[rows] if count_on_host is None else count_on_host(num_masked, steps_left)
         check_last_step(self.choose.commit.name, steps_left, num_masked, count)
         return self.queue.record(where, count)
 
@@ -186,45 +194,45 @@ def compiled() -> Callable[..., Any]:
 
 @no_type_check  # torch.compile cannot trace the tests' type checks
 def _step(
-    choose: Choose,
-    attention_mask: Bool[Tensor, "B T"],
-    columns: Int[Tensor, "B L"],
-    seeds: Int[Tensor, " B"],
-    tokens: Int[Tensor, "B T"],
-    state: dict[str, Tensor],  # fields of WRITTEN, and the recorded ones
-    numbers: Int[Tensor, "5 B"],  # the window's first column, the block's first place, its size, steps left, the clock
-    past: Past,
-    *,
-    width: int,  # of the window
-    size: int,  # of the largest block
-    whole: bool,  # all columns run, and with a cache those outside the window are stored
-    cached: bool,
-) -> tuple[Tensor, dict[str, Tensor], Tensor, Past]:
-    """Return tokens and state after the step, the number of committed positions of each row (B,), and stored keys."""
+    choose: Choose, constants: StepConstants, state: StepState, numbers: Int[Tensor, "5 B"], width: int
+) -> tuple[StepState, Int[Tensor, " B"]]:
+    """Return the state after a step, and the number of committed positions of each row.
+
+    Args:
+        choose: Rank, commit rule and sampling parameters.
+        constants: Inputs that are the same in all steps.
+        state: State before the step.
+        numbers: The window's first column; and each row's first place in its block, the block's size, the steps left,
+            and the steps that the row has taken part in.
+        width: Columns of the window.
+    """
     policy = choose.policy
-    begin, first_place, sizes, left, clock = numbers.unbind()
-    slot = torch.arange(size, device=tokens.device)
+    tokens = state.tokens
+    records = state.records
+    past = state.past
+    begin, first_place, sizes, steps_left, clock = numbers.unbind()
+    slot = torch.arange(constants.block_size, device=tokens.device)
     # The slots after a smaller block are other places, all distinct, which do not change.
-    place = (first_place[:, None] + slot) % columns.shape[1]
-    column = columns.gather(1, place)
-    masked = state["masked"].gather(1, place) & (slot < sizes[:, None])
-    if not cached:
-        hidden = policy.hidden(tokens, attention_mask)
+    place = (first_place[:, None] + slot) % constants.columns.shape[1]
+    column = constants.columns.gather(1, place)
+    masked = records["masked"].gather(1, place) & (slot < sizes[:, None])
+    if past is None:
+        hidden = policy.hidden(tokens, constants.attention_mask)
         at = column
     else:
-        hidden, past = _cached_states(policy, tokens, attention_mask, (begin[0], width), past, whole)
-        first = 0 if whole else begin[:, None]
+        first = begin[:, None] if past else 0
+        hidden, past = _cached_states(policy, constants.attention_mask, state, begin[0], width)
         at = (column - first - int(policy.spec.shift)).clamp(0, hidden.shape[1] - 1)
     hidden = hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
 
-    drawn_at = [each.expand_as(place).flatten() for each in (seeds[:, None], clock[:, None], place)]
+    drawn_at = [each.expand_as(place).flatten() for each in (constants.seeds[:, None], clock[:, None], place)]
     uniform, ties = (uniforms(*drawn_at, stream=stream) for stream in (TOKENS, TIES))
     scores, flat = propose_and_rank(policy, hidden, uniform, ties, choose.sampling_params, choose.rank)
     drawn = Drawn(*(values.unflatten(0, place.shape) for values in flat.tensors()))
     scores = scores.view_as(drawn.logprobs)
     scores = scores.masked_fill(~masked, -torch.inf)
     offered = add_gumbel(scores, ties.view_as(scores)) if choose.noisy else scores
-    chosen = choose.commit(offered, masked, left.clamp(min=1)) & masked
+    chosen = choose.commit(offered, masked, steps_left.clamp(min=1)) & masked
 
     new = {"masked": torch.zeros_like(masked), "unmask_step": clock[:, None].expand_as(place)}
     new |= {"logprobs": drawn.logprobs}
@@ -233,7 +241,7 @@ def _step(
     if choose.has_order_logprob and choose.noisy:
         new["draw"] = draw_index(offered, masked, chosen)
         new["order"] = draw_logprobs_of_rows(scores, new["draw"], masked, chosen)
-    state = state | {name: _put(state[name], place, values, chosen) for name, values in new.items()}
+    records = records | {name: _put(records[name], place, values, chosen) for name, values in new.items()}
     if choose.has_order_logprob and not choose.noisy:
         stayed = masked & ~chosen
         row = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores).flatten()
@@ -241,10 +249,9 @@ def _step(
         cutoff = commit_cutoff(scores.masked_fill(~chosen, torch.inf).flatten(), row, at, row, at, len(scores))
         # Generated code would sum the normalizer in another order and miss ties: the scores' normalizer is used.
         left_behind = left_logprobs(policy, hidden, *cutoff, choose.sampling_params, flat.normalizer)
-        so_far = state["order"]
-        total = so_far.gather(1, place) + left_behind.view_as(scores)
-        state["order"] = _put(so_far, place, total, stayed)
-    return _put(tokens, column, drawn.tokens, chosen), state, chosen.sum(-1), past
+        total = records["order"].gather(1, place) + left_behind.view_as(scores)
+        records["order"] = _put(records["order"], place, total, stayed)
+    return StepState(_put(tokens, column, drawn.tokens, chosen), records, past), chosen.sum(-1)
 
 
 @no_type_check
@@ -257,23 +264,26 @@ def _put(whole: Tensor, place: Tensor, values: Tensor, chosen: Tensor) -> Tensor
 
 @no_type_check
 def _cached_states(
-    policy: Policy, tokens: Tensor, attention_mask: Tensor, window: tuple[Tensor, int], past: Past, whole: bool
+    policy: Policy, attention_mask: Bool[Tensor, "B T"], state: StepState, begin: Tensor, width: int
 ) -> tuple[Tensor, Past]:
-    """Return all columns' states, and the keys and values outside the window; or the window's states, and `past`."""
-    begin, width = window
+    """Return the hidden states of the window, and `state.past`. If `state.past` is empty, return the hidden states of
+    all columns, and the keys and values outside the window.
+    """
+    tokens = state.tokens
+    past = state.past
     inside = begin + torch.arange(width, device=tokens.device)
     outside = torch.arange(tokens.shape[1] - width, device=tokens.device)
     outside = outside + width * (outside >= begin)
     positions = position_ids(attention_mask)
     every = torch.arange(tokens.shape[1], device=tokens.device)
-    fresh, seen = (every, every) if whole else (inside, torch.cat([outside, inside]))
+    fresh, seen = (inside, torch.cat([outside, inside])) if past else (every, every)
     bias = attention_bias(policy, tokens, attention_mask, positions, fresh, seen)
     keys_and_values = KeysAndValues(config=policy.module.config)
     for layer, (keys, values) in zip(keys_and_values.layers, past, strict=False):
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
-    given = {"cache": keys_and_values, "use_cache": True}
-    states = policy.encode(tokens[:, fresh], bias, positions[:, fresh], **given)
-    if whole:
+    options = {"cache": keys_and_values, "use_cache": True}
+    hidden = policy.encode(tokens[:, fresh], bias, positions[:, fresh], **options)
+    if not past:
         past = [(layer.keys[:, :, outside], layer.values[:, :, outside]) for layer in keys_and_values.layers]
-    return states, past
+    return hidden, past

@@ -82,9 +82,9 @@ def test_prompts_of_most_lengths_share_their_graphs(monkeypatch, shift, cache):
     """A width has graphs of its own: the canvas is padded to 64 columns, and to 128 behind prompts of more."""
     widths = []
 
-    def step(choose, attention_mask, columns, seeds, tokens, *given, **options):
-        widths.append(tokens.shape[1])
-        return whole_step._step(choose, attention_mask, columns, seeds, tokens, *given, **options)
+    def step(choose, constants, state, *rest):
+        widths.append(state.tokens.shape[1])
+        return whole_step._step(choose, constants, state, *rest)
 
     monkeypatch.setattr(whole_step, "compiled", lambda: step)
     policy = tiny_llama(characters="1234.=", causal=False, num_layers=1, max_length=128)
