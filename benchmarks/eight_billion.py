@@ -29,7 +29,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.cli.main import main as command
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import find_family
-from dllm_rl.models.checkpoint.loading import build_empty
+from dllm_rl.models.checkpoint.loading import CONFIGS, build_empty
 from dllm_rl.models.checkpoint.tensors import Later, to_original, write_tensors
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.merge import merged_later
@@ -38,7 +38,6 @@ from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.training import train
-from dllm_rl.training.dry_run.plan import CONFIGS
 from dllm_rl.training.grpo import grpo_recipe
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.types import SamplingParams

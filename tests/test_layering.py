@@ -1,6 +1,7 @@
 """The packages from the ground up, and who may import whom. docs/ARCHITECTURE.md says what each is for."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,27 @@ def test_tasks_import_no_torch():
 def test_every_public_name_resolves():
     for name in dllm_rl.__all__:
         assert callable(getattr(dllm_rl, name))
+
+
+def test_recipes_and_benchmarks_import_names_that_exist():
+    root = PACKAGE.parent
+    imports = [
+        (path, each.module, alias.name)
+        for folder in ("recipes", "benchmarks")
+        for path in root.glob(f"{folder}/**/*.py")
+        for each in ast.walk(ast.parse(path.read_text()))
+        if isinstance(each, ast.ImportFrom) and (each.module or "").startswith("dllm_rl")
+        for alias in each.names
+    ]
+    assert len(imports) > 100
+    missing = []
+    for path, module, name in imports:
+        if not hasattr(importlib.import_module(module), name):
+            try:
+                importlib.import_module(f"{module}.{name}")
+            except ModuleNotFoundError:
+                missing.append(f"{path.relative_to(root)}: {module}.{name}")
+    assert not missing
 
 
 @pytest.mark.slow
