@@ -33,8 +33,8 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import usual_length
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.by_name import rank_for, read_cache, read_commit, read_rank
-from dllm_rl.samplers.records import as_commit
+from dllm_rl.samplers.by_name import read_cache, read_commit, read_rank, required_rank, text_of
+from dllm_rl.samplers.records import Commit, as_commit
 from dllm_rl.samplers.renoise import renoise
 from dllm_rl.samplers.rules import check_steps, steps_per_block
 from dllm_rl.samplers.unmask import unmask
@@ -94,11 +94,16 @@ def asked(arguments: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
     passed.
     """
     task = make_task(arguments)
-    lists = dict(zip(("commit", "rank", "cache"), choices(arguments), strict=False))
-    lists["rank"] = [rank_for(commit, rank) for rank, commit in product(lists["rank"], lists["commit"])]
+    run = run_sampler(arguments)
+    commits, ranks, caches, _ = choices(arguments, run)
+    ranks = [rank_of(commit, run) if rank is None else rank for rank, commit in product(ranks, commits)]
+    lists = {"commit": list(map(plain, commits)), "rank": list(map(plain, ranks)), "cache": list(map(plain, caches))}
     lists |= {name: getattr(arguments, name) for name in ("max_new_tokens", "diffusion_steps")}
     lists["quantization"] = arguments.quantization or ["none"]
-    row = flat(vars(arguments) | task_facts(task) | {"n": num_problems(task, arguments)})
+    options = vars(arguments) | {"temperature": temperature_of(arguments, run)}
+    if arguments.block_size is None:
+        options["block_size"] = settings_of(run).get("block_size")
+    row = flat(options | task_facts(task) | {"n": num_problems(task, arguments)})
     found = {name: (value,) for name, value in json.loads(json.dumps(row)).items() if name not in lists}
     if arguments.dtype == "auto":  # the checkpoint decides, and no checkpoint is opened here
         del found["dtype"]
@@ -235,37 +240,56 @@ def num_problems(task: Task, arguments: argparse.Namespace) -> int:
 
 
 def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:
-    """Return (settings, sampler bound to them) for each combination of the settings that are lists."""
-    if (sampler := run_sampler(arguments)) is not None:
-        known = inspect.signature(sampler.func).parameters
-        names = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "rank", "commit", "cache")
-        return [({name: plain(sampler.keywords.get(name)) for name in names if name in known}, sampler)]
-    if policy.spec.attention == "encoder_decoder":
-        return renoising_plans(policy, task, arguments)
-    if arguments.samples > 1 and arguments.temperature == 0:
-        raise ValueError(f"--samples {arguments.samples} at --temperature 0 are all alike; give a temperature above 0")
+    """Return (settings, sampler bound to them) for each combination of the settings that are lists.
+
+    A run's sampler has the settings of the run's evaluations, except those that are passed.
+    """
+    run = run_sampler(arguments)
     if arguments.forwards and arguments.diffusion_steps:
         raise ValueError("--forwards and --diffusion_steps both say how many steps are taken; give one of them")
-    lengths = arguments.max_new_tokens or [usual_length(policy, task)]
+    if policy.spec.attention == "encoder_decoder":
+        return renoising_plans(policy, task, run, arguments)
+    if arguments.samples > 1 and temperature_of(arguments, run) == 0:
+        raise ValueError(f"--samples {arguments.samples} at --temperature 0 are all alike; give a temperature above 0")
+    run_length = settings_of(run).get("max_new_tokens")
+    lengths = arguments.max_new_tokens or [usual_length(policy, task) if run_length is None else run_length]
     if policy.spec.attention != "causal":
-        return plans_of(policy, task, lengths, arguments)
+        return plans_of(policy, task, run, lengths, arguments)
     # An ignored option would look as if it had been applied.
     for name in ("diffusion_steps", "forwards", "block_size", "rank", "commit", "cache"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")
-    bounds = [{"max_new_tokens": length, "temperature": arguments.temperature} for length in lengths]
-    return [(bound, partial(autoregress, **bound)) for bound in bounds]
+    bounds = [{"max_new_tokens": length, "temperature": temperature_of(arguments, run)} for length in lengths]
+    return [(bound, bind(autoregress, bound, run)) for bound in bounds]
 
 
 def run_sampler(arguments: argparse.Namespace) -> partial | None:
-    """Return the sampler of the run's evaluations if one run's folder and no sampler option are passed."""
-    options = ("max_new_tokens", "diffusion_steps", "forwards", "rank", "commit", "cache", "block_size", "temperature")
-    if len(arguments.models) != 1 or any(getattr(arguments, option) for option in options) or arguments.samples > 1:
-        return None
-    return sampler_or_note(arguments.models[0])
+    """Return the sampler of the run's evaluations if one run's folder is passed."""
+    return sampler_or_note(arguments.models[0]) if len(arguments.models) == 1 else None
 
 
-def renoising_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:
+def settings_of(run: partial | None) -> dict[str, Any]:
+    """Return all settings of a run's sampler, also those that the run leaves at their defaults; {} without a run."""
+    if run is None:
+        return {}
+    parameters = inspect.signature(run.func).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not each.empty} | run.keywords
+
+
+def temperature_of(arguments: argparse.Namespace, run: partial | None) -> float:
+    return settings_of(run).get("temperature", 0.0) if arguments.temperature is None else arguments.temperature
+
+
+def bind(sampler: Callable, settings: dict[str, Any], run: partial | None) -> partial:
+    """Bind settings to a sampler, and the other settings of the run."""
+    if run is None:
+        return partial(sampler, **settings)
+    before = settings_of(run)
+    changed = {name: value for name, value in settings.items() if name not in before or value != before[name]}
+    return partial(sampler, **run.keywords | changed)
+
+
+def renoising_plans(policy: Policy, task: Task, run: partial | None, arguments: argparse.Namespace) -> list[Plan]:
     """Return the plans of a model whose noise is random tokens: lengths and steps. Its schedule sets temperatures."""
     for name in ("forwards", "block_size", "rank", "commit", "cache"):
         if getattr(arguments, name) is not None:
@@ -274,43 +298,83 @@ def renoising_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -
         raise ValueError(f"--temperature {arguments.temperature}: renoise has a schedule of its own; leave it out")
     canvas = policy.spec.block_size
     assert canvas is not None, "`check_spec` asks for it"
-    lengths = arguments.max_new_tokens or [max(1, -(-usual_length(policy, task) // canvas)) * canvas]
-    steps = arguments.diffusion_steps or [inspect.signature(renoise).parameters["diffusion_steps"].default]
-    bounds = [{"max_new_tokens": length, "diffusion_steps": count} for length, count in product(lengths, steps)]
-    return [(bound, partial(renoise, **bound)) for bound in bounds]
+    defaults = settings_of(partial(renoise)) | settings_of(run)
+    length = defaults.get("max_new_tokens") or max(1, -(-usual_length(policy, task) // canvas)) * canvas
+    steps = arguments.diffusion_steps or [defaults["diffusion_steps"]]
+    pairs = product(arguments.max_new_tokens or [length], steps)
+    bounds = [{"max_new_tokens": length, "diffusion_steps": count} for length, count in pairs]
+    return [(bound, bind(renoise, bound, run)) for bound in bounds]
 
 
-def choices(arguments: argparse.Namespace) -> tuple[Sequence[Any], ...]:
-    """Return the commit rules, ranks, caches and budgets; None for a rule's default rank and for no budget."""
-    lists = (arguments.commit or ["schedule"], arguments.rank or [None], arguments.cache or ["none"])
-    return (*lists, arguments.forwards or [None])
+def choices(arguments: argparse.Namespace, run: partial | None) -> tuple[Sequence[Any], ...]:
+    """Return the commit rules, ranks, caches and budgets: as text if they are passed or no run is, else the run's.
+
+    None stands for the rank that `rank_of` returns, and for no budget.
+    """
+    defaults = settings_of(run)
+    commits = arguments.commit or [defaults.get("commit", "schedule")]
+    caches = arguments.cache or [defaults.get("cache") or "none"]
+    return commits, arguments.rank or [None], caches, arguments.forwards or [None]
 
 
-def plans_of(policy: Policy, task: Task, lengths: Sequence[int], arguments: argparse.Namespace) -> list[Plan]:
-    block_size = arguments.block_size
+def rank_of(commit: Any, run: partial | None) -> Any:
+    """Return the rank if none is passed: the rank that a passed commit rule needs, else the run's, else max_prob."""
+    needed = required_rank(commit) if isinstance(commit, str) else None
+    return needed or settings_of(run).get("rank", "max_prob")
+
+
+def plans_of(
+    policy: Policy, task: Task, run: partial | None, lengths: Sequence[int], arguments: argparse.Namespace
+) -> list[Plan]:
+    run_settings = settings_of(run)
+    block_size = run_settings.get("block_size") if arguments.block_size is None else arguments.block_size
     count = min(arguments.batch_size, num_problems(task, arguments)) if arguments.forwards else 0
     first = {i: task[i] for i in range(count)}  # problems for the search of a rule's number
     plans: list[Plan] = []
-    for length, commit, rank, cache, forwards in product(lengths, *choices(arguments)):
-        rank = rank_for(commit, rank)
-        rules: dict[str, Any] = {"rank": read_rank(rank), "cache": None if cache == "none" else read_cache(cache)}
+    for length, commit, rank, cache, forwards in product(lengths, *choices(arguments, run)):
+        rank = rank_of(commit, run) if rank is None else rank
+        rules: dict[str, Any] = {"rank": read_rank(rank) if isinstance(rank, str) else rank}
+        rules["cache"] = None if cache == "none" else read_cache(cache) if isinstance(cache, str) else cache
         bound: dict[str, Any] = {"max_new_tokens": length, "diffusion_steps": None, "block_size": block_size}
-        bound["temperature"] = arguments.temperature
-        if forwards is not None:
-            sampler = partial(unmask, **bound, **rules)
-            commit = within_budget(policy, first, sampler, commit, forwards, seed=arguments.seed)
-        rules["commit"] = read_commit(commit)
+        bound["temperature"] = temperature_of(arguments, run)
+        if forwards is not None and (isinstance(commit, str) or as_commit(commit).adaptive):
+            sampler = bind(unmask, bound | rules, run)
+            text = commit if isinstance(commit, str) else text_of(commit)
+            commit = within_budget(policy, first, sampler, text, forwards, seed=arguments.seed)
+        rules["commit"] = read_commit(commit) if isinstance(commit, str) else commit
         rule = as_commit(rules["commit"])
-        # An adaptive rule chooses its number of steps.
-        several = [None] if rule.adaptive else arguments.diffusion_steps or [forwards or length or None]
-        for steps in dict.fromkeys(several):
-            check_steps(steps, length, rule.count)  # before the first model runs, not in the middle of a sweep
-            if block_size and steps and length:
-                steps_per_block(steps, [block_size] * -(-length // block_size))
+        if rule.adaptive and arguments.diffusion_steps and not isinstance(commit, str):
+            steps = arguments.diffusion_steps[0]
+            why = f"the run's commit={text_of(commit)} chooses its number of steps"
+            raise ValueError(f"--diffusion_steps {steps}: {why}; add --commit schedule, or give --forwards")
+        for steps in dict.fromkeys(numbers_of_steps(rule, length, forwards, run, arguments)):
+            if run is None or steps != run_settings["diffusion_steps"]:
+                # Before the first model runs, not in the middle of a sweep.
+                check_steps(steps, length, rule.count)
+                if block_size and steps and length:
+                    steps_per_block(steps, [block_size] * -(-length // block_size))
             bound = bound | {"diffusion_steps": steps}
-            names = {"rank": rank, "commit": commit, "cache": cache}
-            plans.append((bound | names, partial(unmask, **bound, **rules)))
+            names = {"rank": plain(rank), "commit": plain(commit), "cache": plain(cache)}
+            plans.append((bound | names, bind(unmask, bound | rules, run)))
     return plans
+
+
+def numbers_of_steps(
+    rule: Commit, length: int, forwards: int | None, run: partial | None, arguments: argparse.Namespace
+) -> Sequence[int | None]:
+    """Return the numbers of steps of one rule and length: the passed ones, else the budget, the run's, or the length.
+
+    An adaptive rule chooses its number of steps.
+    """
+    run_steps = settings_of(run).get("diffusion_steps")
+    if rule.adaptive:
+        return [run_steps]
+    if arguments.diffusion_steps or forwards:
+        return arguments.diffusion_steps or [forwards]
+    if run is None:
+        return [length or None]
+    # A shorter completion takes fewer steps.
+    return [min(run_steps, length) if run_steps and length and arguments.max_new_tokens else run_steps]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dllm_rl.cli.options import open_policy
 from dllm_rl.config import CHOICES
 from dllm_rl.evaluation.lm_eval import HarnessModel
 from dllm_rl.samplers import sampler_for
-from dllm_rl.samplers.by_name import READERS, rank_for, read_rank
+from dllm_rl.samplers.by_name import READERS, read_rank, required_rank
 
 from lm_eval.__main__ import cli_evaluate  # isort: skip - HarnessModel's module says what to install without it
 from lm_eval.api.registry import register_model  # isort: skip
@@ -56,8 +56,8 @@ class NamedModel(HarnessModel):
                 scoring[name.removeprefix("likelihood.")] = value
             else:
                 sampling[name] = READERS[name](str(value)) if name in READERS else value
-        if "commit" in options:
-            sampling.setdefault("rank", read_rank(rank_for(str(options["commit"]))))
+        if "commit" in options and (rank := required_rank(str(options["commit"]))):
+            sampling.setdefault("rank", read_rank(rank))
         sampler = sampler_for(policy)
         check(sampler.__name__, inspect.signature(sampler).bind_partial, sampling)
         check(likelihood, inspect.signature(makers[likelihood]).bind, scoring)

@@ -74,30 +74,41 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_or_note, with_given
-    from dllm_rl.cli.sample import show
-    from dllm_rl.samplers.by_name import READERS, rank_for
+    from dllm_rl.cli.sample import complete, print_record, to_problem
+    from dllm_rl.samplers.by_name import READERS, required_rank
 
     run_sampler = sampler_or_note(arguments.model)
     options = {"max_new_tokens": 16, "temperature": 0.0} if run_sampler is None else dict(run_sampler.keywords)
-    if arguments.commit is not None:  # without a rule the sampler's default rank applies; a causal sampler has no rank
-        arguments.rank = rank_for(arguments.commit, arguments.rank)
-    shown = ("live", "delay", "seed", "group_size", "blank", "chat")
-    sampled = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "top_k", "top_p", "suppress")
-    given = {name: getattr(arguments, name) for name in (*shown, *sampled)}
+    if arguments.commit is not None and arguments.rank is None:
+        arguments.rank = required_rank(arguments.commit)
+    names = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "top_k", "top_p", "suppress")
+    passed = {name: getattr(arguments, name) for name in names}
     for name, read in READERS.items():
         text = getattr(arguments, name)
-        given[name] = None if text is None else read(text)  # None: the sampler's default
+        passed[name] = None if text is None else read(text)  # None: the run's, or the sampler's default
+    chat, blank = arguments.chat, arguments.blank
     texts: list[Any] = arguments.prompts
     if not texts:
-        problems = problems_of(arguments.model, 4)
-        texts = ([] if problems and sys.stdin.isatty() else lines_of_input()) or problems
+        run_problems = problems_of(arguments.model, 4)
+        texts = ([] if run_problems and sys.stdin.isatty() else lines_of_input()) or run_problems
     elif run_sampler is not None:
-        chat, blank = form_of_prompts(arguments.model)
-        given |= {"chat": given["chat"] or chat, "blank": blank if given["blank"] is None else given["blank"]}
+        run_chat, run_blank = form_of_prompts(arguments.model)
+        chat, blank = chat or run_chat, run_blank if blank is None else blank
+    problems = [to_problem(text, chat=chat, blank=blank) for text in texts]
     policy = open_policy(arguments)  # this also names the checkpoint
-    options = with_given(options, given)
-    show(policy, texts, as_json=arguments.json, checkpoint=arguments.checkpoint, **options)
+    live = Console().is_terminal and not arguments.json if arguments.live is None else arguments.live
+    record = complete(
+        policy,
+        problems,
+        with_given(options, passed),
+        group_size=arguments.group_size,
+        seed=arguments.seed,
+        seconds_per_step=arguments.delay if live else None,
+    )
+    print_record(record | {"checkpoint": arguments.checkpoint}, as_json=arguments.json)
 
 
 def lines_of_input() -> list[str]:
@@ -128,23 +139,25 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     more = "once per checkpoint and per combination of the settings that are lists; later checkpoints are compared with"
     sub = commands.add_parser("evaluate", help=about, description=f"{about}, {more} the first, problem by problem")
     sub.add_argument("models", nargs="*", metavar="MODEL", help="a checkpoint's or a run's folder, or a hub's id")
-    sub.add_argument("--task", help=f"{_either(TASKS)}; default: that of a run's folder, with its sampler")
+    sub.add_argument("--task", help=f"{_either(TASKS)}; default: a run's, with its sampler's settings")
     names = _either(protocol_names(), default="strict")
     sub.add_argument("--protocol", help=f"how completions are graded: {names}")
     sub.add_argument("--split", choices=("train", "validation", "test"), help="default: test")
     sub.add_argument("--path", help="a file or folder with the problems")
     sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting of the task")
-    lengths = "tokens per completion, as 128,256 (default: the task's)"
+    lengths = "tokens per completion, as 128,256 (default: the run's, or the task's)"
     sub.add_argument("--max_new_tokens", "--lengths", type=_numbers, help=lengths)
-    sub.add_argument("--diffusion_steps", type=_numbers, help="unmasking steps, as 1,2,4,8 (default: as tokens)")
+    sub.add_argument(
+        "--diffusion_steps", type=_numbers, help="unmasking steps, as 1,2,4,8 (default: the run's, or as tokens)"
+    )
     budgets = "most forwards per answer, as 1,2,4: steps; or of --commit threshold, whose number is then found"
     sub.add_argument("--forwards", type=_numbers, help=budgets)
     sub.add_argument("--quantization", type=_names, help="schemes of the weights, as none,float8_weight_only")
-    sub.add_argument("--rank", type=_names, help="as confidence,max_prob (default: what --commit is made for)")
+    sub.add_argument("--rank", type=_names, help="as confidence,max_prob (default: what --commit needs, or the run's)")
     sub.add_argument("--commit", type=_names, help="as schedule,threshold=0.9")
     sub.add_argument("--cache", type=_names, help="as none,dual=4")
     sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    sub.add_argument("--temperature", type=float, help="0 is greedy (default: the run's, or 0)")
     sub.add_argument("--samples", type=int, default=1, help="completions of each problem, for pass@k")
     sub.add_argument("--majority", type=_numbers, default=[], help="k of maj@k, as 4,16: the most frequent answer of k")
     sub.add_argument("--limit", type=int, help="the first so many problems (default: all, or 500 made)")

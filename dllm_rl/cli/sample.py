@@ -1,10 +1,11 @@
-"""`dllm-rl sample`: shows the steps of a completion in the terminal, or as JSON."""
+"""`dllm-rl sample`: complete prompts, and show the steps in the terminal, or as JSON."""
 
 import inspect
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -23,54 +24,53 @@ from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.renoise import renoise
 from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem
-from dllm_rl.types import Prompts, Rollout
+from dllm_rl.types import Rollout
 
 
-def show(
+def complete(
     policy: Policy,
-    texts: Sequence[str | Problem],
+    problems: Sequence[Problem],
+    options: Mapping[str, Any],
     *,
-    as_json: bool = False,
-    live: bool | None = None,  # draw each step; None: only on a terminal and without JSON
-    delay: float = 0.0,  # seconds per step of the live view
-    seed: int = 0,
     group_size: int = 1,
-    chat: bool = False,  # each text is a user's message, in the tokenizer's template
-    blank: str | None = None,  # the text of a token to fill in; the completion is then the full text
-    checkpoint: str | None = None,  # the policy's checkpoint, for the record
-    **options: Any,  # for the sampler of the policy; None: the sampler's default
-) -> None:
-    """Complete texts. Completions or one JSON object go to standard output, and the speed goes to standard error."""
-    if not texts:
+    seed: int = 0,
+    seconds_per_step: float | None = None,
+) -> dict[str, Any]:
+    """Complete problems, and return the completions and what made them as plain data.
+
+    Args:
+        policy: Policy that completes the problems.
+        problems: Problems, whose blanks are filled in.
+        options: Settings of the policy's sampler. None stands for the sampler's default.
+        group_size: Completions of each problem. Default: 1.
+        seed: Seed of the sampler. Default: 0.
+        seconds_per_step: Draw each step on the terminal, and wait for this time. None (default): draw nothing.
+
+    Raises:
+        ValueError: There are no problems, or an option belongs to other models.
+    """
+    if not problems:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
-    options = {name: value for name, value in options.items() if value is not None}
-    problems = [as_problem(text, chat=chat, blank=blank) for text in texts]
     prompts = encode(policy, problems, group_size=group_size)
-    sampler = sampler_for(policy)
-    options = check_options(policy, options)
-    prompt_texts = [shown_prompt(problem) for problem in problems for _ in range(group_size)]
-    console = Console()
-    live = console.is_terminal and not as_json if live is None else live
+    options = check_options(policy, {name: value for name, value in options.items() if value is not None})
+    sampler = partial(sampler_for(policy), **options)
+    texts = [shown_prompt(problem) for problem in problems for _ in range(group_size)]
     began = time.perf_counter()  # after the prompts, whose encoding is not the model's work
-    if live and sampler is not autoregress:
-        rollout = drawn(console, policy, prompts, prompt_texts, delay=delay, seed=seed, **options)
+    if seconds_per_step is None or sampler.func is autoregress:
+        rollout = sampler(policy, prompts, generator_for(seed))
     else:
-        rollout = sampler(policy, prompts, generator_for(seed), **options)
-    record = to_record(
-        policy, rollout, prompt_texts, seconds=time.perf_counter() - began, whole=problems[0].blank is not None
-    )
+        with live_view(policy, texts, seconds_per_step) as draw_step:
+            rollout = sampler(policy, prompts, generator_for(seed), on_step=draw_step)
+    seconds = time.perf_counter() - began
+    record = to_record(policy, rollout, texts, seconds=seconds, is_filled=problems[0].blank is not None)
     dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
     device = f"{policy.device}, {device_name(policy.device)}"
-    record |= {"checkpoint": checkpoint, "dtype": dtype, "device": device}
-    record |= {"sampler": describe(partial(sampler, **options)), "seed": seed}
-    record["date"] = datetime.now().astimezone().isoformat(" ", "seconds")
-    if as_json:
-        print(json.dumps(record))
-    else:
-        print_record(record)
+    date = datetime.now().astimezone().isoformat(" ", "seconds")
+    return record | {"dtype": dtype, "device": device, "sampler": describe(sampler), "seed": seed, "date": date}
 
 
-def as_problem(text: str | Problem, *, chat: bool, blank: str | None) -> Problem:
+def to_problem(text: str | Problem, *, chat: bool, blank: str | None) -> Problem:
+    """Return a text as a problem: with `chat` as a user's message, with `blank` as the text of a token to fill in."""
     if isinstance(text, Problem):
         return text
     return Problem([{"role": "user", "content": text}] if chat else text, blank=blank)
@@ -103,20 +103,23 @@ def check_options(policy: Policy, options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options)
 
 
-def drawn(
-    console: Console, policy: Policy, prompts: Prompts, texts: Sequence[str], *, delay: float, seed: int, **options: Any
-) -> Rollout:
-    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as screen:
+@contextmanager
+def live_view(policy: Policy, texts: Sequence[str], seconds_per_step: float) -> Iterator[Callable[[Rollout], None]]:
+    """Yield a function that draws a rollout on the terminal, and waits."""
+    with Live(console=Console(), auto_refresh=False, vertical_overflow="visible") as screen:
 
-        def watch(rollout: Rollout) -> None:
+        def draw_step(rollout: Rollout) -> None:
             screen.update(render(policy, rollout, texts), refresh=True)
-            time.sleep(delay)
+            time.sleep(seconds_per_step)
 
-        return sampler_for(policy)(policy, prompts, generator_for(seed), on_step=watch, **options)
+        yield draw_step
 
 
-def print_record(record: dict[str, Any]) -> None:
-    """Print completions to standard output and the speed to standard error, so that a pipe gets only completions."""
+def print_record(record: dict[str, Any], *, as_json: bool) -> None:
+    """Print the record as one JSON object, or only completions, and the speed to standard error."""
+    if as_json:
+        print(json.dumps(record))
+        return
     for row in record["rows"]:
         # A pipe or a file gets the model's text unchanged; a terminal would obey its escape sequences.
         print(escape_controls(row["completion"], keep="\n\t") if sys.stdout.isatty() else row["completion"])
@@ -124,14 +127,12 @@ def print_record(record: dict[str, Any]) -> None:
 
 
 def to_record(
-    policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: float | None = None, whole: bool = False
-) -> dict:
-    """Return a rollout as plain data, with each row's prompt, completion (with `whole` also the text around it) and
-    tokens.
-    """
-    completions = filled(policy, rollout) if whole else decode(policy, rollout)
-    made = zip(prompts, completions, written_tokens(policy, rollout), strict=True)
-    rows = [{"prompt": prompt, "completion": completion, "tokens": tokens} for prompt, completion, tokens in made]
+    policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: float | None = None, is_filled: bool = False
+) -> dict[str, Any]:
+    """Return a rollout as plain data: prompt, completion (with `is_filled` the full text) and tokens of each row."""
+    completions = filled(policy, rollout) if is_filled else decode(policy, rollout)
+    columns = zip(prompts, completions, written_tokens(policy, rollout), strict=True)
+    rows = [{"prompt": prompt, "completion": completion, "tokens": tokens} for prompt, completion, tokens in columns]
     count = int(rollout.completion_mask.sum())
     facts = f"{count} tokens, {rollout.forwards} forwards"
     speed = {}

@@ -6,10 +6,11 @@ from functools import partial
 
 from dllm_rl.samplers import records
 from dllm_rl.samplers.cache import Cache, block_cache, dual_cache, prefix_cache
+from dllm_rl.samplers.rules import name_of
 
 RANKS: dict[str, Callable] = {rank.__name__: rank for rank in records.RANKS}
 # The rank whose scores a rule needs.
-OWN_RANKS = {"entropy_bound": "entropy", "origin": "random", "remask": "random"}
+REQUIRED_RANKS = {"entropy_bound": "entropy", "origin": "random", "remask": "random"}
 COMMITS: dict[str, Callable] = {rule.__name__: rule for rule in records.COMMITS}
 CACHES: dict[str, Callable[..., Cache]] = {"block": block_cache, "prefix": prefix_cache, "dual": dual_cache}
 
@@ -45,9 +46,15 @@ def _read(kind: str, text: str, known: dict[str, Callable], number: Callable[[st
         raise ValueError(f"{kind}={text!r}: {value!r} is not {'a' if number is float else 'a whole'} number") from None
 
 
-def rank_for(commit: str, asked: str | None = None) -> str:
-    """Return the name of the rank: `asked`, or else the rank whose scores the rule needs."""
-    return asked or OWN_RANKS.get(commit.partition("=")[0], "max_prob")
+def required_rank(commit: str) -> str | None:
+    """Return the name of the rank whose scores a named commit rule needs; None if the rule takes any rank."""
+    return REQUIRED_RANKS.get(commit.partition("=")[0])
+
+
+def text_of(rule: Callable) -> str:
+    """Return the text that names a rule and its numbers, as `threshold=0.9`."""
+    numbers = rule.keywords.values() if isinstance(rule, partial) else ()
+    return "=".join([name_of(rule), *map(str, numbers)])
 
 
 # The function that reads each of a sampler's settings that the command line names.

@@ -8,11 +8,14 @@ import pytest
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import train
+from dllm_rl.cli import evaluate as evaluate_command
 from dllm_rl.cli import run_settings
 from dllm_rl.cli.main import main
 from dllm_rl.cli.run_settings import read_call, sampler_of, sampler_or_note, task_of, with_given
 from dllm_rl.members import describe
 from dllm_rl.quantization.schemes import int8_weight_only
+from dllm_rl.samplers import rules
+from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.rules import threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks import Sudoku
@@ -43,6 +46,112 @@ def test_an_option_replaces_the_runs_own(run, capsys):
     assert main(["evaluate", str(run), "--json", "--limit", "2", "--commit", "schedule", "--set", "seed=3"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["n"] == 2 and row["commit"] == "schedule"
+
+
+class TestEvaluatePlans:
+    """An option replaces one setting of the run's sampler, and the others stay."""
+
+    UNMASK = (
+        "unmask(max_new_tokens=8, diffusion_steps=6, block_size=4, temperature=0.7, top_p=0.9, suppress=(0, 2), "
+        "rank=confidence)"
+    )
+    THRESHOLD = "unmask(max_new_tokens=8, commit=threshold(tau=0.75))"
+    POLICY = SimpleNamespace(spec=SimpleNamespace(attention="full", block_size=None, name="tiny"))
+    CAUSAL = SimpleNamespace(spec=SimpleNamespace(attention="causal", block_size=None, name="tiny"))
+    RENOISE = SimpleNamespace(spec=SimpleNamespace(attention="encoder_decoder", block_size=4, name="tiny"))
+
+    def plans(self, monkeypatch, text, options="", policy=POLICY):
+        """Rows and bound settings of `evaluate RUN OPTIONS`, where RUN's evaluations are by the sampler `text`."""
+        monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"eval_sampler": text})
+        seen = []
+        monkeypatch.setattr("dllm_rl.cli.evaluate.evaluate_command", seen.append)
+        assert main(["evaluate", "runs/a", "--task", "sudoku", *options.split()]) == 0
+        return evaluate_command.plan(policy, Sudoku(), seen[0])
+
+    @pytest.mark.parametrize(
+        ("options", "changed"),
+        [
+            ("--diffusion_steps 4", {"diffusion_steps": 4}),
+            ("--temperature 0", {"temperature": 0.0}),
+            ("--temperature 1.5", {"temperature": 1.5}),
+            ("--rank random", {"rank": rules.random}),
+            ("--max_new_tokens 4", {"max_new_tokens": 4, "diffusion_steps": 4}),  # a step writes at least one token
+            ("--max_new_tokens 16", {"max_new_tokens": 16}),
+            ("--block_size 8", {"block_size": 8}),
+            ("--cache dual=2", {"cache": dual_cache(refresh=2)}),
+            ("--samples 3", {}),
+            ("--forwards 3", {"diffusion_steps": 3}),
+            ("--commit late_schedule", {"commit": rules.late_schedule}),
+            ("--max_new_tokens 16 --diffusion_steps 8 --rank random",
+             {"max_new_tokens": 16, "diffusion_steps": 8, "rank": rules.random}),
+        ],
+    )  # fmt: skip
+    def test_one_setting_changes(self, monkeypatch, options, changed):
+        ((before, sampler),) = self.plans(monkeypatch, self.UNMASK)
+        assert describe(sampler) == self.UNMASK and (before["temperature"], before["commit"]) == (0.7, "schedule")
+        ((row, changed_sampler),) = self.plans(monkeypatch, self.UNMASK, options)
+        assert changed_sampler.func is unmask and changed_sampler.keywords == sampler.keywords | changed
+        differ = {name for name in before if row[name] != before[name]}
+        assert differ == changed.keys()
+
+    def test_lists_give_one_plan_each(self, monkeypatch):
+        plans = self.plans(monkeypatch, self.UNMASK, "--diffusion_steps 2,4 --rank random,max_prob")
+        assert [(row["rank"], row["diffusion_steps"]) for row, _ in plans] == [
+            ("random", 2), ("random", 4), ("max_prob", 2), ("max_prob", 4)]  # fmt: skip
+        assert all(sampler.keywords["suppress"] == (0, 2) for _, sampler in plans)
+
+    def test_a_rule_that_needs_another_rank_gets_it(self, monkeypatch):
+        plans = self.plans(monkeypatch, self.UNMASK, "--commit threshold=0.9,entropy_bound=0.5")
+        assert [row["rank"] for row, _ in plans] == ["confidence", "entropy"]
+
+    def test_an_adaptive_rule_has_no_number_of_steps(self, monkeypatch):
+        ((row, sampler),) = self.plans(monkeypatch, self.THRESHOLD, "--max_new_tokens 4")
+        assert row["commit"] == "threshold(tau=0.75)" and sampler.keywords["max_new_tokens"] == 4
+        for option, message in (
+            ("--diffusion_steps 4", "commit=threshold=0.75 chooses its number of steps; add --commit schedule"),
+            ("--forwards 4", "--forwards 4: commit='threshold=0.75' decides its own forwards"),
+            ("--samples 2", "--samples 2 at --temperature 0 are all alike"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                self.plans(monkeypatch, self.THRESHOLD, option)
+        ((row, _),) = self.plans(monkeypatch, self.THRESHOLD, "--diffusion_steps 4 --commit schedule")
+        assert (row["commit"], row["diffusion_steps"]) == ("schedule", 4)
+
+    def test_other_samplers(self, monkeypatch):
+        text = "autoregress(max_new_tokens=8, top_k=3)"
+        ((row, sampler),) = self.plans(monkeypatch, text, "", self.CAUSAL)
+        assert describe(sampler) == text and row == {"max_new_tokens": 8, "temperature": 1.0}
+        ((_, sampler),) = self.plans(monkeypatch, text, "--temperature 0.5", self.CAUSAL)
+        assert sampler.keywords == {"max_new_tokens": 8, "top_k": 3, "temperature": 0.5}
+        text = "renoise(max_new_tokens=8, t_max=0.9)"
+        ((_, sampler),) = self.plans(monkeypatch, text, "--diffusion_steps 5", self.RENOISE)
+        assert sampler.keywords == {"max_new_tokens": 8, "t_max": 0.9, "diffusion_steps": 5}
+
+
+def test_evaluate_takes_the_runs_suppressed_ids_with_another_number_of_steps(run, capsys, tmp_path):
+    options = ["--limit", "2", "--commit", "schedule", "--diffusion_steps", "4", "--output_dir", str(tmp_path)]
+    assert main(["evaluate", str(run), *options, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["diffusion_steps"], row["max_new_tokens"], row["forwards_per_answer"]) == (4, 16, 4.0)
+    ((path,),) = [list(tmp_path.glob("completions-*.jsonl"))]
+    assert "suppress=(0, 2)" in path.read_text()
+
+
+def test_sample_keeps_the_runs_rank_with_another_rule(monkeypatch):
+    text = "unmask(max_new_tokens=8, temperature=0.7, rank=confidence, commit=schedule)"
+    monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"eval_sampler": text})
+    monkeypatch.setattr("dllm_rl.cli.main.open_policy", lambda arguments: None)
+    seen = []
+
+    def complete(policy, problems, options, **_):
+        seen.append(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("dllm_rl.cli.sample.complete", complete)
+    for rule in ("late_schedule", "remask=0.5"):
+        assert main(["sample", "runs/a", "12", "--commit", rule]) == 2
+    assert [options["rank"] for options in seen] == [rules.confidence, rules.random]
+    assert all(options["temperature"] == 0.7 for options in seen)
 
 
 def test_sample_takes_sampler_and_problems_from_the_run(run, capsys, monkeypatch):

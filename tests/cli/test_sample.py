@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 
 from dllm_rl.cli import main as cli
-from dllm_rl.cli import sample as show
+from dllm_rl.cli import sample
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
 
 
@@ -42,7 +43,7 @@ def rollout_by_hand() -> Rollout:
 
 
 def test_tell_by_hand(policy):
-    record = show.to_record(policy, rollout_by_hand(), ["12"], seconds=0.5)
+    record = sample.to_record(policy, rollout_by_hand(), ["12"], seconds=0.5)
     (row,) = record["rows"]
     assert (row["prompt"], row["completion"]) == ("12", "<1")
     assert [(t["text"], t["step"], round(t["probability"], 6)) for t in row["tokens"]] == [
@@ -55,15 +56,15 @@ def test_tell_by_hand(policy):
 
 def test_a_rate_is_of_tokens_and_nothing_is_fresh_after_a_step_that_wrote_nothing(policy):
     later = replace(rollout_by_hand(), forwards=3)
-    assert show.to_record(policy, later, ["12"], seconds=0.5)["tokens_per_second"] == 4.0
+    assert sample.to_record(policy, later, ["12"], seconds=0.5)["tokens_per_second"] == 4.0
     console = Console(record=True, width=40, force_terminal=True, color_system="truecolor")
-    console.print(show.render(policy, later, ["12"]))
+    console.print(sample.render(policy, later, ["12"]))
     assert "\x1b[2m12\x1b[0m<\x1b[2m░\x1b[0m1" in console.export_text(styles=True)
 
 
 def test_frame_dims_what_is_masked_and_lights_what_is_fresh(policy):
     console = Console(record=True, width=40, force_terminal=True, color_system="truecolor")
-    console.print(show.render(policy, rollout_by_hand(), ["12"]))
+    console.print(sample.render(policy, rollout_by_hand(), ["12"]))
     text = console.export_text(styles=True)
     assert "\x1b[2m12\x1b[0m\x1b[1;93m<\x1b[0m\x1b[2m░\x1b[0m1" in text
     assert "step 2, 1 masked" in text
@@ -105,7 +106,7 @@ def test_command_prints_text_and_its_record_says_what_made_it(checkpoint, capsys
 def test_command_draws_every_step(checkpoint, capsys):
     from dllm_rl.models.policy import load_policy
 
-    show.show(load_policy(checkpoint), ["12.="], live=True, max_new_tokens=4)
+    sample.complete(load_policy(checkpoint), [Problem("12.=")], {"max_new_tokens": 4}, seconds_per_step=0.0)
     out = capsys.readouterr().out
     assert "step 4, 0 masked" in out and "░" not in out.splitlines()[0]
 
@@ -161,7 +162,8 @@ def test_what_is_no_text_on_standard_input_is_refused(checkpoint, capsys, monkey
 
 def test_a_causal_model_has_no_unmasking_options():
     with pytest.raises(ValueError, match="diffusion_steps is for diffusion models"):
-        show.show(tiny_llama(characters="ab", causal=True), ["a"], max_new_tokens=4, diffusion_steps=2)
+        policy = tiny_llama(characters="ab", causal=True)
+        sample.complete(policy, [Problem("a")], {"max_new_tokens": 4, "diffusion_steps": 2})
 
 
 def test_chat_asks_with_the_models_template(capsys):
@@ -174,11 +176,11 @@ def test_chat_asks_with_the_models_template(capsys):
         return rollout_by_hand()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(show, "sampler_for", lambda policy: sampler)
-        show.show(policy, ["12="], chat=True, live=False)
+        patch.setattr(sample, "sampler_for", lambda policy: sampler)
+        sample.complete(policy, [sample.to_problem("12=", chat=True, blank=None)], {})
     assert asked["ids"] == [policy.tokenizer.encode("<user>12=", add_special_tokens=False)]
     with pytest.raises(ValueError, match="no chat template"):
-        show.show(tiny_masked_lm(characters="1"), ["1"], chat=True)
+        sample.complete(tiny_masked_lm(characters="1"), [sample.to_problem("1", chat=True, blank=None)], {})
 
 
 @pytest.mark.parametrize(

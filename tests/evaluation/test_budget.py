@@ -7,7 +7,7 @@ import pytest
 from dllm_rl.evaluation.budget import NUMBERS, within_budget
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.samplers.by_name import OWN_RANKS, read_commit, read_rank
+from dllm_rl.samplers.by_name import read_commit, read_rank, required_rank
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks import Sudoku
 
@@ -22,7 +22,7 @@ def policy():
 
 
 def sampler_of(name, **options):
-    return partial(unmask, max_new_tokens=16, rank=read_rank(OWN_RANKS.get(name, "max_prob")), **options)
+    return partial(unmask, max_new_tokens=16, rank=read_rank(required_rank(name) or "max_prob"), **options)
 
 
 def forwards(policy, commit):

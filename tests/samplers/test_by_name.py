@@ -40,6 +40,11 @@ def test_what_cannot_be_read_is_named(read, text, said):
 def test_a_rule_has_the_rank_that_its_documentation_asks_for():
     """`remask` compares the scores with chances, so that they must be uniform numbers; `origin` picks at random;
     `entropy_bound` adds up entropies. The others take the default."""
-    own = {"origin": "random", "remask=0.1": "random", "entropy_bound=1": "entropy"}
-    for text in ("schedule", "late_schedule", "threshold=0.9", "factor=1.5", "edit=0.5", "soft_edit=0.1", *own):
-        assert by_name.rank_for(text) == own.get(text, "max_prob")
+    required = {"origin": "random", "remask=0.1": "random", "entropy_bound=1": "entropy"}
+    for text in ("schedule", "late_schedule", "threshold=0.9", "factor=1.5", "edit=0.5", "soft_edit=0.1", *required):
+        assert by_name.required_rank(text) == required.get(text)
+
+
+@pytest.mark.parametrize("text", ["schedule", "threshold=0.75", "remask=0.1"])
+def test_a_rule_is_written_as_it_is_read(text):
+    assert by_name.text_of(by_name.read_commit(text)) == text
