@@ -282,11 +282,7 @@ def temperature_of(arguments: argparse.Namespace, run: partial | None) -> float:
 
 def bind(sampler: Callable, settings: dict[str, Any], run: partial | None) -> partial:
     """Bind settings to a sampler, and the other settings of the run."""
-    if run is None:
-        return partial(sampler, **settings)
-    before = settings_of(run)
-    changed = {name: value for name, value in settings.items() if name not in before or value != before[name]}
-    return partial(sampler, **run.keywords | changed)
+    return partial(sampler, **(settings if run is None else run.keywords | settings))
 
 
 def renoising_plans(policy: Policy, task: Task, run: partial | None, arguments: argparse.Namespace) -> list[Plan]:
@@ -346,7 +342,7 @@ def plans_of(
         if rule.adaptive and arguments.diffusion_steps and not isinstance(commit, str):
             steps = arguments.diffusion_steps[0]
             why = f"the run's commit={text_of(commit)} chooses its number of steps"
-            raise ValueError(f"--diffusion_steps {steps}: {why}; add --commit schedule, or give --forwards")
+            raise ValueError(f"--diffusion_steps {steps}: {why}; add --commit schedule")
         for steps in dict.fromkeys(numbers_of_steps(rule, length, forwards, run, arguments)):
             if run is None or steps != run_settings["diffusion_steps"]:
                 # Before the first model runs, not in the middle of a sweep.
