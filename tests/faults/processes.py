@@ -20,6 +20,7 @@ from child import run  # noqa: E402
 from scenarios import outcome, small_recipe  # noqa: E402
 
 from dllm_rl.checkpoints import checkpoint  # noqa: E402
+from dllm_rl.samplers.rules import confidence  # noqa: E402
 from dllm_rl.samplers.unmask import unmask  # noqa: E402
 from dllm_rl.tasks.sudoku import Sudoku  # noqa: E402
 
@@ -86,7 +87,9 @@ def main(root: Path) -> dict[str, list[Any]]:
         directory, settings = root / case, every | changes
         task = Faulty(case.partition(",")[0], rank)
         if case == "stands still":
-            settings["sampler"] = partial(stalling, max_new_tokens=16, diffusion_steps=3, temperature=1.0)
+            settings["sampler"] = partial(
+                stalling, max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=confidence
+            )
         code, out = run(small_recipe(directory, "two processes", **settings, task=task), processes=processes)
         saved = [step for step, _ in checkpoint.found(directory / "checkpoints")]
         same, more = None, ""
