@@ -381,6 +381,7 @@ def test_what_the_librarys_losses_do_in_these_checks():
     }
 
 
+@pytest.mark.nightly
 def test_a_corrector_of_ones_own_has_one_mark_to_pass(tmp_path, monkeypatch):
     (tmp_path / "my_corrector.py").write_text(example("Write a corrector"))
     monkeypatch.syspath_prepend(tmp_path)

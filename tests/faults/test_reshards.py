@@ -40,14 +40,14 @@ def test_every_number_of_processes_goes_on_from_every_other(told):
             assert same == (before == after)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_kill_while_a_part_is_written_leaves_the_checkpoint_before(told):
     code, out, saved, same = told[1]["killed"]
     assert code == 75 and "error: process 1 (" in out and " is gone, last heard in " in out and saved == [0, 1]
     assert same is True, same
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_damaged_part_is_named_and_skipped(told):
     folder = told[0] / "4" / "checkpoints"
     parts = sorted((folder / "step-000002").glob("optimizer-*"))

@@ -49,7 +49,7 @@ TEACHER = ["--teacher", "reference", "--teacher_substeps", "4", "--teacher_coeff
 @pytest.mark.parametrize(
     ("recipe", "more"),
     [
-        ("sudoku_unique", []),
+        pytest.param("sudoku_unique", [], marks=pytest.mark.nightly),
         ("sudoku_tiny_ar", []),
         pytest.param("sudoku_unique", FEW_ROWS, marks=pytest.mark.nightly),
         pytest.param(

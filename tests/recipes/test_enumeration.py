@@ -167,7 +167,7 @@ def test_errors_name_what_moved():
         gradient_table(c.no_correction(), draws=1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_ratio_of_estimates_is_no_likelihood_ratio():
     """The table of docs/which-likelihood.md: exp of a difference of two estimates under the same masks, its mean over
     masks and

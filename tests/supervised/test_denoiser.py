@@ -81,7 +81,7 @@ def test_the_number_of_rows_in_a_forward_does_not_change_the_gradient():
     assert losses[0] == losses[1] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_learns_rows_and_writes_them(tmp_path):
     rows = [{"prompt": f"{a}{b}=", "completion": f"{b}{a}"} for a in "1234" for b in "1234"]
     settings = {"model": gemma, "num_steps": 250, "train_batch_size": 16, "learning_rate": 5e-3, "dataset": rows}

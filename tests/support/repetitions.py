@@ -7,9 +7,18 @@ from typing import Any
 import pytest
 
 
-def few(values: Iterable[Any], first: Collection[Any]) -> list[Any]:
-    """The values to parametrise a test with: those in `first` as they are, the others marked as slow."""
-    return [value if value in first else slow(value) for value in values]
+def few(values: Iterable[Any], first: Collection[Any], second: Collection[Any] | None = None) -> list[Any]:
+    """The values to parametrize a test with: those in `first` run in the default suite, the others are slow.
+
+    Args:
+        values: All values.
+        first: Those of the default suite.
+        second: Those that are slow; the rest then is nightly. By default all but `first` are slow.
+    """
+    return [
+        value if value in first else slow(value) if second is None or value in second else nightly(value)
+        for value in values
+    ]
 
 
 def crossed(rows: Iterable[Any], columns: Iterable[Any], *, row: Any, column: Any) -> list[Any]:
@@ -19,3 +28,7 @@ def crossed(rows: Iterable[Any], columns: Iterable[Any], *, row: Any, column: An
 
 def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def nightly(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.nightly)

@@ -80,7 +80,7 @@ def test_no_problem_is_in_two_splits(generator: str) -> None:
     assert_no_problem_is_in_two_splits(generator, TINY[generator], 12)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("generator", "settings"),
     [

@@ -418,7 +418,7 @@ def test_an_address_where_nobody_listens_is_refused(ray, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+@pytest.mark.parametrize("name", [pytest.param("raylet", marks=pytest.mark.nightly), "gcs_server"])
 def test_the_death_of_rays_own_processes_ends_the_run_in_a_line_with_its_last_step_saved(ray, name, tmp_path):
     here = Path(__file__).parent
     paths = [str(here), str(here.parents[1]), str(here.parent / "support")]
@@ -452,8 +452,8 @@ train(late_recipe(sys.argv[1], num_steps=12, train_batch_size=8, num_generations
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.nightly), signal.SIGTERM])
+@pytest.mark.nightly
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_learner_that_ends_leaves_no_process_and_its_run_goes_on(ray, number, tmp_path):
     changes = {"num_steps": 12, "train_batch_size": 8, "num_generations": 8, "late": 2, "save_steps": 3}
     expected = train_here(late_recipe(tmp_path / "here", **changes))

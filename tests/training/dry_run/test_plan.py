@@ -71,7 +71,7 @@ def test_a_dry_run_gives_no_lessons(monkeypatch):
     assert lessons == [400] and policy.parameters == sum(map(torch.numel, trained.module.parameters()))
 
 
-@pytest.mark.parametrize("name", few(REAL, ["smollm2_arithmetic"]))
+@pytest.mark.parametrize("name", few(REAL, ["smollm2_arithmetic"], ["llada_8b_gsm8k", "dream_7b_countdown"]))
 def test_every_recipe_runs_dry(name, capsys, tmp_path, monkeypatch):
     """Parameters and layers of the whole model; the memory, for time's sake, of two blocks of each kind of model."""
     monkeypatch.chdir(tmp_path)
@@ -151,7 +151,7 @@ def test_what_is_held_is_counted_by_hand(monkeypatch):
     assert memory(small, policy, 256).held["weights"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_each_way_to_save_memory_saves_it(monkeypatch):
     recipe = recipe_of("llada_8b_sudoku")
     base = replace(recipe, gradient_checkpointing=False, rollout_batch_size=None, micro_batch_size=12)
@@ -171,7 +171,7 @@ def test_each_way_to_save_memory_saves_it(monkeypatch):
     assert peaks(rollout_batch_size=6)["rollout"] < plain["rollout"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "gigabytes", "size"), [("llada_8b_sudoku", 56.8, 80), ("llada_8b_sudoku_full", 108.6, 141)]
 )
@@ -226,7 +226,7 @@ def test_recipes_that_cannot_run(changes, words):
 
 
 @pytest.mark.skipif(not hasattr(transformers, "DiffusionGemmaConfig"), reason="transformers has no DiffusionGemma")
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_diffusion_gemma_without_its_weights(monkeypatch):
     """3.8 billion weights of a token; a step reads the text, and then denoises the canvas 16 times."""
     monkeypatch.setattr(dry_run, "measure_step", lambda *_, **__: Memory({}, {"update": 1}))
