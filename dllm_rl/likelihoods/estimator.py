@@ -60,8 +60,8 @@ class LikelihoodEstimator:
             that function.
 
     Example:
-        views = coupled().draw_views(rollout, generator)
-        log_ratio = coupled().logprobs(policy, rollout, views) - coupled().logprobs(other, rollout, views)
+            views = coupled().draw_views(rollout, generator)
+            log_ratio = coupled().logprobs(policy, rollout, views) - coupled().logprobs(other, rollout, views)
     """
 
     name: str
