@@ -110,6 +110,31 @@ class Report:
         return f"Mostly {first.name}: {share}. To do: {first.advice}.{order}"
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Learner and rollout policy on one rollout.
+
+    Args:
+        policy: Policy of the learner.
+        rollout_policy: Policy that sampled.
+        config: Quantization of the rollout policy; None: none.
+        rollout: Rollout that both sides score.
+        views: Masks under which both sides score it.
+        score: Function (policy, rollout, views) -> log-probs (B, T) in nats.
+    """
+
+    policy: Policy
+    rollout_policy: Policy
+    config: Any
+    rollout: Rollout
+    views: Views
+    score: Callable[..., Tensor]
+
+    def logprobs(self, policy: Policy, views: Views | None = None) -> Float[Tensor, "B T"]:
+        """Return the rollout's log-probs under a policy, and under other views if they are passed."""
+        return self.score(policy, self.rollout, self.views if views is None else views)
+
+
 def diagnose(
     policy: Policy,
     config: Any = None,
@@ -156,27 +181,29 @@ def diagnose(
     rollout = sampler(rollout_policy, prompts, Generator().manual_seed(seed))
     mask = rollout.completion_mask
     views = likelihood.draw_views(rollout, Generator().manual_seed(seed))
-    own_noise = views if share_noise else likelihood.draw_views(rollout, Generator().manual_seed(seed + 1))
+    learner_views = views if share_noise else likelihood.draw_views(rollout, Generator().manual_seed(seed + 1))
+    both = Comparison(policy, rollout_policy, config, rollout, views, score)
 
     scored_as = replace(rollout, sampling_params=learner_sampling_params or rollout.sampling_params)
     # From the learner's log-probs to the sampler's record, each score differs from the previous one in one thing.
-    learner = score(policy, scored_as, own_noise)
-    mirrored = score(policy, rollout, own_noise)
-    ours = score(policy, rollout, views)
-    chosen = watched(policy, rollout, views) if mixtures(policy.module) else views  # records the rollout's experts
-    theirs = score(rollout_policy, rollout, chosen)
-    sampled = recorded(rollout, views) if likelihood.exact_for_sampler else theirs
+    learner = score(policy, scored_as, learner_views)
+    same_params = score(policy, rollout, learner_views)
+    same_views = both.logprobs(policy)
+    # With mixtures, scoring under these views also records the rollout's experts.
+    recording = watched(policy, rollout, views) if mixtures(policy.module) else views
+    rescored = both.logprobs(rollout_policy, recording)
+    sampled = recorded(rollout, views) if likelihood.exact_for_sampler else rescored
 
-    steps = {"sampling parameters": learner - mirrored, "estimator noise": mirrored - ours}
-    steps |= forward_steps(score, policy, rollout_policy, config, rollout, views, chosen, ours, theirs)
+    steps = {"sampling parameters": learner - same_params, "estimator noise": same_params - same_views}
+    steps |= forward_steps(both, same_views, rescored, as_chosen(recording, rollout))
     order = exact.draw_views(rollout, Generator())
     replay = exact.logprobs(rollout_policy, rollout, order, micro_batch_size=micro_batch_size)
     # An exact replay runs without a cache: its difference from the sampler's record is due to the cache.
     steps["cache or sampler"] = torch.where(mask, replay - recorded(rollout, order), 0)
     # Padding and batch shape are probed only on the learner.
-    steps["padding"] = ours - score(policy, *pad_left(rollout, views, policy.pad_id))[:, PADDING:]
-    whole = score(policy, rollout, views, micro_batch_size=None)  # all rows together, against one prompt's rows
-    steps["batch shape"] = whole - score(policy, rollout, views, micro_batch_size=rollout.group_size)
+    steps["padding"] = same_views - score(policy, *pad_left(rollout, views, policy.pad_id))[:, PADDING:]
+    together = score(policy, rollout, views, micro_batch_size=None)  # all rows, against one prompt's rows
+    steps["batch shape"] = together - score(policy, rollout, views, micro_batch_size=rollout.group_size)
 
     causes = [measure(name, step, mask) for name, step in steps.items()]
     shares = [(same / count).item() for same, count in order_agreement(policy, rollout).values()]
@@ -186,41 +213,37 @@ def diagnose(
         total=measure("all", learner - sampled, mask),
         causes=tuple(sorted(causes, key=lambda cause: cause.mean_abs, reverse=True)),
         tokens=worst_tokens(policy, rollout, learner, sampled, num_worst),
-        layers=worst_layers(policy, rollout_policy, rollout, views, num_worst),
-        half_heads=half_heads(score, policy, rollout_policy, rollout, views),
+        layers=worst_layers(both, num_worst),
+        half_heads=half_heads(both),
         order=(shares[0], shares[1]) if shares else None,
-        **same_experts(policy, rollout_policy, rollout, views),
+        **same_experts(both),
     )
 
 
-def forward_steps(
-    score: Callable[..., Tensor],
-    policy: Policy,
-    rollout_policy: Policy,
-    config: Any,
-    rollout: Rollout,
-    views: Views,
-    chosen: Views,
-    ours: Tensor,
-    theirs: Tensor,
-) -> dict[str, Tensor]:
-    """Return the part of the log-probs that each switch removes, from the learner's forward (`ours`) to the rollout's
-    (`theirs`).
+def forward_steps(both: Comparison, learner: Tensor, rollout: Tensor, replayed: Views) -> dict[str, Tensor]:
+    """Return the part of the log-probs that each switch removes, from the learner's forward to the rollout's.
+
+    Args:
+        both: Both sides.
+        learner: Log-probs under the learner's forward.
+        rollout: Log-probs under the rollout's forward.
+        replayed: Views in which the learner uses the rollout's experts, so that later switches add no routing;
+            `both.views` without mixtures.
     """
+    policy, rollout_policy = both.policy, both.rollout_policy
     # All forwards between the two sides have a head in fp32, so that rounding in a head is one separate cause.
-    learner = with_head(policy, float32=True)
+    learner_fp32 = with_head(policy, float32=True)
     plain = with_head(in_rollout_forward(policy, rollout_policy), float32=True)
-    first = ours if policy.float32_head else score(learner, rollout, views)
-    last = theirs if rollout_policy.float32_head else score(with_head(rollout_policy, float32=True), rollout, views)
+    first = learner if policy.float32_head else both.logprobs(learner_fp32)
+    last = rollout if rollout_policy.float32_head else both.logprobs(with_head(rollout_policy, float32=True))
     states = {}
-    taken = as_chosen(chosen, rollout)  # later forwards use the rollout's experts, so that they add no routing
-    if chosen is not views:
-        states["routing"] = score(learner, rollout, taken)
-    states["precision"] = score(plain, rollout, taken)
-    if config is not None:
-        rounded, fresh = operands(plain, config)
-        states["quantised weights"] = score(rounded, rollout, taken)
-        states["quantised activations"] = score(fresh, rollout, taken)
+    if replayed is not both.views:
+        states["routing"] = both.logprobs(learner_fp32, replayed)
+    states["precision"] = both.logprobs(plain, replayed)
+    if both.config is not None:
+        rounded_weights, quantized = operands(plain, both.config)
+        states["quantised weights"] = both.logprobs(rounded_weights, replayed)
+        states["quantised activations"] = both.logprobs(quantized, replayed)
     states["stale weights"] = last
 
     steps = {}
@@ -228,24 +251,22 @@ def forward_steps(
     for name, after in states.items():
         steps[name] = before - after
         before = after
-    steps["head precision"] = (ours - first) + (last - theirs)
+    steps["head precision"] = (learner - first) + (last - rollout)
     return steps
 
 
-def half_heads(
-    score: Callable[..., Tensor], policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views
-) -> Cause | None:
+def half_heads(both: Comparison) -> Cause | None:
     """Return the mismatch with heads in 16 bits; None unless both policies have fp32 heads that could be in 16 bits."""
-    if not (policy.float32_head and rollout_policy.float32_head and computes_in_half(policy, rollout_policy)):
+    policies = (both.policy, both.rollout_policy)
+    if not (all(policy.float32_head for policy in policies) and computes_in_half(*policies)):
         return None
-    learner = score(with_head(policy, float32=False), rollout, views)
-    sampled = score(with_head(rollout_policy, float32=False), rollout, views)
-    return measure("all, 16-bit heads", learner - sampled, rollout.completion_mask)
+    learner, sampled = (both.logprobs(with_head(policy, float32=False)) for policy in policies)
+    return measure("all, 16-bit heads", learner - sampled, both.rollout.completion_mask)
 
 
-def same_experts(policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views) -> dict[str, Any]:
+def same_experts(both: Comparison) -> dict[str, Any]:
     """Return `Report.routing` and `Report.load`; {} without mixtures."""
-    counts = routing_counts(policy, rollout_policy, rollout, views)
+    counts = routing_counts(both.policy, both.rollout_policy, both.rollout, both.views)
     if counts is None:
         return {}
     sampled, learnt = counts[:, 2:].chunk(2, 1)
@@ -337,17 +358,15 @@ def worst_tokens(
     return tuple(found)
 
 
-def worst_layers(
-    policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views, count: int
-) -> tuple[tuple[str, float], ...]:
+def worst_layers(both: Comparison, count: int) -> tuple[tuple[str, float], ...]:
     """Sort layers by ||output under the learner - under the rollout|| / ||output||, on at most eight rows of a view."""
-    tokens = next(each_view(views)).seen(policy, rollout)[:8]
-    attention_mask = rollout.attention_mask[:8]
-    theirs = layer_outputs(rollout_policy, tokens, attention_mask)
+    tokens = next(each_view(both.views)).seen(both.policy, both.rollout)[:8]
+    attention_mask = both.rollout.attention_mask[:8]
+    rollout_outputs = layer_outputs(both.rollout_policy, tokens, attention_mask)
     errors = {}
-    for name, before in layer_outputs(policy, tokens, attention_mask).items():
-        if name in theirs:
-            after = theirs[name]
+    for name, before in layer_outputs(both.policy, tokens, attention_mask).items():
+        if name in rollout_outputs:
+            after = rollout_outputs[name]
             if before.shape[:2] == tokens.shape:  # outputs at padding are not used
                 before, after = before[attention_mask], after[attention_mask]
             before = before.float()
