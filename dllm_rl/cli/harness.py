@@ -21,6 +21,8 @@ from lm_eval.api.registry import register_model  # isort: skip
 class NamedModel(HarnessModel):
     """Model of `--model dllm_rl --model_args pretrained=FOLDER,NAME=VALUE,...`.
 
+    The harness calls it with the names in --model_args, and adds batch_size, max_batch_size and device.
+
     Args:
         pretrained: A checkpoint's or a run's folder, or a hub's id.
         likelihood: Name of an estimator, whose settings are likelihood.NAME. None (default): causal for a causal model,
@@ -43,8 +45,8 @@ class NamedModel(HarnessModel):
     ) -> None:
         if not str(batch_size).isdecimal() or not int(batch_size):
             raise ValueError(f"batch_size={batch_size!r} must be a whole number from 1 on")
-        asked = Namespace(model=str(pretrained), maker=None, dtype=dtype, device=device, verify_checkpoint="full")
-        policy = open_policy(asked)
+        model = Namespace(model=str(pretrained), maker=None, dtype=dtype, device=device, verify_checkpoint="full")
+        policy = open_policy(model)
         likelihood = likelihood or ("causal" if policy.spec.attention == "causal" else "elbo")
         makers = CHOICES["likelihood"]
         if likelihood not in makers:

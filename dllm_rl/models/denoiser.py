@@ -5,12 +5,11 @@ conditioned on the logits of the step before (self-conditioning). Both have the 
 layers of the self-conditioning. `encode` of such a family is called in two ways:
 
     encode(module, tokens, attention_mask, positions, [cache, use_cache=True])    the encoder; fills the cache
-    encode(module, canvas, attention_mask, positions, cache=cache, previous=..., [conditioned=...])
-                                                                                            the decoder; reads it
+    encode(module, canvas, attention_mask, positions, cache=cache, previous=...)                   the decoder; reads it
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +20,13 @@ from dllm_rl.models.base import CACHE, Module, Policy, States, Tokens, position_
 from dllm_rl.models.logprobs import wide
 
 
+class SelfConditioning(NamedTuple):
+    """Logits of the step before, and the rows that see them."""
+
+    logits: Float[Tensor, "B T V"]
+    rows: Bool[Tensor, " B"] | None = None  # None: all
+
+
 def encode_denoiser(
     module: Module,
     tokens: Tokens,
@@ -29,24 +35,23 @@ def encode_denoiser(
     *,
     cache: Any = None,
     use_cache: bool = False,
-    previous: Float[Tensor, "B T V"] | None = None,
-    conditioned: Bool[Tensor, " B"] | None = None,
+    previous: SelfConditioning | None = None,
 ) -> States:
     """Run DiffusionGemma's encoder, or, with a cache that is only read, its decoder. Only text is supported.
 
-    With attention_mask None there is no padding. `conditioned` marks the rows that see `previous`; None: all.
+    With attention_mask None there is no padding.
     """
-    kept = {} if cache is None else {CACHE: cache}
+    cache_kwargs = {} if cache is None else {CACHE: cache}
     if cache is None or use_cache:
-        reads = {"attention_mask": attention_mask, "position_ids": positions} | kept
-        return module.model.encoder.language_model(input_ids=tokens, **reads).last_hidden_state
+        inputs = {"attention_mask": attention_mask, "position_ids": positions} | cache_kwargs
+        return module.model.encoder.language_model(input_ids=tokens, **inputs).last_hidden_state
     return module.model.decoder(
         decoder_input_ids=tokens,
         decoder_attention_mask=attention_mask,
         decoder_position_ids=positions,
-        self_conditioning_logits=previous,
-        self_conditioning_mask=conditioned,
-        **kept,
+        self_conditioning_logits=None if previous is None else previous.logits,
+        self_conditioning_mask=None if previous is None else previous.rows,
+        **cache_kwargs,
     ).last_hidden_state
 
 
@@ -119,8 +124,8 @@ class Prefix:
         """
         mask = torch.cat([self.mask, torch.ones_like(canvas, dtype=torch.bool)], dim=1)
         positions = position_ids(mask)[:, -canvas.shape[1] :]
-        rows = {} if conditioned is None else {"conditioned": conditioned}
-        return policy.encode(canvas, mask, positions, cache=self.cache, previous=previous, **rows)
+        seen = None if previous is None else SelfConditioning(previous, conditioned)
+        return policy.encode(canvas, mask, positions, cache=self.cache, previous=seen)
 
     def logits(
         self,

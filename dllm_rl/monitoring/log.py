@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 from dllm_rl.device import peak_memory
 from dllm_rl.monitoring.health import EQUAL_REWARD_STEPS
 from dllm_rl.monitoring.json_lines import JsonLines, current_rows, known
-from dllm_rl.monitoring.progress import View
+from dllm_rl.monitoring.progress import ProgressDisplay, progress_bar
 from dllm_rl.recipe import Settings
 from dllm_rl.screen import escape_controls
 
@@ -133,19 +133,13 @@ class RunLog:
         """Print lines safely: markup and control characters have no effect."""
         self.console.print(escape_controls(text, keep="\n"), markup=False, highlight=False, soft_wrap=True)
 
-    def view(self, description: str, total: int, *, curve: str, completed: int = 0, exact: bool = True) -> View:
-        """The view of a part of the run, to be called once per step; it draws the metric `curve`."""
+    def view(
+        self, description: str, total: int, *, curve: str, completed: int = 0, exact: bool = True
+    ) -> ProgressDisplay:
+        """Return the display of a part of the run, to be called once per step. It draws the metric `curve`."""
         rows = current_rows(self.files["metrics"].path) if self.main and completed else []
-        return View(
-            self.console,
-            description,
-            total,
-            curve=curve,
-            completed=completed,
-            past=[known(row) for row in rows],
-            exact=exact,
-            stage=lambda: self.entered,
-        )
+        bar = progress_bar(self.console, description, total, completed=completed)
+        return ProgressDisplay(bar, curve=curve, past=list(map(known, rows)), exact=exact, stage=lambda: self.entered)
 
     def close(self) -> None:
         for file in self.files.values():

@@ -1,4 +1,4 @@
-"""A run's progress: a live view on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live display on a terminal, plain lines elsewhere."""
 
 import atexit
 import math
@@ -8,7 +8,15 @@ from datetime import timedelta
 
 from rich.console import Console, ConsoleRenderable, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from dllm_rl.monitoring.health import DIRECTION, MEASURED, health
@@ -27,24 +35,38 @@ COLOURS = {"healthy": "green", "mild": "yellow", "estimated": ""}
 ESS = "rollout_corr/ess"
 
 
-class View:
-    """Steps, times, a curve and the mismatch's health, complete at 80 columns. Called once per step."""
+def progress_bar(console: Console, description: str, total: int, *, completed: int = 0) -> Progress:
+    """Return a bar of one task, for `ProgressDisplay`."""
+    remaining = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:8}", markup=False), MofNCompleteColumn(), BarColumn(None), *remaining)
+    # The speed over all steps: rich's default, the last 30 s, may contain no step.
+    bar = Progress(*columns, console=console, expand=True, speed_estimate_period=math.inf)
+    bar.add_task(escape_controls(description), total=total, completed=completed)
+    return bar
+
+
+class ProgressDisplay:
+    """Steps, times, a curve and the mismatch's health, complete at 80 columns. Call it once per step."""
 
     def __init__(
         self,
-        console: Console,
-        description: str,
-        total: int,
+        bar: Progress,
         *,
-        curve: str,  # the metric to draw
-        completed: int = 0,
-        past: Sequence[Mapping[str, float]] = (),  # the rows so far
-        exact: bool = True,  # whether ratios are of probabilities; else the ESS is shown beside the first step's
-        stage: Callable[[], str] = lambda: "",  # the present one, in words
+        curve: str,
+        past: Sequence[Mapping[str, float]] = (),
+        exact: bool = True,
+        stage: Callable[[], str] = lambda: "",
     ) -> None:
-        self.console = console
-        self.description = escape_controls(description)
-        self.total = total
+        """Show a bar on its console, if the console is a terminal.
+
+        Args:
+            bar: Bar of one task, as `progress_bar` returns it.
+            curve: Name of the metric to draw.
+            past: Metrics of the steps so far. Default: none.
+            exact: Whether ratios are exact. False: the ESS is shown beside the ESS of the first step. Default: True.
+            stage: Function that returns the present stage in words. Default: no stage is shown.
+        """
+        self.bar = bar
         self.curve = curve
         self.values = [row[curve] for row in past if curve in row]
         self.exact = exact
@@ -52,28 +74,28 @@ class View:
         self.metrics: dict[str, float] = {}
         self.directions = deque[float](maxlen=MEASURED)
         self.stage = stage
-        remaining = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-        columns = (TextColumn("{task.description:8}", markup=False), MofNCompleteColumn(), BarColumn(None), *remaining)
-        # The speed over all steps: rich's default, the last 30 s, may contain no step.
-        self.bar = Progress(*columns, console=console, expand=True, speed_estimate_period=math.inf)
-        self.task = self.bar.add_task(self.description, total=total, completed=completed)
+        console = bar.console
         self.live = Live(self, console=console)
-        if console.is_interactive and not console.quiet and completed < total:
+        if console.is_interactive and not console.quiet and not bar.finished:
             self.live.start()  # elsewhere lines alone: a bar in a file is noise
             atexit.register(console.show_cursor)  # also after an error
 
+    @property
+    def task(self) -> Task:
+        return self.bar.tasks[0]
+
     def __call__(self, metrics: dict[str, float], *, show: bool, close: bool = False) -> None:
-        """One step is done, or with `close` all are. show: print a line that stays."""
+        """Show that one step is done, or with `close` all steps; with `show` also print a line that stays."""
         self.metrics |= metrics
         if not self.exact and self.first_ess is None:
             self.first_ess = metrics.get(ESS)
         self.directions += [metrics[DIRECTION]] if DIRECTION in metrics else []
         if math.isfinite(metrics.get(self.curve, math.nan)):
             self.values.append(metrics[self.curve])
-        unknown = self.bar.tasks[0].time_remaining is None
-        self.bar.update(self.task, advance=not close)
-        if show or (unknown and self.bar.tasks[0].time_remaining):  # the first ETA does not wait for logging_steps
-            self.console.print(literal(self.line(metrics)), soft_wrap=True)
+        is_first_eta = self.task.time_remaining is None
+        self.bar.update(self.task.id, advance=not close)
+        if show or (is_first_eta and self.task.time_remaining):  # the first ETA does not wait for logging_steps
+            self.bar.console.print(literal(self.line(metrics)), soft_wrap=True)
         if close or self.bar.finished:
             self.stage = lambda: ""
             self.live.stop()
@@ -84,10 +106,10 @@ class View:
         return math.fsum(self.directions) / MEASURED if len(self.directions) == MEASURED else 0.0
 
     def line(self, metrics: dict[str, float]) -> str:
-        task = self.bar.tasks[0]
-        left = task.time_remaining
-        eta = [] if left is None or task.finished else [f"ETA {timedelta(seconds=math.ceil(left))}"]
-        done = f"{self.description} {int(task.completed)}/{self.total}"
+        task = self.task
+        seconds = task.time_remaining
+        eta = [] if seconds is None or task.finished else [f"ETA {timedelta(seconds=math.ceil(seconds))}"]
+        done = f"{task.description} {int(task.completed)}/{task.total:.0f}"
         return "  ".join(
             filter(None, [done, one_line(metrics, direction=self.direction, first_ess=self.first_ess), *eta])
         )
@@ -108,7 +130,7 @@ class View:
             subject = "updates" if found[0] == "backwards" else "mismatch"
             rows.append((subject, f"{found[0]}: {found[1]}", COLOURS.get(found[0], "red")))
         if stage := self.stage():
-            rows.append(("now", f"step {int(self.bar.tasks[0].completed) + 1}, {stage}", "dim"))
+            rows.append(("now", f"step {int(self.task.completed) + 1}, {stage}", "dim"))
         return rows
 
 

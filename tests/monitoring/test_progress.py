@@ -9,7 +9,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.monitoring.json_lines import current_rows, warmup_rows
 from dllm_rl.monitoring.log import RunLog
-from dllm_rl.monitoring.progress import View, sparkline
+from dllm_rl.monitoring.progress import ProgressDisplay, progress_bar, sparkline
 from dllm_rl.training import train
 
 HEALTHY = {"rollout_corr/ess": 0.9876, "off_policy/old/contribution_positive": 0.00123}
@@ -20,14 +20,15 @@ def terminal(**changes):
     return Console(**{"file": io.StringIO(), "width": 80, "force_terminal": True, "color_system": None} | changes)
 
 
-def seen(view: View) -> list[str]:
+def seen(view: ProgressDisplay) -> list[str]:
     console = Console(file=io.StringIO(), width=80)
     console.print(view)
     return console.file.getvalue().splitlines()
 
 
 def test_all_of_it_fits_80_columns():
-    view = View(terminal(), "training", 100_000, curve="reward", completed=99_900, stage=lambda: "evaluation")
+    bar = progress_bar(terminal(), "training", 100_000, completed=99_900)
+    view = ProgressDisplay(bar, curve="reward", stage=lambda: "evaluation")
     for step in range(50):
         view({"reward": 1234.5 + step, **BROKEN}, show=False)
     lines = seen(view)
@@ -44,7 +45,7 @@ def test_all_of_it_fits_80_columns():
 
 def test_a_terminal_is_redrawn_and_lines_stay_above():
     console = terminal()
-    view = View(console, "training", 2, curve="reward")
+    view = ProgressDisplay(progress_bar(console, "training", 2), curve="reward")
     view({"reward": 1.0, **HEALTHY}, show=True)
     view({"reward": 2.0, **HEALTHY}, show=False)
     text = console.file.getvalue()
@@ -57,7 +58,7 @@ def test_a_terminal_is_redrawn_and_lines_stay_above():
 def test_a_run_that_stops_by_an_error_gives_the_cursor_back(monkeypatch):
     at_exit, console = [], terminal()
     monkeypatch.setattr(atexit, "register", at_exit.append)
-    view = View(console, "training", 2, curve="reward")
+    view = ProgressDisplay(progress_bar(console, "training", 2), curve="reward")
     assert "\x1b[?25l" in console.file.getvalue()
     at_exit[0]()
     assert console.file.getvalue().endswith("\x1b[?25h")
@@ -66,7 +67,7 @@ def test_a_run_that_stops_by_an_error_gives_the_cursor_back(monkeypatch):
 
 def test_elsewhere_there_are_lines_alone():
     console = terminal(force_terminal=False)
-    view = View(console, "training", 2, curve="reward")
+    view = ProgressDisplay(progress_bar(console, "training", 2), curve="reward")
     view({"reward": 1.0, **HEALTHY}, show=False)
     view({"reward": 2.0, **BROKEN}, show=True)
     reason = "C +0.046 (A<0, against the rollout) above 0.005, ESS 0.123 below 0.7"
@@ -83,7 +84,7 @@ def test_a_notebook_gets_no_cursor_codes(tmp_path, monkeypatch, capsys):
 
 def test_the_time_left_is_known_of_long_steps():
     """Rich's own speed forgets after 30 s, which one step of a large model takes."""
-    view, now = View(terminal(force_terminal=False), "training", 10, curve="reward"), [0.0]
+    view, now = ProgressDisplay(progress_bar(terminal(force_terminal=False), "training", 10), curve="reward"), [0.0]
     view.bar.get_time = lambda: now[0]
     for _ in range(3):
         now[0] += 100.0

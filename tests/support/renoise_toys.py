@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from dllm_rl.models.base import FamilySpec
+from dllm_rl.models.denoiser import SelfConditioning
 from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.types import Renoised, Rollout
 
@@ -41,7 +42,7 @@ class Toy(nn.Module):
                 cache.update(keys, keys, 0)
             return embedded.cumsum(1)
         context = cache.layers[0].keys.sum(2)  # (R, 1, 4)
-        soft = 0.0 if previous is None else previous.softmax(-1) @ self.before
+        soft = 0.0 if previous is None else previous.logits.softmax(-1) @ self.before
         return torch.tanh(self.place + torch.einsum("ij,rjd->rid", self.mix, embedded) + context + soft)
 
 
@@ -91,7 +92,8 @@ def enumerate_all(policy, prompt, temperatures, bound, answer, *, stops=None, de
         rows = prompt.expand(len(canvas), -1)
         cache = DynamicCache()
         module.encode(rows, torch.ones_like(rows, dtype=torch.bool), None, cache=cache, use_cache=True)
-        logits = module.encode(canvas, None, None, cache=cache, previous=previous) @ module.head / temperature
+        seen_logits = None if previous is None else SelfConditioning(previous)
+        logits = module.encode(canvas, None, None, cache=cache, previous=seen_logits) @ module.head / temperature
         probs = logits.softmax(-1)
         entropy = -(probs * probs.log()).sum(-1)
         # A place is accepted if the places before it in the order of entropies sum up to the bound at most.
