@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.checkpoints.run_folder import check_names
+from dllm_rl.checkpoints.resume import check_names
 from dllm_rl.members import describe
 
 

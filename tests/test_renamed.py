@@ -12,7 +12,7 @@ from tiny_recipe import tiny_recipe
 import dllm_rl
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms import losses
-from dllm_rl.checkpoints.run_folder import _check_recipe
+from dllm_rl.checkpoints.resume import check_recipe
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods.estimators import block_elbo, elbo, sandwich, trajectory
@@ -136,9 +136,9 @@ def test_a_run_of_an_earlier_version_resumes(changes, stored):
         )
     assert "watch=" in text and "confidence_radius" not in before["sampler"]
     state = TrainingState(step=1, version=1, dtype="float32", recipe=renamed_settings(before))
-    _check_recipe(recipe, state)
+    check_recipe(recipe, state)
     with pytest.raises(ValueError, match="loss_reduction"):
-        _check_recipe(replace(recipe, loss_reduction=partial(losses.fixed_length_mean, length=7)), state)
+        check_recipe(replace(recipe, loss_reduction=partial(losses.fixed_length_mean, length=7)), state)
 
 
 @pytest.mark.parametrize(

@@ -1,43 +1,20 @@
 """The folder of a run: locked, made, emptied or resumed from."""
 
-import difflib
-import re
-from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
+from dllm_rl.checkpoints.resume import check_names, check_recipe
 from dllm_rl.checkpoints.state import TrainingState, check_types
 from dllm_rl.distributed.stop import LOCK, as_written
 from dllm_rl.files import lock, recover, remove
-from dllm_rl.members import ADDRESS, plain, same_setting
 from dllm_rl.recipe import Recipe, Settings
 
 REHEARSAL = ".rehearsal"  # where a rehearsal writes
 
-# Fields that a resume may change: they do not change what is computed, or only extend it (see `_check_recipe`).
-FREE = {
-    *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
-    *("eval_steps", "eval_batch_size", "num_mismatch_groups"),
-    *("save_steps", "save_total_limit", "save_merged", "verify_checkpoint", "on_save_error", "async_save"),
-    *("logging_steps", "log_completions_steps", "report_to", "push_to_hub"),
-    *("stop_seconds", "reward_timeout", "collective_timeout", "peer_timeout"),
-    *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),
-    *("rollout_workers", "callbacks", "allow_changed"),
-    *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
-}
-
-# Fields that no resume can change: the stored weights or moments depend on them.
-FIXED = {"model", "dtype", "lora", "base_quantization", "optim"}
-
 FILES = (LOCK, "metrics.jsonl", "completions.jsonl", "summary.json", "training.png", "checkpoints/latest")
 HELD = ("metrics.jsonl", "checkpoints", "summary.json")  # by one of these a run's folder is recognised
-
-
-def defaults(record: type[Settings]) -> dict[str, Any]:
-    return {f.name: plain(f.default) for f in fields(record) if f.default is not MISSING}
 
 
 def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, list[str]]:
@@ -80,7 +57,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
         directory / "checkpoints",
         quick=quick,
         unread=None if recipe.lora is None else "model*.safetensors",  # adapters go on from their base
-        compare=partial(_check_recipe, recipe),
+        compare=partial(check_recipe, recipe),
         say=notes.append,
     )
     if not folder:
@@ -94,16 +71,6 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     for path in checkpoint.set_aside(directory / "checkpoints", folder):
         notes.append(f"set aside, as it is not on the way of the resumed run: {path}")
     return folder, state, [*notes, f"resuming from {folder}"]
-
-
-def check_names(recipe: Settings) -> None:
-    """Raise ValueError on a setting whose text holds an address: no resume would find it equal."""
-    for name, text in recipe.settings().items():
-        if name not in FREE and isinstance(text, str) and ADDRESS.search(text):
-            raise ValueError(
-                f"{name}={text[:200]!r} holds an address, which another process has elsewhere, so that the run could "
-                "not be resumed; make it a dataclass, or give its class a __repr__"
-            )
 
 
 def check_files(directory: Path) -> None:
@@ -134,69 +101,3 @@ def clear_folder(recipe: Settings) -> None:
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
         for name in (*HELD, "completions.jsonl", "tensorboard", "training.png", "reference"):
             remove(Path(recipe.directory) / name)
-
-
-def allowed_changes(recipe: Settings) -> set[str]:
-    """The fields that `allow_changed` names. Raises ValueError on an unknown one, and on one of FIXED."""
-    names = [name for part in (recipe.allow_changed or "").split(",") if (name := part.strip())]
-    known = {f.name for f in fields(recipe)}
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"allow_changed: {name!r} is no setting" + (f"; {near[0]} is near" if near else ""))
-        if name in FIXED:
-            raise ValueError(
-                f"allow_changed: the checkpoint's weights and moments depend on {name}; start a new run with "
-                f"{as_written(model='CHECKPOINT')}"
-            )
-    return set(names)
-
-
-def changes_since(recipe: Settings, state: TrainingState) -> list[dict[str, Any]]:
-    """What `allow_changed` changes at a resume: a record per field, with the number of steps before the change."""
-    before = defaults(type(recipe)) | state.recipe
-    settings = recipe.settings()
-    return [
-        {"step": state.step, "field": name, "before": before[name], "after": settings[name]}
-        for name in sorted(allowed_changes(recipe))
-        if not same_setting(before[name], settings[name])
-    ]
-
-
-def renamings(before: Any, now: Any) -> list[tuple[str, str]]:
-    """(name before, name now) where two descriptions differ in the names of a script or of functions alone; else []."""
-    if not (isinstance(before, str) and isinstance(now, str)):
-        return []
-    # A name outside of this library is MODULE:NAME; all between such names must be equal.
-    old, new = (re.split(r"([\w.]+:[\w.<>]+)", text) for text in (before, now))
-    if len(old) != len(new) or old[::2] != new[::2]:
-        return []
-    return list(dict.fromkeys(pair for pair in zip(old[1::2], new[1::2], strict=True) if pair[0] != pair[1]))
-
-
-def _check_recipe(recipe: Settings, state: TrainingState) -> None:
-    settings = recipe.settings()
-    before = defaults(type(recipe)) | state.recipe  # a setting that the checkpoint lacks had its default
-    if lacking := ", ".join(sorted(settings.keys() - before.keys())):
-        raise ValueError(f"the checkpoint is of another kind of run, without {lacking}; give its folder as model")
-    allowed = allowed_changes(recipe)
-    for name, value in settings.items():
-        if name not in FREE and name not in allowed and not same_setting(before[name], value):
-            allow = "" if name in FIXED else f", or with {as_written(allow_changed=name)}"
-            if renamed := renamings(before[name], value):
-                raise ValueError(
-                    f"{name} has the name {renamed[0][1]!r} now, and {renamed[0][0]!r} in the checkpoint, and is else "
-                    f"the same; give the script or the function its name again{allow}"
-                )
-            remedy = f"resume with the same recipe{allow}"
-            raise ValueError(f"{name}={value!r} differs from the checkpoint's {before[name]!r}; {remedy}")
-    if recipe.num_steps < state.step:
-        raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {state.step}; give more")
-    if "lr_schedule" in allowed or "lr_schedule_steps" in allowed:
-        return
-    then = before["lr_schedule_steps"] or before["num_steps"]
-    now = recipe.schedule_steps
-    if any(recipe.lr_schedule(i, then) != recipe.lr_schedule(i, now) for i in range(recipe.num_steps)):
-        field = "num_steps" if recipe.lr_schedule_steps is None else "lr_schedule_steps"
-        change = f"would change the learning rates of a schedule that began with {then} steps"
-        raise ValueError(f"{field}={now} {change}; add {as_written(lr_schedule_steps=then)}")

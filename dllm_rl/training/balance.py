@@ -16,7 +16,7 @@ from dllm_rl.device import send
 from dllm_rl.distributed.collectives import gather_on_host, local, swap
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.samples import Samples
-from dllm_rl.training.selection import active_groups
+from dllm_rl.training.views import active_groups
 from dllm_rl.types import Rollout
 
 Place = tuple[int, int]  # a process, and the index of a group in its share

@@ -40,7 +40,7 @@ from dllm_rl.training.compare import compare_sides, side_metrics
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.forwards import learner_forward
 from dllm_rl.training.samples import Samples, Step
-from dllm_rl.training.selection import active_groups, metric_weights, only_groups, own_rows, views_of_step
+from dllm_rl.training.views import active_groups, metric_weights, only_groups, own_rows, views_of_step
 from dllm_rl.types import Batch, Logprobs, Rollout, Views
 
 MEASURED_ROWS = 16  # rows of each process that `update_direction` measures

@@ -19,7 +19,7 @@ class Samples:
         metric_weights: Weight of each group in the mismatch metrics: its inverse sampling fraction, 0 if it is not
             scored.
         rollout_logprobs: For asynchronous rollouts whose estimator does not replay the sampler: the estimate by the
-            weights that sampled, in nats, under each set of the step's masks (`selection.views_of_step`).
+            weights that sampled, in nats, under each set of the step's masks (`training.views.views_of_step`).
     """
 
     rollout: Rollout

@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.checkpoints.run_folder import changes_since, clear_folder, open_folder
+from dllm_rl.checkpoints.resume import changes_since
+from dllm_rl.checkpoints.run_folder import clear_folder, open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed.collectives import from_main, make_accelerator

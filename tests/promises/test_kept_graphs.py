@@ -21,7 +21,7 @@ from dllm_rl.training.forwards import learner_forward
 from dllm_rl.training.learner import accumulate_gradients, correct, keeps_graphs, score, update
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.training.samples import Samples
-from dllm_rl.training.selection import draw_views, metric_weights
+from dllm_rl.training.views import draw_views, metric_weights
 from recipes.studies.surrogates import stable_drl
 
 MANY = 99

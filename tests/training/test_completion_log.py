@@ -15,8 +15,8 @@ from dllm_rl.tasks.base import Problem
 from dllm_rl.training import train
 from dllm_rl.training.completion_log import contrasts, log_completions, shortened, stored_fields, table
 from dllm_rl.training.rollouts import collect
-from dllm_rl.training.selection import draw_views
 from dllm_rl.training.start import start
+from dllm_rl.training.views import draw_views
 from dllm_rl.types import Logprobs
 
 ROW = {"step": 0, "prompt": "12", "completion": "34", "reward": 1.0, "advantage": 0.5, "mismatch": -0.25}

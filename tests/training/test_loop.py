@@ -22,8 +22,8 @@ from dllm_rl.monitoring.plots import plot, read_metrics
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.rollouts import collect
-from dllm_rl.training.selection import metric_weights
 from dllm_rl.training.trainer import train
+from dllm_rl.training.views import metric_weights
 
 
 @pytest.mark.parametrize("make", few([tiny_recipe, tiny_recipe_ar], [tiny_recipe]))

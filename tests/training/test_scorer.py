@@ -17,7 +17,7 @@ from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
 from dllm_rl.training.forwards import aligns, arithmetic
 from dllm_rl.training.learner import keeps_graphs, rollout_side
-from dllm_rl.training.selection import active_groups, group_weights, metric_weights
+from dllm_rl.training.views import active_groups, group_weights, metric_weights
 
 EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": no_correction()}
 

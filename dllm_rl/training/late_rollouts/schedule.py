@@ -26,7 +26,7 @@ from dllm_rl.training.late_rollouts.serialization import (
 from dllm_rl.training.policies import engine_of
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.samples import Samples, Step
-from dllm_rl.training.selection import metric_weights, views_of_step
+from dllm_rl.training.views import metric_weights, views_of_step
 
 
 class Sampler:

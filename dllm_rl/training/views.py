@@ -1,4 +1,4 @@
-"""The groups of a step that are scored, their weights in the metrics, and the masks that score them."""
+"""The views that score a step: which groups are scored, their weights in the metrics, and the masks."""
 
 from functools import partial
 

@@ -1,0 +1,110 @@
+"""Resuming with other settings: which ones a resume may change, and how a recipe is compared with a checkpoint's."""
+
+import difflib
+import re
+from dataclasses import MISSING, fields
+from typing import Any
+
+from dllm_rl.checkpoints.state import TrainingState
+from dllm_rl.distributed.stop import as_written
+from dllm_rl.members import ADDRESS, plain, same_setting
+from dllm_rl.recipe import Settings
+
+# Fields that a resume may change without `allow_changed`: they do not change what is computed, or only extend it.
+MAY_CHANGE = {
+    *("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run"),
+    *("eval_steps", "eval_batch_size", "num_mismatch_groups"),
+    *("save_steps", "save_total_limit", "save_merged", "verify_checkpoint", "on_save_error", "async_save"),
+    *("logging_steps", "log_completions_steps", "report_to", "push_to_hub"),
+    *("stop_seconds", "reward_timeout", "collective_timeout", "peer_timeout"),
+    *("num_steps", "lr_schedule_steps", "max_prompt_length", "shard_size"),
+    *("rollout_workers", "callbacks", "allow_changed"),
+    *("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
+}
+
+# Fields that no resume can change: the stored weights or moments depend on them.
+CANNOT_CHANGE = {"model", "dtype", "lora", "base_quantization", "optim"}
+
+
+def default_settings(record: type[Settings]) -> dict[str, Any]:
+    return {f.name: plain(f.default) for f in fields(record) if f.default is not MISSING}
+
+
+def check_names(recipe: Settings) -> None:
+    """Raise ValueError if the text of a setting contains an address, because no resume would find it equal."""
+    for name, text in recipe.settings().items():
+        if name not in MAY_CHANGE and isinstance(text, str) and ADDRESS.search(text):
+            raise ValueError(
+                f"{name}={text[:200]!r} holds an address, which another process has elsewhere, so that the run could "
+                "not be resumed; make it a dataclass, or give its class a __repr__"
+            )
+
+
+def allowed_changes(recipe: Settings) -> set[str]:
+    """Return the fields that `allow_changed` names. Raise ValueError on an unknown one, and on one of CANNOT_CHANGE."""
+    names = [name for part in (recipe.allow_changed or "").split(",") if (name := part.strip())]
+    known = {f.name for f in fields(recipe)}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"allow_changed: {name!r} is no setting" + (f"; {near[0]} is near" if near else ""))
+        if name in CANNOT_CHANGE:
+            raise ValueError(
+                f"allow_changed: the checkpoint's weights and moments depend on {name}; start a new run with "
+                f"{as_written(model='CHECKPOINT')}"
+            )
+    return set(names)
+
+
+def changes_since(recipe: Settings, state: TrainingState) -> list[dict[str, Any]]:
+    """Return what `allow_changed` changes: a record per field, with the number of steps before the change."""
+    before = default_settings(type(recipe)) | state.recipe
+    settings = recipe.settings()
+    return [
+        {"step": state.step, "field": name, "before": before[name], "after": settings[name]}
+        for name in sorted(allowed_changes(recipe))
+        if not same_setting(before[name], settings[name])
+    ]
+
+
+def renamed_names(before: Any, now: Any) -> list[tuple[str, str]]:
+    """Return pairs (name before, name now) if two texts differ only in names of scripts or functions, else []."""
+    if not (isinstance(before, str) and isinstance(now, str)):
+        return []
+    # A name outside of this library is MODULE:NAME; all between such names must be equal.
+    old, new = (re.split(r"([\w.]+:[\w.<>]+)", text) for text in (before, now))
+    if len(old) != len(new) or old[::2] != new[::2]:
+        return []
+    return list(dict.fromkeys(pair for pair in zip(old[1::2], new[1::2], strict=True) if pair[0] != pair[1]))
+
+
+def check_recipe(recipe: Settings, state: TrainingState) -> None:
+    """Raise ValueError if a recipe differs from a checkpoint's in a setting that this resume may not change."""
+    settings = recipe.settings()
+    before = default_settings(type(recipe)) | state.recipe  # a setting that the checkpoint lacks had its default
+    if missing := ", ".join(sorted(settings.keys() - before.keys())):
+        raise ValueError(f"the checkpoint is of another kind of run, without {missing}; give its folder as model")
+    allowed = allowed_changes(recipe)
+    for name, value in settings.items():
+        if name not in MAY_CHANGE and name not in allowed and not same_setting(before[name], value):
+            allow = "" if name in CANNOT_CHANGE else f", or with {as_written(allow_changed=name)}"
+            if renamed := renamed_names(before[name], value):
+                raise ValueError(
+                    f"{name} has the name {renamed[0][1]!r} now, and {renamed[0][0]!r} in the checkpoint, and is else "
+                    f"the same; give the script or the function its name again{allow}"
+                )
+            remedy = f"resume with the same recipe{allow}"
+            raise ValueError(f"{name}={value!r} differs from the checkpoint's {before[name]!r}; {remedy}")
+    if recipe.num_steps < state.step:
+        raise ValueError(f"num_steps={recipe.num_steps} is less than the checkpoint's step {state.step}; give more")
+    if "lr_schedule" not in allowed and "lr_schedule_steps" not in allowed:
+        check_schedule(recipe, before["lr_schedule_steps"] or before["num_steps"])
+
+
+def check_schedule(recipe: Settings, steps_before: int) -> None:
+    """Raise ValueError if the recipe's learning rates differ from those of a schedule of `steps_before` steps."""
+    steps = recipe.schedule_steps
+    if any(recipe.lr_schedule(i, steps_before) != recipe.lr_schedule(i, steps) for i in range(recipe.num_steps)):
+        field = "num_steps" if recipe.lr_schedule_steps is None else "lr_schedule_steps"
+        change = f"would change the learning rates of a schedule that began with {steps_before} steps"
+        raise ValueError(f"{field}={steps} {change}; add {as_written(lr_schedule_steps=steps_before)}")
