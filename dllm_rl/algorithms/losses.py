@@ -349,10 +349,10 @@ def fixed_length_mean(
     return mask / (max(num_sequences, 1) * length)
 
 
-def surrogate_keywords(surrogate: Callable[..., Tensor], batch: Batch) -> dict[str, Any]:
+def surrogate_keywords(surrogate: Callable[..., Tensor], batch: Batch) -> dict[str, Tensor | Callable]:
     """Return the values of the SURROGATE_INPUTS that a surrogate requires, by name."""
     names = surrogate_inputs(surrogate)
-    keywords: dict[str, Any] = {}
+    keywords: dict[str, Tensor | Callable] = {}
     if "old_logprobs" in names:
         keywords["old_logprobs"] = torch.where(batch.loss_mask, batch.old_logprobs, 0)
     if "log_mismatch" in names:

@@ -81,7 +81,7 @@ class KeysAndValues(DynamicCache):
     """
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         return super().update(key_states.to(value_states.dtype), value_states, layer_idx, *args, **kwargs)
 
@@ -96,7 +96,7 @@ class CachedStates:
         self.positions = position_ids(attention_mask)
         self.kept = torch.arange(0)  # columns whose keys and values are in `past`
         self.rows = torch.arange(len(attention_mask))
-        self.past: Any = None  # KeysAndValues of `rows` from the first forward on
+        self.past: KeysAndValues | None = None  # of `rows`, from the first forward on
         self.whole: tuple[Any, Tensor] | None = None  # block-causal: cache and rows at the block's start
         self.columns: tuple[int, int] | None = None
         self.step = 0
@@ -119,7 +119,7 @@ class CachedStates:
         self.rows = rows
         first = int(fresh[0]) + self.policy.spec.shift
         states = self._forward(tokens, rows[::alike], fresh, keep)
-        if alike > 1:  # every run of `alike` rows is the same: one forward served the run
+        if alike > 1 and self.past is not None:  # every run of `alike` rows is the same: one forward served the run
             self.past = mapped(self.past, lambda x: x.repeat_interleave(alike, dim=0))
         if self.cache.kind == "block" and self.step == 0:
             self.whole = self.past, rows  # rows that end early leave `past`, and return with the next block
@@ -182,11 +182,12 @@ def attention_bias(
     return bias.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def mapped(past: Any, f: Callable[[Tensor], Tensor]) -> Any:
+def mapped(past: KeysAndValues, f: Callable[[Tensor], Tensor]) -> KeysAndValues:
     """Return the same cache with other keys and values, without changing `past`."""
-    out = copy.copy(past)
-    out.layers = [copy.copy(layer) for layer in past.layers]
-    for layer in out.layers:
+    layers: list[Any] = [copy.copy(layer) for layer in past.layers]
+    for layer in layers:
         layer.keys = f(layer.keys)
         layer.values = f(layer.values)
-    return out
+    cache = copy.copy(past)
+    cache.layers = layers
+    return cache

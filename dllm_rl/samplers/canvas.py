@@ -17,6 +17,7 @@ from dllm_rl.types import BatchRecord, Prompts, Rollout, SamplingParams
 
 TOKENS = 0  # streams of random numbers: the draw of a token, and the numbers of ranks and commit rules
 TIES = 1
+RolloutField = BatchRecord | Tensor | None  # an optional field of a rollout
 
 
 @dataclass
@@ -104,10 +105,10 @@ class Canvas:
         self.ended[there] |= written
         return rows[written.cpu()]
 
-    def rollout(self, sampling_params: SamplingParams, weights_version: int, **parts: Any) -> Rollout:
+    def rollout(self, sampling_params: SamplingParams, weights_version: int, **fields: RolloutField) -> Rollout:
         """Return the current record: the columns of the prompts, then the columns written after them.
 
-        `parts` are the rollout's optional fields, for the completion's places.
+        `fields` are the rollout's optional fields, for the completion's places.
         """
         if self.open is not None:
             tokens = self.tokens.clone()
@@ -128,14 +129,14 @@ class Canvas:
             weights_version=weights_version,
             sampling_params=sampling_params,
             forwards=self.forwards,
-            **{name: self._part_at_columns(part) for name, part in parts.items()},
+            **{name: self._field_at_columns(value) for name, value in fields.items()},
         )
 
-    def _part_at_columns(self, part: Any) -> Any:
-        if not isinstance(part, BatchRecord):
-            return None if part is None else self._at_columns(part, 0)
-        tensors = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
-        return replace(part, **{n: self._at_columns(value, part.FILL.get(n, 0)) for n, value in tensors.items()})
+    def _field_at_columns(self, record: RolloutField) -> Any:
+        if not isinstance(record, BatchRecord):
+            return None if record is None else self._at_columns(record, 0)
+        tensors = {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
+        return replace(record, **{n: self._at_columns(value, record.FILL.get(n, 0)) for n, value in tensors.items()})
 
     def _at_columns(self, values: Shaped[Tensor, "B L *C"], elsewhere: bool | int | float) -> Shaped[Tensor, "B T *C"]:
         """Return values of the completion's places at their columns, and `elsewhere` in the others."""

@@ -6,7 +6,6 @@ Rank the masked positions, commit some of them, draw their tokens, and record th
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,7 +16,7 @@ from dllm_rl.models.logprobs import chunked, invert, process
 from dllm_rl.models.order import block_first_step, commit_cutoff, draw_index, drawn_logprobs, left_logprobs
 from dllm_rl.models.soft_threshold import set_logprobs
 from dllm_rl.models.support import kept_part, kept_set
-from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Choice, Decision, Drawn, Turn
+from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Choice, Decision, Drawn, RolloutField, Turn
 from dllm_rl.samplers.confidences import ConfidenceChange
 from dllm_rl.samplers.records import Commit, Rank, has_order_logprob, order_probability
 from dllm_rl.samplers.revise import KINDS, packed_events, revise
@@ -124,7 +123,7 @@ class Choose:
             logps = before[turn.where(left)] + logps
         return {"order": (left, logps, 0)}
 
-    def parts(self) -> dict[str, Any]:
+    def rollout_fields(self) -> dict[str, RolloutField]:
         """Return the features' records so far, as fields of a `Rollout`, for the completion's places."""
         canvas = self.canvas
         noted = canvas.noted

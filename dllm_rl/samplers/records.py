@@ -1,10 +1,12 @@
 """Records of ranks and commit rules: the function, its inputs, and the probability of the order that it chooses."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from dllm_rl.members import flattened
 from dllm_rl.samplers import revise, rules
@@ -12,7 +14,7 @@ from dllm_rl.samplers.rules import name_of, rank_inputs
 
 # The order that each rank of the library declares: `deterministic` or `independent` (see `Rank`), or the rank's name if
 # the order has a log-probability, or if a commit rule's log-probability depends on the rank.
-RANKS: dict[Any, str] = {
+RANKS: dict[Callable, str] = {
     rules.confidence: "confidence",
     rules.max_prob: "max_prob",
     rules.margin: "deterministic",
@@ -22,7 +24,7 @@ RANKS: dict[Any, str] = {
 }
 # The fields of `Commit` that each commit rule of the library declares.
 _ADAPTIVE = {"order": "deterministic", "adaptive": True}
-COMMITS: dict[Any, dict[str, Any]] = {
+COMMITS: dict[Callable, dict[str, Any]] = {
     rules.schedule: {"order": "deterministic", "count": rules.share},
     rules.late_schedule: {"order": "deterministic", "count": rules.late_share},
     rules.origin: {"order": "deterministic"},
@@ -66,13 +68,14 @@ class Rank:
         wrong = reads - allowed.get(self.order, reads)
         if wrong:
             raise ValueError(f"rank={name_of(function)} is declared {self.order}, but reads {', '.join(sorted(wrong))}")
-        vars(self).update(function=function, order=RANKS.get(library, self.order), library=library, reads=reads)
+        order = self.order if library is None else RANKS[library]
+        vars(self).update(function=function, order=order, library=library, reads=reads)
 
     @property
     def name(self) -> str:
         return name_of(self.function)
 
-    def __call__(self, **inputs: Any) -> Any:
+    def __call__(self, **inputs: Tensor | None) -> Tensor:
         return self.function(**inputs)
 
 
@@ -103,7 +106,7 @@ class Commit:
 
     def __post_init__(self) -> None:
         function, library = _unwrapped("commit", self.function, COMMITS)
-        declared = COMMITS.get(library, {})
+        declared = {} if library is None else COMMITS[library]
         _check_order("commit", function, self.order, ("unknown", declared.get("order", "deterministic")))
         vars(self).update(declared, function=function, reads=revise.commit_inputs(function))
 
@@ -115,38 +118,38 @@ class Commit:
     def revises(self) -> bool:
         return bool(self.reads & revise.KINDS)
 
-    def __call__(self, *inputs: Any, **more: Any) -> Any:
+    def __call__(self, *inputs: Tensor, **more: Tensor) -> Tensor:
         return self.function(*inputs, **more)
 
 
-def as_rank(rank: Any) -> Rank:
+def as_rank(rank: object) -> Rank:
     """Return a rank function as its record."""
     return rank if isinstance(rank, Rank) else Rank(rank)
 
 
-def as_commit(commit: Any) -> Commit:
+def as_commit(commit: object) -> Commit:
     """Return a commit rule as its record."""
     return commit if isinstance(commit, Commit) else Commit(commit)
 
 
-def _unwrapped(kind: str, function: Any, library: dict[Any, Any]) -> tuple[Any, Any]:
+def _unwrapped(kind: str, function: object, library: Mapping[Callable, object]) -> tuple[Callable, Callable | None]:
     """Return the function without partials that bind nothing, and the library's function if it is one.
 
     The second is None for a wrapper, a copy or a lambda, whose behavior is unknown.
     """
     if not callable(function):
         raise ValueError(f"{kind}={function!r} must be a function, as rank=max_prob, commit=schedule, or its record")
-    function = flattened(function)
-    if isinstance(function, partial) and not function.args and not function.keywords:
-        function = function.func
-    bound = function if isinstance(function, partial) else partial(function)
+    rule: Callable = flattened(function)
+    if isinstance(rule, partial) and not rule.args and not rule.keywords:
+        rule = rule.func
+    bound = rule if isinstance(rule, partial) else partial(rule)
     if not inspect.isfunction(bound.func) or bound.func not in library or bound.args:
-        return function, None
+        return rule, None
     settings = {name for name, p in inspect.signature(bound.func).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    return function, bound.func if bound.keywords.keys() <= settings else None
+    return rule, bound.func if bound.keywords.keys() <= settings else None
 
 
-def _check_order(kind: str, function: Any, order: str, known: tuple[str, ...]) -> None:
+def _check_order(kind: str, function: Callable, order: str, known: tuple[str, ...]) -> None:
     if order not in known:
         raise ValueError(f"order={order!r} of {kind}={name_of(function)} must be one of {', '.join(known)}")
 

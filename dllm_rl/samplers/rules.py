@@ -17,7 +17,6 @@ by the last step. Bind hyperparameters with functools.partial. Rules that rewrit
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -130,7 +129,7 @@ def rank_inputs(rank: Callable) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.name in RANK_INPUTS)
 
 
-def name_of(rule: Any) -> str:
+def name_of(rule: object) -> str:
     """Return the name of a rule's function, without the settings that are bound to it."""
     return getattr(getattr(rule, "func", rule), "__name__", repr(rule))
 

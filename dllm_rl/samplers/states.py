@@ -3,8 +3,6 @@
 Rows of similar length run together, and a cache stores keys and values between the steps of a block.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,7 +12,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.forward.routing import Routing, of_tokens
 from dllm_rl.samplers.cache import Cache, CachedStates
-from dllm_rl.samplers.canvas import Canvas, Turn
+from dllm_rl.samplers.canvas import Canvas, RolloutField, Turn
 
 
 class States:
@@ -47,7 +45,7 @@ class States:
             turn.notes["experts"] = (None, found[1], 0)
         return found[0]
 
-    def parts(self) -> dict[str, Any]:
+    def rollout_fields(self) -> dict[str, RolloutField]:
         """Return the fields of a `Rollout` that the forwards have recorded so far, for the completion's places."""
         return {"experts": self.canvas.noted.get("experts")}
 

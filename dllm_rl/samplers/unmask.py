@@ -124,8 +124,8 @@ def unmask(
     rows_end_early = spec.attention == "block_causal" or approximate_early_exit
 
     def record() -> Rollout:
-        parts = choose.parts() if states is None else choose.parts() | states.parts()
-        return canvas.rollout(sampling_params, policy.weights_version, **parts)
+        fields = choose.rollout_fields() | (states.rollout_fields() if states is not None else {})
+        return canvas.rollout(sampling_params, policy.weights_version, **fields)
 
     while (complete := take()) is not None:
         if rows_end_early and len(complete):

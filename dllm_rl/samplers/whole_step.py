@@ -8,7 +8,7 @@ then runs at written positions too.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +185,7 @@ def keeps_keys(policy: Policy, canvas: Canvas) -> bool:
 
 
 @functools.cache
-def compiled() -> Callable[..., Any]:
+def compiled() -> Callable[..., tuple[StepState, Tensor]]:
     """Return the compiled step. One function serves all samplers of the process."""
     run = torch.compile(_step, mode="reduce-overhead", dynamic=False, fullgraph=True)
     limit = max(GRAPHS, torch._dynamo.config.recompile_limit)

@@ -58,7 +58,7 @@ def after_step(run: Run[Settings], step: int, metrics: dict[str, float]) -> dict
     return logged
 
 
-def _checked(callback: Callback, added: Any) -> dict[str, float]:
+def _checked(callback: Callback, added: object) -> dict[str, float]:
     """Return the numbers that `on_step` returned.
 
     Raises:

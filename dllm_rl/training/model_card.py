@@ -1,6 +1,7 @@
 """The model card of a run's checkpoints, and the upload to the Hugging Face hub."""
 
 import json
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,6 @@ def _code(text: object) -> str:
     return f"`{shown or ' '}`"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *((_code(name), *cells) for name, *cells in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -67,7 +67,7 @@ class Writer:
         except Exception as error:  # any exception: the run is ending already
             print(f"error: the last checkpoint: {escape_controls(str(error))}", file=sys.stderr, flush=True)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: object) -> list[Any]:
         said: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(said, value, group=self.group)
         return said

@@ -119,7 +119,7 @@ def save_alone(run: Run[Settings]) -> None:
                 print(f"error: step {state.step} was not saved: {error}", file=sys.stderr, flush=True)
 
 
-def save_on_error(run: Run[Settings], kind: Any, error: BaseException | None, traceback: Any) -> None:
+def save_on_error(run: Run[Settings], kind: object, error: BaseException | None, traceback: object) -> None:
     """On an error during or after a step, save the last complete step and add a note to the error. A resume continues
     from that step.
     """
@@ -147,8 +147,8 @@ def _by_main(run: Run[Settings], *, copied: bool = False) -> Callable[[], Path |
     """Return the main process's write. With `copied`, copy weights and optimizer state to the host now, so that
     training can continue during the write.
     """
-    held: tuple[Policy, checkpoint.SavedOptimizer] = (run.policy, run.optimizer)
-    return partial(_attempt, run, run.state.step, _prepared(run, run.state, *(on_host(*held) if copied else held)))
+    policy, optimizer = on_host(run.policy, run.optimizer) if copied else (run.policy, run.optimizer)
+    return partial(_attempt, run, run.state.step, _prepared(run, run.state, policy, optimizer))
 
 
 def _by_all(run: Run[Settings]) -> Callable[[], Path | None]:
@@ -171,7 +171,7 @@ def _by_all(run: Run[Settings]) -> Callable[[], Path | None]:
 
 
 @torch.no_grad()
-def on_host(policy: Policy, optimizer: Any) -> tuple[Policy, checkpoint.OptimizerCopy]:
+def on_host(policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[Policy, checkpoint.OptimizerCopy]:
     """Copy to the host everything that a checkpoint saves."""
     copies: dict[int, Tensor] = {}
 

@@ -152,7 +152,7 @@ def check_counts(given: dict[str, Any]) -> None:
         )
 
 
-def spelled(name: str, word: Any) -> tuple[str, Callable]:
+def spelled(name: str, word: object) -> tuple[str, Callable]:
     """Return the keyword for a name of WORDS, and its value.
 
     Raises:
@@ -186,7 +186,7 @@ def batch_sizes(given: dict[str, Any]) -> dict[str, Any]:
     return {"micro_batch_size": rows, "train_batch_size": rows * forwards * launched() // group}
 
 
-def bind(settings: dict[str, Any], path: str, value: Any) -> None:
+def bind(settings: dict[str, Any], path: str, value: object) -> None:
     """Set a keyword of a setting's function or of the sampler's options; `path` is as in SAME."""
     name, _, keyword = path.partition(".")
     if name == "sampler_options":

@@ -437,9 +437,9 @@ def two_chunks(policy: Policy, states: Tensor) -> Tensor:
 
 
 def without_mask(
-    encode: Callable, module: Module, tokens: Tensor, mask: Tensor, *positions: Tensor, **kept: Any
-) -> Any:
-    return encode(module, tokens, None, *positions, **kept)
+    encode: Callable, module: Module, tokens: Tensor, mask: Tensor, *positions: Tensor, **kwargs: object
+) -> Tensor:
+    return encode(module, tokens, None, *positions, **kwargs)
 
 
 def batch_of(rows: int, width: int) -> tuple[Tensor, Tensor]:

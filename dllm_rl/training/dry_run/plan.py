@@ -4,12 +4,11 @@ import copy
 import math
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from dllm_rl.distributed.collectives import launched
-from dllm_rl.models.base import FamilySpec, Module, Policy
+from dllm_rl.models.base import FamilySpec, Module, Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import build_empty, load_config
 from dllm_rl.models.lora import add_lora, base_of
@@ -46,7 +45,7 @@ class MetaPolicy(DiffusionPolicy):
     def device(self) -> torch.device:
         return torch.device("cuda")
 
-    def __init__(self, module: Module, spec: FamilySpec, tokenizer: Any) -> None:
+    def __init__(self, module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
         super().__init__(module, spec, tokenizer)
         self.parameters = sum(p.numel() for p in module.parameters())
 

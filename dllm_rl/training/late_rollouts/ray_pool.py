@@ -10,6 +10,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -215,7 +216,7 @@ def ray_workers(recipe: Recipe) -> RayWorkers | None:
     return RayWorkers(recipe, reserved, device)
 
 
-def start_ray(ray: Any, device: torch.device) -> None:
+def start_ray(ray: ModuleType, device: torch.device) -> None:
     """Start Ray without output, until the run ends."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would give the learner the cores that they share
@@ -244,7 +245,7 @@ def start_ray(ray: Any, device: torch.device) -> None:
     with_the_run().callback(shut_down, ray)
 
 
-def dead_daemon(ray: Any) -> str | None:
+def dead_daemon(ray: ModuleType) -> str | None:
     """Return the name of a Ray process that this process started and that has died, or None.
 
     Call it before each call into Ray: without its raylet or its gcs_server, Ray ends this process without a message,
@@ -255,12 +256,12 @@ def dead_daemon(ray: Any) -> str | None:
     return next((name for name in names for each in started.get(name, []) if each.process.poll() is not None), None)
 
 
-def release(ray: Any, reserved: Any) -> None:
+def release(ray: ModuleType, reserved: Any) -> None:
     if dead_daemon(ray) is None:
         ray.util.remove_placement_group(reserved)
 
 
-def shut_down(ray: Any) -> None:
+def shut_down(ray: ModuleType) -> None:
     if dead_daemon(ray) is None:
         ray.shutdown()
     else:  # Ray's clean-up, error report and exit threads would wait for the dead process, or crash

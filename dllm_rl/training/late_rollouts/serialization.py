@@ -25,7 +25,7 @@ RECORDS: dict[str, Callable] = {kind.__name__: kind for kind in (*BatchRecord.__
 Collected = tuple[Samples, list[Answer], dict[str, float]]
 
 
-def as_bytes(tensors: Mapping[str, Tensor], about: Any) -> bytes:
+def as_bytes(tensors: Mapping[str, Tensor], about: object) -> bytes:
     """Return a safetensors file with host copies of the tensors, and `about` as JSON in its header."""
     # Copies: the format refuses tensors that share memory.
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -51,7 +51,7 @@ def trained_weights(policy: Policy) -> bytes:
     return as_bytes(trained, {"version": policy.weights_version})
 
 
-def plain_record(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def plain_record(value: object, name: str, tensors: dict[str, Tensor]) -> Any:
     """Convert a rollout, or a part of it, to JSON; its tensors go to `tensors`."""
     if isinstance(value, Tensor):
         tensors[name] = value
