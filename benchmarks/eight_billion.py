@@ -254,7 +254,7 @@ def export(root: Path, layers: int) -> dict[str, Any]:
 
 
 def newest(root: Path) -> Path:
-    return checkpoint.found(root / "run/checkpoints")[-1][1]
+    return checkpoint.list_checkpoints(root / "run/checkpoints")[-1][1]
 
 
 STAGES: dict[str, Callable[[Path, int], dict[str, Any]]] = {

@@ -105,7 +105,7 @@ def save(directory: Path, checkpoint: Checkpoint, *, keep_last: int, reserve: in
         with replacing(folder) as partial:  # the folder gets its name when it is complete and on disk
             _write(partial, checkpoint, swap)
         write_text(directory / "latest", folder.name + "\n")
-    for step, old in found(directory)[:-keep_last]:  # only now: a failed save costs no older checkpoint
+    for step, old in list_checkpoints(directory)[:-keep_last]:  # only now: a failed save costs no older checkpoint
         if step != state.best_step:
             remove_whole(old)
     return folder
@@ -168,7 +168,7 @@ def _enough_room(folder: Path, checkpoint: Checkpoint, reserve: int) -> Iterator
     needed += weights_size(policy.module) if checkpoint.merged else 0
     if policy.lora is not None:
         needed += sum(tensor.nbytes for tensor in adapter_state(policy).values())
-    older = found(folder.parent)
+    older = list_checkpoints(folder.parent)
     needed += _others_size(older[-1][1]) if older else 0
 
     def fault(why: str, number: int | None = None) -> OSError:
@@ -192,7 +192,7 @@ def _enough_room(folder: Path, checkpoint: Checkpoint, reserve: int) -> Iterator
 
 
 def weights_size(module: Module) -> int:
-    """Bytes of a module's weights as a checkpoint holds them: adapters merged, bitsandbytes' dequantised."""
+    """Return the bytes of a module's weights in a checkpoint: adapters are merged, bitsandbytes' are dequantized."""
     return sum(tensor.nbytes for tensor in merged_later(layers_of(module)).values())
 
 
@@ -205,35 +205,36 @@ def _moments_size(policy: Policy, optimizer: SavedOptimizer) -> int:
 
 
 def _others_size(folder: Path) -> int:
-    """Bytes of a checkpoint's files that hold no tensors: a tokenizer and a card."""
+    """Return the bytes of a checkpoint's files without tensors: a tokenizer and a card."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sum(path.stat().st_size for path in files if path.suffix not in (".safetensors", ".pt"))
 
 
 def _tensors(policy: Policy, optimizer: SavedOptimizer) -> dict[str, Tensor]:
-    """Weights by name, and the optimiser's state of each trained one."""
-    found = {}
+    """Return the weights by name, and the optimizer's state of each trained weight."""
+    tensors = {}
     for name, tensor in chain(policy.module.named_parameters(), policy.module.named_buffers()):
-        found[name] = tensor.detach()
+        tensors[name] = tensor.detach()
     if isinstance(optimizer, Part):
-        return found | optimizer.tensors
+        return tensors | optimizer.tensors
     for name, parameter in policy.module.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                found[f"{kind} of {name}"] = value
-    return found
+                tensors[f"{kind} of {name}"] = value
+    return tensors
 
 
 def _trained(policy: Policy, optimizer: SavedOptimizer) -> dict[str, Tensor]:
-    """`_tensors` without frozen weights, which were checked when they were loaded."""
+    """Return `_tensors` without frozen weights, which were checked when they were loaded."""
     frozen = {name for name, parameter in policy.module.named_parameters() if not parameter.requires_grad}
     return {name: tensor for name, tensor in _tensors(policy, optimizer).items() if name not in frozen}
 
 
 def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise FloatingPointError, whose message begins with `what`, if a number is not finite."""
     for name, tensor in tensors.items():
-        mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # each process checks its rows
-        if mine.is_floating_point() and not is_finite(mine):
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # each process checks its rows
+        if local.is_floating_point() and not is_finite(local):
             raise FloatingPointError(f"{what}: {name} is not finite; resume from an earlier checkpoint")
 
 
@@ -242,10 +243,13 @@ def folder_of(directory: Path, step: int) -> Path:
 
 
 def set_aside(directory: Path, resumed: Path) -> list[Path]:
-    """Rename the checkpoints after `resumed`, and another of its step: `found` skips them. Returns the new paths."""
+    """Rename the checkpoints after `resumed`, and another of its step, and return the new paths.
+
+    `list_checkpoints` skips the new names.
+    """
     step = TrainingState.read(resumed).step
     moved = []
-    for number, folder in reversed(found(directory)):
+    for number, folder in reversed(list_checkpoints(directory)):
         if number > step or (number == step and folder.resolve() != resumed.resolve()):
             free = folder.with_name(f"{folder.name}.set-aside")
             others = 1
@@ -258,8 +262,8 @@ def set_aside(directory: Path, resumed: Path) -> list[Path]:
     return moved
 
 
-def found(directory: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every complete checkpoint, oldest first."""
+def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of every complete checkpoint, oldest first."""
     checkpoints = []
     for path in directory.iterdir() if directory.is_dir() else ():
         if named := _NAME.fullmatch(path.name):
@@ -291,7 +295,7 @@ def locate(
             check(path, unread=unread)
         return path
     skipped = []
-    for _, folder in reversed(found(directory)):
+    for _, folder in reversed(list_checkpoints(directory)):
         try:
             check(folder, quick=True)
             state = TrainingState.read(folder)

@@ -89,7 +89,7 @@ def check_files(directory: Path) -> None:
 
 def has_steps(directory: Path) -> bool:
     """Whether a run's folder holds more than a warm-up: a checkpoint, a summary or the metrics of a step."""
-    if (directory / "summary.json").exists() or checkpoint.found(directory / "checkpoints"):
+    if (directory / "summary.json").exists() or checkpoint.list_checkpoints(directory / "checkpoints"):
         return True
     metrics = directory / "metrics.jsonl"
     rows = metrics.read_bytes().splitlines() if metrics.exists() else []

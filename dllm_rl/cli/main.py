@@ -339,7 +339,8 @@ def verify(arguments: argparse.Namespace) -> int:
         folders = [path]
     else:
         folders = [path / "reference"] * (path / "reference" / manifest.NAME).is_file()
-        folders += [folder for _, folder in checkpoint.found(path / "checkpoints") or checkpoint.found(path)]
+        checkpoints = checkpoint.list_checkpoints(path / "checkpoints") or checkpoint.list_checkpoints(path)
+        folders += [folder for _, folder in checkpoints]
     if not folders:
         raise ValueError(f"{path}: neither a checkpoint nor a run with checkpoints; give one of them")
     damaged = 0

@@ -41,7 +41,7 @@ def stop_run(directory: Path, *, timeout: float) -> int:
         if time.monotonic() > deadline:
             print(f"process {process} still runs after {timeout:g} s; wait, or see its output")
             return 1
-    steps = checkpoint.found(directory / "checkpoints")
+    steps = checkpoint.list_checkpoints(directory / "checkpoints")
     saved = f"the last checkpoint is {steps[-1][1]}" if steps else "it has saved no checkpoint"
     print(escape_controls(f"stopped; {saved}"))
     return 0

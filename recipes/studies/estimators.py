@@ -18,7 +18,7 @@ import torch
 
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.algorithms.correctors import no_correction
-from dllm_rl.checkpoints.checkpoint import found
+from dllm_rl.checkpoints.checkpoint import list_checkpoints
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.base import Policy
@@ -99,7 +99,7 @@ def measure(root: Path, *, draws: int, gradient_draws: int, prompts: int, group:
     if not (after / "summary.json").exists():
         settings = {"num_steps": 20, "save_steps": 10**6, "output_dir": str(after), "overwrite_output_dir": True}
         train(replace(plain, model=str(start), sft_warmup_steps=0, **settings))
-    current = load_policy(found(after / "checkpoints")[-1][1])
+    current = load_policy(list_checkpoints(after / "checkpoints")[-1][1])
     stream = torch.Generator().manual_seed(7)
     problems = [base.task[i] for i in range(prompts)]
     rollout = base.sampler(old, encode(old, problems, group_size=group), stream)

@@ -76,14 +76,14 @@ def by_seed(base: Recipe) -> bool:
 
 def warm_up(base: Recipe, seed: int, folder: Path) -> Path:
     """The checkpoint that all arms of this recipe and seed start from; made on first use."""
-    from dllm_rl.checkpoints.checkpoint import found
+    from dllm_rl.checkpoints.checkpoint import list_checkpoints
     from dllm_rl.training.trainer import train
 
     if not (folder / "summary.json").exists():
         model = partial(base.model.func, **{**base.model.keywords, "seed": seed})
         base = replace(base, model=model, seed=seed, num_steps=0, rollout_quantization=None)
         train(replace(base, output_dir=str(folder), overwrite_output_dir=True))
-    return found(folder / "checkpoints")[-1][1]
+    return list_checkpoints(folder / "checkpoints")[-1][1]
 
 
 def result_path(root: Path, arm: str, seed: int) -> Path:

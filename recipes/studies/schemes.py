@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from dllm_rl import diagnose, load_policy
-from dllm_rl.checkpoints.checkpoint import found
+from dllm_rl.checkpoints.checkpoint import list_checkpoints
 from dllm_rl.files import read_json, write_json
 from dllm_rl.models.tokens import encode
 from dllm_rl.quantization import schemes
@@ -27,7 +27,7 @@ PARTS = {"weights": "quantised weights", "activations": "quantised activations"}
 
 
 def main(run: Path) -> None:
-    steps, checkpoint = found(run / "checkpoints")[-1]
+    steps, checkpoint = list_checkpoints(run / "checkpoints")[-1]
     policy = load_policy(str(checkpoint))
     prompts = encode(policy, [recipe.task[i] for i in range(64)], group_size=2)
     rows = []

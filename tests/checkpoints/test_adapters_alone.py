@@ -43,7 +43,7 @@ def weights_of(folder: Path, **options) -> dict[str, torch.Tensor]:
 
 
 def test_only_the_last_checkpoint_holds_merged_weights(run):
-    folders = dict(checkpoint.found(run / "run/checkpoints"))
+    folders = dict(checkpoint.list_checkpoints(run / "run/checkpoints"))
     assert [(folders[n] / "model.safetensors").exists() for n in (0, 1, 2)] == [False, False, True]
     assert all((folders[n] / "adapter/adapter_model.safetensors").exists() for n in (0, 1, 2))
     assert read_config(folders[1]) == read_config(run / "base")

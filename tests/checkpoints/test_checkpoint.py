@@ -29,7 +29,7 @@ def test_resume_continues_bit_for_bit(tmp_path):
     changes |= {"num_steps": 3, "train_batch_size": 2}
     whole = train(tiny_recipe(tmp_path / "whole", **changes))
     train(tiny_recipe(tmp_path / "parts", save_total_limit=9, **changes))
-    for folder in checkpoint.found(tmp_path / "parts" / "checkpoints"):
+    for folder in checkpoint.list_checkpoints(tmp_path / "parts" / "checkpoints"):
         step, path = folder
         again = train(tiny_recipe(tmp_path / "parts", save_total_limit=9, resume_from_checkpoint=str(path), **changes))
         assert_same_weights(whole, again)
@@ -38,7 +38,7 @@ def test_resume_continues_bit_for_bit(tmp_path):
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=5, save_steps=1, save_total_limit=2))
-    assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [4, 5]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [4, 5]
 
 
 def state_of(folder: Path) -> dict:
@@ -49,7 +49,7 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, c
     every = {"num_steps": 5, "save_steps": 1, "save_total_limit": 9}
     train(tiny_recipe(tmp_path, **every))
     folder, before = tmp_path / "checkpoints", {}
-    for step, path in checkpoint.found(folder):
+    for step, path in checkpoint.list_checkpoints(folder):
         before[step] = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
     capsys.readouterr()
     # Three steps in all: with the abandoned 4 and 5 still in place, a limit of 1 would delete the step 3 just written.
@@ -62,7 +62,7 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, c
     }
     summary = train(tiny_recipe(tmp_path, **resume))
     assert summary["checkpoint"] == str(folder / "step-000003") and state_of(Path(summary["checkpoint"]))["step"] == 3
-    assert [step for step, _ in checkpoint.found(folder)] == [3]
+    assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [3]
     said = capsys.readouterr().out.replace("\n", "")
     for step in (3, 4, 5):
         aside = folder / f"step-00000{step}.set-aside"
@@ -72,7 +72,7 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, c
     train(tiny_recipe(tmp_path, **every, resume_from_checkpoint="latest"))
     again = {"resume_from_checkpoint": str(folder / "step-000004.set-aside")}
     summary = train(tiny_recipe(tmp_path, **every, **again))
-    assert [step for step, _ in checkpoint.found(folder)] == [3, 5] and summary["checkpoint"] == str(
+    assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [3, 5] and summary["checkpoint"] == str(
         folder / "step-000005"
     )
     assert {path.name for path in folder.glob("*-2")} == {"step-000004.set-aside-2", "step-000005.set-aside-2"}
@@ -113,7 +113,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
         train(tiny_recipe(tmp_path, num_steps=3, lr_schedule_steps=1, resume_from_checkpoint="latest"))
-    assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [0, 1]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [0, 1]
 
 
 def test_room_is_needed_for_as_much_as_the_last_checkpoint_took(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def test_a_run_goes_on_from_the_one_before(run, finished, capsys):
 
 
 def test_with_nothing_whole_the_run_stops_and_says_so(run):
-    for _, folder in checkpoint.found(run / "checkpoints"):
+    for _, folder in checkpoint.list_checkpoints(run / "checkpoints"):
         truncate(folder / "optimizer.pt")
     with pytest.raises(ValueError, match=r"no checkpoint is whole .*step-000003: optimizer\.pt is damaged"):
         train(recipe(run, resume_from_checkpoint="latest"))

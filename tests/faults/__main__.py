@@ -90,7 +90,8 @@ class Suite:
         scenario, directory = "damages", self.root / f"damaged {number}"
         shutil.copytree(self.root / "whole of damages", directory)
         tally = self.table.setdefault(f"damage: {kind}", Counter())
-        newest = [folder for _, folder in checkpoint.found(directory / "checkpoints")][-self.chance.choice((1, 1, 2)) :]
+        folders = [folder for _, folder in checkpoint.list_checkpoints(directory / "checkpoints")]
+        newest = folders[-self.chance.choice((1, 1, 2)) :]
         done = {folder.name: DAMAGES[kind](folder, self.chance) for folder in reversed(newest)}
         changes = {"resume_from_checkpoint": "latest", "save_total_limit": 9}
         code, out = run(small_recipe(directory, "beta > 0", **changes))

@@ -45,7 +45,7 @@ def lose(folder: Path, chance: Random) -> str:
 
 def swap(folder: Path, chance: Random) -> str:
     """A file of another step in the place of this one's."""
-    others = [path for _, path in checkpoint.found(folder.parent) if path != folder]
+    others = [path for _, path in checkpoint.list_checkpoints(folder.parent) if path != folder]
     path, other = _file(folder, chance), chance.choice(others)
     while (other / path.relative_to(folder)).read_bytes() == path.read_bytes():
         path = _file(folder, chance)
@@ -55,7 +55,8 @@ def swap(folder: Path, chance: Random) -> str:
 
 def rename(folder: Path, chance: Random) -> str:
     """The whole folder of another step under this one's name. (Another one may hold this one's by now.)"""
-    held = {path: json.loads((path / "state.json").read_text())["step"] for _, path in checkpoint.found(folder.parent)}
+    paths = [path for _, path in checkpoint.list_checkpoints(folder.parent)]
+    held = {path: json.loads((path / "state.json").read_text())["step"] for path in paths}
     other = chance.choice([path for path in held if folder.name != f"step-{held[path]:06d}"])
     shutil.rmtree(folder)
     shutil.copytree(other, folder)

@@ -91,7 +91,7 @@ def main(root: Path) -> dict[str, list[Any]]:
                 stalling, max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=confidence
             )
         code, out = run(small_recipe(directory, "two processes", **settings, task=task), processes=processes)
-        saved = [step for step, _ in checkpoint.found(directory / "checkpoints")]
+        saved = [step for step, _ in checkpoint.list_checkpoints(directory / "checkpoints")]
         same, more = None, ""
         if processes == 2:
             again = {"task": Faulty("none"), "resume_from_checkpoint": "latest"}

@@ -94,7 +94,7 @@ def killed(root: Path) -> list[Any]:
     checkpoint.write_part = kill
     code, out = run(recipe(directory, 2, **settings), processes=2)
     checkpoint.write_part = write_part
-    saved = [step for step, _ in checkpoint.found(directory / "checkpoints")]
+    saved = [step for step, _ in checkpoint.list_checkpoints(directory / "checkpoints")]
     resumed, more = run(recipe(directory, 2, resume_from_checkpoint="latest", num_steps=2), processes=2)
     ends = [state_of(root / name / "checkpoints" / "step-000002") for name in ("2", "killed")] if not resumed else []
     same = bool(ends) and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

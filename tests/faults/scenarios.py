@@ -45,7 +45,7 @@ def small_recipe(directory: Path, scenario: str, **changes: Any) -> Recipe:
 def outcome(directory: Path) -> tuple[str, list[dict[str, float]]]:
     """What must come out the same whatever happened: the last weights and moments, bit for bit, and the numbers of
     every step."""
-    step, folder = checkpoint.found(directory / "checkpoints")[-1]
+    step, folder = checkpoint.list_checkpoints(directory / "checkpoints")[-1]
     tensors = {f"{file.name}: {k}": v for file in folder.rglob("*.safetensors") for k, v in load_file(file).items()}
     for number, moments in torch.load(folder / "optimizer.pt")["state"].items():
         tensors |= {f"{kind} of {number}": value for kind, value in moments.items()}

@@ -91,7 +91,7 @@ def main(root: Path) -> dict[str, list[Any]]:
         whole, directory = root / f"whole {case}", root / case
         run(small_recipe(whole, scenario, **settings | {"task": Signalling(0)}), processes=processes)
         code, out = run(small_recipe(directory, scenario, **settings | {"task": task}), processes=processes)
-        saved = [step for step, _ in checkpoint.found(directory / "checkpoints")]
+        saved = [step for step, _ in checkpoint.list_checkpoints(directory / "checkpoints")]
         again = small_recipe(directory, scenario, **settings, task=Signalling(0), resume_from_checkpoint="latest")
         resumed, more = run(again, processes=processes)
         same = resumed == 0 and outcome(directory) == outcome(whole)

@@ -20,7 +20,7 @@ from dllm_rl import load_policy
 from dllm_rl.algorithms.correctors import compose, no_correction, reject, tis
 from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, ppo_clip, sequence_mean, token_mean
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
-from dllm_rl.checkpoints.checkpoint import found
+from dllm_rl.checkpoints.checkpoint import list_checkpoints
 from dllm_rl.likelihoods.estimators import coupled, elbo, one_step, sandwich
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -74,7 +74,7 @@ class Planted:
     def train(self):
         self.summary = train(self.recipe)
         self.rollouts = self.rollouts[1:]  # the first is the rehearsal's
-        folders = found(self.directory / "checkpoints")
+        folders = list_checkpoints(self.directory / "checkpoints")
         self.weights = [load_policy(folder).module.state_dict() for _, folder in folders]
         return metrics_of(self.directory)
 
@@ -382,7 +382,7 @@ def test_looks_and_checkpoints_come_after_every_so_many_steps_and_the_last(tmp_p
     rows = planted.train()
     assert [row.get("eval/reward") for row in rows] == [None, 0.75, None]
     assert planted.summary["eval_before"]["reward"] == planted.summary["eval_after"]["reward"] == 0.25
-    assert [step for step, _ in found(planted.directory / "checkpoints")] == [0, 2, 3]
+    assert [step for step, _ in list_checkpoints(planted.directory / "checkpoints")] == [0, 2, 3]
 
 
 def test_schedule_betas_and_weight_decay_are_those_of_an_adamw_written_by_hand(tmp_path):

@@ -62,7 +62,7 @@ def failed(folder, error=Exception, **changes) -> str:
 
 
 def steps(run) -> list[int]:
-    return [step for step, _ in checkpoint.found(run / "checkpoints")]
+    return [step for step, _ in checkpoint.list_checkpoints(run / "checkpoints")]
 
 
 def test_the_state_before_the_failed_step_is_saved_and_the_fixed_run_is_the_whole_one(tmp_path):

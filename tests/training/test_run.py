@@ -108,7 +108,8 @@ def test_an_error_of_the_writer_ends_the_run(tmp_path, monkeypatch):
     writing(monkeypatch, full)
     with pytest.raises(OSError, match=r"step-000001 was not saved: .*No space left"):
         train(small(tmp_path, async_save=True))
-    assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [0, 2]  # the last complete step is saved
+    # The last complete step is saved.
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [0, 2]
     assert not list((tmp_path / "checkpoints").glob(".step*"))
 
 
@@ -116,7 +117,7 @@ def test_or_is_a_warning_where_the_run_is_to_go_on(tmp_path, monkeypatch, capsys
     writing(monkeypatch, full)
     summary = train(small(tmp_path, async_save=True, on_save_error="continue"))
     assert "warning: " in (out := capsys.readouterr().out) and "step-000001 was not saved" in out.replace("\n", "")
-    assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [0, 2, 3]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [0, 2, 3]
     assert summary["checkpoint"].endswith("step-000003")
 
 
@@ -150,7 +151,7 @@ def test_an_error_and_a_signal_wait_for_what_is_being_written(tmp_path, monkeypa
     with pytest.raises(error):
         train(small(tmp_path, async_save=True, task=task, num_generations=4))
     assert ended.is_set()
-    folders = checkpoint.found(tmp_path / "checkpoints")
+    folders = checkpoint.list_checkpoints(tmp_path / "checkpoints")
     assert [step for step, _ in folders] == steps
     for _, folder in folders:
         checkpoint.check(folder)

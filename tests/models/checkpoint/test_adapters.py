@@ -427,7 +427,7 @@ def test_three_steps_then_resume_and_merge(tmp_path, kind, fields):
     assert steps[2]["kl"] > 0
     assert all(step["grad_norm"] > 0 for step in steps)
 
-    folders = dict(checkpoints.found(tmp_path / "run/checkpoints"))
+    folders = dict(checkpoints.list_checkpoints(tmp_path / "run/checkpoints"))
     first, last = (load_file(folders[n] / "model.safetensors") for n in (0, 3))
     moved = {name for name in first if not torch.equal(first[name], last[name])}
     assert moved
@@ -456,7 +456,7 @@ def test_adapters_are_trained_through_the_rollouts_quantised_operands(tmp_path, 
     train(run)
     steps = current_rows(tmp_path / "run/metrics.jsonl")
     assert all(step["rollout_corr/abs_log_ratio_max"] == 0 and step["grad_norm/iteration_1"] > 0 for step in steps)
-    folders = dict(checkpoints.found(tmp_path / "run/checkpoints"))
+    folders = dict(checkpoints.list_checkpoints(tmp_path / "run/checkpoints"))
     first, last = (load_file(folders[n] / "adapter/adapter_model.safetensors") for n in (0, 3))
     assert all(not torch.equal(first[name], last[name]) for name in first)
     # Without alignment the same adapters do see a mismatch, so that the zeros above are alignment's doing.
