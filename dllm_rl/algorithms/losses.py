@@ -370,7 +370,7 @@ def _rollout_logprobs(batch: Batch, user: str) -> Float[Tensor, "B T"]:
     return batch.rollout_logprobs
 
 
-def policy_loss(
+def policy_loss(  # noqa: PLR0913
     logps: Float[Tensor, "B T"],
     batch: Batch,
     *,

@@ -30,7 +30,7 @@ class NamedModel(HarnessModel):
         options: Settings of the sampler, with rank, commit and cache as in `dllm-rl sample`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         pretrained: str,
         *,

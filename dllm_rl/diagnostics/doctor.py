@@ -135,7 +135,7 @@ class Comparison:
         return self.score(policy, self.rollout, self.views if views is None else views)
 
 
-def diagnose(
+def diagnose(  # noqa: PLR0913
     policy: Policy,
     config: Any = None,
     *,

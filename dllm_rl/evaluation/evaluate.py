@@ -19,7 +19,7 @@ from dllm_rl.tasks.base import Cost, Problem, Task, grade
 from dllm_rl.types import Rollout
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913
     policy: Policy,
     task: Task,
     sampler: Callable[..., Rollout],

@@ -185,7 +185,7 @@ def make_policy(
     return policy
 
 
-def load_policy(
+def load_policy(  # noqa: PLR0913
     path_or_id: str | Path,
     *,
     dtype: torch.dtype | str = torch.float32,

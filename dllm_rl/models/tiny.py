@@ -31,7 +31,7 @@ def char_tokenizer(characters: str) -> PreTrainedTokenizerBase:
     )
 
 
-def tiny_masked_lm(
+def tiny_masked_lm(  # noqa: PLR0913
     *,
     characters: str,
     seed: int = 0,
@@ -73,7 +73,7 @@ def tiny_masked_lm(
     return _made(transformers.RobertaPreLayerNormForMaskedLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 
-def tiny_llama(
+def tiny_llama(  # noqa: PLR0913
     *,
     characters: str,
     causal: bool,
@@ -113,7 +113,7 @@ def tiny_llama(
     return _made(transformers.LlamaForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 
-def tiny_moe(
+def tiny_moe(  # noqa: PLR0913
     *,
     characters: str,
     causal: bool = False,
@@ -164,7 +164,7 @@ def tiny_moe(
     return _made(transformers.Qwen3MoeForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 
-def tiny_diffusion_gemma(
+def tiny_diffusion_gemma(  # noqa: PLR0913
     *,
     characters: str,
     seed: int = 0,

@@ -22,7 +22,7 @@ from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 @bounded(temperature=Bound(at_least=0), top_k=Bound(at_least=1), top_p=Bound(above=0, at_most=1))
 @torch.no_grad()
-def autoregress(
+def autoregress(  # noqa: PLR0913
     policy: Policy,
     prompts: Prompts,
     generator: Generator,

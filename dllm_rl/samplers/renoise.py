@@ -29,7 +29,7 @@ NOISE = TIES  # the second of the two streams of random numbers that a step has 
 
 
 @torch.no_grad()
-def renoise(
+def renoise(  # noqa: PLR0913
     policy: Policy,
     prompts: Prompts,
     generator: Generator,

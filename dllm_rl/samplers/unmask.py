@@ -28,7 +28,7 @@ from dllm_rl.types import Prompts, Rollout, SamplingParams
     confidence_radius=Bound(at_least=1),
 )
 @torch.no_grad()
-def unmask(
+def unmask(  # noqa: PLR0913
     policy: Policy,
     prompts: Prompts,
     generator: Generator,

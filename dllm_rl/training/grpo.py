@@ -74,7 +74,7 @@ def names_field(field: str) -> Iterator[None]:
 
 
 @with_trl_names
-def grpo_recipe(
+def grpo_recipe(  # noqa: PLR0913
     model: str | nn.Module | Policy | Callable[..., Policy],
     train_dataset: Any,
     reward_funcs: RewardFunction | Sequence[RewardFunction],
