@@ -91,7 +91,7 @@ def test_the_time_left_is_known_of_long_steps():
         view({"reward": 1.0}, show=False)
     assert view.bar.tasks[0].time_remaining == 700
     assert view.line({}).endswith("ETA 0:11:40")
-    shown = view.console.file.getvalue()
+    shown = view.bar.console.file.getvalue()
     assert shown == "training 2/10  reward 1  ETA 0:13:20\n", "the first time left, and no further line unasked"
 
 
