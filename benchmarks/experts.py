@@ -13,7 +13,7 @@ import torch
 from benchmarks.measure import fastest, machine, table, write_json
 from dllm_rl.diagnostics.routing import routing_counts
 from dllm_rl.likelihoods.estimators import trajectory
-from dllm_rl.likelihoods.replay import as_sampled
+from dllm_rl.likelihoods.replay import with_sampled_experts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -57,7 +57,7 @@ def main() -> None:
 
     estimator, rollout = trajectory(), sample(True)
     noise = estimator.draw_views(rollout, torch.Generator())
-    replay = as_sampled(noise, rollout)
+    replay = with_sampled_experts(noise, rollout)
 
     def update(masks: Views) -> None:
         for view, weight in zip(each_view(masks), masks.coefficients, strict=True):

@@ -28,7 +28,7 @@ from dllm_rl.models.policy import DiffusionPolicy
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers import rules, states
-from dllm_rl.samplers.cache import CachedStates, block_cache, dual_cache, mapped, prefix_cache
+from dllm_rl.samplers.cache import CachedForward, block_cache, dual_cache, map_cache, prefix_cache
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import solver
 from dllm_rl.types import Prompts
@@ -41,7 +41,7 @@ LENGTHS = {
 }
 
 
-class Waiting(CachedStates):
+class Waiting(CachedForward):
     """As it was: all rows that began a block run until the slowest has ended."""
 
     def advance(self, tokens: Tensor, rows: Tensor, columns: tuple[int, int], *, alike: int = 1) -> tuple[Tensor, int]:
@@ -54,20 +54,20 @@ class Waiting(CachedStates):
 @contextmanager
 def whole_batches() -> Iterator[None]:
     """As it was: rows of all lengths in one batch."""
-    before, buckets.FORWARD["cpu"] = buckets.FORWARD["cpu"], 10**9
+    before, buckets.FORWARD_COST["cpu"] = buckets.FORWARD_COST["cpu"], 10**9
     try:
         yield
     finally:
-        buckets.FORWARD["cpu"] = before
+        buckets.FORWARD_COST["cpu"] = before
 
 
 @contextmanager
 def waiting_rows() -> Iterator[None]:
-    states.CachedStates = Waiting
+    states.CachedForward = Waiting
     try:
         yield
     finally:
-        states.CachedStates = CachedStates
+        states.CachedForward = CachedForward
 
 
 def compared(what: str, before: Callable[[], Any], now: Callable[[], Any], repeats: int) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def scored(policy: DiffusionPolicy, tokens: Tensor, prompt: int, group: int, bac
             policy.encode(
                 tokens[::group, :prompt], mask[::group, :, :prompt, :prompt], places[::group, :prompt], **kept
             )
-            kept["cache"] = mapped(kept["cache"], lambda x: x.repeat_interleave(group, dim=0))
+            kept["cache"] = map_cache(kept["cache"], lambda x: x.repeat_interleave(group, dim=0))
             states = policy.encode(tokens[:, prompt:], mask[:, :, prompt:], places[:, prompt:], **kept)
         if not backward:
             return states

@@ -1,4 +1,7 @@
-"""Advantages: rewards (P, G) -> advantages (P, G), over the G completions of each prompt."""
+"""Advantages: rewards (P, G) -> advantages (P, G), over the G completions of each prompt.
+
+docs/methods.md explains the tags [paper] and [digest].
+"""
 
 import inspect
 from collections.abc import Callable
@@ -17,8 +20,9 @@ def group_relative(
 ) -> Float[Tensor, "P G"]:
     """Subtract the group's mean reward and divide by a standard deviation (GRPO).
 
-    A = (R - mean of the group) / (std + eps), with the sample standard deviation [paper]; without the division it is
-    the advantage of d1 and Dr.GRPO. A group of one completion, or of equal rewards, gives zeros.
+    Use it as the default. A = (R - mean of the group) / (std + eps), with the sample standard deviation [paper].
+    Without the division, A is the advantage of d1 and Dr.GRPO. A group of one completion, or of equal rewards, gives
+    zeros.
 
     Args:
         rewards: Rewards (P, G).
@@ -31,14 +35,14 @@ def group_relative(
     Raises:
         ValueError: `scale_rewards` is unknown, or eps is negative.
     """
-    centred = _centred(rewards)
+    centered = _center(rewards)
     match scale_rewards:
         case "none":
-            return centred
+            return centered
         case "group":
-            return _divided(centred, _std(rewards, dim=-1) + eps)
+            return _divide(centered, _std(rewards, dim=-1) + eps)
         case "batch":
-            return _divided(centred, _std(rearrange(rewards, "p g -> (p g)"), dim=0) + eps)
+            return _divide(centered, _std(rearrange(rewards, "p g -> (p g)"), dim=0) + eps)
         case _:
             raise ValueError(f"scale_rewards={scale_rewards!r} must be 'group', 'batch' or 'none'")
 
@@ -49,7 +53,7 @@ def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     A group of one completion, or of equal rewards, gives zeros.
     """
     size = rewards.shape[-1]
-    return _centred(rewards) * size / max(size - 1, 1)
+    return _center(rewards) * size / max(size - 1, 1)
 
 
 @bounded(eps=Bound(at_least=0))
@@ -66,8 +70,8 @@ def decoupled(
 
         z_k = (R_k - mean_group R_k) / (std_group R_k + eps),   s = sum_k w_k z_k,   A = s / (std_batch s + eps)
 
-    Both are sample standard deviations. GDPO also subtracts the batch mean of s, which is 0. A NaN reward does not
-    apply: its z is 0.
+    Both are sample standard deviations. GDPO also subtracts the batch mean of s, which is 0. A reward of NaN does not
+    apply to the completion: its z is 0.
 
     Args:
         rewards: Total rewards (P, G). They are not used.
@@ -83,19 +87,18 @@ def decoupled(
 
     Sources: arXiv 2601.05242, TRL's multi_objective_aggregation="normalize_then_sum" [digest].
     """
-    there = ~parts.isnan()
-    count = there.sum(-1, keepdim=True)
+    applies = ~parts.isnan()
+    count = applies.sum(-1, keepdim=True)
     mean = parts.nanmean(-1, keepdim=True)
-    centred = torch.where(
-        there & _differ(parts)[..., None], parts - mean, 0
-    )  # the mean of equal rewards may be rounded
-    size = _magnitude(centred, dim=-1)
-    std = (torch.ldexp(centred, -size).square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    terms = _divided(weights[:, None, None] * centred, torch.ldexp(std, size) + eps)
+    # Groups of equal rewards are set to 0, because their mean may be rounded.
+    centered = torch.where(applies & _has_differing_rewards(parts)[..., None], parts - mean, 0)
+    exponent = _max_exponent(centered, dim=-1)
+    std = (torch.ldexp(centered, -exponent).square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    terms = _divide(weights[:, None, None] * centered, torch.ldexp(std, exponent) + eps)
     total = terms.sum(0)
-    cancelled = total.abs() <= 8 * torch.finfo(total.dtype).eps * terms.abs().sum(0)  # only rounding errors remain
-    total = total.masked_fill(cancelled, 0)
-    return _divided(total, _std(rearrange(total, "p g -> (p g)"), dim=0) + eps)
+    only_rounding = total.abs() <= 8 * torch.finfo(total.dtype).eps * terms.abs().sum(0)  # the terms cancel
+    total = total.masked_fill(only_rounding, 0)
+    return _divide(total, _std(rearrange(total, "p g -> (p g)"), dim=0) + eps)
 
 
 def takes_component_rewards(advantages: Callable) -> bool:
@@ -106,43 +109,44 @@ def takes_component_rewards(advantages: Callable) -> bool:
 
 
 def has_unequal_rewards(rewards: Float[Tensor, "P G *K"]) -> Bool[Tensor, " P"]:
-    """Return which groups have rewards that differ; the other groups have advantage 0.
+    """Return which groups have rewards that differ. The other groups have advantage 0.
 
-    DAPO draws prompts until enough groups differ [paper]. One differing reward of K is enough. NaN (the reward does not
-    apply) is ignored.
+    DAPO draws prompts until enough groups have such rewards [paper]. With K rewards, one that differs is enough. NaN
+    means that a reward does not apply, and is ignored.
     """
-    return _differ(rearrange(rewards, "p g ... -> p (...) g")).any(-1)
+    return _has_differing_rewards(rearrange(rewards, "p g ... -> p (...) g")).any(-1)
 
 
-def _differ(rewards: Float[Tensor, "*S G"]) -> Bool[Tensor, "*S"]:
+def _has_differing_rewards(rewards: Float[Tensor, "*S G"]) -> Bool[Tensor, "*S"]:
     """Return whether a group's rewards, ignoring NaN, are not all equal."""
-    there = ~rewards.isnan()
-    largest = torch.where(there, rewards, -torch.inf).amax(-1)
-    return largest > torch.where(there, rewards, torch.inf).amin(-1)  # False if all are NaN: -inf > inf
+    applies = ~rewards.isnan()
+    largest = torch.where(applies, rewards, -torch.inf).amax(-1)
+    return largest > torch.where(applies, rewards, torch.inf).amin(-1)  # False if all are NaN: -inf > inf
 
 
-def _centred(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
+def _center(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     """Subtract the group's mean. NaN stays NaN."""
-    equal = (rewards == rewards[:, :1]).all(
-        -1, keepdim=True
-    )  # the rounded mean of equal rewards could make advantages nonzero
+    # Groups of equal rewards are set to 0: their mean may be rounded, which would make advantages nonzero.
+    equal = (rewards == rewards[:, :1]).all(-1, keepdim=True)
     return torch.where(equal, 0, rewards - rewards.mean(-1, keepdim=True))
 
 
-def _divided(centred: Tensor, scale: Tensor) -> Tensor:
-    """Divide, and return 0 where `centred` is 0: equal rewards with eps=0 would divide 0 by 0."""
-    return torch.where(centred == 0, 0, centred / scale)
+def _divide(centered: Tensor, scale: Tensor) -> Tensor:
+    """Divide, and return 0 where `centered` is 0: equal rewards with eps=0 would divide 0 by 0."""
+    return torch.where(centered == 0, 0, centered / scale)
 
 
 def _std(rewards: Tensor, *, dim: int) -> Tensor:
-    size = _magnitude(rewards, dim=dim)
+    """Return the sample standard deviation over an axis; 0 for a single reward."""
+    exponent = _max_exponent(rewards, dim=dim)
     correction = 1 if rewards.shape[dim] > 1 else 0  # the deviation of a single reward is 0, not NaN
-    return torch.ldexp(torch.ldexp(rewards, -size).std(dim=dim, keepdim=True, correction=correction), size)
+    return torch.ldexp(torch.ldexp(rewards, -exponent).std(dim=dim, keepdim=True, correction=correction), exponent)
 
 
-def _magnitude(values: Tensor, *, dim: int) -> Tensor:
-    """Return the exponent of the largest value.
+def _max_exponent(values: Tensor, *, dim: int) -> Tensor:
+    """Return the binary exponent of the largest absolute value.
 
-    Scaling by a power of two changes no digit, and squares of the scaled values do not underflow.
+    Values are scaled by this power of two before they are squared: the scaling is exact, and the squares do not
+    underflow.
     """
     return torch.frexp(values.abs().amax(dim, keepdim=True)).exponent

@@ -1,4 +1,7 @@
-"""Corrector statistics per denoising step: early steps see few tokens and disagree in other ways than late steps."""
+"""Corrector statistics per denoising step: early steps see few tokens, and have another mismatch than late steps.
+
+docs/methods.md explains the tag [ours].
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -12,30 +15,32 @@ from dllm_rl.members import configurable
 def weights_by_step(stats: TokenStats, *, weight_fn: WeightFn) -> TokenWeights:
     """Weight the tokens of each denoising step as a separate batch [ours].
 
-    A metric is the mean over the steps, each weighted by its number of tokens. `by_step` explains the keyword.
+    A metric is the mean over the steps, weighted by their numbers of tokens. `by_step` explains the keyword.
     """
     weights = torch.ones_like(stats.log_mismatch).detach()
-    keep = torch.zeros_like(stats.mask)
+    loss_mask = torch.zeros_like(stats.mask)
     sums: dict[str, float] = {}
     steps, counts = stats.unmask_step[stats.mask].unique(return_counts=True)
     for step, count in zip(steps.tolist(), counts.tolist(), strict=True):
-        mask = stats.mask & (stats.unmask_step == step)
-        part = weight_fn(stats.among(mask))
-        weights = torch.where(mask, part.importance_weights, weights)
-        keep |= part.loss_mask
-        for name, value in part.metrics.items():
+        step_mask = stats.mask & (stats.unmask_step == step)
+        result = weight_fn(stats.among(step_mask))
+        weights = torch.where(step_mask, result.importance_weights, weights)
+        loss_mask |= result.loss_mask
+        for name, value in result.metrics.items():
             sums[name] = sums.get(name, 0.0) + value * count
     if not sums:  # no tokens: return the corrector's result for an empty mask
         return weight_fn(stats)
-    return TokenWeights(weights, keep, {name: total / stats.mask.sum().item() for name, total in sums.items()})
+    num_tokens = stats.mask.sum().item()
+    return TokenWeights(weights, loss_mask, {name: total / num_tokens for name, total in sums.items()})
 
 
 @configurable
 def by_step(*, corrector: Corrector | None = None) -> Corrector:
     """Make a corrector whose statistics cover one denoising step at a time.
 
-    The statistics are the lambda of `ais`, the ratio of a sequence (over the tokens of one step) and the rejection of
-    sequences. Token weights without batch statistics (`tis`, `icepop`) are the same with and without it.
+    Use it if the mismatch differs between early and late steps. It changes the lambda of `ais`, and the ratio and the
+    rejection of a sequence, which then cover the tokens of one step. Token weights without batch statistics (`tis`,
+    `icepop`) are the same with and without it.
 
     Args:
         corrector: Corrector to apply per step. None (default): `ais()`.

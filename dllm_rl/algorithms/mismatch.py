@@ -1,11 +1,12 @@
-"""Metrics of the disagreement between rollout policy and learner on the sampled tokens (training-inference mismatch).
+"""Metrics of the training-inference mismatch: how much rollout policy and learner disagree on the sampled tokens.
 
 log_mismatch = logp_old - logp_rollout per token, in nats; rho = exp(log_mismatch). Names follow verl. Functions expect
-the mask from BEFORE any rejection and the GLOBAL batch. Tokens whose log_mismatch is not finite are left out and
+the GLOBAL batch, and the mask from BEFORE any rejection. Tokens whose log_mismatch is not finite are left out and
 counted.
 
-Only the rows that the step learns from and a random sample of the other groups are scored. Each row is weighted by its
-inverse sampling fraction (0 if not scored), so that sums over scored rows estimate sums over all rows.
+A step scores only the rows that it trains on, and a random sample of the other groups. Each row is weighted by its
+inverse sampling fraction (0 if not scored), so that sums over scored rows estimate sums over all rows. docs/methods.md
+explains the tag [digest].
 """
 
 import math
@@ -23,57 +24,60 @@ STEP_GROUPS = 8  # largest number of step groups of `step_metrics`
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _ScoredTokens:
+    """The scored tokens with a finite ratio, and the weights of their means."""
+
     log_mismatch: Float[Tensor, "B T"]  # fp64, 0 where not `finite`
     finite: Bool[Tensor, "B T"]  # tokens of scored rows whose ratio is finite
     token_weights: Float[Tensor, " K"]  # one weight per finite token
     row_weights: Float[Tensor, " R"]  # one weight per row with a finite token
     num_tokens: Float[Tensor, ""]  # tokens of ALL rows, minus the estimated non-finite tokens
     num_rows: Float[Tensor, ""]  # ALL rows, minus the estimated rows without a finite token
-    lost: Float[Tensor, ""]  # share of non-finite tokens
+    nonfinite_fraction: Float[Tensor, ""]  # estimated share of tokens whose ratio is not finite
 
     @property
     def rows(self) -> Bool[Tensor, " B"]:
         return self.finite.any(-1)
 
     def per_token(self, values: Float[Tensor, " K"]) -> Float[Tensor, ""]:
-        """Return the mean over the tokens of all rows."""
+        """Estimate the mean over the tokens of all rows."""
         return (values * self.token_weights).sum() / self.num_tokens  # the exact number, so that the mean is unbiased
 
     def per_row(self, values: Float[Tensor, " R"]) -> Float[Tensor, ""]:
+        """Estimate the mean over all rows."""
         return (values * self.row_weights).sum() / self.num_rows
 
     def row_means(self, values: Float[Tensor, "B T"]) -> Float[Tensor, " R"]:
         """Return each scored row's mean over its finite tokens."""
         return torch.where(self.finite, values, 0).sum(-1)[self.rows] / self.finite.sum(-1)[self.rows]
 
-    def spread(self, values: Float[Tensor, " K"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Return the weighted mean and mean square over tokens."""
-        total = self.token_weights.sum()  # divides both, so that mean^2 / mean square stays in (0, 1]
+    def weighted_moments(self, values: Float[Tensor, " K"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Return the weighted mean and the weighted mean square over scored tokens."""
+        total = self.token_weights.sum()  # the divisor of both, so that mean^2 / mean square stays in (0, 1]
         return (values * self.token_weights).sum() / total, (values.square() * self.token_weights).sum() / total
 
 
-def _measured(
+def _select_scored(
     log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], row_weights: Float[Tensor, " B"] | None
-) -> _Measured:
-    """Prepare the metrics' inputs. Raises ValueError if no scored row has a token with a finite ratio."""
+) -> _ScoredTokens:
+    """Select the scored tokens with a finite ratio. Raise ValueError if there are none."""
     weights = torch.ones(len(mask), device=mask.device) if row_weights is None else row_weights
     weights = weights.double()
     scored = mask & (weights > 0)[:, None]
     finite = scored & log_mismatch.isfinite()
     if not finite.any():
         raise ValueError("mask marks no token with a finite log_mismatch: there is no mismatch to measure")
-    rows = finite.any(-1)
-    lost = (weights[:, None] * (scored & ~finite)).sum()
-    gone = (weights * (scored.any(-1) & ~rows)).sum()
-    return _Measured(
+    has_finite = finite.any(-1)
+    num_nonfinite = (weights[:, None] * (scored & ~finite)).sum()
+    num_rows_left_out = (weights * (scored.any(-1) & ~has_finite)).sum()
+    return _ScoredTokens(
         log_mismatch=torch.where(finite, log_mismatch, 0).double(),
         finite=finite,
         token_weights=weights[:, None].expand(mask.shape)[finite],
-        row_weights=weights[rows],
-        num_tokens=mask.sum() - lost,
-        num_rows=mask.any(-1).sum() - gone,
-        lost=lost / mask.sum(),
+        row_weights=weights[has_finite],
+        num_tokens=mask.sum() - num_nonfinite,
+        num_rows=mask.any(-1).sum() - num_rows_left_out,
+        nonfinite_fraction=num_nonfinite / mask.sum(),
     )
 
 
@@ -86,10 +90,11 @@ def mismatch_metrics(
     advantages: Float[Tensor, " B"] | None = None,
     row_weights: Float[Tensor, " B"] | None = None,
 ) -> dict[str, float]:
-    """Compute the `rollout_corr/` metrics over the marked tokens.
+    """Compute the `rollout_corr/` metrics over the tokens of the mask.
 
-    They are exactly 0, or exactly 1, if both policies agree bit for bit, which only zero_mismatch promises: otherwise
-    an unquantized rollout agrees with the learner up to rounding. Log-ratios are clamped to +-20 before exp.
+    If both policies agree bit for bit, differences are exactly 0 and ratios exactly 1. Only zero_mismatch promises
+    this; otherwise an unquantized rollout agrees with the learner up to rounding. Log-ratios are clamped to +-20 before
+    exp.
 
     - rollout_is_*: Metrics of the token weights min(rho, high); see `weight_metrics`.
     - ess, rho_max: 1 / mean((rho / mean rho)^2) in (0, 1], and the largest rho (not verl's).
@@ -101,7 +106,7 @@ def mismatch_metrics(
     - {training,rollout}_{ppl,log_ppl}: With `old`, mean over sequences of exp(-mean_t logp), and of -mean_t logp.
     - contribution_{positive,negative}: With `advantages`, mean over tokens of -(rho - 1) A, by sign of A (VeXact
       [digest]).
-    - nonfinite_fraction, rows: Share of marked tokens that are left out; number of scored rows.
+    - nonfinite_fraction, rows: Share of tokens that are left out; number of scored rows.
 
     Args:
         log_mismatch: logp_old - logp_rollout (B, T), in nats.
@@ -109,39 +114,39 @@ def mismatch_metrics(
         high: Cap of the token weights. Default: 2.
         old: Log-probs under the learner (B, T), in nats. None (default): no perplexities.
         advantages: Advantage of each row (B,). None (default): no contributions.
-        row_weights: Inverse sampling fraction per row, 0 if not scored (`group_weights`). None (default): all rows are
-            scored. Means are unbiased for all rows if ratios are finite; ess, rollout_is_std and eff_sample_size are
-            only consistent; extremes cover scored rows only.
+        row_weights: Inverse sampling fraction per row, 0 if not scored (`group_weights`). Means are then unbiased for
+            all rows if ratios are finite; ess, rollout_is_std and eff_sample_size are only consistent; extremes cover
+            scored rows only. None (default): all rows are scored.
 
     Returns:
         Numbers by name.
 
     Raises:
-        ValueError: No marked token has a finite ratio.
+        ValueError: No token of the mask has a finite ratio.
     """
-    scored = _measured(log_mismatch, mask, row_weights)
-    flat = scored.log_mismatch[scored.finite]
-    excess = torch.expm1(flat.clamp(-MAX_LOG, MAX_LOG))  # rho - 1: means around 1 are exact if the policies agree
-    rho = flat.clamp(-MAX_LOG, MAX_LOG).exp()
-    sums = scored.log_mismatch.sum(-1)[scored.rows]
+    scored = _select_scored(log_mismatch, mask, row_weights)
+    log_rho = scored.log_mismatch[scored.finite]
+    excess = torch.expm1(log_rho.clamp(-MAX_LOG, MAX_LOG))  # rho - 1: means around 1 are exact if the policies agree
+    rho = log_rho.clamp(-MAX_LOG, MAX_LOG).exp()
+    row_log_rho = scored.log_mismatch.sum(-1)[scored.rows]
     log_ppl = -scored.row_means(scored.log_mismatch)
-    mean, _ = scored.spread(rho)
-    _, square = scored.spread(rho / mean)  # divided first: exactly 1 if the policies agree
+    mean, _ = scored.weighted_moments(rho)
+    _, mean_square = scored.weighted_moments(rho / mean)  # divided first: exactly 1 if the policies agree
     values = {
-        "ess": 1 / square,
+        "ess": 1 / mean_square,
         "rho_max": rho.max(),
-        "kl": -scored.per_token(flat),
-        "k3_kl": scored.per_token(excess - flat),
-        "abs_log_ratio_mean": scored.per_token(flat.abs()),
-        "abs_log_ratio_max": flat.abs().max(),
+        "kl": -scored.per_token(log_rho),
+        "k3_kl": scored.per_token(excess - log_rho),
+        "abs_log_ratio_mean": scored.per_token(log_rho.abs()),
+        "abs_log_ratio_max": log_rho.abs().max(),
         "log_ppl_diff": scored.per_row(log_ppl),
         "log_ppl_abs_diff": scored.per_row(log_ppl.abs()),
         "log_ppl_diff_max": log_ppl.max(),
         "log_ppl_diff_min": log_ppl.min(),
         "ppl_ratio": 1 + scored.per_row(log_ppl.clamp(-MAX_LOG, MAX_LOG).exp() - 1),
         "chi2_token": scored.per_token(rho.square() - 1),
-        "chi2_seq": scored.per_row((2 * sums.clamp(-MAX_LOG, MAX_LOG)).exp() - 1),
-        "nonfinite_fraction": scored.lost,
+        "chi2_seq": scored.per_row((2 * row_log_rho.clamp(-MAX_LOG, MAX_LOG)).exp() - 1),
+        "nonfinite_fraction": scored.nonfinite_fraction,
         "rows": scored.rows.sum(),
     }
     if old is not None:
@@ -150,11 +155,12 @@ def mismatch_metrics(
             values[f"{name}_ppl"] = scored.per_row((-log_prob).exp())
             values[f"{name}_log_ppl"] = -scored.per_row(log_prob)
     if advantages is not None:
-        part = -excess * advantages.double()[:, None].expand(mask.shape)[scored.finite]
-        for name, sign in (("positive", advantages > 0), ("negative", advantages < 0)):
-            values[f"contribution_{name}"] = scored.per_token(part * sign[:, None].expand(mask.shape)[scored.finite])
-    found = {PREFIX + name: v.item() + 0.0 for name, v in values.items()}  # + 0.0: no -0.0
-    return _weight_metrics(scored, high) | found
+        contribution = -excess * advantages.double()[:, None].expand(mask.shape)[scored.finite]
+        for name, has_sign in (("positive", advantages > 0), ("negative", advantages < 0)):
+            token_has_sign = has_sign[:, None].expand(mask.shape)[scored.finite]
+            values[f"contribution_{name}"] = scored.per_token(contribution * token_has_sign)
+    metrics = {PREFIX + name: value.item() + 0.0 for name, value in values.items()}  # -0.0 + 0.0 is 0.0
+    return _weight_metrics(scored, high) | metrics
 
 
 def weight_metrics(
@@ -166,67 +172,68 @@ def weight_metrics(
 ) -> dict[str, float]:
     """Compute verl's rollout_is_* metrics for truncated weights w = min(rho, high).
 
-    `row_weights` and errors are the same as in `mismatch_metrics`.
+    The arguments and errors are the same as in `mismatch_metrics`.
 
-    - mean, std, eff_sample_size, min, max: Statistics of w over tokens: population std, and 1 / mean((w / mean w)^2).
-      verl's eff_sample_size clamps weights to [1 / high, high], and is therefore larger.
-    - ratio_fraction_{high,low}: Share of tokens with rho > high, < 1/high.
-    - seq_{mean,std,min,max,max_deviation}: Statistics over sequences of the row's mean w; sample std; largest |mean w -
-      1|.
-    - seq_fraction_{high,low}: Share of rows whose mean rho is > high, < 1/high.
+    - mean, std, min, max: Statistics of w over tokens; std is the population std.
+    - eff_sample_size: 1 / mean((w / mean w)^2) over tokens. verl clamps weights to [1 / high, high], and has therefore
+      larger values.
+    - ratio_fraction_{high,low}: Share of tokens with rho > high, and with rho < 1/high.
+    - seq_{mean,std,min,max}: Statistics over sequences of the sequence's mean of w; std is the sample std.
+    - seq_max_deviation: Largest |mean of w - 1| of a sequence.
+    - seq_fraction_{high,low}: Share of sequences whose mean of rho is > high, and < 1/high.
     """
-    return _weight_metrics(_measured(log_mismatch, mask, row_weights), high)
+    return _weight_metrics(_select_scored(log_mismatch, mask, row_weights), high)
 
 
-def _weight_metrics(scored: _Measured, high: float) -> dict[str, float]:
-    raw = scored.log_mismatch.clamp(-MAX_LOG, MAX_LOG).exp()
-    weights = raw.clamp(max=high)
-    seq = scored.row_means(weights)
-    raw_seq = scored.row_means(raw)
-    flat = weights[scored.finite]
-    each = raw[scored.finite]
-    mean, _ = scored.spread(flat)
-    _, variance = scored.spread(flat - mean)
-    centre = 1 + scored.per_row(seq - 1)  # around 1, so that it is exact if the policies agree
-    bessel = scored.num_rows / (scored.num_rows - 1).clamp(min=1)  # the deviation of one row is 0
+def _weight_metrics(scored: _ScoredTokens, high: float) -> dict[str, float]:
+    rho = scored.log_mismatch.clamp(-MAX_LOG, MAX_LOG).exp()
+    weights = rho.clamp(max=high)
+    row_weight = scored.row_means(weights)
+    row_rho = scored.row_means(rho)
+    token_weight = weights[scored.finite]
+    token_rho = rho[scored.finite]
+    mean, _ = scored.weighted_moments(token_weight)
+    _, variance = scored.weighted_moments(token_weight - mean)
+    row_mean = 1 + scored.per_row(row_weight - 1)  # a mean around 1 is exact if the policies agree
+    bessel = scored.num_rows / (scored.num_rows - 1).clamp(min=1)  # the deviation of a single row is 0
     values = {
-        "mean": 1 + scored.per_token(flat - 1),
+        "mean": 1 + scored.per_token(token_weight - 1),
         "std": variance.sqrt(),
-        "min": flat.min(),
-        "max": flat.max(),
-        "eff_sample_size": 1 / scored.spread(flat / mean)[1],
-        "ratio_fraction_high": scored.per_token((each > high).double()),
-        "ratio_fraction_low": scored.per_token((each < 1 / high).double()),
-        "seq_mean": centre,
-        "seq_std": (scored.per_row((seq - centre).square()) * bessel).sqrt(),
-        "seq_min": seq.min(),
-        "seq_max": seq.max(),
-        "seq_max_deviation": (seq - 1).abs().max(),
-        "seq_fraction_high": scored.per_row((raw_seq > high).double()),
-        "seq_fraction_low": scored.per_row((raw_seq < 1 / high).double()),
+        "min": token_weight.min(),
+        "max": token_weight.max(),
+        "eff_sample_size": 1 / scored.weighted_moments(token_weight / mean)[1],
+        "ratio_fraction_high": scored.per_token((token_rho > high).double()),
+        "ratio_fraction_low": scored.per_token((token_rho < 1 / high).double()),
+        "seq_mean": row_mean,
+        "seq_std": (scored.per_row((row_weight - row_mean).square()) * bessel).sqrt(),
+        "seq_min": row_weight.min(),
+        "seq_max": row_weight.max(),
+        "seq_max_deviation": (row_weight - 1).abs().max(),
+        "seq_fraction_high": scored.per_row((row_rho > high).double()),
+        "seq_fraction_low": scored.per_row((row_rho < 1 / high).double()),
     }
-    return {f"{PREFIX}rollout_is_{name}": v.item() + 0.0 for name, v in values.items()}
+    return {f"{PREFIX}rollout_is_{name}": value.item() + 0.0 for name, value in values.items()}
 
 
 def step_metrics(
     log_mismatch: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], unmask_step: Int[Tensor, "B T"]
 ) -> dict[str, float]:
-    """Compute the largest |log rho| and its 99th percentile, in nats, by the denoising step that wrote the token.
+    """Compute the maximum and the 99th percentile of |log rho|, in nats, by the denoising step that wrote the token.
 
-    With more than STEP_GROUPS steps, the steps of the longest completion are divided into STEP_GROUPS equal parts, and
-    step_K is part K. The percentile is the smallest value with at least 99 % of the values at or below it. Tokens whose
-    ratio is not finite are left out; a step without a token has no metric.
+    With more than STEP_GROUPS steps, the steps of the longest completion are divided into STEP_GROUPS equal groups, and
+    step_K is group K. The percentile is the smallest value with at least 99 % of the values at or below it. Tokens
+    whose ratio is not finite are left out; a group without a token has no metric.
     """
-    written = mask & log_mismatch.isfinite() & (unmask_step >= 0)
-    sizes = log_mismatch[written].abs().double()
-    steps = unmask_step[written]
+    measured = mask & log_mismatch.isfinite() & (unmask_step >= 0)
+    abs_log_rho = log_mismatch[measured].abs().double()
+    steps = unmask_step[measured]
     if not len(steps):
         return {}
-    total = int(steps.max()) + 1
-    groups = steps * min(STEP_GROUPS, total) // total
+    num_steps = int(steps.max()) + 1
+    groups = steps * min(STEP_GROUPS, num_steps) // num_steps
     metrics = {}
     for group in groups.unique().tolist():
-        values = sizes[groups == group]
+        values = abs_log_rho[groups == group]
         metrics[f"{PREFIX}abs_log_ratio_max/step_{group}"] = values.max().item()
         percentile = values.kthvalue(math.ceil(0.99 * len(values))).values
         metrics[f"{PREFIX}abs_log_ratio_p99/step_{group}"] = percentile.item()
@@ -236,7 +243,7 @@ def step_metrics(
 def off_policy_metrics(
     logps: Float[Tensor, "B T"], batch: Batch, *, old: Float[Tensor, "B T"]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Measure how far the current log-probs have moved from the data's at one inner update, as (sum, count).
+    """Measure how far the current log-probs have moved from those of the data at an inner update, as (sum, count).
 
     off_policy/old/*: r = p_current / p_old (start of the update); off_policy/rollout/*: r = p_current / p_rollout.
 
@@ -254,10 +261,10 @@ def off_policy_metrics(
         if base is None:  # the rollout's log-probs are unknown
             continue
         log_ratio = torch.where(keep, logps - base, 0).double()
-        part = -torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) * advantages
+        contribution = -torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) * advantages
         metrics |= {
-            f"off_policy/{name}/contribution_positive": (torch.where(advantages > 0, part, 0).sum(), tokens),
-            f"off_policy/{name}/contribution_negative": (torch.where(advantages < 0, part, 0).sum(), tokens),
+            f"off_policy/{name}/contribution_positive": (torch.where(advantages > 0, contribution, 0).sum(), tokens),
+            f"off_policy/{name}/contribution_negative": (torch.where(advantages < 0, contribution, 0).sum(), tokens),
             f"off_policy/{name}/m2": (log_ratio.square().sum(), keep.sum()),
             f"off_policy/{name}/max": (log_ratio.abs().amax(-1).sum(), rows),
         }
@@ -278,7 +285,7 @@ def symptom_metrics(
     - symptoms/repetition_*: Share of tokens in a trigram that occurred earlier in the completion; trigrams may overlap.
     """
     error = None if old is None else mask & (old < math.log(1e-4))
-    repeated = repeats(tokens, mask)
+    repeated = repeated_trigrams(tokens, mask)
     metrics = {}
     for name, sign in (("positive", advantages > 0), ("negative", advantages < 0)):
         counted = mask & sign[:, None]
@@ -289,16 +296,16 @@ def symptom_metrics(
     return metrics
 
 
-def repeats(tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """Return the marked tokens inside a trigram that started earlier in the same row."""
-    found = torch.zeros(mask.shape, dtype=torch.bool)
-    for row, (ids, marked) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
-        places = marked.nonzero()[:, 0]
-        words = ids[marked].tolist()
+def repeated_trigrams(tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Return the tokens of the mask that belong to a trigram which has occurred earlier in the same row."""
+    is_repeated = torch.zeros(mask.shape, dtype=torch.bool)
+    for row, (row_tokens, row_mask) in enumerate(zip(tokens.cpu(), mask.cpu(), strict=True)):
+        columns = row_mask.nonzero()[:, 0]
+        token_ids = row_tokens[row_mask].tolist()
         seen = set[tuple[int, ...]]()
-        for start in range(len(words) - 2):
-            gram = tuple(words[start : start + 3])
-            if gram in seen:
-                found[row, places[start : start + 3]] = True
-            seen.add(gram)
-    return found.to(mask.device)
+        for start in range(len(token_ids) - 2):
+            trigram = tuple(token_ids[start : start + 3])
+            if trigram in seen:
+                is_repeated[row, columns[start : start + 3]] = True
+            seen.add(trigram)
+    return is_repeated.to(mask.device)

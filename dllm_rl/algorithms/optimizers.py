@@ -1,4 +1,7 @@
-"""Optimizers that a recipe can name (AdamW with moments in more or less memory), and learning-rate schedules."""
+"""Optimizers and learning-rate schedules that a recipe can name.
+
+A schedule is a function (step, num_steps) -> factor on the learning rate.
+"""
 
 import math
 from collections.abc import Iterable
@@ -9,7 +12,7 @@ from dllm_rl.bounds import Bound, bounded
 
 
 def adamw(parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> optim.Optimizer:
-    """Make torch's AdamW: 8 bytes per parameter for its moments."""
+    """Make torch's AdamW, whose moments take 8 bytes per parameter. This is the default."""
     parameters = list(parameters)
     fused = all(parameter.is_cuda for parameter in parameters) or None  # fused needs no large temporary tensors
     return optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
@@ -18,7 +21,7 @@ def adamw(parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], w
 def adamw_8bit(
     parameters: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
 ) -> optim.Optimizer:
-    """Make bitsandbytes' AdamW: 2 bytes per parameter for its moments.
+    """Make bitsandbytes' AdamW, whose moments take 2 bytes per parameter.
 
     Use it if the optimizer's moments do not fit in GPU memory. Tensors below 4096 elements keep fp32 moments. It needs
     the package bitsandbytes.
@@ -45,7 +48,7 @@ def linear_decay(
     return rise * (1 - (1 - final) * fall)
 
 
-# The schedules of transformers, with the same names. With a warmup, their first step has the rate 0.
+# The next four are schedules of transformers, with the same names. With a warmup, their first step has the rate 0.
 
 
 def constant_rate(step: int, num_steps: int) -> float:

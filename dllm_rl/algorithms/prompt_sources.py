@@ -1,4 +1,7 @@
-"""Choice of the prompts that a step learns from: uniform prompts, or prompts whose rewards still differ."""
+"""Choice of the prompts of a training step: uniform, or prompts whose completions still have different rewards.
+
+docs/methods.md explains the tag [ours].
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +18,9 @@ from dllm_rl.members import configurable
 
 @dataclass(eq=False)
 class RewardHistory:
-    """The N groups of completions that a run has graded so far, oldest first. All processes have the same history.
+    """The N groups of completions that a run has graded so far, in order of time.
+
+    All processes have the same history. A prompt source reads it.
 
     Attributes:
         num_prompts: Number of prompts of the task. A source returns indices below this number.
@@ -48,8 +53,8 @@ class RewardHistory:
 
     def latest(self) -> "RewardHistory":
         """Return each prompt's last group, ordered by prompt."""
-        prompts, places = self.prompt.unique(return_inverse=True)
-        last = torch.zeros_like(prompts).scatter_reduce(0, places, torch.arange(len(places)), "amax")
+        prompts, prompt_index = self.prompt.unique(return_inverse=True)
+        last = torch.zeros_like(prompts).scatter_reduce(0, prompt_index, torch.arange(len(prompt_index)), "amax")
         return RewardHistory(self.num_prompts, **{name: value[last] for name, value in self.tensors().items()})
 
 
@@ -57,7 +62,8 @@ class RewardHistory:
 class PromptSource:
     """A rule that chooses the prompts of a step.
 
-    Return one from a function under `members.configurable` to choose prompts by a custom rule.
+    To choose prompts by a custom rule, write a function that returns a PromptSource, and decorate it with
+    `members.configurable`.
 
     Attributes:
         draw: Function `(history, count, generator)` -> indices of `count` prompts. It must be a pure function of these
@@ -89,9 +95,9 @@ def uniform_prompts() -> PromptSource:
 def mixed_reward_prompts(*, equal_weight: float = 0.1) -> PromptSource:
     """Prefer prompts whose rewards differed in their last group, and prompts that were not drawn yet [ours].
 
-    Use it if many groups have equal rewards (`frac_reward_zero_std`) and the run draws each prompt several times:
-    groups with equal rewards teach nothing. `max_num_gen_batches` (DAPO) samples such groups and then replaces them;
-    this source draws fewer of them in the first place.
+    Use it if many groups have equal rewards (`frac_reward_zero_std`), which have no advantage, and the run draws each
+    prompt several times. This source draws fewer such groups; `max_num_gen_batches` (DAPO) replaces them after they
+    have been sampled.
 
     Args:
         equal_weight: Probability of a prompt whose last group had equal rewards, relative to any other prompt, above 0
@@ -104,12 +110,12 @@ def mixed_reward_prompts(*, equal_weight: float = 0.1) -> PromptSource:
 
 
 def _mixed(history: RewardHistory, count: int, generator: Generator, *, equal_weight: float) -> Int[Tensor, " P"]:
-    """Draw uniform prompts, and reject prompts with equal rewards with probability 1 - equal_weight."""
+    """Draw uniform prompts, and reject a prompt with equal rewards with probability 1 - equal_weight."""
     latest = history.latest()
-    equal = latest.prompt[~latest.mixed]
+    equal_reward_prompts = latest.prompt[~latest.mixed]
     accepted = torch.zeros(0, dtype=torch.long)
     while len(accepted) < count:
         prompts = torch.randint(history.num_prompts, (count,), generator=generator)
         uniform = torch.rand(count, generator=generator)
-        accepted = torch.cat([accepted, prompts[~torch.isin(prompts, equal) | (uniform < equal_weight)]])
+        accepted = torch.cat([accepted, prompts[~torch.isin(prompts, equal_reward_prompts) | (uniform < equal_weight)]])
     return accepted[:count]

@@ -1,4 +1,7 @@
-"""TRIAGE (arXiv 2610.07043): damp only the tokens that a low-bit rollout makes dangerous."""
+"""TRIAGE (arXiv 2610.07043): give a smaller weight only to the tokens that make a learner with low-bit rollouts drift.
+
+docs/methods.md explains the tags [digest] and [ours].
+"""
 
 from functools import partial
 
@@ -15,23 +18,23 @@ from dllm_rl.members import configurable
 def triage_weights(stats: TokenStats, *, gate: float = 0.02, window: int = 64) -> TokenWeights:
     """Compute w = rho = exp(log_mismatch) for dangerous tokens, and w = 1 for all others.
 
-    A token is dangerous if its advantage is negative, the learner finds the token less likely than the rollout did (rho
-    < 1), and its gate is open. Lowering the probability of a token that the learner already finds unlikely is what
-    makes the learner drift. The choice of these tokens, and one gate per 64 tokens, are from the paper [digest]. The
-    weight rho, and a gate that opens where the window's mean |log_mismatch| exceeds `gate`, are [ours]. `triage`
-    explains the keywords.
+    A token is dangerous if its advantage is negative, its probability is lower under the learner than under the rollout
+    policy (rho < 1), and its gate is open. The learner drifts if the probability of a token that it already finds
+    unlikely is lowered further. The choice of these tokens, and one gate per window of 64 tokens, are from the paper
+    [digest]. The weight rho, and the rule that a gate is open if the window's mean |log_mismatch| exceeds `gate`, are
+    [ours]. `triage` explains the keywords.
     """
-    log_mismatch, keep, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
-    place = stats.mask.cumsum(-1).sub(1).clamp(min=0) // window  # windows contain only corrected tokens, no padding
-    windows = F.one_hot(place) * keep[..., None]  # (B, T, windows per row)
-    size = windows.sum(1).clamp(min=1)
-    mean = (windows * log_mismatch.abs().double()[..., None]).sum(1) / size
-    is_open = (mean > gate).gather(1, place)
-    damped = keep & is_open & (log_mismatch < 0) & (stats.advantages < 0)[:, None]
-    total = max(keep.sum().item(), 1)
-    metrics["triage/open_fraction"] = (keep & is_open).sum().item() / total
+    log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
+    window_index = stats.mask.cumsum(-1).sub(1).clamp(min=0) // window  # counts tokens to correct, without padding
+    in_window = F.one_hot(window_index) * finite_mask[..., None]  # (B, T, windows per row)
+    num_tokens = in_window.sum(1).clamp(min=1)
+    mean = (in_window * log_mismatch.abs().double()[..., None]).sum(1) / num_tokens
+    is_open = (mean > gate).gather(1, window_index)
+    damped = finite_mask & is_open & (log_mismatch < 0) & (stats.advantages < 0)[:, None]
+    total = max(finite_mask.sum().item(), 1)
+    metrics["triage/open_fraction"] = (finite_mask & is_open).sum().item() / total
     metrics["triage/damped_fraction"] = damped.sum().item() / total
-    return TokenWeights(torch.where(damped, exp_ratio(log_mismatch), 1), keep, metrics)
+    return TokenWeights(torch.where(damped, exp_ratio(log_mismatch), 1), finite_mask, metrics)
 
 
 @configurable

@@ -20,12 +20,12 @@ from dllm_rl.diagnostics.batch_invariance import layer_outputs
 from dllm_rl.diagnostics.routing import routing_counts
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.estimators import causal, trajectory
-from dllm_rl.likelihoods.replay import as_chosen, watched
+from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy, output_embeddings
 from dllm_rl.models.forward.float32_head import HALF
 from dllm_rl.models.forward.routing import mixtures
-from dllm_rl.quantization.linear import dequantized_weight, place
+from dllm_rl.quantization.linear import dequantized_weight, locate_parameter
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
 from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.types import Prompts, Rollout, SamplingParams, Views
@@ -190,12 +190,12 @@ def diagnose(  # noqa: PLR0913
     same_params = score(policy, rollout, learner_views)
     same_views = both.logprobs(policy)
     # With mixtures, scoring under these views also records the rollout's experts.
-    recording = watched(policy, rollout, views) if mixtures(policy.module) else views
+    recording = record_experts(policy, rollout, views) if mixtures(policy.module) else views
     rescored = both.logprobs(rollout_policy, recording)
     sampled = recorded(rollout, views) if likelihood.exact_for_sampler else rescored
 
     steps = {"sampling parameters": learner - same_params, "estimator noise": same_params - same_views}
-    steps |= forward_steps(both, same_views, rescored, as_chosen(recording, rollout))
+    steps |= forward_steps(both, same_views, rescored, with_recorded_experts(recording, rollout))
     order = exact.draw_views(rollout, Generator())
     replay = exact.logprobs(rollout_policy, rollout, order, micro_batch_size=micro_batch_size)
     # An exact replay runs without a cache: its difference from the sampler's record is due to the cache.
@@ -303,7 +303,7 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
     """Return the learner's weights in the rollout's forward: its dtype, its buffers (rotary tables), its head."""
     plain = quantized_copy(policy, None)
     plain.spec = rollout_policy.spec
-    quantised = {place(name)[0] for name, _ in quantized_layers(rollout_policy)}
+    quantised = {locate_parameter(name)[0] for name, _ in quantized_layers(rollout_policy)}
     kinds = {name: p.dtype for name, p in rollout_policy.module.named_parameters() if name not in quantised}
     common = set(kinds.values())
     for name, parameter in plain.module.named_parameters():
@@ -325,7 +325,7 @@ def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
     rounded = quantized_copy(plain, None)  # plain layers, which do not quantize their inputs
     weights = dict(rounded.module.named_parameters())
     for name, layer in quantized_layers(fresh):
-        where, expert = place(name)
+        where, expert = locate_parameter(name)
         (weights[where] if expert is None else weights[where][expert]).copy_(dequantized_weight(layer))
     return rounded, fresh
 

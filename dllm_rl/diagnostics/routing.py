@@ -29,7 +29,7 @@ def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, vie
     for each in (policy, rollout_policy):
         with Routing(each.module) as routing:
             each.hidden(tokens, seen)
-        if why := routing.unread():
+        if why := routing.unknown_reason():
             warnings.warn(f"routing/* is not measured: {why}", stacklevel=1)  # Python does not repeat it
             return None
         sides.append(routing.experts(len(tokens))[seen])

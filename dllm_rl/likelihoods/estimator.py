@@ -1,8 +1,9 @@
-"""The interface of a sequence-likelihood estimator: masks are data, drawn once, and score every policy.
+"""The interface of a sequence-likelihood estimator.
 
-An estimator is a number of views of the batch. View n masks some positions and scores some. `combine` sums the views'
-log-probs per position; the sum over T estimates log p(completion | prompt). Scoring and the update both process one
-view at a time, so that memory does not grow with the number of views.
+An estimator scores several views of the batch. View n masks some positions and scores some. `combine` adds up the
+views' log-probs per position; the sum over T estimates log p(completion | prompt). The views are drawn once, and every
+policy is scored with the same views. Scoring and the update process one view at a time, so that memory does not grow
+with the number of views.
 """
 
 from collections.abc import Callable
@@ -20,25 +21,26 @@ from dllm_rl.types import Rollout, Views
 
 
 def weighted_sum(scores: Float[Tensor, "N B T"], views: Views) -> Float[Tensor, "B T"]:
-    """Return sum_n weight_n * log p(y_t | view n) per position, in nats. This is the default `combine`."""
+    """Return sum_n coefficient_n * log p(y_t | view n) per position, in nats. This is the default `combine`."""
     total = torch.zeros_like(scores[0])
-    for score, weight in zip(scores, views.coefficients, strict=True):  # as a sampler sums its record
-        total = total + score * weight
+    # One by one, so that the sum has the same bits as the sampler's record.
+    for view_scores, coefficients in zip(scores, views.coefficients, strict=True):
+        total = total + view_scores * coefficients
     return total
 
 
-def as_drawn(views: Views, advantages: Float[Tensor, " B"]) -> Views:
-    """Return the views unchanged. Most estimates do not depend on the advantages."""
+def ignore_advantages(views: Views, advantages: Float[Tensor, " B"]) -> Views:
+    """Return the views unchanged. This is the default `with_advantages`."""
     return views
 
 
 @dataclass(frozen=True)
 class LikelihoodEstimator:
-    """Pure functions that draw the masks of an estimate and combine the views' log-probs.
+    """An estimate of log p(completion | prompt): pure functions that draw the views and combine their log-probs.
 
     Use a function of `likelihoods.estimators` (`elbo`, `trajectory`, ...) for a published estimate, and this record for
-    a custom one, which `check_estimator` tests. Contributions are zero off the completion. Both sides of a ratio must
-    use the same estimator and the same views.
+    a custom one, which `check_estimator` tests. Contributions are zero outside the completion. Both sides of a ratio
+    must use the same estimator and the same views.
 
     Args:
         name: Name of the estimate in error messages.
@@ -56,8 +58,8 @@ class LikelihoodEstimator:
         block_size: Required block size of the policy, for views that mask complete blocks. None: any.
 
     Attributes:
-        factory: Function of `estimators` with its keywords, so that the command line can change a keyword. It is set by
-            that function.
+        factory: Function that made the estimator, with its keywords, so that the command line can change a keyword. Set
+            by `members.configurable`.
 
     Example:
             views = coupled().draw_views(rollout, generator)
@@ -67,7 +69,7 @@ class LikelihoodEstimator:
     name: str
     draw_views: Callable[[Rollout, Generator], Views]
     combine: Callable[[Tensor, Views], Tensor] = weighted_sum
-    with_advantages: Callable[[Views, Tensor], Views] = as_drawn
+    with_advantages: Callable[[Views, Tensor], Views] = ignore_advantages
     supported_attention: tuple[str, ...] = ("full", "block_causal")
     exact_for_sampler: bool = False
     scores_order: bool = False
@@ -94,21 +96,21 @@ class LikelihoodEstimator:
             rollout: Rollout to score, of B rows.
             views: Views of `draw_views`.
             micro_batch_size: Number of rows per forward. None: all.
-            retain_graphs: True retains the autograd graphs of all rows until their backward, and a mask (B,) those of
-                the marked rows. False: no gradient.
+            retain_graphs: Rows whose autograd graphs are retained until their backward: all (True), the marked rows
+                of a mask (B,), or none (False), so that the result has no gradient.
         """
         self.check(policy)
         out = torch.zeros(views.coefficients.shape, device=rollout.tokens.device)
-        parts = [(views, retain_graphs is True)]
+        passes = [(views, retain_graphs is True)]
         if isinstance(retain_graphs, Tensor):  # no backward would free the graphs of the other rows
-            parts = [(views.restrict_to_rows(~retain_graphs), False), (views.restrict_to_rows(retain_graphs), True)]
-        for part, kept in parts:
+            passes = [(views.restrict_to_rows(~retain_graphs), False), (views.restrict_to_rows(retain_graphs), True)]
+        for pass_views, with_grad in passes:
             # Processes may have different numbers of rows: see `join_uneven_forwards`.
-            with torch.set_grad_enabled(kept), join_uneven_forwards(policy):
-                for chunk in row_chunks(rollout, part, micro_batch_size):
-                    rows, masks = chunk.of(rollout, part)
-                    for n, view in enumerate(each_view(masks)):
-                        out[n, chunk.rows, chunk.columns] = view.logprobs(policy, rows)
+            with torch.set_grad_enabled(with_grad), join_uneven_forwards(policy):
+                for chunk in row_chunks(rollout, pass_views, micro_batch_size):
+                    chunk_rollout, chunk_views = chunk.of(rollout, pass_views)
+                    for n, view in enumerate(each_view(chunk_views)):
+                        out[n, chunk.rows, chunk.columns] = view.logprobs(policy, chunk_rollout)
         return out
 
     def backward(
@@ -123,13 +125,13 @@ class LikelihoodEstimator:
         """Compute `view_logprobs(...).backward(vectors)` without retained graphs.
 
         Every forward runs again and is differentiated immediately, so that memory does not grow with the number of
-        views.
+        views. `vectors` is the gradient of the loss with respect to `view_logprobs(...)`.
         """
         with join_uneven_forwards(policy, backward=True):
             for chunk in row_chunks(rollout, views, micro_batch_size):
-                rows, masks = chunk.of(rollout, views)
-                for view, vector in zip(each_view(masks), vectors, strict=True):
-                    view.backward(policy, rows, vector[chunk.rows][:, chunk.columns])
+                chunk_rollout, chunk_views = chunk.of(rollout, views)
+                for view, grad_output in zip(each_view(chunk_views), vectors, strict=True):
+                    view.backward(policy, chunk_rollout, grad_output[chunk.rows][:, chunk.columns])
 
     def logprobs(
         self, policy: Policy, rollout: Rollout, views: Views, *, micro_batch_size: int | None = None
@@ -142,18 +144,22 @@ class LikelihoodEstimator:
 
     @property
     def exact_ratios(self) -> bool:
-        """Whether exp of a difference of two policies' estimates is a ratio of probabilities of the sampler's draws."""
+        """Whether exp of the difference of two policies' estimates is a ratio of probabilities of the draws."""
         return self.exact_for_sampler or self.supported_attention == ("causal",)
 
     def is_exact_for(self, rollout: Rollout) -> bool:
-        """Return whether the estimate is the log-probability of all that the sampler decided by the weights.
+        """Return whether the estimate is the log-probability of the sampled tokens and of their order.
 
-        That is the tokens and their order. The result is False if the probability of the order is unknown or left out.
+        The result is False if the probability of the order is unknown, or if the estimate leaves it out.
         """
-        if self.supported_attention == ("causal",) or not self.exact_for_sampler or rollout.order is None:
-            return self.supported_attention == ("causal",) or (self.exact_for_sampler and rollout.renoised is not None)
-        known = rollout.order.probability
-        return known in ("deterministic", "independent") or (known != "unknown" and self.scores_order)
+        if self.supported_attention == ("causal",):
+            return True
+        if not self.exact_for_sampler:
+            return False
+        if rollout.order is None:
+            return rollout.renoised is not None
+        order_status = rollout.order.probability
+        return order_status in ("deterministic", "independent") or (order_status != "unknown" and self.scores_order)
 
     def check(self, policy: Policy) -> None:
         """Raise ValueError when the estimate does not support this policy's attention or block size."""
@@ -173,6 +179,6 @@ def recorded(rollout: Rollout, views: Views) -> Float[Tensor, "B T"]:
     Call it instead of scoring if the estimator is `exact_for_sampler`.
     """
     logprobs = rollout.logprobs
-    for part in views.features:
-        logprobs = part.sampler_logprobs(rollout, logprobs)
+    for feature in views.features:
+        logprobs = feature.sampler_logprobs(rollout, logprobs)
     return logprobs

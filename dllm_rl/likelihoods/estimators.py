@@ -1,10 +1,12 @@
 """The sequence-likelihood estimators of the library. `likelihoods.estimator` defines the interface.
 
-Costs are numbers of forwards of the full batch per scoring.
+Notation: y is a completion of L tokens, m a set of its positions, and l_i(m) = log p(y_i | prompt, y with m masked), in
+nats. The any-order ELBO is a lower bound of the likelihood in random order:
+    sum_{k=1..L} (1/k) E_{|m|=k} sum_{i in m} l_i(m)  <=  log p(y),
+    p(y) = E_order prod_i p(y_i | the positions before i in the order).
 
-Notation: y a completion of L tokens, m a set of its positions, l_i(m) = log p(y_i | prompt, y with m masked), nats.
-The any-order ELBO is  sum_{k=1..L} (1/k) E_{|m|=k} sum_{i in m} l_i(m)  <=  log p(y) = log E_order prod_i p(y_i |
-the positions before i in the order).
+The cost of an estimate is its number of forwards of the full batch. docs/methods.md explains the tags [paper] and
+[ours].
 """
 
 from dataclasses import replace
@@ -17,11 +19,11 @@ from torch import Generator, Tensor
 from dllm_rl.bounds import Bound, bounded
 from dllm_rl.likelihoods import masks
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, weighted_sum
-from dllm_rl.likelihoods.events import check_merges, last_and_first_step, replayed
-from dllm_rl.likelihoods.order import with_order
+from dllm_rl.likelihoods.events import check_merges, event_views, last_and_first_step
+from dllm_rl.likelihoods.order import add_order_logprobs
 from dllm_rl.likelihoods.packed import packed_views
-from dllm_rl.likelihoods.renoise import SELF_CONDITIONING, renoised_view
-from dllm_rl.likelihoods.trajectory import all_segments, sampled_segments, segments, views_of_segments
+from dllm_rl.likelihoods.renoise import SELF_CONDITIONING, renoise_views
+from dllm_rl.likelihoods.trajectory import all_segments, sampled_segments, segment_views, segments
 from dllm_rl.members import configurable
 from dllm_rl.types import Rollout, Views
 
@@ -32,7 +34,7 @@ def causal() -> LikelihoodEstimator:
 
     Use it for policies with causal attention, and only for them. It is exact and costs one forward.
     """
-    return LikelihoodEstimator("causal", masks.draw_nothing, supported_attention=("causal",), is_random=False)
+    return LikelihoodEstimator("causal", masks.draw_unmasked, supported_attention=("causal",), is_random=False)
 
 
 @configurable
@@ -40,16 +42,16 @@ def causal() -> LikelihoodEstimator:
 def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     """Score all tokens in one forward with the completion fully masked (d1's mean-field estimate).
 
-    Use it where cost matters most: it takes one forward (one per group with prompt_mask=0). The estimate is
-    sum_i l_i(all of y), with each prompt token masked with probability `prompt_mask`. It is biased, because it treats
-    the tokens as independent.
+    Use it if cost matters most: it takes one forward, and with prompt_mask=0 one row per group. The estimate is the sum
+    of l_i with all of y masked; each prompt token is masked too, with probability `prompt_mask`. It is biased, because
+    it treats the tokens as independent.
 
     Args:
         prompt_mask: Share of the prompt's tokens that are masked, in [0, 1).
 
     Source: d1, arXiv 2504.12216 [paper].
     """
-    draw = partial(masks.draw_everything, prompt_mask=prompt_mask)
+    draw = partial(masks.draw_fully_masked, prompt_mask=prompt_mask)
     return LikelihoodEstimator("one_step", draw, is_random=prompt_mask > 0)
 
 
@@ -70,13 +72,13 @@ def elbo(
     Args:
         num_samples: Number of masks, and of forwards.
         stratified: Spread k evenly over 1..L across the samples.
-        antithetic: Draw samples in pairs with k and L+1-k masked tokens, from opposite ends of one order, so that all
-            tokens are scored. num_samples must then be even.
-        informed_masking: Strength d of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). m is drawn without
-            replacement with q_i proportional to exp(d (max c - c_i) / (max c - min c)), where c_i is the change of
-            confidence that writing i caused within 10 places (`unmask(confidence_radius=10)` records it). The
-            expectation is then sum_k (1/k) E_{m ~ q, |m|=k} sum_{i in m} l_i(m), which is not the ELBO: tokens that
-            changed little count more. The change is signed and covers open positions of the block [ours]. None: uniform
+        antithetic: Draw samples in pairs: one masks the first k tokens of a random order, the other the last L+1-k, so
+            that every token is scored. num_samples must then be even.
+        informed_masking: Strength d of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). Positions of m are
+            drawn without replacement, with q_i proportional to exp(d (max c - c_i) / (max c - min c)). c_i is the
+            change of confidence that writing i caused at most 10 positions away (`unmask(confidence_radius=10)` records
+            it); it is signed and covers masked positions of the block [ours]. The expectation is then not the ELBO, but
+            sum_k (1/k) E_{m ~ q, |m|=k} sum_{i in m} l_i(m): tokens that changed little count more. None: uniform
             masks.
 
     Raises:
@@ -87,7 +89,7 @@ def elbo(
     if antithetic and num_samples % 2:
         raise ValueError(f"num_samples={num_samples} must be even with antithetic=True; use {num_samples + 1}")
     draw = partial(
-        masks.draw_exact,
+        masks.draw_k_masked,
         num_samples=num_samples,
         stratified=stratified,
         antithetic=antithetic,
@@ -101,15 +103,15 @@ def elbo(
 def coupled(*, num_samples: int = 1, informed_masking: float | None = None) -> LikelihoodEstimator:
     """Estimate the any-order ELBO from a mask and its complement, so that every token is scored.
 
-    Use it in place of `elbo` to score every token, at two forwards per sample. k is stratified over 0..L, and m has
-    exactly k of the L completion positions (a term with an empty set is 0):
-        ( sum_{i in m} l_i(m) (L+1)/k + sum_{i not in m} l_i(m^c) (L+1)/(L-k) ) / 2
-    The estimate is unbiased for the ELBO.
+    Use it in place of `elbo` to score every token, at two forwards per sample. The estimate is
+        ( sum_{i in m} l_i(m) (L+1)/k + sum_{i not in m} l_i(m^c) (L+1)/(L-k) ) / 2,
+    where m has k of the L positions, m^c is its complement, and k is stratified over 0..L. A sum over an empty set is
+    0. The estimate is unbiased for the ELBO.
 
     Args:
         num_samples: Number of pairs of masks. Each pair costs two forwards.
-        informed_masking: Strength of Informed Masking, as in `elbo`. m is drawn by it, and m^c is the complement; the
-            expectation is then not the ELBO. None: uniform masks.
+        informed_masking: Strength of Informed Masking, by which m is drawn, as in `elbo`. The expectation is then not
+            the ELBO. None: uniform masks.
 
     Source: ESPO's form [paper].
     """
@@ -130,8 +132,8 @@ def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     Args:
         nodes: Number of nodes of the quadrature; each takes one mask and one forward.
 
-    Source: SDMC of the diffusion GDPO (not the normalization `decoupled`), arXiv 2510.08554 [paper]; exactly k masked
-    tokens instead of independent ones [ours].
+    Source: SDMC of GDPO for diffusion models, arXiv 2510.08554 [paper], which is not the GDPO of `decoupled`. The paper
+    masks tokens independently; exactly k masked tokens are [ours].
     """
     return LikelihoodEstimator("quadrature", partial(masks.draw_quadrature, nodes=nodes))
 
@@ -139,11 +141,12 @@ def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
 @configurable
 @bounded(block_size=Bound(at_least=1), num_samples=Bound(at_least=1))
 def block_elbo(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
-    """Estimate the ELBO of block-wise decoding: earlier blocks clean, one partly masked, later ones fully masked.
+    """Estimate the ELBO of block-wise decoding: one block is partly masked, and later blocks are fully masked.
 
-    Use it for rollouts of `unmask` with a `block_size`. With blocks b = 1..N of L_b tokens, k ~ U{1..L_b} and m in b
-    with |m| = k, the estimate is the mean over samples of
-        N (L_b / k) sum_{i in m} l_i(m and all later blocks),  b ~ U{1..N}, stratified over the samples.
+    Use it for rollouts of `unmask` with a `block_size`. A sample draws one of N blocks b ~ U{1..N}, stratified over the
+    samples, k ~ U{1..L_b} for its L_b tokens, and a set m of k of these tokens. The estimate is the mean over samples
+    of
+        N (L_b / k) sum_{i in m} l_i(m and all later blocks).
     It is unbiased for a lower bound of the block-wise sampler's likelihood: the sum of each block's any-order ELBO
     given the earlier blocks. Blocks start at the completion, as in `unmask`.
 
@@ -151,26 +154,27 @@ def block_elbo(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
         block_size: Number of tokens of a block.
         num_samples: Number of masks, and of forwards. With one per block, every block is scored.
 
-    Source: SPG, arXiv 2510.09541 [paper], whose code also scores later blocks [ours: only the chosen one].
+    Source: SPG, arXiv 2510.09541 [paper]. SPG's code also scores later blocks; scoring only the drawn block is [ours].
     """
     return LikelihoodEstimator("block_elbo", partial(masks.draw_block, block_size=block_size, num_samples=num_samples))
 
 
 def upper_bound(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) -> Float[Tensor, "B T"]:
-    """Return (1/beta) log sum_n weight_n p_i(view n)^beta per position, in nats; 0 where no view scores it."""
-    scored = views.coefficients > 0
-    # A position that no view scores would give log 0 and a NaN gradient: its terms are also replaced before the log.
-    logits = torch.where(scored, beta * scores + views.coefficients.where(scored, 1).log(), -torch.inf)
-    nowhere = ~scored.any(0)
-    return torch.where(nowhere, 0, logits.masked_fill(nowhere, 0).logsumexp(0) / beta)
+    """Return (1/beta) log sum_n coefficient_n p_i(view n)^beta per position, in nats; 0 if no view scores it."""
+    is_scored = views.coefficients > 0
+    terms = torch.where(is_scored, beta * scores + views.coefficients.where(is_scored, 1).log(), -torch.inf)
+    unscored = ~is_scored.any(0)
+    # A position that no view scores has only terms of -inf, whose logsumexp has a NaN gradient: they are replaced.
+    return torch.where(unscored, 0, terms.masked_fill(unscored, 0).logsumexp(0) / beta)
 
 
 def mixed_bounds(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) -> Float[Tensor, "B T"]:
-    """Mix the lower with the upper bound by `upper_bound_weight`, per position, in nats."""
+    """Mix the lower and the upper bound of each position, in nats. `Views.upper_bound_weight` has the row's weight."""
     lower = weighted_sum(scores, views)
-    if views.upper_bound_weight is None:  # no advantages yet
+    if views.upper_bound_weight is None:  # the advantages are not known yet
         return lower
-    return torch.lerp(lower, upper_bound(scores, views, beta=beta), views.upper_bound_weight[:, None].to(lower))
+    upper = upper_bound(scores, views, beta=beta)
+    return torch.lerp(lower, upper, views.upper_bound_weight[:, None].to(lower))
 
 
 def upper_where_negative(views: Views, advantages: Float[Tensor, " B"], *, mix: float) -> Views:
@@ -183,25 +187,24 @@ def upper_where_negative(views: Views, advantages: Float[Tensor, " B"], *, mix: 
 def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """Estimate SPG's evidence upper bound from the masks of another estimate.
 
-    Use `sandwich` instead to apply the upper bound only to rows with a negative advantage. The
-    contribution of position i is (1/beta) log sum_n w_n p_i(m_n)^beta, over the views n of `base` that mask i, with
-    their weights w_n (SPG writes it as a mean over masks of p_i^beta / t). The cost is that of `base`.
+    Use `sandwich` instead to apply the upper bound only to rows with a negative advantage. The contribution of position
+    i is (1/beta) log sum_n w_n p_i(m_n)^beta, over the views n of `base` that mask i, with their weights w_n. (SPG
+    writes it as a mean over masks of p_i^beta / t.) The cost is the cost of `base`.
 
-    Over all masks the result is at least the ELBO, for every beta > 0 (Jensen). It is at least log p in random order if
-    beta >= L (Hoelder), or if all conditionals of the model come from one joint distribution, which a network's do not.
-    In other cases log p may exceed it [ours]; SPG's theorem for beta >= 1 adds a constant. Few masks bias the log of a
-    mean downwards.
+    With all masks, the result is at least the ELBO for every beta > 0 (Jensen). It is at least log p in random order if
+    beta >= L (Hoelder), or if all conditionals of the model come from one joint distribution, which is not so for a
+    network. In other cases log p may exceed it [ours]; SPG's theorem for beta >= 1 adds a constant. With few masks the
+    result is biased downwards, as it is the log of a mean.
 
     Args:
         beta: Exponent of the probabilities, above 0.
-        base: Estimate whose masks are used, with their weights for 1/t: elbo, coupled, quadrature or block_elbo. None:
-            `coupled()`.
+        base: Estimate whose masks and weights are used: elbo, coupled, quadrature or block_elbo. None: `coupled()`.
 
-    Source: SPG, arXiv 2510.09541 [paper], whose code divides by the scored tokens.
+    Source: SPG, arXiv 2510.09541 [paper]. SPG's code divides by the number of scored tokens.
     """
     base = coupled() if base is None else base
-    made = replace(base, name="eubo", exact_for_sampler=False, scores_order=False)
-    return replace(made, combine=partial(upper_bound, beta=beta))
+    combine = partial(upper_bound, beta=beta)
+    return replace(base, name="eubo", exact_for_sampler=False, scores_order=False, combine=combine)
 
 
 @configurable
@@ -209,21 +212,29 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
 def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
     """Score with SPG's pair of bounds: the ELBO for advantages >= 0, mix * EUBO + (1 - mix) * ELBO for negative ones.
 
-    Use it so that a negative advantage lowers an upper bound and not only the ELBO. Both bounds come from the same
-    views of `base` (see `eubo`), at its cost. Without `with_advantages` the result is the ELBO.
+    Use it so that a negative advantage lowers an upper bound of the likelihood, and not only the ELBO. Both bounds come
+    from the same views of `base` (see `eubo`), at the cost of `base`. The result is the ELBO until `with_advantages`
+    has been called.
 
     Args:
         beta: Exponent of the upper bound, above 0.
         mix: Weight of the upper bound, in [0, 1].
         base: Estimate whose masks both bounds use. None: `coupled()`.
 
-    Source: SPG, arXiv 2510.09541, and its code [paper]; inside a clipped ratio, per token and unnormalized [ours].
+    Source: SPG, arXiv 2510.09541, and its code [paper]. The use in a clipped ratio, per token and without division by
+    the number of tokens, is [ours].
     """
     base = coupled() if base is None else base
     combine = partial(mixed_bounds, beta=beta)
     with_advantages = partial(upper_where_negative, mix=mix)
-    made = replace(base, name="sandwich", exact_for_sampler=False, scores_order=False)
-    return replace(made, combine=combine, with_advantages=with_advantages)
+    return replace(
+        base,
+        name="sandwich",
+        exact_for_sampler=False,
+        scores_order=False,
+        combine=combine,
+        with_advantages=with_advantages,
+    )
 
 
 @configurable
@@ -238,34 +249,34 @@ def trajectory(
 ) -> LikelihoodEstimator:
     """Score a rollout by replaying its recorded unmasking steps.
 
-    Use it when ratios must be exact or the sampler takes few steps: it costs one forward per segment. Segment s scores
-    the tokens committed in it, with everything from s on masked. With one segment per step (the default), the sum over
-    T is the exact log-probability of the tokens given the order.
+    Use it if ratios must be exact or the sampler takes few steps: it costs one forward per segment. A forward masks the
+    tokens that were committed in segment s or later, and scores those of segment s. With one segment per step (the
+    default), the sum over T is the exact log-probability of the tokens given the order.
 
-    Some orders depend on the weights and are scored too (`include_order`). Under the rank `confidence`, each step also
-    scores the positions that stayed masked, by the probability of a lower-ranked draw (`models.order` [ours]); under
-    `plackett_luce` the draw of positions, and under the commit rule `soft_threshold` the set of a step. The row's sum
-    is then the exact log-probability of tokens AND order. For other rules that choose by the drawn tokens, the order is
-    left out, and a run prints a warning.
+    Some orders depend on the weights, and are scored too (`include_order`). Under the rank `confidence`, each step also
+    scores the positions that stayed masked, by the probability of a lower-ranked draw (`models.order` [ours]). Under
+    `plackett_luce` it scores the draw of the positions, and under the commit rule `soft_threshold` the set of
+    positions. The row's sum is then the exact log-probability of tokens AND order. For other rules that depend on the
+    drawn tokens, the order is left out, and a run prints a warning.
 
     A rollout that rewrites tokens (`remask`, `soft_edit`) is replayed event by event [ours]: the canvas of each step is
-    rebuilt, and a position's contribution is the sum over its writings (docs/order.md). A rollout of `renoise` is
+    rebuilt, and a position's contribution is the sum over its writes (docs/order.md). A rollout of `renoise` is
     replayed in one view; a position's contribution is the sum over its accepted draws [ours].
 
     Args:
-        num_segments: Number of segments into which a row's steps are merged: step s of n goes to segment
-            floor(s * num_segments / n), with steps counted over all blocks. Cheaper, but not exact. None: one segment
-            per step; a rollout that rewrites tokens needs None.
+        num_segments: Number of segments into which a row's steps are merged, which is cheaper, but not exact: step s of
+            n goes to segment floor(s * num_segments / n), with steps counted over all blocks. None: one segment per
+            step; a rollout that rewrites tokens needs None.
         block_size: Block size of a block-causal model. The same likelihood then takes one packed forward per step of a
-            block, for all blocks together, and num_segments counts the segments of a block. None: no packing.
+            block, for all blocks together, and num_segments is the number of segments of a block. None: no packing.
         include_order: Add the order's log-probability where the rollout recorded one (rank=confidence or plackett_luce
             with commit=schedule or late_schedule; commit=soft_threshold) and num_segments is None.
         num_sampled_steps: Number of steps (or segments) of each row that are scored, drawn without replacement: an
-            unbiased estimate [ours] of the row's sum and, on-policy, of its gradient. None: all. With
-            `unmask(block_size=1)`, all steps give JustGRPO (arXiv 2601.15165, its authors' code [paper]).
-        self_conditioning: For `renoise`, whose steps see the logits of the step before: "detached" stops the gradient
-            there and needs the memory of one step; "full" differentiates through all steps and needs the memory of all.
-            The log-probs are the same.
+            unbiased estimate [ours] of the row's sum and, on-policy, of its gradient. None: all steps; with
+            `unmask(block_size=1)` this is JustGRPO (arXiv 2601.15165, its authors' code [paper]).
+        self_conditioning: For `renoise`, whose steps read the logits of the step before. "detached" stops the gradient
+            at these logits and needs the memory of one step; "full" differentiates through all steps and needs the
+            memory of all. The log-probs are the same.
 
     Raises:
         ValueError: self_conditioning is another word, or num_sampled_steps is set together with block_size.
@@ -276,9 +287,9 @@ def trajectory(
         raise ValueError(f"self_conditioning={self_conditioning!r} must be 'detached' or 'full'")
     if num_sampled_steps is not None and block_size is not None:
         raise ValueError(
-            f"num_sampled_steps={num_sampled_steps} draws steps, and block_size={block_size} packs them: drop one"
+            f"num_sampled_steps={num_sampled_steps} cannot be combined with block_size={block_size}: leave one at None"
         )
-    exact = num_segments is None and num_sampled_steps is None  # one view per step
+    exact = num_segments is None and num_sampled_steps is None  # one view for each step
     scores_order = exact and include_order  # a merged segment is not a step of the sampler
     attention: tuple[str, ...] = ("full", "block_causal") if block_size is None else ("block_causal",)
     if exact and block_size is None:
@@ -312,22 +323,23 @@ def trajectory_views(
     scores_order: bool,
     full: bool,
 ) -> Views:
-    """Draw the views of `trajectory()`, which binds the keywords. `full` refers to the self-conditioning."""
+    """Draw the views of `trajectory()`, which binds the keywords. `full` is self_conditioning == "full"."""
     if rollout.renoised is not None:
-        return renoised_view(rollout, full=full)
+        return renoise_views(rollout, full=full)
     check_merges(rollout, num_segments)
     if block_size is not None:
         views = packed_views(rollout, num_segments=num_segments, block_size=block_size)
     else:
-        step, _ = last_and_first_step(rollout)
-        segment = segments(step, num_segments)
-        index, coefficient = all_segments(segment), None
-        if num_sampled_steps is not None:
+        last_step, _ = last_and_first_step(rollout)
+        segment = segments(last_step, num_segments)
+        if num_sampled_steps is None:
+            index, coefficient = all_segments(segment), None
+        else:
             index, coefficient = sampled_segments(segment, rollout, generator, num_sampled_steps)
         if rollout.events is None:
-            views = views_of_segments(rollout, segment, index)
+            views = segment_views(rollout, segment, index)
         else:
-            views = replayed(rollout, index.expand(-1, *segment.shape))
+            views = event_views(rollout, index.expand(-1, *segment.shape))
         if coefficient is not None:
             views = replace(views, coefficients=views.coefficients * coefficient)
-    return with_order(rollout, views) if scores_order else views
+    return add_order_logprobs(rollout, views) if scores_order else views

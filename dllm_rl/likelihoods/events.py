@@ -1,9 +1,8 @@
-"""Replay of rollouts of a rule that rewrites (`remask`, `soft_edit`).
+"""Views of a rollout whose commit rule rewrites tokens (`remask`, `soft_edit`): a replay of its recorded events.
 
-Their views see the canvas before a step of each position, and score what that step wrote.
+A view rebuilds the canvas before a step of each position, and scores the tokens that this step wrote.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,21 +15,23 @@ from dllm_rl.types import Rollout, Views
 
 
 def canvas_at(rollout: Rollout, *, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Return the tokens before `step` of each position, and those that it wrote; -1 if masked, or not written."""
+    """Return the tokens before `step` of each position, -1 if masked, and the tokens that it wrote, -1 if none."""
     events = rollout.events
     if events is None:
         raise ValueError("the rollout has no events: only a sampler that revises records them")
-    known = events.step >= 0
-    count = (known & (events.step < step[..., None])).sum(-1, keepdim=True)
-    latest = events.token.gather(-1, (count - 1).clamp(min=0))
-    first = torch.where(known[..., :1], -1, rollout.tokens[..., None])  # a position without events never changed
-    before = torch.where(count > 0, latest, first)[..., 0]
-    return before, torch.where(events.step == step[..., None], events.token, -1).amax(-1).long()
+    is_event = events.step >= 0
+    num_earlier = (is_event & (events.step < step[..., None])).sum(-1, keepdim=True)
+    latest = events.token.gather(-1, (num_earlier - 1).clamp(min=0))
+    # A position was masked before its first event; a position without events has never changed.
+    initial = torch.where(is_event[..., :1], -1, rollout.tokens[..., None])
+    before = torch.where(num_earlier > 0, latest, initial)[..., 0]
+    written = torch.where(events.step == step[..., None], events.token, -1).amax(-1).long()
+    return before, written
 
 
 @dataclass(frozen=True)
-class Replayed(ViewFeature):
-    """Feature of views that see the tokens before their step, and score those that it wrote."""
+class CanvasReplay(ViewFeature):
+    """Feature of views whose canvas is rebuilt for a `step` of each position."""
 
     step: Int[Tensor, "N B T"]
 
@@ -38,13 +39,13 @@ class Replayed(ViewFeature):
         return replace(view, canvas=partial(canvas_at, step=self.step[number]))
 
     def sampler_logprobs(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        assert rollout.events is not None, "views are replayed of a rollout with events"
-        # Slot by slot, in the order in which views are summed.
+        assert rollout.events is not None, "the views replay the events of the rollout"
+        # Event by event, in the order in which views are summed.
         return sum(rollout.events.logprobs.unbind(-1), torch.zeros_like(logprobs))
 
 
 def last_and_first_step(rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Return the last and the first step in which each position changed; -1 off the completion."""
+    """Return the last and the first step in which each position changed; -1 outside the completion."""
     step = rollout.unmask_step
     if rollout.events is None:
         return step, step
@@ -52,7 +53,7 @@ def last_and_first_step(rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tenso
 
 
 def check_merges(rollout: Rollout, num_segments: int | None) -> None:
-    """Raise ValueError where steps are merged although a position may be written in several of them."""
+    """Raise ValueError if steps are merged, although a position may be written in several of them."""
     if num_segments is not None and rollout.events is not None:
         raise ValueError(
             f"num_segments={num_segments} merges steps, and this rollout's commit rule may write a position in several "
@@ -60,8 +61,12 @@ def check_merges(rollout: Rollout, num_segments: int | None) -> None:
         )
 
 
-def replayed(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Views:
-    """Return views of the canvas before each position's step, which score what that step wrote."""
+def event_views(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Views:
+    """Return one view for each of S steps. It has the canvas before the step, and scores what the step wrote.
+
+    Raises:
+        ValueError: The recorded events do not determine a likelihood, or lack the support of a filter.
+    """
     events = rollout.events
     if events is None or events.depends_on_tokens:
         raise ValueError(
@@ -72,9 +77,10 @@ def replayed(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Views:
     params = rollout.sampling_params
     if params.filters and params.support != "per_policy":
         raise ValueError(
-            f"sampling_support={params.support!r}: a rollout that revises records what a filter kept at each "
-            "position's last writing alone; use sampling_support='per_policy'"
+            f"sampling_support={params.support!r}: a rollout that revises records what a filter kept only "
+            "for each position's last write; use sampling_support='per_policy'"
         )
-    both: Iterator = (canvas_at(rollout, step=each) for each in step)
-    before, written = map(torch.stack, zip(*both, strict=True))
-    return Views(before < 0, (written >= 0).float(), features=(Replayed(step),))
+    canvases = [canvas_at(rollout, step=view_step) for view_step in step]
+    masked = torch.stack([before < 0 for before, _ in canvases])
+    scored = torch.stack([written >= 0 for _, written in canvases])
+    return Views(masked, scored.float(), features=(CanvasReplay(step),))

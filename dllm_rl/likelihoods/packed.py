@@ -1,4 +1,7 @@
-"""Packed scoring of a block-causal model: a view masks all blocks, and each block sees the others clean."""
+"""Packed scoring of a block-causal model: one view masks positions in all blocks, and a block sees the others unmasked.
+
+A packed forward runs a clean copy of each row (the rollout's tokens) next to a noisy copy (with masks).
+"""
 
 from dataclasses import dataclass, replace
 
@@ -7,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.likelihoods import events
-from dllm_rl.likelihoods.trajectory import all_segments, views_of_segments
-from dllm_rl.likelihoods.views import Plan, View, ViewFeature
+from dllm_rl.likelihoods.trajectory import all_segments, segment_views
+from dllm_rl.likelihoods.views import ForwardPlan, View, ViewFeature
 from dllm_rl.models.base import Policy, block_causal_mask, block_ranks, position_ids
 from dllm_rl.types import Rollout, Views
 
@@ -24,45 +27,56 @@ class Packed(ViewFeature):
 def packed_views(rollout: Rollout, *, num_segments: int | None, block_size: int) -> Views:
     """Return the views of a trajectory for all blocks together.
 
-    View r hides what was committed r or more steps after the block's first step, and scores step r. Blocks count from
-    the row's first token.
+    View r hides the tokens that were committed r or more steps after the first step of their block, and scores those of
+    step r. Blocks are counted from the row's first token.
     """
     completion = rollout.completion_mask
-    step, begun = events.last_and_first_step(rollout)
+    last_step, first_step = events.last_and_first_step(rollout)
     block = position_ids(rollout.attention_mask) // block_size
-    far = torch.iinfo(step.dtype).max  # positions off the completion must not count as a first step
-    blank = step.new_full((len(step), int(block.max()) + 1), far)
-    first = blank.scatter_reduce(1, block, torch.where(completion, begun, far), "amin").gather(1, block)
-    segment = step - first
+    largest = torch.iinfo(last_step.dtype).max  # ignored by the minimum below
+    per_block = last_step.new_full((len(last_step), int(block.max()) + 1), largest)
+    first_steps = torch.where(completion, first_step, largest)
+    block_start = per_block.scatter_reduce(1, block, first_steps, "amin").gather(1, block)
+    segment = last_step - block_start
     if num_segments is not None:
-        last = (-blank).scatter_reduce(1, block, torch.where(completion, step, -far), "amax").gather(1, block)
-        segment = segment * num_segments // (last - first + 1).clamp(min=1)
+        last_steps = torch.where(completion, last_step, -largest)
+        block_end = (-per_block).scatter_reduce(1, block, last_steps, "amax").gather(1, block)
+        segment = segment * num_segments // (block_end - block_start + 1).clamp(min=1)
     segment = torch.where(completion, segment, -1)
     index = all_segments(segment)
     if rollout.events is None:
-        views = views_of_segments(rollout, segment, index)
+        views = segment_views(rollout, segment, index)
     else:
-        views = events.replayed(rollout, (index + torch.where(completion, first, 0)).expand(-1, *segment.shape))
+        step = index + torch.where(completion, block_start, 0)
+        views = events.event_views(rollout, step.expand(-1, *segment.shape))
     return replace(views, features=(*views.features, Packed()))
 
 
 def packed_mask(
     attention_mask: Bool[Tensor, "B T"], block: Int[Tensor, "B T"], start: int, *ranks: tuple[Tensor, Tensor]
 ) -> Bool[Tensor, "B 1 Q Q"]:
-    """Return which of Q columns see which: T clean columns and the noisy columns start..T-1; Q = 2 T - start.
+    """Return the attention mask of a packed forward.
 
-    Each kind has its `block_ranks`.
+    Its Q = 2 T - start columns are T clean columns, then the noisy columns start..T-1.
+
+    Args:
+        attention_mask: False on padding.
+        block: Block of each column.
+        start: First noisy column.
+        *ranks: `block_ranks` of the clean tokens, and of the noisy tokens.
     """
-    clean, noisy = (block_causal_mask(attention_mask, *one)[:, 0] for one in ranks)
-    before = block_causal_mask(attention_mask, block, block - 1)[:, 0]
-    real = attention_mask[:, :, None]
-    upper = torch.cat([clean, torch.zeros_like(noisy[:, :, start:])], dim=-1)
-    # Padding sees its clean block, so that no row of the mask is empty: its softmax would be NaN.
-    lower = torch.cat([before | (clean & ~real), (noisy & ~before & real)[:, :, start:]], dim=-1)[:, start:]
-    return torch.cat([upper, lower], dim=1)[:, None]
+    clean, noisy = (block_causal_mask(attention_mask, *rank)[:, 0] for rank in ranks)
+    earlier_blocks = block_causal_mask(attention_mask, block, block - 1)[:, 0]
+    is_token = attention_mask[:, :, None]
+    clean_queries = torch.cat([clean, torch.zeros_like(noisy[:, :, start:])], dim=-1)
+    # Padding sees its clean block: without a key the softmax of its row would be NaN.
+    clean_keys = earlier_blocks | (clean & ~is_token)
+    noisy_keys = noisy & ~earlier_blocks & is_token
+    noisy_queries = torch.cat([clean_keys, noisy_keys[:, :, start:]], dim=-1)[:, start:]
+    return torch.cat([clean_queries, noisy_queries], dim=1)[:, None]
 
 
-def packed_forward(policy: Policy, plan: Plan, *inputs: Tensor) -> Tensor:
+def packed_forward(policy: Policy, plan: ForwardPlan, *inputs: Tensor) -> Tensor:
     """Run `packed_hidden` as the forward of a view."""
     return packed_hidden(policy, *inputs)
 
@@ -74,22 +88,33 @@ def packed_hidden(
     tokens: Int[Tensor, "B T"],
     read: Bool[Tensor, "B T"],
 ) -> Float[Tensor, "B T D"]:
-    """Return final states where each block sees `noisy` of itself and `tokens` of the others.
+    """Return the final states of noisy tokens if each block sees only the clean tokens of earlier blocks.
 
-    States before the first block with a position to `read` are zeros. A clean and a noisy copy of the row go through
-    one forward. Clean tokens see clean tokens of their block and earlier ones; noisy tokens see clean tokens of earlier
-    blocks and noisy ones of their block. The result is exact: each token sees what it would see in a forward of its
-    block only. Raise ValueError for a model that is not block-causal, or with a shift.
+    A clean and a noisy copy of each row go through one forward. Clean tokens see the clean tokens of their block and of
+    earlier blocks. Noisy tokens see the clean tokens of earlier blocks and the noisy tokens of their block. The result
+    is exact: each token sees what it would see in a separate forward of its block.
+
+    Args:
+        policy: Block-causal policy.
+        noisy: Tokens with masks.
+        attention_mask: False on padding.
+        tokens: Clean tokens.
+        read: Positions whose states are needed. States before the block of the first one are zeros.
+
+    Raises:
+        ValueError: The policy is not block-causal, or its states are shifted.
     """
     spec = policy.spec
     if spec.attention != "block_causal" or spec.shift or spec.block_size is None or spec.mask_id is None:
         raise ValueError(f"packed scoring is for block-causal models without a shift; the policy is {spec.name!r}")
     positions = position_ids(attention_mask)
     block = positions // spec.block_size
-    first = torch.where(read, block, block.max() + 1).amin(-1, keepdim=True)
-    start = int((attention_mask & (block >= first)).any(0).long().argmax())  # before it no noisy column is needed
-    both = torch.cat([tokens, noisy[:, start:]], dim=1)
-    ranks = (block_ranks(spec, some, positions) for some in (tokens, noisy))
-    mask = packed_mask(attention_mask, block, start, *ranks)
-    states = policy.encode(both, mask, torch.cat([positions, positions[:, start:]], dim=1))[:, tokens.shape[1] :]
+    first_block = torch.where(read, block, block.max() + 1).amin(-1, keepdim=True)
+    start = int((attention_mask & (block >= first_block)).any(0).long().argmax())  # the first noisy column that is read
+    packed_tokens = torch.cat([tokens, noisy[:, start:]], dim=1)
+    packed_positions = torch.cat([positions, positions[:, start:]], dim=1)
+    clean_ranks = block_ranks(spec, tokens, positions)
+    noisy_ranks = block_ranks(spec, noisy, positions)
+    mask = packed_mask(attention_mask, block, start, clean_ranks, noisy_ranks)
+    states = policy.encode(packed_tokens, mask, packed_positions)[:, tokens.shape[1] :]
     return torch.cat([states.new_zeros(len(states), start, states.shape[-1]), states], dim=1)

@@ -1,9 +1,11 @@
-"""Rollouts of `renoise`: their one view replays every step, and scores the accepted draws.
+"""The view of a rollout of `renoise`: it replays every step, and scores the accepted draws.
 
-A step draws a token at every position, and random tokens. Only the draws at accepted positions are used. The accepted
-positions and the end of a canvas are functions of the logits, and random tokens do not depend on the weights. So a
-rollout's log-prob is the sum of log p(token) over steps and accepted positions, at the step's temperature. Each step's
-state includes the logits of the step before, which are recomputed step by step.
+A step draws a token at every position, accepts some of the draws, and replaces the others by random tokens. The
+accepted positions and the end of a canvas are functions of the logits, and random tokens do not depend on the weights.
+The log-prob of a rollout is therefore the sum of log p(token) over steps and accepted positions, at the step's
+temperature. A step also reads the logits of the step before (self-conditioning), which are recomputed step by step.
+
+A canvas is a part of the completion that is denoised together.
 """
 
 from collections.abc import Iterator
@@ -24,12 +26,12 @@ SELF_CONDITIONING = ("detached", "full")
 
 
 @dataclass(frozen=True)
-class Replayed(ViewFeature):
+class RenoiseReplay(ViewFeature):
     """Feature of the view that replays every step of `renoise`.
 
     Args:
-        full: Differentiate through the self-conditioning. False: the gradient stops at the step before.
-        steps: Largest number of steps, over all canvases.
+        full: Whether to differentiate through the self-conditioning. If False, the gradient stops at the step before.
+        steps: Total number of steps of all canvases.
     """
 
     is_per_token: ClassVar[bool] = False  # a contribution is a sum over a position's draws
@@ -45,31 +47,37 @@ class Replayed(ViewFeature):
         return Replay(view.masked, view.scored, full=self.full)
 
 
-def renoised_view(rollout: Rollout, *, full: bool) -> Views:
-    """Return the one view, of all steps, of a rollout of `renoise`."""
-    part = renoised(rollout)
-    scored = (part.drawn >= 0).any(-1)
-    count = int(part.block.amax() + 1) * part.seen.shape[2]
-    return Views(torch.zeros_like(scored)[None], scored.float()[None], features=(Replayed(full, count),))
+def renoise_views(rollout: Rollout, *, full: bool) -> Views:
+    """Return the views of a rollout of `renoise`: a single one, which replays all steps."""
+    record = renoise_record(rollout)
+    scored = (record.drawn >= 0).any(-1)
+    num_steps = int(record.block.amax() + 1) * record.seen.shape[2]
+    return Views(torch.zeros_like(scored)[None], scored.float()[None], features=(RenoiseReplay(full, num_steps),))
 
 
-def renoised(rollout: Rollout) -> Renoised:
-    """Return the record of `renoise`, which must exist."""
+def renoise_record(rollout: Rollout) -> Renoised:
+    """Return the steps that `renoise` recorded, which must exist."""
     assert rollout.renoised is not None, "only `renoise` records its steps"
     return rollout.renoised
 
 
 class Step(NamedTuple):
-    """A step of R rows: the accepted draws, and the log-probs of all draws at these positions."""
+    """One step of the C positions of a canvas, for R rows.
 
-    places: Int[Tensor, "R C"]  # columns of the rollout
+    Attributes:
+        columns: Columns of the positions in the rollout.
+        scored: Positions whose draw was accepted.
+        logprobs: Log-prob of the draw in nats; 0 if it was not accepted.
+    """
+
+    columns: Int[Tensor, "R C"]
     scored: Bool[Tensor, "R C"]
-    logprobs: Float[Tensor, "R C"]  # nats, 0 where not scored
+    logprobs: Float[Tensor, "R C"]
 
 
 @dataclass(frozen=True)
 class Replay(View):
-    """The view of all steps, which takes one forward for each."""
+    """The view of all steps. It takes one forward per step."""
 
     full: bool = False
 
@@ -78,95 +86,106 @@ class Replay(View):
         return rollout.tokens
 
     def run(self, policy: Policy, rollout: Rollout, at: Bool[Tensor, "B T"]) -> ViewStates | None:
-        raise ValueError("a corrector with needs_entropy does not go with renoise, whose view is several forwards")
+        raise ValueError(
+            "a corrector with needs_entropy cannot be combined with renoise, whose view takes several forwards"
+        )
 
     def logprobs(self, policy: Policy, rollout: Rollout) -> Float[Tensor, "B T"]:
         """Return the sum of each position's log-probs in nats; 0 where nothing is scored."""
         out = torch.zeros(self.scored.shape, device=self.scored.device)
         rows = self.scored.any(-1).nonzero()[:, 0]
-        for step in steps(policy, rollout.rows(rows), full=self.full):
-            # Step by step, as the sampler sums its record.
-            out = out.to(step.logprobs.dtype).index_put((rows[:, None], step.places), step.logprobs, accumulate=True)
+        for step in replay_steps(policy, rollout.rows(rows), full=self.full):
+            # Step by step, in the order in which the sampler adds up its record.
+            out = out.to(step.logprobs.dtype).index_put((rows[:, None], step.columns), step.logprobs, accumulate=True)
         return out
 
-    def backward(self, policy: Policy, rollout: Rollout, vector: Float[Tensor, "B T"]) -> None:
-        """Compute `logprobs(...).backward(vector)`.
+    def backward(self, policy: Policy, rollout: Rollout, grad_output: Float[Tensor, "B T"]) -> None:
+        """Compute `logprobs(...).backward(grad_output)`.
 
-        Unless `full`, memory does not grow with the number of steps: each step is differentiated immediately, down to
+        With full=False, memory does not grow with the number of steps: each step is differentiated immediately, down to
         the encoder's cache, and the encoder once, at the end.
         """
-        rows = ((vector != 0) & self.scored).any(-1).nonzero()[:, 0]
+        rows = ((grad_output != 0) & self.scored).any(-1).nonzero()[:, 0]
         if not len(rows):
             return
-        vector = vector[rows]
+        grad_output = grad_output[rows]
         if self.full:
-            part = replace(self, scored=self.scored[rows])
-            part.logprobs(policy, rollout.rows(rows)).backward(vector)
+            row_view = replace(self, scored=self.scored[rows])
+            row_view.logprobs(policy, rollout.rows(rows)).backward(grad_output)
             return
         cuts: list[list[tuple[Tensor, Tensor]]] = []
-        for step in steps(policy, rollout.rows(rows), full=False, cuts=cuts):
-            weights = vector.gather(1, step.places) * step.scored
+        for step in replay_steps(policy, rollout.rows(rows), full=False, cuts=cuts):
+            step_gradient = grad_output.gather(1, step.columns) * step.scored
             if step.logprobs.requires_grad:
-                step.logprobs.backward(weights.to(step.logprobs.dtype))
+                step.logprobs.backward(step_gradient.to(step.logprobs.dtype))
         backward_through(cuts)
 
 
-def steps(
+def replay_steps(
     policy: Policy, rollout: Rollout, *, full: bool, cuts: list[list[tuple[Tensor, Tensor]]] | None = None
 ) -> Iterator[Step]:
-    """Yield all rows' steps, canvas by canvas.
+    """Yield the steps of all rows, canvas by canvas.
 
-    With `cuts`, the encoder's cache is cut from its graph, and each cut is appended to the list.
+    With `cuts`, the encoder's cache is cut from its graph, and each cut is appended to the list
+    (`models.denoiser.backward_through`).
     """
-    part = renoised(rollout)
+    record = renoise_record(rollout)
     if not len(rollout.tokens):
         return
-    columns, first, canvases, length = _aligned(part)
-    tokens = _at(rollout.tokens, columns)
-    real = _at(rollout.attention_mask, columns)
+    columns, start, num_canvases, length = _align_columns(record)
+    tokens = _gather_columns(rollout.tokens, columns)
+    attention_mask = _gather_columns(rollout.attention_mask, columns)
     # Rows that ended early read the columns after their end, where nothing is scored: a row with only padding
     # would have no key to attend to.
-    real |= torch.arange(columns.shape[1], device=columns.device) >= first
+    attention_mask |= torch.arange(columns.shape[1], device=columns.device) >= start
     prefix = Prefix.empty(policy, len(tokens))
-    for number in range(canvases):
-        begin = first + number * length
-        new = slice(0, first) if number == 0 else slice(begin - length, begin)
-        prefix.read(policy, tokens[:, new], real[:, new])
+    for canvas in range(num_canvases):
+        begin = start + canvas * length
+        # The encoder reads the prompt before the first canvas, and the canvas before each other one.
+        new_columns = slice(0, start) if canvas == 0 else slice(begin - length, begin)
+        prefix.read(policy, tokens[:, new_columns], attention_mask[:, new_columns])
         if cuts is not None:
             cuts.append(prefix.cut())
-        places = columns[:, begin : begin + length]
-        if places.shape[1] < length:
+        canvas_columns = columns[:, begin : begin + length]
+        if canvas_columns.shape[1] < length:
             return
-        inside = (places >= 0) & (places < part.block.shape[1])
-        where = places.clamp(0, part.block.shape[1] - 1)
-        index = where[..., None].expand(-1, -1, part.seen.shape[2])
-        seen = part.seen.gather(1, index).masked_fill(~inside[..., None], -1).long()
-        drawn = part.drawn.gather(1, index).masked_fill(~inside[..., None], -1).long()
-        taken = int((seen >= 0).any(0).any(0).sum())
+        width = record.block.shape[1]
+        is_inside = (canvas_columns >= 0) & (canvas_columns < width)
+        canvas_columns = canvas_columns.clamp(0, width - 1)
+        index = canvas_columns[..., None].expand(-1, -1, record.seen.shape[2])
+        seen = record.seen.gather(1, index).masked_fill(~is_inside[..., None], -1).long()
+        drawn = record.drawn.gather(1, index).masked_fill(~is_inside[..., None], -1).long()
+        num_steps = int((seen >= 0).any(0).any(0).sum())
         previous = None
-        for step, temperature in enumerate(part.temperatures[:taken]):
+        for step, temperature in enumerate(record.temperatures[:num_steps]):
             logits = prefix.logits(policy, seen[..., step].clamp(min=0), previous, temperature)
             scored = drawn[..., step] >= 0
-            flat = TokenLogprob.apply(logits.flatten(0, 1), drawn[..., step].clamp(min=0).flatten())
-            yield Step(where, scored, flat.view(scored.shape).masked_fill(~scored, 0.0))
+            flat_logprobs = TokenLogprob.apply(logits.flatten(0, 1), drawn[..., step].clamp(min=0).flatten())
+            logprobs = flat_logprobs.view(scored.shape).masked_fill(~scored, 0.0)
+            yield Step(canvas_columns, scored, logprobs)
             previous = conditioning(policy, logits if full else logits.detach())
 
 
-def _aligned(part: Renoised) -> tuple[Int[Tensor, "R W"], int, int, int]:
-    """Return columns at which all completions begin together, that column, and the canvases' number and length.
+def _align_columns(record: Renoised) -> tuple[Int[Tensor, "R W"], int, int, int]:
+    """Shift the rows so that all completions begin at the same column.
 
-    Columns outside of the rollout are negative, or beyond its width.
+    Returns:
+        The rollout's column at each shifted column, which is negative or beyond the width outside the rollout; the
+        shifted column at which all completions begin; the number of canvases; the length of a canvas.
     """
-    there = part.block >= 0
-    starts = there.long().argmax(-1)
-    length = int((part.block == 0).sum(-1).amax())
-    first, canvases, apart = torch.stack([starts.amax(), part.block.amax() + 1, starts.amax() - starts.amin()]).tolist()
-    columns = torch.arange(first + canvases * length, device=part.block.device).expand(len(part.block), -1)
-    return columns - (first - starts)[:, None] if apart else columns, first, canvases, length
+    row_starts = (record.block >= 0).long().argmax(-1)
+    length = int((record.block == 0).sum(-1).amax())
+    latest = row_starts.amax()
+    # The host waits for the device once: three numbers return in one copy.
+    start, num_canvases, shift = torch.stack([latest, record.block.amax() + 1, latest - row_starts.amin()]).tolist()
+    columns = torch.arange(start + num_canvases * length, device=record.block.device).expand(len(record.block), -1)
+    if shift:
+        columns = columns - (start - row_starts)[:, None]
+    return columns, start, num_canvases, length
 
 
-def _at(values: Tensor, columns: Int[Tensor, "R W"]) -> Tensor:
-    """Return values at these columns; 0 or False outside of the rollout."""
-    wide = values.shape[1]
-    found = values.gather(1, columns.clamp(0, wide - 1))
-    return found.masked_fill((columns < 0) | (columns >= wide), 0)
+def _gather_columns(values: Tensor, columns: Int[Tensor, "R W"]) -> Tensor:
+    """Return the values at these columns; 0 or False outside the rollout."""
+    width = values.shape[1]
+    gathered = values.gather(1, columns.clamp(0, width - 1))
+    return gathered.masked_fill((columns < 0) | (columns >= width), 0)

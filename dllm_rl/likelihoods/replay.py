@@ -1,8 +1,9 @@
-"""Router replay: views with the rollout's experts, for the learner to reuse.
+"""Router replay (R3): the learner's forwards use the experts that the rollout policy chose.
 
 R3 (arXiv 2510.11370 [paper]) replays the experts that the sampler recorded for the state that each token was drawn
-from; elsewhere the learner's router chooses. Estimates that score the rollout differently (`causal`, ELBOs) replay the
-experts of all tokens in the scoring forward.
+from; for the other states the learner's router chooses. Estimates that do not replay the sampler's steps (`causal`,
+ELBOs) have no such record: the rollout policy scores the rollout first, and the learner uses the experts of this
+forward for all tokens. docs/methods.md explains the tag [paper].
 """
 
 from collections.abc import Callable
@@ -13,104 +14,132 @@ import torch
 from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
-from dllm_rl.likelihoods.order import Stayed
-from dllm_rl.likelihoods.views import Plan, View, ViewFeature
+from dllm_rl.likelihoods.order import StayMasked
+from dllm_rl.likelihoods.views import ForwardPlan, View, ViewFeature
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.routing import Routing, mixtures, of_states, of_tokens
 from dllm_rl.types import Rollout, Views
 
 
 def check_replay(policy: Policy, mode: str | None) -> None:
-    """Raise ValueError if the model has no experts to replay."""
+    """Raise ValueError if `router_replay` is set and the model has no experts to replay."""
     if mode is not None and policy.spec.attention == "encoder_decoder":
         raise ValueError(f"router_replay={mode!r} does not replay renoise's steps; leave it at None")
     if mode is not None and not mixtures(policy.module):
         raise ValueError(
-            f"router_replay={mode!r} takes experts again, and {type(policy.module).__name__} has none; leave it at None"
+            f"router_replay={mode!r} replays experts, and {type(policy.module).__name__} has none; leave it at None"
         )
 
 
 @dataclass(frozen=True)
 class Experts(ViewFeature):
-    """Feature of views whose forward n uses recorded experts where `where`; elsewhere a token's router chooses."""
+    """Feature of views whose forwards use recorded experts.
 
-    ids: Integer[Tensor, "n B T M E"]  # n=1: for all views
+    Args:
+        ids: Recorded expert ids of each view; n=1 for all views.
+        where: Tokens that use them. The router chooses the experts of the other tokens.
+    """
+
+    ids: Integer[Tensor, "n B T M E"]
     where: Bool[Tensor, "N B T"]
 
     def apply_to(self, view: View, number: int) -> View:
         ids = self.ids[number if len(self.ids) > 1 else 0]
-        again = partial(_replaying, forward=view.forward, ids=ids, where=self.where[number])
-        return replace(view, forward=again, share=False)
+        forward = partial(_forward_with_experts, forward=view.forward, ids=ids, where=self.where[number])
+        return replace(view, forward=forward, share=False)
 
 
-def _replaying(
-    policy: Policy, plan: Plan, *inputs: Tensor, forward: Callable[..., Tensor], ids: Tensor, where: Tensor
+def _forward_with_experts(
+    policy: Policy, plan: ForwardPlan, *inputs: Tensor, forward: Callable[..., Tensor], ids: Tensor, where: Tensor
 ) -> Tensor:
     with Routing(policy.module, of_states(policy, ids[plan.rows]), of_states(policy, where[plan.rows])):
         return forward(policy, plan, *inputs)
 
 
 @dataclass(frozen=True)
-class Watched(ViewFeature):
-    """Feature of views whose forwards write the chosen experts into the store."""
+class ExpertRecorder(ViewFeature):
+    """Feature of views whose forwards write the chosen experts into `store`.
 
-    store: list[Tensor]  # one (N, B, T, M, E) in a list: a feature's tensors are cut to rows, and the store must not be
-    place: Int[Tensor, "1 B T"]  # index of each token in the store's B T
+    Args:
+        store: A list of one tensor (N, B, T, M, E). It is a list because a feature's tensors are cut to rows, which
+            must not happen to the store.
+        flat_index: Index of each token in the flattened B and T axes of the store.
+    """
+
+    store: list[Tensor]
+    flat_index: Int[Tensor, "1 B T"]
 
     def apply_to(self, view: View, number: int) -> View:
-        watching = partial(_watching, forward=view.forward, experts=self.store[0][number], place=self.place[0])
-        return replace(view, forward=watching)
+        store, flat_index = self.store[0][number], self.flat_index[0]
+        forward = partial(_forward_recording, forward=view.forward, store=store, flat_index=flat_index)
+        return replace(view, forward=forward)
 
 
-def _watching(
-    policy: Policy, plan: Plan, *inputs: Tensor, forward: Callable[..., Tensor], experts: Tensor, place: Tensor
+def _forward_recording(
+    policy: Policy,
+    plan: ForwardPlan,
+    *inputs: Tensor,
+    forward: Callable[..., Tensor],
+    store: Tensor,
+    flat_index: Tensor,
 ) -> Tensor:
     with Routing(policy.module) as routing:
         states = forward(policy, plan, *inputs)
-    chosen = of_tokens(policy, routing.experts(len(plan.rows), place.shape[1]))
-    if plan.together:
-        chosen = chosen.repeat_interleave(len(place) // len(plan.rows), 0)[plan.live]
-    experts.flatten(0, 1)[place[plan.live]] = chosen
+    experts = of_tokens(policy, routing.experts(len(plan.rows), flat_index.shape[1]))
+    if plan.is_shared:
+        experts = experts.repeat_interleave(len(flat_index) // len(plan.rows), 0)[plan.scored_rows]
+    store.flatten(0, 1)[flat_index[plan.scored_rows]] = experts
     return states
 
 
-def watched(policy: Policy, rollout: Rollout, views: Views) -> Views:
-    """Return views under which scoring records the experts that `policy` chooses, for `as_chosen`."""
-    with torch.no_grad(), Routing(policy.module) as routing:  # a forward of one token shows mixtures and dtype
+def record_experts(policy: Policy, rollout: Rollout, views: Views) -> Views:
+    """Return views that record the experts that `policy` chooses when it scores them.
+
+    Call it before scoring under the rollout policy; `with_recorded_experts` then returns the learner's views.
+    """
+    # A forward of one token shows the number of mixtures and the dtype of the ids.
+    with torch.no_grad(), Routing(policy.module) as routing:
         policy.hidden(rollout.tokens[:1, :1], torch.ones_like(rollout.attention_mask[:1, :1]))
     experts = routing.experts(1)
     store = experts.new_zeros(*views.coefficients.shape, *experts.shape[2:])
-    place = torch.arange(rollout.tokens.numel(), device=rollout.tokens.device).view_as(rollout.tokens)[None]
-    return replace(views, features=(*views.features, Watched([store], place)))
+    flat_index = torch.arange(rollout.tokens.numel(), device=rollout.tokens.device).view_as(rollout.tokens)[None]
+    return replace(views, features=(*views.features, ExpertRecorder([store], flat_index)))
 
 
-def as_sampled(views: Views, rollout: Rollout) -> Views:
-    """Return the views with the sampler's recorded experts. Raise ValueError where none are recorded."""
+def with_sampled_experts(views: Views, rollout: Rollout) -> Views:
+    """Return views whose forwards use the experts that the sampler recorded.
+
+    Raises:
+        ValueError: The rollout has no experts, or only those of a position's last write.
+    """
     if rollout.experts is None:
         raise ValueError(
-            "router_replay='R3' needs the rollout's experts, which its sampler did not note; sample with unmask, or "
-            "set router_replay=None"
+            "router_replay='R3' needs the rollout's experts, which its sampler did not record; sample with unmask, "
+            "or set router_replay=None"
         )
     if rollout.events is not None:
         raise ValueError(
-            "router_replay='R3': a rollout that revises (remask, soft_edit) records the experts of each position's "
-            "last writing alone; leave router_replay at None"
+            "router_replay='R3': a rollout that revises (remask, soft_edit) records only the experts of each "
+            "position's last write; leave router_replay at None"
         )
     where = views.coefficients != 0
-    for part in views.features:
-        if isinstance(part, Stayed):  # no token was drawn at these positions, so no experts are recorded
-            where &= ~part.stayed
-    experts = Experts(rollout.experts[None], where)  # one record for all views: each token once
+    for feature in views.features:
+        if isinstance(feature, StayMasked):  # no token was drawn at these positions, so no experts are recorded
+            where &= ~feature.stay_masked
+    experts = Experts(rollout.experts[None], where)  # one record serves all views: each token is drawn in one of them
     return replace(views, features=(*views.features, experts))
 
 
-def as_chosen(views: Views, rollout: Rollout) -> Views:
-    """Return the views with the experts that a scoring under `watched` ones recorded; other views unchanged."""
-    if not any(isinstance(part, Watched) for part in views.features):
+def with_recorded_experts(views: Views, rollout: Rollout) -> Views:
+    """Return views whose forwards use the experts that scoring recorded. Views without a recorder are unchanged.
+
+    `views` are the result of `record_experts`.
+    """
+    if not any(isinstance(feature, ExpertRecorder) for feature in views.features):
         return views  # the same object, which all policies share
-    parts = []
-    for part in views.features:
-        if isinstance(part, Watched):
-            part = Experts(part.store[0], rollout.attention_mask.expand_as(views.coefficients))
-        parts.append(part)
-    return replace(views, features=tuple(parts))
+    features = []
+    for feature in views.features:
+        if isinstance(feature, ExpertRecorder):
+            feature = Experts(feature.store[0], rollout.attention_mask.expand_as(views.coefficients))
+        features.append(feature)
+    return replace(views, features=tuple(features))

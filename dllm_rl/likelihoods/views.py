@@ -1,8 +1,10 @@
-"""A view of a batch: the positions hidden from the model, and the positions that are scored.
+"""A view of a batch: the positions that are hidden from the model, and the positions that are scored.
 
-A view scores itself in one forward, and computes its backward for a given vector. The plain view hides masked
-positions, runs the policy, and scores the rollout's tokens. An optional feature replaces one of a view's three
-functions (`ViewFeature.apply_to`): what the model sees, its forward, or how states become log-probs.
+`View.logprobs` scores a view in one forward, and `View.backward` differentiates it. The default view hides the masked
+positions, runs the policy, and scores the rollout's tokens. A feature (`ViewFeature.apply_to`) replaces one of a view's
+three functions: the tokens that the model reads, the forward, or the scoring of its states.
+
+K is the number of scored positions of a view.
 """
 
 from abc import ABC, abstractmethod
@@ -19,63 +21,85 @@ from dllm_rl.device import send
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
-from dllm_rl.models.support import ids_at
+from dllm_rl.models.support import support_ids_at
 from dllm_rl.types import Rollout, Views, ViewTensors
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that go through the model together."""
+    """Rows that go through the model together.
+
+    Attributes:
+        rows: Indices of the rows.
+        columns: Columns from the first one that is not padding in every row.
+    """
 
     rows: Int[Tensor, " R"]
-    columns: slice  # from their first unpadded one
+    columns: slice
 
     def of(self, rollout: Rollout, views: Views) -> tuple[Rollout, Views]:
         return rollout.rows(self.rows, self.columns), views.rows(self.rows, self.columns)
 
 
 def row_chunks(rollout: Rollout, views: Views, micro_batch_size: int | None) -> list[Chunk]:
-    """Return the groups that any view scores, as chunks of complete groups of similar length.
+    """Split the groups that any view scores into chunks of groups of similar length.
 
-    A chunk has at most micro_batch_size rows, or one group.
+    A chunk has complete groups only: at most micro_batch_size rows, or a single group.
     """
-    group = rollout.group_size
-    scored = rearrange((views.coefficients != 0).any(0).any(-1), "(p g) -> p g", g=group).any(-1)
-    first = rearrange(rollout.attention_mask.long().argmax(-1), "(p g) -> p g", g=group).amin(-1)
-    chosen, starts = torch.stack([scored, first]).cpu()  # one wait for the device
-    size = len(chosen) if micro_batch_size is None else max(1, micro_batch_size // group)
+    group_size = rollout.group_size
+    is_scored = rearrange((views.coefficients != 0).any(0).any(-1), "(p g) -> p g", g=group_size).any(-1)
+    first_column = rearrange(rollout.attention_mask.long().argmax(-1), "(p g) -> p g", g=group_size).amin(-1)
+    is_scored, first_column = torch.stack([is_scored, first_column]).cpu()  # the host waits for the device once
+    groups_per_chunk = len(is_scored) if micro_batch_size is None else max(1, micro_batch_size // group_size)
     width = rollout.tokens.shape[1]
-    found = []
+    chunks = []
     # A row is scored at the width at which it was sampled: another width rounds differently.
-    for bucket in length_buckets(starts.repeat_interleave(group), width, rollout.tokens.device):
-        groups = bucket.rows[::group] // group
-        for part in groups[chosen[groups] != 0].split(size):
-            if len(part):  # a bucket may have nothing to score
-                rows = rearrange(part[:, None] * group + torch.arange(group), "p g -> (p g)")
+    for bucket in length_buckets(first_column.repeat_interleave(group_size), width, rollout.tokens.device):
+        groups = bucket.rows[::group_size] // group_size
+        for chunk_groups in groups[is_scored[groups] != 0].split(groups_per_chunk):
+            if len(chunk_groups):  # a bucket may have nothing to score
+                rows = rearrange(chunk_groups[:, None] * group_size + torch.arange(group_size), "p g -> (p g)")
                 (rows,) = send(rollout.tokens.device, rows)
-                found.append(Chunk(rows, slice(bucket.start, width)))
-    return found
+                chunks.append(Chunk(rows, slice(bucket.start, width)))
+    return chunks
 
 
-class Plan(NamedTuple):
-    """Which rows go through the model for a view, and where its K scored positions are."""
+class ForwardPlan(NamedTuple):
+    """The rows that go through the model for a view, and the indices of its K scored positions.
 
-    rows: Int[Tensor, " R"]  # of the forward: one of each group if `together`, else `live`
-    together: bool  # one forward serves each group: its completions look the same to the model
-    live: Int[Tensor, " L"]  # rows with a scored position
-    inside: Int[Tensor, " K"]  # where the positions are in the flattened states
-    places: Int[Tensor, " K"]  # where they are in the flattened batch
-    plain: Int[Tensor, " M"]  # which of the K are not marked; all in a plain view
-    marked: Int[Tensor, " J"]  # which of the K are marked (`Scoring.marks`)
+    Attributes:
+        rows: Rows of the forward: the first row of each group if `is_shared`, else `scored_rows`.
+        is_shared: Whether one row is run for each group, because its completions look the same to the model.
+        scored_rows: Rows with a scored position.
+        state_index: Index of each scored position in the flattened states.
+        flat_index: Index of each scored position in the flattened batch.
+        written: Which of the K positions are scored by their token: all, unless the view has `Scoring.stay_masked`.
+        stay_masked: Which of the K positions are scored by the probability of staying masked.
+    """
+
+    rows: Int[Tensor, " R"]
+    is_shared: bool
+    scored_rows: Int[Tensor, " L"]
+    state_index: Int[Tensor, " K"]
+    flat_index: Int[Tensor, " K"]
+    written: Int[Tensor, " M"]
+    stay_masked: Int[Tensor, " J"]
 
 
 class ViewStates(NamedTuple):
-    """The result of a view's forward: the states and the tokens at its K scored positions."""
+    """The result of a view's forward, at its K scored positions.
 
-    plan: Plan
+    Attributes:
+        plan: Indices of the positions.
+        states: Final hidden states.
+        tokens: Tokens to score.
+        support_ids: Token ids over which log-probs are normalized (`models.support`). None: all.
+    """
+
+    plan: ForwardPlan
     states: Float[Tensor, "K D"]
     tokens: Int[Tensor, " K"]
-    kept: Int[Tensor, "K C"] | None  # ids over which log-probs are normalized (`models.support`); None: all
+    support_ids: Int[Tensor, "K C"] | None
 
 
 @runtime_checkable
@@ -83,50 +107,71 @@ class Scoring(Protocol):
     """Functions that turn the states of a view into the log-probs of its K positions."""
 
     @property
-    def marks(self) -> Bool[Tensor, "B T"] | None:
-        """Positions that are scored differently, listed in `Plan.marked`. None: no positions."""
+    def stay_masked(self) -> Bool[Tensor, "B T"] | None:
+        """Positions that are scored by the probability of staying masked, not by their token. None: no positions."""
 
-    def needed(self, rollout: Rollout, at: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-        """Return the positions that a backward must score where the vector is not 0 `at` these."""
+    def needed(
+        self, rollout: Rollout, nonzero: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]
+    ) -> Bool[Tensor, "B T"]:
+        """Return the positions whose states a backward needs.
 
-    def logprobs(self, policy: Policy, rollout: Rollout, seen: ViewStates) -> Float[Tensor, " K"]:
+        `nonzero` marks the positions at which the backward's `grad_output` is not 0, and `scored` those of the view.
+        """
+
+    def logprobs(self, policy: Policy, rollout: Rollout, view_states: ViewStates) -> Float[Tensor, " K"]:
         """Return log-probs in nats, differentiable."""
 
-    def backward(self, policy: Policy, rollout: Rollout, seen: ViewStates, vector: Float[Tensor, " K"]) -> None:
-        """Compute `logprobs(...).backward(vector)`."""
+    def backward(
+        self, policy: Policy, rollout: Rollout, view_states: ViewStates, grad_output: Float[Tensor, " K"]
+    ) -> None:
+        """Compute `logprobs(...).backward(grad_output)`."""
 
 
 class TokenScoring:
-    """Scoring of each position separately, by the log-prob of the rollout's token."""
+    """The default scoring: each position separately, by the log-prob of the rollout's token."""
 
-    marks: Bool[Tensor, "B T"] | None = None
+    stay_masked: Bool[Tensor, "B T"] | None = None
 
-    def needed(self, rollout: Rollout, at: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-        return at
+    def needed(
+        self, rollout: Rollout, nonzero: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]
+    ) -> Bool[Tensor, "B T"]:
+        return nonzero
 
-    def logprobs(self, policy: Policy, rollout: Rollout, seen: ViewStates) -> Float[Tensor, " K"]:
-        return token_logprobs(policy, seen.states, seen.tokens, rollout.sampling_params, seen.kept)
+    def logprobs(self, policy: Policy, rollout: Rollout, view_states: ViewStates) -> Float[Tensor, " K"]:
+        _, states, tokens, support_ids = view_states
+        return token_logprobs(policy, states, tokens, rollout.sampling_params, support_ids)
 
-    def backward(self, policy: Policy, rollout: Rollout, seen: ViewStates, vector: Float[Tensor, " K"]) -> None:
-        backward_token_logprobs(policy, seen.states, seen.tokens, rollout.sampling_params, vector, seen.kept)
+    def backward(
+        self, policy: Policy, rollout: Rollout, view_states: ViewStates, grad_output: Float[Tensor, " K"]
+    ) -> None:
+        _, states, tokens, support_ids = view_states
+        backward_token_logprobs(policy, states, tokens, rollout.sampling_params, grad_output, support_ids)
 
 
-def as_written(rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Return the rollout's tokens twice: as the tokens before masking, and as the tokens that are scored."""
+def rollout_canvas(rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Return the rollout's tokens twice: as the canvas before masking, and as the tokens to score."""
     return rollout.tokens, rollout.tokens
 
 
 def forward(
     policy: Policy,
-    plan: Plan,
+    plan: ForwardPlan,
     tokens: Int[Tensor, "R T"],
     attention_mask: Bool[Tensor, "R T"],
     clean: Int[Tensor, "R T"],
     read: Bool[Tensor, "R T"],
 ) -> Float[Tensor, "R T D"]:
-    """Return the states of a view's tokens.
+    """Return the states of a view's tokens. This is the default forward.
 
-    Other forwards also use the plan, the rollout's tokens (`clean`), and the positions to `read`.
+    The forwards of features (`packed`, `replay`) also use the other arguments.
+
+    Args:
+        policy: Policy to run.
+        plan: Rows of the forward.
+        tokens: Tokens that the model reads.
+        attention_mask: False on padding.
+        clean: The rollout's tokens, without masks.
+        read: Positions whose states are read or which are masked.
     """
     return policy.hidden(tokens, attention_mask)
 
@@ -136,65 +181,70 @@ class View:
     """A view of some rows.
 
     Args:
-        masked: Positions hidden from the model.
+        masked: Positions that are hidden from the model.
         scored: Positions to score.
-        canvas: Function of the rollout. It returns the tokens before masking, and the tokens that are scored.
-        forward: Function that computes the states of those tokens; see `forward`.
+        canvas: Function of the rollout. It returns the tokens before masking, and the tokens to score.
+        forward: Function that computes the states of the masked canvas; see `forward`.
         scoring: Functions that turn states into log-probs.
-        share: Whether completions of a prompt that look the same to the model share a forward.
+        share: Whether one row is run for a group whose completions look the same to the model.
     """
 
     masked: Bool[Tensor, "B T"]
     scored: Bool[Tensor, "B T"]
-    canvas: Callable[[Rollout], tuple[Tensor, Tensor]] = as_written
+    canvas: Callable[[Rollout], tuple[Tensor, Tensor]] = rollout_canvas
     forward: Callable[..., Tensor] = forward
     scoring: Scoring = field(default_factory=TokenScoring)
     share: bool = True
 
     def logprobs(self, policy: Policy, rollout: Rollout) -> Float[Tensor, "B T"]:
-        """Run one forward. Return the log-probs at `scored` in nats, 0 elsewhere."""
+        """Run one forward. Return the log-probs of the `scored` positions in nats, and 0 for the others."""
         out = torch.zeros(self.scored.numel(), device=self.scored.device)
-        seen = self.run(policy, rollout, self.scored)
-        if seen is not None:
-            logps = self.scoring.logprobs(policy, rollout, seen)
-            out = out.to(logps.dtype).index_copy(0, seen.plan.places, logps)
+        view_states = self.run(policy, rollout, self.scored)
+        if view_states is not None:
+            logps = self.scoring.logprobs(policy, rollout, view_states)
+            out = out.to(logps.dtype).index_copy(0, view_states.plan.flat_index, logps)
         return out.view(self.scored.shape)
 
-    def backward(self, policy: Policy, rollout: Rollout, vector: Float[Tensor, "B T"]) -> None:
-        """Compute `logprobs(...).backward(vector)` in one forward and backward.
+    def backward(self, policy: Policy, rollout: Rollout, grad_output: Float[Tensor, "B T"]) -> None:
+        """Compute `logprobs(...).backward(grad_output)` in one forward and backward.
 
-        Only positions that affect the loss, where `vector` is not 0, are scored; if there are none, no forward runs.
+        Only positions that affect the loss, where `grad_output` is not 0, are scored. Without such positions no forward
+        runs.
         """
-        seen = self.run(policy, rollout, self.scoring.needed(rollout, vector != 0, self.scored))
-        if seen is not None:
-            self.scoring.backward(policy, rollout, seen, vector.flatten()[seen.plan.places])
+        view_states = self.run(policy, rollout, self.scoring.needed(rollout, grad_output != 0, self.scored))
+        if view_states is not None:
+            self.scoring.backward(policy, rollout, view_states, grad_output.flatten()[view_states.plan.flat_index])
 
     def seen(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
-        """Return the tokens that the model sees."""
-        return self._masked(policy, self.canvas(rollout)[0])
+        """Return the tokens that the model reads."""
+        return self._mask_tokens(policy, self.canvas(rollout)[0])
 
-    def _masked(self, policy: Policy, tokens: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    def _mask_tokens(self, policy: Policy, tokens: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
         return tokens if policy.spec.mask_id is None else tokens.masked_fill(self.masked, policy.spec.mask_id)
 
     def run(self, policy: Policy, rollout: Rollout, at: Bool[Tensor, "B T"]) -> ViewStates | None:
-        """Run one forward and return its states `at` these positions, or None, without a forward, if there are none."""
-        before, wanted = self.canvas(rollout)
-        tokens = self._masked(policy, before)
-        plan = plan_view(rollout, tokens, at, self.scoring.marks, share=self.share)
+        """Run one forward, and return its states at the positions `at`. Without such positions, return None."""
+        unmasked_tokens, target_tokens = self.canvas(rollout)
+        tokens = self._mask_tokens(policy, unmasked_tokens)
+        plan = plan_view(rollout, tokens, at, self.scoring.stay_masked, share=self.share)
         if plan is None:
             return None
         rows = plan.rows
         read = (self.masked | at)[rows]
         hidden = self.forward(policy, plan, tokens[rows], rollout.attention_mask[rows], rollout.tokens[rows], read)
-        if plan.together:
+        if plan.is_shared:
             hidden = repeat(hidden, "p t d -> (p g) t d", g=rollout.group_size)
-        states = hidden.flatten(0, 1)[plan.inside]
-        return ViewStates(plan, states, wanted.flatten()[plan.places], ids_at(rollout, plan.places))
+        states = hidden.flatten(0, 1)[plan.state_index]
+        targets = target_tokens.flatten()[plan.flat_index]
+        return ViewStates(plan, states, targets, support_ids_at(rollout, plan.flat_index))
 
 
 @dataclass(frozen=True)
 class ViewFeature(ViewTensors, ABC):
-    """A feature that changes how views are scored: `likelihoods.order`, `.events`, `.packed`, `.renoise`, `.replay`."""
+    """A change of how views are scored.
+
+    The features are in `likelihoods.order`, `.events`, `.packed`, `.renoise` and `.replay`.
+    """
 
     @abstractmethod
     def apply_to(self, view: View, number: int) -> View:
@@ -205,9 +255,9 @@ def each_view(views: Views) -> Iterator[View]:
     """Yield the views one by one, with their features. Scoring and the update both use this function."""
     for number, masked in enumerate(views.masked):
         view = View(masked, views.coefficients[number] != 0)
-        for part in views.features:
-            if isinstance(part, ViewFeature):
-                view = part.apply_to(view, number)
+        for feature in views.features:
+            if isinstance(feature, ViewFeature):
+                view = feature.apply_to(view, number)
         yield view
 
 
@@ -215,33 +265,41 @@ def plan_view(
     rollout: Rollout,
     tokens: Int[Tensor, "B T"],
     scored: Bool[Tensor, "B T"],
-    marks: Bool[Tensor, "B T"] | None,
+    stay_masked: Bool[Tensor, "B T"] | None,
     *,
     share: bool,
-) -> Plan | None:
-    """Make the plan of a view on the host, or None where nothing is scored.
+) -> ForwardPlan | None:
+    """Make the plan of a view on the host. Return None if nothing is scored.
 
-    With `share`, a group may share a forward.
+    Args:
+        rollout: Rollout to score.
+        tokens: Tokens that the model reads.
+        scored: Positions to score.
+        stay_masked: Positions that are scored by the probability of staying masked. None: no positions.
+        share: Whether one row may be run for a group.
     """
-    group = rollout.group_size
-    alike = _equal_in_groups(tokens, group) & _equal_in_groups(rollout.attention_mask, group)
-    apart = torch.zeros_like(scored) if marks is None else marks
-    # The host waits for the device once: three answers return in one copy.
-    answers = torch.cat([scored.flatten(), apart.flatten(), alike[None]]).cpu()
-    where, mark, same = answers.split([scored.numel(), scored.numel(), 1])
-    places = where.nonzero()[:, 0]
-    if not len(places):
+    group_size = rollout.group_size
+    is_equal = _equal_in_groups(tokens, group_size) & _equal_in_groups(rollout.attention_mask, group_size)
+    if stay_masked is None:
+        stay_masked = torch.zeros_like(scored)
+    # The host waits for the device once: three results return in one copy.
+    on_host = torch.cat([scored.flatten(), stay_masked.flatten(), is_equal[None]]).cpu()
+    scored_on_host, stays, is_equal_on_host = on_host.split([scored.numel(), scored.numel(), 1])
+    flat_index = scored_on_host.nonzero()[:, 0]
+    if not len(flat_index):
         return None
-    where = where.view(scored.shape)
-    live = where.any(-1).nonzero()[:, 0]
-    together = share and group > 1 and bool(same)  # as in a first step, where all completions are masked
-    inside = places if together else where[live].flatten().nonzero()[:, 0]
-    plain = (~mark[places]).nonzero()[:, 0]
-    parts = send(scored.device, live, inside, places, plain, mark[places].nonzero()[:, 0])
-    rows = torch.arange(0, len(tokens), group, device=scored.device) if together else parts[0]
-    return Plan(rows, together, *parts)
+    scored_on_host = scored_on_host.view(scored.shape)
+    scored_rows = scored_on_host.any(-1).nonzero()[:, 0]
+    # Groups are equal in a first step, for example, where all completions are masked.
+    is_shared = share and group_size > 1 and bool(is_equal_on_host)
+    state_index = flat_index if is_shared else scored_on_host[scored_rows].flatten().nonzero()[:, 0]
+    stays = stays[flat_index]
+    written = (~stays).nonzero()[:, 0]
+    indices = send(scored.device, scored_rows, state_index, flat_index, written, stays.nonzero()[:, 0])
+    rows = torch.arange(0, len(tokens), group_size, device=scored.device) if is_shared else indices[0]
+    return ForwardPlan(rows, is_shared, *indices)
 
 
-def _equal_in_groups(rows: Integer[Tensor, "B T"] | Bool[Tensor, "B T"], group: int) -> Bool[Tensor, ""]:
-    groups = rearrange(rows, "(p g) t -> p g t", g=group)
+def _equal_in_groups(rows: Integer[Tensor, "B T"] | Bool[Tensor, "B T"], group_size: int) -> Bool[Tensor, ""]:
+    groups = rearrange(rows, "(p g) t -> p g t", g=group_size)
     return (groups == groups[:, :1]).all()

@@ -1,4 +1,7 @@
-"""The library's interface to a backbone, and the functions in which backbones differ."""
+"""The interface of a policy, the settings of a model family, and the encoders and heads in which families differ.
+
+docs/methods.md explains the tag [paper].
+"""
 
 import copy
 from collections.abc import Callable
@@ -16,11 +19,12 @@ Module = Any  # transformers' or custom; nn.Module would type every member as Te
 Tokenizer = Any  # transformers' or custom: `make_policy` lists what it needs
 Attention = Literal["full", "block_causal", "causal", "encoder_decoder"]
 Tokens = Int[Tensor, "B T"]
-# Two axes: False on padding, over the cache's columns and then the T new ones. Four axes replace the family's mask.
+# A mask with two axes is False on padding; its S columns are those of the cache and then the T new ones. A mask with
+# four axes replaces the family's attention mask.
 Mask = Bool[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"]
 States = Float[Tensor, "B T D"]
 
-# The keyword with which transformers' forwards take the keys and values of earlier columns; 5.24 renamed it.
+# The keyword of transformers' forwards for the keys and values of earlier columns, which transformers 5.24 renamed.
 CACHE = "cache" if tuple(map(int, version("transformers").split(".")[:2])) >= (5, 24) else "past_key_values"
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -84,37 +88,40 @@ def encode_base(
     Args:
         module: Stock transformers module.
         tokens: New tokens (B, T).
-        attention_mask: Mask over the S columns, first those of the cache and then the new ones.
+        attention_mask: Mask over S columns: first the columns of the cache, then the new ones.
         positions: Positions of the new tokens (B, T).
-        cache: Cache of transformers with the keys and values of earlier columns; those of `tokens` are added to it.
+        cache: Cache of transformers with the keys and values of earlier columns. Those of `tokens` are added to it.
         use_cache: Whether the module may store keys and values. Samplers with a cache set True.
     """
-    given = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": use_cache}
+    inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": use_cache}
     if cache is not None:
-        given[CACHE] = cache
-    return module.base_model(input_ids=tokens, **given).last_hidden_state
+        inputs[CACHE] = cache
+    return module.base_model(input_ids=tokens, **inputs).last_hidden_state
 
 
-def encode_roberta(module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, **kept: Any) -> States:
+def encode_roberta(
+    module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache_kwargs: Any
+) -> States:
     """Encode with RoBERTa, which counts positions from pad_token_id + 1.
 
-    `kept` passes `cache` and `use_cache`, as in `encode_base`.
+    `cache_kwargs` are `cache` and `use_cache`, as in `encode_base`.
     """
-    return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1, **kept)
+    return encode_base(module, tokens, attention_mask, positions + module.config.pad_token_id + 1, **cache_kwargs)
 
 
 def block_ranks(spec: "FamilySpec", tokens: Tokens, positions: Tokens) -> tuple[Tokens, Tokens]:
-    """Return each token's rank as a key and as a query, which sees the keys of at most its rank.
+    """Return each token's rank as a key and as a query: a query sees the keys whose rank is at most its own.
 
-    The rank is floor(position / block). With `causal_context` the rank is the position, except that a key in a block
-    with a mask has the block's first position as its rank.
+    The rank is the token's block. With `causal_context`, the rank is the position; but a key in a block with a mask has
+    the block's first position as its rank, so that the full block sees it.
     """
     assert spec.block_size is not None, "a block-causal family has a block size"
     block = positions // spec.block_size
     if not spec.causal_context or spec.mask_id is None:
         return block, block
-    closed = torch.zeros_like(block).scatter_add(1, block, tokens.eq(spec.mask_id).long()).gather(1, block) == 0
-    return torch.where(closed, positions, block * spec.block_size), positions
+    masks_in_block = torch.zeros_like(block).scatter_add(1, block, tokens.eq(spec.mask_id).long())
+    has_no_mask = masks_in_block.gather(1, block) == 0
+    return torch.where(has_no_mask, positions, block * spec.block_size), positions
 
 
 def block_causal_mask(attention_mask: Bool[Tensor, "B T"], key: Tokens, query: Tokens) -> Bool[Tensor, "B 1 T T"]:
@@ -123,15 +130,15 @@ def block_causal_mask(attention_mask: Bool[Tensor, "B T"], key: Tokens, query: T
 
 
 def encode_block_causal(
-    module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, *, spec: "FamilySpec", **kept: Any
+    module: Module, tokens: Tokens, attention_mask: Mask, positions: Tokens, *, spec: "FamilySpec", **cache_kwargs: Any
 ) -> States:
     """Encode under the block-causal mask, or under `attention_mask` if it has four axes.
 
-    `kept` passes `cache` and `use_cache`, as in `encode_base`.
+    `cache_kwargs` are `cache` and `use_cache`, as in `encode_base`.
     """
-    if attention_mask.dim() == 2:  # a mask of four axes is complete: a cache's, or a packed forward's
+    if attention_mask.dim() == 2:  # caches and packed forwards pass the complete mask, with four axes
         attention_mask = block_causal_mask(attention_mask, *block_ranks(spec, tokens, positions))
-    return encode_base(module, tokens, attention_mask, positions, **kept)
+    return encode_base(module, tokens, attention_mask, positions, **cache_kwargs)
 
 
 def output_embeddings(module: Module) -> Any:
@@ -224,7 +231,7 @@ class Policy(Head, Protocol):
 
     @property
     def pad_id(self) -> int: ...
-    def encode(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, **kept: Any) -> Tensor: ...
+    def encode(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, **cache_kwargs: Any) -> Tensor: ...
     def hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor: ...
     def logits(self, tokens: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor: ...
     def to(self, device: torch.device | str) -> "Policy": ...
@@ -246,7 +253,8 @@ def has_bf16_products() -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether all of a tensor's numbers are finite, without a copy: a NaN is its minimum and maximum."""
+    """Return whether all of a tensor's numbers are finite, without a copy."""
+    # If any number is NaN, minimum and maximum are NaN.
     return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 

@@ -1,8 +1,8 @@
 """Models whose noise is random tokens (DiffusionGemma): an encoder reads the text, a decoder predicts a canvas.
 
-The encoder is causal and fills a cache of keys and values. The decoder reads the cache, sees its full canvas, and is
-conditioned on the logits of the step before (self-conditioning). Both have the same weights, except for the decoder's
-layers of the self-conditioning. `encode` of such a family is called in two ways:
+The encoder is causal and fills a cache of keys and values. The decoder reads the cache and its full canvas, and is
+conditioned on the logits of the step before (self-conditioning). Both have the same weights, except for the layers of
+the self-conditioning, which only the decoder has. `encode` of such a family is called in two ways:
 
     encode(module, tokens, attention_mask, positions, [cache, use_cache=True])    the encoder; fills the cache
     encode(module, canvas, attention_mask, positions, cache=cache, previous=...)                   the decoder; reads it
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from dllm_rl.models.base import CACHE, Module, Policy, States, Tokens, position_ids
-from dllm_rl.models.logprobs import wide
+from dllm_rl.models.logprobs import upcast
 
 
 class SelfConditioning(NamedTuple):
@@ -37,14 +37,22 @@ def encode_denoiser(
     use_cache: bool = False,
     previous: SelfConditioning | None = None,
 ) -> States:
-    """Run DiffusionGemma's encoder, or, with a cache that is only read, its decoder. Only text is supported.
+    """Run DiffusionGemma's encoder, or its decoder if a cache is passed without `use_cache`. Only text is supported.
 
-    With attention_mask None there is no padding.
+    Args:
+        module: Stock DiffusionGemma module.
+        tokens: New tokens of the text, or the canvas.
+        attention_mask: False on padding. None: there is no padding.
+        positions: Positions of `tokens`.
+        cache: Cache that the encoder fills, or the decoder reads. None: the encoder runs without a cache.
+        use_cache: True for the encoder.
+        previous: Logits of the step before, for the decoder. None: no self-conditioning.
     """
     cache_kwargs = {} if cache is None else {CACHE: cache}
     if cache is None or use_cache:
-        inputs = {"attention_mask": attention_mask, "position_ids": positions} | cache_kwargs
-        return module.model.encoder.language_model(input_ids=tokens, **inputs).last_hidden_state
+        encoder = module.model.encoder.language_model
+        states = encoder(input_ids=tokens, attention_mask=attention_mask, position_ids=positions, **cache_kwargs)
+        return states.last_hidden_state
     return module.model.decoder(
         decoder_input_ids=tokens,
         decoder_attention_mask=attention_mask,
@@ -58,36 +66,37 @@ def encode_denoiser(
 def softcapped_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
     """Return cap * tanh(logits / cap), in fp32 or fp64, as transformers' `forward` computes it."""
     cap = module.final_logit_softcapping
-    return torch.tanh(wide(module.get_output_embeddings()(hidden)) / cap) * cap
+    return torch.tanh(upcast(module.get_output_embeddings()(hidden)) / cap) * cap
 
 
 def share_layers(module: Module) -> None:
     """Make encoder and decoder share the layers whose weights they share, in place.
 
-    A quantized or adapted layer then serves both sides. transformers ties only the weights, and keeps two layers around
-    them.
+    A quantized or adapted layer then serves both. transformers ties only the weights, and has two layers with the same
+    weights.
     """
-    reader, writer = module.model.encoder.language_model, module.model.decoder
-    for name, layer in list(reader.named_modules()):
-        if not name or any(layer is each for each in writer.modules()):
+    encoder, decoder = module.model.encoder.language_model, module.model.decoder
+    for name, layer in list(encoder.named_modules()):
+        if not name or any(layer is submodule for submodule in decoder.modules()):
             continue  # inside a layer that is already shared
         try:
-            other = writer.get_submodule(name)
+            decoder_layer = decoder.get_submodule(name)
         except AttributeError:
             continue
-        ours, theirs = list(layer.parameters()), list(other.parameters())
-        same = len(ours) == len(theirs) > 0 and all(a is b for a, b in zip(ours, theirs, strict=True))
-        if type(layer) is type(other) and same and not list(layer.buffers()):
-            reader.set_submodule(name, other)
+        weights, decoder_weights = list(layer.parameters()), list(decoder_layer.parameters())
+        has_same_number = len(weights) == len(decoder_weights) > 0
+        is_tied = has_same_number and all(a is b for a, b in zip(weights, decoder_weights, strict=True))
+        if type(layer) is type(decoder_layer) and is_tied and not list(layer.buffers()):
+            encoder.set_submodule(name, decoder_layer)
 
 
 @dataclass
 class Prefix:
-    """The columns that the encoder has read of R rows: its cache, and which columns are not padding.
+    """The S columns that the encoder has read, for R rows.
 
     Args:
-        cache: DynamicCache of transformers.
-        mask: Columns (R, S), False on padding.
+        cache: DynamicCache of transformers with the keys and values of the columns.
+        mask: False on padding.
     """
 
     cache: Any
@@ -100,7 +109,7 @@ class Prefix:
         return cls(cache, torch.zeros(rows, 0, dtype=torch.bool, device=policy.device))
 
     def read(self, policy: Policy, tokens: Int[Tensor, "R N"], mask: Bool[Tensor, "R N"]) -> Float[Tensor, "R N D"]:
-        """Append columns, with `mask` False on padding, and return the encoder's states of them."""
+        """Append columns, and return the encoder's states of them. `mask` is False on padding."""
         self.mask = torch.cat([self.mask, mask], dim=1)
         positions = position_ids(self.mask)[:, -tokens.shape[1] :]
         return policy.encode(tokens, self.mask, positions, cache=self.cache, use_cache=True)
@@ -117,10 +126,10 @@ class Prefix:
         previous: Float[Tensor, "R C V"] | None,
         conditioned: Bool[Tensor, " R"] | None = None,
     ) -> Float[Tensor, "R C D"]:
-        """Return the decoder's states of a canvas after these columns.
+        """Return the decoder's states of a canvas that follows these columns.
 
-        `previous` has the logits of the step before, as `conditioning` returns them. `conditioned` marks the rows that
-        see them; None: all.
+        `previous` are the logits of the step before, as `conditioning` returns them. `conditioned` marks the rows that
+        read them; None: all.
         """
         mask = torch.cat([self.mask, torch.ones_like(canvas, dtype=torch.bool)], dim=1)
         positions = position_ids(mask)[:, -canvas.shape[1] :]
@@ -134,38 +143,38 @@ class Prefix:
         previous: Float[Tensor, "R C V"] | None,
         temperature: float,
     ) -> Float[Tensor, "R C V"]:
-        """Return the head of `states`, divided by the temperature: fp32, or fp64 if the head's logits are.
+        """Return the logits of `states`, divided by the temperature, in fp32 or fp64.
 
-        Sampler and scoring both use this function.
+        Sampling and scoring both use this function.
         """
-        return wide(policy.head(self.states(policy, canvas, previous))) / temperature
+        return upcast(policy.head(self.states(policy, canvas, previous))) / temperature
 
     def cut(self) -> list[tuple[Tensor, Tensor]]:
-        """Replace the cache's tensors by leaves, and return pairs (tensor, its leaf).
+        """Replace the cache's tensors by leaves of the autograd graph, and return pairs (tensor, its leaf).
 
-        Gradients then accumulate in the leaves, so that many backwards of the decoder go through the encoder once: see
-        `backward_through`.
+        The gradients of many backwards of the decoder then accumulate in the leaves, and go through the encoder once
+        (`backward_through`).
         """
         pairs = []
         for layer in self.cache.layers:
             for name in ("keys", "values"):
-                whole = getattr(layer, name)
-                leaf = whole.detach().requires_grad_()
+                tensor = getattr(layer, name)
+                leaf = tensor.detach().requires_grad_()
                 setattr(layer, name, leaf)
-                pairs.append((whole, leaf))
+                pairs.append((tensor, leaf))
         return pairs
 
 
 def backward_through(cuts: list[list[tuple[Tensor, Tensor]]]) -> None:
-    """Propagate the gradients of each cut's leaves into the encoder. The last cut comes first, as it was read last."""
+    """Propagate the gradients of the leaves of each cut into the encoder, from the last cut to the first."""
     for pairs in reversed(cuts):
-        reached = [(whole, leaf.grad) for whole, leaf in pairs if leaf.grad is not None and whole.requires_grad]
-        if reached:
-            torch.autograd.backward([whole for whole, _ in reached], [gradient for _, gradient in reached])
+        with_grad = [(tensor, leaf.grad) for tensor, leaf in pairs if leaf.grad is not None and tensor.requires_grad]
+        if with_grad:
+            torch.autograd.backward([tensor for tensor, _ in with_grad], [gradient for _, gradient in with_grad])
 
 
 def conditioning(policy: Policy, logits: Float[Tensor, "R C V"]) -> Float[Tensor, "R C V"]:
-    """Return a step's logits as the next step receives them: in the weights' dtype."""
+    """Return a step's logits in the dtype of the weights, as the next step reads them."""
     return logits.to(next(p for p in policy.module.parameters() if p.is_floating_point()).dtype)
 
 

@@ -1,4 +1,7 @@
-"""Log-probabilities under the sampled distribution from hidden states, without a (B, T, V) tensor."""
+"""Log-probabilities under the sampling distribution, from hidden states, without a (B, T, V) tensor of logits.
+
+docs/methods.md explains the tag [ours].
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,18 +16,19 @@ from torch.utils.checkpoint import checkpoint
 from dllm_rl.models.base import Head
 from dllm_rl.types import SamplingParams
 
-CHUNK_ELEMENTS = 2**23  # fp32 logits in memory at a time on a CPU: 32 MiB
-# On an accelerator 256 MiB, 530 rows of LLaDA's vocabulary. Each chunk reads the head's weights and writes their full
-# gradient: with 64 rows the traffic takes longer than the products.
+CHUNK_ELEMENTS = 2**23  # number of fp32 logits in memory at a time on a CPU: 32 MiB
+# The number on an accelerator: 256 MiB, or 530 rows of LLaDA's vocabulary. Each chunk reads the head's weights and
+# writes their full gradient: with only 64 rows, this memory traffic takes longer than the products.
 ACCELERATOR_ELEMENTS = 2**26
-# A product of the head has at least ROWS rows, and a multiple of STEP. Many processors round few rows differently: the
-# mismatch of unquantized rollouts is then smaller. Only `zero_mismatch` makes it 0 on every processor.
-ROWS = 16
-STEP = 8
-GROUP = 256  # tokens whose mass is summed before the search for the drawn one
+# The head is applied to at least MIN_HEAD_ROWS rows, and to a multiple of HEAD_ROW_MULTIPLE. Many processors round a
+# product of few rows differently, so that this makes the mismatch of unquantized rollouts smaller. Only `zero_mismatch`
+# makes it 0 on every processor.
+MIN_HEAD_ROWS = 16
+HEAD_ROW_MULTIPLE = 8
+SEARCH_GROUP = 256  # number of tokens whose mass `invert` adds up before it searches for the drawn token
 
 
-def wide(logits: Tensor) -> Tensor:
+def upcast(logits: Tensor) -> Tensor:
     """Return logits in fp32, or in fp64 if they already are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -32,11 +36,19 @@ def wide(logits: Tensor) -> Tensor:
 def process(
     logits: Float[Tensor, "K V"],
     sampling_params: SamplingParams,
-    keep: Int[Tensor, " K"] | None = None,  # never removed, so that a sampled token's log-prob is finite [ours]
-    kept: Int[Tensor, "K C"] | None = None,  # a rollout's tokens, -1 for none, in place of top-k and top-p
+    always_keep: Int[Tensor, " K"] | None = None,
+    support_ids: Int[Tensor, "K C"] | None = None,
 ) -> Float[Tensor, "K V"]:
-    """Return the fp32 logits of the sampled distribution: suppress, divide by temperature, top-k, top-p."""
-    logits = wide(logits)
+    """Return the fp32 logits of the sampling distribution: suppress, divide by temperature, top-k, top-p.
+
+    Args:
+        logits: Logits of the model.
+        sampling_params: Settings of the distribution.
+        always_keep: A token of each row that no filter removes, so that a sampled token's log-prob is finite [ours].
+        support_ids: Token ids of each row to use in place of top-k and top-p, padded with -1. None (default): top-k and
+            top-p.
+    """
+    logits = upcast(logits)
     if sampling_params.suppress:
         logits = logits.clone()
         for token in sampling_params.suppress:  # one by one: a tensor of ids would have to move to the device
@@ -45,74 +57,84 @@ def process(
         logits = logits / sampling_params.temperature
     if not sampling_params.filters or sampling_params.support == "unfiltered":
         return logits
-    if kept is not None:
+    if support_ids is not None:
         size = logits.shape[-1]
-        # -1 writes into an extra column, which is cut off: the host would wait for a boolean index.
-        there = torch.zeros(len(logits), size + 1, dtype=torch.bool, device=logits.device)
-        return logits.masked_fill(~there.scatter(-1, kept.long().where(kept >= 0, size), True)[:, :size], -torch.inf)
+        # Padding (-1) writes into an extra column, which is cut off: the host would wait for a boolean index.
+        columns = support_ids.long().where(support_ids >= 0, size)
+        in_support = torch.zeros(len(logits), size + 1, dtype=torch.bool, device=logits.device)
+        in_support = in_support.scatter(-1, columns, True)[:, :size]
+        return logits.masked_fill(~in_support, -torch.inf)
     if sampling_params.top_k is not None and sampling_params.top_k < logits.shape[-1]:
         kth = logits.topk(sampling_params.top_k, dim=-1).values[:, -1:]  # all tokens that tie with the k-th stay
-        logits = _drop(logits, logits < kth, keep)
+        logits = _mask_out(logits, logits < kth, always_keep)
     if sampling_params.top_p is not None and sampling_params.top_p < 1:
         # Stable, so that ties go to the lowest index. A token stays while the mass before it is below top_p.
-        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-        probs = ordered.softmax(-1)
-        late = probs.cumsum(-1) - probs >= sampling_params.top_p
-        logits = _drop(logits, torch.zeros_like(late).scatter(-1, index, late), keep)
+        sorted_logits, index = logits.sort(dim=-1, descending=True, stable=True)
+        probs = sorted_logits.softmax(-1)
+        removed = probs.cumsum(-1) - probs >= sampling_params.top_p
+        logits = _mask_out(logits, torch.zeros_like(removed).scatter(-1, index, removed), always_keep)
     return logits
 
 
-def _drop(logits: Tensor, dropped: Tensor, keep: Tensor | None) -> Tensor:
-    if keep is not None:
-        dropped = dropped.scatter(-1, keep[:, None], False)
-    return logits.masked_fill(dropped, -torch.inf)
+def _mask_out(logits: Tensor, removed: Tensor, always_keep: Tensor | None) -> Tensor:
+    """Set the logits of removed tokens to -inf, except the row's token to keep."""
+    if always_keep is not None:
+        removed = removed.scatter(-1, always_keep[:, None], False)
+    return logits.masked_fill(removed, -torch.inf)
 
 
 class TokenLogprob(torch.autograd.Function):
-    """logits[k, tokens_k] - logsumexp(logits_k), whose backward makes one (K, V) tensor: g (onehot - softmax)."""
+    """logits[k, tokens_k] - logsumexp(logits_k).
+
+    The backward makes a single (K, V) tensor: grad_output * (onehot - softmax).
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
-        total = logits.logsumexp(-1)
-        ctx.save_for_backward(logits, total, tokens)
-        return logits.gather(-1, tokens[:, None])[:, 0] - total
+        normalizer = logits.logsumexp(-1)
+        ctx.save_for_backward(logits, normalizer, tokens)
+        return logits.gather(-1, tokens[:, None])[:, 0] - normalizer
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, total, tokens = ctx.saved_tensors
-        out = (logits - total[:, None]).exp_().mul_(-gradient[:, None])
-        return out.scatter_add_(-1, tokens[:, None], gradient[:, None]), None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        logits, normalizer, tokens = ctx.saved_tensors
+        gradient = (logits - normalizer[:, None]).exp_().mul_(-grad_output[:, None])
+        return gradient.scatter_add_(-1, tokens[:, None], grad_output[:, None]), None
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Return the number of rows of logits in memory at a time on a device, a multiple of ROWS."""
-    # The number must not depend on free memory, because a row's rounding may depend on its chunk.
+    """Return the number of rows of logits in memory at a time, a multiple of MIN_HEAD_ROWS."""
+    # The number must not depend on the free memory, because the rounding of a row may depend on its chunk.
     elements = CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_ELEMENTS
-    return max(ROWS, elements // vocabulary // ROWS * ROWS)
+    return max(MIN_HEAD_ROWS, elements // vocabulary // MIN_HEAD_ROWS * MIN_HEAD_ROWS)
 
 
 def chunked(f: Callable, *rows: Tensor, policy: Head) -> tuple[Tensor, ...]:
-    """Apply `f` (rows -> tuple of per-row tensors) to chunks of `chunk_rows`."""
-    size = chunk_rows(policy.vocab_size, policy.device)
-    count = len(rows[0])
-    # Rows of zeros fill up the last chunk.
-    last = count - (count - 1) // size * size
-    if missing := max(ROWS - last, -last % STEP):
-        rows = tuple(torch.cat([r, r.new_zeros(missing, *r.shape[1:])]) for r in rows)
-    if count <= size:
-        return tuple(column[:count] for column in f(*rows))
-    # The backward recomputes each chunk's logits: stored ones would be the (K, V) tensor that chunks avoid.
+    """Apply `f`, which maps rows to a tuple of per-row tensors, to chunks of `chunk_rows` rows."""
+    chunk_size = chunk_rows(policy.vocab_size, policy.device)
+    num_rows = len(rows[0])
+    # The last chunk is padded with rows of zeros.
+    last_size = num_rows - (num_rows - 1) // chunk_size * chunk_size
+    if padding := max(MIN_HEAD_ROWS - last_size, -last_size % HEAD_ROW_MULTIPLE):
+        rows = tuple(torch.cat([x, x.new_zeros(padding, *x.shape[1:])]) for x in rows)
+    if num_rows <= chunk_size:
+        return tuple(output[:num_rows] for output in f(*rows))
+    # The backward recomputes the logits of each chunk: stored logits would be the (K, V) tensor that chunks avoid.
     run = partial(checkpoint, f, use_reentrant=False) if torch.is_grad_enabled() else f
-    parts = [run(*chunk) for chunk in zip(*(r.split(size) for r in rows), strict=True)]
-    return tuple(torch.cat(columns)[:count] for columns in zip(*parts, strict=True))
+    chunks = zip(*(x.split(chunk_size) for x in rows), strict=True)
+    outputs = [run(*chunk) for chunk in chunks]
+    return tuple(torch.cat(chunk_outputs)[:num_rows] for chunk_outputs in zip(*outputs, strict=True))
 
 
-def _scored(policy: Head, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor]]:
-    def score(h: Tensor, y: Tensor, ids: Tensor | None = None) -> tuple[Tensor]:
-        return (TokenLogprob.apply(process(policy.head(h), sampling_params, y, ids), y),)
+def _score_chunk_fn(policy: Head, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor]]:
+    """Return the function that computes `token_logprobs` of one chunk of rows."""
 
-    return score
+    def score_chunk(hidden: Tensor, tokens: Tensor, support_ids: Tensor | None = None) -> tuple[Tensor]:
+        logits = process(policy.head(hidden), sampling_params, tokens, support_ids)
+        return (TokenLogprob.apply(logits, tokens),)
+
+    return score_chunk
 
 
 def token_logprobs(
@@ -120,11 +142,14 @@ def token_logprobs(
     hidden: Float[Tensor, "K D"],
     tokens: Int[Tensor, " K"],
     sampling_params: SamplingParams,
-    kept: Int[Tensor, "K C"] | None = None,
+    support_ids: Int[Tensor, "K C"] | None = None,
 ) -> Float[Tensor, " K"]:
-    """Return log p(tokens_k | hidden_k) in nats after `process` (with `kept`). The head runs in chunks of rows."""
-    rows = (hidden, tokens) if kept is None else (hidden, tokens, kept)
-    return chunked(_scored(policy, sampling_params), *rows, policy=policy)[0]
+    """Return log p(tokens_k | hidden_k) in nats, under the distribution of `process`.
+
+    Use it with `backward` of the result, or without gradient. The head runs in chunks of rows.
+    """
+    rows = (hidden, tokens) if support_ids is None else (hidden, tokens, support_ids)
+    return chunked(_score_chunk_fn(policy, sampling_params), *rows, policy=policy)[0]
 
 
 def backward_token_logprobs(
@@ -132,35 +157,38 @@ def backward_token_logprobs(
     hidden: Float[Tensor, "K D"],
     tokens: Int[Tensor, " K"],
     sampling_params: SamplingParams,
-    vector: Float[Tensor, " K"],
-    kept: Int[Tensor, "K C"] | None = None,
+    grad_output: Float[Tensor, " K"],
+    support_ids: Int[Tensor, "K C"] | None = None,
 ) -> None:
-    """Compute token_logprobs(...).backward(vector), with each chunk of logits computed once instead of twice."""
-    # The vector exists before the forward, so each chunk is differentiated right after its forward.
-    rows = (tokens,) if kept is None else (tokens, kept)
-    gradient, _ = backward_chunked(_scored(policy, sampling_params), policy, vector, hidden, *rows)
+    """Compute token_logprobs(...).backward(grad_output), with each chunk of logits computed once instead of twice."""
+    # `grad_output` is known before the forward, so that each chunk is differentiated right after its forward.
+    rows = (tokens,) if support_ids is None else (tokens, support_ids)
+    gradient, _ = backward_chunked(_score_chunk_fn(policy, sampling_params), policy, grad_output, hidden, *rows)
     if len(hidden) and hidden.requires_grad:
         hidden.backward(gradient)
 
 
 def backward_chunked(
-    f: Callable, policy: Head, vector: Float[Tensor, " K"], hidden: Float[Tensor, "K D"], *rows: Tensor
+    f: Callable, policy: Head, grad_output: Float[Tensor, " K"], hidden: Float[Tensor, "K D"], *rows: Tensor
 ) -> tuple[Float[Tensor, "K D"], tuple[Tensor, ...]]:
-    """Run f(hidden, *rows) -> (value (K,), ...) and its backward, chunk by chunk.
+    """Run f(hidden, *rows) -> (value (K,), ...) and the backward of `value`, chunk by chunk.
 
-    Return the gradient of `hidden`, and f's other outputs.
+    Returns:
+        The gradient of `hidden`; f's other outputs.
     """
-    size = chunk_rows(policy.vocab_size, policy.device)
+    chunk_size = chunk_rows(policy.vocab_size, policy.device)
     gradients = [torch.zeros_like(hidden[:0])]  # so that an empty batch has a gradient without rows
-    others = []
-    for h, v, *rest in zip(*(x.split(size) for x in (hidden, vector, *rows)), strict=True):
-        leaf = h.detach().requires_grad_()  # the backward ends here: the backbone's runs once, with all chunks
-        value, *more = f(leaf, *rest)
-        value.backward(v)  # adds the head's gradients
+    other_outputs = []
+    chunks = zip(*(x.split(chunk_size) for x in (hidden, grad_output, *rows)), strict=True)
+    for hidden_chunk, grad_chunk, *row_chunks in chunks:
+        # The backward ends at the hidden states: the backward of the backbone runs once, for all chunks.
+        leaf = hidden_chunk.detach().requires_grad_()
+        value, *others = f(leaf, *row_chunks)
+        value.backward(grad_chunk)  # adds the gradients of the head
         assert leaf.grad is not None
         gradients.append(leaf.grad)
-        others.append(more)
-    return torch.cat(gradients), tuple(torch.cat(column) for column in zip(*others, strict=True))
+        other_outputs.append(others)
+    return torch.cat(gradients), tuple(torch.cat(outputs) for outputs in zip(*other_outputs, strict=True))
 
 
 def sample(logits: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:
@@ -169,20 +197,26 @@ def sample(logits: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[T
 
 
 def invert(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:
-    """Draw one token per row, in proportion to its mass (exact to fp32 rounding). A token of mass 0 is never drawn."""
-    size = mass.shape[-1]
-    whole = size // GROUP  # first a group of GROUP tokens, then a token in it: no cumulative sum over the vocabulary
-    groups = rearrange(mass[:, : whole * GROUP], "k (n v) -> k n v", v=GROUP).sum(-1)
-    groups = torch.cat([groups, mass[:, whole * GROUP :].sum(-1, keepdim=True)], dim=-1).double().cumsum(-1)
-    total = groups[:, -1:]
-    # Below the total even where the product rounds up to it, so that the search ends at a token with mass.
-    point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    group = torch.searchsorted(groups, point, right=True)
-    point = point - torch.where(group > 0, groups.gather(-1, (group - 1).clamp(min=0)), 0.0)
+    """Draw one token per row in proportion to its mass, exactly up to fp32 rounding. A token of mass 0 is never drawn.
 
-    members = group * GROUP + torch.arange(GROUP, device=mass.device)
-    inside = mass.gather(-1, members.clamp(max=size - 1)).masked_fill(members >= size, 0).double().cumsum(-1)
-    total = inside[:, -1:]
+    It first searches for a group of SEARCH_GROUP tokens, then for a token in it, without a cumulative sum over the
+    vocabulary.
+    """
+    size = mass.shape[-1]
+    num_full = size // SEARCH_GROUP
+    group_mass = rearrange(mass[:, : num_full * SEARCH_GROUP], "k (n v) -> k n v", v=SEARCH_GROUP).sum(-1)
+    last_mass = mass[:, num_full * SEARCH_GROUP :].sum(-1, keepdim=True)
+    group_sums = torch.cat([group_mass, last_mass], dim=-1).double().cumsum(-1)
+    total = group_sums[:, -1:]
+    # The product may round up to the total. A smaller number makes the search end at a token with mass.
+    point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    group = torch.searchsorted(group_sums, point, right=True)
+    point = point - torch.where(group > 0, group_sums.gather(-1, (group - 1).clamp(min=0)), 0.0)
+
+    tokens = group * SEARCH_GROUP + torch.arange(SEARCH_GROUP, device=mass.device)
+    token_sums = mass.gather(-1, tokens.clamp(max=size - 1)).masked_fill(tokens >= size, 0).double().cumsum(-1)
+    total = token_sums[:, -1:]
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
-    # NaN masses end the search after the last token; the log-prob is then NaN, which a caller sees.
-    return (group * GROUP + torch.searchsorted(inside, point, right=True)).clamp(max=size - 1)[:, 0]
+    # With NaN masses the search ends after the last token. The token's log-prob is then NaN, which a caller sees.
+    offset = torch.searchsorted(token_sums, point, right=True)
+    return (group * SEARCH_GROUP + offset).clamp(max=size - 1)[:, 0]

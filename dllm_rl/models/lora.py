@@ -24,8 +24,8 @@ from dllm_rl.models.untrusted import read_adapter
 from dllm_rl.rng import keep_mask
 
 STACKS = ("gate_up_proj", "down_proj")
-PREFIX = "base_model.model."  # peft's, of every name
-# Settings under which peft computes something else from the same tensors.
+PREFIX = "base_model.model."  # prefix of every name in peft's files
+# Settings of peft that change what is computed from the same tensors.
 PEFT_VARIANTS = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -34,6 +34,7 @@ PEFT_VARIANTS = (
     "velora_config",
     "use_bdlora",
 )
+# Attributes of a stock module of experts whose layout `LoraExperts` supports.
 LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
 
 
@@ -58,18 +59,18 @@ def lora_r16(*, r: int = 16, alpha: float = 32.0, dropout: float = 0.0, experts:
 
 
 def from_peft(config: Any) -> Lora:
-    """Return the adapters that a peft LoraConfig describes.
+    """Return the settings of a peft LoraConfig.
 
     Raise ValueError for a setting that changes what the adapters compute.
     """
     kind = type(config).__name__
     if kind != "LoraConfig":
         raise ValueError(f"lora={kind}(...) is of another kind than LoRA; give peft's LoraConfig, or lora_r16")
-    blank = type(config)()
-    taken = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
-    taken |= {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "runtime_config"}
+    default = type(config)()
+    used = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+    ignored = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "runtime_config"}
     for name, value in vars(config).items():
-        if name not in taken and value != getattr(blank, name, value):
+        if name not in used | ignored and value != getattr(default, name, value):
             raise ValueError(f"lora=LoraConfig({name}={value!r}): adapters have no such setting here; leave it out")
     if config.inference_mode:
         raise ValueError("lora=LoraConfig(inference_mode=True) is not for training; leave it out")
@@ -86,14 +87,14 @@ def from_peft(config: Any) -> Lora:
 
 
 class LoraLinear(nn.Module):
-    """A linear layer and its fp32 adapter, whose products are in the input's dtype."""
+    """A linear layer with an fp32 adapter. Its products are computed in the input's dtype."""
 
     def __init__(self, base_layer: nn.Linear, lora: Lora, generator: Generator) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.lora = lora
         self.active = True
-        self.calls = 0  # of dropout: a mask depends only on (seed, calls), so that recomputed blocks repeat it
+        self.calls = 0  # number of dropout masks: a mask depends only on (seed, calls), so that it can be drawn again
         self.seed = int(torch.randint(2**40, (), generator=generator))
         device = base_layer.weight.device
         # Drawn on the host, so that every device starts from the same numbers.
@@ -105,12 +106,13 @@ class LoraLinear(nn.Module):
         out = base_product(self.base_layer, x)
         if not self.active:
             return out
-        small = F.linear(self.dropped(x), self.lora_A.weight.to(x.dtype))
-        added = F.linear(small, self.lora_B.weight.to(x.dtype)) * (self.lora.alpha / self.lora.r)
+        low_rank = F.linear(self.dropped(x), self.lora_A.weight.to(x.dtype))
+        added = F.linear(low_rank, self.lora_B.weight.to(x.dtype)) * (self.lora.alpha / self.lora.r)
         return (out + added).to(out.dtype)
 
     def dropped(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
-        if not self.lora.dropout or not torch.is_grad_enabled():  # always in eval mode: `training` is False
+        """Apply dropout to the adapter's input, in differentiated forwards only."""
+        if not self.lora.dropout or not torch.is_grad_enabled():  # not `self.training`, which is always False
             return x
         self.calls += 1
         keep = keep_mask(x.shape, seed=self.seed, step=self.calls, drop=self.lora.dropout, device=x.device)
@@ -125,9 +127,9 @@ class LoraLinear(nn.Module):
 
 
 class _Float32Backward(torch.autograd.Function):
-    """A frozen layer's bf16 product whose backward is computed in fp32 and rounded.
+    """The bf16 product of a frozen layer, with a backward that is computed in fp32 and then rounded.
 
-    On a CPU without bf16 products torch takes 60 times as long for the transposed product.
+    On a CPU without bf16 products, torch would take 60 times as long for the transposed product.
     """
 
     @staticmethod
@@ -136,22 +138,23 @@ class _Float32Backward(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return (gradients[0].float() @ weight.float()).to(gradients[0].dtype), None, None
+        (grad_output,) = grad_outputs
+        return (grad_output.float() @ weight.float()).to(grad_output.dtype), None, None
 
 
 def base_product(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return a frozen layer's output for x."""
+    """Return the output of the layer below an adapter."""
     weight = layer.weight
-    emulated = x.device.type == "cpu" and x.dtype == torch.bfloat16 == weight.dtype and not has_bf16_products()
-    if emulated and type(layer) is nn.Linear and not weight.requires_grad and not torch.is_autocast_enabled("cpu"):
+    is_emulated = x.device.type == "cpu" and x.dtype == torch.bfloat16 == weight.dtype and not has_bf16_products()
+    if is_emulated and type(layer) is nn.Linear and not weight.requires_grad and not torch.is_autocast_enabled("cpu"):
         return _Float32Backward.apply(x, weight, layer.bias)
     return layer(x)
 
 
 class LoraExperts(nn.Module):
-    """A stock module of experts with a pair of fp32 adapters for every expert of both stacks."""
+    """A stock module of experts with an fp32 adapter for every expert of both stacks."""
 
     base_layer: Any
 
@@ -160,7 +163,7 @@ class LoraExperts(nn.Module):
         self.base_layer = base_layer
         self.lora = lora
         self.active = True
-        self.calls = 0  # of dropout, which experts do not have; saved with the adapters
+        self.calls = 0  # number of dropout masks: always 0, but saved with the adapters
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         for name in STACKS:
@@ -173,8 +176,9 @@ class LoraExperts(nn.Module):
     def forward(self, *args: Any) -> Tensor:
         if not self.active:
             return self.base_layer(*args)
-        # Merged for the stock grouped product; without gradient checkpointing the merged copy stays until backward.
-        return functional_call(self.base_layer, dict(zip(STACKS, map(self.merged, STACKS), strict=True)), args)
+        # The stock module computes a grouped product of merged weights. Without gradient checkpointing the merged
+        # weights stay in memory until the backward.
+        return functional_call(self.base_layer, {name: self.merged(name) for name in STACKS}, args)
 
     def merged(self, name: str) -> Float[Tensor, "E O I"]:
         """Return W + (alpha / r) B A per expert, summed in fp32 and rounded once to W's dtype.
@@ -187,67 +191,75 @@ class LoraExperts(nn.Module):
 
     @torch.no_grad()
     def plain(self, memo: dict[int, Any]) -> nn.Module:
-        """Return the stock module with the adapters merged. `memo` is deepcopy's."""
+        """Return the stock module with merged adapters. `memo` is a memo of deepcopy."""
         stacks = {id(getattr(self.base_layer, name)): nn.Parameter(self.merged(name), False) for name in STACKS}
         return copy.deepcopy(self.base_layer, memo | stacks)
 
     def saved(self) -> dict[str, Tensor]:
-        """Return the adapters under peft's names: its wrapper of the second stack contains its wrapper of the first."""
-        found = {}
-        for place, name in zip((".base_layer", ""), STACKS, strict=True):
-            found[f"{place}.lora_A.weight"] = self.lora_A[name].detach().flatten(0, 1)  # (E r, in)
-            found[f"{place}.lora_B.weight"] = self.lora_B[name].detach().permute(1, 2, 0).flatten(1)  # (out, r E)
-        return found
+        """Return the adapters under peft's names.
+
+        peft wraps the module once per stack: its wrapper of the second stack contains its wrapper of the first.
+        """
+        state = {}
+        for wrapper, name in zip((".base_layer", ""), STACKS, strict=True):
+            state[f"{wrapper}.lora_A.weight"] = self.lora_A[name].detach().flatten(0, 1)  # (E r, in)
+            state[f"{wrapper}.lora_B.weight"] = self.lora_B[name].detach().permute(1, 2, 0).flatten(1)  # (out, r E)
+        return state
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """Copy tensors that `saved` returned into the adapters."""
-        for place, name in zip((".base_layer", ""), STACKS, strict=True):
-            self.lora_A[name].copy_(state[f"{place}.lora_A.weight"].view_as(self.lora_A[name]))
-            stacked = state[f"{place}.lora_B.weight"].unflatten(1, (self.lora.r, -1))  # (out, r, E)
+        for wrapper, name in zip((".base_layer", ""), STACKS, strict=True):
+            self.lora_A[name].copy_(state[f"{wrapper}.lora_A.weight"].view_as(self.lora_A[name]))
+            stacked = state[f"{wrapper}.lora_B.weight"].unflatten(1, (self.lora.r, -1))  # (out, r, E)
             self.lora_B[name].copy_(stacked.permute(2, 0, 1))
 
 
 def add_lora(policy: Policy, lora: Lora) -> None:
-    """Add adapters to the policy's module, in place. Freeze everything else and free its gradients.
+    """Add adapters to the policy's module, in place. Freeze all other weights and free their gradients.
 
-    Raise ValueError if no layer has a target name, for the output layer, without stacked experts to adapt, or if the
-    policy already has adapters.
+    Raises:
+        ValueError: No linear layer has a target name, a target cannot be adapted (the output layer, a layer whose
+            weight MultiheadAttention reads), there are no stacked experts to adapt, or the policy has adapters already.
     """
     module = policy.module
     names = lora.targets or policy.spec.lora_targets
     if adapted_layers(module):
         raise ValueError("lora: the policy has adapters already; merge them first (merge_lora)")
-    chosen = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear) and is_target(path, names)]
-    if not chosen:
+    linear_layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    targets = {path: layer for path, layer in linear_layers.items() if is_target(path, names)}
+    if not targets:
         kind = type(module).__name__
         raise ValueError(f"lora.targets={names} names no linear layer in a block of {kind}; name other layers")
     head = output_embeddings(module)
-    if odd := [path for path in chosen if module.get_submodule(path) is head]:  # its fp32 product takes a plain layer
-        raise ValueError(f"lora.targets names {odd[0]!r}, the output layer, which takes no adapters; leave it out")
-    if inner := [path for path in chosen if isinstance(module.get_submodule(path), NonDynamicallyQuantizableLinear)]:
-        raise ValueError(f"lora.targets names {inner[0]!r}, whose weight MultiheadAttention reads itself; leave it out")
+    for path, layer in targets.items():
+        if layer is head:  # its fp32 product needs a layer without adapters
+            raise ValueError(f"lora.targets names {path!r}, the output layer, which takes no adapters; leave it out")
+    for path, layer in targets.items():
+        if isinstance(layer, NonDynamicallyQuantizableLinear):
+            raise ValueError(f"lora.targets names {path!r}, whose weight MultiheadAttention reads itself; leave it out")
     stacks = [path for path, layer in module.named_modules() if is_stacked(layer)] if lora.experts else []
     if lora.experts and not stacks:
         raise ValueError(f"lora.experts=True, but {type(module).__name__} has no stacked experts; leave it out")
     module.requires_grad_(False)
     module.zero_grad(set_to_none=True)  # old gradients would take memory and count in clipping
     generator = Generator().manual_seed(lora.seed)
-    for paths, adapted in ((chosen, LoraLinear), (stacks, LoraExperts)):
+    for paths, adapted_class in ((targets, LoraLinear), (stacks, LoraExperts)):
         for path in paths:
             layer = module.get_submodule(path)
-            put(module, layer, adapted(layer, lora, generator))
+            put(module, layer, adapted_class(layer, lora, generator))
     policy.lora = lora
 
 
 def put(module: nn.Module, layer: nn.Module, other: nn.Module) -> None:
-    """Replace a layer by another one everywhere: encoder and decoder may share it."""
-    for path in [path for path, each in module.named_modules(remove_duplicate=False) if each is layer]:
+    """Replace a layer by another one wherever it occurs: an encoder and a decoder may share it."""
+    paths = [path for path, submodule in module.named_modules(remove_duplicate=False) if submodule is layer]
+    for path in paths:
         module.set_submodule(path, other)
 
 
 def is_target(path: str, names: Sequence[str]) -> bool:
-    """Return whether `names` has the layer's full path, or, inside a block, its last name."""
+    """Return whether `names` has the layer's full path or, for a layer inside a block, the last part of the path."""
     return path in names or (re.search(r"\.\d+\.", path) is not None and path.rpartition(".")[2] in names)
 
 
@@ -258,38 +270,42 @@ def adapted_layers(module: nn.Module) -> dict[str, LoraLinear | LoraExperts]:
 
 @contextmanager
 def disable_adapters(module: nn.Module) -> Iterator[None]:
-    """Leave the adapters out of the forwards in the block."""
+    """In this context, run forwards without the adapters."""
     layers = adapted_layers(module).values()
-    before = [layer.active for layer in layers]  # an outer block may already have disabled some
+    was_active = [layer.active for layer in layers]  # an outer context may already have disabled some
     for layer in layers:
         layer.active = False
     try:
         yield
     finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer.active = was
+        for layer, active in zip(layers, was_active, strict=True):
+            layer.active = active
 
 
 def without_adapters(policy: Policy) -> Policy:
-    """Return a policy on the same weights without adapters.
+    """Return a policy with the same weights that leaves the adapters out of its forwards.
 
-    Raise ValueError for a policy without adapters, because training would change the reference.
+    Raise ValueError for a policy without adapters: training would change the weights of this policy too.
     """
     if not adapted_layers(policy.module):
         raise ValueError(f"{type(policy.module).__name__} has no adapters to leave out; keep a copy as the reference")
     spec = policy.spec
     reference = copy.copy(policy)
-    reference.spec = replace(spec, encode=partial(_without, spec.encode), head=partial(_without, spec.head))
+    reference.spec = replace(
+        spec,
+        encode=partial(_call_without_adapters, spec.encode),
+        head=partial(_call_without_adapters, spec.head),
+    )
     return reference
 
 
-def _without(f: Callable[..., Tensor], module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+def _call_without_adapters(f: Callable[..., Tensor], module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     with disable_adapters(module):
         return f(module, *args, **kwargs)
 
 
 def base_of(layer: Any) -> Any:
-    """Return the layer below the adapters, or the layer itself without any."""
+    """Return the layer below the adapters, or the layer itself if it has none."""
     return layer.base_layer if isinstance(layer, LoraLinear | LoraExperts) else layer
 
 
@@ -299,8 +315,9 @@ def is_extra(layer: nn.Module) -> bool:
 
 
 def linear_of(weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None) -> nn.Linear:
-    """Return a layer with these tensors, not copied. The weight is frozen."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")  # meta: draws no random weights
+    """Return a linear layer with these tensors, without copying them. The weight is frozen."""
+    # On the meta device no random weights are drawn.
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = cast(Any, bias)
     return layer
@@ -322,15 +339,12 @@ def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
 
         return dequantize_4bit(weight.data, weight.quant_state)
     # An 8-bit layer moves its rows and scales (absolute maxima, 127 steps) to `state` at its first forward.
-    kept: Any = layer.state if weight.SCB is None else weight
-    return kept.CB * (kept.SCB.float() / 127)[:, None]
+    holder: Any = layer.state if weight.SCB is None else weight
+    return holder.CB * (holder.SCB.float() / 127)[:, None]
 
 
 def is_stacked(layer: nn.Module) -> bool:
-    """Return whether a module, with or without adapters, stores gated experts as two stacks (E, out, in).
-
-    The experts have no biases.
-    """
+    """Return whether a module, with or without adapters, has gated experts without biases in two stacks (E, O, I)."""
     layer = base_of(layer)
     stacks = [getattr(layer, name, None) for name in STACKS]
     return (
@@ -342,17 +356,17 @@ def is_stacked(layer: nn.Module) -> bool:
 
 
 def adapter_state(policy: Policy) -> dict[str, Tensor]:
-    """Return the adapters' tensors under peft's names, built from the authors' module names."""
-    out: dict[str, Tensor] = {}
+    """Return the adapters' tensors under peft's names, which contain the module names of the original checkpoint."""
+    state: dict[str, Tensor] = {}
     names = backwards(policy.spec)
     for path, layer in adapted_layers(policy.module).items():
-        if isinstance(layer, LoraExperts):  # the stock class's names: the authors have no stacks
-            out |= {f"{PREFIX}{path}{name}": tensor for name, tensor in layer.saved().items()}
+        if isinstance(layer, LoraExperts):  # under the stock class's names: original checkpoints have no stacks
+            state |= {f"{PREFIX}{path}{name}": tensor for name, tensor in layer.saved().items()}
             continue
-        stem = renamed(f"{path}.weight", names).removesuffix(".weight")
-        for part in ("lora_A", "lora_B"):
-            out[f"{PREFIX}{stem}.{part}.weight"] = getattr(layer, part).weight.detach()
-    return out
+        original_path = renamed(f"{path}.weight", names).removesuffix(".weight")
+        for matrix in ("lora_A", "lora_B"):
+            state[f"{PREFIX}{original_path}.{matrix}.weight"] = getattr(layer, matrix).weight.detach()
+    return state
 
 
 def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = None) -> None:
@@ -374,11 +388,11 @@ def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = No
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = adapter_state(policy)
-    calls = next(iter(adapted_layers(policy.module).values())).calls  # all layers have the same count of dropout masks
+    calls = next(iter(adapted_layers(policy.module).values())).calls  # the same number in all layers
     metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)} | base_form(policy.module)
-    stored = {name: tensor.cpu().clone() for name, tensor in state.items()}
-    save_file(stored, directory / "adapter_model.safetensors", metadata)
-    linear, experts = _paths(state)
+    tensors = {name: tensor.cpu().clone() for name, tensor in state.items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata)
+    linear, experts = _adapted_paths(state)
     config = {
         "peft_type": "LORA",
         "r": lora.r,
@@ -386,80 +400,85 @@ def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = No
         "lora_dropout": lora.dropout,
         "bias": "none",
         "target_modules": linear,
-        **({"target_parameters": [f"{path}.{name}" for path in experts for name in STACKS]} if experts else {}),
-        "base_model_name_or_path": base or policy.spec.checkpoint_folder,
-        "inference_mode": True,
     }
+    if experts:
+        config["target_parameters"] = [f"{path}.{name}" for path in experts for name in STACKS]
+    config |= {"base_model_name_or_path": base or policy.spec.checkpoint_folder, "inference_mode": True}
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def base_form(module: nn.Module) -> dict[str, str]:
-    """Return the form of the adapters' base: its dtype, and bitsandbytes' kind."""
+    """Return the metadata about the adapters' base: its dtype and, with bitsandbytes, its quantization."""
     form = {"dtype": str(next(module.parameters()).dtype).removeprefix("torch.")}
     packed = next((layer for layer in map(base_of, module.modules()) if is_bitsandbytes(layer)), None)
-    return (
-        form if packed is None else form | {"quantization": "nf4" if hasattr(packed.weight, "quant_state") else "int8"}
-    )
+    if packed is not None:
+        form["quantization"] = "nf4" if hasattr(packed.weight, "quant_state") else "int8"
+    return form
 
 
 def load_adapter(policy: Policy, directory: str | Path) -> None:
     """Load saved adapters, of this library or of peft, into the policy in place.
 
-    Raise ValueError for other methods or tensors that do not fit.
+    Raise ValueError for another method than LoRA, or for tensors that do not fit.
     """
     directory = Path(directory)
     config, state, metadata = read_adapter(directory)
-    plain: dict[str, Any] = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none"}
-    plain |= {"modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
-    plain |= dict.fromkeys(PEFT_VARIANTS)
-    for field, value in plain.items():
+    supported: dict[str, Any] = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none"}
+    supported |= {"modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+    supported |= dict.fromkeys(PEFT_VARIANTS)
+    for field, value in supported.items():
         if config.get(field) not in (value, None):
             raise ValueError(f"{directory}: {field}={config[field]!r} is not supported; only {field}={value!r} is")
-    start = config.get("init_lora_weights")
-    if start not in (None, True, False, "gaussian", "eva", "orthogonal"):
+    init = config.get("init_lora_weights")
+    if init not in (None, True, False, "gaussian", "eva", "orthogonal"):
         # PiSSA, OLoRA and similar methods subtract the first adapters from the base; the base here is unchanged.
         raise ValueError(
-            f"{directory}: init_lora_weights={start!r} changed the base too, which is not supported; save the adapters "
+            f"{directory}: init_lora_weights={init!r} changed the base too, which is not supported; save the adapters "
             "as plain LoRA (peft's path_initial_model_for_weight_conversion)"
         )
-    linear, experts = _paths(state)
-    paths = tuple(
-        sorted(renamed(f"{stem}.weight", policy.spec.tensor_names).removesuffix(".weight") for stem in linear)
-    )
-    # Checked before an adapter is made, because only r sets its size.
-    if (needed := config["r"] * _width(policy.module, paths, experts)) > sum(map(Tensor.numel, state.values())):
+    linear, experts = _adapted_paths(state)
+    stock_paths = [renamed(f"{path}.weight", policy.spec.tensor_names).removesuffix(".weight") for path in linear]
+    paths = tuple(sorted(stock_paths))
+    # Checked before the adapters are made, because r alone determines their size.
+    required = config["r"] * _rank_one_size(policy.module, paths, experts)
+    if required > sum(map(Tensor.numel, state.values())):
         raise ValueError(
-            f"{directory}: r={config['r']} needs {needed:,} numbers, and fewer are there; give other adapters"
+            f"{directory}: r={config['r']} needs {required:,} numbers, and fewer are there; give other adapters"
         )
     settings = {"r": config["r"], "alpha": float(config["lora_alpha"]), "dropout": float(config["lora_dropout"])}
-    # peft's files have no seed: it matters only for dropout, since A and B are overwritten.
+    # peft's files have no seed. It matters only for dropout, because A and B are overwritten.
     add_lora(policy, Lora(**settings, targets=paths, experts=bool(experts), seed=int(metadata.get("seed", 0))))
-    have = adapter_state(policy)
-    if odd := misfits(state, have):
+    policy_tensors = adapter_state(policy)
+    if mismatched := misfits(state, policy_tensors):
         kind = type(policy.module).__name__
-        raise ValueError(f"{directory}: adapter tensors {odd[:3]} do not fit {kind}; give their own base")
+        raise ValueError(
+            f"{directory}: adapter tensors {mismatched[:3]} do not fit {kind}; use the base that they were trained on"
+        )
     for name, tensor in state.items():
-        have[name].copy_(tensor)
+        policy_tensors[name].copy_(tensor)
     for path, layer in adapted_layers(policy.module).items():
         layer.calls = int(metadata.get("dropout_calls", 0))
         if isinstance(layer, LoraExperts):
-            layer.load({part: state[f"{PREFIX}{path}{part}"] for part in layer.saved()})
+            layer.load({name: state[f"{PREFIX}{path}{name}"] for name in layer.saved()})
 
 
-def _width(module: nn.Module, linear: Sequence[str], experts: Sequence[str]) -> int:
-    """Return how many numbers adapters of rank 1 have on those of these layers that the module has."""
+def _rank_one_size(module: nn.Module, linear: Sequence[str], experts: Sequence[str]) -> int:
+    """Return the number of elements of rank-1 adapters on these layers. Layers that the module lacks are left out."""
     layers = dict(module.named_modules())
-    found = [layers[path] for path in linear if isinstance(layers.get(path), nn.Linear)]
-    mixed = [layers[path] for path in experts if path in layers and is_stacked(layers[path])]
-    stacks = [getattr(each, name) for each in mixed for name in STACKS]
-    return sum(x.in_features + x.out_features for x in found) + sum(len(x) * sum(x.shape[1:]) for x in stacks)
+    linear_layers = [layers[path] for path in linear if isinstance(layers.get(path), nn.Linear)]
+    expert_layers = [layers[path] for path in experts if path in layers and is_stacked(layers[path])]
+    stacks = [getattr(layer, name) for layer in expert_layers for name in STACKS]
+    linear_size = sum(layer.in_features + layer.out_features for layer in linear_layers)
+    return linear_size + sum(len(stack) * sum(stack.shape[1:]) for stack in stacks)
 
 
-def _paths(state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Return the paths of linear layers and of experts, which are two parameters of one module.
+def _adapted_paths(state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Return the paths of adapted linear layers, and of adapted modules of experts.
 
-    peft wraps one inside the other.
+    peft wraps a module of experts twice, once per stack, so that its adapters have two paths: one ends in
+    `.base_layer`.
     """
-    stems = {name.split(".lora_")[0].removeprefix(PREFIX) for name in state}
-    experts = sorted(stem for stem in stems if f"{stem}.base_layer" in stems)
-    return sorted(stems - {f"{path}{part}" for path in experts for part in ("", ".base_layer")}), experts
+    paths = {name.split(".lora_")[0].removeprefix(PREFIX) for name in state}
+    experts = sorted(path for path in paths if f"{path}.base_layer" in paths)
+    expert_paths = {f"{path}{wrapper}" for path in experts for wrapper in ("", ".base_layer")}
+    return sorted(paths - expert_paths), experts

@@ -1,4 +1,4 @@
-"""A module's tensors with adapters merged, for checkpoints and syncs. Custom modules are supported too."""
+"""A module's tensors with adapters merged, for checkpoints and syncs. It supports custom modules too."""
 
 import copy
 from collections.abc import Container, Iterator
@@ -30,18 +30,18 @@ def has_extras(module: nn.Module) -> bool:
 
 
 def plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Return names and layers, without the inner layers of adapted ones."""
-    parts = {f"{path}.{part}" for path in adapted_layers(module) for part in ("base_layer", "lora_A", "lora_B")}
-    return ((name, layer) for name, layer in module.named_modules() if name not in parts)
+    """Return names and layers. A layer with adapters appears once, without its inner layers."""
+    inner = {f"{path}.{name}" for path in adapted_layers(module) for name in ("base_layer", "lora_A", "lora_B")}
+    return ((name, layer) for name, layer in module.named_modules() if name not in inner)
 
 
 def layers_of(module: Module) -> Module:
-    """Return the module, or, if it is sharded, its layers without weights."""
+    """Return the module or, if it is sharded, a module with the same layers and without weights."""
     return module.sharding.plain if hasattr(module, "sharding") else module
 
 
 def merged_tensor(layer: Any, kind: str) -> Tensor:
-    """Return a layer's tensor, with adapters merged (differentiable) and bitsandbytes weights dequantized."""
+    """Return a layer's tensor named `kind`, with adapters merged (differentiable) and bitsandbytes dequantized."""
     if isinstance(layer, LoraExperts):
         return layer.merged(kind)
     if kind == "weight" and is_extra(layer):
@@ -51,50 +51,56 @@ def merged_tensor(layer: Any, kind: str) -> Tensor:
 
 @torch.no_grad()
 def merged_state(module: nn.Module, skip: Container[str] = (), lasting: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name without adapters, `merged_tensor`), one at a time, except `skip`.
+    """Yield each tensor's name in a module without adapters, and its `merged_tensor`, one at a time.
 
-    With `lasting`, only the tensors of a checkpoint.
+    Args:
+        module: Module, with or without adapters.
+        skip: Names to leave out.
+        lasting: Leave out buffers that a checkpoint does not store.
     """
     for path, layer in plain_layers(module):
-        own = base_of(layer)
-        left = own._non_persistent_buffers_set if lasting else ()
-        for kind, _ in [*own.named_parameters(recurse=False), *own.named_buffers(recurse=False)]:
+        base = base_of(layer)
+        left_out = base._non_persistent_buffers_set if lasting else ()
+        for kind, _ in [*base.named_parameters(recurse=False), *base.named_buffers(recurse=False)]:
             name = f"{path}.{kind}" if path else kind
-            if name not in skip and kind not in left:
+            if name not in skip and kind not in left_out:
                 yield name, merged_tensor(layer, kind)
 
 
 @torch.no_grad()
 def merged_later(module: nn.Module) -> dict[str, Later]:
-    """Return the tensors of a checkpoint as `merged_state` names them, each made when it is written."""
-    found = {}
+    """Return the tensors of a checkpoint by the names of `merged_state`. Each is computed only when it is written."""
+    tensors = {}
     for path, layer in plain_layers(module):
-        own = base_of(layer)
-        for kind, tensor in [*own.named_parameters(recurse=False), *own.named_buffers(recurse=False)]:
-            if kind in own._non_persistent_buffers_set:
+        base = base_of(layer)
+        for kind, tensor in [*base.named_parameters(recurse=False), *base.named_buffers(recurse=False)]:
+            if kind in base._non_persistent_buffers_set:
                 continue
             shape, dtype = tuple(tensor.shape), tensor.dtype
-            if kind == "weight" and is_bitsandbytes(own):  # its tensor has codes
-                shape = (own.out_features, own.in_features)
+            if kind == "weight" and is_bitsandbytes(base):  # the tensor itself has codes
+                shape = (base.out_features, base.in_features)
                 dtype = getattr(getattr(tensor, "quant_state", None), "dtype", torch.float32)
-            make = torch.no_grad()(partial(merged_tensor, layer, kind))
-            found[f"{path}.{kind}" if path else kind] = Later(shape, dtype, make)
-    return found
+            compute = torch.no_grad()(partial(merged_tensor, layer, kind))
+            tensors[f"{path}.{kind}" if path else kind] = Later(shape, dtype, compute)
+    return tensors
 
 
 @torch.no_grad()
 def merged_copy(module: Module, *, device: torch.device | str | None = None) -> Module:
-    """Return a copy with `merged_state` in ordinary layers. With `device` None each tensor keeps its device."""
+    """Return a copy of the module with merged weights in ordinary layers.
+
+    `device` is the device of the copy; with None each tensor keeps its device.
+    """
     memo: dict[int, Any] = {}  # deepcopy uses an object's entry in the memo instead of copying the object
     for _, layer in plain_layers(module):
         if is_extra(layer):
-            memo[id(layer)] = _plain(layer, memo).to(device)  # one by one: a device stores one layer twice
+            memo[id(layer)] = _plain(layer, memo).to(device)  # one by one: at most one layer is in memory twice
             continue
         for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
             memo[id(tensor)] = _like(tensor, tensor.detach().to(device or tensor.device, copy=True))
-    twin = copy.deepcopy(module, memo)
-    forget_quantizer(twin)
-    return twin
+    merged = copy.deepcopy(module, memo)
+    forget_quantizer(merged)
+    return merged
 
 
 @torch.no_grad()
@@ -104,7 +110,7 @@ def merge_lora(policy: Policy) -> None:
     Call it to train the full weights after adapters, or before `add_lora` with new ones.
     """
     module = policy.module
-    memo = {id(tensor): tensor for tensor in module.parameters()}  # a bias does not change
+    memo = {id(tensor): tensor for tensor in module.parameters()}  # biases are not copied
     for _, layer in list(plain_layers(module)):
         if is_extra(layer):
             put(module, layer, _plain(layer, memo))
@@ -114,7 +120,10 @@ def merge_lora(policy: Policy) -> None:
 
 
 def _plain(layer: Any, memo: dict[int, Any]) -> nn.Module:
-    """Return an ordinary layer for one with adapters or low-bit weights. `memo` is deepcopy's."""
+    """Return an ordinary layer with the weights of a layer with adapters or low-bit weights.
+
+    `memo` is a memo of deepcopy.
+    """
     if isinstance(layer, LoraExperts):
         return layer.plain(memo)
     return linear_of(merged_tensor(layer, "weight"), copy.deepcopy(base_of(layer).bias, memo))
@@ -125,7 +134,7 @@ def _like(tensor: Tensor, value: Tensor) -> Tensor:
 
 
 def forget_quantizer(module: nn.Module) -> None:
-    """Drop transformers' marks of a bitsandbytes module, whose weights are now ordinary."""
+    """Remove the attributes by which transformers recognizes a bitsandbytes module: its weights are now ordinary."""
     for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
         vars(module).pop(name, None)
     vars(getattr(module, "config", module)).pop("quantization_config", None)
@@ -133,34 +142,38 @@ def forget_quantizer(module: nn.Module) -> None:
 
 @torch.no_grad()
 def own_tensors(module: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """Return a module's parameters and persistent buffers, adapters merged. A tied tensor has its first name."""
-    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    """Return a module's parameters and persistent buffers, with adapters merged.
+
+    A tied tensor appears once, under its first name.
+    """
+    module_ids = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     seen: set[int] = set()
-    found = {}
+    tensors = {}
     for name, tensor in merged_state(module, lasting=True):
         if id(tensor) in seen:
             continue
-        seen |= own & {id(tensor)}  # a merged tensor is new: its id may return after it is freed
-        found[name] = tensor if device is None else tensor.detach().to(device)  # one extra tensor at a time
-    return found
+        seen |= module_ids & {id(tensor)}  # not the id of a merged tensor, which another tensor may have later
+        tensors[name] = tensor if device is None else tensor.detach().to(device)  # one extra tensor at a time
+    return tensors
 
 
 @torch.no_grad()
 def host_copy(module: Module, *, keep: bool = True) -> Module | None:
-    """Return a copy on the host, adapters unmerged, or None without `keep`.
+    """Return a copy on the host, with adapters that are not merged. With keep=False return None.
 
-    For a sharded module this is a collective: every process must call it.
+    For a sharded module this is a collective: every process must call it, and those that need no copy pass keep=False.
     """
     layers = layers_of(module)
     memo: dict[int, Any] = {}
     tensors = chain(module.parameters(), module.buffers())
-    for tensor, place in zip(tensors, chain(layers.parameters(), layers.buffers()), strict=True):
+    layer_tensors = chain(layers.parameters(), layers.buffers())
+    for tensor, layer_tensor in zip(tensors, layer_tensors, strict=True):
         value = whole(tensor.detach())  # the device stores one gathered tensor at a time
         if keep:
-            memo[id(place)] = _like(tensor, value.to("cpu", copy=True))
+            memo[id(layer_tensor)] = _like(tensor, value.to("cpu", copy=True))
     if not keep:
         return None
-    found = copy.deepcopy(layers, memo)
+    copied = copy.deepcopy(layers, memo)
     for path, layer in adapted_layers(module).items():
-        found.get_submodule(path).calls = layer.calls  # `plain` was copied before training began
-    return found
+        copied.get_submodule(path).calls = layer.calls  # the layers of a sharded module are older than training
+    return copied

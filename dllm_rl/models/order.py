@@ -1,11 +1,12 @@
 """The probability of an order: that a step leaves a position masked (`confidence`) or draws it (`plackett_luce`).
 
 LLaDA's `low_confidence` draws a token y_j ~ p_j at every masked position of a step, and commits the k positions whose
-draws have the highest confidence conf_j(y_j), the untempered log-prob. For a set S of committed positions with y_S
+draws have the highest confidence conf_j(y_j), which is the untempered log-prob. For a set S of committed positions with
+the tokens y_S,
     log P(S, y_S | state) = sum_{i in S} log p_i(y_i) + sum_{j masked, not in S} log F_j(c),
-    c = min_{i in S} conf_i(y_i),   F_j(c) = sum_v p_j(v) [v at j ranks after the last of S].
-A draw at j ranks after S if conf_j(v) < c. Ties go to the lowest position: conf_j(v) = c ranks after S if j is to the
-right of the position that set c.
+    c = min_{i in S} conf_i(y_i),   F_j(c) = sum_v p_j(v) [token v at position j ranks below S].
+c is the cutoff. Token v at j ranks below S if conf_j(v) < c. Ties go to the leftmost position: conf_j(v) = c ranks
+below S if j is to the right of the position whose confidence is c. docs/methods.md explains the tag [ours].
 """
 
 from collections.abc import Callable
@@ -16,210 +17,255 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.logprobs import TokenLogprob, chunked, process, wide
+from dllm_rl.models.logprobs import TokenLogprob, chunked, process, upcast
 from dllm_rl.types import SamplingParams
 
-LEAST = -20.0  # nats; an order that a policy cannot choose has this log-prob and no gradient, as log-ratios are clamped
+# The log-prob, in nats, of an order that a policy cannot choose. It has no gradient, because log-ratios are clamped.
+MIN_LOGPROB = -20.0
 
 
 def block_first_step(unmask_step: Int[Tensor, "B L"], block: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     """Return the first step of each written position's block; -1 at positions that are masked."""
-    far = torch.iinfo(unmask_step.dtype).max
-    steps = torch.where(unmask_step < 0, far, unmask_step)
-    first = torch.full_like(steps, far).scatter_reduce(1, block, steps, "amin").gather(1, block)
+    last_possible = torch.iinfo(unmask_step.dtype).max
+    steps = torch.where(unmask_step < 0, last_possible, unmask_step)
+    first = torch.full_like(steps, last_possible).scatter_reduce(1, block, steps, "amin").gather(1, block)
     return torch.where(unmask_step < 0, -1, first)
 
 
 def descending_index(scores: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     """Return each position's index in the descending order of its row's scores. Ties go to the leftmost."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(order).scatter(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
+    index = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.zeros_like(order).scatter(-1, order, index)
 
 
 def highest(
     scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], *, count: Int[Tensor, " B"]
 ) -> Bool[Tensor, "B L"]:
-    """Return the `count` best masked positions of every row. Ties go to the lowest index."""
+    """Return the `count` masked positions with the highest scores of every row. Ties go to the leftmost."""
     return masked & (descending_index(scores) < count[:, None])
 
 
 def commit_cutoff(
-    scores: Float[Tensor, " C"],  # of the positions that a step committed
-    steps: Int[Tensor, " C"],  # a number for each step of each row
-    places: Int[Tensor, " C"],
-    stay_steps: Int[Tensor, " J"],  # of the positions that a step left masked
-    stay_places: Int[Tensor, " J"],
+    scores: Float[Tensor, " C"],
+    steps: Int[Tensor, " C"],
+    columns: Int[Tensor, " C"],
+    stay_steps: Int[Tensor, " J"],
+    stay_columns: Int[Tensor, " J"],
     num_steps: int,
 ) -> tuple[Float[Tensor, " J"], Bool[Tensor, " J"]]:
-    """Return, for each position left masked, the lowest score that its step committed, +inf if none.
+    """Return the cutoff c of each position that stays masked.
 
-    The second result is whether the position is to the right of the last one with this score: an equal score then ranks
-    after it (`highest`).
+    Args:
+        scores: Scores of the positions that a step committed.
+        steps: Their step, as a number below num_steps that is different for each row.
+        columns: Their columns.
+        stay_steps: Steps of the positions that stay masked.
+        stay_columns: Their columns.
+        num_steps: Number of steps.
+
+    Returns:
+        The lowest score that the position's step committed, +inf if the step committed nothing; whether the position is
+        to the right of the last position with this score, so that an equal score ranks below it (`highest`).
     """
     lowest = scores.new_full((num_steps,), torch.inf).scatter_reduce(0, steps, scores, "amin")
-    at = torch.where(scores == lowest[steps], places, -1)  # scatter_reduce has no argmin
-    last = places.new_full((num_steps,), -1).scatter_reduce(0, steps, at, "amax")
-    return lowest[stay_steps], stay_places > last[stay_steps]
+    lowest_columns = torch.where(scores == lowest[steps], columns, -1)  # scatter_reduce has no argmin
+    last = columns.new_full((num_steps,), -1).scatter_reduce(0, steps, lowest_columns, "amax")
+    return lowest[stay_steps], stay_columns > last[stay_steps]
 
 
 def draw_index(
     noisy_scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], chosen: Bool[Tensor, "B L"]
 ) -> Int[Tensor, "B L"]:
-    """Return which draw of its step takes each position, from 0; 0 in a row whose masked positions are all chosen."""
+    """Return the number of the draw that takes each position in its step, from 0.
+
+    It is 0 in a row whose masked positions are all chosen, because nothing depends on their order.
+    """
     return descending_index(noisy_scores).masked_fill((chosen == masked).all(-1, keepdim=True), 0)
 
 
 def draw_logprobs_of_rows(
-    scores: Float[Tensor, "B L"], nth: Int[Tensor, "B L"], masked: Bool[Tensor, "B L"], chosen: Bool[Tensor, "B L"]
+    scores: Float[Tensor, "B L"],
+    draw_index: Int[Tensor, "B L"],
+    masked: Bool[Tensor, "B L"],
+    chosen: Bool[Tensor, "B L"],
 ) -> Float[Tensor, "B L"]:
-    """Return `drawn_logprobs` of every masked position, with fixed shapes."""
-    rivals = masked[:, None, :] & (nth[:, None, :] >= nth[:, :, None])
-    among = scores[:, None, :].masked_fill(~rivals, -torch.inf).logsumexp(-1)
-    return torch.where((chosen == masked).all(-1, keepdim=True) | ~masked, 0, scores - among)
+    """Return `plackett_luce_logprobs` of every masked position. Shapes do not depend on the data (compiled steps)."""
+    candidates = masked[:, None, :] & (draw_index[:, None, :] >= draw_index[:, :, None])
+    denominator = scores[:, None, :].masked_fill(~candidates, -torch.inf).logsumexp(-1)
+    return torch.where((chosen == masked).all(-1, keepdim=True) | ~masked, 0, scores - denominator)
 
 
-def drawn_logprobs(
+def plackett_luce_logprobs(
     scores: Float[Tensor, " K"],
-    groups: Int[Tensor, " K"],  # rising; a group is one step of one row
-    nth: Int[Tensor, " K"],  # which draw of its group takes the position
-    drawn: Int[Tensor, " C"],  # the positions that the step committed
-    width: int,  # at least the size of a group
+    step_ids: Int[Tensor, " K"],
+    draw_index: Int[Tensor, " K"],
+    drawn: Int[Tensor, " C"],
+    width: int,
 ) -> Float[Tensor, " C"]:
-    """Return Plackett-Luce log-probs: scores_i - log sum_m exp(scores_m), in nats.
+    """Return Plackett-Luce log-probs of the drawn positions i: scores_i - log sum_m exp(scores_m), in nats.
 
-    The sum is over the m of i's group that are drawn with i or later. The result is 0 where a group is drawn
-    completely: nothing depends on its order, whose log-prob would be noise in every ratio.
+    The sum covers the positions m of the same step that are drawn with i or later. The result is 0 if the step drew all
+    its positions: nothing depends on their order, so that its log-prob would only add noise to every ratio.
+
+    Args:
+        scores: Scores of K positions.
+        step_ids: A number for the step and row of each position, in ascending order.
+        draw_index: Number of the draw that takes the position in its step.
+        drawn: Indices of the positions that the step committed.
+        width: At least the number of positions of a step.
     """
-    member, mine = members(groups, drawn, width)
-    rivals = mine & (nth[member] >= nth[drawn, None])
-    among = scores[member].masked_fill(~rivals, -torch.inf)
-    peak = among.detach().amax(-1, keepdim=True)
-    mass = (among - peak).exp()
-    while mass.shape[-1] > 1:  # in pairs: more empty slots do not change the rounding
+    members, is_member = step_members(step_ids, drawn, width)
+    candidates = is_member & (draw_index[members] >= draw_index[drawn, None])
+    candidate_scores = scores[members].masked_fill(~candidates, -torch.inf)
+    peak = candidate_scores.detach().amax(-1, keepdim=True)
+    mass = (candidate_scores - peak).exp()
+    while mass.shape[-1] > 1:  # summed in pairs: more empty slots do not change the rounding
         mass = mass[:, : mass.shape[-1] // 2] + mass[:, mass.shape[-1] // 2 :]
-    found = scores[drawn] - peak[:, 0] - mass[:, 0].log()
-    own = groups[drawn]  # also rising
-    count = torch.searchsorted(own, own, right=True) - torch.searchsorted(own, own)
-    return torch.where(count < mine.sum(-1), found, 0)
+    logprobs = scores[drawn] - peak[:, 0] - mass[:, 0].log()
+    drawn_ids = step_ids[drawn]  # in ascending order too
+    num_drawn = torch.searchsorted(drawn_ids, drawn_ids, right=True) - torch.searchsorted(drawn_ids, drawn_ids)
+    return torch.where(num_drawn < is_member.sum(-1), logprobs, 0)
 
 
-def members(
-    groups: Int[Tensor, " K"], drawn: Int[Tensor, " C"], width: int
+def step_members(
+    step_ids: Int[Tensor, " K"], drawn: Int[Tensor, " C"], width: int
 ) -> tuple[Int[Tensor, "C M"], Bool[Tensor, "C M"]]:
-    """Return, for each drawn position, all positions of its group in slots, and which slots are in use: the first ones.
+    """Return, for each drawn position, the indices of all positions of its step, in M slots.
 
-    A group has at most `width` positions.
+    The second result is whether a slot is in use; the first slots are. A step has at most `width` positions, and M is
+    a power of two that is at least `width` and 16.
     """
-    slots = max(16, 1 << (width - 1).bit_length())
-    at = torch.searchsorted(groups, groups[drawn])[:, None] + torch.arange(slots, device=groups.device)
-    member = at.clamp(max=len(groups) - 1)
-    return member, (at == member) & (groups[member] == groups[drawn, None])
+    num_slots = max(16, 1 << (width - 1).bit_length())
+    slots = torch.searchsorted(step_ids, step_ids[drawn])[:, None] + torch.arange(num_slots, device=step_ids.device)
+    members = slots.clamp(max=len(step_ids) - 1)
+    return members, (slots == members) & (step_ids[members] == step_ids[drawn, None])
 
 
 def state_scores(
     policy: Policy, hidden: Float[Tensor, "K D"], sampling_params: SamplingParams, rank: Callable
 ) -> Float[Tensor, " K"]:
-    """Return a state-only rank's scores as the sampler computes them, differentiable.
+    """Return the scores of a rank that does not read tokens, as the sampler computes them, differentiable.
 
     The head runs in chunks of rows.
     """
 
-    def one(h: Tensor) -> tuple[Tensor]:
-        logits = own_logits(policy.head(h), sampling_params, policy.spec.mask_id)
+    def score_chunk(hidden_chunk: Tensor) -> tuple[Tensor]:
+        logits = untempered_logits(policy.head(hidden_chunk), sampling_params, policy.spec.mask_id)
         return (rank(logits=logits, normalizer=logits.logsumexp(-1)),)
 
-    return chunked(one, hidden, policy=policy)[0]
+    return chunked(score_chunk, hidden, policy=policy)[0]
 
 
-def own_logits(logits: Float[Tensor, "K V"], sampling_params: SamplingParams, mask_id: int | None) -> Tensor:
-    """Return the model's logits, neither tempered nor filtered, with suppressed ids except the mask at -inf."""
-    return process(logits, SamplingParams(suppress=tuple(i for i in sampling_params.suppress if i != mask_id)))
+def untempered_logits(logits: Float[Tensor, "K V"], sampling_params: SamplingParams, mask_id: int | None) -> Tensor:
+    """Return the model's logits, neither tempered nor filtered. Suppressed ids are at -inf, except the mask token."""
+    suppress = tuple(token for token in sampling_params.suppress if token != mask_id)
+    return process(logits, SamplingParams(suppress=suppress))
 
 
 def confidence_normalizer(
-    logits: Float[Tensor, "K V"], drawn: Float[Tensor, "K V"], sampling_params: SamplingParams, mask_id: int | None
+    logits: Float[Tensor, "K V"], processed: Float[Tensor, "K V"], sampling_params: SamplingParams, mask_id: int | None
 ) -> Float[Tensor, " K"]:
-    """Return the log-sum-exp of untempered logits with the mask token, without suppressed ids.
+    """Return the normalizer of confidences: the log-sum-exp of untempered logits, with the mask token.
 
-    The confidence subtracts it.
+    `processed` are the logits of the sampling distribution. Suppressed ids except the mask token are left out.
     """
     assert mask_id is not None, "a diffusion model has a mask token"
-    if sampling_params.temperature in (0, 1) and not sampling_params.filters:  # `drawn` equals the sampler's to the bit
-        return drawn.logsumexp(-1).logaddexp(wide(logits[:, mask_id]))
-    return own_logits(logits, sampling_params, mask_id).logsumexp(-1)
+    # `processed` is then also untempered, and its log-sum-exp equals the sampler's to the last bit.
+    if sampling_params.temperature in (0, 1) and not sampling_params.filters:
+        return processed.logsumexp(-1).logaddexp(upcast(logits[:, mask_id]))
+    return untempered_logits(logits, sampling_params, mask_id).logsumexp(-1)
 
 
-class _LeftLogprob(torch.autograd.Function):
-    """log sum_{v inside} p(v), at least LEAST; its backward makes one (K, V) tensor, g (p(v | inside) - p(v))."""
+class _StayMaskedLogprob(torch.autograd.Function):
+    """log of the probability of the tokens that `ranks_below` marks, at least MIN_LOGPROB.
+
+    The backward makes a single (K, V) tensor: grad_output * (p(v | marked) - p(v)).
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, inside: Tensor) -> Tensor:
-        total = logits.logsumexp(-1)
-        part = logits.masked_fill(~inside, -torch.inf).logsumexp(-1)
-        ctx.save_for_backward(logits, inside, total, part)
-        return (part - total).clamp(min=LEAST)
+    def forward(ctx: Any, logits: Tensor, ranks_below: Tensor) -> Tensor:
+        log_total = logits.logsumexp(-1)
+        log_marked = logits.masked_fill(~ranks_below, -torch.inf).logsumexp(-1)
+        ctx.save_for_backward(logits, ranks_below, log_total, log_marked)
+        return (log_marked - log_total).clamp(min=MIN_LOGPROB)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, inside, total, part = ctx.saved_tensors
-        possible = part - total > LEAST
-        out = (logits - part[:, None]).masked_fill_(~inside, -torch.inf).exp_()
-        out -= (logits - total[:, None]).exp_()
-        return out.mul_(gradient[:, None]).masked_fill_(~possible[:, None], 0), None  # an impossible row may be NaN
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        logits, ranks_below, log_total, log_marked = ctx.saved_tensors
+        is_possible = log_marked - log_total > MIN_LOGPROB
+        gradient = (logits - log_marked[:, None]).masked_fill_(~ranks_below, -torch.inf).exp_()
+        gradient -= (logits - log_total[:, None]).exp_()
+        gradient = gradient.mul_(grad_output[:, None])
+        return gradient.masked_fill_(~is_possible[:, None], 0), None  # an impossible row may be NaN
 
 
-def score_left(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor]]:
-    """Return the function that computes `left_logprobs` of one chunk of rows, also for `backward_chunked`."""
+def score_stay_masked(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor]]:
+    """Return the function that computes `stay_masked_logprobs` of one chunk of rows.
 
-    def one(h: Tensor, lowest: Tensor, behind: Tensor, normalizer: Tensor | None = None) -> tuple[Tensor]:
-        logits = policy.head(h)
-        drawn = process(logits, sampling_params)
-        with torch.no_grad():  # the gradient goes through F_j and not through its bound c [ours: docs/order.md]
+    `backward_chunked` calls it too.
+    """
+
+    def score_chunk(
+        hidden: Tensor, cutoff: Tensor, is_right_of_cutoff: Tensor, normalizer: Tensor | None = None
+    ) -> tuple[Tensor]:
+        logits = policy.head(hidden)
+        processed = process(logits, sampling_params)
+        with torch.no_grad():  # the gradient goes through F_j, but not through the cutoff c [ours]; see docs/order.md
             if normalizer is None:
-                normalizer = confidence_normalizer(logits, drawn, sampling_params, policy.spec.mask_id)
-            confidences = wide(logits) - normalizer[:, None]
-            inside = confidences < lowest[:, None]
-            inside |= behind[:, None] & (confidences == lowest[:, None])
-        return (_LeftLogprob.apply(drawn, inside),)
+                normalizer = confidence_normalizer(logits, processed, sampling_params, policy.spec.mask_id)
+            confidences = upcast(logits) - normalizer[:, None]
+            ranks_below = confidences < cutoff[:, None]
+            ranks_below |= is_right_of_cutoff[:, None] & (confidences == cutoff[:, None])
+        return (_StayMaskedLogprob.apply(processed, ranks_below),)
 
-    return one
+    return score_chunk
 
 
-def left_logprobs(
+def stay_masked_logprobs(
     policy: Policy,
     hidden: Float[Tensor, "K D"],
-    lowest: Float[Tensor, " K"],  # c, the lowest committed confidence
-    behind: Bool[Tensor, " K"],  # the position is to the right of the one that set c
+    cutoff: Float[Tensor, " K"],
+    is_right_of_cutoff: Bool[Tensor, " K"],
     sampling_params: SamplingParams,
-    normalizer: Float[Tensor, " K"] | None = None,  # of the confidences; None: computed
+    normalizer: Float[Tensor, " K"] | None = None,
 ) -> Float[Tensor, " K"]:
-    """Return log F_j(c) of K positions that a step left masked, in nats, at least LEAST.
+    """Return log F_j(c) of K positions that stay masked, in nats, at least MIN_LOGPROB.
 
     The head runs in chunks of rows.
+
+    Args:
+        policy: Policy whose head is run.
+        hidden: States of the positions.
+        cutoff: c, the lowest confidence that the step committed (`commit_cutoff`).
+        is_right_of_cutoff: Whether the position is to the right of the position whose confidence is c.
+        sampling_params: Settings of the sampling distribution.
+        normalizer: Normalizer of the confidences. None (default): it is computed.
     """
-    given = (lowest, behind) if normalizer is None else (lowest, behind, normalizer)
-    return chunked(score_left(policy, sampling_params), hidden, *given, policy=policy)[0]
+    inputs = (cutoff, is_right_of_cutoff) if normalizer is None else (cutoff, is_right_of_cutoff, normalizer)
+    return chunked(score_stay_masked(policy, sampling_params), hidden, *inputs, policy=policy)[0]
 
 
 def token_logprobs_and_confidences(
     policy: Policy, hidden: Float[Tensor, "K D"], tokens: Int[Tensor, " K"], sampling_params: SamplingParams
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
-    """Return log p(tokens_k) under the sampled distribution, and the tokens' confidence without a gradient, in nats."""
+    """Return log p(tokens_k) under the sampling distribution, and the confidences without gradient, in nats."""
     return chunked(score_committed(policy, sampling_params), hidden, tokens, policy=policy)  # type: ignore[return-value]
 
 
 def score_committed(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes `token_logprobs_and_confidences` of one chunk, also for `backward_chunked`."""
+    """Return the function that computes `token_logprobs_and_confidences` of one chunk of rows.
 
-    def one(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = policy.head(h)
-        drawn = process(logits, sampling_params, y)
+    `backward_chunked` calls it too.
+    """
+
+    def score_chunk(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        logits = policy.head(hidden)
+        processed = process(logits, sampling_params, tokens)
         with torch.no_grad():
-            normalizer = confidence_normalizer(logits, drawn, sampling_params, policy.spec.mask_id)
-            confidence = wide(logits).gather(-1, y[:, None])[:, 0] - normalizer
-        return TokenLogprob.apply(drawn, y), confidence
+            normalizer = confidence_normalizer(logits, processed, sampling_params, policy.spec.mask_id)
+            confidence = upcast(logits).gather(-1, tokens[:, None])[:, 0] - normalizer
+        return TokenLogprob.apply(processed, tokens), confidence
 
-    return one
+    return score_chunk

@@ -1,4 +1,7 @@
-"""One interface over every backbone: logits for the token AT each position, whatever the family's convention."""
+"""Policies: one interface to every backbone, and the functions that load or make a policy.
+
+`Policy.logits` returns the logits for the token AT each position, also for families whose state at t-1 predicts t.
+"""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,6 +34,7 @@ from dllm_rl.models.lora import Lora, add_lora, load_adapter, without_adapters
 from dllm_rl.models.merge import has_extras, merge_lora, own_tensors
 from dllm_rl.models.untrusted import check_regular
 
+BASE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 Moved = TypeVar("Moved", bound="_Backbone")  # beartype refuses typing.Self
 
 
@@ -44,9 +48,10 @@ class _Backbone:
     quantization_report: Any = None
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
-        self.module = module.eval()  # permanently: a stock module's dropout does not repeat
+        # The module stays in eval mode: two forwards of a stock module's dropout would differ.
+        self.module = module.eval()
         for layer in module.modules():
-            # torch's fused forwards read the weights past the layers, which may be adapted or quantized.
+            # torch's fused forwards read weights directly, and would skip adapted or quantized layers.
             if isinstance(layer, nn.TransformerEncoderLayer):
                 layer.activation_relu_or_gelu = 0
             elif isinstance(layer, nn.TransformerEncoder):
@@ -57,8 +62,8 @@ class _Backbone:
         self.float32_head = True  # copies inherit it, so that both sides of a ratio agree
 
     def __repr__(self) -> str:
-        number = sum(parameter.numel() for parameter in self.module.parameters())
-        parts = [type(self.module).__name__, f"{number:,} parameters", f"family {self.spec.name}"]
+        num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        parts = [type(self.module).__name__, f"{num_parameters:,} parameters", f"family {self.spec.name}"]
         for name in ("lora", "quantization"):
             if getattr(self, name) is not None:
                 parts.append(f"{name}={getattr(self, name)}")
@@ -74,26 +79,27 @@ class _Backbone:
 
     @property
     def pad_id(self) -> int:
-        own = getattr(self.tokenizer, "pad_token_id", None)
-        return self.spec.eos_ids[0] if own is None else own
+        pad_token_id = getattr(self.tokenizer, "pad_token_id", None)
+        return self.spec.eos_ids[0] if pad_token_id is None else pad_token_id
 
-    def encode(self, tokens: Tokens, attention_mask: Mask, positions: Tokens, **kept: Any) -> States:
+    def encode(self, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache_kwargs: Any) -> States:
         """Return the backbone's states at each token, not shifted.
 
-        `kept` passes `cache` and `use_cache`, as in `encode_base`.
+        `cache_kwargs` are `cache` and `use_cache`, as in `encode_base`.
         """
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed_blocks(self.module) if recompute else nullcontext():
-            # The family adds its mask, except to a mask of four axes. Every run of the backbone goes through this call.
-            return self.spec.encode(self.module, tokens, attention_mask, positions, **kept)
+            # The family adds its attention mask, unless `attention_mask` has four axes. Every forward runs through
+            # here.
+            return self.spec.encode(self.module, tokens, attention_mask, positions, **cache_kwargs)
 
     def hidden(self, tokens: Tokens, attention_mask: Bool[Tensor, "B T"]) -> States:
         """Return the final hidden states. `head` of the state at t gives the logits for the token at t."""
         states = self.encode(tokens, attention_mask, position_ids(attention_mask))
-        return shifted(states, attention_mask) if self.spec.shift else states
+        return shift_states(states, attention_mask) if self.spec.shift else states
 
     def head(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        """Return logits of hidden states: in fp32 with `float32_head`, else in the module's dtype (or autocast's)."""
+        """Return the logits of hidden states: in fp32 with `float32_head`, else in the module's or autocast's dtype."""
         if self.float32_head:
             return head_in_float32(self.spec.head, self.module, hidden)
         return self.spec.head(self.module, hidden)
@@ -101,7 +107,7 @@ class _Backbone:
     def logits(
         self, tokens: Tokens, attention_mask: Bool[Tensor, "B T"], positions: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T V"] | Float[Tensor, "K V"]:
-        """Return logits for the token AT each position (B, T, V), or of the K marked positions (K, V), row by row."""
+        """Return the logits for the token AT each position (B, T, V), or at the K positions of a mask (K, V)."""
         hidden = self.hidden(tokens, attention_mask)
         return self.head(hidden if positions is None else hidden[positions])
 
@@ -119,7 +125,10 @@ class _Backbone:
         save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
 
     def reference(self) -> Policy:
-        """Return the policy that RL started from (`without_adapters`). Raise ValueError without adapters."""
+        """Return the policy before training: the same weights without adapters (`without_adapters`).
+
+        Raise ValueError for a policy without adapters.
+        """
         return without_adapters(self)
 
     def to(self: Moved, device: torch.device | str) -> Moved:
@@ -129,7 +138,7 @@ class _Backbone:
 
 
 class DiffusionPolicy(_Backbone):
-    """A masked-diffusion model, in which a position sees every other one (or its block and earlier blocks).
+    """A diffusion model: full attention, block-causal attention, or an encoder and a decoder.
 
     `load_policy` and `make_policy` create it.
     """
@@ -142,11 +151,13 @@ class AutoregressivePolicy(_Backbone):
     """
 
 
-def shifted(states: States, attention_mask: Bool[Tensor, "B T"]) -> States:
-    """Return at each t the state at t-1, for shifted families. A row's first token keeps its state."""
-    # A row's first token is never sampled, so nothing needs to predict it.
-    before = torch.cat([torch.zeros_like(attention_mask[:, :1]), attention_mask[:, :-1]], dim=1)
-    return torch.where(before[..., None], states.roll(1, dims=1), states)
+def shift_states(states: States, attention_mask: Bool[Tensor, "B T"]) -> States:
+    """Return at each t the state at t-1, for families whose state at t-1 predicts the token at t.
+
+    A row's first token keeps its state: it is never sampled, so nothing needs to predict it.
+    """
+    has_predecessor = torch.cat([torch.zeros_like(attention_mask[:, :1]), attention_mask[:, :-1]], dim=1)
+    return torch.where(has_predecessor[..., None], states.roll(1, dims=1), states)
 
 
 def make_policy(
@@ -175,11 +186,11 @@ def make_policy(
     """
     check_tokenizer(tokenizer, stock=spec is None)
     check_no_peft(module)
-    spec = _found_spec(module, tokenizer) if spec is None else spec
-    # A wrong mask or attention would train without an error, so both are checked on the module itself.
+    spec = _stock_spec(module, tokenizer) if spec is None else spec
     check_spec(module, spec)
     check_ids(module, spec, tokenizer)
-    policy = (AutoregressivePolicy if spec.attention == "causal" else DiffusionPolicy)(module, spec, tokenizer)
+    policy_class = AutoregressivePolicy if spec.attention == "causal" else DiffusionPolicy
+    policy = policy_class(module, spec, tokenizer)
     if not any(weight.is_meta for weight in module.parameters()):  # a dry run needs only shapes, and computes nothing
         check_attention(policy)
     return policy
@@ -223,11 +234,11 @@ def load_policy(  # noqa: PLR0913
     verify_if_there(folder, verify_checkpoint)
     options: dict[str, Any] = {"dtype": dtype, "block_size": block_size, "quantization": quantization, "device": device}
     if (adapter := adapter_folder(folder)) is not None:
-        policy = _merged(adapter, folder, options, verify_checkpoint)
+        policy = _load_merged(adapter, folder, options, verify_checkpoint)
     else:
         module, tokenizer, spec = load_module(folder, **options)
         check_finite(module, path_or_id)
-        with named(folder):  # the first forward: a config's values may have types that no layer takes
+        with named(folder):  # in the first forward, a layer may refuse the type of a config's value
             policy = make_policy(module, tokenizer, spec)
     policy.float32_head = float32_head
     if lora is not None:
@@ -235,19 +246,22 @@ def load_policy(  # noqa: PLR0913
     return policy
 
 
-def _merged(
+def _load_merged(
     adapter: Path, folder: Path, options: dict[str, Any], verify_checkpoint: Check
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """Load the base of saved adapters and merge the adapters, as in a checkpoint of merged weights."""
+    """Load the base that saved adapters name, and merge the adapters into it."""
     if options["quantization"] is not None:
-        wrong = f"quantization={options['quantization']!r} is of a base without adapters, and {folder} holds adapters"
-        raise ValueError(f"{wrong}; save load_policy({str(folder)!r}).save_pretrained(NEW), and give that")
+        raise ValueError(
+            f"quantization={options['quantization']!r} needs a base without adapters, and {folder} has adapters; merge "
+            f"them with load_policy({str(folder)!r}).save_pretrained(NEW), and load that folder"
+        )
     dtype = options["dtype"]
     weights_folder(folder)  # refuses adapters that name each other as base
     with named(adapter), safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        held = file.metadata() or {}
-    stored = held["dtype"] if held.get("dtype") in ("float32", "bfloat16", "float16", "float64") else "auto"
-    options = options | {"dtype": stored, "quantization": held.get("quantization")}
+        metadata = file.metadata() or {}
+    # The base is loaded in the dtype in which the adapters were trained, and converted after the merge.
+    base_dtype = metadata["dtype"] if metadata.get("dtype") in BASE_DTYPES else "auto"
+    options = options | {"dtype": base_dtype, "quantization": metadata.get("quantization")}
     policy = load_policy(base_of_adapter(adapter), **options, verify_checkpoint=verify_checkpoint)
     load_adapter(policy, adapter)
     merge_lora(policy)
@@ -277,24 +291,29 @@ def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Ch
     verify_if_there(Path(directory), verify_checkpoint)
     check_regular(Path(directory))
     state = read_tensors(Path(directory))
-    own = own_tensors(policy.module)
-    if odd := misfits(state, own):
+    module_tensors = own_tensors(policy.module)
+    if mismatched := misfits(state, module_tensors):
         name = type(policy.module).__name__
-        raise ValueError(f"{directory}: tensors {odd[:3]} do not fit {name}; make the module that they were saved from")
-    for name, tensor in own.items():
+        raise ValueError(
+            f"{directory}: tensors {mismatched[:3]} do not fit {name}; make the module that they were saved from"
+        )
+    for name, tensor in module_tensors.items():
         tensor.copy_(state[name])
 
 
-def _found_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
-    """Return the spec of a transformers module's family. Raise ValueError for a module with other code."""
-    kind = type(module).__name__
+def _stock_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
+    """Return the spec of a transformers module's family. Raise ValueError for a class that is not transformers'."""
+    class_name = type(module).__name__
     if not hasattr(module, "config"):
-        raise ValueError(f"spec=None, and {kind} has no config that names its family: give a FamilySpec")
-    raw = module.config.to_dict()
-    raw["architectures"] = raw.get("architectures") or [kind]  # a model that was never saved has no architectures
-    spec = family_spec(module.config, tokenizer, raw=raw, generation=getattr(module, "generation_config", None))
+        raise ValueError(f"spec=None, and {class_name} has no config that names its family: pass a FamilySpec")
+    config = module.config.to_dict()
+    # A model that was never saved has no architectures.
+    config["architectures"] = config.get("architectures") or [class_name]
+    spec = family_spec(module.config, tokenizer, raw=config, generation=getattr(module, "generation_config", None))
     if spec.stock_model is not None:
-        raise ValueError(f"{kind} runs code of its checkpoint; give the checkpoint's folder or id to use stock classes")
+        raise ValueError(
+            f"{class_name} runs code of its checkpoint; pass the checkpoint's folder or id to use stock classes"
+        )
     prepared(module, spec)
     return spec
 
@@ -302,25 +321,28 @@ def _found_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
 def check_no_peft(module: Module) -> None:
     """Raise ValueError for a module with peft's adapters, around it or inside it."""
     if hasattr(module, "merge_and_unload"):
-        kind = type(module).__name__
-        raise ValueError(f"{kind} has peft's adapters; give its merge_and_unload(), and lora to train new ones")
+        raise ValueError(
+            f"{type(module).__name__} has peft's adapters; pass its merge_and_unload(), and lora to train new ones"
+        )
     for path, layer in module.named_modules():
         if type(layer).__module__.startswith("peft."):
             raise ValueError(
-                f"{path} has peft's adapters; merge and remove them first, and give lora to train new ones"
+                f"{path} has peft's adapters; merge and remove them first, and pass lora to train new ones"
             )
 
 
 def check_tokenizer(tokenizer: Tokenizer, *, stock: bool = False) -> None:
     """Raise ValueError for a tokenizer without the methods that `make_policy` lists.
 
-    With `stock`, also require the members that identify the ids of a stock model.
+    With `stock`, also require the members from which the ids of a stock model are read.
     """
     kind = type(tokenizer).__name__
-    needed = ["encode", "decode", "save_pretrained", *["get_vocab", "eos_token_id", "mask_token_id"] * stock]
+    required = ["encode", "decode", "save_pretrained"]
+    if stock:
+        required += ["get_vocab", "eos_token_id", "mask_token_id"]
     if getattr(tokenizer, "chat_template", None):
-        needed += ["apply_chat_template", "added_tokens_decoder", "all_special_tokens"]
-    if missing := [name for name in needed if not hasattr(tokenizer, name)]:
+        required += ["apply_chat_template", "added_tokens_decoder", "all_special_tokens"]
+    if missing := [name for name in required if not hasattr(tokenizer, name)]:
         raise ValueError(f"tokenizer {kind} has no {', '.join(missing)}; help(make_policy) lists what it needs")
     try:
         ids = tokenizer.encode("", add_special_tokens=False, split_special_tokens=True)
@@ -328,7 +350,9 @@ def check_tokenizer(tokenizer: Tokenizer, *, stock: bool = False) -> None:
     except TypeError as error:
         raise ValueError(f"tokenizer {kind}: {error}; help(make_policy) shows how it is called") from error
     if not isinstance(ids, list) or not isinstance(text, str):
-        raise ValueError(f"tokenizer {kind}: encode gave {ids!r} and decode {text!r}; they must give a list and text")
+        raise ValueError(
+            f"tokenizer {kind}: encode returned {ids!r} and decode {text!r}; they must return a list and text"
+        )
 
 
 def check_spec(module: Module, spec: FamilySpec) -> None:
@@ -343,9 +367,12 @@ def check_spec(module: Module, spec: FamilySpec) -> None:
         raise ValueError(f"mask_id=None of the spec {spec.name!r}, whose attention is {spec.attention!r}: set it")
     if not spec.eos_ids:
         raise ValueError(f"eos_ids=() of the spec {spec.name!r}: name at least one id that ends a completion")
-    odd = [i for i in (spec.mask_id, *spec.eos_ids) if i is not None and not 0 <= i < size]
-    if odd:
-        raise ValueError(f"the spec {spec.name!r} names the id {odd[0]}, outside its vocabulary of {size}: correct it")
+    ids = [spec.mask_id, *spec.eos_ids]
+    outside = [token for token in ids if token is not None and not 0 <= token < size]
+    if outside:
+        raise ValueError(
+            f"the spec {spec.name!r} names the id {outside[0]}, outside its vocabulary of {size}: correct it"
+        )
 
 
 def check_ids(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
@@ -357,7 +384,7 @@ def check_ids(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
     if spec.mask_id in spec.eos_ids:  # a mask is never drawn, so that no completion could end
         raise ValueError(
             f"mask_id={spec.mask_id} of the spec {spec.name!r} is also one of eos_ids={spec.eos_ids}; give the mask a "
-            "token of its own"
+            "separate token"
         )
     if spec.mask_id == getattr(tokenizer, "pad_token_id", None):  # padding would count as a position to fill in
         raise ValueError(
@@ -368,24 +395,29 @@ def check_ids(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
 
 @torch.no_grad()
 def check_attention(policy: _Backbone) -> None:
-    """Raise ValueError unless changing a token moves the first state exactly where the family's attention says."""
+    """Raise ValueError if the module's attention differs from the spec's.
+
+    A token is changed, and the state of the first position must change exactly if that position sees the token.
+    """
     attention = policy.spec.attention
-    expected = {7: attention == "full"}
+    # By position of the changed token: whether the first position sees it.
+    is_seen = {7: attention == "full"}
     if attention == "block_causal" and (block := policy.spec.block_size) is not None:
-        expected = {block - 1: True, block: False} if block > 1 else {block: False}  # one token sees only itself
+        is_seen = {block - 1: True, block: False} if block > 1 else {block: False}  # a block of 1 sees only itself
     size = policy.vocab_size
-    for position, moves in expected.items():
+    for position, expected in is_seen.items():
         tokens = (torch.arange(position + 1, device=policy.device) % max(1, size - 1))[None].repeat(2, 1)
         if policy.spec.causal_context and policy.spec.mask_id is not None:
-            tokens[:, 0] = policy.spec.mask_id  # a block without a mask is causal
+            tokens[:, 0] = policy.spec.mask_id  # without a mask the block would be causal
         tokens[1, -1] = (tokens[0, -1] + 1) % size
         first = policy.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0].float()
-        if torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6) == moves:  # a batch's rows may round differently
-            upgrade = "upgrade transformers (>= 5.2 honours config.is_causal=False)"
+        is_equal = torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6)  # the rows of a batch may round differently
+        if is_equal == expected:
+            upgrade = "upgrade transformers (>= 5.2 honors config.is_causal=False)"
             raise ValueError(
-                f"attention={attention!r} is what {type(policy.module).__name__} should have, but "
-                f"changing token {position} {'did not move' if moves else 'moved'} the first position's state; "
-                + (upgrade if moves else "load it as a diffusion model")
+                f"attention={attention!r} is what {type(policy.module).__name__} should have, but changing token "
+                f"{position} {'did not change' if expected else 'changed'} the first position's state; "
+                + (upgrade if expected else "load it as a diffusion model")
             )
 
 
@@ -393,8 +425,8 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
     """Make a masked-diffusion policy from the weights of a causal checkpoint.
 
     Use it to start from an autoregressive model, and train the result further with supervised steps before RL. The head
-    stays shifted, as in Dream: the state at t-1 predicts position t. The mask token's embedding starts as the mean of
-    all others. Attention is full from the first step, as in Tiny-A2D; DiffuLLaMA anneals its mask, which is not
+    stays shifted, as in Dream: the state at t-1 predicts position t. The mask token's embedding starts as the mean
+    of all others. Attention is full from the first step, as in Tiny-A2D; DiffuLLaMA anneals its mask, which is not
     implemented. `save_pretrained` writes a stock folder.
 
     Args:
@@ -411,23 +443,23 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
     module = policy.module
     tokenizer = policy.tokenizer
     if policy.spec.attention != "causal":
-        raise ValueError(f"{path_or_id} is a diffusion model already ({type(module).__name__}); use it as it is")
-    old = module.config.vocab_size
+        raise ValueError(f"{path_or_id} is a diffusion model already ({type(module).__name__}); use it unchanged")
+    old_size = module.config.vocab_size
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
     mask_id = tokenizer.mask_token_id
-    if mask_id >= old:  # many vocabularies are padded, and already have a row for it
+    if mask_id >= old_size:  # many vocabularies are padded, and already have a row for the mask token
         with torch.random.fork_rng(devices=[]):  # transformers fills new rows from the global RNG
             module.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    # A vocabulary that already has a mask token may have it anywhere. The rows after the last token have no token: they
-    # start as the mask token's row does.
-    words = torch.arange(module.config.vocab_size) < min(old, 1 + max(tokenizer.get_vocab().values()))
-    words[mask_id] = False
+    # Rows with a token other than the mask. A vocabulary that already has a mask token may have it at any id, and the
+    # rows after the last token have no token: they start with the mean too.
+    has_token = torch.arange(module.config.vocab_size) < min(old_size, 1 + max(tokenizer.get_vocab().values()))
+    has_token[mask_id] = False
     with torch.no_grad():
         for table in (module.get_input_embeddings(), module.get_output_embeddings()):  # tied tables get the same row
-            table.weight[~words] = table.weight[words].mean(0)
+            table.weight[~has_token] = table.weight[has_token].mean(0)
     module.config.is_causal = False
-    module.config.shifted_head = True  # so that `find_family` knows a saved copy
+    module.config.shifted_head = True  # so that `find_family` recognizes a saved copy
     module.config.mask_token_id = mask_id
     converted = make_policy(module, tokenizer)
     assert isinstance(converted, DiffusionPolicy), "its config says so"

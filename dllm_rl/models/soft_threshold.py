@@ -1,10 +1,12 @@
-"""The probability of the sets that `soft_threshold` writes: every masked position is an independent draw [ours].
+"""The probability of the set of positions that a step of the commit rule `soft_threshold` writes [ours].
 
-Position j of the open block is written with probability q_j = sigmoid((logit p_j - logit tau) / temperature), p_j the
-model's probability of its likeliest token. The set is redrawn while it is empty, so that a step writes a set S with
+Every masked position j of the current block is written independently, with probability
+q_j = sigmoid((logit p_j - logit tau) / temperature), where p_j is the probability of its likeliest token. An empty set
+is redrawn, so that a step writes a nonempty set S with
     log P(S | state) = sum_{j in S} log q_j + sum_{j not in S} log(1 - q_j) - log(1 - prod_j (1 - q_j)).
 P is a smooth function of the logits. If an empty set were replaced by the most confident position, P would jump where
-two positions swap their order of confidence, and no gradient of log P sees a jump.
+two positions swap their order of confidence, and no gradient of log P sees a jump. docs/methods.md explains the tag
+[ours].
 """
 
 import math
@@ -15,19 +17,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dllm_rl.models.logprobs import invert
-from dllm_rl.models.order import members
+from dllm_rl.models.order import step_members
 
-SUREST = -1e-4  # nats; a higher log p is clamped to this one, as rounding leaves few digits of 1 - p
-NEVER = -1e4  # nats, far below any log q; finite, as gradients of log-sums of -inf are NaN
+MAX_LOGPROB = -1e-4  # nats; a higher log p is clamped to this value, because rounding leaves few digits of 1 - p
+LOG_ZERO = -1e4  # nats, far below any log q; finite, because gradients of log-sums of -inf are NaN
 
 
 def log_chances(
     logprobs: Float[Tensor, "*K"], *, tau: float, temperature: float
 ) -> tuple[Float[Tensor, "*K"], Float[Tensor, "*K"]]:
-    """Return log q and log(1 - q) of log p, in nats."""
-    sure = logprobs.clamp(max=SUREST)
-    odds = sure - torch.expm1(sure).neg().log()
-    z = (odds - math.log(tau) + math.log1p(-tau)) / temperature
+    """Return log q and log(1 - q) for log p, in nats: of the events that a position is written, and that it is not."""
+    logprobs = logprobs.clamp(max=MAX_LOGPROB)
+    logit = logprobs - torch.expm1(logprobs).neg().log()
+    z = (logit - math.log(tau) + math.log1p(-tau)) / temperature
     return F.logsigmoid(z), F.logsigmoid(-z)
 
 
@@ -39,37 +41,53 @@ def drawn_set(
     tau: float,
     temperature: float,
 ) -> Bool[Tensor, "R L"]:
-    """Draw a set S of the masked positions of each row with P(S). A row without masked positions gets none."""
-    yes, no = log_chances(logprobs.double(), tau=tau, temperature=temperature)
-    no = no.masked_fill(~masked, 0)
-    first = (yes + no.cumsum(-1) - no).masked_fill(~masked, -torch.inf)  # log-prob that j is the leftmost of S
-    first = first.masked_fill(~masked.any(-1, keepdim=True), 0)  # else NaN
-    begin = masked.long().argmax(-1, keepdim=True)
-    at = invert((first - first.amax(-1, keepdim=True)).exp(), uniforms.gather(-1, begin)[:, 0].double())[:, None]
-    place = torch.arange(masked.shape[1], device=masked.device)
-    # The positions after the leftmost are independent, and none of them uses the number that drew the leftmost.
-    return masked & ((place == at) | (place > at) & (uniforms < yes.exp()))
+    """Draw a set S of the masked positions of each row, with probability P(S).
+
+    A row without masked positions has an empty set. First the leftmost position of S is drawn, then the positions to
+    its right, independently.
+    """
+    log_q, log_not_q = log_chances(logprobs.double(), tau=tau, temperature=temperature)
+    log_not_q = log_not_q.masked_fill(~masked, 0)
+    # Log-prob of each position that it is the leftmost of S.
+    log_leftmost = (log_q + log_not_q.cumsum(-1) - log_not_q).masked_fill(~masked, -torch.inf)
+    log_leftmost = log_leftmost.masked_fill(~masked.any(-1, keepdim=True), 0)  # -inf everywhere would give NaN
+    first_masked = masked.long().argmax(-1, keepdim=True)
+    mass = (log_leftmost - log_leftmost.amax(-1, keepdim=True)).exp()
+    leftmost = invert(mass, uniforms.gather(-1, first_masked)[:, 0].double())[:, None]
+    position = torch.arange(masked.shape[1], device=masked.device)
+    # No position to the right of the leftmost one uses the uniform number that drew the leftmost one.
+    return masked & ((position == leftmost) | (position > leftmost) & (uniforms < log_q.exp()))
 
 
 def set_logprobs(
     logprobs: Float[Tensor, " K"],
-    groups: Int[Tensor, " K"],  # rising; a group is one step of one row
-    drawn: Int[Tensor, " C"],  # the positions that the step wrote
-    width: int,  # at least the size of a group
+    step_ids: Int[Tensor, " K"],
+    drawn: Int[Tensor, " C"],
+    width: int,
     *,
     tau: float,
     temperature: float,
 ) -> Float[Tensor, " C"]:
-    """Return log P(S) in nats, in equal shares on the positions of S."""
-    yes, no = log_chances(logprobs, tau=tau, temperature=temperature)
-    written = torch.zeros_like(groups, dtype=torch.bool).index_fill(0, drawn, True)
-    member, mine = members(groups, drawn, width)
-    happened = torch.where(written, yes, no)[member].masked_fill(~mine, 0)
-    # Log-probs of a nonempty and of an empty set.
-    some, none = yes[member].masked_fill(~mine, NEVER), no[member].masked_fill(~mine, 0)
-    while some.shape[-1] > 1:  # in pairs: more empty slots do not change the rounding
-        half = some.shape[-1] // 2
-        some = torch.logaddexp(some[:, :half], none[:, :half] + some[:, half:])
-        none, happened = (x[:, :half] + x[:, half:] for x in (none, happened))
-    count = (written[member] & mine).sum(-1)
-    return (happened - some)[:, 0] / count
+    """Return log P(S) in nats, in equal shares on the positions of S.
+
+    Args:
+        logprobs: Log-prob of the likeliest token of K positions, in nats.
+        step_ids: A number for the step and row of each position, in ascending order.
+        drawn: Indices of the positions that the step wrote.
+        width: At least the number of positions of a step.
+        tau: See `samplers.rules.soft_threshold`.
+        temperature: See `samplers.rules.soft_threshold`.
+    """
+    log_q, log_not_q = log_chances(logprobs, tau=tau, temperature=temperature)
+    is_written = torch.zeros_like(step_ids, dtype=torch.bool).index_fill(0, drawn, True)
+    members, is_member = step_members(step_ids, drawn, width)
+    log_set = torch.where(is_written, log_q, log_not_q)[members].masked_fill(~is_member, 0)
+    log_nonempty = log_q[members].masked_fill(~is_member, LOG_ZERO)
+    log_empty = log_not_q[members].masked_fill(~is_member, 0)
+    while log_nonempty.shape[-1] > 1:  # reduced in pairs: more empty slots do not change the rounding
+        half = log_nonempty.shape[-1] // 2
+        log_nonempty = torch.logaddexp(log_nonempty[:, :half], log_empty[:, :half] + log_nonempty[:, half:])
+        log_empty = log_empty[:, :half] + log_empty[:, half:]
+        log_set = log_set[:, :half] + log_set[:, half:]
+    num_written = (is_written[members] & is_member).sum(-1)
+    return (log_set - log_nonempty)[:, 0] / num_written

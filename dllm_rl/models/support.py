@@ -1,6 +1,7 @@
-"""The tokens over which log-probs are normalized under top_k or top_p.
+"""The support of a filtered distribution: the tokens that top_k or top_p left to sample from.
 
-A sampler records what its filter kept, and a learner uses the record by one of three conventions.
+A sampler records the support of each token, and the learner normalizes log-probs by one of three conventions
+(`with_support`). docs/methods.md explains the tag [digest].
 """
 
 from dataclasses import replace
@@ -11,41 +12,40 @@ from torch import Tensor
 
 from dllm_rl.types import FilterSupport, Rollout, Support
 
-KEPT_IDS = 64  # most tokens of a filtered distribution whose ids a rollout records
+KEPT_IDS = 64  # largest support whose token ids a rollout records
 
 
-def kept_set(
+def filter_support(
     logits: Float[Tensor, "K V"], filtered: Float[Tensor, "K V"]
 ) -> tuple[Float[Tensor, " K"], Int[Tensor, "K C"]]:
-    """Return the log of the mass that a filter kept, in nats, and up to KEPT_IDS + 1 kept ids.
+    """Return the log of the probability that a filter left, in nats, and up to KEPT_IDS + 1 ids of its support.
 
-    The ids are ordered from the likeliest on, then -1.
+    The likeliest id comes first; missing ids are -1.
     """
     log_mass = filtered.logsumexp(-1) - logits.logsumexp(-1)
-    values, ids = filtered.topk(min(KEPT_IDS + 1, filtered.shape[-1]), dim=-1)  # one more shows that the ids do not fit
+    # KEPT_IDS + 1 ids show that the support is too large to be recorded.
+    values, ids = filtered.topk(min(KEPT_IDS + 1, filtered.shape[-1]), dim=-1)
     return log_mass, ids.where(values > -torch.inf, -1).int()
 
 
-def fitting(kept_ids: Int[Tensor, "B T C"]) -> Int[Tensor, "B T c"] | None:
-    """Return the ids in as few columns as possible, or None where a set is larger than KEPT_IDS."""
-    width = int((kept_ids >= 0).sum(-1).max())
-    return None if width > KEPT_IDS else kept_ids[..., :width]
+def make_filter_support(log_mass: Float[Tensor, "B T"], ids: Int[Tensor, "B T C"]) -> FilterSupport:
+    """Make the record of a rollout from the results of `filter_support` for each token.
 
-
-def kept_part(log_mass: Float[Tensor, "B T"], ids: Int[Tensor, "B T C"]) -> FilterSupport:
-    """Return the rollout's record, made of the results of `kept_set` for each token."""
-    return FilterSupport(log_mass, fitting(ids))
+    The ids have as few columns as possible, and are None if any token has more than KEPT_IDS.
+    """
+    width = int((ids >= 0).sum(-1).max())
+    return FilterSupport(log_mass, None if width > KEPT_IDS else ids[..., :width])
 
 
 def with_support(rollout: Rollout, support: Support) -> Rollout:
     """Apply a convention for scoring under top_k or top_p to a rollout. Without these filters, return it unchanged.
 
-    With p the rollout's distribution, S its kept set, and q the learner's distribution, the conventions are:
+    With p the rollout's distribution, S its support, and q the learner's distribution, the conventions are:
 
-    per_policy  each policy normalizes over its kept set and the sampled token. The ratio's mean is not 1
-    unfiltered  both sides normalize over the full vocabulary. The ratio's mean is q(S)/p(S)
+    per_policy  each policy normalizes over its filter's support and the sampled token. The mean of the ratio is not 1
+    unfiltered  both policies normalize over the full vocabulary. The mean of the ratio is q(S)/p(S)
     rollout     every policy normalizes over S (DeepSeek-V3.2's "keep sampling mask", arXiv 2512.02556 [digest]). The
-                ratio's mean is 1: weights are unbiased for the learner in S
+                mean of the ratio is 1: weights are unbiased for the learner's distribution restricted to S
 
     Args:
         rollout: Rollout of a sampler.
@@ -59,22 +59,22 @@ def with_support(rollout: Rollout, support: Support) -> Rollout:
         return rollout
     if params.support != "per_policy":
         raise ValueError(f"support={support!r}: the rollout has {params.support!r} already; take the sampler's own")
-    kept = rollout.filter_support
-    if kept is None or (support == "rollout" and kept.ids is None):
+    record = rollout.filter_support
+    if record is None or (support == "rollout" and record.ids is None):
         advice = "sample with this library's samplers, or use 'per_policy'"
         if support == "rollout":
             advice = f"ids are recorded for at most {KEPT_IDS} tokens; lower top_k or top_p, or use 'unfiltered'"
-        raise ValueError(f"support={support!r} needs what the sampler kept, which is not recorded: {advice}")
-    changed = replace(rollout, sampling_params=replace(params, support=support))
-    return changed if support == "rollout" else replace(changed, logprobs=rollout.logprobs + kept.log_mass)
+        raise ValueError(f"support={support!r} needs the filter's support, which is not recorded: {advice}")
+    rollout = replace(rollout, sampling_params=replace(params, support=support))
+    return rollout if support == "rollout" else replace(rollout, logprobs=rollout.logprobs + record.log_mass)
 
 
-def ids_at(rollout: Rollout, places: Int[Tensor, " K"]) -> Int[Tensor, "K C"] | None:
-    """Return the ids over which K tokens of the flattened batch are normalized, or None for each policy's kept set."""
-    if (
-        rollout.sampling_params.support != "rollout"
-        or rollout.filter_support is None
-        or rollout.filter_support.ids is None
-    ):
+def support_ids_at(rollout: Rollout, flat_index: Int[Tensor, " K"]) -> Int[Tensor, "K C"] | None:
+    """Return the ids over which K tokens of the flattened batch are normalized under the convention "rollout".
+
+    Under the other conventions return None.
+    """
+    record = rollout.filter_support
+    if rollout.sampling_params.support != "rollout" or record is None or record.ids is None:
         return None
-    return rollout.filter_support.ids.flatten(0, 1)[places]
+    return record.ids.flatten(0, 1)[flat_index]

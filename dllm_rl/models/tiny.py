@@ -20,11 +20,11 @@ EOS = "<eos>"
 def char_tokenizer(characters: str) -> PreTrainedTokenizerBase:
     """Return a tokenizer with one token per character, after <pad> 0, <mask> 1, <eos> 2.
 
-    An unknown character raises. Decoding is exact.
+    Encoding an unknown character raises an exception. Decoding is exact.
     """
     vocabulary = {token: i for i, token in enumerate([PAD, MASK, EOS, *dict.fromkeys(characters)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # `.` leaves out newlines
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # `.` does not match newlines
     tokenizer.decoder = decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, mask_token=MASK, eos_token=EOS, clean_up_tokenization_spaces=False
@@ -46,8 +46,8 @@ def tiny_masked_lm(  # noqa: PLR0913
 ) -> Policy:
     """Make a small masked-diffusion policy with random weights: a pre-norm RoBERTa.
 
-    Use it for tests and for training in minutes; its learned positions learn a grid fastest. Use `tiny_llama` for a
-    model in the layout of LLaDA.
+    Use it for tests and for training in minutes: with its learned position embeddings it learns grids fastest. Use
+    `tiny_llama` for a model in the layout of LLaDA.
 
     Args:
         characters: All characters of prompts and completions, one token each.
@@ -64,13 +64,15 @@ def tiny_masked_lm(  # noqa: PLR0913
     tokenizer = char_tokenizer(characters)
     positions = max_length + 1  # counted from pad_token_id + 1
     config = transformers.RobertaPreLayerNormConfig(
-        **_fields(tokenizer, False, hidden_size, num_layers, num_heads, positions),
+        **_common_fields(tokenizer, False, hidden_size, num_layers, num_heads, positions),
         intermediate_size=intermediate_size,
         type_vocab_size=1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    return _made(transformers.RobertaPreLayerNormForMaskedLM, config, tokenizer, seed, embedding_std, head_std, gain)
+    return _make_policy(
+        transformers.RobertaPreLayerNormForMaskedLM, config, tokenizer, seed, embedding_std, head_std, gain
+    )
 
 
 def tiny_llama(  # noqa: PLR0913
@@ -107,10 +109,10 @@ def tiny_llama(  # noqa: PLR0913
         gain: Initial standard deviation of the other weights, times sqrt(inputs).
     """
     tokenizer = char_tokenizer(characters)
-    fields = _fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
+    fields = _common_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
     fields |= {"rope_theta": rope_theta, "is_causal": causal}  # transformers >= 5.2 honors is_causal
     config = transformers.LlamaConfig(**fields, intermediate_size=intermediate_size)
-    return _made(transformers.LlamaForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
+    return _make_policy(transformers.LlamaForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 
 def tiny_moe(  # noqa: PLR0913
@@ -151,7 +153,7 @@ def tiny_moe(  # noqa: PLR0913
         gain: Initial standard deviation of the other weights, times sqrt(inputs).
     """
     tokenizer = char_tokenizer(characters)
-    fields = _fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
+    fields = _common_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
     fields |= {"rope_theta": rope_theta, "head_dim": hidden_size // num_heads, "is_causal": causal}
     config = transformers.Qwen3MoeConfig(
         **fields,
@@ -161,7 +163,7 @@ def tiny_moe(  # noqa: PLR0913
         num_experts_per_tok=num_experts_per_tok,
         norm_topk_prob=True,
     )
-    return _made(transformers.Qwen3MoeForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
+    return _make_policy(transformers.Qwen3MoeForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
 
 
 def tiny_diffusion_gemma(  # noqa: PLR0913
@@ -209,7 +211,7 @@ def tiny_diffusion_gemma(  # noqa: PLR0913
     head_dim = hidden_size // num_heads
     rope = {"rope_type": "default", "rope_theta": rope_theta}
     text = {
-        **_fields(tokenizer, True, hidden_size, num_layers, num_heads, max_length),
+        **_common_fields(tokenizer, True, hidden_size, num_layers, num_heads, max_length),
         "intermediate_size": intermediate_size,
         "num_key_value_heads": num_heads,
         "head_dim": head_dim,
@@ -237,10 +239,10 @@ def tiny_diffusion_gemma(  # noqa: PLR0913
     }
     config = transformers.DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=canvas_length)
     make = transformers.DiffusionGemmaForBlockDiffusion
-    return _made(make, config, tokenizer, seed, embedding_std, embedding_std, gain)
+    return _make_policy(make, config, tokenizer, seed, embedding_std, embedding_std, gain)
 
 
-def _fields(
+def _common_fields(
     tokenizer: PreTrainedTokenizerBase, causal: bool, hidden_size: int, num_layers: int, num_heads: int, max_length: int
 ) -> dict[str, Any]:
     return {
@@ -258,15 +260,18 @@ def _fields(
 
 
 @torch.no_grad()
-def _made(make: Callable, config: Any, tokenizer: PreTrainedTokenizerBase, seed: int, *scales: float) -> Any:
-    """Return the policy of a module with random weights. Matrices in blocks have the std gain / sqrt(fan_in)."""
-    from dllm_rl.models.policy import make_policy  # here: an import at the top takes seconds
+def _make_policy(make: Callable, config: Any, tokenizer: PreTrainedTokenizerBase, seed: int, *scales: float) -> Any:
+    """Return the policy of a module with random weights.
+
+    `scales` are embedding_std, head_std and gain. Matrices in blocks have the standard deviation gain / sqrt(fan_in).
+    """
+    from dllm_rl.models.policy import make_policy  # not at the top: the import takes seconds
 
     with torch.random.fork_rng(devices=[]):  # transformers initializes from the global RNG
         module = make(config)
     generator = Generator().manual_seed(seed)
     embedding_std, head_std, gain = scales
-    # With the classes' default (std 0.02 everywhere) a model of this size learns no Sudoku grid in minutes.
+    # With the default of the classes, a std of 0.02 everywhere, a model of this size does not learn Sudoku in minutes.
     head = module.get_output_embeddings()
     for layer in module.modules():
         if isinstance(layer, nn.Embedding):

@@ -27,10 +27,11 @@ def encode(
 ) -> Prompts:
     """Tokenize prompts: messages by the chat template, text without added special tokens.
 
-    Blanks become open positions.
+    Blanks become positions to fill in.
     """
-    found = [ids_and_blanks(policy, problem.prompt, problem.blank) for problem in problems]
-    ids, blanks = zip(*found, strict=True) if found else ((), ())
+    tokenized = [ids_and_blanks(policy, problem.prompt, problem.blank) for problem in problems]
+    ids = [prompt_ids for prompt_ids, _ in tokenized]
+    blanks = [prompt_blanks for _, prompt_blanks in tokenized]
     return Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size, seeds=seeds, open_positions=blanks)
 
 
@@ -42,7 +43,7 @@ def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]], blank: str | 
 def ids_and_blanks(
     policy: Policy, prompt: str | list[dict[str, str]], blank: str | None
 ) -> tuple[list[int], list[bool]]:
-    """Return the token ids of a prompt, and which are blanks: masks for `blank`.
+    """Return the token ids of a prompt, and for each id whether it is a blank: a mask in place of the text `blank`.
 
     Raise ValueError for a prompt that the model cannot read.
     """
@@ -56,91 +57,98 @@ def _ids_and_blanks(
     policy: Policy, prompt: str | list[dict[str, str]], blank: str | None
 ) -> tuple[list[int], list[bool]]:
     if blank is not None and (not blank or policy.spec.mask_id is None):
-        wrong = "is no text" if not blank else "is to be filled in, and the model has no mask token"
-        raise ValueError(f"blank={blank!r} {wrong}; leave it at None" + (", or use a diffusion model" if blank else ""))
+        if not blank:
+            raise ValueError(f"blank={blank!r} is no text; leave it at None")
+        raise ValueError(
+            f"blank={blank!r} is to be filled in, and the model has no mask token; leave it at None, or use a "
+            "diffusion model"
+        )
     if isinstance(prompt, str):
         pieces: list[tuple[list[int], bool]] = []
         for text in [prompt] if blank is None else prompt.split(blank):
-            pieces += [_gap(policy), (text_ids(policy, text), False)]
-        return _joined(pieces[1:])  # gaps are between texts
+            pieces += [_blank_piece(policy), (text_ids(policy, text), False)]
+        return _join_pieces(pieces[1:])  # blanks are only between texts
     chat = _Chat(policy, prompt, blank=blank)
     if prompt[-1]["role"] != "assistant":
-        return chat.ids_and_blanks(chat.rendered(prompt, answered=True))
-    opening = prompt[-1]["content"]
-    if not isinstance(opening, str):
+        return chat.ids_and_blanks(chat.render(prompt, answered=True))
+    answer_start = prompt[-1]["content"]
+    if not isinstance(answer_start, str):
         raise ValueError(
-            f"prompt={_shown(prompt)}: the last assistant turn, which the model continues, is no text; give its "
+            f"prompt={_quote(prompt)}: the last assistant turn, which the model continues, is no text; give its "
             "content as text, or leave the turn out"
         )
-    # The template closes a last assistant turn, so the answer's beginning is written after the open turn instead.
-    return chat.ids_and_blanks(chat.rendered(prompt[:-1], answered=True) + chat.hide(opening))
+    # The template would close a last assistant message, so the start of the answer is appended to the other messages.
+    return chat.ids_and_blanks(chat.render(prompt[:-1], answered=True) + chat.hide(answer_start))
 
 
-def _gap(policy: Policy) -> tuple[list[int], bool]:
+def _blank_piece(policy: Policy) -> tuple[list[int], bool]:
+    """Return the piece of a blank: one mask token."""
     return [] if policy.spec.mask_id is None else [policy.spec.mask_id], True
 
 
-def _joined(pieces: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]]:
+def _join_pieces(pieces: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]]:
+    """Return the ids of all pieces, and for each id whether its piece is a blank."""
     ids: list[int] = []
     blanks: list[bool] = []
-    for piece, blank in pieces:
-        ids += piece
-        blanks += [blank] * len(piece)
+    for piece_ids, is_blank in pieces:
+        ids += piece_ids
+        blanks += [is_blank] * len(piece_ids)
     return ids, blanks
 
 
 def conversation_ids(
     policy: Policy, messages: Sequence[dict[str, Any]], *, since: int = 0
 ) -> list[tuple[list[int], bool]]:
-    """Return the token ids of a conversation in pieces, and whether each piece trains.
+    """Return the token ids of a conversation in pieces, and for each piece whether it is trained on.
 
-    A piece trains if an assistant wrote it, in a message from index `since` on.
+    The trained pieces are the messages of an assistant, from index `since` on.
     """
     chat = _Chat(policy, messages)
-    turns = list(messages)
-    whole = chat.rendered(turns)
+    messages = list(messages)
+    full_text = chat.render(messages)
     pieces: list[tuple[list[int], bool]] = []
-    done = 0
-    for i, turn in enumerate(turns):
-        if turn["role"] != "assistant" or i < since:
+    num_done = 0  # characters of the text that are in `pieces`
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or i < since:
             continue
-        before = chat.rendered(turns[:i], answered=True)
-        after = chat.rendered(turns[: i + 1])
-        if not (whole.startswith(after) and after.startswith(before)):
+        before = chat.render(messages[:i], answered=True)
+        after = chat.render(messages[: i + 1])
+        if not (full_text.startswith(after) and after.startswith(before)):
             raise ValueError(
                 f"messages: the chat template does not write message {i} as the continuation of those before it; give "
                 "a row for each turn, with prompt and completion as text"
             )
-        pieces.append((chat.ids(whole[done : len(before)]), False))  # up to the end of `prompt_ids` of these messages
-        pieces.append((chat.ids(whole[len(before) : len(after)]), True))
-        done = len(after)
-    return [*pieces, (chat.ids(whole[done:]), False)]
+        pieces.append((chat.ids(full_text[num_done : len(before)]), False))  # ends as `prompt_ids` of these messages
+        pieces.append((chat.ids(full_text[len(before) : len(after)]), True))
+        num_done = len(after)
+    return [*pieces, (chat.ids(full_text[num_done:]), False)]
 
 
-def _shown(prompt: Any) -> str:
+def _quote(prompt: Any) -> str:
+    """Return a prompt for an error message, shortened to 200 characters."""
     text = repr(prompt)
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def check_chat(messages: Any) -> None:
     """Raise ValueError unless `messages` is a chat: messages with a role, and content that a template can write."""
-    wrong = f"prompt={_shown(messages)} is neither text nor chat messages, each with role and content"
+    error = f"prompt={_quote(messages)} is neither text nor chat messages, each with role and content"
     if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError(wrong)
+        raise ValueError(error)
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise ValueError(wrong)
+            raise ValueError(error)
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or not role.strip():
-            raise ValueError(f"{wrong}: role={role!r} of message {number} is no name; use user, assistant or system")
-        parts = isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content)
-        call = content is None and message.get("tool_calls")
-        if not (isinstance(content, str) or parts or call):
-            raise ValueError(f"{wrong}: content={_shown(content)} of message {number} is no text; give text")
+            raise ValueError(f"{error}: role={role!r} of message {number} is no name; use user, assistant or system")
+        has_parts = isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content)
+        has_calls = content is None and message.get("tool_calls")
+        if not (isinstance(content, str) or has_parts or has_calls):
+            raise ValueError(f"{error}: content={_quote(content)} of message {number} is no text; give text")
 
 
 class _Chat:
-    """A tokenizer's chat template, without special tokens from the messages."""
+    """A tokenizer's chat template. Special tokens that a message spells are tokenized as ordinary text."""
 
     def __init__(self, policy: Policy, messages: Sequence[dict[str, Any]], *, blank: str | None = None) -> None:
         check_chat(messages)
@@ -152,61 +160,64 @@ class _Chat:
         self.blank = blank
         self.specials = [*([] if blank is None else [blank]), *special_texts(policy.tokenizer)]
         self.spelled = re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")  # (?!) matches nothing
-        said = "".join(str(turn["content"]) for turn in messages)
-        # A private character, which no message has, replaces the special tokens that messages spell.
-        self.mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in said)
+        all_content = "".join(str(message["content"]) for message in messages)
+        # A private-use character that no message has marks the special tokens that messages spell.
+        self.mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in all_content)
 
     def hide(self, text: str) -> str:
         """Return the text with a mark for each special token that it spells."""
-        return self.spelled.sub(lambda found: f"{self.mark}{self.specials.index(found[0])}{self.mark}", text)
+        return self.spelled.sub(lambda match: f"{self.mark}{self.specials.index(match[0])}{self.mark}", text)
 
-    def rendered(self, messages: Sequence[dict[str, Any]], *, answered: bool = False) -> str:
+    def render(self, messages: Sequence[dict[str, Any]], *, answered: bool = False) -> str:
         """Return the template's text, with marks. With `answered`, it ends where the assistant's answer starts."""
-        turns = []
-        for turn in messages:
-            # Other content is a list of parts, as for images, or None.
-            content = self.hide(turn["content"]) if isinstance(turn["content"], str) else turn["content"]
-            turns.append({**turn, "content": content})
+        marked = []
+        for message in messages:
+            # Content that is not text is a list of parts, as for images, or None.
+            content = message["content"]
+            marked.append({**message, "content": self.hide(content) if isinstance(content, str) else content})
+        tokenizer = self.policy.tokenizer
         try:
-            text = str(self.policy.tokenizer.apply_chat_template(turns, add_generation_prompt=answered, tokenize=False))
+            text = str(tokenizer.apply_chat_template(marked, add_generation_prompt=answered, tokenize=False))
         except (TemplateError, *COMPUTING) as error:
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise ValueError(f"chat_template does not write these messages: {why}; give plain text instead") from error
-        self.check_written(turns, text)
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(
+                f"chat_template does not write these messages: {reason}; give plain text instead"
+            ) from error
+        self.check_written(marked, text)
         return text
 
-    def check_written(self, turns: Sequence[Mapping[str, Any]], text: str) -> None:
-        """Raise ValueError where the template omits a question, or writes Python's notation in place of content."""
-        for number, turn in enumerate(turns):
-            role, content = turn["role"], turn["content"]
-            # A template may shorten an assistant's reasoning, and quotes a tool's result.
-            told = isinstance(content, str) and role not in ("assistant", "tool", "function", "ipython")
-            if told and content.strip() not in text:
+    def check_written(self, messages: Sequence[Mapping[str, Any]], text: str) -> None:
+        """Raise ValueError if the template omits a message, or writes a list of parts in Python's notation."""
+        for number, message in enumerate(messages):
+            role, content = message["role"], message["content"]
+            # A template may shorten an assistant's reasoning, and it quotes a tool's result.
+            must_appear = isinstance(content, str) and role not in ("assistant", "tool", "function", "ipython")
+            if must_appear and content.strip() not in text:
                 raise ValueError(
                     f"chat_template leaves out message {number}, of role {role!r}: {content[:80]!r}; use a role that "
                     "the template knows, or put the text into a user's message"
                 )
             if isinstance(content, list) and str(content) in text:
                 raise ValueError(
-                    f"chat_template writes the content of message {number} as {_shown(content)}, in Python's notation; "
+                    f"chat_template writes the content of message {number} as {_quote(content)}, in Python's notation; "
                     "give the content as text"
                 )
 
     def ids(self, text: str) -> list[int]:
-        """Return the token ids of a text of `rendered` and `hide`."""
+        """Return the token ids of a text of `render` and `hide`."""
         return self.ids_and_blanks(text)[0]
 
     def ids_and_blanks(self, text: str) -> tuple[list[int], list[bool]]:
-        """Return the token ids of a text of `rendered` and `hide`, and for each id whether it is a blank."""
+        """Return the token ids of a text of `render` and `hide`, and for each id whether it is a blank."""
         pieces: list[tuple[list[int], bool]] = []
         for i, part in enumerate(re.split(rf"{self.mark}(\d+){self.mark}", text)):
-            if i % 2 == 0:  # between two marks: special tokens in this part are the template's
+            if i % 2 == 0:  # text between marked tokens: its special tokens are the template's
                 pieces.append((text_ids(self.policy, part, special=True), False))
             elif self.specials[int(part)] == self.blank:
-                pieces.append(_gap(self.policy))
+                pieces.append(_blank_piece(self.policy))
             else:
                 pieces.append((text_ids(self.policy, self.specials[int(part)]), False))
-        return _joined(pieces)
+        return _join_pieces(pieces)
 
 
 def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
@@ -219,11 +230,11 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
     except BaseException as error:  # the tokenizers library raises a bare Exception, or panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"text {text!r} cannot be tokenised by this model: {error}") from error
+        raise ValueError(f"text {text!r} cannot be tokenized by this model: {error}") from error
     if ids and not 0 <= min(ids) <= max(ids) < policy.vocab_size:
-        odd = next(i for i in ids if not 0 <= i < policy.vocab_size)
+        outside = next(token for token in ids if not 0 <= token < policy.vocab_size)
         raise ValueError(
-            f"text {text[:80]!r}: the tokenizer gives the id {odd}, outside the vocabulary of {policy.vocab_size} "
+            f"text {text[:80]!r}: the tokenizer gives the id {outside}, outside the vocabulary of {policy.vocab_size} "
             "tokens; correct tokenizer.json"
         )
     return ids
@@ -233,7 +244,8 @@ def ordinary_ids(policy: Policy) -> Int[Tensor, " V"]:
     """Return the ids of the vocabulary that are not special tokens, in ascending order."""
     size = len(policy.tokenizer) if hasattr(policy.tokenizer, "__len__") else policy.vocab_size
     added = getattr(policy.tokenizer, "added_tokens_decoder", {})
-    special = {policy.pad_id, policy.spec.mask_id, *policy.spec.eos_ids, *(i for i in added if added[i].special)}
+    special = {policy.pad_id, policy.spec.mask_id, *policy.spec.eos_ids}
+    special |= {token for token in added if added[token].special}
     return torch.tensor([i for i in range(min(size, policy.vocab_size)) if i not in special])
 
 
@@ -258,23 +270,25 @@ def graded_texts(policy: Policy, rollout: Rollout, problems: Sequence[Problem], 
     texts = decode_ids(policy, chosen)
     if all(problem.blank is None for problem in problems):
         return texts
-    for row, whole in enumerate(filled(policy, rollout)):
+    for row, full_text in enumerate(filled(policy, rollout)):
         if problems[row // rollout.group_size].blank is not None:
-            texts[row] = whole
+            texts[row] = full_text
     return texts
 
 
 def filled(policy: Policy, rollout: Rollout) -> list[str]:
     """Return each row's full text, prompt and completion, without special tokens."""
-    columns = (rollout.tokens, rollout.attention_mask, rollout.completion_mask)
+    tokens = rollout.tokens.tolist()
+    attention_mask = rollout.attention_mask.tolist()
+    completion_mask = rollout.completion_mask.tolist()
     texts = []
-    for tokens, kept, own in zip(*(column.tolist() for column in columns), strict=True):
-        ids = list(compress(tokens, kept))
-        chosen = list(compress(own, kept))
-        # An end token in a gap ends nothing: the text continues after the prompt's last token.
-        behind = len(chosen) - chosen[::-1].index(False) if False in chosen else 0
-        whole = [*ids[:behind], *before_end(policy, ids[behind:])]
-        texts.append(policy.tokenizer.decode(whole, skip_special_tokens=True))
+    for row_tokens, is_token, is_completion in zip(tokens, attention_mask, completion_mask, strict=True):
+        ids = list(compress(row_tokens, is_token))
+        in_completion = list(compress(is_completion, is_token))
+        # An end token in a blank ends nothing: the text continues at least to the prompt's last token.
+        after_prompt = len(ids) - in_completion[::-1].index(False) if False in in_completion else 0
+        full_ids = [*ids[:after_prompt], *before_end(policy, ids[after_prompt:])]
+        texts.append(policy.tokenizer.decode(full_ids, skip_special_tokens=True))
     return texts
 
 
@@ -286,13 +300,14 @@ def chosen_ids(rollout: Rollout) -> list[list[int]]:
 
 def before_end(policy: Policy, ids: list[int]) -> list[int]:
     """Return the ids before the first end token."""
-    return ids[: next((i for i, token in enumerate(ids) if token in policy.spec.eos_ids), len(ids))]
+    end = next((i for i, token in enumerate(ids) if token in policy.spec.eos_ids), len(ids))
+    return ids[:end]
 
 
 def costs_of(policy: Policy, rollout: Rollout, chosen: list[list[int]]) -> list[Cost]:
-    """Return each row's cost. `chosen` are its `chosen_ids`."""
-    forwards = (rollout.unmask_step.amax(-1) + 1).tolist()
-    return [Cost(steps, len(before_end(policy, ids))) for steps, ids in zip(forwards, chosen, strict=True)]
+    """Return each row's cost: its number of steps and of tokens. `chosen` is the result of `chosen_ids`."""
+    num_steps = (rollout.unmask_step.amax(-1) + 1).tolist()
+    return [Cost(steps, len(before_end(policy, ids))) for steps, ids in zip(num_steps, chosen, strict=True)]
 
 
 def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]]]:
@@ -300,11 +315,13 @@ def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]
 
     A token has its id, text, step (-1: masked) and probability as sampled.
     """
-    chosen = rollout.completion_mask.any(0)
-    start = int(chosen.nonzero()[0]) if chosen.any() else len(chosen)
-    columns = (rollout.tokens[:, start:], rollout.unmask_step[:, start:], rollout.logprobs[:, start:].exp())
+    has_completion = rollout.completion_mask.any(0)
+    start = int(has_completion.nonzero()[0]) if has_completion.any() else len(has_completion)
+    tokens = rollout.tokens[:, start:].tolist()
+    steps = rollout.unmask_step[:, start:].tolist()
+    probabilities = rollout.logprobs[:, start:].exp().tolist()
     rows = []
-    for row in zip(*(column.tolist() for column in columns), strict=True):
+    for row in zip(tokens, steps, probabilities, strict=True):
         written = []
         for token, step, probability in zip(*row, strict=True):
             if step >= 0 or token == policy.spec.mask_id:  # otherwise padding, or a token of the prompt
@@ -316,9 +333,9 @@ def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]
 
 
 def usual_length(policy: Policy, problems: Task | Sequence[Problem]) -> int:
-    """Return the number of tokens of the first problem's solution if the prompt is plain text, else 256.
+    """Return the default number of new tokens: the length of the first problem's solution, or 256 if unknown.
 
-    With blanks the result is 0.
+    It is 256 for chat prompts, and 0 for problems with blanks.
     """
     problem = problems[0]
     if problem.blank is not None:

@@ -20,13 +20,13 @@ from dllm_rl.screen import escape_controls, without_middle
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")  # of the files that libraries open
-MOST_REPEATS = 3  # unbounded, in a row: the time of a search is the text's length to this power
-LONGEST_PATTERN = 20_000  # characters
+MAX_REPEATS = 3  # of unbounded repeats in a row: a search takes time proportional to the text's length to this power
+MAX_PATTERN_LENGTH = 20_000  # in characters
 REPEAT = r"(?:[*+]|\{\d*,?\d*\})"
 TRIAL = Path(__file__).with_name("checkpoint") / "trial.py"
 LIMITS = {"seconds": 4, "memory": 2 << 30}  # a published tokenizer of 256,000 tokens takes 2 s and 1 GiB
-WALL_SECONDS = 60.0  # seconds by the clock: the other limit counts processor time, slow on a busy machine
-MOST_COUNTED = 1_000_000
+WALL_SECONDS = 60.0  # seconds of elapsed time; LIMITS counts processor time, which passes slowly on a busy machine
+MAX_COUNT = 1_000_000
 CHOOSES_CODE = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 
 
@@ -39,31 +39,31 @@ def check_regular(folder: Path) -> None:
 
 
 def check_plain(raw: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError for weights that another tool quantized."""
+    """Raise ValueError for weights that another tool has quantized."""
     if raw.get("quantization_config") is not None:
         raise ValueError(
-            f"{folder}: config.json has a quantization_config; give the checkpoint in 16 or 32 bits, and quantise it "
+            f"{folder}: config.json has a quantization_config; give the checkpoint in 16 or 32 bits, and quantize it "
             "with base_quantization or rollout_quantization"
         )
 
 
 def check_numbers(fields: Any, folder: str | Path, name: str = "config.json") -> None:
-    """Raise ValueError for a count above MOST_COUNTED, and for a number that is NaN or infinite, at any depth."""
+    """Raise ValueError for a count above MAX_COUNT, and for a number that is NaN or infinite, at any depth."""
     if isinstance(fields, dict | list):
         for key, value in fields.items() if isinstance(fields, dict) else ((name, value) for value in fields):
             # A list may have no upper end: the time_step_limit of Mamba is [0, Infinity].
             if not (isinstance(fields, list) and value == math.inf):
                 check_numbers(value, folder, key)
     # A count makes a list of labels, heads or experts before any tensor is compared with it.
-    elif isinstance(fields, int) and name.startswith(("num_", "n_")) and fields > MOST_COUNTED:
-        raise ValueError(f"{folder}: {name}={fields:.6g} is more than {MOST_COUNTED}; correct config.json")
+    elif isinstance(fields, int) and name.startswith(("num_", "n_")) and fields > MAX_COUNT:
+        raise ValueError(f"{folder}: {name}={fields:.6g} is more than {MAX_COUNT}; correct config.json")
     elif isinstance(fields, float) and not math.isfinite(fields):
         raise ValueError(f"{folder}: {name}={fields} is not finite; correct config.json")
 
 
 def without_code(fields: Any) -> Any:
     """Return a config without the names of implementations."""
-    if isinstance(fields, dict):  # for such a name transformers would download a kernel from the hub
+    if isinstance(fields, dict):  # transformers would download a kernel of this name from the hub
         return {name: without_code(value) for name, value in fields.items() if not CHOOSES_CODE.fullmatch(name)}
     return [without_code(value) for value in fields] if isinstance(fields, list) else fields
 
@@ -74,10 +74,12 @@ def check_tokenizer(folder: Path) -> None:
     if not path.exists():
         return
     for pattern in _patterns(json.loads(path.read_bytes())):
-        if why := explodes(pattern):
-            raise ValueError(f"{path}: the pattern {pattern[:80]!r} {why}, and may take any time to match; correct it")
-    if why := try_out(tokenizer=path):
-        raise ValueError(f"{path}: the tokenizer was tried on short texts: {why}; take another tokenizer.json")
+        if reason := unbounded_reason(pattern):
+            raise ValueError(
+                f"{path}: the pattern {pattern[:80]!r} {reason}, and may take any time to match; correct it"
+            )
+    if error := try_out(tokenizer=path):
+        raise ValueError(f"{path}: the tokenizer was tried on short texts: {error}; use another tokenizer.json")
 
 
 def check_templates(folder: Path, templates: str | Mapping[str, str] | None, tokens: Mapping[str, Any]) -> None:
@@ -85,42 +87,45 @@ def check_templates(folder: Path, templates: str | Mapping[str, str] | None, tok
 
     `tokens` has the names and texts of the tokenizer's special tokens, which a template sees.
     """
-    texts = [] if templates is None else [templates] if isinstance(templates, str) else list(templates.values())
-    if texts and (why := try_out(templates=texts, tokens=tokens)):
-        raise ValueError(f"{folder}: the chat template was tried on short chats: {why}; take another chat_template")
+    named = {"": templates} if isinstance(templates, str) else templates or {}
+    texts = list(named.values())
+    if texts and (error := try_out(templates=texts, tokens=tokens)):
+        raise ValueError(f"{folder}: the chat template was tried on short chats: {error}; use another chat_template")
 
 
 def try_out(
     *, tokenizer: Path | None = None, templates: Sequence[str] = (), tokens: Mapping[str, Any] | None = None
 ) -> str:
-    """Use a tokenizer.json or chat templates, and return the error in one short line, or "".
+    """Use a tokenizer.json or chat templates, and return the error in one short line, or "" without an error.
 
-    A separate process uses them, with limits of time and memory, because only running a pipeline shows its cost.
+    They are used in a separate process with limits of time and memory, because the cost of a pipeline is known only
+    after it has run.
     """
-    asked = {"tokenizer": tokenizer and str(tokenizer), "templates": [*templates], "tokens": dict(tokens or {})}
-    alone = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "USE_TORCH": "0"}
+    job = {"tokenizer": tokenizer and str(tokenizer), "templates": [*templates], "tokens": dict(tokens or {})}
+    single_thread = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "USE_TORCH": "0"}
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-P", str(TRIAL)],
-            input=json.dumps(asked | {"limits": LIMITS}).encode(),
+            input=json.dumps(job | {"limits": LIMITS}).encode(),
             capture_output=True,
             timeout=WALL_SECONDS,
-            env=os.environ | alone,
+            env=os.environ | single_thread,
         )
     except subprocess.TimeoutExpired:
         return f"stopped after {WALL_SECONDS:g} s"
-    if done.returncode == 0:
+    code = process.returncode
+    if code == 0:
         return ""
-    said = (done.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
-    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+    last_line = (process.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
+    if code in (-signal.SIGXCPU, -signal.SIGKILL):
         return f"stopped after {LIMITS['seconds']} s of processor time"
-    if done.returncode == -signal.SIGABRT or said.startswith("MemoryError"):  # the tokenizers library aborts
+    if code == -signal.SIGABRT or last_line.startswith("MemoryError"):  # the tokenizers library aborts
         return f"stopped at {LIMITS['memory'] >> 20} MiB of memory"
-    return escape_controls(said)[:200] if done.returncode > 0 else f"ended by signal {-done.returncode}"
+    return escape_controls(last_line)[:200] if code > 0 else f"ended by signal {-code}"
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """Return config, tensors and metadata of saved adapters. Raise ValueError for damage and impossible numbers."""
+    """Return config, tensors and metadata of saved adapters. Raise ValueError for damaged files or invalid numbers."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: the adapters are missing; give the folder of saved ones, or an earlier checkpoint")
     check_regular(folder)
@@ -144,60 +149,67 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
         )
     for name, tensor in state.items():
         if tensor.dtype not in FLOATS:
-            raise ValueError(f"{folder}: {name} is of {tensor.dtype}, which no adapter is; save the adapters again")
+            raise ValueError(
+                f"{folder}: {name} has dtype {tensor.dtype}, which is not an adapter's; save the adapters again"
+            )
         if not tensor.isfinite().all():
-            raise ValueError(f"{folder}: {name} holds numbers that are not finite; take earlier adapters")
+            raise ValueError(f"{folder}: {name} holds numbers that are not finite; use earlier adapters")
     if not any(fields["r"] in tensor.shape for tensor in state.values()):
         raise ValueError(f"{folder}: adapter_config.json is damaged: r={fields['r']} is the rank of no tensor")
-    for name, limit in {"seed": 1 << 64, "dropout_calls": 1 << 62}.items():  # a generator's limit, and below 63 bits
-        said = metadata.get(name, "0")
-        if not re.fullmatch(r"-?\d{1,20}", said) or not -(1 << 63) <= int(said) < limit:
-            raise ValueError(f"{folder}: {name}={said[:40]!r} of the adapters is out of range; save them again")
+    for name, limit in {"seed": 1 << 64, "dropout_calls": 1 << 62}.items():  # limits of a generator, and of 63 bits
+        text = metadata.get(name, "0")
+        if not re.fullmatch(r"-?\d{1,20}", text) or not -(1 << 63) <= int(text) < limit:
+            raise ValueError(f"{folder}: {name}={text[:40]!r} of the adapters is out of range; save them again")
     return fields, state, metadata
 
 
 def _patterns(fields: Any) -> list[str]:
     """Return all texts under the key Regex, at any depth."""
-    found: list[str] = []
+    patterns: list[str] = []
     if isinstance(fields, list):
         for value in fields:
-            found += _patterns(value)
+            patterns += _patterns(value)
     elif isinstance(fields, dict):
         for name, value in fields.items():
-            found += [value] if name == "Regex" and isinstance(value, str) else _patterns(value)
-    return found
+            patterns += [value] if name == "Regex" and isinstance(value, str) else _patterns(value)
+    return patterns
 
 
-def explodes(pattern: str) -> str:
-    """Return why a search for the pattern may take unbounded time, or ""."""
-    if len(pattern) > LONGEST_PATTERN:
+def unbounded_reason(pattern: str) -> str:
+    """Return why a search for the pattern may take unbounded time, or "" if it cannot.
+
+    The check is conservative: it also refuses some harmless patterns.
+    """
+    if len(pattern) > MAX_PATTERN_LENGTH:
         return f"has {len(pattern)} characters"
     if re.search(r"(?<!\\)(?:\\\\)*\\[1-9gk]", pattern):
         return "refers to its own groups"
-    text = _without_classes(pattern)
-    # From the innermost group out: a group that repeats must contain neither a choice nor a repeat.
+    text = _simplify_pattern(pattern)
+    # From the innermost group outwards: a group that is repeated must contain neither a choice nor a repeat.
     while group := re.search(r"\((?:\?(?:[:=!>]|<[=!]|[imsu-]+:|<\w+>))?([^()]*)\)", text):
-        inside = group[1]
-        if inside.startswith("?"):
-            return "has a group of a kind that is not known"
-        again = re.match(REPEAT, text[group.end() :])
-        if again and re.search(rf"{REPEAT}|[|?]", inside):
+        content = group[1]
+        if content.startswith("?"):
+            return "has a group of an unknown kind"
+        is_repeated = re.match(REPEAT, text[group.end() :])
+        if is_repeated and re.search(rf"{REPEAT}|[|?]", content):
             return "repeats a group that repeats or chooses"
-        # The group's repeats also count outside; a choice within the group stays a choice.
-        left = "x" + "x+" * len(re.findall(REPEAT, inside)) + "x?" * ("|" in inside or "?" in inside)
-        text = text[: group.start()] + left + text[group.end() :]
+        # The group is replaced by a text without groups that has its repeats and, if the group has one, a choice.
+        has_choice = "|" in content or "?" in content
+        replacement = "x" + "x+" * len(re.findall(REPEAT, content)) + "x?" * has_choice
+        text = text[: group.start()] + replacement + text[group.end() :]
     if re.search(r"[()\[\]]", text):
         return "has groups that do not close"
     text = re.sub(r"([*+?}])[+?]", r"\1", text)  # a lazy or possessive mark is not another repeat
-    most = max(len(re.findall(REPEAT, part)) for part in text.split("|"))
-    return f"has {most} repeats in a row" if most > MOST_REPEATS else ""
+    num_repeats = max(len(re.findall(REPEAT, part)) for part in text.split("|"))
+    return f"has {num_repeats} repeats in a row" if num_repeats > MAX_REPEATS else ""
 
 
-def _without_classes(pattern: str) -> str:
+def _simplify_pattern(pattern: str) -> str:
     """Return the pattern with x for an escaped character or a class, and without flags and exact numbers."""
     text = re.sub(r"\\[pP]\{[^}]*\}|\\.", "x", pattern, flags=re.DOTALL)
-    for unit, left in ((r"\[\^?\]?[^\[\]]*\]", "x"), (r"\(\?[imsu-]*\)", ""), (r"(?<=x)\{\d+\}", "")):
-        while (shorter := re.sub(unit, left, text)) != text:  # classes may be nested
+    # Classes, flags and exact numbers of repeats.
+    for unit, replacement in ((r"\[\^?\]?[^\[\]]*\]", "x"), (r"\(\?[imsu-]*\)", ""), (r"(?<=x)\{\d+\}", "")):
+        while (shorter := re.sub(unit, replacement, text)) != text:  # classes may be nested
             text = shorter
     return text
 

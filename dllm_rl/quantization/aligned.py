@@ -1,8 +1,9 @@
 """Aligned forward (QaRL, arXiv 2604.07853 [digest]): the learner computes with the rollout's quantized operands.
 
-The forward is the rollout's low-bit product: the same operands, and the same bits for a batch of the same shape. The
-backward differentiates the product of the dequantized operands,
+The forward is the rollout's low-bit product: it has the same operands, and the same bits for a batch of the same shape.
+The backward differentiates the product of the dequantized operands,
     y = Q(x) Q(w)^T + b,   dx = dy Q(w),   dw = dy^T Q(x),   db = sum dy.
+docs/methods.md explains the tag [digest].
 """
 
 from collections.abc import Callable, Iterator
@@ -29,12 +30,12 @@ from dllm_rl.quantization.rollout_policy import quantized_pairs, requantize
 
 
 class StraightThrough(torch.autograd.Function):
-    """A rollout layer's product, differentiated as if quantization were the identity."""
+    """The product of a rollout's layer, differentiated as if quantization were the identity."""
 
     @staticmethod
     def forward(ctx: Any, layer: nn.Linear, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        y, seen = quantized_forward(layer, x, bias)
-        ctx.save_for_backward(*seen)
+        y, rounded_input = quantized_forward(layer, x, bias)
+        ctx.save_for_backward(*rounded_input)
         ctx.layer = layer
         ctx.version = write_count(layer)
         return y
@@ -54,23 +55,30 @@ class StraightThrough(torch.autograd.Function):
 
 
 class _AlignedLinear:
-    """The operand that a learner's layer shares with the rollout's."""
+    """A learner's linear layer that computes with the weight of the rollout's layer.
+
+    Args:
+        name: Name of the layer.
+        source: The learner's layer.
+        target: The rollout's layer.
+        rollout_module: Module of the rollout policy.
+    """
 
     def __init__(self, name: str, source: Any, target: Any, rollout_module: Module) -> None:
         self.name = name
         self.source = source
         self.target = target
         self.rollout_module = rollout_module
-        self.held = list(source.parameters())  # read outside of a forward: a sharded learner's parts
-        self.seen = self.versions()
+        self.parameters = list(source.parameters())  # read outside of a forward, where a sharded learner has shards
+        self.quantized_versions = self.weight_versions()
 
-    def versions(self) -> list[int]:
-        return [parameter._version for parameter in self.held]
+    def weight_versions(self) -> list[int]:
+        return [parameter._version for parameter in self.parameters]
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        if not getattr(self.source, "active", True):  # the reference runs without adapters
+        if not getattr(self.source, "active", True):  # the reference policy runs without adapters
             return type(self.source).forward(self.source, *inputs)
-        if self.versions() != self.seen:  # the learner's weights have changed
+        if self.weight_versions() != self.quantized_versions:  # the learner's weights have changed
             self.refresh()
         return self.product(*inputs)
 
@@ -79,12 +87,14 @@ class _AlignedLinear:
         return StraightThrough.apply(self.target, weight, base_of(self.source).bias, *inputs)
 
     def refresh(self) -> None:
-        check_finite({part: fine for part, _, fine in requantize(self.name, self.source, self.rollout_module)})
-        self.seen = self.versions()
+        """Quantize the learner's current weight into the rollout's layer."""
+        weights = requantize(self.name, self.source, self.rollout_module)
+        check_finite({weight_name: finite for weight_name, _, finite in weights})
+        self.quantized_versions = self.weight_versions()
 
 
 class _AlignedExperts(_AlignedLinear):
-    """The operands of experts that the learner stores in stacks."""
+    """Experts that the learner stores in stacks, and the rollout as separate layers."""
 
     def product(self, *inputs: Any) -> Tensor:
         products: dict[str, Any] = {}
@@ -96,10 +106,10 @@ class _AlignedExperts(_AlignedLinear):
 
 @contextmanager
 def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable[[], None]]:
-    """Run the learner's linear layers with the rollout's quantized operands in the block, adapters merged.
+    """In this context, run the learner's linear layers with the rollout's quantized operands, and adapters merged.
 
-    Use it with the correctors `aligned` and `qarl`; a run with them does so. The next forward after an optimizer step
-    quantizes the changed weights into the rollout's storage.
+    A run with the correctors `aligned` and `qarl` does so. The next forward after an optimizer step quantizes the
+    changed weights into the rollout's storage.
 
     Args:
         policy: Learner.
@@ -112,27 +122,32 @@ def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable
         ValueError: Learner and rollout have different weights at the start, or the adapters have dropout.
     """
     if policy.weights_version != rollout_policy.weights_version:
-        wrong = f"weights_version={rollout_policy.weights_version} of the rollout is not the learner's"
-        raise ValueError(f"{wrong} {policy.weights_version}: call sync_weights(policy, rollout_policy) first")
-    links = []
+        raise ValueError(
+            f"weights_version={rollout_policy.weights_version} of the rollout is not the learner's "
+            f"{policy.weights_version}: call sync_weights(policy, rollout_policy) first"
+        )
+    aligned_layers = []
     for name, source, target in quantized_pairs(policy.module, rollout_policy.module):
-        kind = _AlignedExperts if isinstance(target, Experts) else _AlignedLinear
-        links.append(kind(name, source, target, rollout_policy.module))
-    swapped: list[Any] = []
+        layer_class = _AlignedExperts if isinstance(target, Experts) else _AlignedLinear
+        aligned_layers.append(layer_class(name, source, target, rollout_policy.module))
+    replaced: list[Any] = []
 
     def refresh() -> None:
-        for link in links:
-            link.refresh()
+        for aligned in aligned_layers:
+            aligned.refresh()
 
     try:
-        for link in links:
-            if "forward" in vars(link.source):
-                raise ValueError(f"{link.name}.forward is already replaced: is this inside another aligned_forward()?")
-            if isinstance(link.source, LoraLinear | LoraExperts):  # adapters are merged, which leaves no input to drop
-                check_mergeable(link.source.lora)
-            link.source.forward = link.forward
-            swapped.append(link.source)  # one by one: on an error, the layers replaced so far are restored
+        for aligned in aligned_layers:
+            if "forward" in vars(aligned.source):
+                raise ValueError(
+                    f"{aligned.name}.forward is already replaced: is this inside another aligned_forward()?"
+                )
+            # Merged adapters have no separate input that dropout could apply to.
+            if isinstance(aligned.source, LoraLinear | LoraExperts):
+                check_mergeable(aligned.source.lora)
+            aligned.source.forward = aligned.forward
+            replaced.append(aligned.source)  # one by one: on an error, the layers replaced so far are restored
         yield refresh
     finally:
-        for layer in swapped:
+        for layer in replaced:
             del layer.forward

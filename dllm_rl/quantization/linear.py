@@ -1,4 +1,4 @@
-"""One quantized linear layer: quantize, refresh in place, multiply, dequantize; and experts made of such layers."""
+"""Quantized linear layers: quantize a weight, replace it in place, multiply, dequantize; and experts as layers."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -29,55 +29,66 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Return whether a tensor is torchao's quantized one."""
+    """Return whether a tensor is a quantized tensor of torchao."""
     return hasattr(weight, "qdata")
 
 
 def unsupported_reason(weight: Tensor, config: Scheme) -> str | None:
-    """Return why a torchao config cannot quantize a weight (..., O, I), or None: torchao would skip it or assert."""
+    """Return why a torchao config cannot quantize a weight (..., O, I), or None if it can.
+
+    torchao itself would skip such a weight, or fail an assertion.
+    """
     rows, columns = weight.shape[-2:]
     granularity = getattr(config, "granularity", None)
-    group = getattr(granularity, "group_size", None) or getattr(config, "group_size", None)
-    if group and columns % group:
-        return f"{rows}x{columns}: {columns} is not a multiple of the group size {group}"
-    step = 16 if isinstance(config, Float8DynamicActivationFloat8WeightConfig) else 1  # of torch._scaled_mm
+    group_size = getattr(granularity, "group_size", None) or getattr(config, "group_size", None)
+    if group_size and columns % group_size:
+        return f"{rows}x{columns}: {columns} is not a multiple of the group size {group_size}"
+    # torch._scaled_mm needs multiples of 16.
+    multiple = 16 if isinstance(config, Float8DynamicActivationFloat8WeightConfig) else 1
     if isinstance(config, Int8DynamicActivationInt8WeightConfig) and weight.is_cuda:
-        step = 8  # torchao would multiply on the CPU
-    if rows % step or columns % step:
-        return f"{rows}x{columns}: not multiples of {step}"
+        multiple = 8  # otherwise torchao would multiply on the CPU
+    if rows % multiple or columns % multiple:
+        return f"{rows}x{columns}: not multiples of {multiple}"
     return None
 
 
 @torch.no_grad()
 def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]:
-    """Quantize one weight by a config other than a FakeQuantize, and return it and whether it is finite.
+    """Quantize one weight by a torchao config or `Float8DynamicEmulated`. Rows of zeros get the scale TINY.
 
-    Zero rows get the smallest scale.
+    Returns:
+        The quantized weight; whether the weight is finite.
     """
     if isinstance(config, Float8DynamicEmulated):
-        inputs = QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY)
-        settings = {"mm_config": Float8MMConfig(use_fast_accum=False), "act_quant_kwargs": inputs}
-        packed = Float8Tensor.from_hp(weight, torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY, **settings)
+        act_quant_kwargs = QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow(), hp_value_lb=TINY)
+        packed = Float8Tensor.from_hp(
+            weight,
+            torch.float8_e4m3fn,
+            PerRow(),
+            hp_value_lb=TINY,
+            mm_config=Float8MMConfig(use_fast_accum=False),
+            act_quant_kwargs=act_quant_kwargs,
+        )
     elif isinstance(config, Float8WeightOnlyConfig):
-        # The same as quantize_ for this config in a third of the time.
+        # It returns the same as quantize_ in a third of the time.
         packed = Float8Tensor.from_hp(weight, config.weight_dtype, granularity=config.granularity)
     else:
         layer = linear_of(weight.detach(), None)
         quantize_(layer, config)
         packed = layer.weight.data
     scale: Any = getattr(packed, "scale", None)
-    # amax propagates NaN and infinity into the scale, so checking scales checks every weight.
+    # amax propagates NaN and infinity into the scale, so that a check of the scales checks every number.
     finite = (weight if scale is None else scale).isfinite().all()
     if isinstance(packed, Float8Tensor):
-        empty = scale == 0  # no `any()`: the host would wait for the result
-        groups = packed.qdata.view(torch.uint8).unflatten(-1, (scale.shape[-1], -1))  # 0/0 made NaN of these
-        groups.masked_fill_(empty.expand(packed.shape[0], -1)[..., None], 0)
-        scale.masked_fill_(empty, TINY)
+        is_zero = scale == 0  # no `any()`: the host would wait for the result
+        code_groups = packed.qdata.view(torch.uint8).unflatten(-1, (scale.shape[-1], -1))
+        code_groups.masked_fill_(is_zero.expand(packed.shape[0], -1)[..., None], 0)  # 0/0 has made NaN of these codes
+        scale.masked_fill_(is_zero, TINY)
     return packed, finite
 
 
 def quantized_linear(weight: Tensor, bias: Tensor | None, config: Scheme) -> tuple[nn.Linear, Bool[Tensor, ""]]:
-    """Return a layer with a quantized weight, and whether the weight is finite."""
+    """Return a linear layer with this weight, quantized, and whether the weight is finite."""
     if isinstance(config, FakeQuantize):
         layer = EmulatedLinear(weight, bias, config)
         return layer, layer.weight.isfinite().all()
@@ -85,64 +96,71 @@ def quantized_linear(weight: Tensor, bias: Tensor | None, config: Scheme) -> tup
     return linear_of(packed, bias), finite
 
 
-# codes_changed: (changed codes, all codes); scale_change: (sum of |s' - s| / |s|, scales). Sums stay on their device.
-Changes = dict[str, tuple[Tensor, int]]
-Finite = dict[str, Bool[Tensor, ""]]  # by the layer's name
+# Sums and counts by metric: (changed codes, all codes) of codes_changed, and (sum of |s' - s| / |s|, number of scales)
+# of scale_change. Sums stay on their device.
+SyncStats = dict[str, tuple[Tensor, int]]
+FiniteFlags = dict[str, Bool[Tensor, ""]]  # whether the weight of a layer is finite, by the layer's name
 
 
-def check_finite(finite: Finite) -> None:
-    """Raise ValueError naming the first layer whose weight is not finite, with one transfer for all layers."""
-    found = torch.stack(list(finite.values())).tolist() if finite else []
-    for name, fine in zip(finite, found, strict=True):
-        if not fine:
-            raise ValueError(f"{name}.weight holds NaN or infinity: it cannot be quantised; has training diverged?")
+def check_finite(finite: FiniteFlags) -> None:
+    """Raise ValueError with the name of the first layer whose weight is not finite.
+
+    All flags are moved to the host together.
+    """
+    flags = torch.stack(list(finite.values())).tolist() if finite else []
+    for name, is_finite in zip(finite, flags, strict=True):
+        if not is_finite:
+            raise ValueError(f"{name}.weight holds NaN or infinity: it cannot be quantized; has training diverged?")
 
 
 @torch.no_grad()
-def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[Changes, Bool[Tensor, ""]]:
-    """Quantize `weight` into a quantized layer, in place. Return `Changes`, and whether the weight is finite.
+def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[SyncStats, Bool[Tensor, ""]]:
+    """Quantize `weight` into a quantized layer, in place. Return `SyncStats`, and whether the weight is finite.
 
     No storage moves.
     """
     if not isinstance(layer, EmulatedLinear):
-        held: Any = layer.weight
-        fresh: Any
-        fresh, finite = quantized(weight.to(held.dtype), layer.quantization)
-        changes = {"codes_changed": differing_codes(held.qdata, fresh.qdata, held.numel())}
-        changes |= scale_change(scales_of(held), scales_of(fresh))
-        held.copy_(fresh)
-        return changes, finite
+        current: Any = layer.weight
+        new: Any
+        new, finite = quantized(weight.to(current.dtype), layer.quantization)
+        stats = {"codes_changed": differing_codes(current.qdata, new.qdata, current.numel())}
+        stats |= scale_change(scales_of(current), scales_of(new))
+        current.copy_(new)
+        return stats, finite
     if layer.config.weight is None:
         layer.load_(weight)
         return {}, layer.weight.isfinite().all()
-    codes = layer.codes().clone()  # load_ writes the tensors that codes() and weight_scale are
+    codes = layer.codes().clone()  # copies, because load_ overwrites both tensors
     scale = layer.weight_scale.clone()
     layer.load_(weight)
-    changes = {"codes_changed": ((layer.codes() != codes).sum(), codes.numel())}
-    return changes | scale_change(scale, layer.weight_scale), layer.weight.isfinite().all()
+    stats = {"codes_changed": ((layer.codes() != codes).sum(), codes.numel())}
+    return stats | scale_change(scale, layer.weight_scale), layer.weight.isfinite().all()
 
 
 def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tensor, int]:
-    """Return (different codes, all codes) of two packed tensors. A byte has two codes if bytes are fewer than codes."""
+    """Return the number of differing codes of two packed tensors, and the number of all codes.
+
+    A byte has two codes if there are fewer bytes than codes.
+    """
     a = before.view(torch.uint8)
     b = after.view(torch.uint8)
     if before.nbytes < num_codes:
-        moved = a ^ b
-        return ((moved & 0xF) != 0).sum() + ((moved >> 4) != 0).sum(), 2 * a.numel()
-    moved = a != b
+        differing_bits = a ^ b
+        return ((differing_bits & 0xF) != 0).sum() + ((differing_bits >> 4) != 0).sum(), 2 * a.numel()
+    is_different = a != b
     if before.is_floating_point():
-        moved &= ((a | b) & 0x7F) != 0  # 0x80 is -0: a zero that changes its sign has not changed
-    return moved.sum(), a.numel()
+        is_different &= ((a | b) & 0x7F) != 0  # 0x80 is -0: a zero that changes its sign does not count
+    return is_different.sum(), a.numel()
 
 
 def scales_of(packed: Tensor) -> Tensor | None:
     """Return the scales of torchao's quantized tensor, or None if its layout is unknown."""
-    both = getattr(packed, "scale_and_zero", None)
-    return getattr(packed, "scale", None) if both is None else both[..., 0]
+    scale_and_zero = getattr(packed, "scale_and_zero", None)
+    return getattr(packed, "scale", None) if scale_and_zero is None else scale_and_zero[..., 0]
 
 
-def scale_change(before: Tensor | None, after: Tensor | None) -> Changes:
-    """Return the sum of relative changes of scales, and their number."""
+def scale_change(before: Tensor | None, after: Tensor | None) -> SyncStats:
+    """Return the sum of the relative changes of scales, and the number of scales."""
     if before is None or after is None:
         return {}
     change = (after.double() - before.double()).abs() / before.double().abs().clamp(min=TINY)
@@ -157,19 +175,19 @@ def quantized_forward(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> tuple
 
 
 def dequantized_weight(layer: nn.Linear) -> Tensor:
-    """Return the weight in the learner's units."""
-    return layer.dequantized() if isinstance(layer, EmulatedLinear) else unpacked(layer.weight)
+    """Return the layer's weight as floating-point numbers, on the learner's scale."""
+    return layer.dequantized() if isinstance(layer, EmulatedLinear) else dequantize_packed(layer.weight)
 
 
-def unpacked(weight: Tensor) -> Tensor:
-    """Return torchao's quantized weight (O, I) in the learner's units."""
-    if type(weight).dequantize is Tensor.dequantize:  # int4_packed's layout can be undone only by its product
+def dequantize_packed(weight: Tensor) -> Tensor:
+    """Return a quantized weight (O, I) of torchao as floating-point numbers."""
+    if type(weight).dequantize is Tensor.dequantize:  # only a product can read the layout of int4_packed
         return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T.contiguous()
     return weight.dequantize()
 
 
 def dequantized_input(layer: nn.Linear, x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Return the input as the layer rounded it."""
+    """Return the input as the layer rounded it, from the second result of `quantized_forward`."""
     if scale is not None:
         return x * scale
     kwargs = getattr(layer.weight, "act_quant_kwargs", None)
@@ -212,21 +230,21 @@ def mixture(
     *,
     act_fn: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "S D"]:
-    """Return sum_k weight_k down_e(act(gate_e(x)) * up_e(x)), e = index_k, as in a stock mixture."""
-    chosen = top_k_index.flatten()
-    order = chosen.argsort(stable=True)
-    counts = chosen.bincount(minlength=len(gate_up_proj)).tolist()  # the only wait for the device
-    parts = []
+    """Return sum_k weight_k down_e(act(gate_e(x)) * up_e(x)), with e = index_k, as in a stock mixture."""
+    expert_ids = top_k_index.flatten()
+    order = expert_ids.argsort(stable=True)  # sorted by expert
+    counts = expert_ids.bincount(minlength=len(gate_up_proj)).tolist()  # the host waits for the device only here
+    outputs = []
     for expert, rows in enumerate(hidden_states[order // top_k_index.shape[1]].split(counts)):
         if len(rows):
             gate, up = gate_up_proj[expert](rows).chunk(2, dim=-1)
-            parts.append(down_proj[expert](act_fn(gate) * up))
-    weighted = torch.cat(parts) * top_k_weights.flatten()[order][:, None]
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return weighted[back].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
+            outputs.append(down_proj[expert](act_fn(gate) * up))
+    weighted = torch.cat(outputs) * top_k_weights.flatten()[order][:, None]
+    inverse_order = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return weighted[inverse_order].unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
 
-def place(name: str) -> tuple[str, int | None]:
-    """Return a quantized layer's parameter name in a plain module, and its expert in a stack."""
-    stacked = re.fullmatch(rf"(.*\.(?:{'|'.join(STACKS)}))\.(\d+)", name)
-    return (stacked[1], int(stacked[2])) if stacked else (f"{name}.weight", None)
+def locate_parameter(name: str) -> tuple[str, int | None]:
+    """Return the name of a quantized layer's parameter in an unquantized module, and the layer's expert in a stack."""
+    match = re.fullmatch(rf"(.*\.(?:{'|'.join(STACKS)}))\.(\d+)", name)
+    return (match[1], int(match[2])) if match else (f"{name}.weight", None)

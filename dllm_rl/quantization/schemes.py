@@ -1,4 +1,7 @@
-"""Quantization schemes by name: torchao's configs, and emulation at about a plain rollout's time and memory."""
+"""Quantization schemes by name: torchao's configs, and emulated formats (`fake_quantize`).
+
+docs/methods.md explains the tags [paper] and [ours].
+"""
 
 import copy
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ Scheme = Any  # a torchao config, a FakeQuantize or a Float8DynamicEmulated
 FLOATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}  # mantissa bits, smallest normal exponent, largest value
 LEVELS = {"int4": 7, "int3": 3, "five_level": 2}  # codes are the integers -n..n
 SCHEMES = (*FLOATS, "int8", *LEVELS, "ternary")
-TINY = 1e-12  # lower bound of the range, so that an all-zero row gives zeros and not 0/0
+TINY = 1e-12  # smallest range of a row, so that a row of zeros gives zeros and not 0/0
 E4M3 = "fake_quantize with weight=e4m3 and activation=e4m3"
 
 
@@ -36,11 +39,11 @@ class FakeQuantize:
 
 @dataclass(frozen=True)
 class Float8DynamicEmulated:
-    """Config for torchao's dynamic float8 tensors and torch's scaled product without float8 hardware: exact, slow."""
+    """Config for dynamic float8 on a CPU, with torchao's tensors and torch's scaled product: exact, but slow."""
 
 
 def _torchao() -> Any:
-    from torchao import quantization  # here: importing torchao takes seconds, and a refused recipe needs none of it
+    from torchao import quantization  # not at the top: the import takes seconds, and a refused recipe does not need it
 
     return quantization
 
@@ -48,11 +51,11 @@ def _torchao() -> Any:
 def float8_weight_only(*, dequantized: bool = False) -> Scheme:
     """Quantize weights to e4m3 per row, with products in the learner's dtype.
 
-    Use it to save memory; it saves no time. It runs anywhere, including CPUs.
+    Use it to save memory; it saves no time. It runs on any device, including CPUs.
 
     Args:
-        dequantized: Round and dequantize weights once per sync instead of in every product: the same numbers in the
-            time and memory of a plain copy.
+        dequantized: Round and dequantize weights once per sync instead of in every product. The numbers are the same,
+            and time and memory are those of an unquantized copy.
     """
     return FakeQuantize("e4m3") if dequantized else _torchao().Float8WeightOnlyConfig()
 
@@ -63,12 +66,12 @@ def float8_dynamic() -> Scheme:
     Use it on float8 hardware: it needs CUDA capability 8.9 or more, and bf16 weights. `fake_quantize` emulates it on
     other devices.
     """
-    made = _torchao()
-    return made.Float8DynamicActivationFloat8WeightConfig(granularity=made.PerRow(), activation_value_lb=TINY)
+    torchao = _torchao()
+    return torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow(), activation_value_lb=TINY)
 
 
 def float8_dynamic_emulated() -> Float8DynamicEmulated:
-    """Compute as `float8_dynamic` on a CPU, with torchao's tensors.
+    """Compute the same as `float8_dynamic` on a CPU, with torchao's tensors.
 
     Use it in tests; it is slower than bf16.
     """
@@ -86,7 +89,7 @@ def int8_weight_only() -> Scheme:
 def int8_dynamic() -> Scheme:
     """Quantize weights to int8 per row and inputs to int8 per token, with integer products.
 
-    Use it where float8 products are not available. It runs anywhere, and was slower than bf16 where measured.
+    Use it on devices without float8 products. It runs on any device. Where it was measured, it was slower than bf16.
     """
     return _torchao().Int8DynamicActivationInt8WeightConfig()
 
@@ -97,7 +100,8 @@ def int4_weight_only(*, group_size: int = 32) -> Scheme:
     Use it to study 4-bit rollouts on any device, including CPUs; `int4_packed` saves more memory on CUDA.
 
     Args:
-        group_size: Number of inputs per scale, at least 1. Layers whose inputs are not a multiple are not quantized.
+        group_size: Number of inputs per scale, at least 1. A layer whose number of inputs is not a multiple of it is
+            not quantized.
 
     Raises:
         ValueError: group_size is below 1.
@@ -126,14 +130,14 @@ def int4_packed(*, group_size: int = 128) -> Scheme:
 def fake_quantize(
     *, weight: str | None = "int8", activation: str | None = None, granularity: str = "row"
 ) -> FakeQuantize:
-    """Emulate any pair of schemes: e4m3, e5m2, int8, int4, int3, five_level, ternary, or None.
+    """Emulate any pair of formats: e4m3, e5m2, int8, int4, int3, five_level, ternary, or None.
 
-    Use it for formats that the device does not have. Rounded inputs make it slower than bf16. e4m3 for both computes
-    what dynamic FP8 does, on any device.
+    Use it for formats that the device does not have. Rounded inputs make it slower than bf16. With e4m3 for both, it
+    computes the same as dynamic FP8, on any device.
 
     Args:
-        weight: Scheme of the weights, or None.
-        activation: Scheme of the linear layers' inputs, or None.
+        weight: Format of the weights. None: they are not quantized.
+        activation: Format of the linear layers' inputs. None: they are not quantized.
         granularity: "row" for a scale per output row of a weight and per token of an input; "tensor" for one scale.
     """
     return FakeQuantize(weight=weight, activation=activation, granularity=granularity)
@@ -141,7 +145,7 @@ def fake_quantize(
 
 @cache
 def has_float8_rows() -> bool:
-    """Return whether the CPU multiplies float8 numbers with a scale per row: some kernels of torch 2.11 do not."""
+    """Return whether the CPU multiplies float8 numbers with a scale per row; some kernels of torch 2.11 do not."""
     ones = torch.ones(16, 16).to(torch.float8_e4m3fn)
     scale = torch.ones(16, 1)
     try:
@@ -152,42 +156,48 @@ def has_float8_rows() -> bool:
 
 
 def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Scheme:
-    """Return the config, made safe for torch's global settings and all-zero inputs.
+    """Return the config, changed so that it leaves torch's global settings alone and accepts inputs of zeros.
 
     Raise ValueError if `device` cannot run it.
     """
-    ours = isinstance(config, FakeQuantize | Float8DynamicEmulated)
-    if not ours and not any("torchao" in cls.__module__ for cls in type(config).__mro__):
+    is_emulated = isinstance(config, FakeQuantize | Float8DynamicEmulated)
+    if not is_emulated and not any("torchao" in cls.__module__ for cls in type(config).__mro__):
         raise ValueError(f"config={config!r} is neither a torchao config nor a FakeQuantize")
-    if why := _refusal(config, device, dtype):
-        raise ValueError(why)
-    if ours:
+    if reason := _unsupported_reason(config, device, dtype):
+        raise ValueError(reason)
+    if is_emulated:
         return config
     config = copy.copy(config)
     if hasattr(config, "set_inductor_config"):
         config.set_inductor_config = False  # torchao would change torch's global settings
     if isinstance(config, _torchao().Float8DynamicActivationFloat8WeightConfig) and config.activation_value_lb is None:
-        # An all-zero input would give 0/0; torchao's MSLK kernels take no bound.
+        # An input of zeros would give 0/0. torchao's MSLK kernels do not accept the bound.
         config.activation_value_lb = None if "MSLK" in str(config.kernel_preference) else TINY
     return config
 
 
-def _refusal(config: Scheme, device: torch.device, dtype: torch.dtype) -> str:
+def _unsupported_reason(config: Scheme, device: torch.device, dtype: torch.dtype) -> str:
     """Return why the device cannot run a config, and what to use instead; "" if it can."""
     if isinstance(config, Float8DynamicEmulated):
         if device.type != "cpu":
             return f"device={device}: float8_dynamic_emulated is for CPUs; use float8_dynamic"
         if not has_float8_rows():
-            lacks = f"torch {torch.__version__} has no float8 products with a scale per row on this CPU"
-            return f"{lacks}, which float8_dynamic_emulated needs; use {E4M3}, or torch 2.13"
+            return (
+                f"torch {torch.__version__} has no float8 products with a scale per row on this CPU, which "
+                f"float8_dynamic_emulated needs; use {E4M3}, or torch 2.13"
+            )
     if isinstance(config, _torchao().Float8DynamicActivationFloat8WeightConfig):
         if device.type != "cuda":
-            why = f"device={device} has no float8 products"
-            return f"{why}; use float8_weight_only, or, slower, float8_dynamic_emulated or {E4M3}"
-        # ROCm counts capabilities differently.
+            return (
+                f"device={device} has no float8 products; use float8_weight_only, or, slower, float8_dynamic_emulated "
+                f"or {E4M3}"
+            )
+        # ROCm numbers capabilities differently.
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
-            below = f"device={torch.cuda.get_device_name(device)} is below CUDA capability 8.9"
-            return f"{below}, which dynamic FP8 needs; use int8_dynamic or float8_weight_only"
+            return (
+                f"device={torch.cuda.get_device_name(device)} is below CUDA capability 8.9, which dynamic FP8 needs; "
+                "use int8_dynamic or float8_weight_only"
+            )
         if dtype != torch.bfloat16 and isinstance(config.granularity[0], _torchao().PerRow):
             return f"dtype={dtype}: dynamic FP8 per row needs weights in bfloat16; load the policy in it"
     if isinstance(config, _torchao().Int4WeightOnlyConfig):
@@ -199,8 +209,9 @@ def _refusal(config: Scheme, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def round_to_float(x: Float[Tensor, "*S"], *, mantissa: int, exponent: int) -> Float[Tensor, "*S"]:
-    """Round fp32 to `mantissa` explicit bits, ties to even, subnormals below 2**exponent, as a float8 cast does."""
-    # 2**e of each value, at least the smallest normal's; then a sum whose last bit is worth 2**(e - mantissa).
+    """Round fp32 to `mantissa` explicit bits as a float8 cast does: ties to even, subnormals below 2**exponent."""
+    # anchor is 2**e of each value, at least that of the smallest normal number. It is then scaled so that the last bit
+    # of the sum is worth 2**(e - mantissa).
     anchor = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**exponent)
     anchor.mul_(1.5 * 2.0 ** (23 - mantissa))
     return (x + anchor).sub_(anchor)
@@ -217,20 +228,20 @@ def codes_and_scale(
     int4, int3, five_level   s = a/7, a/3, a/2; q = round(x/s) in -7..7, -3..3, -2..2 [ours]
     ternary      s = mean |x|, q = round(x/s) in -1..1 (BitNet b1.58's rule [paper])
     """
-    magnitude = x.abs()
+    abs_x = x.abs()
     dims = -1 if granularity == "row" else tuple(range(x.dim()))
-    top = magnitude.mean(dims, keepdim=True) if scheme == "ternary" else magnitude.amax(dims, keepdim=True)
+    magnitude = abs_x.mean(dims, keepdim=True) if scheme == "ternary" else abs_x.amax(dims, keepdim=True)
     if scheme in FLOATS:
         mantissa, exponent, largest = FLOATS[scheme]
-        scale = (top.clamp(min=TINY) / largest).float()
-        # |x| / s exceeds the largest value by at most a rounding error, which rounds away: no clamp is needed.
+        scale = (magnitude.clamp(min=TINY) / largest).float()
+        # No clamp is needed: |x| / s exceeds the largest value by at most a rounding error, which rounds away.
         return round_to_float(x.float() / scale, mantissa=mantissa, exponent=exponent), scale
     if scheme == "int8":
-        scale = (top / 127.5).clamp(min=torch.finfo(torch.float32).eps).float()
-        return (x * (1.0 / scale)).round_().clamp_(-128, 127), scale  # torchao multiplies: x / scale rounds otherwise
-    bound = 1 if scheme == "ternary" else LEVELS[scheme]
-    scale = (top.float() if scheme == "ternary" else top.float() / bound).clamp(min=TINY)
-    return (x.float() / scale).round_().clamp_(-bound, bound), scale
+        scale = (magnitude / 127.5).clamp(min=torch.finfo(torch.float32).eps).float()
+        return (x * (1.0 / scale)).round_().clamp_(-128, 127), scale  # as torchao: x / scale rounds differently
+    max_code = 1 if scheme == "ternary" else LEVELS[scheme]
+    scale = (magnitude.float() if scheme == "ternary" else magnitude.float() / max_code).clamp(min=TINY)
+    return (x.float() / scale).round_().clamp_(-max_code, max_code), scale
 
 
 class EmulatedLinear(nn.Linear):
@@ -240,8 +251,10 @@ class EmulatedLinear(nn.Linear):
         nn.Module.__init__(self)  # the parent's constructor would draw random weights
         self.out_features, self.in_features = weight.shape
         self.config = config
-        self.source_dtype = weight.dtype  # a learner in fp32 is rounded to it first, in a sync as in the first copy
-        dtype = weight.dtype if config.activation is None else torch.float32  # on a CPU as torchao's, bit for bit
+        self.source_dtype = (
+            weight.dtype
+        )  # an fp32 learner's weight is rounded to it first, in syncs as in the first copy
+        dtype = weight.dtype if config.activation is None else torch.float32  # the same bits as torchao's on a CPU
         self.weight = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
         self.bias = cast(Any, bias)  # nn.Linear's annotation excludes None
         self.register_buffer("weight_scale", None)
@@ -252,8 +265,9 @@ class EmulatedLinear(nn.Linear):
 
     @property
     def scales_product(self) -> bool:
-        sides = (self.config.weight, self.config.activation)  # two integer operands, as in an integer kernel
-        return None not in sides and not FLOATS.keys() & set(sides)
+        """Whether the scales multiply the product of the codes, as in an integer kernel: both operands are integers."""
+        formats = (self.config.weight, self.config.activation)
+        return None not in formats and not FLOATS.keys() & set(formats)
 
     @torch.no_grad()
     def load_(self, weight: Float[Tensor, "N K"]) -> None:
@@ -267,7 +281,7 @@ class EmulatedLinear(nn.Linear):
         self.weight_scale.copy_(scale.flatten())
 
     def codes(self) -> Float[Tensor, "N K"]:
-        """Return the weight's codes, recovered from rounded values, which equal code * scale to a bit."""
+        """Return the weight's codes, computed from the rounded values, which equal code * scale bit for bit."""
         if self.scales_product:
             return self.weight
         codes = self.weight.float() / self.weight_scale[:, None]
@@ -289,9 +303,10 @@ class EmulatedLinear(nn.Linear):
         bias = None if bias is None else bias.float()
         if not self.scales_product:
             return F.linear(codes * scale, self.weight, bias).to(x.dtype), (codes, scale)
-        y = F.linear(codes, self.weight).float().mul_(scale).mul_(self.weight_scale)  # exact below 2**24, as integers
+        # The product of the codes is exact below 2**24, like a product of integers.
+        y = F.linear(codes, self.weight).float().mul_(scale).mul_(self.weight_scale)
         return (y if bias is None else y.add_(bias)).to(x.dtype), (codes, scale)
 
     def dequantized(self) -> Float[Tensor, "N K"]:
-        """Return the rounded weight in the learner's units."""
+        """Return the rounded weight on the learner's scale."""
         return self.weight * self.weight_scale[:, None] if self.scales_product else self.weight

@@ -11,10 +11,10 @@ from torch import Generator, Tensor
 from dllm_rl.bounds import Bound, bounded
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.logprobs import process, sample
-from dllm_rl.models.support import kept_part, kept_set
+from dllm_rl.models.support import filter_support, make_filter_support
 from dllm_rl.models.tokens import NEEDS_TOKEN
 from dllm_rl.rng import row_seeds
-from dllm_rl.samplers.cache import KeysAndValues
+from dllm_rl.samplers.cache import KVCache
 from dllm_rl.samplers.choose import Drawn
 from dllm_rl.samplers.unmask import check_fits, check_suppress
 from dllm_rl.types import Prompts, Rollout, SamplingParams
@@ -49,7 +49,7 @@ def autoregress(  # noqa: PLR0913
         suppress: Token ids that are never sampled.
 
     Returns:
-        Rollout of P * group_size rows, with log-probs of the sampled tokens under the processed distribution, in nats.
+        Rollout of P * group_size rows, with log-probs of the sampled tokens under the sampling distribution, in nats.
 
     Raises:
         ValueError: The policy is not causal, a prompt is empty or has open positions, or a completion does not fit.
@@ -58,8 +58,9 @@ def autoregress(  # noqa: PLR0913
         raise ValueError(f"policy {policy.spec.name!r} is not causal; autoregress needs a causal one: use unmask")
     if prompts.infill_mask is not None:
         raise ValueError("prompts have open positions, which a causal model cannot fill in; use a diffusion model")
-    if not (filled := prompts.attention_mask.any(-1)).all():
-        row = int(filled.long().argmin())
+    has_token = prompts.attention_mask.any(-1)
+    if not has_token.all():
+        row = int(has_token.long().argmin())
         raise ValueError(f"prompts: row {row} has no token, and {NEEDS_TOKEN}")
     check_fits(policy, prompts, max_new_tokens)
     sampling_params = SamplingParams(temperature, top_k, top_p, suppress)
@@ -67,50 +68,51 @@ def autoregress(  # noqa: PLR0913
     device = policy.device
     num_rows = prompts.num_rows
     seeds = row_seeds(generator, num_rows) if prompts.seeds is None else prompts.seeds
-    # One uniform per token, all drawn first: a row's numbers do not depend on when other rows end.
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    numbers = [torch.rand(max_new_tokens, generator=row, dtype=torch.float64) for row in generators]
-    uniforms = torch.stack(numbers).to(device)
+    # One uniform number per token, all drawn first, so that a row's numbers do not depend on when other rows end.
+    row_generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    row_uniforms = [torch.rand(max_new_tokens, generator=row, dtype=torch.float64) for row in row_generators]
+    uniforms = torch.stack(row_uniforms).to(device)
 
-    new = prompts.tokens.to(device)
+    new_tokens = prompts.tokens.to(device)
     attention_mask = prompts.attention_mask.to(device)
     positions = position_ids(attention_mask)
-    cache = KeysAndValues(config=policy.module.config)
+    cache = KVCache(config=policy.module.config)
     eos = torch.tensor(policy.spec.eos_ids, device=device)
-    alive = torch.ones(num_rows, dtype=torch.bool, device=device)
-    columns: list[tuple[Drawn, Bool[Tensor, " B"]]] = []  # each step's draws, and which rows were alive
+    is_unfinished = torch.ones(num_rows, dtype=torch.bool, device=device)
+    steps: list[tuple[Drawn, Bool[Tensor, " B"]]] = []  # the draws of each step, and the rows that were unfinished
     for step in range(max_new_tokens):
-        states = policy.encode(new, attention_mask, positions, cache=cache, use_cache=True)[:, -1]
+        states = policy.encode(new_tokens, attention_mask, positions, cache=cache, use_cache=True)[:, -1]
         if step == 0:  # the prompt is read once for all rows of its group
-            prompt_of = torch.arange(num_rows, device=device) // prompts.group_size
-            states = states[prompt_of]
-            attention_mask = attention_mask[prompt_of]
-            positions = positions[prompt_of]
-            cache.batch_select_indices(prompt_of)
-        written = _draw(policy, states, uniforms[:, step], sampling_params)
-        columns.append((written, alive))
+            prompt_index = torch.arange(num_rows, device=device) // prompts.group_size
+            states = states[prompt_index]
+            attention_mask = attention_mask[prompt_index]
+            positions = positions[prompt_index]
+            cache.batch_select_indices(prompt_index)
+        drawn = _draw(policy, states, uniforms[:, step], sampling_params)
+        steps.append((drawn, is_unfinished))
         # A finished row continues with padding, so that all rows have the same length.
-        new = torch.where(alive, written.tokens, policy.pad_id)[:, None]
+        new_tokens = torch.where(is_unfinished, drawn.tokens, policy.pad_id)[:, None]
         positions = positions[:, -1:] + 1
-        attention_mask = torch.cat([attention_mask, alive[:, None]], dim=1)
-        alive = alive & ~torch.isin(written.tokens, eos)
-        if not alive.any():
+        attention_mask = torch.cat([attention_mask, is_unfinished[:, None]], dim=1)
+        is_unfinished = is_unfinished & ~torch.isin(drawn.tokens, eos)
+        if not is_unfinished.any():
             break
-    return _rollout(policy, prompts, sampling_params, attention_mask, columns)
+    return _rollout(policy, prompts, sampling_params, attention_mask, steps)
 
 
 def _draw(
     policy: Policy, states: Float[Tensor, "B D"], uniforms: Float[Tensor, " B"], sampling_params: SamplingParams
 ) -> Drawn:
     """Draw a token for each row."""
-    raw = policy.head(states)
-    logits = process(raw, sampling_params)
-    token = logits.argmax(-1) if sampling_params.temperature == 0 else sample(logits, uniforms)
+    model_logits = policy.head(states)
+    logits = process(model_logits, sampling_params)
+    tokens = logits.argmax(-1) if sampling_params.temperature == 0 else sample(logits, uniforms)
     normalizer = logits.logsumexp(-1)
-    drawn = Drawn(token, logits.gather(-1, token[:, None])[:, 0] - normalizer, normalizer)
+    drawn = Drawn(tokens, logits.gather(-1, tokens[:, None])[:, 0] - normalizer, normalizer)
     if not sampling_params.filters:
         return drawn
-    log_mass, support = kept_set(process(raw, replace(sampling_params, support="unfiltered")), logits)
+    unfiltered = process(model_logits, replace(sampling_params, support="unfiltered"))
+    log_mass, support = filter_support(unfiltered, logits)
     return drawn._replace(log_mass=log_mass, support=support)
 
 
@@ -119,29 +121,30 @@ def _rollout(
     prompts: Prompts,
     sampling_params: SamplingParams,
     attention_mask: Bool[Tensor, "B T"],
-    columns: list[tuple[Drawn, Bool[Tensor, " B"]]],
+    steps: list[tuple[Drawn, Bool[Tensor, " B"]]],
 ) -> Rollout:
-    """Build the rollout from the steps' draws, and from which rows were alive."""
-    alive = torch.stack([each for _, each in columns], dim=1)
-    drawn = Drawn(*(torch.stack(x, dim=1) for x in zip(*(each.tensors() for each, _ in columns), strict=True)))
-    tokens = torch.where(alive, drawn.tokens, policy.pad_id)
-    before = repeat(prompts.tokens.to(policy.device), "p s -> (p g) s", g=prompts.group_size)
-    start = before.shape[1]
-    completion_mask = F.pad(alive, (start, 0))
-    steps = torch.arange(completion_mask.shape[1], device=policy.device) - start
-    recorded = None
+    """Build the rollout from the draws of each step, and the rows that were unfinished in it."""
+    is_drawn = torch.stack([is_unfinished for _, is_unfinished in steps], dim=1)
+    fields = zip(*(drawn.tensors() for drawn, _ in steps), strict=True)
+    drawn = Drawn(*(torch.stack(field_of_steps, dim=1) for field_of_steps in fields))
+    tokens = torch.where(is_drawn, drawn.tokens, policy.pad_id)
+    prompt_tokens = repeat(prompts.tokens.to(policy.device), "p s -> (p g) s", g=prompts.group_size)
+    start = prompt_tokens.shape[1]
+    completion_mask = F.pad(is_drawn, (start, 0))
+    unmask_step = torch.arange(completion_mask.shape[1], device=policy.device) - start
+    support = None
     if drawn.log_mass is not None and drawn.support is not None:
-        ids = drawn.support.masked_fill(~alive[..., None], -1)
-        recorded = kept_part(drawn.log_mass.masked_fill(~alive, 0.0), ids).padded(start)
+        ids = drawn.support.masked_fill(~is_drawn[..., None], -1)
+        support = make_filter_support(drawn.log_mass.masked_fill(~is_drawn, 0.0), ids).padded(start)
     return Rollout(
-        tokens=torch.cat([before, tokens], dim=1),
+        tokens=torch.cat([prompt_tokens, tokens], dim=1),
         attention_mask=attention_mask,
         completion_mask=completion_mask,
-        unmask_step=torch.where(completion_mask, steps, -1),
-        logprobs=F.pad(drawn.logprobs.masked_fill(~alive, 0.0), (start, 0)),
+        unmask_step=torch.where(completion_mask, unmask_step, -1),
+        logprobs=F.pad(drawn.logprobs.masked_fill(~is_drawn, 0.0), (start, 0)),
         group_size=prompts.group_size,
         weights_version=policy.weights_version,
         sampling_params=sampling_params,
-        forwards=len(columns),
-        filter_support=recorded,
+        forwards=len(steps),
+        filter_support=support,
     )

@@ -1,4 +1,7 @@
-"""Key-value caches for unmasking: exact for block-causal attention, approximate for full attention."""
+"""Key-value caches for unmasking: exact for block-causal attention, approximate for full attention.
+
+docs/methods.md explains the tag [paper].
+"""
 
 import copy
 from collections.abc import Callable
@@ -31,13 +34,13 @@ class Cache:
 
     def __post_init__(self) -> None:
         if self.refresh is not None and self.refresh < 1:
-            raise ValueError(f"refresh={self.refresh} must be at least 1 step, or None for once a block")
+            raise ValueError(f"refresh={self.refresh} must be at least 1 step, or None for once per block")
 
     def check(self, attention: str) -> None:
         if (self.kind == "block") != (attention == "block_causal"):
             approximate = "prefix_cache() or dual_cache(), which are approximate"
-            fit = "block_cache()" if attention == "block_causal" else approximate
-            raise ValueError(f"cache={self} is not for {attention!r} attention; use None or {fit}")
+            alternative = "block_cache()" if attention == "block_causal" else approximate
+            raise ValueError(f"cache={self} is not for {attention!r} attention; use None or {alternative}")
 
 
 def block_cache() -> Cache:
@@ -49,32 +52,32 @@ def block_cache() -> Cache:
 
 
 def prefix_cache(*, refresh: int | None = None) -> Cache:
-    """Store the keys and values before the block as of the block's first step (Fast-dLLM's prefix cache). APPROXIMATE.
+    """Store the keys and values of the columns before the block, computed in its first step. APPROXIMATE.
 
-    Use it with full attention to sample faster if the mismatch is acceptable. refresh=1 is exact.
+    Use it with full attention to sample faster if the mismatch is acceptable. With refresh=1 it is exact.
 
     Args:
         refresh: Number of steps after which the cache is recomputed within a block. None: only at its start.
 
-    Source: Fast-dLLM, arXiv 2505.22618 [paper].
+    Source: the prefix cache of Fast-dLLM, arXiv 2505.22618 [paper].
     """
     return Cache("prefix", refresh)
 
 
 def dual_cache(*, refresh: int | None = None) -> Cache:
-    """Store the keys and values before and after the block (Fast-dLLM's dual cache). APPROXIMATE.
+    """Store the keys and values of the columns before and after the block, computed in its first step. APPROXIMATE.
 
-    Use it with full attention where the masks after the block are many; `prefix_cache` recomputes these in every step.
+    Use it with full attention if many masks follow the block; `prefix_cache` recomputes these masks in every step.
 
     Args:
         refresh: Number of steps after which the cache is recomputed within a block. None: only at its start.
 
-    Source: Fast-dLLM, arXiv 2505.22618 [paper].
+    Source: the dual cache of Fast-dLLM, arXiv 2505.22618 [paper].
     """
     return Cache("dual", refresh)
 
 
-class KeysAndValues(DynamicCache):
+class KVCache(DynamicCache):
     """A cache that stores keys in the dtype of the values.
 
     Rotary embeddings and autocast leave fp32 keys next to 16-bit values.
@@ -86,27 +89,32 @@ class KeysAndValues(DynamicCache):
         return super().update(key_states.to(value_states.dtype), value_states, layer_idx, *args, **kwargs)
 
 
-class CachedStates:
-    """The keys and values of a batch. `advance` computes a block's states from the fewest rows and columns."""
+class CachedForward:
+    """The forward of a batch with a cache: `advance` runs only the columns whose keys and values are not stored."""
 
     def __init__(self, policy: Policy, cache: Cache, attention_mask: Bool[Tensor, "B T"]) -> None:
         self.policy = policy
         self.cache = cache
         self.attention_mask = attention_mask
         self.positions = position_ids(attention_mask)
-        self.kept = torch.arange(0)  # columns whose keys and values are in `past`
-        self.rows = torch.arange(len(attention_mask))
-        self.past: KeysAndValues | None = None  # of `rows`, from the first forward on
-        self.whole: tuple[Any, Tensor] | None = None  # block-causal: cache and rows at the block's start
-        self.columns: tuple[int, int] | None = None
-        self.step = 0
+        self.cached_columns = torch.arange(0)  # columns whose keys and values are in `past`
+        self.rows = torch.arange(len(attention_mask))  # rows of `past`
+        self.past: KVCache | None = None  # from the first forward on
+        self.block_start: tuple[Any, Tensor] | None = None  # block-causal: `past` and `rows` at the block's start
+        self.columns: tuple[int, int] | None = None  # columns of the current block
+        self.step = 0  # step in the current block
 
     def advance(
-        self, tokens: Int[Tensor, "B T"], rows: Int[Tensor, " R"], columns: tuple[int, int], *, alike: int = 1
+        self,
+        tokens: Int[Tensor, "B T"],
+        rows: Int[Tensor, " R"],
+        columns: tuple[int, int],
+        *,
+        rows_per_forward: int = 1,
     ) -> tuple[Float[Tensor, "r W D"], int]:
-        """Return states of the block `columns` = [start, end) for `rows`, and the first state's column.
+        """Return the states of the columns that run, for a step of the block `columns` = [start, end), and their start.
 
-        There are r = R / `alike` rows of states.
+        Only every rows_per_forward-th of the R rows is run, and r = R / rows_per_forward.
         """
         self.step = 0 if columns != self.columns else self.step + 1
         self.columns = columns
@@ -114,15 +122,16 @@ class CachedStates:
         start = max(0, columns[0] - self.policy.spec.shift)
         fresh, keep = self._begin_step(start, columns[1], tokens.shape[1])
         if self.past is not None and len(rows) < len(self.rows):  # rows may leave, and return in the next block
-            (wanted,) = send(tokens.device, torch.isin(self.rows, rows).nonzero()[:, 0])
-            self.past = mapped(self.past, lambda x: x[wanted])
+            (index,) = send(tokens.device, torch.isin(self.rows, rows).nonzero()[:, 0])
+            self.past = map_cache(self.past, lambda x: x[index])
         self.rows = rows
         first = int(fresh[0]) + self.policy.spec.shift
-        states = self._forward(tokens, rows[::alike], fresh, keep)
-        if alike > 1 and self.past is not None:  # every run of `alike` rows is the same: one forward served the run
-            self.past = mapped(self.past, lambda x: x.repeat_interleave(alike, dim=0))
+        states = self._forward(tokens, rows[::rows_per_forward], fresh, keep)
+        if rows_per_forward > 1 and self.past is not None:  # the rows that were not run are copies
+            self.past = map_cache(self.past, lambda x: x.repeat_interleave(rows_per_forward, dim=0))
         if self.cache.kind == "block" and self.step == 0:
-            self.whole = self.past, rows  # rows that end early leave `past`, and return with the next block
+            # Rows that finish the block early leave `past`, and return with the next block.
+            self.block_start = self.past, rows
         return states, first
 
     def _begin_step(self, start: int, end: int, width: int) -> tuple[Int[Tensor, " F"], Int[Tensor, " C"]]:
@@ -130,37 +139,42 @@ class CachedStates:
 
         Restore or drop stored keys where a block starts.
         """
-        everything = torch.arange(width)
+        all_columns = torch.arange(width)
         if self.cache.kind == "block":
-            if self.step == 0 and self.whole is not None:
-                self.past, self.rows = self.whole
-            return everything[len(self.kept) : end], everything[:start]
+            if self.step == 0 and self.block_start is not None:
+                self.past, self.rows = self.block_start
+            return all_columns[len(self.cached_columns) : end], all_columns[:start]
         refresh = self.cache.refresh
         if self.step == 0 or (refresh is not None and self.step % refresh == 0):
             self.past = None
-            self.kept = everything[:0]
-            after = everything[end:] if self.cache.kind == "dual" else everything[:0]
-            return everything, torch.cat([everything[:start], after])
+            self.cached_columns = all_columns[:0]
+            after = all_columns[end:] if self.cache.kind == "dual" else all_columns[:0]
+            return all_columns, torch.cat([all_columns[:start], after])
         # A prefix cache runs the columns after the block in every step; a dual cache stores them.
-        return everything[start : None if self.cache.kind == "prefix" else end], self.kept
+        return all_columns[start : None if self.cache.kind == "prefix" else end], self.cached_columns
 
     def _forward(self, tokens: Tensor, rows: Tensor, fresh: Tensor, keep: Tensor) -> Tensor:
-        """Run the `fresh` columns against the stored ones and themselves, then store only `keep`; all on the host."""
+        """Run the `fresh` columns, which see the stored ones too, and then store only the columns `keep`.
+
+        All indices are on the host.
+        """
         module = self.policy.module
-        seen = torch.cat([self.kept, fresh])
-        here, new, columns = send(tokens.device, rows, fresh, seen)
-        # The model appends the fresh keys to its cache: to a copy, so that the stored ones do not change.
-        past = KeysAndValues(config=module.config) if self.past is None else mapped(self.past, lambda x: x)
-        positions = self.positions[here]
-        mask = attention_bias(self.policy, tokens[here], self.attention_mask[here], positions, new, columns)
-        states = self.policy.encode(tokens[here][:, new], mask, positions[:, new], cache=past, use_cache=True)
+        seen = torch.cat([self.cached_columns, fresh])
+        device_rows, device_fresh, device_seen = send(tokens.device, rows, fresh, seen)
+        # The model appends the fresh keys to a copy of the cache, so that the stored keys do not change.
+        past = KVCache(config=module.config) if self.past is None else map_cache(self.past, lambda x: x)
+        row_tokens, positions = tokens[device_rows], self.positions[device_rows]
+        attention_mask = self.attention_mask[device_rows]
+        bias = attention_bias(self.policy, row_tokens, attention_mask, positions, device_fresh, device_seen)
+        fresh_tokens, fresh_positions = row_tokens[:, device_fresh], positions[:, device_fresh]
+        states = self.policy.encode(fresh_tokens, bias, fresh_positions, cache=past, use_cache=True)
         if past.get_seq_length() != len(seen):
             raise ValueError(f"cache={self.cache}: {type(module).__name__} keeps no keys and values; use cache=None")
-        if self.past is None or len(keep) != len(self.kept):
-            # Keys contain their positions, so the order in which they are stored does not matter.
-            (wanted,) = send(tokens.device, torch.isin(seen, keep).nonzero()[:, 0])
-            self.past = mapped(past, lambda x: x[:, :, wanted])
-            self.kept = keep
+        if self.past is None or len(keep) != len(self.cached_columns):
+            # Keys contain their positions, so that the order in which they are stored does not matter.
+            (index,) = send(tokens.device, torch.isin(seen, keep).nonzero()[:, 0])
+            self.past = map_cache(past, lambda x: x[:, :, index])
+            self.cached_columns = keep
         return states
 
 
@@ -172,22 +186,22 @@ def attention_bias(
     fresh: Int[Tensor, " F"],
     seen: Int[Tensor, " C"],
 ) -> Float[Tensor, "B 1 F C"]:
-    """Return the additive mask of fresh columns over seen ones: 0 where a query may look, else the lowest number."""
-    allowed = attention_mask[:, None, seen].expand(-1, len(fresh), -1)
+    """Return the additive attention mask of the fresh columns' queries over the keys of the seen columns."""
+    may_attend = attention_mask[:, None, seen].expand(-1, len(fresh), -1)
     if policy.spec.attention == "block_causal":
         key, query = block_ranks(policy.spec, tokens, positions)
-        allowed = allowed & (key[:, None, seen] <= query[:, fresh, None])
+        may_attend = may_attend & (key[:, None, seen] <= query[:, fresh, None])
     dtype = next(policy.module.parameters()).dtype
-    bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-    return bias.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+    bias = torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device)
+    return bias.masked_fill(~may_attend, torch.finfo(dtype).min)[:, None]
 
 
-def mapped(past: KeysAndValues, f: Callable[[Tensor], Tensor]) -> KeysAndValues:
-    """Return the same cache with other keys and values, without changing `past`."""
+def map_cache(past: KVCache, f: Callable[[Tensor], Tensor]) -> KVCache:
+    """Return a copy of a cache with `f` applied to its keys and values."""
     layers: list[Any] = [copy.copy(layer) for layer in past.layers]
     for layer in layers:
         layer.keys = f(layer.keys)
         layer.values = f(layer.values)
-    cache = copy.copy(past)
-    cache.layers = layers
-    return cache
+    mapped = copy.copy(past)
+    mapped.layers = layers
+    return mapped

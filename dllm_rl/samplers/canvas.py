@@ -1,4 +1,7 @@
-"""State of the unmasking loop: tokens on the device, counts of masks on the host, and the rows of each step."""
+"""State of the unmasking loop: the canvas on the device, the counts of masks on the host, and the plan of a step.
+
+L is the number of positions of a completion. An offset is the index of a position in its completion, from 0.
+"""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -15,169 +18,202 @@ from dllm_rl.rng import uniforms
 from dllm_rl.samplers.rules import steps_per_block
 from dllm_rl.types import BatchRecord, Prompts, Rollout, SamplingParams
 
-TOKENS = 0  # streams of random numbers: the draw of a token, and the numbers of ranks and commit rules
-TIES = 1
+# Streams of random numbers (`rng.uniforms`): one draws tokens, the other is for ranks and commit rules.
+TOKEN_STREAM = 0
+RANK_STREAM = 1
 RolloutField = BatchRecord | Tensor | None  # an optional field of a rollout
 
 
 @dataclass
 class Canvas:
-    """The batch as the model sees it (B, T), and the records of the L positions of each completion (B, L)."""
+    """The batch as the model sees it (B, T), and the records of the completions' positions (B, L).
+
+    Args:
+        prompts: Prompts of the batch.
+        tokens: Prompts, written tokens and masks.
+        attention_mask: False on padding.
+        columns: Column in T of each position.
+        block: Block of each position.
+        bounds: First column and end of each block. Only caches read them.
+        starts: First column of each row that is not padding, on the host.
+        pad_id: Token id of padding.
+        mask_id: Token id of the mask.
+        pad_finished: Whether the masks of rows that stopped early become padding in the rollout.
+        events: Records of a rule that rewrites (`revise.packed_events`). None: no such rule.
+        infill_mask: For infilling, the columns of the completion, including those inside the prompt. Rows may then have
+            fewer than L positions: the remaining offsets are never masked, and their `columns` have no meaning. None:
+            no infilling.
+
+    Attributes:
+        masked: Positions that are masked.
+        unmask_step: Step that wrote each position; -1 if masked.
+        logprobs: Log-prob of each written token, in nats.
+        records: Records (B, L, ...) of optional features, by name; see `store`.
+        fills: Value of each record where there is nothing to record.
+        finished: Rows that stopped early.
+        forwards: Number of model calls.
+    """
 
     prompts: Prompts
     tokens: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
-    columns: Int[Tensor, "B L"]  # the column in T of each position
-    block: Int[Tensor, "B L"]  # the block of each position
-    bounds: list[tuple[int, int]]  # the columns of each block; caches read them
-    starts: Int[Tensor, " B"]  # the first of the T columns that a row does not pad, on the host
+    columns: Int[Tensor, "B L"]
+    block: Int[Tensor, "B L"]
+    bounds: list[tuple[int, int]]
+    starts: Int[Tensor, " B"]
     pad_id: int
     mask_id: int
-    pads_ended: bool  # the masks of rows that stopped early become padding
+    pad_finished: bool
     masked: Bool[Tensor, "B L"] = field(init=False)
     unmask_step: Int[Tensor, "B L"] = field(init=False)
     logprobs: Float[Tensor, "B L"] = field(init=False)
-    noted: dict[str, Tensor] = field(init=False, default_factory=dict)  # (B, L, ...), of optional features; see `note`
+    records: dict[str, Tensor] = field(init=False, default_factory=dict)
     fills: dict[str, int] = field(init=False, default_factory=dict)
-    ended: Bool[Tensor, " B"] = field(init=False)  # rows that stopped early
+    finished: Bool[Tensor, " B"] = field(init=False)
     forwards: int = 0
-    events: list[tuple[Tensor, ...]] | None = None  # of a rule that rewrites (`revise.packed_events`)
-    # Infilling only: the completion's columns in T, including those inside the prompt. Rows may then have fewer than L
-    # positions: the remaining places are never masked, and their `columns` have no meaning.
-    open: Bool[Tensor, "B T"] | None = None
+    events: list[tuple[Tensor, ...]] | None = None
+    infill_mask: Bool[Tensor, "B T"] | None = None
 
     def __post_init__(self) -> None:
         self.masked = torch.ones_like(self.columns, dtype=torch.bool)
-        if self.open is not None:
-            places = torch.arange(self.columns.shape[1], device=self.columns.device)
-            self.masked = places < self.open.sum(-1, keepdim=True)
+        if self.infill_mask is not None:
+            offsets = torch.arange(self.columns.shape[1], device=self.columns.device)
+            self.masked = offsets < self.infill_mask.sum(-1, keepdim=True)
         self.unmask_step = torch.full_like(self.columns, -1)
         self.logprobs = torch.zeros(self.columns.shape, device=self.columns.device)
-        self.ended = torch.zeros(len(self.columns), dtype=torch.bool, device=self.columns.device)
+        self.finished = torch.zeros(len(self.columns), dtype=torch.bool, device=self.columns.device)
 
-    def write(self, rows: Tensor, places: Tensor, steps: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
-        """Commit tokens at places (in the completion) of rows; all arguments are (K,)."""
-        self.tokens[rows, self.columns[rows, places]] = tokens
+    def write(self, rows: Tensor, offsets: Tensor, steps: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
+        """Commit tokens at these rows and offsets; all arguments are (K,)."""
+        self.tokens[rows, self.columns[rows, offsets]] = tokens
         # A tensor of False: a Python False would be copied to the GPU, and the host would wait for it.
-        self.masked[rows, places] = torch.zeros_like(rows, dtype=torch.bool)
-        self.logprobs[rows, places] = logprobs
-        self.unmask_step[rows, places] = steps
+        self.masked[rows, offsets] = torch.zeros_like(rows, dtype=torch.bool)
+        self.logprobs[rows, offsets] = logprobs
+        self.unmask_step[rows, offsets] = steps
         if self.events is not None:
-            self.events.append((rows, places, steps, tokens, logprobs))
+            self.events.append((rows, offsets, steps, tokens, logprobs))
 
-    def take(self, turn: "Turn", choice: "Choice") -> None:
-        """Write the tokens that a step chose, mask again the reopened positions, and store the turn's records."""
-        if (again := choice.decision.reopened) is not None:
-            self.reopen(*turn.where(again), turn.clock[again])
-        drawn = choice.drawn
-        self.write(*turn.where(choice.picked), turn.clock[choice.picked], drawn.tokens, drawn.logprobs)
-        for name, (among, values, fill) in turn.notes.items():
-            if among is None:  # recorded for all K before the choice
-                among, values = choice.picked, values[choice.picked]
-            self.note(name, *turn.where(among), values, fill)
+    def apply_step(self, plan: "StepPlan", writes: "StepWrites") -> None:
+        """Write the tokens of a step, mask again the positions that it remasks, and store the plan's records."""
+        if (remasked := writes.decision.remasked) is not None:
+            self.remask(*plan.rows_and_offsets(remasked), plan.row_steps[remasked])
+        chosen, drawn = writes.chosen, writes.drawn
+        self.write(*plan.rows_and_offsets(chosen), plan.row_steps[chosen], drawn.tokens, drawn.logprobs)
+        for name, (index, values, fill) in plan.records.items():
+            if index is None:  # recorded for all K positions, before the choice
+                index, values = chosen, values[chosen]
+            self.store(name, *plan.rows_and_offsets(index), values, fill)
 
-    def note(self, name: str, rows: Tensor, places: Tensor, values: Shaped[Tensor, "K *C"], fill: int = 0) -> None:
-        """Store an optional feature's values for these places. `fill` marks places without a value."""
-        if name not in self.noted:
-            self.noted[name] = values.new_full((*self.masked.shape, *values.shape[1:]), fill)
+    def store(self, name: str, rows: Tensor, offsets: Tensor, values: Shaped[Tensor, "K *C"], fill: int = 0) -> None:
+        """Store an optional feature's values at these positions. `fill` is the value of positions without a record."""
+        if name not in self.records:
+            self.records[name] = values.new_full((*self.masked.shape, *values.shape[1:]), fill)
             self.fills[name] = fill
-        self.noted[name][rows, places] = values
+        self.records[name][rows, offsets] = values
 
-    def reopen(self, rows: Tensor, places: Tensor, steps: Tensor) -> None:
-        """Mask places (in the completion) of rows again; all arguments are (K,)."""
+    def remask(self, rows: Tensor, offsets: Tensor, steps: Tensor) -> None:
+        """Mask written positions again; all arguments are (K,)."""
         assert self.events is not None, "only a rule that rewrites masks again"
-        nothing = torch.zeros_like(rows, dtype=self.logprobs.dtype)
-        self.events.append((rows, places, steps, torch.full_like(rows, -1), nothing))
-        self.tokens[rows, self.columns[rows, places]] = torch.full_like(rows, self.mask_id)
-        self.masked[rows, places] = torch.ones_like(rows, dtype=torch.bool)
-        self.logprobs[rows, places] = nothing
-        self.unmask_step[rows, places] = torch.full_like(rows, -1)
-        for name, values in self.noted.items():
-            values[rows, places] = torch.full_like(values[rows, places], self.fills[name])
+        zeros = torch.zeros_like(rows, dtype=self.logprobs.dtype)
+        self.events.append((rows, offsets, steps, torch.full_like(rows, -1), zeros))
+        self.tokens[rows, self.columns[rows, offsets]] = torch.full_like(rows, self.mask_id)
+        self.masked[rows, offsets] = torch.ones_like(rows, dtype=torch.bool)
+        self.logprobs[rows, offsets] = zeros
+        self.unmask_step[rows, offsets] = torch.full_like(rows, -1)
+        for name, values in self.records.items():
+            values[rows, offsets] = torch.full_like(values[rows, offsets], self.fills[name])
 
     def completions(self) -> Int[Tensor, "B L"]:
         return self.tokens.gather(-1, self.columns)
 
-    def end(self, rows: Tensor, eos_ids: tuple[int, ...]) -> Tensor:
-        """Mark the rows of `rows` that have written an end token, and return them, on the host."""
-        eos, there = send(self.tokens.device, torch.tensor(eos_ids, dtype=torch.long), rows)
-        written = (torch.isin(self.completions()[there], eos) & ~self.masked[there]).any(-1)
-        self.ended[there] |= written
-        return rows[written.cpu()]
+    def mark_finished(self, rows: Tensor, eos_ids: tuple[int, ...]) -> Tensor:
+        """Mark those of `rows` that have written an end token as finished, and return them, on the host."""
+        eos, device_rows = send(self.tokens.device, torch.tensor(eos_ids, dtype=torch.long), rows)
+        has_eos = (torch.isin(self.completions()[device_rows], eos) & ~self.masked[device_rows]).any(-1)
+        self.finished[device_rows] |= has_eos
+        return rows[has_eos.cpu()]
 
     def rollout(self, sampling_params: SamplingParams, weights_version: int, **fields: RolloutField) -> Rollout:
         """Return the current record: the columns of the prompts, then the columns written after them.
 
-        `fields` are the rollout's optional fields, for the completion's places.
+        `fields` are optional fields of the rollout, for the completions' positions (B, L).
         """
-        if self.open is not None:
+        if self.infill_mask is not None:
             tokens = self.tokens.clone()
             attention_mask = self.attention_mask.clone()
         else:
-            both = (self.prompts.tokens, self.prompts.attention_mask)
-            before, real = (repeat(x.to(self.tokens.device), "p s -> (p g) s", g=self.prompts.group_size) for x in both)
-            beyond = self.masked & self.ended[:, None] & self.pads_ended
-            tokens = torch.cat([before, self.completions().masked_fill(beyond, self.pad_id)], dim=1)
-            attention_mask = torch.cat([real, ~beyond], dim=1)
+            prompts, device = self.prompts, self.tokens.device
+            prompt_tokens = repeat(prompts.tokens.to(device), "p s -> (p g) s", g=prompts.group_size)
+            prompt_mask = repeat(prompts.attention_mask.to(device), "p s -> (p g) s", g=prompts.group_size)
+            is_padding = self.masked & self.finished[:, None] & self.pad_finished
+            tokens = torch.cat([prompt_tokens, self.completions().masked_fill(is_padding, self.pad_id)], dim=1)
+            attention_mask = torch.cat([prompt_mask, ~is_padding], dim=1)
         return Rollout(
             tokens=tokens,
             attention_mask=attention_mask,
-            completion_mask=self._at_columns(~self.masked, False),
-            unmask_step=self._at_columns(self.unmask_step, -1),
-            logprobs=self._at_columns(self.logprobs, 0.0),
+            completion_mask=self._to_columns(~self.masked, False),
+            unmask_step=self._to_columns(self.unmask_step, -1),
+            logprobs=self._to_columns(self.logprobs, 0.0),
             group_size=self.prompts.group_size,
             weights_version=weights_version,
             sampling_params=sampling_params,
             forwards=self.forwards,
-            **{name: self._field_at_columns(value) for name, value in fields.items()},
+            **{name: self._field_to_columns(value) for name, value in fields.items()},
         )
 
-    def _field_at_columns(self, record: RolloutField) -> Any:
-        if not isinstance(record, BatchRecord):
-            return None if record is None else self._at_columns(record, 0)
-        tensors = {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
-        return replace(record, **{n: self._at_columns(value, record.FILL.get(n, 0)) for n, value in tensors.items()})
+    def _field_to_columns(self, value: RolloutField) -> Any:
+        """Apply `_to_columns` to an optional field of a rollout."""
+        if not isinstance(value, BatchRecord):
+            return None if value is None else self._to_columns(value, 0)
+        changes = {}
+        for name, tensor in vars(value).items():
+            if isinstance(tensor, Tensor):
+                changes[name] = self._to_columns(tensor, value.FILL.get(name, 0))
+        return replace(value, **changes)
 
-    def _at_columns(self, values: Shaped[Tensor, "B L *C"], elsewhere: bool | int | float) -> Shaped[Tensor, "B T *C"]:
-        """Return values of the completion's places at their columns, and `elsewhere` in the others."""
-        if self.open is None:
+    def _to_columns(self, values: Shaped[Tensor, "B L *C"], fill: bool | int | float) -> Shaped[Tensor, "B T *C"]:
+        """Return values of the completions' positions at their columns, and `fill` at the other columns."""
+        if self.infill_mask is None:
             width = self.prompts.tokens.shape[1]
-            return F.pad(values, (*(0, 0) * (values.dim() - 2), width, 0), value=elsewhere)
-        place = (self.open.long().cumsum(-1) - 1).clamp(min=0)
-        wide = (..., *[None] * (values.dim() - 2))
-        found = values.gather(1, place[wide].expand(*place.shape, *values.shape[2:]))
-        return torch.where(self.open[wide], found, torch.full_like(found, elsewhere))
+            return F.pad(values, (*(0, 0) * (values.dim() - 2), width, 0), value=fill)
+        offset = (self.infill_mask.long().cumsum(-1) - 1).clamp(min=0)
+        add_axes = (..., *[None] * (values.dim() - 2))  # as many axes as `values` has
+        gathered = values.gather(1, offset[add_axes].expand(*offset.shape, *values.shape[2:]))
+        return torch.where(self.infill_mask[add_axes], gathered, torch.full_like(gathered, fill))
 
 
 def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, *, block_aligned: bool) -> Canvas:
-    """Return prompts, each repeated group_size times and followed by `length` masks.
+    """Return a canvas of prompts, each repeated group_size times and followed by `length` masks.
 
-    With `block_aligned`, all rows start in the same columns.
+    With `block_aligned` (a block-causal policy with a cache), each block has the same columns in all rows.
     """
     spec = policy.spec
     device = policy.device
-    group = prompts.group_size
     assert spec.mask_id is not None, "a diffusion model has a mask token"
-    mask = repeat(prompts.attention_mask.cpu(), "p s -> (p g) s", g=group)
-    sizes = mask.sum(-1) if spec.attention == "block_causal" else torch.zeros(len(mask), dtype=torch.long)
-    offsets = sizes % block_size  # a block-causal completion begins inside its prompt's last block
-    full = sizes // block_size
-    block = (offsets[:, None] + torch.arange(length)) // block_size
-    if block_aligned:  # prompts are padded by complete blocks, so that all rows start in the same columns
-        base = int(full.max()) * block_size
-        columns = base + offsets[:, None] + torch.arange(length)
-        starts = base - full * block_size
-        tokens = torch.full((len(mask), int(columns.max()) + 1), policy.pad_id)
+    prompt_tokens = repeat(prompts.tokens.cpu(), "p s -> (p g) s", g=prompts.group_size)
+    prompt_mask = repeat(prompts.attention_mask.cpu(), "p s -> (p g) s", g=prompts.group_size)
+    num_rows = len(prompt_mask)
+    # Only block-causal blocks count from the prompt's first token.
+    prompt_sizes = prompt_mask.sum(-1) if spec.attention == "block_causal" else torch.zeros(num_rows, dtype=torch.long)
+    block_offsets = prompt_sizes % block_size  # a block-causal completion begins inside its prompt's last block
+    full_blocks = prompt_sizes // block_size
+    block = (block_offsets[:, None] + torch.arange(length)) // block_size
+    if block_aligned:  # prompts are padded by complete blocks
+        base = int(full_blocks.max()) * block_size
+        columns = base + block_offsets[:, None] + torch.arange(length)
+        starts = base - full_blocks * block_size
+        tokens = torch.full((num_rows, int(columns.max()) + 1), policy.pad_id)
         attention_mask = torch.zeros(tokens.shape, dtype=torch.bool)
-        for row, prompt in enumerate(repeat(prompts.tokens.cpu(), "p s -> (p g) s", g=group)):
-            place = slice(int(starts[row]), int(starts[row] + sizes[row]))
-            tokens[row, place], attention_mask[row, place] = prompt[mask[row]], True
+        for row, prompt in enumerate(prompt_tokens):
+            prompt_columns = slice(int(starts[row]), int(starts[row] + prompt_sizes[row]))
+            tokens[row, prompt_columns] = prompt[prompt_mask[row]]
+            attention_mask[row, prompt_columns] = True
     else:
         base = prompts.tokens.shape[1]
-        columns = (base + torch.arange(length)).expand(len(mask), -1)
-        blank = torch.zeros(columns.shape, dtype=torch.long)
-        tokens = torch.cat([repeat(prompts.tokens.cpu(), "p s -> (p g) s", g=group), blank], dim=1)
-        attention_mask = torch.cat([mask, blank.bool()], dim=1)
+        columns = (base + torch.arange(length)).expand(num_rows, -1)
+        zeros = torch.zeros(columns.shape, dtype=torch.long)
+        tokens = torch.cat([prompt_tokens, zeros], dim=1)
+        attention_mask = torch.cat([prompt_mask, zeros.bool()], dim=1)
     width = tokens.shape[1]
     tokens.scatter_(-1, columns, torch.full_like(columns, spec.mask_id))
     attention_mask.scatter_(-1, columns, torch.ones_like(columns, dtype=torch.bool))
@@ -191,163 +227,236 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
         starts=attention_mask.long().argmax(-1),
         pad_id=policy.pad_id,
         mask_id=spec.mask_id,
-        pads_ended=spec.attention == "block_causal",
+        pad_finished=spec.attention == "block_causal",
     )
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One step of R rows, each in its open block. The step may write K positions, listed row by row."""
+class StepPlan:
+    """One step of R rows, each in its current block. The step may write K positions, listed row by row.
 
-    # On the host:
-    rows: Int[Tensor, " R"]  # of the canvas
-    blocks: Int[Tensor, " R"]  # the open block of each row
-    num_masked: Int[Tensor, " R"]  # masked positions of those blocks
-    steps_left: Int[Tensor, " R"]  # remaining steps of those blocks, including this one
-    num_positions: Int[Tensor, " R"]  # how many of the K positions each row has
-    # On the device:
-    left: Int[Tensor, " R"]  # `steps_left`
-    steps: Int[Tensor, " R"]  # total steps of the blocks
-    masked: Bool[Tensor, "R L"]  # masked positions of the open blocks
-    written: Bool[Tensor, "R L"] | None  # written positions that the step may rewrite
-    row: Int[Tensor, " K"]  # each position's row in the R
-    place: Int[Tensor, " K"]  # its place in the completion
-    canvas_row: Int[Tensor, " K"]  # its row of the canvas
-    column: Int[Tensor, " K"]  # its column of the canvas
-    seed: Int[Tensor, " K"]  # its row's seed
-    clock: Int[Tensor, " K"]  # steps that its row has taken part in
-    # Records of optional features: the indices in the K positions (None: all), their values, and a fill.
-    notes: dict[str, tuple[Tensor | None, Tensor, int]] = field(default_factory=dict)
+    Attributes:
+        rows: Rows of the canvas, on the host.
+        blocks: Current block of each row, on the host.
+        num_masked: Number of masked positions in each block, on the host.
+        steps_left: Remaining steps of each block, including this one, on the host.
+        num_positions: Number of the K positions that each row has, on the host.
+        steps_left_on_device: `steps_left`.
+        total_steps: Total steps of each block.
+        masked: Masked positions of the blocks.
+        written: Written positions that the step may rewrite. None: the rule does not rewrite.
+        row: Index of each position's row in `rows`.
+        offset: Offset of each position in its completion.
+        canvas_row: Row of each position in the canvas.
+        column: Column of each position in the canvas.
+        seed: Seed of each position's row.
+        row_steps: Number of steps in which each position's row has taken part.
+        records: Records of optional features, by name: the indices of their positions in the K (None: all), the values,
+            and the fill of `Canvas.store`.
+    """
 
-    def uniforms(self, stream: int, among: Int[Tensor, " C"] | slice = slice(None)) -> Float[Tensor, " C"]:
-        """Return a number in [0, 1) for each position, or for the `among` of the K.
+    rows: Int[Tensor, " R"]
+    blocks: Int[Tensor, " R"]
+    num_masked: Int[Tensor, " R"]
+    steps_left: Int[Tensor, " R"]
+    num_positions: Int[Tensor, " R"]
+    steps_left_on_device: Int[Tensor, " R"]
+    total_steps: Int[Tensor, " R"]
+    masked: Bool[Tensor, "R L"]
+    written: Bool[Tensor, "R L"] | None
+    row: Int[Tensor, " K"]
+    offset: Int[Tensor, " K"]
+    canvas_row: Int[Tensor, " K"]
+    column: Int[Tensor, " K"]
+    seed: Int[Tensor, " K"]
+    row_steps: Int[Tensor, " K"]
+    records: dict[str, tuple[Tensor | None, Tensor, int]] = field(default_factory=dict)
 
-        It depends only on the row's seed, its step and the place.
+    def uniforms(self, stream: int, index: Int[Tensor, " C"] | slice = slice(None)) -> Float[Tensor, " C"]:
+        """Return a number in [0, 1) for each of the K positions, or for those with these indices.
+
+        The number depends only on the row's seed, the row's step and the offset.
         """
-        return uniforms(self.seed[among], self.clock[among], self.place[among], stream=stream)
+        return uniforms(self.seed[index], self.row_steps[index], self.offset[index], stream=stream)
 
-    def where(self, among: Int[Tensor, " C"]) -> tuple[Int[Tensor, " C"], Int[Tensor, " C"]]:
-        """Return rows of the canvas and places in the completion of the positions with these indices in the K."""
-        return self.canvas_row[among], self.place[among]
+    def rows_and_offsets(self, index: Int[Tensor, " C"]) -> tuple[Int[Tensor, " C"], Int[Tensor, " C"]]:
+        """Return the canvas rows and the offsets of the positions with these indices in the K."""
+        return self.canvas_row[index], self.offset[index]
 
-    def spread(self, values: Float[Tensor, " K"]) -> Float[Tensor, "R L"]:
-        """Return values of the K positions at their rows and places; -inf elsewhere."""
+    def scatter_to_rows(self, values: Float[Tensor, " K"]) -> Float[Tensor, "R L"]:
+        """Return values of the K positions at their rows and offsets, and -inf at the other positions."""
         out = torch.full(self.masked.shape, -torch.inf, device=values.device)
-        out[self.row, self.place] = values
+        out[self.row, self.offset] = values
         return out
 
-    def among(self, chosen: Bool[Tensor, "R L"], count: int) -> Int[Tensor, " C"]:
-        """Return the indices in the K positions of the `count` chosen ones."""
-        return chosen[self.row, self.place].nonzero_static(size=count)[:, 0]
+    def positions_in(self, mask: Bool[Tensor, "R L"], count: int) -> Int[Tensor, " C"]:
+        """Return the indices in the K of the `count` positions that a mask marks."""
+        return mask[self.row, self.offset].nonzero_static(size=count)[:, 0]
 
 
 @dataclass(frozen=True)
-class Decision:
-    """The decision of a commit rule in one step."""
+class CommitDecision:
+    """The decision of a commit rule in one step.
 
-    chosen: Bool[Tensor, "R L"]  # positions that are written, on the device
-    num_chosen: Int[Tensor, " R"]  # their number, on the host, so that nothing waits for the device
-    committed: Int[Tensor, " R"]  # by how many each row's masked positions decrease, on the host
-    reopened: Int[Tensor, " M"] | None = None  # indices of positions that are masked again; None: never
-    held: Bool[Tensor, " R"] | None = None  # rows that stay in a block without masks, while steps remain
+    Attributes:
+        chosen: Positions that are written.
+        num_chosen: Their number per row, on the host, so that the host need not wait for the device.
+        committed: Decrease of the number of masked positions of each row, on the host.
+        remasked: Indices in the K of positions that are masked again. None: the rule does not mask again.
+        stays_open: Rows that stay in their block although nothing is masked, until its steps are used up. None: the
+            rule does not rewrite.
+    """
+
+    chosen: Bool[Tensor, "R L"]
+    num_chosen: Int[Tensor, " R"]
+    committed: Int[Tensor, " R"]
+    remasked: Int[Tensor, " M"] | None = None
+    stays_open: Bool[Tensor, " R"] | None = None
 
 
 class Drawn(NamedTuple):
-    """Tokens drawn at K positions."""
+    """Tokens drawn at K positions.
+
+    Attributes:
+        tokens: Token ids.
+        logprobs: Log-probs under the sampling distribution, in nats.
+        normalizer: Log-sum-exp of the logits that the rank reads, or of those from which the token was drawn.
+        log_mass: First result of `filter_support`. None without top_k and top_p.
+        support: Second result of `filter_support`.
+    """
 
     tokens: Int[Tensor, " K"]
-    logprobs: Float[Tensor, " K"]  # as drawn, nats
-    normalizer: Float[Tensor, " K"]  # of the rank's logits, or of the logits drawn from
-    log_mass: Float[Tensor, " K"] | None = None  # with top_k or top_p, from `kept_set`
+    logprobs: Float[Tensor, " K"]
+    normalizer: Float[Tensor, " K"]
+    log_mass: Float[Tensor, " K"] | None = None
     support: Int[Tensor, "K C"] | None = None
 
-    def at(self, picked: Int[Tensor, " C"]) -> "Drawn":
-        return Drawn(*(values[picked] for values in self.tensors()))
+    def at(self, index: Int[Tensor, " C"]) -> "Drawn":
+        return Drawn(*(values[index] for values in self.tensors()))
 
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(values for values in self if values is not None)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The positions and tokens that a step writes; indices refer to the turn's K positions."""
+class StepWrites:
+    """The positions and tokens that a step writes.
 
-    decision: Decision
-    picked: Int[Tensor, " C"]  # positions that are written
-    drawn: Drawn  # at those positions
+    Attributes:
+        decision: Decision of the commit rule.
+        chosen: Indices in the plan's K of the positions that are written.
+        drawn: Tokens drawn at these positions.
+    """
+
+    decision: CommitDecision
+    chosen: Int[Tensor, " C"]
+    drawn: Drawn
 
 
-class BlockQueue:
-    """Counts per row and block on the host: masked positions and remaining steps. It need not wait for the device."""
+class BlockTracker:
+    """The number of masked positions and of remaining steps of each row and block.
+
+    The counts are on the host, so that planning a step does not wait for the device.
+    """
 
     def __init__(
         self,
         block: Int[Tensor, "B L"],
         diffusion_steps: int | None,
         *,
-        in_step: bool,  # rows wait for the slowest row at each block; otherwise each row advances separately
-        masked: Bool[Tensor, "B L"] | None = None,  # the places that begin masked; None: all
+        wait_for_all_rows: bool,
+        masked: Bool[Tensor, "B L"] | None = None,
     ) -> None:
+        """Start with all blocks masked.
+
+        Args:
+            block: Block of each position.
+            diffusion_steps: Number of steps per completion. None: one per position.
+            wait_for_all_rows: Whether a row enters a block only when all rows have completed the block before.
+            masked: Positions that begin masked. None: all.
+        """
         block = block.cpu()
-        self.in_step = in_step
-        self.masked = torch.zeros(len(block), int(block.max()) + 1, dtype=torch.long).scatter_add(
-            -1, block, torch.ones_like(block) if masked is None else masked.cpu().long()
-        )
+        is_masked = torch.ones_like(block) if masked is None else masked.cpu().long()
+        self.wait_for_all_rows = wait_for_all_rows
+        self.masked = torch.zeros(len(block), int(block.max()) + 1, dtype=torch.long).scatter_add(-1, block, is_masked)
         self.steps = torch.zeros_like(self.masked)
         for row, sizes in enumerate(self.masked):
             self.steps[row, sizes > 0] = torch.tensor(steps_per_block(diffusion_steps, sizes[sizes > 0].tolist()))
         self.sizes = self.masked.clone()
-        self.shares = self.steps.clone()
-        self.held = torch.zeros_like(self.masked, dtype=torch.bool)
-        self.clock = torch.zeros(len(block), dtype=torch.long)  # steps that the row has taken part in
+        self.block_steps = self.steps.clone()
+        self.stays_open = torch.zeros_like(self.masked, dtype=torch.bool)
+        self.row_steps = torch.zeros(len(block), dtype=torch.long)  # steps in which the row has taken part
 
     def next_rows(self) -> tuple[Int[Tensor, " R"], Int[Tensor, " R"]]:
-        """Return the rows of the next step and the block of each; empty when all is done."""
-        open_blocks = (self.masked > 0) | self.held
-        blocks = open_blocks.int().argmax(-1)
-        taking_part = open_blocks.any(-1)
-        if self.in_step and taking_part.any():
-            taking_part &= blocks == blocks[taking_part].min()
-        rows = taking_part.nonzero()[:, 0]
+        """Return the rows of the next step and the current block of each row. No rows: all blocks are complete."""
+        is_open = (self.masked > 0) | self.stays_open
+        blocks = is_open.int().argmax(-1)
+        takes_part = is_open.any(-1)
+        if self.wait_for_all_rows and takes_part.any():
+            takes_part &= blocks == blocks[takes_part].min()
+        rows = takes_part.nonzero()[:, 0]
         return rows, blocks[rows]
 
     def record(
-        self, where: tuple[Tensor, Tensor], committed: Int[Tensor, " R"], held: Bool[Tensor, " R"] | None = None
+        self,
+        rows_and_blocks: tuple[Tensor, Tensor],
+        committed: Int[Tensor, " R"],
+        stays_open: Bool[Tensor, " R"] | None = None,
     ) -> Int[Tensor, " C"]:
-        """Record a step of rows and blocks as in `Decision`, and return the rows whose block is now complete."""
-        self.masked[where] -= committed
-        self.steps[where] -= 1
-        self.clock[where[0]] += 1
-        if held is not None:
-            self.held[where] = held & (self.steps[where] > 0)
-        return where[0][(self.masked[where] == 0) & ~self.held[where]]
+        """Record a step of these rows and blocks, and return the rows whose block is now complete.
 
-    def drop(self, rows: Int[Tensor, " C"]) -> None:
+        `committed` and `stays_open` are those of `CommitDecision`.
+        """
+        self.masked[rows_and_blocks] -= committed
+        self.steps[rows_and_blocks] -= 1
+        rows = rows_and_blocks[0]
+        self.row_steps[rows] += 1
+        if stays_open is not None:
+            self.stays_open[rows_and_blocks] = stays_open & (self.steps[rows_and_blocks] > 0)
+        return rows[(self.masked[rows_and_blocks] == 0) & ~self.stays_open[rows_and_blocks]]
+
+    def finish_rows(self, rows: Int[Tensor, " C"]) -> None:
         """Remove rows that ended early from all later steps."""
         self.masked[rows] = 0
-        self.held[rows] = False
+        self.stays_open[rows] = False
 
 
-def next_turn(canvas: Canvas, queue: BlockQueue, seeds: Int[Tensor, " B"]) -> Turn | None:
-    """Return the next step's rows and positions, or None when every block is complete."""
-    rows, blocks = queue.next_rows()
+def plan_step(canvas: Canvas, tracker: BlockTracker, seeds: Int[Tensor, " B"]) -> StepPlan | None:
+    """Return the rows and positions of the next step, or None if every block is complete."""
+    rows, blocks = tracker.next_rows()
     if not len(rows):
         return None
-    where = (rows, blocks)
-    num_masked = queue.masked[where]
-    steps_left = queue.steps[where].clamp(min=1)  # adaptive rules may take more steps than `diffusion_steps`
-    # All host counts that a step needs, in one copy that nothing waits for.
-    host = (rows, blocks, steps_left, queue.clock[rows], queue.shares[where])
-    on_device, block, left, clock, steps = send(canvas.tokens.device, *host)
-    inside = canvas.block[on_device] == block[:, None]
-    masked = canvas.masked[on_device] & inside
-    written = inside & (canvas.unmask_step[on_device] >= 0) if canvas.events is not None else None
-    num_positions = num_masked if written is None else queue.sizes[where]
-    offered = masked if written is None else masked | written
-    flat = offered.flatten().nonzero_static(size=int(num_positions.sum()))[:, 0]  # the host knows how many: no wait
-    row = flat // masked.shape[1]
-    place = flat % masked.shape[1]
-    canvas_row = on_device[row]
-    column = canvas.columns[canvas_row, place]
-    position = (row, place, canvas_row, column, seeds[canvas_row], clock[row])
-    return Turn(rows, blocks, num_masked, steps_left, num_positions, left, steps, masked, written, *position)
+    num_masked = tracker.masked[rows, blocks]
+    steps_left = tracker.steps[rows, blocks].clamp(min=1)  # adaptive rules may take more steps than `diffusion_steps`
+    # One copy has all host counts that the step needs, and the host does not wait for it.
+    host_counts = (rows, blocks, steps_left, tracker.row_steps[rows], tracker.block_steps[rows, blocks])
+    device_rows, device_blocks, steps_left_on_device, row_steps, total_steps = send(canvas.tokens.device, *host_counts)
+    in_block = canvas.block[device_rows] == device_blocks[:, None]
+    masked = canvas.masked[device_rows] & in_block
+    if canvas.events is None:
+        written, candidates, num_positions = None, masked, num_masked
+    else:
+        written = in_block & (canvas.unmask_step[device_rows] >= 0)
+        candidates, num_positions = masked | written, tracker.sizes[rows, blocks]
+    # The host knows the number of positions, so that it does not wait for the device.
+    flat_index = candidates.flatten().nonzero_static(size=int(num_positions.sum()))[:, 0]
+    row = flat_index // masked.shape[1]
+    offset = flat_index % masked.shape[1]
+    canvas_row = device_rows[row]
+    return StepPlan(
+        rows=rows,
+        blocks=blocks,
+        num_masked=num_masked,
+        steps_left=steps_left,
+        num_positions=num_positions,
+        steps_left_on_device=steps_left_on_device,
+        total_steps=total_steps,
+        masked=masked,
+        written=written,
+        row=row,
+        offset=offset,
+        canvas_row=canvas_row,
+        column=canvas.columns[canvas_row, offset],
+        seed=seeds[canvas_row],
+        row_steps=row_steps[row],
+    )

@@ -13,21 +13,36 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import chunked, invert, process
-from dllm_rl.models.order import block_first_step, commit_cutoff, draw_index, drawn_logprobs, left_logprobs
+from dllm_rl.models.order import (
+    block_first_step,
+    commit_cutoff,
+    draw_index,
+    plackett_luce_logprobs,
+    stay_masked_logprobs,
+)
 from dllm_rl.models.soft_threshold import set_logprobs
-from dllm_rl.models.support import kept_part, kept_set
-from dllm_rl.samplers.canvas import TIES, TOKENS, Canvas, Choice, Decision, Drawn, RolloutField, Turn
+from dllm_rl.models.support import filter_support, make_filter_support
+from dllm_rl.samplers.canvas import (
+    RANK_STREAM,
+    TOKEN_STREAM,
+    Canvas,
+    CommitDecision,
+    Drawn,
+    RolloutField,
+    StepPlan,
+    StepWrites,
+)
 from dllm_rl.samplers.confidences import ConfidenceChange
 from dllm_rl.samplers.records import Commit, Rank, has_order_logprob, order_probability
 from dllm_rl.samplers.revise import KINDS, packed_events, revise
-from dllm_rl.samplers.rules import check_last_step, softness
+from dllm_rl.samplers.rules import check_last_step, soft_threshold_params
 from dllm_rl.types import Order, SamplingParams
 
-SLAB = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits reduced together; on a CPU they should stay in its cache
+SLAB_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}  # number of fp32 logits reduced together; a CPU caches so many
 
 
-class Choose:
-    """Sample one denoising step: `choose(turn, states)` ranks the positions, commits some and draws their tokens.
+class StepSampler:
+    """Sampler of one denoising step. A call ranks the positions, commits some and draws their tokens.
 
     Tokens are drawn before ranking only if the rank or the commit rule reads them, or if greedy decoding makes them
     free.
@@ -43,217 +58,254 @@ class Choose:
         confidence_radius: int | None = None,
     ) -> None:
         """Raise ValueError when the rank and the commit rule cannot be combined."""
-        needs = rank.reads
         self.policy = policy
         self.canvas = canvas
         self.sampling_params = sampling_params
         self.rank = rank
         self.commit = commit
         greedy = sampling_params.temperature == 0
-        # A rank of only the state delays the draw until the positions are chosen; the likeliest tokens cost nothing.
-        self.draws_first = "tokens" in needs or (greedy and "logits" in needs) or "replaceable" in commit.reads
-        self.by_draws = not greedy and ("tokens" in needs or "replaceable" in commit.reads)
+        reads_tokens = "tokens" in rank.reads or "replaceable" in commit.reads
+        # Otherwise only the tokens of the chosen positions are drawn. Greedy tokens cost nothing if the head runs.
+        self.draws_first = reads_tokens or (greedy and "logits" in rank.reads)
+        self.depends_on_draws = reads_tokens and not greedy
         if commit.revises:
             canvas.events = []
-        self.noisy = rank.order == "plackett_luce"
-        if self.noisy and not has_order_logprob(rank, commit):
+        self.adds_gumbel = rank.order == "plackett_luce"
+        if self.adds_gumbel and not has_order_logprob(rank, commit):
             raise ValueError(
                 f"commit={commit.name} cannot use rank=plackett_luce's noisy scores; use schedule or late_schedule"
             )
-        self.soft = softness(commit.function) if commit.order == "soft_threshold" else None
-        if self.soft is not None and not has_order_logprob(rank, commit):
+        self.soft_threshold = None  # tau and temperature of the commit rule
+        if commit.order == "soft_threshold":
+            self.soft_threshold = soft_threshold_params(commit.function)
+        if self.soft_threshold is not None and not has_order_logprob(rank, commit):
             raise ValueError(
-                f"commit=soft_threshold makes its probabilities of max_prob's scores, and rank={rank.name} has others; "
-                "use rank=max_prob"
+                f"commit=soft_threshold needs the scores of max_prob, and rank={rank.name} has other scores; use "
+                "rank=max_prob"
             )
         self.order_probability = order_probability(rank, commit, greedy=greedy)
         self.has_order_logprob = has_order_logprob(rank, commit, greedy=greedy)
-        self.change = None
+        self.confidence_change = None
         if confidence_radius is not None:
-            self.change = ConfidenceChange(canvas, rank, commit, confidence_radius)
+            self.confidence_change = ConfidenceChange(canvas, rank, commit, confidence_radius)
 
-    def __call__(self, turn: Turn, states: Float[Tensor, "K D"]) -> Choice:
-        """Raise ValueError where the commit rule leaves a block's last step empty."""
+    def __call__(self, plan: StepPlan, states: Float[Tensor, "K D"]) -> StepWrites:
+        """Run one step of the plan, from the states of its K positions.
+
+        Raise ValueError if the commit rule writes nothing in the last step of a block.
+        """
         params = self.sampling_params
+        rank_uniforms = plan.uniforms(RANK_STREAM)
         drawn: Drawn | None = None
         if self.draws_first:
-            scores, drawn = propose_and_rank(
-                self.policy, states, turn.uniforms(TOKENS), turn.uniforms(TIES), params, self.rank
+            scores, drawn = draw_and_rank(
+                self.policy, states, plan.uniforms(TOKEN_STREAM), rank_uniforms, params, self.rank
             )
         else:
-            scores = rank_only(self.policy, states, turn.uniforms(TIES), params, self.rank)
-        offered = turn.spread(add_gumbel(scores, turn.uniforms(TIES)) if self.noisy else scores)
-        decision = self.decide(turn, offered, drawn)
-        if self.change is not None:
-            self.change.record(turn, offered, decision.chosen)
-        picked = turn.among(decision.chosen, int(decision.num_chosen.sum()))
+            scores = rank_positions(self.policy, states, rank_uniforms, params, self.rank)
+        commit_scores = plan.scatter_to_rows(add_gumbel(scores, rank_uniforms) if self.adds_gumbel else scores)
+        decision = self.decide(plan, commit_scores, drawn)
+        if self.confidence_change is not None:
+            self.confidence_change.record(plan, commit_scores, decision.chosen)
+        chosen = plan.positions_in(decision.chosen, int(decision.num_chosen.sum()))
         if drawn is None:
-            drawn = propose(self.policy, states[picked], turn.uniforms(TOKENS, picked), params)
+            drawn = draw_tokens(self.policy, states[chosen], plan.uniforms(TOKEN_STREAM, chosen), params)
         else:
-            drawn = drawn.at(picked)
+            drawn = drawn.at(chosen)
         if drawn.log_mass is not None and drawn.support is not None:
-            turn.notes.update(log_mass=(picked, drawn.log_mass, 0), ids=(picked, drawn.support, -1))
+            plan.records.update(log_mass=(chosen, drawn.log_mass, 0), ids=(chosen, drawn.support, -1))
         if self.has_order_logprob:
-            turn.notes.update(self.order_notes(turn, states, scores, offered, decision.chosen, picked))
-        return Choice(decision, picked, drawn)
+            plan.records.update(self.order_records(plan, states, scores, commit_scores, decision.chosen, chosen))
+        return StepWrites(decision, chosen, drawn)
 
-    def order_notes(
-        self, turn: Turn, states: Tensor, scores: Tensor, offered: Tensor, chosen: Tensor, picked: Tensor
+    def order_records(
+        self,
+        plan: StepPlan,
+        states: Tensor,
+        scores: Tensor,
+        commit_scores: Tensor,
+        chosen_mask: Tensor,
+        chosen: Tensor,
     ) -> dict[str, tuple[Tensor | None, Tensor, int]]:
-        """Return the log-probs of the order (`models.order`) as records of the turn.
+        """Return the log-probs of the order (`models.order`) as records of the plan.
 
-        By `confidence`, each position that stays masked has the log-prob that its draw ranks after the row's picked
-        ones. With `plackett_luce`, each picked position has the log-prob and the index of its draw. With
-        `soft_threshold`, each picked position has its share of the set's log-prob.
+        Under `confidence`, each position that stays masked has the log-prob that its draw ranks below the chosen ones.
+        Under `plackett_luce`, each chosen position has the log-prob and the index of its draw. Under `soft_threshold`,
+        each chosen position has its share of the log-prob of the set. `chosen` are the indices of the positions of
+        `chosen_mask`.
         """
-        if self.soft is not None:
-            tau, temperature = self.soft
-            logps = set_logprobs(scores, turn.row, picked, chosen.shape[1], tau=tau, temperature=temperature)
-            return {"order": (picked, logps, 0)}
-        if self.noisy:
-            nth = draw_index(offered, turn.masked, chosen)[turn.row, turn.place]
-            logps = drawn_logprobs(scores, turn.row, nth, picked, chosen.shape[1])
-            return {"order": (picked, logps, 0), "draw": (picked, nth[picked], 0)}
-        left = turn.among(~chosen, len(scores) - len(picked))
-        places = (turn.row[picked], turn.place[picked], turn.row[left], turn.place[left])
-        cutoff = commit_cutoff(scores[picked], *places, len(turn.rows))
-        # The head runs again, because the picked positions are known only now.
-        logps = left_logprobs(self.policy, states[left], *cutoff, self.sampling_params)
-        if (before := self.canvas.noted.get("order")) is not None:  # a position may stay masked in several steps
-            logps = before[turn.where(left)] + logps
-        return {"order": (left, logps, 0)}
+        width = chosen_mask.shape[1]
+        if self.soft_threshold is not None:
+            tau, temperature = self.soft_threshold
+            logps = set_logprobs(scores, plan.row, chosen, width, tau=tau, temperature=temperature)
+            return {"order": (chosen, logps, 0)}
+        if self.adds_gumbel:
+            draws = draw_index(commit_scores, plan.masked, chosen_mask)[plan.row, plan.offset]
+            logps = plackett_luce_logprobs(scores, plan.row, draws, chosen, width)
+            return {"order": (chosen, logps, 0), "draw": (chosen, draws[chosen], 0)}
+        stay_masked = plan.positions_in(~chosen_mask, len(scores) - len(chosen))
+        cutoff = commit_cutoff(
+            scores[chosen],
+            plan.row[chosen],
+            plan.offset[chosen],
+            plan.row[stay_masked],
+            plan.offset[stay_masked],
+            num_steps=len(plan.rows),
+        )
+        # The head runs a second time, because the chosen positions are known only now.
+        logps = stay_masked_logprobs(self.policy, states[stay_masked], *cutoff, self.sampling_params)
+        if (earlier := self.canvas.records.get("order")) is not None:  # a position may stay masked in several steps
+            logps = earlier[plan.rows_and_offsets(stay_masked)] + logps
+        return {"order": (stay_masked, logps, 0)}
 
     def rollout_fields(self) -> dict[str, RolloutField]:
-        """Return the features' records so far, as fields of a `Rollout`, for the completion's places."""
+        """Return the features' records so far as fields of a `Rollout`, for the completions' positions (B, L)."""
         canvas = self.canvas
-        noted = canvas.noted
-        drawn = self.soft is not None or self.noisy  # the positions are drawn, not only ranked
-        rank = self.rank.function if drawn and self.has_order_logprob else None
-        first = block_first_step(canvas.unmask_step, canvas.block)
-        library = None if drawn else self.rank.library
-        name = None if library is None else library.__name__
-        soft = self.soft if self.has_order_logprob else None
-        order = Order(first, name, noted.get("order"), rank, noted.get("draw"), soft, self.order_probability)
-        kept = kept_part(noted["log_mass"], noted["ids"]) if "ids" in noted else None
+        records = canvas.records
+        draws_positions = self.soft_threshold is not None or self.adds_gumbel
+        library_rank = None if draws_positions else self.rank.library
+        order = Order(
+            block_first_step=block_first_step(canvas.unmask_step, canvas.block),
+            rank_name=None if library_rank is None else library_rank.__name__,
+            logprobs=records.get("order"),
+            rank_function=self.rank.function if draws_positions and self.has_order_logprob else None,
+            draw_index=records.get("draw"),
+            soft_threshold_params=self.soft_threshold if self.has_order_logprob else None,
+            probability=self.order_probability,
+        )
+        support = make_filter_support(records["log_mass"], records["ids"]) if "ids" in records else None
         events = None
         if canvas.events is not None:
-            events = packed_events(canvas.events, canvas.masked.shape, depends_on_tokens=self.by_draws)
-        change = None if self.change is None else self.change.total
-        return {"order": order, "filter_support": kept, "events": events, "confidence_change": change}
+            events = packed_events(canvas.events, canvas.masked.shape, depends_on_tokens=self.depends_on_draws)
+        change = None if self.confidence_change is None else self.confidence_change.total
+        return {"order": order, "filter_support": support, "events": events, "confidence_change": change}
 
-    def decide(self, turn: Turn, scores: Float[Tensor, "R L"], drawn: Drawn | None) -> Decision:
-        """Return the commit rule's decision. Raise ValueError where it leaves a block's last step empty."""
-        inputs = {"steps": turn.steps} if "steps" in self.commit.reads else {}
+    def decide(self, plan: StepPlan, scores: Float[Tensor, "R L"], drawn: Drawn | None) -> CommitDecision:
+        """Return the commit rule's decision. Raise ValueError if it writes nothing in the last step of a block."""
+        inputs = {"steps": plan.total_steps} if "steps" in self.commit.reads else {}
         if "uniforms" in self.commit.reads:
-            inputs["uniforms"] = turn.spread(turn.uniforms(TIES).float())
+            inputs["uniforms"] = plan.scatter_to_rows(plan.uniforms(RANK_STREAM).float())
         if self.commit.revises:
             tokens = None if drawn is None else drawn.tokens
             (kind,) = self.commit.reads & KINDS
-            return revise(turn, scores, tokens, self.canvas.tokens, partial(self.commit.function, **inputs), kind)
-        chosen = self.commit(scores, turn.masked, turn.left, **inputs) & turn.masked
-        # If the host knows the number, it does not wait for the device to count.
-        known = self.commit.count
-        count = chosen.sum(-1).cpu() if known is None else known(turn.num_masked, turn.steps_left)
-        check_last_step(self.commit.name, turn.steps_left, turn.num_masked, count)
-        return Decision(chosen, num_chosen=count, committed=count)
+            return revise(plan, scores, tokens, self.canvas.tokens, partial(self.commit.function, **inputs), kind)
+        chosen = self.commit(scores, plan.masked, plan.steps_left_on_device, **inputs) & plan.masked
+        # If the host knows the number of chosen positions, it does not wait for the device to count them.
+        count = self.commit.count
+        num_chosen = chosen.sum(-1).cpu() if count is None else count(plan.num_masked, plan.steps_left)
+        check_last_step(self.commit.name, plan.steps_left, plan.num_masked, num_chosen)
+        return CommitDecision(chosen, num_chosen=num_chosen, committed=num_chosen)
 
 
 def add_gumbel(scores: Float[Tensor, "*K"], uniforms: Float[Tensor, "*K"]) -> Float[Tensor, "*K"]:
-    """Add Gumbel noise, made of uniforms of which one may be 0, to scores."""
+    """Add Gumbel noise to scores, computed from uniform numbers in [0, 1)."""
     return (scores - uniforms.clamp(min=1e-300).log().neg().log()).float()
 
 
-def propose(
+def draw_tokens(
     policy: Policy, hidden: Float[Tensor, "K D"], uniforms: Float[Tensor, " K"], sampling_params: SamplingParams
 ) -> Drawn:
-    """Draw a token for each of K positions."""
+    """Draw a token at each of K positions."""
 
-    def one(logits: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+    def draw_slab(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
         logits[:, policy.spec.mask_id] = -torch.inf
-        return _draw(logits, u, sampling_params).tensors()
+        return _draw_from_logits(logits, uniforms, sampling_params).tensors()
 
-    return Drawn(*_slabs(policy, one, sampling_params, hidden, uniforms))
+    return Drawn(*_map_slabs(policy, draw_slab, sampling_params, hidden, uniforms))
 
 
-def propose_and_rank(
+def draw_and_rank(
     policy: Policy,
     hidden: Float[Tensor, "K D"],
-    uniforms: Float[Tensor, " K"],
-    ties: Float[Tensor, " K"],
+    token_uniforms: Float[Tensor, " K"],
+    rank_uniforms: Float[Tensor, " K"],
     sampling_params: SamplingParams,
     rank: Rank,
 ) -> tuple[Float[Tensor, " K"], Drawn]:
-    """Return the rank's score of each position, and the result of `propose`."""
-    needs = rank.reads
+    """Return the rank's score of each position, and the result of `draw_tokens`."""
     mask_id = policy.spec.mask_id
-    same = sampling_params.temperature in (0, 1) and not sampling_params.filters
+    is_untempered = sampling_params.temperature in (0, 1) and not sampling_params.filters
 
-    def one(logits: Tensor, u: Tensor, v: Tensor, h: Tensor | None = None) -> tuple[Tensor, ...]:
-        mask = logits[:, mask_id].clone()
+    def score_slab(
+        logits: Tensor, token_uniforms: Tensor, rank_uniforms: Tensor, hidden: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        mask_logits = logits[:, mask_id].clone()
         logits[:, mask_id] = -torch.inf
-        drawn = _draw(logits, u, sampling_params)
-        logits[:, mask_id] = mask
-        if "normalizer" in needs:
-            # With the mask token, as in the published algorithms; `same` reuses the log-sum-exp of the draw.
-            drawn = drawn._replace(normalizer=drawn.normalizer.logaddexp(mask) if same else logits.logsumexp(-1))
-        offered = {"logits": logits, "normalizer": drawn.normalizer, "tokens": drawn.tokens, "uniforms": v, "hidden": h}
-        return rank(**{name: offered[name] for name in needs}).float(), *drawn.tensors()
+        drawn = _draw_from_logits(logits, token_uniforms, sampling_params)
+        logits[:, mask_id] = mask_logits
+        if "normalizer" in rank.reads:
+            # The rank's normalizer includes the mask token, as in the published algorithms. If the draw was untempered,
+            # its log-sum-exp is reused.
+            normalizer = drawn.normalizer.logaddexp(mask_logits) if is_untempered else logits.logsumexp(-1)
+            drawn = drawn._replace(normalizer=normalizer)
+        inputs = {
+            "logits": logits,
+            "normalizer": drawn.normalizer,
+            "tokens": drawn.tokens,
+            "uniforms": rank_uniforms,
+            "hidden": hidden,
+        }
+        return rank(**{name: inputs[name] for name in rank.reads}).float(), *drawn.tensors()
 
-    states = (hidden,) if "hidden" in needs else ()
-    scores, *drawn = _slabs(policy, one, sampling_params, hidden, uniforms, ties, *states)
-    return scores, Drawn(*drawn)
+    states = (hidden,) if "hidden" in rank.reads else ()
+    outputs = _map_slabs(policy, score_slab, sampling_params, hidden, token_uniforms, rank_uniforms, *states)
+    return outputs[0], Drawn(*outputs[1:])
 
 
-def rank_only(
+def rank_positions(
     policy: Policy,
     hidden: Float[Tensor, "K D"],
-    ties: Float[Tensor, " K"],
+    rank_uniforms: Float[Tensor, " K"],
     sampling_params: SamplingParams,
     rank: Rank,
 ) -> Float[Tensor, " K"]:
-    """Return the scores of a rank that takes no tokens. The head runs only for a rank that takes logits."""
-    needs = rank.reads
-    if not needs & {"logits", "normalizer"}:
-        given = {"uniforms": ties, "hidden": hidden}
-        return rank(**{name: given[name] for name in needs}).float()
+    """Return the scores of a rank that does not read tokens. The head runs only if the rank reads logits."""
+    if not rank.reads & {"logits", "normalizer"}:
+        state_inputs = {"uniforms": rank_uniforms, "hidden": hidden}
+        return rank(**{name: state_inputs[name] for name in rank.reads}).float()
 
-    def one(logits: Tensor, v: Tensor, h: Tensor | None = None) -> tuple[Tensor]:
-        offered = {"logits": logits, "uniforms": v, "hidden": h}
-        if "normalizer" in needs:
-            offered["normalizer"] = logits.logsumexp(-1)
-        return (rank(**{name: offered[name] for name in needs}).float(),)
+    def score_slab(logits: Tensor, rank_uniforms: Tensor, hidden: Tensor | None = None) -> tuple[Tensor]:
+        inputs = {"logits": logits, "uniforms": rank_uniforms, "hidden": hidden}
+        if "normalizer" in rank.reads:
+            inputs["normalizer"] = logits.logsumexp(-1)
+        return (rank(**{name: inputs[name] for name in rank.reads}).float(),)
 
-    return _slabs(policy, one, sampling_params, hidden, ties, *([hidden] if "hidden" in needs else []))[0]
+    states = (hidden,) if "hidden" in rank.reads else ()
+    return _map_slabs(policy, score_slab, sampling_params, hidden, rank_uniforms, *states)[0]
 
 
-def _slabs(
-    policy: Policy, one: Callable, sampling_params: SamplingParams, hidden: Tensor, *rows: Tensor
+def _map_slabs(
+    policy: Policy, f: Callable, sampling_params: SamplingParams, hidden: Tensor, *rows: Tensor
 ) -> tuple[Tensor, ...]:
-    """Run the head in chunks, and `one` on their fp32 slabs. All suppressed ids except the mask token are at -inf."""
-    size = max(1, SLAB.get(policy.device.type, SLAB["cuda"]) // policy.vocab_size)
+    """Run the head in chunks of rows, and `f` on fp32 slabs of a chunk's logits, which stay in a CPU's cache.
 
-    def chunk(h: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        raw = policy.head(h)
+    Suppressed ids except the mask token are at -inf.
+    """
+    slab_rows = max(1, SLAB_ELEMENTS.get(policy.device.type, SLAB_ELEMENTS["cuda"]) // policy.vocab_size)
+
+    def run_chunk(hidden_chunk: Tensor, *chunk_rows: Tensor) -> tuple[Tensor, ...]:
+        logits = policy.head(hidden_chunk)
         for token in set(sampling_params.suppress) - {policy.spec.mask_id}:
-            raw[:, token] = -torch.inf
-        parts = [one(x.float(), *others) for x, *others in zip(*(r.split(size) for r in (raw, *rest)), strict=True)]
-        return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+            logits[:, token] = -torch.inf
+        slabs = zip(*(x.split(slab_rows) for x in (logits, *chunk_rows)), strict=True)
+        outputs = [f(slab_logits.float(), *slab_inputs) for slab_logits, *slab_inputs in slabs]
+        return tuple(torch.cat(slab_outputs) for slab_outputs in zip(*outputs, strict=True))
 
-    return chunked(chunk, hidden, *rows, policy=policy)
+    return chunked(run_chunk, hidden, *rows, policy=policy)
 
 
-def _draw(logits: Tensor, u: Tensor, sampling_params: SamplingParams) -> Drawn:
-    """Draw tokens of the processed distribution."""
-    sampling_params = replace(sampling_params, suppress=())  # they are already at -inf
+def _draw_from_logits(logits: Tensor, uniforms: Tensor, sampling_params: SamplingParams) -> Drawn:
+    """Draw one token per row from the sampling distribution."""
+    sampling_params = replace(sampling_params, suppress=())  # suppressed ids are already at -inf
     unfiltered = process(logits, replace(sampling_params, support="unfiltered"))
     logits = process(logits, sampling_params)
-    kept = kept_set(unfiltered, logits) if sampling_params.filters else ()
+    support = filter_support(unfiltered, logits) if sampling_params.filters else ()
     if sampling_params.temperature == 0:
-        best, tokens = logits.max(-1)  # the first of equals
+        best, tokens = logits.max(-1)  # with ties the first token
         normalizer = logits.sub(best[:, None]).exp_().sum(-1).log_().add_(best)
-        return Drawn(tokens, best - normalizer, normalizer, *kept)
+        return Drawn(tokens, best - normalizer, normalizer, *support)
     peak = logits.amax(-1, keepdim=True)
     mass = logits.sub(peak).exp_()
     normalizer = mass.sum(-1).log_().add_(peak[:, 0])
-    tokens = invert(mass, u)
-    return Drawn(tokens, logits.gather(-1, tokens[:, None])[:, 0] - normalizer, normalizer, *kept)
+    tokens = invert(mass, uniforms)
+    return Drawn(tokens, logits.gather(-1, tokens[:, None])[:, 0] - normalizer, normalizer, *support)

@@ -1,4 +1,4 @@
-"""How much each written token changed the confidence of the masked positions near it."""
+"""The change of confidence that each written token caused at the masked positions near it."""
 
 import torch
 import torch.nn.functional as F
@@ -6,14 +6,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dllm_rl.device import send
-from dllm_rl.samplers.canvas import Canvas, Turn
+from dllm_rl.samplers.canvas import Canvas, StepPlan
 from dllm_rl.samplers.records import Commit, Rank
 
 
 class ConfidenceChange:
-    """Sum, for each position, how much confidences moved between the step that wrote it and the block's next step.
+    """Sum, for each position, of the changes in confidence from the step that wrote it to the block's next step.
 
-    The sum is over the positions that stayed masked within `radius` places. Positions of one step share the changes.
+    The sum covers positions at most `radius` away that stayed masked. A change counts for every position that was
+    written in the same step.
     """
 
     def __init__(self, canvas: Canvas, rank: Rank, commit: Commit, radius: int) -> None:
@@ -25,16 +26,16 @@ class ConfidenceChange:
             )
         self.radius = radius
         self.total = torch.zeros_like(canvas.logprobs)
-        self.confidence = torch.full_like(canvas.logprobs, -1.0)  # of the row's last step; -1: not masked in it
-        self.written = torch.zeros_like(canvas.masked)  # in the row's last step
+        self.confidence = torch.full_like(canvas.logprobs, -1.0)  # in the row's last step; -1 if not masked
+        self.written = torch.zeros_like(canvas.masked)  # positions that the row's last step wrote
 
-    def record(self, turn: Turn, logprobs: Float[Tensor, "R L"], chosen: Bool[Tensor, "R L"]) -> None:
+    def record(self, plan: StepPlan, logprobs: Float[Tensor, "R L"], chosen: Bool[Tensor, "R L"]) -> None:
         """Record a step: the log-probs that its rank returned, in nats, and the positions that it writes."""
-        (rows,) = send(chosen.device, turn.rows)
-        now = logprobs.exp()
-        before = self.confidence[rows]
-        moved = torch.where(turn.masked & (before >= 0), now - before, 0)
-        near = F.pad(moved, (self.radius, self.radius)).unfold(-1, 2 * self.radius + 1, 1).sum(-1)
-        self.total[rows] += near * self.written[rows]
-        self.confidence[rows] = torch.where(turn.masked, now, -1)
+        (rows,) = send(chosen.device, plan.rows)
+        confidence = logprobs.exp()
+        previous = self.confidence[rows]
+        change = torch.where(plan.masked & (previous >= 0), confidence - previous, 0)
+        nearby_change = F.pad(change, (self.radius, self.radius)).unfold(-1, 2 * self.radius + 1, 1).sum(-1)
+        self.total[rows] += nearby_change * self.written[rows]
+        self.confidence[rows] = torch.where(plan.masked, confidence, -1)
         self.written[rows] = chosen

@@ -1,4 +1,4 @@
-"""Records of ranks and commit rules: the function, its inputs, and the probability of the order that it chooses."""
+"""Records of ranks and commit rules: the function, its inputs, and the kind of order that it makes."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from dllm_rl.members import flattened
 from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.rules import name_of, rank_inputs
 
-# The order that each rank of the library declares: `deterministic` or `independent` (see `Rank`), or the rank's name if
-# the order has a log-probability, or if a commit rule's log-probability depends on the rank.
+# The order of each rank of the library: "deterministic" or "independent" (see `Rank`), or the rank's name, if the
+# order has a log-probability, or if the log-probability of a commit rule depends on the rank.
 RANKS: dict[Callable, str] = {
     rules.confidence: "confidence",
     rules.max_prob: "max_prob",
@@ -22,11 +22,11 @@ RANKS: dict[Callable, str] = {
     rules.random: "independent",
     rules.plackett_luce: "plackett_luce",
 }
-# The fields of `Commit` that each commit rule of the library declares.
+# The fields of `Commit` for each commit rule of the library.
 _ADAPTIVE = {"order": "deterministic", "adaptive": True}
 COMMITS: dict[Callable, dict[str, Any]] = {
-    rules.schedule: {"order": "deterministic", "count": rules.share},
-    rules.late_schedule: {"order": "deterministic", "count": rules.late_share},
+    rules.schedule: {"order": "deterministic", "count": rules.schedule_count},
+    rules.late_schedule: {"order": "deterministic", "count": rules.late_schedule_count},
     rules.origin: {"order": "deterministic"},
     revise.remask: {"order": "deterministic"},
     revise.soft_edit: {"order": "deterministic"},
@@ -42,16 +42,17 @@ COMMITS: dict[Callable, dict[str, Any]] = {
 class Rank:
     """A rank function, with the kind of order that its scores make.
 
-    Use it to declare the order of a custom rank; a function of the library, or a partial of its settings, needs no
-    declaration and can be passed itself.
+    Use it to declare the order of a custom rank. A function of the library, or a partial of one, can be passed without
+    this record.
 
     Args:
         function: Function that scores positions, see `samplers.rules`.
-        order: Order of a custom function. "deterministic": the scores follow from the canvas and the weights, without
-            chance. "independent": the scores are random numbers that do not depend on the weights. "unknown": no claim.
+        order: Order of a custom function. "deterministic": the scores are a function of the canvas and the weights.
+            "independent": the scores are random numbers that do not depend on the weights. "unknown" (default): neither
+            is declared.
 
     Raises:
-        ValueError: The function takes an input that no sampler has, or reads one that contradicts `order`.
+        ValueError: The function takes an input that no sampler has, or an input that contradicts `order`.
     """
 
     function: Any
@@ -60,14 +61,15 @@ class Rank:
     reads: frozenset[str] = field(default=frozenset(), init=False, repr=False)  # inputs taken by name
 
     def __post_init__(self) -> None:
-        function, library = _unwrapped("rank", self.function, RANKS)
-        mine = ("unknown", "deterministic", "independent")
-        _check_order("rank", function, self.order, mine if library is None else ("unknown", RANKS[library]))
+        function, library = _unwrap("rank", self.function, RANKS)
+        custom_orders = ("unknown", "deterministic", "independent")
+        _check_order("rank", function, self.order, custom_orders if library is None else ("unknown", RANKS[library]))
         reads = rank_inputs(function)
         allowed = {"deterministic": {"logits", "normalizer", "hidden"}, "independent": {"uniforms"}}
-        wrong = reads - allowed.get(self.order, reads)
-        if wrong:
-            raise ValueError(f"rank={name_of(function)} is declared {self.order}, but reads {', '.join(sorted(wrong))}")
+        contradicting = reads - allowed.get(self.order, reads)
+        if contradicting:
+            names = ", ".join(sorted(contradicting))
+            raise ValueError(f"rank={name_of(function)} is declared {self.order}, but reads {names}")
         order = self.order if library is None else RANKS[library]
         vars(self).update(function=function, order=order, library=library, reads=reads)
 
@@ -83,16 +85,16 @@ class Rank:
 class Commit:
     """A commit rule, with the kind of order that its choice of positions makes.
 
-    Use it to declare a custom rule; a rule of the library, or a partial of its settings, needs no declaration and can
-    be passed itself.
+    Use it to declare a custom rule. A rule of the library, or a partial of one, can be passed without this record.
 
     Args:
         function: Rule that chooses positions, see `samplers.rules`, or `samplers.revise` for rules that rewrite.
-        order: Order of a custom rule. "deterministic": the positions follow from the rule's inputs, and random numbers
-            in these inputs are not compared with anything that depends on the weights. "unknown": no claim.
-        count: Function (masked positions, steps left) -> number of highest-ranked positions that the rule picks,
-            whatever the scores. None: the number depends on the scores.
-        adaptive: Whether the rule, and not `diffusion_steps`, determines how many steps a block takes.
+        order: Order of a custom rule. "deterministic": the positions are a function of the rule's inputs, and random
+            numbers in these inputs are not compared with numbers that depend on the weights. "unknown" (default): not
+            declared.
+        count: Function (masked positions, steps left) -> number of positions that the rule picks, those with the
+            highest scores. None (default): the number depends on the scores.
+        adaptive: Whether the rule, and not `diffusion_steps`, determines how many steps a block takes. Default: False.
 
     Raises:
         ValueError: The order is unknown, or the rule's inputs contradict each other.
@@ -105,7 +107,7 @@ class Commit:
     reads: frozenset[str] = field(default=frozenset(), init=False, repr=False)  # inputs taken by name
 
     def __post_init__(self) -> None:
-        function, library = _unwrapped("commit", self.function, COMMITS)
+        function, library = _unwrap("commit", self.function, COMMITS)
         declared = {} if library is None else COMMITS[library]
         _check_order("commit", function, self.order, ("unknown", declared.get("order", "deterministic")))
         vars(self).update(declared, function=function, reads=revise.commit_inputs(function))
@@ -132,7 +134,7 @@ def as_commit(commit: object) -> Commit:
     return commit if isinstance(commit, Commit) else Commit(commit)
 
 
-def _unwrapped(kind: str, function: object, library: Mapping[Callable, object]) -> tuple[Callable, Callable | None]:
+def _unwrap(kind: str, function: object, library: Mapping[Callable, object]) -> tuple[Callable, Callable | None]:
     """Return the function without partials that bind nothing, and the library's function if it is one.
 
     The second is None for a wrapper, a copy or a lambda, whose behavior is unknown.
@@ -157,16 +159,16 @@ def _check_order(kind: str, function: Callable, order: str, known: tuple[str, ..
 def order_probability(rank: Rank, commit: Commit, *, greedy: bool = False) -> str:
     """Return the kind of probability of the order in which the pair writes.
 
-    deterministic  1: the order follows from the canvas and the weights
-    independent    a number that does not depend on the weights
-    confidence, plackett_luce, soft_threshold  a log-probability, which samplers record and `trajectory()` scores
-    unknown        another probability
+    deterministic  the probability is 1: the order is a function of the canvas and the weights
+    independent    the probability does not depend on the weights
+    confidence, plackett_luce, soft_threshold  samplers record the log-probability, and `trajectory()` scores it
+    unknown        the probability is not known
     """
     if "unknown" in (rank.order, commit.order):
         return "unknown"
-    by_chance = rank.order == "plackett_luce" or commit.order == "soft_threshold"
-    by_draws = not greedy and (rank.order == "confidence" or "replaceable" in commit.reads)
-    if not by_chance and not by_draws:
+    is_random = rank.order == "plackett_luce" or commit.order == "soft_threshold"
+    depends_on_draws = not greedy and (rank.order == "confidence" or "replaceable" in commit.reads)
+    if not is_random and not depends_on_draws:
         return "independent" if rank.order == "independent" else "deterministic"
     if greedy:
         return "unknown"

@@ -1,6 +1,7 @@
 """Sampling from random tokens, as in DiffusionGemma.
 
-Each step predicts a full canvas, accepts the most certain draws and replaces the others by new random tokens.
+A completion is denoised canvas by canvas. Each step draws a token at every position of the canvas, accepts the most
+certain draws, and replaces the others by new random tokens. docs/methods.md explains the tags [paper] and [ours].
 """
 
 import math
@@ -21,11 +22,11 @@ from dllm_rl.models.denoiser import Prefix, conditioning, has_images
 from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.logprobs import TokenLogprob, invert
 from dllm_rl.rng import row_seeds, uniforms
-from dllm_rl.samplers.canvas import TIES, TOKENS
+from dllm_rl.samplers.canvas import RANK_STREAM, TOKEN_STREAM
 from dllm_rl.samplers.unmask import check_fits
 from dllm_rl.types import Prompts, Renoised, Rollout
 
-NOISE = TIES  # the second of the two streams of random numbers that a step has (`rng.uniforms`)
+NOISE_STREAM = RANK_STREAM  # this sampler has no ranks: their stream of random numbers draws the random tokens
 
 
 @torch.no_grad()
@@ -46,16 +47,16 @@ def renoise(  # noqa: PLR0913
 ) -> Rollout:
     """Complete every prompt `group_size` times, canvas by canvas (DiffusionGemma's sampler).
 
-    Use it for encoder-decoder models whose noise is random tokens; use `unmask` where the noise is mask tokens. A
-    canvas of `policy.spec.block_size` tokens begins at random. In step s of n a token is drawn at every position from
-    softmax(logits / tau), tau = t_min + (t_max - t_min) (n - s) / n. The positions of lowest entropy keep their draw:
-    as many as have (sum of their entropies) - (the largest) <= entropy_bound. The others get new random tokens. The
-    next step sees the canvas and this step's logits. With equal random numbers the tokens are those of transformers'
-    `generate`, except that tokens after a row's end token stay as they were sampled.
+    Use it for encoder-decoder models whose noise is random tokens; use `unmask` for models whose noise is mask tokens.
+    A canvas of C = `policy.spec.block_size` tokens begins with random tokens. In step s of n a token is drawn at every
+    position from softmax(logits / tau), tau = t_min + (t_max - t_min) (n - s) / n. The draws at the positions of lowest
+    entropy are accepted: as many as have (sum of their entropies) - (the largest) <= entropy_bound. The other positions
+    get new random tokens. The next step reads the canvas and this step's logits. With equal random numbers the tokens
+    are those of transformers' `generate`, except that tokens after a row's end token stay as they were sampled.
 
     `Rollout.renoised` records every step, and `trajectory()` replays it. A row depends only on its prompt, its seed and
-    the weights; batching changes at most the last bits of a sum. A step needs memory for fp32 logits of all rows (R, C,
-    V).
+    the weights; batching changes at most the last bits of a sum. A step needs memory for the fp32 logits (R, C, V) of
+    all R rows.
 
     Args:
         policy: Policy with an encoder and a decoder.
@@ -64,13 +65,15 @@ def renoise(  # noqa: PLR0913
         max_new_tokens: Number of new tokens, a multiple of the canvas's length.
         diffusion_steps: Largest number of steps of a canvas.
         t_max: Temperature of the first step, at least t_min.
-        t_min: Temperature just below that of the last step, above 0.
+        t_min: Limit of the temperature after the last step, above 0.
         entropy_bound: Bound on the accepted entropies in nats, above 0. Infinity accepts every draw.
-        stability_threshold: A row's canvas ends when the likeliest tokens were the same in this many earlier steps and
-            the mean entropy is below confidence_threshold. None, for both: every canvas takes diffusion_steps.
-        confidence_threshold: Mean entropy in nats below which a row's canvas may end, see stability_threshold.
-        answer: "argmax": the likeliest tokens of a canvas's last step, as the authors do; no draw decides them.
-            "drawn": the last step accepts every draw, and the draws are the answer [ours]. Use "drawn" for training.
+        stability_threshold: A row's canvas ends early if the likeliest tokens are the same as in this many earlier
+            steps, and the mean entropy is below confidence_threshold. None, for both: every canvas takes
+            diffusion_steps.
+        confidence_threshold: Mean entropy in nats below which a row's canvas may end early.
+        answer: Tokens of a finished canvas. "argmax": the likeliest tokens of its last step, as in the authors' code;
+            they do not depend on the last draws. "drawn": the last step accepts all its draws [ours]; use it for
+            training.
         on_step: Function that is called with the current rollout after every step. None: no call.
 
     Returns:
@@ -92,60 +95,79 @@ def renoise(  # noqa: PLR0913
         t_min + (t_max - t_min) * ((diffusion_steps - step) / diffusion_steps) for step in range(diffusion_steps)
     )
     seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
-    record = _Record.blank(policy, prompts, seeds, max_new_tokens, temperatures)
+    record = _Record.empty(policy, prompts, seeds, max_new_tokens, temperatures)
     starts = prompts.attention_mask.cpu().long().argmax(-1).repeat_interleave(prompts.group_size)
     # The buckets of `likelihoods.views.row_chunks`: a row is scored at the width at which it was sampled.
     for bucket in length_buckets(starts, prompts.tokens.shape[1] + max_new_tokens, policy.device):
         (rows,) = send(policy.device, bucket.rows)
-        stops = (stability_threshold, confidence_threshold)
-        loop = _Loop(policy, record, rows, bucket.start, entropy_bound, answer, stops)
+        stop_thresholds = (stability_threshold, confidence_threshold)
+        bucket_sampler = _BucketSampler(policy, record, rows, bucket.start, entropy_bound, answer, stop_thresholds)
+        after_step = (lambda: on_step(record.rollout(policy))) if on_step else None
         for block in range(max_new_tokens // record.length):
-            if not len(loop.rows):
+            if not len(bucket_sampler.rows):
                 break
-            loop.canvas(block, (lambda: on_step(record.rollout(policy))) if on_step else None)
+            bucket_sampler.denoise_canvas(block, after_step)
     return record.rollout(policy)
 
 
 @dataclass
 class _Record:
-    """The recorded state of the L positions of every completion (B, L)."""
+    """The recorded state of the L positions of every completion.
+
+    Attributes:
+        prompts: Prompts of the batch.
+        seeds: Seed of each row.
+        length: Number of positions of a canvas.
+        temperatures: Temperature of each step.
+        tokens: Tokens of the canvases, and finally the answer.
+        begun: Positions of canvases that have begun.
+        step: Step of the last accepted draw, or of the answer; -1 while the token is noise.
+        logprobs: Sum over the steps of the log-probs of the accepted draws.
+        seen: Tokens before each step, as in `Renoised`.
+        drawn: Accepted draws of each step, as in `Renoised`.
+        step_logprobs: Log-probs of these draws.
+        row_steps: Number of steps that each row has taken.
+        pad_id: Token id of padding.
+        forwards: Number of model calls.
+    """
 
     prompts: Prompts
     seeds: Int[Tensor, " B"]
-    length: int  # of a canvas
+    length: int
     temperatures: tuple[float, ...]
-    tokens: Int[Tensor, "B L"]  # the canvas, and finally the answer
+    tokens: Int[Tensor, "B L"]
     begun: Bool[Tensor, "B L"]
-    step: Int[Tensor, "B L"]  # of the last accepted draw, or of the answer; -1 while a token is noise
-    logprobs: Float[Tensor, "B L"]  # sums over the steps
+    step: Int[Tensor, "B L"]
+    logprobs: Float[Tensor, "B L"]
     seen: Int[Tensor, "B L W"]
     drawn: Int[Tensor, "B L W"]
-    logps: Float[Tensor, "B L W"]
-    clock: Int[Tensor, " B"]  # steps that the row has taken
+    step_logprobs: Float[Tensor, "B L W"]
+    row_steps: Int[Tensor, " B"]
     pad_id: int
     forwards: int = 0
 
     @classmethod
-    def blank(
+    def empty(
         cls, policy: Policy, prompts: Prompts, seeds: Tensor, length: int, temperatures: tuple[float, ...]
     ) -> "_Record":
-        assert policy.spec.block_size is not None, "`check_spec` asks for it"
+        """Return the record before the first step. `length` is the number of new tokens."""
+        assert policy.spec.block_size is not None, "`check_spec` requires it"
         shape = (prompts.num_rows, length)
-        whole = torch.full(shape, policy.pad_id, device=policy.device)
-        steps = torch.full((*shape, len(temperatures)), -1, dtype=torch.int32, device=policy.device)
+        tokens = torch.full(shape, policy.pad_id, device=policy.device)
+        no_steps = torch.full((*shape, len(temperatures)), -1, dtype=torch.int32, device=policy.device)
         return cls(
             prompts=prompts,
             seeds=seeds.to(policy.device),
             length=policy.spec.block_size,
             temperatures=temperatures,
-            tokens=whole,
-            begun=torch.zeros_like(whole, dtype=torch.bool),
-            step=torch.full_like(whole, -1),
+            tokens=tokens,
+            begun=torch.zeros_like(tokens, dtype=torch.bool),
+            step=torch.full_like(tokens, -1),
             logprobs=torch.zeros(shape, device=policy.device),
-            seen=steps,
-            drawn=steps.clone(),
-            logps=torch.zeros(steps.shape, device=policy.device),
-            clock=torch.zeros_like(whole[:, 0]),
+            seen=no_steps,
+            drawn=no_steps.clone(),
+            step_logprobs=torch.zeros(no_steps.shape, device=policy.device),
+            row_steps=torch.zeros_like(tokens[:, 0]),
             pad_id=policy.pad_id,
         )
 
@@ -153,161 +175,184 @@ class _Record:
         """Return the rollout so far, with the prompts on the left."""
         prompts = self.prompts
         width = prompts.tokens.shape[1]
-        both = (prompts.tokens, prompts.attention_mask)
-        before, real = (repeat(x.to(policy.device), "p s -> (p g) s", g=prompts.group_size) for x in both)
-        used = max(1, int((self.seen >= 0).any(0).any(0).sum()))  # steps after the last one taken are cut off
+        prompt_tokens = repeat(prompts.tokens.to(policy.device), "p s -> (p g) s", g=prompts.group_size)
+        prompt_mask = repeat(prompts.attention_mask.to(policy.device), "p s -> (p g) s", g=prompts.group_size)
+        num_steps = max(1, int((self.seen >= 0).any(0).any(0).sum()))  # later steps were not taken, and are cut off
         block = torch.arange(self.tokens.shape[1], device=policy.device) // self.length
-        part = Renoised(
+        renoised = Renoised(
             block=torch.where(self.begun, block, -1),
-            seen=self.seen[..., :used],
-            drawn=self.drawn[..., :used],
-            logprobs=self.logps[..., :used],
+            seen=self.seen[..., :num_steps],
+            drawn=self.drawn[..., :num_steps],
+            logprobs=self.step_logprobs[..., :num_steps],
             temperatures=self.temperatures,
         )
         return Rollout(
-            tokens=torch.cat([before, self.tokens], dim=1),
-            attention_mask=torch.cat([real, self.begun], dim=1),
+            tokens=torch.cat([prompt_tokens, self.tokens], dim=1),
+            attention_mask=torch.cat([prompt_mask, self.begun], dim=1),
             completion_mask=F.pad(self.begun, (width, 0)),
             unmask_step=F.pad(self.step, (width, 0), value=-1),
             logprobs=F.pad(self.logprobs, (width, 0)),
             group_size=prompts.group_size,
             weights_version=policy.weights_version,
             forwards=self.forwards,
-            renoised=part.padded(width),
+            renoised=renoised.padded(width),
         )
 
 
-class _Step(NamedTuple):
-    """A step of R rows on the C positions of their canvas."""
+class _StepResult(NamedTuple):
+    """The result of a step of R rows on the C positions of their canvas.
 
-    canvas: Int[Tensor, "R C"]  # the tokens that the step saw
+    Attributes:
+        before: Tokens that the step read.
+        after: Tokens after the step.
+        is_noise: Positions whose token after the step is random.
+        drawn: Drawn tokens.
+        scored: Draws that the likelihood scores.
+        logprobs: Log-probs of the draws, in nats.
+    """
+
+    before: Int[Tensor, "R C"]
     after: Int[Tensor, "R C"]
-    decided: Bool[Tensor, "R C"]  # positions whose token is not noise
+    is_noise: Bool[Tensor, "R C"]
     drawn: Int[Tensor, "R C"]
-    counts: Bool[Tensor, "R C"]  # draws that the likelihood scores
-    logps: Float[Tensor, "R C"]  # of the draws, nats
+    scored: Bool[Tensor, "R C"]
+    logprobs: Float[Tensor, "R C"]
 
 
 @dataclass
-class _Loop:
-    """The unfinished rows of a bucket, and what the encoder has read of them."""
+class _BucketSampler:
+    """Sampler of the unfinished rows of a bucket.
+
+    Attributes:
+        policy: Policy to sample from.
+        record: Record of all rows.
+        rows: Unfinished rows.
+        start: First column of the bucket's prompts.
+        entropy_bound: See `renoise`.
+        answer: See `renoise`.
+        stop_thresholds: Stability and confidence threshold of `renoise`.
+        prefix: The encoder's cache of the tokens before the current canvas.
+    """
 
     policy: Policy
     record: _Record
     rows: Int[Tensor, " R"]
-    start: int  # the first column of the bucket's prompts
+    start: int
     entropy_bound: float
     answer: str
-    stops: tuple[int | None, float | None]  # stability and confidence thresholds
+    stop_thresholds: tuple[int | None, float | None]
     prefix: Prefix = field(init=False)
 
     def __post_init__(self) -> None:
         prompts = self.record.prompts
-        group = prompts.group_size
-        firsts = self.rows[::group] // group  # the prompt is read once for the rows of its group
-        tokens = prompts.tokens.to(self.policy.device)[firsts, self.start :]
-        self.prefix = Prefix.empty(self.policy, len(firsts))
-        self.prefix.read(self.policy, tokens, prompts.attention_mask.to(self.policy.device)[firsts, self.start :])
+        group_size = prompts.group_size
+        prompt_rows = self.rows[::group_size] // group_size  # the prompt is read once for the rows of its group
+        tokens = prompts.tokens.to(self.policy.device)[prompt_rows, self.start :]
+        attention_mask = prompts.attention_mask.to(self.policy.device)[prompt_rows, self.start :]
+        self.prefix = Prefix.empty(self.policy, len(prompt_rows))
+        self.prefix.read(self.policy, tokens, attention_mask)
         self.record.forwards += 1
-        if group > 1:
-            self.prefix.keep(torch.arange(len(firsts), device=tokens.device).repeat_interleave(group))
+        if group_size > 1:
+            self.prefix.keep(torch.arange(len(prompt_rows), device=tokens.device).repeat_interleave(group_size))
 
-    def canvas(self, block: int, watch: Callable[[], None] | None) -> None:
-        """Denoise one canvas of every row. Rows that wrote an end token leave."""
+    def denoise_canvas(self, block: int, after_step: Callable[[], None] | None) -> None:
+        """Denoise canvas number `block` of every row. Rows that wrote an end token are then finished."""
         policy, record, rows = self.policy, self.record, self.rows
-        places = block * record.length + torch.arange(record.length, device=rows.device)
+        offsets = block * record.length + torch.arange(record.length, device=rows.device)
         if block:
-            before = record.tokens[rows[:, None], places - record.length]
-            self.prefix.read(policy, before, torch.ones_like(before, dtype=torch.bool))
+            previous_canvas = record.tokens[rows[:, None], offsets - record.length]
+            self.prefix.read(policy, previous_canvas, torch.ones_like(previous_canvas, dtype=torch.bool))
             record.forwards += 1
-        where = (rows[:, None], places)
-        record.begun[where] = torch.ones_like(record.begun[where])
-        canvas = self.noise(0, places)
+        index = (rows[:, None], offsets)
+        record.begun[index] = torch.ones_like(record.begun[index])
+        canvas = self.random_tokens(0, offsets)
         previous = None
-        done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        stability, _ = self.stops
-        history = torch.full((stability or 0, *canvas.shape), -1, device=rows.device)  # of likeliest tokens
+        is_done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        stability, _ = self.stop_thresholds
+        history = torch.full((stability or 0, *canvas.shape), -1, device=rows.device)  # likeliest tokens, step by step
         for step, temperature in enumerate(record.temperatures):
             logits = self.prefix.logits(policy, canvas, previous, temperature)
             record.forwards += 1
-            drawn, logps = self.draw(logits, step, places)
-            best = logits.argmax(-1)
+            drawn, logprobs = self.draw(logits, step, offsets)
+            likeliest = logits.argmax(-1)
             entropies = Categorical(logits=logits).entropy()
-            stops = self.stop(best, entropies, history)
+            stops = self.should_stop(likeliest, entropies, history)
             if step + 1 == len(record.temperatures):
                 stops = torch.ones_like(stops)
             accepted = accept(entropies, self.entropy_bound)
-            counts = accepted & ~stops[:, None]  # the last draw decides nothing if the answer is the argmax
+            scored = accepted & ~stops[:, None]  # the last draws have no effect if the answer is the argmax
             if self.answer == "drawn":
-                accepted = counts = accepted | stops[:, None]
-            final = drawn if self.answer == "drawn" else best
-            noise = self.noise(step + 1, places)
-            after = torch.where(stops[:, None], final, torch.where(accepted, drawn, noise))
-            decided = accepted | stops[:, None]
-            self.note(where, step, ~done, _Step(canvas, after, decided, drawn, counts, logps))
-            history = torch.cat([history, best[None]])[1:] if stability else history
-            canvas = torch.where(done[:, None], canvas, after)
-            done = done | stops
+                accepted = scored = accepted | stops[:, None]
+            answer = drawn if self.answer == "drawn" else likeliest
+            noise = self.random_tokens(step + 1, offsets)
+            after = torch.where(stops[:, None], answer, torch.where(accepted, drawn, noise))
+            is_noise = ~(accepted | stops[:, None])
+            result = _StepResult(canvas, after, is_noise, drawn, scored, logprobs)
+            self.record_step(index, step, ~is_done, result)
+            history = torch.cat([history, likeliest[None]])[1:] if stability else history
+            canvas = torch.where(is_done[:, None], canvas, after)
+            is_done = is_done | stops
             previous = conditioning(policy, logits)
-            if watch is not None:
-                watch()
-            if done.all():
+            if after_step is not None:
+                after_step()
+            if is_done.all():
                 break
         eos = torch.tensor(policy.spec.eos_ids, device=rows.device)
-        left = (~torch.isin(record.tokens[where], eos).any(-1)).nonzero()[:, 0]
-        if len(left) < len(rows):
-            self.rows = rows[left]
-            self.prefix.keep(left)
+        unfinished = (~torch.isin(record.tokens[index], eos).any(-1)).nonzero()[:, 0]
+        if len(unfinished) < len(rows):
+            self.rows = rows[unfinished]
+            self.prefix.keep(unfinished)
 
-    def noise(self, step: int, places: Int[Tensor, " C"]) -> Int[Tensor, "R C"]:
+    def random_tokens(self, step: int, offsets: Int[Tensor, " C"]) -> Int[Tensor, "R C"]:
         """Return random tokens, uniform over the vocabulary."""
-        return (self.uniforms(step, places, NOISE) * self.policy.vocab_size).long()
+        return (self.uniforms(step, offsets, NOISE_STREAM) * self.policy.vocab_size).long()
 
-    def uniforms(self, step: int, places: Int[Tensor, " C"], stream: int) -> Float[Tensor, "R C"]:
-        """Return numbers that depend only on the row's seed, the canvas's step and the position."""
-        seeds = self.record.seeds[self.rows].repeat_interleave(len(places))
-        numbers = uniforms(seeds, torch.full_like(seeds, step), places.repeat(len(self.rows)), stream=stream)
-        return numbers.view(len(self.rows), len(places))
+    def uniforms(self, step: int, offsets: Int[Tensor, " C"], stream: int) -> Float[Tensor, "R C"]:
+        """Return numbers in [0, 1) that depend only on the row's seed, the canvas's step and the position."""
+        seeds = self.record.seeds[self.rows].repeat_interleave(len(offsets))
+        numbers = uniforms(seeds, torch.full_like(seeds, step), offsets.repeat(len(self.rows)), stream=stream)
+        return numbers.view(len(self.rows), len(offsets))
 
     def draw(
-        self, logits: Float[Tensor, "R C V"], step: int, places: Int[Tensor, " C"]
+        self, logits: Float[Tensor, "R C V"], step: int, offsets: Int[Tensor, " C"]
     ) -> tuple[Int[Tensor, "R C"], Float[Tensor, "R C"]]:
         """Draw a token at every position. Return it and its log-prob in nats, as `trajectory()` recomputes it."""
-        flat = logits.flatten(0, 1)
-        tokens = invert(flat.softmax(-1), self.uniforms(step, places, TOKENS).flatten())
-        logps = TokenLogprob.apply(flat, tokens)
-        return tokens.view(logits.shape[:2]), logps.view(logits.shape[:2])
+        flat_logits = logits.flatten(0, 1)
+        tokens = invert(flat_logits.softmax(-1), self.uniforms(step, offsets, TOKEN_STREAM).flatten())
+        logprobs = TokenLogprob.apply(flat_logits, tokens)
+        return tokens.view(logits.shape[:2]), logprobs.view(logits.shape[:2])
 
-    def stop(
-        self, best: Int[Tensor, "R C"], entropies: Float[Tensor, "R C"], history: Int[Tensor, "H R C"]
+    def should_stop(
+        self, likeliest: Int[Tensor, "R C"], entropies: Float[Tensor, "R C"], history: Int[Tensor, "H R C"]
     ) -> Bool[Tensor, " R"]:
-        """Return the rows whose likeliest tokens were the same in all steps of the history, with a low mean entropy."""
-        stability, confidence = self.stops
+        """Return the rows whose likeliest tokens equal those of the history, and whose mean entropy is low."""
+        stability, confidence = self.stop_thresholds
         if stability is None or confidence is None:
-            return torch.zeros_like(best[:, 0], dtype=torch.bool)
-        return (history == best).all(-1).all(0) & (entropies.mean(-1) < confidence)
+            return torch.zeros_like(likeliest[:, 0], dtype=torch.bool)
+        return (history == likeliest).all(-1).all(0) & (entropies.mean(-1) < confidence)
 
-    def note(
+    def record_step(
         self,
-        where: tuple[Tensor, Tensor],
+        index: tuple[Tensor, Tensor],
         step: int,
-        live: Bool[Tensor, " R"],
-        taken: _Step,
+        is_active: Bool[Tensor, " R"],
+        result: _StepResult,
     ) -> None:
-        """Record a step of the live rows. A step without a counted draw leaves no trace in `Renoised`."""
+        """Record a step of the active rows. `Renoised` has no entry for a row without a scored draw."""
         record = self.record
-        there = live[:, None].expand_as(taken.counts)
-        scored = taken.counts & there
-        kept = there & taken.counts.any(-1, keepdim=True)
-        added = taken.logps.to(record.logprobs).masked_fill(~scored, 0.0)
-        clock = record.clock[self.rows]
-        record.tokens[where] = torch.where(there, taken.after, record.tokens[where])
-        record.step[where] = torch.where(there, torch.where(taken.decided, clock[:, None], -1), record.step[where])
-        record.logprobs[where] += added
-        record.seen[(*where, step)] = torch.where(kept, taken.canvas, -1).int()
-        record.drawn[(*where, step)] = torch.where(scored, taken.drawn, -1).int()
-        record.logps[(*where, step)] = added
-        record.clock[self.rows] = clock + live
+        active = is_active[:, None].expand_as(result.scored)
+        scored = result.scored & active
+        is_recorded = active & result.scored.any(-1, keepdim=True)
+        logprobs = result.logprobs.to(record.logprobs).masked_fill(~scored, 0.0)
+        row_steps = record.row_steps[self.rows]
+        last_step = torch.where(result.is_noise, -1, row_steps[:, None])
+        record.tokens[index] = torch.where(active, result.after, record.tokens[index])
+        record.step[index] = torch.where(active, last_step, record.step[index])
+        record.logprobs[index] += logprobs
+        record.seen[(*index, step)] = torch.where(is_recorded, result.before, -1).int()
+        record.drawn[(*index, step)] = torch.where(scored, result.drawn, -1).int()
+        record.step_logprobs[(*index, step)] = logprobs
+        record.row_steps[self.rows] = row_steps + is_active
 
 
 def accept(entropies: Float[Tensor, "R C"], bound: float) -> Bool[Tensor, "R C"]:
@@ -315,9 +360,9 @@ def accept(entropies: Float[Tensor, "R C"], bound: float) -> Bool[Tensor, "R C"]
 
     Source: arXiv 2505.24857 [paper].
     """
-    ordered, index = entropies.sort(dim=-1)
-    among = ordered.cumsum(-1) - ordered <= bound
-    return torch.zeros_like(among).scatter(-1, index, among)
+    sorted_entropies, index = entropies.sort(dim=-1)
+    accepted = sorted_entropies.cumsum(-1) - sorted_entropies <= bound
+    return torch.zeros_like(accepted).scatter(-1, index, accepted)
 
 
 def _check(policy: Policy, prompts: Prompts, length: int) -> None:
@@ -329,15 +374,17 @@ def _check(policy: Policy, prompts: Prompts, length: int) -> None:
             f"tokens: use {'autoregress' if spec.attention == 'causal' else 'unmask'}"
         )
     size = spec.block_size
-    assert size is not None, "`check_spec` asks for it"
+    assert size is not None, "`check_spec` requires it"
     if length < 1 or length % size:
         lower = length // size * size
-        near = f"{lower}, {lower + size}" if lower > 0 else f"{size}"
-        raise ValueError(f"max_new_tokens={length} must be a multiple of the canvas's {size} tokens; nearest: {near}")
+        nearest = f"{lower}, {lower + size}" if lower > 0 else f"{size}"
+        raise ValueError(
+            f"max_new_tokens={length} must be a multiple of the canvas's {size} tokens; nearest: {nearest}"
+        )
     if prompts.infill_mask is not None:
         raise ValueError("prompts have open positions, which need a mask token; give prompts without blanks")
     if has_images(policy.module, prompts.tokens):
-        raise ValueError("a prompt holds the image token, and images are not supported; give text alone")
+        raise ValueError("a prompt has the image token, and images are not supported; give only text")
     check_fits(policy, prompts, length)
 
 

@@ -1,18 +1,18 @@
-"""Functions that rank the masked positions, and rules that choose how many of them a step commits.
+"""Ranks, which score the masked positions, and commit rules, which choose the positions that a step writes.
 
-Users can pass custom functions. A rank scores each of K masked positions; the highest are committed first. A rank
-receives by name the inputs that it needs:
-    logits      (K, V)  untempered fp32 logits, suppressed ids at -inf except the mask token, which is never sampled
-    normalizer  (K,)    their log-sum-exp: logits - normalizer are log-probabilities in nats
-    tokens      (K,)    the tokens sampled at the positions
-    uniforms    (K,)    fresh random numbers in [0, 1)
-    hidden      (K, D)  the last hidden states, which the model's head turns into logits; in the model's dtype
-A rank without `tokens` is a function of the state only. The order is then independent of the draws, and log-probs at
-commit are the exact behavior probabilities.
+Custom functions can be passed in place of both. A rank scores each of K masked positions; positions with the highest
+scores are committed first. A rank receives by name the inputs that it needs:
+    logits      (K, V)  untempered fp32 logits; suppressed ids are at -inf, except the mask token, which is never
+    sampled normalizer  (K,)    log-sum-exp of the logits: logits - normalizer are log-probabilities in nats tokens
+    (K,)    the tokens sampled at the positions uniforms    (K,)    fresh random numbers in [0, 1) hidden      (K, D)
+    the last hidden states, which the model's head turns into logits; in the model's dtype
+Without the input `tokens`, the order does not depend on the drawn tokens, and the log-probs of committed tokens are the
+exact probabilities with which the sampler draws them.
 
-A commit rule (scores (B, L), masked (B, L), steps_left (B,)) -> (B, L) picks masked positions; scores are -inf
-elsewhere. steps_left counts the block's remaining steps, including the current one. A rule must have chosen a position
-by the last step. Bind hyperparameters with functools.partial. Rules that rewrite a block's tokens are in `revise`.
+A commit rule is a function (scores (B, L), masked (B, L), steps_left (B,)) -> positions to write (B, L). Scores are
+-inf at positions that are not masked. steps_left is the number of remaining steps of the block, including the current
+one. By the last step, a rule must have chosen a position. Bind hyperparameters with functools.partial. Rules that
+rewrite a block's tokens are in `revise`. docs/methods.md explains the tags [paper] and [ours].
 """
 
 import inspect
@@ -29,7 +29,7 @@ from dllm_rl.models.soft_threshold import drawn_set
 Logits = Float[Tensor, "K V"]
 PerPosition = Float[Tensor, " K"]
 Scores = Float[Tensor, "B L"]
-Places = Bool[Tensor, "B L"]
+PositionMask = Bool[Tensor, "B L"]
 Counts = Int[Tensor, " B"]
 RANK_INPUTS = ("logits", "normalizer", "tokens", "uniforms", "hidden")
 
@@ -37,9 +37,9 @@ RANK_INPUTS = ("logits", "normalizer", "tokens", "uniforms", "hidden")
 def confidence(logits: Logits, normalizer: PerPosition, tokens: Int[Tensor, " K"]) -> PerPosition:
     """Rank positions by the log-probability of the SAMPLED token, in nats (LLaDA's low_confidence remasking).
 
-    Use it to reproduce LLaDA's sampler; the order of `max_prob` does not depend on the draws. The commit depends on the
-    draw, so log-probs at commit are not the exact behavior probabilities [paper]. The rollout records the rest in
-    `Order.logprobs`, and `trajectory()` scores it [ours].
+    Use it to reproduce LLaDA's sampler [paper]; use `max_prob` for an order that does not depend on the drawn tokens.
+    The order depends on the drawn tokens, so that the log-probs of committed tokens are not their exact probabilities.
+    The rollout records the log-prob of the order in `Order.logprobs`, and `trajectory()` scores it [ours].
     """
     return logits.gather(-1, tokens[:, None])[:, 0] - normalizer
 
@@ -54,7 +54,7 @@ def max_prob(logits: Logits, normalizer: PerPosition) -> PerPosition:
 
 
 def margin(logits: Logits, normalizer: PerPosition) -> PerPosition:
-    """Rank positions by the probability of the likeliest token minus that of the second.
+    """Rank positions by the probability of the likeliest token minus the probability of the second.
 
     Use it to prefer positions without a close competitor. The order does not depend on the drawn tokens. Source:
     Dream's topk_margin [paper].
@@ -68,18 +68,18 @@ def margin(logits: Logits, normalizer: PerPosition) -> PerPosition:
 def entropy(logits: Logits, normalizer: PerPosition) -> PerPosition:
     """Rank positions by minus their entropy, sum_v p_v log p_v, in nats.
 
-    Use it with `entropy_bound`, which reads these scores. The order does not depend on the drawn tokens. Source:
-    Dream's entropy, which is tempered and filtered [paper].
+    Use it with `entropy_bound`, which reads these scores. The order does not depend on the drawn tokens. Source: Dream
+    [paper], whose entropy is that of the tempered and filtered distribution.
     """
     logp = logits - normalizer[:, None]
-    return (logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)  # masked first: finite gradients
+    return (logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)  # -inf would give NaN gradients
 
 
 def random(uniforms: PerPosition) -> PerPosition:
     """Rank positions in a uniformly random order.
 
-    Use it with `origin` and `remask`, which read these scores, or for an order without any model. Source: LLaDA's
-    remasking="random" and Dream's origin [paper].
+    Use it with `origin` and `remask`, which read these scores, or for an order that does not depend on the model.
+    Source: LLaDA's remasking="random" and Dream's origin [paper].
     """
     return uniforms
 
@@ -91,18 +91,18 @@ def plackett_luce(
     """Rank positions by base_rank / temperature; the sampler adds Gumbel noise, so that the order has a probability.
 
     Use it to train the order together with the tokens: `trajectory()` scores both. It needs the commit rule `schedule`
-    or `late_schedule`. With s = base_rank / temperature, a step commits j_1 .. j_k, in the order of noisy scores, with
-    probability (Plackett-Luce [paper])
+    or `late_schedule`. With s = base_rank / temperature, a step commits the positions j_1 .. j_k, sorted by noisy
+    score, with probability (Plackett-Luce [paper])
         prod_{i=1..k} exp(s_{j_i}) / sum_{m masked, not j_1 .. j_(i-1)} exp(s_m).
-    This is the probability of the ORDERED draw; the probability of the set is a sum over k! orders. Given the set, the
-    mean of the ordered ratio is the set's ratio, so weights and gradients stay unbiased. A step that commits all
-    remaining positions has probability 1.
+    This is the probability of the ORDERED draw; the probability of the set would be a sum over k! orders. Given the
+    set, the mean of the ratio of ordered draws is the ratio of the sets, so that weights and gradients stay unbiased. A
+    step that commits all remaining positions has probability 1.
 
     Args:
         logits: Untempered fp32 logits (K, V).
-        normalizer: Their log-sum-exp (K,).
-        temperature: Temperature of the order, above 0: towards 0 the order of `base_rank`, towards infinity that of
-            `random`.
+        normalizer: Log-sum-exp of the logits (K,).
+        temperature: Temperature of the order, above 0. Towards 0 the order is that of `base_rank`, towards infinity
+            that of `random`.
         base_rank: Rank that is perturbed: max_prob, margin, entropy, or a custom function with the same arguments.
 
     Raises:
@@ -118,7 +118,7 @@ def plackett_luce(
 
 
 def rank_inputs(rank: Callable) -> frozenset[str]:
-    """Return the names of RANK_INPUTS that a rank takes. Raise ValueError when it requires any other."""
+    """Return the RANK_INPUTS that a rank takes. Raise ValueError if it requires any other input."""
     parameters = inspect.signature(rank).parameters.values()
     unknown = [p.name for p in parameters if p.name not in RANK_INPUTS and p.default is p.empty]
     if unknown:
@@ -134,50 +134,51 @@ def name_of(rule: object) -> str:
     return getattr(getattr(rule, "func", rule), "__name__", repr(rule))
 
 
-def schedule(scores: Scores, masked: Places, steps_left: Counts) -> Places:
+def schedule(scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
     """Commit an equal share of a block per step, with the remainder on the first steps: ceil(masked / steps_left).
 
     Use it as the default; the number of steps is then `diffusion_steps`. Source: LLaDA [paper].
     """
-    return highest(scores, masked, count=share(masked.sum(-1), steps_left))
+    return highest(scores, masked, count=schedule_count(masked.sum(-1), steps_left))
 
 
-def share(num_masked: Counts, steps_left: Counts) -> Counts:
+def schedule_count(num_masked: Counts, steps_left: Counts) -> Counts:
     """Return the number of positions that `schedule` commits: ceil(num_masked / steps_left)."""
     return -(-num_masked // steps_left)
 
 
-def late_schedule(scores: Scores, masked: Places, steps_left: Counts) -> Places:
-    """Commit floor(masked / steps_left) positions, so that the remainder is on the last steps.
+def late_schedule(scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
+    """Commit an equal share of a block per step, with the remainder on the last steps: floor(masked / steps_left).
 
-    Use it to reproduce Dream's shares. Source: Dream [paper]; Dream's time grid ends at 1e-3 instead of 0, so that
-    Dream commits nothing in some steps [ours].
+    Use it to reproduce Dream [paper]. Dream's time grid ends at 1e-3, and its steps may commit nothing; here it ends at
+    0 [ours].
     """
-    return highest(scores, masked, count=late_share(masked.sum(-1), steps_left))
+    return highest(scores, masked, count=late_schedule_count(masked.sum(-1), steps_left))
 
 
-def late_share(num_masked: Counts, steps_left: Counts) -> Counts:
+def late_schedule_count(num_masked: Counts, steps_left: Counts) -> Counts:
     """Return the number of positions that `late_schedule` commits: floor(num_masked / steps_left)."""
     return num_masked // steps_left
 
 
-def origin(scores: Scores, masked: Places, steps_left: Counts) -> Places:
-    """Write each masked position with probability 1 - s/t = 1/steps_left, the ancestral step of masked diffusion.
+def origin(scores: Scores, masked: PositionMask, steps_left: Counts) -> PositionMask:
+    """Write each masked position with probability 1/steps_left, the ancestral step of masked diffusion.
 
-    Use it with rank=random, whose scores are the uniforms. A step may commit nothing. Source: Dream's origin [paper].
+    Use it with rank=random, whose scores are uniform random numbers. A step may commit nothing. Source: Dream's origin
+    [paper].
     """
     return masked & (scores >= 1 - 1 / steps_left[:, None])
 
 
 @bounded(tau=Bound(above=0, at_most=1))
-def threshold(scores: Scores, masked: Places, steps_left: Counts, *, tau: float) -> Places:
+def threshold(scores: Scores, masked: PositionMask, steps_left: Counts, *, tau: float) -> PositionMask:
     """Commit all positions with probability >= tau, and at least the best one (Fast-dLLM's parallel decoding).
 
-    Use it to take fewer steps where the model is certain; `soft_threshold` is the form that `trajectory()` can score.
+    Use it to take fewer steps where the model is certain; `trajectory()` can score `soft_threshold`, but not this rule.
     It needs log-probabilities as scores (rank=confidence or max_prob).
 
     Args:
-        scores: Log-probabilities (B, L), -inf off the masked positions.
+        scores: Log-probabilities (B, L); -inf at positions that are not masked.
         masked: Masked positions (B, L).
         steps_left: Remaining steps (B,); not used.
         tau: Lowest probability at which a position is written, in (0, 1].
@@ -191,51 +192,52 @@ def threshold(scores: Scores, masked: Places, steps_left: Counts, *, tau: float)
 @bounded(tau=Bound(above=0, below=1), temperature=Bound(at_least=0.01))
 def soft_threshold(
     scores: Scores,
-    masked: Places,
+    masked: PositionMask,
     steps_left: Counts,
     uniforms: Scores,  # fresh random numbers in [0, 1)
     *,
     tau: float,
     temperature: float = 0.5,
-) -> Places:
+) -> PositionMask:
     """Commit each masked position independently, with a probability that rises around tau (`models.soft_threshold`).
 
-    Use it in place of `threshold` for training: the number of positions that `threshold` writes is a function of the
-    weights, and no gradient sees it, while `trajectory()` scores the set that each step of this rule wrote
-    (docs/order.md). It needs rank=max_prob. A position is written with probability
+    Use it in place of `threshold` for training: `trajectory()` scores the set of positions that each step of this rule
+    wrote (docs/order.md). The number of positions that `threshold` writes depends on the weights too, but has no
+    gradient. The rule needs rank=max_prob. A position is written with probability
     sigmoid((logit p - logit tau) / temperature), independently, given that at least one position is written.
 
     Args:
-        scores: Log-probabilities (B, L), -inf off the masked positions.
+        scores: Log-probabilities (B, L); -inf at positions that are not masked.
         masked: Masked positions (B, L).
         steps_left: Remaining steps (B,); not used.
         uniforms: Fresh random numbers in [0, 1), (B, L).
-        tau: Probability at which a position is written every second time, in (0, 1).
-        temperature: Width of the transition, at least 0.01; towards 0 the rule is `threshold`. At tau=0.9 a position of
-            p=0.99 is written with probability 0.992 at temperature 0.5 and 0.92 at 1, one of p=0.5 with 0.012 and 0.1.
+        tau: Value of p at which a position is written with probability 1/2, in (0, 1).
+        temperature: Width of the transition, at least 0.01; towards 0 the rule becomes `threshold`. With tau=0.9, a
+            position with p=0.99 is written with probability 0.992 at temperature 0.5 and 0.92 at temperature 1; a
+            position with p=0.5 with probability 0.012 and 0.1.
 
     Source: ours.
     """
     return drawn_set(scores, masked, uniforms, tau=tau, temperature=temperature)
 
 
-def softness(commit: Callable) -> tuple[float, float]:
+def soft_threshold_params(commit: Callable) -> tuple[float, float]:
     """Return tau and temperature of a bound `soft_threshold`."""
-    given = inspect.signature(commit).parameters
-    if given["tau"].default is inspect.Parameter.empty:
+    parameters = inspect.signature(commit).parameters
+    if parameters["tau"].default is inspect.Parameter.empty:
         raise ValueError("commit=soft_threshold lacks its tau; give functools.partial(soft_threshold, tau=0.9)")
-    return float(given["tau"].default), float(given["temperature"].default)
+    return float(parameters["tau"].default), float(parameters["temperature"].default)
 
 
 @bounded(f=Bound(above=0))
-def factor(scores: Scores, masked: Places, steps_left: Counts, *, f: float) -> Places:
-    """Commit the n best positions, n the largest with p_(n) >= 1 - f/(n+1), p sorted downwards; at least one.
+def factor(scores: Scores, masked: PositionMask, steps_left: Counts, *, f: float) -> PositionMask:
+    """Commit the n positions with the highest p, for the largest n whose n-th p is >= 1 - f/(n+1); at least one.
 
     Use it in place of `threshold`, if more positions per step should require more certainty. It needs
     log-probabilities as scores (rank=confidence or max_prob).
 
     Args:
-        scores: Log-probabilities (B, L), -inf off the masked positions.
+        scores: Log-probabilities (B, L); -inf at positions that are not masked.
         masked: Masked positions (B, L).
         steps_left: Remaining steps (B,); not used.
         f: Tolerance, above 0. A larger value writes more positions per step.
@@ -249,14 +251,14 @@ def factor(scores: Scores, masked: Places, steps_left: Counts, *, f: float) -> P
 
 
 @bounded(gamma=Bound(at_least=0))
-def entropy_bound(scores: Scores, masked: Places, steps_left: Counts, *, gamma: float) -> Places:
-    """Commit the most certain positions U, as many as satisfy sum_U H - max_U H <= gamma, in nats (EB-Sampler).
+def entropy_bound(scores: Scores, masked: PositionMask, steps_left: Counts, *, gamma: float) -> PositionMask:
+    """Commit the positions U of lowest entropy H, as many as satisfy sum_U H - max_U H <= gamma, in nats (EB-Sampler).
 
     Use it to take fewer steps with a bound on the dependence between the tokens of a step. It needs rank=entropy, whose
-    scores are -H. One position always satisfies the bound.
+    scores are -H. A single position always satisfies the bound.
 
     Args:
-        scores: Minus the entropies (B, L) in nats, -inf off the masked positions.
+        scores: Minus the entropies (B, L) in nats; -inf at positions that are not masked.
         masked: Masked positions (B, L).
         steps_left: Remaining steps (B,); not used.
         gamma: Bound, at least 0, in nats. A larger value writes more positions per step.
@@ -264,7 +266,7 @@ def entropy_bound(scores: Scores, masked: Places, steps_left: Counts, *, gamma: 
     Source: EB-Sampler, arXiv 2505.24857 [paper].
     """
     entropies = -scores.sort(dim=-1, descending=True).values
-    # In rising order the last entropy is the largest, so the bound applies to the sum of the entropies before it.
+    # In ascending order the last entropy of U is the largest, so that the bound applies to the sum of the earlier ones.
     before = torch.nn.functional.pad(entropies.cumsum(-1)[:, :-1], (1, 0))
     return highest(scores, masked, count=(before <= gamma).sum(-1))
 
@@ -274,14 +276,16 @@ def check_steps(diffusion_steps: int | None, length: int, count: Callable | None
     if diffusion_steps is None or count is None or not 0 < length < diffusion_steps:
         return
     if count(torch.tensor([length]), torch.tensor([diffusion_steps])) > 0:
-        wrong = f"diffusion_steps={diffusion_steps} is more than the {length} tokens of a completion"
-        raise ValueError(f"{wrong}, and a step writes at least one; use at most {length}")
+        raise ValueError(
+            f"diffusion_steps={diffusion_steps} is more than the {length} tokens of a completion, and a step writes at "
+            f"least one; use at most {length}"
+        )
 
 
 def steps_per_block(diffusion_steps: int | None, sizes: list[int]) -> list[int]:
-    """Return equal shares of steps per block, with the remainder on the first blocks.
+    """Divide the steps equally between blocks of these sizes, with the remainder on the first blocks.
 
-    Without `diffusion_steps` there is one step per position. Raise ValueError with fewer steps than blocks.
+    Without `diffusion_steps` a block has one step per position. Raise ValueError if there are fewer steps than blocks.
     """
     if diffusion_steps is None:
         return sizes
@@ -290,14 +294,16 @@ def steps_per_block(diffusion_steps: int | None, sizes: list[int]) -> list[int]:
             f"diffusion_steps={diffusion_steps} is fewer than the {len(sizes)} blocks, each of which needs one; "
             f"use at least {len(sizes)}"
         )
-    each, remainder = divmod(diffusion_steps, len(sizes))
-    return [each + (i < remainder) for i in range(len(sizes))]
+    per_block, remainder = divmod(diffusion_steps, len(sizes))
+    return [per_block + (i < remainder) for i in range(len(sizes))]
 
 
 def check_last_step(
     name: str, steps_left: Int[Tensor, " R"], num_masked: Int[Tensor, " R"], committed: Int[Tensor, " R"]
 ) -> None:
-    """Raise ValueError where a block's last step commits none of its masked positions."""
+    """Raise ValueError if the last step of a block commits none of its masked positions."""
     if ((steps_left == 1) & (num_masked > 0) & (committed == 0)).any():
-        wrong = f"commit={name} chose nothing in the last step of a block; it must choose a position by then"
-        raise ValueError(f"{wrong}: are the rank's scores those that it wants?")
+        raise ValueError(
+            f"commit={name} chose nothing in the last step of a block; it must choose a position by then: does it need "
+            "the scores of another rank?"
+        )

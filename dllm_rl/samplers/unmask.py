@@ -1,4 +1,7 @@
-"""Iterative unmasking as in LLaDA: fill blocks from left to right, a few positions of a block per step."""
+"""Iterative unmasking as in LLaDA: fill blocks from left to right, a few positions of a block per step.
+
+docs/methods.md explains the tag [paper].
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,13 +14,13 @@ from dllm_rl.bounds import Bound, bounded
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers.cache import Cache
-from dllm_rl.samplers.canvas import BlockQueue, make_canvas, next_turn
-from dllm_rl.samplers.choose import Choose
+from dllm_rl.samplers.canvas import BlockTracker, make_canvas, plan_step
+from dllm_rl.samplers.choose import StepSampler
 from dllm_rl.samplers.infilling import check_infilling, infilling_canvas
 from dllm_rl.samplers.records import as_commit, as_rank
 from dllm_rl.samplers.rules import check_steps, max_prob, schedule
-from dllm_rl.samplers.states import States
-from dllm_rl.samplers.whole_step import WholeSteps
+from dllm_rl.samplers.states import SamplerForward
+from dllm_rl.samplers.whole_step import CompiledStepSampler
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
@@ -54,41 +57,42 @@ def unmask(  # noqa: PLR0913
     random tokens. A row depends only on its prompt, its seed and the weights; batching changes at most the last bits of
     a sum.
 
-    Infilling (full attention only): a row's completion is its open positions, then the appended ones, and blocks count
-    only these positions. Rows may differ in their open positions.
+    Infilling (full attention only): a row's completion consists of the positions inside its prompt that are to be
+    filled in, and of the appended positions. Blocks count only these positions. Rows may differ in the positions to
+    fill in.
 
     Finished rows leave the batch, and rows of similar length run together (`length_buckets`); with compile_step all
-    rows run in every step. With `schedule` the host waits for the device at most once per forward; other rules also
-    wait for the number of chosen positions.
+    rows run in every step. With `schedule` the host waits for the device at most once per forward. With other rules it
+    also waits for the number of chosen positions.
 
     Args:
         policy: Masked-diffusion policy, with full or block-causal attention.
         prompts: Left-padded prompts, P rows of tokens. With `prompts.infill_mask`, those positions are filled in too.
         generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
-        max_new_tokens: Number of masked positions appended to each prompt. 0 is allowed only for prompts with open
-            positions.
-        diffusion_steps: Number of steps per completion, split equally over blocks. Adaptive commit rules ignore it.
-            None: one per position.
-        block_size: Number of positions that are open together. None: all, or the block size of a block-causal policy.
-            The last block may be shorter, and so may the first one of a block-causal policy, whose blocks count from
-            the prompt's start.
+        max_new_tokens: Number of masked positions appended to each prompt. 0 is allowed only for prompts with positions
+            to fill in.
+        diffusion_steps: Number of steps per completion, divided equally between blocks. Adaptive commit rules ignore
+            it. None: one step per position.
+        block_size: Number of positions of a block; a step writes positions of one block. None: all positions, or the
+            block size of a block-causal policy. The last block may be shorter, and so may the first one of a
+            block-causal policy, whose blocks are counted from the prompt's start.
         temperature: Temperature of the token draw. 0 takes the likeliest token.
         top_k: Sample only from the k likeliest tokens. None: all.
         top_p: Sample only from the smallest set of likeliest tokens with this probability. None: all.
         suppress: Token ids that are never sampled. The mask token never is.
-        rank: Function that scores positions; the highest scores come first. It reads untempered fp32 log-probabilities,
-            see `samplers.rules`.
-        commit: Rule that chooses the positions that a step writes, see `samplers.rules`; the rules of `samplers.revise`
-            also rewrite, and record events.
+        rank: Function that scores positions; the highest scores come first. `samplers.rules` explains its inputs.
+        commit: Rule that chooses the positions that a step writes, see `samplers.rules`. The rules of `samplers.revise`
+            also rewrite tokens, and record events.
         cache: `block_cache()`, `prefix_cache()` or `dual_cache()`. None recomputes every position in every step.
-        approximate_early_exit: End a row with the block of its end token (full attention only). Masks after the end
-            token stay in the input and are never sampled; the recorded log-probs stay exact. Block-causal rows always
-            end so.
-        compile_step: Run each step as one compiled graph, or as two with a cache; for few rows, on a GPU as CUDA
-            graphs. It refuses prefix_cache(), open positions and rules that rewrite. A near-tie may give another token.
-        confidence_radius: Record for each token how far the confidence of masked positions within this many places
+        approximate_early_exit: End a row after the block with its end token (full attention only). Masks in later
+            blocks stay in the input and are never sampled; the recorded log-probs stay exact. Block-causal rows always
+            end after this block.
+        compile_step: Run each step as one compiled graph, or as two with a cache. It makes batches of few rows faster,
+            on a GPU as CUDA graphs. It cannot be combined with prefix_cache(), positions to fill in, or rules that
+            rewrite. A near-tie may give another token.
+        confidence_radius: Record for each token how much the confidence of the masked positions at most this far away
             changed (`Rollout.confidence_change`), for `elbo(informed_masking=...)`. It needs rank=confidence or
-            max_prob, and refuses compile_step and rules that rewrite. None: not recorded.
+            max_prob, and cannot be combined with compile_step or rules that rewrite. None: not recorded.
         on_step: Function that is called with the current rollout after every step. None: no call.
 
     Returns:
@@ -101,10 +105,10 @@ def unmask(  # noqa: PLR0913
     Source: LLaDA, arXiv 2502.09992, algorithm 5 [paper].
     """
     spec = policy.spec
-    ranked, rule = as_rank(rank), as_commit(commit)
+    rank, commit = as_rank(rank), as_commit(commit)
     block_size = _check(policy, prompts, max_new_tokens, block_size, cache)
     if prompts.infill_mask is None:
-        check_steps(diffusion_steps, max_new_tokens, rule.count)
+        check_steps(diffusion_steps, max_new_tokens, commit.count)
         block_aligned = cache is not None and cache.kind == "block"
         canvas = make_canvas(policy, prompts, max_new_tokens, block_size, block_aligned=block_aligned)
     else:
@@ -112,38 +116,44 @@ def unmask(  # noqa: PLR0913
         canvas = infilling_canvas(policy, prompts, max_new_tokens, block_size)
     sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, canvas.mask_id))
     check_suppress(policy, sampling_params)
-    choose = Choose(policy, canvas, sampling_params, ranked, rule, confidence_radius)
-    queue = BlockQueue(canvas.block, diffusion_steps, in_step=cache is not None, masked=canvas.masked)
+    step_sampler = StepSampler(policy, canvas, sampling_params, rank, commit, confidence_radius)
+    tracker = BlockTracker(canvas.block, diffusion_steps, wait_for_all_rows=cache is not None, masked=canvas.masked)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(policy.device)
-    states = None if compile_step else States(policy, canvas, cache, queue.steps)
-    take: Callable[[], Int[Tensor, " C"] | None]
-    if states is None:
-        take = WholeSteps(choose, cache, queue, seeds, block_size).take
+    forward = None if compile_step else SamplerForward(policy, canvas, cache, tracker.steps)
+    # Runs one step. Returns the rows whose block is now complete, or None if there was no row left to run.
+    run_step: Callable[[], Int[Tensor, " C"] | None]
+    if forward is None:
+        run_step = CompiledStepSampler(step_sampler, cache, tracker, seeds, block_size).run_step
     else:
-        take = partial(_take, choose, states, queue, seeds)
+        run_step = partial(_run_step, step_sampler, forward, tracker, seeds)
     rows_end_early = spec.attention == "block_causal" or approximate_early_exit
 
-    def record() -> Rollout:
-        fields = choose.rollout_fields() | (states.rollout_fields() if states is not None else {})
+    def current_rollout() -> Rollout:
+        fields = step_sampler.rollout_fields()
+        if forward is not None:
+            fields |= forward.rollout_fields()
         return canvas.rollout(sampling_params, policy.weights_version, **fields)
 
-    while (complete := take()) is not None:
-        if rows_end_early and len(complete):
-            queue.drop(canvas.end(complete, spec.eos_ids))
+    while (complete_rows := run_step()) is not None:
+        if rows_end_early and len(complete_rows):
+            tracker.finish_rows(canvas.mark_finished(complete_rows, spec.eos_ids))
         if on_step is not None:
-            on_step(record())
-    return record()
+            on_step(current_rollout())
+    return current_rollout()
 
 
-def _take(choose: Choose, states_of: States, queue: BlockQueue, seeds: Int[Tensor, " B"]) -> Tensor | None:
-    """Run one step of the open rows. Return the rows whose block is now complete, or None if all rows were finished."""
-    canvas = choose.canvas
-    if (turn := next_turn(canvas, queue, seeds)) is None:
+def _run_step(
+    step_sampler: StepSampler, forward: SamplerForward, tracker: BlockTracker, seeds: Int[Tensor, " B"]
+) -> Tensor | None:
+    """Run one step. Return the rows whose block is now complete, or None if there was no row left to run."""
+    canvas = step_sampler.canvas
+    plan = plan_step(canvas, tracker, seeds)
+    if plan is None:
         return None
-    states = states_of(turn)  # one forward
-    choice = choose(turn, states)  # ranks the positions, picks some, and draws their tokens
-    canvas.take(turn, choice)
-    return queue.record((turn.rows, turn.blocks), choice.decision.committed, choice.decision.held)
+    states = forward(plan)
+    writes = step_sampler(plan, states)  # ranks the positions, picks some, and draws their tokens
+    canvas.apply_step(plan, writes)
+    return tracker.record((plan.rows, plan.blocks), writes.decision.committed, writes.decision.stays_open)
 
 
 def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None, cache: Cache | None) -> int:
@@ -155,14 +165,13 @@ def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None
         raise ValueError(f"policy {policy.spec.name!r} has no mask token, its noise is random tokens: use renoise")
     infilling = prompts.infill_mask is not None
     width = prompts.tokens.shape[1] + length if infilling else length
-    least = 0 if infilling else 1  # open positions may be the full completion
+    min_length = 0 if infilling else 1  # positions to fill in may be the full completion
     size = block_size if block_size is not None else policy.spec.block_size or width
-    if length < least or size < 1:
-        raise ValueError(f"max_new_tokens={length} must be at least {least}, and block_size={size} at least 1")
+    if length < min_length or size < 1:
+        raise ValueError(f"max_new_tokens={length} must be at least {min_length}, and block_size={size} at least 1")
     if attention == "block_causal" and size != policy.spec.block_size:
         raise ValueError(
-            f"block_size={size} is not the policy's: its blocks are of {policy.spec.block_size}; "
-            "leave block_size at None"
+            f"block_size={size} is not the policy's block size, {policy.spec.block_size}; leave block_size at None"
         )
     if cache is not None:
         cache.check(attention)
@@ -175,18 +184,18 @@ def check_fits(policy: Policy, prompts: Prompts, max_new_tokens: int) -> None:
     longest = int(prompts.attention_mask.sum(-1).max())
     limit = policy.spec.max_length
     if limit is not None and longest + max_new_tokens > limit:
-        fewer = f"use at most {limit - longest}, or" if longest < limit else "use"
+        advice = f"use at most {limit - longest}, or" if longest < limit else "use"
         raise ValueError(
             f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} "
-            f"positions; {fewer} shorter prompts (a recipe's max_prompt_length)"
+            f"positions; {advice} shorter prompts (a recipe's max_prompt_length)"
         )
 
 
 def check_suppress(policy: Policy, sampling_params: SamplingParams) -> None:
     """Raise ValueError when a suppressed id is outside the vocabulary, or when no token remains to sample."""
     tokens = set(sampling_params.suppress)
-    odd = sorted(token for token in tokens if not 0 <= token < policy.vocab_size)
-    if odd:
-        raise ValueError(f"suppress={odd[0]} is no token of the vocabulary of {policy.vocab_size}; leave it out")
+    unknown = sorted(token for token in tokens if not 0 <= token < policy.vocab_size)
+    if unknown:
+        raise ValueError(f"suppress={unknown[0]} is no token of the vocabulary of {policy.vocab_size}; leave it out")
     if len(tokens) == policy.vocab_size:
         raise ValueError(f"suppress names all {policy.vocab_size} tokens (a mask is never drawn); leave one to sample")

@@ -29,7 +29,7 @@ from dllm_rl.distributed.collectives import (
     waited,
 )
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
-from dllm_rl.likelihoods.replay import as_chosen, as_sampled, watched
+from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts, with_sampled_experts
 from dllm_rl.likelihoods.views import each_view, row_chunks
 from dllm_rl.models.base import Policy, trained_of, whole
 from dllm_rl.models.forward.uneven import join_uneven_forwards
@@ -136,12 +136,12 @@ def score(
     if run.reference is not None and recipe.beta:  # with beta=0 the reference is only a teacher
         reference_logps = likelihood.logprobs(run.reference, rollout, views, micro_batch_size=size)
     if recipe.router_replay is not None:  # the learner reuses the rollout's experts
-        views = as_sampled(views, rollout) if side == "recorded" else watched(policy, rollout, views)
+        views = with_sampled_experts(views, rollout) if side == "recorded" else record_experts(policy, rollout, views)
     if side == "recorded":
         rollout_logps = recorded(rollout, views)
     elif side == "scored" and rollout_logps is None:
         rollout_logps = likelihood.logprobs(rollout_policy, rollout, views, micro_batch_size=size)
-        views = as_chosen(views, rollout)
+        views = with_recorded_experts(views, rollout)
     forwards = len(views.coefficients) * math.prod(part.num_forwards for part in views.features)
     if not keeps_graphs(recipe, policy, views=forwards, rows=len(rollout.tokens)):
         keep = False
@@ -184,7 +184,7 @@ def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_si
                 if seen is not None:
                     found = torch.zeros(view.scored.numel(), device=total.device)
                     (values,) = chunked(entropy, seen.states, policy=policy)
-                    found = found.index_copy(0, seen.plan.places, values.float()).view(view.scored.shape)
+                    found = found.index_copy(0, seen.plan.flat_index, values.float()).view(view.scored.shape)
                     total[chunk.rows, chunk.columns] += found
                     count[chunk.rows, chunk.columns] += view.scored
     return total / count.clamp(min=1)

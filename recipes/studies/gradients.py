@@ -213,7 +213,7 @@ def of_orders(networks: int, *, batch: int = 128) -> dict[str, list[str]]:
 
 
 def without_floor(chances: torch.Tensor) -> torch.Tensor:
-    """0 for an order that the ranks rule out: `models.order` gives it a log-prob of LEAST, and not of -inf."""
+    """0 for an order that the ranks rule out: `models.order` gives it a log-prob of MIN_LOGPROB, and not of -inf."""
     return torch.where(chances > 1e-8, chances, 0)
 
 

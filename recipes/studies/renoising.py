@@ -35,7 +35,7 @@ from torch import Generator
 from dllm_rl import trajectory
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
-from dllm_rl.likelihoods.renoise import Replay, renoised
+from dllm_rl.likelihoods.renoise import Replay, renoise_record
 from dllm_rl.likelihoods.views import View, ViewFeature
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Renoised, Rollout, Views
@@ -59,7 +59,7 @@ class FromNoise(Replay):
         super().backward(policy, self._one_step(rollout), vector)
 
     def _one_step(self, rollout: Rollout) -> Rollout:
-        part = renoised(rollout)
+        part = renoise_record(rollout)
         drawn = torch.where(part.block >= 0, rollout.tokens, -1).int()[..., None]
         made = Renoised(part.block, part.seen[..., :1], drawn, torch.zeros_like(part.logprobs[..., :1]), (1.0,))
         return replace(rollout, renoised=made)
@@ -74,7 +74,7 @@ class OneStep(ViewFeature):
 
 
 def draw_one_step(rollout: Rollout, generator: Generator) -> Views:
-    scored = renoised(rollout).block >= 0
+    scored = renoise_record(rollout).block >= 0
     return Views(torch.zeros_like(scored)[None], scored.float()[None], features=(OneStep(),))
 
 

@@ -11,7 +11,7 @@ from torch import tensor
 from dllm_rl.algorithms.mismatch import (
     mismatch_metrics,
     off_policy_metrics,
-    repeats,
+    repeated_trigrams,
     step_metrics,
     symptom_metrics,
     weight_metrics,
@@ -249,14 +249,14 @@ def test_repeats():
     mask = torch.ones_like(tokens, dtype=torch.bool)
     # Row 1: 555 at 0 and again at 1: positions 1, 2, 3.
     expected = [[3, 4, 5], [1, 2, 3]]
-    assert [row.nonzero()[:, 0].tolist() for row in repeats(tokens, mask)] == expected
+    assert [row.nonzero()[:, 0].tolist() for row in repeated_trigrams(tokens, mask)] == expected
     # Only marked tokens make trigrams: without position 2, row 0 reads 1 2 1 2 3 4 2 3.
     mask[0, 2] = False
-    assert repeats(tokens, mask)[0].nonzero()[:, 0].tolist() == []
+    assert repeated_trigrams(tokens, mask)[0].nonzero()[:, 0].tolist() == []
     # Marks stand at the tokens' own places: 7 8 9 | 7 8 9 with a hole in each and two columns of prompt in front.
     holed = tensor([[7, 8, 7, 8, 0, 9, 7, 0, 8, 9]])
     marked = tensor([[False, False, True, True, False, True, True, False, True, True]])
-    assert repeats(holed, marked)[0].nonzero()[:, 0].tolist() == [6, 8, 9]
+    assert repeated_trigrams(holed, marked)[0].nonzero()[:, 0].tolist() == [6, 8, 9]
 
 
 def test_off_policy_metrics_by_hand():
@@ -357,5 +357,5 @@ def test_repetition_behind_a_prompt():
     """Marks stand where the tokens stand, not where they are counted from; the prompt's words make no n-gram."""
     tokens = tensor([[0, 1, 2, 3, 1, 2, 3, 9], [1, 2, 3, 1, 2, 3, 4, 5]])
     mask = tensor([[False] + [True] * 7, [False] * 3 + [True] * 5])
-    assert [row.nonzero()[:, 0].tolist() for row in repeats(tokens, mask)] == [[4, 5, 6], []]
+    assert [row.nonzero()[:, 0].tolist() for row in repeated_trigrams(tokens, mask)] == [[4, 5, 6], []]
     assert symptom_metrics(tokens, mask, tensor([1.0, -1.0]))["symptoms/repetition_positive"] == pytest.approx(3 / 7)

@@ -106,7 +106,7 @@ def test_a_base_that_is_gone_is_named_in_one_line(run, tmp_path, capsys):
         assert "\n" not in str(error.value)
         assert main(["sample", str(copy), "12"]) == 2
         assert words in capsys.readouterr().err
-    with pytest.raises(ValueError, match="quantization='nf4' is of a base without adapters"):
+    with pytest.raises(ValueError, match="quantization='nf4' needs a base without adapters"):
         load_policy(run / "run/checkpoints/step-000001", quantization="nf4")
 
 

@@ -322,7 +322,7 @@ def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
         ("--task sudoku --cache none,all", "cache='all'"),
         ("--task sudoku --lengths 100", "max_new_tokens=100"),
         ("--task sudoku --set prompt_format=text", "chat template"),
-        ("--task sudoku --set prompt_format=text --set chat=false", "cannot be tokenised"),
+        ("--task sudoku --set prompt_format=text --set chat=false", "cannot be tokenized"),
     ],
 )
 def test_a_refusal_is_one_line(model, capsys, options, field):

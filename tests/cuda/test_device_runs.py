@@ -352,9 +352,9 @@ def on_host(work):
 
 PLANTED = {
     "sampler, drawn": ("samplers.canvas", "uniforms"),
-    "sampler, scores": ("samplers.choose", "propose_and_rank"),
+    "sampler, scores": ("samplers.choose", "draw_and_rank"),
     "scoring, log-probs": ("models.order", "token_logprobs_and_confidences"),
-    "scoring, order": ("models.order", "left_logprobs"),
+    "scoring, order": ("models.order", "stay_masked_logprobs"),
     "learner, masks": ("training.learner", "views_of_step"),
     "learner, loss": ("recipe", "policy_loss"),
     "metrics": ("training.learner", "off_policy_metrics"),

@@ -430,7 +430,7 @@ def test_an_assistants_last_message_begins_its_turn():
 def test_prompts_that_a_model_cannot_read_are_refused_in_a_line(policy):
     with pytest.raises(ValueError, match="no chat template; give plain text"):
         prompt_ids(policy, [{"role": "user", "content": "1"}])
-    with pytest.raises(ValueError, match="text '1x' cannot be tokenised by this model"):
+    with pytest.raises(ValueError, match="text '1x' cannot be tokenized by this model"):
         prompt_ids(policy, "1x")
 
 

@@ -344,7 +344,7 @@ def test_drawing_as_many_steps_as_there_are_is_the_trajectory():
         (partial(lik.trajectory, num_sampled_steps=0), r"num_sampled_steps=0 must be at least 1"),
         (
             partial(lik.trajectory, num_sampled_steps=2, block_size=4),
-            r"num_sampled_steps=2 draws steps, and block_size=4 packs them",
+            r"num_sampled_steps=2 cannot be combined with block_size=4",
         ),
         (partial(lik.elbo, num_samples=0), r"num_samples=0 must be at least 1"),
         (partial(lik.elbo, num_samples=3, antithetic=True), r"num_samples=3 must be even .* use 4"),

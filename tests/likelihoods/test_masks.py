@@ -4,7 +4,7 @@ import torch
 from likelihood_toys import TablePolicy
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.masks import choose, ranks, uniforms_per_row
+from dllm_rl.likelihoods.masks import ranks, uniform_index, uniforms_per_row
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -21,7 +21,7 @@ def test_a_stratified_uniform_that_rounds_to_one_chooses_the_last():
     """(j + u) / N is 1 for the last stratum and the largest u below 1: there is no place beyond the last."""
     u = torch.tensor([[0.0], [0.5], [1.0], [1.0]], dtype=torch.float64)
     assert (1 + torch.tensor(1 - 2**-53, dtype=torch.float64)) / 2 == 1
-    assert choose(u, torch.tensor([[3], [3], [3], [0]])).tolist() == [[0], [1], [2], [0]]
+    assert uniform_index(u, torch.tensor([[3], [3], [3], [0]])).tolist() == [[0], [1], [2], [0]]
 
 
 def test_the_strata_of_blocks_say_nothing_of_how_much_of_each_is_hidden():

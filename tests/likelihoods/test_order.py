@@ -13,7 +13,7 @@ from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, policy_loss, ppo
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.views import each_view
-from dllm_rl.models.order import LEAST, left_logprobs
+from dllm_rl.models.order import MIN_LOGPROB, stay_masked_logprobs
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.learner import accumulate_gradients
@@ -150,7 +150,7 @@ def test_the_mean_ratio_to_another_policy_is_its_mass_on_what_the_rollout_can_do
             ours, new = (total(each, rollout, include_order=order) for each in (policy, other))
             mean[order] = float((p * (new - ours).exp()).sum())
         shared = sum(theirs.get(key, 0.0) for key in found)
-        # Where the other policy cannot choose the order, LEAST stands for log 0.
+        # Where the other policy cannot choose the order, MIN_LOGPROB stands for log 0.
         assert mean[True] == pytest.approx(shared, abs=1e-6) and shared > least
         assert abs(mean[False] - shared) > 0.01
 
@@ -160,8 +160,8 @@ def test_an_order_that_cannot_be_chosen_has_a_floor_and_no_gradient(fp64):
     hidden = policy.table[0, :2].clone().requires_grad_()
     params = SamplingParams(suppress=(3, 4, 5))
     bounds = torch.tensor([-99.0, 0.0])  # nothing is less confident than that; everything is
-    found = left_logprobs(policy, hidden, bounds, torch.tensor([True, False]), params)
-    assert found.tolist() == [LEAST, 0.0]
+    found = stay_masked_logprobs(policy, hidden, bounds, torch.tensor([True, False]), params)
+    assert found.tolist() == [MIN_LOGPROB, 0.0]
     found.sum().backward()
     assert hidden.grad.isfinite().all() and not hidden.grad[0].any()
 

@@ -15,7 +15,7 @@ from dllm_rl.algorithms.mismatch import mismatch_metrics
 from dllm_rl.diagnostics.routing import routing_counts, routing_metrics
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
-from dllm_rl.likelihoods.replay import as_chosen, as_sampled, check_replay, watched
+from dllm_rl.likelihoods.replay import check_replay, record_experts, with_recorded_experts, with_sampled_experts
 from dllm_rl.likelihoods.views import each_view, forward
 from dllm_rl.models.forward import routing
 from dllm_rl.models.tiny import tiny_llama
@@ -89,8 +89,8 @@ def test_nothing_is_noted_unless_it_is_asked_for(monkeypatch):
     assert rollout.experts is None
     noise = lik.trajectory().draw_views(rollout, GENERATOR)
     lik.trajectory().logprobs(policy, rollout, noise)
-    with pytest.raises(ValueError, match=r"its sampler did not note.*router_replay=None"):
-        as_sampled(noise, rollout)
+    with pytest.raises(ValueError, match=r"its sampler did not record.*router_replay=None"):
+        with_sampled_experts(noise, rollout)
 
 
 @pytest.mark.parametrize(
@@ -104,11 +104,11 @@ def test_replay_removes_the_jump_of_a_router_on_a_boundary(layers, whole, rank):
     rollout = sampled(other, rank=rank)
     noise = lik.trajectory().draw_views(rollout, GENERATOR)
     jump = gap(policy, rollout, noise)
-    replay = as_sampled(noise, rollout)
+    replay = with_sampled_experts(noise, rollout)
     if whole:
-        seen = watched(policy, rollout, noise)
+        seen = record_experts(policy, rollout, noise)
         lik.trajectory().logprobs(other, rollout, seen)
-        replay = as_chosen(seen, rollout)
+        replay = with_recorded_experts(seen, rollout)
     assert jump > 0.1 and gap(policy, rollout, replay) < 1e-3 * jump
     counts = routing_metrics(routing_counts(policy, other, rollout, noise))
     assert counts["routing/agreement"] < 0.9
@@ -119,9 +119,9 @@ def views(estimator):
     other = quantized_copy(policy, int3_emulated())
     rollout = sampled(other)
     noise = estimator.draw_views(rollout, GENERATOR)
-    seen = watched(policy, rollout, noise)
+    seen = record_experts(policy, rollout, noise)
     estimator.logprobs(other, rollout, seen, micro_batch_size=2)
-    return policy, other, rollout, noise, as_chosen(seen, rollout)
+    return policy, other, rollout, noise, with_recorded_experts(seen, rollout)
 
 
 @pytest.mark.parametrize("estimator", [lik.trajectory(), lik.elbo(num_samples=2), lik.coupled()])
@@ -157,7 +157,7 @@ def test_an_update_replays_where_the_order_has_a_law(rank):
     policy = moe()
     rollout = sampled(quantized_copy(policy, int3_emulated()), rank=rank)
     estimator = lik.trajectory()
-    noise = as_sampled(estimator.draw_views(rollout, GENERATOR), rollout)
+    noise = with_sampled_experts(estimator.draw_views(rollout, GENERATOR), rollout)
     assert stayed_of(noise) is not None
     vectors = torch.randn(noise.coefficients.shape, generator=torch.Generator().manual_seed(1)) * (
         noise.coefficients != 0
@@ -196,7 +196,7 @@ def test_packed_scoring_takes_the_same_experts_as_step_by_step(tmp_path):
     size, found = policy.spec.block_size, []
     for estimator in (lik.trajectory(), lik.trajectory(block_size=size)):
         noise = estimator.draw_views(rollout, GENERATOR)
-        found.append(estimator.logprobs(policy, rollout, as_sampled(noise, rollout)))
+        found.append(estimator.logprobs(policy, rollout, with_sampled_experts(noise, rollout)))
         found.append(estimator.logprobs(policy, rollout, noise))
     torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[1], found[3], rtol=1e-4, atol=1e-5)
@@ -250,7 +250,7 @@ def test_positions_that_are_scored_as_left_choose_for_themselves():
     rollout = sampled(policy, rank=confidence)
     noise = lik.trajectory().draw_views(rollout, GENERATOR)
     assert stayed_of(noise).any()
-    routed = as_sampled(noise, rollout).features[-1].where
+    routed = with_sampled_experts(noise, rollout).features[-1].where
     assert torch.equal(routed, torch.stack([rollout.unmask_step == n for n in range(4)]))
 
 

@@ -21,7 +21,7 @@ from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.events import canvas_at
-from dllm_rl.likelihoods.replay import as_sampled
+from dllm_rl.likelihoods.replay import with_sampled_experts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.support import with_support
@@ -302,13 +302,13 @@ def test_what_has_no_law_is_refused_before_any_forward():
         assert lik.coupled().draw_views(rollout, torch.Generator()).masked.any()
     with pytest.raises(ValueError, match="num_segments=2 merges steps"):
         lik.trajectory(num_segments=2).draw_views(rolled(policy, **RULES[0]), torch.Generator())
-    with pytest.raises(ValueError, match=r"sampling_support='rollout'.*last writing alone"):
+    with pytest.raises(ValueError, match=r"sampling_support='rollout'.*position's last write"):
         filtered = with_support(rolled(policy, top_k=3, **RULES[0]), "rollout")
         lik.trajectory().draw_views(filtered, torch.Generator())
     rollout = rolled(policy, **RULES[0])
-    with pytest.raises(ValueError, match=r"router_replay='R3'.*last writing alone"):
+    with pytest.raises(ValueError, match=r"router_replay='R3'.*position's last write"):
         noted = replace(rollout, experts=rollout.tokens[..., None, None])
-        as_sampled(lik.trajectory().draw_views(noted, torch.Generator()), noted)
+        with_sampled_experts(lik.trajectory().draw_views(noted, torch.Generator()), noted)
     with pytest.raises(ValueError, match="has no events"):
         canvas_at(rolled(policy), step=rollout.unmask_step)
 

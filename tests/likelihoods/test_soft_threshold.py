@@ -15,7 +15,7 @@ from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, policy_loss, ppo
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.views import each_view
-from dllm_rl.models.soft_threshold import SUREST, drawn_set
+from dllm_rl.models.soft_threshold import MAX_LOGPROB, drawn_set
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.learner import accumulate_gradients
@@ -33,7 +33,7 @@ def fp64():
 
 def coin(p, tau, temperature):
     """The chance of a yes: odds to the power of 1/temperature, over those of the threshold."""
-    p = min(p, math.exp(SUREST))
+    p = min(p, math.exp(MAX_LOGPROB))
     odds = (p / (1 - p) * (1 - tau) / tau) ** (1 / temperature)
     return odds / (1 + odds)
 
@@ -289,7 +289,7 @@ def test_what_has_no_law_is_refused_or_left_out():
             sample(policy, 2, rank=rank, commit=rule)
     with pytest.raises(ValueError, match=r"lacks its tau; give functools.partial\(soft_threshold, tau=0.9\)"):
         sample(policy, 2, commit=rules.soft_threshold)
-    with pytest.raises(ValueError, match="commit=soft_threshold, which reads uniforms: take threshold"):
+    with pytest.raises(ValueError, match="commit=soft_threshold, which reads uniforms: use threshold"):
         sample(policy, 2, commit=rule, compile_step=True)
     with pytest.raises(ValueError, match=r"tau=1.0 must lie in \(0, 1\)"):
         sample(policy, 2, commit=partial(rules.soft_threshold, tau=1.0))

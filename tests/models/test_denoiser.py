@@ -228,12 +228,12 @@ def test_other_samplers_and_models_are_refused(policy, tmp_path):
         renoise(tiny_masked_lm(characters="abc"), prompts, torch.Generator(), max_new_tokens=4)
     policy.module.config.image_token_id = 4
     try:
-        with pytest.raises(ValueError, match="holds the image token, and images are not supported"):
+        with pytest.raises(ValueError, match="has the image token, and images are not supported"):
             renoise(policy, prompts, torch.Generator(), max_new_tokens=4)
     finally:
         policy.module.config.image_token_id = 258_880
     policy.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="quantization='nf4' would part the weights"):
+    with pytest.raises(ValueError, match="quantization='nf4' would separate the weights"):
         load_policy(tmp_path, quantization="nf4")
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 10**9

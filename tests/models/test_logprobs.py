@@ -148,7 +148,7 @@ def test_chunks_by_device():
     assert head_module.chunk_rows(llada, torch.device("cuda")) == 528
     assert head_module.chunk_rows(10**9, torch.device("cuda")) == 16
     # What a sampler reduces at once is a part of that, on either.
-    for device, elements in propose_module.SLAB.items():
+    for device, elements in propose_module.SLAB_ELEMENTS.items():
         assert elements < llada * head_module.chunk_rows(llada, torch.device(device))
 
 

@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 from transformers.utils import logging
 
 from dllm_rl import check_policy, load_policy, make_policy, train
-from dllm_rl.models.policy import shifted
+from dllm_rl.models.policy import shift_states
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.tokens import before_end, chosen_ids, decode
 from dllm_rl.types import Rollout
@@ -68,8 +68,12 @@ def test_scoring_and_learning_build_no_cache(monkeypatch):
 def test_shifting_starts_again_behind_padding():
     states = torch.arange(10.0).view(2, 5, 1)
     mask = torch.tensor([[True] * 5, [False, False, True, True, True]])
-    assert shifted(states, mask)[0, :, 0].tolist() == [0, 0, 1, 2, 3]
-    assert shifted(states, mask)[1, 2:, 0].tolist() == [7, 7, 8]  # the first token has its own state, not the padding's
+    assert shift_states(states, mask)[0, :, 0].tolist() == [0, 0, 1, 2, 3]
+    assert shift_states(states, mask)[1, 2:, 0].tolist() == [
+        7,
+        7,
+        8,
+    ]  # the first token has its own state, not the padding's
 
 
 def test_a_completion_ends_before_the_first_of_several_end_tokens():
@@ -87,7 +91,7 @@ def test_a_completion_ends_before_the_first_of_several_end_tokens():
 def test_a_module_of_full_attention_is_no_block_causal_one():
     """Its first state moves with a token of the next block."""
     with pytest.raises(
-        ValueError, match="attention='block_causal' is what Own should have, but changing token 2 moved"
+        ValueError, match="attention='block_causal' is what Own should have, but changing token 2 changed"
     ):
         own_policy(attention="block_causal", block_size=2)
 
@@ -127,7 +131,7 @@ def test_a_custom_tokenizer_needs_three_methods(tmp_path):
         ({"chat_template": "{{ messages }}"}, "tokenizer Broken has no apply_chat_template, added_tokens_decoder"),
         ({"encode": lambda self, text: []}, "tokenizer Broken: .*unexpected keyword argument 'add_special_tokens'"),
         ({"decode": lambda self, ids: ""}, "tokenizer Broken: .*unexpected keyword argument 'skip_special_tokens'"),
-        ({"encode": lambda self, text, **_: torch.zeros(0)}, "encode gave tensor.* must give a list and text"),
+        ({"encode": lambda self, text, **_: torch.zeros(0)}, "encode returned tensor.* must return a list and text"),
     ],
 )
 def test_a_tokenizer_without_what_it_needs_is_refused_at_once(changed, message):

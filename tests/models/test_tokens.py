@@ -79,7 +79,7 @@ def test_longer_spellings_come_first(policy):
 
 
 def test_a_vocabulary_without_the_characters_refuses_them():
-    with pytest.raises(ValueError, match=r"text '12<eos>' cannot be tokenised by this model"):
+    with pytest.raises(ValueError, match=r"text '12<eos>' cannot be tokenized by this model"):
         prompt_ids(tiny_masked_lm(characters="12", num_layers=1), "12<eos>")
 
 

@@ -19,7 +19,7 @@ from dllm_rl.models.checkpoint.loading import build_empty, checkpoint_folder
 from dllm_rl.models.lora import Lora, add_lora, load_adapter, save_adapter
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import prompt_ids
-from dllm_rl.models.untrusted import explodes, without_code
+from dllm_rl.models.untrusted import unbounded_reason, without_code
 
 
 @pytest.fixture(params=["masked_lm", slow("llama")])
@@ -116,7 +116,7 @@ BOMBS += ["(0", "." * 20_001]
 
 @pytest.mark.parametrize("name", ORDINARY)
 def test_the_patterns_of_ordinary_tokenizers_pass(name):
-    assert explodes(ORDINARY[name]) == ""
+    assert unbounded_reason(ORDINARY[name]) == ""
 
 
 @pytest.mark.parametrize("pattern", BOMBS)
@@ -148,7 +148,7 @@ GROWING = [("normalizer", 40, "11"), ("decoder", 40, "11"), ("normalizer", 1, "1
 def test_a_tokenizer_that_grows_text_is_stopped_in_a_process_of_its_own(folder, monkeypatch, kind, times, content):
     monkeypatch.setattr(untrusted, "LIMITS", ONE_SECOND)
     change(folder, **replacing(kind, times, content))
-    with pytest.raises(ValueError, match=r"tried on short texts: (stopped a|OverflowError).*; take another") as said:
+    with pytest.raises(ValueError, match=r"tried on short texts: (stopped a|OverflowError).*; use another") as said:
         load_policy(folder)
     assert len(str(said.value)) < 400 and "\n" not in str(said.value)
 
@@ -182,7 +182,7 @@ HOSTILE_TEMPLATES = {
 def test_a_hostile_chat_template_is_refused_before_any_chat(folder, monkeypatch, template):
     monkeypatch.setattr(untrusted, "LIMITS", ONE_SECOND)
     (folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(ValueError, match=r"the chat template was tried on short chats: .*; take another chat") as said:
+    with pytest.raises(ValueError, match=r"the chat template was tried on short chats: .*; use another chat") as said:
         load_policy(folder)
     assert HOSTILE_TEMPLATES[template] in str(said.value) and "\n" not in str(said.value)
 
@@ -205,7 +205,7 @@ def test_adapters_of_integers_are_refused(tmp_path):
     save_adapter(policy, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({name: tensor.long() for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(ValueError, match=r"is of torch\.int64, which no adapter is; save the adapters again"):
+    with pytest.raises(ValueError, match=r"has dtype torch\.int64, which is not an adapter.s; save the adapters again"):
         load_adapter(tiny_masked_lm(**SIZES), tmp_path)
 
 
@@ -264,7 +264,7 @@ def test_adapters_that_are_not_finite_are_refused(tmp_path, value):
     name = sorted(state)[-1]
     state[name].view(-1)[0] = value
     save_file(state, file)
-    with pytest.raises(ValueError, match=rf"{name} holds numbers that are not finite; take earlier adapters"):
+    with pytest.raises(ValueError, match=rf"{name} holds numbers that are not finite; use earlier adapters"):
         load_adapter(tiny_masked_lm(**SIZES), tmp_path)
 
 

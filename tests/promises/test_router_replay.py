@@ -84,7 +84,7 @@ def test_what_cannot_be_replayed_is_refused_in_one_line(tmp_path):
         moe_recipe(tmp_path, router_replay="R3", rollout_quantization=None)
     with pytest.raises(ValueError, match=r"torch_compile=True .*'R3', .*: leave out router_replay, or set torch_comp"):
         check_compiled(moe_recipe(tmp_path, router_replay="R3", torch_compile=True))
-    with pytest.raises(ValueError, match=r"router_replay='R3' takes experts again, and .* has none"):
+    with pytest.raises(ValueError, match=r"router_replay='R3' replays experts, and .* has none"):
         train(tiny_recipe(tmp_path / "dense", router_replay="R3"))
     assert not (tmp_path / "dense").exists()
     assert "router_replay" in Recipe.__doc__

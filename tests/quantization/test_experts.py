@@ -23,8 +23,8 @@ from dllm_rl.quantization.linear import (
     Experts,
     dequantized_input,
     dequantized_weight,
+    locate_parameter,
     mixture,
-    place,
     quantized_forward,
 )
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
@@ -106,7 +106,7 @@ def test_all_but_router_norms_embeddings_and_head_is_quantised(policy, scheme):
     rollout_policy = quantized_copy(policy, SCHEMES[scheme]())
     reasons = set(rollout_policy.quantization_report.skipped.values())
     assert reasons <= {"embedding", "router", "outside the blocks"}, rollout_policy.quantization_report
-    held = {place(name)[0] for name, _ in quantized_layers(rollout_policy)}
+    held = {locate_parameter(name)[0] for name, _ in quantized_layers(rollout_policy)}
     for name, parameter in policy.module.named_parameters():
         blocks = ".layers." in name and parameter.dim() > 1 and not name.endswith("mlp.gate.weight")
         assert (name in held) == blocks, name

@@ -204,7 +204,9 @@ def test_report_says_what_was_quantised_what_not_and_why():
     layers = [llada().module.get_submodule(name).weight for name in report.quantized]
     saved = sum(3 * w.numel() - 5 * w.shape[0] for w in layers)
     assert report.bytes_before - report.bytes_after == saved
-    assert str(report).startswith("13 layers quantised, 0.1 -> 0.0 MiB; 1 kept (embedding): model.embed_tokens; 1 kept")
+    assert str(report).startswith(
+        "13 layers quantized, 0.1 -> 0.0 MiB; 1 skipped (embedding): model.embed_tokens; 1 skipped"
+    )
 
 
 def test_tied_routers_fused_experts_and_shapes_are_kept():
@@ -228,7 +230,7 @@ def test_tied_routers_fused_experts_and_shapes_are_kept():
     }
     dynamic = skip_reasons(module, Float8DynamicActivationFloat8WeightConfig(), None)
     assert dynamic["layers.0.odd"] == "32x24: not multiples of 16"
-    with pytest.raises(ValueError, match="quantises no layer of RobertaPreLayerNormForMaskedLM"):
+    with pytest.raises(ValueError, match="quantizes no layer of RobertaPreLayerNormForMaskedLM"):
         quantized_copy(masked_lm(), quantize.int8_weight_only(), skip=lambda m, name: True)
 
 

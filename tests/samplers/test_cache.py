@@ -13,7 +13,7 @@ from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.cache import CachedStates, KeysAndValues, block_cache, dual_cache, prefix_cache
+from dllm_rl.samplers.cache import CachedForward, KVCache, block_cache, dual_cache, prefix_cache
 from dllm_rl.samplers.canvas import make_canvas
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts
@@ -210,14 +210,14 @@ def test_keys_are_kept_in_the_dtype_of_the_values(tmp_path, kind, dtype):
 
 @pytest.mark.parametrize("family", ["llada", "llama"])
 def test_under_autocast_a_cache_is_of_16_bits(tmp_path, family, monkeypatch):
-    policy, held, update = load_policy(checkpoint(tmp_path, family)), set(), KeysAndValues.update
+    policy, held, update = load_policy(checkpoint(tmp_path, family)), set(), KVCache.update
 
     def spy(self, *args, **kwargs):
         out = update(self, *args, **kwargs)
         held.update(x.dtype for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values))
         return out
 
-    monkeypatch.setattr(KeysAndValues, "update", spy)
+    monkeypatch.setattr(KVCache, "update", spy)
     with torch.autocast("cpu", torch.bfloat16):
         if family == "llada":
             run(policy, block_size=4, diffusion_steps=8, cache=prefix_cache())
@@ -304,7 +304,7 @@ def test_states_from_a_cache_are_those_of_a_forward_of_everything_while_no_token
     """A shifted head reads the state of the column before the block, so that one is run again with it."""
     policy, tokens = policies(family), torch.randint(3, 38, (2, 12), generator=torch.Generator().manual_seed(0))
     mask, shift = torch.ones_like(tokens, dtype=torch.bool), policies(family).spec.shift
-    cached, rows = CachedStates(policy, kind(), mask), torch.arange(2)
+    cached, rows = CachedForward(policy, kind(), mask), torch.arange(2)
     states, first = cached.advance(tokens, rows, (4, 8))
     assert (len(states[0]), first) == (12, shift)
     again, begin = cached.advance(tokens, rows, (4, 8))
@@ -321,5 +321,5 @@ def test_any_of_several_end_tokens_ends_a_row(policies, ends):
     rows, places = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3])
     canvas.write(rows, places, torch.zeros(3, dtype=torch.long), torch.tensor([30, 31, 9]), torch.zeros(3))
     expected = [row for row, token in ((0, 30), (1, 31)) if token in ends]
-    assert canvas.end(torch.arange(4), ends).tolist() == expected
-    assert canvas.ended.nonzero()[:, 0].tolist() == expected
+    assert canvas.mark_finished(torch.arange(4), ends).tolist() == expected
+    assert canvas.finished.nonzero()[:, 0].tolist() == expected

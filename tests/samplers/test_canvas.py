@@ -7,7 +7,7 @@ import torch
 from likelihood_toys import TablePolicy
 
 from dllm_rl.models.order import block_first_step
-from dllm_rl.samplers.canvas import BlockQueue, make_canvas, next_turn
+from dllm_rl.samplers.canvas import BlockTracker, make_canvas, plan_step
 from dllm_rl.samplers.revise import packed_events
 from dllm_rl.samplers.rules import check_last_step, threshold
 from dllm_rl.types import Prompts, SamplingParams
@@ -34,7 +34,7 @@ def test_only_rows_that_ended_are_padded():
     canvas = canvas_of(3, rows=2, attention="block_causal")
     write(canvas, [0], [0], step=0)
     write(canvas, [1], [0], step=0, token=1)
-    canvas.end(torch.tensor([0, 1]), (1,))
+    canvas.mark_finished(torch.tensor([0, 1]), (1,))
     seen = canvas.rollout(SamplingParams(), 0)
     assert seen.tokens.tolist() == [[3, 0, MASK, MASK], [3, 1, 4, 4]]
     assert seen.attention_mask.tolist() == [[True] * 4, [True, True, False, False]]
@@ -45,13 +45,13 @@ def test_a_position_that_is_masked_again_has_no_record():
     canvas.events = []
     where = torch.tensor([0]), torch.tensor([1])
     canvas.write(*where, *torch.tensor([[3], [0]]), torch.tensor([-0.5]))
-    canvas.note("log_mass", *where, torch.tensor([-0.1]))
-    canvas.note("ids", *where, torch.tensor([[0, 1]]), -1)
-    assert canvas.noted["ids"].tolist() == [[[-1, -1], [0, 1]]]
+    canvas.store("log_mass", *where, torch.tensor([-0.1]))
+    canvas.store("ids", *where, torch.tensor([[0, 1]]), -1)
+    assert canvas.records["ids"].tolist() == [[[-1, -1], [0, 1]]]
     assert canvas.rollout(SamplingParams(), 0).logprobs.tolist() == [[0.0, 0.0, -0.5]]
-    canvas.reopen(torch.tensor([0]), torch.tensor([1]), torch.tensor([4]))
+    canvas.remask(torch.tensor([0]), torch.tensor([1]), torch.tensor([4]))
     seen = canvas.rollout(SamplingParams(), 0)
-    assert not seen.logprobs.any() and not canvas.noted["log_mass"].any() and (canvas.noted["ids"] == -1).all()
+    assert not seen.logprobs.any() and not canvas.records["log_mass"].any() and (canvas.records["ids"] == -1).all()
     assert (seen.unmask_step == -1).all() and not seen.completion_mask.any() and seen.tokens[0, 2] == MASK
 
 
@@ -79,69 +79,69 @@ def test_the_opening_step_is_known_of_what_is_written_alone():
 SEEDS = torch.tensor([7, 8])
 
 
-def half_written(*, in_step: bool, revised: bool = False):
+def half_written(*, wait_for_all_rows: bool, revised: bool = False):
     """Row 0 has written its first block, row 1 one position of it; both have taken part in one step."""
     policy = TablePolicy(length=5, words=2, seed=0)
     canvas = make_canvas(policy, Prompts.from_ids([[3], [3]], pad_id=4), 5, 2, block_aligned=False)
     canvas.events = [] if revised else None
-    queue = BlockQueue(canvas.block, 5, in_step=in_step)
+    tracker = BlockTracker(canvas.block, 5, wait_for_all_rows=wait_for_all_rows)
     rows, places = torch.tensor([[0, 0, 1], [0, 1, 1]])
-    first = next_turn(canvas, queue, SEEDS)
+    first = plan_step(canvas, tracker, SEEDS)
     canvas.write(rows, places, torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), torch.zeros(3))
-    complete = queue.record((first.rows, first.blocks), torch.tensor([2, 1]))
+    complete = tracker.record((first.rows, first.blocks), torch.tensor([2, 1]))
     assert complete.tolist() == [0]
-    return canvas, queue
+    return canvas, tracker
 
 
 def test_rows_move_on_alone():
-    turn = next_turn(*half_written(in_step=False), SEEDS)
-    assert turn.rows.tolist() == [0, 1] and turn.blocks.tolist() == [1, 0]
-    assert turn.num_masked.tolist() == [2, 1]
-    assert turn.steps_left.tolist() == [2, 1]  # two steps a block; row 1 has used one of its first block's
-    assert list(zip(turn.row.tolist(), turn.place.tolist(), strict=True)) == [(0, 2), (0, 3), (1, 0)]
-    assert turn.column.tolist() == [3, 4, 1]  # behind one prompt token
-    assert turn.seed.tolist() == [7, 7, 8] and turn.clock.tolist() == [1, 1, 1]
+    plan = plan_step(*half_written(wait_for_all_rows=False), SEEDS)
+    assert plan.rows.tolist() == [0, 1] and plan.blocks.tolist() == [1, 0]
+    assert plan.num_masked.tolist() == [2, 1]
+    assert plan.steps_left.tolist() == [2, 1]  # two steps a block; row 1 has used one of its first block's
+    assert list(zip(plan.row.tolist(), plan.offset.tolist(), strict=True)) == [(0, 2), (0, 3), (1, 0)]
+    assert plan.column.tolist() == [3, 4, 1]  # behind one prompt token
+    assert plan.seed.tolist() == [7, 7, 8] and plan.row_steps.tolist() == [1, 1, 1]
 
 
 def test_rows_in_step_wait_for_the_slowest():
-    turn = next_turn(*half_written(in_step=True), SEEDS)
-    assert turn.rows.tolist() == [1] and turn.blocks.tolist() == [0]
-    assert turn.canvas_row.tolist() == [1] and turn.row.tolist() == [0] and turn.place.tolist() == [0]
+    plan = plan_step(*half_written(wait_for_all_rows=True), SEEDS)
+    assert plan.rows.tolist() == [1] and plan.blocks.tolist() == [0]
+    assert plan.canvas_row.tolist() == [1] and plan.row.tolist() == [0] and plan.offset.tolist() == [0]
 
 
 def test_a_rule_that_rewrites_is_offered_what_the_block_holds():
-    turn = next_turn(*half_written(in_step=True, revised=True), SEEDS)
-    assert turn.place.tolist() == [0, 1] and turn.num_positions.tolist() == [2]
-    assert turn.written.nonzero().tolist() == [[0, 1]] and turn.masked.nonzero().tolist() == [[0, 0]]
+    plan = plan_step(*half_written(wait_for_all_rows=True, revised=True), SEEDS)
+    assert plan.offset.tolist() == [0, 1] and plan.num_positions.tolist() == [2]
+    assert plan.written.nonzero().tolist() == [[0, 1]] and plan.masked.nonzero().tolist() == [[0, 0]]
 
 
 def test_a_held_row_stays_in_its_block_while_steps_last():
-    canvas, queue = half_written(in_step=True)
-    turn = next_turn(canvas, queue, SEEDS)
+    canvas, tracker = half_written(wait_for_all_rows=True)
+    plan = plan_step(canvas, tracker, SEEDS)
     zero = torch.tensor([0])
-    where = (turn.rows, turn.blocks)
-    queue.steps[1, 0] = 2
+    where = (plan.rows, plan.blocks)
+    tracker.steps[1, 0] = 2
     held = torch.tensor([True])
-    assert queue.record(where, torch.tensor([1]), held).tolist() == []
-    assert next_turn(canvas, queue, SEEDS).blocks.tolist() == [0]
-    assert queue.record(where, zero, held).tolist() == [1]
+    assert tracker.record(where, torch.tensor([1]), held).tolist() == []
+    assert plan_step(canvas, tracker, SEEDS).blocks.tolist() == [0]
+    assert tracker.record(where, zero, held).tolist() == [1]
 
 
 def test_a_row_that_has_used_its_steps_is_in_its_last_one_until_all_is_written():
     """An adaptive rule may take more than diffusion_steps. Then a step that writes nothing would repeat for ever."""
-    canvas, queue = half_written(in_step=True)
+    canvas, tracker = half_written(wait_for_all_rows=True)
     nothing = torch.tensor([0])
     for _ in range(3):
-        turn = next_turn(canvas, queue, SEEDS)
-        assert turn.rows.tolist() == [1] and turn.steps_left.tolist() == turn.left.tolist() == [1]
+        plan = plan_step(canvas, tracker, SEEDS)
+        assert plan.rows.tolist() == [1] and plan.steps_left.tolist() == plan.steps_left_on_device.tolist() == [1]
         with pytest.raises(ValueError, match="chose nothing in the last step of a block"):
-            check_last_step(threshold, turn.steps_left, turn.num_masked, nothing)
-        queue.record((turn.rows, turn.blocks), nothing)
+            check_last_step(threshold, plan.steps_left, plan.num_masked, nothing)
+        tracker.record((plan.rows, plan.blocks), nothing)
 
 
 def test_rows_that_end_early_take_part_no_more():
-    canvas, queue = half_written(in_step=False)
-    queue.drop(torch.tensor([0]))
-    assert next_turn(canvas, queue, SEEDS).rows.tolist() == [1]
-    queue.drop(torch.tensor([1]))
-    assert next_turn(canvas, queue, SEEDS) is None
+    canvas, tracker = half_written(wait_for_all_rows=False)
+    tracker.finish_rows(torch.tensor([0]))
+    assert plan_step(canvas, tracker, SEEDS).rows.tolist() == [1]
+    tracker.finish_rows(torch.tensor([1]))
+    assert plan_step(canvas, tracker, SEEDS) is None

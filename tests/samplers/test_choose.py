@@ -18,8 +18,8 @@ from dllm_rl.models.logprobs import process, token_logprobs
 from dllm_rl.models.support import KEPT_IDS, with_support
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import rules, sampler_for
-from dllm_rl.samplers.canvas import BlockQueue, make_canvas, next_turn
-from dllm_rl.samplers.choose import Choose, propose
+from dllm_rl.samplers.canvas import BlockTracker, make_canvas, plan_step
+from dllm_rl.samplers.choose import StepSampler, draw_tokens
 from dllm_rl.samplers.records import as_commit, as_rank
 from dllm_rl.samplers.rules import confidence, max_prob
 from dllm_rl.types import FilterSupport, Prompts, Rollout, SamplingParams
@@ -29,10 +29,12 @@ def choice_of(rank, commit=rules.schedule, *, temperature=1.0):
     """The first step of three rows, six positions in one block of three steps: two positions a row are written."""
     policy = TablePolicy(length=6, words=2, seed=0)
     canvas = make_canvas(policy, Prompts.from_ids([[3]] * 3, pad_id=4), 6, 6, block_aligned=False)
-    turn = next_turn(canvas, BlockQueue(canvas.block, 3, in_step=False), torch.tensor([5, 6, 7]))
-    states = policy.hidden(canvas.tokens, canvas.attention_mask)[turn.canvas_row, turn.column]
-    choose = Choose(policy, canvas, SamplingParams(temperature, suppress=(2, 3, 4)), as_rank(rank), as_commit(commit))
-    return choose, turn, choose(turn, states)
+    plan = plan_step(canvas, BlockTracker(canvas.block, 3, wait_for_all_rows=False), torch.tensor([5, 6, 7]))
+    states = policy.hidden(canvas.tokens, canvas.attention_mask)[plan.canvas_row, plan.column]
+    choose = StepSampler(
+        policy, canvas, SamplingParams(temperature, suppress=(2, 3, 4)), as_rank(rank), as_commit(commit)
+    )
+    return choose, plan, choose(plan, states)
 
 
 def draws_first(logits, normalizer, tokens):
@@ -41,34 +43,34 @@ def draws_first(logits, normalizer, tokens):
 
 
 def test_drawing_before_ranking_changes_nothing():
-    late, turn, choice = choice_of(rules.max_prob)
+    late, plan, choice = choice_of(rules.max_prob)
     early, _, same = choice_of(draws_first)
     assert early.draws_first and not late.draws_first
-    assert choice.picked.tolist() == same.picked.tolist()
-    assert turn.row[choice.picked].tolist() == [0, 0, 1, 1, 2, 2]
+    assert choice.chosen.tolist() == same.chosen.tolist()
+    assert plan.row[choice.chosen].tolist() == [0, 0, 1, 1, 2, 2]
     for name in ("tokens", "logprobs"):
         assert torch.equal(getattr(choice.drawn, name), getattr(same.drawn, name))
 
 
 def test_the_order_has_a_law_only_where_chance_ranks():
-    _, turn, choice = choice_of(rules.confidence)
-    stayed, order, _ = turn.notes["order"]
-    assert sorted(choice.picked.tolist() + stayed.tolist()) == list(range(len(turn.row)))
+    _, plan, choice = choice_of(rules.confidence)
+    stayed, order, _ = plan.records["order"]
+    assert sorted(choice.chosen.tolist() + stayed.tolist()) == list(range(len(plan.row)))
     assert (order <= 0).all() and (order < 0).any()
     for rank, temperature in ((rules.max_prob, 1.0), (rules.confidence, 0.0)):
-        assert "order" not in choice_of(rank, temperature=temperature)[1].notes
+        assert "order" not in choice_of(rank, temperature=temperature)[1].records
 
 
 def test_the_most_confident_draws_are_written():
     """The same draws, once all written and once ranked by hand: log-prob of the drawn token, mask token included."""
-    _, turn, whole = choice_of(rules.confidence, lambda scores, masked, steps_left: masked)
+    _, plan, whole = choice_of(rules.confidence, lambda scores, masked, steps_left: masked)
     logp = TablePolicy(length=6, words=2, seed=0).table[-1][:, :3].log_softmax(-1)
     expected = []
     for row in range(3):
-        mine = (turn.row == row).nonzero()[:, 0].tolist()
-        confidences = {position: logp[turn.place[position], whole.drawn.tokens[position]].item() for position in mine}
+        mine = (plan.row == row).nonzero()[:, 0].tolist()
+        confidences = {position: logp[plan.offset[position], whole.drawn.tokens[position]].item() for position in mine}
         expected += sorted(sorted(confidences, key=confidences.get)[-2:])
-    assert choice_of(rules.confidence)[2].picked.tolist() == expected
+    assert choice_of(rules.confidence)[2].chosen.tolist() == expected
 
 
 FILTERS = {"top_k": {"top_k": 2}, "top_p": {"top_p": 0.7}, "both": {"top_k": 4, "top_p": 0.9}}
@@ -117,7 +119,7 @@ def test_the_worked_example():
     p, q = (torch.tensor([[*x, 1e-30]]).log() for x in ((0.5, 0.3, 0.15, 0.05), (0.4, 0.2, 0.3, 0.1)))
     ratios = {}
     for u, token in ((0.1, 0), (0.9, 1)):
-        tokens, logp, _, log_mass, kept = propose(policy, p.clone(), torch.tensor([u], dtype=torch.float64), params)
+        tokens, logp, _, log_mass, kept = draw_tokens(policy, p.clone(), torch.tensor([u], dtype=torch.float64), params)
         assert tokens.tolist() == [token] and kept[:, :3].tolist() == [[0, 1, -1]]
         assert log_mass.exp().item() == pytest.approx(0.8)
         one = torch.ones(1, 1, dtype=torch.bool)
@@ -152,7 +154,7 @@ def test_mean_ratios_by_enumeration(name, temperature):
     params = SamplingParams(temperature=temperature, suppress=(size - 1,), **FILTERS[name])
     p, q = 2 * torch.randn(2, 50, size, generator=generator)
     uniforms = torch.rand(50, generator=generator, dtype=torch.float64)
-    _, _, _, log_mass, kept = propose(policy, p.clone(), uniforms, params)
+    _, _, _, log_mass, kept = draw_tokens(policy, p.clone(), uniforms, params)
     unfiltered = replace(params, support="unfiltered")
     for row in range(50):
         # The set and its mass, from the definition: the likeliest, until k of them, or until their mass is top_p.
@@ -268,7 +270,7 @@ def test_conventions_that_cannot_be():
         ValueError, match="support='per_policy': the rollout has 'unfiltered' already; take the sampler's own"
     ):
         with_support(with_support(rollout, "unfiltered"), "per_policy")
-    with pytest.raises(ValueError, match="needs what the sampler kept, which is not recorded: sample with this"):
+    with pytest.raises(ValueError, match="needs the filter's support, which is not recorded: sample with this"):
         with_support(replace(rollout, filter_support=None), "unfiltered")
     with pytest.raises((ValueError, TypeError), match="'half'"):  # the tests' type checker is asked first
         tiny_recipe("unused", sampling_support="half")
@@ -308,9 +310,9 @@ def test_records_stay_together():
 def test_ties_with_the_kth_are_kept_and_recorded():
     logits = torch.tensor([[3.0, 1.0, 3.0, 0.0, 2.0]])
     kept = torch.tensor([[0, 2, -1]], dtype=torch.int32)
-    left = torch.isfinite(process(logits, SamplingParams(top_k=1), kept=kept))
+    left = torch.isfinite(process(logits, SamplingParams(top_k=1), support_ids=kept))
     assert left.tolist() == [[True, False, True, False, False]]
-    _, logp, _, log_mass, ids = propose(
+    _, logp, _, log_mass, ids = draw_tokens(
         HeadAlone(5), logits.clone(), torch.tensor([0.9], dtype=torch.float64), SamplingParams(top_k=1, suppress=(4,))
     )
     assert sorted(ids[0, :2].tolist()) == [0, 2] and ids[0, 2] == -1

@@ -40,7 +40,7 @@ from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers import revise, rules
-from dllm_rl.samplers.canvas import TOKENS
+from dllm_rl.samplers.canvas import TOKEN_STREAM
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts
 
@@ -105,7 +105,7 @@ class Model:
         """In place of torch.multinomial: the inverse of the cumulative sum at our uniforms."""
         places = torch.arange(self.end - BLOCK, self.end).clamp(min=0)  # what the prompt would get is not used
         seeds = torch.full_like(places, self.seed)
-        drawn = uniforms(seeds, self.step.expand(len(places)), places, stream=TOKENS)
+        drawn = uniforms(seeds, self.step.expand(len(places)), places, stream=TOKEN_STREAM)
         mass = probs.double().cumsum(-1)
         return torch.searchsorted(mass, drawn[:, None] * mass[:, -1:], right=True)
 

@@ -33,7 +33,7 @@ OPTIONS = {
 @pytest.fixture
 def split(monkeypatch):
     """How many positions a forward costs: 0 gives every length a bucket, NEVER keeps the batch whole."""
-    return lambda cost: monkeypatch.setitem(buckets.FORWARD, "cpu", cost)
+    return lambda cost: monkeypatch.setitem(buckets.FORWARD_COST, "cpu", cost)
 
 
 def policy_for(name, tmp_path):
@@ -112,7 +112,7 @@ def test_rows_of_one_length_are_one_batch_whatever_a_forward_costs(split, monkey
 
 
 def test_a_step_waits_for_the_device_once_a_bucket_at_most(monkeypatch):
-    monkeypatch.setitem(buckets.FORWARD, "cuda", 0)
+    monkeypatch.setitem(buckets.FORWARD_COST, "cuda", 0)
     waits = []
     with SimulatedCuda() as cuda:
         policy = tiny_llama(characters=CHARACTERS, causal=False, num_layers=1).to("cuda")

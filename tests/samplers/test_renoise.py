@@ -14,8 +14,8 @@ from dllm_rl.models.logprobs import invert
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers import renoise, sampler_for
-from dllm_rl.samplers.canvas import TOKENS
-from dllm_rl.samplers.renoise import NOISE, accept
+from dllm_rl.samplers.canvas import TOKEN_STREAM
+from dllm_rl.samplers.renoise import NOISE_STREAM, accept
 
 needs_gemma = pytest.mark.skipif(
     not hasattr(transformers, "DiffusionGemmaConfig"), reason="this transformers has no DiffusionGemma"
@@ -35,7 +35,7 @@ def numbers_of(seeds, canvas, steps_of):
         return uniforms(each, torch.full_like(each, at["step"]), places.repeat(rows), stream=stream)
 
     def drawn(probs, num_samples):
-        found = invert(probs, numbers(len(seeds), TOKENS))[:, None]
+        found = invert(probs, numbers(len(seeds), TOKEN_STREAM))[:, None]
         at["step"] += 1  # the random tokens that follow have the next step's number
         steps_of.append((at["block"], at["step"]))
         return found
@@ -43,7 +43,7 @@ def numbers_of(seeds, canvas, steps_of):
     def random_canvas(low, high, size, device):
         if at["fresh"]:  # a canvas begins; else a step ends
             at["block"], at["step"], at["fresh"] = at["block"] + 1, 0, False
-        return (numbers(size[0], NOISE) * high).long().view(size)
+        return (numbers(size[0], NOISE_STREAM) * high).long().view(size)
 
     torch.multinomial, torch.randint = drawn, random_canvas
     try:

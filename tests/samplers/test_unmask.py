@@ -19,7 +19,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.canvas import make_canvas
-from dllm_rl.samplers.states import States
+from dllm_rl.samplers.states import SamplerForward
 from dllm_rl.samplers.unmask import check_fits, unmask
 from dllm_rl.types import Prompts
 
@@ -282,7 +282,7 @@ def test_rank_without_logits_runs_no_head(policy, monkeypatch):
         diffusion_steps=2,
         rank=rules.random,
     )
-    assert rows == [head.ROWS, head.ROWS]
+    assert rows == [head.MIN_HEAD_ROWS, head.MIN_HEAD_ROWS]
 
 
 def test_suppressed_and_mask_tokens_are_never_drawn(policy):
@@ -389,5 +389,5 @@ def test_a_cached_bucket_pays_for_every_step_of_a_block(monkeypatch):
     policy = TablePolicy(length=2, words=2, seed=0)
     canvas = make_canvas(policy, Prompts.from_ids([[3] * 3, [3] * 40], pad_id=4), 2, 2, block_aligned=False)
     steps = torch.tensor([[2], [2]])
-    assert len(States(policy, canvas, None, steps).buckets) == 2
-    assert len(States(policy, canvas, dual_cache(), steps).buckets) == 1
+    assert len(SamplerForward(policy, canvas, None, steps).buckets) == 2
+    assert len(SamplerForward(policy, canvas, dual_cache(), steps).buckets) == 1

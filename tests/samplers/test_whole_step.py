@@ -113,7 +113,7 @@ def test_what_has_no_fixed_shapes_is_refused(tmp_path):
     policy = tiny_llama(characters="1234.=", causal=False)
     prompts = Prompts.from_ids([[3, 4], [5]], pad_id=policy.pad_id)
     run = partial(unmask, policy, prompts, torch.Generator(), max_new_tokens=4, compile_step=True)
-    with pytest.raises(ValueError, match=r"^compile_step=True .*take dual_cache\(\), or set compile_step=False$"):
+    with pytest.raises(ValueError, match=r"^compile_step=True .*use dual_cache\(\), or set compile_step=False$"):
         run(cache=prefix_cache())
     with pytest.raises(ValueError, match="commit=remask, which rewrites"):
         run(commit=partial(remask, eta=0.1))
@@ -130,7 +130,7 @@ def test_what_has_no_fixed_shapes_is_refused(tmp_path):
 
 def test_quantised_experts_are_refused(tmp_path):
     policy = quantized_copy(load_policy(checkpoint(tmp_path, "llada_moe")), schemes.float8_weight_only())
-    with pytest.raises(ValueError, match="quantised experts"):
+    with pytest.raises(ValueError, match="quantized experts"):
         whole_steps.sampled(policy, None, compile_step=True)
 
 

@@ -8,7 +8,7 @@ import torch
 from likelihood_toys import TablePolicy
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.order import Stayed
+from dllm_rl.likelihoods.order import StayMasked
 from dllm_rl.types import Order, Rollout, SamplingParams, Views
 
 
@@ -74,7 +74,7 @@ def as_rollout(policy: TablePolicy, keys, **options) -> Rollout:
 
 def stayed_of(noise: Views) -> torch.Tensor | None:
     """The positions that the views score by the probability of having been left; None without an order's law."""
-    return next((part.stayed for part in noise.features if isinstance(part, Stayed)), None)
+    return next((part.stay_masked for part in noise.features if isinstance(part, StayMasked)), None)
 
 
 def total(policy, rollout, **options):

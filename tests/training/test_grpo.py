@@ -296,7 +296,7 @@ def test_a_loaded_model_is_trained_with_its_tokenizer(tmp_path, name):
 def test_adapters_of_peft_are_refused():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"PeftModel has peft's adapters; give its merge_and_unload\(\), and lora"):
+    with pytest.raises(ValueError, match=r"PeftModel has peft's adapters; pass its merge_and_unload\(\), and lora"):
         grpo_recipe(model, ROWS, right, processing_class=char_tokenizer("1234="))
 
 
@@ -338,11 +338,11 @@ def test_a_loaded_model_and_its_tokenizer_go_together():
         grpo_recipe(llama(), ROWS, right)
     with pytest.raises(ValueError, match="processing_class is for a loaded model; leave it out"):
         recipe_of(processing_class=char_tokenizer("1234="))
-    with pytest.raises(ValueError, match="Own has no config that names its family: give a FamilySpec"):
+    with pytest.raises(ValueError, match="Own has no config that names its family: pass a FamilySpec"):
         grpo_recipe(own_policy().module, ROWS, right, tokenizer=char_tokenizer("1234="))
     loaded = llama()
     loaded.config.architectures = ["LLaDAModelLM"]
-    with pytest.raises(ValueError, match="runs code of its checkpoint; give the checkpoint's folder or id"):
+    with pytest.raises(ValueError, match="runs code of its checkpoint; pass the checkpoint's folder or id"):
         grpo_recipe(loaded, ROWS, right, tokenizer=char_tokenizer("1234="))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint folder -> stock module, tokenizer and spec; and back, bit for bit, in the checkpoint's layout."""
+"""Load a checkpoint's folder as a stock module, a tokenizer and a spec, and write it back in the same layout."""
 
 import json
 import re
@@ -62,9 +62,9 @@ _DAMAGED = (
     *(SafetensorError, StrictDataclassError, UnpicklingError, json.JSONDecodeError, UnicodeDecodeError),
     *(RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError, AssertionError),
 )
-WEIGHTS = ("F64", "F32", "F16", "BF16")  # of FLOATS, in a safetensors header
+WEIGHTS = ("F64", "F32", "F16", "BF16")  # the names of FLOATS in a safetensors header
 show_messages()
-MOST_LAYERS = 10_000  # without tensors to count
+MAX_LAYERS = 10_000  # largest number of layers for a folder without tensors
 CONFIGS = Path(__file__).parents[1] / "configs"  # config.json of published models
 
 
@@ -87,23 +87,25 @@ def load_module(
         family = find_family(raw)
         files = weight_files(folder)
         shapes, dtypes = shapes_and_dtypes(folder, files)
-        check_depth(raw, len(shapes) if files else MOST_LAYERS, folder)
+        check_depth(raw, len(shapes) if files else MAX_LAYERS, folder)
         check_numbers(raw, folder)
         check_plain(raw, folder)
         tokenizer = load_tokenizer(folder, stock=family.stock_model is None)
         check_templates(folder, tokenizer.chat_template, tokenizer.special_tokens_map)
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-        there = sum(map(prod, shapes.values()))
+        num_stored = sum(map(prod, shapes.values()))
         if files:
-            own = {name: p.numel() for name, p in build_empty(raw, folder).named_parameters()}
-            if (needed := sum(own.values())) > 2 * there:
-                # Checked before it takes memory; twice, because a checkpoint may omit tied tensors.
-                raise RuntimeError(f"it describes {needed:,} parameters, and there are {there:,} numbers")
-            check_dtypes(dtypes, own if family.stock_model is None else None, folder)
+            sizes = {name: p.numel() for name, p in build_empty(raw, folder).named_parameters()}
+            # Checked before the module takes memory. The factor is 2 because a checkpoint may omit tied tensors.
+            if (num_parameters := sum(sizes.values())) > 2 * num_stored:
+                raise RuntimeError(f"it describes {num_parameters:,} parameters, and there are {num_stored:,} numbers")
+            check_dtypes(dtypes, sizes if family.stock_model is None else None, folder)
         if quantization is not None:
             if family.attention == "encoder_decoder":
-                wrong = f"quantization={quantization!r} would part the weights that encoder and decoder share"
-                raise ValueError(f"{wrong}; leave it at None")
+                raise ValueError(
+                    f"quantization={quantization!r} would separate the weights that encoder and decoder share; leave "
+                    "it at None"
+                )
             options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
             options["device_map"] = {"": device}  # otherwise bitsandbytes takes the first GPU
         with quiet_progress():
@@ -112,13 +114,13 @@ def load_module(
                 module, report = cls.from_pretrained(folder, config=config, **options)
             else:
                 state = to_stock(read_tensors(folder), family, config)
-                if dtype == "auto":  # one tensor's dtype may differ: an expert bias is fp32 in a bf16 checkpoint
+                if dtype == "auto":  # single tensors may differ: an expert bias is fp32 in a bf16 checkpoint
                     options["dtype"] = main_dtype(state)
                 module, report = cls.from_pretrained(None, config=config, state_dict=state, **options)
                 # transformers 5.24 keeps GLM-4's routers in fp32: the same numbers, whose products are in fp32
                 # anyway. The published files, and FSDP, have all of a layer's weights in one dtype.
                 for parameter in module.parameters():
-                    if parameter.is_floating_point():  # otherwise bitsandbytes' codes
+                    if parameter.is_floating_point():  # not the integer codes of bitsandbytes
                         parameter.data = parameter.data.to(options["dtype"])
         check_report(report, family, folder)
         check_padding(module.config.get_text_config().vocab_size, tokenizer, folder)
@@ -127,9 +129,12 @@ def load_module(
 
 
 def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
-    """Return the stock module of config fields, on the meta device: shapes without storage. Errors name `source`."""
+    """Return the stock module of config fields, on the meta device, where tensors have no storage.
+
+    Error messages name `source`.
+    """
     family = find_family(raw)
-    check_depth(raw, MOST_LAYERS)
+    check_depth(raw, MAX_LAYERS)
     with named(source), torch.device("meta"):
         cls, config = class_and_config(raw, family)
         return prepared(cls(config), family)
@@ -169,10 +174,16 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
 
 
 def adapter_folder(folder: Path) -> Path | None:
-    """Return the folder of the adapters of a folder with only adapters (a run's checkpoint, or peft's), or None."""
+    """Return where the adapters are in a folder with only adapters (a run's checkpoint, or peft's).
+
+    Return None for a folder with weights, or without adapters.
+    """
     if (folder / "config.json").exists() or weight_files(folder):
         return None
-    return next((each for each in (folder, folder / "adapter") if (each / "adapter_config.json").is_file()), None)
+    for candidate in (folder, folder / "adapter"):
+        if (candidate / "adapter_config.json").is_file():
+            return candidate
+    return None
 
 
 def base_of_adapter(adapter: Path) -> Path:
@@ -182,7 +193,8 @@ def base_of_adapter(adapter: Path) -> Path:
         return checkpoint_folder(base)
     except ValueError:
         raise ValueError(
-            f"{adapter} holds adapters alone, and their base {base!r} is gone; put it back, or {_otherwise(adapter)}"
+            f"{adapter} holds adapters alone, and their base {base!r} is gone; put it back, or "
+            f"{_load_adapter_hint(adapter)}"
         ) from None
 
 
@@ -191,12 +203,12 @@ def named_base(adapter: Path) -> str:
     config = read_json(adapter / "adapter_config.json")
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:
-        raise ValueError(f"{adapter}: base_model_name_or_path={base!r} names no base; {_otherwise(adapter)}")
+        raise ValueError(f"{adapter}: base_model_name_or_path={base!r} names no base; {_load_adapter_hint(adapter)}")
     # For a run with a warm-up it is the run's folder, which may have moved.
     return str(adapter / base) if base.startswith("..") else base
 
 
-def _otherwise(adapter: Path) -> str:
+def _load_adapter_hint(adapter: Path) -> str:
     return f"open the base, and call load_adapter(policy, {str(adapter)!r})"
 
 
@@ -212,33 +224,37 @@ def weights_folder(folder: Path) -> Path:
 
 
 def main_dtype(state: Mapping[str, torch.Tensor | Later]) -> torch.dtype:
-    """Return the dtype of most of the numbers."""
+    """Return the dtype of most of the numbers, over all tensors."""
     counts = Counter[torch.dtype]()
     for tensor in state.values():
         counts[tensor.dtype] += tensor.numel()
     return counts.most_common(1)[0][0]
 
 
-def check_depth(raw: dict[str, Any], most: int, folder: Path | None = None) -> None:
-    """Raise ValueError for a config with more layers than `most`, the number of tensors: building would not end."""
-    parts = (raw, *(part for part in raw.values() if isinstance(part, dict)))  # for text, for images
-    for field, part in product(("num_hidden_layers", "n_layers", "n_layer"), parts):
-        number = part.get(field)
-        if number is not None and not (isinstance(number, int) and 0 <= number <= most):
+def check_depth(raw: dict[str, Any], num_tensors: int, folder: Path | None = None) -> None:
+    """Raise ValueError for a config with more layers than tensors: building the module might not end."""
+    configs = (raw, *(value for value in raw.values() if isinstance(value, dict)))  # also those for text and images
+    for field, config in product(("num_hidden_layers", "n_layers", "n_layer"), configs):
+        num_layers = config.get(field)
+        if num_layers is not None and not (isinstance(num_layers, int) and 0 <= num_layers <= num_tensors):
             raise ValueError(
-                f"{folder or 'config.json'}: {field}={number!r} is not a number of layers that {most} tensors could "
-                "hold; correct config.json"
+                f"{folder or 'config.json'}: {field}={num_layers!r} is not a number of layers that {num_tensors} "
+                "tensors could hold; correct config.json"
             )
 
 
-def check_dtypes(dtypes: dict[str, str], own: Collection[str] | None, folder: Path) -> None:
+def check_dtypes(dtypes: dict[str, str], parameters: Collection[str] | None, folder: Path) -> None:
     """Raise ValueError for a weight of a dtype that transformers would cast silently: integers, flags, complex, 8 bits.
 
-    `own` has the parameters' names; other tensors, as the positions of BERT, may have any dtype. None: all names count.
+    `parameters` are the names of the module's parameters. Other tensors, such as BERT's position ids, may have any
+    dtype. None: all tensors are weights.
     """
     for name, dtype in dtypes.items():
-        mine = own is None or any(f".{each}".endswith(f".{name}") or name.endswith(f".{each}") for each in own)
-        if dtype not in WEIGHTS and mine:
+        # A checkpoint's name may have a prefix that the module's name lacks, or the other way round.
+        is_weight = parameters is None or any(
+            f".{parameter}".endswith(f".{name}") or name.endswith(f".{parameter}") for parameter in parameters
+        )
+        if dtype not in WEIGHTS and is_weight:
             raise ValueError(f"{folder}: {name} is of {dtype}, and weights are of {', '.join(WEIGHTS)}; convert it")
 
 
@@ -261,14 +277,14 @@ def check_finite(module: Module, folder: str | Path) -> None:
 
 
 def prepared(module: Module, spec: FamilySpec) -> Module:
-    """Apply the family's changes of the stock class to the module, and return it."""
+    """Apply the family's changes to a module of the stock class, and return it."""
     if spec.float32_rope:
         rotate_in_float32(module)
     if spec.attention == "encoder_decoder":
         share_layers(module)
     for layer in module.modules():
-        # At the first forward without gradients bitsandbytes would repack 4-bit weights with bf16 scales on a CPU:
-        # the scored and the trained model would differ.
+        # On a CPU bitsandbytes would repack 4-bit weights with bf16 scales at the first forward without gradients, so
+        # that the scored model would differ from the trained one.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return module
@@ -287,20 +303,32 @@ def family_spec(
     config: Any,
     tokenizer: Tokenizer,
     *,
-    raw: dict | None = None,  # the fields of config.json, if the module's config differs
+    raw: dict | None = None,
     folder: Path | None = None,
-    generation: Any = None,  # the generation config of a module that is not from a folder
+    generation: Any = None,
     block_size: int | None = None,
 ) -> FamilySpec:
     """Return the family's spec with this checkpoint's ids and limits.
 
-    Raise ValueError for a mask id that is missing or outside the vocabulary.
+    Args:
+        config: Config of the module.
+        tokenizer: Tokenizer of the checkpoint.
+        raw: Fields of config.json. None: those of the module's config.
+        folder: Folder of the checkpoint. None: the module is not from a folder.
+        generation: Generation config of a module that is not from a folder.
+        block_size: Block size in place of the checkpoint's. None: the checkpoint's.
+
+    Raises:
+        ValueError: The mask id is missing or outside the vocabulary, or the block size does not apply to the family.
     """
     raw = config.to_dict() if raw is None else raw
     family = find_family(raw)
     config = config.get_text_config()  # for a model with images, the text's config
-    also = generation_ends(folder) if folder else getattr(generation, "eos_token_id", None)
-    changes = {"eos_ids": end_ids(config, tokenizer, family, also), "max_length": config.max_position_embeddings}
+    generation_eos_ids = generation_ends(folder) if folder else getattr(generation, "eos_token_id", None)
+    changes = {
+        "eos_ids": end_ids(config, tokenizer, family, generation_eos_ids),
+        "max_length": config.max_position_embeddings,
+    }
     if family.attention == "encoder_decoder":
         changes |= {"vocab_size": config.vocab_size, "block_size": raw.get("canvas_length")}
     elif family.attention != "causal":
@@ -309,8 +337,10 @@ def family_spec(
         changes["block_size"] = block_size or raw.get("block_size") or family.block_size
         changes["encode"] = partial(encode_block_causal, spec=replace(family, **changes))
     elif block_size not in (None, changes.get("block_size")):
-        wrong = f"but {family.name} has {family.attention} attention; leave it out"
-        raise ValueError(f"block_size={block_size} is for block-causal models, {wrong}")
+        raise ValueError(
+            f"block_size={block_size} is for block-causal models, but {family.name} has {family.attention} attention; "
+            "leave it out"
+        )
     if family.encode is encode_roberta:  # RoBERTa counts positions from pad_token_id + 1
         if not 0 <= config.pad_token_id < config.vocab_size:
             raise ValueError(f"pad_token_id={config.pad_token_id} is outside the vocabulary; correct config.json")
@@ -326,27 +356,29 @@ def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:
     Raise ValueError for no id, two ids, or one outside the vocabulary.
     """
     # With two of the names, neither is chosen: nothing shows which of the tokens was trained as the mask.
-    named = set(map(tokenizer.get_vocab().get, family.mask_names)) - {None}
-    default = family.mask_id if config.vocab_size == family.mask_vocabulary else None  # otherwise the id is a word
-    known = named.pop() if len(named) == 1 else None
-    candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, known, default)
-    found = next((i for i in candidates if i is not None), None)
-    if found is None:
-        why = f" (the {family.name} default {family.mask_id} belongs to a vocabulary of {family.mask_vocabulary})"
+    named_ids = set(map(tokenizer.get_vocab().get, family.mask_names)) - {None}
+    named_id = named_ids.pop() if len(named_ids) == 1 else None
+    # In another vocabulary the family's id is an ordinary token.
+    family_id = family.mask_id if config.vocab_size == family.mask_vocabulary else None
+    candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, named_id, family_id)
+    mask_id = next((token for token in candidates if token is not None), None)
+    if mask_id is None:
+        default = f" (the {family.name} default {family.mask_id} belongs to a vocabulary of {family.mask_vocabulary})"
         raise ValueError(
             f"mask_token_id is neither in the config nor in the tokenizer, for a vocabulary of {config.vocab_size} "
-            f"tokens{'' if family.mask_id is None else why}; set mask_token_id in config.json, or tokenizer.mask_token"
+            f"tokens{'' if family.mask_id is None else default}; set mask_token_id in config.json, or "
+            "tokenizer.mask_token"
         )
-    if tokenizer.mask_token_id not in (None, found):
+    if tokenizer.mask_token_id not in (None, mask_id):
         raise ValueError(
-            f"mask_token_id={found} in the config, but the tokenizer's mask token {tokenizer.mask_token!r} is "
+            f"mask_token_id={mask_id} in the config, but the tokenizer's mask token {tokenizer.mask_token!r} is "
             f"{tokenizer.mask_token_id}; correct one of them"
         )
-    if not 0 <= found < config.vocab_size:
+    if not 0 <= mask_id < config.vocab_size:
         raise ValueError(
-            f"mask_token_id={found} is outside the vocabulary of {config.vocab_size} tokens; set it in config.json"
+            f"mask_token_id={mask_id} is outside the vocabulary of {config.vocab_size} tokens; set it in config.json"
         )
-    return found
+    return mask_id
 
 
 def generation_ends(folder: Path) -> Any:
@@ -355,23 +387,23 @@ def generation_ends(folder: Path) -> Any:
     return json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
 
 
-def end_ids(config: Any, tokenizer: Tokenizer, family: FamilySpec, also: Any = None) -> tuple[int, ...]:
-    """Return the ids that end a completion: the config's, generation config's (`also`), tokenizer's and family's."""
+def end_ids(config: Any, tokenizer: Tokenizer, family: FamilySpec, generation_eos_ids: Any = None) -> tuple[int, ...]:
+    """Return the ids that end a completion: the config's, the generation config's, the tokenizer's and the family's."""
     ids = [tokenizer.eos_token_id, *map(tokenizer.get_vocab().get, family.end_tokens)]
-    for some in (also, config.eos_token_id):  # each an id, a list of ids or None
-        ids = [*(some if isinstance(some, list | tuple) else [some]), *ids]
-    return tuple(dict.fromkeys(i for i in ids if i is not None and i < config.vocab_size))
+    for eos_ids in (generation_eos_ids, config.eos_token_id):  # each an id, a list of ids or None
+        ids = [*(eos_ids if isinstance(eos_ids, list | tuple) else [eos_ids]), *ids]
+    return tuple(dict.fromkeys(token for token in ids if token is not None and token < config.vocab_size))
 
 
 def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
     """Load a stock tokenizer from the checkpoint's files, without running its code.
 
-    With `stock`, the class is one that transformers has.
+    With `stock`, the tokenizer's class is one of transformers.
     """
     check_tokenizer(folder)
-    config = folder / "tokenizer_config.json"
-    asked = json.loads(config.read_text()) if config.exists() else {}
-    if stock and "auto_map" not in asked:  # auto_map names a class in the checkpoint's code
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text()) if config_file.exists() else {}
+    if stock and "auto_map" not in config:  # auto_map names a class in the checkpoint's code
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if (folder / "tokenizer.json").exists():
         cls = transformers.PreTrainedTokenizerFast
@@ -379,14 +411,16 @@ def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
         cls = transformers.Qwen2Tokenizer
     else:
         raise ValueError(
-            f"{folder}: tokenizer_class={asked.get('tokenizer_class')!r} asks for remote code, which is never run; "
+            f"{folder}: tokenizer_class={config.get('tokenizer_class')!r} asks for remote code, which is never run; "
             "add a tokenizer.json, or vocab.json and merges.txt"
         )
     tokenizer = cls.from_pretrained(folder)
-    for number, token in asked.get("added_tokens_decoder", {}).items():
-        found = tokenizer.convert_tokens_to_ids(token["content"])
-        if found != int(number):
-            raise ValueError(f"{folder}: token {token['content']!r} is {found}, not {number}; add a tokenizer.json")
+    for expected_id, token in config.get("added_tokens_decoder", {}).items():
+        token_id = tokenizer.convert_tokens_to_ids(token["content"])
+        if token_id != int(expected_id):
+            raise ValueError(
+                f"{folder}: token {token['content']!r} is {token_id}, not {expected_id}; add a tokenizer.json"
+            )
     return tokenizer
 
 
@@ -397,7 +431,7 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
         check_regular(path)
         return path
     check_hub_id(path_or_id)
-    # No pickled weights: they run code when they are opened.
+    # Pickled weights are not downloaded: they run code when they are opened.
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=[f"*{suffix}" for suffix in SUFFIXES]))
     except LocalEntryNotFoundError:
@@ -425,13 +459,13 @@ def load_config(path_or_id: str | Path, *, above: tuple[str, ...] = ()) -> dict[
         adapter = adapter_folder(folder)
         return read_config(folder) if adapter is None else load_config(named_base(adapter), above=(*above, text))
     check_hub_id(text)
-    carried = CONFIGS / f"{text.replace('/', '--')}.json"
-    if carried.is_file():
-        return json.loads(carried.read_text())
-    fetched = _fetch(text, "config.json") or _fetch(text, "adapter_config.json")
-    if fetched is None:
+    packaged = CONFIGS / f"{text.replace('/', '--')}.json"
+    if packaged.is_file():
+        return json.loads(packaged.read_text())
+    folder_in_cache = _fetch(text, "config.json") or _fetch(text, "adapter_config.json")
+    if folder_in_cache is None:
         raise ValueError(f"model={text!r}: its repository has no config.json; give a folder that holds it")
-    return load_config(fetched, above=(*above, text))
+    return load_config(folder_in_cache, above=(*above, text))
 
 
 def _fetch(hub_id: str, file: str) -> Path | None:
@@ -443,8 +477,8 @@ def _fetch(hub_id: str, file: str) -> Path | None:
     except EntryNotFoundError:
         return None
     except HfHubHTTPError as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model={hub_id!r}: the hub gives no {file} ({why}); give a folder that holds it") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"model={hub_id!r}: the hub gives no {file} ({reason}); give a folder that holds it") from None
 
 
 def check_hub_id(path_or_id: str | Path) -> None:
@@ -464,15 +498,15 @@ def _not_fetched(path_or_id: str) -> ValueError:
 def save_module(
     module: Module, tokenizer: Tokenizer, spec: FamilySpec, directory: str | Path, *, max_shard_size: int
 ) -> None:
-    """Write weights (adapters merged), config and tokenizer in the checkpoint's layout."""
+    """Write the weights, with adapters merged, the config and the tokenizer in the checkpoint's layout."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with quiet_progress():
         if not hasattr(module, "save_pretrained"):
             write_tensors(own_tensors(module, device="cpu"), directory, max_shard_size=max_shard_size)
         elif spec.stock_model is None:
-            stored = merged_copy(module, device="cpu") if has_extras(module) else module
-            stored.save_pretrained(directory, max_shard_size=max_shard_size)
+            merged = merged_copy(module, device="cpu") if has_extras(module) else module
+            merged.save_pretrained(directory, max_shard_size=max_shard_size)
         else:
             assert spec.original_config is not None, "a spec of this checkpoint, not of its family"
             state = merged_later(module)
@@ -483,7 +517,7 @@ def save_module(
             (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
             source = Path(spec.checkpoint_folder or directory)
             if source.is_dir() and source.resolve() != directory.resolve():
-                # The authors' code is copied for the authors' tools; this library never runs it.
+                # The checkpoint's code is copied for its authors' tools. This library never runs it.
                 for file in [*source.glob("*.py"), *source.glob("generation_config.json")]:
                     shutil.copyfile(file, directory / file.name)
         tokenizer.save_pretrained(directory)
@@ -493,12 +527,12 @@ def bitsandbytes_config(
     quantization: str, dtype: torch.dtype | str, *, masked: bool
 ) -> transformers.BitsAndBytesConfig:
     """Return bitsandbytes' config of a frozen base in 4 ("nf4") or 8 ("int8") bits, without the heads."""
-    # transformers skips the output embedding, but not the layers that masked models have before it.
+    # transformers skips the output embedding, but not the layers of a masked model's head before it.
     skip = {"llm_int8_skip_modules": ["cls", "lm_head", "predictions", "head", "decoder"]} if masked else {}
-    compute = torch.bfloat16 if dtype == "auto" else dtype
+    compute_dtype = torch.bfloat16 if dtype == "auto" else dtype
     if quantization == "nf4":
         return transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute, **skip
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype, **skip
         )
     if quantization == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True, **skip)
@@ -513,10 +547,10 @@ def named(source: str | Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, _DAMAGED) and type(error) is not Exception:  # tokenizers raises a bare Exception
             raise
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if "ignore_mismatched_sizes" in why:
-            why = "tensors have other shapes than config.json gives them"
-        raise ValueError(f"{source}: damaged, or not the model that its config.json describes: {why}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if "ignore_mismatched_sizes" in reason:
+            reason = "tensors have other shapes than config.json gives them"
+        raise ValueError(f"{source}: damaged, or not the model that its config.json describes: {reason}") from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Rotary positions: a config's scaling in transformers' form, and rotation in fp32."""
+"""Rotary positions: convert a config's scaling to transformers' form, and rotate in fp32."""
 
 from typing import Any
 
@@ -29,47 +29,50 @@ def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
     Raise ValueError for an unsupported kind, field or factor.
     """
     name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"  # of older files
-    given = raw.get(name) or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"{name}={given!r} is not understood; give its fields by name, or null for no scaling")
-    found = {key: value for key, value in given.items() if key != "type" and value is not None}
-    kind = found.setdefault("rope_type", given.get("type", "default"))  # older files say `type`
-    if given.get("type", kind) != kind:
-        raise ValueError(f"{name} says rope_type={kind!r} and type={given['type']!r}; keep the one that is meant")
-    _check_scaling(name, kind, found)
+    scaling = raw.get(name) or {}
+    if not isinstance(scaling, dict):
+        raise ValueError(f"{name}={scaling!r} is not understood; give its fields by name, or null for no scaling")
+    parameters = {key: value for key, value in scaling.items() if key != "type" and value is not None}
+    kind = parameters.setdefault("rope_type", scaling.get("type", "default"))  # the key of older files is `type`
+    if scaling.get("type", kind) != kind:
+        raise ValueError(f"{name} says rope_type={kind!r} and type={scaling['type']!r}; keep the one that is meant")
+    _check_scaling(name, kind, parameters)
     for key in ("rope_theta", "partial_rotary_factor"):
         if raw.get(key) is not None:
-            found.setdefault(key, raw[key])  # the scaling's value comes first
-    if "rope_theta" not in found:  # transformers would take a default, which may not be the checkpoint's
+            parameters.setdefault(key, raw[key])  # a value in the scaling takes precedence
+    if "rope_theta" not in parameters:  # the default of transformers may not be the checkpoint's
         raise ValueError("rope_theta is not in the config; set the base of the rotary frequencies in config.json")
-    return found
+    return parameters
 
 
-def _check_scaling(name: str, kind: Any, found: dict[str, Any]) -> None:
+def _check_scaling(name: str, kind: Any, parameters: dict[str, Any]) -> None:
     """Raise ValueError for a kind of scaling, or a field of one, that transformers does not compute."""
     if kind not in SCALINGS:
         raise ValueError(f"{name} has the kind {kind!r}, which is not known; known are {', '.join(SCALINGS)}")
-    needed, optional = SCALINGS[kind]
-    for key in sorted(needed - found.keys()):
+    required, optional = SCALINGS[kind]
+    for key in sorted(required - parameters.keys()):
         raise ValueError(f"{name} of the kind {kind!r} has no {key!r}; add it to config.json")
-    # transformers ignores an unknown field, and would compute other positions than the authors.
-    for key in sorted(found.keys() - needed - optional - _COMMON):
+    # transformers ignores an unknown field, and would compute other positions than the authors' code.
+    for key in sorted(parameters.keys() - required - optional - _COMMON):
         raise ValueError(f"{name} of the kind {kind!r} has a {key!r} that is not understood; remove it")
-    factor = found.get("factor", 1.0)
+    factor = parameters.get("factor", 1.0)
     # `not >=` also refuses NaN; True is an int.
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
         raise ValueError(f"{name} has factor={factor!r}; it must be a number of at least 1")
 
 
 def rotate_in_float32(module: Module) -> None:
-    """Make a Llama-like module compute cos and sin and rotate queries and keys in fp32, then round them back."""
-    # A stock module rounds cos and sin to the weights' dtype: that moves the argmax at 2 % of a bf16 LLaDA's positions.
+    """Make a Llama-like module compute cos and sin, and rotate queries and keys, in fp32, and then round them.
+
+    A stock module rounds cos and sin to the weights' dtype, which changes the likeliest token at 2 % of the positions
+    of a bf16 LLaDA.
+    """
     module.base_model.rotary_emb.register_forward_pre_hook(_as_float32, with_kwargs=True)
     module.set_attn_implementation(ATTENTION)
 
 
 def _as_float32(rotary: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    states, *rest = args  # the rotary module takes the dtype of cos and sin from the states, and nothing else
+    states, *rest = args  # the rotary module reads only the states' dtype, which becomes that of cos and sin
     return (states.new_empty(0).float(), *rest), kwargs
 
 

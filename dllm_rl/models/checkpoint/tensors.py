@@ -1,4 +1,4 @@
-"""A checkpoint's tensors: reading, renaming between the authors' layout and a stock class's, writing."""
+"""A checkpoint's tensors: read them, rename them between the original layout and a stock class's, and write them."""
 
 import json
 import re
@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Later:
-    """A tensor that is made when it is written, so that a save never has more than a shard of tensors in memory."""
+    """A tensor that is computed when it is written, so that a save has at most one shard of tensors in memory."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -90,73 +90,81 @@ def shapes_and_dtypes(directory: Path, files: Sequence[str]) -> tuple[dict[str, 
 def write_tensors(state: Mapping[str, Tensor | Later], directory: Path, *, max_shard_size: int) -> None:
     """Write safetensors files of at most max_shard_size bytes (or one tensor), with an index for several files.
 
-    One file's tensors are made, copied to the host and written at a time.
+    The tensors of one file are computed, copied to the host and written before those of the next.
     """
     shards: list[list[str]] = [[]]
-    room = max_shard_size
+    bytes_left = max_shard_size
     for name, tensor in state.items():
-        if tensor.nbytes > room and shards[-1]:  # a tensor larger than a shard gets a separate one
+        if tensor.nbytes > bytes_left and shards[-1]:  # a tensor larger than a shard gets a separate one
             shards.append([])
-            room = max_shard_size
+            bytes_left = max_shard_size
         shards[-1].append(name)
-        room -= tensor.nbytes
-    for old in [*directory.glob("model*.safetensors"), *directory.glob(INDEX)]:  # or they would be read too
+        bytes_left -= tensor.nbytes
+    for old in [*directory.glob("model*.safetensors"), *directory.glob(INDEX)]:  # otherwise they would be read too
         old.unlink()
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = files if len(files) > 1 else ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
         # Tensors that share a storage are copied, shard by shard, because safetensors writes complete storages.
-        save_file({name: _alone(_made(state[name])) for name in names}, directory / file, {"format": "pt"})
+        save_file(
+            {name: _without_shared_storage(_compute_on_host(state[name])) for name in names},
+            directory / file,
+            {"format": "pt"},
+        )
     if len(files) > 1:
-        where: dict[str, str] = {}
+        weight_map: dict[str, str] = {}
         for file, names in zip(files, shards, strict=True):
-            where |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": sum(x.nbytes for x in state.values())}, "weight_map": where}
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": sum(x.nbytes for x in state.values())}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def misfits(state: State, own: State) -> list[str]:
-    """Return the names that are in only one of the two states, or differ in shape or kind of dtype.
+def misfits(state: State, module_state: State) -> list[str]:
+    """Return the names of tensors that do not fit: they are in only one of the two states, or differ in shape or dtype.
 
-    Kinds differ if one side has weights and the other has numbers that a copy would cast.
+    Two floating-point dtypes count as equal, because a copy casts between them.
     """
-    fit = [
-        name
-        for name in state.keys() & own.keys()
-        if state[name].shape == own[name].shape
-        and (state[name].dtype == own[name].dtype or {state[name].dtype, own[name].dtype} <= {*FLOATS})
-    ]
-    return sorted((state.keys() | own.keys()).difference(fit))
+    fitting = []
+    for name in state.keys() & module_state.keys():
+        stored, target = state[name], module_state[name]
+        has_same_kind = stored.dtype == target.dtype or {stored.dtype, target.dtype} <= {*FLOATS}
+        if stored.shape == target.shape and has_same_kind:
+            fitting.append(name)
+    return sorted((state.keys() | module_state.keys()).difference(fitting))
 
 
-def _made(tensor: Tensor | Later) -> Tensor:
-    made = tensor.make() if isinstance(tensor, Later) else tensor
-    return made.detach().cpu()
+def _compute_on_host(tensor: Tensor | Later) -> Tensor:
+    computed = tensor.make() if isinstance(tensor, Later) else tensor
+    return computed.detach().cpu()
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+def _without_shared_storage(tensor: Tensor) -> Tensor:
+    fills_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if fills_storage else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def backwards(spec: FamilySpec) -> tuple[tuple[str, str], ...]:
-    """Return a family's pairs of names from the stock class's to the authors'."""
+    """Return a family's pairs of names, from the stock class's name to the original name."""
     return tuple((stock, original) for original, stock in spec.tensor_names)
 
 
 def renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    """Return the name after the first pair (from, to) that matches all of it or all but its last part, or the name."""
+    """Rename a tensor by the first pair (from, to) that matches its name, or its name without the last part.
+
+    Without such a pair, return the name unchanged.
+    """
     stem, _, leaf = name.rpartition(".")
     for source, target in pairs:
-        for whole, suffix in ((name, ""), (stem, f".{leaf}")):
-            found = re.fullmatch(re.escape(source).replace(r"\*", r"(\d+)"), whole)
-            if found:
-                return target.replace("*", found[1]) + suffix if found.groups() else target + suffix
+        pattern = re.escape(source).replace(r"\*", r"(\d+)")
+        for candidate, suffix in ((name, ""), (stem, f".{leaf}")):
+            match = re.fullmatch(pattern, candidate)
+            if match:
+                return target.replace("*", match[1]) + suffix if match.groups() else target + suffix
     return name
 
 
 def to_stock(state: State, spec: FamilySpec, config: Any) -> State:
-    """Rename the authors' tensors to the stock class's names, and split fused query-key-value rows."""
+    """Rename original tensors to the stock class's names, and split fused query-key-value rows."""
     out = {}
     for name, tensor in state.items():
         stem, _, leaf = name.rpartition(".")
@@ -172,8 +180,8 @@ def to_stock(state: State, spec: FamilySpec, config: Any) -> State:
 
 
 def to_original(state: dict[str, Later], spec: FamilySpec, config: Any) -> dict[str, Later]:
-    """Rename the stock class's tensors to the authors' names: the exact inverse of `to_stock`."""
-    # A config may declare two tensors as tied that differ in the checkpoint: both are then written.
+    """Rename the stock class's tensors to the original names: the exact inverse of `to_stock`."""
+    # A config may declare tensors as tied that differ in the checkpoint. Both are then written.
     head, table = (state.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     if config.tie_word_embeddings and head and table and torch.equal(head.make(), table.make()):
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
@@ -181,17 +189,17 @@ def to_original(state: dict[str, Later], spec: FamilySpec, config: Any) -> dict[
     names = backwards(spec)
     for name, tensor in split_experts(state).items():
         stem, _, leaf = name.rpartition(".")
-        attention, _, part = stem.rpartition(".")
+        attention, _, projection = stem.rpartition(".")
         fused = spec.fused_qkv and renamed(attention, ((ATTENTION, spec.fused_qkv),))
-        if fused and fused != attention and part in QKV:
-            if part == QKV[0]:  # one fused tensor for the three
-                out[f"{fused}.{leaf}"] = _joined([state[f"{attention}.{p}.{leaf}"] for p in QKV])
+        if fused and fused != attention and projection in QKV:
+            if projection == QKV[0]:  # one fused tensor replaces the three
+                out[f"{fused}.{leaf}"] = _concatenate([state[f"{attention}.{p}.{leaf}"] for p in QKV])
         else:
             out[renamed(name, names)] = tensor
     return out
 
 
-def _joined(parts: list[Later]) -> Later:
+def _concatenate(parts: list[Later]) -> Later:
     rows = sum(part.shape[0] for part in parts)
     return Later((rows, *parts[0].shape[1:]), parts[0].dtype, lambda: torch.cat([part.make() for part in parts]))
 
@@ -199,22 +207,22 @@ def _joined(parts: list[Later]) -> Later:
 def split_experts(state: dict[str, Later]) -> dict[str, Later]:
     """Split stock stacks of experts into one tensor per expert, as checkpoints store them."""
     out = {}
-    stack = lru_cache(maxsize=1)(lambda name: state[name].make())  # merged once for all experts of a stack
+    compute_stack = lru_cache(maxsize=1)(lambda name: state[name].make())  # computed once for all experts of a stack
     for name, tensor in state.items():
-        fused = name.endswith(".mlp.experts.gate_up_proj")
-        if not fused and not name.endswith(".mlp.experts.down_proj"):
+        is_gate_up = name.endswith(".mlp.experts.gate_up_proj")
+        if not is_gate_up and not name.endswith(".mlp.experts.down_proj"):
             out[name] = tensor
             continue
         prefix = name.rpartition(".")[0]
-        count, rows, columns = tensor.shape
-        parts = ("gate_proj", "up_proj") if fused else ("down_proj",)
-        size = rows // len(parts)
-        for expert in range(count):
-            for place, part in enumerate(parts):
-                make = partial(_rows, stack, name, expert, place * size, size)
-                out[f"{prefix}.{expert}.{part}.weight"] = Later((size, columns), tensor.dtype, make)
+        num_experts, rows, columns = tensor.shape
+        projections = ("gate_proj", "up_proj") if is_gate_up else ("down_proj",)
+        size = rows // len(projections)
+        for expert in range(num_experts):
+            for i, projection in enumerate(projections):
+                make = partial(_expert_rows, compute_stack, name, expert, i * size, size)
+                out[f"{prefix}.{expert}.{projection}.weight"] = Later((size, columns), tensor.dtype, make)
     return out
 
 
-def _rows(stack: Callable[[str], Tensor], name: str, expert: int, first: int, count: int) -> Tensor:
-    return stack(name)[expert, first : first + count]
+def _expert_rows(compute_stack: Callable[[str], Tensor], name: str, expert: int, first: int, count: int) -> Tensor:
+    return compute_stack(name)[expert, first : first + count]

@@ -21,112 +21,113 @@ def backbone_of(module: Module) -> Any:
     return getattr(module, "base_model", module)
 
 
-def blocks_of(module: Module, wanted_by: str = "gradient_checkpointing") -> list[nn.Module]:
-    """Return the members of the backbone's outermost lists of layers.
+def blocks_of(module: Module, option: str = "gradient_checkpointing") -> list[nn.Module]:
+    """Return the blocks of a module: the members of the backbone's outermost lists of layers.
 
-    Raise ValueError, naming `wanted_by`, if there are none.
+    Raise ValueError if there are none. Its message names the `option` that needs them.
     """
     backbone = backbone_of(module)
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     for name, layers in backbone.named_modules():
-        # A list inside a block, as a list of experts, has the block's number in its name.
+        # A list inside a block, such as a list of experts, has the block's number in its name.
         if isinstance(layers, nn.ModuleList) and not re.search(r"(^|\.)\d+(\.|$)", name):
-            found += layers
-    if not found:
-        raise ValueError(f"{wanted_by}=True: {type(module).__name__} has no list of blocks; leave it off")
-    return found
+            blocks += layers
+    if not blocks:
+        raise ValueError(f"{option}=True: {type(module).__name__} has no list of blocks; leave it off")
+    return blocks
 
 
 @contextmanager
 def recomputed_blocks(module: Module) -> Iterator[None]:
-    """Use gradient checkpointing for the forwards in the block: each forward stores only the blocks' inputs.
+    """In this context, use gradient checkpointing: each forward stores only the inputs of the module's blocks.
 
-    The backward, inside or later, runs each block again with the same dropout masks, so that gradients are the same bit
-    for bit on deterministic kernels.
+    The backward, in the context or later, runs each block again with the same dropout masks, so that gradients have the
+    same bits on deterministic kernels.
     """
-    # transformers' switch does nothing in eval mode, in which policies stay, and does not cover every family.
+    # Gradient checkpointing of transformers has no effect in eval mode, in which policies stay, or in some families.
     blocks = blocks_of(module)
-    compiled = [vars(block).get("forward") for block in blocks]
+    compiled_forwards = [vars(block).get("forward") for block in blocks]  # of `compile_blocks`
     for block in blocks:
         block.forward = partial(_checkpointed, block.forward, block)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for block, forward in zip(blocks, compiled, strict=True):
+        for block, forward in zip(blocks, compiled_forwards, strict=True):
             del block.forward
             if forward is not None:
                 block.forward = forward  # type: ignore[method-assign]
 
 
 def _checkpointed(forward: Callable, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a block with torch's checkpoint, so that the second run has the dropout masks and modes of the first."""
     adapters = [layer for layer in block.modules() if isinstance(layer, LoraLinear)]
-    first = [layer.calls for layer in adapters]
+    first_calls = [layer.calls for layer in adapters]
     modes = _get_current_function_mode_stack()
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        now = [layer.calls for layer in adapters]
-        _count(adapters, first)  # the second run draws the dropout masks of the first
+        current_calls = [layer.calls for layer in adapters]
+        _set_calls(adapters, first_calls)  # the second run draws the dropout masks of the first
         try:
-            with ExitStack() as again:  # a backward runs outside of the forward's modes
+            with ExitStack() as entered_modes:  # a backward runs outside of the forward's modes
                 for mode in modes[len(_get_current_function_mode_stack()) :]:
-                    again.enter_context(mode)
+                    entered_modes.enter_context(mode)
                 return forward(*args, **kwargs)
-        finally:  # the backward leaves the block early, by an exception
-            _count(adapters, map(max, (layer.calls for layer in adapters), now))
+        finally:  # the second run may stop early, by an exception
+            _set_calls(adapters, map(max, (layer.calls for layer in adapters), current_calls))
 
     # No block draws from torch's global generator, so its state is not stored.
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def _count(adapters: list[LoraLinear], calls: Iterable[int]) -> None:
+def _set_calls(adapters: list[LoraLinear], calls: Iterable[int]) -> None:
     for layer, count in zip(adapters, calls, strict=True):
         layer.calls = count
 
 
 def has_uncompiled(module: Module) -> bool:
-    """Return whether some layers, as quantized experts, always run outside of compiled graphs."""
+    """Return whether some layers always run outside of compiled graphs, such as quantized experts."""
     return any(getattr(layer.forward, "_torchdynamo_disable", False) for layer in module.modules())
 
 
 def compile_blocks(policy: Policy) -> None:
     """Compile every block of the policy's module in place, at its first forward. Raise ValueError without blocks.
 
-    Few graphs serve all blocks and shapes, with a cache or without: the first forward has a separate graph, and so has
-    a batch or a width of 1. A block that is not one graph raises torch's error; quantized experts run between two
-    graphs. Numbers differ from eager ones by rounding. Differentiated forwards stay eager.
+    Few graphs serve all blocks and shapes, with a cache or without; the first forward, and a batch or a width of 1,
+    have separate graphs. A block that cannot be compiled to one graph raises torch's error; but quantized experts run
+    between two graphs. Numbers differ from those of eager blocks by rounding. Differentiated forwards are not compiled.
     """
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # 12 were observed
-    run = torch.compile(_run, dynamic=True, fullgraph=not has_uncompiled(policy.module))
+    run = torch.compile(_forward_block, dynamic=True, fullgraph=not has_uncompiled(policy.module))
     for index, block in enumerate(blocks_of(policy.module, "torch_compile")):
         block.forward = partial(_compiled, block, index, run)  # type: ignore[method-assign]
 
 
 def _compiled(block: nn.Module, index: int, run: Callable, *args: Any, **kw: Any) -> Any:
     if torch.is_grad_enabled():
-        return _run(block, args, kw)
+        return _forward_block(block, args, kw)
     past = kw.get(CACHE)
     if past is None:
         return run(block, args, kw)
     layer = past.layers[index]
     if type(layer) is not DynamicLayer:
         raise ValueError(f"torch_compile=True: block {index} keeps its keys in a {type(layer).__name__}; leave it off")
-    own = _OwnKeysAndValues(*((layer.keys, layer.values) if layer.is_initialized else (None, None)))
-    states = run(block, args, kw | {CACHE: own})
+    block_cache = _BlockCache(*((layer.keys, layer.values) if layer.is_initialized else (None, None)))
+    states = run(block, args, kw | {CACHE: block_cache})
     if not layer.is_initialized:
-        layer.lazy_initialization(own.keys, own.values)
-    layer.keys, layer.values = own.keys, own.values
+        layer.lazy_initialization(block_cache.keys, block_cache.values)
+    layer.keys, layer.values = block_cache.keys, block_cache.values
     return states
 
 
 @no_type_check  # torch.compile cannot trace the tests' type checks
-def _run(block: nn.Module, args: tuple, kw: dict) -> Any:
+def _forward_block(block: nn.Module, args: tuple, kw: dict) -> Any:
     return type(block).forward(block, *args, **kw)
 
 
-class _OwnKeysAndValues:
-    """One block's keys and values, in place of transformers' cache of all blocks.
+class _BlockCache:
+    """The keys and values of one block, in place of transformers' cache of all blocks.
 
-    A graph that read the block's number could serve only that block.
+    With that cache a graph would read the block's number, and could serve only this block.
     """
 
     def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
@@ -135,7 +136,7 @@ class _OwnKeysAndValues:
 
     @no_type_check
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        keys = keys.to(values.dtype)  # as `KeysAndValues`
+        keys = keys.to(values.dtype)  # as in `samplers.cache.KVCache`
         self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=-2)
         self.values = values if self.values is None else torch.cat([self.values, values], dim=-2)
         return self.keys, self.values

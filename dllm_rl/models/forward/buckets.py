@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-# The fixed cost of a forward (Python, launches, reading weights), in positions. An H200 takes as long for 600 positions
-# of an 8B model as for one; a CPU as long for 100 of a model 96 wide, and for 10 of one 512 wide.
-FORWARD = {"cpu": 128, "cuda": 1024}
+# The fixed cost of a forward (Python, kernel launches, reading weights), as a number of positions. An H200 takes the
+# same time for 600 positions of an 8B model as for one. A CPU takes the same time for 100 positions as for one with a
+# model of width 96, and for 10 positions with width 512.
+FORWARD_COST = {"cpu": 128, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Bucket:
     """Rows of similar length.
 
     Args:
-        rows: Indices into the batch, rising, on the host.
-        start: First column that some row does not pad.
+        rows: Indices into the batch, in ascending order, on the host.
+        start: First column that is not padding in every row.
     """
 
     rows: Int[Tensor, " R"]
@@ -30,32 +31,35 @@ class Bucket:
 def length_buckets(
     starts: Int[Tensor, " B"], columns: int, device: torch.device | str, *, forwards: int = 1
 ) -> list[Bucket]:
-    """Return the buckets, longest rows first, with the least sum of (rows x columns + forwards x FORWARD[device]).
+    """Divide rows into buckets with the least total cost, and return the bucket of the longest rows first.
+
+    The cost of a bucket is rows * columns + forwards * FORWARD_COST.
 
     Args:
         starts: First column of each row that is not padding, on the host.
         columns: Number of columns of the batch.
         device: Device of the model.
-        forwards: Number of model calls per bucket, many with a cache.
+        forwards: Number of model calls per bucket; with a cache it is the number of steps.
     """
-    # Exact, by dynamic programming over the distinct lengths, without attention's quadratic cost.
-    distinct, count = starts.unique(return_counts=True)  # rising: the longest rows first
-    begins = distinct.tolist()
-    rows_before = [0, *count.cumsum(0).tolist()]
-    each = forwards * FORWARD.get(torch.device(device).type, FORWARD["cuda"])
-    best = [0]  # for the first n distinct lengths: the cost
-    cut = [0]  # and where the last bucket begins
-    for end in range(1, len(begins) + 1):
+    # The minimum is exact, by dynamic programming over the distinct starts. Attention's quadratic cost is not counted.
+    unique_starts, counts = starts.unique(return_counts=True)  # in ascending order: the longest rows first
+    distinct = unique_starts.tolist()
+    rows_before = [0, *counts.cumsum(0).tolist()]
+    fixed_cost = forwards * FORWARD_COST.get(torch.device(device).type, FORWARD_COST["cuda"])
+    least_cost = [0]  # least_cost[n]: of the rows with the first n distinct starts
+    last_begin = [0]  # last_begin[n]: index of the start at which the last of their buckets begins
+    for end in range(1, len(distinct) + 1):
         costs = []
         for begin in range(end):
-            costs.append(best[begin] + (rows_before[end] - rows_before[begin]) * (columns - begins[begin]) + each)
-        best.append(min(costs))
-        cut.append(costs.index(best[-1]))
-    found = []
-    end = len(begins)
+            rows = rows_before[end] - rows_before[begin]
+            costs.append(least_cost[begin] + rows * (columns - distinct[begin]) + fixed_cost)
+        least_cost.append(min(costs))
+        last_begin.append(costs.index(least_cost[-1]))
+    buckets = []
+    end = len(distinct)
     while end:  # backwards from the shortest rows
-        start = begins[cut[end]]
-        found.append(Bucket(((starts >= start) & (starts <= begins[end - 1])).nonzero()[:, 0], start))
-        end = cut[end]
-    # A single bucket keeps all columns, so that its shapes are those of a batch without buckets.
-    return found[::-1] if len(found) > 1 else [Bucket(torch.arange(len(starts)), 0)]
+        start = distinct[last_begin[end]]
+        buckets.append(Bucket(((starts >= start) & (starts <= distinct[end - 1])).nonzero()[:, 0], start))
+        end = last_begin[end]
+    # A single bucket has all columns, so that its shapes are those of a batch without buckets.
+    return buckets[::-1] if len(buckets) > 1 else [Bucket(torch.arange(len(starts)), 0)]

@@ -1,6 +1,7 @@
 """Logits in fp32 from a model in 16 bits, without an fp32 copy of the head.
 
-bf16 has steps of 0.0625 between 8 and 16: sampler and learner, which differ by noise, would differ by whole steps.
+Neighboring bf16 numbers between 8 and 16 differ by 0.0625. With bf16 logits, the small numerical difference between
+sampler and learner would be rounded to multiples of this step.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from dllm_rl.models.base import Module, output_embeddings
 
 HALF = (torch.bfloat16, torch.float16)
-SLAB = 2**22  # weights in fp32 at a time on a CPU, 16 MiB; a GPU needs four times as many to stay busy
+SLAB = 2**22  # number of weights in fp32 at a time on a CPU, 16 MiB; a GPU needs four times as many to be busy
 
 
 class _Float32Linear(torch.autograd.Function):
-    """x W^T + b in fp32; gradients are summed in fp32 and rounded once to each dtype."""
+    """x W^T + b in fp32. Gradients are summed in fp32, and rounded once to the dtype of their tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,10 +33,10 @@ class _Float32Linear(torch.autograd.Function):
             return (out if bias is None else out + bias.float()).unflatten(0, x.shape[:-1])
         out = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # autocast would round the fp32 product's operands again
-            wide = x.float()
-            for part in slabs(weight):  # so that no fp32 copy of the full head is made
-                some = None if bias is None else bias[part].float()
-                out[..., part] = F.linear(wide, weight[part].float(), some)
+            x_fp32 = x.float()
+            for slab in slabs(weight):  # in slabs, so that no fp32 copy of the full head is made
+                slab_bias = None if bias is None else bias[slab].float()
+                out[..., slab] = F.linear(x_fp32, weight[slab].float(), slab_bias)
         return out
 
     @staticmethod
@@ -43,22 +44,22 @@ class _Float32Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (dy,) = gradients
         x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if for_x else None
-        dw = torch.empty_like(weight) if for_weight else None
+        needs_dx, needs_dw, needs_db = ctx.needs_input_grad
+        dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needs_dx else None
+        dw = torch.empty_like(weight) if needs_dw else None
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.flatten(0, -2).float() if for_weight else None
-            for part in slabs(weight):
+            x_rows = x.flatten(0, -2).float() if needs_dw else None
+            for slab in slabs(weight):
                 if dx is not None:
-                    dx += dy[..., part] @ weight[part].float()
-                if dw is not None and rows is not None:
-                    dw[part] = (dy[..., part].flatten(0, -2).T @ rows).to(dw.dtype)
-        db = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if for_bias else None
+                    dx += dy[..., slab] @ weight[slab].float()
+                if dw is not None and x_rows is not None:
+                    dw[slab] = (dy[..., slab].flatten(0, -2).T @ x_rows).to(dw.dtype)
+        db = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if needs_db else None
         return None if dx is None else dx.to(x.dtype), dw, db
 
 
 def slabs(weight: Float[Tensor, "V D"]) -> Iterator[slice]:
-    """Return runs of rows of at most SLAB elements (four times as many on an accelerator), at least one row each."""
+    """Return slices of rows with at most SLAB elements, or 4 * SLAB on an accelerator, but with at least one row."""
     size = max(1, (SLAB if weight.device.type == "cpu" else 4 * SLAB) // weight.shape[1])
     return (slice(start, start + size) for start in range(0, len(weight), size))
 
@@ -66,7 +67,7 @@ def slabs(weight: Float[Tensor, "V D"]) -> Iterator[slice]:
 def float32_linear(
     x: Float[Tensor, "... D"], weight: Float[Tensor, "V D"], bias: Float[Tensor, " V"] | None = None
 ) -> Float[Tensor, "... V"]:
-    """Return a linear layer's output in fp32 whatever the dtypes and autocast. It is differentiable once."""
+    """Return a linear layer's output in fp32, for all dtypes and under autocast. It is differentiable once."""
     return _Float32Linear.apply(x, weight, bias)
 
 
@@ -77,10 +78,12 @@ def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[T
     """
     output = output_embeddings(module)
     if output is None and next(module.parameters()).dtype in HALF:
-        wrong = f"float32_head=True needs to know the output layer of {type(module).__name__}, which is in 16 bits"
-        raise ValueError(f"{wrong}; give it a method get_output_embeddings(), or set float32_head=False")
+        raise ValueError(
+            f"float32_head=True needs to know the output layer of {type(module).__name__}, which is in 16 bits; give "
+            "it a method get_output_embeddings(), or set float32_head=False"
+        )
     if output is not None and output.weight.dtype in HALF:
-        with projected_in_float32(output):  # a masked model's layers before it stay in 16 bits
+        with projected_in_float32(output):  # layers of the head before the projection stay in 16 bits
             return head(module, hidden)
     if hidden.dtype in HALF or torch.is_autocast_enabled(hidden.device.type):
         with torch.autocast(hidden.device.type, enabled=False):  # fp32 weights: the full head runs in fp32
@@ -90,7 +93,7 @@ def head_in_float32(head: Callable[..., Tensor], module: Module, hidden: Float[T
 
 @contextmanager
 def projected_in_float32(output: nn.Linear) -> Iterator[None]:
-    """Compute the layer's output in fp32 in the block. The layer's hooks still run."""
+    """In this context, compute the layer's output in fp32. The layer's hooks still run."""
     output.forward = lambda h: float32_linear(h, output.weight, output.bias)  # type: ignore[method-assign,assignment]
     try:
         yield

@@ -1,7 +1,7 @@
 """Router replay (R3, arXiv 2510.11370 [paper]): one forward records each token's experts, and another uses them.
 
-Rounding changes an expert where two scores are almost equal. Replay fixes the choice; gates use the scores of the
-replaying side.
+If two scores of a router are almost equal, rounding decides which expert is chosen. Replay fixes the choice. The
+experts' weights still come from the scores of the policy that replays. docs/methods.md explains the tag [paper].
 """
 
 from collections.abc import Callable, Sequence
@@ -24,84 +24,96 @@ def mixtures(module: Module) -> list[Any]:
 
 
 class Routing(TorchFunctionMode):
-    """A mode whose forwards record the experts of each token, and use `given` experts where `where` holds."""
+    """A mode whose forwards record the experts of each token and, optionally, replay recorded experts.
+
+    Args:
+        module: Module with M mixtures.
+        replayed_ids: Expert ids for R rows and W columns; in a packed forward, for its noisy columns. None: the routers
+            choose.
+        where: Tokens that use `replayed_ids`. The router chooses the experts of the other tokens.
+    """
 
     def __init__(
-        self, module: Module, given: Integer[Tensor, "R W M E"] | None = None, where: Bool[Tensor, "R W"] | None = None
+        self,
+        module: Module,
+        replayed_ids: Integer[Tensor, "R W M E"] | None = None,
+        where: Bool[Tensor, "R W"] | None = None,
     ) -> None:
         super().__init__()
         self.layers = mixtures(module)
-        self.given = given  # ids for R rows, W columns, M mixtures; of a packed forward, for the repeated columns
-        self.where = where  # elsewhere the router chooses
-        self.taken: list[Tensor | None] = [None] * len(self.layers)
-        self.layer: int | None = None  # the mixture that runs
-        self.hooks: list[list[Any]] = []  # a stack: a recomputed block enters the mode again
+        self.replayed_ids = replayed_ids
+        self.where = where
+        self.chosen: list[Tensor | None] = [None] * len(self.layers)  # ids of the last forward, by mixture
+        self.running: int | None = None  # number of the mixture that runs
+        self.hooks: list[list[Any]] = []  # a stack, because a recomputed block enters the mode again
 
     def __enter__(self) -> "Routing":
         hooks = []
         for number, layer in enumerate(self.layers):
-            hooks.append(layer.register_forward_pre_hook(partial(self._at, number)))
-            hooks.append(layer.register_forward_hook(partial(self._at, None)))
+            hooks.append(layer.register_forward_pre_hook(partial(self._set_running, number)))
+            hooks.append(layer.register_forward_hook(partial(self._set_running, None)))
         self.hooks.append(hooks)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self.layer = None
+        self.running = None
         for hook in self.hooks.pop():
             hook.remove()
 
-    def _at(self, number: int | None, *_: Any) -> None:
-        self.layer = number
+    def _set_running(self, number: int | None, *_: Any) -> None:
+        self.running = number
 
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        number = self.layer
+        number = self.running
         if number is None or func not in (torch.topk, Tensor.topk) or not args:
             return out
         # A router with groups of experts also ranks the groups by a topk.
         if args[0].dim() != 2 or args[0].shape[-1] != self.num_experts(number):
             return out
         ids = out[1]
-        if self.given is not None and self.where is not None:
-            given = _packed(self.given[:, :, number], len(ids)).flatten(0, 1)
-            where = _packed(self.where, len(ids)).flatten(0, 1)
-            ids = torch.where(where[:, None], given.to(ids.dtype), ids)
-            # The weights and their gradient come from this side's scores of the given experts.
+        if self.replayed_ids is not None and self.where is not None:
+            replayed = _match_columns(self.replayed_ids[:, :, number], len(ids)).flatten(0, 1)
+            where = _match_columns(self.where, len(ids)).flatten(0, 1)
+            ids = torch.where(where[:, None], replayed.to(ids.dtype), ids)
+            # The weights and their gradient come from this policy's scores of the replayed experts.
             out = torch.return_types.topk((args[0].gather(-1, ids), ids))
-        self.taken[number] = ids
+        self.chosen[number] = ids
         return out
 
     def num_experts(self, number: int) -> int:
         return len(base_of(self.layers[number].experts).gate_up_proj)
 
-    def unread(self) -> str:
-        """Return why the last forward's experts are unknown, or ""."""
-        taken = [ids for ids in self.taken if ids is not None]
-        if len(taken) < len(self.layers):
-            return f"{len(taken)} of {len(self.layers)} mixtures chose their experts by one topk over all of them"
-        sizes = sorted({ids.shape[-1] for ids in taken})
+    def unknown_reason(self) -> str:
+        """Return why the last forward's experts are unknown, or "" if they are known."""
+        chosen = [ids for ids in self.chosen if ids is not None]
+        if len(chosen) < len(self.layers):
+            return f"{len(chosen)} of {len(self.layers)} mixtures chose their experts by one topk over all of them"
+        sizes = sorted({ids.shape[-1] for ids in chosen})
         return f"the mixtures take different numbers of experts, {sizes}" if len(sizes) > 1 else ""
 
     def experts(self, rows: int, columns: int | None = None) -> Integer[Tensor, "R W M E"]:
-        """Return the last forward's experts, of `rows` rows and, if packed, `columns` clean columns.
+        """Return the experts of the last forward, with the smallest dtype that has all ids.
 
-        The ids are bytes where they fit.
+        Args:
+            rows: Number of rows of the forward.
+            columns: Number of clean columns of a packed forward. None: the forward was not packed.
         """
-        if why := self.unread():
-            raise ValueError(f"router_replay: {why}; set router_replay=None")
-        taken = [ids for ids in self.taken if ids is not None]
-        narrow = torch.uint8 if max(map(self.num_experts, range(len(taken)))) <= 256 else torch.int16
-        experts = torch.stack(taken, dim=1).to(narrow).unflatten(0, (rows, -1))
+        if reason := self.unknown_reason():
+            raise ValueError(f"router_replay: {reason}; set router_replay=None")
+        chosen = [ids for ids in self.chosen if ids is not None]
+        dtype = torch.uint8 if max(map(self.num_experts, range(len(chosen)))) <= 256 else torch.int16
+        experts = torch.stack(chosen, dim=1).to(dtype).unflatten(0, (rows, -1))
         if columns is None or experts.shape[1] == columns:
             return experts
         return F.pad(experts[:, columns:], (0, 0, 0, 0, 2 * columns - experts.shape[1], 0))
 
 
-def _packed(x: Shaped[Tensor, "R W *E"], tokens: int) -> Shaped[Tensor, "R Q *E"]:
-    """Return values of a row's columns for a forward of `tokens` tokens; 0 for a packed forward's clean columns."""
+def _match_columns(x: Shaped[Tensor, "R W *E"], tokens: int) -> Shaped[Tensor, "R Q *E"]:
+    """Return the rows' values for a forward of `tokens` tokens, with 0 for the clean columns of a packed forward."""
     rows, columns = x.shape[:2]
     if tokens == rows * columns:
         return x
@@ -114,21 +126,21 @@ def of_tokens(policy: Policy, experts: Integer[Tensor, "R W M E"]) -> Integer[Te
 
 
 def of_states(policy: Policy, x: Tensor) -> Tensor:
-    """Reverse `of_tokens` along the second axis. The last column's state predicts nothing and gets zeros."""
+    """Reverse `of_tokens` along the second axis. The state of the last column predicts nothing, and gets zeros."""
     if not policy.spec.shift:
         return x
-    moved = x.roll(-1, dims=1)
-    moved[:, -1] = 0
-    return moved
+    shifted = x.roll(-1, dims=1)
+    shifted[:, -1] = 0
+    return shifted
 
 
 def agreement(ours: Integer[Tensor, "S M E"], theirs: Integer[Tensor, "S M E"]) -> Bool[Tensor, "S M E"]:
-    """Return which experts of this side the other side also chose."""
+    """Return which of the experts `ours` are also in `theirs`, for the same token and mixture."""
     return (ours[..., :, None] == theirs[..., None, :]).any(-1)
 
 
 def load(experts: Integer[Tensor, "S M E"], num_experts: int) -> Int[Tensor, "M X"]:
     """Return the number of tokens of each expert of each mixture."""
-    by_layer = experts.transpose(0, 1).flatten(1).long()
-    empty = torch.zeros(len(by_layer), num_experts, dtype=torch.long, device=by_layer.device)
-    return empty.scatter_add(1, by_layer, torch.ones_like(by_layer))
+    ids = experts.transpose(0, 1).flatten(1).long()
+    counts = torch.zeros(len(ids), num_experts, dtype=torch.long, device=ids.device)
+    return counts.scatter_add(1, ids, torch.ones_like(ids))

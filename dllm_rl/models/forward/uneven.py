@@ -1,4 +1,4 @@
-"""Forwards of a sharded policy (`distributed.sharding`), of which processes need different numbers."""
+"""Forwards of a sharded policy (`distributed.sharding`) if processes need different numbers of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,10 @@ import torch
 
 @contextmanager
 def join_uneven_forwards(policy: Any, *, backward: bool = False) -> Iterator[None]:
-    """Let processes run different numbers of forwards of a sharded policy in the block.
+    """In this context, let processes run different numbers of forwards of a sharded policy.
 
-    A process without remaining rows joins the others' forwards with dummy rows. All processes enter and leave the block
-    together. An unsharded policy is not changed.
+    A process without remaining rows joins the others' forwards with dummy rows. All processes must enter and leave the
+    context together. For an unsharded policy nothing happens.
 
     Args:
         policy: Policy, sharded or not.
@@ -26,15 +26,17 @@ def join_uneven_forwards(policy: Any, *, backward: bool = False) -> Iterator[Non
         head.unshard()  # once, not for every chunk
         head.set_requires_gradient_sync(False)
         head.set_reshard_after_backward(False)
-    comes = shards.backbone.register_forward_pre_hook(lambda *_: shards.anyone(True) and None, prepend=True)
+    # Each forward first tells the other processes that it runs.
+    announce = shards.backbone.register_forward_pre_hook(lambda *_: shards.anyone(True) and None, prepend=True)
     try:
         yield
     finally:
-        comes.remove()
-    token = torch.zeros(1, 1, dtype=torch.long, device=policy.device)  # has no weight in any gradient
+        announce.remove()
+    token = torch.zeros(1, 1, dtype=torch.long, device=policy.device)  # a dummy row, which no gradient depends on
     with torch.set_grad_enabled(backward):
-        # A sharded forward is a collective: a process that has left the block joins the others' forwards.
-        while shards.anyone(False):  # a process inside the block needs this one's part of the weights
+        # A sharded forward is a collective: this process has finished, and joins the forwards of the others, which need
+        # its shards of the weights.
+        while shards.anyone(False):
             states = policy.hidden(token, token == 0)
             if backward:
                 states.backward(torch.zeros_like(states))

@@ -37,7 +37,7 @@ from dllm_rl.models.logprobs import (
 from dllm_rl.models.merge import merged_state
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import renoise
-from dllm_rl.samplers.choose import propose
+from dllm_rl.samplers.choose import draw_tokens
 from dllm_rl.training.learner import keeps_graphs
 from dllm_rl.types import SamplingParams
 
@@ -241,7 +241,7 @@ class FakeStep:
             begin = self.prompt_tokens if length else 0
             block = self.sampler.get("block_size") or spec.block_size or length or self.prompt_tokens
             states = two_chunks(self.policy, states[:, begin : begin + block].flatten(0, 1))
-            propose(self.policy, states, torch.zeros(len(states), dtype=torch.float64), self.params)
+            draw_tokens(self.policy, states, torch.zeros(len(states), dtype=torch.float64), self.params)
             del cache
 
     def cache(self, rows: int) -> Tensor | None:

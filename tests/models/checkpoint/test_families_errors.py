@@ -241,7 +241,7 @@ def test_attention_that_is_not_what_the_family_needs():
     spec = policy.spec
     policy.module.config.is_causal = True
     refused(
-        "changing token 7 did not move the first position's state; upgrade transformers (>= 5.2",
+        "changing token 7 did not change the first position's state; upgrade transformers (>= 5.2",
         make_policy,
         policy.module,
         policy.tokenizer,
@@ -251,7 +251,7 @@ def test_attention_that_is_not_what_the_family_needs():
     spec = causal.spec
     causal.module.config.is_causal = False
     refused(
-        "changing token 7 moved the first position's state; load it as a diffusion model",
+        "changing token 7 changed the first position's state; load it as a diffusion model",
         make_policy,
         causal.module,
         causal.tokenizer,

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from dllm_rl.models.forward.buckets import FORWARD, length_buckets
+from dllm_rl.models.forward.buckets import FORWARD_COST, length_buckets
 
 
 def cost(groups, starts, columns, least):
@@ -30,7 +30,7 @@ def test_no_grouping_costs_less(forwards):
         assert rows.sort().values.tolist() == list(range(8))
         begins = sorted(int(starts[bucket.rows].min()) for bucket in found)
         assert [bucket.start for bucket in found] == (begins if len(found) > 1 else [0])
-        least = forwards * FORWARD["cpu"]
+        least = forwards * FORWARD_COST["cpu"]
         groups = [bucket.rows.tolist() for bucket in found]
         assert cost(groups, starts.tolist(), 310, least) == cheapest(starts.tolist(), 310, least)
         sizes.add(len(found))
