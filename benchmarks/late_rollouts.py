@@ -25,9 +25,9 @@ from dllm_rl.algorithms.optimizers import constant_rate
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
-from dllm_rl.training.late_rollouts.serialization import as_bytes, batch_from_bytes, from_bytes, trained_weights
-from dllm_rl.training.learner import step
-from dllm_rl.training.policies import build_policy, engine_of, make_optimizer
+from dllm_rl.training.late_rollouts.serialization import deserialize, deserialize_batch, serialize, trained_weights
+from dllm_rl.training.learner import train_step
+from dllm_rl.training.policies import build_policy, make_optimizer, resolve_rollout_engine
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.samples import Samples
 from recipes.async_sudoku import recipe
@@ -41,7 +41,7 @@ class Turns:
     def __init__(self) -> None:
         self.accelerator = make_accelerator(device=torch.device("cpu"))
         self.policy = build_policy(job, self.accelerator.device)
-        self.engine = engine_of(job)
+        self.engine = resolve_rollout_engine(job)
         self.rollout_policy = self.engine.load(self.policy)
         self.context = StepContext(
             recipe=job, accelerator=self.accelerator, policy=self.policy, rollout_policy=self.rollout_policy
@@ -54,7 +54,7 @@ class Turns:
         self.number = 0
 
     def learn(self, samples: Samples) -> None:
-        step(self.context, samples, self.number, self.optimizer)
+        train_step(self.context, samples, self.number, self.optimizer)
 
     def synchronous(self, steps: int) -> dict[str, float]:
         """Median seconds of a step's rollout and of its learning, sync included."""
@@ -84,7 +84,7 @@ class Turns:
             if i == 2:
                 began = time.perf_counter()
             data = self.workers.result(self.number)
-            (samples, _, _), spent = batch_from_bytes(data, job, self.accelerator.device)
+            (samples, _, _), spent = deserialize_batch(data, job, self.accelerator.device)
             made.append(spent)
             self.learn(samples)
             self.workers.forget(self.number)
@@ -107,13 +107,13 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 def received(weights: bytes) -> float:
     """Seconds that a worker takes to read weights; Ray has handed the bytes over before."""
-    return timed(lambda: from_bytes(weights))[1]
+    return timed(lambda: deserialize(weights))[1]
 
 
 def publishing(ray: Any, megabytes: int) -> dict[str, Any]:
     """Seconds of weights on their way: out of the learner, into the object store, and from there into a worker."""
     weights = {f"layer {i}": torch.randn(2**18) for i in range(megabytes)}  # 1 MiB each
-    data, out = timed(lambda: as_bytes(weights, {}))
+    data, out = timed(lambda: serialize(weights, {}))
     shared, put = timed(lambda: ray.put(data))
     remote = ray.remote(received)
     ray.get(remote.remote(shared))  # the first call starts a process

@@ -17,7 +17,7 @@ from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.losses import ppo_clip
 from dllm_rl.likelihoods.estimators import elbo
 from dllm_rl.likelihoods.views import each_view
-from dllm_rl.training.learner import accumulate_gradients
+from dllm_rl.training.learner import forward_backward
 from dllm_rl.types import Batch
 
 
@@ -44,9 +44,7 @@ def arm(
         for parameter in parameters:
             parameter.grad.zero_()
         if name == "constant":
-            accumulate_gradients(
-                policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=micro_batch_size
-            )
+            forward_backward(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=micro_batch_size)
         else:
             scored = [view.logprobs(policy, rollout) for view in each_view(noise)]
             logps = estimator.combine(torch.stack(scored), noise)

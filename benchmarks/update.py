@@ -29,7 +29,7 @@ from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy, copied
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.recipe import UpdateSettings
-from dllm_rl.training.learner import accumulate_gradients, update
+from dllm_rl.training.learner import forward_backward, update
 from dllm_rl.types import Batch, Rollout, Views
 
 BETA = 0.04
@@ -147,7 +147,7 @@ def gradient(policy: Policy, rollout: Rollout, noise: Views, estimator: Likeliho
     old = estimator.combine(scores.detach(), noise)
     batch = Batch(rollout, noise, advantages_of(rollout), old, scores, torch.ones_like(old), mask, None, 1, 1)
     loss = partial(losses.policy_loss, surrogate=ppo_clip, loss_reduction=losses.token_mean, beta=0.0, kl=losses.kl_k3)
-    accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator)
+    forward_backward(policy, batch, scores, loss=loss, likelihood=estimator)
 
 
 def padded_gradient(policy: Policy, rollout: Rollout, noise: Views, estimator: LikelihoodEstimator) -> None:

@@ -149,9 +149,13 @@ def _number(value: Any) -> float | None:
 def check_callbacks(callbacks: Any) -> None:
     """Raise ValueError unless `callbacks` is a list or tuple of `Callback` objects."""
     if not isinstance(callbacks, list | tuple):
-        raise ValueError(f"callbacks={callbacks!r} is no list; give a list of objects of dllm_rl.Callback")
-    for place, each in enumerate(callbacks):
-        if isinstance(each, type) and issubclass(each, Callback):
-            raise ValueError(f"callbacks[{place}] is the class {each.__name__}; give an object, {each.__name__}()")
-        if not isinstance(each, Callback):
-            raise ValueError(f"callbacks[{place}] is of type {type(each).__name__}; give an object of dllm_rl.Callback")
+        raise ValueError(f"callbacks={callbacks!r} is not a list; give a list of dllm_rl.Callback objects")
+    for index, callback in enumerate(callbacks):
+        if isinstance(callback, type) and issubclass(callback, Callback):
+            raise ValueError(
+                f"callbacks[{index}] is the class {callback.__name__}; give an object, {callback.__name__}()"
+            )
+        if not isinstance(callback, Callback):
+            raise ValueError(
+                f"callbacks[{index}] is of type {type(callback).__name__}; give an object of dllm_rl.Callback"
+            )

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from dllm_rl.bounds import Bound
 from dllm_rl.members import describe, full_name, function_of, imported, members
 from dllm_rl.presets import PRESETS, find_preset, say_preset, with_preset
-from dllm_rl.recipe import CHOICES, RECORDS, Recipe, fitted
+from dllm_rl.recipe import CHOICES, RECORDS, Recipe, convert_value
 from dllm_rl.renamed import hint
 from dllm_rl.screen import escape_controls, interactive
 
@@ -46,15 +46,13 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
         SystemExit: After `--help` (status 0), or on an error (status 2).
     """
     arguments = list(([] if interactive() else sys.argv[1:]) if argv is None else argv)
-    wanted = [
-        word for word in arguments if word not in ("--help", "-h")
-    ]  # help describes the recipe with the other overrides
+    overrides = [word for word in arguments if word not in ("--help", "-h")]
     try:
-        pairs = _pairs(list(wanted))
+        pairs = _pairs(list(overrides))
         if (preset := pairs.pop("preset", None)) is not None:  # before the other options, which override it
             recipe = take_preset(recipe, preset)
         recipe = override(recipe, pairs) if pairs else recipe
-        if wanted != arguments:
+        if overrides != arguments:  # help describes the recipe with the overrides
             print(escape_controls(usage(recipe), keep="\n"))
             raise SystemExit(0)
     except ValueError as error:
@@ -66,11 +64,11 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
 def take_preset(recipe: Any, name: str) -> Any:
     """Apply a preset of `dllm_rl.presets` to a recipe, and print one line that names it."""
     if not isinstance(recipe, Recipe):
-        raise ValueError(f"--preset {name}: presets are of RL, and this is a {type(recipe).__name__}")
-    taken = with_preset(recipe, name)
+        raise ValueError(f"--preset {name}: presets are for RL, and this is a {type(recipe).__name__}")
+    changed_recipe = with_preset(recipe, name)
     settings, keywords = find_preset(name).for_task(recipe.task.name)
     say_preset(name, settings | keywords)
-    return taken
+    return changed_recipe
 
 
 def _pairs(arguments: list[str]) -> dict[str, str]:
@@ -88,32 +86,34 @@ def _pairs(arguments: list[str]) -> dict[str, str]:
 
 
 def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
-    """Replace values of a record or function by texts, by path.
+    """Replace values of a record or function. `texts` has the new values, by path.
 
-    Each record is made, and checked, once with all of its changes. Raises ValueError on an unknown path or a bad value.
+    Each record is rebuilt and checked once, with all of its changes. Raises ValueError on an unknown path or an invalid
+    value.
     """
-    held = members(owner)
-    known = paths(owner, prefix)
-    below: dict[str, dict[str, str]] = {}
+    current = members(owner)
+    settable_paths = paths(owner, prefix)
+    nested_texts: dict[str, dict[str, str]] = {}
     for path, text in texts.items():
         name, dot, rest = path.partition(".")
-        below.setdefault(name, {}).update({rest: text} if dot else {})
+        nested_texts.setdefault(name, {}).update({rest: text} if dot else {})
     changes = {}
-    for name, inner in below.items():
+    for name, nested in nested_texts.items():
         path = f"{prefix}{name}"
-        if name in texts and path in known:
-            # The function is read before its keywords, which belong to the chosen function.
-            value = _read(path, held[name].annotation, texts[name], inner)
-        elif name in held and name not in texts:
-            value = held[name].value
+        if name in texts and path in settable_paths:
+            # Choose the function first: the keywords belong to it.
+            value = _parse_value(path, current[name].annotation, texts[name], nested)
+        elif name in current and name not in texts:
+            value = current[name].value
         else:
             function = function_of(getattr(owner, "factory", None) or owner)
-            if now := hint(name, getattr(function, "__name__", type(owner).__name__) if prefix else ""):
-                raise ValueError(f"--{path}: {now}")
-            raise _no_field(owner, path if name in texts else f"{path}.{next(iter(inner))}", texts.get(name), known)
-        changes[name] = override(value, inner, f"{path}.") if inner else value
+            if rename_hint := hint(name, getattr(function, "__name__", type(owner).__name__) if prefix else ""):
+                raise ValueError(f"--{path}: {rename_hint}")
+            unknown_path = path if name in texts else f"{path}.{next(iter(nested))}"
+            raise _no_field(owner, unknown_path, texts.get(name), settable_paths)
+        changes[name] = override(value, nested, f"{path}.") if nested else value
     try:
-        return _with(owner, changes)
+        return _with_changes(owner, changes)
     except ValueError as error:
         message = str(error)
         if not any(name in message for name in changes):
@@ -121,173 +121,186 @@ def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
         raise ValueError(message) from None
 
 
-def _with(owner: Any, changes: Mapping[str, Any]) -> Any:
-    """Apply changes to an owner: rebuild a record, by its factory if it has one; make a new partial of a function."""
+def _with_changes(owner: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a changed copy: of a record, made again by its factory if it has one; of a function, a new partial."""
     if getattr(owner, "factory", None) is not None:
-        return _with(owner.factory, changes)()
+        return _with_changes(owner.factory, changes)()
     if not isinstance(owner, partial) and not inspect.isfunction(owner):
         return dataclasses.replace(owner, **changes)
     function = owner if isinstance(owner, partial) else partial(owner)
-    parts = [changes.get(str(place), part) for place, part in enumerate(function.args, 1)]
+    positional = [changes.get(str(position), argument) for position, argument in enumerate(function.args, 1)]
     keywords = {name: value for name, value in changes.items() if not name.isdecimal()}
-    return partial(function.func, *parts, **(function.keywords | keywords))
+    return partial(function.func, *positional, **(function.keywords | keywords))
 
 
-def _no_field(owner: Any, path: str, text: str | None, known: Iterable[str]) -> ValueError:
-    if text and path in members(owner):  # such as a task, whose name would not determine its fields and the sampler's
+def _no_field(owner: Any, path: str, text: str | None, settable_paths: Iterable[str]) -> ValueError:
+    """Make the error for a path that text cannot set; it names the nearest path, or the recipe to use."""
+    if text and path in members(owner):
+        # For example a task, whose name would determine neither its fields nor the sampler.
         script = Path(sys.argv[0])
         files = [file.name for file in script.parent.glob("*.py") if text in file.stem]
-        near = difflib.get_close_matches(script.name, files, n=1, cutoff=0)
-        where = f": {near[0]}" if near else "'s file"
-        return ValueError(f"--{path} {text!r}: a {path} is chosen by its recipe{where}")
-    near = difflib.get_close_matches(path, known, n=1, cutoff=0)  # cutoff 0: the nearest, at any distance
-    remedy = f"the nearest is --{near[0]}" if near else f"--{path.rpartition('.')[0]} is {_short(owner)}, without any"
+        nearest = difflib.get_close_matches(script.name, files, n=1, cutoff=0)
+        location = f": {nearest[0]}" if nearest else "'s file"
+        return ValueError(f"--{path} {text!r}: a {path} is chosen by its recipe{location}")
+    nearest = difflib.get_close_matches(path, settable_paths, n=1, cutoff=0)  # cutoff 0: at any distance
+    remedy = (
+        f"the nearest is --{nearest[0]}" if nearest else f"--{path.rpartition('.')[0]} is {_short(owner)}, without any"
+    )
     return ValueError(f"--{path} is not a field of the recipe; {remedy} (--help lists all)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
+    """A value that text can set, with its help."""
+
     value: Any
     help: str
-    choices: tuple[str, ...]  # empty: any text that a type of the annotation accepts
+    choices: tuple[str, ...]  # if empty, any text that one of the types accepts
     bound: Bound | None = None
 
 
 def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
-    """Return every path below a record or a function that text can set."""
-    found: dict[str, Setting] = {}
+    """Return all settings below a record or a function that text can set, by path."""
+    settings: dict[str, Setting] = {}
     for name, member in members(owner).items():
         path = f"{prefix}{name}"
-        kinds = _kinds(member.annotation)
-        words = _words(path, kinds)
-        # The model is made with the recipe's seed.
-        if (words or not SCALARS.isdisjoint(kinds)) and path != "model.seed":
-            found[path] = Setting(member.value, member.help, tuple(words), member.bound)
-        found |= paths(member.value, f"{path}.")
-    return found
+        value_types = _value_types(member.annotation)
+        words = _allowed_words(path, value_types)
+        # Not the model's seed: the model is made with the recipe's.
+        if (words or not SCALARS.isdisjoint(value_types)) and path != "model.seed":
+            settings[path] = Setting(member.value, member.help, tuple(words), member.bound)
+        settings |= paths(member.value, f"{path}.")
+    return settings
 
 
-def _kinds(annotation: Any) -> tuple:
+def _value_types(annotation: Any) -> tuple:
+    """Return the types of a union; for any other annotation, the annotation in a tuple."""
     union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
     return typing.get_args(annotation) if union else (annotation,)
 
 
-def _words(path: str, kinds: tuple) -> dict[str, Any]:
-    """Return the words that text may be: the words of a Literal, or names of functions; and none if the value may be
-    None.
+def _allowed_words(path: str, value_types: tuple) -> dict[str, Any]:
+    """Return the words that are allowed, with their values: those of a Literal, or names of functions; also "none" if
+    the value may be None.
     """
-    literals = [kind for kind in kinds if typing.get_origin(kind) is typing.Literal]
-    words: dict[str, Any] = {word: word for kind in literals for word in typing.get_args(kind)}
-    if not words and SCALARS.isdisjoint(kinds):
+    literals = [literal for literal in value_types if typing.get_origin(literal) is typing.Literal]
+    words: dict[str, Any] = {word: word for literal in literals for word in typing.get_args(literal)}
+    if not words and SCALARS.isdisjoint(value_types):
         words = CHOICES.get(path.rpartition(".")[2], {})
-    return words | {"none": None} if words and types.NoneType in kinds else words
+    return words | {"none": None} if words and types.NoneType in value_types else words
 
 
-def _read(path: str, annotation: Any, text: str, below: Mapping[str, str] = types.MappingProxyType({})) -> Any:
-    """Convert text to a value: a word, a function or its record, or a value of the first type that accepts the text."""
-    kinds = _kinds(annotation)
-    words = _words(path, kinds)
-    if text == "none" and types.NoneType in kinds:
+def _parse_value(path: str, annotation: Any, text: str, nested: Mapping[str, str] = types.MappingProxyType({})) -> Any:
+    """Convert text to a value: a word, a function or the record that it makes, or a value of the first type that
+    accepts the text.
+    """
+    value_types = _value_types(annotation)
+    words = _allowed_words(path, value_types)
+    if text == "none" and types.NoneType in value_types:
         return None
     if any(map(callable, words.values())):
-        return _pick(path, kinds, words, text, below)
+        return _parse_function(path, value_types, words, text, nested)
     if text in words or annotation is str:
         return text
-    for kind in kinds:
-        value = _accepted(path, kind, text)
+    for value_type in value_types:
+        value = _parse_type(path, value_type, text)
         if value is not None:
             return value
     if words:
         raise _unknown(path, text, words)
-    wanted = getattr(annotation, "__name__", str(annotation))
-    raise ValueError(f"--{path} {text!r} is not a valid {wanted.replace('types.NoneType', 'none')}")
+    type_name = getattr(annotation, "__name__", str(annotation))
+    raise ValueError(f"--{path} {text!r} is not a valid {type_name.replace('types.NoneType', 'none')}")
 
 
-def _pick(path: str, kinds: tuple, words: Mapping[str, Any], text: str, below: Mapping[str, str]) -> Any:
-    """Return the function that text names, bound with its required keywords (`below`), or the record that it makes."""
-    # Text of a checkpoint never reaches this line: only a user's command line may import.
-    chosen = imported(path, text) if ":" in text else words.get(text)
-    if chosen is None:
+def _parse_function(
+    path: str, value_types: tuple, words: Mapping[str, Any], text: str, nested: Mapping[str, str]
+) -> Any:
+    """Return the function that text names, bound with its required keywords (`nested`), or the record that it makes."""
+    # Only text of a command line may import a module; text of a checkpoint never reaches this line.
+    function = imported(path, text) if ":" in text else words.get(text)
+    if function is None:
         raise _unknown(path, text, words)
-    # Arguments that all of these functions need are passed by the caller.
-    given = set.intersection(*(set(_needed(function)) for function in words.values() if function is not None))
-    bound = {}
-    for name, annotation in _needed(chosen).items():
-        if name in below:
-            bound[name] = _read(f"{path}.{name}", annotation, below[name])
-        elif name not in given:
+    # The caller passes the arguments that all of these functions require.
+    required = [set(_required_keywords(choice)) for choice in words.values() if choice is not None]
+    passed_by_caller = set.intersection(*required)
+    keywords = {}
+    for name, annotation in _required_keywords(function).items():
+        if name in nested:
+            keywords[name] = _parse_value(f"{path}.{name}", annotation, nested[name])
+        elif name not in passed_by_caller:
             raise ValueError(f"--{path} {text} needs --{path}.{name}")
-    function = partial(chosen, **bound) if bound else chosen
-    record = next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
+    bound_function = partial(function, **keywords) if keywords else function
+    records = [kind for kind in value_types if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    record = records[0] if records else None
     if record is None:
-        return function
-    made = fitted(path, record, function) if record in RECORDS else function()
-    if not isinstance(made, record):
-        raise ValueError(f"--{path} {text!r} makes no {record.__name__}; give a function that returns one")
-    return made
+        return bound_function
+    result = convert_value(path, record, bound_function) if record in RECORDS else bound_function()
+    if not isinstance(result, record):
+        raise ValueError(f"--{path} {text!r} does not make a {record.__name__}; give a function that returns one")
+    return result
 
 
-def _needed(function: Callable) -> dict[str, Any]:
-    """Return the keywords that have no default and that text can set, with their annotations."""
+def _required_keywords(function: Callable) -> dict[str, Any]:
+    """Return the keywords without a default that text can set, with their annotations."""
     parameters = inspect.signature(function).parameters.values()
     without = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    return {p.name: p.annotation for p in without if not SCALARS.isdisjoint(_kinds(p.annotation))}
+    return {p.name: p.annotation for p in without if not SCALARS.isdisjoint(_value_types(p.annotation))}
 
 
 def _unknown(path: str, text: str, words: Iterable[str]) -> ValueError:
+    """Make the error for a word that is not allowed; it names the nearest word."""
     if now := hint(text) or hint(f"{path}={text}"):
         return ValueError(f"--{path} {text}: {now}")
     near = difflib.get_close_matches(text, words, n=1, cutoff=0)
     return ValueError(f"--{path} {text!r} is not known; the nearest is {near[0]!r} (one of {', '.join(words)})")
 
 
-def _accepted(path: str, kind: Any, text: str) -> Any:
+def _parse_type(path: str, value_type: Any, text: str) -> Any:
     """Convert text to a value of one type; None if the type does not accept the text."""
-    if kind is bool:
+    if value_type is bool:
         return {"true": True, "false": False}.get(text)
-    if typing.get_origin(kind) is tuple and "," in text:
-        return tuple(_read(path, typing.get_args(kind)[0], part) for part in text.split(","))
-    if kind in (int, float):
+    if typing.get_origin(value_type) is tuple and "," in text:
+        return tuple(_parse_value(path, typing.get_args(value_type)[0], part) for part in text.split(","))
+    if value_type in (int, float):
         try:
-            value = kind(text)
+            value = value_type(text)
         except ValueError:
             return None
-        return value if kind is int or math.isfinite(value) else None
-    # An empty path comes from an unset variable.
-    return kind(text) if kind in (str, Path) and text else None
+        return value if value_type is int or math.isfinite(value) else None
+    # Empty text is refused: it comes from an unset shell variable.
+    return value_type(text) if value_type in (str, Path) and text else None
 
 
 def usage(recipe: Any) -> str:
-    """Format the help: every path with its value, meaning, bound and choices, grouped by field.
-
-    Below them are the docstrings of the functions and records in the recipe, which explain their keywords.
+    """Format the help: every path with its value, help text, bound and choices, grouped by field. The docstrings of the
+    functions and records in the recipe follow.
     """
     settings = paths(recipe)
     lines = [f"usage: [accelerate launch] RECIPE.py [--FIELD VALUE ...]      recipe {recipe.name}", ""]
     if isinstance(recipe, Recipe):
-        lines += [f"  --preset {' | '.join(PRESETS)}   settings that belong together, beneath the other options", ""]
-    indented = partial(textwrap.fill, width=WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += [f"  --preset {' | '.join(PRESETS)}   a set of settings, which the other options override", ""]
+    indent = partial(textwrap.fill, width=WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     for field in dataclasses.fields(recipe):
-        own = {path: setting for path, setting in settings.items() if path.partition(".")[0] == field.name}
-        if field.name not in own and own:
-            lines += [f"  {field.name} {_short(getattr(recipe, field.name))}", indented(field.metadata.get("help", ""))]
-        for path, setting in own.items():
-            shown = f"--{path} {_short(setting.value)}"
+        field_settings = {path: setting for path, setting in settings.items() if path.partition(".")[0] == field.name}
+        if field.name not in field_settings and field_settings:
+            lines += [f"  {field.name} {_short(getattr(recipe, field.name))}", indent(field.metadata.get("help", ""))]
+        for path, setting in field_settings.items():
+            option = f"--{path} {_short(setting.value)}"
             help = f"{setting.help} ({setting.bound})".strip() if setting.bound else setting.help
-            short = len(shown) <= 52 and len(help) <= WIDTH - 54
-            lines.append(f"  {shown:52}{help}".rstrip() if short else f"  {shown}")
-            if help and not short:
-                lines.append(indented(help))
+            fits_one_line = len(option) <= 52 and len(help) <= WIDTH - 54
+            lines.append(f"  {option:52}{help}".rstrip() if fits_one_line else f"  {option}")
+            if help and not fits_one_line:
+                lines.append(indent(help))
             if setting.choices:
-                lines.append(indented(f"one of: {', '.join(setting.choices)}"))
+                lines.append(indent(f"one of: {', '.join(setting.choices)}"))
     lines += ["", "Keywords, as the functions and records explain them:"]
-    for explained in dict.fromkeys(_explained(recipe)):
-        lines += ["", f"  {full_name(explained)}", textwrap.indent(inspect.getdoc(explained) or "", " " * 6)]
+    for owner in dict.fromkeys(_explained(recipe)):
+        lines += ["", f"  {full_name(owner)}", textwrap.indent(inspect.getdoc(owner) or "", " " * 6)]
     return "\n".join(lines)
 
 
 def _short(value: Any) -> str:
-    """Format a value for help: a function by its name, because its keywords have separate lines."""
+    """Format a value for the help: a function by its name only, because its keywords have separate lines."""
     text = describe(next(iter(explained_by(value)), value))
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
 
@@ -303,6 +316,7 @@ def explained_by(value: Any) -> list[Any]:
 
 
 def _explained(owner: Any) -> Iterator[Any]:
+    """Yield all functions and classes below an owner whose docstrings the help shows."""
     for member in members(owner).values():
         yield from explained_by(member.value)
         yield from _explained(member.value)

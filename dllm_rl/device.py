@@ -10,14 +10,14 @@ from torch import Tensor
 
 def find_device(name: str | None = None) -> torch.device:
     """Return the device of that name, else the accelerator, else the CPU. Raises ValueError if the device is absent."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name is None:  # a Mac's GPU must be named: it has no fp64, which random numbers and metrics need
-        return torch.device("cpu") if found is None or found.type == "mps" else found
-    there = ["cpu"] if found is None else ["cpu", found.type]
-    kind, colon, index = name.partition(":")
-    count = 1 if kind == "cpu" else torch.accelerator.device_count()  # cpu:0 is the only CPU device
-    if kind not in there or (colon and not (index.isdecimal() and int(index) < count)):
-        raise ValueError(f"device={name!r} is not on this machine, which has {' and '.join(there)}")
+        return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
+    available = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    device_type, colon, index = name.partition(":")
+    count = 1 if device_type == "cpu" else torch.accelerator.device_count()  # cpu:0 is the only CPU device
+    if device_type not in available or (colon and not (index.isdecimal() and int(index) < count)):
+        raise ValueError(f"device={name!r} is not on this machine, which has {' and '.join(available)}")
     return torch.device(name)
 
 

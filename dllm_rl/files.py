@@ -1,4 +1,4 @@
-"""Crash-safe writing: a file with its final name is complete and on disk, even after a kill."""
+"""Crash-safe writes: a file under its final name is always complete and on disk, even if the process is killed."""
 
 import errno
 import json
@@ -22,38 +22,39 @@ def replacing(path: Path) -> Iterator[Path]:
     raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = _aside(path, "partial"), _aside(path, "old")
+    partial, previous = _aside(path, "partial"), _aside(path, "old")
     recover(path)
     try:
         yield partial
-        for part in [*sorted(partial.rglob("*")), partial] if partial.is_dir() else [partial]:
-            flush(part)
+        for written in [*sorted(partial.rglob("*")), partial] if partial.is_dir() else [partial]:
+            flush(written)
     except BaseException as error:  # also an interrupt
         remove(partial)
-        if isinstance(error, OSError) and error.errno and error.filename is None:  # a failed write names no file
-            remedy = "; make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        # The error of a failed write does not name the file.
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            remedy = "; free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
             raise OSError(error.errno, f"{error.strerror}{remedy}", str(path)) from error
         raise
     if partial.is_dir() and path.exists():
-        path.rename(old)  # a rename cannot replace a folder; after a kill at this point `recover` restores the old one
+        path.rename(previous)  # a rename cannot replace a folder; if the process is killed here, `recover` restores it
     partial.replace(path)
     flush(path.parent)
-    remove(old)
+    remove(previous)
 
 
 def recover(path: Path) -> None:
-    """Clean up after a killed `replacing(path)` or `remove_whole(path)`: `path` is the old or the new version,
-    complete.
+    """Clean up after `replacing(path)` or `remove_whole(path)` was interrupted: `path` is then the complete old or new
+    version.
     """
-    partial, old = _aside(path, "partial"), _aside(path, "old")
-    if old.exists() and not path.exists():
-        old.rename(path)  # the kill came before the new folder was renamed
-    remove(old)
+    partial, previous = _aside(path, "partial"), _aside(path, "old")
+    if previous.exists() and not path.exists():
+        previous.rename(path)  # it was interrupted before the new folder was renamed
+    remove(previous)
     remove(partial)
 
 
 def remove_whole(path: Path) -> None:
-    """Delete a folder. A kill leaves either all of it or nothing under its name."""
+    """Delete a folder. If the process is killed, either the complete folder or nothing has its name."""
     partial = _aside(path, "partial")
     remove(partial)
     if path.exists():
@@ -81,16 +82,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replace the file's content by a JSON value, atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Return a JSON file's content. Raises ValueError naming its folder if the file is missing or not JSON."""
+    """Read a JSON file. Raises ValueError that names the folder if the file is missing or not JSON."""
     if not path.is_file():  # reading a FIFO would wait
-        raise ValueError(f"{path.parent}: {path.name} is {'no regular file' if path.exists() else 'missing'}")
+        raise ValueError(f"{path.parent}: {path.name} is {'not a regular file' if path.exists() else 'missing'}")
     try:
         return json.loads(path.read_bytes())
-    except (ValueError, RecursionError):  # neither UTF-8 nor JSON, or brackets without end
+    except (ValueError, RecursionError):  # not UTF-8 or not JSON, or brackets nested too deeply
         raise ValueError(f"{path.parent}: {path.name} is damaged: it is not JSON") from None
 
 
@@ -104,6 +106,7 @@ def flush(path: Path) -> None:
 
 
 def to_disk(file: IO[Any]) -> None:
+    """Force what was written to an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -113,19 +116,21 @@ def folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-_LOCKS: dict[tuple[int, Path], IO[str]] = {}  # by process: a forked child does not have its parent's locks
+_LOCKS: dict[
+    tuple[int, Path], IO[str]
+] = {}  # with the process id, because a forked child does not have its parent's locks
 
 
 def lock(path: Path) -> bool:
-    """Lock the file until `unlock` or the end of the process; False if the system or file system has no such locks.
+    """Lock the file until `unlock` or the end of the process; return False if the file system has no locks.
 
-    Raises BlockingIOError naming the process that has the lock.
+    Raises BlockingIOError that names the process with the lock.
     """
     path = path.resolve()
     if fcntl is None or (os.getpid(), path) in _LOCKS:
         return fcntl is not None
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+")  # not w: the file names the process that has the lock
+    file = path.open("a+")  # not "w": the file contains the name of the process with the lock
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -137,7 +142,7 @@ def lock(path: Path) -> bool:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return False
         raise
-    file.truncate(0)  # the name of an ended process
+    file.truncate(0)  # remove the name of an earlier process
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _LOCKS[os.getpid(), path] = file
@@ -147,7 +152,7 @@ def lock(path: Path) -> bool:
 def keep_lock(path: Path) -> None:
     """Lock the file again if it was removed or replaced since `lock`, because the old lock no longer protects it.
 
-    Raises BlockingIOError if another process was faster.
+    Raises BlockingIOError if another process has locked it since.
     """
     file = _LOCKS.get((os.getpid(), path.resolve()))
     if file is not None and not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
@@ -156,6 +161,7 @@ def keep_lock(path: Path) -> None:
 
 
 def unlock(path: Path) -> None:
+    """Release the lock of this process, if it has one."""
     file = _LOCKS.pop((os.getpid(), path.resolve()), None)
     if file is not None:
         file.close()

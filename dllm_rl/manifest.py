@@ -45,30 +45,30 @@ def write(
             files[path.relative_to(folder).as_posix()] = entry
     files |= known
     fields = {"format": FORMAT, "step": step, "processes": processes, "versions": versions, "files": files}
-    own = _own_digest(fields)
+    own_digest = _own_digest(fields)
     # The manifest is written last: a folder with a manifest is complete.
-    (folder / NAME).write_text(json.dumps(fields | {"sha256": own}, indent=1) + "\n", encoding="utf-8")
-    return own
+    (folder / NAME).write_text(json.dumps(fields | {"sha256": own_digest}, indent=1) + "\n", encoding="utf-8")
+    return own_digest
 
 
 def read(folder: Path) -> dict[str, Any]:
     """Return the manifest. Raises ValueError if it is missing, damaged, or of another format."""
     path = folder / NAME
     if not path.is_file():
-        raise ValueError(f"{folder}: {NAME} is {'no regular file' if path.exists() else 'missing'}")
+        raise ValueError(f"{folder}: {NAME} is {'not a regular file' if path.exists() else 'missing'}")
     try:
-        found = json.loads(path.read_bytes())
-        own = found.pop("sha256", None) if isinstance(found, dict) else None
-        signed = own is not None and own == _own_digest(found)
-    except (ValueError, RecursionError):  # neither UTF-8 nor JSON, or brackets without end
+        content = json.loads(path.read_bytes())
+        stored_digest = content.pop("sha256", None) if isinstance(content, dict) else None
+        is_signed = stored_digest is not None and stored_digest == _own_digest(content)
+    except (ValueError, RecursionError):  # not UTF-8 or not JSON, or brackets nested too deeply
         raise ValueError(f"{folder}: {NAME} is damaged: it is not JSON") from None
-    if not signed:
+    if not is_signed:
         raise ValueError(f"{folder}: {NAME} is damaged: its own SHA-256 differs")
-    if type(found.get("format")) is int and found["format"] != FORMAT:
-        raise ValueError(f"{folder}: format={found['format']} is newer than {FORMAT}; upgrade dllm_rl")
-    if not _has_types(found):  # anyone who can write a checkpoint can sign it
+    if type(content.get("format")) is int and content["format"] != FORMAT:
+        raise ValueError(f"{folder}: format={content['format']} is newer than {FORMAT}; upgrade dllm_rl")
+    if not _has_types(content):  # anyone who can write a checkpoint can sign it
         raise ValueError(f"{folder}: {NAME} is damaged: its fields are missing, or of other types than `write` gives")
-    return found | {"sha256": own}
+    return content | {"sha256": stored_digest}
 
 
 def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = (), unread: str | None = None) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = (), unrea
     here = _regular_files(folder)
     for name in files:
         if name not in here:
-            raise ValueError(f"{folder}: {name} is {'no regular file' if (folder / name).exists() else 'missing'}")
+            raise ValueError(f"{folder}: {name} is {'not a regular file' if (folder / name).exists() else 'missing'}")
     for name, path in here.items():  # hidden files and those named in `also` are allowed
         if name not in files and name not in (NAME, CARD, *also) and not path.name.startswith("."):
             raise ValueError(f"{folder}: {name} is not in {NAME}; move it elsewhere")
@@ -100,13 +100,13 @@ def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = (), unrea
 
 def _regular_files(folder: Path) -> dict[str, Path]:
     """Return the files below the folder by name. Raises ValueError on entries that are neither a file nor a folder."""
-    found = {}
+    files = {}
     for path in folder.rglob("*"):
         if path.is_file():
-            found[path.relative_to(folder).as_posix()] = path
+            files[path.relative_to(folder).as_posix()] = path
         elif not path.is_dir():  # reading a FIFO or a device may never end
-            raise ValueError(f"{folder}: {path.name} is no regular file")
-    return found
+            raise ValueError(f"{folder}: {path.name} is not a regular file")
+    return files
 
 
 def verify_if_there(folder: Path, check: Check) -> None:
@@ -124,8 +124,8 @@ def describe(path: Path) -> dict[str, Any]:
 def digest(path: Path, *, limit: int | None = None) -> str:
     """Return the SHA-256, in hexadecimal, of a file or of its first `limit` bytes."""
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256") if limit is None else hashlib.sha256(file.read(limit))
-    return found.hexdigest()
+        sha256 = hashlib.file_digest(file, "sha256") if limit is None else hashlib.sha256(file.read(limit))
+    return sha256.hexdigest()
 
 
 def _fault(path: Path, entry: dict[str, Any], quick: bool) -> str | None:
@@ -151,5 +151,5 @@ def _describes(entry: dict[str, Any]) -> bool:
 
 
 def _own_digest(fields: dict[str, Any]) -> str:
-    # sorted: JSON has no order of fields
+    # Sorted keys, because the order of JSON fields is arbitrary.
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

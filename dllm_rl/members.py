@@ -32,12 +32,13 @@ def configurable(function: Made) -> Made:
     """
 
     @wraps(function)
-    def make(*parts: Any, **keywords: Any) -> Any:
+    def make(*arguments: Any, **keywords: Any) -> Any:
         refuse_renamed(keywords, function.__name__)
-        made = function(*parts, **keywords)
-        # The record is frozen. A copy by `replace` has None, because the function would not make that copy.
-        object.__setattr__(made, "factory", partial(make, *parts, **keywords))
-        return made
+        record = function(*arguments, **keywords)
+        # object.__setattr__, because the record is frozen. A copy by `replace` has factory=None, since the factory
+        # would not make that copy.
+        object.__setattr__(record, "factory", partial(make, *arguments, **keywords))
+        return record
 
     return typing.cast(Made, make)
 
@@ -53,28 +54,30 @@ class Member:
 
 
 def members(owner: Any) -> dict[str, Member]:
-    """Return the members of an owner by name.
+    """Return the settings of a record or a function by name; {} for any other object.
 
-    These are a record's fields, or its factory's arguments; a function's keywords, bound or with a default, and its
-    bound positional arguments under 1, 2 ...; nothing for any other owner, or for a record without a factory call.
+    A record has its fields, or, if a factory made it, the arguments of the factory. A function has its keywords that
+    are bound or have a default, and its bound positional arguments as "1", "2" ...
     """
     if hasattr(owner, "factory"):
         return members(owner.factory)
     if isinstance(owner, partial) or inspect.isfunction(owner):
         function = owner if isinstance(owner, partial) else partial(owner)
         bounds = getattr(function.func, "bounds", {})
-        found = {str(place): Member(part) for place, part in enumerate(function.args, 1)}
+        members_by_name = {str(position): Member(argument) for position, argument in enumerate(function.args, 1)}
         for name, parameter in inspect.signature(function.func).parameters.items():
             value = function.keywords.get(name, parameter.default)
             if parameter.kind is parameter.KEYWORD_ONLY and value is not parameter.empty:
-                found[name] = Member(value, parameter.annotation, bound=bounds.get(name))
-        return found
+                members_by_name[name] = Member(value, parameter.annotation, bound=bounds.get(name))
+        return members_by_name
     if not dataclasses.is_dataclass(owner) or isinstance(owner, type):
         return {}
-    found = {}
-    for f in dataclasses.fields(owner):
-        found[f.name] = Member(getattr(owner, f.name), f.type, f.metadata.get("help", ""), f.metadata.get("bound"))
-    return found
+    members_by_name = {}
+    for field in dataclasses.fields(owner):
+        members_by_name[field.name] = Member(
+            getattr(owner, field.name), field.type, field.metadata.get("help", ""), field.metadata.get("bound")
+        )
+    return members_by_name
 
 
 def function_of(value: Any) -> Any:
@@ -95,14 +98,13 @@ def imported(path: str, text: str) -> Callable:
     """Import the function that `text`, MODULE:FUNCTION, names; `path` is the option that an error names."""
     module_name, _, name = text.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(
-            os.getcwd()
-        )  # an installed command has its program's folder in the path instead; last, so that nothing is shadowed
+        # An installed command has its program's folder in the path instead. Appended last, so that nothing is shadowed.
+        sys.path.append(os.getcwd())
     try:
         function = getattr(import_module(module_name), name, None)
     except (ImportError, ValueError) as error:  # ValueError: an empty name
         raise ValueError(
-            f"--{path} {text!r}: {error}; give MODULE:FUNCTION, its folder the working one or in PYTHONPATH"
+            f"--{path} {text!r}: {error}; give MODULE:FUNCTION, with the module in the working folder or in PYTHONPATH"
         ) from None
     if not inspect.isfunction(function):
         raise ValueError(f"--{path} {text!r}: module {module_name!r} has no function {name!r}")
@@ -115,7 +117,7 @@ def describe(value: Any) -> str:
     Use it to print a setting, such as a corrector.
     """
     if getattr(value, "factory", None) is not None:
-        value = value.factory  # shorter, and as a user would write it
+        value = value.factory  # describe the call that made the record: it is shorter, and what a user would write
     if isinstance(value, partial):
         return _call(value.func, {name: member.value for name, member in members(value).items()})
     if inspect.isfunction(value) or inspect.isbuiltin(value) or isinstance(value, type):
@@ -138,32 +140,33 @@ def describe(value: Any) -> str:
 
 def _described_object(value: Any) -> str:
     """Format an object without a custom repr: its class, and the constructor arguments that it stores."""
-    held = {}
+    arguments = {}
     for name in inspect.signature(type(value)).parameters:
         if name in vars(value):
-            part = vars(value)[name]
-            text = "itself" if part is value else describe(part)
-            # A long text is data. A word may be a secret, and this text is saved and printed.
-            shown = part is None or isinstance(part, bool | int | float) or callable(part)
-            held[name] = text if shown else f"#{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+            argument = vars(value)[name]
+            text = "itself" if argument is value else describe(argument)
+            # Other values are hashed: long text is data, and a word may be a secret, while this text is saved and
+            # printed.
+            is_shown = argument is None or isinstance(argument, bool | int | float) or callable(argument)
+            arguments[name] = text if is_shown else f"#{hashlib.sha256(text.encode()).hexdigest()[:12]}"
             if ADDRESS.search(text):
-                held[name] = text
-    return f"{full_name(type(value))}({', '.join(f'{name}={text}' for name, text in held.items())})"
+                arguments[name] = text
+    return f"{full_name(type(value))}({', '.join(f'{name}={text}' for name, text in arguments.items())})"
 
 
-def _call(factory: Any, held: dict[str, Any]) -> str:
-    arguments = [("" if name.isdecimal() else f"{name}=") + describe(value) for name, value in held.items()]
-    return f"{full_name(factory)}({', '.join(arguments)})"
+def _call(factory: Any, values: dict[str, Any]) -> str:
+    texts = [("" if name.isdecimal() else f"{name}=") + describe(value) for name, value in values.items()]
+    return f"{full_name(factory)}({', '.join(texts)})"
 
 
-def full_name(made: Any) -> str:
+def full_name(target: Any) -> str:
     """Return the NAME of a function or class, or MODULE:NAME outside of this library."""
-    # A resume must distinguish two functions of one name.
-    module = made.__module__ or "builtins"  # builtin functions of torch have no module
+    # With the module, because a resume must distinguish functions of the same name.
+    module = target.__module__ or "builtins"  # builtin functions of torch have no module
     if module.partition(".")[0] == "dllm_rl":
-        return made.__name__
+        return target.__name__
     module = _started_as() if module == "__main__" else module
-    return f"{module}:{made.__name__}"
+    return f"{module}:{target.__name__}"
 
 
 def _started_as() -> str:
@@ -186,7 +189,7 @@ def plain(value: Any) -> Any:
 def same_setting(before: Any, now: Any) -> bool:
     """Return whether a stored value equals the current one, possibly as an earlier version described it.
 
-    That version may have had other names, and fewer keywords: a keyword that its text does not name had its default.
+    An earlier version may have had other names and fewer keywords. A keyword that its text lacks had its default.
     """
     if before == now or not (isinstance(before, str) and isinstance(now, str)):
         return before == now
@@ -195,14 +198,14 @@ def same_setting(before: Any, now: Any) -> bool:
 
 
 def _without_new_keywords(text: str, before: str) -> str:
-    """Leave out the keywords that have their defaults and that `before` does not name."""
+    """Remove the keywords from a description that have their default and that `before` lacks."""
     package = sys.modules[__name__.partition(".")[0]]
     for name in dict.fromkeys(re.findall(r"\b(\w+)\(", text)):
-        maker = getattr(package, name) if name in package.__all__ else None
-        for parameter in inspect.signature(maker).parameters.values() if callable(maker) else ():
+        function = getattr(package, name) if name in package.__all__ else None
+        for parameter in inspect.signature(function).parameters.values() if callable(function) else ():
             if parameter.default is not parameter.empty and f"{parameter.name}=" not in before:
-                held = rf"(?<![\w.]){re.escape(f'{parameter.name}={describe(parameter.default)}')}(?=[,)])"
-                text = re.sub(rf", {held}|{held}, |{held}", "", text)
+                keyword = rf"(?<![\w.]){re.escape(f'{parameter.name}={describe(parameter.default)}')}(?=[,)])"
+                text = re.sub(rf", {keyword}|{keyword}, |{keyword}", "", text)
     return text
 
 

@@ -1,6 +1,6 @@
-"""Sets of settings that belong together: for large models, which `grpo` selects by a model's size, and d1's.
+"""Presets: sets of settings for large models, which `grpo` selects by the model's size, and those of d1.
 
-A caller's settings replace a preset's. No large model has been trained with any preset yet.
+Settings that a caller passes override a preset. No large model has been trained with any preset yet.
 """
 
 import os
@@ -22,8 +22,9 @@ from dllm_rl.samplers.rules import confidence
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import escape_controls
 
-LARGE = 1_000_000_000  # parameters from which a model takes a preset
-GROUPS = ("num_generations", "train_batch_size", "micro_batch_size", "rollout_batch_size")  # they depend on each other
+LARGE = 1_000_000_000  # models with at least this many parameters get a preset by default
+# Settings that depend on each other: a caller who sets one of these gets none of them from a preset.
+GROUPS = ("num_generations", "train_batch_size", "micro_batch_size", "rollout_batch_size")
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_preset(name: str) -> Preset:
+    """Return a preset by its name. Raises ValueError if there is none."""
     if name not in PRESETS:
-        raise ValueError(f"preset={name!r} is none of {', '.join(PRESETS)}")
+        raise ValueError(f"preset={name!r} is not one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
@@ -107,31 +109,36 @@ def num_parameters(model: str | Policy) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def without_groups(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a preset's settings that the caller did not set. If the caller set one of GROUPS, the others follow from
-    it.
+def without_groups(settings: Mapping[str, Any], caller_settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a preset's settings without those of GROUPS if the caller set one of them. micro_batch_size then follows
+    num_generations.
     """
-    kept = {name: value for name, value in settings.items() if not (given.keys() & set(GROUPS) and name in GROUPS)}
+    remaining = {
+        name: value for name, value in settings.items() if not (caller_settings.keys() & set(GROUPS) and name in GROUPS)
+    }
     if "micro_batch_size" in settings:
-        generations = given.get("num_generations", kept.get("num_generations", Recipe.num_generations))
-        kept["micro_batch_size"] = given.get("micro_batch_size", generations)
-    return kept
+        generations = caller_settings.get("num_generations", remaining.get("num_generations", Recipe.num_generations))
+        remaining["micro_batch_size"] = caller_settings.get("micro_batch_size", generations)
+    return remaining
 
 
 def with_preset(recipe: Recipe, name: str) -> Recipe:
     """Apply a preset's settings to a recipe. Raises ValueError for another sampler than `unmask`."""
     settings, keywords = find_preset(name).for_task(recipe.task.name)
-    sampler, evaluation = recipe.sampler, recipe.eval_sampler
-    for each in (sampler, evaluation) if keywords else ():
-        if getattr(each, "func", None) is not unmask:
-            raise ValueError(f"preset={name!r} is of the sampler unmask, and this recipe has {describe(each)}")
-    greedy = {keyword: value for keyword, value in keywords.items() if keyword != "temperature"}
-    samplers: dict[str, Any] = {"sampler": partial(sampler, **keywords), "eval_sampler": partial(evaluation, **greedy)}
+    sampler, eval_sampler = recipe.sampler, recipe.eval_sampler
+    for each_sampler in (sampler, eval_sampler) if keywords else ():
+        if getattr(each_sampler, "func", None) is not unmask:
+            raise ValueError(f"preset={name!r} is for the sampler unmask, and this recipe has {describe(each_sampler)}")
+    eval_keywords = {keyword: value for keyword, value in keywords.items() if keyword != "temperature"}
+    samplers: dict[str, Any] = {
+        "sampler": partial(sampler, **keywords),
+        "eval_sampler": partial(eval_sampler, **eval_keywords),
+    }
     return replace(recipe, **settings, **samplers)
 
 
 def say_preset(name: str, settings: Mapping[str, Any]) -> None:
-    """Print in one line the preset that a run uses and its settings; only one process prints."""
+    """Print the preset that a run uses and its settings in one line, from one process only."""
     if os.environ.get("RANK", "0") == "0":
         listed = ", ".join(f"{field}={describe(value)}" for field, value in settings.items())
         print(escape_controls(f"preset {name}: {listed}"), flush=True)

@@ -1,4 +1,4 @@
-"""The record of an experiment: a flat frozen Recipe. A variant is `replace(base, ...)` in a separate file."""
+"""All settings of an experiment, in one flat frozen record, `Recipe`. Write a variant as `replace(base, ...)`."""
 
 import inspect
 import math
@@ -42,8 +42,8 @@ def _named(module: ModuleType, names: str) -> dict[str, Callable]:
 
 _LIKELIHOODS = _named(estimators, "block_elbo causal coupled elbo eubo one_step quadrature sandwich trajectory")
 _STATE_ONLY = _named(rules, "max_prob margin entropy")
-# Functions that can be chosen by name, for each field of a record and keyword of a function that takes a function or
-# a function's result. All functions in a row take the same arguments. Others are chosen as MODULE:FUNCTION.
+# Functions that the command line accepts by name, for each field or keyword whose value is a function or what a
+# function returns. All functions in a row take the same arguments. Other functions are given as MODULE:FUNCTION.
 CHOICES: dict[str, dict[str, Callable]] = {
     "advantages": _named(advantages, "decoupled group_relative leave_one_out"),
     "loss_reduction": _named(losses, "fixed_length_mean sequence_mean token_mean"),
@@ -73,63 +73,62 @@ CHOICES: dict[str, dict[str, Callable]] = {
 
 
 def _(help: str, default: Any = MISSING, **bound: int) -> Any:
-    """Make a documented field; `bound` is for `Bound`. `CHOICES` lists the words that a command line accepts."""
+    """Make a field with a help text; `bound` is passed to `Bound`."""
     return field(default=default, metadata={"help": help, "bound": Bound(**bound) if bound else None})
 
 
-RECORDS = (
-    Corrector,
-    LikelihoodEstimator,
-    PromptSource,
-    RolloutEngine,
-)  # records that functions make
+# Records that a function of the library makes, such as `tis()`.
+RECORDS = (Corrector, LikelihoodEstimator, PromptSource, RolloutEngine)
 REFERENCE = "reference"  # value of `teacher`: the policy that RL started from
 DIRECTION_STEPS = 5  # steps from one measurement of `update/direction` to the next
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
 def documented(record: type) -> str:
-    """Return the record's docstring with a line for each field: its meaning and its bound."""
+    """Return the record's docstring with a line per field: its name, help text and bound."""
     lines = [f"{record.__doc__}\n"]
-    for known in fields(record):
-        bound = known.metadata["bound"]
-        lines.append(f"{known.name:22}  {known.metadata['help']}" + (f" ({bound})" if bound else ""))
+    for setting in fields(record):
+        bound = setting.metadata["bound"]
+        lines.append(f"{setting.name:22}  {setting.metadata['help']}" + (f" ({bound})" if bound else ""))
     return "\n".join(lines)
 
 
 def check_bounds(field: Field, value: Any) -> None:
-    """Raise ValueError if a field's number is out of bounds, or its word is unknown."""
+    """Raise ValueError if a field's value has the wrong type, is out of bounds, or is an unknown word."""
     optional = NoneType in get_args(field.type)
     if value is None and optional:
         return
-    none = ", or none" if optional else ""
-    if isinstance(value, str) and not value:  # the value of an unset variable in a script
-        raise ValueError(f"{field.name}='' is empty; give a name{none}")
+    none_too = ", or none" if optional else ""
+    if isinstance(value, str) and not value:  # for example from an unset variable in a script
+        raise ValueError(f"{field.name}='' is empty; give a name{none_too}")
     check_fits(field, value)
-    literals = [kind for kind in (field.type, *get_args(field.type)) if get_origin(kind) is Literal]
-    known = [word for kind in literals for word in get_args(kind)]
-    if known and value not in known:
-        raise ValueError(f"{field.name}={value!r} is not known; use {', '.join(map(repr, known))}{none}")
+    literals = [literal for literal in (field.type, *get_args(field.type)) if get_origin(literal) is Literal]
+    words = [word for literal in literals for word in get_args(literal)]
+    if words and value not in words:
+        raise ValueError(f"{field.name}={value!r} is not known; use {', '.join(map(repr, words))}{none_too}")
     if bound := field.metadata.get("bound"):
         bound.check(field.name, value)
-    check_bound(value)  # constants that a function binds
+    check_bound(value)  # the arguments that a function is bound with
 
 
-def kinds_of(annotation: Any) -> tuple[Any, ...]:
-    """Return the types of a union, or a tuple of the only type."""
+def union_members(annotation: Any) -> tuple[Any, ...]:
+    """Return the types of a union; for any other annotation, the annotation in a tuple."""
     return get_args(annotation) if get_origin(annotation) in (UnionType, Union) else (annotation,)
 
 
-def fitted(name: str, annotation: Any, value: Any) -> Any:
-    """Convert a value to the form that a field of this type has, if its meaning is clear.
+def convert_value(name: str, annotation: Any, value: Any) -> Any:
+    """Convert a value to what a field of this type holds; return a value that needs no conversion unchanged.
 
-    It converts text that names a function of the library, a function that makes the record, and settings of adapters.
-    Any other value is returned unchanged.
+    Converted are: the name of a function of the library, a function that makes the field's record (it is called), and
+    adapter settings of this library or of PEFT.
+
+    Raises:
+        ValueError: The function that makes the record has arguments without defaults.
     """
-    kinds = kinds_of(annotation)
+    kinds = union_members(annotation)
     value = flattened(value)
-    text = str in kinds or any(get_origin(kind) is Literal for kind in kinds)
-    if isinstance(value, str) and not text:
+    accepts_text = str in kinds or any(get_origin(kind) is Literal for kind in kinds)
+    if isinstance(value, str) and not accepts_text:
         value = CHOICES.get(name, {}).get(value, None if value == "none" and NoneType in kinds else value)
     if name == "lora" and isinstance(value, Lora):
         return partial(adapters, value)
@@ -138,65 +137,67 @@ def fitted(name: str, annotation: Any, value: Any) -> Any:
     record = next((kind for kind in kinds if kind in RECORDS), None)
     if record is not None and inspect.isfunction(function_of(value)):
         optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        lacking = [
+        missing = [
             parameter.name
             for parameter in inspect.signature(value).parameters.values()
             if parameter.default is parameter.empty and parameter.kind not in optional
         ]
-        if lacking and record is PromptSource:  # `value` is the function that draws
+        if missing and record is PromptSource:  # `value` draws prompts itself
             return PromptSource(value)
-        if lacking:
-            needs = f"{name}={describe(value)} needs {', '.join(lacking)}"
-            maker = getattr(function_of(value), "__name__", name)
-            raise ValueError(f"{needs}; give the {record.__name__} that it makes: {name}={maker}(...)")
+        if missing:
+            problem = f"{name}={describe(value)} needs {', '.join(missing)}"
+            function_name = getattr(function_of(value), "__name__", name)
+            raise ValueError(f"{problem}; give the {record.__name__} that it makes: {name}={function_name}(...)")
         value = value()
     return value
 
 
 def adapters(lora: Lora) -> Lora:
-    """Return the settings unchanged: a recipe contains a function that makes them."""
+    """Return the settings. A recipe holds a function that returns them."""
     return lora
 
 
 def check_fits(field: Field, value: Any) -> None:
     """Raise ValueError if a value has the wrong type for a field.
 
-    Examples are a flag for a field without flags (push_to_hub=True), a value that is not a function or record
-    (optim="adamw_torch", corrector="tis"), and text for a number or flag (learning_rate="1e-3").
+    Examples: True where no flag is expected (push_to_hub=True), text where a function is expected
+    (optim="adamw_torch"), or text where a number is expected (learning_rate="1e-3").
     """
-    kinds = kinds_of(field.type)
-    flag = isinstance(value, bool) and bool not in kinds
+    kinds = union_members(field.type)
+    is_wrong_flag = isinstance(value, bool) and bool not in kinds
     record = next((kind for kind in kinds if kind in RECORDS), None)
-    wrong_record = record is not None and not isinstance(value, record)
-    wrong_record |= field.type is Task and not hasattr(value, "reward")
-    function = Callable in [get_origin(kind) or kind for kind in kinds] and str not in kinds and not callable(value)
-    if flag or wrong_record or function:
+    is_wrong_record = record is not None and not isinstance(value, record)
+    is_wrong_record |= field.type is Task and not hasattr(value, "reward")
+    is_not_callable = (
+        Callable in [get_origin(kind) or kind for kind in kinds] and str not in kinds and not callable(value)
+    )
+    if is_wrong_flag or is_wrong_record or is_not_callable:
         raise ValueError(f"{field.name}={value!r} does not fit; it is: {field.metadata['help']}{_remedy(field.name)}")
     check_kind(field.name, field.type, value)
     if isinstance(value, partial) and value.func.__module__.startswith("dllm_rl."):
         parameters = inspect.signature(value.func).parameters
-        for name, bound in value.keywords.items():
+        for name, keyword_value in value.keywords.items():
             if name in parameters:
-                check_kind(f"{field.name}.{name}", parameters[name].annotation, bound)
+                check_kind(f"{field.name}.{name}", parameters[name].annotation, keyword_value)
 
 
 def check_kind(name: str, annotation: Any, value: Any) -> None:
-    """Raise ValueError if the annotation requires a number, flag or text, and the value is not one."""
-    kinds = kinds_of(annotation)
+    """Raise ValueError if the annotation is a scalar (number, flag, text) and the value has another type."""
+    kinds = union_members(annotation)
     if value is None and NoneType in kinds:
         return
-    likes = {bool: bool, int: Integral, float: Real, str: str | Path}
-    scalars = [kind for kind in kinds if kind in likes]
-    if not scalars or any(kind not in (*likes, NoneType) for kind in kinds):
-        return  # the annotation allows other types, or no scalar
-    flag = isinstance(value, bool) and bool not in kinds
-    if flag or not any(isinstance(value, likes[kind]) for kind in scalars):
-        expected = " or ".join(kind.__name__ for kind in scalars)
+    accepted_types = {bool: bool, int: Integral, float: Real, str: str | Path}
+    scalar_types = [kind for kind in kinds if kind in accepted_types]
+    if not scalar_types or any(kind not in (*accepted_types, NoneType) for kind in kinds):
+        return  # the annotation allows a type that is not a scalar
+    is_wrong_flag = isinstance(value, bool) and bool not in kinds
+    if is_wrong_flag or not any(isinstance(value, accepted_types[kind]) for kind in scalar_types):
+        expected = " or ".join(kind.__name__ for kind in scalar_types)
         raise ValueError(f"{name}={value!r} is of type {type(value).__name__}; give {expected}")
 
 
 def _remedy(name: str) -> str:
-    """Return the names of the library's functions for a field, or how to set adapters of another size."""
+    """Return the end of an error message: the library's functions for a field, or how to set up adapters."""
     if name == "lora":
         return "; use lora=partial(lora_r16, r=16)"
     return f"; use one of {', '.join(CHOICES[name])}" if name in CHOICES else ""
@@ -204,73 +205,91 @@ def _remedy(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
-    """The fields that every record of a run has. Names follow TRL and verl if the meaning is the same."""
+    """The settings of every run, of RL and of SFT. Names follow TRL and verl if the meaning is the same."""
 
     def __new__(cls, **settings: Any) -> Any:
         """Refuse a keyword of an earlier version, and name its replacement."""
         refuse_renamed(settings.keys() - {f.name for f in fields(cls)})
         return super().__new__(cls)
 
-    name: str = _("name of the run, and of its folder below runs/")
-    model: Callable[..., Policy] | str | Policy = _("function (seed=...) -> policy, a policy (copied), or a path")
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = _("of weights from a path; auto: as stored", "float32")
-    float32_head: bool = _("logits in fp32 where the model computes in 16 bits, in rollout and learner alike", True)
-    base_quantization: Literal["nf4", "int8"] | None = _("a frozen bitsandbytes base, of a path with lora", None)
-    lora: Callable[[], Lora] | None = _("adapters to train; None: all weights", None)
-    optim: Callable = _("(parameters, lr, betas, weight_decay) -> Optimizer", adamw)
-
-    seed: int = _("the only source of randomness", 0)
-    train_batch_size: int = _("prompts, or SFT's sequences, per step, over all processes", 32, at_least=1)
-    num_steps: int = _("optimiser steps", 200, at_least=0)
-    learning_rate: float = _("of AdamW", 5e-4, above=0)
-    adam_beta1: float = _("of AdamW", 0.9, at_least=0, below=1)
-    adam_beta2: float = _("of AdamW", 0.95, at_least=0, below=1)
-    weight_decay: float = _("of AdamW", 0.01, at_least=0)
-    max_grad_norm: float = _("gradients are scaled down to this norm", 1.0, above=0)
-    lr_schedule: Callable = _("(step, num_steps) -> factor on the learning rate", linear_decay)
-    lr_schedule_steps: int | None = _("steps that lr_schedule runs over; None: num_steps", None, at_least=1)
-    gradient_checkpointing: bool = _(
-        "backward recomputes blocks: less memory, same gradients, 1/3 more work (with adapters 1/2)", False
+    name: str = _("name of the run; its default folder is runs/NAME-seedSEED")
+    model: Callable[..., Policy] | str | Policy = _(
+        "a checkpoint's path or hub id, a policy (it is copied), or a function (seed=...) -> policy"
     )
-    bf16: bool = _("forwards compute in bf16, weights stay in dtype: with float32 for training all weights", False)
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = _(
+        "dtype of weights loaded from a path; auto: the stored dtype", "float32"
+    )
+    float32_head: bool = _("compute logits in fp32 if the model computes in 16 bits, in rollout and learner", True)
+    base_quantization: Literal["nf4", "int8"] | None = _(
+        "load a path's weights in this bitsandbytes format, frozen; needs lora", None
+    )
+    lora: Callable[[], Lora] | None = _("LoRA adapters to train, e.g. lora_r16; None: train all weights", None)
+    optim: Callable = _("optimizer: (parameters, lr, betas, weight_decay) -> torch.optim.Optimizer", adamw)
+
+    seed: int = _("seed of everything random in the run", 0)
+    train_batch_size: int = _("prompts (SFT: sequences) per step, over all processes", 32, at_least=1)
+    num_steps: int = _("training steps", 200, at_least=0)
+    learning_rate: float = _("learning rate of the optimizer, before lr_schedule", 5e-4, above=0)
+    adam_beta1: float = _("the optimizer's beta1", 0.9, at_least=0, below=1)
+    adam_beta2: float = _("the optimizer's beta2", 0.95, at_least=0, below=1)
+    weight_decay: float = _("the optimizer's weight decay", 0.01, at_least=0)
+    max_grad_norm: float = _("clip the gradient to this norm", 1.0, above=0)
+    lr_schedule: Callable = _("(step, num_steps) -> factor on the learning rate", linear_decay)
+    lr_schedule_steps: int | None = _("length of lr_schedule in steps; None: num_steps", None, at_least=1)
+    gradient_checkpointing: bool = _(
+        "recompute blocks in the backward: less memory, same gradients, 1/3 more work (1/2 with adapters)", False
+    )
+    bf16: bool = _("autocast forwards to bf16; the weights keep `dtype` (float32 if all weights are trained)", False)
 
     eval_steps: int | None = _(
-        "steps between evaluations, on validation_task or SFT's held-out rows; 0: none; None: as many as keep them "
-        "within 2 % of the forwards",
+        "steps between evaluations on validation_task (SFT: the held-out rows); 0: no evaluation; None: chosen so that "
+        "evaluations take at most 2 % of the forwards",
         None,
         at_least=0,
     )
-    eval_batch_size: int = _("problems, or SFT's rows, per evaluation batch", 32, at_least=1)
+    eval_batch_size: int = _("problems (SFT: rows) per evaluation batch", 32, at_least=1)
     logging_steps: int = _("steps between lines on the screen (metrics.jsonl has every step)", 10, at_least=1)
     report_to: str | None = _(
-        "trackers, by commas: tensorboard, wandb, trackio, mlflow; none: no tracker", "tensorboard"
+        "trackers, separated by commas: tensorboard, wandb, trackio, mlflow; none: no tracker", "tensorboard"
     )
     save_steps: int = _("steps between checkpoints", 50, at_least=1)
-    save_total_limit: int = _("checkpoints kept, the newest ones and the best one", 2, at_least=1)
+    save_total_limit: int = _("number of checkpoints to keep: the newest ones and the best one", 2, at_least=1)
     save_merged: bool = _(
-        "with lora on a path: merged weights in every checkpoint; False: in the last one, the others hold adapters",
+        "with lora on a path: store merged weights in every checkpoint; False: in the last one, adapters in the others",
         False,
     )
     metric_for_best_model: str | None = _(
-        "metric of the evaluations by which a checkpoint is the best, as solve_rate or loss; none: no best one", None
-    )
-    greater_is_better: bool | None = _("of that metric; None: yes, unless its name ends in loss", None)
-    load_best_model_at_end: bool = _("evaluate and return the best checkpoint's weights, not the last ones", False)
-    callbacks: Any = _("objects of dllm_rl.Callback, which may log, save and stop", ())
-    verify_checkpoint: Literal["full", "quick"] = _(
-        "check of a checkpoint before a resume: every byte, or of files over 1 MiB only size and start", "full"
-    )
-    on_save_error: Literal["stop", "continue"] = _("what to do when a checkpoint cannot be written", "stop")
-    stop_seconds: float = _("seconds that a signal leaves the step; then the last step is saved", 20.0, at_least=0)
-    output_dir: str | None = _("folder of the run; None: runs/NAME-seedSEED", None)
-    resume_from_checkpoint: str | None = _("a checkpoint folder, or 'latest' in output_dir", None)
-    allow_changed: str | None = _(
-        "fields that a resume may take from this call in place of the checkpoint's, by commas: learning_rate,corrector",
+        "metric of the evaluations that selects the best checkpoint, e.g. solve_rate or loss; None: none is selected",
         None,
     )
-    collective_timeout: float = _("seconds that a process waits for the others before the run stops", 1800.0, above=0)
-    peer_timeout: float | None = _("seconds of silence until a process counts as lost; none: no watch", 40.0, above=0)
-    overwrite_output_dir: bool = _("delete the run that output_dir holds", False)
+    greater_is_better: bool | None = _(
+        "whether metric_for_best_model should be high; None: yes, unless its name ends in loss", None
+    )
+    load_best_model_at_end: bool = _("evaluate and return the best checkpoint instead of the last weights", False)
+    callbacks: Any = _("dllm_rl.Callback objects, which may add metrics, save, or stop the run", ())
+    verify_checkpoint: Literal["full", "quick"] = _(
+        "how to verify a checkpoint before it is loaded: full: every byte; quick: size and start of files over 1 MiB",
+        "full",
+    )
+    on_save_error: Literal["stop", "continue"] = _(
+        "stop the run if a checkpoint cannot be written, or warn and continue", "stop"
+    )
+    stop_seconds: float = _(
+        "seconds that a step may take to finish after a stop signal; then the step before it is saved", 20.0, at_least=0
+    )
+    output_dir: str | None = _("folder of the run; None: runs/NAME-seedSEED", None)
+    resume_from_checkpoint: str | None = _(
+        "checkpoint folder to resume from, or 'latest': the newest one in output_dir", None
+    )
+    allow_changed: str | None = _(
+        "fields that a resume may change, separated by commas, e.g. learning_rate,corrector",
+        None,
+    )
+    collective_timeout: float = _("seconds that a process waits in a collective before the run stops", 1800.0, above=0)
+    peer_timeout: float | None = _(
+        "seconds without a sign of life after which a process counts as dead; None: never", 40.0, above=0
+    )
+    overwrite_output_dir: bool = _("delete a run that is already in output_dir", False)
 
     # Defaults for records without the RL fields of these names. They have no annotation, so that they are class
     # attributes, not fields.
@@ -294,10 +313,10 @@ class Settings:
 
     def is_better(self, value: float, best: float | None) -> bool:
         """Return whether a value of `metric_for_best_model` is better than the best so far (None before the first)."""
-        greater = self.greater_is_better
-        if greater is None:
-            greater = not str(self.best_metric).endswith("loss")
-        return math.isfinite(value) and (best is None or (value > best if greater else value < best))
+        greater_is_better = self.greater_is_better
+        if greater_is_better is None:
+            greater_is_better = not str(self.best_metric).endswith("loss")
+        return math.isfinite(value) and (best is None or (value > best if greater_is_better else value < best))
 
     @property
     def trackers(self) -> list[str]:
@@ -305,33 +324,33 @@ class Settings:
         return [name for name in names if name != "none"]
 
     def settings(self) -> dict[str, Any]:
-        """Return the record for JSON, as in checkpoints and summary.json."""
+        """Return the settings as JSON, as checkpoints and summary.json store them."""
         return described(self)
 
     def __post_init__(self) -> None:
-        """Raise ValueError if a field is out of bounds, or fields cannot be combined."""
-        for checked in fields(self):
-            value = fitted(checked.name, checked.type, getattr(self, checked.name))
-            object.__setattr__(self, checked.name, value)
-            check_bounds(checked, value)
+        """Convert the values. Raise ValueError if a value is out of bounds, or fields cannot be combined."""
+        for setting in fields(self):
+            value = convert_value(setting.name, setting.type, getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)
+            check_bounds(setting, value)
         check_callbacks(self.callbacks)
-        for wrong, message in self.conflicts():
-            if wrong:
+        for is_wrong, message in self.conflicts():
+            if is_wrong:
                 raise ValueError(message)
 
     def conflicts(self) -> list[tuple[bool, str]]:
-        """Return (whether fields cannot be combined, the remedy), by subject."""
+        """Return pairs (whether some fields are in conflict, the error message with the remedy)."""
         unknown = [name for name in self.trackers if name not in TRACKERS]
         return [
             (bool(unknown), f"report_to={', '.join(unknown)!r} is not known; use {', '.join(TRACKERS)}, or none"),
             (
                 self.dtype == "float16" and self.lora is None and function_of(self.optim) is adamw,
-                "dtype='float16' needs lora, or another optim: AdamW's second moments of float16 weights underflow to "
-                "0 and so does its epsilon; or use 'bfloat16' or 'float32'",
+                "dtype='float16' needs lora, or another optim: AdamW's second moments and its epsilon underflow to "
+                "0 in float16; or use 'bfloat16' or 'float32'",
             ),
             (
                 self.base_quantization is not None and self.lora is None,
-                f"base_quantization={self.base_quantization!r} is a frozen base: set lora, or leave it out",
+                f"base_quantization={self.base_quantization!r} freezes the base model: set lora, or leave it out",
             ),
             (
                 self.metric_for_best_model is not None and self.eval_steps == 0,
@@ -340,11 +359,11 @@ class Settings:
             ),
             (
                 self.load_best_model_at_end and self.metric_for_best_model is None,
-                "load_best_model_at_end=True needs metric_for_best_model: set it, as solve_rate or loss",
+                "load_best_model_at_end=True needs metric_for_best_model: set it, for example to solve_rate or loss",
             ),
             (
                 self.load_best_model_at_end and self.shard_size != 1,
-                f"load_best_model_at_end=True loads whole weights, and shard_size={self.shard_size} shards them: leave "
+                f"load_best_model_at_end=True loads full weights, and shard_size={self.shard_size} shards them: leave "
                 "it out, and take the folder that summary.json names as best_checkpoint",
             ),
         ]
@@ -352,10 +371,10 @@ class Settings:
     def __repr__(self) -> str:
         """Return the fields that differ from their default, one per line."""
         lines = [f"{type(self).__name__}("]
-        for known in fields(self):
-            value = getattr(self, known.name)
-            if value != known.default:  # a variant shows only its changes
-                lines.append(f"    {known.name}={describe(value)},")
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if value != setting.default:  # only what a variant changes
+                lines.append(f"    {setting.name}={describe(value)},")
         return "\n".join([*lines, ")"])
 
     @property
@@ -369,116 +388,173 @@ class Recipe(Settings):
     """The settings of reinforcement learning."""
 
     task: Task = _("problems to train on")
-    validation_task: Task = _("problems that steer the warm-up and are evaluated every eval_steps")
-    eval_task: Task = _("held-out problems, evaluated before and after RL only")
+    validation_task: Task = _("problems to evaluate every eval_steps, and to decide when the warm-up ends")
+    eval_task: Task = _("held-out problems, evaluated only before and after RL")
 
     sampler: Callable = _("rollout sampler: (policy, prompts, generator) -> Rollout")
-    eval_sampler: Callable = _("the sampler of evaluations")
-    likelihood: LikelihoodEstimator = _("sequence-likelihood estimator")
-    prompt_source: PromptSource = _("which prompts a step learns from", uniform_prompts())
-    corrector: Corrector = _("correction of the training-inference mismatch", no_correction())
+    eval_sampler: Callable = _("sampler of evaluations, usually greedy: (policy, prompts, generator) -> Rollout")
+    likelihood: LikelihoodEstimator = _("estimator of the completions' log-probs: trajectory, causal, elbo ...")
+    prompt_source: PromptSource = _("how each step chooses its prompts", uniform_prompts())
+    corrector: Corrector = _(
+        "correction of the mismatch between rollout and learner: tis, mis, ais ...; none: no correction",
+        no_correction(),
+    )
     sampling_support: Literal["per_policy", "unfiltered", "rollout"] = _(
-        "tokens over which log-probs are normalised where top_k or top_p filter (models.support.with_support)",
+        "with top_k or top_p, normalize log-probs over: each policy's filtered tokens, all tokens, or the rollout's "
+        "filtered tokens",
         "per_policy",
     )
     advantages: Callable = _(
-        "(P, G) rewards -> (P, G) advantages; one that takes `parts` (decoupled: GDPO) gets each reward",
+        "(P, G) rewards -> (P, G) advantages; a function with an argument `parts` (decoupled) also gets each component",
         group_relative,
     )
-    loss: Callable | None = _("the objective; None: the corrector's own, else ppo_clip", None)
-    loss_reduction: Callable | None = _("how the loss averages tokens; None: the corrector's, else token_mean", None)
-    rollout_quantization: Callable[[], Any] | None = _("the rollout's scheme", None)
-    rollout_engine: RolloutEngine | None = _("what makes rollouts; None: the learner, or its quantised copy", None)
-    rollout_workers: int = _("Ray actors that make rollouts while the learner trains; 0: none", 0, at_least=0)
-    max_staleness: int = _("steps that their weights are behind the learner's; 0: each step waits", 0, at_least=0)
+    loss: Callable | None = _("policy-gradient objective; None: the corrector's, if it has one, else ppo_clip", None)
+    loss_reduction: Callable | None = _(
+        "how the loss averages over tokens; None: the corrector's, if it has one, else token_mean", None
+    )
+    rollout_quantization: Callable[[], Any] | None = _(
+        "quantization of the policy that samples, e.g. float8_dynamic; None: not quantized", None
+    )
+    rollout_engine: RolloutEngine | None = _(
+        "external engine that makes the rollouts; None: this process, with the learner or its quantized copy", None
+    )
+    rollout_workers: int = _(
+        "number of Ray actors that make rollouts while the learner trains; 0: the learner makes them", 0, at_least=0
+    )
+    max_staleness: int = _(
+        "steps by which the rollouts' weights may be older than the learner's; 0: every step waits for its rollout",
+        0,
+        at_least=0,
+    )
 
     num_generations: int = _("completions per prompt (G)", 8, at_least=1)
-    rollout_batch_size: int | None = _("completions sampled at a time, whole groups; None: all at once", None)
-    micro_batch_size: int | None = _("completions per forward, a multiple of num_generations; None: all at once", None)
+    rollout_batch_size: int | None = _("completions sampled at a time, a multiple of num_generations; None: all", None)
+    micro_batch_size: int | None = _(
+        "completions per forward of scoring and update, a multiple of num_generations; None: all", None
+    )
     max_retained_graphs: int = _(
-        "forwards (views x micro-batches) whose graphs scoring keeps for the first update", 1, at_least=0
+        "forwards (views x micro-batches) whose autograd graphs the first update may reuse: faster, more memory",
+        1,
+        at_least=0,
     )
     old_logprobs: Literal["recompute", "rollout"] = _(
-        "what ratios divide by: the learner's log-probs before the update, or the rollout's (bypass)", "recompute"
+        "denominator of the ratios: the learner's log-probs before the update, or the rollout's (bypass)", "recompute"
     )
-    router_replay: Literal["R3"] | None = _("experts of the learner's tokens: R3: the rollout's; none: its own", None)
-    num_mismatch_groups: int = _("groups without advantage scored per step, to measure the mismatch", 2, at_least=1)
+    router_replay: Literal["R3"] | None = _(
+        "R3: the learner's forwards use the experts that the rollout chose; None: its router chooses", None
+    )
+    num_mismatch_groups: int = _(
+        "groups with zero advantage that are scored per step only to measure the mismatch", 2, at_least=1
+    )
     max_prompt_length: int | None = _(
-        "tokens; a longer training prompt is replaced by the task's next one that fits; None: refused", None, at_least=1
+        "in tokens: a longer training prompt is replaced by the task's next prompt that fits; None: no limit but the "
+        "model's, beyond which the run is refused",
+        None,
+        at_least=1,
     )
-    max_num_gen_batches: int = _("draws of prompts per step, until no group's rewards are all equal", 1, at_least=1)
+    max_num_gen_batches: int = _(
+        "draws of prompts per step: groups of equal rewards are redrawn (DAPO's dynamic sampling); 1: no redraw",
+        1,
+        at_least=1,
+    )
     num_steps: int = _("RL steps", 180, at_least=0)
-    num_iterations: int = _("optimiser updates per rollout", 1, at_least=1)
+    num_iterations: int = _("optimizer updates per rollout", 1, at_least=1)
     resample_masks: bool = _(
-        "each of these updates draws its own masks, as in d1's code; False: all share one set", True
+        "draw new masks for each update of num_iterations, as in d1's code; False: all updates share one set", True
     )
-    adam_beta2: float = _("of AdamW", 0.99, at_least=0, below=1)
-    weight_decay: float = _("of AdamW", 0.0, at_least=0)
-    beta: float = _("weight of the KL term against the policy that RL started from; 0: none", 0.0, at_least=0)
-    kl: Callable = _("estimator of that KL, per token", kl_k3)
-    use_bias_correction_kl: bool = _("that KL times the ratio to the rollout: kl_k3 then has the KL's gradient", False)
+    adam_beta2: float = _("the optimizer's beta2", 0.99, at_least=0, below=1)
+    weight_decay: float = _("the optimizer's weight decay", 0.0, at_least=0)
+    beta: float = _(
+        "weight of the KL term that keeps the learner near the policy that RL started from; 0: no term", 0.0, at_least=0
+    )
+    kl: Callable = _("per-token estimator of the KL term: kl_k1, kl_k2 or kl_k3", kl_k3)
+    use_bias_correction_kl: bool = _(
+        "multiply the KL term by the ratio to the rollout, so that kl_k3 has the gradient of the KL", False
+    )
     teacher: Callable[..., Policy] | str | Policy | None = _(
-        "a model (as `model`) whose reverse KL is in the reward; 'reference': the policy that RL started from", None
+        "model (as `model`) for on-policy distillation: the reverse KL to it is part of the reward; 'reference': the "
+        "policy that RL started from",
+        None,
     )
-    teacher_substeps: int = _("steps that the teacher takes for each one of the sampler's; 1: the same", 1, at_least=1)
+    teacher_substeps: int = _(
+        "denoising steps of the teacher per step of the sampler; 1: the same steps", 1, at_least=1
+    )
     teacher_coeff: float = _(
-        "the teacher's share of the reward, beside 1 - teacher_coeff of the task's; 1: the teacher alone",
+        "weight of the teacher's reward; the task's reward has 1 - teacher_coeff; 1: only the teacher's",
         1.0,
         above=0,
         at_most=1,
     )
-    entropy_coeff: float = _("weight of the entropy bonus; 0: none", 0.0, at_least=0)
-    torch_compile: bool = _("compile the blocks of the policy that samples: for FP8 products on a GPU", False)
-    shard_size: int = _("processes (a divisor of all) that shard the learner (FSDP2); 0: all; 1: none", 1, at_least=0)
-    zero_mismatch: bool = _("batch-invariant arithmetic; stop where rollout and learner differ at all", False)
+    entropy_coeff: float = _("weight of the entropy bonus; 0: no bonus", 0.0, at_least=0)
+    torch_compile: bool = _("compile the blocks of the policy that samples; speeds up FP8 on a GPU", False)
+    shard_size: int = _(
+        "processes that share the learner's weights (FSDP2), a divisor of their number; 0: all; 1: no sharding",
+        1,
+        at_least=0,
+    )
+    zero_mismatch: bool = _(
+        "compute with batch-invariant kernels, and stop if the log-probs of rollout and learner differ in any bit",
+        False,
+    )
 
-    sft_warmup_steps: int = _("most supervised steps before RL; 0: none", 0, at_least=0)
+    sft_warmup_steps: int = _("largest number of supervised steps before RL; 0: no warm-up", 0, at_least=0)
     sft_warmup_batch_size: int = _("prompts per warm-up step, over all processes", 64, at_least=1)
-    sft_warmup_learning_rate: float = _("of the warm-up's AdamW", 2e-3, above=0)
-    sft_warmup_corruption: float = _("SFT's corruption, in the warm-up", 0.0, at_least=0, below=1)
-    sft_warmup_target: float = _("warm-up ends when sft_warmup_metric on validation_task reaches this", 1.0)
-    sft_warmup_metric: str = _("the metric that ends the warm-up", "solve_rate")
-    sft_warmup_eval_steps: int = _("steps between looks at that metric", 5, at_least=1)
+    sft_warmup_learning_rate: float = _("learning rate of the warm-up", 2e-3, above=0)
+    sft_warmup_corruption: float = _(
+        "share of the visible tokens that the warm-up replaces by random ones", 0.0, at_least=0, below=1
+    )
+    sft_warmup_target: float = _("end the warm-up when sft_warmup_metric on validation_task reaches this value", 1.0)
+    sft_warmup_metric: str = _("metric of validation_task that ends the warm-up", "solve_rate")
+    sft_warmup_eval_steps: int = _("warm-up steps between evaluations of sft_warmup_metric", 5, at_least=1)
 
-    eval_batch_size: int = _("problems per evaluation batch and process", 256, at_least=1)
-    log_completions_steps: int = _("RL steps between tables of completions, which are kept; 0: never", 50, at_least=0)
-    push_to_hub: str | None = _("OWNER/NAME on the Hugging Face hub, for the last checkpoint; none: no upload", None)
-    async_save: bool = _("write checkpoints during training, from a host copy of weights and optimiser state", False)
+    eval_batch_size: int = _("problems per evaluation batch, in each process", 256, at_least=1)
+    log_completions_steps: int = _(
+        "RL steps between tables of completions, shown and written to completions.jsonl; 0: never", 50, at_least=0
+    )
+    push_to_hub: str | None = _(
+        "OWNER/NAME on the Hugging Face hub to upload the last checkpoint to; None: no upload", None
+    )
+    async_save: bool = _(
+        "write checkpoints while training continues, from a host copy of weights and optimizer state", False
+    )
     reward_timeout: float | None = _(
-        "seconds of a completion's reward, or of one call of reward functions; then the process ends: 124",
+        "seconds that grading a completion, or one call of the reward functions, may take; then the process exits with "
+        "status 124; None: no limit",
         600.0,
         above=0,
     )
-    dry_run: bool = _("print what the recipe would take, without its weights, and stop", False)
+    dry_run: bool = _("print the recipe's memory, time and settings without loading weights, and stop", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         surrogate_inputs(self.resolved_loss)
         if self.rollout_engine is not None and (self.rollout_quantization is not None or self.corrector.align_forward):
-            wrong = f"rollout_engine={describe(self.rollout_engine)} makes no quantised copy"
-            raise ValueError(f"{wrong}: use rollout_quantization=None, and a corrector that does not align the forward")
+            problem = f"rollout_engine={describe(self.rollout_engine)} makes no quantized copy"
+            raise ValueError(
+                f"{problem}: use rollout_quantization=None, and a corrector that does not align the forward"
+            )
         if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
             check_mergeable(self.lora())  # the aligned forward quantizes merged weights
 
     def conflicts(self) -> list[tuple[bool, str]]:
-        quantized = self.rollout_quantization is not None
-        radius = inspect.signature(self.sampler).parameters.get("confidence_radius")
-        found = [
+        is_quantized = self.rollout_quantization is not None
+        confidence_radius = inspect.signature(self.sampler).parameters.get("confidence_radius")
+        conflicts = [
             *super().conflicts(),
             (
-                self.router_replay is not None and not quantized,
-                "router_replay='R3' takes a quantised copy's experts again, and without rollout_quantization there is "
-                "no copy: set a scheme, or leave it at none",
+                self.router_replay is not None and not is_quantized,
+                "router_replay='R3' reuses the experts of a quantized copy, and without rollout_quantization there is "
+                "no copy: set a scheme, or router_replay=None",
             ),
             (
                 self.async_save and self.base_quantization is not None,
-                f"async_save=True does not go with base_quantization={self.base_quantization!r}, whose weights have no "
-                "copy on the host; use async_save=False",
+                f"async_save=True cannot be combined with base_quantization={self.base_quantization!r}, whose weights "
+                "have no copy on the host; use async_save=False",
             ),
             (
                 self.loss is not None and self.corrector.loss is not None,
-                f"loss={describe(self.loss)} and the corrector's own {describe(self.corrector.loss)} are two "
-                "objectives: use loss=None (--loss none), or a corrector without one",
+                f"loss={describe(self.loss)} and the corrector's loss {describe(self.corrector.loss)} are two "
+                "objectives: use loss=None (--loss none), or a corrector without a loss",
             ),
             (
                 self.use_bias_correction_kl and not self.beta,
@@ -486,8 +562,8 @@ class Recipe(Settings):
             ),
             (
                 self.old_logprobs == "rollout" and self.corrector.weighs,
-                "old_logprobs='rollout' takes ratios against the rollout itself, which a corrector's weights would "
-                "correct a second time: use corrector=no_correction(), or one without weight_fn, or "
+                "old_logprobs='rollout' divides ratios by the rollout's log-probs, and a corrector's weights would "
+                "correct the mismatch a second time: use corrector=no_correction(), a corrector without weight_fn, or "
                 "old_logprobs='recompute'",
             ),
             (
@@ -495,52 +571,57 @@ class Recipe(Settings):
                 "zero_mismatch=True needs rollout_quantization=None and no engine, or a corrector that aligns forwards",
             ),
             (
-                self.zero_mismatch and not quantized and not self.likelihood.exact_for_sampler,
+                self.zero_mismatch and not is_quantized and not self.likelihood.exact_for_sampler,
                 f"zero_mismatch=True with likelihood={self.likelihood.name!r} would compare the learner's log-probs "
                 "with themselves: that estimator does not replay the sampler; use trajectory(), or zero_mismatch=False",
             ),
             (
                 self.zero_mismatch and self.sampling_support == "unfiltered",
-                "zero_mismatch=True does not go with sampling_support='unfiltered', whose rollout log-probs are sums "
-                "of two recorded numbers and round; use 'per_policy' or 'rollout'",
+                "zero_mismatch=True cannot be combined with sampling_support='unfiltered', whose rollout log-probs are "
+                "sums of two recorded numbers and round; use 'per_policy' or 'rollout'",
             ),
             (
-                self.likelihood.reads_confidence_change and radius is not None and radius.default is None,
+                self.likelihood.reads_confidence_change
+                and confidence_radius is not None
+                and confidence_radius.default is None,
                 "likelihood.informed_masking needs confidences, which the sampler does not record: set "
                 "sampler.confidence_radius=10, or leave informed_masking at None",
             ),
         ]
-        found += self._late_conflicts() + self._teacher_conflicts()
-        group = self.num_generations
+        conflicts += self._async_conflicts() + self._teacher_conflicts()
+        group_size = self.num_generations
         for name in ("rollout_batch_size", "micro_batch_size"):
             size = getattr(self, name)
-            whole = size is None or (size >= group and size % group == 0)  # a group is never split
-            found.append((not whole, f"{name}={size} must be a multiple of num_generations={group}"))
-        return found
+            is_multiple = size is None or (size >= group_size and size % group_size == 0)  # a group is never split
+            conflicts.append((not is_multiple, f"{name}={size} must be a multiple of num_generations={group_size}"))
+        return conflicts
 
-    def _late_conflicts(self) -> list[tuple[bool, str]]:
-        workers, late = self.rollout_workers, self.max_staleness
-        given = f"max_staleness={late}"
+    def _async_conflicts(self) -> list[tuple[bool, str]]:
+        workers, max_staleness = self.rollout_workers, self.max_staleness
+        staleness = f"max_staleness={max_staleness}"
         return [
-            (bool(late) and not workers, f"{given} needs workers that run ahead: set rollout_workers to 1 or more"),
             (
-                workers > late + 1,
-                f"rollout_workers={workers} are more than the {late + 1} batches that are made at a time with {given}: "
-                f"use {late + 1} workers, or max_staleness={workers - 1}",
+                bool(max_staleness) and not workers,
+                f"{staleness} needs workers that run ahead: set rollout_workers to 1 or more",
             ),
             (
-                bool(late) and self.zero_mismatch,
-                f"zero_mismatch=True stops where rollout and learner differ, as they do with {given}: leave one out",
+                workers > max_staleness + 1,
+                f"rollout_workers={workers} are more than the {max_staleness + 1} batches made at a time with "
+                f"{staleness}: use {max_staleness + 1} workers, or max_staleness={workers - 1}",
             ),
             (
-                bool(late) and self.teacher is not None and not self.likelihood.exact_for_sampler,
-                f"teacher with {given} and likelihood={self.likelihood.name!r}: a worker scores the groups whose "
+                bool(max_staleness) and self.zero_mismatch,
+                f"zero_mismatch=True stops if rollout and learner differ, as they do with {staleness}: leave one out",
+            ),
+            (
+                bool(max_staleness) and self.teacher is not None and not self.likelihood.exact_for_sampler,
+                f"teacher with {staleness} and likelihood={self.likelihood.name!r}: a worker scores the groups whose "
                 "rewards differ, and the teacher changes the rewards afterwards: use trajectory(), or max_staleness=0",
             ),
             (
                 bool(workers) and self.prompt_source.uses_history,
-                f"rollout_workers={workers} draw prompts before earlier rewards are known, which prompt_source="
-                f"{describe(self.prompt_source)} reads: use uniform_prompts, or rollout_workers=0",
+                f"rollout_workers={workers} draw prompts before earlier rewards are available, which "
+                f"prompt_source={describe(self.prompt_source)} reads: use uniform_prompts, or rollout_workers=0",
             ),
             (
                 bool(workers) and self.router_replay is not None,
@@ -553,22 +634,22 @@ class Recipe(Settings):
         ]
 
     def _teacher_conflicts(self) -> list[tuple[bool, str]]:
-        there = self.teacher is not None
+        has_teacher = self.teacher is not None
         return [
             (
-                not there and (self.teacher_substeps, self.teacher_coeff) != (1, 1.0),
-                f"teacher_substeps={self.teacher_substeps} and teacher_coeff={self.teacher_coeff:g} are a teacher's, "
-                "and teacher=None: set teacher, or leave them out",
+                not has_teacher and (self.teacher_substeps, self.teacher_coeff) != (1, 1.0),
+                f"teacher_substeps={self.teacher_substeps} and teacher_coeff={self.teacher_coeff:g} need a "
+                "teacher, and teacher=None: set teacher, or leave them out",
             ),
             (
-                there and takes_component_rewards(self.advantages),
-                f"advantages={describe(self.advantages)} takes each of the task's rewards on its own, and teacher adds "
-                "one that is none of them: use group_relative, or leave the teacher out",
+                has_teacher and takes_component_rewards(self.advantages),
+                f"advantages={describe(self.advantages)} takes the task's component rewards, and the teacher's "
+                "reward is not one of them: use group_relative, or leave the teacher out",
             ),
             (
-                there and self.max_num_gen_batches > 1,
-                f"max_num_gen_batches={self.max_num_gen_batches} draws prompts until the task's rewards differ, and "
-                "with a teacher they always do: use 1, or leave the teacher out",
+                has_teacher and self.max_num_gen_batches > 1,
+                f"max_num_gen_batches={self.max_num_gen_batches} redraws groups of equal rewards, and with a "
+                "teacher rewards always differ: use 1, or leave the teacher out",
             ),
         ]
 
@@ -579,14 +660,14 @@ class Recipe(Settings):
 
     @property
     def num_mask_sets(self) -> int:
-        """Number of mask sets that score a rollout. `rollout_corr/*`, `trained/*` and `ais/*` are computed from the
+        """Number of sets of masks that score a rollout. The metrics `rollout_corr/*`, `trained/*` and `ais/*` use the
         first.
         """
         return self.num_iterations if self.resample_masks and self.likelihood.is_random else 1
 
     @property
     def has_separate_rollout_policy(self) -> bool:
-        """Whether rollouts are computed with other arithmetic than the learner's."""
+        """Whether another policy than the learner samples: a quantized copy, or an external engine."""
         return self.rollout_quantization is not None or self.rollout_engine is not None
 
     @property
@@ -607,7 +688,7 @@ class Recipe(Settings):
         return self.loss or self.corrector.loss or ppo_clip
 
     def sample(self, policy: Policy, prompts: Prompts, generator: Generator) -> Rollout:
-        """Sample completions of the prompts, in the form in which they are scored if top_k or top_p filter."""
+        """Sample completions of the prompts, and set over which tokens their log-probs are normalized."""
         return with_support(self.sampler(policy, prompts, generator), self.sampling_support)
 
     @property
@@ -628,7 +709,7 @@ class Recipe(Settings):
         )
 
     def update_settings(self, step: int) -> "UpdateSettings":
-        """Return the arguments of `training.learner.update` at a step."""
+        """Return the settings of `training.learner.update` at a step."""
         return UpdateSettings(
             loss=self.policy_loss,
             likelihood=self.likelihood,
@@ -636,7 +717,8 @@ class Recipe(Settings):
             max_grad_norm=self.max_grad_norm,
             micro_batch_size=self.micro_batch_size,
             max_staleness=self.max_staleness,
-            # A forward after the update would quantize an aligned learner's weights again, and count no changes.
+            # Not with an aligned forward: one more forward after the update would quantize the learner's weights again,
+            # and `quantization/codes_changed` would count no change.
             measure=(step + 1) % DIRECTION_STEPS == 0 and not self.corrector.align_forward,
         )
 
@@ -653,7 +735,7 @@ Recipe.__doc__ = documented(Recipe)
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateSettings:
-    """The settings of a step's updates.
+    """Settings of the updates of one step.
 
     Args:
         loss: Function (detached log-probs, batch) -> loss, metrics, gradient.

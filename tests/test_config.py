@@ -287,7 +287,7 @@ def test_functions_by_name(recipe):
         (["--loss", "math:pi"], "module 'math' has no function 'pi'"),
         (
             ["--corrector", "dllm_rl.likelihoods.estimators:elbo"],
-            "makes no Corrector; give a function that returns one",
+            "does not make a Corrector; give a function that returns one",
         ),
         (
             ["--corrector", "none", "--corrector.cap", "3"],
@@ -357,7 +357,7 @@ def test_help_shows_each_bound(recipe):
     tis = " ".join(usage(replace(recipe, corrector=correctors.tis(), loss=ppo_clip)).split())
     for said in (
         "--num_steps 2 RL steps (at least 0)",
-        "--adam_beta1 0.9 of AdamW (in [0, 1))",
+        "--adam_beta1 0.9 the optimizer's beta1 (in [0, 1))",
         "--corrector.cap 2.0 --corrector.level",
         "--loss.epsilon 0.2 (above 0) --loss.epsilon_high",
     ):

@@ -47,5 +47,5 @@ def test_a_link_is_removed_and_what_it_points_at_stays(tmp_path):
 def test_a_full_disk_names_the_file_and_what_to_do(tmp_path):
     with pytest.raises(OSError) as raised, replacing(tmp_path / "summary.json"):
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert line_of(raised.value) == f"{tmp_path / 'summary.json'}: No space left on device; make room"
+    assert line_of(raised.value) == f"{tmp_path / 'summary.json'}: No space left on device; free disk space"
     assert raised.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

@@ -61,7 +61,7 @@ def test_a_small_model_keeps_the_defaults(capsys):
     recipe = grpo_recipe(tiny_masked_lm(characters="0123456789+="), ROWS, nothing)
     assert (recipe.learning_rate, recipe.lora, recipe.num_generations) == (5e-4, None, 8)
     assert capsys.readouterr().out == ""
-    with pytest.raises(ValueError, match="preset='d2' is none of large, large-blocks, large-causal, d1"):
+    with pytest.raises(ValueError, match="preset='d2' is not one of large, large-blocks, large-causal, d1"):
         grpo_recipe(tiny_masked_lm(characters="0123456789+="), ROWS, nothing, preset="d2")
 
 
@@ -91,4 +91,4 @@ def test_options_stand_above_a_preset_and_sft_has_none(capsys):
     assert recipe.sampler.keywords["temperature"] == 1.0
     with pytest.raises(SystemExit):
         from_command_line(sft_tiny.recipe, ["--preset", "d1"])
-    assert capsys.readouterr().err.startswith("error: --preset d1: presets are of RL")
+    assert capsys.readouterr().err.startswith("error: --preset d1: presets are for RL")

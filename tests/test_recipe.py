@@ -84,7 +84,7 @@ def test_the_objective_is_the_one_given_else_the_correctors_else_ppos(recipe):
     assert taken("--loss", "gspo") is gspo
     assert taken("--corrector", "qarl").func is trust_band
     assert recipe.settings()["loss"] == "ppo_clip"
-    both = r"loss=gspo and the corrector's own trust_band\(.*\) are two objectives: use loss=None"
+    both = r"loss=gspo and the corrector's loss trust_band\(.*\) are two objectives: use loss=None"
     with pytest.raises(ValueError, match=both):
         replace(recipe, loss=gspo, corrector=correctors.tbpo())
 

@@ -22,7 +22,7 @@ from dllm_rl.renamed import RENAMED, renamed_settings, renamed_text
 from dllm_rl.samplers.revise import commit_inputs
 from dllm_rl.samplers.rules import margin, plackett_luce
 from dllm_rl.training.grpo import grpo_recipe
-from dllm_rl.training.late_rollouts.serialization import record_of
+from dllm_rl.training.late_rollouts.serialization import record_from_json
 from dllm_rl.types import FilterSupport, Order, Rollout, SamplingParams
 
 
@@ -180,7 +180,7 @@ def test_a_stored_rollout_of_an_earlier_version_is_read():
     order = {"record": "Order", "fields": {"open_step": x, "rank": "confidence", "soft": None, "draw": None}}
     params = {"record": "SamplingParams", "fields": {"temperature": 1.0, "support": "own"}}
     stored = {"record": "Rollout", "fields": {**columns, "kept": kept, "order": order, "sampling_params": params}}
-    rollout = record_of(stored, tensors, None)
+    rollout = record_from_json(stored, tensors, None)
     assert isinstance(rollout, Rollout) and isinstance(rollout.filter_support, FilterSupport)
     assert rollout.order == Order(tensors["x"], rank_name="confidence")
     assert rollout.sampling_params == SamplingParams(1.0)

@@ -114,9 +114,9 @@ def mismatch_metrics(
         high: Cap of the token weights. Default: 2.
         old: Log-probs under the learner (B, T), in nats. None (default): no perplexities.
         advantages: Advantage of each row (B,). None (default): no contributions.
-        row_weights: Inverse sampling fraction per row, 0 if not scored (`group_weights`). Means are then unbiased for
-            all rows if ratios are finite; ess, rollout_is_std and eff_sample_size are only consistent; extremes cover
-            scored rows only. None (default): all rows are scored.
+        row_weights: Inverse sampling fraction per row, 0 if not scored (`inverse_sampling_weights`). Means are then
+            unbiased for all rows if ratios are finite; ess, rollout_is_std and eff_sample_size are only consistent;
+            extremes cover scored rows only. None (default): all rows are scored.
 
     Returns:
         Numbers by name.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dllm_rl import manifest
-from dllm_rl.checkpoints.optimizer_shards import PATTERN, Part, Swap, alone, load_parts, write_part
+from dllm_rl.checkpoints.optimizer_shards import PATTERN, AllGather, Part, load_parts, single_process_gather, write_part
 from dllm_rl.checkpoints.state import NAME, TrainingState
 from dllm_rl.distributed.sharding import part_like
 from dllm_rl.distributed.stop import as_written
@@ -78,7 +78,14 @@ class Checkpoint:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def save(directory: Path, checkpoint: Checkpoint, *, keep_last: int, reserve: int = 0, swap: Swap = alone) -> Path:
+def save(
+    directory: Path,
+    checkpoint: Checkpoint,
+    *,
+    keep_last: int,
+    reserve: int = 0,
+    swap: AllGather = single_process_gather,
+) -> Path:
     """Write a checkpoint, and delete the older ones.
 
     Args:
@@ -111,7 +118,7 @@ def save(directory: Path, checkpoint: Checkpoint, *, keep_last: int, reserve: in
     return folder
 
 
-def _write(folder: Path, checkpoint: Checkpoint, swap: Swap) -> None:
+def _write(folder: Path, checkpoint: Checkpoint, swap: AllGather) -> None:
     """Write the files of a checkpoint into a new folder, together with the processes that call `save_part`."""
     policy = checkpoint.policy
     folder.mkdir()
@@ -143,7 +150,7 @@ def _write_optimizer(folder: Path, optimizer: SavedOptimizer) -> dict[str, Any]:
     return {}
 
 
-def save_part(step: int, part: Part | None, swap: Swap) -> None:
+def save_part(step: int, part: Part | None, swap: AllGather) -> None:
     """Write this process's part of a checkpoint that the main process saves. A process of another replica has none."""
     if part is not None:
         check_finite(f"step {step} was not saved", part.tensors)

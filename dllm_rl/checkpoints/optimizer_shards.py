@@ -1,6 +1,6 @@
-"""A sharded optimiser's state: one safetensors file per process, which any number of processes can read.
+"""State of a sharded optimizer: one safetensors file per process, which any number of processes can load.
 
-torch's DCP is not used: it reads pickles, and its safetensors form checks neither dtypes nor gaps.
+torch's DCP is not used, because it reads pickles, and its safetensors format checks neither dtypes nor gaps.
 """
 
 import errno
@@ -24,17 +24,28 @@ from dllm_rl.models.base import Policy
 
 PATTERN = "optimizer-*-of-*.safetensors"
 Returned = TypeVar("Returned")
-Swap = Callable[[Any], list[Any]]  # this process's value -> the values of all processes, in order
+AllGather = Callable[[Any], list[Any]]  # all-gather: this process's value -> the values of all processes, in order
 
 
 @dataclass(frozen=True)
 class Part:
-    number: int  # from 0
+    """The optimizer state that one process writes.
+
+    Args:
+        number: Index of the part, from 0.
+        count: Number of parts.
+        tensors: Tensors by "KIND of WEIGHT"; of a sharded tensor, this part's rows.
+        rows: (first row, number of rows in all parts) of each sharded tensor.
+        plain: Values that are not tensors.
+        nbytes: Size of the sharded tensors in all parts.
+    """
+
+    number: int
     count: int
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # by "KIND of NAME"; rows of the sharded ones
-    rows: dict[str, tuple[int, int]] = field(default_factory=dict)  # first row, and rows in all, of the sharded ones
-    plain: dict[str, Any] = field(default_factory=dict)  # values that are no tensors
-    nbytes: int = 0  # of all parts
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    plain: dict[str, Any] = field(default_factory=dict)
+    nbytes: int = 0
 
     @property
     def name(self) -> str:
@@ -42,42 +53,45 @@ class Part:
 
 
 def file_name(number: int, count: int) -> str:
+    """Return the file name of part `number`, counted from 0."""
     return f"optimizer-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def part_of(policy: Policy, optimizer: torch.optim.Optimizer, *, copy: bool = False) -> Part | None:
-    """This process's part; None if the first replica writes it. copy: training may go on during the write."""
-    named = [(name, p) for name, p in policy.module.named_parameters() if p.requires_grad]
-    mesh = named[0][1].device_mesh
-    *replica, number = mesh.get_coordinate()
+    """Return the part that this process writes; None if it belongs to another replica than the first, which writes.
+    With `copy`, training may continue during the write.
+    """
+    trained = [(name, p) for name, p in policy.module.named_parameters() if p.requires_grad]
+    mesh = trained[0][1].device_mesh
+    *replica, index = mesh.get_coordinate()
     if any(replica):
-        return None  # the first replica writes
-    count = mesh.shape[-1]
-    part = Part(number, count)
+        return None
+    num_shards = mesh.shape[-1]
+    shard = Part(index, num_shards)
     nbytes = 0
-    for name, parameter in named:
+    for name, parameter in trained:
         for kind, value in optimizer.state.get(parameter, {}).items():
             key = f"{kind} of {name}"
             if isinstance(value, DTensor):
-                part.rows[key] = (first_row(len(value), number, count), len(value))
+                shard.rows[key] = (first_row(len(value), index, num_shards), len(value))
                 nbytes += value.nbytes
-                part.tensors[key] = value.to_local().detach().to("cpu", copy=copy).contiguous()
+                shard.tensors[key] = value.to_local().detach().to("cpu", copy=copy).contiguous()
             elif isinstance(value, Tensor) and value.dim():
-                raise ValueError(f"optim: {key!r} is not shared out as its weight is; use adamw, or shard_size=1")
-            elif number == 0 and isinstance(value, Tensor):  # the first file alone has what is not sharded
-                part.tensors[key] = value.detach().to("cpu", copy=copy)
-            elif number == 0:
-                part.plain[key] = value
-    return replace(part, nbytes=nbytes)
+                raise ValueError(f"optim: {key!r} is not sharded like its weight; use adamw, or shard_size=1")
+            elif index == 0 and isinstance(value, Tensor):  # only the first part has tensors that are not sharded
+                shard.tensors[key] = value.detach().to("cpu", copy=copy)
+            elif index == 0:
+                shard.plain[key] = value
+    return replace(shard, nbytes=nbytes)
 
 
 def first_row(length: int, number: int, count: int) -> int:
-    """First row of part `number` of `count`, as FSDP2 (torch.chunk) shards `length` rows."""
+    """Return the first row of part `number` of `count`, as FSDP2 (torch.chunk) shards `length` rows."""
     return min(length, number * -(-length // count))
 
 
 def write_part(folder: Path, part: Part) -> dict[str, Any]:
-    """Write a part to disk; returns its manifest entry. Raises OSError."""
+    """Write a part to disk; return its manifest entry. Raises OSError."""
     path = folder / part.name
     try:
         save_file(part.tensors, path, {"rows": json.dumps(part.rows), "plain": json.dumps(part.plain)})
@@ -88,56 +102,64 @@ def write_part(folder: Path, part: Part) -> dict[str, Any]:
 
 
 def load_parts(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Load this process's rows from a folder's parts. Raises ValueError naming what does not fit or is missing."""
+    """Load this process's rows of the optimizer's state from the parts in a folder.
+
+    Raises:
+        ValueError: A part is missing or damaged, or does not fit the policy.
+    """
     parameters = dict(policy.module.named_parameters())
-    order = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    places = {id(parameter): place for place, parameter in enumerate(order)}
+    ordered = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    parameter_index = {id(parameter): place for place, parameter in enumerate(ordered)}
     state: dict[int, dict[str, Any]] = {}
     with ExitStack() as stack:
-        pieces, plain = _opened(folder, stack)
-        for key in [*pieces, *plain]:
+        pieces, plain_values = _opened(folder, stack)
+        for key in [*pieces, *plain_values]:
             kind, _, name = key.partition(" of ")
-            if name not in parameters or id(parameters[name]) not in places:
-                raise ValueError(f"{folder}: {key!r} in the optimiser's state is of no weight that is trained")
+            if name not in parameters or id(parameters[name]) not in parameter_index:
+                raise ValueError(f"{folder}: {key!r} in the optimizer's state belongs to no trained weight")
             parameter = parameters[name]
-            value = _assembled(folder, key, pieces[key], parameter) if key in pieces else plain[key]
-            state.setdefault(places[id(parameter)], {})[kind] = value
+            value = _assembled(folder, key, pieces[key], parameter) if key in pieces else plain_values[key]
+            state.setdefault(parameter_index[id(parameter)], {})[kind] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 @dataclass(frozen=True)
 class _Piece:
+    """A tensor's rows in one file."""
+
     file: Any
-    first: int
-    total: int | None  # rows in all files; None: not sharded, and this file has all
+    first: int  # index of the first row
+    total: int | None  # number of rows in all files; None: not sharded, so that this file has the full tensor
 
 
 def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], dict[str, Any]]:
-    """The pieces of each tensor, and the values that are no tensors; reads headers only."""
+    """Return the pieces of each tensor, and the values that are not tensors. Reads only the files' headers."""
     pieces: dict[str, list[_Piece]] = {}
-    plain: dict[str, Any] = {}
+    plain_values: dict[str, Any] = {}
     for path in _files(folder):
         try:
             file = stack.enter_context(safe_open(path, "pt"))
             header = file.metadata() or {}
-            rows = json.loads(header["rows"])
-            more = json.loads(header["plain"])
+            row_spans = json.loads(header["rows"])
+            file_values = json.loads(header["plain"])
         except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
             raise ValueError(f"{folder}: {path.name} is damaged: {error}") from None
         names = set(file.keys())
-        if not _says_rows(rows, names) or not _says_numbers(more):
-            raise ValueError(f"{folder}: {path.name} is damaged: its header does not say which rows it holds")
+        if not _says_rows(row_spans, names) or not _says_numbers(file_values):
+            raise ValueError(f"{folder}: {path.name} is damaged: its header does not list its rows")
         for key in sorted(names):
-            first, total = rows.get(key, (0, None))
+            first, total = row_spans.get(key, (0, None))
             pieces.setdefault(key, []).append(_Piece(file, first, total))
-        plain |= more
-    if twice := sorted(pieces.keys() & plain.keys()):
-        raise ValueError(f"{folder}: {twice[0]!r} in the optimiser's state is a tensor and a number; save it again")
-    return pieces, plain
+        plain_values |= file_values
+    if duplicates := sorted(pieces.keys() & plain_values.keys()):
+        raise ValueError(
+            f"{folder}: {duplicates[0]!r} in the optimizer's state is a tensor and a number; save it again"
+        )
+    return pieces, plain_values
 
 
 def _says_rows(rows: Any, names: set[str]) -> bool:
-    """Whether `rows` is {name: [first row, rows in all]} of tensors in the file."""
+    """Return whether `rows` is {name: [first row, number of rows]}, of tensors in the file."""
     if not isinstance(rows, dict) or not rows.keys() <= names:
         return False
     for pair in rows.values():
@@ -147,52 +169,54 @@ def _says_rows(rows: Any, names: set[str]) -> bool:
 
 
 def _says_numbers(plain: Any) -> bool:
-    """Whether `plain` is of numbers or None, and no step is None."""
+    """Return whether `plain` has only numbers and None, and no step is None."""
     if not isinstance(plain, dict):
         return False
     for key, value in plain.items():
         if value is None and not key.startswith("step of "):
             continue
-        # JSON's integers may be beyond all floats; NaN and infinity fail, too.
+        # This also refuses NaN, infinity, and integers too large for a float.
         if not isinstance(value, int | float) or not abs(value) < 1e300:
             return False
     return True
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of all parts. Raises ValueError if one is missing, or is of another number of parts."""
-    here = set(folder.glob(PATTERN))
-    count = len(here)  # each name has the number of parts
+    """Return the files of all parts. Raises ValueError if one is missing or belongs to another number of parts."""
+    existing = set(folder.glob(PATTERN))
+    count = len(existing)  # each file name contains the number of parts
     paths = [folder / file_name(number, count) for number in range(count)]
-    if odd := sorted(here.difference(paths)):
-        raise ValueError(f"{folder}: {odd[0].name} is not one of {count} parts, and {count} are there")
+    if unexpected := sorted(existing.difference(paths)):
+        raise ValueError(f"{folder}: {unexpected[0].name} is not one of the {count} parts that the folder should have")
     return paths
 
 
 def _assembled(folder: Path, key: str, pieces: list[_Piece], parameter: Tensor) -> Tensor:
-    """This process's rows of a tensor, sharded as the parameter is."""
-    where = f"{folder}: the optimiser's state {key!r}"
-    spans = _spans(where, key, pieces, parameter)
+    """Return this process's rows of a tensor, sharded like the parameter."""
+    location = f"{folder}: the optimizer's state {key!r}"
+    spans = _spans(location, key, pieces, parameter)
     shape = parameter.shape
     if spans is None:  # a number, the same in all processes
         return pieces[0].file.get_tensor(key)
     if not isinstance(parameter, DTensor):
-        return _joined(where, spans, 0, shape[0], parameter)
-    mine = parameter.to_local()
+        return _joined(location, spans, 0, shape[0], parameter)
+    local_rows = parameter.to_local()
     mesh = parameter.device_mesh
-    place = mesh.get_coordinate()
-    assert place is not None, "every process is in the mesh"
-    first = first_row(shape[0], place[-1], mesh.shape[-1])
-    value = _joined(where, spans, first, first + len(mine), parameter).to(mine.device)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "every process is in the mesh"
+    first = first_row(shape[0], coordinate[-1], mesh.shape[-1])
+    value = _joined(location, spans, first, first + len(local_rows), parameter).to(local_rows.device)
     layout: dict[str, Any] = {"run_check": False, "shape": shape, "stride": parameter.stride()}
     return DTensor.from_local(value, mesh, parameter.placements, **layout)
 
 
-Span = tuple[int, int, Any]  # first row, the one after the last, the slice of a file
+Span = tuple[int, int, Any]  # first row, row after the last, and the slice of a file
 
 
-def _spans(where: str, key: str, pieces: list[_Piece], parameter: Tensor) -> list[Span] | None:
-    """The pieces in order; None for a number. Raises ValueError unless they are the parameter's rows, each once."""
+def _spans(location: str, key: str, pieces: list[_Piece], parameter: Tensor) -> list[Span] | None:
+    """Return the pieces in order; None for a number. Raises ValueError unless they have each row of
+    the parameter once.
+    """
     slices = [piece.file.get_slice(key) for piece in pieces]
     shape = list(parameter.shape)
     if len(pieces) == 1 and pieces[0].total is None and slices[0].get_shape() == []:
@@ -200,53 +224,61 @@ def _spans(where: str, key: str, pieces: list[_Piece], parameter: Tensor) -> lis
     spans: list[Span] = []
     end = 0
     # A part without rows comes before the part that begins where it ends.
-    for piece, part in sorted(zip(pieces, slices, strict=True), key=lambda pair: (pair[0].first, pair[1].get_shape())):
-        if not shape or piece.total != shape[0] or part.get_shape()[1:] != shape[1:]:
-            raise ValueError(f"{where} is not of the weight's shape {tuple(shape)}")
+    for piece, file_slice in sorted(
+        zip(pieces, slices, strict=True), key=lambda pair: (pair[0].first, pair[1].get_shape())
+    ):
+        if not shape or piece.total != shape[0] or file_slice.get_shape()[1:] != shape[1:]:
+            raise ValueError(f"{location} does not have the weight's shape {tuple(shape)}")
         if piece.first != end:
-            raise ValueError(f"{where} has a gap or an overlap at row {end}")
-        spans.append((end, end := end + part.get_shape()[0], part))
+            raise ValueError(f"{location} has a gap or an overlap at row {end}")
+        spans.append((end, end := end + file_slice.get_shape()[0], file_slice))
     if end != shape[0]:
-        raise ValueError(f"{where} ends at row {end} of {shape[0]}")
+        raise ValueError(f"{location} ends at row {end} of {shape[0]}")
     return spans
 
 
-def _joined(where: str, spans: list[Span], first: int, last: int, parameter: Tensor) -> Tensor:
-    """Rows [first, last), maybe none. Raises ValueError on a dtype that is neither the weight's nor fp32."""
-    found = [part[max(first, begin) - begin : max(0, min(last, end) - begin)] for begin, end, part in spans]
-    held = [rows for rows in found if len(rows)] or found[:1]  # no rows at all still have a dtype
-    kinds = {rows.dtype for rows in held}
-    if len(kinds) > 1 or not kinds <= {parameter.dtype, torch.float32}:
-        raise ValueError(f"{where} is of {', '.join(sorted(map(str, kinds)))}, not of the weight's {parameter.dtype}")
-    return torch.cat(held)
+def _joined(location: str, spans: list[Span], first: int, last: int, parameter: Tensor) -> Tensor:
+    """Return rows [first, last), which may be none. Raises ValueError on a dtype other than the weight's or fp32."""
+    slices = [
+        file_slice[max(first, begin) - begin : max(0, min(last, end) - begin)] for begin, end, file_slice in spans
+    ]
+    nonempty = [rows for rows in slices if len(rows)] or slices[:1]  # an empty slice still has a dtype
+    dtypes = {rows.dtype for rows in nonempty}
+    if len(dtypes) > 1 or not dtypes <= {parameter.dtype, torch.float32}:
+        raise ValueError(
+            f"{location} is of {', '.join(sorted(map(str, dtypes)))}, not of the weight's {parameter.dtype}"
+        )
+    return torch.cat(nonempty)
 
 
 class Elsewhere(Exception):
     """Carries the error of another process."""
 
 
-def in_step(work: Callable[[Swap], Returned], gather: Swap) -> Returned:
-    """Run `work`, which swaps values, in all processes; an error in one is raised in all, at their next swap."""
+def run_in_lockstep(work: Callable[[AllGather], Returned], gather: AllGather) -> Returned:
+    """Run `work`, which calls the all-gather that it receives, in all processes. An error in one process is raised in
+    all processes, at their next all-gather. Collective: every process must call it.
+    """
 
-    def swap(value: Any, error: Exception | None = None) -> list[Any]:
+    def all_gather(value: Any, error: Exception | None = None) -> list[Any]:
         values = []
-        for each, failure in gather((value, error)):
-            if failure is not None and error is None:
-                raise Elsewhere(failure)
-            values.append(each)
+        for item, other_error in gather((value, error)):
+            if other_error is not None and error is None:
+                raise Elsewhere(other_error)
+            values.append(item)
         return values
 
     try:
-        found = work(swap)
-        swap(None)  # an error after the last swap of `work` is raised in all, too
+        result = work(all_gather)
+        all_gather(None)  # raises an error after the last all-gather of `work` in all processes
     except Elsewhere as elsewhere:
         raise elsewhere.args[0] from None
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-        swap(None, error)  # the others wait in their next swap
+        all_gather(None, error)  # the other processes wait in their next all-gather
         raise
-    return found
+    return result
 
 
-def alone(value: Any) -> list[Any]:
-    """The swap of a process that writes on its own."""
+def single_process_gather(value: Any) -> list[Any]:
+    """All-gather of a single process."""
     return [value]

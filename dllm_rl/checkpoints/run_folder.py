@@ -1,4 +1,4 @@
-"""The folder of a run: locked, made, emptied or resumed from."""
+"""The folder of a run: lock it, create or empty it, and find the checkpoint to resume from."""
 
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,17 @@ from dllm_rl.recipe import Recipe, Settings
 REHEARSAL = ".rehearsal"  # where a rehearsal writes
 
 FILES = (LOCK, "metrics.jsonl", "completions.jsonl", "summary.json", "training.png", "checkpoints/latest")
-HELD = ("metrics.jsonl", "checkpoints", "summary.json")  # by one of these a run's folder is recognised
+RUN_MARKERS = ("metrics.jsonl", "checkpoints", "summary.json")  # a folder that has one of these contains a run
 
 
 def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, list[str]]:
-    """Lock the run's folder; returns the checkpoint to resume from, its state, and lines to print. Raises ValueError
-    if the folder is in use, holds another run, or has no whole checkpoint of this recipe.
+    """Lock the run's folder and prepare it.
+
+    Returns:
+        The checkpoint to resume from and its state (None, None for a new run), and lines to print.
+
+    Raises:
+        ValueError: The folder is in use, contains another run, or has no complete checkpoint of this recipe.
     """
     directory = Path(recipe.directory)
     notes: list[str] = []
@@ -28,7 +33,7 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     try:
         if not lock(directory / LOCK):
             notes.append(
-                f"warning: the file system of output_dir={str(directory)!r} has no locks: see to it that no other run "
+                f"warning: the file system of output_dir={str(directory)!r} has no locks: make sure that no other run "
                 "writes there"
             )
     except BlockingIOError as error:
@@ -37,58 +42,58 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
         ) from None
     except OSError as error:
         raise OSError(f"output_dir={str(directory)!r} cannot be written ({error.strerror}); give another") from None
-    recover(directory / "reference")  # a kill may have left it between two names
-    remove(directory / REHEARSAL)  # a killed run leaves it
-    held = [name for name in HELD if (directory / name).exists()]
+    recover(directory / "reference")  # an interrupted write may have left it under a temporary name
+    remove(directory / REHEARSAL)  # an interrupted run leaves it
+    existing_files = [name for name in RUN_MARKERS if (directory / name).exists()]
     if not recipe.resume_from_checkpoint:
-        if held and not recipe.overwrite_output_dir and not has_steps(directory):
-            checkpoint.recover_all(directory / "checkpoints")  # the first one, half-written
+        if existing_files and not recipe.overwrite_output_dir and not has_steps(directory):
+            checkpoint.recover_all(directory / "checkpoints")  # remove the incomplete first checkpoint
             notes.append("the run of this folder was stopped before its first step: starting from the beginning")
-        elif held and not recipe.overwrite_output_dir:
+        elif existing_files and not recipe.overwrite_output_dir:
             raise ValueError(
-                f"output_dir={str(directory)!r} already holds a run ({', '.join(held)}); give another, or "
+                f"output_dir={str(directory)!r} already contains a run ({', '.join(existing_files)}); give another, or "
                 f"{as_written(resume_from_checkpoint='latest')}, or {as_written(overwrite_output_dir=True)}"
             )
         return None, None, notes
     checkpoint.recover_all(directory / "checkpoints")
-    quick = recipe.verify_checkpoint == "quick"
+    is_quick = recipe.verify_checkpoint == "quick"
     folder = checkpoint.locate(
         recipe.resume_from_checkpoint,
         directory / "checkpoints",
-        quick=quick,
-        unread=None if recipe.lora is None else "model*.safetensors",  # adapters go on from their base
+        quick=is_quick,
+        unread=None if recipe.lora is None else "model*.safetensors",  # with adapters, full weights are not read
         compare=partial(check_recipe, recipe),
         say=notes.append,
     )
     if not folder:
         return None, None, [*notes, "no checkpoint yet: starting from the beginning"]
     state = TrainingState.read(folder)
-    needed = "reward" if isinstance(recipe, Recipe) else "loss"  # the end of the run prints and draws it
-    check_types(folder, state.eval_before, {needed: float}, prefix="eval_before.")
+    metric = "reward" if isinstance(recipe, Recipe) else "loss"  # the summary prints and plots it
+    check_types(folder, state.eval_before, {metric: float}, prefix="eval_before.")
     reference = directory / "reference"
-    if state.reference is not None and manifest.verify(reference, quick=quick)["sha256"] != state.reference:
-        raise ValueError(f"{reference} is that of another run than the checkpoint's; put the run's own back")
+    if state.reference is not None and manifest.verify(reference, quick=is_quick)["sha256"] != state.reference:
+        raise ValueError(f"{reference} belongs to another run than the checkpoint; restore the folder of this run")
     for path in checkpoint.set_aside(directory / "checkpoints", folder):
-        notes.append(f"set aside, as it is not on the way of the resumed run: {path}")
+        notes.append(f"set aside, since the resumed run will not use it: {path}")
     return folder, state, [*notes, f"resuming from {folder}"]
 
 
 def check_files(directory: Path) -> None:
-    """Raise ValueError on a FIFO, a device or a directory in place of a file of the run: reading it may never end; and
-    on a file in place of a folder.
+    """Raise ValueError if a file of the run is a FIFO, a device or a folder, which may block the reader, or if a folder
+    of the run is a file.
     """
     for name in FILES:
         path = directory / name
         if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is no regular file; remove it, or give another output_dir")
+            raise ValueError(f"{path} is not a regular file; remove it, or give another output_dir")
     for name in ("checkpoints", "reference"):
         path = directory / name
         if path.exists() and not path.is_dir():
-            raise ValueError(f"{path} is no folder; remove it, or give another output_dir")
+            raise ValueError(f"{path} is not a folder; remove it, or give another output_dir")
 
 
 def has_steps(directory: Path) -> bool:
-    """Whether a run's folder holds more than a warm-up: a checkpoint, a summary or the metrics of a step."""
+    """Return whether a run's folder contains more than a warm-up: a checkpoint, a summary, or metrics of a step."""
     if (directory / "summary.json").exists() or checkpoint.list_checkpoints(directory / "checkpoints"):
         return True
     metrics = directory / "metrics.jsonl"
@@ -99,5 +104,5 @@ def has_steps(directory: Path) -> bool:
 def clear_folder(recipe: Settings) -> None:
     """Delete the folder's run if `overwrite_output_dir` is set and no run is resumed."""
     if recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
-        for name in (*HELD, "completions.jsonl", "tensorboard", "training.png", "reference"):
+        for name in (*RUN_MARKERS, "completions.jsonl", "tensorboard", "training.png", "reference"):
             remove(Path(recipe.directory) / name)

@@ -1,4 +1,4 @@
-"""A run's state besides weights and optimiser: one record, which state.json holds."""
+"""State of a run besides weights and optimizer: one record, stored as state.json."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -16,63 +16,71 @@ NAME = "state.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """A run after `step` complete steps. Random numbers are functions of (seed, step) and are not saved."""
+    """State of a run after `step` complete steps. Random numbers depend only on (seed, step), so no state of a
+    generator is stored.
+    """
 
     step: int = 0
-    version: int  # the policy's: steps that have changed its weights
+    version: int  # the policy's weights_version: number of steps that have changed its weights
     dtype: Literal["float32", "float16", "bfloat16", "float64"]
-    stages: dict[str, float] = field(default_factory=dict)  # seconds by stage
-    seconds: float = 0.0  # of the run
+    stages: dict[str, float] = field(default_factory=dict)  # seconds spent in each stage
+    seconds: float = 0.0  # seconds since the start of the run, without pauses
     eval_before: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 0
-    changes: list | None = None  # what resumes have changed: records of step, field, before and after
-    best_step: int | None = None  # of the best checkpoint by metric_for_best_model
+    changes: list | None = None  # settings that resumes have changed: records of step, field, before and after
+    best_step: int | None = None  # step of the best checkpoint by metric_for_best_model
     best_value: float | None = None
-    reference: str | None = None  # digest of the manifest of the run's folder `reference`
-    frozen: list | None = None  # names of weights that training without adapters leaves alone
+    reference: str | None = None  # digest of the manifest in the run's folder `reference`
+    frozen: list | None = None  # names of frozen weights, in a run without adapters
     recipe: dict[str, Any]
 
     @classmethod
-    def first(cls, recipe: Settings, policy: Policy, **known: Any) -> "TrainingState":
+    def first(cls, recipe: Settings, policy: Policy, **other_fields: Any) -> "TrainingState":
+        """Return the state of a new run with this policy."""
         dtype: Any = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
         frozen = None if policy.lora else frozen_of(policy.module) or None
-        return cls(version=policy.weights_version, dtype=dtype, frozen=frozen, recipe=recipe.settings(), **known)
+        return cls(version=policy.weights_version, dtype=dtype, frozen=frozen, recipe=recipe.settings(), **other_fields)
 
     @classmethod
     def read(cls, folder: Path) -> "TrainingState":
-        """A checkpoint's. Raises ValueError if state.json is missing or damaged, or a field is of another type."""
-        found: Any = read_json(folder / NAME)
-        if not isinstance(found, dict):
-            raise ValueError(f"{folder}: {NAME} is damaged: it is no JSON object")
-        kinds = {f.name: f.type for f in fields(cls)}
-        check_types(folder, found, kinds)
-        # The schedule of a resumed run is compared with these two; the other settings are only compared.
-        check_types(folder, found["recipe"], {"num_steps": int, "lr_schedule_steps": int | None}, prefix="recipe.")
-        known: dict[str, Any] = {name: found.get(name) for name in kinds}
-        known["recipe"] = renamed_settings(known["recipe"])
-        return cls(**known)
+        """Read the state of a checkpoint.
+
+        Raises:
+            ValueError: state.json is missing or damaged, or a field has the wrong type.
+        """
+        content: Any = read_json(folder / NAME)
+        if not isinstance(content, dict):
+            raise ValueError(f"{folder}: {NAME} is damaged: it is not a JSON object")
+        types = {f.name: f.type for f in fields(cls)}
+        check_types(folder, content, types)
+        # A resume computes with these two settings; it only compares the others.
+        check_types(folder, content["recipe"], {"num_steps": int, "lr_schedule_steps": int | None}, prefix="recipe.")
+        values: dict[str, Any] = {name: content.get(name) for name in types}
+        values["recipe"] = renamed_settings(values["recipe"])
+        return cls(**values)
 
     def write(self, folder: Path) -> None:
+        """Write state.json."""
         (folder / NAME).write_text(json.dumps(asdict(self), indent=1))
 
 
-def check_types(folder: Path, found: dict[str, Any], kinds: dict[str, Any], *, prefix: str = "") -> None:
-    """Raise ValueError on the first of the fields `kinds` that is missing, or of another type."""
-    for name, kind in kinds.items():
-        if not _is_of(found.get(name), kind):
-            why = f"{prefix}{name} is missing, or of another type"
-            raise ValueError(f"{folder}: {NAME} is damaged: {why}; take an earlier checkpoint")
+def check_types(folder: Path, values: dict[str, Any], types: dict[str, Any], *, prefix: str = "") -> None:
+    """Raise ValueError if a value named in `types` is missing or has another type."""
+    for name, expected in types.items():
+        if not _has_type(values.get(name), expected):
+            problem = f"{prefix}{name} is missing or has the wrong type"
+            raise ValueError(f"{folder}: {NAME} is damaged: {problem}; take an earlier checkpoint")
 
 
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of an annotated type; an int is a float too."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is UnionType:
-        return any(_is_of(value, each) for each in get_args(kind))
-    if get_origin(kind) is dict:
-        return isinstance(value, dict) and all(_is_of(each, get_args(kind)[1]) for each in value.values())
-    # Not isinstance: a bool is an int. JSON's integers may be of any length, and no float holds those.
-    if type(value) is int and kind in (int, float):
+def _has_type(value: Any, expected: Any) -> bool:
+    """Return whether a JSON value has an annotated type; an int is accepted as a float."""
+    if get_origin(expected) is Literal:
+        return value in get_args(expected)
+    if get_origin(expected) is UnionType:
+        return any(_has_type(value, option) for option in get_args(expected))
+    if get_origin(expected) is dict:
+        return isinstance(value, dict) and all(_has_type(option, get_args(expected)[1]) for option in value.values())
+    # Not isinstance, for which a bool is an int. JSON's integers may be too large for a float.
+    if type(value) is int and expected in (int, float):
         return abs(value) < 1 << 53
-    return kind is Any or type(value) is kind
+    return expected is Any or type(value) is expected

@@ -13,7 +13,8 @@ from dllm_rl.screen import escape_controls, imports_interruptible, line_of
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(escape_controls(message))  # it quotes words, which may be names of files from a shell's *
+        # The message quotes arguments, which may be file names that a shell expanded from *.
+        super().error(escape_controls(message))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,13 +44,17 @@ def check_paths(arguments: argparse.Namespace) -> None:
 
 
 def add_sample(commands: argparse._SubParsersAction) -> None:
-    sub = commands.add_parser("sample", help="complete prompts with a checkpoint, and watch it being done")
+    sub = commands.add_parser("sample", help="complete prompts with a checkpoint and show each step")
     sub.add_argument("model", help="a checkpoint's or a run's folder")
-    texts = "texts to complete; none: lines of standard input, or at a terminal problems of the run"
+    texts = "texts to complete; without any: lines of standard input, or at a terminal, problems of the run"
     sub.add_argument("prompts", nargs="*", metavar="PROMPT", help=texts)
     sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the run's, or 16)")
-    sub.add_argument("--chat", action="store_true", help="a prompt is a user's message, for a model of instructions")
-    sub.add_argument("--blank", metavar="TEXT", help="what stands for a token to fill in, wherever a prompt has it")
+    sub.add_argument(
+        "--chat", action="store_true", help="treat each prompt as a user's message, for an instruction-tuned model"
+    )
+    sub.add_argument(
+        "--blank", metavar="TEXT", help="text in a prompt that marks one token to fill in, at each of its occurrences"
+    )
     sub.add_argument(
         "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
     )
@@ -57,19 +62,21 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--temperature", type=float, help="0 is greedy (default: as the run's evaluations, or 0)")
     sub.add_argument("--top_k", type=int)
     sub.add_argument("--top_p", type=float)
-    ids = "token ids that are never sampled, as 0,2; none (default: the run's)"
+    ids = "token ids that are never sampled, e.g. 0,2, or none (default: the run's)"
     sub.add_argument("--suppress", type=_token_ids, help=ids)
-    ranks = "confidence, max_prob, margin, entropy, random or plackett_luce=0.3 (default: what --commit is made for)"
+    ranks = "confidence, max_prob, margin, entropy, random or plackett_luce=0.3 (default: the one that fits --commit)"
     sub.add_argument("--rank", help=ranks)
     rules = "schedule (default), threshold=TAU, soft_threshold=TAU, factor=F, entropy_bound=GAMMA, soft_edit=RATE ..."
     sub.add_argument("--commit", help=rules)
-    sub.add_argument("--cache", help="key-value cache by name, as prefix, or dual=4 for 4 steps a refresh")
-    sub.add_argument("--group_size", type=int, default=1, help="completions of each prompt")
+    sub.add_argument("--cache", help="key-value cache, e.g. prefix, or dual=4 to refresh it every 4 steps")
+    sub.add_argument("--group_size", type=int, default=1, help="completions per prompt")
     add_model_options(sub)
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--json", action="store_true", help="print an object with every token, its step and probability")
-    sub.add_argument("--no_live", dest="live", action="store_false", default=None, help="do not draw the steps")
-    sub.add_argument("--delay", type=float, default=0.0, help="seconds to rest on each step of the live view")
+    sub.add_argument(
+        "--json", action="store_true", help="print a JSON object with every token, its step and probability"
+    )
+    sub.add_argument("--no_live", dest="live", action="store_false", default=None, help="do not show the steps")
+    sub.add_argument("--delay", type=float, default=0.0, help="seconds to show each step in the live display")
     sub.set_defaults(run=sample)
 
 
@@ -112,22 +119,24 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def lines_of_input() -> list[str]:
-    """Read the prompts of standard input, one per line, without line ends of any system and without Unicode marks."""
+    """Read prompts from standard input, one per line, without line ends and byte order marks."""
     import codecs
     import re
 
     raw = sys.stdin.buffer.read()
-    # UTF-32's mark begins with UTF-16's mark.
-    marks = [(codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")]
-    marks += [(codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8")]
-    encoding = next((name for mark, name in marks if raw.startswith(mark)), sys.stdin.encoding)
+    # UTF-32 first: its byte order mark begins with that of UTF-16.
+    encodings = [(codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")]
+    encodings += [(codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8")]
+    encoding = next(
+        (name for byte_order_mark, name in encodings if raw.startswith(byte_order_mark)), sys.stdin.encoding
+    )
     try:
         text = raw.decode(encoding, sys.stdin.errors or "strict")
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is not {error.encoding} at byte {error.start}; convert the prompts") from None
     if "\0" in text:
-        raise ValueError(f"standard input holds a NUL at character {text.index(chr(0))}; give text in {encoding}")
-    # Not splitlines, which also splits at the separators of Unicode.
+        raise ValueError(f"standard input contains a NUL at character {text.index(chr(0))}; give text in {encoding}")
+    # Not splitlines, which also splits at Unicode's line separators.
     lines = [line.removeprefix("\ufeff") for line in re.split(r"\r\n|\n|\r", text)]
     return lines if lines[-1] else lines[:-1]
 
@@ -139,37 +148,61 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     more = "once per checkpoint and per combination of the settings that are lists; later checkpoints are compared with"
     sub = commands.add_parser("evaluate", help=about, description=f"{about}, {more} the first, problem by problem")
     sub.add_argument("models", nargs="*", metavar="MODEL", help="a checkpoint's or a run's folder, or a hub's id")
-    sub.add_argument("--task", help=f"{_either(TASKS)}; default: a run's, with its sampler's settings")
+    sub.add_argument("--task", help=f"{_either(TASKS)} (default: the run's, with the settings of its sampler)")
     names = _either(protocol_names(), default="strict")
     sub.add_argument("--protocol", help=f"how completions are graded: {names}")
     sub.add_argument("--split", choices=("train", "validation", "test"), help="default: test")
     sub.add_argument("--path", help="a file or folder with the problems")
-    sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting of the task")
-    lengths = "tokens per completion, as 128,256 (default: the run's, or the task's)"
+    sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="set a field of the task")
+    lengths = "tokens per completion, e.g. 128,256 (default: the run's, or the task's)"
     sub.add_argument("--max_new_tokens", "--lengths", type=_numbers, help=lengths)
     sub.add_argument(
-        "--diffusion_steps", type=_numbers, help="unmasking steps, as 1,2,4,8 (default: the run's, or as tokens)"
+        "--diffusion_steps", type=_numbers, help="unmasking steps, e.g. 1,2,4,8 (default: the run's, or one per token)"
     )
-    budgets = "most forwards per answer, as 1,2,4: steps; or of --commit threshold, whose number is then found"
+    budgets = (
+        "largest number of forwards per answer, e.g. 1,2,4: sets the steps, or finds the number of --commit threshold"
+    )
     sub.add_argument("--forwards", type=_numbers, help=budgets)
-    sub.add_argument("--quantization", type=_names, help="schemes of the weights, as none,float8_weight_only")
-    sub.add_argument("--rank", type=_names, help="as confidence,max_prob (default: what --commit needs, or the run's)")
-    sub.add_argument("--commit", type=_names, help="as schedule,threshold=0.9")
-    sub.add_argument("--cache", type=_names, help="as none,dual=4")
+    sub.add_argument(
+        "--quantization", type=_names, help="quantization schemes of the weights, e.g. none,float8_weight_only"
+    )
+    sub.add_argument(
+        "--rank", type=_names, help="e.g. confidence,max_prob (default: the one that --commit needs, or the run's)"
+    )
+    sub.add_argument("--commit", type=_names, help="e.g. schedule,threshold=0.9")
+    sub.add_argument("--cache", type=_names, help="e.g. none,dual=4")
     sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
     sub.add_argument("--temperature", type=float, help="0 is greedy (default: the run's, or 0)")
-    sub.add_argument("--samples", type=int, default=1, help="completions of each problem, for pass@k")
-    sub.add_argument("--majority", type=_numbers, default=[], help="k of maj@k, as 4,16: the most frequent answer of k")
-    sub.add_argument("--limit", type=int, help="the first so many problems (default: all, or 500 made)")
+    sub.add_argument("--samples", type=int, default=1, help="completions per problem, for pass@k")
+    sub.add_argument(
+        "--majority",
+        type=_numbers,
+        default=[],
+        help="values of k for maj@k (the most frequent of k answers), e.g. 4,16",
+    )
+    sub.add_argument(
+        "--limit", type=int, help="evaluate only the first LIMIT problems (default: all, or 500 generated ones)"
+    )
     sub.add_argument("--batch_size", type=int, default=32, help="completions at a time (default 32)")
     add_model_options(sub)
-    sub.add_argument("--reward_timeout", type=_seconds, default=600.0, help="seconds a completion's grading; then: 124")
+    sub.add_argument(
+        "--reward_timeout",
+        type=_seconds,
+        default=600.0,
+        help="seconds that grading a completion may take; then exit with 124",
+    )
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--output_dir", help="keep completions; the same command continues what was interrupted")
-    sub.add_argument("--json", action="store_true", help="one JSON object a setting instead of a table")
-    sub.add_argument("--csv", metavar="FILE", help="also write a row a setting, with intervals and differences")
+    sub.add_argument(
+        "--output_dir", help="store completions here; the same command continues an interrupted evaluation"
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object per setting instead of a table")
+    sub.add_argument("--csv", metavar="FILE", help="also write a row per setting, with intervals and differences")
     sub.add_argument("--plot", metavar="FILE", help="also draw accuracy against forwards and seconds")
-    sub.add_argument("--compare", metavar="RESULTS.JSON", help="print what differs from --protocol and --task, no more")
+    sub.add_argument(
+        "--compare",
+        metavar="RESULTS.JSON",
+        help="only print how the settings of these results differ from the published ones of --protocol and --task",
+    )
     sub.set_defaults(run=evaluate)
 
 
@@ -180,16 +213,16 @@ def _either(names: Iterable[str], default: str | None = None) -> str:
 
 
 def _numbers(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) for part in parts):
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers from 1 on, as 4 or 1,2,4")
-    return list(map(int, parts))
+    return list(map(int, words))
 
 
 def _token_ids(text: str) -> tuple[int, ...]:
     if text == "none":
         return ()
-    if not all(part.strip().isdecimal() for part in text.split(",")):
+    if not all(word.strip().isdecimal() for word in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} must be token ids, as 0,2, or none")
     return tuple(map(int, text.split(",")))
 
@@ -217,13 +250,17 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def add_grade(commands: argparse._SubParsersAction) -> None:
     from dllm_rl.tasks.protocols import PROTOCOLS, protocol_names
 
-    sub = commands.add_parser("grade", help="grade stored completions, anyone's")
+    sub = commands.add_parser("grade", help="grade stored completions from any source")
     formats = "a .jsonl file of `completion` and the task's fields or a `reference`; d1's .json; lm-eval's samples"
     sub.add_argument("file", help=formats)
     sub.add_argument("--task", required=True, help=_either(PROTOCOLS))
     names = _either([*protocol_names(), "all"], default="strict")
-    sub.add_argument("--protocol", default="strict", help=f"{names}: every one, every reading, and where they differ")
-    sub.add_argument("--json", action="store_true", help="of all: one JSON object instead of tables")
+    sub.add_argument(
+        "--protocol",
+        default="strict",
+        help=f"{names}: all protocols, all readings of the answer, and where they differ",
+    )
+    sub.add_argument("--json", action="store_true", help="with --protocol all: print one JSON object instead of tables")
     sub.set_defaults(run=grade)
 
 
@@ -248,20 +285,22 @@ def lm_eval(arguments: argparse.Namespace) -> None:
 
 
 def add_doctor(commands: argparse._SubParsersAction) -> None:
-    sub = commands.add_parser("doctor", help="say where the mismatch of quantised rollouts comes from")
+    sub = commands.add_parser("doctor", help="report where the mismatch of quantized rollouts comes from")
     sub.add_argument("model", help="a checkpoint's or a run's folder")
     sub.add_argument("--quantization", help="a scheme, or none (default: the run's, or float8_weight_only)")
-    sub.add_argument("--task", help="whose prompts are sampled (default: the run's, or sudoku)")
-    sub.add_argument("--num_prompts", type=int, default=32, help="two completions each (default 32)")
+    sub.add_argument("--task", help="task whose prompts are sampled (default: the run's, or sudoku)")
+    sub.add_argument(
+        "--num_prompts", type=int, default=32, help="number of prompts, with two completions each (default 32)"
+    )
     sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the task's)")
     sub.add_argument(
         "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
     )
     sub.add_argument("--temperature", type=float, help="default: the run's, or 1")
-    sub.add_argument("--rank", help="default: the run's, or max_prob, as that of grpo")
+    sub.add_argument("--rank", help="default: the run's, or max_prob, which is the default of grpo")
     add_model_options(sub)
-    sub.add_argument("--half_head", action="store_true", help="logits in 16 bits where --dtype is (default: in fp32)")
-    sub.add_argument("--bound", type=float, help="exit with 1 when the mean |log-ratio| is above this, nats")
+    sub.add_argument("--half_head", action="store_true", help="compute logits in --dtype (default: in fp32)")
+    sub.add_argument("--bound", type=float, help="exit with 1 if the mean |log-ratio| is above this, in nats")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     sub.add_argument("--output_dir", help="also write doctor.json, doctor.png and doctor.html here")
@@ -291,7 +330,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         task = TASKS[name]()
         problems = [task[i] for i in range(min(arguments.num_prompts, len(task)))]
     else:
-        raise ValueError(f"task={name!r} is none of {', '.join(TASKS)}")
+        raise ValueError(f"task={name!r} is not one of {', '.join(TASKS)}")
     if not problems:
         raise ValueError(f"{arguments.model}: neither its task nor its completions.jsonl has prompts; give --task")
     if recipe is not None and arguments.quantization is None:
@@ -299,28 +338,28 @@ def doctor(arguments: argparse.Namespace) -> int:
     else:
         make = next(iter(read_schemes([arguments.quantization or "float8_weight_only"]).values()))
     scheme = make and make()
-    given = {name: getattr(arguments, name) for name in ("max_new_tokens", "diffusion_steps", "temperature")}
-    given["rank"] = arguments.rank and read_rank(arguments.rank)
+    passed = {name: getattr(arguments, name) for name in ("max_new_tokens", "diffusion_steps", "temperature")}
+    passed["rank"] = arguments.rank and read_rank(arguments.rank)
     options = {"temperature": 1.0, "rank": read_rank("max_prob")}
     if (run_sampler := sampler_or_note(arguments.model, "sampler")) is not None:
         options = dict(run_sampler.keywords)
-    options = with_given(options, given)
-    head = not arguments.half_head and (recipe is None or recipe.get("float32_head") is not False)
-    policy = open_policy(arguments, float32_head=head)
+    options = with_given(options, passed)
+    float32_head = not arguments.half_head and (recipe is None or recipe.get("float32_head") is not False)
+    policy = open_policy(arguments, float32_head=float32_head)
     options.setdefault("max_new_tokens", usual_length(policy, problems))
     if policy.spec.attention == "encoder_decoder":
-        raise ValueError(f"doctor takes the steps of a model with masks; {policy.spec.name!r} has none")
+        raise ValueError(f"doctor needs a model that unmasks tokens; {policy.spec.name!r} has no mask token")
     if policy.spec.attention == "causal":
         options = {name: value for name, value in options.items() if name not in ("diffusion_steps", "rank")}
     sampler = partial(sampler_for(policy), **options)
     prompts = encode(policy, problems, group_size=2)
-    found = diagnose(policy, scheme, prompts=prompts, sampler=sampler, seed=arguments.seed)
-    write_doctor(found, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))
-    return int(arguments.bound is not None and found.worst > arguments.bound)
+    report = diagnose(policy, scheme, prompts=prompts, sampler=sampler, seed=arguments.seed)
+    write_doctor(report, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))
+    return int(arguments.bound is not None and report.worst > arguments.bound)
 
 
 def add_verify(commands: argparse._SubParsersAction) -> None:
-    sub = commands.add_parser("verify", help="check that checkpoints are whole; exit with 1 when one is not")
+    sub = commands.add_parser("verify", help="check that checkpoints are complete; exit with 1 if one is not")
     sub.add_argument("path", help="a checkpoint folder, or the output_dir of a run for all of its checkpoints")
     sub.add_argument("--quick", action="store_true", help="of files over 1 MiB, check only the size and the first MiB")
     sub.set_defaults(run=verify)
@@ -345,7 +384,7 @@ def verify(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{path}: neither a checkpoint nor a run with checkpoints; give one of them")
     damaged = 0
     for folder in folders:
-        # the reference has no state.json, and belongs to no step
+        # The reference has no state.json, because it belongs to no step.
         check = manifest.verify if folder.name == "reference" else checkpoint.check
         try:
             check(folder, quick=arguments.quick)
@@ -358,7 +397,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def add_stop(commands: argparse._SubParsersAction) -> None:
-    sub = commands.add_parser("stop", help="end a run after its present step, with a checkpoint")
+    sub = commands.add_parser("stop", help="end a run after its current step, with a checkpoint")
     sub.add_argument("path", help="the run's folder")
     sub.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for its end (default 600)")
     sub.set_defaults(run=stop)

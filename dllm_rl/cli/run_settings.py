@@ -1,4 +1,4 @@
-"""The task, the samplers and the scheme of a run, for commands without these options."""
+"""Read the task, samplers and quantization scheme of a run, for commands that are called without these options."""
 
 import ast
 import inspect
@@ -29,7 +29,7 @@ def recipe_of(model: str) -> dict[str, Any] | None:
     state = read_json(Path(checkpoint_of(model, quick=True)) / "state.json")
     recipe = state.get("recipe") if isinstance(state, dict) else None
     if not isinstance(recipe, dict):
-        raise ValueError(f"{model}: state.json of its newest checkpoint names no settings")
+        raise ValueError(f"{model}: state.json of its newest checkpoint contains no settings")
     return recipe
 
 
@@ -43,13 +43,15 @@ def task_of(model: str) -> Call:
 
     recipe = recipe_of(model) if model else None
     if recipe is None:
-        raise ValueError(f"task is not given, and {model!r} is no run's folder that names one; use {', '.join(TASKS)}")
+        raise ValueError(
+            f"task is not given, and {model!r} is not the folder of a run with a task; use {', '.join(TASKS)}"
+        )
     text = recipe.get("eval_task")
-    called = read_call(text)
+    call = read_call(text)
     for name, task in TASKS.items():
-        if called is not None and task.__name__ == called[0] and called[1].keys() <= parameters_of(task):
-            return name, called[1]
-    raise ValueError(f"{model}: its task is of a script, {text}; give --task, or call dllm_rl.evaluate in the script")
+        if call is not None and task.__name__ == call[0] and call[1].keys() <= parameters_of(task):
+            return name, call[1]
+    raise ValueError(f"{model}: a script defines its task, {text}; give --task, or call dllm_rl.evaluate in the script")
 
 
 def problems_of(model: str, count: int) -> list[Problem]:
@@ -103,18 +105,34 @@ def sampler_of(model: str, field: str = "eval_sampler") -> partial | None:
     from dllm_rl.samplers.unmask import unmask
 
     recipe = recipe_of(model)
-    called = read_call(renamed_text(str(recipe.get(field)))) if recipe else None
-    sampler = {each.__name__: each for each in (unmask, autoregress, renoise)}.get(called[0]) if called else None
-    if called is None or sampler is None or not called[1].keys() <= parameters_of(sampler):
+    call = read_call(renamed_text(str(recipe.get(field)))) if recipe else None
+    sampler = (
+        {sampler_function.__name__: sampler_function for sampler_function in (unmask, autoregress, renoise)}.get(
+            call[0]
+        )
+        if call
+        else None
+    )
+    if call is None or sampler is None or not call[1].keys() <= parameters_of(sampler):
         return None
-    keywords = dict(called[1])
-    for name, known in (("rank", RANKS), ("commit", COMMITS), ("cache", {c.__name__: c for c in CACHES.values()})):
+    keywords = dict(call[1])
+    for name, functions in (
+        ("rank", RANKS),
+        ("commit", COMMITS),
+        ("cache", {cache.__name__: cache for cache in CACHES.values()}),
+    ):
         if isinstance(keywords.get(name), tuple):
-            function, bound = keywords[name]
-            if function not in known or any(isinstance(value, tuple) for value in bound.values()):
+            function, bound_keywords = keywords[name]
+            if function not in functions or any(isinstance(value, tuple) for value in bound_keywords.values()):
                 return None  # a rule of a script, or a rule that binds another function
-            made = known[function]
-            keywords[name] = made(**bound) if name == "cache" else partial(made, **bound) if bound else made
+            function_or_cache = functions[function]
+            keywords[name] = (
+                function_or_cache(**bound_keywords)
+                if name == "cache"
+                else partial(function_or_cache, **bound_keywords)
+                if bound_keywords
+                else function_or_cache
+            )
     return partial(sampler, **keywords)
 
 
@@ -123,17 +141,17 @@ def sampler_or_note(model: str, field: str = "eval_sampler") -> partial | None:
     sampler, recipe = sampler_of(model, field), recipe_of(model)
     if sampler is None and recipe is not None:
         text = escape_controls(
-            f"note: {field}={recipe.get(field)} is of a script; the command's sampler is used instead"
+            f"note: {field}={recipe.get(field)} is defined in a script; the command uses its default sampler instead"
         )
         print(text, file=sys.stderr)
     return sampler
 
 
-def with_given(run_options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def with_given(run_options: dict[str, Any], passed: dict[str, Any]) -> dict[str, Any]:
     """Return a run's sampler options with those that the command line gives; a shorter completion takes fewer steps."""
-    options = run_options | {name: value for name, value in given.items() if value is not None}
-    steps, length = options.get("diffusion_steps"), given.get("max_new_tokens")
-    if given.get("diffusion_steps") is None and steps is not None and length:
+    options = run_options | {name: value for name, value in passed.items() if value is not None}
+    steps, length = options.get("diffusion_steps"), passed.get("max_new_tokens")
+    if passed.get("diffusion_steps") is None and steps is not None and length:
         options["diffusion_steps"] = min(steps, length)
     return options
 
@@ -153,7 +171,7 @@ def scheme_of(model: str) -> Callable[[], Any] | None:
     name, keywords = read_call(text) or (text, {})
     make = CHOICES["rollout_quantization"].get(name)
     if make is None or not keywords.keys() <= parameters_of(make):
-        raise ValueError(f"{model}: its rollout_quantization is of a script, {text}; give --quantization")
+        raise ValueError(f"{model}: a script defines its rollout_quantization, {text}; give --quantization")
     return partial(make, **keywords)
 
 
@@ -172,7 +190,7 @@ def read_call(text: Any) -> Call | None:
 
 def _call(node: ast.Call) -> Call:
     if not isinstance(node.func, ast.Name) or node.args or any(keyword.arg is None for keyword in node.keywords):
-        raise ValueError("no call of a name with keywords")
+        raise ValueError("not a call of a name with keywords")
     return node.func.id, {str(keyword.arg): _value(keyword.value) for keyword in node.keywords}
 
 
@@ -183,4 +201,5 @@ def _value(node: ast.expr) -> Any:
 
 
 def parameters_of(function: Callable) -> set[str]:
+    """Return the names of a function's parameters."""
     return set(inspect.signature(function).parameters)

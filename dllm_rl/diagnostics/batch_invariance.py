@@ -33,16 +33,16 @@ def prepare_workspace() -> None:
     """
     if not torch.cuda.is_available():
         return
-    found = os.environ.get(WORKSPACE)
-    if found not in SETTINGS:
+    setting = os.environ.get(WORKSPACE)
+    if setting not in SETTINGS:
         os.environ[WORKSPACE] = SETTINGS[0]
-    one = torch.ones(1, 1, device="cuda")
+    operand = torch.ones(1, 1, device="cuda")
     try:
         with deterministic():
-            one @ one
+            operand @ operand
     except RuntimeError:  # torch raises it if the setting came too late; there is no other sign
-        late = f"{WORKSPACE} was {found!r} at this process's first product on the GPU"
-        raise ValueError(f"zero_mismatch: {late}: export {WORKSPACE}={SETTINGS[0]} before Python starts") from None
+        problem = f"{WORKSPACE} was {setting!r} at this process's first product on the GPU"
+        raise ValueError(f"zero_mismatch: {problem}: export {WORKSPACE}={SETTINGS[0]} before Python starts") from None
 
 
 @contextmanager
@@ -133,20 +133,21 @@ def batch_invariant(*, tile: int = 64) -> Iterator[None]:
         (cudnn, "benchmark", False),  # the autotuner chooses a kernel by its time, which varies
         (cudnn, "deterministic", True),
     ]
-    before = [getattr(owner, name) for owner, name, _ in switches]
+    previous_values = [getattr(owner, name) for owner, name, _ in switches]
     precision = torch.get_float32_matmul_precision()
     threads = torch.get_num_threads()
-    plain = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext()  # CUDA's plain attention
+    # CUDA's plain attention.
+    math_attention = sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext()
     prepare_workspace()  # first: an error must come before any change
     try:
         for owner, name, value in switches:
             setattr(owner, name, value)
         torch.set_float32_matmul_precision("highest")  # also turns TF32 products off
         torch.set_num_threads(1)  # the split of a kernel into threads, and its rounding, depend on the batch
-        with deterministic(), BatchInvariantOps(tile), plain:
+        with deterministic(), BatchInvariantOps(tile), math_attention:
             yield
     finally:
-        for (owner, name, _), value in zip(switches, before, strict=True):
+        for (owner, name, _), value in zip(switches, previous_values, strict=True):
             setattr(owner, name, value)
         torch.set_float32_matmul_precision(precision)
         torch.set_num_threads(threads)
@@ -164,17 +165,21 @@ def check_bitwise_equal(
     token = int(rollout.tokens[row, position])
     view = int((views.coefficients[:, row, position] != 0).int().argmax())  # the first that scores the token, or 0
     tokens = list(each_view(views))[view].seen(policy, rollout)[row : row + 1]
-    seen = rollout.attention_mask[row : row + 1]
-    ours = layer_outputs(policy, tokens, seen)
-    theirs = layer_outputs(rollout_policy, tokens, seen)
-    where = "no layer differs when both score this row alone: the sampler, the batch's shape, or the settings do"
-    if parted := [name for name in ours if name in theirs and not torch.equal(ours[name], theirs[name])]:
-        where = f"the hidden states part at {parted[0]}"  # names are in the order of the forward
+    attention_mask = rollout.attention_mask[row : row + 1]
+    learner_outputs = layer_outputs(policy, tokens, attention_mask)
+    rollout_outputs = layer_outputs(rollout_policy, tokens, attention_mask)
+    location = "no layer differs if both score only this row: the sampler, the batch's shape or the settings differ"
+    if differing := [
+        name
+        for name in learner_outputs
+        if name in rollout_outputs and not torch.equal(learner_outputs[name], rollout_outputs[name])
+    ]:
+        location = f"the hidden states first differ at {differing[0]}"  # names are in the order of the forward
     raise RuntimeError(
         f"zero_mismatch: {int(differs.sum())} of {int(mask.sum())} log-probs differ, the first at row {row}, position "
         f"{position} (token {token}, {policy.tokenizer.decode([token])!r}): learner "
         f"{float(logps.old_logprobs[row, position]):.9g}, rollout "
-        f"{float(logps.rollout_logprobs[row, position]):.9g} nats; {where}"
+        f"{float(logps.rollout_logprobs[row, position]):.9g} nats; {location}"
     )
 
 
@@ -185,9 +190,9 @@ def layer_outputs(policy: Policy, tokens: Tensor, attention_mask: Tensor) -> dic
     hooks = []
     for name, layer in policy.module.named_modules():
         # The parts of an adapted layer differ between a learner and a merged copy: only their sum can be compared.
-        inside = ".base_layer" in name or ".lora_A" in name or ".lora_B" in name
-        whole = hasattr(layer, "base_layer") or isinstance(layer, Experts)
-        if whole or (not inside and next(layer.parameters(recurse=False), None) is not None):
+        is_inner = ".base_layer" in name or ".lora_A" in name or ".lora_B" in name
+        is_combined = hasattr(layer, "base_layer") or isinstance(layer, Experts)
+        if is_combined or (not is_inner and next(layer.parameters(recurse=False), None) is not None):
             hooks.append(layer.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(name, out)))
     try:
         policy.logits(tokens, attention_mask)

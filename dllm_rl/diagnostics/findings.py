@@ -18,41 +18,41 @@ COLUMNS = ("cause", "mean |d|", "max |d|", "k3", "ESS", "to do")
 
 def rows(report: Report) -> list[tuple[str, ...]]:
     """Return the full mismatch, then each cause, as text, in nats."""
-    found: list[tuple[str, ...]] = []
+    table_rows: list[tuple[str, ...]] = []
     for cause in (report.total, report.half_heads, *report.causes):
         if cause is not None:
             # A cause below a hundredth of the mismatch is not worth the work of its advice.
             advice = cause.advice if cause.mean_abs >= report.worst / 100 else ""
             sizes = f"{cause.mean_abs:.2e}", f"{cause.max_abs:.2e}", f"{cause.k3:.1e}", f"{cause.ess:.4f}"
-            found.append((cause.name, *sizes, advice))
-    return found
+            table_rows.append((cause.name, *sizes, advice))
+    return table_rows
 
 
 def tables(report: Report) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     """Return (title, columns, lines) of each table that the report has numbers for."""
     title = f"log-prob mismatch over {report.num_tokens} tokens, nats; rollout: {report.scheme}"
-    found: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [(title, COLUMNS, rows(report))]
+    all_tables: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [(title, COLUMNS, rows(report))]
     lines: list[tuple[str, ...]]
     if report.order is not None:
         positions, prompts = report.order
         title = "order of the first step, shares that are the learner's own"
         advice = ORDER_ADVICE if prompts < 1 else ""
-        found.append((title, ("positions", "prompts", "to do"), [(f"{positions:.3f}", f"{prompts:.3f}", advice)]))
+        all_tables.append((title, ("positions", "prompts", "to do"), [(f"{positions:.3f}", f"{prompts:.3f}", advice)]))
     if report.routing and report.load:
         columns = ("mixture", "same experts", "busiest / mean, rollout", "learner")
         lines = []
         for layer, (share, *loads) in enumerate(zip(report.routing, *report.load, strict=True)):
             busiest = [f"{max(load) * len(load) / sum(load):.2f}" for load in loads]
             lines.append((f"layer {layer}", f"{share:.3f}", *busiest))
-        found.append(("experts, shares that both sides take", columns, lines))
+        all_tables.append(("experts, shares that both sides take", columns, lines))
     lines = []
-    for t in report.tokens:
-        context = f"{t.before}[{t.token}]{t.after}"
-        lines.append((f"{t.row}, {t.position}", context, f"{t.learner:.4f}", f"{t.rollout:.4f}"))
-    found.append(("worst tokens", ("row, position", "in context", "learner", "rollout"), lines))
+    for token in report.tokens:
+        context = f"{token.before}[{token.token}]{token.after}"
+        lines.append((f"{token.row}, {token.position}", context, f"{token.learner:.4f}", f"{token.rollout:.4f}"))
+    all_tables.append(("worst tokens", ("row, position", "in context", "learner", "rollout"), lines))
     lines = [(name, f"{error:.2e}") for name, error in report.layers]
-    found.append(("worst layers, relative error of their outputs", ("layer", "error"), lines))
-    return found
+    all_tables.append(("worst layers, relative error of their outputs", ("layer", "error"), lines))
+    return all_tables
 
 
 def write_doctor(report: Report, *, as_json: bool = False, directory: Path | None = None) -> None:

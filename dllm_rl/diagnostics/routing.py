@@ -1,4 +1,6 @@
-"""Agreement of learner and rollout in the experts of each token, measured in every quantized run of a mixture."""
+"""Measure how often learner and rollout route a token to the same experts, in every quantized run of a mixture of
+experts.
+"""
 
 import warnings
 
@@ -14,30 +16,34 @@ from dllm_rl.types import Rollout, Views
 
 @torch.no_grad()
 def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views) -> Int[Tensor, "M X"] | None:
-    """Return counts per mixture, under the first view and one row per prompt: choices that both sides make, all
-    choices, the tokens of each expert in the rollout, and in the learner.
+    """Count expert choices per layer with experts, under the first view, in one row per prompt.
 
-    None without mixtures, if an engine hides them, if encoder and decoder route separately, or, with a warning, if a
-    router's choice cannot be read.
+    Returns:
+        Columns: choices that both policies make, all choices, tokens of each expert in the rollout, tokens of each
+        expert in the learner. None if the model has no experts, an engine hides them, encoder and decoder route
+        separately, or, with a warning, a router's choice cannot be read.
     """
     if policy.spec.attention == "encoder_decoder" or not (mixtures(policy.module) and mixtures(rollout_policy.module)):
         return None
-    first = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, at a fraction of the work
-    seen = rollout.attention_mask[first]
-    tokens = next(each_view(views)).seen(policy, rollout)[first]
-    sides = []
-    for each in (policy, rollout_policy):
-        with Routing(each.module) as routing:
-            each.hidden(tokens, seen)
-        if why := routing.unknown_reason():
-            warnings.warn(f"routing/* is not measured: {why}", stacklevel=1)  # Python does not repeat it
+    first_rows = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, at a fraction of the work
+    attention_mask = rollout.attention_mask[first_rows]
+    tokens = next(each_view(views)).seen(policy, rollout)[first_rows]
+    experts_by_side = []
+    for side_policy in (policy, rollout_policy):
+        with Routing(side_policy.module) as routing:
+            side_policy.hidden(tokens, attention_mask)
+        if reason := routing.unknown_reason():
+            warnings.warn(f"routing/* is not measured: {reason}", stacklevel=1)  # Python does not repeat it
             return None
-        sides.append(routing.experts(len(tokens))[seen])
-    ours, theirs = sides
-    same = agreement(ours, theirs).sum((0, 2))
-    every = torch.full_like(same, ours.shape[0] * ours.shape[2])
-    count = max(map(routing.num_experts, range(len(routing.layers))))  # one table for mixtures of any size
-    return torch.cat([same[:, None], every[:, None], load(theirs, count), load(ours, count)], dim=1)
+        experts_by_side.append(routing.experts(len(tokens))[attention_mask])
+    learner_experts, rollout_experts = experts_by_side
+    num_same = agreement(learner_experts, rollout_experts).sum((0, 2))
+    num_choices = torch.full_like(num_same, learner_experts.shape[0] * learner_experts.shape[2])
+    # One table for layers with different numbers of experts.
+    count = max(map(routing.num_experts, range(len(routing.layers))))
+    return torch.cat(
+        [num_same[:, None], num_choices[:, None], load(rollout_experts, count), load(learner_experts, count)], dim=1
+    )
 
 
 def routing_metrics(counts: Int[Tensor, "M X"]) -> dict[str, float]:
@@ -51,16 +57,16 @@ def routing_metrics(counts: Int[Tensor, "M X"]) -> dict[str, float]:
     routing/idle[/learner]: share of experts that no token uses.
     """
     counts = counts.double()
-    same = counts[:, 0]
-    every = counts[:, 1]
-    theirs, ours = counts[:, 2:].chunk(2, dim=1)
-    metrics = {"routing/agreement": (same.sum() / every.sum()).item()}
-    for layer, share in enumerate((same / every).tolist()):
+    num_same = counts[:, 0]
+    num_choices = counts[:, 1]
+    rollout_loads, learner_loads = counts[:, 2:].chunk(2, dim=1)
+    metrics = {"routing/agreement": (num_same.sum() / num_choices.sum()).item()}
+    for layer, share in enumerate((num_same / num_choices).tolist()):
         metrics[f"routing/agreement/layer_{layer}"] = share
-    for side, tokens in (("", theirs), ("/learner", ours)):
-        worst = (tokens.amax(1) / tokens.mean(1) - 1).tolist()
-        metrics[f"routing/max_violation{side}"] = max(worst)
-        for layer, share in enumerate(worst):
+    for side, tokens in (("", rollout_loads), ("/learner", learner_loads)):
+        violations = (tokens.amax(1) / tokens.mean(1) - 1).tolist()
+        metrics[f"routing/max_violation{side}"] = max(violations)
+        for layer, share in enumerate(violations):
             metrics[f"routing/max_violation{side}/layer_{layer}"] = share
         metrics[f"routing/idle{side}"] = (tokens == 0).double().mean().item()
     return metrics

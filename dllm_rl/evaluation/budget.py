@@ -12,12 +12,12 @@ from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
 
 # More slack commits more positions per step. The ends, 10^5 nats and 1 - 10^-7, are beyond the values of any rule.
-NUMBERS: dict[str, Callable[[float], float]] = {
+NUMBER_OF_SLACK: dict[str, Callable[[float], float]] = {
     "threshold": lambda slack: max(1 - slack, 1e-9),
     "factor": lambda slack: slack,
     "entropy_bound": lambda slack: slack,
 }
-SLACK = (-7.0, 5.0)  # log10
+SLACK_RANGE = (-7.0, 5.0)  # log10
 HALVINGS = 10
 
 
@@ -41,18 +41,22 @@ def within_budget(
     name, _, value = commit.partition("=")
     if name in COMMITS and not as_commit(COMMITS[name]).adaptive:
         return commit
-    if value or name not in NUMBERS:
-        remedy = f"write {name}, whose number is then found" if name in NUMBERS else f"use {', '.join(NUMBERS)}"
+    if value or name not in NUMBER_OF_SLACK:
+        remedy = (
+            f"write {name}, whose number is then found"
+            if name in NUMBER_OF_SLACK
+            else f"use {', '.join(NUMBER_OF_SLACK)}"
+        )
         raise ValueError(f"--forwards {budget}: commit={commit!r} decides its own forwards; {remedy}")
 
     def rule(slack: float) -> str:
-        return f"{name}={NUMBERS[name](float(f'{10**slack:.3g}')):.9g}"
+        return f"{name}={NUMBER_OF_SLACK[name](float(f'{10**slack:.3g}')):.9g}"
 
     def forwards(slack: float) -> float:
         rows = complete(policy, problems, partial(sampler, commit=read_commit(rule(slack))), seed, 1, {})
         return fmean(row["evaluation"]["steps"] for row in rows.values())
 
-    low, high = SLACK
+    low, high = SLACK_RANGE
     if (least := forwards(high)) > budget:
         raise ValueError(f"--forwards {budget}: commit={name} takes {least:g} at least; use larger blocks, or more")
     for _ in range(HALVINGS):

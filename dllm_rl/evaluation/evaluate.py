@@ -1,4 +1,4 @@
-"""Evaluation of a policy on a task: one function for training, for code and for `dllm-rl evaluate`."""
+"""Evaluate a policy on a task: the function behind a run's evaluations and `dllm-rl evaluate`."""
 
 import dataclasses
 import time
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.distributed.collectives import OneProcess, Processes, gather_objects
-from dllm_rl.evaluation.completions import Completions, Rows, fingerprint, make_row
-from dllm_rl.evaluation.results import Evaluation, Graded
+from dllm_rl.evaluation.completions import COSTS, Completions, Rows, fingerprint, make_row
+from dllm_rl.evaluation.results import Evaluation, GradedAnswer
 from dllm_rl.members import describe
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.uneven import join_uneven_forwards
@@ -49,10 +49,10 @@ def evaluate(  # noqa: PLR0913
             Default: 256.
         samples: Completions per problem. Default: 1.
         limit: Number of problems, from the first on. None (default): all problems.
-        completions: A .jsonl file that stores every completion. Stored completions are graded again and not sampled
-            again. None (default): nothing is stored.
-        model: Name of the model, for the records.
-        quantization: Name of the weights' quantization, for the records.
+        completions: Path of a .jsonl file that stores every completion. Completions that it already has are graded
+            again, but not sampled again. None (default): nothing is stored.
+        model: Name of the model, stored with the results.
+        quantization: Name of the weights' quantization, stored with the results.
         accelerator: Processes that share the problems; all of them return the same result. None (default): only this
             process.
         reward_timeout: Seconds for the grading of one completion; see `tasks.deadline`. None (default): no limit.
@@ -71,27 +71,29 @@ def evaluate(  # noqa: PLR0913
             raise ValueError(f"{name}={value} must be at least 1")
     accelerator = accelerator or OneProcess()
     path = None if completions is None else Path(completions)
-    # Without a file there are no other weights to compare with, so no weight is read.
-    made_with = {"seed": seed, "sampler": describe(sampler), "weights": path and fingerprint(policy)}
-    made_with |= {"quantization": quantization} if quantization else {}
-    keeper = Completions(path, made_with, accelerator)
-    facts = task_facts(task) | {"model": model} | made_with
+    # Without a file there are no stored completions to compare with, so the weights need no fingerprint.
+    provenance = {"seed": seed, "sampler": describe(sampler), "weights": path and fingerprint(policy)}
+    provenance |= {"quantization": quantization} if quantization else {}
+    store = Completions(path, provenance, accelerator)
+    facts = task_facts(task) | {"model": model} | provenance
 
-    answers: list[Graded] = []
-    # Every process gets a batch, even if all problems fit into one batch.
-    size = min(max(1, batch_size // samples), -(-count // accelerator.num_processes))
+    answers: list[GradedAnswer] = []
+    # At most an equal share of the problems, so that every process gets a batch.
+    problems_per_batch = min(max(1, batch_size // samples), -(-count // accelerator.num_processes))
     with join_uneven_forwards(policy):
-        for start in range(accelerator.process_index * size, count, accelerator.num_processes * size):
-            problems = {problem: task[problem] for problem in range(start, min(start + size, count))}
-            rows = keeper.held(product(problems, range(samples)), problems)
+        first = accelerator.process_index * problems_per_batch
+        for start in range(first, count, accelerator.num_processes * problems_per_batch):
+            problems = {problem: task[problem] for problem in range(start, min(start + problems_per_batch, count))}
+            rows = store.stored_rows(product(problems, range(samples)), problems)
             if len(rows) < len(problems) * samples:
-                # The full batch is run, even if part of it is stored, so that an earlier kill changes no result.
+                # Sample the full batch even if part of it is stored, so that an interrupted evaluation gives the same
+                # results.
                 rows = complete(policy, problems, sampler, seed, samples, facts) | rows
-                keeper.append(rows)
-            answers += graded(task, problems, rows, reward_timeout)
+                store.append(rows)
+            answers += grade_rows(task, problems, rows, reward_timeout)
             progress(min(len(answers) * accelerator.num_processes, count * samples))
     gathered = sorted(gather_objects(answers, accelerator), key=lambda answer: (answer.problem, answer.sample))
-    keeper.fold(gathered, facts["protocol"])
+    store.merge_parts(gathered, facts["protocol"])
     return Evaluation(tuple(gathered), facts)
 
 
@@ -103,62 +105,67 @@ def complete(
     samples: int,
     facts: dict[str, Any],
 ) -> Rows:
-    """Return the rows of a batch in which every problem is completed `samples` times."""
-    asked = list(problems.values())
+    """Sample `samples` completions of every problem in one batch; return them as rows."""
+    problem_list = list(problems.values())
     keys = list(product(problems, range(samples)))
-    begin = time.perf_counter()
-    prompts = encode(policy, asked, group_size=samples, seeds=seeds_of(seed, keys))
+    start_time = time.perf_counter()
+    prompts = encode(policy, problem_list, group_size=samples, seeds=row_seeds(seed, keys))
     rollout = sampler(policy, prompts, generator_for(seed, "evaluate"))
     if not rollout.logprobs.isfinite().all():
         raise ValueError("the model's log-probabilities are not finite (NaN or infinity): nothing can be evaluated")
-    chosen = chosen_ids(rollout)
-    texts = graded_texts(policy, rollout, asked, chosen)
-    # The rows of a batch share its calls and its time, so that the rows' costs add up to the evaluation's cost.
-    share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - begin) / len(keys)}
+    completion_ids = chosen_ids(rollout)
+    texts = graded_texts(policy, rollout, problem_list, completion_ids)
+    # Each row gets an equal share of the batch's forwards and time, so that the costs of all rows add up.
+    batch_share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - start_time) / len(keys)}
     rows = {}
-    for (problem, sample), text, cost in zip(keys, texts, costs_of(policy, rollout, chosen), strict=True):
-        own = {"problem": problem, "sample": sample, "tokens": cost.tokens, "steps": cost.forwards}
-        rows[problem, sample] = make_row(problems[problem], text, {**own, **share, **facts})
+    for (problem, sample), text, cost in zip(keys, texts, costs_of(policy, rollout, completion_ids), strict=True):
+        row_fields = {"problem": problem, "sample": sample, "tokens": cost.tokens, "steps": cost.forwards}
+        rows[problem, sample] = make_row(problems[problem], text, {**row_fields, **batch_share, **facts})
     return rows
 
 
-def seeds_of(seed: int, keys: Sequence[tuple[int, int]]) -> list[int]:
+def row_seeds(seed: int, keys: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the seed of each (problem, sample)."""
     seeds = []
     for problem, sample in keys:
-        place = (problem, sample) if sample else (problem,)  # sample 0 is the same as with samples=1
-        seeds.append(generator_for(seed, "evaluate", *place).initial_seed())
+        key = (problem, sample) if sample else (problem,)  # sample 0 is the same as with samples=1
+        seeds.append(generator_for(seed, "evaluate", *key).initial_seed())
     return seeds
 
 
-def graded(task: Task, problems: dict[int, Problem], rows: Rows, timeout: float | None) -> list[Graded]:
+def grade_rows(task: Task, problems: dict[int, Problem], rows: Rows, timeout: float | None) -> list[GradedAnswer]:
+    """Grade the completions of rows."""
     texts = [row["completion"] for row in rows.values()]
-    costs = [Cost(row["evaluation"]["steps"], row["evaluation"]["tokens"]) for row in rows.values()]
-    rewards = grade(task, list(problems.values()), texts, costs, timeout=timeout)
+    sampling_costs = [Cost(row["evaluation"]["steps"], row["evaluation"]["tokens"]) for row in rows.values()]
+    rewards = grade(task, list(problems.values()), texts, sampling_costs, timeout=timeout)
     answers = []
     for (key, row), reward in zip(rows.items(), rewards, strict=True):
-        made = row["evaluation"]
-        answers.append(Graded(*key, reward, made["tokens"], made["forwards"], made["seconds"], made["steps"]))
+        costs = {name: row["evaluation"][name] for name in COSTS}
+        answers.append(GradedAnswer(*key, reward, **costs))
     return answers
 
 
 def task_facts(task: Task) -> dict[str, Any]:
-    """Return name, version, protocol and split of a task, and its settings that are plain values."""
-    inner = getattr(task, "task", task)  # under a protocol, take the settings of the inner task
-    plain = {}
-    for field in dataclasses.fields(inner) if dataclasses.is_dataclass(inner) else ():
-        value = getattr(inner, field.name)
-        if _plain(value):  # a data set or a function has no short text
-            plain[field.name] = str(value) if isinstance(value, Path) else value
+    """Return what results record about a task: name, version, protocol, split, and its settings
+    that are plain values.
+    """
+    inner_task = getattr(task, "task", task)  # a task under a protocol wraps the task that has the settings
+    settings = {}
+    for field in dataclasses.fields(inner_task) if dataclasses.is_dataclass(inner_task) else ():
+        value = getattr(inner_task, field.name)
+        if _plain(value):  # a data set or a function cannot be stored as a short text
+            settings[field.name] = str(value) if isinstance(value, Path) else value
     return {
         "task": task.name,
         "version": task.version,
         "protocol": getattr(task, "protocol", "own"),
-        "split": plain.get("split"),
-        "settings": plain,
+        "split": settings.get("split"),
+        "settings": settings,
     }
 
 
 def _plain(value: Any) -> bool:
+    """Return whether a setting is a scalar, a path, or a tuple of these."""
     if isinstance(value, tuple):
         return all(map(_plain, value))
     return value is None or isinstance(value, bool | int | float | str | Path)

@@ -1,4 +1,4 @@
-"""Regrading of stored completions from any source, by one protocol or by every rule that a task has. No torch."""
+"""Grade stored completions from any source again, by one protocol or by all rules of a task. No torch."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,20 +7,20 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.evaluation.results import RATES, Graded, headline, sums_by_name, with_intervals
+from dllm_rl.evaluation.results import RATES, GradedAnswer, headline, sums_by_name, with_intervals
 from dllm_rl.tasks.base import Reward
 from dllm_rl.tasks.protocols import PROTOCOLS, TABLE, find_grader, grade_all
 from dllm_rl.tasks.rows import load_rows, text_of
 
-MOST_IDS = 5  # ids shown of rows that two rules grade differently
-LONGEST_ID = 40  # characters
+MAX_IDS = 5  # largest number of ids that are shown of rows on which two rules differ
+MAX_ID_LENGTH = 40  # characters
 
 
 @dataclass(frozen=True)
 class StoredCompletion:
-    """A completion of a file, with the fields that its task's graders read."""
+    """A completion from a file, with the fields that the graders of its task read."""
 
-    place: str  # file and line, for errors
+    location: str  # file and line, for error messages
     id: str
     row: Mapping[str, Any]
     completion: str
@@ -44,10 +44,10 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
     find_grader(task, protocol)
     stored = read_completions(path, task)
     fields = _fields(stored, task, protocol)
-    rewards = grade_all(task, protocol, fields, [each.completion for each in stored])
-    without = sum(None in each.values() for each in fields)
+    rewards = grade_all(task, protocol, fields, [completion.completion for completion in stored])
+    num_without_answer = sum(None in completion.values() for completion in fields)
     facts = {"task": task, "version": TABLE[task].task.version, "protocol": protocol, "n": len(rewards)}
-    return facts | ({"no_answer": without} if without else {}) | _rates(rewards)
+    return facts | ({"no_answer": num_without_answer} if num_without_answer else {}) | _rates_with_intervals(rewards)
 
 
 def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
@@ -71,11 +71,11 @@ def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
     """
     find_grader(task, "strict")
     stored = read_completions(path, task)
-    completions = [each.completion for each in stored]
+    completions = [row.completion for row in stored]
     rewards: dict[str, Sequence[Reward]] = {}
     not_graded: dict[str, str] = {}
     for protocol, grader in PROTOCOLS[task].items():
-        same = next((name for name in rewards if PROTOCOLS[task][name] is grader), None)
+        same_grader = next((name for name in rewards if PROTOCOLS[task][name] is grader), None)
         try:
             find_grader(task, protocol)
             fields = _fields(stored, task, protocol)
@@ -84,38 +84,42 @@ def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
                 raise
             not_graded[protocol] = str(error)
             continue
-        rewards[protocol] = rewards[same] if same else grade_all(task, protocol, fields, completions)
+        rewards[protocol] = rewards[same_grader] if same_grader else grade_all(task, protocol, fields, completions)
     fields = _fields(stored, task, "strict")
     for name, reading in TABLE[task].readings.items():
         answers = [reading(text) for text in completions]
         if any(answer is not None for answer in answers):
             texts = ["" if answer is None else f"<answer>{answer}</answer>" for answer in answers]
             rewards[name] = grade_all(task, "strict", fields, texts)
-    right = {name: [reward.value >= 1 for reward in graded] for name, graded in rewards.items()}
+    is_right = {name: [reward.value >= 1 for reward in graded] for name, graded in rewards.items()}
     return {
         "task": task,
         "version": TABLE[task].task.version,
         "n": len(stored),
-        "rules": {name: {"right": sum(right[name])} | _rates(graded) for name, graded in rewards.items()},
-        "differences": _differences(right, [each.id for each in stored]),
+        "rules": {
+            name: {"right": sum(is_right[name])} | _rates_with_intervals(graded) for name, graded in rewards.items()
+        },
+        "differences": _differences(is_right, [row.id for row in stored]),
         "not_graded": not_graded,
     }
 
 
-def _differences(right: Mapping[str, list[bool]], ids: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the pairs of verdicts that differ, sorted by their number of rows; rules that agree on every row count as
-    one.
+def _differences(is_right: Mapping[str, list[bool]], ids: Sequence[str]) -> list[dict[str, Any]]:
+    """Return which rules disagree, and on how many rows, most first. Rules that agree on every row
+    are listed together.
     """
     agreeing: dict[tuple[bool, ...], list[str]] = {}
-    for name, verdicts in right.items():
+    for name, verdicts in is_right.items():
         agreeing.setdefault(tuple(verdicts), []).append(name)
-    found = []
-    for (first, names), (second, others) in combinations(agreeing.items(), 2):
+    differences = []
+    for (first, names), (second, other_names) in combinations(agreeing.items(), 2):
         rows = [i for i in range(len(ids)) if first[i] != second[i]]
-        some = [ids[i] for i in rows[:MOST_IDS]]
-        only = sum(first[i] for i in rows)
-        found.append({"rules": [names, others], "rows": len(rows), "only_first": only, "ids": some})
-    return sorted(found, key=lambda each: -each["rows"])
+        ids_shown = [ids[i] for i in rows[:MAX_IDS]]
+        num_only_first = sum(first[i] for i in rows)
+        differences.append(
+            {"rules": [names, other_names], "rows": len(rows), "only_first": num_only_first, "ids": ids_shown}
+        )
+    return sorted(differences, key=lambda difference: -difference["rows"])
 
 
 def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
@@ -130,69 +134,73 @@ def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
     """
     if Path(path).suffix not in (".jsonl", ".json"):
         raise ValueError(f"{path} must be a .jsonl file (an object a line), or a .json file (a list of objects)")
-    found: list[tuple[int, StoredCompletion]] = []
-    for place, row in load_rows(path):
-        if isinstance(start := row.get("resume_from"), int):  # a resumed run repeats the steps from here on
-            found = [known for known in found if known[0] < start]
+    steps_and_rows: list[tuple[int, StoredCompletion]] = []
+    for location, row in load_rows(path):
+        if isinstance(start := row.get("resume_from"), int):  # a resumed run repeats the steps from this one on
+            steps_and_rows = [earlier for earlier in steps_and_rows if earlier[0] < start]
             continue
         step = row["step"] if isinstance(row.get("step"), int) else -1
         try:
-            named = _named(row, task)
+            fields = _with_our_names(row, task)
             stored = StoredCompletion(
-                place, _id(row, place.removeprefix(f"{path}, ")), named, text_of(named, "completion")
+                location, _id(row, location.removeprefix(f"{path}, ")), fields, text_of(fields, "completion")
             )
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-        found.append((step, stored))
-    if not found:
-        raise ValueError(f"{path} holds no rows")
-    return [stored for _, stored in found]
+            raise ValueError(f"{location}: {error}") from None
+        steps_and_rows.append((step, stored))
+    if not steps_and_rows:
+        raise ValueError(f"{path} has no rows")
+    return [stored for _, stored in steps_and_rows]
 
 
-def _named(row: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Return the row with this package's names of the completion and the reference."""
-    names = dict(row)
+def _with_our_names(row: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Return the row's fields under this library's names for the completion and the reference answer."""
+    fields = dict(row)
     if isinstance(doc := row.get("doc"), dict) and "resps" in row:  # lm-evaluation-harness, whose `target` is a text
         resps = row["resps"]
         while isinstance(resps, list) and len(resps) == 1:
             resps = resps[0]
         if not isinstance(resps, str):
-            raise ValueError("resps holds several texts; write a row for each")
-        names = doc | {"completion": resps}
+            raise ValueError("resps has several texts; write a row for each")
+        fields = doc | {"completion": resps}
     elif "completion" not in row and "generations" in row:  # a row of d1
-        names["completion"] = row["generations"]
-    known = [name for name in ("reference", "ground_truth") if name in names]
-    if not known:
-        return names
-    reference = names[known[0]]
+        fields["completion"] = row["generations"]
+    reference_names = [name for name in ("reference", "ground_truth") if name in fields]
+    if not reference_names:
+        return fields
+    reference = fields[reference_names[0]]
     if isinstance(reference, dict):
-        return reference | names
+        return reference | fields
     if task == "countdown" and isinstance(reference, list) and len(reference) == 2:
-        return {"numbers": reference[0], "target": reference[1]} | names
+        return {"numbers": reference[0], "target": reference[1]} | fields
     if task == "sudoku":
-        digits = re.search(r"(?<!\d)(?:\d{81}|\d{16})(?!\d)", str(names.get("question", "")))
-        return {"solution": reference} | ({"puzzle": digits[0]} if digits else {}) | names
-    return {"answer": reference} | names
+        digits = re.search(r"(?<!\d)(?:\d{81}|\d{16})(?!\d)", str(fields.get("question", "")))
+        return {"solution": reference} | ({"puzzle": digits[0]} if digits else {}) | fields
+    return {"answer": reference} | fields
 
 
-def _id(row: Mapping[str, Any], place: str) -> str:
-    made = row.get("evaluation")
-    if isinstance(made, dict) and "problem" in made:
-        return f"{made['problem']}.{made.get('sample')}"[:LONGEST_ID]
-    return next((str(row[name])[:LONGEST_ID] for name in ("id", "doc_id") if name in row), place)
+def _id(row: Mapping[str, Any], default: str) -> str:
+    """Return an id of a row for people to read: problem and sample, its id, or the default."""
+    evaluation = row.get("evaluation")
+    if isinstance(evaluation, dict) and "problem" in evaluation:
+        return f"{evaluation['problem']}.{evaluation.get('sample')}"[:MAX_ID_LENGTH]
+    return next((str(row[name])[:MAX_ID_LENGTH] for name in ("id", "doc_id") if name in row), default)
 
 
 def _fields(stored: Sequence[StoredCompletion], task: str, protocol: str) -> list[dict[str, Any]]:
-    """Read the fields of all rows before any row is graded: a broken line 900 must not waste the work on 899 rows."""
+    """Read the fields of all rows, before any is graded, so that a malformed row late in the file
+    is reported at once.
+    """
     fields = []
-    for each in stored:
+    for completion in stored:
         try:
-            fields.append(TABLE[task].read_fields(each.row, protocol))
+            fields.append(TABLE[task].read_fields(completion.row, protocol))
         except ValueError as error:
-            raise ValueError(f"{each.place}: {error}") from None
+            raise ValueError(f"{completion.location}: {error}") from None
     return fields
 
 
-def _rates(rewards: Sequence[Reward]) -> dict[str, Any]:
-    sums = sums_by_name([Graded(i, 0, reward) for i, reward in enumerate(rewards)])  # each row counts as a problem
+def _rates_with_intervals(rewards: Sequence[Reward]) -> dict[str, Any]:
+    # Each row counts as a separate problem.
+    sums = sums_by_name([GradedAnswer(i, 0, reward) for i, reward in enumerate(rewards)])
     return with_intervals({name: sums[name] for name in (*RATES, headline(sums)) if name in sums})

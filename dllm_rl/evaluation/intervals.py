@@ -42,11 +42,13 @@ def bootstrap_mean(
     With 30 normal rows the interval covers 93 %, not 95 %.
     """
     numbers = np.asarray(values, dtype=np.float64)
-    shares = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
-    if len(numbers) == 0 or len(numbers) != len(shares) or not (shares > 0).all():
-        raise ValueError(f"{len(numbers)} values, {len(shares)} weights: needs some values, a positive weight for each")
-    nothing = np.zeros_like(numbers)  # a mean is a difference from 0
-    return bootstrap_difference(numbers, nothing, generator, resamples=resamples, weights=shares)
+    divisors = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
+    if len(numbers) == 0 or len(numbers) != len(divisors) or not (divisors > 0).all():
+        raise ValueError(
+            f"{len(numbers)} values, {len(divisors)} weights: needs some values, a positive weight for each"
+        )
+    zeros = np.zeros_like(numbers)  # a mean is a difference from 0
+    return bootstrap_difference(numbers, zeros, generator, resamples=resamples, weights=divisors)
 
 
 def bootstrap_difference(
@@ -62,16 +64,18 @@ def bootstrap_difference(
     same rows.
     """
     numbers = np.asarray(values, dtype=np.float64)
-    other = np.asarray(before, dtype=np.float64)
-    shares = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
-    others = np.ones_like(numbers) if weights_before is None else np.asarray(weights_before, dtype=np.float64)
-    if not len(numbers) or {len(other), len(shares), len(others)} != {len(numbers)}:
-        raise ValueError(f"{len(numbers)} values, {len(other)} before: needs some values, and as many of each")
-    found = []
+    before_values = np.asarray(before, dtype=np.float64)
+    divisors = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
+    divisors_before = np.ones_like(numbers) if weights_before is None else np.asarray(weights_before, dtype=np.float64)
+    if not len(numbers) or {len(before_values), len(divisors), len(divisors_before)} != {len(numbers)}:
+        raise ValueError(f"{len(numbers)} values, {len(before_values)} before: needs some values, and as many of each")
+    differences = []
     for _ in range(resamples):
         rows = generator.integers(0, len(numbers), len(numbers))  # both values of a row, so that its difficulty cancels
-        found.append(numbers[rows].sum() / shares[rows].sum() - other[rows].sum() / others[rows].sum())
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        differences.append(
+            numbers[rows].sum() / divisors[rows].sum() - before_values[rows].sum() / divisors_before[rows].sum()
+        )
+    low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

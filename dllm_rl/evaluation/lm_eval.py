@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("lm_eval.py needs lm-evaluation-harness: pip install 'dllm_rl[harness]'") from error
 
-from dllm_rl.evaluation.evaluate import seeds_of
+from dllm_rl.evaluation.evaluate import row_seeds
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import decode, text_ids
@@ -99,7 +99,7 @@ class HarnessModel(TemplateLM):
         texts = [""] * len(requests)
         for length, places in _batches([self._length(asked) for asked in settings], self.batch_size):
             ids = [self.tok_encode(requests[place].args[0]) for place in places]
-            seeds = seeds_of(self.seed, [rows[place] for place in places])
+            seeds = row_seeds(self.seed, [rows[place] for place in places])
             prompts = Prompts.from_ids(ids, pad_id=self.policy.pad_id, seeds=seeds)
             generator = generator_for(self.seed, "evaluate")
             rollout = self.sampler(self.policy, prompts, generator, max_new_tokens=length)

@@ -1,4 +1,4 @@
-"""The results of an evaluation as numbers. No torch."""
+"""Results of an evaluation: means, confidence intervals, pass@k and maj@k. No torch."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -11,64 +11,68 @@ from typing import Any
 import numpy as np
 
 from dllm_rl.evaluation.intervals import bootstrap_difference, bootstrap_mean, majority_at_k, pass_at_k, wilson
-from dllm_rl.tasks.base import Reward, addends
+from dllm_rl.tasks.base import Reward, metric_fractions
 
 RATES = ("parsed", "accuracy", "solve_rate", "undecided", "cell_accuracy")  # shown if a grader has it
 Sums = dict[int, tuple[float, float]]  # problem -> a metric's sum over its completions, and the sum's divisor
 
 
 @dataclass(frozen=True)
-class Graded:
+class GradedAnswer:
+    """A graded completion and its costs, 0 where a cost is unknown."""
+
     problem: int
     sample: int
     reward: Reward
-    tokens: int = 0  # before the end token; here and below, 0: unknown
-    forwards: float = 0.0  # its share of the batch's cost
-    seconds: float = 0.0  # its share of the batch's cost
-    steps: int = 0  # forwards that its row took part in, whatever the batch
+    tokens: int = 0  # before the end token
+    forwards: float = 0.0  # share of the batch's forwards
+    seconds: float = 0.0  # share of the batch's time
+    steps: int = 0  # forwards for this completion, which do not depend on the batch
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every graded completion, by problem and sample, and the facts that the result depends on."""
+    """All graded completions, sorted by problem and sample, and the settings that the result depends on."""
 
-    answers: tuple[Graded, ...]
+    answers: tuple[GradedAnswer, ...]
     facts: Mapping[str, Any]
 
     @cached_property
     def sums(self) -> dict[str, Sums]:
+        """Sums of every metric, by its name."""
         return sums_by_name(self.answers)
 
     @cached_property
     def means(self) -> dict[str, float]:
-        """Return means over all completions: reward, parsed, and every name of the rewards' breakdown."""
-        return {name: mean(*columns(sums)) for name, sums in self.sums.items()}
+        """Means over all completions: reward, parsed, and every metric of the breakdown."""
+        return {name: mean(*sums_and_divisors(sums)) for name, sums in self.sums.items()}
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Return facts, number of problems, samples per problem, every mean and pass@k with its interval, and costs, as
-        plain JSON.
-        """
-        problems = len(self.sums["reward"])
-        samples = len(self.answers) // problems
-        found = dict(self.sums)
-        right = headline(self.means)
-        if samples > 1:
+        """Settings, numbers of problems and samples, every mean and pass@k with its interval, and costs, as JSON."""
+        num_problems = len(self.sums["reward"])
+        num_samples = len(self.answers) // num_problems
+        sums = dict(self.sums)
+        metric = headline(self.means)
+        if num_samples > 1:
             rewards: defaultdict[int, set[float]] = defaultdict(set)
             for answer in self.answers:
                 rewards[answer.problem].add(answer.reward.value)
             equal = {problem: (float(len(values) == 1), 1.0) for problem, values in rewards.items()}
-            found["frac_reward_zero_std"] = equal  # share of problems, like a run's metric of this name
-        if samples > 1 and right != "reward":  # a reward does not count right samples
-            for k in (*(2**i for i in range(samples.bit_length()) if 2**i < samples), samples):
-                found[f"pass@{k}"] = {}
-                for problem, (count, _) in self.sums[right].items():
-                    found[f"pass@{k}"][problem] = pass_at_k(samples, round(count), k), 1.0
+            sums["frac_reward_zero_std"] = equal  # share of problems, like the training metric of this name
+        if num_samples > 1 and metric != "reward":  # a reward does not say which samples are right
+            for k in (*(2**i for i in range(num_samples.bit_length()) if 2**i < num_samples), num_samples):
+                sums[f"pass@{k}"] = {}
+                for problem, (count, _) in self.sums[metric].items():
+                    sums[f"pass@{k}"][problem] = pass_at_k(num_samples, round(count), k), 1.0
         costs = [(answer.tokens, answer.forwards, answer.seconds, answer.steps) for answer in self.answers]
         tokens, forwards, seconds, steps = map(sum, zip(*costs, strict=True))
-        cost = {"forwards_per_answer": steps / len(costs), "tokens_per_forward": tokens / steps if steps else 0.0}
-        cost |= {"tokens": tokens, "forwards": round(forwards), "seconds": round(seconds, 3)}
-        return {**self.facts, "n": problems, "samples": samples, **with_intervals(found), **cost}
+        total_costs = {
+            "forwards_per_answer": steps / len(costs),
+            "tokens_per_forward": tokens / steps if steps else 0.0,
+        }
+        total_costs |= {"tokens": tokens, "forwards": round(forwards), "seconds": round(seconds, 3)}
+        return {**self.facts, "n": num_problems, "samples": num_samples, **with_intervals(sums), **total_costs}
 
     def majority(self, ks: Sequence[int]) -> dict[str, Any]:
         """Return maj@k by `majority_at_k`, with its interval.
@@ -76,37 +80,37 @@ class Evaluation:
         Raises:
             ValueError: The grader returns no answers, or there are fewer than k samples.
         """
-        right = headline(self.means)
-        wrong: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        metric = headline(self.means)
+        wrong_votes: defaultdict[int, Counter[str]] = defaultdict(Counter)
         for answer in self.answers if ks else ():
-            if answer.reward.answer is None or right == "reward":
+            if answer.reward.answer is None or metric == "reward":
                 raise ValueError("maj@k needs a grader that gives the answers that it compares, and an accuracy")
-            if answer.reward.answer and not answer.reward.breakdown[right]:
-                wrong[answer.problem][answer.reward.answer] += 1
-        samples = len(self.answers) // len(self.sums["reward"])
-        found: dict[str, Sums] = {f"maj@{k}": {} for k in ks}
-        for k, (problem, (count, _)) in product(ks, self.sums[right].items()):
-            votes = list(wrong[problem].values())
-            found[f"maj@{k}"][problem] = majority_at_k(samples, round(count), votes, k), 1.0
-        return with_intervals(found)
+            if answer.reward.answer and not answer.reward.breakdown[metric]:
+                wrong_votes[answer.problem][answer.reward.answer] += 1
+        num_samples = len(self.answers) // len(self.sums["reward"])
+        sums: dict[str, Sums] = {f"maj@{k}": {} for k in ks}
+        for k, (problem, (count, _)) in product(ks, self.sums[metric].items()):
+            votes = list(wrong_votes[problem].values())
+            sums[f"maj@{k}"][problem] = majority_at_k(num_samples, round(count), votes, k), 1.0
+        return with_intervals(sums)
 
 
-def sums_by_name(answers: Sequence[Graded]) -> dict[str, Sums]:
-    """Return the `Sums` of each metric by name. The divisor of a mean counts completions; `addends` gives the divisor
-    of a ratio.
+def sums_by_name(answers: Sequence[GradedAnswer]) -> dict[str, Sums]:
+    """Return the `Sums` of each metric by name. Divisors come from `metric_fractions`: 1 per completion, or the count
+    in a ratio's denominator.
     """
-    found: dict[str, Sums] = {}
+    sums_by_metric: dict[str, Sums] = {}
     for answer in answers:
-        for name, (value, weight) in addends(answer.reward).items():
-            sums = found.setdefault(name, {})
-            if weight:  # a puzzle without empty cells has no share of empty cells
-                before = sums.get(answer.problem, (0.0, 0.0))
-                sums[answer.problem] = before[0] + value, before[1] + weight
-    return dict(sorted(found.items()))
+        for name, (value, weight) in metric_fractions(answer.reward).items():
+            sums = sums_by_metric.setdefault(name, {})
+            if weight:  # 0 for a ratio whose denominator is 0
+                previous = sums.get(answer.problem, (0.0, 0.0))
+                sums[answer.problem] = previous[0] + value, previous[1] + weight
+    return dict(sorted(sums_by_metric.items()))
 
 
-def columns(sums: Sums) -> Any:
-    """Return the problems' sums and their divisors; a metric that no problem has is 0."""
+def sums_and_divisors(sums: Sums) -> Any:
+    """Return all problems' sums, and all divisors; 0 and 1 for a metric that no problem has."""
     return zip(*(sums.values() or [(0.0, 1.0)]), strict=True)
 
 
@@ -118,17 +122,19 @@ def headline(names: Collection[str]) -> str:
     return "reward"
 
 
-def best_of(looked_at: Sequence[tuple[float, str]], metric: str) -> str:
-    """Return a line with the highest (value, label), the number of values, and the last one, which is not selected."""
-    best, where = max(looked_at, key=itemgetter(0))
-    last, end = looked_at[-1]
-    of = f"the highest of {len(looked_at)}, which flatters it"
-    return f"best {metric}: {best:.3f} ({where}), {of}; the last: {last:.3f} ({end})"
+def best_of(values_and_labels: Sequence[tuple[float, str]], metric: str) -> str:
+    """Return a line of text with the highest value and the last one. The highest is selected, so it
+    is biased upwards.
+    """
+    best, label = max(values_and_labels, key=itemgetter(0))
+    last, last_label = values_and_labels[-1]
+    explanation = f"the highest of {len(values_and_labels)}, which flatters it"
+    return f"best {metric}: {best:.3f} ({label}), {explanation}; the last: {last:.3f} ({last_label})"
 
 
 def paired_differences(found: Evaluation, before: Evaluation) -> dict[str, list[float]]:
-    """Return each mean less the mean of another evaluation: [difference, low, high], with a 95 % interval, over the
-    problems that both have.
+    """Return the difference of each mean from that of another evaluation, as [difference, low, high] with a 95 %
+    interval, over the problems that both have.
     """
     differences = {}
     for name, now in found.sums.items():
@@ -144,25 +150,28 @@ def paired_differences(found: Evaluation, before: Evaluation) -> dict[str, list[
 
 
 def mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Return sum(values) / sum(weights)."""
     return sum(values) / sum(weights)
 
 
-def with_intervals(found: Mapping[str, Sums]) -> dict[str, Any]:
-    """Return NAME, its mean, and NAME_interval, [low, high], for each name."""
-    shown: dict[str, Any] = {}
-    for name, sums in found.items():
-        values, weights = columns(sums)
-        shown[name] = mean(values, weights)
-        shown[f"{name}_interval"] = list(interval(name, values, weights))
-    return shown
+def with_intervals(sums_by_metric: Mapping[str, Sums]) -> dict[str, Any]:
+    """Return NAME (the mean) and NAME_interval ([low, high]) for each metric."""
+    numbers: dict[str, Any] = {}
+    for name, sums in sums_by_metric.items():
+        values, weights = sums_and_divisors(sums)
+        numbers[name] = mean(values, weights)
+        numbers[f"{name}_interval"] = list(interval(name, values, weights))
+    return numbers
 
 
 def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """Return a 95 % interval: Wilson's if every problem gives 0 or 1, else a bootstrap over problems, of fixed seed."""
-    # Samples of a problem are not independent, so problems are resampled. Cells of a puzzle are not trials, even if all
-    # are right, and neither is a reward.
+    """Return a 95 % interval: Wilson's if every problem scores 0 or 1, else a bootstrap over problems with a fixed
+    seed.
+    """
+    # Problems are resampled, because the samples of a problem are not independent. Cells of a puzzle and rewards are no
+    # independent trials, even if all are 0 or 1.
     numbers = np.asarray(values)
-    trials = ((numbers == 0) | (numbers == np.asarray(weights))).all()
-    if trials and name not in ("reward", "cell_accuracy"):
+    are_trials = ((numbers == 0) | (numbers == np.asarray(weights))).all()
+    if are_trials and name not in ("reward", "cell_accuracy"):
         return wilson(int((numbers > 0).sum()), len(numbers))
     return bootstrap_mean(values, np.random.default_rng(0), weights=weights)

@@ -17,15 +17,15 @@ FACTS = ("task", "version", "protocol", "split", "seed", "n", "samples")
 COSTS = ("forwards_per_answer", "tokens_per_forward", "tokens", "forwards", "seconds")
 
 
-def varying(found: Sequence[dict[str, Any]]) -> list[str]:
+def varying(results: Sequence[dict[str, Any]]) -> list[str]:
     """Return the settings in which the results differ; the model if the results differ in nothing."""
-    return [name for name in SETTINGS if len({str(row.get(name)) for row in found}) > 1] or ["model"]
+    return [name for name in SETTINGS if len({str(row.get(name)) for row in results}) > 1] or ["model"]
 
 
-def write_csv(path: Path, found: Sequence[dict[str, Any]]) -> None:
+def write_csv(path: Path, results: Sequence[dict[str, Any]]) -> None:
     """Write a row per result: settings, each metric with its interval, and differences from the first model."""
     rows = []
-    for result in found:
+    for result in results:
         row = {name: result.get(name) for name in (*FACTS, *SETTINGS)}
         for name, value in result.items():
             if name.endswith("_interval"):
@@ -45,7 +45,7 @@ def write_csv(path: Path, found: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def plot_curve(path: Path, found: Sequence[dict[str, Any]]) -> None:
+def plot_curve(path: Path, results: Sequence[dict[str, Any]]) -> None:
     """Write a PNG: the headline metric with 95 % intervals against forwards and seconds per answer, with a line per
     sampler.
     """
@@ -54,31 +54,31 @@ def plot_curve(path: Path, found: Sequence[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    metric = headline(found[0])
-    differ = [name for name in varying(found) if name != "diffusion_steps"]  # steps are on the axis
+    metric = headline(results[0])
+    names_differing = [name for name in varying(results) if name != "diffusion_steps"]  # steps are on the axis
     lines: dict[str, list[dict[str, Any]]] = {}
-    for row in found:
+    for row in results:
         # The numbers of an adaptive rule (threshold=0.9, 0.8 ...) are points of one line.
-        known = row | {"commit": str(row.get("commit")).partition("=")[0]}
-        lines.setdefault(", ".join(str(known.get(name)) for name in differ), []).append(row)
+        grouped = row | {"commit": str(row.get("commit")).partition("=")[0]}
+        lines.setdefault(", ".join(str(grouped.get(name)) for name in names_differing), []).append(row)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained", sharey=True)
     for axis, cost in zip(axes, (_forwards, _seconds), strict=True):
         for label, rows in lines.items():
             rows = sorted(rows, key=cost)
             low, high = zip(*(row[f"{metric}_interval"] for row in rows), strict=True)
-            along = list(map(cost, rows))
+            costs = list(map(cost, rows))
             # A dollar sign would begin a formula.
             text = escape_controls(label).replace("$", r"\$")
-            (line,) = axis.plot(along, [row[metric] for row in rows], marker="o", label=text)
-            axis.fill_between(along, low, high, color=line.get_color(), alpha=0.15)
+            (line,) = axis.plot(costs, [row[metric] for row in rows], marker="o", label=text)
+            axis.fill_between(costs, low, high, color=line.get_color(), alpha=0.15)
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
-    ticks = sorted({2 ** round(log2(_forwards(row))) for row in found})
+    ticks = sorted({2 ** round(log2(_forwards(row))) for row in results})
     axes[0].set_xticks(ticks, list(map("{:g}".format, ticks)))
     axes[0].set(xlabel="forwards per answer", ylabel=metric)
     axes[1].set(xlabel="seconds per answer")
     axes[1].xaxis.set_major_formatter("{x:.2g}")
-    figure.suptitle(f"{found[0]['task']}, {found[0]['n']} problems")
+    figure.suptitle(f"{results[0]['task']}, {results[0]['n']} problems")
     if len(lines) > 1:
         axes[0].legend(fontsize="small")
     with replacing(path) as partial:

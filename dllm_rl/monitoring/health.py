@@ -1,4 +1,4 @@
-"""A step's mismatch in one word, and why."""
+"""Summarize the mismatch of a step in one word, with the reason."""
 
 MILD = 0.95  # ESS that AIS reports early in training [digest]
 STRONG = 0.70  # and late without correction [digest]
@@ -6,8 +6,8 @@ BACKWARDS = 0.005  # largest contribution of a sign of A, averaged over tokens, 
 SIGNS = {"positive": "A>0", "negative": "A<0"}
 EQUAL_REWARD_STEPS = 20  # steps in a row without a group whose rewards differ
 DIRECTION = "update/direction"  # cosine of advantages and changes of log-prob, measured after some updates
-# Mean of MEASURED values in a row. In six small runs of 20 or 30 steps its least was -0.22 with a loss of the right
-# sign, and -0.37 to -0.81 with one of the wrong sign [ours].
+# Threshold of the mean of MEASURED consecutive values. In six small runs of 20 or 30 steps its minimum was -0.22
+# with the right sign of the loss, and -0.37 to -0.81 with the wrong sign [ours].
 BACKWARDS_MEAN = -0.25
 MEASURED = 3
 
@@ -15,12 +15,15 @@ MEASURED = 3
 def health(
     metrics: dict[str, float], *, direction: float = 0.0, first_ess: float | None = None
 ) -> tuple[str, str] | None:
-    """(word, reason) of a step: the first of backwards, backfiring, strong, mild, healthy that holds; None where
-    nothing was measured. Of estimated ratios "estimated" in place of the last three, whose bounds are of exact ones.
+    """Return (word, reason) for a step; None if nothing was measured.
+
+    The word is the first that applies of backwards, backfiring, strong, mild, healthy. If ratios are only estimated,
+    "estimated" replaces the last three, because their bounds are for exact ratios.
 
     Args:
-        direction: Mean of the last MEASURED values of `update/direction`.
-        first_ess: Of estimated ratios: the ESS of the run's first step; None: the ratios are exact.
+        metrics: Metrics of the step.
+        direction: Mean of the last MEASURED values of `update/direction`. Default: 0.
+        first_ess: ESS of the run's first step, if ratios are estimated. None (default): they are exact.
     """
     if direction < BACKWARDS_MEAN:
         trend = f"{DIRECTION} {direction:.2g} on average of {MEASURED}"
@@ -31,24 +34,26 @@ def health(
     ess = metrics.get("rollout_corr/ess")
     if ess is None:
         return None
-    moved = {n: v for n, v in metrics.items() if n.startswith("off_policy/") and "/contribution_" in n}
-    worst = max(moved, key=moved.__getitem__, default="")
-    highest = moved.get(worst, 0.0)
+    contributions = {
+        name: value for name, value in metrics.items() if name.startswith("off_policy/") and "/contribution_" in name
+    }
+    largest_name = max(contributions, key=contributions.__getitem__, default="")
+    largest = contributions.get(largest_name, 0.0)
     if first_ess is not None:
-        word, bound = "estimated", f", {first_ess:.3g} in the first step"
+        verdict, bound = "estimated", f", {first_ess:.3g} in the first step"
     else:
-        word = "strong" if ess < STRONG else "mild" if ess < MILD else "healthy"
-        bound = {"strong": f" below {STRONG}", "mild": f" below {MILD}"}.get(word, "")
+        verdict = "strong" if ess < STRONG else "mild" if ess < MILD else "healthy"
+        bound = {"strong": f" below {STRONG}", "mild": f" below {MILD}"}.get(verdict, "")
     reasons = [f"ESS {ess:.3g}{bound}"]
-    if moved:
-        _, base, sign, *_ = worst.replace("contribution_", "").split("/")
-        against = {"old": "the step's start", "rollout": "the rollout"}[base]
-        # C = -(r - 1) A of one sign of A: ratios move against their advantages. K1 and K3 can stay flat meanwhile
-        # (VeXact [digest]). On 4x4 Sudoku (seed 0) 30 of 60 five-level steps backfire without a corrector, and none
-        # of 120 unquantised or FP8 steps [ours].
-        if highest > BACKWARDS:
-            word = "backfiring"
-            reasons.insert(0, f"C {highest:+.2g} ({SIGNS[sign]}, against {against}) above {BACKWARDS}")
+    if contributions:
+        _, base, sign, *_ = largest_name.replace("contribution_", "").split("/")
+        baseline = {"old": "the step's start", "rollout": "the rollout"}[base]
+        # C = -(r - 1) A, over one sign of A: above 0, ratios move against their advantages. K1 and K3 can stay flat
+        # meanwhile (VeXact [digest]). On 4x4 Sudoku (seed 0) 30 of 60 five-level steps backfire without a corrector,
+        # and none of 120 unquantized or FP8 steps [ours].
+        if largest > BACKWARDS:
+            verdict = "backfiring"
+            reasons.insert(0, f"C {largest:+.2g} ({SIGNS[sign]}, against {baseline}) above {BACKWARDS}")
         elif first_ess is None:
-            reasons.append(f"C at most {highest:+.2g} ({SIGNS[sign]}, against {against})")
-    return word, ", ".join(reasons)
+            reasons.append(f"C at most {largest:+.2g} ({SIGNS[sign]}, against {baseline})")
+    return verdict, ", ".join(reasons)

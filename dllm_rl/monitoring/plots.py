@@ -1,4 +1,4 @@
-"""Pictures of a run, from the files in its folder."""
+"""Plot a run from the files in its folder."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,20 +8,22 @@ from types import MappingProxyType
 from typing import Any
 
 from dllm_rl.files import read_json, replacing
-from dllm_rl.monitoring.json_lines import current_rows, known, number, warmup_rows
+from dllm_rl.monitoring.json_lines import current_rows, finite_numbers, to_float, warmup_rows
 from dllm_rl.screen import escape_controls
 
-SOLVED = ("solve_rate", "accuracy", "correct")  # the first that a run has is in its headline
-COLOURS = ("#3b7dd8", "#d9772b", "#2f9e6e")  # of a panel's metrics; a panel has at most three
+SOLVED = ("solve_rate", "accuracy", "correct")  # the headline shows the first of these that a run has
+COLORS = ("#3b7dd8", "#d9772b", "#2f9e6e")  # of the metrics of a panel, at most three
 DASHES = ("-", "--", ":")
 
 
 @dataclass(frozen=True)
 class Panel:
+    """Axes of the plot."""
+
     title: str
     unit: str
     metrics: dict[str, str]  # name -> text in the legend
-    points: tuple[str, ...] = ()  # metrics of some steps only
+    points: tuple[str, ...] = ()  # metrics that only some steps have
 
 
 SOLVED_PANEL = Panel(
@@ -31,24 +33,25 @@ SOLVED_PANEL = Panel(
     tuple(f"eval/{name}" for name in SOLVED),
 )
 NO_LEVELS: Mapping[str, float] = MappingProxyType({})
-PANELS = (  # of an RL run, whose loss is no likelihood and is not drawn
+PANELS = (  # of an RL run; its loss is not a likelihood and is not drawn
     Panel("Reward", "reward", {"reward": "training"}, ("eval/reward",)),
     SOLVED_PANEL,
     Panel("Mismatch", "nats", {"rollout_corr/k3_kl": "k3 KL", "rollout_corr/abs_log_ratio_mean": "mean |log ratio|"}),
     Panel("Effective sample size", "share", {"rollout_corr/ess": "of the raw ratios"}),
 )
-PANELS_OF_SFT = (
+SFT_PANELS = (
     Panel("Loss", "nats a token", {"loss": "training"}, ("eval/loss",)),
     Panel("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),
 )
 
 
 def read_metrics(directory: Path) -> list[dict[str, float | int]]:
+    """Read the valid rows of metrics.jsonl."""
     return current_rows(directory / "metrics.jsonl")
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """Name, seed and result of a run in one line."""
+    """Return the name, seed and result of a run in one line."""
     recipe = summary.get("recipe", {})
     before = summary.get("eval_before", {})
     after = summary.get("eval_after", {})
@@ -61,35 +64,36 @@ def headline(summary: dict[str, Any]) -> str:
 
 
 def smoothed(values: Sequence[float], *, width: int) -> list[float]:
-    """The mean of the values up to `width` places away on either side, without gaps (NaN)."""
+    """Return the moving mean of the values, over up to `width` neighbors on either side, without gaps (NaN)."""
     means = []
-    for place in range(len(values)):
-        near = [value for value in values[max(0, place - width) : place + width + 1] if not math.isnan(value)]
-        means.append(math.fsum(near) / len(near) if near else math.nan)
+    for index in range(len(values)):
+        neighbors = [value for value in values[max(0, index - width) : index + width + 1] if not math.isnan(value)]
+        means.append(math.fsum(neighbors) / len(neighbors) if neighbors else math.nan)
     return means
 
 
 def column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
-    """A metric at every row; NaN, a gap, where it is absent or null."""
-    return [math.nan if (found := number(row.get(name))) is None else found for row in rows]
+    """Return a metric at every row; NaN (a gap) if a row lacks it."""
+    return [math.nan if (value := to_float(row.get(name))) is None else value for row in rows]
 
 
 def curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -> None:
-    """A metric against steps: smoothed over a twentieth of them, and pale without smoothing."""
+    """Draw a metric against steps: smoothed over a twentieth of the steps, and the raw values faintly."""
     steps = [row["step"] + 1 for row in rows]
     values = column(rows, name)
-    marker = "o" if len(steps) == 1 else None  # a line of one point shows nothing
+    marker = "o" if len(steps) == 1 else None  # a line through one point would be invisible
     (line,) = axis.plot(steps, smoothed(values, width=len(steps) // 40), marker=marker, **style)
     axis.plot(steps, values, linewidth=0.7, alpha=0.3, color=line.get_color())
 
 
 def held_out(axis: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
-    points = [(row["step"] + 1, found) for row in rows if (found := number(row.get(name))) is not None]
+    """Draw a metric of some steps as points."""
+    points = [(row["step"] + 1, value) for row in rows if (value := to_float(row.get(name))) is not None]
     if points:
         axis.plot(
             *zip(*points, strict=True),
             "o",
-            color=COLOURS[1],
+            color=COLORS[1],
             label="held out, during the run",
             markersize=4,
             markeredgewidth=0,
@@ -97,28 +101,28 @@ def held_out(axis: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
 
 
 def whole_steps(axis: Any) -> None:
-    """No ticks between two steps."""
+    """Put ticks only at whole steps."""
     from matplotlib.ticker import MaxNLocator
 
     axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
 
 
 def measured(panel: Panel, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The panel's metrics with a number in some row."""
-    seen = {name for row in rows for name in known(row)}
-    return [name for name in panel.metrics if name in seen]
+    """Return the metrics of a panel that some row has."""
+    available = {name for row in rows for name in finite_numbers(row)}
+    return [name for name in panel.metrics if name in available]
 
 
 def lines_of(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel) -> None:
-    """The panel's metrics, of which each has its colour, and its held-out metrics as points."""
+    """Draw the metrics of a panel, each in its color, and its held-out metrics as points."""
     for i, name in enumerate(measured(panel, rows)):
-        curve(axis, rows, name, color=COLOURS[i], linestyle=DASHES[i], linewidth=1.6, label=panel.metrics[name])
+        curve(axis, rows, name, color=COLORS[i], linestyle=DASHES[i], linewidth=1.6, label=panel.metrics[name])
     for name in panel.points:
         held_out(axis, rows, name)
 
 
 def ends(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[str, Any]) -> None:
-    """The held-out numbers before and after the run, as squares."""
+    """Draw the held-out numbers before and after the run, as squares."""
     for name in panel.points:
         metric = name.removeprefix("eval/")
         if rows and metric in summary.get("eval_before", {}) and metric in summary.get("eval_after", {}):
@@ -129,11 +133,15 @@ def ends(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[
 
 
 def plot(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Path:
-    """Draw `directory`/training.png: the warm-up, and a panel for each kind of number that the run has. Without
-    summary.json, as of a run that has not ended, the picture lacks the result.
+    """Draw `directory`/training.png: the warm-up, and a panel for each kind of metric that the run has. Before the end
+    of a run there is no summary.json, and the plot lacks the result.
 
     Args:
-        levels: Shares of solved problems to compare the run with, by name: horizontal lines.
+        directory: Folder of the run.
+        levels: Shares of solved problems to compare the run with, drawn as horizontal lines with these names.
+
+    Returns:
+        Path of the plot.
     """
     import matplotlib
 
@@ -141,11 +149,11 @@ def plot(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Path:
     from matplotlib import pyplot as plt
 
     rows = read_metrics(directory)
-    written = directory / "summary.json"
-    summary = read_json(written) if written.exists() else {}
+    summary_path = directory / "summary.json"
+    summary = read_json(summary_path) if summary_path.exists() else {}
     warmup = warmup_rows(directory / "metrics.jsonl")
-    rl = not rows or "reward" in rows[0]
-    panels = [panel for panel in (PANELS if rl else PANELS_OF_SFT) if not rows or measured(panel, rows)]
+    is_rl = not rows or "reward" in rows[0]
+    panels = [panel for panel in (PANELS if is_rl else SFT_PANELS) if not rows or measured(panel, rows)]
     count = len(panels) + bool(warmup)
     figure, axes = plt.subplots(1, count, figsize=(3.75 * count, 3.4), layout="constrained", squeeze=False)
     figure.suptitle(headline(summary), parse_math=False)
@@ -159,7 +167,7 @@ def plot(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Path:
             axis.axhline(level, color="black", linewidth=1.2, linestyle="--", label=f"{name}: {level:.3f}")
         if len(axis.get_legend_handles_labels()[0]) > 1:
             axis.legend(fontsize="small", framealpha=0.5)
-        axis.set(title=panel.title, xlabel="RL step" if rl else "step", ylabel=panel.unit)
+        axis.set(title=panel.title, xlabel="RL step" if is_rl else "step", ylabel=panel.unit)
     for axis in axes[0]:
         axis.grid(alpha=0.3)
         whole_steps(axis)

@@ -31,23 +31,24 @@ from dllm_rl.supervised.recipe import SFT
 from dllm_rl.tasks.datasets import in_memory, training_and_held_out
 from dllm_rl.tasks.rows import load_rows
 from dllm_rl.training.denoising import Noise, denoising_loss, lessons
-from dllm_rl.training.finish import Summary, conclude
+from dllm_rl.training.finish import Summary, write_summary
 from dllm_rl.training.hooks import after_step, before_first_step, load_best
-from dllm_rl.training.policies import build_policy, freeze, make_optimizer, opened
+from dllm_rl.training.policies import build_policy, freeze, load_from_run_folder, make_optimizer
 from dllm_rl.training.run import Run
-from dllm_rl.training.saving import checkpoint_if_due, make_writer, protect, save, settle
+from dllm_rl.training.saving import checkpoint_if_due, install_emergency_saves, make_writer, save, wait_for_checkpoint
 from dllm_rl.training.start import launch, open_log, restore
 from dllm_rl.training.validation import check_best_model, interval
 from dllm_rl.training.warmup import draw_levels
 
-VIEWS = 4  # masks that a diffusion model's held-out loss takes of each row
+EVAL_VIEWS = 4  # masks per row in the held-out loss of a diffusion model
 
 
 def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: Any) -> Summary:
-    """Fine-tune a model on rows, as SFT's fields say; returns its summary, with the trained `policy` as an attribute.
-    Example: `sft("GSAI-ML/LLaDA-8B-Base", rows, max_length=512, completion_length=256, lora=lora_r16,
-    dtype="bfloat16", learning_rate=1e-5, micro_batch_size=2, gradient_checkpointing=True)`: the default learning rate,
-    5e-4, is of small models.
+    """Fine-tune a model on rows and return the run's summary, with the trained policy as its attribute `policy`.
+
+    `settings` are fields of `SFT`. Example: `sft("GSAI-ML/LLaDA-8B-Base", rows, max_length=512, completion_length=256,
+    lora=lora_r16, dtype="bfloat16", learning_rate=1e-5, micro_batch_size=2, gradient_checkpointing=True)`. Set the
+    learning rate: the default, 5e-4, suits small models.
     """
     name = Path(model).name.lower() if isinstance(model, str) else "sft"
     return fine_tune(SFT(**{"name": name, "model": model, "dataset": dataset} | settings))
@@ -55,19 +56,22 @@ def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: A
 
 @leaving_nothing_behind
 def fine_tune(recipe: SFT) -> Summary:
-    """Run a recipe of SFT. Raises ValueError, before any work, on a recipe that cannot run."""
+    """Run a recipe of SFT and return the run's summary. Raises ValueError, before any training, if it cannot run."""
     accelerator, stop, peers = launch(recipe)
-    recipe = read_datasets(recipe)  # before the folder: a file that is no JSON leaves none behind
-    folder, saved, notes = from_main(partial(open_folder, recipe), accelerator)
-    policy = _policy(recipe, accelerator, folder, saved)
+    recipe = read_datasets(recipe)  # before the folder is created, so that a malformed file leaves no folder
+    folder, saved_state, notes = from_main(partial(open_folder, recipe), accelerator)
+    policy = _load_policy(recipe, accelerator, folder, saved_state)
     training = read_examples(recipe, policy, recipe.dataset, "dataset", say=notes.append)
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
-    views = 1 if policy.spec.attention == "causal" else VIEWS
-    every = interval(recipe, len(held_out) * views, 3 * recipe.train_batch_size)  # a backward is about two forwards
-    check_best_model(recipe, every)
+    views_per_row = 1 if policy.spec.attention == "causal" else EVAL_VIEWS
+    forwards_per_step = 3 * recipe.train_batch_size  # a backward counts as two forwards
+    eval_interval = interval(recipe, len(held_out) * views_per_row, forwards_per_step)
+    check_best_model(recipe, eval_interval)
     optimizer = make_optimizer(recipe, policy)
-    log = open_log(recipe, accelerator, peers, saved, notes)
-    state = restore(recipe, folder, saved, policy, optimizer, log) if folder else TrainingState.first(recipe, policy)
+    log = open_log(recipe, accelerator, peers, saved_state, notes)
+    state = (
+        restore(recipe, folder, saved_state, policy, optimizer, log) if folder else TrainingState.first(recipe, policy)
+    )
     run = Run(
         recipe=recipe,
         accelerator=accelerator,
@@ -85,14 +89,14 @@ def fine_tune(recipe: SFT) -> Summary:
     if not folder:
         run.state = replace(run.state, eval_before=evaluate_loss(run, held_out))
         save(run)
-    before = run.state.eval_before
-    log.say(f"before SFT: held-out loss {before['loss']:.4f} nats on {len(held_out)} rows")
-    protect(run, peers)
+    eval_before = run.state.eval_before
+    log.say(f"before SFT: held-out loss {eval_before['loss']:.4f} nats on {len(held_out)} rows")
+    install_emergency_saves(run, peers)
     before_first_step(run)
 
     for step in range(run.state.step, recipe.num_steps):
         metrics = take_step(run, training, step)
-        if every and (step + 1) % every == 0:
+        if eval_interval and (step + 1) % eval_interval == 0:
             metrics["eval/loss"] = evaluate_loss(run, held_out)["loss"]
         metrics = after_step(run, step, metrics)
         log.write(step, metrics)
@@ -101,37 +105,42 @@ def fine_tune(recipe: SFT) -> Summary:
         if run.control.stop_reason is not None:
             break
     stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")
-    settle(run)
-    load_best(run, lambda folder, saved: _policy(recipe, accelerator, folder, saved))
-    after = evaluate_loss(run, held_out)
-    return conclude(
+    wait_for_checkpoint(run)
+    load_best(run, lambda folder, saved_state: _load_policy(recipe, accelerator, folder, saved_state))
+    eval_after = evaluate_loss(run, held_out)
+    return write_summary(
         run,
-        {"eval_before": before, "eval_after": after, "eval_rows": len(held_out)},
-        result=f"held-out loss {before['loss']:.4f}  ->  {after['loss']:.4f} nats on {len(held_out)} rows, after "
-        f"{run.state.step} steps",
+        {"eval_before": eval_before, "eval_after": eval_after, "eval_rows": len(held_out)},
+        result=f"held-out loss {eval_before['loss']:.4f}  ->  {eval_after['loss']:.4f} nats on {len(held_out)} rows, "
+        f"after {run.state.step} steps",
         advice=f"RL from it: {as_written(model=run.checkpoint, sft_warmup_steps=0)} of a recipe or of grpo",
     )
 
 
 def read_datasets(recipe: SFT) -> SFT:
-    """The recipe with its rows in memory; without eval_dataset the last rows are held out."""
+    """Return the recipe with its rows in memory. Without eval_dataset, the last rows are held out."""
     rows = _rows(recipe.dataset)
     if not len(rows):
         raise ValueError("dataset is empty: give at least two rows")
-    given = None if recipe.eval_dataset is None else _rows(recipe.eval_dataset)
-    training, held_out = training_and_held_out(rows, given, recipe.eval_split)
+    eval_rows = None if recipe.eval_dataset is None else _rows(recipe.eval_dataset)
+    training, held_out = training_and_held_out(rows, eval_rows, recipe.eval_split)
     return replace(recipe, dataset=training, eval_dataset=held_out)
 
 
 def _rows(dataset: Any) -> Any:
+    """Return the rows of a data set, or of the file at a path."""
     return list(dict(load_rows(dataset)).values()) if isinstance(dataset, str) else in_memory(dataset)
 
 
-def _policy(recipe: SFT, accelerator: Accelerator, folder: Path | None, saved: TrainingState | None) -> Policy:
-    """The recipe's model, or as a checkpoint left it; adapters apply to the recipe's model."""
-    if folder and saved and recipe.lora is None:
-        policy = opened(recipe, folder, getattr(torch, saved.dtype), accelerator.device)
-        freeze(recipe, policy, saved.frozen or [])
+def _load_policy(
+    recipe: SFT, accelerator: Accelerator, folder: Path | None, saved_state: TrainingState | None
+) -> Policy:
+    """Load the learner: from the checkpoint in `folder` if there is one, else from the recipe. Adapters are applied to
+    the recipe's model.
+    """
+    if folder and saved_state and recipe.lora is None:
+        policy = load_from_run_folder(recipe, folder, getattr(torch, saved_state.dtype), accelerator.device)
+        freeze(recipe, policy, saved_state.frozen or [])
     else:
         policy = build_policy(recipe, accelerator.device)
         if folder:
@@ -144,126 +153,142 @@ def _policy(recipe: SFT, accelerator: Accelerator, folder: Path | None, saved: T
 
 
 def rows_of_step(count: int, size: int, seed: int, step: int) -> list[int]:
-    """The examples of a step, over all processes: every epoch shuffles all, and steps take them in turn."""
-    chosen: list[int] = []
-    for drawn in range(step * size, (step + 1) * size):
-        epoch, place = divmod(drawn, count)
-        if place == 0 or not chosen:
+    """Return the indices of a step's examples, over all processes. Each epoch shuffles all examples; steps take them in
+    that order.
+    """
+    indices: list[int] = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, index_in_epoch = divmod(position, count)
+        if index_in_epoch == 0 or not indices:
             order = torch.randperm(count, generator=generator_for(seed, "sft order", epoch)).tolist()
-        chosen.append(order[place])
-    return chosen
+        indices.append(order[index_in_epoch])
+    return indices
 
 
 def take_step(run: Run[SFT], examples: Sequence[Example], step: int) -> dict[str, float]:
-    """One update of the weights. Raises FloatingPointError on a gradient that is not finite, before it is applied."""
+    """Update the weights once and return the step's metrics. Raises FloatingPointError if the gradient is not finite;
+    it is not applied then.
+    """
     recipe = run.recipe
     policy = run.policy
     accelerator = run.accelerator
     with run.log.stage("gradients"):
         run.optimizer.zero_grad(set_to_none=True)
-        chosen = [examples[i] for i in rows_of_step(len(examples), recipe.train_batch_size, recipe.seed, step)]
-        loss, padding = add_gradients(recipe, policy, chosen, accelerator, "sft masks", step)
+        batch = [examples[i] for i in rows_of_step(len(examples), recipe.train_batch_size, recipe.seed, step)]
+        loss, padding = add_gradients(recipe, policy, batch, accelerator, "sft masks", step)
         sum_gradients(policy.module, accelerator)
         trained = trained_of(policy.module)
         norm = torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
-        shares = {"loss": (loss, torch.ones_like(loss)), "grad_norm": (norm, torch.ones_like(norm))}
-        metrics = reduce_metrics(shares, accelerator) | reduce_metrics({"frac_padding": padding}, accelerator)
+        sums_and_counts = {"loss": (loss, torch.ones_like(loss)), "grad_norm": (norm, torch.ones_like(norm))}
+        metrics = reduce_metrics(sums_and_counts, accelerator) | reduce_metrics({"frac_padding": padding}, accelerator)
     if not math.isfinite(metrics["grad_norm"]):
         raise FloatingPointError(f"gradient norm is {metrics['grad_norm']} at step {step}; the update was not applied")
     with run.log.stage("update"):
-        rate = recipe.learning_rate * recipe.lr_schedule(step, recipe.schedule_steps)
+        learning_rate = recipe.learning_rate * recipe.lr_schedule(step, recipe.schedule_steps)
         for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        policy.weights_version += (
-            1  # before the weights change: an error in between must not leave them the old version
-        )
+            group["lr"] = learning_rate
+        # Before the weights change: if the optimizer step fails halfway, they must not have the old version.
+        policy.weights_version += 1
         run.optimizer.step()
     epoch = (step + 1) * recipe.train_batch_size / len(examples)
-    return metrics | {"learning_rate": rate, "epoch": epoch}
+    return metrics | {"learning_rate": learning_rate, "epoch": epoch}
 
 
 def add_gradients(
-    recipe: SFT, policy: Policy, chosen: Sequence[Example], accelerator: Accelerator, *key: object
+    recipe: SFT, policy: Policy, batch: Sequence[Example], accelerator: Accelerator, *key: object
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """Add this process's share of the gradient over `chosen`, of all processes; its loss, (padding, places)."""
+    """Add the gradient of this process's share of a batch to the parameters; return its loss, and the numbers of
+    padding and of all positions.
+    """
     loss = torch.zeros((), device=policy.device)
-    places = 0
-    # Masks depend on (seed, *key), not on the layout.
-    parts, total, filled = _parts(recipe, policy, chosen, accelerator, recipe.micro_batch_size, *key)
-    for part in parts:
+    num_positions = 0
+    # Masks depend on (seed, *key), not on how the batch is split.
+    micro_batches, total, num_tokens = _micro_batches(recipe, policy, batch, accelerator, recipe.micro_batch_size, *key)
+    for micro_batch in micro_batches:
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16):
-            share = part.loss() / total
-        if share.requires_grad:  # else nothing was hidden
-            share.backward()
-        loss += share.detach()
-        places += part.places
-    return loss, (torch.tensor(float(places - filled)), torch.tensor(float(places)))
+            micro_loss = micro_batch.loss() / total
+        if micro_loss.requires_grad:  # it does not if no token was masked
+            micro_loss.backward()
+        loss += micro_loss.detach()
+        num_positions += micro_batch.num_positions
+    return loss, (torch.tensor(float(num_positions - num_tokens)), torch.tensor(float(num_positions)))
 
 
-class Part(NamedTuple):
-    """Rows that go through the model together: the sum of their losses, nats, and their places with padding."""
+class MicroBatch(NamedTuple):
+    """Rows of one forward: a function that returns the sum of their losses in nats, and their number of positions,
+    including padding.
+    """
 
     loss: Callable[[], torch.Tensor]
-    places: int
+    num_positions: int
 
 
-def _parts(
+def _micro_batches(
     recipe: SFT, policy: Policy, examples: Sequence[Example], accelerator: Accelerator, size: int | None, *key: object
-) -> tuple[Iterator[Part], int, int]:
-    """This process's examples under their noise, `size` rows at a time; the loss's divisor; the number of tokens."""
+) -> tuple[Iterator[MicroBatch], int, int]:
+    """Return this process's examples with their noise as micro-batches of `size` rows, the divisor of the loss over all
+    processes, and the number of tokens.
+    """
     generator = generator_for(recipe.seed, *key)
     if policy.spec.attention == "encoder_decoder":
-        return _canvases(policy, examples, accelerator, size, generator)
-    longest = max(int(one.learned.sum()) for one in examples)
-    drawn = draw_levels(generator, len(examples), longest)
-    # Of all processes: each divides by the same total.
-    shown, total = show(policy, examples, *drawn, corruption=recipe.corruption)
-    mine = shown[accelerator.process_index :: accelerator.num_processes]
-    lengths = [len(one.tokens) for one in mine]
-    rows = pack(lengths, recipe.max_length) if recipe.packing else [[i] for i in range(len(mine))]
+        return _canvas_batches(policy, examples, accelerator, size, generator)
+    longest = max(int(item.learned.sum()) for item in examples)
+    levels_and_noise = draw_levels(generator, len(examples), longest)
+    # Noise of the examples of all processes, so that every process divides by the same total.
+    noisy_examples, total = show(policy, examples, *levels_and_noise, corruption=recipe.corruption)
+    local_examples = noisy_examples[accelerator.process_index :: accelerator.num_processes]
+    lengths = [len(item.tokens) for item in local_examples]
+    rows = pack(lengths, recipe.max_length) if recipe.packing else [[i] for i in range(len(local_examples))]
     size = size or max(1, len(rows))
 
-    def part(start: int) -> Part:
-        layout = lay_out(mine, rows[start : start + size], pad_id=policy.pad_id, device=policy.device)
-        return Part(partial(weighted_loss, policy, layout, packed=recipe.packing), layout.segment.numel())
+    def make_micro_batch(start: int) -> MicroBatch:
+        layout = lay_out(local_examples, rows[start : start + size], pad_id=policy.pad_id, device=policy.device)
+        return MicroBatch(partial(weighted_loss, policy, layout, packed=recipe.packing), layout.segment.numel())
 
-    # A generator: only the part in use is on the device.
-    return map(part, range(0, len(rows), size)), total, sum(lengths)
+    # Lazy, so that only the micro-batch in use is on the device.
+    return map(make_micro_batch, range(0, len(rows), size)), total, sum(lengths)
 
 
-def _canvases(
+def _canvas_batches(
     policy: Policy, examples: Sequence[Example], accelerator: Accelerator, size: int | None, generator: torch.Generator
-) -> tuple[Iterator[Part], int, int]:
-    """`_parts` of a model whose noise is random tokens: a canvas of each example, behind what precedes it."""
-    assert policy.spec.block_size is not None, "`check_spec` asks for it"
+) -> tuple[Iterator[MicroBatch], int, int]:
+    """Return `_micro_batches` for a model whose noise is random tokens: one canvas of each example,
+    after its context.
+    """
+    assert policy.spec.block_size is not None, "`check_spec` requires it"
     noise = Noise(
         *draw_levels(generator, len(examples), policy.spec.block_size),
         *torch.rand(2, len(examples), generator=generator),
     )
-    pairs = [prompt_and_answer(policy, one) for one in examples]
-    mine = lessons(policy, pairs, noise)[accelerator.process_index :: accelerator.num_processes]
-    lengths = [len(one.context) + len(one.target) for one in mine]
-    size = size or max(1, len(mine))
+    pairs = [prompt_and_answer(policy, item) for item in examples]
+    local_lessons = lessons(policy, pairs, noise)[accelerator.process_index :: accelerator.num_processes]
+    lengths = [len(item.context) + len(item.target) for item in local_lessons]
+    size = size or max(1, len(local_lessons))
 
-    def part(start: int) -> Part:
-        batch, widths = mine[start : start + size], lengths[start : start + size]
-        return Part(partial(denoising_loss, policy, batch), len(batch) * max(widths))
+    def make_micro_batch(start: int) -> MicroBatch:
+        batch, widths = local_lessons[start : start + size], lengths[start : start + size]
+        return MicroBatch(partial(denoising_loss, policy, batch), len(batch) * max(widths))
 
-    return map(part, range(0, len(mine), size)), len(examples), sum(lengths)
+    return map(make_micro_batch, range(0, len(local_lessons), size)), len(examples), sum(lengths)
 
 
 @torch.no_grad()
 def held_out_loss(recipe: SFT, policy: Policy, examples: Sequence[Example], accelerator: Accelerator) -> float:
-    """The loss over all examples, nats: the same masks at every call, VIEWS per row for a diffusion model."""
-    views = 1 if policy.spec.attention == "causal" else VIEWS
-    parts, total, _ = _parts(recipe, policy, [*examples] * views, accelerator, recipe.eval_batch_size, "sft held-out")
-    loss = torch.zeros((), dtype=torch.float64)  # fp64: the sum hardly depends on the batches
+    """Return the loss over all examples, in nats. Every call uses the same masks, EVAL_VIEWS per row for a diffusion
+    model.
+    """
+    views_per_row = 1 if policy.spec.attention == "causal" else EVAL_VIEWS
+    micro_batches, total, _ = _micro_batches(
+        recipe, policy, [*examples] * views_per_row, accelerator, recipe.eval_batch_size, "sft held-out"
+    )
+    loss = torch.zeros((), dtype=torch.float64)  # fp64, so that the sum hardly depends on the batches
     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16):
-        for part in parts:
-            loss += part.loss().double().cpu()
+        for micro_batch in micro_batches:
+            loss += micro_batch.loss().double().cpu()
     return reduce_metrics({"loss": (loss / total, torch.ones_like(loss))}, accelerator)["loss"]
 
 
 def evaluate_loss(run: Run[SFT], examples: Sequence[Example]) -> dict[str, float]:
+    """Return the held-out loss by name."""
     with run.log.stage("evaluation"):
         return {"loss": held_out_loss(run.recipe, run.policy, examples, run.accelerator)}

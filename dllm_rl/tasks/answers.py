@@ -1,32 +1,32 @@
-"""Scanners that find an answer in a completion. Each takes linear time on any text and never raises."""
+"""Find the answer in a completion. Every function takes linear time on any text and never raises."""
 
 import re
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 
-MAX_ANSWER_LENGTH = 10_000  # characters of an answer, box or expression; a longer one is ignored
-# d1's parsers have no limits; these limits are far beyond any completion.
-FARTHEST = 100_000  # characters searched for a closing brace or a number
-MOST_BOXES = 10_000  # boxes searched for a number
+MAX_ANSWER_LENGTH = 10_000  # characters of an answer, box or expression; longer ones are ignored
+# d1's parsers have no limits. These limits are far above any completion.
+MAX_SEARCH_LENGTH = 100_000  # characters searched for a closing brace or a number
+MAX_BOXES = 10_000  # boxes searched for a number
 
-SPECIAL = ("<|eot_id|>", "<|endoftext|>")
+SPECIAL_TOKENS = ("<|eot_id|>", "<|endoftext|>")
 _BRACE = re.compile(r"[{}]")
 _BOX_END = re.compile(r"[}\n]")
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 # Plain characters for printed minus signs, spaces of other widths and full-width digits.
-_PRINTED = dict.fromkeys((*range(0x2010, 0x2014), 0x2212, 0xFE63, 0xFF0D), "-")
-_PRINTED |= {0xFF0B: "+", 0xFF0C: ",", 0xFF0E: ".", 0xFF0F: "/", 0x2044: "/"}
-_PRINTED |= dict.fromkeys((0xA0, *range(0x2000, 0x200C), 0x202F, 0x205F, 0x2060, 0x3000, 0xFEFF), " ")
-_PRINTED |= {0xFF10 + digit: str(digit) for digit in range(10)}
+_PLAIN_CHARACTERS = dict.fromkeys((*range(0x2010, 0x2014), 0x2212, 0xFE63, 0xFF0D), "-")
+_PLAIN_CHARACTERS |= {0xFF0B: "+", 0xFF0C: ",", 0xFF0E: ".", 0xFF0F: "/", 0x2044: "/"}
+_PLAIN_CHARACTERS |= dict.fromkeys((0xA0, *range(0x2000, 0x200C), 0x202F, 0x205F, 0x2060, 0x3000, 0xFEFF), " ")
+_PLAIN_CHARACTERS |= {0xFF10 + digit: str(digit) for digit in range(10)}
 _LATEX_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace)(?![a-zA-Z])|(?<!\\)~")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,/^_} ])(?<!\d )(-?\d{1,3}(?: \d{3})+)(?![\d/^_{]| [\d(])")
 _PLAIN = re.compile(r"([+-]?) ?\$?([+-]?) ?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
 
 
 def last_answer(text: str) -> str | None:
-    """Return the text after the last `<answer>`, up to its end tag, a special token or the end; None without
-    `<answer>`.
+    """Return the text after the last `<answer>`, up to its end tag, a special token or the end of the text; None if
+    there is no `<answer>`.
     """
     start = text.rfind("<answer>")
     if start < 0:
@@ -60,24 +60,26 @@ def last_box(text: str, *, names: tuple[str, ...] = ("\\boxed", "\\fbox")) -> st
 
 
 def final_answer(text: str) -> str | None:
-    """Read the strict answer: the last box in the last `<answer>` block, else the block, else the text's last box."""
+    """Return the answer of the strict protocol: the last box in the last `<answer>` block, else that block; without a
+    block, the last box of the text.
+    """
     block = last_answer(text)
     box = last_box(text if block is None else block)  # an answer block takes precedence over a box in the reasoning
-    found = block if box is None else box
-    return None if found is None or len(found) > MAX_ANSWER_LENGTH else found.strip()
+    answer = block if box is None else box
+    return None if answer is None or len(answer) > MAX_ANSWER_LENGTH else answer.strip()
 
 
 def readings(unmarked: str | None = None) -> dict[str, Callable[[str], str | None]]:
     """Return the readings of an answer that papers and harnesses use, first and last of each kind, by name.
 
     Args:
-        unmarked: Pattern of an answer without a mark, which must take linear time on any text. None (default): no such
-            reading.
+        unmarked: Regular expression of an answer without tags or box, which must take linear time on any text. None
+            (default): no such reading.
 
     Returns:
         Functions of a completion to its answer, or to None if it has no answer of that kind.
     """
-    found: dict[str, Callable[[str], str | None]] = {
+    readings_by_name: dict[str, Callable[[str], str | None]] = {
         "first <answer>": _first_answer,
         "last <answer>": last_answer,
         "first \\boxed": _first_box,
@@ -86,14 +88,14 @@ def readings(unmarked: str | None = None) -> dict[str, Callable[[str], str | Non
         "last ####": partial(_pattern, re.compile("####([^\n]*)"), -1),
     }
     if unmarked is not None:
-        found["first unmarked"] = partial(_pattern, re.compile(unmarked), 0)
-        found["last unmarked"] = partial(_pattern, re.compile(unmarked), -1)
-    return found
+        readings_by_name["first unmarked"] = partial(_pattern, re.compile(unmarked), 0)
+        readings_by_name["last unmarked"] = partial(_pattern, re.compile(unmarked), -1)
+    return readings_by_name
 
 
 def _first_answer(text: str) -> str | None:
     start = text.find("<answer>")
-    return None if start < 0 else cut(text, start + len("<answer>"), (*SPECIAL, "</answer>", "<answer>"))
+    return None if start < 0 else cut(text, start + len("<answer>"), (*SPECIAL_TOKENS, "</answer>", "<answer>"))
 
 
 def _first_box(text: str) -> str | None:
@@ -102,8 +104,8 @@ def _first_box(text: str) -> str | None:
 
 
 def _pattern(pattern: re.Pattern[str], which: int, text: str) -> str | None:
-    found = pattern.findall(text[:FARTHEST] if which == 0 else text[-FARTHEST:])
-    return found[which].strip() if found else None
+    matches = pattern.findall(text[:MAX_SEARCH_LENGTH] if which == 0 else text[-MAX_SEARCH_LENGTH:])
+    return matches[which].strip() if matches else None
 
 
 def d1_box(text: str) -> str | None:
@@ -118,7 +120,7 @@ def d1_box(text: str) -> str | None:
     if start < 0:
         return text
     depth = 0
-    for brace in _BRACE.finditer(text, start, start + FARTHEST):
+    for brace in _BRACE.finditer(text, start, start + MAX_SEARCH_LENGTH):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0 and brace[0] == "}":
             box = text[start : brace.end()]
@@ -130,16 +132,16 @@ def first_boxed_number(text: str) -> float | None:
     r"""Return the first number in a `\boxed{...}` as d1 reads it: up to the first brace, in one line; a float or its
     first number.
     """
-    at = text.find("\\boxed{")
-    for _ in range(MOST_BOXES):
-        end = _BOX_END.search(text, at + len("\\boxed{")) if at >= 0 else None
+    start = text.find("\\boxed{")
+    for _ in range(MAX_BOXES):
+        end = _BOX_END.search(text, start + len("\\boxed{")) if start >= 0 else None
         if end is None:
             return None
         if end[0] == "}":
-            number = _number(text[at + len("\\boxed{") : end.start()].strip(), last=False)
+            number = _number(text[start + len("\\boxed{") : end.start()].strip(), last=False)
             if number is not None:
                 return number
-        at = text.find("\\boxed{", end.start())
+        start = text.find("\\boxed{", end.start())
     return None
 
 
@@ -154,7 +156,7 @@ def printed(text: str) -> str:
     Printed minus signs, wide and LaTeX spaces, full-width digits, and separators of thousands as in 1{,}000 and 1 000
     are replaced. Other blanks between digits stay: 3 4 is not 34.
     """
-    text = _LATEX_SPACE.sub(" ", text.translate(_PRINTED).replace("\\!", "")).replace("{,}", ",")
+    text = _LATEX_SPACE.sub(" ", text.translate(_PLAIN_CHARACTERS).replace("\\!", "")).replace("{,}", ",")
     return _SPACED_THOUSANDS.sub(lambda group: group[1].replace(" ", ""), text)
 
 
@@ -163,17 +165,17 @@ def exact_number(text: str) -> Fraction | None:
     if len(text) > MAX_ANSWER_LENGTH:
         return None
     text = printed(text).strip().replace("\\$", "$").removesuffix(".").rstrip()
-    found = _PLAIN.fullmatch(text) if len(text) <= 100 else None
-    if not found or (found[1] and found[2]):  # a sign on one side of the dollar sign, not on both
+    match = _PLAIN.fullmatch(text) if len(text) <= 100 else None
+    if not match or (match[1] and match[2]):  # a sign may be before or after the dollar sign, but not both
         return None
-    value = Fraction(found[3].replace(",", ""))
-    return -value if "-" in found[1] + found[2] else value
+    value = Fraction(match[3].replace(",", ""))
+    return -value if "-" in match[1] + match[2] else value
 
 
-def cut(text: str, start: int, ends: tuple[str, ...] = (*SPECIAL, "</answer>"), *, closed: bool = False) -> str:
+def cut(text: str, start: int, ends: tuple[str, ...] = (*SPECIAL_TOKENS, "</answer>"), *, closed: bool = False) -> str:
     """Return the text from `start` up to the first of the ends; without an end, all of it, or nothing if `closed`."""
-    found = [at for end in ends if (at := text.find(end, start)) >= 0]
-    return text[start : min(found, default=start if closed else len(text))]
+    positions = [position for end in ends if (position := text.find(end, start)) >= 0]
+    return text[start : min(positions, default=start if closed else len(text))]
 
 
 def _balanced(text: str, start: int) -> str | None:
@@ -186,7 +188,7 @@ def _balanced(text: str, start: int) -> str | None:
 
 
 def _number(text: str, *, last: bool) -> float | None:
-    if len(text) > FARTHEST:
+    if len(text) > MAX_SEARCH_LENGTH:
         return None
     try:
         return float(text)  # also 1e3, inf and nan, as d1 reads them

@@ -9,14 +9,14 @@ from itertools import islice
 from numbers import Real
 from typing import Any
 
-from dllm_rl.tasks.base import FLOAT32_MAX, SPEED, Problem, Reward, asked
+from dllm_rl.tasks.base import COST_ARGUMENTS, FLOAT32_MAX, Problem, Reward, requested_costs
 
-HELD_OUT = 256  # largest number of rows that are held out by default
-PASSED = ("prompts", "completions")  # arguments that every reward function receives, besides the columns
-# TRL passes these to functions that name them. A column with such a name would replace them.
-TRL_PASSES = ("prompt_ids", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
-TEXT = (str, bytes, bytearray, memoryview)
-# f(prompts=[...], completions=[...], **columns) -> a number, or None (does not apply), per completion. May be async.
+MAX_HELD_OUT = 256  # largest number of rows that are held out by default
+ALWAYS_PASSED = ("prompts", "completions")  # arguments of every reward function, besides the columns
+# TRL passes these to functions with parameters of these names. A column of such a name would replace them.
+TRL_ARGUMENTS = ("prompt_ids", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+TEXT_TYPES = (str, bytes, bytearray, memoryview)
+# f(prompts=[...], completions=[...], **columns) -> per completion a number, or None if it does not apply. May be async.
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 
@@ -33,6 +33,7 @@ class DatasetTask:
 
     @property
     def reward_weights(self) -> dict[str, float]:
+        """Weight of each reward function, by its name."""
         return dict(zip(self._labels(), self.weights, strict=True))
 
     def __len__(self) -> int:
@@ -62,42 +63,46 @@ class DatasetTask:
         forwards: Sequence[int | None] = (),
         tokens_per_forward: Sequence[float | None] = (),
     ) -> list[Reward]:
-        """Grade completions by one call per function.
-
-        A value is the sum of weight * number over the functions that return a number.
+        """Grade completions, with one call per reward function. The value of a completion is the weighted sum of the
+        numbers that the functions return for it.
 
         Raises:
-            ValueError: A function returns too few numbers or a non-finite number, all functions return None, or a
-                function requests SPEED that is unknown.
+            ValueError: A function returns too few numbers or a number that is not finite, all functions return None for
+                a completion, or a function requests a cost that is not available.
         """
-        told: list[Any] = []
+        # As in TRL, a completion is text if its prompt is text, else a chat of one message.
+        shown_completions: list[Any] = []
         for problem, text in zip(problems, completions, strict=True):
-            told.append(text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": text}])
-        columns: dict[str, list[Any]] = {"prompts": [problem.prompt for problem in problems], "completions": told}
-        for name in self.columns:  # None if a row lacks it, as in a `datasets.Dataset`
+            is_text = isinstance(problem.prompt, str)
+            shown_completions.append(text if is_text else [{"role": "assistant", "content": text}])
+        columns: dict[str, list[Any]] = {
+            "prompts": [problem.prompt for problem in problems],
+            "completions": shown_completions,
+        }
+        for name in self.columns:  # None if a row lacks the column, as in a `datasets.Dataset`
             columns[name] = [problem.fields.get(name) for problem in problems]
         breakdowns: list[dict[str, float]] = [{} for _ in problems]
         values = [0.0] * len(problems)
         labels = self._labels()
-        speed = dict(zip(SPEED, (forwards, tokens_per_forward), strict=True))
+        costs = dict(zip(COST_ARGUMENTS, (forwards, tokens_per_forward), strict=True))
         arguments = [
-            _accepted(f, columns) | _asked_for(label, f, speed)
-            for label, f in zip(labels, self.reward_funcs, strict=True)
+            _accepted_columns(function, columns) | _requested_costs(label, function, costs)
+            for label, function in zip(labels, self.reward_funcs, strict=True)
         ]
-        returned = _called(self.reward_funcs, arguments)
-        for label, numbers, weight in zip(labels, returned, self.weights, strict=True):
-            for place, number in _numbers(label, numbers, told).items():
-                breakdowns[place][label] = number
-                values[place] += weight * number
-        for place, breakdown in enumerate(breakdowns):
+        results = _call_functions(self.reward_funcs, arguments)
+        for label, numbers, weight in zip(labels, results, self.weights, strict=True):
+            for index, number in _numbers_by_completion(label, numbers, shown_completions).items():
+                breakdowns[index][label] = number
+                values[index] += weight * number
+        for index, breakdown in enumerate(breakdowns):
             if not breakdown:
-                raise ValueError(f"every reward function returned None for completion {told[place]!r}")
+                raise ValueError(f"every reward function returned None for completion {shown_completions[index]!r}")
         return [Reward(value, True, breakdown) for value, breakdown in zip(values, breakdowns, strict=True)]
 
     def _labels(self) -> list[str]:
-        inner = [getattr(function, "func", function) for function in self.reward_funcs]  # unwrap functools.partial
-        names = [getattr(function, "__name__", type(function).__name__) for function in inner]
-        return [name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names, 1)]
+        functions = [getattr(function, "func", function) for function in self.reward_funcs]  # unwrap functools.partial
+        names = [getattr(function, "__name__", type(function).__name__) for function in functions]
+        return [name if names.count(name) == 1 else f"{name}_{position}" for position, name in enumerate(names, 1)]
 
 
 def task_from_dataset(
@@ -129,55 +134,57 @@ def task_from_dataset(
         ValueError: The rows lack a prompt or a length, a function is not callable, the number of weights differs, a
             function needs an argument that no column provides, or a column's name is reserved.
     """
-    functions = _functions(reward_funcs)
+    functions = _as_functions(reward_funcs)
     if weights is not None and (not isinstance(weights, list | tuple) or not all(isinstance(w, Real) for w in weights)):
-        raise ValueError(
-            f"weights={weights!r} of reward_funcs are no list of numbers; give one number for each function"
-        )
-    scales = (1.0,) * len(functions) if weights is None else tuple(map(float, weights))
-    if len(scales) != len(functions):
-        raise ValueError(f"{len(functions)} reward_funcs have {len(scales)} weights; give one for each")
-    names = _column_names(dataset)
-    task = DatasetTask(
-        dataset, functions, scales, name, version, tuple(c for c in names if c not in ("prompt", "completion"))
-    )
+        raise ValueError(f"weights={weights!r} of reward_funcs is not a list of numbers; give one number per function")
+    all_weights = (1.0,) * len(functions) if weights is None else tuple(map(float, weights))
+    if len(all_weights) != len(functions):
+        raise ValueError(f"{len(functions)} reward_funcs have {len(all_weights)} weights; give one per function")
+    column_names = _column_names(dataset)
+    passed_columns = tuple(column for column in column_names if column not in ("prompt", "completion"))
+    task = DatasetTask(dataset, functions, all_weights, name, version, passed_columns)
     for label, function in zip(task._labels(), functions, strict=True):
         parameters = inspect.signature(function).parameters
-        for taken in [c for c in names if c in SPEED and c in parameters]:
-            raise ValueError(f"dataset has a column {taken!r}, and {label} asks for the sampler's: rename the column")
-        for taken in [c for c in names if c in TRL_PASSES and c in parameters]:
+        for column in [c for c in column_names if c in COST_ARGUMENTS and c in parameters]:
             raise ValueError(
-                f"dataset has a column {taken!r}, and {label} asks for what TRL passes by that name: rename the column"
+                f"dataset has a column {column!r}, and {label} requests the sampler's {column}: rename the column"
             )
-        for lacking, parameter in parameters.items():
-            required = parameter.default is parameter.empty and parameter.kind in (
+        for column in [c for c in column_names if c in TRL_ARGUMENTS and c in parameters]:
+            raise ValueError(
+                f"dataset has a column {column!r}, and {label} requests what TRL passes by that name: rename the column"
+            )
+        for parameter_name, parameter in parameters.items():
+            is_required = parameter.default is parameter.empty and parameter.kind in (
                 parameter.POSITIONAL_ONLY,
                 parameter.POSITIONAL_OR_KEYWORD,
                 parameter.KEYWORD_ONLY,
             )
-            if required and (parameter.kind is parameter.POSITIONAL_ONLY or lacking not in {*PASSED, *SPEED, *names}):
+            is_passed = parameter_name in {*ALWAYS_PASSED, *COST_ARGUMENTS, *column_names}
+            if is_required and (parameter.kind is parameter.POSITIONAL_ONLY or not is_passed):
                 raise ValueError(
-                    f"reward function {label} needs {lacking!r}, which is none of {', '.join((*PASSED, *task.columns))}"
-                    ": name a column, or give the parameter a default"
+                    f"reward function {label} needs {parameter_name!r}, which is not one of "
+                    f"{', '.join((*ALWAYS_PASSED, *task.columns))}: name a column, or give the parameter a default"
                 )
     return task
 
 
-def _functions(reward_funcs: Any) -> tuple[RewardFunction, ...]:
+def _as_functions(reward_funcs: Any) -> tuple[RewardFunction, ...]:
     """Return the reward functions as a tuple. Raises ValueError if one is not callable."""
-    if isinstance(reward_funcs, TEXT):
+    if isinstance(reward_funcs, TEXT_TYPES):
         raise ValueError(
             f"reward_funcs={reward_funcs!r} is text; give a function of prompts, completions and **columns, which "
             "may call a reward model"
         )
     if not callable(reward_funcs) and not isinstance(reward_funcs, list | tuple):
-        raise ValueError(f"reward_funcs={reward_funcs!r} is no function; give a function, or a list of functions")
+        raise ValueError(f"reward_funcs={reward_funcs!r} is not a function; give a function, or a list of functions")
     functions = (reward_funcs,) if callable(reward_funcs) else tuple(reward_funcs)
     if not functions:
         raise ValueError("reward_funcs is empty: give at least one function")
-    for place, function in enumerate(functions):
+    for index, function in enumerate(functions):
         if not callable(function) or isinstance(function, type):
-            raise ValueError(f"reward_funcs[{place}]={function!r} is no function of prompts, completions and **columns")
+            raise ValueError(
+                f"reward_funcs[{index}]={function!r} is not a function of prompts, completions and **columns"
+            )
     return functions
 
 
@@ -187,24 +194,26 @@ def _column_names(dataset: Any) -> list[str]:
     """
     check_is_rows("dataset", dataset)
     if not isinstance(dataset, Sized):
-        raise ValueError("dataset has no length, as a streamed one: give its first rows, list(itertools.islice(...))")
+        raise ValueError("dataset has no length (it is streamed): give its first rows, list(itertools.islice(...))")
     if not len(dataset):
         raise ValueError("dataset is empty: give at least one row")
     names = getattr(dataset, "column_names", None)
     if names is None:
-        rows = [_row(dataset, number) for number in range(len(dataset))]
+        rows = [_row(dataset, index) for index in range(len(dataset))]
         names = list(dict.fromkeys(name for row in rows for name in row))
         if "prompt" in names:
-            for number, row in enumerate(rows):
+            for index, row in enumerate(rows):
                 if "prompt" not in row:
-                    raise ValueError(f"dataset: row {number} has no 'prompt', only {sorted(map(str, row))}; add one")
+                    raise ValueError(f"dataset: row {index} has no 'prompt', only {sorted(map(str, row))}; add one")
     if "prompt" not in names:
         raise ValueError(f"dataset has no column 'prompt', only {sorted(map(str, names))}: rename one")
     for name in names:
         if not isinstance(name, str):
-            raise ValueError(f"dataset has a column {name!r}, whose name is no text: rename it")
-        if name in PASSED:
-            raise ValueError(f"dataset has a column {name!r}, and reward functions get the run's: rename the column")
+            raise ValueError(f"dataset has a column {name!r}, whose name is not text: rename it")
+        if name in ALWAYS_PASSED:
+            raise ValueError(
+                f"dataset has a column {name!r}, a name of what the run passes to reward functions: rename the column"
+            )
     return list(names)
 
 
@@ -212,31 +221,33 @@ def check_is_rows(name: str, dataset: Any) -> None:
     """Raise ValueError, with the remedy, for data that is not a sequence of rows: text, a dict of columns, a pandas
     table.
     """
-    if isinstance(dataset, TEXT):
-        raise ValueError(f"{name}={dataset!r} is text; give rows, as datasets.load_dataset or a list of dicts has them")
+    if isinstance(dataset, TEXT_TYPES):
+        raise ValueError(
+            f"{name}={dataset!r} is text; give rows, for example a list of dicts or datasets.load_dataset(...)"
+        )
     if isinstance(dataset, Mapping):
-        if all(hasattr(part, "column_names") for part in dataset.values()):  # a DatasetDict
+        if all(hasattr(split, "column_names") for split in dataset.values()):  # a DatasetDict
             splits = list(dataset)
             raise ValueError(
-                f"{name} holds the splits {splits}; give one of them, as {name}[{(splits or ['train'])[0]!r}]"
+                f"{name} has the splits {splits}; give one of them, for example {name}[{(splits or ['train'])[0]!r}]"
             )
         raise ValueError(
             f"{name} is a dict of columns {sorted(map(str, dataset))}; give datasets.Dataset.from_dict(...), "
             "or a list of dicts"
         )
     if hasattr(dataset, "iterrows"):
-        raise ValueError(f"{name} is a table of pandas; give datasets.Dataset.from_pandas(...)")
+        raise ValueError(f"{name} is a pandas table; give datasets.Dataset.from_pandas(...)")
 
 
-def _row(dataset: Any, number: int) -> Mapping[str, Any]:
+def _row(dataset: Any, index: int) -> Mapping[str, Any]:
     try:
-        row = dataset[number]
+        row = dataset[index]
     except (KeyError, TypeError) as error:
         kind = type(dataset).__name__
-        raise ValueError(f"dataset of type {kind} has no row [{number}] ({error!r}); give a list of dicts") from None
+        raise ValueError(f"dataset of type {kind} has no row [{index}] ({error!r}); give a list of dicts") from None
     if not isinstance(row, Mapping):
         remedy = "give {'prompt': ...} for each row, with the columns that the reward needs"
-        raise ValueError(f"dataset: row {number} is {str(row)[:60]!r} of type {type(row).__name__}; {remedy}")
+        raise ValueError(f"dataset: row {index} is {str(row)[:60]!r} of type {type(row).__name__}; {remedy}")
     return row
 
 
@@ -250,7 +261,7 @@ def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
     if isinstance(dataset, Sized):
         return dataset
     if max_rows is None:
-        raise ValueError("dataset has no length, as a streamed one: give max_rows, the rows that are read into memory")
+        raise ValueError("dataset has no length (it is streamed): set max_rows, the number of rows to read into memory")
     return list(islice(iter(dataset), max_rows))
 
 
@@ -260,7 +271,7 @@ def hold_out(rows: Any, eval_split: float | None = None) -> tuple[Any, Any]:
     Args:
         rows: Data set with a length.
         eval_split: Share of the rows to hold out, if below 1, else their number. None (default): a tenth, 1 to
-            HELD_OUT.
+            MAX_HELD_OUT.
 
     Returns:
         The rows to train on, and the held-out rows.
@@ -270,19 +281,19 @@ def hold_out(rows: Any, eval_split: float | None = None) -> tuple[Any, Any]:
     """
     if len(rows) < 2:
         raise ValueError(f"dataset must have 2 rows, one of them held out, and has {len(rows)}; give eval_dataset")
-    count: float = min(HELD_OUT, len(rows) // 10 or 1)  # one row at least
+    num_held_out: float = min(MAX_HELD_OUT, len(rows) // 10 or 1)
     if eval_split is not None:
-        count = round(eval_split * len(rows)) if 0 < eval_split < 1 else eval_split
-    if not 0 < count < len(rows) or count != int(count):
+        num_held_out = round(eval_split * len(rows)) if 0 < eval_split < 1 else eval_split
+    if not 0 < num_held_out < len(rows) or num_held_out != int(num_held_out):
         raise ValueError(
             f"eval_split={eval_split} of {len(rows)} rows is not possible: give a share between 0 and 1, or a number "
             f"from 1 to {len(rows) - 1}"
         )
-    kept = len(rows) - int(count)
-    parts = range(kept), range(kept, len(rows))
+    num_training = len(rows) - int(num_held_out)
+    ranges = range(num_training), range(num_training, len(rows))
     if hasattr(rows, "select"):  # a `datasets.Dataset` returns views
-        return rows.select(parts[0]), rows.select(parts[1])
-    return list(map(rows.__getitem__, parts[0])), list(map(rows.__getitem__, parts[1]))
+        return rows.select(ranges[0]), rows.select(ranges[1])
+    return list(map(rows.__getitem__, ranges[0])), list(map(rows.__getitem__, ranges[1]))
 
 
 def training_and_held_out(rows: Any, eval_dataset: Any, eval_split: float | None) -> tuple[Any, Any]:
@@ -295,81 +306,83 @@ def training_and_held_out(rows: Any, eval_dataset: Any, eval_split: float | None
         return hold_out(rows, eval_split)
     if eval_split is not None:
         raise ValueError(
-            f"eval_split={eval_split} holds out training rows, and eval_dataset is given too: leave one of them out"
+            f"eval_split={eval_split} holds out training rows, and eval_dataset is passed too: leave one of them out"
         )
     return rows, eval_dataset
 
 
-def _accepted(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Return the columns that the function accepts: all with `**columns`, else the columns that it names."""
+def _accepted_columns(function: RewardFunction, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return the columns that the function accepts: all if it has `**columns`, else those that are its parameters."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return columns
     return {parameter.name: columns[parameter.name] for parameter in parameters if parameter.name in columns}
 
 
-def _asked_for(label: str, function: RewardFunction, speed: dict[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """Return the values of SPEED that the function requests. Raises ValueError if one is unknown."""
-    given = {name: list(speed[name]) for name in asked(function)}
-    for name, values in given.items():
+def _requested_costs(label: str, function: RewardFunction, costs: dict[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """Return the COST_ARGUMENTS that the function requests. Raises ValueError if one of them is not available."""
+    requested = {name: list(costs[name]) for name in requested_costs(function)}
+    for name, values in requested.items():
         if None in values or not values:
             raise ValueError(
-                f"reward function {label} asks for {name}, which a sampler knows and a text alone does not; "
-                f"give task.reward(problem, text, {name}=...)"
+                f"reward function {label} requests {name}, which only a sampler provides; "
+                f"pass it: task.reward(problem, text, {name}=...)"
             )
-    return given
+    return requested
 
 
-def _called(functions: Sequence[RewardFunction], arguments: Sequence[dict[str, Any]]) -> list[Any]:
-    """Call each function with its arguments and return the results; async functions run concurrently."""
-    returned: list[Any] = [function(**given) for function, given in zip(functions, arguments, strict=True)]
-    waiting = [place for place, value in enumerate(returned) if inspect.isawaitable(value)]
-    if waiting:
+def _call_functions(functions: Sequence[RewardFunction], arguments: Sequence[dict[str, Any]]) -> list[Any]:
+    """Call each function with its arguments and return their results. Async functions run concurrently."""
+    results: list[Any] = [function(**keywords) for function, keywords in zip(functions, arguments, strict=True)]
+    awaitable_indices = [index for index, value in enumerate(results) if inspect.isawaitable(value)]
+    if awaitable_indices:
 
-        async def all_of_them() -> list[Any]:
-            return list(await asyncio.gather(*(returned[place] for place in waiting)))
+        async def gather_all() -> list[Any]:
+            return list(await asyncio.gather(*(results[index] for index in awaitable_indices)))
 
-        with ThreadPoolExecutor(1) as pool:  # a notebook has an event loop running in this thread
-            for place, value in zip(waiting, pool.submit(asyncio.run, all_of_them()).result(), strict=True):
-                returned[place] = value
-    return returned
+        with ThreadPoolExecutor(1) as pool:  # in another thread, because a notebook's event loop runs in this one
+            for index, value in zip(awaitable_indices, pool.submit(asyncio.run, gather_all()).result(), strict=True):
+                results[index] = value
+    return results
 
 
-def _numbers(label: str, numbers: Any, told: Sequence[Any]) -> dict[int, float]:
-    """Return a function's numbers by completion index, without None. Raises ValueError if they do not fit the
-    completions.
+def _numbers_by_completion(label: str, numbers: Any, completions: Sequence[Any]) -> dict[int, float]:
+    """Return what a reward function returned, by index of the completion, without None. Raises ValueError unless there
+    is one finite number or None per completion.
     """
-    if hasattr(numbers, "tolist") and hasattr(numbers, "ndim"):  # an array, a tensor, a pandas series
+    if hasattr(numbers, "tolist") and hasattr(numbers, "ndim"):  # an array, a tensor or a pandas series
         if numbers.ndim != 1:
             shape = tuple(numbers.shape)
-            raise ValueError(f"reward function {label} returned numbers of shape {shape}; give one number a completion")
+            raise ValueError(
+                f"reward function {label} returned numbers of shape {shape}; give one number per completion"
+            )
         numbers = numbers.tolist()
-    # A set has no order, a dict would be read as its keys, and text as its characters.
-    if not isinstance(numbers, Sequence) or isinstance(numbers, TEXT):
+    # Not a set, which has no order; a dict would be read as its keys, and text as its characters.
+    if not isinstance(numbers, Sequence) or isinstance(numbers, TEXT_TYPES):
         raise ValueError(
-            f"reward function {label} returned {_shortened(numbers)} of type {type(numbers).__name__}, not a list of "
-            "numbers; give one number a completion, in the order of completions"
+            f"reward function {label} returned {_shorten(numbers)} of type {type(numbers).__name__}, not a list of "
+            "numbers; give one number per completion, in the same order"
         )
-    if len(numbers) != len(told):
+    if len(numbers) != len(completions):
         raise ValueError(
-            f"reward function {label} returned {len(numbers)} numbers for {len(told)} texts; give one number a "
-            "completion, and None where it does not apply"
+            f"reward function {label} returned {len(numbers)} numbers for {len(completions)} texts; give one number "
+            "per completion, or None where it does not apply"
         )
     rewards = {}
-    for place, number in enumerate(numbers):
+    for index, number in enumerate(numbers):
         if getattr(number, "ndim", None) == 0 and hasattr(number, "item"):  # a NumPy scalar or a tensor
             number = number.item()
         if number is None:  # the function does not apply to this completion
             continue
         if not isinstance(number, Real) or not -FLOAT32_MAX <= number <= FLOAT32_MAX:  # type: ignore[operator]
             raise ValueError(
-                f"reward function {label} returned {_shortened(number)} for completion {told[place]!r}; give a finite "
-                "number, or None"
+                f"reward function {label} returned {_shorten(number)} for completion {completions[index]!r}; give a "
+                "finite number, or None"
             )
-        rewards[place] = float(number)
+        rewards[index] = float(number)
     return rewards
 
 
-def _shortened(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -17,29 +17,34 @@ def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
 
     Raises ValueError if there is no such file, or a name of `needs` is missing ("a|b" needs a or b).
     """
-    asked = [[f"{{{name}}}" for name in each.split("|")] for each in needs]
-    if isinstance(template, str) and ("\n" in template or any(name in template for names in asked for name in names)):
+    required = [[f"{{{name}}}" for name in alternatives.split("|")] for alternatives in needs]
+    if isinstance(template, str) and (
+        "\n" in template or any(name in template for names in required for name in names)
+    ):
         loaded: Prompt = template
     else:
         path = Path(template)
         if len(str(path)) > 1000 or not path.is_file():  # the file system refuses a longer name with an OSError
-            raise ValueError(f"prompt_format={str(template)!r} is neither a template with {asked[0][0]} nor a file")
+            raise ValueError(f"prompt_format={str(template)!r} is neither a template with {required[0][0]} nor a file")
         loaded = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":  # chat messages; other files hold plain text
             loaded = json.loads(loaded)
             if not _are_messages(loaded):
                 raise ValueError(f"{path} must hold a list of messages with exactly a role and a content, both text")
-    whole = loaded if isinstance(loaded, str) else "".join(message["content"] for message in loaded)
-    for names in asked:
-        if not any(name in whole for name in names):
-            every = ", ".join(" or ".join(each) for each in asked)
-            raise ValueError(f"prompt template lacks {' or '.join(names)}; it needs {every}")
+    text = loaded if isinstance(loaded, str) else "".join(message["content"] for message in loaded)
+    for names in required:
+        if not any(name in text for name in names):
+            needed = ", ".join(" or ".join(alternatives) for alternatives in required)
+            raise ValueError(f"prompt template lacks {' or '.join(names)}; it needs {needed}")
     return loaded
 
 
 def _are_messages(loaded: Any) -> bool:
-    turns = loaded if isinstance(loaded, list) else [None]
-    return all(isinstance(one, dict) and {name: type(text) for name, text in one.items()} == _MESSAGE for one in turns)
+    messages = loaded if isinstance(loaded, list) else [None]
+    return all(
+        isinstance(message, dict) and {name: type(text) for name, text in message.items()} == _MESSAGE
+        for message in messages
+    )
 
 
 class Prompted:
@@ -74,8 +79,10 @@ class Prompted:
         template = self._template()  # nothing is replaced inside a value; other braces stay, such as \boxed{}
         if isinstance(template, str) and not self.chat:
             return _replace(template, values) + (block and f"\n\n{block}")
-        asked = [{"role": "user", "content": template}] if isinstance(template, str) else template
-        messages = [{"role": message["role"], "content": _replace(message["content"], values)} for message in asked]
+        template_messages = [{"role": "user", "content": template}] if isinstance(template, str) else template
+        messages = [
+            {"role": message["role"], "content": _replace(message["content"], values)} for message in template_messages
+        ]
         opening = self.opening + block
         return [*messages, {"role": "assistant", "content": opening}] if opening else messages
 

@@ -85,8 +85,8 @@ def under_protocol(task: Task, protocol: str) -> UnderProtocol:
     Raises the errors of find_grader, and ValueError if the problems do not fit the protocol.
     """
     find_grader(task.name, protocol)
-    stored = getattr(task, "path", None) is not None
-    for index in range(len(task) if stored else min(1, len(task))):  # generated problems all have the same form
+    is_stored = getattr(task, "path", None) is not None
+    for index in range(len(task) if is_stored else min(1, len(task))):  # generated problems all have the same form
         try:
             TABLE[task.name].read_fields(task[index].fields, protocol)
         except ValueError as error:
@@ -99,7 +99,7 @@ def find_grader(task: str, protocol: str) -> Grader:
     if task not in PROTOCOLS:
         raise ValueError(f"task={task!r} has no protocols; those that have: {', '.join(PROTOCOLS)}")
     if protocol not in PROTOCOLS[task]:
-        raise ValueError(f"protocol={protocol!r} is none of {task}'s: {', '.join(PROTOCOLS[task])}")
+        raise ValueError(f"protocol={protocol!r} is not one of {task}'s: {', '.join(PROTOCOLS[task])}")
     if protocol in TABLE[task].require:
         TABLE[task].require[protocol]()  # before any work: a missing package is named immediately
     return PROTOCOLS[task][protocol]
@@ -112,7 +112,7 @@ def grade_all(
     grader = find_grader(task, protocol)
     if protocol in TABLE[task].prepare:
         TABLE[task].prepare[protocol](fields, completions)
-    return [grader(*each) for each in zip(fields, completions, strict=True)]
+    return [grader(*pair) for pair in zip(fields, completions, strict=True)]
 
 
 def published(protocol: str, task: str, max_new_tokens: int) -> dict[str, tuple[Any, ...]]:
@@ -122,16 +122,25 @@ def published(protocol: str, task: str, max_new_tokens: int) -> dict[str, tuple[
     graders = PROTOCOLS.get(task, {})
     if protocol not in PUBLISHED or protocol not in graders:
         raise ValueError(f"no published settings of protocol={protocol!r} for task={task!r}; give d1 or spg")
-    alike = tuple(name for name in graders if graders[name] is graders[protocol])
-    found: dict[str, tuple] = {"protocol": alike, "block_size": (32,), "temperature": (0,), "cache": ("none",)}
-    found |= {"max_new_tokens": (128, 256, 512), "diffusion_steps": (max_new_tokens // 2,), "quantization": ("none",)}
-    found |= {"rank": ("confidence", "max_prob"), "commit": ("schedule",), "settings.opening": ("<reasoning>",)}
-    found["settings.prompt_format"] = ("the paper's text",)  # the tasks' prompt texts are [ours]
+    same_graders = tuple(name for name in graders if graders[name] is graders[protocol])
+    settings: dict[str, tuple] = {
+        "protocol": same_graders,
+        "block_size": (32,),
+        "temperature": (0,),
+        "cache": ("none",),
+    }
+    settings |= {
+        "max_new_tokens": (128, 256, 512),
+        "diffusion_steps": (max_new_tokens // 2,),
+        "quantization": ("none",),
+    }
+    settings |= {"rank": ("confidence", "max_prob"), "commit": ("schedule",), "settings.opening": ("<reasoning>",)}
+    settings["settings.prompt_format"] = ("the paper's text",)  # the tasks' prompt texts are [ours]
     if task == "sudoku":
-        found["settings.shots"] = (0 if protocol == "d1" else 3,)
+        settings["settings.shots"] = (0 if protocol == "d1" else 3,)
     if task in ("sudoku", "countdown"):
-        found["settings.path"] = ("the paper's file",)
-    return found | {"split": ("test",), "n": ({"gsm8k": 1319, "math500": 500}.get(task, 256),)}
+        settings["settings.path"] = ("the paper's file",)
+    return settings | {"split": ("test",), "n": ({"gsm8k": 1319, "math500": 500}.get(task, 256),)}
 
 
 def protocol_names() -> list[str]:

@@ -24,19 +24,19 @@ from dllm_rl.tasks.sudoku.task import lines
 ORDER = """Each of {count} courses, numbered from 0, is taken once. In every pair [a, b] course b comes before course a:
 {pairs}
 Write the numbers of all courses in such an order, separated by commas."""
-TRIES = 1000  # generated entries per problem before giving up
+MAX_TRIES = 1000  # generated entries per problem before giving up
 
 Fields = Mapping[str, Any]
 # Question, grader's fields, right answer, the text whose hash decides the split, and the answer to fill in or "".
-Drawn = tuple[str, dict[str, Any], str, str, str]
+GeneratedProblem = tuple[str, dict[str, Any], str, str, str]
 
 
 def exact(fields: Fields, completion: str) -> Reward:
     """Compare the strict answer (`final_answer`) with `answer`, ignoring case, surrounding blanks and a final point
     [ours].
     """
-    found = (final_answer(completion) or "").removesuffix(".").strip().casefold()
-    return _graded(found != "", found == fields["answer"].casefold())
+    answer = (final_answer(completion) or "").removesuffix(".").strip().casefold()
+    return _graded(answer != "", answer == fields["answer"].casefold())
 
 
 def coloring(fields: Fields, completion: str) -> Reward:
@@ -44,31 +44,35 @@ def coloring(fields: Fields, completion: str) -> Reward:
     [ours].
     """
     try:
-        colored = json.loads(final_answer(completion) or "", object_pairs_hook=tuple)
+        pairs = json.loads(final_answer(completion) or "", object_pairs_hook=tuple)
     except (ValueError, RecursionError):  # RecursionError: a hostile text of brackets
-        colored = None
-    color = dict(colored) if isinstance(colored, tuple) else {}  # only a JSON object is read as a tuple
-    whole = sorted(color) == sorted(map(str, range(fields["count"]))) and len(colored) == len(color)
-    known = all(type(one) is int and 1 <= one <= fields["colors"] for one in color.values())  # True is not a color
-    return _graded(bool(color), whole and known and all(color[str(a)] != color[str(b)] for a, b in fields["pairs"]))
+        pairs = None
+    color_by_vertex = dict(pairs) if isinstance(pairs, tuple) else {}  # only a JSON object is read as a tuple
+    vertices = sorted(map(str, range(fields["count"])))
+    has_all_vertices = sorted(color_by_vertex) == vertices and len(pairs) == len(color_by_vertex)
+    # `type`, because True is not a color.
+    has_valid_colors = all(type(color) is int and 1 <= color <= fields["colors"] for color in color_by_vertex.values())
+    right = has_all_vertices and has_valid_colors
+    right = right and all(color_by_vertex[str(a)] != color_by_vertex[str(b)] for a, b in fields["pairs"])
+    return _graded(bool(color_by_vertex), right)
 
 
 def course_order(fields: Fields, completion: str) -> Reward:
     """Check that the strict answer has each course once, and in each pair the second before the first [ours]."""
     words = (final_answer(completion) or "").strip("[]").replace(",", " ").split()
-    place = dict(zip(words, range(len(words)), strict=True))
+    position = dict(zip(words, range(len(words)), strict=True))
     courses = set(map(str, range(fields["count"])))
-    whole = len(words) == len(courses) and set(words) == courses
-    right = whole and all(place[str(b)] < place[str(a)] for a, b in fields["pairs"])
-    return _graded(bool(words) and set(words) <= courses, right)
+    has_all_courses = len(words) == len(courses) and set(words) == courses
+    is_right = has_all_courses and all(position[str(b)] < position[str(a)] for a, b in fields["pairs"])
+    return _graded(bool(words) and set(words) <= courses, is_right)
 
 
-def _graded(parsed: bool, right: bool) -> Reward:
-    value = float(parsed and right)
+def _graded(parsed: bool, is_right: bool) -> Reward:
+    value = float(parsed and is_right)
     return Reward(value, parsed, {"accuracy": value})
 
 
-def _read(entry: Fields) -> Drawn | None:
+def _read(entry: Fields) -> GeneratedProblem | None:
     """Read a generated entry; None for a schedule without an order.
 
     The generator asks whether there is an order; this task's question asks for the order.
@@ -102,13 +106,15 @@ def _joined(grid: Sequence[Sequence[int]]) -> str:
 
 
 def _read_graph(names: tuple[str, ...], row: Fields, _: str) -> dict[str, Any]:
-    read = {name: present(row, name) for name in ("pairs", *names)}
-    small = all(type(read[name]) is int and 0 < read[name] <= TRIES for name in names)
-    listed = isinstance(read["pairs"], list) and all(type(pair) is list and len(pair) == 2 for pair in read["pairs"])
-    ends = chain(*read["pairs"]) if small and listed else ["none"]
-    if not all(type(end) is int and 0 <= end < read["count"] for end in ends):
-        raise ValueError(f"{read} must be integers from 1 to {TRIES} and pairs of integers from 0 below count")
-    return read
+    values = {name: present(row, name) for name in ("pairs", *names)}
+    are_counts = all(type(values[name]) is int and 0 < values[name] <= MAX_TRIES for name in names)
+    are_pairs = isinstance(values["pairs"], list) and all(
+        type(pair) is list and len(pair) == 2 for pair in values["pairs"]
+    )
+    ends = chain(*values["pairs"]) if are_counts and are_pairs else ["none"]
+    if not all(type(end) is int and 0 <= end < values["count"] for end in ends):
+        raise ValueError(f"{values} must be integers from 1 to {MAX_TRIES} and pairs of integers from 0 below count")
+    return values
 
 
 # Each generator's grader, and the reader of a stored row's fields.
@@ -185,9 +191,7 @@ class ReasoningGym(Prompted):
         check_split(self.split)
         _kind(self.generator)
         self.check_prompt()
-        blanks = _drawn(self.generator, self.settings, self.seed, self.split, 0)[
-            -1
-        ]  # a wrong setting raises in this line
+        *_, blanks = _generate(self.generator, self.settings, self.seed, self.split, 0)  # raises on a wrong setting
         check_settings(
             (self.size < 1, f"size={self.size} must be at least 1"),
             (self.infill and not blanks, "infill=True needs a generator with a grid or colors to fill in"),
@@ -199,7 +203,7 @@ class ReasoningGym(Prompted):
     def __getitem__(self, index: int) -> Problem:
         if not 0 <= index < self.size:
             raise IndexError(f"problem {index} of {self.size}")
-        question, fields, answer, _, blanks = _drawn(self.generator, self.settings, self.seed, self.split, index)
+        question, fields, answer, _, blanks = _generate(self.generator, self.settings, self.seed, self.split, index)
         if self.infill:
             return Problem(self.worded(blanks, question=question), fields, blank=BLANK)
         return Problem(self.worded(question=question), fields, f"<answer>\n{answer}\n</answer>")
@@ -209,20 +213,20 @@ class ReasoningGym(Prompted):
 
 
 @lru_cache(maxsize=4096)
-def _drawn(generator: str, settings: str, seed: int, split: Split, index: int) -> Drawn:
+def _generate(generator: str, settings: str, seed: int, split: Split, index: int) -> GeneratedProblem:
     try:
         import reasoning_gym
     except ImportError:
         raise ImportError("ReasoningGym needs the reasoning-gym package: pip install 'dllm_rl[gym]'") from None
     # Only random() is used: Python promises its sequence for a seed, in every version.
     rng = Random(f"reasoning_gym/{generator}/{seed}/{split}/{index}")
-    for _ in range(TRIES):
-        own = int(rng.random() * 2**53)
+    for _ in range(MAX_TRIES):
+        entry_seed = int(rng.random() * 2**53)
         try:
-            entry = reasoning_gym.create_dataset(generator, seed=own, size=1, **json.loads(settings))[0]
+            entry = reasoning_gym.create_dataset(generator, seed=entry_seed, size=1, **json.loads(settings))[0]
         except (AssertionError, TypeError, ValueError) as error:  # the package raises these for a wrong setting
             raise ValueError(f"settings={settings!r} of {generator}: {error}; give its own settings as JSON") from None
-        drawn = _read(entry)
-        if drawn and hashed_split(drawn[3]) == split:
-            return drawn[0], {"generator": generator} | drawn[1], *drawn[2:]
-    raise ValueError(f"settings={settings!r}: no problem of split {split!r} in {TRIES} tries; widen them")
+        problem = _read(entry)
+        if problem and hashed_split(problem[3]) == split:
+            return problem[0], {"generator": generator} | problem[1], *problem[2:]
+    raise ValueError(f"settings={settings!r}: no problem of split {split!r} in {MAX_TRIES} tries; widen them")

@@ -1,4 +1,4 @@
-"""Rows of a published data set (JSONL, JSON, CSV, Parquet, a folder, or `datasets`), splits, and checks of settings."""
+"""Read the rows of a data set (JSONL, JSON, CSV, Parquet, a folder, or the hub), split them, and check settings."""
 
 import csv
 import json
@@ -17,25 +17,27 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def hashed_split(key: str) -> Split:
-    """Return the split of a key, by a fixed hash: 70 in 100 train, 10 validation, 20 test."""
-    # Python's hash() differs between processes. A JSON text may contain half of a surrogate pair.
-    place = int.from_bytes(sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 100
-    return "test" if place < 20 else "validation" if place < 30 else "train"
+    """Assign a key to a split by a fixed hash: 70 % train, 10 % validation, 20 % test."""
+    # Not Python's hash(), which differs between processes. JSON text may contain half of a surrogate pair.
+    percentile = int.from_bytes(sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 100
+    return "test" if percentile < 20 else "validation" if percentile < 30 else "train"
 
 
 def check_split(split: str, names: tuple[str, ...] = NAMES) -> None:
+    """Raise ValueError if the split is not one of `names`."""
     if split not in names:
         raise ValueError(f"split={split!r} must be one of {', '.join(map(repr, names))}")
 
 
-def check_settings(*faults: tuple[bool, str]) -> None:
+def check_settings(*conditions: tuple[bool, str]) -> None:
     """Raise ValueError with the message of the first (condition, message) whose condition is true."""
-    for broken, message in faults:
-        if broken:
+    for is_wrong, message in conditions:
+        if is_wrong:
             raise ValueError(message)
 
 
 def as_range(number: int | tuple[int, int]) -> tuple[int, int]:
+    """Return an inclusive range; of a single number, the range that has only this number."""
     return (number, number) if isinstance(number, int) else number
 
 
@@ -46,7 +48,9 @@ def drawn(number: int | tuple[int, int], rng: Random) -> int:
 
 
 def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) for each row of one file. Raises ValueError naming the file and line."""
+    """Yield (location, row) for each row of a file; the location is for error messages. Raises ValueError that names
+    the file and line.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}: give the path of a {', '.join(_SUFFIXES)} file")
@@ -60,43 +64,45 @@ def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:  # -sig: a byte order mark is not part of the first name
-        reader = csv.DictReader(file, strict=True)  # strict: an unclosed quote would swallow the rows below
+    with path.open(
+        encoding="utf-8-sig", newline=""
+    ) as file:  # -sig skips a byte order mark, which is not part of the first name
+        reader = csv.DictReader(file, strict=True)  # strict, because an unclosed quote would swallow the rows below
         try:
             names = list(reader.fieldnames or ())
             check_names(f"{path}, line 1", names)
             for row in reader:
-                place = f"{path}, line {reader.line_num}"  # a quoted cell may span lines
-                cells = len(names) + len(row.pop(None, ())) - sum(value is None for value in row.values())
-                if cells != len(names):
+                location = f"{path}, line {reader.line_num}"  # a quoted cell may span lines
+                num_cells = len(names) + len(row.pop(None, ())) - sum(value is None for value in row.values())
+                if num_cells != len(names):
                     raise ValueError(
-                        f"{place}: {cells} cells under {len(names)} names; put a cell that has a comma in quotes"
+                        f"{location}: {num_cells} cells under {len(names)} names; put a cell that has a comma in quotes"
                     )
                 for name, cell in row.items():
                     if "\0" in cell:
-                        raise ValueError(f"{place}: {name}={cell!r} holds a NUL; remove it")
-                yield place, dict(row)
+                        raise ValueError(f"{location}: {name}={cell!r} contains a NUL character; remove it")
+                yield location, dict(row)
         except (csv.Error, UnicodeDecodeError) as error:  # a cell of more than 131,072 characters, a NUL
             raise ValueError(f"{path}, after line {reader.line_num}: not CSV in UTF-8 ({error}); correct it") from None
 
 
-def check_names(place: str, names: Sequence[str]) -> None:
-    """Raise ValueError if a name occurs twice or is empty, because one of its values would be lost."""
-    stripped = [name.strip("\ufeff ") for name in names]
+def check_names(location: str, names: Sequence[str]) -> None:
+    """Raise ValueError if a column name is empty or occurs twice: a row would lose one of the values."""
+    stripped_names = [name.strip("\ufeff ") for name in names]
     for name in names:
         if name.startswith("\ufeff"):
-            raise ValueError(f"{place}: {name!r} begins with a second byte order mark; remove it")
-        if stripped.count(name.strip()) > 1:
-            raise ValueError(f"{place}: {name!r} stands twice; give each value a name of its own")
+            raise ValueError(f"{location}: {name!r} begins with a second byte order mark; remove it")
+        if stripped_names.count(name.strip()) > 1:
+            raise ValueError(f"{location}: {name!r} occurs twice; give each column a different name")
         if not name.strip():
-            raise ValueError(f"{place}: a column has no name; name it, or remove it")
+            raise ValueError(f"{location}: a column has no name; name it, or remove it")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object. Raises ValueError if a name occurs twice, because Python's reader drops the first value."""
+    """Make a JSON object. Raises ValueError if a name occurs twice; Python's reader would drop the first value."""
     if len(dict(pairs)) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice in an object")
     return dict(pairs)
 
 
@@ -109,7 +115,7 @@ def _table(path: Path) -> list[Row]:
         if isinstance(rows, dict):  # an evaluation file of d1
             rows = rows.get("generations")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{path} must hold a list of objects")
+            raise ValueError(f"{path} must contain a list of objects")
         return rows
     if path.suffix == ".parquet":
         from pyarrow.parquet import read_table
@@ -156,11 +162,13 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
 
 @lru_cache(maxsize=16)
 def load_split(path: str | Path | None, split: str, dataset: tuple[str, str | None]) -> tuple[tuple[str, Row], ...]:
-    """Return the rows of a split, from a file, the folder's file with its name, or a data set. Raises ValueError."""
+    """Return the rows of a split: from the file at `path`, from the file in the folder `path` whose name contains the
+    split, or without a path from the hub. Raises ValueError.
+    """
     if path is not None:
         rows = tuple(load_rows(file := _split_file(Path(path), split)))
         if not rows:
-            raise ValueError(f"{file} holds no rows; give a file of problems")
+            raise ValueError(f"{file} has no rows; give a file of problems")
         return rows
     import datasets  # local: the import takes seconds, and files do not need it
 
@@ -170,8 +178,8 @@ def load_split(path: str | Path | None, split: str, dataset: tuple[str, str | No
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"data set {name} (split {split}) is not here and could not be fetched ({reason}); "
-            f"give path= the file or folder that holds it"
+            f"data set {name} (split {split}) is not on this machine and could not be downloaded ({reason}); "
+            f"set path to the file or folder that has it"
         ) from None
     return tuple((f"{name} {split}, row {number}", dict(row)) for number, row in enumerate(loaded, 1))
 
@@ -181,17 +189,19 @@ def _split_file(path: Path, split: str) -> Path:
         return path
     files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and split in file.stem.lower())
     if len(files) != 1:
-        found = ", ".join(str(file.relative_to(path)) for file in files) or "none"
-        raise ValueError(f"{path} must hold exactly one {split} file ({', '.join(_SUFFIXES)}); found: {found}")
+        names = ", ".join(str(file.relative_to(path)) for file in files) or "none"
+        raise ValueError(f"{path} must contain exactly one {split} file ({', '.join(_SUFFIXES)}); found: {names}")
     return files[0]
 
 
 @lru_cache(maxsize=16)
 def load_problems(
-    path: str | Path | None, split: Split, hub: tuple[str, str | None], parse: Callable[[str, Row], tuple]
+    path: str | Path | None, split: Split, dataset: tuple[str, str | None], parse: Callable[[str, Row], tuple]
 ) -> tuple[tuple, ...]:
-    """Return `parse(place, row)`, with the question first, for each row of the split."""
-    problems = [parse(place, row) for place, row in load_split(path, "test" if split == "test" else "train", hub)]
-    if split != "test":  # "validation" is a tenth of the published train rows, by a hash of the question
-        problems = [p for p in problems if (hashed_split(p[0]) == "validation") == (split == "validation")]
+    """Return `parse(location, row)` for each row of the split. It returns a tuple whose first item is the question."""
+    problems = [parse(place, row) for place, row in load_split(path, "test" if split == "test" else "train", dataset)]
+    if split != "test":  # the validation split is a tenth of the published train rows, by a hash of the question
+        problems = [
+            problem for problem in problems if (hashed_split(problem[0]) == "validation") == (split == "validation")
+        ]
     return tuple(problems)

@@ -74,8 +74,8 @@ def _facts(learner: Policy) -> tuple[dict[str, Tensor], Tensor]:
 def _check_untouched(learner: Policy, before: dict[str, Tensor], state: Tensor) -> None:
     now = learner.module.state_dict()
     same = now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in now)
-    assert same, "the learner's weights must be left alone"
-    assert torch.equal(torch.get_rng_state(), state), "the global generator must be left alone"
+    assert same, "the learner's weights must not change"
+    assert torch.equal(torch.get_rng_state(), state), "the global generator must not be used"
 
 
 def _logprobs(learner: Policy, rollout: Rollout) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
@@ -106,7 +106,7 @@ def _check_rows(
     assert _written(sampled(seeds + 10**6)) != first, "other seeds must give other tokens: is engine or policy greedy?"
     groups = torch.arange(len(seeds)).view(-1, rollout.group_size).flip(1).flatten()
     turned = _written(sampled(seeds[groups]))
-    assert [turned[i] for i in groups] == first, "a row's seed alone must make its chance"
+    assert [turned[i] for i in groups] == first, "a row's random numbers must depend only on its seed"
 
 
 def _written(rollout: Rollout) -> list[list[int]]:

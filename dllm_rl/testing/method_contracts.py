@@ -70,7 +70,7 @@ def make_batch(
     rollout = Rollout(blank, torch.ones_like(mask), mask, blank, torch.zeros(mask.shape), group_size=1)
     views = Views(mask[None], mask[None].float())
     ones = torch.ones(mask.shape)
-    made = Batch(
+    batch = Batch(
         rollout,
         views,
         advantages,
@@ -82,7 +82,7 @@ def make_batch(
         int(loss_mask.sum()),
         len(mask),
     )
-    return replace(made, **{"rollout_logprobs": old_logprobs, **more})
+    return replace(batch, **{"rollout_logprobs": old_logprobs, **more})
 
 
 def make_stats(log_mismatch: Tensor, advantages: Tensor, mask: Tensor, **more: Any) -> TokenStats:
@@ -241,7 +241,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     advantages = torch.arange(len(tokens), device=tokens.device) % 2 - 0.5  # both signs: an estimator may differ
     told = estimator.with_advantages(views, advantages)
     logps = estimator.logprobs(policy, rollout, told)
-    assert torch.equal(torch.get_rng_state(), before), "the global generator must be left alone"
+    assert torch.equal(torch.get_rng_state(), before), "the global generator must not be used"
     assert torch.equal(rollout.tokens, tokens), "the rollout must not be written to"
     assert _same_noise(views, again), "the same seed must give the same masks"
     assert told.masked is views.masked and told.coefficients is views.coefficients, (

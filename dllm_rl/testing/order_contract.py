@@ -58,8 +58,10 @@ def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: i
 def _check_counts(policy: Policy, rollout: Rollout, known: str) -> None:
     views = trajectory().draw_views(rollout, Generator())
     logps = trajectory().logprobs(policy, rollout, views).sum(-1).double()
-    apart = float((recorded(rollout, views).sum(-1).double() - logps).abs().max())
-    assert apart <= 1e-5, f"the sampler's record must be the learner's log-prob, but they are {apart:.2g} nats apart"
+    difference = float((recorded(rollout, views).sum(-1).double() - logps).abs().max())
+    assert difference <= 1e-5, (
+        f"the sampler's record must be the learner's log-prob, but they differ by {difference:.2g} nats"
+    )
     events, order = rollout.events, rollout.order
     assert order is not None, "as in the caller"
     steps = [rollout.unmask_step] if events is None else list(events.step.unbind(-1))

@@ -19,95 +19,108 @@ from dllm_rl.training.samples import Samples
 from dllm_rl.training.views import active_groups
 from dllm_rl.types import Rollout
 
-Place = tuple[int, int]  # a process, and the index of a group in its share
-UPDATE = 3  # cost of an update's forward and backward, in forwards of scoring
-WORTH = 0.02  # a swap must save the slower process this share of its work
+GroupSlot = tuple[int, int]  # a process, and the index of a group among that process's groups
+UPDATE_COST = 3  # cost of an update's forward and backward, relative to a forward that only scores
+MIN_SAVING = 0.02  # a swap is made only if it saves the slower process this share of its work
 
 
 def balance(recipe: Recipe, samples: Samples, accelerator: Accelerator, *, pad_id: int) -> Samples:
-    """Return the samples with this process's new rows and all groups in the new order. Collective: every process must
-    call it.
+    """Move groups between processes so that all have about equal work. Call it before scoring; collective: every
+    process must call it.
+
+    Returns:
+        The samples with this process's new rows, and the groups in their new order.
     """
     if accelerator.num_processes == 1:
         return samples
     rollout = samples.rollout
-    rows = local(torch.arange(samples.advantages.numel()), accelerator)
-    rollout = replace(rollout, batch_row=send(rollout.tokens.device, rows)[0])
+    row_index = local(torch.arange(samples.advantages.numel()), accelerator)
+    rollout = replace(rollout, batch_row=send(rollout.tokens.device, row_index)[0])
     if recipe.zero_mismatch:  # the bits of a row depend on the width of the rollout that sampled it
         return replace(samples, rollout=rollout)
     if rollout.sampling_params.support != "rollout":
         rollout = replace(rollout, filter_support=None)  # not used from here on, and not every process records it
     lengths = reduce(rollout.attention_mask.long(), "(p g) t -> p", "sum", g=rollout.group_size).cpu()
-    shape = (rollout.tokens.shape[1], *rollout.slots())
-    (table,) = gather_on_host([torch.cat([lengths, torch.tensor(shape)])[None]], accelerator)
-    work = (samples.metric_weights > 0) + UPDATE * active_groups(recipe, samples.advantages).long()
-    costs = table[:, : -len(shape)] * rearrange(work, "(w p) -> w p", w=len(table))
-    plan = swaps(costs)
-    mine = dict[int, list[int]]()  # by process: its places to swap, in the plan's order in both processes
-    for pair in plan:
-        for (process, place), (other, _) in (pair, pair[::-1]):
+    width_and_slots = (rollout.tokens.shape[1], *rollout.slots())
+    (lengths_and_sizes,) = gather_on_host([torch.cat([lengths, torch.tensor(width_and_slots)])[None]], accelerator)
+    forwards_per_token = (samples.metric_weights > 0) + UPDATE_COST * active_groups(recipe, samples.advantages).long()
+    costs = lengths_and_sizes[:, : -len(width_and_slots)] * rearrange(
+        forwards_per_token, "(w p) -> w p", w=len(lengths_and_sizes)
+    )
+    swaps = plan_swaps(costs)
+    outgoing = dict[
+        int, list[int]
+    ]()  # by partner process: the local groups to swap, in the same order in both processes
+    for swap_pair in swaps:
+        for (process, slot), (partner, _) in (swap_pair, swap_pair[::-1]):
             if process == accelerator.process_index:
-                mine.setdefault(other, []).append(place)
-    if mine:
-        width, *slots = table[:, -len(shape) :].amax(0).tolist()
-        rollout = exchanged(rollout.padded(width - shape[0], pad_id=pad_id).with_slots(iter(slots)), mine)
-    home = torch.arange(costs.numel()).view_as(costs)  # every process computes the same new order
-    order = home.clone()
-    for first, second in plan:
-        order[first] = home[second]
-        order[second] = home[first]
-    return samples.reordered(order.flatten(), rollout)
+                outgoing.setdefault(partner, []).append(slot)
+    if outgoing:
+        max_width, *max_slots = lengths_and_sizes[:, -len(width_and_slots) :].amax(0).tolist()
+        rollout = exchange_groups(
+            rollout.padded(max_width - width_and_slots[0], pad_id=pad_id).with_slots(iter(max_slots)), outgoing
+        )
+    old_index = torch.arange(costs.numel()).view_as(costs)  # every process computes the same new order
+    order = old_index.clone()
+    for first, second in swaps:
+        order[first] = old_index[second]
+        order[second] = old_index[first]
+    return samples.reorder_groups(order.flatten(), rollout)
 
 
-def swaps(costs: Int[Tensor, "W P"]) -> list[tuple[Place, Place]]:
+def plan_swaps(costs: Int[Tensor, "W P"]) -> list[tuple[GroupSlot, GroupSlot]]:
     """Return pairs of groups to swap, each group at most once. The choice is greedy, and the same in every process."""
     loads = costs.sum(1)
-    settled = torch.zeros_like(costs, dtype=torch.bool)
-    found = list[tuple[Place, Place]]()
+    is_swapped = torch.zeros_like(costs, dtype=torch.bool)
+    swaps = list[tuple[GroupSlot, GroupSlot]]()
     while True:
-        most = int(loads.argmax())
-        least = int(loads.argmin())
-        apart = loads[most] - loads[least]
-        handed = costs[most][:, None] - costs[least]
-        handed[settled[most][:, None] | settled[least]] = 0
-        left = (apart - 2 * handed).abs()  # swap the pair that brings the two processes closest
-        if apart - left.min() <= 2 * WORTH * loads[most]:
-            return found
-        give, take = divmod(int(left.argmin()), costs.shape[1])
-        loads[most] -= handed[give, take]
-        loads[least] += handed[give, take]
-        settled[most, give] = settled[least, take] = True
-        found.append(((most, give), (least, take)))
+        busiest = int(loads.argmax())
+        idlest = int(loads.argmin())
+        gap = loads[busiest] - loads[idlest]
+        moved_cost = costs[busiest][:, None] - costs[idlest]
+        moved_cost[is_swapped[busiest][:, None] | is_swapped[idlest]] = 0
+        remaining_gap = (gap - 2 * moved_cost).abs()  # swap the pair that brings the two processes closest
+        if gap - remaining_gap.min() <= 2 * MIN_SAVING * loads[busiest]:
+            return swaps
+        outgoing, incoming = divmod(int(remaining_gap.argmin()), costs.shape[1])
+        loads[busiest] -= moved_cost[outgoing, incoming]
+        loads[idlest] += moved_cost[outgoing, incoming]
+        is_swapped[busiest, outgoing] = is_swapped[idlest, incoming] = True
+        swaps.append(((busiest, outgoing), (idlest, incoming)))
 
 
-def exchanged(rollout: Rollout, mine: dict[int, list[int]]) -> Rollout:
-    """Send the groups at the places `mine` to each process, and return the rollout with the received groups in their
-    place.
+def exchange_groups(rollout: Rollout, outgoing: dict[int, list[int]]) -> Rollout:
+    """Send this process's groups in `outgoing` to their partner processes, and return the rollout with the received
+    groups in their place.
     """
-    group = torch.arange(rollout.group_size)
-    counts = [len(places) * len(group) for places in mine.values()]
-    places = torch.tensor([place for each in mine.values() for place in each])
-    (rows,) = send(rollout.tokens.device, rearrange(places[:, None] * len(group) + group, "p g -> (p g)"))
-    tensors = rollout.tensors()  # of the record and its nested records, in the same order in all processes
-    lines = [value[rows].double().reshape(len(rows), -1) for value in tensors]  # fp64 holds masks, ids, fp32
-    parcels = torch.cat(lines, dim=1).split(counts)  # all fields of a row travel as one line
-    arrived = [torch.empty_like(parcel) for parcel in parcels]
-    swap(list(zip(mine, parcels, strict=True)), list(zip(mine, arrived, strict=True)))
-    columns = iter(torch.cat(arrived).split([line.shape[1] for line in lines], dim=1))
+    group_size = rollout.group_size
+    rows_per_partner = [len(slots) * group_size for slots in outgoing.values()]
+    slots = torch.tensor([slot for slots in outgoing.values() for slot in slots])
+    (rows,) = send(
+        rollout.tokens.device, rearrange(slots[:, None] * group_size + torch.arange(group_size), "p g -> (p g)")
+    )
+    tensors = rollout.tensors()  # the same fields in the same order in all processes
+    flat_fields = [
+        value[rows].double().reshape(len(rows), -1) for value in tensors
+    ]  # fp64 represents masks, ids and fp32 exactly
+    sent = torch.cat(flat_fields, dim=1).split(rows_per_partner)  # one flat row per completion
+    received = [torch.empty_like(rows_sent) for rows_sent in sent]
+    swap(list(zip(outgoing, sent, strict=True)), list(zip(outgoing, received, strict=True)))
+    received_fields = iter(torch.cat(received).split([field.shape[1] for field in flat_fields], dim=1))
 
-    def received(value: Tensor) -> Tensor:
-        return value.index_copy(0, rows, next(columns).view(-1, *value.shape[1:]).to(value.dtype))
+    def replace_rows(value: Tensor) -> Tensor:
+        return value.index_copy(0, rows, next(received_fields).view(-1, *value.shape[1:]).to(value.dtype))
 
-    rollout = rollout.map(received)
-    start = int(rollout.attention_mask.any(0).long().argmax())  # columns before it pad every row
-    return rollout.rows(torch.arange(len(rollout.tokens), device=rows.device), slice(start, None))
+    rollout = rollout.map(replace_rows)
+    first_column = int(rollout.attention_mask.any(0).long().argmax())  # columns before it pad every row
+    return rollout.rows(torch.arange(len(rollout.tokens), device=rows.device), slice(first_column, None))
 
 
-def of_sampled_rows(values: Float[Tensor, "B K"], rollout: Rollout, accelerator: Accelerator) -> Float[Tensor, "B K"]:
-    """Return values of the balanced rows in the order in which this process sampled its rows, on the host. Collective:
-    every process must call it.
+def to_sampling_order(values: Float[Tensor, "B K"], rollout: Rollout, accelerator: Accelerator) -> Float[Tensor, "B K"]:
+    """Reorder per-row values after load balancing: return, on the host, the values of the rows that this process
+    sampled, in sampling order. Collective: every process must call it.
     """
     if rollout.batch_row is None:
         return values.cpu()
-    (found,) = gather_on_host([torch.cat([values.double(), rollout.batch_row[:, None]], dim=1)], accelerator)
-    return local(found[found[:, -1].argsort()], accelerator)[:, :-1]
+    (gathered,) = gather_on_host([torch.cat([values.double(), rollout.batch_row[:, None]], dim=1)], accelerator)
+    return local(gathered[gathered[:, -1].argsort()], accelerator)[:, :-1]

@@ -1,4 +1,6 @@
-"""Differences of rollout and learner that no importance weight corrects: the order of positions, a token's experts."""
+"""Compare rollout and learner in what no importance weight corrects: the order of positions, and
+each token's experts.
+"""
 
 from accelerate import Accelerator
 from jaxtyping import Int
@@ -13,11 +15,15 @@ from dllm_rl.samplers.agreement import order_agreement
 from dllm_rl.types import Rollout, Views
 
 
-def compare_sides(
+def compare_rollout_and_learner(
     policy: Policy, rollout_policy: Policy, rollout: Rollout, views: Views
 ) -> tuple[Metrics, Int[Tensor, "M X"] | None]:
-    """Return `order_agreement` and `routing_counts` of this process. The first counts how many of the first step's
-    committed positions the learner would commit too, in one row per prompt.
+    """Count how often learner and rollout policy agree, over this process's rows. Call it before the update.
+
+    Returns:
+        `order_agreement`: of the positions that the first denoising step commits, how many the learner would commit
+        too, in one row per prompt. `routing_counts`: how many tokens are routed to the same experts. ({}, None) if the
+        learner itself samples.
     """
     if rollout_policy is policy:
         return {}, None
@@ -25,7 +31,9 @@ def compare_sides(
         return order_agreement(policy, rollout), routing_counts(policy, rollout_policy, rollout, views)
 
 
-def side_metrics(order: Metrics, routing: Int[Tensor, "M X"] | None, accelerator: Accelerator) -> dict[str, float]:
-    """Reduce the counts of `compare_sides` to metrics over all processes."""
+def order_and_routing_metrics(
+    order: Metrics, routing: Int[Tensor, "M X"] | None, accelerator: Accelerator
+) -> dict[str, float]:
+    """Reduce the counts of `compare_rollout_and_learner` to metrics over all processes."""
     metrics = {PREFIX + name: value for name, value in reduce_metrics(order, accelerator).items()}
     return metrics if routing is None else metrics | routing_metrics(sum_over(routing, accelerator))

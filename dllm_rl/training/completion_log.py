@@ -1,4 +1,4 @@
-"""Completions of a step for people to read: a table on the screen, and rows of completions.jsonl."""
+"""Log completions of a step for people to read: a table on the screen, and rows of completions.jsonl."""
 
 import json
 from typing import Any
@@ -13,97 +13,112 @@ from dllm_rl.models.tokens import written_tokens
 from dllm_rl.monitoring.log import finite
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import NARROW, literal
-from dllm_rl.tasks.base import Problem, parts
-from dllm_rl.training.balance import of_sampled_rows
+from dllm_rl.tasks.base import Problem, completion_metrics
+from dllm_rl.training.balance import to_sampling_order
 from dllm_rl.training.context import StepContext
-from dllm_rl.training.rollouts import Answer
+from dllm_rl.training.rollouts import GradedCompletion
 from dllm_rl.training.samples import Samples
 from dllm_rl.types import Logprobs, Rollout
 
-PROMPTS = 4  # prompts of a step; each shows its completions of highest and lowest reward
-CHARACTERS = 160  # characters of a text in the table, from its two ends
+NUM_PROMPTS = 4  # prompts of a step that are shown, each with its completions of highest and lowest reward
+MAX_CHARACTERS = 160  # of a text in the table; a longer text shows its beginning and its end
 
 
 def log_completions(
     run: StepContext[Recipe],
     step: int,
-    answers: list[Answer],  # of the rows that this process sampled, like `sampled`
+    answers: list[GradedCompletion],  # of the rows that this process sampled, like `sampled`
     sampled: Rollout,
-    learned: Samples,  # after load balancing, like `logps`
+    trained: Samples,  # after load balancing, like `logps`
     logps: Logprobs,
 ) -> None:
-    """Show and store the best and worst completions of the step's first prompts. Collective: every process must call
-    it.
+    """Show and store the best and the worst completions of the step's first prompts, every `log_completions_steps`.
+    Collective: every process must call it.
 
     A row of completions.jsonl: the problem's fields, and {"step", "prompt", "completion", "reward", "advantage",
         "mismatch": sum over scored tokens of log p_learner - log p_rollout, nats; null if the row is not scored,
         "parts": {"parsed": 1.0, ...}, "tokens": [{"id", "text", "step": that committed it, "probability"}, ...]}
     """
     log = run.log
-    every = run.recipe.log_completions_steps
-    if not every or (step % every and step + 1 < run.recipe.num_steps):
+    interval = run.recipe.log_completions_steps
+    if not interval or (step % interval and step + 1 < run.recipe.num_steps):
         return
-    rollout = learned.rollout
-    scored = logps.views.scored(rollout.completion_mask)
-    apart = torch.where(scored, logps.old_logprobs - logps.rollout_logprobs, 0).double().sum(-1)
-    nats = torch.where(scored.any(-1), apart, torch.nan)  # a row that is not scored has no mismatch
-    mine = send(nats.device, local(rearrange(learned.advantages, "p g -> (p g)"), run.accelerator))[0]
-    found = of_sampled_rows(torch.stack([nats, mine], dim=1), rollout, run.accelerator).tolist()
+    rollout = trained.rollout
+    is_scored = logps.views.scored(rollout.completion_mask)
+    log_mismatch = torch.where(is_scored, logps.old_logprobs - logps.rollout_logprobs, 0).double().sum(-1)
+    row_mismatch = torch.where(is_scored.any(-1), log_mismatch, torch.nan)  # a row that is not scored has no mismatch
+    all_advantages = rearrange(trained.advantages, "p g -> (p g)")
+    (local_advantages,) = send(row_mismatch.device, local(all_advantages, run.accelerator))
+    row_values = torch.stack([row_mismatch, local_advantages], dim=1)
+    mismatch_and_advantage = to_sampling_order(row_values, rollout, run.accelerator).tolist()
     if not log.main:  # the collective above needs all processes; only the main process does the rest
         return
-    chosen = contrasts([float(answer.reward.value) for answer in answers], sampled.group_size)
-    (rows,) = send(sampled.tokens.device, torch.tensor(chosen))
-    made = []
-    for i, tokens in zip(chosen, written_tokens(run.policy, sampled.rows(rows)), strict=True):
+    selected = best_and_worst_rows([float(answer.reward.value) for answer in answers], sampled.group_size)
+    (row_index,) = send(sampled.tokens.device, torch.tensor(selected))
+    rows_to_log = []
+    for i, tokens in zip(selected, written_tokens(run.policy, sampled.rows(row_index)), strict=True):
         answer = answers[i]
-        mismatch, advantage = found[i]
+        mismatch, advantage = mismatch_and_advantage[i]
         numbers = finite({"reward": float(answer.reward.value), "advantage": advantage, "mismatch": mismatch})
         texts = {"prompt": answer.problem.prompt, "completion": answer.completion}
-        own = {"step": step, **texts, **numbers, "parts": parts(answer.reward), "tokens": tokens}
-        made.append(stored_fields(answer.problem) | own)
-    log.keep(made)
-    log.show(table(f"completions of step {step + 1}: of {PROMPTS} prompts those of highest and lowest reward", made))
+        step_fields = {"step": step, **texts, **numbers, "parts": completion_metrics(answer.reward), "tokens": tokens}
+        rows_to_log.append(stored_fields(answer.problem) | step_fields)
+    log.keep(rows_to_log)
+    title = f"completions of step {step + 1}: of {NUM_PROMPTS} prompts those of highest and lowest reward"
+    log.show(table(title, rows_to_log))
 
 
 def stored_fields(problem: Problem) -> dict[str, Any]:
+    """Return the problem's fields as JSON can store them."""
     # A data set's columns may have any type, such as dates and NaN: they become text and do not stop the run.
     return json.loads(json.dumps(dict(problem.fields), default=str, skipkeys=True), parse_constant=str)
 
 
-def contrasts(rewards: list[float], group_size: int) -> list[int]:
-    """Return the rows of highest and lowest reward of each of the first groups; one row if all rewards are equal."""
-    chosen: dict[int, None] = {}
-    for first in range(0, len(rewards), group_size)[:PROMPTS]:
+def best_and_worst_rows(rewards: list[float], group_size: int) -> list[int]:
+    """Return the index of the rows with the highest and the lowest reward in each of the first groups; one row if all
+    rewards of the group are equal.
+    """
+    selected: dict[int, None] = {}
+    for first in range(0, len(rewards), group_size)[:NUM_PROMPTS]:
         group = range(first, first + group_size)
-        chosen |= dict.fromkeys((max(group, key=rewards.__getitem__), min(group, key=rewards.__getitem__)))
-    return list(chosen)
+        selected |= dict.fromkeys((max(group, key=rewards.__getitem__), min(group, key=rewards.__getitem__)))
+    return list(selected)
 
 
-def table(title: str, made: list[dict]) -> Table:
-    """Return the rows for a terminal of at least 80 columns (A: advantage), markup and control characters escaped."""
-    shown = Table(title=literal(title, style="table.title"), title_justify="left", **NARROW)
+def table(title: str, rows: list[dict]) -> Table:
+    """Lay out the rows for a terminal of at least 80 columns (A: advantage), with markup and control characters
+    escaped.
+    """
+    grid = Table(title=literal(title, style="table.title"), title_justify="left", **NARROW)
     for name in ("prompt", "completion", "reward"):  # no width: the longest column shrinks first
-        shown.add_column(name, overflow="fold")
+        grid.add_column(name, overflow="fold")
     for name in ("A", "mismatch,\nnats"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    above = None
-    for row in made:
-        if row["prompt"] != above:
-            shown.add_section()
+        grid.add_column(name, justify="right", no_wrap=True)
+    previous_prompt = None
+    for row in rows:
+        if row["prompt"] != previous_prompt:
+            grid.add_section()
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         reward = ", ".join(f"{name} {value:.3g}" for name, value in row["parts"].items())
-        texts = ("" if row["prompt"] == above else prompt, row["completion"], f"{row['reward']:.3g}: {reward}")
-        shown.add_row(*(literal(shortened(text)) for text in texts), signed(row["advantage"]), signed(row["mismatch"]))
-        above = row["prompt"]
-    return shown
+        texts = (
+            "" if row["prompt"] == previous_prompt else prompt,
+            row["completion"],
+            f"{row['reward']:.3g}: {reward}",
+        )
+        grid.add_row(
+            *(literal(shorten(text)) for text in texts), format_signed(row["advantage"]), format_signed(row["mismatch"])
+        )
+        previous_prompt = row["prompt"]
+    return grid
 
 
-def signed(value: float | None) -> str:
+def format_signed(value: float | None) -> str:
+    """Format a number with its sign; "-" for None."""
     return "-" if value is None else f"{value:+.3g}"
 
 
-def shortened(text: object) -> str:
-    """Return a text unchanged, or its two ends if it is longer than CHARACTERS."""
+def shorten(text: object) -> str:
+    """Return the text, or its beginning and its end if it is longer than MAX_CHARACTERS."""
     shown = str(text)
-    half = CHARACTERS // 2
-    return shown if len(shown) <= CHARACTERS else f"{shown[:half]} ... {shown[-half:]}"
+    half = MAX_CHARACTERS // 2
+    return shown if len(shown) <= MAX_CHARACTERS else f"{shown[:half]} ... {shown[-half:]}"

@@ -26,12 +26,12 @@ from dllm_rl.models.denoiser import Prefix, conditioning
 from dllm_rl.models.logprobs import token_logprobs
 from dllm_rl.types import SamplingParams
 
-CONDITIONED = 0.5  # share of the examples whose second pass sees the first one's logits [TRL's example, NeMo]
+CONDITIONED = 0.5  # share of the examples whose second pass sees the logits of the first [TRL's example, NeMo]
 
 
 class Noise(NamedTuple):
-    """Random numbers of the lessons of B examples; C is the canvas's length. All but `level` are uniforms in [0, 1).
-    `warmup.draw_levels` draws the first three.
+    """Random numbers for the lessons of B examples; C is the length of a canvas. All but `level` are uniforms in [0,
+    1). `warmup.draw_levels` draws the first three.
 
     Args:
         level: Probability with which a token of the canvas is replaced.
@@ -50,14 +50,14 @@ class Noise(NamedTuple):
 
 @dataclass(frozen=True)
 class Lesson:
-    """An example: the encoder's input (S,), and the canvas after it, as the target and as the decoder sees it (C,).
+    """A training example: the text that the encoder reads, and the canvas after it, clean and with replaced tokens.
 
     Args:
         context: Token ids that the encoder reads.
         target: Token ids of the canvas.
         seen: Token ids of the canvas as the decoder sees it, with replaced tokens.
-        real: Number of the target's tokens that belong to the answer. End tokens fill the rest, and count for the
-            decoder.
+        real: Number of the target's tokens that belong to the answer. End tokens fill the rest of the canvas; they
+            count in the decoder's loss.
         conditioned: Whether the decoder sees the logits of a first pass.
     """
 
@@ -69,59 +69,66 @@ class Lesson:
 
 
 def lessons(policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], noise: Noise) -> list[Lesson]:
-    """Make a lesson for each prompt and answer (token ids; the answer with its end token), with its row's noise."""
+    """Make a lesson of each (prompt, answer), two lists of token ids; the answer includes its end token. Row i uses row
+    i of the noise.
+    """
     length = policy.spec.block_size
-    assert length is not None, "`check_spec` asks for it"
-    fill = policy.spec.eos_ids[0]
-    found = []
+    assert length is not None, "`check_spec` requires it"
+    end_token = policy.spec.eos_ids[0]
+    examples = []
     for row, (prompt, answer) in enumerate(pairs):
-        canvases = -(-len(answer) // length)
-        begin = int(noise.canvas[row] * canvases) * length
-        part = [*answer[begin : begin + length]]
-        target = torch.tensor(part + [fill] * (length - len(part)))
-        random = (noise.token[row] * policy.vocab_size).long()  # from the full vocabulary, as `renoise` draws
-        seen = torch.where(noise.hit[row] < noise.level[row], random, target)
-        context = torch.tensor([*prompt, *answer[:begin]])
-        found.append(Lesson(context, target, seen, len(part), bool(noise.passes[row] < CONDITIONED)))
-    return found
+        num_canvases = -(-len(answer) // length)
+        start = int(noise.canvas[row] * num_canvases) * length
+        answer_part = [*answer[start : start + length]]
+        target = torch.tensor(answer_part + [end_token] * (length - len(answer_part)))
+        random_tokens = (noise.token[row] * policy.vocab_size).long()  # from the full vocabulary, as `renoise` draws
+        noisy_tokens = torch.where(noise.hit[row] < noise.level[row], random_tokens, target)
+        context = torch.tensor([*prompt, *answer[:start]])
+        examples.append(Lesson(context, target, noisy_tokens, len(answer_part), bool(noise.passes[row] < CONDITIONED)))
+    return examples
 
 
 def denoising_loss(policy: Policy, batch: Sequence[Lesson]) -> Float[Tensor, ""]:
-    """Return the sum over the lessons of the decoder's and the encoder's loss, in nats. Divide by the number of lessons
-    for the mean.
+    """Return the loss of the module's docstring, in nats, as a sum over the lessons. Divide it by their number for the
+    mean.
     """
     device = policy.device
-    context, real = left_padded([one.context for one in batch])
-    context, real = context.to(device), real.to(device)
-    target = torch.stack([one.target for one in batch]).to(device)
-    seen = torch.stack([one.seen for one in batch]).to(device)
-    conditioned = torch.tensor([one.conditioned for one in batch], device=device)
+    context, is_context = left_padded([lesson.context for lesson in batch])
+    context, is_context = context.to(device), is_context.to(device)
+    target = torch.stack([lesson.target for lesson in batch]).to(device)
+    noisy_tokens = torch.stack([lesson.seen for lesson in batch]).to(device)
+    conditioned = torch.tensor([lesson.conditioned for lesson in batch], device=device)
     prefix = Prefix.empty(policy, len(batch))
-    read = prefix.read(policy, context, real)
-    previous = None
+    text_states = prefix.read(policy, context, is_context)
+    first_pass_logits = None
     if conditioned.any():
         with torch.no_grad():
-            previous = conditioning(policy, prefix.logits(policy, seen, None, temperature=1.0))
-    states = prefix.states(policy, seen, previous, conditioned)
-    decoder = logprobs(policy, states, target).mean(-1)
-    # The encoder reads the canvas too, so that it learns the canvas's text. The fill after the answer is not text.
-    text = (
-        torch.arange(target.shape[1], device=device) < torch.tensor([one.real for one in batch], device=device)[:, None]
+            first_pass_logits = conditioning(policy, prefix.logits(policy, noisy_tokens, None, temperature=1.0))
+    canvas_states = prefix.states(policy, noisy_tokens, first_pass_logits, conditioned)
+    decoder_logprobs = logprobs(policy, canvas_states, target).mean(-1)
+    # The encoder also reads the canvas, to learn its text. The end tokens that fill the canvas are not text.
+    is_answer = (
+        torch.arange(target.shape[1], device=device)
+        < torch.tensor([lesson.real for lesson in batch], device=device)[:, None]
     )
-    read = torch.cat([read, prefix.read(policy, target, torch.ones_like(text))], dim=1)
+    text_states = torch.cat([text_states, prefix.read(policy, target, torch.ones_like(is_answer))], dim=1)
     tokens = torch.cat([context, target], dim=1)
-    whole = torch.cat([real, text], dim=1)
-    pairs = whole[:, :-1] & whole[:, 1:]
-    encoder = torch.zeros_like(pairs, dtype=decoder.dtype)
-    encoder[pairs] = scored(policy, read[:, :-1][pairs], tokens[:, 1:][pairs])
-    return -(decoder + encoder.sum(-1) / pairs.sum(-1).clamp(min=1)).sum()
+    is_text = torch.cat([is_context, is_answer], dim=1)
+    has_next_token = is_text[:, :-1] & is_text[:, 1:]
+    encoder_logprobs = torch.zeros_like(has_next_token, dtype=decoder_logprobs.dtype)
+    encoder_logprobs[has_next_token] = flat_logprobs(
+        policy, text_states[:, :-1][has_next_token], tokens[:, 1:][has_next_token]
+    )
+    return -(decoder_logprobs + encoder_logprobs.sum(-1) / has_next_token.sum(-1).clamp(min=1)).sum()
 
 
 def logprobs(policy: Policy, states: Float[Tensor, "B C D"], tokens: Int[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-    return scored(policy, states.flatten(0, 1), tokens.flatten()).view(tokens.shape)
+    """Return the log-prob of each token given its hidden state, in nats."""
+    return flat_logprobs(policy, states.flatten(0, 1), tokens.flatten()).view(tokens.shape)
 
 
-def scored(policy: Policy, states: Float[Tensor, "K D"], tokens: Int[Tensor, " K"]) -> Float[Tensor, " K"]:
+def flat_logprobs(policy: Policy, states: Float[Tensor, "K D"], tokens: Int[Tensor, " K"]) -> Float[Tensor, " K"]:
+    """Return the log-prob of each token at temperature 1, in nats."""
     return token_logprobs(policy, states, tokens, SamplingParams())
 
 

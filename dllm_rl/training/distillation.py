@@ -4,9 +4,10 @@ of it.
     reward = (1 - teacher_coeff) * the task's reward + teacher_coeff * (log p_T(y) - log q(y)), in nats
 
 q(y) is the record of the policy that sampled. p_T(y) is the probability with which the teacher would have written y in
-the same order, in finer steps: each step of the student becomes up to `teacher_substeps` steps, and each of them sees
-the tokens of the steps before it. The order of the positions inside a step of the student is a fixed draw, the same for
-all completions of a prompt. The draw does not depend on the tokens, so that p_T adds up to 1 over all completions.
+the same order, in finer steps: each step of the student becomes up to `teacher_substeps` steps, and each of them
+sees the tokens of the steps before it. The order of the positions inside a step of the student is a fixed draw, the
+same for all completions of a prompt. The draw does not depend on the tokens, so that p_T adds up to 1 over all
+completions.
 
 The mean of log q - log p_T over the student's completions is KL(q || p_T), the reverse KL of TRL and verl, and
 
@@ -60,25 +61,27 @@ def teacher_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> 
 
 def check_teacher(policy: Policy, teacher: Policy) -> None:
     """Raise ValueError if the teacher's vocabulary or kind of attention differs from the student's."""
-    ours, theirs = policy.spec, teacher.spec
-    if theirs.attention != ours.attention:
+    student_spec, teacher_spec = policy.spec, teacher.spec
+    if teacher_spec.attention != student_spec.attention:
         raise ValueError(
-            f"teacher is {theirs.attention!r} ({theirs.name}) and the student {ours.attention!r} ({ours.name}): it "
-            "cannot score the student's steps; give a teacher that writes as the student does"
+            f"teacher is {teacher_spec.attention!r} ({teacher_spec.name}) and the student {student_spec.attention!r} "
+            f"({student_spec.name}): it cannot score the student's steps; give a teacher "
+            "that writes as the student does"
         )
     vocabularies = [each.tokenizer.get_vocab() for each in (policy, teacher) if hasattr(each.tokenizer, "get_vocab")]
-    same = len(vocabularies) < 2 or vocabularies[0] == vocabularies[1]
-    if not same or (teacher.vocab_size, theirs.mask_id) != (policy.vocab_size, ours.mask_id):
+    same_vocabulary = len(vocabularies) < 2 or vocabularies[0] == vocabularies[1]
+    if not same_vocabulary or (teacher.vocab_size, teacher_spec.mask_id) != (policy.vocab_size, student_spec.mask_id):
         raise ValueError(
-            f"teacher ({theirs.name}, {teacher.vocab_size} tokens, mask {theirs.mask_id}) has another vocabulary than "
-            f"the student ({ours.name}, {policy.vocab_size} tokens, mask {ours.mask_id}), and the same ids would be "
-            "other words; give a teacher with the student's tokenizer"
+            f"teacher ({teacher_spec.name}, {teacher.vocab_size} tokens, mask {teacher_spec.mask_id}) has another "
+            f"vocabulary than the student ({student_spec.name}, {policy.vocab_size} tokens, "
+            f"mask {student_spec.mask_id}), and the same ids would be other words; give a teacher with the "
+            "student's tokenizer"
         )
 
 
-def teach(run: Run[Recipe], samples: Samples, step: int) -> tuple[Samples, dict[str, float]]:
-    """Add the teacher's part to the rewards and recompute the advantages; without a teacher, return the samples
-    unchanged.
+def add_teacher_reward(run: Run[Recipe], samples: Samples, step: int) -> tuple[Samples, dict[str, float]]:
+    """Add the teacher's reward to the task's rewards and recompute the advantages. Without a teacher, return the
+    samples unchanged. Call it after `collect` and before `train_step`.
 
     The metric teacher/reverse_kl is the mean of log q - log p_T over the completions of all processes, in nats per
     completion; teacher/coeff is `teacher_coeff`.
@@ -88,63 +91,70 @@ def teach(run: Run[Recipe], samples: Samples, step: int) -> tuple[Samples, dict[
     if teacher is None:
         return samples, {}
     with run.log.stage("teacher"), arithmetic(recipe, accelerator):
-        every = row_seeds(generator_for(recipe.seed, "teacher", step), len(samples.rewards))
-        apart = log_ratio(recipe, teacher, samples.rollout, local(every, accelerator))
-    (apart,) = gather_on_host([rearrange(apart, "(p g) -> p g", g=samples.rollout.group_size)], accelerator)
-    share = recipe.teacher_coeff
-    rewards = (1 - share) * samples.rewards - share * apart.to(samples.rewards)
-    found = replace(samples, rewards=rewards, advantages=compute_advantages(recipe, rewards, {}))
-    return found, {"teacher/reverse_kl": apart.mean().item(), "teacher/coeff": share}
+        group_seeds = row_seeds(generator_for(recipe.seed, "teacher", step), len(samples.rewards))
+        reverse_kl = student_teacher_log_ratio(recipe, teacher, samples.rollout, local(group_seeds, accelerator))
+    (reverse_kl,) = gather_on_host([rearrange(reverse_kl, "(p g) -> p g", g=samples.rollout.group_size)], accelerator)
+    coeff = recipe.teacher_coeff
+    rewards = (1 - coeff) * samples.rewards - coeff * reverse_kl.to(samples.rewards)
+    taught_samples = replace(samples, rewards=rewards, advantages=compute_advantages(recipe, rewards, {}))
+    return taught_samples, {"teacher/reverse_kl": reverse_kl.mean().item(), "teacher/coeff": coeff}
 
 
-def log_ratio(recipe: Recipe, teacher: Policy, rollout: Rollout, seeds: Int[Tensor, " p"]) -> Float[Tensor, " B"]:
+def student_teacher_log_ratio(
+    recipe: Recipe, teacher: Policy, rollout: Rollout, seeds: Int[Tensor, " p"]
+) -> Float[Tensor, " B"]:
     """Return log q(y) - log p_T(y) of each row, in nats, in fp64. `seeds` seeds the order of each prompt.
 
     Raises:
-        ValueError: The steps of the rollout cannot be split.
+        ValueError: The teacher cannot score this rollout (`check_rollout`).
     """
     check_rollout(recipe, teacher, rollout)
     likelihood = causal() if teacher.spec.attention == "causal" else trajectory()
-    unused = torch.Generator()  # neither estimator is random
-    sampled = recorded(rollout, likelihood.draw_views(rollout, unused))
+    unused_generator = torch.Generator()  # neither estimator is random
+    student_logprobs = recorded(rollout, likelihood.draw_views(rollout, unused_generator))
     (seeds,) = send(rollout.tokens.device, seeds)
-    taken = rollout if recipe.teacher_substeps == 1 else finer(rollout, seeds, num_parts=recipe.teacher_substeps)
-    views = likelihood.draw_views(taken, unused)
-    scored = likelihood.logprobs(teacher, taken, views, micro_batch_size=recipe.micro_batch_size)
-    return (sampled.double() - scored.double()).sum(-1)
+    if recipe.teacher_substeps > 1:
+        rollout = refine_steps(rollout, seeds, num_parts=recipe.teacher_substeps)
+    views = likelihood.draw_views(rollout, unused_generator)
+    teacher_logprobs = likelihood.logprobs(teacher, rollout, views, micro_batch_size=recipe.micro_batch_size)
+    return (student_logprobs.double() - teacher_logprobs.double()).sum(-1)
 
 
-def finer(rollout: Rollout, seeds: Int[Tensor, " p"], *, num_parts: int) -> Rollout:
-    """Return the rollout as if each of its steps had been `num_parts` steps of equal size, or one step per position if
-    it has fewer positions. The order of these steps is drawn from the prompt's seed, the same for all of its
-    completions.
+def refine_steps(rollout: Rollout, seeds: Int[Tensor, " p"], *, num_parts: int) -> Rollout:
+    """Split each denoising step of a rollout into `num_parts` steps of about equal size, or into one step per position
+    if the step wrote fewer positions.
+
+    The order of the positions is drawn from the prompt's seed, and is the same for all completions of the prompt.
     """
     step = rollout.unmask_step
-    place = position_ids(rollout.attention_mask)  # does not depend on padding
-    rows = seeds.repeat_interleave(rollout.group_size)[:, None].expand_as(step).flatten()
-    keys = uniforms(rows, torch.zeros_like(rows), place.flatten(), stream=0).view(step.shape)
-    group = step + 1  # 0: not written
-    sizes = torch.zeros_like(group[:, :1]).expand(-1, int(group.max()) + 1)
-    sizes = sizes.scatter_add(1, group, torch.ones_like(group))
-    rank = ranks(group + keys) - (sizes.cumsum(-1) - sizes).gather(1, group)  # rank inside the step, from 0
-    size = sizes.gather(1, group)
-    part = rank * size.clamp(max=num_parts) // size
-    return replace(rollout, unmask_step=torch.where(step < 0, -1, step * num_parts + part), order=None)
+    offset = position_ids(rollout.attention_mask)  # the same with any padding
+    seed_per_token = seeds.repeat_interleave(rollout.group_size)[:, None].expand_as(step).flatten()
+    order_keys = uniforms(seed_per_token, torch.zeros_like(seed_per_token), offset.flatten(), stream=0).view(step.shape)
+    step_group = step + 1  # 0 for positions that no step wrote
+    group_sizes = torch.zeros_like(step_group[:, :1]).expand(-1, int(step_group.max()) + 1)
+    group_sizes = group_sizes.scatter_add(1, step_group, torch.ones_like(step_group))
+    first_rank = (group_sizes.cumsum(-1) - group_sizes).gather(1, step_group)
+    rank_in_step = ranks(step_group + order_keys) - first_rank  # from 0
+    step_size = group_sizes.gather(1, step_group)
+    substep = rank_in_step * step_size.clamp(max=num_parts) // step_size
+    return replace(rollout, unmask_step=torch.where(step < 0, -1, step * num_parts + substep), order=None)
 
 
 def check_rollout(recipe: Recipe, teacher: Policy, rollout: Rollout) -> None:
     """Raise ValueError on a rollout that a teacher cannot score."""
     if rollout.sampling_params.filters:
         raise ValueError(
-            "teacher with top_k or top_p: a token that the teacher's own filter drops has no probability, and the KL "
-            "no bound; leave top_k and top_p out of the sampler"
+            "teacher with top_k or top_p: a token that the teacher's filter drops has probability 0, and the KL is "
+            "infinite; leave top_k and top_p out of the sampler"
         )
-    why = None
+    reason = None
     if teacher.spec.attention == "causal":
-        why = "an autoregressive student writes one token a step, which has no parts"
+        reason = "an autoregressive student writes one token per step, which cannot be split"
     elif rollout.events is not None or rollout.renoised is not None:
-        why = "the sampler writes a position more than once, so that its steps have no finer order"
+        reason = "the sampler writes positions more than once, so that its steps cannot be split"
     elif order_by_draws(recipe):
-        why = "the sampler's rank chooses by the drawn tokens, so that a finer order would know them before they stand"
-    if recipe.teacher_substeps > 1 and why:
-        raise ValueError(f"teacher_substeps={recipe.teacher_substeps}: {why}; use teacher_substeps=1, or rank=max_prob")
+        reason = "the sampler's rank reads the drawn tokens, so that a finer order would depend on unwritten tokens"
+    if recipe.teacher_substeps > 1 and reason:
+        raise ValueError(
+            f"teacher_substeps={recipe.teacher_substeps}: {reason}; use teacher_substeps=1, or rank=max_prob"
+        )

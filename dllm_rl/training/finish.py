@@ -1,4 +1,4 @@
-"""The end of a run: evaluation, summary, picture, model card."""
+"""Finish a run: final evaluation, summary.json, plot and model card."""
 
 import shlex
 import time
@@ -14,12 +14,12 @@ from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe, Settings
-from dllm_rl.training.hooks import after_summary, ending, load_best
+from dllm_rl.training.hooks import after_summary, ending_entries, load_best
 from dllm_rl.training.model_card import card, push_to_hub
 from dllm_rl.training.policies import resumed_policy
 from dllm_rl.training.run import Run
-from dllm_rl.training.saving import settle
-from dllm_rl.training.validation import evaluate_with, shown
+from dllm_rl.training.saving import wait_for_checkpoint
+from dllm_rl.training.validation import evaluate_with, format_metrics
 
 
 class Summary(dict[str, Any]):
@@ -31,7 +31,7 @@ class Summary(dict[str, Any]):
 
     @property
     def policy(self) -> Policy:
-        """Return the policy as the last step left it, with its adapters.
+        """Return the policy after the last step, with its adapters.
 
         Raises:
             ValueError: The run was a dry run, which trains no policy.
@@ -42,47 +42,47 @@ class Summary(dict[str, Any]):
 
 
 def finish(run: Run[Recipe]) -> Summary:
-    """Evaluate on held-out problems, write summary.json and the picture, and print the result."""
+    """Evaluate on held-out problems, write summary.json and the plot, and print the result."""
     recipe = run.recipe
     log = run.log
-    before = run.state.eval_before
+    eval_before = run.state.eval_before
     run.stop.leave_at_once(f"stopped after the last step, before the summary; {how_to_continue(recipe)}")
-    settle(run)
+    wait_for_checkpoint(run)
     load_best(run, lambda folder, state: resumed_policy(recipe, folder, state, run.accelerator))
     with log.stage("evaluation"):
-        after = evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)
-        quantized = after
+        eval_after = evaluate_with(recipe, run.policy, recipe.eval_task, run.accelerator)
+        eval_after_quantized = eval_after
         if run.rollout_policy is not run.policy:
-            quantized = evaluate_with(recipe, run.rollout_policy, recipe.eval_task, run.accelerator)
-    measured = {"before RL": before, "after": after, "after, quantised": quantized}
+            eval_after_quantized = evaluate_with(recipe, run.rollout_policy, recipe.eval_task, run.accelerator)
+    evaluations = {"before RL": eval_before, "after": eval_after, "after, quantised": eval_after_quantized}
     model_card = Path(run.checkpoint) / CARD
-    # No card is written where no checkpoint was saved, or where its folder was deleted.
+    # There is no card to update if no checkpoint was saved, or if its folder was deleted.
     if run.accelerator.is_main_process and run.checkpoint and model_card.is_file():
         step = TrainingState.read(model_card.parent).step
-        write_text(model_card, card(recipe, step=step, evaluations=measured, metrics=log.last))
-    return conclude(
+        write_text(model_card, card(recipe, step=step, evaluations=evaluations, metrics=log.last))
+    return write_summary(
         run,
         {
-            "eval_before": before,
-            "eval_after": after,
-            "eval_after_quantized": quantized,
+            "eval_before": eval_before,
+            "eval_after": eval_after,
+            "eval_after_quantized": eval_after_quantized,
             "eval_problems": len(recipe.eval_task),
             "warmup_steps": run.state.warmup_steps,
         },
-        result=f"{shown(before)}  ->  {shown(after)}  on {len(recipe.eval_task)} held-out problems, "
-        f"after {run.state.warmup_steps} warm-up and {run.state.step} RL steps",
+        result=f"{format_metrics(eval_before)}  ->  {format_metrics(eval_after)}  on {len(recipe.eval_task)} held-out "
+        f"problems, after {run.state.warmup_steps} warm-up and {run.state.step} RL steps",
         advice=_next_command(recipe, run.checkpoint) if run.checkpoint else "Sample:     no checkpoint was saved",
     )
 
 
-def conclude(run: Run[Settings], measured: dict[str, Any], *, result: str, advice: str) -> Summary:
-    """Write summary.json with `measured`, and the picture; print `result` and `advice`. With async_save, call `settle`
-    before.
+def write_summary(run: Run[Settings], results: dict[str, Any], *, result: str, advice: str) -> Summary:
+    """Write summary.json with `results`, draw the plot, and print `result` and `advice`. Call `wait_for_checkpoint`
+    first.
     """
     run.log.close()
     recipe = run.recipe
     directory = Path(recipe.directory)
-    summary = measured | {
+    summary = results | {
         "seconds": time.perf_counter() - run.log.begun,
         "stages": {name: round(spent, 3) for name, spent in run.log.seconds.items()},
         "seed": recipe.seed,
@@ -90,22 +90,22 @@ def conclude(run: Run[Settings], measured: dict[str, Any], *, result: str, advic
         "checkpoint": run.checkpoint,  # the checkpoint whose weights were evaluated
         "machine": machine(run.accelerator),
         "recipe": recipe.settings(),
-        **ending(run),
+        **ending_entries(run),
     }
     if run.accelerator.is_main_process:
         write_json(directory / "summary.json", summary)
         picture = plots.plot(directory) if recipe.num_steps else None
-        stopped = f"Stopped:    {run.control.stop_reason}\n" if run.control.stop_reason else ""
+        stopped_line = f"Stopped:    {run.control.stop_reason}\n" if run.control.stop_reason else ""
         run.log.say(
             f"\n{recipe.name}, seed {recipe.seed}: {result} in {summary['seconds']:.0f} s.\n"
-            f"{stopped}Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\n"
+            f"{stopped_line}Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\n"
             f"Numbers:    {directory / 'summary.json'}\n{advice}"
         )
         if recipe.push_to_hub is not None and run.checkpoint:
             folder = Path(run.checkpoint)
             try:
                 run.log.say(f"Uploaded:   {push_to_hub(folder, recipe.push_to_hub)}")
-            except Exception as error:  # any exception, of the network or the hub: the run has succeeded
+            except Exception as error:  # any error of the network or the hub: the run has succeeded
                 run.log.say(f"warning: {folder} could not be uploaded to {recipe.push_to_hub}: {error}")
     after_summary(run, summary)
     run.accelerator.wait_for_everyone()
@@ -114,15 +114,16 @@ def conclude(run: Run[Settings], measured: dict[str, Any], *, result: str, advic
 
 
 def _next_command(recipe: Recipe, folder: str) -> str:
-    """Return the line that samples the first held-out problem as the run's evaluation does."""
-    stock = isinstance(recipe.model, str) or (Path(folder) / "config.json").exists()
-    maker = "" if stock else " --model MODULE:FUNCTION"  # this function makes a custom module
+    """Return the command that samples the first held-out problem as the run's evaluation does."""
+    is_transformers_model = isinstance(recipe.model, str) or (Path(folder) / "config.json").exists()
+    # For a custom module, the user fills in the function that makes it.
+    model_option = "" if is_transformers_model else " --model MODULE:FUNCTION"
     problem = recipe.eval_task[0]
     text = problem.prompt
     options = ""
-    if not isinstance(text, str):  # the last turn may be the beginning of the answer
-        text = next(turn["content"] for turn in reversed(text) if turn["role"] != "assistant")
+    if not isinstance(text, str):  # the last message may be the beginning of the answer
+        text = next(message["content"] for message in reversed(text) if message["role"] != "assistant")
         options = " --chat"
     if problem.blank is not None:
         options += f" --blank {shlex.quote(problem.blank)}"
-    return f"Sample:     dllm-rl sample {shlex.quote(str(recipe.directory))} {shlex.quote(text)}{options}{maker}"
+    return f"Sample:     dllm-rl sample {shlex.quote(str(recipe.directory))} {shlex.quote(text)}{options}{model_option}"

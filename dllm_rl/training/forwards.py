@@ -19,8 +19,8 @@ from dllm_rl.training.context import StepContext
 @contextmanager
 def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
     """Set autocast to bf16 if `bf16` is set, and batch invariance if `zero_mismatch` is set."""
-    kept = recipe.shard_size == 1  # autocast's cache would contain all of a sharded model in bf16
-    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16, cache_enabled=kept)
+    cache_enabled = recipe.shard_size == 1  # autocast's cache would contain all of a sharded model in bf16
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16, cache_enabled=cache_enabled)
     with autocast, batch_invariant() if recipe.zero_mismatch else nullcontext():
         yield
 
@@ -32,7 +32,9 @@ def aligns(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> bool:
 
 @contextmanager
 def learner_forward(run: StepContext[Recipe]) -> Iterator[None]:
-    """Set the recipe's arithmetic, and the rollout's quantized operands if the forward is aligned."""
+    """Set what a forward of the learner needs: the recipe's arithmetic, and the rollout's quantized operands if the
+    corrector aligns the forward.
+    """
     aligned = aligns(run.recipe, run.policy, run.rollout_policy)
     with (
         arithmetic(run.recipe, run.accelerator),

@@ -24,13 +24,13 @@ from dllm_rl.samplers.rules import schedule
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import RewardFunction, in_memory, task_from_dataset, training_and_held_out
 from dllm_rl.training.finish import Summary
-from dllm_rl.training.policies import called
+from dllm_rl.training.policies import call_model_function
 from dllm_rl.training.trainer import train
 from dllm_rl.training.trl_names import with_trl_names
 
-EXACT_STEPS = 3  # a trajectory of at most this many steps is scored exactly
-SEGMENTS = 8  # largest number of segments of a longer trajectory
-TOKENS_PER_STEP = 2  # for a large model, as in LLaDA's papers
+MAX_EXACT_STEPS = 3  # samplers of at most this many denoising steps are scored exactly
+MAX_SEGMENTS = 8  # largest number of segments for samplers of more steps
+TOKENS_PER_STEP = 2  # default for a model with a preset, as in LLaDA's papers
 
 
 def grpo(
@@ -65,7 +65,7 @@ def grpo(
 
 
 @contextmanager
-def names_field(field: str) -> Iterator[None]:
+def name_field_in_error(field: str) -> Iterator[None]:
     """Put the name of an argument before the message of a ValueError in the block."""
     try:
         yield
@@ -124,83 +124,89 @@ def grpo_recipe(  # noqa: PLR0913
     Raises:
         ValueError: The data set has too few rows, or a setting is unknown.
     """
-    model = as_model(model, processing_class)
+    model = wrap_model(model, processing_class)
     if callable(train_dataset):
-        raise ValueError("train_dataset is a function; the order is grpo(model, train_dataset, reward_funcs)")
+        raise ValueError("train_dataset is a function; the argument order is grpo(model, train_dataset, reward_funcs)")
     rows = in_memory(train_dataset, max_rows)
-    with names_field("eval_dataset"):
-        given = None if eval_dataset is None else in_memory(eval_dataset, max_rows)
-    training, held_out = training_and_held_out(rows, given, eval_split)
-    task_of = partial(task_from_dataset, reward_funcs=reward_funcs, weights=reward_weights)
+    with name_field_in_error("eval_dataset"):
+        eval_rows = None if eval_dataset is None else in_memory(eval_dataset, max_rows)
+    training_rows, held_out_rows = training_and_held_out(rows, eval_rows, eval_split)
+    make_task = partial(task_from_dataset, reward_funcs=reward_funcs, weights=reward_weights)
     name = settings.pop("name", Path(model).name.lower() if isinstance(model, str) else "grpo")
-    task = task_of(training, name=name)
-    with names_field("train_dataset" if eval_dataset is None else "eval_dataset"):
-        eval_task = task_of(held_out, name=f"{name}-held-out")
+    task = make_task(training_rows, name=name)
+    with name_field_in_error("train_dataset" if eval_dataset is None else "eval_dataset"):
+        eval_task = make_task(held_out_rows, name=f"{name}-held-out")
     if isinstance(model, str):
-        attention = find_family(load_config(model)).attention  # this downloads no weights
-        sized: str | Policy = model
+        attention = find_family(load_config(model)).attention  # reads only the config, not the weights
+        sized_model: str | Policy = model
     else:
-        sized = model if isinstance(model, Policy) else called(model, settings.get("seed", Recipe.seed))
-        attention = sized.spec.attention
+        seed = settings.get("seed", Recipe.seed)
+        sized_model = model if isinstance(model, Policy) else call_model_function(model, seed)
+        attention = sized_model.spec.attention
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **(sampler_options or {})}
     if temperature is not None:
         options.setdefault("temperature", temperature)
-    preset = preset_by_size(attention, num_parameters(sized)) if preset is None else preset
+    preset = preset_by_size(attention, num_parameters(sized_model)) if preset is None else preset
     if preset not in (None, "none"):
-        options, settings = take_preset(preset, name, options, settings, is_path=isinstance(model, str))
+        options, settings = apply_preset(preset, name, options, settings, is_path=isinstance(model, str))
     options.setdefault("temperature", 1.0)
     sampler: partial
-    greedy: dict[str, Any] = {"temperature": 0.0}
-    if attention == "causal":  # an autoregressive model writes from left to right
+    greedy_options: dict[str, Any] = {"temperature": 0.0}
+    if attention == "causal":  # an autoregressive model
         sampler = partial(autoregress, **options)
     elif attention == "encoder_decoder":  # a model whose noise is random tokens
         if options.pop("temperature") != 1.0:
-            raise ValueError(f"temperature={temperature}: renoise has t_max and t_min; give these in sampler_options")
+            raise ValueError(
+                f"temperature={temperature}: renoise has t_max and t_min instead; set them in sampler_options"
+            )
         sampler = partial(renoise, **{"answer": "drawn", **options})
-        greedy = {"answer": "argmax"}
+        greedy_options = {"answer": "argmax"}
     else:
         sampler = partial(unmask, **options)
+    parameters = inspect.signature(sampler.func).parameters
     for option, value in options.items():
-        if parameter := inspect.signature(sampler.func).parameters.get(option):
-            check_kind(f"sampler_options: {option}", parameter.annotation, value)
-    for option in options.keys() - inspect.signature(sampler.func).parameters:
+        if option in parameters:
+            check_kind(f"sampler_options: {option}", parameters[option].annotation, value)
+    for option in options.keys() - parameters:
         kind = sampler.func.__name__
         raise ValueError(
             f"sampler_options: {option!r} is not a keyword of {kind}; help(dllm_rl.samplers.{kind}) lists them"
         )
-    # A sampler in `settings` replaces this one.
-    taken = {"max_new_tokens": max_new_tokens} | getattr(settings.get("sampler", sampler), "keywords", {})
-    segments = None if attention == "encoder_decoder" else segments_for(taken)
-    if settings.get("loss_reduction") is fixed_length_mean:  # Dr. GRPO divides by the length of a completion
-        settings["loss_reduction"] = partial(fixed_length_mean, length=taken["max_new_tokens"])
-    fixed: dict[str, Any] = {
+    # If `settings` has a sampler, it replaces this one.
+    sampler_keywords = {"max_new_tokens": max_new_tokens} | getattr(settings.get("sampler", sampler), "keywords", {})
+    segments = None if attention == "encoder_decoder" else segments_for(sampler_keywords)
+    if settings.get("loss_reduction") is fixed_length_mean:  # Dr. GRPO divides by max_new_tokens
+        settings["loss_reduction"] = partial(fixed_length_mean, length=sampler_keywords["max_new_tokens"])
+    fields: dict[str, Any] = {
         "name": name,
         "model": model,
         "task": task,
         "validation_task": eval_task,
         "eval_task": eval_task,
         "sampler": sampler,
-        "eval_sampler": partial(sampler, **greedy),
+        "eval_sampler": partial(sampler, **greedy_options),
         "likelihood": causal() if attention == "causal" else trajectory(num_segments=segments),
     }
-    return Recipe(**fixed | settings)
+    return Recipe(**fields | settings)
 
 
-def take_preset(
+def apply_preset(
     preset: str, task: str, options: dict[str, Any], settings: dict[str, Any], *, is_path: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fill in the sampler's keywords and the recipe's fields from a preset, except those the caller passed, and print
-    them.
+    """Add the preset's sampler options and recipe fields to those that the caller passed, which win; print the preset.
+
+    Returns:
+        The sampler's options and the recipe's fields.
     """
     fields, keywords = find_preset(preset).for_task(task)
     fields = without_groups(fields, settings)
-    if not is_path:  # the module has its dtype already
+    if not is_path:  # a loaded module has its dtype already
         fields = {field: value for field, value in fields.items() if field not in ("dtype", "base_quantization")}
     length = options["max_new_tokens"]
     size = options.get("block_size", keywords.get("block_size"))
     if keywords and "diffusion_steps" not in keywords and length % (size or 2) == 0:
         keywords["diffusion_steps"] = length // TOKENS_PER_STEP
-    if "sampler" in settings:  # the caller's sampler replaces the preset's
+    if "sampler" in settings:  # the caller's sampler replaces the preset's sampler
         keywords = {}
     fields = {field: value for field, value in fields.items() if field not in settings}
     keywords = {keyword: value for keyword, value in keywords.items() if keyword not in options}
@@ -209,21 +215,21 @@ def take_preset(
 
 
 def segments_for(options: dict[str, Any]) -> int | None:
-    """Return into how many segments the steps of `unmask` are merged; None if each step is scored exactly."""
+    """Return the `num_segments` of `trajectory` for these options of `unmask`; None if every step is scored exactly."""
     commit = as_commit(options.get("commit", schedule))
     if commit.order == "soft_threshold":
-        return None  # the probability of a set belongs to one step
-    steps = options["max_new_tokens"]  # one per token; a rule that ignores diffusion_steps may take as many
+        return None  # the probability of a set of positions belongs to one step
+    steps = options["max_new_tokens"]  # one step per token; a rule that ignores diffusion_steps may take as many
     if options.get("diffusion_steps") and not commit.adaptive:
         steps = options["diffusion_steps"]
     # A segment's forward and backward cost as much as three steps of the rollout. In equal time, on two tasks, two
     # segments of four steps taught more than all four steps, and two segments of eight steps more than all eight steps
     # (recipes/studies/league.md).
-    return None if steps <= EXACT_STEPS else max(2, min(SEGMENTS, steps // 4))
+    return None if steps <= MAX_EXACT_STEPS else max(2, min(MAX_SEGMENTS, steps // 4))
 
 
-def as_model(model: Any, tokenizer: Tokenizer) -> str | Policy | Callable[..., Policy]:
-    """Return the model for a recipe; a transformers model and its tokenizer become a policy.
+def wrap_model(model: Any, tokenizer: Tokenizer) -> str | Policy | Callable[..., Policy]:
+    """Return the value of a recipe's `model`: a transformers model and its tokenizer are wrapped as a policy.
 
     Raises:
         ValueError: A transformers model without a tokenizer, or a tokenizer for another kind of model.
@@ -231,8 +237,10 @@ def as_model(model: Any, tokenizer: Tokenizer) -> str | Policy | Callable[..., P
     kind = type(model).__name__
     if isinstance(model, nn.Module) and not isinstance(model, Policy):
         if tokenizer is None:
-            raise ValueError(f"processing_class=None: a loaded {kind} needs its tokenizer; give processing_class=")
+            raise ValueError(f"processing_class=None: a loaded {kind} needs its tokenizer; pass it as processing_class")
         return make_policy(model, tokenizer)
     if tokenizer is not None:
-        raise ValueError(f"processing_class is for a loaded model; leave it out, a model of type {kind} has its own")
+        raise ValueError(
+            f"processing_class is for a loaded transformers model, and this one is of type {kind}; leave it out"
+        )
     return model

@@ -1,4 +1,4 @@
-"""Calls of a run's callbacks, and the best checkpoint that a run ends with."""
+"""Call a run's callbacks, and load the best checkpoint at the end of a run."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -12,22 +12,23 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe, Settings
-from dllm_rl.training.policies import engine_of
+from dllm_rl.training.policies import resolve_rollout_engine
 from dllm_rl.training.run import Run
 
 
 def before_first_step(run: Run[Settings]) -> None:
-    """Check `metric_for_best_model` against the first evaluation, and call every `on_start`. Collective.
+    """Check that the evaluations measure `metric_for_best_model`, and call every callback's `on_start`. Collective:
+    every process must call it.
 
     Raises:
-        ValueError: The evaluations have no such metric.
+        ValueError: The evaluations do not measure that metric.
     """
     name = run.recipe.best_metric
-    known = run.state.eval_before
-    if name is not None and name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; {near[0]!r} is near" if near else ""
-        raise ValueError(f"metric_for_best_model={name!r} is none of {', '.join(sorted(known))}{hint}")
+    metrics = run.state.eval_before
+    if name is not None and name not in metrics:
+        matches = difflib.get_close_matches(name, metrics, n=1)
+        hint = f"; {matches[0]!r} is near" if matches else ""
+        raise ValueError(f"metric_for_best_model={name!r} is not one of {', '.join(sorted(metrics))}{hint}")
 
     def start() -> None:
         for callback in run.recipe.callbacks:
@@ -38,14 +39,14 @@ def before_first_step(run: Run[Settings]) -> None:
 
 
 def after_step(run: Run[Settings], step: int, metrics: dict[str, float]) -> dict[str, float]:
-    """Call `on_evaluate` and `on_step` in the main process; return the metrics with the numbers that they add.
-    Collective.
+    """Call every callback's `on_evaluate` and `on_step` in the main process; return the metrics and the numbers that
+    the callbacks add. Collective: every process must call it.
     """
     if not run.recipe.callbacks:
         return metrics
     run.control.step = step + 1
 
-    def call() -> tuple[dict[str, float], str | None, bool]:
+    def call_callbacks() -> tuple[dict[str, float], str | None, bool]:
         evaluated = {name: value for name, value in metrics.items() if name.startswith("eval/")}
         logged = dict(metrics)
         for callback in run.recipe.callbacks:
@@ -54,7 +55,7 @@ def after_step(run: Run[Settings], step: int, metrics: dict[str, float]) -> dict
             logged |= _checked(callback, callback.on_step(run.control, logged))
         return logged, run.control.stop_reason, run.control.save_requested
 
-    logged, run.control.stop_reason, run.control.save_requested = from_main(call, run.accelerator)
+    logged, run.control.stop_reason, run.control.save_requested = from_main(call_callbacks, run.accelerator)
     return logged
 
 
@@ -83,27 +84,28 @@ def best_folder(run: Run[Settings]) -> Path | None:
 
 
 def load_best(run: Run[Settings], open_policy: Callable[[Path, TrainingState], Policy]) -> None:
-    """With `load_best_model_at_end`, replace the run's policy by the policy of the best checkpoint. Collective.
+    """Replace the run's policy by the policy of the best checkpoint, if `load_best_model_at_end` is set. The rollout
+    policy gets the same weights.
 
-    Call it after the last write is complete. The rollout policy gets the same weights.
+    Call it when the last write is complete. Collective: every process must call it.
     """
     folder = best_folder(run)
     if not run.recipe.load_best_model_at_end or folder is None or str(folder) == run.checkpoint:
         return
     state = TrainingState.read(folder)
-    shares = run.rollout_policy is run.policy
+    is_same_policy = run.rollout_policy is run.policy
     run.policy = open_policy(folder, state)
     run.policy.weights_version = state.version
-    if shares:
+    if is_same_policy:
         run.rollout_policy = run.policy
     elif isinstance(run.recipe, Recipe):
-        engine_of(run.recipe).sync(run.policy, run.rollout_policy)
+        resolve_rollout_engine(run.recipe).sync(run.policy, run.rollout_policy)
     run.checkpoint = str(folder)
     run.log.say(f"loaded the best checkpoint, of step {state.step}: {folder}")
 
 
-def ending(run: Run[Settings]) -> dict[str, Any]:
-    """Return summary.json's entries about the best checkpoint, changed settings and an early end, if any."""
+def ending_entries(run: Run[Settings]) -> dict[str, Any]:
+    """Return the entries of summary.json about the best checkpoint, changed settings and an early stop."""
     summary: dict[str, Any] = {}
     if run.state.best_step is not None:
         summary |= {"best_checkpoint": str(best_folder(run)), "best_step": run.state.best_step}

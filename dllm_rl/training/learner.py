@@ -1,6 +1,7 @@
-"""The learner's part of a step: score a rollout, correct for the mismatch, update the weights.
+"""The learner's half of a training step: compute log-probs, correct for the mismatch, update the weights.
 
-Memory does not grow with the number N of masks: grad f = sum_n (df/ds_n) . grad s_n is summed one forward at a time.
+Memory does not grow with the number N of views: with s_n the log-probs under view n, the gradient of a loss f is
+grad f = sum_n (df/ds_n) . grad s_n, summed one forward at a time.
 """
 
 import math
@@ -36,11 +37,17 @@ from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.logprobs import chunked, process
 from dllm_rl.recipe import Recipe, UpdateSettings
 from dllm_rl.training.balance import balance
-from dllm_rl.training.compare import compare_sides, side_metrics
+from dllm_rl.training.compare import compare_rollout_and_learner, order_and_routing_metrics
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.forwards import learner_forward
-from dllm_rl.training.samples import Samples, Step
-from dllm_rl.training.views import active_groups, metric_weights, only_groups, own_rows, views_of_step
+from dllm_rl.training.samples import Samples, StepResult
+from dllm_rl.training.views import (
+    active_groups,
+    draw_view_sets,
+    metric_weights,
+    restrict_to_groups,
+    select_local_rows,
+)
 from dllm_rl.types import Batch, Logprobs, Rollout, Views
 
 MEASURED_ROWS = 16  # rows of each process that `update_direction` measures
@@ -48,55 +55,67 @@ MEASURED_VIEWS = 4
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A step's samples, scored under each set of its masks, and the counts of `compare_sides`."""
+class ScoredSamples:
+    """Samples of a step, with their log-probs before the step's first update.
+
+    Args:
+        samples: The samples, after load balancing.
+        logps: Log-probs under each of the step's sets of masks; the first set also serves the metrics.
+        comparison: Counts of `compare_rollout_and_learner`.
+    """
 
     samples: Samples
-    logps: list[Logprobs]  # one per set of masks; the first also serves the metrics
-    compared: tuple[Metrics, Int[Tensor, "M X"] | None]
+    logps: list[Logprobs]
+    comparison: tuple[Metrics, Int[Tensor, "M X"] | None]
 
 
-def step(run: StepContext[Recipe], samples: Samples, number: int, optimizer: torch.optim.Optimizer) -> Step:
-    """Learn from a step's samples: score them, correct for the mismatch, and update the weights."""
+def train_step(run: StepContext[Recipe], samples: Samples, number: int, optimizer: torch.optim.Optimizer) -> StepResult:
+    """Train on a step's samples: score them, correct for the mismatch, and update the weights."""
     with run.log.stage("scoring"), learner_forward(run):
         scored = score_samples(run, samples, number)
     with run.log.stage("update"), learner_forward(run):
         batches, mismatch = make_batches(run, scored)
         batches = [batches[k % len(batches)] for k in range(run.recipe.num_iterations)]
-        learning = update(run.policy, optimizer, batches, run.accelerator, run.recipe.update_settings(number))
-    return Step(scored.samples, scored.logps[0], mismatch | learning)
+        update_metrics = update(run.policy, optimizer, batches, run.accelerator, run.recipe.update_settings(number))
+    return StepResult(scored.samples, scored.logps[0], mismatch | update_metrics)
 
 
-def score_samples(run: StepContext[Recipe], samples: Samples, number: int) -> Scored:
-    """Score a step's samples before its first update."""
+def score_samples(run: StepContext[Recipe], samples: Samples, number: int) -> ScoredSamples:
+    """Compute the log-probs of a step's samples under every policy. Call it before the step's first update."""
     recipe = run.recipe
-    # Score the groups to learn from, and a sample of the other groups, from which metrics estimate all groups.
-    samples = samples.weighted(metric_weights(recipe, samples.advantages, number))
-    samples = balance(recipe, samples, run.accelerator, pad_id=run.policy.pad_id)  # so that all end together
+    # Score the groups that the update trains on, and a random sample of the other groups: the metrics estimate all
+    # groups from both.
+    samples = samples.with_metric_weights(metric_weights(recipe, samples.advantages, number))
+    samples = balance(recipe, samples, run.accelerator, pad_id=run.policy.pad_id)  # processes then finish together
     rollout = samples.rollout
-    active = own_rows(active_groups(recipe, samples.advantages), rollout.group_size, run.accelerator)
-    # Every policy is scored under the same masks. Masks of later updates serve only these updates, not the metrics.
-    views = views_of_step(recipe, samples, number, run.accelerator)
-    compared = compare_sides(run.policy, run.rollout_policy, rollout, views[0])  # before graphs are retained
-    recorded_by = samples.rollout_logprobs or (None,) * len(views)
+    is_trained_row = select_local_rows(active_groups(recipe, samples.advantages), rollout.group_size, run.accelerator)
+    # All policies use the same masks. The sets after the first serve only the later updates, not the metrics.
+    views = draw_view_sets(recipe, samples, number, run.accelerator)
+    # Before graphs are retained, since their memory and this comparison's would add up.
+    comparison = compare_rollout_and_learner(run.policy, run.rollout_policy, rollout, views[0])
+    rollout_logps = samples.rollout_logprobs or (None,) * len(views)  # set only for asynchronous rollouts
     logps = []
     for k in reversed(range(len(views))):  # the first set comes last, since it may retain graphs
-        logps.append(score(run, rollout, views[k], rollout_logps=recorded_by[k], keep=active if k == 0 else False))
-    return Scored(samples, logps[::-1], compared)
+        retain_graphs = is_trained_row if k == 0 else False
+        logps.append(score(run, rollout, views[k], rollout_logprobs=rollout_logps[k], retain_graphs=retain_graphs))
+    return ScoredSamples(samples, logps[::-1], comparison)
 
 
-def make_batches(run: StepContext[Recipe], scored: Scored) -> tuple[list[Batch], dict[str, float]]:
-    """Return a batch to learn from for each set of masks, and metrics of the mismatch between learner and rollout."""
+def make_batches(run: StepContext[Recipe], scored: ScoredSamples) -> tuple[list[Batch], dict[str, float]]:
+    """Make a training batch for each set of masks; also return metrics of the mismatch between learner and rollout."""
     samples = scored.samples
-    batch, mismatch = correct(run, samples, scored.logps[0])
-    learned = samples.weighted(active_groups(run.recipe, samples.advantages).double())
-    later = [weighted_batch(run, learned, logps) for logps in scored.logps[1:]]
-    order, routing = scored.compared
-    agreement = side_metrics(order, routing, run.accelerator)  # after scoring, which would wait for this collective
-    return [batch, *later], agreement | mismatch
+    batch, metrics = correct(run, samples, scored.logps[0])
+    trained_samples = samples.with_metric_weights(active_groups(run.recipe, samples.advantages).double())
+    later_batches = [weighted_batch(run, trained_samples, logps) for logps in scored.logps[1:]]
+    order_counts, routing_counts = scored.comparison
+    # After scoring: a collective before it would make the processes wait for each other.
+    agreement = order_and_routing_metrics(order_counts, routing_counts, run.accelerator)
+    return [batch, *later_batches], agreement | metrics
 
 
-def rollout_side(recipe: Recipe, policy: Policy, rollout_policy: Policy) -> Literal["recorded", "scored", "learner"]:
+def rollout_logprob_source(
+    recipe: Recipe, policy: Policy, rollout_policy: Policy
+) -> Literal["recorded", "scored", "learner"]:
     """Return the source of the rollout's log-probs: "recorded" (the sampler's record; the estimator is exact for it),
     "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
     """
@@ -110,8 +129,8 @@ def score(
     rollout: Rollout,
     views: Views,
     *,
-    rollout_logps: Float[Tensor, "B T"] | None = None,
-    keep: bool | Bool[Tensor, " B"] = False,
+    rollout_logprobs: Float[Tensor, "B T"] | None = None,
+    retain_graphs: bool | Bool[Tensor, " B"] = False,
 ) -> Logprobs:
     """Compute the rollout's log-probs under every policy, with the same masks.
 
@@ -119,9 +138,10 @@ def score(
         run: Settings and policies.
         rollout: The rows to score.
         views: The masks.
-        rollout_logps: Log-probs of the rollout policy, in nats (B, T), if the weights that sampled are no longer in
-            memory. None (default): the log-probs of `rollout_side`.
-        keep: Rows whose autograd graphs are retained, if `keeps_graphs` allows any. Default: no row.
+        rollout_logprobs: Log-probs of the rollout policy, in nats (B, T), if the weights that sampled are no longer in
+            memory. None (default): take them from `rollout_logprob_source`.
+        retain_graphs: Rows whose autograd graphs the first update reuses. No graph is retained unless
+            `can_retain_graphs`. Default: no row.
 
     Returns:
         Log-probs in nats, each (B, T).
@@ -130,30 +150,32 @@ def score(
         RuntimeError: `zero_mismatch` is set and the log-probs of learner and rollout differ.
     """
     recipe, policy, rollout_policy, likelihood = run.recipe, run.policy, run.rollout_policy, run.recipe.likelihood
-    side = rollout_side(recipe, policy, rollout_policy)
-    size = recipe.micro_batch_size
-    reference_logps = None
+    source = rollout_logprob_source(recipe, policy, rollout_policy)
+    micro_batch_size = recipe.micro_batch_size
+    reference_logprobs = None
     if run.reference is not None and recipe.beta:  # with beta=0 the reference is only a teacher
-        reference_logps = likelihood.logprobs(run.reference, rollout, views, micro_batch_size=size)
+        reference_logprobs = likelihood.logprobs(run.reference, rollout, views, micro_batch_size=micro_batch_size)
     if recipe.router_replay is not None:  # the learner reuses the rollout's experts
-        views = with_sampled_experts(views, rollout) if side == "recorded" else record_experts(policy, rollout, views)
-    if side == "recorded":
-        rollout_logps = recorded(rollout, views)
-    elif side == "scored" and rollout_logps is None:
-        rollout_logps = likelihood.logprobs(rollout_policy, rollout, views, micro_batch_size=size)
+        views = with_sampled_experts(views, rollout) if source == "recorded" else record_experts(policy, rollout, views)
+    if source == "recorded":
+        rollout_logprobs = recorded(rollout, views)
+    elif source == "scored" and rollout_logprobs is None:
+        rollout_logprobs = likelihood.logprobs(rollout_policy, rollout, views, micro_batch_size=micro_batch_size)
         views = with_recorded_experts(views, rollout)
-    forwards = len(views.coefficients) * math.prod(part.num_forwards for part in views.features)
-    if not keeps_graphs(recipe, policy, views=forwards, rows=len(rollout.tokens)):
-        keep = False
-    entropy = token_entropy(policy, rollout, views, size) if recipe.corrector.needs_entropy else None
+    num_forwards = len(views.coefficients) * math.prod(feature.num_forwards for feature in views.features)
+    if not can_retain_graphs(recipe, policy, views=num_forwards, rows=len(rollout.tokens)):
+        retain_graphs = False
+    entropy = token_entropy(policy, rollout, views, micro_batch_size) if recipe.corrector.needs_entropy else None
     # Last: the memory of retained graphs and of another forward would add up.
-    scores = likelihood.view_logprobs(policy, rollout, views, micro_batch_size=size, retain_graphs=keep)
-    old = likelihood.combine(scores.detach(), views)
+    view_logprobs = likelihood.view_logprobs(
+        policy, rollout, views, micro_batch_size=micro_batch_size, retain_graphs=retain_graphs
+    )
+    old_logprobs = likelihood.combine(view_logprobs.detach(), views)
     logps = Logprobs(
-        old_logprobs=old,
-        old_view_logprobs=scores,
-        rollout_logprobs=old if rollout_logps is None else rollout_logps,
-        reference_logprobs=reference_logps,
+        old_logprobs=old_logprobs,
+        old_view_logprobs=view_logprobs,
+        rollout_logprobs=old_logprobs if rollout_logprobs is None else rollout_logprobs,
+        reference_logprobs=reference_logprobs,
         views=views,
         entropy=entropy,
     )
@@ -178,37 +200,39 @@ def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_si
     count = torch.zeros_like(total)
     with join_uneven_forwards(policy):
         for chunk in row_chunks(rollout, views, micro_batch_size):
-            rows, masks = chunk.of(rollout, views)
-            for view in each_view(masks):
-                seen = view.run(policy, rows, view.scored)
-                if seen is not None:
-                    found = torch.zeros(view.scored.numel(), device=total.device)
-                    (values,) = chunked(entropy, seen.states, policy=policy)
-                    found = found.index_copy(0, seen.plan.flat_index, values.float()).view(view.scored.shape)
-                    total[chunk.rows, chunk.columns] += found
+            rows, chunk_views = chunk.of(rollout, views)
+            for view in each_view(chunk_views):
+                forward = view.run(policy, rows, view.scored)
+                if forward is not None:
+                    token_values = torch.zeros(view.scored.numel(), device=total.device)
+                    (values,) = chunked(entropy, forward.states, policy=policy)
+                    token_values = token_values.index_copy(0, forward.plan.flat_index, values.float())
+                    token_values = token_values.view(view.scored.shape)
+                    total[chunk.rows, chunk.columns] += token_values
                     count[chunk.rows, chunk.columns] += view.scored
     return total / count.clamp(min=1)
 
 
-def keeps_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bool:
-    """Return whether an update reuses the autograd graphs of scoring: at most `max_retained_graphs`, one per
-    micro-batch and view.
+def can_retain_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bool:
+    """Return whether the first update can reuse the autograd graphs of scoring, one per micro-batch and view: they are
+    at most `max_retained_graphs`, the learner is not sharded, and its adapters have no dropout.
     """
-    forwards = views * math.ceil(rows / (recipe.micro_batch_size or rows))
-    dropout = policy.lora is not None and policy.lora.dropout  # scoring runs without dropout, an update with it
-    unsharded = recipe.shard_size == 1  # each forward of a sharded learner has its backward right after it, or none
-    return unsharded and forwards <= recipe.max_retained_graphs and not dropout
+    num_graphs = views * math.ceil(rows / (recipe.micro_batch_size or rows))
+    has_dropout = policy.lora is not None and policy.lora.dropout  # scoring runs without dropout, an update with it
+    is_unsharded = recipe.shard_size == 1  # each forward of a sharded learner has its backward right after it, or none
+    return is_unsharded and num_graphs <= recipe.max_retained_graphs and not has_dropout
 
 
 def correct(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> tuple[Batch, dict[str, float]]:
-    """Return the batch to learn from, with the corrector's weights and loss mask, and mismatch metrics over all
-    processes.
+    """Make the batch of the first update, with the corrector's weights and loss mask; also return mismatch metrics over
+    all processes.
     """
-    lost = reduce_metrics(waited("scoring", run.accelerator), run.accelerator)  # before gathering, which waits for all
+    # Before `gather_rows`, which makes every process wait for the slowest.
+    wait_metrics = reduce_metrics(waited("scoring", run.accelerator), run.accelerator)
     rows = gather_rows(run, samples, logps)
-    weights, live = apply_corrector(run.recipe.corrector, rows)
+    weights, trained_metrics = apply_corrector(run.recipe.corrector, rows)
     stats = rows.stats
-    every = mismatch_metrics(  # of all rows, estimated from the scored rows
+    metrics = mismatch_metrics(  # of all rows, estimated from the scored rows
         stats.log_mismatch,
         rows.completion,
         old=stats.old_logprobs,
@@ -217,15 +241,15 @@ def correct(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> tupl
     )
     batch = make_batch(run, samples.rollout, logps, rows, weights)
     likelihood = run.recipe.likelihood
-    if likelihood.exact_ratios or not likelihood.is_random:  # otherwise masks are random and belong to no step
-        every |= step_metrics(
+    if likelihood.exact_ratios or not likelihood.is_random:  # random masks would belong to no denoising step
+        metrics |= step_metrics(
             stats.log_mismatch, rows.completion & (rows.metric_weights > 0)[:, None], stats.unmask_step
         )
-    return batch, lost | every | live | symptoms(run.recipe, rows, logps.views)
+    return batch, wait_metrics | metrics | trained_metrics | symptoms(run.recipe, rows, logps.views)
 
 
 def weighted_batch(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> Batch:
-    """Return the batch of a later update, with the corrector's weights for that update's set of masks."""
+    """Make the batch of an update after the first, with the corrector's weights for that update's set of masks."""
     rows = gather_rows(run, samples, logps)
     weights, _ = apply_corrector(run.recipe.corrector, rows)
     return make_batch(run, samples.rollout, logps, rows, weights)
@@ -235,11 +259,11 @@ def weighted_batch(run: StepContext[Recipe], samples: Samples, logps: Logprobs) 
 class Rows:
     """The rows of all processes, on the host."""
 
-    stats: TokenStats  # of all scored tokens; `mask` marks the tokens of rows that the update learns from
+    stats: TokenStats  # of all scored tokens; `mask` is True for those in rows that the update trains on
     completion: Bool[Tensor, "B T"]
     tokens: Int[Tensor, "B T"]
-    learned: Bool[Tensor, " B"]
-    metric_weights: Float[Tensor, " B"]  # inverse sampling fractions (`group_weights`), 0 where not scored
+    is_trained: Bool[Tensor, " B"]
+    metric_weights: Float[Tensor, " B"]  # inverse sampling fractions (`inverse_sampling_weights`), 0 where not scored
 
 
 def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> Rows:
@@ -249,9 +273,9 @@ def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> 
     """
     rollout = samples.rollout
     mask = logps.views.scored(rollout.completion_mask)
-    apart = torch.where(mask, logps.old_logprobs - logps.rollout_logprobs, 0)
-    parts = {
-        "log_mismatch": apart,
+    log_mismatch = torch.where(mask, logps.old_logprobs - logps.rollout_logprobs, 0)
+    local_tensors = {
+        "log_mismatch": log_mismatch,
         "scored": mask,
         "completion": rollout.completion_mask,
         "old": logps.old_logprobs,
@@ -260,73 +284,75 @@ def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> 
         "unmask_step": rollout.unmask_step,
     }
     if logps.entropy is not None:
-        parts["entropy"] = logps.entropy
-    rows = dict(zip(parts, gather_on_host(list(parts.values()), run.accelerator), strict=True))
-    learned = repeat(active_groups(run.recipe, samples.advantages), "p -> (p g)", g=rollout.group_size)
+        local_tensors["entropy"] = logps.entropy
+    gathered = dict(zip(local_tensors, gather_on_host(list(local_tensors.values()), run.accelerator), strict=True))
+    is_trained_row = repeat(active_groups(run.recipe, samples.advantages), "p -> (p g)", g=rollout.group_size)
     stats = TokenStats(
-        log_mismatch=rows["log_mismatch"],
+        log_mismatch=gathered["log_mismatch"],
         advantages=rearrange(samples.advantages, "p g -> (p g)"),
-        mask=rows["scored"] & learned[:, None],
-        old_logprobs=rows["old"],
-        rollout_logprobs=rows["rollout"],
-        unmask_step=rows["unmask_step"],
-        entropy=rows.get("entropy"),
+        mask=gathered["scored"] & is_trained_row[:, None],
+        old_logprobs=gathered["old"],
+        rollout_logprobs=gathered["rollout"],
+        unmask_step=gathered["unmask_step"],
+        entropy=gathered.get("entropy"),
     )
-    weights = repeat(samples.metric_weights, "p -> (p g)", g=rollout.group_size)
-    return Rows(stats, rows["completion"], rows["tokens"], learned, weights)
+    row_weights = repeat(samples.metric_weights, "p -> (p g)", g=rollout.group_size)
+    return Rows(stats, gathered["completion"], gathered["tokens"], is_trained_row, row_weights)
 
 
 def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dict[str, float]]:
-    """Return the corrector's weights and loss mask of the learned rows, and metrics of these rows.
+    """Compute the corrector's weights and loss mask for the rows that the update trains on, and metrics of these rows.
 
-    The metrics `rollout_corr/*` of the learned rows are renamed `trained/*`.
+    Their metrics are named `trained/*` instead of `rollout_corr/*`.
     """
     stats = rows.stats.among(rows.stats.mask)
     weights = corrector.weight_fn(stats)
     metrics = weights.metrics
-    if (stats.mask & stats.log_mismatch.isfinite()).any():  # a step may have no row to learn from
+    if (stats.mask & stats.log_mismatch.isfinite()).any():  # a step may have no row to train on
         metrics = metrics | mismatch_metrics(
             stats.log_mismatch, stats.mask, old=stats.old_logprobs, advantages=stats.advantages
         )
-    live = {name.replace(PREFIX, "trained/"): value for name, value in metrics.items()}
-    live["trained/rollout_rs_masked_fraction"] = 1 - (weights.loss_mask.sum() / stats.mask.sum().clamp(min=1)).item()
-    return weights, live
+    trained_metrics = {name.replace(PREFIX, "trained/"): value for name, value in metrics.items()}
+    accepted = weights.loss_mask.sum() / stats.mask.sum().clamp(min=1)
+    trained_metrics["trained/rollout_rs_masked_fraction"] = 1 - accepted.item()
+    return weights, trained_metrics
 
 
 def symptoms(recipe: Recipe, rows: Rows, views: Views) -> dict[str, float]:
-    """Return `symptom_metrics` of the learned rows. Error tokens are counted only if every contribution is the log-prob
-    of one token.
+    """Return `symptom_metrics` of the rows that the update trains on. Error tokens are counted only if each log-prob
+    belongs to one token.
     """
-    single = recipe.likelihood.exact_ratios and all(part.is_per_token for part in views.features)
+    is_per_token = recipe.likelihood.exact_ratios and all(feature.is_per_token for feature in views.features)
     stats = rows.stats
-    return symptom_metrics(rows.tokens, stats.mask, stats.advantages, old=stats.old_logprobs if single else None)
+    return symptom_metrics(rows.tokens, stats.mask, stats.advantages, old=stats.old_logprobs if is_per_token else None)
 
 
 def make_batch(run: StepContext[Recipe], rollout: Rollout, logps: Logprobs, rows: Rows, weights: TokenWeights) -> Batch:
-    accelerator, keep = run.accelerator, weights.loss_mask
+    """Make the update's batch of this process's rows, on its device."""
+    accelerator, loss_mask = run.accelerator, weights.loss_mask
     device = rollout.tokens.device
     width = rollout.tokens.shape[1]  # other processes' rows may be wider
-    chosen = rows.learned[:: rollout.group_size]
+    is_trained_group = rows.is_trained[:: rollout.group_size]
     return Batch(
         rollout=rollout,
-        views=only_groups(logps.views, chosen, rollout.group_size, accelerator),
+        views=restrict_to_groups(logps.views, is_trained_group, rollout.group_size, accelerator),
         advantages=send(device, local(rows.stats.advantages, accelerator))[0],
         # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, without weights. Under mismatch it declines
         # silently, with K1 and K3 rising; recomputation without weights fails in stages, with K1 and K3 flat [digest].
         old_logprobs=logps.rollout_logprobs if run.recipe.old_logprobs == "rollout" else logps.old_logprobs,
         old_view_logprobs=logps.old_view_logprobs,
         importance_weights=send(device, local(weights.importance_weights, accelerator)[:, :width])[0],
-        loss_mask=send(device, local(keep, accelerator)[:, :width])[0],
+        loss_mask=send(device, local(loss_mask, accelerator)[:, :width])[0],
         reference_logprobs=logps.reference_logprobs,
         # Rows without advantage count in the denominators, so that a skipped group adds a zero to the mean.
-        num_tokens=int((keep | (rows.completion & ~rows.stats.mask)).sum()),
-        num_sequences=len(keep),
-        rollout_logprobs=logps.rollout_logprobs,  # also if ratios divide by the learner's log-probs
+        num_tokens=int((loss_mask | (rows.completion & ~rows.stats.mask)).sum()),
+        num_sequences=len(loss_mask),
+        rollout_logprobs=logps.rollout_logprobs,  # some losses read them too
         sum_over_processes=partial(accelerator.reduce, reduction="sum"),
     )
 
 
-def check_version(rollout: Rollout, policy: Policy, *, max_staleness: int = 0) -> None:
+def check_staleness(rollout: Rollout, policy: Policy, *, max_staleness: int = 0) -> None:
     """Raise RuntimeError unless the rollout was sampled with the learner's current weights, or with weights at most
     `max_staleness` updates older.
     """
@@ -348,34 +374,34 @@ def update(
     accelerator: Accelerator,
     settings: UpdateSettings,
 ) -> dict[str, float]:
-    """Take an optimizer step on each batch. The batches belong to one rollout; a forward has `micro_batch_size` rows,
-    in complete groups.
+    """Take one optimizer step per batch. All batches belong to the same rollout. A forward has `micro_batch_size` rows,
+    a multiple of the group size.
 
     Returns:
         The last iteration's metrics; grad_norm and off_policy/* of every iteration as NAME/iteration_I; and with
         `measure` the metric of `update_direction`.
 
     Raises:
-        RuntimeError: The rollout was sampled with other weights than the learner's (`check_version`).
+        RuntimeError: The rollout was sampled with other weights than the learner's (`check_staleness`).
         FloatingPointError: Logits or a gradient norm are not finite. That iteration is not applied; earlier iterations
             are.
     """
-    likelihood, learning_rate, size = settings.likelihood, settings.learning_rate, settings.micro_batch_size
-    check_version(batches[0].rollout, policy, max_staleness=settings.max_staleness)
+    likelihood, learning_rate, micro_batch_size = settings.likelihood, settings.learning_rate, settings.micro_batch_size
+    check_staleness(batches[0].rollout, policy, max_staleness=settings.max_staleness)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    scores = batches[0].old_view_logprobs
-    keep = scores.grad_fn is not None
-    gathered = {"learning_rate": learning_rate}
+    view_logprobs = batches[0].old_view_logprobs
+    retain_graphs = view_logprobs.grad_fn is not None
+    update_metrics = {"learning_rate": learning_rate}
     for iteration, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)  # before scoring, which can use the memory
         if iteration:
-            torch.clear_autocast_cache()  # it has bf16 copies of the weights before the last optimizer step
-            scores = likelihood.view_logprobs(
-                policy, batch.rollout, batch.views, micro_batch_size=size, retain_graphs=keep
+            torch.clear_autocast_cache()  # its bf16 copies of the weights are older than the last optimizer step
+            view_logprobs = likelihood.view_logprobs(
+                policy, batch.rollout, batch.views, micro_batch_size=micro_batch_size, retain_graphs=retain_graphs
             )
-        metrics = accumulate_gradients(
-            policy, batch, scores, loss=settings.loss, likelihood=likelihood, micro_batch_size=size
+        metrics = forward_backward(
+            policy, batch, view_logprobs, loss=settings.loss, likelihood=likelihood, micro_batch_size=micro_batch_size
         )
         metrics |= waited("update", accelerator)
         sum_gradients(policy.module, accelerator)
@@ -383,22 +409,24 @@ def update(
         norm = whole(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
         reduced = reduce_metrics(metrics | {"grad_norm": (norm, torch.ones_like(norm))}, accelerator)
         if not math.isfinite(reduced["grad_norm"]):
-            what = f"gradient norm is {reduced['grad_norm']}" if scores.isfinite().all() else "logits are not finite"
+            problem = f"gradient norm is {reduced['grad_norm']}"
+            if not view_logprobs.isfinite().all():
+                problem = "logits are not finite"
             raise FloatingPointError(
-                f"{what} at inner iteration {iteration}, learning_rate={learning_rate:g}; the update was not applied"
+                f"{problem} at inner iteration {iteration}, learning_rate={learning_rate:g}; the update was not applied"
             )
         if iteration == 0:
-            # Before the weights change: after an error in between, they must not have the old version.
+            # Before the weights change: if the optimizer step fails halfway, they must not have the old version.
             policy.weights_version += 1
         optimizer.step()
-        gathered |= reduced
+        update_metrics |= reduced
         for name, value in reduced.items():
             if name.startswith(("off_policy/", "grad_norm")):
-                gathered[f"{name}/iteration_{iteration}"] = value
+                update_metrics[f"{name}/iteration_{iteration}"] = value
     if settings.measure:
         torch.clear_autocast_cache()
-        gathered |= update_direction(policy, batches[0], accelerator, likelihood, size)
-    return gathered
+        update_metrics |= update_direction(policy, batches[0], accelerator, likelihood, micro_batch_size)
+    return update_metrics
 
 
 def update_direction(
@@ -408,24 +436,25 @@ def update_direction(
     likelihood: LikelihoodEstimator,
     micro_batch_size: int | None = None,
 ) -> dict[str, float]:
-    """Measure how the step's updates changed the log-probs of a few rows that they learned from: those with the highest
-    and the lowest advantages, in a few of their views. Ratios that are measured before an update cannot show this.
+    """Measure how the step's updates changed the log-probs of the trained rows with the highest and the lowest
+    advantages, in a few of their views. Ratios are measured before an update, so they cannot show its effect.
 
     Returns:
         update/direction: cosine of the rows' advantages and changes of log-prob, in [-1, 1]. Below 0, worse answers
         became likelier. {} if nothing changed.
     """
-    order = batch.advantages.argsort(stable=True)
-    rows = torch.zeros_like(batch.advantages, dtype=torch.bool)
-    rows[torch.cat([order[: MEASURED_ROWS // 2], order[-(MEASURED_ROWS // 2) :]])] = True
-    views = batch.views.restrict_to_rows(rows & batch.loss_mask.any(-1))
-    scored = (views.coefficients != 0).sum((-1, -2))
-    few = torch.zeros_like(scored).scatter(0, scored.topk(min(MEASURED_VIEWS, len(scored))).indices, 1)
-    views = replace(views, coefficients=views.coefficients * few[:, None, None])
-    after = likelihood.view_logprobs(policy, batch.rollout, views, micro_batch_size=micro_batch_size)
-    at = views.coefficients != 0
-    change = torch.where(at, after - batch.old_view_logprobs.detach(), 0).double().sum((0, 2))
-    advantages = torch.where(at.any(0).any(-1), batch.advantages, 0).double()
+    by_advantage = batch.advantages.argsort(stable=True)
+    is_measured_row = torch.zeros_like(batch.advantages, dtype=torch.bool)
+    is_measured_row[torch.cat([by_advantage[: MEASURED_ROWS // 2], by_advantage[-(MEASURED_ROWS // 2) :]])] = True
+    views = batch.views.restrict_to_rows(is_measured_row & batch.loss_mask.any(-1))
+    rows_per_view = (views.coefficients != 0).sum((-1, -2))
+    most_rows = rows_per_view.topk(min(MEASURED_VIEWS, len(rows_per_view))).indices
+    is_measured_view = torch.zeros_like(rows_per_view).scatter(0, most_rows, 1)
+    views = replace(views, coefficients=views.coefficients * is_measured_view[:, None, None])
+    new_view_logprobs = likelihood.view_logprobs(policy, batch.rollout, views, micro_batch_size=micro_batch_size)
+    is_scored = views.coefficients != 0
+    change = torch.where(is_scored, new_view_logprobs - batch.old_view_logprobs.detach(), 0).double().sum((0, 2))
+    advantages = torch.where(is_scored.any(0).any(-1), batch.advantages, 0).double()
     products = torch.stack([advantages @ change, advantages @ advantages, change @ change])
     covariance, *squares = sum_over(products, accelerator).tolist()
     if not math.isfinite(covariance):
@@ -434,10 +463,10 @@ def update_direction(
     return {"update/direction": covariance / scale} if scale else {}
 
 
-def accumulate_gradients(
+def forward_backward(
     policy: Policy,
     batch: Batch,
-    scores: Float[Tensor, "N B T"],  # log-probs of every view, nats
+    view_logprobs: Float[Tensor, "N B T"],  # log-probs of every view, nats
     *,
     loss: Loss,
     likelihood: LikelihoodEstimator,
@@ -445,17 +474,18 @@ def accumulate_gradients(
 ) -> Metrics:
     """Add this process's share of the loss gradient to the parameters and return (sum, count) metrics.
 
-    The loss and its derivative use `scores`. A forward that runs again only carries the gradient back.
+    The loss and its derivative use `view_logprobs`. Without retained graphs, `likelihood.backward` runs the forwards
+    again, only to carry the gradient back to the parameters.
     """
-    leaves = scores.detach().requires_grad_()  # df/ds_n stops here
-    logps = likelihood.combine(leaves, batch.views)
-    _, metrics, gradient = loss(logps.detach(), batch)
-    (vectors,) = torch.autograd.grad(logps, leaves, gradient)
+    view_leaves = view_logprobs.detach().requires_grad_()  # df/ds_n stops here
+    logps = likelihood.combine(view_leaves, batch.views)
+    _, metrics, loss_gradient = loss(logps.detach(), batch)
+    (grad_outputs,) = torch.autograd.grad(logps, view_leaves, loss_gradient)
     metrics |= off_policy_metrics(
         logps.detach(), batch, old=likelihood.combine(batch.old_view_logprobs.detach(), batch.views)
     )
-    if scores.grad_fn is not None:  # retained graphs
-        scores.backward(vectors)  # frees the graphs; no forward runs
+    if view_logprobs.grad_fn is not None:  # retained graphs
+        view_logprobs.backward(grad_outputs)  # frees the graphs; no forward runs
         return metrics
-    likelihood.backward(policy, batch.rollout, batch.views, vectors, micro_batch_size=micro_batch_size)
+    likelihood.backward(policy, batch.rollout, batch.views, grad_outputs, micro_batch_size=micro_batch_size)
     return metrics

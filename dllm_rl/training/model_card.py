@@ -11,64 +11,78 @@ from dllm_rl.monitoring.health import health
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 
-OWN = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "dry_run", "push_to_hub", "report_to")
-SHOWN = ("reward", "rollout_corr/k3_kl", "rollout_corr/ess", "grad_norm", "completions/mean_length")
-PROTOCOL = ("eval_task", "eval_sampler", "seed", "dtype")
-LEFT_OUT = ("optimizer.pt", PATTERN, "state.json", "manifest.json")  # files that only a resume needs are not uploaded
+OMITTED_SETTINGS = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "dry_run",
+    "push_to_hub",
+    "report_to",
+)
+SHOWN_METRICS = ("reward", "rollout_corr/k3_kl", "rollout_corr/ess", "grad_norm", "completions/mean_length")
+PROTOCOL_SETTINGS = ("eval_task", "eval_sampler", "seed", "dtype")
+NOT_UPLOADED = ("optimizer.pt", PATTERN, "state.json", "manifest.json")  # only a resume needs these files
 
 
 def card(recipe: Recipe, *, step: int, evaluations: dict[str, dict[str, float]], metrics: dict[str, float]) -> str:
-    """Return a checkpoint's README.md. `evaluations` has held-out metrics by the time of evaluation, `metrics` the last
-    step's.
+    """Return the README.md of a checkpoint.
+
+    Args:
+        recipe: Settings of the run.
+        step: Steps that the weights were trained for.
+        evaluations: Held-out metrics of each evaluation, by its column title ("before RL" ...).
+        metrics: Metrics of the last step.
     """
-    settings = {name: value for name, value in recipe.settings().items() if name not in OWN}
-    front: dict[str, Any] = {"library_name": "dllm_rl", "tags": ["reinforcement-learning", "grpo", "dllm_rl"]}
+    settings = {name: value for name, value in recipe.settings().items() if name not in OMITTED_SETTINGS}
+    front_matter: dict[str, Any] = {"library_name": "dllm_rl", "tags": ["reinforcement-learning", "grpo", "dllm_rl"]}
     if isinstance(recipe.model, str):
-        if Path(recipe.model).exists():  # a folder of this machine: show only its name
+        if Path(recipe.model).exists():  # a folder on this machine: show only its name
             settings["model"] = Path(recipe.model).name
         else:
-            front["base_model"] = recipe.model
-    parts = [
-        "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in front.items()), "---"]),  # JSON is YAML
+            front_matter["base_model"] = recipe.model
+    sections = [
+        "\n".join(
+            ["---", *(f"{name}: {json.dumps(value)}" for name, value in front_matter.items()), "---"]
+        ),  # JSON is YAML
         f"# {_code(recipe.name)}, seed {recipe.seed}",
         f"{step} of {recipe.num_steps} steps of GRPO by dllm_rl, from {_code(settings['model'])}.",
         "## Held-out problems",
-        *_evaluated(evaluations),
+        *_evaluation_tables(evaluations),
         f"{len(recipe.eval_task)} problems of the task {_code(recipe.eval_task.name)}, version "
         f"{_code(recipe.eval_task.version)}, as the task itself grades them.",
-        _table(("protocol", ""), [(name, _code(settings[name])) for name in PROTOCOL]),
+        _table(("protocol", ""), [(name, _code(settings[name])) for name in PROTOCOL_SETTINGS]),
         "## The last step",
         _last_step(metrics),
         "## Recipe",
         _table(("setting", "value"), [(name, _code(value)) for name, value in settings.items()]),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
-def _evaluated(evaluations: dict[str, dict[str, float]]) -> list[str]:
+def _evaluation_tables(evaluations: dict[str, dict[str, float]]) -> list[str]:
     """Return a table with a row per metric and a column per evaluation; [] without metrics."""
     names = dict.fromkeys(chain.from_iterable(evaluations.values()))
-    rows = [(name, *(_number(found.get(name)) for found in evaluations.values())) for name in names]
+    rows = [(name, *(_number(metrics.get(name)) for metrics in evaluations.values())) for name in names]
     return [_table(("metric", *evaluations), rows)] if rows else []
 
 
 def _last_step(metrics: dict[str, float]) -> str:
-    rows = [(name, _number(metrics[name])) for name in SHOWN if name in metrics]
-    if said := health(metrics):
-        rows.append(("mismatch", _code(f"{said[0]}: {said[1]}")))
+    rows = [(name, _number(metrics[name])) for name in SHOWN_METRICS if name in metrics]
+    if verdict := health(metrics):
+        rows.append(("mismatch", _code(f"{verdict[0]}: {verdict[1]}")))
     return _table(("metric", ""), rows) if rows else "None was taken."
 
 
 def push_to_hub(folder: Path, repo: str) -> str:
-    """Upload a checkpoint, without the files that only training needs, to a hub repository (private if new); return its
-    address.
+    """Upload a checkpoint, without the files that only a resume needs, to a hub repository (private if new); return the
+    repository's address.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    made = api.create_repo(repo, private=True, exist_ok=True)
-    api.upload_folder(repo_id=made.repo_id, folder_path=folder, ignore_patterns=list(LEFT_OUT))
-    return str(made)
+    address = api.create_repo(repo, private=True, exist_ok=True)
+    api.upload_folder(repo_id=address.repo_id, folder_path=folder, ignore_patterns=list(NOT_UPLOADED))
+    return str(address)
 
 
 def check_hub(recipe: Recipe) -> None:
@@ -86,12 +100,12 @@ def _number(value: float | None) -> str:
 
 
 def _code(text: object) -> str:
-    """Return text as Markdown code that is safe in a table: no markup or HTML in the text takes effect."""
+    """Format text as inline Markdown code that is safe in a table: markup and HTML in the text have no effect."""
     # A backtick would end the code, and a bar the table's cell.
-    shown = escape_controls(str(text)).replace("`", "'").replace("|", "\\|").strip()
-    return f"`{shown or ' '}`"
+    escaped = escape_controls(str(text)).replace("`", "'").replace("|", "\\|").strip()
+    return f"`{escaped or ' '}`"
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *((_code(name), *cells) for name, *cells in rows)]
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *((_code(name), *cells) for name, *cells in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

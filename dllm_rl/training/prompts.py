@@ -19,9 +19,9 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem, Task, check_filled
 
-CHECKED = 5000  # prompts per task that are tokenized before a run begins
+MAX_CHECKED_PROMPTS = 5000  # largest number of prompts per task that are tokenized before a run begins
 HISTORY = "reward_history.safetensors"  # file in a checkpoint
-SECONDS = 10.0  # limit for the prompts of a task: some tasks make problems slowly
+MAX_SECONDS = 10.0  # time limit per task: some tasks generate problems slowly
 
 
 def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " size"]:
@@ -32,11 +32,11 @@ def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " si
 def prompt_indices(
     recipe: Recipe, history: RewardHistory | None, step: int, draw: int = 0
 ) -> Int[Tensor, " train_batch_size"]:
-    """Return the problems of a step, over all processes, from the recipe's `prompt_source`.
+    """Return the indices of a step's problems, over all processes, from the recipe's `prompt_source`.
 
     Args:
         recipe: Settings of the run.
-        history: Graded completions of the run. None for a source that reads none.
+        history: Graded completions of the run. None for a source that reads no history.
         step: Training step.
         draw: Number of the draw in the step: 0, then the draws of dynamic sampling.
 
@@ -51,13 +51,14 @@ def prompt_indices(
     if not isinstance(indices, Tensor) or indices.shape != (count,) or indices.dtype != torch.long:
         raise ValueError(f"{name} must return a tensor of train_batch_size={count} whole numbers")
     if indices.min() < 0 or indices.max() >= size:
-        wrong = f"{name} gave the indices {int(indices.min())} to {int(indices.max())}"
-        raise ValueError(f"{wrong}, and task {recipe.task.name!r} has the problems 0 to {size - 1}")
+        problem = f"{name} gave the indices {int(indices.min())} to {int(indices.max())}"
+        raise ValueError(f"{problem}, and task {recipe.task.name!r} has the problems 0 to {size - 1}")
     return indices
 
 
 def reward_history(recipe: Recipe, folder: Path | None) -> RewardHistory | None:
-    """Return the history that a run continues: a checkpoint's, or an empty one; None if the source reads no history.
+    """Return the history of rewards that a run continues: from a checkpoint, or empty. None if the prompt source reads
+    no history.
 
     Raises:
         ValueError: The checkpoint's file is damaged.
@@ -65,7 +66,7 @@ def reward_history(recipe: Recipe, folder: Path | None) -> RewardHistory | None:
     if not recipe.prompt_source.uses_history:
         return None
     size = len(recipe.task)
-    if folder is None or not (folder / HISTORY).exists():  # the run began with another source
+    if folder is None or not (folder / HISTORY).exists():  # the run began with another prompt source
         return RewardHistory(size)
     try:
         return RewardHistory(size, **safetensors.load((folder / HISTORY).read_bytes()))
@@ -78,7 +79,7 @@ def history_files(history: RewardHistory | None, step: int) -> dict[str, bytes]:
     return {} if history is None else {HISTORY: safetensors.save(history.before(step).tensors())}
 
 
-def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
+def fit_prompts(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list[Problem], int]:
     """Return the problems at `indices`, and how many were replaced. A prompt longer than max_prompt_length is replaced
     by the task's next prompt that fits.
 
@@ -86,21 +87,23 @@ def choose(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple[list
         ValueError: No prompt fits.
     """
     task = recipe.task
-    most = recipe.max_prompt_length
-    if most is None:
+    max_prompt_length = recipe.max_prompt_length
+    if max_prompt_length is None:
         return [task[i] for i in indices], 0
-    chosen = []
-    replaced = 0
+    problems = []
+    num_replaced = 0
     for index in indices:
         for k in range(len(task)):
             problem = task[(index + k) % len(task)]
-            if len(prompt_ids(policy, problem.prompt, problem.blank)) <= most:
-                chosen.append(problem)
-                replaced += k > 0
+            if len(prompt_ids(policy, problem.prompt, problem.blank)) <= max_prompt_length:
+                problems.append(problem)
+                num_replaced += k > 0
                 break
         else:
-            raise ValueError(f"max_prompt_length={most}: every prompt of task {task.name!r} is longer; raise it")
-    return chosen, replaced
+            raise ValueError(
+                f"max_prompt_length={max_prompt_length}: every prompt of task {task.name!r} is longer; raise it"
+            )
+    return problems, num_replaced
 
 
 def check_tasks(recipe: Recipe) -> None:
@@ -118,70 +121,76 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
     Raises:
         ValueError: A prompt and its completion exceed the model's positions.
     """
-    limit = policy.spec.max_length
-    trained = getattr(recipe.sampler, "keywords", {}).get("max_new_tokens")
-    evaluated = getattr(recipe.eval_sampler, "keywords", {}).get("max_new_tokens")
-    if limit is None or trained is None or evaluated is None:
+    max_positions = policy.spec.max_length
+    training_length = getattr(recipe.sampler, "keywords", {}).get("max_new_tokens")
+    eval_length = getattr(recipe.eval_sampler, "keywords", {}).get("max_new_tokens")
+    if max_positions is None or training_length is None or eval_length is None:
         return 0
-    new = max(trained, evaluated)
-    if new >= limit:
+    longest_completion = max(training_length, eval_length)
+    if longest_completion >= max_positions:
         raise ValueError(
-            f"max_new_tokens={new} leaves no room for a prompt in the model's {limit} positions; "
-            "lower it in sampler and eval_sampler"
+            f"max_new_tokens={longest_completion} leaves no space for a prompt in the model's {max_positions} "
+            "positions; lower it in sampler and eval_sampler"
         )
-    most = recipe.max_prompt_length
-    if most is not None and most + trained > limit:
-        both = f"max_prompt_length={most} and max_new_tokens={trained}"
-        raise ValueError(f"{both} exceed the model's {limit} positions; use at most {limit - trained}")
-    _longest(recipe, policy, "validation_task", _first(recipe.validation_task), room=limit, new=evaluated)
-    _longest(recipe, policy, "eval_task", _first(recipe.eval_task), room=limit, new=evaluated)
-    if most is not None:  # `choose` checks training prompts as they are drawn
+    max_prompt_length = recipe.max_prompt_length
+    if max_prompt_length is not None and max_prompt_length + training_length > max_positions:
+        settings = f"max_prompt_length={max_prompt_length} and max_new_tokens={training_length}"
+        raise ValueError(
+            f"{settings} exceed the model's {max_positions} positions; use at most {max_positions - training_length}"
+        )
+    _longest_prompt(
+        recipe, policy, "validation_task", _first_indices(recipe.validation_task), eval_length, max_positions
+    )
+    _longest_prompt(recipe, policy, "eval_task", _first_indices(recipe.eval_task), eval_length, max_positions)
+    if max_prompt_length is not None:  # `fit_prompts` checks training prompts as they are drawn
         return 0
-    return _longest(recipe, policy, "task", _drawn(recipe), room=limit, new=trained)
+    return _longest_prompt(recipe, policy, "task", _training_indices(recipe), training_length, max_positions)
 
 
-def _longest(recipe: Recipe, policy: Policy, field: str, indices: Iterable[int], *, room: int, new: int) -> int:
-    """Return the problem of `field` with the longest prompt.
+def _longest_prompt(
+    recipe: Recipe, policy: Policy, field: str, indices: Iterable[int], completion_length: int, max_positions: int
+) -> int:
+    """Return the index of the problem of task `field` with the longest prompt.
 
     Raises:
-        ValueError: A prompt and `new` tokens exceed `room`.
+        ValueError: A prompt and `completion_length` tokens exceed `max_positions`.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     longest = 0
-    found = 0
+    longest_index = 0
     for index in indices:
-        if time.monotonic() - began > SECONDS:
+        if time.monotonic() - start_time > MAX_SECONDS:
             break
         problem = getattr(recipe, field)[index]
         try:
             length = len(prompt_ids(policy, problem.prompt, problem.blank))
         except ValueError as error:
             raise ValueError(f"{field}: problem {index}: {error}") from None
-        if length + new > room:
-            other = as_written(max_prompt_length=room - new)
-            remedy = f"{other} takes another in its place" if field == "task" else "shorten it"
+        if length + completion_length > max_positions:
+            setting = as_written(max_prompt_length=max_positions - completion_length)
+            remedy = f"{setting} replaces it by another prompt" if field == "task" else "shorten it"
             raise ValueError(
-                f"{field}: the prompt of problem {index} has {length} tokens and its completion {new}, more than "
-                f"the model's {room} positions; {remedy}"
+                f"{field}: the prompt of problem {index} has {length} tokens and its completion {completion_length}, "
+                f"more than the model's {max_positions} positions; {remedy}"
             )
         if length > longest:
             longest = length
-            found = index
-    return found
+            longest_index = index
+    return longest_index
 
 
-def _first(task: Task) -> range:
-    return range(min(len(task), CHECKED))
+def _first_indices(task: Task) -> range:
+    return range(min(len(task), MAX_CHECKED_PROMPTS))
 
 
-def _drawn(recipe: Recipe) -> Iterable[int]:
-    """Return all problems of the task, or the first problems that its steps draw."""
+def _training_indices(recipe: Recipe) -> Iterable[int]:
+    """Return the indices of all problems of the training task; of a large task, those that its first steps draw."""
     size = len(recipe.task)
-    if size <= CHECKED:  # all of them, within the time limit
+    if size <= MAX_CHECKED_PROMPTS:
         return range(size)
-    drawn: dict[int, None] = {}  # in order, without repeats
+    indices: dict[int, None] = {}  # in order, without repeats
     for step in range(recipe.num_steps):
-        drawn |= dict.fromkeys(prompt_indices(recipe, None, step).tolist())
-        if len(drawn) >= CHECKED:
+        indices |= dict.fromkeys(prompt_indices(recipe, None, step).tolist())
+        if len(indices) >= MAX_CHECKED_PROMPTS:
             break
-    return drawn
+    return indices

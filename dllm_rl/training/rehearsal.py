@@ -1,4 +1,4 @@
-"""The rehearsal: one micro-step before any work. It restores weights, gradients and random numbers."""
+"""Rehearse a step before a run: one micro-step, which leaves weights, gradients and random numbers unchanged."""
 
 import copy
 import random
@@ -27,41 +27,43 @@ from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokens import encode
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
-from dllm_rl.tasks.base import Problem, addends
+from dllm_rl.tasks.base import Problem, metric_fractions
 from dllm_rl.training.cautions import made_up_rewards
 from dllm_rl.training.context import StepContext
-from dllm_rl.training.distillation import log_ratio
+from dllm_rl.training.distillation import student_teacher_log_ratio
 from dllm_rl.training.forwards import learner_forward
-from dllm_rl.training.learner import accumulate_gradients, make_batches, score_samples
-from dllm_rl.training.policies import engine_of, make_optimizer
-from dllm_rl.training.rollouts import Answer, compute_advantages, sample_and_grade
+from dllm_rl.training.learner import forward_backward, make_batches, score_samples
+from dllm_rl.training.policies import make_optimizer, resolve_rollout_engine
+from dllm_rl.training.rollouts import GradedCompletion, compute_advantages, sample_and_grade
 from dllm_rl.training.samples import Samples
 from dllm_rl.training.saving import adapters_alone
-from dllm_rl.training.sharded_learner import on_main
-from dllm_rl.training.warmup import solved
+from dllm_rl.training.sharded_learner import gather_on_main
+from dllm_rl.training.warmup import tokenize_solutions
 
-MOMENTS: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes per trained weight; unknown for other optimizers
+MOMENT_BYTES: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes per trained weight; unknown for other optimizers
 
 
 def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
-    """Run one group through a step except the update, and save it, in all processes. Raises any error of a part."""
-    with random_numbers_kept(), as_trained(recipe, policy) as learner:
+    """Run one group through a step without the update, and save a checkpoint, in all processes. Call it before the
+    first step, so that a setting that fails is refused early; it raises whatever error the step would raise.
+    """
+    with preserve_random_state(), as_trained(recipe, policy) as learner:
         micro_step(recipe, learner, problem, accelerator)
         with join_uneven_forwards(learner):
             recipe.eval_sampler(learner, encode(learner, [problem]), generator_for(recipe.seed, "rehearsal"))
         if recipe.on_save_error == "stop":
-            from_main(partial(save_once, recipe, on_main(learner, accelerator)), accelerator)
+            from_main(partial(try_save, recipe, gather_on_main(learner, accelerator)), accelerator)
 
 
 def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
-    """Run the loop's step on one group per process, up to the gradients. No weight changes."""
+    """Run the training step on one group per process, up to the gradients. No weight changes."""
     key = (recipe.seed, "rehearsal")
     reference = policy if recipe.lora is None else policy.reference()
     run = StepContext(
         recipe=recipe,
         accelerator=accelerator,
         policy=policy,
-        rollout_policy=engine_of(recipe).load(policy),
+        rollout_policy=resolve_rollout_engine(recipe).load(policy),
         reference=reference if recipe.beta else None,
     )
     seeds = row_seeds(generator_for(*key), recipe.num_generations)[None]
@@ -69,7 +71,8 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
     if recipe.sft_warmup_steps:
         check_warmup(recipe, policy, answers[0])
     if recipe.teacher is not None:
-        log_ratio(recipe, policy, rollout, seeds[:, 0])  # with the student as its teacher
+        # The student also plays the teacher, which is not loaded yet.
+        student_teacher_log_ratio(recipe, policy, rollout, seeds[:, 0])
 
     advantages = made_up_advantages(recipe)[: accelerator.num_processes]
     samples = Samples(rollout, advantages, advantages, torch.ones(len(advantages), dtype=torch.double))
@@ -77,45 +80,48 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
         scored = score_samples(run, samples, 0)
     with learner_forward(run):
         batch = make_batches(run, scored)[0][0]
-        loss, likelihood, size = recipe.policy_loss, recipe.likelihood, recipe.micro_batch_size
-        accumulate_gradients(
-            policy, batch, batch.old_view_logprobs, loss=loss, likelihood=likelihood, micro_batch_size=size
+        loss, likelihood, micro_batch_size = recipe.policy_loss, recipe.likelihood, recipe.micro_batch_size
+        forward_backward(
+            policy, batch, batch.old_view_logprobs, loss=loss, likelihood=likelihood, micro_batch_size=micro_batch_size
         )
 
 
-def check_warmup(recipe: Recipe, policy: Policy, answer: Answer) -> None:
+def check_warmup(recipe: Recipe, policy: Policy, answer: GradedCompletion) -> None:
     """Raise ValueError if the problem has no solution to learn from, or its grader has no `sft_warmup_metric`."""
-    solved(policy, [answer.problem], max_new_tokens=recipe.max_new_tokens)
+    tokenize_solutions(policy, [answer.problem], max_new_tokens=recipe.max_new_tokens)
     if recipe.sft_warmup_corruption and policy.spec.attention == "encoder_decoder":
         raise ValueError(
             f"sft_warmup_corruption={recipe.sft_warmup_corruption} replaces tokens beside masks, and the noise of "
             f"{policy.spec.name!r} is replaced tokens already; use 0"
         )
-    metrics = addends(answer.reward)
+    metrics = metric_fractions(answer.reward)
     if recipe.sft_warmup_metric not in metrics:
         known = ", ".join(sorted(metrics))
         raise ValueError(
-            f"sft_warmup_metric={recipe.sft_warmup_metric!r} is none of the task's: {known}; name one of these"
+            f"sft_warmup_metric={recipe.sft_warmup_metric!r} is not one of the task's metrics: "
+            f"{known}; use one of these"
         )
 
 
 def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:
-    """Return advantages of rewards that all differ; a group of zeros gets both signs, so that it has a loss."""
-    rewards, parts = made_up_rewards(recipe)
-    advantages = compute_advantages(recipe, rewards, parts)
-    both = torch.linspace(1, -1, rewards.shape[1]).expand_as(rewards)  # a loss without rows would test nothing
-    return torch.where((advantages != 0).any(-1, keepdim=True), advantages, both)
+    """Return the advantages of artificial rewards, all different. A group whose advantages are 0 gets advantages of
+    both signs, so that every group has a loss.
+    """
+    rewards, component_arguments = made_up_rewards(recipe)
+    advantages = compute_advantages(recipe, rewards, component_arguments)
+    both_signs = torch.linspace(1, -1, rewards.shape[1]).expand_as(rewards)
+    return torch.where((advantages != 0).any(-1, keepdim=True), advantages, both_signs)
 
 
-def save_once(recipe: Recipe, policy: Policy) -> None:
-    """Write a checkpoint to the run's disk, with space for the optimizer's state, and delete it."""
+def try_save(recipe: Recipe, policy: Policy) -> None:
+    """Write a checkpoint to the run's disk and delete it, to check the disk and its free space."""
     folder = Path(recipe.directory) / REHEARSAL
     trained = trained_of(policy.module)
-    moments = MOMENTS.get(recipe.optim, 0) * sum(p.numel() for p in trained)
+    moments = MOMENT_BYTES.get(recipe.optim, 0) * sum(p.numel() for p in trained)
     try:
         state = TrainingState.first(recipe, policy)
         merged = not adapters_alone(recipe)
-        later = 0 if merged else checkpoint.weights_size(policy.module)  # size of the last checkpoint
+        later = 0 if merged else checkpoint.weights_size(policy.module)  # the last checkpoint also has full weights
         optimizer = make_optimizer(recipe, policy)
         content = checkpoint.Checkpoint(policy=policy, optimizer=optimizer, state=state, merged=merged)
         checkpoint.save(folder, content, keep_last=1, reserve=moments + later)
@@ -125,8 +131,8 @@ def save_once(recipe: Recipe, policy: Policy) -> None:
 
 @contextmanager
 def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
-    """Yield the policy as RL will train it, on the same weights, with adapters if the recipe has them; leave no
-    gradient.
+    """Yield the policy as RL will train it: the same weights, with adapters if the recipe has them. Gradients are
+    deleted afterwards.
     """
     module = policy.module
     learner = policy
@@ -134,20 +140,20 @@ def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
     if recipe.lora is not None and policy.lora is None:
         shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
         learner = copy.copy(policy)
-        learner.module = copy.deepcopy(module, shared)  # separate layers, over the same tensors
+        learner.module = copy.deepcopy(module, shared)  # separate layers that share their tensors
         add_lora(learner, recipe.lora())
     try:
         yield learner
     finally:
         module.requires_grad_(False)
-        for parameter in trained:  # add_lora has frozen them
+        for parameter in trained:  # `add_lora` froze them
             parameter.requires_grad_(True)
         module.zero_grad(set_to_none=True)
 
 
 @contextmanager
-def random_numbers_kept() -> Iterator[None]:
-    """Restore the global generators after the block, for a grader or a model that draws from them."""
+def preserve_random_state() -> Iterator[None]:
+    """Restore the global random generators after the block: a grader or a model may have drawn from them."""
     python = random.getstate()
     array = np.random.get_state()
     devices = range(len(torch.cuda.default_generators))  # GPUs in use

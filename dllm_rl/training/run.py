@@ -1,4 +1,4 @@
-"""State of a run, and the writer of its checkpoints."""
+"""The state of a run, and the writer of its checkpoints."""
 
 import sys
 import threading
@@ -18,59 +18,63 @@ from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.context import Record, StepContext
-from dllm_rl.training.late_rollouts.schedule import LateRollouts
+from dllm_rl.training.late_rollouts.schedule import AsyncRollouts
 
 
-class Writer:
-    """Writes one checkpoint at a time, with `later` in a thread. `check` and `wait` raise an error of the thread."""
+class CheckpointWriter:
+    """Writes one checkpoint at a time; with `later`, in a thread. `check` and `wait` raise an error of that thread."""
 
     def __init__(self, *, later: bool, group: Any = None) -> None:
         self.later = later
         self.group = group  # process group for the collectives of several writing processes
-        self.alone = threading.RLock()  # locked during a save by the main process only
+        self.alone = threading.RLock()  # held while the main process saves without the other processes
         self._thread: threading.Thread | None = None
         self._folder: Path | None = None
         self._error: Exception | None = None
 
-    def run(self, work: Callable[[], Path | None]) -> None:
-        """Start `work`; call `wait` for the previous one first."""
+    def run(self, write: Callable[[], Path | None]) -> None:
+        """Start a write. Call `wait` for the previous write first."""
         if not self.later:
-            self._folder = work()
+            self._folder = write()
             return
-        self._thread = threading.Thread(target=self._in_thread, args=(work,), name="checkpoint")
+        self._thread = threading.Thread(target=self._in_thread, args=(write,), name="checkpoint")
         self._thread.start()
 
-    def _in_thread(self, work: Callable[[], Path | None]) -> None:
+    def _in_thread(self, write: Callable[[], Path | None]) -> None:
         try:
             with torch.no_grad():
-                self._folder = work()
+                self._folder = write()
         except Exception as error:  # any exception: `check` raises it in the main thread
             self._error = error
 
     def check(self) -> None:
+        """Raise the error of the last write, once, if the write has failed. Does not wait."""
         if self._error is not None and not (self._thread and self._thread.is_alive()):
             error = self._error
-            self._error = None  # raise it only once
+            self._error = None  # not raised again
             raise error
 
     def wait(self) -> Path | None:
-        """Wait for the write and return the last checkpoint, or None if none was written."""
+        """Wait for the write in progress; return the last checkpoint's folder, or None if none was written."""
         if self._thread is not None:
             self._thread.join()
         self.check()
         return self._folder
 
     def close(self) -> None:
-        """Wait for the write at the end of a run, also on errors; print an error that no other call has raised."""
+        """Wait for the write in progress. Called when a run ends, also on errors: prints the write's error instead of
+        raising it.
+        """
         try:
             self.wait()
         except Exception as error:  # any exception: the run is ending already
             print(f"error: the last checkpoint: {escape_controls(str(error))}", file=sys.stderr, flush=True)
 
     def gather(self, value: object) -> list[Any]:
-        said: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(said, value, group=self.group)
-        return said
+        """Return the value of every process. Collective: every writing process must call it."""
+        gathered: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
 
 
 @dataclass(eq=False, kw_only=True)
@@ -78,16 +82,16 @@ class Run(StepContext[Record]):
     """State of a run of RL or SFT, from its start to its summary."""
 
     optimizer: torch.optim.Optimizer
-    state: TrainingState  # replaced, never changed: another thread never reads fields of two different steps
+    state: TrainingState  # replaced, never changed, so that another thread cannot read fields of two different steps
     stop: Stop
-    writer: Writer
+    writer: CheckpointWriter
     progress: Callable[..., None]
-    teacher: Policy | None = None  # a separate model, for `distillation`
-    late: LateRollouts | None = None  # set if workers make the rollouts
+    teacher: Policy | None = None  # a separate model, for distillation
+    late: AsyncRollouts | None = None  # set if workers make the rollouts
     control: RunControl = field(init=False)
     saved: int | None = None  # step of the last save
     owns_folder: bool = True  # False once another run has locked the folder
-    checkpoint: str = ""  # folder of the last checkpoint, maybe the one that the run resumed from
+    checkpoint: str = ""  # folder of the last checkpoint; before the first save, the one that the run resumed from
 
     def __post_init__(self) -> None:
         directory = Path(self.recipe.directory)

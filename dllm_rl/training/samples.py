@@ -16,10 +16,14 @@ class Samples:
     rank order.
 
     Args:
+        rollout: This process's completions.
+        rewards: Rewards of all processes.
+        advantages: Advantages of all processes.
         metric_weights: Weight of each group in the mismatch metrics: its inverse sampling fraction, 0 if it is not
             scored.
-        rollout_logprobs: For asynchronous rollouts whose estimator does not replay the sampler: the estimate by the
-            weights that sampled, in nats, under each set of the step's masks (`training.views.views_of_step`).
+        rollout_logprobs: Log-probs under the weights that sampled, in nats, for each of the step's sets of masks
+            (`training.views.draw_view_sets`). Set only for asynchronous rollouts whose estimator does not replay the
+            sampler.
     """
 
     rollout: Rollout
@@ -28,17 +32,18 @@ class Samples:
     metric_weights: Float[Tensor, " P"]
     rollout_logprobs: tuple[Float[Tensor, "B T"], ...] = ()
 
-    def reordered(self, order: Int[Tensor, " P"], rollout: Rollout) -> "Samples":
-        """Return all groups in this order, with this process's rows."""
+    def reorder_groups(self, order: Int[Tensor, " P"], rollout: Rollout) -> "Samples":
+        """Return the groups in this order; `rollout` has this process's new rows."""
         return Samples(rollout, self.rewards[order], self.advantages[order], self.metric_weights[order])
 
-    def weighted(self, weights: Float[Tensor, " P"]) -> "Samples":
+    def with_metric_weights(self, weights: Float[Tensor, " P"]) -> "Samples":
+        """Return a copy with these weights in the mismatch metrics."""
         return replace(self, metric_weights=weights)
 
 
 @dataclass(frozen=True)
-class Step:
-    """Samples that a step learned from, and its metrics.
+class StepResult:
+    """Samples that a step trained on, and the metrics of the step.
 
     After load balancing, some rows come from other processes. With several sets of masks, `logps` and all metrics
     except the update's belong to the first set.

@@ -1,4 +1,4 @@
-"""A learner whose weights are sharded: incompatible settings, and its state on one host."""
+"""A learner whose weights are sharded (FSDP2): incompatible settings, and how its weights are gathered for a save."""
 
 import copy
 from typing import Any
@@ -17,39 +17,40 @@ from dllm_rl.models.lora import add_lora
 from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe, Settings
 
-WHOLE = "or shard_size=1, with which each process holds the weights whole"
+UNSHARDED_REMEDY = "or shard_size=1, with which every process has the full weights"
 
 
 def group_size(recipe: Settings, processes: int) -> int:
+    """Return how many processes share the weights of one learner."""
     return recipe.shard_size or processes
 
 
-def first_home(recipe: Settings, accelerator: Accelerator) -> torch.device:
-    """Return the device that the learner's weights are loaded to: the host if they are to be sharded."""
-    # A device need not have memory for the full model: `shard` sends it unit by unit.
+def loading_device(recipe: Settings, accelerator: Accelerator) -> torch.device:
+    """Return the device to load the learner's weights to: the host if they will be sharded."""
+    # No device needs memory for the full model: `shard` moves it to the devices unit by unit.
     return torch.device("cpu") if group_size(recipe, accelerator.num_processes) > 1 else accelerator.device
 
 
 def check_launch_config() -> None:
-    """Raise ValueError if the launch requests an engine, which Accelerate silently ignores on a CPU."""
-    for name in ("DEEPSPEED", "FSDP"):  # on a GPU such an engine would own the model
+    """Raise ValueError if the launch requests DeepSpeed or FSDP. Accelerate ignores the request silently on a CPU."""
+    for name in ("DEEPSPEED", "FSDP"):  # on a GPU such an engine would wrap the model
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
-                f"distributed_type={name} in the launch's config: such an engine would own the model, whose layers the "
-                "sync of the rollout's copy and the constant-memory update take one by one; use MULTI_GPU, and "
-                f"{as_written(shard_size=0)} to share the weights out (torch's FSDP2)"
+                f"distributed_type={name} in the launch's config: such an engine would wrap the model, whose layers "
+                "the weight sync and the constant-memory update access one by one; use MULTI_GPU, and "
+                f"{as_written(shard_size=0)} to shard the weights (torch's FSDP2)"
             )
 
 
 def check_batches(recipe: Settings, processes: int) -> None:
     """Raise ValueError if the processes cannot share a batch equally."""
     for name in ("train_batch_size", "sft_warmup_batch_size") if recipe.sft_warmup_steps else ("train_batch_size",):
-        whole = getattr(recipe, name)
-        if whole % processes:
-            least = whole // processes * processes
-            near = f"{f'{least}, ' if least else ''}{least + processes}"
+        batch_size = getattr(recipe, name)
+        if batch_size % processes:
+            lower_multiple = batch_size // processes * processes
+            nearest = f"{f'{lower_multiple}, ' if lower_multiple else ''}{lower_multiple + processes}"
             raise ValueError(
-                f"{name}={whole} must be a multiple of the {processes} processes; nearest that are: {near}"
+                f"{name}={batch_size} must be a multiple of the {processes} processes; the nearest are: {nearest}"
             )
 
 
@@ -60,23 +61,24 @@ def check_sharding(recipe: Settings, processes: int) -> None:
         raise ValueError(f"shard_size={size} must divide the {processes} processes; give a divisor, or 0 for all")
     if size == 1 or not isinstance(recipe, Recipe):
         return
-    wrong = {
+    conflicts = {
         f"sft_warmup_steps={recipe.sft_warmup_steps} with lora": recipe.sft_warmup_steps
         and recipe.lora is not None
-        and "adapters cannot be added to weights that are shared out: warm up without them in a run of its own, and "
-        "start from its checkpoint",
+        and "adapters cannot be added to sharded weights: warm up without adapters in a separate run, and start from "
+        "its checkpoint",
         "zero_mismatch=True": recipe.zero_mismatch
-        and "where the sides differ, one process alone would look for the layer",
+        and "if rollout and learner differ, only one process would search for the layer",
         f"base_quantization={recipe.base_quantization!r}": recipe.base_quantization
-        and "bitsandbytes' weights cannot be parted",
-        "optim=adamw_8bit": function_of(recipe.optim) is adamw_8bit and "its moments cannot be parted: use adamw",
+        and "bitsandbytes' weights cannot be sharded",
+        "optim=adamw_8bit": function_of(recipe.optim) is adamw_8bit and "its moments cannot be sharded: use adamw",
     }
-    for name, why in wrong.items():
-        if why:
-            raise ValueError(f"{name} does not go with shard_size={size}: {why}; {WHOLE}")
+    for name, reason in conflicts.items():
+        if reason:
+            raise ValueError(f"{name} cannot be combined with shard_size={size}: {reason}; {UNSHARDED_REMEDY}")
 
 
-def share_out(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy:
+def shard_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> Policy:
+    """Shard the policy's weights in place, with its adapters, if the recipe shards the learner; return the policy."""
     size = group_size(recipe, accelerator.num_processes)
     module = policy.module
     if size == 1:
@@ -92,21 +94,23 @@ def check_module(module: Module, size: int) -> None:
     """Raise ValueError on a module whose weights cannot be sharded."""
     backbone: Module = backbone_of(module)
     if backbone is module:
-        wrong = f"needs a transformers module with a backbone and a head, not {type(module).__name__}"
-        raise ValueError(f"shard_size={size} {wrong}; use shard_size=1")
-    inside = {id(parameter) for parameter in backbone.parameters()}
+        problem = f"needs a transformers module with a backbone and a head, not {type(module).__name__}"
+        raise ValueError(f"shard_size={size} {problem}; use shard_size=1")
+    backbone_ids = {id(parameter) for parameter in backbone.parameters()}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        if id(parameter) in inside and not name.startswith(f"{module.base_model_prefix}."):
+        if id(parameter) in backbone_ids and not name.startswith(f"{module.base_model_prefix}."):
             raise ValueError(
-                f"shard_size={size}: {name} of {type(module).__name__} is tied to the backbone's embeddings: two "
-                "shards would hold it; use shard_size=1"
+                f"shard_size={size}: {name} of {type(module).__name__} is tied to the backbone's embeddings: it "
+                "would be in two shards; use shard_size=1"
             )
 
 
-def on_main(policy: Policy, accelerator: Accelerator) -> Policy:
-    """Return the policy to save: itself, or of a sharded learner a full copy on the main process. Collective."""
+def gather_on_main(policy: Policy, accelerator: Accelerator) -> Policy:
+    """Return a policy that can be saved: for a sharded learner a copy with full weights in the main process, else the
+    policy itself. Collective: every process must call it.
+    """
     if sharding_of(policy.module) is None:
         return policy
-    twin: Any = copy.copy(policy)  # the learner's sharded module stays unchanged
-    twin.module = host_copy(policy.module, keep=accelerator.is_main_process) or policy.module
-    return twin
+    full_policy: Any = copy.copy(policy)  # the learner's sharded module stays unchanged
+    full_policy.module = host_copy(policy.module, keep=accelerator.is_main_process) or policy.module
+    return full_policy

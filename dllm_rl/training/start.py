@@ -1,4 +1,4 @@
-"""Starting and resuming a run."""
+"""Start a new run, or resume one from a checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,37 +21,43 @@ from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
 from dllm_rl.presets import num_parameters
 from dllm_rl.recipe import Recipe, Settings
-from dllm_rl.training.cautions import cautions, of_emulated_products, of_the_rate
+from dllm_rl.training.cautions import bf16_warnings, cautions, learning_rate_warnings
 from dllm_rl.training.distillation import teacher_policy
 from dllm_rl.training.hooks import before_first_step
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
-from dllm_rl.training.late_rollouts.schedule import LateRollouts, Pool
+from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, Pool
 from dllm_rl.training.model_card import check_hub
 from dllm_rl.training.policies import (
     build_policy,
     check_compiled,
-    engine_of,
-    fresh_state,
+    initialize_run,
     make_optimizer,
     reference_policy,
+    resolve_rollout_engine,
     resumed_policy,
 )
-from dllm_rl.training.prompts import check_prompts, check_tasks, choose, reward_history
+from dllm_rl.training.prompts import check_prompts, check_tasks, fit_prompts, reward_history
 from dllm_rl.training.rehearsal import rehearse
-from dllm_rl.training.rollouts import wanted_parts
+from dllm_rl.training.rollouts import component_reward_weights
 from dllm_rl.training.run import Run
-from dllm_rl.training.saving import check_lock, make_writer, protect, save
-from dllm_rl.training.sharded_learner import check_batches, check_launch_config, check_sharding, first_home, share_out
+from dllm_rl.training.saving import check_lock, install_emergency_saves, make_writer, save
+from dllm_rl.training.sharded_learner import (
+    check_batches,
+    check_launch_config,
+    check_sharding,
+    loading_device,
+    shard_policy,
+)
 from dllm_rl.training.validation import check_best_model, validation_interval
 
 
 def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
-    """Return a run at its first step, fresh or restored from a checkpoint.
+    """Prepare a run up to its first step: check the recipe, load the policies, and restore the state of a resumed run.
 
     Raises:
         ValueError: The recipe cannot run.
     """
-    # 1. Check what needs no model, and join the processes. From here on a signal ends the process immediately.
+    # 1. Check all that needs no model, and join the processes. A signal from now on ends the process immediately.
     if recipe.zero_mismatch:
         prepare_workspace()
     check_compiled(recipe)
@@ -62,35 +68,36 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
         pool = ray_workers(recipe)  # the workers import torch while this process builds the model
     accelerator, stop, peers = launch(recipe)
 
-    # 2. A new run rehearses a step. A recipe that is refused up to here has overwritten nothing.
-    folder, saved, notes = from_main(partial(open_folder, recipe), accelerator)
+    # 2. A new run rehearses a step. If the recipe is refused up to here, no file has been overwritten.
+    folder, saved_state, notes = from_main(partial(open_folder, recipe), accelerator)
     if not folder:
-        policy = rehearsed(recipe, accelerator)
+        policy = load_and_rehearse(recipe, accelerator)
         teacher = teacher_policy(recipe, policy, accelerator)
 
-    # 3. The run's files, and the watch: from here on the other processes can read the stage of this process.
-    log = open_log(recipe, accelerator, peers, saved, notes)
-    emulated = of_emulated_products(recipe, accelerator.device.type)
-    for caution in [*cautions(recipe), *emulated]:
+    # 3. Open the run's files. From now on, the other processes can read which stage this process is in.
+    log = open_log(recipe, accelerator, peers, saved_state, notes)
+    bf16_cautions = bf16_warnings(recipe, accelerator.device.type)
+    for caution in [*cautions(recipe), *bf16_cautions]:
         log.say(f"warning: {caution}")
 
-    # 4. The state of the first step. Weights, adapters, moments, log and record all come from the same checkpoint.
+    # 4. Set up the state of the first step. Weights, adapters, optimizer, log and state come from the same checkpoint.
     if folder:
-        policy = resumed_policy(recipe, folder, saved, accelerator)
+        policy = resumed_policy(recipe, folder, saved_state, accelerator)
         teacher = teacher_policy(recipe, policy, accelerator)
         check_prompts(recipe, policy)
         optimizer = make_optimizer(recipe, policy)
-        state = restore(recipe, folder, saved, policy, optimizer, log)
+        state = restore(recipe, folder, saved_state, policy, optimizer, log)
     else:
-        state = fresh_state(recipe, policy, accelerator, log)
+        state = initialize_run(recipe, policy, accelerator, log)
         optimizer = make_optimizer(recipe, policy)
 
-    parameters = num_parameters(recipe.model if isinstance(recipe.model, str) else policy)
-    for caution in of_the_rate(recipe.learning_rate, parameters):
+    model_size = num_parameters(recipe.model if isinstance(recipe.model, str) else policy)
+    for caution in learning_rate_warnings(recipe.learning_rate, model_size):
         log.say(f"warning: {caution}")
 
-    # 5. The copies: the rollout's copy has the learner's version; the reference has the weights that RL started from.
-    rollout_policy = engine_of(recipe).load(policy)
+    # 5. Make the other policies: the rollout policy has the learner's version, the reference the weights that RL
+    # started from.
+    rollout_policy = resolve_rollout_engine(recipe).load(policy)
     rollout_policy.weights_version = policy.weights_version
     if recipe.torch_compile:
         compile_blocks(rollout_policy)
@@ -118,14 +125,14 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     )
     if pool is not None:
         pool.set_up(run)
-        run.late = LateRollouts(run, pool)
+        run.late = AsyncRollouts(run, pool)
         run.late.begin(state.step, folder)
 
-    # 6. The first checkpoint. From here on there is a complete step to save, whatever ends the run.
+    # 6. Save the first checkpoint. From now on there is a complete step to save, whatever ends the run.
     if not folder:
         check_lock(run)
         save(run)
-    protect(run, peers)
+    install_emergency_saves(run, peers)
     before_first_step(run)
     return run
 
@@ -133,7 +140,9 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
 def restore(
     recipe: Settings, folder: Path, state: TrainingState, policy: Policy, optimizer: torch.optim.Optimizer, log: RunLog
 ) -> TrainingState:
-    """Set policy version, optimizer and log to the checkpoint's; return its state with the recipe of this run."""
+    """Restore the policy's version, the optimizer and the log from a checkpoint; return the checkpoint's state with the
+    recipe of this run.
+    """
     policy.weights_version = state.version
     log.seconds = state.stages
     log.begun -= state.seconds  # as if the run had never paused
@@ -146,7 +155,8 @@ def restore(
 
 
 def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
-    """Join the processes; return them with the handler of stop signals and the watch over other processes (or None).
+    """Join the processes; return the accelerator, the handler of stop signals, and the watchdog over the other
+    processes (None without one).
 
     Raises:
         ValueError: The number of processes does not fit the recipe.
@@ -159,25 +169,31 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
     if recipe.peer_timeout is not None and accelerator.num_processes > 1:
         peers = Peers(accelerator, seconds=recipe.peer_timeout, advice=f"this run ends; {how_to_continue(recipe)}")
         peers.hear = stop.hear_from_another
-        with_the_run().enter_context(peers)  # the other processes are told of the end, also on errors
+        with_the_run().enter_context(peers)  # its exit tells the other processes that this one ends, also on errors
     stop.leave_at_once("stopped before the first step: nothing new was saved; start again with the same command")
     check_processes(recipe, accelerator)
     return accelerator, stop, peers
 
 
 def open_log(
-    recipe: Settings, accelerator: Accelerator, peers: Peers | None, saved: TrainingState | None, notes: Sequence[str]
+    recipe: Settings,
+    accelerator: Accelerator,
+    peers: Peers | None,
+    saved_state: TrainingState | None,
+    notes: Sequence[str],
 ) -> RunLog:
-    """Open the run's files and trackers from the step of `saved` on, connect `peers` to the log, and print `notes`."""
+    """Open the run's files and trackers, connect `peers` to the log, and print `notes`. The log of a resumed run
+    continues at the step of `saved_state`.
+    """
     from_main(partial(clear_folder, recipe), accelerator)
-    start = saved.step if saved else 0
+    first_step = saved_state.step if saved_state else 0
     log = RunLog(
         Path(recipe.directory),
-        start=start,
+        start=first_step,
         main=accelerator.is_main_process,
         patient=recipe.on_save_error == "continue",
         completions=recipe.log_completions_steps > 0,
-        trackers=start_trackers(recipe, accelerator, start=start),
+        trackers=start_trackers(recipe, accelerator, start=first_step),
     )
     for note in notes:
         log.say(note)
@@ -187,20 +203,21 @@ def open_log(
 
 
 def check_processes(recipe: Settings, accelerator: Accelerator) -> None:
+    """Raise ValueError if the recipe does not fit the launch or the number of processes."""
     check_launch_config()
     check_sharding(recipe, accelerator.num_processes)
     check_batches(recipe, accelerator.num_processes)
 
 
-def rehearsed(recipe: Recipe, accelerator: Accelerator) -> Policy:
-    """Return the recipe's model after a rehearsed step, so that a bad setting is refused before any work and before any
+def load_and_rehearse(recipe: Recipe, accelerator: Accelerator) -> Policy:
+    """Load the recipe's model and rehearse a step, so that a wrong setting is refused before any work and before any
     file.
     """
-    policy = build_policy(recipe, first_home(recipe, accelerator))
+    policy = build_policy(recipe, loading_device(recipe, accelerator))
     recipe.likelihood.check(policy)
-    wanted_parts(recipe)
-    longest = check_prompts(recipe, policy)
-    (problem,), _ = choose(recipe, policy, [longest])
-    policy = share_out(recipe, policy, accelerator)
+    component_reward_weights(recipe)
+    longest_index = check_prompts(recipe, policy)
+    (problem,), _ = fit_prompts(recipe, policy, [longest_index])
+    policy = shard_policy(recipe, policy, accelerator)
     rehearse(recipe, policy, problem, accelerator)
     return policy

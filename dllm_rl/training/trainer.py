@@ -6,13 +6,13 @@ from dllm_rl.distributed.stop import leaving_nothing_behind
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import escape_controls
 from dllm_rl.training.completion_log import log_completions
-from dllm_rl.training.distillation import teach
+from dllm_rl.training.distillation import add_teacher_reward
 from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.finish import Summary, finish
 from dllm_rl.training.hooks import after_step
 from dllm_rl.training.late_rollouts.schedule import Pool
-from dllm_rl.training.learner import step
-from dllm_rl.training.policies import engine_of
+from dllm_rl.training.learner import train_step
+from dllm_rl.training.policies import resolve_rollout_engine
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.saving import checkpoint_if_due
 from dllm_rl.training.start import start
@@ -23,8 +23,8 @@ from dllm_rl.training.validation import validate
 def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
     """Train with a recipe and return the run's summary.
 
-    Call it for a recipe that you wrote yourself; use `grpo` for a model, a data set and reward functions. With
-    `recipe.dry_run` it prints the plan and trains nothing.
+    Call it for a recipe that you wrote yourself; call `grpo` if you have a model, a data set and reward functions. With
+    `recipe.dry_run` it prints the plan and does not train.
 
     Args:
         recipe: Settings of the run.
@@ -38,26 +38,30 @@ def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
     """
     if recipe.dry_run:
         text = plan(recipe)
-        if os.environ.get("RANK", "0") == "0":  # one plan, whatever the number of processes
+        if os.environ.get("RANK", "0") == "0":  # several processes print one plan
             print(escape_controls(text, keep="\n"))
         return Summary({"plan": text})
-    run = start(recipe, pool)  # fresh, or from a checkpoint
-    engine = engine_of(recipe)
+    run = start(recipe, pool)  # a new run, or one resumed from a checkpoint
+    engine = resolve_rollout_engine(recipe)
 
-    for number in range(run.state.step, recipe.num_steps):
-        # Rollout workers, if the recipe has them, sample the batches of later steps meanwhile.
-        samples, answers, sampling = collect(run, number) if run.late is None else run.late.collect(number)
-        samples, taught = teach(run, samples, number)
-        learned = step(run, samples, number, run.optimizer)
+    for step_index in range(run.state.step, recipe.num_steps):
+        if run.late is None:
+            samples, completions, rollout_metrics = collect(run, step_index)
+        else:  # from a rollout worker; the workers sample the batches of later steps while this step trains
+            samples, completions, rollout_metrics = run.late.collect(step_index)
+        samples, teacher_metrics = add_teacher_reward(run, samples, step_index)
+        result = train_step(run, samples, step_index, run.optimizer)
         with run.log.stage("sync"):
-            published = {} if run.late is None else run.late.publish(number, learned)
-            synced = published | engine.sync(run.policy, run.rollout_policy)
+            mismatch_metrics = {} if run.late is None else run.late.publish(step_index, result)
+            sync_metrics = mismatch_metrics | engine.sync(run.policy, run.rollout_policy)
 
-        metrics = after_step(run, number, sampling | taught | learned.metrics | synced | validate(run, number))
-        run.log.write(number, metrics)
-        log_completions(run, number, answers, samples.rollout, learned.samples, learned.logps)
-        run.progress(metrics, show=(number + 1) % recipe.logging_steps == 0 or number + 1 == recipe.num_steps)
-        checkpoint_if_due(run, number, metrics)  # also saves on a signal, which ends the process
+        metrics = rollout_metrics | teacher_metrics | result.metrics | sync_metrics | validate(run, step_index)
+        metrics = after_step(run, step_index, metrics)  # calls the callbacks, which may add metrics
+        run.log.write(step_index, metrics)
+        log_completions(run, step_index, completions, samples.rollout, result.samples, result.logps)
+        steps_done = step_index + 1
+        run.progress(metrics, show=steps_done % recipe.logging_steps == 0 or steps_done == recipe.num_steps)
+        checkpoint_if_due(run, step_index, metrics)  # also saves on a signal, which ends the process
         if run.control.stop_reason is not None:
             break
     return finish(run)

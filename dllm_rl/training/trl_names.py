@@ -1,4 +1,4 @@
-"""TRL's names for settings of `grpo`, and their meaning here. docs/trl.md has the tables."""
+"""Translate TRL's names for settings into those of `grpo_recipe`. docs/trl.md has the tables."""
 
 import difflib
 import inspect
@@ -12,11 +12,11 @@ from dllm_rl.algorithms import optimizers
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.algorithms.losses import fixed_length_mean, gspo, ppo_clip, sequence_mean, token_mean
 from dllm_rl.distributed.collectives import launched
-from dllm_rl.recipe import Recipe, check_kind, fitted
+from dllm_rl.recipe import Recipe, check_kind, convert_value
 from dllm_rl.renamed import hint
 
-# Names of the same meaning: the keyword of grpo_recipe or, after a dot, a keyword of its value.
-SAME = {
+# TRL's name: the keyword of grpo_recipe with the same meaning, or KEYWORD.ARGUMENT for an argument of its function.
+TRL_NAMES = {
     "max_completion_length": "max_new_tokens",
     "max_steps": "num_steps",
     "run_name": "name",
@@ -30,8 +30,8 @@ SAME = {
     "delta": "loss.delta",
     "scale_rewards": "advantages.scale_rewards",
 }
-# Names whose value is a word: the keyword, and its value for each word that has one meaning here.
-WORDS: dict[str, tuple[str, dict[str, Callable]]] = {
+# TRL's names whose value is a word: the keyword of grpo_recipe, and its value for each word that has an equivalent.
+WORD_VALUES: dict[str, tuple[str, dict[str, Callable]]] = {
     "loss_type": (
         "loss_reduction",
         {"grpo": sequence_mean, "dapo": token_mean, "bnpo": token_mean, "dr_grpo": fixed_length_mean},
@@ -51,10 +51,10 @@ WORDS: dict[str, tuple[str, dict[str, Callable]]] = {
         },
     ),
 }
-# Completions of a process's forward, and forwards of a process per update: see `batch_sizes`.
+# Completions per forward, and forwards per update, of one process: see `batch_sizes`.
 BATCH_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
-# Other names are refused with the nearest setting.
-NEAREST = {
+# TRL's names without an equivalent are refused; the error names the nearest setting.
+HINTS = {
     "args": "a keyword for each of its fields, as learning_rate=1e-6",
     "generation_batch_size": "train_batch_size, in prompts per step over all processes",
     "steps_per_generation": "num_iterations, updates per rollout",
@@ -97,97 +97,107 @@ NEAREST = {
 }
 
 
-def translated(function: Callable[..., Recipe], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the function's keywords for these keywords, which may have TRL's names.
+def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any]) -> dict[str, Any]:
+    """Translate keywords that may have TRL's names into the function's keywords.
 
     Raises:
         ValueError: A name is unknown.
     """
     types = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
-    types = {field.name: field.type for field in fields(Recipe)} | types  # `model` has one more form here
-    known = types.keys() - {"settings"}
-    given = {name: value if name == "model" else fitted(name, types.get(name), value) for name, value in given.items()}
-    check_counts(given)
-    for name in given.keys() & known - {"report_to"}:  # TRL's value is a list
-        check_kind(name, types[name], given[name])
-    found = batch_sizes(given)
-    same = dict(SAME)
-    if "lr_scheduler_type" in given:  # without it, the name is one of an earlier version
-        same["warmup_steps"] = "lr_schedule.warmup_steps"
-    for name, value in given.items():
-        if name in BATCH_SIZES or (name, value) in (("sync_ref_model", False), ("warmup_steps", 0)):  # the default
+    # The function's types win: its `model` accepts one more type than Recipe's.
+    types = {field.name: field.type for field in fields(Recipe)} | types
+    settings = types.keys() - {"settings"}
+    keywords = {
+        name: value if name == "model" else convert_value(name, types.get(name), value)
+        for name, value in keywords.items()
+    }
+    check_counts(keywords)
+    for name in keywords.keys() & settings - {"report_to"}:  # TRL's value is a list
+        check_kind(name, types[name], keywords[name])
+    translated = batch_sizes(keywords)
+    trl_names = dict(TRL_NAMES)
+    if "lr_scheduler_type" in keywords:  # without it, warmup_steps is a name of an earlier version
+        trl_names["warmup_steps"] = "lr_schedule.warmup_steps"
+    for name, value in keywords.items():
+        is_default = (name, value) in (("sync_ref_model", False), ("warmup_steps", 0))
+        if name in BATCH_SIZES or is_default:
             continue
-        path, value = spelled(name, value) if name in WORDS else (same.get(name, name), value)
-        if path.partition(".")[0] not in known:
-            if now := hint(name):
-                more = "; a learning-rate warm-up needs lr_scheduler_type too" if name == "warmup_steps" else ""
-                raise ValueError(now + more)
-            near = [NEAREST[name]] if name in NEAREST else difflib.get_close_matches(name, known | SAME.keys(), n=1)
-            remedy = f"the nearest is {near[0]}" if near else "help(dllm_rl.Recipe) lists all"
+        path, value = translate_word(name, value) if name in WORD_VALUES else (trl_names.get(name, name), value)
+        if path.partition(".")[0] not in settings:
+            if rename_hint := hint(name):
+                addition = "; a learning-rate warm-up needs lr_scheduler_type too" if name == "warmup_steps" else ""
+                raise ValueError(rename_hint + addition)
+            if name in HINTS:
+                nearest = [HINTS[name]]
+            else:
+                nearest = difflib.get_close_matches(name, settings | TRL_NAMES.keys(), n=1)
+            remedy = f"the nearest is {nearest[0]}" if nearest else "help(dllm_rl.Recipe) lists all"
             raise ValueError(f"{name} is not a setting of grpo; {remedy}")
-        if path in found:
-            raise ValueError(f"{path} is given twice, once by TRL's name; give it once")
-        found[path] = value
-    if isinstance(found.get("report_to"), list):
-        found["report_to"] = ",".join(found["report_to"]) or "none"
-    for path in [path for path in found if "." in path]:
-        bind(found, path, found.pop(path))
-    return found
+        if path in translated:
+            raise ValueError(f"{path} is set twice, once by TRL's name; set it once")
+        translated[path] = value
+    if isinstance(translated.get("report_to"), list):
+        translated["report_to"] = ",".join(translated["report_to"]) or "none"
+    for path in [path for path in translated if "." in path]:
+        bind_keyword(translated, path, translated.pop(path))
+    return translated
 
 
-def check_counts(given: dict[str, Any]) -> None:
-    """Raise ValueError on TRL's counts that are not whole numbers, or that count updates if a step has several."""
+def check_counts(keywords: dict[str, Any]) -> None:
+    """Raise ValueError if one of TRL's counts is not a whole number, or counts updates while a step has several."""
     for name in (*BATCH_SIZES, "num_generations", "warmup_steps"):
-        if not isinstance(given.get(name, 0), Integral):
-            raise ValueError(f"{name}={given[name]!r} must be a whole number")
-    if given.get("num_iterations", 1) > 1:
+        if not isinstance(keywords.get(name, 0), Integral):
+            raise ValueError(f"{name}={keywords[name]!r} must be a whole number")
+    if keywords.get("num_iterations", 1) > 1:
         for name, remedy in (("max_steps", "num_steps"), ("lr_scheduler_type", "lr_schedule, a function")):
-            if given.get(name, "constant") != "constant":  # a constant rate does not count updates
+            if keywords.get(name, "constant") != "constant":  # a constant rate does not count updates
                 raise ValueError(f"{name} counts updates, and num_iterations of them are one step here; give {remedy}")
-    forwards = given.get("gradient_accumulation_steps", 1) * launched()
-    if given.get("loss_type") == "bnpo" and forwards > 1:
+    forwards = keywords.get("gradient_accumulation_steps", 1) * launched()
+    if keywords.get("loss_type") == "bnpo" and forwards > 1:
         raise ValueError(
             f"loss_type='bnpo' divides by the tokens of each forward, and an update has {forwards} of them; "
             "use 'dapo', which divides by the tokens of the batch"
         )
 
 
-def spelled(name: str, word: object) -> tuple[str, Callable]:
-    """Return the keyword for a name of WORDS, and its value.
+def translate_word(name: str, word: object) -> tuple[str, Callable]:
+    """Return the keyword for a name of WORD_VALUES, and the keyword's value.
 
     Raises:
         ValueError: The word is not in the table.
     """
-    keyword, words = WORDS[name]
+    keyword, words = WORD_VALUES[name]
     if word not in list(words):
         known = ", ".join(map(repr, words))
-        others = "for others give Recipe's loss, loss_reduction or lr_schedule"
-        raise ValueError(f"{name}={word!r} is none of {known}; {others}")
+        alternatives = "for others give Recipe's loss, loss_reduction or lr_schedule"
+        raise ValueError(f"{name}={word!r} is not one of {known}; {alternatives}")
     return keyword, words[word]
 
 
-def batch_sizes(given: dict[str, Any]) -> dict[str, Any]:
+def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:
     """Return micro_batch_size (completions) and train_batch_size (prompts) for TRL's BATCH_SIZES; {} without them.
 
     Raises:
         ValueError: A forward would split a group.
     """
-    if not given.keys() & set(BATCH_SIZES):
+    if not keywords.keys() & set(BATCH_SIZES):
         return {}
-    rows, forwards = given.get(BATCH_SIZES[0]), given.get(BATCH_SIZES[1], 1)
+    rows, forwards = keywords.get(BATCH_SIZES[0]), keywords.get(BATCH_SIZES[1], 1)
     if rows is None:
         raise ValueError(f"gradient_accumulation_steps={forwards} needs per_device_train_batch_size, in completions")
-    group = max(1, given.get("num_generations", Recipe.num_generations))  # Recipe refuses less than 1
-    if rows % group:
-        wrong = f"per_device_train_batch_size={rows} is not a multiple of num_generations={group}"
+    group_size = max(1, keywords.get("num_generations", Recipe.num_generations))  # Recipe refuses less than 1
+    if rows % group_size:
+        problem = f"per_device_train_batch_size={rows} is not a multiple of num_generations={group_size}"
         raise ValueError(
-            f"{wrong}, and a forward has whole groups here; use a multiple, or train_batch_size, in prompts"
+            f"{problem}, and a forward has complete groups here; use a multiple, or train_batch_size, in prompts"
         )
-    return {"micro_batch_size": rows, "train_batch_size": rows * forwards * launched() // group}
+    return {"micro_batch_size": rows, "train_batch_size": rows * forwards * launched() // group_size}
 
 
-def bind(settings: dict[str, Any], path: str, value: object) -> None:
-    """Set a keyword of a setting's function or of the sampler's options; `path` is as in SAME."""
+def bind_keyword(settings: dict[str, Any], path: str, value: object) -> None:
+    """Set the argument of a setting's function, or an option of the sampler. `path` is KEYWORD.ARGUMENT, as in
+    TRL_NAMES.
+    """
     name, _, keyword = path.partition(".")
     if name == "sampler_options":
         settings[name] = {**(settings.get(name) or {}), keyword: value}
@@ -201,8 +211,10 @@ def bind(settings: dict[str, Any], path: str, value: object) -> None:
 
 
 def with_trl_names(function: Callable[..., Recipe]) -> Callable[..., Recipe]:
+    """Decorate `grpo_recipe`, so that it also accepts TRL's names."""
+
     @wraps(function)
     def call(*arguments: Any, **keywords: Any) -> Recipe:
-        return function(*arguments, **translated(function, keywords))
+        return function(*arguments, **translate_trl_names(function, keywords))
 
     return call

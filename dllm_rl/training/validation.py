@@ -1,4 +1,4 @@
-"""Evaluation during a run."""
+"""Evaluations during a run, and how often they happen."""
 
 import math
 from collections.abc import Callable
@@ -11,23 +11,25 @@ from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.tasks.base import Task
 from dllm_rl.training.context import StepContext
 
-SHARE = 0.02  # largest share of the forwards, if the run chooses eval_steps
-FEWEST_STEPS = 10  # between evaluations; an interval that the run chooses is a multiple of it
+MAX_SHARE = 0.02  # evaluations take at most this share of the forwards if eval_steps is None
+MIN_STEPS = 10  # if eval_steps is None, the steps between evaluations are a multiple of this number
 
 
 def evaluate_with(recipe: Recipe, policy: Policy, task: Task, accelerator: Accelerator) -> dict[str, float]:
+    """Evaluate a policy on a task with the recipe's eval sampler; return the mean metrics."""
     options = {"seed": recipe.seed, "batch_size": recipe.eval_batch_size, "accelerator": accelerator}
     return evaluate(policy, task, recipe.eval_sampler, reward_timeout=recipe.reward_timeout, **options).means
 
 
-def shown(found: dict[str, float]) -> str:
+def format_metrics(metrics: dict[str, float]) -> str:
+    """Format the main metrics of an evaluation for one line of the screen."""
     names = ("solve_rate", "cell_accuracy", "accuracy", "reward")
-    return ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name in names)
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name in names)
 
 
-def interval(recipe: Settings, evaluation: int, step: int) -> int:
+def interval(recipe: Settings, eval_forwards: int, step_forwards: int) -> int:
     """Return the number of steps between evaluations, 0 for none: `eval_steps`, or the number that limits evaluations
-    to SHARE of the work.
+    to MAX_SHARE of the work.
 
     The work is counted and not timed, so that a resumed run evaluates at the same steps.
 
@@ -38,29 +40,31 @@ def interval(recipe: Settings, evaluation: int, step: int) -> int:
     """
     if recipe.eval_steps is not None:
         return recipe.eval_steps
-    return FEWEST_STEPS * max(1, math.ceil(evaluation / (SHARE * step * FEWEST_STEPS)))
+    return MIN_STEPS * max(1, math.ceil(eval_forwards / (MAX_SHARE * step_forwards * MIN_STEPS)))
 
 
-def check_best_model(recipe: Settings, every: int) -> None:
+def check_best_model(recipe: Settings, eval_interval: int) -> None:
     """Raise ValueError if `metric_for_best_model` would never be measured."""
-    if recipe.metric_for_best_model is not None and 0 < recipe.num_steps < every:
+    if recipe.metric_for_best_model is not None and 0 < recipe.num_steps < eval_interval:
         raise ValueError(
-            f"metric_for_best_model={recipe.metric_for_best_model!r} is measured every {every} steps, and "
+            f"metric_for_best_model={recipe.metric_for_best_model!r} is measured every {eval_interval} steps, and "
             f"num_steps={recipe.num_steps}: set a smaller eval_steps"
         )
 
 
 def validation_interval(recipe: Recipe) -> int:
-    """Return the `interval` of the validation task. Only the rollout of a training step counts."""
-    evaluated, sampled = forwards_of(recipe.eval_sampler), forwards_of(recipe.sampler)
-    if not evaluated or not sampled:  # one of them is not set
-        evaluated = sampled = 1
+    """Return the steps between evaluations on the validation task (`interval`). Of a training step, only the rollout is
+    counted.
+    """
+    eval_forwards, rollout_forwards = forwards_of(recipe.eval_sampler), forwards_of(recipe.sampler)
+    if not eval_forwards or not rollout_forwards:  # unknown for one of the samplers: compare rows only
+        eval_forwards = rollout_forwards = 1
     rows = recipe.train_batch_size * recipe.num_generations
-    return interval(recipe, len(recipe.validation_task) * evaluated, rows * sampled)
+    return interval(recipe, len(recipe.validation_task) * eval_forwards, rows * rollout_forwards)
 
 
 def forwards_of(sampler: Callable) -> int:
-    """Return the largest number of forwards in which a sampler writes a completion; 0 if its keywords do not set it."""
+    """Return the largest number of forwards that a sampler takes for a completion; 0 if its keywords do not set it."""
     keywords = getattr(sampler, "keywords", {})
     return keywords.get("diffusion_steps") or keywords.get("max_new_tokens") or 0
 
@@ -68,8 +72,8 @@ def forwards_of(sampler: Callable) -> int:
 def validate(run: StepContext[Recipe], step: int) -> dict[str, float]:
     """Return metrics on the validation task at every `validation_interval`, and {} at other steps."""
     recipe = run.recipe
-    every = validation_interval(recipe)
-    if not every or (step + 1) % every:  # step counts from 0
+    eval_interval = validation_interval(recipe)
+    if not eval_interval or (step + 1) % eval_interval:  # step counts from 0
         return {}
     with run.log.stage("evaluation"):
         means = evaluate_with(recipe, run.policy, recipe.validation_task, run.accelerator)

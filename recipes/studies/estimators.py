@@ -25,7 +25,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import load_policy
 from dllm_rl.models.tokens import decode, encode
 from dllm_rl.tasks.base import grade
-from dllm_rl.training.learner import accumulate_gradients
+from dllm_rl.training.learner import forward_backward
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch, Rollout
 from recipes.studies.paired import markdown, warm_up
@@ -75,7 +75,7 @@ def gradient(estimator, policy: Policy, rollout: Rollout, noise, advantages: tor
     parameters = list(policy.module.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    accumulate_gradients(policy, batch, scores, loss=plain.policy_loss, likelihood=estimator)
+    forward_backward(policy, batch, scores, loss=plain.policy_loss, likelihood=estimator)
     return torch.cat([p.grad.flatten() for p in parameters]).double()
 
 

@@ -42,7 +42,7 @@ from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, t
 from dllm_rl.files import read_json, write_json
 from dllm_rl.members import configurable
 from dllm_rl.monitoring.plots import read_metrics
-from dllm_rl.training.late_rollouts.schedule import InTurn
+from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from recipes.studies.paired import (
     Contrast,
     Study,
@@ -157,7 +157,7 @@ def run_late(study: Study, root: Path, num_steps: int, name: str, seed: int) -> 
     """One run, its late batches made in its own process, and the ESS of its steps."""
     if name == AGAIN:
         study = replace(study, arms=study.arms | {AGAIN: study.arms[AGAIN] | {"seed": 1000 + seed}})
-    run_one(study, root, num_steps, name, seed, InTurn())
+    run_one(study, root, num_steps, name, seed, InProcessPool())
     path = result_path(root, name, seed)
     result = read_json(path) | {"learning_rate": study.arms[name]["learning_rate"]}
     if steps := [row[METRICS["ess"]] for row in read_metrics(root / "runs" / path.stem) if METRICS["ess"] in row]:

@@ -13,7 +13,7 @@ from tiny_recipe import SIZES
 
 from dllm_rl import tiny_masked_lm
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.checkpoints.optimizer_shards import Part, file_name, in_step, part_of, write_part
+from dllm_rl.checkpoints.optimizer_shards import Part, file_name, part_of, run_in_lockstep, write_part
 from dllm_rl.distributed.sharding import shard
 from dllm_rl.models.forward.blocks import blocks_of
 
@@ -115,25 +115,25 @@ def no_tensor(tensors, rows):
     [
         (set_rows(first=0), r"exp_avg of .*word_embeddings.weight' has a gap or an overlap at row \d"),
         (set_rows(first=4), "has a gap or an overlap at row"),
-        (set_rows(total=99), r"is not of the weight's shape \(\d+, 8\)"),
+        (set_rows(total=99), r"does not have the weight's shape \(\d+, 8\)"),
         (set_tensor(lambda x: x[:-1]), r"ends at row \d+ of \d+"),
-        (set_tensor(lambda x: x[:, 1:]), r"is not of the weight's shape"),
+        (set_tensor(lambda x: x[:, 1:]), r"does not have the weight's shape"),
         (set_tensor(lambda x: x.double()), r"is of torch.float32, torch.float64, not of the weight's torch.float32"),
         (set_tensor(lambda x: x.long()), r"is of torch.float32, torch.int64, not of the weight's torch.float32"),
-        (unknown, "'exp_avg of nothing' in the optimiser's state is of no weight that is trained"),
-        (whole, "is not of the weight's shape"),
-        (no_tensor, "is damaged: its header does not say which rows it holds"),
+        (unknown, "'exp_avg of nothing' in the optimizer's state belongs to no trained weight"),
+        (whole, "does not have the weight's shape"),
+        (no_tensor, "is damaged: its header does not list its rows"),
         (lambda *_: {"rows": "[" * 100_000, "plain": "{}"}, "is damaged"),
-        (lambda *_: {"rows": '{"a": [0, -1]}', "plain": "{}"}, "its header does not say which rows it holds"),
-        (lambda *_: {"rows": "[]", "plain": "{}"}, "its header does not say which rows it holds"),
+        (lambda *_: {"rows": '{"a": [0, -1]}', "plain": "{}"}, "its header does not list its rows"),
+        (lambda *_: {"rows": "[]", "plain": "{}"}, "its header does not list its rows"),
         (lambda *_: {"plain": "{}"}, "is damaged"),
-        (lambda *_: {"rows": "{}", "plain": '{"step of a": "1"}'}, "its header does not say which rows it holds"),
-        (lambda *_: {"rows": "{}", "plain": '{"step of a": 1%s}' % ("0" * 400)}, "does not say which rows it holds"),
+        (lambda *_: {"rows": "{}", "plain": '{"step of a": "1"}'}, "its header does not list its rows"),
+        (lambda *_: {"rows": "{}", "plain": '{"step of a": 1%s}' % ("0" * 400)}, "does not list its rows"),
         (
             lambda *_: {"rows": "{}", "plain": '{"exp_avg of a": Infinity}'},
-            "its header does not say which rows it holds",
+            "its header does not list its rows",
         ),
-        (twice, r"'exp_avg of .*' in the optimiser's state is a tensor and a number; save it again"),
+        (twice, r"'exp_avg of .*' in the optimizer's state is a tensor and a number; save it again"),
         (set_tensor(lambda x: x * float("nan")), "is not finite; resume from an earlier checkpoint"),
     ],
 )
@@ -148,11 +148,11 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, trained, change, said):
 def test_a_part_too_few_or_too_many_is_named(tmp_path, trained):
     cut(tmp_path, *trained)
     (tmp_path / file_name(1, 3)).unlink()
-    with pytest.raises(ValueError, match=r"optimizer-00001-of-00003.safetensors is not one of 2 parts"):
+    with pytest.raises(ValueError, match=r"optimizer-00001-of-00003.safetensors is not one of the 2 parts"):
         load(tmp_path)
     cut(tmp_path, *trained)
     (tmp_path / file_name(0, 3)).rename(tmp_path / file_name(3, 4))
-    with pytest.raises(ValueError, match=r"optimizer-00004-of-00004.safetensors is not one of 3 parts"):
+    with pytest.raises(ValueError, match=r"optimizer-00004-of-00004.safetensors is not one of the 3 parts"):
         load(tmp_path)
 
 
@@ -214,7 +214,7 @@ class TestInStep:
 
         def run(place):
             try:
-                ends[place] = in_step(works[place], partial(gather, place))
+                ends[place] = run_in_lockstep(works[place], partial(gather, place))
             except (ValueError, OSError) as error:
                 ends[place] = error
 

@@ -45,7 +45,7 @@ def test_a_run_with_a_step_is_not_started_again(tmp_path, left):
         (tmp_path / left).mkdir(parents=True)
     else:
         (tmp_path / left).write_text('{"step": 0, "reward": 1.0}\n')
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="already contains a run"):
         train(tiny_recipe(tmp_path))
 
 
@@ -59,7 +59,7 @@ def test_a_fifo_in_a_runs_folder_is_refused_before_it_is_opened(tmp_path, name):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():  # a folder of nothing but the lock's file is deleted, whatever that is
             os.mkfifo(path)
-        with pytest.raises(ValueError, match=rf"{name} is no regular file; remove it, or give another output_dir"):
+        with pytest.raises(ValueError, match=rf"{name} is not a regular file; remove it, or give another output_dir"):
             train(tiny_recipe(tmp_path / "run", **more))
 
 
@@ -67,7 +67,7 @@ def test_a_fifo_in_a_runs_folder_is_refused_before_it_is_opened(tmp_path, name):
 def test_a_file_in_place_of_a_folder_is_refused_before_any_step(tmp_path, name):
     (tmp_path / name).write_text("")
     for more in ({}, {"resume_from_checkpoint": "latest"}):
-        with pytest.raises(ValueError, match=rf"{name} is no folder; remove it, or give another output_dir"):
+        with pytest.raises(ValueError, match=rf"{name} is not a folder; remove it, or give another output_dir"):
             train(tiny_recipe(tmp_path, **more))
 
 
@@ -76,7 +76,7 @@ def test_a_reference_of_another_run_is_refused(tmp_path):
     train(tiny_recipe(tmp_path / "b", beta=0.1, num_steps=1, seed=1))
     shutil.rmtree(tmp_path / "a" / "reference")
     shutil.copytree(tmp_path / "b" / "reference", tmp_path / "a" / "reference")
-    with pytest.raises(ValueError, match="reference is that of another run"):
+    with pytest.raises(ValueError, match="reference belongs to another run"):
         train(tiny_recipe(tmp_path / "a", beta=0.1, num_steps=1, resume_from_checkpoint="latest"))
     shutil.rmtree(tmp_path / "a" / "reference")
     with pytest.raises(ValueError, match=r"reference: manifest\.json is missing"):
@@ -85,7 +85,7 @@ def test_a_reference_of_another_run_is_refused(tmp_path):
 
 def test_a_folder_that_holds_a_run(tmp_path):
     train(tiny_recipe(tmp_path, num_steps=1))
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="already contains a run"):
         train(tiny_recipe(tmp_path, num_steps=1))
     train(tiny_recipe(tmp_path, num_steps=1, overwrite_output_dir=True))
 
@@ -96,4 +96,4 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("dllm_rl.files.fcntl.lockf", refuse)
     train(tiny_recipe(tmp_path / "run", num_steps=1))
-    assert "has no locks: see to it that no other run writes there" in capsys.readouterr().out
+    assert "has no locks: make sure that no other run writes there" in capsys.readouterr().out

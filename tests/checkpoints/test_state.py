@@ -43,5 +43,5 @@ WRONG += [("recipe", {"num_steps": True}), ("recipe", {"num_steps": 9, "lr_sched
 @pytest.mark.parametrize(("field", "value"), WRONG)
 def test_a_field_of_another_type_is_named(tmp_path, field, value):
     (tmp_path / "state.json").write_text(json.dumps(FULL | {field: value}))
-    with pytest.raises(ValueError, match=rf"state\.json is damaged: {field}[.\w]* is missing, or of another type"):
+    with pytest.raises(ValueError, match=rf"state\.json is damaged: {field}[.\w]* is missing or has the wrong type"):
         TrainingState.read(tmp_path)

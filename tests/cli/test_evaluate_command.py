@@ -485,6 +485,6 @@ def test_compare_refuses_in_one_line(model, capsys, tmp_path):
     assert "\x1b" not in refusal(capsys, "evaluate", "--compare", path, "--protocol", "d1")
     path.write_text(json.dumps(row | {"seed": "0"}))
     assert "results.json, row 1: seed is" in refusal(capsys, "evaluate", "--compare", path, "--protocol", "d1")
-    assert "no regular file" in refusal(capsys, "evaluate", "--compare", "", "--protocol", "d1")
+    assert "not a regular file" in refusal(capsys, "evaluate", "--compare", "", "--protocol", "d1")
     assert "evaluate needs a MODEL" in refusal(capsys, "evaluate", "--task", "sudoku")
     assert "error: task" in refusal(capsys, "evaluate", model)

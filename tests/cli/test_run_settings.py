@@ -205,7 +205,7 @@ def test_a_shorter_completion_takes_fewer_steps_and_the_runs_own_length_does_not
 
 def test_a_scripts_scheme_is_named(monkeypatch):
     monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"rollout_quantization": "mine:scheme(bits=3)"})
-    with pytest.raises(ValueError, match="rollout_quantization is of a script, mine:scheme"):
+    with pytest.raises(ValueError, match="a script defines its rollout_quantization, mine:scheme"):
         run_settings.scheme_of("runs/mine")
 
 
@@ -246,7 +246,7 @@ def test_a_model_that_names_no_task_needs_the_option(tmp_path, capsys):
 
 def test_a_scripts_task_is_named(monkeypatch):
     monkeypatch.setattr(run_settings, "recipe_of", lambda model: {"eval_task": "mine:Words(seed=1)"})
-    with pytest.raises(ValueError, match="of a script, mine:Words"):
+    with pytest.raises(ValueError, match="a script defines its task, mine:Words"):
         task_of("run")
 
 

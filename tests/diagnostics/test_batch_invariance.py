@@ -172,7 +172,7 @@ def test_one_ulp_in_one_layer_is_caught_with_its_name(model, index):
         old = estimator.logprobs(policy, rollout, noise)
         sampled_logps = estimator.logprobs(other, rollout, noise)
         row, position = (rollout.completion_mask & (old != sampled_logps)).nonzero()[0].tolist()
-        expected = f"row {row}, position {position} .*the hidden states part at {name}$"
+        expected = f"row {row}, position {position} .*the hidden states first differ at {name}$"
         with pytest.raises(RuntimeError, match=expected) as caught:
             check(rollout, noise, old, sampled_logps, policy, other)
     ours, theirs = old[row, position].item(), sampled_logps[row, position].item()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dllm_rl.evaluation.card import LARGEST, differences, flat, read_card
+from dllm_rl.evaluation.card import MAX_BYTES, differences, flat, read_card
 from dllm_rl.tasks.protocols import published
 
 CARD = {
@@ -91,7 +91,7 @@ def test_two_others_have_a_column_each_which_is_empty_where_nothing_is_set() -> 
         ("[" * 100_000, "is not JSON"),
         ("", "is not JSON"),
         ('{"seed": ' + "9" * 5000 + "}", "is not JSON"),
-        ("[" + " " * LARGEST + "]", "is larger than 16 MiB"),
+        ("[" + " " * MAX_BYTES + "]", "is larger than 16 MiB"),
     ],
     ids=range(17),
 )
@@ -103,5 +103,5 @@ def test_a_hostile_card_is_refused(tmp_path, content, message) -> None:
 
 def test_a_card_that_is_not_there_or_no_file(tmp_path) -> None:
     for path in (tmp_path / "nowhere.json", tmp_path):
-        with pytest.raises(ValueError, match=r"missing|no regular file"):
+        with pytest.raises(ValueError, match=r"missing|not a regular file"):
             read_card(path)

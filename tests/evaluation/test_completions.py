@@ -39,14 +39,16 @@ def test_a_stored_cost_that_is_no_number_is_refused(tmp_path, name, value):
     path.write_text(json.dumps({"completion": "1", "evaluation": MADE}) + "\n")
     assert len(Completions(path, {}, OneProcess()).rows) == 1
     path.write_text(json.dumps({"completion": "1", "evaluation": MADE | {name: value}}) + "\n")
-    with pytest.raises(ValueError, match=rf"a\.jsonl is damaged: {name} is missing, or of another type; give another"):
+    with pytest.raises(
+        ValueError, match=rf"a\.jsonl is damaged: {name} is missing or has the wrong type; give another"
+    ):
         Completions(path, {}, OneProcess())
 
 
 def test_a_stored_row_without_a_text_or_with_a_number_beyond_all_floats_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"evaluation": MADE}) + "\n")
-    with pytest.raises(ValueError, match="completion is missing, or of another type"):
+    with pytest.raises(ValueError, match="completion is missing or has the wrong type"):
         Completions(path, {}, OneProcess())
     path.write_text(json.dumps({"completion": "1", "evaluation": MADE}).replace('"problem": 0', '"problem": 1e999'))
     with pytest.raises(ValueError, match="line 1: not a stored completion"):

@@ -17,10 +17,10 @@ from sorting import Mini
 
 from dllm_rl import Problem, Reward, evaluate, quantized_copy
 from dllm_rl.distributed.collectives import OneProcess
-from dllm_rl.evaluation.completions import fingerprint, fold, read
+from dllm_rl.evaluation.completions import fingerprint, merge_parts, read
 from dllm_rl.evaluation.grading import grade_file
 from dllm_rl.evaluation.intervals import wilson
-from dllm_rl.evaluation.results import Evaluation, Graded, interval, mean, sums_by_name
+from dllm_rl.evaluation.results import Evaluation, GradedAnswer, interval, mean, sums_by_name
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import before_end, chosen_ids, decode, prompt_ids
 from dllm_rl.quantization.schemes import float8_weight_only
@@ -51,9 +51,11 @@ def texts(path):
 
 
 def answers(values, *, name="accuracy", per_problem=1):
-    """Graded completions with the given value of one metric, per_problem samples of each problem in a row."""
+    """GradedAnswer completions with the given value of one metric, per_problem samples of each problem in a row."""
     graded = (Reward(float(value), True, {name: float(value)}) for value in values)
-    return tuple(Graded(i // per_problem, i % per_problem, reward, 3, 0.5, 0.25) for i, reward in enumerate(graded))
+    return tuple(
+        GradedAnswer(i // per_problem, i % per_problem, reward, 3, 0.5, 0.25) for i, reward in enumerate(graded)
+    )
 
 
 def test_a_reward_may_ask_for_speed(policy, tmp_path):
@@ -206,10 +208,10 @@ def test_completions_of_anything_else_are_refused(policy, tmp_path):
     other = tiny_masked_lm(**MODEL, seed=1)
     with pytest.raises(ValueError, match="made with weights="):
         evaluate(other, sudoku(), SAMPLER, completions=path)
-    with pytest.raises(ValueError, match="holds another problem 0: its puzzle is"):
+    with pytest.raises(ValueError, match="has another problem 0: its puzzle is"):
         evaluate(policy, sudoku(seed=1), SAMPLER, completions=path)
     path.write_text(re.sub('"steps": [0-9]+, ', "", path.read_text()))
-    with pytest.raises(ValueError, match="holds completions without `steps`"):
+    with pytest.raises(ValueError, match="has completions of an older version, without `steps`"):
         run()
     path.write_text('{"completion": "1"}\n')
     with pytest.raises(ValueError, match=r"c.jsonl, line 1: not a stored completion"):
@@ -233,7 +235,7 @@ def test_folding_survives_a_kill_between_the_file_and_its_parts(tmp_path):
     second.write_text(line(1, "b") + '{"half')
     path.write_text(line(0, "older"))  # the file was replaced, its parts were not deleted yet
     (tmp_path / ".c.jsonl.partial").write_text("rubbish of an earlier kill")
-    fold(path)
+    merge_parts(path)
     assert list(texts(path).items()) == [((0, 0), "a"), ((1, 0), "b"), ((2, 0), "c")]
     assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
 
@@ -328,13 +330,15 @@ def test_cells_that_a_protocol_counts_are_summed_before_dividing():
     def counted(right, empty):
         return Reward(right / max(empty, 1), True, {"cell_accuracy": 0.0, "correct_cells": right, "empty_cells": empty})
 
-    rows = [Graded(i, 0, counted(*cells), 1, 1.0, 1.0) for i, cells in enumerate([(1.0, 2.0), (6.0, 8.0), (0.0, 0.0)])]
+    rows = [
+        GradedAnswer(i, 0, counted(*cells), 1, 1.0, 1.0) for i, cells in enumerate([(1.0, 2.0), (6.0, 8.0), (0.0, 0.0)])
+    ]
     assert sums_by_name(rows)["cell_accuracy"] == {0: (1.0, 2.0), 1: (6.0, 8.0)}
     assert Evaluation(tuple(rows), {}).means == {"cell_accuracy": 0.7, "parsed": 1.0, "reward": pytest.approx(1.25 / 3)}
 
 
 def test_a_metric_that_some_completions_lack_is_a_mean_over_the_others():
-    rows = [Graded(i, 0, Reward(1.0, True, {"length": 2.0} if i else {}), 1, 1.0, 1.0) for i in range(3)]
+    rows = [GradedAnswer(i, 0, Reward(1.0, True, {"length": 2.0} if i else {}), 1, 1.0, 1.0) for i in range(3)]
     assert Evaluation(tuple(rows), {}).means["length"] == 2.0
 
 

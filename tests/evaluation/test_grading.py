@@ -67,7 +67,7 @@ def test_files_of_d1_and_of_the_harness_are_read(tmp_path) -> None:
     path = write(tmp_path / "samples.jsonl", [sample, {"completion": "#### 18", "reference": {"answer": 18}}])
     assert [each.id for each in read_completions(path, "gsm8k")] == ["7", "line 2"]
     assert grade_by_every_rule(path, task="gsm8k")["rules"]["espo"]["right"] == 2
-    with pytest.raises(ValueError, match=r"line 1: resps holds several texts"):
+    with pytest.raises(ValueError, match=r"line 1: resps has several texts"):
         grade_file(write(tmp_path / "b.jsonl", [sample | {"resps": [["a", "b"]]}]), task="gsm8k")
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from dllm_rl.evaluation.grading import grade_file
 from dllm_rl.evaluation.intervals import wilson
-from dllm_rl.evaluation.results import Evaluation, Graded, best_of, interval, paired_differences
+from dllm_rl.evaluation.results import Evaluation, GradedAnswer, best_of, interval, paired_differences
 from dllm_rl.tasks import Problem, Reward, Sudoku
 from dllm_rl.tasks.protocols import PROTOCOLS, under_protocol
 
@@ -142,7 +142,7 @@ def test_a_missing_field_is_named(tmp_path, task: str) -> None:
 
 def test_bad_files(tmp_path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n \n")
-    with pytest.raises(ValueError, match="holds no rows"):
+    with pytest.raises(ValueError, match="has no rows"):
         grade_file(tmp_path / "empty.jsonl", task="gsm8k")
     (tmp_path / "a.jsonl").write_text(json.dumps(GOOD["gsm8k"]) + "\n\n{broken\n")
     with pytest.raises(ValueError, match="line 3: not JSON"):
@@ -172,7 +172,7 @@ def test_cell_accuracy_is_one_number_under_every_reward() -> None:
     tasks = [Sudoku(), Sudoku(reward_rule="d1"), *(under_protocol(Sudoku(), name) for name in ("strict", "d1"))]
     for task in tasks:
         answers = [
-            Graded(i, 0, task.reward(problem, f"<answer>{cells}</answer>" if task is tasks[1] else cells))
+            GradedAnswer(i, 0, task.reward(problem, f"<answer>{cells}</answer>" if task is tasks[1] else cells))
             for i, (problem, (_, cells)) in enumerate(zip(problems, rows, strict=True))
         ]
         found = Evaluation(tuple(answers), {})
@@ -183,7 +183,7 @@ def test_cell_accuracy_is_one_number_under_every_reward() -> None:
 def graded(*accuracies):
     """An evaluation of a problem for each accuracy; None: the problem lacks the metric."""
     rewards = [Reward(0.0, True, {} if value is None else {"accuracy": value}) for value in accuracies]
-    return Evaluation(tuple(Graded(i, 0, reward) for i, reward in enumerate(rewards)), {})
+    return Evaluation(tuple(GradedAnswer(i, 0, reward) for i, reward in enumerate(rewards)), {})
 
 
 def test_cells_are_no_trials_even_where_each_puzzle_is_all_or_nothing():
@@ -201,7 +201,7 @@ def test_each_side_of_a_difference_has_its_own_number_of_completions():
     """One completion of each of three problems, all right; before, two of each and one of them right: 1 - 1/2."""
     now = graded(1.0, 1.0, 1.0)
     before = [Reward(0.0, True, {"accuracy": float(sample)}) for _ in range(3) for sample in range(2)]
-    halves = Evaluation(tuple(Graded(*divmod(place, 2), reward) for place, reward in enumerate(before)), {})
+    halves = Evaluation(tuple(GradedAnswer(*divmod(place, 2), reward) for place, reward in enumerate(before)), {})
     assert paired_differences(now, halves)["accuracy"] == [0.5, 0.5, 0.5]
     assert paired_differences(halves, now)["accuracy"] == [-0.5, -0.5, -0.5]
 
@@ -218,7 +218,7 @@ def voted(*votes: str) -> tuple:
     graded = []
     for place, vote in enumerate(votes):
         reward = Reward(0.0, vote != "-", {"accuracy": float(vote == "R")}, vote.replace("-", ""))
-        graded.append(Graded(*divmod(place, len(votes) // 2), reward))
+        graded.append(GradedAnswer(*divmod(place, len(votes) // 2), reward))
     return Evaluation(tuple(graded), {})
 
 
@@ -238,4 +238,4 @@ def test_majority_counts_equal_answers_of_each_problem() -> None:
 def test_majority_needs_answers_and_an_accuracy() -> None:
     for reward in (Reward(0.0, True, {"accuracy": 0.0}), Reward(0.0, True, {}, "x")):
         with pytest.raises(ValueError, match="needs a grader that gives the answers that it compares, and an accuracy"):
-            Evaluation((Graded(0, 0, reward),), {}).majority([1])
+            Evaluation((GradedAnswer(0, 0, reward),), {}).majority([1])

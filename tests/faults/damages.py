@@ -9,6 +9,7 @@ from random import Random
 
 import torch
 
+from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
 
 Damage = Callable[[Path, Random], str]
@@ -16,9 +17,7 @@ Damage = Callable[[Path, Random], str]
 
 def _file(folder: Path, chance: Random) -> Path:
     """Any but the model card, which a resume does not read and anyone may edit."""
-    return chance.choice(
-        [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != checkpoint.CARD]
-    )
+    return chance.choice([path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != manifest.CARD])
 
 
 def flip(folder: Path, chance: Random) -> str:

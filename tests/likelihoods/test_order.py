@@ -16,7 +16,7 @@ from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.order import MIN_LOGPROB, stay_masked_logprobs
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training.learner import accumulate_gradients
+from dllm_rl.training.learner import forward_backward
 from dllm_rl.types import Batch, Prompts, SamplingParams
 
 GENERATOR = torch.Generator()
@@ -64,7 +64,7 @@ def test_the_law_is_the_enumeration_of_all_draws(fp64, part):
     ids=str,
 )
 def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, diffusion_steps, size, options):
-    """sum over all outcomes of P A grad log P, as `accumulate_gradients` makes it, is grad E[A] by enumeration, to
+    """sum over all outcomes of P A grad log P, as `forward_backward` makes it, is grad E[A] by enumeration, to
     1e-10 of its norm; that of the tokens given the order is another vector."""
     policy = TablePolicy(length=4, words=3, seed=1, scale=1.0)
     policy.table.requires_grad_()
@@ -83,7 +83,7 @@ def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, d
         surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(fixed_length_mean, length=1)
         loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=kl_k2)
         policy.table.grad = None
-        accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
+        forward_backward(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
         return -policy.table.grad
 
     exact, given = through_the_learner(lik.trajectory()), through_the_learner(lik.trajectory(include_order=False))

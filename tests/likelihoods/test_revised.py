@@ -29,7 +29,7 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training.learner import accumulate_gradients
+from dllm_rl.training.learner import forward_backward
 from dllm_rl.types import Batch, Prompts, Rollout
 
 REMASK = {"name": "remask", "eta": 0.6}
@@ -109,7 +109,7 @@ def test_the_sampler_takes_each_sequence_as_often_as_the_law_says(toy_of):
 
 @pytest.mark.parametrize("toy_of", [TOYS[0], TOYS[2], TOYS[3], TOYS[6]], ids=str)
 def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, toy_of):
-    """sum over all sequences of P A grad log P, as `accumulate_gradients` makes it, is grad E[A] by enumeration to
+    """sum over all sequences of P A grad log P, as `forward_backward` makes it, is grad E[A] by enumeration to
     1e-10 of its norm, and the finite difference; the last writings' alone is another vector."""
     rule, blocks, diffusion_steps, options = toy_of
     policy = toy(blocks, seed=1)
@@ -135,7 +135,7 @@ def test_the_gradient_through_the_learner_is_that_of_the_expected_reward(fp64, t
         batch = Batch(rollout, noise, rewards, old, scores, weights, mask, None, num_tokens=1, num_sequences=1)
         surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(fixed_length_mean, length=1)
         loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=kl_k2)
-        accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
+        forward_backward(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
         return -policy.table.grad
 
     rollout = as_rollout(policy, found, **options)

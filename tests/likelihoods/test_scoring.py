@@ -25,7 +25,7 @@ from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.testing import check_estimator
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.forwards import arithmetic
-from dllm_rl.training.learner import accumulate_gradients, score
+from dllm_rl.training.learner import forward_backward, score
 from dllm_rl.types import Batch, Prompts
 
 SMALL = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
@@ -93,7 +93,7 @@ def test_the_gradient_is_that_of_the_padded_batch():
                 view.backward(policy, rollout, vector * weight)
         else:
             given = estimator.view_logprobs(policy, rollout, noise, retain_graphs=update == "kept")
-            accumulate_gradients(policy, batch, given, loss=lambda logps, batch: (0, {}, vector), likelihood=estimator)
+            forward_backward(policy, batch, given, loss=lambda logps, batch: (0, {}, vector), likelihood=estimator)
         found.append(torch.cat([p.grad.flatten() for p in policy.module.parameters()]))
     for ours in found[1:]:
         assert (ours - found[0]).norm() < 1e-5 * found[0].norm()

@@ -18,7 +18,7 @@ from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.soft_threshold import MAX_LOGPROB, drawn_set
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training.learner import accumulate_gradients
+from dllm_rl.training.learner import forward_backward
 from dllm_rl.types import Batch, Order, Prompts, SamplingParams
 
 GENERATOR = torch.Generator()
@@ -126,7 +126,7 @@ def through_the_learner(policy, rollout, chances, rewards, *, retain_graphs, **o
     surrogate, aggregate = partial(ppo_clip, epsilon=0.2), partial(fixed_length_mean, length=1)
     loss = partial(policy_loss, surrogate=surrogate, loss_reduction=aggregate, beta=0.0, kl=kl_k2)
     policy.table.grad = None
-    accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
+    forward_backward(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=64)
     return -policy.table.grad
 
 

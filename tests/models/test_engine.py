@@ -20,7 +20,7 @@ from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.recipe import Recipe, check_fits
 from dllm_rl.training.cautions import cautions
 from dllm_rl.training.dry_run.plan import plan
-from dllm_rl.training.policies import engine_of
+from dllm_rl.training.policies import resolve_rollout_engine
 
 
 def held_apart(noise=0.0):
@@ -100,7 +100,7 @@ def test_an_engines_policy_has_no_adapters_of_its_own():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rollout_quantization": float8_weight_only}, "makes no quantised copy: use rollout_quantization=None"),
+        ({"rollout_quantization": float8_weight_only}, "makes no quantized copy: use rollout_quantization=None"),
         ({"corrector": aligned()}, "and a corrector that does not align"),
         ({"router_replay": "R3"}, "without rollout_quantization there is no copy"),
         ({"zero_mismatch": True}, "and no engine"),
@@ -141,14 +141,14 @@ def test_a_resumed_run_sets_the_version_of_an_engine_that_counts_for_itself(tmp_
 
 def test_a_name_is_no_engine():
     (field,) = [field for field in fields(Recipe) if field.name == "rollout_engine"]
-    with pytest.raises(ValueError, match="rollout_engine='vllm' does not fit; it is: what makes rollouts"):
+    with pytest.raises(ValueError, match="rollout_engine='vllm' does not fit; it is: external engine"):
         check_fits(field, "vllm")
 
 
 def test_a_run_is_cautioned_and_planned_as_one_whose_rollouts_differ(tmp_path):
     given = {"rollout_quantization": None, "rollout_engine": held_apart(), "corrector": tis()}
     recipe = tiny_recipe(tmp_path, **given, num_iterations=2, likelihood=coupled())
-    assert engine_of(recipe) is recipe.rollout_engine
+    assert resolve_rollout_engine(recipe) is recipe.rollout_engine
     said = cautions(recipe)
     assert len(said) == 2 and "loss.delta" in said[0] and "no likelihood ratios" in said[1]
     assert "rollout engine        not counted" in plan(recipe)

@@ -21,7 +21,7 @@ def test_a_stage_that_takes_long_says_which_it_is_and_for_how_long(monkeypatch):
         if len(said) == 3:
             thrice.set()
 
-    monkeypatch.setattr(module, "FIRST", 0.01)
+    monkeypatch.setattr(module, "FIRST_HEARTBEAT", 0.01)
     monkeypatch.setenv("RANK", "3")
     with heartbeat("reward, after 7 steps,", say):
         assert thrice.wait()
@@ -35,7 +35,7 @@ def test_other_processes_say_it_on_standard_error_and_a_short_stage_nothing(monk
     with heartbeat("scoring", None):
         pass
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(module, "FIRST", 0.01)
+    monkeypatch.setattr(module, "FIRST_HEARTBEAT", 0.01)
     with heartbeat("scoring", None):
         assert written.wait()
     assert capsys.readouterr().err.startswith("process 0: scoring has taken 0.01 s so far\n")

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from dllm_rl.monitoring.json_lines import JsonLines, current_rows, known, warmup_rows
+from dllm_rl.monitoring.json_lines import JsonLines, current_rows, finite_numbers, warmup_rows
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.monitoring.plots import plot
 from dllm_rl.monitoring.progress import sparkline
@@ -59,13 +59,13 @@ def test_a_full_disk_keeps_rows_for_later(tmp_path, monkeypatch):
     log.write(1, {"a": 2.0})
     full[0] = True
     log.files["metrics"].patient = False
-    with pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device; make room and resume"):
+    with pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device; free disk space and resume"):
         log.write(2, {"a": 3.0})
     assert [row["a"] for row in current_rows(tmp_path / "metrics.jsonl")] == [1.0, 2.0]
 
 
 def test_what_is_known_of_a_row_are_its_numbers():
-    assert known({"a": None, "b": 1.0}) == {"b": 1.0}
+    assert finite_numbers({"a": None, "b": 1.0}) == {"b": 1.0}
 
 
 def test_brackets_without_end_are_no_row(tmp_path):
@@ -75,17 +75,17 @@ def test_brackets_without_end_are_no_row(tmp_path):
 
 def test_a_fifo_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is no regular file"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is not a regular file"):
         plot(tmp_path)
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").touch()
     os.mkfifo(tmp_path / "summary.json")
-    with pytest.raises(ValueError, match=r"summary\.json is no regular file"):
+    with pytest.raises(ValueError, match=r"summary\.json is not a regular file"):
         plot(tmp_path)
 
 
 def test_an_integer_beyond_all_floats_is_no_number():
-    assert known({"reward": 10**400, "step": 3}) == {"step": 3.0}
+    assert finite_numbers({"reward": 10**400, "step": 3}) == {"step": 3.0}
 
 
 def test_a_row_of_a_step_that_no_run_takes_does_not_count(tmp_path):

@@ -45,7 +45,7 @@ def test_a_run_goes_on_without_a_tensorboard_folder(tmp_path, capsys):
     for step in range(3):
         log.write(step, {"reward": 0.5})
     log.close()
-    assert capsys.readouterr().out.count("warning: tensorboard takes no more numbers") == 1
+    assert capsys.readouterr().out.count("warning: tensorboard accepts no more numbers") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -165,7 +165,7 @@ def test_a_run_goes_on_without_one_that_fails(tmp_path, wandb, capsys):
     wandb.fails_at = 0
     train(tiny_recipe(tmp_path, report_to="wandb"))
     out = capsys.readouterr().out
-    assert out.count("warning: wandb takes no more numbers (the line is dead): the run goes on without it") == 1
+    assert out.count("warning: wandb accepts no more numbers (the line is dead): the run continues without it") == 1
     assert wandb.made[0].sent == []
 
 

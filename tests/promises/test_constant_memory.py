@@ -24,7 +24,7 @@ from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.testing import make_stats
-from dllm_rl.training.learner import accumulate_gradients, update
+from dllm_rl.training.learner import forward_backward, update
 from dllm_rl.types import Batch, Prompts
 
 SMALL = {"characters": "abcdefgh", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 24}
@@ -138,7 +138,7 @@ def flat(gradients, policy) -> torch.Tensor:
 def learned(policy, batch, scores, estimator, loss, *, micro_batch_size: int | None = None) -> torch.Tensor:
     for parameter in parameters(policy):
         parameter.grad = None
-    accumulate_gradients(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=micro_batch_size)
+    forward_backward(policy, batch, scores, loss=loss, likelihood=estimator, micro_batch_size=micro_batch_size)
     return flat([p.grad for p in parameters(policy)], policy)
 
 

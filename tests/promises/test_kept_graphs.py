@@ -18,7 +18,7 @@ from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.rng import generator_for
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.forwards import learner_forward
-from dllm_rl.training.learner import accumulate_gradients, correct, keeps_graphs, score, update
+from dllm_rl.training.learner import can_retain_graphs, correct, forward_backward, score, update
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.training.samples import Samples
 from dllm_rl.training.views import draw_views, metric_weights
@@ -75,7 +75,7 @@ class Step:
             keep = (self.advantages != 0).any(-1).repeat_interleave(self.rollout.group_size) | bool(
                 recipe.beta or recipe.entropy_coeff
             )
-            self.logps = score(self.run, self.rollout, noise, keep=keep)
+            self.logps = score(self.run, self.rollout, noise, retain_graphs=keep)
         samples = Samples(self.rollout, self.advantages, self.advantages, groups)
         return correct(self.run, samples, self.logps)[0]
 
@@ -85,9 +85,7 @@ class Step:
         self.forwards.clear()
         with self.forward():
             size, options = recipe.micro_batch_size, {"loss": recipe.policy_loss, "likelihood": recipe.likelihood}
-            metrics = accumulate_gradients(
-                self.policy, batch, batch.old_view_logprobs, micro_batch_size=size, **options
-            )
+            metrics = forward_backward(self.policy, batch, batch.old_view_logprobs, micro_batch_size=size, **options)
         found = {n: p.grad for n, p in self.policy.module.named_parameters() if p.grad is not None}
         return found, {name: [x.item() for x in pair] for name, pair in metrics.items()}
 
@@ -180,7 +178,7 @@ def test_what_is_kept(tmp_path, changes, views, kept):
     policy = recipe.model()
     if recipe.lora is not None:
         add_lora(policy, recipe.lora())
-    assert keeps_graphs(recipe, policy, views=views, rows=16) == kept
+    assert can_retain_graphs(recipe, policy, views=views, rows=16) == kept
 
 
 def test_a_surrogates_sum_is_over_all_processes(tmp_path, monkeypatch):

@@ -226,7 +226,7 @@ sys.stdin.read()
 def test_after_a_run_the_signals_are_as_before(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
     train(small(tmp_path, num_steps=1))
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="already contains a run"):
         train(small(tmp_path, num_steps=1))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == before
 

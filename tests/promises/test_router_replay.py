@@ -80,7 +80,7 @@ def test_a_run_with_replay_resumes_bit_for_bit(tmp_path):
 
 
 def test_what_cannot_be_replayed_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"router_replay='R3' takes .* without rollout_quantization"):
+    with pytest.raises(ValueError, match=r"router_replay='R3' reuses .* without rollout_quantization"):
         moe_recipe(tmp_path, router_replay="R3", rollout_quantization=None)
     with pytest.raises(ValueError, match=r"torch_compile=True .*'R3', .*: leave out router_replay, or set torch_comp"):
         check_compiled(moe_recipe(tmp_path, router_replay="R3", torch_compile=True))

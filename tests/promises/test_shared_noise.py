@@ -61,7 +61,7 @@ MAKERS = [partial(lik.coupled, num_samples=2), partial(lik.sandwich)]
 @pytest.mark.parametrize("fresh", [True, False])
 def test_old_rollout_reference_and_current_share_one_noise_object(make, fresh, tmp_path, monkeypatch):
     estimator, seen = make(), []
-    scores, accumulate = LikelihoodEstimator.view_logprobs, learner.accumulate_gradients
+    scores, accumulate = LikelihoodEstimator.view_logprobs, learner.forward_backward
 
     def spied_scores(self, policy, rollout, noise, **options):
         seen.append((policy, noise))
@@ -72,7 +72,7 @@ def test_old_rollout_reference_and_current_share_one_noise_object(make, fresh, t
         return accumulate(policy, batch, *rest, **settings)
 
     monkeypatch.setattr(LikelihoodEstimator, "view_logprobs", spied_scores)
-    monkeypatch.setattr(learner, "accumulate_gradients", spied_accumulate)
+    monkeypatch.setattr(learner, "forward_backward", spied_accumulate)
     train(recipe(tmp_path, estimator, resample_masks=fresh))
     seen = seen[6 if fresh else 3 :]  # after the rehearsal's
     # Each set of masks is scored by reference, rollout policy and learner, the last set first; then come the updates: a

@@ -25,7 +25,7 @@ from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.linear import dequantized_weight, quantized, stored_bytes
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize
-from dllm_rl.training.learner import check_version
+from dllm_rl.training.learner import check_staleness
 from dllm_rl.types import Rollout, SamplingParams
 
 CUDA_ONLY = ("float8_dynamic", "int4_packed")
@@ -332,15 +332,15 @@ def test_stale_rollouts_are_refused():
     tokens, mask = batch()
     rollout = Rollout(tokens, mask, mask, tokens, torch.zeros(tokens.shape), 1, 3, SamplingParams())
     policy.weights_version = 3
-    check_version(rollout, policy)
+    check_staleness(rollout, policy)
     policy.weights_version = 5
     with pytest.raises(RuntimeError, match="weights_version=3 of the rollout is 2 updates behind the learner's 5"):
-        check_version(rollout, policy)
+        check_staleness(rollout, policy)
     with pytest.raises(RuntimeError, match="2 updates behind"):
-        check_version(rollout, policy, max_staleness=1)
-    check_version(rollout, policy, max_staleness=2)
+        check_staleness(rollout, policy, max_staleness=1)
+    check_staleness(rollout, policy, max_staleness=2)
     with pytest.raises(RuntimeError, match="weights_version=6"):
-        check_version(replace(rollout, weights_version=6), policy, max_staleness=2)
+        check_staleness(replace(rollout, weights_version=6), policy, max_staleness=2)
 
 
 def test_stored_bytes_counts_codes_and_scales():

@@ -274,7 +274,7 @@ def test_conventions_that_cannot_be():
         with_support(replace(rollout, filter_support=None), "unfiltered")
     with pytest.raises((ValueError, TypeError), match="'half'"):  # the tests' type checker is asked first
         tiny_recipe("unused", sampling_support="half")
-    with pytest.raises(ValueError, match="zero_mismatch=True does not go with sampling_support='unfiltered'"):
+    with pytest.raises(ValueError, match="zero_mismatch=True cannot be combined with sampling_support='unfiltered'"):
         tiny_recipe("unused", sampling_support="unfiltered", zero_mismatch=True, rollout_quantization=None)
 
 

@@ -19,7 +19,7 @@ from dllm_rl.supervised.train import add_gradients, fine_tune, held_out_loss
 from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.rehearsal import check_warmup
-from dllm_rl.training.rollouts import Answer
+from dllm_rl.training.rollouts import GradedCompletion
 from dllm_rl.training.warmup import warmup_step
 
 pytestmark = pytest.mark.skipif(
@@ -113,6 +113,6 @@ def test_the_warm_up_learns_what_it_is_shown(tmp_path):
 
 def test_the_warm_up_replaces_tokens_without_a_share(tmp_path):
     recipe = renoising_recipe(tmp_path, sft_warmup_steps=1, sft_warmup_corruption=0.1)
-    answer = Answer(recipe.task[0], "", Reward(0.0, True, {"solve_rate": 0.0}), 1, 1, True, 1, 1)
+    answer = GradedCompletion(recipe.task[0], "", Reward(0.0, True, {"solve_rate": 0.0}), 1, 1, True, 1, 1)
     with pytest.raises(ValueError, match=r"sft_warmup_corruption=0\.1 replaces tokens beside masks"):
         check_warmup(recipe, recipe.model(), answer)

@@ -155,7 +155,7 @@ def test_pack_fills_rows_up_to_the_capacity():
 
 def test_a_block_sees_the_blocks_before_it_without_masks():
     policy = block_causal()
-    with pytest.raises(ValueError, match="packing=True does not go with 'toy'"):
+    with pytest.raises(ValueError, match="packing=True cannot be combined with 'toy'"):
         check_packing(policy)
     one = example(tiny_sft(completion_length=2), policy, {"text": "12"})
     tokens = torch.cat([one.tokens, torch.tensor([THREE, FOUR])])

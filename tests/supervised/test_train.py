@@ -55,7 +55,7 @@ def test_the_layout_does_not_change_the_gradient(kind, settings):
 
 
 def test_a_module_that_cannot_keep_sequences_apart_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="packing=True: Own takes no mask of four axes"):
+    with pytest.raises(ValueError, match="packing=True: Own does not accept a 4-D mask"):
         fine_tune(tiny_sft(tmp_path / "run", model=own_policy(), packing=True))
     assert not (tmp_path / "run").exists()
 

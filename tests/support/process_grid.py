@@ -76,14 +76,14 @@ def run_all(folder, steps, sizes, *only):
 @contextmanager
 def travelling():
     """Every swap that makes two processes' shares more even is made, however small; yields how many, call by call."""
-    found, swaps = [], balance.swaps
+    found, plan_swaps = [], balance.plan_swaps
 
     def counted(costs):
-        plan = swaps(costs)
+        plan = plan_swaps(costs)
         found.append(len(plan))
         return plan
 
-    with mock.patch.object(balance, "swaps", counted), mock.patch.object(balance, "WORTH", 0):
+    with mock.patch.object(balance, "plan_swaps", counted), mock.patch.object(balance, "MIN_SAVING", 0):
         yield found
 
 

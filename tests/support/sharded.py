@@ -26,7 +26,7 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.rng import generator_for
 from dllm_rl.training import train, trainer
-from dllm_rl.training.dry_run.memory import LiveBytes, shared_out
+from dllm_rl.training.dry_run.memory import LiveBytes, shard_memory
 from dllm_rl.training.learner import update
 from dllm_rl.types import Batch, SamplingParams
 
@@ -154,8 +154,8 @@ def plan_and_allocator(cases):
             max_retained_graphs=0,
         )
         policy = plan.made(recipe)
-        options = {"prompt_tokens": plan.PROMPT, "dtype": None, "rollout_copy": 0, "on_gpu": False}
-        planned = shared_out(plan.measure_step(recipe, policy, **options), policy.module, accelerator.num_processes)
+        options = {"prompt_tokens": plan.PROMPT, "dtype": None, "make_rollout_policy": 0, "on_gpu": False}
+        planned = shard_memory(plan.measure_step(recipe, policy, **options), policy.module, accelerator.num_processes)
         shard(policy.module, blocks_of(policy.module), accelerator, size=accelerator.num_processes)
         optimizer = plan.make_optimizer(recipe, policy)
         prompts = plan.Prompts.from_ids(

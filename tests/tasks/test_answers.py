@@ -5,9 +5,9 @@ from fractions import Fraction
 import pytest
 
 from dllm_rl.tasks.answers import (
-    FARTHEST,
     MAX_ANSWER_LENGTH,
-    MOST_BOXES,
+    MAX_BOXES,
+    MAX_SEARCH_LENGTH,
     d1_box,
     exact_number,
     first_boxed_number,
@@ -54,16 +54,16 @@ def test_exact_numbers(text: str, value: Fraction | None) -> None:
 
 def test_numbers_in_text() -> None:
     assert last_number("12 and -7.") == -7.0 and last_number("1.2.3") == 3.0 and last_number("1e2") == 100.0
-    assert last_number("none") is None and last_number("1 2" + " " * FARTHEST) is None
+    assert last_number("none") is None and last_number("1 2" + " " * MAX_SEARCH_LENGTH) is None
     assert first_boxed_number("\\boxed{3 \\boxed{4}") == 3.0
     assert first_boxed_number("\\boxed{x \\boxed{4}") == 4.0
     assert first_boxed_number("\\boxed{3\n\\boxed{4}") == 4.0  # the first is not closed within its line
     assert first_boxed_number("\\boxed{3\n} \\boxed{x}") is None
     assert first_boxed_number("\\boxed{3") is None and first_boxed_number("") is None
-    assert first_boxed_number("\\boxed{" + "x" * FARTHEST + "1} \\boxed{2}") == 2.0
+    assert first_boxed_number("\\boxed{" + "x" * MAX_SEARCH_LENGTH + "1} \\boxed{2}") == 2.0
     for skipped in ("\\boxed{}", "\\boxed{x}", "\\boxed{\n"):
-        assert first_boxed_number(skipped * (MOST_BOXES - 1) + "\\boxed{2}") == 2.0
-        assert first_boxed_number(skipped * MOST_BOXES + "\\boxed{2}") is None
+        assert first_boxed_number(skipped * (MAX_BOXES - 1) + "\\boxed{2}") == 2.0
+        assert first_boxed_number(skipped * MAX_BOXES + "\\boxed{2}") is None
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_numbers_in_text() -> None:
         ("\\boxed}{2} {{3}}", "\\boxed}{2} {{3}"),  # -1, 0, -1, 0, 1, 0: zero at a closing brace
         ("\\fbox{1}", "\\fbox{1}"),
         ("\\fbox{1} \\boxed{2}", "2"),
-        ("\\boxed{" + "x" * FARTHEST + "}", None),
+        ("\\boxed{" + "x" * MAX_SEARCH_LENGTH + "}", None),
     ],
 )
 def test_d1s_last_box(text: str, content: str | None) -> None:

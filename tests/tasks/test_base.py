@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dllm_rl.tasks.base import Cost, Problem, Reward, addends, grade, parts
+from dllm_rl.tasks.base import Cost, Problem, Reward, completion_metrics, grade, metric_fractions
 from dllm_rl.tasks.deadline import STATUS
 
 
@@ -42,18 +42,18 @@ def odd(value: Any, parsed: Any = True, breakdown: Any = ()) -> Reward:
 @pytest.mark.parametrize(
     ("result", "said"),
     [
-        (None, "returned None, which is no Reward"),
-        (1.0, "returned 1.0, which is no Reward"),
-        (odd(None, True), "returned value=None, which is no number"),
-        (odd("1", True), "returned value='1', which is no number"),
-        (odd([1.0], True), r"returned value=\[1.0\], which is no number"),
+        (None, "returned None, which is not a Reward"),
+        (1.0, "returned 1.0, which is not a Reward"),
+        (odd(None, True), "returned value=None, which is not a number"),
+        (odd("1", True), "returned value='1', which is not a number"),
+        (odd([1.0], True), r"returned value=\[1.0\], which is not a number"),
         (odd(1e39, True), r"returned value=1e\+39, which is not a finite number of fp32"),
         (odd(-1e39, True), r"returned value=-1e\+39, which is not a finite number of fp32"),
         (odd(float("nan"), True), "returned value=nan, which is not a finite number"),
-        (odd(1.0, None), "returned parsed=None, which is no number"),
-        (odd(1.0, True, None), "returned breakdown=None, which is no mapping"),
+        (odd(1.0, None), "returned parsed=None, which is not a number"),
+        (odd(1.0, True, None), "returned breakdown=None, which is not a mapping"),
         (odd(1.0, True, {"accuracy": float("nan")}), "returned accuracy=nan, which is not a finite number"),
-        (odd(1.0, True, {"accuracy": "yes"}), "returned accuracy='yes', which is no number"),
+        (odd(1.0, True, {"accuracy": "yes"}), "returned accuracy='yes', which is not a number"),
     ],
 )
 def test_what_is_no_reward_is_refused_in_one_line(result, said):
@@ -163,18 +163,18 @@ def test_graders_in_time_are_left_alone():
 
 def test_what_a_completion_adds_to_a_mean() -> None:
     counts = {"correct_cells": 3.0, "empty_cells": 4.0}
-    added = addends(Reward(2.5, False, {"solve_rate": 0.0, "cell_accuracy": 0.75, **counts}))
+    added = metric_fractions(Reward(2.5, False, {"solve_rate": 0.0, "cell_accuracy": 0.75, **counts}))
     assert added == {"reward": (2.5, 1.0), "parsed": (0.0, 1.0), "solve_rate": (0.0, 1.0), "cell_accuracy": (3.0, 4.0)}
-    assert addends(Reward(0.0, True, {"cell_accuracy": 0.75}))["cell_accuracy"] == (0.75, 1.0)
-    assert addends(Reward(0.0, True, counts))["correct_cells"] == (3.0, 1.0)
+    assert metric_fractions(Reward(0.0, True, {"cell_accuracy": 0.75}))["cell_accuracy"] == (0.75, 1.0)
+    assert metric_fractions(Reward(0.0, True, counts))["correct_cells"] == (3.0, 1.0)
 
 
 def test_a_ratio_over_nothing_is_not_shown() -> None:
     """A puzzle without an empty cell has no share of them that is right."""
     breakdown = {"cell_accuracy": 0.0, "correct_cells": 0.0, "solve_rate": 0.0}
-    assert parts(Reward(1.0, True, breakdown | {"empty_cells": 0.0})) == {"parsed": 1.0, "solve_rate": 0.0}
+    assert completion_metrics(Reward(1.0, True, breakdown | {"empty_cells": 0.0})) == {"parsed": 1.0, "solve_rate": 0.0}
     shown = {"parsed": 1.0, "solve_rate": 0.0, "cell_accuracy": 0.0}
-    assert parts(Reward(1.0, True, breakdown | {"empty_cells": 4.0})) == shown, "a share of 0 is one"
+    assert completion_metrics(Reward(1.0, True, breakdown | {"empty_cells": 4.0})) == shown, "a share of 0 is one"
 
 
 def test_each_completion_has_the_time_limit_for_itself(monkeypatch) -> None:

@@ -115,12 +115,14 @@ def test_functions_get_the_speed_that_they_name() -> None:
         {"right": 0.0, "quick": 1.0, "dense": 2.0},
     ]
     assert task.reward(task[0], "4", forwards=4, tokens_per_forward=0.25).value == 1 + 0.5 / 4 + 0.025
-    said = r"quick asks for forwards, which a sampler knows and a text alone does not; give task.reward\(problem, text"
+    said = r"quick requests forwards, which only a sampler provides; pass it: task.reward\(problem, text"
     for alone in (lambda: task.reward(task[0], "4"), lambda: task.rewards([task[0]], ["4"])):
         with pytest.raises(ValueError, match=said):
             alone()
     counted = [row | {"forwards": 3} for row in ROWS]
-    with pytest.raises(ValueError, match="a column 'forwards', and quick asks for the sampler's: rename the column"):
+    with pytest.raises(
+        ValueError, match="a column 'forwards', and quick requests the sampler's forwards: rename the column"
+    ):
         task_from_dataset(counted, reward_funcs=[right, quick])
     column = task_from_dataset(counted, reward_funcs=lambda completions, **columns: columns["forwards"])
     assert grade(column, [column[0]], ["4"], [Cost(2, 1)])[0].value == 3  # of who does not name it, a column as before
@@ -272,7 +274,9 @@ def test_rows_whose_columns_differ_have_none_where_they_lack_one():
     assert seen == [(["1", None], [None, "x"]), ([None, "1"], ["x", None]), ([None], [None])] * 3
     with pytest.raises(ValueError, match="row 1 has no 'prompt'"):
         task_from_dataset([rows[0], {"question": "2="}], reward_funcs=graded)
-    with pytest.raises(ValueError, match="reward function right needs 'answer', which is none of prompts, completions"):
+    with pytest.raises(
+        ValueError, match="reward function right needs 'answer', which is not one of prompts, completions"
+    ):
         task_from_dataset([{"prompt": "1=", "reference": "1"}], reward_funcs=right)
 
 

@@ -37,7 +37,7 @@ def test_every_file_format(tmp_path) -> None:
         ("a.jsonl", b'{"question": "\xff"}\n', "a.jsonl, line 1: not JSON in UTF-8"),
         ("a.jsonl", b'{"question": "q"}\n', "a.jsonl, line 1: a GSM8K row needs"),
         ("a.jsonl", b'{"question": "q", "answer": "#### many"}\n', "line 1: answer='#### many' is no number"),
-        ("a.json", b'{"question": 1}', "must hold a list of objects"),
+        ("a.json", b'{"question": 1}', "must contain a list of objects"),
         ("a.json", b'[{"question": ', r"a\.json: not JSON in UTF-8"),
         ("a.json", b"[" * 200_000, r"a\.json: not JSON in UTF-8"),
         ("a.json", b"[\xff]", r"a\.json: not JSON in UTF-8"),
@@ -76,7 +76,7 @@ def test_absent_data_says_what_to_give(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", absent)
     with pytest.raises(
-        ValueError, match=r"openai/gsm8k \(split test\) is not here .*Couldn't reach the hub\); give path="
+        ValueError, match=r"openai/gsm8k \(split test\) is not on this machine .*Couldn't reach the hub\); set path"
     ):
         load_split(None, "test", ("openai/gsm8k", "main"))
 

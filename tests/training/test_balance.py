@@ -31,7 +31,7 @@ from dllm_rl.types import BatchRecord, Events, FilterSupport, Order, Rollout, Sa
     ],
 )
 def test_groups_are_swapped_as_long_as_the_slower_process_gains(costs, expected):
-    assert balance.swaps(torch.tensor(costs)) == expected
+    assert balance.plan_swaps(torch.tensor(costs)) == expected
 
 
 def test_no_process_takes_longer_than_the_slowest_did_and_a_group_moves_once():
@@ -39,7 +39,7 @@ def test_no_process_takes_longer_than_the_slowest_did_and_a_group_moves_once():
     gains = []
     for _ in range(200):
         costs = torch.randint(0, 9, (5, 6), generator=generator) * torch.randint(0, 2, (5, 6), generator=generator)
-        plan = balance.swaps(costs)
+        plan = balance.plan_swaps(costs)
         assert len({place for pair in plan for place in pair}) == 2 * len(plan)
         moved = costs.clone()
         for one, other in plan:
@@ -222,7 +222,7 @@ def test_numbers_go_back_to_the_process_that_sampled_their_rows(monkeypatch):
 
     def work(accelerator):
         mine = torch.tensor(rows[accelerator.process_index])
-        return balance.of_sampled_rows(
+        return balance.to_sampling_order(
             torch.stack([mine * 10.0, -mine], dim=1), rollouts[accelerator.process_index], accelerator
         )
 

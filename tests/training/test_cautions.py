@@ -19,7 +19,7 @@ from dllm_rl.samplers.cache import dual_cache, prefix_cache
 from dllm_rl.samplers.records import Rank
 from dllm_rl.samplers.rules import confidence, max_prob, plackett_luce, schedule, soft_threshold, threshold
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.training.cautions import cautions, of_the_rate
+from dllm_rl.training.cautions import cautions, learning_rate_warnings
 from dllm_rl.training.trainer import train
 
 
@@ -94,7 +94,7 @@ def test_equal_rewards_for_many_steps(tmp_path, capsys):
         )
     log.close()
     said = capsys.readouterr().out
-    assert said.count(f"warning: in the last {EQUAL_REWARD_STEPS} steps the rewards of every group were equal") == 1
+    assert said.count(f"warning: in the last {EQUAL_REWARD_STEPS} steps all rewards of each group were equal") == 1
 
 
 def sampler(**options):
@@ -207,8 +207,8 @@ def test_a_zero_that_would_compare_a_tensor_with_itself_is_refused():
 
 
 def test_a_small_models_rate_at_a_large_model(tmp_path, capsys, monkeypatch):
-    assert len(of_the_rate(5e-4, 8_015_581_184)) == 1
-    assert of_the_rate(1e-4, 8_015_581_184) == of_the_rate(5e-4, 135_000_000) == []
+    assert len(learning_rate_warnings(5e-4, 8_015_581_184)) == 1
+    assert learning_rate_warnings(1e-4, 8_015_581_184) == learning_rate_warnings(5e-4, 135_000_000) == []
     monkeypatch.setattr("dllm_rl.training.cautions.LARGE_MODEL", 1000)
     train(tiny_recipe(tmp_path, num_steps=0))
     assert capsys.readouterr().out.count("warning: learning_rate=") == 1

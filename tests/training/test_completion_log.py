@@ -13,7 +13,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.tasks.base import Problem
 from dllm_rl.training import train
-from dllm_rl.training.completion_log import contrasts, log_completions, shortened, stored_fields, table
+from dllm_rl.training.completion_log import best_and_worst_rows, log_completions, shorten, stored_fields, table
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.start import start
 from dllm_rl.training.views import draw_views
@@ -24,9 +24,9 @@ ROW |= {"parts": {"parsed": 1.0}, "tokens": []}
 
 
 def test_of_each_group_the_best_and_the_worst():
-    assert contrasts([0.0, 2.0, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0], 4) == [1, 0, 4]
-    assert contrasts([0.0] * 30, 1) == [0, 1, 2, 3]
-    assert contrasts([float(i % 3) for i in range(30)], 3) == [2, 0, 5, 3, 8, 6, 11, 9]
+    assert best_and_worst_rows([0.0, 2.0, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0], 4) == [1, 0, 4]
+    assert best_and_worst_rows([0.0] * 30, 1) == [0, 1, 2, 3]
+    assert best_and_worst_rows([float(i % 3) for i in range(30)], 3) == [2, 0, 5, 3, 8, 6, 11, 9]
 
 
 def test_rows_of_a_run_are_its_own(tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_mismatch_and_advantage_by_hand(tmp_path):
     log_completions(run, 0, answers, rollout, learned, logps)
     run.log.close()
     rows = current_rows(tmp_path / "completions.jsonl")
-    chosen = contrasts(rewards.flatten().tolist(), 4)
+    chosen = best_and_worst_rows(rewards.flatten().tolist(), 4)
     assert [row["advantage"] for row in rows] == chosen
     assert [row["mismatch"] for row in rows] == [
         pytest.approx(0.25 * rollout.completion_mask[i].sum().item(), rel=1e-5) if i < 12 else None for i in chosen
@@ -143,5 +143,5 @@ def test_a_field_that_json_has_no_form_for_is_text():
 
 
 def test_a_long_text_is_shown_by_its_ends():
-    assert shortened("a" * 160) == "a" * 160
-    assert shortened("a" * 100 + "b" * 100) == "a" * 80 + " ... " + "b" * 80
+    assert shorten("a" * 160) == "a" * 160
+    assert shorten("a" * 100 + "b" * 100) == "a" * 80 + " ... " + "b" * 80

@@ -18,9 +18,9 @@ from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import confidence, plackett_luce, random
-from dllm_rl.training.distillation import finer, log_ratio, teacher_policy
+from dllm_rl.training.distillation import refine_steps, student_teacher_log_ratio, teacher_policy
 from dllm_rl.training.grpo import grpo_recipe
-from dllm_rl.training.late_rollouts.schedule import InTurn
+from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from dllm_rl.training.policies import build_policy
 from recipes.studies.enumeration import ToyPolicy, contributions, per_outcome
 
@@ -45,21 +45,21 @@ def test_finer_steps_by_hand():
     steps = torch.tensor([[-1, 1, 0, 0, 2, 1, 0]] * 4)
     rollout = toy.rollout(torch.zeros(4, 6, dtype=torch.long), group_size=2, unmask_step=steps)
     seeds = torch.tensor([3, 4])
-    parted = finer(rollout, seeds, num_parts=2).unmask_step
+    parted = refine_steps(rollout, seeds, num_parts=2).unmask_step
     for row in parted.tolist():
         assert row[0] == -1 and sorted(row[2:4] + row[6:]) == [0, 0, 1]
         assert sorted([row[1], row[5]]) == [2, 3] and row[4] == 4
-    alone = finer(rollout, seeds, num_parts=8).unmask_step  # one position at a time, as far as there are any
+    alone = refine_steps(rollout, seeds, num_parts=8).unmask_step  # one position at a time, as far as there are any
     for row in alone.tolist():
         assert sorted(row[2:4] + row[6:]) == [0, 1, 2] and sorted([row[1], row[5]]) == [8, 9] and row[4] == 16
     assert torch.equal(alone[0], alone[1]) and torch.equal(alone[2], alone[3])  # one order for a prompt
     many = rollout.rows(torch.zeros(600, dtype=torch.long))
-    drawn = finer(replace(many, group_size=1), torch.arange(600), num_parts=8).unmask_step
+    drawn = refine_steps(replace(many, group_size=1), torch.arange(600), num_parts=8).unmask_step
     orders = [tuple(row) for row in drawn[:, [2, 3, 6]].tolist()]
     assert all(60 < orders.count(order) < 140 for order in set(orders)) and len(set(orders)) == 6
-    wider = finer(rollout.padded(3), seeds, num_parts=8).unmask_step
+    wider = refine_steps(rollout.padded(3), seeds, num_parts=8).unmask_step
     assert torch.equal(wider[:, 3:], alone)
-    same = finer(rollout, seeds, num_parts=1).unmask_step
+    same = refine_steps(rollout, seeds, num_parts=1).unmask_step
     assert torch.equal(same, steps)
 
 
@@ -91,9 +91,9 @@ def test_the_teachers_probabilities_add_up_to_one(tmp_path, num_parts, seed):
     rollout = student.rollout(tokens, unmask_step=steps)
     recipe = taught_recipe(tmp_path, teacher_substeps=num_parts)
     # All completions are of one prompt, with one draw of the order; the rollout's own record is left at 0.
-    found = -log_ratio(recipe, teacher, rollout, torch.full((32,), seed))
+    found = -student_teacher_log_ratio(recipe, teacher, rollout, torch.full((32,), seed))
     torch.testing.assert_close(found.exp().sum(), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-6)
-    parted = finer(rollout, torch.full((32,), seed), num_parts=num_parts).unmask_step[:, 1:].tolist()
+    parted = refine_steps(rollout, torch.full((32,), seed), num_parts=num_parts).unmask_step[:, 1:].tolist()
     by_hand = [
         sum(teacher.logp(words, {j for j in range(5) if row[j] >= row[i]}, i) for i in range(5))
         for words, row in zip(tokens.tolist(), parted, strict=True)
@@ -117,7 +117,7 @@ def test_the_rewards_gradient_is_that_of_the_reverse_kl(tmp_path, num_parts):
     student, teacher = ToyPolicy(**sizes, sharpness=1.0), SinglePrecision(**sizes, sharpness=1.5)
     rollout = student.rollout(2)
     seeds = torch.full((81,), 5)
-    taken = finer(rollout, seeds, num_parts=num_parts)
+    taken = refine_steps(rollout, seeds, num_parts=num_parts)
 
     def logps(policy, of):
         return contributions(policy, of, trajectory().draw_views(of, torch.Generator()), trajectory())
@@ -141,7 +141,7 @@ def test_the_rewards_gradient_is_that_of_the_reverse_kl(tmp_path, num_parts):
     student.weights = [w.requires_grad_() for w in before]
     own = logps(student, rollout)
     recipe = taught_recipe(tmp_path, teacher_substeps=num_parts)
-    reward = -log_ratio(recipe, teacher, replace(rollout, logprobs=own.detach()), seeds)
+    reward = -student_teacher_log_ratio(recipe, teacher, replace(rollout, logprobs=own.detach()), seeds)
     gradient = torch.einsum("b,btw->w", own.detach().sum(-1).exp() * reward, per_outcome(student, own))
     found = [-(gradient @ direction).item() for direction in directions]
     assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6) and max(map(abs, wanted)) > 0.1
@@ -150,8 +150,8 @@ def test_the_rewards_gradient_is_that_of_the_reverse_kl(tmp_path, num_parts):
 def test_the_same_model_in_the_same_steps_has_a_kl_of_exactly_zero(tmp_path):
     train(taught_recipe(tmp_path / "same", zero_mismatch=True, num_steps=1))
     assert metrics_of(tmp_path / "same")[0]["teacher/reverse_kl"] == 0
-    train(taught_recipe(tmp_path / "finer", zero_mismatch=True, num_steps=1, teacher_substeps=8))
-    assert metrics_of(tmp_path / "finer")[0]["teacher/reverse_kl"] > 1e-4
+    train(taught_recipe(tmp_path / "refine_steps", zero_mismatch=True, num_steps=1, teacher_substeps=8))
+    assert metrics_of(tmp_path / "refine_steps")[0]["teacher/reverse_kl"] > 1e-4
 
 
 # --- Runs -----------------------------------------------------------------------------------------------------------
@@ -161,19 +161,19 @@ def test_the_reward_is_shared_between_task_and_teacher(tmp_path, monkeypatch):
     from dllm_rl.training import trainer
 
     seen = []
-    teach = trainer.teach
+    add_teacher_reward = trainer.add_teacher_reward
 
     def watched(run, samples, step):
-        found = teach(run, samples, step)
+        found = add_teacher_reward(run, samples, step)
         seen.append((samples, *found))
         return found
 
-    monkeypatch.setattr(trainer, "teach", watched)
+    monkeypatch.setattr(trainer, "add_teacher_reward", watched)
     recipe = taught_recipe(tmp_path, teacher=other_model, teacher_substeps=4, teacher_coeff=0.25, num_steps=1)
     train(recipe)
     ((before, after, metrics),) = seen
     seeds = torch.randint(2**63 - 1, (4,), generator=generator_for(0, "teacher", 0))
-    apart = log_ratio(recipe, other_model(), before.rollout, seeds).view(4, 4)
+    apart = student_teacher_log_ratio(recipe, other_model(), before.rollout, seeds).view(4, 4)
     torch.testing.assert_close(after.rewards, (0.75 * before.rewards - 0.25 * apart).float(), rtol=0, atol=1e-4)
     torch.testing.assert_close(after.advantages, recipe.advantages(after.rewards))
     assert metrics == {"teacher/reverse_kl": pytest.approx(apart.mean().item(), abs=1e-4), "teacher/coeff": 0.25}
@@ -232,8 +232,8 @@ def test_the_order_of_draws_counts_on_both_sides_in_the_same_steps(tmp_path):
 def test_late_rollouts_are_scored_by_the_learners_process(tmp_path):
     """Without staleness the steps of a plain run; q is the record of the weights that sampled."""
     plain = train(taught_recipe(tmp_path / "plain", teacher_substeps=4))
-    late = train(taught_recipe(tmp_path / "late", teacher_substeps=4, rollout_workers=1), InTurn())
-    train(taught_recipe(tmp_path / "stale", rollout_workers=2, max_staleness=1, learning_rate=1e-2), InTurn())
+    late = train(taught_recipe(tmp_path / "late", teacher_substeps=4, rollout_workers=1), InProcessPool())
+    train(taught_recipe(tmp_path / "stale", rollout_workers=2, max_staleness=1, learning_rate=1e-2), InProcessPool())
     for name, weight in weights_of(plain).items():
         torch.testing.assert_close(weights_of(late)[name], weight, rtol=1e-4, atol=1e-5)
     rows = metrics_of(tmp_path / "stale")
@@ -247,7 +247,8 @@ def test_micro_batches_change_nothing(tmp_path):
     prompts = encode(policy, [recipe.task[i] for i in range(4)], group_size=4, seeds=range(16))
     rollout = recipe.sample(policy, prompts, torch.Generator())
     whole, parts = (
-        log_ratio(replace(recipe, micro_batch_size=size), other_model(), rollout, torch.arange(4)) for size in (None, 4)
+        student_teacher_log_ratio(replace(recipe, micro_batch_size=size), other_model(), rollout, torch.arange(4))
+        for size in (None, 4)
     )
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
 
@@ -277,8 +278,8 @@ def test_grpo_takes_a_teacher():
         ({"teacher_coeff": 1.5}, r"teacher_coeff=1\.5"),
         ({"teacher_substeps": 0}, "teacher_substeps=0 must be at least 1"),
         ({"teacher": None, "teacher_substeps": 4}, "teacher_substeps=4 .* teacher=None: set teacher"),
-        ({"advantages": decoupled}, "advantages=decoupled takes each of the task's rewards"),
-        ({"max_num_gen_batches": 2}, "max_num_gen_batches=2 draws prompts until"),
+        ({"advantages": decoupled}, "advantages=decoupled takes the task's component rewards"),
+        ({"max_num_gen_batches": 2}, "max_num_gen_batches=2 redraws groups"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path, changes, message):
@@ -294,7 +295,7 @@ def test_settings_that_do_not_go_together(tmp_path, changes, message):
         ({"teacher": partial(other_model, characters="4321.=")}, "teacher .* has another vocabulary than"),
         (
             {"sampler": partial(STATE_ONLY, rank=partial(plackett_luce, temperature=1.0))},
-            "teacher_substeps=2: the sampler's rank chooses by",
+            "teacher_substeps=2: the sampler's rank reads",
         ),
         (
             {"sampler": partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=confidence)},
@@ -314,5 +315,5 @@ def test_a_run_that_cannot_be_taught_is_refused_before_any_work(tmp_path, change
 
 
 def test_an_autoregressive_students_steps_have_no_parts(tmp_path):
-    with pytest.raises(ValueError, match="teacher_substeps=2: an autoregressive student writes one token a step"):
+    with pytest.raises(ValueError, match="teacher_substeps=2: an autoregressive student writes one token per step"):
         train(tiny_recipe_ar(tmp_path, teacher="reference", teacher_substeps=2))

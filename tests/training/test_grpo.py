@@ -26,7 +26,7 @@ from dllm_rl.samplers.revise import edit
 from dllm_rl.samplers.rules import soft_threshold, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import task_from_dataset
-from dllm_rl.training.trl_names import NEAREST, SAME, WORDS, translated
+from dllm_rl.training.trl_names import HINTS, TRL_NAMES, WORD_VALUES, translate_trl_names
 
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]
@@ -98,7 +98,7 @@ def test_each_reward_is_normalised_on_its_own(tmp_path, monkeypatch):
 
 
 def test_one_reward_cannot_be_taken_apart(tmp_path):
-    with pytest.raises(ValueError, match="advantages=decoupled takes each reward on its own, and task 'sudoku' has no"):
+    with pytest.raises(ValueError, match="advantages=decoupled takes each component reward, and task 'sudoku' has no"):
         train(tiny_recipe(tmp_path, advantages=decoupled))
 
 
@@ -165,13 +165,13 @@ def test_a_tenth_is_held_out_and_not_trained_on(tmp_path):
 
 def test_a_streamed_data_set_needs_a_bound():
     stream = Dataset.from_list(ROWS).to_iterable_dataset()
-    with pytest.raises(ValueError, match="give max_rows, the rows that are read into memory"):
+    with pytest.raises(ValueError, match="set max_rows, the number of rows to read into memory"):
         grpo_recipe(tiny_masked_lm(**SMALL), stream, right)
     recipe = grpo_recipe(tiny_masked_lm(**SMALL), stream, right, max_rows=10)
     assert (len(recipe.task), len(recipe.eval_task)) == (9, 1)
     recipe = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, eval_dataset=stream, max_rows=3)
     assert (len(recipe.task), len(recipe.eval_task)) == (16, 3)
-    with pytest.raises(ValueError, match=r"has no length, as a streamed one: give its first rows"):
+    with pytest.raises(ValueError, match=r"has no length \(it is streamed\): give its first rows"):
         task_from_dataset(stream, reward_funcs=right)
 
 
@@ -257,7 +257,7 @@ def test_trls_names_set_what_they_mean():
         ({"learning_rat": 1e-6}, "learning_rat is not a setting of grpo; the nearest is learning_rate$"),
         ({"settings": {}}, "settings is not a setting of grpo"),
         ({"zyx": 1}, r"zyx is not a setting of grpo; help\(dllm_rl.Recipe\) lists all"),
-        ({"max_steps": 3, "num_steps": 4}, "num_steps is given twice, once by TRL's name"),
+        ({"max_steps": 3, "num_steps": 4}, "num_steps is set twice, once by TRL's name"),
         ({"max_steps": 3, "num_iterations": 2}, "max_steps counts updates, and num_iterations of them"),
         (
             {"advantages": decoupled, "scale_rewards": True},
@@ -272,9 +272,9 @@ def test_a_name_that_is_not_known_names_the_nearest(settings, message):
 
 def test_the_docs_have_the_tables_of_names():
     page = README.parent.joinpath("docs", "trl.md").read_text()
-    assert dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)) == SAME
+    assert dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)) == TRL_NAMES
     own = Recipe.__dataclass_fields__.keys()
-    assert not own & (SAME | NEAREST).keys(), "a name of Recipe's is taken as it is"
+    assert not own & (TRL_NAMES | HINTS).keys(), "a name of Recipe's is taken as it is"
 
 
 def llama():
@@ -329,14 +329,14 @@ def test_names_and_peft_settings_are_taken_where_they_mean_one_thing():
 
 
 def test_trls_order_of_arguments_is_refused():
-    with pytest.raises(ValueError, match="train_dataset is a function; the order is"):
+    with pytest.raises(ValueError, match="train_dataset is a function; the argument order is"):
         grpo_recipe(tiny_masked_lm(**SMALL), right, right)
 
 
 def test_a_loaded_model_and_its_tokenizer_go_together():
     with pytest.raises(ValueError, match="processing_class=None: a loaded LlamaForCausalLM needs its tokenizer"):
         grpo_recipe(llama(), ROWS, right)
-    with pytest.raises(ValueError, match="processing_class is for a loaded model; leave it out"):
+    with pytest.raises(ValueError, match="processing_class is for a loaded transformers model"):
         recipe_of(processing_class=char_tokenizer("1234="))
     with pytest.raises(ValueError, match="Own has no config that names its family: pass a FamilySpec"):
         grpo_recipe(own_policy().module, ROWS, right, tokenizer=char_tokenizer("1234="))
@@ -455,27 +455,30 @@ def test_a_reference_that_stays_is_the_only_one():
     [
         (
             {"loss_type": "cispo"},
-            "loss_type='cispo' is none of 'grpo', .*; for others give Recipe's loss, loss_reduction",
+            "loss_type='cispo' is not one of 'grpo', .*; for others give Recipe's loss, loss_reduction",
         ),
-        ({"loss_type": ["grpo"]}, r"loss_type=\['grpo'\] is none of"),
+        ({"loss_type": ["grpo"]}, r"loss_type=\['grpo'\] is not one of"),
         (
             {"loss_type": "grpo", "loss_reduction": torch.zeros_like},
-            "loss_reduction is given twice, once by TRL's name",
+            "loss_reduction is set twice, once by TRL's name",
         ),
         (
             {"loss_type": "bnpo", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
             "loss_type='bnpo' divides by the tokens of each forward, and an update has 2 of them; use 'dapo'",
         ),
-        ({"importance_sampling_level": "sequence_token"}, "='sequence_token' is none of 'token', 'sequence'; for"),
-        ({"importance_sampling_level": "sequence", "loss": gspo}, "loss is given twice"),
+        ({"importance_sampling_level": "sequence_token"}, "='sequence_token' is not one of 'token', 'sequence'; for"),
+        ({"importance_sampling_level": "sequence", "loss": gspo}, "loss is set twice"),
         ({"importance_sampling_level": "sequence", "delta": 4.0}, "delta=4.0 is not a keyword of the loss"),
-        ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type='polynomial' is none of 'constant', .*'cosine'; for"),
+        (
+            {"lr_scheduler_type": "polynomial"},
+            "lr_scheduler_type='polynomial' is not one of 'constant', .*'cosine'; for",
+        ),
         ({"lr_scheduler_type": "linear", "warmup_steps": 0.1}, "warmup_steps=0.1 must be a whole number"),
         ({"lr_scheduler_type": "linear", "num_iterations": 2}, "lr_scheduler_type counts updates, and num_iterations"),
         ({"sync_ref_model": True}, "sync_ref_model is not a setting of grpo; the nearest is beta, whose reference"),
-        ({"per_device_train_batch_size": 12}, "=12 is not a multiple of num_generations=8, and a forward has whole"),
+        ({"per_device_train_batch_size": 12}, "=12 is not a multiple of num_generations=8, and a forward has complete"),
         ({"per_device_train_batch_size": "8"}, "per_device_train_batch_size='8' must be a whole number"),
-        ({"per_device_train_batch_size": 8, "micro_batch_size": 8}, "micro_batch_size is given twice"),
+        ({"per_device_train_batch_size": 8, "micro_batch_size": 8}, "micro_batch_size is set twice"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4 needs per_device_train_batch_size"),
     ],
 )
@@ -491,7 +494,7 @@ def test_lr_scheduler_type_constant_goes_with_several_updates_per_rollout():
 def test_the_docs_have_the_table_of_words():
     page = README.parent.joinpath("docs", "trl.md").read_text()
     expected = {}
-    for name, (keyword, words) in WORDS.items():
+    for name, (keyword, words) in WORD_VALUES.items():
         for word, held in words.items():
             expected[f"{name}={word!r}"] = f"{keyword}={describe(held)}"
     assert dict(re.findall(r"^\| `(\w+=.+)` \| (.*) \|$", page, re.MULTILINE)) == expected
@@ -522,12 +525,12 @@ GRPO_CONFIG = re.findall(
 
 
 def test_every_name_of_trls_config_is_taken_or_refused_by_its_name():
-    known = {*Recipe.__dataclass_fields__, *inspect.signature(grpo_recipe).parameters, *SAME, *WORDS}
+    known = {*Recipe.__dataclass_fields__, *inspect.signature(grpo_recipe).parameters, *TRL_NAMES, *WORD_VALUES}
     refused = [name for name in GRPO_CONFIG if name not in known]
-    assert len(GRPO_CONFIG) == 79 and NEAREST.keys() & {*GRPO_CONFIG} <= {*refused}
+    assert len(GRPO_CONFIG) == 79 and HINTS.keys() & {*GRPO_CONFIG} <= {*refused}
     for name in refused:
         with pytest.raises(ValueError, match=f"{name} is not a setting of grpo"):
-            translated(grpo_recipe, {name: None})
+            translate_trl_names(grpo_recipe, {name: None})
 
 
 @pytest.mark.parametrize("rows", [["1="], [{"question": "1="}], "1=", {"prompt": ["1="]}])

@@ -26,11 +26,11 @@ from dllm_rl.samplers.rules import max_prob, plackett_luce, random, soft_thresho
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts import ray_pool
-from dllm_rl.training.late_rollouts.ray_pool import ATTEMPTS, RayWorkers, ray_workers
-from dllm_rl.training.late_rollouts.schedule import InTurn, LateRollouts, held
-from dllm_rl.training.late_rollouts.serialization import as_bytes, batch_as_bytes, batch_from_bytes, from_bytes
-from dllm_rl.training.learner import step
-from dllm_rl.training.policies import build_policy, engine_of, make_optimizer
+from dllm_rl.training.late_rollouts.ray_pool import MAX_ATTEMPTS, RayWorkerPool, ray_workers
+from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, InProcessPool, read_pending_file
+from dllm_rl.training.late_rollouts.serialization import deserialize, deserialize_batch, serialize, serialize_batch
+from dllm_rl.training.learner import train_step
+from dllm_rl.training.policies import build_policy, make_optimizer, resolve_rollout_engine
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.trainer import train
 
@@ -42,16 +42,16 @@ def late_recipe(directory, *, late=1, workers=1, **changes):
 
 
 def train_here(recipe):
-    return train(recipe, InTurn())
+    return train(recipe, InProcessPool())
 
 
 def test_each_batch_is_made_of_the_weights_that_the_schedule_says_also_after_a_resume(tmp_path):
     """K = 2, six steps: at the start three batches of the first weights; after step m the batch of step m + 3."""
     seen = []
 
-    class Watched(InTurn):
+    class Watched(InProcessPool):
         def submit(self, step, weights):
-            seen.append(("submit", step, from_bytes(weights)[1]["version"]))
+            seen.append(("submit", step, deserialize(weights)[1]["version"]))
             super().submit(step, weights)
 
         def result(self, step):
@@ -88,7 +88,7 @@ def test_each_batch_is_made_of_the_weights_that_the_schedule_says_also_after_a_r
 
 @pytest.mark.slow
 def test_a_resume_takes_the_batches_that_were_made_before(tmp_path):
-    class Ahead(InTurn):
+    class Ahead(InProcessPool):
         def submit(self, step, weights):
             super().submit(step, weights)
             self.result(step)
@@ -126,7 +126,7 @@ def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
     if recipe.lora is not None:
         add_lora(policy, recipe.lora())
     optimizer = make_optimizer(recipe, policy)
-    engine = engine_of(recipe)
+    engine = resolve_rollout_engine(recipe)
     fresh = engine.load(policy)
     reference = copied(policy) if recipe.beta else None
     run = StepContext(recipe=recipe, accelerator=accelerator, policy=policy, rollout_policy=fresh, reference=reference)
@@ -135,7 +135,7 @@ def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
         stale = engine.load(kept[max(0, number - 1)])
         samples, _, _ = collect(replace(run, rollout_policy=stale), number)
         scores = fresh if recipe.likelihood.exact_for_sampler else stale
-        step(replace(run, rollout_policy=scores), samples, number, optimizer)
+        train_step(replace(run, rollout_policy=scores), samples, number, optimizer)
         engine.sync(policy, fresh)
         kept.append(copied(policy))
     assert any((a != b).any() for a, b in zip(kept[0].module.parameters(), policy.module.parameters(), strict=True))
@@ -187,8 +187,8 @@ def test_a_batch_survives_its_bytes(tmp_path):
         collected = collect(run, 0)
         scored = tuple(torch.full((2, 3), float(i)) for i in range(11))
         collected = (replace(collected[0], rollout_logprobs=scored), *collected[1:])
-        (samples, answers, metrics), seconds = batch_from_bytes(
-            batch_as_bytes(collected, 1.5), each, accelerator.device
+        (samples, answers, metrics), seconds = deserialize_batch(
+            serialize_batch(collected, 1.5), each, accelerator.device
         )
         assert seconds == 1.5 and metrics == collected[2] and answers == collected[1]
         assert [each[0, 0].item() for each in samples.rollout_logprobs] == list(range(11))
@@ -236,12 +236,12 @@ def test_an_error_of_a_grader_ends_the_run_and_the_last_step_is_saved(tmp_path):
 
 def test_damaged_bytes_are_refused(tmp_path):
     (tmp_path / "rollouts").mkdir()
-    assert held(tmp_path, "rollouts/000001.safetensors") is None
-    whole = as_bytes({"a": torch.ones(2)}, {"b": 1})
+    assert read_pending_file(tmp_path, "rollouts/000001.safetensors") is None
+    whole = serialize({"a": torch.ones(2)}, {"b": 1})
     for data in (b"", whole[:20], whole[:-1], b"\xff" * 40):
         (tmp_path / "rollouts" / "000001.safetensors").write_bytes(data)
         with pytest.raises(ValueError, match=r"000001.safetensors is damaged"):
-            held(tmp_path, "rollouts/000001.safetensors")
+            read_pending_file(tmp_path, "rollouts/000001.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_a_launch_of_several_processes_and_a_missing_ray_are_refused(tmp_path, m
     assert ray_workers(replace(recipe, rollout_workers=0, max_staleness=0)) is None
     with monkeypatch.context() as patched:
         patched.setenv("WORLD_SIZE", "2")
-        with pytest.raises(ValueError, match=r"rollout_workers=1 goes with one learner process, and 2 were launched"):
+        with pytest.raises(ValueError, match=r"rollout_workers=1 needs a single learner process, and 2 were launched"):
             ray_workers(recipe)
     monkeypatch.setattr(ray_pool, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs Ray: pip install 'dllm_rl\[ray\]'"):
@@ -332,8 +332,8 @@ def test_workers_make_the_bits_of_this_process(ray, likelihood, tmp_path, capsys
 
 
 def test_a_job_goes_to_the_worker_with_the_fewest_to_do(monkeypatch):
-    monkeypatch.setattr(RayWorkers, "_sent", lambda *_: Future())
-    pool = object.__new__(RayWorkers)
+    monkeypatch.setattr(RayWorkerPool, "_send_job", lambda *_: Future())
+    pool = object.__new__(RayWorkerPool)
     pool.workers, pool.jobs = [None, None], {}
     for number in range(3):
         pool.submit(number, None)
@@ -349,7 +349,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced(ray, number_of, tmp_path, monke
     """A stopped process keeps its memory and its sockets, and never answers: as one that hangs in a driver's call. The
     batch of step 3 is handed out after the blow, so that it is always one that the struck worker cannot make."""
     expected = train_here(late_recipe(tmp_path / "here", num_steps=5))
-    plain = LateRollouts.collect
+    plain = AsyncRollouts.collect
     struck = []
 
     def struck_first(late, number):
@@ -359,7 +359,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced(ray, number_of, tmp_path, monke
                 struck.append(process)
         return plain(late, number)
 
-    monkeypatch.setattr(LateRollouts, "collect", struck_first)
+    monkeypatch.setattr(AsyncRollouts, "collect", struck_first)
     found = train(late_recipe(tmp_path / "run", num_steps=5, collective_timeout=60.0))
     (process,) = struck
     why = "died" if number_of == "SIGKILL" else "did not return within collective_timeout=60 s"
@@ -380,7 +380,7 @@ def test_a_job_that_kills_every_worker_ends_the_run_in_a_line(ray, tmp_path):
             os._exit(1)
         return plain(policy, prompts, generator)
 
-    with pytest.raises(RuntimeError, match=rf"rollouts of step 2: {ATTEMPTS} workers in turn .* died") as error:
+    with pytest.raises(RuntimeError, match=rf"rollouts of step 2: {MAX_ATTEMPTS} workers in turn .* died") as error:
         train(late_recipe(tmp_path, num_steps=4, sampler=partial(deadly)))
     assert "\n" not in error.value.args[0]
     folder = tmp_path / "checkpoints" / "step-000002"
@@ -412,7 +412,7 @@ def test_a_cluster_without_room_is_refused(ray, tmp_path):
 
 def test_an_address_where_nobody_listens_is_refused(ray, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(ValueError, match=r"nobody answers at RAY_ADDRESS='127.0.0.1:1'.*unset RAY_ADDRESS") as error:
+    with pytest.raises(ValueError, match=r"nothing answers at RAY_ADDRESS='127.0.0.1:1'.*unset RAY_ADDRESS") as error:
         train(late_recipe(tmp_path))
     assert "\n" not in str(error.value)
 

@@ -259,12 +259,15 @@ def test_a_reward_that_does_not_apply_everywhere_is_averaged_where_it_does():
     from accelerate import Accelerator
 
     from dllm_rl.tasks.base import Problem, Reward
-    from dllm_rl.training.rollouts import Answer, reward_metrics
+    from dllm_rl.training.rollouts import GradedCompletion, reward_metrics
 
     rewards = [Reward(1.0, True, {"a": 0.25, "b": 3.0}), Reward(0.0, False, {"a": 0.75})]
     problem = Problem("1 + 1", {})
     # Four tokens each: the first never ends, the second ends with its second token.
-    answers = [Answer(problem, "2", rewards[0], 4, 4, False, 5, 4), Answer(problem, "2", rewards[1], 4, 2, True, 5, 3)]
+    answers = [
+        GradedCompletion(problem, "2", rewards[0], 4, 4, False, 5, 4),
+        GradedCompletion(problem, "2", rewards[1], 4, 2, True, 5, 3),
+    ]
     found = reward_metrics(torch.tensor([[1.0, 0.0]]), answers, Accelerator(cpu=True))
     assert found == {
         "reward": 0.5,

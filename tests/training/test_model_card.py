@@ -10,7 +10,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl.cli import main as cli
 from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.training import train
-from dllm_rl.training.model_card import LEFT_OUT, card
+from dllm_rl.training.model_card import NOT_UPLOADED, card
 
 HOSTILE = "a`b|c\n# <img src=x> \x1b[2J"
 
@@ -90,7 +90,7 @@ def test_a_run_is_uploaded_only_where_that_is_asked_for(tmp_path, hub, capsys):
     assert hub == []
     summary = train(tiny_recipe(tmp_path / "loud", num_steps=1, push_to_hub="me/model"))
     assert hub[0] == ("me/model", {"private": True, "exist_ok": True})
-    assert str(hub[1]["folder_path"]) == summary["checkpoint"] and hub[1]["ignore_patterns"] == list(LEFT_OUT)
+    assert str(hub[1]["folder_path"]) == summary["checkpoint"] and hub[1]["ignore_patterns"] == list(NOT_UPLOADED)
     assert "Uploaded:   https://huggingface.co/me/model" in capsys.readouterr().out
 
 

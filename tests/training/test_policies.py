@@ -18,9 +18,9 @@ from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.policies import (
     build_policy,
     check_compiled,
+    make_rollout_policy,
     reference_policy,
     resumed_policy,
-    rollout_copy,
     save_reference,
 )
 
@@ -63,13 +63,13 @@ def test_the_reference_keeps_the_weights_that_rl_started_from(tmp_path, fresh):
 def test_without_a_scheme_the_learner_rolls_out(tmp_path):
     recipe = tiny_recipe(tmp_path, rollout_quantization=None)
     policy = build_policy(recipe, CPU)
-    assert rollout_copy(recipe, policy) is policy
+    assert make_rollout_policy(recipe, policy) is policy
 
 
 @pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_rollouts_copy_is_in_the_dtype_of_the_runs_products(tmp_path, bf16, dtype):
     recipe = tiny_recipe(tmp_path, bf16=bf16)
-    copy = rollout_copy(recipe, build_policy(recipe, CPU))
+    copy = make_rollout_policy(recipe, build_policy(recipe, CPU))
     assert {p.dtype for p in copy.module.parameters()} == {dtype}
 
 
@@ -103,7 +103,7 @@ def test_of_the_model_that_a_recipe_names_the_rest_of_large_files_may_be_left_un
     ("changes", "said"),
     [
         ({"zero_mismatch": True, "rollout_quantization": None}, "forbids: leave one of them out"),
-        ({"sampler": partial(unmask, max_new_tokens=4, compile_step=True)}, "whole steps: leave one of them out"),
+        ({"sampler": partial(unmask, max_new_tokens=4, compile_step=True)}, "full steps: leave one of them out"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(tmp_path, changes, said):

@@ -11,7 +11,7 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.tasks.base import Problem
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training import prompts
-from dllm_rl.training.prompts import check_prompts, choose
+from dllm_rl.training.prompts import check_prompts, fit_prompts
 from dllm_rl.training.trainer import train
 
 LONG = 60  # with 16 tokens to come, more than the model's 64
@@ -57,7 +57,7 @@ def test_a_blank_counts_as_the_one_token_that_it_is(tmp_path):
     """Its text is of five characters, none of which the model knows."""
     problem = Problem("1<gap>", blank="<gap>")
     recipe = tiny_recipe(tmp_path, task=Listed(problem), max_prompt_length=2)
-    assert choose(recipe, tiny_masked_lm(**SIZES), [0]) == ([problem], 0)
+    assert fit_prompts(recipe, tiny_masked_lm(**SIZES), [0]) == ([problem], 0)
 
 
 @pytest.mark.parametrize("field", ["task", "validation_task", "eval_task"])
@@ -88,8 +88,8 @@ def test_a_prompt_that_cannot_be_read_is_named_with_its_problem(tmp_path):
 
 def test_of_a_large_task_the_prompts_that_are_drawn_are_looked_at(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, task=SomeLong(size=1000, every=4))
-    monkeypatch.setattr(prompts, "CHECKED", 7)
-    with pytest.raises(ValueError, match=r"task: the prompt of problem \d+ has 60 .*max_prompt_length=48 takes"):
+    monkeypatch.setattr(prompts, "MAX_CHECKED_PROMPTS", 7)
+    with pytest.raises(ValueError, match=r"task: the prompt of problem \d+ has 60 .*max_prompt_length=48 replaces"):
         train(recipe)
 
 
@@ -102,10 +102,10 @@ def test_long_prompts_are_replaced_and_counted(tmp_path):
 
 def test_the_next_prompt_that_fits_takes_the_place():
     recipe = tiny_recipe("x", task=SomeLong(), max_prompt_length=48)
-    chosen, replaced = choose(recipe, recipe.model(), [0, 1, 3, 8])
+    chosen, replaced = fit_prompts(recipe, recipe.model(), [0, 1, 3, 8])
     assert chosen == [recipe.task[i] for i in (1, 1, 4, 8)] and replaced == 2
     with pytest.raises(ValueError, match="max_prompt_length=3: every prompt of task 'some long' is longer; raise it"):
-        choose(replace(recipe, max_prompt_length=3), recipe.model(), [0])
+        fit_prompts(replace(recipe, max_prompt_length=3), recipe.model(), [0])
 
 
 def test_a_limit_that_no_prompt_reaches_changes_nothing(tmp_path):
@@ -132,7 +132,7 @@ def test_a_run_that_met_a_long_prompt_resumes_with_a_limit(tmp_path, monkeypatch
 
     changes = {"task": Later(size=6), "num_steps": 20, "save_steps": 1, "train_batch_size": 1}
     changes |= {"model": partial(tiny_masked_lm, **SIZES), "rollout_quantization": None}
-    monkeypatch.setattr(prompts, "CHECKED", 1)
+    monkeypatch.setattr(prompts, "MAX_CHECKED_PROMPTS", 1)
     with pytest.raises(ValueError, match="a recipe's max_prompt_length"):
         train(tiny_recipe(tmp_path, **changes))
     resumed = {"resume_from_checkpoint": "latest", "max_prompt_length": 48}

@@ -21,8 +21,8 @@ from dllm_rl.samplers.revise import edit
 from dllm_rl.samplers.rules import max_prob, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.policies import build_policy
-from dllm_rl.training.rehearsal import random_numbers_kept
-from dllm_rl.training.start import rehearsed
+from dllm_rl.training.rehearsal import preserve_random_state
+from dllm_rl.training.start import load_and_rehearse
 
 SMALL = partial(tiny_masked_lm, **SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16})
 
@@ -60,7 +60,7 @@ BAD = {
     ),
     "warm-up": (
         {"sft_warmup_steps": 1, "sft_warmup_metric": "solved"},
-        "sft_warmup_metric='solved' is none of the task's",
+        "sft_warmup_metric='solved' is not one of the task's",
     ),
     "advantages": (
         {"advantages": lambda rewards: rewards.mean(-1)},
@@ -129,7 +129,7 @@ def test_nothing_is_left_of_it(changes, tmp_path):
     accelerator = make_accelerator()
     before = build_policy(recipe, accelerator.device)
     drawn = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    policy = rehearsed(recipe, accelerator)
+    policy = load_and_rehearse(recipe, accelerator)
     assert torch.equal(torch.get_rng_state(), drawn[0]) and np.random.get_state()[1].tolist() == drawn[1]
     assert policy.lora is None and policy.weights_version == before.weights_version
     now = dict(policy.module.named_parameters())
@@ -149,7 +149,7 @@ def test_global_generators_go_on_as_if_nobody_had_drawn():
     expected = draw()
     for seed in seeds:
         seed(3)
-    with random_numbers_kept():
+    with preserve_random_state():
         assert draw() == expected
     assert draw() == expected
 

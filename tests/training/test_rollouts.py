@@ -24,7 +24,7 @@ from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.policies import build_policy
-from dllm_rl.training.rollouts import collect, compute_advantages, total
+from dllm_rl.training.rollouts import collect, compute_advantages, sum_fractions
 from dllm_rl.training.trainer import train
 from dllm_rl.types import FilterSupport, Prompts, Rollout
 
@@ -133,8 +133,8 @@ def test_groups_stay_whole(tmp_path):
 
 def test_a_process_whose_completions_have_no_such_number_adds_nothing_to_its_mean():
     added = [{"reward": (0.5, 1.0)}, {"reward": (0.0, 1.0), "accuracy": (3.0, 4.0)}]
-    assert [x.item() for x in total(added, "accuracy")] == [3.0, 4.0]
-    assert [x.item() for x in total(added[:1], "accuracy")] == [0.0, 0.0]
+    assert [x.item() for x in sum_fractions(added, "accuracy")] == [3.0, 4.0]
+    assert [x.item() for x in sum_fractions(added[:1], "accuracy")] == [0.0, 0.0]
 
 
 def test_rows_that_are_drawn_again_have_seeds_of_their_own(tmp_path):

@@ -29,9 +29,9 @@ def test_a_save_that_failed_is_not_remembered_as_done():
     def full_disk():
         raise OSError(28, "No space left on device")
 
-    assert saving._attempt(run, 3, full_disk) is None and run.saved is None
+    assert saving._try_write(run, 3, full_disk) is None and run.saved is None
     assert warnings == ["warning: No space left on device"]
-    assert saving._attempt(run, 4, lambda: Path("folder")) == Path("folder") and run.saved == 4
+    assert saving._try_write(run, 4, lambda: Path("folder")) == Path("folder") and run.saved == 4
 
 
 @pytest.mark.parametrize("during", [{}, {"state": "later"}, {"state": "later", "version": 4}])
@@ -51,10 +51,10 @@ def test_a_copy_during_which_a_step_ended_is_not_saved(monkeypatch, during):
         return ()
 
     written = []
-    monkeypatch.setattr(saving, "on_host", copied)
-    monkeypatch.setattr(saving, "_prepared", lambda run, state: state)
-    monkeypatch.setattr(saving, "_attempt", lambda run, step, write: written.append((step, write)))
-    saving.save_alone(run)
+    monkeypatch.setattr(saving, "copy_to_host", copied)
+    monkeypatch.setattr(saving, "_bind_save", lambda run, state: state)
+    monkeypatch.setattr(saving, "_try_write", lambda run, step, write: written.append((step, write)))
+    saving.save_on_peer_loss(run)
     assert written == ([] if during else [(3, state)])
 
 
@@ -74,7 +74,7 @@ def stopped(monkeypatch, *, version=3, **changes):
     written = []
     monkeypatch.setattr(saving, "write_checkpoint", lambda run: written.append(run.state.step))
     try:
-        saving.save_at_once(run)
+        saving.save_on_overdue_stop(run)
     except Left as left:
         assert str(left) == "stopped in the step after step 3, which is saved; continue with " + (
             "resume_from_checkpoint='latest', output_dir='runs/x'"
@@ -111,7 +111,7 @@ def test_before_the_first_stage_of_a_step_a_run_is_between_two_steps(tmp_path):
     stop = SimpleNamespace(last_words="over", agreed=lambda accelerator: 0)
     run = object.__new__(Run)
     run.__dict__.update(log=log, stop=stop, accelerator=None, policy=SimpleNamespace(weights_version=4))
-    saving.protect(run, None)
+    saving.install_emergency_saves(run, None)
     assert log.entered == "" and stop.last_words is None
     log.entered = "sync"
     (tmp_path / "metrics.jsonl").touch()

@@ -16,8 +16,8 @@ from dllm_rl.likelihoods.estimators import coupled, trajectory
 from dllm_rl.models.tokens import encode
 from dllm_rl.rng import generator_for
 from dllm_rl.training.forwards import aligns, arithmetic
-from dllm_rl.training.learner import keeps_graphs, rollout_side
-from dllm_rl.training.views import active_groups, group_weights, metric_weights
+from dllm_rl.training.learner import can_retain_graphs, rollout_logprob_source
+from dllm_rl.training.views import active_groups, inverse_sampling_weights, metric_weights
 
 EXACT = {"zero_mismatch": True, "rollout_quantization": None, "corrector": no_correction()}
 
@@ -80,7 +80,7 @@ def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path):
     recipe = tiny_recipe(tmp_path, **changes)
     policy = recipe.model()
     rollout_policy = recipe.model() if copied else policy
-    assert rollout_side(recipe, policy, rollout_policy) == rollout
+    assert rollout_logprob_source(recipe, policy, rollout_policy) == rollout
     assert aligns(recipe, policy, rollout_policy) == aligned
 
 
@@ -91,13 +91,13 @@ def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path):
 def test_graphs_are_kept_of_as_many_forwards_as_are_allowed(views, rows, size, forwards, tmp_path):
     for allowed, kept in ((forwards - 1, False), (forwards, True)):
         recipe = tiny_recipe(tmp_path, micro_batch_size=size, max_retained_graphs=allowed)
-        assert keeps_graphs(recipe, recipe.model(), views=views, rows=rows) == kept
+        assert can_retain_graphs(recipe, recipe.model(), views=views, rows=rows) == kept
 
 
 def test_weights_of_groups():
     def weights(learned, sample, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        return group_weights(torch.tensor(learned, dtype=torch.bool), sample, generator).tolist()
+        return inverse_sampling_weights(torch.tensor(learned, dtype=torch.bool), sample, generator).tolist()
 
     found = weights([1, 0, 0, 0, 1], 2)
     assert found[0] == found[4] == 1 and sorted(found[1:4]) == [0, 1.5, 1.5]

@@ -22,7 +22,7 @@ from dllm_rl.training.trainer import train
 def test_batches_that_three_processes_cannot_share_are_refused(tmp_path, monkeypatch, changes):
     monkeypatch.setattr(Accelerator, "num_processes", 3)
     recipe = tiny_recipe(tmp_path, **{"train_batch_size": 6, "sft_warmup_batch_size": 64, **changes})
-    said = {8: "train_batch_size=8 .* 3 processes; nearest that are: 6, 9", 2: "nearest that are: 3"}
+    said = {8: "train_batch_size=8 .* 3 processes; the nearest are: 6, 9", 2: "the nearest are: 3"}
     with pytest.raises(ValueError, match=said.get(recipe.train_batch_size, "sft_warmup_batch_size=64 .*: 63, 66")):
         check_processes(recipe, Accelerator(cpu=True))
     check_processes(replace(recipe, train_batch_size=9, sft_warmup_steps=0), Accelerator(cpu=True))
@@ -63,7 +63,7 @@ def test_a_full_disk_stops_the_log_where_it_stops_a_save(tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", full)
-        stops = pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device; make room and resume")
+        stops = pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device; free disk space and resume")
         with stops if on_save_error == "stop" else nullcontext():
             log.write(0, {"reward": 0.5})
     log.close()

@@ -9,7 +9,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl import Sudoku, grpo, tiny_masked_lm, unmask
 from dllm_rl.training.start import start
-from dllm_rl.training.validation import evaluate_with, shown, validate, validation_interval
+from dllm_rl.training.validation import evaluate_with, format_metrics, validate, validation_interval
 
 
 def test_it_is_every_eval_steps_on_the_validation_task(tmp_path):
@@ -78,4 +78,4 @@ def test_evaluations_by_default_change_no_other_number_and_a_best_checkpoint_nee
 
 
 def test_a_line_shows_what_a_task_is_judged_by():
-    assert shown({"solve_rate": 0.25, "seconds": 3.0, "reward": 1.5}) == "solve_rate 0.250, reward 1.500"
+    assert format_metrics({"solve_rate": 0.25, "seconds": 3.0, "reward": 1.5}) == "solve_rate 0.250, reward 1.500"

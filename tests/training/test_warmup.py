@@ -168,7 +168,7 @@ def test_a_gradient_that_is_not_finite_stops_the_warm_up(tmp_path):
     policy = tiny_recipe(tmp_path).model()
     with torch.no_grad():
         next(policy.module.parameters()).fill_(torch.inf)
-    with pytest.raises(FloatingPointError, match="gradient norm is nan at warm-up step 0; it was not applied"):
+    with pytest.raises(FloatingPointError, match="gradient norm is nan at warm-up step 0; the update was not applied"):
         stepped(policy, tmp_path, steps=1)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
-from dllm_rl.tasks.answers import SPECIAL, cut
+from dllm_rl.tasks.answers import SPECIAL_TOKENS, cut
 from dllm_rl.tasks.base import Grader, Problem, Reward
 from dllm_rl.tasks.code import sandbox
 from dllm_rl.tasks.math.task import Questions
@@ -30,7 +30,7 @@ def program(fields: Mapping[str, Any], completion: str) -> str:
     Without such a block, the first block that begins with white space, else the first nonblank block, continues the
     prompt.
     """
-    blocks = [re.sub(r"^[\w+-]*\n", "", block) for block in cut(completion, 0, SPECIAL).split("```")]
+    blocks = [re.sub(r"^[\w+-]*\n", "", block) for block in cut(completion, 0, SPECIAL_TOKENS).split("```")]
     for block in reversed(blocks):
         if re.search(rf"^def {re.escape(fields['entry_point'])}\b", block, re.MULTILINE):
             return f"{fields['prelude']}\n{block}"

@@ -7,7 +7,7 @@ from math import isqrt
 from operator import eq
 from typing import Any
 
-from dllm_rl.tasks.answers import SPECIAL, cut, last_answer, last_closed_answer
+from dllm_rl.tasks.answers import SPECIAL_TOKENS, cut, last_answer, last_closed_answer
 from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.rows import text_of
 from dllm_rl.tasks.sudoku.solver import MOST_COMPLETIONS, completions, is_completion
@@ -63,7 +63,7 @@ def d1_candidate(text: str) -> str:
         if found := cut(text, opened + len("<answer>"), closed=True).strip():
             return found
     if closed >= 0:
-        if found := cut(text, closed + len("</answer>"), SPECIAL).strip():
+        if found := cut(text, closed + len("</answer>"), SPECIAL_TOKENS).strip():
             return found
         for piece in text.split("</answer>")[:-1]:
             if len(piece) >= 16 and len(found := piece.rstrip()[-16:]) == 16 and found.isdecimal():

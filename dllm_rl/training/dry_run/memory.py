@@ -38,7 +38,7 @@ from dllm_rl.models.merge import merged_state
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import renoise
 from dllm_rl.samplers.choose import draw_tokens
-from dllm_rl.training.learner import keeps_graphs
+from dllm_rl.training.learner import can_retain_graphs
 from dllm_rl.types import SamplingParams
 
 ONE_VIEW = ("one_step", "causal")  # estimators that score the batch in one view
@@ -358,7 +358,7 @@ class FakeStep:
         return token_logprobs(self.policy, states, torch.zeros(len(states), dtype=torch.long), self.params)
 
 
-def shared_out(memory: Memory, module: Module, size: int) -> Memory:
+def shard_memory(memory: Memory, module: Module, size: int) -> Memory:
     """Return the memory per process of a learner that is sharded over `size` processes, from the memory of an unsharded
     learner.
     """
@@ -421,7 +421,7 @@ def most_graphs(recipe: Recipe, policy: Policy, *, rows: int) -> int:
     views = 1 if recipe.likelihood.name in ONE_VIEW else recipe.max_retained_graphs // chunks
     if policy.spec.attention == "encoder_decoder":
         views = renoising_steps(recipe, policy)
-    return views * chunks if views and keeps_graphs(recipe, policy, views=views, rows=rows) else 0
+    return views * chunks if views and can_retain_graphs(recipe, policy, views=views, rows=rows) else 0
 
 
 def renoising_steps(recipe: Recipe, policy: Policy) -> int:

@@ -1,4 +1,6 @@
-"""The needs of a recipe, computed without weights: parameters, batches, memory, and the GPUs that are large enough."""
+"""Plan of a recipe, computed without loading weights: parameters, batches, memory, time, and which GPUs are large
+enough.
+"""
 
 import copy
 import math
@@ -19,23 +21,23 @@ from dllm_rl.quantization.schemes import FakeQuantize, int4_packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import autoregress, renoise, sampler_for, unmask
 from dllm_rl.tasks.base import check_filled
-from dllm_rl.training.cautions import of_the_rate
+from dllm_rl.training.cautions import learning_rate_warnings
 from dllm_rl.training.dry_run.duration import HOST, PEAK, seconds, shares
-from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, most_graphs, shared_out
-from dllm_rl.training.policies import called, check_blocks
+from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, most_graphs, shard_memory
+from dllm_rl.training.policies import call_model_function, check_blocks
 from dllm_rl.training.saving import adapters_alone
 from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, group_size
 
 GB = 1e9
-GPUS = (80, 96, 141, 192)  # GB of memory
-USABLE = 0.9  # usable share; the allocator, the kernels and the driver need the rest
-SHARD = 5 * GB  # bytes that `save_pretrained` makes and writes at a time
+GPU_SIZES = (80, 96, 141, 192)  # GB of memory
+USABLE_SHARE = 0.9  # share of a GPU's memory; the allocator, kernels and driver need the rest
+FILE_SHARD = 5 * GB  # bytes that `save_pretrained` writes at a time
 WRITE_RATE = 0.57 * GB  # bytes per second: 16 GB were written in 13 s and digested in 15 s
-PROMPT = 256  # assumed tokens of a prompt if no task is opened
+ASSUMED_PROMPT = 256  # tokens of a prompt, if no task is opened
 
 
 class MetaPolicy(DiffusionPolicy):
-    """A policy on a GPU without weights or tokenizer: only the facts that need no download."""
+    """A policy without weights or tokenizer, as if on a GPU. It needs no download of weights."""
 
     @property
     def pad_id(self) -> int:
@@ -55,23 +57,28 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
     spec.
     """
     if not isinstance(recipe.model, str):
-        policy = recipe.model if isinstance(recipe.model, Policy) else called(recipe.model, recipe.seed, dry_run=True)
-        found = MetaPolicy(copy.deepcopy(policy.module), policy.spec, policy.tokenizer)
+        policy = (
+            recipe.model
+            if isinstance(recipe.model, Policy)
+            else call_model_function(recipe.model, recipe.seed, dry_run=True)
+        )
+        meta = MetaPolicy(copy.deepcopy(policy.module), policy.spec, policy.tokenizer)
     else:
-        raw = load_config(recipe.model)
-        family = find_family(raw)
-        module = build_empty(raw)
-        config = module.config.get_text_config()  # the text's config of a model with images; else the config itself
+        raw_config = load_config(recipe.model)
+        family = find_family(raw_config)
+        module = build_empty(raw_config)
+        # For a model with images the config of its text part, else the config itself.
+        config = module.config.get_text_config()
         # As load_policy does, except for the ids that only the tokenizer has.
         spec = replace(family, max_length=config.max_position_embeddings)
         if family.attention == "encoder_decoder":
-            spec = replace(spec, vocab_size=config.vocab_size, block_size=raw["canvas_length"])
-        found = MetaPolicy(module, spec, None)
-    found.float32_head = recipe.float32_head
-    found.gradient_checkpointing = recipe.gradient_checkpointing
+            spec = replace(spec, vocab_size=config.vocab_size, block_size=raw_config["canvas_length"])
+        meta = MetaPolicy(module, spec, None)
+    meta.float32_head = recipe.float32_head
+    meta.gradient_checkpointing = recipe.gradient_checkpointing
     if recipe.lora is not None:
-        add_lora(found, recipe.lora())
-    return found
+        add_lora(meta, recipe.lora())
+    return meta
 
 
 def processes(recipe: Recipe) -> int:
@@ -88,26 +95,30 @@ def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
     """Raise ValueError if sampler, likelihood and model cannot be combined, or a completion does not fit."""
     recipe.likelihood.check(policy)
     check_blocks(recipe, policy)
-    size = group_size(recipe, launched())
+    shard_size = group_size(recipe, launched())
     check_sharding(recipe, processes(recipe))
     check_batches(recipe, processes(recipe))
-    if size > 1:
-        check_module(policy.module, size)
+    if shard_size > 1:
+        check_module(policy.module, shard_size)
     sampler = getattr(recipe.sampler, "func", recipe.sampler)
-    wanted = sampler_for(policy)
-    if sampler in (autoregress, unmask, renoise) and sampler is not wanted:
+    expected_sampler = sampler_for(policy)
+    if sampler in (autoregress, unmask, renoise) and sampler is not expected_sampler:
         attention = policy.spec.attention
-        raise ValueError(f"sampler={sampler.__name__} is not for {attention!r} attention; use {wanted.__name__}")
-    limit = policy.spec.max_length
-    if limit is not None and prompt_tokens + recipe.max_new_tokens > limit:
         raise ValueError(
-            f"max_new_tokens={recipe.max_new_tokens} after {prompt_tokens} tokens exceeds the model's {limit} positions"
+            f"sampler={sampler.__name__} is not for {attention!r} attention; use {expected_sampler.__name__}"
+        )
+    max_positions = policy.spec.max_length
+    if max_positions is not None and prompt_tokens + recipe.max_new_tokens > max_positions:
+        raise ValueError(
+            f"max_new_tokens={recipe.max_new_tokens} after {prompt_tokens} tokens exceeds the model's "
+            f"{max_positions} positions"
         )
 
 
 def weights_dtype(recipe: Recipe, policy: MetaPolicy) -> torch.dtype:
+    """Return the dtype of the weights in a run."""
     if not isinstance(recipe.model, str):
-        return next(policy.module.parameters()).dtype  # dtype of a small model, as it was made
+        return next(policy.module.parameters()).dtype  # a model that was built already
     name = policy.module.config.dtype if recipe.dtype == "auto" else recipe.dtype
     return getattr(torch, str(name or "float32").removeprefix("torch."))
 
@@ -115,38 +126,41 @@ def weights_dtype(recipe: Recipe, policy: MetaPolicy) -> torch.dtype:
 def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
     """Return the bytes per GPU: every GPU has the full learner, or its part of a sharded learner."""
     dtype = weights_dtype(recipe, policy)
-    size = group_size(recipe, launched())
-    copied = rollout_bytes(recipe, policy, 2 if recipe.bf16 else dtype.itemsize)
-    if size > 1 and recipe.rollout_quantization is None:
-        copied = policy.parameters * dtype.itemsize  # the rollout needs a full copy of sharded weights
-    found = measure_step(share_of(recipe), policy, prompt_tokens=prompt_tokens, dtype=dtype, rollout_copy=copied)
-    return found if size == 1 else shared_out(found, policy.module, size)
+    shard_size = group_size(recipe, launched())
+    rollout_copy = rollout_bytes(recipe, policy, 2 if recipe.bf16 else dtype.itemsize)
+    if shard_size > 1 and recipe.rollout_quantization is None:
+        rollout_copy = policy.parameters * dtype.itemsize  # the rollout needs a full copy of sharded weights
+    step_memory = measure_step(
+        share_of(recipe), policy, prompt_tokens=prompt_tokens, dtype=dtype, rollout_copy=rollout_copy
+    )
+    return step_memory if shard_size == 1 else shard_memory(step_memory, policy.module, shard_size)
 
 
-def quantisable(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str, str]]:
+def quantizable_counts(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str, str]]:
     """Return the number of layers and of weights that the rollout quantizes, and why the other layers keep their
     precision.
     """
     if recipe.rollout_quantization is None:
         return 0, 0, {}
-    kept = skip_reasons(policy.module, recipe.rollout_quantization(), None)
-    layers = [base_of(layer) for name, layer in quantizable_layers(policy.module) if name not in kept]
-    chosen = [weight for layer in layers for weight in layer.parameters(recurse=False) if weight.dim() > 1]
+    skipped = skip_reasons(policy.module, recipe.rollout_quantization(), None)
+    layers = [base_of(layer) for name, layer in quantizable_layers(policy.module) if name not in skipped]
+    matrices = [weight for layer in layers for weight in layer.parameters(recurse=False) if weight.dim() > 1]
     # Each expert of a stack counts as a layer.
-    return sum(math.prod(weight.shape[:-2]) for weight in chosen), sum(map(torch.numel, chosen)), kept
+    return sum(math.prod(weight.shape[:-2]) for weight in matrices), sum(map(torch.numel, matrices)), skipped
 
 
-def rollout_bytes(recipe: Recipe, policy: MetaPolicy, size: int) -> int:
+def rollout_bytes(recipe: Recipe, policy: MetaPolicy, bytes_per_value: int) -> int:
     """Return the bytes of the quantized copy without its scales, which need a few bytes per thousand."""
-    layers, weights, _ = quantisable(recipe, policy)
+    layers, weights, _ = quantizable_counts(recipe, policy)
     scheme = recipe.rollout_quantization
     if scheme is None or not layers:
         return 0
-    made = scheme()
-    each = 0.5 if isinstance(made, type(int4_packed())) else 1.0  # bytes of a quantized weight
-    if isinstance(made, FakeQuantize):
-        each = size if made.activation is None else 4.0  # rounded in the weight's dtype; with rounded inputs in fp32
-    return int(weights * each) + (policy.parameters - weights) * size
+    resolved_scheme = scheme()
+    bytes_per_weight = 0.5 if isinstance(resolved_scheme, type(int4_packed())) else 1.0  # bytes of a quantized weight
+    if isinstance(resolved_scheme, FakeQuantize):
+        # Rounded in the weight's dtype; with rounded inputs in fp32.
+        bytes_per_weight = bytes_per_value if resolved_scheme.activation is None else 4.0
+    return int(weights * bytes_per_weight) + (policy.parameters - weights) * bytes_per_value
 
 
 def plan(recipe: Recipe) -> str:
@@ -156,67 +170,69 @@ def plan(recipe: Recipe) -> str:
         ValueError: The recipe cannot run.
     """
     policy = meta_policy(recipe)
-    # Without a tokenizer no task is opened: its data may be elsewhere. A forward is as wide as its longest prompt.
-    prompt_tokens = recipe.max_prompt_length or PROMPT
+    # Without a tokenizer no task is opened, because its data may not be on this machine.
+    prompt_tokens = recipe.max_prompt_length or ASSUMED_PROMPT
     if policy.tokenizer is not None:
         check_filled("task", recipe.task)
-        first = recipe.task[0]
-        prompt_tokens = len(prompt_ids(policy, first.prompt, first.blank))
+        problem = recipe.task[0]
+        prompt_tokens = len(prompt_ids(policy, problem.prompt, problem.blank))
     check(recipe, policy, prompt_tokens)
     lines = [*model_lines(recipe, policy), *batch_lines(recipe, policy, prompt_tokens)]
-    found = memory(recipe, policy, prompt_tokens)
-    lines += [*memory_lines(recipe, found), *save_lines(recipe, policy, found)]
+    step_memory = memory(recipe, policy, prompt_tokens)
+    lines += [*memory_lines(recipe, step_memory), *save_lines(recipe, policy, step_memory)]
     return "\n".join([*lines, *time_lines(recipe, seconds(share_of(recipe), policy, prompt_tokens))])
 
 
 def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
     trainable = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
     adapters = "" if recipe.lora is None else f" in {recipe.lora()}"
-    layers, weights, kept = quantisable(recipe, policy)
-    reasons = Counter(why.split(" ")[0] if why.startswith("tied") else why for why in kept.values())
-    named = ", ".join(f"{count} {why}" for why, count in reasons.items())
-    unknown = "rollout engine        not counted: memory and seconds below are of rollouts by the learner itself"
+    layers, weights, skipped = quantizable_counts(recipe, policy)
+    reasons = Counter(reason.split(" ")[0] if reason.startswith("tied") else reason for reason in skipped.values())
+    skipped_text = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    engine_line = "rollout engine        not counted: memory and seconds below assume that the learner itself samples"
     return [
         f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "
         f"({type(policy.module).__name__}, {policy.spec.attention} attention)",
         f"parameters            {policy.parameters:,}",
         f"trainable parameters  {trainable:,}{adapters}",
-        f"quantised layers      {layers} with {weights:,} weights; kept: {named or 'all'}",
-        *([unknown] if recipe.rollout_engine is not None else []),
-        *(f"warning: {caution}" for caution in of_the_rate(recipe.learning_rate, policy.parameters)),
+        f"quantized layers      {layers} with {weights:,} weights; skipped: {skipped_text or 'all'}",
+        *([engine_line] if recipe.rollout_engine is not None else []),
+        *(f"warning: {caution}" for caution in learning_rate_warnings(recipe.learning_rate, policy.parameters)),
     ]
 
 
 def batch_lines(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> list[str]:
-    count = processes(recipe)
+    num_processes = processes(recipe)
     rows = recipe.train_batch_size * recipe.num_generations
     length = recipe.max_new_tokens
-    kept = "none: an update runs every forward again, one at a time"
-    if graphs := most_graphs(recipe, policy, rows=rows // count):
-        most = "" if recipe.likelihood.name in ONE_VIEW else "up to "
-        kept = f"{most}{graphs} of scoring's forwards, for the first update (max_retained_graphs)"
-    at_once = min(recipe.micro_batch_size or rows, rows // count)
+    graphs_text = "none: an update runs every forward again, one at a time"
+    if graphs := most_graphs(recipe, policy, rows=rows // num_processes):
+        prefix = "" if recipe.likelihood.name in ONE_VIEW else "up to "
+        graphs_text = f"{prefix}{graphs} of scoring's forwards, for the first update (max_retained_graphs)"
+    micro_rows = min(recipe.micro_batch_size or rows, rows // num_processes)
     return [
-        f"processes             {count} assumed; WORLD_SIZE=N in front of the command plans for N",
+        f"processes             {num_processes} assumed; WORLD_SIZE=N in front of the command plans for N",
         f"rollout batch         {rows} rows x ({prompt_tokens} assumed prompt + {length} new) tokens: "
         f"{recipe.train_batch_size} prompts x {recipe.num_generations} completions, over all processes",
-        f"update batch          {at_once} rows at once in a process, {recipe.num_iterations} updates a step",
-        f"graphs kept           {kept}",
+        f"update batch          {micro_rows} rows at once in a process, {recipe.num_iterations} updates a step",
+        f"graphs kept           {graphs_text}",
         f"tokens per step       {rows * length:,} sampled, {rows * (length + prompt_tokens):,} in all",
     ]
 
 
-def memory_lines(recipe: Recipe, found: Memory) -> list[str]:
+def memory_lines(recipe: Recipe, step_memory: Memory) -> list[str]:
     size = group_size(recipe, launched())
-    between = f", {size} GPUs holding the learner between them" if size > 1 else ""
-    lines = [f"memory per GPU, of a step without data (GB = 10^9 bytes){between}"]
-    for name, value in found.held.items():
+    shared_text = f", {size} GPUs share the learner" if size > 1 else ""
+    lines = [f"memory per GPU, of a step without data (GB = 10^9 bytes){shared_text}"]
+    for name, value in step_memory.held.items():
         lines.append(f"  {name:15}  {value / GB:8.3f} GB held")
-    for name, value in found.peaks.items():
+    for name, value in step_memory.peaks.items():
         lines.append(f"  {name:15}  {value / GB:8.3f} GB at most, all of it")
-    lines.append(f"  {'peak':15}  {found.peak / GB:8.3f} GB")
-    lines.append("fits                  " + ", ".join(f"{size} GB: {fit(found.peak, size)}" for size in GPUS))
-    if fit(found.peak, GPUS[0]) == "no":
+    lines.append(f"  {'peak':15}  {step_memory.peak / GB:8.3f} GB")
+    lines.append(
+        "fits                  " + ", ".join(f"{size} GB: {fit(step_memory.peak, size)}" for size in GPU_SIZES)
+    )
+    if fit(step_memory.peak, GPU_SIZES[0]) == "no":
         lines.append(
             "less memory           --gradient_checkpointing, a smaller --micro_batch_size or --rollout_batch_size, "
             "--lora lora_r16, --optim adamw_8bit, --base_quantization nf4, or --shard_size on several GPUs"
@@ -224,38 +240,45 @@ def memory_lines(recipe: Recipe, found: Memory) -> list[str]:
     return lines
 
 
-def save_lines(recipe: Recipe, policy: MetaPolicy, found: Memory) -> list[str]:
+def save_lines(recipe: Recipe, policy: MetaPolicy, step_memory: Memory) -> list[str]:
     """Return the lines about checkpoints: memory on the host, space on the disk, and the time of a write."""
-    moments = group_size(recipe, launched()) * sum(found.held.get(name, 0) for name in ("optimiser", "adapters"))
+    moments = group_size(recipe, launched()) * sum(step_memory.held.get(name, 0) for name in ("optimiser", "adapters"))
     weights = policy.parameters * weights_dtype(recipe, policy).itemsize
-    alone = adapters_alone(recipe)
-    each = moments if alone else weights + moments
-    disk = recipe.save_total_limit * each + weights + moments
-    host = min(weights, SHARD)  # one shard of weights at a time
+    only_adapters = adapters_alone(recipe)
+    checkpoint_bytes = moments if only_adapters else weights + moments
+    disk_bytes = recipe.save_total_limit * checkpoint_bytes + weights + moments
+    host_bytes = min(weights, FILE_SHARD)  # one shard of weights at a time
     if recipe.async_save or group_size(recipe, launched()) > 1:
-        host += weights + moments * recipe.async_save
+        host_bytes += weights + moments * recipe.async_save
     elif recipe.lora is not None and policy.spec.stock_model is None:  # transformers writes a copy with merged weights
-        host = weights
-    kinds = f"{each / GB:.3f} GB each" + (f", the last one {(weights + moments) / GB:.3f}" if alone else "")
-    seconds = ", ".join(f"{size / WRITE_RATE:.0f} s" for size in ([each, weights + moments] if alone else [each]))
+        host_bytes = weights
+    sizes_text = f"{checkpoint_bytes / GB:.3f} GB each" + (
+        f", the last one {(weights + moments) / GB:.3f}" if only_adapters else ""
+    )
+    seconds_text = ", ".join(
+        f"{size / WRITE_RATE:.0f} s"
+        for size in ([checkpoint_bytes, weights + moments] if only_adapters else [checkpoint_bytes])
+    )
     return [
-        f"checkpoints           {kinds}; {disk / GB:.3f} GB of disk with {recipe.save_total_limit} kept while the last "
-        "is written",
-        f"host memory at a save {host / GB:.3f} GB",
-        f"time of a save        {seconds}, an estimate at {WRITE_RATE / GB:.2f} GB/s, of two CPU cores and one disk",
+        f"checkpoints           {sizes_text}; {disk_bytes / GB:.3f} GB of disk with {recipe.save_total_limit} kept "
+        "while the last is written",
+        f"host memory at a save {host_bytes / GB:.3f} GB",
+        f"time of a save        {seconds_text}, an estimate at {WRITE_RATE / GB:.2f} GB/s, of two CPU cores "
+        "and one disk",
     ]
 
 
-def time_lines(recipe: Recipe, found: dict[str, float]) -> list[str]:
-    hours = recipe.num_steps * sum(found.values()) / 3600
+def time_lines(recipe: Recipe, stage_seconds: dict[str, float]) -> list[str]:
+    hours = recipe.num_steps * sum(stage_seconds.values()) / 3600
     lines = [
         f"time of a step on an H100 or H200, an estimate: products at a share of {PEAK / 1e12:.0f} TFLOP/s, or "
         f"{HOST * 1e6:.0f} us of the host for each linear layer if that takes longer"
     ]
     for name, share in shares(recipe).items():
-        lines.append(f"  {name:15}  {found[name]:8.1f} s at {share:.0%}")
+        lines.append(f"  {name:15}  {stage_seconds[name]:8.1f} s at {share:.0%}")
     return [*lines, f"  {'run':15}  {hours:8.1f} h for num_steps={recipe.num_steps}, without evaluation and waiting"]
 
 
 def fit(peak: int, size: int) -> str:
-    return "yes" if peak <= USABLE * size * GB else "no"
+    """Return "yes" if a GPU of `size` GB is large enough, else "no"."""
+    return "yes" if peak <= USABLE_SHARE * size * GB else "no"

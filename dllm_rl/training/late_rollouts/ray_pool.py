@@ -1,4 +1,4 @@
-"""Ray workers that make asynchronous rollouts, and the cluster that they run on."""
+"""Pool of Ray workers that make asynchronous rollouts, and the cluster that they run on."""
 
 import atexit
 import os
@@ -22,12 +22,12 @@ from dllm_rl.distributed.stop import SIGNALS, handlers_kept, with_the_run
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.context import StepContext
-from dllm_rl.training.late_rollouts.schedule import Sampler, twin_of
+from dllm_rl.training.late_rollouts.schedule import RolloutProducer, copy_policy_to_host
 
-ATTEMPTS = 3  # per job: a worker whose death has a lasting cause would die in every attempt
-CLUSTER_SECONDS = 30.0  # seconds that a cluster has to reserve the workers' processors
-LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-Made = bytes | tuple[str, str]  # a batch, or the kind and the text of an error
+MAX_ATTEMPTS = 3  # per job, since a worker that dies of a lasting cause would die in every attempt
+CLUSTER_SECONDS = 30.0  # seconds that a cluster may take to reserve processors for the workers
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+BatchOrError = bytes | tuple[str, str]  # a serialized batch, or the type and the text of an error
 
 
 class Worker:
@@ -36,18 +36,22 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self.sampler: Sampler | None = None
+        self.sampler: RolloutProducer | None = None
 
-    def make(self, given: tuple[Recipe, Policy, int, str], step: int, weights: bytes) -> Made:
-        """Return a batch, or the kind and the text of an error: Ray would add lines to an exception."""
+    def make(self, setup: tuple[Recipe, Policy, int, str], step: int, weights: bytes) -> BatchOrError:
+        """Make a batch; return it, or the type and the text of an error, since Ray would add lines to an exception."""
         try:
             if self.sampler is None:
-                recipe, twin, threads, kind = given
-                torch.set_num_threads(threads)  # sums are split between them, and round accordingly
-                for name in LAUNCH:  # the learner's, whose process group this process must not join
+                recipe, policy, num_threads, device_type = setup
+                torch.set_num_threads(num_threads)  # how a sum rounds depends on the number of threads
+                for (
+                    name
+                ) in LAUNCH_VARIABLES:  # variables of the learner, whose process group this process must not join
                     os.environ.pop(name, None)
-                # A copy: the object in Ray's store is shared and must not change.
-                self.sampler = Sampler(recipe, twin_of(twin), make_accelerator(device=torch.device(kind)))
+                # Copied, because the object in Ray's store is shared and must not change.
+                self.sampler = RolloutProducer(
+                    recipe, copy_policy_to_host(policy), make_accelerator(device=torch.device(device_type))
+                )
             return self.sampler.make(step, weights)
         except Exception as error:  # any exception, from a sampler or a grader
             return type(error).__name__, str(error)
@@ -55,58 +59,64 @@ class Worker:
 
 @dataclass(eq=False)
 class Job:
-    weights: bytes  # a lost job is repeated with the same weights
+    """A batch that a worker makes."""
+
+    weights: bytes  # kept so that the job can be repeated if its worker dies
     worker: int
-    future: "Future[Made]"
+    future: "Future[BatchOrError]"
     attempts: int = 1
 
     @property
     def made(self) -> bytes | None:
+        """The batch; None if it is not finished or failed."""
         if not self.future.done() or self.future.exception() is not None:
             return None
-        found = self.future.result()
-        return found if isinstance(found, bytes) else None
+        result = self.future.result()
+        return result if isinstance(result, bytes) else None
 
 
-class RayWorkers:
+class RayWorkerPool:
     """Pool of Ray actors. Each batch goes to the actor with the fewest open jobs.
 
-    A worker that dies, or does not return within collective_timeout, is replaced, and its jobs are repeated. The actors
-    start here, before the learner has a model: they import torch and this library, which takes seconds, while the
-    learner loads and warms up. Call `set_up` before the first job.
+    A worker that dies, or does not return within collective_timeout, is replaced, and its jobs are repeated. The
+    constructor starts the actors, so that they import torch and this library while the learner loads its model. Call
+    `set_up` before the first job.
     """
 
-    def __init__(self, recipe: Recipe, reserved: Any, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, placement_group: Any, device: torch.device) -> None:
         import ray
 
         self.ray = ray
         self.recipe = recipe
         self.kind = device.type
         self.threads = torch.get_num_threads()
-        place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(reserved)
-        wanted = {"num_cpus": self.threads, "num_gpus": int(self.kind != "cpu"), "max_restarts": 0}
-        self.actor: Any = ray.remote(Worker).options(**wanted, scheduling_strategy=place)
+        strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(placement_group)
+        resources = {"num_cpus": self.threads, "num_gpus": int(self.kind != "cpu"), "max_restarts": 0}
+        self.actor: Any = ray.remote(Worker).options(**resources, scheduling_strategy=strategy)
         self.workers: list[Any] = [self.actor.remote() for _ in range(recipe.rollout_workers)]
         self.jobs: dict[int, Job] = {}
-        self.sent = b""  # the weights that were put into Ray's store last
+        self.sent = b""  # the weights in Ray's store
 
     def set_up(self, context: StepContext[Recipe]) -> None:
-        """Send the model, once per machine."""
+        """Put the recipe and the model into Ray's store, from which each machine fetches them once."""
         self.say = context.log.say
-        self.setup = self.ray.put((self.recipe, twin_of(context.policy), self.threads, self.kind))
+        self.setup = self.ray.put((self.recipe, copy_policy_to_host(context.policy), self.threads, self.kind))
 
     def submit(self, step: int, weights: bytes) -> None:
-        every = range(len(self.workers))
-        to_do = [sum(job.worker == worker and job.made is None for job in self.jobs.values()) for worker in every]
-        worker = to_do.index(min(to_do))
-        self.jobs[step] = Job(weights, worker, self._sent(step, weights, worker))
+        """Give the job to the worker with the fewest open jobs."""
+        workers = range(len(self.workers))
+        num_open_jobs = [
+            sum(job.worker == worker and job.made is None for job in self.jobs.values()) for worker in workers
+        ]
+        worker = num_open_jobs.index(min(num_open_jobs))
+        self.jobs[step] = Job(weights, worker, self._send_job(step, weights, worker))
 
-    def _sent(self, step: int, weights: bytes, worker: int) -> "Future[Made]":
-        if dead_daemon(self.ray):  # the learner completes its step, and `result` raises
+    def _send_job(self, step: int, weights: bytes, worker: int) -> "Future[BatchOrError]":
+        if dead_daemon(self.ray):  # the learner can complete its step; `result` raises the error later
             return Future()
-        if weights is not self.sent:  # once for all jobs with these weights
+        if weights is not self.sent:  # jobs with the same weights share them
             self.sent, self.shared = weights, self.ray.put(weights)
-        # A future, not ray.get: while Ray waits, a signal handler could not end the run.
+        # A future instead of ray.get, during which a signal handler could not end the run.
         return self.workers[worker].make.remote(self.setup, step, self.shared).future()
 
     def ready(self, step: int) -> bytes | None:
@@ -114,35 +124,37 @@ class RayWorkers:
 
     def result(self, step: int) -> bytes:
         job = self.jobs[step]
-        seconds = self.recipe.collective_timeout
+        timeout = self.recipe.collective_timeout
         errors = self.ray.exceptions
         while True:
-            why = f"did not return within collective_timeout={seconds:g} s"
+            problem = f"did not return within collective_timeout={timeout:g} s"
             try:
-                found = self._wait(step, job.future, seconds)
+                result = self._wait(step, job.future, timeout)
             except (errors.RayActorError, errors.WorkerCrashedError, errors.ObjectLostError):
-                why = "died"
+                problem = "died"
             except errors.RayError as error:  # the worker could not read its input
                 raise RuntimeError(f"rollouts of step {step}: {str(error).strip().splitlines()[-1]}") from None
             except TimeoutError:
                 pass
             else:
-                if isinstance(found, bytes):
-                    return found
-                raise error_of(*found)
-            if job.attempts == ATTEMPTS:
+                if isinstance(result, bytes):
+                    return result
+                raise error_of(*result)
+            if job.attempts == MAX_ATTEMPTS:
                 raise RuntimeError(
-                    f"rollouts of step {step}: {ATTEMPTS} workers in turn took the job, and the last one {why}; the "
-                    f"processes' own last words are in {self.logs}"
+                    f"rollouts of step {step}: {MAX_ATTEMPTS} workers in turn took the job; the last one {problem}; "
+                    f"the logs of the workers are in {self.logs}"
                 )
             job.attempts += 1
-            self.say(f"warning: the worker that made the rollouts of step {step} {why}; another one makes them again")
+            self.say(
+                f"warning: the worker that made the rollouts of step {step} {problem}; another worker repeats the job"
+            )
             self._replace(job.worker)
 
-    def _wait(self, step: int, future: "Future[Made]", seconds: float) -> Made:
-        """Call `future.result`, but raise RuntimeError within a second of the death of a Ray process."""
-        until = time.monotonic() + seconds
-        while (remaining := until - time.monotonic()) > 0 and not wait([future], timeout=min(remaining, 1.0)).done:
+    def _wait(self, step: int, future: "Future[BatchOrError]", timeout: float) -> BatchOrError:
+        """Wait for the future's result. Raise RuntimeError within a second if a Ray process dies meanwhile."""
+        deadline = time.monotonic() + timeout
+        while (remaining := deadline - time.monotonic()) > 0 and not wait([future], timeout=min(remaining, 1.0)).done:
             self.check_daemons(step)
         self.check_daemons(step)
         return future.result(0)
@@ -153,11 +165,11 @@ class RayWorkers:
 
     def _replace(self, worker: int) -> None:
         """Replace a worker by a new actor and send the new actor all unfinished jobs of the old one."""
-        self.ray.kill(self.workers[worker])  # a worker that hangs; a dead worker is not affected
+        self.ray.kill(self.workers[worker])  # in case the worker hangs; has no effect on a dead worker
         self.workers[worker] = self.actor.remote()
         for step, job in sorted(self.jobs.items()):
             if job.worker == worker and job.made is None:
-                job.future = self._sent(step, job.weights, worker)
+                job.future = self._send_job(step, job.weights, worker)
 
     @property
     def logs(self) -> str:
@@ -168,16 +180,18 @@ class RayWorkers:
 
 
 def error_of(kind: str, text: str) -> Exception:
-    """Make a worker's error in this process: one of the kinds that a step raises, or a RuntimeError that names the
-    kind.
+    """Rebuild a worker's error in this process: with its type if a step raises that type, else as a RuntimeError that
+    names the type.
     """
-    known = {each.__name__: each for each in (ValueError, RuntimeError, FloatingPointError, OSError)}
-    return known[kind](text) if kind in known else RuntimeError(f"{kind}: {text}")
+    error_types = {
+        error_type.__name__: error_type for error_type in (ValueError, RuntimeError, FloatingPointError, OSError)
+    }
+    return error_types[kind](text) if kind in error_types else RuntimeError(f"{kind}: {text}")
 
 
-def ray_workers(recipe: Recipe) -> RayWorkers | None:
-    """Join the cluster of RAY_ADDRESS, or start one on this machine, and start the workers on processors and GPUs that
-    are reserved for them. Return None for a run without workers.
+def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
+    """Start the pool of a run: join the cluster at RAY_ADDRESS or start one on this machine, reserve processors and
+    GPUs, and start the workers. Return None if the recipe has no workers.
 
     Raises:
         ValueError: The cluster has too few free processors or GPUs, or Ray is missing. It is raised before any work.
@@ -187,7 +201,7 @@ def ray_workers(recipe: Recipe) -> RayWorkers | None:
         return None
     if launched() > 1:
         raise ValueError(
-            f"rollout_workers={count} goes with one learner process, and {launched()} were launched: launch one, or "
+            f"rollout_workers={count} needs a single learner process, and {launched()} were launched: launch one, or "
             "set rollout_workers=0"
         )
     if find_spec("ray") is None:
@@ -197,47 +211,47 @@ def ray_workers(recipe: Recipe) -> RayWorkers | None:
     device = torch.device("cpu") if parse_flag_from_env("ACCELERATE_USE_CPU") else find_device()
     if not ray.is_initialized():
         start_ray(ray, device)
-    each = {"CPU": torch.get_num_threads(), "GPU": int(device.type != "cpu")}
-    there = ray.cluster_resources()
-    enough = all(there.get(name, 0) >= wanted * count for name, wanted in each.items())
-    bundle = {name: wanted for name, wanted in each.items() if wanted}
-    reserved = ray.util.placement_group([bundle] * count) if enough else None
-    if reserved is not None:  # a cluster that the caller started outlives the run
-        with_the_run().callback(release, ray, reserved)
-    if reserved is None or not reserved.wait(CLUSTER_SECONDS):
-        free = ray.available_resources() if enough else there
-        found = ", ".join(f"{free.get(name, 0):g} {name}" for name in bundle)
-        wanted = ", ".join(f"{number} {name}" for name, number in bundle.items())
+    resources_per_worker = {"CPU": torch.get_num_threads(), "GPU": int(device.type != "cpu")}
+    cluster_resources = ray.cluster_resources()
+    has_enough = all(cluster_resources.get(name, 0) >= amount * count for name, amount in resources_per_worker.items())
+    bundle = {name: amount for name, amount in resources_per_worker.items() if amount}
+    placement_group = ray.util.placement_group([bundle] * count) if has_enough else None
+    if placement_group is not None:  # the cluster may outlive the run
+        with_the_run().callback(release, ray, placement_group)
+    if placement_group is None or not placement_group.wait(CLUSTER_SECONDS):
+        free_resources = ray.available_resources() if has_enough else cluster_resources
+        free_text = ", ".join(f"{free_resources.get(name, 0):g} {name}" for name in bundle)
+        amount = ", ".join(f"{amount} {name}" for name, amount in bundle.items())
         raise ValueError(
-            f"rollout_workers={count} take {wanted} each (as many processors as the learner has threads, and a GPU if "
-            f"it has one, which Ray must not give away), and the cluster has {found} free: use fewer workers, fewer "
-            "threads (OMP_NUM_THREADS), or more machines"
+            f"rollout_workers={count} take {amount} each (as many processors as the learner has threads, and a GPU if "
+            f"the learner has one; Ray must not assign them to others), and the cluster has {free_text} free: use "
+            "fewer workers, fewer threads (OMP_NUM_THREADS), or more machines"
         )
-    return RayWorkers(recipe, reserved, device)
+    return RayWorkerPool(recipe, placement_group, device)
 
 
 def start_ray(ray: ModuleType, device: torch.device) -> None:
-    """Start Ray without output, until the run ends."""
+    """Start Ray, without output on the screen. It is shut down when the run ends."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would give the learner the cores that they share
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 would leave shared cores to the learner
     address = os.environ.get("RAY_ADDRESS", "local")
     check_address(address)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if address == "local" and device.type == "cuda":  # the first GPU is the learner's
+    if address == "local" and device.type == "cuda":  # the learner uses the first GPU
         ids = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids[1:])
-    # Ray's processes are in this process's group, and ignore signals that a terminal or SLURM sends to the group: if
-    # they died, Ray would block this process for a minute. The kernel kills them whenever this process ends.
-    deaf = {number for number in SIGNALS if number != signal.SIGINT}  # Ray blocks SIGINT itself
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, deaf)
+    # Ray's processes belong to this process's group. They must ignore the signals that a terminal or SLURM sends to the
+    # group: if they died, Ray would block this process for a minute. The kernel kills them when this process ends.
+    ignored_signals = {number for number in SIGNALS if number != signal.SIGINT}  # Ray blocks SIGINT itself
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, ignored_signals)
     try:
         with handlers_kept():  # Ray sets a handler for SIGTERM
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise ValueError(f"rollout_workers: Ray at RAY_ADDRESS={address!r} did not start: {why}") from None
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"rollout_workers: Ray at RAY_ADDRESS={address!r} did not start: {reason}") from None
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
         if visible is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
         else:
@@ -251,17 +265,27 @@ def dead_daemon(ray: ModuleType) -> str | None:
     Call it before each call into Ray: without its raylet or its gcs_server, Ray ends this process without a message,
     immediately or after a minute.
     """
-    started = ray._private.worker.global_worker.node.all_processes
+    processes_by_name = ray._private.worker.global_worker.node.all_processes
     names = ("raylet", "gcs_server")
-    return next((name for name in names for each in started.get(name, []) if each.process.poll() is not None), None)
+    return next(
+        (
+            name
+            for name in names
+            for process_info in processes_by_name.get(name, [])
+            if process_info.process.poll() is not None
+        ),
+        None,
+    )
 
 
-def release(ray: ModuleType, reserved: Any) -> None:
+def release(ray: ModuleType, placement_group: Any) -> None:
+    """Give the reserved processors back, unless Ray has died."""
     if dead_daemon(ray) is None:
-        ray.util.remove_placement_group(reserved)
+        ray.util.remove_placement_group(placement_group)
 
 
 def shut_down(ray: ModuleType) -> None:
+    """Shut Ray down. If one of its processes has died, kill the others, and skip Ray's clean-up at exit."""
     if dead_daemon(ray) is None:
         ray.shutdown()
     else:  # Ray's clean-up, error report and exit threads would wait for the dead process, or crash
@@ -286,6 +310,6 @@ def check_address(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_SECONDS).close()
     except OSError as error:
         raise ValueError(
-            f"rollout_workers: nobody answers at RAY_ADDRESS={address!r} ({error}): start a cluster there (ray start "
+            f"rollout_workers: nothing answers at RAY_ADDRESS={address!r} ({error}): start a cluster there (ray start "
             "--head), or unset RAY_ADDRESS"
         ) from None

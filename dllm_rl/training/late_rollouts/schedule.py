@@ -1,4 +1,4 @@
-"""The schedule of asynchronous rollouts: which step's batch is made with which weights, and by which pool."""
+"""Schedule of asynchronous rollouts: which weights make the batch of which step, and the interface of worker pools."""
 
 import copy
 import time
@@ -18,75 +18,80 @@ from dllm_rl.training.context import StepContext
 from dllm_rl.training.forwards import arithmetic
 from dllm_rl.training.late_rollouts.serialization import (
     Collected,
-    batch_as_bytes,
-    batch_from_bytes,
-    from_bytes,
+    deserialize,
+    deserialize_batch,
+    serialize_batch,
     trained_weights,
 )
-from dllm_rl.training.policies import engine_of
+from dllm_rl.training.policies import resolve_rollout_engine
 from dllm_rl.training.rollouts import collect
-from dllm_rl.training.samples import Samples, Step
-from dllm_rl.training.views import metric_weights, views_of_step
+from dllm_rl.training.samples import Samples, StepResult
+from dllm_rl.training.views import draw_view_sets, metric_weights
 
 
-class Sampler:
+class RolloutProducer:
     """Makes batches with copies of the learner and of the rollout policy, in a worker's process or in the learner's."""
 
-    def __init__(self, recipe: Recipe, twin: Policy, accelerator: Accelerator) -> None:
+    def __init__(self, recipe: Recipe, policy: Policy, accelerator: Accelerator) -> None:
         self.recipe = recipe
-        self.policy = twin.to(accelerator.device)
+        self.policy = policy.to(accelerator.device)
         self.accelerator = accelerator
         self.context: StepContext[Recipe] | None = None
 
     def make(self, step: int, weights: bytes) -> bytes:
-        """Make a step's batch with these weights. Nothing else decides its bits. Raises what `collect` raises."""
-        began = time.perf_counter()
+        """Make the batch of a step with these weights, which alone determine its bits. Raises what `collect` raises."""
+        start_time = time.perf_counter()
         context = self.load(weights)
         samples, answers, metrics = collect(context, step)
-        return batch_as_bytes((scored(context, samples, step), answers, metrics), time.perf_counter() - began)
+        samples = add_rollout_logprobs(context, samples, step)
+        return serialize_batch((samples, answers, metrics), time.perf_counter() - start_time)
 
     @torch.no_grad()
     def load(self, weights: bytes) -> StepContext[Recipe]:
-        tensors, about = from_bytes(weights)
-        places = dict(self.policy.module.named_parameters())
+        """Load serialized weights into the learner's copy, and sync the rollout policy."""
+        tensors, header = deserialize(weights)
+        parameters = dict(self.policy.module.named_parameters())
         for name, tensor in tensors.items():
-            places[name].copy_(tensor)
+            parameters[name].copy_(tensor)
         policy = self.policy
-        policy.weights_version = about["version"]
-        engine = engine_of(self.recipe)
+        policy.weights_version = header["version"]
+        engine = resolve_rollout_engine(self.recipe)
         if self.context is None:
-            sampling = engine.load(policy)
-            sampling.weights_version = policy.weights_version
+            rollout_policy = engine.load(policy)
+            rollout_policy.weights_version = policy.weights_version
             self.context = StepContext(
-                recipe=self.recipe, accelerator=self.accelerator, policy=policy, rollout_policy=sampling
+                recipe=self.recipe, accelerator=self.accelerator, policy=policy, rollout_policy=rollout_policy
             )
         else:
             engine.sync(policy, self.context.rollout_policy)
         return self.context
 
 
-def scored(run: StepContext[Recipe], samples: Samples, step: int) -> Samples:
-    """Add the estimate by the weights that sampled, since these weights are gone when the learner scores.
+def add_rollout_logprobs(run: StepContext[Recipe], samples: Samples, step: int) -> Samples:
+    """Add the log-probs under the weights that sampled; when the learner scores the batch, it no longer has these
+    weights.
 
-    An estimator that replays the sampler needs no estimate: its record is in the rollout. The masks are the masks that
-    the learner will draw: they depend only on the step's number, the rollout and its advantages.
+    An estimator that replays the sampler needs none: the rollout has the sampler's record. The masks are those that the
+    learner will draw, since they depend only on the step, the rollout and its advantages.
     """
     recipe, likelihood = run.recipe, run.recipe.likelihood
     if likelihood.exact_for_sampler or not recipe.max_staleness:  # without staleness the learner has these weights
         return samples
-    known = samples.weighted(metric_weights(recipe, samples.advantages, step))
-    score = partial(likelihood.logprobs, run.rollout_policy, samples.rollout)
+    weighted_samples = samples.with_metric_weights(metric_weights(recipe, samples.advantages, step))
+    compute_logprobs = partial(likelihood.logprobs, run.rollout_policy, samples.rollout)
     with arithmetic(recipe, run.accelerator):
-        sets = views_of_step(recipe, known, step, run.accelerator)
-        made = tuple(score(views, micro_batch_size=recipe.micro_batch_size) for views in sets)
-    return replace(samples, rollout_logprobs=made)
+        view_sets = draw_view_sets(recipe, weighted_samples, step, run.accelerator)
+        rollout_logprobs = tuple(
+            compute_logprobs(views, micro_batch_size=recipe.micro_batch_size) for views in view_sets
+        )
+    return replace(samples, rollout_logprobs=rollout_logprobs)
 
 
-def twin_of(policy: Policy) -> Policy:
-    """Return the policy over a copy of its module on the host."""
-    twin = copy.copy(policy)
-    twin.module = host_copy(policy.module)
-    return twin
+def copy_policy_to_host(policy: Policy) -> Policy:
+    """Return a copy of the policy whose module is on the host."""
+    host_policy = copy.copy(policy)
+    host_policy.module = host_copy(policy.module)
+    return host_policy
 
 
 @runtime_checkable
@@ -98,27 +103,32 @@ class Pool(Protocol):
     """
 
     def set_up(self, context: StepContext[Recipe]) -> None:
-        """Receive the model; called once, before the first job."""
+        """Receive the recipe and the policies. Called once, before the first job."""
 
-    def submit(self, step: int, weights: bytes) -> None: ...
+    def submit(self, step: int, weights: bytes) -> None:
+        """Start to make the batch of a step with these serialized weights. Do not wait."""
 
     def ready(self, step: int) -> bytes | None:
-        """Return a batch, or None if it is not finished. Do not wait and do not raise."""
+        """Return the batch of a step, or None if it is not finished. Do not wait and do not raise."""
 
     def result(self, step: int) -> bytes:
-        """Wait for a batch and return it. Raise the error of its job, or RuntimeError if no worker makes it."""
+        """Wait for the batch of a step and return it. Raise the error of its job, or RuntimeError if no worker makes
+        it.
+        """
 
-    def forget(self, step: int) -> None: ...
+    def forget(self, step: int) -> None:
+        """Delete the batch of a step, which the learner has trained on."""
 
 
-class InTurn:
+class InProcessPool:
     """Pool that makes each batch in this process when it is requested.
 
-    Use it in tests, and to study staleness on one processor without Ray. The bits are the same as the workers'.
+    Use it in tests, and to study staleness on one processor without Ray. Its batches have the same bits as those of Ray
+    workers.
     """
 
     def set_up(self, context: StepContext[Recipe]) -> None:
-        self.sampler = Sampler(context.recipe, twin_of(context.policy), context.accelerator)
+        self.sampler = RolloutProducer(context.recipe, copy_policy_to_host(context.policy), context.accelerator)
         self.jobs: dict[int, bytes] = {}  # the weights of each job
         self.made: dict[int, bytes] = {}
 
@@ -139,88 +149,92 @@ class InTurn:
 
 
 @dataclass(eq=False)
-class Pending:
+class PendingBatch:
     """A batch that the learner has not trained on yet."""
 
-    weights: bytes
+    weights: bytes  # serialized
     age: int  # number of steps that the weights were trained for
-    made: bytes | None = None  # from a checkpoint
+    made: bytes | None = None  # the serialized batch, if it was read from a checkpoint
 
 
 @dataclass(eq=False)
-class LateRollouts:
-    """Schedule of a run: which step's batch is made with which weights."""
+class AsyncRollouts:
+    """Schedule of a run: submits the batch of each step to the pool, with the weights that it must be made with."""
 
     context: StepContext[Recipe]
     pool: Pool
-    pending: dict[int, Pending] = field(default_factory=dict)
+    pending: dict[int, PendingBatch] = field(default_factory=dict)
 
-    def begin(self, done: int, folder: Path | None) -> None:
-        """After `done` steps, submit the batches of the next K + 1 steps, as in the uninterrupted run at the checkpoint
-        in `folder`.
+    def begin(self, steps_done: int, folder: Path | None) -> None:
+        """Submit the batches of the next K + 1 steps (K = max_staleness) at the start of a run, or after a resume.
 
-        Batches that the checkpoint does not contain are made with the current weights: the newest batch, and, if a
-        finished run is continued, the batches of steps that it had not planned.
+        A batch that the checkpoint in `folder` contains is not made again; one whose weights it contains is made with
+        those weights, as in the uninterrupted run. The others are made with the current weights: the newest batch, and
+        steps that a finished run had not planned.
         """
         recipe = self.context.recipe
-        own = trained_weights(self.context.policy)
-        for step in range(done, min(done + recipe.max_staleness + 1, recipe.num_steps)):
-            made, weights = (held(folder, name) for name in file_names(step))
-            if made is not None:
-                self.pending[step] = Pending(b"", age=-1, made=made)
+        current_weights = trained_weights(self.context.policy)
+        for step in range(steps_done, min(steps_done + recipe.max_staleness + 1, recipe.num_steps)):
+            batch, weights = (read_pending_file(folder, name) for name in file_names(step))
+            if batch is not None:
+                self.pending[step] = PendingBatch(b"", age=-1, made=batch)
             elif weights is not None:
-                self.hand_out(step, weights, age=-1)
+                self.submit(step, weights, age=-1)
             else:
-                self.hand_out(step, own, age=done)
+                self.submit(step, current_weights, age=steps_done)
 
-    def hand_out(self, step: int, weights: bytes, *, age: int) -> None:
-        self.pending[step] = Pending(weights, age)
+    def submit(self, step: int, weights: bytes, *, age: int) -> None:
+        """Submit the batch of a step, to be made with weights that were trained for `age` steps."""
+        self.pending[step] = PendingBatch(weights, age)
         self.pool.submit(step, weights)
 
     def collect(self, step: int) -> Collected:
-        """Return the result of `training.rollouts.collect` for this step, from the pool or from the checkpoint."""
+        """Return what `training.rollouts.collect` returns for this step, from the pool or from the checkpoint."""
         run = self.context
         with run.log.stage("waiting"):
-            held = self.pending[step].made
-            made = self.pool.result(step) if held is None else held
-        (samples, answers, metrics), seconds = batch_from_bytes(made, run.recipe, run.accelerator.device)
+            stored_batch = self.pending[step].made
+            batch = self.pool.result(step) if stored_batch is None else stored_batch
+        (samples, answers, metrics), seconds = deserialize_batch(batch, run.recipe, run.accelerator.device)
         metrics["num_tokens"] += run.log.last.get("num_tokens", 0.0)  # a worker counts only the tokens of its batch
         version = samples.rollout.weights_version
         metrics |= {"rollout_version": float(version), "staleness": float(run.policy.weights_version - version)}
         return samples, answers, metrics | {"time/rollout_worker": seconds}
 
-    def publish(self, step: int, learned: Step) -> dict[str, float]:
-        """Submit another batch, with the weights after the update of `step`, and return the metrics of `split`.
+    def publish(self, step: int, result: StepResult) -> dict[str, float]:
+        """Submit one more batch, with the weights after the update of `step`; return the metrics of `split_mismatch`.
 
-        Call it before the rollout policy is synced: the metrics need the copy of the weights that scored.
+        Call it before the rollout policy is synced: the metrics need the copy of the weights before the update.
         """
         run = self.context
         if self.pending.pop(step).made is None:
             self.pool.forget(step)
-        later = step + 1 + run.recipe.max_staleness
-        if later < run.recipe.num_steps:
-            self.hand_out(later, trained_weights(run.policy), age=step + 1)
-        return split(run, learned)
+        next_step = step + 1 + run.recipe.max_staleness
+        if next_step < run.recipe.num_steps:
+            self.submit(next_step, trained_weights(run.policy), age=step + 1)
+        return split_mismatch(run, result)
 
     def files(self, step: int) -> dict[str, bytes]:
-        """Return the pending batches that a checkpoint after `step` steps contains: each batch if it is finished, else
-        the weights that it is made with. It does not wait, so that a stopped run can be saved in time.
+        """Return the files with which a checkpoint after `step` steps stores the pending batches: the batch if it is
+        finished, else the weights that it is made with. It does not wait, so that a stopped run can be saved in time.
         """
-        found = {}
-        for number, each in self.pending.items():
-            if each.age < step:  # a newer batch is made with the checkpoint's weights
-                made = each.made or self.pool.ready(number)
-                batch, weights = file_names(number)
-                found[weights if made is None else batch] = each.weights if made is None else made
-        return found
+        files = {}
+        for number, pending_batch in self.pending.items():
+            if pending_batch.age < step:  # a newer batch is made with the checkpoint's weights
+                batch = pending_batch.made or self.pool.ready(number)
+                batch_name, weights_name = file_names(number)
+                if batch is not None:
+                    files[batch_name] = batch
+                else:
+                    files[weights_name] = pending_batch.weights
+        return files
 
 
 def file_names(step: int) -> tuple[str, str]:
-    """Return the file names in a checkpoint of a step's batch and of the weights that it is made with."""
+    """Return the names, in a checkpoint, of the file with a step's batch and the file with the weights to make it."""
     return f"rollouts/{step:06d}.safetensors", f"rollouts/{step:06d}.weights.safetensors"
 
 
-def held(folder: Path | None, name: str) -> bytes | None:
+def read_pending_file(folder: Path | None, name: str) -> bytes | None:
     """Read a file of a checkpoint; return None if the file does not exist.
 
     Raises:
@@ -230,38 +244,43 @@ def held(folder: Path | None, name: str) -> bytes | None:
         return None
     data = (folder / name).read_bytes()
     try:
-        from_bytes(data)
+        deserialize(data)
     except ValueError as error:
         raise ValueError(f"{folder}: {name} is damaged: {error}; take an earlier checkpoint") from None
     return data
 
 
-def split(run: StepContext[Recipe], learned: Step) -> dict[str, float]:
-    """Split the mismatch into the part of quantization (the learner against its quantized copy of the same weights) and
-    the part of staleness (that copy against the record of the weights that sampled).
+def split_mismatch(run: StepContext[Recipe], result: StepResult) -> dict[str, float]:
+    """Split the mismatch into two parts: quantization (the learner against its quantized copy, at the same weights) and
+    staleness (that copy against the older weights that sampled).
 
     Returns:
-        `kl` and `k3_kl` of `mismatch_metrics` for both parts, in nats, over the tokens of one scored group. {} without
-        a
-        copy or without staleness.
+        `kl` and `k3_kl` of `mismatch_metrics` for both parts, in nats, over the tokens of one scored group. {} if there
+        is no quantized copy or no staleness.
     """
-    recipe, copied = run.recipe, run.rollout_policy
-    if copied is run.policy or not recipe.max_staleness:
+    recipe, rollout_policy = run.recipe, run.rollout_policy
+    if rollout_policy is run.policy or not recipe.max_staleness:
         return {}
-    rollout, logps = learned.samples.rollout, learned.logps
+    rollout, logps = result.samples.rollout, result.logps
     mask = logps.views.scored(rollout.completion_mask)
     rows = mask.any(-1).nonzero()[: recipe.num_generations, 0]
     if not len(rows):
         return {}
-    chosen = torch.zeros_like(mask[:, 0]).index_fill(0, rows, True)
+    is_measured_row = torch.zeros_like(mask[:, 0]).index_fill(0, rows, True)
     with run.log.stage("scoring"), arithmetic(recipe, run.accelerator):
-        size = recipe.micro_batch_size
-        fresh = recipe.likelihood.logprobs(copied, rollout, logps.views.restrict_to_rows(chosen), micro_batch_size=size)
+        views = logps.views.restrict_to_rows(is_measured_row)
+        copy_logprobs = recipe.likelihood.logprobs(
+            rollout_policy, rollout, views, micro_batch_size=recipe.micro_batch_size
+        )
     mask = mask[rows].cpu()
-    found: dict[str, float] = {}
-    for part, apart in (("quantization", logps.old_logprobs - fresh), ("staleness", fresh - logps.rollout_logprobs)):
-        apart = torch.where(mask, apart[rows].cpu(), 0)
-        if (mask & apart.isfinite()).any():
-            measured = mismatch_metrics(apart, mask)
-            found |= {f"mismatch_split/{part}_{name}": measured[PREFIX + name] for name in ("kl", "k3_kl")}
-    return found
+    metrics: dict[str, float] = {}
+    log_ratios = {
+        "quantization": logps.old_logprobs - copy_logprobs,
+        "staleness": copy_logprobs - logps.rollout_logprobs,
+    }
+    for source, log_ratio in log_ratios.items():
+        log_ratio = torch.where(mask, log_ratio[rows].cpu(), 0)
+        if (mask & log_ratio.isfinite()).any():
+            mismatch = mismatch_metrics(log_ratio, mask)
+            metrics |= {f"mismatch_split/{source}_{name}": mismatch[PREFIX + name] for name in ("kl", "k3_kl")}
+    return metrics

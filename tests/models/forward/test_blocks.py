@@ -187,7 +187,7 @@ def test_a_module_without_blocks_is_refused(tmp_path):
     policy = tiny_llama(causal=False, **SMALL)
     policy.module = Flat(2, 2)
     with pytest.raises(ValueError, match="gradient_checkpointing=True: Flat has no list of blocks; leave it off"):
-        policies.configured(tiny_recipe(tmp_path, gradient_checkpointing=True), policy)
+        policies.apply_compute_settings(tiny_recipe(tmp_path, gradient_checkpointing=True), policy)
 
 
 def test_nothing_is_recomputed_where_nothing_is_differentiated():

@@ -20,7 +20,7 @@ from dllm_rl.samplers.renoise import renoise
 from dllm_rl.samplers.rules import confidence
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.dry_run.memory import LiveBytes, measure_step
-from dllm_rl.training.learner import keeps_graphs, update
+from dllm_rl.training.learner import can_retain_graphs, update
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.types import Batch, Prompts
 
@@ -100,7 +100,7 @@ def test_the_plan_agrees_with_the_allocator_within_a_tenth(tmp_path, case):
     weights = sum(p.nbytes for p in policy.module.parameters())
     optimizer, accelerator = make_optimizer(recipe, policy), Accelerator(cpu=True)
     kept: dict = {}
-    keep = keeps_graphs(recipe, policy, views=1 if recipe.likelihood.name != "trajectory" else 2, rows=ROWS)
+    keep = can_retain_graphs(recipe, policy, views=1 if recipe.likelihood.name != "trajectory" else 2, rows=ROWS)
     runs_again = ("adapters", "adapters, recomputed", "micro-batches", "constant memory", "renoise")
     assert keep == (case not in runs_again)
 

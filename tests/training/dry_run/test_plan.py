@@ -25,10 +25,10 @@ from dllm_rl.training.dry_run.plan import (
     memory,
     meta_policy,
     plan,
-    quantisable,
+    quantizable_counts,
     rollout_bytes,
 )
-from dllm_rl.training.policies import called
+from dllm_rl.training.policies import call_model_function
 from recipes import sudoku_tiny
 
 # (recipe, parameters, quantised layers). 8,015,581,184 is LLaDA-8B's published count; the others are sums by hand of
@@ -67,7 +67,7 @@ def test_a_dry_run_gives_no_lessons(monkeypatch):
     monkeypatch.setattr(sudoku_tiny, "learn", lambda policy, steps, *_: lessons.append(steps))
     policy = meta_policy(sudoku_tiny.recipe)
     assert lessons == []
-    trained = called(sudoku_tiny.recipe.model, 0)
+    trained = call_model_function(sudoku_tiny.recipe.model, 0)
     assert lessons == [400] and policy.parameters == sum(map(torch.numel, trained.module.parameters()))
 
 
@@ -82,7 +82,7 @@ def test_every_recipe_runs_dry(name, capsys, tmp_path, monkeypatch):
     parameters, layers = REAL[name]
     printed = capsys.readouterr().out
     assert f"parameters            {parameters:,}\n" in printed
-    assert f"quantised layers      {layers} with" in printed
+    assert f"quantized layers      {layers} with" in printed
     assert "trainable parameters" in printed
     assert "fits                  80 GB: " in printed
     assert not list(tmp_path.iterdir())  # a dry run leaves nothing behind
@@ -97,7 +97,7 @@ def test_llada_8b_to_the_parameter():
     trainable = sum(p.numel() for p in adapted.module.parameters() if p.requires_grad)
     attention, ahead = 4 * 128 * (4096 + 4096), 3 * 128 * (4096 + 12288)
     assert trainable == 32 * (attention + ahead)
-    layers, weights, kept = quantisable(recipe, adapted)
+    layers, weights, kept = quantizable_counts(recipe, adapted)
     assert (layers, weights) == (224, 32 * (4 * 4096**2 + 3 * 4096 * 12288))
     assert rollout_bytes(recipe, adapted, 2) == weights + 2 * (8_015_581_184 - weights)
     assert sorted(kept) == ["lm_head", "model.embed_tokens"]
@@ -138,7 +138,7 @@ def test_what_is_held_is_counted_by_hand(monkeypatch):
     policy, *_ = shallow(full, monkeypatch)
     held = memory(full, policy, 256).held
     assert held["weights"] == pytest.approx(4 * parameters, rel=1e-5) and held["reference"] == 4 * parameters
-    rounded = quantisable(full, policy)[1]
+    rounded = quantizable_counts(full, policy)[1]
     assert held["rollout copy"] == rounded + 2 * (parameters - rounded)  # FP8 weights, and the others in bf16
     assert held["gradients"] == pytest.approx(4 * parameters, rel=1e-5)
     assert held["optimiser"] == pytest.approx(8 * parameters, rel=1e-5)
@@ -241,7 +241,7 @@ def test_diffusion_gemma_without_its_weights(monkeypatch):
     assert weights == 25 * layer + 5 * full + head + 30 * router + conditioning
     tokens = 32 * (256 + 256 + 16 * 256)
     assert f"rollout          {2 * weights * tokens / (0.25 * PEAK):8.1f} s at 25%" in text
-    with pytest.raises(ValueError, match="torch_compile=True does not go with the cache of 'diffusion_gemma'"):
+    with pytest.raises(ValueError, match="torch_compile=True cannot be combined with the cache of 'diffusion_gemma'"):
         plan(replace(recipe, torch_compile=True))
     wrong = replace(recipe, sampler=partial(unmask, max_new_tokens=256))
     with pytest.raises(ValueError, match="sampler=unmask is not for 'encoder_decoder' attention; use renoise"):
@@ -255,7 +255,7 @@ def test_diffusion_gemma_without_its_weights(monkeypatch):
         ({"base_quantization": "int3"}, "'int3'"),
         (
             {"base_quantization": "nf4", "lora": None},
-            "base_quantization='nf4' is a frozen base: set lora, or leave it out",
+            "base_quantization='nf4' freezes the base model: set lora, or leave it out",
         ),
     ],
 )
@@ -302,7 +302,7 @@ def test_a_plan_for_eight_processes_is_one_of_an_eighth_of_the_rows(monkeypatch,
     train(recipe)
     assert capsys.readouterr().out == ""
     with pytest.raises(
-        ValueError, match="train_batch_size=12 must be a multiple of the 8 processes; nearest that are: 8, 16"
+        ValueError, match="train_batch_size=12 must be a multiple of the 8 processes; the nearest are: 8, 16"
     ):
         plan(replace(recipe, train_batch_size=12))
 
