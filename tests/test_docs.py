@@ -21,6 +21,7 @@ from markdown.extensions.toc import slugify
 from readme import example
 
 import dllm_rl
+from dllm_rl.config import from_command_line
 from dllm_rl.training.cautions import cautions
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -167,6 +168,22 @@ def test_the_settings_for_a_real_model_are_a_recipe_without_cautions(tmp_path, m
     assert [task.reward(task[0], text).value for text in ("It is 20.", "21")] == [1.0, 0.0]
 
 
+def test_a_script_for_slurm_reads_the_options_that_slurm_sh_adds(tmp_path, monkeypatch):
+    make, tiny = dllm_rl.grpo_recipe, dllm_rl.tiny_masked_lm(characters="0123456789+=?")
+    rows = [{"prompt": [{"role": "user", "content": f"{i}"}], "answer": str(i)} for i in range(400)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(
+        dllm_rl, "grpo_recipe", lambda model, *given, **more: make(tiny, *given, preset="large", **more)
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(example("Your rows and reward on eight GPUs"))
+    recipe = runpy.run_path("mine.py")["recipe"]
+    given = from_command_line(recipe, ["--save_steps", "10", "--resume_from_checkpoint", "latest"])
+    assert (given.save_steps, given.resume_from_checkpoint, given.directory) == (10, "latest", "runs/mine-seed0")
+    assert recipe.train_batch_size % 8 == 0 and cautions(recipe) == []
+    assert [recipe.task.reward(recipe.task[7], text).value for text in ("It is 7", "8")] == [1.0, 0.0]
+
+
 def test_own_rows_in_an_8b_recipe_change_the_tasks_alone():
     recipe = runpy.run_path(str(EXAMPLES / "own_rows.py"))["recipe"]
     base = importlib.import_module("recipes.llada_8b_countdown").recipe
@@ -235,6 +252,20 @@ def test_the_estimator_of_ones_own_keeps_its_contract_and_scores_each_token_once
     views = made["halves"].draw_views(made["rollout"], torch.Generator())
     assert torch.equal(views.coefficients.sum(0), made["rollout"].completion_mask.float())
     assert torch.equal(views.masked, views.coefficients > 0)
+
+
+def test_given_texts_are_scored(tmp_path):
+    """The estimate is the mean over both orders of two tokens, but for the noise of its masks."""
+    (tmp_path / "score.py").write_text(example("Score given texts"))
+    made = runpy.run_path(str(tmp_path / "score.py"))
+    policy, rollout = made["policy"], made["rollout"]
+    tokens, masked = rollout.tokens, torch.tensor([[True, True], [False, True], [True, False]])
+    canvas = tokens.repeat(3, 1)
+    canvas[:, -2:][masked] = policy.spec.mask_id
+    scores = policy.logits(canvas, torch.ones_like(canvas, dtype=torch.bool))[:, -2:].log_softmax(-1)
+    scores = scores.gather(-1, tokens[:, -2:, None].expand(3, -1, -1))[..., 0].detach()
+    bound = (scores[0].sum() + scores[1, 1] + scores[2, 0]) / 2
+    assert made["nats"].shape == (1,) and abs(made["nats"].item() - bound.item()) < 0.1
 
 
 def run_example(heading, folder, monkeypatch, name="example", instead=("", "")):

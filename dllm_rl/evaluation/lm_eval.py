@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 try:
     import lm_eval.models  # noqa: F401 - the harness registers its models only if no other model was registered before
     from lm_eval.api.model import TemplateLM
@@ -18,7 +16,7 @@ except ImportError as error:
 from dllm_rl.evaluation.evaluate import row_seeds
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import decode, text_ids
+from dllm_rl.models.tokens import as_rollout, decode, text_ids
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
 from dllm_rl.tasks.answers import cut
@@ -172,23 +170,3 @@ def _batches(lengths: Sequence[int], size: int) -> Iterator[tuple[int, list[int]
     for length, places in sorted(by_length.items()):
         for start in range(0, len(places), size):
             yield length, places[start : start + size]
-
-
-def as_rollout(policy: Policy, pairs: Sequence[Pair]) -> Rollout:
-    """Return continuations as if they were sampled, with left-padded rows.
-
-    Raises:
-        ValueError: A pair is longer than the model allows.
-    """
-    ids = [[*context, *continuation] for context, continuation in pairs]
-    chosen = [[False] * len(context) + [True] * len(continuation) for context, continuation in pairs]
-    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, open_positions=chosen)
-    width = max(map(len, ids))
-    limit = policy.spec.max_length
-    if limit is not None and width > limit:
-        raise ValueError(f"a context and continuation of {width} tokens exceed the model's {limit} positions")
-    tokens = prompts.tokens
-    opened = torch.zeros(tokens.shape, dtype=torch.bool) if prompts.infill_mask is None else prompts.infill_mask
-    blank = torch.zeros(tokens.shape)  # nothing was sampled: there is no step and no log-prob
-    steps = torch.full_like(tokens, -1)
-    return Rollout(tokens, prompts.attention_mask, opened, steps, blank, group_size=1).to(policy.device)

@@ -343,3 +343,27 @@ def usual_length(policy: Policy, problems: Task | Sequence[Problem]) -> int:
     if isinstance(problem.prompt, str) and problem.solution is not None:
         return len(text_ids(policy, problem.solution))
     return 256
+
+
+def as_rollout(policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rollout:
+    """Return texts as if they were sampled, to score them with an estimator that does not replay the sampler.
+
+    Args:
+        policy: Policy that will score them.
+        pairs: Token ids of each prompt (`prompt_ids`) and of its continuation (`text_ids`).
+
+    Raises:
+        ValueError: A pair is longer than the model allows.
+    """
+    ids = [[*context, *continuation] for context, continuation in pairs]
+    chosen = [[False] * len(context) + [True] * len(continuation) for context, continuation in pairs]
+    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, open_positions=chosen)
+    width = max(map(len, ids))
+    limit = policy.spec.max_length
+    if limit is not None and width > limit:
+        raise ValueError(f"a context and continuation of {width} tokens exceed the model's {limit} positions")
+    tokens = prompts.tokens
+    opened = torch.zeros(tokens.shape, dtype=torch.bool) if prompts.infill_mask is None else prompts.infill_mask
+    blank = torch.zeros(tokens.shape)  # nothing was sampled: there is no step and no log-prob
+    steps = torch.full_like(tokens, -1)
+    return Rollout(tokens, prompts.attention_mask, opened, steps, blank, group_size=1).to(policy.device)

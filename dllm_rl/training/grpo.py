@@ -1,6 +1,7 @@
 """GRPO in one call: a model, a data set and reward functions."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -59,8 +60,15 @@ def grpo(
         The content of summary.json, with the trained policy as its attribute `policy`.
 
     Raises:
-        ValueError: A setting is unknown, or the recipe cannot run. It is raised before any training.
+        ValueError: A setting is unknown, the recipe cannot run, or the script was started with
+            `--resume_from_checkpoint`, as slurm.sh does, which only `main(grpo_recipe(...))` reads. It is raised before
+            any training.
     """
+    if "--resume_from_checkpoint" in sys.argv and settings.get("resume_from_checkpoint") is None:
+        raise ValueError(
+            "--resume_from_checkpoint: grpo(...) reads no options of the command line; write main(grpo_recipe(...)), "
+            "which does, or pass resume_from_checkpoint='latest'"
+        )
     return train(grpo_recipe(model, train_dataset, reward_funcs, **settings))
 
 

@@ -229,6 +229,15 @@ def test_a_run_resumes(tmp_path):
     assert all(torch.equal(first[i]["exp_avg"], second[i]["exp_avg"]) for i in first)
 
 
+def test_an_option_of_slurm_that_nothing_reads_is_refused(tmp_path, monkeypatch):
+    """slurm.sh adds it; a script that ignored it would fail at its second start, after the time limit."""
+    monkeypatch.setattr("sys.argv", ["mine.py", "--resume_from_checkpoint", "latest"])
+    arguments = tiny_masked_lm(**SMALL), ROWS, right
+    with pytest.raises(ValueError, match=r"reads no options of the command line; write main\(grpo_recipe"):
+        grpo(*arguments, **options(tmp_path))
+    assert grpo(*arguments, **options(tmp_path, num_steps=0, resume_from_checkpoint="latest"))["eval_problems"] == 1
+
+
 def recipe_of(**settings):
     return grpo_recipe(model=tiny_masked_lm(**SMALL), train_dataset=ROWS, reward_funcs=right, **settings)
 
