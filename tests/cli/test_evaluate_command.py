@@ -220,7 +220,7 @@ def test_grade_by_hand(capsys, tmp_path):
     path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"completion": "1", "numbers": [1]}) + "\n")
     assert "theirs.jsonl, line 2: no field 'target'" in refusal(capsys, "grade", "--task", "countdown", path)
     assert "task='chess'" in refusal(capsys, "grade", "--task", "chess", path)
-    assert "protocol='d2' is none of countdown's" in refusal(
+    assert "protocol='d2' is not one of countdown's" in refusal(
         capsys, "grade", "--task", "countdown", "--protocol", "d2", path
     )
 

@@ -121,7 +121,7 @@ def test_memory_and_lengths_are_known_before(tmp_path):
 
 def test_what_cannot_be_infilled_is_refused():
     policy = tiny_masked_lm(**SIZES | {"characters": DIGITS})
-    with pytest.raises(ValueError, match="a problem has blanks, and warm-up writes"):
+    with pytest.raises(ValueError, match="a problem has blanks, and the warm-up appends"):
         examples(policy, [replace(Missing()[0], solution="12")], max_new_tokens=4)
     causal = tiny_llama(causal=True, **SIZES | {"characters": DIGITS})
     with pytest.raises(ValueError, match="blank='_' is to be filled in, and the model has no mask token"):

@@ -385,7 +385,7 @@ def test_a_cache_notes_the_experts_of_the_same_states():
 def test_a_cached_bucket_pays_for_every_step_of_a_block(monkeypatch):
     """Apart, the rows save 37 columns of padding once. A second bucket costs 30 per forward: one, or two with a cache
     that runs the padding in the first of two steps."""
-    monkeypatch.setitem(buckets.FORWARD, "cpu", 30)
+    monkeypatch.setitem(buckets.FORWARD_COST, "cpu", 30)
     policy = TablePolicy(length=2, words=2, seed=0)
     canvas = make_canvas(policy, Prompts.from_ids([[3] * 3, [3] * 40], pad_id=4), 2, 2, block_aligned=False)
     steps = torch.tensor([[2], [2]])

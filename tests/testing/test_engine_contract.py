@@ -127,7 +127,7 @@ FAULTS = {
     "tempered": "temperature",
     "dropped end": "without an end token",
     "lost seed": "other seeds must give other tokens",
-    "one seed": "a row's seed alone",
+    "one seed": "must depend only on its seed",
     "stale weights": "log-probs differ",
     "stale version": "weights_version=0 of a rollout, but the learner's is 1",
     "global generator": "global generator",

@@ -117,7 +117,7 @@ def test_what_cannot_be_compiled_is_refused(tmp_path, changes, said):
     ("given", "changes", "said"),
     [
         ({}, {"zero_mismatch": True, "rollout_quantization": None}, "forbids: leave one of them out"),
-        ({"cache": prefix_cache()}, {}, "take dual_cache()"),
+        ({"cache": prefix_cache()}, {}, "use dual_cache()"),
         ({"commit": partial(remask, eta=0.1)}, {}, "commit=remask, which rewrites"),
     ],
 )
