@@ -41,9 +41,11 @@ def _named(module: ModuleType, names: str) -> dict[str, Callable]:
 
 
 _LIKELIHOODS = _named(estimators, "block_elbo causal coupled elbo eubo one_step quadrature sandwich trajectory")
+# Ranks that read the logits, but no drawn tokens.
 _STATE_ONLY = _named(rules, "max_prob margin entropy")
 # Functions that the command line accepts by name, for each field or keyword whose value is a function or what a
-# function returns. All functions in a row take the same arguments. Other functions are given as MODULE:FUNCTION.
+# function returns. Each function of an entry can take the place of another. Further functions are given as
+# MODULE:FUNCTION.
 CHOICES: dict[str, dict[str, Callable]] = {
     "advantages": _named(advantages, "decoupled group_relative leave_one_out"),
     "loss_reduction": _named(losses, "fixed_length_mean sequence_mean token_mean"),
@@ -94,7 +96,7 @@ def documented(record: type) -> str:
 
 
 def check_bounds(field: Field, value: Any) -> None:
-    """Raise ValueError if a field's value has the wrong type, is out of bounds, or is an unknown word."""
+    """Raise ValueError if a field's value has the wrong type, is out of bounds, or is not one of the field's words."""
     optional = NoneType in get_args(field.type)
     if value is None and optional:
         return
@@ -108,7 +110,7 @@ def check_bounds(field: Field, value: Any) -> None:
         raise ValueError(f"{field.name}={value!r} is not known; use {', '.join(map(repr, words))}{none_too}")
     if bound := field.metadata.get("bound"):
         bound.check(field.name, value)
-    check_bound(value)  # the arguments that a function is bound with
+    check_bound(value)  # the keywords that `partial` fixes
 
 
 def union_members(annotation: Any) -> tuple[Any, ...]:
@@ -153,7 +155,7 @@ def convert_value(name: str, annotation: Any, value: Any) -> Any:
 
 
 def adapters(lora: Lora) -> Lora:
-    """Return the settings. A recipe holds a function that returns them."""
+    """Return the settings of LoRA adapters. With `partial` it is the function that `Recipe.lora` requires."""
     return lora
 
 
@@ -239,7 +241,7 @@ class Settings:
     gradient_checkpointing: bool = _(
         "recompute blocks in the backward: less memory, same gradients, 1/3 more work (1/2 with adapters)", False
     )
-    bf16: bool = _("autocast forwards to bf16; the weights keep `dtype` (float32 if all weights are trained)", False)
+    bf16: bool = _("autocast forwards to bf16; the weights keep `dtype`: use float32 if all weights are trained", False)
 
     eval_steps: int | None = _(
         "steps between evaluations on validation_task (SFT: the held-out rows); 0: no evaluation; None: chosen so that "
@@ -255,7 +257,8 @@ class Settings:
     save_steps: int = _("steps between checkpoints", 50, at_least=1)
     save_total_limit: int = _("number of checkpoints to keep: the newest ones and the best one", 2, at_least=1)
     save_merged: bool = _(
-        "with lora on a path: store merged weights in every checkpoint; False: in the last one, adapters in the others",
+        "with lora and a model from a path or the hub: store merged weights in every checkpoint; False: only in the "
+        "last one, and adapters in the others",
         False,
     )
     metric_for_best_model: str | None = _(
@@ -291,7 +294,7 @@ class Settings:
     )
     overwrite_output_dir: bool = _("delete a run that is already in output_dir", False)
 
-    # Defaults for records without the RL fields of these names. They have no annotation, so that they are class
+    # Values for SFT, which lacks the RL fields of these names. They have no annotation, so that they are class
     # attributes, not fields.
     shard_size = 1
     async_save = False
@@ -363,8 +366,8 @@ class Settings:
             ),
             (
                 self.load_best_model_at_end and self.shard_size != 1,
-                f"load_best_model_at_end=True loads full weights, and shard_size={self.shard_size} shards them: leave "
-                "it out, and take the folder that summary.json names as best_checkpoint",
+                f"load_best_model_at_end=True loads full weights, and shard_size={self.shard_size} shards them: set it "
+                "to False, and take the folder that summary.json names as best_checkpoint",
             ),
         ]
 
@@ -433,7 +436,8 @@ class Recipe(Settings):
         "completions per forward of scoring and update, a multiple of num_generations; None: all", None
     )
     max_retained_graphs: int = _(
-        "forwards (views x micro-batches) whose autograd graphs the first update may reuse: faster, more memory",
+        "forwards (masks of the estimator x micro-batches) whose autograd graphs the first update may reuse: faster, "
+        "more memory",
         1,
         at_least=0,
     )
@@ -562,9 +566,9 @@ class Recipe(Settings):
             ),
             (
                 self.old_logprobs == "rollout" and self.corrector.weighs,
-                "old_logprobs='rollout' divides ratios by the rollout's log-probs, and a corrector's weights would "
-                "correct the mismatch a second time: use corrector=no_correction(), a corrector without weight_fn, or "
-                "old_logprobs='recompute'",
+                "old_logprobs='rollout' divides by the rollout's probabilities, which corrects the mismatch, and a "
+                "corrector's weights would correct it a second time: use corrector=no_correction(), a corrector "
+                "without weight_fn, or old_logprobs='recompute'",
             ),
             (
                 self.zero_mismatch and self.has_separate_rollout_policy and not self.corrector.align_forward,
@@ -577,8 +581,8 @@ class Recipe(Settings):
             ),
             (
                 self.zero_mismatch and self.sampling_support == "unfiltered",
-                "zero_mismatch=True cannot be combined with sampling_support='unfiltered', whose rollout log-probs are "
-                "sums of two recorded numbers and round; use 'per_policy' or 'rollout'",
+                "zero_mismatch=True cannot be combined with sampling_support='unfiltered': its rollout log-probs are "
+                "rounded sums of two recorded numbers, not bit for bit the learner's; use 'per_policy' or 'rollout'",
             ),
             (
                 self.likelihood.reads_confidence_change

@@ -1,9 +1,9 @@
 """Correctors of the training-inference mismatch: importance weights, a loss mask and, optionally, an objective.
 
 All functions read the GLOBAL batch and log_mismatch = logp_old - logp_rollout per token, in nats. The mask marks the
-tokens to correct: those of rows with an advantage, or of all rows if the recipe has a KL term or an entropy bonus.
-Batch statistics, such as the lambda of AIS, cover these rows. The `rollout_corr/*` metrics of a corrector are logged as
-`trained/*`, next to the metrics of all rows.
+tokens to correct: those of rows whose advantage is not zero, or of all rows if the recipe has a KL term or an entropy
+bonus. Batch statistics, such as the lambda of AIS, cover these rows. The `rollout_corr/*` metrics of a corrector are
+logged as `trained/*`, next to the metrics of all rows.
 
 Weights are detached, and 1 outside the mask. They multiply the surrogate, but not the KL term. A token with a
 non-finite log_mismatch leaves the loss mask. docs/methods.md explains the tags [paper], [digest] and [ours].
@@ -164,7 +164,8 @@ def masked_weights(
 ) -> TokenWeights:
     """Compute masked importance weights: w = rho inside [min_ratio, max_ratio], and 0 outside.
 
-    rho is the ratio of `truncated_weights`. `mis` explains the keywords.
+    rho is the ratio of `truncated_weights`. `mis` explains the keywords; its max_ratio is 2 by default, while the
+    default here is IcePop's, 5.
 
     Sources: MIS, "When Speed Kills Stability" (Liu et al. 2025); IcePop, arXiv 2510.18855 [paper].
     """
@@ -173,6 +174,7 @@ def masked_weights(
     log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     weights = pooled_ratio(log_mismatch, finite_mask, level=level, pool=pool)
     out_of_range = (weights < min_ratio) | (weights > max_ratio)
+    # verl's name: is = importance sampling, oob = out of bounds.
     metrics["rollout_corr/rollout_is_oob_ratio"] = _fraction(out_of_range, finite_mask)
     weights = torch.where(finite_mask, weights.masked_fill(out_of_range, 0), 1)
     loss_mask = finite_mask & ~out_of_range if outside == "drop" else finite_mask
@@ -191,7 +193,7 @@ def rejection(
     """Remove tokens or sequences with a large mismatch from the loss mask, and thereby from the loss's denominator.
 
     Weights stay 1. With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, in nats. A token
-    is removed if its |k| exceeds the threshold, and a sequence if the |k| that is pooled over its tokens does. `reject`
+    is removed if its |k| exceeds the threshold, and a sequence if the absolute value of its pooled k does. `reject`
     explains the keywords.
 
     Sources: the names are verl's. The default threshold is VeXact's [digest], for bf16 kernels: it rejects a sequence
@@ -223,6 +225,7 @@ def rejection(
     loss_mask = finite_mask & (k.abs() <= threshold)
     rejected = finite_mask & ~loss_mask
     num_rows = finite_mask.any(-1).sum().item()
+    # verl's names: rs = rejection sampling.
     metrics["rollout_corr/rollout_rs_masked_fraction"] = _fraction(rejected, finite_mask)
     metrics["rollout_corr/rollout_rs_seq_masked_fraction"] = rejected.any(-1).sum().item() / max(num_rows, 1)
     return TokenWeights(torch.ones_like(d), loss_mask, metrics)
@@ -230,12 +233,12 @@ def rejection(
 
 @bounded(tau=Bound(above=0))
 def ais_lambda(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
-    """Compute lambda = 1 - rho * tau/(D + tau) * 1/(1 + CV): 0 on-policy, and closer to 1 the larger the mismatch.
+    """Compute lambda = 1 - ESS * tau/(D + tau) * 1/(1 + CV): 0 on-policy, and closer to 1 the larger the mismatch.
 
     The formula is [ours]: the summary of AIS that was available does not contain one.
 
     Args:
-        reliability: rho, the effective sample size of the sequence weights, in (0, 1].
+        reliability: ESS, the effective sample size of the sequence weights per sequence, in (0, 1] (metric `ais/rho`).
         divergence: D, the mean |log_mismatch|, in nats.
         variation: CV, the coefficient of variation of the token weights.
         tau: Value of D at which the factor tau/(D + tau) is 1/2, in nats, above 0.
@@ -256,7 +259,7 @@ def adaptive_weights(
     """Mix the uncorrected gradient and the TIS gradient by one lambda in [0, 1] per batch.
 
         m_t = 1 + lambda (min(w_t, cap) - 1),   w_t = exp(log_mismatch_t)
-        rho = (sum w)^2 / (B sum w^2) over SEQUENCE weights: reliability [digest]; B counts rows that have a token
+        ESS = (sum w)^2 / (B sum w^2) over SEQUENCE weights: reliability [digest]; B counts rows that have a token
         D   = mean |log_mismatch| over tokens, nats: divergence severity [digest]
         CV  = std(w) / mean(w) over TOKEN weights: variance amplification [digest]
 
@@ -275,7 +278,7 @@ def adaptive_weights(
         row_log_w = pooled_log_ratio(log_mismatch, finite_mask, level="sequence", pool=pool).double()
         # One number per row that has a token.
         row_log_w = torch.where(finite_mask, row_log_w, -torch.inf).amax(-1)[finite_mask.any(-1)]
-        row_w = (row_log_w - row_log_w.max()).exp()  # rho does not depend on the scale, and no square overflows
+        row_w = (row_log_w - row_log_w.max()).exp()  # ESS does not depend on the scale, and no square overflows
         reliability = min(1.0, (row_w.sum().square() / (len(row_w) * row_w.square().sum())).item())
         divergence = log_mismatch[finite_mask].double().abs().mean().item()
         variation = (w.std(correction=0) / w.mean()).item()
@@ -334,7 +337,7 @@ class Corrector:
         weight_fn: Function `TokenStats` of the global batch -> `TokenWeights`. Default: unit weights.
         loss: Objective (see `algorithms.losses`) that replaces the recipe's `loss`. None (default): the recipe's.
         align_forward: Whether the learner's forward computes with the rollout's quantized operands. Default: False.
-        loss_reduction: Averaging of tokens to use if the recipe sets none. None (default): the recipe's.
+        loss_reduction: Averaging of tokens that is used if the recipe's `loss_reduction` is None. Default: None.
         needs_entropy: Whether `weight_fn` reads `TokenStats.entropy`. Default: False.
 
     Attributes:
@@ -342,7 +345,7 @@ class Corrector:
             by `members.configurable`.
 
     Raises:
-        ValueError: A constant bound in a function is out of its range.
+        ValueError: A keyword fixed by `partial` is out of its range.
     """
 
     weight_fn: WeightFn = unit_weights
@@ -483,9 +486,10 @@ def ais(
 
     Args:
         cap: Largest weight, at least 1. Default: 2.
-        tau: Mean |log_mismatch| at which 1 - lambda is halved, in nats, above 0. Default: 0.05.
-        lambda_fn: Function (rho, D, CV, *, tau) -> lambda; a result outside [0, 1] is clamped. Default: `ais_lambda`.
-        pool: How token ratios become the ratio of a sequence, in rho and in sequence weights: "product" (default) or
+        tau: Mean |log_mismatch| D at which the factor tau/(D + tau) of 1 - lambda is 1/2, in nats, above 0. Default:
+            0.05.
+        lambda_fn: Function (ESS, D, CV, *, tau) -> lambda; a result outside [0, 1] is clamped. Default: `ais_lambda`.
+        pool: How token ratios become the ratio of a sequence, in ESS and in sequence weights: "product" (default) or
             "geometric" (mean).
         level: Unit that has one weight: "token" (default) or "sequence".
 

@@ -11,8 +11,10 @@ from dllm_rl.distributed.stop import LOCK, as_written
 from dllm_rl.files import lock, recover, remove
 from dllm_rl.recipe import Recipe, Settings
 
-REHEARSAL = ".rehearsal"  # where a rehearsal writes
-
+# Folder of the checkpoint that a rehearsal writes and deletes. A rehearsal (`training.rehearsal`) runs one group
+# through a step without an update, before the first step.
+REHEARSAL = ".rehearsal"
+# Files of a run that must be regular files if they exist.
 FILES = (LOCK, "metrics.jsonl", "completions.jsonl", "summary.json", "training.png", "checkpoints/latest")
 RUN_MARKERS = ("metrics.jsonl", "checkpoints", "summary.json")  # a folder that has one of these contains a run
 
@@ -24,7 +26,9 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
         The checkpoint to resume from and its state (None, None for a new run), and lines to print.
 
     Raises:
-        ValueError: The folder is in use, contains another run, or has no complete checkpoint of this recipe.
+        ValueError: The folder is in use by another run; it contains a run, and the recipe neither resumes it nor
+            overwrites it; a file of the run is not regular; no checkpoint is complete; or it is of another recipe.
+        OSError: The folder cannot be written.
     """
     directory = Path(recipe.directory)
     notes: list[str] = []
@@ -42,12 +46,12 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
         ) from None
     except OSError as error:
         raise OSError(f"output_dir={str(directory)!r} cannot be written ({error.strerror}); give another") from None
-    recover(directory / "reference")  # an interrupted write may have left it under a temporary name
+    recover(directory / "reference")  # if its write was interrupted, restores the complete version
     remove(directory / REHEARSAL)  # an interrupted run leaves it
     existing_files = [name for name in RUN_MARKERS if (directory / name).exists()]
     if not recipe.resume_from_checkpoint:
         if existing_files and not recipe.overwrite_output_dir and not has_steps(directory):
-            checkpoint.recover_all(directory / "checkpoints")  # remove the incomplete first checkpoint
+            checkpoint.recover_all(directory / "checkpoints")  # removes an incompletely written checkpoint
             notes.append("the run of this folder was stopped before its first step: starting from the beginning")
         elif existing_files and not recipe.overwrite_output_dir:
             raise ValueError(
@@ -68,8 +72,10 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
     if not folder:
         return None, None, [*notes, "no checkpoint yet: starting from the beginning"]
     state = TrainingState.read(folder)
-    metric = "reward" if isinstance(recipe, Recipe) else "loss"  # the summary prints and plots it
+    # The summary prints and plots this metric of the evaluation before training.
+    metric = "reward" if isinstance(recipe, Recipe) else "loss"
     check_types(folder, state.eval_before, {metric: float}, prefix="eval_before.")
+    # The checkpoint has the digest of the reference policy's manifest.
     reference = directory / "reference"
     if state.reference is not None and manifest.verify(reference, quick=is_quick)["sha256"] != state.reference:
         raise ValueError(f"{reference} belongs to another run than the checkpoint; restore the folder of this run")

@@ -36,11 +36,11 @@ def complete(
     seed: int = 0,
     seconds_per_step: float | None = None,
 ) -> dict[str, Any]:
-    """Complete problems, and return the completions and what made them as plain data.
+    """Complete problems, and return the completions as plain data, with dtype, device, sampler, seed and date.
 
     Args:
         policy: Policy that completes the problems.
-        problems: Problems, whose blanks are filled in.
+        problems: Problems. If a problem has a `blank`, its occurrences in the prompt are filled in.
         options: Settings of the policy's sampler. None stands for the sampler's default.
         group_size: Completions of each problem. Default: 1.
         seed: Seed of the sampler. Default: 0.
@@ -70,7 +70,10 @@ def complete(
 
 
 def to_problem(text: str | Problem, *, chat: bool, blank: str | None) -> Problem:
-    """Return a text as a problem: with `chat` as a user's message, with `blank` as the text of a token to fill in."""
+    """Make a problem of a text; return a problem unchanged.
+
+    With `chat` the text is a user's message. Each occurrence of `blank` in it marks one token to fill in.
+    """
     if isinstance(text, Problem):
         return text
     return Problem([{"role": "user", "content": text}] if chat else text, blank=blank)
@@ -91,7 +94,7 @@ def check_options(policy: Policy, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     if sampler_for(policy) is renoise:
         options = dict(options)
-        if not options.get("temperature"):  # the command's default; renoise has a schedule instead
+        if not options.get("temperature"):  # 0 is the command's default; renoise has a schedule of temperatures
             options.pop("temperature", None)
         if extra := sorted(options.keys() - inspect.signature(renoise).parameters.keys()):
             raise ValueError(f"{extra[0]} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
@@ -116,7 +119,7 @@ def live_view(policy: Policy, texts: Sequence[str], seconds_per_step: float) -> 
 
 
 def print_record(record: dict[str, Any], *, as_json: bool) -> None:
-    """Print the record as one JSON object, or only completions, and the speed to standard error."""
+    """Print the record as one JSON object; or print only the completions, and the token counts to standard error."""
     if as_json:
         print(json.dumps(record))
         return
@@ -134,6 +137,7 @@ def to_record(
     columns = zip(prompts, completions, written_tokens(policy, rollout), strict=True)
     rows = [{"prompt": prompt, "completion": completion, "tokens": tokens} for prompt, completion, tokens in columns]
     count = int(rollout.completion_mask.sum())
+    # A line for people: the counts and, if the time is known, the speed.
     facts = f"{count} tokens, {rollout.forwards} forwards"
     speed = {}
     if seconds is not None:

@@ -49,8 +49,8 @@ def evaluate(  # noqa: PLR0913
             Default: 256.
         samples: Completions per problem. Default: 1.
         limit: Number of problems, from the first on. None (default): all problems.
-        completions: Path of a .jsonl file that stores every completion. Completions that it already has are graded
-            again, but not sampled again. None (default): nothing is stored.
+        completions: Path of a .jsonl file that stores every completion. Stored completions are graded again. A batch
+            is sampled if any of its completions is missing; stored completions win. None (default): nothing is stored.
         model: Name of the model, stored with the results.
         quantization: Name of the weights' quantization, stored with the results.
         accelerator: Processes that share the problems; all of them return the same result. None (default): only this
@@ -87,12 +87,13 @@ def evaluate(  # noqa: PLR0913
             rows = store.stored_rows(product(problems, range(samples)), problems)
             if len(rows) < len(problems) * samples:
                 # Sample the full batch even if part of it is stored, so that an interrupted evaluation gives the same
-                # results.
+                # results. Stored rows replace the new ones.
                 rows = complete(policy, problems, sampler, seed, samples, facts) | rows
                 store.append(rows)
             answers += grade_rows(task, problems, rows, reward_timeout)
             progress(min(len(answers) * accelerator.num_processes, count * samples))
     gathered = sorted(gather_objects(answers, accelerator), key=lambda answer: (answer.problem, answer.sample))
+    # Joins the processes' files into one, with the grades.
     store.merge_parts(gathered, facts["protocol"])
     return Evaluation(tuple(gathered), facts)
 
@@ -119,6 +120,7 @@ def complete(
     batch_share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - start_time) / len(keys)}
     rows = {}
     for (problem, sample), text, cost in zip(keys, texts, costs_of(policy, rollout, completion_ids), strict=True):
+        # "steps" counts the model calls for this completion; "forwards" is its share of the batch's model calls.
         row_fields = {"problem": problem, "sample": sample, "tokens": cost.tokens, "steps": cost.forwards}
         rows[problem, sample] = make_row(problems[problem], text, {**row_fields, **batch_share, **facts})
     return rows
@@ -158,7 +160,7 @@ def task_facts(task: Task) -> dict[str, Any]:
     return {
         "task": task.name,
         "version": task.version,
-        "protocol": getattr(task, "protocol", "own"),
+        "protocol": getattr(task, "protocol", "own"),  # "own": the task's grader, without a protocol
         "split": settings.get("split"),
         "settings": settings,
     }

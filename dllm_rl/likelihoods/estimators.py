@@ -42,9 +42,9 @@ def causal() -> LikelihoodEstimator:
 def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     """Score all tokens in one forward with the completion fully masked (d1's mean-field estimate).
 
-    Use it if cost matters most: it takes one forward, and with prompt_mask=0 one row per group. The estimate is the sum
-    of l_i with all of y masked; each prompt token is masked too, with probability `prompt_mask`. It is biased, because
-    it treats the tokens as independent.
+    Use it if cost matters most: it takes one forward, and with prompt_mask=0 one row serves the whole group. The
+    estimate is the sum of l_i with all of y masked; each prompt token is masked too, with probability `prompt_mask`. It
+    is biased, because it treats the tokens as independent.
 
     Args:
         prompt_mask: Share of the prompt's tokens that are masked, in [0, 1).
@@ -66,20 +66,22 @@ def elbo(
 ) -> LikelihoodEstimator:
     """Estimate the any-order ELBO with random masks of exactly k tokens.
 
-    Use it as the standard estimate of masked-diffusion models; `coupled` also scores every token. The estimate is the
-    mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}. It is unbiased for the ELBO and has a high variance.
+    Use it as the standard estimate of masked-diffusion models; unlike `elbo`, `coupled` scores every token. The
+    estimate is the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}. It is unbiased for the ELBO and has a
+    high variance.
 
     Args:
         num_samples: Number of masks, and of forwards.
         stratified: Spread k evenly over 1..L across the samples.
-        antithetic: Draw samples in pairs: one masks the first k tokens of a random order, the other the last L+1-k, so
-            that every token is scored. num_samples must then be even.
-        informed_masking: Strength d of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). Positions of m are
-            drawn without replacement, with q_i proportional to exp(d (max c - c_i) / (max c - min c)). c_i is the
-            change of confidence that writing i caused at most 10 positions away (`unmask(confidence_radius=10)` records
-            it); it is signed and covers masked positions of the block [ours]. The expectation is then not the ELBO, but
-            sum_k (1/k) E_{m ~ q, |m|=k} sum_{i in m} l_i(m): tokens that changed little count more. None: uniform
-            masks.
+        antithetic: Draw samples in pairs: one masks the first k tokens of a random order, the other the last L+1-k
+            (one token is in both), so that every token is scored. num_samples must then be even.
+        informed_masking: Strength d of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). It masks a token
+            more often, and so counts it more, if writing it raised the confidence of nearby positions little. c_i is
+            the change of confidence that writing i caused at most 10 positions away (record it with
+            `unmask(confidence_radius=10)`); it is signed, and only masked positions of the block count [ours].
+            Positions of m are drawn without replacement, with q_i proportional to
+            exp(d (max c - c_i) / (max c - min c)). The expectation is then not the ELBO, but
+            sum_k (1/k) E_{m ~ q, |m|=k} sum_{i in m} l_i(m). None: uniform masks.
 
     Raises:
         ValueError: num_samples is odd with antithetic=True.
@@ -125,14 +127,14 @@ def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     """Estimate the any-order ELBO by Gauss-Legendre quadrature over the share of masked tokens.
 
     Use it for few forwards, if a small bias is acceptable. The ELBO is the integral over t in [0, 1]
-    of E_m[(L/k) sum_{i in m} l_i(m)]. With nodes t_n and weights w_n the estimate is
+    of E_m[(L/k) sum_{i in m} l_i(m)] with k = floor(t L) + 1. With nodes t_n and weights w_n the estimate is
     sum_n w_n (L/k_n) sum_{i in m_n} l_i(m_n), k_n = floor(t_n L) + 1, with one random mask of k_n tokens per node. The
     choice of k adds no variance. The quadrature rule and the rounding of k_n add a bias that more masks do not reduce.
 
     Args:
         nodes: Number of nodes of the quadrature; each takes one mask and one forward.
 
-    Source: SDMC of GDPO for diffusion models, arXiv 2510.08554 [paper], which is not the GDPO of `decoupled`. The paper
+    Source: SDMC, from "GDPO" (arXiv 2510.08554) [paper]; unrelated to the GDPO that `decoupled` implements. The paper
     masks tokens independently; exactly k masked tokens are [ours].
     """
     return LikelihoodEstimator("quadrature", partial(masks.draw_quadrature, nodes=nodes))
@@ -143,12 +145,12 @@ def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
 def block_elbo(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
     """Estimate the ELBO of block-wise decoding: one block is partly masked, and later blocks are fully masked.
 
-    Use it for rollouts of `unmask` with a `block_size`. A sample draws one of N blocks b ~ U{1..N}, stratified over the
-    samples, k ~ U{1..L_b} for its L_b tokens, and a set m of k of these tokens. The estimate is the mean over samples
-    of
+    Use it for rollouts of `unmask` with a `block_size`. A sample draws one of N blocks, b ~ U{1..N}, stratified over
+    the samples. Of the L_b tokens of this block it masks a random set m of k tokens, k ~ U{1..L_b}. The estimate is the
+    mean over samples of
         N (L_b / k) sum_{i in m} l_i(m and all later blocks).
     It is unbiased for a lower bound of the block-wise sampler's likelihood: the sum of each block's any-order ELBO
-    given the earlier blocks. Blocks start at the completion, as in `unmask`.
+    given the earlier blocks. The first block starts at the completion's first token, as in `unmask`.
 
     Args:
         block_size: Number of tokens of a block.
@@ -191,10 +193,10 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
     i is (1/beta) log sum_n w_n p_i(m_n)^beta, over the views n of `base` that mask i, with their weights w_n. (SPG
     writes it as a mean over masks of p_i^beta / t.) The cost is the cost of `base`.
 
-    With all masks, the result is at least the ELBO for every beta > 0 (Jensen). It is at least log p in random order if
-    beta >= L (Hoelder), or if all conditionals of the model come from one joint distribution, which is not so for a
-    network. In other cases log p may exceed it [ours]; SPG's theorem for beta >= 1 adds a constant. With few masks the
-    result is biased downwards, as it is the log of a mean.
+    If the sum runs over all masks, the result is at least the ELBO for every beta > 0 (Jensen). It is at least log p in
+    random order if beta >= L (Hoelder), or if all conditionals of the model come from one joint distribution, which is
+    not so for a network. In other cases log p may exceed it [ours]; SPG's theorem for beta >= 1 adds a constant. With
+    few masks the result is biased downwards, as it is the log of a mean.
 
     Args:
         beta: Exponent of the probabilities, above 0.
@@ -251,13 +253,13 @@ def trajectory(
 
     Use it if ratios must be exact or the sampler takes few steps: it costs one forward per segment. A forward masks the
     tokens that were committed in segment s or later, and scores those of segment s. With one segment per step (the
-    default), the sum over T is the exact log-probability of the tokens given the order.
+    default), the sum over positions is the exact log-probability of the tokens given the order.
 
     Some orders depend on the weights, and are scored too (`include_order`). Under the rank `confidence`, each step also
-    scores the positions that stayed masked, by the probability of a lower-ranked draw (`models.order` [ours]). Under
-    `plackett_luce` it scores the draw of the positions, and under the commit rule `soft_threshold` the set of
-    positions. The row's sum is then the exact log-probability of tokens AND order. For other rules that depend on the
-    drawn tokens, the order is left out, and a run prints a warning.
+    scores the positions that stayed masked, by the probability that their draw ranks below the committed ones
+    (`models.order` [ours]). Under `plackett_luce` it scores the draw of the positions, and under the commit rule
+    `soft_threshold` the set of positions. The row's sum is then the exact log-probability of tokens AND order. For
+    other rules that depend on the drawn tokens, the order is left out, and a run prints a warning.
 
     A rollout that rewrites tokens (`remask`, `soft_edit`) is replayed event by event [ours]: the canvas of each step is
     rebuilt, and a position's contribution is the sum over its writes (docs/order.md). A rollout of `renoise` is
@@ -267,13 +269,12 @@ def trajectory(
         num_segments: Number of segments into which a row's steps are merged, which is cheaper, but not exact: step s of
             n goes to segment floor(s * num_segments / n), with steps counted over all blocks. None: one segment per
             step; a rollout that rewrites tokens needs None.
-        block_size: Block size of a block-causal model. The same likelihood then takes one packed forward per step of a
-            block, for all blocks together, and num_segments is the number of segments of a block. None: no packing.
+        block_size: Block size of a block-causal model, to pack the forwards: forward j replays step j of every block at
+            once. The likelihood is the same, and num_segments is the number of segments of a block. None: no packing.
         include_order: Add the order's log-probability where the rollout recorded one (rank=confidence or plackett_luce
             with commit=schedule or late_schedule; commit=soft_threshold) and num_segments is None.
         num_sampled_steps: Number of steps (or segments) of each row that are scored, drawn without replacement: an
-            unbiased estimate [ours] of the row's sum and, on-policy, of its gradient. None: all steps; with
-            `unmask(block_size=1)` this is JustGRPO (arXiv 2601.15165, its authors' code [paper]).
+            unbiased estimate [ours] of the row's sum and, on-policy, of its gradient. None: all steps.
         self_conditioning: For `renoise`, whose steps read the logits of the step before. "detached" stops the gradient
             at these logits and needs the memory of one step; "full" differentiates through all steps and needs the
             memory of all. The log-probs are the same.
@@ -281,7 +282,8 @@ def trajectory(
     Raises:
         ValueError: self_conditioning is another word, or num_sampled_steps is set together with block_size.
 
-    Source: TraceRL, d2's StepMerge [paper].
+    Source: TraceRL, d2's StepMerge [paper]. With the defaults and rollouts of `unmask(block_size=1)` it is JustGRPO's
+    likelihood (arXiv 2601.15165, its authors' code [paper]).
     """
     if self_conditioning not in SELF_CONDITIONING:
         raise ValueError(f"self_conditioning={self_conditioning!r} must be 'detached' or 'full'")
@@ -331,15 +333,15 @@ def trajectory_views(
         views = packed_views(rollout, num_segments=num_segments, block_size=block_size)
     else:
         last_step, _ = last_and_first_step(rollout)
-        segment = segments(last_step, num_segments)
+        segment_of_position = segments(last_step, num_segments)
         if num_sampled_steps is None:
-            index, coefficient = all_segments(segment), None
+            view_segments, coefficient = all_segments(segment_of_position), None
         else:
-            index, coefficient = sampled_segments(segment, rollout, generator, num_sampled_steps)
+            view_segments, coefficient = sampled_segments(segment_of_position, rollout, generator, num_sampled_steps)
         if rollout.events is None:
-            views = segment_views(rollout, segment, index)
+            views = segment_views(rollout, segment_of_position, view_segments)
         else:
-            views = event_views(rollout, index.expand(-1, *segment.shape))
+            views = event_views(rollout, view_segments.expand(-1, *segment_of_position.shape))
         if coefficient is not None:
             views = replace(views, coefficients=views.coefficients * coefficient)
     return add_order_logprobs(rollout, views) if scores_order else views

@@ -1,4 +1,7 @@
-"""The probability of an order: that a step leaves a position masked (`confidence`) or draws it (`plackett_luce`).
+"""The log-probability of an order, for the ranks `confidence` and `plackett_luce` of `samplers.rules`.
+
+A rank scores the masked positions of a step, and the positions with the highest scores are committed. For `confidence`,
+the order's log-prob is that of leaving the other positions masked; for `plackett_luce`, that of drawing the positions.
 
 LLaDA's `low_confidence` draws a token y_j ~ p_j at every masked position of a step, and commits the k positions whose
 draws have the highest confidence conf_j(y_j), which is the untempered log-prob. For a set S of committed positions with
@@ -20,7 +23,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import TokenLogprob, chunked, process, upcast
 from dllm_rl.types import SamplingParams
 
-# The log-prob, in nats, of an order that a policy cannot choose. It has no gradient, because log-ratios are clamped.
+# Log-prob, in nats, of an order that a policy cannot choose. Below it the log-prob is clamped, and so has no gradient.
 MIN_LOGPROB = -20.0
 
 
@@ -42,7 +45,10 @@ def descending_index(scores: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
 def highest(
     scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], *, count: Int[Tensor, " B"]
 ) -> Bool[Tensor, "B L"]:
-    """Return the `count` masked positions with the highest scores of every row. Ties go to the leftmost."""
+    """Return the `count` masked positions with the highest scores of every row. Ties go to the leftmost.
+
+    Positions that are not masked must have the score -inf.
+    """
     return masked & (descending_index(scores) < count[:, None])
 
 
@@ -58,11 +64,11 @@ def commit_cutoff(
 
     Args:
         scores: Scores of the positions that a step committed.
-        steps: Their step, as a number below num_steps that is different for each row.
+        steps: Their step ids: each step of each row has a different number below num_steps.
         columns: Their columns.
-        stay_steps: Steps of the positions that stay masked.
+        stay_steps: Step ids of the positions that stay masked.
         stay_columns: Their columns.
-        num_steps: Number of steps.
+        num_steps: Upper limit of the step ids.
 
     Returns:
         The lowest score that the position's step committed, +inf if the step committed nothing; whether the position is
@@ -77,7 +83,7 @@ def commit_cutoff(
 def draw_index(
     noisy_scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], chosen: Bool[Tensor, "B L"]
 ) -> Int[Tensor, "B L"]:
-    """Return the number of the draw that takes each position in its step, from 0.
+    """Return which draw of its step (0 first) chose each position.
 
     It is 0 in a row whose masked positions are all chosen, because nothing depends on their order.
     """
@@ -111,7 +117,7 @@ def plackett_luce_logprobs(
     Args:
         scores: Scores of K positions.
         step_ids: A number for the step and row of each position, in ascending order.
-        draw_index: Number of the draw that takes the position in its step.
+        draw_index: Which draw of its step (0 first) chose each position.
         drawn: Indices of the positions that the step committed.
         width: At least the number of positions of a step.
     """
@@ -120,7 +126,7 @@ def plackett_luce_logprobs(
     candidate_scores = scores[members].masked_fill(~candidates, -torch.inf)
     peak = candidate_scores.detach().amax(-1, keepdim=True)
     mass = (candidate_scores - peak).exp()
-    while mass.shape[-1] > 1:  # summed in pairs: more empty slots do not change the rounding
+    while mass.shape[-1] > 1:  # a fixed tree of sums, which further empty slots do not change
         mass = mass[:, : mass.shape[-1] // 2] + mass[:, mass.shape[-1] // 2 :]
     logprobs = scores[drawn] - peak[:, 0] - mass[:, 0].log()
     drawn_ids = step_ids[drawn]  # in ascending order too
@@ -133,7 +139,7 @@ def step_members(
 ) -> tuple[Int[Tensor, "C M"], Bool[Tensor, "C M"]]:
     """Return, for each drawn position, the indices of all positions of its step, in M slots.
 
-    The second result is whether a slot is in use; the first slots are. A step has at most `width` positions, and M is
+    The second result is whether a slot is in use; used slots come first. A step has at most `width` positions, and M is
     a power of two that is at least `width` and 16.
     """
     num_slots = max(16, 1 << (width - 1).bit_length())
@@ -171,7 +177,8 @@ def confidence_normalizer(
     `processed` are the logits of the sampling distribution. Suppressed ids except the mask token are left out.
     """
     assert mask_id is not None, "a diffusion model has a mask token"
-    # `processed` is then also untempered, and its log-sum-exp equals the sampler's to the last bit.
+    # With these settings `processed` is untempered and unfiltered. With the mask token added, its log-sum-exp equals
+    # the sampler's to the last bit.
     if sampling_params.temperature in (0, 1) and not sampling_params.filters:
         return processed.logsumexp(-1).logaddexp(upcast(logits[:, mask_id]))
     return untempered_logits(logits, sampling_params, mask_id).logsumexp(-1)

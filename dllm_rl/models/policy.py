@@ -89,8 +89,8 @@ class _Backbone:
         """
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed_blocks(self.module) if recompute else nullcontext():
-            # The family adds its attention mask, unless `attention_mask` has four axes. Every forward runs through
-            # here.
+            # From a padding mask (B, T) the family makes its attention mask; one with four axes is used as it is. Every
+            # forward runs through here.
             return self.spec.encode(self.module, tokens, attention_mask, positions, **cache_kwargs)
 
     def hidden(self, tokens: Tokens, attention_mask: Bool[Tensor, "B T"]) -> States:
@@ -174,8 +174,8 @@ def make_policy(
         tokenizer: Tokenizer of transformers, or any object with encode(text, add_special_tokens=False,
             split_special_tokens=True) -> list of ids, decode(ids, skip_special_tokens=True) -> text, and
             save_pretrained(folder).
-        spec: FamilySpec of a custom module: `attention`, `encode`, `head`, `vocab_size`, `eos_ids` and, unless causal,
-            `mask_id`. None: the spec of the transformers class's family.
+        spec: FamilySpec of a custom module: `attention`, `encode`, `head`, `vocab_size`, `eos_ids` and, unless the
+            attention is "causal" or "encoder_decoder", `mask_id`. None: the spec of the transformers class's family.
 
     Returns:
         AutoregressivePolicy if the attention is causal, else DiffusionPolicy.
@@ -238,7 +238,7 @@ def load_policy(  # noqa: PLR0913
     else:
         module, tokenizer, spec = load_module(folder, **options)
         check_finite(module, path_or_id)
-        with named(folder):  # in the first forward, a layer may refuse the type of a config's value
+        with named(folder):  # an error of the first forward, as for a config's value of a wrong type, names the folder
             policy = make_policy(module, tokenizer, spec)
     policy.float32_head = float32_head
     if lora is not None:
@@ -256,7 +256,7 @@ def _load_merged(
             f"them with load_policy({str(folder)!r}).save_pretrained(NEW), and load that folder"
         )
     dtype = options["dtype"]
-    weights_folder(folder)  # refuses adapters that name each other as base
+    weights_folder(folder)  # raises ValueError for adapters that name each other as base
     with named(adapter), safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         metadata = file.metadata() or {}
     # The base is loaded in the dtype in which the adapters were trained, and converted after the merge.
@@ -310,11 +310,11 @@ def _stock_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
     # A model that was never saved has no architectures.
     config["architectures"] = config.get("architectures") or [class_name]
     spec = family_spec(module.config, tokenizer, raw=config, generation=getattr(module, "generation_config", None))
-    if spec.stock_model is not None:
+    if spec.stock_model is not None:  # `load_policy` would convert this class to a stock class
         raise ValueError(
             f"{class_name} runs code of its checkpoint; pass the checkpoint's folder or id to use stock classes"
         )
-    prepared(module, spec)
+    prepared(module, spec)  # changes the module in place
     return spec
 
 
@@ -362,7 +362,9 @@ def check_spec(module: Module, spec: FamilySpec) -> None:
         kind = type(module).__name__
         raise ValueError(f"vocab_size=None of the spec {spec.name!r}, and {kind} has no config: set it")
     if spec.attention == "encoder_decoder" and spec.block_size is None:
-        raise ValueError(f"block_size=None of the spec {spec.name!r}, whose answers are canvases: set their length")
+        raise ValueError(
+            f"block_size=None of the spec {spec.name!r}, which generates fixed-length canvases: set their length"
+        )
     if spec.attention in ("full", "block_causal") and spec.mask_id is None:
         raise ValueError(f"mask_id=None of the spec {spec.name!r}, whose attention is {spec.attention!r}: set it")
     if not spec.eos_ids:
@@ -397,7 +399,7 @@ def check_ids(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
 def check_attention(policy: _Backbone) -> None:
     """Raise ValueError if the module's attention differs from the spec's.
 
-    A token is changed, and the state of the first position must change exactly if that position sees the token.
+    A token is changed, and the state of the first position must change if and only if that position sees the token.
     """
     attention = policy.spec.attention
     # By position of the changed token: whether the first position sees it.
@@ -408,11 +410,11 @@ def check_attention(policy: _Backbone) -> None:
     for position, expected in is_seen.items():
         tokens = (torch.arange(position + 1, device=policy.device) % max(1, size - 1))[None].repeat(2, 1)
         if policy.spec.causal_context and policy.spec.mask_id is not None:
-            tokens[:, 0] = policy.spec.mask_id  # without a mask the block would be causal
+            tokens[:, 0] = policy.spec.mask_id  # with `causal_context`, a block without a mask has causal attention
         tokens[1, -1] = (tokens[0, -1] + 1) % size
         first = policy.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0].float()
         is_equal = torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6)  # the rows of a batch may round differently
-        if is_equal == expected:
+        if is_equal == expected:  # unchanged although the token is seen, or changed although it is not
             upgrade = "upgrade transformers (>= 5.2 honors config.is_causal=False)"
             raise ValueError(
                 f"attention={attention!r} is what {type(policy.module).__name__} should have, but changing token "
@@ -451,8 +453,8 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
     if mask_id >= old_size:  # many vocabularies are padded, and already have a row for the mask token
         with torch.random.fork_rng(devices=[]):  # transformers fills new rows from the global RNG
             module.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    # Rows with a token other than the mask. A vocabulary that already has a mask token may have it at any id, and the
-    # rows after the last token have no token: they start with the mean too.
+    # Rows of the embedding that belong to a token other than the mask, which may have any id. Rows after the last token
+    # only pad the table. The mask's row and these rows start with the mean of the other rows.
     has_token = torch.arange(module.config.vocab_size) < min(old_size, 1 + max(tokenizer.get_vocab().values()))
     has_token[mask_id] = False
     with torch.no_grad():

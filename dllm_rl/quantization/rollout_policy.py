@@ -68,7 +68,7 @@ def quantized_copy(
     skip: Callable[[nn.Module, str], bool] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Policy:
-    """Return a copy of the policy in which the linear layers of the blocks are quantized by `config`.
+    """Return a copy of the policy in which the linear layers of the blocks are quantized by the scheme `config`.
 
     Call it once to sample with quantized weights, and `sync_weights` after each update; a run with
     `Recipe.quantization` does both. Head, embeddings, norms, routers and layers tied to them keep their precision.
@@ -77,7 +77,7 @@ def quantized_copy(
 
     Args:
         policy: Policy to copy. It does not change.
-        config: Scheme, as `int8_weight_only()` or another torchao config. None copy_memo without quantizing.
+        config: Scheme, as `int8_weight_only()` or another torchao config. None: copy without quantizing.
         skip: Function (module, name) -> True for further layers that keep their precision. None: no further layers.
         dtype: Dtype of the copy's weights before quantizing, as bf16 for a learner that computes under autocast. None:
             the policy's dtype.
@@ -86,10 +86,10 @@ def quantized_copy(
         Policy with `quantization` and `quantization_report` set, without gradients.
 
     Raises:
-        ValueError: The device cannot run the config, a weight is NaN or infinite, or no layer can be quantized.
+        ValueError: The device cannot run the scheme, a weight is NaN or infinite, or no layer can be quantized.
     """
     module = policy.module
-    layers = layers_of(module)
+    layers = layers_of(module)  # the module; if it is sharded, the same layers without weights
     skipped: dict[str, str] = {}
     if config is not None:
         config = check_scheme(config, policy.device, dtype or next(module.parameters()).dtype)
@@ -133,7 +133,7 @@ def select_layers(module: Module, config: Scheme, skipped: dict[str, str]) -> di
         if "forward" in vars(layer):
             raise ValueError(f"{name}.forward is replaced: make the quantized copy outside of aligned_forward()")
         scheme = None if name in skipped else config
-        if scheme is not None or has_extras(layer):
+        if scheme is not None or has_extras(layer):  # has_extras: adapters or bitsandbytes weights
             schemes[name] = scheme
     if config is not None and all(scheme is None for scheme in schemes.values()):
         raise ValueError(f"{config!r} quantizes no layer of {type(module).__name__}; not quantized: {skipped}")
@@ -146,12 +146,12 @@ def copy_memo(
     """Return a memo for deepcopy: copies of the module's tensors, except those whose id is in `without`.
 
     The keys are the ids of the tensors in `layers`, which is the module itself, or the layers of a sharded module. With
-    `shared`, a frozen tensor that keeps its dtype is shared with the module, because nothing changes it.
+    `shared` (a copy with a scheme), a frozen tensor that keeps its dtype is shared with the module, because nothing
+    changes it.
     """
     memo: dict[int, Any] = {}
     for layer_tensor, tensor in zip(layers.parameters(), module.parameters(), strict=True):
         new_dtype = dtype if tensor.is_floating_point() else None  # integer codes keep their dtype
-        # A trained tensor that keeps its dtype, and that deepcopy reaches by itself, needs no entry.
         if id(layer_tensor) in without:
             continue
         is_same_tensor = layer_tensor is tensor
@@ -160,6 +160,7 @@ def copy_memo(
         elif new_dtype or not is_same_tensor:
             value = whole(tensor.detach()).to(new_dtype, copy=is_same_tensor)
             memo[id(layer_tensor)] = nn.Parameter(value, requires_grad=False)
+        # Other tensors keep their dtype, and deepcopy copies them: they need no entry.
     if layers is not module:  # the buffers of a sharded module
         memo |= {id(a): b.clone() for a, b in zip(layers.buffers(), module.buffers(), strict=True)}
     return memo
@@ -172,7 +173,7 @@ def quantize_layer(
 
     Args:
         name: Name of the layer.
-        layer: The layer that deepcopy reaches.
+        layer: The layer in the module that is deep-copied; deepcopy replaces it by its entry in the memo.
         source: The layer with the weights. It differs from `layer` in a sharded module.
         config: Scheme. None: only merge adapters and dequantize.
         dtype: Dtype of the weights before quantizing.
@@ -236,7 +237,7 @@ def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, s
         matrices = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
         if not matrices:
             continue
-        # A layer that an encoder and a decoder share is not tied to another layer.
+        # One layer under two names, as an encoder and a decoder share it, does not count as tied.
         sharing = layers_of_weight[id(matrices[0])]
         tied = [other for other in sharing if base_of(module.get_submodule(other)) is not layer]
         unsupported = [reason for matrix in matrices if (reason := unsupported_reason(matrix, config))]
@@ -250,7 +251,7 @@ def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, s
 
 
 def skip_reason(name: str, layer: nn.Module, matrix: Tensor, tied: list[str]) -> str | None:
-    """Return why a layer keeps its precision under every config, or None if it does not.
+    """Return why a layer keeps its precision under every scheme, or None if it does not.
 
     `tied` has the names of other layers with the same matrix.
     """
@@ -299,8 +300,8 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     Returns:
         Metrics of the quantized layers: quantization/codes_changed, the share of all codes that this sync changed (an
         update that is smaller than the grid changes none: QuRL [digest]), and quantization/scale_change, the mean of
-        |s' - s| / s over all scales. After an aligned forward, both cover only the last inner update. Without quantized
-        layers the result is empty.
+        |s' - s| / s over all scales. An aligned forward has already quantized the weights of the earlier inner updates,
+        so that both then cover only the last one. Without quantized layers the result is empty.
 
     Raises:
         ValueError: A weight is NaN or infinite. The rollout policy's tensors have then been overwritten, but its

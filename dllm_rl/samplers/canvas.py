@@ -35,7 +35,7 @@ class Canvas:
         columns: Column in T of each position.
         block: Block of each position.
         bounds: First column and end of each block. Only caches read them.
-        starts: First column of each row that is not padding, on the host.
+        starts: Column of each row's first non-padding token, on the host.
         pad_id: Token id of padding.
         mask_id: Token id of the mask.
         pad_finished: Whether the masks of rows that stopped early become padding in the rollout.
@@ -49,7 +49,7 @@ class Canvas:
         unmask_step: Step that wrote each position; -1 if masked.
         logprobs: Log-prob of each written token, in nats.
         records: Records (B, L, ...) of optional features, by name; see `store`.
-        fills: Value of each record where there is nothing to record.
+        fills: Fill value of each record, by name: its value at positions without a record.
         finished: Rows that stopped early.
         forwards: Number of model calls.
     """
@@ -84,7 +84,7 @@ class Canvas:
         self.finished = torch.zeros(len(self.columns), dtype=torch.bool, device=self.columns.device)
 
     def write(self, rows: Tensor, offsets: Tensor, steps: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
-        """Commit tokens at these rows and offsets; all arguments are (K,)."""
+        """Commit tokens at these rows and offsets; all arguments have one entry per written position."""
         self.tokens[rows, self.columns[rows, offsets]] = tokens
         # A tensor of False: a Python False would be copied to the GPU, and the host would wait for it.
         self.masked[rows, offsets] = torch.zeros_like(rows, dtype=torch.bool)
@@ -100,7 +100,7 @@ class Canvas:
         chosen, drawn = writes.chosen, writes.drawn
         self.write(*plan.rows_and_offsets(chosen), plan.row_steps[chosen], drawn.tokens, drawn.logprobs)
         for name, (index, values, fill) in plan.records.items():
-            if index is None:  # recorded for all K positions, before the choice
+            if index is None:  # values cover all K candidates; keep the chosen ones
                 index, values = chosen, values[chosen]
             self.store(name, *plan.rows_and_offsets(index), values, fill)
 
@@ -112,8 +112,8 @@ class Canvas:
         self.records[name][rows, offsets] = values
 
     def remask(self, rows: Tensor, offsets: Tensor, steps: Tensor) -> None:
-        """Mask written positions again; all arguments are (K,)."""
-        assert self.events is not None, "only a rule that rewrites masks again"
+        """Mask written positions again; all arguments have one entry per position."""
+        assert self.events is not None, "remasking needs a rule that rewrites"
         zeros = torch.zeros_like(rows, dtype=self.logprobs.dtype)
         self.events.append((rows, offsets, steps, torch.full_like(rows, -1), zeros))
         self.tokens[rows, self.columns[rows, offsets]] = torch.full_like(rows, self.mask_id)
@@ -136,6 +136,7 @@ class Canvas:
     def rollout(self, sampling_params: SamplingParams, weights_version: int, **fields: RolloutField) -> Rollout:
         """Return the current record: the columns of the prompts, then the columns written after them.
 
+        With infilling, the prompts' columns contain written positions too, and the record has the canvas's columns.
         `fields` are optional fields of the rollout, for the completions' positions (B, L).
         """
         if self.infill_mask is not None:
@@ -233,7 +234,7 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step of R rows, each in its current block. The step may write K positions, listed row by row.
+    """One step of R rows, each in its current block. The step may write K candidate positions, listed row by row.
 
     Attributes:
         rows: Rows of the canvas, on the host.
@@ -245,7 +246,7 @@ class StepPlan:
         total_steps: Total steps of each block.
         masked: Masked positions of the blocks.
         written: Written positions that the step may rewrite. None: the rule does not rewrite.
-        row: Index of each position's row in `rows`.
+        row: For each position, the index of its row in `rows`.
         offset: Offset of each position in its completion.
         canvas_row: Row of each position in the canvas.
         column: Column of each position in the canvas.
@@ -320,7 +321,8 @@ class Drawn(NamedTuple):
     Attributes:
         tokens: Token ids.
         logprobs: Log-probs under the sampling distribution, in nats.
-        normalizer: Log-sum-exp of the logits that the rank reads, or of those from which the token was drawn.
+        normalizer: Log-sum-exp of the logits that the rank reads. If the rank reads no normalizer: of the logits from
+            which the token was drawn.
         log_mass: First result of `filter_support`. None without top_k and top_p.
         support: Second result of `filter_support`.
     """
@@ -367,7 +369,7 @@ class BlockTracker:
         wait_for_all_rows: bool,
         masked: Bool[Tensor, "B L"] | None = None,
     ) -> None:
-        """Start with all blocks masked.
+        """Start with the positions of `masked` masked, and no step taken.
 
         Args:
             block: Block of each position.
@@ -378,6 +380,7 @@ class BlockTracker:
         block = block.cpu()
         is_masked = torch.ones_like(block) if masked is None else masked.cpu().long()
         self.wait_for_all_rows = wait_for_all_rows
+        # (rows, blocks): the number of masked positions, as a count.
         self.masked = torch.zeros(len(block), int(block.max()) + 1, dtype=torch.long).scatter_add(-1, block, is_masked)
         self.steps = torch.zeros_like(self.masked)
         for row, sizes in enumerate(self.masked):
@@ -440,9 +443,9 @@ def plan_step(canvas: Canvas, tracker: BlockTracker, seeds: Int[Tensor, " B"]) -
         candidates, num_positions = masked | written, tracker.sizes[rows, blocks]
     # The host knows the number of positions, so that it does not wait for the device.
     flat_index = candidates.flatten().nonzero_static(size=int(num_positions.sum()))[:, 0]
-    row = flat_index // masked.shape[1]
+    index_in_rows = flat_index // masked.shape[1]
     offset = flat_index % masked.shape[1]
-    canvas_row = device_rows[row]
+    canvas_row = device_rows[index_in_rows]
     return StepPlan(
         rows=rows,
         blocks=blocks,
@@ -453,10 +456,10 @@ def plan_step(canvas: Canvas, tracker: BlockTracker, seeds: Int[Tensor, " B"]) -
         total_steps=total_steps,
         masked=masked,
         written=written,
-        row=row,
+        row=index_in_rows,
         offset=offset,
         canvas_row=canvas_row,
         column=canvas.columns[canvas_row, offset],
         seed=seeds[canvas_row],
-        row_steps=row_steps[row],
+        row_steps=row_steps[index_in_rows],
     )

@@ -61,9 +61,9 @@ def unmask(  # noqa: PLR0913
     filled in, and of the appended positions. Blocks count only these positions. Rows may differ in the positions to
     fill in.
 
-    Finished rows leave the batch, and rows of similar length run together (`length_buckets`); with compile_step all
-    rows run in every step. With `schedule` the host waits for the device at most once per forward. With other rules it
-    also waits for the number of chosen positions.
+    Finished rows leave the batch, and rows of similar length run together (`models.forward.buckets.length_buckets`);
+    with compile_step all rows run in every step. With `schedule` the host waits for the device at most once per
+    forward. With other rules it also waits for the number of chosen positions.
 
     Args:
         policy: Masked-diffusion policy, with full or block-causal attention.
@@ -79,19 +79,20 @@ def unmask(  # noqa: PLR0913
         temperature: Temperature of the token draw. 0 takes the likeliest token.
         top_k: Sample only from the k likeliest tokens. None: all.
         top_p: Sample only from the smallest set of likeliest tokens with this probability. None: all.
-        suppress: Token ids that are never sampled. The mask token never is.
+        suppress: Token ids that are never sampled. The mask token is always excluded.
         rank: Function that scores positions; the highest scores come first. `samplers.rules` explains its inputs.
         commit: Rule that chooses the positions that a step writes, see `samplers.rules`. The rules of `samplers.revise`
             also rewrite tokens, and record events.
         cache: `block_cache()`, `prefix_cache()` or `dual_cache()`. None recomputes every position in every step.
         approximate_early_exit: End a row after the block with its end token (full attention only). Masks in later
-            blocks stay in the input and are never sampled; the recorded log-probs stay exact. Block-causal rows always
-            end after this block.
+            blocks stay in the input and are never sampled, so the completion lacks the tokens after this block. The
+            recorded log-probs are still those of the draws. Block-causal rows always end after this block.
         compile_step: Run each step as one compiled graph, or as two with a cache. It makes batches of few rows faster,
             on a GPU as CUDA graphs. It cannot be combined with prefix_cache(), positions to fill in, or rules that
-            rewrite. A near-tie may give another token.
-        confidence_radius: Record for each token how much the confidence of the masked positions at most this far away
-            changed (`Rollout.confidence_change`), for `elbo(informed_masking=...)`. It needs rank=confidence or
+            rewrite. It rounds differently: where two tokens are nearly tied, it may choose another one than without
+            compile_step.
+        confidence_radius: Record how much writing each token changed the confidence of masked positions within this
+            distance (`Rollout.confidence_change`), for `elbo(informed_masking=...)`. It needs rank=confidence or
             max_prob, and cannot be combined with compile_step or rules that rewrite. None: not recorded.
         on_step: Function that is called with the current rollout after every step. None: no call.
 
@@ -106,7 +107,7 @@ def unmask(  # noqa: PLR0913
     """
     spec = policy.spec
     rank, commit = as_rank(rank), as_commit(commit)
-    block_size = _check(policy, prompts, max_new_tokens, block_size, cache)
+    block_size = _checked_block_size(policy, prompts, max_new_tokens, block_size, cache)
     if prompts.infill_mask is None:
         check_steps(diffusion_steps, max_new_tokens, commit.count)
         block_aligned = cache is not None and cache.kind == "block"
@@ -156,7 +157,9 @@ def _run_step(
     return tracker.record((plan.rows, plan.blocks), writes.decision.committed, writes.decision.stays_open)
 
 
-def _check(policy: Policy, prompts: Prompts, length: int, block_size: int | None, cache: Cache | None) -> int:
+def _checked_block_size(
+    policy: Policy, prompts: Prompts, length: int, block_size: int | None, cache: Cache | None
+) -> int:
     """Return the block size in effect. Raise ValueError as documented in `unmask`."""
     attention = policy.spec.attention
     if attention == "causal":

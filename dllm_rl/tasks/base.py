@@ -43,8 +43,8 @@ class Reward:
         parsed: Whether the grader could read an answer; reported separately from the value.
         breakdown: Further metrics by name, averaged over completions; RATIO_METRICS lists those that are ratios of
             counts.
-        answer: The answer as it votes in maj@k: equal answers have the same spelling; "" if not parsed. None (default):
-            the task has no maj@k.
+        answer: Normalized answer for majority voting (maj@k): equal answers have the same spelling; "" if not parsed.
+            None (default): the task has no maj@k.
     """
 
     value: float
@@ -55,7 +55,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Cost:
-    """The sampling cost of a completion. A grader that has a parameter named as in COST_ARGUMENTS receives it.
+    """The sampling cost of a completion. A grader with a parameter named in COST_ARGUMENTS receives that attribute.
 
     Args:
         forwards: Model calls for this completion up to its last written token. Steps that only other rows of the batch
@@ -160,8 +160,8 @@ def grade(
         problems: P problems.
         completions: P*G completions.
         costs: One per completion, for graders that request COST_ARGUMENTS. None (default): unknown.
-        timeout: Seconds that a call of the grader may take; then the process ends (`deadline`). None (default): no
-            limit.
+        timeout: Seconds that a call of the grader may take; then the process that grades exits (`deadline`).
+            None (default): no limit.
 
     Returns:
         One reward per completion.
@@ -171,7 +171,7 @@ def grade(
         ValueError: The grader does not return a `Reward`, or a number is not finite in fp32.
     """
     group_size = len(completions) // len(problems)
-    grader = _Grader(
+    grader = _GradeCall(
         task, [problems[i // group_size] for i in range(len(completions))], completions, costs or (), timeout
     )
     with nullcontext(lambda: None) if timeout is None else deadline(timeout, grader.timeout_message) as restart:
@@ -186,7 +186,7 @@ def grade(
 
 
 @dataclass
-class _Grader:
+class _GradeCall:
     """One call of `grade`. `index` is the completion that is graded now; errors name it."""
 
     task: Task
@@ -200,7 +200,6 @@ class _Grader:
         return f"problem {self.problems[self.index]!r}, completion {self.completions[self.index]!r}"
 
     def timeout_message(self) -> str:
-        """Return what the process prints when the grader exceeds the time limit."""
         """Return what the process prints when the grader exceeds the time limit."""
         return (
             f"process {os.environ.get('RANK', 0)}: the grader of task {self.task.name!r} did not return within "
@@ -228,7 +227,6 @@ class _Grader:
 
     def grade_one_by_one(self, restart: Callable[[], None]) -> list[Reward]:
         """Grade each completion by a separate call. `restart` begins a new time limit."""
-        """Grade each completion by a separate call. `restart` begins a new time limit."""
         costs = self.cost_arguments(self.task.reward)
         rewards = []
         for index, (problem, completion) in enumerate(zip(self.problems, self.completions, strict=True)):
@@ -244,7 +242,6 @@ class _Grader:
         return rewards
 
     def check(self, rewards: Sequence[Reward]) -> None:
-        """Raise ValueError if a reward is invalid."""
         """Raise ValueError if a reward is invalid."""
         for index, reward in enumerate(rewards):
             self.index = index

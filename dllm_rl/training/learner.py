@@ -1,7 +1,8 @@
 """The learner's half of a training step: compute log-probs, correct for the mismatch, update the weights.
 
-Memory does not grow with the number N of views: with s_n the log-probs under view n, the gradient of a loss f is
-grad f = sum_n (df/ds_n) . grad s_n, summed one forward at a time.
+A view is one choice of masked positions for every row of the batch, scored by one forward. A set of views (`Views`)
+has N of them; an update uses one set. Memory does not grow with N: with s_n the log-probs under view n, the gradient of
+a loss f is grad f = sum_n (df/ds_n) . grad s_n, summed one forward at a time.
 """
 
 import math
@@ -60,7 +61,7 @@ class ScoredSamples:
 
     Args:
         samples: The samples, after load balancing.
-        logps: Log-probs under each of the step's sets of masks; the first set also serves the metrics.
+        logps: Log-probs under each of the step's sets of views; the first set also serves the metrics.
         comparison: Counts of `compare_rollout_and_learner`.
     """
 
@@ -81,7 +82,10 @@ def train_step(run: StepContext[Recipe], samples: Samples, number: int, optimize
 
 
 def score_samples(run: StepContext[Recipe], samples: Samples, number: int) -> ScoredSamples:
-    """Compute the log-probs of a step's samples under every policy. Call it before the step's first update."""
+    """Compute the log-probs of a step's samples under learner, rollout policy and reference.
+
+    Call it before the step's first update.
+    """
     recipe = run.recipe
     # Score the groups that the update trains on, and a random sample of the other groups: the metrics estimate all
     # groups from both.
@@ -89,7 +93,7 @@ def score_samples(run: StepContext[Recipe], samples: Samples, number: int) -> Sc
     samples = balance(recipe, samples, run.accelerator, pad_id=run.policy.pad_id)  # processes then finish together
     rollout = samples.rollout
     is_trained_row = select_local_rows(active_groups(recipe, samples.advantages), rollout.group_size, run.accelerator)
-    # All policies use the same masks. The sets after the first serve only the later updates, not the metrics.
+    # All policies use the same views. The sets after the first serve only the later updates, not the metrics.
     views = draw_view_sets(recipe, samples, number, run.accelerator)
     # Before graphs are retained, since their memory and this comparison's would add up.
     comparison = compare_rollout_and_learner(run.policy, run.rollout_policy, rollout, views[0])
@@ -102,7 +106,7 @@ def score_samples(run: StepContext[Recipe], samples: Samples, number: int) -> Sc
 
 
 def make_batches(run: StepContext[Recipe], scored: ScoredSamples) -> tuple[list[Batch], dict[str, float]]:
-    """Make a training batch for each set of masks; also return metrics of the mismatch between learner and rollout."""
+    """Make a training batch for each set of views; also return metrics of the mismatch between learner and rollout."""
     samples = scored.samples
     batch, metrics = correct(run, samples, scored.logps[0])
     trained_samples = samples.with_metric_weights(active_groups(run.recipe, samples.advantages).double())
@@ -116,8 +120,8 @@ def make_batches(run: StepContext[Recipe], scored: ScoredSamples) -> tuple[list[
 def rollout_logprob_source(
     recipe: Recipe, policy: Policy, rollout_policy: Policy
 ) -> Literal["recorded", "scored", "learner"]:
-    """Return the source of the rollout's log-probs: "recorded" (the sampler's record; the estimator is exact for it),
-    "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
+    """Return the source of the rollout's log-probs: "recorded" (the sampler's record, to which scoring with this
+    estimator would be equal), "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
     """
     if recipe.likelihood.exact_for_sampler:
         return "recorded"
@@ -132,12 +136,12 @@ def score(
     rollout_logprobs: Float[Tensor, "B T"] | None = None,
     retain_graphs: bool | Bool[Tensor, " B"] = False,
 ) -> Logprobs:
-    """Compute the rollout's log-probs under every policy, with the same masks.
+    """Compute the log-probs of the rollout's rows under learner, rollout policy and reference, in the same views.
 
     Args:
         run: Settings and policies.
         rollout: The rows to score.
-        views: The masks.
+        views: The set of views.
         rollout_logprobs: Log-probs of the rollout policy, in nats (B, T), if the weights that sampled are no longer in
             memory. None (default): take them from `rollout_logprob_source`.
         retain_graphs: Rows whose autograd graphs the first update reuses. No graph is retained unless
@@ -153,7 +157,7 @@ def score(
     source = rollout_logprob_source(recipe, policy, rollout_policy)
     micro_batch_size = recipe.micro_batch_size
     reference_logprobs = None
-    if run.reference is not None and recipe.beta:  # with beta=0 the reference is only a teacher
+    if run.reference is not None and recipe.beta:  # with beta=0 there is no KL term: the reference is only the teacher
         reference_logprobs = likelihood.logprobs(run.reference, rollout, views, micro_batch_size=micro_batch_size)
     if recipe.router_replay is not None:  # the learner reuses the rollout's experts
         views = with_sampled_experts(views, rollout) if source == "recorded" else record_experts(policy, rollout, views)
@@ -193,6 +197,7 @@ def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_si
     """
 
     def entropy(hidden: Tensor) -> tuple[Tensor]:
+        # `process` applies the sampler's temperature and filters.
         logps = process(policy.head(hidden), rollout.sampling_params).log_softmax(-1)
         return (-(logps.exp() * logps.masked_fill(logps == -torch.inf, 0)).sum(-1),)
 
@@ -219,7 +224,8 @@ def can_retain_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) 
     """
     num_graphs = views * math.ceil(rows / (recipe.micro_batch_size or rows))
     has_dropout = policy.lora is not None and policy.lora.dropout  # scoring runs without dropout, an update with it
-    is_unsharded = recipe.shard_size == 1  # each forward of a sharded learner has its backward right after it, or none
+    # A sharded learner must run the backward before the next forward, so no graph is kept.
+    is_unsharded = recipe.shard_size == 1
     return is_unsharded and num_graphs <= recipe.max_retained_graphs and not has_dropout
 
 
@@ -249,7 +255,7 @@ def correct(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> tupl
 
 
 def weighted_batch(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> Batch:
-    """Make the batch of an update after the first, with the corrector's weights for that update's set of masks."""
+    """Make the batch of an update after the first, with the corrector's weights for that update's set of views."""
     rows = gather_rows(run, samples, logps)
     weights, _ = apply_corrector(run.recipe.corrector, rows)
     return make_batch(run, samples.rollout, logps, rows, weights)
@@ -267,7 +273,7 @@ class Rows:
 
 
 def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> Rows:
-    """Gather the rows of all processes, with the log-probs under one set of masks, on the host.
+    """Gather the rows of all processes, with the log-probs under one set of views, on the host.
 
     It is the only transfer of these rows in a step. Collective: every process must call it.
     """
@@ -319,8 +325,8 @@ def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dic
 
 
 def symptoms(recipe: Recipe, rows: Rows, views: Views) -> dict[str, float]:
-    """Return `symptom_metrics` of the rows that the update trains on. Error tokens are counted only if each log-prob
-    belongs to one token.
+    """Return `symptom_metrics` of the rows that the update trains on. The share of error tokens (p_learner < 1e-4) is
+    measured only if each log-prob belongs to one token.
     """
     is_per_token = recipe.likelihood.exact_ratios and all(feature.is_per_token for feature in views.features)
     stats = rows.stats
@@ -337,8 +343,9 @@ def make_batch(run: StepContext[Recipe], rollout: Rollout, logps: Logprobs, rows
         rollout=rollout,
         views=restrict_to_groups(logps.views, is_trained_group, rollout.group_size, accelerator),
         advantages=send(device, local(rows.stats.advantages, accelerator))[0],
-        # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, without weights. Under mismatch it declines
-        # silently, with K1 and K3 rising; recomputation without weights fails in stages, with K1 and K3 flat [digest].
+        # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, without weights. Under mismatch a run with
+        # bypass has one silent decline, with K1 and K3 rising; a run that recomputes, without weights, collapses in
+        # stages, with K1 and K3 flat [digest].
         old_logprobs=logps.rollout_logprobs if run.recipe.old_logprobs == "rollout" else logps.old_logprobs,
         old_view_logprobs=logps.old_view_logprobs,
         importance_weights=send(device, local(weights.importance_weights, accelerator)[:, :width])[0],
@@ -416,7 +423,7 @@ def update(
                 f"{problem} at inner iteration {iteration}, learning_rate={learning_rate:g}; the update was not applied"
             )
         if iteration == 0:
-            # Before the weights change: if the optimizer step fails halfway, they must not have the old version.
+            # Before the optimizer step, so that half-updated weights do not carry the old version if it fails.
             policy.weights_version += 1
         optimizer.step()
         update_metrics |= reduced
@@ -448,19 +455,19 @@ def update_direction(
     is_measured_row[torch.cat([by_advantage[: MEASURED_ROWS // 2], by_advantage[-(MEASURED_ROWS // 2) :]])] = True
     views = batch.views.restrict_to_rows(is_measured_row & batch.loss_mask.any(-1))
     rows_per_view = (views.coefficients != 0).sum((-1, -2))
-    most_rows = rows_per_view.topk(min(MEASURED_VIEWS, len(rows_per_view))).indices
-    is_measured_view = torch.zeros_like(rows_per_view).scatter(0, most_rows, 1)
+    largest_views = rows_per_view.topk(min(MEASURED_VIEWS, len(rows_per_view))).indices
+    is_measured_view = torch.zeros_like(rows_per_view).scatter(0, largest_views, 1)
     views = replace(views, coefficients=views.coefficients * is_measured_view[:, None, None])
     new_view_logprobs = likelihood.view_logprobs(policy, batch.rollout, views, micro_batch_size=micro_batch_size)
     is_scored = views.coefficients != 0
     change = torch.where(is_scored, new_view_logprobs - batch.old_view_logprobs.detach(), 0).double().sum((0, 2))
     advantages = torch.where(is_scored.any(0).any(-1), batch.advantages, 0).double()
     products = torch.stack([advantages @ change, advantages @ advantages, change @ change])
-    covariance, *squares = sum_over(products, accelerator).tolist()
-    if not math.isfinite(covariance):
+    dot, *squares = sum_over(products, accelerator).tolist()
+    if not math.isfinite(dot):
         raise FloatingPointError("logits are not finite after the update; use a lower learning_rate")
     scale = math.sqrt(math.prod(squares))
-    return {"update/direction": covariance / scale} if scale else {}
+    return {"update/direction": dot / scale} if scale else {}
 
 
 def forward_backward(

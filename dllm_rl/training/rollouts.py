@@ -40,8 +40,8 @@ class GradedCompletion:
     problem: Problem
     completion: str
     reward: Reward
-    num_tokens: int  # tokens that the policy chose
-    length: int  # tokens up to and including the end token
+    num_tokens: int  # all tokens of the completion, including those after the end token
+    length: int  # tokens up to and including the end token; all if it has none
     ends: bool  # whether it has an end token
     prompt_length: int  # tokens of its prompt
     forwards: int  # model calls that its row took part in
@@ -58,11 +58,12 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[GradedCo
     Completions that dynamic sampling replaces count too.
     """
     recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
-    all_groups = torch.arange(recipe.train_batch_size // accelerator.num_processes)
+    local_groups = torch.arange(recipe.train_batch_size // accelerator.num_processes)
     indices = prompt_indices(recipe, history, step)
-    rollout, answers, local_rewards, num_replaced = draw_and_grade(run, step, 0, indices, all_groups)
+    rollout, answers, local_rewards, num_replaced = draw_and_grade(run, step, 0, indices, local_groups)
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
         wait_metrics = waited("rollout", accelerator)
+        # (P, G, K): the reward of each completion, then its components.
         (component_rewards,) = gather_on_host([local_rewards], accelerator)
     if history is not None:
         history.add(step, indices, component_rewards)
@@ -103,7 +104,7 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[GradedCo
         metrics["dynamic_sampling/draws"] = float(num_draws)
         metrics["dynamic_sampling/frac_reward_zero_std"] = zero_std_fraction(rewards)
     advantages = compute_advantages(recipe, rewards, component_reward_arguments(recipe, component_rewards))
-    samples = Samples(rollout, rewards, advantages, torch.ones(len(rewards), dtype=torch.double))
+    samples = Samples(rollout, rewards, advantages, metric_weights=torch.ones(len(rewards), dtype=torch.double))
     return samples, answers, metrics | compiled_graphs(recipe)
 
 
@@ -144,10 +145,16 @@ def draw_and_grade(
 def sample_and_grade(
     run: StepContext[Recipe],
     problems: Sequence[Problem],
-    seeds: Int[Tensor, "p G"],  # one per row
-    key: tuple[object, ...],  # seeds the sampler's generator
+    seeds: Int[Tensor, "p G"],
+    key: tuple[object, ...],
 ) -> tuple[Rollout, list[GradedCompletion], Float[Tensor, "p G K"]]:
     """Sample and grade a group of completions per problem.
+
+    Args:
+        run: Settings and policies.
+        problems: p problems.
+        seeds: Seed of each completion.
+        key: Key of the sampler's generator (`rng.generator_for`).
 
     Returns:
         The rollout, the graded completions, and K rewards per completion: the reward, then the components named by
@@ -216,7 +223,7 @@ def compute_advantages(
 
 def component_reward_arguments(recipe: Recipe, rewards: Float[Tensor, "P G K"]) -> dict[str, Tensor]:
     """Return the extra arguments of the recipe's advantages function: the component rewards and their weights; {} if it
-    takes none.
+    takes none. `rewards` has the reward of each completion, then its components.
     """
     weights = component_reward_weights(recipe)
     component_rewards = rearrange(rewards[..., 1:], "p g k -> k p g")

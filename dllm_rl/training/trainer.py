@@ -1,4 +1,8 @@
-"""The RL training loop: prompts, rollout, rewards, advantages, likelihoods, corrector, update, weight sync."""
+"""The RL training loop.
+
+A step samples and grades completions, computes advantages and log-probs, corrects for the mismatch between rollout and
+learner, updates the weights, and copies them to the rollout policy.
+"""
 
 import os
 
@@ -19,7 +23,7 @@ from dllm_rl.training.start import start
 from dllm_rl.training.validation import validate
 
 
-@leaving_nothing_behind
+@leaving_nothing_behind  # restores the signal handlers and unlocks the run's folder, however the run ends
 def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
     """Train with a recipe and return the run's summary.
 
@@ -45,23 +49,25 @@ def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
     engine = resolve_rollout_engine(recipe)
 
     for step_index in range(run.state.step, recipe.num_steps):
-        if run.late is None:
+        if run.late is None:  # this process samples the completions
             samples, completions, rollout_metrics = collect(run, step_index)
         else:  # from a rollout worker; the workers sample the batches of later steps while this step trains
             samples, completions, rollout_metrics = run.late.collect(step_index)
         samples, teacher_metrics = add_teacher_reward(run, samples, step_index)
         result = train_step(run, samples, step_index, run.optimizer)
         with run.log.stage("sync"):
+            # `publish` gives the workers one more batch to sample, with the new weights.
             mismatch_metrics = {} if run.late is None else run.late.publish(step_index, result)
             sync_metrics = mismatch_metrics | engine.sync(run.policy, run.rollout_policy)
 
         metrics = rollout_metrics | teacher_metrics | result.metrics | sync_metrics | validate(run, step_index)
         metrics = after_step(run, step_index, metrics)  # calls the callbacks, which may add metrics
         run.log.write(step_index, metrics)
+        # `samples` has the order of `completions`; `result.samples` is after load balancing between processes.
         log_completions(run, step_index, completions, samples.rollout, result.samples, result.logps)
         steps_done = step_index + 1
         run.progress(metrics, show=steps_done % recipe.logging_steps == 0 or steps_done == recipe.num_steps)
-        checkpoint_if_due(run, step_index, metrics)  # also saves on a signal, which ends the process
+        checkpoint_if_due(run, step_index, metrics)  # on a signal, saves and then ends the process
         if run.control.stop_reason is not None:
             break
     return finish(run)
