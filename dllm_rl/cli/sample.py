@@ -119,7 +119,7 @@ def live_view(policy: Policy, texts: Sequence[str], seconds_per_step: float) -> 
 
 
 def print_record(record: dict[str, Any], *, as_json: bool) -> None:
-    """Print the record as one JSON object; or print only the completions, and the token counts to standard error."""
+    """Print the record as one JSON object; or print the completions, and counts and speed to standard error."""
     if as_json:
         print(json.dumps(record))
         return

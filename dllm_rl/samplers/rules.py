@@ -2,10 +2,12 @@
 
 Custom functions can be passed in place of both. A rank scores each of K masked positions; positions with the highest
 scores are committed first. A rank receives by name the inputs that it needs:
-    logits      (K, V)  untempered fp32 logits; suppressed ids are at -inf, except the mask token, which is never
-    sampled normalizer  (K,)    log-sum-exp of the logits: logits - normalizer are log-probabilities in nats tokens
-    (K,)    the tokens sampled at the positions uniforms    (K,)    fresh random numbers in [0, 1) hidden      (K, D)
-    the last hidden states, which the model's head turns into logits; in the model's dtype
+    logits (K, V): untempered fp32 logits; suppressed ids are at -inf, except the mask token, which is never sampled
+    normalizer (K,): log-sum-exp of the logits: logits - normalizer are log-probabilities in nats
+    tokens (K,): the tokens sampled at the positions
+    uniforms (K,): fresh random numbers in [0, 1)
+    hidden (K, D): the last hidden states, which the model's head turns into logits; in the model's dtype
+
 Without the input `tokens`, the order does not depend on the drawn tokens, and the log-probs of committed tokens are the
 exact probabilities with which the sampler draws them.
 

@@ -1,6 +1,6 @@
 """A step of `unmask` as one compiled graph of fixed shapes, for batches of few rows, where a GPU waits for its host.
 
-Every step runs all rows and a full block. Positions that it does not step_sampler do not change. The host reads nothing
+Every step runs all rows and a full block. Positions that it does not sample do not change. The host reads nothing
 inside a step. Each number of rows, length of completion and 64 columns of width has a separate graph. Eager steps have
 other shapes (`choose`): uncompiled, this step took 1.14 to 1.41 times their processor time on a CPU, because the head
 then runs at written positions too.
