@@ -42,7 +42,8 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
             )
     except BlockingIOError as error:
         raise ValueError(
-            f"output_dir={str(directory)!r} is being written by another run, {error.strerror}; stop it, or give another"
+            f"output_dir={str(directory)!r} is being written by another run, {error.strerror}; stop it, or give "
+            "another output_dir"
         ) from None
     except OSError as error:
         raise OSError(f"output_dir={str(directory)!r} cannot be written ({error.strerror}); give another") from None
@@ -55,8 +56,9 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
             notes.append("the run of this folder was stopped before its first step: starting from the beginning")
         elif existing_files and not recipe.overwrite_output_dir:
             raise ValueError(
-                f"output_dir={str(directory)!r} already contains a run ({', '.join(existing_files)}); give another, or "
-                f"{as_written(resume_from_checkpoint='latest')}, or {as_written(overwrite_output_dir=True)}"
+                f"output_dir={str(directory)!r} already contains a run ({', '.join(existing_files)}); give another "
+                f"output_dir, or {as_written(resume_from_checkpoint='latest')}, or "
+                f"{as_written(overwrite_output_dir=True)}"
             )
         return None, None, notes
     checkpoint.recover_all(directory / "checkpoints")
