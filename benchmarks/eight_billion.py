@@ -291,6 +291,8 @@ def main() -> int:
         return 0
     found: dict[str, Any] = {"layers": arguments.layers, "threads": torch.get_num_threads(), "stages": {}}
     found["cpu"] = torch.backends.cpu.get_cpu_capability()
+    if arguments.json is not None and arguments.json.exists():  # further stages of the same checkpoint
+        found["stages"] = json.loads(arguments.json.read_text())["stages"]
     own = [sys.executable, "-m", "benchmarks.eight_billion", str(root), "--layers", str(arguments.layers)]
     failed = 0
     for name in arguments.stages.split(","):

@@ -182,7 +182,7 @@ def read_schemes(names: Sequence[str]) -> dict[str, Callable[[], Any] | None]:
     known = {"none": None, **CHOICES["rollout_quantization"]}
     for name in names:
         if name not in known:
-            raise ValueError(f"quantization={name!r} is none of {', '.join(sorted(known))}")
+            raise ValueError(f"quantization={name!r} is not one of {', '.join(sorted(known))}")
     return {name: known[name] for name in names}
 
 
@@ -214,7 +214,7 @@ def make_task(arguments: argparse.Namespace) -> UnderProtocol:
     if name is None:  # a run names its task
         name, settings = task_of(arguments.models[0] if arguments.models else "")
     if name not in TASKS:
-        raise ValueError(f"task={name!r} is none of {', '.join(TASKS)}")
+        raise ValueError(f"task={name!r} is not one of {', '.join(TASKS)}")
     if arguments.path and not hasattr(TASKS[name], "path"):
         raise ValueError(f"path={arguments.path!r}: task {name!r} makes its problems; leave it out")
     options = {option: value for option in ("split", "path") if (value := getattr(arguments, option))}
@@ -250,7 +250,7 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
     if policy.spec.attention == "encoder_decoder":
         return renoising_plans(policy, task, run, arguments)
     if arguments.samples > 1 and temperature_of(arguments, run) == 0:
-        raise ValueError(f"--samples {arguments.samples} at --temperature 0 are all alike; give a temperature above 0")
+        raise ValueError(f"--samples {arguments.samples} at --temperature 0 would all be equal; give a temperature above 0")
     run_length = settings_of(run).get("max_new_tokens")
     lengths = arguments.max_new_tokens or [usual_length(policy, task) if run_length is None else run_length]
     if policy.spec.attention != "causal":
@@ -305,7 +305,7 @@ def renoising_plans(policy: Policy, task: Task, run: partial | None, arguments: 
 def choices(arguments: argparse.Namespace, run: partial | None) -> tuple[Sequence[Any], ...]:
     """Return the commit rules, ranks, caches and budgets: as text if they are passed or no run is, else the run's.
 
-    None stands for the rank that `rank_of` returns, and for no budget.
+    A rank of None means the rank that `rank_of` returns, and a budget of None means no budget.
     """
     defaults = settings_of(run)
     commits = arguments.commit or [defaults.get("commit", "schedule")]

@@ -50,7 +50,7 @@ class NamedModel(HarnessModel):
         likelihood = likelihood or ("causal" if policy.spec.attention == "causal" else "elbo")
         makers = CHOICES["likelihood"]
         if likelihood not in makers:
-            raise ValueError(f"likelihood={likelihood!r} is none of {', '.join(makers)}")
+            raise ValueError(f"likelihood={likelihood!r} is not one of {', '.join(makers)}")
         scoring: dict[str, Any] = {}
         sampling: dict[str, Any] = {"temperature": 0.0}  # as in `dllm-rl evaluate`; autoregress's default is 1.0
         for name, value in options.items():

@@ -41,7 +41,7 @@ def complete(
     Args:
         policy: Policy that completes the problems.
         problems: Problems. If a problem has a `blank`, its occurrences in the prompt are filled in.
-        options: Settings of the policy's sampler. None stands for the sampler's default.
+        options: Settings of the policy's sampler. None means the sampler's default.
         group_size: Completions of each problem. Default: 1.
         seed: Seed of the sampler. Default: 0.
         seconds_per_step: Draw each step on the terminal, and wait for this time. None (default): draw nothing.

@@ -1,4 +1,4 @@
-"""Evaluate a policy on a task: the function behind a run's evaluations and `dllm-rl evaluate`."""
+"""`evaluate`, which a run's evaluations and `dllm-rl evaluate` call."""
 
 import dataclasses
 import time
@@ -160,7 +160,7 @@ def task_facts(task: Task) -> dict[str, Any]:
     return {
         "task": task.name,
         "version": task.version,
-        "protocol": getattr(task, "protocol", "own"),  # "own": the task's grader, without a protocol
+        "protocol": getattr(task, "protocol", "own"),  # "own": the task grades by itself
         "split": settings.get("split"),
         "settings": settings,
     }

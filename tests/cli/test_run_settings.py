@@ -111,7 +111,7 @@ class TestEvaluatePlans:
         for option, message in (
             ("--diffusion_steps 4", "commit=threshold=0.75 chooses its number of steps; add --commit schedule"),
             ("--forwards 4", "--forwards 4: commit='threshold=0.75' decides its own forwards"),
-            ("--samples 2", "--samples 2 at --temperature 0 are all alike"),
+            ("--samples 2", "--samples 2 at --temperature 0 would all be equal"),
         ):
             with pytest.raises(ValueError, match=message):
                 self.plans(monkeypatch, self.THRESHOLD, option)
