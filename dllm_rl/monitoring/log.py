@@ -177,12 +177,14 @@ def check_trackers(recipe: Settings) -> None:
 
 
 def start_trackers(recipe: Settings, accelerator: Accelerator, *, start: int) -> list[GeneralTracker]:
-    """Start the trackers in the main process. The project has the recipe's name, the run the name of its folder.
+    """Start the trackers in the main process. The run has the name of its folder, the project the recipe's name, or with
+    wandb that of the environment variable WANDB_PROJECT.
 
     Raises:
         ValueError: A tracker did not start.
     """
     run = Path(recipe.directory).name
+    project = os.environ.get("WANDB_PROJECT", recipe.name) if "wandb" in recipe.trackers else recipe.name
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {"purge_step": start},
         "wandb": {"name": run, "dir": recipe.directory},
@@ -190,7 +192,7 @@ def start_trackers(recipe: Settings, accelerator: Accelerator, *, start: int) ->
         "mlflow": {"run_name": run},
     }
     try:
-        accelerator.init_trackers(recipe.name, init_kwargs=options)
+        accelerator.init_trackers(project, init_kwargs=options)
         for tracker in accelerator.trackers:
             if tracker.name != "tensorboard":  # tensorboard would show the settings as a separate run
                 tracker.store_init_configuration(recipe.settings())

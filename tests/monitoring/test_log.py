@@ -151,7 +151,17 @@ def test_none_is_none(tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_others_get_every_step_and_the_recipe(tmp_path, wandb):
+@pytest.mark.parametrize("project", [None, "sums"])
+def test_wandb_takes_its_project_from_the_environment(tmp_path, wandb, monkeypatch, project):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    if project:
+        monkeypatch.setenv("WANDB_PROJECT", project)
+    module.start_trackers(tiny_recipe(tmp_path / "run", report_to="wandb"), Accelerator(log_with="wandb"), start=0)
+    assert [(made.project, made.options["name"]) for made in wandb.made] == [(project or "tiny", "run")]
+
+
+def test_others_get_every_step_and_the_recipe(tmp_path, wandb, monkeypatch):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
     train(tiny_recipe(tmp_path / "run", report_to="tensorboard,wandb", sft_warmup_steps=2, sft_warmup_eval_steps=2))
     (made,) = wandb.made
     assert made.project == "tiny" and made.options == {"name": "run", "dir": str(tmp_path / "run")}
