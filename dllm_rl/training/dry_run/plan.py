@@ -33,6 +33,7 @@ GPU_SIZES = (80, 96, 141, 192)  # GB of memory
 USABLE_SHARE = 0.9  # share of a GPU's memory; the allocator, kernels and driver need the rest
 FILE_SHARD = 5 * GB  # bytes that `save_pretrained` writes at a time
 WRITE_RATE = 0.57 * GB  # bytes per second: 16 GB were written in 13 s and digested in 15 s
+MERGE_RATE = 0.15 * GB  # bytes per second: two CPU cores took 99 s for 15 GB of bf16 weights with adapters
 ASSUMED_PROMPT = 256  # tokens of a prompt, if no task is opened
 
 
@@ -259,12 +260,13 @@ def save_lines(recipe: Recipe, policy: MetaPolicy, step_memory: Memory) -> list[
         f"{size / WRITE_RATE:.0f} s"
         for size in ([checkpoint_bytes, weights + moments] if only_adapters else [checkpoint_bytes])
     )
+    merge_text = f"; {weights / MERGE_RATE:.0f} s more where a CPU merges adapters" if recipe.lora is not None else ""
     return [
         f"checkpoints           {sizes_text}; {disk_bytes / GB:.3f} GB of disk with {recipe.save_total_limit} kept "
         "while the last is written",
         f"host memory at a save {host_bytes / GB:.3f} GB",
         f"time of a save        {seconds_text}, an estimate at {WRITE_RATE / GB:.2f} GB/s, of two CPU cores "
-        "and one disk",
+        f"and one disk{merge_text}",
     ]
 
 
