@@ -128,7 +128,7 @@ def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
     """Return the bytes per GPU: every GPU has the full learner, or its part of a sharded learner."""
     dtype = weights_dtype(recipe, policy)
     shard_size = group_size(recipe, launched())
-    rollout_copy = rollout_bytes(recipe, policy, 2 if recipe.bf16 else dtype.itemsize)
+    rollout_copy = rollout_bytes(recipe, policy, dtype)
     if shard_size > 1 and recipe.rollout_quantization is None:
         rollout_copy = policy.parameters * dtype.itemsize  # the rollout needs a full copy of sharded weights
     step_memory = measure_step(
@@ -150,18 +150,23 @@ def quantizable_counts(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, di
     return sum(math.prod(weight.shape[:-2]) for weight in matrices), sum(map(torch.numel, matrices)), skipped
 
 
-def rollout_bytes(recipe: Recipe, policy: MetaPolicy, bytes_per_value: int) -> int:
-    """Return the bytes of the quantized copy without its scales, which need a few bytes per thousand."""
+def rollout_bytes(recipe: Recipe, policy: MetaPolicy, dtype: torch.dtype) -> int:
+    """Return the bytes that the quantized copy adds, without its scales, which need a few bytes per thousand."""
     layers, weights, _ = quantizable_counts(recipe, policy)
     scheme = recipe.rollout_quantization
     if scheme is None or not layers:
         return 0
     resolved_scheme = scheme()
+    copy_dtype = torch.bfloat16 if recipe.bf16 else dtype
+    bytes_per_value = copy_dtype.itemsize
     bytes_per_weight = 0.5 if isinstance(resolved_scheme, type(int4_packed())) else 1.0  # bytes of a quantized weight
     if isinstance(resolved_scheme, FakeQuantize):
         # Rounded in the weight's dtype; with rounded inputs in fp32.
         bytes_per_weight = bytes_per_value if resolved_scheme.activation is None else 4.0
-    return int(weights * bytes_per_weight) + (policy.parameters - weights) * bytes_per_value
+    # With adapters the copy shares the frozen embedding, head and norms with the learner.
+    shared = recipe.lora is not None and copy_dtype == dtype and group_size(recipe, launched()) == 1
+    other_weights = 0 if shared else policy.parameters - weights
+    return int(weights * bytes_per_weight) + other_weights * bytes_per_value
 
 
 def plan(recipe: Recipe) -> str:

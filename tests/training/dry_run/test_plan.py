@@ -99,12 +99,15 @@ def test_llada_8b_to_the_parameter():
     assert trainable == 32 * (attention + ahead)
     layers, weights, kept = quantizable_counts(recipe, adapted)
     assert (layers, weights) == (224, 32 * (4 * 4096**2 + 3 * 4096 * 12288))
-    assert rollout_bytes(recipe, adapted, 2) == weights + 2 * (8_015_581_184 - weights)
+    bf16, fp32, others = torch.bfloat16, torch.float32, 8_015_581_184 - weights
+    assert rollout_bytes(recipe, adapted, bf16) == weights  # the other layers are frozen, and shared with the learner
+    assert rollout_bytes(replace(recipe, bf16=True, dtype="float32"), adapted, fp32) == weights + 2 * others
+    assert rollout_bytes(replace(recipe, lora=None), full, bf16) == weights + 2 * others
     assert sorted(kept) == ["lm_head", "model.embed_tokens"]
     held = replace(recipe, rollout_quantization=partial(float8_weight_only, dequantized=True))
-    assert rollout_bytes(held, adapted, 2) == 2 * 8_015_581_184  # in bf16, what a plain copy takes
+    assert rollout_bytes(held, adapted, bf16) == 2 * weights
     rounded = replace(recipe, rollout_quantization=partial(fake_quantize, activation="int8"))
-    assert rollout_bytes(rounded, adapted, 2) == 4 * weights + 2 * (8_015_581_184 - weights)  # products in fp32
+    assert rollout_bytes(rounded, adapted, bf16) == 4 * weights  # products in fp32
 
 
 def two_blocks(recipe, policy, **options) -> Memory:
