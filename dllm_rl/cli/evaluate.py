@@ -250,7 +250,9 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
     if policy.spec.attention == "encoder_decoder":
         return renoising_plans(policy, task, run, arguments)
     if arguments.samples > 1 and temperature_of(arguments, run) == 0:
-        raise ValueError(f"--samples {arguments.samples} at --temperature 0 would all be equal; give a temperature above 0")
+        raise ValueError(
+            f"--samples {arguments.samples} at --temperature 0 would all be equal; give a temperature above 0"
+        )
     run_length = settings_of(run).get("max_new_tokens")
     lengths = arguments.max_new_tokens or [usual_length(policy, task) if run_length is None else run_length]
     if policy.spec.attention != "causal":

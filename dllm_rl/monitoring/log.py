@@ -177,8 +177,8 @@ def check_trackers(recipe: Settings) -> None:
 
 
 def start_trackers(recipe: Settings, accelerator: Accelerator, *, start: int) -> list[GeneralTracker]:
-    """Start the trackers in the main process. The run has the name of its folder, the project the recipe's name, or with
-    wandb that of the environment variable WANDB_PROJECT.
+    """Start the trackers in the main process. The run has the name of its folder, the project the recipe's name, or
+    with wandb that of the environment variable WANDB_PROJECT.
 
     Raises:
         ValueError: A tracker did not start.
