@@ -71,7 +71,7 @@ def quantized_copy(
     """Return a copy of the policy in which the linear layers of the blocks are quantized by the scheme `config`.
 
     Call it once to sample with quantized weights, and `sync_weights` after each update; a run with
-    `Recipe.quantization` does both. Head, embeddings, norms, routers and layers tied to them keep their precision.
+    `rollout_quantization` does both. Head, embeddings, norms, routers and layers tied to them keep their precision.
     Stacked experts are quantized one by one. Adapters are merged, and sharded weights gathered, layer by layer, so that
     at most one layer is in memory twice.
 

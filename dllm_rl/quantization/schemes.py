@@ -63,8 +63,8 @@ def float8_weight_only(*, dequantized: bool = False) -> Scheme:
 def float8_dynamic() -> Scheme:
     """Quantize weights to e4m3 per row and inputs to e4m3 per token.
 
-    Use it on float8 hardware: it needs CUDA capability 8.9 or more, and bf16 weights. `fake_quantize` emulates it on
-    other devices.
+    Use it on float8 hardware: it needs CUDA capability 8.9 or more, and weights in bf16, or in fp32 with a recipe's
+    `bf16`. `fake_quantize` emulates it on other devices.
     """
     torchao = _torchao()
     return torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow(), activation_value_lb=TINY)
