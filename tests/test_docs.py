@@ -352,8 +352,8 @@ def test_a_loss_of_ones_own_is_checked_three_times(tmp_path, monkeypatch):
         made["check_corrector"](halved)
 
 
-def test_a_loss_with_a_detached_part_has_checks_that_see_its_gradient(tmp_path, monkeypatch):
-    made = run_example("A loss with a detached part", tmp_path, monkeypatch)
+def test_a_loss_with_a_detached_part_has_checks_that_see_its_gradient():
+    made = runpy.run_path(str(EXAMPLES / "detached_loss.py"))
     rows = [(row.policy, row.sigma, round(row.bias, 2), round(row.rmse, 2)) for row in made["table"]]
     assert f"It prints `{rows}`." in (DOCS / "losses.md").read_text()
     assert made["table"][0].bias < 1e-12
@@ -370,6 +370,16 @@ def test_a_loss_with_a_detached_part_has_checks_that_see_its_gradient(tmp_path, 
     options = {"moved": "old", "policies": ("early",), "sigmas": (0.0,), "networks": 1}
     (row,) = made["gradient_table"](of(loss=twice), **options)
     assert row.bias == pytest.approx(1)
+
+
+def test_the_study_of_a_corrector_has_arms_that_are_recipes():
+    made = runpy.run_path(str(EXAMPLES / "corrector_study.py"))
+    for study in (made["study"], made["trials"]):
+        for changes in study.arms.values():
+            dataclasses.replace(study.base, **changes)
+    assert {name for each in made["study"].contrasts for name in (each.arm, each.against)} <= made["ARMS"].keys()
+    assert made["trials"].base.eval_task != made["study"].base.eval_task
+    dllm_rl.check_corrector(made["mine"])
 
 
 def test_what_the_librarys_losses_do_in_these_checks():
