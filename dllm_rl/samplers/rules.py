@@ -93,8 +93,10 @@ def plackett_luce(
     """Rank positions by base_rank / temperature; the sampler adds Gumbel noise, so that the order has a probability.
 
     Use it to train the order together with the tokens: `trajectory()` scores both. It needs the commit rule `schedule`
-    or `late_schedule`. With s = base_rank / temperature, a step commits the positions j_1 .. j_k, sorted by noisy
-    score, with probability (Plackett-Luce [paper])
+    or `late_schedule`.
+
+    With s = base_rank / temperature, a step commits the positions j_1 .. j_k, sorted by noisy score, with probability
+    (Plackett-Luce [paper])
         prod_{i=1..k} exp(s_{j_i}) / sum_{m masked, not j_1 .. j_(i-1)} exp(s_m).
     This is the probability of the ORDERED draw; the probability of the set would be a sum over k! orders. Given the
     set, the mean of the ratio of ordered draws is the ratio of the sets, so that weights and gradients stay unbiased. A

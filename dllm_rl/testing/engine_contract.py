@@ -19,10 +19,12 @@ def check_engine(
 ) -> None:
     """Raise AssertionError, naming the broken promise, unless the engine's rollouts fulfill their contract.
 
-    Call it in a test of a custom `RolloutEngine`. A rollout must name the learner's version. It must record the
-    log-probs of its tokens under its sampling_params: the learner's differ by at most `bound` nats a token in the mean.
-    A completion ends at its full length, with its end token, or (block-causal) with the block of that token. A row's
-    randomness depends only on its seed. After `sync` all this holds for the new weights. Nothing else changes.
+    Call it in a test of a custom `RolloutEngine`.
+
+    A rollout must name the learner's version. It must record the log-probs of its tokens under its sampling_params: the
+    learner's differ by at most `bound` nats a token in the mean. A completion ends at its full length, with its end
+    token, or (block-causal) with the block of that token. A row's randomness depends only on its seed. After `sync` all
+    this holds for the new weights. Nothing else changes.
 
     Args:
         engine: Engine to check.

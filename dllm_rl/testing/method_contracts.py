@@ -17,10 +17,12 @@ from dllm_rl.types import Batch, Rollout, Views
 def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
     """Raise AssertionError, naming the broken promise, unless the corrector fulfills its contract.
 
-    Call it in a test of a custom corrector. Where every log-ratio is exactly 0, the corrector must equal
-    `no_correction` bit for bit. Weights are finite, >= 0 and without gradient. The loss mask is a subset of the mask
-    and drops ratios that are not finite. Metrics are finite floats. Inputs do not change. Row order, padding and
-    micro-batches do not matter. One row, a row without tokens, and a batch without tokens are defined.
+    Call it in a test of a custom corrector.
+
+    Where every log-ratio is exactly 0, the corrector must equal `no_correction` bit for bit. Weights are finite, >= 0
+    and without gradient. The loss mask is a subset of the mask and drops ratios that are not finite. Metrics are finite
+    floats. Inputs do not change. Row order, padding and micro-batches do not matter. One row, a row without tokens, and
+    a batch without tokens are defined.
 
     Args:
         corrector: Corrector to check.
@@ -214,10 +216,12 @@ def _drops_nonfinite(corrector: Corrector, advantages: Tensor) -> None:
 def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rollout, *, seed: int = 0) -> None:
     """Raise AssertionError, naming the broken promise, unless the estimator fulfills its contract.
 
-    Call it in a test of a custom `LikelihoodEstimator`. The same seed gives a row the same masks, whatever the other
-    rows and the padding; inputs and the global generator do not change. The estimator masks and scores only real
-    tokens, and (unless causal) scores only masked tokens. Contributions are finite, zero off the completion, and the
-    same twice, in micro-batches, padded or reordered. Gradients reach only what a view scores.
+    Call it in a test of a custom `LikelihoodEstimator`.
+
+    The same seed gives a row the same masks, whatever the other rows and the padding; inputs and the global generator
+    do not change. The estimator masks and scores only real tokens, and (unless causal) scores only masked tokens.
+    Contributions are finite, zero off the completion, and the same twice, in micro-batches, padded or reordered.
+    Gradients reach only what a view scores.
 
     Args:
         estimator: Estimator to check.

@@ -55,11 +55,19 @@ def signature(node: ast.FunctionDef | ast.AsyncFunctionDef, indent: str = "") ->
     return "\n".join([start, *(f"{indent}    {each}," for each in arguments(node)), indent + end])
 
 
+def is_set_by_callers(field: ast.AnnAssign) -> bool:
+    """Is it a public field that a caller sets or reads: no constant of the class, and none that the class fills in?"""
+    value = ast.unparse(field.value) if field.value else ""
+    filled_in = "init=False" in value and "repr=False" in value
+    constant = ast.unparse(field.annotation).startswith("ClassVar")
+    return not (ast.unparse(field.target).startswith("_") or constant or filled_in)
+
+
 def members(node: ast.ClassDef, source: list[str]) -> list[str]:
     """The public fields, as the source's lines have them with their comments, and the signatures of public methods."""
     lines = []
     for each in node.body:
-        if isinstance(each, ast.AnnAssign) and not ast.unparse(each.target).startswith("_"):
+        if isinstance(each, ast.AnnAssign) and is_set_by_callers(each):
             first = each.lineno - 1
             while source[first - 1].strip().startswith("# "):
                 first -= 1
