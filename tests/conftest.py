@@ -49,6 +49,14 @@ def pictures(no_pictures, monkeypatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_fsync():
+    """What tests write need not outlive a power cut, for which a tiny run would wait half of its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def tried_once():
     """Whoever opens a checkpoint tries its tokenizer in a new process: here each content once, as most are the same."""
     from dllm_rl.models import untrusted
