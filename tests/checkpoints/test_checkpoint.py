@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_outputs import assert_same_weights, metrics_of
+from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.checkpoints import checkpoint
@@ -25,20 +25,20 @@ from dllm_rl.training.trainer import train
 
 
 def test_resume_continues_bit_for_bit(tmp_path):
-    changes = {"sft_warmup_steps": 2, "num_iterations": 2, "beta": 0.01, "save_steps": 2}
-    changes |= {"num_steps": 3, "train_batch_size": 2}
-    whole = train(tiny_recipe(tmp_path / "whole", **changes))
-    train(tiny_recipe(tmp_path / "parts", save_total_limit=9, **changes))
-    for folder in checkpoint.list_checkpoints(tmp_path / "parts" / "checkpoints"):
-        step, path = folder
-        again = train(tiny_recipe(tmp_path / "parts", save_total_limit=9, resume_from_checkpoint=str(path), **changes))
-        assert_same_weights(whole, again)
-        assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts"), f"resumed at {step}"
+    changes = {"sft_warmup_steps": 2, "num_iterations": 2, "beta": 0.01, "save_steps": 2, "save_total_limit": 9}
+    changes |= {"num_steps": 3, "train_batch_size": 2, "report_to": None}
+    whole = weights_of(train(tiny_recipe(tmp_path, **changes)))
+    rows = metrics_of(tmp_path)
+    for step in (2, 0):
+        start = str(tmp_path / "checkpoints" / f"step-00000{step}")
+        again = weights_of(train(tiny_recipe(tmp_path, resume_from_checkpoint=start, **changes)))
+        assert all(torch.equal(again[name], weight) for name, weight in whole.items()), f"resumed at {step}"
+        assert metrics_of(tmp_path) == rows, f"resumed at {step}"
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    train(tiny_recipe(tmp_path, num_steps=5, save_steps=1, save_total_limit=2))
-    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [4, 5]
+    train(tiny_recipe(tmp_path, num_steps=3, save_steps=1, save_total_limit=2))
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [2, 3]
 
 
 def state_of(folder: Path) -> dict:
@@ -46,36 +46,29 @@ def state_of(folder: Path) -> dict:
 
 
 def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, capsys):
-    every = {"num_steps": 5, "save_steps": 1, "save_total_limit": 9}
+    every = {"num_steps": 3, "save_steps": 1, "save_total_limit": 9, "train_batch_size": 2}
     train(tiny_recipe(tmp_path, **every))
     folder, before = tmp_path / "checkpoints", {}
     for step, path in checkpoint.list_checkpoints(folder):
         before[step] = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
     capsys.readouterr()
-    # Three steps in all: with the abandoned 4 and 5 still in place, a limit of 1 would delete the step 3 just written.
-    resume = {
-        "num_steps": 3,
-        "lr_schedule_steps": 5,
-        "save_steps": 1,
-        "save_total_limit": 1,
-        "resume_from_checkpoint": str(folder / "step-000002"),
-    }
-    summary = train(tiny_recipe(tmp_path, **resume))
-    assert summary["checkpoint"] == str(folder / "step-000003") and state_of(Path(summary["checkpoint"]))["step"] == 3
-    assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [3]
+    # Two steps in all: with the abandoned 2 and 3 still in place, a limit of 1 would delete the step 2 just written.
+    resume = {"num_steps": 2, "lr_schedule_steps": 3, "save_total_limit": 1}
+    summary = train(tiny_recipe(tmp_path, **every | resume, resume_from_checkpoint=str(folder / "step-000001")))
+    assert summary["checkpoint"] == str(folder / "step-000002") and state_of(Path(summary["checkpoint"]))["step"] == 2
+    assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [2]
     said = capsys.readouterr().out.replace("\n", "")
-    for step in (3, 4, 5):
+    for step in (2, 3):
         aside = folder / f"step-00000{step}.set-aside"
         assert str(aside) in said
         assert {file.name: file.read_bytes() for file in aside.iterdir() if file.is_file()} == before[step]
     # One that was set aside can be gone on from, and another of its step is set aside in turn, under a free name.
     train(tiny_recipe(tmp_path, **every, resume_from_checkpoint="latest"))
-    again = {"resume_from_checkpoint": str(folder / "step-000004.set-aside")}
+    again = {"resume_from_checkpoint": str(folder / "step-000002.set-aside")}
     summary = train(tiny_recipe(tmp_path, **every, **again))
-    assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [3, 5] and summary["checkpoint"] == str(
-        folder / "step-000005"
-    )
-    assert {path.name for path in folder.glob("*-2")} == {"step-000004.set-aside-2", "step-000005.set-aside-2"}
+    assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [3]
+    assert summary["checkpoint"] == str(folder / "step-000003")
+    assert {path.name for path in folder.glob("*-2")} == {"step-000002.set-aside-2", "step-000003.set-aside-2"}
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from repetitions import slow
 from run_outputs import assert_same_weights, metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 
@@ -19,6 +20,7 @@ from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.cli.main import main
 from dllm_rl.training import train
+from dllm_rl.training.policies import make_optimizer
 
 SMALL = partial(tiny_masked_lm, **(SIZES | {"hidden_size": 8, "num_layers": 1, "intermediate_size": 8}))
 STATE = TrainingState(step=7, version=0, dtype="float32", recipe={})
@@ -32,13 +34,22 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def load_optimizer(finished):
+    """What a resume does with a checkpoint's optimizer.pt, once its bytes are those of the manifest."""
+    policy = load_policy(finished / "checkpoints" / "step-000003")
+    policy.weights_version = 3
+    optimizer = make_optimizer(recipe(finished), policy)
+    return partial(checkpoint.load_optimizer, policy=policy, optimizer=optimizer)
+
+
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def recipe(folder, **changes):
-    common = {"num_steps": 3, "save_steps": 1, "save_total_limit": 9, "learning_rate": 5e-3}
+    common = {"model": SMALL, "num_steps": 3, "save_steps": 1, "save_total_limit": 9, "learning_rate": 5e-3}
     return tiny_recipe(folder, **{**common, **changes})
 
 
@@ -129,15 +140,14 @@ def test_the_manifest_says_what_wrote_it(run):
     assert (run / "checkpoints" / "latest").read_text() == "step-000003\n"
 
 
-def test_a_recipe_may_leave_the_rest_of_large_files_unread(tmp_path, monkeypatch):
+def test_a_recipe_may_leave_the_rest_of_large_files_unread(run, monkeypatch):
     monkeypatch.setattr(manifest, "HEAD", 64)
-    train(recipe(tmp_path, num_steps=1))
-    weights = tmp_path / "checkpoints" / "step-000001" / "model.safetensors"
-    flip(weights, at=weights.stat().st_size - 3)
-    again = {"num_steps": 1, "resume_from_checkpoint": str(weights.parent)}
+    newest = run / "checkpoints" / "step-000003"
+    signed(newest)
+    flip(newest / "model.safetensors", at=(newest / "model.safetensors").stat().st_size - 3)
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its SHA-256 differs"):
-        train(recipe(tmp_path, **again))
-    train(recipe(tmp_path, **again, verify_checkpoint="quick"))
+        train(recipe(run, resume_from_checkpoint=str(newest)))
+    train(recipe(run, resume_from_checkpoint=str(newest), verify_checkpoint="quick"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json", "tokenizer.json"])
@@ -166,11 +176,13 @@ def test_of_a_run_the_commands_take_the_newest_that_is_whole(run, capsys):
     assert "step-000003: model.safetensors is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["sample"], ["evaluate", "--task", "sudoku", "--limit", "1"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command", [["sample"], *map(slow, (["evaluate", "--task", "sudoku", "--limit", "1"], ["doctor"]))]
+)
 def test_a_quick_check_may_be_asked_for(run, command, monkeypatch, capsys):
     newest = run / "checkpoints" / "step-000003"
     monkeypatch.setattr(manifest, "HEAD", 64)
-    manifest.write(newest, step=3, processes=1, versions={})
+    signed(newest)
     flip(newest / "optimizer.pt", at=(newest / "optimizer.pt").stat().st_size - 3)
     name, *options = command
     small = [] if name == "evaluate" else ["--max_new_tokens", "1"]
@@ -257,23 +269,21 @@ NOT_OPTIMIZERS = [
 
 
 @pytest.mark.parametrize("change", NOT_OPTIMIZERS)
-def test_a_signed_optimiser_of_other_types_is_refused(run, change):
+def test_an_optimiser_of_other_types_is_refused(run, load_optimizer, change):
     newest = run / "checkpoints" / "step-000003"
     torch.save(change(torch.load(newest / "optimizer.pt")), newest / "optimizer.pt")
-    signed(newest)
     with pytest.raises(ValueError, match=r"optimizer\.pt(:| does not hold| holds no)"):
-        train(recipe(run, resume_from_checkpoint=str(newest)))
+        load_optimizer(newest)
 
 
 @pytest.mark.parametrize(("kind", "value"), [("exp_avg_sq", -1.0), ("step", -5.0), ("step", float("nan"))])
-def test_signed_moments_that_no_run_has_made_are_refused(run, kind, value):
+def test_moments_that_no_run_has_made_are_refused(run, load_optimizer, kind, value):
     newest = run / "checkpoints" / "step-000003"
     held = torch.load(newest / "optimizer.pt")
     held["state"][0][kind].fill_(value)
     torch.save(held, newest / "optimizer.pt")
-    signed(newest)
     with pytest.raises(ValueError, match=rf"optimizer\.pt is damaged: {kind} of .* is (negative|not finite)"):
-        train(recipe(run, resume_from_checkpoint=str(newest)))
+        load_optimizer(newest)
 
 
 def test_settings_are_the_recipes_and_not_the_files(run, finished):
@@ -286,29 +296,27 @@ def test_settings_are_the_recipes_and_not_the_files(run, finished):
     assert_same_weights(again, json.loads((finished / "summary.json").read_text()))
 
 
-def test_a_state_that_contains_itself_is_refused(run):
+def test_a_state_that_contains_itself_is_refused(run, load_optimizer):
     newest = run / "checkpoints" / "step-000003"
     held = torch.load(newest / "optimizer.pt")
     held["state"][0]["loop"] = held
     torch.save(held, newest / "optimizer.pt")
-    signed(newest)
     with pytest.raises(ValueError, match=r"optimizer\.pt is damaged: maximum recursion depth exceeded") as said:
-        train(recipe(run, resume_from_checkpoint=str(newest)))
+        load_optimizer(newest)
     assert "\n" not in str(said.value)
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_a_pickle_that_takes_minutes_is_not_read(run, compressed, monkeypatch):
+def test_a_pickle_that_takes_minutes_is_not_read(run, load_optimizer, compressed, monkeypatch):
     newest = run / "checkpoints" / "step-000003"
     (newest / "optimizer.pt").unlink()
     with zipfile.ZipFile(newest / "optimizer.pt", "w", zipfile.ZIP_DEFLATED if compressed else 0) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + b"]" * 2**24 + b".")
         archive.writestr("archive/version", "3")
-    signed(newest)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it would be read"))
     said = "is compressed" if compressed else "has 16777219 bytes for"
     with pytest.raises(ValueError, match=rf"optimizer\.pt is damaged: archive/data\.pkl {said}"):
-        train(recipe(run, resume_from_checkpoint=str(newest)))
+        load_optimizer(newest)
 
 
 def test_an_evaluation_without_a_reward_is_refused_before_training(run):
@@ -324,12 +332,11 @@ def test_an_evaluation_without_a_reward_is_refused_before_training(run):
 
 
 @pytest.mark.parametrize("content", [b"", b"(", b"PK\x03\x04", b"\x80\x02}q\x00.", b"\x80\x02cposix\nsystem\n."])
-def test_a_signed_optimiser_that_is_something_else_is_refused(run, content):
+def test_an_optimiser_that_is_something_else_is_refused(run, load_optimizer, content):
     newest = run / "checkpoints" / "step-000003"
     (newest / "optimizer.pt").write_bytes(content)
-    signed(newest)
     with pytest.raises(ValueError, match=r"optimizer\.pt (is damaged|does not hold)") as said:
-        train(recipe(run, resume_from_checkpoint=str(newest)))
+        load_optimizer(newest)
     assert "\n" not in str(said.value)
 
 

@@ -73,7 +73,7 @@ def test_a_file_in_place_of_a_folder_is_refused_before_any_step(tmp_path, name):
 
 def test_a_reference_of_another_run_is_refused(tmp_path):
     train(tiny_recipe(tmp_path / "a", beta=0.1, num_steps=1))
-    train(tiny_recipe(tmp_path / "b", beta=0.1, num_steps=1, seed=1))
+    train(tiny_recipe(tmp_path / "b", beta=0.1, num_steps=0, seed=1))
     shutil.rmtree(tmp_path / "a" / "reference")
     shutil.copytree(tmp_path / "b" / "reference", tmp_path / "a" / "reference")
     with pytest.raises(ValueError, match="reference belongs to another run"):
