@@ -40,7 +40,7 @@ class TestLoraAfterAWarmUp:
         assert all(parameter.grad is None for parameter in policy.module.parameters())
 
     def test_grad_norm_is_of_what_is_trained_and_a_resumed_run_is_the_same(self, tmp_path):
-        changes = {"lora": partial(Lora, r=2), "sft_warmup_steps": 2, "num_steps": 3, "save_total_limit": 9}
+        changes = {"lora": partial(Lora, r=2), "sft_warmup_steps": 2, "num_steps": 2, "save_total_limit": 9}
         whole = train(small(tmp_path / "a", **changes))
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         start = str(tmp_path / "b" / "checkpoints" / "step-000000")
@@ -65,34 +65,28 @@ def test_the_reference_is_whole_before_the_first_checkpoint(tmp_path, monkeypatc
 
 
 class TestSchedule:
-    @pytest.fixture
-    def two_steps(self, tmp_path):
+    def test_more_steps_would_change_what_was_done_and_fewer_are_less(self, tmp_path):
         train(small(tmp_path, num_steps=2))
-        return tmp_path
-
-    def test_more_steps_would_change_what_was_done(self, two_steps):
         said = "num_steps=4 would change the learning rates of a schedule that began with 2 steps; add lr_schedule_st"
         with pytest.raises(ValueError, match=said):
-            train(small(two_steps, num_steps=4, resume_from_checkpoint="latest"))
-        train(small(two_steps, num_steps=4, lr_schedule_steps=2, resume_from_checkpoint="latest"))
-        assert [row["step"] for row in metrics_of(two_steps)] == [0, 1, 2, 3]
+            train(small(tmp_path, num_steps=4, resume_from_checkpoint="latest"))
+        with pytest.raises(ValueError, match="num_steps=1 is less than the checkpoint's step 2"):
+            train(small(tmp_path, num_steps=1, resume_from_checkpoint="latest"))
+        train(small(tmp_path, num_steps=3, lr_schedule_steps=2, resume_from_checkpoint="latest"))
+        assert [row["step"] for row in metrics_of(tmp_path)] == [0, 1, 2]
         with pytest.raises(ValueError, match="lr_schedule_steps=5 would change the learning rates"):
-            train(small(two_steps, num_steps=5, lr_schedule_steps=5, resume_from_checkpoint="latest"))
+            train(small(tmp_path, num_steps=5, lr_schedule_steps=5, resume_from_checkpoint="latest"))
 
-    def test_with_a_horizon_of_its_own_two_parts_are_the_whole(self, two_steps, tmp_path):
-        whole = train(small(tmp_path / "whole", num_steps=3, lr_schedule_steps=6))
+    def test_with_a_horizon_of_its_own_two_parts_are_the_whole(self, tmp_path):
+        whole = train(small(tmp_path / "whole", num_steps=2, lr_schedule_steps=6))
         train(small(tmp_path / "parts", num_steps=1, lr_schedule_steps=6))
-        parts = train(small(tmp_path / "parts", num_steps=3, lr_schedule_steps=6, resume_from_checkpoint="latest"))
+        parts = train(small(tmp_path / "parts", num_steps=2, lr_schedule_steps=6, resume_from_checkpoint="latest"))
         assert_same_weights(whole, parts)
 
     @pytest.mark.slow
-    def test_a_schedule_that_ignores_it_may_go_on(self, two_steps):
-        train(small(two_steps / "flat", num_steps=1, lr_schedule=constant))
-        train(small(two_steps / "flat", num_steps=2, lr_schedule=constant, resume_from_checkpoint="latest"))
-
-    def test_fewer_steps_than_were_done_are_refused(self, two_steps):
-        with pytest.raises(ValueError, match="num_steps=1 is less than the checkpoint's step 2"):
-            train(small(two_steps, num_steps=1, resume_from_checkpoint="latest"))
+    def test_a_schedule_that_ignores_it_may_go_on(self, tmp_path):
+        train(small(tmp_path, num_steps=1, lr_schedule=constant))
+        train(small(tmp_path, num_steps=2, lr_schedule=constant, resume_from_checkpoint="latest"))
 
     def test_after_its_horizon_the_rate_stays(self):
         assert linear_decay(9, 10) > linear_decay(10, 10) == linear_decay(25, 10) == pytest.approx(0.1)
@@ -104,14 +98,14 @@ def constant(step, num_steps):
 
 class TestMetrics:
     def test_nothing_is_rewritten_and_what_was_run_again_counts_once(self, tmp_path):
-        train(small(tmp_path, num_steps=3, save_total_limit=9))
+        train(small(tmp_path, num_steps=2, save_total_limit=9))
         before = (tmp_path / "metrics.jsonl").read_bytes()
         rows = read_metrics(tmp_path)
         start = str(tmp_path / "checkpoints" / "step-000001")
-        train(small(tmp_path, num_steps=3, resume_from_checkpoint=start))
+        train(small(tmp_path, num_steps=2, resume_from_checkpoint=start))
         after = (tmp_path / "metrics.jsonl").read_bytes()
         assert after.startswith(before + b'{"resume_from": 1}\n')
-        assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2]
+        assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
         assert metrics_of(tmp_path) == [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
 
     def test_rows_are_on_disk_before_the_checkpoint(self, tmp_path, monkeypatch):

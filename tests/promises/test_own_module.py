@@ -7,17 +7,12 @@ import pytest
 import torch
 from emulated import int8_emulated
 from own_module import own_policy
-from run_outputs import metrics_of
-from safetensors.torch import load_file
+from run_outputs import metrics_of, weights_of
 from tiny_recipe import tiny_recipe
 
 from dllm_rl import load_weights, no_correction, tiny_masked_lm
 from dllm_rl.models.lora import Lora
 from dllm_rl.training import train
-
-
-def weights_of(summary) -> dict[str, torch.Tensor]:
-    return load_file(f"{summary['checkpoint']}/model.safetensors")
 
 
 def same(a, b) -> bool:
@@ -47,7 +42,7 @@ def test_a_resumed_run_is_the_same(tmp_path, changes):
 
 
 def test_the_weights_that_it_leaves_are_the_modules_own(tmp_path):
-    summary = train(recipe_of(tmp_path, seed=5))
+    summary = train(recipe_of(tmp_path, seed=5, num_steps=1))
     policy = own_policy(seed=5)
     before = {name: tensor.clone() for name, tensor in policy.module.state_dict().items()}
     load_weights(policy, summary["checkpoint"])
@@ -59,8 +54,8 @@ def test_a_policy_may_be_given_and_stays_as_it_is(tmp_path):
     """The same weights as a function's: the same run; and a second run starts where the first one did."""
     policy = own_policy(seed=0)
     before = {name: tensor.clone() for name, tensor in policy.module.state_dict().items()}
-    first, second = (train(recipe_of(tmp_path / name, model=policy)) for name in ("first", "second"))
-    made = train(recipe_of(tmp_path / "function", model=own_policy, seed=0))
+    first, second = (train(recipe_of(tmp_path / name, model=policy, num_steps=1)) for name in ("first", "second"))
+    made = train(recipe_of(tmp_path / "function", model=own_policy, seed=0, num_steps=1))
     assert same(before, policy.module.state_dict())
     assert same(weights_of(first), weights_of(second)) and same(weights_of(first), weights_of(made))
 

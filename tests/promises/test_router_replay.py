@@ -14,7 +14,6 @@ from dllm_rl.likelihoods.estimators import elbo
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.dry_run.memory import measure_step
-from dllm_rl.training.dry_run.plan import plan
 from dllm_rl.training.policies import check_compiled
 from dllm_rl.training.trainer import train
 
@@ -64,8 +63,7 @@ def test_every_run_of_a_mixture_says_how_it_routes(tmp_path):
     )  # as many tokens in each
     assert {"routing/max_violation/learner/layer_1", "routing/idle", "routing/idle/learner"} <= row.keys()
     unquantised = run(tmp_path / "plain", num_steps=1, rollout_quantization=None)[0]
-    dense = run(tmp_path / "dense", make=tiny_recipe, num_steps=1)[0]
-    assert not any(name.startswith("routing/") for name in [*unquantised, *dense])
+    assert not any(name.startswith("routing/") for name in unquantised)
 
 
 @pytest.mark.slow
@@ -93,8 +91,7 @@ def test_what_cannot_be_replayed_is_refused_in_one_line(tmp_path):
 def test_a_dry_run_counts_a_mixture_in_fp32(tmp_path):
     """Whose grouped products have no shapes on torch's fake tensors: weights, gradients and moments are as they are."""
     recipe = moe_recipe(tmp_path, router_replay="R3")
-    text, weights = plan(recipe), sum(p.numel() for p in MOE().module.parameters())
-    assert f"{weights:,}" in text
+    weights = sum(p.numel() for p in MOE().module.parameters())
     settings = {"prompt_tokens": 20, "dtype": torch.float32, "rollout_copy": 0}
     held = measure_step(recipe, MOE(), **settings).held
     assert held["gradients"] == 4 * weights and held.keys() == {"weights", "gradients", "optimiser"}
