@@ -77,14 +77,12 @@ def test_without_mismatch_metrics_nothing_is_said():
 def test_a_run_says_how_it_is(tmp_path, capsys):
     train(tiny_recipe(tmp_path, num_steps=1, rollout_quantization=None))
     assert "  healthy" in capsys.readouterr().out
-    recipe = tiny_recipe(tmp_path, num_steps=2, logging_steps=1, likelihood=one_step(), overwrite_output_dir=True)
+    recipe = tiny_recipe(tmp_path, num_steps=1, logging_steps=1, likelihood=one_step(), overwrite_output_dir=True)
     train(recipe)
-    resumed = replace(
-        recipe, num_steps=3, lr_schedule_steps=2, resume_from_checkpoint="latest", overwrite_output_dir=False
-    )
-    train(resumed)
+    resumed = {"num_steps": 2, "lr_schedule_steps": 1, "resume_from_checkpoint": "latest"}
+    train(replace(recipe, overwrite_output_dir=False, **resumed))
     first = f"{metrics_of(tmp_path)[0]['rollout_corr/ess']:.3g}"
-    assert re.findall(r"  ESS [\d.]+, ([\d.]+) in the first step", capsys.readouterr().out) == [first] * 3
+    assert re.findall(r"  ESS [\d.]+, ([\d.]+) in the first step", capsys.readouterr().out) == [first] * 2
 
 
 def of_the_wrong_sign(log_ratio, advantages, mask):

@@ -147,7 +147,7 @@ def test_tensorboard_is_the_default(tmp_path):
 
 
 def test_none_is_none(tmp_path):
-    train(tiny_recipe(tmp_path, report_to=None, num_steps=1))
+    train(tiny_recipe(tmp_path, report_to=None, num_steps=0))
     assert not (tmp_path / "tensorboard").exists()
 
 
