@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from likelihood_toys import TablePolicy
-from repetitions import few
+from repetitions import few, slow
 from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
 
@@ -108,7 +108,7 @@ class SinglePrecision(ToyPolicy):
         return hidden.float()
 
 
-@pytest.mark.parametrize("num_parts", [1, 2])
+@pytest.mark.parametrize("num_parts", [slow(1), 2])
 def test_the_rewards_gradient_is_that_of_the_reverse_kl(tmp_path, num_parts):
     """A network of 336 weights writes four words in two steps. E_q[(log p_T - log q) grad log q] by enumeration, with
     the library's own ratios, against differences of KL(q || p_T) along random directions."""
@@ -197,10 +197,10 @@ def test_a_teacher_is_given_as_a_model_is(tmp_path, kind):
 
 @pytest.mark.parametrize("teacher", few(["reference", other_model], [other_model]))
 def test_a_resumed_run_has_the_same_teacher(tmp_path, teacher):
-    recipe = partial(taught_recipe, teacher=teacher, teacher_substeps=4, sft_warmup_steps=2, save_steps=2)
-    whole = train(recipe(tmp_path / "whole", num_steps=4))
-    train(recipe(tmp_path / "parts", num_steps=2, lr_schedule_steps=4))
-    parts = train(recipe(tmp_path / "parts", num_steps=4, lr_schedule_steps=4, resume_from_checkpoint="latest"))
+    recipe = partial(taught_recipe, teacher=teacher, teacher_substeps=4, sft_warmup_steps=2, train_batch_size=2)
+    whole = train(recipe(tmp_path / "whole", num_steps=2))
+    train(recipe(tmp_path / "parts", num_steps=1, lr_schedule_steps=2))
+    parts = train(recipe(tmp_path / "parts", num_steps=2, lr_schedule_steps=2, resume_from_checkpoint="latest"))
     assert_same_weights(whole, parts)
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
     assert "kl" not in metrics_of(tmp_path / "whole")[0]  # the reference alone adds no KL term
@@ -215,7 +215,7 @@ def test_with_adapters_the_reference_is_the_base(tmp_path):
 
 def test_an_autoregressive_student_has_a_teacher(tmp_path):
     larger = partial(tiny_llama, causal=True, **SIZES | {"hidden_size": 64})
-    given = {"rollout_quantization": None, "report_to": None}
+    given = {"rollout_quantization": None, "report_to": None, "num_steps": 1}
     train(tiny_recipe_ar(tmp_path / "larger", teacher=larger, **given))
     assert abs(metrics_of(tmp_path / "larger")[0]["teacher/reverse_kl"]) > 0.01  # of 16 completions: of either sign
     train(tiny_recipe_ar(tmp_path / "same", teacher="reference", **given))
@@ -231,9 +231,11 @@ def test_the_order_of_draws_counts_on_both_sides_in_the_same_steps(tmp_path):
 
 def test_late_rollouts_are_scored_by_the_learners_process(tmp_path):
     """Without staleness the steps of a plain run; q is the record of the weights that sampled."""
-    plain = train(taught_recipe(tmp_path / "plain", teacher_substeps=4))
-    late = train(taught_recipe(tmp_path / "late", teacher_substeps=4, rollout_workers=1), InProcessPool())
-    train(taught_recipe(tmp_path / "stale", rollout_workers=2, max_staleness=1, learning_rate=1e-2), InProcessPool())
+    few_rows = {"teacher_substeps": 4, "train_batch_size": 2, "num_generations": 2}
+    plain = train(taught_recipe(tmp_path / "plain", **few_rows))
+    late = train(taught_recipe(tmp_path / "late", **few_rows, rollout_workers=1), InProcessPool())
+    stale = {"teacher_substeps": 1, "rollout_workers": 2, "max_staleness": 1, "learning_rate": 1e-2}
+    train(taught_recipe(tmp_path / "stale", **few_rows | stale), InProcessPool())
     for name, weight in weights_of(plain).items():
         torch.testing.assert_close(weights_of(late)[name], weight, rtol=1e-4, atol=1e-5)
     rows = metrics_of(tmp_path / "stale")

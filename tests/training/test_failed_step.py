@@ -48,9 +48,9 @@ class Raising:
 
 
 def small(folder, **changes):
-    """A recipe of four steps, with a reference, whose first checkpoint after the start is at its end."""
+    """A recipe of three steps, with a reference, whose first checkpoint after the start is at its end."""
     model = partial(tiny_masked_lm, **SIZES | {"hidden_size": 16, "num_layers": 1})
-    fixed = {"model": model, "beta": 0.1, "num_steps": 4, "learning_rate": 5e-3, "save_steps": 4}
+    fixed = {"model": model, "beta": 0.1, "num_steps": 3, "learning_rate": 5e-3, "save_steps": 3}
     return tiny_recipe(folder, **fixed | changes)
 
 

@@ -13,7 +13,8 @@ from dllm_rl.training.finish import Summary, _next_command
 from dllm_rl.training.trainer import train
 
 
-def test_a_dry_run_has_no_policy(tmp_path, capsys):
+def test_a_dry_run_has_no_policy(tmp_path, monkeypatch):
+    monkeypatch.setattr("dllm_rl.training.trainer.plan", lambda recipe: "the plan")
     with pytest.raises(ValueError, match="dry_run=True trains no policy"):
         train(tiny_recipe(tmp_path, dry_run=True)).policy  # noqa: B018
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from repetitions import slow
 from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import Wrapped, tiny_recipe
 
@@ -110,7 +111,7 @@ SEVERAL_MASKS = {"likelihood": coupled(), "rollout_quantization": None, "num_ite
     [
         {},
         {"likelihood": coupled()},
-        SEVERAL_MASKS,
+        slow(SEVERAL_MASKS),
         pytest.param({"lora": lora_r16, "learning_rate": 1e-2}, marks=pytest.mark.nightly),
         pytest.param({"likelihood": sandwich()}, marks=pytest.mark.nightly),
         pytest.param({"likelihood": trajectory(num_segments=2), "beta": 0.1}, marks=pytest.mark.nightly),

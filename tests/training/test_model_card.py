@@ -15,7 +15,27 @@ from dllm_rl.training.model_card import NOT_UPLOADED, card
 HOSTILE = "a`b|c\n# <img src=x> \x1b[2J"
 
 
-def test_every_checkpoint_says_what_it_is_and_the_last_how_it_did(tmp_path):
+@pytest.fixture
+def hub(monkeypatch):
+    """What a hub is asked for; nothing leaves the machine."""
+    asked = []
+
+    class HfApi:
+        def create_repo(self, repo, **options):
+            asked.append((repo, options))
+            return type("Url", (str,), {"repo_id": repo})(f"https://huggingface.co/{repo}")
+
+        def upload_folder(self, **options):
+            asked.append(options)
+            if options["repo_id"].startswith("broken"):
+                raise RuntimeError("no way")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", HfApi)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
+    return asked
+
+
+def test_every_checkpoint_says_what_it_is_and_the_last_how_it_did(tmp_path, hub):
     summary = train(
         tiny_recipe(tmp_path, num_steps=2, save_steps=1, save_total_limit=9, likelihood=trajectory(include_order=False))
     )
@@ -32,6 +52,7 @@ def test_every_checkpoint_says_what_it_is_and_the_last_how_it_did(tmp_path):
     )
     assert "| `rollout_quantization` | `float8_weight_only` |" in last and "| `mismatch` | `healthy: ESS 1" in last
     assert str(tmp_path) not in last, "no path of the machine"
+    assert hub == [], "nothing is uploaded unasked"
 
 
 def test_a_card_may_be_edited_and_deleted(tmp_path):
@@ -65,30 +86,8 @@ def test_the_base_model_is_named_where_it_is_the_hubs(tmp_path):
     assert "None was taken." in here
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """What a hub is asked for; nothing leaves the machine."""
-    asked = []
-
-    class HfApi:
-        def create_repo(self, repo, **options):
-            asked.append((repo, options))
-            return type("Url", (str,), {"repo_id": repo})(f"https://huggingface.co/{repo}")
-
-        def upload_folder(self, **options):
-            asked.append(options)
-            if options["repo_id"].startswith("broken"):
-                raise RuntimeError("no way")
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", HfApi)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
-    return asked
-
-
-def test_a_run_is_uploaded_only_where_that_is_asked_for(tmp_path, hub, capsys):
-    train(tiny_recipe(tmp_path / "quiet", num_steps=1))
-    assert hub == []
-    summary = train(tiny_recipe(tmp_path / "loud", num_steps=1, push_to_hub="me/model"))
+def test_a_run_is_uploaded_where_that_is_asked_for(tmp_path, hub, capsys):
+    summary = train(tiny_recipe(tmp_path, num_steps=1, push_to_hub="me/model"))
     assert hub[0] == ("me/model", {"private": True, "exist_ok": True})
     assert str(hub[1]["folder_path"]) == summary["checkpoint"] and hub[1]["ignore_patterns"] == list(NOT_UPLOADED)
     assert "Uploaded:   https://huggingface.co/me/model" in capsys.readouterr().out

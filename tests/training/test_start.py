@@ -29,18 +29,18 @@ def test_batches_that_three_processes_cannot_share_are_refused(tmp_path, monkeyp
 
 
 def test_policy_optimiser_and_log_are_set_to_the_checkpoints_and_the_recipe_is_the_runs(tmp_path):
-    recipe = tiny_recipe(tmp_path, num_steps=2, num_iterations=2)
+    recipe = tiny_recipe(tmp_path, num_steps=1, num_iterations=2)
     train(recipe)
-    folder = tmp_path / "checkpoints" / "step-000002"
+    folder = tmp_path / "checkpoints" / "step-000001"
     written = TrainingState.read(folder)
     longer = replace(recipe, logging_steps=7)
     policy = resumed_policy(longer, folder, written, Accelerator(cpu=True))
     optimizer = make_optimizer(longer, policy)
-    log = RunLog(tmp_path, start=2, main=False)
+    log = RunLog(tmp_path, start=1, main=False)
     state = restore(longer, folder, written, policy, optimizer, log)
     assert state == replace(written, recipe=longer.settings()) and state.recipe["logging_steps"] == 7
-    assert (state.step, state.version, policy.weights_version) == (2, 2, 2)
-    assert {int(moments["step"]) for moments in optimizer.state.values()} == {4}
+    assert (state.step, state.version, policy.weights_version) == (1, 1, 1)
+    assert {int(moments["step"]) for moments in optimizer.state.values()} == {2}
     assert log.seconds == written.stages and time.perf_counter() - log.begun >= written.seconds > 0
 
 

@@ -5,11 +5,13 @@ import json
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import transformers
 from repetitions import few
+from tiny_recipe import tiny_recipe
 
 from dllm_rl import train
 from dllm_rl.algorithms.optimizers import adamw_8bit
@@ -130,6 +132,7 @@ def shallow(recipe, monkeypatch, *, layers=2):
 
 
 def test_what_is_held_is_counted_by_hand(monkeypatch):
+    monkeypatch.setattr("dllm_rl.training.dry_run.memory.FakeStep", MagicMock())  # its stages hold nothing
     recipe = recipe_of("llada_8b_sudoku")
     policy, parameters, trainable = shallow(recipe, monkeypatch)
     held = memory(recipe, policy, 256).held
@@ -201,17 +204,24 @@ def test_the_gpus_that_a_plan_fits(monkeypatch):
         assert ("--gradient_checkpointing, a smaller" in text) == (peak > 72 * 10**9)
 
 
-def test_a_small_model_is_planned_from_itself(capsys):
-    from recipes.sudoku_unique import recipe
-
-    train(replace(recipe, dry_run=True, max_retained_graphs=2, rollout_quantization=float8_weight_only))
+def test_a_small_model_is_planned_from_itself(tmp_path, capsys):
+    recipe = tiny_recipe(tmp_path, dry_run=True)
+    train(replace(recipe, max_retained_graphs=2))
     made, out = recipe.model().module, capsys.readouterr().out
     assert f"parameters            {sum(p.numel() for p in made.parameters()):,}\n" in out
     assert "graphs kept           up to 2 of scoring's forwards, for the first update (max_retained_graphs)\n" in out
-    train(replace(recipe, dry_run=True, max_retained_graphs=0))
+    train(replace(recipe, max_retained_graphs=0))
     assert "graphs kept           none: an update runs every forward again, one at a time\n" in capsys.readouterr().out
 
 
+@pytest.fixture
+def one_layer(monkeypatch):
+    """What is refused is refused whatever a model's depth."""
+    one = {"n_layers": 1, "num_hidden_layers": 1}
+    monkeypatch.setattr(dry_run, "load_config", lambda name: load_config(name) | one)
+
+
+@pytest.mark.usefixtures("one_layer")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -267,6 +277,7 @@ def test_fields_that_cannot_be(changes, words):
         replace(recipe_of("llada_8b_sudoku"), **changes)
 
 
+@pytest.mark.usefixtures("one_layer")
 def test_too_long_a_completion():
     recipe = recipe_of("llada_8b_sudoku")
     long = replace(recipe, sampler=partial(recipe.sampler, max_new_tokens=4000))
@@ -274,6 +285,7 @@ def test_too_long_a_completion():
         plan(long)
 
 
+@pytest.mark.usefixtures("one_layer")
 def test_a_prompt_is_as_long_as_the_run_would_take_it():
     recipe = replace(recipe_of("llada_8b_sudoku"), max_prompt_length=3900)
     with pytest.raises(ValueError, match="max_new_tokens=256 after 3900 tokens exceeds the model's 4096 positions"):
