@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from devices import REAL, Cuda
 from layouts import checkpoint
-from repetitions import few
+from repetitions import few, slow
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe, tiny_recipe_ar
 from torch.utils._pytree import tree_map
@@ -109,7 +109,7 @@ def test_sampler_rules(rule):
 @pytest.mark.parametrize("dtype", few(["float32", "bfloat16"], ["bfloat16"]))
 @pytest.mark.parametrize(
     ("family", "cache"),
-    [("llada", prefix_cache()), ("dream", dual_cache(refresh=2)), ("sdar", block_cache()), ("llama", None)],
+    [("dream", dual_cache(refresh=2)), ("sdar", block_cache()), slow("llada", prefix_cache()), slow("llama", None)],
 )
 def test_caches_of_loaded_checkpoints(tmp_path, family, cache, dtype):
     folder = checkpoint(tmp_path, family)
@@ -145,7 +145,7 @@ ESTIMATORS = {
 }
 
 
-@pytest.mark.parametrize("name", few(ESTIMATORS, ["causal", "sandwich", "trajectory, its order too", "packed"]))
+@pytest.mark.parametrize("name", few(ESTIMATORS, ["sandwich", "trajectory, its order too", "packed"]))
 def test_estimators(name, tmp_path):
     likelihood = ESTIMATORS[name]
     family = {"causal": "llama", "packed": "sdar"}.get(name)

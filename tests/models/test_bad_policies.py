@@ -126,31 +126,30 @@ def test_adapters_that_a_run_did_not_add_are_refused(tmp_path, options):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("trained", ["lm_head", "layers.0.mlp", "norm"])
-def test_a_run_with_frozen_weights_resumes_to_the_same_weights(tmp_path, trained):
+def test_a_run_with_frozen_weights_resumes_to_the_same_weights(tmp_path):
     def policy():
         made = small()
         for name, weight in made.module.named_parameters():
-            weight.requires_grad_(trained in name)
+            weight.requires_grad_("layers.0.mlp" in name)
         return made
 
     def run(name, steps, **options):
         folder = tmp_path / name
         return grpo(policy(), ROWS, reward, num_steps=steps, output_dir=str(folder), **OPTIONS, **options).policy
 
-    whole = run("whole", 4)
-    run("cut", 2)
-    resumed = run("cut", 4, resume_from_checkpoint="latest")
+    whole = run("whole", 2)
+    run("cut", 1)
+    resumed = run("cut", 2, resume_from_checkpoint="latest")
     for (name, a), b in zip(whole.module.named_parameters(), resumed.module.parameters(), strict=True):
-        assert torch.equal(a, b) and a.requires_grad == b.requires_grad == (trained in name)
-    state = json.loads((tmp_path / "cut" / "checkpoints" / "step-000004" / "state.json").read_text())
+        assert torch.equal(a, b) and a.requires_grad == b.requires_grad == ("layers.0.mlp" in name)
+    state = json.loads((tmp_path / "cut" / "checkpoints" / "step-000002" / "state.json").read_text())
     assert state["frozen"] == frozen_of(policy().module)
     with pytest.raises(ValueError, match="requires_grad"):
         grpo(
             small(),
             ROWS,
             reward,
-            num_steps=6,
+            num_steps=3,
             resume_from_checkpoint="latest",
             output_dir=str(tmp_path / "cut"),
             **OPTIONS | {"lr_schedule_steps": 4},
@@ -167,9 +166,9 @@ def test_supervised_training_with_frozen_weights_resumes_to_the_same_weights(tmp
         settings = {"max_length": 8, "report_to": None, "lr_schedule_steps": 4, "output_dir": str(tmp_path / name)}
         return sft(policy, rows, num_steps=steps, train_batch_size=4, **settings, **options).policy
 
-    whole = run("whole", 4)
-    run("cut", 2)
-    resumed = run("cut", 4, resume_from_checkpoint="latest")
+    whole = run("whole", 2)
+    run("cut", 1)
+    resumed = run("cut", 2, resume_from_checkpoint="latest")
     for (name, a), b in zip(whole.module.named_parameters(), resumed.module.parameters(), strict=True):
         assert torch.equal(a, b) and b.requires_grad == ("lm_head" in name)
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from layouts import checkpoint
+from repetitions import slow
 
 from dllm_rl import DiffusionPolicy, Prompts, load_policy, unmask
 from dllm_rl.models.policy import diffusion_from_causal
 from dllm_rl.models.tiny import tiny_llama
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm2"])
+@pytest.mark.parametrize("family", [slow("llama"), "qwen3", slow("smollm2")])
 def test_a_causal_checkpoint_becomes_a_masked_diffusion_one(tmp_path, family):
     folder = checkpoint(tmp_path / "causal", family)
     causal, state = load_policy(folder), torch.random.get_rng_state()

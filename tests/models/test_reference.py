@@ -69,7 +69,7 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("path", few(PATHS, ["block cache", "dual cache", "autoregress"]))
+@pytest.mark.parametrize("path", few(PATHS, ["dual cache", "autoregress"]))
 def test_the_reference_is_the_base_model(tmp_path, path):
     family, run = PATHS[path]
     folder = checkpoint(tmp_path, family)

@@ -5,28 +5,23 @@ import json
 import logging
 import math
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from repetitions import few, slow
 from safetensors.torch import load_file, save_file
-from small_checkpoints import SIZES, edit, saved
+from small_checkpoints import SIZES, edit
 
 from dllm_rl import load_policy, load_weights
 from dllm_rl.models import untrusted
+from dllm_rl.models.checkpoint import trial
 from dllm_rl.models.checkpoint.loading import build_empty, checkpoint_folder
 from dllm_rl.models.lora import Lora, add_lora, load_adapter, save_adapter
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.models.untrusted import unbounded_reason, without_code
-
-
-@pytest.fixture(params=["masked_lm", slow("llama")])
-def folder(request, tmp_path):
-    """A small checkpoint; what is refused here is the same in every family."""
-    return saved(request.param, tmp_path / "checkpoint")
-
 
 NAMES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 
@@ -178,17 +173,36 @@ HOSTILE_TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("template", few(HOSTILE_TEMPLATES, [*HOSTILE_TEMPLATES][1:3]))
-def test_a_hostile_chat_template_is_refused_before_any_chat(folder, monkeypatch, template):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Trials without a process of their own, whose imports take seconds, and without its limits."""
+
+    def run(command, *, input, **_):
+        monkeypatch.setattr("sys.stdin", io.StringIO(input.decode()))
+        try:
+            trial.main()
+        except Exception as error:
+            return subprocess.CompletedProcess(command, 1, b"", f"{type(error).__name__}: {error}".encode())
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(trial, "limit", lambda **_: None)
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+@pytest.mark.parametrize("template", few(HOSTILE_TEMPLATES, [*HOSTILE_TEMPLATES][1:]))
+def test_a_hostile_chat_template_is_refused_before_any_chat(folder, monkeypatch, request, template):
     monkeypatch.setattr(untrusted, "LIMITS", ONE_SECOND)
+    if not HOSTILE_TEMPLATES[template].startswith("stopped"):
+        request.getfixturevalue("in_this_process")
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match=r"the chat template was tried on short chats: .*; use another chat") as said:
         load_policy(folder)
     assert HOSTILE_TEMPLATES[template] in str(said.value) and "\n" not in str(said.value)
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(
-    "template", ["{{ raise_exception('roles must alternate') }}", *map(slow, ("{{ 1 + messages }}", "{{ a.b.c"))]
+    "template", ["{{ raise_exception('roles must alternate') }}", "{{ 1 + messages }}", "{{ a.b.c"]
 )
 def test_a_template_that_refuses_the_chats_that_are_tried_is_refused_where_it_is_used(folder, template):
     """It may be made for other messages, and plain text needs none."""

@@ -43,7 +43,7 @@ def stir(policy, std: float = 0.1) -> None:
         layer.lora_B.weight.data.normal_(0, std, generator=generator)
 
 
-@pytest.mark.parametrize("family", few(FAMILIES, ["llada", "dream", "sdar", "llada2", "qwen3", "modernbert"]))
+@pytest.mark.parametrize("family", few(FAMILIES, ["llada2", "dream", "modernbert"]))
 def test_adapters_of_every_family(tmp_path, family):
     folder = checkpoint(tmp_path / "base", family)
     policy, plain = load_policy(folder), load_policy(folder)
@@ -237,8 +237,9 @@ def test_a_base_in_few_bits_is_made_on_the_device_that_was_asked_for(tmp_path, q
     assert asked == [{"": "cpu"}, {"": "cuda:1"}]
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-@pytest.mark.parametrize("family", ["llada", "llada2", "qwen3", "bert"])
+@pytest.mark.parametrize(
+    ("family", "quantization"), [("llada2", "nf4"), ("bert", "int8"), slow("llada", "int8"), slow("qwen3", "nf4")]
+)
 def test_a_base_in_few_bits_trains(tmp_path, family, quantization):
     """Three AdamW steps on the adapters lower a loss; the base does not move; what is saved is the merged model."""
     pytest.importorskip("bitsandbytes")
@@ -392,10 +393,10 @@ def recipe(tmp_path, name: str, **fields):
         "num_generations": 4,
         "sft_warmup_steps": 0,
         "eval_steps": 0,
-        "num_steps": 3,
+        "num_steps": 2,
     }
     few |= {
-        "eval_task": base.validation_task,
+        "eval_task": replace(base.validation_task, size=8),
         "save_steps": 1,
         "save_total_limit": 9,
         "output_dir": str(tmp_path / name),
@@ -407,14 +408,13 @@ def recipe(tmp_path, name: str, **fields):
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
-        ("full", {}),
         slow("full in 8 bits", {"optim": adamw_8bit}),
         ("lora", {"lora": partial(Lora, r=4, dropout=0.1)}),
         slow("lora after warm-up", {"lora": partial(Lora, r=4), "sft_warmup_steps": 2, "optim": adamw_8bit}),
         slow("qlora", {"lora": partial(Lora, r=4)}),
     ],
 )
-def test_three_steps_then_resume_and_merge(tmp_path, kind, fields):
+def test_two_steps_then_resume_and_merge(tmp_path, kind, fields):
     if "8 bits" in kind or kind == "qlora":
         pytest.importorskip("bitsandbytes")
     run = recipe(tmp_path, "run", **fields)
@@ -424,24 +424,23 @@ def test_three_steps_then_resume_and_merge(tmp_path, kind, fields):
     train(run)
     steps = current_rows(tmp_path / "run/metrics.jsonl")
     assert steps[0]["kl"] == 0.0  # the reference is what RL starts from, exactly
-    assert steps[2]["kl"] > 0
+    assert steps[1]["kl"] > 0
     assert all(step["grad_norm"] > 0 for step in steps)
 
     folders = dict(checkpoints.list_checkpoints(tmp_path / "run/checkpoints"))
-    first, last = (load_file(folders[n] / "model.safetensors") for n in (0, 3))
+    first, last = (load_file(folders[n] / "model.safetensors") for n in (0, 2))
     moved = {name for name in first if not torch.equal(first[name], last[name])}
     assert moved
     if "lora" in kind:
         assert all(".layers." in name and "norm" not in name for name in moved)
         base = run.model() if not run.sft_warmup_steps else load_policy(tmp_path / "run/reference")
-        load_adapter(base, folders[3] / "adapter")
+        load_adapter(base, folders[2] / "adapter")
         merge_lora(base)
         assert all(torch.equal(base.module.state_dict()[name], tensor) for name, tensor in last.items())
 
-    for n in (2, 3):
-        folders[n].rename(tmp_path / f"before-{n}")
+    folders[2].rename(tmp_path / "before")
     train(replace(run, resume_from_checkpoint="latest"))
-    again = load_file(folders[3] / "model.safetensors")
+    again = load_file(folders[2] / "model.safetensors")
     assert again.keys() == last.keys()
     assert all(torch.equal(again[name], last[name]) for name in last)
 
@@ -457,14 +456,14 @@ def test_adapters_are_trained_through_the_rollouts_quantised_operands(tmp_path, 
     steps = current_rows(tmp_path / "run/metrics.jsonl")
     assert all(step["rollout_corr/abs_log_ratio_max"] == 0 and step["grad_norm/iteration_1"] > 0 for step in steps)
     folders = dict(checkpoints.list_checkpoints(tmp_path / "run/checkpoints"))
-    first, last = (load_file(folders[n] / "adapter/adapter_model.safetensors") for n in (0, 3))
+    first, last = (load_file(folders[n] / "adapter/adapter_model.safetensors") for n in (0, 2))
     assert all(not torch.equal(first[name], last[name]) for name in first)
     # Without alignment the same adapters do see a mismatch, so that the zeros above are alignment's doing.
     train(recipe(tmp_path, "apart", lora=partial(Lora, r=4), **fields))
     steps = current_rows(tmp_path / "apart/metrics.jsonl")
     assert all(step["rollout_corr/abs_log_ratio_max"] > 1e-3 for step in steps)
-    train(replace(run, resume_from_checkpoint=str(folders[2])))
-    again = load_file(folders[3] / "adapter/adapter_model.safetensors")
+    train(replace(run, resume_from_checkpoint=str(folders[1])))
+    again = load_file(folders[2] / "adapter/adapter_model.safetensors")
     assert all(torch.equal(again[name], last[name]) for name in last)
 
 

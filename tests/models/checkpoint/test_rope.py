@@ -37,8 +37,7 @@ def spelled(kind: str, key: str) -> dict | None:
     return None if kind == "none" else {key: kind.split(",")[0]} | SCALINGS[kind]
 
 
-@pytest.mark.parametrize("key", ["type", "rope_type"])
-@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize(("kind", "key"), [("yarn", "rope_type"), *((kind, "type") for kind in SCALINGS)])
 def test_scaling_is_read_as_transformers_reads_it(tmp_path, kind, key):
     scaling = spelled(kind, key)
     policy = load_policy(dream_with(tmp_path, rope_scaling=scaling))

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from layouts import checkpoint
+from repetitions import slow
 from safetensors.torch import load_file, save_file
 
 from dllm_rl import load_policy
@@ -17,7 +18,7 @@ def tensors(directory) -> dict:
     return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("family", ["llada_tied", "llada2", "sdar_moe", "smollm2"])
+@pytest.mark.parametrize("family", [slow("llada_tied"), "llada2", slow("sdar_moe"), "smollm2"])
 def test_shards_hold_what_one_file_held(tmp_path, family):
     source = checkpoint(tmp_path / "source", family)
     policy = load_policy(source)

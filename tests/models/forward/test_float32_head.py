@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layouts import checkpoint
+from repetitions import crossed
 from run_outputs import metrics_of
 from simulated_cuda import SimulatedCuda
 from tiny_recipe import tiny_recipe
@@ -114,8 +115,7 @@ def test_no_fp32_copy_of_the_head_is_made(monkeypatch):
     assert largest.seen == 320  # the spy does see a copy
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), crossed(FAMILIES, HALF, row="bert", column="bfloat16"))
 def test_a_16_bit_models_logits_are_the_exact_products(tmp_path, family, dtype):
     policy = load_policy(checkpoint(tmp_path, family), dtype=dtype)
     hidden = drawn(4, 32, dtype=HALF[dtype])

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from layouts import published
 from mixtures import by_hand, chosen_by_hand, moe
+from repetitions import slow
 
 from dllm_rl import load_policy
 from dllm_rl.models.forward.routing import Routing, agreement, load, mixtures, of_states, of_tokens
@@ -57,7 +58,7 @@ def test_a_forward_notes_what_its_routers_took(policy):
     assert len(noted[mask].unique()) > 2
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [slow(False), True])
 def test_replay_is_the_definition_with_its_gradient(policy, checkpointing):
     """The router's own scores at the experts given, normalised as it does; every gradient, the router's too."""
     tokens, mask = batch()
