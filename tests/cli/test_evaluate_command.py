@@ -158,20 +158,20 @@ def test_two_dtypes_keep_their_completions_apart(capsys, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs' folders, the second with a newer checkpoint that is damaged."""
+    """Two runs' folders, the second with a newest checkpoint that is damaged."""
     folders = [tmp_path_factory.mktemp("runs") / name for name in ("one", "two")]
     for seed, folder in enumerate(folders):
-        train(tiny_recipe(folder, num_steps=2, save_steps=1, seed=seed))
-    (folders[1] / "checkpoints" / "step-000002" / "state.json").write_text("{}")
+        train(tiny_recipe(folder, num_steps=1, seed=seed))
+    (folders[1] / "checkpoints" / "step-000001" / "state.json").write_text("{}")
     return folders
 
 
 def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
-    options = (*words("--task sudoku --limit 20 --diffusion_steps 1,16 --temperature 1 --csv"), tmp_path / "c.csv")
+    options = (*words("--task sudoku --limit 6 --diffusion_steps 1,16 --temperature 1 --csv"), tmp_path / "c.csv")
     command = ("evaluate", *runs, *options, "--plot", tmp_path / "c.png", "--output_dir", tmp_path)
     assert main(list(map(str, (*command, "--json")))) == 0
     printed = capsys.readouterr()
-    assert "skipped" in printed.err and "step-000002" in printed.err
+    assert "skipped" in printed.err and "step-000001" in printed.err
     found = [json.loads(line) for line in printed.out.splitlines()]
     assert [(row["model"], row["diffusion_steps"]) for row in found] == [(str(run), n) for run in runs for n in (1, 16)]
     assert len({row["completions"] for row in found}) == 4, "models are kept apart, as settings are"
@@ -227,7 +227,7 @@ def test_grade_by_hand(capsys, tmp_path):
 
 def test_the_completions_of_a_run_are_graded(capsys, tmp_path):
     """Those of a resumed run count once."""
-    recipe = tiny_recipe(tmp_path, num_steps=2, save_steps=1, save_total_limit=9, log_completions_steps=1)
+    recipe = tiny_recipe(tmp_path, save_steps=1, save_total_limit=9, log_completions_steps=1)
     train(recipe)
     command = ("grade", "--task", "sudoku", tmp_path / "completions.jsonl")
     found = json.loads(output(capsys, *command).splitlines()[-1])

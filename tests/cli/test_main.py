@@ -92,28 +92,28 @@ def test_the_doctor_looks_at_what_the_options_say(monkeypatch, tmp_path):
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A run of three steps with a checkpoint of each."""
-    train(tiny_recipe(tmp_path / "run", num_steps=3, save_steps=1, save_total_limit=9))
+    """A run of one step with a checkpoint before it and one after it."""
+    train(tiny_recipe(tmp_path / "run", num_steps=1))
     return tmp_path / "run"
 
 
 def test_the_command_says_which_are_whole(run, capsys):
     assert main(["verify", str(run)]) == 0
-    assert capsys.readouterr().out.count("whole") == 4
-    state = run / "checkpoints" / "step-000002" / "state.json"
+    assert capsys.readouterr().out.count("whole") == 2
+    state = run / "checkpoints" / "step-000000" / "state.json"
     state.write_text(state.read_text().replace("0", "1", 1))
     assert main(["verify", str(run)]) == 1
     out = capsys.readouterr().out
-    assert out.count("whole") == 3 and "step-000002: state.json is damaged: its SHA-256 differs" in out
-    assert main(["verify", str(run / "checkpoints" / "step-000003"), "--quick"]) == 0
+    assert out.count("whole") == 1 and "step-000000: state.json is damaged: its SHA-256 differs" in out
+    assert main(["verify", str(run / "checkpoints" / "step-000001"), "--quick"]) == 0
     assert main(["verify", str(run.parent)]) == 2
     assert "neither a checkpoint nor a run" in capsys.readouterr().err
 
 
 def test_a_quick_look_leaves_the_rest_of_large_files_unread(run, monkeypatch, capsys):
-    newest = run / "checkpoints" / "step-000003"
+    newest = run / "checkpoints" / "step-000001"
     monkeypatch.setattr(manifest, "HEAD", 64)
-    manifest.write(newest, step=3, processes=1, versions={})
+    manifest.write(newest, step=1, processes=1, versions={})
     damaged = bytearray((newest / "optimizer.pt").read_bytes())
     damaged[-3] ^= 1
     (newest / "optimizer.pt").write_bytes(damaged)

@@ -193,7 +193,7 @@ def test_a_ctrl_c_at_a_prompt_interrupts_the_cell_and_the_next_one_is_heard(tmp_
 
 @pytest.mark.parametrize("changes", [{}, {"lora": lora_r16, "rollout_quantization": None}], ids=["all", "adapters"])
 def test_a_run_returns_its_summary_and_the_policy_that_it_trained(tmp_path, changes):
-    summary = train(small(tmp_path, **changes))
+    summary = train(small(tmp_path, num_steps=1, **changes))
     assert summary == json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
     saved = load_policy(summary["checkpoint"])
     tokens = torch.tensor([[3, 4, 5, 6]])
