@@ -129,7 +129,8 @@ def write(root: Path, layers: int) -> dict[str, Any]:
 
 
 def dry_run(root: Path, layers: int) -> dict[str, Any]:
-    return {"plan": train(recipe(root, dry_run=True))["plan"].splitlines()}
+    plan = train(recipe(root, dry_run=True))["plan"]
+    return {"plan": plan.replace(str(root), "FOLDER").splitlines()}
 
 
 def opened(root: Path, found: dict[str, Any]) -> Policy:

@@ -1,5 +1,7 @@
 """benchmarks/README.md, and the speeds that other pages repeat."""
 
+import re
+
 from held import DOCS, row, stored, tables_of
 
 PAGE, RESULTS = "benchmarks/README.md", "benchmarks/results"
@@ -32,6 +34,46 @@ def one_h200():
     yield schemes, f"| {of['FP8 weights, compiled']} compiled, {of['FP8 weights, eager']} eager |"
     yield schemes, f"| {of['FP8 products, compiled']} compiled, {of['FP8 products, eager']} eager |"
     yield schemes, f"part of the {of['FP8 products, compiled']}."
+
+
+EIGHT_BILLION = {
+    "write": "write the checkpoint",
+    "dry_run": "`--dry_run` on the folder",
+    "load": "`load_policy`, bf16",
+    "sample": "sample 8 tokens in 2 steps",
+    "score": "forward, backward, clipping and AdamW, 16 tokens",
+    "sync": "FP8 copy, and a sync",
+    "save": "save adapters of rank 16 ({adapters:.1f} s), and with merged weights ({merged:.1f} s)",
+    "update": "`train`: start, rehearsal, a step of 1 prompt x 2 completions x 16 tokens, evaluations, merged save",
+    "resume": "resume, one more step, evaluation, merged save",
+    "evaluate": "`dllm-rl evaluate` of the adapters, 2 problems",
+    "export": "export to a folder of transformers; open the adapters with peft's reader",
+}
+
+
+def eight_billion_weights():
+    found = stored(f"{RESULTS}/eight-billion-cpu")
+    stages = found["stages"]
+    saves = {kind: stages["save"][f"save {kind}"]["seconds"] for kind in ("adapters", "merged")}
+    assert found["layers"] == 32 and set(stages) == set(EIGHT_BILLION)
+    for stage, name in EIGHT_BILLION.items():
+        each = stages[stage]
+        seconds = (f"{each[column]:.1f}" for column in ("seconds", "cpu_seconds"))
+        memory = (f"{each[column]:.2f}" for column in ("own_gb", "mapped_gb"))
+        yield PAGE, row(name.format(**saves), *seconds, *memory)
+    yield PAGE, f"All stages together take {sum(each['seconds'] for each in stages.values()) / 60:.0f} minutes."
+    lines = "\n".join(stages["dry_run"]["plan"])
+    held = {
+        name: float(re.search(rf"{name} +([\d.]+) GB held", lines)[1]) for name in ("weights", "adapters", "optimiser")
+    }
+    loaded = stages["load"]["own_gb"]
+    moved = 2 * held["adapters"] + held["optimiser"]  # the gradients are as large as the adapters
+    mapped = stages["load"]["mapped_gb"] - stages["dry_run"]["mapped_gb"]
+    yield PAGE, row("weights, GB", f"{held['weights']:.2f}", f"{mapped:.2f}")
+    own = {stage: f"{stages[stage]['own_gb'] - loaded:.2f}" for stage in ("score", "update", "sync")}
+    yield PAGE, row("adapters, gradients and AdamW's moments, GB", f"{moved:.2f}", own["score"])
+    yield PAGE, row("the same and a save, GB", f"{moved + 5:.2f}", own["update"])
+    yield PAGE, row("saving merged weights at rank 16, s", "123", f"{saves['merged']:.1f}")
 
 
 def the_sampler():
