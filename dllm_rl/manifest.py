@@ -109,7 +109,7 @@ def _regular_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def verify_if_there(folder: Path, check: Check) -> None:
+def verify_if_present(folder: Path, check: Check) -> None:
     """Call `verify` on a folder with a manifest, such as this library's checkpoints; other folders pass."""
     if (folder / NAME).exists():
         verify(folder, quick=check == "quick")

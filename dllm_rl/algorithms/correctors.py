@@ -2,8 +2,8 @@
 
 All functions read the GLOBAL batch and log_mismatch = logp_old - logp_rollout per token, in nats. The mask marks the
 tokens to correct: those of rows whose advantage is not zero, or of all rows if the recipe has a KL term or an entropy
-bonus. Batch statistics, such as the lambda of AIS, cover these rows. The `rollout_corr/*` metrics of a corrector are
-logged as `trained/*`, next to the metrics of all rows.
+bonus. Batch statistics, such as the lambda of AIS, cover these rows. The metrics of a corrector are of these rows and
+logged as `trained/*`; `rollout_corr/*` are of all rows.
 
 Weights are detached, and 1 outside the mask. They multiply the surrogate, but not the KL term. A token with a
 non-finite log_mismatch leaves the loss mask. docs/methods.md explains the tags [paper], [digest] and [ours].
@@ -235,7 +235,7 @@ def rejection(
 def ais_lambda(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
     """Compute lambda = 1 - ESS * tau/(D + tau) * 1/(1 + CV): 0 on-policy, and closer to 1 the larger the mismatch.
 
-    The formula is [ours]: the summary of AIS that was available does not contain one.
+    The formula is [ours]: the paper was known only from a summary without one.
 
     Args:
         reliability: ESS, the effective sample size of the sequence weights per sequence, in (0, 1] (metric `ais/rho`).
@@ -486,7 +486,7 @@ def ais(
 
     Args:
         cap: Largest weight, at least 1. Default: 2.
-        tau: Mean |log_mismatch| D at which the factor tau/(D + tau) of 1 - lambda is 1/2, in nats, above 0. Default:
+        tau: Scale of the mean |log_mismatch|, in nats, above 0: at this value the factor tau/(D + tau) is 1/2. Default:
             0.05.
         lambda_fn: Function (ESS, D, CV, *, tau) -> lambda; a result outside [0, 1] is clamped. Default: `ais_lambda`.
         pool: How token ratios become the ratio of a sequence, in ESS and in sequence weights: "product" (default) or
@@ -514,7 +514,8 @@ def tbpo(
     The defaults fit long autoregressive responses [digest]; diffusion likelihoods move more and need wider bands.
 
     Args:
-        eps_high: Largest rise of the ratio above 1 if the advantage is not negative. Default: 4e-4.
+        eps_high: Largest rise of the policy ratio (current / old) above 1 if the advantage is not negative. Default:
+            4e-4.
         neg_low: Largest fall of the ratio below 1 if the advantage is negative. Default: 3e-4.
         neg_high: Largest rise of the ratio above 1 if the advantage is negative. Default: 7e-4.
         max_weight: Largest weight, and the reciprocal of the smallest; at least 1. Default: 2.
@@ -550,7 +551,8 @@ def qarl(
     """Make the QaRL corrector: `tbpo` with the aligned forward.
 
     Args:
-        eps_high: Largest rise of the ratio above 1 if the advantage is not negative. Default: 4e-4.
+        eps_high: Largest rise of the policy ratio (current / old) above 1 if the advantage is not negative. Default:
+            4e-4.
         neg_low: Largest fall of the ratio below 1 if the advantage is negative. Default: 3e-4.
         neg_high: Largest rise of the ratio above 1 if the advantage is negative. Default: 7e-4.
         max_weight: Largest weight, and the reciprocal of the smallest; at least 1. Default: 2.
@@ -585,7 +587,8 @@ def compose(*parts: Corrector | WeightFn) -> Corrector:
     with_loss = [corrector for corrector in correctors if corrector.loss is not None]
     if len({corrector.loss for corrector in with_loss}) > 1:
         raise ValueError(f"{len(with_loss)} parts have a loss; keep one: replace(part, loss=None)")
-    loss_source = with_loss[0] if with_loss else no_correction()  # an objective and the reduction that belongs to it
+    # An objective brings its reduction; reductions of parts without an objective are ignored.
+    loss_source = with_loss[0] if with_loss else no_correction()
     weight_fns = tuple(corrector.weight_fn for corrector in correctors if corrector.weighs)
     if len(weight_fns) > 1:
         weight_fn: WeightFn = partial(combine_weights, weight_fns=weight_fns)

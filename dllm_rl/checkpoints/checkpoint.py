@@ -373,7 +373,7 @@ def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
         raise ValueError(f"{folder}: optimizer.pt does not hold the state of {type(optimizer).__name__}")
     for index, held in state["state"].items():
         held |= {kind: part_like(value, parameters[index]) for kind, value in held.items()}
-    # A resumed run has the settings of its recipe, and AdamW's groups hold no others. Another optimiser's may hold its
+    # A resumed run has the settings of its recipe, and AdamW's groups hold no others. Another optimizer's may hold its
     # state; an older version of it leaves out some fields, which its own value fills.
     adamw = isinstance(optimizer, torch.optim.AdamW)
     groups = own if adamw else [mine | theirs for mine, theirs in zip(own, state["param_groups"], strict=True)]
@@ -405,7 +405,7 @@ def _check_records(path: Path, count: int) -> None:
 
 
 def _fits(content: Any, own: list[dict[str, Any]]) -> bool:
-    """Whether a file's content is an optimiser's state with these groups."""
+    """Whether a file's content is an optimizer's state with these groups."""
     if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
         return False
     groups = content.get("param_groups")

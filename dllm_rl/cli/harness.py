@@ -13,7 +13,7 @@ from dllm_rl.evaluation.lm_eval import HarnessModel
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.by_name import READERS, read_rank, required_rank
 
-from lm_eval.__main__ import cli_evaluate  # isort: skip - HarnessModel's module says what to install without it
+from lm_eval.__main__ import cli_evaluate  # isort: skip - HarnessModel's module says what to install if it is missing
 from lm_eval.api.registry import register_model  # isort: skip
 
 
@@ -25,8 +25,8 @@ class NamedModel(HarnessModel):
 
     Args:
         pretrained: A checkpoint's or a run's folder, or a hub's id.
-        likelihood: Name of an estimator, whose settings are likelihood.NAME. None (default): causal for a causal model,
-            else elbo.
+        likelihood: Name of an estimator; its settings are given as likelihood.NAME=VALUE. None (default): causal for a
+            causal model, else elbo.
         options: Settings of the sampler, with rank, commit and cache as in `dllm-rl sample`.
     """
 
@@ -38,7 +38,7 @@ class NamedModel(HarnessModel):
         dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str = 1,
-        max_batch_size: int | None = None,  # for `--batch_size auto`, which is refused
+        max_batch_size: int | None = None,  # unused: the harness passes it
         greedy: bool = True,
         seed: int = 0,
         **options: Any,
@@ -74,7 +74,7 @@ class NamedModel(HarnessModel):
 
 
 def check(name: str, bind: Callable[..., Any], settings: Mapping[str, Any]) -> None:
-    """Raise ValueError if a required setting of a function is missing, or the function has no setting of a name."""
+    """Raise ValueError if a required setting of a function is missing, or an unknown one is given."""
     try:
         bind(**settings)
     except TypeError as error:

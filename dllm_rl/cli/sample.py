@@ -56,7 +56,7 @@ def complete(
     sampler = partial(sampler_for(policy), **options)
     texts = [shown_prompt(problem) for problem in problems for _ in range(group_size)]
     began = time.perf_counter()  # after the prompts, whose encoding is not the model's work
-    if seconds_per_step is None or sampler.func is autoregress:
+    if seconds_per_step is None or sampler.func is autoregress:  # autoregress has no on_step
         rollout = sampler(policy, prompts, generator_for(seed))
     else:
         with live_view(policy, texts, seconds_per_step) as draw_step:
@@ -87,22 +87,22 @@ def shown_prompt(problem: Problem) -> str:
 
 
 def check_options(policy: Policy, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the policy's sampler.
+    """Check the options against the policy's sampler, and return those to pass to it.
 
     Raises:
         ValueError: An option belongs to other models.
     """
     if sampler_for(policy) is renoise:
         options = dict(options)
-        if not options.get("temperature"):  # 0 is the command's default; renoise has a schedule of temperatures
+        if not options.get("temperature"):  # 0, the command's default: renoise keeps its schedule of temperatures
             options.pop("temperature", None)
         if extra := sorted(options.keys() - inspect.signature(renoise).parameters.keys()):
             raise ValueError(f"{extra[0]} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
         return options
     extra = sorted(options.keys() - inspect.signature(autoregress).parameters.keys())
     if extra and sampler_for(policy) is autoregress:
-        causal = type(policy.module).__name__
-        raise ValueError(f"{extra[0]} is for diffusion models; {causal} is causal: leave it out")
+        model_name = type(policy.module).__name__
+        raise ValueError(f"{extra[0]} is for diffusion models; {model_name} is causal: leave it out")
     return dict(options)
 
 

@@ -38,7 +38,7 @@ def evaluate(  # noqa: PLR0913
     """Complete the problems of a task and grade the completions.
 
     Call it to measure a policy outside a run; a run evaluates itself every `eval_steps`. Random numbers depend only on
-    (seed, problem, sample); sample 0 is the same as with samples=1.
+    (seed, problem, sample), so that raising `samples` keeps the completions so far.
 
     Args:
         policy: Policy to evaluate.
@@ -50,7 +50,8 @@ def evaluate(  # noqa: PLR0913
         samples: Completions per problem. Default: 1.
         limit: Number of problems, from the first on. None (default): all problems.
         completions: Path of a .jsonl file that stores every completion. Stored completions are graded again. A batch
-            is sampled if any of its completions is missing; stored completions win. None (default): nothing is stored.
+            is sampled if any of its completions is missing; those that are stored are kept. None (default): nothing is
+            stored.
         model: Name of the model, stored with the results.
         quantization: Name of the weights' quantization, stored with the results.
         accelerator: Processes that share the problems; all of them return the same result. None (default): only this

@@ -42,9 +42,9 @@ def causal() -> LikelihoodEstimator:
 def one_step(*, prompt_mask: float = 0.15) -> LikelihoodEstimator:
     """Score all tokens in one forward with the completion fully masked (d1's mean-field estimate).
 
-    Use it if cost matters most: it takes one forward, and with prompt_mask=0 one row serves the whole group. The
-    estimate is the sum of l_i with all of y masked; each prompt token is masked too, with probability `prompt_mask`. It
-    is biased, because it treats the tokens as independent.
+    Use it if cost matters most: it takes one forward, and with prompt_mask=0 all completions of a prompt share one
+    masked input. The estimate is the sum of l_i with all of y masked; each prompt token is masked too, with probability
+    `prompt_mask`. It is biased, because it treats the tokens as independent.
 
     Args:
         prompt_mask: Share of the prompt's tokens that are masked, in [0, 1).
@@ -66,19 +66,21 @@ def elbo(
 ) -> LikelihoodEstimator:
     """Estimate the any-order ELBO with random masks of exactly k tokens.
 
-    Use it as the standard estimate of masked-diffusion models; unlike `elbo`, `coupled` scores every token. The
-    estimate is the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}. It is unbiased for the ELBO and has a
-    high variance.
+    Use it as the standard estimate of masked-diffusion models. Some tokens may stay unscored; `antithetic` and
+    `coupled` score every token.
+
+    The estimate is the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}. It is unbiased for the ELBO and has
+    a high variance.
 
     Args:
         num_samples: Number of masks, and of forwards.
         stratified: Spread k evenly over 1..L across the samples.
         antithetic: Draw samples in pairs: one masks the first k tokens of a random order, the other the last L+1-k
             (one token is in both), so that every token is scored. num_samples must then be even.
-        informed_masking: Strength d of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). It masks a token
-            more often, and so counts it more, if writing it raised the confidence of nearby positions little. c_i is
+        informed_masking: Strength d of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). Tokens
+            whose writing raised the confidence of nearby positions least are masked, and so counted, more often. c_i is
             the change of confidence that writing i caused at most 10 positions away (record it with
-            `unmask(confidence_radius=10)`); it is signed, and only masked positions of the block count [ours].
+            `unmask(confidence_radius=10)`); it is signed, and includes only masked positions of the block [ours].
             Positions of m are drawn without replacement, with q_i proportional to
             exp(d (max c - c_i) / (max c - min c)). The expectation is then not the ELBO, but
             sum_k (1/k) E_{m ~ q, |m|=k} sum_{i in m} l_i(m). None: uniform masks.
@@ -154,7 +156,7 @@ def block_elbo(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
 
     Args:
         block_size: Number of tokens of a block.
-        num_samples: Number of masks, and of forwards. With one per block, every block is scored.
+        num_samples: Number of masks, and of forwards. With as many as there are blocks, every block is scored.
 
     Source: SPG, arXiv 2510.09541 [paper]. SPG's code also scores later blocks; scoring only the drawn block is [ours].
     """
@@ -256,7 +258,8 @@ def trajectory(
     default), the sum over positions is the exact log-probability of the tokens given the order.
 
     Some orders depend on the weights, and are scored too (`include_order`). Under the rank `confidence`, each step also
-    scores the positions that stayed masked, by the probability that their draw ranks below the committed ones
+    scores the positions that stayed masked, by the probability that their token has a lower confidence than those
+    that were written
     (`models.order` [ours]). Under `plackett_luce` it scores the draw of the positions, and under the commit rule
     `soft_threshold` the set of positions. The row's sum is then the exact log-probability of tokens AND order. For
     other rules that depend on the drawn tokens, the order is left out, and a run prints a warning.

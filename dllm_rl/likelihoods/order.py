@@ -1,8 +1,8 @@
-"""The log-probability of the order in `trajectory()`.
+"""The log-probability of the order, in which a sampler writes the positions, as `trajectory()` scores it.
 
 Under the rank `confidence`, each view also scores the positions that its step left masked. Under `plackett_luce`, each
-written position also gets the log-prob of its draw, and under `soft_threshold` its share of the log-prob of the step's
-set. models/order.py and models/soft_threshold.py explain the formulas.
+written position also gets the log-prob of being drawn next, and under `soft_threshold` its share of the log-prob of the
+set of positions that its step wrote. models/order.py and models/soft_threshold.py explain the formulas.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from dllm_rl.types import Order, Rollout, Views
 
 
 def add_order_logprobs(rollout: Rollout, views: Views) -> Views:
-    """Add the order's log-probability to views of one step each. Without such a log-probability, return them unchanged.
+    """Add the order's log-probability to views of one step each. If the rollout recorded none, return them unchanged.
 
     Raises:
         ValueError: The distribution was filtered, and its support is not recorded at positions that stayed masked.
@@ -59,7 +59,7 @@ class StayMasked(ViewFeature):
 
     def sampler_logprobs(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         assert rollout.order is not None and rollout.order.logprobs is not None, "views score a recorded order"
-        return rollout.order.logprobs + logprobs  # in the order in which views are summed: the later step last
+        return rollout.order.logprobs + logprobs  # summed as views are: staying masked in earlier steps, then writing
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class OrderScoring:
         scored_rows = scored & nonzero.any(-1, keepdim=True)
         if recorded_order(rollout).rank_function is not None:  # a draw depends on all masked positions of its step
             return scored_rows
-        # The probability of staying masked depends on the committed tokens.
+        # The probability of staying masked depends on the tokens that the step wrote.
         return nonzero | (scored_rows & ~self.stay_masked)
 
     def logprobs(self, policy: Policy, rollout: Rollout, view_states: ViewStates) -> Float[Tensor, " K"]:
@@ -145,7 +145,7 @@ def recorded_order(rollout: Rollout) -> Order:
 
 
 def _commit_cutoff(rollout: Rollout, plan: ForwardPlan, confidences: Float[Tensor, " C"]) -> tuple[Tensor, Tensor]:
-    """Return `models.order.commit_cutoff` of the view's step: two vectors, one entry per position that stays masked."""
+    """Return the two vectors of `models.order.commit_cutoff`, one entry per position that stays masked in the step."""
     block_ids = _block_ids(rollout, plan)
     column = plan.flat_index % rollout.tokens.shape[1]
     written, stay_masked = plan.written, plan.stay_masked
@@ -160,9 +160,6 @@ def _commit_cutoff(rollout: Rollout, plan: ForwardPlan, confidences: Float[Tenso
 
 
 def _block_ids(rollout: Rollout, plan: ForwardPlan) -> Int[Tensor, " K"]:
-    """Return a number for the row and block of each position, which rises with the row.
-
-    The first step of a block distinguishes the blocks of a packed view.
-    """
+    """Return an id per row and block for each position: row * width + the first step of its block."""
     width = rollout.tokens.shape[1]
     return plan.flat_index // width * width + recorded_order(rollout).block_first_step.flatten()[plan.flat_index]

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dllm_rl.manifest import Check, verify_if_there
+from dllm_rl.manifest import Check, verify_if_present
 from dllm_rl.models.base import FamilySpec, Mask, Module, Policy, States, Tokenizer, Tokens, position_ids
 from dllm_rl.models.checkpoint.loading import (
     adapter_folder,
@@ -48,7 +48,7 @@ class _Backbone:
     quantization_report: Any = None
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
-        # The module stays in eval mode: two forwards of a stock module's dropout would differ.
+        # The module stays in eval mode: with dropout, two forwards of the same tokens would differ.
         self.module = module.eval()
         for layer in module.modules():
             # torch's fused forwards read weights directly, and would skip adapted or quantized layers.
@@ -89,8 +89,8 @@ class _Backbone:
         """
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed_blocks(self.module) if recompute else nullcontext():
-            # From a padding mask (B, T) the family makes its attention mask; one with four axes is used as it is. Every
-            # forward runs through here.
+            # From a padding mask (B, T) the family makes its attention mask; a mask with four axes is
+            # passed unchanged.
             return self.spec.encode(self.module, tokens, attention_mask, positions, **cache_kwargs)
 
     def hidden(self, tokens: Tokens, attention_mask: Bool[Tensor, "B T"]) -> States:
@@ -231,14 +231,14 @@ def load_policy(  # noqa: PLR0913
             weights are not finite, the mask id is outside the vocabulary, or the attention differs from the family's.
     """
     folder = checkpoint_folder(path_or_id)
-    verify_if_there(folder, verify_checkpoint)
+    verify_if_present(folder, verify_checkpoint)
     options: dict[str, Any] = {"dtype": dtype, "block_size": block_size, "quantization": quantization, "device": device}
     if (adapter := adapter_folder(folder)) is not None:
         policy = _load_merged(adapter, folder, options, verify_checkpoint)
     else:
         module, tokenizer, spec = load_module(folder, **options)
         check_finite(module, path_or_id)
-        with named(folder):  # an error of the first forward, as for a config's value of a wrong type, names the folder
+        with named(folder):  # errors of the first forward, as of a wrongly typed config value, name the folder
             policy = make_policy(module, tokenizer, spec)
     policy.float32_head = float32_head
     if lora is not None:
@@ -288,7 +288,7 @@ def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Ch
     """
     if has_extras(policy.module):
         raise ValueError("the policy has adapters or low-bit layers; load the weights first, then add_lora")
-    verify_if_there(Path(directory), verify_checkpoint)
+    verify_if_present(Path(directory), verify_checkpoint)
     check_regular(Path(directory))
     state = read_tensors(Path(directory))
     module_tensors = own_tensors(policy.module)
@@ -334,7 +334,7 @@ def check_no_peft(module: Module) -> None:
 def check_tokenizer(tokenizer: Tokenizer, *, stock: bool = False) -> None:
     """Raise ValueError for a tokenizer without the methods that `make_policy` lists.
 
-    With `stock`, also require the members from which the ids of a stock model are read.
+    With `stock`, also require the members from which the ids of a model of transformers are read.
     """
     kind = type(tokenizer).__name__
     required = ["encode", "decode", "save_pretrained"]
@@ -383,7 +383,7 @@ def check_ids(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
     check_padding(size, tokenizer, f"the policy of {type(module).__name__}")
     if spec.mask_id is None:
         return
-    if spec.mask_id in spec.eos_ids:  # a mask is never drawn, so that no completion could end
+    if spec.mask_id in spec.eos_ids:  # a mask is never drawn, so no completion could end
         raise ValueError(
             f"mask_id={spec.mask_id} of the spec {spec.name!r} is also one of eos_ids={spec.eos_ids}; give the mask a "
             "separate token"
@@ -453,8 +453,8 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
     if mask_id >= old_size:  # many vocabularies are padded, and already have a row for the mask token
         with torch.random.fork_rng(devices=[]):  # transformers fills new rows from the global RNG
             module.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    # Rows of the embedding that belong to a token other than the mask, which may have any id. Rows after the last token
-    # only pad the table. The mask's row and these rows start with the mean of the other rows.
+    # has_token: rows of the embedding that belong to a token other than the mask. The other rows (the mask, and those
+    # after the last token, which only pad the table) start with the mean of the rows with a token.
     has_token = torch.arange(module.config.vocab_size) < min(old_size, 1 + max(tokenizer.get_vocab().values()))
     has_token[mask_id] = False
     with torch.no_grad():

@@ -31,7 +31,11 @@ SHOWN = {
     "eval/loss": "held-out loss",
 }
 BLOCKS = "▁▂▃▄▅▆▇█"
-COLOURS = {"healthy": "green", "mild": "yellow", "estimated": ""}
+COLORS = {  # of the levels of `health`; "estimated" is no judgment
+    "healthy": "green",
+    "mild": "yellow",
+    "estimated": "",
+}
 ESS = "rollout_corr/ess"
 
 
@@ -46,7 +50,7 @@ def progress_bar(console: Console, description: str, total: int, *, completed: i
 
 
 class ProgressDisplay:
-    """Steps, times, a curve and the mismatch's health, complete at 80 columns. Call it once per step."""
+    """Steps, times, a curve and the health of the training-inference mismatch, in 80 columns. Call it once per step."""
 
     def __init__(
         self,
@@ -63,7 +67,8 @@ class ProgressDisplay:
             bar: Bar of one task, as `progress_bar` returns it.
             curve: Name of the metric to draw.
             past: Metrics of the steps so far. Default: none.
-            exact: Whether ratios are exact. False: the ESS is shown beside the ESS of the first step. Default: True.
+            exact: Whether importance ratios are exact, not estimated. False: the ESS is shown beside the ESS of the
+                first step. Default: True.
             stage: Function that returns the present stage in words. Default: no stage is shown.
         """
         self.bar = bar
@@ -77,7 +82,7 @@ class ProgressDisplay:
         console = bar.console
         self.live = Live(self, console=console)
         if console.is_interactive and not console.quiet and not bar.finished:
-            self.live.start()  # elsewhere lines alone: a bar in a file is noise
+            self.live.start()  # a file gets printed lines only: a bar would be noise
             atexit.register(console.show_cursor)  # also after an error
 
     @property
@@ -85,16 +90,16 @@ class ProgressDisplay:
         return self.bar.tasks[0]
 
     def __call__(self, metrics: dict[str, float], *, show: bool, close: bool = False) -> None:
-        """Show that one step is done, or with `close` all steps; with `show` also print a line that stays."""
+        """Count one step, or with `close` end the display without one; with `show` also print a line that stays."""
         self.metrics |= metrics
         if not self.exact and self.first_ess is None:
             self.first_ess = metrics.get(ESS)
         self.directions += [metrics[DIRECTION]] if DIRECTION in metrics else []
         if math.isfinite(metrics.get(self.curve, math.nan)):
             self.values.append(metrics[self.curve])
-        is_first_eta = self.task.time_remaining is None
-        self.bar.update(self.task.id, advance=not close)
-        if show or (is_first_eta and self.task.time_remaining):  # the first ETA does not wait for logging_steps
+        had_no_eta = self.task.time_remaining is None
+        self.bar.update(self.task.id, advance=0 if close else 1)
+        if show or (had_no_eta and self.task.time_remaining):  # the first ETA does not wait for logging_steps
             self.bar.console.print(literal(self.line(metrics)), soft_wrap=True)
         if close or self.bar.finished:
             self.stage = lambda: ""
@@ -102,7 +107,7 @@ class ProgressDisplay:
 
     @property
     def direction(self) -> float:
-        """Mean of the last MEASURED values of `update/direction`; 0 before there are as many."""
+        """Mean of the last MEASURED values of `update/direction`; 0 while there are fewer."""
         return math.fsum(self.directions) / MEASURED if len(self.directions) == MEASURED else 0.0
 
     def line(self, metrics: dict[str, float]) -> str:
@@ -115,11 +120,11 @@ class ProgressDisplay:
         )
 
     def __rich__(self) -> ConsoleRenderable:
-        below = [Text.assemble(f"{name:11}", literal(text, style=colour)) for name, text, colour in self.rows()]
+        below = [Text.assemble(f"{name:11}", literal(text, style=color)) for name, text, color in self.rows()]
         return Group(self.bar, *below)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Name, text and colour of the lines below the bar."""
+        """Name, text and color of the lines below the bar."""
         rows = []
         if self.values:
             name = self.curve.rpartition("/")[2]
@@ -127,8 +132,9 @@ class ProgressDisplay:
             text = f"{self.values[-1]:.3g}  {sparkline(self.values)}  {span}"
             rows.append((name if len(name) < 11 else "curve", text, ""))
         if found := health(self.metrics, direction=self.direction, first_ess=self.first_ess):
-            subject = "updates" if found[0] == "backwards" else "mismatch"
-            rows.append((subject, f"{found[0]}: {found[1]}", COLOURS.get(found[0], "red")))
+            level, reason = found
+            subject = "updates" if level == "backwards" else "mismatch"
+            rows.append((subject, f"{level}: {reason}", COLORS.get(level, "red")))
         if stage := self.stage():
             rows.append(("now", f"step {int(self.task.completed) + 1}, {stage}", "dim"))
         return rows
@@ -139,8 +145,8 @@ def sparkline(values: Sequence[float], *, width: int = 30) -> str:
     count = min(width, len(values))
     means = []
     for place in range(count):
-        share = values[place * len(values) // count : (place + 1) * len(values) // count]
-        means.append(math.fsum(share) / len(share))
+        averaged = values[place * len(values) // count : (place + 1) * len(values) // count]
+        means.append(math.fsum(averaged) / len(averaged))
     low = min(means)
     span = max(means) - low or 1.0  # equal values are all lowest
     return "".join(BLOCKS[int((mean - low) / span * (len(BLOCKS) - 1) + 0.5)] for mean in means)
@@ -148,8 +154,8 @@ def sparkline(values: Sequence[float], *, width: int = 30) -> str:
 
 def one_line(metrics: dict[str, float], *, direction: float = 0.0, first_ess: float | None = None) -> str:
     """The main numbers of a step, and its `health`, with a reason unless it is healthy."""
-    plain = {} if "reward" in metrics else {"loss": "loss"}  # the loss of GRPO shows no progress
-    known = plain | SHOWN | {name: name.removeprefix("warmup/") for name in metrics if name.startswith("warmup/")}
+    loss = {} if "reward" in metrics else {"loss": "loss"}  # the loss of GRPO shows no progress
+    known = loss | SHOWN | {name: name.removeprefix("warmup/") for name in metrics if name.startswith("warmup/")}
     said = [f"{short} {metrics[name]:.3g}" for name, short in known.items() if name in metrics]
     if found := health(metrics, direction=direction, first_ess=first_ess):
         subject = "updates" if found[0] == "backwards" else "mismatch"

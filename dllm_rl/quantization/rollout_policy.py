@@ -89,7 +89,7 @@ def quantized_copy(
         ValueError: The device cannot run the scheme, a weight is NaN or infinite, or no layer can be quantized.
     """
     module = policy.module
-    layers = layers_of(module)  # the module; if it is sharded, the same layers without weights
+    layers = layers_of(module)  # the module; if it is sharded, the same layers with empty tensors
     skipped: dict[str, str] = {}
     if config is not None:
         config = check_scheme(config, policy.device, dtype or next(module.parameters()).dtype)
@@ -260,7 +260,7 @@ def skip_reason(name: str, layer: nn.Module, matrix: Tensor, tied: list[str]) ->
         return "embedding"
     if not (isinstance(layer, nn.Linear) or is_stacked(layer) or is_router):
         is_fused = matrix.dim() == 3 and not type(layer).__module__.startswith("torch.nn")
-        return "fused experts" if is_fused else f"{type(layer).__name__}, not nn.Linear"
+        return "fused experts of an unknown layout" if is_fused else f"{type(layer).__name__}, not nn.Linear"
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return "read by MultiheadAttention itself"
     if tied:
@@ -301,7 +301,7 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
         Metrics of the quantized layers: quantization/codes_changed, the share of all codes that this sync changed (an
         update that is smaller than the grid changes none: QuRL [digest]), and quantization/scale_change, the mean of
         |s' - s| / s over all scales. An aligned forward has already quantized the weights of the earlier inner updates,
-        so that both then cover only the last one. Without quantized layers the result is empty.
+        so that both then describe only the last inner update. Without quantized layers the result is empty.
 
     Raises:
         ValueError: A weight is NaN or infinite. The rollout policy's tensors have then been overwritten, but its
@@ -320,7 +320,8 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
         quantized_names |= {f"{name}.{kind}" for kind in ("weight", *STACKS)}
     targets = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, value in merged_state(policy.module, skip=quantized_names):
-        if name in targets and not is_shared(value, targets[name]):  # a tied tensor is written under its first name
+        # A tied tensor is a target under its first name only.
+        if name in targets and not is_shared(value, targets[name]):
             targets[name].copy_(whole(value))
     check_finite(finite)  # after all writes: a check per layer would make the host wait
     rollout_policy.weights_version = policy.weights_version

@@ -51,7 +51,7 @@ def unmask(  # noqa: PLR0913
     confidence_radius: int | None = None,
     on_step: Callable[[Rollout], None] | None = None,
 ) -> Rollout:
-    """Complete every prompt `group_size` times by iterative unmasking.
+    """Complete every prompt `prompts.group_size` times by iterative unmasking.
 
     Use it for masked-diffusion policies; use `autoregress` for causal policies, and `renoise` for models whose noise is
     random tokens. A row depends only on its prompt, its seed and the weights; batching changes at most the last bits of
@@ -62,8 +62,8 @@ def unmask(  # noqa: PLR0913
     fill in.
 
     Finished rows leave the batch, and rows of similar length run together (`models.forward.buckets.length_buckets`);
-    with compile_step all rows run in every step. With `schedule` the host waits for the device at most once per
-    forward. With other rules it also waits for the number of chosen positions.
+    with compile_step all rows run in every step. With commit=schedule (the default) the host waits for the device at
+    most once per forward. With other rules it also waits for the number of chosen positions.
 
     Args:
         policy: Masked-diffusion policy, with full or block-causal attention.
@@ -82,17 +82,17 @@ def unmask(  # noqa: PLR0913
         suppress: Token ids that are never sampled. The mask token is always excluded.
         rank: Function that scores positions; the highest scores come first. `samplers.rules` explains its inputs.
         commit: Rule that chooses the positions that a step writes, see `samplers.rules`. The rules of `samplers.revise`
-            also rewrite tokens, and record events.
+            also rewrite tokens, and record each rewrite.
         cache: `block_cache()`, `prefix_cache()` or `dual_cache()`. None recomputes every position in every step.
-        approximate_early_exit: End a row after the block with its end token (full attention only). Masks in later
-            blocks stay in the input and are never sampled, so the completion lacks the tokens after this block. The
-            recorded log-probs are still those of the draws. Block-causal rows always end after this block.
+        approximate_early_exit: End a row after the block with its end token (full attention only). The completion lacks
+            the tokens after this block, so that its probability is not that of a full completion. The recorded
+            log-probs are still those of the draws. Block-causal rows always end after this block.
         compile_step: Run each step as one compiled graph, or as two with a cache. It makes batches of few rows faster,
             on a GPU as CUDA graphs. It cannot be combined with prefix_cache(), positions to fill in, or rules that
             rewrite. It rounds differently: where two tokens are nearly tied, it may choose another one than without
             compile_step.
-        confidence_radius: Record how much writing each token changed the confidence of masked positions within this
-            distance (`Rollout.confidence_change`), for `elbo(informed_masking=...)`. It needs rank=confidence or
+        confidence_radius: Record the change of confidence that each written token caused at masked positions within
+            this distance (`Rollout.confidence_change`), for `elbo(informed_masking=...)`. It needs rank=confidence or
             max_prob, and cannot be combined with compile_step or rules that rewrite. None: not recorded.
         on_step: Function that is called with the current rollout after every step. None: no call.
 
@@ -168,7 +168,7 @@ def _checked_block_size(
         raise ValueError(f"policy {policy.spec.name!r} has no mask token, its noise is random tokens: use renoise")
     infilling = prompts.infill_mask is not None
     width = prompts.tokens.shape[1] + length if infilling else length
-    min_length = 0 if infilling else 1  # positions to fill in may be the full completion
+    min_length = 0 if infilling else 1  # with infilling nothing need be appended
     size = block_size if block_size is not None else policy.spec.block_size or width
     if length < min_length or size < 1:
         raise ValueError(f"max_new_tokens={length} must be at least {min_length}, and block_size={size} at least 1")

@@ -106,7 +106,7 @@ class Task(Protocol):
 
 
 def check_filled(field: str, task: Task) -> None:
-    """Raise ValueError if the task has no problems, such as an empty file or an empty split."""
+    """Raise ValueError if the task has no problems, for example because its file is empty."""
     if not len(task):
         path = getattr(task, "path", None)
         location = "" if path is None else f" in {str(path)!r}"
@@ -176,7 +176,7 @@ def grade(
     )
     with nullcontext(lambda: None) if timeout is None else deadline(timeout, grader.timeout_message) as restart:
         rewards, error = grader.grade_together()
-        if rewards is None:  # also after an error, to find the completion that the grader fails on
+        if rewards is None:  # no batch grader, or it failed: one by one, the failing completion is found
             rewards = grader.grade_one_by_one(restart)
         if error is not None:
             count = f"{len(completions)} texts together"
@@ -187,7 +187,7 @@ def grade(
 
 @dataclass
 class _GradeCall:
-    """One call of `grade`. `index` is the completion that is graded now; errors name it."""
+    """One call of `grade`. Errors name `index`, the completion that is graded now; 0 while all are graded together."""
 
     task: Task
     problems: Sequence[Problem]  # one per completion

@@ -62,7 +62,7 @@ class ScoredSamples:
     Args:
         samples: The samples, after load balancing.
         logps: Log-probs under each of the step's sets of views; the first set also serves the metrics.
-        comparison: Counts of `compare_rollout_and_learner`.
+        comparison: Counts of agreeing orders and experts, as `compare_rollout_and_learner` returns them.
     """
 
     samples: Samples
@@ -95,7 +95,7 @@ def score_samples(run: StepContext[Recipe], samples: Samples, number: int) -> Sc
     is_trained_row = select_local_rows(active_groups(recipe, samples.advantages), rollout.group_size, run.accelerator)
     # All policies use the same views. The sets after the first serve only the later updates, not the metrics.
     views = draw_view_sets(recipe, samples, number, run.accelerator)
-    # Before graphs are retained, since their memory and this comparison's would add up.
+    # Compare before `score`, which may retain graphs: their memory and this comparison's would add up.
     comparison = compare_rollout_and_learner(run.policy, run.rollout_policy, rollout, views[0])
     rollout_logps = samples.rollout_logprobs or (None,) * len(views)  # set only for asynchronous rollouts
     logps = []
@@ -120,8 +120,8 @@ def make_batches(run: StepContext[Recipe], scored: ScoredSamples) -> tuple[list[
 def rollout_logprob_source(
     recipe: Recipe, policy: Policy, rollout_policy: Policy
 ) -> Literal["recorded", "scored", "learner"]:
-    """Return the source of the rollout's log-probs: "recorded" (the sampler's record, to which scoring with this
-    estimator would be equal), "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
+    """Return the source of the rollout's log-probs: "recorded" (the sampler's record, which scoring with this estimator
+    would reproduce), "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
     """
     if recipe.likelihood.exact_for_sampler:
         return "recorded"
@@ -343,15 +343,16 @@ def make_batch(run: StepContext[Recipe], rollout: Rollout, logps: Logprobs, rows
         rollout=rollout,
         views=restrict_to_groups(logps.views, is_trained_group, rollout.group_size, accelerator),
         advantages=send(device, local(rows.stats.advantages, accelerator))[0],
-        # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, without weights. Under mismatch a run with
-        # bypass has one silent decline, with K1 and K3 rising; a run that recomputes, without weights, collapses in
-        # stages, with K1 and K3 flat [digest].
+        # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, without weights. Under mismatch such a run
+        # declines once, with k1 and k3 rising; with recomputed old log-probs and without weights it collapses in
+        # stages, with k1 and k3 flat [digest].
         old_logprobs=logps.rollout_logprobs if run.recipe.old_logprobs == "rollout" else logps.old_logprobs,
         old_view_logprobs=logps.old_view_logprobs,
         importance_weights=send(device, local(weights.importance_weights, accelerator)[:, :width])[0],
         loss_mask=send(device, local(loss_mask, accelerator)[:, :width])[0],
         reference_logprobs=logps.reference_logprobs,
-        # Rows without advantage count in the denominators, so that a skipped group adds a zero to the mean.
+        # Tokens that are not scored, and rows without advantage, count in the denominators, so that they add zeros to
+        # the mean.
         num_tokens=int((loss_mask | (rows.completion & ~rows.stats.mask)).sum()),
         num_sequences=len(loss_mask),
         rollout_logprobs=logps.rollout_logprobs,  # some losses read them too

@@ -52,7 +52,8 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[GradedCo
 
     With max_num_gen_batches > 1, a group whose rewards are all equal is redrawn with another prompt, until its rewards
     differ or max_num_gen_batches draws are done (DAPO's dynamic sampling [paper]). Each group is redrawn separately
-    [ours]; DAPO pools the draws. `run.history` receives all groups of the step, also groups that a later draw replaces.
+    [ours]; DAPO collects groups from all draws. `run.history` receives all groups of the step, also groups that a later
+    draw replaces.
 
     The metric num_tokens is TRL's: the tokens of all prompts and completions so far in the run, over all processes.
     Completions that dynamic sampling replaces count too.
@@ -95,8 +96,8 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[GradedCo
             history.add(step, indices[has_equal_rewards], component_rewards[has_equal_rewards])
         num_draws += 1
     rewards = component_rewards[..., 0]
-    # The total of the earlier steps is in the log's last row. After a resume only the main process has that row, and
-    # only the main process writes the log.
+    # The total of the earlier steps is in the log's last row. After a resume the other processes lack that row, so that
+    # their total is too low, but only the main process writes the log.
     num_tokens_before = log.last.get("num_tokens", 0.0)
     step_tokens = sum_over(torch.tensor(num_tokens, dtype=torch.double), accelerator)
     metrics["num_tokens"] = num_tokens_before + step_tokens.item()
@@ -117,7 +118,7 @@ def compiled_graphs(recipe: Recipe) -> dict[str, float]:
     """Return how many graphs this process has compiled, if rollouts are compiled. A growing number means new shapes."""
     if not (recipe.torch_compile or getattr(recipe.sampler, "keywords", {}).get("compile_step")):
         return {}
-    from torch._dynamo.utils import counters  # imported already where torch compiles; takes a second elsewhere
+    from torch._dynamo.utils import counters  # slow to import; torch has done it if it compiled
 
     return {"rollout/compiled_graphs": float(counters["stats"]["unique_graphs"])}
 
@@ -129,8 +130,8 @@ def draw_and_grade(
     indices: Int[Tensor, " P"],  # of the draw's prompts, over all processes
     group_index: Tensor,  # this process's groups to draw
 ) -> tuple[Rollout, list[GradedCompletion], Float[Tensor, "p G K"], int]:
-    """Call `sample_and_grade` for the prompts of some of this process's groups; also return how many of them were
-    replaced because they were too long.
+    """Call `sample_and_grade` for the prompts of some of this process's groups; also return how many prompts
+    were replaced because they were too long.
     """
     recipe, accelerator = run.recipe, run.accelerator
     problems, num_replaced = fit_prompts(recipe, run.rollout_policy, local(indices, accelerator)[group_index].tolist())
@@ -164,7 +165,8 @@ def sample_and_grade(
     group_size = recipe.num_generations
     with run.log.stage("rollout"), arithmetic(recipe, run.accelerator):
         prompts = encode(rollout_policy, problems, group_size=group_size, seeds=seeds.flatten().tolist())
-        # Each row has a seed, so that the split does not change the result.
+        # Each row draws from a seed of its own, so that the split does not change the result. The generator, equal for
+        # all batches, serves samplers of a user that ignore the seeds.
         batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)
         rollouts = [recipe.sample(rollout_policy, batch, generator_for(*key)) for batch in batches]
         rollout = rollouts[0] if len(rollouts) == 1 else Rollout.concatenate(rollouts, pad_id=rollout_policy.pad_id)

@@ -56,7 +56,7 @@ def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
         samples, teacher_metrics = add_teacher_reward(run, samples, step_index)
         result = train_step(run, samples, step_index, run.optimizer)
         with run.log.stage("sync"):
-            # `publish` gives the workers one more batch to sample, with the new weights.
+            # `publish` gives the workers one more batch to sample, with the new weights, and returns metrics.
             mismatch_metrics = {} if run.late is None else run.late.publish(step_index, result)
             sync_metrics = mismatch_metrics | engine.sync(run.policy, run.rollout_policy)
 

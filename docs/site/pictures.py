@@ -17,7 +17,7 @@ BOXES = {  # name: column, row, text, detail
     "rewards": (2, 0, "rewards", "advantages"),
     "scoring": (2, 1, "likelihood", "same masks, both sides"),
     "corrector": (1, 1, "corrector", "weights, keep mask"),
-    "update": (0, 1, "loss, optimiser", "learner, full precision"),
+    "update": (0, 1, "loss, optimizer", "learner, full precision"),
 }
 ARROWS = [
     ("task", "sampler", ""),

@@ -226,7 +226,7 @@ def test_tied_routers_fused_experts_and_shapes_are_kept():
         "layers.0.odd": "32x24: 24 is not a multiple of the group size 32",
         "layers.0.tied": "tied to embedding",
         "layers.0.conv": "Conv1d, not nn.Linear",
-        "layers.0.experts": "fused experts",
+        "layers.0.experts": "fused experts of an unknown layout",
     }
     dynamic = skip_reasons(module, Float8DynamicActivationFloat8WeightConfig(), None)
     assert dynamic["layers.0.odd"] == "32x24: not multiples of 16"

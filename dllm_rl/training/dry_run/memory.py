@@ -167,7 +167,7 @@ def measure_step(
         ):
             with live.measured(held, name):
                 alive.append(make())
-        with live.measured(held, "optimiser"), live.measured(peaks, "optimiser step", peak=True):
+        with live.measured(held, "optimizer"), live.measured(peaks, "optimizer step", peak=True):
             alive.append(step_optimizer(recipe, trained, on_gpu=on_gpu))
         step = FakeStep(recipe, policy, prompt_tokens)
         for name, stage in (
@@ -386,7 +386,7 @@ def shard_memory(memory: Memory, module: Module, size: int) -> Memory:
     extra["sync or save"] = each * max(numbers)  # the largest tensor
     peaks = {}
     for name, peak in memory.peaks.items():
-        share = (peak - before) / size if name == "optimiser step" else peak - before
+        share = (peak - before) / size if name == "optimizer step" else peak - before
         peaks[name] = int(now + share + extra.get(name, 0))
     return Memory(held, peaks)
 

@@ -161,7 +161,7 @@ def rollout_bytes(recipe: Recipe, policy: MetaPolicy, dtype: torch.dtype) -> int
     bytes_per_value = copy_dtype.itemsize
     bytes_per_weight = 0.5 if isinstance(resolved_scheme, type(int4_packed())) else 1.0  # bytes of a quantized weight
     if isinstance(resolved_scheme, FakeQuantize):
-        # Rounded in the weight's dtype; with rounded inputs in fp32.
+        # Values stay in the weight's dtype, or in fp32 if activations are rounded too.
         bytes_per_weight = bytes_per_value if resolved_scheme.activation is None else 4.0
     # With adapters the copy shares the frozen embedding, head and norms with the learner.
     shared = recipe.lora is not None and copy_dtype == dtype and group_size(recipe, launched()) == 1
@@ -194,14 +194,14 @@ def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
     adapters = "" if recipe.lora is None else f" in {recipe.lora()}"
     layers, weights, skipped = quantizable_counts(recipe, policy)
     reasons = Counter(reason.split(" ")[0] if reason.startswith("tied") else reason for reason in skipped.values())
-    skipped_text = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    skipped_text = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or ("none" if layers else "all")
     engine_line = "rollout engine        not counted: memory and seconds below assume that the learner itself samples"
     return [
         f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "
         f"({type(policy.module).__name__}, {policy.spec.attention} attention)",
         f"parameters            {policy.parameters:,}",
         f"trainable parameters  {trainable:,}{adapters}",
-        f"quantized layers      {layers} with {weights:,} weights; skipped: {skipped_text or 'all'}",
+        f"quantized layers      {layers} with {weights:,} weights; skipped: {skipped_text}",
         *([engine_line] if recipe.rollout_engine is not None else []),
         *(f"warning: {caution}" for caution in learning_rate_warnings(recipe.learning_rate, policy.parameters)),
     ]
@@ -221,7 +221,7 @@ def batch_lines(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> list[
         f"rollout batch         {rows} rows x ({prompt_tokens} assumed prompt + {length} new) tokens: "
         f"{recipe.train_batch_size} prompts x {recipe.num_generations} completions, over all processes",
         f"update batch          {micro_rows} rows at once in a process, {recipe.num_iterations} updates a step",
-        f"graphs kept           {graphs_text}",
+        f"autograd graphs kept  {graphs_text}",
         f"tokens per step       {rows * length:,} sampled, {rows * (length + prompt_tokens):,} in all",
     ]
 
@@ -248,7 +248,7 @@ def memory_lines(recipe: Recipe, step_memory: Memory) -> list[str]:
 
 def save_lines(recipe: Recipe, policy: MetaPolicy, step_memory: Memory) -> list[str]:
     """Return the lines about checkpoints: memory on the host, space on the disk, and the time of a write."""
-    moments = group_size(recipe, launched()) * sum(step_memory.held.get(name, 0) for name in ("optimiser", "adapters"))
+    moments = group_size(recipe, launched()) * sum(step_memory.held.get(name, 0) for name in ("optimizer", "adapters"))
     weights = policy.parameters * weights_dtype(recipe, policy).itemsize
     only_adapters = adapters_alone(recipe)
     checkpoint_bytes = moments if only_adapters else weights + moments

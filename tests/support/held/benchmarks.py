@@ -64,10 +64,10 @@ def eight_billion_weights():
     yield PAGE, f"All stages together take {sum(each['seconds'] for each in stages.values()) / 60:.0f} minutes."
     lines = "\n".join(stages["dry_run"]["plan"])
     held = {
-        name: float(re.search(rf"{name} +([\d.]+) GB held", lines)[1]) for name in ("weights", "adapters", "optimiser")
+        name: float(re.search(rf"{name} +([\d.]+) GB held", lines)[1]) for name in ("weights", "adapters", "optimi.er")
     }
     loaded = stages["load"]["own_gb"]
-    moved = 2 * held["adapters"] + held["optimiser"]  # the gradients are as large as the adapters
+    moved = 2 * held["adapters"] + held["optimi.er"]  # the gradients are as large as the adapters
     mapped = stages["load"]["mapped_gb"] - stages["dry_run"]["mapped_gb"]
     yield PAGE, row("weights, GB", f"{held['weights']:.2f}", f"{mapped:.2f}")
     own = {stage: f"{stages[stage]['own_gb'] - loaded:.2f}" for stage in ("score", "update", "sync")}

@@ -130,7 +130,7 @@ def test_the_plan_agrees_with_the_allocator_within_a_tenth(tmp_path, case):
         with autocast():
             update(policy, optimizer, [batch] * recipe.num_iterations, accelerator, recipe.update_settings(0))
 
-    for _ in range(2):  # the second step finds the optimiser's state and the gradients of the first
+    for _ in range(2):  # the second step finds the optimizer's state and the gradients of the first
         state = sum(x.nbytes for s in optimizer.state.values() for x in s.values())
         gradients = sum(p.grad.nbytes for p in policy.module.parameters() if p.grad is not None)
         (sampling, _), (scoring, graphs) = profiled(sample), profiled(score)
@@ -140,7 +140,7 @@ def test_the_plan_agrees_with_the_allocator_within_a_tenth(tmp_path, case):
     held = planned.held
     print({k: (v, planned.peaks.get(k), round(planned.peaks.get(k) / v, 3)) for k, v in measured.items()}, held)
     assert held["weights"] + held.get("adapters", 0) == pytest.approx(weights, rel=0.001)
-    assert held["optimiser"] == pytest.approx(state, rel=0.001)
+    assert held["optimizer"] == pytest.approx(state, rel=0.001)
     assert held["gradients"] == gradients
     for name, most in measured.items():
         assert planned.peaks[name] == pytest.approx(most, rel=0.1), name

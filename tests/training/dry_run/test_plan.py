@@ -138,7 +138,7 @@ def test_what_is_held_is_counted_by_hand(monkeypatch):
     held = memory(recipe, policy, 256).held
     assert held["weights"] == pytest.approx(2 * parameters, rel=1e-5)
     assert held["adapters"] == held["gradients"] == 4 * trainable
-    assert held["optimiser"] == pytest.approx(8 * trainable, rel=1e-5)
+    assert held["optimizer"] == pytest.approx(8 * trainable, rel=1e-5)
     assert "reference" not in held  # the policy itself, adapters left out
     full = from_command_line(recipe, ["--lora", "none", "--dtype", "float32", "--bf16"])
     policy, *_ = shallow(full, monkeypatch)
@@ -147,9 +147,9 @@ def test_what_is_held_is_counted_by_hand(monkeypatch):
     rounded = quantizable_counts(full, policy)[1]
     assert held["rollout copy"] == rounded + 2 * (parameters - rounded)  # FP8 weights, and the others in bf16
     assert held["gradients"] == pytest.approx(4 * parameters, rel=1e-5)
-    assert held["optimiser"] == pytest.approx(8 * parameters, rel=1e-5)
+    assert held["optimizer"] == pytest.approx(8 * parameters, rel=1e-5)
     eight = memory(replace(full, optim=adamw_8bit, beta=0.0), policy, 256)
-    assert eight.held["optimiser"] == pytest.approx(2 * parameters, rel=0.02) and "reference" not in eight.held
+    assert eight.held["optimizer"] == pytest.approx(2 * parameters, rel=0.02) and "reference" not in eight.held
     small = from_command_line(recipe, ["--base_quantization", "nf4", "--lora.r", "16"])
     policy, *_ = shallow(small, monkeypatch)
     blocks = 2 * (4 * 4096**2 + 3 * 4096 * 12288)
@@ -209,9 +209,9 @@ def test_a_small_model_is_planned_from_itself(tmp_path, capsys):
     train(replace(recipe, max_retained_graphs=2))
     made, out = recipe.model().module, capsys.readouterr().out
     assert f"parameters            {sum(p.numel() for p in made.parameters()):,}\n" in out
-    assert "graphs kept           up to 2 of scoring's forwards, for the first update (max_retained_graphs)\n" in out
+    assert "autograd graphs kept  up to 2 of scoring's forwards, for the first update (max_retained_graphs)\n" in out
     train(replace(recipe, max_retained_graphs=0))
-    assert "graphs kept           none: an update runs every forward again, one at a time\n" in capsys.readouterr().out
+    assert "autograd graphs kept  none: an update runs every forward again, one at a time\n" in capsys.readouterr().out
 
 
 @pytest.fixture
