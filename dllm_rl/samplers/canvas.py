@@ -382,9 +382,11 @@ class BlockTracker:
         self.wait_for_all_rows = wait_for_all_rows
         # (rows, blocks): the number of masked positions, as a count.
         self.masked = torch.zeros(len(block), int(block.max()) + 1, dtype=torch.long).scatter_add(-1, block, is_masked)
-        self.steps = torch.zeros_like(self.masked)
-        for row, sizes in enumerate(self.masked):
-            self.steps[row, sizes > 0] = torch.tensor(steps_per_block(diffusion_steps, sizes[sizes > 0].tolist()))
+        unlike, index = self.masked.unique(dim=0, return_inverse=True)  # most rows are alike
+        steps = torch.zeros_like(unlike)
+        for row, sizes in enumerate(unlike):
+            steps[row, sizes > 0] = torch.tensor(steps_per_block(diffusion_steps, sizes[sizes > 0].tolist()))
+        self.steps = steps[index]
         self.sizes = self.masked.clone()
         self.block_steps = self.steps.clone()
         self.stays_open = torch.zeros_like(self.masked, dtype=torch.bool)
