@@ -44,34 +44,33 @@ CORRECTORS = {
 
 
 @pytest.mark.parametrize("name", CORRECTORS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_contract(name, seed):
-    check_corrector(CORRECTORS[name], seed=seed)
+def test_contract(name):
+    check_corrector(CORRECTORS[name])
 
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(values=arrays("float32", (3, 4), elements=FINITE), marked=arrays("bool", (3, 4)))
-@pytest.mark.parametrize("pool", ["product", "geometric"])
-def test_lambda_lies_in_the_unit_interval_for_any_finite_input(pool, values, marked):
-    weight_fn = c.ais(pool=pool).weight_fn
-    weights, keep, metrics = weight_fn(make_stats(torch.tensor(values), torch.ones(3), torch.tensor(marked)))
-    assert 0 <= metrics["ais/lambda"] <= 1
-    assert 1 / 3 - 1e-12 <= metrics["ais/rho"] <= 1 and metrics["ais/CV"] >= 0 and metrics["ais/D"] >= 0
-    assert torch.equal(keep, torch.tensor(marked))
-    assert ((weights >= 0) & (weights <= 2)).all()
+def test_lambda_lies_in_the_unit_interval_for_any_finite_input(values, marked):
+    stats = make_stats(torch.tensor(values), torch.ones(3), torch.tensor(marked))
+    for pool in ("product", "geometric"):
+        weights, keep, metrics = c.ais(pool=pool).weight_fn(stats)
+        assert 0 <= metrics["ais/lambda"] <= 1
+        assert 1 / 3 - 1e-12 <= metrics["ais/rho"] <= 1 and metrics["ais/CV"] >= 0 and metrics["ais/D"] >= 0
+        assert torch.equal(keep, torch.tensor(marked))
+        assert ((weights >= 0) & (weights <= 2)).all()
 
 
 @settings(max_examples=60, deadline=None)
 @given(values=arrays("float32", (3, 4), elements=st.floats(width=32)))
-@pytest.mark.parametrize("name", CORRECTORS)
-def test_any_input_at_all_gives_finite_weights(name, values):
+def test_any_input_at_all_gives_finite_weights(values):
     mismatch = torch.tensor(values)
-    advantages, mask = torch.tensor([1.0, -1.0, 0.0]), torch.ones(3, 4, dtype=torch.bool)
-    weights, keep, metrics = CORRECTORS[name].weight_fn(make_stats(mismatch, advantages, mask))
-    assert weights.isfinite().all() and (weights >= 0).all()
-    assert not keep[~mismatch.isfinite()].any()
     lost = (~mismatch.isfinite()).double().mean().item()
-    assert metrics["rollout_corr/nonfinite_fraction"] == pytest.approx(lost, abs=1e-12)
+    stats = make_stats(mismatch, torch.tensor([1.0, -1.0, 0.0]), torch.ones(3, 4, dtype=torch.bool))
+    for name, corrector in CORRECTORS.items():
+        weights, keep, metrics = corrector.weight_fn(stats)
+        assert weights.isfinite().all() and (weights >= 0).all(), name
+        assert not keep[~mismatch.isfinite()].any(), name
+        assert metrics["rollout_corr/nonfinite_fraction"] == pytest.approx(lost, abs=1e-12), name

@@ -171,7 +171,7 @@ def test_micro_batches_give_the_same_logprobs(name):
     rollout = sampled(policy)
     noise = estimator.with_advantages(estimator.draw_views(rollout, seeded()), torch.tensor([1.0, -1, 2, -2, 0, -1]))
     whole = estimator.logprobs(policy, rollout, noise)
-    for size in (1, 2, 4):
+    for size in (1, 4):
         parts = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
         torch.testing.assert_close(parts, whole, atol=3e-6, rtol=1e-5)
 

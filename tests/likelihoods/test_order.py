@@ -113,7 +113,7 @@ def test_a_sampler_records_what_scoring_finds(options):
     """A sampler's own rollouts: its record is the law's, bit for bit, and the enumeration's numbers."""
     policy = TablePolicy(length=4, words=3, seed=5)
     settings = {"temperature": 1.0, "diffusion_steps": 4 if "block_size" in options else 2} | options
-    rows = 4000
+    rows = 1000
     suppress = (policy.words + 1, policy.words + 2)
     prompts = Prompts.from_ids([[policy.words + 1]], pad_id=policy.pad_id, group_size=rows)
     run = partial(unmask, policy, prompts, max_new_tokens=4, suppress=suppress)

@@ -4,7 +4,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -48,6 +48,15 @@ def outcomes(policy, blocks, diffusion_steps, *, tau, base_rank="max_prob", **op
     """{(tokens, steps, draws, opened): probability}: a step of M masked positions has M! orders of noisy scores and W^k
     words at the k positions that come first."""
     hole, size = policy.mask_id, policy.length
+
+    @cache
+    def chances(state, i):
+        return drawn_from(policy.table[state, i, : policy.words].detach(), **options).tolist()
+
+    @cache
+    def score(state, i):  # the mask token takes its share
+        return SCORES[base_rank](policy.table[state, i, : policy.words + 1].detach().softmax(-1).tolist()) / tau
+
     found, opened, clock = {((hole,) * size, (-1,) * size, (0,) * size): 1.0}, [0] * size, 0
     for block in blocks:
         for position in block:
@@ -58,10 +67,8 @@ def outcomes(policy, blocks, diffusion_steps, *, tau, base_rank="max_prob", **op
                 masked = [i for i in block if tokens[i] == hole]
                 count = math.ceil(len(masked) / left)
                 state = sum(t * (policy.words + 1) ** i for i, t in enumerate(tokens))
-                rows = [policy.table[state, i].detach() for i in masked]
-                p = [drawn_from(row[: policy.words], **options).tolist() for row in rows]
-                own = [row[: policy.words + 1].softmax(-1).tolist() for row in rows]  # the mask token takes its share
-                ways = orders([SCORES[base_rank](each) / tau for each in own])
+                p = [chances(state, i) for i in masked]
+                ways = orders([score(state, i) for i in masked])
                 if count == len(masked):  # nothing depends on the order: one outcome
                     ways = [(tuple(range(count)), 1.0)]
                 for order, likely in ways:

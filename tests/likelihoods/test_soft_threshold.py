@@ -4,7 +4,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -49,6 +49,15 @@ def ways(coins):
 def outcomes(policy, blocks, *, tau, softness, **options):
     """{(tokens, steps, opened): probability}. A block's rows take 1 to M steps, and the next block follows at once."""
     hole, size = policy.mask_id, policy.length
+
+    @cache
+    def chances(state, i):
+        return drawn_from(policy.table[state, i, : policy.words].detach(), **options).tolist()
+
+    @cache
+    def own(state, i):  # the mask token takes its share
+        return policy.table[state, i, : policy.words + 1].detach().softmax(-1).max().item()
+
     found = {}
     waiting = {((hole,) * size, (-1,) * size, (0,) * size, 0, 0): 1.0}  # tokens, steps, opened, block, clock
     while waiting:
@@ -56,10 +65,8 @@ def outcomes(policy, blocks, *, tau, softness, **options):
         for (tokens, steps, opened, number, clock), chance in waiting.items():
             masked = [i for i in blocks[number] if tokens[i] == hole]
             state = sum(t * (policy.words + 1) ** i for i, t in enumerate(tokens))
-            rows = [policy.table[state, i].detach() for i in masked]
-            p = [drawn_from(row[: policy.words], **options).tolist() for row in rows]
-            own = [row[: policy.words + 1].softmax(-1).max().item() for row in rows]  # the mask token takes its share
-            for chosen, likely in ways([coin(each, tau, softness) for each in own]):
+            p = [chances(state, i) for i in masked]
+            for chosen, likely in ways([coin(own(state, i), tau, softness) for i in masked]):
                 for words in itertools.product(range(policy.words), repeat=len(chosen)):
                     new, when, begun = list(tokens), list(steps), list(opened)
                     drawn = chance * likely

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import cache
 
 import torch
 from likelihood_toys import TablePolicy
@@ -34,6 +35,16 @@ def outcomes(policy: TablePolicy, blocks: list[list[int]], diffusion_steps: int,
     """
     hole, found = policy.mask_id, {((policy.mask_id,) * policy.length, (-1,) * policy.length): 1.0}
     opened, clock = [0] * policy.length, 0
+
+    @cache
+    def chances(state, i):
+        p = drawn_from(policy.table[state, i, : policy.words], **options)
+        return list(p) if differentiable else p.tolist()
+
+    @cache
+    def confidences(state, i):
+        return policy.table[state, i, : policy.words + 1].log_softmax(-1).tolist()  # the mask token counts
+
     for block in blocks:
         for position in block:
             opened[position] = clock
@@ -43,10 +54,7 @@ def outcomes(policy: TablePolicy, blocks: list[list[int]], diffusion_steps: int,
                 masked = [i for i in block if tokens[i] == hole]
                 count = math.ceil(len(masked) / left)
                 state = sum(t * (policy.words + 1) ** i for i, t in enumerate(tokens))
-                rows = [policy.table[state, i] for i in masked]
-                p = [drawn_from(row[: policy.words], **options) for row in rows]
-                confidence = [row[: policy.words + 1].log_softmax(-1).tolist() for row in rows]  # the mask token counts
-                p = p if differentiable else [row.tolist() for row in p]
+                p, confidence = ([at(state, i) for i in masked] for at in (chances, confidences))
                 for words in itertools.product(range(policy.words), repeat=len(masked)):
                     scores = [confidence[i][word] for i, word in enumerate(words)]
                     best = sorted(range(len(masked)), key=lambda i: (-scores[i], i))[:count]

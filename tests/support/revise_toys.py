@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from likelihood_toys import TablePolicy
@@ -11,9 +12,9 @@ from order_toys import drawn_from
 from dllm_rl.types import Events, Rollout, SamplingParams
 
 
-def decisions(rule, policy, state, block, done, diffusion_steps, row_of):
+def decisions(rule, policy, state, block, done, left, certainty):
     """[(probability, what each position of the block does)]: "draw", "mask" or None; known rates, by no weight."""
-    hole, left = policy.mask_id, diffusion_steps - done
+    hole = policy.mask_id
     masked = [i for i in block if state[i] == hole]
     if rule["name"] == "remask":
         sigma = min(rule["eta"], (left - 1) / done) if done else 0.0
@@ -26,8 +27,7 @@ def decisions(rule, policy, state, block, done, diffusion_steps, row_of):
     count = math.ceil(len(masked) / left)
     sets = list(itertools.combinations(masked, count))
     if rule["rank"] == "max_prob":
-        best = [-float(row_of(i)[: policy.words + 1].log_softmax(-1).max().detach()) for i in masked]
-        sets = [tuple(i for _, i in sorted(zip(best, masked, strict=True))[:count])]
+        sets = [tuple(sorted(masked, key=lambda i: (-certainty(i), i))[:count])]
     written = [i for i in block if state[i] != hole]
     for chosen in sets:
         for again in itertools.product((True, False), repeat=len(written)):
@@ -40,6 +40,16 @@ def sequences(policy: TablePolicy, blocks, diffusion_steps: int, rule: dict, *, 
     """{events: (known, drawn)}: the events (step, token) of each position, -1 for masked again; the probability of the
     decisions, which no weight changes, and that of the tokens. `diffusion_steps` is of each block."""
     hole = policy.mask_id
+
+    @cache
+    def chances(place, i):
+        p = drawn_from(policy.table[place, i, : policy.words], **options)
+        return list(p) if differentiable else p.tolist()
+
+    @cache
+    def certainty(place, i):
+        return float(policy.table[place, i, : policy.words + 1].detach().log_softmax(-1).max())
+
     found = {(((),) * policy.length, (hole,) * policy.length): (1.0, 1.0)}
     clock = 0
     for block in blocks:
@@ -47,16 +57,12 @@ def sequences(policy: TablePolicy, blocks, diffusion_steps: int, rule: dict, *, 
             after = {}
             for (events, state), (known, drawn) in found.items():
                 place = sum(t * (policy.words + 1) ** i for i, t in enumerate(state))
-
-                def row_of(i, place=place):
-                    return policy.table[place, i]
-
-                for rate, way in decisions(rule, policy, state, block, done, diffusion_steps, row_of):
+                left = diffusion_steps - done
+                for rate, way in decisions(rule, policy, state, block, done, left, partial(certainty, place)):
                     if not rate:
                         continue
                     acting = [i for i, what in way.items() if what == "draw"]
-                    p = [drawn_from(row_of(i)[: policy.words], **options) for i in acting]
-                    p = p if differentiable else [each.tolist() for each in p]
+                    p = [chances(place, i) for i in acting]
                     for words in itertools.product(range(policy.words), repeat=len(acting)):
                         new, tokens, chance = list(events), list(state), drawn
                         for i, what in way.items():
