@@ -126,16 +126,15 @@ def sampled(policy, lengths=(5, 9, 16, 3)):
     return unmask(policy, prompts, generator, max_new_tokens=8, diffusion_steps=5, temperature=1.0, rank=max_prob)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("model", "dtype"), [("masked_lm", torch.bfloat16), ("llada", torch.float32)])
 @pytest.mark.parametrize("attention", few(["sdpa", "eager"], ["sdpa"]))
-@pytest.mark.parametrize("model", MODELS)
 def test_ragged_rollouts_are_scored_bit_for_bit_however_they_are_cut(model, attention, dtype):
     policy, estimator = MODELS[model](), trajectory()
     policy.module.to(dtype).set_attn_implementation(attention)
     with batch_invariant():
         rollout = sampled(policy)
         noise = estimator.draw_views(rollout, torch.Generator())
-        for size in (None, 2, 4):
+        for size in (None, 2):
             old = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
             assert torch.equal(old, rollout.logprobs)
             check(rollout, noise, old, rollout.logprobs, policy, policy)
@@ -152,12 +151,12 @@ def check(rollout, noise, old, sampled, policy, rollout_policy) -> None:
 
 
 LAYERS = {
-    "masked_lm": ["encoder.layer.1.intermediate.dense", "encoder.layer.0.attention.self.value", "lm_head.dense"],
-    "llada": ["model.layers.1.mlp.up_proj", "model.layers.0.input_layernorm", "model.embed_tokens"],
+    "masked_lm": ["encoder.layer.0.attention.self.value", "lm_head.dense"],
+    "llada": ["model.layers.0.input_layernorm", "model.embed_tokens"],
 }
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("model", MODELS)
 def test_one_ulp_in_one_layer_is_caught_with_its_name(model, index):
     policy = MODELS[model]()

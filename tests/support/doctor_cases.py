@@ -9,7 +9,7 @@ from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts
 
-sampler = partial(unmask, max_new_tokens=8, diffusion_steps=4, temperature=1.0, rank=max_prob)
+sampler = partial(unmask, max_new_tokens=8, diffusion_steps=2, temperature=1.0, rank=max_prob)
 
 
 def make(causal=False):
