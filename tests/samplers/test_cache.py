@@ -50,31 +50,28 @@ def assert_same(a, b):
     torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-5)
 
 
-def columns_run(policy, monkeypatch, **options):
-    """Token positions that went through the body."""
+def counted(policy, monkeypatch, **options):
+    """A rollout, and how many token positions went through the body."""
     total, forward = [], policy.module.base_model.forward
 
-    def counted(*args, **kwargs):
+    def counting(*args, **kwargs):
         total.append(kwargs["input_ids"].numel())
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(policy.module.base_model, "forward", counted)
-    run(policy, **options)
+    monkeypatch.setattr(policy.module.base_model, "forward", counting)
+    rollout = run(policy, **options)
     monkeypatch.undo()
-    return sum(total)
+    return rollout, sum(total)
 
 
 @pytest.mark.parametrize("commit", COMMITS)
 @pytest.mark.parametrize("family", ["sdar", "llada2", "nemotron"])
 def test_block_cache_is_exact(policies, family, commit, monkeypatch):
     policy, length = policies(family), {"sdar": 11, "llada2": 70, "nemotron": 19}[family]
-    options = {"commit": COMMITS[commit], "length": length, "diffusion_steps": length // 2}
-    plain, cached = run(policy, **options), run(policy, cache=block_cache(), **options)
+    options = {"commit": COMMITS[commit], "length": length, "diffusion_steps": min(10, length // 2)}
+    (plain, work), (cached, less) = (counted(policy, monkeypatch, cache=c, **options) for c in (None, block_cache()))
     assert_same(plain, cached)
-    assert cached.completion_mask[:, -length:].all()
-    assert columns_run(policy, monkeypatch, cache=block_cache(), **options) < columns_run(
-        policy, monkeypatch, **options
-    )
+    assert cached.completion_mask[:, -length:].all() and less < work
 
 
 @pytest.mark.parametrize("family", ["sdar", "llada2", "nemotron"])
@@ -231,7 +228,8 @@ def test_under_autocast_a_cache_is_of_16_bits(tmp_path, family, monkeypatch):
 def test_stale_keys_are_an_approximation_and_save_work(policies, family, kind, monkeypatch):
     """Up to the second step of the first block nothing has been cached that matters; from there log-probs drift."""
     policy, options = policies(family), {"block_size": 4, "diffusion_steps": 11}
-    exact, cached = run(policy, **options), run(policy, cache=kind(), **options)
+    exact, work = counted(policy, monkeypatch, **options)
+    cached, seldom = counted(policy, monkeypatch, cache=kind(), **options)
     first = exact.unmask_step == 0
     assert torch.equal(exact.tokens[first], cached.tokens[first])
     torch.testing.assert_close(exact.logprobs[first], cached.logprobs[first], rtol=0, atol=1e-5)
@@ -239,10 +237,7 @@ def test_stale_keys_are_an_approximation_and_save_work(policies, family, kind, m
     noise = estimator.draw_views(cached, torch.Generator())
     drift = (estimator.logprobs(policy, cached, noise) - cached.logprobs).abs()
     assert drift.max() > 1e-4
-    work = columns_run(policy, monkeypatch, **options)
-    often = columns_run(policy, monkeypatch, cache=kind(refresh=2), **options)
-    seldom = columns_run(policy, monkeypatch, cache=kind(), **options)
-    assert seldom < often < work
+    assert seldom < counted(policy, monkeypatch, cache=kind(refresh=2), **options)[1] < work
 
 
 @pytest.mark.parametrize("kind", [prefix_cache, dual_cache])
@@ -258,9 +253,8 @@ def test_dual_runs_fewer_columns_than_prefix(policies, monkeypatch):
     """One row, prompt of 4, 12 new in blocks of 4, a step a position. Exact: 12 x 16. Prefix: per block 16 + 3 x what
     is not before it (12, 8, 4) = 120. Dual: per block 16 + 3 x 4 = 84."""
     policy, options = policies("llada"), {"ids": IDS[3:], "group": 1, "length": 12, "block_size": 4}
-    assert columns_run(policy, monkeypatch, **options) == 192
-    assert columns_run(policy, monkeypatch, cache=prefix_cache(), **options) == 120
-    assert columns_run(policy, monkeypatch, cache=dual_cache(), **options) == 84
+    for cache, columns in ((None, 192), (prefix_cache(), 120), (dual_cache(), 84)):
+        assert counted(policy, monkeypatch, cache=cache, **options)[1] == columns
 
 
 def test_errors(policies, tmp_path):

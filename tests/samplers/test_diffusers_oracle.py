@@ -202,7 +202,7 @@ def test_greedy(theirs, offset, head_std, tau_edit, editing):
     """Several blocks, prompts that end within one, rows of several lengths. The mask token has much probability."""
     policy = block_causal(mask=-1.0, head_std=head_std)
     thresholds = {"tau": 0.4, "tau_edit": tau_edit if editing else None}
-    ids, length = prompts_of(*[offset + BLOCK, offset + 2 * BLOCK] * 4), 3 * BLOCK - offset
+    ids, length = prompts_of(*[offset + BLOCK, offset + 2 * BLOCK] * 2), 3 * BLOCK - offset
     found, tokens, forwards = ours(policy, ids, length, diffusion_steps=3 * BOUND, **GREEDY, **thresholds)
     wanted = [theirs(policy, row, seed, length, **thresholds) for seed, row in enumerate(ids)]
     check(found, tokens, forwards, wanted, edits=editing)
@@ -216,7 +216,7 @@ SAMPLING = [(1.0, None, None), pytest.param(0.7, None, None, marks=SLOW), pytest
 def test_sampled(diffusers, theirs, temperature, top_k, top_p, editing):
     """The same uniforms draw the tokens. At temperature 1 without filters the rank is our own `confidence`."""
     policy, offset, thresholds = block_causal(mask=-torch.inf), 2, {"tau": 0.7, "tau_edit": 0.7 if editing else None}
-    ids, length = prompts_of(*[offset + BLOCK, offset + 2 * BLOCK] * 3), 3 * BLOCK - offset
+    ids, length = prompts_of(*[offset + BLOCK, offset + 2 * BLOCK] * 2), 3 * BLOCK - offset
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     rank = rules.confidence
     if temperature != 1:

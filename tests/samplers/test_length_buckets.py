@@ -43,7 +43,7 @@ def policy_for(name, tmp_path):
 
 
 def sample(policy, ids=IDS, seeds=range(12), *, fill=False, group=2, **options):
-    options = {"temperature": 1.0, "rank": rules.max_prob, "diffusion_steps": 8} | options
+    options = {"temperature": 1.0, "rank": rules.max_prob, "diffusion_steps": 4} | options
     if not fill and policy.spec.attention == "full":
         options["block_size"] = 4
     opened = [[i % 3 == 1 for i in range(len(row))] for row in ids] if fill else None

@@ -82,11 +82,11 @@ def law(policy: TablePolicy, diffusion_steps: int, eta: float) -> dict[tuple[int
 
 @pytest.mark.parametrize("eta", few([0.5, 1.0], [0.5]))
 def test_what_remasking_writes_follows_the_enumerated_law(eta):
-    policy, rows = TablePolicy(length=2, words=2, seed=3, scale=3.0), 30_000
+    policy, rows = TablePolicy(length=2, words=2, seed=3, scale=3.0), 10_000
     expected = law(policy, 3, eta)
     rule = partial(revise.remask, eta=eta)
     options = {"rank": rules.random, "commit": rule, "suppress": (3, 4)}
-    rollout = sample(policy, [[3]] * rows, range(rows), length=2, diffusion_steps=3, **options)
+    rollout = sample(policy, [[3]], range(rows), group=rows, length=2, diffusion_steps=3, **options)
     counts = Counter(map(tuple, rollout.tokens[:, 1:].tolist()))
     assert math.isclose(sum(expected.values()), 1) and set(counts) <= set(expected)
     for state, p in expected.items():

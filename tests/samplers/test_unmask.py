@@ -127,9 +127,7 @@ def sample(policy, ids, seeds, *, width=0, length=20, **options):
     return unmask(policy, prompts, torch.Generator(), max_new_tokens=length, **options)
 
 
-@pytest.mark.parametrize(
-    "name", few(RULES, ["confidence", "entropy", "plackett_luce", "threshold", "soft_threshold", "factor"])
-)
+@pytest.mark.parametrize("name", few(RULES, ["confidence", "plackett_luce", "threshold", "soft_threshold"]))
 def test_row_depends_on_itself_only(policy, name):
     """Alone, among eight, permuted and left-padded: the same tokens, order and log-probs."""
     seeds = [11, 22, 33, 44, 55, 66, 77, 88]
@@ -138,7 +136,7 @@ def test_row_depends_on_itself_only(policy, name):
     permuted = sample(policy, [IDS[i] for i in order], [seeds[i] for i in order], **RULES[name])
     padded = sample(policy, IDS, seeds, width=12, **RULES[name])
     ends = set()
-    for row in (0, 2, 5):
+    for row in (0, 2):
         alone = sample(policy, [IDS[row]], [seeds[row]], **RULES[name])
         for other, index in ((together, row), (permuted, order.index(row)), (padded, row)):
             torch.testing.assert_close(alone.tokens[0, -20:], other.tokens[index, -20:], rtol=0, atol=0)
@@ -155,9 +153,7 @@ def test_replay_gives_recorded_logprobs_bitwise(policy, name):
     assert_replayed(policy, name, atol=0)
 
 
-@pytest.mark.parametrize(
-    "name", few(RULES, ["confidence", "entropy", "plackett_luce", "origin", "soft_threshold", "greedy"])
-)
+@pytest.mark.parametrize("name", few(RULES, ["plackett_luce", "origin", "soft_threshold", "greedy"]))
 def test_replay_gives_recorded_logprobs_to_rounding(policy, name):
     assert_replayed(policy, name, atol=1e-5)
 
