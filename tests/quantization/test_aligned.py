@@ -18,6 +18,9 @@ from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
 
 NAMES = CHOICES["rollout_quantization"]
 SCHEMES = [make for name, make in (NAMES | EMULATED).items() if name not in ("float8_dynamic", "int4_packed")]
+# One of each kind of layer, and of each kind of rounding.
+KINDS = ["float8_weight_only", "float8_dynamic_emulated", "int8_dynamic", "int4_weight_only", "int3_emulated"]
+KINDS = [(NAMES | EMULATED)[name] for name in (*KINDS, "ternary_emulated", "e5m2_emulated")]
 DTYPES = [torch.float32, torch.bfloat16]
 small = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
 
@@ -77,7 +80,7 @@ def test_forward_equals_the_rollouts_bitwise(scheme, dtype):
 
 
 @pytest.mark.parametrize("family", few([tiny_masked_lm, tiny_llama], [tiny_masked_lm]))
-@pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
+@pytest.mark.parametrize("scheme", KINDS, ids=describe)
 def test_gradient_is_the_straight_through_definition(scheme, family):
     policy = make(family)
     rollout = quantized_copy(policy, scheme())
@@ -121,7 +124,7 @@ def test_gradient_of_one_layer_by_hand():
     torch.testing.assert_close(source.bias.grad[:2], torch.tensor([1.0, 0.0]))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
+@pytest.mark.parametrize("scheme", KINDS, ids=describe)
 def test_a_step_inside_the_block_is_quantised_again(scheme):
     policy = make()
     rollout = quantized_copy(policy, scheme())
