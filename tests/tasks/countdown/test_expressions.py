@@ -120,7 +120,7 @@ TREES = st.recursive(
 
 
 @given(st.one_of(ALPHABET, TREES))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_agrees_with_pythons_syntax_tree(text: str) -> None:
     found = evaluate(text)
     assert (None if found is None else found.value) == reference(re.sub("[ \n]+", " ", text))

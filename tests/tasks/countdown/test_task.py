@@ -49,7 +49,7 @@ def targets(reachable: frozenset[Fraction], rng: Random) -> list[int]:
 
 @pytest.mark.parametrize("tabulated", [1, 4])
 @pytest.mark.parametrize(("count", "trials"), [(1, 2), (2, 6), (3, 8), (4, 2)])
-@pytest.mark.parametrize("operators", ["+-*/", "+-", "*/", "-/", "-*", "+*"])
+@pytest.mark.parametrize("operators", ["+-*/", "-/", "+*"])
 def test_solver_agrees_with_enumeration(monkeypatch, count: int, trials: int, operators: str, tabulated: int) -> None:
     """With tables of single numbers alone, everything is found by meeting in the middle."""
     monkeypatch.setattr(countdown_solver, "_TABULATED", tabulated)

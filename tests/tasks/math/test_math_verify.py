@@ -141,18 +141,28 @@ def test_a_worker_that_dies_at_work_is_replaced_and_asked_again(monkeypatch, poo
         ([[b"ended"], [b"%d 0"], [b"%d 1"]], [True, False], 3),  # the second try comes after the other question
         ([[b"ended"], [b"%d 0"], [b"ended"]], [None, False], 3),
         ([[b"ended"], [b"ended"], [b"ended"], [b"%d 1"]], [None, True], 4),
+        ([[b""], [b"%d 0"], [b"%d 1"]], [True, False], 3),  # of a server that is gone, which is started again
     ],
 )
 def test_replies_by_hand(monkeypatch, replies: list[list[bytes]], verdicts: list[bool | None], asked: int) -> None:
-    """One line, whose other end the test holds: what it says to each question that is sent."""
-    pool, (near, far), numbers = math_check._Pool(), Pipe(), []
-    pool.lines, pool.process = [near], object()
+    """One line, whose other end the test holds: what it says to each question that is sent. b"" breaks the line."""
+    pool, ends, numbers = math_check._Pool(), [], []
+
+    def start() -> None:
+        near, far = Pipe()
+        pool.lines, pool.process = [near], object()
+        ends.append(far)
 
     def send(line, number: int, pair) -> None:
         for reply in replies[len(numbers)]:
-            far.send_bytes(reply % number if b"%" in reply else reply)
+            if reply:
+                ends[-1].send_bytes(reply % number if b"%" in reply else reply)
+            else:
+                ends[-1].close()
         numbers.append(number)
 
+    monkeypatch.setattr(pool, "start", start)
+    monkeypatch.setattr(pool, "stop", pool._close)
     monkeypatch.setattr(pool, "send", send)
     assert pool.ask([("2", "2.5"), ("2", "3.5")]) == verdicts
     assert numbers == list(range(1, asked + 1))
@@ -178,6 +188,7 @@ def test_workers_that_hang_are_replaced(monkeypatch, pool) -> None:
     assert pool.process is not hung and hung.poll() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_is_started_again(pool) -> None:
     assert math_check.equal("2", "1+1")
     os.killpg(pool.process.pid, signal.SIGKILL)
@@ -186,6 +197,25 @@ def test_a_server_that_is_gone_is_started_again(pool) -> None:
     assert math_check.equal_all([("2", "3-1"), ("2", "3-2")]) == [True, False]
 
 
+def test_a_forked_process_leaves_the_workers_to_its_parent() -> None:
+    program = (
+        "import os\n"
+        "from multiprocessing.connection import Pipe\n"
+        "from dllm_rl.tasks.math import math_verify as verify\n"
+        "pool, (near, far) = verify._POOL, Pipe()\n"
+        "pool.process, pool.lines = server, lines = object(), [near]\n"
+        "with pool.lock: child = os.fork()\n"
+        "if child == 0:\n"
+        "    left = (pool.process, pool.lines, near.closed, pool.lock.acquire(blocking=False))\n"
+        "    os._exit(left != (None, [], True, True))\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "assert (pool.process, pool.lines) == (server, lines) and not near.closed\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_a_forked_process_has_workers_of_its_own(pool) -> None:
     program = (
         "import os, sys\n"

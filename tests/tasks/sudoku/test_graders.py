@@ -128,7 +128,7 @@ def test_an_unreadable_character_costs_its_own_cell_only() -> None:
 
 
 @given(st.one_of(st.text(), st.text(alphabet="1234 .\n0<answer>/", max_size=60)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_text_gets_a_finite_grade(text: str) -> None:
     for task in (Sudoku(), Sudoku(prompt_format="text")):
         reward = task.reward(problem(PUZZLE), text)
