@@ -16,7 +16,7 @@ Sudoku from rewards, after a short supervised warm-up. A step of the loop (`trai
     5. update      PPO's clipped ratio and AdamW.
     6. sync        The new weights are quantised for the next rollout.
 
-`dllm_rl.train` has the same stages, and each part can be exchanged. tests/recipes/test_one_file.py runs 20 steps of
+`dllm_rl.train` has the same stages, and each part can be exchanged. tests/recipes/test_one_file.py runs 10 steps of
 both: they write the same tokens, get the same rewards, and agree on log-probs and weights. What this file leaves out:
 
     dllm_rl/samplers       LLaDA's own rank `confidence` (the probability of the token that was drawn) and the
