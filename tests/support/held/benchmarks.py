@@ -73,6 +73,11 @@ def eight_billion_weights():
     own = {stage: f"{stages[stage]['own_gb'] - loaded:.2f}" for stage in ("score", "update", "sync")}
     yield PAGE, row("adapters, gradients and AdamW's moments, GB", f"{moved:.2f}", own["score"])
     yield PAGE, row("the same and a save, GB", f"{moved + 5:.2f}", own["update"])
+    yield PAGE, f"(own memory less the {loaded:.2f} GB of a process that has loaded the model)"
+    # Planned with `rollout_quantization=float8_weight_only`: the copy, adapters, and the temporaries of a sync.
+    yield PAGE, row("FP8 copy, adapters and a sync, GB", "8.73", own["sync"])
+    last = re.search(r"the last one (\d+\.\d+);", lines)[1]
+    yield PAGE, row("the run's last checkpoint, GB", f"{float(last):.2f}", "20.06")  # measured: 20,058,218,048 bytes
     yield PAGE, row("saving merged weights at rank 16, s", "123", f"{saves['merged']:.1f}")
 
 
