@@ -11,13 +11,16 @@ PACKAGE = Path(__file__).parent
 
 def versions() -> dict[str, str | None]:
     """Return the versions of dllm_rl and of packages that affect its numbers (None: not installed), and its commit."""
-    found: dict[str, str | None] = {}
-    for package in ("dllm_rl", "torch", "transformers", "accelerate", "torchao"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found | {"dllm_rl_commit": commit(PACKAGE)}
+    packages = ("dllm_rl", "torch", "transformers", "accelerate", "torchao")
+    return {package: _version(package) for package in packages} | {"dllm_rl_commit": commit(PACKAGE)}
+
+
+@cache  # parsing a package's metadata takes milliseconds, and each checkpoint names the versions
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @cache  # the commit of the imported code: a checkout may change during a run
