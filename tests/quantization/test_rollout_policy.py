@@ -84,7 +84,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(view(a[k]), view(b[k])) for k in a)
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, lambda: None], ids=describe)
+@pytest.mark.parametrize("scheme", [*SCHEMES[:6], int3_emulated, lambda: None], ids=describe)
 @pytest.mark.parametrize(
     "make",
     [
