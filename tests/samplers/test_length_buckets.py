@@ -60,18 +60,17 @@ def positions_run(policy, monkeypatch, run):
     return shapes
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_completions_are_those_of_one_batch(name, tmp_path, split):
+@pytest.mark.parametrize(("name", "cost"), [*((name, 0) for name in OPTIONS), ("exact", 60)])
+def test_completions_are_those_of_one_batch(name, cost, tmp_path, split):
     """Tokens and their order are equal; log-probs to the rounding of sums over other numbers of columns."""
     policy = policy_for(name, tmp_path)
     split(NEVER)
     whole = sample(policy, **OPTIONS[name])
-    for cost in (0, 60):
-        split(cost)
-        apart = sample(policy, **OPTIONS[name])
-        assert torch.equal(apart.tokens, whole.tokens) and torch.equal(apart.unmask_step, whole.unmask_step)
-        assert torch.equal(apart.attention_mask, whole.attention_mask) and apart.forwards == whole.forwards
-        torch.testing.assert_close(apart.logprobs, whole.logprobs, rtol=0, atol=1e-5)
+    split(cost)
+    apart = sample(policy, **OPTIONS[name])
+    assert torch.equal(apart.tokens, whole.tokens) and torch.equal(apart.unmask_step, whole.unmask_step)
+    assert torch.equal(apart.attention_mask, whole.attention_mask) and apart.forwards == whole.forwards
+    torch.testing.assert_close(apart.logprobs, whole.logprobs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", few(OPTIONS, [*OPTIONS][:2]))

@@ -159,19 +159,18 @@ def test_replay_gives_recorded_logprobs_to_rounding(policy, name):
 
 
 def assert_replayed(policy, name, *, atol):
-    for ids, group in ((IDS[:1], 1), (IDS[:3], 2)):
-        prompts = Prompts.from_ids(ids, pad_id=0, group_size=group)
-        options = {"temperature": 1.0, "block_size": 8, "diffusion_steps": 9} | RULES[name]
-        rollout = unmask(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=20, **options)
-        estimator = trajectory()
-        noise = estimator.draw_views(rollout, torch.Generator())
-        for size in (None, 2):
-            found = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
-            torch.testing.assert_close(found, recorded(rollout, noise), rtol=0, atol=atol)
-        assert (stayed_of(noise) is None) == (name not in ("confidence", "plackett_luce", "soft_threshold"))
-        given = trajectory(include_order=False)
-        tokens = given.logprobs(policy, rollout, given.draw_views(rollout, torch.Generator()))
-        torch.testing.assert_close(tokens, rollout.logprobs, rtol=0, atol=atol)
+    prompts = Prompts.from_ids(IDS[:3], pad_id=0, group_size=2)
+    options = {"temperature": 1.0, "block_size": 8, "diffusion_steps": 9} | RULES[name]
+    rollout = unmask(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=20, **options)
+    estimator = trajectory()
+    noise = estimator.draw_views(rollout, torch.Generator())
+    for size in (None, 2):
+        found = estimator.logprobs(policy, rollout, noise, micro_batch_size=size)
+        torch.testing.assert_close(found, recorded(rollout, noise), rtol=0, atol=atol)
+    assert (stayed_of(noise) is None) == (name not in ("confidence", "plackett_luce", "soft_threshold"))
+    given = trajectory(include_order=False)
+    tokens = given.logprobs(policy, rollout, given.draw_views(rollout, torch.Generator()))
+    torch.testing.assert_close(tokens, rollout.logprobs, rtol=0, atol=atol)
 
 
 def test_group_shares_first_forward(policy, monkeypatch):
