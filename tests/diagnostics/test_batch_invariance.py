@@ -221,7 +221,7 @@ def test_the_main_job_logs_exactly_zero_mismatch(tmp_path, steps):
 @pytest.mark.parametrize("zero_mismatch", [True, False])
 def test_a_run_samples_and_scores_in_batch_invariant_arithmetic_where_it_says_so(tmp_path, zero_mismatch):
     seen = []
-    recipe = zero_recipe(tmp_path, num_steps=1, zero_mismatch=zero_mismatch)
+    recipe = zero_recipe(tmp_path, num_steps=1, zero_mismatch=zero_mismatch, train_batch_size=2, num_generations=2)
     draw, sample = recipe.likelihood.draw_views, recipe.sampler
 
     def watched_draw(*arguments):

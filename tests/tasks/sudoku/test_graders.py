@@ -127,10 +127,13 @@ def test_an_unreadable_character_costs_its_own_cell_only() -> None:
     assert Sudoku().reward(problem(PUZZLE), GRID[:15] + "5").parsed is False  # no digit of the game
 
 
+TASKS = (Sudoku(), Sudoku(prompt_format="text"))
+
+
 @given(st.one_of(st.text(), st.text(alphabet="1234 .\n0<answer>/", max_size=60)))
 @settings(max_examples=150, deadline=None)
 def test_any_text_gets_a_finite_grade(text: str) -> None:
-    for task in (Sudoku(), Sudoku(prompt_format="text")):
+    for task in TASKS:
         reward = task.reward(problem(PUZZLE), text)
         stripped = "".join(text.split())[:16]
         assert 0.0 <= reward.value <= 5.0
