@@ -367,6 +367,9 @@ class Renoised(BatchRecord):
 class Rollout(BatchRecord):
     """The completions that a sampler produced, with the data that scoring them needs.
 
+    A custom sampler fills the fields without a default, `weights_version` and `sampling_params`; docs/samplers.md says
+    what the others are for.
+
     Args:
         tokens: Prompt and completion token ids.
         attention_mask: False on padding; always passed to the model.

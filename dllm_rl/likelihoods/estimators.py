@@ -67,10 +67,8 @@ def elbo(
     """Estimate the any-order ELBO with random masks of exactly k tokens.
 
     Use it as the standard estimate of masked-diffusion models. Some tokens may stay unscored; `antithetic` and
-    `coupled` score every token.
-
-    The estimate is the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}. It is unbiased for the ELBO and has
-    a high variance.
+    `coupled` score every token. The estimate is the mean over samples of (L/k) sum_{i in m} l_i(m), k ~ U{1..L}. It is
+    unbiased for the ELBO and has a high variance.
 
     Args:
         num_samples: Number of masks, and of forwards.

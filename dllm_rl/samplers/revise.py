@@ -39,9 +39,10 @@ def remask(
     """Mask written positions again with probability sigma, and write masked ones (ReMDM's capped remasking).
 
     Use it to let a sampler correct itself with more steps; `trajectory()` scores its rollouts. It needs rank=random,
-    whose scores are uniform random numbers. A masked position is written with probability
-    (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), independently. The written share alpha_t is j/n before step j of n
-    and (j+1)/n after it. The last step masks nothing again.
+    whose scores are uniform random numbers.
+
+    A masked position is written with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), independently. The
+    written share alpha_t is j/n before step j of n and (j+1)/n after it. The last step masks nothing again.
 
     Args:
         scores: Uniform random numbers (B, L), the scores of rank=random.
@@ -103,8 +104,8 @@ def soft_edit(
     """Commit masked positions as `schedule` does, and redraw each written token independently with probability `rate`.
 
     Use it in place of `edit` if the probability of an edit must be known. It has no threshold: a token changes if
-    another token is drawn. With rank=random or max_prob, `trajectory()` scores its rollouts; a redraw of the same token
-    is an event too.
+    another token is drawn. `trajectory()` scores its rollouts, exactly with rank=random, and given the order with
+    max_prob; a redraw of the same token is an event too.
 
     Args:
         scores: Scores of the rank (B, L).

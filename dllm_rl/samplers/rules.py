@@ -98,9 +98,9 @@ def plackett_luce(
     With s = base_rank / temperature, a step commits the positions j_1 .. j_k, sorted by noisy score, with probability
     (Plackett-Luce [paper])
         prod_{i=1..k} exp(s_{j_i}) / sum_{m masked, not j_1 .. j_(i-1)} exp(s_m).
-    This is the probability of the ORDERED draw; the probability of the set would be a sum over k! orders. Given the
-    set, the mean of the ratio of ordered draws is the ratio of the sets, so that weights and gradients stay unbiased. A
-    step that commits all remaining positions has probability 1.
+    This is the probability of the ORDERED draw; the probability of the set would be a sum over k! orders. Averaged over
+    the orders of a set, the ratio of two policies' ordered draws is the ratio of their sets, so that weights and
+    gradients stay unbiased. A step that commits all remaining positions has probability 1.
 
     Args:
         logits: Untempered fp32 logits (K, V).
@@ -178,8 +178,9 @@ def origin(scores: Scores, masked: PositionMask, steps_left: Counts) -> Position
 def threshold(scores: Scores, masked: PositionMask, steps_left: Counts, *, tau: float) -> PositionMask:
     """Commit all positions with probability >= tau, and at least the best one (Fast-dLLM's parallel decoding).
 
-    Use it to take fewer steps where the model is certain; `trajectory()` can score `soft_threshold`, but not this rule.
-    It needs log-probabilities as scores (rank=confidence or max_prob).
+    Use it to take fewer steps where the model is certain. It needs log-probabilities as scores (rank=confidence or
+    max_prob). With max_prob `trajectory()` is exact given the positions; their number has a gradient only under
+    `soft_threshold`.
 
     Args:
         scores: Log-probabilities (B, L); -inf at positions that are not masked.
@@ -206,9 +207,11 @@ def soft_threshold(
     """Commit each masked position independently, with a probability that rises around tau (`models.soft_threshold`).
 
     Use it in place of `threshold` for training: `trajectory()` scores the set of positions that each step of this rule
-    wrote (docs/order.md). The number of positions that `threshold` writes depends on the weights too, but has no
-    gradient. The rule needs rank=max_prob. A position is written with probability
-    sigmoid((logit p - logit tau) / temperature), independently, given that at least one position is written.
+    wrote (docs/order.md).
+
+    The number of positions that `threshold` writes depends on the weights too, but has no gradient. The rule needs
+    rank=max_prob. A position is written with probability sigmoid((logit p - logit tau) / temperature), independently,
+    given that at least one position is written.
 
     Args:
         scores: Log-probabilities (B, L); -inf at positions that are not masked.

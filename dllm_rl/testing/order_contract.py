@@ -20,9 +20,11 @@ QUANTILE = 4.265  # of the normal distribution: a rule that fulfills the contrac
 def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: int = 1500, **options: Any) -> str:
     """Raise AssertionError unless a rank and a commit rule write as often as `trajectory()` says.
 
-    Call it in a test of a custom rank or commit rule. It samples completions of four positions and two words with the
-    rules, and compares the count of every outcome (tokens, and which step wrote them) with its probability, the
-    exponential of `trajectory()`. The sampler must record the same number.
+    Call it in a test of a custom rank or commit rule.
+
+    It samples completions of four positions and two words with the rules, and compares the count of every outcome
+    (tokens, and which step wrote them) with its probability, the exponential of `trajectory()`. The sampler must record
+    the same number.
 
     Args:
         rank: Rank to check.

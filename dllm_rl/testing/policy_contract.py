@@ -25,11 +25,12 @@ ASKED += " encode hidden head logits to save_pretrained reference"
 def check_policy(policy: Any, *, seed: int = 0) -> None:
     """Raise AssertionError, naming the broken promise, unless the policy fulfills its contract.
 
-    Call it in a test of a custom policy or module. The policy must have every member of `Policy`. Logits (B, T, V) are
-    finite and repeatable, whatever the padding and the other rows; a row sees what its `attention` allows. Weights get
-    finite gradients, and survive saving bit for bit. The blocks have linear layers, whose quantized copy follows the
-    weights. Fresh adapters change nothing, are the only trained weights, and are left out of the reference.
-    `aligned_forward` computes what the quantized copy does.
+    Call it in a test of a custom policy or module.
+
+    The policy must have every member of `Policy`. Logits (B, T, V) are finite and repeatable, whatever the padding and
+    the other rows; a row sees what its `attention` allows. Weights get finite gradients, and survive saving bit for
+    bit. The blocks have linear layers, whose quantized copy follows the weights. Fresh adapters change nothing, are the
+    only trained weights, and are left out of the reference. `aligned_forward` computes what the quantized copy does.
 
     The policy does not change: its module is copied. A policy with adapters gets no further ones. Sums in another order
     may differ by 1e-4 of the largest logit (0.05 in 16 bits).
