@@ -117,7 +117,8 @@ def test_the_metrics_of_a_step_are_fetched_together(tmp_path):
     """What the corrector and the mismatch metrics see comes in one transfer, loss metrics and gradient norm in another,
     completions' lengths in a third; correctors, losses and metrics themselves wait for nothing. The rehearsal before
     the first step sees what the corrector does once more."""
-    few = {"num_steps": 1, "train_batch_size": 2, "num_generations": 2}
+    few = {"num_steps": 1, "train_batch_size": 2, "num_generations": 2, "eval_batch_size": 8}
+    few["model"] = partial(tiny_llama, **SIZES | {"num_layers": 1}, causal=False)
     recipe = tiny_recipe(tmp_path, corrector=compose(ais(), reject()), **few)
     with SimulatedCuda() as cuda:
         train(recipe)

@@ -43,11 +43,11 @@ def profiled(work: Callable[[], object]) -> tuple[int, int]:
     return peak, now
 
 
-def recipe_of(tmp_path, *, causal: bool = False, canvas: int | None = None, **changes):
+def recipe_of(tmp_path, *, causal: bool = False, canvas: int | None = None, layers: int = 4, **changes):
     if canvas is not None:
         sampler = partial(renoise, max_new_tokens=LENGTH, diffusion_steps=2, stability_threshold=None)
         letters = {name: value for name, value in LETTERS.items() if name != "intermediate_size"}
-        sizes = letters | {"canvas_length": canvas, "intermediate_size": 192, "expert_size": 96}
+        sizes = letters | {"canvas_length": canvas, "intermediate_size": 192, "expert_size": 96, "num_layers": layers}
         given = {
             "model": partial(tiny_diffusion_gemma, **sizes),
             "sampler": partial(sampler, confidence_threshold=None, answer="drawn"),
@@ -86,7 +86,7 @@ CASES = {
     "micro-batches, kept": {"micro_batch_size": 4, "max_retained_graphs": 2},
     "constant memory": {"max_retained_graphs": 0},
     "causal": {"causal": True},
-    "renoise": {"canvas": 36},
+    "renoise": {"canvas": 36, "layers": 2},
     "renoise, kept": {"canvas": 72, "max_retained_graphs": 2},
 }
 
