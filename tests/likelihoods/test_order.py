@@ -46,7 +46,7 @@ def some_toy(seed: int):
     return policy, blocks, pick.choice([1, 2, 3]), options
 
 
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", [*range(3), *(pytest.param(n, marks=pytest.mark.nightly) for n in range(3, 10))])
 def test_the_law_is_the_enumeration_of_all_draws(fp64, part):
     """A hundred toys: every outcome's log-prob to 1e-12, and all of them together are 1."""
     missing = []

@@ -107,7 +107,7 @@ def test_frequencies_are_the_exact_distribution():
     policy = tiny_llama(
         characters="a", causal=True, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16, head_std=0.2
     )
-    ids, count = [3, 3], 20_000
+    ids, count = [3, 3], 10_000
     rollout = autoregress(
         policy, prompts([ids], group_size=count), gen(2), max_new_tokens=2, temperature=0.8, suppress=(1,)
     )

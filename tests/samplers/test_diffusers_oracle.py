@@ -193,11 +193,11 @@ def check(found, tokens, forwards, wanted, *, edits: bool):
 
 SLOW = pytest.mark.slow
 EDITING = pytest.mark.parametrize("editing", few([False, True], [True]), ids=["threshold", "edit"])
-SETTLE = [pytest.param(0, 1.0, 0.7, marks=SLOW), (2, 1.0, 0.7), pytest.param(5, 0.6, 0.5, marks=SLOW)]
 
 
-@EDITING
-@pytest.mark.parametrize(("offset", "head_std", "tau_edit"), SETTLE)
+@SLOW
+@pytest.mark.parametrize("editing", [False, True], ids=["threshold", "edit"])
+@pytest.mark.parametrize(("offset", "head_std", "tau_edit"), [(0, 1.0, 0.7), (2, 1.0, 0.7), (5, 0.6, 0.5)])
 def test_greedy(theirs, offset, head_std, tau_edit, editing):
     """Several blocks, prompts that end within one, rows of several lengths. The mask token has much probability."""
     policy = block_causal(mask=-1.0, head_std=head_std)
