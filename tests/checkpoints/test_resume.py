@@ -27,7 +27,11 @@ def test_a_checkpoint_from_before_a_setting_existed_had_its_default(tmp_path):
     with pytest.raises(ValueError, match="gradient_checkpointing=True differs from the checkpoint's False"):
         train(tiny_recipe(tmp_path, **again, gradient_checkpointing=True))
     # What does not touch training may be another one.
-    check_recipe(tiny_recipe(tmp_path, **again, num_mismatch_groups=3, eval_steps=1), TrainingState.read(file.parent))
+    state = TrainingState.read(file.parent)
+    check_recipe(tiny_recipe(tmp_path, **again, num_mismatch_groups=3, eval_steps=1), state)
+    check_recipe(tiny_recipe(tmp_path, **again | {"num_steps": 1}), state)  # nothing is left to do
+    with pytest.raises(ValueError, match="num_steps=0 is less than the checkpoint's step 1"):
+        check_recipe(tiny_recipe(tmp_path, **again | {"num_steps": 0}), state)
 
 
 MAY_CHANGE = {
