@@ -306,6 +306,18 @@ def test_a_state_that_contains_itself_is_refused(run, load_optimizer):
     assert "\n" not in str(said.value)
 
 
+def test_a_pickle_of_code_is_not_run(run, load_optimizer, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "written"), "w"))
+
+    newest = run / "checkpoints" / "step-000003"
+    torch.save(changed_moment(torch.load(newest / "optimizer.pt"), exp_avg=Evil()), newest / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"optimizer\.pt is damaged: Weights only load failed"):
+        load_optimizer(newest)
+    assert not (tmp_path / "written").exists()
+
+
 @pytest.mark.parametrize("compressed", [True, False])
 def test_a_pickle_that_takes_minutes_is_not_read(run, load_optimizer, compressed, monkeypatch):
     newest = run / "checkpoints" / "step-000003"

@@ -48,7 +48,7 @@ MAY_CHANGE = {
 def test_what_changes_no_number_of_the_steps_before_may_change_on_a_resume(name):
     """The rates of the first two steps are the same in a schedule of 4 steps and in one of 5."""
     recipe = tiny_recipe("x", num_steps=2, lr_schedule_steps=4)
-    state = TrainingState(step=1, version=1, dtype="float32", recipe=recipe.settings())
+    state = TrainingState(step=2, version=2, dtype="float32", recipe=recipe.settings())
     changed = replace(recipe, **{name: MAY_CHANGE[name]})
     assert getattr(changed, name) != getattr(recipe, name)
     check_recipe(changed, state)
