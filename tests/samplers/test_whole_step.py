@@ -35,7 +35,7 @@ def test_fixed_shapes_write_what_ragged_ones_do(uncompiled, tmp_path, family):
     policy = load_policy(checkpoint(tmp_path, family))
     for cache in whole_steps.caches_of(policy):
         for rule in whole_steps.RULES if cache is None else ("confidence", "max_prob"):
-            given = whole_steps.RULES[rule] | {"diffusion_steps": 6}
+            given = whole_steps.RULES[rule] | {"diffusion_steps": 7}
             ragged, fixed = (whole_steps.sampled(policy, cache, compile_step=on, **given) for on in (False, True))
             assert whole_steps.differing(ragged, fixed) == [], (cache, rule)
             assert fixed.forwards == ragged.forwards
