@@ -15,8 +15,8 @@ the quantized copy is stored beside it.
     int4, aligned           the learner's forward uses the rollout's quantized weights, no weights of tokens
     int4, qarl              QaRL: aligned, and TBPO's weights; with one update a step TBPO's band does not act
 
-Rates: `unquantized`, `int4` and `int4, tis` try 2.5e-4, 5e-4 and 1e-3 on seed 100, which the study does not use. fp8 takes
-the rate of `unquantized`; the other arms with a corrector take that of `int4, tis`.
+Rates: `unquantized`, `int4` and `int4, tis` try 2.5e-4, 5e-4 and 1e-3 on seed 100, which the study does not use. fp8
+takes the rate of `unquantized`; the other arms with a corrector take that of `int4, tis`.
 
 Known before the runs: recipes/studies/late_pretrained.py, in which int4 without a correction ended at 0.35 and 0.38,
 with TIS at 0.49 and 0.48, and unquantized at 0.50, at one rate and 64 completions a step. The claims are the contrasts
