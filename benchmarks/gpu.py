@@ -16,7 +16,7 @@ file is deleted. A part that the minutes cut off starts again, and a study goes 
     fp8_sums     recipes/studies/fp8_sums.py
     long         the sampler's ways at 256 tokens
     learner      a step with adapters, gradient checkpointing off and on, and one of all weights with 8-bit moments
-    sync         a fresh copy's weights, quantised in place
+    sync         a fresh copy's weights, quantized in place
     experts      a forward of a mixture's FP8 copy, expert by expert, against its 16-bit weights
     roofline     products in bf16 and FP8, and copying: what the other parts are held against
     fp8_sudoku   recipes/studies/fp8_sudoku.py
@@ -199,7 +199,7 @@ def sync(smoke: bool, device: str) -> list[Row]:
 
 
 def learner(smoke: bool, device: str) -> list[Row]:
-    """A forward and backward of one view, and the optimiser's step, on 8 completions of 256 tokens after 128."""
+    """A forward and backward of one view, and the optimizer's step, on 8 completions of 256 tokens after 128."""
     rows = []
     arms = {"adapters": (True, False), "adapters, checkpointing": (True, True), "all weights": (False, True)}
     for name, (adapters, recompute) in arms.items():

@@ -2,7 +2,7 @@
 
 batch shape  the same rows scored all at once and one by one.
 padding      the same rows with three columns of padding in front.
-rollout      the sampler's own record of an unquantised rollout, and the learner's scoring of it.
+rollout      the sampler's own record of an unquantized rollout, and the learner's scoring of it.
 cache        the same of the model made causal: token by token with a key-value cache, and in one forward.
 int8         the rows scored with the weights in int8, and as they are.
 

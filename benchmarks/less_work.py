@@ -198,7 +198,7 @@ def savings(shape: Shape, repeats: int, smoke: bool) -> Iterator[dict[str, Any]]
         state = generator.get_state()
         before = sampled(lengths, in_products)
         generator.set_state(state)
-        yield compared(f"FP8 weights dequantised once, batch {batch}", before, sampled(lengths, once), repeats)
+        yield compared(f"FP8 weights dequantized once, batch {batch}", before, sampled(lengths, once), repeats)
 
 
 def main() -> None:

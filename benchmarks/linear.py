@@ -1,4 +1,4 @@
-"""Quantised linear layers against plain ones at a preset's shapes, and the aligned forward and backward against plain.
+"""Quantized linear layers against plain ones at a preset's shapes, and the aligned forward and backward against plain.
 
 forward   the rollout's product, without gradient.
 update    forward and backward with gradients of input, weight and bias: aligned to the scheme, or plain.

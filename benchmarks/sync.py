@@ -1,7 +1,7 @@
-"""Cost of refreshing a quantised rollout copy, against the step that makes it necessary; memory of the copy.
+"""Cost of refreshing a quantized rollout copy, against the step that makes it necessary; memory of the copy.
 
 step   sample by unmasking in two steps, score the two views, backward through both, AdamW: one RL step without rewards.
-sync   quantise every layer of the learner afresh into the rollout's storage, copy the rest.
+sync   quantize every layer of the learner afresh into the rollout's storage, copy the rest.
 
 python -m benchmarks.sync [--device cuda] [--preset tiny] [--dtype bfloat16] [--schemes NAME ...] [--smoke]
                           [--json FILE]

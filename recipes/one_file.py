@@ -14,7 +14,7 @@ Sudoku from rewards, after a short supervised warm-up. A step of the loop (`trai
     4. correction  The two log-probs of a token differ, because FP8 rounds the weights. Importance weights account for
                    the difference (AIS).
     5. update      PPO's clipped ratio and AdamW.
-    6. sync        The new weights are quantised for the next rollout.
+    6. sync        The new weights are quantized for the next rollout.
 
 `dllm_rl.train` has the same stages, and each part can be exchanged. tests/recipes/test_one_file.py runs 10 steps of
 both: they write the same tokens, get the same rewards, and agree on log-probs and weights. What this file leaves out:
@@ -24,7 +24,7 @@ both: they write the same tokens, get the same rewards, and agree on log-probs a
                            unequal lengths, infilling, temperature, top-p, samplers that revise what they wrote
     dllm_rl/likelihoods    estimates that take fewer forwards than the rollout: one_step, ELBOs, merged steps
     dllm_rl/algorithms     other correctors (TIS, IcePop, TBPO), losses and advantages; a KL term; mismatch metrics
-    dllm_rl/quantization   INT8, INT4, FP8 products on a GPU, weights quantised in place, aligned forwards (QaRL)
+    dllm_rl/quantization   INT8, INT4, FP8 products on a GPU, weights quantized in place, aligned forwards (QaRL)
     dllm_rl/models         real checkpoints (LLaDA, Dream, SDAR), LoRA, the logits of 126,000 tokens in chunks
     dllm_rl/training       micro-batches, learning-rate schedules, bf16, dynamic sampling
     dllm_rl/distributed, checkpoints, monitoring, evaluation   several GPUs; stop and resume; logs; greedy evaluation
@@ -130,7 +130,7 @@ def quantized_copy(model: Any) -> Any:
     weight by up to a sixteenth, and every probability a little. On a CPU only the rounding is real: products take the
     rounded weights in fp32, and no time is saved.
 
-    Embeddings, norms and the head are not quantised: they are small, and an error of the head moves every logit.
+    Embeddings, norms and the head are not quantized: they are small, and an error of the head moves every logit.
     """
     rollout_model = copy.deepcopy(model)
     config = Float8WeightOnlyConfig(set_inductor_config=False)  # True would change torch's settings for all code

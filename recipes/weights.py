@@ -45,7 +45,7 @@ CACHE = Path("weights")
 def antiberty() -> Path:
     """AntiBERTy (Ruffolo et al., arXiv 2112.07782), 26 million weights: a BERT of antibodies, a token a residue.
 
-    MIT licence, package antiberty 0.1.3. Its [CLS] and [SEP] come from a chat template, so that a prompt is one message
+    MIT license, package antiberty 0.1.3. Its [CLS] and [SEP] come from a chat template, so that a prompt is one message
     and its text the sequence; the heads for species, chain and grafting are left out.
     """
     return converted("antiberty", CACHE / "antiberty", save_antiberty)
@@ -113,7 +113,7 @@ def save_antiberty(unpacked: Path, folder: Path) -> None:
 
 
 def save_smollm2(unpacked: Path, folder: Path) -> None:
-    """The stock LlamaForCausalLM of the package's GGUF file, dequantised, and its tokenizer."""
+    """The stock LlamaForCausalLM of the package's GGUF file, dequantized, and its tokenizer."""
     (file,) = unpacked.rglob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)

@@ -320,7 +320,7 @@ def test_an_order_of_ones_own_has_a_probability_under_plackett_luce_and_none_as_
 def test_the_doctor_takes_rows_of_ones_own(capsys):
     made = runpy.run_path(str(EXAMPLES / "own_doctor.py"))
     assert made["report"].num_tokens == 64 and 0.99 < made["report"].total.ess <= 1
-    assert "quantised" in capsys.readouterr().out
+    assert "quantized" in capsys.readouterr().out
 
 
 @pytest.mark.nightly

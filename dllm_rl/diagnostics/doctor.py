@@ -36,8 +36,8 @@ ADVICE = {
     "precision": "give both sides one dtype for weights, rotary tables and logits",
     "head precision": "compute logits in fp32 on both sides (float32_head=True)",
     "routing": "take the rollout's experts again (router_replay='R3'), correct for it (tis, ais), or keep more bits",
-    "quantised weights": "correct for it (tis, ais), align the forward (qarl), or keep more bits",
-    "quantised activations": "correct for it (tis, ais), align the forward (qarl), or quantise weights only",
+    "quantized weights": "correct for it (tis, ais), align the forward (qarl), or keep more bits",
+    "quantized activations": "correct for it (tis, ais), align the forward (qarl), or quantize weights only",
     "stale weights": "call sync_weights after every update",
     "cache or sampler": "refresh the cache more often, or treat it as off-policy with a corrector",
     "padding": "the model attends to padding or counts it in positions: pass the attention mask on",
@@ -242,8 +242,8 @@ def forward_steps(both: Comparison, learner: Tensor, rollout: Tensor, replayed: 
     states["precision"] = both.logprobs(plain, replayed)
     if both.config is not None:
         rounded_weights, quantized = operands(plain, both.config)
-        states["quantised weights"] = both.logprobs(rounded_weights, replayed)
-        states["quantised activations"] = both.logprobs(quantized, replayed)
+        states["quantized weights"] = both.logprobs(rounded_weights, replayed)
+        states["quantized activations"] = both.logprobs(quantized, replayed)
     states["stale weights"] = last
 
     steps = {}
@@ -303,13 +303,13 @@ def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
     """Return the learner's weights in the rollout's forward: its dtype, its buffers (rotary tables), its head."""
     plain = quantized_copy(policy, None)
     plain.spec = rollout_policy.spec
-    quantised = {locate_parameter(name)[0] for name, _ in quantized_layers(rollout_policy)}
-    kinds = {name: p.dtype for name, p in rollout_policy.module.named_parameters() if name not in quantised}
+    quantized = {locate_parameter(name)[0] for name, _ in quantized_layers(rollout_policy)}
+    kinds = {name: p.dtype for name, p in rollout_policy.module.named_parameters() if name not in quantized}
     common = set(kinds.values())
     for name, parameter in plain.module.named_parameters():
         if name in kinds:
             parameter.data = parameter.data.to(kinds[name])
-        elif name in quantised and len(common) == 1:  # codes do not show the dtype that a layer computes in
+        elif name in quantized and len(common) == 1:  # codes do not show the dtype that a layer computes in
             parameter.data = parameter.data.to(*common)
     for name, buffer in rollout_policy.module.named_buffers():
         owner, _, kind = name.rpartition(".")

@@ -159,8 +159,8 @@ def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask:
     )
     _same(wider[:, : mask.shape[1]][mask], weights[mask], "what lies off the mask must not change the weights")
 
-    behaviour = torch.full(mask.shape, -1.0) - torch.where(mask, mismatch, 0)
-    batch = make_batch(mask, advantages, importance_weights=weights, loss_mask=keep, rollout_logprobs=behaviour)
+    behavior = torch.full(mask.shape, -1.0) - torch.where(mask, mismatch, 0)
+    batch = make_batch(mask, advantages, importance_weights=weights, loss_mask=keep, rollout_logprobs=behavior)
     logps = batch.old_logprobs + step
     asked: list[Tensor] = []  # the sums over processes that a surrogate asks for: of the full batch, then of each part
 
@@ -173,7 +173,7 @@ def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask:
     assert whole <= 1, "a surrogate must ask for one sum over processes, or for none"
     parts = []
     for rows in torch.arange(len(mask)).split(max(1, len(mask) // 2)):
-        some = {"importance_weights": weights[rows], "loss_mask": keep[rows], "rollout_logprobs": behaviour[rows]}
+        some = {"importance_weights": weights[rows], "loss_mask": keep[rows], "rollout_logprobs": behavior[rows]}
         part = make_batch(mask[rows], advantages[rows], **some)
         # The denominators of the full batch, so that the parts' losses add up to its loss.
         part = replace(part, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences, sum_over_processes=of_all)

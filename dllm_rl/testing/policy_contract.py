@@ -59,7 +59,7 @@ def check_policy(policy: Any, *, seed: int = 0) -> None:
     _check_gradient(policy, tokens, mask)
     if policy.lora is None:
         _check_adapters(policy, tokens, mask, logits)
-    _check_quantised(policy, tokens, mask, logits)
+    _check_quantized(policy, tokens, mask, logits)
 
 
 def _rows(policy: Policy, generator: torch.Generator) -> tuple[Int[Tensor, "3 T"], Bool[Tensor, "3 T"]]:
@@ -158,20 +158,20 @@ def _check_saving(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) 
     assert same, "saved and opened again, the logits differ: is a weight neither a parameter nor a lasting buffer?"
 
 
-def _check_quantised(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) -> None:
+def _check_quantized(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) -> None:
     learner = copied(policy)
     # Only weights: a module may choose another kernel for weights that are trained, and a code of an activation
     # would jump by a full level where the two kernels round differently.
     try:
         rollout = quantized_copy(learner, fake_quantize(weight="int8"))
     except ValueError as error:
-        raise AssertionError(f"nothing to quantise, linear layers inside a ModuleList are: {error}") from None
+        raise AssertionError(f"nothing to quantize, linear layers inside a ModuleList are: {error}") from None
     with torch.no_grad():
         ours = rollout.logits(tokens, mask)
         assert ours[mask].isfinite().all() and not torch.equal(ours, logits), "int8 weights must change the logits"
         with aligned_forward(learner, rollout):
             aligned = learner.logits(tokens, mask)
-        assert _gap(policy, aligned[mask], ours[mask]) <= 1, "in aligned_forward, logits must be the quantised copy's"
+        assert _gap(policy, aligned[mask], ours[mask]) <= 1, "in aligned_forward, logits must be the quantized copy's"
         for parameter in learner.module.parameters():  # an update, after which the old codes would be far off
             parameter.mul_(0.5)
         learner.weights_version += 1

@@ -54,7 +54,7 @@ def finish(run: Run[Recipe]) -> Summary:
         eval_after_quantized = eval_after
         if run.rollout_policy is not run.policy:
             eval_after_quantized = evaluate_with(recipe, run.rollout_policy, recipe.eval_task, run.accelerator)
-    evaluations = {"before RL": eval_before, "after": eval_after, "after, quantised": eval_after_quantized}
+    evaluations = {"before RL": eval_before, "after": eval_after, "after, quantized": eval_after_quantized}
     model_card = Path(run.checkpoint) / CARD
     # There is no card to update if no checkpoint was saved, or if its folder was deleted.
     if run.accelerator.is_main_process and run.checkpoint and model_card.is_file():

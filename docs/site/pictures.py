@@ -13,7 +13,7 @@ BOX = (150, 46)  # pixels
 LATE = 2  # pauses at the end of the animation, in steps
 BOXES = {  # name: column, row, text, detail
     "task": (0, 0, "task", "prompts"),
-    "sampler": (1, 0, "sampler", "quantised copy, FP8"),
+    "sampler": (1, 0, "sampler", "quantized copy, FP8"),
     "rewards": (2, 0, "rewards", "advantages"),
     "scoring": (2, 1, "likelihood", "same masks, both sides"),
     "corrector": (1, 1, "corrector", "weights, keep mask"),
@@ -25,7 +25,7 @@ ARROWS = [
     ("rewards", "scoring", ""),
     ("scoring", "corrector", "ratios"),
     ("corrector", "update", ""),
-    ("update", "sampler", "sync: quantise again"),
+    ("update", "sampler", "sync: quantize again"),
 ]
 
 

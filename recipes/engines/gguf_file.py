@@ -17,7 +17,7 @@ ARCHITECTURES = {"LlamaForCausalLM": ("llama", "llada"), "Qwen2ForCausalLM": ("q
 
 
 def write_gguf(policy: Policy, path: Path, *, format: Format) -> None:
-    """Write the learner with its adapters merged. The blocks' matrices get the format; all else, as in a quantised
+    """Write the learner with its adapters merged. The blocks' matrices get the format; all else, as in a quantized
     copy, stays in fp32. Raises ValueError on a layout that llama.cpp's architectures do not compute, or rows that are
     no whole blocks of the format. Processes that share the learner call it together."""
     import gguf

@@ -88,7 +88,7 @@ def library() -> c.CDLL:
 def llama_cpp(*, format: Format = "Q8_0", threads: int | None = None) -> RolloutEngine:
     """Rollouts by llama.cpp: LLaDA's and Dream's layouts by `unmask` without a cache, causal ones by `autoregress`.
 
-    format   of the blocks' matrices; all else is fp32, as in a quantised copy
+    format   of the blocks' matrices; all else is fp32, as in a quantized copy
     threads  of llama.cpp; None: torch's
     """
     return RolloutEngine(partial(load, format=format, threads=threads), sync)

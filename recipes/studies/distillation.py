@@ -3,7 +3,7 @@
 The task is that of sudoku_tiny.py: puzzles of one to three clues with 34 right answers, two steps, FP8 rollouts. Every
 arm starts from its seed's one supervised model (400 steps) and trains for the processor time that 100 steps of "RL
 alone" take, on one thread. An arm's number of steps is that time over the time of one of its steps, measured first. The
-teacher is the supervised model, frozen and unquantised.
+teacher is the supervised model, frozen and unquantized.
 
     RL alone            sudoku_tiny.py: a reward by the rules
     teacher alone       `recipes/sudoku_distil.py`: the reverse KL to the teacher in eight steps, no reward

@@ -1,8 +1,8 @@
 """What rollouts by another engine cost: llama.cpp's kernels, its formats, and what correctors bring back.
 
 Every arm trains its seed's one warmed-up model of LLaDA's layout on 4x4 Sudoku, 16 prompts of 8 completions, 150 steps.
-Its rollouts come from torch and the learner's own weights ("unquantised"), or from llama.cpp with the blocks' matrices
-in a format; evaluations of the rollout's net ("quantised") are by llama.cpp too. F32 less unquantised is the kernels'
+Its rollouts come from torch and the learner's own weights ("unquantized"), or from llama.cpp with the blocks' matrices
+in a format; evaluations of the rollout's net ("quantized") are by llama.cpp too. F32 less unquantized is the kernels'
 doing, a format less F32 the format's. The contrasts below were written before the runs. Needs `.[llamacpp]`.
 
     python -m recipes.studies.engines                 run what is missing, then print the tables
@@ -30,7 +30,7 @@ def arm(format: Any, corrector: c.Corrector | None = None) -> dict[str, Any]:
 
 
 ARMS: dict[str, dict[str, Any]] = {
-    "unquantised": {},
+    "unquantized": {},
     "F32": arm("F32"),
     "F16": arm("F16"),
     "Q8_0": arm("Q8_0"),
@@ -41,7 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "Q4_0 AIS": arm("Q4_0", c.ais()),
 }
 CONTRASTS = (
-    Contrast("another engine's kernels harm", "F32", "unquantised"),
+    Contrast("another engine's kernels harm", "F32", "unquantized"),
     Contrast("blocks of 8 bits harm", "Q8_0", "F32"),
     Contrast("blocks of 4 bits harm", "Q4_0", "F32"),
     Contrast("token TIS helps under 8 bits", "Q8_0 TIS", "Q8_0"),
@@ -52,7 +52,7 @@ study = Study(
     name="engines",
     base=base,
     arms=ARMS,
-    against={arm: "unquantised" for arm in ARMS if arm != "unquantised"},
+    against={arm: "unquantized" for arm in ARMS if arm != "unquantized"},
     metrics=mismatch.study.metrics,
     seeds=10,
     num_steps=150,  # 60 raise this model's solve rate by 0.03 only: no harm would show
@@ -60,4 +60,4 @@ study = Study(
 )
 
 if __name__ == "__main__":
-    main(study, __doc__, ("after", "quantised"), STORED)
+    main(study, __doc__, ("after", "quantized"), STORED)

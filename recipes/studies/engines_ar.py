@@ -23,18 +23,18 @@ study = Study(
     name="engines_ar",
     base=replace(recipe, rollout_quantization=None, corrector=no_correction(), beta=0.0),
     arms={
-        "unquantised": {},
+        "unquantized": {},
         "Q8_0": arm("Q8_0"),
         "Q4_0": arm("Q4_0"),
         "Q4_0 TIS": arm("Q4_0", tis()),
     },
-    against={"Q8_0": "unquantised", "Q4_0": "unquantised", "Q4_0 TIS": "unquantised"},
+    against={"Q8_0": "unquantized", "Q4_0": "unquantized", "Q4_0 TIS": "unquantized"},
     metrics=mismatch_ar.study.metrics,
     seeds=5,
     num_steps=12,
     contrasts=(
-        Contrast("blocks of 8 bits harm", "Q8_0", "unquantised"),
-        Contrast("blocks of 4 bits harm", "Q4_0", "unquantised"),
+        Contrast("blocks of 8 bits harm", "Q8_0", "unquantized"),
+        Contrast("blocks of 4 bits harm", "Q4_0", "unquantized"),
         Contrast("token TIS helps under 4 bits", "Q4_0 TIS", "Q4_0"),
     ),
     metric="accuracy",
@@ -42,4 +42,4 @@ study = Study(
 
 if __name__ == "__main__":
     weights.smollm2()  # before the workers, which would all write its folder
-    main(study, __doc__, ("after", "quantised"), STORED)
+    main(study, __doc__, ("after", "quantized"), STORED)

@@ -288,7 +288,7 @@ def gradient_table(
     moved     rollout: the rollout policy has the noise, and the learner has made no update (what weights correct);
               old: the rollout is the learner's before an update of that size (what a surrogate's clip is for)
     draws     real batches that are drawn, in place of a batch without end: for what depends on the batch's size, as a
-              self-normalised weight does. Numbers are then estimates; every corrector sees the same batches.
+              self-normalized weight does. Numbers are then estimates; every corrector sees the same batches.
     """
     if moved not in ("rollout", "old"):
         raise ValueError(f"moved={moved!r} must be 'rollout' or 'old'")
@@ -330,8 +330,8 @@ def _case(length: int, words: int, diffusion_steps: int, sharpness: float, seed:
 
 
 def _measure(case: _Case, corrector: Corrector, sigma: float, batch: int, moved: str, draws: int) -> tuple[float, ...]:
-    behaviour = case.toy.moved(sigma, _stream(case.seed + 1))
-    sampled = contributions(behaviour, case.rollout, case.noise, trajectory())
+    behavior = case.toy.moved(sigma, _stream(case.seed + 1))
+    sampled = contributions(behavior, case.rollout, case.noise, trajectory())
     p, q = (each.sum(-1).exp() for each in (case.logps, sampled))
     advantages = case.rewards - (q * case.rewards).sum()
     truth = torch.einsum("b,btw->w", p * advantages, case.jacobian)

@@ -157,9 +157,9 @@ def draw(measured: Sequence[Mapping[str, str]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
-    markers, colours = "osD^vP*X", plt.get_cmap("tab20").colors
+    markers, colors = "osD^vP*X", plt.get_cmap("tab20").colors
     for i, row in enumerate(measured):
-        look = {"marker": markers[i % len(markers)], "color": colours[i % 20], "linestyle": "", "markersize": 8}
+        look = {"marker": markers[i % len(markers)], "color": colors[i % 20], "linestyle": "", "markersize": 8}
         for axis, column in zip(axes, ("std", "cosine"), strict=True):
             axis.plot(float(row["forwards"]), float(row[column]), alpha=0.8, label=row["estimator"].strip("`"), **look)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)

@@ -1,7 +1,7 @@
 """Rollouts of a mixture of experts, with and without router replay, under FP8 and under three bits.
 
 All arms train the same warmed-up mixture (one per seed) on 4x4 Sudoku; held-out puzzles are filled in greedily by the
-unquantised model. Stated before the runs: that replay (R3) raises the solve rate under three bits. What the numbers
+unquantized model. Stated before the runs: that replay (R3) raises the solve rate under three bits. What the numbers
 say: experts.md.
 
     python -m recipes.studies.experts                      run what is missing, then write experts.json, print the table

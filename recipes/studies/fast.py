@@ -1,7 +1,7 @@
 """Does a reward for few forwards move the frontier of accuracy against forwards? recipes/sudoku_fast.py. Claims first.
 
 A seed's model is taught once (supervised, 400 steps); both arms take equal steps of RL from it, with `soft_threshold`
-rollouts, unquantised. They differ in the reward alone:
+rollouts, unquantized. They differ in the reward alone:
 
     before       the taught model
     accuracy     the task's own reward, which sees no forwards: the control
@@ -117,11 +117,11 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    for arm, colour in zip(ARMS, ("grey", "tab:blue", "tab:red"), strict=True):
+    for arm, color in zip(ARMS, ("grey", "tab:blue", "tab:red"), strict=True):
         for number, seed in enumerate(SEEDS):
             points = sorted((p["forwards"], p["solved"]) for p in results[arm, seed]["frontier"])
             label = arm if number == 0 else None
-            axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, linewidth=1, label=label)
+            axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, linewidth=1, label=label)
     axis.set(xlabel="forwards per puzzle", ylabel="solved", title="each line a seed, each point a threshold")
     axis.grid(alpha=0.3)
     axis.legend()

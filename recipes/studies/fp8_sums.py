@@ -2,7 +2,7 @@
 
 Weights in FP8 (`float8_weight_only`), 12 steps of 4 prompts x 8 completions, adapters of rank 16, no KL term: as
 engines_ar.py, whose arms are llama.cpp's formats. The seeds were five, and TBPO was no arm, until seed 0 of
-unquantised, none, TIS and AIS had run. `half`: the same at half the learning rate.
+unquantized, none, TIS and AIS had run. `half`: the same at half the learning rate.
 
     python -m recipes.studies.fp8_sums full           run what is missing, then print the tables
     python -m recipes.studies.fp8_sums half
@@ -25,12 +25,12 @@ study = replace(
     engines_ar.study,
     name="fp8-sums",
     base=replace(engines_ar.study.base, rollout_quantization=recipe.rollout_quantization),
-    arms={"unquantised": {"rollout_quantization": None}, "none": {}}
+    arms={"unquantized": {"rollout_quantization": None}, "none": {}}
     | {name: {"corrector": corrector} for name, corrector in CORRECTORS.items()},
-    against=dict.fromkeys(("none", *CORRECTORS), "unquantised"),
+    against=dict.fromkeys(("none", *CORRECTORS), "unquantized"),
     seeds=10,
     contrasts=(
-        Contrast("FP8 weights harm", "none", "unquantised"),
+        Contrast("FP8 weights harm", "none", "unquantized"),
         Contrast("token TIS helps", "TIS", "none"),
         Contrast("AIS helps", "AIS", "none"),
         Contrast("TBPO helps", "TBPO", "none"),
@@ -60,4 +60,4 @@ def told(by_rate: Mapping[str, Results]) -> str:
 if __name__ == "__main__":
     rate = which(STUDIES)
     weights.smollm2()  # before the workers, which would all write its folder
-    main(STUDIES[rate], __doc__, ("after", "quantised"), STORED[rate])
+    main(STUDIES[rate], __doc__, ("after", "quantized"), STORED[rate])

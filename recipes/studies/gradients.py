@@ -188,14 +188,14 @@ def of_orders(networks: int, *, batch: int = 128) -> dict[str, list[str]]:
     for kind, sigma in product(KINDS, (0.0, *SIGMAS)):
         numbers: dict[str, list[tuple[float, float, float]]] = {}
         for toy, generator in toys(kind, networks):
-            rollout, behaviour = confidence_outcomes(toy), toy.moved(sigma, generator)
+            rollout, behavior = confidence_outcomes(toy), toy.moved(sigma, generator)
             rewards = torch.randn(81, generator=generator, dtype=torch.float64).repeat(6)
             for weight in toy.weights:
                 weight.requires_grad_()
             laws = {order: lik.trajectory(include_order=order) for order in (True, False)}
             noises = {order: law.draw_views(rollout, generator) for order, law in laws.items()}
             ours = {order: contributions(toy, rollout, noises[order], laws[order]).sum(-1) for order in laws}
-            theirs = {order: contributions(behaviour, rollout, noises[order], laws[order]).sum(-1) for order in laws}
+            theirs = {order: contributions(behavior, rollout, noises[order], laws[order]).sum(-1) for order in laws}
             scores = {order: per_outcome(toy, ours[order][:, None])[:, 0] for order in laws}
             p, q = ours[True].detach().exp(), theirs[True].detach().exp()
             p, q = map(without_floor, (p, q))

@@ -20,13 +20,13 @@ INT8 = partial(fake_quantize, weight="int8", activation="int8")
 study = Study(
     name="kernel_noise",
     base=replace(base, num_iterations=2),
-    arms={"unquantised": {}, "int8": {"rollout_quantization": INT8}},
-    against={"int8": "unquantised"},
+    arms={"unquantized": {}, "int8": {"rollout_quantization": INT8}},
+    against={"int8": "unquantized"},
     metrics={"mean abs log-ratio": "rollout_corr/abs_log_ratio_mean", "ESS": "rollout_corr/ess"},
     seeds=5,
     num_steps=300,
-    contrasts=(Contrast("rounding to 8 bits harms", "int8", "unquantised"),),
+    contrasts=(Contrast("rounding to 8 bits harms", "int8", "unquantized"),),
 )
 
 if __name__ == "__main__":
-    main(study, __doc__, ("after", "quantised"))
+    main(study, __doc__, ("after", "quantized"))

@@ -12,7 +12,7 @@ rollouts that are four updates old?
                          recipes/async_sudoku.py
     int4, int4, tis      weights of 4 bits in groups of 32, no lag; two seeds
     lag 4, slow          the lag, without a correction, at a quarter of the learning rate; one seed
-    unquantised          one seed
+    unquantized          one seed
 
 All settings are those of recipes/smollm2_diffusion.py, but for weights in bf16 and no KL term, which halve the time.
 The learning rate is its 5e-4 in every other arm: none was tuned, as a run takes six minutes of a core. Three seeds, all
@@ -53,7 +53,7 @@ STUDY = Study(
         "lag 4, slow": LATE | {"learning_rate": recipe.learning_rate / 4},
         "int4": RATE | INT4,
         "int4, tis": RATE | INT4 | {"corrector": tis()},
-        "unquantised": RATE | {"rollout_quantization": None},
+        "unquantized": RATE | {"rollout_quantization": None},
     },
     against={
         "lag 4": "FP8",
@@ -62,12 +62,12 @@ STUDY = Study(
         "lag 4, slow": "lag 4",
         "int4": "FP8",
         "int4, tis": "int4",
-        "unquantised": "FP8",
+        "unquantized": "FP8",
     },
     metrics=METRICS,
     seeds=3,
     num_steps=48,
-    fewer={"lag 4, slow": 1, "int4": 2, "int4, tis": 2, "unquantised": 1},
+    fewer={"lag 4, slow": 1, "int4": 2, "int4, tis": 2, "unquantized": 1},
     metric="accuracy",
 )
 
@@ -86,5 +86,5 @@ def quarters(results: Results) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    found = main(STUDY, __doc__, ("before", "after", "quantised", "least ess"), STORED, run=run_late)
+    found = main(STUDY, __doc__, ("before", "after", "quantized", "least ess"), STORED, run=run_late)
     print(markdown(quarters(found)))

@@ -15,7 +15,7 @@ steps of one update from their seed's one warmed-up model, and are evaluated on 
 
 Each arm takes its own learning rate, tuned on two seeds that the study does not use. On seed 100 it tries 2.5e-4, 5e-4
 and 1e-3, and further by factors of two while the best is at an edge; on seed 101 the best of these and the better one
-of its neighbours. The higher mean of the two seeds wins.
+of its neighbors. The higher mean of the two seeds wins.
 
 Known before the runs: two seeds of a first look, in which lags 4 and 8 cost 0.05 to 0.16 at one rate, and TIS and AIS
 brought some of it back; and most of seed 100's tuning, in which the dual clip at a lag of 4 nearly reached lag 0, and
@@ -128,7 +128,7 @@ AGAINST = {name: name.split(",")[0] if "," in name else "lag 0" for name in (*TU
 METRICS = {
     "ess": "rollout_corr/ess",
     "k3": "rollout_corr/k3_kl",
-    "k3 of quantisation": "mismatch_split/quantization_k3_kl",
+    "k3 of quantization": "mismatch_split/quantization_k3_kl",
     "k3 of staleness": "mismatch_split/staleness_k3_kl",
     "reward": "reward",
 }
@@ -197,7 +197,7 @@ def tune(study: Study, root: Path, workers: int | None) -> tuple[dict[str, float
 
 
 def best_two(after: dict[float, float]) -> tuple[float, float]:
-    """The best rate, and the better one of its two neighbours."""
+    """The best rate, and the better one of its two neighbors."""
     rates = sorted(after)
     place = rates.index(max(rates, key=lambda rate: after[rate]))
     return rates[place], max(rates[place - 1], rates[place + 1], key=lambda rate: after[rate])
@@ -231,7 +231,7 @@ def main(study: Study, stored: Path, about: str | None) -> None:
         results = load(root)
         if len(results) == len(runs):
             write_json(stored, {"rates": rates, "tuning": tuning, "runs": list(results.values())})
-    print(markdown(arm_rows(study, results, ("before", "after", "quantised", "least ess"))))
+    print(markdown(arm_rows(study, results, ("before", "after", "quantized", "least ess"))))
     print(markdown(contrast_rows(study, results)))
 
 

@@ -23,7 +23,7 @@ Rates: GRPO in four has the best of 5e-4, 1e-3 and 2e-3, filtered answers in one
 They are tried on seed 100, and the better two on seed 101, too, which the study does not take, on 400 validation
 puzzles. The higher mean of `after` over both seeds wins, of equal ones the lower rate. 2.5e-4 was added for GRPO after
 5e-4 had won on seed 100. For time, the other arms of labels take the rate of filtered answers in one round, and the
-other arms of GRPO that of GRPO in four; FP8 has as many steps, too, so that quantisation is all that differs. A stored
+other arms of GRPO that of GRPO in four; FP8 has as many steps, too, so that quantization is all that differs. A stored
 run whose rate is the best one stays, any other is run again. Arms without a claim were to take five seeds. Time ended
 with five of filtered answers in rounds, and three of supervision, of GRPO in two, in 16 and with FP8. The numbers of
 steps take about 23 s of one core that has nothing else to do; FP8's take longer, since a CPU rounds and multiplies in

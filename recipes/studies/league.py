@@ -1,6 +1,6 @@
 """Published methods for RL of diffusion language models, in equal time and tuned alike. Claims before the runs.
 
-Every method trains its seed's one warmed-up model: 16 prompts of 8 completions, fp32, unquantised. Held-out problems
+Every method trains its seed's one warmed-up model: 16 prompts of 8 completions, fp32, unquantized. Held-out problems
 are decoded greedily in as many steps as the rollouts. A method's number of steps is the budget over the time of one of
 its steps, measured first, by one thread, with nothing else running. The runs share the machine and take longer, not all
 by the same share: "s in all" in the tables is what they took, with start and evaluation.
@@ -70,19 +70,19 @@ SEEDS = 10
 DEFAULT = "TraceRL (the default)"
 SPG_BOUNDS = lik.sandwich(beta=1.0, mix=0.5, base=lik.coupled())  # beta: of SPG's Sudoku runs
 
-centred = partial(group_relative, scale_rewards="none")
+centered = partial(group_relative, scale_rewards="none")
 dual_clip = partial(ppo_clip, delta=1.2)
 
 
 def wd1(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     """wd1's weights: softmax(A) - softmax(-A) over the group, A = R - mean, times G (arXiv 2507.08838, its authors'
     code [paper]; there the softmax is over a process's rows, which are one group)."""
-    apart = centred(rewards)
+    apart = centered(rewards)
     return rewards.shape[-1] * (torch.softmax(apart, -1) - torch.softmax(-apart, -1))
 
 
 # Likelihood, objective, advantages and updates are the papers' or their code's; `sampler`: what differs in the rollout.
-# Batch, optimiser and no KL term are the league's. ELBOs come from `coupled`, each token under one of two masks. A
+# Batch, optimizer and no KL term are the league's. ELBOs come from `coupled`, each token under one of two masks. A
 # sequence's ratio has a clip of 0.2: the authors' 4e-4 is for smaller updates. The others
 # get two updates as well, with a dual clip (DAPO: its own). Formulas and sources: the docstrings of what is named here.
 METHODS: dict[str, dict[str, Any]] = {
@@ -90,7 +90,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "d1": {
         "likelihood": lik.one_step(prompt_mask=0.15),
         "loss": partial(ppo_clip, epsilon=0.5),
-        "advantages": centred,
+        "advantages": centered,
         "loss_reduction": token_mean,
         "num_iterations": 8,
     },
@@ -111,12 +111,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "num_iterations": 8,
     },
     # A lower bound where A >= 0, an upper one mixed in where A < 0. Ours: PPO's clip per token; masks not by block.
-    "SPG": {"likelihood": SPG_BOUNDS, "advantages": centred, "num_iterations": 4},
-    # SPG's bounds; the ratio per sequence, clipped whatever the sign, normalised over the batch.
+    "SPG": {"likelihood": SPG_BOUNDS, "advantages": centered, "num_iterations": 4},
+    # SPG's bounds; the ratio per sequence, clipped whatever the sign, normalized over the batch.
     "StableDRL": {
         "likelihood": SPG_BOUNDS,
         "loss": stable_drl,
-        "advantages": centred,
+        "advantages": centered,
         "loss_reduction": sequence_mean,
         "num_iterations": 2,
     },
@@ -124,7 +124,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "GDSD": {
         "likelihood": lik.coupled(),
         "loss": partial(gdsd, psi=1.0),
-        "advantages": centred,
+        "advantages": centered,
         "loss_reduction": sequence_mean,
         "num_iterations": 8,
     },

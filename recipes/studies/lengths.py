@@ -51,8 +51,8 @@ TARGET = 0.2  # nats
 SHARES = {"2 steps": 0.96, "4 steps": 0.99, "8 steps": 0.97, "causal": 0.91}
 
 # Arms of which nothing is claimed take fewer seeds than ten.
-SEEDS = {f"{name}: unquantised": 5 for name in ("2 steps", "4 steps", "causal")}
-SEEDS |= {"8 steps: unquantised": 3}
+SEEDS = {f"{name}: unquantized": 5 for name in ("2 steps", "4 steps", "causal")}
+SEEDS |= {"8 steps: unquantized": 3}
 
 
 def blend(policy: Policy, rounded: Policy, share: float) -> None:
@@ -86,7 +86,7 @@ def arms_of(name: str) -> dict[str, dict[str, Any]]:
         changes = {key: partial(getattr(mismatch.base, key), **steps) for key in ("sampler", "eval_sampler")}
     engine = changes | {"rollout_engine": blended(SHARES[name])}
     return {
-        f"{name}: unquantised": changes,
+        f"{name}: unquantized": changes,
         f"{name}: none": engine,
         f"{name}: TIS": engine | {"corrector": tis()},
     }
@@ -94,7 +94,7 @@ def arms_of(name: str) -> dict[str, dict[str, Any]]:
 
 def against(arm: str) -> str:
     name, corrector = arm.split(": ")
-    return f"{name}: {'none' if corrector == 'TIS' else 'unquantised'}"
+    return f"{name}: {'none' if corrector == 'TIS' else 'unquantized'}"
 
 
 def study_of(before: Study, names: Sequence[str]) -> Study:
@@ -105,7 +105,7 @@ def study_of(before: Study, names: Sequence[str]) -> Study:
         name="lengths",
         base=replace(before.base, rollout_quantization=None, corrector=no_correction(), max_retained_graphs=16),
         arms=arms,
-        against={arm: against(arm) for arm in arms if "unquantised" not in arm},
+        against={arm: against(arm) for arm in arms if "unquantized" not in arm},
         metrics=mismatch.study.metrics,
         seeds=10,
         fewer={arm: SEEDS[arm] for arm in SEEDS.keys() & arms},
@@ -152,7 +152,7 @@ def told(results: Results) -> str:
     claims = {row["arm"]: row for row in contrast_rows(study, results)}
     for name in SHARES:
         row = {"steps": name}
-        for arm in (f"{name}: {each}" for each in ("unquantised", "none", "TIS")):
+        for arm in (f"{name}: {each}" for each in ("unquantized", "none", "TIS")):
             runs = [run for (other, _), run in results.items() if other == arm]
             row[arm.split(": ")[1]] = interval([run["after"] for run in runs]) if runs else "-"
         claim = claims[f"{name}: TIS"]

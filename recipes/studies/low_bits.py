@@ -116,7 +116,7 @@ STUDY = Study(
         Contrast("AIS is above its permuted weights", "int4, ais", "int4, permuted ais"),
         Contrast("the aligned forward is above no corrector", "int4, aligned", "int4"),
         Contrast("QaRL is above no corrector", "int4, qarl", "int4"),
-        Contrast("sampled by the quantized copy, QaRL is above no corrector", "int4, qarl", "int4", "quantised"),
+        Contrast("sampled by the quantized copy, QaRL is above no corrector", "int4, qarl", "int4", "quantized"),
         Contrast("what TIS does not bring back is something", "unquantized", "int4, tis"),
     ),
     metric="accuracy",
@@ -142,7 +142,7 @@ def tune(root: Path) -> None:
     results = load(root)
     if len(results) == len(runs):
         write_json(TUNING, list(results.values()))
-    print(markdown(arm_rows(study, results, ("before", "after", "quantised"))))
+    print(markdown(arm_rows(study, results, ("before", "after", "quantized"))))
 
 
 def best_rates(runs: list[dict[str, Any]]) -> dict[str, float]:
@@ -161,4 +161,4 @@ if __name__ == "__main__":
     else:
         rates = best_rates(read_json(TUNING))
         rated = replace(STUDY, arms={name: ARMS[name] | {"learning_rate": rates[name]} for name in ARMS})
-        main(rated, __doc__, ("before", "after", "quantised"), STORED, run=run_with_steps)
+        main(rated, __doc__, ("before", "after", "quantized"), STORED, run=run_with_steps)

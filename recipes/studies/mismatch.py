@@ -51,7 +51,7 @@ in_halves = partial(base.sampler, block_size=8)
 in_llada_order = partial(base.sampler, rank=confidence)
 ARMS = {
     "start": arm(c.no_correction(), num_steps=0),
-    "one: unquantised": arm(c.no_correction(), None),
+    "one: unquantized": arm(c.no_correction(), None),
     "one: none": arm(c.no_correction()),
     "one: TIS": arm(c.tis()),
     "one: AIS alarm": arm(c.ais()),
@@ -60,7 +60,7 @@ ARMS = {
     "one: lambda 0.75": arm(fixed_lambda(0.75)),
     "one: TIS shuffled": arm(shuffled(c.tis())),
     "one: aligned": arm(c.aligned()),
-    "two: unquantised": clipped(c.no_correction(), None),
+    "two: unquantized": clipped(c.no_correction(), None),
     "two: none": clipped(c.no_correction()),
     "two: TIS": clipped(c.tis()),
     "two: AIS alarm": clipped(c.ais()),
@@ -68,13 +68,13 @@ ARMS = {
     "two: none, no clip": arm(c.no_correction(), num_iterations=2),
     "two: TIS, no clip": arm(c.tis(), num_iterations=2),
     "two: none, delta 3": arm(c.no_correction(), num_iterations=2, loss=partial(ppo_clip, epsilon=0.2, delta=3.0)),
-    "random: unquantised": arm(c.no_correction(), None, sampler=in_random_order),
+    "random: unquantized": arm(c.no_correction(), None, sampler=in_random_order),
     "random: none": arm(c.no_correction(), sampler=in_random_order),
     "random: TIS": arm(c.tis(), sampler=in_random_order),
-    "left: unquantised": arm(c.no_correction(), None, sampler=in_halves),
+    "left: unquantized": arm(c.no_correction(), None, sampler=in_halves),
     "left: none": arm(c.no_correction(), sampler=in_halves),
     "left: TIS": arm(c.tis(), sampler=in_halves),
-    "confidence: unquantised": arm(c.no_correction(), None, sampler=in_llada_order),
+    "confidence: unquantized": arm(c.no_correction(), None, sampler=in_llada_order),
     "confidence: none": arm(c.no_correction(), sampler=in_llada_order),
     "confidence: TIS": arm(c.tis(), sampler=in_llada_order),
     "int3, one: none": arm(c.no_correction(), INT3),
@@ -83,19 +83,19 @@ ARMS = {
     "int3, two: TIS": clipped(c.tis(), INT3),
 }
 # No claim is stated of these; the first is there for the clip's width.
-FEWER = {"two: none, delta 3": 5, "left: unquantised": 5, "left: none": 5, "left: TIS": 5} | {
+FEWER = {"two: none, delta 3": 5, "left: unquantized": 5, "left: none": 5, "left: TIS": 5} | {
     name: 3
     for name in ARMS
     if name.startswith(("confidence", "int3"))
     or name in ("one: lambda 0.25", "one: lambda 0.75", "two: AIS alarm", "two: aligned", "two: TIS, no clip")
 }
 CONTRASTS = (
-    Contrast("rollouts of five levels harm", "one: none", "one: unquantised"),
+    Contrast("rollouts of five levels harm", "one: none", "one: unquantized"),
     Contrast("token TIS helps", "one: TIS", "one: none"),
     Contrast("which token has which weight matters", "one: TIS", "one: TIS shuffled"),
     Contrast("AIS alarm does better than TIS", "one: AIS alarm", "one: TIS"),
-    Contrast("aligned forward helps the quantised net", "one: aligned", "one: none", "quantised"),
-    Contrast("with two updates harm is left under a dual clip", "two: none", "two: unquantised"),
+    Contrast("aligned forward helps the quantized net", "one: aligned", "one: none", "quantized"),
+    Contrast("with two updates harm is left under a dual clip", "two: none", "two: unquantized"),
     Contrast("with two updates a dual clip alone helps", "two: none", "two: none, no clip"),
     Contrast("TIS adds to a dual clip", "two: TIS", "two: none"),
     Contrast("TIS helps where no order disagrees", "random: TIS", "random: none"),
@@ -106,9 +106,9 @@ study = Study(
     base=base,
     arms=ARMS,
     against={
-        arm: f"{arm.split(': ')[0].replace('int3, ', '')}: unquantised"
+        arm: f"{arm.split(': ')[0].replace('int3, ', '')}: unquantized"
         for arm in ARMS
-        if arm != "start" and "unquantised" not in arm
+        if arm != "start" and "unquantized" not in arm
     },
     metrics={
         "rollouts solved": "rewards/solve_rate/mean",
@@ -125,5 +125,5 @@ study = Study(
 )
 
 if __name__ == "__main__":
-    found = main(study, __doc__, ("after", "quantised"))
+    found = main(study, __doc__, ("after", "quantized"))
     mismatch_report.write(study, found, Path(__file__).parent)

@@ -1,7 +1,7 @@
 """The mismatch study's question for an autoregressive model, where no order can disagree: rollouts of five levels.
 
 One update a rollout, 16 prompts of 8 completions, half the recipe's learning rate, at which so small a batch learns
-(seed 0 unquantised, 180 steps: 0.39 of the held-out puzzles; 0.30 at the recipe's own, 0.03 at twice that). Stated
+(seed 0 unquantized, 180 steps: 0.39 of the held-out puzzles; 0.30 at the recipe's own, 0.03 at twice that). Stated
 before the runs: such rollouts harm, and token TIS helps. The numbers: mismatch.md.
 
     python -m recipes.studies.mismatch_ar                  run what is missing, then print the tables
@@ -23,19 +23,19 @@ study = Study(
         recipe, train_batch_size=16, learning_rate=2.5e-4, rollout_quantization=None, corrector=no_correction()
     ),
     arms={
-        "unquantised": {},
+        "unquantized": {},
         "none": {"rollout_quantization": FIVE_LEVELS},
         "TIS": {"rollout_quantization": FIVE_LEVELS, "corrector": tis()},
     },
-    against={"none": "unquantised", "TIS": "none"},
+    against={"none": "unquantized", "TIS": "none"},
     metrics={"mean abs log-ratio": "rollout_corr/abs_log_ratio_mean", "ESS": "rollout_corr/ess"},
     seeds=10,
     num_steps=180,
     contrasts=(
-        Contrast("rollouts of five levels harm", "none", "unquantised"),
+        Contrast("rollouts of five levels harm", "none", "unquantized"),
         Contrast("token TIS helps", "TIS", "none"),
     ),
 )
 
 if __name__ == "__main__":
-    main(study, __doc__, ("after", "quantised"))
+    main(study, __doc__, ("after", "quantized"))

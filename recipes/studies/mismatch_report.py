@@ -17,7 +17,7 @@ def write(study: Study, results: Results, folder: Path) -> None:
     """`folder`/mismatch.json and mismatch.png. Raises SystemExit where no run has finished."""
     if not results:
         raise SystemExit("no run has finished yet")
-    arms = arm_rows(study, results, ("after", "quantised"))
+    arms = arm_rows(study, results, ("after", "quantized"))
     write_rows(folder / "mismatch.json", arms=arms, contrasts=contrast_rows(study, results))
     draw(study, results, folder / "mismatch.png")
 
@@ -57,8 +57,8 @@ def draw(study: Study, results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def line(axis: Any, place: float, values: Sequence[float], colour: str) -> None:
+def line(axis: Any, place: float, values: Sequence[float], color: str) -> None:
     """Dots, and the mean with its interval above them."""
-    axis.plot(values, [place] * len(values), "o", color=colour, alpha=0.35, markersize=4)
-    centre, _, half = interval(values).partition("±")
-    axis.errorbar(float(centre), place, xerr=float(half or 0), fmt="|", color="black", markersize=11, capsize=3)
+    axis.plot(values, [place] * len(values), "o", color=color, alpha=0.35, markersize=4)
+    center, _, half = interval(values).partition("±")
+    axis.errorbar(float(center), place, xerr=float(half or 0), fmt="|", color="black", markersize=11, capsize=3)

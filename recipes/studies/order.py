@@ -1,6 +1,6 @@
 """Which order learns best, and does the order's part of the likelihood help? Claims stated before the runs.
 
-Every arm trains its seed's one warmed-up model, unquantised and on-policy, one update per rollout, 120 steps. Arms
+Every arm trains its seed's one warmed-up model, unquantized and on-policy, one update per rollout, 120 steps. Arms
 differ in how training rollouts are ranked; all evaluations are greedy, ranked by `max_prob`.
 
     max_prob, random         no gradient of the order: its probability is 0 or 1, or depends on no weight

@@ -121,13 +121,13 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int, pool:
         summary = train(replace(study.base, **(settings | study.arms[arm])), pool)
     except FloatingPointError as error:
         print(f"diverged: {error}")
-        kept |= {"diverged": True, "after": 0.0, "quantised": 0.0}
+        kept |= {"diverged": True, "after": 0.0, "quantized": 0.0}
     else:
         installed = summary["machine"]["versions"]
         kept |= {"s": summary["seconds"], "torch": installed["torch"], "commit": installed["dllm_rl_commit"]}
         kept |= {"cpu": capability()}
         kept |= {when: summary[f"eval_{when}"][study.metric] for when in ("before", "after")}
-        kept["quantised"] = (summary["eval_after_quantized"] or summary["eval_after"])[study.metric]
+        kept["quantized"] = (summary["eval_after_quantized"] or summary["eval_after"])[study.metric]
     steps = read_metrics(folder)
     for column, metric in study.metrics.items():
         if found := [row[metric] for row in steps if metric in row]:

@@ -1,11 +1,11 @@
 """Does mismatch harm at the learning rate that suits it? Four formats, four correctors. Claims before the runs.
 
 A smaller learning rate may do what a corrector does. So every arm takes its own best of RATES, and harm is counted from
-unquantised rollouts at their own best. 4x4 Sudoku, one update a rollout, 60 steps; all formats round inputs to e4m3.
-A rate is chosen by the mean of seeds 100 to 102; the claims are of seeds 10 to 19. "other rounding" is the unquantised
+unquantized rollouts at their own best. 4x4 Sudoku, one update a rollout, 60 steps; all formats round inputs to e4m3.
+A rate is chosen by the mean of seeds 100 to 102; the claims are of seeds 10 to 19. "other rounding" is the unquantized
 arm in other micro-batches: the same sums in another order, and so the design's own noise.
 
-Trials of three seeds hardly tell two rates apart. So unquantised rollouts and every format without a corrector also ran
+Trials of three seeds hardly tell two rates apart. So unquantized rollouts and every format without a corrector also ran
 at EQUAL rates on seeds 10 to 19; this was added after the runs, and nothing is claimed of it.
 
     python -m recipes.studies.rates                   run what is missing, then print the tables
@@ -44,10 +44,10 @@ EQUAL = (2.5e-4, 5e-4)
 TUNED_ON, TESTED_ON = range(100, 103), range(10, 20)
 FORMATS = {"FP8": "e4m3", "int4": "int4", "int3": "int3", "five levels": "five_level"}
 CORRECTORS = {"none": no_correction(), "TIS": tis(), "AIS": ais(), "aligned": aligned()}
-OTHER = "unquantised, other rounding"
+OTHER = "unquantized, other rounding"
 
 
-ARMS: dict[str, dict[str, Any]] = {"unquantised": {}, OTHER: {"micro_batch_size": 32}} | {
+ARMS: dict[str, dict[str, Any]] = {"unquantized": {}, OTHER: {"micro_batch_size": 32}} | {
     f"{name}: {corrector}": {
         "rollout_quantization": partial(fake_quantize, weight=weight, activation="e4m3"),
         "corrector": made,
@@ -58,18 +58,18 @@ study = Study(
     name="rates",
     base=mismatch.base,
     arms=ARMS,
-    against={OTHER: "unquantised"}
-    | {f"{name}: none": "unquantised" for name in FORMATS}
+    against={OTHER: "unquantized"}
+    | {f"{name}: none": "unquantized" for name in FORMATS}
     | {f"{name}: {corrector}": f"{name}: none" for name in FORMATS for corrector in ("TIS", "AIS", "aligned")},
     metrics=mismatch.study.metrics,
     seeds=10,
     num_steps=60,
     contrasts=(
-        *(Contrast(f"{name} harms", f"{name}: none", "unquantised") for name in FORMATS),
+        *(Contrast(f"{name} harms", f"{name}: none", "unquantized") for name in FORMATS),
         *(Contrast(f"token TIS helps under {name}", f"{name}: TIS", f"{name}: none") for name in FORMATS),
         Contrast("AIS does better than TIS under five levels", "five levels: AIS", "five levels: TIS"),
         Contrast(
-            "aligned helps the quantised net of five levels", "five levels: aligned", "five levels: none", "quantised"
+            "aligned helps the quantized net of five levels", "five levels: aligned", "five levels: none", "quantized"
         ),
     ),
 )
@@ -95,7 +95,7 @@ def best(tuning: Results) -> dict[str, float]:
     """By arm: the rate with the best mean over the trials' seeds."""
     means = {name: mean(tuning[name, seed]["after"] for seed in TUNED_ON) for name in trials.arms}
     found = {arm: max(RATES, key=lambda rate: means[at(arm, rate)]) for arm in ARMS if arm != OTHER}
-    return found | {OTHER: found["unquantised"]}
+    return found | {OTHER: found["unquantized"]}
 
 
 def at_equal_rates(results: Results, more: Results, rates: dict[str, float]) -> list[dict[str, str]]:
@@ -103,9 +103,9 @@ def at_equal_rates(results: Results, more: Results, rates: dict[str, float]) -> 
     runs = {(at(arm, rates[arm]), seed): run for (arm, seed), run in results.items()} | dict(more)
     rows = []
     for name in FORMATS:
-        row = {"minus unquantised at the same rate, 95 %": name}
+        row = {"minus unquantized at the same rate, 95 %": name}
         for rate in EQUAL:
-            apart = paired(runs, at(f"{name}: none", rate), at("unquantised", rate))
+            apart = paired(runs, at(f"{name}: none", rate), at("unquantized", rate))
             row[f"{rate:g}"] = interval(apart)
         rows.append(row)
     return rows
@@ -120,7 +120,7 @@ def rows_of(results: Results) -> list[dict[str, str]]:
             arm = f"{name}: {corrector}"
             row[corrector] = interval([run["after"] for (other, _), run in results.items() if other == arm])
         for corrector in list(CORRECTORS)[1:]:
-            part = share(results, f"{name}: {corrector}", f"{name}: none", "unquantised")
+            part = share(results, f"{name}: {corrector}", f"{name}: none", "unquantized")
             row[f"share, {corrector}"] = part
         rows.append(row)
     return rows
@@ -145,13 +145,13 @@ def main() -> None:
     arms = {arm: changes | {"learning_rate": rates[arm]} for arm, changes in ARMS.items()}
     run(replace(study, arms=arms), root, [(arm, seed) for seed, arm in product(TESTED_ON, arms)])
     results = load(root)
-    plain = ("unquantised", *(f"{name}: none" for name in FORMATS))
+    plain = ("unquantized", *(f"{name}: none" for name in FORMATS))
     other = [at(arm, rate) for arm, rate in product(plain, EQUAL) if rate != rates[arm]]
     run(trials, root / "equal", product(other, TESTED_ON))
     more = load(root / "equal")
     parts = {"tuning": tuning, "runs": results, "equal": more}
     write_json(STORED, {name: list(part.values()) for name, part in parts.items()})
-    print(markdown(arm_rows(study, results, ("after", "quantised"))), rates, told(results, more, rates), sep="\n")
+    print(markdown(arm_rows(study, results, ("after", "quantized"))), rates, told(results, more, rates), sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Every arm starts from its seed's one warmed-up model, and trains for the processor time that 120 steps of "exact" take,
 on one thread. An arm's number of steps is that time over the time of one of its steps, measured first. Rollouts are
-unquantised and take four steps. All arms have one learning rate, 5e-4, which was chosen for "exact" on seed 0. All are
+unquantized and take four steps. All arms have one learning rate, 5e-4, which was chosen for "exact" on seed 0. All are
 evaluated by the authors' sampler in four steps, on 400 held-out puzzles.
 
     exact            `trajectory()`: every draw of every step, as it was drawn; every draw is accepted

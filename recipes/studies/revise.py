@@ -1,7 +1,7 @@
 """Does RL of a sampler that revises beat RL of a plain one in as many forwards? 4x4 Sudoku, claims stated before.
 
 Every arm trains its seed's one model, warmed up with corrupted tokens, and is evaluated greedily by its own sampler.
-An arm's name ends with the forwards n of a completion. Nothing is quantised; all arms have one learning rate, 8 prompts
+An arm's name ends with the forwards n of a completion. Nothing is quantized; all arms have one learning rate, 8 prompts
 of 8 completions, 100 steps, and one update per rollout.
 
     plain           16 / n cells a step; none is drawn again

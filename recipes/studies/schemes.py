@@ -23,7 +23,7 @@ SCHEMES = {
     "float8_dynamic_emulated": schemes.float8_dynamic_emulated,
     "int4_weight_only": schemes.int4_weight_only,
 }
-PARTS = {"weights": "quantised weights", "activations": "quantised activations"}  # columns and the doctor's causes
+PARTS = {"weights": "quantized weights", "activations": "quantized activations"}  # columns and the doctor's causes
 
 
 def main(run: Path) -> None:

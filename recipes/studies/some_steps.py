@@ -12,7 +12,7 @@ of the N steps of each row:
                    before computing it: of draws with replacement the least noise
     rows by advantage  all steps of a share k / N of the rows, drawn in proportion to |A|, with the weight that makes
                    the mean right
-    k segments     `trajectory(num_segments=k)`: neighbouring steps merged into k views. No noise, but a bias
+    k segments     `trajectory(num_segments=k)`: neighboring steps merged into k views. No noise, but a bias
 
 `cosine` is that of one draw's gradient with the exact one, mean over the draws. `mean` is the mean gradient's share of
 the exact one along it: 1, to the noise of the draws, where there is no bias.

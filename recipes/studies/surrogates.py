@@ -85,7 +85,7 @@ def ebpo(
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
 ) -> Float[Tensor, "B T"]:
-    """ppo_clip on the ratio of the row's whole estimate, r = exp(sum_t log_ratio), not normalised by its length.
+    """ppo_clip on the ratio of the row's whole estimate, r = exp(sum_t log_ratio), not normalized by its length.
 
     EBPO's objective (LLaDA2.1, arXiv 2602.08676, eq. 4 and 5 [paper]), whose log-ratio is a weighted sum over masks and
     blocks of a block-wise ELBO: what an estimator's contributions add up to. For the aggregation `sequence`. The ranges
@@ -138,9 +138,9 @@ def stable_drl(
     The ratio is clipped whatever the sign of A, and weights that add up to the number of rows keep the update among
     those of its rows, however noisy the ratios are. The value is w A. The mean is over the rows that have a token, of
     all processes, at the current weights. For the aggregation `sequence`. StableDRL (arXiv 2603.06743), its authors'
-    code [paper]: clipped from above alone; there each process normalises by itself, the global batch is [digest].
+    code [paper]: clipped from above alone; there each process normalizes by itself, the global batch is [digest].
 
-    max_ratio  bound on the row's ratio, before it is normalised
+    max_ratio  bound on the row's ratio, before it is normalized
     """
     rows = mask.any(-1, keepdim=True)
     ratio = exp_ratio(_mean(log_ratio, mask)).clamp(max=max_ratio)
@@ -163,7 +163,7 @@ def sequence_masked(
 ) -> Float[Tensor, "B T"]:
     """ppo_clip without the rows that the policy has left: 0 where A < 0 and mean_t (logp_rollout - logp) > bound.
 
-    logp is the current one, so that both what quantisation and what the updates since the rollout have moved counts:
+    logp is the current one, so that both what quantization and what the updates since the rollout have moved counts:
     the mean is -mean_t (log_ratio + log_mismatch). Denominators stay. Off-policy sequence masking of DeepSeek-V3.2
     (arXiv 2512.02556, eq. 9), read in TRL's code [digest]; the paper's KL term: use_bias_correction_kl.
 

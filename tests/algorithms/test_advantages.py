@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from dllm_rl.algorithms import advantages as module
 from dllm_rl.algorithms.advantages import decoupled, group_relative, has_unequal_rewards, leave_one_out
 
-# Two groups of three. Means 2 and 5; centred (-1, 0, 1) and (-4, 0, 4); sample std 1 and sqrt(32/2) = 4.
+# Two groups of three. Means 2 and 5; centered (-1, 0, 1) and (-4, 0, 4); sample std 1 and sqrt(32/2) = 4.
 REWARDS = tensor([[1.0, 2.0, 3.0], [1.0, 5.0, 9.0]])
 
 
@@ -76,7 +76,7 @@ def test_a_single_reward_in_the_whole_batch():
 
 
 @pytest.mark.parametrize("by", ["group", "batch"])
-def test_a_normaliser_of_zero_and_eps_of_zero(by):
+def test_a_normalizer_of_zero_and_eps_of_zero(by):
     """Equal rewards, one completion, rewards so small that their squares are 0 in fp32: never 0 / 0 or x / 0."""
     scaled = partial(group_relative, scale_rewards=by, eps=0.0)
     assert torch.equal(scaled(torch.ones(2, 3)), torch.zeros(2, 3))
@@ -117,7 +117,7 @@ def test_informative_groups():
 def test_decoupled_by_hand():
     """Two prompts, two completions, two rewards of 0 or 1. In the first group only reward 1 tells them apart, in the
     second both do: z = 1/sqrt 2 for each that does, s = (-a, a) and (-2a, 2a) with a = 1/sqrt 2, whose sample variance
-    is 10 a^2 / 3 = 5/3; so A = +-a sqrt(3/5) = +-sqrt(0.3), and twice that. The sum's own normalisation sees no more in
+    is 10 a^2 / 3 = 5/3; so A = +-a sqrt(3/5) = +-sqrt(0.3), and twice that. The sum's own normalization sees no more in
     the second group than in the first."""
     parts = tensor([[[0.0, 1.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
     unit = math.sqrt(0.3)
@@ -127,7 +127,7 @@ def test_decoupled_by_hand():
     assert_close(alone[0], alone[1])
 
 
-def test_decoupled_weighs_what_is_normalised():
+def test_decoupled_weighs_what_is_normalized():
     """A reward of another scale counts by its weight alone: reward 2 is a thousand times as large, and weighs a third.
     s = z_1 + z_2 / 3 with z_1 = (-a, a), z_2 = (a, -a) in one group: 2/3 (-a, a), of sample standard deviation 2/3."""
     parts = tensor([[[0.0, 1.0]], [[1000.0, 0.0]]])

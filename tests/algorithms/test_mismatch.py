@@ -79,8 +79,8 @@ def test_weight_metrics_are_those_of_the_truncated_weights():
     # Row means of the weights: 6.5/4, 4.25/3, 1.
     rows = [1.625, 4.25 / 3, 1.0]
     assert m["rollout_is_seq_mean"] == pytest.approx(sum(rows) / 3)
-    centre = sum(rows) / 3
-    assert m["rollout_is_seq_std"] == pytest.approx(math.sqrt(sum((r - centre) ** 2 for r in rows) / 2))
+    center = sum(rows) / 3
+    assert m["rollout_is_seq_std"] == pytest.approx(math.sqrt(sum((r - center) ** 2 for r in rows) / 2))
     assert (m["rollout_is_seq_min"], m["rollout_is_seq_max"]) == (pytest.approx(1), pytest.approx(1.625))
     assert m["rollout_is_seq_max_deviation"] == pytest.approx(0.625)
     # Raw row means 7.5/4 = 1.875, 9.25/3 = 3.083, 1.

@@ -163,7 +163,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights(kills, tmp_pa
     chance = random.Random()
     for number in range(kills):
         process, directory = start(tmp_path / f"run{number}"), tmp_path / f"run{number}"
-        # Past the first checkpoint of the loop, so that an optimiser's state is what must come back.
+        # Past the first checkpoint of the loop, so that an optimizer's state is what must come back.
         wanted = chance.randint(4, 36)
         while steps_done(directory) < wanted:
             assert process.poll() is None, process.communicate()[0]

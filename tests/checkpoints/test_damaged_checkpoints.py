@@ -269,7 +269,7 @@ NOT_OPTIMIZERS = [
 
 
 @pytest.mark.parametrize("change", NOT_OPTIMIZERS)
-def test_an_optimiser_of_other_types_is_refused(run, load_optimizer, change):
+def test_an_optimizer_of_other_types_is_refused(run, load_optimizer, change):
     newest = run / "checkpoints" / "step-000003"
     torch.save(change(torch.load(newest / "optimizer.pt")), newest / "optimizer.pt")
     with pytest.raises(ValueError, match=r"optimizer\.pt(:| does not hold| holds no)"):
@@ -344,7 +344,7 @@ def test_an_evaluation_without_a_reward_is_refused_before_training(run):
 
 
 @pytest.mark.parametrize("content", [b"", b"(", b"PK\x03\x04", b"\x80\x02}q\x00.", b"\x80\x02cposix\nsystem\n."])
-def test_an_optimiser_that_is_something_else_is_refused(run, load_optimizer, content):
+def test_an_optimizer_that_is_something_else_is_refused(run, load_optimizer, content):
     newest = run / "checkpoints" / "step-000003"
     (newest / "optimizer.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"optimizer\.pt (is damaged|does not hold)") as said:
@@ -352,7 +352,7 @@ def test_an_optimiser_that_is_something_else_is_refused(run, load_optimizer, con
     assert "\n" not in str(said.value)
 
 
-def test_groups_without_a_field_take_the_optimisers_own(run, finished):
+def test_groups_without_a_field_take_the_optimizers_own(run, finished):
     newest = run / "checkpoints" / "step-000002"
     shutil.rmtree(run / "checkpoints" / "step-000003")
     held = torch.load(newest / "optimizer.pt")
@@ -425,7 +425,7 @@ class TestWithAManifestOfTheDamage:
         with pytest.raises(ValueError, match=f"step-000003: {found}"):
             self.resume(newest)
 
-    def test_an_emptied_optimiser_is_refused(self, newest):
+    def test_an_emptied_optimizer_is_refused(self, newest):
         moments = torch.load(newest / "optimizer.pt")
         torch.save(moments | {"state": {}}, newest / "optimizer.pt")
         with pytest.raises(ValueError, match=r"optimizer\.pt holds no moments of .* after 3 updates"):

@@ -1,4 +1,4 @@
-"""An optimiser's state in parts, cut here by hand from one process's AdamW: put together, or refused by name."""
+"""An optimizer's state in parts, cut here by hand from one process's AdamW: put together, or refused by name."""
 
 import json
 from functools import partial

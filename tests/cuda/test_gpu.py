@@ -59,20 +59,20 @@ KERNELS = {
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no FP8 products")
 @pytest.mark.parametrize("name", KERNELS)
-def test_quantised_products_their_sync_and_the_aligned_forward(name):
-    """Logits are near those of the weights dequantised, follow a sync, and are the aligned learner's."""
+def test_quantized_products_their_sync_and_the_aligned_forward(name):
+    """Logits are near those of the weights dequantized, follow a sync, and are the aligned learner's."""
     policy = llada()
     rollout_policy = quantized_copy(policy, getattr(schemes, name)())
     assert rollout_policy.quantization_report.quantized
-    plain, quantised = policy.logits(*batch()), rollout_policy.logits(*batch())
-    assert torch.isfinite(quantised).all()
-    assert (plain - quantised).float().norm() < KERNELS[name] * 3 * plain.float().norm()
+    plain, quantized = policy.logits(*batch()), rollout_policy.logits(*batch())
+    assert torch.isfinite(quantized).all()
+    assert (plain - quantized).float().norm() < KERNELS[name] * 3 * plain.float().norm()
     with torch.no_grad():
         policy.module.model.layers[0].mlp.up_proj.weight.mul_(-1)
     policy.weights_version += 1
     sync_weights(policy, rollout_policy)
     fresh = quantized_copy(policy, getattr(schemes, name)()).logits(*batch())
-    assert torch.equal(rollout_policy.logits(*batch()), fresh) and not torch.equal(fresh, quantised)
+    assert torch.equal(rollout_policy.logits(*batch()), fresh) and not torch.equal(fresh, quantized)
     with aligned_forward(policy, rollout_policy):
         logits = policy.logits(*batch())
         logits.float().square().mean().backward()
@@ -124,7 +124,7 @@ def test_rollout_and_learner_agree_bit_for_bit(tmp_path, more):
 
 
 def test_the_host_waits_as_often_as_the_simulated_device_says():
-    """At most once a sampler step and twice a scored view, by torch's own warnings of synchronisation."""
+    """At most once a sampler step and twice a scored view, by torch's own warnings of synchronization."""
     policy, waits = llada(), []
     with Cuda() as cuda:
         for steps in (6, 12):

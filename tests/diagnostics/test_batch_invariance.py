@@ -211,8 +211,8 @@ def logged(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [20, 3], ids=["plain", "aligned"])
 def test_the_main_job_logs_exactly_zero_mismatch(tmp_path, steps):
-    quantised = {"rollout_quantization": int3_emulated, "corrector": aligned()}
-    train(zero_recipe(tmp_path, num_steps=steps, **({} if steps == 20 else quantised)))
+    quantized = {"rollout_quantization": int3_emulated, "corrector": aligned()}
+    train(zero_recipe(tmp_path, num_steps=steps, **({} if steps == 20 else quantized)))
     worst = logged(tmp_path, "rollout_corr/abs_log_ratio_max")
     assert len(worst) == steps and max(worst) == 0
     assert min(logged(tmp_path, "grad_norm")) > 0
@@ -252,7 +252,7 @@ def tampered(sampler, policy, prompts, generator, **options):
     return rollout
 
 
-def test_a_quantised_rollout_without_alignment_is_refused(tmp_path):
+def test_a_quantized_rollout_without_alignment_is_refused(tmp_path):
     with pytest.raises(ValueError, match="zero_mismatch=True needs rollout_quantization=None"):
         zero_recipe(tmp_path, rollout_quantization=int3_emulated)
 

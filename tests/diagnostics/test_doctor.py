@@ -92,8 +92,8 @@ def batch_shape(policy):
 
 
 PLANTED = {
-    "quantised weights": [weights],
-    "quantised activations": [activations],
+    "quantized weights": [weights],
+    "quantized activations": [activations],
     "stale weights": [stale],
     "precision": [precision, rotary, logits],
     "head precision": [head_in_half],
@@ -146,19 +146,19 @@ def test_the_steps_add_up_to_the_whole():
     cached = partial(sampler, diffusion_steps=4, block_size=4, cache=dual_cache())
     report = diagnose(policy, int3_emulated(), prompts=prompts(), sampler=cached)
     by_name = {cause.name: cause.mean_abs for cause in report.causes}
-    chain = sum(by_name[n] for n in ("quantised weights", "quantised activations", "stale weights", "cache or sampler"))
+    chain = sum(by_name[n] for n in ("quantized weights", "quantized activations", "stale weights", "cache or sampler"))
     assert 0 < report.total.mean_abs <= chain
     assert report.total.mean_abs >= 2 * max(by_name.values()) - chain
-    assert by_name["quantised weights"] > by_name["quantised activations"] > by_name["stale weights"] == 0
+    assert by_name["quantized weights"] > by_name["quantized activations"] > by_name["stale weights"] == 0
 
 
-def test_a_quantised_rollout_in_bf16_is_precision_and_quantisation_and_nothing_else():
+def test_a_quantized_rollout_in_bf16_is_precision_and_quantization_and_nothing_else():
     policy, half = make(), make()
     half.module.bfloat16()
     rollout_policy = quantized_copy(half, fake_quantize(weight="int3"))
     report = diagnose(policy, prompts=prompts(), sampler=sampler, rollout_policy=rollout_policy)
     by_name = {cause.name: cause.mean_abs for cause in report.causes}
-    assert by_name["quantised weights"] > by_name["precision"] > 0 == by_name["stale weights"]
+    assert by_name["quantized weights"] > by_name["precision"] > 0 == by_name["stale weights"]
 
 
 def test_worst_tokens_and_layers_are_the_ones_that_differ_most():
@@ -184,12 +184,12 @@ def test_worst_tokens_and_layers_are_the_ones_that_differ_most():
 def test_autoregressive_policies_are_examined_too():
     six = partial(autoregress, max_new_tokens=6)
     report = diagnose(make(causal=True), int3_emulated(), prompts=prompts(), sampler=six)
-    assert report.causes[0].name == "quantised weights"
+    assert report.causes[0].name == "quantized weights"
     assert {c.name: c.mean_abs for c in report.causes}["cache or sampler"] < 1e-5
 
 
 def test_heads_in_16_bits_are_a_cause_and_what_fp32_heads_save_is_shown():
-    """The same quantised model with both heads either way: the cause is there or spared, and the parts add up."""
+    """The same quantized model with both heads either way: the cause is there or spared, and the parts add up."""
     policy, config = make(), int3_emulated()
     policy.module.bfloat16()
     other = quantized_copy(policy, config)
@@ -228,7 +228,7 @@ def test_an_order_that_the_learner_would_not_choose_is_named():
 
 
 def test_ranked_by_confidence_tokens_and_order_are_one_record():
-    """Unquantised, nothing is left of the whole, though every row holds the order's log-probs."""
+    """Unquantized, nothing is left of the whole, though every row holds the order's log-probs."""
     report = diagnose(make(), None, prompts=prompts(), sampler=partial(sampler, rank=confidence))
     assert report.worst < 1e-5 and report.order is None
 
@@ -247,10 +247,10 @@ def test_a_planted_router_is_ranked_first():
     assert "same experts" in page(report, b"") and "layer 1" in page(report, b"")
 
 
-def test_quantised_experts_are_quantisation_and_routing_and_the_chain_adds_up():
+def test_quantized_experts_are_quantization_and_routing_and_the_chain_adds_up():
     policy = moe()
     report = diagnose(policy, int3_emulated(), prompts=prompts(), sampler=sampler)
     by_name = {cause.name: cause.mean_abs for cause in report.causes}
-    assert by_name["quantised weights"] > 0 < by_name["routing"] and by_name["stale weights"] < 1e-5
+    assert by_name["quantized weights"] > 0 < by_name["routing"] and by_name["stale weights"] < 1e-5
     assert report.total.mean_abs <= sum(by_name.values())
     json.dumps(asdict(report))

@@ -89,7 +89,7 @@ DAMAGES: dict[str, Damage] = {
     "lost file": lose,
     "file of another step": swap,
     "folder of another step": rename,
-    "emptied optimiser": empty_optimizer,
+    "emptied optimizer": empty_optimizer,
     "NaN moments": nan_moment,
     "wrong step number": wrong_step,
 }

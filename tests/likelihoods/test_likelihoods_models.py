@@ -1,4 +1,4 @@
-"""Estimators on small models with random weights: exact identities, padding, neighbours, groups, randomness."""
+"""Estimators on small models with random weights: exact identities, padding, neighbors, groups, randomness."""
 
 from dataclasses import replace
 from functools import partial

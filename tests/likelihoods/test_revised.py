@@ -335,7 +335,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("name", few(WORDS, ["remask"]))
-def test_an_unquantised_run_has_exactly_no_mismatch(tmp_path, name):
+def test_an_unquantized_run_has_exactly_no_mismatch(tmp_path, name):
     exact = {"zero_mismatch": True, "rollout_quantization": None, "corrector": correctors.no_correction()}
     rows = run(tmp_path / "run", WORDS[name], **exact, likelihood=lik.trajectory())
     assert [row["rollout_corr/abs_log_ratio_max"] for row in rows] == [0.0, 0.0]

@@ -31,7 +31,7 @@ def test_a_block_without_a_mask_is_causal():
     assert seen[1] == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
 
 
-def test_a_family_recognises_its_architectures():
+def test_a_family_recognizes_its_architectures():
     spec = FamilySpec(
         name="a", attention="full", architectures=("*ForMaskedLM", "Egg"), config_test=lambda raw: "no" not in raw
     )

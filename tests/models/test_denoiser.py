@@ -1,4 +1,4 @@
-"""DiffusionGemma as a policy: opened, saved, quantised, adapted, and scored as it was sampled."""
+"""DiffusionGemma as a policy: opened, saved, quantized, adapted, and scored as it was sampled."""
 
 import json
 
@@ -71,7 +71,7 @@ def test_encoder_and_decoder_hold_the_same_layers(policy):
 
 
 @pytest.mark.parametrize("answer", ["argmax", "drawn"])
-def test_zero_mismatch_unquantised(policy, answer):
+def test_zero_mismatch_unquantized(policy, answer):
     """Bit for bit in batch-invariant arithmetic, whichever rows are scored together."""
     with batch_invariant():
         rollout = sampled(policy, answer=answer)
@@ -106,7 +106,7 @@ def test_a_row_depends_on_its_prompt_and_seed_alone(policy):
 
 
 @pytest.mark.parametrize("scheme", [float8_weight_only, fake_quantize])
-def test_a_quantised_copy_has_both_sides_and_the_experts(scheme):
+def test_a_quantized_copy_has_both_sides_and_the_experts(scheme):
     policy = tiny(1)
     copied = quantized_copy(policy, scheme())
     names = copied.quantization_report.quantized

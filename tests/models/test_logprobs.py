@@ -48,7 +48,7 @@ def toy(dtype=torch.float32):
 
 
 def plain(policy, hidden, tokens, p: SamplingParams):
-    """Log-probs by masking and normalising probabilities in fp64, written out a row at a time."""
+    """Log-probs by masking and normalizing probabilities in fp64, written out a row at a time."""
     logps = []
     for row, y in zip(policy.head(hidden).double(), tokens.tolist(), strict=True):
         allowed = torch.ones(VOCABULARY, dtype=torch.bool)

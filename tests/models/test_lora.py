@@ -1,4 +1,4 @@
-"""LoRA: settings; layers in their dtypes; a pair of adapters for each expert, merged, quantised, saved and resumed."""
+"""LoRA: settings; layers in their dtypes; a pair of adapters for each expert, merged, quantized, saved and resumed."""
 
 import copy
 from functools import partial

@@ -59,7 +59,7 @@ def test_links_to_regular_files_are_opened(folder):
     load_policy(folder)
 
 
-def test_weights_that_another_tool_quantised_are_refused(folder):
+def test_weights_that_another_tool_quantized_are_refused(folder):
     edit(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ValueError, match=r"config\.json has a quantization_config; give the checkpoint in"):
         load_policy(folder)

@@ -278,7 +278,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move():
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
 def test_bf16_autocast_sees_the_weights_of_each_inner_iteration(num_iterations):
-    """Autocast keeps bf16 copies of weights for the length of its block, which the optimiser's step must not leave
+    """Autocast keeps bf16 copies of weights for the length of its block, which the optimizer's step must not leave
     stale: the second iteration's gradient is that of the moved weights."""
     policy, estimator, rollout, noise, advantages = setting("coupled")
     with torch.autocast("cpu", torch.bfloat16):

@@ -16,7 +16,7 @@ from repetitions import few
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loop.json"
 STORED = json.loads(GOLDEN.read_text())
-# Differences of two nearly equal forwards, the learner's and the quantised one's: one weight that rounds to the next
+# Differences of two nearly equal forwards, the learner's and the quantized one's: one weight that rounds to the next
 # code moves them.
 MISMATCH = re.compile(
     r"loss|quantization/codes_changed|off_policy/rollout/.*|ais/(D|CV|lambda)|(rollout_corr|trained)/"

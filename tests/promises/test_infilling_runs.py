@@ -66,7 +66,7 @@ def test_a_step_learns_from_the_filled_text(tmp_path, capsys):
     recipe = recipe_of(tmp_path / "run", num_steps=3, log_completions_steps=1)
     summary = train(recipe)
     rows = metrics_of(tmp_path / "run")
-    assert all(abs(row["rollout_corr/k3_kl"]) < 1e-9 for row in rows)  # unquantised: rounding, squared
+    assert all(abs(row["rollout_corr/k3_kl"]) < 1e-9 for row in rows)  # unquantized: rounding, squared
     taught = [row["frac_reward_zero_std"] < 1 for row in rows]
     assert [row["grad_norm"] > 0 for row in rows] == taught and taught[0]
     assert all(2 <= row["completions/mean_length"] <= 3 and row["parsed"] == 1 for row in rows)

@@ -335,12 +335,12 @@ class Ones(Wrapped):
 
 
 def test_evaluations_use_the_evaluation_sampler_and_each_policy_is_its_own(tmp_path):
-    """The learner answers 1s and 2s by turns, the quantised policy 1s alone; the training sampler answers neither."""
+    """The learner answers 1s and 2s by turns, the quantized policy 1s alone; the training sampler answers neither."""
     calls = []
 
     def digits(policy, prompts, generator, *, sampler, max_new_tokens):
         rollout, mine = sampler(policy, prompts, generator), getattr(policy, "quantization", None) is not None
-        calls.append("quantised" if mine else "learner")
+        calls.append("quantized" if mine else "learner")
         one, two = policy.tokenizer.encode("12", add_special_tokens=False)
         place = rollout.completion_mask.cumsum(-1) % 2
         answer = torch.full_like(rollout.tokens, one) if mine else torch.where(place == 1, one, two)
@@ -358,7 +358,7 @@ def test_evaluations_use_the_evaluation_sampler_and_each_policy_is_its_own(tmp_p
     summary = planted.summary
     assert (summary["eval_before"]["reward"], summary["eval_after"]["reward"]) == (0.5, 0.5)
     assert (summary["eval_after_quantized"]["reward"], summary["eval_after_quantized"]["solve_rate"]) == (1.0, 1.0)
-    assert row["eval/reward"] == 0.5 and calls[1:] == ["learner", "learner", "learner", "quantised"]
+    assert row["eval/reward"] == 0.5 and calls[1:] == ["learner", "learner", "learner", "quantized"]
 
 
 class Worth(Ones):

@@ -62,8 +62,8 @@ def test_every_run_of_a_mixture_says_how_it_routes(tmp_path):
         sum(row[f"routing/agreement/layer_{i}"] for i in (0, 1)) / 2
     )  # as many tokens in each
     assert {"routing/max_violation/learner/layer_1", "routing/idle", "routing/idle/learner"} <= row.keys()
-    unquantised = run(tmp_path / "plain", num_steps=1, rollout_quantization=None)[0]
-    assert not any(name.startswith("routing/") for name in unquantised)
+    unquantized = run(tmp_path / "plain", num_steps=1, rollout_quantization=None)[0]
+    assert not any(name.startswith("routing/") for name in unquantized)
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def loss_of(policy):
 
 
 def reference_forward(policy, rollout_policy):
-    """The definition: autograd through the product of dequantised operands, identity through the quantisers."""
+    """The definition: autograd through the product of dequantized operands, identity through the quantizers."""
     restore = []
     for name, target in quantized_layers(rollout_policy):
         source = policy.module.get_submodule(name)
@@ -55,7 +55,7 @@ def reference_forward(policy, rollout_policy):
             x_q = x + (dequantized_input(target, *seen) - x.detach())
             w_q = source.weight + (dequantized_weight(target) - source.weight).detach()
             y = F.linear(x_q, w_q, source.bias)
-            # The value of the rollout's product, the derivative of the dequantised one.
+            # The value of the rollout's product, the derivative of the dequantized one.
             with torch.no_grad():
                 value = target(x)
             return y + (value - y).detach()
@@ -98,7 +98,7 @@ def test_gradient_is_the_straight_through_definition(scheme, family):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
-def test_a_layers_product_is_that_of_its_dequantised_operands(scheme):
+def test_a_layers_product_is_that_of_its_dequantized_operands(scheme):
     layer = next(layer for _, layer in quantized_layers(quantized_copy(make(), scheme())))
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
     y, seen = quantized_forward(layer, x, None)
@@ -125,7 +125,7 @@ def test_gradient_of_one_layer_by_hand():
 
 
 @pytest.mark.parametrize("scheme", KINDS, ids=describe)
-def test_a_step_inside_the_block_is_quantised_again(scheme):
+def test_a_step_inside_the_block_is_quantized_again(scheme):
     policy = make()
     rollout = quantized_copy(policy, scheme())
     optimizer = torch.optim.AdamW(policy.module.parameters(), lr=1e-2)
@@ -211,7 +211,7 @@ def test_adapters_with_dropout_are_refused():
         pass
 
 
-def test_unquantised_rollout_aligns_nothing():
+def test_unquantized_rollout_aligns_nothing():
     policy = make()
     with aligned_forward(policy, quantized_copy(policy, None)):
         assert torch.equal(policy.logits(*batch()), make().logits(*batch()))

@@ -85,7 +85,7 @@ def test_a_sync_counts_what_a_full_comparison_counts(name, dtype):
 
 
 def held(policy, rollout_policy):
-    """(codes as numbers, scales) of every quantised layer; an emulated layer's from the learner's weight itself."""
+    """(codes as numbers, scales) of every quantized layer; an emulated layer's from the learner's weight itself."""
     found, sources = [], dict(policy.module.named_modules())
     for name, layer in quantized_layers(rollout_policy):
         if isinstance(layer, EmulatedLinear):
@@ -110,11 +110,11 @@ def test_the_loop_logs_whether_updates_reach_the_rollout(tmp_path):
     assert felt["quantization/codes_changed"] > 0.01 and felt["quantization/scale_change"] > 1e-3
 
 
-def test_an_unquantised_copy_has_no_codes_to_count():
+def test_an_unquantized_copy_has_no_codes_to_count():
     policy = tiny_masked_lm(characters="1234.=", hidden_size=32, num_layers=1, num_heads=2)
     assert sync_weights(policy, quantized_copy(policy, None)) == {}
 
 
-def test_a_layer_whose_weight_is_not_quantised_has_no_codes():
+def test_a_layer_whose_weight_is_not_quantized_has_no_codes():
     weight = torch.ones(2, 2)
     assert changes(EmulatedLinear(weight, None, FakeQuantize(None, "int8")), weight) == {}

@@ -1,4 +1,4 @@
-"""Stacked experts: each is quantised, synced in place, aligned, and seen by the doctor, like any other layer."""
+"""Stacked experts: each is quantized, synced in place, aligned, and seen by the doctor, like any other layer."""
 
 from functools import partial
 
@@ -68,7 +68,7 @@ def train(policy, generator):
 
 
 def test_the_mixture_is_the_stock_ones(policy):
-    """Unquantised experts, expert by expert, give what the stock module's grouped product gives."""
+    """Unquantized experts, expert by expert, give what the stock module's grouped product gives."""
     layers = [layer for layer in policy.module.modules() if is_stacked(layer)]
     generator = torch.Generator().manual_seed(0)
     for layer in layers:
@@ -102,7 +102,7 @@ def test_a_mixture_in_bf16_stays_in_bf16():
 
 
 @pytest.mark.parametrize("scheme", FEW)
-def test_all_but_router_norms_embeddings_and_head_is_quantised(policy, scheme):
+def test_all_but_router_norms_embeddings_and_head_is_quantized(policy, scheme):
     rollout_policy = quantized_copy(policy, SCHEMES[scheme]())
     reasons = set(rollout_policy.quantization_report.skipped.values())
     assert reasons <= {"embedding", "router", "outside the blocks"}, rollout_policy.quantization_report
@@ -118,7 +118,7 @@ def test_all_but_router_norms_embeddings_and_head_is_quantised(policy, scheme):
 
 
 @pytest.mark.parametrize("scheme", few([*SCHEMES, None], [*FEW, "int4_weight_only", None]))
-def test_a_sync_equals_a_fresh_quantisation_bitwise_and_moves_no_storage(policy, scheme):
+def test_a_sync_equals_a_fresh_quantization_bitwise_and_moves_no_storage(policy, scheme):
     config, (tokens, mask) = SCHEMES[scheme]() if scheme else None, batch(policy)
     rollout_policy = quantized_copy(policy, config)
     layers = [layer for _, layer in quantized_layers(rollout_policy)]
@@ -138,7 +138,7 @@ def test_a_sync_equals_a_fresh_quantisation_bitwise_and_moves_no_storage(policy,
 
 
 def definition(policy, rollout_policy):
-    """Autograd through the product of dequantised operands, identity through the quantisers, expert by expert."""
+    """Autograd through the product of dequantized operands, identity through the quantizers, expert by expert."""
     for name, target in rollout_policy.module.named_modules():
         source = policy.module.get_submodule(name) if name in dict(policy.module.named_modules()) else None
 
@@ -186,7 +186,7 @@ def test_the_aligned_gradient_is_the_straight_through_definition(policy, scheme)
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_a_step_inside_an_aligned_forward_is_quantised_again(policy):
+def test_a_step_inside_an_aligned_forward_is_quantized_again(policy):
     rollout_policy = quantized_copy(policy, FakeQuantize("int3", "e4m3"))
     tokens, mask = batch(policy)
     with aligned_forward(policy, rollout_policy):
@@ -267,7 +267,7 @@ def test_a_stack_of_another_layout_is_not_taken_for_experts():
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("skip", [None, lambda layer, name: is_stacked(layer)], ids=["all", "no experts"])
 def test_a_copy_of_a_mixture_is_whole_in_its_dtype(adapted, skip):
-    """Experts too, quantised or kept, with adapters or without."""
+    """Experts too, quantized or kept, with adapters or without."""
     policy = moe()
     if adapted:
         add_lora(policy, Lora(r=2, experts=True))

@@ -1,4 +1,4 @@
-"""Emulated quantisers against a cast to float8, against torchao's tensors, and against values worked by hand."""
+"""Emulated quantizers against a cast to float8, against torchao's tensors, and against values worked by hand."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def weight(rows=48, columns=32, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("scheme", FLOAT8)
-def test_round_to_float_is_the_cast_for_every_code_midpoint_and_neighbour(scheme):
+def test_round_to_float_is_the_cast_for_every_code_midpoint_and_neighbor(scheme):
     dtype, (mantissa, exponent, largest) = FLOAT8[scheme], FLOATS[scheme]
     codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     codes = codes[codes.isfinite()].sort().values

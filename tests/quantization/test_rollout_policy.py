@@ -1,4 +1,4 @@
-"""Quantised copies: what is quantised and what not, guards, and syncs that equal a fresh quantisation bit for bit."""
+"""Quantized copies: what is quantized and what not, guards, and syncs that equal a fresh quantization bit for bit."""
 
 import subprocess
 import sys
@@ -94,7 +94,7 @@ def equal(a, b):
         pytest.param(adapted, id="lora"),
     ],
 )
-def test_steps_and_syncs_equal_a_fresh_quantisation_and_move_no_storage(make, scheme):
+def test_steps_and_syncs_equal_a_fresh_quantization_and_move_no_storage(make, scheme):
     policy = make()
     rollout = quantized_copy(policy, scheme())
     addresses = storages(rollout.module)
@@ -120,7 +120,7 @@ def test_steps_and_syncs_equal_a_fresh_quantisation_and_move_no_storage(make, sc
 @pytest.mark.parametrize("scheme", [*SCHEMES, lambda: None], ids=describe)
 @pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], [torch.bfloat16]))
 def test_a_copy_in_bf16_is_its_own_and_a_sync_rounds_as_the_first_copy_did(dtype, scheme):
-    """The weights are rounded to bf16, and quantised then. A learner in bf16 shares no weight with its copy."""
+    """The weights are rounded to bf16, and quantized then. A learner in bf16 shares no weight with its copy."""
     policy = llada()
     policy.module.to(dtype)
     rollout = quantized_copy(policy, scheme(), dtype=torch.bfloat16)
@@ -143,12 +143,12 @@ def test_adapters_are_merged_and_gone():
     assert torch.equal(rollout.logits(*batch()), merged.logits(*batch()))
     assert not torch.equal(rollout.logits(*batch()), llada().logits(*batch()))
     assert rollout.lora is None and policy.lora is not None
-    quantised = quantized_copy(policy, quantize.int8_weight_only())
-    assert torch.equal(quantised.logits(*batch()), quantized_copy(merged, quantize.int8_weight_only()).logits(*batch()))
-    assert len(quantised.quantization_report.quantized) == 14
+    quantized = quantized_copy(policy, quantize.int8_weight_only())
+    assert torch.equal(quantized.logits(*batch()), quantized_copy(merged, quantize.int8_weight_only()).logits(*batch()))
+    assert len(quantized.quantization_report.quantized) == 14
 
 
-def test_a_layout_without_a_way_back_is_dequantised_by_its_own_product(monkeypatch):
+def test_a_layout_without_a_way_back_is_dequantized_by_its_own_product(monkeypatch):
     """int4_packed's kernels are CUDA's; the CPU has twins of them that take the codes one in 32 bits."""
     seen, ops = {}, torch.ops.aten
 
@@ -183,14 +183,14 @@ def test_sync_also_copies_norms_biases_embeddings_head_and_buffers():
             parameter.add_(1.0)
     policy.module.table += 2
     sync_weights(policy, rollout)
-    quantised = {f"{name}.weight" for name, _ in quantized_layers(rollout)}
+    quantized = {f"{name}.weight" for name, _ in quantized_layers(rollout)}
     for name, value in policy.module.named_parameters():
-        if name not in quantised:
+        if name not in quantized:
             assert torch.equal(rollout.module.get_parameter(name), value), name
     assert rollout.module.table.tolist() == [2, 2, 2]
 
 
-def test_report_says_what_was_quantised_what_not_and_why():
+def test_report_says_what_was_quantized_what_not_and_why():
     skip = lambda module, name: name.endswith("layers.1.mlp.up_proj")  # noqa: E731
     rollout = quantized_copy(llada(), quantize.int8_weight_only(), skip=skip)
     report = rollout.quantization_report
@@ -234,7 +234,7 @@ def test_tied_routers_fused_experts_and_shapes_are_kept():
         quantized_copy(masked_lm(), quantize.int8_weight_only(), skip=lambda m, name: True)
 
 
-def test_no_plain_copy_of_a_quantised_weight_is_made():
+def test_no_plain_copy_of_a_quantized_weight_is_made():
     seen = []
 
     class Clones(TorchDispatchMode):
@@ -308,11 +308,11 @@ def test_fast_emulation_equals_torchaos_dynamic_float8(dtype):
     policy.module.to(dtype)
     fast = quantized_copy(policy, e4m3_emulated()).logits(*batch())
     exact = quantized_copy(policy, quantize.float8_dynamic_emulated()).logits(*batch())
-    moved = (fast - policy.logits(*batch())).norm()  # as far as quantisation moves them
+    moved = (fast - policy.logits(*batch())).norm()  # as far as quantization moves them
     assert moved > 0 and (fast - exact).norm() < (1e-4 if dtype == torch.float32 else 0.2) * moved
 
 
-def test_quantisation_error_is_bounded_by_the_format():
+def test_quantization_error_is_bounded_by_the_format():
     """Half a step: e4m3 keeps 4 significant bits (2^-4 relative), int8 rows a/127.5/2, 15 and 7 levels a/14 and a/6."""
     weight = llada().module.model.layers[0].mlp.up_proj.weight
     top = weight.abs().amax(-1, keepdim=True)

@@ -100,12 +100,12 @@ def test_real_batches_by_hand():
 
 
 def test_real_batches_agree_with_one_without_end_and_see_their_own_size():
-    """Of a corrector that weighs each row by itself the two are one number, but for 100 draws' noise; a self-normalised
+    """Of a corrector that weighs each row by itself the two are one number, but for 100 draws' noise; a self-normalized
     weight has mean 1 in every batch, however small, and less noise."""
     few = {"batch": 8, "networks": 1, "policies": ("early",)}
     (one,), (other,) = table(c.tis(), draws=100, **few), table(c.tis(), **few)
     assert one.rmse == pytest.approx(other.rmse, rel=0.15) and one.bias == pytest.approx(other.bias, abs=0.2)
-    (normed,) = table(planted(self_normalised), draws=100, **few)
+    (normed,) = table(planted(self_normalized), draws=100, **few)
     (raw,) = table(planted(SEQUENCE.weight_fn), draws=100, **few)
     assert normed.mean_weight == pytest.approx(1, abs=1e-12) and normed.rmse < raw.rmse
     assert raw.mean_weight != pytest.approx(1, abs=1e-3)
@@ -115,7 +115,7 @@ def planted(weigh):
     return c.Corrector(weight_fn=weigh, loss=reinforce)
 
 
-def self_normalised(stats):
+def self_normalized(stats):
     """Sequence weights divided by their mean over the batch."""
     weights, keep, metrics = SEQUENCE.weight_fn(stats)
     return weights / weights[:, :1].mean(), keep, metrics

@@ -18,7 +18,7 @@ def test_rates_are_widened_while_the_best_is_at_an_edge():
     assert widened((1.0, 2.0, 4.0), 4.0) == (1.0, 2.0, 4.0, 8.0)
 
 
-def test_the_second_seed_gets_the_best_rate_and_its_better_neighbour():
+def test_the_second_seed_gets_the_best_rate_and_its_better_neighbor():
     assert best_two({4.0: 0.1, 1.0: 0.2, 2.0: 0.5}) == (2.0, 1.0)
     assert best_two({0.5: 0.9, 1.0: 0.1, 2.0: 0.95, 4.0: 0.3}) == (2.0, 4.0)
 

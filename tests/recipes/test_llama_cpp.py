@@ -144,7 +144,7 @@ def test_the_file_holds_the_weights(tmp_path, format):
 
 
 def test_rows_of_a_head_are_paired_as_llama_cpp_turns_them():
-    """Of a head of 6 rows, row i turns with i + 3; llama.cpp turns neighbours. Keys have heads of their own."""
+    """Of a head of 6 rows, row i turns with i + 3; llama.cpp turns neighbors. Keys have heads of their own."""
     config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=1)
     numbers = torch.arange(12.0)[:, None]
     assert as_rotated("blk.0.attn_q.weight", numbers, config)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
@@ -226,9 +226,9 @@ def test_the_recipe_runs_in_another_format(
 def test_every_claim_is_between_arms_of_the_study(study):
     for name, changes in study.arms.items():
         made = replace(study.base, **changes)
-        assert (made.rollout_engine is None) == (not made.has_separate_rollout_policy) == (name == "unquantised")
+        assert (made.rollout_engine is None) == (not made.has_separate_rollout_policy) == (name == "unquantized")
     names = {name for each in study.contrasts for name in (each.arm, each.against)}
-    assert names <= set(study.arms) and set(study.against.values()) == {"unquantised"}
+    assert names <= set(study.arms) and set(study.against.values()) == {"unquantized"}
 
 
 @needs_wheel
@@ -237,7 +237,7 @@ def test_the_study_runs(tmp_path):
     few = replace(engines.base, sft_warmup_steps=2, train_batch_size=4, report_to=None, log_completions_steps=0)
     few = replace(few, **{name: replace(getattr(few, name), size=8) for name in ("validation_task", "eval_task")})
     study = replace(engines.study, base=few)
-    for arm in ("unquantised", "Q4_0 TIS"):
+    for arm in ("unquantized", "Q4_0 TIS"):
         paired.run_one(study, tmp_path, 1, arm, seed=0)
     found = paired.load(tmp_path)
-    assert found["Q4_0 TIS", 0]["mean abs log-ratio"] > 0.01 > found["unquantised", 0]["mean abs log-ratio"]
+    assert found["Q4_0 TIS", 0]["mean abs log-ratio"] > 0.01 > found["unquantized", 0]["mean abs log-ratio"]

@@ -8,9 +8,9 @@ import pytest
 from recipes.studies import mismatch, mismatch_report, paired
 
 
-def result(arm, seed, after, quantised=0.5, before=0.25, **metrics):
+def result(arm, seed, after, quantized=0.5, before=0.25, **metrics):
     found = {"arm": arm, "seed": seed, "num_steps": 60, "diverged": False, "torch": "2"}
-    return found | {"before": before, "after": after, "quantised": quantised} | metrics
+    return found | {"before": before, "after": after, "quantized": quantized} | metrics
 
 
 def keyed(*results):
@@ -41,27 +41,27 @@ def test_holm_by_hand():
 def test_pairs_are_the_seeds_that_both_arms_have():
     runs = keyed(result("a", 0, 0.5), result("a", 2, 0.7), result("b", 2, 0.4), result("b", 1, 0.9))
     assert paired.paired(runs, "a", "b") == pytest.approx([0.3])
-    assert paired.paired(runs, "a", "b", "quantised") == [0.0]
+    assert paired.paired(runs, "a", "b", "quantized") == [0.0]
 
 
 def test_a_row_of_each_table():
     study = replace(
         mismatch.study,
-        arms={"one: none": {}, "one: unquantised": {}, "one: TIS": {}},
+        arms={"one: none": {}, "one: unquantized": {}, "one: TIS": {}},
         contrasts=(
-            paired.Contrast("harm", "one: none", "one: unquantised"),
+            paired.Contrast("harm", "one: none", "one: unquantized"),
             paired.Contrast("not run", "one: TIS", "one: none"),
         ),
     )
     runs = keyed(
         *(result("one: none", seed, after, ESS=ess) for seed, after, ess in ((0, 0.2, 0.5), (1, 0.4, 0.7))),
-        *(result("one: unquantised", seed, 0.5) for seed in (0, 1)),
+        *(result("one: unquantized", seed, 0.5) for seed in (0, 1)),
     )
     rows = [line.strip("| ").split(" | ") for line in paired.markdown(paired.arm_rows(study, runs)).splitlines()]
     # Differences -0.3 and -0.1: deviation 0.1414, 12.706 * 0.1414 / sqrt 2 = 1.271.
-    assert rows[2][:6] == ["one: none", "2", "0.300±1.271", "0.20, 0.40", "one: unquantised", "-0.200±1.271"]
+    assert rows[2][:6] == ["one: none", "2", "0.300±1.271", "0.20, 0.40", "one: unquantized", "-0.200±1.271"]
     assert rows[0][8] == "ESS" and rows[2][8] == "0.6" and rows[3][8] == "-"
-    assert [row[0] for row in rows[2:]] == ["one: none", "one: unquantised"]
+    assert [row[0] for row in rows[2:]] == ["one: none", "one: unquantized"]
     (row,) = paired.markdown(paired.contrast_rows(study, runs)).splitlines()[2:]
     # Both below 0: of four choices of signs two are as far; alone among the claims that were run, Holm leaves it.
     assert row.strip("| ").split(" | ")[4:] == ["2", "-0.200±1.271", "0 of 2", "0.500", "0.500"]

@@ -14,10 +14,10 @@ def test_the_intervals_are_those_of_the_seeds(name):
     """The seeds are rounded to two or three digits, and so move the mean and the spread a little."""
     for row in stored(name)["arms"]:
         seeds = [float(value) for value in row["each seed"].split(", ")]
-        centre, half = map(float, row["after"].split("±"))
+        center, half = map(float, row["after"].split("±"))
         rounded = 0.5 * 10 ** -len(row["each seed"].split(", ")[0].split(".")[1]) + 0.0006
         assert len(seeds) == int(row["seeds"])
-        assert centre == pytest.approx(mean(seeds), abs=rounded)
+        assert center == pytest.approx(mean(seeds), abs=rounded)
         width = paired.T[len(seeds)] / len(seeds) ** 0.5
         assert half == pytest.approx(
             width * stdev(seeds), abs=0.0006 + width * rounded * (len(seeds) / (len(seeds) - 1)) ** 0.5
@@ -28,7 +28,7 @@ def test_the_intervals_are_those_of_the_seeds(name):
 def test_the_differences_are_those_of_the_rounded_seeds(name):
     runs = rounded_runs(name)
     for row in stored(name)["contrasts"]:
-        if row["of"] == "after":  # the quantised nets' seeds are not stored
+        if row["of"] == "after":  # the quantized nets' seeds are not stored
             again = mean(paired.paired(runs, row["arm"], row["less"]))
             assert float(row["difference, 95 %"].split("±")[0]) == pytest.approx(again, abs=0.01)
 

@@ -82,7 +82,7 @@ def test_logprobs_are_those_of_a_forward_over_the_result(qwen, options, sampling
     assert not torch.isin(rollout.tokens[marked], torch.tensor(sampling_params.suppress, dtype=torch.long)).any()
 
 
-def test_a_row_does_not_depend_on_padding_or_neighbours(qwen):
+def test_a_row_does_not_depend_on_padding_or_neighbors(qwen):
     seeds = list(range(12))
     together = autoregress(qwen, prompts(group_size=4, seeds=seeds), gen(), max_new_tokens=9)
     for p, ids in enumerate(PROMPTS):

@@ -323,7 +323,7 @@ def test_ties_with_the_kth_are_kept_and_recorded():
 @pytest.mark.parametrize("support", ["per_policy", "unfiltered", "rollout"])
 @pytest.mark.parametrize("make", [tiny_recipe, pytest.param(tiny_recipe_ar, marks=pytest.mark.slow)])
 def test_a_run_under_each_convention(tmp_path, make, support):
-    """Unquantised and on-policy, the first step has no mismatch under any of them."""
+    """Unquantized and on-policy, the first step has no mismatch under any of them."""
     recipe = make(tmp_path, sampling_support=support, rollout_quantization=None, num_steps=1)
     rank = {"rank": max_prob} if make is tiny_recipe else {}
     recipe = replace(recipe, sampler=partial(recipe.sampler, top_k=3, **rank))

@@ -142,7 +142,7 @@ def test_inversion_is_the_cumulative_distribution(size):
     assert (mass[0, expected] > 0).all()
 
 
-def test_sample_needs_no_normalised_logits():
+def test_sample_needs_no_normalized_logits():
     logits = torch.tensor([[200.0, 200.0 + LN2, -torch.inf]]).expand(3, -1)
     assert sample(logits, torch.tensor([0.0, 0.33, 0.34], dtype=torch.float64)).tolist() == [0, 0, 1]
 

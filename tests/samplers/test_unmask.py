@@ -30,7 +30,7 @@ IDS = [[3, 4, 5, 6], [7], [8, 9, 10, 11, 12, 13, 14], [15, 16], [4, 4, 4], [20, 
 
 @pytest.fixture(scope="module", params=few(["masked_lm", "llama"], ["masked_lm"]))
 def policy(request):
-    # Head and embeddings large enough that confidences differ widely and tokens depend on their neighbours.
+    # Head and embeddings large enough that confidences differ widely and tokens depend on their neighbors.
     if request.param == "llama":
         return tiny_llama(characters=CHARACTERS, causal=False, num_layers=2, head_std=0.3)
     return tiny_masked_lm(characters=CHARACTERS, num_layers=2, head_std=0.3)
@@ -217,7 +217,7 @@ def test_state_only_rank_draws_only_where_it_commits(policy, monkeypatch):
     "options", [{}, {"temperature": 0.0}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5}, {"top_p": 1.0}]
 )
 def test_a_rank_reads_the_models_own_probabilities(policy, options):
-    """Whatever is sampled from, logits and normaliser are untempered and unfiltered, with the mask token in them; the
+    """Whatever is sampled from, logits and normalizer are untempered and unfiltered, with the mask token in them; the
     fresh numbers of a rank are not those that tokens are drawn with."""
     seen, alike = [], []
 

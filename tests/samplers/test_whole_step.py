@@ -129,7 +129,7 @@ def test_what_has_no_fixed_shapes_is_refused(tmp_path):
         whole_steps.sampled(bert, dual_cache(), compile_step=True)
 
 
-def test_quantised_experts_are_refused(tmp_path):
+def test_quantized_experts_are_refused(tmp_path):
     policy = quantized_copy(load_policy(checkpoint(tmp_path, "llada_moe")), schemes.float8_weight_only())
     with pytest.raises(ValueError, match="quantized experts"):
         whole_steps.sampled(policy, None, compile_step=True)

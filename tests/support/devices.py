@@ -11,7 +11,7 @@ REAL = torch.cuda.is_available()
 
 
 class RealCuda:
-    """The GPU that is here. Waits of the host are those that torch warns of in its synchronisation debug mode."""
+    """The GPU that is here. Waits of the host are those that torch warns of in its synchronization debug mode."""
 
     def __init__(self) -> None:
         self.counts: dict[str, list[str]] = {}

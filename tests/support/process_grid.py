@@ -63,18 +63,18 @@ def run_all(folder, steps, sizes, *only):
                 gradients.append(torch.cat(parts))
 
             hook = register_optimizer_step_pre_hook(keep)
-            with travelling() as travelled:
+            with traveling() as traveled:
                 _, seen = trained(made[name])
             hook.remove()
             there = Path(made[name].directory)
             torch.save(seen, there / f"rollouts-{rank}.pt")
             if rank == "0":
                 torch.save(torch.stack(gradients), there / "gradients.pt")
-                (there / "travelled.json").write_text(json.dumps(travelled))
+                (there / "traveled.json").write_text(json.dumps(traveled))
 
 
 @contextmanager
-def travelling():
+def traveling():
     """Every swap that makes two processes' shares more even is made, however small; yields how many, call by call."""
     found, plan_swaps = [], balance.plan_swaps
 

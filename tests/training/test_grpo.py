@@ -74,7 +74,7 @@ def test_a_reward_may_ask_for_speed(tmp_path):
         assert row["reward"] == pytest.approx(row["rewards/quick/mean"] + row["rewards/right/mean"])
 
 
-def test_each_reward_is_normalised_on_its_own(tmp_path, monkeypatch):
+def test_each_reward_is_normalized_on_its_own(tmp_path, monkeypatch):
     seen = []
 
     def spy(rewards, *, parts, weights):

@@ -118,7 +118,7 @@ SEVERAL_MASKS = {"likelihood": coupled(), "rollout_quantization": None, "num_ite
     ],
 )
 def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
-    """The batch of step m is of a copy of the weights after m - 1 steps, quantised afresh. An estimate that does not
+    """The batch of step m is of a copy of the weights after m - 1 steps, quantized afresh. An estimate that does not
     replay the sampler is scored by that copy. Nothing here is of the schedule's file."""
     recipe = late_recipe(tmp_path / "run", num_steps=3, **changes)
     trained = train_here(recipe)

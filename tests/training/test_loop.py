@@ -65,7 +65,7 @@ def test_a_run_leaves_what_it_promises(make, tmp_path, capsys):
 
 @pytest.mark.parametrize("make", few([tiny_recipe, tiny_recipe_ar], [tiny_recipe]))
 @pytest.mark.usefixtures("exact_arithmetic")
-def test_unquantised_rollouts_have_exactly_no_mismatch(make, tmp_path):
+def test_unquantized_rollouts_have_exactly_no_mismatch(make, tmp_path):
     train(make(tmp_path, rollout_quantization=None, micro_batch_size=8))
     for row in metrics_of(tmp_path):
         exact = {"kl": 0, "k3_kl": 0, "abs_log_ratio_max": 0, "chi2_token": 0, "chi2_seq": 0, "log_ppl_diff": 0}

@@ -43,7 +43,7 @@ def test_every_checkpoint_says_what_it_is_and_the_last_how_it_did(tmp_path, hub)
     front = yaml.safe_load(last.split("---\n")[1])
     assert front == {"library_name": "dllm_rl", "tags": ["reinforcement-learning", "grpo", "dllm_rl"]}
     assert "1 of 2 steps of GRPO" in first and "| metric | before RL |\n" in first
-    assert "2 of 2 steps of GRPO" in last and "| metric | before RL | after | after, quantised |\n" in last
+    assert "2 of 2 steps of GRPO" in last and "| metric | before RL | after | after, quantized |\n" in last
     cells = [f"{summary[part]['reward']:.4g}" for part in ("eval_before", "eval_after", "eval_after_quantized")]
     assert f"| `reward` | {' | '.join(cells)} |" in last
     assert (

@@ -36,7 +36,7 @@ def no_surrogate(log_ratio, advantages, mask):
 
 
 BAD = {
-    "quantise": ({"rollout_quantization": partial(int4_weight_only, group_size=0)}, "group_size=0 must be at least 1"),
+    "quantize": ({"rollout_quantization": partial(int4_weight_only, group_size=0)}, "group_size=0 must be at least 1"),
     "sample": (
         {"sampler": partial(unmask, max_new_tokens=16, commit=partial(threshold, tau=7.0))},
         r"tau=7\.0 must lie",
@@ -68,7 +68,7 @@ BAD = {
     ),
     "nan": ({"advantages": lambda rewards: rewards / 0 * 0}, "numbers that are not finite for rewards of shape"),
     "loss": ({"loss": no_surrogate}, "surrogate: not today"),
-    "optimiser": (
+    "optimizer": (
         {"optim": lambda parameters, lr, **rest: torch.optim.SGD(parameters, lr=-lr)},
         "Invalid learning rate",
     ),
@@ -121,7 +121,7 @@ class Drawing(Wrapped):
         {"lora": partial(lora_r16, dropout=0.05), "beta": 0.1},
         {"rollout_quantization": five_level_emulated, "beta": 0.1},
     ],
-    ids=["plain", "adapters", "quantised"],
+    ids=["plain", "adapters", "quantized"],
 )
 def test_nothing_is_left_of_it(changes, tmp_path):
     recipe = small(tmp_path, **changes)

@@ -68,7 +68,7 @@ def test_three_processes_train_as_one(tmp_path):
         assert apart.pop("tokens") == 0
         limits = {"loss": 1e-4, "metrics": 2e-3, "gradients": 1e-4, "weights": 2e-5, "log-probs": 2e-5}
         assert all(apart[kind] < limit for kind, limit in limits.items()), (size, name, apart)
-        assert sum(json.loads((three / "travelled.json").read_text())) > 0, "some groups are run by another process"
+        assert sum(json.loads((three / "traveled.json").read_text())) > 0, "some groups are run by another process"
         for alone, main in zip(*(current_rows(run / "completions.jsonl") for run in (one, three)), strict=True):
             numbers = [[math.nan if row[name] is None else row[name] for name in MOVED] for row in (main, alone)]
             assert numbers[0] == pytest.approx(numbers[1], rel=2e-3, abs=1e-4, nan_ok=True)

@@ -28,7 +28,7 @@ def test_batches_that_three_processes_cannot_share_are_refused(tmp_path, monkeyp
     check_processes(replace(recipe, train_batch_size=9, sft_warmup_steps=0), Accelerator(cpu=True))
 
 
-def test_policy_optimiser_and_log_are_set_to_the_checkpoints_and_the_recipe_is_the_runs(tmp_path):
+def test_policy_optimizer_and_log_are_set_to_the_checkpoints_and_the_recipe_is_the_runs(tmp_path):
     recipe = tiny_recipe(tmp_path, num_steps=1, num_iterations=2)
     train(recipe)
     folder = tmp_path / "checkpoints" / "step-000001"

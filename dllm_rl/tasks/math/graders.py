@@ -10,7 +10,7 @@ from dllm_rl.tasks import answers
 from dllm_rl.tasks.answers import d1_box, exact_number, final_answer, first_closed_answer
 from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.math import math_verify as math_check
-from dllm_rl.tasks.math.latex import d1_spelling, hedged, normalise, rational, same_in_d1
+from dllm_rl.tasks.math.latex import d1_spelling, hedged, normalize, rational, same_in_d1
 from dllm_rl.tasks.rows import present
 
 _STATED = re.compile(r"The answer is (-?[0-9.,]+)"), re.compile(r"#### (-?[0-9.,]+)")
@@ -172,7 +172,7 @@ def _compared(number: Fraction | float | None, fields: Mapping[str, Any]) -> Rew
 
 def _spelling(answer: str) -> str:
     value = rational(answer)
-    return normalise(answer) if value is None else str(value)
+    return normalize(answer) if value is None else str(value)
 
 
 def _graded(parsed: bool, correct: bool, answer: str | None, **more: float) -> Reward:

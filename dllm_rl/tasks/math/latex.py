@@ -29,7 +29,7 @@ _REMOVED_SPACE = re.compile(
 _PLAIN_FRAC = re.compile(r"(-?)\\frac\{(-?[0-9]{1,100})\}\{(-?[0-9]{1,100})\}")
 
 
-def normalise(answer: str) -> str:
+def normalize(answer: str) -> str:
     r"""Return a canonical spelling; two answers are equal if their spellings are.
 
     Removed: \!, \left, \right, degrees, \$, \%, one unit "\text{ cm}" at the end, a name of one or two letters before a
@@ -96,12 +96,12 @@ def same_in_d1(answer: str, reference: str) -> bool:
 def d1_spelling(answer: str) -> str:
     """Return d1's spelling; if d1's code fails, the text after a line break, which no spelling contains."""
     try:
-        return _normalised_in_d1(answer)
+        return _normalized_in_d1(answer)
     except (IndexError, ValueError):
         return "\n" + answer
 
 
-def _normalised_in_d1(answer: str) -> str:
+def _normalized_in_d1(answer: str) -> str:
     """Normalize with d1's bugs. Raises IndexError or ValueError where d1's code raises them."""
     plain, *units = _without_marks(answer).split("\\text{ ")
     if len(units) > 1:
@@ -109,7 +109,7 @@ def _normalised_in_d1(answer: str) -> str:
     answer, *roots = _without_name(plain).split("\\sqrt")
     for root in roots:
         answer += "\\sqrt" + (root if root[0] == "{" else f"{{{root[0]}}}{root[1:]}")
-    answer = answer.replace(" ", "")  # after the root, unlike `normalise`
+    answer = answer.replace(" ", "")  # after the root, unlike `normalize`
     first, *fractions = answer.split("\\frac")
     if all(fraction[0] == "{" or len(fraction) > 1 for fraction in fractions):  # one short \frac: all stay unchanged
         answer = first
@@ -145,7 +145,7 @@ def rational(answer: str) -> Fraction | None:
     """Return the value of a decimal number or a fraction of integers; None for anything else."""
     if re.search(r"[0-9] *,\s+[0-9]|[0-9]\s+,", printed(answer[: MAX_ANSWER_LENGTH + 1])):
         return None  # a list such as 12, 345; normalized, it looks like 12,345
-    answer = normalise(answer)
+    answer = normalize(answer)
     found = _PLAIN_FRAC.fullmatch(answer)
     if found is None:
         return exact_number(answer)

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 from time import monotonic
 
-from dllm_rl.tasks.math.latex import normalise
+from dllm_rl.tasks.math.latex import normalize
 
 MAX_SYMBOLIC_LENGTH = (
     300  # characters of an answer that is compared symbolically; a reference may have ten times as many
@@ -47,7 +47,7 @@ def equal_all(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
     for pair in pairs:
         if pair not in _KNOWN:
             reference, answer = pair
-            _KNOWN[pair] = True if normalise(reference) == normalise(answer) else None  # no algebra is needed
+            _KNOWN[pair] = True if normalize(reference) == normalize(answer) else None  # no algebra is needed
             short = len(answer) <= MAX_SYMBOLIC_LENGTH and len(reference) <= 10 * MAX_SYMBOLIC_LENGTH
             if _KNOWN[pair] is None and short and "\n" not in answer:
                 asked.append(pair)

@@ -1,4 +1,4 @@
-"""Adapters: nothing changes at first, peft reads them, they merge, resume and quantise; bases in few bits."""
+"""Adapters: nothing changes at first, peft reads them, they merge, resume and quantize; bases in few bits."""
 
 import copy
 import json
@@ -293,7 +293,7 @@ def test_eight_bit_weights_are_read_back_to_half_a_step(tmp_path, forward):
 
 
 @pytest.mark.parametrize("lora", [None, Lora(r=4)])
-def test_a_quantised_rollout_is_made_and_refreshed_from_merged_weights(lora):
+def test_a_quantized_rollout_is_made_and_refreshed_from_merged_weights(lora):
     policy = tiny_llama(characters="abc", causal=False)
     if lora:
         add_lora(policy, lora)
@@ -449,7 +449,7 @@ def test_two_steps_then_resume_and_merge(tmp_path, kind, fields):
     "corrector", [aligned(), pytest.param(qarl(eps_high=0.1, neg_low=0.1, neg_high=0.1), marks=pytest.mark.slow)]
 )
 @pytest.mark.slow
-def test_adapters_are_trained_through_the_rollouts_quantised_operands(tmp_path, corrector):
+def test_adapters_are_trained_through_the_rollouts_quantized_operands(tmp_path, corrector):
     fields = {"rollout_quantization": int3_emulated, "num_iterations": 2, "beta": 0.0, "save_total_limit": 9}
     run = recipe(tmp_path, "run", lora=partial(Lora, r=4), corrector=corrector, **fields)
     train(run)
@@ -472,11 +472,11 @@ def test_the_reference_of_aligned_adapters_is_the_plain_base(tmp_path):
     train(recipe(tmp_path, "run", **aligned_run, beta=0.1))
     steps = current_rows(tmp_path / "run/metrics.jsonl")
     assert all(step["rollout_corr/abs_log_ratio_max"] == 0 for step in steps)
-    assert steps[0]["kl"] > 0, "the learner is quantised, the reference is not: they differ from the start"
+    assert steps[0]["kl"] > 0, "the learner is quantized, the reference is not: they differ from the start"
 
 
 def test_dropout_with_an_aligned_forward_is_refused_before_any_work(tmp_path):
     dropped = {"lora": partial(Lora, r=4, dropout=0.1), "corrector": aligned()}
     with pytest.raises(ValueError, match=r"lora.dropout=0.1: an aligned forward merges adapters; set it to 0"):
         recipe(tmp_path, "run", **dropped, rollout_quantization=int3_emulated)
-    recipe(tmp_path, "run", **dropped, rollout_quantization=None)  # nothing is quantised, nothing merged
+    recipe(tmp_path, "run", **dropped, rollout_quantization=None)  # nothing is quantized, nothing merged

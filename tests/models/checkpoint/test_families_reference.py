@@ -112,7 +112,7 @@ def reference_qwen(config, w, tokens, *, shift=False, block_size=LENGTH):
 def sigmoid_experts(x, layer, config):
     """Grouped choice: the two best groups by the sum of their two best biased scores, in them the two best experts.
 
-    The bias chooses only; the weights are the plain sigmoid scores, normalised and scaled by 2.5.
+    The bias chooses only; the weights are the plain sigmoid scores, normalized and scaled by 2.5.
     """
     out = swiglu(x, *(layer[f"mlp.shared_experts.{name}_proj.weight"] for name in ("gate", "up", "down")))
     scores = einsum("td,ed->te", x, layer["mlp.gate.weight"]).sigmoid()

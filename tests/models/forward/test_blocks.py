@@ -113,7 +113,7 @@ def replaced_module(policy, module):
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
-def test_a_quantised_base(tmp_path, base):
+def test_a_quantized_base(tmp_path, base):
     policy = load_policy(checkpoint(tmp_path, "llama"), quantization=base, lora=Lora(r=4, dropout=0.2))
     for layer in adapted_layers(policy.module).values():
         layer.lora_B.weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))

@@ -135,7 +135,7 @@ def test_every_schemes_copy_is_captured_whole(monkeypatch, scheme):
 
 
 @pytest.mark.parametrize(("family", "cache"), [("tiny_moe", None), slow("llada2", block_cache())], ids=str)
-def test_quantised_experts_split_their_block(tmp_path, monkeypatch, family, cache):
+def test_quantized_experts_split_their_block(tmp_path, monkeypatch, family, cache):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     one_layer = SIZES | {"num_layers": 1, "num_experts": 4}
     policy = tiny_moe(**one_layer) if family == "tiny_moe" else load_policy(checkpoint(tmp_path, family))

@@ -60,7 +60,7 @@ def test_a_forward_notes_what_its_routers_took(policy):
 
 @pytest.mark.parametrize("checkpointing", [slow(False), True])
 def test_replay_is_the_definition_with_its_gradient(policy, checkpointing):
-    """The router's own scores at the experts given, normalised as it does; every gradient, the router's too."""
+    """The router's own scores at the experts given, normalized as it does; every gradient, the router's too."""
     tokens, mask = batch()
     given, where = some_routes(policy, tokens)
     policy.gradient_checkpointing = checkpointing

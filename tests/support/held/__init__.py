@@ -52,6 +52,6 @@ def span_of(*differences: Sequence[float]) -> str:
     """The lowest and the highest end of the intervals of paired differences, in words."""
     ends = []
     for each in differences:
-        centre, half = map(float, interval(each).split("±"))
-        ends += [centre - half, centre + half]
+        center, half = map(float, interval(each).split("±"))
+        ends += [center - half, center + half]
     return f"between {min(ends):.2f} and {max(ends):+.2f}"

@@ -5,7 +5,7 @@ import re
 from held import DOCS, row, stored, tables_of
 
 PAGE, RESULTS = "benchmarks/README.md", "benchmarks/results"
-LESS = ("length buckets, prompts of 40 to 260, {}", "FP8 weights dequantised once, batch {}")
+LESS = ("length buckets, prompts of 40 to 260, {}", "FP8 weights dequantized once, batch {}")
 
 
 def one_h200():
@@ -127,7 +127,7 @@ def each_saving():
 
     caches = [LESS[0].format(cache) for cache in ("no cache", "prefix cache", "dual cache")]
     yield PAGE, told("length buckets, 8 prompts of 40 to 260: no / prefix / dual cache", *caches)
-    yield PAGE, told("FP8 weights dequantised once per sync, batch 1 / 8", *map(LESS[1].format, (1, 8)))
+    yield PAGE, told("FP8 weights dequantized once per sync, batch 1 / 8", *map(LESS[1].format, (1, 8)))
     once = "prompt of 256 once for 8 completions, sampling"
     yield PAGE, told("a prompt of 256 run once for 8 completions, `block_cache()`", once)
 

@@ -103,9 +103,9 @@ def noise() -> str:
 
 
 def staleness() -> str:
-    times = average("lag 4", "k3 of staleness") / average("lag 4", "k3 of quantisation")
+    times = average("lag 4", "k3 of staleness") / average("lag 4", "k3 of quantization")
     return (
-        "The harm is the staleness's, not the quantisation's: at a lag of 4 without a correction the k3 divergence of "
+        "The harm is the staleness's, not the quantization's: at a lag of 4 without a correction the k3 divergence of "
         f"staleness is {times:.0f} times that of FP8 (`mismatch_split/*`, one group a step)."
     )
 
@@ -186,6 +186,6 @@ def pretrained():
     yield PAGE, f"TIS, with its token weights up to 2, ends at {ends('lag 4, tis')}"
     yield PAGE, f"One seed at a quarter of the rate, without a correction, ends at {ends('lag 4, slow')}."
     yield PAGE, f"**int4 is another matter than FP8**: {ends('int4')}, with TIS {ends('int4, tis')}"
-    yield PAGE, f"the three seeds end at {ends('FP8')}, and the one unquantised seed ends at {ends('unquantised')}."
+    yield PAGE, f"the three seeds end at {ends('FP8')}, and the one unquantized seed ends at {ends('unquantized')}."
     quarter = {row["arm"]: list(row.values())[1:] for row in late_pretrained.quarters(runs)}
     yield PAGE, f"Under FP8 it is {quarter['FP8'][0]} in the first twelve steps and {quarter['FP8'][3]} in the last."

@@ -94,7 +94,7 @@ def four_steps():
     )
     second = "few_clues_4_steps"
     even = apart(second, "two segments", "one step")
-    told = f"({paired.interval(even)} in favour of two segments, exact p {paired.sign_flip(even):.3f})"
+    told = f"({paired.interval(even)} in favor of two segments, exact p {paired.sign_flip(even):.3f})"
     yield PAGE, f"no difference between two segments and `one step` {told}"
 
 

@@ -50,9 +50,9 @@ def the_first_study():
     yield PAGE, f"Mean |log ratio| is {apart} nats and ESS {ess}. The learner agrees on {order} of the positions"
     yield PAGE, f"one warmed-up model: {two_digits(arms['start']['after'])} (ten seeds)"
     yield PAGE, f"AIS's mean lambda is {two_digits(arms['one: AIS alarm']['lambda'])},"
-    undone = paired.share(runs, "two: none", "two: none, no clip", "two: unquantised")
+    undone = paired.share(runs, "two: none", "two: none, no clip", "two: unquantized")
     yield PAGE, f"A dual clip at 1.2 alone undoes {undone} of it"
-    undone = paired.share(runs, "one: TIS", "one: none", "one: unquantised")
+    undone = paired.share(runs, "one: TIS", "one: none", "one: unquantized")
     yield PAGE, f"it undoes {undone} of the harm"
     for arm, against, sentence in (
         ("one: TIS shuffled", "one: none", "between shuffled weights and none ({})"),
@@ -72,7 +72,7 @@ def rounding_as_small_as_a_kernels():
     plain, noisy = stored("kernel_noise")["arms"]
     after, against, apart = (two_digits(cell) for cell in (noisy["after"], plain["after"], noisy[DIFFERENCE]))
     nats, ess = f"{float(noisy['mean abs log-ratio']):.3f}", f"{float(noisy['ESS']):.0f}"
-    told = f"({after} against {against} unquantised; mean |log ratio| {nats} nats, ESS {ess})"
+    told = f"({after} against {against} unquantized; mean |log ratio| {nats} nats, ESS {ess})"
     yield PAGE, f"**We saw no difference: {apart}** {told}"
 
 
@@ -89,7 +89,7 @@ def real_fp8():
         return [mean(pair) for pair in zip(*pairs, strict=True)]
 
     told = {}
-    for arm in ("unquantised", "TIS", "aligned", "AIS", "TBPO"):
+    for arm in ("unquantized", "TIS", "aligned", "AIS", "TBPO"):
         apart = both(arm, "none")
         told[arm] = paired.interval(apart), f"{paired.sign_flip(apart):.3f}"
         if arm == "TIS":
@@ -98,7 +98,7 @@ def real_fp8():
     yield PAGE, f"FP8 costs {cost[0]} (p {cost[1]}); TIS adds {tis[0]} ({tis[1]}, all seeds),"
     yield PAGE, f"`aligned()` {aligned[0]} ({aligned[1]}), AIS {ais[0]} ({ais[1]}), TBPO {tbpo[0]}."
     half = by_rate["half"]
-    loss, gain = paired.paired(half, "unquantised", "none"), paired.paired(half, "TIS", "none")
+    loss, gain = paired.paired(half, "unquantized", "none"), paired.paired(half, "TIS", "none")
     assert (sum(each > 0 for each in loss), sum(each > 0 for each in gain)) == (9, 8)
     yield PAGE, f"nine of ten seeds (p {paired.sign_flip(loss):.3f} alone)"
     yield PAGE, f"TIS gains in eight ({paired.sign_flip(gain):.3f})"
@@ -109,7 +109,7 @@ def each_arms_own_rate():
     tuning, results, more = (by_arm(stored("rates")[part]) for part in ("tuning", "runs", "equal"))
     assert (len(tuning), len(results), len(more)) == (204, 180, 50)
     yield PAGE, rates.told(results, more, rates.best(tuning))
-    yield PAGE, f"Unquantised: {paired.interval([results['unquantised', seed]['after'] for seed in range(10, 20)])}."
+    yield PAGE, f"Unquantized: {paired.interval([results['unquantized', seed]['after'] for seed in range(10, 20)])}."
     claims = {each["stated before the runs"]: each for each in paired.contrast_rows(rates.study, results)}
     harm, gain = claims["five levels harms"], claims["token TIS helps under five levels"]
     yield PAGE, f"five levels still harm ({harm[DIFFERENCE]}, Holm's p {harm[PS]})"
@@ -134,7 +134,7 @@ def one_rate_for_all():
 
     def loss(at, format):
         """By seed: what the format costs without a corrector."""
-        return paired.paired(runs, at["unquantised"], at[f"{format}: none"])
+        return paired.paired(runs, at["unquantized"], at[f"{format}: none"])
 
     more = {}
     for format in ("int3", "five levels"):
@@ -147,9 +147,9 @@ def one_rate_for_all():
     yield PAGE, f"it loses {cost} there, although its ESS is {int4}"
     yield PAGE, f"(2.5e-4: ESS {lower}, a loss of {fewer})"
     yield PAGE, f"int3 loses {more['int3']} more at 5e-4 than at 2.5e-4, five levels {more['five levels']} more"
-    higher = paired.interval(paired.paired(runs, high["unquantised"], low["unquantised"]))
+    higher = paired.interval(paired.paired(runs, high["unquantized"], low["unquantized"]))
     five = paired.interval(paired.paired(runs, low["five levels: none"], high["five levels: none"]))
-    yield PAGE, f"It takes {higher} from unquantised rollouts and gives five levels {five}."
+    yield PAGE, f"It takes {higher} from unquantized rollouts and gives five levels {five}."
     fp8 = [-each for each in loss(high, "FP8")]
 
 
@@ -190,10 +190,10 @@ def rollouts_by_llama_cpp():
     def of(arm, column):
         return mean(run[column] for (name, _), run in results.items() if name == arm)
 
-    start = f"from {of('unquantised', 'before'):.3f} to {of('unquantised', 'after'):.3f} unquantised"
+    start = f"from {of('unquantized', 'before'):.3f} to {of('unquantized', 'after'):.3f} unquantized"
     mismatch = f"Q4_0: {of('Q4_0', 'mean abs log-ratio'):.2f} nats, ESS {of('Q4_0', 'ESS'):.2f}."
     yield PAGE, f"ten paired seeds, {engines.study.num_steps} steps {start}. {mismatch}"
-    f32, q8, q4 = (apart(arm, "unquantised") for arm in ("F32", "Q8_0", "Q4_0"))
+    f32, q8, q4 = (apart(arm, "unquantized") for arm in ("F32", "Q8_0", "Q4_0"))
     yield PAGE, f"to other kernels alone (F32) by {f32}, to 8 bits by {q8} and to 4 bits by {q4}."
     yield PAGE, f"8 bits beat F32 by {apart('Q8_0', 'F32')}, 4 bits by {apart('Q4_0', 'F32')}."
     tis, less, ais = apart("Q8_0 TIS", "Q8_0"), apart("Q4_0", "Q4_0 TIS"), apart("Q4_0 TIS", "Q4_0 AIS")
@@ -211,10 +211,10 @@ def rollouts_by_llama_cpp_of_a_causal_model():
     def of(arm, column):
         return mean(run[column] for (name, _), run in results.items() if name == arm)
 
-    start = f"from {of('unquantised', 'before'):.2f} to {of('unquantised', 'after'):.3f} unquantised"
+    start = f"from {of('unquantized', 'before'):.2f} to {of('unquantized', 'after'):.3f} unquantized"
     mismatch = f"Q4_0: {of('Q4_0', 'mean abs log-ratio'):.2f} nats, ESS {of('Q4_0', 'ESS'):.2f}"
     yield PAGE, f"five paired seeds, {engines_ar.study.num_steps} steps {start}. {mismatch}"
-    q8, q4, tis = apart("unquantised", "Q8_0"), apart("unquantised", "Q4_0"), apart("Q4_0 TIS", "Q4_0")
+    q8, q4, tis = apart("unquantized", "Q8_0"), apart("unquantized", "Q4_0"), apart("Q4_0 TIS", "Q4_0")
     claims = paired.contrast_rows(engines_ar.study, results)
     p, least = min(each[PS] for each in claims), len(claims) * 2 / 2**5
     yield PAGE, f"the least Holm's p that they can give is {least:.2f}."

@@ -10,7 +10,7 @@ from recipes.studies.paired import interval, sign_flip
 
 PAGE = "recipes/README.md"
 RESULTS = stored("recipes/results")
-SOLVED = "solve rate before -> after (quantised net)"
+SOLVED = "solve rate before -> after (quantized net)"
 
 
 def seeds_of(part, recipe):

@@ -102,8 +102,8 @@ def renoised():
     (steps,) = {run["num_steps"] for (arm, _), run in results.items() if arm == "exact"}
     seconds = round(steps * found["seconds of a step"]["exact"], -1)
     yield page, f"that of {steps} steps of `exact`, about {seconds:.0f} s of one thread."
-    centre, half = paired.interval(paired.paired(results, "exact", "bound of 0.1")).split("±")
-    low, high = float(centre) - float(half), float(centre) + float(half)
+    center, half = paired.interval(paired.paired(results, "exact", "bound of 0.1")).split("±")
+    low, high = float(center) - float(half), float(center) + float(half)
     yield page, f"the difference is between {low:.3f} and {high:+.3f}."
     yield "recipes/renoise_sudoku.py", paired.interval(paired.paired(results, "full", "exact"))
 
@@ -158,8 +158,8 @@ def a_teacher():
     )
     yield page, f"{apart[2].removeprefix('-')} below the reward alone, in ten of ten seeds, against our claim."
     for difference, words in ((apart[1], "lies between {}"), (apart[3], "(between {})"), (apart[4], "(between {})")):
-        centre, half = map(float, difference.split("±"))
-        yield page, words.format(f"{centre - half:.3f} and {centre + half:+.3f}")
+        center, half = map(float, difference.split("±"))
+        yield page, words.format(f"{center - half:.3f} and {center + half:+.3f}")
     yield (
         "recipes/README.md",
         f"It reaches {alone} without any reward, where the reward reaches {reward} in about the same",

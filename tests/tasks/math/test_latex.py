@@ -7,7 +7,7 @@ import pytest
 from dllm_rl.tasks.answers import (
     MAX_ANSWER_LENGTH,
 )
-from dllm_rl.tasks.math.latex import normalise, rational, same_in_d1
+from dllm_rl.tasks.math.latex import normalize, rational, same_in_d1
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_sameness_in_d1(answer: str, reference: str, same: bool) -> None:
         ("\\sqrt", "\\sqrt"),
     ],
 )
-def test_normalisation(answer: str, same: str) -> None:
-    assert normalise(answer) == same
+def test_normalization(answer: str, same: str) -> None:
+    assert normalize(answer) == same
 
 
 def test_rationals() -> None:

@@ -33,7 +33,7 @@ from dllm_rl.training.dry_run.plan import (
 from dllm_rl.training.policies import call_model_function
 from recipes import sudoku_tiny
 
-# (recipe, parameters, quantised layers). 8,015,581,184 is LLaDA-8B's published count; the others are sums by hand of
+# (recipe, parameters, quantized layers). 8,015,581,184 is LLaDA-8B's published count; the others are sums by hand of
 # embeddings, attention, feed-forward, experts, routers and norms.
 HIDDEN, WIDE = 2048, 157184 * 2048
 MOE = 2 * WIDE + HIDDEN + 16 * (4 * HIDDEN**2 + 2 * 128 + 2 * HIDDEN + 64 * HIDDEN + 64 * 3 * HIDDEN * 1024)

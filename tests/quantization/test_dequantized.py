@@ -1,4 +1,4 @@
-"""Weight-only FP8 that is dequantised once a sync: the numbers of torchao's own, bit for bit."""
+"""Weight-only FP8 that is dequantized once a sync: the numbers of torchao's own, bit for bit."""
 
 import pytest
 import torch
@@ -18,15 +18,15 @@ def adapted():
 
 
 @pytest.mark.parametrize("make", [lambda: tiny_masked_lm(**SIZES), lambda: tiny_llama(**SIZES, causal=False), adapted])
-def test_weights_dequantised_once_a_sync_give_the_same_states(make):
-    """As made, and after an update that is synced into both copies; no product of the second dequantises anything."""
+def test_weights_dequantized_once_a_sync_give_the_same_states(make):
+    """As made, and after an update that is synced into both copies; no product of the second dequantizes anything."""
     policy, tokens = make(), torch.randint(3, 11, (3, 12), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens, dtype=torch.bool)
     in_products, once = (quantized_copy(policy, float8_weight_only(dequantized=d)) for d in (False, True))
     for _ in range(2):
         expected, found = (copy.hidden(tokens, mask) for copy in (in_products, once))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        assert (found - policy.hidden(tokens, mask)).abs().max() > 1e-3  # as far as quantisation moves them
+        assert (found - policy.hidden(tokens, mask)).abs().max() > 1e-3  # as far as quantization moves them
         assert in_products.quantization_report.quantized == once.quantization_report.quantized
         with torch.no_grad():
             for number, parameter in enumerate(policy.module.parameters()):
