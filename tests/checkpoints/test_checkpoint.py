@@ -156,7 +156,7 @@ def steps_done(directory: Path) -> int:
     return len(current_rows(path)) if path.exists() else 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.nightly)])
 def test_killed_at_random_moments_a_run_ends_with_the_same_weights(kills, tmp_path):
     finished(start(tmp_path / "whole"))

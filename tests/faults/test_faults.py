@@ -67,7 +67,7 @@ def processes(tmp_path_factory) -> dict:
     return results_of("processes.py", tmp_path_factory.mktemp("processes"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("case", "said"),
     [
@@ -97,7 +97,7 @@ def test_a_process_that_is_lost_is_named_once_by_the_others_and_costs_no_step(pr
     assert saved == ([0] if "," in case else [0, 1]) and (same is True or "shared" in case), same
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_process_that_is_stuck_is_named_with_its_stage(processes):
     """It lives, so that the limit of an exchange ends the run."""
     code, out, saved, same = processes["is stuck"]

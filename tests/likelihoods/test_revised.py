@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from likelihood_toys import TablePolicy
-from repetitions import few, slow
+from repetitions import few, nightly, slow
 from revise_toys import as_rollout, events_of, sequences
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
@@ -342,10 +342,13 @@ def test_an_unquantized_run_has_exactly_no_mismatch(tmp_path, name):
     assert all(row["grad_norm"] > 0 for row in rows)
 
 
-CORRECTORS = ["tis", "mis", "icepop", "reject", "ais", "tbpo"]
+CORRECTORS = ["tis", "mis", "icepop", "reject", "ais"]
 
 
-@pytest.mark.parametrize(("corrector", "name"), [("ais", "remask"), *(slow(c, "soft_edit") for c in CORRECTORS)])
+@pytest.mark.parametrize(
+    ("corrector", "name"),
+    [("ais", "remask"), slow("tbpo", "soft_edit"), *(nightly(c, "soft_edit") for c in CORRECTORS)],
+)
 def test_correctors_run_on_a_rollout_that_revises(tmp_path, name, corrector):
     changes = {"corrector": getattr(correctors, corrector)(), "likelihood": lik.trajectory()}
     rows = run(tmp_path / "run", WORDS[name], **changes, num_iterations=2, micro_batch_size=4, num_steps=1)

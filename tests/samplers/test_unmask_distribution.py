@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from repetitions import few, slow
+from repetitions import few, nightly, slow
 
 from dllm_rl.models.checkpoint.families import FamilySpec
 from dllm_rl.rng import uniforms
@@ -106,7 +106,7 @@ RANKED = ["confidence", "max_prob", "margin", "entropy", "random"]
 
 
 @pytest.mark.parametrize("name,temperature,diffusion_steps", [
-    ("confidence", 1.0, 3), *[slow(name, 1.0, 3) for name in RANKED[1:]], *[slow(name, 0.6, 2) for name in RANKED]
+    ("confidence", 1.0, 3), *[slow(name, 0.6, 2) for name in RANKED], *[nightly(name, 1.0, 3) for name in RANKED[1:]]
 ])  # fmt: skip
 def test_tokens_and_order_follow_the_enumerated_distribution(name, temperature, diffusion_steps):
     rollout = unmask(

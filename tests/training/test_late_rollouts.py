@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from repetitions import slow
+from repetitions import nightly
 from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import Wrapped, tiny_recipe
 
@@ -111,7 +111,7 @@ SEVERAL_MASKS = {"likelihood": coupled(), "rollout_quantization": None, "num_ite
     [
         {},
         {"likelihood": coupled()},
-        slow(SEVERAL_MASKS),
+        nightly(SEVERAL_MASKS),
         pytest.param({"lora": lora_r16, "learning_rate": 1e-2}, marks=pytest.mark.nightly),
         pytest.param({"likelihood": sandwich()}, marks=pytest.mark.nightly),
         pytest.param({"likelihood": trajectory(num_segments=2), "beta": 0.1}, marks=pytest.mark.nightly),
@@ -145,8 +145,8 @@ def test_one_step_late_is_the_loop_written_by_hand(changes, tmp_path):
         assert torch.equal(weight, of_run[name]), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, pytest.param(SEVERAL_MASKS, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("changes", [{}, SEVERAL_MASKS])
 def test_without_staleness_a_worker_takes_the_steps_of_a_plain_run(changes, tmp_path):
     plain = train(tiny_recipe(tmp_path / "plain", num_steps=3, **QUIET, **changes))
     worker = train_here(late_recipe(tmp_path / "worker", late=0, num_steps=3, **changes))
@@ -158,7 +158,7 @@ def test_without_staleness_a_worker_takes_the_steps_of_a_plain_run(changes, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("corrector", [aligned(), tis()])
+@pytest.mark.parametrize("corrector", [aligned(), nightly(tis())])
 def test_late_rollouts_go_with_correctors(corrector, tmp_path):
     train_here(late_recipe(tmp_path, late=2, num_steps=4, corrector=corrector, num_iterations=2))
     assert metrics_of(tmp_path)[-1]["staleness"] == 2
@@ -371,7 +371,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced(ray, number_of, tmp_path, monke
     assert not of_ray()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_job_that_kills_every_worker_ends_the_run_in_a_line(ray, tmp_path):
     learner = os.getpid()
     plain = tiny_recipe(tmp_path).sampler
@@ -418,8 +418,8 @@ def test_an_address_where_nobody_listens_is_refused(ray, tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("raylet", marks=pytest.mark.nightly), "gcs_server"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
 def test_the_death_of_rays_own_processes_ends_the_run_in_a_line_with_its_last_step_saved(ray, name, tmp_path):
     here = Path(__file__).parent
     paths = [str(here), str(here.parents[1]), str(here.parent / "support")]

@@ -81,7 +81,7 @@ def test_three_processes_train_as_one(tmp_path):
         assert row.abs().max() > 1e-4, "there is something to compare"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_goes_on_on_another_number_of_processes(tmp_path, one):
     """From one process to halves on two; and from what these have saved back to one."""
     folder, runs = one

@@ -43,7 +43,7 @@ def stir(policy, std: float = 0.1) -> None:
         layer.lora_B.weight.data.normal_(0, std, generator=generator)
 
 
-@pytest.mark.parametrize("family", few(FAMILIES, ["llada2", "dream", "modernbert"]))
+@pytest.mark.parametrize("family", few(FAMILIES, ["llada2", "dream", "modernbert"], ["llada", "sdar_moe"]))
 def test_adapters_of_every_family(tmp_path, family):
     folder = checkpoint(tmp_path / "base", family)
     policy, plain = load_policy(folder), load_policy(folder)

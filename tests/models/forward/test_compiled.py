@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from layouts import checkpoint
-from repetitions import few, slow
+from repetitions import few, nightly, slow
 from run_outputs import metrics_of
 from tiny_recipe import tiny_recipe
 from torch._dynamo.utils import counters
@@ -94,7 +94,9 @@ def graphs():
     ("family", "cache"),
     [
         ("llada", dual_cache(refresh=3)),
-        *(slow(*pair) for pair in (("sdar", block_cache()), ("llama", None), *OTHERS)),
+        slow("sdar", block_cache()),
+        slow("llama", None),
+        *(nightly(*pair) for pair in OTHERS),
     ],
     ids=str,
 )
@@ -121,7 +123,11 @@ def test_few_graphs_serve_all_blocks_and_shapes(tmp_path, monkeypatch, family, c
 
 @pytest.mark.parametrize(
     "scheme",
-    few(["bf16", "float8_weight_only", "int8_weight_only", "int8_dynamic", "int4_weight_only"], ["float8_weight_only"]),
+    few(
+        ["bf16", "float8_weight_only", "int8_weight_only", "int8_dynamic", "int4_weight_only"],
+        ["float8_weight_only"],
+        ["bf16", "int8_dynamic"],
+    ),
 )
 def test_every_schemes_copy_is_captured_whole(monkeypatch, scheme):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -134,7 +140,7 @@ def test_every_schemes_copy_is_captured_whole(monkeypatch, scheme):
     assert torch.equal(found.tokens, sampled(eager, None, [[3, 4, 5], [6, 7]]).tokens)
 
 
-@pytest.mark.parametrize(("family", "cache"), [("tiny_moe", None), slow("llada2", block_cache())], ids=str)
+@pytest.mark.parametrize(("family", "cache"), [("tiny_moe", None), nightly("llada2", block_cache())], ids=str)
 def test_quantized_experts_split_their_block(tmp_path, monkeypatch, family, cache):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     one_layer = SIZES | {"num_layers": 1, "num_experts": 4}

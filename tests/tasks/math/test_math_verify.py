@@ -64,7 +64,7 @@ def processor_seconds(pid: int) -> float:
     return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_pair_is_decided_and_right_under_load(load, own_pool) -> None:
     assert len(set(EQUAL)) == 191
     assert [pair for pair, equal in zip(EQUAL, math_check.equal_all(EQUAL), strict=True) if equal is not True] == []
@@ -188,7 +188,7 @@ def test_workers_that_hang_are_replaced(monkeypatch, pool) -> None:
     assert pool.process is not hung and hung.poll() == -signal.SIGKILL
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_server_that_is_gone_is_started_again(pool) -> None:
     assert math_check.equal("2", "1+1")
     os.killpg(pool.process.pid, signal.SIGKILL)
