@@ -65,6 +65,7 @@ def test_the_order_of_overrides_does_not_matter(recipe):
     words = ["--zero_mismatch", "--rollout_quantization", "none"]
     for arguments in (words, words[1:] + words[:1]):
         assert from_command_line(recipe, arguments).zero_mismatch
+    assert from_command_line(recipe, ["--zero_mismatch", "false"]).zero_mismatch is False
 
 
 def test_the_settings_of_a_task_are_checked_together(recipe):

@@ -115,9 +115,8 @@ class Replay(View):
             return
         cuts: list[list[tuple[Tensor, Tensor]]] = []
         for step in replay_steps(policy, rollout.rows(rows), full=False, cuts=cuts):
-            step_gradient = grad_output.gather(1, step.columns) * step.scored
             if step.logprobs.requires_grad:
-                step.logprobs.backward(step_gradient.to(step.logprobs.dtype))
+                step.logprobs.backward(grad_output.gather(1, step.columns).to(step.logprobs.dtype))
         backward_through(cuts)
 
 

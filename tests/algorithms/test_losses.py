@@ -175,6 +175,10 @@ def test_kl_terms():
         close(torch.autograd.grad(k(d).sum(), d)[0], slope)
 
 
+def test_a_log_ratio_of_fifteen_is_not_clamped():
+    assert kl_k3(tensor([[15.0]], dtype=torch.float64)).item() == pytest.approx(math.exp(15) - 16)
+
+
 MASK = tensor([[True, True, True, False], [True, False, False, False], [False, False, False, False]])
 
 

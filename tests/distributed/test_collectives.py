@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.distributed import collectives as distributed
-from dllm_rl.distributed.collectives import buckets, make_accelerator, sum_gradients
+from dllm_rl.distributed.collectives import OneProcess, buckets, make_accelerator, reduce_metrics, sum_gradients
 
 
 def test_buckets_keep_order_and_dtype_and_size():
@@ -66,3 +66,11 @@ def test_an_exchange_waits_as_long_as_the_run_says(monkeypatch, seconds):
     monkeypatch.setattr(distributed, "Accelerator", noted)
     make_accelerator(timeout=seconds)
     assert given == ([] if seconds is None else [timedelta(seconds=seconds)])
+
+
+def test_the_loss_is_a_sum_of_shares_and_every_other_metric_a_mean():
+    pair = (torch.tensor(3.0), torch.tensor(4.0))
+    assert reduce_metrics({"loss": pair, "kl": pair, "none": (pair[0], torch.tensor(0.0))}, OneProcess()) == {
+        "loss": 3.0,
+        "kl": 0.75,
+    }

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 
+from dllm_rl.evaluation import budget as budget_module
 from dllm_rl.evaluation.budget import NUMBER_OF_SLACK, within_budget
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.tiny import tiny_masked_lm
@@ -56,3 +57,17 @@ def test_a_rule_of_steps_is_its_own_budget(policy):
 def test_what_has_no_budget_is_refused(policy, commit, options, message):
     with pytest.raises(ValueError, match=message):
         within_budget(policy, PROBLEMS, sampler_of(commit, **options), commit, 3, seed=0)
+
+
+def test_a_rule_that_takes_exactly_the_budget_is_within_it(policy, monkeypatch):
+    """With stated costs: 6 forwards above a threshold of 0.8, 3 above 0.5, else 1."""
+
+    def costs(_policy, problems, sampler, *_):
+        tau = sampler.keywords["commit"].keywords["tau"]
+        return {
+            (problem, 0): {"evaluation": {"steps": 6 if tau > 0.8 else 3 if tau > 0.5 else 1}} for problem in problems
+        }
+
+    monkeypatch.setattr(budget_module, "complete", costs)
+    found = within_budget(policy, PROBLEMS, sampler_of("threshold"), "threshold", 3, seed=0)
+    assert 0.5 < read_commit(found).keywords["tau"] <= 0.8

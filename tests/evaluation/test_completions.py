@@ -8,9 +8,11 @@ from tiny_recipe import SIZES
 
 from dllm_rl.distributed.collectives import OneProcess
 from dllm_rl.evaluation.completions import Completions, fingerprint, make_row
+from dllm_rl.evaluation.evaluate import row_seeds
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import fake_quantize
+from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem
 
 
@@ -53,3 +55,11 @@ def test_a_stored_row_without_a_text_or_with_a_number_beyond_all_floats_is_refus
     path.write_text(json.dumps({"completion": "1", "evaluation": MADE}).replace('"problem": 0', '"problem": 1e999'))
     with pytest.raises(ValueError, match="line 1: not a stored completion"):
         Completions(path, {}, OneProcess())
+
+
+def test_seeds_of_a_first_sample_are_those_of_an_evaluation_with_one_sample():
+    """Stored files of one sample a problem then keep their completions."""
+    assert row_seeds(3, [(5, 0), (5, 1)]) == [
+        generator_for(3, "evaluate", 5).initial_seed(),
+        generator_for(3, "evaluate", 5, 1).initial_seed(),
+    ]

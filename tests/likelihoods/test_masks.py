@@ -4,7 +4,7 @@ import torch
 from likelihood_toys import TablePolicy
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.masks import ranks, uniform_index, uniforms_per_row
+from dllm_rl.likelihoods.masks import block_view, coupled_views, ranks, uniform_index, uniforms_per_row
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -35,3 +35,23 @@ def test_the_strata_of_blocks_say_nothing_of_how_much_of_each_is_hidden():
             scored = (weight != 0).nonzero()[:, 0] - 1  # after one prompt token
             seen[sample].add((int(scored[0]) // 2, len(scored)))
     assert seen == [{(0, 1), (0, 2)}, {(1, 1), (1, 2)}]
+
+
+def test_coupled_views_worked_by_hand():
+    """Three tokens, one masked: weight (3 + 1) / (2 * 1) there, (3 + 1) / (2 * 2) on the two others."""
+    inside = torch.tensor([[True, True, True, False]])
+    (first, first_weight), (second, second_weight) = coupled_views(
+        inside, torch.tensor([[0.7, 0.1, 0.4, 0.0]]), torch.tensor([[1]])
+    )
+    assert first.tolist() == [[False, True, False, False]] and second.tolist() == [[True, False, True, False]]
+    assert first_weight.tolist() == [[0.0, 2.0, 0.0, 0.0]] and second_weight.tolist() == [[1.0, 0.0, 1.0, 0.0]]
+
+
+def test_block_view_worked_by_hand():
+    """Three blocks of two; the second is chosen, one of its tokens masked: weight 3 blocks * 2 / 1. The first block is
+    visible, the third is masked and not scored."""
+    keys = torch.tensor([[0.3, 0.2, 0.9, 0.1, 0.5, 0.6]])
+    half, low = torch.tensor([[0.5]]), torch.tensor([[0.1]])
+    masked, weight = block_view(torch.ones(1, 6, dtype=torch.bool), keys, half, low, block_size=2)
+    assert masked.tolist() == [[False, False, False, True, True, True]]
+    assert weight.tolist() == [[0.0, 0.0, 0.0, 6.0, 0.0, 0.0]]

@@ -290,3 +290,11 @@ def test_a_merge_equals_its_formula_in_every_dtype():
         assert torch.equal(layer.base_layer.weight, before)
         (layer.merged().float() ** 2).sum().backward()
         assert layer.lora_A.weight.grad.abs().sum() > 0 and layer.lora_B.weight.grad.abs().sum() > 0
+
+
+def test_dropout_keeps_the_mean():
+    """Kept inputs are divided by 1 - p. Of n draws the kept share is within 5 standard errors of 1 - p."""
+    layer = LoraLinear(nn.Linear(1000, 1), Lora(r=1, dropout=0.25), torch.Generator().manual_seed(0))
+    out = layer.dropped(torch.ones(20, 1000))
+    assert out.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
+    assert out.count_nonzero().item() / 20_000 == pytest.approx(0.75, abs=5 * (0.75 * 0.25 / 20_000) ** 0.5)

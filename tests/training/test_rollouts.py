@@ -22,9 +22,16 @@ from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import block_cache
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.tasks.base import Problem, Reward
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.policies import build_policy
-from dllm_rl.training.rollouts import collect, compute_advantages, sum_fractions
+from dllm_rl.training.rollouts import (
+    GradedCompletion,
+    collect,
+    compute_advantages,
+    reward_metrics,
+    sum_fractions,
+)
 from dllm_rl.training.trainer import train
 from dllm_rl.types import FilterSupport, Prompts, Rollout
 
@@ -107,7 +114,8 @@ def test_a_step_of_a_run(tmp_path, make):
         recipe = dataclasses.replace(recipe, sampler=partial(spy, sampler, rows, max_new_tokens=16))
         policy = build_policy(recipe, torch.device("cpu"))
         run = StepContext(recipe=recipe, accelerator=Accelerator(cpu=True), policy=policy, rollout_policy=policy)
-        samples, _, _ = collect(run, 0)
+        samples, answers, _ = collect(run, 0)
+        assert [answer.reward.value for answer in answers] == samples.rewards.flatten().tolist()
         seen.append((samples.rollout, samples.rewards))
         assert max(rows) <= (size or 12)
         rows.clear()
@@ -191,3 +199,9 @@ def test_an_advantage_function_that_fails_in_a_later_step_is_named(wrong, tmp_pa
         recipe = dataclasses.replace(recipe, advantages=function)
         with pytest.raises(ValueError, match=f"advantages=.*{'sometimes' if function is sometimes else 'lambda'}"):
             compute_advantages(recipe, rewards, {})
+
+
+def test_a_batch_of_one_completion_has_a_reward_std_of_zero():
+    completion = GradedCompletion(Problem("1"), "2", Reward(0.5, True), 1, 1, False, 1, 1)
+    metrics = reward_metrics(torch.tensor([[0.5]]), [completion], Accelerator(cpu=True))
+    assert metrics["reward_std"] == 0.0 and metrics["completions/clipped_ratio"] == 1.0
