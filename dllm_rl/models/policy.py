@@ -371,20 +371,22 @@ def check_spec(module: Module, spec: FamilySpec) -> None:
     size = spec.vocab_size or getattr(getattr(module, "config", None), "vocab_size", None)
     if size is None:
         kind = type(module).__name__
-        raise ValueError(f"vocab_size=None of the spec {spec.name!r}, and {kind} has no config: set it")
+        raise ValueError(f"vocab_size=None in the spec {spec.name!r}, and {kind} has no config: set vocab_size")
     if spec.attention == "encoder_decoder" and spec.block_size is None:
         raise ValueError(
-            f"block_size=None of the spec {spec.name!r}, which generates fixed-length canvases: set their length"
+            f"block_size=None in the spec {spec.name!r}: set it to the length of the canvases that the model generates"
         )
     if spec.attention in ("full", "block_causal") and spec.mask_id is None:
-        raise ValueError(f"mask_id=None of the spec {spec.name!r}, whose attention is {spec.attention!r}: set it")
+        raise ValueError(
+            f"mask_id=None in the spec {spec.name!r}: {spec.attention!r} attention needs a mask token; set its id"
+        )
     if not spec.eos_ids:
-        raise ValueError(f"eos_ids=() of the spec {spec.name!r}: name at least one id that ends a completion")
+        raise ValueError(f"eos_ids=() in the spec {spec.name!r}: name at least one id that ends a completion")
     ids = [spec.mask_id, *spec.eos_ids]
     outside = [token for token in ids if token is not None and not 0 <= token < size]
     if outside:
         raise ValueError(
-            f"the spec {spec.name!r} names the id {outside[0]}, outside its vocabulary of {size}: correct it"
+            f"the spec {spec.name!r} has the id {outside[0]}, but its vocabulary has {size} tokens: correct the id"
         )
 
 
@@ -396,12 +398,12 @@ def check_ids(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
         return
     if spec.mask_id in spec.eos_ids:  # a mask is never drawn, so no completion could end
         raise ValueError(
-            f"mask_id={spec.mask_id} of the spec {spec.name!r} is also one of eos_ids={spec.eos_ids}; give the mask a "
+            f"mask_id={spec.mask_id} in the spec {spec.name!r} is also one of eos_ids={spec.eos_ids}; give the mask a "
             "separate token"
         )
     if spec.mask_id == getattr(tokenizer, "pad_token_id", None):  # padding would count as a position to fill in
         raise ValueError(
-            f"mask_id={spec.mask_id} of the spec {spec.name!r} is also the tokenizer's pad_token_id; set its pad_token "
+            f"mask_id={spec.mask_id} in the spec {spec.name!r} is also the tokenizer's pad_token_id; set its pad_token "
             "to another token"
         )
 
