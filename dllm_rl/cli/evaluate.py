@@ -20,7 +20,7 @@ from dllm_rl.cli.options import open_policy
 from dllm_rl.cli.run_settings import sampler_or_note, task_of
 from dllm_rl.config import CHOICES, override, paths
 from dllm_rl.device import find_device
-from dllm_rl.distributed.collectives import OneProcess, Processes, launched, make_accelerator
+from dllm_rl.distributed.collectives import OneProcess, Processes, make_accelerator, num_launched
 from dllm_rl.evaluation.budget import within_budget
 from dllm_rl.evaluation.card import differences, flat, read_card
 from dllm_rl.evaluation.completions import fingerprint
@@ -55,7 +55,7 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     schemes = read_schemes(arguments.quantization or ["none"])
     processes: Processes = OneProcess()
     device = find_device(arguments.device)
-    if launched() > 1:
+    if num_launched() > 1:
         processes = make_accelerator(device=device if arguments.device else None)
         device = processes.device
     fixed = {"seed": arguments.seed, "batch_size": arguments.batch_size, "samples": arguments.samples}

@@ -109,7 +109,8 @@ def waited(stage: str, accelerator: Accelerator) -> Metrics:
     return {f"waiting/{stage}": (spent[0], spent[1])}
 
 
-def launched() -> int:
+def num_launched() -> int:
+    """Return the number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -133,9 +134,10 @@ def make_accelerator(
         log_with=list(log_with) or None,
         project_config=ProjectConfiguration(logging_dir=directory),
     )
-    if accelerator.num_processes != launched():
+    if accelerator.num_processes != num_launched():
         raise ValueError(
-            f"{launched()} processes were launched, but Accelerate joined {accelerator.num_processes}: check the config"
+            f"{num_launched()} processes were launched, but Accelerate joined {accelerator.num_processes}: check the "
+            "config"
         )
     if on_cpu and accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(

@@ -37,34 +37,37 @@ def evaluate(  # noqa: PLR0913
 ) -> Evaluation:
     """Complete the problems of a task and grade the completions.
 
-    Call it to measure a policy outside a run; a run evaluates itself every `eval_steps`. Random numbers depend only on
-    (seed, problem, sample), so that raising `samples` keeps the completions so far.
+    Call it to measure a policy outside a run; a run evaluates its policy every `eval_steps` steps. The random numbers
+    of a completion depend only on the seed, the problem and the number of the sample, so that raising `samples` adds
+    completions and leaves the others as they are.
 
     Args:
         policy: Policy to evaluate.
         task: Problems and their grader.
         sampler: `unmask`, `autoregress` or `renoise` with its settings bound.
         seed: Seed of the random numbers. Default: 0.
-        batch_size: Completions per call of the sampler in each process, but at least all samples of one problem.
-            Default: 256.
+        batch_size: Largest number of completions per call of the sampler in each process. A call always has all samples
+            of a problem, even if they are more. Default: 256.
         samples: Completions per problem. Default: 1.
-        limit: Number of problems, from the first on. None (default): all problems.
-        completions: Path of a .jsonl file that stores every completion. Stored completions are graded again. A batch
-            is sampled if any of its completions is missing; those that are stored are kept. None (default): nothing is
-            stored.
+        limit: Number of problems to evaluate, from the first problem on. None (default): all problems.
+        completions: Path of a .jsonl file that stores every completion. If the file exists, its completions are graded
+            again, and only batches with a missing completion are sampled; stored completions are not replaced. None
+            (default): nothing is stored.
         model: Name of the model, stored with the results.
         quantization: Name of the weights' quantization, stored with the results.
-        accelerator: Processes that share the problems; all of them return the same result. None (default): only this
-            process.
-        reward_timeout: Seconds for the grading of one completion; see `tasks.deadline`. None (default): no limit.
-        progress: Function that is called with the number of completions done so far, over all processes.
+        accelerator: Processes among which the problems are divided; every process returns the same result. None
+            (default): only this process.
+        reward_timeout: Time limit in seconds for grading one completion; see `tasks.deadline`. None (default): no
+            limit.
+        progress: Function that is called after each batch with the number of completions that all processes together
+            have finished.
 
     Returns:
         The graded completions of all processes, with means and summary.
 
     Raises:
         ValueError: samples, batch_size or limit is below 1; the log-probs are not finite; or the file has completions
-            of other weights, quantization, seed, sampler or problems.
+            that were made with other weights, quantization, seed, sampler or problems.
     """
     count = len(task) if limit is None else min(limit, len(task))
     for name, value in {"samples": samples, "batch_size": batch_size, "limit": count}.items():
@@ -72,14 +75,14 @@ def evaluate(  # noqa: PLR0913
             raise ValueError(f"{name}={value} must be at least 1")
     accelerator = accelerator or OneProcess()
     path = None if completions is None else Path(completions)
-    # Without a file there are no stored completions to compare with, so the weights need no fingerprint.
+    # The fingerprint of the weights shows whether they made the stored completions. Without a file it is not needed.
     provenance = {"seed": seed, "sampler": describe(sampler), "weights": path and fingerprint(policy)}
     provenance |= {"quantization": quantization} if quantization else {}
     store = Completions(path, provenance, accelerator)
     facts = task_facts(task) | {"model": model} | provenance
 
     answers: list[GradedAnswer] = []
-    # At most an equal share of the problems, so that every process gets a batch.
+    # A batch has at most the number of problems divided by the number of processes, so that every process gets a batch.
     problems_per_batch = min(max(1, batch_size // samples), -(-count // accelerator.num_processes))
     with join_uneven_forwards(policy):
         first = accelerator.process_index * problems_per_batch
@@ -94,7 +97,7 @@ def evaluate(  # noqa: PLR0913
             answers += grade_rows(task, problems, rows, reward_timeout)
             progress(min(len(answers) * accelerator.num_processes, count * samples))
     gathered = sorted(gather_objects(answers, accelerator), key=lambda answer: (answer.problem, answer.sample))
-    # Joins the processes' files into one, with the grades.
+    # Merge the files of all processes into one file, and add the grades.
     store.merge_parts(gathered, facts["protocol"])
     return Evaluation(tuple(gathered), facts)
 
@@ -117,11 +120,14 @@ def complete(
         raise ValueError("the model's log-probabilities are not finite (NaN or infinity): nothing can be evaluated")
     completion_ids = chosen_ids(rollout)
     texts = graded_texts(policy, rollout, problem_list, completion_ids)
-    # Each row gets an equal share of the batch's forwards and time, so that the costs of all rows add up.
+    # The forwards and the seconds of the batch are divided equally among its rows, so that their sum over all rows is
+    # the cost of the evaluation.
     batch_share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - start_time) / len(keys)}
     rows = {}
     for (problem, sample), text, cost in zip(keys, texts, costs_of(policy, rollout, completion_ids), strict=True):
-        # "steps" counts the model calls for this completion; "forwards" is its share of the batch's model calls.
+        # Two numbers count forwards (model calls). "steps" (`Cost.forwards`) is the number of forwards that this
+        # completion needed, whatever other rows are in its batch. "forwards", in batch_share, is its share of the
+        # batch's forwards: a batch of 8 rows that took 64 forwards adds 8 to each row.
         row_fields = {"problem": problem, "sample": sample, "tokens": cost.tokens, "steps": cost.forwards}
         rows[problem, sample] = make_row(problems[problem], text, {**row_fields, **batch_share, **facts})
     return rows
@@ -131,7 +137,8 @@ def row_seeds(seed: int, keys: Sequence[tuple[int, int]]) -> list[int]:
     """Return the seed of each (problem, sample)."""
     seeds = []
     for problem, sample in keys:
-        key = (problem, sample) if sample else (problem,)  # sample 0 is the same as with samples=1
+        # The key of sample 0 has no sample number, so that its seed is the same as before `samples` was added.
+        key = (problem, sample) if sample else (problem,)
         seeds.append(generator_for(seed, "evaluate", *key).initial_seed())
     return seeds
 
@@ -149,19 +156,20 @@ def grade_rows(task: Task, problems: dict[int, Problem], rows: Rows, timeout: fl
 
 
 def task_facts(task: Task) -> dict[str, Any]:
-    """Return what results record about a task: name, version, protocol, split, and its settings
-    that are plain values.
+    """Return what results record about a task: name, version, protocol, split, and the settings that are plain values
+    (see `_plain`).
     """
-    inner_task = getattr(task, "task", task)  # a task under a protocol wraps the task that has the settings
+    # The settings of a task that `under_protocol` wrapped are those of its attribute `task`.
+    inner_task = getattr(task, "task", task)
     settings = {}
     for field in dataclasses.fields(inner_task) if dataclasses.is_dataclass(inner_task) else ():
         value = getattr(inner_task, field.name)
-        if _plain(value):  # a data set or a function cannot be stored as a short text
+        if _plain(value):  # a data set or a function cannot be stored in a JSON file
             settings[field.name] = str(value) if isinstance(value, Path) else value
     return {
         "task": task.name,
         "version": task.version,
-        "protocol": getattr(task, "protocol", "own"),  # "own": the task grades by itself
+        "protocol": getattr(task, "protocol", "own"),  # "own": the task's own grader
         "split": settings.get("split"),
         "settings": settings,
     }

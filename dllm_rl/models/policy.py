@@ -22,7 +22,7 @@ from dllm_rl.models.checkpoint.loading import (
     checkpoint_folder,
     family_spec,
     load_module,
-    named,
+    name_in_errors,
     prepared,
     save_module,
     weights_folder,
@@ -35,11 +35,11 @@ from dllm_rl.models.merge import has_extras, merge_lora, own_tensors
 from dllm_rl.models.untrusted import check_regular
 
 BASE_DTYPES = ("float32", "bfloat16", "float16", "float64")
-Moved = TypeVar("Moved", bound="_Backbone")  # beartype refuses typing.Self
+SelfPolicy = TypeVar("SelfPolicy", bound="_PolicyBase")  # beartype refuses typing.Self
 
 
-class _Backbone:
-    """Members of `Policy` that diffusion and autoregressive policies share."""
+class _PolicyBase:
+    """Base class of `DiffusionPolicy` and `AutoregressivePolicy`. It implements the members of `Policy`."""
 
     gradient_checkpointing: bool = False
     records_experts: bool = False
@@ -59,7 +59,7 @@ class _Backbone:
         self.spec = spec
         self.tokenizer = tokenizer
         self.weights_version = 0
-        self.float32_head = True  # copies inherit it, so that both sides of a ratio agree
+        self.float32_head = True  # copies inherit it, so that both policies of a ratio compute logits alike
 
     def __repr__(self) -> str:
         num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
@@ -85,12 +85,12 @@ class _Backbone:
     def encode(self, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache_kwargs: Any) -> States:
         """Return the backbone's states at each token, not shifted.
 
-        `cache_kwargs` are `cache` and `use_cache`, as in `encode_base`.
+        `positions` are the position ids of the tokens (not a mask, as in `logits`). `cache_kwargs` are `cache` and
+        `use_cache`, as in `encode_base`.
         """
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed_blocks(self.module) if recompute else nullcontext():
-            # From a padding mask (B, T) the family makes its attention mask; a mask with four axes is
-            # passed unchanged.
+            # The family makes its attention mask from a padding mask (B, T). A mask with four axes is passed unchanged.
             return self.spec.encode(self.module, tokens, attention_mask, positions, **cache_kwargs)
 
     def hidden(self, tokens: Tokens, attention_mask: Bool[Tensor, "B T"]) -> States:
@@ -107,15 +107,19 @@ class _Backbone:
     def logits(
         self, tokens: Tokens, attention_mask: Bool[Tensor, "B T"], positions: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T V"] | Float[Tensor, "K V"]:
-        """Return the logits for the token AT each position (B, T, V), or at the K positions of a mask (K, V)."""
+        """Return the logits for the token AT each position (B, T, V).
+
+        `positions` is a boolean mask (B, T), and no position ids as in `encode`. With it, return the logits (K, V) of
+        the K positions where it is True.
+        """
         hidden = self.hidden(tokens, attention_mask)
         return self.head(hidden if positions is None else hidden[positions])
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int = 5 * 10**9) -> None:
-        """Write weights (adapters merged), config and tokenizer in the checkpoint's layout.
+        """Write weights (adapters merged), config and tokenizer in the layout of the checkpoint that was loaded.
 
-        `load_policy` opens the folder. For a custom module, only weights and tokenizer are written, for `load_weights`.
-        Raise ValueError for a quantized copy.
+        `load_policy` opens the folder. For a custom module, only weights and tokenizer are written, and `load_weights`
+        reads the weights. Raise ValueError for a quantized copy.
         """
         if self.quantization is not None:
             raise ValueError(
@@ -125,26 +129,26 @@ class _Backbone:
         save_module(self.module, self.tokenizer, self.spec, directory, max_shard_size=max_shard_size)
 
     def reference(self) -> Policy:
-        """Return the policy before training: the same weights without adapters (`without_adapters`).
+        """Return the policy without its adapters (`without_adapters`), which is the policy before training.
 
-        Raise ValueError for a policy without adapters.
+        Raise ValueError for a policy that has no adapters.
         """
         return without_adapters(self)
 
-    def to(self: Moved, device: torch.device | str) -> Moved:
+    def to(self: SelfPolicy, device: torch.device | str) -> SelfPolicy:
         """Move the module to a device and return the policy."""
         self.module.to(device)
         return self
 
 
-class DiffusionPolicy(_Backbone):
+class DiffusionPolicy(_PolicyBase):
     """A diffusion model: full attention, block-causal attention, or an encoder and a decoder.
 
     `load_policy` and `make_policy` create it.
     """
 
 
-class AutoregressivePolicy(_Backbone):
+class AutoregressivePolicy(_PolicyBase):
     """A causal model, whose logits at t predict the token AT t from earlier tokens.
 
     `load_policy` and `make_policy` create it.
@@ -166,16 +170,17 @@ def make_policy(
     """Wrap a module and its tokenizer as a policy.
 
     Call it for a model that you built or loaded yourself; use `load_policy` for a checkpoint. It puts the module into
-    eval mode and runs one or two short forwards to check the attention, because a wrong mask would train without an
-    error. A module on the meta device is not run.
+    eval mode and runs one or two short forwards to check the attention, because training with a wrong attention mask
+    raises no error. A module on the meta device is not run.
 
     Args:
         module: transformers model, or any nn.Module together with `spec`.
         tokenizer: Tokenizer of transformers, or any object with encode(text, add_special_tokens=False,
             split_special_tokens=True) -> list of ids, decode(ids, skip_special_tokens=True) -> text, and
             save_pretrained(folder).
-        spec: FamilySpec of a custom module: `attention`, `encode`, `head`, `vocab_size`, `eos_ids` and, unless the
-            attention is "causal" or "encoder_decoder", `mask_id`. None: the spec of the transformers class's family.
+        spec: FamilySpec of a custom module, with `attention`, `encode`, `head`, `vocab_size`, `eos_ids` and, unless the
+            attention is "causal" or "encoder_decoder", `mask_id`. None: the spec that the library has for the
+            transformers class.
 
     Returns:
         AutoregressivePolicy if the attention is causal, else DiffusionPolicy.
@@ -209,17 +214,18 @@ def load_policy(  # noqa: PLR0913
 ) -> DiffusionPolicy | AutoregressivePolicy:
     """Open a checkpoint with stock transformers classes.
 
-    Use it for a checkpoint's folder or id; use `make_policy` for a module that you built yourself. For a folder with
-    only adapters (of a run, or of peft), it opens the base that the adapters name and merges them.
+    Use it for a checkpoint's folder or id; use `make_policy` for a module that you built yourself. If the folder has
+    only adapters (written by a run or by peft), it opens their base model and merges the adapters into it.
 
     Args:
         path_or_id: Folder of a checkpoint, or its id on the Hugging Face Hub.
-        dtype: Dtype of the weights: float32, bfloat16 or float16. "auto" keeps the checkpoint's.
+        dtype: Dtype of the weights: float32, bfloat16 or float16. "auto" keeps the checkpoint's dtype.
         device: Device of the weights.
-        block_size: Block size of a block-causal model. None: the checkpoint's.
-        quantization: "nf4" or "int8" for a frozen bitsandbytes base under adapters. None keeps the weights unchanged.
+        block_size: Block size of a block-causal model. None: the checkpoint's block size.
+        quantization: "nf4" or "int8" quantizes the weights with bitsandbytes; only adapters (`lora`) can then be
+            trained. None keeps the weights unchanged.
         lora: Adapters to train instead of the weights. None: train the weights.
-        float32_head: Compute logits in fp32 where the weights are in 16 bits. False: in the weights' dtype.
+        float32_head: Compute logits in fp32 if the weights have 16 bits. False: in the weights' dtype.
         verify_checkpoint: "full" compares every byte with the manifest, "quick" compares sizes and each file's first
             MiB.
 
@@ -238,7 +244,8 @@ def load_policy(  # noqa: PLR0913
     else:
         module, tokenizer, spec = load_module(folder, **options)
         check_finite(module, path_or_id)
-        with named(folder):  # errors of the first forward, as of a wrongly typed config value, name the folder
+        # A config value of a wrong type may raise an error only in the first forward, which make_policy runs.
+        with name_in_errors(folder):
             policy = make_policy(module, tokenizer, spec)
     policy.float32_head = float32_head
     if lora is not None:
@@ -253,11 +260,11 @@ def _load_merged(
     if options["quantization"] is not None:
         raise ValueError(
             f"quantization={options['quantization']!r} needs a base without adapters, and {folder} has adapters; merge "
-            f"them with load_policy({str(folder)!r}).save_pretrained(NEW), and load that folder"
+            f"them with load_policy({str(folder)!r}).save_pretrained(NEW), and load NEW"
         )
     dtype = options["dtype"]
     weights_folder(folder)  # raises ValueError for adapters that name each other as base
-    with named(adapter), safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+    with name_in_errors(adapter), safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         metadata = file.metadata() or {}
     # The base is loaded in the dtype in which the adapters were trained, and converted after the merge.
     base_dtype = metadata["dtype"] if metadata.get("dtype") in BASE_DTYPES else "auto"
@@ -273,12 +280,12 @@ def _load_merged(
 
 @torch.no_grad()
 def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Check = "full") -> None:
-    """Copy the tensors that `save_pretrained` wrote into a policy's custom module.
+    """Load into a policy's custom module the weights that `save_pretrained` wrote.
 
-    Use it for a module that is not transformers'; `load_policy` opens all other checkpoints.
+    Use it for a module whose class is not in transformers; `load_policy` opens all other checkpoints.
 
     Args:
-        policy: Policy whose module receives the tensors, without adapters.
+        policy: Policy whose module receives the tensors. It must have no adapters.
         directory: Folder that `save_pretrained` wrote.
         verify_checkpoint: "full" or "quick" check of the manifest, as in `load_policy`.
 
@@ -302,7 +309,7 @@ def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Ch
 
 
 def _stock_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
-    """Return the spec of a transformers module's family. Raise ValueError for a class that is not transformers'."""
+    """Return the spec of a transformers module's family. Raise ValueError for a class that is not in transformers."""
     class_name = type(module).__name__
     if not hasattr(module, "config"):
         raise ValueError(f"spec=None, and {class_name} has no config that names its family: pass a FamilySpec")
@@ -312,7 +319,8 @@ def _stock_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
     spec = family_spec(module.config, tokenizer, raw=config, generation=getattr(module, "generation_config", None))
     if spec.stock_model is not None:  # `load_policy` would convert this class to a stock class
         raise ValueError(
-            f"{class_name} runs code of its checkpoint; pass the checkpoint's folder or id to use stock classes"
+            f"{class_name} is defined by code that comes with its checkpoint; pass the checkpoint's folder or id "
+            "instead of the module, so that a stock transformers class is used"
         )
     prepared(module, spec)  # changes the module in place
     return spec
@@ -322,19 +330,22 @@ def check_no_peft(module: Module) -> None:
     """Raise ValueError for a module with peft's adapters, around it or inside it."""
     if hasattr(module, "merge_and_unload"):
         raise ValueError(
-            f"{type(module).__name__} has peft's adapters; pass its merge_and_unload(), and lora to train new ones"
+            f"{type(module).__name__} has peft's adapters; pass model.merge_and_unload() instead of the model. To "
+            "train new adapters, set lora in the recipe or in grpo"
         )
     for path, layer in module.named_modules():
         if type(layer).__module__.startswith("peft."):
             raise ValueError(
-                f"{path} has peft's adapters; merge and remove them first, and pass lora to train new ones"
+                f"{path} has peft's adapters; merge and remove them first. To train new adapters, set lora in the "
+                "recipe or in grpo"
             )
 
 
 def check_tokenizer(tokenizer: Tokenizer, *, stock: bool = False) -> None:
     """Raise ValueError for a tokenizer without the methods that `make_policy` lists.
 
-    With `stock`, also require the members from which the ids of a model of transformers are read.
+    With `stock`, also require the members from which `make_policy` reads the token ids of a transformers model:
+    `get_vocab`, `eos_token_id` and `mask_token_id`.
     """
     kind = type(tokenizer).__name__
     required = ["encode", "decode", "save_pretrained"]
@@ -360,20 +371,22 @@ def check_spec(module: Module, spec: FamilySpec) -> None:
     size = spec.vocab_size or getattr(getattr(module, "config", None), "vocab_size", None)
     if size is None:
         kind = type(module).__name__
-        raise ValueError(f"vocab_size=None of the spec {spec.name!r}, and {kind} has no config: set it")
+        raise ValueError(f"vocab_size=None in the spec {spec.name!r}, and {kind} has no config: set vocab_size")
     if spec.attention == "encoder_decoder" and spec.block_size is None:
         raise ValueError(
-            f"block_size=None of the spec {spec.name!r}, which generates fixed-length canvases: set their length"
+            f"block_size=None in the spec {spec.name!r}: set it to the length of the canvases that the model generates"
         )
     if spec.attention in ("full", "block_causal") and spec.mask_id is None:
-        raise ValueError(f"mask_id=None of the spec {spec.name!r}, whose attention is {spec.attention!r}: set it")
+        raise ValueError(
+            f"mask_id=None in the spec {spec.name!r}: {spec.attention!r} attention needs a mask token; set its id"
+        )
     if not spec.eos_ids:
-        raise ValueError(f"eos_ids=() of the spec {spec.name!r}: name at least one id that ends a completion")
+        raise ValueError(f"eos_ids=() in the spec {spec.name!r}: name at least one id that ends a completion")
     ids = [spec.mask_id, *spec.eos_ids]
     outside = [token for token in ids if token is not None and not 0 <= token < size]
     if outside:
         raise ValueError(
-            f"the spec {spec.name!r} names the id {outside[0]}, outside its vocabulary of {size}: correct it"
+            f"the spec {spec.name!r} has the id {outside[0]}, but its vocabulary has {size} tokens: correct the id"
         )
 
 
@@ -385,36 +398,39 @@ def check_ids(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
         return
     if spec.mask_id in spec.eos_ids:  # a mask is never drawn, so no completion could end
         raise ValueError(
-            f"mask_id={spec.mask_id} of the spec {spec.name!r} is also one of eos_ids={spec.eos_ids}; give the mask a "
+            f"mask_id={spec.mask_id} in the spec {spec.name!r} is also one of eos_ids={spec.eos_ids}; give the mask a "
             "separate token"
         )
     if spec.mask_id == getattr(tokenizer, "pad_token_id", None):  # padding would count as a position to fill in
         raise ValueError(
-            f"mask_id={spec.mask_id} of the spec {spec.name!r} is also the tokenizer's pad_token_id; set its pad_token "
+            f"mask_id={spec.mask_id} in the spec {spec.name!r} is also the tokenizer's pad_token_id; set its pad_token "
             "to another token"
         )
 
 
 @torch.no_grad()
-def check_attention(policy: _Backbone) -> None:
+def check_attention(policy: _PolicyBase) -> None:
     """Raise ValueError if the module's attention differs from the spec's.
 
-    A token is changed, and the state of the first position must change if and only if that position sees the token.
+    The check changes one token. The state of the first position must then change if and only if the first position
+    should attend to this token.
     """
     attention = policy.spec.attention
-    # By position of the changed token: whether the first position sees it.
-    is_seen = {7: attention == "full"}
+    # Position of the changed token -> whether the first position should attend to it.
+    attends_to = {7: attention == "full"}
     if attention == "block_causal" and (block := policy.spec.block_size) is not None:
-        is_seen = {block - 1: True, block: False} if block > 1 else {block: False}  # a block of 1 sees only itself
+        # With blocks of one token, the first block has no other position to attend to.
+        attends_to = {block - 1: True, block: False} if block > 1 else {block: False}
     size = policy.vocab_size
-    for position, expected in is_seen.items():
+    for position, expected in attends_to.items():
         tokens = (torch.arange(position + 1, device=policy.device) % max(1, size - 1))[None].repeat(2, 1)
         if policy.spec.causal_context and policy.spec.mask_id is not None:
-            tokens[:, 0] = policy.spec.mask_id  # with `causal_context`, a block without a mask has causal attention
+            # With `causal_context`, attention within a block is full only if the block has a mask token.
+            tokens[:, 0] = policy.spec.mask_id
         tokens[1, -1] = (tokens[0, -1] + 1) % size
         first = policy.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0].float()
         is_equal = torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6)  # the rows of a batch may round differently
-        if is_equal == expected:  # unchanged although the token is seen, or changed although it is not
+        if is_equal == expected:  # unchanged although it should attend to the token, or changed although it should not
             upgrade = "upgrade transformers (>= 5.2 honors config.is_causal=False)"
             raise ValueError(
                 f"attention={attention!r} is what {type(policy.module).__name__} should have, but changing token "
@@ -428,8 +444,9 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
 
     Use it to start from an autoregressive model, and train the result further with supervised steps before RL. The head
     stays shifted, as in Dream: the state at t-1 predicts position t. The mask token's embedding starts as the mean
-    of all others. Attention is full from the first step, as in Tiny-A2D; DiffuLLaMA anneals its mask, which is not
-    implemented. `save_pretrained` writes a stock folder.
+    of all others. Attention is full from the first step, as in Tiny-A2D; DiffuLLaMA's gradual change from causal to
+    full attention is not implemented. `save_pretrained` writes the folder as transformers' own class does, and
+    `load_policy` opens it as a diffusion model.
 
     Args:
         path_or_id: Folder or id of a causal checkpoint.
@@ -453,8 +470,8 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
     if mask_id >= old_size:  # many vocabularies are padded, and already have a row for the mask token
         with torch.random.fork_rng(devices=[]):  # transformers fills new rows from the global RNG
             module.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    # has_token: rows of the embedding that belong to a token other than the mask. The other rows (the mask, and those
-    # after the last token, which only pad the table) start with the mean of the rows with a token.
+    # has_token: rows of the embedding that belong to a token other than the mask. The other rows (the mask's row, and
+    # the rows after the last token, which only pad the table) start with the mean of the rows with a token.
     has_token = torch.arange(module.config.vocab_size) < min(old_size, 1 + max(tokenizer.get_vocab().values()))
     has_token[mask_id] = False
     with torch.no_grad():
@@ -464,5 +481,5 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
     module.config.shifted_head = True  # so that `find_family` recognizes a saved copy
     module.config.mask_token_id = mask_id
     converted = make_policy(module, tokenizer)
-    assert isinstance(converted, DiffusionPolicy), "its config says so"
+    assert isinstance(converted, DiffusionPolicy), "config.is_causal=False gives full attention"
     return converted

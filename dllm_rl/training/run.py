@@ -87,7 +87,7 @@ class Run(StepContext[Record]):
     writer: CheckpointWriter
     progress: Callable[..., None]
     teacher: Policy | None = None  # a separate model, for distillation
-    late: AsyncRollouts | None = None  # set if workers make the rollouts
+    async_rollouts: AsyncRollouts | None = None  # set if workers make the rollouts
     control: RunControl = field(init=False)
     saved: int | None = None  # step of the last save
     owns_folder: bool = True  # False once another run has locked the folder

@@ -206,7 +206,9 @@ def _bind_save(run: Run[Settings], state: TrainingState, policy: Policy, optimiz
     recipe = run.recipe
     state = replace(state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds))
     run.log.flush()  # its rows must be on disk before the checkpoint
-    files = history_files(run.history, state.step) | (run.late.files(state.step) if run.late is not None else {})
+    files = history_files(run.history, state.step)
+    if run.async_rollouts is not None:
+        files |= run.async_rollouts.files(state.step)
     if isinstance(recipe, Recipe):
         evaluations = {"before RL": state.eval_before}
         files[CARD] = card(recipe, step=state.step, evaluations=evaluations, metrics=run.log.last).encode()

@@ -125,8 +125,8 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     )
     if pool is not None:
         pool.set_up(run)
-        run.late = AsyncRollouts(run, pool)
-        run.late.begin(state.step, folder)
+        run.async_rollouts = AsyncRollouts(run, pool)
+        run.async_rollouts.begin(state.step, folder)
 
     # 6. Save the first checkpoint. From now on there is a complete step to save, whatever ends the run.
     if not folder:

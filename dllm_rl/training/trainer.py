@@ -27,15 +27,16 @@ from dllm_rl.training.validation import validate
 def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
     """Train with a recipe and return the run's summary.
 
-    Call it for a recipe that you wrote yourself; call `grpo` if you have a model, a data set and reward functions. With
-    `recipe.dry_run` it prints the plan and does not train.
+    Call it for a recipe that you wrote yourself; call `grpo` if you have a model, a data set and reward functions. If
+    `recipe.dry_run` is True, it prints the plan (memory, time, batches) and does not train.
 
     Args:
         recipe: Settings of the run.
         pool: Workers that make the rollouts if the recipe sets `rollout_workers`. None (default): Ray workers.
 
     Returns:
-        The content of summary.json, with the trained policy as its attribute `policy`.
+        A dict with the content of summary.json; its attribute `policy` is the trained policy. In a dry run, the dict
+        has only the plan's text, under "plan".
 
     Raises:
         ValueError: The recipe cannot run. It is raised before any training.
@@ -49,21 +50,22 @@ def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
     engine = resolve_rollout_engine(recipe)
 
     for step_index in range(run.state.step, recipe.num_steps):
-        if run.late is None:  # this process samples the completions
+        if run.async_rollouts is None:  # this process samples the completions
             samples, completions, rollout_metrics = collect(run, step_index)
-        else:  # from a rollout worker; the workers sample the batches of later steps while this step trains
-            samples, completions, rollout_metrics = run.late.collect(step_index)
+        else:  # a rollout worker has sampled them; workers sample the batches of later steps while this step trains
+            samples, completions, rollout_metrics = run.async_rollouts.collect(step_index)
         samples, teacher_metrics = add_teacher_reward(run, samples, step_index)
         result = train_step(run, samples, step_index, run.optimizer)
         with run.log.stage("sync"):
             # `publish` gives the workers one more batch to sample, with the new weights, and returns metrics.
-            mismatch_metrics = {} if run.late is None else run.late.publish(step_index, result)
+            mismatch_metrics = {} if run.async_rollouts is None else run.async_rollouts.publish(step_index, result)
             sync_metrics = mismatch_metrics | engine.sync(run.policy, run.rollout_policy)
 
         metrics = rollout_metrics | teacher_metrics | result.metrics | sync_metrics | validate(run, step_index)
         metrics = after_step(run, step_index, metrics)  # calls the callbacks, which may add metrics
         run.log.write(step_index, metrics)
-        # `samples` has the order of `completions`; `result.samples` is after load balancing between processes.
+        # `samples` is in the order of `completions`; `result.samples` is in the order after load balancing between
+        # processes.
         log_completions(run, step_index, completions, samples.rollout, result.samples, result.logps)
         steps_done = step_index + 1
         run.progress(metrics, show=steps_done % recipe.logging_steps == 0 or steps_done == recipe.num_steps)

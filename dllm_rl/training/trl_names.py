@@ -11,7 +11,7 @@ from typing import Any
 from dllm_rl.algorithms import optimizers
 from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.algorithms.losses import fixed_length_mean, gspo, ppo_clip, sequence_mean, token_mean
-from dllm_rl.distributed.collectives import launched
+from dllm_rl.distributed.collectives import num_launched
 from dllm_rl.recipe import Recipe, check_kind, convert_value
 from dllm_rl.renamed import hint
 
@@ -152,7 +152,7 @@ def check_counts(keywords: dict[str, Any]) -> None:
         for name, remedy in (("max_steps", "num_steps"), ("lr_scheduler_type", "lr_schedule, a function")):
             if keywords.get(name, "constant") != "constant":  # a constant rate does not count updates
                 raise ValueError(f"{name} counts updates, and num_iterations of them are one step here; give {remedy}")
-    forwards = keywords.get("gradient_accumulation_steps", 1) * launched()
+    forwards = keywords.get("gradient_accumulation_steps", 1) * num_launched()
     if keywords.get("loss_type") == "bnpo" and forwards > 1:
         raise ValueError(
             f"loss_type='bnpo' divides by the tokens of each forward, and an update has {forwards} of them; "
@@ -191,7 +191,7 @@ def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{problem}, and a forward has complete groups here; use a multiple, or train_batch_size, in prompts"
         )
-    return {"micro_batch_size": rows, "train_batch_size": rows * forwards * launched() // group_size}
+    return {"micro_batch_size": rows, "train_batch_size": rows * forwards * num_launched() // group_size}
 
 
 def bind_keyword(settings: dict[str, Any], path: str, value: object) -> None:

@@ -138,10 +138,10 @@ class TestAModuleOfOnesOwn:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"vocab_size": None}, "vocab_size=None of the spec 'own', and Own has no config"),
-            ({"mask_id": None}, "mask_id=None of the spec 'own'"),
-            ({"mask_id": 9}, "names the id 9, outside its vocabulary of 9"),
-            ({"eos_ids": ()}, r"eos_ids=\(\) of the spec 'own'"),
+            ({"vocab_size": None}, "vocab_size=None in the spec 'own', and Own has no config"),
+            ({"mask_id": None}, "mask_id=None in the spec 'own'"),
+            ({"mask_id": 9}, "has the id 9, but its vocabulary has 9 tokens"),
+            ({"eos_ids": ()}, r"eos_ids=\(\) in the spec 'own'"),
             ({"attention": "causal"}, "attention='causal' is what Own should have"),
         ],
     )

@@ -293,7 +293,7 @@ def test_a_loaded_model_is_trained_with_its_tokenizer(tmp_path, name):
 def test_adapters_of_peft_are_refused():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"PeftModel has peft's adapters; pass its merge_and_unload\(\), and lora"):
+    with pytest.raises(ValueError, match=r"PeftModel has peft's adapters; pass model.merge_and_unload\(\) instead"):
         grpo_recipe(model, ROWS, right, processing_class=char_tokenizer("1234="))
 
 
@@ -339,7 +339,7 @@ def test_a_loaded_model_and_its_tokenizer_go_together():
         grpo_recipe(own_policy().module, ROWS, right, tokenizer=char_tokenizer("1234="))
     loaded = llama()
     loaded.config.architectures = ["LLaDAModelLM"]
-    with pytest.raises(ValueError, match="runs code of its checkpoint; pass the checkpoint's folder or id"):
+    with pytest.raises(ValueError, match="code that comes with its checkpoint; pass the checkpoint's folder or id"):
         grpo_recipe(loaded, ROWS, right, tokenizer=char_tokenizer("1234="))
 
 

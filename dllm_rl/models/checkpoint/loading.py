@@ -82,7 +82,7 @@ def load_module(
     """
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
-    with named(folder):
+    with name_in_errors(folder):
         raw = read_config(folder, block_size)
         family = find_family(raw)
         files = weight_files(folder)
@@ -135,7 +135,7 @@ def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
     """
     family = find_family(raw)
     check_depth(raw, MAX_LAYERS)
-    with named(source), torch.device("meta"):
+    with name_in_errors(source), torch.device("meta"):
         cls, config = class_and_config(raw, family)
         return prepared(cls(config), family)
 
@@ -540,7 +540,7 @@ def bitsandbytes_config(
 
 
 @contextmanager
-def named(source: str | Path) -> Iterator[None]:
+def name_in_errors(source: str | Path) -> Iterator[None]:
     """Turn other libraries' errors on damaged files or impossible configs into a ValueError that names `source`."""
     try:
         yield

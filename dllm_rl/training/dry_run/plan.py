@@ -1,5 +1,5 @@
-"""Plan of a recipe, computed without loading weights: parameters, batches, memory, time, and which GPUs are large
-enough.
+"""The plan that a dry run prints, computed without loading a checkpoint's weights: parameters, batches, memory, time,
+and which GPUs are large enough.
 """
 
 import copy
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from dllm_rl.distributed.collectives import launched
+from dllm_rl.distributed.collectives import num_launched
 from dllm_rl.models.base import FamilySpec, Module, Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import build_empty, load_config
@@ -30,15 +30,20 @@ from dllm_rl.training.sharded_learner import check_batches, check_module, check_
 
 GB = 1e9
 GPU_SIZES = (80, 96, 141, 192)  # GB of memory
-USABLE_SHARE = 0.9  # share of a GPU's memory; the allocator, kernels and driver need the rest
-FILE_SHARD = 5 * GB  # bytes that `save_pretrained` writes at a time
-WRITE_RATE = 0.57 * GB  # bytes per second: 16 GB were written in 13 s and digested in 15 s
-MERGE_RATE = 0.17 * GB  # bytes per second: two CPU cores took 85 s for 16 GB in bf16 at rank 16, 104 s at rank 128
+USABLE_SHARE = 0.9  # share of a GPU's memory that a run can use; the allocator, kernels and driver need the rest
+FILE_SHARD = 5 * GB  # bytes of a file of weights; `save_pretrained` has one file at a time in memory
+WRITE_RATE = 0.57 * GB  # bytes per second: 16 GB were written in 13 s and hashed in 15 s
+# Bytes of weights into which adapters are merged per second. Two CPU cores took 85 s for 16 GB in bf16 at rank 16, and
+# 104 s at rank 128.
+MERGE_RATE = 0.17 * GB
 ASSUMED_PROMPT = 256  # tokens of a prompt, if no task is opened
 
 
 class MetaPolicy(DiffusionPolicy):
-    """A policy without weights or tokenizer, as if on a GPU. It needs no download of weights."""
+    """Policy of a plan, which reads the shapes of its weights and not their values.
+
+    Its `device` is always a GPU, because the plan is for a run on a GPU, even if this machine has none.
+    """
 
     @property
     def pad_id(self) -> int:
@@ -50,12 +55,15 @@ class MetaPolicy(DiffusionPolicy):
 
     def __init__(self, module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
         super().__init__(module, spec, tokenizer)
-        self.parameters = sum(p.numel() for p in module.parameters())
+        self.num_parameters = sum(p.numel() for p in module.parameters())  # without adapters, which are added later
 
 
 def meta_policy(recipe: Recipe) -> MetaPolicy:
-    """Return the recipe's policy without weights: its module on the meta device (or the small model itself) and its
-    spec.
+    """Return a policy with the shapes of the recipe's model.
+
+    If `recipe.model` names a checkpoint, the module is built on the meta device from the checkpoint's config, so that
+    no weights are downloaded, and the policy has no tokenizer. If `recipe.model` is a policy, or a function that makes
+    one, the module is a copy of that policy's module, with its weights.
     """
     if not isinstance(recipe.model, str):
         policy = (
@@ -68,9 +76,9 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
         raw_config = load_config(recipe.model)
         family = find_family(raw_config)
         module = build_empty(raw_config)
-        # For a model with images the config of its text part, else the config itself.
+        # For a model that reads images, this is the config of its text part; else it is module.config itself.
         config = module.config.get_text_config()
-        # As load_policy does, except for the ids that only the tokenizer has.
+        # The same spec as `load_policy` makes, but without the token ids, which only the tokenizer has.
         spec = replace(family, max_length=config.max_position_embeddings)
         if family.attention == "encoder_decoder":
             spec = replace(spec, vocab_size=config.vocab_size, block_size=raw_config["canvas_length"])
@@ -82,23 +90,30 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
     return meta
 
 
-def processes(recipe: Recipe) -> int:
-    """Return the assumed number of processes: the launched ones, or as many as `shard_size` needs."""
-    return max(group_size(recipe, launched()), launched())
+def gpus_per_learner(recipe: Recipe) -> int:
+    """Return the number of GPUs that share the weights of one learner; 1 if the learner is not sharded."""
+    return group_size(recipe, num_launched())
 
 
-def share_of(recipe: Recipe) -> Recipe:
-    """Return the recipe with one process's part of the batch."""
-    return replace(recipe, train_batch_size=recipe.train_batch_size // processes(recipe))
+def assumed_processes(recipe: Recipe) -> int:
+    """Return the number of processes in the plan: the number of launched ones, or more if `shard_size` needs more."""
+    return max(gpus_per_learner(recipe), num_launched())
+
+
+def recipe_per_process(recipe: Recipe) -> Recipe:
+    """Return the recipe with a `train_batch_size` that is one process's part of the batch."""
+    return replace(recipe, train_batch_size=recipe.train_batch_size // assumed_processes(recipe))
 
 
 def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
-    """Raise ValueError if sampler, likelihood and model cannot be combined, or a completion does not fit."""
+    """Raise ValueError if the recipe's sampler, likelihood, model and processes cannot be combined, or if a prompt and
+    its completion have more tokens than the model has positions.
+    """
     recipe.likelihood.check(policy)
     check_blocks(recipe, policy)
-    shard_size = group_size(recipe, launched())
-    check_sharding(recipe, processes(recipe))
-    check_batches(recipe, processes(recipe))
+    shard_size = gpus_per_learner(recipe)
+    check_sharding(recipe, assumed_processes(recipe))
+    check_batches(recipe, assumed_processes(recipe))
     if shard_size > 1:
         check_module(policy.module, shard_size)
     sampler = getattr(recipe.sampler, "func", recipe.sampler)
@@ -117,7 +132,7 @@ def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
 
 
 def weights_dtype(recipe: Recipe, policy: MetaPolicy) -> torch.dtype:
-    """Return the dtype of the weights in a run."""
+    """Return the dtype that the learner's weights have in a run."""
     if not isinstance(recipe.model, str):
         return next(policy.module.parameters()).dtype  # a model that was built already
     name = policy.module.config.dtype if recipe.dtype == "auto" else recipe.dtype
@@ -125,33 +140,37 @@ def weights_dtype(recipe: Recipe, policy: MetaPolicy) -> torch.dtype:
 
 
 def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
-    """Return the bytes per GPU: every GPU has the full learner, or its part of a sharded learner."""
+    """Return the memory of one GPU, in bytes. The GPU has the full learner, or its part of a sharded learner."""
     dtype = weights_dtype(recipe, policy)
-    shard_size = group_size(recipe, launched())
+    shard_size = gpus_per_learner(recipe)
     rollout_copy = rollout_bytes(recipe, policy, dtype)
     if shard_size > 1 and recipe.rollout_quantization is None:
-        rollout_copy = policy.parameters * dtype.itemsize  # the rollout needs a full copy of sharded weights
+        rollout_copy = policy.num_parameters * dtype.itemsize  # the rollout needs a full copy of sharded weights
     step_memory = measure_step(
-        share_of(recipe), policy, prompt_tokens=prompt_tokens, dtype=dtype, rollout_copy=rollout_copy
+        recipe_per_process(recipe), policy, prompt_tokens=prompt_tokens, dtype=dtype, rollout_copy=rollout_copy
     )
     return step_memory if shard_size == 1 else shard_memory(step_memory, policy.module, shard_size)
 
 
 def quantizable_counts(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str, str]]:
-    """Return the number of layers and of weights that the rollout quantizes, and why the other layers keep their
-    precision.
+    """Return the number of layers and of weights that are quantized for rollouts.
+
+    The third result has the name of each layer that is not quantized, and the reason.
     """
     if recipe.rollout_quantization is None:
         return 0, 0, {}
     skipped = skip_reasons(policy.module, recipe.rollout_quantization(), None)
     layers = [base_of(layer) for name, layer in quantizable_layers(policy.module) if name not in skipped]
     matrices = [weight for layer in layers for weight in layer.parameters(recurse=False) if weight.dim() > 1]
-    # Each expert of a stack counts as a layer.
+    # Each matrix of a stack of experts counts as a layer.
     return sum(math.prod(weight.shape[:-2]) for weight in matrices), sum(map(torch.numel, matrices)), skipped
 
 
 def rollout_bytes(recipe: Recipe, policy: MetaPolicy, dtype: torch.dtype) -> int:
-    """Return the bytes that the quantized copy adds, without its scales, which need a few bytes per thousand."""
+    """Return the bytes that the quantized copy of the rollout policy needs in addition to the learner.
+
+    Its scales are not counted. One scale per row adds about 0.1 %, and one per group of inputs (int4) several percent.
+    """
     layers, weights, _ = quantizable_counts(recipe, policy)
     scheme = recipe.rollout_quantization
     if scheme is None or not layers:
@@ -164,19 +183,20 @@ def rollout_bytes(recipe: Recipe, policy: MetaPolicy, dtype: torch.dtype) -> int
         # Values stay in the weight's dtype, or in fp32 if activations are rounded too.
         bytes_per_weight = bytes_per_value if resolved_scheme.activation is None else 4.0
     # With adapters the copy shares the frozen embedding, head and norms with the learner.
-    shared = recipe.lora is not None and copy_dtype == dtype and group_size(recipe, launched()) == 1
-    other_weights = 0 if shared else policy.parameters - weights
+    shared = recipe.lora is not None and copy_dtype == dtype and gpus_per_learner(recipe) == 1
+    other_weights = 0 if shared else policy.num_parameters - weights
     return int(weights * bytes_per_weight) + other_weights * bytes_per_value
 
 
 def plan(recipe: Recipe) -> str:
-    """Return the plan as text, after every check that needs no weights.
+    """Return the plan as text, after all checks of the recipe that need no weights.
 
     Raises:
         ValueError: The recipe cannot run.
     """
     policy = meta_policy(recipe)
-    # Without a tokenizer no task is opened, because its data may not be on this machine.
+    # Without a tokenizer prompts cannot be counted. The task is then not opened, because its data may not be on this
+    # machine.
     prompt_tokens = recipe.max_prompt_length or ASSUMED_PROMPT
     if policy.tokenizer is not None:
         check_filled("task", recipe.task)
@@ -186,7 +206,7 @@ def plan(recipe: Recipe) -> str:
     lines = [*model_lines(recipe, policy), *batch_lines(recipe, policy, prompt_tokens)]
     step_memory = memory(recipe, policy, prompt_tokens)
     lines += [*memory_lines(recipe, step_memory), *save_lines(recipe, policy, step_memory)]
-    return "\n".join([*lines, *time_lines(recipe, seconds(share_of(recipe), policy, prompt_tokens))])
+    return "\n".join([*lines, *time_lines(recipe, seconds(recipe_per_process(recipe), policy, prompt_tokens))])
 
 
 def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
@@ -195,82 +215,90 @@ def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
     layers, weights, skipped = quantizable_counts(recipe, policy)
     reasons = Counter(reason.split(" ")[0] if reason.startswith("tied") else reason for reason in skipped.values())
     skipped_text = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or ("none" if layers else "all")
-    engine_line = "rollout engine        not counted: memory and seconds below assume that the learner itself samples"
+    engine_line = "rollout engine        not counted: memory and time below assume that the learner's process samples"
     return [
         f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "
         f"({type(policy.module).__name__}, {policy.spec.attention} attention)",
-        f"parameters            {policy.parameters:,}",
+        f"parameters            {policy.num_parameters:,}",
         f"trainable parameters  {trainable:,}{adapters}",
         f"quantized layers      {layers} with {weights:,} weights; skipped: {skipped_text}",
         *([engine_line] if recipe.rollout_engine is not None else []),
-        *(f"warning: {caution}" for caution in learning_rate_warnings(recipe.learning_rate, policy.parameters)),
+        *(f"warning: {caution}" for caution in learning_rate_warnings(recipe.learning_rate, policy.num_parameters)),
     ]
 
 
 def batch_lines(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> list[str]:
-    num_processes = processes(recipe)
+    num_processes = assumed_processes(recipe)
     rows = recipe.train_batch_size * recipe.num_generations
     length = recipe.max_new_tokens
     graphs_text = "none: an update runs every forward again, one at a time"
     if graphs := most_graphs(recipe, policy, rows=rows // num_processes):
         prefix = "" if recipe.likelihood.name in ONE_VIEW else "up to "
-        graphs_text = f"{prefix}{graphs} of scoring's forwards, for the first update (max_retained_graphs)"
+        graphs_text = (
+            f"{prefix}{graphs} from scoring, which the first update uses instead of running these forwards again "
+            "(max_retained_graphs)"
+        )
     micro_rows = min(recipe.micro_batch_size or rows, rows // num_processes)
     return [
-        f"processes             {num_processes} assumed; WORLD_SIZE=N in front of the command plans for N",
+        f"processes             {num_processes} assumed; put WORLD_SIZE=N in front of the command to plan for N",
         f"rollout batch         {rows} rows x ({prompt_tokens} assumed prompt + {length} new) tokens: "
         f"{recipe.train_batch_size} prompts x {recipe.num_generations} completions, over all processes",
-        f"update batch          {micro_rows} rows at once in a process, {recipe.num_iterations} updates a step",
+        f"update batch          {micro_rows} rows per forward of a process, {recipe.num_iterations} updates per step",
         f"autograd graphs kept  {graphs_text}",
-        f"tokens per step       {rows * length:,} sampled, {rows * (length + prompt_tokens):,} in all",
+        f"tokens per step       {rows * length:,} sampled, {rows * (length + prompt_tokens):,} with the prompts",
     ]
 
 
 def memory_lines(recipe: Recipe, step_memory: Memory) -> list[str]:
-    size = group_size(recipe, launched())
-    shared_text = f", {size} GPUs share the learner" if size > 1 else ""
-    lines = [f"memory per GPU, of a step without data (GB = 10^9 bytes){shared_text}"]
+    num_gpus = gpus_per_learner(recipe)
+    shared_text = f"; {num_gpus} GPUs share the learner" if num_gpus > 1 else ""
+    lines = [
+        "memory per GPU in GB (10^9 bytes), measured in a step on fake tensors, which have shapes but no data"
+        + shared_text
+    ]
     for name, value in step_memory.held.items():
-        lines.append(f"  {name:15}  {value / GB:8.3f} GB held")
+        lines.append(f"  {name:15}  {value / GB:8.3f} GB in every stage")
     for name, value in step_memory.peaks.items():
-        lines.append(f"  {name:15}  {value / GB:8.3f} GB at most, all of it")
-    lines.append(f"  {'peak':15}  {step_memory.peak / GB:8.3f} GB")
+        lines.append(f"  {name:15}  {value / GB:8.3f} GB at the peak of this stage, including the tensors above")
+    lines.append(f"  {'peak':15}  {step_memory.peak / GB:8.3f} GB, the largest of the stages' peaks")
     lines.append(
         "fits                  " + ", ".join(f"{size} GB: {fit(step_memory.peak, size)}" for size in GPU_SIZES)
     )
     if fit(step_memory.peak, GPU_SIZES[0]) == "no":
         lines.append(
-            "less memory           --gradient_checkpointing, a smaller --micro_batch_size or --rollout_batch_size, "
+            "to reduce memory      --gradient_checkpointing, a smaller --micro_batch_size or --rollout_batch_size, "
             "--lora lora_r16, --optim adamw_8bit, --base_quantization nf4, or --shard_size on several GPUs"
         )
     return lines
 
 
 def save_lines(recipe: Recipe, policy: MetaPolicy, step_memory: Memory) -> list[str]:
-    """Return the lines about checkpoints: memory on the host, space on the disk, and the time of a write."""
-    moments = group_size(recipe, launched()) * sum(step_memory.held.get(name, 0) for name in ("optimizer", "adapters"))
-    weights = policy.parameters * weights_dtype(recipe, policy).itemsize
+    """Return the lines about checkpoints: their size on disk, the memory on the host, and the time of a save."""
+    # Bytes of the optimizer's state and the adapters, which every checkpoint has. `held` has those of one GPU.
+    state_bytes = gpus_per_learner(recipe) * sum(step_memory.held.get(name, 0) for name in ("optimizer", "adapters"))
+    weight_bytes = policy.num_parameters * weights_dtype(recipe, policy).itemsize
+    full_bytes = weight_bytes + state_bytes  # of a checkpoint with all weights; the last one always has them
     only_adapters = adapters_alone(recipe)
-    checkpoint_bytes = moments if only_adapters else weights + moments
-    disk_bytes = recipe.save_total_limit * checkpoint_bytes + weights + moments
-    host_bytes = min(weights, FILE_SHARD)  # one shard of weights at a time
-    if recipe.async_save or group_size(recipe, launched()) > 1:
-        host_bytes += weights + moments * recipe.async_save
+    checkpoint_bytes = state_bytes if only_adapters else full_bytes
+    disk_bytes = recipe.save_total_limit * checkpoint_bytes + full_bytes
+    host_bytes = min(weight_bytes, FILE_SHARD)  # one shard of weights at a time
+    if recipe.async_save or gpus_per_learner(recipe) > 1:
+        host_bytes += weight_bytes + state_bytes * recipe.async_save
     elif recipe.lora is not None and policy.spec.stock_model is None:  # transformers writes a copy with merged weights
-        host_bytes = weights
-    sizes_text = f"{checkpoint_bytes / GB:.3f} GB each" + (
-        f", the last one {(weights + moments) / GB:.3f}" if only_adapters else ""
-    )
-    seconds_text = ", ".join(
-        f"{size / WRITE_RATE:.0f} s"
-        for size in ([checkpoint_bytes, weights + moments] if only_adapters else [checkpoint_bytes])
-    )
-    merge_text = f"; {weights / MERGE_RATE:.0f} s more where a CPU merges adapters" if recipe.lora is not None else ""
+        host_bytes = weight_bytes
+    sizes_text = f"{checkpoint_bytes / GB:.3f} GB each"
+    seconds_text = f"{checkpoint_bytes / WRITE_RATE:.0f} s"
+    if only_adapters:
+        sizes_text += f", the last one {full_bytes / GB:.3f} GB"
+        seconds_text += f", the last one {full_bytes / WRITE_RATE:.0f} s"
+    merge_text = ""
+    if recipe.lora is not None:
+        merge_text = f"; if a CPU merges the adapters, {weight_bytes / MERGE_RATE:.0f} s more"
     return [
-        f"checkpoints           {sizes_text}; {disk_bytes / GB:.3f} GB of disk with {recipe.save_total_limit} kept "
-        "while the last is written",
+        f"checkpoints           {sizes_text}; {disk_bytes / GB:.3f} GB of disk for {recipe.save_total_limit} kept "
+        "checkpoints and the last one while it is written",
         f"host memory at a save {host_bytes / GB:.3f} GB",
-        f"time of a save        {seconds_text}, an estimate at {WRITE_RATE / GB:.2f} GB/s, of two CPU cores "
+        f"time of a save        {seconds_text}, estimated at {WRITE_RATE / GB:.2f} GB/s, measured with two CPU cores "
         f"and one disk{merge_text}",
     ]
 
@@ -278,12 +306,13 @@ def save_lines(recipe: Recipe, policy: MetaPolicy, step_memory: Memory) -> list[
 def time_lines(recipe: Recipe, stage_seconds: dict[str, float]) -> list[str]:
     hours = recipe.num_steps * sum(stage_seconds.values()) / 3600
     lines = [
-        f"time of a step on an H100 or H200, an estimate: products at a share of {PEAK / 1e12:.0f} TFLOP/s, or "
-        f"{HOST * 1e6:.0f} us of the host for each linear layer if that takes longer"
+        "time of a step on an H100 or H200, estimated from its matrix products at the given share of "
+        f"{PEAK / 1e12:.0f} TFLOP/s, or from {HOST * 1e6:.0f} us of host time per linear layer if that takes longer"
     ]
     for name, share in shares(recipe).items():
         lines.append(f"  {name:15}  {stage_seconds[name]:8.1f} s at {share:.0%}")
-    return [*lines, f"  {'run':15}  {hours:8.1f} h for num_steps={recipe.num_steps}, without evaluation and waiting"]
+    run_line = f"  {'run':15}  {hours:8.1f} h for num_steps={recipe.num_steps}, without evaluations and waiting times"
+    return [*lines, run_line]
 
 
 def fit(peak: int, size: int) -> str:

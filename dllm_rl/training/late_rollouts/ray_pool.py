@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 from dllm_rl.device import find_device
-from dllm_rl.distributed.collectives import launched, make_accelerator
+from dllm_rl.distributed.collectives import make_accelerator, num_launched
 from dllm_rl.distributed.stop import SIGNALS, handlers_kept, with_the_run
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
@@ -199,10 +199,10 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
     count = recipe.rollout_workers
     if not count:
         return None
-    if launched() > 1:
+    if num_launched() > 1:
         raise ValueError(
-            f"rollout_workers={count} needs a single learner process, and {launched()} were launched: launch one, or "
-            "set rollout_workers=0"
+            f"rollout_workers={count} needs a single learner process, and {num_launched()} were launched: launch one, "
+            "or set rollout_workers=0"
         )
     if find_spec("ray") is None:
         raise ValueError(f"rollout_workers={count} needs Ray: pip install 'dllm_rl[ray]', or set rollout_workers=0")

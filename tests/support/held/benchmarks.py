@@ -63,9 +63,7 @@ def eight_billion_weights():
         yield PAGE, row(name.format(**saves), *seconds, *memory)
     yield PAGE, f"All stages together take {sum(each['seconds'] for each in stages.values()) / 60:.0f} minutes."
     lines = "\n".join(stages["dry_run"]["plan"])
-    held = {
-        name: float(re.search(rf"{name} +([\d.]+) GB held", lines)[1]) for name in ("weights", "adapters", "optimi.er")
-    }
+    held = {name: float(re.search(rf"{name} +([\d.]+) GB", lines)[1]) for name in ("weights", "adapters", "optimi.er")}
     loaded = stages["load"]["own_gb"]
     moved = 2 * held["adapters"] + held["optimi.er"]  # the gradients are as large as the adapters
     mapped = stages["load"]["mapped_gb"] - stages["dry_run"]["mapped_gb"]
@@ -76,7 +74,7 @@ def eight_billion_weights():
     yield PAGE, f"(own memory less the {loaded:.2f} GB of a process that has loaded the model)"
     # Planned with `rollout_quantization=float8_weight_only`: the copy, adapters, and the temporaries of a sync.
     yield PAGE, row("FP8 copy, adapters and a sync, GB", "8.73", own["sync"])
-    last = re.search(r"the last one (\d+\.\d+);", lines)[1]
+    last = re.search(r"the last one (\d+\.\d+)", lines)[1]
     yield PAGE, row("the run's last checkpoint, GB", f"{float(last):.2f}", "20.06")  # measured: 20,058,218,048 bytes
     yield PAGE, row("saving merged weights at rank 16, s", "123", f"{saves['merged']:.1f}")
 

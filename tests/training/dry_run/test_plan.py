@@ -70,7 +70,7 @@ def test_a_dry_run_gives_no_lessons(monkeypatch):
     policy = meta_policy(sudoku_tiny.recipe)
     assert lessons == []
     trained = call_model_function(sudoku_tiny.recipe.model, 0)
-    assert lessons == [400] and policy.parameters == sum(map(torch.numel, trained.module.parameters()))
+    assert lessons == [400] and policy.num_parameters == sum(map(torch.numel, trained.module.parameters()))
 
 
 @pytest.mark.parametrize("name", few(REAL, ["smollm2_arithmetic"], ["llada_8b_gsm8k", "dream_7b_countdown"]))
@@ -93,7 +93,7 @@ def test_every_recipe_runs_dry(name, capsys, tmp_path, monkeypatch):
 def test_llada_8b_to_the_parameter():
     recipe = recipe_of("llada_8b_sudoku")
     full = meta_policy(replace(recipe, lora=None))
-    assert full.parameters == 8_015_581_184
+    assert full.num_parameters == 8_015_581_184
     assert all(p.is_meta for p in full.module.parameters())
     adapted = meta_policy(recipe)
     trainable = sum(p.numel() for p in adapted.module.parameters() if p.requires_grad)
@@ -128,7 +128,7 @@ def shallow(recipe, monkeypatch, *, layers=2):
     monkeypatch.setattr(dry_run, "load_config", lambda _: raw)
     policy = meta_policy(recipe)
     policy.spec = replace(policy.spec, mask_id=7)
-    return policy, policy.parameters, sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
+    return policy, policy.num_parameters, sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
 
 
 def test_what_is_held_is_counted_by_hand(monkeypatch):
@@ -210,7 +210,7 @@ def test_a_small_model_is_planned_from_itself(tmp_path, monkeypatch, capsys):
     train(replace(recipe, max_retained_graphs=2))
     made, out = recipe.model().module, capsys.readouterr().out
     assert f"parameters            {sum(p.numel() for p in made.parameters()):,}\n" in out
-    assert "autograd graphs kept  up to 2 of scoring's forwards, for the first update (max_retained_graphs)\n" in out
+    assert "autograd graphs kept  up to 2 from scoring, which the first update uses instead of running" in out
     train(replace(recipe, max_retained_graphs=0))
     assert "autograd graphs kept  none: an update runs every forward again, one at a time\n" in capsys.readouterr().out
 
@@ -305,7 +305,7 @@ def test_a_plan_for_eight_processes_is_one_of_an_eighth_of_the_rows(monkeypatch,
     monkeypatch.setattr(dry_run, "measure_step", measured)
     train(recipe)
     alone = capsys.readouterr().out
-    assert "processes             1 assumed; WORLD_SIZE=N in front" in alone
+    assert "processes             1 assumed; put WORLD_SIZE=N in front" in alone
     monkeypatch.setenv("WORLD_SIZE", "8")
     train(recipe)
     eight = capsys.readouterr().out
