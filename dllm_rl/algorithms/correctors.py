@@ -2,8 +2,8 @@
 
 All functions read the GLOBAL batch and log_mismatch = logp_old - logp_rollout per token, in nats. The mask marks the
 tokens to correct: those of rows whose advantage is not zero, or of all rows if the recipe has a KL term or an entropy
-bonus. Batch statistics, such as the lambda of AIS, cover these rows. The metrics of a corrector are of these rows and
-logged as `trained/*`; `rollout_corr/*` are of all rows.
+bonus. Batch statistics, such as the lambda of AIS, cover these rows. A corrector's metrics cover only these rows. The
+learner logs those that begin with `rollout_corr/` as `trained/`; the run's own `rollout_corr/*` cover all rows.
 
 Weights are detached, and 1 outside the mask. They multiply the surrogate, but not the KL term. A token with a
 non-finite log_mismatch leaves the loss mask. docs/methods.md explains the tags [paper], [digest] and [ours].
@@ -54,7 +54,7 @@ class TokenStats:
     entropy: Float[Tensor, "B T"] | None = None
 
     def among(self, mask: Bool[Tensor, "B T"]) -> "TokenStats":
-        """Return the same statistics with a smaller mask."""
+        """Return the statistics restricted to `mask`; log_mismatch is 0 outside it."""
         return replace(self, mask=mask, log_mismatch=torch.where(mask, self.log_mismatch, 0))
 
 
@@ -235,10 +235,11 @@ def rejection(
 def ais_lambda(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
     """Compute lambda = 1 - ESS * tau/(D + tau) * 1/(1 + CV): 0 on-policy, and closer to 1 the larger the mismatch.
 
-    The formula is [ours]: the paper was known only from a summary without one.
+    The formula is [ours]: we had only a summary of the paper, which gives none.
 
     Args:
-        reliability: ESS, the effective sample size of the sequence weights per sequence, in (0, 1] (metric `ais/rho`).
+        reliability: Effective sample size of the sequence weights, divided by the number of sequences, in (0, 1]
+            (metric `ais/rho`).
         divergence: D, the mean |log_mismatch|, in nats.
         variation: CV, the coefficient of variation of the token weights.
         tau: Value of D at which the factor tau/(D + tau) is 1/2, in nats, above 0.
@@ -307,7 +308,8 @@ def band_weights(stats: TokenStats, *, max_weight: float = 2.0) -> TokenWeights:
 def combine_weights(stats: TokenStats, *, weight_fns: tuple[WeightFn, ...]) -> TokenWeights:
     """Multiply the weights of several functions, and intersect their loss masks.
 
-    If two functions log a metric with different values, the later function's metric has its number as a suffix.
+    If two functions log a metric with different values, the later one is logged as NAME_K, K being the function's
+    place.
     """
     weights = torch.ones_like(stats.log_mismatch).detach()
     loss_mask = stats.mask
@@ -345,7 +347,7 @@ class Corrector:
             by `members.configurable`.
 
     Raises:
-        ValueError: A keyword fixed by `partial` is out of its range.
+        ValueError: An argument bound by `functools.partial` in weight_fn, loss or loss_reduction is out of its range.
     """
 
     weight_fn: WeightFn = unit_weights

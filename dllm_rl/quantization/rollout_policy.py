@@ -79,8 +79,8 @@ def quantized_copy(
         policy: Policy to copy. It does not change.
         config: Scheme, as `int8_weight_only()` or another torchao config. None: copy without quantizing.
         skip: Function (module, name) -> True for further layers that keep their precision. None: no further layers.
-        dtype: Dtype of the copy's weights before quantizing, as bf16 for a learner that computes under autocast. None:
-            the policy's dtype.
+        dtype: Dtype of the copy's weights before quantizing, for example bf16 if the learner computes under autocast.
+            None: the policy's dtype.
 
     Returns:
         Policy with `quantization` and `quantization_report` set, without gradients.
@@ -237,7 +237,7 @@ def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, s
         matrices = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
         if not matrices:
             continue
-        # One layer under two names, as an encoder and a decoder share it, does not count as tied.
+        # One layer with two names (an encoder and a decoder may share it) does not count as tied.
         sharing = layers_of_weight[id(matrices[0])]
         tied = [other for other in sharing if base_of(module.get_submodule(other)) is not layer]
         unsupported = [reason for matrix in matrices if (reason := unsupported_reason(matrix, config))]
@@ -262,7 +262,7 @@ def skip_reason(name: str, layer: nn.Module, matrix: Tensor, tied: list[str]) ->
         is_fused = matrix.dim() == 3 and not type(layer).__module__.startswith("torch.nn")
         return "fused experts of an unknown layout" if is_fused else f"{type(layer).__name__}, not nn.Linear"
     if isinstance(layer, NonDynamicallyQuantizableLinear):
-        return "read by MultiheadAttention itself"
+        return "MultiheadAttention reads the weight without calling the layer"
     if tied:
         return f"tied to {tied[0]}"
     if not re.search(r"\.\d+\.", name):
@@ -300,8 +300,8 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     Returns:
         Metrics of the quantized layers: quantization/codes_changed, the share of all codes that this sync changed (an
         update that is smaller than the grid changes none: QuRL [digest]), and quantization/scale_change, the mean of
-        |s' - s| / s over all scales. An aligned forward has already quantized the weights of the earlier inner updates,
-        so that both then describe only the last inner update. Without quantized layers the result is empty.
+        |s' - s| / s over all scales. With an aligned forward the weights of earlier inner updates are quantized
+        already, so both metrics describe only the last inner update. Without quantized layers the result is empty.
 
     Raises:
         ValueError: A weight is NaN or infinite. The rollout policy's tensors have then been overwritten, but its
@@ -320,7 +320,7 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
         quantized_names |= {f"{name}.{kind}" for kind in ("weight", *STACKS)}
     targets = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, value in merged_state(policy.module, skip=quantized_names):
-        # A tied tensor is a target under its first name only.
+        # `targets` lists a tied tensor once, under its first name.
         if name in targets and not is_shared(value, targets[name]):
             targets[name].copy_(whole(value))
     check_finite(finite)  # after all writes: a check per layer would make the host wait
@@ -334,7 +334,7 @@ def is_shared(value: Tensor, target: Tensor) -> bool:
 
 
 def sync_metrics(stats: list[SyncStats]) -> dict[str, float]:
-    """Return each metric's sum over its count, over all layers. All sums are moved to the host together."""
+    """Return each metric's mean over all layers. All sums are moved to the host together."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     for weight_stats in stats:

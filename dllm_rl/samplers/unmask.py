@@ -85,12 +85,12 @@ def unmask(  # noqa: PLR0913
             also rewrite tokens, and record each rewrite.
         cache: `block_cache()`, `prefix_cache()` or `dual_cache()`. None recomputes every position in every step.
         approximate_early_exit: End a row after the block with its end token (full attention only). The completion lacks
-            the tokens after this block, so that its probability is not that of a full completion. The recorded
+            the tokens after this block, so its probability is not that of a full completion. The recorded
             log-probs are still those of the draws. Block-causal rows always end after this block.
         compile_step: Run each step as one compiled graph, or as two with a cache. It makes batches of few rows faster,
             on a GPU as CUDA graphs. It cannot be combined with prefix_cache(), positions to fill in, or rules that
-            rewrite. It rounds differently: where two tokens are nearly tied, it may choose another one than without
-            compile_step.
+            rewrite. It rounds differently: if two tokens are nearly tied, the choice may differ from the one made
+            without compile_step.
         confidence_radius: Record the change of confidence that each written token caused at masked positions within
             this distance (`Rollout.confidence_change`), for `elbo(informed_masking=...)`. It needs rank=confidence or
             max_prob, and cannot be combined with compile_step or rules that rewrite. None: not recorded.

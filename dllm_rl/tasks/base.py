@@ -55,7 +55,8 @@ class Reward:
 
 @dataclass(frozen=True)
 class Cost:
-    """The sampling cost of a completion. A grader with a parameter named in COST_ARGUMENTS receives that attribute.
+    """The sampling cost of a completion. A grader that has a parameter `forwards` or `tokens_per_forward` receives the
+    attribute of that name.
 
     Args:
         forwards: Model calls for this completion up to its last written token. Steps that only other rows of the batch
@@ -160,7 +161,7 @@ def grade(
         problems: P problems.
         completions: P*G completions.
         costs: One per completion, for graders that request COST_ARGUMENTS. None (default): unknown.
-        timeout: Seconds that a call of the grader may take; then the process that grades exits (`deadline`).
+        timeout: Seconds that a call of the grader may take; after that the grading process is ended (`deadline`).
             None (default): no limit.
 
     Returns:
@@ -176,7 +177,7 @@ def grade(
     )
     with nullcontext(lambda: None) if timeout is None else deadline(timeout, grader.timeout_message) as restart:
         rewards, error = grader.grade_together()
-        if rewards is None:  # no batch grader, or it failed: one by one, the failing completion is found
+        if rewards is None:  # no batch grader, or it failed: grade one by one, which finds the completion that fails
             rewards = grader.grade_one_by_one(restart)
         if error is not None:
             count = f"{len(completions)} texts together"

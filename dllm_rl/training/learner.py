@@ -62,7 +62,8 @@ class ScoredSamples:
     Args:
         samples: The samples, after load balancing.
         logps: Log-probs under each of the step's sets of views; the first set also serves the metrics.
-        comparison: Counts of agreeing orders and experts, as `compare_rollout_and_learner` returns them.
+        comparison: How often rollout and learner agree on the order and on the experts, as
+            `compare_rollout_and_learner` counts it.
     """
 
     samples: Samples
@@ -87,8 +88,8 @@ def score_samples(run: StepContext[Recipe], samples: Samples, number: int) -> Sc
     Call it before the step's first update.
     """
     recipe = run.recipe
-    # Score the groups that the update trains on, and a random sample of the other groups: the metrics estimate all
-    # groups from both.
+    # Score the groups that the update trains on, and a random sample of the other groups. Both together give the
+    # metrics of all groups.
     samples = samples.with_metric_weights(metric_weights(recipe, samples.advantages, number))
     samples = balance(recipe, samples, run.accelerator, pad_id=run.policy.pad_id)  # processes then finish together
     rollout = samples.rollout
@@ -157,7 +158,7 @@ def score(
     source = rollout_logprob_source(recipe, policy, rollout_policy)
     micro_batch_size = recipe.micro_batch_size
     reference_logprobs = None
-    if run.reference is not None and recipe.beta:  # with beta=0 there is no KL term: the reference is only the teacher
+    if run.reference is not None and recipe.beta:  # with beta=0 it is only the teacher of a distillation
         reference_logprobs = likelihood.logprobs(run.reference, rollout, views, micro_batch_size=micro_batch_size)
     if recipe.router_replay is not None:  # the learner reuses the rollout's experts
         views = with_sampled_experts(views, rollout) if source == "recorded" else record_experts(policy, rollout, views)
@@ -167,7 +168,7 @@ def score(
         rollout_logprobs = likelihood.logprobs(rollout_policy, rollout, views, micro_batch_size=micro_batch_size)
         views = with_recorded_experts(views, rollout)
     num_forwards = len(views.coefficients) * math.prod(feature.num_forwards for feature in views.features)
-    if not can_retain_graphs(recipe, policy, views=num_forwards, rows=len(rollout.tokens)):
+    if not can_retain_graphs(recipe, policy, num_forwards=num_forwards, rows=len(rollout.tokens)):
         retain_graphs = False
     entropy = token_entropy(policy, rollout, views, micro_batch_size) if recipe.corrector.needs_entropy else None
     # Last: the memory of retained graphs and of another forward would add up.
@@ -218,11 +219,12 @@ def token_entropy(policy: Policy, rollout: Rollout, views: Views, micro_batch_si
     return total / count.clamp(min=1)
 
 
-def can_retain_graphs(recipe: Recipe, policy: Policy, *, views: int, rows: int) -> bool:
-    """Return whether the first update can reuse the autograd graphs of scoring, one per micro-batch and view: they are
-    at most `max_retained_graphs`, the learner is not sharded, and its adapters have no dropout.
+def can_retain_graphs(recipe: Recipe, policy: Policy, *, num_forwards: int, rows: int) -> bool:
+    """Return whether the first update can reuse the autograd graphs of scoring, one per micro-batch and view.
+
+    It can if their number is at most `max_retained_graphs`, and the learner is not sharded and has no dropout.
     """
-    num_graphs = views * math.ceil(rows / (recipe.micro_batch_size or rows))
+    num_graphs = num_forwards * math.ceil(rows / (recipe.micro_batch_size or rows))
     has_dropout = policy.lora is not None and policy.lora.dropout  # scoring runs without dropout, an update with it
     # A sharded learner must run the backward before the next forward, so no graph is kept.
     is_unsharded = recipe.shard_size == 1
@@ -275,7 +277,7 @@ class Rows:
 def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> Rows:
     """Gather the rows of all processes, with the log-probs under one set of views, on the host.
 
-    It is the only transfer of these rows in a step. Collective: every process must call it.
+    All rows of one set of views are transferred in this one call. Collective: every process must call it.
     """
     rollout = samples.rollout
     mask = logps.views.scored(rollout.completion_mask)
@@ -311,7 +313,7 @@ def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dic
 
     Their metrics are named `trained/*` instead of `rollout_corr/*`.
     """
-    stats = rows.stats.among(rows.stats.mask)
+    stats = rows.stats.among(rows.stats.mask)  # log_mismatch becomes 0 outside the mask
     weights = corrector.weight_fn(stats)
     metrics = weights.metrics
     if (stats.mask & stats.log_mismatch.isfinite()).any():  # a step may have no row to train on
@@ -325,8 +327,9 @@ def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dic
 
 
 def symptoms(recipe: Recipe, rows: Rows, views: Views) -> dict[str, float]:
-    """Return `symptom_metrics` of the rows that the update trains on. The share of error tokens (p_learner < 1e-4) is
-    measured only if each log-prob belongs to one token.
+    """Return signs of a collapse (`symptom_metrics`) in the rows that the update trains on.
+
+    The share of error tokens (p_learner < 1e-4) is measured only if each log-prob belongs to one token.
     """
     is_per_token = recipe.likelihood.exact_ratios and all(feature.is_per_token for feature in views.features)
     stats = rows.stats
@@ -343,9 +346,9 @@ def make_batch(run: StepContext[Recipe], rollout: Rollout, logps: Logprobs, rows
         rollout=rollout,
         views=restrict_to_groups(logps.views, is_trained_group, rollout.group_size, accelerator),
         advantages=send(device, local(rows.stats.advantages, accelerator))[0],
-        # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, without weights. Under mismatch such a run
-        # declines once, with k1 and k3 rising; with recomputed old log-probs and without weights it collapses in
-        # stages, with k1 and k3 flat [digest].
+        # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, without weights. Under a mismatch the
+        # reward of such a run drops once while k1 and k3 rise. A run with recomputed old log-probs and no weights
+        # collapses in stages while k1 and k3 stay flat [digest].
         old_logprobs=logps.rollout_logprobs if run.recipe.old_logprobs == "rollout" else logps.old_logprobs,
         old_view_logprobs=logps.old_view_logprobs,
         importance_weights=send(device, local(weights.importance_weights, accelerator)[:, :width])[0],
@@ -424,7 +427,7 @@ def update(
                 f"{problem} at inner iteration {iteration}, learning_rate={learning_rate:g}; the update was not applied"
             )
         if iteration == 0:
-            # Before the optimizer step, so that half-updated weights do not carry the old version if it fails.
+            # Before the optimizer step: if the step fails halfway, the changed weights already have the new version.
             policy.weights_version += 1
         optimizer.step()
         update_metrics |= reduced
@@ -445,7 +448,8 @@ def update_direction(
     micro_batch_size: int | None = None,
 ) -> dict[str, float]:
     """Measure how the step's updates changed the log-probs of the trained rows with the highest and the lowest
-    advantages, in a few of their views. Ratios are measured before an update, so they cannot show its effect.
+    advantages, in a few of their views. The off_policy/* ratios are computed before each optimizer step, so they do not
+    show its effect.
 
     Returns:
         update/direction: cosine of the rows' advantages and changes of log-prob, in [-1, 1]. Below 0, worse answers

@@ -175,7 +175,7 @@ def test_what_is_kept(tmp_path, changes, views, kept):
     policy = recipe.model()
     if recipe.lora is not None:
         add_lora(policy, recipe.lora())
-    assert can_retain_graphs(recipe, policy, views=views, rows=16) == kept
+    assert can_retain_graphs(recipe, policy, num_forwards=views, rows=16) == kept
 
 
 def test_a_surrogates_sum_is_over_all_processes(tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def test_where_log_probs_come_from(changes, copied, rollout, aligned, tmp_path):
 def test_graphs_are_kept_of_as_many_forwards_as_are_allowed(views, rows, size, forwards, tmp_path):
     for allowed, kept in ((forwards - 1, False), (forwards, True)):
         recipe = tiny_recipe(tmp_path, micro_batch_size=size, max_retained_graphs=allowed)
-        assert can_retain_graphs(recipe, recipe.model(), views=views, rows=rows) == kept
+        assert can_retain_graphs(recipe, recipe.model(), num_forwards=views, rows=rows) == kept
 
 
 def test_weights_of_groups():

@@ -421,7 +421,7 @@ def most_graphs(recipe: Recipe, policy: Policy, *, rows: int) -> int:
     views = 1 if recipe.likelihood.name in ONE_VIEW else recipe.max_retained_graphs // chunks
     if policy.spec.attention == "encoder_decoder":
         views = renoising_steps(recipe, policy)
-    return views * chunks if views and can_retain_graphs(recipe, policy, views=views, rows=rows) else 0
+    return views * chunks if views and can_retain_graphs(recipe, policy, num_forwards=views, rows=rows) else 0
 
 
 def renoising_steps(recipe: Recipe, policy: Policy) -> int:

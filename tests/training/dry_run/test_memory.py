@@ -100,7 +100,7 @@ def test_the_plan_agrees_with_the_allocator_within_a_tenth(tmp_path, case):
     weights = sum(p.nbytes for p in policy.module.parameters())
     optimizer, accelerator = make_optimizer(recipe, policy), Accelerator(cpu=True)
     kept: dict = {}
-    keep = can_retain_graphs(recipe, policy, views=1 if recipe.likelihood.name != "trajectory" else 2, rows=ROWS)
+    keep = can_retain_graphs(recipe, policy, num_forwards=1 if recipe.likelihood.name != "trajectory" else 2, rows=ROWS)
     runs_again = ("adapters", "adapters, recomputed", "micro-batches", "constant memory", "renoise")
     assert keep == (case not in runs_again)
 
