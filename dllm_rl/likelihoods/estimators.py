@@ -1,12 +1,13 @@
 """The sequence-likelihood estimators of the library. `likelihoods.estimator` defines the interface.
 
 Notation: y is a completion of L tokens, m a set of its positions, and l_i(m) = log p(y_i | prompt, y with m masked), in
-nats. The any-order ELBO is a lower bound of the likelihood in random order:
+nats. The any-order ELBO is a lower bound of log p(y), where p(y) is the likelihood if the tokens are written one at a
+time in a random order:
     sum_{k=1..L} (1/k) E_{|m|=k} sum_{i in m} l_i(m)  <=  log p(y),
     p(y) = E_order prod_i p(y_i | the positions before i in the order).
 
-The cost of an estimate is its number of forwards of the full batch. docs/methods.md explains the tags [paper] and
-[ours].
+The cost of an estimate is the number of times that the model runs on the full batch (forwards). docs/methods.md
+explains the tags [paper] and [ours].
 """
 
 from dataclasses import replace
@@ -75,11 +76,12 @@ def elbo(
         stratified: Spread k evenly over 1..L across the samples.
         antithetic: Draw samples in pairs: one masks the first k tokens of a random order, the other the last L+1-k
             (one token is in both), so that every token is scored. num_samples must then be even.
-        informed_masking: Strength d of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). Tokens
-            whose writing raised the confidence of nearby positions least are masked, and so counted, more often. c_i is
-            the change of confidence that writing i caused at most 10 positions away (record it with
-            `unmask(confidence_radius=10)`); it is signed, and includes only masked positions of the block [ours].
-            Positions of m are drawn without replacement, with q_i proportional to
+        informed_masking: Strength d of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). It masks, and so
+            scores, a token more often if the model's confidence at nearby positions rose little or fell after the
+            sampler wrote that token. c_i is the sum of these changes of confidence, from the step that wrote token i to
+            the next step of its block, over the block's positions that are near i and still masked. A change may be
+            negative [ours]. The sampler records c: sample with `unmask(confidence_radius=10)`, where 10 is the largest
+            distance of a nearby position. The positions of m are drawn without replacement, with q_i proportional to
             exp(d (max c - c_i) / (max c - min c)). The expectation is then not the ELBO, but
             sum_k (1/k) E_{m ~ q, |m|=k} sum_{i in m} l_i(m). None: uniform masks.
 
@@ -112,10 +114,10 @@ def coupled(*, num_samples: int = 1, informed_masking: float | None = None) -> L
 
     Args:
         num_samples: Number of pairs of masks. Each pair costs two forwards.
-        informed_masking: Strength of Informed Masking, by which m is drawn, as in `elbo`. The expectation is then not
+        informed_masking: Strength of Informed Masking, with which m is drawn as in `elbo`. The expectation is then not
             the ELBO. None: uniform masks.
 
-    Source: ESPO's form [paper].
+    Source: the form that ESPO uses [paper].
     """
     draw = partial(masks.draw_coupled, num_samples=num_samples, informed_masking=informed_masking)
     return LikelihoodEstimator("coupled", draw, reads_confidence_change=informed_masking is not None)
@@ -126,16 +128,17 @@ def coupled(*, num_samples: int = 1, informed_masking: float | None = None) -> L
 def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     """Estimate the any-order ELBO by Gauss-Legendre quadrature over the share of masked tokens.
 
-    Use it for few forwards, if a small bias is acceptable. The ELBO is the integral over t in [0, 1]
-    of E_m[(L/k) sum_{i in m} l_i(m)] with k = floor(t L) + 1. With nodes t_n and weights w_n the estimate is
+    Use it to estimate the ELBO in few forwards, if a small bias is acceptable. The ELBO is the integral over t in
+    [0, 1] of E_m[(L/k) sum_{i in m} l_i(m)] with k = floor(t L) + 1. With nodes t_n and weights w_n the estimate is
     sum_n w_n (L/k_n) sum_{i in m_n} l_i(m_n), k_n = floor(t_n L) + 1, with one random mask of k_n tokens per node. The
-    choice of k adds no variance. The quadrature rule and the rounding of k_n add a bias that more masks do not reduce.
+    numbers k_n are fixed, so that only the choice of the masked positions adds variance. The quadrature rule and the
+    rounding of k_n add a bias that more masks do not reduce.
 
     Args:
         nodes: Number of nodes of the quadrature; each takes one mask and one forward.
 
-    Source: SDMC, from "GDPO" (arXiv 2510.08554) [paper]; unrelated to the GDPO that `decoupled` implements. The paper
-    masks tokens independently; exactly k masked tokens are [ours].
+    Source: SDMC, from "GDPO" (arXiv 2510.08554) [paper]; `decoupled` implements another method named GDPO. The paper
+    masks tokens independently; masking exactly k tokens is [ours].
     """
     return LikelihoodEstimator("quadrature", partial(masks.draw_quadrature, nodes=nodes))
 
@@ -154,7 +157,7 @@ def block_elbo(*, block_size: int, num_samples: int = 2) -> LikelihoodEstimator:
 
     Args:
         block_size: Number of tokens of a block.
-        num_samples: Number of masks, and of forwards. With as many as there are blocks, every block is scored.
+        num_samples: Number of masks, and of forwards. If it equals the number of blocks, every block is scored.
 
     Source: SPG, arXiv 2510.09541 [paper]. SPG's code also scores later blocks; scoring only the drawn block is [ours].
     """
@@ -166,12 +169,16 @@ def upper_bound(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) ->
     is_scored = views.coefficients > 0
     terms = torch.where(is_scored, beta * scores + views.coefficients.where(is_scored, 1).log(), -torch.inf)
     unscored = ~is_scored.any(0)
-    # A position that no view scores has only terms of -inf, whose logsumexp has a NaN gradient: they are replaced.
+    # The terms of a position that no view scores are all -inf. Their logsumexp would have a NaN gradient, so that they
+    # are replaced by 0.
     return torch.where(unscored, 0, terms.masked_fill(unscored, 0).logsumexp(0) / beta)
 
 
 def mixed_bounds(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) -> Float[Tensor, "B T"]:
-    """Mix the lower and the upper bound of each position, in nats. `Views.upper_bound_weight` has the row's weight."""
+    """Mix the lower and the upper bound of each position, in nats.
+
+    `Views.upper_bound_weight` is the weight of the upper bound in each row.
+    """
     lower = weighted_sum(scores, views)
     if views.upper_bound_weight is None:  # the advantages are not known yet
         return lower
@@ -187,20 +194,23 @@ def upper_where_negative(views: Views, advantages: Float[Tensor, " B"], *, mix: 
 @configurable
 @bounded(beta=Bound(above=0))
 def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
-    """Estimate SPG's evidence upper bound from the masks of another estimate.
+    """Estimate SPG's evidence upper bound (EUBO) from the masks that another estimator draws.
 
     Use `sandwich` instead to apply the upper bound only to rows with a negative advantage. The contribution of position
-    i is (1/beta) log sum_n w_n p_i(m_n)^beta, over the views n of `base` that mask i, with their weights w_n. (SPG
-    writes it as a mean over masks of p_i^beta / t.) The cost is the cost of `base`.
+    i is (1/beta) log sum_n w_n p_i(m_n)^beta. The sum covers the views n of `base` that score position i; m_n is the
+    view's mask and w_n its weight. SPG writes the sum as a mean of p_i^beta / t over masks. The cost is the cost of
+    `base`.
 
-    If the sum runs over all masks, the result is at least the ELBO for every beta > 0 (Jensen). It is at least log p in
-    random order if beta >= L (Hoelder), or if all conditionals of the model come from one joint distribution, which is
-    not so for a network. In other cases log p may exceed it [ours]; SPG's theorem for beta >= 1 adds a constant. With
-    few masks the result is biased downwards, as it is the log of a mean.
+    If the sum covers all masks, the result is at least the ELBO, for every beta > 0 (by Jensen's inequality). It is at
+    least log p(y) if beta >= L (by Hoelder's inequality), or if all of the model's conditional probabilities come from
+    one joint distribution, but those of a network do not. In other cases log p(y) may exceed the result [ours]; the
+    bound in SPG's theorem, for beta >= 1, has an additional constant. With few masks the result is biased downwards,
+    because it is the log of a mean.
 
     Args:
         beta: Exponent of the probabilities, above 0.
-        base: Estimate whose masks and weights are used: elbo, coupled, quadrature or block_elbo. None: `coupled()`.
+        base: Estimator that draws the masks and their weights, with its settings: one of elbo, coupled, quadrature and
+            block_elbo. None: `coupled()`.
 
     Source: SPG, arXiv 2510.09541 [paper]. SPG's code divides by the number of scored tokens.
     """
@@ -212,19 +222,19 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
 @configurable
 @bounded(beta=Bound(above=0), mix=Bound(at_least=0, at_most=1))
 def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator | None = None) -> LikelihoodEstimator:
-    """Score with SPG's pair of bounds: the ELBO for advantages >= 0, mix * EUBO + (1 - mix) * ELBO for negative ones.
+    """Score rows by the ELBO if their advantage is >= 0, else by mix * EUBO + (1 - mix) * ELBO, as SPG does.
 
-    Use it so that a negative advantage lowers an upper bound of the likelihood, and not only the ELBO. Both bounds come
-    from the same views of `base` (see `eubo`), at the cost of `base`. The result is the ELBO until `with_advantages`
-    has been called.
+    Use it so that training on a negative advantage lowers an upper bound of the likelihood, and not only the ELBO. Both
+    bounds are computed from the same views, which `base` draws (see `eubo`), and the cost is the cost of `base`. The
+    result is the ELBO in all rows until `with_advantages` has been called.
 
     Args:
         beta: Exponent of the upper bound, above 0.
         mix: Weight of the upper bound, in [0, 1].
-        base: Estimate whose masks both bounds use. None: `coupled()`.
+        base: Estimator that draws the masks of both bounds, with its settings. None: `coupled()`.
 
-    Source: SPG, arXiv 2510.09541, and its code [paper]. The use in a clipped ratio, per token and without division by
-    the number of tokens, is [ours].
+    Source: SPG, arXiv 2510.09541, and its code [paper]. Here the estimate enters a clipped ratio, per token, and is not
+    divided by the number of tokens [ours].
     """
     base = coupled() if base is None else base
     combine = partial(mixed_bounds, beta=beta)
@@ -251,40 +261,44 @@ def trajectory(
 ) -> LikelihoodEstimator:
     """Score a rollout by replaying its recorded unmasking steps.
 
-    Use it if ratios must be exact or the sampler takes few steps: it costs one forward per segment. A forward masks the
-    tokens that were committed in segment s or later, and scores those of segment s. With one segment per step (the
-    default), the sum over positions is the exact log-probability of the tokens given the order.
+    Use it if ratios must be exact or the sampler takes few steps: it costs one forward per segment. The forward of
+    segment s masks the tokens that the sampler wrote in segment s or later, and scores the tokens of segment s. With
+    one segment per step (the default), the sum over positions is the exact log-probability of the tokens given the
+    order.
 
-    Some orders depend on the weights, and are scored too (`include_order`). Under the rank `confidence`, each step also
-    scores the positions that stayed masked, by the probability that their token has a lower confidence than those
-    that were written
-    (`models.order` [ours]). Under `plackett_luce` it scores the draw of the positions, and under the commit rule
-    `soft_threshold` the set of positions. The row's sum is then the exact log-probability of tokens AND order. For
-    other rules that depend on the drawn tokens, the order is left out, and a run prints a warning.
+    If the weights also determine the order in which tokens are written, the order's log-probability is added
+    (`include_order`). Under the rank `confidence`, every position that a step leaves masked adds the log-probability
+    that a token drawn there has a lower confidence than all tokens that the step wrote (`models.order` [ours]). Under
+    the rank `plackett_luce`, a step adds the log-probability of its draw of positions, and under the commit rule
+    `soft_threshold`, that of the set of positions it wrote. The row's sum is then the exact log-probability of tokens
+    AND order. Under other rules that depend on the drawn tokens, the order is left out, and a run prints a warning.
 
-    A rollout that rewrites tokens (`remask`, `soft_edit`) is replayed event by event [ours]: the canvas of each step is
-    rebuilt, and a position's contribution is the sum over its writes (docs/order.md). A rollout of `renoise` is
-    replayed in one view; a position's contribution is the sum over its accepted draws [ours].
+    A rollout that rewrites tokens (`remask`, `soft_edit`) is replayed write by write [ours]: the tokens and masks that
+    each step saw are rebuilt, and a position's contribution is the sum over its writes (docs/order.md). A rollout of
+    `renoise` is replayed in one view; a position's contribution is the sum over its accepted draws [ours].
 
     Args:
-        num_segments: Number of segments into which a row's steps are merged, which is cheaper, but not exact: step s of
-            n goes to segment floor(s * num_segments / n), with steps counted over all blocks. None: one segment per
-            step; a rollout that rewrites tokens needs None.
-        block_size: Block size of a block-causal model, to pack the forwards: forward j replays step j of every block at
-            once. The likelihood is the same, and num_segments is the number of segments of a block. None: no packing.
+        num_segments: Number of segments into which a row's steps are merged. Fewer segments cost less, but the estimate
+            is then not exact. Step s of n goes to segment floor(s * num_segments / n), with steps counted over all
+            blocks. None: one segment per step. A rollout that rewrites tokens needs None.
+        block_size: Block size of a block-causal model, to replay several blocks per forward: forward j replays step j
+            of every block. The likelihood is the same, and num_segments is the number of segments of a block. None: a
+            forward replays one step (or segment) of each row.
         include_order: Add the order's log-probability where the rollout recorded one (rank=confidence or plackett_luce
             with commit=schedule or late_schedule; commit=soft_threshold) and num_segments is None.
-        num_sampled_steps: Number of steps (or segments) of each row that are scored, drawn without replacement: an
-            unbiased estimate [ours] of the row's sum and, on-policy, of its gradient. None: all steps.
-        self_conditioning: For `renoise`, whose steps read the logits of the step before. "detached" stops the gradient
-            at these logits and needs the memory of one step; "full" differentiates through all steps and needs the
-            memory of all. The log-probs are the same.
+        num_sampled_steps: Number of steps (or segments) of each row that are scored. They are drawn without
+            replacement, and weighted so that the estimate of the row's sum and, on-policy, of its gradient is unbiased
+            [ours]. None: all steps.
+        self_conditioning: Gradient of a rollout of `renoise`, in which each step reads the logits of the previous step.
+            "detached" stops the gradient at these logits and needs the memory of one step; "full" differentiates
+            through all steps and needs the memory of all steps. The log-probs are the same.
 
     Raises:
-        ValueError: self_conditioning is another word, or num_sampled_steps is set together with block_size.
+        ValueError: self_conditioning is neither "detached" nor "full", or num_sampled_steps is set together with
+            block_size.
 
-    Source: TraceRL, d2's StepMerge [paper]. With the defaults and rollouts of `unmask(block_size=1)` it is JustGRPO's
-    likelihood (arXiv 2601.15165, its authors' code [paper]).
+    Source: TraceRL, and StepMerge of d2 [paper]. With the defaults and rollouts of `unmask(block_size=1)` it is the
+    likelihood of JustGRPO (arXiv 2601.15165, its authors' code [paper]).
     """
     if self_conditioning not in SELF_CONDITIONING:
         raise ValueError(f"self_conditioning={self_conditioning!r} must be 'detached' or 'full'")
@@ -326,7 +340,7 @@ def trajectory_views(
     scores_order: bool,
     full: bool,
 ) -> Views:
-    """Draw the views of `trajectory()`, which binds the keywords. `full` is self_conditioning == "full"."""
+    """Draw the views of `trajectory()`, which binds the keyword arguments. `full`: self_conditioning is "full"."""
     if rollout.renoised is not None:
         return renoise_views(rollout, full=full)
     check_merges(rollout, num_segments)
