@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 import runpy
 import subprocess
@@ -556,6 +557,53 @@ def test_a_control_variate_keeps_the_contract():
     assert (weight.mean(0).abs() < 4 * weight.std(0) / 4000**0.5).all() and weight.std() > 0.1
     batch = dataclasses.replace(made["controlled"](), combine=lambda scores, views: of_the_batch(scores, views))
     made["check_estimator"](batch, made["policy"], rollout)  # as the page says, it does not see this
+
+
+def test_an_attention_mask_of_ones_own_keeps_the_contract_and_hides_what_is_outside():
+    """A window as wide as the row is no window; under a narrow one no token's log-prob depends on the far ones."""
+    made = runpy.run_path(str(EXAMPLES / "attention_window.py"), run_name="__main__")
+    policy, rollout, windowed = made["policy"], made["rollout"], made["windowed"]
+
+    def scores(estimator, seen):
+        views = estimator.draw_views(seen, torch.Generator().manual_seed(0))
+        return estimator.view_logprobs(policy, seen, views)
+
+    torch.testing.assert_close(scores(windowed(width=20), rollout), scores(dllm_rl.elbo(), rollout))
+    prompt = rollout.tokens.clone()
+    prompt[:, 0] = prompt[:, 1]  # each layer carries the difference `width` tokens further
+    changed = (scores(windowed(), dataclasses.replace(rollout, tokens=prompt)) - scores(windowed(), rollout)).abs()
+    far = 2 * policy.module.config.num_hidden_layers + 1
+    assert changed[..., :far].max() > 0 and far < changed.shape[-1] and not changed[..., far:].any()
+
+
+def test_one_number_per_completion_has_the_gradient_of_its_row():
+    """docs/estimators.md: S = log mean_n exp(estimate n), as S / L at each of the L tokens that a view scores, under
+    `gspo` (exp of S over all tokens) and `ebpo` (exp of S), against the objective written once per row."""
+    from recipes.studies.enumeration import ToyPolicy, contributions
+    from recipes.studies.surrogates import ebpo
+
+    def log_mean_exp(scores, views):
+        total = (len(scores) * views.coefficients * scores).sum(-1).logsumexp(0) - math.log(len(scores))
+        scored = (views.coefficients != 0).any(0)
+        return scored * (total / scored.sum(-1))[:, None]
+
+    estimator = dataclasses.replace(dllm_rl.elbo(num_samples=2), combine=log_mean_exp)
+    toy = ToyPolicy(length=4, words=3, sharpness=1.0, generator=torch.Generator().manual_seed(0))
+    rollout = toy.rollout(2)
+    (weight, *_) = toy.weights
+    weight.requires_grad_()
+    views = estimator.draw_views(rollout, torch.Generator().manual_seed(1))
+    assert not (views.coefficients != 0).any(0).all()  # some tokens are not scored
+    logps = contributions(toy, rollout, views, estimator)
+    advantages = torch.linspace(-1, 1, len(logps), dtype=torch.float64)
+    before = logps.detach() * torch.linspace(0.9, 1.1, len(logps), dtype=torch.float64)[:, None]
+    per_row = (logps - before).sum(-1)
+    for loss, log_ratio in ((dllm_rl.gspo, per_row / 4), (ebpo, per_row)):
+        objective = loss(logps - before, advantages, rollout.completion_mask, epsilon=100.0, epsilon_high=100.0)
+        coefficients = dllm_rl.sequence_mean(rollout.completion_mask, num_tokens=0, num_sequences=len(logps))
+        found = torch.autograd.grad((coefficients * objective).sum(), weight, retain_graph=True)
+        expected = torch.autograd.grad((advantages * log_ratio.exp()).mean(), weight, retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def of_the_batch(scores, views):

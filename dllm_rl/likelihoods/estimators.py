@@ -199,7 +199,7 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
     Use `sandwich` instead to apply the upper bound only to rows with a negative advantage. The contribution of position
     i is (1/beta) log sum_n w_n p_i(m_n)^beta. The sum covers the views n of `base` that score position i; m_n is the
     view's mask and w_n its weight. SPG writes the sum as a mean of p_i^beta / t over masks. The cost is the cost of
-    `base`.
+    `base`, by default `coupled()`.
 
     If the sum covers all masks, the result is at least the ELBO, for every beta > 0 (by Jensen's inequality). It is at
     least log p(y) if beta >= L (by Hoelder's inequality), or if all of the model's conditional probabilities come from
@@ -225,8 +225,8 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
     """Score rows by the ELBO if their advantage is >= 0, else by mix * EUBO + (1 - mix) * ELBO, as SPG does.
 
     Use it so that training on a negative advantage lowers an upper bound of the likelihood, and not only the ELBO. Both
-    bounds are computed from the same views, which `base` draws (see `eubo`), and the cost is the cost of `base`. The
-    result is the ELBO in all rows until `with_advantages` has been called.
+    bounds are computed from the same views, which `base` draws (see `eubo`; by default `coupled()`), and the cost is
+    the cost of `base`. The result is the ELBO in all rows until `with_advantages` has been called.
 
     Args:
         beta: Exponent of the upper bound, above 0.
@@ -264,7 +264,8 @@ def trajectory(
     Use it if ratios must be exact or the sampler takes few steps: it costs one forward per segment. The forward of
     segment s masks the tokens that the sampler wrote in segment s or later, and scores the tokens of segment s. With
     one segment per step (the default), the sum over positions is the exact log-probability of the tokens given the
-    order.
+    order; `include_order` adds the order's, where the rollout recorded it. `num_sampled_steps` n scores n of a row's N
+    steps, with weight N / min(n, N). `self_conditioning` applies to rollouts of `renoise` only.
 
     If the weights also determine the order in which tokens are written, the order's log-probability is added
     (`include_order`). Under the rank `confidence`, every position that a step leaves masked adds the log-probability
