@@ -159,9 +159,10 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
     processes (None without one).
 
     Raises:
-        ValueError: The number of processes does not fit the recipe.
+        ValueError: The launch or its number of processes does not fit the recipe.
     """
     check_trackers(recipe)
+    check_launch_config()  # before Accelerate asks for the engine's package
     directory = str(Path(recipe.directory) / "tensorboard")
     accelerator = make_accelerator(timeout=recipe.collective_timeout, log_with=recipe.trackers, directory=directory)
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
@@ -203,8 +204,7 @@ def open_log(
 
 
 def check_processes(recipe: Settings, accelerator: Accelerator) -> None:
-    """Raise ValueError if the recipe does not fit the launch or the number of processes."""
-    check_launch_config()
+    """Raise ValueError if the recipe does not fit the number of processes."""
     check_sharding(recipe, accelerator.num_processes)
     check_batches(recipe, accelerator.num_processes)
 

@@ -94,6 +94,14 @@ HINTS = {
     "hub_token": "HF_TOKEN, an environment variable",
     "trust_remote_code": "none: no checkpoint needs it",
     "reward_processing_classes": "a reward function that calls the reward model",
+    # Names of diffu-GRPO (d1), and keywords of the sampler.
+    "p_mask_prompt": "likelihood=one_step(prompt_mask=0.15)",
+    "diffusion_steps": "sampler_options={'diffusion_steps': 128}",
+    "block_length": "sampler_options={'block_size': 32}",
+    "block_size": "sampler_options={'block_size': 32}",
+    "remasking": "sampler_options={'rank': confidence}",
+    "random_masking": "resample_masks",
+    "ref_model_sync_steps": "beta, whose reference stays the policy that RL started from",
 }
 
 

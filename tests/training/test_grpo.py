@@ -253,6 +253,7 @@ def test_trls_names_set_what_they_mean():
         ({"generation_batch_size": 8}, "the nearest is train_batch_size, in prompts per step"),
         ({"learning_rat": 1e-6}, "learning_rat is not a setting of grpo; the nearest is learning_rate$"),
         ({"settings": {}}, "settings is not a setting of grpo"),
+        ({"block_length": 32}, "the nearest is sampler_options={'block_size': 32}$"),
         ({"zyx": 1}, r"zyx is not a setting of grpo; help\(dllm_rl.Recipe\) lists all"),
         ({"max_steps": 3, "num_steps": 4}, "num_steps is set twice, once by TRL's name"),
         ({"max_steps": 3, "num_iterations": 2}, "max_steps counts updates, and num_iterations of them"),

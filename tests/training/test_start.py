@@ -28,6 +28,14 @@ def test_batches_that_three_processes_cannot_share_are_refused(tmp_path, monkeyp
     check_processes(replace(recipe, train_batch_size=9, sft_warmup_steps=0), Accelerator(cpu=True))
 
 
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_an_engine_of_the_launch_is_refused_before_accelerate_asks_for_its_package(tmp_path, monkeypatch, engine):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    monkeypatch.setattr(start, "make_accelerator", lambda **_: pytest.fail("accelerate opens the engine"))
+    with pytest.raises(ValueError, match=f"distributed_type={engine} .* use MULTI_GPU, and shard_size=0"):
+        start.launch(tiny_recipe(tmp_path))
+
+
 def test_policy_optimizer_and_log_are_set_to_the_checkpoints_and_the_recipe_is_the_runs(tmp_path):
     recipe = tiny_recipe(tmp_path, num_steps=1, num_iterations=2)
     train(recipe)
