@@ -54,7 +54,8 @@ def block_cache() -> Cache:
 def prefix_cache(*, refresh: int | None = None) -> Cache:
     """Store the keys and values of the columns before the block, computed in its first step. APPROXIMATE.
 
-    Use it with full attention to sample faster if the mismatch is acceptable. With refresh=1 it is exact.
+    Use it with full attention to evaluate faster; in training its error would count as mismatch. With refresh=1 it is
+    exact.
 
     Args:
         refresh: Number of steps after which the cache is recomputed within a block. None: only at its start.
