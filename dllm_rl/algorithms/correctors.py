@@ -3,7 +3,7 @@
 All functions read the GLOBAL batch and log_mismatch = logp_old - logp_rollout per token, in nats. The mask marks the
 tokens to correct: those of rows whose advantage is not zero, or of all rows if the recipe has a KL term or an entropy
 bonus. Batch statistics, such as the lambda of AIS, cover these rows. A corrector's metrics cover only these rows. The
-learner logs those that begin with `rollout_corr/` as `trained/`; the run's own `rollout_corr/*` cover all rows.
+learner renames a corrector's `rollout_corr/NAME` to `trained/NAME`; its own `rollout_corr/*` metrics cover all rows.
 
 Weights are detached, and 1 outside the mask. They multiply the surrogate, but not the KL term. A token with a
 non-finite log_mismatch leaves the loss mask. docs/methods.md explains the tags [paper], [digest] and [ours].
@@ -336,7 +336,7 @@ class Corrector:
     a Corrector and decorate it with `members.configurable`; its keywords are then options of the command line.
 
     Args:
-        weight_fn: Function `TokenStats` of the global batch -> `TokenWeights`. Default: unit weights.
+        weight_fn: Function from the global batch's `TokenStats` to `TokenWeights`. Default: unit weights.
         loss: Objective (see `algorithms.losses`) that replaces the recipe's `loss`. None (default): the recipe's.
         align_forward: Whether the learner's forward computes with the rollout's quantized operands. Default: False.
         loss_reduction: Averaging of tokens that is used if the recipe's `loss_reduction` is None. Default: None.
@@ -357,12 +357,12 @@ class Corrector:
     needs_entropy: bool = False
     factory: partial | None = field(default=None, init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:  # an invalid constant is refused before a run, not at the first batch
+    def __post_init__(self) -> None:  # refuses an argument out of its range when the corrector is made
         check_bound((self.weight_fn, self.loss, self.loss_reduction))
 
     @property
     def weighs(self) -> bool:
-        """Whether `weight_fn` is not the default: False if every weight is 1 and every finite token is in the loss."""
+        """Whether `weight_fn` was set, so that it may change weights or the loss mask."""
         return function_of(self.weight_fn) is not unit_weights
 
 
@@ -392,7 +392,7 @@ def tis(*, cap: float = 2.0, level: Level = "token", pool: Pool = "product") -> 
         A corrector. It logs tis/capped_fraction.
 
     Raises:
-        ValueError: cap is below 1; at the first batch, level or pool is unknown.
+        ValueError: cap is below 1. An unknown level or pool raises at the first batch.
     """
     return Corrector(weight_fn=partial(truncated_weights, cap=cap, level=level, pool=pool))
 
@@ -422,7 +422,7 @@ def mis(
         A corrector. It logs rollout_corr/rollout_is_oob_ratio, the share outside the range.
 
     Raises:
-        ValueError: A ratio is out of its range; at the first batch, level, pool or outside is unknown.
+        ValueError: A ratio is out of its range. An unknown level, pool or outside raises at the first batch.
     """
     weight_fn = partial(
         masked_weights, min_ratio=min_ratio, max_ratio=max_ratio, level=level, pool=pool, outside=outside
@@ -467,7 +467,7 @@ def reject(
         A corrector. It logs rollout_corr/rollout_rs_masked_fraction and rollout_rs_seq_masked_fraction.
 
     Raises:
-        ValueError: threshold is negative; at the first batch, level, statistic or pool is unknown.
+        ValueError: threshold is negative. An unknown level, statistic or pool raises at the first batch.
     """
     return Corrector(weight_fn=partial(rejection, level=level, statistic=statistic, threshold=threshold, pool=pool))
 
@@ -499,7 +499,7 @@ def ais(
         A corrector. It logs ais/rho, ais/D, ais/CV and ais/lambda.
 
     Raises:
-        ValueError: cap or tau is out of its range; at the first batch, level or pool is unknown.
+        ValueError: cap or tau is out of its range. An unknown level or pool raises at the first batch.
 
     Source: AIS, arXiv 2605.13907 [digest].
     """
@@ -526,7 +526,7 @@ def tbpo(
         A corrector with an objective and a reduction. It logs tbpo/capped_fraction.
 
     Raises:
-        ValueError: A constant is out of its range.
+        ValueError: An argument is out of its range.
 
     Source: QaRL, arXiv 2604.07853 [digest].
     """
@@ -563,7 +563,7 @@ def qarl(
         A corrector with an objective and a reduction.
 
     Raises:
-        ValueError: A constant is out of its range.
+        ValueError: An argument is out of its range.
 
     Source: QaRL, arXiv 2604.07853 [digest].
     """

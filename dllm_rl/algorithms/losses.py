@@ -155,7 +155,7 @@ def trust_band(
         The objective of each token (B, T).
 
     Raises:
-        ValueError: A constant is not above 0.
+        ValueError: An argument is not above 0.
 
     Source: QaRL, arXiv 2604.07853 [digest].
     """
@@ -225,7 +225,7 @@ def vespo(
         The objective of each token (B, T).
 
     Raises:
-        ValueError: A constant is not above 0.
+        ValueError: An argument is not above 0.
 
     Source: VESPO, arXiv 2602.10693 [paper].
     """

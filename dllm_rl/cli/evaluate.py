@@ -40,7 +40,7 @@ from dllm_rl.samplers.rules import check_steps, steps_per_block
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import NARROW, escape_controls, literal
 from dllm_rl.tasks import Task
-from dllm_rl.tasks.base import check_filled
+from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.tasks.protocols import PUBLISHED, SOURCES, TASKS, UnderProtocol, published, under_protocol
 from dllm_rl.versions import versions
 
@@ -226,7 +226,7 @@ def make_task(arguments: argparse.Namespace) -> UnderProtocol:
         if not equals or option not in known:
             raise ValueError(f"--set {text}: write FIELD=VALUE, where task {name!r} has {', '.join(known)}")
     task = override(task, texts)
-    check_filled("task", task)
+    check_not_empty("task", task)
     by_setting = "sandbox" if getattr(task, "reward_rule", "") == "sandbox" else "strict"
     return under_protocol(task, arguments.protocol or by_setting)
 

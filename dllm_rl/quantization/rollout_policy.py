@@ -77,7 +77,7 @@ def quantized_copy(
 
     Args:
         policy: Policy to copy. It does not change.
-        config: Scheme, as `int8_weight_only()` or another torchao config. None: copy without quantizing.
+        config: Scheme, such as `int8_weight_only()`, or a torchao config. None: copy without quantizing.
         skip: Function (module, name) -> True for further layers that keep their precision. None: no further layers.
         dtype: Dtype of the copy's weights before quantizing, for example bf16 if the learner computes under autocast.
             None: the policy's dtype.
@@ -99,24 +99,25 @@ def quantized_copy(
     # deepcopy uses an object's entry in the memo instead of copying the object, so that no unquantized copy of a weight
     # is made.
     memo = copy_memo(module, layers, dtype, without=matrices, shared=config is not None)
-    finite: FiniteFlags = {}
+    finite_flags: FiniteFlags = {}
     for name, scheme in schemes.items():
         layer = layers.get_submodule(name)
         memo_entry, layer_finite = quantize_layer(name, layer, module.get_submodule(name), scheme, dtype, memo)
         memo |= memo_entry
-        finite |= layer_finite
-    check_finite(finite)
+        finite_flags |= layer_finite
+    check_finite(finite_flags)
+    quantized_names = tuple(finite_flags)
     rollout_policy = copy.copy(policy)
     rollout_policy.module = copy.deepcopy(layers, memo).requires_grad_(False)
-    for name in finite:
+    for name in quantized_names:
         rollout_policy.module.get_submodule(name).quantization = config  # `load_weight_` reads it
-    forget_quantizer(rollout_policy.module)
+    forget_quantizer(rollout_policy.module)  # the learner's, such as bitsandbytes, does not apply to the copy
     rollout_policy.quantization = config
     rollout_policy.lora = None
     bytes_before, bytes_after = (
         sum(map(stored_bytes, [*m.parameters(), *m.buffers()])) for m in (module, rollout_policy.module)
     )
-    report = QuantizationReport(tuple(finite), skipped, bytes_before, bytes_after)
+    report = QuantizationReport(quantized_names, skipped, bytes_before, bytes_after)
     rollout_policy.quantization_report = report
     if config is not None:
         log.info("%s: %s", type(config).__name__, report)

@@ -54,8 +54,8 @@ def unmask(  # noqa: PLR0913
     """Complete every prompt `prompts.group_size` times by iterative unmasking.
 
     Use it for masked-diffusion policies; use `autoregress` for causal policies, and `renoise` for models whose noise is
-    random tokens. A row depends only on its prompt, its seed and the weights; batching changes at most the last bits of
-    a sum.
+    random tokens. A row depends only on its prompt, its seed and the weights, and not, but for rounding, on the other
+    rows of its batch.
 
     Infilling (full attention only): a row's completion consists of the positions inside its prompt that are to be
     filled in, and of the appended positions. Blocks count only these positions. Rows may differ in the positions to
@@ -137,7 +137,8 @@ def unmask(  # noqa: PLR0913
 
     while (complete_rows := run_step()) is not None:
         if rows_end_early and len(complete_rows):
-            tracker.finish_rows(canvas.mark_finished(complete_rows, spec.eos_ids))
+            ended_rows = canvas.mark_finished(complete_rows, spec.eos_ids)
+            tracker.finish_rows(ended_rows)
         if on_step is not None:
             on_step(current_rollout())
     return current_rollout()

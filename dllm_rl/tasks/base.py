@@ -22,8 +22,8 @@ class Problem:
         prompt: Text, or chat messages with role and content that the tokenizer renders.
         fields: Data for the grader that JSON can store. Stored with completions.
         solution: A correct completion, for supervised warm-up. None (default): no solution is available.
-        blank: For infilling: text in the prompt whose every occurrence marks one token to fill in; the grader receives
-            the filled text. None (default): no infilling.
+        blank: For infilling: a placeholder text. Each occurrence in the prompt is one token to fill in; the
+            grader receives the filled text. None (default): no infilling.
     """
 
     prompt: str | list[dict[str, str]]
@@ -106,7 +106,7 @@ class Task(Protocol):
     def reward(self, problem: Problem, completion: str) -> Reward: ...
 
 
-def check_filled(field: str, task: Task) -> None:
+def check_not_empty(field: str, task: Task) -> None:
     """Raise ValueError if the task has no problems, for example because its file is empty."""
     if not len(task):
         path = getattr(task, "path", None)
@@ -172,17 +172,17 @@ def grade(
         ValueError: The grader does not return a `Reward`, or a number is not finite in fp32.
     """
     group_size = len(completions) // len(problems)
-    grader = _GradeCall(
+    call = _GradeCall(
         task, [problems[i // group_size] for i in range(len(completions))], completions, costs or (), timeout
     )
-    with nullcontext(lambda: None) if timeout is None else deadline(timeout, grader.timeout_message) as restart:
-        rewards, error = grader.grade_together()
+    with nullcontext(lambda: None) if timeout is None else deadline(timeout, call.timeout_message) as restart:
+        rewards, error = call.grade_together()
         if rewards is None:  # no batch grader, or it failed: grade one by one, which finds the completion that fails
-            rewards = grader.grade_one_by_one(restart)
+            rewards = call.grade_one_by_one(restart)
         if error is not None:
-            count = f"{len(completions)} texts together"
+            count = f"{len(completions)} completions in one call"
             raise RuntimeError(f"the grader of task {task.name!r} raised on {count}: {error!r}") from error
-        grader.check(rewards)
+        call.check(rewards)
     return rewards
 
 

@@ -62,8 +62,8 @@ class ScoredSamples:
     Args:
         samples: The samples, after load balancing.
         logps: Log-probs under each of the step's sets of views; the first set also serves the metrics.
-        comparison: How often rollout and learner agree on the order and on the experts, as
-            `compare_rollout_and_learner` counts it.
+        comparison: Counts of agreement between rollout and learner, on the unmasking order and on the experts (None
+            without experts); see `compare_rollout_and_learner`.
     """
 
     samples: Samples
@@ -121,8 +121,8 @@ def make_batches(run: StepContext[Recipe], scored: ScoredSamples) -> tuple[list[
 def rollout_logprob_source(
     recipe: Recipe, policy: Policy, rollout_policy: Policy
 ) -> Literal["recorded", "scored", "learner"]:
-    """Return the source of the rollout's log-probs: "recorded" (the sampler's record, which scoring with this estimator
-    would reproduce), "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
+    """Return the source of the rollout's log-probs: "recorded" (by the sampler; this estimator would compute the same
+    numbers), "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
     """
     if recipe.likelihood.exact_for_sampler:
         return "recorded"
@@ -158,7 +158,7 @@ def score(
     source = rollout_logprob_source(recipe, policy, rollout_policy)
     micro_batch_size = recipe.micro_batch_size
     reference_logprobs = None
-    if run.reference is not None and recipe.beta:  # with beta=0 it is only the teacher of a distillation
+    if run.reference is not None and recipe.beta:  # with beta=0 the reference is only a distillation's teacher
         reference_logprobs = likelihood.logprobs(run.reference, rollout, views, micro_batch_size=micro_batch_size)
     if recipe.router_replay is not None:  # the learner reuses the rollout's experts
         views = with_sampled_experts(views, rollout) if source == "recorded" else record_experts(policy, rollout, views)
@@ -249,7 +249,7 @@ def correct(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> tupl
     )
     batch = make_batch(run, samples.rollout, logps, rows, weights)
     likelihood = run.recipe.likelihood
-    if likelihood.exact_ratios or not likelihood.is_random:  # random masks would belong to no denoising step
+    if likelihood.exact_ratios or not likelihood.is_random:  # random masks match no denoising step
         metrics |= step_metrics(
             stats.log_mismatch, rows.completion & (rows.metric_weights > 0)[:, None], stats.unmask_step
         )
@@ -313,7 +313,7 @@ def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dic
 
     Their metrics are named `trained/*` instead of `rollout_corr/*`.
     """
-    stats = rows.stats.among(rows.stats.mask)  # log_mismatch becomes 0 outside the mask
+    stats = rows.stats.among(rows.stats.mask)  # sets log_mismatch to 0 outside the mask
     weights = corrector.weight_fn(stats)
     metrics = weights.metrics
     if (stats.mask & stats.log_mismatch.isfinite()).any():  # a step may have no row to train on
@@ -405,7 +405,7 @@ def update(
     retain_graphs = view_logprobs.grad_fn is not None
     update_metrics = {"learning_rate": learning_rate}
     for iteration, batch in enumerate(batches):
-        optimizer.zero_grad(set_to_none=True)  # before scoring, which can use the memory
+        optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory before the forward
         if iteration:
             torch.clear_autocast_cache()  # its bf16 copies of the weights are older than the last optimizer step
             view_logprobs = likelihood.view_logprobs(

@@ -17,7 +17,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
-from dllm_rl.tasks.base import Problem, Task, check_filled
+from dllm_rl.tasks.base import Problem, Task, check_not_empty
 
 MAX_CHECKED_PROMPTS = 5000  # largest number of prompts per task that are tokenized before a run begins
 HISTORY = "reward_history.safetensors"  # file in a checkpoint
@@ -109,7 +109,7 @@ def fit_prompts(recipe: Recipe, policy: Policy, indices: Sequence[int]) -> tuple
 def check_tasks(recipe: Recipe) -> None:
     """Raise ValueError if a task has no problems. It needs no model."""
     for field in ("task", "validation_task", "eval_task"):
-        check_filled(field, getattr(recipe, field))
+        check_not_empty(field, getattr(recipe, field))
 
 
 def check_prompts(recipe: Recipe, policy: Policy) -> int:

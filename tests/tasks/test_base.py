@@ -98,7 +98,7 @@ def test_a_grader_is_given_what_it_asks_for():
     assert [reward.value for reward in grade(Quick(None), *given)] == [0.5, 0.25]
     assert [reward.value for reward in grade(Together(None), *given)] == [3.0, 1.5]
     assert [reward.value for reward in grade(Returning(Reward(1.0, True)), *given)] == [1.0, 1.0]  # asks for nothing
-    with pytest.raises(RuntimeError, match="raised on 2 texts together"):  # one by one no text fails
+    with pytest.raises(RuntimeError, match="raised on 2 completions in one call"):  # one by one no text fails
         grade(Together(None), (Problem("2+2="),), ("a", "bad"), costs)
     with pytest.raises(RuntimeError, match="missing 1 required positional argument: 'forwards'"):
         grade(Quick(None), (Problem("2+2="),), ("a",))

@@ -20,7 +20,7 @@ from dllm_rl.quantization.rollout_policy import quantizable_layers, skip_reasons
 from dllm_rl.quantization.schemes import FakeQuantize, int4_packed
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import autoregress, renoise, sampler_for, unmask
-from dllm_rl.tasks.base import check_filled
+from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import learning_rate_warnings
 from dllm_rl.training.dry_run.duration import HOST, PEAK, seconds, shares
 from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, most_graphs, shard_memory
@@ -199,7 +199,7 @@ def plan(recipe: Recipe) -> str:
     # machine.
     prompt_tokens = recipe.max_prompt_length or ASSUMED_PROMPT
     if policy.tokenizer is not None:
-        check_filled("task", recipe.task)
+        check_not_empty("task", recipe.task)
         problem = recipe.task[0]
         prompt_tokens = len(prompt_ids(policy, problem.prompt, problem.blank))
     check(recipe, policy, prompt_tokens)
