@@ -8,11 +8,11 @@ from collections import defaultdict
 from inspect import isgeneratorfunction
 
 import pytest
-from held import ROOT, benchmarks, docs, few_clues, gradients, late, latin, league, mismatch, recipes, studies
+from held import ROOT, benchmarks, docs, few_clues, gradients, late, latin, league, low_bits, mismatch, recipes, studies
 
 HOLDERS = [
     each
-    for module in (benchmarks, docs, few_clues, gradients, late, latin, league, mismatch, recipes, studies)
+    for module in (benchmarks, docs, few_clues, gradients, late, latin, league, low_bits, mismatch, recipes, studies)
     for each in vars(module).values()
     if isgeneratorfunction(each) and each.__module__ == module.__name__ and each.__code__.co_argcount == 0
 ]

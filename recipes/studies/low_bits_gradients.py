@@ -1,9 +1,9 @@
 """What do four-bit rollouts do to the policy gradient of a pretrained diffusion model: bias, noise, or worse samples?
 
-The model, batches and int4 scheme are those of low_bits.py, at the checkpoint of smollm2_diffusion_sft.py, where
-training begins. For each of 32 batches the same prompts are completed by the learner's own weights and by the int4
-copy; then every corrector makes the gradient of the int4 completions. A corrector can only mend the first of three
-numbers:
+The model, the int4 scheme and the settings are those of low_bits.py, at the checkpoint of smollm2_diffusion_sft.py,
+where training begins; a batch has 4 prompts of 8 completions. For each of 32 batches the same prompts are completed by
+the learner's own weights and by the int4 copy; then every corrector makes the gradient of the int4 completions. A
+corrector can only mend the first of three numbers:
 
     bias      squared distance of the mean gradient from that of the learner's own completions, as a share of the
               latter's squared norm; 0 is none, and 1 is as far as no gradient at all
@@ -77,7 +77,7 @@ def gradient(run: StepContext[Any], samples: Any, number: int) -> Tensor:
 
 def measure(numbers: range) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
     """By arm the gradients (M, D) of the batches, and by sampler their mean rewards."""
-    recipe = replace(STUDY.base, seed=0)
+    recipe = replace(STUDY.base, seed=0, train_batch_size=4)
     accelerator = make_accelerator()
     policy = build_policy(recipe, accelerator.device)
     add_lora(policy, recipe.lora())
@@ -152,19 +152,34 @@ def rows_of(products: dict[str, Tensor], cross: dict[str, Tensor]) -> list[dict[
     ]
 
 
+def rounded(products: Tensor) -> list[list[float]]:
+    return [[float(f"{product:.7g}") for product in row] for row in products.tolist()]
+
+
 def shown(value: Any) -> str:
     return value if isinstance(value, str) else f"{value[0]:.2f}±{value[1]:.2f}"
 
 
-def report() -> None:
-    """Print the table of the stored run."""
-    stored = read_json(STORED)
+def table(stored: dict[str, Any]) -> str:
+    """Return the table of a stored run."""
     products, cross = (
-        {arm: torch.tensor(m, dtype=torch.float64) for arm, m in stored[k].items()} for k in ("products", "cross")
+        {arm: torch.tensor(matrix, dtype=torch.float64) for arm, matrix in stored[kind].items()}
+        for kind in ("products", "cross")
     )
-    print(markdown([{key: shown(value) for key, value in row.items()} for row in rows_of(products, cross)]))
+    return markdown([{key: shown(value) for key, value in row.items()} for row in rows_of(products, cross)])
+
+
+def lost_reward(stored: dict[str, Any]) -> str:
+    """Return the mean reward of the int4 completions less that of the learner's own, with its interval."""
     lost = torch.tensor(stored["rewards"]["int4"]) - torch.tensor(stored["rewards"][OWN])
-    print(f"reward {lost.mean().item():.3f}±{2.04 * lost.std().item() / len(lost) ** 0.5:.3f}")
+    return f"{lost.mean().item():.3f}±{2.04 * lost.std().item() / len(lost) ** 0.5:.3f}"
+
+
+def report() -> None:
+    """Print the table and the lost reward of the stored run."""
+    stored = read_json(STORED)
+    print(table(stored))
+    print("reward", lost_reward(stored))
 
 
 def main() -> None:
@@ -172,8 +187,8 @@ def main() -> None:
     gradients, rewards = measure(BATCHES)
     own = gradients[OWN]
     kept = {
-        "products": {arm: (each @ each.T).tolist() for arm, each in gradients.items()},
-        "cross": {arm: (each @ own.T).tolist() for arm, each in gradients.items()},
+        "products": {arm: rounded(each @ each.T) for arm, each in gradients.items()},
+        "cross": {arm: rounded(each @ own.T) for arm, each in gradients.items()},
     }
     write_json(STORED, {"batches": [BATCHES.start, BATCHES.stop], "rewards": rewards} | kept)
     report()
