@@ -13,12 +13,12 @@ from dllm_rl.evaluation.lm_eval import HarnessModel
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.by_name import READERS, read_rank, required_rank
 
-from lm_eval.__main__ import cli_evaluate  # isort: skip - HarnessModel's module says what to install if it is missing
+from lm_eval.__main__ import cli_evaluate  # isort: skip - after HarnessModel, whose module says what to install
 from lm_eval.api.registry import register_model  # isort: skip
 
 
 @register_model("dllm_rl")
-class NamedModel(HarnessModel):
+class CommandLineModel(HarnessModel):
     """Model of `--model dllm_rl --model_args pretrained=FOLDER,NAME=VALUE,...`.
 
     The harness calls it with the names in --model_args, and adds batch_size, max_batch_size and device.
@@ -38,7 +38,7 @@ class NamedModel(HarnessModel):
         dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str = 1,
-        max_batch_size: int | None = None,  # unused: the harness passes it
+        max_batch_size: int | None = None,  # not used, but the harness always passes it
         greedy: bool = True,
         seed: int = 0,
         **options: Any,
@@ -48,9 +48,9 @@ class NamedModel(HarnessModel):
         model = Namespace(model=str(pretrained), maker=None, dtype=dtype, device=device, verify_checkpoint="full")
         policy = open_policy(model)
         likelihood = likelihood or ("causal" if policy.spec.attention == "causal" else "elbo")
-        makers = CHOICES["likelihood"]
-        if likelihood not in makers:
-            raise ValueError(f"likelihood={likelihood!r} is not one of {', '.join(makers)}")
+        estimators = CHOICES["likelihood"]
+        if likelihood not in estimators:
+            raise ValueError(f"likelihood={likelihood!r} is not one of {', '.join(estimators)}")
         scoring: dict[str, Any] = {}
         sampling: dict[str, Any] = {"temperature": 0.0}  # as in `dllm-rl evaluate`; autoregress's default is 1.0
         for name, value in options.items():
@@ -62,11 +62,11 @@ class NamedModel(HarnessModel):
             sampling.setdefault("rank", read_rank(rank))
         sampler = sampler_for(policy)
         check(sampler.__name__, inspect.signature(sampler).bind_partial, sampling)
-        check(likelihood, inspect.signature(makers[likelihood]).bind, scoring)
+        check(likelihood, inspect.signature(estimators[likelihood]).bind, scoring)
         super().__init__(
             policy,
             sampler=partial(sampler, **sampling),
-            likelihood=makers[likelihood](**scoring),
+            likelihood=estimators[likelihood](**scoring),
             batch_size=int(batch_size),
             greedy=greedy,
             seed=seed,

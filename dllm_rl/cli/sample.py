@@ -40,11 +40,11 @@ def complete(
 
     Args:
         policy: Policy that completes the problems.
-        problems: Problems. If a problem has a `blank`, its occurrences in the prompt are filled in.
+        problems: Problems. If a problem has a `blank`, every occurrence of that text in its prompt is filled in.
         options: Settings of the policy's sampler. None means the sampler's default.
         group_size: Completions of each problem. Default: 1.
         seed: Seed of the sampler. Default: 0.
-        seconds_per_step: Draw each step on the terminal, and wait for this time. None (default): draw nothing.
+        seconds_per_step: Show each step on the terminal, and wait for this time. None (default): show nothing.
 
     Raises:
         ValueError: There are no problems, or an option belongs to other models.
@@ -55,12 +55,12 @@ def complete(
     options = check_options(policy, {name: value for name, value in options.items() if value is not None})
     sampler = partial(sampler_for(policy), **options)
     texts = [shown_prompt(problem) for problem in problems for _ in range(group_size)]
-    began = time.perf_counter()  # after the prompts, whose encoding is not the model's work
+    began = time.perf_counter()  # the encoding of the prompts is not timed
     if seconds_per_step is None or sampler.func is autoregress:  # autoregress has no on_step
         rollout = sampler(policy, prompts, generator_for(seed))
     else:
-        with live_view(policy, texts, seconds_per_step) as draw_step:
-            rollout = sampler(policy, prompts, generator_for(seed), on_step=draw_step)
+        with live_view(policy, texts, seconds_per_step) as show_step:
+            rollout = sampler(policy, prompts, generator_for(seed), on_step=show_step)
     seconds = time.perf_counter() - began
     record = to_record(policy, rollout, texts, seconds=seconds, is_filled=problems[0].blank is not None)
     dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
@@ -108,18 +108,18 @@ def check_options(policy: Policy, options: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def live_view(policy: Policy, texts: Sequence[str], seconds_per_step: float) -> Iterator[Callable[[Rollout], None]]:
-    """Yield a function that draws a rollout on the terminal, and waits."""
+    """Yield a function that shows a rollout on the terminal, and waits."""
     with Live(console=Console(), auto_refresh=False, vertical_overflow="visible") as screen:
 
-        def draw_step(rollout: Rollout) -> None:
+        def show_step(rollout: Rollout) -> None:
             screen.update(render(policy, rollout, texts), refresh=True)
             time.sleep(seconds_per_step)
 
-        yield draw_step
+        yield show_step
 
 
 def print_record(record: dict[str, Any], *, as_json: bool) -> None:
-    """Print the record as one JSON object; or print the completions, and counts and speed to standard error."""
+    """Print the record as one JSON object, or else the completions, with counts and speed on standard error."""
     if as_json:
         print(json.dumps(record))
         return

@@ -9,7 +9,7 @@ the tokens y_S,
     log P(S, y_S | state) = sum_{i in S} log p_i(y_i) + sum_{j masked, not in S} log F_j(c),
     c = min_{i in S} conf_i(y_i),   F_j(c) = sum_v p_j(v) [token v at position j ranks below S].
 c is the cutoff. Token v at j ranks below S if conf_j(v) < c. Ties go to the leftmost position: conf_j(v) = c ranks
-below S if j is to the right of the position whose confidence is c. docs/methods.md explains the tag [ours].
+below S if j is to the right of the position whose confidence is c. The tag [ours] is explained in docs/methods.md.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from dllm_rl.models.base import Policy
 from dllm_rl.models.logprobs import TokenLogprob, chunked, process, upcast
 from dllm_rl.types import SamplingParams
 
-# Log-prob, in nats, of an order that a policy cannot choose. Below it the log-prob is clamped, and so has no gradient.
+# Lower limit, in nats, of each log F_j. At the limit it has no gradient.
 MIN_LOGPROB = -20.0
 
 
@@ -83,7 +83,7 @@ def commit_cutoff(
 def draw_index(
     noisy_scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], chosen: Bool[Tensor, "B L"]
 ) -> Int[Tensor, "B L"]:
-    """Return which draw of its step (0 first) chose each position.
+    """Return each position's place in the order of draws (0 first); positions that were not chosen come last.
 
     It is 0 in a row whose masked positions are all chosen, because nothing depends on their order.
     """
@@ -96,7 +96,7 @@ def draw_logprobs_of_rows(
     masked: Bool[Tensor, "B L"],
     chosen: Bool[Tensor, "B L"],
 ) -> Float[Tensor, "B L"]:
-    """Return `plackett_luce_logprobs` of every masked position. Shapes do not depend on the data (compiled steps)."""
+    """Return `plackett_luce_logprobs` of every masked position, in fixed shapes, for compiled steps."""
     candidates = masked[:, None, :] & (draw_index[:, None, :] >= draw_index[:, :, None])
     denominator = scores[:, None, :].masked_fill(~candidates, -torch.inf).logsumexp(-1)
     return torch.where((chosen == masked).all(-1, keepdim=True) | ~masked, 0, scores - denominator)
@@ -111,8 +111,9 @@ def plackett_luce_logprobs(
 ) -> Float[Tensor, " C"]:
     """Return Plackett-Luce log-probs of the drawn positions i: scores_i - log sum_m exp(scores_m), in nats.
 
-    The sum covers the positions m of the same step that are drawn with i or later. The result is 0 if the step drew all
-    its positions: nothing depends on their order, so that its log-prob would only add noise to every ratio.
+    The sum covers i and the positions of its step that are not yet drawn when i is drawn, also those that are never
+    drawn. The result is 0 if the step drew all its positions: their order has no effect, and its log-prob would only
+    add noise to every ratio.
 
     Args:
         scores: Scores of K positions.
@@ -126,7 +127,7 @@ def plackett_luce_logprobs(
     candidate_scores = scores[members].masked_fill(~candidates, -torch.inf)
     peak = candidate_scores.detach().amax(-1, keepdim=True)
     mass = (candidate_scores - peak).exp()
-    while mass.shape[-1] > 1:  # a fixed tree of sums, which further empty slots do not change
+    while mass.shape[-1] > 1:  # sums pairwise, so that empty slots do not change the rounding
         mass = mass[:, : mass.shape[-1] // 2] + mass[:, mass.shape[-1] // 2 :]
     logprobs = scores[drawn] - peak[:, 0] - mass[:, 0].log()
     drawn_ids = step_ids[drawn]  # in ascending order too
@@ -211,7 +212,7 @@ class _StayMaskedLogprob(torch.autograd.Function):
 def score_stay_masked(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor]]:
     """Return the function that computes `stay_masked_logprobs` of one chunk of rows.
 
-    `backward_chunked` calls it too.
+    The returned function is also called by `backward_chunked`.
     """
 
     def score_chunk(
@@ -264,7 +265,7 @@ def token_logprobs_and_confidences(
 def score_committed(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the function that computes `token_logprobs_and_confidences` of one chunk of rows.
 
-    `backward_chunked` calls it too.
+    The returned function is also called by `backward_chunked`.
     """
 
     def score_chunk(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

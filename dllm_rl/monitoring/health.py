@@ -6,10 +6,10 @@ BACKWARDS = 0.005  # largest contribution of a sign of A, averaged over tokens, 
 SIGNS = {"positive": "A>0", "negative": "A<0"}
 EQUAL_REWARD_STEPS = 20  # steps in a row without a group whose rewards differ
 DIRECTION = "update/direction"  # cosine of advantages and changes of log-prob, measured after some updates
-# Threshold of the mean of MEASURED consecutive values. In six small runs of 20 or 30 steps its minimum was -0.22
-# with the right sign of the loss, and -0.37 to -0.81 with the wrong sign [ours].
+# Threshold of the mean of DIRECTION_WINDOW consecutive values. In six small runs of 20 or 30 steps its minimum was
+# -0.22 with the right sign of the loss, and -0.37 to -0.81 with the wrong sign [ours].
 BACKWARDS_MEAN = -0.25
-MEASURED = 3
+DIRECTION_WINDOW = 3
 
 
 def health(
@@ -22,11 +22,11 @@ def health(
 
     Args:
         metrics: Metrics of the step.
-        direction: Mean of the last MEASURED values of `update/direction`. Default: 0.
+        direction: Mean of the last DIRECTION_WINDOW values of `update/direction`. Default: 0.
         first_ess: ESS of the run's first step, if ratios are estimated. None (default): they are exact.
     """
     if direction < BACKWARDS_MEAN:
-        trend = f"{DIRECTION} {direction:.2g} on average of {MEASURED}"
+        trend = f"{DIRECTION} {direction:.2g} on average of {DIRECTION_WINDOW}"
         return (
             "backwards",
             f"worse answers become likelier, {trend}: is the sign of the loss or of the advantages wrong?",

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from dllm_rl.monitoring.health import DIRECTION, MEASURED, health
+from dllm_rl.monitoring.health import DIRECTION, DIRECTION_WINDOW, health
 from dllm_rl.screen import escape_controls, literal
 
 SHOWN = {
@@ -31,7 +31,7 @@ SHOWN = {
     "eval/loss": "held-out loss",
 }
 BLOCKS = "▁▂▃▄▅▆▇█"
-COLORS = {  # of the levels of `health`; "estimated" is no judgment
+COLORS = {  # by level of `health`; "estimated" is neither good nor bad
     "healthy": "green",
     "mild": "yellow",
     "estimated": "",
@@ -50,7 +50,7 @@ def progress_bar(console: Console, description: str, total: int, *, completed: i
 
 
 class ProgressDisplay:
-    """Steps, times, a curve and the health of the training-inference mismatch, in 80 columns. Call it once per step."""
+    """Steps, times, a curve and the size of the training-inference mismatch, in 80 columns. Call it once per step."""
 
     def __init__(
         self,
@@ -77,12 +77,12 @@ class ProgressDisplay:
         self.exact = exact
         self.first_ess = None if exact else next((row[ESS] for row in past if ESS in row), None)
         self.metrics: dict[str, float] = {}
-        self.directions = deque[float](maxlen=MEASURED)
+        self.directions = deque[float](maxlen=DIRECTION_WINDOW)
         self.stage = stage
         console = bar.console
         self.live = Live(self, console=console)
         if console.is_interactive and not console.quiet and not bar.finished:
-            self.live.start()  # a file gets printed lines only: a bar would be noise
+            self.live.start()  # on a terminal only: a file gets plain lines
             atexit.register(console.show_cursor)  # also after an error
 
     @property
@@ -90,7 +90,7 @@ class ProgressDisplay:
         return self.bar.tasks[0]
 
     def __call__(self, metrics: dict[str, float], *, show: bool, close: bool = False) -> None:
-        """Count one step, or with `close` end the display without one; with `show` also print a line that stays."""
+        """Count one step; with `close`, count none and end the display. With `show`, also print a permanent line."""
         self.metrics |= metrics
         if not self.exact and self.first_ess is None:
             self.first_ess = metrics.get(ESS)
@@ -107,8 +107,8 @@ class ProgressDisplay:
 
     @property
     def direction(self) -> float:
-        """Mean of the last MEASURED values of `update/direction`; 0 while there are fewer."""
-        return math.fsum(self.directions) / MEASURED if len(self.directions) == MEASURED else 0.0
+        """Mean of the last DIRECTION_WINDOW values of `update/direction`; 0 while there are fewer."""
+        return math.fsum(self.directions) / DIRECTION_WINDOW if len(self.directions) == DIRECTION_WINDOW else 0.0
 
     def line(self, metrics: dict[str, float]) -> str:
         task = self.task
@@ -141,7 +141,7 @@ class ProgressDisplay:
 
 
 def sparkline(values: Sequence[float], *, width: int = 30) -> str:
-    """The values as at most `width` blocks, from the lowest to the highest; more values are averaged."""
+    """At most `width` blocks, in the order of the values, which are averaged if there are more. The highest is full."""
     count = min(width, len(values))
     means = []
     for place in range(count):
@@ -159,6 +159,6 @@ def one_line(metrics: dict[str, float], *, direction: float = 0.0, first_ess: fl
     said = [f"{short} {metrics[name]:.3g}" for name, short in known.items() if name in metrics]
     if found := health(metrics, direction=direction, first_ess=first_ess):
         subject = "updates" if found[0] == "backwards" else "mismatch"
-        short = {"healthy": "healthy", "estimated": found[1]}
-        said.append(short.get(found[0], f"{subject} {found[0]} ({found[1]})"))
+        health_texts = {"healthy": "healthy", "estimated": found[1]}
+        said.append(health_texts.get(found[0], f"{subject} {found[0]} ({found[1]})"))
     return "  ".join(said)

@@ -78,15 +78,15 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[GradedCo
     while num_draws < recipe.max_num_gen_batches and not has_unequal_rewards(component_rewards).all():
         has_equal_rewards = ~has_unequal_rewards(component_rewards)
         indices = prompt_indices(recipe, history, step, num_draws)
-        group_index = local(has_equal_rewards, accelerator).nonzero()[:, 0]
-        if len(group_index):  # another process may have groups to redraw even if this process has none
+        group_indices = local(has_equal_rewards, accelerator).nonzero()[:, 0]
+        if len(group_indices):  # another process may have groups to redraw even if this process has none
             redrawn_rollout, redrawn_answers, redrawn_rewards, _ = draw_and_grade(
-                run, step, num_draws, indices, group_index
+                run, step, num_draws, indices, group_indices
             )
-            local_rewards[group_index] = redrawn_rewards
+            local_rewards[group_indices] = redrawn_rewards
             num_tokens += count_tokens(redrawn_answers)
             columns = torch.arange(recipe.num_generations)
-            rows = rearrange(group_index[:, None] * recipe.num_generations + columns, "p g -> (p g)")
+            rows = rearrange(group_indices[:, None] * recipe.num_generations + columns, "p g -> (p g)")
             for row, redrawn_answer in zip(rows.tolist(), redrawn_answers, strict=True):
                 answers[row] = redrawn_answer
             (rows,) = send(accelerator.device, rows)
@@ -118,7 +118,7 @@ def compiled_graphs(recipe: Recipe) -> dict[str, float]:
     """Return how many graphs this process has compiled, if rollouts are compiled. A growing number means new shapes."""
     if not (recipe.torch_compile or getattr(recipe.sampler, "keywords", {}).get("compile_step")):
         return {}
-    from torch._dynamo.utils import counters  # slow to import; torch has done it if it compiled
+    from torch._dynamo.utils import counters  # slow, but already imported if torch compiled anything
 
     return {"rollout/compiled_graphs": float(counters["stats"]["unique_graphs"])}
 
@@ -128,17 +128,19 @@ def draw_and_grade(
     step: int,
     draw: int,
     indices: Int[Tensor, " P"],  # of the draw's prompts, over all processes
-    group_index: Tensor,  # this process's groups to draw
+    group_indices: Tensor,  # this process's groups to draw
 ) -> tuple[Rollout, list[GradedCompletion], Float[Tensor, "p G K"], int]:
     """Call `sample_and_grade` for the prompts of some of this process's groups; also return how many prompts
     were replaced because they were too long.
     """
     recipe, accelerator = run.recipe, run.accelerator
-    problems, num_replaced = fit_prompts(recipe, run.rollout_policy, local(indices, accelerator)[group_index].tolist())
+    problems, num_replaced = fit_prompts(
+        recipe, run.rollout_policy, local(indices, accelerator)[group_indices].tolist()
+    )
     key = (recipe.seed, "rollout", step, *([draw] if draw else []))
     seeds = local(row_seeds(generator_for(*key), len(indices) * recipe.num_generations), accelerator)
     # A group's seeds depend on its index, not on how many groups are redrawn.
-    group_seeds = rearrange(seeds, "(p g) -> p g", g=recipe.num_generations)[group_index]
+    group_seeds = rearrange(seeds, "(p g) -> p g", g=recipe.num_generations)[group_indices]
     rollout, answers, rewards = sample_and_grade(run, problems, group_seeds, key)
     return rollout, answers, rewards, num_replaced
 
@@ -165,8 +167,8 @@ def sample_and_grade(
     group_size = recipe.num_generations
     with run.log.stage("rollout"), arithmetic(recipe, run.accelerator):
         prompts = encode(rollout_policy, problems, group_size=group_size, seeds=seeds.flatten().tolist())
-        # Each row draws from a seed of its own, so that the split does not change the result. The generator, equal for
-        # all batches, serves samplers of a user that ignore the seeds.
+        # Each row draws from a seed of its own, so that the split does not change the result. The generator, the same
+        # for all batches, is for user-defined samplers that ignore the seeds.
         batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)
         rollouts = [recipe.sample(rollout_policy, batch, generator_for(*key)) for batch in batches]
         rollout = rollouts[0] if len(rollouts) == 1 else Rollout.concatenate(rollouts, pad_id=rollout_policy.pad_id)
@@ -185,17 +187,17 @@ def sample_and_grade(
     answers = []
     reward_rows = []
     for row, (completion, reward) in enumerate(zip(completions, row_rewards, strict=True)):
-        group_index = row // group_size
+        group_indices = row // group_size
         num_before_end = costs[row].tokens
         ends = num_before_end < len(completion_ids[row])
         answer = GradedCompletion(
-            problem=problems[group_index],
+            problem=problems[group_indices],
             completion=completion,
             reward=reward,
             num_tokens=len(completion_ids[row]),
             length=num_before_end + ends,
             ends=ends,
-            prompt_length=prompt_lengths[group_index],
+            prompt_length=prompt_lengths[group_indices],
             forwards=costs[row].forwards,
         )
         answers.append(answer)

@@ -113,7 +113,7 @@ def test_a_cache_answers_what_it_holds(model, folder, monkeypatch):
     command = ("--tasks", "my_sudoku", "--use_cache", str(folder / "answers"))
     first = asked(monkeypatch, folder, f"pretrained={model}", *command)
     monkeypatch.setattr(
-        harness.NamedModel, "sampler", property(lambda self: 1 / 0, lambda self, value: None), raising=False
+        harness.CommandLineModel, "sampler", property(lambda self: 1 / 0, lambda self, value: None), raising=False
     )
     again = asked(monkeypatch, folder, f"pretrained={model}", *command)
     assert first[0]["my_sudoku"] == again[0]["my_sudoku"]
@@ -131,16 +131,18 @@ def test_choices_are_scored_by_the_estimator_that_is_named(model, causal_model, 
 
 
 def test_the_names_of_model_args(model, causal_model):
-    made = harness.NamedModel(
+    made = harness.CommandLineModel(
         model, batch_size="3", diffusion_steps=2, commit="threshold=0.5", **{"likelihood.num_samples": 6}
     )
     assert made.batch_size == 3 and made.likelihood.name == "elbo"
     assert made.likelihood.factory.keywords == {"num_samples": 6}
     assert made.sampler.keywords["commit"].keywords == {"tau": 0.5} and made.sampler.keywords["diffusion_steps"] == 2
-    causal = harness.NamedModel(causal_model)
+    causal = harness.CommandLineModel(causal_model)
     assert causal.likelihood.name == "causal" and causal.sampler.keywords == {"temperature": 0.0}
-    assert harness.NamedModel(model, commit="entropy_bound=0.5").sampler.keywords["rank"] is entropy, "its own rank"
-    assert get_model("dllm_rl") is harness.NamedModel
+    assert harness.CommandLineModel(model, commit="entropy_bound=0.5").sampler.keywords["rank"] is entropy, (
+        "its own rank"
+    )
+    assert get_model("dllm_rl") is harness.CommandLineModel
     assert get_model("dummy").__name__ == "DummyLM", "the harness's own are still there"
 
 
@@ -158,7 +160,7 @@ def test_the_names_of_model_args(model, causal_model):
 )
 def test_refusals(model, settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        harness.NamedModel(model, **settings)
+        harness.CommandLineModel(model, **settings)
 
 
 def test_a_refusal_is_one_line(folder, monkeypatch, capsys):
