@@ -18,6 +18,7 @@ from dllm_rl.diagnostics.trace_check import as_json, check_trace, report_table
 from dllm_rl.diagnostics.traces import read_trace, write_trace
 from dllm_rl.models.base import copied
 from dllm_rl.samplers import rules
+from dllm_rl.samplers.revise import remask
 from dllm_rl.types import Prompts, SamplingParams
 
 OPTIONS = {"max_new_tokens": 8, "diffusion_steps": 4, "block_size": 4, "temperature": 0.7, "rank": rules.max_prob}
@@ -78,8 +79,8 @@ def shifted(rollout, by):
 FAULTS = {
     "temperature": (lambda: params(sampled(), temperature=1.0), "temperature", "temperature 0.7"),
     "top_k not recorded": (lambda: params(sampled(top_k=3), top_k=None), "filters", "top_k=3"),
-    "top_p not recorded": (lambda: params(sampled(top_p=0.7), top_p=None), "filters", "top_p=0.7"),
-    "log-probs before filters": (lambda: params(sampled(), top_p=0.7), "filters", "before the recorded filters"),
+    "top_p not recorded": (lambda: params(sampled(top_p=0.8), top_p=None), "filters", "top_p=0.8"),
+    "log-probs before filters": (lambda: params(sampled(), top_p=0.8), "filters", "before the recorded filters"),
     "stale weights": (lambda: sampled(moved_weights()), "weights", "other weights"),
     "before its block": (lambda: steps(sampled(), 0, {7: 0}), "block", "before its block's turn, first in row 0"),
     "after its block": (lambda: steps(sampled(), 1, {0: 3}), "block", "after the next block had begun"),
@@ -94,7 +95,9 @@ FAULTS = {
     ),
     "a negative step": (lambda: steps(sampled(), 0, {2: -1}), "steps", "a token of the completion has no step"),
     "a step missing": (
-        lambda: replace(sampled(), unmask_step=sampled().unmask_step * 2, forwards=0),
+        lambda: replace(
+            sampled(), unmask_step=torch.where(sampled().unmask_step == 3, 5, sampled().unmask_step), forwards=0
+        ),
         "steps",
         "the steps before it are missing",
     ),
@@ -132,7 +135,7 @@ CLEAN = {
     "late schedule, more steps than positions": {"commit": rules.late_schedule, "diffusion_steps": 12},
     "origin": {"rank": rules.random, "commit": rules.origin, "diffusion_steps": 8},
     "soft threshold": {"commit": partial(rules.soft_threshold, tau=0.3)},
-    "threshold, top_p": {"commit": partial(rules.threshold, tau=0.3), "top_p": 0.7},
+    "threshold, top_p": {"commit": partial(rules.threshold, tau=0.3), "top_p": 0.8},
 }
 
 
@@ -147,10 +150,16 @@ def test_other_models_and_rewriting_samplers_have_no_fault():
     causal = tiny_llama(**SIZES, causal=True, head_std=0.15)
     rollout = sampled(causal, autoregress, max_new_tokens=5, temperature=0.7)
     assert check_trace(causal, rollout).ok
-    backwards = torch.where(rollout.completion_mask, rollout.unmask_step.amax() - rollout.unmask_step, -1)
+    backwards = torch.where(
+        rollout.completion_mask, rollout.unmask_step.amax(-1, keepdim=True) - rollout.unmask_step, -1
+    )
     assert named(check_trace(causal, replace(rollout, unmask_step=backwards))) == {"order"}
+    rewritten = sampled(rank=rules.random, commit=partial(remask, eta=0.2), block_size=8)
+    assert rewritten.events is not None and check_trace(model(), rewritten).ok
+    with pytest.raises(ValueError, match="this sampler rewrites tokens"):
+        write_trace("a.jsonl", rewritten)
     blocks = block_causal()
-    assert check_trace(blocks, sampled(blocks, block_size=2)).ok
+    assert check_trace(blocks, sampled(blocks, block_size=2, diffusion_steps=8)).ok
 
 
 def test_differences_and_their_ranges_by_hand():
@@ -301,7 +310,7 @@ REFUSED = {
 def test_a_hostile_line_is_refused_in_one(tmp_path, name):
     row, said = REFUSED[name]
     (tmp_path / "a.jsonl").write_text(row if isinstance(row, str) else json.dumps(row))
-    with pytest.raises(ValueError, match="a.jsonl") as error:
+    with pytest.raises(ValueError, match=r"a\.jsonl") as error:
         read_trace(tmp_path / "a.jsonl", block_size=4 if "choices" in str(row) or "text" in name else None)
     assert said in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
 
