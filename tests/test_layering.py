@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "diagnostics": "files screen types algorithms models likelihoods quantization samplers",
     "evaluation": "files rng screen tasks types members distributed models likelihoods quantization samplers",
     "recipe": "bounds callbacks renamed tasks types algorithms members models likelihoods quantization samplers",
-    "testing": "types algorithms models likelihoods quantization samplers",
+    "testing": "types algorithms models likelihoods quantization samplers diagnostics",
     # floor 5
     "presets": "algorithms likelihoods members models recipe samplers screen",
     "config": "bounds renamed screen members presets recipe",

@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="dllm-rl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_sample, add_evaluate, add_grade, add_lm_eval, add_doctor, add_verify, add_stop):
+    for add in (add_sample, add_evaluate, add_grade, add_lm_eval, add_doctor, add_check_trace, add_verify, add_stop):
         add(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -356,6 +356,29 @@ def doctor(arguments: argparse.Namespace) -> int:
     report = diagnose(policy, scheme, prompts=prompts, sampler=sampler, seed=arguments.seed)
     write_doctor(report, as_json=arguments.json, directory=arguments.output_dir and Path(arguments.output_dir))
     return int(arguments.bound is not None and report.worst > arguments.bound)
+
+
+def add_check_trace(commands: argparse._SubParsersAction) -> None:
+    about = "replay an engine's rollouts; exit with 1 if steps are impossible or log-probs are not the model's"
+    sub = commands.add_parser("check-trace", help=about)
+    sub.add_argument("file", help="a trace (.safetensors, .jsonl), or responses of SGLang, vLLM or NeMo-RL (.jsonl)")
+    sub.add_argument("--model", required=True, help="a checkpoint's or a run's folder, with the weights that sampled")
+    sub.add_argument("--block_size", type=int, help="positions of a block of the engine; only responses need it")
+    sub.add_argument("--block_steps", type=int, help="of vLLM: steps of a block (default: one per position)")
+    sub.add_argument("--temperature", type=float, help="default: as recorded; 1 for responses")
+    sub.add_argument("--top_k", type=int, help="default: as recorded")
+    sub.add_argument("--top_p", type=float, help="default: as recorded")
+    sub.add_argument("--bound", type=float, default=0.02, help="mean |d| that rounding may cause, nats (default 0.02)")
+    sub.add_argument("--batch_size", type=int, default=32, help="completions at a time (default 32)")
+    add_model_options(sub, maker="--make_model")
+    sub.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    sub.set_defaults(run=check_trace)
+
+
+def check_trace(arguments: argparse.Namespace) -> int:
+    from dllm_rl.cli.check_trace import check_trace_command
+
+    return check_trace_command(arguments)
 
 
 def add_verify(commands: argparse._SubParsersAction) -> None:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from dllm_rl.models.base import Policy
 
 
-def add_model_options(sub: argparse.ArgumentParser) -> None:
+def add_model_options(sub: argparse.ArgumentParser, *, maker: str = "--model") -> None:
     made_by = "makes the policy of a custom module, which takes the checkpoint's weights"
-    sub.add_argument("--model", dest="maker", metavar="MODULE:FUNCTION", help=made_by)
+    sub.add_argument(maker, dest="maker", metavar="MODULE:FUNCTION", help=made_by)
     dtypes = ("float32", "bfloat16", "float16", "auto")
     sub.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights (default auto: as stored)")
     sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator, where there is one)")

@@ -1,0 +1,461 @@
+"""Traces: rollouts of a diffusion model on disk, written by this library or by an inference engine.
+
+In memory a trace is a `Rollout`. On disk it has one of two forms, chosen by the file's suffix:
+
+- `.safetensors`: the fields of TRACE_TENSORS as tensors (B, T), and the settings as JSON in the metadata `trace`.
+- `.jsonl`: a line per completion, with its settings and these fields as lists over the row's tokens, without padding.
+
+The settings are `format` ("dllm_rl_trace"), `version`, `group_size`, `weights_version`, `forwards`, `temperature`,
+`top_k`, `top_p`, `suppress`, `rank` and `order` (`Order.rank_name`, `Order.probability`). Log-probs are in nats, under
+the distribution that the token was drawn from; null (NaN in memory) means that the engine recorded none. Experts, the
+support of a filter and the log-prob of an order are not stored.
+
+A `.jsonl` file may instead hold the responses of an engine, one for each line (ENGINE_FORMATS):
+
+- sglang: a `/generate` response with `meta_info.step_maps`, merged with its request, whose `input_ids` are the prompt.
+  Read in the thread of SGLang's PR 27943 and in public copies of its code and test: steps count from 1 within a block
+  and grow only when a token is written; blocks are aligned to the first token of the prompt. The thread names no
+  log-probs. That `output_token_logprobs` would be those of the write is not verified.
+- nemo_rl: the same response with `meta_info.output_token_reveal_steps`. Read in the design note and the code of a
+  public fork of NeMo-RL: steps count from 0 within a block, blocks from the first token of the response, and a forced
+  write has the largest number of steps, after a gap; `output_token_logprobs` are those of the write. A recorded
+  response of this fork was not available.
+- vllm: a completions response to `"logprobs": 0, "return_token_ids": true`. Read in the thread of vLLM's PR 48279 and
+  in a public copy of its sampler: with `selection_policy="leftmost"` each step of a canvas writes the leftmost
+  ceil(masked / steps left) positions, and the log-prob is that of the write, after the division by the temperature. No
+  steps are returned, so that rollouts of `low_confidence` cannot be replayed. With `logprobs` above 0 the numbers are
+  of the last denoising step. That top_k and top_p act before the temperature was seen only in a later copy.
+
+An engine that cuts a completion inside a block does not return the rest of the block, which the model saw. Replayed
+log-probs of that block then differ; ask for complete blocks.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dllm_rl.files import replacing, write_text
+from dllm_rl.types import Order, Rollout, SamplingParams
+
+FORMAT, VERSION = "dllm_rl_trace", 1
+MAX_BYTES = 2**28  # size of a file that is read
+MAX_INTEGER = 2**31  # of ids and counts, so that no sum overflows
+TRACE_TENSORS = {
+    "tokens": torch.int64,
+    "attention_mask": torch.bool,
+    "completion_mask": torch.bool,
+    "unmask_step": torch.int64,
+    "logprobs": torch.float32,
+    "block_first_step": torch.int64,
+}
+FILL = {"unmask_step": -1, "block_first_step": -1}  # outside the completion; other fields have 0
+OPTIONAL = ("logprobs", "block_first_step")
+STORED_ORDERS = ("deterministic", "independent")  # others need data that a trace does not hold
+
+
+class EngineFormat(NamedTuple):
+    """Where a response has the fields of a trace.
+
+    Attributes:
+        prompt: Path of the prompt's token ids.
+        tokens: Path of the completion's token ids.
+        logprobs: Path of its log-probs: numbers, or lists that begin with the number.
+        steps: Path of the steps, counted within a block. None: leftmost first.
+        first_step: Number of a block's first step.
+        has_gaps: Whether step numbers are left out on purpose.
+        blocks_from_prompt: Whether blocks count from the prompt's first token; else from the completion's.
+    """
+
+    prompt: str
+    tokens: str
+    logprobs: str
+    steps: str | None
+    first_step: int = 0
+    has_gaps: bool = False
+    blocks_from_prompt: bool = False
+
+
+ENGINE_FORMATS = {
+    "sglang": EngineFormat(
+        prompt="input_ids",
+        tokens="output_ids",
+        logprobs="meta_info.output_token_logprobs",
+        steps="meta_info.step_maps",
+        first_step=1,
+        blocks_from_prompt=True,
+    ),
+    "nemo_rl": EngineFormat(
+        prompt="input_ids",
+        tokens="output_ids",
+        logprobs="meta_info.output_token_logprobs",
+        steps="meta_info.output_token_reveal_steps",
+        has_gaps=True,
+    ),
+    "vllm": EngineFormat(
+        prompt="choices.0.prompt_token_ids",
+        tokens="choices.0.token_ids",
+        logprobs="choices.0.logprobs.token_logprobs",
+        steps=None,
+    ),
+}
+
+
+def write_trace(path: str | Path, rollout: Rollout) -> None:
+    """Write a rollout as a trace, to check it later with `dllm-rl check-trace` or to train elsewhere.
+
+    Args:
+        path: File to write, `.safetensors` or `.jsonl`.
+        rollout: Rollout of a sampler that writes every position once.
+
+    Raises:
+        ValueError: The suffix is another one, or the rollout has events that a trace cannot hold.
+    """
+    path = Path(path)
+    _check_suffix(path)
+    params, order = rollout.sampling_params, rollout.order
+    if rollout.events is not None or rollout.renoised is not None:
+        raise ValueError("a trace holds one write per position, and this sampler rewrites tokens: use another commit")
+    if params.support != "per_policy":
+        raise ValueError(f"support={params.support!r} is the learner's; write the rollout as it was sampled")
+    settings = {
+        "format": FORMAT,
+        "version": VERSION,
+        "group_size": rollout.group_size,
+        "weights_version": rollout.weights_version,
+        "forwards": rollout.forwards,
+        "temperature": params.temperature,
+        "top_k": params.top_k,
+        "top_p": params.top_p,
+        "suppress": list(params.suppress),
+        "rank": None if order is None else order.rank_name,
+        "order": "unknown" if order is None else order.probability,
+    }
+    tensors = {name: getattr(rollout, name) for name in TRACE_TENSORS if name != "block_first_step"}
+    if order is not None:
+        tensors["block_first_step"] = order.block_first_step
+    if not has_logprobs(rollout):
+        del tensors["logprobs"]
+    tensors = {name: x.detach().to("cpu", TRACE_TENSORS[name], copy=True).contiguous() for name, x in tensors.items()}
+    if path.suffix == ".safetensors":
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={"trace": json.dumps(settings)})
+        return
+    attended = tensors.pop("attention_mask")
+    lines = []
+    for row, mask in enumerate(attended):
+        lists = {name: x[row][mask].tolist() for name, x in tensors.items()}
+        lists["completion_mask"] = list(map(int, lists["completion_mask"]))
+        if "logprobs" in lists:
+            lists["logprobs"] = [x if math.isfinite(x) else None for x in lists["logprobs"]]  # JSON has no NaN
+        lines.append(json.dumps(settings | lists))
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def has_logprobs(rollout: Rollout) -> bool:
+    """Return whether the rollout has log-probs: an engine's trace may have NaN at every token."""
+    return not bool(rollout.logprobs[rollout.completion_mask].isnan().all())
+
+
+def read_trace(
+    path: str | Path,
+    *,
+    block_size: int | None = None,
+    block_steps: int | None = None,
+    sampling_params: SamplingParams | None = None,
+) -> Rollout:
+    """Read a trace of this library or of an engine; the module's text describes the formats.
+
+    Call it to check or to score rollouts that another process made. Padding has token id 0. No policy is needed, so
+    that token ids are not compared with a vocabulary (`check_trace` does).
+
+    Args:
+        path: File to read, `.safetensors` or `.jsonl`.
+        block_size: Positions of a block of the engine. Only engines' responses need it.
+        block_steps: Steps of a block of a vLLM response. None (default): one for each position.
+        sampling_params: Temperature and filters of the sampling distribution. None (default): those that are recorded;
+            for engines' responses, temperature 1 without filters.
+
+    Returns:
+        The rollout. Log-probs that the file lacks are NaN.
+
+    Raises:
+        ValueError: The file is no trace, a field is missing or has a wrong type, or lines do not fit together. The
+            message names file, line and field.
+    """
+    path = Path(path)
+    check_file(path)
+    for name, value in (("block_size", block_size), ("block_steps", block_steps)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    is_tensors = path.suffix == ".safetensors"
+    rollout = _read_safetensors(path) if is_tensors else _read_lines(path, block_size, block_steps)
+    return rollout if sampling_params is None else replace(rollout, sampling_params=sampling_params)
+
+
+def check_file(path: Path) -> None:
+    """Raise ValueError unless the path is a regular file with a trace's suffix, and not too large to be read."""
+    _check_suffix(path)
+    if not path.is_file():  # reading a FIFO would wait
+        raise ValueError(f"{path} is {'not a regular file' if path.exists() else 'missing'}; give a trace")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{path} has {size} bytes, more than {MAX_BYTES}; split it into several files")
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in (".safetensors", ".jsonl"):
+        raise ValueError(f"{path} must be a .safetensors or a .jsonl file")
+
+
+def _read_safetensors(path: Path) -> Rollout:
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("trace")
+            names = set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in TRACE_TENSORS if name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if text is None:
+        raise ValueError(f"{path} has no metadata 'trace'; write it with write_trace")
+    settings = _settings(_parsed(text, f"{path}: metadata 'trace'"), str(path))
+    for name, dtype in TRACE_TENSORS.items():
+        if name not in tensors:
+            if name not in OPTIONAL:
+                raise ValueError(f"{path}: the tensor {name} is missing; write it with write_trace")
+            continue
+        tensor = tensors[name]
+        if tensor.dtype != dtype or tensor.dim() != 2 or tensor.shape != tensors["tokens"].shape:
+            found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {name} is {found}; it must be {kind} of the shape (B, T) of tokens")
+    return _rollout(tensors, settings, str(path))
+
+
+def _read_lines(path: Path, block_size: int | None, block_steps: int | None) -> Rollout:
+    first: tuple[str, dict[str, Any]] | None = None
+    rows: list[dict[str, list]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        row = _parsed(line, where)
+        settings = _settings(row, where) if "format" in row else _settings(_UNRECORDED, where)
+        if first is None:
+            first = where, settings
+        if settings != first[1]:
+            name = next(name for name, value in settings.items() if value != first[1][name])
+            raise ValueError(f"{where}: {name}={settings[name]} differs from that of {first[0]}; split the file")
+        read = _own_row if "format" in row else _engine_row
+        lists = read(row, where, block_size=block_size, block_steps=block_steps)
+        if rows and (unlike := lists.keys() ^ rows[0].keys()):
+            raise ValueError(f"{where}: {min(unlike)} is in this line or in {first[0]}, not in both; split the file")
+        rows.append(lists)
+    if first is None:
+        raise ValueError(f"{path} has no rows; write it with write_trace")
+    return _rollout(_stacked(rows), first[1], str(path))
+
+
+def _stacked(rows: Sequence[Mapping[str, list]]) -> dict[str, Tensor]:
+    """Return tensors of rows of lists. Rows are padded so that their completions begin in the same column."""
+    starts = [row["completion_mask"].index(1) if 1 in row["completion_mask"] else len(row["tokens"]) for row in rows]
+    left = max(starts)
+    width = max(left - start + len(row["tokens"]) for start, row in zip(starts, rows, strict=True))
+    if len(rows) * width * 8 > MAX_BYTES:  # short rows beside a long one
+        raise ValueError(f"{len(rows)} rows of up to {width} tokens are too many for one trace; split the file")
+    names = [*rows[0], "attention_mask"]
+    tensors = {name: torch.full((len(rows), width), FILL.get(name, 0), dtype=TRACE_TENSORS[name]) for name in names}
+    for index, (start, row) in enumerate(zip(starts, rows, strict=True)):
+        columns = slice(left - start, left - start + len(row["tokens"]))
+        for name, tensor in tensors.items():
+            values = row[name] if name in row else [1] * len(row["tokens"])
+            tensor[index, columns] = torch.tensor(values, dtype=TRACE_TENSORS[name])
+    return tensors
+
+
+def _rollout(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], where: str) -> Rollout:
+    tokens, completion = tensors["tokens"], tensors["completion_mask"]
+    if not tokens.numel() or len(tokens) % settings["group_size"]:
+        raise ValueError(f"{where}: {len(tokens)} rows are not complete groups of group_size={settings['group_size']}")
+    if (tokens < 0).any():
+        raise ValueError(f"{where}: tokens has {int(tokens.min())}; token ids are at least 0")
+    if (completion & ~tensors["attention_mask"]).any():
+        raise ValueError(f"{where}: completion_mask marks padding; it must lie within attention_mask")
+    if not completion.any():
+        raise ValueError(f"{where}: completion_mask is empty; a trace needs the tokens that were sampled")
+    order = None
+    if "block_first_step" in tensors:
+        probability = settings["order"] if settings["order"] in STORED_ORDERS else "unknown"
+        order = Order(tensors["block_first_step"], settings["rank"], probability=probability)
+    return Rollout(
+        tokens=tokens,
+        attention_mask=tensors["attention_mask"],
+        completion_mask=completion,
+        unmask_step=tensors["unmask_step"],
+        logprobs=tensors.get("logprobs", torch.where(completion, torch.nan, 0.0)),
+        group_size=settings["group_size"],
+        weights_version=settings["weights_version"],
+        sampling_params=SamplingParams(
+            settings["temperature"], settings["top_k"], settings["top_p"], tuple(settings["suppress"])
+        ),
+        forwards=settings["forwards"],
+        order=order,
+    )
+
+
+def _own_row(row: Mapping[str, Any], where: str, **engine_options: int | None) -> dict[str, list]:
+    lists = {"tokens": _list(row, "tokens", where, _is_count)}
+    lists["completion_mask"] = _list(row, "completion_mask", where, lambda x: type(x) is int and x in (0, 1))
+    lists["unmask_step"] = _list(row, "unmask_step", where, _is_integer)
+    if row.get("logprobs") is not None:
+        numbers = _list(row, "logprobs", where, lambda x: x is None or _is_number(x))
+        lists["logprobs"] = [math.nan if x is None else x for x in numbers]
+    if row.get("block_first_step") is not None:
+        lists["block_first_step"] = _list(row, "block_first_step", where, _is_integer)
+    for name, values in lists.items():
+        if len(values) != (count := len(lists["tokens"])):
+            raise ValueError(f"{where}: {name} has {len(values)} entries for {count} tokens; give one each")
+    return lists
+
+
+def _engine_row(
+    row: Mapping[str, Any], where: str, *, block_size: int | None, block_steps: int | None
+) -> dict[str, list]:
+    names = [name for name, fields in ENGINE_FORMATS.items() if _at(row, fields.steps or fields.tokens) is not None]
+    if not names:
+        known = ", ".join(fields.steps or fields.tokens for fields in ENGINE_FORMATS.values())
+        raise ValueError(f"{where}: neither 'format' nor one of {known} is there; is it a trace?")
+    if block_size is None:
+        raise ValueError(f"{where}: a response of {names[0]} does not say its blocks; give block_size (--block_size)")
+    fields = ENGINE_FORMATS[names[0]]
+    if isinstance(choices := row.get("choices"), list) and len(choices) != 1:
+        raise ValueError(f"{where}: choices has {len(choices)} entries; write a line for each")
+    prompt, tokens = (_list(row, name, where, _is_count) for name in (fields.prompt, fields.tokens))
+    offset = len(prompt) % block_size if fields.blocks_from_prompt else 0
+    block = [(offset + i) // block_size for i in range(len(tokens))]
+    if fields.steps is None:
+        leftmost = _leftmost_steps(block_size, block_size if block_steps is None else block_steps)
+        in_block = [leftmost[i % block_size] for i in range(len(tokens))]
+    else:
+        in_block = [step - fields.first_step for step in _list(row, fields.steps, where, _is_integer)]
+    lists: dict[str, list] = {"unmask_step": in_block}
+    if _at(row, fields.logprobs) is not None:
+        entries = _list(row, fields.logprobs, where, lambda x: _is_number(x[0] if isinstance(x, list) and x else x))
+        lists["logprobs"] = [float(x[0] if isinstance(x, list) else x) for x in entries]
+    for name, values in lists.items():
+        if len(values) != len(tokens):
+            raise ValueError(f"{where}: {name} has {len(values)} entries for {len(tokens)} new tokens; give one each")
+    lists["unmask_step"], lists["block_first_step"] = _steps_of_row(in_block, block, has_gaps=fields.has_gaps)
+    before = {name: [FILL.get(name, 0)] * len(prompt) for name in lists}
+    lists = {name: before[name] + values for name, values in lists.items()}
+    mask = [0] * len(prompt) + [1] * len(tokens)
+    return lists | {"tokens": prompt + tokens, "completion_mask": mask}
+
+
+def _leftmost_steps(block_size: int, block_steps: int) -> list[int]:
+    """Return the step of each position of a block: each step writes the leftmost ceil(masked / steps left)."""
+    steps: list[int] = []
+    for step in range(block_steps):
+        steps += [step] * -(-(block_size - len(steps)) // (block_steps - step))
+    return steps
+
+
+def _steps_of_row(in_block: Sequence[int], block: Sequence[int], *, has_gaps: bool) -> tuple[list[int], list[int]]:
+    """Return each position's step, counted over all blocks, and the first step of its block."""
+    steps: list[int] = []
+    firsts: list[int] = []
+    first = 0
+    for _, members in groupby(zip(block, in_block, strict=True), key=lambda pair: pair[0]):
+        local = [step for _, step in members]
+        if has_gaps:
+            ranks = {step: rank for rank, step in enumerate(sorted({step for step in local if step >= 0}))}
+            local = [ranks.get(step, step) for step in local]
+        steps += [first + step if step >= 0 else step for step in local]
+        firsts += [first] * len(local)
+        first += max(0, *(step + 1 for step in local))
+    return steps, firsts
+
+
+_UNRECORDED = {"format": FORMAT, "version": VERSION}  # settings of a response, which does not record them
+
+
+def _settings(header: Any, where: str) -> dict[str, Any]:
+    """Return the settings of a trace, with defaults. Raises ValueError that names the field."""
+    if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
+        raise ValueError(f"{where}: format and version are not {FORMAT!r} and {VERSION}; write it with write_trace")
+    optional_text: Callable[[Any], bool] = lambda x: x is None or (isinstance(x, str) and len(x) < 100)  # noqa: E731
+    fields: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+        "group_size": (1, lambda x: _is_count(x) and x > 0, "a whole number from 1 on"),
+        "weights_version": (0, _is_count, "a whole number from 0 on"),
+        "forwards": (0, _is_count, "a whole number from 0 on; 0 if it is not known"),
+        "temperature": (1.0, lambda x: _is_number(x) and x >= 0, "a number from 0 on"),
+        "top_k": (None, lambda x: x is None or (_is_count(x) and x > 0), "a whole number from 1 on, or null"),
+        "top_p": (None, lambda x: x is None or (_is_number(x) and 0 < x <= 1), "a number in (0, 1], or null"),
+        "suppress": ([], lambda x: isinstance(x, list) and all(map(_is_count, x)), "a list of token ids"),
+        "rank": (None, optional_text, "a rank's name, or null"),
+        "order": ("unknown", optional_text, "a status of Order.probability"),
+    }
+    settings = {}
+    for name, (default, is_valid, kind) in fields.items():
+        value = header.get(name, default)
+        if not is_valid(value):
+            raise ValueError(f"{where}: {name}={_shown(value)} must be {kind}")
+        settings[name] = value
+    return settings
+
+
+def _parsed(text: str | bytes, where: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # not UTF-8 or not JSON, or brackets nested too deeply
+        raise ValueError(f"{where} is not JSON; write it with write_trace") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {_shown(value)} and no JSON object; write it with write_trace")
+    return value
+
+
+def _at(row: Any, path: str) -> Any:
+    """Return the value at a path of names and list indices; None if it is not there."""
+    for name in path.split("."):
+        if isinstance(row, list):
+            row = row[int(name)] if name.isdecimal() and int(name) < len(row) else None
+        else:
+            row = row.get(name) if isinstance(row, dict) else None
+    return row
+
+
+def _list(row: Mapping[str, Any], path: str, where: str, is_valid: Callable[[Any], bool]) -> list:
+    values = _at(row, path)
+    if not isinstance(values, list):
+        raise ValueError(f"{where}: {path}={_shown(values)} must be a list with an entry for each token")
+    for wrong in _wrong(values, is_valid):
+        raise ValueError(f"{where}: {path} has {_shown(values[wrong])} at {wrong}, which is no value of it")
+    return values
+
+
+def _wrong(values: list, is_valid: Callable[[Any], bool]) -> Iterator[int]:
+    return (i for i, value in enumerate(values) if not is_valid(value))
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and -MAX_INTEGER < value < MAX_INTEGER
+
+
+def _is_count(value: Any) -> bool:
+    return _is_integer(value) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # False for NaN and infinity
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
+    return text if len(text) <= 40 else text[:37] + "..."

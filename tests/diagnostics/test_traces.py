@@ -1,0 +1,386 @@
+"""Traces: what is written is read, the formats of three engines are read, and every planted fault is named."""
+
+import json
+import math
+from dataclasses import replace
+from functools import cache, partial
+from importlib.util import find_spec
+
+import pytest
+import torch
+from sft_toys import block_causal
+from tiny_recipe import SIZES
+from torch import Generator
+
+from dllm_rl import autoregress, tiny_llama, unmask
+from dllm_rl.diagnostics import traces
+from dllm_rl.diagnostics.trace_check import as_json, check_trace, report_table
+from dllm_rl.diagnostics.traces import read_trace, write_trace
+from dllm_rl.models.base import copied
+from dllm_rl.samplers import rules
+from dllm_rl.samplers.revise import remask
+from dllm_rl.types import Prompts, SamplingParams
+
+OPTIONS = {"max_new_tokens": 8, "diffusion_steps": 4, "block_size": 4, "temperature": 0.7, "rank": rules.max_prob}
+
+
+@cache
+def model():
+    return tiny_llama(**SIZES, causal=False, head_std=0.15)
+
+
+@cache
+def sampled(policy=None, sampler=unmask, **options):
+    policy = policy or model()
+    prompts = Prompts.from_ids([[3, 4, 5, 6], [7, 8], [4]], pad_id=policy.pad_id, group_size=2)
+    options = OPTIONS | options if sampler is unmask else options
+    return partial(sampler, **options)(policy, prompts, Generator().manual_seed(0))
+
+
+def params(rollout, **changes):
+    return replace(rollout, sampling_params=replace(rollout.sampling_params, **changes))
+
+
+def steps(rollout, row, changes):
+    """The steps of a row's completion changed, {position: step}."""
+    changed = rollout.unmask_step.clone()
+    first = int(rollout.completion_mask[row].long().argmax())
+    for position, step in changes.items():
+        changed[row, first + position] = step
+    return replace(rollout, unmask_step=changed)
+
+
+def moved_weights():
+    policy = copied(model())
+    with torch.no_grad():
+        for parameter in policy.module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=Generator().manual_seed(1)))
+    return policy
+
+
+def swapped(rollout):
+    """Row 0 with the steps of its block the other way round."""
+    step = rollout.unmask_step[0]
+    at = rollout.completion_mask[0].nonzero()[:4, 0]
+    return steps(rollout, 0, {i: 1 - int(step[column]) for i, column in enumerate(at)})
+
+
+def with_a_mask(rollout):
+    tokens = rollout.tokens.clone()
+    tokens[2, -2] = model().spec.mask_id
+    return replace(rollout, tokens=tokens)
+
+
+def shifted(rollout, by):
+    return replace(rollout, logprobs=rollout.logprobs.roll(by, -1) * rollout.completion_mask)
+
+
+# Each: the trace with the fault, the word that names it, and a part of the verdict.
+FAULTS = {
+    "temperature": (lambda: params(sampled(), temperature=1.0), "temperature", "temperature 0.7"),
+    "top_k not recorded": (lambda: params(sampled(top_k=3), top_k=None), "filters", "top_k=3"),
+    "top_p not recorded": (lambda: params(sampled(top_p=0.8), top_p=None), "filters", "top_p=0.8"),
+    "log-probs before filters": (lambda: params(sampled(), top_p=0.8), "filters", "before the recorded filters"),
+    "stale weights": (lambda: sampled(moved_weights()), "weights", "other weights"),
+    "before its block": (lambda: steps(sampled(), 0, {7: 0}), "block", "before its block's turn, first in row 0"),
+    "after its block": (lambda: steps(sampled(), 1, {0: 3}), "block", "after the next block had begun"),
+    "a mask": (lambda: with_a_mask(sampled()), "mask", "left in the completion, first in row 2, column 10"),
+    "another order": (lambda: swapped(sampled()), "order", "another position of the block first, first in row 0"),
+    "shifted right": (lambda: shifted(sampled(), 1), "shift", "one position too late"),
+    "shifted left": (lambda: shifted(sampled(), -1), "shift", "one position too early"),
+    "steps from 1": (
+        lambda: replace(sampled(), unmask_step=sampled().unmask_step + sampled().completion_mask),
+        "steps",
+        "a step is beyond the 4 forwards",
+    ),
+    "a negative step": (lambda: steps(sampled(), 0, {2: -1}), "steps", "a token of the completion has no step"),
+    "a step missing": (
+        lambda: replace(
+            sampled(), unmask_step=torch.where(sampled().unmask_step == 3, 5, sampled().unmask_step), forwards=0
+        ),
+        "steps",
+        "the steps before it are missing",
+    ),
+    "a step outside": (
+        lambda: replace(sampled(), unmask_step=sampled().unmask_step.clamp(min=0)),
+        "steps",
+        "outside the completion",
+    ),
+    "no numbers": (
+        lambda: replace(sampled(), logprobs=sampled().logprobs.clone().index_fill(1, torch.tensor([5]), math.nan)),
+        "nonfinite",
+        "not a finite number",
+    ),
+}
+
+
+def named(report):
+    return {fault.kind for fault in report.faults} | ({report.cause} if report.cause else set())
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_named(name):
+    make, kind, said = FAULTS[name]
+    report = check_trace(model(), make())
+    # Other weights choose another order too.
+    assert named(report) - ({"order"} if kind == "weights" else set()) == {kind}
+    assert said in report.verdict and not report.ok
+    shown = {cell for column in report_table(report).columns for cell in map(str, column.cells)}
+    assert kind in shown
+
+
+CLEAN = {
+    "max_prob": {},
+    "confidence": {"rank": rules.confidence},
+    "late schedule, more steps than positions": {"commit": rules.late_schedule, "diffusion_steps": 12},
+    "origin": {"rank": rules.random, "commit": rules.origin, "diffusion_steps": 8},
+    "soft threshold": {"commit": partial(rules.soft_threshold, tau=0.3)},
+    "threshold, top_p": {"commit": partial(rules.threshold, tau=0.3), "top_p": 0.8},
+}
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_a_clean_trace_has_no_fault(name):
+    report = check_trace(model(), sampled(**CLEAN[name]), micro_batch_size=2)
+    assert report.ok and report.num_compared == 6 and report.total.max_abs < 1e-4, report.verdict
+    assert "log-probs agree" in report.verdict
+
+
+def test_other_models_and_rewriting_samplers_have_no_fault():
+    causal = tiny_llama(**SIZES, causal=True, head_std=0.15)
+    rollout = sampled(causal, autoregress, max_new_tokens=5, temperature=0.7)
+    assert check_trace(causal, rollout).ok
+    backwards = torch.where(
+        rollout.completion_mask, rollout.unmask_step.amax(-1, keepdim=True) - rollout.unmask_step, -1
+    )
+    assert named(check_trace(causal, replace(rollout, unmask_step=backwards))) == {"order"}
+    rewritten = sampled(rank=rules.random, commit=partial(remask, eta=0.2), block_size=8)
+    assert rewritten.events is not None and check_trace(model(), rewritten).ok
+    with pytest.raises(ValueError, match="this sampler rewrites tokens"):
+        write_trace("a.jsonl", rewritten)
+    blocks = block_causal()
+    assert check_trace(blocks, sampled(blocks, block_size=2, diffusion_steps=8)).ok
+
+
+def test_differences_and_their_ranges_by_hand():
+    """d is 0.1 at step 0, 0 at the others: of 48 tokens 12, in positions that are counted here."""
+    rollout = sampled()
+    wrong = rollout.logprobs + 0.1 * (rollout.unmask_step == 0)
+    report = check_trace(model(), replace(rollout, logprobs=wrong), bound=0.05)
+    assert report.total.num_tokens == 48 and report.total.mean_abs == pytest.approx(0.025, abs=1e-5)
+    assert report.total.max_abs == pytest.approx(0.1, abs=1e-5) and report.ok
+    parts = {part.name: part for part in report.parts}
+    assert [parts[f"step {i}"].mean_abs for i in range(4)] == pytest.approx([0.1, 0, 0, 0], abs=1e-5)
+    completions = (rollout.unmask_step[rollout.completion_mask] == 0).view(6, 8)
+    for first in (0, 2, 4, 6):
+        share = completions[:, first : first + 2].float().mean().item()
+        assert parts[f"positions {first}-{first + 1}"].mean_abs == pytest.approx(0.1 * share, abs=1e-5)
+
+
+def test_the_replay_is_a_loop_of_plain_forwards():
+    rollout, policy = sampled(), model()
+    wanted = torch.zeros_like(rollout.logprobs)
+    for step in range(4):
+        masked = rollout.completion_mask & (rollout.unmask_step >= step)
+        tokens = rollout.tokens.masked_fill(masked, policy.spec.mask_id)
+        with torch.no_grad():
+            logits = policy.logits(tokens, rollout.attention_mask)
+        logits[..., list(rollout.sampling_params.suppress)] = -torch.inf
+        logp = (logits / 0.7).log_softmax(-1).gather(-1, rollout.tokens[..., None])[..., 0]
+        wanted = torch.where(rollout.completion_mask & (rollout.unmask_step == step), logp, wanted)
+    noise = 0.3 * torch.randn(wanted.shape, generator=Generator().manual_seed(3)) * rollout.completion_mask
+    report = check_trace(policy, replace(rollout, logprobs=wanted + noise))
+    assert report.total.mean_abs == pytest.approx(noise[rollout.completion_mask].abs().mean().item(), abs=1e-5)
+    assert report.cause == "weights"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".jsonl"])
+def test_what_is_written_is_read(tmp_path, suffix):
+    rollout = sampled(top_p=0.9)
+    write_trace(tmp_path / f"trace{suffix}", rollout)
+    found = read_trace(tmp_path / f"trace{suffix}")
+    real = rollout.attention_mask
+    for name in ("attention_mask", "completion_mask", "unmask_step", "logprobs"):
+        assert torch.equal(getattr(found, name), getattr(rollout, name)), name
+    assert torch.equal(found.tokens[real], rollout.tokens[real])
+    assert torch.equal(found.order.block_first_step, rollout.order.block_first_step)
+    assert found.order.rank_name == "max_prob" and found.order.probability == "deterministic"
+    for name in ("group_size", "weights_version", "sampling_params", "forwards"):
+        assert getattr(found, name) == getattr(rollout, name)
+    assert check_trace(model(), found).ok
+
+
+def sglang(prompt, tokens, step, logprobs=None):
+    meta = {"step_maps": step}
+    if logprobs is not None:
+        meta["output_token_logprobs"] = [[x, token, None] for x, token in zip(logprobs, tokens, strict=True)]
+    return {"input_ids": prompt, "output_ids": tokens, "meta_info": meta}
+
+
+def nemo_rl(prompt, tokens, step, logprobs):
+    row = sglang(prompt, tokens, None, logprobs)
+    row["meta_info"]["output_token_reveal_steps"] = row["meta_info"].pop("step_maps") or step
+    return row
+
+
+def vllm(prompt, tokens, step, logprobs):
+    choice = {"prompt_token_ids": prompt, "token_ids": tokens, "logprobs": {"token_logprobs": logprobs}}
+    return {"object": "text_completion", "choices": [choice]}
+
+
+def engine_file(tmp_path, rollout, form, first_step=0):
+    """The responses of an engine with this rollout: steps within blocks of 4, without the recorded blocks."""
+    lines = []
+    for row, mask in enumerate(rollout.completion_mask):
+        prompt = rollout.tokens[row][rollout.attention_mask[row] & ~mask].tolist()
+        step = (rollout.unmask_step - rollout.order.block_first_step)[row][mask] + first_step
+        lines.append(
+            json.dumps(
+                form(prompt, rollout.tokens[row][mask].tolist(), step.tolist(), rollout.logprobs[row][mask].tolist())
+            )
+        )
+    (tmp_path / "engine.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "engine.jsonl"
+
+
+def leftmost(uniforms):
+    """A rank of the canvas of 8 positions: from left to right in each block."""
+    return -torch.arange(len(uniforms), dtype=torch.float32)
+
+
+def test_three_formats_are_read_and_replayed(tmp_path):
+    tempered = SamplingParams(temperature=0.7, suppress=sampled().sampling_params.suppress)
+    for form, rollout in ((nemo_rl, sampled()), (vllm, sampled(rank=leftmost))):
+        path = engine_file(tmp_path, rollout, form)
+        found = read_trace(path, block_size=4, block_steps=2, sampling_params=tempered)
+        assert torch.equal(found.unmask_step, rollout.unmask_step)
+        assert torch.equal(found.order.block_first_step, rollout.order.block_first_step)
+        report = check_trace(model(), found)
+        assert report.ok and report.total.max_abs < 1e-4 and report.total.num_tokens == 48
+        assert check_trace(model(), params(found, temperature=1.0)).cause == "temperature"
+    path = engine_file(tmp_path, sampled(), lambda prompt, tokens, step, logprobs: sglang([3] * 4, tokens, step), 1)
+    found = read_trace(path, block_size=4, sampling_params=tempered)
+    assert torch.equal(found.unmask_step[:, 4:], sampled().unmask_step[sampled().completion_mask].view(6, 8))
+    report = check_trace(model(), found)
+    assert report.ok and report.total.num_tokens == 0 and "not compared" in report.verdict
+
+
+def test_steps_of_the_formats_by_hand(tmp_path):
+    """SGLang: blocks from the prompt's first token, steps from 1. NeMo-RL: from the completion's, a gap at the end."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(sglang([3] * 6, [4, 5, 6, 7, 8], [2, 1, 1, 3, 2])))
+    found = read_trace(path, block_size=4)
+    assert found.unmask_step[0, 6:].tolist() == [1, 0, 2, 4, 3]
+    assert found.order.block_first_step[0].tolist() == [-1] * 6 + [0, 0, 2, 2, 2]
+    path.write_text(json.dumps(nemo_rl([3] * 6, [4, 5, 6, 7, 8], [32, 0, 1, 0, 0], [-1] * 5)))
+    found = read_trace(path, block_size=4)
+    assert found.unmask_step[0, 6:].tolist() == [2, 0, 1, 0, 3]
+    assert found.logprobs[0].tolist() == [0] * 6 + [-1] * 5
+    path.write_text(json.dumps(vllm([3], [4, 5, 6, 7, 8, 3, 4], None, [-0.5] * 7)))
+    assert read_trace(path, block_size=5, block_steps=2).unmask_step[0, 1:].tolist() == [0, 0, 0, 1, 1, 2, 2]
+    path.write_text(json.dumps(sglang([3] * 4, [4, 5, 6, 7], [0, 1, 2, 3])))  # steps from 0
+    assert named(check_trace(model(), read_trace(path, block_size=4))) == {"steps"}
+
+
+GOOD = {"format": "dllm_rl_trace", "version": 1, "tokens": [3, 4], "completion_mask": [0, 1], "unmask_step": [-1, 0]}
+REFUSED = {
+    "not JSON": ("{", "line 1 is not JSON"),
+    "deep": ("[" * 100_000, "line 1 is not JSON"),
+    "a list": ("[]", "is list and no JSON object"),
+    "other fields": ({"a": 1}, "neither 'format' nor one of meta_info.step_maps"),
+    "version": (GOOD | {"version": 2}, "format and version are not"),
+    "a text": (GOOD | {"tokens": "34"}, "tokens='34' must be a list"),
+    "a fraction": (GOOD | {"tokens": [3, 4.5]}, "tokens has 4.5 at 1"),
+    "a bool": (GOOD | {"tokens": [3, True]}, "tokens has True at 1"),
+    "negative": (GOOD | {"tokens": [3, -4]}, "tokens has -4 at 1"),
+    "a huge step": (GOOD | {"unmask_step": [-1, 10**30]}, "unmask_step has 1000000"),
+    "infinite": (GOOD | {"logprobs": [0, math.inf]}, "logprobs has inf at 1"),
+    "lengths": (GOOD | {"unmask_step": [0]}, "unmask_step has 1 entries for 2 tokens"),
+    "temperature": (GOOD | {"temperature": "hot\u202e"}, "temperature='hot"),
+    "top_k": (GOOD | {"top_k": 0}, "top_k=0 must be a whole number from 1"),
+    "groups": (GOOD | {"group_size": 2}, "1 rows are not complete groups of group_size=2"),
+    "no completion": (GOOD | {"completion_mask": [0, 0]}, "completion_mask is empty"),
+    "no block size": (sglang([3], [4], [1]), "give block_size"),
+    "two choices": ({"choices": [vllm([3], [4], 0, [0])["choices"][0]] * 2}, "choices has 2 entries"),
+    "steps of a text": (sglang([3], [4], ["1"]), "meta_info.step_maps has '1' at 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_hostile_line_is_refused_in_one(tmp_path, name):
+    row, said = REFUSED[name]
+    (tmp_path / "a.jsonl").write_text(row if isinstance(row, str) else json.dumps(row))
+    with pytest.raises(ValueError, match=r"a\.jsonl") as error:
+        read_trace(tmp_path / "a.jsonl", block_size=4 if "choices" in str(row) or "text" in name else None)
+    assert said in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"temperature": 2}))
+    with pytest.raises(ValueError, match=r"line 2: temperature=2 differs from that of .*line 1; split"):
+        read_trace(path)
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"logprobs": [0, -1]}))
+    with pytest.raises(ValueError, match="line 2: logprobs is in this line or in"):
+        read_trace(path)
+    with pytest.raises(ValueError, match=r"a\.txt must be a \.safetensors or a \.jsonl file"):
+        read_trace(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="is missing"):
+        read_trace(tmp_path / "b.jsonl")
+    (tmp_path / "a.safetensors").write_bytes(b"\x80\x04 a pickle")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_trace(tmp_path / "a.safetensors")
+    write_trace(path, sampled())
+    found = read_trace(path)
+    with pytest.raises(ValueError, match=f"tokens has id 99, the model {model().vocab_size} ids"):
+        check_trace(model(), replace(found, tokens=found.tokens.masked_fill(found.completion_mask, 99)))
+    monkeypatch.setattr(traces, "MAX_BYTES", 100)
+    with pytest.raises(ValueError, match="more than 100; split it"):
+        read_trace(path)
+
+
+def test_tensors_of_another_kind_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "a.safetensors"
+    write_trace(path, sampled())
+    good = {name: getattr(sampled(), name) for name in ("tokens", "attention_mask", "completion_mask", "unmask_step")}
+    header = {"trace": json.dumps({"format": "dllm_rl_trace", "version": 1})}
+    save_file(good | {"unmask_step": sampled().logprobs.clone()}, path, metadata=header)
+    with pytest.raises(ValueError, match=r"unmask_step is float32 of shape .*; it must be int64"):
+        read_trace(path)
+    save_file(good, path)
+    with pytest.raises(ValueError, match="has no metadata 'trace'"):
+        read_trace(path)
+    save_file(good, path, metadata=header)
+    assert read_trace(path).logprobs[sampled().completion_mask].isnan().all()
+
+
+def test_a_trace_without_logprobs_is_checked_for_its_steps(tmp_path):
+    bare = replace(sampled(), logprobs=torch.full_like(sampled().logprobs, math.nan))
+    write_trace(tmp_path / "a.jsonl", bare)
+    found = read_trace(tmp_path / "a.jsonl")
+    report = check_trace(model(), found)
+    assert report.ok and report.total.num_tokens == 0 and "log-probs were not compared" in report.verdict
+    assert json.loads(json.dumps(as_json(report), allow_nan=False))["total"]["mean_abs"] is None
+    assert named(check_trace(model(), swapped(found))) == {"order"}
+
+
+def test_the_global_generator_is_not_used():
+    state = torch.get_rng_state()
+    check_trace(model(), shifted(sampled(), 1))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.skipif(
+    find_spec("xllamacpp") is None or find_spec("gguf") is None, reason="the wheel xllamacpp, or gguf, is not installed"
+)
+def test_traces_of_llama_cpp(tmp_path):
+    from recipes.engines.llama_cpp import llama_cpp
+
+    policy = tiny_llama(**SIZES, causal=False, head_std=0.1)
+    rollout = sampled(llama_cpp(format="F32", threads=1).load(policy))
+    write_trace(tmp_path / "a.jsonl", rollout)
+    report = check_trace(policy, read_trace(tmp_path / "a.jsonl"))
+    assert report.ok and 0 < report.total.mean_abs < 0.005
+    assert check_trace(policy, params(rollout, temperature=1.0)).cause == "temperature"
