@@ -4,11 +4,11 @@ from inspect import signature
 from statistics import mean, stdev
 
 from dllm_rl.likelihoods.estimators import sandwich
-from held import DOCS, STUDIES, by_arm, stored
+from held import STUDIES, by_arm, stored
 from recipes.studies import league, paired
 from recipes.studies.surrogates import gdsd
 
-PAGE, BOARD = f"{STUDIES}/league.md", f"{DOCS}/leaderboard.md"
+PAGE = f"{STUDIES}/league.md"
 DEFAULT, METHOD = league.DEFAULT, league.method_of
 
 
@@ -47,8 +47,8 @@ def settings_of_the_methods():
     yield PAGE, "d1 ran with one update per rollout in all of its rows, and not with its authors' eight."
 
 
-def the_leaderboard():
-    yield BOARD, league.above_the_default()
+def above_the_default():
+    yield PAGE, league.above_the_default()
     assert "| sudoku-unique, 16 | 60 | four segments | 2 | two segments |" in league.above_the_default()
     seeds = [run["after"] for run in stored("league_sudoku_60_s")["runs"] if run["arm"].startswith("one step")]
     half = 2.262 * stdev(seeds) / 10**0.5  # Student's t of nine degrees of freedom
