@@ -261,7 +261,8 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
     for name in ("diffusion_steps", "forwards", "block_size", "rank", "commit", "cache"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")
-    bounds = [{"max_new_tokens": length, "temperature": temperature_of(arguments, run)} for length in lengths]
+    shared = {"temperature": temperature_of(arguments, run)} | filters_of(arguments)
+    bounds = [{"max_new_tokens": length} | shared for length in lengths]
     return [(bound, bind(autoregress, bound, run)) for bound in bounds]
 
 
@@ -282,6 +283,11 @@ def temperature_of(arguments: argparse.Namespace, run: partial | None) -> float:
     return settings_of(run).get("temperature", 0.0) if arguments.temperature is None else arguments.temperature
 
 
+def filters_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return top_k and top_p if they are passed; a run's own stay otherwise."""
+    return {name: value for name in ("top_k", "top_p") if (value := getattr(arguments, name)) is not None}
+
+
 def bind(sampler: Callable, settings: dict[str, Any], run: partial | None) -> partial:
     """Bind settings to a sampler, and the other settings of the run."""
     return partial(sampler, **(settings if run is None else run.keywords | settings))
@@ -289,7 +295,7 @@ def bind(sampler: Callable, settings: dict[str, Any], run: partial | None) -> pa
 
 def renoising_plans(policy: Policy, task: Task, run: partial | None, arguments: argparse.Namespace) -> list[Plan]:
     """Return the plans of a model whose noise is random tokens: lengths and steps. Its schedule sets temperatures."""
-    for name in ("forwards", "block_size", "rank", "commit", "cache"):
+    for name in ("forwards", "block_size", "rank", "commit", "cache", "top_k", "top_p"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
     if arguments.temperature:
@@ -334,7 +340,7 @@ def plans_of(
         rules: dict[str, Any] = {"rank": read_rank(rank) if isinstance(rank, str) else rank}
         rules["cache"] = None if cache == "none" else read_cache(cache) if isinstance(cache, str) else cache
         bound: dict[str, Any] = {"max_new_tokens": length, "diffusion_steps": None, "block_size": block_size}
-        bound["temperature"] = temperature_of(arguments, run)
+        bound |= {"temperature": temperature_of(arguments, run)} | filters_of(arguments)
         if forwards is not None and (isinstance(commit, str) or as_commit(commit).adaptive):
             sampler = bind(unmask, bound | rules, run)
             text = commit if isinstance(commit, str) else text_of(commit)

@@ -173,6 +173,9 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--cache", type=_names, help="e.g. none,dual=4")
     sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
     sub.add_argument("--temperature", type=float, help="0 is greedy (default: the run's, or 0)")
+    sub.add_argument("--top_k", type=int, help="sample only from the k likeliest tokens (default: the run's, or all)")
+    mass = "sample only from the likeliest tokens that hold this probability (default: the run's, or all)"
+    sub.add_argument("--top_p", type=float, help=mass)
     sub.add_argument("--samples", type=int, default=1, help="completions per problem, for pass@k")
     sub.add_argument(
         "--majority",

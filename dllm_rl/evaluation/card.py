@@ -12,7 +12,7 @@ MAX_BYTES = 2**24  # bytes of a file
 MAX_SETTING_LENGTH = 1000  # characters of a setting
 TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(("task", "version", "protocol", "quantization"), (str,))
 TYPES |= dict.fromkeys(("seed", "n", "samples", "max_new_tokens"), (int,)) | {"temperature": (int, float)}
-TYPES |= dict.fromkeys(("diffusion_steps", "block_size"), (int, NoneType))
+TYPES |= dict.fromkeys(("diffusion_steps", "block_size", "top_k"), (int, NoneType)) | {"top_p": (int, float, NoneType)}
 TYPES |= dict.fromkeys(("split", "rank", "commit", "cache", "dtype"), (str, NoneType))
 SETTING_TYPES = (str, int, float, bool, NoneType, list)  # a setting of a task
 

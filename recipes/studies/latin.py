@@ -24,10 +24,9 @@ They are tried on seed 100, and the better two on seed 101, too, which the study
 puzzles. The higher mean of `after` over both seeds wins, of equal ones the lower rate. 2.5e-4 was added for GRPO after
 5e-4 had won on seed 100. For time, the other arms of labels take the rate of filtered answers in one round, and the
 other arms of GRPO that of GRPO in four; FP8 has as many steps, too, so that quantization is all that differs. A stored
-run whose rate is the best one stays, any other is run again. Arms without a claim were to take five seeds. Time ended
-with five of filtered answers in rounds, and three of supervision, of GRPO in two, in 16 and with FP8. The numbers of
-steps take about 23 s of one core that has nothing else to do; FP8's take longer, since a CPU rounds and multiplies in
-turn.
+run whose rate is the best one stays, any other is run again. Arms without a claim have the first five seeds. The
+numbers of steps take about 23 s of one core that has nothing else to do; FP8's take longer, since a CPU rounds and
+multiplies in turn.
 
     python -m recipes.studies.latin tune            the three rates of each arm
     python -m recipes.studies.latin study           run what is missing, `--workers` at a time, then print the tables

@@ -95,6 +95,15 @@ class TestEvaluatePlans:
         differ = {name for name in before if row[name] != before[name]}
         assert differ == changed.keys()
 
+    def test_filters_of_the_token_draw(self, monkeypatch):
+        ((row, sampler),) = self.plans(monkeypatch, self.UNMASK, "--top_p 0.5")
+        assert (row["top_p"], sampler.keywords["top_p"], sampler.keywords.get("top_k")) == (0.5, 0.5, None)
+        text = "autoregress(max_new_tokens=8, top_k=3)"
+        ((row, sampler),) = self.plans(monkeypatch, text, "--top_k 2", self.CAUSAL)
+        assert (row["top_k"], sampler.keywords["top_k"]) == (2, 2)
+        with pytest.raises(ValueError, match="--top_p is not for"):
+            self.plans(monkeypatch, "renoise(max_new_tokens=8)", "--top_p 0.5", self.RENOISE)
+
     def test_lists_give_one_plan_each(self, monkeypatch):
         plans = self.plans(monkeypatch, self.UNMASK, "--diffusion_steps 2,4 --rank random,max_prob")
         assert [(row["rank"], row["diffusion_steps"]) for row, _ in plans] == [

@@ -150,6 +150,12 @@ def test_peft_opens_what_we_save_and_we_what_it_saves(tmp_path, family):
     wrapped.save_pretrained(tmp_path / "theirs")
     load_adapter(bare, tmp_path / "theirs")
     assert torch.equal(bare.logits(*batch()), policy.logits(*batch()))
+    # peft's folder by itself opens as a checkpoint: the base that it names, merged
+    path = tmp_path / "theirs/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    merged = load_policy(tmp_path / "theirs")
+    torch.testing.assert_close(merged.logits(*batch()), policy.logits(*batch()), rtol=0, atol=1e-4)
+    assert (load_policy(tmp_path / "base").logits(*batch()) - merged.logits(*batch())).abs().max() > 1e-2
 
 
 def test_adapters_of_llada_bear_the_authors_names(tmp_path):

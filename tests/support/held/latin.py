@@ -71,3 +71,7 @@ def the_first_page():
     yield README, row("exact probabilities of the labels (computed)", "-", RATES[latin.LIMIT]["after"], "-")
     for told, arm in TOLD.items():
         yield README, row(told, RATES[arm]["seeds"], RATES[arm]["after"], RATES[arm]["four"])
+    seconds = [RATES[arm]["seconds"] for arm in TOLD.values()]
+    yield README, f"about the same time, {min(seconds)} to {max(seconds)} CPU seconds."
+    minutes = sum(run["seconds"] for run in RUNS.values() if "seconds" in run) / 60
+    yield PAGE, f"the study: {minutes:.0f} minutes of one core"
