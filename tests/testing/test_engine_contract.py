@@ -97,6 +97,8 @@ class Elsewhere:
         rollout = replace(SAMPLERS[attention](self.held, prompts, generator), weights_version=policy.weights_version)
         if self.fault == "other tokens":
             return replace(rollout, logprobs=rollout.logprobs.roll(1, 0))
+        if self.fault == "steps from 1":
+            return replace(rollout, unmask_step=rollout.unmask_step + rollout.completion_mask)
         if self.fault == "no numbers":
             return replace(rollout, logprobs=torch.full_like(rollout.logprobs, torch.nan))
         if self.fault == "tempered":
@@ -124,6 +126,7 @@ def test_an_engine_that_computes_logits_passes():
 FAULTS = {
     "other tokens": "log-probs differ",
     "no numbers": "log-probs differ by nan",
+    "steps from 1": "the record is impossible: steps",
     "tempered": "temperature",
     "dropped end": "without an end token",
     "lost seed": "other seeds must give other tokens",
