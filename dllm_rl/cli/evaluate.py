@@ -284,7 +284,7 @@ def temperature_of(arguments: argparse.Namespace, run: partial | None) -> float:
 
 
 def filters_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return top_k and top_p if they are passed; a run's own stay otherwise."""
+    """Return top_k and top_p if they are passed; else those of the run stay."""
     return {name: value for name in ("top_k", "top_p") if (value := getattr(arguments, name)) is not None}
 
 

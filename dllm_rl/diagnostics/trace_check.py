@@ -360,7 +360,7 @@ def _compare(
     rewrites = rollout.events is not None or rollout.renoised is not None
     if not report.differs or report.total.num_tokens < MIN_TOKENS or rewrites:
         return report
-    if rollout.order is not None and rollout.order.logprobs is not None:  # explanations are about tokens alone
+    if rollout.order is not None and rollout.order.logprobs is not None:  # an explanation does not include the order
         record, model = replayed(policy, rollout, include_order=False, micro_batch_size=micro_batch_size)
     explanations = _shifts(record, model, mask)
     explanations += _explain(policy, rollout, mask, micro_batch_size)
@@ -460,26 +460,26 @@ def _golden_section(f: Callable[[float], float], low: float, high: float) -> flo
 def _best_filters(
     logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], record: Float[Tensor, " N"], params: SamplingParams
 ) -> list[Explanation]:
-    """Fit top-k alone and top-p alone: -d is then the log of the mass that the filter left, and d at least 0.
+    """Fit top-k, then top-p, each without the other: -d is the log of the mass that the filter left, and d at least 0.
 
     A filter that would have removed a drawn token explains nothing.
     """
     logp = process(logits, params).log_softmax(-1)
-    own = logp.gather(-1, tokens[:, None])
+    drawn_logp = logp.gather(-1, tokens[:, None])
     ladder, index = logp.sort(dim=-1, descending=True, stable=True)
     mass = ladder.exp().double().cumsum(-1)
     rank = (index == tokens[:, None]).long().argmax(-1)
-    target = (record[:, None] - own).double()  # d, for every token
+    target = (record[:, None] - drawn_logp).double()  # (N, 1): d
     explanations = []
     # Tokens that tie with the k-th stay too, but fp32 logits seldom tie.
     left = (target + mass.clamp(max=1).log()).abs().mean(0)
-    smallest = int((logp > own).sum(-1).max()) + 1
+    smallest = int((logp > drawn_logp).sum(-1).max()) + 1
     k = smallest + int(left[smallest - 1 :].argmin())
     explanations.append(Explanation("filters", f"top_k={k}", left[k - 1].item()))
     shown = math.exp(-max(target.max().item(), 0.0)) * (1 - 1e-6)  # the smallest mass left is at least top_p
     best = Explanation("filters", "top_p=1", math.inf)
+    before = mass - ladder.exp().double()  # of the likelier tokens
     for top_p in (*TOP_P, shown):
-        before = mass - ladder.exp().double()
         kept = (before < top_p).sum(-1).clamp(min=1)
         if (rank < kept).all():
             remainder = (target[:, 0] + mass.gather(-1, kept[:, None] - 1)[:, 0].clamp(max=1).log()).abs().mean().item()

@@ -187,17 +187,17 @@ def sample_and_grade(
     answers = []
     reward_rows = []
     for row, (completion, reward) in enumerate(zip(completions, row_rewards, strict=True)):
-        group_indices = row // group_size
+        group = row // group_size
         num_before_end = costs[row].tokens
         ends = num_before_end < len(completion_ids[row])
         answer = GradedCompletion(
-            problem=problems[group_indices],
+            problem=problems[group],
             completion=completion,
             reward=reward,
             num_tokens=len(completion_ids[row]),
             length=num_before_end + ends,
             ends=ends,
-            prompt_length=prompt_lengths[group_indices],
+            prompt_length=prompt_lengths[group],
             forwards=costs[row].forwards,
         )
         answers.append(answer)

@@ -35,3 +35,12 @@ def shuffled_weights(stats: TokenStats, *, weight_fn: WeightFn, seed: int) -> To
     weights = weights.clone()
     weights[keep] = given[order.to(given.device)]
     return TokenWeights(weights, keep, metrics)
+
+
+def weights_of_next_tokens(stats: TokenStats, *, weight_fn: WeightFn) -> TokenWeights:
+    """The weights of `weight_fn`, each corrected token with that of the next one, by column and then by row: as large
+    and as many, and nothing to do with their token. Nothing is drawn, unlike in `shuffled`."""
+    weights, keep, metrics = weight_fn(stats)
+    moved = torch.ones_like(weights)
+    moved.T[stats.mask.T] = weights.T[stats.mask.T].roll(1)
+    return TokenWeights(moved, keep, metrics)

@@ -35,14 +35,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dllm_rl import ais, icepop, no_correction, ppo_clip, tbpo, tis
-from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, truncated_weights
+from dllm_rl.algorithms.correctors import Corrector, truncated_weights
 from dllm_rl.files import read_json, write_json
 from dllm_rl.members import configurable
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
+from recipes.studies.controls import weights_of_next_tokens
 from recipes.studies.paired import (
     Contrast,
     Study,
@@ -62,23 +61,13 @@ RATES = (2.5e-4, 5e-4, 1e-3)
 UNBOUNDED = 1e9  # a cap that no ratio reaches: log-ratios are cut at 20 nats, and e^20 is 4.9e8
 
 
-def weights_of_other_rows(stats: TokenStats, *, cap: float) -> TokenWeights:
-    """TIS whose weights go to the wrong tokens: each corrected token gets the weight of the next one, by column and
-    then by row. The weights have the same distribution, and nothing to do with their token."""
-    weights, keep, metrics = truncated_weights(stats, cap=cap)
-    mask = stats.mask
-    other = torch.ones_like(weights)
-    other.T[mask.T] = weights.T[mask.T].roll(1)
-    return TokenWeights(other, keep, metrics)
-
-
 @configurable
 def placebo(*, cap: float = 2.0) -> Corrector:
-    """`weights_of_other_rows`, which any gain of TIS must exceed.
+    """TIS whose weights go to other tokens (`weights_of_next_tokens`), which any gain of TIS must exceed.
 
     cap  largest weight, at least 1
     """
-    return Corrector(weight_fn=partial(weights_of_other_rows, cap=cap))
+    return Corrector(weight_fn=partial(weights_of_next_tokens, weight_fn=partial(truncated_weights, cap=cap)))
 
 
 CORRECTIONS: dict[str, dict[str, Any]] = {

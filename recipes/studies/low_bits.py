@@ -35,14 +35,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dllm_rl import ais, aligned, float8_weight_only, int4_weight_only, no_correction, qarl, tis
-from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, adaptive_weights
+from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.files import read_json, write_json
 from dllm_rl.members import configurable
 from dllm_rl.monitoring.plots import read_metrics
 from recipes.smollm2_diffusion import PlainSums, recipe
+from recipes.studies.controls import weights_of_next_tokens
+from recipes.studies.late_rollouts import QUIET
 from recipes.studies.paired import Contrast, Study, arm_rows, load, main, markdown, result_path, run_missing, run_one
 
 STORED = Path(__file__).with_suffix(".json")  # every run, with the metrics of each step
@@ -67,18 +67,10 @@ STORED_METRICS = (
 )
 
 
-def weights_of_other_tokens(stats: TokenStats) -> TokenWeights:
-    """Compute AIS's weights and give each corrected token that of the next one, by column and then by row."""
-    weights, keep, metrics = adaptive_weights(stats)
-    other = torch.ones_like(weights)
-    other.T[stats.mask.T] = weights.T[stats.mask.T].roll(1)
-    return TokenWeights(other, keep, metrics)
-
-
 @configurable
 def permuted_ais() -> Corrector:
     """Make the control of AIS: the same weights, which have nothing to do with their tokens."""
-    return Corrector(weight_fn=weights_of_other_tokens)
+    return Corrector(weight_fn=partial(weights_of_next_tokens, weight_fn=ais().weight_fn))
 
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -95,9 +87,7 @@ STUDY = Study(
     name="low-bits",
     base=replace(
         recipe,
-        eval_steps=0,
-        save_steps=10**6,
-        log_completions_steps=0,
+        **QUIET,
         eval_task=PlainSums(held_out=True, size=289),
         eval_batch_size=145,
         beta=0.0,
@@ -149,8 +139,8 @@ def best_rates(runs: list[dict[str, Any]]) -> dict[str, float]:
     """By arm the rate at which its tuned arm, or the one that it follows, ended highest on the tuning seed."""
     best = {}
     for tuned in TUNED:
-        own = [run for run in runs if run["arm"].split(" at ")[0] == tuned]
-        best[tuned] = max(own, key=lambda run: run["after"])["learning_rate"]
+        tried = [run for run in runs if run["arm"].split(" at ")[0] == tuned]
+        best[tuned] = max(tried, key=lambda run: run["after"])["learning_rate"]
     follows = {"fp8": "unquantized"}
     return {name: best[name if name in best else follows.get(name, "int4, tis")] for name in ARMS}
 
@@ -158,6 +148,8 @@ def best_rates(runs: list[dict[str, Any]]) -> dict[str, float]:
 if __name__ == "__main__":
     if "--tune" in sys.argv:
         tune(Path("runs") / "low-bits-tuning")
+    elif not TUNING.exists():
+        sys.exit(f"{TUNING.name} is missing; run with --tune first")
     else:
         rates = best_rates(read_json(TUNING))
         rated = replace(STUDY, arms={name: ARMS[name] | {"learning_rate": rates[name]} for name in ARMS})

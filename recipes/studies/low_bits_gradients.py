@@ -46,7 +46,7 @@ from dllm_rl.training.learner import forward_backward, make_batches, score_sampl
 from dllm_rl.training.policies import build_policy
 from dllm_rl.training.rollouts import collect
 from recipes.studies.low_bits import STUDY, permuted_ais
-from recipes.studies.paired import markdown
+from recipes.studies.paired import T, interval, markdown
 
 STORED = Path(__file__).with_suffix(".json")
 BATCHES = range(32, 64)
@@ -109,7 +109,7 @@ def jackknife(statistic: Callable[[list[int]], float], num_batches: int) -> tupl
     every = list(range(num_batches))
     without = torch.tensor([statistic([i for i in every if i != left]) for left in every], dtype=torch.float64)
     deviation = ((num_batches - 1) / num_batches * (without - without.mean()).square().sum()).sqrt().item()
-    return statistic(every), 2.04 * deviation  # Student's t of 31 degrees
+    return statistic(every), T[num_batches] * deviation
 
 
 def mean_product(products: Tensor, batches: list[int]) -> float:
@@ -171,8 +171,8 @@ def table(stored: dict[str, Any]) -> str:
 
 def lost_reward(stored: dict[str, Any]) -> str:
     """Return the mean reward of the int4 completions less that of the learner's own, with its interval."""
-    lost = torch.tensor(stored["rewards"]["int4"]) - torch.tensor(stored["rewards"][OWN])
-    return f"{lost.mean().item():.3f}±{2.04 * lost.std().item() / len(lost) ** 0.5:.3f}"
+    int4, unquantized = stored["rewards"]["int4"], stored["rewards"][OWN]
+    return interval([after - before for after, before in zip(int4, unquantized, strict=True)])
 
 
 def report() -> None:

@@ -243,7 +243,7 @@ def test_numbers_in_the_order_of_completions_are_taken(result):
 
 def test_the_last_line_says_why_rewards_cannot_be_taken():
     task = task_from_dataset(ROWS, reward_funcs=lambda completions, **_: [1.0] * min(len(completions), 3))
-    with pytest.raises(RuntimeError, match=r"ValueError.* returned 3 numbers for 4 texts"):
+    with pytest.raises(RuntimeError, match=r"in one call: ValueError.* returned 3 numbers for 4 texts"):
         grade(task, [task[0], task[1]], ["a", "b", "c", "d"])
 
 
