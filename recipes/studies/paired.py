@@ -125,7 +125,7 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int, pool:
     else:
         installed = summary["machine"]["versions"]
         kept |= {"s": summary["seconds"], "torch": installed["torch"], "commit": installed["dllm_rl_commit"]}
-        kept |= {"cpu": capability()}
+        kept |= {"cpu": capability(), "device": summary["machine"]["device"]}
         kept |= {when: summary[f"eval_{when}"][study.metric] for when in ("before", "after")}
         kept["quantized"] = (summary["eval_after_quantized"] or summary["eval_after"])[study.metric]
     steps = read_metrics(folder)
