@@ -45,7 +45,7 @@ from dllm_rl.training.forwards import learner_forward
 from dllm_rl.training.learner import forward_backward, make_batches, score_samples
 from dllm_rl.training.policies import build_policy
 from dllm_rl.training.rollouts import collect
-from recipes.studies.low_bits import STUDY, permuted_ais
+from recipes.studies.low_bits import STUDY, permuted
 from recipes.studies.paired import T, interval, markdown
 
 STORED = Path(__file__).with_suffix(".json")
@@ -56,7 +56,7 @@ CORRECTORS: dict[str, Corrector] = {
     "int4": no_correction(),
     "int4, tis": tis(),
     "int4, ais": ais(),
-    "int4, permuted ais": permuted_ais(),
+    "int4, permuted ais": permuted(ais()),
     "int4, aligned": aligned(),
 }
 

@@ -1,13 +1,11 @@
-"""The study of four-bit rollouts: statistics of gradients by hand, its control, and which rate an arm takes."""
-
-from pathlib import Path
+"""The study of four-bit rollouts: statistics of gradients by hand, and its control."""
 
 import pytest
 import torch
 
-from dllm_rl import RunControl, ais
+from dllm_rl import ais
 from dllm_rl.testing import make_stats
-from recipes.studies.low_bits import ARMS, HALF, MORE_ARMS, HalfTheSteps, best_rates, permuted_ais
+from recipes.studies.low_bits import permuted
 from recipes.studies.low_bits_gradients import BASELINE, OWN, jackknife, mean_product, rows_of
 from recipes.studies.paired import interval
 
@@ -46,34 +44,6 @@ def test_noise_is_the_variance_of_a_batch():
 def test_permuted_weights_are_those_of_ais_elsewhere():
     mask = torch.tensor([[True, True, False], [True, False, True]])
     stats = make_stats(torch.tensor([[-0.5, 0.9, 0.0], [0.3, 0.0, -1.2]]), torch.ones(2), mask)
-    ours, moved = ais().weight_fn(stats).importance_weights, permuted_ais().weight_fn(stats).importance_weights
+    ours, moved = ais().weight_fn(stats).importance_weights, permuted(ais()).weight_fn(stats).importance_weights
     torch.testing.assert_close(moved[mask].sort().values, ours[mask].sort().values)
     assert (moved != ours)[mask].all() and (moved[~mask] == 1).all()
-
-
-def test_an_arm_takes_the_best_rate_of_the_arm_that_it_follows():
-    """The mean of two seeds counts: of `unquantized` 0.4 and 0.4 at rate 1, and 0.6 and 0.3 at rate 2."""
-    after = {("unquantized", 1.0): (0.4, 0.4), ("unquantized", 2.0): (0.6, 0.3), ("int4", 1.0): (0.3, 0.3)}
-    after |= {("int4", 2.0): (0.2, 0.3), ("int4, tis", 1.0): (0.1, 0.1), ("int4, tis", 2.0): (0.6, 0.6)}
-    after |= {("int4, aligned", 1.0): (0.5, 0.5), ("int4, aligned", 2.0): (0.1, 0.8)}
-    runs = [
-        {"arm": f"{arm} at {rate:g}", "learning_rate": rate, "after": end}
-        for (arm, rate), ends in after.items()
-        for end in ends
-    ]
-    rates = best_rates(runs)
-    assert rates.keys() == (ARMS | MORE_ARMS).keys()
-    assert rates["fp8"] == rates["unquantized"] == 2.0 and rates["int4 row"] == rates["int4"] == 1.0
-    assert rates["int4, qarl"] == rates["int4, aligned"] == 1.0 and rates["int4 row, tis"] == rates["int4, ais"] == 2.0
-
-
-def test_half_the_steps_have_weights_of_tis():
-    """A ratio of e is capped at 2 in the first 24 steps, or in those from 24 on, and 1 in the others."""
-    stats = make_stats(torch.tensor([[1.0]]), torch.ones(1), torch.tensor([[True]]))
-    for first in (True, False):
-        half = HalfTheSteps(first=first)
-        weights = []
-        for step in range(HALF + 2):
-            half.on_step(RunControl(directory=Path(), step=step, num_steps=48), {})
-            weights.append(half(stats).importance_weights.item())
-        assert weights == [2.0 if first else 1.0] * HALF + [1.0 if first else 2.0] * 2
