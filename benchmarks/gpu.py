@@ -31,8 +31,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -227,13 +228,14 @@ def learner(smoke: bool, device: str) -> list[Row]:
 
 @dataclass(frozen=True)
 class Varied:
-    """A task whose rewards tell completions apart, whatever a model makes of it: what is measured is the work.
+    """A task whose rewards differ in turn, whatever a model writes: what is measured is the work.
 
     ahead  characters to put before every prompt.
     """
 
     task: Any
     ahead: int = 0
+    turns: Any = field(default_factory=count, compare=False)
     name = "varied"
     version = "1"
 
@@ -245,7 +247,7 @@ class Varied:
         return replace(problem, prompt="x" * self.ahead + problem.prompt)
 
     def reward(self, problem: Any, completion: str) -> Any:
-        return replace(self.task.reward(problem, completion), value=sum(map(ord, completion)) % 7 / 7)
+        return replace(self.task.reward(problem, completion), value=next(self.turns) % 7 / 7)
 
 
 def step(smoke: bool, device: str) -> list[Row]:

@@ -275,7 +275,8 @@ def trains_alike(recipe, tmp_path):
 def assert_alike(there, here):
     """Metrics of a run on the device and of one on the CPU."""
     # A simulated device computes on the CPU, whose last bits may depend on where in memory a tensor lies.
-    small = 0.02 if REAL else 1e-6
+    # The largest difference of single bf16 log-probs depends on which of two passes a kernel rounds otherwise.
+    small = 0.1 if REAL else 1e-6
     for one, other in zip(there, here, strict=True):
         assert one == pytest.approx(other, rel=0.02, abs=small, nan_ok=True)
 

@@ -67,6 +67,14 @@ def test_an_update_takes_what_the_h200_took(policy, what, changes):
     assert measured("learner", what) <= 1.02 * seconds(recipe, policy, 128)["update"] <= 1.3 * measured("learner", what)
 
 
+def test_a_step_takes_what_the_h200_took(policy):
+    """32 denoising steps; the plan's rollout is at the rate of fewer rows. Rewards were equal: no backward to compare."""
+    (row,) = PARTS["step"]["rows"]
+    planned = seconds(replace(sudoku, sampler=partial(sudoku.sampler, diffusion_steps=32)), policy, 256)
+    assert planned["scoring"] == pytest.approx(row["scoring, s"], rel=0.1)
+    assert 0.7 * planned["rollout"] < row["rollout, s"] < planned["rollout"]
+
+
 def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps(policy):
     """docs/which-likelihood.md: `llada_8b_sudoku` in 32 steps, one update, no KL term, no graphs kept."""
     told = (Path(__file__).parents[3] / "docs" / "which-likelihood.md").read_text()
