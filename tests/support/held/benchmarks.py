@@ -31,6 +31,10 @@ def one_h200():
     yield PAGE, f"the host is the limit ({step:.0f} ms per step; reading the weights takes {reading:.0f})"
     float8, int8 = (f"{each['sync, s']:.2f}" for each in parts["sync"])
     yield PAGE, f"A sync of 8B weights takes {float8} s (FP8) or {int8} s (int8)."
+    (step_8b,) = parts["step"]
+    times = [f"{step_8b[f'{stage}, s']:.3g} s" for stage in ("rollout", "scoring", "sync", "step")]
+    yield PAGE, row("measured", *times, f"{step_8b['peak GiB, all']:.1f} GiB")
+    yield PAGE, f"The 8 updates took {step_8b['update, s']:.1f} s"
     of = {name: f"{speed / fp8['bf16, exact']:.2f}" for name, speed in fp8.items()}
     schemes = f"{DOCS}/quantization.md"
     yield schemes, f"| {of['FP8 weights, compiled']} compiled, {of['FP8 weights, eager']} eager |"

@@ -68,7 +68,7 @@ def test_an_update_takes_what_the_h200_took(policy, what, changes):
 
 
 def test_a_step_takes_what_the_h200_took(policy):
-    """32 denoising steps; the plan's rollout is at the rate of fewer rows. Rewards were equal: no backward to compare."""
+    """32 denoising steps; the rollout is planned at the rate of fewer rows. No backward was measured: equal rewards."""
     (row,) = PARTS["step"]["rows"]
     planned = seconds(replace(sudoku, sampler=partial(sudoku.sampler, diffusion_steps=32)), policy, 256)
     assert planned["scoring"] == pytest.approx(row["scoring, s"], rel=0.1)
