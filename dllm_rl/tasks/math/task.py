@@ -54,7 +54,10 @@ class Questions(Prompted, ABC):
         )  # the prompt already has the opening
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        return self.rules[self.reward_rule](problem.fields, completion)
+        # An opening such as "<reasoning>" is part of the layout that a rule grades; an empty thinking block is not.
+        layout = self.opening.find("<reasoning>")
+        opened = self.opening[layout:] if layout >= 0 else ""
+        return self.rules[self.reward_rule](problem.fields, opened + completion)
 
     @staticmethod
     @abstractmethod
@@ -88,7 +91,7 @@ class GSM8K(Questions):
     """
 
     name: ClassVar[str] = "gsm8k"
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     text: ClassVar[str] = TEXT.replace("{answer}", "number") + "{question}"
     placeholders: ClassVar[tuple[str, ...]] = ("question",)
     hub: ClassVar[tuple[str, str | None]] = ("openai/gsm8k", "main")

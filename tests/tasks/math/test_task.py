@@ -70,6 +70,24 @@ def test_gsm8k_prompts(tmp_path) -> None:
     assert opened.solution.startswith("40 + 2")  # the opening is the prompt's, not the completion's
 
 
+@pytest.mark.parametrize("opening", ["", "<reasoning>", "<reasoning>\n", "<think>\n\n</think>\n\n<reasoning>"])
+def test_a_solution_has_the_full_reward_of_d1_whatever_opens_the_turn(tmp_path, opening) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps(TEST[0]))
+    task = GSM8K(split="test", path=path, opening=opening, reward_rule="d1")
+    solution = "<reasoning>\n40 + 2 = 42\n</reasoning>\n<answer>\n42\n</answer>\n"
+    written = solution.removeprefix(opening[max(opening.find("<reasoning>"), 0) :])
+    assert task.reward(task[0], written).value == 4.0
+
+
+def test_a_thinking_block_is_no_part_of_d1s_layout(tmp_path) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps(TEST[0]))
+    task = GSM8K(split="test", path=path, opening="<think>\n\n</think>\n\n", reward_rule="d1")
+    written = "<reasoning>\n40 + 2\n</reasoning>\n<answer>\n42\n</answer>\n"
+    assert task.reward(task[0], written).value == 4.0
+
+
 def test_math500_from_its_published_form(tmp_path) -> None:
     task = MATH500(path=write_lines(tmp_path / "test.jsonl", MATH))
     assert [problem.fields["answer"] for problem in task] == ["\\frac{1}{2}", "6", "9"]
