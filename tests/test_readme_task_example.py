@@ -20,6 +20,7 @@ def program(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_example_trains_on_its_own_task(program, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [program, *SHORT.split(), "--output_dir", str(tmp_path)])
     runpy.run_path(program, run_name="__main__")

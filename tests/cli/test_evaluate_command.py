@@ -396,6 +396,7 @@ def test_a_budgets_number_is_searched_with_the_seed_of_the_evaluation(model, cap
     assert seeds == [7]
 
 
+@pytest.mark.slow
 def test_a_budget_is_searched_on_the_problems_of_a_short_file_and_compares_models(model, capsys, tmp_path):
     """Each model has its own number of a rule: the rows are of one budget all the same."""
     other = tmp_path / "other"

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from repetitions import slow
 
 from dllm_rl import Lora, Prompts, check_policy, load_policy, sync_weights, trajectory, unmask
 from dllm_rl.diagnostics.batch_invariance import batch_invariant
@@ -70,7 +71,7 @@ def test_encoder_and_decoder_hold_the_same_layers(policy):
         assert ours is not theirs and ours.layer_scalar is not theirs.layer_scalar  # transformers does not tie it
 
 
-@pytest.mark.parametrize("answer", ["argmax", "drawn"])
+@pytest.mark.parametrize("answer", ["argmax", slow("drawn")])
 def test_zero_mismatch_unquantized(policy, answer):
     """Bit for bit in batch-invariant arithmetic, whichever rows are scored together."""
     with batch_invariant():
@@ -105,7 +106,7 @@ def test_a_row_depends_on_its_prompt_and_seed_alone(policy):
         assert together.tokens[row][mine].tolist() == alone.tokens[0][alone.completion_mask[0]].tolist()
 
 
-@pytest.mark.parametrize("scheme", [float8_weight_only, fake_quantize])
+@pytest.mark.parametrize("scheme", [float8_weight_only, slow(fake_quantize)])
 def test_a_quantized_copy_has_both_sides_and_the_experts(scheme):
     policy = tiny(1)
     copied = quantized_copy(policy, scheme())
@@ -147,6 +148,7 @@ def test_adapters_are_one_for_both_sides():
     assert (scored(policy, rollout) - adapted).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_memory_of_a_detached_view_is_of_one_step():
     """Tensors that autograd saves during a backward, at most at once: as many for nine steps as for three."""
 

@@ -58,7 +58,7 @@ def out_of_bounds(rows: Rows, stored: Rows) -> list[str]:
     return found
 
 
-OFTEN = ["golden", "sandwich, tis, rejection", "dynamic sampling"]
+OFTEN = ["golden", "sandwich, tis, rejection"]
 
 
 @pytest.mark.parametrize("name", few(CONFIGURATIONS, OFTEN))

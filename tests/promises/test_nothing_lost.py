@@ -65,6 +65,7 @@ def test_the_reference_is_whole_before_the_first_checkpoint(tmp_path, monkeypatc
 
 
 class TestSchedule:
+    @pytest.mark.slow
     def test_more_steps_would_change_what_was_done_and_fewer_are_less(self, tmp_path):
         train(small(tmp_path, num_steps=2))
         said = "num_steps=4 would change the learning rates of a schedule that began with 2 steps; add lr_schedule_st"

@@ -25,6 +25,8 @@ from recipes.studies.enumeration import (
     speaks_against,
 )
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"networks": 3, "sigmas": (0.3,), "length": 3}
 SEQUENCE = c.tis(cap=1e9, level="sequence")
 

@@ -103,6 +103,7 @@ def renoising_recipe(directory, **changes):
     return replace(base, **given | {"task": Sudoku(split="train", size=1), "sft_warmup_batch_size": 8} | changes)
 
 
+@pytest.mark.slow
 def test_the_warm_up_learns_what_it_is_shown(tmp_path):
     recipe = renoising_recipe(tmp_path, sft_warmup_steps=20, sft_warmup_learning_rate=1e-2)
     policy = recipe.model()

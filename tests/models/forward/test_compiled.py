@@ -140,7 +140,7 @@ def test_every_schemes_copy_is_captured_whole(monkeypatch, scheme):
     assert torch.equal(found.tokens, sampled(eager, None, [[3, 4, 5], [6, 7]]).tokens)
 
 
-@pytest.mark.parametrize(("family", "cache"), [("tiny_moe", None), nightly("llada2", block_cache())], ids=str)
+@pytest.mark.parametrize(("family", "cache"), [slow("tiny_moe", None), nightly("llada2", block_cache())], ids=str)
 def test_quantized_experts_split_their_block(tmp_path, monkeypatch, family, cache):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     one_layer = SIZES | {"num_layers": 1, "num_experts": 4}
