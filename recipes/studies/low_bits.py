@@ -8,16 +8,16 @@ the unquantized learner on all 289 held-out sums; that of the quantized copy is 
     int4                  weights of 4 bits in groups of 32, no corrector
     int4, tis             token TIS with its defaults
     int4, permuted tis    TIS whose weights go to other tokens: what any gain of TIS must exceed
-    unquantized           the learner's own weights sample; it runs last
 
 Known before the runs: late_pretrained.py, the same in bf16 on 100 sums, in which int4 ended at 0.35 and 0.38 (start
 0.44), with TIS at 0.49 and 0.48, unquantized at 0.50 and FP8 at 0.53, 0.54 and 0.61. low_bits_first.json, three runs of
 seed 100 with half the prompts a step at 2.5e-4: from 0.429 unquantized ended at 0.388, int4 at 0.422 and TIS at 0.457.
 low_bits_gradients.py, the gradients of the first step. A plan of sixteen arms with tuned rates did not fit: a run takes
-twelve minutes of a core. It was cut to these before any of them ran.
+twelve minutes of a core. It was cut before any of them ran, to the arms above and to `unquantized` after these.
 
-The claims are the contrasts of `STUDY`. Seeds are run in their order until the time is over, at most six; which ones
-are in the tables depends on nothing else.
+The claims are the contrasts of `STUDY`. Seeds were run in their order until the time was over, planned as at most six;
+which ones are in the tables depends on nothing else. `unquantized`, with the claim that int4 costs something, was not
+reached: what int4 costs at this rate stands in late_pretrained.py alone.
 
     python recipes/smollm2_diffusion_sft.py
     python -m recipes.studies.low_bits            run what is missing, low_bits.json, the tables
@@ -39,6 +39,7 @@ from recipes.studies.late_rollouts import QUIET
 from recipes.studies.paired import Contrast, Study, main, result_path, run_one
 
 STORED = Path(__file__).with_suffix(".json")  # every run, with the metrics of each step
+COLUMNS = ("quantized", "ess", "reward")
 INT4 = {"rollout_quantization": int4_weight_only}
 STORED_METRICS = (
     "reward",
@@ -62,7 +63,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "int4": INT4,
     "int4, tis": INT4 | {"corrector": tis()},
     "int4, permuted tis": INT4 | {"corrector": permuted(tis())},
-    "unquantized": {"rollout_quantization": None},
 }
 STUDY = Study(
     name="low-bits",
@@ -83,7 +83,6 @@ STUDY = Study(
     contrasts=(
         Contrast("TIS is above no corrector", "int4, tis", "int4"),
         Contrast("TIS is above its permuted weights", "int4, tis", "int4, permuted tis"),
-        Contrast("int4 costs something", "unquantized", "int4"),
     ),
     metric="accuracy",
 )

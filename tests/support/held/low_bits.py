@@ -1,7 +1,9 @@
 """The study of four-bit rollouts: its table and its sentences."""
 
 from held import STUDIES, stored
+from recipes.studies.low_bits import COLUMNS, STUDY
 from recipes.studies.low_bits_gradients import lost_reward, table
+from recipes.studies.paired import interval, paired, tables
 
 PAGE = f"{STUDIES}/low_bits.md"
 
@@ -23,6 +25,16 @@ def low_bits():
     yield PAGE, f"whose cosine with the learner's {aligned}"
     yield PAGE, f"the INT4 copy's completions get {lost_reward(kept)} reward."
     assert max(abs(float(cosine[a].split("±")[0]) - b) for a, b in FIRST.items()) < 0.3
+
+
+def low_bits_training():
+    results = {(run["arm"], run["seed"]): run for run in stored("low_bits")}
+    yield PAGE, tables(STUDY, results, *COLUMNS).strip()
+    for other, words in (("int4", "without a corrector"), ("int4, permuted tis", "with its weights on other tokens")):
+        apart = paired(results, "int4, tis", other)
+        yield PAGE, f"{interval(apart)} above the end {words} ({sum(x > 0 for x in apart)} of {len(apart)} seeds)"
+    copies = paired(results, "int4, tis", "int4", "quantized")
+    yield PAGE, f"the quantized copy's accuracy changes by {interval(copies)}"
 
 
 FIRST = {"int4": 0.30, "int4, tis": 1.04, "int4, ais": 1.02, "int4, permuted ais": 0.28, "int4, aligned": -0.04}
