@@ -3,7 +3,7 @@
 from held import STUDIES, stored
 from recipes.studies.low_bits import COLUMNS, STUDY
 from recipes.studies.low_bits_gradients import lost_reward, table
-from recipes.studies.paired import interval, paired, tables
+from recipes.studies.paired import holm, interval, paired, sign_flip, tables
 
 PAGE = f"{STUDIES}/low_bits.md"
 
@@ -33,6 +33,10 @@ def low_bits_training():
     for other, words in (("int4", "without a corrector"), ("int4, permuted tis", "with its weights on other tokens")):
         apart = paired(results, "int4, tis", other)
         yield PAGE, f"{interval(apart)} above the end {words} ({sum(x > 0 for x in apart)} of {len(apart)} seeds)"
+    least = holm([sign_flip([1.0] * STUDY.seeds)] * len(STUDY.contrasts))[0]
+    yield PAGE, f"the least Holm's p that six seeds and two claims can give is {least:.3f}"
+    (before,) = {run["before"] for run in results.values()}
+    yield PAGE, f"it starts at {before:.3f}."
     copies = paired(results, "int4, tis", "int4", "quantized")
     yield PAGE, f"the quantized copy's accuracy changes by {interval(copies)}"
 
