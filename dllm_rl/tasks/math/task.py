@@ -91,7 +91,7 @@ class GSM8K(Questions):
     """
 
     name: ClassVar[str] = "gsm8k"
-    version: ClassVar[str] = "4"
+    version: ClassVar[str] = "3"
     text: ClassVar[str] = TEXT.replace("{answer}", "number") + "{question}"
     placeholders: ClassVar[tuple[str, ...]] = ("question",)
     hub: ClassVar[tuple[str, str | None]] = ("openai/gsm8k", "main")
