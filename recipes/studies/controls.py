@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, WeightFn, ais
+from dllm_rl.members import configurable
 from dllm_rl.rng import generator_for
 
 
@@ -35,6 +36,12 @@ def shuffled_weights(stats: TokenStats, *, weight_fn: WeightFn, seed: int) -> To
     weights = weights.clone()
     weights[keep] = given[order.to(given.device)]
     return TokenWeights(weights, keep, metrics)
+
+
+@configurable
+def permuted(corrector: Corrector) -> Corrector:
+    """Make a corrector's control without draws: the same weights on other tokens (`weights_of_next_tokens`)."""
+    return Corrector(weight_fn=partial(weights_of_next_tokens, weight_fn=corrector.weight_fn))
 
 
 def weights_of_next_tokens(stats: TokenStats, *, weight_fn: WeightFn) -> TokenWeights:

@@ -36,12 +36,10 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl import ais, icepop, no_correction, ppo_clip, tbpo, tis
-from dllm_rl.algorithms.correctors import Corrector, truncated_weights
 from dllm_rl.files import read_json, write_json
-from dllm_rl.members import configurable
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
-from recipes.studies.controls import weights_of_next_tokens
+from recipes.studies.controls import permuted
 from recipes.studies.paired import (
     Contrast,
     Study,
@@ -61,15 +59,6 @@ RATES = (2.5e-4, 5e-4, 1e-3)
 UNBOUNDED = 1e9  # a cap that no ratio reaches: log-ratios are cut at 20 nats, and e^20 is 4.9e8
 
 
-@configurable
-def placebo(*, cap: float = 2.0) -> Corrector:
-    """TIS whose weights go to other tokens (`weights_of_next_tokens`), which any gain of TIS must exceed.
-
-    cap  largest weight, at least 1
-    """
-    return Corrector(weight_fn=partial(weights_of_next_tokens, weight_fn=partial(truncated_weights, cap=cap)))
-
-
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "none": {"corrector": no_correction()},
     "dual clip": {"corrector": no_correction(), "old_logprobs": "rollout", "loss": partial(ppo_clip, delta=1.2)},
@@ -78,7 +67,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "ais": {"corrector": ais()},
     "tbpo": {"corrector": tbpo()},
     "icepop": {"corrector": icepop()},
-    "placebo": {"corrector": placebo()},
+    "placebo": {"corrector": permuted(tis())},
 }
 
 

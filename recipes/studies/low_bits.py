@@ -16,25 +16,22 @@ low_bits_gradients.py, the gradients of the first step. A plan of sixteen arms w
 twelve minutes of a core. It was cut before any of them ran, to the arms above and to `unquantized` after these.
 
 The claims are the contrasts of `STUDY`. Seeds were run in their order until the time was over, planned as at most six;
-which ones are in the tables depends on nothing else. `unquantized`, with the claim that int4 costs something, was not
-reached: what int4 costs at this rate stands in late_pretrained.py alone.
+which ones are in the tables depends on nothing else. `unquantized`, with the claim that int4 costs something, did not
+finish: only late_pretrained.py measures what int4 costs at this rate.
 
     python recipes/smollm2_diffusion_sft.py
     python -m recipes.studies.low_bits            run what is missing, low_bits.json, the tables
 """
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dllm_rl import int4_weight_only, no_correction, tis
-from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.files import read_json, write_json
-from dllm_rl.members import configurable
 from dllm_rl.monitoring.plots import read_metrics
 from recipes.smollm2_diffusion import PlainSums, recipe
-from recipes.studies.controls import weights_of_next_tokens
+from recipes.studies.controls import permuted
 from recipes.studies.late_rollouts import QUIET
 from recipes.studies.paired import Contrast, Study, main, result_path, run_one
 
@@ -51,12 +48,6 @@ STORED_METRICS = (
     "tis/capped_fraction",
     "grad_norm",
 )
-
-
-@configurable
-def permuted(corrector: Corrector) -> Corrector:
-    """Make a corrector's control: the same weights, which have nothing to do with their tokens."""
-    return Corrector(weight_fn=partial(weights_of_next_tokens, weight_fn=corrector.weight_fn))
 
 
 ARMS: dict[str, dict[str, Any]] = {

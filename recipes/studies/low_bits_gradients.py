@@ -45,7 +45,8 @@ from dllm_rl.training.forwards import learner_forward
 from dllm_rl.training.learner import forward_backward, make_batches, score_samples
 from dllm_rl.training.policies import build_policy
 from dllm_rl.training.rollouts import collect
-from recipes.studies.low_bits import STUDY, permuted
+from recipes.studies.controls import permuted
+from recipes.studies.low_bits import STUDY
 from recipes.studies.paired import T, interval, markdown
 
 STORED = Path(__file__).with_suffix(".json")

@@ -275,9 +275,14 @@ def trains_alike(recipe, tmp_path):
 def assert_alike(there, here):
     """Metrics of a run on the device and of one on the CPU."""
     # A simulated device computes on the CPU, whose last bits may depend on where in memory a tensor lies.
-    # The largest difference of single bf16 log-probs depends on which of two passes a kernel rounds otherwise.
-    small = 0.1 if REAL else 1e-6
+    small = 0.02 if REAL else 1e-6
     for one, other in zip(there, here, strict=True):
+        if REAL:  # a largest difference is one bf16 log-prob's, which rounds otherwise in another pass
+            largest = {
+                name: value for name, value in other.items() if name.startswith("off_policy/") and "/max" in name
+            }
+            assert {name: one[name] for name in largest} == pytest.approx(largest, abs=0.1)
+            one = one | largest
         assert one == pytest.approx(other, rel=0.02, abs=small, nan_ok=True)
 
 

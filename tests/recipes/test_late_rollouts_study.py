@@ -6,10 +6,11 @@ import pytest
 import torch
 from tiny_recipe import tiny_recipe
 
-from dllm_rl.algorithms.correctors import TokenStats, no_correction
+from dllm_rl.algorithms.correctors import TokenStats, no_correction, tis
 from dllm_rl.monitoring.plots import read_metrics
 from recipes.studies import late_pretrained, late_rollouts
-from recipes.studies.late_rollouts import AGAIN, TUNED, best_two, placebo, widened
+from recipes.studies.controls import permuted
+from recipes.studies.late_rollouts import AGAIN, TUNED, best_two, widened
 
 
 def test_rates_are_widened_while_the_best_is_at_an_edge():
@@ -28,7 +29,7 @@ def test_the_placebo_has_the_weights_of_tis_at_other_tokens():
     ratios = torch.tensor([[0.5, 3.0, 9.0], [1.5, 9.0, 0.25]])
     none_read = torch.zeros(2, 3)
     stats = TokenStats(ratios.log(), torch.ones(2), mask, none_read, none_read, none_read.int())
-    weights, keep, _ = placebo(cap=2.0).weight_fn(stats)
+    weights, keep, _ = permuted(tis(cap=2.0)).weight_fn(stats)
     # TIS: 0.5, 2 (capped) and 1.5, 0.25. By column and then by row: 0.5, 1.5, 2, 0.25; each goes one place on.
     torch.testing.assert_close(weights, torch.tensor([[0.25, 1.5, 1.0], [0.5, 1.0, 2.0]]))
     assert torch.equal(keep, mask)

@@ -5,7 +5,7 @@ import torch
 
 from dllm_rl import ais
 from dllm_rl.testing import make_stats
-from recipes.studies.low_bits import permuted
+from recipes.studies.controls import permuted
 from recipes.studies.low_bits_gradients import BASELINE, OWN, jackknife, mean_product, rows_of
 from recipes.studies.paired import interval
 

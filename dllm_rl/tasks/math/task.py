@@ -49,15 +49,15 @@ class Questions(Prompted, ABC):
             raise IndexError(f"problem {index} of {len(self)}")
         question, fields, solution = self._rows()[index]
         prompt = self.worded(**{self.placeholders[0]: question})
-        return Problem(
-            prompt, fields, solution and solution.removeprefix(self.opening)
-        )  # the prompt already has the opening
+        return Problem(prompt, fields, solution and solution.removeprefix(self._opened_layout() or self.opening))
 
     def reward(self, problem: Problem, completion: str) -> Reward:
-        # An opening such as "<reasoning>" is part of the layout that a rule grades; an empty thinking block is not.
-        layout = self.opening.find("<reasoning>")
-        opened = self.opening[layout:] if layout >= 0 else ""
-        return self.rules[self.reward_rule](problem.fields, opened + completion)
+        return self.rules[self.reward_rule](problem.fields, self._opened_layout() + completion)
+
+    def _opened_layout(self) -> str:
+        """Return the part of the opening that belongs to the graded layout, from "<reasoning>" on; "" without one."""
+        _, tag, rest = self.opening.partition("<reasoning>")
+        return tag + rest
 
     @staticmethod
     @abstractmethod

@@ -75,9 +75,9 @@ def test_a_solution_has_the_full_reward_of_d1_whatever_opens_the_turn(tmp_path, 
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps(TEST[0]))
     task = GSM8K(split="test", path=path, opening=opening, reward_rule="d1")
-    solution = "<reasoning>\n40 + 2 = 42\n</reasoning>\n<answer>\n42\n</answer>\n"
-    written = solution.removeprefix(opening[max(opening.find("<reasoning>"), 0) :])
-    assert task.reward(task[0], written).value == 4.0
+    solution = task[0].solution
+    assert solution is not None and (opening + solution).count("<reasoning>") == 1
+    assert task.reward(task[0], solution).value == 4.0
 
 
 def test_a_thinking_block_is_no_part_of_d1s_layout(tmp_path) -> None:
