@@ -36,7 +36,7 @@ def main() -> None:
     policy = tiny_moe(
         characters="".join(chr(0x4E00 + i) for i in range(2000)),
         hidden_size=options.width,
-        intermediate_size=options.width // 2,
+        moe_intermediate_size=options.width // 2,
         num_experts=options.num_experts,
         num_experts_per_tok=4,
         num_layers=4,

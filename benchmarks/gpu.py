@@ -163,9 +163,9 @@ def whole_steps(smoke: bool, device: str, batch: int) -> list[Row]:
 def experts(smoke: bool, device: str) -> list[Row]:
     """A mixture of LLaDA2-mini's experts, two blocks, and its FP8 copy; 2,048 tokens."""
     letters = "".join(chr(0x4E00 + i) for i in range(50))
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
     if not smoke:
-        sizes = {"hidden_size": 2048, "intermediate_size": 512, "num_experts": 256, "num_experts_per_tok": 8}
+        sizes = {"hidden_size": 2048, "moe_intermediate_size": 512, "num_experts": 256, "num_experts_per_tok": 8}
     policy = tiny_moe(characters=letters, causal=False, num_layers=2, max_length=1024, **sizes)
     policy.module.to(device, torch.bfloat16)
     tokens = torch.randint(3, 50, (2 if smoke else 8, 16 if smoke else 256), generator=torch.Generator().manual_seed(0))
@@ -293,7 +293,7 @@ def planned(smoke: bool, device: str) -> list[Row]:
         arms["all weights, 8-bit moments"] = {"optim": adamw_8bit}
     rows = []
     for name, fields in arms.items():
-        fields |= {"model": partial(tiny_llama, characters=letters, causal=False, num_heads=8, **sizes)}
+        fields |= {"model": partial(tiny_llama, characters=letters, causal=False, num_attention_heads=8, **sizes)}
         fields |= {"validation_task": replace(main_job.validation_task, size=4), "likelihood": one_step()}
         fields |= {
             "eval_task": replace(main_job.eval_task, size=4),
@@ -384,7 +384,9 @@ def studied(name: str, smoke: bool, folder: Path) -> list[Row]:
     study = STUDIES[name]
     if smoke:
         few = {"task": replace(main_job.task, size=8), "validation_task": replace(main_job.validation_task, size=4)}
-        tiny = partial(tiny_llama, characters="1234.=", causal=False, hidden_size=32, num_layers=1, num_heads=2)
+        tiny = partial(
+            tiny_llama, characters="1234.=", causal=False, hidden_size=32, num_layers=1, num_attention_heads=2
+        )
         base = replace(main_job, model=tiny, eval_task=replace(main_job.eval_task, size=4), **few, sft_warmup_steps=2)
         base = replace(base, train_batch_size=2, num_generations=2)
         study = replace(study, base=base, seeds=2, num_steps=1, metric="solve_rate")

@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     characters = "".join(chr(0x4E00 + i) for i in range(options.vocabulary - 6))
-    sizes = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "intermediate_size": 704, "max_length": 512}
+    sizes = {"hidden_size": 256, "num_layers": 6, "num_attention_heads": 4, "intermediate_size": 704, "max_length": 512}
     policy = tiny_llama(characters=characters, causal=False, **sizes)
     prompts = Prompts.from_ids([[5, 6, 7, 8] * 8] * 2, pad_id=policy.pad_id, group_size=4)
     sample = partial(

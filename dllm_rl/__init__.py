@@ -21,7 +21,8 @@ _HOME = {
     "members": "describe",
     "tasks": "Problem Reward Task Sudoku Countdown GSM8K MATH500 ReasoningGym task_from_dataset",
     "models.base": "Policy FamilySpec Lora",
-    "models.policy": "load_policy load_weights make_policy DiffusionPolicy AutoregressivePolicy diffusion_from_causal",
+    "models.policy": "load_policy load_weights make_policy DiffusionPolicy AutoregressivePolicy "
+    "diffusion_from_causal as_causal",
     "models.checkpoint.families": "register_family",
     "models.lora": "lora_r16",
     "models.tiny": "tiny_masked_lm tiny_llama tiny_moe",

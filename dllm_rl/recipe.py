@@ -16,7 +16,7 @@ from dllm_rl.algorithms import advantages, correctors, losses, optimizers, promp
 from dllm_rl.algorithms.advantages import group_relative, takes_component_rewards
 from dllm_rl.algorithms.by_step import by_step
 from dllm_rl.algorithms.correctors import Corrector, no_correction
-from dllm_rl.algorithms.losses import kl_k3, policy_loss, ppo_clip, surrogate_inputs, token_mean
+from dllm_rl.algorithms.losses import bias_corrected_kl, kl_k3, policy_loss, ppo_clip, surrogate_inputs, token_mean
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.algorithms.prompt_sources import PromptSource, uniform_prompts
 from dllm_rl.algorithms.triage import triage
@@ -707,9 +707,8 @@ class Recipe(Settings):
             surrogate=self.resolved_loss,
             loss_reduction=self.resolved_loss_reduction,
             beta=self.beta,
-            kl=self.kl,
+            kl=partial(bias_corrected_kl, kl=self.kl) if self.use_bias_correction_kl else self.kl,
             entropy=self.entropy_coeff,
-            unbiased_kl=self.use_bias_correction_kl,
         )
 
     def update_settings(self, step: int) -> "UpdateSettings":

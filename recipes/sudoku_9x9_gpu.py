@@ -19,7 +19,7 @@ recipe = replace(
         causal=False,
         hidden_size=768,
         num_layers=12,
-        num_heads=12,
+        num_attention_heads=12,
         intermediate_size=2048,
         max_length=163,
     ),

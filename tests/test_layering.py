@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "callbacks": "bounds",
     "distributed": "device files screen versions",
     "members": "bounds renamed",
-    "models": "files manifest rng screen tasks types",
+    "models": "files manifest renamed rng screen tasks types",
     # floor 3
     "likelihoods": "bounds device rng types members models",
     "quantization": "models",

@@ -11,7 +11,7 @@ from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import correctors
 from dllm_rl.algorithms.correctors import tis
-from dllm_rl.algorithms.losses import gspo, kl_k2, ppo_clip, sequence_mean, token_mean, trust_band
+from dllm_rl.algorithms.losses import bias_corrected_kl, gspo, kl_k2, ppo_clip, sequence_mean, token_mean, trust_band
 from dllm_rl.algorithms.optimizers import adamw
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods.estimators import one_step, trajectory
@@ -98,8 +98,9 @@ def test_an_update_has_the_recipes_rate_limits_and_loss(recipe):
     loss = given.pop("loss").keywords
     late = {"max_staleness": 0, "measure": False}
     assert given == limits | late | {"likelihood": recipe.likelihood, "learning_rate": 0.5 * 3 / 10}
-    named = {"surrogate": ppo_clip, "loss_reduction": token_mean, "beta": 0.1, "kl": kl_k2}
-    assert loss == named | {"entropy": 0.01, "unbiased_kl": True}
+    named = {"surrogate": ppo_clip, "loss_reduction": token_mean, "beta": 0.1, "entropy": 0.01}
+    kl = loss.pop("kl")
+    assert loss == named and kl.func is bias_corrected_kl and kl.keywords == {"kl": kl_k2}
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,29 @@ def kl_k3(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     return torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) - log_ratio
 
 
+def bias_corrected_kl(
+    log_ratio: Float[Tensor, "B T"],
+    *,
+    kl: Callable[[Tensor], Tensor],
+    rollout_log_ratio: Float[Tensor, "B T"],
+) -> Float[Tensor, "B T"]:
+    """Multiply a KL estimate by p / p_rollout, and differentiate this ratio too.
+
+    Use it as the `kl` of `policy_loss`, with `partial(bias_corrected_kl, kl=kl_k3)`: the mean gradient is then the
+    gradient of KL(current || reference) for rollouts of other weights too. Source: DeepSeek-V3.2, arXiv 2512.02556,
+    eq. 7 [digest].
+
+    Args:
+        log_ratio: logp_reference - logp (B, T), in nats.
+        kl: Estimator of the KL term, such as `kl_k3`.
+        rollout_log_ratio: logp - logp_rollout (B, T), in nats; `policy_loss` passes it.
+
+    Returns:
+        The corrected estimate of each token (B, T), in nats.
+    """
+    return kl(log_ratio) * rollout_log_ratio.clamp(-MAX_LOG, MAX_LOG).exp()
+
+
 def entropy_bonus(
     logps: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, group_size: int = 1
 ) -> Float[Tensor, "B T"]:
@@ -370,16 +393,15 @@ def _rollout_logprobs(batch: Batch, user: str) -> Float[Tensor, "B T"]:
     return batch.rollout_logprobs
 
 
-def policy_loss(  # noqa: PLR0913
+def policy_loss(
     logps: Float[Tensor, "B T"],
     batch: Batch,
     *,
     surrogate: Callable[..., Tensor],
     loss_reduction: Callable[..., Tensor],
     beta: float,
-    kl: Callable[[Tensor], Tensor],
+    kl: Callable[..., Tensor],
     entropy: float = 0.0,
-    unbiased_kl: bool = False,
 ) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]], Float[Tensor, "B T"]]:
     """Compute this process's share of the loss, its metrics, and d loss / d logps.
 
@@ -396,11 +418,8 @@ def policy_loss(  # noqa: PLR0913
         surrogate: Per-token objective, such as `ppo_clip`.
         loss_reduction: Averaging of tokens, such as `token_mean`.
         beta: Coefficient of the KL term; used if the batch has reference log-probs.
-        kl: Estimator of the KL term, such as `kl_k3`.
+        kl: Estimator of the KL term, such as `kl_k3`, or `bias_corrected_kl` with one bound to it.
         entropy: Coefficient of the entropy bonus. Default: 0.
-        unbiased_kl: Whether to multiply KL_t by r_t = exp(logp - logp_rollout), and to differentiate r_t too. With k3,
-            the mean gradient is then the gradient of KL(current || reference) (DeepSeek-V3.2, arXiv 2512.02556, eq. 7
-            [digest]). Default: False.
 
     Returns:
         The loss, detached; the metrics as (sum, count); the gradient (B, T). clip_ratio/{region,low,high}_mean are the
@@ -409,7 +428,7 @@ def policy_loss(  # noqa: PLR0913
         are not counted.
 
     Raises:
-        ValueError: The surrogate or unbiased_kl needs the rollout's log-probs, and the batch has none.
+        ValueError: The surrogate or the KL term needs the rollout's log-probs, and the batch has none.
     """
     loss_mask = batch.loss_mask
     logps = logps.detach().requires_grad_()
@@ -440,11 +459,11 @@ def policy_loss(  # noqa: PLR0913
         "ratio/mean": (at_tokens(log_ratio.detach()).exp().sum(), loss_mask.sum()),
     }
     if batch.reference_logprobs is not None:
-        divergence = kl(torch.where(loss_mask, batch.reference_logprobs - logps, 0))
-        if unbiased_kl:
-            ratio = torch.where(loss_mask, logps - _rollout_logprobs(batch, "unbiased_kl=True"), 0)
-            divergence = divergence * ratio.clamp(-MAX_LOG, MAX_LOG).exp()
-        penalty = at_tokens(divergence)
+        keywords = {}
+        if "rollout_log_ratio" in inspect.signature(kl).parameters:
+            rollout_log_ratio = logps - _rollout_logprobs(batch, "bias_corrected_kl")
+            keywords["rollout_log_ratio"] = torch.where(loss_mask, rollout_log_ratio, 0)
+        penalty = at_tokens(kl(torch.where(loss_mask, batch.reference_logprobs - logps, 0), **keywords))
         kl_term = beta * (at_tokens(coefficient) * penalty).sum()
         loss = loss + kl_term
         gradient = gradient + torch.autograd.grad(kl_term, logps)[0]

@@ -30,6 +30,7 @@ from dllm_rl.evaluation.sweep import plot_curve, varying, write_csv
 from dllm_rl.files import write_json
 from dllm_rl.members import plain
 from dllm_rl.models.base import Policy
+from dllm_rl.models.policy import as_causal
 from dllm_rl.models.tokens import usual_length
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.autoregress import autoregress
@@ -67,11 +68,15 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     for model in arguments.models:
         policy = open_policy(arguments, model, device=device)
         facts["dtype"] = dtype_of(policy)
-        plans = plan(policy, task, arguments)
+        plans = [(policy, *each) for each in plan(policy, task, arguments)]
+        if arguments.autoregressive:
+            causal = as_causal(policy)
+            plans += [(causal, *each) for each in autoregressive_plans(policy, task, arguments)]
         measured: list[Measured] = []
         for name, scheme in schemes.items():
-            sampled = policy if scheme is None else quantized_copy(policy, scheme())
-            for rules, sampler in plans:
+            copies = {id(each): each if scheme is None else quantized_copy(each, scheme()) for each, *_ in plans}
+            for unquantized, rules, sampler in plans:
+                sampled = copies[id(unquantized)]
                 settings = {"quantization": name, **rules}
                 file = completions_file(arguments, sampled, task, settings)
                 title = f"{task.name}, {', '.join(map(str, [model, *settings.values()]))}"
@@ -83,7 +88,10 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                 row = {**result.summary, **result.majority(arguments.majority), **settings, **facts}
                 row |= {"completions": file.name} if file else {}
                 before = first[len(measured) - 1 :][:1]  # every model has the same plans, in the same order
-                found.append(row | compared(result, settings, before, arguments.models[0]))
+                if first or not arguments.autoregressive:
+                    found.append(row | compared(result, settings, before, arguments.models[0]))
+                else:
+                    found.append(row | other_decoding(result, settings, measured))
         first = first or measured  # later models are compared with the first
     if processes.is_main_process:
         show(found, arguments)
@@ -153,6 +161,17 @@ def compared(result: Evaluation, settings: dict[str, Any], first: Sequence[Measu
     return {}
 
 
+def other_decoding(result: Evaluation, settings: dict[str, Any], measured: Sequence[Measured]) -> dict[str, Any]:
+    """Return the differences of the autoregressive decoding from the model's first diffusion decoding of the same
+    length and quantization; {} for a diffusion decoding.
+    """
+    if settings["decoding"] == "diffusion":
+        return {}
+    same = ("quantization", "max_new_tokens")
+    before = next(each for known, each in measured if all(known[name] == settings[name] for name in same))
+    return {"against": "its diffusion decoding", "difference": paired_differences(result, before)}
+
+
 def without_number(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings with only the name of the commit rule: under a budget each model has a different number."""
     return settings | {"commit": str(settings.get("commit")).partition("=")[0]}
@@ -164,7 +183,8 @@ def show(found: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None
     if arguments.json:
         print("\n".join(map(json.dumps, found)))
     else:
-        Console().print(table(found) if len(found) <= 3 and len(arguments.models) == 1 else sweep_table(found))
+        is_small = len(found) <= 3 and len(arguments.models) == 1 and not arguments.autoregressive
+        Console().print(table(found) if is_small else sweep_table(found))
         if arguments.output_dir:
             print(f"Completions and results.json: {escape_controls(str(arguments.output_dir))}")
     if arguments.csv:
@@ -256,7 +276,10 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
     run_length = settings_of(run).get("max_new_tokens")
     lengths = arguments.max_new_tokens or [usual_length(policy, task) if run_length is None else run_length]
     if policy.spec.attention != "causal":
-        return plans_of(policy, task, run, lengths, arguments)
+        more = {"decoding": "diffusion"} if arguments.autoregressive else {}
+        return [(more | rules, sampler) for rules, sampler in plans_of(policy, task, run, lengths, arguments)]
+    if arguments.autoregressive:
+        raise ValueError(f"--autoregressive: {' '.join(arguments.models)} only decodes so; leave it out")
     # An ignored option would look as if it had been applied.
     for name in ("diffusion_steps", "forwards", "block_size", "rank", "commit", "cache"):
         if getattr(arguments, name) is not None:
@@ -264,6 +287,19 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
     shared = {"temperature": temperature_of(arguments, run)} | filters_of(arguments)
     bounds = [{"max_new_tokens": length} | shared for length in lengths]
     return [(bound, bind(autoregress, bound, run)) for bound in bounds]
+
+
+def autoregressive_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:
+    """Return the plans of a diffusion model's left-to-right decoding: each length, with the temperature and the filters
+    of its diffusion decoding.
+    """
+    run = settings_of(run_sampler(arguments))
+    names = [name for name in ("top_k", "top_p", "suppress") if name in run]
+    shared = {name: run[name] for name in names} | filters_of(arguments)
+    shared["temperature"] = temperature_of(arguments, run_sampler(arguments))
+    lengths = arguments.max_new_tokens or [run.get("max_new_tokens") or usual_length(policy, task)]
+    bounds = [{"max_new_tokens": length} | shared for length in lengths]
+    return [({"decoding": "autoregressive"} | bound, partial(autoregress, **bound)) for bound in bounds]
 
 
 def run_sampler(arguments: argparse.Namespace) -> partial | None:
@@ -430,7 +466,7 @@ def sweep_table(found: Sequence[dict[str, Any]]) -> Table:
     against = next((row["against"] for row in found if "against" in row), None)
     text = f"difference: {metric} minus that of {against}, problem by problem, with a 95 % interval"
     names = varying(found)
-    looked_at = [(row[metric], ", ".join(str(row.get(name)) for name in names)) for row in found]
+    looked_at = [(row[metric], ", ".join(str(row[name]) for name in names if name in row)) for row in found]
     said = [*[text] * bool(against), best_of(looked_at, metric), "forwards: per answer, x tokens per forward"]
     shown = Table(title=heading(found[0]), caption=literal(". ".join(said), style="table.caption"), **NARROW)
     for name in names:
@@ -447,5 +483,5 @@ def sweep_table(found: Sequence[dict[str, Any]]) -> Table:
             cells.append("{:+.3f}\n[{:+.3f}, {:+.3f}]".format(*difference) if difference else "")
         cells.append(f"{row['forwards_per_answer']:.1f}{apart}x {row['tokens_per_forward']:.1f}")
         cells.append(f"{row['seconds']:.1f}")
-        shown.add_row(*(literal(str(row.get(name))) for name in names), *cells)
+        shown.add_row(*(literal(str(row.get(name, ""))) for name in names), *cells)
     return shown

@@ -30,7 +30,7 @@ class CommandLineModel(HarnessModel):
         options: Settings of the sampler, with rank, commit and cache as in `dllm-rl sample`.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         pretrained: str,
         *,
@@ -38,7 +38,6 @@ class CommandLineModel(HarnessModel):
         dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str = 1,
-        max_batch_size: int | None = None,  # not used, but the harness always passes it
         greedy: bool = True,
         seed: int = 0,
         **options: Any,
@@ -53,6 +52,7 @@ class CommandLineModel(HarnessModel):
             raise ValueError(f"likelihood={likelihood!r} is not one of {', '.join(estimators)}")
         scoring: dict[str, Any] = {}
         sampling: dict[str, Any] = {"temperature": 0.0}  # as in `dllm-rl evaluate`; autoregress's default is 1.0
+        options.pop("max_batch_size", None)  # the harness always passes it; it is for automatic batch sizes
         for name, value in options.items():
             if name.startswith("likelihood."):
                 scoring[name.removeprefix("likelihood.")] = value

@@ -171,6 +171,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     sub.add_argument("--commit", type=_names, help="e.g. schedule,threshold=0.9")
     sub.add_argument("--cache", type=_names, help="e.g. none,dual=4")
+    both = "also decode from left to right, with causal attention: for a model converted from an autoregressive one"
+    sub.add_argument("--autoregressive", action="store_true", help=both)
     sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
     sub.add_argument("--temperature", type=float, help="0 is greedy (default: the run's, or 0)")
     sub.add_argument("--top_k", type=int, help="sample only from the k likeliest tokens (default: the run's, or all)")

@@ -12,14 +12,14 @@ from dllm_rl.files import replacing
 from dllm_rl.screen import escape_controls
 
 SAMPLER = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "rank", "commit", "cache")
-SETTINGS = ("model", "quantization", *SAMPLER)
+SETTINGS = ("model", "quantization", "decoding", *SAMPLER)
 FACTS = ("task", "version", "protocol", "split", "seed", "n", "samples")
 COSTS = ("forwards_per_answer", "tokens_per_forward", "tokens", "forwards", "seconds")
 
 
 def varying(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the settings in which the results differ; the model if the results differ in nothing."""
-    return [name for name in SETTINGS if len({str(row.get(name)) for row in results}) > 1] or ["model"]
+    """Return the settings in which the results that have them differ; the model if the results differ in nothing."""
+    return [name for name in SETTINGS if len({str(row[name]) for row in results if name in row}) > 1] or ["model"]
 
 
 def write_csv(path: Path, results: Sequence[dict[str, Any]]) -> None:

@@ -173,6 +173,7 @@ class FamilySpec:
     shift: bool = False  # the state at t-1 predicts position t
     block_size: int | None = None  # positions of a block; None without blocks
     causal_context: bool = False  # "block_causal": a block without a mask is causal
+    is_also_causal: bool = False  # the weights are an autoregressive model too (`as_causal`)
     mask_id: int | None = None  # token id of the mask; None for causal models and random-token noise
     mask_vocabulary: int | None = None  # size of the vocabulary for which a family's mask_id holds
     mask_names: tuple[str, ...] = ()  # texts of the mask, for a tokenizer without a mask token

@@ -3,7 +3,9 @@
 `Policy.logits` returns the logits for the token AT each position, also for families whose state at t-1 predicts t.
 """
 
+import copy
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -201,7 +203,7 @@ def make_policy(
     return policy
 
 
-def load_policy(  # noqa: PLR0913
+def load_policy(
     path_or_id: str | Path,
     *,
     dtype: torch.dtype | str = torch.float32,
@@ -209,7 +211,6 @@ def load_policy(  # noqa: PLR0913
     block_size: int | None = None,
     quantization: str | None = None,
     lora: Lora | None = None,
-    float32_head: bool = True,
     verify_checkpoint: Check = "full",
 ) -> DiffusionPolicy | AutoregressivePolicy:
     """Open a checkpoint with stock transformers classes.
@@ -225,12 +226,12 @@ def load_policy(  # noqa: PLR0913
         quantization: "nf4" or "int8" quantizes the weights with bitsandbytes; only adapters (`lora`) can then be
             trained. None keeps the weights unchanged.
         lora: Adapters to train instead of the weights. None: train the weights.
-        float32_head: Compute logits in fp32 if the weights have 16 bits. False: in the weights' dtype.
         verify_checkpoint: "full" compares every byte with the manifest, "quick" compares sizes and each file's first
             MiB.
 
     Returns:
-        AutoregressivePolicy if the attention is causal, else DiffusionPolicy.
+        AutoregressivePolicy if the attention is causal, else DiffusionPolicy. It computes logits in fp32; set
+        `policy.float32_head = False` to compute them in 16 bits if the weights have 16.
 
     Raises:
         ValueError: A file differs from the manifest, the architecture is unknown, tensors are missing or unexpected,
@@ -247,7 +248,6 @@ def load_policy(  # noqa: PLR0913
         # A config value of a wrong type may raise an error only in the first forward, which make_policy runs.
         with name_in_errors(folder):
             policy = make_policy(module, tokenizer, spec)
-    policy.float32_head = float32_head
     if lora is not None:
         add_lora(policy, lora)
     return policy
@@ -437,6 +437,40 @@ def check_attention(policy: _PolicyBase) -> None:
                 f"{position} {'did not change' if expected else 'changed'} the first position's state; "
                 + (upgrade if expected else "load it as a diffusion model")
             )
+
+
+def as_causal(policy: Policy) -> AutoregressivePolicy:
+    """Return an autoregressive policy that shares the weights of a diffusion model.
+
+    Call it to decode a model from left to right that was converted from an autoregressive one, or that was trained both
+    ways (Nemotron-Labs-Diffusion). Only the attention changes: it is causal, and the state at t-1 predicts position t.
+
+    Args:
+        policy: Diffusion policy of a family with `is_also_causal`.
+
+    Returns:
+        AutoregressivePolicy. Training one of the two changes both.
+
+    Raises:
+        ValueError: The family's weights are no autoregressive model.
+    """
+    if not policy.spec.is_also_causal:
+        raise ValueError(
+            f"{policy.spec.name!r} models do not decode from left to right; that takes a model of "
+            "diffusion_from_causal, or a Nemotron-Labs-Diffusion"
+        )
+    tensors = [*policy.module.parameters(), *policy.module.buffers()]
+    module = copy.deepcopy(policy.module, {id(tensor): tensor for tensor in tensors})  # new layers, the same tensors
+    module.config.is_causal = True
+    for layer in module.modules():
+        if hasattr(layer, "is_causal"):
+            layer.is_causal = True
+    spec = replace(policy.spec, attention="causal", shift=True, block_size=None, mask_id=None)
+    spec = replace(spec, causal_context=False, is_also_causal=False)
+    causal = make_policy(module, policy.tokenizer, spec)
+    assert isinstance(causal, AutoregressivePolicy), "attention='causal'"
+    causal.weights_version, causal.float32_head = policy.weights_version, policy.float32_head
+    return causal
 
 
 def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = torch.float32) -> DiffusionPolicy:

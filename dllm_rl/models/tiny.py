@@ -1,5 +1,6 @@
 """Small models made from scratch: stock transformers classes with a character-level tokenizer."""
 
+import difflib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,13 @@ from torch import Generator, nn
 from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import Policy
+from dllm_rl.renamed import refuse_renamed
 
 PAD = "<pad>"
 MASK = "<mask>"
 EOS = "<eos>"
+NUM_HEADS = 4  # default number of attention heads of a block
+GAIN = 0.7  # initial standard deviation of a block's weights, times sqrt(inputs)
 
 
 def char_tokenizer(characters: str) -> PreTrainedTokenizerBase:
@@ -31,18 +35,15 @@ def char_tokenizer(characters: str) -> PreTrainedTokenizerBase:
     )
 
 
-def tiny_masked_lm(  # noqa: PLR0913
+def tiny_masked_lm(
     *,
     characters: str,
     seed: int = 0,
     hidden_size: int = 96,
     num_layers: int = 3,
-    num_heads: int = 4,
-    intermediate_size: int = 384,
     max_length: int = 64,
-    embedding_std: float = 0.3,
     head_std: float = 0.02,
-    gain: float = 0.7,
+    **config: Any,
 ) -> Policy:
     """Make a small masked-diffusion policy with random weights: a pre-norm RoBERTa.
 
@@ -54,41 +55,30 @@ def tiny_masked_lm(  # noqa: PLR0913
         seed: Seed of the weights.
         hidden_size: Width of the model.
         num_layers: Number of blocks.
-        num_heads: Number of attention heads of a block.
-        intermediate_size: Width between a block's two feed-forward layers.
         max_length: Longest prompt plus completion, in tokens.
-        embedding_std: Initial standard deviation of the embeddings.
         head_std: Initial standard deviation of the head.
-        gain: Initial standard deviation of the other weights, times sqrt(inputs).
+        config: Further fields of transformers' RobertaPreLayerNormConfig. Defaults: num_attention_heads=4,
+            intermediate_size=384, no dropout.
     """
     tokenizer = char_tokenizer(characters)
     positions = max_length + 1  # counted from pad_token_id + 1
-    config = transformers.RobertaPreLayerNormConfig(
-        **_common_fields(tokenizer, False, hidden_size, num_layers, num_heads, positions),
-        intermediate_size=intermediate_size,
-        type_vocab_size=1,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return _make_policy(
-        transformers.RobertaPreLayerNormForMaskedLM, config, tokenizer, seed, embedding_std, head_std, gain
-    )
+    fields = _common_fields(tokenizer, False, hidden_size, num_layers, positions)
+    fields |= {"intermediate_size": 384, "type_vocab_size": 1}
+    fields |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    made = _make_config("tiny_masked_lm", transformers.RobertaPreLayerNormConfig, fields, config)
+    return _make_policy(transformers.RobertaPreLayerNormForMaskedLM, made, tokenizer, seed, head_std)
 
 
-def tiny_llama(  # noqa: PLR0913
+def tiny_llama(
     *,
     characters: str,
     causal: bool,
     seed: int = 0,
     hidden_size: int = 96,
     num_layers: int = 3,
-    num_heads: int = 4,
-    intermediate_size: int = 256,
     max_length: int = 64,
-    rope_theta: float = 100.0,
-    embedding_std: float = 0.3,
     head_std: float = 0.02,
-    gain: float = 0.7,
+    **config: Any,
 ) -> Policy:
     """Make a small Llama policy with random weights: causal, or bidirectional in the layout of LLaDA.
 
@@ -100,37 +90,28 @@ def tiny_llama(  # noqa: PLR0913
         seed: Seed of the weights.
         hidden_size: Width of the model.
         num_layers: Number of blocks.
-        num_heads: Number of attention heads of a block.
-        intermediate_size: Width between a block's two feed-forward layers.
         max_length: Longest prompt plus completion, in tokens.
-        rope_theta: Base of the rotary positions' wavelengths.
-        embedding_std: Initial standard deviation of the embeddings.
         head_std: Initial standard deviation of the head.
-        gain: Initial standard deviation of the other weights, times sqrt(inputs).
+        config: Further fields of transformers' LlamaConfig. Defaults: num_attention_heads=4, intermediate_size=256,
+            rope_theta=100.
     """
     tokenizer = char_tokenizer(characters)
-    fields = _common_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
-    fields |= {"rope_theta": rope_theta, "is_causal": causal}  # transformers >= 5.2 honors is_causal
-    config = transformers.LlamaConfig(**fields, intermediate_size=intermediate_size)
-    return _make_policy(transformers.LlamaForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
+    fields = _common_fields(tokenizer, causal, hidden_size, num_layers, max_length)
+    fields |= {"intermediate_size": 256, "rope_theta": 100.0, "is_causal": causal}  # transformers >= 5.2 honors it
+    made = _make_config("tiny_llama", transformers.LlamaConfig, fields, config)
+    return _make_policy(transformers.LlamaForCausalLM, made, tokenizer, seed, head_std)
 
 
-def tiny_moe(  # noqa: PLR0913
+def tiny_moe(
     *,
     characters: str,
     causal: bool = False,
     seed: int = 0,
     hidden_size: int = 96,
     num_layers: int = 3,
-    num_heads: int = 4,
-    intermediate_size: int = 128,
-    num_experts: int = 8,
-    num_experts_per_tok: int = 2,
     max_length: int = 64,
-    rope_theta: float = 100.0,
-    embedding_std: float = 0.3,
     head_std: float = 0.02,
-    gain: float = 0.7,
+    **config: Any,
 ) -> Policy:
     """Make a small Qwen3-MoE policy with random weights: bidirectional in the layout of LLaDA-MoE, or causal.
 
@@ -142,48 +123,30 @@ def tiny_moe(  # noqa: PLR0913
         seed: Seed of the weights.
         hidden_size: Width of the model.
         num_layers: Number of blocks.
-        num_heads: Number of attention heads of a block.
-        intermediate_size: Width between an expert's layers.
-        num_experts: Number of experts of a block.
-        num_experts_per_tok: Number of experts of a token.
         max_length: Longest prompt plus completion, in tokens.
-        rope_theta: Base of the rotary positions' wavelengths.
-        embedding_std: Initial standard deviation of the embeddings.
         head_std: Initial standard deviation of the head.
-        gain: Initial standard deviation of the other weights, times sqrt(inputs).
+        config: Further fields of transformers' Qwen3MoeConfig. Defaults: num_attention_heads=4, num_experts=8,
+            num_experts_per_tok=2, moe_intermediate_size=128 (width between an expert's layers), rope_theta=100.
     """
     tokenizer = char_tokenizer(characters)
-    fields = _common_fields(tokenizer, causal, hidden_size, num_layers, num_heads, max_length)
-    fields |= {"rope_theta": rope_theta, "head_dim": hidden_size // num_heads, "is_causal": causal}
-    config = transformers.Qwen3MoeConfig(
-        **fields,
-        num_key_value_heads=num_heads,
-        moe_intermediate_size=intermediate_size,
-        num_experts=num_experts,
-        num_experts_per_tok=num_experts_per_tok,
-        norm_topk_prob=True,
-    )
-    return _make_policy(transformers.Qwen3MoeForCausalLM, config, tokenizer, seed, embedding_std, head_std, gain)
+    heads = config.get("num_attention_heads", NUM_HEADS)
+    fields = _common_fields(tokenizer, causal, hidden_size, num_layers, max_length)
+    fields |= {"num_key_value_heads": heads, "head_dim": hidden_size // heads, "is_causal": causal}
+    fields |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
+    made = _make_config("tiny_moe", transformers.Qwen3MoeConfig, fields | {"rope_theta": 100.0}, config)
+    return _make_policy(transformers.Qwen3MoeForCausalLM, made, tokenizer, seed, head_std)
 
 
-def tiny_diffusion_gemma(  # noqa: PLR0913
+def tiny_diffusion_gemma(
     *,
     characters: str,
     seed: int = 0,
     hidden_size: int = 64,
     num_layers: int = 2,
-    num_heads: int = 4,
-    intermediate_size: int = 128,
-    num_experts: int = 2,
-    num_experts_per_tok: int = 1,
-    expert_size: int = 64,
     canvas_length: int = 16,
-    sliding_window: int = 64,
-    softcap: float = 30.0,
     max_length: int = 128,
-    rope_theta: float = 100.0,
     embedding_std: float = 0.1,
-    gain: float = 0.7,
+    **config: Any,
 ) -> Policy:
     """Make a small DiffusionGemma policy with random weights: an encoder of the text, and a decoder of a noisy canvas.
 
@@ -194,35 +157,29 @@ def tiny_diffusion_gemma(  # noqa: PLR0913
         seed: Seed of the weights.
         hidden_size: Width of the model.
         num_layers: Number of blocks. The last has full attention, the others a sliding window.
-        num_heads: Number of attention heads of a block.
-        intermediate_size: Width between a block's two feed-forward layers.
-        num_experts: Number of experts of a block, in addition to the feed-forward layers.
-        num_experts_per_tok: Number of experts of a token.
-        expert_size: Width between an expert's layers.
         canvas_length: Number of tokens that are denoised together.
-        sliding_window: Number of tokens that a sliding layer's encoder sees.
-        softcap: Largest absolute value of the logits.
         max_length: Longest prompt plus completion, in tokens.
-        rope_theta: Base of the rotary positions' wavelengths.
         embedding_std: Initial standard deviation of the embeddings, which are also the head's weights.
-        gain: Initial standard deviation of the other weights, times sqrt(inputs).
+        config: Further fields of the text model's config in transformers. Defaults: num_attention_heads=4,
+            intermediate_size=128, num_experts=2, top_k_experts=1, moe_intermediate_size=64, sliding_window=64,
+            final_logit_softcapping=30.
     """
     tokenizer = char_tokenizer(characters)
-    head_dim = hidden_size // num_heads
-    rope = {"rope_type": "default", "rope_theta": rope_theta}
+    heads = config.get("num_attention_heads", NUM_HEADS)
+    rope = {"rope_type": "default", "rope_theta": 100.0}
     text = {
-        **_common_fields(tokenizer, True, hidden_size, num_layers, num_heads, max_length),
-        "intermediate_size": intermediate_size,
-        "num_key_value_heads": num_heads,
-        "head_dim": head_dim,
-        "global_head_dim": head_dim,
-        "num_experts": num_experts,
-        "top_k_experts": num_experts_per_tok,
-        "moe_intermediate_size": expert_size,
-        "sliding_window": sliding_window,
+        **_common_fields(tokenizer, True, hidden_size, num_layers, max_length),
+        "intermediate_size": 128,
+        "num_key_value_heads": heads,
+        "head_dim": hidden_size // heads,
+        "global_head_dim": hidden_size // heads,
+        "num_experts": 2,
+        "top_k_experts": 1,
+        "moe_intermediate_size": 64,
+        "sliding_window": 64,
         "layer_types": ["sliding_attention"] * (num_layers - 1) + ["full_attention"],
         "rope_parameters": {"sliding_attention": rope, "full_attention": rope},
-        "final_logit_softcapping": softcap,
+        "final_logit_softcapping": 30.0,
         "tie_word_embeddings": True,
     }
     # The class has a vision model, whose default has 167 million weights.
@@ -237,19 +194,20 @@ def tiny_diffusion_gemma(  # noqa: PLR0913
         "num_key_value_heads": 1,
         "patch_size": 2,
     }
-    config = transformers.DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=canvas_length)
     make = transformers.DiffusionGemmaForBlockDiffusion
-    return _make_policy(make, config, tokenizer, seed, embedding_std, embedding_std, gain)
+    made = _make_config("tiny_diffusion_gemma", transformers.DiffusionGemmaTextConfig, text, config)
+    made = transformers.DiffusionGemmaConfig(text_config=made, vision_config=vision, canvas_length=canvas_length)
+    return _make_policy(make, made, tokenizer, seed, embedding_std, embedding_std)
 
 
 def _common_fields(
-    tokenizer: PreTrainedTokenizerBase, causal: bool, hidden_size: int, num_layers: int, num_heads: int, max_length: int
+    tokenizer: PreTrainedTokenizerBase, causal: bool, hidden_size: int, num_layers: int, max_length: int
 ) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": num_heads,
+        "num_attention_heads": NUM_HEADS,
         "max_position_embeddings": max_length,
         "tie_word_embeddings": False,
         "pad_token_id": tokenizer.pad_token_id,
@@ -259,30 +217,48 @@ def _common_fields(
     }
 
 
-@torch.no_grad()
-def _make_policy(make: Callable, config: Any, tokenizer: PreTrainedTokenizerBase, seed: int, *scales: float) -> Any:
-    """Return the policy of a module with random weights.
+def _make_config(function: str, maker: Callable, fields: dict[str, Any], given: dict[str, Any]) -> Any:
+    """Return transformers' config of the fields, with the given ones in place of ours.
 
-    `scales` are embedding_std, head_std and gain. Matrices in blocks have the standard deviation gain / sqrt(fan_in).
+    Raises:
+        ValueError: A given field is not one of this config; transformers itself accepts any name.
     """
+    names = maker().to_dict().keys() | fields.keys()
+    refuse_renamed(given, function)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0)
+            raise ValueError(f"{name}={given[name]!r} is not a field of {maker.__name__}; the nearest is {near[0]!r}")
+    return maker(**fields | given)
+
+
+@torch.no_grad()
+def _make_policy(
+    make: Callable,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    head_std: float,
+    embedding_std: float = 0.3,
+) -> Any:
+    """Return the policy of a module with random weights: matrices in blocks have std GAIN / sqrt(fan_in)."""
     from dllm_rl.models.policy import make_policy  # not at the top: the import takes seconds
 
     with torch.random.fork_rng(devices=[]):  # transformers initializes from the global RNG
         module = make(config)
     generator = Generator().manual_seed(seed)
-    embedding_std, head_std, gain = scales
     # With the default of the classes, a std of 0.02 everywhere, a model of this size does not learn Sudoku in minutes.
     head = module.get_output_embeddings()
     for layer in module.modules():
         if isinstance(layer, nn.Embedding):
             layer.weight.normal_(0, embedding_std, generator=generator)
         elif isinstance(layer, nn.Linear):
-            std = head_std if layer is head else gain / math.sqrt(layer.in_features)
+            std = head_std if layer is head else GAIN / math.sqrt(layer.in_features)
             layer.weight.normal_(0, std, generator=generator)
             if layer.bias is not None:
                 layer.bias.zero_()
         else:  # routers, and experts in stacks
             for weight in layer.parameters(recurse=False):
                 if weight.dim() > 1:
-                    weight.normal_(0, gain / math.sqrt(weight.shape[-1]), generator=generator)
+                    weight.normal_(0, GAIN / math.sqrt(weight.shape[-1]), generator=generator)
     return make_policy(module, tokenizer)

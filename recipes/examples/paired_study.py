@@ -26,7 +26,9 @@ def right(completions, answer, **columns):
 
 rows = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "12345678" for b in "12345678"]
 Random(0).shuffle(rows)
-model = partial(tiny_masked_lm, characters="12345678=", hidden_size=32, num_layers=2, num_heads=2)  # takes the seed
+model = partial(
+    tiny_masked_lm, characters="12345678=", hidden_size=32, num_layers=2, num_attention_heads=2
+)  # takes the seed
 settings = {"max_new_tokens": 2, "num_iterations": 4, "train_batch_size": 16, "learning_rate": 1e-3}
 base = grpo_recipe(model, rows[:32], right, eval_dataset=rows[32:48], **settings)
 PPO = {f"PPO {width}": {"loss": partial(ppo_clip, epsilon=width)} for width in (0.1, 0.4)}

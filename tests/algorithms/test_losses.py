@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from dllm_rl.algorithms import losses
 from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.algorithms.losses import (
+    bias_corrected_kl,
     cispo,
     fixed_length_mean,
     gspo,
@@ -401,11 +402,12 @@ def test_an_unbiased_kl_has_the_kls_own_gradient_where_k3_has_another():
     batch = make_batch(
         mask, torch.zeros(4, dtype=torch.float64), old_logprobs=q[:, None], reference_logprobs=ref[:, None]
     )
-    options = {"surrogate": ppo_clip, "beta": 1.0, "kl": kl_k3}
+    options = {"surrogate": ppo_clip, "beta": 1.0}
     weighed = lambda mask, *, num_tokens, num_sequences: q.exp()[:, None]  # noqa: E731
-    for unbiased in (True, False):
-        _, _, gradient = policy_loss(logp, batch, loss_reduction=weighed, unbiased_kl=unbiased, **options)
+    corrected = partial(bias_corrected_kl, kl=kl_k3)
+    for kl in (corrected, kl_k3):
+        _, _, gradient = policy_loss(logp, batch, loss_reduction=weighed, kl=kl, **options)
         (found,) = torch.autograd.grad(logp, z, gradient, retain_graph=True)
-        assert torch.allclose(found, exact, atol=1e-12) == unbiased
-    with pytest.raises(ValueError, match="unbiased_kl=True needs the rollout's log-probs"):
-        policy_loss(logp, replace(batch, rollout_logprobs=None), loss_reduction=weighed, unbiased_kl=True, **options)
+        assert torch.allclose(found, exact, atol=1e-12) == (kl is corrected)
+    with pytest.raises(ValueError, match="bias_corrected_kl needs the rollout's log-probs"):
+        policy_loss(logp, replace(batch, rollout_logprobs=None), loss_reduction=weighed, kl=corrected, **options)

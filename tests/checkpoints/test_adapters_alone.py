@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("alone")
     characters = base_recipe.model.keywords["characters"]
     policy = tiny_llama(
-        causal=False, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32, characters=characters
+        causal=False, hidden_size=32, num_layers=1, num_attention_heads=2, intermediate_size=32, characters=characters
     )
     policy.save_pretrained(root / "base")
     train(recipe(root / "run", root / "base", dtype="bfloat16"))

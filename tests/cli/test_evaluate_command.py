@@ -15,13 +15,14 @@ import dllm_rl
 from dllm_rl import train
 from dllm_rl.cli.evaluate import make_task, num_problems, table
 from dllm_rl.cli.main import main
+from dllm_rl.models.policy import diffusion_from_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.tasks import Countdown, Sudoku
 from dllm_rl.tasks.code import sandbox
 from dllm_rl.tasks.protocols import under_protocol
 
-SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+SMALL = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 CHARACTERS = "0123456789+-*/(),>.= "
 
 
@@ -489,3 +490,23 @@ def test_compare_refuses_in_one_line(model, capsys, tmp_path):
     assert "not a regular file" in refusal(capsys, "evaluate", "--compare", "", "--protocol", "d1")
     assert "evaluate needs a MODEL" in refusal(capsys, "evaluate", "--task", "sudoku")
     assert "error: task" in refusal(capsys, "evaluate", model)
+
+
+def test_one_command_decodes_a_converted_model_both_ways(causal_model, model, capsys, tmp_path):
+    """The left-to-right half is what the causal checkpoint solves, and is compared with the diffusion half."""
+    given = words("--task countdown --limit 6 --max_new_tokens 8,4 --seed 3 --temperature 1 --json")
+    alone = [json.loads(line) for line in output(capsys, "evaluate", causal_model, *given).splitlines()]
+    diffusion_from_causal(causal_model).save_pretrained(tmp_path / "both")
+    more = ["--autoregressive", "--diffusion_steps", "2", "--output_dir", tmp_path / "out"]
+    rows = [json.loads(line) for line in output(capsys, "evaluate", tmp_path / "both", *given, *more).splitlines()]
+    ways = [(row["decoding"], row["max_new_tokens"]) for row in rows]
+    assert ways == [("diffusion", 8), ("diffusion", 4), ("autoregressive", 8), ("autoregressive", 4)]
+    kept = ("accuracy", "parsed", "tokens", "forwards")
+    assert [[row[name] for name in kept] for row in rows[2:]] == [[row[name] for name in kept] for row in alone]
+    assert all(row["against"] == "its diffusion decoding" and "accuracy" in row["difference"] for row in rows[2:])
+    assert "difference" not in rows[0] and len(list((tmp_path / "out").glob("completions-*"))) == 4
+    short = [*words("--task countdown --limit 6 --max_new_tokens 8"), "--autoregressive"]
+    table = output(capsys, "evaluate", tmp_path / "both", *short)
+    assert "autoregressive" in table and "difference" in table and "None" not in table
+    assert "only decodes so" in refusal(capsys, "evaluate", causal_model, *given, "--autoregressive")
+    assert "do not decode from left to right" in refusal(capsys, "evaluate", model, *given, "--autoregressive")

@@ -15,7 +15,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an optional extr
 get_model = pytest.importorskip("lm_eval.api.registry").get_model
 harness = pytest.importorskip("dllm_rl.cli.harness")
 
-SMALL = {"characters": "1234.=", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+SMALL = {"characters": "1234.=", "hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 COUNT = 12
 GRADES = """
 from dllm_rl.tasks.protocols import grade_all

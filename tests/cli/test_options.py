@@ -22,7 +22,7 @@ COMMANDS = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     tiny_llama(characters="1234.=", causal=False, **sizes).save_pretrained(folder)
     return str(folder)
 

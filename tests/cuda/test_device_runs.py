@@ -39,7 +39,7 @@ from dllm_rl.types import BatchRecord, Prompts
 from recipes.studies import surrogates as published
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]  # slow on a simulated device; `-m gpu` runs all on a real one
-SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 FEW = {"train_batch_size": 2, "num_generations": 2, "num_steps": 1, "eval_batch_size": 4, "eval_task.size": 2}
 PLAIN = partial(unmask, max_new_tokens=6, diffusion_steps=3, temperature=1.0)
 

@@ -30,7 +30,13 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: run `pytest -m gpu` where there is one"),
 ]
-SIZES = {"characters": "1234.=", "hidden_size": 256, "num_layers": 2, "num_heads": 4, "intermediate_size": 512}
+SIZES = {
+    "characters": "1234.=",
+    "hidden_size": 256,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+}
 
 
 def llada(dtype=torch.bfloat16, **more):

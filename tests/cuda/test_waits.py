@@ -24,7 +24,7 @@ from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.training import train
 from dllm_rl.types import Prompts
 
-SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 16}
+SIZES = {"characters": "1234.=", "hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 ESTIMATORS = {
     "trajectory": trajectory(),
     "trajectory over the rollout's support": trajectory(include_order=False),

@@ -29,7 +29,7 @@ from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Logprobs, Prompts
 
-small = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+small = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 MODELS = {
     "masked_lm": partial(tiny_masked_lm, **small),
     "llada": partial(tiny_llama, **small, causal=False),

@@ -18,7 +18,7 @@ PROBLEMS = {i: TASK[i] for i in range(8)}
 
 @pytest.fixture(scope="module")
 def policy():
-    size = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+    size = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     return tiny_masked_lm(characters="1234.=", **size, head_std=1.0)
 
 

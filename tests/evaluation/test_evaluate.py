@@ -32,7 +32,13 @@ from dllm_rl.tasks.protocols import under_protocol
 from dllm_rl.types import Rollout
 
 ROOT = Path(__file__).parents[2]
-MODEL = {"characters": "0123456789.=", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+MODEL = {
+    "characters": "0123456789.=",
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 EOS = 2
 SAMPLER = partial(unmask, max_new_tokens=16, diffusion_steps=4, temperature=1.0, suppress=(EOS,))
 

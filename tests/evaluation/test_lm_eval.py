@@ -17,7 +17,13 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an opt
 lm_tasks = pytest.importorskip("lm_eval.tasks")
 harness = pytest.importorskip("dllm_rl.evaluation.lm_eval")
 
-SMALL = {"characters": "abcdef=? \n", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+SMALL = {
+    "characters": "abcdef=? \n",
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 BIG_HEAD = {"head_std": 1.0}  # so that an untrained model prefers some tokens to others
 
 

@@ -14,7 +14,13 @@ from dllm_rl.samplers.unmask import unmask
 from dllm_rl.testing import check_estimator
 from dllm_rl.types import Prompts, Views
 
-SMALL = {"characters": "abcdefgh", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 24}
+SMALL = {
+    "characters": "abcdefgh",
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
 SMALL |= {"head_std": 0.3}
 ESTIMATORS = {
     "one_step": lik.one_step(),

@@ -16,7 +16,13 @@ from dllm_rl.samplers.rules import max_prob
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts, Rollout, Views
 
-SMALL = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+SMALL = {
+    "characters": "abcdefgh",
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 SMALL |= {"head_std": 0.2}  # varied, and not so peaked that a group's completions come out alike
 DIFFUSION = {"roberta": tiny_masked_lm(**SMALL), "llada": tiny_llama(causal=False, **SMALL)}
 CAUSAL = tiny_llama(causal=True, **SMALL)

@@ -280,7 +280,7 @@ def test_a_router_that_names_no_choice_is_not_measured_and_the_run_goes_on():
 
 
 def test_a_dense_model_has_nothing_to_replay():
-    policy = tiny_llama(characters="123456789", causal=False, hidden_size=32, num_heads=2, num_layers=1)
+    policy = tiny_llama(characters="123456789", causal=False, hidden_size=32, num_attention_heads=2, num_layers=1)
     check_replay(policy, None)
     with pytest.raises(ValueError, match=r"router_replay='R3' .*LlamaForCausalLM has none"):
         check_replay(policy, "R3")

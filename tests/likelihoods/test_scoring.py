@@ -28,7 +28,13 @@ from dllm_rl.training.forwards import arithmetic
 from dllm_rl.training.learner import forward_backward, score
 from dllm_rl.types import Batch, Prompts
 
-SMALL = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+SMALL = {
+    "characters": "abcdefgh",
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 SMALL |= {"head_std": 0.2}
 LENGTHS = (3, 40, 5, 38, 12)  # with 6 new tokens: 46 and 44 together, and 18, 11 and 9
 
@@ -134,7 +140,7 @@ SIZE = 4
 
 
 def block_causal_policy(*, causal_context: bool = False):
-    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "head_std": 0.3}
+    shape = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "head_std": 0.3}
     policy = tiny_llama(characters="abcdefgh", causal=False, **shape)
     toy = {"name": "toy", "attention": "block_causal", "block_size": SIZE, "causal_context": causal_context}
     spec = replace(policy.spec, **toy)

@@ -28,7 +28,13 @@ def policy():
 
 
 def tiny(seed):
-    sizes = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "expert_size": 16, "sliding_window": 4}
+    sizes = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "moe_intermediate_size": 16,
+        "sliding_window": 4,
+    }
     return tiny_diffusion_gemma(characters="abcdefg", seed=seed, canvas_length=4, embedding_std=0.5, **sizes)
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from layouts import checkpoint
+from layouts import checkpoint, nemotron, write
 from repetitions import slow
 
 from dllm_rl import DiffusionPolicy, Prompts, load_policy, unmask
-from dllm_rl.models.policy import diffusion_from_causal
+from dllm_rl.models.policy import as_causal, diffusion_from_causal
 from dllm_rl.models.tiny import tiny_llama
 
 
@@ -82,3 +82,36 @@ def test_a_diffusion_model_is_refused(tmp_path):
     tiny_llama(characters="ab", causal=False).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a diffusion model already"):
         diffusion_from_causal(tmp_path)
+
+
+def test_a_converted_model_decodes_from_left_to_right_as_before(tmp_path):
+    """The logits are those of the causal checkpoint, but for the mask's row; the weights are the same tensors."""
+    folder = checkpoint(tmp_path, "qwen3")
+    causal, diffusion = load_policy(folder), diffusion_from_causal(folder)
+    diffusion.weights_version, diffusion.float32_head = 7, False
+    again = as_causal(diffusion)
+    assert (again.spec.attention, again.spec.mask_id, again.weights_version) == ("causal", None, 7)
+    assert not again.float32_head and diffusion.spec.attention == "full"
+    tokens = torch.tensor([[5, 9, 12, 7, 11]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    before = diffusion.logits(tokens, mask)
+    assert torch.equal(again.logits(tokens, mask)[..., :39], causal.logits(tokens, mask)[..., :39])
+    assert not torch.allclose(before, again.logits(tokens, mask), atol=1e-3)
+    for ours, theirs in zip(again.module.parameters(), diffusion.module.parameters(), strict=True):
+        assert ours is theirs
+    assert torch.equal(diffusion.logits(tokens, mask), before)  # the diffusion model is as it was
+
+
+def test_a_model_trained_both_ways_decodes_as_its_autoregressive_checkpoint(tmp_path):
+    """The same tensors, stored with either of Nemotron's two paradigms."""
+    both, autoregressive = (
+        load_policy(write(tmp_path / name, *nemotron(name))) for name in ("bidirectional", "autoregressive")
+    )
+    tokens = torch.tensor([[5, 9, 12, 7, 11, 3, 4, 8, 6, 10]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    assert torch.equal(as_causal(both).logits(tokens, mask), autoregressive.logits(tokens, mask))
+
+
+def test_a_model_that_was_never_causal_is_refused():
+    with pytest.raises(ValueError, match="'diffusion_lm' models do not decode from left to right"):
+        as_causal(tiny_llama(characters="ab", causal=False))

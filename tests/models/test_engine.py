@@ -69,7 +69,13 @@ def test_what_an_engine_computes_otherwise_is_measured(tmp_path, likelihood):
 
 
 def test_mixtures_that_an_engine_hides_are_not_compared(tmp_path):
-    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 16, "num_experts": 4}
+    sizes = {
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+    }
     recipe = tiny_recipe(tmp_path, rollout_quantization=None, rollout_engine=held_apart(), num_steps=1)
     train(replace(recipe, model=partial(tiny_moe, characters="1234.=", **sizes)))
     assert "routing/" not in (tmp_path / "metrics.jsonl").read_text()

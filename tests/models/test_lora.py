@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from layouts import published
 from mixtures import moe
 from run_outputs import metrics_of
-from tiny_recipe import SIZES, tiny_recipe
+from tiny_recipe import MOE_SIZES, tiny_recipe
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -182,7 +182,7 @@ def test_peft_opens_what_we_save_and_we_what_it_saves(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_trains_experts_adapters_alone_and_resumes_bit_for_bit(tmp_path):
-    settings = {"model": partial(tiny_moe, num_experts=4, **SIZES), "lora": partial(lora_r16, experts=True)}
+    settings = {"model": partial(tiny_moe, num_experts=4, **MOE_SIZES), "lora": partial(lora_r16, experts=True)}
     train(tiny_recipe(tmp_path / "whole", **settings))
     train(tiny_recipe(tmp_path / "parts", num_steps=1, lr_schedule_steps=2, **settings))
     parts = tiny_recipe(tmp_path / "parts", lr_schedule_steps=2, resume_from_checkpoint="latest", **settings)

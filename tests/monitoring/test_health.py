@@ -98,7 +98,7 @@ def test_a_loss_of_the_wrong_sign_is_seen_with_one_update_a_rollout(loss, tmp_pa
     def right(completions, answer, **columns):
         return [sum(map(str.__eq__, *pair)) / 2 for pair in zip(completions, answer, strict=True)]
 
-    model = partial(tiny_masked_lm, characters="12345678=", hidden_size=32, num_layers=2, num_heads=2)
+    model = partial(tiny_masked_lm, characters="12345678=", hidden_size=32, num_layers=2, num_attention_heads=2)
     sizes = {"max_new_tokens": 2, "train_batch_size": 8, "num_generations": 8, "learning_rate": 1e-2}
     grpo(model, rows, right, loss=loss, num_steps=4, logging_steps=1, output_dir=str(tmp_path), **sizes)
     measured = [row["update/direction"] for row in metrics_of(tmp_path)]

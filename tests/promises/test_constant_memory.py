@@ -27,7 +27,13 @@ from dllm_rl.testing import make_stats
 from dllm_rl.training.learner import forward_backward, update
 from dllm_rl.types import Batch, Prompts
 
-SMALL = {"characters": "abcdefgh", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 24}
+SMALL = {
+    "characters": "abcdefgh",
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
 SMALL |= {"head_std": 0.3}
 ESTIMATORS = {
     "one_step": lik.one_step(),

@@ -6,18 +6,18 @@ from functools import partial
 import pytest
 import torch
 from emulated import int3_emulated
+from mixtures import sharp_moe
 from repetitions import slow
 from run_outputs import metrics_of
-from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
+from tiny_recipe import MOE_SIZES, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl.likelihoods.estimators import elbo
-from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.dry_run.memory import measure_step
 from dllm_rl.training.policies import check_compiled
 from dllm_rl.training.trainer import train
 
-MOE = partial(tiny_moe, num_experts=4, gain=1.5, head_std=0.3, **SIZES)
+MOE = partial(sharp_moe, num_experts=4, head_std=0.3, **MOE_SIZES)
 
 
 def moe_recipe(directory, **changes):

@@ -26,7 +26,7 @@ from dllm_rl.training import learner
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Prompts
 
-SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 24}
+SMALL = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 
 
 def recipe(tmp_path, likelihood, **changes) -> Recipe:

@@ -22,7 +22,13 @@ SCHEMES = [make for name, make in (NAMES | EMULATED).items() if name not in ("fl
 KINDS = ["float8_weight_only", "float8_dynamic_emulated", "int8_dynamic", "int4_weight_only", "int3_emulated"]
 KINDS = [(NAMES | EMULATED)[name] for name in (*KINDS, "ternary_emulated", "e5m2_emulated")]
 DTYPES = [torch.float32, torch.bfloat16]
-small = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+small = {
+    "characters": "abcdefgh",
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 
 
 def make(family=tiny_masked_lm, dtype=torch.float32):

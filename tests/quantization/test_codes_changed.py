@@ -66,7 +66,9 @@ SCHEMES += ["ternary_emulated"]
 )
 def test_a_sync_counts_what_a_full_comparison_counts(name, dtype):
     make = EMULATED.get(name) or getattr(schemes, name)
-    policy = tiny_masked_lm(characters="1234.=", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=32)
+    policy = tiny_masked_lm(
+        characters="1234.=", hidden_size=32, num_layers=2, num_attention_heads=2, intermediate_size=32
+    )
     policy.module.to(dtype)
     rollout_policy = quantized_copy(policy, make())
     assert sync_weights(policy, rollout_policy) == {"quantization/codes_changed": 0, "quantization/scale_change": 0}
@@ -111,7 +113,7 @@ def test_the_loop_logs_whether_updates_reach_the_rollout(tmp_path):
 
 
 def test_an_unquantized_copy_has_no_codes_to_count():
-    policy = tiny_masked_lm(characters="1234.=", hidden_size=32, num_layers=1, num_heads=2)
+    policy = tiny_masked_lm(characters="1234.=", hidden_size=32, num_layers=1, num_attention_heads=2)
     assert sync_weights(policy, quantized_copy(policy, None)) == {}
 
 

@@ -8,7 +8,13 @@ from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.quantization.schemes import float8_weight_only
 
-SIZES = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+SIZES = {
+    "characters": "abcdefgh",
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 
 
 def adapted():

@@ -31,7 +31,13 @@ from dllm_rl.types import Rollout, SamplingParams
 CUDA_ONLY = ("float8_dynamic", "int4_packed")
 NAMES = CHOICES["rollout_quantization"]
 SCHEMES = [make for name, make in (NAMES | EMULATED).items() if name not in CUDA_ONLY]
-small = {"characters": "abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64}
+small = {
+    "characters": "abcdefgh",
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 
 
 def masked_lm():
@@ -383,7 +389,7 @@ from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.quantization.schemes import fake_quantize
 
-make = lambda: tiny_llama(characters="ab", causal=False, hidden_size=16, num_layers=1, num_heads=2)
+make = lambda: tiny_llama(characters="ab", causal=False, hidden_size=16, num_layers=1, num_attention_heads=2)
 whole, policy = make(), make()
 rollout, expected = (quantized_copy(p, fake_quantize(weight="int3", activation="e4m3")) for p in (policy, whole))
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)

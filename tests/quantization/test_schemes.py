@@ -23,7 +23,7 @@ NAMES = CHOICES["rollout_quantization"]
 
 def llada():
     return tiny_llama(
-        characters="abcdefgh", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, causal=False
+        characters="abcdefgh", hidden_size=32, num_layers=2, num_attention_heads=2, intermediate_size=64, causal=False
     )
 
 

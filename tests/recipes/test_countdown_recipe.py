@@ -26,7 +26,7 @@ def test_it_runs(tmp_path):
 
 
 def test_every_problem_can_be_read_and_answered_by_its_model():
-    policy = tiny_masked_lm(**recipe.model.keywords | {"hidden_size": 16, "num_layers": 1, "num_heads": 2})
+    policy = tiny_masked_lm(**recipe.model.keywords | {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2})
     problems = [recipe.task[i] for i in range(40)]
     rollout = recipe.sampler(policy, encode(policy, problems), generator_for(0))
     assert rollout.forwards == 3 and len(decode(policy, rollout)) == 40

@@ -13,7 +13,9 @@ def weights_of(policy):
 
 
 def test_a_blended_copy_lies_its_share_of_the_way():
-    policy = tiny_masked_lm(characters="1234.=", hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24)
+    policy = tiny_masked_lm(
+        characters="1234.=", hidden_size=16, num_layers=1, num_attention_heads=2, intermediate_size=24
+    )
     engine = lengths.blended(0.25)
     copy = engine.load(policy)
     with torch.no_grad():

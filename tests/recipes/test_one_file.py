@@ -21,7 +21,7 @@ from dllm_rl.training.trainer import train
 from recipes import one_file
 
 # Untrained: such a policy writes padding and end tokens too.
-SIZES = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
+SIZES = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 TASK = Sudoku(split="train", clues=(10, 12))
 CLOSE = {"rtol": 0, "atol": 1e-5}
 

@@ -31,7 +31,7 @@ def prompts(ids=PROMPTS, **more) -> Prompts:
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.usefixtures("exact_arithmetic")
 def test_a_row_is_bitwise_the_same_among_few_rows_and_many(count):
-    policy = tiny_llama(characters="1234.=", causal=True, hidden_size=32, num_heads=2, intermediate_size=32)
+    policy = tiny_llama(characters="1234.=", causal=True, hidden_size=32, num_attention_heads=2, intermediate_size=32)
     ids, seeds = [[3 + (7 * row + i) % 6 for i in range(9)] for row in range(6)], list(range(6))
     many = autoregress(policy, prompts(ids, seeds=seeds), gen(), max_new_tokens=8)
     few = autoregress(policy, prompts(ids[:count], seeds=seeds[:count]), gen(), max_new_tokens=8)
@@ -105,7 +105,13 @@ def test_a_longer_limit_begins_with_the_shorter_ones_tokens(qwen):
 def test_frequencies_are_the_exact_distribution():
     """All 4 * 4 completions of two tokens, the end token among them; chi-squared at the 0.1 % level."""
     policy = tiny_llama(
-        characters="a", causal=True, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16, head_std=0.2
+        characters="a",
+        causal=True,
+        hidden_size=16,
+        num_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        head_std=0.2,
     )
     ids, count = [3, 3], 10_000
     rollout = autoregress(
@@ -185,7 +191,9 @@ def test_what_does_not_fit_is_refused(qwen):
 
 def test_a_row_ends_with_whichever_end_token_comes_first():
     """LLaDA and others have several."""
-    policy = tiny_llama(characters="123456789", causal=True, hidden_size=32, num_layers=1, num_heads=2, head_std=0.5)
+    policy = tiny_llama(
+        characters="123456789", causal=True, hidden_size=32, num_layers=1, num_attention_heads=2, head_std=0.5
+    )
     prompts = Prompts.from_ids([[5, 6, 7]], pad_id=policy.pad_id, group_size=40, seeds=range(40))
     run = partial(autoregress, policy, prompts, torch.Generator(), max_new_tokens=12)
     policy.spec = replace(policy.spec, eos_ids=())

@@ -74,7 +74,13 @@ def test_the_most_confident_draws_are_written():
 
 
 FILTERS = {"top_k": {"top_k": 2}, "top_p": {"top_p": 0.7}, "both": {"top_k": 4, "top_p": 0.9}}
-SHAPE = {"characters": "123456789", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+SHAPE = {
+    "characters": "123456789",
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 
 
 class HeadAlone:

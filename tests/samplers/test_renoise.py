@@ -109,14 +109,14 @@ def random_case(seed):
         seed=seed,
         hidden_size=16,
         num_layers=pick(1, 2, 3),
-        num_heads=heads,
+        num_attention_heads=heads,
         intermediate_size=16,
         num_experts=pick(2, 4),
-        num_experts_per_tok=pick(1, 2),
-        expert_size=8,
+        top_k_experts=pick(1, 2),
+        moe_intermediate_size=8,
         canvas_length=pick(2, 3, 5),
         sliding_window=pick(2, 4, 64),
-        softcap=pick(4.0, 10.0, 30.0),  # a smaller one saturates: logits tie
+        final_logit_softcapping=pick(4.0, 10.0, 30.0),  # a smaller one saturates: logits tie
         embedding_std=pick(0.1, 0.4, 0.8),
     )
     if pick(True, False):

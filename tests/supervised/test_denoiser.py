@@ -25,7 +25,13 @@ from dllm_rl.training.warmup import warmup_step
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers, "DiffusionGemmaConfig"), reason="this transformers has no DiffusionGemma"
 )
-SIZES = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "expert_size": 16, "embedding_std": 0.5}
+SIZES = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "embedding_std": 0.5,
+}
 gemma = partial(tiny_diffusion_gemma, characters="1234.=", canvas_length=4, **SIZES)
 
 

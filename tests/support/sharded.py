@@ -189,7 +189,7 @@ def plan_and_allocator(cases):
 def uneven(shares):
     """Updates of which each process does its share of four views, against one process that does all: gradients, their
     norm, weights. Bytes sent are those of the formula; memory is what the docs say."""
-    sizes = {"hidden_size": 64, "num_layers": 4, "num_heads": 2, "intermediate_size": 128}
+    sizes = {"hidden_size": 64, "num_layers": 4, "num_attention_heads": 2, "intermediate_size": 128}
     policy, alone = (tiny_masked_lm(characters="1234.=", **sizes) for _ in range(2))
     module, accelerator = policy.module, make_accelerator(timeout=600)
     count, rank, blocks = accelerator.num_processes, accelerator.process_index, blocks_of(module)

@@ -4,7 +4,13 @@ import json
 
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 
-SIZES = {"characters": "0123456789+=", "hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
+SIZES = {
+    "characters": "0123456789+=",
+    "hidden_size": 32,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 def saved(family, directory):

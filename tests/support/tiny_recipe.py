@@ -12,7 +12,8 @@ from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.sudoku import Sudoku
 from recipes.sudoku_unique import recipe as main_job
 
-SIZES = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
+SIZES = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+MOE_SIZES = {name: size for name, size in SIZES.items() if name != "intermediate_size"} | {"moe_intermediate_size": 32}
 
 
 def tiny_recipe(directory, **changes):

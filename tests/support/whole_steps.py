@@ -24,7 +24,13 @@ from dllm_rl.samplers.cache import block_cache, dual_cache
 from dllm_rl.samplers.rules import confidence, late_schedule, max_prob, plackett_luce, random, threshold
 
 IDS = [[3, 4, 5], [6, 7, 8, 9, 10, 11, 12], [13]]
-SIZES = {"characters": "1234.=abcdefgh", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
+SIZES = {
+    "characters": "1234.=abcdefgh",
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 RULES = {
     "confidence": {"rank": confidence},
     "greedy": {"temperature": 0.0},

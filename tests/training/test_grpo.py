@@ -115,7 +115,7 @@ def test_the_models_attention_picks_sampler_and_likelihood(tmp_path):
 
 @pytest.mark.skipif(not hasattr(transformers, "DiffusionGemmaConfig"), reason="transformers has no DiffusionGemma")
 def test_a_model_whose_noise_is_random_tokens(tmp_path):
-    policy = tiny_diffusion_gemma(characters="1234=", canvas_length=4, hidden_size=16, expert_size=16)
+    policy = tiny_diffusion_gemma(characters="1234=", canvas_length=4, hidden_size=16, moe_intermediate_size=16)
     given = options(tmp_path, sampler_options={"diffusion_steps": 2})
     recipe = grpo_recipe(policy, ROWS, right, **given)
     assert recipe.sampler.func is recipe.eval_sampler.func is renoise

@@ -165,7 +165,7 @@ def test_what_does_not_go_with_a_shared_out_learner_is_refused(tmp_path, change,
 
 
 def test_a_module_whose_head_is_tied_or_that_is_not_known_is_refused():
-    module = tiny_masked_lm(characters="1234.=", hidden_size=16, num_heads=2).module
+    module = tiny_masked_lm(characters="1234.=", hidden_size=16, num_attention_heads=2).module
     check_module(module, 2)
     module.lm_head.decoder.weight = module.get_input_embeddings().weight
     with pytest.raises(ValueError, match=r"lm_head.decoder.weight of .* is tied to the backbone's embeddings"):

@@ -61,7 +61,7 @@ def test_evaluations_by_default_change_no_other_number_and_a_best_checkpoint_nee
     def right(completions, answer, **columns):
         return [sum(map(str.__eq__, *pair)) / 2 for pair in zip(completions, answer, strict=True)]
 
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     options = {"train_batch_size": 2, "num_generations": 4, "max_new_tokens": 2, "num_steps": 10, "report_to": None}
     curves = {}
     for steps in (None, 0):

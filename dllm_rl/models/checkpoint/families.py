@@ -276,6 +276,7 @@ NEMOTRON = replace(
     attention="block_causal",
     block_size=32,
     causal_context=True,
+    is_also_causal=True,
     shift=False,
     config_test=lambda raw: raw.get("dlm_paradigm") != "autoregressive",
     mask_id=100,
@@ -312,6 +313,7 @@ SHIFTED_DIFFUSION_LM = replace(
     DIFFUSION_LM,
     name="shifted_diffusion_lm",
     shift=True,
+    is_also_causal=True,
     config_test=lambda raw: raw.get("is_causal") is False and bool(raw.get("shifted_head")),
 )
 CAUSAL_LM = FamilySpec(name="causal_lm", attention="causal", shift=True, architectures=("*ForCausalLM", "*LMHeadModel"))

@@ -85,7 +85,9 @@ def test_adapters_of_every_family(tmp_path, family):
 
 
 def test_merged_weight_by_hand():
-    policy = tiny_llama(characters="ab", causal=False, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8)
+    policy = tiny_llama(
+        characters="ab", causal=False, hidden_size=8, num_layers=1, num_attention_heads=2, intermediate_size=8
+    )
     before = policy.module.model.layers[0].self_attn.q_proj.weight.detach().clone()
     add_lora(policy, Lora(r=2, alpha=6.0, targets=("q_proj",)))
     (layer,) = adapted_layers(policy.module).values()
@@ -191,7 +193,7 @@ def test_dropout_repeats_and_spares_what_is_not_differentiated():
 
 def test_saved_adapters_go_on_with_the_dropout_masks_of_training(tmp_path):
     """Every layer drops inputs of its own. The seed and the number of forwards are saved, and say which come next."""
-    sizes = {"characters": "ab", "causal": False, "num_layers": 2, "hidden_size": 32, "num_heads": 2}
+    sizes = {"characters": "ab", "causal": False, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
     policy, again = tiny_llama(**sizes), tiny_llama(**sizes)
     add_lora(policy, Lora(r=2, dropout=0.5, seed=3, targets=("q_proj", "v_proj")))
     x = torch.ones(4, 32)
@@ -358,7 +360,7 @@ def test_adapters_that_do_not_fit(tmp_path):
 def test_what_peft_computes_otherwise_is_refused(tmp_path, settings):
     """peft's own adapters: the same logits on the unchanged base, or a line that names the setting."""
     peft = pytest.importorskip("peft")
-    sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "intermediate_size": 8}
+    sizes = {"hidden_size": 8, "num_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     policy, base = (tiny_llama(characters="ab", causal=False, **sizes) for _ in range(2))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -389,7 +391,7 @@ def recipe(tmp_path, name: str, **fields):
         causal=False,
         hidden_size=32,
         num_layers=1,
-        num_heads=2,
+        num_attention_heads=2,
         intermediate_size=32,
         characters=base.model.keywords["characters"],
     )

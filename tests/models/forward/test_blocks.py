@@ -27,7 +27,13 @@ from dllm_rl.training.learner import update
 from dllm_rl.types import Batch, Rollout
 from recipes.sudoku_unique import recipe as main_job
 
-SMALL = {"characters": "abcdefgh", "hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24}
+SMALL = {
+    "characters": "abcdefgh",
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
 
 
 def rollout_of(policy, *, prompts: int = 2, width: int = 12, group: int = 2) -> Rollout:
@@ -211,7 +217,9 @@ def test_a_block_that_is_run_again_in_the_backward_runs_in_the_mode_of_its_forwa
     """A backward is outside of every mode: a block recomputed by other kernels stops torch."""
     gradients = []
     for again in (False, True):
-        policy = tiny_masked_lm(characters="abc", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=32)
+        policy = tiny_masked_lm(
+            characters="abc", hidden_size=32, num_layers=2, num_attention_heads=2, intermediate_size=32
+        )
         tokens = torch.arange(3, 6).repeat(2, 3)
         with torch.autocast("cpu", torch.bfloat16), BatchInvariantOps(16):
             with recomputed_blocks(policy.module) if again else nullcontext():

@@ -7,7 +7,7 @@ import torch
 from layouts import checkpoint
 from repetitions import few, nightly, slow
 from run_outputs import metrics_of
-from tiny_recipe import tiny_recipe
+from tiny_recipe import MOE_SIZES, tiny_recipe
 from torch._dynamo.utils import counters
 
 from dllm_rl import Prompts, load_policy
@@ -21,7 +21,7 @@ from dllm_rl.samplers.cache import block_cache, dual_cache, prefix_cache
 from dllm_rl.training import train
 
 pytestmark = pytest.mark.skipif("config.getoption('other_cpu')", reason="torch captures no graph in a dispatch mode")
-SIZES = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
+SIZES = {"characters": "1234.=", "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 FULL = ("llada", "illada", "llada_moe", "dream", "rnd1", "a2d_qwen2", "a2d_qwen3")
 BLOCKS = ("llada2", "sdar", "sdar_moe", "stable_diffcoder", "a2d_blocks", "nemotron")
 CAUSAL = ("llama", "qwen3", "smollm2", "nemotron_ar")
@@ -143,8 +143,8 @@ def test_every_schemes_copy_is_captured_whole(monkeypatch, scheme):
 @pytest.mark.parametrize(("family", "cache"), [slow("tiny_moe", None), nightly("llada2", block_cache())], ids=str)
 def test_quantized_experts_split_their_block(tmp_path, monkeypatch, family, cache):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    one_layer = SIZES | {"num_layers": 1, "num_experts": 4}
-    policy = tiny_moe(**one_layer) if family == "tiny_moe" else load_policy(checkpoint(tmp_path, family))
+    one_layer = {"num_layers": 1, "num_experts": 4}
+    policy = tiny_moe(**MOE_SIZES | one_layer) if family == "tiny_moe" else load_policy(checkpoint(tmp_path, family))
     eager, compiled = (quantized_copy(policy, schemes.float8_weight_only()) for _ in range(2))
     compile_blocks(compiled)
     expected, found = (sampled(copy, cache, [[3, 4, 5], [6, 7]]) for copy in (eager, compiled))

@@ -24,7 +24,7 @@ from dllm_rl.training.learner import can_retain_graphs, update
 from dllm_rl.training.policies import make_optimizer
 from dllm_rl.types import Batch, Prompts
 
-SIZES = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "intermediate_size": 384, "max_length": 128}
+SIZES = {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4, "intermediate_size": 384, "max_length": 128}
 LETTERS = {"characters": "".join(chr(c) for c in range(0x4E00, 0x4E00 + 1500))} | SIZES
 PROMPT, LENGTH, ROWS = 24, 72, 8
 OF_DRAWS = {"diffusion_steps": 2, "temperature": 1.0, "rank": confidence}  # draws at every position
@@ -47,7 +47,12 @@ def recipe_of(tmp_path, *, causal: bool = False, canvas: int | None = None, laye
     if canvas is not None:
         sampler = partial(renoise, max_new_tokens=LENGTH, diffusion_steps=2, stability_threshold=None)
         letters = {name: value for name, value in LETTERS.items() if name != "intermediate_size"}
-        sizes = letters | {"canvas_length": canvas, "intermediate_size": 192, "expert_size": 96, "num_layers": layers}
+        sizes = letters | {
+            "canvas_length": canvas,
+            "intermediate_size": 192,
+            "moe_intermediate_size": 96,
+            "num_layers": layers,
+        }
         given = {
             "model": partial(tiny_diffusion_gemma, **sizes),
             "sampler": partial(sampler, confidence_threshold=None, answer="drawn"),
