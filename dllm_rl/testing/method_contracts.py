@@ -121,14 +121,15 @@ def _neutral(corrector: Corrector, mask: Tensor, advantages: Tensor) -> None:
     assert torch.equal(gradient, slope), "on-policy, the gradient must be that of none() bit for bit"
 
 
-def _steps(mask: Tensor) -> Tensor:
-    """Return steps of a few tokens each, which differ between rows."""
-    return (torch.arange(mask.numel()).view(mask.shape) * 7 % 3).masked_fill(~mask, -1)
+def _facts(mask: Tensor) -> dict[str, Tensor]:
+    """Return steps of a few tokens each, and entropies from 0 to 2 nats, which differ between rows."""
+    numbers = torch.arange(mask.numel()).view(mask.shape)
+    return {"unmask_step": (numbers * 7 % 3).masked_fill(~mask, -1), "entropy": numbers * 7 % 5 / 2}
 
 
 def _sound(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, dict]:
     copies = mismatch.clone().requires_grad_(), advantages.clone(), mask.clone()  # a gradient would show in weights
-    weights, keep, metrics = corrector.weight_fn(make_stats(*copies, unmask_step=_steps(mask)))
+    weights, keep, metrics = corrector.weight_fn(make_stats(*copies, **_facts(mask)))
     assert weights.shape == mask.shape and keep.shape == mask.shape, "weights and keep mask must be (B, T)"
     assert not weights.requires_grad, "weights must be detached: no gradient flows through them"
     assert weights.isfinite().all() and (weights >= 0).all(), f"weights must be finite and >= 0, got {weights}"
@@ -143,9 +144,8 @@ def _sound(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask: Ten
 def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask: Tensor, step: Tensor) -> None:
     weights, keep, metrics = _sound(corrector, mismatch, advantages, mask)
     order = torch.arange(len(mask)).flip(0)
-    turned, kept, again = corrector.weight_fn(
-        make_stats(mismatch[order], advantages[order], mask[order], unmask_step=_steps(mask)[order])
-    )
+    facts = {name: values[order] for name, values in _facts(mask).items()}
+    turned, kept, again = corrector.weight_fn(make_stats(mismatch[order], advantages[order], mask[order], **facts))
     _same(turned[order][mask], weights[mask], "another order of the rows must give the same weights")
     assert torch.equal(kept[order], keep), "another order of the rows must give the same keep mask"
     for name, value in metrics.items():
@@ -153,10 +153,10 @@ def _symmetric(corrector: Corrector, mismatch: Tensor, advantages: Tensor, mask:
 
     garbage = torch.where(mask, mismatch, 7.0)  # large, so that a sum over all columns would show it
     padded = torch.cat([mask, torch.zeros_like(mask)], 1)
-    steps = torch.cat([_steps(mask), torch.full_like(_steps(mask), -1)], 1)
-    wider, _, _ = corrector.weight_fn(
-        make_stats(torch.cat([garbage, garbage], 1), advantages, padded, unmask_step=steps)
-    )
+    off_mask = {"unmask_step": -1, "entropy": 9.0}
+    facts = {name: torch.cat([x, torch.full_like(x, off_mask[name])], 1) for name, x in _facts(mask).items()}
+    facts["entropy"][~padded] = off_mask["entropy"]
+    wider, _, _ = corrector.weight_fn(make_stats(torch.cat([garbage, garbage], 1), advantages, padded, **facts))
     _same(wider[:, : mask.shape[1]][mask], weights[mask], "what lies off the mask must not change the weights")
 
     behavior = torch.full(mask.shape, -1.0) - torch.where(mask, mismatch, 0)

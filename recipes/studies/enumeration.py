@@ -25,6 +25,7 @@ from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import DIFFUSION_LM
+from dllm_rl.training.learner import token_entropy
 from dllm_rl.types import Batch, Rollout, SamplingParams, Views
 
 ROUNDING = 1e-6  # nats, and lengths of a gradient: what the toy's fp64 stays well below
@@ -335,9 +336,11 @@ def _measure(case: _Case, corrector: Corrector, sigma: float, batch: int, moved:
     p, q = (each.sum(-1).exp() for each in (case.logps, sampled))
     advantages = case.rewards - (q * case.rewards).sum()
     truth = torch.einsum("b,btw->w", p * advantages, case.jacobian)
-    gradients = partial(
-        _gradients, case, corrector, advantages, sampled, old=case.logps if moved == "rollout" else sampled
-    )
+    old, learner = (case.logps, case.toy) if moved == "rollout" else (sampled, behavior)
+    entropy = None
+    if corrector.needs_entropy:
+        entropy = token_entropy(cast(Policy, learner), case.rollout, case.noise, None)
+    gradients = partial(_gradients, case, corrector, advantages, sampled, old=old, entropy=entropy)
     if draws:
         drawn = torch.multinomial(q, draws * batch, replacement=True, generator=_stream(case.seed + 2))
         found = [(rows, *gradients(rows)) for rows in drawn.view(draws, batch)]
@@ -370,6 +373,7 @@ def _gradients(
     rows: Int[Tensor, " R"],
     *,
     old: Float[Tensor, "B T"],
+    entropy: Float[Tensor, "B T"] | None,
 ) -> tuple[Float[Tensor, "R T"], Float[Tensor, "R T"]]:
     """What a batch of these outcomes gives: d objective / d log-probs, by `policy_loss`, and weights (0 where they are
     dropped)."""
@@ -381,6 +385,7 @@ def _gradients(
         old_logprobs=old,
         rollout_logprobs=sampled,
         unmask_step=case.rollout.unmask_step[rows],
+        entropy=None if entropy is None else entropy[rows],
     )
     weights, keep, _ = corrector.weight_fn(stats)
     made = Batch(

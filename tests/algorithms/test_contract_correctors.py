@@ -48,6 +48,16 @@ def test_contract(name):
     check_corrector(CORRECTORS[name])
 
 
+def test_an_entropy_that_is_read_off_the_mask_breaks_the_contract():
+    def weights(stats):
+        _, keep, metrics = c.drop_nonfinite(stats.log_mismatch, stats.mask)
+        off = (stats.log_mismatch.detach() != 0) * 0.1 * stats.entropy.mean()
+        return c.TokenWeights(1 + off * torch.ones_like(stats.log_mismatch), keep, metrics)
+
+    with pytest.raises(AssertionError, match="off the mask must not change the weights"):
+        check_corrector(c.Corrector(weight_fn=weights, needs_entropy=True))
+
+
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 

@@ -257,3 +257,19 @@ def test_a_claim_and_a_number_of_draws_are_checked():
         estimator_table(elbo(), draws=1)
     with pytest.raises(ValueError, match="claim='unbiased' must be one of 'exact'"):
         speaks_against([], "unbiased")
+
+
+def test_a_corrector_reads_the_learners_entropy():
+    """In one step all positions are masked: the entropies are those of the toy's logits there, of whichever policy is
+    the learner."""
+    seen = []
+
+    def keep(stats):
+        seen.append(stats.entropy[0])
+        return c.unit_weights(stats)
+
+    corrector = c.Corrector(weight_fn=keep, needs_entropy=True)
+    gradient_table(corrector, policies=("early",), diffusion_steps=1, **SMALL | {"networks": 1})
+    toy = ToyPolicy(length=3, words=3, sharpness=1.0, generator=torch.Generator().manual_seed(0))
+    logps = toy.hidden(torch.full((1, 3), 3), torch.ones(1, 3, dtype=torch.bool))[0, :, :3].log_softmax(-1)
+    torch.testing.assert_close(seen[0].double(), -(logps.exp() * logps).sum(-1), rtol=1e-5, atol=1e-6)
