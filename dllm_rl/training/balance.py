@@ -36,7 +36,8 @@ def balance(recipe: Recipe, samples: Samples, accelerator: Accelerator, *, pad_i
     rollout = samples.rollout
     row_index = local(torch.arange(samples.advantages.numel()), accelerator)
     rollout = replace(rollout, batch_row=send(rollout.tokens.device, row_index)[0])
-    if recipe.zero_mismatch:  # the bits of a row depend on the width of the rollout that sampled it
+    # Under zero_mismatch the bits of a row depend on the width of its rollout; log-probs of late rollouts are not sent.
+    if recipe.zero_mismatch or samples.rollout_logprobs:
         return replace(samples, rollout=rollout)
     if rollout.sampling_params.support != "rollout":
         rollout = replace(rollout, filter_support=None)  # not used from here on, and not every process records it

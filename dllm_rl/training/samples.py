@@ -36,6 +36,11 @@ class Samples:
         """Return the groups in this order; `rollout` has this process's new rows."""
         return Samples(rollout, self.rewards[order], self.advantages[order], self.metric_weights[order])
 
+    def of_rows(self, rows: Int[Tensor, " B"]) -> "Samples":
+        """Return the samples of a process that trains on these rows of the rollout."""
+        logprobs = tuple(values[rows] for values in self.rollout_logprobs)
+        return replace(self, rollout=self.rollout.rows(rows), rollout_logprobs=logprobs)
+
     def with_metric_weights(self, weights: Float[Tensor, " P"]) -> "Samples":
         """Return a copy with these weights in the mismatch metrics."""
         return replace(self, metric_weights=weights)

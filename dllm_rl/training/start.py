@@ -1,5 +1,6 @@
 """Start a new run, or resume one from a checkpoint."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -64,7 +65,9 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     check_hub(recipe)
     check_tasks(recipe)
     check_best_model(recipe, validation_interval(recipe))
-    if pool is None or not recipe.rollout_workers:
+    if not recipe.rollout_workers or os.environ.get("RANK", "0") != "0":
+        pool = None
+    elif pool is None:
         pool = ray_workers(recipe)  # the workers import torch while this process builds the model
     accelerator, stop, peers = launch(recipe)
 
@@ -123,8 +126,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
         checkpoint=str(folder or ""),
         history=reward_history(recipe, folder),
     )
-    if pool is not None:
-        pool.set_up(run)
+    if recipe.rollout_workers:
         run.async_rollouts = AsyncRollouts(run, pool)
         run.async_rollouts.begin(state.step, folder)
 

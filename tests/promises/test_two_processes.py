@@ -42,6 +42,7 @@ def launch(directory, *launcher, recipe="sudoku_unique", more=()):
 
 FEW_ROWS = ["--sampler.temperature", "0.2", "--num_generations", "2", "--num_mismatch_groups", "1"]
 COUPLED = ["--likelihood", "coupled", "--num_iterations", "2", *STABLE]
+LATE = ["--rollout_workers", "2", "--max_staleness", "1"]
 TEACHER = ["--teacher", "reference", "--teacher_substeps", "4", "--teacher_coeff", "0.5"]
 
 
@@ -57,6 +58,8 @@ TEACHER = ["--teacher", "reference", "--teacher_substeps", "4", "--teacher_coeff
         ),
         pytest.param("sudoku_unique", TEACHER, marks=pytest.mark.nightly),
         ("sudoku_unique", [*REDRAWN, "--num_generations", "2", "--entropy_coeff", "0.01"]),
+        ("sudoku_unique", LATE),
+        pytest.param("sudoku_unique", [*LATE, "--likelihood", "coupled"], marks=pytest.mark.nightly),
     ],
 )
 def test_two_processes_equal_one(tmp_path, recipe, more):

@@ -267,13 +267,13 @@ def test_bad_input_is_refused_in_one_line(changes, said, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_launch_of_several_processes_and_a_missing_ray_are_refused(tmp_path, monkeypatch):
+def test_a_sharded_learner_and_a_missing_ray_are_refused(tmp_path, monkeypatch):
     recipe = late_recipe(tmp_path)
     assert ray_workers(replace(recipe, rollout_workers=0, max_staleness=0)) is None
     with monkeypatch.context() as patched:
         patched.setenv("WORLD_SIZE", "2")
-        with pytest.raises(ValueError, match=r"rollout_workers=1 needs a single learner process, and 2 were launched"):
-            ray_workers(recipe)
+        with pytest.raises(ValueError, match=r"rollout_workers=1 needs all weights in one process, and shard_size=0"):
+            ray_workers(replace(recipe, shard_size=0))
     monkeypatch.setattr(ray_pool, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs Ray: pip install 'dllm_rl\[ray\]'"):
         train(recipe)

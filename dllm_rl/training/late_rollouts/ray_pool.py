@@ -199,10 +199,10 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
     count = recipe.rollout_workers
     if not count:
         return None
-    if num_launched() > 1:
+    if num_launched() > 1 and recipe.shard_size != 1:
         raise ValueError(
-            f"rollout_workers={count} needs a single learner process, and {num_launched()} were launched: launch one, "
-            "or set rollout_workers=0"
+            f"rollout_workers={count} needs all weights in one process, and shard_size={recipe.shard_size} shards "
+            "them: set shard_size=1 or rollout_workers=0"
         )
     if find_spec("ray") is None:
         raise ValueError(f"rollout_workers={count} needs Ray: pip install 'dllm_rl[ray]', or set rollout_workers=0")
@@ -237,9 +237,10 @@ def start_ray(ray: ModuleType, device: torch.device) -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     check_address(address)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if address == "local" and device.type == "cuda":  # the learner uses the first GPU
+    if address == "local" and device.type == "cuda":  # the learners use the first GPUs
         ids = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids[1:])
+        learners = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids[learners:])
     # Ray's processes belong to this process's group. They must ignore the signals that a terminal or SLURM sends to the
     # group: if they died, Ray would block this process for a minute. The kernel kills them when this process ends.
     ignored_signals = {number for number in SIGNALS if number != signal.SIGINT}  # Ray blocks SIGINT itself

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics
+from dllm_rl.distributed.collectives import from_main, local
 from dllm_rl.models.base import Policy
 from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe
@@ -128,6 +129,8 @@ class InProcessPool:
     """
 
     def set_up(self, context: StepContext[Recipe]) -> None:
+        if context.accelerator.num_processes > 1:
+            raise ValueError("InProcessPool samples in the only learner process, and several were launched: launch one")
         self.sampler = RolloutProducer(context.recipe, copy_policy_to_host(context.policy), context.accelerator)
         self.jobs: dict[int, bytes] = {}  # the weights of each job
         self.made: dict[int, bytes] = {}
@@ -159,10 +162,13 @@ class PendingBatch:
 
 @dataclass(eq=False)
 class AsyncRollouts:
-    """Schedule of a run: submits the batch of each step to the pool, with the weights that it must be made with."""
+    """Schedule of a run: submits the batch of each step to the pool, with the weights that it must be made with.
+
+    Several learner processes share the batches: the main process has the pool, and every process trains on its groups.
+    """
 
     context: StepContext[Recipe]
-    pool: Pool
+    pool: Pool | None  # None in the other processes
     pending: dict[int, PendingBatch] = field(default_factory=dict)
 
     def begin(self, steps_done: int, folder: Path | None) -> None:
@@ -172,6 +178,11 @@ class AsyncRollouts:
         those weights, as in the uninterrupted run. The others are made with the current weights: the newest batch, and
         steps that a finished run had not planned.
         """
+        from_main(partial(self._begin, steps_done, folder), self.context.accelerator)
+
+    def _begin(self, steps_done: int, folder: Path | None) -> None:
+        assert self.pool is not None, "only the main process has the pool"
+        self.pool.set_up(self.context)
         recipe = self.context.recipe
         current_weights = trained_weights(self.context.policy)
         for step in range(steps_done, min(steps_done + recipe.max_staleness + 1, recipe.num_steps)):
@@ -185,6 +196,7 @@ class AsyncRollouts:
 
     def submit(self, step: int, weights: bytes, *, age: int) -> None:
         """Submit the batch of a step, to be made with weights that were trained for `age` steps."""
+        assert self.pool is not None, "only the main process submits"
         self.pending[step] = PendingBatch(weights, age)
         self.pool.submit(step, weights)
 
@@ -192,13 +204,21 @@ class AsyncRollouts:
         """Return what `training.rollouts.collect` returns for this step, from the pool or from the checkpoint."""
         run = self.context
         with run.log.stage("waiting"):
-            stored_batch = self.pending[step].made
-            batch = self.pool.result(step) if stored_batch is None else stored_batch
+            batch = from_main(partial(self._batch, step), run.accelerator)
         (samples, answers, metrics), seconds = deserialize_batch(batch, run.recipe, run.accelerator.device)
+        rows = local(torch.arange(len(answers)), run.accelerator)
+        if len(rows) < len(answers):
+            answers = [answers[row] for row in rows.tolist()]
+            samples = samples.of_rows(rows)
         metrics["num_tokens"] += run.log.last.get("num_tokens", 0.0)  # a worker counts only the tokens of its batch
         version = samples.rollout.weights_version
         metrics |= {"rollout_version": float(version), "staleness": float(run.policy.weights_version - version)}
         return samples, answers, metrics | {"time/rollout_worker": seconds}
+
+    def _batch(self, step: int) -> bytes:
+        assert self.pool is not None, "only the main process has the batches"
+        stored_batch = self.pending[step].made
+        return self.pool.result(step) if stored_batch is None else stored_batch
 
     def publish(self, step: int, result: StepResult) -> dict[str, float]:
         """Submit one more batch, with the weights after the update of `step`; return the metrics of `split_mismatch`.
@@ -206,11 +226,12 @@ class AsyncRollouts:
         Call it before the rollout policy is synced: the metrics need the copy of the weights before the update.
         """
         run = self.context
-        if self.pending.pop(step).made is None:
-            self.pool.forget(step)
-        next_step = step + 1 + run.recipe.max_staleness
-        if next_step < run.recipe.num_steps:
-            self.submit(next_step, trained_weights(run.policy), age=step + 1)
+        if self.pool is not None:
+            if self.pending.pop(step).made is None:
+                self.pool.forget(step)
+            next_step = step + 1 + run.recipe.max_staleness
+            if next_step < run.recipe.num_steps:
+                self.submit(next_step, trained_weights(run.policy), age=step + 1)
         return split_mismatch(run, result)
 
     def files(self, step: int) -> dict[str, bytes]:
@@ -220,7 +241,7 @@ class AsyncRollouts:
         files = {}
         for number, pending_batch in self.pending.items():
             if pending_batch.age < step:  # a newer batch is made with the checkpoint's weights
-                batch = pending_batch.made or self.pool.ready(number)
+                batch = pending_batch.made or (self.pool.ready(number) if self.pool else None)
                 batch_name, weights_name = file_names(number)
                 if batch is not None:
                     files[batch_name] = batch
