@@ -3,7 +3,8 @@
 All functions read the GLOBAL batch and log_mismatch = logp_old - logp_rollout per token, in nats. The mask marks the
 tokens to correct: those of rows whose advantage is not zero, or of all rows if the recipe has a KL term or an entropy
 bonus. Batch statistics, such as the lambda of AIS, cover these rows. A corrector's metrics cover only these rows. The
-learner renames a corrector's `rollout_corr/NAME` to `trained/NAME`; its own `rollout_corr/*` metrics cover all rows.
+learner renames a corrector's `rollout_corr/NAME` to `trained/NAME`; the `rollout_corr/*` metrics in the log are the
+learner's, and cover all rows.
 
 Weights are detached, and 1 outside the mask. They multiply the surrogate, but not the KL term. A token with a
 non-finite log_mismatch leaves the loss mask. docs/methods.md explains the tags [paper], [digest] and [ours].
@@ -385,7 +386,7 @@ def tis(*, cap: float = 2.0, level: Level = "token", pool: Pool = "product") -> 
 
     Args:
         cap: Largest weight, at least 1. Default: 2.
-        level: Unit that has one ratio: "token" (default) or "sequence".
+        level: Whether each "token" (default) or each "sequence" has one ratio.
         pool: How token ratios become the ratio of a sequence: "product" (default) or "geometric" (mean).
 
     Returns:
@@ -413,7 +414,7 @@ def mis(
     Args:
         min_ratio: Smallest ratio that contributes, in [0, 1]. Default: 0.5.
         max_ratio: Largest ratio that contributes, at least 1. Default: 2.
-        level: Unit that has one ratio: "token" (default) or "sequence".
+        level: Whether each "token" (default) or each "sequence" has one ratio.
         pool: How token ratios become the ratio of a sequence: "product" (default) or "geometric" (mean).
         outside: Treatment of tokens outside the range: "zero" (default; weight 0, counted in the loss's denominator) or
             "drop" (not counted, as in verl's rejection).
@@ -493,7 +494,7 @@ def ais(
         lambda_fn: Function (ESS, D, CV, *, tau) -> lambda; a result outside [0, 1] is clamped. Default: `ais_lambda`.
         pool: How token ratios become the ratio of a sequence, in ESS and in sequence weights: "product" (default) or
             "geometric" (mean).
-        level: Unit that has one weight: "token" (default) or "sequence".
+        level: Whether each "token" (default) or each "sequence" has one weight.
 
     Returns:
         A corrector. It logs ais/rho, ais/D, ais/CV and ais/lambda.
@@ -588,7 +589,9 @@ def compose(*parts: Corrector | WeightFn) -> Corrector:
     correctors = [part if isinstance(part, Corrector) else Corrector(weight_fn=part) for part in parts]
     with_loss = [corrector for corrector in correctors if corrector.loss is not None]
     if len({corrector.loss for corrector in with_loss}) > 1:
-        raise ValueError(f"{len(with_loss)} parts have a loss; keep one: replace(part, loss=None)")
+        raise ValueError(
+            f"{len(with_loss)} parts have a loss, and one may: give the others as replace(part, loss=None)"
+        )
     # An objective brings its reduction; reductions of parts without an objective are ignored.
     loss_source = with_loss[0] if with_loss else no_correction()
     weight_fns = tuple(corrector.weight_fn for corrector in correctors if corrector.weighs)

@@ -38,7 +38,7 @@ def evaluate(  # noqa: PLR0913
     """Complete the problems of a task and grade the completions.
 
     Call it to measure a policy outside a run; a run evaluates its policy every `eval_steps` steps. The random numbers
-    of a completion depend only on the seed, the problem and the number of the sample, so that raising `samples` adds
+    of a completion depend only on the seed, the problem and the index of the sample, so that raising `samples` adds
     completions and leaves the others as they are.
 
     Args:
@@ -47,7 +47,7 @@ def evaluate(  # noqa: PLR0913
         sampler: `unmask`, `autoregress` or `renoise` with its settings bound.
         seed: Seed of the random numbers. Default: 0.
         batch_size: Largest number of completions per call of the sampler in each process. A call always has all samples
-            of a problem, even if they are more. Default: 256.
+            of a problem, even if `samples` exceeds `batch_size`. Default: 256.
         samples: Completions per problem. Default: 1.
         limit: Number of problems to evaluate, from the first problem on. None (default): all problems.
         completions: Path of a .jsonl file that stores every completion. If the file exists, its completions are graded
@@ -137,7 +137,8 @@ def row_seeds(seed: int, keys: Sequence[tuple[int, int]]) -> list[int]:
     """Return the seed of each (problem, sample)."""
     seeds = []
     for problem, sample in keys:
-        # The key of sample 0 has no sample number, so that its seed is the same as before `samples` was added.
+        # The key of sample 0 has no sample index: its seed is that of earlier versions, which had one sample per
+        # problem.
         key = (problem, sample) if sample else (problem,)
         seeds.append(generator_for(seed, "evaluate", *key).initial_seed())
     return seeds

@@ -6,7 +6,8 @@ time in a random order:
     sum_{k=1..L} (1/k) E_{|m|=k} sum_{i in m} l_i(m)  <=  log p(y),
     p(y) = E_order prod_i p(y_i | the positions before i in the order).
 
-The cost of an estimate is the number of times that the model runs on the full batch (forwards). docs/methods.md
+A view is a copy of the batch with the positions of one m masked; it scores some positions, by one forward. The cost of
+an estimate is the number of times that the model runs on the full batch (forwards). docs/methods.md
 explains the tags [paper] and [ours].
 """
 
@@ -79,11 +80,11 @@ def elbo(
         informed_masking: Strength d of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). It masks, and so
             scores, a token more often if the model's confidence at nearby positions rose little or fell after the
             sampler wrote that token. c_i is the sum of these changes of confidence, from the step that wrote token i to
-            the next step of its block, over the block's positions that are near i and still masked. A change may be
-            negative [ours]. The sampler records c: sample with `unmask(confidence_radius=10)`, where 10 is the largest
-            distance of a nearby position. The positions of m are drawn without replacement, with q_i proportional to
-            exp(d (max c - c_i) / (max c - min c)). The expectation is then not the ELBO, but
-            sum_k (1/k) E_{m ~ q, |m|=k} sum_{i in m} l_i(m). None: uniform masks.
+            the next step of its block, over the block's positions that are near i and still masked. Negative changes
+            are included in the sum [ours]. The sampler records c: sample with `unmask(confidence_radius=10)`, where 10
+            is the largest distance of a nearby position. The positions of m are drawn without replacement, with q_i
+            proportional to exp(d (max c - c_i) / (max c - min c)). The expectation is then not the ELBO, but sum_k
+            (1/k) E_{m ~ q, |m|=k} sum_{i in m} l_i(m). None: uniform masks.
 
     Raises:
         ValueError: num_samples is odd with antithetic=True.
@@ -169,8 +170,8 @@ def upper_bound(scores: Float[Tensor, "N B T"], views: Views, *, beta: float) ->
     is_scored = views.coefficients > 0
     terms = torch.where(is_scored, beta * scores + views.coefficients.where(is_scored, 1).log(), -torch.inf)
     unscored = ~is_scored.any(0)
-    # The terms of a position that no view scores are all -inf. Their logsumexp would have a NaN gradient, so that they
-    # are replaced by 0.
+    # The terms of a position that no view scores are all -inf. Their logsumexp would have a NaN gradient, so they
+    # are first replaced by 0.
     return torch.where(unscored, 0, terms.masked_fill(unscored, 0).logsumexp(0) / beta)
 
 
@@ -202,10 +203,10 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
     `base`, by default `coupled()`.
 
     If the sum covers all masks, the result is at least the ELBO, for every beta > 0 (by Jensen's inequality). It is at
-    least log p(y) if beta >= L (by Hoelder's inequality), or if all of the model's conditional probabilities come from
-    one joint distribution, but those of a network do not. In other cases log p(y) may exceed the result [ours]; the
-    bound in SPG's theorem, for beta >= 1, has an additional constant. With few masks the result is biased downwards,
-    because it is the log of a mean.
+    least log p(y) if beta >= L (by Hoelder's inequality). For a smaller beta that holds if one joint distribution has
+    all of the model's conditional probabilities, which a network does not guarantee. In other cases log p(y) may exceed
+    the result [ours]; the bound in SPG's theorem, for beta >= 1, has an additional constant. With few masks the result
+    is biased downwards, because it is the log of a mean.
 
     Args:
         beta: Exponent of the probabilities, above 0.
@@ -264,15 +265,16 @@ def trajectory(
     Use it if ratios must be exact or the sampler takes few steps: it costs one forward per segment. The forward of
     segment s masks the tokens that the sampler wrote in segment s or later, and scores the tokens of segment s. With
     one segment per step (the default), the sum over positions is the exact log-probability of the tokens given the
-    order; `include_order` adds the order's, where the rollout recorded it. `num_sampled_steps` n scores n of a row's N
-    steps, with weight N / min(n, N). `self_conditioning` applies to rollouts of `renoise` only.
+    order; `include_order` adds the order's, where the rollout recorded it. With `num_sampled_steps=n`, n random steps
+    of a row's N are scored, with coefficient N / min(n, N). `self_conditioning` applies to rollouts of `renoise` only.
 
-    If the weights also determine the order in which tokens are written, the order's log-probability is added
-    (`include_order`). Under the rank `confidence`, every position that a step leaves masked adds the log-probability
-    that a token drawn there has a lower confidence than all tokens that the step wrote (`models.order` [ours]). Under
-    the rank `plackett_luce`, a step adds the log-probability of its draw of positions, and under the commit rule
-    `soft_threshold`, that of the set of positions it wrote. The row's sum is then the exact log-probability of tokens
-    AND order. Under other rules that depend on the drawn tokens, the order is left out, and a run prints a warning.
+    If the order in which tokens are written also depends on the model's parameters, the order's log-probability is
+    added (`include_order`). Under the rank `confidence`, every position that a step leaves masked adds the
+    log-probability that a token drawn there has a lower confidence than all tokens that the step wrote (`models.order`
+    [ours]). Under the rank `plackett_luce`, a step adds the log-probability of its draw of positions, and under the
+    commit rule `soft_threshold`, that of the set of positions it wrote. The row's sum is then the exact log-probability
+    of tokens AND order. Under other rules that depend on the drawn tokens, the order is left out, and a run prints a
+    warning.
 
     A rollout that rewrites tokens (`remask`, `soft_edit`) is replayed write by write [ours]: the tokens and masks that
     each step saw are rebuilt, and a position's contribution is the sum over its writes (docs/order.md). A rollout of

@@ -240,7 +240,7 @@ class Policy(Head, Protocol):
     def reference(self) -> "Policy": ...
 
 
-def trained_of(module: Module) -> list[nn.Parameter]:
+def trainable_parameters(module: Module) -> list[nn.Parameter]:
     """Return the parameters that are trained."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
@@ -264,7 +264,7 @@ def frozen_of(module: Module) -> list[str]:
     return [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_if_sharded(tensor: Tensor) -> Tensor:
     """Return the full tensor. For a sharded tensor this is a collective: every process must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 

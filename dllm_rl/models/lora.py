@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dllm_rl.models.base import Lora, Policy, has_bf16_products, output_embeddings, whole
+from dllm_rl.models.base import Lora, Policy, gather_if_sharded, has_bf16_products, output_embeddings
 from dllm_rl.models.checkpoint.tensors import backwards, misfits, renamed
 from dllm_rl.models.untrusted import read_adapter
 from dllm_rl.rng import keep_mask
@@ -121,7 +121,7 @@ class LoraLinear(nn.Module):
     def merged(self) -> Float[Tensor, "O I"]:
         """Return W + (alpha / r) B A, summed in fp32 and rounded once to W's dtype. It is differentiable in A and B."""
         weight = plain_weight(self.base_layer)
-        added = whole(self.lora_B.weight).float() @ whole(self.lora_A.weight).float()
+        added = gather_if_sharded(self.lora_B.weight).float() @ gather_if_sharded(self.lora_A.weight).float()
         scaled = added.mul_(self.lora.alpha / self.lora.r).float()  # under autocast the product is in 16 bits
         return scaled.add_(weight).to(weight.dtype)  # in place: one fp32 copy
 
@@ -185,8 +185,8 @@ class LoraExperts(nn.Module):
 
         It is differentiable in A and B.
         """
-        weight = whole(getattr(self.base_layer, name).detach())
-        added = whole(self.lora_B[name]).float() @ whole(self.lora_A[name]).float()
+        weight = gather_if_sharded(getattr(self.base_layer, name).detach())
+        added = gather_if_sharded(self.lora_B[name]).float() @ gather_if_sharded(self.lora_A[name]).float()
         return added.mul_(self.lora.alpha / self.lora.r).float().add_(weight).to(weight.dtype)
 
     @torch.no_grad()
@@ -332,7 +332,7 @@ def is_bitsandbytes(layer: nn.Module) -> bool:
 def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
     """Return a linear layer's weight, dequantized from bitsandbytes and gathered if sharded."""
     if not is_bitsandbytes(layer):
-        return whole(layer.weight.detach())
+        return gather_if_sharded(layer.weight.detach())
     weight: Any = layer.weight
     if hasattr(weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit  # an optional dependency

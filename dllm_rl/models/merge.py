@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_rl.models.base import Module, Policy, whole
+from dllm_rl.models.base import Module, Policy, gather_if_sharded
 from dllm_rl.models.checkpoint.tensors import Later
 from dllm_rl.models.lora import (
     LoraExperts,
@@ -168,7 +168,7 @@ def host_copy(module: Module, *, keep: bool = True) -> Module | None:
     tensors = chain(module.parameters(), module.buffers())
     layer_tensors = chain(layers.parameters(), layers.buffers())
     for tensor, layer_tensor in zip(tensors, layer_tensors, strict=True):
-        value = whole(tensor.detach())  # the device stores one gathered tensor at a time
+        value = gather_if_sharded(tensor.detach())  # the device stores one gathered tensor at a time
         if keep:
             memo[id(layer_tensor)] = _like(tensor, value.to("cpu", copy=True))
     if not keep:

@@ -25,7 +25,7 @@ from dllm_rl.models.checkpoint.loading import (
     family_spec,
     load_module,
     name_in_errors,
-    prepared,
+    prepare_in_place,
     save_module,
     weights_folder,
 )
@@ -87,8 +87,8 @@ class _PolicyBase:
     def encode(self, tokens: Tokens, attention_mask: Mask, positions: Tokens, **cache_kwargs: Any) -> States:
         """Return the backbone's states at each token, not shifted.
 
-        `positions` are the position ids of the tokens (not a mask, as in `logits`). `cache_kwargs` are `cache` and
-        `use_cache`, as in `encode_base`.
+        `positions` are the position ids of the tokens; in `logits`, `positions` is a boolean mask. `cache_kwargs` are
+        `cache` and `use_cache`, as in `encode_base`.
         """
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with recomputed_blocks(self.module) if recompute else nullcontext():
@@ -111,8 +111,8 @@ class _PolicyBase:
     ) -> Float[Tensor, "B T V"] | Float[Tensor, "K V"]:
         """Return the logits for the token AT each position (B, T, V).
 
-        `positions` is a boolean mask (B, T), and no position ids as in `encode`. With it, return the logits (K, V) of
-        the K positions where it is True.
+        `positions` is a boolean mask (B, T), unlike in `encode`, where it has position ids. With it, return the logits
+        (K, V) of the K positions where it is True.
         """
         hidden = self.hidden(tokens, attention_mask)
         return self.head(hidden if positions is None else hidden[positions])
@@ -256,7 +256,7 @@ def load_policy(
 def _load_merged(
     adapter: Path, folder: Path, options: dict[str, Any], verify_checkpoint: Check
 ) -> DiffusionPolicy | AutoregressivePolicy:
-    """Load the base that saved adapters name, and merge the adapters into it."""
+    """Load the base model of saved adapters, and merge the adapters into it."""
     if options["quantization"] is not None:
         raise ValueError(
             f"quantization={options['quantization']!r} needs a base without adapters, and {folder} has adapters; merge "
@@ -322,7 +322,7 @@ def _stock_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
             f"{class_name} is defined by code that comes with its checkpoint; pass the checkpoint's folder or id "
             "instead of the module, so that a stock transformers class is used"
         )
-    prepared(module, spec)  # changes the module in place
+    prepare_in_place(module, spec)  # changes the module in place
     return spec
 
 
@@ -374,7 +374,8 @@ def check_spec(module: Module, spec: FamilySpec) -> None:
         raise ValueError(f"vocab_size=None in the spec {spec.name!r}, and {kind} has no config: set vocab_size")
     if spec.attention == "encoder_decoder" and spec.block_size is None:
         raise ValueError(
-            f"block_size=None in the spec {spec.name!r}: set it to the length of the canvases that the model generates"
+            f"block_size=None in the spec {spec.name!r}: set it to the number of tokens that the decoder generates at "
+            "once"
         )
     if spec.attention in ("full", "block_causal") and spec.mask_id is None:
         raise ValueError(
@@ -442,8 +443,9 @@ def check_attention(policy: _PolicyBase) -> None:
 def as_causal(policy: Policy) -> AutoregressivePolicy:
     """Return an autoregressive policy that shares the weights of a diffusion model.
 
-    Call it to decode a model from left to right that was converted from an autoregressive one, or that was trained both
-    ways (Nemotron-Labs-Diffusion). Only the attention changes: it is causal, and the state at t-1 predicts position t.
+    Call it to decode from left to right with a model that was converted from an autoregressive one, or that was trained
+    both ways (Nemotron-Labs-Diffusion). Only the attention changes: it is causal, and the state at t-1 predicts
+    position t.
 
     Args:
         policy: Diffusion policy of a family with `is_also_causal`.
@@ -452,12 +454,12 @@ def as_causal(policy: Policy) -> AutoregressivePolicy:
         AutoregressivePolicy. Training one of the two changes both.
 
     Raises:
-        ValueError: The family's weights are no autoregressive model.
+        ValueError: The family's weights cannot be used as an autoregressive model.
     """
     if not policy.spec.is_also_causal:
         raise ValueError(
-            f"{policy.spec.name!r} models do not decode from left to right; that takes a model of "
-            "diffusion_from_causal, or a Nemotron-Labs-Diffusion"
+            f"{policy.spec.name!r} models do not decode from left to right; use a model made by "
+            "diffusion_from_causal, or a Nemotron-Labs-Diffusion model"
         )
     tensors = [*policy.module.parameters(), *policy.module.buffers()]
     module = copy.deepcopy(policy.module, {id(tensor): tensor for tensor in tensors})  # new layers, the same tensors
@@ -479,8 +481,8 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
     Use it to start from an autoregressive model, and train the result further with supervised steps before RL. The head
     stays shifted, as in Dream: the state at t-1 predicts position t. The mask token's embedding starts as the mean
     of all others. Attention is full from the first step, as in Tiny-A2D; DiffuLLaMA's gradual change from causal to
-    full attention is not implemented. `save_pretrained` writes the folder as transformers' own class does, and
-    `load_policy` opens it as a diffusion model.
+    full attention is not implemented. `save_pretrained` writes a folder in the format of the transformers class,
+    and `load_policy` opens it as a diffusion model.
 
     Args:
         path_or_id: Folder or id of a causal checkpoint.

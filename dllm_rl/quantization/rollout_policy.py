@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dllm_rl.models.base import Module, Policy, whole
+from dllm_rl.models.base import Module, Policy, gather_if_sharded
 from dllm_rl.models.lora import STACKS, LoraLinear, base_of, is_stacked, linear_of
 from dllm_rl.models.merge import forget_quantizer, has_extras, layers_of, merged_state, merged_tensor, plain_layers
 from dllm_rl.quantization.linear import (
@@ -159,7 +159,7 @@ def copy_memo(
         if shared and is_same_tensor and not tensor.requires_grad and new_dtype in (None, tensor.dtype):
             memo[id(layer_tensor)] = nn.Parameter(tensor.detach(), requires_grad=False)
         elif new_dtype or not is_same_tensor:
-            value = whole(tensor.detach()).to(new_dtype, copy=is_same_tensor)
+            value = gather_if_sharded(tensor.detach()).to(new_dtype, copy=is_same_tensor)
             memo[id(layer_tensor)] = nn.Parameter(value, requires_grad=False)
         # Other tensors keep their dtype, and deepcopy copies them: they need no entry.
     if layers is not module:  # the buffers of a sharded module
@@ -209,10 +209,10 @@ def gathered_weights(name: str, layer: nn.Module, dtype: torch.dtype | None = No
     The weights are gathered if sharded, merged with adapters, and split by expert.
     """
     if isinstance(layer, nn.Linear | LoraLinear):
-        yield name, whole(merged_tensor(layer, "weight")).to(dtype)
+        yield name, gather_if_sharded(merged_tensor(layer, "weight")).to(dtype)
         return
     for stack in STACKS:
-        for expert, weight in enumerate(whole(merged_tensor(layer, stack)).unbind()):
+        for expert, weight in enumerate(gather_if_sharded(merged_tensor(layer, stack)).unbind()):
             yield f"{name}.{stack}.{expert}", weight.to(dtype)
 
 
@@ -300,15 +300,16 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
 
     Returns:
         Metrics of the quantized layers: quantization/codes_changed, the share of all codes that this sync changed (an
-        update that is smaller than the grid changes none: QuRL [digest]), and quantization/scale_change, the mean of
-        |s' - s| / s over all scales. With an aligned forward the weights of earlier inner updates are quantized
-        already, so both metrics describe only the last inner update. Without quantized layers the result is empty.
+        update smaller than the distance of two quantization levels changes none: QuRL [digest]), and
+        quantization/scale_change, the mean of |s' - s| / s over all scales. An aligned forward quantizes the weights
+        into the rollout policy before each inner update, so both metrics then describe only the last inner update.
+        Without quantized layers the result is empty.
 
     Raises:
         ValueError: A weight is NaN or infinite. The rollout policy's tensors have then been overwritten, but its
             version is unchanged.
     """
-    if rollout_policy is policy:  # without a scheme the learner itself samples
+    if rollout_policy is policy:  # without `rollout_quantization` a run samples from the learner itself
         return {}
     module = rollout_policy.module
     stats: list[SyncStats] = []
@@ -323,7 +324,7 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     for name, value in merged_state(policy.module, skip=quantized_names):
         # `targets` lists a tied tensor once, under its first name.
         if name in targets and not is_shared(value, targets[name]):
-            targets[name].copy_(whole(value))
+            targets[name].copy_(gather_if_sharded(value))
     check_finite(finite)  # after all writes: a check per layer would make the host wait
     rollout_policy.weights_version = policy.weights_version
     return sync_metrics(stats)
@@ -335,7 +336,7 @@ def is_shared(value: Tensor, target: Tensor) -> bool:
 
 
 def sync_metrics(stats: list[SyncStats]) -> dict[str, float]:
-    """Return each metric's mean over all layers. All sums are moved to the host together."""
+    """Return each metric's mean over the codes or scales of all layers. All sums are moved to the host together."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     for weight_stats in stats:

@@ -54,7 +54,7 @@ def unmask(  # noqa: PLR0913
     """Complete every prompt `prompts.group_size` times by iterative unmasking.
 
     Use it for masked-diffusion policies; use `autoregress` for causal policies, and `renoise` for models whose noise is
-    random tokens. A row depends only on its prompt, its seed and the weights, and not, but for rounding, on the other
+    random tokens. Apart from rounding, a row depends only on its prompt, its seed and the weights, not on the other
     rows of its batch.
 
     Infilling (full attention only): a row's completion consists of the positions inside its prompt that are to be
@@ -85,8 +85,8 @@ def unmask(  # noqa: PLR0913
             also rewrite tokens, and record each rewrite.
         cache: `block_cache()`, `prefix_cache()` or `dual_cache()`. None recomputes every position in every step.
         approximate_early_exit: End a row after the block with its end token (full attention only). The completion lacks
-            the tokens after this block, so its probability is not that of a full completion. The recorded
-            log-probs are still those of the draws. Block-causal rows always end after this block.
+            the tokens after this block, so its probability is not that of a full completion. The log-prob
+            of each written token is still that of its draw. Block-causal rows always end after this block.
         compile_step: Run each step as one compiled graph, or as two with a cache. It makes batches of few rows faster,
             on a GPU as CUDA graphs. It cannot be combined with prefix_cache(), positions to fill in, or rules that
             rewrite. It rounds differently: if two tokens are nearly tied, the choice may differ from the one made
@@ -118,6 +118,7 @@ def unmask(  # noqa: PLR0913
     sampling_params = SamplingParams(temperature, top_k, top_p, (*suppress, canvas.mask_id))
     check_suppress(policy, sampling_params)
     step_sampler = StepSampler(policy, canvas, sampling_params, rank, commit, confidence_radius)
+    # With a cache, no row begins its next block before all rows have finished this one.
     tracker = BlockTracker(canvas.block, diffusion_steps, wait_for_all_rows=cache is not None, masked=canvas.masked)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(policy.device)
     forward = None if compile_step else SamplerForward(policy, canvas, cache, tracker.steps)
@@ -202,4 +203,6 @@ def check_suppress(policy: Policy, sampling_params: SamplingParams) -> None:
     if unknown:
         raise ValueError(f"suppress={unknown[0]} is no token of the vocabulary of {policy.vocab_size}; leave it out")
     if len(tokens) == policy.vocab_size:
-        raise ValueError(f"suppress names all {policy.vocab_size} tokens (a mask is never drawn); leave one to sample")
+        raise ValueError(
+            f"suppress and the mask token exclude all {policy.vocab_size} tokens; remove one from suppress"
+        )

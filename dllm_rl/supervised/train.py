@@ -14,7 +14,7 @@ from dllm_rl.checkpoints.run_folder import open_folder
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main, reduce_metrics, sum_gradients
 from dllm_rl.distributed.stop import as_written, how_to_continue, leaving_nothing_behind
-from dllm_rl.models.base import Policy, trained_of
+from dllm_rl.models.base import Policy, trainable_parameters
 from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.rng import generator_for
 from dllm_rl.supervised.examples import (
@@ -177,7 +177,7 @@ def take_step(run: Run[SFT], examples: Sequence[Example], step: int) -> dict[str
         batch = [examples[i] for i in rows_of_step(len(examples), recipe.train_batch_size, recipe.seed, step)]
         loss, padding = add_gradients(recipe, policy, batch, accelerator, "sft masks", step)
         sum_gradients(policy.module, accelerator)
-        trained = trained_of(policy.module)
+        trained = trainable_parameters(policy.module)
         norm = torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
         sums_and_counts = {"loss": (loss, torch.ones_like(loss)), "grad_norm": (norm, torch.ones_like(norm))}
         metrics = reduce_metrics(sums_and_counts, accelerator) | reduce_metrics({"frac_padding": padding}, accelerator)

@@ -20,7 +20,7 @@ class Problem:
 
     Attributes:
         prompt: Text, or chat messages with role and content that the tokenizer renders.
-        fields: Data for the grader that JSON can store. Stored with completions.
+        fields: JSON-serializable data for the grader. It is stored with the completions.
         solution: A correct completion, for supervised warm-up. None (default): no solution is available.
         blank: For infilling: a placeholder text. Each occurrence in the prompt is one token to fill in; the
             grader receives the filled text. None (default): no infilling.
@@ -106,13 +106,13 @@ class Task(Protocol):
     def reward(self, problem: Problem, completion: str) -> Reward: ...
 
 
-def check_not_empty(field: str, task: Task) -> None:
-    """Raise ValueError if the task has no problems, for example because its file is empty."""
+def check_not_empty(setting: str, task: Task) -> None:
+    """Raise ValueError, which names the `setting`, if the task has no problems, for example in an empty file."""
     if not len(task):
         path = getattr(task, "path", None)
         location = "" if path is None else f" in {str(path)!r}"
         raise ValueError(
-            f"{field}: {task.name!r} has no problems{location}; give a file with more rows, or another split"
+            f"{setting}: {task.name!r} has no problems{location}; give a file with more rows, or another split"
         )
 
 
@@ -161,7 +161,7 @@ def grade(
         problems: P problems.
         completions: P*G completions.
         costs: One per completion, for graders that request COST_ARGUMENTS. None (default): unknown.
-        timeout: Seconds that a call of the grader may take; after that the grading process is ended (`deadline`).
+        timeout: Seconds that a call of the grader may take; after that `deadline` ends this process.
             None (default): no limit.
 
     Returns:
@@ -188,7 +188,9 @@ def grade(
 
 @dataclass
 class _GradeCall:
-    """One call of `grade`. Errors name `index`, the completion that is graded now; 0 while all are graded together."""
+    """One call of `grade`. `index` is the completion that is being graded, which an error message quotes; while all are
+    graded together it is 0.
+    """
 
     task: Task
     problems: Sequence[Problem]  # one per completion

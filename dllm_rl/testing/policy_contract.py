@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dllm_rl.models.base import Policy, copied, trained_of
+from dllm_rl.models.base import Policy, copied, trainable_parameters
 from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.merge import has_extras, merge_lora
 from dllm_rl.models.policy import check_tokenizer, load_policy, load_weights
@@ -127,7 +127,7 @@ def _check_gradient(policy: Policy, tokens: Tensor, mask: Tensor) -> None:
     twin = copied(policy)
     for name, parameter in twin.module.named_parameters():  # with adapters, only these are trained
         parameter.requires_grad_(policy.lora is None or ".lora_" in name)
-    trained = trained_of(twin.module)
+    trained = trainable_parameters(twin.module)
     if not all(parameter.dtype.is_floating_point for parameter in trained):
         return  # codes have no gradient
     twin.logits(tokens, mask)[mask].float().log_softmax(-1)[:, 0].sum().backward()

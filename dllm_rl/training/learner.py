@@ -1,8 +1,9 @@
 """The learner's half of a training step: compute log-probs, correct for the mismatch, update the weights.
 
-A view is one choice of masked positions for every row of the batch, scored by one forward. A set of views (`Views`)
-has N of them; an update uses one set. Memory does not grow with N: with s_n the log-probs under view n, the gradient of
-a loss f is grad f = sum_n (df/ds_n) . grad s_n, summed one forward at a time.
+A view is one choice of masked positions for every row of the batch, scored by one forward. A set of views (`Views`) has
+N of them, and features that change how a view is computed (`ViewFeature`); an update uses one set. Memory does not grow
+with N: with s_n the log-probs under view n, the gradient of a loss f is grad f = sum_n (df/ds_n) . grad s_n, summed one
+forward at a time.
 """
 
 import math
@@ -33,7 +34,7 @@ from dllm_rl.distributed.collectives import (
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts, with_sampled_experts
 from dllm_rl.likelihoods.views import each_view, row_chunks
-from dllm_rl.models.base import Policy, trained_of, whole
+from dllm_rl.models.base import Policy, gather_if_sharded, trainable_parameters
 from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.logprobs import chunked, process
 from dllm_rl.recipe import Recipe, UpdateSettings
@@ -111,7 +112,7 @@ def make_batches(run: StepContext[Recipe], scored: ScoredSamples) -> tuple[list[
     samples = scored.samples
     batch, metrics = correct(run, samples, scored.logps[0])
     trained_samples = samples.with_metric_weights(active_groups(run.recipe, samples.advantages).double())
-    later_batches = [weighted_batch(run, trained_samples, logps) for logps in scored.logps[1:]]
+    later_batches = [make_later_batch(run, trained_samples, logps) for logps in scored.logps[1:]]
     order_counts, routing_counts = scored.comparison
     # After scoring: a collective before it would make the processes wait for each other.
     agreement = order_and_routing_metrics(order_counts, routing_counts, run.accelerator)
@@ -121,8 +122,8 @@ def make_batches(run: StepContext[Recipe], scored: ScoredSamples) -> tuple[list[
 def rollout_logprob_source(
     recipe: Recipe, policy: Policy, rollout_policy: Policy
 ) -> Literal["recorded", "scored", "learner"]:
-    """Return the source of the rollout's log-probs: "recorded" (by the sampler; this estimator would compute the same
-    numbers), "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
+    """Return the source of the rollout's log-probs: "recorded" (by the sampler; the recipe's estimator would compute
+    the same numbers), "scored" (a forward of the rollout policy) or "learner" (the learner itself sampled).
     """
     if recipe.likelihood.exact_for_sampler:
         return "recorded"
@@ -256,7 +257,7 @@ def correct(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> tupl
     return batch, wait_metrics | metrics | trained_metrics | symptoms(run.recipe, rows, logps.views)
 
 
-def weighted_batch(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> Batch:
+def make_later_batch(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> Batch:
     """Make the batch of an update after the first, with the corrector's weights for that update's set of views."""
     rows = gather_rows(run, samples, logps)
     weights, _ = apply_corrector(run.recipe.corrector, rows)
@@ -267,7 +268,7 @@ def weighted_batch(run: StepContext[Recipe], samples: Samples, logps: Logprobs) 
 class Rows:
     """The rows of all processes, on the host."""
 
-    stats: TokenStats  # of all scored tokens; `mask` is True for those in rows that the update trains on
+    stats: TokenStats  # log_mismatch has all scored tokens; `mask` has those in rows that the update trains on
     completion: Bool[Tensor, "B T"]
     tokens: Int[Tensor, "B T"]
     is_trained: Bool[Tensor, " B"]
@@ -346,9 +347,9 @@ def make_batch(run: StepContext[Recipe], rollout: Rollout, logps: Logprobs, rows
         rollout=rollout,
         views=restrict_to_groups(logps.views, is_trained_group, rollout.group_size, accelerator),
         advantages=send(device, local(rows.stats.advantages, accelerator))[0],
-        # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, without weights. Under a mismatch the
-        # reward of such a run drops once while k1 and k3 rise. A run with recomputed old log-probs and no weights
-        # collapses in stages while k1 and k3 stay flat [digest].
+        # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, and need no importance weights. With a
+        # mismatch, the reward then drops a single time, while k1 and k3 rise. With recomputed old log-probs and no
+        # importance weights, training collapses in stages, while k1 and k3 stay flat [digest].
         old_logprobs=logps.rollout_logprobs if run.recipe.old_logprobs == "rollout" else logps.old_logprobs,
         old_view_logprobs=logps.old_view_logprobs,
         importance_weights=send(device, local(weights.importance_weights, accelerator)[:, :width])[0],
@@ -416,8 +417,8 @@ def update(
         )
         metrics |= waited("update", accelerator)
         sum_gradients(policy.module, accelerator)
-        trained = trained_of(policy.module)
-        norm = whole(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
+        parameters = trainable_parameters(policy.module)
+        norm = gather_if_sharded(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
         reduced = reduce_metrics(metrics | {"grad_norm": (norm, torch.ones_like(norm))}, accelerator)
         if not math.isfinite(reduced["grad_norm"]):
             problem = f"gradient norm is {reduced['grad_norm']}"
@@ -459,9 +460,9 @@ def update_direction(
     is_measured_row = torch.zeros_like(batch.advantages, dtype=torch.bool)
     is_measured_row[torch.cat([by_advantage[: MEASURED_ROWS // 2], by_advantage[-(MEASURED_ROWS // 2) :]])] = True
     views = batch.views.restrict_to_rows(is_measured_row & batch.loss_mask.any(-1))
-    rows_per_view = (views.coefficients != 0).sum((-1, -2))
-    largest_views = rows_per_view.topk(min(MEASURED_VIEWS, len(rows_per_view))).indices
-    is_measured_view = torch.zeros_like(rows_per_view).scatter(0, largest_views, 1)
+    tokens_per_view = (views.coefficients != 0).sum((-1, -2))
+    largest_views = tokens_per_view.topk(min(MEASURED_VIEWS, len(tokens_per_view))).indices
+    is_measured_view = torch.zeros_like(tokens_per_view).scatter(0, largest_views, 1)
     views = replace(views, coefficients=views.coefficients * is_measured_view[:, None, None])
     new_view_logprobs = likelihood.view_logprobs(policy, batch.rollout, views, micro_batch_size=micro_batch_size)
     is_scored = views.coefficients != 0

@@ -15,7 +15,7 @@ from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.files import replacing
 from dllm_rl.likelihoods.replay import check_replay
-from dllm_rl.models.base import Policy, copied, frozen_of, trained_of
+from dllm_rl.models.base import Policy, copied, frozen_of, trainable_parameters
 from dllm_rl.models.engine import RolloutEngine
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.lora import add_lora, load_adapter
@@ -152,7 +152,7 @@ def freeze(recipe: Settings, policy: Policy, names: list[str]) -> None:
 
 def make_optimizer(recipe: Settings, policy: Policy) -> torch.optim.Optimizer:
     """Make the recipe's optimizer of the policy's trainable parameters."""
-    trainable = trained_of(policy.module)
+    trainable = trainable_parameters(policy.module)
     betas = (recipe.adam_beta1, recipe.adam_beta2)
     return recipe.optim(trainable, lr=recipe.learning_rate, betas=betas, weight_decay=recipe.weight_decay)
 

@@ -21,7 +21,7 @@ from dllm_rl.checkpoints.run_folder import REHEARSAL
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
 from dllm_rl.files import remove
-from dllm_rl.models.base import Policy, trained_of
+from dllm_rl.models.base import Policy, trainable_parameters
 from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tokens import encode
@@ -116,7 +116,7 @@ def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:
 def try_save(recipe: Recipe, policy: Policy) -> None:
     """Write a checkpoint to the run's disk and delete it, to check the disk and its free space."""
     folder = Path(recipe.directory) / REHEARSAL
-    trained = trained_of(policy.module)
+    trained = trainable_parameters(policy.module)
     moments = MOMENT_BYTES.get(recipe.optim, 0) * sum(p.numel() for p in trained)
     try:
         state = TrainingState.first(recipe, policy)
@@ -136,7 +136,7 @@ def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
     """
     module = policy.module
     learner = policy
-    trained = trained_of(module)
+    trained = trainable_parameters(module)
     if recipe.lora is not None and policy.lora is None:
         shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
         learner = copy.copy(policy)

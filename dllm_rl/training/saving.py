@@ -30,7 +30,7 @@ from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.model_card import card
 from dllm_rl.training.prompts import history_files
 from dllm_rl.training.run import CheckpointWriter, Run
-from dllm_rl.training.sharded_learner import gather_on_main, group_size
+from dllm_rl.training.sharded_learner import gather_on_main, shard_group_size
 
 Write = Callable[..., Path]
 
@@ -39,7 +39,7 @@ def make_writer(recipe: Settings, accelerator: Accelerator) -> CheckpointWriter:
     """Make the writer of the run's checkpoints. The run does not end before its last write. Collective: every process
     must call it.
     """
-    is_sharded = group_size(recipe, accelerator.num_processes) > 1
+    is_sharded = shard_group_size(recipe, accelerator.num_processes) > 1
     # A separate process group: the collectives of the writer thread must not mix with those of a training step.
     timeout = timedelta(seconds=recipe.collective_timeout)
     writer = CheckpointWriter(

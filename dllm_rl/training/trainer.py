@@ -43,7 +43,7 @@ def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
     """
     if recipe.dry_run:
         text = plan(recipe)
-        if os.environ.get("RANK", "0") == "0":  # several processes print one plan
+        if os.environ.get("RANK", "0") == "0":  # only the main process prints
             print(escape_controls(text, keep="\n"))
         return Summary({"plan": text})
     run = start(recipe, pool)  # a new run, or one resumed from a checkpoint

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from dllm_rl.distributed.collectives import local, reduce_metrics, sum_gradients
 from dllm_rl.likelihoods.views import View
-from dllm_rl.models.base import Policy, whole
+from dllm_rl.models.base import Policy, gather_if_sharded
 from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.tokens import ordinary_ids, prompt_ids, text_ids
 from dllm_rl.monitoring.log import RunLog
@@ -213,7 +213,7 @@ def warmup_step(
             loss = supervised_loss(policy, batch, *local_draws, corruption=recipe.sft_warmup_corruption)
         loss.backward()
     sum_gradients(policy.module, accelerator, mean=True)  # all processes have equal shares
-    norm = whole(torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0))
+    norm = gather_if_sharded(torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0))
     if not norm.isfinite():
         raise FloatingPointError(f"gradient norm is {norm.item()} at warm-up step {step}; the update was not applied")
     for group in optimizer.param_groups:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl import Policy
-from dllm_rl.models.base import whole
+from dllm_rl.models.base import gather_if_sharded
 from dllm_rl.models.merge import merged_state
 
 Format = Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_0", "Q4_0"]
@@ -37,7 +37,7 @@ def write_gguf(policy: Policy, path: Path, *, format: Format) -> None:
         found = names.get_name(held, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ValueError(f"{type(module).__name__} has {held}, for which {name!r} in llama.cpp has no place")
-        array = as_rotated(found, whole(tensor.detach()).float().cpu(), module.config).numpy()
+        array = as_rotated(found, gather_if_sharded(tensor.detach()).float().cpu(), module.config).numpy()
         kind = kinds[format if array.ndim == 2 and found.startswith("blk.") else "F32"]
         block = gguf.GGML_QUANT_SIZES[kind][0]
         if array.shape[-1] % block:

@@ -37,7 +37,7 @@ from dllm_rl import ais, aligned, int4_weight_only, no_correction, tis
 from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.files import read_json, write_json
-from dllm_rl.models.base import trained_of
+from dllm_rl.models.base import trainable_parameters
 from dllm_rl.models.lora import add_lora
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.training.context import StepContext
@@ -64,7 +64,7 @@ CORRECTORS: dict[str, Corrector] = {
 
 def gradient(run: StepContext[Any], samples: Any, number: int) -> Tensor:
     """Return the gradient of the batch's loss for all trained weights, flat."""
-    trained = trained_of(run.policy.module)
+    trained = trainable_parameters(run.policy.module)
     with learner_forward(run):
         scored = score_samples(run, samples, number)
         (batch, *_), _ = make_batches(run, scored)

@@ -23,7 +23,7 @@ from tiny_recipe import OddPuzzles, tiny_recipe, tiny_recipe_ar
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dllm_rl import lora_r16
-from dllm_rl.models.base import whole
+from dllm_rl.models.base import gather_if_sharded
 from dllm_rl.training import balance
 
 LAUNCHES = {1: (1,), 2: (1, 0), 3: (1, 0), 4: (1, 0, 2)}
@@ -59,7 +59,9 @@ def run_all(folder, steps, sizes, *only):
             gradients = []
 
             def keep(optimizer, *_, gradients=gradients):
-                parts = [whole(p.grad).flatten() for group in optimizer.param_groups for p in group["params"]]
+                parts = [
+                    gather_if_sharded(p.grad).flatten() for group in optimizer.param_groups for p in group["params"]
+                ]
                 gradients.append(torch.cat(parts))
 
             hook = register_optimizer_step_pre_hook(keep)

@@ -17,7 +17,7 @@ from dllm_rl import aligned, float8_weight_only, load_policy, lora_r16
 from dllm_rl.distributed.collectives import make_accelerator, sum_gradients
 from dllm_rl.distributed.sharding import shard, sharding_of
 from dllm_rl.likelihoods.estimators import coupled
-from dllm_rl.models.base import whole
+from dllm_rl.models.base import gather_if_sharded
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.forward.uneven import join_uneven_forwards
 from dllm_rl.models.logprobs import backward_token_logprobs
@@ -130,7 +130,7 @@ def families(folder):
                 run(policy, rows)
         for ours, theirs in zip(policy.module.parameters(), alone.module.parameters(), strict=True):
             if theirs.grad is not None:
-                torch.testing.assert_close(whole(ours.grad), theirs.grad, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(gather_if_sharded(ours.grad), theirs.grad, rtol=1e-4, atol=1e-5)
         for each, rollout in zip((policy, alone), copies, strict=True):
             with torch.no_grad():
                 for parameter in each.module.parameters():
@@ -219,8 +219,8 @@ def uneven(shares):
         sum_gradients(module, accelerator)
         for ours, theirs in zip(module.parameters(), alone.module.parameters(), strict=True):
             expected = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
-            torch.testing.assert_close(whole(ours.grad), expected, rtol=1e-4, atol=1e-5)
-        norms = [whole(torch.nn.utils.clip_grad_norm_(p.module.parameters(), 1.0)) for p in (policy, alone)]
+            torch.testing.assert_close(gather_if_sharded(ours.grad), expected, rtol=1e-4, atol=1e-5)
+        norms = [gather_if_sharded(torch.nn.utils.clip_grad_norm_(p.module.parameters(), 1.0)) for p in (policy, alone)]
         torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
         gradients = [p.grad for p in module.parameters()]
         for optimizer in optimizers:

@@ -13,7 +13,7 @@ from tiny_recipe import tiny_recipe
 from dllm_rl import Prompts, max_prob, tiny_masked_lm, unmask
 from dllm_rl.algorithms.correctors import no_correction
 from dllm_rl.likelihoods.estimators import coupled, trajectory
-from dllm_rl.models.base import trained_of
+from dllm_rl.models.base import trainable_parameters
 from dllm_rl.training.learner import update_direction
 from dllm_rl.training.trainer import train
 from dllm_rl.types import Batch
@@ -74,7 +74,7 @@ def test_the_direction_of_an_update_by_hand(estimator):
     found = []
     for sign in (1, -2):  # forward; back beyond the start
         with torch.no_grad():
-            for parameter in trained_of(policy.module):
+            for parameter in trainable_parameters(policy.module):
                 if parameter.grad is not None:
                     parameter += sign * 1e-3 * parameter.grad
         measured = update_direction(policy, batch, Accelerator(cpu=True), estimator)

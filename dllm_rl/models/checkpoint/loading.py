@@ -125,7 +125,7 @@ def load_module(
         check_report(report, family, folder)
         check_padding(module.config.get_text_config().vocab_size, tokenizer, folder)
         spec = family_spec(module.config, tokenizer, raw=raw, folder=folder, block_size=block_size)
-    return prepared(module if quantization else module.to(device), spec), tokenizer, spec
+    return prepare_in_place(module if quantization else module.to(device), spec), tokenizer, spec
 
 
 def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
@@ -137,7 +137,7 @@ def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
     check_depth(raw, MAX_LAYERS)
     with name_in_errors(source), torch.device("meta"):
         cls, config = class_and_config(raw, family)
-        return prepared(cls(config), family)
+        return prepare_in_place(cls(config), family)
 
 
 def class_and_config(raw: dict, family: FamilySpec) -> tuple[Any, Any]:
@@ -276,7 +276,7 @@ def check_finite(module: Module, folder: str | Path) -> None:
             raise ValueError(f"{folder}: {name} holds numbers that are not finite; the checkpoint is damaged")
 
 
-def prepared(module: Module, spec: FamilySpec) -> Module:
+def prepare_in_place(module: Module, spec: FamilySpec) -> Module:
     """Apply the family's changes to a module of the stock class, and return it."""
     if spec.float32_rope:
         rotate_in_float32(module)

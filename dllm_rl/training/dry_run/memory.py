@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.diagnostics.batch_invariance import GROUPED
 from dllm_rl.members import function_of
-from dllm_rl.models.base import Module, Policy, position_ids, trained_of
+from dllm_rl.models.base import Module, Policy, position_ids, trainable_parameters
 from dllm_rl.models.denoiser import Prefix, backward_through, conditioning
 from dllm_rl.models.forward.blocks import backbone_of, blocks_of
 from dllm_rl.models.logprobs import (
@@ -155,7 +155,7 @@ def measure_step(
     with FakeTensorMode(allow_non_fake_inputs=True), GroupedShapes(), LiveBytes() as live:
         with live.measured(held, "weights"):
             policy.module = forget_data(module, dtype, recipe.base_quantization)
-        trained = trained_of(policy.module)
+        trained = trainable_parameters(policy.module)
         if recipe.lora is not None:
             held["adapters"] = sum(p.nbytes for p in trained)
             held["weights"] -= held["adapters"]

@@ -26,7 +26,7 @@ from dllm_rl.training.dry_run.duration import HOST, PEAK, seconds, shares
 from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, most_graphs, shard_memory
 from dllm_rl.training.policies import call_model_function, check_blocks
 from dllm_rl.training.saving import adapters_alone
-from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, group_size
+from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, shard_group_size
 
 GB = 1e9
 GPU_SIZES = (80, 96, 141, 192)  # GB of memory
@@ -40,7 +40,7 @@ ASSUMED_PROMPT = 256  # tokens of a prompt, if no task is opened
 
 
 class MetaPolicy(DiffusionPolicy):
-    """Policy of a plan, which reads the shapes of its weights and not their values.
+    """Policy that a plan is computed with. Only the shapes of its weights are used, not their values.
 
     Its `device` is always a GPU, because the plan is for a run on a GPU, even if this machine has none.
     """
@@ -92,7 +92,7 @@ def meta_policy(recipe: Recipe) -> MetaPolicy:
 
 def gpus_per_learner(recipe: Recipe) -> int:
     """Return the number of GPUs that share the weights of one learner; 1 if the learner is not sharded."""
-    return group_size(recipe, num_launched())
+    return shard_group_size(recipe, num_launched())
 
 
 def assumed_processes(recipe: Recipe) -> int:
@@ -140,7 +140,9 @@ def weights_dtype(recipe: Recipe, policy: MetaPolicy) -> torch.dtype:
 
 
 def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
-    """Return the memory of one GPU, in bytes. The GPU has the full learner, or its part of a sharded learner."""
+    """Return the memory that a run needs on one GPU, in bytes. The GPU has the full learner, or its part of a sharded
+    learner.
+    """
     dtype = weights_dtype(recipe, policy)
     shard_size = gpus_per_learner(recipe)
     rollout_copy = rollout_bytes(recipe, policy, dtype)
@@ -167,7 +169,7 @@ def quantizable_counts(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, di
 
 
 def rollout_bytes(recipe: Recipe, policy: MetaPolicy, dtype: torch.dtype) -> int:
-    """Return the bytes that the quantized copy of the rollout policy needs in addition to the learner.
+    """Return the bytes that the rollout policy, a quantized copy of the learner, needs in addition to the learner.
 
     Its scales are not counted. One scale per row adds about 0.1 %, and one per group of inputs (int4) several percent.
     """
@@ -195,8 +197,8 @@ def plan(recipe: Recipe) -> str:
         ValueError: The recipe cannot run.
     """
     policy = meta_policy(recipe)
-    # Without a tokenizer prompts cannot be counted. The task is then not opened, because its data may not be on this
-    # machine.
+    # Without a tokenizer, the tokens of a prompt cannot be counted. The task is then not opened, because its data may
+    # not be on this machine.
     prompt_tokens = recipe.max_prompt_length or ASSUMED_PROMPT
     if policy.tokenizer is not None:
         check_not_empty("task", recipe.task)
@@ -215,7 +217,7 @@ def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
     layers, weights, skipped = quantizable_counts(recipe, policy)
     reasons = Counter(reason.split(" ")[0] if reason.startswith("tied") else reason for reason in skipped.values())
     skipped_text = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or ("none" if layers else "all")
-    engine_line = "rollout engine        not counted: memory and time below assume that the learner's process samples"
+    engine_line = "rollout engine        not counted: memory and time below are for sampling in the learner's process"
     return [
         f"{recipe.name}: {recipe.model if isinstance(recipe.model, str) else policy.spec.name} "
         f"({type(policy.module).__name__}, {policy.spec.attention} attention)",
@@ -284,7 +286,7 @@ def save_lines(recipe: Recipe, policy: MetaPolicy, step_memory: Memory) -> list[
     host_bytes = min(weight_bytes, FILE_SHARD)  # one shard of weights at a time
     if recipe.async_save or gpus_per_learner(recipe) > 1:
         host_bytes += weight_bytes + state_bytes * recipe.async_save
-    elif recipe.lora is not None and policy.spec.stock_model is None:  # transformers writes a copy with merged weights
+    elif recipe.lora is not None and policy.spec.stock_model is None:  # saved by transformers, from a merged copy
         host_bytes = weight_bytes
     sizes_text = f"{checkpoint_bytes / GB:.3f} GB each"
     seconds_text = f"{checkpoint_bytes / WRITE_RATE:.0f} s"
@@ -306,8 +308,9 @@ def save_lines(recipe: Recipe, policy: MetaPolicy, step_memory: Memory) -> list[
 def time_lines(recipe: Recipe, stage_seconds: dict[str, float]) -> list[str]:
     hours = recipe.num_steps * sum(stage_seconds.values()) / 3600
     lines = [
-        "time of a step on an H100 or H200, estimated from its matrix products at the given share of "
-        f"{PEAK / 1e12:.0f} TFLOP/s, or from {HOST * 1e6:.0f} us of host time per linear layer if that takes longer"
+        "time of a step on an H100 or H200, estimated from the step's matrix products, at the percentage "
+        f"below of {PEAK / 1e12:.0f} TFLOP/s, or from {HOST * 1e6:.0f} us of host time per linear layer if that takes "
+        "longer"
     ]
     for name, share in shares(recipe).items():
         lines.append(f"  {name:15}  {stage_seconds[name]:8.1f} s at {share:.0%}")
