@@ -15,6 +15,8 @@ from typing import Any
 
 from hooks import DOCS, MARK, PYI, TABLE, recipe_fields
 
+import dllm_rl
+
 WIDTH = 100
 SECTION = re.compile(r"\n\n(?:Args|Attributes|Returns|Yields|Raises|Example|Examples):\n")
 
@@ -103,6 +105,9 @@ def with_signatures(text: str) -> str:
     text = PYI.sub("", text)
 
     def filled(match: re.Match[str]) -> str:
+        # What only explains a corrector or a loss (`truncated_weights` of `tis`) is on the site and in help().
+        if match[1].startswith("dllm_rl.algorithms.") and match[1].rpartition(".")[2] not in dllm_rl.__all__:
+            return match[0]
         return f"{match[0]}\n{block(match[1], fields='members: []' not in match[2])}\n"
 
     text = re.sub(r"^::: (\S+)\n((?: +.*\n)*)", filled, text, flags=re.MULTILINE)
