@@ -20,6 +20,7 @@ from dllm_rl.samplers import sampler_for
 from dllm_rl.serving.settings import read_settings
 from dllm_rl.types import Prompts, Rollout
 
+SCORED_POSITIONS = 256  # of a prompt, whose logits are in memory together
 MAX_LENGTH_DIFFERENCE = 32  # tokens; longer prompts may also differ by a factor of two
 
 
@@ -60,6 +61,19 @@ class Call:
 
     function: Callable[[Policy], Any]
     future: "Future[Any]" = field(default_factory=Future)
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """The log-probs of a prompt's tokens under a causal model, in nats.
+
+    Args:
+        logprobs: Log-prob of each token; None for the first, which nothing predicts.
+        best: Id and log-prob of the likeliest token at each position; None for the first.
+    """
+
+    logprobs: list[float | None]
+    best: list[tuple[int, float] | None]
 
 
 Job = Completion | Call
@@ -134,10 +148,14 @@ class Batcher:
             self._thread.join()
 
     def _work(self) -> None:
-        while batch := self._take():
-            jobs = [job for job in batch if job.future.set_running_or_notify_cancel()]
-            if not jobs:
-                continue
+        while self._run_next():  # no variable here: a thread that waits must not hold the last batch
+            pass
+
+    def _run_next(self) -> bool:
+        """Wait for the next batch and run it. Return False at the end."""
+        batch = self._take()
+        jobs = [job for job in batch if job.future.set_running_or_notify_cancel()]
+        if jobs:
             try:
                 with batch_invariant() if self.exact_batches else nullcontext():
                     results = self._run(jobs)
@@ -147,7 +165,7 @@ class Batcher:
             else:
                 for job, result in zip(jobs, results, strict=True):
                     job.future.set_result(result)
-                del results, result  # a thread that waits must not hold the last batch
+        return bool(batch)
 
     def _take(self) -> list[Job]:
         """Wait for the next batch. An empty list means the end."""
@@ -199,3 +217,19 @@ def sample_rows(policy: Policy, keywords: Mapping[str, Any], completions: Sequen
     # Every row has a seed, so that the sampler draws nothing from the generator.
     rollout = sampler_for(policy)(policy, prompts, generator_for("unused"), **keywords).to("cpu")
     return [rollout.rows(torch.tensor([row])) for row in range(len(completions))]
+
+
+@torch.no_grad()
+def score_prompt(policy: Policy, ids: Sequence[int]) -> PromptScores:
+    """Compute the log-probs of a prompt's tokens under a causal model, at temperature 1 and without filters."""
+    tokens = torch.tensor([ids], device=policy.device)
+    hidden = policy.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    logprobs: list[float | None] = [None]
+    best: list[tuple[int, float] | None] = [None]
+    for start in range(1, len(ids), SCORED_POSITIONS):  # in chunks, since the logits of a long prompt may not fit
+        chunk = slice(start, start + SCORED_POSITIONS)
+        scores = policy.head(hidden[:, chunk])[0].float().log_softmax(-1)
+        logprobs += scores.gather(-1, tokens[0, chunk, None])[:, 0].tolist()
+        values, likeliest = scores.max(-1)
+        best += zip(likeliest.tolist(), values.tolist(), strict=True)
+    return PromptScores(logprobs, best)
