@@ -87,7 +87,8 @@ class Batcher:
         defaults: Keywords of the policy's sampler that a completion's settings do not replace.
         max_batch_size: Largest number of completions in a batch.
         max_waiting: Largest number of waiting jobs.
-        exact_batches: Whether a completion's bits are the same in every batch (`batch_invariant`), which is slower.
+        exact_batches: Whether a completion's bits are the same in every batch, which is slower: `batch_invariant`, and
+            only prompts of one length in a batch, because padding changes how sums round.
     """
 
     def __init__(
@@ -189,7 +190,8 @@ class Batcher:
             if isinstance(job, Call) or job.settings != oldest.settings:
                 continue
             least, most = min(shortest, len(job.ids)), max(longest, len(job.ids))
-            if most - least <= MAX_LENGTH_DIFFERENCE or most <= 2 * least:
+            is_similar = most - least <= MAX_LENGTH_DIFFERENCE or most <= 2 * least
+            if least == most if self.exact_batches else is_similar:
                 batch.append(job)
                 shortest, longest = least, most
             if len(batch) == self.max_batch_size:
