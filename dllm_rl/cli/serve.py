@@ -76,4 +76,3 @@ def sampler_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
-

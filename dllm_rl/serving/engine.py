@@ -67,7 +67,9 @@ class Link:
     timeout: float
     run: str = ""
 
-    def post(self, path: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    def post(
+        self, path: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], Any]:
         """Send tensors and a JSON value, and return those of the answer.
 
         Raises:
@@ -223,7 +225,9 @@ def served(  # noqa: PLR0913
     """
     link = getattr(policy.module, "link", None)
     if not isinstance(link, Link):
-        raise ValueError("sampler=served needs the policy of rollout_engine=http_engine(...); use unmask or autoregress")
+        raise ValueError(
+            "sampler=served needs the policy of rollout_engine=http_engine(...); use unmask or autoregress"
+        )
     if policy.spec.attention == "encoder_decoder":
         raise ValueError(f"sampler=served does not serve {policy.spec.name!r}, whose sampler is renoise")
     given = dict(

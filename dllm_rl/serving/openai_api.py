@@ -338,9 +338,7 @@ def _checked_length(
     return asked
 
 
-def sampler_settings(
-    policy: Policy, request: TextRequest, defaults: Mapping[str, Any]
-) -> tuple[tuple[str, Any], ...]:
+def sampler_settings(policy: Policy, request: TextRequest, defaults: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Return the settings of a request's completions, in a fixed order.
 
     Where the server's `diffusion_steps` are of another length, as many tokens are written in a step, rounded down. For

@@ -267,9 +267,7 @@ def make_app(batcher: Batcher, settings: ServerSettings) -> Guard:
     async def answer(request: Request, is_chat: bool) -> Response:
         _check_content_type(request)
         data = await request.body()
-        asked = read_request(
-            data, policy, batcher.defaults, settings.limits, name=settings.name, is_chat=is_chat
-        )
+        asked = read_request(data, policy, batcher.defaults, settings.limits, name=settings.name, is_chat=is_chat)
         number = next(numbers)
         rows, scores = await _completed(request, batcher, settings, asked, number)
         versions = tuple(sorted({row.weights_version for row in rows}))

@@ -67,8 +67,12 @@ def test_n_and_prompts_take_the_seeds_of_sample(policy, server):
     answer = server.complete(["1+2=", "3+4="], n=3, seed=7, temperature=1.0)
     assert [c["text"] for c in answer["choices"]] == [row["completion"] for row in record["rows"]]
     assert [c["index"] for c in answer["choices"]] == [*range(6)]
-    ids = server.complete([policy.tokenizer.encode(text, add_special_tokens=False) for text in ("1+2=", "3+4=")], n=3,
-                          seed=7, temperature=1.0)
+    ids = server.complete(
+        [policy.tokenizer.encode(text, add_special_tokens=False) for text in ("1+2=", "3+4=")],
+        n=3,
+        seed=7,
+        temperature=1.0,
+    )
     assert [c["text"] for c in ids["choices"]] == [c["text"] for c in answer["choices"]]
 
 
@@ -80,7 +84,9 @@ def test_without_a_seed_requests_differ_and_with_one_they_do_not(server):
 
 def test_openais_client_completes(client, policy):
     assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
-    answer = client.completions.create(model="tiny", prompt="1+2=", max_tokens=5, n=2, temperature=1, seed=3, logprobs=0)
+    answer = client.completions.create(
+        model="tiny", prompt="1+2=", max_tokens=5, n=2, temperature=1, seed=3, logprobs=0
+    )
     assert answer.usage.prompt_tokens == 4 and 2 <= answer.usage.completion_tokens <= 10
     for choice in answer.choices:
         assert choice.finish_reason in ("stop", "length")
@@ -113,8 +119,9 @@ def test_openais_client_reads_a_stream(client):
     assert chunks[-1].usage == whole.usage
     messages = [{"role": "user", "content": "1+2"}]
     chat = client.chat.completions.create(model="tiny", messages=messages, seed=1)
-    deltas = [c.choices[0].delta for c in client.chat.completions.create(
-        model="tiny", messages=messages, seed=1, stream=True)]
+    deltas = [
+        c.choices[0].delta for c in client.chat.completions.create(model="tiny", messages=messages, seed=1, stream=True)
+    ]
     assert "".join(delta.content or "" for delta in deltas) == chat.choices[0].message.content
 
 
@@ -262,7 +269,15 @@ def test_a_setting_of_another_sampler_is_refused(causal_server):
 def test_harmless_fields_and_nulls_change_nothing(server):
     plain = server.complete("1+2=", seed=1, temperature=1)
     more = server.complete(
-        "1+2=", seed=1, temperature=1, user="me", logit_bias={}, suffix=None, frequency_penalty=0.0, tools=None, best_of=1
+        "1+2=",
+        seed=1,
+        temperature=1,
+        user="me",
+        logit_bias={},
+        suffix=None,
+        frequency_penalty=0.0,
+        tools=None,
+        best_of=1,
     )
     assert more["choices"] == plain["choices"]
 

@@ -71,11 +71,14 @@ def test_weights_need_a_server_that_allows_updates(guarded):
     assert status == 403 and "start the server with --allow_updates" in answer["error"]["message"]
 
 
-@pytest.mark.parametrize(("host", "token", "updates", "said"), [
-    ("0.0.0.0", None, False, "host='0.0.0.0' is open to other machines, and needs a token: give --token_file FILE"),
-    ("example.org", None, False, "host='example.org' is open"),
-    ("127.0.0.1", None, True, "allow_updates lets requests replace the weights, and needs a token"),
-])
+@pytest.mark.parametrize(
+    ("host", "token", "updates", "said"),
+    [
+        ("0.0.0.0", None, False, "host='0.0.0.0' is open to other machines, and needs a token: give --token_file FILE"),
+        ("example.org", None, False, "host='example.org' is open"),
+        ("127.0.0.1", None, True, "allow_updates lets requests replace the weights, and needs a token"),
+    ],
+)
 def test_a_server_open_to_strangers_is_not_started(host, token, updates, said):
     with pytest.raises(ValueError, match=said):
         check_access(host, ServerSettings("tiny", token=token, allow_updates=updates))
