@@ -230,20 +230,20 @@ def served(  # noqa: PLR0913
         )
     if policy.spec.attention == "encoder_decoder":
         raise ValueError(f"sampler=served does not serve {policy.spec.name!r}, whose sampler is renoise")
-    given = dict(
-        max_new_tokens=max_new_tokens,
-        diffusion_steps=diffusion_steps,
-        block_size=block_size,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        suppress=suppress,
-        rank=rank,
-        commit=commit,
-        cache=cache,
-        approximate_early_exit=approximate_early_exit,
-        confidence_radius=confidence_radius,
-    )
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "diffusion_steps": diffusion_steps,
+        "block_size": block_size,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "suppress": suppress,
+        "rank": rank,
+        "commit": commit,
+        "cache": cache,
+        "approximate_early_exit": approximate_early_exit,
+        "confidence_radius": confidence_radius,
+    }
     keywords = _of_sampler(policy, given)
     seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
     tensors = {"tokens": prompts.tokens, "attention_mask": prompts.attention_mask, "seeds": seeds}

@@ -134,7 +134,7 @@ def read_request(
     if not isinstance(stream_options, dict):
         raise Refused(400, "stream_options must be an object; leave it out", "stream_options")
     temperature = fields.number("temperature", low=0, high=2)
-    settings = {"temperature": temperature, "top_p": fields.number("top_p", low=0, high=1, above=True)}
+    settings: dict[str, Any] = {"temperature": temperature, "top_p": fields.number("top_p", low=0, high=1, above=True)}
     settings |= {key: fields.integer(key, low=1) for key in ("top_k", "diffusion_steps", "block_size")}
     settings |= {key: fields.text(key) for key in ("rank", "commit", "cache")}
     settings = {key: value for key, value in settings.items() if value is not None}

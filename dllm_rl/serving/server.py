@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -356,8 +356,9 @@ async def finished(
         raise Refused(503, "the server is stopping; ask another one") from None
     everything = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs), return_exceptions=True)
     client_leaves = asyncio.ensure_future(_left(request))
+    events_to_await: set[asyncio.Future[Any]] = {everything, client_leaves}
     try:
-        await asyncio.wait({everything, client_leaves}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(events_to_await, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if not everything.done():
             if client_leaves.done():
                 raise ClientLeft
@@ -465,9 +466,7 @@ def check_access(host: str, settings: ServerSettings) -> None:
         raise ValueError("allow_updates lets requests replace the weights, and needs a token: give --token_file")
     is_local = host == "localhost"
     if not is_local:
-        try:
+        with suppress(ValueError):  # a name
             is_local = ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            pass
     if not is_local and settings.token is None:
         raise ValueError(f"host={host!r} is open to other machines, and needs a token: give --token_file FILE")

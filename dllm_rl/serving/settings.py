@@ -59,8 +59,8 @@ def write_settings(keywords: Mapping[str, Any]) -> dict[str, Any]:
             is_same = False
         if not is_same:
             raise ValueError(
-                f"{name}={text} is no rule that a server knows by name; use one of `dllm-rl sample --{name}`, or sample "
-                "in the run's process"
+                f"{name}={text} is no rule that a server knows by name; use one of `dllm-rl sample --{name}`, or "
+                "sample in the run's process"
             )
         settings[name] = text
     return settings

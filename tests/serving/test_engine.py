@@ -60,7 +60,7 @@ def test_a_run_with_a_server_is_the_run_without_one(tmp_path, make, model, sampl
         ours, theirs = train(apart), train(plain)
         assert server.batcher.policy.weights_version == 2
         of_server = own_tensors(server.batcher.policy.module)
-    before = [weight for weight in model(seed=apart.seed, **SIZES).module.parameters()]
+    before = list(model(seed=apart.seed, **SIZES).module.parameters())
     assert not all(map(torch.equal, weights(theirs), before))  # the run trains
     assert all(map(torch.equal, weights(ours), weights(theirs)))
     assert all(torch.equal(of_server[name], tensor) for name, tensor in own_tensors(ours.policy.module).items())
@@ -275,7 +275,7 @@ def test_the_sampler_needs_the_engine():
 def test_a_server_that_is_not_there_or_refuses_is_named(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"http://127.0.0.1:9/weights: ConnectionRefusedError .*; is `dllm-rl serve`"):
         http_engine(url="http://127.0.0.1:9").load(diffusion())
-    with pytest.raises(ValueError, match="url='127.0.0.1:8000' is no address of a server; give http://HOST:PORT"):
+    with pytest.raises(ValueError, match=r"url='127.0.0.1:8000' is no address of a server; give http://HOST:PORT"):
         http_engine(url="127.0.0.1:8000").load(diffusion())
     with running(diffusion(), token=TOKEN) as server:
         with pytest.raises(ValueError, match="answers 403: /weights is for the learner of a run; start the server"):
@@ -284,7 +284,7 @@ def test_a_server_that_is_not_there_or_refuses_is_named(monkeypatch, tmp_path):
         with pytest.raises(ValueError, match="answers 401: the token is missing or wrong"):
             http_engine(url=server.url, token_file=str(tmp_path / "token")).load(diffusion())
         (tmp_path / "token").write_text("a b\n")
-        with pytest.raises(ValueError, match="token_file=.* must hold one line of printable ASCII"):
+        with pytest.raises(ValueError, match=r"token_file=.* must hold one line of printable ASCII"):
             http_engine(url=server.url, token_file=str(tmp_path / "token")).load(diffusion())
     monkeypatch.delenv("DLLM_RL_TOKEN")
     with pytest.raises(ValueError, match="no token; set token_file, or the environment variable DLLM_RL_TOKEN"):

@@ -212,12 +212,11 @@ def test_unknown_paths_and_methods_are_refused_in_the_same_form(guarded):
 
 
 def test_a_stopping_server_refuses_what_waits():
-    with ThreadPoolExecutor(1) as pool, running(diffusion()) as server:
-        with held(server.batcher):
-            waiting = pool.submit(server.ask, "/v1/completions", {"prompt": "1"})
-            deadline = time.monotonic() + 10
-            while not server.batcher._waiting and time.monotonic() < deadline:
-                time.sleep(0.01)
-            server.batcher.close(wait=False)  # what `Server.shutdown` does first
-            status, answer = waiting.result(10)
+    with ThreadPoolExecutor(1) as pool, running(diffusion()) as server, held(server.batcher):
+        waiting = pool.submit(server.ask, "/v1/completions", {"prompt": "1"})
+        deadline = time.monotonic() + 10
+        while not server.batcher._waiting and time.monotonic() < deadline:
+            time.sleep(0.01)
+        server.batcher.close(wait=False)  # what `Server.shutdown` does first
+        status, answer = waiting.result(10)
     assert status == 503 and answer["error"]["message"] == "the server is stopping; ask another one"
