@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from dllm_rl.diagnostics.traces import trace_rows
@@ -365,7 +366,7 @@ class Choice:
 
     Args:
         text: Text before the first end token and stop text.
-        ids: Token ids up to the end token, without it.
+        ids: Token ids up to and including the end token, or up to the stop text.
         logprobs: Log-prob of each of `ids` in nats; None where it is not finite.
         num_tokens: Number of tokens up to and including the end token.
         is_ended: Whether an end token or a stop text ends the text; else its length does.
@@ -387,18 +388,22 @@ def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
         Refused: A trace is asked for, and the sampler rewrites tokens.
     """
     sampled = chosen_ids(rollout)[0][: request.max_tokens]
-    ids = before_end(policy, sampled)
+    before = before_end(policy, sampled)
+    is_ended = len(before) < len(sampled)
+    ids = sampled[: len(before) + is_ended]  # with the end token: clients that score count on a token for each step
+    num_tokens = len(ids)
     logprobs = [x if math.isfinite(x) else None for x in rollout.logprobs[0][rollout.completion_mask[0]].tolist()]
-    is_ended = len(ids) < len(sampled)
-    text = decode_ids(policy, [ids])[0]
+    text = decode_ids(policy, [before])[0]
     cuts = [place for stop in request.stop if (place := text.find(stop)) >= 0]
     if cuts:
         text = text[: min(cuts)]
+        ends = accumulate(map(len, _pieces(policy, ids)))
+        ids = ids[: sum(end <= len(text) for end in ends)]
     try:
         trace = trace_rows(rollout)[0] if request.trace else None
     except ValueError as error:
         raise Refused(400, f"trace=true: {error}", "trace") from None
-    return Choice(text, ids, logprobs[: len(ids)], len(ids) + is_ended, is_ended or bool(cuts), trace)
+    return Choice(text, ids, logprobs[: len(ids)], num_tokens, is_ended or bool(cuts), trace)
 
 
 @dataclass(frozen=True)

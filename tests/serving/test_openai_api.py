@@ -90,7 +90,8 @@ def test_openais_client_completes(client, policy):
     assert answer.usage.prompt_tokens == 4 and 2 <= answer.usage.completion_tokens <= 10
     for choice in answer.choices:
         assert choice.finish_reason in ("stop", "length")
-        assert "".join(choice.logprobs.tokens) == choice.text
+        ends = choice.logprobs.tokens[-1] == "<eos>"
+        assert "".join(choice.logprobs.tokens) == choice.text + "<eos>" * ends
         assert all(value <= 0 for value in choice.logprobs.token_logprobs)
     echoed = client.completions.create(model="tiny", prompt="1+2=", max_tokens=5, echo=True)
     assert echoed.choices[0].text.startswith("1+2=")
@@ -102,7 +103,7 @@ def test_openais_client_chats_with_the_template_of_the_tokenizer(client, server)
     (choice,) = answer.choices
     assert choice.message.role == "assistant"
     assert choice.message.content == server.complete("1+2=", max_tokens=6)["choices"][0]["text"]
-    assert "".join(each.token for each in choice.logprobs.content) == choice.message.content
+    assert "".join(each.token for each in choice.logprobs.content).removesuffix("<eos>") == choice.message.content
     parts = [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "2"}]}]
     again = client.chat.completions.create(model="tiny", messages=parts, max_completion_tokens=6)
     assert again.choices[0].message.content == choice.message.content
@@ -136,8 +137,9 @@ def test_a_stop_text_ends_the_text(server):
     full = server.complete("1+2=", seed=2, temperature=2.0)["choices"][0]["text"]
     assert len(full) > 2
     stop = full[1:3]
-    (choice,) = server.complete("1+2=", seed=2, temperature=2.0, stop=["%%", stop])["choices"]
+    (choice,) = server.complete("1+2=", seed=2, temperature=2.0, stop=["%%", stop], logprobs=0)["choices"]
     assert choice["text"] == full[: full.index(stop)] and choice["finish_reason"] == "stop"
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
 
 
 def test_an_end_token_ends_the_text_and_is_counted():
@@ -147,7 +149,7 @@ def test_an_end_token_ends_the_text_and_is_counted():
     with running(policy, only_end) as server:
         answer = server.complete("1+2=", logprobs=0)
     (choice,) = answer["choices"]
-    assert (choice["text"], choice["finish_reason"]) == ("", "stop") and choice["logprobs"]["tokens"] == []
+    assert (choice["text"], choice["finish_reason"]) == ("", "stop") and choice["logprobs"]["tokens"] == ["<eos>"]
     assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 1, "total_tokens": 5}
 
 
@@ -180,6 +182,17 @@ def test_a_causal_models_prompt_is_scored_as_its_logits_say(causal_server):
         assert max(found["top_logprobs"][place], key=found["top_logprobs"][place].get) == best
     assert found["tokens"][:5] == [*"1+2=3"] and found["text_offset"] == [*range(len(found["tokens"]))]
     assert answer["choices"][0]["text"].startswith("1+2=3")
+
+
+def test_a_scored_prompt_is_followed_by_one_token_also_if_that_is_the_end():
+    """lm-eval cuts the last log-prob off, as that of the one token that it has to ask for."""
+    policy = causal()
+    only_end = tuple(i for i in range(policy.vocab_size) if i not in policy.spec.eos_ids)
+    with running(policy, {"suppress": only_end}) as server:
+        answer = server.complete("1+2=3", max_tokens=1, echo=True, logprobs=1)
+    found = answer["choices"][0]["logprobs"]
+    assert found["tokens"] == [*"1+2=3", "<eos>"] and found["token_logprobs"][1:-1] != [0] * 4
+    assert {len(values) for values in found.values()} == {6} and answer["choices"][0]["text"] == "1+2=3"
 
 
 def test_a_causal_model_completes_as_its_sampler(causal_server):
