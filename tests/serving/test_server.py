@@ -217,6 +217,6 @@ def test_a_stopping_server_refuses_what_waits():
         deadline = time.monotonic() + 10
         while not server.batcher._waiting and time.monotonic() < deadline:
             time.sleep(0.01)
-        server.batcher.close(wait=False)  # what `Server.shutdown` does first
+        server.stop()
         status, answer = waiting.result(10)
     assert status == 503 and answer["error"]["message"] == "the server is stopping; ask another one"

@@ -27,9 +27,13 @@ def causal(seed=0):
 class Running:
     """Address, queue and client of a server."""
 
-    def __init__(self, port, batcher, token):
-        self.port, self.batcher, self.token = port, batcher, token
+    def __init__(self, port, server, token):
+        self.port, self.server, self.batcher, self.token = port, server, server.batcher, token
         self.url = f"http://127.0.0.1:{port}"
+
+    def stop(self):
+        """What a signal does."""
+        self.server.should_exit = True
 
     def ask(self, path, body=None, *, headers=None, token=None):
         """Status and JSON of one request; a GET without a body."""
@@ -72,7 +76,7 @@ def running(policy, defaults=None, *, token=None, batcher=None, limits=None, **s
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        yield Running(listener.getsockname()[1], batcher, token)
+        yield Running(listener.getsockname()[1], server, token)
     finally:
         server.should_exit = True
         batcher.close()
