@@ -139,6 +139,8 @@ def read_request(
     settings |= {key: fields.integer(key, low=1) for key in ("top_k", "diffusion_steps", "block_size")}
     settings |= {key: fields.text(key) for key in ("rank", "commit", "cache")}
     settings = {key: value for key, value in settings.items() if value is not None}
+    if policy.spec.attention == "encoder_decoder" and not temperature:  # renoise has a schedule of temperatures
+        settings.pop("temperature", None)
     if "commit" in settings and "rank" not in settings and (rank := required_rank(settings["commit"])):
         settings["rank"] = rank
     echo = score_prompt = False
@@ -349,8 +351,6 @@ def sampler_settings(policy: Policy, request: TextRequest, defaults: Mapping[str
     length = max(1, request.max_tokens)
     if policy.spec.attention == "encoder_decoder" and policy.spec.block_size is not None:
         length = math.ceil(length / policy.spec.block_size) * policy.spec.block_size
-        if not settings.get("temperature"):  # this sampler has a schedule of temperatures
-            settings.pop("temperature", None)
     settings["max_new_tokens"] = length
     steps, usual = defaults.get("diffusion_steps"), defaults["max_new_tokens"]
     is_scaled = "diffusion_steps" in known_settings(policy) and policy.spec.attention != "encoder_decoder"

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -44,6 +44,7 @@ from dllm_rl.serving.openai_api import (
     response,
     sampler_settings,
 )
+from dllm_rl.serving.page import HEADERS, PAGE
 from dllm_rl.serving.settings import read_settings
 from dllm_rl.serving.updates import Conflict, Lease, compute_logits, sample_rollout, update_weights
 from dllm_rl.types import Rollout
@@ -52,7 +53,7 @@ try:
     import h11
     import uvicorn
     from fastapi import FastAPI, Request
-    from fastapi.responses import Response, StreamingResponse
+    from fastapi.responses import Response
     from starlette.exceptions import HTTPException
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
@@ -63,7 +64,7 @@ ENGINE_BYTES = 2**28  # of prompts and of tokens to score
 WEIGHTS_MARGIN = 2**24  # bytes of a header, in addition to the weights in fp32
 DISCARDED_BYTES = 2**26  # of a refused body, which a client sends before it reads the answer
 SPARE_REQUESTS = 64  # requests that may be read or answered while all places in the queue are taken
-LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+OPEN_PATHS = {"/", "/health"}  # they tell nothing of the model
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -158,7 +159,8 @@ class Guard:
         limit = self.settings.max_body_bytes
         if is_engine:
             limit = self.weight_bytes if path == "/weights" else ENGINE_BYTES
-        too_large = Refused(413, f"the body has more than {limit} bytes; send less, or raise --max_body_bytes")
+        advice = "serve the run's model" if is_engine else "send less, or raise --max_body_bytes"
+        too_large = Refused(413, f"the body has more than {limit} bytes; {advice}")
         if int(headers.get(b"content-length", b"0")) > limit:
             raise too_large
         body = bytearray()
@@ -184,9 +186,9 @@ class Guard:
         if settings.token is None:
             host = headers.get(b"host", b"").decode("latin-1")
             name = host if host.endswith("]") else host.rpartition(":")[0] or host
-            if name not in LOCAL_NAMES:  # a page of the internet whose name a browser resolved to this machine
+            if not is_local(name.strip("[]")):  # a page of the internet whose name a browser resolved to this machine
                 raise Refused(403, "without a token only requests to localhost are answered; give the server a token")
-        elif path != "/health":
+        elif path not in OPEN_PATHS:
             scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), settings.token.encode()):
                 raise Refused(401, "the token is missing or wrong; send it as Authorization: Bearer TOKEN")
@@ -250,6 +252,10 @@ def make_app(batcher: Batcher, settings: ServerSettings) -> Guard:
     async def client_left(request: Request, error: ClientLeft) -> Response:
         return Response(status_code=499)
 
+    @app.get("/")
+    async def page() -> Response:
+        return Response(PAGE, headers=HEADERS, media_type="text/html")
+
     @app.get("/health")
     async def health() -> Response:
         return json_response({"status": "ok"})
@@ -275,7 +281,7 @@ def make_app(batcher: Batcher, settings: ServerSettings) -> Guard:
         answered = Answered(asked, settings.name, number, int(time.time()), versions, choices, scores)
         if not asked.stream:
             return json_response(response(policy, answered))
-        return StreamingResponse(iter(events(policy, answered)), media_type="text/event-stream")
+        return Response("".join(events(policy, answered)), media_type="text/event-stream")
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -464,9 +470,13 @@ def check_access(host: str, settings: ServerSettings) -> None:
     """Raise ValueError for a server that strangers could use."""
     if settings.allow_updates and settings.token is None:
         raise ValueError("allow_updates lets requests replace the weights, and needs a token: give --token_file")
-    is_local = host == "localhost"
-    if not is_local:
-        with suppress(ValueError):  # a name
-            is_local = ipaddress.ip_address(host).is_loopback
-    if not is_local and settings.token is None:
+    if not is_local(host) and settings.token is None:
         raise ValueError(f"host={host!r} is open to other machines, and needs a token: give --token_file FILE")
+
+
+def is_local(host: str) -> bool:
+    """Return whether a name or an address means this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False

@@ -11,8 +11,10 @@ from servers import causal, diffusion, running
 from dllm_rl.cli.sample import complete
 from dllm_rl.diagnostics.trace_check import check_trace
 from dllm_rl.diagnostics.traces import read_trace
+from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.renoise import renoise
 from dllm_rl.samplers.rules import threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.serving.openai_api import Limits, read_request, sampler_settings
@@ -272,6 +274,23 @@ def test_what_cannot_be_fulfilled_of_a_chat_is_refused(server, fields, said):
 def test_a_tokenizer_without_a_template_cannot_chat(causal_server):
     status, answer = causal_server.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "1"}]})
     assert status == 400 and "the tokenizer has no chat template; give plain text" in answer["error"]["message"]
+
+
+def test_a_model_of_random_tokens_completes_in_whole_canvases_and_the_rest_is_cut():
+    policy = tiny_diffusion_gemma(characters="0123456789+=", canvas_length=8)
+    prompts = Prompts.from_ids([[4, 13, 5, 14]], pad_id=policy.pad_id)
+    rollout = renoise(policy, prompts, generator_for(3), max_new_tokens=16)
+    with running(policy, {"max_new_tokens": 8, "temperature": None}) as server:
+        answer = server.complete("1+2=", seed=3, max_tokens=10, temperature=0, logprobs=0)
+        status, refused = server.ask("/v1/completions", {"prompt": "1", "temperature": 1})
+        traced, why = server.ask("/v1/completions", {"prompt": "1", "trace": True})
+    ids = rollout.tokens[0, -16:-6].tolist()
+    ends = [i for i, token in enumerate(ids) if token in policy.spec.eos_ids]
+    ids = ids[: ends[0] + 1] if ends else ids
+    assert answer["choices"][0]["logprobs"]["tokens"] == [policy.tokenizer.decode([token]) for token in ids]
+    assert answer["usage"]["completion_tokens"] == len(ids)
+    assert status == 400 and "temperature=1.0 is no setting of renoise" in refused["error"]["message"]
+    assert traced == 400 and "rewrites tokens" in why["error"]["message"]
 
 
 def test_a_setting_of_another_sampler_is_refused(causal_server):

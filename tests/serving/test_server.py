@@ -1,6 +1,7 @@
 """Access and limits: who is refused, how soon, and in which words."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -58,12 +59,19 @@ def test_with_the_token_a_client_completes(guarded):
 def test_without_a_token_only_this_machine_is_answered():
     """A page of the internet can let its own name mean 127.0.0.1, and a browser's form can post text."""
     with running(diffusion()) as server:
-        for host in ("localhost", "127.0.0.1:80", "[::1]:8000"):
+        for host in ("localhost", "127.0.0.1:80", "127.1.2.3", "[::1]:8000", "[::1]"):
             assert server.ask("/v1/models", headers={"Host": host})[0] == 200
         status, answer = server.ask("/v1/models", headers={"Host": "evil.example:8000"})
         assert status == 403 and "only requests to localhost are answered" in answer["error"]["message"]
         status, answer = server.ask("/v1/completions", {"prompt": "1"}, headers={"Content-Type": "text/plain"})
         assert status == 415 and "send application/json" in answer["error"]["message"]
+
+
+def test_the_page_for_a_browser_asks_this_server_only(guarded):
+    answer = guarded.raw(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").decode()
+    head, _, page = answer.partition("\r\n\r\n")
+    assert "200 OK" in head and "connect-src 'self'" in head and "<textarea" in page
+    assert not re.search(r"https?://|innerHTML|src=", page)
 
 
 def test_weights_need_a_server_that_allows_updates(guarded):

@@ -66,6 +66,7 @@ class Running:
 def running(policy, defaults=None, *, token=None, batcher=None, limits=None, **settings):
     """Serve a policy at a free port of this machine."""
     defaults = {"max_new_tokens": 8, "temperature": 0.0} | (defaults or {})
+    defaults = {name: value for name, value in defaults.items() if value is not None}
     batcher = Batcher(policy, defaults, **(batcher or {}))
     limits = limits or Limits(max_waiting=batcher.max_waiting)
     server = Server(batcher, ServerSettings("tiny", token=token, limits=limits, **settings))
