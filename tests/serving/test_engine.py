@@ -10,10 +10,10 @@ from servers import TOKEN, causal, diffusion, running
 from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
 
 from dllm_rl import train
-from dllm_rl.models.base import Lora, copied
-from dllm_rl.models.lora import add_lora
+from dllm_rl.models.base import Lora
+from dllm_rl.models.lora import adapted_layers, add_lora
 from dllm_rl.models.merge import own_tensors
-from dllm_rl.models.serialization import deserialize, serialize
+from dllm_rl.models.serialization import serialize
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
@@ -319,24 +319,27 @@ def test_settings_come_back_as_they_were():
     assert (back["rank"].func, back["rank"].keywords) == (plackett_luce, {"temperature": 0.3})
 
 
-def test_what_is_sent_after_a_step_is_what_was_trained():
-    """Frozen weights are not sent again."""
+@pytest.mark.parametrize("with_adapters", [False, True], ids=["weights", "adapters"])
+def test_what_is_sent_after_a_step_is_what_was_trained(monkeypatch, with_adapters):
+    """Frozen weights are not sent again; layers with adapters are, merged."""
     learner = diffusion(seed=1)
     learner.module.requires_grad_(False)
-    dict(learner.module.named_parameters())[NAME].requires_grad_(True)
-    sizes = []
+    expected = [NAME]
+    if with_adapters:
+        add_lora(learner, Lora(r=2))
+        expected = sorted(f"{path}.weight" for path in adapted_layers(learner.module))
+    else:
+        learner.module.get_parameter(NAME).requires_grad_(True)
+    sent, post = [], Link.post
+
+    def spy(self, path, tensors, header):
+        sent.append(sorted(tensors))
+        return post(self, path, tensors, header)
+
     with learning(diffusion()) as server:
         engine = http_engine(url=server.url)
-        rollout_policy = engine.load(copied(learner))
-        sent = Link.post
-
-        def spy(self, path, tensors, header):
-            sizes.append(sorted(tensors))
-            return sent(self, path, tensors, header)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Link, "post", spy)
-            learner.weights_version += 1
-            engine.sync(learner, rollout_policy)
-    assert sizes == [[NAME]]
-    assert deserialize(serialize({}, {"a": 1})) == ({}, {"a": 1})
+        rollout_policy = engine.load(learner)
+        monkeypatch.setattr(Link, "post", spy)
+        learner.weights_version += 1
+        engine.sync(learner, rollout_policy)
+    assert sent == [expected] and expected
