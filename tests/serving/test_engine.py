@@ -327,7 +327,10 @@ def test_what_is_sent_after_a_step_is_what_was_trained(monkeypatch, with_adapter
     expected = [NAME]
     if with_adapters:
         add_lora(learner, Lora(r=2))
-        expected = sorted(f"{path}.weight" for path in adapted_layers(learner.module))
+        # The biases of these layers are sent too.
+        layers = adapted_layers(learner.module)
+        expected = sorted(name for name in own_tensors(learner.module) if name.rpartition(".")[0] in layers)
+        assert {f"{path}.weight" for path in layers} <= set(expected) != own_tensors(learner.module).keys()
     else:
         learner.module.get_parameter(NAME).requires_grad_(True)
     sent, post = [], Link.post
