@@ -224,7 +224,7 @@ class _Fields:
     def integer(self, name: str, *, low: int, high: int = 2**31 - 1) -> int | None:
         return self._take(name, lambda x: type(x) is int and low <= x <= high, f"a whole number from {low} to {high}")
 
-    def number(self, name: str, *, low: float, high: float, above: bool = False) -> float | None:
+    def number(self, name: str, *, low: int, high: int, above: bool = False) -> float | None:
         kind = f"a number {'above' if above else 'from'} {low} {'and at most' if above else 'to'} {high}"
         is_valid = lambda x: type(x) in (int, float) and low <= x <= high and not (above and x == low)  # noqa: E731
         value = self._take(name, is_valid, kind)

@@ -9,6 +9,7 @@ import hmac
 import ipaddress
 import itertools
 import json
+import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
@@ -21,7 +22,7 @@ import torch
 
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import generator_for, row_seeds
-from dllm_rl.screen import line_of
+from dllm_rl.screen import escape_controls, line_of
 from dllm_rl.serving.batching import (
     Batcher,
     Call,
@@ -248,6 +249,10 @@ def make_app(batcher: Batcher, settings: ServerSettings) -> Guard:
         path = f"{request.method} {request.url.path}"
         return error_response(Refused(error.status_code, f"{path}: {error.detail}; see docs/serving.md"))
 
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return error_response(Refused(500, f"the server failed with {type(error).__name__}; its output has the lines"))
+
     @app.exception_handler(ClientLeft)
     async def client_left(request: Request, error: ClientLeft) -> Response:
         return Response(status_code=499)
@@ -443,6 +448,22 @@ class TimedProtocol(H11Protocol):
         self.transport.close()
 
 
+class EscapedFormatter(logging.Formatter):
+    """Formatter of uvicorn's warnings and errors, whose text may quote a request."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record), keep="\n\t")
+
+
+LOGGING: dict[str, Any] = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"escaped": {"()": EscapedFormatter}},
+    "handlers": {"screen": {"class": "logging.StreamHandler", "formatter": "escaped"}},
+    "loggers": {"uvicorn": {"handlers": ["screen"], "level": "WARNING", "propagate": False}},
+}
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, which refuses the waiting jobs when it is told to stop, and finishes the running batch."""
 
@@ -453,7 +474,7 @@ class Server(uvicorn.Server):
             http=protocol,
             ws="none",
             lifespan="on",
-            log_level="warning",
+            log_config=LOGGING,
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=max(1, int(settings.timeout)),

@@ -213,6 +213,18 @@ def test_an_unexpected_error_is_a_line_on_both_sides(monkeypatch, capfd):
     assert "error: RuntimeError: first line" in err and "\x1b" not in err and len(err.splitlines()) == 1
 
 
+def test_a_mistake_of_the_server_has_the_form_of_an_error_too(monkeypatch, capfd):
+    def fail(*_):
+        raise KeyError("\x1b[2J")
+
+    with running(diffusion()) as server:
+        monkeypatch.setattr("dllm_rl.serving.server.choice", fail)
+        status, answer = server.ask("/v1/completions", {"prompt": "1"})
+    assert status == 500 and answer["error"]["message"].startswith("the server failed with KeyError")
+    err = capfd.readouterr().err
+    assert "Traceback" in err and "\x1b" not in err
+
+
 def test_unknown_paths_and_methods_are_refused_in_the_same_form(guarded):
     status, answer = guarded.ask("/v1/embeddings", {})
     assert status == 404 and answer["error"]["message"] == "POST /v1/embeddings: Not Found; see docs/serving.md"
