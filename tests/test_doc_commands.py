@@ -98,7 +98,7 @@ def test_modules_that_are_run_are_there():
 
 def test_options_of_dllm_rl_are_known(monkeypatch):
     read = []
-    for name in ("sample", "evaluate", "grade", "doctor", "check_trace", "verify", "stop"):
+    for name in ("sample", "serve", "evaluate", "grade", "doctor", "check_trace", "verify", "stop"):
         monkeypatch.setattr(program, name, read.append)
     found = [(page, words) for page, _, words in all_commands("dllm-rl") if words[0] != "lm-eval"]
     for page, words in found:

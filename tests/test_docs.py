@@ -20,6 +20,7 @@ import torch
 import yaml
 from markdown.extensions.toc import slugify
 from readme import example
+from servers import TOKEN, running
 
 import dllm_rl
 from dllm_rl.config import from_command_line
@@ -342,6 +343,19 @@ def test_a_loss_of_ones_own_is_checked_three_times(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="on-policy"):
         halved = dataclasses.replace(made["mine"], loss=lambda r, a, m: made["soft_clip"](r, a, m) / 2)
         made["check_corrector"](halved)
+
+
+def test_a_run_samples_on_a_server(tmp_path, monkeypatch):
+    policy = dllm_rl.tiny_masked_lm(characters="1234=", hidden_size=32, num_layers=1)
+    policy.save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("DLLM_RL_TOKEN", TOKEN)
+    with running(dllm_rl.load_policy(tmp_path / "model"), token=TOKEN, allow_updates=True) as server:
+        text = example("Rollouts of a run").replace("num_steps=100", "num_steps=2")
+        text = text.replace("CHECKPOINT", str(tmp_path / "model")).replace("engine()", f"engine(url={server.url!r})")
+        (tmp_path / "served.py").write_text(text)
+        monkeypatch.chdir(tmp_path)
+        runpy.run_path("served.py")
+        assert server.batcher.policy.weights_version == 2
 
 
 def test_a_loss_with_a_detached_part_has_checks_that_see_its_gradient():

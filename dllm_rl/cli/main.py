@@ -20,7 +20,9 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="dllm-rl", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_sample, add_evaluate, add_grade, add_lm_eval, add_doctor, add_check_trace, add_verify, add_stop):
+    for add in (add_sample, add_serve, add_evaluate, add_grade, add_lm_eval):
+        add(commands)
+    for add in (add_doctor, add_check_trace, add_verify, add_stop):
         add(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_paths(arguments: argparse.Namespace) -> None:
     """Raise ValueError on an empty name of a file or folder, such as from an unset shell variable."""
-    for name in ("model", "models", "path", "file", "output_dir", "csv", "plot"):
+    for name in ("model", "models", "path", "file", "output_dir", "csv", "plot", "token_file", "name", "host"):
         value = getattr(arguments, name, None)
         if "" in (value if isinstance(value, list) else [value]):  # Path('') is the current folder
             raise ValueError(f"{name}='' is empty; give a file or folder, or leave the option out")
@@ -48,13 +50,26 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("model", help="a checkpoint's or a run's folder")
     texts = "texts to complete; without any: lines of standard input, or at a terminal, problems of the run"
     sub.add_argument("prompts", nargs="*", metavar="PROMPT", help=texts)
-    sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the run's, or 16)")
+    add_sampler_options(sub)
     sub.add_argument(
         "--chat", action="store_true", help="treat each prompt as a user's message, for an instruction-tuned model"
     )
     sub.add_argument(
         "--blank", metavar="TEXT", help="text in a prompt that marks one token to fill in, at each of its occurrences"
     )
+    sub.add_argument("--group_size", type=int, default=1, help="completions per prompt")
+    add_model_options(sub)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--json", action="store_true", help="print a JSON object with every token, its step and probability"
+    )
+    sub.add_argument("--no_live", dest="live", action="store_false", default=None, help="do not show the steps")
+    sub.add_argument("--delay", type=float, default=0.0, help="seconds to show each step in the live display")
+    sub.set_defaults(run=sample)
+
+
+def add_sampler_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--max_new_tokens", type=int, help="tokens per completion (default: the run's, or 16)")
     sub.add_argument(
         "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
     )
@@ -69,15 +84,6 @@ def add_sample(commands: argparse._SubParsersAction) -> None:
     rules = "schedule (default), threshold=TAU, soft_threshold=TAU, factor=F, entropy_bound=GAMMA, soft_edit=RATE ..."
     sub.add_argument("--commit", help=rules)
     sub.add_argument("--cache", help="key-value cache, e.g. prefix, or dual=4 to refresh it every 4 steps")
-    sub.add_argument("--group_size", type=int, default=1, help="completions per prompt")
-    add_model_options(sub)
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument(
-        "--json", action="store_true", help="print a JSON object with every token, its step and probability"
-    )
-    sub.add_argument("--no_live", dest="live", action="store_false", default=None, help="do not show the steps")
-    sub.add_argument("--delay", type=float, default=0.0, help="seconds to show each step in the live display")
-    sub.set_defaults(run=sample)
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -139,6 +145,38 @@ def lines_of_input() -> list[str]:
     # Not splitlines, which also splits at Unicode's line separators.
     lines = [line.removeprefix("\ufeff") for line in re.split(r"\r\n|\n|\r", text)]
     return lines if lines[-1] else lines[:-1]
+
+
+def add_serve(commands: argparse._SubParsersAction) -> None:
+    about = "answer requests for completions over HTTP, in the form of OpenAI's API"
+    sub = commands.add_parser("serve", help=about)
+    sub.add_argument("model", help="a checkpoint's or a run's folder, or a hub's id")
+    sub.add_argument("--host", default="127.0.0.1", help="another address needs a token (default 127.0.0.1)")
+    sub.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    sub.add_argument("--name", help="of the model in requests (default: MODEL)")
+    sub.add_argument("--token_file", help="file with the token of requests (default: the variable DLLM_RL_TOKEN)")
+    updates = "let requests with the token replace the weights, for http_engine"
+    sub.add_argument("--allow_updates", action="store_true", help=updates)
+    add_sampler_options(sub)
+    sub.add_argument("--max_batch_size", type=_count, default=32, help="completions at a time (default 32)")
+    exact = "give a completion the same bits in every batch, which is slower"
+    sub.add_argument("--exact_batches", action="store_true", help=exact)
+    sub.add_argument("--max_tokens", type=_count, default=1024, help="limit of a completion (default 1024)")
+    sub.add_argument("--max_waiting", type=_count, default=1024, help="completions that may wait (default 1024)")
+    sub.add_argument("--max_body_bytes", type=_count, default=2**20, help="limit of a request (default 1 MiB)")
+    waits = "seconds that a request may wait and run (default 300)"
+    sub.add_argument("--timeout", type=_positive, default=300.0, help=waits)
+    sends = "seconds in which a client must send a request (default 30)"
+    sub.add_argument("--client_timeout", type=_positive, default=30.0, help=sends)
+    add_model_options(sub, maker="--make_model")
+    sub.add_argument("--seed", type=int, default=0, help="of requests that give none (default 0)")
+    sub.set_defaults(run=serve)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    from dllm_rl.cli.serve import serve_command
+
+    serve_command(arguments)
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
@@ -222,6 +260,18 @@ def _numbers(text: str) -> list[int]:
     if not all(word.strip().isdecimal() and int(word) for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers from 1 on, as 4 or 1,2,4")
     return list(map(int, words))
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    if (seconds := _seconds(text)) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} must be seconds above 0")
+    return seconds
 
 
 def _token_ids(text: str) -> tuple[int, ...]:

@@ -121,6 +121,34 @@ def write_trace(path: str | Path, rollout: Rollout) -> None:
     """
     path = Path(path)
     _check_suffix(path)
+    settings, tensors = _stored(rollout)
+    if path.suffix == ".safetensors":
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={"trace": json.dumps(settings)})
+        return
+    write_text(path, "\n".join(map(json.dumps, trace_rows(rollout))) + "\n")
+
+
+def trace_rows(rollout: Rollout) -> list[dict[str, Any]]:
+    """Return the rows of a trace's `.jsonl` file as JSON objects, for example to send them to a client.
+
+    Raises:
+        ValueError: The rollout has events that a trace cannot hold.
+    """
+    settings, tensors = _stored(rollout)
+    attended = tensors.pop("attention_mask")
+    rows = []
+    for row, mask in enumerate(attended):
+        lists = {name: x[row][mask].tolist() for name, x in tensors.items()}
+        lists["completion_mask"] = list(map(int, lists["completion_mask"]))
+        if "logprobs" in lists:
+            lists["logprobs"] = [x if math.isfinite(x) else None for x in lists["logprobs"]]  # JSON has no NaN
+        rows.append(settings | lists)
+    return rows
+
+
+def _stored(rollout: Rollout) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the settings and the tensors of a trace. Raise ValueError for a rollout that a trace cannot hold."""
     params, order = rollout.sampling_params, rollout.order
     if rollout.events is not None or rollout.renoised is not None:
         raise ValueError("a trace holds one write per position, and this sampler rewrites tokens: use another commit")
@@ -145,19 +173,7 @@ def write_trace(path: str | Path, rollout: Rollout) -> None:
     if not has_logprobs(rollout):
         del tensors["logprobs"]
     tensors = {name: x.detach().to("cpu", TRACE_TENSORS[name], copy=True).contiguous() for name, x in tensors.items()}
-    if path.suffix == ".safetensors":
-        with replacing(path) as partial:
-            save_file(tensors, partial, metadata={"trace": json.dumps(settings)})
-        return
-    attended = tensors.pop("attention_mask")
-    lines = []
-    for row, mask in enumerate(attended):
-        lists = {name: x[row][mask].tolist() for name, x in tensors.items()}
-        lists["completion_mask"] = list(map(int, lists["completion_mask"]))
-        if "logprobs" in lists:
-            lists["logprobs"] = [x if math.isfinite(x) else None for x in lists["logprobs"]]  # JSON has no NaN
-        lines.append(json.dumps(settings | lists))
-    write_text(path, "\n".join(lines) + "\n")
+    return settings, tensors
 
 
 def has_logprobs(rollout: Rollout) -> bool:

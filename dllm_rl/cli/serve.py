@@ -1,0 +1,78 @@
+"""`dllm-rl serve`: answer requests for completions over HTTP."""
+
+import argparse
+import os
+import socket
+import sys
+from typing import Any
+
+from dllm_rl.cli.options import open_policy
+from dllm_rl.cli.run_settings import sampler_or_note
+from dllm_rl.cli.sample import check_options
+from dllm_rl.samplers.by_name import READERS, required_rank
+from dllm_rl.screen import escape_controls
+from dllm_rl.serving.batching import Batcher
+from dllm_rl.serving.engine import TOKEN_VARIABLE, read_token
+from dllm_rl.serving.openai_api import Limits
+from dllm_rl.serving.server import Server, ServerSettings, check_access
+
+SAMPLER_OPTIONS = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "top_k", "top_p", "suppress")
+
+
+def serve_command(arguments: argparse.Namespace) -> None:
+    """Serve a model until a signal ends the process.
+
+    Raises:
+        ValueError: An option is out of its range, or the server would be open to strangers.
+    """
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    if arguments.token_file is not None:
+        token = read_token(arguments.token_file)
+    settings = ServerSettings(
+        name=arguments.name or arguments.model,
+        token=token,
+        allow_updates=arguments.allow_updates,
+        limits=Limits(arguments.max_tokens, arguments.max_waiting),
+        max_body_bytes=arguments.max_body_bytes,
+        timeout=arguments.timeout,
+        client_timeout=arguments.client_timeout,
+        seed=arguments.seed,
+    )
+    check_access(arguments.host, settings)
+    options = sampler_options(arguments)
+    # Before the model is loaded, so that a port in use is known at once.
+    with socket.create_server((arguments.host, arguments.port), family=_family(arguments.host)) as listener:
+        policy = open_policy(arguments)
+        defaults = check_options(policy, {name: value for name, value in options.items() if value is not None})
+        batcher = Batcher(
+            policy,
+            defaults,
+            max_batch_size=arguments.max_batch_size,
+            max_waiting=arguments.max_waiting,
+            exact_batches=arguments.exact_batches,
+        )
+        try:
+            server = Server(batcher, settings)
+            host, port = listener.getsockname()[:2]
+            address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            print(escape_controls(f"{settings.name} at {address}/v1"), file=sys.stderr, flush=True)
+            server.run(sockets=[listener])
+        finally:
+            batcher.close()
+
+
+def sampler_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampler's settings: those of the run's evaluations, or the defaults of `sample`, with the options."""
+    run_sampler = sampler_or_note(arguments.model)
+    options = {"max_new_tokens": 16, "temperature": 0.0} if run_sampler is None else dict(run_sampler.keywords)
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in SAMPLER_OPTIONS}
+    if arguments.commit is not None and arguments.rank is None:
+        arguments.rank = required_rank(arguments.commit)
+    for name, read in READERS.items():
+        text = getattr(arguments, name)
+        given[name] = None if text is None else read(text)
+    return options | {name: value for name, value in given.items() if value is not None}
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

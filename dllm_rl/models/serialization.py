@@ -1,0 +1,67 @@
+"""Serialize weights and rollouts for another process, as the bytes of a safetensors file. Nothing is pickled."""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from dllm_rl.renamed import RENAMED, renamed
+from dllm_rl.types import BatchRecord, SamplingParams
+
+# The records that a rollout consists of. A rollout is a `BatchRecord` too.
+RECORDS: dict[str, Callable] = {kind.__name__: kind for kind in (*BatchRecord.__subclasses__(), SamplingParams)}
+
+
+def serialize(tensors: Mapping[str, Tensor], header: object) -> bytes:
+    """Serialize tensors, and any JSON value as the file's metadata."""
+    # Each tensor is copied, because the format refuses tensors that share memory.
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return safetensors.save(copies, metadata={"about": json.dumps(header)})
+
+
+def deserialize(data: bytes) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors and the JSON value that `serialize` received.
+
+    Raises:
+        ValueError: The bytes are not from `serialize`.
+    """
+    try:
+        (size,) = struct.unpack("<Q", data[:8])
+        return safetensors.load(data), json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["about"])
+    except (SafetensorError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise ValueError(f"not a safetensors file of this library: {error}") from None
+
+
+def record_to_json(value: object, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Convert a rollout, or a part of it, to JSON. Its tensors are added to `tensors`; the JSON has their names."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if is_dataclass(value):
+        json_fields = {
+            f.name: record_to_json(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in fields(value)
+        }
+        return {"record": type(value).__name__, "fields": json_fields}
+    if isinstance(value, tuple):
+        return {"tuple": [record_to_json(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
+    return {"rank": True} if callable(value) else value  # the rank is the only function in a rollout
+
+
+def record_from_json(value: Any, tensors: Mapping[str, Tensor], rank: Callable | None) -> Any:
+    """Rebuild the argument of `record_to_json`. `rank` is the rank of the recipe's sampler."""
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "record" in value:
+        class_name: str = value["record"]  # from a checkpoint, maybe of an earlier version
+        record_fields = dict(
+            renamed(class_name, name, record_from_json(item, tensors, rank)) for name, item in value["fields"].items()
+        )
+        return RECORDS[RENAMED.get(class_name, class_name)](**record_fields)
+    return rank if "rank" in value else tuple(record_from_json(item, tensors, rank) for item in value["tuple"])

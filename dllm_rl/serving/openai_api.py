@@ -1,0 +1,536 @@
+"""OpenAI's completions and chat completions: read the fields of a request, write the response.
+
+Token ids are made and decoded here, in the thread of the connections; only the sampler runs in the batcher's thread.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from dllm_rl.diagnostics.traces import trace_rows
+from dllm_rl.models.base import Policy
+from dllm_rl.models.tokens import before_end, chosen_ids, decode_ids, prompt_ids
+from dllm_rl.samplers.by_name import required_rank
+from dllm_rl.screen import line_of
+from dllm_rl.serving.batching import PromptScores
+from dllm_rl.serving.settings import known_settings, read_settings
+from dllm_rl.types import Rollout
+
+MAX_COMPLETIONS = 128  # of a prompt, as OpenAI's API
+MAX_STOP_TEXTS = 4
+# Fields that do not change the answer.
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "best_of"}
+# Fields of features that the samplers lack, and the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+
+
+class Refused(Exception):
+    """A request that gets an error in the form of OpenAI's API.
+
+    Args:
+        status: HTTP status.
+        message: One line that names field, value and remedy.
+        param: Field of the request. None: no single field.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        """Return the response's JSON object."""
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        default = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = kinds.get(self.status, default)
+        return {"error": {"message": line_of(self), "type": kind, "param": self.param, "code": self.status}}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Args:
+        max_tokens: Tokens of a completion.
+        max_waiting: Completions of all requests that may wait; one request cannot have more.
+    """
+
+    max_tokens: int = 1024
+    max_waiting: int = 256
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A request for completions, after all checks.
+
+    Args:
+        is_chat: Whether the prompt was messages.
+        prompts: Token ids of each prompt.
+        texts: Text of each prompt, for `echo`.
+        n: Completions of each prompt.
+        seed: Seed of the request. None: the server draws one.
+        max_tokens: Tokens of a completion.
+        settings: Settings of the sampler that the request names (`read_settings`).
+        stop: Texts before which a completion ends.
+        echo: Whether the response repeats the prompt.
+        logprobs: Whether the response has log-probs.
+        score_prompt: Whether these cover the prompt too.
+        stream: Whether the response is a stream of events.
+        include_usage: Whether the stream ends with the numbers of tokens.
+        trace: Whether each choice has its row of a trace (`diagnostics.traces`).
+    """
+
+    is_chat: bool
+    prompts: list[list[int]]
+    texts: list[str]
+    n: int
+    seed: int | None
+    max_tokens: int
+    settings: dict[str, Any]
+    stop: tuple[str, ...]
+    echo: bool
+    logprobs: bool
+    score_prompt: bool
+    stream: bool
+    include_usage: bool
+    trace: bool
+
+
+def read_request(
+    data: bytes, policy: Policy, defaults: Mapping[str, Any], limits: Limits, *, name: str, is_chat: bool
+) -> TextRequest:
+    """Read and check a request's body.
+
+    Args:
+        data: Body of the request.
+        policy: Policy with the tokenizer. Its module is not used.
+        defaults: The server's keywords of the sampler.
+        limits: What a request may ask for.
+        name: Name of the model.
+        is_chat: Whether the body is one of chat completions.
+
+    Raises:
+        Refused: A field is unknown, or has a value that the server cannot fulfill.
+    """
+    fields = _Fields(read_json_object(data))
+    if (model := fields.text("model")) not in (None, name):
+        raise Refused(404, f"model={model!r} is not served here; use model={name!r}", "model")
+    n = fields.integer("n", low=1, high=MAX_COMPLETIONS) or 1
+    if fields.values.get("best_of") not in (None, n):
+        raise Refused(400, f"best_of={fields.values['best_of']!r} must be n={n}; leave it out", "best_of")
+    stream_options = fields.values.pop("stream_options", None) or {}
+    if not isinstance(stream_options, dict):
+        raise Refused(400, "stream_options must be an object; leave it out", "stream_options")
+    temperature = fields.number("temperature", low=0, high=2)
+    settings: dict[str, Any] = {"temperature": temperature, "top_p": fields.number("top_p", low=0, high=1, above=True)}
+    settings |= {key: fields.integer(key, low=1) for key in ("top_k", "diffusion_steps", "block_size")}
+    settings |= {key: fields.text(key) for key in ("rank", "commit", "cache")}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if policy.spec.attention == "encoder_decoder" and not temperature:  # renoise has a schedule of temperatures
+        settings.pop("temperature", None)
+    if "commit" in settings and "rank" not in settings and (rank := required_rank(settings["commit"])):
+        settings["rank"] = rank
+    echo = score_prompt = False
+    if is_chat:
+        prompts, texts = _chat_prompt(fields, policy)
+        lengths = [fields.integer(key, low=1) for key in ("max_completion_tokens", "max_tokens")]
+        max_tokens = lengths[0] or lengths[1]
+        logprobs = fields.flag("logprobs")
+        if fields.integer("top_logprobs", low=0):
+            raise Refused(
+                400, "top_logprobs: the sampler records the log-prob of the chosen token only; use 0", "top_logprobs"
+            )
+    else:
+        prompts, texts = _prompts(fields, policy)
+        max_tokens = fields.integer("max_tokens", low=0)
+        echo = fields.flag("echo")
+        count = fields.integer("logprobs", low=0)
+        logprobs, score_prompt = count is not None, echo and count is not None
+        _check_logprobs(policy, count, score_prompt, settings.get("temperature", defaults.get("temperature")))
+        if max_tokens == 0 and not score_prompt:
+            raise Refused(400, "max_tokens=0 needs echo=true and logprobs=1, to score a prompt; use 1", "max_tokens")
+    request = TextRequest(
+        is_chat=is_chat,
+        prompts=prompts,
+        texts=texts,
+        n=n,
+        seed=fields.integer("seed", low=-(2**63), high=2**63 - 1),
+        max_tokens=_checked_length(policy, prompts, max_tokens, defaults["max_new_tokens"], limits),
+        settings=settings,
+        stop=_stop_texts(fields),
+        echo=echo,
+        logprobs=logprobs,
+        score_prompt=score_prompt,
+        stream=fields.flag("stream"),
+        include_usage=bool(stream_options.get("include_usage")),
+        trace=fields.flag("trace"),
+    )
+    fields.check_rest()
+    if (rows := len(prompts) * n) > limits.max_waiting:
+        raise Refused(400, f"{len(prompts)} prompts x n={n} are {rows} completions; ask for {limits.max_waiting}", "n")
+    try:
+        read_settings(policy, settings)
+    except ValueError as error:
+        raise Refused(400, str(error)) from None
+    return request
+
+
+def read_json_object(data: bytes) -> dict[str, Any]:
+    """Return the object of a JSON text. Raise Refused for anything else, also for NaN and deep brackets."""
+    try:
+        value = json.loads(data, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise Refused(400, "the body is not JSON; send an object with Content-Type: application/json") from None
+    if not isinstance(value, dict):
+        raise Refused(400, f"the body is a JSON {type(value).__name__}; send an object")
+    return value
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+class _Fields:
+    """The fields of a request that were not read yet. A null counts as left out."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = {name: value for name, value in values.items() if value is not None}
+
+    def _take(self, name: str, is_valid: Callable[[Any], bool], kind: str) -> Any:
+        value = self.values.pop(name, None)
+        if value is not None and not is_valid(value):
+            raise Refused(400, f"{name}={_shown(value)} must be {kind}", name)
+        return value
+
+    def text(self, name: str) -> str | None:
+        return self._take(name, lambda x: isinstance(x, str), "a text")
+
+    def flag(self, name: str) -> bool:
+        return bool(self._take(name, lambda x: isinstance(x, bool), "true or false"))
+
+    def integer(self, name: str, *, low: int, high: int = 2**31 - 1) -> int | None:
+        return self._take(name, lambda x: type(x) is int and low <= x <= high, f"a whole number from {low} to {high}")
+
+    def number(self, name: str, *, low: int, high: int, above: bool = False) -> float | None:
+        kind = f"a number {'above' if above else 'from'} {low} {'and at most' if above else 'to'} {high}"
+        is_valid = lambda x: type(x) in (int, float) and low <= x <= high and not (above and x == low)  # noqa: E731
+        value = self._take(name, is_valid, kind)
+        return None if value is None else float(value)
+
+    def check_rest(self) -> None:
+        """Raise Refused if a field is left that would change the answer."""
+        for name, value in self.values.items():
+            if name in IGNORED or (name in NEUTRAL and value in NEUTRAL[name]):
+                continue
+            raise Refused(400, f"{name}={_shown(value)} is not supported by this server; leave it out", name)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _prompts(fields: _Fields, policy: Policy) -> tuple[list[list[int]], list[str]]:
+    """Return the token ids and the text of each prompt of a completions request."""
+    prompt = fields.values.pop("prompt", None)
+    if isinstance(prompt, str) or _is_ids(prompt):
+        prompt = [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise Refused(400, "prompt must be a text, a list of texts, token ids, or a list of lists of them", "prompt")
+    ids, texts = [], []
+    for each in prompt:
+        if isinstance(each, str):
+            ids.append(_tokenized(policy, each, "prompt"))
+            texts.append(each)
+        elif _is_ids(each):
+            if not all(0 <= token < policy.vocab_size for token in each):
+                raise Refused(400, f"prompt: token ids must lie in [0, {policy.vocab_size})", "prompt")
+            ids.append(each)
+            texts.append(policy.tokenizer.decode(each))
+        else:
+            raise Refused(400, f"prompt: {_shown(each)} is neither a text nor a list of token ids", "prompt")
+    return ids, texts
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(type(token) is int for token in value)
+
+
+def _chat_prompt(fields: _Fields, policy: Policy) -> tuple[list[list[int]], list[str]]:
+    messages = fields.values.pop("messages", None)
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        raise Refused(400, "messages must be a list of objects, each with role and content", "messages")
+    plain = [each | {"content": _joined(each.get("content"))} for each in messages]
+    return [_tokenized(policy, plain, "messages")], [""]
+
+
+def _joined(content: Any) -> Any:
+    """Return the text of a message whose content is a list of texts, and any other content unchanged."""
+    if not isinstance(content, list) or not content:
+        return content
+    for part in content:
+        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not is_text:
+            raise Refused(400, f"messages: the part {_shown(part)} of a content is no text; give text", "messages")
+    return "".join(part["text"] for part in content)
+
+
+def _tokenized(policy: Policy, prompt: Any, field: str) -> list[int]:
+    try:
+        return prompt_ids(policy, prompt)
+    except ValueError as error:
+        raise Refused(400, f"{field}: {error}", field) from None
+
+
+def _stop_texts(fields: _Fields) -> tuple[str, ...]:
+    stop = fields.values.pop("stop", None)
+    texts = [stop] if isinstance(stop, str) else stop or []
+    if not isinstance(texts, list) or len(texts) > MAX_STOP_TEXTS or not all(isinstance(x, str) and x for x in texts):
+        raise Refused(400, f"stop={_shown(stop)} must be a text or up to {MAX_STOP_TEXTS} texts", "stop")
+    return tuple(texts)
+
+
+def _check_logprobs(policy: Policy, count: int | None, score_prompt: bool, temperature: float | None) -> None:
+    """Raise Refused for log-probs that the sampler does not record."""
+    if count is None:
+        return
+    if score_prompt and policy.spec.attention != "causal":
+        raise Refused(
+            400,
+            "echo with logprobs: the likelihood of a prompt under a diffusion model is an estimate, which this server "
+            "does not make; use `dllm-rl lm-eval --model dllm_rl`, or leave echo out",
+            "echo",
+        )
+    if count > 1 or (count == 1 and temperature):
+        advice = "use 0, or 1 at temperature 0"
+        raise Refused(
+            400, f"logprobs={count}: the sampler records the log-prob of the chosen token only; {advice}", "logprobs"
+        )
+
+
+def _checked_length(
+    policy: Policy, prompts: Sequence[Sequence[int]], asked: int | None, default: int, limits: Limits
+) -> int:
+    """Return the tokens of a completion: as asked, else the server's default or what fits the model."""
+    longest = max(map(len, prompts))
+    room = None if policy.spec.max_length is None else policy.spec.max_length - longest
+    if room is not None and room < max(1, asked or 0):
+        raise Refused(
+            400,
+            f"a prompt of {longest} tokens and max_tokens={1 if asked is None else asked} exceed the model's "
+            f"{policy.spec.max_length} positions; shorten them",
+            "max_tokens" if room > 0 else "prompt",
+        )
+    if asked is None:
+        return min(default, limits.max_tokens, *([] if room is None else [room]))
+    if asked > limits.max_tokens:
+        raise Refused(400, f"max_tokens={asked} is above the server's {limits.max_tokens}; use less", "max_tokens")
+    return asked
+
+
+def sampler_settings(policy: Policy, request: TextRequest, defaults: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Return the settings of a request's completions, in a fixed order.
+
+    Where the server's `diffusion_steps` are of another length, as many tokens are written in a step, rounded down. For
+    a sampler of canvases, `max_new_tokens` is rounded up to whole canvases; `choice` cuts the rest.
+    """
+    settings = dict(request.settings)
+    length = max(1, request.max_tokens)
+    if policy.spec.attention == "encoder_decoder" and policy.spec.block_size is not None:
+        length = math.ceil(length / policy.spec.block_size) * policy.spec.block_size
+    settings["max_new_tokens"] = length
+    steps, usual = defaults.get("diffusion_steps"), defaults["max_new_tokens"]
+    is_scaled = "diffusion_steps" in known_settings(policy) and policy.spec.attention != "encoder_decoder"
+    if is_scaled and "diffusion_steps" not in settings and steps is not None and length != usual:
+        size = settings.get("block_size") or defaults.get("block_size") or policy.spec.block_size or length
+        settings["diffusion_steps"] = max(math.ceil(length * steps / usual), math.ceil(length / size))
+    return tuple(sorted(settings.items()))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One completion as a response shows it.
+
+    Args:
+        text: Text before the first end token and stop text.
+        ids: Token ids up to and including the end token, or up to the stop text.
+        logprobs: Log-prob of each of `ids` in nats; None where it is not finite.
+        num_tokens: Number of tokens up to and including the end token.
+        is_ended: Whether an end token or a stop text ends the text; else its length does.
+        trace: Row of a trace. None: not asked for.
+    """
+
+    text: str
+    ids: list[int]
+    logprobs: list[float | None]
+    num_tokens: int
+    is_ended: bool
+    trace: dict[str, Any] | None = None
+
+
+def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
+    """Return the completion of a rollout of one row.
+
+    Raises:
+        Refused: A trace is asked for, and the sampler rewrites tokens.
+    """
+    sampled = chosen_ids(rollout)[0][: request.max_tokens]
+    before = before_end(policy, sampled)
+    is_ended = len(before) < len(sampled)
+    ids = sampled[: len(before) + is_ended]  # with the end token: clients that score count on a token for each step
+    num_tokens = len(ids)
+    logprobs = [x if math.isfinite(x) else None for x in rollout.logprobs[0][rollout.completion_mask[0]].tolist()]
+    text = decode_ids(policy, [before])[0]
+    cuts = [place for stop in request.stop if (place := text.find(stop)) >= 0]
+    if cuts:
+        text = text[: min(cuts)]
+        ends = accumulate(map(len, _pieces(policy, ids)))
+        ids = ids[: sum(end <= len(text) for end in ends)]
+    try:
+        trace = trace_rows(rollout)[0] if request.trace else None
+    except ValueError as error:
+        raise Refused(400, f"trace=true: {error}", "trace") from None
+    return Choice(text, ids, logprobs[: len(ids)], num_tokens, is_ended or bool(cuts), trace)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Everything that a response needs.
+
+    Args:
+        request: The request.
+        name: Name of the model.
+        number: Number of the request, for its id.
+        created: Time of the response, in seconds since 1970.
+        versions: Versions of the weights that sampled; two if an update came between two batches.
+        choices: The completions, `n` for each prompt.
+        scores: Scores of each prompt; empty if they are not asked for.
+    """
+
+    request: TextRequest
+    name: str
+    number: int
+    created: int
+    versions: tuple[int, ...]
+    choices: list[Choice]
+    scores: list[PromptScores]
+
+
+def response(policy: Policy, answered: Answered) -> dict[str, Any]:
+    """Return the response's JSON object."""
+    request = answered.request
+    choices = []
+    for index, found in enumerate(answered.choices):
+        reason = "stop" if found.is_ended else "length"
+        prompt = index // request.n
+        shown: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+        if request.is_chat:
+            shown["message"] = {"role": "assistant", "content": found.text}
+            if request.logprobs:
+                shown["logprobs"] = {"content": _chat_logprobs(policy, found)}
+        else:
+            shown["text"] = (request.texts[prompt] if request.echo else "") + found.text
+            if request.logprobs:
+                scores = answered.scores[prompt] if answered.scores else None
+                shown["logprobs"] = _logprobs(policy, found, request, prompt, scores)
+        if request.trace:
+            shown["trace"] = found.trace
+        choices.append(shown)
+    num_prompt = sum(map(len, request.prompts))
+    num_completion = sum(found.num_tokens for found in answered.choices)
+    usage = {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_completion,
+        "total_tokens": num_prompt + num_completion,
+    }
+    return _head(answered, "chat.completion" if request.is_chat else "text_completion") | {
+        "choices": choices,
+        "usage": usage,
+    }
+
+
+def _head(answered: Answered, kind: str) -> dict[str, Any]:
+    prefix = "chatcmpl" if answered.request.is_chat else "cmpl"
+    return {
+        "id": f"{prefix}-{answered.number}",
+        "object": kind,
+        "created": answered.created,
+        "model": answered.name,
+        "system_fingerprint": f"weights_version={','.join(map(str, answered.versions))}",
+    }
+
+
+def _chat_logprobs(policy: Policy, found: Choice) -> list[dict[str, Any]]:
+    shown = []
+    for text, logprob in zip(_pieces(policy, found.ids), found.logprobs, strict=True):
+        shown.append({"token": text, "logprob": logprob, "bytes": [*text.encode()], "top_logprobs": []})
+    return shown
+
+
+def _logprobs(
+    policy: Policy, found: Choice, request: TextRequest, prompt: int, scores: PromptScores | None
+) -> dict[str, Any]:
+    """Return the log-probs of a completion, after those of its prompt where they are asked for."""
+    tokens, values = _pieces(policy, found.ids), list(found.logprobs)
+    tops: list[dict[str, float] | None] = [
+        None if value is None else {token: value} for token, value in zip(tokens, values, strict=True)
+    ]
+    if scores is not None:
+        before = _pieces(policy, request.prompts[prompt])
+        prompt_tops: list[dict[str, float] | None] = []
+        for token, value, best in zip(before, scores.logprobs, scores.best, strict=True):
+            # The likeliest token first: two ids may have the same text, and it then keeps the higher log-prob.
+            both = {} if best is None else {_pieces(policy, [best[0]])[0]: best[1]}
+            prompt_tops.append({token: value, **both} if value is not None and best is not None else None)
+        tokens, values, tops = before + tokens, scores.logprobs + values, prompt_tops + tops
+    offsets = [0]
+    for token in tokens:
+        offsets.append(offsets[-1] + len(token))
+    start = len(request.texts[prompt]) if request.echo and scores is None else 0
+    return {
+        "tokens": tokens,
+        "token_logprobs": values,
+        "top_logprobs": tops,
+        "text_offset": [start + offset for offset in offsets[:-1]],
+    }
+
+
+def _pieces(policy: Policy, ids: Sequence[int]) -> list[str]:
+    return [policy.tokenizer.decode([token]) for token in ids]
+
+
+def events(policy: Policy, answered: Answered) -> list[str]:
+    """Return the events of a stream: one for each completion's text, one for its end, and the end of the stream.
+
+    A diffusion model does not write from left to right, so that the text is sent when it is complete.
+    """
+    request = answered.request
+    complete = response(policy, answered)
+    head = _head(answered, "chat.completion.chunk" if request.is_chat else "text_completion")
+    bodies: list[dict[str, Any]] = []
+    for shown in complete["choices"]:
+        index, reason = shown["index"], shown["finish_reason"]
+        more = {"trace": shown["trace"]} if request.trace else {}
+        first: dict[str, Any] = {"index": index, "finish_reason": None, "logprobs": shown["logprobs"]} | more
+        last: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+        if request.is_chat:
+            first["delta"], last["delta"] = shown["message"], {}
+        else:
+            first["text"], last["text"] = shown["text"], ""
+        bodies += [head | {"choices": [first]}, head | {"choices": [last]}]
+    if request.include_usage:
+        bodies.append(head | {"choices": [], "usage": complete["usage"]})
+    return [*(f"data: {json.dumps(body)}\n\n" for body in bodies), "data: [DONE]\n\n"]

@@ -1,0 +1,179 @@
+"""The queue: who runs with whom and when, and that everyone gets what is theirs."""
+
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import pytest
+import torch
+from servers import causal, diffusion, held
+
+from dllm_rl.models.tokens import chosen_ids
+from dllm_rl.serving.batching import Batcher, Call, Completion, QueueFull, ShuttingDown, sample_rows
+
+SETTINGS = (("max_new_tokens", 6), ("temperature", 1.0))
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The prompts of each batch, in the order in which they ran."""
+    seen = []
+
+    def spy(policy, keywords, completions):
+        seen.append([list(job.ids) for job in completions])
+        return sample_rows(policy, keywords, completions)
+
+    monkeypatch.setattr("dllm_rl.serving.batching.sample_rows", spy)
+    return seen
+
+
+@pytest.fixture
+def make():
+    made = []
+
+    def make(policy=None, **options):
+        made.append(Batcher(policy or diffusion(), {"max_new_tokens": 6}, **options))
+        return made[-1]
+
+    yield make
+    for batcher in made:
+        batcher.close()
+
+
+def job(length, settings=SETTINGS, seed=0):
+    return Completion([3] * length, seed, settings)
+
+
+def run(batcher, jobs):
+    with held(batcher):
+        for each in jobs:
+            batcher.submit([each])
+    return [each.future.result(60) for each in jobs]
+
+
+def test_similar_prompts_of_equal_settings_run_together(make, batches):
+    other = (("max_new_tokens", 6), ("temperature", 0.5))
+    jobs = [job(2), job(40), job(3), job(3, other), job(30)]
+    run(make(), jobs)
+    lengths = [[len(ids) for ids in batch] for batch in batches]
+    # 40 is more than twice 2 and more than 32 tokens longer; 30 is less than 32 longer.
+    assert lengths == [[2, 3, 30], [40], [3]]
+
+
+def test_long_prompts_may_differ_by_a_factor_of_two(make, batches):
+    policy = causal()
+    policy.spec = policy.spec.__class__(**{**vars(policy.spec), "max_length": None})
+    run(make(policy), [job(50), job(100), job(101), job(49)])
+    assert [[len(ids) for ids in batch] for batch in batches] == [[50, 100], [101], [49]]
+
+
+def test_a_batch_has_at_most_its_size_and_the_oldest_run_first(make, batches):
+    jobs = [Completion([3 + i], i, SETTINGS) for i in range(7)]
+    run(make(max_batch_size=3), jobs)
+    assert batches == [[[3], [4], [5]], [[6], [7], [8]], [[9]]]
+
+
+@pytest.mark.parametrize("policy", [diffusion(), causal()], ids=["full", "causal"])
+def test_everyone_gets_the_completion_that_is_theirs(make, policy):
+    """Under exact batches bit for bit the one of a batch of one; else to rounding, for each seed and prompt its own."""
+    for exact in (True, False):
+        alone, together = (make(policy, exact_batches=exact, max_batch_size=size) for size in (1, 16))
+        jobs = [[Completion([3 + i % 9] * (1 + i % 5), i, SETTINGS) for i in range(12)] for _ in range(2)]
+        for one, other in zip(run(alone, jobs[0]), run(together, jobs[1]), strict=True):
+            assert chosen_ids(one) == chosen_ids(other)
+            logprobs = [each.logprobs[each.completion_mask] for each in (one, other)]
+            torch.testing.assert_close(*logprobs, **({"rtol": 0, "atol": 0} if exact else {}))
+            assert one.tokens[one.attention_mask].tolist() == other.tokens[other.attention_mask].tolist()
+        assert len({tuple(chosen_ids(each.future.result())[0]) for each in jobs[0]}) > 6
+
+
+def test_exact_batches_hold_prompts_of_one_length(make, batches):
+    run(make(exact_batches=True), [job(2), job(3), job(2)])
+    assert [[len(ids) for ids in batch] for batch in batches] == [[2, 2], [3]]
+
+
+def test_a_call_runs_alone_and_first_if_asked(make):
+    batcher, order = make(), []
+    calls = [Call(lambda policy, i=i: order.append(i)) for i in range(3)]
+    with held(batcher):
+        batcher.submit([calls[0]])
+        batcher.submit([calls[1]])
+        batcher.submit([calls[2]], first=True)
+    for call in calls:
+        call.future.result(60)
+    assert order == [2, 0, 1]
+
+
+def test_a_full_queue_takes_nothing_of_a_request(make):
+    batcher = make(max_waiting=3)
+    with held(batcher):
+        batcher.submit([job(1), job(1)])
+        refused = [job(1), job(1)]
+        with pytest.raises(QueueFull):
+            batcher.submit(refused)
+        fits = job(1)
+        batcher.submit([fits])
+        batcher.submit([Call(lambda policy: None)], first=True)  # a learner's update is never refused
+    fits.future.result(60)
+    assert not any(each.future.done() for each in refused)
+
+
+def test_cancelled_jobs_leave_their_places(make, batches):
+    batcher = make(max_waiting=2)
+    with held(batcher):
+        left = [job(1), job(1)]
+        batcher.submit(left)
+        batcher.cancel(left)
+        stays = job(2)
+        batcher.submit([stays])
+    stays.future.result(60)
+    assert batches == [[[3, 3]]]
+    with pytest.raises(CancelledError):
+        left[0].future.result(0)
+
+
+def test_an_error_ends_its_batch_and_not_the_thread(make):
+    batcher = make()
+    bad = Completion([3], 0, (("max_new_tokens", 6), ("rank", "best")))
+    worse = Call(lambda policy: 1 / 0)
+    good = job(1)
+    with held(batcher):
+        batcher.submit([bad, worse, good])
+    with pytest.raises(ValueError, match="rank='best'"):
+        bad.future.result(60)
+    with pytest.raises(ZeroDivisionError):
+        worse.future.result(60)
+    assert good.future.result(60).tokens.shape == (1, 7)
+
+
+def test_closing_refuses_those_that_wait_and_finishes_the_batch_that_runs():
+    batcher = Batcher(diffusion(), {"max_new_tokens": 6})
+    begun, release, waits = threading.Event(), threading.Event(), job(1)
+    running = Call(lambda policy: (begun.set(), release.wait(60)))
+    batcher.submit([running])
+    begun.wait(60)
+    batcher.submit([waits])
+    batcher.close(wait=False)
+    with pytest.raises(ShuttingDown):
+        waits.future.result(60)
+    with pytest.raises(ShuttingDown):
+        batcher.submit([job(1)])
+    release.set()
+    batcher.close()
+    assert running.future.done() and not batcher._thread.is_alive()
+
+
+def test_an_idle_thread_holds_no_batch(make):
+    import gc
+    import weakref
+
+    batcher = make()
+    done = job(4)
+    batcher.submit([done])
+    rollout = weakref.ref(done.future.result(60).tokens)
+    del done
+    deadline = time.monotonic() + 10
+    while rollout() is not None and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert rollout() is None

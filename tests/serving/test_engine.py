@@ -1,0 +1,348 @@
+"""A server as a rollout engine: a run with it is the run without it, and no wrong weights are ever sampled from."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from servers import TOKEN, causal, diffusion, running
+from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
+
+from dllm_rl import train
+from dllm_rl.models.base import Lora
+from dllm_rl.models.lora import adapted_layers, add_lora
+from dllm_rl.models.merge import own_tensors
+from dllm_rl.models.serialization import serialize
+from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.cache import dual_cache
+from dllm_rl.samplers.revise import remask
+from dllm_rl.samplers.rules import confidence, margin, plackett_luce, random, soft_threshold, threshold
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.serving.engine import Link, http_engine, served
+from dllm_rl.serving.settings import read_settings, write_settings
+from dllm_rl.testing import check_engine
+from dllm_rl.types import Prompts
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch):
+    monkeypatch.setenv("DLLM_RL_TOKEN", TOKEN)
+
+
+def learning(policy):
+    """A server that a learner may update, whose own weights are other ones."""
+    return running(policy, token=TOKEN, allow_updates=True)
+
+
+def weights(run):
+    return [weight.detach().clone() for weight in run.policy.module.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("make", "model", "sampler"),
+    [(tiny_recipe, tiny_masked_lm, unmask), (tiny_recipe_ar, partial(tiny_llama, causal=True), autoregress)],
+    ids=["full", "causal"],
+)
+def test_a_run_with_a_server_is_the_run_without_one(tmp_path, make, model, sampler):
+    """All bits on a CPU: rewards, log-probs and weights. The server samples in a thread that owns other weights."""
+    plain = make(tmp_path / "a", rollout_quantization=None, report_to=None)
+    with learning(model(seed=7, **SIZES)) as server:
+        apart = make(
+            tmp_path / "b",
+            rollout_quantization=None,
+            report_to=None,
+            rollout_engine=http_engine(url=server.url),
+        )
+        apart = replace(apart, sampler=partial(served, **plain.sampler.keywords))
+        ours, theirs = train(apart), train(plain)
+        assert server.batcher.policy.weights_version == 2
+        of_server = own_tensors(server.batcher.policy.module)
+    before = list(model(seed=apart.seed, **SIZES).module.parameters())
+    assert not all(map(torch.equal, weights(theirs), before))  # the run trains
+    assert all(map(torch.equal, weights(ours), weights(theirs)))
+    assert all(torch.equal(of_server[name], tensor) for name, tensor in own_tensors(ours.policy.module).items())
+    assert ours["eval_after_quantized"] == ours["eval_after"] == theirs["eval_after"]
+    rewards = [
+        [json.loads(line).get("reward") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in "ab"
+    ]
+    assert rewards[0] == rewards[1] and len(rewards[0]) >= 2
+
+
+@pytest.mark.parametrize("make", [diffusion, causal])
+def test_the_engine_keeps_the_contract_of_engines(make):
+    learner = make(seed=1)
+    prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=learner.pad_id, group_size=4)
+    with learning(make()) as server:
+        check_engine(http_engine(url=server.url), learner, prompts, partial(served, max_new_tokens=6, temperature=0.7))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"diffusion_steps": 3, "block_size": 4, "rank": confidence},
+        {"commit": partial(threshold, tau=0.3), "top_k": 3, "suppress": (0, 4)},
+        {"rank": partial(plackett_luce, temperature=0.3), "diffusion_steps": 3},
+        {"commit": partial(soft_threshold, tau=0.5)},
+        {"rank": random, "commit": partial(remask, eta=0.3)},
+        {"cache": dual_cache(refresh=2), "top_p": 0.9},
+        {"confidence_radius": 2, "approximate_early_exit": True},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_a_rollout_is_the_samplers_with_all_its_records(settings):
+    learner = diffusion(seed=1)
+    learner.weights_version = 3
+    prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=learner.pad_id, group_size=2)
+    expected = unmask(learner, prompts, generator_for(4), max_new_tokens=8, temperature=0.7, **settings)
+    with learning(diffusion()) as server:
+        rollout_policy = http_engine(url=server.url).load(learner)
+        found = served(rollout_policy, prompts, generator_for(4), max_new_tokens=8, temperature=0.7, **settings)
+    ours, theirs = found.tensors(), expected.tensors()
+    assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+    assert found.sampling_params == expected.sampling_params and found.weights_version == 3
+    assert (found.forwards, found.group_size) == (expected.forwards, 2)
+    if expected.order is not None:
+        assert found.order.probability == expected.order.probability
+        assert (found.order.rank_function is None) == (expected.order.rank_function is None)
+
+
+def test_positions_inside_prompts_are_filled_in():
+    learner = diffusion(seed=1)
+    prompts = Prompts.from_ids([[3, 1, 5], [1, 5]], pad_id=learner.pad_id, mask_id=1)
+    expected = unmask(learner, prompts, generator_for(4), max_new_tokens=0, temperature=0.7)
+    with learning(diffusion()) as server:
+        found = served(
+            http_engine(url=server.url).load(learner), prompts, generator_for(4), max_new_tokens=0, temperature=0.7
+        )
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.logprobs, expected.logprobs)
+
+
+def test_adapters_are_merged_into_the_servers_weights():
+    learner = diffusion(seed=1)
+    add_lora(learner, Lora(r=2, seed=3))
+    with learning(diffusion()) as server:
+        engine = http_engine(url=server.url)
+        rollout_policy = engine.load(learner)
+        with torch.no_grad():
+            for weight in learner.module.parameters():
+                if weight.requires_grad:
+                    weight.add_(0.1)
+        learner.weights_version += 1
+        engine.sync(learner, rollout_policy)
+        tensors = own_tensors(server.batcher.policy.module)
+        assert all(torch.equal(tensors[name], value) for name, value in own_tensors(learner.module).items())
+        tokens = torch.tensor([[0, 3, 4, 5], [3, 4, 5, 4]])
+        mask = torch.tensor([[False, True, True, True], [True] * 4])
+        with torch.no_grad():
+            assert torch.equal(
+                rollout_policy.logits(tokens, mask)[mask], server.batcher.policy.logits(tokens, mask)[mask]
+            )
+
+
+def test_an_update_changes_the_answers():
+    learner = diffusion(seed=1)
+    with learning(diffusion()) as server:
+        before = server.complete("1+2=", temperature=1, seed=1)
+        http_engine(url=server.url).load(learner)
+        after = server.complete("1+2=", temperature=1, seed=1)
+        assert before["choices"] != after["choices"]
+    with running(learner) as server:
+        assert server.complete("1+2=", temperature=1, seed=1)["choices"] == after["choices"]
+
+
+class Loaded:
+    """A server with a run's weights of version 4, and requests with changed parts."""
+
+    def __init__(self, server):
+        self.server, self.learner = server, diffusion(seed=1)
+        self.learner.weights_version = 4
+        self.rollout_policy = http_engine(url=server.url).load(self.learner)
+        self.link = self.rollout_policy.module.link
+
+    def update(self, tensors, **header):
+        return self.link.post("/weights", tensors, {"weights_version": 5, "is_load": False} | header)
+
+
+@pytest.fixture
+def loaded():
+    with learning(diffusion()) as server:
+        yield Loaded(server)
+
+
+NAME = "lm_head.dense.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "header", "said"),
+    [
+        ({NAME: torch.full((32, 32), torch.nan)}, {}, f"answers 400: {NAME} has numbers that are not finite"),
+        (
+            {NAME: torch.zeros(32, 31)},
+            {},
+            f"tensors \\['{NAME}'\\] do not fit the server's RobertaPreLayerNormForMaskedLM",
+        ),
+        ({NAME: torch.zeros(32, 32, dtype=torch.int64)}, {}, f"tensors \\['{NAME}'\\] do not fit"),
+        ({"other": torch.zeros(2)}, {}, "tensors \\['other'\\] do not fit"),
+        ({}, {"weights_version": 4}, "answers 409: weights_version=4 is not newer than the server's 4"),
+        ({}, {"weights_version": 3}, "weights_version=3 is not newer"),
+        ({}, {"weights_version": "5"}, "weights_version='5' must be a whole number"),
+        ({}, {"weights_version": True}, "weights_version=True must be a whole number"),
+        (
+            {},
+            {"is_load": True, "without": NAME},
+            "do not fit the server's RobertaPreLayerNormForMaskedLM; serve the run's model",
+        ),
+    ],
+)
+def test_a_wrong_update_changes_nothing(loaded, changes, header, said):
+    """The last tensor of the request is the wrong one: those before it fit, and must not be written either."""
+    before = {name: tensor.clone() for name, tensor in own_tensors(loaded.server.batcher.policy.module).items()}
+    tensors = {name: tensor + 1 for name, tensor in own_tensors(loaded.learner.module).items()}
+    tensors.pop(header.pop("without", None), None)
+    for name in changes:
+        tensors.pop(name, None)
+    with pytest.raises(ValueError, match=said):
+        loaded.update(tensors | changes, **header)
+    after = own_tensors(loaded.server.batcher.policy.module)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert loaded.server.batcher.policy.weights_version == 4
+
+
+def test_another_run_takes_the_server_and_the_first_one_is_told(loaded):
+    prompts = Prompts.from_ids([[3]], pad_id=0)
+    served(loaded.rollout_policy, prompts, generator_for(1), max_new_tokens=2)
+    second = http_engine(url=loaded.server.url).load(loaded.learner)  # of the same version
+    served(second, prompts, generator_for(1), max_new_tokens=2)
+    said = "answers 409: another run has loaded its weights into this server since; give each run its own server"
+    with pytest.raises(ValueError, match=said):
+        served(loaded.rollout_policy, prompts, generator_for(1), max_new_tokens=2)
+    with pytest.raises(ValueError, match=said):
+        loaded.update(own_tensors(loaded.learner.module))
+    with pytest.raises(ValueError, match=said):
+        loaded.rollout_policy.logits(torch.tensor([[3]]), torch.tensor([[True]]))
+
+
+def test_rollouts_of_another_version_are_refused(loaded):
+    loaded.rollout_policy.weights_version = 5
+    with pytest.raises(
+        ValueError, match="weights_version=5 is asked for, and the server has 4; call the engine's sync"
+    ):
+        served(loaded.rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1), max_new_tokens=2)
+
+
+def test_rollouts_without_a_load_are_refused():
+    with learning(diffusion()) as server:
+        link = Link(server.url, None, 60.0)
+        with pytest.raises(ValueError, match="answers 409: another run"):
+            link.post("/logits", {}, {"weights_version": 0})
+
+
+def other_rank(logits, normalizer):
+    return logits.amax(-1) - normalizer
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rank": other_rank}, "rank=other_rank is no rule that a server knows by name"),
+        ({"rank": partial(plackett_luce, temperature=0.3, base_rank=margin)}, "is no rule that a server knows by name"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
+        ({"max_new_tokens": 100}, "exceeds the model's 64 positions"),
+    ],
+)
+def test_settings_that_a_server_cannot_have_are_refused(loaded, settings, said):
+    settings = {"max_new_tokens": 2} | settings
+    with pytest.raises(ValueError, match=said):
+        served(loaded.rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1), **settings)
+
+
+def test_a_causal_model_has_no_settings_of_unmasking():
+    with learning(causal()) as server:
+        rollout_policy = http_engine(url=server.url).load(causal())
+        with pytest.raises(ValueError, match="block_size=2 is not for autoregress; leave it out"):
+            served(rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1), max_new_tokens=2, block_size=2)
+
+
+def test_the_sampler_needs_the_engine():
+    with pytest.raises(ValueError, match=r"sampler=served needs the policy of rollout_engine=http_engine\(...\)"):
+        served(diffusion(), Prompts.from_ids([[3]], pad_id=0), generator_for(1), max_new_tokens=2)
+
+
+def test_a_server_that_is_not_there_or_refuses_is_named(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=r"http://127.0.0.1:9/weights: ConnectionRefusedError .*; is `dllm-rl serve`"):
+        http_engine(url="http://127.0.0.1:9").load(diffusion())
+    with pytest.raises(ValueError, match=r"url='127.0.0.1:8000' is no address of a server; give http://HOST:PORT"):
+        http_engine(url="127.0.0.1:8000").load(diffusion())
+    with running(diffusion(), token=TOKEN) as server:
+        with pytest.raises(ValueError, match="answers 403: /weights is for the learner of a run; start the server"):
+            http_engine(url=server.url).load(diffusion())
+        (tmp_path / "token").write_text("other\n")
+        with pytest.raises(ValueError, match="answers 401: the token is missing or wrong"):
+            http_engine(url=server.url, token_file=str(tmp_path / "token")).load(diffusion())
+        (tmp_path / "token").write_text("a b\n")
+        with pytest.raises(ValueError, match=r"token_file=.* must hold one line of printable ASCII"):
+            http_engine(url=server.url, token_file=str(tmp_path / "token")).load(diffusion())
+    monkeypatch.delenv("DLLM_RL_TOKEN")
+    with pytest.raises(ValueError, match="no token; set token_file, or the environment variable DLLM_RL_TOKEN"):
+        http_engine().load(diffusion())
+
+
+def test_a_model_of_another_shape_is_refused():
+    with learning(diffusion()) as server, pytest.raises(ValueError, match="serve the run's model"):
+        http_engine(url=server.url).load(tiny_masked_lm(**SIZES))
+
+
+@pytest.mark.parametrize("data", [b"", b"pickle", serialize({}, []), serialize({}, None)])
+@pytest.mark.parametrize("path", ["/weights", "/rollouts", "/logits"])
+def test_other_bytes_are_refused(data, path):
+    with learning(diffusion()) as server:
+        status, answer = server.ask(path, data)
+        assert status == 400 and "\n" not in answer["error"]["message"]
+
+
+def test_the_token_is_not_stored_with_the_engine():
+    from dllm_rl.members import describe
+
+    engine = http_engine(url="http://127.0.0.1:1")
+    assert TOKEN not in describe(engine) + repr(engine) and "url='http://127.0.0.1:1'" in describe(engine)
+
+
+def test_settings_come_back_as_they_were():
+    policy = diffusion()
+    settings = {"rank": partial(plackett_luce, temperature=0.3), "cache": dual_cache(refresh=4), "suppress": (1, 2)}
+    back = read_settings(policy, json.loads(json.dumps(write_settings(settings))))
+    assert back["cache"] == settings["cache"] and back["suppress"] == (1, 2)
+    assert (back["rank"].func, back["rank"].keywords) == (plackett_luce, {"temperature": 0.3})
+
+
+@pytest.mark.parametrize("with_adapters", [False, True], ids=["weights", "adapters"])
+def test_what_is_sent_after_a_step_is_what_was_trained(monkeypatch, with_adapters):
+    """Frozen weights are not sent again; layers with adapters are, merged."""
+    learner = diffusion(seed=1)
+    learner.module.requires_grad_(False)
+    expected = [NAME]
+    if with_adapters:
+        add_lora(learner, Lora(r=2))
+        # The biases of these layers are sent too.
+        layers = adapted_layers(learner.module)
+        expected = sorted(name for name in own_tensors(learner.module) if name.rpartition(".")[0] in layers)
+        assert {f"{path}.weight" for path in layers} <= set(expected) != own_tensors(learner.module).keys()
+    else:
+        learner.module.get_parameter(NAME).requires_grad_(True)
+    sent, post = [], Link.post
+
+    def spy(self, path, tensors, header):
+        sent.append(sorted(tensors))
+        return post(self, path, tensors, header)
+
+    with learning(diffusion()) as server:
+        engine = http_engine(url=server.url)
+        rollout_policy = engine.load(learner)
+        monkeypatch.setattr(Link, "post", spy)
+        learner.weights_version += 1
+        engine.sync(learner, rollout_policy)
+    assert sent == [expected] and expected

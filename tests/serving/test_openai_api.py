@@ -1,0 +1,357 @@
+"""OpenAI's endpoints: the answers are the sampler's own, a public client completes, other requests get a line."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from openai import APIStatusError, OpenAI
+from servers import causal, diffusion, running
+
+from dllm_rl.cli.sample import complete
+from dllm_rl.diagnostics.trace_check import check_trace
+from dllm_rl.diagnostics.traces import read_trace
+from dllm_rl.models.tiny import tiny_diffusion_gemma
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.renoise import renoise
+from dllm_rl.samplers.rules import threshold
+from dllm_rl.samplers.unmask import unmask
+from dllm_rl.serving.openai_api import Limits, read_request, sampler_settings
+from dllm_rl.tasks.base import Problem
+from dllm_rl.types import Prompts
+
+USUAL = {"max_new_tokens": 8, "temperature": 0.0, "suppress": (0,)}  # no padding, whose text is empty
+CHAT = "{% for message in messages %}{{ message['content'] }}={% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def policy():
+    policy = diffusion()
+    policy.tokenizer.chat_template = CHAT
+    return policy
+
+
+@pytest.fixture(scope="module")
+def server(policy):
+    with running(policy, USUAL) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def causal_server():
+    with running(causal(), {"max_new_tokens": 6}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"temperature": 0.7, "diffusion_steps": 3}, {}])
+def test_a_completion_is_that_of_sample_bit_for_bit(policy, server, settings):
+    """The texts, and the log-probs as the numbers that JSON writes exactly."""
+    record = complete(policy, [Problem("1+2=")], USUAL | settings, seed=5)
+    answer = server.complete("1+2=", seed=5, logprobs=0, **settings)
+    (choice,) = answer["choices"]
+    (row,) = record["rows"]
+    assert choice["text"] == row["completion"]
+    sampler_probability = [token["probability"] for token in row["tokens"]]
+    logprobs = choice["logprobs"]["token_logprobs"]
+    assert torch.tensor(logprobs).exp().tolist() == sampler_probability[: len(logprobs)] and logprobs
+    assert answer["system_fingerprint"] == "weights_version=0"
+
+
+def test_n_and_prompts_take_the_seeds_of_sample(policy, server):
+    options = USUAL | {"temperature": 1.0}
+    record = complete(policy, [Problem("1+2="), Problem("3+4=")], options, group_size=3, seed=7)
+    answer = server.complete(["1+2=", "3+4="], n=3, seed=7, temperature=1.0)
+    assert [c["text"] for c in answer["choices"]] == [row["completion"] for row in record["rows"]]
+    assert [c["index"] for c in answer["choices"]] == [*range(6)]
+    ids = server.complete(
+        [policy.tokenizer.encode(text, add_special_tokens=False) for text in ("1+2=", "3+4=")],
+        n=3,
+        seed=7,
+        temperature=1.0,
+    )
+    assert [c["text"] for c in ids["choices"]] == [c["text"] for c in answer["choices"]]
+
+
+def test_without_a_seed_requests_differ_and_with_one_they_do_not(server):
+    texts = {server.complete("1+2=", temperature=2.0)["choices"][0]["text"] for _ in range(8)}
+    assert len(texts) > 1
+    assert len({server.complete("1+2=", temperature=2.0, seed=1)["choices"][0]["text"] for _ in range(8)}) == 1
+
+
+def test_openais_client_completes(client, policy):
+    assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
+    answer = client.completions.create(
+        model="tiny", prompt="1+2=", max_tokens=5, n=2, temperature=1, seed=3, logprobs=0
+    )
+    assert answer.usage.prompt_tokens == 4 and 2 <= answer.usage.completion_tokens <= 10
+    for choice in answer.choices:
+        assert choice.finish_reason in ("stop", "length")
+        ends = choice.logprobs.tokens[-1] == "<eos>"
+        assert "".join(choice.logprobs.tokens) == choice.text + "<eos>" * ends
+        assert all(value <= 0 for value in choice.logprobs.token_logprobs)
+    echoed = client.completions.create(model="tiny", prompt="1+2=", max_tokens=5, echo=True)
+    assert echoed.choices[0].text.startswith("1+2=")
+
+
+def test_openais_client_chats_with_the_template_of_the_tokenizer(client, server):
+    messages = [{"role": "user", "content": "1+2"}]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=6, logprobs=True)
+    (choice,) = answer.choices
+    assert choice.message.role == "assistant"
+    assert choice.message.content == server.complete("1+2=", max_tokens=6)["choices"][0]["text"]
+    assert "".join(each.token for each in choice.logprobs.content).removesuffix("<eos>") == choice.message.content
+    parts = [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "2"}]}]
+    again = client.chat.completions.create(model="tiny", messages=parts, max_completion_tokens=6)
+    assert again.choices[0].message.content == choice.message.content
+
+
+def test_openais_client_reads_a_stream(client):
+    fields = {"model": "tiny", "prompt": "1+2=", "n": 2, "seed": 1, "temperature": 1}
+    whole = client.completions.create(**fields)
+    chunks = [*client.completions.create(**fields, stream=True, stream_options={"include_usage": True})]
+    for choice in whole.choices:
+        of_choice = [c for chunk in chunks for c in chunk.choices if c.index == choice.index]
+        assert "".join(c.text for c in of_choice) == choice.text
+        assert [c.finish_reason for c in of_choice] == [None, choice.finish_reason]
+    assert chunks[-1].usage == whole.usage
+    messages = [{"role": "user", "content": "1+2"}]
+    chat = client.chat.completions.create(model="tiny", messages=messages, seed=1)
+    deltas = [
+        c.choices[0].delta for c in client.chat.completions.create(model="tiny", messages=messages, seed=1, stream=True)
+    ]
+    assert "".join(delta.content or "" for delta in deltas) == chat.choices[0].message.content
+
+
+def test_a_stream_is_events_that_end_with_done(server):
+    data = json.dumps({"prompt": "1+2=", "stream": True})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\nConnection: close\r\n"
+    answer = server.raw((head + f"Content-Type: application/json\r\n\r\n{data}").encode()).decode()
+    assert "text/event-stream" in answer and "data: [DONE]\n\n" in answer
+
+
+def test_a_stop_text_ends_the_text(server):
+    full = server.complete("1+2=", seed=2, temperature=2.0)["choices"][0]["text"]
+    assert len(full) > 2
+    stop = full[1:3]
+    (choice,) = server.complete("1+2=", seed=2, temperature=2.0, stop=["%%", stop], logprobs=0)["choices"]
+    assert choice["text"] == full[: full.index(stop)] and choice["finish_reason"] == "stop"
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+
+
+def test_an_end_token_ends_the_text_and_is_counted():
+    """Every token but the end token is suppressed: the completion is empty, and one token long."""
+    policy = diffusion()
+    only_end = {"suppress": tuple(i for i in range(policy.vocab_size) if i not in policy.spec.eos_ids)}
+    with running(policy, only_end) as server:
+        answer = server.complete("1+2=", logprobs=0)
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("", "stop") and choice["logprobs"]["tokens"] == ["<eos>"]
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 1, "total_tokens": 5}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_trace_is_one_that_check_trace_accepts(policy, server, tmp_path, stream):
+    rows = [c["trace"] for c in server.complete(["1+2=", "13="], trace=True, temperature=0.7, seed=1)["choices"]]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rollout = read_trace(path)
+    prompts = Prompts.from_ids([[4, 13, 5, 14], [4, 6, 14]], pad_id=0)
+    expected = unmask(policy, prompts, generator_for(1), **USUAL | {"temperature": 0.7})
+    assert rollout.tokens[rollout.completion_mask].tolist() == expected.tokens[expected.completion_mask].tolist()
+    assert torch.equal(rollout.unmask_step[:, -8:], expected.unmask_step[:, -8:])
+    report = check_trace(policy, rollout)
+    assert not report.differs and not report.faults
+
+
+def test_a_causal_models_prompt_is_scored_as_its_logits_say(causal_server):
+    policy = causal_server.batcher.policy
+    answer = causal_server.complete("1+2=3", max_tokens=1, echo=True, logprobs=1)
+    found = answer["choices"][0]["logprobs"]
+    ids = torch.tensor([policy.tokenizer.encode("1+2=3", add_special_tokens=False)])
+    with torch.no_grad():
+        scores = policy.logits(ids, torch.ones_like(ids, dtype=torch.bool))[0].log_softmax(-1)
+    by_hand = [scores[i, ids[0, i]].item() for i in range(1, 5)]
+    assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+    torch.testing.assert_close(torch.tensor(found["token_logprobs"][1:5]), torch.tensor(by_hand))
+    for place in range(1, 5):
+        best = policy.tokenizer.decode([int(scores[place].argmax())])
+        assert max(found["top_logprobs"][place], key=found["top_logprobs"][place].get) == best
+    assert found["tokens"][:5] == [*"1+2=3"] and found["text_offset"] == [*range(len(found["tokens"]))]
+    assert answer["choices"][0]["text"].startswith("1+2=3")
+
+
+def test_a_scored_prompt_is_followed_by_one_token_also_if_that_is_the_end():
+    """lm-eval cuts the last log-prob off, as that of the one token that it has to ask for."""
+    policy = causal()
+    only_end = tuple(i for i in range(policy.vocab_size) if i not in policy.spec.eos_ids)
+    with running(policy, {"suppress": only_end}) as server:
+        answer = server.complete("1+2=3", max_tokens=1, echo=True, logprobs=1)
+    found = answer["choices"][0]["logprobs"]
+    assert found["tokens"] == [*"1+2=3", "<eos>"] and found["token_logprobs"][1:-1] != [0] * 4
+    assert {len(values) for values in found.values()} == {6} and answer["choices"][0]["text"] == "1+2=3"
+
+
+def test_a_causal_model_completes_as_its_sampler(causal_server):
+    policy = causal_server.batcher.policy
+    prompts = Prompts.from_ids([policy.tokenizer.encode("1+2=", add_special_tokens=False)], pad_id=policy.pad_id)
+    rollout = autoregress(policy, prompts, generator_for(4), max_new_tokens=6, temperature=0.7)
+    answer = causal_server.complete("1+2=", seed=4, temperature=0.7, logprobs=0)
+    found = answer["choices"][0]["logprobs"]["token_logprobs"]
+    assert found == rollout.logprobs[rollout.completion_mask].tolist()[: len(found)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "said"),
+    [
+        ({"model": "gpt-4"}, 404, "model", "model='gpt-4' is not served here; use model='tiny'"),
+        ({"prompt": None}, 400, "prompt", "prompt must be a text"),
+        ({"prompt": []}, 400, "prompt", "prompt must be a text"),
+        ({"prompt": [1.5]}, 400, "prompt", "neither a text nor a list of token ids"),
+        ({"prompt": [[999]]}, 400, "prompt", "token ids must lie in [0, 15)"),
+        ({"prompt": "word"}, 400, "prompt", "cannot be tokenized"),
+        ({"prompt": "1" * 80}, 400, "prompt", "exceed the model's 64 positions"),
+        ({"max_tokens": 62}, 400, "max_tokens", "exceed the model's 64 positions; shorten them"),
+        ({"max_tokens": 50}, 400, "max_tokens", "max_tokens=50 is above the server's 40"),
+        ({"max_tokens": 0}, 400, "max_tokens", "max_tokens=0 needs echo=true and logprobs=1"),
+        ({"max_tokens": True}, 400, "max_tokens", "max_tokens=true must be a whole number"),
+        ({"temperature": "hot"}, 400, "temperature", 'temperature="hot" must be a number from 0 to 2'),
+        ({"temperature": -1}, 400, "temperature", "must be a number from 0 to 2"),
+        ({"top_p": 0}, 400, "top_p", "must be a number above 0 and at most 1"),
+        ({"n": 0}, 400, "n", "must be a whole number from 1 to 128"),
+        ({"n": 100}, 400, "n", "1 prompts x n=100 are 100 completions; ask for 64"),
+        ({"best_of": 3}, 400, "best_of", "best_of=3 must be n=1"),
+        ({"stop": ["a"] * 5}, 400, "stop", "must be a text or up to 4 texts"),
+        ({"logprobs": 5}, 400, "logprobs", "records the log-prob of the chosen token only; use 0"),
+        ({"logprobs": 1, "temperature": 1}, 400, "logprobs", "use 0, or 1 at temperature 0"),
+        ({"logprobs": 1, "echo": True}, 400, "echo", "the likelihood of a prompt under a diffusion model"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias", 'logit_bias={"5": 1} is not supported by this server'),
+        ({"suffix": "3"}, 400, "suffix", "is not supported by this server; leave it out"),
+        ({"min_p": 0.1}, 400, "min_p", "min_p=0.1 is not supported by this server; leave it out"),
+        ({"rank": "best"}, 400, None, "rank='best' is not one of confidence"),
+        ({"commit": "threshold=x"}, 400, None, "'x' is not a number"),
+        ({"diffusion_steps": 9}, 400, None, "diffusion_steps=9 is more than the 8 tokens"),
+        ({"cache": "block"}, 400, None, "is not for 'full' attention"),
+        ({"commit": "remask=0.5", "trace": True}, 400, "trace", "this sampler rewrites tokens"),
+    ],
+)
+def test_what_cannot_be_fulfilled_is_refused_in_a_line(policy, fields, status, param, said, request):
+    server = request.getfixturevalue("limited")
+    found, answer = server.ask("/v1/completions", {"prompt": "1+2="} | fields)
+    error = answer["error"]
+    assert (found, error["param"], error["code"]) == (status, param, status)
+    assert said in error["message"] and "\n" not in error["message"]
+    assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+
+
+@pytest.fixture(scope="module")
+def limited(policy):
+    with running(policy, limits=Limits(max_tokens=40, max_waiting=64)) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"messages": []}, "messages must be a list of objects"),
+        ({"messages": [{"role": "user"}]}, "neither text nor chat messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "is no text; give text"),
+        ({"tools": [{"type": "function"}]}, "tools=[{"),
+        ({"top_logprobs": 2, "logprobs": True}, "top_logprobs: the sampler records"),
+    ],
+)
+def test_what_cannot_be_fulfilled_of_a_chat_is_refused(server, fields, said):
+    messages = [{"role": "user", "content": "1"}]
+    status, answer = server.ask("/v1/chat/completions", {"messages": messages} | fields)
+    assert status == 400 and said in answer["error"]["message"]
+
+
+def test_a_tokenizer_without_a_template_cannot_chat(causal_server):
+    status, answer = causal_server.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "1"}]})
+    assert status == 400 and "the tokenizer has no chat template; give plain text" in answer["error"]["message"]
+
+
+def test_a_model_of_random_tokens_completes_in_whole_canvases_and_the_rest_is_cut():
+    policy = tiny_diffusion_gemma(characters="0123456789+=", canvas_length=8)
+    prompts = Prompts.from_ids([[4, 13, 5, 14]], pad_id=policy.pad_id)
+    rollout = renoise(policy, prompts, generator_for(3), max_new_tokens=16)
+    with running(policy, {"max_new_tokens": 8, "temperature": None}) as server:
+        answer = server.complete("1+2=", seed=3, max_tokens=10, temperature=0, logprobs=0)
+        status, refused = server.ask("/v1/completions", {"prompt": "1", "temperature": 1})
+        traced, why = server.ask("/v1/completions", {"prompt": "1", "trace": True})
+    ids = rollout.tokens[0, -16:-6].tolist()
+    ends = [i for i, token in enumerate(ids) if token in policy.spec.eos_ids]
+    ids = ids[: ends[0] + 1] if ends else ids
+    assert answer["choices"][0]["logprobs"]["tokens"] == [policy.tokenizer.decode([token]) for token in ids]
+    assert answer["usage"]["completion_tokens"] == len(ids)
+    assert status == 400 and "temperature=1.0 is no setting of renoise" in refused["error"]["message"]
+    assert traced == 400 and "rewrites tokens" in why["error"]["message"]
+
+
+def test_a_setting_of_another_sampler_is_refused(causal_server):
+    status, answer = causal_server.ask("/v1/completions", {"prompt": "1", "diffusion_steps": 2})
+    assert status == 400 and "diffusion_steps=2 is no setting of autoregress" in answer["error"]["message"]
+
+
+def test_harmless_fields_and_nulls_change_nothing(server):
+    plain = server.complete("1+2=", seed=1, temperature=1)
+    more = server.complete(
+        "1+2=",
+        seed=1,
+        temperature=1,
+        user="me",
+        logit_bias={},
+        suffix=None,
+        frequency_penalty=0.0,
+        tools=None,
+        best_of=1,
+    )
+    assert more["choices"] == plain["choices"]
+
+
+def test_openais_client_raises_the_line(client):
+    with pytest.raises(APIStatusError, match="temperature=3") as error:
+        client.completions.create(model="tiny", prompt="1", temperature=3)
+    assert error.value.status_code == 400 and error.value.param == "temperature"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"n": NaN}', b"[" * 100000])
+def test_a_body_that_is_no_object_is_refused(server, body):
+    status, answer = server.ask("/v1/completions", body)
+    assert status == 400 and "the body is" in answer["error"]["message"]
+
+
+def test_control_characters_of_a_request_do_not_come_back(server):
+    _, answer = server.ask("/v1/completions", {"prompt": "1", "model": "\x1b[2J\ud800"})
+    assert "\x1b" not in answer["error"]["message"] and "\ud800" not in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("defaults", "fields", "steps"),
+    [
+        ({"max_new_tokens": 16, "diffusion_steps": 4}, {"max_tokens": 16}, None),  # the server's own
+        ({"max_new_tokens": 16, "diffusion_steps": 4}, {"max_tokens": 8}, 2),
+        ({"max_new_tokens": 16, "diffusion_steps": 4}, {"max_tokens": 10}, 3),
+        ({"max_new_tokens": 16, "diffusion_steps": 4}, {"max_tokens": 32}, 8),
+        ({"max_new_tokens": 16, "diffusion_steps": 4, "block_size": 4}, {"max_tokens": 17}, 5),
+        ({"max_new_tokens": 16, "diffusion_steps": 4}, {"max_tokens": 8, "diffusion_steps": 7}, 7),
+        ({"max_new_tokens": 16}, {"max_tokens": 8}, None),  # one per token
+    ],
+)
+def test_steps_keep_the_tokens_of_a_step(policy, defaults, fields, steps):
+    data = json.dumps({"prompt": "1+2="} | fields).encode()
+    request = read_request(data, policy, defaults, Limits(), name="tiny", is_chat=False)
+    assert dict(sampler_settings(policy, request, defaults)).get("diffusion_steps") == steps
+
+
+def test_rules_of_a_request_replace_the_servers(policy, server):
+    prompts = Prompts.from_ids([[4, 13, 5, 14]], pad_id=0)
+    rule = partial(threshold, tau=0.2)
+    rollout = unmask(policy, prompts, generator_for(1), **USUAL | {"temperature": 1.0, "commit": rule})
+    (choice,) = server.complete("1+2=", seed=1, temperature=1, commit="threshold=0.2", trace=True)["choices"]
+    assert choice["trace"]["forwards"] == rollout.forwards < 8
