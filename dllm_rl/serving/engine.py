@@ -5,7 +5,7 @@ import inspect
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,16 @@ from dllm_rl.models.merge import own_tensors
 from dllm_rl.models.serialization import deserialize, record_from_json, serialize
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers import sampler_for
-from dllm_rl.samplers.cache import Cache
 from dllm_rl.samplers.records import as_rank
-from dllm_rl.samplers.rules import max_prob, schedule
+from dllm_rl.samplers.unmask import unmask
 from dllm_rl.serving.settings import known_settings, write_settings
 from dllm_rl.types import Prompts, Rollout
 
 TOKEN_VARIABLE = "DLLM_RL_TOKEN"
+# The command line and the checks of a recipe read the signature of its sampler.
+SERVED = inspect.Signature(
+    [each for name, each in inspect.signature(unmask).parameters.items() if name not in ("compile_step", "on_step")]
+)
 
 
 @configurable
@@ -176,53 +179,27 @@ def _logits(
 
 
 @torch.no_grad()
-def served(  # noqa: PLR0913
-    policy: Policy,
-    prompts: Prompts,
-    generator: Generator,
-    *,
-    max_new_tokens: int,
-    diffusion_steps: int | None = None,
-    block_size: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    suppress: tuple[int, ...] = (),
-    rank: Callable = max_prob,
-    commit: Callable = schedule,
-    cache: Cache | None = None,
-    approximate_early_exit: bool = False,
-    confidence_radius: int | None = None,
-) -> Rollout:
+def served(policy: Policy, prompts: Prompts, generator: Generator, **settings: Any) -> Rollout:
     """Let a server complete every prompt `prompts.group_size` times, by `unmask` or, for a causal model, `autoregress`.
 
-    Use it as `Recipe.sampler` with `rollout_engine=http_engine(...)`. The arguments are those of `unmask`. For a causal
-    model, only max_new_tokens, temperature, top_k, top_p and suppress may be set.
+    Use it as `Recipe.sampler` with `rollout_engine=http_engine(...)`.
 
     Args:
         policy: Policy of `http_engine`.
         prompts: Left-padded prompts.
         generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
-        max_new_tokens: Number of new tokens.
-        diffusion_steps: Number of steps per completion. None: one step per position.
-        block_size: Number of positions of a block. None: all positions, or the policy's block size.
-        temperature: Temperature of the token draw. 0 takes the likeliest token.
-        top_k: Sample only from the k likeliest tokens. None: all.
-        top_p: Sample only from the smallest set of likeliest tokens with this probability. None: all.
-        suppress: Token ids that are never sampled.
-        rank: Function of the library that scores positions.
-        commit: Rule of the library that chooses the positions that a step writes.
-        cache: `block_cache()`, `prefix_cache()` or `dual_cache()`. None recomputes every position in every step.
-        approximate_early_exit: End a row after the block with its end token (full attention only).
-        confidence_radius: Record the change of confidence that each written token caused within this distance.
+        settings: Keywords of `unmask` except compile_step and on_step. For a causal model, only max_new_tokens,
+            temperature, top_k, top_p and suppress may be set.
 
     Returns:
         The rollout that the sampler would make in this process.
 
     Raises:
+        TypeError: A setting is unknown, or max_new_tokens is missing.
         ValueError: The policy is not of `http_engine`, a setting is not for its model or has no name, or the server
             refuses.
     """
+    SERVED.bind(policy, prompts, generator, **settings)
     link = getattr(policy.module, "link", None)
     if not isinstance(link, Link):
         raise ValueError(
@@ -230,21 +207,7 @@ def served(  # noqa: PLR0913
         )
     if policy.spec.attention == "encoder_decoder":
         raise ValueError(f"sampler=served does not serve {policy.spec.name!r}, whose sampler is renoise")
-    given = {
-        "max_new_tokens": max_new_tokens,
-        "diffusion_steps": diffusion_steps,
-        "block_size": block_size,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "suppress": suppress,
-        "rank": rank,
-        "commit": commit,
-        "cache": cache,
-        "approximate_early_exit": approximate_early_exit,
-        "confidence_radius": confidence_radius,
-    }
-    keywords = _of_sampler(policy, given)
+    keywords = _of_sampler(policy, settings)
     seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
     tensors = {"tokens": prompts.tokens, "attention_mask": prompts.attention_mask, "seeds": seeds}
     if prompts.infill_mask is not None:
@@ -255,14 +218,19 @@ def served(  # noqa: PLR0913
         "settings": write_settings(keywords),
     }
     found, about = link.post("/rollouts", tensors, header)
-    return record_from_json(about, found, as_rank(rank).function).to(policy.device)
+    return record_from_json(about, found, as_rank(settings.get("rank", SERVED.parameters["rank"].default)).function).to(
+        policy.device
+    )
 
 
 def _of_sampler(policy: Policy, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the policy's sampler. Raise ValueError for another one's that is not at its default."""
     known = known_settings(policy)
-    defaults = {name: parameter.default for name, parameter in inspect.signature(served).parameters.items()}
+    defaults = {name: parameter.default for name, parameter in SERVED.parameters.items()}
     for name, value in given.items():
         if name not in known and value != defaults[name]:
             raise ValueError(f"{name}={value!r} is not for {sampler_for(policy).__name__}; leave it out")
     return {name: value for name, value in given.items() if name in known}
+
+
+served.__signature__ = SERVED  # type: ignore[attr-defined]

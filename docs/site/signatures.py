@@ -105,8 +105,8 @@ def with_signatures(text: str) -> str:
     text = PYI.sub("", text)
 
     def filled(match: re.Match[str]) -> str:
-        # What only explains a corrector or a loss (`truncated_weights` of `tis`) is on the site and in help().
-        if match[1].startswith("dllm_rl.algorithms.") and match[1].rpartition(".")[2] not in dllm_rl.__all__:
+        # What is no name of the package (`truncated_weights` of `tis`; ranks, which guides explain) is on the site.
+        if match[1].startswith(("dllm_rl.algorithms.", "dllm_rl.samplers.")) and match[1].rpartition(".")[2] not in dllm_rl.__all__:
             return match[0]
         return f"{match[0]}\n{block(match[1], fields='members: []' not in match[2])}\n"
 
