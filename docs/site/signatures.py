@@ -106,7 +106,10 @@ def with_signatures(text: str) -> str:
 
     def filled(match: re.Match[str]) -> str:
         # What is no name of the package (`truncated_weights` of `tis`; ranks, which guides explain) is on the site.
-        if match[1].startswith(("dllm_rl.algorithms.", "dllm_rl.samplers.")) and match[1].rpartition(".")[2] not in dllm_rl.__all__:
+        if (
+            match[1].startswith(("dllm_rl.algorithms.", "dllm_rl.samplers."))
+            and match[1].rpartition(".")[2] not in dllm_rl.__all__
+        ):
             return match[0]
         return f"{match[0]}\n{block(match[1], fields='members: []' not in match[2])}\n"
 

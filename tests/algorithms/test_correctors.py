@@ -99,7 +99,7 @@ def test_compose_takes_the_one_surrogate_that_is_brought():
     assert c.compose(c.tis(), c.Corrector(loss=mine)).loss is mine
     assert c.compose(c.tis().weight_fn, c.reject().weight_fn).loss is None
     assert c.compose() == c.no_correction()
-    with pytest.raises(ValueError, match=r"2 parts have a loss; keep one: replace\(part, loss=None\)"):
+    with pytest.raises(ValueError, match="2 parts have a loss"):
         c.compose(c.tbpo(), c.Corrector(loss=mine))
 
 

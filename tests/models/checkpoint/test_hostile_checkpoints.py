@@ -194,7 +194,7 @@ def test_suppressed_tokens(causal):
     def sample(suppress):
         return sampler(policy, prompts, generator_for(0), max_new_tokens=2, temperature=1.0, suppress=suppress)
 
-    with pytest.raises(ValueError, match=f"suppress names all {policy.vocab_size} tokens"):
+    with pytest.raises(ValueError, match=f"suppress .* all {policy.vocab_size} tokens"):
         sample(tuple(range(policy.vocab_size)))
     with pytest.raises(ValueError, match="suppress=99 is no token"):
         sample((99,))
