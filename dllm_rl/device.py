@@ -38,7 +38,7 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def send(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+def copy_to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Copy tensors of one dtype from the host to the device."""
     if device.type != "cuda":
         return tuple(x.to(device) for x in tensors)

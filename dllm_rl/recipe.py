@@ -565,7 +565,7 @@ class Recipe(Settings):
                 "use_bias_correction_kl=True corrects a KL term, and beta=0 has none: set beta above 0",
             ),
             (
-                self.old_logprobs == "rollout" and self.corrector.weighs,
+                self.old_logprobs == "rollout" and self.corrector.has_weight_fn,
                 "old_logprobs='rollout' divides by the rollout's probabilities, which corrects the mismatch, and a "
                 "corrector's weights would correct it a second time: use corrector=no_correction(), a corrector "
                 "without weight_fn, or old_logprobs='recompute'",

@@ -100,6 +100,7 @@ RENAMED = {
     "Corrector.aggregate": "loss_reduction",
     "Corrector.made_by": "factory",
     "Corrector.surrogate": "loss",
+    "Corrector.weighs": "has_weight_fn",
     "Events.by_draws": "depends_on_tokens",
     "FamilySpec.ignored": "ignored_tensors",
     "FamilySpec.names": "tensor_names",

@@ -362,7 +362,7 @@ class Corrector:
         check_bound((self.weight_fn, self.loss, self.loss_reduction))
 
     @property
-    def weighs(self) -> bool:
+    def has_weight_fn(self) -> bool:
         """Whether `weight_fn` was set, so that it may change weights or the loss mask."""
         return function_of(self.weight_fn) is not unit_weights
 
@@ -594,7 +594,7 @@ def compose(*parts: Corrector | WeightFn) -> Corrector:
         )
     # An objective brings its reduction; reductions of parts without an objective are ignored.
     loss_source = with_loss[0] if with_loss else no_correction()
-    weight_fns = tuple(corrector.weight_fn for corrector in correctors if corrector.weighs)
+    weight_fns = tuple(corrector.weight_fn for corrector in correctors if corrector.has_weight_fn)
     if len(weight_fns) > 1:
         weight_fn: WeightFn = partial(combine_weights, weight_fns=weight_fns)
     else:

@@ -1,19 +1,22 @@
 """`dllm-rl grade`: grades stored completions from any source, by one protocol or by every rule of the task."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from dllm_rl.evaluation.grading import grade_by_every_rule, grade_file
+from dllm_rl.files import read_json
 from dllm_rl.screen import NARROW, literal
 
 MOST_PAIRS = 12  # pairs of rules on the screen
 
 
-def grade_command(file: str, *, task: str, protocol: str, as_json: bool) -> None:
+def grade_command(file: str, *, task: str | None, protocol: str, as_json: bool) -> None:
     """Print the grades as JSON, or for protocol="all" tables of every rule and of rows in which two rules differ."""
+    task = task or recorded_task(Path(file))
     if protocol != "all":
         print(json.dumps(grade_file(file, task=task, protocol=protocol)))
         return
@@ -26,6 +29,20 @@ def grade_command(file: str, *, task: str, protocol: str, as_json: bool) -> None
     console.print(differences_table(graded) if graded["differences"] else "every rule gives every row the same verdict")
     for protocol, why in graded["not_graded"].items():
         console.print(literal(f"not graded under {protocol}: {why}"), soft_wrap=True)
+
+
+def recorded_task(file: Path) -> str:
+    """Return the task of completions that `dllm-rl evaluate --output_dir` stored, from the results.json beside them.
+
+    Raises:
+        ValueError: No results.json beside the file names it.
+    """
+    results = file.parent / "results.json"
+    rows = read_json(results) if results.is_file() else []
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict) and row.get("completions") == file.name and isinstance(row.get("task"), str):
+            return row["task"]
+    raise ValueError(f"task=None, and no results.json beside {str(file)!r} names it; give --task")
 
 
 def rules_table(graded: dict[str, Any], file: str) -> Table:

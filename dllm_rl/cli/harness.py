@@ -13,7 +13,7 @@ from dllm_rl.evaluation.lm_eval import HarnessModel
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.by_name import READERS, read_rank, required_rank
 
-from lm_eval.__main__ import cli_evaluate  # isort: skip - after HarnessModel, whose module says what to install
+from lm_eval.__main__ import cli_evaluate  # isort: skip - after HarnessModel, whose import says what to install if lm_eval is missing
 from lm_eval.api.registry import register_model  # isort: skip
 
 
@@ -24,7 +24,7 @@ class CommandLineModel(HarnessModel):
     The harness calls it with the names in --model_args, and adds batch_size, max_batch_size and device.
 
     Args:
-        pretrained: A checkpoint's or a run's folder, or a hub's id.
+        pretrained: Folder of a checkpoint or of a run, or a model id on the Hugging Face Hub.
         likelihood: Name of an estimator; its settings are given as likelihood.NAME=VALUE. None (default): causal for a
             causal model, else elbo.
         options: Settings of the sampler, with rank, commit and cache as in `dllm-rl sample`.

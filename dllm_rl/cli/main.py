@@ -308,7 +308,7 @@ def add_grade(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("grade", help="grade stored completions from any source")
     formats = "a .jsonl file of `completion` and the task's fields or a `reference`; d1's .json; lm-eval's samples"
     sub.add_argument("file", help=formats)
-    sub.add_argument("--task", required=True, help=_either(PROTOCOLS))
+    sub.add_argument("--task", help=f"{_either(PROTOCOLS)} (default: that of the results.json beside the file)")
     names = _either([*protocol_names(), "all"], default="strict")
     sub.add_argument(
         "--protocol",

@@ -62,7 +62,7 @@ def complete(
         with live_view(policy, texts, seconds_per_step) as show_step:
             rollout = sampler(policy, prompts, generator_for(seed), on_step=show_step)
     seconds = time.perf_counter() - began
-    record = to_record(policy, rollout, texts, seconds=seconds, is_filled=problems[0].blank is not None)
+    record = to_record(policy, rollout, texts, seconds=seconds, has_blanks=problems[0].blank is not None)
     dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
     device = f"{policy.device}, {device_name(policy.device)}"
     date = datetime.now().astimezone().isoformat(" ", "seconds")
@@ -70,7 +70,7 @@ def complete(
 
 
 def to_problem(text: str | Problem, *, chat: bool, blank: str | None) -> Problem:
-    """Make a problem of a text; return a problem unchanged.
+    """Convert a text to a `Problem`. A `Problem` is returned unchanged.
 
     With `chat` the text is a user's message. Each occurrence of `blank` in it marks one token to fill in.
     """
@@ -130,10 +130,13 @@ def print_record(record: dict[str, Any], *, as_json: bool) -> None:
 
 
 def to_record(
-    policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: float | None = None, is_filled: bool = False
+    policy: Policy, rollout: Rollout, prompts: Sequence[str], *, seconds: float | None = None, has_blanks: bool = False
 ) -> dict[str, Any]:
-    """Return a rollout as plain data: prompt, completion (with `is_filled` the full text) and tokens of each row."""
-    completions = filled(policy, rollout) if is_filled else decode(policy, rollout)
+    """Return a rollout as plain data: prompt, completion and tokens of each row.
+
+    With `has_blanks`, a completion is the full text, blanks filled in.
+    """
+    completions = filled(policy, rollout) if has_blanks else decode(policy, rollout)
     columns = zip(prompts, completions, written_tokens(policy, rollout), strict=True)
     rows = [{"prompt": prompt, "completion": completion, "tokens": tokens} for prompt, completion, tokens in columns]
     count = int(rollout.completion_mask.sum())

@@ -97,7 +97,7 @@ def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, floa
     return means
 
 
-def waited(stage: str, accelerator: Accelerator) -> Metrics:
+def wait_metrics_of(stage: str, accelerator: Accelerator) -> Metrics:
     """waiting/STAGE: the seconds that this process waits here for the slowest. Empty with one process."""
     if accelerator.num_processes == 1:
         return {}

@@ -13,7 +13,7 @@ from dllm_rl.evaluation.results import Evaluation, GradedAnswer
 from dllm_rl.members import describe
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.uneven import join_uneven_forwards
-from dllm_rl.models.tokens import chosen_ids, costs_of, encode, graded_texts
+from dllm_rl.models.tokens import completion_token_ids, costs_of, encode, texts_to_grade
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Cost, Problem, Task, grade
 from dllm_rl.types import Rollout
@@ -118,8 +118,8 @@ def complete(
     rollout = sampler(policy, prompts, generator_for(seed, "evaluate"))
     if not rollout.logprobs.isfinite().all():
         raise ValueError("the model's log-probabilities are not finite (NaN or infinity): nothing can be evaluated")
-    completion_ids = chosen_ids(rollout)
-    texts = graded_texts(policy, rollout, problem_list, completion_ids)
+    completion_ids = completion_token_ids(rollout)
+    texts = texts_to_grade(policy, rollout, problem_list, completion_ids)
     # The forwards and the seconds of the batch are divided equally among its rows, so that their sum over all rows is
     # the cost of the evaluation.
     batch_share = {"forwards": rollout.forwards / len(keys), "seconds": (time.perf_counter() - start_time) / len(keys)}

@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
-from dllm_rl.device import send
+from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.logprobs import backward_token_logprobs, token_logprobs
@@ -59,7 +59,7 @@ def row_chunks(rollout: Rollout, views: Views, micro_batch_size: int | None) -> 
         for chunk_groups in groups[is_scored[groups] != 0].split(groups_per_chunk):
             if len(chunk_groups):  # a bucket may have nothing to score
                 rows = rearrange(chunk_groups[:, None] * group_size + torch.arange(group_size), "p g -> (p g)")
-                (rows,) = send(rollout.tokens.device, rows)
+                (rows,) = copy_to_device(rollout.tokens.device, rows)
                 chunks.append(Chunk(rows, slice(bucket.start, width)))
     return chunks
 
@@ -295,7 +295,7 @@ def plan_view(
     state_index = flat_index if is_shared else scored_on_host[scored_rows].flatten().nonzero()[:, 0]
     stays = stays[flat_index]
     written = (~stays).nonzero()[:, 0]
-    indices = send(scored.device, scored_rows, state_index, flat_index, written, stays.nonzero()[:, 0])
+    indices = copy_to_device(scored.device, scored_rows, state_index, flat_index, written, stays.nonzero()[:, 0])
     rows = torch.arange(0, len(tokens), group_size, device=scored.device) if is_shared else indices[0]
     return ForwardPlan(rows, is_shared, *indices)
 

@@ -9,7 +9,7 @@ the tokens y_S,
     log P(S, y_S | state) = sum_{i in S} log p_i(y_i) + sum_{j masked, not in S} log F_j(c),
     c = min_{i in S} conf_i(y_i),   F_j(c) = sum_v p_j(v) [token v at position j ranks below S].
 c is the cutoff. Token v at j ranks below S if conf_j(v) < c. Ties go to the leftmost position: conf_j(v) = c ranks
-below S if j is to the right of the position whose confidence is c. The tag [ours] is explained in docs/methods.md.
+below S if j is to the right of the position whose confidence is c. docs/methods.md explains the tag [ours].
 """
 
 from collections.abc import Callable
@@ -72,7 +72,8 @@ def commit_cutoff(
 
     Returns:
         The lowest score that the position's step committed, +inf if the step committed nothing; whether the position is
-        to the right of the last position with this score, so that an equal score ranks below it (`highest`).
+        to the right of the rightmost committed position with this score. If so, an equal score here ranks below the
+        cutoff, because `highest` breaks ties to the left.
     """
     lowest = scores.new_full((num_steps,), torch.inf).scatter_reduce(0, steps, scores, "amin")
     lowest_columns = torch.where(scores == lowest[steps], columns, -1)  # scatter_reduce has no argmin
@@ -90,7 +91,7 @@ def draw_index(
     return descending_index(noisy_scores).masked_fill((chosen == masked).all(-1, keepdim=True), 0)
 
 
-def draw_logprobs_of_rows(
+def plackett_luce_logprobs_fixed_shape(
     scores: Float[Tensor, "B L"],
     draw_index: Int[Tensor, "B L"],
     masked: Bool[Tensor, "B L"],
@@ -120,7 +121,7 @@ def plackett_luce_logprobs(
         step_ids: A number for the step and row of each position, in ascending order.
         draw_index: Which draw of its step (0 first) chose each position.
         drawn: Indices of the positions that the step committed.
-        width: At least the number of positions of a step.
+        width: Upper limit of the number of positions that a step writes.
     """
     members, is_member = step_members(step_ids, drawn, width)
     candidates = is_member & (draw_index[members] >= draw_index[drawn, None])
@@ -152,7 +153,7 @@ def step_members(
 def state_scores(
     policy: Policy, hidden: Float[Tensor, "K D"], sampling_params: SamplingParams, rank: Callable
 ) -> Float[Tensor, " K"]:
-    """Return the scores of a rank that does not read tokens, as the sampler computes them, differentiable.
+    """Return differentiable scores, computed as in the sampler, of a rank whose scores do not depend on drawn tokens.
 
     The head runs in chunks of rows.
     """
@@ -202,11 +203,11 @@ class _StayMaskedLogprob(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         logits, ranks_below, log_total, log_marked = ctx.saved_tensors
-        is_possible = log_marked - log_total > MIN_LOGPROB
+        is_above_limit = log_marked - log_total > MIN_LOGPROB
         gradient = (logits - log_marked[:, None]).masked_fill_(~ranks_below, -torch.inf).exp_()
         gradient -= (logits - log_total[:, None]).exp_()
         gradient = gradient.mul_(grad_output[:, None])
-        return gradient.masked_fill_(~is_possible[:, None], 0), None  # an impossible row may be NaN
+        return gradient.masked_fill_(~is_above_limit[:, None], 0), None  # a row without a marked token would be NaN
 
 
 def score_stay_masked(policy: Policy, sampling_params: SamplingParams) -> Callable[..., tuple[Tensor]]:

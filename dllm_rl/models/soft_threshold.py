@@ -74,7 +74,7 @@ def set_logprobs(
         logprobs: Log-prob of the likeliest token of K positions, in nats.
         step_ids: A number for the step and row of each position, in ascending order.
         drawn: Indices of the positions that the step wrote.
-        width: At least the number of positions of a step.
+        width: Upper limit of the number of positions that a step writes.
         tau: See `samplers.rules.soft_threshold`.
         temperature: See `samplers.rules.soft_threshold`.
     """

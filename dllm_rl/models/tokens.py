@@ -257,7 +257,7 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def decode(policy: Policy, rollout: Rollout) -> list[str]:
     """Return each row's completion as text: the tokens up to the first end token, without special tokens."""
-    return decode_ids(policy, chosen_ids(rollout))
+    return decode_ids(policy, completion_token_ids(rollout))
 
 
 def decode_ids(policy: Policy, chosen: list[list[int]]) -> list[str]:
@@ -265,7 +265,7 @@ def decode_ids(policy: Policy, chosen: list[list[int]]) -> list[str]:
     return [policy.tokenizer.decode(before_end(policy, ids), skip_special_tokens=True) for ids in chosen]
 
 
-def graded_texts(policy: Policy, rollout: Rollout, problems: Sequence[Problem], chosen: list[list[int]]) -> list[str]:
+def texts_to_grade(policy: Policy, rollout: Rollout, problems: Sequence[Problem], chosen: list[list[int]]) -> list[str]:
     """Return what a task grades per row: the completion (`chosen`), or the full text of a problem with blanks."""
     texts = decode_ids(policy, chosen)
     if all(problem.blank is None for problem in problems):
@@ -292,7 +292,7 @@ def filled(policy: Policy, rollout: Rollout) -> list[str]:
     return texts
 
 
-def chosen_ids(rollout: Rollout) -> list[list[int]]:
+def completion_token_ids(rollout: Rollout) -> list[list[int]]:
     """Return the token ids of each row's completion."""
     tokens = rollout.tokens.masked_fill(~rollout.completion_mask, -1)  # so that one transfer to the host is enough
     return [[token for token in row if token >= 0] for row in tokens.tolist()]
@@ -305,7 +305,7 @@ def before_end(policy: Policy, ids: list[int]) -> list[int]:
 
 
 def costs_of(policy: Policy, rollout: Rollout, chosen: list[list[int]]) -> list[Cost]:
-    """Return each row's cost: its number of steps and of tokens. `chosen` is the result of `chosen_ids`."""
+    """Return each row's cost: its number of steps and of tokens. `chosen` is the result of `completion_token_ids`."""
     num_steps = (rollout.unmask_step.amax(-1) + 1).tolist()
     return [Cost(steps, len(before_end(policy, ids))) for steps, ids in zip(num_steps, chosen, strict=True)]
 

@@ -31,7 +31,7 @@ SHOWN = {
     "eval/loss": "held-out loss",
 }
 BLOCKS = "▁▂▃▄▅▆▇█"
-COLORS = {  # by level of `health`; "estimated" is neither good nor bad
+COLORS = {  # by level of `health`; "estimated": importance ratios are estimates, so that their ESS is not judged
     "healthy": "green",
     "mild": "yellow",
     "estimated": "",
@@ -43,7 +43,7 @@ def progress_bar(console: Console, description: str, total: int, *, completed: i
     """Return a bar of one task, for `ProgressDisplay`."""
     remaining = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
     columns = (TextColumn("{task.description:8}", markup=False), MofNCompleteColumn(), BarColumn(None), *remaining)
-    # The speed over all steps: rich's default, the last 30 s, may contain no step.
+    # Estimate the speed over all steps. Rich's default uses only the last 30 s, in which there may be no step.
     bar = Progress(*columns, console=console, expand=True, speed_estimate_period=math.inf)
     bar.add_task(escape_controls(description), total=total, completed=completed)
     return bar
@@ -99,7 +99,7 @@ class ProgressDisplay:
             self.values.append(metrics[self.curve])
         had_no_eta = self.task.time_remaining is None
         self.bar.update(self.task.id, advance=0 if close else 1)
-        if show or (had_no_eta and self.task.time_remaining):  # the first ETA does not wait for logging_steps
+        if show or (had_no_eta and self.task.time_remaining):  # also as soon as an ETA is known
             self.bar.console.print(literal(self.line(metrics)), soft_wrap=True)
         if close or self.bar.finished:
             self.stage = lambda: ""
@@ -141,7 +141,10 @@ class ProgressDisplay:
 
 
 def sparkline(values: Sequence[float], *, width: int = 30) -> str:
-    """At most `width` blocks, in the order of the values, which are averaged if there are more. The highest is full."""
+    """Return at most `width` block characters. With more values than that, each block shows a mean of several.
+
+    The highest mean gets a full block.
+    """
     count = min(width, len(values))
     means = []
     for place in range(count):
@@ -155,8 +158,8 @@ def sparkline(values: Sequence[float], *, width: int = 30) -> str:
 def one_line(metrics: dict[str, float], *, direction: float = 0.0, first_ess: float | None = None) -> str:
     """The main numbers of a step, and its `health`, with a reason unless it is healthy."""
     loss = {} if "reward" in metrics else {"loss": "loss"}  # the loss of GRPO shows no progress
-    known = loss | SHOWN | {name: name.removeprefix("warmup/") for name in metrics if name.startswith("warmup/")}
-    said = [f"{short} {metrics[name]:.3g}" for name, short in known.items() if name in metrics]
+    labels = loss | SHOWN | {name: name.removeprefix("warmup/") for name in metrics if name.startswith("warmup/")}
+    said = [f"{short} {metrics[name]:.3g}" for name, short in labels.items() if name in metrics]
     if found := health(metrics, direction=direction, first_ess=first_ess):
         subject = "updates" if found[0] == "backwards" else "mismatch"
         health_texts = {"healthy": "healthy", "estimated": found[1]}

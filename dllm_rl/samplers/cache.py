@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from dllm_rl.device import send
+from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, block_ranks, position_ids
 
 
@@ -123,7 +123,7 @@ class CachedForward:
         start = max(0, columns[0] - self.policy.spec.shift)
         fresh, keep = self._begin_step(start, columns[1], tokens.shape[1])
         if self.past is not None and len(rows) < len(self.rows):  # rows may leave, and return in the next block
-            (index,) = send(tokens.device, torch.isin(self.rows, rows).nonzero()[:, 0])
+            (index,) = copy_to_device(tokens.device, torch.isin(self.rows, rows).nonzero()[:, 0])
             self.past = map_cache(self.past, lambda x: x[index])
         self.rows = rows
         first = int(fresh[0]) + self.policy.spec.shift
@@ -161,7 +161,7 @@ class CachedForward:
         """
         module = self.policy.module
         seen = torch.cat([self.cached_columns, fresh])
-        device_rows, device_fresh, device_seen = send(tokens.device, rows, fresh, seen)
+        device_rows, device_fresh, device_seen = copy_to_device(tokens.device, rows, fresh, seen)
         # The model appends the fresh keys to a copy of the cache, so that the stored keys do not change.
         past = KVCache(config=module.config) if self.past is None else map_cache(self.past, lambda x: x)
         row_tokens, positions = tokens[device_rows], self.positions[device_rows]
@@ -173,7 +173,7 @@ class CachedForward:
             raise ValueError(f"cache={self.cache}: {type(module).__name__} keeps no keys and values; use cache=None")
         if self.past is None or len(keep) != len(self.cached_columns):
             # Keys contain their positions, so that the order in which they are stored does not matter.
-            (index,) = send(tokens.device, torch.isin(seen, keep).nonzero()[:, 0])
+            (index,) = copy_to_device(tokens.device, torch.isin(seen, keep).nonzero()[:, 0])
             self.past = map_cache(past, lambda x: x[:, :, index])
             self.cached_columns = keep
         return states

@@ -12,7 +12,7 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from dllm_rl.device import send
+from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers.rules import steps_per_block
@@ -128,7 +128,7 @@ class Canvas:
 
     def mark_finished(self, rows: Tensor, eos_ids: tuple[int, ...]) -> Tensor:
         """Mark those of `rows` that have written an end token as finished, and return them, on the host."""
-        eos, device_rows = send(self.tokens.device, torch.tensor(eos_ids, dtype=torch.long), rows)
+        eos, device_rows = copy_to_device(self.tokens.device, torch.tensor(eos_ids, dtype=torch.long), rows)
         has_eos = (torch.isin(self.completions()[device_rows], eos) & ~self.masked[device_rows]).any(-1)
         self.finished[device_rows] |= has_eos
         return rows[has_eos.cpu()]
@@ -435,7 +435,9 @@ def plan_step(canvas: Canvas, tracker: BlockTracker, seeds: Int[Tensor, " B"]) -
     steps_left = tracker.steps[rows, blocks].clamp(min=1)  # adaptive rules may take more steps than `diffusion_steps`
     # One copy has all host counts that the step needs, and the host does not wait for it.
     host_counts = (rows, blocks, steps_left, tracker.row_steps[rows], tracker.block_steps[rows, blocks])
-    device_rows, device_blocks, steps_left_on_device, row_steps, total_steps = send(canvas.tokens.device, *host_counts)
+    device_rows, device_blocks, steps_left_on_device, row_steps, total_steps = copy_to_device(
+        canvas.tokens.device, *host_counts
+    )
     in_block = canvas.block[device_rows] == device_blocks[:, None]
     masked = canvas.masked[device_rows] & in_block
     if canvas.events is None:

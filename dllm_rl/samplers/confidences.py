@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dllm_rl.device import send
+from dllm_rl.device import copy_to_device
 from dllm_rl.samplers.canvas import Canvas, StepPlan
 from dllm_rl.samplers.records import Commit, Rank
 
@@ -31,7 +31,7 @@ class ConfidenceChange:
 
     def record(self, plan: StepPlan, logprobs: Float[Tensor, "R L"], chosen: Bool[Tensor, "R L"]) -> None:
         """Record a step: the log-probs that its rank returned, in nats, and the positions that it writes."""
-        (rows,) = send(chosen.device, plan.rows)
+        (rows,) = copy_to_device(chosen.device, plan.rows)
         confidence = logprobs.exp()
         previous = self.confidence[rows]
         change = torch.where(plan.masked & (previous >= 0), confidence - previous, 0)

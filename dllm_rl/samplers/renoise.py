@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 from torch.distributions import Categorical
 
-from dllm_rl.device import send
+from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.models.denoiser import Prefix, conditioning, has_images
 from dllm_rl.models.forward.buckets import length_buckets
@@ -99,7 +99,7 @@ def renoise(  # noqa: PLR0913
     starts = prompts.attention_mask.cpu().long().argmax(-1).repeat_interleave(prompts.group_size)
     # The buckets of `likelihoods.views.row_chunks`: a row is scored at the width at which it was sampled.
     for bucket in length_buckets(starts, prompts.tokens.shape[1] + max_new_tokens, policy.device):
-        (rows,) = send(policy.device, bucket.rows)
+        (rows,) = copy_to_device(policy.device, bucket.rows)
         stop_thresholds = (stability_threshold, confidence_threshold)
         bucket_sampler = _BucketSampler(policy, record, rows, bucket.start, entropy_bound, answer, stop_thresholds)
         after_step = (lambda: on_step(record.rollout(policy))) if on_step else None

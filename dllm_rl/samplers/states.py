@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.device import send
+from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.buckets import length_buckets
 from dllm_rl.models.forward.routing import Routing, of_tokens
@@ -63,7 +63,7 @@ class SamplerForward:
             row_in_bucket[rows] = torch.arange(len(rows))
         position_buckets = row_buckets.repeat_interleave(plan.num_positions)
         bucket_positions = [(position_buckets == number).nonzero()[:, 0] for number in numbers]
-        row_in_bucket, *bucket_positions = send(plan.row.device, row_in_bucket, *bucket_positions)
+        row_in_bucket, *bucket_positions = copy_to_device(plan.row.device, row_in_bucket, *bucket_positions)
         joined: list[Tensor] = []
         for (number, rows), positions in zip(bucket_rows.items(), bucket_positions, strict=True):
             row, column = row_in_bucket[plan.row[positions]], plan.column[positions]
@@ -104,7 +104,7 @@ class SamplerForward:
         start = self.buckets[number].start
         cached = self.caches[number]
         if cached is None:
-            (device_rows,) = send(self.policy.device, rows[::rows_per_forward])
+            (device_rows,) = copy_to_device(self.policy.device, rows[::rows_per_forward])
             hidden = self.policy.hidden(canvas.tokens[device_rows, start:], canvas.attention_mask[device_rows, start:])
             return hidden, start
         begin, end = canvas.bounds[block]

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dllm_rl.device import send
+from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.forward.blocks import has_uncompiled
-from dllm_rl.models.order import commit_cutoff, draw_index, draw_logprobs_of_rows, stay_masked_logprobs
+from dllm_rl.models.order import commit_cutoff, draw_index, plackett_luce_logprobs_fixed_shape, stay_masked_logprobs
 from dllm_rl.models.support import KEPT_IDS
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers.cache import Cache, KVCache, attention_bias
@@ -122,7 +122,7 @@ class CompiledStepSampler:
                 self.tracker.row_steps[rows],
             ]
         )
-        (numbers,) = send(self.tokens.device, host)
+        (numbers,) = copy_to_device(self.tokens.device, host)
         records = {name: getattr(self.canvas, name) for name in CANVAS_FIELDS} | self.canvas.records
         past: Past | None = [] if is_full and self.cache is not None else self.past
         state = StepState(self.tokens, records, past)
@@ -260,7 +260,7 @@ def _step(
         new_values |= {"log_mass": drawn.log_mass, "ids": drawn.support}
     if step_sampler.has_order_logprob and step_sampler.adds_gumbel:
         new_values["draw"] = draw_index(commit_scores, masked, chosen)
-        new_values["order"] = draw_logprobs_of_rows(scores, new_values["draw"], masked, chosen)
+        new_values["order"] = plackett_luce_logprobs_fixed_shape(scores, new_values["draw"], masked, chosen)
     records = records | {
         name: _scatter_chosen(records[name], offset, values, chosen) for name, values in new_values.items()
     }

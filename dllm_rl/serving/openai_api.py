@@ -12,7 +12,7 @@ from typing import Any
 
 from dllm_rl.diagnostics.traces import trace_rows
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import before_end, chosen_ids, decode_ids, prompt_ids
+from dllm_rl.models.tokens import before_end, completion_token_ids, decode_ids, prompt_ids
 from dllm_rl.samplers.by_name import required_rank
 from dllm_rl.screen import line_of
 from dllm_rl.serving.batching import PromptScores
@@ -387,7 +387,7 @@ def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
     Raises:
         Refused: A trace is asked for, and the sampler rewrites tokens.
     """
-    sampled = chosen_ids(rollout)[0][: request.max_tokens]
+    sampled = completion_token_ids(rollout)[0][: request.max_tokens]
     before = before_end(policy, sampled)
     is_ended = len(before) < len(sampled)
     ids = sampled[: len(before) + is_ended]  # with the end token: clients that score count on a token for each step

@@ -12,7 +12,7 @@ from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.device import send
+from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import gather_on_host, local, swap
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.samples import Samples
@@ -35,7 +35,7 @@ def balance(recipe: Recipe, samples: Samples, accelerator: Accelerator, *, pad_i
         return samples
     rollout = samples.rollout
     row_index = local(torch.arange(samples.advantages.numel()), accelerator)
-    rollout = replace(rollout, batch_row=send(rollout.tokens.device, row_index)[0])
+    rollout = replace(rollout, batch_row=copy_to_device(rollout.tokens.device, row_index)[0])
     # Under zero_mismatch the bits of a row depend on the width of its rollout; log-probs of late rollouts are not sent.
     if recipe.zero_mismatch or samples.rollout_logprobs:
         return replace(samples, rollout=rollout)
@@ -97,7 +97,7 @@ def exchange_groups(rollout: Rollout, outgoing: dict[int, list[int]]) -> Rollout
     group_size = rollout.group_size
     rows_per_partner = [len(slots) * group_size for slots in outgoing.values()]
     slots = torch.tensor([slot for slots in outgoing.values() for slot in slots])
-    (rows,) = send(
+    (rows,) = copy_to_device(
         rollout.tokens.device, rearrange(slots[:, None] * group_size + torch.arange(group_size), "p g -> (p g)")
     )
     tensors = rollout.tensors()  # the same fields in the same order in all processes

@@ -94,7 +94,7 @@ def clip_warnings(recipe: Recipe) -> list[str]:
 def staleness_warnings(recipe: Recipe) -> list[str]:
     """Warn about stale rollouts without a bound or a corrector: see recipes/studies/late_rollouts.md."""
     is_bounded = recipe.old_logprobs == "rollout" and not lacks_upper_bound(recipe)
-    if not recipe.max_staleness or is_bounded or recipe.corrector.weighs:
+    if not recipe.max_staleness or is_bounded or recipe.corrector.has_weight_fn:
         return []
     rollout = as_written(old_logprobs="rollout")
     remedy = f"{rollout} and {dual_clip_setting(recipe)}" if lacks_upper_bound(recipe) else rollout
@@ -157,7 +157,7 @@ def likelihood_warnings(recipe: Recipe) -> list[str]:
                 f"{pair} and num_segments or num_sampled_steps: the order has a probability, which segments leave out "
                 "of the ratios; leave both at None, or use rank=max_prob or random"
             )
-    if not has_exact_ratios and recipe.corrector.weighs and recipe.has_separate_rollout_policy:
+    if not has_exact_ratios and recipe.corrector.has_weight_fn and recipe.has_separate_rollout_policy:
         warnings.append(
             f"likelihood={likelihood.name!r} gives no likelihood ratios: the mean of the corrector's weights is not 1, "
             "and they need not bring the gradient nearer to the learner's own; use trajectory(), or corrector=none"

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from rich.table import Table
 
-from dllm_rl.device import send
+from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import local
 from dllm_rl.models.tokens import written_tokens
 from dllm_rl.monitoring.log import finite
@@ -48,13 +48,13 @@ def log_completions(
     log_mismatch = torch.where(is_scored, logps.old_logprobs - logps.rollout_logprobs, 0).double().sum(-1)
     row_mismatch = torch.where(is_scored.any(-1), log_mismatch, torch.nan)  # a row that is not scored has no mismatch
     all_advantages = rearrange(trained.advantages, "p g -> (p g)")
-    (local_advantages,) = send(row_mismatch.device, local(all_advantages, run.accelerator))
+    (local_advantages,) = copy_to_device(row_mismatch.device, local(all_advantages, run.accelerator))
     row_values = torch.stack([row_mismatch, local_advantages], dim=1)
     mismatch_and_advantage = to_sampling_order(row_values, rollout, run.accelerator).tolist()
     if not log.main:  # the collective above needs all processes; only the main process does the rest
         return
     selected = best_and_worst_rows([float(answer.reward.value) for answer in answers], sampled.group_size)
-    (row_index,) = send(sampled.tokens.device, torch.tensor(selected))
+    (row_index,) = copy_to_device(sampled.tokens.device, torch.tensor(selected))
     rows_to_log = []
     for i, tokens in zip(selected, written_tokens(run.policy, sampled.rows(row_index)), strict=True):
         answer = answers[i]

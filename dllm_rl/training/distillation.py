@@ -27,7 +27,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dllm_rl.device import send
+from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import gather_on_host, local
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.estimators import causal, trajectory
@@ -112,7 +112,7 @@ def student_teacher_log_ratio(
     likelihood = causal() if teacher.spec.attention == "causal" else trajectory()
     unused_generator = torch.Generator()  # neither estimator is random
     student_logprobs = recorded(rollout, likelihood.draw_views(rollout, unused_generator))
-    (seeds,) = send(rollout.tokens.device, seeds)
+    (seeds,) = copy_to_device(rollout.tokens.device, seeds)
     if recipe.teacher_substeps > 1:
         rollout = refine_steps(rollout, seeds, num_parts=recipe.teacher_substeps)
     views = likelihood.draw_views(rollout, unused_generator)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics, off_policy_metrics, step_metrics, symptom_metrics
-from dllm_rl.device import send
+from dllm_rl.device import copy_to_device
 from dllm_rl.diagnostics.batch_invariance import check_bitwise_equal
 from dllm_rl.distributed.collectives import (
     Metrics,
@@ -29,7 +29,7 @@ from dllm_rl.distributed.collectives import (
     reduce_metrics,
     sum_gradients,
     sum_over,
-    waited,
+    wait_metrics_of,
 )
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
 from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts, with_sampled_experts
@@ -237,7 +237,7 @@ def correct(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> tupl
     all processes.
     """
     # Before `gather_rows`, which makes every process wait for the slowest.
-    wait_metrics = reduce_metrics(waited("scoring", run.accelerator), run.accelerator)
+    wait_metrics = reduce_metrics(wait_metrics_of("scoring", run.accelerator), run.accelerator)
     rows = gather_rows(run, samples, logps)
     weights, trained_metrics = apply_corrector(run.recipe.corrector, rows)
     stats = rows.stats
@@ -346,14 +346,14 @@ def make_batch(run: StepContext[Recipe], rollout: Rollout, logps: Logprobs, rows
     return Batch(
         rollout=rollout,
         views=restrict_to_groups(logps.views, is_trained_group, rollout.group_size, accelerator),
-        advantages=send(device, local(rows.stats.advantages, accelerator))[0],
+        advantages=copy_to_device(device, local(rows.stats.advantages, accelerator))[0],
         # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, and need no importance weights. With a
         # mismatch, the reward then drops a single time, while k1 and k3 rise. With recomputed old log-probs and no
         # importance weights, training collapses in stages, while k1 and k3 stay flat [digest].
         old_logprobs=logps.rollout_logprobs if run.recipe.old_logprobs == "rollout" else logps.old_logprobs,
         old_view_logprobs=logps.old_view_logprobs,
-        importance_weights=send(device, local(weights.importance_weights, accelerator)[:, :width])[0],
-        loss_mask=send(device, local(loss_mask, accelerator)[:, :width])[0],
+        importance_weights=copy_to_device(device, local(weights.importance_weights, accelerator)[:, :width])[0],
+        loss_mask=copy_to_device(device, local(loss_mask, accelerator)[:, :width])[0],
         reference_logprobs=logps.reference_logprobs,
         # Tokens that are not scored, and rows without advantage, count in the denominators, so that they add zeros to
         # the mean.
@@ -415,7 +415,7 @@ def update(
         metrics = forward_backward(
             policy, batch, view_logprobs, loss=settings.loss, likelihood=likelihood, micro_batch_size=micro_batch_size
         )
-        metrics |= waited("update", accelerator)
+        metrics |= wait_metrics_of("update", accelerator)
         sum_gradients(policy.module, accelerator)
         parameters = trainable_parameters(policy.module)
         norm = gather_if_sharded(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))

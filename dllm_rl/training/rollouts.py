@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.algorithms.advantages import has_unequal_rewards, takes_component_rewards
-from dllm_rl.device import send
+from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import (
     Metrics,
     gather_objects,
@@ -19,10 +19,10 @@ from dllm_rl.distributed.collectives import (
     local,
     reduce_metrics,
     sum_over,
-    waited,
+    wait_metrics_of,
 )
 from dllm_rl.members import describe
-from dllm_rl.models.tokens import chosen_ids, costs_of, encode, graded_texts
+from dllm_rl.models.tokens import completion_token_ids, costs_of, encode, texts_to_grade
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.tasks.base import Problem, Reward, grade, metric_fractions
@@ -61,35 +61,35 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[GradedCo
     recipe, accelerator, log, history = run.recipe, run.accelerator, run.log, run.history
     local_groups = torch.arange(recipe.train_batch_size // accelerator.num_processes)
     indices = prompt_indices(recipe, history, step)
-    rollout, answers, local_rewards, num_replaced = draw_and_grade(run, step, 0, indices, local_groups)
+    rollout, graded, local_rewards, num_too_long = draw_and_grade(run, step, 0, indices, local_groups)
     with log.stage("waiting"):  # for the other processes' rollouts and rewards
-        wait_metrics = waited("rollout", accelerator)
+        wait_metrics = wait_metrics_of("rollout", accelerator)
         # (P, G, K): the reward of each completion, then its components.
         (component_rewards,) = gather_on_host([local_rewards], accelerator)
     if history is not None:
         history.add(step, indices, component_rewards)
     rewards = component_rewards[..., 0]
-    metrics = reward_metrics(rewards, answers, accelerator) | reduce_metrics(wait_metrics, accelerator)
+    metrics = reward_metrics(rewards, graded, accelerator) | reduce_metrics(wait_metrics, accelerator)
     if recipe.max_prompt_length is not None:
-        replaced_and_drawn = (torch.tensor(float(num_replaced)), torch.tensor(float(len(local_rewards))))
-        metrics |= reduce_metrics({"frac_prompts_too_long": replaced_and_drawn}, accelerator)
+        too_long_and_drawn = (torch.tensor(float(num_too_long)), torch.tensor(float(len(local_rewards))))
+        metrics |= reduce_metrics({"frac_prompts_too_long": too_long_and_drawn}, accelerator)
     num_draws = 1
-    num_tokens = count_tokens(answers)
+    num_tokens = count_tokens(graded)
     while num_draws < recipe.max_num_gen_batches and not has_unequal_rewards(component_rewards).all():
         has_equal_rewards = ~has_unequal_rewards(component_rewards)
         indices = prompt_indices(recipe, history, step, num_draws)
         group_indices = local(has_equal_rewards, accelerator).nonzero()[:, 0]
         if len(group_indices):  # another process may have groups to redraw even if this process has none
-            redrawn_rollout, redrawn_answers, redrawn_rewards, _ = draw_and_grade(
+            redrawn_rollout, redrawn_graded, redrawn_rewards, _ = draw_and_grade(
                 run, step, num_draws, indices, group_indices
             )
             local_rewards[group_indices] = redrawn_rewards
-            num_tokens += count_tokens(redrawn_answers)
+            num_tokens += count_tokens(redrawn_graded)
             columns = torch.arange(recipe.num_generations)
             rows = rearrange(group_indices[:, None] * recipe.num_generations + columns, "p g -> (p g)")
-            for row, redrawn_answer in zip(rows.tolist(), redrawn_answers, strict=True):
-                answers[row] = redrawn_answer
-            (rows,) = send(accelerator.device, rows)
+            for row, redrawn_completion in zip(rows.tolist(), redrawn_graded, strict=True):
+                graded[row] = redrawn_completion
+            (rows,) = copy_to_device(accelerator.device, rows)
             rollout = rollout.replace_rows(rows, redrawn_rollout, pad_id=run.rollout_policy.pad_id)
         (component_rewards,) = gather_on_host([local_rewards], accelerator)
         if history is not None:
@@ -106,12 +106,12 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[GradedCo
         metrics["dynamic_sampling/frac_reward_zero_std"] = zero_std_fraction(rewards)
     advantages = compute_advantages(recipe, rewards, component_reward_arguments(recipe, component_rewards))
     samples = Samples(rollout, rewards, advantages, metric_weights=torch.ones(len(rewards), dtype=torch.double))
-    return samples, answers, metrics | compiled_graphs(recipe)
+    return samples, graded, metrics | compiled_graphs(recipe)
 
 
-def count_tokens(answers: Sequence[GradedCompletion]) -> int:
+def count_tokens(graded: Sequence[GradedCompletion]) -> int:
     """Count the tokens of the completions and of their prompts."""
-    return sum(answer.prompt_length + answer.num_tokens for answer in answers)
+    return sum(answer.prompt_length + answer.num_tokens for answer in graded)
 
 
 def compiled_graphs(recipe: Recipe) -> dict[str, float]:
@@ -134,15 +134,15 @@ def draw_and_grade(
     were replaced because they were too long.
     """
     recipe, accelerator = run.recipe, run.accelerator
-    problems, num_replaced = fit_prompts(
+    problems, num_too_long = fit_prompts(
         recipe, run.rollout_policy, local(indices, accelerator)[group_indices].tolist()
     )
     key = (recipe.seed, "rollout", step, *([draw] if draw else []))
     seeds = local(row_seeds(generator_for(*key), len(indices) * recipe.num_generations), accelerator)
     # A group's seeds depend on its index, not on how many groups are redrawn.
     group_seeds = rearrange(seeds, "(p g) -> p g", g=recipe.num_generations)[group_indices]
-    rollout, answers, rewards = sample_and_grade(run, problems, group_seeds, key)
-    return rollout, answers, rewards, num_replaced
+    rollout, graded, rewards = sample_and_grade(run, problems, group_seeds, key)
+    return rollout, graded, rewards, num_too_long
 
 
 def sample_and_grade(
@@ -178,13 +178,13 @@ def sample_and_grade(
                 f"diverged; use a learning_rate below {recipe.learning_rate:g}, or an earlier checkpoint"
             )
     with run.log.stage("reward"):
-        completion_ids = chosen_ids(rollout)
-        completions = graded_texts(rollout_policy, rollout, problems, completion_ids)
+        completion_ids = completion_token_ids(rollout)
+        completions = texts_to_grade(rollout_policy, rollout, problems, completion_ids)
         costs = costs_of(rollout_policy, rollout, completion_ids)
         row_rewards = grade(recipe.task, problems, completions, costs, timeout=recipe.reward_timeout)
         component_names = tuple(component_reward_weights(recipe))
     prompt_lengths = prompts.lengths
-    answers = []
+    graded = []
     reward_rows = []
     for row, (completion, reward) in enumerate(zip(completions, row_rewards, strict=True)):
         group = row // group_size
@@ -200,11 +200,11 @@ def sample_and_grade(
             prompt_length=prompt_lengths[group],
             forwards=costs[row].forwards,
         )
-        answers.append(answer)
+        graded.append(answer)
         # NaN marks a component that this completion lacks. `grade` has checked that all numbers fit fp32.
         component_rewards = [reward.breakdown.get(name, math.nan) for name in component_names]
         reward_rows.append([float(reward.value), *map(float, component_rewards)])
-    return rollout, answers, rearrange(torch.tensor(reward_rows, dtype=torch.float32), "(p g) k -> p g k", g=group_size)
+    return rollout, graded, rearrange(torch.tensor(reward_rows, dtype=torch.float32), "(p g) k -> p g k", g=group_size)
 
 
 def compute_advantages(
@@ -259,7 +259,7 @@ def zero_std_fraction(rewards: Float[Tensor, "P G"]) -> float:
 
 
 def reward_metrics(
-    rewards: Float[Tensor, "P G"], answers: Sequence[GradedCompletion], accelerator: Accelerator
+    rewards: Float[Tensor, "P G"], graded: Sequence[GradedCompletion], accelerator: Accelerator
 ) -> dict[str, float]:
     """Return TRL's reward and length metrics over all processes. A completion that lacks a metric is left out of that
     metric's mean.
@@ -271,18 +271,18 @@ def reward_metrics(
     completions/distinct_ratio: number of distinct texts in a group / G, mean over groups; 1/G if all completions of
     each prompt are the same.
     """
-    fractions = [metric_fractions(answer.reward) for answer in answers]
+    fractions = [metric_fractions(answer.reward) for answer in graded]
     local_names = sorted({name for row in fractions for name in row} - {"reward", "parsed"})
     # Every process must reduce the same names, in the same order.
     names = sorted(set(gather_objects(local_names, accelerator)))
-    count = torch.tensor(len(answers))
-    lengths = torch.tensor([answer.length for answer in answers])
-    num_clipped = sum(not answer.ends for answer in answers)
-    num_forwards = sum(answer.forwards for answer in answers)
+    count = torch.tensor(len(graded))
+    lengths = torch.tensor([answer.length for answer in graded])
+    num_clipped = sum(not answer.ends for answer in graded)
+    num_forwards = sum(answer.forwards for answer in graded)
     group_size = rewards.shape[1]
     num_distinct = 0
-    for start in range(0, len(answers), group_size):
-        num_distinct += len({answer.completion for answer in answers[start : start + group_size]})
+    for start in range(0, len(graded), group_size):
+        num_distinct += len({answer.completion for answer in graded[start : start + group_size]})
     sums_and_counts: Metrics = {
         "parsed": sum_fractions(fractions, "parsed"),
         "completions/mean_length": (lengths.sum(), count),

@@ -8,7 +8,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from dllm_rl.device import send
+from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import local
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
@@ -71,7 +71,7 @@ def draw_views(
 ) -> Views:
     """Draw the views of a step. Groups of weight 0 are not scored."""
     views = recipe.likelihood.draw_views(rollout, generator_for(recipe.seed, "noise", *key))
-    (local_advantages,) = send(accelerator.device, local(rearrange(advantages, "p g -> (p g)"), accelerator))
+    (local_advantages,) = copy_to_device(accelerator.device, local(rearrange(advantages, "p g -> (p g)"), accelerator))
     return restrict_to_groups(
         recipe.likelihood.with_advantages(views, local_advantages), group_weights > 0, rollout.group_size, accelerator
     )
@@ -88,4 +88,4 @@ def restrict_to_groups(
 
 def select_local_rows(is_selected: Bool[Tensor, " P"], group_size: int, accelerator: Accelerator) -> Bool[Tensor, " B"]:
     """Return the mask of this process's rows that belong to the marked groups, on its device."""
-    return send(accelerator.device, local(repeat(is_selected, "p -> (p g)", g=group_size), accelerator))[0]
+    return copy_to_device(accelerator.device, local(repeat(is_selected, "p -> (p g)", g=group_size), accelerator))[0]

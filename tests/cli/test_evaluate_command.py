@@ -121,7 +121,7 @@ def test_evaluate_and_grade_agree_and_a_second_run_makes_nothing_again(model, ca
     for protocol in ("strict", "d1"):
         again = json.loads(output(capsys, *command, "--protocol", protocol))
         graded = json.loads(
-            output(capsys, "grade", "--task", "sudoku", "--protocol", protocol, tmp_path / found["completions"])
+            output(capsys, "grade", "--protocol", protocol, tmp_path / found["completions"])  # of results.json's task
         )
         assert graded["protocol"] == protocol and {name: again[name] for name in graded} == graded
     assert found["seconds"] == again["seconds"]  # the time is that of the first run, which made the completions
@@ -221,6 +221,10 @@ def test_grade_by_hand(capsys, tmp_path):
     path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"completion": "1", "numbers": [1]}) + "\n")
     assert "theirs.jsonl, line 2: no field 'target'" in refusal(capsys, "grade", "--task", "countdown", path)
     assert "task='chess'" in refusal(capsys, "grade", "--task", "chess", path)
+    assert "task=None, and no results.json beside" in refusal(capsys, "grade", path)
+    for text in ("{}", "[3]", '[{"completions": "others.jsonl", "task": "sudoku"}]'):
+        (tmp_path / "results.json").write_text(text)
+        assert "give --task" in refusal(capsys, "grade", path)
     assert "protocol='d2' is not one of countdown's" in refusal(
         capsys, "grade", "--task", "countdown", "--protocol", "d2", path
     )

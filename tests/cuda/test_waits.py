@@ -123,7 +123,9 @@ def test_the_metrics_of_a_step_are_fetched_together(tmp_path):
     with SimulatedCuda() as cuda:
         train(recipe)
         assert cuda.waits(place="gather_on_host") == 2 and cuda.waits(place="sum_over") == 1, cuda.report()
-        assert cuda.waits(place="chosen_ids") == 5, "the rehearsal's, the step's, and those of three evaluations"
+        assert cuda.waits(place="completion_token_ids") == 5, (
+            "the rehearsal's, the step's, and those of three evaluations"
+        )
         assert cuda.waits(place="reward_metrics") == 0
         for room in ("algorithms/mismatch", "algorithms/correctors", "algorithms/advantages", "training/learner"):
             assert cuda.waits(place=room) == 0, cuda.report()

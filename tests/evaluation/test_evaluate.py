@@ -22,7 +22,7 @@ from dllm_rl.evaluation.grading import grade_file
 from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.evaluation.results import Evaluation, GradedAnswer, interval, mean, sums_by_name
 from dllm_rl.models.tiny import tiny_masked_lm
-from dllm_rl.models.tokens import before_end, chosen_ids, decode, prompt_ids
+from dllm_rl.models.tokens import before_end, completion_token_ids, decode, prompt_ids
 from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.samplers.rules import max_prob, soft_threshold
 from dllm_rl.samplers.unmask import unmask
@@ -451,11 +451,11 @@ def test_completions_end_before_the_first_end_token(policy):
     chosen = torch.tensor([[False, True, True, True, True], [False, False, True, True, True]])
     blank = torch.zeros(tokens.shape)
     rollout = Rollout(tokens, chosen | True, chosen, blank.long(), blank, group_size=1)
-    assert [before_end(policy, ids) for ids in chosen_ids(rollout)] == [[a, b], [a, b, a]]
+    assert [before_end(policy, ids) for ids in completion_token_ids(rollout)] == [[a, b], [a, b, a]]
     assert decode(policy, rollout) == ["45", "454"]
     several = copy.copy(policy)
     several.spec = replace(policy.spec, eos_ids=(policy.spec.mask_id, b))  # any of several ends it
-    assert [before_end(several, ids) for ids in chosen_ids(rollout)] == [[a], [a]]
+    assert [before_end(several, ids) for ids in completion_token_ids(rollout)] == [[a], [a]]
 
 
 def test_problems_and_rewards_are_public():

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from dllm_rl import check_policy, load_policy, make_policy, train
 from dllm_rl.models.policy import shift_states
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.models.tokens import before_end, chosen_ids, decode
+from dllm_rl.models.tokens import before_end, completion_token_ids, decode
 from dllm_rl.types import Rollout
 
 MAKERS = {
@@ -84,7 +84,7 @@ def test_a_completion_ends_before_the_first_of_several_end_tokens():
     chosen = torch.ones_like(tokens, dtype=torch.bool)
     chosen[3, 0] = False  # an end token in the prompt ends nothing
     rollout = Rollout(tokens, chosen, chosen, tokens * 0, torch.zeros(tokens.shape), group_size=1)
-    assert [before_end(policy, ids) for ids in chosen_ids(rollout)] == [[3, 5], [3], [], [3, 5, 5, 3]]
+    assert [before_end(policy, ids) for ids in completion_token_ids(rollout)] == [[3, 5], [3], [], [3, 5, 5, 3]]
     assert decode(policy, rollout) == ["ac", "a", "", "acca"]
 
 

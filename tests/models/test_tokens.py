@@ -9,16 +9,16 @@ import torch
 
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import (
-    chosen_ids,
+    completion_token_ids,
     decode,
     encode,
     filled,
-    graded_texts,
     ids_and_blanks,
     ordinary_ids,
     prompt_ids,
     special_texts,
     text_ids,
+    texts_to_grade,
     usual_length,
 )
 from dllm_rl.tasks.base import Problem
@@ -110,16 +110,16 @@ def test_the_text_of_what_is_filled_in(policy):
     own = torch.tensor([[0, 0, 1, 1, 0, 1, 1], [1, 0, 1, 0, 1, 0, 1]]).bool()
     tokens = torch.tensor(ids)
     rollout = Rollout(tokens, tokens != PAD, own, torch.where(own, 0, -1), torch.zeros(2, 7), group_size=1)
-    assert chosen_ids(rollout)[0] == [ids[0][i] for i in (2, 3, 5, 6)]
+    assert completion_token_ids(rollout)[0] == [ids[0][i] for i in (2, 3, 5, 6)]
     assert decode(policy, rollout) == ["b", "fh"]
     assert filled(policy, rollout) == ["abcde", "fghi"]
     ended = rollout.tokens.clone()
     ended[0, 5] = EOS
     assert filled(policy, replace(rollout, tokens=ended)) == ["abc", "fghi"]
     problems = [Problem("", blank="_"), Problem("")]
-    assert graded_texts(policy, rollout, problems, chosen_ids(rollout)) == ["abcde", "fh"]
+    assert texts_to_grade(policy, rollout, problems, completion_token_ids(rollout)) == ["abcde", "fh"]
     twice = rollout.rows(torch.tensor([0, 0, 1, 1]))
-    texts = graded_texts(policy, replace(twice, group_size=2), problems[::-1], chosen_ids(twice))
+    texts = texts_to_grade(policy, replace(twice, group_size=2), problems[::-1], completion_token_ids(twice))
     assert texts == ["b", "b", "fghi", "fghi"]
 
 

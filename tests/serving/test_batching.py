@@ -8,7 +8,7 @@ import pytest
 import torch
 from servers import causal, diffusion, held
 
-from dllm_rl.models.tokens import chosen_ids
+from dllm_rl.models.tokens import completion_token_ids
 from dllm_rl.serving.batching import Batcher, Call, Completion, QueueFull, ShuttingDown, sample_rows
 
 SETTINGS = (("max_new_tokens", 6), ("temperature", 1.0))
@@ -80,11 +80,11 @@ def test_everyone_gets_the_completion_that_is_theirs(make, policy):
         alone, together = (make(policy, exact_batches=exact, max_batch_size=size) for size in (1, 16))
         jobs = [[Completion([3 + i % 9] * (1 + i % 5), i, SETTINGS) for i in range(12)] for _ in range(2)]
         for one, other in zip(run(alone, jobs[0]), run(together, jobs[1]), strict=True):
-            assert chosen_ids(one) == chosen_ids(other)
+            assert completion_token_ids(one) == completion_token_ids(other)
             logprobs = [each.logprobs[each.completion_mask] for each in (one, other)]
             torch.testing.assert_close(*logprobs, **({"rtol": 0, "atol": 0} if exact else {}))
             assert one.tokens[one.attention_mask].tolist() == other.tokens[other.attention_mask].tolist()
-        assert len({tuple(chosen_ids(each.future.result())[0]) for each in jobs[0]}) > 6
+        assert len({tuple(completion_token_ids(each.future.result())[0]) for each in jobs[0]}) > 6
 
 
 def test_exact_batches_hold_prompts_of_one_length(make, batches):
