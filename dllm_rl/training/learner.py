@@ -111,6 +111,7 @@ def make_batches(run: StepContext[Recipe], scored: ScoredSamples) -> tuple[list[
     """Make a training batch for each set of views; also return metrics of the mismatch between learner and rollout."""
     samples = scored.samples
     batch, metrics = correct(run, samples, scored.logps[0])
+    # The sets after the first score only the groups that the update trains on.
     trained_samples = samples.with_metric_weights(active_groups(run.recipe, samples.advantages).double())
     later_batches = [make_later_batch(run, trained_samples, logps) for logps in scored.logps[1:]]
     order_counts, routing_counts = scored.comparison
@@ -167,7 +168,7 @@ def score(
         rollout_logprobs = recorded(rollout, views)
     elif source == "scored" and rollout_logprobs is None:
         rollout_logprobs = likelihood.logprobs(rollout_policy, rollout, views, micro_batch_size=micro_batch_size)
-        views = with_recorded_experts(views, rollout)
+        views = with_recorded_experts(views, rollout)  # unchanged if no experts were recorded
     num_forwards = len(views.coefficients) * math.prod(feature.num_forwards for feature in views.features)
     if not can_retain_graphs(recipe, policy, num_forwards=num_forwards, rows=len(rollout.tokens)):
         retain_graphs = False
