@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,10 @@ def process(checkpoint, *options, **variables):
     """The command in its own process: it, and the address that it prints."""
     command = [sys.executable, "-m", "dllm_rl.cli", "serve", checkpoint, "--port", "0", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
-    serving = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    # A shell ignores SIGINT in what it starts in the background, such as these tests, and children inherit that.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    serving = subprocess.Popen(command, env=environment, preexec_fn=heard, **pipes)
     try:
         line = serving.stderr.readline()
         found = re.search(r" at (http://127.0.0.1:\d+)/v1\n", line)
