@@ -628,6 +628,11 @@ class Recipe(Settings):
                 f"prompt_source={describe(self.prompt_source)} reads: use uniform_prompts, or rollout_workers=0",
             ),
             (
+                bool(workers) and self.rollout_engine is not None and self.rollout_engine.is_exclusive,
+                f"rollout_workers={workers} load the rollout_engine in their own processes, and it serves one process: "
+                "leave one out",
+            ),
+            (
                 bool(workers) and self.router_replay is not None,
                 f"rollout_workers={workers} with router_replay='R3' was not tried: leave one out",
             ),

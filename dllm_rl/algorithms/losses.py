@@ -14,6 +14,7 @@ batch. docs/methods.md explains the tags [paper], [digest] and [ours].
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -460,7 +461,7 @@ def policy_loss(
     }
     if batch.reference_logprobs is not None:
         keywords = {}
-        if "rollout_log_ratio" in inspect.signature(kl).parameters:
+        if isinstance(kl, partial) and kl.func is bias_corrected_kl:
             rollout_log_ratio = logps - _rollout_logprobs(batch, "bias_corrected_kl")
             keywords["rollout_log_ratio"] = torch.where(loss_mask, rollout_log_ratio, 0)
         penalty = at_tokens(kl(torch.where(loss_mask, batch.reference_logprobs - logps, 0), **keywords))

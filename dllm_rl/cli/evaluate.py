@@ -88,10 +88,10 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
                 row = {**result.summary, **result.majority(arguments.majority), **settings, **facts}
                 row |= {"completions": file.name} if file else {}
                 before = first[len(measured) - 1 :][:1]  # every model has the same plans, in the same order
-                if first or not arguments.autoregressive:
-                    found.append(row | compared(result, settings, before, arguments.models[0]))
-                else:
+                if arguments.autoregressive:
                     found.append(row | other_decoding(result, settings, measured))
+                else:
+                    found.append(row | compared(result, settings, before, arguments.models[0]))
         first = first or measured  # later models are compared with the first
     if processes.is_main_process:
         show(found, arguments)
@@ -139,6 +139,10 @@ def check(task: Task, arguments: argparse.Namespace) -> None:
         ValueError: There is no model, or `--majority` cannot be counted.
         OSError: A folder cannot be written.
     """
+    if arguments.autoregressive and len(arguments.models) > 1:
+        raise ValueError(f"--autoregressive compares two decodings of one MODEL, and {len(arguments.models)} are given")
+    if arguments.autoregressive and task[0].blank is not None:
+        raise ValueError("--autoregressive cannot fill in the blanks of this task; leave it out")
     most = max(arguments.majority, default=0)
     if not arguments.models:
         raise ValueError("evaluate needs a MODEL: a checkpoint's or a run's folder, or a hub's id")

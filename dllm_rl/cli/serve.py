@@ -65,6 +65,10 @@ def sampler_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the sampler's settings: those of the run's evaluations, or the defaults of `sample`, with the options."""
     run_sampler = sampler_or_note(arguments.model)
     options = {"max_new_tokens": 16, "temperature": 0.0} if run_sampler is None else dict(run_sampler.keywords)
+    if options.get("max_new_tokens") == 0:  # the run fills in prompts, which the server does not
+        options = {name: value for name, value in options.items() if name != "diffusion_steps"} | {"max_new_tokens": 16}
+    if arguments.max_new_tokens == 0:
+        raise ValueError("max_new_tokens=0 fills in a prompt, which the server does not do; give at least 1")
     given: dict[str, Any] = {name: getattr(arguments, name) for name in SAMPLER_OPTIONS}
     if arguments.commit is not None and arguments.rank is None:
         arguments.rank = required_rank(arguments.commit)

@@ -9,7 +9,13 @@ from traceback import walk_stack
 SHARE = 0.01  # of the time since the last look, on the processor, in any thread
 PACKAGE = f"{Path(__file__).parents[1]}/"
 # Code that waits for other processes (bounded by collective_timeout), for compilers, or for a person.
-WAITING = ("/torch/distributed/", f"{PACKAGE}distributed", "/torch/_inductor/", "/pdb.py")
+WAITING = (
+    "/torch/distributed/",
+    f"{PACKAGE}distributed",
+    f"{PACKAGE}training/late_rollouts/",
+    "/torch/_inductor/",
+    "/pdb.py",
+)
 
 
 class Motion:

@@ -24,11 +24,13 @@ class RolloutEngine:
             engine's resources must be freed together with the policy.
         sync: Function of the learner and that policy. It gives the policy the learner's new weights and version, and
             returns metrics.
+        is_exclusive: Whether the engine serves one process of a run, so that `rollout_workers` cannot load it too.
         factory: Function that made the engine, with its keywords, so that the command line can change a keyword.
     """
 
     load: Callable[[Policy], Policy]
     sync: Callable[[Policy, Policy], dict[str, float]]
+    is_exclusive: bool = False
     factory: partial | None = field(default=None, init=False, repr=False, compare=False)
 
 

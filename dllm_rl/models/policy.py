@@ -471,7 +471,8 @@ def as_causal(policy: Policy) -> AutoregressivePolicy:
     spec = replace(spec, causal_context=False, is_also_causal=False)
     causal = make_policy(module, policy.tokenizer, spec)
     assert isinstance(causal, AutoregressivePolicy), "attention='causal'"
-    causal.weights_version, causal.float32_head = policy.weights_version, policy.float32_head
+    for name in ("weights_version", "float32_head", "lora", "quantization", "quantization_report"):
+        setattr(causal, name, getattr(policy, name))
     return causal
 
 

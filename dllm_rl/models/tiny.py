@@ -18,6 +18,9 @@ PAD = "<pad>"
 MASK = "<mask>"
 EOS = "<eos>"
 NUM_HEADS = 4  # default number of attention heads of a block
+# Fields of a config that a tiny model's arguments and its tokenizer decide.
+TOKENS = ("vocab_size", "pad_token_id", "eos_token_id", "mask_token_id")
+ARGUMENTS = (*TOKENS, "hidden_size", "num_hidden_layers", "max_position_embeddings")
 GAIN = 0.7  # initial standard deviation of a block's weights, times sqrt(inputs)
 
 
@@ -129,7 +132,7 @@ def tiny_moe(
             num_experts_per_tok=2, moe_intermediate_size=128 (width between an expert's layers), rope_theta=100.
     """
     tokenizer = char_tokenizer(characters)
-    heads = config.get("num_attention_heads", NUM_HEADS)
+    heads = _num_heads(config, hidden_size)
     fields = _common_fields(tokenizer, causal, hidden_size, num_layers, max_length)
     fields |= {"num_key_value_heads": heads, "head_dim": hidden_size // heads, "is_causal": causal}
     fields |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
@@ -165,7 +168,7 @@ def tiny_diffusion_gemma(
             final_logit_softcapping=30.
     """
     tokenizer = char_tokenizer(characters)
-    heads = config.get("num_attention_heads", NUM_HEADS)
+    heads = _num_heads(config, hidden_size)
     rope = {"rope_type": "default", "rope_theta": 100.0}
     text = {
         **_common_fields(tokenizer, True, hidden_size, num_layers, max_length),
@@ -217,6 +220,14 @@ def _common_fields(
     }
 
 
+def _num_heads(config: dict[str, Any], hidden_size: int) -> int:
+    """Return the number of attention heads. Raise ValueError if it does not divide the width."""
+    heads = config.get("num_attention_heads", NUM_HEADS)
+    if heads < 1 or hidden_size % heads:
+        raise ValueError(f"num_attention_heads={heads} must divide hidden_size={hidden_size}")
+    return heads
+
+
 def _make_config(function: str, maker: Callable, fields: dict[str, Any], given: dict[str, Any]) -> Any:
     """Return transformers' config of the fields, with the given ones in place of ours.
 
@@ -226,9 +237,12 @@ def _make_config(function: str, maker: Callable, fields: dict[str, Any], given: 
     names = maker().to_dict().keys() | fields.keys()
     refuse_renamed(given, function)
     for name in given:
+        if name in ARGUMENTS:
+            raise ValueError(f"{name}={given[name]!r} follows from the other arguments of {function}; leave it out")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0)
             raise ValueError(f"{name}={given[name]!r} is not a field of {maker.__name__}; the nearest is {near[0]!r}")
+    _num_heads(given, fields["hidden_size"])
     return maker(**fields | given)
 
 

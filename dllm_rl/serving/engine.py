@@ -51,7 +51,7 @@ def http_engine(
             argument, because arguments are stored with the run.
         timeout: Seconds to wait for an answer.
     """
-    return RolloutEngine(partial(_load, Link(url, token_file, timeout)), _sync)
+    return RolloutEngine(partial(_load, Link(url, token_file, timeout)), _sync, is_exclusive=True)
 
 
 @dataclass(frozen=True)

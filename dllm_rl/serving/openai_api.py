@@ -136,7 +136,8 @@ def read_request(
         raise Refused(400, "stream_options must be an object; leave it out", "stream_options")
     temperature = fields.number("temperature", low=0, high=2)
     settings: dict[str, Any] = {"temperature": temperature, "top_p": fields.number("top_p", low=0, high=1, above=True)}
-    settings |= {key: fields.integer(key, low=1) for key in ("top_k", "diffusion_steps", "block_size")}
+    settings |= {key: fields.integer(key, low=1) for key in ("top_k", "block_size")}
+    settings["diffusion_steps"] = fields.integer("diffusion_steps", low=1, high=limits.max_tokens)
     settings |= {key: fields.text(key) for key in ("rank", "commit", "cache")}
     settings = {key: value for key, value in settings.items() if value is not None}
     if policy.spec.attention == "encoder_decoder" and not temperature:  # renoise has a schedule of temperatures
@@ -326,11 +327,15 @@ def _checked_length(
 ) -> int:
     """Return the tokens of a completion: as asked, else the server's default or what fits the model."""
     longest = max(map(len, prompts))
+    canvas = policy.spec.block_size if policy.spec.attention == "encoder_decoder" else None
     room = None if policy.spec.max_length is None else policy.spec.max_length - longest
+    if room is not None and canvas is not None:
+        room = room // canvas * canvas
     if room is not None and room < max(1, asked or 0):
+        canvases = "" if canvas is None else f", in whole canvases of {canvas},"
         raise Refused(
             400,
-            f"a prompt of {longest} tokens and max_tokens={1 if asked is None else asked} exceed the model's "
+            f"a prompt of {longest} tokens and max_tokens={1 if asked is None else asked}{canvases} exceed the model's "
             f"{policy.spec.max_length} positions; shorten them",
             "max_tokens" if room > 0 else "prompt",
         )

@@ -379,6 +379,7 @@ async def finished(
     finally:
         client_leaves.cancel()
         if not everything.done():
+            everything.add_done_callback(_ignored)
             everything.cancel()
             batcher.cancel(jobs)
     results = everything.result()
@@ -386,6 +387,12 @@ async def finished(
         if isinstance(result, BaseException):
             raise refusal_of(result) from None
     return results
+
+
+def _ignored(cancelled: "asyncio.Future[Any]") -> None:
+    """Read the outcome of jobs that nobody waits for, which asyncio would print."""
+    if not cancelled.cancelled():
+        cancelled.exception()
 
 
 async def _left(request: Request) -> None:

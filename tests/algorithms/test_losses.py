@@ -409,5 +409,7 @@ def test_an_unbiased_kl_has_the_kls_own_gradient_where_k3_has_another():
         _, _, gradient = policy_loss(logp, batch, loss_reduction=weighed, kl=kl, **options)
         (found,) = torch.autograd.grad(logp, z, gradient, retain_graph=True)
         assert torch.allclose(found, exact, atol=1e-12) == (kl is corrected)
+    for kl in (torch.square, lambda log_ratio: log_ratio**2):  # torch's functions have no signature
+        policy_loss(logp, batch, loss_reduction=weighed, kl=kl, **options)
     with pytest.raises(ValueError, match="bias_corrected_kl needs the rollout's log-probs"):
         policy_loss(logp, replace(batch, rollout_logprobs=None), loss_reduction=weighed, kl=corrected, **options)

@@ -73,6 +73,7 @@ LOOP = f"{motion.PACKAGE}training/trainer.py"
         ([COLLECTIVE, "/lib/accelerate/utils/operations.py", LOOP], True),
         ([f"{motion.PACKAGE}distributed/collectives.py", f"{motion.PACKAGE}training/learner.py", LOOP], True),
         ([f"{motion.PACKAGE}distributed/collectives.py", LOOP], True),
+        (["/lib/threading.py", f"{motion.PACKAGE}training/late_rollouts/schedule.py", LOOP], True),
         (["/lib/subprocess.py", "/lib/torch/_inductor/codecache.py", LOOP], True),
         (["/lib/threading.py", "/lib/torch/nn/modules/module.py", LOOP, "recipe.py", ELASTIC], False),
         ([f"{motion.PACKAGE}files.py", f"{motion.PACKAGE}distributed/collectives.py", LOOP, ELASTIC], False),

@@ -5,9 +5,10 @@ import torch
 from layouts import checkpoint, nemotron, write
 from repetitions import slow
 
-from dllm_rl import DiffusionPolicy, Prompts, load_policy, unmask
+from dllm_rl import DiffusionPolicy, Prompts, float8_weight_only, load_policy, unmask
 from dllm_rl.models.policy import as_causal, diffusion_from_causal
 from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.quantization.rollout_policy import quantized_copy
 
 
 @pytest.mark.parametrize("family", [slow("llama"), "qwen3", slow("smollm2")])
@@ -115,3 +116,11 @@ def test_a_model_trained_both_ways_decodes_as_its_autoregressive_checkpoint(tmp_
 def test_a_model_that_was_never_causal_is_refused():
     with pytest.raises(ValueError, match="'diffusion_lm' models do not decode from left to right"):
         as_causal(tiny_llama(characters="ab", causal=False))
+
+
+def test_a_quantized_copy_stays_one(tmp_path):
+    tiny_llama(characters="ab", causal=True).save_pretrained(tmp_path)
+    quantized = as_causal(quantized_copy(diffusion_from_causal(tmp_path), float8_weight_only()))
+    assert quantized.quantization is not None and quantized.quantization_report is not None
+    with pytest.raises(ValueError, match="a quantized copy's weights are rounded"):
+        quantized.save_pretrained(tmp_path / "copy")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm
+from dllm_rl.models.tiny import char_tokenizer, tiny_llama, tiny_masked_lm, tiny_moe
 
 
 def test_characters_come_back_as_they_were(tmp_path):
@@ -36,3 +36,28 @@ def test_first_weights_have_the_stated_deviations():
     expected = ((module.model.embed_tokens.weight, 0.3), (module.lm_head.weight, 0.1), (up, 0.7 / 96**0.5))
     for weight, std in expected:
         assert weight.std().item() == pytest.approx(std, rel=5 / (2 * weight.numel()) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"vocab_size": 3}, "vocab_size=3 follows from the other arguments of tiny_llama"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers=2 follows"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must divide hidden_size=96"),
+        ({"num_attention_heads": 5}, "num_attention_heads=5 must divide hidden_size=96"),
+        ({"num_heads": 2}, "num_heads is now num_attention_heads"),
+        ({"num_key_value_head": 2}, "not a field of LlamaConfig; the nearest is 'num_key_value_heads'"),
+    ],
+)
+def test_a_field_that_does_not_fit_is_refused(config, said):
+    with pytest.raises(ValueError, match=said):
+        tiny_llama(characters="ab", causal=True, **config)
+
+
+def test_further_fields_are_the_configs():
+    config = tiny_llama(characters="ab", causal=True, num_key_value_heads=2, rope_theta=50.0).module.config
+    assert config.num_key_value_heads == 2 and config.rope_parameters["rope_theta"] == 50.0
+    with pytest.raises(ValueError, match="intermediate_size is now moe_intermediate_size"):
+        tiny_moe(characters="ab", intermediate_size=8)
+    with pytest.raises(ValueError, match="must divide"):
+        tiny_moe(characters="ab", num_attention_heads=0)

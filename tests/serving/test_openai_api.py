@@ -17,7 +17,7 @@ from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.renoise import renoise
 from dllm_rl.samplers.rules import threshold
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.serving.openai_api import Limits, read_request, sampler_settings
+from dllm_rl.serving.openai_api import Limits, Refused, read_request, sampler_settings
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Prompts
 
@@ -236,6 +236,7 @@ def test_a_causal_model_completes_as_its_sampler(causal_server):
         ({"rank": "best"}, 400, None, "rank='best' is not one of confidence"),
         ({"commit": "threshold=x"}, 400, None, "'x' is not a number"),
         ({"diffusion_steps": 9}, 400, None, "diffusion_steps=9 is more than the 8 tokens"),
+        ({"diffusion_steps": 41}, 400, "diffusion_steps", "must be a whole number from 1 to 40"),
         ({"cache": "block"}, 400, None, "is not for 'full' attention"),
         ({"commit": "remask=0.5", "trace": True}, 400, "trace", "this sampler rewrites tokens"),
     ],
@@ -247,6 +248,19 @@ def test_what_cannot_be_fulfilled_is_refused_in_a_line(policy, fields, status, p
     assert (found, error["param"], error["code"]) == (status, param, status)
     assert said in error["message"] and "\n" not in error["message"]
     assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+
+
+def test_the_room_of_a_model_of_canvases_is_counted_in_canvases():
+    """128 positions, canvases of 16: after 100 tokens there is one canvas, after 120 none."""
+    policy = tiny_diffusion_gemma(characters="123=")
+    read = partial(
+        read_request, policy=policy, defaults={"max_new_tokens": 40}, limits=Limits(), name="m", is_chat=False
+    )
+    body = lambda size, **fields: json.dumps({"prompt": "1" * size} | fields).encode()  # noqa: E731
+    assert read(body(100)).max_tokens == read(body(100, max_tokens=16)).max_tokens == 16
+    for size, fields in ((100, {"max_tokens": 17}), (120, {}), (120, {"max_tokens": 1})):
+        with pytest.raises(Refused, match="in whole canvases of 16, exceed the model's 128 positions"):
+            read(body(size, **fields))
 
 
 @pytest.fixture(scope="module")

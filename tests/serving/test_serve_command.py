@@ -58,6 +58,7 @@ def process(checkpoint, *options, **variables):
         (["--token_file", "missing"], "error: missing: No such file or directory"),
         (["--token_file", ""], "error: token_file='' is empty"),
         (["--commit", "threshold"], "error: commit='threshold': threshold takes a number, as threshold=0.9"),
+        (["--max_new_tokens", "0"], "error: max_new_tokens=0 fills in a prompt, which the server does not do"),
         (["--cache", "best"], "error: cache='best' is not one of block, prefix, dual"),
     ],
 )

@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,10 +27,11 @@ from dllm_rl.models.lora import add_lora, lora_r16
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import max_prob, plackett_luce, random, soft_threshold
 from dllm_rl.samplers.unmask import unmask
+from dllm_rl.serving.engine import http_engine
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts import ray_pool
 from dllm_rl.training.late_rollouts.ray_pool import MAX_ATTEMPTS, RayWorkerPool, ray_workers
-from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, InProcessPool, read_pending_file
+from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, InProcessPool, PendingBatch, read_pending_file
 from dllm_rl.training.late_rollouts.serialization import deserialize, deserialize_batch, serialize, serialize_batch
 from dllm_rl.training.learner import train_step
 from dllm_rl.training.policies import build_policy, make_optimizer, resolve_rollout_engine
@@ -257,6 +260,7 @@ def test_damaged_bytes_are_refused(tmp_path):
             "teacher with max_staleness=1 and likelihood='coupled'",
         ),
         ({"rollout_workers": 1, "router_replay": "R3"}, "router_replay='R3' was not tried"),
+        ({"rollout_workers": 1, "rollout_engine": http_engine(), "rollout_quantization": None}, "serves one process"),
         ({"rollout_workers": 1, "torch_compile": True}, "torch_compile=True was not tried"),
         ({"rollout_workers": -1}, "rollout_workers=-1"),
     ],
@@ -278,6 +282,30 @@ def test_a_sharded_learner_and_a_missing_ray_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"needs Ray: pip install 'dllm_rl\[ray\]'"):
         train(recipe)
     assert not tmp_path.exists() or not any(tmp_path.iterdir())
+
+
+def test_other_learners_do_not_wait_in_an_exchange_for_the_complete_batch(tmp_path):
+    """`_batch` gives None after a quarter of collective_timeout, then the pool's batch, or its error."""
+    arrived, failure = Event(), []
+
+    class Slow(InProcessPool):
+        def result(self, step):
+            arrived.wait(60)
+            if failure:
+                raise failure.pop()
+            return b"a batch"
+
+    two = SimpleNamespace(num_processes=2)
+    context = SimpleNamespace(accelerator=two, recipe=late_recipe(tmp_path, collective_timeout=0.02))
+    rollouts = AsyncRollouts(context, Slow(), {0: PendingBatch(b"", 0), 1: PendingBatch(b"", 0)})
+    assert rollouts._batch(0) is None and rollouts._batch(0) is None
+    arrived.set()
+    rollouts.pending[0].result.result(60)
+    assert rollouts._batch(0) == b"a batch"
+    failure.append(ValueError("the grader failed"))
+    with pytest.raises(ValueError, match="the grader failed"):
+        while rollouts._batch(1) is None:
+            pass
 
 
 # --- With Ray: each test starts a cluster, and workers that import the library ----------------------------

@@ -2,9 +2,11 @@
 
 import copy
 import time
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -158,6 +160,7 @@ class PendingBatch:
     weights: bytes  # serialized
     age: int  # number of steps that the weights were trained for
     made: bytes | None = None  # the serialized batch, if it was read from a checkpoint
+    result: "Future[bytes] | None" = None  # the pool's, if a thread waits for it
 
 
 @dataclass(eq=False)
@@ -203,8 +206,10 @@ class AsyncRollouts:
     def collect(self, step: int) -> Collected:
         """Return what `training.rollouts.collect` returns for this step, from the pool or from the checkpoint."""
         run = self.context
+        batch = None
         with run.log.stage("waiting"):
-            batch = from_main(partial(self._batch, step), run.accelerator)
+            while batch is None:  # each exchange is shorter than collective_timeout, however often a job is repeated
+                batch = from_main(partial(self._batch, step), run.accelerator)
         (samples, answers, metrics), seconds = deserialize_batch(batch, run.recipe, run.accelerator.device)
         rows = local(torch.arange(len(answers)), run.accelerator)
         if len(rows) < len(answers):
@@ -215,10 +220,20 @@ class AsyncRollouts:
         metrics |= {"rollout_version": float(version), "staleness": float(run.policy.weights_version - version)}
         return samples, answers, metrics | {"time/rollout_worker": seconds}
 
-    def _batch(self, step: int) -> bytes:
+    def _batch(self, step: int) -> bytes | None:
+        """Return the batch; None if it is not ready soon and other processes wait in an exchange."""
         assert self.pool is not None, "only the main process has the batches"
-        stored_batch = self.pending[step].made
-        return self.pool.result(step) if stored_batch is None else stored_batch
+        pending_batch = self.pending[step]
+        if pending_batch.made is not None:
+            return pending_batch.made
+        if self.context.accelerator.num_processes == 1:
+            return self.pool.result(step)
+        if pending_batch.result is None:
+            pending_batch.result = Future()
+            waiter = partial(_wait_for_result, self.pool, step, pending_batch.result)
+            Thread(target=waiter, daemon=True).start()  # a daemon: it must not keep a run alive that ends
+        wait([pending_batch.result], timeout=self.context.recipe.collective_timeout / 4)
+        return pending_batch.result.result() if pending_batch.result.done() else None
 
     def publish(self, step: int, result: StepResult) -> dict[str, float]:
         """Submit one more batch, with the weights after the update of `step`; return the metrics of `split_mismatch`.
@@ -248,6 +263,13 @@ class AsyncRollouts:
                 else:
                     files[weights_name] = pending_batch.weights
         return files
+
+
+def _wait_for_result(pool: Pool, step: int, future: "Future[bytes]") -> None:
+    try:
+        future.set_result(pool.result(step))
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:  # those that `from_main` sends on
+        future.set_exception(error)
 
 
 def file_names(step: int) -> tuple[str, str]:
