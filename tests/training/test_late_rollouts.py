@@ -296,8 +296,9 @@ def test_other_learners_do_not_wait_in_an_exchange_for_the_complete_batch(tmp_pa
             return b"a batch"
 
     two = SimpleNamespace(num_processes=2)
-    context = SimpleNamespace(accelerator=two, recipe=late_recipe(tmp_path, collective_timeout=0.02))
-    rollouts = AsyncRollouts(context, Slow(), {0: PendingBatch(b"", 0), 1: PendingBatch(b"", 0)})
+    rollouts = object.__new__(AsyncRollouts)  # whose context is of a run
+    rollouts.context = SimpleNamespace(accelerator=two, recipe=late_recipe(tmp_path, collective_timeout=0.02))
+    rollouts.pool, rollouts.pending = Slow(), {0: PendingBatch(b"", 0), 1: PendingBatch(b"", 0)}
     assert rollouts._batch(0) is None and rollouts._batch(0) is None
     arrived.set()
     rollouts.pending[0].result.result(60)
@@ -365,10 +366,10 @@ def test_a_job_goes_to_the_worker_with_the_fewest_to_do(monkeypatch):
     pool = object.__new__(RayWorkerPool)
     pool.workers, pool.jobs = [None, None], {}
     for number in range(3):
-        pool.submit(number, None)
+        pool.submit(number, b"")
     for number in (0, 2):
         pool.jobs[number].future.set_result(b"a batch")
-    pool.submit(3, None)  # the other one is still at step 1's
+    pool.submit(3, b"")  # the other one is still at step 1's
     assert [job.worker for job in pool.jobs.values()] == [0, 1, 0, 0]
 
 
