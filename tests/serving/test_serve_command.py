@@ -120,7 +120,7 @@ def resident_bytes(process):
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_a_thousand_requests_of_mixed_sizes_are_all_answered_and_memory_stays(checkpoint):
     """Each answer is the one of its own prompt and seed, as asked once more afterwards one by one."""
