@@ -629,7 +629,7 @@ class Recipe(Settings):
             ),
             (
                 bool(workers) and self.rollout_engine is not None and self.rollout_engine.is_exclusive,
-                f"rollout_workers={workers} load the rollout_engine in their own processes, and it serves one process: "
+                f"rollout_workers={workers} load the rollout_engine a second time, and it serves one process: "
                 "leave one out",
             ),
             (

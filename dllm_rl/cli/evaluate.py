@@ -68,15 +68,15 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
     for model in arguments.models:
         policy = open_policy(arguments, model, device=device)
         facts["dtype"] = dtype_of(policy)
-        plans = [(policy, *each) for each in plan(policy, task, arguments)]
+        plans = plan(policy, task, arguments)
         if arguments.autoregressive:
-            causal = as_causal(policy)
-            plans += [(causal, *each) for each in autoregressive_plans(policy, task, arguments)]
+            plans += autoregressive_plans(policy, task, arguments)
         measured: list[Measured] = []
         for name, scheme in schemes.items():
-            copies = {id(each): each if scheme is None else quantized_copy(each, scheme()) for each, *_ in plans}
-            for unquantized, rules, sampler in plans:
-                sampled = copies[id(unquantized)]
+            diffusion = policy if scheme is None else quantized_copy(policy, scheme())
+            causal = as_causal(diffusion) if arguments.autoregressive else None  # shares the weights
+            for rules, sampler in plans:
+                sampled = causal if causal is not None and rules["decoding"] == "autoregressive" else diffusion
                 settings = {"quantization": name, **rules}
                 file = completions_file(arguments, sampled, task, settings)
                 title = f"{task.name}, {', '.join(map(str, [model, *settings.values()]))}"

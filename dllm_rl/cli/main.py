@@ -90,18 +90,10 @@ def sample(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_or_note, with_given
-    from dllm_rl.cli.sample import complete, print_record, to_problem
-    from dllm_rl.samplers.by_name import READERS, required_rank
+    from dllm_rl.cli.sample import complete, passed_options, print_record, to_problem
 
     run_sampler = sampler_or_note(arguments.model)
     options = {"max_new_tokens": 16, "temperature": 0.0} if run_sampler is None else dict(run_sampler.keywords)
-    if arguments.commit is not None and arguments.rank is None:
-        arguments.rank = required_rank(arguments.commit)
-    names = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "top_k", "top_p", "suppress")
-    passed = {name: getattr(arguments, name) for name in names}
-    for name, read in READERS.items():
-        text = getattr(arguments, name)
-        passed[name] = None if text is None else read(text)  # None: the run's, or the sampler's default
     chat, blank = arguments.chat, arguments.blank
     texts: list[Any] = arguments.prompts
     if not texts:
@@ -116,7 +108,7 @@ def sample(arguments: argparse.Namespace) -> None:
     record = complete(
         policy,
         problems,
-        with_given(options, passed),
+        with_given(options, passed_options(arguments)),
         group_size=arguments.group_size,
         seed=arguments.seed,
         seconds_per_step=arguments.delay if live else None,

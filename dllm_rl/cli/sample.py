@@ -1,5 +1,6 @@
 """`dllm-rl sample`: complete prompts, and show the steps in the terminal, or as JSON."""
 
+import argparse
 import inspect
 import json
 import sys
@@ -21,6 +22,7 @@ from dllm_rl.models.tokens import decode, encode, filled, written_tokens
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.by_name import READERS, required_rank
 from dllm_rl.samplers.renoise import renoise
 from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem
@@ -67,6 +69,18 @@ def complete(
     device = f"{policy.device}, {device_name(policy.device)}"
     date = datetime.now().astimezone().isoformat(" ", "seconds")
     return record | {"dtype": dtype, "device": device, "sampler": describe(sampler), "seed": seed, "date": date}
+
+
+def passed_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampler's options of a command line (`add_sampler_options`). None: the option was not passed."""
+    if arguments.commit is not None and arguments.rank is None:
+        arguments.rank = required_rank(arguments.commit)
+    names = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "top_k", "top_p", "suppress")
+    passed = {name: getattr(arguments, name) for name in names}
+    for name, read in READERS.items():
+        text = getattr(arguments, name)
+        passed[name] = None if text is None else read(text)
+    return passed
 
 
 def to_problem(text: str | Problem, *, chat: bool, blank: str | None) -> Problem:

@@ -8,15 +8,12 @@ from typing import Any
 
 from dllm_rl.cli.options import open_policy
 from dllm_rl.cli.run_settings import sampler_or_note
-from dllm_rl.cli.sample import check_options
-from dllm_rl.samplers.by_name import READERS, required_rank
+from dllm_rl.cli.sample import check_options, passed_options
 from dllm_rl.screen import escape_controls
 from dllm_rl.serving.batching import Batcher
 from dllm_rl.serving.engine import TOKEN_VARIABLE, read_token
 from dllm_rl.serving.openai_api import Limits
 from dllm_rl.serving.server import Server, ServerSettings, check_access
-
-SAMPLER_OPTIONS = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "top_k", "top_p", "suppress")
 
 
 def serve_command(arguments: argparse.Namespace) -> None:
@@ -69,13 +66,7 @@ def sampler_options(arguments: argparse.Namespace) -> dict[str, Any]:
         options = {name: value for name, value in options.items() if name != "diffusion_steps"} | {"max_new_tokens": 16}
     if arguments.max_new_tokens == 0:
         raise ValueError("max_new_tokens=0 fills in a prompt, which the server does not do; give at least 1")
-    given: dict[str, Any] = {name: getattr(arguments, name) for name in SAMPLER_OPTIONS}
-    if arguments.commit is not None and arguments.rank is None:
-        arguments.rank = required_rank(arguments.commit)
-    for name, read in READERS.items():
-        text = getattr(arguments, name)
-        given[name] = None if text is None else read(text)
-    return options | {name: value for name, value in given.items() if value is not None}
+    return options | {name: value for name, value in passed_options(arguments).items() if value is not None}
 
 
 def _family(host: str) -> socket.AddressFamily:

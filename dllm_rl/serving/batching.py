@@ -52,7 +52,7 @@ class Completion:
 
 @dataclass(eq=False)
 class Call:
-    """A job: a function of the policy, which runs alone.
+    """A call of a function of the policy, in no batch.
 
     Args:
         function: Function to call.

@@ -43,7 +43,7 @@ def http_engine(
     """Make an engine whose rollouts a server of this library makes.
 
     Use it with the sampler `served`. On a CPU, with the same version of torch and the same number of threads, a run has
-    the bits of a run that samples in its own process. A server has one run at a time, and the run one process.
+    the bits of a run that samples in the learner's process. A server serves one run at a time, of one process.
 
     Args:
         url: Address of `dllm-rl serve MODEL --allow_updates`, which must serve a model of the run's shapes.

@@ -323,27 +323,27 @@ def _check_logprobs(policy: Policy, count: int | None, score_prompt: bool, tempe
 
 
 def _checked_length(
-    policy: Policy, prompts: Sequence[Sequence[int]], asked: int | None, default: int, limits: Limits
+    policy: Policy, prompts: Sequence[Sequence[int]], requested: int | None, default: int, limits: Limits
 ) -> int:
-    """Return the tokens of a completion: as asked, else the server's default or what fits the model."""
+    """Return the tokens of a completion: as requested, else the server's default or what fits the model."""
     longest = max(map(len, prompts))
     canvas = policy.spec.block_size if policy.spec.attention == "encoder_decoder" else None
-    room = None if policy.spec.max_length is None else policy.spec.max_length - longest
-    if room is not None and canvas is not None:
-        room = room // canvas * canvas
-    if room is not None and room < max(1, asked or 0):
+    tokens_left = None if policy.spec.max_length is None else policy.spec.max_length - longest
+    if tokens_left is not None and canvas is not None:
+        tokens_left = tokens_left // canvas * canvas
+    if tokens_left is not None and tokens_left < max(1, requested or 0):
         canvases = "" if canvas is None else f", in whole canvases of {canvas},"
         raise Refused(
             400,
-            f"a prompt of {longest} tokens and max_tokens={1 if asked is None else asked}{canvases} exceed the model's "
-            f"{policy.spec.max_length} positions; shorten them",
-            "max_tokens" if room > 0 else "prompt",
+            f"a prompt of {longest} tokens and max_tokens={1 if requested is None else requested}{canvases} exceed the "
+            f"model's {policy.spec.max_length} positions; shorten them",
+            "max_tokens" if tokens_left > 0 else "prompt",
         )
-    if asked is None:
-        return min(default, limits.max_tokens, *([] if room is None else [room]))
-    if asked > limits.max_tokens:
-        raise Refused(400, f"max_tokens={asked} is above the server's {limits.max_tokens}; use less", "max_tokens")
-    return asked
+    if requested is None:
+        return min(default, limits.max_tokens, *([] if tokens_left is None else [tokens_left]))
+    if requested > limits.max_tokens:
+        raise Refused(400, f"max_tokens={requested} is above the server's {limits.max_tokens}; use less", "max_tokens")
+    return requested
 
 
 def sampler_settings(policy: Policy, request: TextRequest, defaults: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
