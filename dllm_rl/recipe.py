@@ -16,10 +16,19 @@ from dllm_rl.algorithms import advantages, correctors, losses, optimizers, promp
 from dllm_rl.algorithms.advantages import group_relative, takes_component_rewards
 from dllm_rl.algorithms.by_step import by_step
 from dllm_rl.algorithms.correctors import Corrector, no_correction
-from dllm_rl.algorithms.losses import bias_corrected_kl, kl_k3, policy_loss, ppo_clip, surrogate_inputs, token_mean
+from dllm_rl.algorithms.losses import (
+    bias_corrected_kl,
+    is_per_token,
+    kl_k3,
+    policy_loss,
+    ppo_clip,
+    surrogate_inputs,
+    token_mean,
+)
 from dllm_rl.algorithms.optimizers import adamw, linear_decay
 from dllm_rl.algorithms.prompt_sources import PromptSource, uniform_prompts
 from dllm_rl.algorithms.triage import triage
+from dllm_rl.algorithms.values import ValueModel, value_head
 from dllm_rl.bounds import Bound, check_bound
 from dllm_rl.callbacks import check_callbacks
 from dllm_rl.likelihoods import estimators
@@ -70,6 +79,7 @@ CHOICES: dict[str, dict[str, Callable]] = {
         "fake_quantize float8_dynamic float8_dynamic_emulated float8_weight_only int4_packed int4_weight_only "
         "int8_dynamic int8_weight_only",
     ),
+    "value_model": {"value_head": value_head},
     "base_rank": _STATE_ONLY,  # keyword of `plackett_luce`
 }
 
@@ -80,7 +90,7 @@ def _(help: str, default: Any = MISSING, **bound: int) -> Any:
 
 
 # Records that a function of the library makes, such as `tis()`.
-RECORDS = (Corrector, LikelihoodEstimator, PromptSource, RolloutEngine)
+RECORDS = (Corrector, LikelihoodEstimator, PromptSource, RolloutEngine, ValueModel)
 REFERENCE = "reference"  # value of `teacher`: the policy that RL started from
 DIRECTION_STEPS = 5  # steps from one measurement of `update/direction` to the next
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
@@ -411,6 +421,10 @@ class Recipe(Settings):
         "(P, G) rewards -> (P, G) advantages; a function with an argument `parts` (decoupled) also gets each component",
         group_relative,
     )
+    value_model: ValueModel | None = _(
+        "value_head: subtract a learned value from the advantage at each denoising step; None: one advantage per row",
+        None,
+    )
     loss: Callable | None = _("policy-gradient objective; None: the corrector's, if it has one, else ppo_clip", None)
     loss_reduction: Callable | None = _(
         "how the loss averages over tokens; None: the corrector's, if it has one, else token_mean", None
@@ -592,6 +606,19 @@ class Recipe(Settings):
                 "sampler.confidence_radius=10, or leave informed_masking at None",
             ),
         ]
+        if self.value_model is not None:
+            conflicts += [
+                (
+                    not self.likelihood.replays_steps,
+                    f"value_model needs a likelihood whose views are the sampler's steps, and {self.likelihood.name!r} "
+                    "has others: use trajectory() without block_size, or value_model=None",
+                ),
+                (
+                    not is_per_token(self.resolved_loss),
+                    f"value_model gives each token its advantage, and loss={describe(self.resolved_loss)} treats a "
+                    "row's tokens together: use ppo_clip, cispo or reinforce, or value_model=None",
+                ),
+            ]
         conflicts += self._async_conflicts() + self._teacher_conflicts()
         group_size = self.num_generations
         for name in ("rollout_batch_size", "micro_batch_size"):

@@ -441,6 +441,7 @@ class Logprobs:
     reference_logprobs: Float[Tensor, "B T"] | None  # under the reference policy, or None without a KL term
     views: "Views"  # with the experts that the learner replays, if any
     entropy: Float[Tensor, "B T"] | None = None  # entropy of the learner's distributions, if a corrector needs it
+    token_advantages: Float[Tensor, "B T"] | None = None  # advantages of a value model, if the recipe has one
 
 
 def alone(total: Tensor) -> Tensor:
@@ -454,7 +455,7 @@ class Batch:
 
     rollout: Rollout
     views: "Views"
-    advantages: Float[Tensor, " B"]
+    advantages: Float[Tensor, " B"]  # of the rows
     old_logprobs: Float[Tensor, "B T"]  # denominator of the ratios; the rollout's log-probs with old_logprobs="rollout"
     old_view_logprobs: Float[Tensor, "N B T"]  # the learner's, per mask; saves the first inner step's forwards
     importance_weights: Float[Tensor, "B T"]  # detached importance weights of the corrector
@@ -463,6 +464,7 @@ class Batch:
     num_tokens: int  # denominators of the loss, over the global batch
     num_sequences: int
     rollout_logprobs: Float[Tensor, "B T"] | None = None  # log-probs under the policy that sampled; None: unknown
+    token_advantages: Float[Tensor, "B T"] | None = None  # the loss takes them in place of `advantages` if they are set
     sum_over_processes: Callable[[Tensor], Tensor] = alone  # sums a tensor over all processes, on its device
 
 

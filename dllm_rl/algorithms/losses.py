@@ -387,6 +387,35 @@ def surrogate_keywords(surrogate: Callable[..., Tensor], batch: Batch) -> dict[s
     return keywords
 
 
+def of_tokens(
+    surrogate: Callable[..., Tensor],
+    log_ratio: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    **keywords: Any,
+) -> Float[Tensor, "B T"]:
+    """Call a surrogate that treats each token by itself (`is_per_token`) with an advantage for each token: every token
+    is a row.
+    """
+    flat_keywords = {name: x.reshape(-1, 1) if isinstance(x, Tensor) else x for name, x in keywords.items()}
+    objective = surrogate(log_ratio.reshape(-1, 1), advantages.flatten(), mask.reshape(-1, 1), **flat_keywords)
+    return objective.view_as(log_ratio)
+
+
+def is_per_token(surrogate: Callable[..., Tensor]) -> bool:
+    """Return whether a surrogate treats each token by itself, so that the tokens of a row may have different
+    advantages: whether rows of three tokens and rows of one token give the same objective.
+    """
+    log_ratio = torch.linspace(-0.9, 0.7, 12, dtype=torch.float64).view(4, 3)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    inputs = {"old_logprobs": log_ratio - 1, "log_mismatch": log_ratio / 3, "sum_over_processes": lambda total: total}
+    keywords = {name: inputs[name] for name in surrogate_inputs(surrogate)}
+    together = surrogate(log_ratio, advantages, mask, **keywords)
+    apart = of_tokens(surrogate, log_ratio, advantages[:, None].expand(4, 3), mask, **keywords)
+    return bool(torch.allclose(together.expand(4, 3), apart))
+
+
 def _rollout_logprobs(batch: Batch, user: str) -> Float[Tensor, "B T"]:
     """Return the rollout's log-probs. Raise ValueError, which names their `user`, if the batch has none."""
     if batch.rollout_logprobs is None:
@@ -436,7 +465,13 @@ def policy_loss(
     coefficient = loss_reduction(loss_mask, num_tokens=batch.num_tokens, num_sequences=batch.num_sequences)
     # Not multiplied by the mask: infinities outside the mask would have a NaN gradient.
     log_ratio = torch.where(loss_mask, logps - batch.old_logprobs, 0)
-    objective = surrogate(log_ratio, batch.advantages, loss_mask, **surrogate_keywords(surrogate, batch))
+    keywords = surrogate_keywords(surrogate, batch)
+    if batch.token_advantages is None:
+        advantages = batch.advantages[:, None]
+        objective = surrogate(log_ratio, batch.advantages, loss_mask, **keywords)
+    else:
+        advantages = batch.token_advantages
+        objective = of_tokens(surrogate, log_ratio, advantages, loss_mask, **keywords)
     flat_index = loss_mask.flatten().nonzero()[:, 0]  # computed once: on a GPU the host waits for the number of tokens
 
     def at_tokens(values: Tensor) -> Tensor:
@@ -445,9 +480,9 @@ def policy_loss(
     loss = -at_tokens(coefficient * batch.importance_weights * objective).sum()
     (gradient,) = torch.autograd.grad(loss, logps)
 
-    positive = (batch.advantages > 0)[:, None]
+    positive = advantages > 0
     # Tokens with a zero advantage or a zero weight never have a gradient, so that they say nothing about the clip.
-    counted = loss_mask & (batch.advantages != 0)[:, None] & (batch.importance_weights != 0)
+    counted = loss_mask & (advantages != 0) & (batch.importance_weights != 0)
     clipped = counted & (gradient == 0)  # true of every surrogate, whatever its clip
     count = counted.sum()
     num_positive = (counted & positive).sum()
@@ -460,11 +495,11 @@ def policy_loss(
         "ratio/mean": (at_tokens(log_ratio.detach()).exp().sum(), loss_mask.sum()),
     }
     if batch.reference_logprobs is not None:
-        keywords = {}
+        kl_keywords = {}
         if isinstance(kl, partial) and kl.func is bias_corrected_kl:
             rollout_log_ratio = logps - _rollout_logprobs(batch, "bias_corrected_kl")
-            keywords["rollout_log_ratio"] = torch.where(loss_mask, rollout_log_ratio, 0)
-        penalty = at_tokens(kl(torch.where(loss_mask, batch.reference_logprobs - logps, 0), **keywords))
+            kl_keywords["rollout_log_ratio"] = torch.where(loss_mask, rollout_log_ratio, 0)
+        penalty = at_tokens(kl(torch.where(loss_mask, batch.reference_logprobs - logps, 0), **kl_keywords))
         kl_term = beta * (at_tokens(coefficient) * penalty).sum()
         loss = loss + kl_term
         gradient = gradient + torch.autograd.grad(kl_term, logps)[0]

@@ -52,6 +52,8 @@ class LikelihoodEstimator:
         exact_for_sampler: Whether scoring under the rollout policy equals the sampler's record (`recorded`). If True,
             the record is reused.
         scores_order: Whether the views also score an order that has a log-probability (`models.order`).
+        replays_steps: Whether view n shows what the sampler saw before it wrote the tokens that the view scores, and
+            the views are in the sampler's order, as `value_head` requires.
         is_random: Whether two draws differ. If True, each inner update may draw separate masks
             (`Recipe.resample_masks`).
         reads_confidence_change: Whether `draw_views` needs `Rollout.confidence_change`.
@@ -73,6 +75,7 @@ class LikelihoodEstimator:
     supported_attention: tuple[str, ...] = ("full", "block_causal")
     exact_for_sampler: bool = False
     scores_order: bool = False
+    replays_steps: bool = False
     is_random: bool = True
     reads_confidence_change: bool = False
     block_size: int | None = None

@@ -328,6 +328,7 @@ def trajectory(
         supported_attention=attention,
         exact_for_sampler=exact,
         scores_order=scores_order,
+        replays_steps=block_size is None,  # else a view holds a step of every block
         is_random=num_sampled_steps is not None,
         block_size=block_size,
     )

@@ -87,7 +87,8 @@ class Replay(View):
 
     def run(self, policy: Policy, rollout: Rollout, at: Bool[Tensor, "B T"]) -> ViewStates | None:
         raise ValueError(
-            "a corrector with needs_entropy cannot be combined with renoise, whose view takes several forwards"
+            "needs_entropy of a corrector and value_model read the states of one forward, and renoise's view takes "
+            "several: leave them out"
         )
 
     def logprobs(self, policy: Policy, rollout: Rollout) -> Float[Tensor, "B T"]:

@@ -12,6 +12,7 @@ from dllm_rl.algorithms.prompt_sources import RewardHistory
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Settings
+from dllm_rl.training.values import ValueHead
 
 Record = TypeVar("Record", bound=Settings, covariant=True)
 
@@ -25,5 +26,6 @@ class StepContext(Generic[Record]):
     policy: Policy
     rollout_policy: Policy
     reference: Policy | None = None
+    value_head: ValueHead | None = None  # set if the recipe has a value_model
     history: RewardHistory | None = None  # set if the recipe's prompt_source reads it
     log: RunLog = field(default_factory=partial(RunLog, Path(os.devnull), start=0, main=False))  # writes nothing

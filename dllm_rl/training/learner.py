@@ -43,6 +43,7 @@ from dllm_rl.training.compare import compare_rollout_and_learner, order_and_rout
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.forwards import learner_forward
 from dllm_rl.training.samples import Samples, StepResult
+from dllm_rl.training.values import value_metrics
 from dllm_rl.training.views import (
     active_groups,
     draw_view_sets,
@@ -65,11 +66,13 @@ class ScoredSamples:
         logps: Log-probs under each of the step's sets of views; the first set also serves the metrics.
         comparison: Counts of agreement between rollout and learner, on the unmasking order and on the experts (None
             without experts); see `compare_rollout_and_learner`.
+        value_sums: Sums for `value_metrics`; {} without a value model.
     """
 
     samples: Samples
     logps: list[Logprobs]
     comparison: tuple[Metrics, Int[Tensor, "M X"] | None]
+    value_sums: Metrics
 
 
 def train_step(run: StepContext[Recipe], samples: Samples, number: int, optimizer: torch.optim.Optimizer) -> StepResult:
@@ -80,6 +83,8 @@ def train_step(run: StepContext[Recipe], samples: Samples, number: int, optimize
         batches, mismatch = make_batches(run, scored)
         batches = [batches[k % len(batches)] for k in range(run.recipe.num_iterations)]
         update_metrics = update(run.policy, optimizer, batches, run.accelerator, run.recipe.update_settings(number))
+        if run.value_head is not None:
+            run.value_head.learn(run.accelerator)
     return StepResult(scored.samples, scored.logps[0], mismatch | update_metrics)
 
 
@@ -101,10 +106,22 @@ def score_samples(run: StepContext[Recipe], samples: Samples, number: int) -> Sc
     comparison = compare_rollout_and_learner(run.policy, run.rollout_policy, rollout, views[0])
     rollout_logps = samples.rollout_logprobs or (None,) * len(views)  # set only for asynchronous rollouts
     logps = []
+    value_sums: Metrics = {}
     for k in reversed(range(len(views))):  # the first set comes last, since it may retain graphs
+        token_advantages = None
+        if run.value_head is not None:
+            flat_advantages = local(rearrange(samples.advantages, "p g -> (p g)"), run.accelerator)
+            token_advantages, value_sums = run.value_head.token_advantages(
+                run.policy,
+                rollout,
+                views[k],
+                copy_to_device(run.accelerator.device, flat_advantages)[0],
+                recipe.micro_batch_size,
+            )
         retain_graphs = is_trained_row if k == 0 else False
-        logps.append(score(run, rollout, views[k], rollout_logprobs=rollout_logps[k], retain_graphs=retain_graphs))
-    return ScoredSamples(samples, logps[::-1], comparison)
+        scores = score(run, rollout, views[k], rollout_logprobs=rollout_logps[k], retain_graphs=retain_graphs)
+        logps.append(replace(scores, token_advantages=token_advantages))
+    return ScoredSamples(samples, logps[::-1], comparison, value_sums)
 
 
 def make_batches(run: StepContext[Recipe], scored: ScoredSamples) -> tuple[list[Batch], dict[str, float]]:
@@ -117,7 +134,7 @@ def make_batches(run: StepContext[Recipe], scored: ScoredSamples) -> tuple[list[
     order_counts, routing_counts = scored.comparison
     # After scoring: a collective before it would make the processes wait for each other.
     agreement = order_and_routing_metrics(order_counts, routing_counts, run.accelerator)
-    return [batch, *later_batches], agreement | metrics
+    return [batch, *later_batches], agreement | metrics | value_metrics(scored.value_sums, run.accelerator)
 
 
 def rollout_logprob_source(
@@ -361,6 +378,7 @@ def make_batch(run: StepContext[Recipe], rollout: Rollout, logps: Logprobs, rows
         num_tokens=int((loss_mask | (rows.completion & ~rows.stats.mask)).sum()),
         num_sequences=len(loss_mask),
         rollout_logprobs=logps.rollout_logprobs,  # some losses read them too
+        token_advantages=logps.token_advantages,
         sum_over_processes=partial(accelerator.reduce, reduction="sum"),
     )
 

@@ -38,6 +38,7 @@ from dllm_rl.training.rollouts import GradedCompletion, compute_advantages, samp
 from dllm_rl.training.samples import Samples
 from dllm_rl.training.saving import adapters_alone
 from dllm_rl.training.sharded_learner import gather_on_main
+from dllm_rl.training.values import make_value_head
 from dllm_rl.training.warmup import tokenize_solutions
 
 MOMENT_BYTES: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes per trained weight; unknown for other optimizers
@@ -65,6 +66,7 @@ def micro_step(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Ac
         policy=policy,
         rollout_policy=resolve_rollout_engine(recipe).load(policy),
         reference=reference if recipe.beta else None,
+        value_head=make_value_head(recipe, None),
     )
     seeds = row_seeds(generator_for(*key), recipe.num_generations)[None]
     rollout, answers, _ = sample_and_grade(run, [problem], seeds, key)

@@ -207,6 +207,8 @@ def _bind_save(run: Run[Settings], state: TrainingState, policy: Policy, optimiz
     state = replace(state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds))
     run.log.flush()  # its rows must be on disk before the checkpoint
     files = history_files(run.history, state.step)
+    if run.value_head is not None:
+        files |= run.value_head.files()
     if run.async_rollouts is not None:
         files |= run.async_rollouts.files(state.step)
     if isinstance(recipe, Recipe):

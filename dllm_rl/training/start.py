@@ -50,6 +50,7 @@ from dllm_rl.training.sharded_learner import (
     shard_policy,
 )
 from dllm_rl.training.validation import check_best_model, validation_interval
+from dllm_rl.training.values import make_value_head
 
 
 def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
@@ -125,6 +126,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
         ),
         checkpoint=str(folder or ""),
         history=reward_history(recipe, folder),
+        value_head=make_value_head(recipe, folder),
     )
     if recipe.rollout_workers:
         run.async_rollouts = AsyncRollouts(run, pool)

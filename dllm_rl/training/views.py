@@ -18,9 +18,9 @@ from dllm_rl.types import Rollout, Views
 
 def active_groups(recipe: Recipe, advantages: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
     """Return which groups the update trains on: groups with a nonzero advantage, or all groups if the loss has a KL
-    term or an entropy bonus.
+    term or an entropy bonus, or a value model gives their tokens advantages.
     """
-    return (advantages != 0).any(-1) | bool(recipe.beta or recipe.entropy_coeff)
+    return (advantages != 0).any(-1) | bool(recipe.beta or recipe.entropy_coeff or recipe.value_model)
 
 
 def metric_weights(recipe: Recipe, advantages: Float[Tensor, "P G"], step: int) -> Float[Tensor, " P"]:

@@ -1,0 +1,102 @@
+"""Value model: a baseline for each denoising step, and advantages by GAE over the steps.
+
+docs/methods.md explains the tags [paper] and [ours].
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dllm_rl.bounds import Bound, bounded
+from dllm_rl.members import configurable
+
+
+@dataclass(frozen=True)
+class ValueModel:
+    """Settings of a value model. `value_head` makes it; `training.values` trains it.
+
+    Args:
+        gae_lambda: Lambda of `generalized_advantages`.
+        hidden_size: Width of the head's hidden layer.
+        learning_rate: Learning rate of the head's AdamW.
+
+    Attributes:
+        factory: Function that made the record, so that the command line can change a keyword. Set by
+            `members.configurable`.
+    """
+
+    gae_lambda: float
+    hidden_size: int
+    learning_rate: float
+    factory: partial | None = field(default=None, init=False, repr=False, compare=False)
+
+
+@configurable
+@bounded(gae_lambda=Bound(at_least=0, at_most=1), hidden_size=Bound(at_least=1), learning_rate=Bound(above=0))
+def value_head(*, gae_lambda: float = 0.95, hidden_size: int = 64, learning_rate: float = 1e-2) -> ValueModel:
+    """Make a value head: two layers on the learner's hidden states that predict a completion's advantage at each step.
+
+    Use it as `value_model` if a completion takes several denoising steps and early steps already decide its reward. The
+    tokens of a step then get the advantage minus the value before the step (see `generalized_advantages`), in place of
+    one advantage for all tokens of a row. The value is the mean over the completion's positions, masked or not, so that
+    it does not depend on the tokens that the step draws. The head begins at zero, where the update is GRPO's; its
+    gradient does not reach the learner.
+
+    Scoring costs one more forward per view, and groups of equal rewards are trained on too.
+
+    Args:
+        gae_lambda: 1 subtracts the value and adds no bias; below 1 a step's advantage also relies on the values after
+            it, which has less variance and the head's bias. In [0, 1]. Default: 0.95.
+        hidden_size: Width of the hidden layer, at least 1. Default: 64.
+        learning_rate: Learning rate of the head's AdamW for layers of 64 inputs; layers of n inputs take 64 / n of it.
+            Above 0. Default: 1e-2.
+
+    Returns:
+        The value model. It logs value/loss and value/explained_variance.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Source: TraceRL's value model, arXiv 2509.06949 [paper], is a second network that predicts the reward; the head on
+    the learner's states, and the prediction of GRPO's advantage, are [ours].
+    """
+    return ValueModel(gae_lambda, hidden_size, learning_rate)
+
+
+def generalized_advantages(
+    advantages: Float[Tensor, " B"],
+    values: Float[Tensor, "N B"],
+    is_step: Bool[Tensor, "N B"],
+    *,
+    gae_lambda: float,
+) -> Float[Tensor, "N B"]:
+    """Compute the advantage of each denoising step by GAE, with the row's advantage as the reward of its last step.
+
+        delta_n = V_(n+1) - V_n,   of the last step: A - V_n;   A_n = delta_n + lambda A_(n+1)
+
+    With lambda = 1, A_n = A - V_n; with values of 0, A_n = lambda^(steps after n) A. Future steps are not discounted
+    (gamma = 1).
+
+    Args:
+        advantages: Advantage of each row (B,).
+        values: Value before each step (N, B).
+        is_step: Which rows have which steps (N, B). The others are skipped.
+        gae_lambda: Lambda in [0, 1].
+
+    Returns:
+        Advantages (N, B); 0 where a row has no step.
+
+    Source: GAE, arXiv 1506.02438; over the steps of a trace, TraceRL, arXiv 2509.06949 [paper].
+    """
+    next_value = advantages
+    next_advantage = torch.zeros_like(advantages)
+    result = torch.zeros_like(values)
+    for step in reversed(range(len(values))):
+        advantage = next_value - values[step] + gae_lambda * next_advantage
+        result[step] = torch.where(is_step[step], advantage, 0)
+        next_value = torch.where(is_step[step], values[step], next_value)
+        next_advantage = torch.where(is_step[step], advantage, next_advantage)
+    return result

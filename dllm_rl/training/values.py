@@ -1,0 +1,186 @@
+"""The value head of a run: predict each denoising step's advantage, and learn from it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dllm_rl.algorithms.values import ValueModel, generalized_advantages
+from dllm_rl.distributed.collectives import Metrics, reduce_metrics, sum_gradients, sum_over
+from dllm_rl.likelihoods.views import each_view, row_chunks
+from dllm_rl.models.base import Policy
+from dllm_rl.models.forward.uneven import join_uneven_forwards
+from dllm_rl.models.serialization import deserialize, serialize
+from dllm_rl.recipe import Recipe
+from dllm_rl.rng import generator_for
+from dllm_rl.types import Rollout, Views
+
+RATE_WIDTH = 64  # inputs of a layer for which `learning_rate` is meant
+FILE = "value_head.safetensors"  # file in a checkpoint: weights and AdamW's moments
+
+
+class ValueHead:
+    """The head of `value_head()` and its optimizer. Its layers are made at the first batch, which has the width."""
+
+    def __init__(self, settings: ValueModel, seed: int, saved: dict[str, Tensor] | None = None) -> None:
+        self.settings = settings
+        self.seed = seed
+        self.saved = saved
+        self.layers: nn.Sequential | None = None
+        self.num_values = 0.0  # since the last `learn`
+
+    def build(self, width: int, device: torch.device) -> nn.Sequential:
+        """Make the layers for hidden states of this width, or load them from a checkpoint."""
+        size = self.settings.hidden_size
+        hidden, last = (nn.utils.skip_init(nn.Linear, *shape, device=device) for shape in ((width, size), (size, 1)))
+        weight = torch.empty(size, width)
+        hidden.weight.data = nn.init.xavier_uniform_(weight, generator=generator_for(self.seed, "value head")).to(
+            device
+        )
+        for zeros in (hidden.bias, last.weight, last.bias):
+            nn.init.zeros_(zeros)
+        layers = nn.Sequential(nn.LayerNorm(width, device=device), hidden, nn.GELU(), last)
+        rate = self.settings.learning_rate
+        groups: list[dict[str, Any]] = [{"params": [p], "lr": rate * rate_scale(p)} for p in layers.parameters()]
+        self.optimizer = torch.optim.AdamW(groups)
+        if self.saved is not None:
+            layers.load_state_dict(self._of("weights."))
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in self._of("moments.").items():
+                index, _, key = name.partition(".")
+                moments.setdefault(int(index), {})[key] = tensor
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.layers = layers
+        return layers
+
+    def _of(self, prefix: str) -> dict[str, Tensor]:
+        assert self.saved is not None
+        return {name.removeprefix(prefix): x for name, x in self.saved.items() if name.startswith(prefix)}
+
+    def files(self) -> dict[str, bytes]:
+        """Return the head's file in a checkpoint; {} before the first batch of a new run."""
+        if self.layers is None:
+            return {} if self.saved is None else {FILE: serialize(self.saved, {})}
+        tensors = {f"weights.{name}": x for name, x in self.layers.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"moments.{index}.{name}": x for name, x in moments.items()}
+        return {FILE: serialize(tensors, {})}
+
+    @torch.no_grad()
+    def token_advantages(
+        self,
+        policy: Policy,
+        rollout: Rollout,
+        views: Views,
+        advantages: Float[Tensor, " B"],
+        micro_batch_size: int | None,
+    ) -> tuple[Float[Tensor, "B T"], Metrics]:
+        """Return the advantage of each scored token, and sums for `value_metrics`.
+
+        The gradient of the regression, whose target at every step is the row's advantage, is added to the layers; call
+        `learn` after the learner's update.
+
+        Raises:
+            ValueError: A position is scored at several steps, so that it has several advantages.
+        """
+        if ((views.coefficients != 0).sum(0) > 1).any():
+            raise ValueError(
+                "value_model gives each token the advantage of its step, and here a position is scored at several "
+                "steps (by an order's probability, or after rewriting): use trajectory(include_order=False) or another "
+                "rank or commit rule, or value_model=None"
+            )
+        is_step = (views.coefficients != 0).any(-1)
+        values = torch.zeros(is_step.shape, device=advantages.device)
+        with join_uneven_forwards(policy):
+            for chunk in row_chunks(rollout, views, micro_batch_size):
+                rows, chunk_views = chunk.of(rollout, views)
+                for n, view in enumerate(each_view(chunk_views)):
+                    has_step = view.scored.any(-1)
+                    forward = view.run(policy, rows, rows.completion_mask & has_step[:, None])
+                    if forward is not None:
+                        row_index = forward.plan.flat_index // rows.tokens.shape[1]
+                        target = advantages[chunk.rows]
+                        values[n, chunk.rows] = self._predict(forward.states, row_index, target, has_step)
+        num_values = is_step.sum()
+        self.num_values += num_values.item()
+        errors = torch.where(is_step, values - advantages, 0).double().square().sum()
+        squares = torch.where(is_step, advantages, 0).double().square().sum()
+        by_step = generalized_advantages(advantages, values, is_step, gae_lambda=self.settings.gae_lambda)
+        token_advantages = ((views.coefficients != 0) * by_step[..., None]).sum(0)
+        return token_advantages, {"value/loss": (errors, num_values), "value/square": (squares, num_values)}
+
+    @torch.enable_grad()
+    def _predict(
+        self,
+        states: Float[Tensor, "K D"],
+        row_index: Int[Tensor, " K"],
+        target: Float[Tensor, " R"],
+        has_step: Bool[Tensor, " R"],
+    ) -> Float[Tensor, " R"]:
+        """Return the values of a chunk's rows, detached, and add the gradient of their squared errors to the layers."""
+        layers = self.layers or self.build(states.shape[-1], states.device)
+        with torch.autocast(states.device.type, enabled=False):
+            at_positions = layers(states.detach().float())[:, 0]
+            totals = torch.zeros_like(target).index_add(0, row_index, at_positions)
+            counts = torch.zeros_like(target).index_add(0, row_index, torch.ones_like(at_positions))
+            values = totals / counts.clamp(min=1)
+            torch.where(has_step, values - target, 0).square().sum().backward()
+        return values.detach()
+
+    def learn(self, accelerator: Accelerator) -> None:
+        """Take a step of AdamW on the mean squared error of all processes. Collective: every process must call it.
+
+        It comes after the learner's update, so that a step that fails leaves both unchanged.
+        """
+        counts = torch.tensor([self.num_values, float(self.layers is None)], dtype=torch.double)
+        num_values, num_without = sum_over(counts, accelerator).tolist()
+        self.num_values = 0.0
+        if self.layers is None or num_without:  # a process has seen no completion yet, and has no layers to sum
+            return
+        sum_gradients(self.layers, accelerator)
+        for parameter in self.layers.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= max(num_values, 1)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def rate_scale(parameter: Tensor) -> float:
+    """Return the factor on the learning rate of a parameter: RATE_WIDTH / width for a matrix that reads `width` inputs.
+
+    A step of AdamW changes a layer's output in proportion to its inputs, so one rate would not fit every model (muP,
+    arXiv 2203.03466 [paper]).
+    """
+    return RATE_WIDTH / parameter.shape[1] if parameter.dim() == 2 else 1.0
+
+
+def value_metrics(sums: Metrics, accelerator: Accelerator) -> dict[str, float]:
+    """Return the metrics of a value model from the sums of `token_advantages`; {} without a value model.
+
+    value/loss: mean squared error of the values.
+
+    value/explained_variance: share of the mean square of the advantages that the values remove; 0 for values of 0.
+    """
+    means = reduce_metrics(sums, accelerator)
+    square = means.pop("value/square", 0.0)
+    return means | ({"value/explained_variance": 1 - means["value/loss"] / square} if square else {})
+
+
+def make_value_head(recipe: Recipe, folder: Path | None) -> ValueHead | None:
+    """Return the value head that a run continues with: from a checkpoint, or new. None without a value model.
+
+    Raises:
+        ValueError: The checkpoint's file is damaged.
+    """
+    if recipe.value_model is None:
+        return None
+    if folder is None or not (folder / FILE).exists():  # a new run, or one that began without a value model
+        return ValueHead(recipe.value_model, recipe.seed)
+    try:
+        saved, _ = deserialize((folder / FILE).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{folder}: {FILE} is damaged: {error}; take an earlier checkpoint") from None
+    return ValueHead(recipe.value_model, recipe.seed, saved)

@@ -1,0 +1,185 @@
+"""The value head in training: what it begins as, what it sees, what it learns, and how it is saved."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from run_outputs import metrics_of
+from tiny_recipe import SIZES, tiny_recipe
+
+from dllm_rl import Prompts, tiny_masked_lm, unmask
+from dllm_rl.algorithms.correctors import tbpo
+from dllm_rl.algorithms.losses import gspo
+from dllm_rl.algorithms.values import value_head
+from dllm_rl.likelihoods.estimators import coupled, trajectory
+from dllm_rl.recipe import Recipe
+from dllm_rl.rng import generator_for
+from dllm_rl.training.trainer import train
+from dllm_rl.training.values import FILE, ValueHead, make_value_head, rate_scale, value_metrics
+
+
+def rollout_of(policy, *, rows=6, temperature=1.0):
+    prompts = Prompts.from_ids([[1, 2], [3]], pad_id=policy.pad_id, group_size=rows // 2)
+    return unmask(policy, prompts, generator_for(0), max_new_tokens=8, diffusion_steps=4, temperature=temperature)
+
+
+def views_of(rollout, num_segments=None):
+    return trajectory(num_segments=num_segments).draw_views(rollout, generator_for(1))
+
+
+def test_a_run_begins_as_grpo(tmp_path):
+    """Values are 0 before the first update, so that with lambda 1 its loss and gradient are those without values."""
+    changes = {"num_steps": 1, "likelihood": trajectory(include_order=False)}
+    train(tiny_recipe(tmp_path / "plain", **changes))
+    train(tiny_recipe(tmp_path / "values", value_model=value_head(gae_lambda=1.0), **changes))
+    (plain,), (row,) = (metrics_of(tmp_path / name) for name in ("plain", "values"))
+    assert row["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5) and plain["grad_norm"] > 0
+    assert row["loss"] == pytest.approx(plain["loss"], rel=1e-5, abs=1e-7)
+    assert row["value/explained_variance"] == pytest.approx(0, abs=1e-12)
+
+
+def test_tokens_get_the_advantage_of_their_step():
+    """After some learning, tokens of one step of a row share an advantage, and with lambda 1 it is A less the value."""
+    policy = tiny_masked_lm(**SIZES)
+    rollout = rollout_of(policy)
+    views = views_of(rollout)
+    head = ValueHead(value_head(gae_lambda=1.0), seed=0)
+    target = torch.tensor([1.0, -1.0, 0.5, 0.0, -0.5, 2.0])
+    for _ in range(5):
+        found, _ = head.token_advantages(policy, rollout, views, target, None)
+        head.learn(Accelerator(cpu=True))
+    values = torch.where(rollout.completion_mask, target[:, None] - found, 0)
+    for row in range(6):
+        for step in range(4):
+            at = rollout.completion_mask[row] & (rollout.unmask_step[row] == step)
+            assert len(values[row][at].unique()) == 1
+    assert values.abs().max() > 0 and not found[~rollout.completion_mask].any()
+
+
+def test_a_value_does_not_depend_on_what_its_step_draws():
+    """Else it would bias the gradient: other tokens at the positions that a view hides leave its values as they are."""
+    policy = tiny_masked_lm(**SIZES)
+    rollout = rollout_of(policy)
+    views = views_of(rollout)
+    head = ValueHead(value_head(gae_lambda=1.0), seed=0)
+    target = torch.linspace(-1, 1, 6)
+    head.token_advantages(policy, rollout, views, target, None)
+    head.learn(Accelerator(cpu=True))
+    before, _ = head.token_advantages(policy, rollout, views, target, None)
+    last = rollout.unmask_step == 3
+    changed = replace(rollout, tokens=torch.where(last, (rollout.tokens + 1) % 4, rollout.tokens))
+    after, _ = head.token_advantages(policy, changed, views, target, None)
+    assert torch.equal(before, after)
+    first = rollout.unmask_step == 0
+    changed = replace(rollout, tokens=torch.where(first, (rollout.tokens + 1) % 4, rollout.tokens))
+    after, _ = head.token_advantages(policy, changed, views, target, None)
+    torch.testing.assert_close(before[first], after[first], rtol=0, atol=1e-6)  # V_1 is added, and subtracted again
+    assert (before[last] - after[last]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_it_learns_what_the_states_tell(micro_batch_size):
+    """A target that is a function of the tokens of the first steps: nothing is explained of step 0, most of step 3."""
+    policy = tiny_masked_lm(**SIZES)
+    rollout = rollout_of(policy, rows=32)
+    views = views_of(rollout)
+    early = rollout.completion_mask & (rollout.unmask_step < 2)
+    target = torch.where(early, rollout.tokens % 2 == 0, False).float().sum(-1)
+    target = (target - target.mean()) / target.std()
+    head, accelerator = ValueHead(value_head(), seed=0), Accelerator(cpu=True)
+    for _ in range(300):
+        _, sums = head.token_advantages(policy, rollout, views, target, micro_batch_size)
+        head.learn(accelerator)
+    found = value_metrics(sums, accelerator)
+    assert 0.3 < found["value/explained_variance"] < 1
+    assert found["value/loss"] < 0.7
+
+
+def test_micro_batches_change_nothing():
+    policy = tiny_masked_lm(**SIZES)
+    rollout = rollout_of(policy)
+    views, target = views_of(rollout, 2), torch.linspace(-1, 1, 6)
+    found = []
+    for micro_batch_size in (None, 3):
+        head = ValueHead(value_head(), seed=0)
+        for _ in range(3):
+            advantages, _ = head.token_advantages(policy, rollout, views, target, micro_batch_size)
+            head.learn(Accelerator(cpu=True))
+        found.append(advantages)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_its_gradient_is_that_of_the_mean_squared_error():
+    """Against autograd on all values at once, and it does not reach the learner."""
+    policy = tiny_masked_lm(**SIZES)
+    rollout = rollout_of(policy)
+    views, target = views_of(rollout), torch.linspace(-1, 1, 6)
+    head = ValueHead(value_head(), seed=0)
+    head.token_advantages(policy, rollout, views, target, None)
+    head.learn(Accelerator(cpu=True))  # so that the last layer is not 0
+    head.token_advantages(policy, rollout, views, target, None)
+    found = [parameter.grad.clone() for parameter in head.layers.parameters()]
+    head.layers.zero_grad()
+    total = torch.zeros(())
+    for masked in views.masked:
+        tokens = rollout.tokens.masked_fill(masked, policy.spec.mask_id)
+        states = policy.hidden(tokens, rollout.attention_mask).detach()
+        at = rollout.completion_mask
+        values = (head.layers(states)[..., 0] * at).sum(-1) / at.sum(-1)
+        total = total + (values - target).square().sum()
+    total.backward()
+    for ours, parameter in zip(found, head.layers.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)
+    assert all(parameter.grad is None for parameter in policy.module.parameters())
+
+
+def test_one_rate_fits_every_width():
+    """Layers of n inputs take 64 / n of the rate: a wide model's head is as stable as a narrow one's."""
+    assert rate_scale(torch.empty(8, 64)) == 1 and rate_scale(torch.empty(8, 4096)) == 1 / 64
+    assert rate_scale(torch.empty(64)) == 1
+    for width in (64, 4096):
+        head = ValueHead(value_head(), seed=0)
+        layers = head.build(width, torch.device("cpu"))
+        states = torch.randn(64, width, generator=generator_for(width))
+        target = states[:, 0].sign()
+        for _ in range(200):
+            head.optimizer.zero_grad()
+            loss = (layers(states)[:, 0] - target).square().mean()
+            loss.backward()
+            head.optimizer.step()
+        assert loss < 0.1
+
+
+def test_a_resumed_run_continues_with_the_same_bits(tmp_path):
+    changes = {"likelihood": trajectory(num_segments=2), "value_model": value_head(), "save_steps": 2}
+    train(tiny_recipe(tmp_path / "whole", num_steps=4, **changes))
+    train(tiny_recipe(tmp_path / "parts", num_steps=2, lr_schedule_steps=4, **changes))
+    resumed = {"resume_from_checkpoint": "latest", "lr_schedule_steps": 4}
+    train(tiny_recipe(tmp_path / "parts", num_steps=4, **resumed, **changes))
+    whole, parts = (metrics_of(tmp_path / name) for name in ("whole", "parts"))
+    for name in ("value/loss", "value/explained_variance", "loss", "grad_norm"):
+        assert [row[name] for row in whole] == [row[name] for row in parts]
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    recipe = tiny_recipe(tmp_path, likelihood=trajectory(), value_model=value_head())
+    (tmp_path / FILE).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=f"{FILE} is damaged"):
+        make_value_head(recipe, tmp_path)
+
+
+def test_settings_that_cannot_be_combined(tmp_path):
+    plain = tiny_recipe(tmp_path)
+    for changes, message in [
+        ({"likelihood": coupled()}, "likelihood whose views are the sampler's steps"),
+        ({"likelihood": trajectory(block_size=4)}, "without block_size"),
+        ({"loss": gspo}, "loss=gspo"),
+        ({"loss": None, "corrector": tbpo()}, "trust_band"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            replace(plain, **{"likelihood": trajectory(), "value_model": value_head()} | changes)
+    with pytest.raises(ValueError, match="scored at several steps"):  # the rank is `confidence`
+        train(replace(plain, likelihood=trajectory(), value_model=value_head()))
+    assert isinstance(replace(plain, likelihood=trajectory(), value_model=partial(value_head, gae_lambda=0.5)), Recipe)
