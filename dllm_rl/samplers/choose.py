@@ -38,7 +38,7 @@ from dllm_rl.samplers.revise import KINDS, packed_events, revise
 from dllm_rl.samplers.rules import check_last_step, soft_threshold_params
 from dllm_rl.types import Order, SamplingParams
 
-SLAB_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}  # number of fp32 logits reduced together; a CPU caches so many
+SLAB_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits of a slab; on a CPU a slab fits in its cache
 
 
 class StepSampler:
@@ -65,7 +65,7 @@ class StepSampler:
         self.commit = commit
         greedy = sampling_params.temperature == 0
         reads_tokens = "tokens" in rank.reads or "replaceable" in commit.reads
-        # Otherwise only the tokens of the chosen positions are drawn. Greedy tokens cost nothing if the head runs.
+        # If False, only the tokens of the chosen positions are drawn. Greedy tokens cost nothing where the head runs.
         self.draws_first = reads_tokens or (greedy and "logits" in rank.reads)
         self.depends_on_draws = reads_tokens and not greedy
         if commit.revises:
@@ -90,7 +90,7 @@ class StepSampler:
             self.confidence_change = ConfidenceChange(canvas, rank, commit, confidence_radius)
 
     def __call__(self, plan: StepPlan, states: Float[Tensor, "K D"]) -> StepWrites:
-        """Run one step of the plan, from the states of its K positions.
+        """Run one step of the plan, from the hidden states of its K positions.
 
         Raise ValueError if the commit rule writes nothing in the last step of a block.
         """
@@ -275,27 +275,28 @@ def rank_positions(
 
 
 def _map_slabs(
-    policy: Policy, f: Callable, sampling_params: SamplingParams, hidden: Tensor, *rows: Tensor
+    policy: Policy, f: Callable, sampling_params: SamplingParams, hidden: Tensor, *inputs: Tensor
 ) -> tuple[Tensor, ...]:
-    """Run the head in chunks of rows, and `f` on fp32 slabs of a chunk's logits, which stay in a CPU's cache.
+    """Run the head in chunks of the K positions, and `f` on slabs: parts of a chunk that fit in a CPU's cache.
 
-    Suppressed ids except the mask token are at -inf.
+    `f` receives a slab's fp32 logits and its part of each of `inputs`. Suppressed ids except the mask token are at
+    -inf.
     """
     slab_rows = max(1, SLAB_ELEMENTS.get(policy.device.type, SLAB_ELEMENTS["cuda"]) // policy.vocab_size)
 
-    def run_chunk(hidden_chunk: Tensor, *chunk_rows: Tensor) -> tuple[Tensor, ...]:
+    def run_chunk(hidden_chunk: Tensor, *chunk_inputs: Tensor) -> tuple[Tensor, ...]:
         logits = policy.head(hidden_chunk)
         for token in set(sampling_params.suppress) - {policy.spec.mask_id}:
             logits[:, token] = -torch.inf
-        slabs = zip(*(x.split(slab_rows) for x in (logits, *chunk_rows)), strict=True)
+        slabs = zip(*(x.split(slab_rows) for x in (logits, *chunk_inputs)), strict=True)
         outputs = [f(slab_logits.float(), *slab_inputs) for slab_logits, *slab_inputs in slabs]
         return tuple(torch.cat(slab_outputs) for slab_outputs in zip(*outputs, strict=True))
 
-    return chunked(run_chunk, hidden, *rows, policy=policy)
+    return chunked(run_chunk, hidden, *inputs, policy=policy)
 
 
 def _draw_from_logits(logits: Tensor, uniforms: Tensor, sampling_params: SamplingParams) -> Drawn:
-    """Draw one token per row from the sampling distribution."""
+    """Draw one token per row of `logits` from the sampling distribution."""
     sampling_params = replace(sampling_params, suppress=())  # suppressed ids are already at -inf
     unfiltered = process(logits, replace(sampling_params, support="unfiltered"))
     logits = process(logits, sampling_params)

@@ -121,7 +121,7 @@ def unmask(  # noqa: PLR0913
     # With a cache, no row begins its next block before all rows have finished this one.
     tracker = BlockTracker(canvas.block, diffusion_steps, wait_for_all_rows=cache is not None, masked=canvas.masked)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(policy.device)
-    forward = None if compile_step else SamplerForward(policy, canvas, cache, tracker.steps)
+    forward = None if compile_step else SamplerForward(policy, canvas, cache, tracker.steps_left)
     # Runs one step. Returns the rows whose block is now complete, or None if there was no row left to run.
     run_step: Callable[[], Int[Tensor, " C"] | None]
     if forward is None:

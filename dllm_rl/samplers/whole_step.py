@@ -107,8 +107,8 @@ class CompiledStepSampler:
         rows, blocks = self.tracker.next_rows()
         if not len(rows):
             return None
-        num_masked = self.tracker.masked[rows, blocks]
-        steps_left = self.tracker.steps[rows, blocks].clamp(min=1)
+        num_masked = self.tracker.num_masked[rows, blocks]
+        steps_left = self.tracker.steps_left[rows, blocks].clamp(min=1)
         begin, width, is_full = self._window(int(blocks[0]))
         host = torch.zeros(
             5, len(self.tracker.row_steps), dtype=torch.long

@@ -120,7 +120,7 @@ def test_a_held_row_stays_in_its_block_while_steps_last():
     plan = plan_step(canvas, tracker, SEEDS)
     zero = torch.tensor([0])
     where = (plan.rows, plan.blocks)
-    tracker.steps[1, 0] = 2
+    tracker.steps_left[1, 0] = 2
     held = torch.tensor([True])
     assert tracker.record(where, torch.tensor([1]), held).tolist() == []
     assert plan_step(canvas, tracker, SEEDS).blocks.tolist() == [0]
