@@ -31,9 +31,11 @@ def check_infilling(
         )
     if approximate_early_exit:
         raise ValueError("approximate_early_exit would leave gaps after an end token unfilled; leave it out")
-    complete = (~(prompts.infill_mask & prompts.attention_mask).any(-1)).nonzero()[:, 0].tolist()
-    if length == 0 and complete:
-        raise ValueError(f"max_new_tokens=0, and prompt {complete[0]} has no open position: there is nothing to fill")
+    complete_prompts = (~(prompts.infill_mask & prompts.attention_mask).any(-1)).nonzero()[:, 0].tolist()
+    if length == 0 and complete_prompts:
+        raise ValueError(
+            f"max_new_tokens=0, and prompt {complete_prompts[0]} has no open position: there is nothing to fill"
+        )
 
 
 def infilling_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int) -> Canvas:
