@@ -52,7 +52,7 @@ class LikelihoodEstimator:
         exact_for_sampler: Whether scoring under the rollout policy equals the sampler's record (`recorded`). If True,
             the record is reused.
         scores_order: Whether the views also score an order that has a log-probability (`models.order`).
-        is_random: Whether two draws differ. If True, each inner update may draw separate masks
+        is_random: Whether two calls of `draw_views` differ. If True, each inner update may draw separate masks
             (`Recipe.resample_masks`).
         reads_confidence_change: Whether `draw_views` needs `Rollout.confidence_change`.
         block_size: Required block size of the policy, for views that mask complete blocks. None: any.

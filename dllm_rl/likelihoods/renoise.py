@@ -82,7 +82,7 @@ class RenoiseView(View):
 
     full: bool = False
 
-    def seen(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
+    def input_tokens(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
         """Return the tokens that the encoder reads."""
         return rollout.tokens
 

@@ -212,13 +212,12 @@ class View:
         Only the states that affect the loss are computed (`Scoring.positions_for_backward`). If `grad_output` is 0
         everywhere, no forward runs.
         """
-        view_states = self.run(
-            policy, rollout, self.scoring.positions_for_backward(rollout, grad_output != 0, self.scored)
-        )
+        positions = self.scoring.positions_for_backward(rollout, grad_output != 0, self.scored)
+        view_states = self.run(policy, rollout, positions)
         if view_states is not None:
             self.scoring.backward(policy, rollout, view_states, grad_output.flatten()[view_states.plan.flat_index])
 
-    def seen(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
+    def input_tokens(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
         """Return the tokens that the model reads."""
         return self._mask_tokens(policy, self.canvas(rollout)[0])
 

@@ -247,7 +247,7 @@ class StepPlan:
         total_steps: Total steps of each block, on the device.
         masked: Masked positions of the blocks.
         written: Written positions that the step may rewrite. None: the rule does not rewrite.
-        row: For each position, the index of its row in `rows`.
+        row_index: Index in `rows` of each position's row.
         offset: Offset of each position in its completion.
         canvas_row: Row of each position in the canvas.
         column: Column of each position in the canvas.
@@ -266,7 +266,7 @@ class StepPlan:
     total_steps: Int[Tensor, " R"]
     masked: Bool[Tensor, "R L"]
     written: Bool[Tensor, "R L"] | None
-    row: Int[Tensor, " K"]
+    row_index: Int[Tensor, " K"]
     offset: Int[Tensor, " K"]
     canvas_row: Int[Tensor, " K"]
     column: Int[Tensor, " K"]
@@ -288,7 +288,7 @@ class StepPlan:
     def scatter_to_rows(self, values: Float[Tensor, " K"]) -> Float[Tensor, "R L"]:
         """Return values of the K positions at their rows and offsets, and -inf at the other positions."""
         out = torch.full(self.masked.shape, -torch.inf, device=values.device)
-        out[self.row, self.offset] = values
+        out[self.row_index, self.offset] = values
         return out
 
     def positions_in(self, mask: Bool[Tensor, "R L"], count: int) -> Int[Tensor, " C"]:
@@ -296,7 +296,7 @@ class StepPlan:
 
         Because the host passes `count`, it does not wait for the device to count them.
         """
-        return mask[self.row, self.offset].nonzero_static(size=count)[:, 0]
+        return mask[self.row_index, self.offset].nonzero_static(size=count)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -453,9 +453,9 @@ def plan_step(canvas: Canvas, tracker: BlockTracker, seeds: Int[Tensor, " B"]) -
         candidates, num_positions = masked | written, tracker.sizes[rows, blocks]
     # The host passes the number of positions, so that it does not wait for the device to count them.
     flat_index = candidates.flatten().nonzero_static(size=int(num_positions.sum()))[:, 0]
-    index_in_rows = flat_index // masked.shape[1]
+    row_index = flat_index // masked.shape[1]
     offset = flat_index % masked.shape[1]
-    canvas_row = device_rows[index_in_rows]
+    canvas_row = device_rows[row_index]
     return StepPlan(
         rows=rows,
         blocks=blocks,
@@ -466,10 +466,10 @@ def plan_step(canvas: Canvas, tracker: BlockTracker, seeds: Int[Tensor, " B"]) -
         total_steps=total_steps,
         masked=masked,
         written=written,
-        row=index_in_rows,
+        row_index=row_index,
         offset=offset,
         canvas_row=canvas_row,
         column=canvas.columns[canvas_row, offset],
         seed=seeds[canvas_row],
-        row_steps=row_steps[index_in_rows],
+        row_steps=row_steps[row_index],
     )

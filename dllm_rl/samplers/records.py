@@ -85,8 +85,8 @@ class Rank:
 class Commit:
     """A commit rule, with the kind of order that its choice of positions makes.
 
-    Use it to declare a custom rule. A rule of the library, or a partial of one, can be passed without a
-    `Commit`.
+    Use it to declare a custom rule. A rule of the library, or a partial of one, can be passed without
+    a `Commit`.
 
     Args:
         function: Rule that chooses positions, see `samplers.rules`, or `samplers.revise` for rules that rewrite.

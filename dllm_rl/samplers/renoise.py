@@ -327,7 +327,7 @@ class _BucketSampler:
     def should_stop(
         self, likeliest: Int[Tensor, "R C"], entropies: Float[Tensor, "R C"], history: Int[Tensor, "H R C"]
     ) -> Bool[Tensor, " R"]:
-        """Return the rows whose likeliest tokens equal those of all H steps before, and whose mean entropy is low."""
+        """Return the rows whose likeliest tokens equal those of the H previous steps, and whose mean entropy is low."""
         stability, confidence = self.stop_thresholds
         if stability is None or confidence is None:
             return torch.zeros_like(likeliest[:, 0], dtype=torch.bool)

@@ -158,7 +158,7 @@ def revise(
     assert plan.written is not None, "the plan of a canvas whose rule rewrites"
     is_different = torch.zeros_like(plan.masked)
     if drawn_tokens is not None:
-        is_different[plan.row, plan.offset] = drawn_tokens != tokens[plan.canvas_row, plan.column]
+        is_different[plan.row_index, plan.offset] = drawn_tokens != tokens[plan.canvas_row, plan.column]
     rewritable = plan.written & is_different if kind == "replaceable" else plan.written
     picked = commit(scores, plan.masked, plan.steps_left_on_device, **{kind: rewritable})
     remasked = picked & plan.written & (kind == "remaskable")

@@ -281,7 +281,7 @@ def entropy_bound(scores: Scores, masked: PositionMask, steps_left: Counts, *, g
 
 
 def check_steps(diffusion_steps: int | None, length: int, count: Callable | None) -> None:
-    """Raise ValueError if `diffusion_steps` exceeds the length and `count` writes a position in every step."""
+    """Raise ValueError if `diffusion_steps` exceeds the length, and the rule's `count` is at least 1 in every step."""
     if diffusion_steps is None or count is None or not 0 < length < diffusion_steps:
         return
     if count(torch.tensor([length]), torch.tensor([diffusion_steps])) > 0:

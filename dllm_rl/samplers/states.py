@@ -40,7 +40,7 @@ class SamplerForward:
         row_buckets = self.bucket_of_row[plan.rows]
         bucket_numbers = row_buckets.unique().tolist()
         if len(bucket_numbers) == 1:
-            outputs = self._run(bucket_numbers[0], plan, plan.rows, rows_per_forward, plan.row, plan.column)
+            outputs = self._run(bucket_numbers[0], plan, plan.rows, rows_per_forward, plan.row_index, plan.column)
         else:
             outputs = self._run_buckets(bucket_numbers, row_buckets, plan, rows_per_forward)
         if len(outputs) > 1:
@@ -64,13 +64,13 @@ class SamplerForward:
             row_in_bucket[rows] = torch.arange(len(rows))
         position_buckets = row_buckets.repeat_interleave(plan.num_positions)
         bucket_positions = [(position_buckets == number).nonzero()[:, 0] for number in bucket_numbers]
-        row_in_bucket, *bucket_positions = copy_to_device(plan.row.device, row_in_bucket, *bucket_positions)
+        row_in_bucket, *bucket_positions = copy_to_device(plan.row_index.device, row_in_bucket, *bucket_positions)
         joined: list[Tensor] = []
         for (number, rows), positions in zip(bucket_rows.items(), bucket_positions, strict=True):
-            row, column = row_in_bucket[plan.row[positions]], plan.column[positions]
+            row, column = row_in_bucket[plan.row_index[positions]], plan.column[positions]
             outputs = self._run(number, plan, plan.rows[rows], rows_per_forward, row, column)
             if not joined:
-                joined = [output.new_empty(len(plan.row), *output.shape[1:]) for output in outputs]
+                joined = [output.new_empty(len(plan.row_index), *output.shape[1:]) for output in outputs]
             for joined_output, output in zip(joined, outputs, strict=True):
                 joined_output[positions] = output
         return joined
