@@ -44,11 +44,13 @@ LENGTHS = {
 class Waiting(CachedForward):
     """As it was: all rows that began a block run until the slowest has ended."""
 
-    def advance(self, tokens: Tensor, rows: Tensor, columns: tuple[int, int], *, alike: int = 1) -> tuple[Tensor, int]:
+    def advance(
+        self, tokens: Tensor, rows: Tensor, columns: tuple[int, int], *, rows_per_forward: int = 1
+    ) -> tuple[Tensor, int]:
         if columns != self.columns:
             self.begun = rows
-        found, first = super().advance(tokens, self.begun, columns, alike=alike)
-        return (found if alike > 1 else found[torch.isin(self.begun, rows)]), first
+        found, first = super().advance(tokens, self.begun, columns, rows_per_forward=rows_per_forward)
+        return (found if rows_per_forward > 1 else found[torch.isin(self.begun, rows)]), first
 
 
 @contextmanager

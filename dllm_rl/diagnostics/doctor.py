@@ -360,7 +360,7 @@ def worst_tokens(
 
 def worst_layers(both: Comparison, count: int) -> tuple[tuple[str, float], ...]:
     """Sort layers by ||output under the learner - under the rollout|| / ||output||, on at most eight rows of a view."""
-    tokens = next(each_view(both.views)).seen(both.policy, both.rollout)[:8]
+    tokens = next(each_view(both.views)).input_tokens(both.policy, both.rollout)[:8]
     attention_mask = both.rollout.attention_mask[:8]
     rollout_outputs = layer_outputs(both.rollout_policy, tokens, attention_mask)
     errors = {}

@@ -27,7 +27,7 @@ def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, vie
         return None
     first_rows = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, at a fraction of the work
     attention_mask = rollout.attention_mask[first_rows]
-    tokens = next(each_view(views)).seen(policy, rollout)[first_rows]
+    tokens = next(each_view(views)).input_tokens(policy, rollout)[first_rows]
     experts_by_side = []
     for side_policy in (policy, rollout_policy):
         with Routing(side_policy.module) as routing:

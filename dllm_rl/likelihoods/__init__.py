@@ -1,1 +1,1 @@
-"""Sequence-likelihood estimators: masks as data, views of a rollout, and the functions that combine the views."""
+"""Sequence-likelihood estimators: they draw masked views of a rollout, score every view, and combine the scores."""

@@ -1,9 +1,9 @@
 """The interface of a sequence-likelihood estimator.
 
-An estimator scores several views of the batch. View n masks some positions and scores some. `combine` adds up the
-views' log-probs per position; the sum over T estimates log p(completion | prompt). The views are drawn once, and every
-policy is scored with the same views. Scoring and the update process one view at a time, so that memory does not grow
-with the number of views.
+An estimator scores several views of the batch. A view masks some positions and scores some positions. `combine` adds
+up the views' log-probs per position; the sum over T estimates log p(completion | prompt). The views are drawn once, and
+every policy is scored with the same views. Scoring and the update process one view at a time, so that memory does not
+grow with the number of views.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ class LikelihoodEstimator:
         scores_order: Whether the views also score an order that has a log-probability (`models.order`).
         replays_steps: Whether view n shows what the sampler saw before it wrote the tokens that the view scores, and
             the views are in the sampler's order, as `value_head` requires.
-        is_random: Whether two draws differ. If True, each inner update may draw separate masks
+        is_random: Whether two calls of `draw_views` differ. If True, each inner update may draw separate masks
             (`Recipe.resample_masks`).
         reads_confidence_change: Whether `draw_views` needs `Rollout.confidence_change`.
         block_size: Required block size of the policy, for views that mask complete blocks. None: any.
@@ -92,7 +92,7 @@ class LikelihoodEstimator:
     ) -> Float[Tensor, "N B T"]:
         """Return log p(y_t | view n) in nats where view n scores t, and 0 elsewhere.
 
-        Call it with `retain_graphs` to differentiate the result; `logprobs` is enough without a gradient.
+        Call it with `retain_graphs` to differentiate the result; call `logprobs` if no gradient is needed.
 
         Args:
             policy: Policy to score under.
@@ -147,7 +147,7 @@ class LikelihoodEstimator:
 
     @property
     def exact_ratios(self) -> bool:
-        """Whether exp of the difference of two policies' estimates is a ratio of probabilities of the draws."""
+        """Whether exp(difference of two policies' estimates) is the ratio of the probabilities of what was sampled."""
         return self.exact_for_sampler or self.supported_attention == ("causal",)
 
     def is_exact_for(self, rollout: Rollout) -> bool:

@@ -6,9 +6,8 @@ time in a random order:
     sum_{k=1..L} (1/k) E_{|m|=k} sum_{i in m} l_i(m)  <=  log p(y),
     p(y) = E_order prod_i p(y_i | the positions before i in the order).
 
-A view is a copy of the batch with the positions of one m masked; it scores some positions, by one forward. The cost of
-an estimate is the number of times that the model runs on the full batch (forwards). docs/methods.md
-explains the tags [paper] and [ours].
+A view is a copy of the batch with the positions of one set m masked. One forward scores some of its positions. The cost
+of an estimate is its number of forwards of the full batch. docs/methods.md explains the tags [paper] and [ours].
 """
 
 from dataclasses import replace
@@ -265,16 +264,16 @@ def trajectory(
     Use it if ratios must be exact or the sampler takes few steps: it costs one forward per segment. The forward of
     segment s masks the tokens that the sampler wrote in segment s or later, and scores the tokens of segment s. With
     one segment per step (the default), the sum over positions is the exact log-probability of the tokens given the
-    order; `include_order` adds the order's, where the rollout recorded it. With `num_sampled_steps=n`, n random steps
-    of a row's N are scored, with coefficient N / min(n, N). `self_conditioning` applies to rollouts of `renoise` only.
+    order. With `num_sampled_steps=n`, n random steps of a row's N steps are scored, with coefficient N / min(n, N).
+    `self_conditioning` applies to rollouts of `renoise` only.
 
-    If the order in which tokens are written also depends on the model's parameters, the order's log-probability is
-    added (`include_order`). Under the rank `confidence`, every position that a step leaves masked adds the
-    log-probability that a token drawn there has a lower confidence than all tokens that the step wrote (`models.order`
-    [ours]). Under the rank `plackett_luce`, a step adds the log-probability of its draw of positions, and under the
-    commit rule `soft_threshold`, that of the set of positions it wrote. The row's sum is then the exact log-probability
-    of tokens AND order. Under other rules that depend on the drawn tokens, the order is left out, and a run prints a
-    warning.
+    If the order in which tokens are written also depends on the model's parameters, and the rollout recorded the
+    log-probability of the order, it is added (`include_order`). Under the rank `confidence`, every position that a step
+    leaves masked adds the log-probability that a token drawn there has a lower confidence than all tokens that the step
+    wrote (`models.order` [ours]). Under the rank `plackett_luce`, a step adds the log-probability of its draw of
+    positions, and under the commit rule `soft_threshold`, that of the set of positions that it wrote. The row's sum is
+    then the exact log-probability of tokens AND order. Under other rules that depend on the drawn tokens, the order is
+    left out, and a run prints a warning.
 
     A rollout that rewrites tokens (`remask`, `soft_edit`) is replayed write by write [ours]: the tokens and masks that
     each step saw are rebuilt, and a position's contribution is the sum over its writes (docs/order.md). A rollout of

@@ -15,7 +15,7 @@ from dllm_rl.types import Rollout, Views
 
 
 def canvas_at(rollout: Rollout, *, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Return the tokens before `step` of each position, -1 if masked, and the tokens that it wrote, -1 if none."""
+    """Return the tokens before each position's `step` (-1: masked), and those that this step wrote (-1: none)."""
     events = rollout.events
     if events is None:
         raise ValueError("the rollout has no events: only a sampler that revises records them")
@@ -31,7 +31,7 @@ def canvas_at(rollout: Rollout, *, step: Int[Tensor, "B T"]) -> tuple[Int[Tensor
 
 @dataclass(frozen=True)
 class CanvasReplay(ViewFeature):
-    """Feature of views whose canvas is rebuilt for a `step` of each position."""
+    """Feature of views whose canvas is rebuilt as it was before `step` of each position."""
 
     step: Int[Tensor, "N B T"]
 
@@ -53,7 +53,7 @@ def last_and_first_step(rollout: Rollout) -> tuple[Int[Tensor, "B T"], Int[Tenso
 
 
 def check_merges(rollout: Rollout, num_segments: int | None) -> None:
-    """Raise ValueError if steps are merged, although a position may be written in several of them."""
+    """Raise ValueError if `num_segments` merges steps of a rollout that may write a position in several steps."""
     if num_segments is not None and rollout.events is not None:
         raise ValueError(
             f"num_segments={num_segments} merges steps, and this rollout's commit rule may write a position in several "
@@ -62,7 +62,7 @@ def check_merges(rollout: Rollout, num_segments: int | None) -> None:
 
 
 def event_views(rollout: Rollout, step: Int[Tensor, "S B T"]) -> Views:
-    """Return one view for each of S steps. It has the canvas before the step, and scores what the step wrote.
+    """Return one view for each of S steps. It has the canvas before the step, and scores the tokens written.
 
     Raises:
         ValueError: The recorded events do not determine a likelihood, or lack the support of a filter.

@@ -64,8 +64,8 @@ def mask_keys(
     largest = change.masked_fill(~completion, -torch.inf).amax(-1, keepdim=True)
     smallest = change.masked_fill(~completion, torch.inf).amin(-1, keepdim=True)
     log_q = informed_masking * torch.where(largest > smallest, (largest - change) / (largest - smallest), 0)
-    # Logs of exponential times with rates q_i: the earliest is i with probability q_i / sum q, and the next ones are
-    # drawn in the same way from the remaining positions.
+    # The keys are logs of exponential arrival times with rates q_i: position i is first with probability q_i / sum q,
+    # and the next ones follow in the same way among the remaining positions.
     times = uniforms.double().where(completion, 0.5).clamp(min=1e-12).neg().log1p().neg().log() - log_q
     return times.masked_fill(~completion, torch.inf)
 
@@ -80,10 +80,10 @@ def ranks(keys: Float[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return keys.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)  # stable: ties go from left to right
 
 
-def exact_view(
+def k_masked_view(
     inside: Bool[Tensor, "B T"], keys: Float[Tensor, "B T"], k: Int[Tensor, "B 1"]
 ) -> tuple[Bool[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Mask the k positions of `inside` with the smallest keys, each with weight L/k, where L = |inside|.
+    """Mask the k positions of `inside` with the smallest keys, and weight them by L/k, where L = |inside|.
 
     Averaged over k in 1..L and all orders of the keys, sum_i weight_i l_i(m) is the any-order ELBO of `estimators`,
     sum_k (1/k) E_{|m|=k} sum_{i in m} l_i(m).
@@ -98,7 +98,7 @@ def coupled_views(
     """Return two views: one masks k positions of `inside`, with weight (L+1)/2k, the other the L-k remaining positions.
 
     The weight of the second view is (L+1)/2(L-k), so that each position is masked in one view. Averaged over k in 0..L
-    and all orders of the keys, the sum of both views estimates the same ELBO as `exact_view`.
+    and all orders of the keys, the sum of both views estimates the same ELBO as `k_masked_view`.
     """
     size = inside.sum(-1, keepdim=True)
     rank = ranks(keys.masked_fill(~inside, torch.inf))
@@ -127,7 +127,7 @@ def block_view(
     chosen = uniform_index(u_block, num_blocks)
     inside = completion & (block == chosen)
     k = 1 + uniform_index(u_count, inside.sum(-1, keepdim=True))
-    masked, weight = exact_view(inside, keys, k)
+    masked, weight = k_masked_view(inside, keys, k)
     return masked | (completion & (block > chosen)), weight * num_blocks
 
 
@@ -138,7 +138,7 @@ def block_index(completion: Bool[Tensor, "B T"], block_size: int) -> Int[Tensor,
 
 
 def stack_views(views: list[tuple[Tensor, Tensor]], *, samples: int) -> Views:
-    """Stack views into one record, with their weights divided by `samples`."""
+    """Stack pairs (masked, weight) into one `Views`, with their weights divided by `samples`."""
     masked = torch.stack([view[0] for view in views])
     weight = torch.stack([view[1] for view in views])
     return Views(masked, (weight / samples).float())
@@ -166,7 +166,7 @@ def draw_k_masked(
     antithetic: bool,
     informed_masking: float | None,
 ) -> Views:
-    """Draw views of `exact_view` with k uniform over 1..L.
+    """Draw views that mask exactly k positions, with k uniform over 1..L.
 
     An antithetic pair masks the k positions with the smallest keys, and the L+1-k positions with the largest keys.
     """
@@ -182,7 +182,7 @@ def draw_k_masked(
         keys += [-key for key in keys]
     else:
         counts = 1 + uniform_index(u, size)
-    views = [exact_view(completion, key, k) for key, k in zip(keys, counts, strict=True)]
+    views = [k_masked_view(completion, key, k) for key, k in zip(keys, counts, strict=True)]
     return stack_views(views, samples=num_samples)
 
 
@@ -199,7 +199,7 @@ def draw_coupled(rollout: Rollout, generator: Generator, *, num_samples: int, in
 
 
 def draw_quadrature(rollout: Rollout, generator: Generator, *, nodes: int) -> Views:
-    """Draw an `exact_view` at each Gauss-Legendre node t of [0, 1], with k = floor(t L) + 1 and the node's weight."""
+    """Draw a `k_masked_view` at each Gauss-Legendre node t of [0, 1], with k = floor(t L) + 1 and the node's weight."""
     completion = rollout.completion_mask
     generators = row_generators(rollout, generator)
     size = completion.sum(-1, keepdim=True)
@@ -207,7 +207,7 @@ def draw_quadrature(rollout: Rollout, generator: Generator, *, nodes: int) -> Vi
     points, node_weights = np.polynomial.legendre.leggauss(nodes)  # for [-1, 1]: the weights add up to 2
     for point, node_weight in zip(points, node_weights, strict=True):
         t = torch.full(size.shape, (point + 1) / 2, dtype=torch.float64, device=size.device)
-        masked, weight = exact_view(completion, uniforms_at(completion, generators), 1 + uniform_index(t, size))
+        masked, weight = k_masked_view(completion, uniforms_at(completion, generators), 1 + uniform_index(t, size))
         views.append((masked, node_weight / 2 * weight))
     return stack_views(views, samples=1)
 

@@ -1,4 +1,4 @@
-"""The log-probability of the order, in which a sampler writes the positions, as `trajectory()` scores it.
+"""The log-probability of the order in which a sampler writes the positions, as `trajectory()` scores it.
 
 Under the rank `confidence`, each view also scores the positions that its step left masked. Under `plackett_luce`, each
 written position also gets the log-prob of being drawn next, and under `soft_threshold` its share of the log-prob of the
@@ -73,7 +73,7 @@ class OrderScoring:
 
     stay_masked: Bool[Tensor, "B T"]
 
-    def needed(
+    def positions_for_backward(
         self, rollout: Rollout, nonzero: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]
     ) -> Bool[Tensor, "B T"]:
         scored_rows = scored & nonzero.any(-1, keepdim=True)
@@ -100,7 +100,7 @@ class OrderScoring:
         return out.index_copy(0, stay_masked, stay_logps)
 
     def _draw_logprobs(self, policy: Policy, rollout: Rollout, view_states: ViewStates) -> Float[Tensor, " C"]:
-        """Return the order's part of each written position under `plackett_luce` and `soft_threshold`."""
+        """Return the order's log-prob at each written position, under `plackett_luce` or `soft_threshold`."""
         record, plan = recorded_order(rollout), view_states.plan
         block_ids, width = _block_ids(rollout, plan), rollout.tokens.shape[1]
         assert record.rank_function is not None, "the positions were drawn by scores"

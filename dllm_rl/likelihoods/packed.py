@@ -1,4 +1,4 @@
-"""Packed scoring of a block-causal model: one view masks positions in all blocks, and a block sees the others unmasked.
+"""Packed scoring of a block-causal model: a view masks positions in all blocks; each block sees earlier ones unmasked.
 
 A packed forward runs a clean copy of each row (the rollout's tokens) next to a noisy copy (with masks).
 """
@@ -77,7 +77,7 @@ def packed_mask(
 
 
 def packed_forward(policy: Policy, plan: ForwardPlan, *inputs: Tensor) -> Tensor:
-    """Run `packed_hidden` as the forward of a view."""
+    """Run `packed_hidden` as the forward of a view, which also receives a plan."""
     return packed_hidden(policy, *inputs)
 
 
@@ -99,7 +99,7 @@ def packed_hidden(
         noisy: Tokens with masks.
         attention_mask: False on padding.
         tokens: Clean tokens.
-        read: Positions whose states are needed. States before the block of the first one are zeros.
+        read: Positions whose states are needed. States before the block of the first such position are zeros.
 
     Raises:
         ValueError: The policy is not block-causal, or its states are shifted.
@@ -110,7 +110,7 @@ def packed_hidden(
     positions = position_ids(attention_mask)
     block = positions // spec.block_size
     first_block = torch.where(read, block, block.max() + 1).amin(-1, keepdim=True)
-    start = int((attention_mask & (block >= first_block)).any(0).long().argmax())  # the first noisy column that is read
+    start = int((attention_mask & (block >= first_block)).any(0).long().argmax())  # the first noisy column that runs
     packed_tokens = torch.cat([tokens, noisy[:, start:]], dim=1)
     packed_positions = torch.cat([positions, positions[:, start:]], dim=1)
     clean_ranks = block_ranks(spec, tokens, positions)

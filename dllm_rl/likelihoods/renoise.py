@@ -3,7 +3,7 @@
 A step draws a token at every position, accepts some of the draws, and replaces the others by random tokens. The
 accepted positions and the end of a canvas are functions of the logits, and random tokens do not depend on the weights.
 The log-prob of a rollout is therefore the sum of log p(token) over steps and accepted positions, at the step's
-temperature. A step also reads the logits of the step before (self-conditioning), which are recomputed step by step.
+temperature. A step also reads the previous step's logits (self-conditioning), which are recomputed step by step.
 
 A canvas is a part of the completion that is denoised together.
 """
@@ -30,7 +30,8 @@ class RenoiseReplay(ViewFeature):
     """Feature of the view that replays every step of `renoise`.
 
     Args:
-        full: Whether to differentiate through the self-conditioning. If False, the gradient stops at the step before.
+        full: Whether to differentiate through the self-conditioning. If False, the gradient stops at the previous
+            step's logits.
         steps: Total number of steps of all canvases.
     """
 
@@ -44,7 +45,7 @@ class RenoiseReplay(ViewFeature):
         return self.steps
 
     def apply_to(self, view: View, number: int) -> View:
-        return Replay(view.masked, view.scored, full=self.full)
+        return RenoiseView(view.masked, view.scored, full=self.full)
 
 
 def renoise_views(rollout: Rollout, *, full: bool) -> Views:
@@ -76,16 +77,17 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Replay(View):
-    """The view of all steps. It takes one forward per step."""
+class RenoiseView(View):
+    """The view that replays all steps. It takes one forward per step."""
 
     full: bool = False
 
-    def seen(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
+    def input_tokens(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
         """Return the tokens that the encoder reads."""
         return rollout.tokens
 
     def run(self, policy: Policy, rollout: Rollout, at: Bool[Tensor, "B T"]) -> ViewStates | None:
+        """Raise ValueError: a replay has no single forward whose states could be returned."""
         raise ValueError(
             "needs_entropy of a corrector and value_model read the states of one forward, and renoise's view takes "
             "several: leave them out"
@@ -103,8 +105,8 @@ class Replay(View):
     def backward(self, policy: Policy, rollout: Rollout, grad_output: Float[Tensor, "B T"]) -> None:
         """Compute `logprobs(...).backward(grad_output)`.
 
-        With full=False, memory does not grow with the number of steps: each step is differentiated immediately, down to
-        the encoder's cache, and the encoder once, at the end.
+        With full=False, memory does not grow with the number of steps: the gradient of each step goes to the encoder's
+        cache immediately, and from there through the encoder once, at the end.
         """
         rows = ((grad_output != 0) & self.scored).any(-1).nonzero()[:, 0]
         if not len(rows):
@@ -141,7 +143,7 @@ def replay_steps(
     prefix = Prefix.empty(policy, len(tokens))
     for canvas in range(num_canvases):
         begin = start + canvas * length
-        # The encoder reads the prompt before the first canvas, and the canvas before each other one.
+        # Before the first canvas the encoder reads the prompt, and before each later canvas the previous one.
         new_columns = slice(0, start) if canvas == 0 else slice(begin - length, begin)
         prefix.read(policy, tokens[:, new_columns], attention_mask[:, new_columns])
         if cuts is not None:
@@ -156,14 +158,14 @@ def replay_steps(
         seen = record.seen.gather(1, index).masked_fill(~is_inside[..., None], -1).long()
         drawn = record.drawn.gather(1, index).masked_fill(~is_inside[..., None], -1).long()
         num_steps = int((seen >= 0).any(0).any(0).sum())
-        previous = None
+        previous_logits = None
         for step, temperature in enumerate(record.temperatures[:num_steps]):
-            logits = prefix.logits(policy, seen[..., step].clamp(min=0), previous, temperature)
+            logits = prefix.logits(policy, seen[..., step].clamp(min=0), previous_logits, temperature)
             scored = drawn[..., step] >= 0
             flat_logprobs = TokenLogprob.apply(logits.flatten(0, 1), drawn[..., step].clamp(min=0).flatten())
             logprobs = flat_logprobs.view(scored.shape).masked_fill(~scored, 0.0)
             yield Step(canvas_columns, scored, logprobs)
-            previous = conditioning(policy, logits if full else logits.detach())
+            previous_logits = conditioning(policy, logits if full else logits.detach())
 
 
 def _align_columns(record: Renoised) -> tuple[Int[Tensor, "R W"], int, int, int]:

@@ -61,8 +61,8 @@ class ExpertRecorder(ViewFeature):
     """Feature of views whose forwards write the chosen experts into `store`.
 
     Args:
-        store: A list of one tensor (N, B, T, M, E). It is a list because a feature's tensors are cut to rows, which
-            must not happen to the store.
+        store: A list of one tensor (N, B, T, M, E). It is a list because scoring slices the tensors of a feature to a
+            chunk of rows, and must not slice the store.
         flat_index: Index of each token in the flattened B and T axes of the store.
     """
 
@@ -97,7 +97,7 @@ def record_experts(policy: Policy, rollout: Rollout, views: Views) -> Views:
 
     Call it before scoring under the rollout policy; `with_recorded_experts` then returns the learner's views.
     """
-    # A forward of one token shows the number of mixtures and the dtype of the ids.
+    # A forward of one token shows the number of MoE layers and the dtype of the ids.
     with torch.no_grad(), Routing(policy.module) as routing:
         policy.hidden(rollout.tokens[:1, :1], torch.ones_like(rollout.attention_mask[:1, :1]))
     experts = routing.experts(1)

@@ -43,7 +43,7 @@ def sampled_segments(
     for row_generator, count in zip(row_generators(rollout, generator), counts.tolist(), strict=True):
         permutation = torch.rand(max(count, 0), generator=row_generator).argsort()
         drawn = permutation[:num_sampled_steps].sort().values
-        indices.append(F.pad(drawn, (0, num_sampled_steps - len(drawn)), value=-2))  # -1 marks positions to skip
+        indices.append(F.pad(drawn, (0, num_sampled_steps - len(drawn)), value=-2))  # -1 is outside completions
     weight = counts / counts.clamp(1, num_sampled_steps)
     return torch.stack(indices, dim=1)[..., None].to(segment.device), weight[:, None].to(segment.device)
 

@@ -31,13 +31,14 @@ class Chunk:
 
     Attributes:
         rows: Indices of the rows.
-        columns: Columns from the first one that is not padding in every row.
+        columns: Columns without those on the left that are padding in every row.
     """
 
     rows: Int[Tensor, " R"]
     columns: slice
 
     def of(self, rollout: Rollout, views: Views) -> tuple[Rollout, Views]:
+        """Return this chunk's part of a rollout and of its views."""
         return rollout.rows(self.rows, self.columns), views.rows(self.rows, self.columns)
 
 
@@ -69,12 +70,12 @@ class ForwardPlan(NamedTuple):
 
     Attributes:
         rows: Rows of the forward: the first row of each group if `is_shared`, else `scored_rows`.
-        is_shared: Whether one row is run for each group, because its completions look the same to the model.
+        is_shared: Whether one row is run for each group, because the model reads the same tokens in all its rows.
         scored_rows: Rows with a scored position.
         state_index: Index of each scored position in the flattened states.
         flat_index: Index of each scored position in the flattened batch.
-        written: Which of the K positions are scored by their token: all, unless the view has `Scoring.stay_masked`.
-        stay_masked: Which of the K positions are scored by the probability of staying masked.
+        written: Indices, among the K, of the positions scored by their token: all, without `Scoring.stay_masked`.
+        stay_masked: Indices, among the K, of the positions scored by the probability of staying masked.
     """
 
     rows: Int[Tensor, " R"]
@@ -110,7 +111,7 @@ class Scoring(Protocol):
     def stay_masked(self) -> Bool[Tensor, "B T"] | None:
         """Positions that are scored by the probability of staying masked, not by their token. None: no positions."""
 
-    def needed(
+    def positions_for_backward(
         self, rollout: Rollout, nonzero: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]
     ) -> Bool[Tensor, "B T"]:
         """Return the positions whose states a backward needs.
@@ -132,7 +133,7 @@ class TokenScoring:
 
     stay_masked: Bool[Tensor, "B T"] | None = None
 
-    def needed(
+    def positions_for_backward(
         self, rollout: Rollout, nonzero: Bool[Tensor, "B T"], scored: Bool[Tensor, "B T"]
     ) -> Bool[Tensor, "B T"]:
         return nonzero
@@ -186,7 +187,7 @@ class View:
         canvas: Function of the rollout. It returns the tokens before masking, and the tokens to score.
         forward: Function that computes the states of the masked canvas; see `forward`.
         scoring: Functions that turn states into log-probs.
-        share: Whether one row is run for a group whose completions look the same to the model.
+        share: Whether a single row may be run for a group in which the model reads the same tokens in all rows.
     """
 
     masked: Bool[Tensor, "B T"]
@@ -208,14 +209,15 @@ class View:
     def backward(self, policy: Policy, rollout: Rollout, grad_output: Float[Tensor, "B T"]) -> None:
         """Compute `logprobs(...).backward(grad_output)` in one forward and backward.
 
-        Only positions that affect the loss, where `grad_output` is not 0, are scored. Without such positions no forward
-        runs.
+        Only the states that affect the loss are computed (`Scoring.positions_for_backward`). If `grad_output` is 0
+        everywhere, no forward runs.
         """
-        view_states = self.run(policy, rollout, self.scoring.needed(rollout, grad_output != 0, self.scored))
+        positions = self.scoring.positions_for_backward(rollout, grad_output != 0, self.scored)
+        view_states = self.run(policy, rollout, positions)
         if view_states is not None:
             self.scoring.backward(policy, rollout, view_states, grad_output.flatten()[view_states.plan.flat_index])
 
-    def seen(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
+    def input_tokens(self, policy: Policy, rollout: Rollout) -> Int[Tensor, "B T"]:
         """Return the tokens that the model reads."""
         return self._mask_tokens(policy, self.canvas(rollout)[0])
 
@@ -276,24 +278,24 @@ def plan_view(
         tokens: Tokens that the model reads.
         scored: Positions to score.
         stay_masked: Positions that are scored by the probability of staying masked. None: no positions.
-        share: Whether one row may be run for a group.
+        share: Whether a single row may be run for a group, as in `View`.
     """
     group_size = rollout.group_size
-    is_equal = _equal_in_groups(tokens, group_size) & _equal_in_groups(rollout.attention_mask, group_size)
+    groups_are_equal = _equal_in_groups(tokens, group_size) & _equal_in_groups(rollout.attention_mask, group_size)
     if stay_masked is None:
         stay_masked = torch.zeros_like(scored)
     # The host waits for the device once: three results return in one copy.
-    on_host = torch.cat([scored.flatten(), stay_masked.flatten(), is_equal[None]]).cpu()
-    scored_on_host, stays, is_equal_on_host = on_host.split([scored.numel(), scored.numel(), 1])
+    on_host = torch.cat([scored.flatten(), stay_masked.flatten(), groups_are_equal[None]]).cpu()
+    scored_on_host, stays_on_host, equal_on_host = on_host.split([scored.numel(), scored.numel(), 1])
     flat_index = scored_on_host.nonzero()[:, 0]
     if not len(flat_index):
         return None
     scored_on_host = scored_on_host.view(scored.shape)
     scored_rows = scored_on_host.any(-1).nonzero()[:, 0]
-    # Groups are equal in a first step, for example, where all completions are masked.
-    is_shared = share and group_size > 1 and bool(is_equal_on_host)
+    # For example, before the first step of a rollout all completions of a group are fully masked.
+    is_shared = share and group_size > 1 and bool(equal_on_host)
     state_index = flat_index if is_shared else scored_on_host[scored_rows].flatten().nonzero()[:, 0]
-    stays = stays[flat_index]
+    stays = stays_on_host[flat_index]
     written = (~stays).nonzero()[:, 0]
     indices = copy_to_device(scored.device, scored_rows, state_index, flat_index, written, stays.nonzero()[:, 0])
     rows = torch.arange(0, len(tokens), group_size, device=scored.device) if is_shared else indices[0]
@@ -301,5 +303,6 @@ def plan_view(
 
 
 def _equal_in_groups(rows: Integer[Tensor, "B T"] | Bool[Tensor, "B T"], group_size: int) -> Bool[Tensor, ""]:
+    """Return whether the rows of each group are equal."""
     groups = rearrange(rows, "(p g) t -> p g t", g=group_size)
     return (groups == groups[:, :1]).all()

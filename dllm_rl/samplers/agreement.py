@@ -1,4 +1,6 @@
-"""Agreement of the learner with the rollout's order, a mismatch that importance weights do not correct.
+"""How often the learner would commit the same positions as the sampler did in its first step.
+
+Importance weights of the tokens do not correct a disagreement about positions.
 
 docs/methods.md explains the tag [ours].
 """
@@ -17,17 +19,19 @@ from dllm_rl.types import Rollout
 def order_agreement(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
     """Compare the positions that `policy` would commit in the rollout's first step with those that were committed.
 
-    The ranks max_prob, margin and entropy depend only on the state. If the policy chooses other positions, the recorded
-    order has probability 0 under it, and importance weights of the tokens do not correct this [ours].
+    The ranks max_prob, margin and entropy depend only on the canvas and the weights. If the policy chooses other
+    positions, the recorded order has probability 0 under it, and importance weights of the tokens do not correct this
+    [ours].
 
     Returns:
         (sum, count) pairs: order_agreement, the share of committed positions that the policy chooses too, and
-        order_agreement_rows, the share of prompts for which both choose the same positions. Empty for other ranks.
+        order_agreement_rows, the share of prompts for which both choose the same positions. Empty if the rollout's rank
+        is none of the three, or if its commit rule rewrites tokens.
     """
-    ranks = {rank.__name__: as_rank(rank) for rank, order in RANKS.items() if order in ("max_prob", "deterministic")}
+    ranks = {rank.__name__: as_rank(rank) for rank, kind in RANKS.items() if kind in ("max_prob", "deterministic")}
     order, mask_id = rollout.order, policy.spec.mask_id
     if order is None or order.rank_name not in ranks or mask_id is None or rollout.events is not None:
-        return {}  # the order of `random` and `confidence` is not a function of the state
+        return {}  # the order of `random` and `confidence` is not a function of the canvas and the weights
     rank = ranks[order.rank_name]
     first_rows = slice(None, None, rollout.group_size)  # all completions of a prompt begin with the same canvas
     masked = rollout.completion_mask[first_rows]

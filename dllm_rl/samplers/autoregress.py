@@ -35,12 +35,12 @@ def autoregress(  # noqa: PLR0913
 ) -> Rollout:
     """Complete every prompt `group_size` times, one token per step, until an end token or max_new_tokens.
 
-    Use it for policies with causal attention; use `unmask` for masked-diffusion policies. The prompt is read once per
-    group. A row depends only on its prompt, its seed and the weights.
+    Use it for policies with causal attention; use `unmask` for masked-diffusion policies. Each prompt runs through the
+    model once, for all its completions. A row depends only on its prompt, its seed and the weights.
 
     Args:
         policy: Policy with causal attention.
-        prompts: Left-padded prompts, without open positions.
+        prompts: Left-padded prompts, without `infill_mask`.
         generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
         max_new_tokens: Largest number of tokens of a completion.
         temperature: Temperature of the token draw. 0 takes the likeliest token.
@@ -70,10 +70,10 @@ def autoregress(  # noqa: PLR0913
     seeds = row_seeds(generator, num_rows) if prompts.seeds is None else prompts.seeds
     # One uniform number per token, all drawn first, so that a row's numbers do not depend on when other rows end.
     row_generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    row_uniforms = [torch.rand(max_new_tokens, generator=row, dtype=torch.float64) for row in row_generators]
+    row_uniforms = [torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in row_generators]
     uniforms = torch.stack(row_uniforms).to(device)
 
-    new_tokens = prompts.tokens.to(device)
+    input_tokens = prompts.tokens.to(device)
     attention_mask = prompts.attention_mask.to(device)
     positions = position_ids(attention_mask)
     cache = KVCache(config=policy.module.config)
@@ -81,8 +81,8 @@ def autoregress(  # noqa: PLR0913
     is_unfinished = torch.ones(num_rows, dtype=torch.bool, device=device)
     steps: list[tuple[Drawn, Bool[Tensor, " B"]]] = []  # the draws of each step, and the rows that were unfinished
     for step in range(max_new_tokens):
-        states = policy.encode(new_tokens, attention_mask, positions, cache=cache, use_cache=True)[:, -1]
-        if step == 0:  # the prompt is read once for all rows of its group
+        states = policy.encode(input_tokens, attention_mask, positions, cache=cache, use_cache=True)[:, -1]
+        if step == 0:  # so far one row per prompt; from here on one row per completion
             prompt_index = torch.arange(num_rows, device=device) // prompts.group_size
             states = states[prompt_index]
             attention_mask = attention_mask[prompt_index]
@@ -91,7 +91,7 @@ def autoregress(  # noqa: PLR0913
         drawn = _draw(policy, states, uniforms[:, step], sampling_params)
         steps.append((drawn, is_unfinished))
         # A finished row continues with padding, so that all rows have the same length.
-        new_tokens = torch.where(is_unfinished, drawn.tokens, policy.pad_id)[:, None]
+        input_tokens = torch.where(is_unfinished, drawn.tokens, policy.pad_id)[:, None]
         positions = positions[:, -1:] + 1
         attention_mask = torch.cat([attention_mask, is_unfinished[:, None]], dim=1)
         is_unfinished = is_unfinished & ~torch.isin(drawn.tokens, eos)
@@ -129,19 +129,19 @@ def _rollout(
     drawn = Drawn(*(torch.stack(field_of_steps, dim=1) for field_of_steps in fields))
     tokens = torch.where(is_drawn, drawn.tokens, policy.pad_id)
     prompt_tokens = repeat(prompts.tokens.to(policy.device), "p s -> (p g) s", g=prompts.group_size)
-    start = prompt_tokens.shape[1]
-    completion_mask = F.pad(is_drawn, (start, 0))
-    unmask_step = torch.arange(completion_mask.shape[1], device=policy.device) - start
+    prompt_width = prompt_tokens.shape[1]
+    completion_mask = F.pad(is_drawn, (prompt_width, 0))
+    unmask_step = torch.arange(completion_mask.shape[1], device=policy.device) - prompt_width
     support = None
     if drawn.log_mass is not None and drawn.support is not None:
         ids = drawn.support.masked_fill(~is_drawn[..., None], -1)
-        support = make_filter_support(drawn.log_mass.masked_fill(~is_drawn, 0.0), ids).padded(start)
+        support = make_filter_support(drawn.log_mass.masked_fill(~is_drawn, 0.0), ids).padded(prompt_width)
     return Rollout(
         tokens=torch.cat([prompt_tokens, tokens], dim=1),
         attention_mask=attention_mask,
         completion_mask=completion_mask,
         unmask_step=torch.where(completion_mask, unmask_step, -1),
-        logprobs=F.pad(drawn.logprobs.masked_fill(~is_drawn, 0.0), (start, 0)),
+        logprobs=F.pad(drawn.logprobs.masked_fill(~is_drawn, 0.0), (prompt_width, 0)),
         group_size=prompts.group_size,
         weights_version=policy.weights_version,
         sampling_params=sampling_params,

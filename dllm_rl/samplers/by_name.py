@@ -9,29 +9,32 @@ from dllm_rl.samplers.cache import Cache, block_cache, dual_cache, prefix_cache
 from dllm_rl.samplers.rules import name_of
 
 RANKS: dict[str, Callable] = {rank.__name__: rank for rank in records.RANKS}
-# The rank whose scores a rule needs.
+# Commit rules that read the scores of one rank only, and this rank.
 REQUIRED_RANKS = {"entropy_bound": "entropy", "origin": "random", "remask": "random"}
 COMMITS: dict[str, Callable] = {rule.__name__: rule for rule in records.COMMITS}
 CACHES: dict[str, Callable[..., Cache]] = {"block": block_cache, "prefix": prefix_cache, "dual": dual_cache}
 
 
 def read_rank(text: str) -> Callable:
-    """Return a rank by its name, or with its number, as `plackett_luce=0.3`. Raise ValueError on other text."""
+    """Return a rank from its name, or name and number, as `plackett_luce=0.3`. Raise ValueError on other text."""
     return _read("rank", text, RANKS)
 
 
 def read_commit(text: str) -> Callable:
-    """Return `schedule`, or a rule with its number, as `threshold=0.9`. Raise ValueError on other text."""
+    """Return a commit rule from its name, or name and number, as `threshold=0.9`. Raise ValueError on other text."""
     return _read("commit", text, COMMITS)
 
 
 def read_cache(text: str) -> Cache:
-    """Return the cache `block`, `prefix` or `dual`; the latter two may add the steps between refreshes, as `dual=4`."""
-    return _read("cache", text, CACHES, number=int)()
+    """Return the cache `block`, `prefix` or `dual`; the number of the latter two is `refresh`, as in `dual=4`."""
+    return _read("cache", text, CACHES, parse=int)()
 
 
-def _read(kind: str, text: str, known: dict[str, Callable], number: Callable[[str], float] = float) -> Callable:
-    """Return the named function, with its first keyword bound to the number. A keyword without a default needs one."""
+def _read(kind: str, text: str, known: dict[str, Callable], parse: Callable[[str], float] = float) -> Callable:
+    """Return the function that `text` names. A number in the text is bound to the function's first keyword argument.
+
+    The number may be left out if every keyword argument has a default.
+    """
     name, _, value = text.partition("=")
     if name not in known:
         raise ValueError(f"{kind}={text!r} is not one of {', '.join(known)}")
@@ -41,9 +44,9 @@ def _read(kind: str, text: str, known: dict[str, Callable], number: Callable[[st
     if not value or not keywords:
         raise ValueError(f"{kind}={text!r}: {name} takes " + (f"a number, as {name}=0.9" if keywords else "no number"))
     try:
-        return partial(known[name], **{keywords[0].name: number(value)})
+        return partial(known[name], **{keywords[0].name: parse(value)})
     except ValueError:
-        raise ValueError(f"{kind}={text!r}: {value!r} is not {'a' if number is float else 'a whole'} number") from None
+        raise ValueError(f"{kind}={text!r}: {value!r} is not {'a' if parse is float else 'a whole'} number") from None
 
 
 def required_rank(commit: str) -> str | None:
@@ -57,5 +60,5 @@ def text_of(rule: Callable) -> str:
     return "=".join([name_of(rule), *map(str, numbers)])
 
 
-# The function that reads each of a sampler's settings that the command line names.
+# Parsers of the sampler settings that the command line gives as text.
 READERS: dict[str, Callable] = {"rank": read_rank, "commit": read_commit, "cache": read_cache}

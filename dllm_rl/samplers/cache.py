@@ -37,6 +37,7 @@ class Cache:
             raise ValueError(f"refresh={self.refresh} must be at least 1 step, or None for once per block")
 
     def check(self, attention: str) -> None:
+        """Raise ValueError if the cache is not for models with this attention."""
         if (self.kind == "block") != (attention == "block_causal"):
             approximate = "prefix_cache() or dual_cache(), which are approximate"
             alternative = "block_cache()" if attention == "block_causal" else approximate
@@ -54,8 +55,8 @@ def block_cache() -> Cache:
 def prefix_cache(*, refresh: int | None = None) -> Cache:
     """Store the keys and values of the columns before the block, computed in its first step. APPROXIMATE.
 
-    Use it with full attention to evaluate faster; in training its error would count as mismatch. With refresh=1 it is
-    exact.
+    Use it with full attention to evaluate faster. In training its error would add to the mismatch between the sampler's
+    log-probs and the learner's. With refresh=1 it is exact.
 
     Args:
         refresh: Number of steps after which the cache is recomputed within a block. None: only at its start.
@@ -100,7 +101,7 @@ class CachedForward:
         self.positions = position_ids(attention_mask)
         self.cached_columns = torch.arange(0)  # columns whose keys and values are in `past`
         self.rows = torch.arange(len(attention_mask))  # rows of `past`
-        self.past: KVCache | None = None  # from the first forward on
+        self.past: KVCache | None = None  # None before the first forward
         self.block_start: tuple[Any, Tensor] | None = None  # block-causal: `past` and `rows` at the block's start
         self.columns: tuple[int, int] | None = None  # columns of the current block
         self.step = 0  # step in the current block
@@ -119,15 +120,15 @@ class CachedForward:
         """
         self.step = 0 if columns != self.columns else self.step + 1
         self.columns = columns
-        # A shifted family reads a block's first state one column to its left, which therefore is part of the block.
+        # With `spec.shift` the state one column to the left predicts the block's first token: this column runs too.
         start = max(0, columns[0] - self.policy.spec.shift)
-        fresh, keep = self._begin_step(start, columns[1], tokens.shape[1])
+        query_columns, columns_to_store = self._begin_step(start, columns[1], tokens.shape[1])
         if self.past is not None and len(rows) < len(self.rows):  # rows may leave, and return in the next block
             (index,) = copy_to_device(tokens.device, torch.isin(self.rows, rows).nonzero()[:, 0])
             self.past = map_cache(self.past, lambda x: x[index])
         self.rows = rows
-        first = int(fresh[0]) + self.policy.spec.shift
-        states = self._forward(tokens, rows[::rows_per_forward], fresh, keep)
+        first = int(query_columns[0]) + self.policy.spec.shift
+        states = self._forward(tokens, rows[::rows_per_forward], query_columns, columns_to_store)
         if rows_per_forward > 1 and self.past is not None:  # the rows that were not run are copies
             self.past = map_cache(self.past, lambda x: x.repeat_interleave(rows_per_forward, dim=0))
         if self.cache.kind == "block" and self.step == 0:
@@ -135,7 +136,7 @@ class CachedForward:
             self.block_start = self.past, rows
         return states, first
 
-    def _begin_step(self, start: int, end: int, width: int) -> tuple[Int[Tensor, " F"], Int[Tensor, " C"]]:
+    def _begin_step(self, start: int, end: int, width: int) -> tuple[Int[Tensor, " Q"], Int[Tensor, " C"]]:
         """Return the columns that run in this step, and the columns whose keys and values are stored after it.
 
         Restore or drop stored keys where a block starts.
@@ -154,28 +155,29 @@ class CachedForward:
         # A prefix cache runs the columns after the block in every step; a dual cache stores them.
         return all_columns[start : None if self.cache.kind == "prefix" else end], self.cached_columns
 
-    def _forward(self, tokens: Tensor, rows: Tensor, fresh: Tensor, keep: Tensor) -> Tensor:
-        """Run the `fresh` columns, which see the stored ones too, and then store only the columns `keep`.
+    def _forward(self, tokens: Tensor, rows: Tensor, query_columns: Tensor, columns_to_store: Tensor) -> Tensor:
+        """Run `query_columns`, which also attend to the stored columns. Then store only `columns_to_store`.
 
         All indices are on the host.
         """
         module = self.policy.module
-        seen = torch.cat([self.cached_columns, fresh])
-        device_rows, device_fresh, device_seen = copy_to_device(tokens.device, rows, fresh, seen)
-        # The model appends the fresh keys to a copy of the cache, so that the stored keys do not change.
+        key_columns = torch.cat([self.cached_columns, query_columns])
+        device_rows, query_index, key_index = copy_to_device(tokens.device, rows, query_columns, key_columns)
+        # The model appends the new keys to a copy of the cache, so that the stored keys do not change.
         past = KVCache(config=module.config) if self.past is None else map_cache(self.past, lambda x: x)
         row_tokens, positions = tokens[device_rows], self.positions[device_rows]
         attention_mask = self.attention_mask[device_rows]
-        bias = attention_bias(self.policy, row_tokens, attention_mask, positions, device_fresh, device_seen)
-        fresh_tokens, fresh_positions = row_tokens[:, device_fresh], positions[:, device_fresh]
-        states = self.policy.encode(fresh_tokens, bias, fresh_positions, cache=past, use_cache=True)
-        if past.get_seq_length() != len(seen):
+        bias = attention_bias(self.policy, row_tokens, attention_mask, positions, query_index, key_index)
+        query_tokens, query_positions = row_tokens[:, query_index], positions[:, query_index]
+        states = self.policy.encode(query_tokens, bias, query_positions, cache=past, use_cache=True)
+        if past.get_seq_length() != len(key_columns):
             raise ValueError(f"cache={self.cache}: {type(module).__name__} keeps no keys and values; use cache=None")
-        if self.past is None or len(keep) != len(self.cached_columns):
+        if self.past is None or len(columns_to_store) != len(self.cached_columns):
             # Keys contain their positions, so that the order in which they are stored does not matter.
-            (index,) = copy_to_device(tokens.device, torch.isin(seen, keep).nonzero()[:, 0])
+            is_stored = torch.isin(key_columns, columns_to_store)
+            (index,) = copy_to_device(tokens.device, is_stored.nonzero()[:, 0])
             self.past = map_cache(past, lambda x: x[:, :, index])
-            self.cached_columns = keep
+            self.cached_columns = columns_to_store
         return states
 
 
@@ -184,14 +186,14 @@ def attention_bias(
     tokens: Int[Tensor, "B T"],
     attention_mask: Bool[Tensor, "B T"],
     positions: Int[Tensor, "B T"],
-    fresh: Int[Tensor, " F"],
-    seen: Int[Tensor, " C"],
-) -> Float[Tensor, "B 1 F C"]:
-    """Return the additive attention mask of the fresh columns' queries over the keys of the seen columns."""
-    may_attend = attention_mask[:, None, seen].expand(-1, len(fresh), -1)
+    query_columns: Int[Tensor, " Q"],
+    key_columns: Int[Tensor, " K"],
+) -> Float[Tensor, "B 1 Q K"]:
+    """Return the additive attention mask of the queries at `query_columns` over the keys of `key_columns`."""
+    may_attend = attention_mask[:, None, key_columns].expand(-1, len(query_columns), -1)
     if policy.spec.attention == "block_causal":
-        key, query = block_ranks(policy.spec, tokens, positions)
-        may_attend = may_attend & (key[:, None, seen] <= query[:, fresh, None])
+        key_rank, query_rank = block_ranks(policy.spec, tokens, positions)
+        may_attend = may_attend & (key_rank[:, None, key_columns] <= query_rank[:, query_columns, None])
     dtype = next(policy.module.parameters()).dtype
     bias = torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device)
     return bias.masked_fill(~may_attend, torch.finfo(dtype).min)[:, None]

@@ -39,7 +39,8 @@ class Canvas:
         pad_id: Token id of padding.
         mask_id: Token id of the mask.
         pad_finished: Whether the masks of rows that stopped early become padding in the rollout.
-        events: Records of a rule that rewrites (`revise.packed_events`). None: no such rule.
+        events: Every write and remasking, if the commit rule rewrites tokens; `revise.packed_events` explains the
+            entries. None: the rule does not rewrite.
         infill_mask: For infilling, the columns of the completion, including those inside the prompt. Rows may then have
             fewer than L positions: the remaining offsets are never masked, and their `columns` have no meaning. None:
             no infilling.
@@ -86,7 +87,7 @@ class Canvas:
     def write(self, rows: Tensor, offsets: Tensor, steps: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
         """Commit tokens at these rows and offsets; all arguments have one entry per written position."""
         self.tokens[rows, self.columns[rows, offsets]] = tokens
-        # A tensor of False: a Python False would be copied to the GPU, and the host would wait for it.
+        # A tensor of False, because the host would wait until a Python False is copied to the GPU.
         self.masked[rows, offsets] = torch.zeros_like(rows, dtype=torch.bool)
         self.logprobs[rows, offsets] = logprobs
         self.unmask_step[rows, offsets] = steps
@@ -127,17 +128,17 @@ class Canvas:
         return self.tokens.gather(-1, self.columns)
 
     def mark_finished(self, rows: Tensor, eos_ids: tuple[int, ...]) -> Tensor:
-        """Mark those of `rows` that have written an end token as finished, and return them, on the host."""
+        """Mark as finished those of `rows` (on the host) that have written an end token. Return them, on the host."""
         eos, device_rows = copy_to_device(self.tokens.device, torch.tensor(eos_ids, dtype=torch.long), rows)
         has_eos = (torch.isin(self.completions()[device_rows], eos) & ~self.masked[device_rows]).any(-1)
         self.finished[device_rows] |= has_eos
         return rows[has_eos.cpu()]
 
     def rollout(self, sampling_params: SamplingParams, weights_version: int, **fields: RolloutField) -> Rollout:
-        """Return the current record: the columns of the prompts, then the columns written after them.
+        """Return the rollout so far. Its columns are those of the prompts, followed by those of the completions.
 
-        With infilling, the prompts' columns contain written positions too, and the record has the canvas's columns.
-        `fields` are optional fields of the rollout, for the completions' positions (B, L).
+        With infilling, its columns are those of the canvas, because prompts contain written positions too. `fields` are
+        optional fields of the rollout, for the completions' positions (B, L).
         """
         if self.infill_mask is not None:
             tokens = self.tokens.clone()
@@ -200,9 +201,9 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
     full_blocks = prompt_sizes // block_size
     block = (block_offsets[:, None] + torch.arange(length)) // block_size
     if block_aligned:  # prompts are padded by complete blocks
-        base = int(full_blocks.max()) * block_size
-        columns = base + block_offsets[:, None] + torch.arange(length)
-        starts = base - full_blocks * block_size
+        blocks_start = int(full_blocks.max()) * block_size
+        columns = blocks_start + block_offsets[:, None] + torch.arange(length)
+        starts = blocks_start - full_blocks * block_size
         tokens = torch.full((num_rows, int(columns.max()) + 1), policy.pad_id)
         attention_mask = torch.zeros(tokens.shape, dtype=torch.bool)
         for row, prompt in enumerate(prompt_tokens):
@@ -210,8 +211,8 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
             tokens[row, prompt_columns] = prompt[prompt_mask[row]]
             attention_mask[row, prompt_columns] = True
     else:
-        base = prompts.tokens.shape[1]
-        columns = (base + torch.arange(length)).expand(num_rows, -1)
+        blocks_start = prompts.tokens.shape[1]
+        columns = (blocks_start + torch.arange(length)).expand(num_rows, -1)
         zeros = torch.zeros(columns.shape, dtype=torch.long)
         tokens = torch.cat([prompt_tokens, zeros], dim=1)
         attention_mask = torch.cat([prompt_mask, zeros.bool()], dim=1)
@@ -224,7 +225,7 @@ def make_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int, 
         attention_mask=attention_mask.to(device),
         columns=columns.contiguous().to(device),
         block=block.to(device),
-        bounds=[(start, min(start + block_size, width)) for start in range(base, width, block_size)],
+        bounds=[(start, min(start + block_size, width)) for start in range(blocks_start, width, block_size)],
         starts=attention_mask.long().argmax(-1),
         pad_id=policy.pad_id,
         mask_id=spec.mask_id,
@@ -242,18 +243,18 @@ class StepPlan:
         num_masked: Number of masked positions in each block, on the host.
         steps_left: Remaining steps of each block, including this one, on the host.
         num_positions: Number of the K positions that each row has, on the host.
-        steps_left_on_device: `steps_left`.
-        total_steps: Total steps of each block.
+        steps_left_on_device: Copy of `steps_left` on the device.
+        total_steps: Total steps of each block, on the device.
         masked: Masked positions of the blocks.
         written: Written positions that the step may rewrite. None: the rule does not rewrite.
-        row: For each position, the index of its row in `rows`.
+        row_index: Index in `rows` of each position's row.
         offset: Offset of each position in its completion.
         canvas_row: Row of each position in the canvas.
         column: Column of each position in the canvas.
         seed: Seed of each position's row.
         row_steps: Number of steps in which each position's row has taken part.
-        records: Records of optional features, by name: the indices of their positions in the K (None: all), the values,
-            and the fill of `Canvas.store`.
+        records: Records of optional features, by name: the indices among the K positions (None: all), the values, and
+            the fill value of `Canvas.store`.
     """
 
     rows: Int[Tensor, " R"]
@@ -265,7 +266,7 @@ class StepPlan:
     total_steps: Int[Tensor, " R"]
     masked: Bool[Tensor, "R L"]
     written: Bool[Tensor, "R L"] | None
-    row: Int[Tensor, " K"]
+    row_index: Int[Tensor, " K"]
     offset: Int[Tensor, " K"]
     canvas_row: Int[Tensor, " K"]
     column: Int[Tensor, " K"]
@@ -281,18 +282,21 @@ class StepPlan:
         return uniforms(self.seed[index], self.row_steps[index], self.offset[index], stream=stream)
 
     def rows_and_offsets(self, index: Int[Tensor, " C"]) -> tuple[Int[Tensor, " C"], Int[Tensor, " C"]]:
-        """Return the canvas rows and the offsets of the positions with these indices in the K."""
+        """Return the canvas rows and the offsets of those of the K positions that have these indices."""
         return self.canvas_row[index], self.offset[index]
 
     def scatter_to_rows(self, values: Float[Tensor, " K"]) -> Float[Tensor, "R L"]:
         """Return values of the K positions at their rows and offsets, and -inf at the other positions."""
         out = torch.full(self.masked.shape, -torch.inf, device=values.device)
-        out[self.row, self.offset] = values
+        out[self.row_index, self.offset] = values
         return out
 
     def positions_in(self, mask: Bool[Tensor, "R L"], count: int) -> Int[Tensor, " C"]:
-        """Return the indices in the K of the `count` positions that a mask marks."""
-        return mask[self.row, self.offset].nonzero_static(size=count)[:, 0]
+        """Return the indices, among the K, of the positions that `mask` marks. `count` is their number.
+
+        Because the host passes `count`, it does not wait for the device to count them.
+        """
+        return mask[self.row_index, self.offset].nonzero_static(size=count)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -301,9 +305,9 @@ class CommitDecision:
 
     Attributes:
         chosen: Positions that are written.
-        num_chosen: Their number per row, on the host, so that the host need not wait for the device.
-        committed: Decrease of the number of masked positions of each row, on the host.
-        remasked: Indices in the K of positions that are masked again. None: the rule does not mask again.
+        num_chosen: Number of chosen positions of each row, on the host.
+        committed: By how much the number of masked positions of each row decreases, on the host.
+        remasked: Indices, among the K, of positions that are masked again. None: the rule never masks again.
         stays_open: Rows that stay in their block although nothing is masked, until its steps are used up. None: the
             rule does not rewrite.
     """
@@ -346,7 +350,7 @@ class StepWrites:
 
     Attributes:
         decision: Decision of the commit rule.
-        chosen: Indices in the plan's K of the positions that are written.
+        chosen: Indices, among the plan's K positions, of those that are written.
         drawn: Tokens drawn at these positions.
     """
 
@@ -380,21 +384,22 @@ class BlockTracker:
         block = block.cpu()
         is_masked = torch.ones_like(block) if masked is None else masked.cpu().long()
         self.wait_for_all_rows = wait_for_all_rows
-        # (rows, blocks): the number of masked positions, as a count.
-        self.masked = torch.zeros(len(block), int(block.max()) + 1, dtype=torch.long).scatter_add(-1, block, is_masked)
-        unlike, index = self.masked.unique(dim=0, return_inverse=True)  # most rows are alike
-        steps = torch.zeros_like(unlike)
-        for row, sizes in enumerate(unlike):
+        # The tensors below have one entry per row and block.
+        no_masks = torch.zeros(len(block), int(block.max()) + 1, dtype=torch.long)
+        self.num_masked = no_masks.scatter_add(-1, block, is_masked)
+        unique_rows, index = self.num_masked.unique(dim=0, return_inverse=True)  # most rows have the same block sizes
+        steps = torch.zeros_like(unique_rows)
+        for row, sizes in enumerate(unique_rows):
             steps[row, sizes > 0] = torch.tensor(steps_per_block(diffusion_steps, sizes[sizes > 0].tolist()))
-        self.steps = steps[index]
-        self.sizes = self.masked.clone()
-        self.block_steps = self.steps.clone()
-        self.stays_open = torch.zeros_like(self.masked, dtype=torch.bool)
+        self.steps_left = steps[index]
+        self.sizes = self.num_masked.clone()
+        self.total_steps = self.steps_left.clone()
+        self.stays_open = torch.zeros_like(self.num_masked, dtype=torch.bool)
         self.row_steps = torch.zeros(len(block), dtype=torch.long)  # steps in which the row has taken part
 
     def next_rows(self) -> tuple[Int[Tensor, " R"], Int[Tensor, " R"]]:
         """Return the rows of the next step and the current block of each row. No rows: all blocks are complete."""
-        is_open = (self.masked > 0) | self.stays_open
+        is_open = (self.num_masked > 0) | self.stays_open
         blocks = is_open.int().argmax(-1)
         takes_part = is_open.any(-1)
         if self.wait_for_all_rows and takes_part.any():
@@ -412,17 +417,17 @@ class BlockTracker:
 
         `committed` and `stays_open` are those of `CommitDecision`.
         """
-        self.masked[rows_and_blocks] -= committed
-        self.steps[rows_and_blocks] -= 1
+        self.num_masked[rows_and_blocks] -= committed
+        self.steps_left[rows_and_blocks] -= 1
         rows = rows_and_blocks[0]
         self.row_steps[rows] += 1
         if stays_open is not None:
-            self.stays_open[rows_and_blocks] = stays_open & (self.steps[rows_and_blocks] > 0)
-        return rows[(self.masked[rows_and_blocks] == 0) & ~self.stays_open[rows_and_blocks]]
+            self.stays_open[rows_and_blocks] = stays_open & (self.steps_left[rows_and_blocks] > 0)
+        return rows[(self.num_masked[rows_and_blocks] == 0) & ~self.stays_open[rows_and_blocks]]
 
     def finish_rows(self, rows: Int[Tensor, " C"]) -> None:
         """Remove rows that ended early from all later steps."""
-        self.masked[rows] = 0
+        self.num_masked[rows] = 0
         self.stays_open[rows] = False
 
 
@@ -431,10 +436,11 @@ def plan_step(canvas: Canvas, tracker: BlockTracker, seeds: Int[Tensor, " B"]) -
     rows, blocks = tracker.next_rows()
     if not len(rows):
         return None
-    num_masked = tracker.masked[rows, blocks]
-    steps_left = tracker.steps[rows, blocks].clamp(min=1)  # adaptive rules may take more steps than `diffusion_steps`
-    # One copy has all host counts that the step needs, and the host does not wait for it.
-    host_counts = (rows, blocks, steps_left, tracker.row_steps[rows], tracker.block_steps[rows, blocks])
+    num_masked = tracker.num_masked[rows, blocks]
+    # At least 1, because adaptive rules may take more steps than `diffusion_steps`.
+    steps_left = tracker.steps_left[rows, blocks].clamp(min=1)
+    # All counts go to the device in one copy, for which the host does not wait.
+    host_counts = (rows, blocks, steps_left, tracker.row_steps[rows], tracker.total_steps[rows, blocks])
     device_rows, device_blocks, steps_left_on_device, row_steps, total_steps = copy_to_device(
         canvas.tokens.device, *host_counts
     )
@@ -445,11 +451,11 @@ def plan_step(canvas: Canvas, tracker: BlockTracker, seeds: Int[Tensor, " B"]) -
     else:
         written = in_block & (canvas.unmask_step[device_rows] >= 0)
         candidates, num_positions = masked | written, tracker.sizes[rows, blocks]
-    # The host knows the number of positions, so that it does not wait for the device.
+    # The host passes the number of positions, so that it does not wait for the device to count them.
     flat_index = candidates.flatten().nonzero_static(size=int(num_positions.sum()))[:, 0]
-    index_in_rows = flat_index // masked.shape[1]
+    row_index = flat_index // masked.shape[1]
     offset = flat_index % masked.shape[1]
-    canvas_row = device_rows[index_in_rows]
+    canvas_row = device_rows[row_index]
     return StepPlan(
         rows=rows,
         blocks=blocks,
@@ -460,10 +466,10 @@ def plan_step(canvas: Canvas, tracker: BlockTracker, seeds: Int[Tensor, " B"]) -
         total_steps=total_steps,
         masked=masked,
         written=written,
-        row=index_in_rows,
+        row_index=row_index,
         offset=offset,
         canvas_row=canvas_row,
         column=canvas.columns[canvas_row, offset],
         seed=seeds[canvas_row],
-        row_steps=row_steps[index_in_rows],
+        row_steps=row_steps[row_index],
     )

@@ -38,7 +38,7 @@ from dllm_rl.samplers.revise import KINDS, packed_events, revise
 from dllm_rl.samplers.rules import check_last_step, soft_threshold_params
 from dllm_rl.types import Order, SamplingParams
 
-SLAB_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}  # number of fp32 logits reduced together; a CPU caches so many
+SLAB_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits of a slab; on a CPU a slab fits in its cache
 
 
 class StepSampler:
@@ -65,9 +65,9 @@ class StepSampler:
         self.commit = commit
         greedy = sampling_params.temperature == 0
         reads_tokens = "tokens" in rank.reads or "replaceable" in commit.reads
-        # Otherwise only the tokens of the chosen positions are drawn. Greedy tokens cost nothing if the head runs.
+        # If False, only the tokens of the chosen positions are drawn. Greedy tokens cost nothing where the head runs.
         self.draws_first = reads_tokens or (greedy and "logits" in rank.reads)
-        self.depends_on_draws = reads_tokens and not greedy
+        self.depends_on_tokens = reads_tokens and not greedy
         if commit.revises:
             canvas.events = []
         self.adds_gumbel = rank.order == "plackett_luce"
@@ -75,10 +75,10 @@ class StepSampler:
             raise ValueError(
                 f"commit={commit.name} cannot use rank=plackett_luce's noisy scores; use schedule or late_schedule"
             )
-        self.soft_threshold = None  # tau and temperature of the commit rule
+        self.soft_threshold_params = None  # tau and temperature
         if commit.order == "soft_threshold":
-            self.soft_threshold = soft_threshold_params(commit.function)
-        if self.soft_threshold is not None and not has_order_logprob(rank, commit):
+            self.soft_threshold_params = soft_threshold_params(commit.function)
+        if self.soft_threshold_params is not None and not has_order_logprob(rank, commit):
             raise ValueError(
                 f"commit=soft_threshold needs the scores of max_prob, and rank={rank.name} has other scores; use "
                 "rank=max_prob"
@@ -90,7 +90,7 @@ class StepSampler:
             self.confidence_change = ConfidenceChange(canvas, rank, commit, confidence_radius)
 
     def __call__(self, plan: StepPlan, states: Float[Tensor, "K D"]) -> StepWrites:
-        """Run one step of the plan, from the states of its K positions.
+        """Run one step of the plan, from the hidden states of its K positions.
 
         Raise ValueError if the commit rule writes nothing in the last step of a block.
         """
@@ -135,20 +135,20 @@ class StepSampler:
         `chosen_mask`.
         """
         width = chosen_mask.shape[1]
-        if self.soft_threshold is not None:
-            tau, temperature = self.soft_threshold
-            logps = set_logprobs(scores, plan.row, chosen, width, tau=tau, temperature=temperature)
+        if self.soft_threshold_params is not None:
+            tau, temperature = self.soft_threshold_params
+            logps = set_logprobs(scores, plan.row_index, chosen, width, tau=tau, temperature=temperature)
             return {"order": (chosen, logps, 0)}
         if self.adds_gumbel:
-            draws = draw_index(commit_scores, plan.masked, chosen_mask)[plan.row, plan.offset]
-            logps = plackett_luce_logprobs(scores, plan.row, draws, chosen, width)
+            draws = draw_index(commit_scores, plan.masked, chosen_mask)[plan.row_index, plan.offset]
+            logps = plackett_luce_logprobs(scores, plan.row_index, draws, chosen, width)
             return {"order": (chosen, logps, 0), "draw": (chosen, draws[chosen], 0)}
         stay_masked = plan.positions_in(~chosen_mask, len(scores) - len(chosen))
         cutoff = commit_cutoff(
             scores[chosen],
-            plan.row[chosen],
+            plan.row_index[chosen],
             plan.offset[chosen],
-            plan.row[stay_masked],
+            plan.row_index[stay_masked],
             plan.offset[stay_masked],
             num_steps=len(plan.rows),
         )
@@ -159,10 +159,10 @@ class StepSampler:
         return {"order": (stay_masked, logps, 0)}
 
     def rollout_fields(self) -> dict[str, RolloutField]:
-        """Return the features' records so far as fields of a `Rollout`, for the completions' positions (B, L)."""
+        """Return the optional records so far as fields of a `Rollout`, for the completions' positions (B, L)."""
         canvas = self.canvas
         records = canvas.records
-        draws_positions = self.soft_threshold is not None or self.adds_gumbel
+        draws_positions = self.soft_threshold_params is not None or self.adds_gumbel
         library_rank = None if draws_positions else self.rank.library
         order = Order(
             block_first_step=block_first_step(canvas.unmask_step, canvas.block),
@@ -170,13 +170,13 @@ class StepSampler:
             logprobs=records.get("order"),
             rank_function=self.rank.function if draws_positions and self.has_order_logprob else None,
             draw_index=records.get("draw"),
-            soft_threshold_params=self.soft_threshold if self.has_order_logprob else None,
+            soft_threshold_params=self.soft_threshold_params if self.has_order_logprob else None,
             probability=self.order_probability,
         )
         support = make_filter_support(records["log_mass"], records["ids"]) if "ids" in records else None
         events = None
         if canvas.events is not None:
-            events = packed_events(canvas.events, canvas.masked.shape, depends_on_tokens=self.depends_on_draws)
+            events = packed_events(canvas.events, canvas.masked.shape, depends_on_tokens=self.depends_on_tokens)
         change = None if self.confidence_change is None else self.confidence_change.total
         return {"order": order, "filter_support": support, "events": events, "confidence_change": change}
 
@@ -275,27 +275,28 @@ def rank_positions(
 
 
 def _map_slabs(
-    policy: Policy, f: Callable, sampling_params: SamplingParams, hidden: Tensor, *rows: Tensor
+    policy: Policy, f: Callable, sampling_params: SamplingParams, hidden: Tensor, *inputs: Tensor
 ) -> tuple[Tensor, ...]:
-    """Run the head in chunks of rows, and `f` on fp32 slabs of a chunk's logits, which stay in a CPU's cache.
+    """Run the head in chunks of the K positions, and `f` on slabs: parts of a chunk that fit in a CPU's cache.
 
-    Suppressed ids except the mask token are at -inf.
+    `f` receives a slab's fp32 logits and its part of each of `inputs`. Suppressed ids except the mask token are at
+    -inf.
     """
     slab_rows = max(1, SLAB_ELEMENTS.get(policy.device.type, SLAB_ELEMENTS["cuda"]) // policy.vocab_size)
 
-    def run_chunk(hidden_chunk: Tensor, *chunk_rows: Tensor) -> tuple[Tensor, ...]:
+    def run_chunk(hidden_chunk: Tensor, *chunk_inputs: Tensor) -> tuple[Tensor, ...]:
         logits = policy.head(hidden_chunk)
         for token in set(sampling_params.suppress) - {policy.spec.mask_id}:
             logits[:, token] = -torch.inf
-        slabs = zip(*(x.split(slab_rows) for x in (logits, *chunk_rows)), strict=True)
+        slabs = zip(*(x.split(slab_rows) for x in (logits, *chunk_inputs)), strict=True)
         outputs = [f(slab_logits.float(), *slab_inputs) for slab_logits, *slab_inputs in slabs]
         return tuple(torch.cat(slab_outputs) for slab_outputs in zip(*outputs, strict=True))
 
-    return chunked(run_chunk, hidden, *rows, policy=policy)
+    return chunked(run_chunk, hidden, *inputs, policy=policy)
 
 
 def _draw_from_logits(logits: Tensor, uniforms: Tensor, sampling_params: SamplingParams) -> Drawn:
-    """Draw one token per row from the sampling distribution."""
+    """Draw one token per row of `logits` from the sampling distribution."""
     sampling_params = replace(sampling_params, suppress=())  # suppressed ids are already at -inf
     unfiltered = process(logits, replace(sampling_params, support="unfiltered"))
     logits = process(logits, sampling_params)

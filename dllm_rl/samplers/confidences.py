@@ -11,10 +11,10 @@ from dllm_rl.samplers.records import Commit, Rank
 
 
 class ConfidenceChange:
-    """Sum, for each position, of the changes in confidence from the step that wrote it to the block's next step.
+    """For each position, the sum of the changes in confidence between the step that wrote it and its block's next step.
 
-    The sum covers positions at most `radius` away that stayed masked. A change counts for every position that was
-    written in the same step.
+    The sum covers the positions at most `radius` away that are masked in both steps. If a step wrote several positions,
+    a change counts for each of them that is near.
     """
 
     def __init__(self, canvas: Canvas, rank: Rank, commit: Commit, radius: int) -> None:
@@ -26,8 +26,9 @@ class ConfidenceChange:
             )
         self.radius = radius
         self.total = torch.zeros_like(canvas.logprobs)
-        self.confidence = torch.full_like(canvas.logprobs, -1.0)  # in the row's last step; -1 if not masked
-        self.written = torch.zeros_like(canvas.masked)  # positions that the row's last step wrote
+        # The state after each row's previous step: confidences, -1 where not masked, and the positions it wrote.
+        self.confidence = torch.full_like(canvas.logprobs, -1.0)
+        self.written = torch.zeros_like(canvas.masked)
 
     def record(self, plan: StepPlan, logprobs: Float[Tensor, "R L"], chosen: Bool[Tensor, "R L"]) -> None:
         """Record a step: the log-probs that its rank returned, in nats, and the positions that it writes."""

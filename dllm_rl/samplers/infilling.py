@@ -1,7 +1,7 @@
-"""Infilling: prompts with positions to fill in, which are part of the completion.
+"""Infilling: prompts with open positions, which the policy fills in.
 
-A row's completion consists of these positions, from left to right, and then of the appended ones. Blocks and steps
-count only these.
+A row's completion consists of the open positions, from left to right, followed by the appended positions. Blocks and
+steps count only the completion's positions.
 """
 
 import torch
@@ -18,7 +18,7 @@ from dllm_rl.types import Prompts
 def check_infilling(
     policy: Policy, prompts: Prompts, length: int, cache: Cache | None, approximate_early_exit: bool
 ) -> None:
-    """Raise ValueError if the settings exclude infilling, or a row has no position to fill in."""
+    """Raise ValueError if the settings exclude infilling, or a prompt leaves nothing to fill in."""
     assert prompts.infill_mask is not None
     if policy.spec.attention != "full":
         raise ValueError(
@@ -31,9 +31,11 @@ def check_infilling(
         )
     if approximate_early_exit:
         raise ValueError("approximate_early_exit would leave gaps after an end token unfilled; leave it out")
-    empty = (~(prompts.infill_mask & prompts.attention_mask).any(-1)).nonzero()[:, 0].tolist()
-    if length == 0 and empty:
-        raise ValueError(f"max_new_tokens=0, and prompt {empty[0]} has no open position: there is nothing to fill")
+    complete_prompts = (~(prompts.infill_mask & prompts.attention_mask).any(-1)).nonzero()[:, 0].tolist()
+    if length == 0 and complete_prompts:
+        raise ValueError(
+            f"max_new_tokens=0, and prompt {complete_prompts[0]} has no open position: there is nothing to fill"
+        )
 
 
 def infilling_canvas(policy: Policy, prompts: Prompts, length: int, block_size: int) -> Canvas:
@@ -48,19 +50,19 @@ def infilling_canvas(policy: Policy, prompts: Prompts, length: int, block_size: 
     columns = (~infill_mask).long().argsort(dim=-1, stable=True)[:, : int(infill_mask.sum(-1).max())]
     block = (torch.arange(columns.shape[1]) // block_size).expand_as(columns)
 
-    def per_row(x: Tensor) -> Tensor:
+    def repeat_prompts(x: Tensor) -> Tensor:
         return repeat(x, "p t -> (p g) t", g=prompts.group_size).contiguous().to(policy.device)
 
     return Canvas(
         prompts=prompts,
-        tokens=per_row(tokens),
-        attention_mask=per_row(attention_mask),
-        columns=per_row(columns),
-        block=per_row(block),
+        tokens=repeat_prompts(tokens),
+        attention_mask=repeat_prompts(attention_mask),
+        columns=repeat_prompts(columns),
+        block=repeat_prompts(block),
         bounds=[],  # only caches read them
         starts=repeat(attention_mask.long().argmax(-1), "p -> (p g)", g=prompts.group_size),
         pad_id=policy.pad_id,
         mask_id=policy.spec.mask_id,
         pad_finished=False,
-        infill_mask=per_row(infill_mask),
+        infill_mask=repeat_prompts(infill_mask),
     )

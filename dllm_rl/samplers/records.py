@@ -1,4 +1,4 @@
-"""Records of ranks and commit rules: the function, its inputs, and the kind of order that it makes."""
+"""`Rank` and `Commit`: a rank function or commit rule, its inputs, and the kind of order that it makes."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from dllm_rl.members import flattened
 from dllm_rl.samplers import revise, rules
 from dllm_rl.samplers.rules import name_of, rank_inputs
 
-# The order of each rank of the library: "deterministic" or "independent" (see `Rank`), or the rank's name, if the
-# order has a log-probability, or if the log-probability of a commit rule depends on the rank.
+# `Rank.order` of each rank of the library: "deterministic" or "independent", or the name of a rank that
+# `order_probability` must recognize.
 RANKS: dict[Callable, str] = {
     rules.confidence: "confidence",
     rules.max_prob: "max_prob",
@@ -22,8 +22,8 @@ RANKS: dict[Callable, str] = {
     rules.random: "independent",
     rules.plackett_luce: "plackett_luce",
 }
-# The fields of `Commit` for each commit rule of the library.
 _ADAPTIVE = {"order": "deterministic", "adaptive": True}
+# Fields of `Commit` for each commit rule of the library.
 COMMITS: dict[Callable, dict[str, Any]] = {
     rules.schedule: {"order": "deterministic", "count": rules.schedule_count},
     rules.late_schedule: {"order": "deterministic", "count": rules.late_schedule_count},
@@ -43,21 +43,21 @@ class Rank:
     """A rank function, with the kind of order that its scores make.
 
     Use it to declare the order of a custom rank. A function of the library, or a partial of one, can be passed without
-    this record.
+    a `Rank`.
 
     Args:
         function: Function that scores positions, see `samplers.rules`.
         order: Order of a custom function. "deterministic": the scores are a function of the canvas and the weights.
             "independent": the scores are random numbers that do not depend on the weights. "unknown" (default): neither
-            is declared.
+            is known.
 
     Raises:
-        ValueError: The function takes an input that no sampler has, or an input that contradicts `order`.
+        ValueError: The function needs an input that samplers do not pass, or takes an input that contradicts `order`.
     """
 
     function: Any
     order: str = "unknown"
-    library: Any = field(default=None, init=False, repr=False, compare=False)  # the library's function, unbound
+    library: Any = field(default=None, init=False, repr=False, compare=False)  # the library's function; None if custom
     reads: frozenset[str] = field(default=frozenset(), init=False, repr=False)  # inputs taken by name
 
     def __post_init__(self) -> None:
@@ -85,19 +85,20 @@ class Rank:
 class Commit:
     """A commit rule, with the kind of order that its choice of positions makes.
 
-    Use it to declare a custom rule. A rule of the library, or a partial of one, can be passed without this record.
+    Use it to declare a custom rule. A rule of the library, or a partial of one, can be passed without
+    a `Commit`.
 
     Args:
         function: Rule that chooses positions, see `samplers.rules`, or `samplers.revise` for rules that rewrite.
-        order: Order of a custom rule. "deterministic": the positions are a function of the rule's inputs, and random
-            numbers in these inputs are not compared with numbers that depend on the weights. "unknown" (default): not
-            declared.
-        count: Function (masked positions, steps left) -> number of positions that the rule picks, those with the
-            highest scores. None (default): the number depends on the scores.
+        order: Order of a custom rule. "deterministic": the positions are a function of the rule's inputs, and the rule
+            does not compare random numbers with numbers that depend on the weights, because the positions would then
+            have a probability that depends on the weights. "unknown" (default): not known.
+        count: Function (number of masked positions, steps left) -> number of positions that the rule picks, those with
+            the highest scores. None (default): the number depends on the scores.
         adaptive: Whether the rule, and not `diffusion_steps`, determines how many steps a block takes. Default: False.
 
     Raises:
-        ValueError: The order is unknown, or the rule's inputs contradict each other.
+        ValueError: `order` is no such value, or the rule's inputs contradict each other.
     """
 
     function: Any
@@ -125,22 +126,24 @@ class Commit:
 
 
 def as_rank(rank: object) -> Rank:
-    """Return a rank function as its record."""
+    """Return a rank function as a `Rank`, and a `Rank` unchanged."""
     return rank if isinstance(rank, Rank) else Rank(rank)
 
 
 def as_commit(commit: object) -> Commit:
-    """Return a commit rule as its record."""
+    """Return a commit rule as a `Commit`, and a `Commit` unchanged."""
     return commit if isinstance(commit, Commit) else Commit(commit)
 
 
 def _unwrap(kind: str, function: object, library: Mapping[Callable, object]) -> tuple[Callable, Callable | None]:
-    """Return the function without partials that bind nothing, and the library's function if it is one.
+    """Return the function, without a partial that binds nothing, and the library's function that it is or binds.
 
-    The second is None for a wrapper, a copy or a lambda, whose behavior is unknown.
+    The second result is None for other functions, for example a wrapper or a lambda, whose behavior is unknown.
     """
     if not callable(function):
-        raise ValueError(f"{kind}={function!r} must be a function, as rank=max_prob, commit=schedule, or its record")
+        raise ValueError(
+            f"{kind}={function!r} must be a function, as rank=max_prob or commit=schedule, or a Rank or Commit"
+        )
     rule: Callable = flattened(function)
     if isinstance(rule, partial) and not rule.args and not rule.keywords:
         rule = rule.func
@@ -152,6 +155,7 @@ def _unwrap(kind: str, function: object, library: Mapping[Callable, object]) -> 
 
 
 def _check_order(kind: str, function: Callable, order: str, known: tuple[str, ...]) -> None:
+    """Raise ValueError if `order` is not one of `known`."""
     if order not in known:
         raise ValueError(f"order={order!r} of {kind}={name_of(function)} must be one of {', '.join(known)}")
 

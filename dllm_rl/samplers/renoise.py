@@ -1,7 +1,8 @@
 """Sampling from random tokens, as in DiffusionGemma.
 
-A completion is denoised canvas by canvas. Each step draws a token at every position of the canvas, accepts the most
-certain draws, and replaces the others by new random tokens. docs/methods.md explains the tags [paper] and [ours].
+A completion is denoised canvas by canvas; here a canvas is a block of `policy.spec.block_size` tokens. Each step draws
+a token at every position of the canvas, accepts the most certain draws, and replaces the others by new random tokens.
+docs/methods.md explains the tags [paper] and [ours].
 """
 
 import math
@@ -26,7 +27,7 @@ from dllm_rl.samplers.canvas import RANK_STREAM, TOKEN_STREAM
 from dllm_rl.samplers.unmask import check_fits
 from dllm_rl.types import Prompts, Renoised, Rollout
 
-NOISE_STREAM = RANK_STREAM  # this sampler has no ranks: their stream of random numbers draws the random tokens
+NOISE_STREAM = RANK_STREAM  # for the random tokens; this sampler has no ranks, so their stream is free
 
 
 @torch.no_grad()
@@ -60,16 +61,16 @@ def renoise(  # noqa: PLR0913
 
     Args:
         policy: Policy with an encoder and a decoder.
-        prompts: Left-padded prompts, without open positions and images.
+        prompts: Left-padded prompts, without `infill_mask` and images.
         generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
         max_new_tokens: Number of new tokens, a multiple of the canvas's length.
         diffusion_steps: Largest number of steps of a canvas.
         t_max: Temperature of the first step, at least t_min.
         t_min: Limit of the temperature after the last step, above 0.
         entropy_bound: Bound on the accepted entropies in nats, above 0. Infinity accepts every draw.
-        stability_threshold: A row's canvas ends early if the likeliest tokens are the same as in this many earlier
-            steps, and the mean entropy is below confidence_threshold. None, for both: every canvas takes
-            diffusion_steps.
+        stability_threshold: A row's canvas ends early if the likeliest tokens are the same as in each of this many
+            previous steps, and the mean entropy is below confidence_threshold. If both thresholds are None, every
+            canvas takes diffusion_steps steps.
         confidence_threshold: Mean entropy in nats below which a row's canvas may end early.
         answer: Tokens of a finished canvas. "argmax": the likeliest tokens of its last step, as in the authors' code;
             they do not depend on the last draws. "drawn": the last step accepts all its draws [ours]; use it for
@@ -80,7 +81,8 @@ def renoise(  # noqa: PLR0913
         Rollout of P * group_size rows.
 
     Raises:
-        ValueError: The model is of another kind, a prompt has images or open positions, or a number is out of range.
+        ValueError: The model's noise is not random tokens, a prompt has images or open positions, or a number is out of
+            range.
 
     Source: transformers 5.23 [paper].
     """
@@ -103,7 +105,7 @@ def renoise(  # noqa: PLR0913
         stop_thresholds = (stability_threshold, confidence_threshold)
         bucket_sampler = _BucketSampler(policy, record, rows, bucket.start, entropy_bound, answer, stop_thresholds)
         after_step = (lambda: on_step(record.rollout(policy))) if on_step else None
-        for block in range(max_new_tokens // record.length):
+        for block in range(max_new_tokens // record.canvas_length):
             if not len(bucket_sampler.rows):
                 break
             bucket_sampler.denoise_canvas(block, after_step)
@@ -117,13 +119,13 @@ class _Record:
     Attributes:
         prompts: Prompts of the batch.
         seeds: Seed of each row.
-        length: Number of positions of a canvas.
+        canvas_length: Number of positions of a canvas.
         temperatures: Temperature of each step.
         tokens: Tokens of the canvases, and finally the answer.
         begun: Positions of canvases that have begun.
         step: Step of the last accepted draw, or of the answer; -1 while the token is noise.
         logprobs: Sum over the steps of the log-probs of the accepted draws.
-        seen: Tokens before each step, as in `Renoised`.
+        seen: Tokens that each step read, as in `Renoised`.
         drawn: Accepted draws of each step, as in `Renoised`.
         step_logprobs: Log-probs of these draws.
         row_steps: Number of steps that each row has taken.
@@ -133,7 +135,7 @@ class _Record:
 
     prompts: Prompts
     seeds: Int[Tensor, " B"]
-    length: int
+    canvas_length: int
     temperatures: tuple[float, ...]
     tokens: Int[Tensor, "B L"]
     begun: Bool[Tensor, "B L"]
@@ -148,17 +150,17 @@ class _Record:
 
     @classmethod
     def empty(
-        cls, policy: Policy, prompts: Prompts, seeds: Tensor, length: int, temperatures: tuple[float, ...]
+        cls, policy: Policy, prompts: Prompts, seeds: Tensor, max_new_tokens: int, temperatures: tuple[float, ...]
     ) -> "_Record":
-        """Return the record before the first step. `length` is the number of new tokens."""
+        """Return the record before the first step."""
         assert policy.spec.block_size is not None, "`check_spec` requires it"
-        shape = (prompts.num_rows, length)
+        shape = (prompts.num_rows, max_new_tokens)
         tokens = torch.full(shape, policy.pad_id, device=policy.device)
         no_steps = torch.full((*shape, len(temperatures)), -1, dtype=torch.int32, device=policy.device)
         return cls(
             prompts=prompts,
             seeds=seeds.to(policy.device),
-            length=policy.spec.block_size,
+            canvas_length=policy.spec.block_size,
             temperatures=temperatures,
             tokens=tokens,
             begun=torch.zeros_like(tokens, dtype=torch.bool),
@@ -178,7 +180,7 @@ class _Record:
         prompt_tokens = repeat(prompts.tokens.to(policy.device), "p s -> (p g) s", g=prompts.group_size)
         prompt_mask = repeat(prompts.attention_mask.to(policy.device), "p s -> (p g) s", g=prompts.group_size)
         num_steps = max(1, int((self.seen >= 0).any(0).any(0).sum()))  # later steps were not taken, and are cut off
-        block = torch.arange(self.tokens.shape[1], device=policy.device) // self.length
+        block = torch.arange(self.tokens.shape[1], device=policy.device) // self.canvas_length
         renoised = Renoised(
             block=torch.where(self.begun, block, -1),
             seen=self.seen[..., :num_steps],
@@ -221,7 +223,7 @@ class _StepResult(NamedTuple):
 
 @dataclass
 class _BucketSampler:
-    """Sampler of the unfinished rows of a bucket.
+    """Sampler of the unfinished rows of a bucket: rows of similar length, which run together.
 
     Attributes:
         policy: Policy to sample from.
@@ -246,7 +248,7 @@ class _BucketSampler:
     def __post_init__(self) -> None:
         prompts = self.record.prompts
         group_size = prompts.group_size
-        prompt_rows = self.rows[::group_size] // group_size  # the prompt is read once for the rows of its group
+        prompt_rows = self.rows[::group_size] // group_size  # the encoder reads a prompt once for all its completions
         tokens = prompts.tokens.to(self.policy.device)[prompt_rows, self.start :]
         attention_mask = prompts.attention_mask.to(self.policy.device)[prompt_rows, self.start :]
         self.prefix = Prefix.empty(self.policy, len(prompt_rows))
@@ -258,20 +260,20 @@ class _BucketSampler:
     def denoise_canvas(self, block: int, after_step: Callable[[], None] | None) -> None:
         """Denoise canvas number `block` of every row. Rows that wrote an end token are then finished."""
         policy, record, rows = self.policy, self.record, self.rows
-        offsets = block * record.length + torch.arange(record.length, device=rows.device)
+        offsets = block * record.canvas_length + torch.arange(record.canvas_length, device=rows.device)
         if block:
-            previous_canvas = record.tokens[rows[:, None], offsets - record.length]
+            previous_canvas = record.tokens[rows[:, None], offsets - record.canvas_length]
             self.prefix.read(policy, previous_canvas, torch.ones_like(previous_canvas, dtype=torch.bool))
             record.forwards += 1
         index = (rows[:, None], offsets)
         record.begun[index] = torch.ones_like(record.begun[index])
         canvas = self.random_tokens(0, offsets)
-        previous = None
+        previous_logits = None
         is_done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         stability, _ = self.stop_thresholds
-        history = torch.full((stability or 0, *canvas.shape), -1, device=rows.device)  # likeliest tokens, step by step
+        history = torch.full((stability or 0, *canvas.shape), -1, device=rows.device)  # of `likeliest`
         for step, temperature in enumerate(record.temperatures):
-            logits = self.prefix.logits(policy, canvas, previous, temperature)
+            logits = self.prefix.logits(policy, canvas, previous_logits, temperature)
             record.forwards += 1
             drawn, logprobs = self.draw(logits, step, offsets)
             likeliest = logits.argmax(-1)
@@ -292,7 +294,7 @@ class _BucketSampler:
             history = torch.cat([history, likeliest[None]])[1:] if stability else history
             canvas = torch.where(is_done[:, None], canvas, after)
             is_done = is_done | stops
-            previous = conditioning(policy, logits)
+            previous_logits = conditioning(policy, logits)
             if after_step is not None:
                 after_step()
             if is_done.all():
@@ -325,7 +327,7 @@ class _BucketSampler:
     def should_stop(
         self, likeliest: Int[Tensor, "R C"], entropies: Float[Tensor, "R C"], history: Int[Tensor, "H R C"]
     ) -> Bool[Tensor, " R"]:
-        """Return the rows whose likeliest tokens equal those of the history, and whose mean entropy is low."""
+        """Return the rows whose likeliest tokens equal those of the H previous steps, and whose mean entropy is low."""
         stability, confidence = self.stop_thresholds
         if stability is None or confidence is None:
             return torch.zeros_like(likeliest[:, 0], dtype=torch.bool)
@@ -338,7 +340,7 @@ class _BucketSampler:
         is_active: Bool[Tensor, " R"],
         result: _StepResult,
     ) -> None:
-        """Record a step of the active rows. `Renoised` has no entry for a row without a scored draw."""
+        """Record a step of the active rows. A row without a scored draw gets no entry in `seen` and `drawn`."""
         record = self.record
         active = is_active[:, None].expand_as(result.scored)
         scored = result.scored & active
@@ -382,7 +384,7 @@ def _check(policy: Policy, prompts: Prompts, length: int) -> None:
             f"max_new_tokens={length} must be a multiple of the canvas's {size} tokens; nearest: {nearest}"
         )
     if prompts.infill_mask is not None:
-        raise ValueError("prompts have open positions, which need a mask token; give prompts without blanks")
+        raise ValueError("prompts have open positions, which need a mask token; give prompts without them")
     if has_images(policy.module, prompts.tokens):
         raise ValueError("a prompt has the image token, and images are not supported; give only text")
     check_fits(policy, prompts, length)

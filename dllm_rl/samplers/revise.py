@@ -1,8 +1,8 @@
 """Commit rules that rewrite tokens of a block: ReMDM masks them again, LLaDA2.1 edits them.
 
 In addition to the inputs of every commit rule (`rules`), such a rule takes exactly one of the first three inputs below,
-by name. Which of them it takes determines what happens to the written positions that it picks. Scores then also cover
-written positions. The rollout records every event (`Rollout.events`).
+by name. This input determines what happens to the written positions that the rule picks. Scores then also cover written
+positions. The rollout records every write and remasking as an event (`Rollout.events`).
     remaskable   (B, L)  written positions; picked ones are masked again, and the row uses all its steps
     redrawable   (B, L)  written positions; picked ones are redrawn, and the row uses all its steps
     replaceable  (B, L)  written positions whose newly drawn token differs from their token; picked ones take the new
@@ -50,7 +50,7 @@ def remask(
         steps_left: Remaining steps of the block (B,), including the current one.
         remaskable: Written positions (B, L).
         steps: Total steps of the block (B,).
-        eta: Cap in [0, 1]: sigma = min(eta, (1 - alpha_s) / alpha_t). 0 never masks again and is `origin`.
+        eta: Cap in [0, 1]: sigma = min(eta, (1 - alpha_s) / alpha_t). 0: nothing is masked again, as under `origin`.
 
     Source: ReMDM, arXiv 2503.00307 [paper]; alpha linear over the block's steps [ours].
     """
@@ -76,9 +76,9 @@ def edit(
     >= tau_edit.
 
     Use it only for models trained to see wrong tokens, such as LLaDA2.1: editing ruins other models' answers.
-    `trajectory()` refuses its rollouts; the probability of `soft_edit` is known. Edits continue after the last mask is
-    written, while steps remain and a step changes something. The rule needs the log-probabilities of the drawn tokens
-    as scores (rank=confidence; max_prob at temperature 0).
+    `trajectory()` refuses its rollouts; use `soft_edit` if the probability of an edit must be known. Edits continue
+    after the last mask is written, while steps remain and a step changes something. The rule needs the
+    log-probabilities of the drawn tokens as scores (rank=confidence; max_prob at temperature 0).
 
     Args:
         scores: Log-probabilities (B, L) of the drawn tokens.
@@ -88,9 +88,8 @@ def edit(
         tau: Lowest probability at which a masked position is written, in (0, 1].
         tau_edit: Lowest probability of the drawn token at which it replaces the written token, in [0, 1].
 
-    Source: LLaDA2.1, arXiv 2602.08676 [paper]. It bounds the edits by max_post_steps, and this rule by the block's
-        steps
-    [ours].
+    Source: LLaDA2.1, arXiv 2602.08676 [paper]. LLaDA2.1 limits the edits by max_post_steps, this rule by the block's
+    steps [ours].
     """
     log_tau_edit = torch.tensor(tau_edit, dtype=torch.float64).log().item()
     committed = threshold(scores.masked_fill(~masked, -torch.inf), masked, steps_left, tau=tau)
@@ -104,8 +103,8 @@ def soft_edit(
     """Commit masked positions as `schedule` does, and redraw each written token independently with probability `rate`.
 
     Use it in place of `edit` if the probability of an edit must be known. It has no threshold: a token changes if
-    another token is drawn. `trajectory()` scores its rollouts, exactly with rank=random, and given the order with
-    max_prob; a redraw of the same token is an event too.
+    another token is drawn. `trajectory()` scores its rollouts: exactly with rank=random; with max_prob it scores the
+    tokens given the order. A redraw of the same token is recorded as an event too.
 
     Args:
         scores: Scores of the rank (B, L).
@@ -122,17 +121,17 @@ def soft_edit(
 
 
 def commit_inputs(commit: Callable) -> frozenset[str]:
-    """Return the COMMIT_INPUTS that a rule takes. Raise ValueError if it takes two of KINDS."""
+    """Return the COMMIT_INPUTS that a rule takes. Raise ValueError if it takes more than one of KINDS."""
     parameters = inspect.signature(commit).parameters.values()
     refuse_renamed((p.name for p in parameters if p.default is p.empty), "commit")
-    taken = frozenset(p.name for p in parameters if p.name in COMMIT_INPUTS and p.default is p.empty)
-    kinds = sorted(taken & KINDS, key=COMMIT_INPUTS.index)
+    inputs = frozenset(p.name for p in parameters if p.name in COMMIT_INPUTS and p.default is p.empty)
+    kinds = sorted(inputs & KINDS, key=COMMIT_INPUTS.index)
     if len(kinds) > 1:
         raise ValueError(
             f"commit={name_of(commit)} takes {' and '.join(kinds)}, which contradict each other about a position that "
             "it picks: take one of them"
         )
-    return taken
+    return inputs
 
 
 def revise(
@@ -150,8 +149,8 @@ def revise(
         scores: Scores (R, L) of the rank.
         drawn_tokens: Tokens drawn at the K positions; a rule that takes `replaceable` needs them.
         tokens: Canvas (B, T).
-        commit: The rule, with its further inputs bound.
-        kind: The one of KINDS that the rule takes.
+        commit: The rule, with its optional inputs bound.
+        kind: Input from KINDS that the rule takes.
 
     Raises:
         ValueError: The last step of a block commits nothing, or masks a position again.
@@ -159,7 +158,7 @@ def revise(
     assert plan.written is not None, "the plan of a canvas whose rule rewrites"
     is_different = torch.zeros_like(plan.masked)
     if drawn_tokens is not None:
-        is_different[plan.row, plan.offset] = drawn_tokens != tokens[plan.canvas_row, plan.column]
+        is_different[plan.row_index, plan.offset] = drawn_tokens != tokens[plan.canvas_row, plan.column]
     rewritable = plan.written & is_different if kind == "replaceable" else plan.written
     picked = commit(scores, plan.masked, plan.steps_left_on_device, **{kind: rewritable})
     remasked = picked & plan.written & (kind == "remaskable")
@@ -191,7 +190,7 @@ def packed_events(records: list[tuple[Tensor, ...]], shape: torch.Size, *, depen
     position = rows * shape[1] + offsets
     order = position.argsort(stable=True)  # stable: the events of a position stay in order of time
     position = position[order]
-    # The number of each event among the events of its position: `position` is sorted.
+    # Number each position's events from 0. Because `position` is sorted, searchsorted returns its first event.
     slot = torch.arange(len(order), device=order.device) - torch.searchsorted(position, position)
     size = (*shape, int(F.pad(slot, (0, 1)).max()) + 1)
 

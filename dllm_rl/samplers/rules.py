@@ -13,8 +13,9 @@ exact probabilities with which the sampler draws them.
 
 A commit rule is a function (scores (B, L), masked (B, L), steps_left (B,)) -> positions to write (B, L). Scores are
 -inf at positions that are not masked. steps_left is the number of remaining steps of the block, including the current
-one. By the last step, a rule must have chosen a position. Bind hyperparameters with functools.partial. Rules that
-rewrite a block's tokens are in `revise`. docs/methods.md explains the tags [paper] and [ours].
+one. In the last step of a block, a rule must choose at least one masked position. Bind hyperparameters with
+functools.partial. Rules that rewrite a block's tokens are in `revise`. docs/methods.md explains the tags [paper] and
+[ours].
 """
 
 import inspect
@@ -107,7 +108,8 @@ def plackett_luce(
         normalizer: Log-sum-exp of the logits (K,).
         temperature: Temperature of the order, above 0. Towards 0 the order is that of `base_rank`, towards infinity
             that of `random`.
-        base_rank: Rank that is perturbed: max_prob, margin, entropy, or a custom function with the same arguments.
+        base_rank: Rank to which noise is added: max_prob, margin, entropy, or a custom function with the same
+            arguments.
 
     Raises:
         ValueError: base_rank reads other inputs than logits and normalizer.
@@ -229,7 +231,7 @@ def soft_threshold(
 
 
 def soft_threshold_params(commit: Callable) -> tuple[float, float]:
-    """Return tau and temperature of a bound `soft_threshold`."""
+    """Return tau and temperature that a partial of `soft_threshold` binds."""
     parameters = inspect.signature(commit).parameters
     if parameters["tau"].default is inspect.Parameter.empty:
         raise ValueError("commit=soft_threshold lacks its tau; give functools.partial(soft_threshold, tau=0.9)")
@@ -251,9 +253,9 @@ def factor(scores: Scores, masked: PositionMask, steps_left: Counts, *, f: float
 
     Source: Fast-dLLM's factor rule, arXiv 2505.22618 [paper].
     """
-    best = scores.sort(dim=-1, descending=True).values.exp()
+    sorted_probs = scores.sort(dim=-1, descending=True).values.exp()
     n = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
-    count = torch.where(best >= 1 - f / (n + 1), n, 1).amax(-1)
+    count = torch.where(sorted_probs >= 1 - f / (n + 1), n, 1).amax(-1)
     return highest(scores, masked, count=count)
 
 
@@ -279,7 +281,7 @@ def entropy_bound(scores: Scores, masked: PositionMask, steps_left: Counts, *, g
 
 
 def check_steps(diffusion_steps: int | None, length: int, count: Callable | None) -> None:
-    """Raise ValueError if `diffusion_steps` exceeds the length and `count` writes a position in every step."""
+    """Raise ValueError if `diffusion_steps` exceeds the length, and the rule's `count` is at least 1 in every step."""
     if diffusion_steps is None or count is None or not 0 < length < diffusion_steps:
         return
     if count(torch.tensor([length]), torch.tensor([diffusion_steps])) > 0:
@@ -311,6 +313,6 @@ def check_last_step(
     """Raise ValueError if the last step of a block commits none of its masked positions."""
     if ((steps_left == 1) & (num_masked > 0) & (committed == 0)).any():
         raise ValueError(
-            f"commit={name} chose nothing in the last step of a block; it must choose a position by then: does it need "
+            f"commit={name} chose nothing in the last step of a block, where it must choose a position: does it need "
             "the scores of another rank?"
         )

@@ -1,4 +1,4 @@
-"""The forward of `unmask`: the states of the positions that a step may write.
+"""The forward of `unmask`: the hidden states of the positions that a step may write.
 
 Rows of similar length run together (buckets), and a cache stores keys and values between the steps of a block.
 """
@@ -21,7 +21,8 @@ class SamplerForward:
     def __init__(self, policy: Policy, canvas: Canvas, cache: Cache | None, steps: Int[Tensor, "B N"]) -> None:
         self.policy = policy
         self.canvas = canvas
-        # With a cache, a block's steps run the columns before the block only once: padding costs less per step.
+        # Every step calls the model. Without a cache every step also computes the padding. With a cache only a block's
+        # first step does, so that the cost of the calls counts more.
         num_forwards = 1 if cache is None else int(steps.max())
         self.buckets = length_buckets(canvas.starts, canvas.tokens.shape[1], policy.device, forwards=num_forwards)
         self.bucket_of_row = torch.zeros_like(canvas.starts)
@@ -32,16 +33,16 @@ class SamplerForward:
             self.caches.append(None if cache is None else CachedForward(policy, cache, attention_mask))
 
     def __call__(self, plan: StepPlan) -> Float[Tensor, "K D"]:
-        """Return the states of the plan's K positions, and count a forward."""
+        """Return the hidden states of the plan's K positions, and count a forward."""
         # In the first step all completions of a prompt are the same: one row is run for each group.
         rows_per_forward = self.canvas.prompts.group_size if self.canvas.forwards == 0 else 1
         self.canvas.forwards += 1
         row_buckets = self.bucket_of_row[plan.rows]
-        numbers = row_buckets.unique().tolist()
-        if len(numbers) == 1:
-            outputs = self._run(numbers[0], plan, plan.rows, rows_per_forward, plan.row, plan.column)
+        bucket_numbers = row_buckets.unique().tolist()
+        if len(bucket_numbers) == 1:
+            outputs = self._run(bucket_numbers[0], plan, plan.rows, rows_per_forward, plan.row_index, plan.column)
         else:
-            outputs = self._run_buckets(numbers, row_buckets, plan, rows_per_forward)
+            outputs = self._run_buckets(bucket_numbers, row_buckets, plan, rows_per_forward)
         if len(outputs) > 1:
             plan.records["experts"] = (None, outputs[1], 0)
         return outputs[0]
@@ -51,25 +52,25 @@ class SamplerForward:
         return {"experts": self.canvas.records.get("experts")}
 
     def _run_buckets(
-        self, numbers: list[int], row_buckets: Int[Tensor, " R"], plan: StepPlan, rows_per_forward: int
+        self, bucket_numbers: list[int], row_buckets: Int[Tensor, " R"], plan: StepPlan, rows_per_forward: int
     ) -> list[Tensor]:
         """Run each bucket separately, and return results in the order of the plan's positions.
 
         `row_buckets` has the bucket of each row, on the host.
         """
-        bucket_rows = {number: (row_buckets == number).nonzero()[:, 0] for number in numbers}
+        bucket_rows = {number: (row_buckets == number).nonzero()[:, 0] for number in bucket_numbers}
         row_in_bucket = torch.empty_like(plan.rows)
         for rows in bucket_rows.values():
             row_in_bucket[rows] = torch.arange(len(rows))
         position_buckets = row_buckets.repeat_interleave(plan.num_positions)
-        bucket_positions = [(position_buckets == number).nonzero()[:, 0] for number in numbers]
-        row_in_bucket, *bucket_positions = copy_to_device(plan.row.device, row_in_bucket, *bucket_positions)
+        bucket_positions = [(position_buckets == number).nonzero()[:, 0] for number in bucket_numbers]
+        row_in_bucket, *bucket_positions = copy_to_device(plan.row_index.device, row_in_bucket, *bucket_positions)
         joined: list[Tensor] = []
         for (number, rows), positions in zip(bucket_rows.items(), bucket_positions, strict=True):
-            row, column = row_in_bucket[plan.row[positions]], plan.column[positions]
+            row, column = row_in_bucket[plan.row_index[positions]], plan.column[positions]
             outputs = self._run(number, plan, plan.rows[rows], rows_per_forward, row, column)
             if not joined:
-                joined = [output.new_empty(len(plan.row), *output.shape[1:]) for output in outputs]
+                joined = [output.new_empty(len(plan.row_index), *output.shape[1:]) for output in outputs]
             for joined_output, output in zip(joined, outputs, strict=True):
                 joined_output[positions] = output
         return joined
@@ -83,7 +84,7 @@ class SamplerForward:
         row: Int[Tensor, " K"],
         column: Tensor,
     ) -> list[Tensor]:
-        """Return the states (K, D) and, if recorded, the experts (K, M, E). `row` indexes `rows` for each position."""
+        """Return the states (K, D) and, if recorded, the experts (K, M, E). `row` has indices in `rows`."""
         block = int(plan.blocks[0])  # with a cache all rows are in the same block; without one nothing reads it
         if not self.policy.records_experts:
             hidden, first_column = self._forward(number, rows, block, rows_per_forward)

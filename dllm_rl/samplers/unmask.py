@@ -67,7 +67,7 @@ def unmask(  # noqa: PLR0913
 
     Args:
         policy: Masked-diffusion policy, with full or block-causal attention.
-        prompts: Left-padded prompts, P rows of tokens. With `prompts.infill_mask`, those positions are filled in too.
+        prompts: Left-padded prompts, P rows of tokens. The positions of `prompts.infill_mask` are filled in too.
         generator: Generator that draws one seed per row. It is not used if `prompts.seeds` is set.
         max_new_tokens: Number of masked positions appended to each prompt. 0 is allowed only for prompts with positions
             to fill in.
@@ -85,8 +85,8 @@ def unmask(  # noqa: PLR0913
             also rewrite tokens, and record each rewrite.
         cache: `block_cache()`, `prefix_cache()` or `dual_cache()`. None recomputes every position in every step.
         approximate_early_exit: End a row after the block with its end token (full attention only). The completion lacks
-            the tokens after this block, so its probability is not that of a full completion. The log-prob
-            of each written token is still that of its draw. Block-causal rows always end after this block.
+            the tokens after this block, so its probability is not that of a full completion. The log-prob of each
+            written token is still that of its draw. Block-causal rows always end after this block.
         compile_step: Run each step as one compiled graph, or as two with a cache. It makes batches of few rows faster,
             on a GPU as CUDA graphs. It cannot be combined with prefix_cache(), positions to fill in, or rules that
             rewrite. It rounds differently: if two tokens are nearly tied, the choice may differ from the one made
@@ -121,7 +121,7 @@ def unmask(  # noqa: PLR0913
     # With a cache, no row begins its next block before all rows have finished this one.
     tracker = BlockTracker(canvas.block, diffusion_steps, wait_for_all_rows=cache is not None, masked=canvas.masked)
     seeds = (row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds).to(policy.device)
-    forward = None if compile_step else SamplerForward(policy, canvas, cache, tracker.steps)
+    forward = None if compile_step else SamplerForward(policy, canvas, cache, tracker.steps_left)
     # Runs one step. Returns the rows whose block is now complete, or None if there was no row left to run.
     run_step: Callable[[], Int[Tensor, " C"] | None]
     if forward is None:
@@ -201,7 +201,7 @@ def check_suppress(policy: Policy, sampling_params: SamplingParams) -> None:
     tokens = set(sampling_params.suppress)
     unknown = sorted(token for token in tokens if not 0 <= token < policy.vocab_size)
     if unknown:
-        raise ValueError(f"suppress={unknown[0]} is no token of the vocabulary of {policy.vocab_size}; leave it out")
+        raise ValueError(f"suppress={unknown[0]} is not one of the {policy.vocab_size} token ids; leave it out")
     if len(tokens) == policy.vocab_size:
         raise ValueError(
             f"suppress and the mask token exclude all {policy.vocab_size} tokens; remove one from suppress"

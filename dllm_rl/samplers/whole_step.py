@@ -1,9 +1,9 @@
 """A step of `unmask` as one compiled graph of fixed shapes, for batches of few rows, where a GPU waits for its host.
 
-Every step runs all rows and a full block. Positions that it does not sample do not change. The host reads nothing
-inside a step. Each number of rows, length of completion and 64 columns of width has a separate graph. Eager steps have
-other shapes (`choose`): uncompiled, this step took 1.14 to 1.41 times their processor time on a CPU, because the head
-then runs at written positions too.
+Every step runs all rows and a full block; positions that it does not sample do not change. The host reads nothing
+inside a step. A separate graph is compiled for each number of rows, completion length and padded width
+(WIDTH_MULTIPLE). Without compilation `unmask` uses the step in `choose`. The step in this module, uncompiled on a CPU,
+took 1.14 to 1.41 times as much processor time, because it also runs the head at written positions.
 """
 
 import functools
@@ -27,7 +27,7 @@ from dllm_rl.samplers.choose import Drawn, StepSampler, add_gumbel, draw_and_ran
 from dllm_rl.samplers.records import Commit
 from dllm_rl.samplers.rules import check_last_step
 
-WIDTH_MULTIPLE = 64  # the canvas is padded to a multiple of this width, because each width has separate graphs
+WIDTH_MULTIPLE = 64  # the canvas is padded to a multiple of it, so that batches of similar width share graphs
 MAX_GRAPHS = 128  # largest number of graphs in a process
 Past = list[tuple[Tensor, Tensor]]  # keys and values of each layer
 CANVAS_FIELDS = ("masked", "unmask_step", "logprobs")  # fields of the canvas that a step replaces
@@ -55,7 +55,7 @@ class StepState(NamedTuple):
 class CompiledStepSampler:
     """Sampler of compiled steps: `run_step` advances all rows by one step.
 
-    It has the padded tokens and, with a cache, the stored keys and values.
+    It stores the padded tokens and, with a cache, the keys and values.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class CompiledStepSampler:
         seeds: Int[Tensor, " B"],
         block_size: int,
     ) -> None:
-        """Raise ValueError for settings without fixed shapes, or that cannot be captured."""
+        """Raise ValueError for settings whose steps have no fixed shapes, or that a graph does not support."""
         policy, canvas = step_sampler.policy, step_sampler.canvas
         check_fixed_shapes(cache, step_sampler.commit, step_sampler.confidence_change is not None)
-        check_captured(policy, canvas, cache)
+        check_supported(policy, canvas, cache)
         self.step_sampler = step_sampler
         self.canvas = canvas
         self.tracker = tracker
@@ -85,11 +85,11 @@ class CompiledStepSampler:
         self.canvas_columns = slice(padding[0], padding[0] + width)
         self.tokens = F.pad(canvas.tokens, padding, value=policy.pad_id)
         attention_mask = F.pad(canvas.attention_mask, padding, value=False)
-        largest = min(block_size, canvas.columns.shape[1])
-        self.constants = StepConstants(attention_mask, canvas.columns + padding[0], seeds, largest)
+        largest_block = min(block_size, canvas.columns.shape[1])
+        self.constants = StepConstants(attention_mask, canvas.columns + padding[0], seeds, largest_block)
         self.past: Past | None = None if cache is None else []
         self.block = -1
-        self.step = 0  # in the block
+        self.step = 0  # step in the current block
         if step_sampler.sampling_params.filters:
             size = (*canvas.masked.shape, min(KEPT_IDS + 1, policy.vocab_size))
             canvas.records["log_mass"] = torch.zeros_like(canvas.logprobs)
@@ -107,14 +107,13 @@ class CompiledStepSampler:
         rows, blocks = self.tracker.next_rows()
         if not len(rows):
             return None
-        num_masked = self.tracker.masked[rows, blocks]
-        steps_left = self.tracker.steps[rows, blocks].clamp(min=1)
-        begin, width, is_full = self._window(int(blocks[0]))
-        host = torch.zeros(
-            5, len(self.tracker.row_steps), dtype=torch.long
-        )  # rows that do not take part have a size of 0
-        host[0] = begin
-        host[1:, rows] = torch.stack(
+        num_masked = self.tracker.num_masked[rows, blocks]
+        steps_left = self.tracker.steps_left[rows, blocks].clamp(min=1)
+        begin, width, runs_all_columns = self._window(int(blocks[0]))
+        # The five numbers per row of `_step`. Rows that do not take part have a block size of 0.
+        host_numbers = torch.zeros(5, len(self.tracker.row_steps), dtype=torch.long)
+        host_numbers[0] = begin
+        host_numbers[1:, rows] = torch.stack(
             [
                 self.first_offset[rows, blocks],
                 self.tracker.sizes[rows, blocks],
@@ -122,9 +121,9 @@ class CompiledStepSampler:
                 self.tracker.row_steps[rows],
             ]
         )
-        (numbers,) = copy_to_device(self.tokens.device, host)
+        (numbers,) = copy_to_device(self.tokens.device, host_numbers)
         records = {name: getattr(self.canvas, name) for name in CANVAS_FIELDS} | self.canvas.records
-        past: Past | None = [] if is_full and self.cache is not None else self.past
+        past: Past | None = [] if runs_all_columns and self.cache is not None else self.past
         state = StepState(self.tokens, records, past)
         try:
             state, committed = compiled()(self.step_sampler, self.constants, state, numbers, width)
@@ -140,9 +139,9 @@ class CompiledStepSampler:
         for name in CANVAS_FIELDS:
             setattr(self.canvas, name, state.records[name].clone())
         self.canvas.records = {name: state.records[name].clone() for name in self.canvas.records}
-        if is_full and state.past is not None:
+        if runs_all_columns and state.past is not None:
             self.past = [(keys.clone(), values.clone()) for keys, values in state.past]
-        # If the host knows the number, it does not wait for the device to count.
+        # If the rule has a `count`, the host does not wait for the device to count.
         count_on_host = self.step_sampler.commit.count
         count = committed.cpu()[rows] if count_on_host is None else count_on_host(num_masked, steps_left)
         check_last_step(self.step_sampler.commit.name, steps_left, num_masked, count)
@@ -155,9 +154,8 @@ class CompiledStepSampler:
             return 0, width, True
         self.step = 0 if block != self.block else self.step + 1
         self.block = block
-        shift = (
-            self.step_sampler.policy.spec.shift
-        )  # a shifted family reads a block's first state one column to its left
+        # With `spec.shift` the state one column to the left predicts the block's first token: this column runs too.
+        shift = self.step_sampler.policy.spec.shift
         begin = self.canvas_columns.start + self.canvas.bounds[block][0] - shift
         refresh = self.cache.refresh
         return begin, self.block_size + shift, self.step == 0 or (refresh is not None and self.step % refresh == 0)
@@ -167,7 +165,7 @@ def check_fixed_shapes(cache: Cache | None, commit: Commit, records_confidence: 
     """Raise ValueError for a cache or a commit rule whose steps have no fixed shapes."""
     conflict = None
     if commit.revises:
-        conflict = f"commit={commit.name}, which rewrites: use a rule that does not"
+        conflict = f"commit={commit.name}, which rewrites: use a rule that does not rewrite"
     elif commit.reads:
         conflict = f"commit={commit.name}, which reads {' and '.join(sorted(commit.reads))}: use threshold"
     elif cache is not None and cache.kind == "prefix":
@@ -178,7 +176,7 @@ def check_fixed_shapes(cache: Cache | None, commit: Commit, records_confidence: 
         raise ValueError(f"compile_step=True cannot be combined with {conflict}, or set compile_step=False")
 
 
-def check_captured(policy: Policy, canvas: Canvas, cache: Cache | None) -> None:
+def check_supported(policy: Policy, canvas: Canvas, cache: Cache | None) -> None:
     """Raise ValueError for a policy or prompts that a graph does not support."""
     reason = None
     if policy.records_experts:
@@ -187,18 +185,19 @@ def check_captured(policy: Policy, canvas: Canvas, cache: Cache | None) -> None:
         reason = "cannot be combined with open positions, whose number differs from batch to batch: leave it out"
     elif has_uncompiled(policy.module):
         reason = "cannot capture quantized experts, which run one by one: sample with unquantized weights"
-    elif cache is not None and not keeps_keys(policy, canvas):
+    elif cache is not None and not fills_cache(policy, canvas):
         reason = f"with cache={cache} needs keys and values, which {type(policy.module).__name__} does not keep"
     if reason:
         raise ValueError(f"compile_step=True {reason}, or set compile_step=False")
 
 
 @torch.no_grad()
-def keeps_keys(policy: Policy, canvas: Canvas) -> bool:
+def fills_cache(policy: Policy, canvas: Canvas) -> bool:
     """Return whether a forward of one column leaves its keys and values in its cache."""
     past = KVCache(config=policy.module.config)
-    one = torch.ones_like(canvas.attention_mask[:1, :1])
-    policy.encode(canvas.tokens[:1, :1], one, position_ids(one), cache=past, use_cache=True)
+    attention_mask = torch.ones_like(canvas.attention_mask[:1, :1])
+    positions = position_ids(attention_mask)
+    policy.encode(canvas.tokens[:1, :1], attention_mask, positions, cache=past, use_cache=True)
     return past.get_seq_length() == 1
 
 
@@ -269,7 +268,7 @@ def _step(
         flat_slot = slot.expand_as(scores).flatten()
         flat_scores = scores.masked_fill(~chosen, torch.inf).flatten()
         cutoff = commit_cutoff(flat_scores, row, flat_slot, row, flat_slot, len(scores))
-        # Generated code would sum the normalizer in another order and miss ties: the normalizer of the scores is used.
+        # The normalizer of the scores is reused. Generated code would sum it again in another order, and miss ties.
         order_logprobs = stay_masked_logprobs(policy, hidden, *cutoff, params, flat_drawn.normalizer)
         total = records["order"].gather(1, offset) + order_logprobs.view_as(scores)
         records["order"] = _scatter_chosen(records["order"], offset, total, masked & ~chosen)
@@ -278,7 +277,7 @@ def _step(
 
 @no_type_check
 def _scatter_chosen(target: Tensor, index: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
-    """Return `target` (B, L, ...) with the chosen ones of the values (B, S, ...) at their indices (B, S)."""
+    """Return a copy of `target` (B, L, ...) with the chosen of the values (B, S, ...) written at `index` (B, S)."""
     add_axes = (..., *[None] * (target.dim() - 2))  # as many axes as `target` has
     index = index[add_axes].expand(*index.shape, *target.shape[2:])
     return target.scatter(1, index, torch.where(chosen[add_axes], values.to(target.dtype), target.gather(1, index)))
@@ -288,8 +287,10 @@ def _scatter_chosen(target: Tensor, index: Tensor, values: Tensor, chosen: Tenso
 def _cached_states(
     policy: Policy, attention_mask: Bool[Tensor, "B T"], state: StepState, begin: Tensor, width: int
 ) -> tuple[Tensor, Past]:
-    """Return the hidden states of the window, and `state.past`. If `state.past` is empty, return the hidden states of
-    all columns, and the keys and values outside the window.
+    """Return hidden states, and the keys and values outside the window.
+
+    If `state.past` has these keys and values, only the window runs, and the hidden states are those of the window. If
+    it is empty, all columns run.
     """
     tokens = state.tokens
     past = state.past
@@ -298,14 +299,15 @@ def _cached_states(
     outside = outside + width * (outside >= begin)
     positions = position_ids(attention_mask)
     all_columns = torch.arange(tokens.shape[1], device=tokens.device)
-    fresh, seen = (inside, torch.cat([outside, inside])) if past else (all_columns, all_columns)
-    bias = attention_bias(policy, tokens, attention_mask, positions, fresh, seen)
+    query_columns = inside if past else all_columns
+    key_columns = torch.cat([outside, inside]) if past else all_columns
+    bias = attention_bias(policy, tokens, attention_mask, positions, query_columns, key_columns)
     keys_and_values = KVCache(config=policy.module.config)
     for layer, (keys, values) in zip(keys_and_values.layers, past, strict=False):
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
     options = {"cache": keys_and_values, "use_cache": True}
-    hidden = policy.encode(tokens[:, fresh], bias, positions[:, fresh], **options)
+    hidden = policy.encode(tokens[:, query_columns], bias, positions[:, query_columns], **options)
     if not past:
         past = [(layer.keys[:, :, outside], layer.values[:, :, outside]) for layer in keys_and_values.layers]
     return hidden, past

@@ -35,7 +35,7 @@ from torch import Generator
 from dllm_rl import trajectory
 from dllm_rl.files import read_json, write_json
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
-from dllm_rl.likelihoods.renoise import Replay, renoise_record
+from dllm_rl.likelihoods.renoise import RenoiseView, renoise_record
 from dllm_rl.likelihoods.views import View, ViewFeature
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Renoised, Rollout, Views
@@ -49,7 +49,7 @@ TIMED = 12  # steps, of which the first two are left out
 EXACT, FULL, ONE_STEP, BOUND = "exact", "full", "one step", "bound of 0.1"
 
 
-class FromNoise(Replay):
+class FromNoise(RenoiseView):
     """A view of one forward: the answer's tokens, given the noise that their canvas began with."""
 
     def logprobs(self, policy: Policy, rollout: Rollout) -> torch.Tensor:

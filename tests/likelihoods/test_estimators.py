@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from likelihood_toys import TablePolicy, elbo_by_hand, eubo_by_hand, log_any_order
 
 from dllm_rl.likelihoods import estimators as lik
-from dllm_rl.likelihoods.masks import block_view, coupled_views, exact_view
+from dllm_rl.likelihoods.masks import block_view, coupled_views, k_masked_view
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.types import Events, Views
 
@@ -43,7 +43,7 @@ def summed(policy, rollout, views, combine=lik.weighted_sum) -> float:
 def all_exact(length: int):
     """(masked, weight) for every k and every order, weights divided by their number: the whole of elbo's randomness."""
     inside = torch.tensor([[False] + [True] * length])
-    views = [exact_view(inside, keys, torch.tensor([[k]])) for keys in orders(length) for k in range(1, length + 1)]
+    views = [k_masked_view(inside, keys, torch.tensor([[k]])) for keys in orders(length) for k in range(1, length + 1)]
     return [(masked, weight / len(views)) for masked, weight in views]
 
 

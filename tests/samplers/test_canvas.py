@@ -98,7 +98,7 @@ def test_rows_move_on_alone():
     assert plan.rows.tolist() == [0, 1] and plan.blocks.tolist() == [1, 0]
     assert plan.num_masked.tolist() == [2, 1]
     assert plan.steps_left.tolist() == [2, 1]  # two steps a block; row 1 has used one of its first block's
-    assert list(zip(plan.row.tolist(), plan.offset.tolist(), strict=True)) == [(0, 2), (0, 3), (1, 0)]
+    assert list(zip(plan.row_index.tolist(), plan.offset.tolist(), strict=True)) == [(0, 2), (0, 3), (1, 0)]
     assert plan.column.tolist() == [3, 4, 1]  # behind one prompt token
     assert plan.seed.tolist() == [7, 7, 8] and plan.row_steps.tolist() == [1, 1, 1]
 
@@ -106,7 +106,7 @@ def test_rows_move_on_alone():
 def test_rows_in_step_wait_for_the_slowest():
     plan = plan_step(*half_written(wait_for_all_rows=True), SEEDS)
     assert plan.rows.tolist() == [1] and plan.blocks.tolist() == [0]
-    assert plan.canvas_row.tolist() == [1] and plan.row.tolist() == [0] and plan.offset.tolist() == [0]
+    assert plan.canvas_row.tolist() == [1] and plan.row_index.tolist() == [0] and plan.offset.tolist() == [0]
 
 
 def test_a_rule_that_rewrites_is_offered_what_the_block_holds():
@@ -120,7 +120,7 @@ def test_a_held_row_stays_in_its_block_while_steps_last():
     plan = plan_step(canvas, tracker, SEEDS)
     zero = torch.tensor([0])
     where = (plan.rows, plan.blocks)
-    tracker.steps[1, 0] = 2
+    tracker.steps_left[1, 0] = 2
     held = torch.tensor([True])
     assert tracker.record(where, torch.tensor([1]), held).tolist() == []
     assert plan_step(canvas, tracker, SEEDS).blocks.tolist() == [0]

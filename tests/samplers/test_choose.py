@@ -47,7 +47,7 @@ def test_drawing_before_ranking_changes_nothing():
     early, _, same = choice_of(draws_first)
     assert early.draws_first and not late.draws_first
     assert choice.chosen.tolist() == same.chosen.tolist()
-    assert plan.row[choice.chosen].tolist() == [0, 0, 1, 1, 2, 2]
+    assert plan.row_index[choice.chosen].tolist() == [0, 0, 1, 1, 2, 2]
     for name in ("tokens", "logprobs"):
         assert torch.equal(getattr(choice.drawn, name), getattr(same.drawn, name))
 
@@ -55,7 +55,7 @@ def test_drawing_before_ranking_changes_nothing():
 def test_the_order_has_a_law_only_where_chance_ranks():
     _, plan, choice = choice_of(rules.confidence)
     stayed, order, _ = plan.records["order"]
-    assert sorted(choice.chosen.tolist() + stayed.tolist()) == list(range(len(plan.row)))
+    assert sorted(choice.chosen.tolist() + stayed.tolist()) == list(range(len(plan.row_index)))
     assert (order <= 0).all() and (order < 0).any()
     for rank, temperature in ((rules.max_prob, 1.0), (rules.confidence, 0.0)):
         assert "order" not in choice_of(rank, temperature=temperature)[1].records
@@ -67,7 +67,7 @@ def test_the_most_confident_draws_are_written():
     logp = TablePolicy(length=6, words=2, seed=0).table[-1][:, :3].log_softmax(-1)
     expected = []
     for row in range(3):
-        mine = (plan.row == row).nonzero()[:, 0].tolist()
+        mine = (plan.row_index == row).nonzero()[:, 0].tolist()
         confidences = {position: logp[plan.offset[position], whole.drawn.tokens[position]].item() for position in mine}
         expected += sorted(sorted(confidences, key=confidences.get)[-2:])
     assert choice_of(rules.confidence)[2].chosen.tolist() == expected

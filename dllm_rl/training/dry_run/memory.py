@@ -271,7 +271,7 @@ class FakeStep:
         step.
 
         With `back`, the gradient of a step goes to the cache immediately, and then to the encoder, as in
-        `likelihoods.renoise.Replay.backward`.
+        `likelihoods.renoise.RenoiseView.backward`.
         """
         prefix = Prefix.empty(self.policy, rows)
         cuts = []
