@@ -57,7 +57,7 @@ def seconds(recipe: Recipe, policy: Policy, prompt_tokens: int) -> dict[str, flo
         views = count_views(recipe, length, steps)
         forwards = views * chunks
         view_tokens = views * rows * row
-    scoring = time(view_tokens, FORWARD, forwards, passes=1 + bool(recipe.beta))
+    scoring = time(view_tokens, FORWARD, forwards, passes=1 + bool(recipe.beta) + bool(recipe.value_model))
     if recipe.has_separate_rollout_policy and not recipe.likelihood.exact_for_sampler:
         scoring += time(view_tokens, copy, forwards)
     scoring *= recipe.num_mask_sets
