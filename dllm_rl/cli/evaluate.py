@@ -321,11 +321,13 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
         decoding = {"decoding": "diffusion"} if arguments.autoregressive else {}
         return [(decoding | settings, sampler) for settings, sampler in plans]
     if arguments.autoregressive:
-        raise ValueError(f"--autoregressive: {' '.join(arguments.models)} only decodes so; leave it out")
+        raise ValueError(
+            f"--autoregressive: {' '.join(arguments.models)} always decodes from left to right; leave it out"
+        )
     # An ignored option would look as if it had been applied.
     for name in ("diffusion_steps", "forwards", "block_size", "rank", "commit", "cache"):
         if getattr(arguments, name) is not None:
-            raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")
+            raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} is causal: leave it out")
     shared = {"temperature": temperature_of(arguments, run_sampler)} | filters_of(arguments)
     bound_settings = [{"max_new_tokens": length} | shared for length in lengths]
     return [(settings, bind(autoregress, settings, run_sampler)) for settings in bound_settings]
@@ -388,7 +390,7 @@ def renoising_plans(
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
     if arguments.temperature:
-        raise ValueError(f"--temperature {arguments.temperature}: renoise has a schedule of its own; leave it out")
+        raise ValueError(f"--temperature {arguments.temperature}: renoise has its own schedule; leave it out")
     canvas = policy.spec.block_size
     assert canvas is not None, "`check_spec` requires it"
     defaults = settings_of(partial(renoise)) | settings_of(run_sampler)

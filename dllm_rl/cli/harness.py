@@ -46,7 +46,7 @@ class CommandLineModel(HarnessModel):
         **options: Any,
     ) -> None:
         if not str(batch_size).isdecimal() or not int(batch_size):
-            raise ValueError(f"batch_size={batch_size!r} must be a whole number from 1 on")
+            raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1")
         model_options = Namespace(
             model=str(pretrained), maker=None, dtype=dtype, device=device, verify_checkpoint="full"
         )

@@ -154,16 +154,20 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     updates_help = "let requests that send the token replace the weights, as http_engine does"
     sub.add_argument("--allow_updates", action="store_true", help=updates_help)
     add_sampler_options(sub)
-    sub.add_argument("--max_batch_size", type=_count, default=32, help="completions at a time (default 32)")
+    sub.add_argument("--max_batch_size", type=_positive_int, default=32, help="completions at a time (default 32)")
     exact_batches_help = "make a completion's bits independent of its batch, which is slower"
     sub.add_argument("--exact_batches", action="store_true", help=exact_batches_help)
-    sub.add_argument("--max_tokens", type=_count, default=1024, help="largest length of a completion (default 1024)")
-    sub.add_argument("--max_waiting", type=_count, default=1024, help="largest queue, in completions (default 1024)")
-    sub.add_argument("--max_body_bytes", type=_count, default=2**20, help="largest request body (default 1 MiB)")
+    sub.add_argument(
+        "--max_tokens", type=_positive_int, default=1024, help="largest length of a completion (default 1024)"
+    )
+    sub.add_argument(
+        "--max_waiting", type=_positive_int, default=1024, help="largest queue, in completions (default 1024)"
+    )
+    sub.add_argument("--max_body_bytes", type=_positive_int, default=2**20, help="largest request body (default 1 MiB)")
     timeout_help = "seconds in the queue and in the sampler after which a request fails (default 300)"
-    sub.add_argument("--timeout", type=_positive, default=300.0, help=timeout_help)
+    sub.add_argument("--timeout", type=_positive_seconds, default=300.0, help=timeout_help)
     client_timeout_help = "seconds in which a client must send a request (default 30)"
-    sub.add_argument("--client_timeout", type=_positive, default=30.0, help=client_timeout_help)
+    sub.add_argument("--client_timeout", type=_positive_seconds, default=30.0, help=client_timeout_help)
     add_model_options(sub, maker="--make_model")
     sub.add_argument("--seed", type=int, default=0, help="seed of requests without one (default 0)")
     sub.set_defaults(run=serve)
@@ -182,29 +186,33 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     more = "once per checkpoint and per combination of the settings that are lists; later checkpoints are compared with"
     sub = commands.add_parser("evaluate", help=about, description=f"{about}, {more} the first, problem by problem")
     sub.add_argument("models", nargs="*", metavar="MODEL", help="a checkpoint's or a run's folder, or a hub's id")
-    sub.add_argument("--task", help=f"{_either(TASKS)} (default: the run's, with the settings of its sampler)")
-    names = _either(protocol_names(), default="strict")
+    sub.add_argument("--task", help=f"{_join_names(TASKS)} (default: the run's, with the settings of its sampler)")
+    names = _join_names(protocol_names(), default="strict")
     sub.add_argument("--protocol", help=f"how completions are graded: {names}")
     sub.add_argument("--split", choices=("train", "validation", "test"), help="default: test")
     sub.add_argument("--path", help="a file or folder with the problems")
     sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="set a field of the task")
     max_new_tokens_help = "tokens per completion, e.g. 128,256 (default: the run's, or the task's)"
-    sub.add_argument("--max_new_tokens", "--lengths", type=_numbers, help=max_new_tokens_help)
+    sub.add_argument("--max_new_tokens", "--lengths", type=_positive_ints, help=max_new_tokens_help)
     sub.add_argument(
-        "--diffusion_steps", type=_numbers, help="unmasking steps, e.g. 1,2,4,8 (default: the run's, or one per token)"
+        "--diffusion_steps",
+        type=_positive_ints,
+        help="unmasking steps, e.g. 1,2,4,8 (default: the run's, or one per token)",
     )
     forwards_help = (
         "largest number of forwards per answer, e.g. 1,2,4: sets the steps, or the TAU of --commit threshold"
     )
-    sub.add_argument("--forwards", type=_numbers, help=forwards_help)
+    sub.add_argument("--forwards", type=_positive_ints, help=forwards_help)
     sub.add_argument(
-        "--quantization", type=_names, help="quantization schemes of the weights, e.g. none,float8_weight_only"
+        "--quantization", type=_split_names, help="quantization schemes of the weights, e.g. none,float8_weight_only"
     )
     sub.add_argument(
-        "--rank", type=_names, help="e.g. confidence,max_prob (default: the one that --commit needs, or the run's)"
+        "--rank",
+        type=_split_names,
+        help="e.g. confidence,max_prob (default: the one that --commit needs, or the run's)",
     )
-    sub.add_argument("--commit", type=_names, help="e.g. schedule,threshold=0.9")
-    sub.add_argument("--cache", type=_names, help="e.g. none,dual=4")
+    sub.add_argument("--commit", type=_split_names, help="e.g. schedule,threshold=0.9")
+    sub.add_argument("--cache", type=_split_names, help="e.g. none,dual=4")
     autoregressive_help = (
         "also decode from left to right, with causal attention: for a model converted from an autoregressive model"
     )
@@ -217,7 +225,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--samples", type=int, default=1, help="completions per problem, for pass@k")
     sub.add_argument(
         "--majority",
-        type=_numbers,
+        type=_positive_ints,
         default=[],
         help="values of k for maj@k (the most frequent of k answers), e.g. 4,16",
     )
@@ -228,7 +236,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add_model_options(sub)
     sub.add_argument(
         "--reward_timeout",
-        type=_seconds,
+        type=_seconds_or_none,
         default=600.0,
         help="seconds for grading one completion; if exceeded, exit with 124",
     )
@@ -248,27 +256,27 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.set_defaults(run=evaluate)
 
 
-def _either(names: Iterable[str], default: str | None = None) -> str:
+def _join_names(names: Iterable[str], default: str | None = None) -> str:
     """Join names for a help text, in the form "a (default), b or c"."""
     *others, last = (f"{name} (default)" if name == default else name for name in names)
     return f"{', '.join(others)} or {last}"
 
 
-def _numbers(text: str) -> list[int]:
+def _positive_ints(text: str) -> list[int]:
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers from 1 on, as 4 or 1,2,4")
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers of at least 1, such as 4 or 1,2,4")
     return list(map(int, words))
 
 
-def _count(text: str) -> int:
+def _positive_int(text: str) -> int:
     if not text.strip().isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
 
 
-def _positive(text: str) -> float:
-    if (seconds := _seconds(text)) is None:
+def _positive_seconds(text: str) -> float:
+    if (seconds := _seconds_or_none(text)) is None:
         raise argparse.ArgumentTypeError(f"{text!r} must be seconds above 0")
     return seconds
 
@@ -277,15 +285,15 @@ def _token_ids(text: str) -> tuple[int, ...]:
     if text == "none":
         return ()
     if not all(word.strip().isdecimal() for word in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} must be token ids, as 0,2, or none")
+        raise argparse.ArgumentTypeError(f"{text!r} must be token ids, such as 0,2, or none")
     return tuple(map(int, text.split(",")))
 
 
-def _names(text: str) -> list[str]:
+def _split_names(text: str) -> list[str]:
     return text.split(",")
 
 
-def _seconds(text: str) -> float | None:
+def _seconds_or_none(text: str) -> float | None:
     if text == "none":
         return None
     with suppress(ValueError):
@@ -307,8 +315,8 @@ def add_grade(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("grade", help="grade stored completions from any source")
     file_help = "a .jsonl file of `completion` and the task's fields or a `reference`; d1's .json; lm-eval's samples"
     sub.add_argument("file", help=file_help)
-    sub.add_argument("--task", help=f"{_either(PROTOCOLS)} (default: the task in the results.json beside the file)")
-    names = _either([*protocol_names(), "all"], default="strict")
+    sub.add_argument("--task", help=f"{_join_names(PROTOCOLS)} (default: the task in the results.json beside the file)")
+    names = _join_names([*protocol_names(), "all"], default="strict")
     sub.add_argument(
         "--protocol",
         default="strict",

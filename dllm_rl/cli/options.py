@@ -44,7 +44,7 @@ def checkpoint_of(model: str, *, quick: bool = False) -> str:
         say = lambda text: print(escape_controls(text), file=sys.stderr)  # noqa: E731
         newest = checkpoint.locate("latest", folder, quick=quick, say=say)
     except ValueError:
-        raise ValueError(f"{model}: none of the run's checkpoints is whole; dllm-rl verify says why") from None
+        raise ValueError(f"{model}: none of the run's checkpoints is complete; dllm-rl verify says why") from None
     if newest is None:
         raise ValueError(f"{model} is a run's folder without a checkpoint yet; give a checkpoint")
     return str(newest)

@@ -30,7 +30,7 @@ def stop_run(directory: Path, *, timeout: float) -> int:
     """
     process = _writing_process(directory)
     os.kill(process, signal.SIGTERM)
-    print(f"asked process {process} to stop after its present step")
+    print(f"asked process {process} to stop after its current step")
     deadline = time.monotonic() + timeout
     while True:
         time.sleep(0.2)

@@ -55,7 +55,7 @@ def within_budget(
         return commit
     if value or name not in PARAMETER_FROM_SLACK:
         remedy = (
-            f"write {name}, whose number is then found"
+            f"write {name}, whose number is then searched"
             if name in PARAMETER_FROM_SLACK
             else f"use {', '.join(PARAMETER_FROM_SLACK)}"
         )

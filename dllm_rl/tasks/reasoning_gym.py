@@ -88,9 +88,8 @@ def _parse_entry(entry: Fields) -> GeneratedProblem | None:
         return question, fields, answer, repr(sorted(metadata["numbers"])), ""
     if "prerequisites" in metadata:
         fields = {"count": len(metadata["courses"]), "pairs": sorted(map(list, metadata["prerequisites"]))}
-        order = ", ".join(
-            map(str, metadata["courses"])
-        )  # a course's prerequisites were drawn from the courses before it
+        # In this order, because the generator draws a course's prerequisites from the courses before it.
+        order = ", ".join(map(str, metadata["courses"]))
         return (ORDER.format(**fields), fields, order, repr(fields), "") if metadata["solution"] else None
     if "possible_answer" in metadata:
         graph = metadata["puzzle"]
@@ -230,7 +229,9 @@ def _generate(generator: str, settings: str, seed: int, split: Split, index: int
         try:
             entry = reasoning_gym.create_dataset(generator, seed=entry_seed, size=1, **json.loads(settings))[0]
         except (AssertionError, TypeError, ValueError) as error:  # the package raises these for a wrong setting
-            raise ValueError(f"settings={settings!r} of {generator}: {error}; give its own settings as JSON") from None
+            raise ValueError(
+                f"settings={settings!r} of {generator}: {error}; give the generator's settings as JSON"
+            ) from None
         problem = _parse_entry(entry)
         if problem and hashed_split(problem[3]) == split:
             return problem[0], {"generator": generator} | problem[1], *problem[2:]

@@ -41,7 +41,7 @@ def as_range(number: int | tuple[int, int]) -> tuple[int, int]:
     return (number, number) if isinstance(number, int) else number
 
 
-def drawn(number: int | tuple[int, int], rng: Random) -> int:
+def draw_number(number: int | tuple[int, int], rng: Random) -> int:
     """Return the number, or draw one from an inclusive range."""
     low, high = as_range(number)
     return low + int(rng.random() * (high - low + 1))

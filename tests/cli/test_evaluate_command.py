@@ -512,7 +512,7 @@ def test_one_command_decodes_a_converted_model_both_ways(causal_model, model, ca
     short = [*words("--task countdown --limit 6 --max_new_tokens 8"), "--autoregressive"]
     table = output(capsys, "evaluate", tmp_path / "both", *short)
     assert "autoregressive" in table and "difference" in table and "None" not in table
-    assert "only decodes so" in refusal(capsys, "evaluate", causal_model, *given, "--autoregressive")
+    assert "always decodes from left to right" in refusal(capsys, "evaluate", causal_model, *given, "--autoregressive")
     assert "do not decode from left to right" in refusal(capsys, "evaluate", model, *given, "--autoregressive")
     assert "of one MODEL, and 2 are given" in refusal(capsys, "evaluate", model, model, *given, "--autoregressive")
     blanks = words("--task sudoku --set infill=true --autoregressive")

@@ -79,7 +79,7 @@ def require() -> None:
         passed, output_text = False, str(error)
     if not passed:
         reason = output_text.strip().rpartition("\n")[2]
-        raise ValueError(f"the sandbox needs Linux 5.12, unshare and user namespaces ({reason}); take 'static'")
+        raise ValueError(f"the sandbox needs Linux 5.12, unshare and user namespaces ({reason}); use 'static'")
 
 
 def call(name: str, *arguments: Any) -> None:

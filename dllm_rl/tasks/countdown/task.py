@@ -18,7 +18,7 @@ from dllm_rl.tasks.rows import (
     as_range,
     check_settings,
     check_split,
-    drawn,
+    draw_number,
     hashed_split,
     load_rows,
     require_field,
@@ -138,7 +138,7 @@ class Countdown(Prompted):
         """Return (numbers, target, solution): draw expressions until one fits the split and the settings."""
         # Only random() is used: Python promises its sequence for a seed, in every version.
         rng = Random(f"countdown/{self.seed}/{self.split}/{index}")
-        count = drawn(self.count, rng)
+        count = draw_number(self.count, rng)
         while True:
             numbers = tuple(1 + int(rng.random() * self.max_number) for _ in range(count))
             if hashed_split(repr(sorted(numbers))) != self.split:  # sorted: splits share no set of numbers in any order
@@ -215,7 +215,7 @@ def _stored(path: str | Path) -> tuple[tuple[tuple[int, ...], int], ...]:
             raise ValueError(f"{location}: {error}; {required}") from None
         problems.append((tuple(fields["numbers"]), fields["target"]))
     if not problems:
-        raise ValueError(f"path={str(path)!r} holds no problems")
+        raise ValueError(f"path={str(path)!r} has no problems")
     return tuple(problems)
 
 
@@ -227,5 +227,5 @@ def _from_texts(row: Row) -> dict[str, Any]:
         *numbers, target = numbers
     for number in (*numbers, target):
         if not _INTEGER.fullmatch(number):
-            raise ValueError(f"{number!r} is no integer")
+            raise ValueError(f"{number!r} is not an integer")
     return {"numbers": list(map(int, numbers)), "target": int(target)}

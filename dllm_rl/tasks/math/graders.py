@@ -143,7 +143,7 @@ def reference_number(answer: str | int | float) -> Fraction:
     """Return the number of a GSM8K reference: the text after "####", or the whole text. Raises ValueError."""
     number = exact_number(_after_hashes(str(answer)))
     if number is None:
-        raise ValueError(f"answer={answer!r} is no number, and has none behind ####")
+        raise ValueError(f"answer={answer!r} is not a number, and has none after ####")
     return number
 
 

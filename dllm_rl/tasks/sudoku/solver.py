@@ -217,10 +217,10 @@ _CONSTRAINT_KINDS = (
 
 
 def _blank(grid: str, cells: list[int]) -> str:
-    kept = list(grid)
+    puzzle = list(grid)
     for cell in cells:
-        kept[cell] = "0"
-    return "".join(kept)
+        puzzle[cell] = "0"
+    return "".join(puzzle)
 
 
 SOLVED = tuple(sorted(solutions("0" * 16)))

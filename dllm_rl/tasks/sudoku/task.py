@@ -16,7 +16,7 @@ from dllm_rl.tasks.rows import (
     as_range,
     check_settings,
     check_split,
-    drawn,
+    draw_number,
     hashed_split,
     load_rows,
     text_of,
@@ -121,7 +121,7 @@ class Sudoku(Prompted):
                     f"{side}; give side={side}"
                 )
         if self.shots and self.prompt_format != "text" and "{puzzle}" not in str(self._template()):
-            raise ValueError(f"shots={self.shots} stand before {{puzzle}}, which the template lacks")
+            raise ValueError(f"shots={self.shots} are inserted before {{puzzle}}, which the template lacks")
 
     def __len__(self) -> int:
         return self.size if self.path is None else min(self.size, len(_stored(self.path)))
@@ -157,7 +157,7 @@ class Sudoku(Prompted):
         """Return a random (puzzle, solution) of the split whose solution is not `excluded`."""
         grids = [grid for grid in SPLITS[split] if grid != excluded]
         solution = grids[int(rng.random() * len(grids))]
-        num_clues = drawn(self.clues, rng)
+        num_clues = draw_number(self.clues, rng)
         puzzle = _blanked(solution, num_clues, rng)
         while self.unique and agreeing(puzzle).bit_count() > 1:
             puzzle = _blanked(solution, num_clues, rng)
@@ -168,7 +168,7 @@ class Sudoku(Prompted):
         return puzzle, solution
 
     def _generate_9x9(self, rng: Random, split: Split) -> tuple[str, str]:
-        num_clues = drawn(self.clues, rng)
+        num_clues = draw_number(self.clues, rng)
         while True:
             solution = random_grid(rng)  # 9x9 grids are too many to list: a hash assigns them to splits
             if hashed_split(solution) == split and (puzzle := random_unique_puzzle(solution, num_clues, rng)):
@@ -215,7 +215,7 @@ def _text(row: Row, name: str) -> str:
     Raises ValueError if the row has both fields, neither, or a value that is not text.
     """
     if name in row and name.lower() in row:
-        raise ValueError(f"{name} and {name.lower()} both stand in one row; leave one")
+        raise ValueError(f"{name} and {name.lower()} are both in one row; remove one")
     return text_of(row, name if name in row else name.lower())
 
 
@@ -230,7 +230,7 @@ def _stored(path: str | Path) -> tuple[tuple[str, str], ...]:
         except ValueError as error:
             raise ValueError(f"{location}: {error}") from None
         if not valid:
-            raise ValueError(f"{location}: solution={solution!r} is no completion of puzzle={puzzle!r}")
+            raise ValueError(f"{location}: solution={solution!r} is not a completion of puzzle={puzzle!r}")
         if problems and len(puzzle) != len(problems[0][0]):
             raise ValueError(f"{location}: a puzzle of {len(puzzle)} cells among those of {len(problems[0][0])}")
         problems.append((puzzle, solution))
