@@ -1,4 +1,4 @@
-"""`dllm-rl check-trace`: replays the rollouts of a file under a model."""
+"""`dllm-rl check-trace`: replay the rollouts of a file under a model, and compare the log-probs."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from dllm_rl.screen import escape_controls
 
 
 def check_trace_command(arguments: argparse.Namespace) -> int:
-    """Print the report; return 1 if steps are impossible or the mean |d| is above --bound, else 0."""
+    """Print the report. Return 1 if steps are impossible or the mean log-prob difference exceeds --bound, else 0."""
     if not 0 <= arguments.bound < math.inf:
         raise ValueError(f"bound={arguments.bound} must be at least 0, and finite")
     if arguments.batch_size < 1:

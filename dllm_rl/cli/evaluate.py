@@ -1,4 +1,4 @@
-"""`dllm-rl evaluate`: evaluates every model at every setting and shows the results."""
+"""`dllm-rl evaluate`: evaluate every model at every combination of settings, and show the results."""
 
 import argparse
 import hashlib
@@ -45,82 +45,101 @@ from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.tasks.protocols import PUBLISHED, SOURCES, TASKS, UnderProtocol, published, under_protocol
 from dllm_rl.versions import versions
 
-Plan = tuple[dict[str, Any], Callable]  # settings by name, and the sampler bound to them
-Measured = tuple[dict[str, Any], Evaluation]  # settings by name, and their results
-GENERATED = 500  # problems of a task that can generate any number
+Plan = tuple[dict[str, Any], Callable]  # settings by name as recorded, and the sampler with them bound
+Measured = tuple[dict[str, Any], Evaluation]  # settings by name, and the results at these settings
+NUM_GENERATED = 500  # problems to evaluate, without --limit, of a task that can generate any number
 
 
 def evaluate_command(arguments: argparse.Namespace) -> None:
     task = make_task(arguments)
-    check(task, arguments)  # before the first model is loaded
+    check_arguments(task, arguments)  # before loading a model
     schemes = read_schemes(arguments.quantization or ["none"])
     processes: Processes = OneProcess()
     device = find_device(arguments.device)
     if num_launched() > 1:
         processes = make_accelerator(device=device if arguments.device else None)
         device = processes.device
-    fixed = {"seed": arguments.seed, "batch_size": arguments.batch_size, "samples": arguments.samples}
+    shared_arguments: dict[str, Any] = {
+        "seed": arguments.seed,
+        "batch_size": arguments.batch_size,
+        "samples": arguments.samples,
+    }
     limit = num_problems(task, arguments)
-    fixed |= {"reward_timeout": arguments.reward_timeout, "accelerator": processes, "limit": limit}
+    shared_arguments |= {"reward_timeout": arguments.reward_timeout, "accelerator": processes, "limit": limit}
     facts = {"protocol_source": SOURCES[task.protocol], "versions": versions()}
-    found: list[dict[str, Any]] = []
-    first: list[Measured] = []  # results of the first model, setting by setting
+    rows: list[dict[str, Any]] = []
+    first_measured: list[Measured] = []  # of the first model, in the order of its plans
     for model in arguments.models:
         policy = open_policy(arguments, model, device=device)
         facts["dtype"] = dtype_of(policy)
-        plans = plan(policy, task, arguments)
+        plans = make_plans(policy, task, arguments)
         if arguments.autoregressive:
             plans += autoregressive_plans(policy, task, arguments)
         measured: list[Measured] = []
-        for name, scheme in schemes.items():
+        for quantization, scheme in schemes.items():
             diffusion = policy if scheme is None else quantized_copy(policy, scheme())
             causal = as_causal(diffusion) if arguments.autoregressive else None  # shares the weights
-            for rules, sampler in plans:
-                sampled = causal if causal is not None and rules["decoding"] == "autoregressive" else diffusion
-                settings = {"quantization": name, **rules}
-                file = completions_file(arguments, sampled, task, settings)
+            for plan_settings, sampler in plans:
+                decoded_policy = (
+                    causal if causal is not None and plan_settings["decoding"] == "autoregressive" else diffusion
+                )
+                settings = {"quantization": quantization, **plan_settings}
+                file = completions_file(arguments, decoded_policy, task, settings)
                 title = f"{task.name}, {', '.join(map(str, [model, *settings.values()]))}"
                 total = limit * arguments.samples
-                own: dict[str, Any] = {"completions": file, "model": str(model), "quantization": scheme and name}
                 with progress_bar(title, total, main=processes.is_main_process) as progress:
-                    result = evaluate(sampled, task, sampler, progress=progress, **own, **fixed)
+                    result = evaluate(
+                        decoded_policy,
+                        task,
+                        sampler,
+                        completions=file,
+                        model=str(model),
+                        quantization=quantization if scheme else None,
+                        progress=progress,
+                        **shared_arguments,
+                    )
                 measured.append((settings, result))
                 row = {**result.summary, **result.majority(arguments.majority), **settings, **facts}
                 row |= {"completions": file.name} if file else {}
-                before = first[len(measured) - 1 :][:1]  # every model has the same plans, in the same order
+                # Every model has the same plans in the same order. Empty for the first model.
+                first_at_settings = first_measured[len(measured) - 1 :][:1]
                 if arguments.autoregressive:
-                    found.append(row | other_decoding(result, settings, measured))
+                    rows.append(row | difference_from_diffusion(result, settings, measured))
                 else:
-                    found.append(row | compared(result, settings, before, arguments.models[0]))
-        first = first or measured  # later models are compared with the first
+                    rows.append(row | difference_from_first(result, settings, first_at_settings, arguments.models[0]))
+        first_measured = first_measured or measured  # later models are compared with the first
     if processes.is_main_process:
-        show(found, arguments)
+        show_results(rows, arguments)
 
 
-def asked(arguments: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
-    """Return the settings of this command -> their values, under a card's names; lengths and steps only if they are
-    passed.
+def settings_of_command(arguments: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
+    """Return every value of each setting of this command, under the setting's name in results.json.
+
+    Lengths and steps are included only if they are passed.
     """
     task = make_task(arguments)
-    run = run_sampler(arguments)
-    commits, ranks, caches, _ = choices(arguments, run)
-    ranks = [rank_of(commit, run) if rank is None else rank for rank, commit in product(ranks, commits)]
+    run_sampler = find_run_sampler(arguments)
+    commits, ranks, caches, _ = choices(arguments, run_sampler)
+    ranks = [rank_of(commit, run_sampler) if rank is None else rank for rank, commit in product(ranks, commits)]
     lists = {"commit": list(map(plain, commits)), "rank": list(map(plain, ranks)), "cache": list(map(plain, caches))}
     lists |= {name: getattr(arguments, name) for name in ("max_new_tokens", "diffusion_steps")}
     lists["quantization"] = arguments.quantization or ["none"]
-    options = vars(arguments) | {"temperature": temperature_of(arguments, run)}
+    options = vars(arguments) | {"temperature": temperature_of(arguments, run_sampler)}
     if arguments.block_size is None:
-        options["block_size"] = settings_of(run).get("block_size")
+        options["block_size"] = settings_of(run_sampler).get("block_size")
     row = flat(options | task_facts(task) | {"n": num_problems(task, arguments)})
-    found = {name: (value,) for name, value in json.loads(json.dumps(row)).items() if name not in lists}
-    if arguments.dtype == "auto":  # the checkpoint decides, and no checkpoint is opened here
-        del found["dtype"]
-    return found | {name: tuple(values) for name, values in lists.items() if values}
+    settings = {name: (value,) for name, value in json.loads(json.dumps(row)).items() if name not in lists}
+    if arguments.dtype == "auto":  # the dtype is the checkpoint's, which is not opened here
+        del settings["dtype"]
+    return settings | {name: tuple(values) for name, values in lists.items() if values}
 
 
 def show_differences(arguments: argparse.Namespace) -> None:
-    """Print the differences of a card from the paper of --protocol and, with --task, from this command."""
-    ours = [asked(arguments)] if arguments.task else []
+    """Print how the settings of a results.json differ from the published ones of --protocol.
+
+    With --task, also print how they differ from the settings of this command.
+    """
+    ours = [settings_of_command(arguments)] if arguments.task else []
     paper = arguments.protocol in PUBLISHED or not ours
     lines: dict[tuple[str, ...], None] = {}  # the rows of a sweep have the same differences in most settings
     for row in read_card(Path(arguments.compare)):
@@ -132,23 +151,23 @@ def show_differences(arguments: argparse.Namespace) -> None:
     Console().print(shown if lines else "nothing differs")
 
 
-def check(task: Task, arguments: argparse.Namespace) -> None:
-    """Check that the results can be counted and written, and make their folders.
+def check_arguments(task: Task, arguments: argparse.Namespace) -> None:
+    """Check the arguments, and create the folders of the results.
 
     Raises:
-        ValueError: There is no model, or `--majority` cannot be counted.
-        OSError: A folder cannot be written.
+        ValueError: There is no model, or --majority or --autoregressive does not fit the other arguments or the task.
+        OSError: A folder cannot be created.
     """
     if arguments.autoregressive and len(arguments.models) > 1:
         raise ValueError(f"--autoregressive compares two decodings of one MODEL, and {len(arguments.models)} are given")
     if arguments.autoregressive and task[0].blank is not None:
         raise ValueError("--autoregressive cannot fill in the blanks of this task; leave it out")
-    most = max(arguments.majority, default=0)
+    largest_k = max(arguments.majority, default=0)
     if not arguments.models:
         raise ValueError("evaluate needs a MODEL: a checkpoint's or a run's folder, or a hub's id")
-    if most > arguments.samples or (most and task.reward(task[0], "").answer is None):
-        need = f"--samples {most} or more, and a grader that says which answers are equal"
-        raise ValueError(f"--majority {most} needs {need}: gsm8k's, or math500's without math-verify")
+    if largest_k > arguments.samples or (largest_k and task.reward(task[0], "").answer is None):
+        need = f"--samples {largest_k} or more, and a grader that says which answers are equal"
+        raise ValueError(f"--majority {largest_k} needs {need}: gsm8k's, or math500's without math-verify")
     for name in ("output_dir", "csv", "plot"):
         if value := getattr(arguments, name):
             try:
@@ -157,57 +176,71 @@ def check(task: Task, arguments: argparse.Namespace) -> None:
                 raise OSError(f"--{name} {value!r} cannot be written ({error.strerror}); give another") from None
 
 
-def compared(result: Evaluation, settings: dict[str, Any], first: Sequence[Measured], against: str) -> dict[str, Any]:
-    """Return the differences from the first model at the same settings; {} for the first model itself."""
-    for known, before in first:
-        if without_number(known) == without_number(settings):
-            return {"against": against, "difference": paired_differences(result, before)}
+def difference_from_first(
+    result: Evaluation, settings: dict[str, Any], first: Sequence[Measured], against: str
+) -> dict[str, Any]:
+    """Return the differences from the first model at the same settings; {} for the first model itself.
+
+    Args:
+        result: Results of a model.
+        settings: Settings of these results.
+        first: Settings and results of the first model that may be compared.
+        against: Name of the first model.
+    """
+    for first_settings, first_result in first:
+        if without_commit_parameter(first_settings) == without_commit_parameter(settings):
+            return {"against": against, "difference": paired_differences(result, first_result)}
     return {}
 
 
-def other_decoding(result: Evaluation, settings: dict[str, Any], measured: Sequence[Measured]) -> dict[str, Any]:
-    """Return the differences of the autoregressive decoding from the model's first diffusion decoding of the same
-    length and quantization; {} for a diffusion decoding.
+def difference_from_diffusion(
+    result: Evaluation, settings: dict[str, Any], measured: Sequence[Measured]
+) -> dict[str, Any]:
+    """Return how an autoregressive decoding differs from the same model's diffusion decoding; {} for the latter.
+
+    The diffusion decoding is the first one in `measured` of the same length and quantization.
     """
     if settings["decoding"] == "diffusion":
         return {}
-    same = ("quantization", "max_new_tokens")
-    before = next(each for known, each in measured if all(known[name] == settings[name] for name in same))
-    return {"against": "its diffusion decoding", "difference": paired_differences(result, before)}
+    names = ("quantization", "max_new_tokens")
+    diffusion_result = next(
+        other_result for other, other_result in measured if all(other[name] == settings[name] for name in names)
+    )
+    return {"against": "its diffusion decoding", "difference": paired_differences(result, diffusion_result)}
 
 
-def without_number(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with only the name of the commit rule: under a budget each model has a different number."""
+def without_commit_parameter(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with the commit rule's name only: under --forwards its parameter differs between models."""
     return settings | {"commit": str(settings.get("commit")).partition("=")[0]}
 
 
-def show(found: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
+def show_results(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
     if arguments.output_dir:
-        write_json(Path(arguments.output_dir) / "results.json", found)
+        write_json(Path(arguments.output_dir) / "results.json", rows)
     if arguments.json:
-        print("\n".join(map(json.dumps, found)))
+        print("\n".join(map(json.dumps, rows)))
     else:
-        is_small = len(found) <= 3 and len(arguments.models) == 1 and not arguments.autoregressive
-        Console().print(table(found) if is_small else sweep_table(found))
+        is_small = len(rows) <= 3 and len(arguments.models) == 1 and not arguments.autoregressive
+        Console().print(results_table(rows) if is_small else sweep_table(rows))
         if arguments.output_dir:
             print(f"Completions and results.json: {escape_controls(str(arguments.output_dir))}")
     if arguments.csv:
-        write_csv(Path(arguments.csv), found)
+        write_csv(Path(arguments.csv), rows)
     if arguments.plot:
-        plot_curve(Path(arguments.plot), found)
+        plot_curve(Path(arguments.plot), rows)
 
 
 def read_schemes(names: Sequence[str]) -> dict[str, Callable[[], Any] | None]:
-    """Return the weights' schemes by name; None for "none".
+    """Return the function that makes each quantization scheme of the weights, by its name; None for "none".
 
     Raises:
         ValueError: A name is unknown.
     """
-    known = {"none": None, **CHOICES["rollout_quantization"]}
+    makers = {"none": None, **CHOICES["rollout_quantization"]}
     for name in names:
-        if name not in known:
-            raise ValueError(f"quantization={name!r} is not one of {', '.join(sorted(known))}")
-    return {name: known[name] for name in names}
+        if name not in makers:
+            raise ValueError(f"quantization={name!r} is not one of {', '.join(sorted(makers))}")
+    return {name: makers[name] for name in names}
 
 
 def dtype_of(policy: Policy) -> str:
@@ -218,21 +251,25 @@ def dtype_of(policy: Policy) -> str:
 def completions_file(
     arguments: argparse.Namespace, policy: Policy, task: Task, settings: dict[str, Any]
 ) -> Path | None:
-    """Return the file of the completions. Its name depends on everything that the completions depend on, not on the
-    grading.
+    """Return the file of the completions; None without --output_dir.
+
+    Its name contains a hash of everything that the completions depend on. The grading is not part of it.
     """
     if arguments.output_dir is None:
         return None
     facts = task_facts(task)
-    made_by = {name: facts[name] for name in ("task", "version", "settings")} | settings
-    made_by |= {"seed": arguments.seed, "dtype": dtype_of(policy), "weights": fingerprint(policy)}
-    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
+    provenance = {name: facts[name] for name in ("task", "version", "settings")} | settings
+    provenance |= {"seed": arguments.seed, "dtype": dtype_of(policy), "weights": fingerprint(policy)}
+    key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:8]
     steps = f"-{settings['diffusion_steps']}-steps" if settings.get("diffusion_steps") else ""
     return Path(arguments.output_dir) / f"completions-{settings['max_new_tokens']}-tokens{steps}-{key}.jsonl"
 
 
 def make_task(arguments: argparse.Namespace) -> UnderProtocol:
-    """Return the named task with its split, file and settings, under its protocol (strict, or a setting's sandbox)."""
+    """Return the task of --task, or of the run, with --split, --path and --set, graded by --protocol.
+
+    The default protocol is strict, or sandbox for a task with reward_rule="sandbox".
+    """
     name = arguments.task
     settings: dict[str, Any] = {"split": "test"}
     if name is None:  # a run names its task
@@ -243,195 +280,211 @@ def make_task(arguments: argparse.Namespace) -> UnderProtocol:
         raise ValueError(f"path={arguments.path!r}: task {name!r} makes its problems; leave it out")
     options = {option: value for option in ("split", "path") if (value := getattr(arguments, option))}
     task = TASKS[name](**settings | options)
-    known = paths(task)
-    texts = {}
+    fields = paths(task)
+    values = {}
     for text in arguments.set:
-        option, equals, texts[option] = text.partition("=")
-        if not equals or option not in known:
-            raise ValueError(f"--set {text}: write FIELD=VALUE, where task {name!r} has {', '.join(known)}")
-    task = override(task, texts)
+        option, equals, values[option] = text.partition("=")
+        if not equals or option not in fields:
+            raise ValueError(f"--set {text}: write FIELD=VALUE, where task {name!r} has {', '.join(fields)}")
+    task = override(task, values)
     check_not_empty("task", task)
-    by_setting = "sandbox" if getattr(task, "reward_rule", "") == "sandbox" else "strict"
-    return under_protocol(task, arguments.protocol or by_setting)
+    default_protocol = "sandbox" if getattr(task, "reward_rule", "") == "sandbox" else "strict"
+    return under_protocol(task, arguments.protocol or default_protocol)
 
 
 def num_problems(task: Task, arguments: argparse.Namespace) -> int:
-    """Return --limit, or all problems of a file or data set, or GENERATED."""
-    inner = getattr(task, "task", task)  # under a protocol
-    made_at_will = hasattr(inner, "seed") and getattr(inner, "path", None) is None
-    limit = GENERATED if made_at_will and arguments.limit is None else arguments.limit
+    """Return the number of problems: --limit, else all problems of a file or data set, or NUM_GENERATED."""
+    inner = getattr(task, "task", task)  # the task that `under_protocol` wraps
+    is_generated = hasattr(inner, "seed") and getattr(inner, "path", None) is None
+    limit = NUM_GENERATED if is_generated and arguments.limit is None else arguments.limit
     return len(task) if limit is None else min(limit, len(task))
 
 
-def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:
-    """Return (settings, sampler bound to them) for each combination of the settings that are lists.
+def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:
+    """Return a plan for each combination of the settings that are lists.
 
-    A run's sampler has the settings of the run's evaluations, except those that are passed.
+    Settings that are not passed are those of the run's evaluations, if the model is a run.
     """
-    run = run_sampler(arguments)
+    run_sampler = find_run_sampler(arguments)
     if arguments.forwards and arguments.diffusion_steps:
         raise ValueError("--forwards and --diffusion_steps both say how many steps are taken; give one of them")
     if policy.spec.attention == "encoder_decoder":
-        return renoising_plans(policy, task, run, arguments)
-    if arguments.samples > 1 and temperature_of(arguments, run) == 0:
+        return renoising_plans(policy, task, run_sampler, arguments)
+    if arguments.samples > 1 and temperature_of(arguments, run_sampler) == 0:
         raise ValueError(
             f"--samples {arguments.samples} at --temperature 0 would all be equal; give a temperature above 0"
         )
-    run_length = settings_of(run).get("max_new_tokens")
+    run_length = settings_of(run_sampler).get("max_new_tokens")
     lengths = arguments.max_new_tokens or [usual_length(policy, task) if run_length is None else run_length]
     if policy.spec.attention != "causal":
-        more = {"decoding": "diffusion"} if arguments.autoregressive else {}
-        return [(more | rules, sampler) for rules, sampler in plans_of(policy, task, run, lengths, arguments)]
+        plans = diffusion_plans(policy, task, run_sampler, lengths, arguments)
+        decoding = {"decoding": "diffusion"} if arguments.autoregressive else {}
+        return [(decoding | settings, sampler) for settings, sampler in plans]
     if arguments.autoregressive:
-        raise ValueError(f"--autoregressive: {' '.join(arguments.models)} only decodes so; leave it out")
+        raise ValueError(
+            f"--autoregressive: {' '.join(arguments.models)} always decodes from left to right; leave it out"
+        )
     # An ignored option would look as if it had been applied.
     for name in ("diffusion_steps", "forwards", "block_size", "rank", "commit", "cache"):
         if getattr(arguments, name) is not None:
-            raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} has a causal one")
-    shared = {"temperature": temperature_of(arguments, run)} | filters_of(arguments)
-    bounds = [{"max_new_tokens": length} | shared for length in lengths]
-    return [(bound, bind(autoregress, bound, run)) for bound in bounds]
+            raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} is causal: leave it out")
+    shared = {"temperature": temperature_of(arguments, run_sampler)} | filters_of(arguments)
+    bound_settings = [{"max_new_tokens": length} | shared for length in lengths]
+    return [(settings, bind(autoregress, settings, run_sampler)) for settings in bound_settings]
 
 
 def autoregressive_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan]:
-    """Return the plans of a diffusion model's left-to-right decoding: each length, with the temperature and the filters
-    of its diffusion decoding.
+    """Return the plans for decoding a diffusion model from left to right, one per length.
+
+    Temperature, top_k, top_p and suppress are those of its diffusion decoding.
     """
-    run = settings_of(run_sampler(arguments))
-    names = [name for name in ("top_k", "top_p", "suppress") if name in run]
-    shared = {name: run[name] for name in names} | filters_of(arguments)
-    shared["temperature"] = temperature_of(arguments, run_sampler(arguments))
-    lengths = arguments.max_new_tokens or [run.get("max_new_tokens") or usual_length(policy, task)]
-    bounds = [{"max_new_tokens": length} | shared for length in lengths]
-    return [({"decoding": "autoregressive"} | bound, partial(autoregress, **bound)) for bound in bounds]
+    run_settings = settings_of(find_run_sampler(arguments))
+    names = [name for name in ("top_k", "top_p", "suppress") if name in run_settings]
+    shared = {name: run_settings[name] for name in names} | filters_of(arguments)
+    shared["temperature"] = temperature_of(arguments, find_run_sampler(arguments))
+    lengths = arguments.max_new_tokens or [run_settings.get("max_new_tokens") or usual_length(policy, task)]
+    bound_settings = [{"max_new_tokens": length} | shared for length in lengths]
+    return [
+        ({"decoding": "autoregressive"} | settings, partial(autoregress, **settings)) for settings in bound_settings
+    ]
 
 
-def run_sampler(arguments: argparse.Namespace) -> partial | None:
-    """Return the sampler of the run's evaluations if one run's folder is passed."""
+def find_run_sampler(arguments: argparse.Namespace) -> partial | None:
+    """Return the sampler of the run's evaluations if the only model is a run's folder, else None."""
     return sampler_or_note(arguments.models[0]) if len(arguments.models) == 1 else None
 
 
-def settings_of(run: partial | None) -> dict[str, Any]:
-    """Return all settings of a run's sampler, also those that the run leaves at their defaults; {} without a run."""
-    if run is None:
+def settings_of(run_sampler: partial | None) -> dict[str, Any]:
+    """Return all settings of a run's sampler, including those at their defaults; {} without a run."""
+    if run_sampler is None:
         return {}
-    parameters = inspect.signature(run.func).parameters.values()
-    return {each.name: each.default for each in parameters if each.default is not each.empty} | run.keywords
+    parameters = inspect.signature(run_sampler.func).parameters.values()
+    defaults = {
+        parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
+    }
+    return defaults | run_sampler.keywords
 
 
-def temperature_of(arguments: argparse.Namespace, run: partial | None) -> float:
-    return settings_of(run).get("temperature", 0.0) if arguments.temperature is None else arguments.temperature
+def temperature_of(arguments: argparse.Namespace, run_sampler: partial | None) -> float:
+    return settings_of(run_sampler).get("temperature", 0.0) if arguments.temperature is None else arguments.temperature
 
 
 def filters_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return top_k and top_p if they are passed; else those of the run stay."""
+    """Return those of top_k and top_p that are passed; without them the run's apply."""
     return {name: value for name in ("top_k", "top_p") if (value := getattr(arguments, name)) is not None}
 
 
-def bind(sampler: Callable, settings: dict[str, Any], run: partial | None) -> partial:
-    """Bind settings to a sampler, and the other settings of the run."""
-    return partial(sampler, **(settings if run is None else run.keywords | settings))
+def bind(sampler: Callable, settings: dict[str, Any], run_sampler: partial | None) -> partial:
+    """Bind the settings to a sampler, and for all others the settings that the run's sampler binds."""
+    return partial(sampler, **(settings if run_sampler is None else run_sampler.keywords | settings))
 
 
-def renoising_plans(policy: Policy, task: Task, run: partial | None, arguments: argparse.Namespace) -> list[Plan]:
-    """Return the plans of a model whose noise is random tokens: lengths and steps. Its schedule sets temperatures."""
+def renoising_plans(
+    policy: Policy, task: Task, run_sampler: partial | None, arguments: argparse.Namespace
+) -> list[Plan]:
+    """Return the plans of a model whose noise is random tokens, one per length and number of steps.
+
+    The schedule of `renoise` sets the temperatures.
+    """
     for name in ("forwards", "block_size", "rank", "commit", "cache", "top_k", "top_p"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
     if arguments.temperature:
-        raise ValueError(f"--temperature {arguments.temperature}: renoise has a schedule of its own; leave it out")
+        raise ValueError(f"--temperature {arguments.temperature}: renoise has its own schedule; leave it out")
     canvas = policy.spec.block_size
-    assert canvas is not None, "`check_spec` asks for it"
-    defaults = settings_of(partial(renoise)) | settings_of(run)
+    assert canvas is not None, "`check_spec` requires it"
+    defaults = settings_of(partial(renoise)) | settings_of(run_sampler)
     length = defaults.get("max_new_tokens") or max(1, -(-usual_length(policy, task) // canvas)) * canvas
     steps = arguments.diffusion_steps or [defaults["diffusion_steps"]]
     pairs = product(arguments.max_new_tokens or [length], steps)
-    bounds = [{"max_new_tokens": length, "diffusion_steps": count} for length, count in pairs]
-    return [(bound, bind(renoise, bound, run)) for bound in bounds]
+    bound_settings = [{"max_new_tokens": length, "diffusion_steps": num_steps} for length, num_steps in pairs]
+    return [(settings, bind(renoise, settings, run_sampler)) for settings in bound_settings]
 
 
-def choices(arguments: argparse.Namespace, run: partial | None) -> tuple[Sequence[Any], ...]:
-    """Return the commit rules, ranks, caches and budgets: as text if they are passed or no run is, else the run's.
+def choices(arguments: argparse.Namespace, run_sampler: partial | None) -> tuple[Sequence[Any], ...]:
+    """Return the commit rules, ranks, caches and budgets of forwards to combine.
 
-    A rank of None means the rank that `rank_of` returns, and a budget of None means no budget.
+    A passed value and a default are text; a value of the run's sampler is an object. A rank of None stands for the rank
+    that `rank_of` returns, and a budget of None for no budget.
     """
-    defaults = settings_of(run)
+    defaults = settings_of(run_sampler)
     commits = arguments.commit or [defaults.get("commit", "schedule")]
     caches = arguments.cache or [defaults.get("cache") or "none"]
     return commits, arguments.rank or [None], caches, arguments.forwards or [None]
 
 
-def rank_of(commit: Any, run: partial | None) -> Any:
-    """Return the rank if none is passed: the rank that a passed commit rule needs, else the run's, else max_prob."""
+def rank_of(commit: Any, run_sampler: partial | None) -> Any:
+    """Return the rank to use without --rank: the one that a passed commit rule needs, else the run's, else max_prob."""
     needed = required_rank(commit) if isinstance(commit, str) else None
-    return needed or settings_of(run).get("rank", "max_prob")
+    return needed or settings_of(run_sampler).get("rank", "max_prob")
 
 
-def plans_of(
-    policy: Policy, task: Task, run: partial | None, lengths: Sequence[int], arguments: argparse.Namespace
+def diffusion_plans(
+    policy: Policy, task: Task, run_sampler: partial | None, lengths: Sequence[int], arguments: argparse.Namespace
 ) -> list[Plan]:
-    run_settings = settings_of(run)
+    """Return the plans of `unmask`: one per length, commit rule, rank, cache, and budget or number of steps."""
+    run_settings = settings_of(run_sampler)
     block_size = run_settings.get("block_size") if arguments.block_size is None else arguments.block_size
-    count = min(arguments.batch_size, num_problems(task, arguments)) if arguments.forwards else 0
-    first = {i: task[i] for i in range(count)}  # problems for the search of a rule's number
+    num_search_problems = min(arguments.batch_size, num_problems(task, arguments)) if arguments.forwards else 0
+    search_problems = {i: task[i] for i in range(num_search_problems)}  # for `within_budget`
     plans: list[Plan] = []
-    for length, commit, rank, cache, forwards in product(lengths, *choices(arguments, run)):
-        rank = rank_of(commit, run) if rank is None else rank
+    for length, commit, rank, cache, forwards in product(lengths, *choices(arguments, run_sampler)):
+        rank = rank_of(commit, run_sampler) if rank is None else rank
         rules: dict[str, Any] = {"rank": read_rank(rank) if isinstance(rank, str) else rank}
         rules["cache"] = None if cache == "none" else read_cache(cache) if isinstance(cache, str) else cache
-        bound: dict[str, Any] = {"max_new_tokens": length, "diffusion_steps": None, "block_size": block_size}
-        bound |= {"temperature": temperature_of(arguments, run)} | filters_of(arguments)
+        settings: dict[str, Any] = {"max_new_tokens": length, "diffusion_steps": None, "block_size": block_size}
+        settings |= {"temperature": temperature_of(arguments, run_sampler)} | filters_of(arguments)
         if forwards is not None and (isinstance(commit, str) or as_commit(commit).adaptive):
-            sampler = bind(unmask, bound | rules, run)
-            text = commit if isinstance(commit, str) else text_of(commit)
-            commit = within_budget(policy, first, sampler, text, forwards, seed=arguments.seed)
+            sampler = bind(unmask, settings | rules, run_sampler)
+            commit_text = commit if isinstance(commit, str) else text_of(commit)
+            commit = within_budget(policy, search_problems, sampler, commit_text, forwards, seed=arguments.seed)
         rules["commit"] = read_commit(commit) if isinstance(commit, str) else commit
         rule = as_commit(rules["commit"])
         if rule.adaptive and arguments.diffusion_steps and not isinstance(commit, str):
             steps = arguments.diffusion_steps[0]
-            why = f"the run's commit={text_of(commit)} chooses its number of steps"
-            raise ValueError(f"--diffusion_steps {steps}: {why}; add --commit schedule")
-        for steps in dict.fromkeys(numbers_of_steps(rule, length, forwards, run, arguments)):
-            if run is None or steps != run_settings["diffusion_steps"]:
-                # Before the first model runs, not in the middle of a sweep.
+            reason = f"the run's commit={text_of(commit)} chooses its number of steps"
+            raise ValueError(f"--diffusion_steps {steps}: {reason}; add --commit schedule")
+        for steps in dict.fromkeys(numbers_of_steps(rule, length, forwards, run_sampler, arguments)):
+            if run_sampler is None or steps != run_settings["diffusion_steps"]:
+                # Raise here, before the first forward, instead of in the middle of a sweep.
                 check_steps(steps, length, rule.count)
                 if block_size and steps and length:
                     steps_per_block(steps, [block_size] * -(-length // block_size))
-            bound = bound | {"diffusion_steps": steps}
+            settings = settings | {"diffusion_steps": steps}
             names = {"rank": plain(rank), "commit": plain(commit), "cache": plain(cache)}
-            plans.append((bound | names, bind(unmask, bound | rules, run)))
+            plans.append((settings | names, bind(unmask, settings | rules, run_sampler)))
     return plans
 
 
 def numbers_of_steps(
-    rule: Commit, length: int, forwards: int | None, run: partial | None, arguments: argparse.Namespace
+    rule: Commit, length: int, forwards: int | None, run_sampler: partial | None, arguments: argparse.Namespace
 ) -> Sequence[int | None]:
-    """Return the numbers of steps of one rule and length: the passed ones, else the budget, the run's, or the length.
+    """Return the numbers of steps for one rule and length: the passed ones, else the budget, the run's, or the length.
 
-    An adaptive rule chooses its number of steps.
+    An adaptive rule chooses its number of steps, and gets the run's setting.
     """
-    run_steps = settings_of(run).get("diffusion_steps")
+    run_steps = settings_of(run_sampler).get("diffusion_steps")
     if rule.adaptive:
         return [run_steps]
     if arguments.diffusion_steps or forwards:
         return arguments.diffusion_steps or [forwards]
-    if run is None:
+    if run_sampler is None:
         return [length or None]
-    # A shorter completion takes fewer steps.
+    # If --max_new_tokens shortens the completion, it has at most one step per token.
     return [min(run_steps, length) if run_steps and length and arguments.max_new_tokens else run_steps]
 
 
 @contextmanager
 def progress_bar(description: str, total: int, *, main: bool) -> Iterator[Callable[[int], None]]:
-    """Yield progress(done), shown on standard error from its first call on; standard output has only the result."""
+    """Yield progress(done), which draws a bar on standard error from its first call on."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    shown = TextColumn("{task.description}", markup=False)
-    bar = Progress(shown, *columns, console=Console(file=sys.stderr), disable=not main)
-    line = bar.add_task(escape_controls(description), total=total)
+    text_column = TextColumn("{task.description}", markup=False)
+    bar = Progress(text_column, *columns, console=Console(file=sys.stderr), disable=not main)
+    bar_task = bar.add_task(escape_controls(description), total=total)
 
     def progress(done: int) -> None:
-        bar.start()  # not before the first batch: errors are printed without a bar
-        bar.update(line, completed=done)
+        bar.start()  # only now, so that an error before the first batch is printed without a bar
+        bar.update(bar_task, completed=done)
 
     try:
         yield progress
@@ -440,52 +493,57 @@ def progress_bar(description: str, total: int, *, main: bool) -> Iterator[Callab
             bar.stop()
 
 
-def heading(first: dict[str, Any], split: str = "") -> Any:
-    title = f"{first['task']} (version {first['version']}), protocol {first['protocol']}{split}, seed {first['seed']}"
-    return literal(f"{title}, {first['n']} problems x {first['samples']}", style="table.title")
+def heading(row: dict[str, Any], split: str = "") -> Any:
+    """Return the title of a table whose rows share the task, protocol and seed of `row`."""
+    title = f"{row['task']} (version {row['version']}), protocol {row['protocol']}{split}, seed {row['seed']}"
+    return literal(f"{title}, {row['n']} problems x {row['samples']}", style="table.title")
 
 
-def table(found: Sequence[dict[str, Any]]) -> Table:
+def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table with one row per metric with 95 % intervals, and one column per length."""
-    first = found[0]
-    split = f", {first['split']} split" if first["split"] else ""
-    shown = Table(title=heading(first, split), caption=literal(first["model"], style="table.caption"))
-    shown.add_column("")
-    for result in found:
-        steps = f", {result['diffusion_steps']} steps" if result.get("diffusion_steps") else ""
-        shown.add_column(f"{result['max_new_tokens']} tokens{steps}", justify="right")
-    for name in (name for name in first if f"{name}_interval" in first):
-        cells = ((result[name], *result[f"{name}_interval"]) for result in found)
-        shown.add_row(literal(name), *(f"{mean:.3f}  [{low:.3f}, {high:.3f}]" for mean, low, high in cells))
-    completions = first["n"] * first["samples"]
-    shown.add_row("tokens per completion", *(f"{result['tokens'] / completions:.1f}" for result in found))
+    first_row = rows[0]
+    split = f", {first_row['split']} split" if first_row["split"] else ""
+    table = Table(title=heading(first_row, split), caption=literal(first_row["model"], style="table.caption"))
+    table.add_column("")
+    for row in rows:
+        steps = f", {row['diffusion_steps']} steps" if row.get("diffusion_steps") else ""
+        table.add_column(f"{row['max_new_tokens']} tokens{steps}", justify="right")
+    for name in (name for name in first_row if f"{name}_interval" in first_row):
+        cells = ((row[name], *row[f"{name}_interval"]) for row in rows)
+        table.add_row(literal(name), *(f"{mean:.3f}  [{low:.3f}, {high:.3f}]" for mean, low, high in cells))
+    completions = first_row["n"] * first_row["samples"]
+    table.add_row("tokens per completion", *(f"{row['tokens'] / completions:.1f}" for row in rows))
     for name in ("forwards_per_answer", "tokens_per_forward", "seconds"):
-        shown.add_row(name.replace("_", " "), *(f"{result[name]:.1f}" for result in found))
-    return shown
+        table.add_row(name.replace("_", " "), *(f"{row[name]:.1f}" for row in rows))
+    return table
 
 
-def sweep_table(found: Sequence[dict[str, Any]]) -> Table:
+def sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table with one row per setting: the settings that differ, the headline metric, and the cost."""
-    metric = headline(found[0])
-    against = next((row["against"] for row in found if "against" in row), None)
+    metric = headline(rows[0])
+    against = next((row["against"] for row in rows if "against" in row), None)
     text = f"difference: {metric} minus that of {against}, problem by problem, with a 95 % interval"
-    names = varying(found)
-    looked_at = [(row[metric], ", ".join(str(row[name]) for name in names if name in row)) for row in found]
-    said = [*[text] * bool(against), best_of(looked_at, metric), "forwards: per answer, x tokens per forward"]
-    shown = Table(title=heading(found[0]), caption=literal(". ".join(said), style="table.caption"), **NARROW)
+    names = varying(rows)
+    values_and_labels = [(row[metric], ", ".join(str(row[name]) for name in names if name in row)) for row in rows]
+    captions = [
+        *[text] * bool(against),
+        best_of(values_and_labels, metric),
+        "forwards: per answer, x tokens per forward",
+    ]
+    table = Table(title=heading(rows[0]), caption=literal(". ".join(captions), style="table.caption"), **NARROW)
     for name in names:
-        # The long name leaves no space for the others.
-        shown.add_column(literal("steps" if name == "diffusion_steps" else name), overflow="fold")
+        # The full name would leave no space for the other columns.
+        table.add_column(literal("steps" if name == "diffusion_steps" else name), overflow="fold")
     for name in (metric, *["difference"] * (against is not None), "forwards", "seconds"):
-        shown.add_column(literal(name), justify="right", no_wrap=True)
-    apart = "\n" if against else " "  # saves space for the names of models
-    for row in found:
+        table.add_column(literal(name), justify="right", no_wrap=True)
+    separator = "\n" if against else " "  # a line break leaves space for the names of models
+    for row in rows:
         low, high = row[f"{metric}_interval"]
-        cells = [f"{row[metric]:.3f}{apart}[{low:.3f}, {high:.3f}]"]
+        cells = [f"{row[metric]:.3f}{separator}[{low:.3f}, {high:.3f}]"]
         if against is not None:
             difference = row.get("difference", {}).get(metric)
             cells.append("{:+.3f}\n[{:+.3f}, {:+.3f}]".format(*difference) if difference else "")
-        cells.append(f"{row['forwards_per_answer']:.1f}{apart}x {row['tokens_per_forward']:.1f}")
+        cells.append(f"{row['forwards_per_answer']:.1f}{separator}x {row['tokens_per_forward']:.1f}")
         cells.append(f"{row['seconds']:.1f}")
-        shown.add_row(*(literal(str(row.get(name, ""))) for name in names), *cells)
-    return shown
+        table.add_row(*(literal(str(row.get(name, ""))) for name in names), *cells)
+    return table

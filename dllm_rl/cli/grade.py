@@ -1,4 +1,4 @@
-"""`dllm-rl grade`: grades stored completions from any source, by one protocol or by every rule of the task."""
+"""`dllm-rl grade`: grade stored completions from any source by one protocol, or by every rule of the task."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ from dllm_rl.evaluation.grading import grade_by_every_rule, grade_file
 from dllm_rl.files import read_json
 from dllm_rl.screen import NARROW, literal
 
-MOST_PAIRS = 12  # pairs of rules on the screen
+MAX_PAIRS = 12  # largest number of pairs of rules that a table shows
 
 
 def grade_command(file: str, *, task: str | None, protocol: str, as_json: bool) -> None:
-    """Print the grades as JSON, or for protocol="all" tables of every rule and of rows in which two rules differ."""
+    """Print the grades as JSON; for protocol="all", print a table of all rules and a table of their differences."""
     task = task or recorded_task(Path(file))
     if protocol != "all":
         print(json.dumps(grade_file(file, task=task, protocol=protocol)))
@@ -32,10 +32,10 @@ def grade_command(file: str, *, task: str | None, protocol: str, as_json: bool) 
 
 
 def recorded_task(file: Path) -> str:
-    """Return the task of completions that `dllm-rl evaluate --output_dir` stored, from the results.json beside them.
+    """Return the task of completions that `dllm-rl evaluate --output_dir` stored, from results.json in their folder.
 
     Raises:
-        ValueError: No results.json beside the file names it.
+        ValueError: No results.json in the folder names the task of this file.
     """
     results = file.parent / "results.json"
     rows = read_json(results) if results.is_file() else []
@@ -46,39 +46,42 @@ def recorded_task(file: Path) -> str:
 
 
 def rules_table(graded: dict[str, Any], file: str) -> Table:
-    """Return a table with a line per protocol and reading: rows of full marks, and rates with 95 % intervals."""
+    """Return a table with a line per rule: the number of rows with the full reward, and rates with 95 % intervals.
+
+    A rule is a protocol, or `strict` applied to an answer that is extracted in another way (a reading).
+    """
     rules = graded["rules"]
     rates = [name for name in ("accuracy", "solve_rate", "cell_accuracy") if any(name in row for row in rules.values())]
     title = f"{graded['task']} (version {graded['version']}), {graded['n']} rows of {file}"
-    caption = "right: rows of full marks. A reading, as last <answer>, is graded by strict."
-    shown = Table(title=literal(title, style="table.title"), caption=caption, **NARROW)
-    shown.add_column("graded by", overflow="fold")
+    caption = "right: rows with the full reward. The answer of a reading, such as last <answer>, is graded by strict."
+    table = Table(title=literal(title, style="table.title"), caption=caption, **NARROW)
+    table.add_column("graded by", overflow="fold")
     for name in ("right", *rates, "parsed"):
-        shown.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True)
     for rule, row in rules.items():
         cells = [
             "{:.3f} [{:.3f}, {:.3f}]".format(row[name], *row[f"{name}_interval"]) if name in row else ""
             for name in rates
         ]
-        shown.add_row(literal(rule), str(row["right"]), *cells, f"{row['parsed']:.3f}")
-    return shown
+        table.add_row(literal(rule), str(row["right"]), *cells, f"{row['parsed']:.3f}")
+    return table
 
 
 def differences_table(graded: dict[str, Any]) -> Table:
-    """Return a table with a line for each two rules that disagree, and ids of rows to look at."""
+    """Return a table with a line per pair of rules that disagree, with the ids of some rows on which they do."""
     pairs = graded["differences"]
-    shown = Table(title="Rows with another verdict", **NARROW)
+    table = Table(title="Rows on which two rules differ", **NARROW)
     for name in ("between", "and"):
-        shown.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold")
     for name in ("rows", "only the first is right"):
-        shown.add_column(name, justify="right")
-    shown.add_column("the first ones", overflow="fold")
-    for pair in pairs[:MOST_PAIRS]:
+        table.add_column(name, justify="right")
+    table.add_column("ids of the first rows", overflow="fold")
+    for pair in pairs[:MAX_PAIRS]:
         more = ", ..." if pair["rows"] > len(pair["ids"]) else ""
         ids = literal(", ".join(pair["ids"]) + more)
-        shown.add_row(
+        table.add_row(
             *(literal(", ".join(rules)) for rules in pair["rules"]), str(pair["rows"]), str(pair["only_first"]), ids
         )
-    if len(pairs) > MOST_PAIRS:
-        shown.caption = f"{len(pairs) - MOST_PAIRS} more pairs differ in fewer rows; --json has all"
-    return shown
+    if len(pairs) > MAX_PAIRS:
+        table.caption = f"{len(pairs) - MAX_PAIRS} more pairs differ in fewer rows; --json has all"
+    return table

@@ -1,4 +1,4 @@
-"""`dllm-rl lm-eval`: the command of lm-evaluation-harness, with the model `--model dllm_rl` added."""
+"""`dllm-rl lm-eval`: the command of lm-evaluation-harness, with `--model dllm_rl` as an additional model."""
 
 import inspect
 import sys
@@ -27,7 +27,10 @@ class CommandLineModel(HarnessModel):
         pretrained: Folder of a checkpoint or of a run, or a model id on the Hugging Face Hub.
         likelihood: Name of an estimator; its settings are given as likelihood.NAME=VALUE. None (default): causal for a
             causal model, else elbo.
-        options: Settings of the sampler, with rank, commit and cache as in `dllm-rl sample`.
+        dtype: dtype of the weights; "auto" (default): as stored.
+        device: Device of the weights. None (default): the accelerator, if there is one.
+        batch_size, greedy, seed: As in `HarnessModel`.
+        options: Settings of the sampler, with rank, commit and cache as in `dllm-rl sample`; and likelihood.NAME.
     """
 
     def __init__(
@@ -43,38 +46,42 @@ class CommandLineModel(HarnessModel):
         **options: Any,
     ) -> None:
         if not str(batch_size).isdecimal() or not int(batch_size):
-            raise ValueError(f"batch_size={batch_size!r} must be a whole number from 1 on")
-        model = Namespace(model=str(pretrained), maker=None, dtype=dtype, device=device, verify_checkpoint="full")
-        policy = open_policy(model)
+            raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1")
+        model_options = Namespace(
+            model=str(pretrained), maker=None, dtype=dtype, device=device, verify_checkpoint="full"
+        )
+        policy = open_policy(model_options)
         likelihood = likelihood or ("causal" if policy.spec.attention == "causal" else "elbo")
         estimators = CHOICES["likelihood"]
         if likelihood not in estimators:
             raise ValueError(f"likelihood={likelihood!r} is not one of {', '.join(estimators)}")
-        scoring: dict[str, Any] = {}
-        sampling: dict[str, Any] = {"temperature": 0.0}  # as in `dllm-rl evaluate`; autoregress's default is 1.0
+        likelihood_settings: dict[str, Any] = {}
+        sampler_settings: dict[str, Any] = {
+            "temperature": 0.0
+        }  # as in `dllm-rl evaluate`; autoregress's default is 1.0
         options.pop("max_batch_size", None)  # the harness always passes it; it is for automatic batch sizes
         for name, value in options.items():
             if name.startswith("likelihood."):
-                scoring[name.removeprefix("likelihood.")] = value
+                likelihood_settings[name.removeprefix("likelihood.")] = value
             else:
-                sampling[name] = READERS[name](str(value)) if name in READERS else value
+                sampler_settings[name] = READERS[name](str(value)) if name in READERS else value
         if "commit" in options and (rank := required_rank(str(options["commit"]))):
-            sampling.setdefault("rank", read_rank(rank))
+            sampler_settings.setdefault("rank", read_rank(rank))
         sampler = sampler_for(policy)
-        check(sampler.__name__, inspect.signature(sampler).bind_partial, sampling)
-        check(likelihood, inspect.signature(estimators[likelihood]).bind, scoring)
+        check_settings(sampler.__name__, inspect.signature(sampler).bind_partial, sampler_settings)
+        check_settings(likelihood, inspect.signature(estimators[likelihood]).bind, likelihood_settings)
         super().__init__(
             policy,
-            sampler=partial(sampler, **sampling),
-            likelihood=estimators[likelihood](**scoring),
+            sampler=partial(sampler, **sampler_settings),
+            likelihood=estimators[likelihood](**likelihood_settings),
             batch_size=int(batch_size),
             greedy=greedy,
             seed=seed,
         )
 
 
-def check(name: str, bind: Callable[..., Any], settings: Mapping[str, Any]) -> None:
-    """Raise ValueError if a required setting of a function is missing, or an unknown one is given."""
+def check_settings(name: str, bind: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+    """Raise ValueError if the settings do not fit the parameters of `bind`, the signature of `name`."""
     try:
         bind(**settings)
     except TypeError as error:
@@ -82,5 +89,6 @@ def check(name: str, bind: Callable[..., Any], settings: Mapping[str, Any]) -> N
 
 
 def harness_command(arguments: Sequence[str]) -> None:
+    """Run lm-evaluation-harness with the arguments of its command line."""
     sys.argv[1:] = arguments  # the harness reads them from sys.argv
     cli_evaluate()

@@ -13,7 +13,7 @@ from dllm_rl.screen import escape_controls, imports_interruptible, line_of
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # The message quotes arguments, which may be file names that a shell expanded from *.
+        # The message quotes arguments. A file name that the shell expanded from * may contain terminal escapes.
         super().error(escape_controls(message))
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_paths(arguments: argparse.Namespace) -> None:
-    """Raise ValueError on an empty name of a file or folder, such as from an unset shell variable."""
+    """Raise ValueError if an option that names a file, folder or host is empty, as an unset shell variable is."""
     for name in ("model", "models", "path", "file", "output_dir", "csv", "plot", "token_file", "name", "host"):
         value = getattr(arguments, name, None)
         if "" in (value if isinstance(value, list) else [value]):  # Path('') is the current folder
@@ -48,14 +48,14 @@ def check_paths(arguments: argparse.Namespace) -> None:
 def add_sample(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("sample", help="complete prompts with a checkpoint and show each step")
     sub.add_argument("model", help="a checkpoint's or a run's folder")
-    texts = "texts to complete; without any: lines of standard input, or at a terminal, problems of the run"
-    sub.add_argument("prompts", nargs="*", metavar="PROMPT", help=texts)
+    prompts_help = "texts to complete; without any: lines of standard input, or at a terminal, problems of the run"
+    sub.add_argument("prompts", nargs="*", metavar="PROMPT", help=prompts_help)
     add_sampler_options(sub)
     sub.add_argument(
         "--chat", action="store_true", help="treat each prompt as a user's message, for an instruction-tuned model"
     )
     sub.add_argument(
-        "--blank", metavar="TEXT", help="text in a prompt that marks one token to fill in, at each of its occurrences"
+        "--blank", metavar="TEXT", help="placeholder text: each of its occurrences in a prompt is one token to fill in"
     )
     sub.add_argument("--group_size", type=int, default=1, help="completions per prompt")
     add_model_options(sub)
@@ -77,19 +77,21 @@ def add_sampler_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--temperature", type=float, help="0 is greedy (default: as the run's evaluations, or 0)")
     sub.add_argument("--top_k", type=int)
     sub.add_argument("--top_p", type=float)
-    ids = "token ids that are never sampled, e.g. 0,2, or none (default: the run's)"
-    sub.add_argument("--suppress", type=_token_ids, help=ids)
-    ranks = "confidence, max_prob, margin, entropy, random or plackett_luce=0.3 (default: the one that fits --commit)"
-    sub.add_argument("--rank", help=ranks)
-    rules = "schedule (default), threshold=TAU, soft_threshold=TAU, factor=F, entropy_bound=GAMMA, soft_edit=RATE ..."
-    sub.add_argument("--commit", help=rules)
+    suppress_help = "token ids that are never sampled, e.g. 0,2, or none (default: the run's)"
+    sub.add_argument("--suppress", type=_token_ids, help=suppress_help)
+    rank_help = "confidence, max_prob, margin, entropy, random or plackett_luce=0.3 (default: chosen by --commit)"
+    sub.add_argument("--rank", help=rank_help)
+    commit_help = (
+        "schedule (default), threshold=TAU, soft_threshold=TAU, factor=F, entropy_bound=GAMMA, soft_edit=RATE ..."
+    )
+    sub.add_argument("--commit", help=commit_help)
     sub.add_argument("--cache", help="key-value cache, e.g. prefix, or dual=4 to refresh it every 4 steps")
 
 
 def sample(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_or_note, with_given
+    from dllm_rl.cli.run_settings import form_of_prompts, problems_of, sampler_or_note, with_passed
     from dllm_rl.cli.sample import complete, passed_options, print_record, to_problem
 
     run_sampler = sampler_or_note(arguments.model)
@@ -103,12 +105,12 @@ def sample(arguments: argparse.Namespace) -> None:
         run_chat, run_blank = form_of_prompts(arguments.model)
         chat, blank = chat or run_chat, run_blank if blank is None else blank
     problems = [to_problem(text, chat=chat, blank=blank) for text in texts]
-    policy = open_policy(arguments)  # this also names the checkpoint
+    policy = open_policy(arguments)  # also sets arguments.checkpoint
     live = Console().is_terminal and not arguments.json if arguments.live is None else arguments.live
     record = complete(
         policy,
         problems,
-        with_given(options, passed_options(arguments)),
+        with_passed(options, passed_options(arguments)),
         group_size=arguments.group_size,
         seed=arguments.seed,
         seconds_per_step=arguments.delay if live else None,
@@ -117,7 +119,7 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def lines_of_input() -> list[str]:
-    """Read prompts from standard input, one per line, without line ends and byte order marks."""
+    """Read prompts from standard input, one per line; drop line ends and byte order marks."""
     import codecs
     import re
 
@@ -140,28 +142,34 @@ def lines_of_input() -> list[str]:
 
 
 def add_serve(commands: argparse._SubParsersAction) -> None:
-    about = "answer requests for completions over HTTP, in the form of OpenAI's API"
+    about = "answer completion requests over HTTP, in the format of OpenAI's API"
     sub = commands.add_parser("serve", help=about)
     sub.add_argument("model", help="a checkpoint's or a run's folder, or a hub's id")
     sub.add_argument("--host", default="127.0.0.1", help="another address needs a token (default 127.0.0.1)")
-    sub.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
-    sub.add_argument("--name", help="of the model in requests (default: MODEL)")
-    sub.add_argument("--token_file", help="file with the token of requests (default: the variable DLLM_RL_TOKEN)")
-    updates = "let requests with the token replace the weights, for http_engine"
-    sub.add_argument("--allow_updates", action="store_true", help=updates)
+    sub.add_argument("--port", type=int, default=8000, help="0: any free port (default 8000)")
+    sub.add_argument("--name", help="the model's name in requests (default: MODEL)")
+    sub.add_argument(
+        "--token_file", help="file with the token that requests must send (default: the variable DLLM_RL_TOKEN)"
+    )
+    updates_help = "let requests that send the token replace the weights, as http_engine does"
+    sub.add_argument("--allow_updates", action="store_true", help=updates_help)
     add_sampler_options(sub)
-    sub.add_argument("--max_batch_size", type=_count, default=32, help="completions at a time (default 32)")
-    exact = "give a completion the same bits in every batch, which is slower"
-    sub.add_argument("--exact_batches", action="store_true", help=exact)
-    sub.add_argument("--max_tokens", type=_count, default=1024, help="limit of a completion (default 1024)")
-    sub.add_argument("--max_waiting", type=_count, default=1024, help="completions that may wait (default 1024)")
-    sub.add_argument("--max_body_bytes", type=_count, default=2**20, help="limit of a request (default 1 MiB)")
-    waits = "seconds that a request may wait and run (default 300)"
-    sub.add_argument("--timeout", type=_positive, default=300.0, help=waits)
-    sends = "seconds in which a client must send a request (default 30)"
-    sub.add_argument("--client_timeout", type=_positive, default=30.0, help=sends)
+    sub.add_argument("--max_batch_size", type=_positive_int, default=32, help="completions at a time (default 32)")
+    exact_batches_help = "make a completion's bits independent of its batch, which is slower"
+    sub.add_argument("--exact_batches", action="store_true", help=exact_batches_help)
+    sub.add_argument(
+        "--max_tokens", type=_positive_int, default=1024, help="largest length of a completion (default 1024)"
+    )
+    sub.add_argument(
+        "--max_waiting", type=_positive_int, default=1024, help="largest queue, in completions (default 1024)"
+    )
+    sub.add_argument("--max_body_bytes", type=_positive_int, default=2**20, help="largest request body (default 1 MiB)")
+    timeout_help = "seconds in the queue and in the sampler after which a request fails (default 300)"
+    sub.add_argument("--timeout", type=_positive_seconds, default=300.0, help=timeout_help)
+    client_timeout_help = "seconds in which a client must send a request (default 30)"
+    sub.add_argument("--client_timeout", type=_positive_seconds, default=30.0, help=client_timeout_help)
     add_model_options(sub, maker="--make_model")
-    sub.add_argument("--seed", type=int, default=0, help="of requests that give none (default 0)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of requests without one (default 0)")
     sub.set_defaults(run=serve)
 
 
@@ -178,40 +186,46 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     more = "once per checkpoint and per combination of the settings that are lists; later checkpoints are compared with"
     sub = commands.add_parser("evaluate", help=about, description=f"{about}, {more} the first, problem by problem")
     sub.add_argument("models", nargs="*", metavar="MODEL", help="a checkpoint's or a run's folder, or a hub's id")
-    sub.add_argument("--task", help=f"{_either(TASKS)} (default: the run's, with the settings of its sampler)")
-    names = _either(protocol_names(), default="strict")
+    sub.add_argument("--task", help=f"{_join_names(TASKS)} (default: the run's, with the settings of its sampler)")
+    names = _join_names(protocol_names(), default="strict")
     sub.add_argument("--protocol", help=f"how completions are graded: {names}")
     sub.add_argument("--split", choices=("train", "validation", "test"), help="default: test")
     sub.add_argument("--path", help="a file or folder with the problems")
     sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="set a field of the task")
-    lengths = "tokens per completion, e.g. 128,256 (default: the run's, or the task's)"
-    sub.add_argument("--max_new_tokens", "--lengths", type=_numbers, help=lengths)
+    max_new_tokens_help = "tokens per completion, e.g. 128,256 (default: the run's, or the task's)"
+    sub.add_argument("--max_new_tokens", "--lengths", type=_positive_ints, help=max_new_tokens_help)
     sub.add_argument(
-        "--diffusion_steps", type=_numbers, help="unmasking steps, e.g. 1,2,4,8 (default: the run's, or one per token)"
+        "--diffusion_steps",
+        type=_positive_ints,
+        help="unmasking steps, e.g. 1,2,4,8 (default: the run's, or one per token)",
     )
-    budgets = (
-        "largest number of forwards per answer, e.g. 1,2,4: sets the steps, or finds the number of --commit threshold"
+    forwards_help = (
+        "largest number of forwards per answer, e.g. 1,2,4: sets the steps, or the TAU of --commit threshold"
     )
-    sub.add_argument("--forwards", type=_numbers, help=budgets)
+    sub.add_argument("--forwards", type=_positive_ints, help=forwards_help)
     sub.add_argument(
-        "--quantization", type=_names, help="quantization schemes of the weights, e.g. none,float8_weight_only"
+        "--quantization", type=_split_names, help="quantization schemes of the weights, e.g. none,float8_weight_only"
     )
     sub.add_argument(
-        "--rank", type=_names, help="e.g. confidence,max_prob (default: the one that --commit needs, or the run's)"
+        "--rank",
+        type=_split_names,
+        help="e.g. confidence,max_prob (default: the one that --commit needs, or the run's)",
     )
-    sub.add_argument("--commit", type=_names, help="e.g. schedule,threshold=0.9")
-    sub.add_argument("--cache", type=_names, help="e.g. none,dual=4")
-    both = "also decode from left to right, with causal attention: for a model converted from an autoregressive one"
-    sub.add_argument("--autoregressive", action="store_true", help=both)
+    sub.add_argument("--commit", type=_split_names, help="e.g. schedule,threshold=0.9")
+    sub.add_argument("--cache", type=_split_names, help="e.g. none,dual=4")
+    autoregressive_help = (
+        "also decode from left to right, with causal attention: for a model converted from an autoregressive model"
+    )
+    sub.add_argument("--autoregressive", action="store_true", help=autoregressive_help)
     sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
     sub.add_argument("--temperature", type=float, help="0 is greedy (default: the run's, or 0)")
     sub.add_argument("--top_k", type=int, help="sample only from the k likeliest tokens (default: the run's, or all)")
-    mass = "sample only from the likeliest tokens that hold this probability (default: the run's, or all)"
-    sub.add_argument("--top_p", type=float, help=mass)
+    top_p_help = "sample only from the likeliest tokens that hold this probability (default: the run's, or all)"
+    sub.add_argument("--top_p", type=float, help=top_p_help)
     sub.add_argument("--samples", type=int, default=1, help="completions per problem, for pass@k")
     sub.add_argument(
         "--majority",
-        type=_numbers,
+        type=_positive_ints,
         default=[],
         help="values of k for maj@k (the most frequent of k answers), e.g. 4,16",
     )
@@ -222,9 +236,9 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add_model_options(sub)
     sub.add_argument(
         "--reward_timeout",
-        type=_seconds,
+        type=_seconds_or_none,
         default=600.0,
-        help="seconds that grading a completion may take; then exit with 124",
+        help="seconds for grading one completion; if exceeded, exit with 124",
     )
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument(
@@ -236,32 +250,33 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument(
         "--compare",
         metavar="RESULTS.JSON",
-        help="only print how the settings of these results differ from the published ones of --protocol and --task",
+        help="evaluate nothing; print how the settings of these results differ from the published ones of --protocol, "
+        "and with --task from those of this command",
     )
     sub.set_defaults(run=evaluate)
 
 
-def _either(names: Iterable[str], default: str | None = None) -> str:
-    """Return the names for a help text: a (default), b or c."""
+def _join_names(names: Iterable[str], default: str | None = None) -> str:
+    """Join names for a help text, in the form "a (default), b or c"."""
     *others, last = (f"{name} (default)" if name == default else name for name in names)
     return f"{', '.join(others)} or {last}"
 
 
-def _numbers(text: str) -> list[int]:
+def _positive_ints(text: str) -> list[int]:
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers from 1 on, as 4 or 1,2,4")
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers of at least 1, such as 4 or 1,2,4")
     return list(map(int, words))
 
 
-def _count(text: str) -> int:
+def _positive_int(text: str) -> int:
     if not text.strip().isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
 
 
-def _positive(text: str) -> float:
-    if (seconds := _seconds(text)) is None:
+def _positive_seconds(text: str) -> float:
+    if (seconds := _seconds_or_none(text)) is None:
         raise argparse.ArgumentTypeError(f"{text!r} must be seconds above 0")
     return seconds
 
@@ -270,15 +285,15 @@ def _token_ids(text: str) -> tuple[int, ...]:
     if text == "none":
         return ()
     if not all(word.strip().isdecimal() for word in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} must be token ids, as 0,2, or none")
+        raise argparse.ArgumentTypeError(f"{text!r} must be token ids, such as 0,2, or none")
     return tuple(map(int, text.split(",")))
 
 
-def _names(text: str) -> list[str]:
+def _split_names(text: str) -> list[str]:
     return text.split(",")
 
 
-def _seconds(text: str) -> float | None:
+def _seconds_or_none(text: str) -> float | None:
     if text == "none":
         return None
     with suppress(ValueError):
@@ -298,14 +313,14 @@ def add_grade(commands: argparse._SubParsersAction) -> None:
     from dllm_rl.tasks.protocols import PROTOCOLS, protocol_names
 
     sub = commands.add_parser("grade", help="grade stored completions from any source")
-    formats = "a .jsonl file of `completion` and the task's fields or a `reference`; d1's .json; lm-eval's samples"
-    sub.add_argument("file", help=formats)
-    sub.add_argument("--task", help=f"{_either(PROTOCOLS)} (default: that of the results.json beside the file)")
-    names = _either([*protocol_names(), "all"], default="strict")
+    file_help = "a .jsonl file of `completion` and the task's fields or a `reference`; d1's .json; lm-eval's samples"
+    sub.add_argument("file", help=file_help)
+    sub.add_argument("--task", help=f"{_join_names(PROTOCOLS)} (default: the task in the results.json beside the file)")
+    names = _join_names([*protocol_names(), "all"], default="strict")
     sub.add_argument(
         "--protocol",
         default="strict",
-        help=f"{names}: all protocols, all readings of the answer, and where they differ",
+        help=f"{names}: every protocol and every way to extract the answer, and the rows on which they differ",
     )
     sub.add_argument("--json", action="store_true", help="with --protocol all: print one JSON object instead of tables")
     sub.set_defaults(run=grade)
@@ -319,7 +334,7 @@ def grade(arguments: argparse.Namespace) -> None:
 
 def add_lm_eval(commands: argparse._SubParsersAction) -> None:
     about = "lm-evaluation-harness with --model dllm_rl; its own options follow"
-    # No text begins an option here: all options are the harness's.
+    # No argument begins with "\0", so argparse parses no option: all options are passed on to the harness.
     sub = commands.add_parser("lm-eval", help=about, add_help=False, prefix_chars="\0")
     sub.add_argument("options", nargs="*")
     sub.set_defaults(run=lm_eval)
@@ -359,7 +374,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     from functools import partial
 
     from dllm_rl.cli.evaluate import read_schemes
-    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_or_note, scheme_of, with_given
+    from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_or_note, scheme_of, with_passed
     from dllm_rl.diagnostics.doctor import diagnose
     from dllm_rl.diagnostics.findings import write_doctor
     from dllm_rl.models.tokens import encode, usual_length
@@ -381,16 +396,16 @@ def doctor(arguments: argparse.Namespace) -> int:
     if not problems:
         raise ValueError(f"{arguments.model}: neither its task nor its completions.jsonl has prompts; give --task")
     if recipe is not None and arguments.quantization is None:
-        make = scheme_of(arguments.model)
+        make_scheme = scheme_of(arguments.model)
     else:
-        make = next(iter(read_schemes([arguments.quantization or "float8_weight_only"]).values()))
-    scheme = make and make()
+        make_scheme = next(iter(read_schemes([arguments.quantization or "float8_weight_only"]).values()))
+    scheme = make_scheme and make_scheme()
     passed = {name: getattr(arguments, name) for name in ("max_new_tokens", "diffusion_steps", "temperature")}
     passed["rank"] = arguments.rank and read_rank(arguments.rank)
     options = {"temperature": 1.0, "rank": read_rank("max_prob")}
     if (run_sampler := sampler_or_note(arguments.model, "sampler")) is not None:
         options = dict(run_sampler.keywords)
-    options = with_given(options, passed)
+    options = with_passed(options, passed)
     float32_head = not arguments.half_head and (recipe is None or recipe.get("float32_head") is not False)
     policy = open_policy(arguments, float32_head=float32_head)
     options.setdefault("max_new_tokens", usual_length(policy, problems))
@@ -410,12 +425,17 @@ def add_check_trace(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("check-trace", help=about)
     sub.add_argument("file", help="a trace (.safetensors, .jsonl), or responses of SGLang, vLLM or NeMo-RL (.jsonl)")
     sub.add_argument("--model", required=True, help="a checkpoint's or a run's folder, with the weights that sampled")
-    sub.add_argument("--block_size", type=int, help="positions of a block of the engine; only responses need it")
-    sub.add_argument("--block_steps", type=int, help="of vLLM: steps of a block (default: one per position)")
+    sub.add_argument("--block_size", type=int, help="the engine's block size in tokens; needed only for responses")
+    sub.add_argument("--block_steps", type=int, help="vLLM's steps per block (default: one per token)")
     sub.add_argument("--temperature", type=float, help="default: as recorded; 1 for responses")
     sub.add_argument("--top_k", type=int, help="default: as recorded")
     sub.add_argument("--top_p", type=float, help="default: as recorded")
-    sub.add_argument("--bound", type=float, default=0.02, help="mean |d| that rounding may cause, nats (default 0.02)")
+    sub.add_argument(
+        "--bound",
+        type=float,
+        default=0.02,
+        help="largest mean |difference of log-probs| to accept, in nats (default 0.02)",
+    )
     sub.add_argument("--batch_size", type=int, default=32, help="completions at a time (default 32)")
     add_model_options(sub, maker="--make_model")
     sub.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -436,8 +456,9 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Print one line per checkpoint, for a run of its reference and all its checkpoints; return 1 if one is damaged,
-    else 0.
+    """Print one line per checkpoint (of a run: its reference model and all its checkpoints).
+
+    Return 1 if one is damaged, else 0.
     """
     from dllm_rl import manifest
     from dllm_rl.checkpoints import checkpoint
@@ -447,29 +468,32 @@ def verify(arguments: argparse.Namespace) -> int:
     if checkpoint.is_checkpoint(path):
         folders = [path]
     else:
-        folders = [path / "reference"] * (path / "reference" / manifest.NAME).is_file()
+        reference = path / "reference"
+        folders = [reference] if (reference / manifest.NAME).is_file() else []
         checkpoints = checkpoint.list_checkpoints(path / "checkpoints") or checkpoint.list_checkpoints(path)
         folders += [folder for _, folder in checkpoints]
     if not folders:
         raise ValueError(f"{path}: neither a checkpoint nor a run with checkpoints; give one of them")
-    damaged = 0
+    num_damaged = 0
     for folder in folders:
         # The reference has no state.json, because it belongs to no step.
         check = manifest.verify if folder.name == "reference" else checkpoint.check
         try:
             check(folder, quick=arguments.quick)
         except ValueError as error:
-            damaged += 1  # continue, to name every damaged checkpoint
+            num_damaged += 1  # continue, to print every damaged checkpoint
             print(f"damaged  {error}")
         else:
             print(f"whole    {folder} ({folder_size(folder) / 1e6:.1f} MB)")
-    return int(damaged > 0)
+    return int(num_damaged > 0)
 
 
 def add_stop(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("stop", help="end a run after its current step, with a checkpoint")
     sub.add_argument("path", help="the run's folder")
-    sub.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for its end (default 600)")
+    sub.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds to wait until the run has ended (default 600)"
+    )
     sub.set_defaults(run=stop)
 
 

@@ -1,4 +1,4 @@
-"""The options of every command with a model, and the policy that they select."""
+"""The options of every command that opens a model, and the policy that they select."""
 
 import argparse
 import sys
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def add_model_options(sub: argparse.ArgumentParser, *, maker: str = "--model") -> None:
-    made_by = "makes the policy of a custom module, which takes the checkpoint's weights"
-    sub.add_argument(maker, dest="maker", metavar="MODULE:FUNCTION", help=made_by)
+    maker_help = "function that makes the policy of a custom module; the checkpoint's weights are loaded into it"
+    sub.add_argument(maker, dest="maker", metavar="MODULE:FUNCTION", help=maker_help)
     dtypes = ("float32", "bfloat16", "float16", "auto")
-    sub.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights (default auto: as stored)")
+    sub.add_argument("--dtype", default="auto", choices=dtypes, help="dtype of the weights (default auto: as stored)")
     sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator, where there is one)")
     sub.add_argument(
         "--verify_checkpoint",
         default="full",
         choices=("full", "quick"),
-        help="before use; quick: of files over 1 MiB, only the size and the first MiB (default full)",
+        help="check before use; quick: of files over 1 MiB, only the size and the first MiB (default full)",
     )
 
 
@@ -37,14 +37,14 @@ def checkpoint_of(model: str, *, quick: bool = False) -> str:
     folder = Path(model) / "checkpoints"
     if not folder.is_dir():
         return model
-    from dllm_rl.checkpoints import checkpoint  # imported here, since it imports torch: --help is fast without torch
+    from dllm_rl.checkpoints import checkpoint  # local: imports torch, which would slow --help
     from dllm_rl.screen import escape_controls
 
     try:
         say = lambda text: print(escape_controls(text), file=sys.stderr)  # noqa: E731
         newest = checkpoint.locate("latest", folder, quick=quick, say=say)
     except ValueError:
-        raise ValueError(f"{model}: none of the run's checkpoints is whole; dllm-rl verify says why") from None
+        raise ValueError(f"{model}: none of the run's checkpoints is complete; dllm-rl verify says why") from None
     if newest is None:
         raise ValueError(f"{model} is a run's folder without a checkpoint yet; give a checkpoint")
     return str(newest)
@@ -57,8 +57,9 @@ def open_policy(
     device: "torch.device | None" = None,
     float32_head: bool = True,
 ) -> "Policy":
-    """Return the model (default: the arguments' model) in the arguments' dtype, on the device (default: the
-    arguments').
+    """Load the policy of `model` (default: arguments.model) in --dtype, on `device` (default: --device).
+
+    `arguments.checkpoint` is set to the folder of the loaded checkpoint.
     """
     import torch
 
@@ -67,18 +68,18 @@ def open_policy(
     from dllm_rl.models.policy import load_policy, load_weights
 
     device = find_device(arguments.device) if device is None else device
-    asked = model or arguments.model
-    folder = checkpoint_of(asked, quick=arguments.verify_checkpoint == "quick")
-    arguments.checkpoint = folder  # stored for the record
+    model = model or arguments.model
+    folder = checkpoint_of(model, quick=arguments.verify_checkpoint == "quick")
+    arguments.checkpoint = folder
     # checkpoint_of has verified the newest checkpoint of a run.
-    check: Check = arguments.verify_checkpoint if folder == asked else "quick"
+    check: Check = arguments.verify_checkpoint if folder == model else "quick"
     if arguments.maker is None:
         policy: Policy = load_policy(folder, dtype=arguments.dtype, device=device, verify_checkpoint=check)
     else:
         policy = imported("model", arguments.maker)()
         if not isinstance(policy, Policy):
-            made = type(policy).__name__
-            raise ValueError(f"--model {arguments.maker!r} makes a {made} and no policy; return make_policy(...)")
+            kind = type(policy).__name__
+            raise ValueError(f"--model {arguments.maker!r} makes a {kind} and no policy; return make_policy(...)")
         load_weights(policy, folder, verify_checkpoint=check)
         if arguments.dtype != "auto":
             policy.module.to(getattr(torch, arguments.dtype))

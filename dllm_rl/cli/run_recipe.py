@@ -1,4 +1,4 @@
-"""A recipe as a program: its command line, its run, and errors in one line."""
+"""Run a recipe as a program: parse its command line, train, and print errors in one line."""
 
 import os
 import sys
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def main(recipe: Recipe | SFT) -> "Summary":
-    """Train a recipe of RL or SFT with the changes of the command line, and return the run's summary.
+    """Train a recipe of RL or SFT, with the settings that the command line overrides, and return the run's summary.
 
-    Call it in the last line of a script. An error of a setting (ValueError, printed by one process) or of a file
-    (OSError) is printed in one line, and the process exits with 2 or 1. With DLLM_RL_TRACEBACK=1 in the environment the
-    error is raised instead.
+    Call it in the last line of a script. An invalid setting (ValueError) is printed in one line by one process, and
+    every process exits with 2. A file error (OSError) is printed in one line, and the process exits with 1. With
+    DLLM_RL_TRACEBACK=1 in the environment the error is raised instead.
 
     Args:
         recipe: Settings of the run.
@@ -29,28 +29,28 @@ def main(recipe: Recipe | SFT) -> "Summary":
     rank = os.environ.get("RANK", "0")
     try:
         with imports_interruptible():
-            return run(from_command_line(recipe), first=rank == "0")
+            return run(from_command_line(recipe), is_first_process=rank == "0")
     except KeyboardInterrupt:
         if interactive():
             raise
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
-        if os.environ.get("DLLM_RL_TRACEBACK") == "1":  # to look for the cause
+        if os.environ.get("DLLM_RL_TRACEBACK") == "1":
             raise
-        setting = isinstance(error, ValueError)  # every process has this error, so that only one prints it
-        if rank == "0" or not setting:
-            where = "" if rank == "0" else f"process {rank}: "
-            print(f"error: {where}{line_of(error)}", file=sys.stderr, flush=True)
-        raise SystemExit(2 if setting else 1) from None
+        is_setting_error = isinstance(error, ValueError)  # every process raises it, and only one prints it
+        if rank == "0" or not is_setting_error:
+            prefix = "" if rank == "0" else f"process {rank}: "
+            print(f"error: {prefix}{line_of(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(2 if is_setting_error else 1) from None
 
 
-def run(recipe: Recipe | SFT, *, first: bool) -> "Summary":
+def run(recipe: Recipe | SFT, *, is_first_process: bool) -> "Summary":
     """Call `train` or `fine_tune`; the first process prints the plan before the imports, which take seconds."""
-    if first and (isinstance(recipe, SFT) or not recipe.dry_run):
+    if is_first_process and (isinstance(recipe, SFT) or not recipe.dry_run):
         warmup = f"up to {recipe.sft_warmup_steps} warm-up steps, then " if recipe.sft_warmup_steps else ""
-        steps = f"{recipe.name}, seed {recipe.seed}: {warmup}{recipe.num_steps} steps, into {recipe.directory}"
-        print(escape_controls(f"{steps}; the time left is known from the second step on"), flush=True)
+        plan = f"{recipe.name}, seed {recipe.seed}: {warmup}{recipe.num_steps} steps, into {recipe.directory}"
+        print(escape_controls(f"{plan}; the time left is known from the second step on"), flush=True)
     from dllm_rl.distributed.stop import started_by_command
     from dllm_rl.supervised.train import fine_tune  # imported here: it takes seconds
     from dllm_rl.training.trainer import train

@@ -1,4 +1,4 @@
-"""Read the task, samplers and quantization scheme of a run, for commands that are called without these options."""
+"""Read the task, samplers and quantization scheme of a run, for commands called without options for them."""
 
 import ast
 import inspect
@@ -15,14 +15,14 @@ from dllm_rl.renamed import renamed_text
 from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem
 
-Call = tuple[str, dict[str, Any]]  # a function's name and its keywords
+Call = tuple[str, dict[str, Any]]  # a function's name and its keyword arguments
 
 
 def recipe_of(model: str) -> dict[str, Any] | None:
-    """Return the settings, as text and numbers, of a run's newest checkpoint; None if the folder is not a run's.
+    """Return the recipe stored in a run's newest checkpoint, as text and numbers; None if `model` is no run's folder.
 
     Raises:
-        ValueError: The folder has no complete checkpoint, or its state.json names no settings.
+        ValueError: The folder has no complete checkpoint, or its state.json contains no recipe.
     """
     if not (Path(model) / "checkpoints").is_dir():
         return None
@@ -71,7 +71,7 @@ def problems_of(model: str, count: int) -> list[Problem]:
 
 
 def logged_problems(model: str) -> list[Problem]:
-    """Return the different prompts of a run's completions.jsonl."""
+    """Return the distinct prompts of a run's completions.jsonl."""
     path, sampler = Path(model) / "completions.jsonl", sampler_of(model)
     if sampler is None or sampler.keywords.get("max_new_tokens") == 0 or not path.is_file():
         return []
@@ -96,8 +96,9 @@ def form_of_prompts(model: str) -> tuple[bool, str | None]:
 
 
 def sampler_of(model: str, field: str = "eval_sampler") -> partial | None:
-    """Return the sampler of a run's evaluations, or of its rollouts (field="sampler"); None if the folder is not a
-    run's, or the sampler is not the library's.
+    """Return the sampler of a run's evaluations, or of its rollouts (field="sampler").
+
+    None if the folder is not a run's, or if the sampler or one of its rules is defined in a script.
     """
     from dllm_rl.samplers.autoregress import autoregress
     from dllm_rl.samplers.by_name import CACHES, COMMITS, RANKS
@@ -106,38 +107,27 @@ def sampler_of(model: str, field: str = "eval_sampler") -> partial | None:
 
     recipe = recipe_of(model)
     call = read_call(renamed_text(str(recipe.get(field)))) if recipe else None
-    sampler = (
-        {sampler_function.__name__: sampler_function for sampler_function in (unmask, autoregress, renoise)}.get(
-            call[0]
-        )
-        if call
-        else None
-    )
+    samplers = {function.__name__: function for function in (unmask, autoregress, renoise)}
+    sampler = samplers.get(call[0]) if call else None
     if call is None or sampler is None or not call[1].keys() <= parameters_of(sampler):
         return None
     keywords = dict(call[1])
-    for name, functions in (
-        ("rank", RANKS),
-        ("commit", COMMITS),
-        ("cache", {cache.__name__: cache for cache in CACHES.values()}),
-    ):
-        if isinstance(keywords.get(name), tuple):
-            function, bound_keywords = keywords[name]
-            if function not in functions or any(isinstance(value, tuple) for value in bound_keywords.values()):
+    cache_classes = {cache.__name__: cache for cache in CACHES.values()}
+    for option, choices in (("rank", RANKS), ("commit", COMMITS), ("cache", cache_classes)):
+        if isinstance(keywords.get(option), tuple):
+            name, bound_keywords = keywords[option]
+            if name not in choices or any(isinstance(value, tuple) for value in bound_keywords.values()):
                 return None  # a rule of a script, or a rule that binds another function
-            function_or_cache = functions[function]
-            keywords[name] = (
-                function_or_cache(**bound_keywords)
-                if name == "cache"
-                else partial(function_or_cache, **bound_keywords)
-                if bound_keywords
-                else function_or_cache
-            )
+            rule_or_cache = choices[name]
+            if option == "cache":
+                keywords[option] = rule_or_cache(**bound_keywords)
+            else:
+                keywords[option] = partial(rule_or_cache, **bound_keywords) if bound_keywords else rule_or_cache
     return partial(sampler, **keywords)
 
 
 def sampler_or_note(model: str, field: str = "eval_sampler") -> partial | None:
-    """Return `sampler_of`, and print a note if the run has a sampler that the command cannot make again."""
+    """Return `sampler_of`, and print a note if the run has a sampler that only its script can make."""
     sampler, recipe = sampler_of(model, field), recipe_of(model)
     if sampler is None and recipe is not None:
         text = escape_controls(
@@ -147,8 +137,11 @@ def sampler_or_note(model: str, field: str = "eval_sampler") -> partial | None:
     return sampler
 
 
-def with_given(run_options: dict[str, Any], passed: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's sampler options with those that the command line gives; a shorter completion takes fewer steps."""
+def with_passed(run_options: dict[str, Any], passed: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's sampler options, overridden by the passed ones that are not None.
+
+    If max_new_tokens is passed without diffusion_steps, the run's number of steps is capped at max_new_tokens.
+    """
     options = run_options | {name: value for name, value in passed.items() if value is not None}
     steps, length = options.get("diffusion_steps"), passed.get("max_new_tokens")
     if passed.get("diffusion_steps") is None and steps is not None and length:
@@ -157,8 +150,9 @@ def with_given(run_options: dict[str, Any], passed: dict[str, Any]) -> dict[str,
 
 
 def scheme_of(model: str) -> Callable[[], Any] | None:
-    """Return the function that makes the scheme of a run's rollouts; None for rollouts in full precision, and if the
-    folder is not a run's.
+    """Return the function that makes the quantization scheme of a run's rollouts.
+
+    None for rollouts in full precision, and for a folder that is not a run's.
 
     Raises:
         ValueError: A script defines the scheme.
@@ -176,10 +170,10 @@ def scheme_of(model: str) -> Callable[[], Any] | None:
 
 
 def read_call(text: Any) -> Call | None:
-    """Return a name and its keywords, from text such as `Sudoku(split='test', clues=(1, 3))`; None if the text is no
-    such call.
+    """Parse text such as `Sudoku(split='test', clues=(1, 3))` into the function's name and its keywords.
 
-    A value is a number, text, a tuple of these, or another function's name and keywords. Nothing is called.
+    A value is a number, text, a tuple of these, or the name and keywords of another call. Nothing is executed. None if
+    the text is not such a call.
     """
     try:
         parsed = ast.parse(text, mode="eval").body if isinstance(text, str) else None

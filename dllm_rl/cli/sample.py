@@ -49,7 +49,7 @@ def complete(
         seconds_per_step: Show each step on the terminal, and wait for this time. None (default): show nothing.
 
     Raises:
-        ValueError: There are no problems, or an option belongs to other models.
+        ValueError: There are no problems, or an option does not apply to the policy's sampler.
     """
     if not problems:
         raise ValueError("no prompts: give them as arguments, or one a line on standard input")
@@ -57,13 +57,13 @@ def complete(
     options = check_options(policy, {name: value for name, value in options.items() if value is not None})
     sampler = partial(sampler_for(policy), **options)
     texts = [shown_prompt(problem) for problem in problems for _ in range(group_size)]
-    began = time.perf_counter()  # the encoding of the prompts is not timed
+    start_time = time.perf_counter()  # the encoding of the prompts is not timed
     if seconds_per_step is None or sampler.func is autoregress:  # autoregress has no on_step
         rollout = sampler(policy, prompts, generator_for(seed))
     else:
         with live_view(policy, texts, seconds_per_step) as show_step:
             rollout = sampler(policy, prompts, generator_for(seed), on_step=show_step)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start_time
     record = to_record(policy, rollout, texts, seconds=seconds, has_blanks=problems[0].blank is not None)
     dtype = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
     device = f"{policy.device}, {device_name(policy.device)}"
@@ -72,7 +72,10 @@ def complete(
 
 
 def passed_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the sampler's options of a command line (`add_sampler_options`). None: the option was not passed."""
+    """Return the values of the options of `add_sampler_options`; None for an option that was not passed.
+
+    If --commit is passed without --rank, `arguments.rank` is set to the rank that the commit rule requires.
+    """
     if arguments.commit is not None and arguments.rank is None:
         arguments.rank = required_rank(arguments.commit)
     names = ("max_new_tokens", "diffusion_steps", "block_size", "temperature", "top_k", "top_p", "suppress")
@@ -101,28 +104,28 @@ def shown_prompt(problem: Problem) -> str:
 
 
 def check_options(policy: Policy, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the options against the policy's sampler, and return those to pass to it.
+    """Check the options against the policy's sampler, and return the options to pass to it.
 
     Raises:
-        ValueError: An option belongs to other models.
+        ValueError: The sampler has no such option.
     """
     if sampler_for(policy) is renoise:
         options = dict(options)
-        if not options.get("temperature"):  # 0, the command's default: renoise keeps its schedule of temperatures
+        if not options.get("temperature"):  # 0 is the command's default: renoise keeps its temperature schedule
             options.pop("temperature", None)
-        if extra := sorted(options.keys() - inspect.signature(renoise).parameters.keys()):
-            raise ValueError(f"{extra[0]} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
+        if unknown := sorted(options.keys() - inspect.signature(renoise).parameters.keys()):
+            raise ValueError(f"{unknown[0]} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
         return options
-    extra = sorted(options.keys() - inspect.signature(autoregress).parameters.keys())
-    if extra and sampler_for(policy) is autoregress:
+    unknown = sorted(options.keys() - inspect.signature(autoregress).parameters.keys())
+    if unknown and sampler_for(policy) is autoregress:
         model_name = type(policy.module).__name__
-        raise ValueError(f"{extra[0]} is for diffusion models; {model_name} is causal: leave it out")
+        raise ValueError(f"{unknown[0]} is for diffusion models; {model_name} is causal: leave it out")
     return dict(options)
 
 
 @contextmanager
 def live_view(policy: Policy, texts: Sequence[str], seconds_per_step: float) -> Iterator[Callable[[Rollout], None]]:
-    """Yield a function that shows a rollout on the terminal, and waits."""
+    """Yield a function that shows a rollout on the terminal and sleeps for `seconds_per_step`."""
     with Live(console=Console(), auto_refresh=False, vertical_overflow="visible") as screen:
 
         def show_step(rollout: Rollout) -> None:
@@ -133,7 +136,7 @@ def live_view(policy: Policy, texts: Sequence[str], seconds_per_step: float) -> 
 
 
 def print_record(record: dict[str, Any], *, as_json: bool) -> None:
-    """Print the record as one JSON object, or else the completions, with counts and speed on standard error."""
+    """Print the record as one JSON object; or print its completions, and its counts and speed on standard error."""
     if as_json:
         print(json.dumps(record))
         return
@@ -148,34 +151,33 @@ def to_record(
 ) -> dict[str, Any]:
     """Return a rollout as plain data: prompt, completion and tokens of each row.
 
-    With `has_blanks`, a completion is the full text, blanks filled in.
+    With `has_blanks`, a completion is the full text with its blanks filled in.
     """
     completions = filled(policy, rollout) if has_blanks else decode(policy, rollout)
     columns = zip(prompts, completions, written_tokens(policy, rollout), strict=True)
     rows = [{"prompt": prompt, "completion": completion, "tokens": tokens} for prompt, completion, tokens in columns]
-    count = int(rollout.completion_mask.sum())
-    # A line for people: the counts and, if the time is known, the speed.
-    facts = f"{count} tokens, {rollout.forwards} forwards"
+    num_tokens = int(rollout.completion_mask.sum())
+    facts = f"{num_tokens} tokens, {rollout.forwards} forwards"
     speed = {}
     if seconds is not None:
-        speed = {"seconds": seconds, "tokens_per_second": count / seconds}
-        facts += f", {seconds:.2f} s, {count / seconds:.0f} tokens/s"
-    return {"facts": facts, "num_tokens": count, "forwards": rollout.forwards, **speed, "rows": rows}
+        speed = {"seconds": seconds, "tokens_per_second": num_tokens / seconds}
+        facts += f", {seconds:.2f} s, {num_tokens / seconds:.0f} tokens/s"
+    return {"facts": facts, "num_tokens": num_tokens, "forwards": rollout.forwards, **speed, "rows": rows}
 
 
 def render(policy: Policy, rollout: Rollout, prompts: Sequence[str], *, max_rows: int = 8) -> Group:
-    """Draw the state of a rollout: prompts and masks dim, the tokens of the last step bright."""
+    """Render the state of a rollout: prompts and masks dim, the tokens of the last step bright."""
     lines = []
     for row in to_record(policy, rollout, prompts)["rows"][:max_rows]:
         line = Text().append(escape_controls(row["prompt"]), style="dim")
-        newest = max(token["step"] for token in row["tokens"])
+        last_step = max(token["step"] for token in row["tokens"])
         for token in row["tokens"]:
-            fresh = token["step"] == newest == rollout.forwards - 1
-            style = "dim" if token["step"] < 0 else "bold bright_yellow" if fresh else ""
+            is_newest = token["step"] == last_step == rollout.forwards - 1
+            style = "dim" if token["step"] < 0 else "bold bright_yellow" if is_newest else ""
             line.append("░" if token["step"] < 0 else escape_controls(token["text"]) or "∅", style=style)
         lines.append(line)
-    hidden = len(rollout.tokens) - len(lines)  # a terminal has few lines
-    left = 0 if policy.spec.mask_id is None else int((rollout.tokens == policy.spec.mask_id).sum())
-    more = f", {hidden} more rows" if hidden else ""
-    lines.append(Text(f"step {rollout.forwards}, {left} masked{more}", style="dim italic"))
+    num_hidden = len(rollout.tokens) - len(lines)  # a terminal has few lines
+    num_masked = 0 if policy.spec.mask_id is None else int((rollout.tokens == policy.spec.mask_id).sum())
+    more_rows = f", {num_hidden} more rows" if num_hidden else ""
+    lines.append(Text(f"step {rollout.forwards}, {num_masked} masked{more_rows}", style="dim italic"))
     return Group(*lines)

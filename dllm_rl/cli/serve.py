@@ -20,7 +20,7 @@ def serve_command(arguments: argparse.Namespace) -> None:
     """Serve a model until a signal ends the process.
 
     Raises:
-        ValueError: An option is out of its range, or the server would be open to strangers.
+        ValueError: An option is out of its range, or the server would be open to other machines without a token.
     """
     token = os.environ.get(TOKEN_VARIABLE) or None
     if arguments.token_file is not None:
@@ -59,10 +59,10 @@ def serve_command(arguments: argparse.Namespace) -> None:
 
 
 def sampler_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the sampler's settings: those of the run's evaluations, or the defaults of `sample`, with the options."""
+    """Return the passed options, and for the others the run's evaluation sampler or the defaults of `sample`."""
     run_sampler = sampler_or_note(arguments.model)
     options = {"max_new_tokens": 16, "temperature": 0.0} if run_sampler is None else dict(run_sampler.keywords)
-    if options.get("max_new_tokens") == 0:  # the run fills in prompts, which the server does not
+    if options.get("max_new_tokens") == 0:  # the run fills in blanks of prompts, which the server does not do
         options = {name: value for name, value in options.items() if name != "diffusion_steps"} | {"max_new_tokens": 16}
     if arguments.max_new_tokens == 0:
         raise ValueError("max_new_tokens=0 fills in a prompt, which the server does not do; give at least 1")

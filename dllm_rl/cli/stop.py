@@ -1,4 +1,4 @@
-"""`dllm-rl stop`: ends a run after its current step, with a checkpoint."""
+"""`dllm-rl stop`: end a run after its current step, with a checkpoint."""
 
 import os
 import re
@@ -14,9 +14,9 @@ from dllm_rl.screen import escape_controls
 
 
 def stop_run(directory: Path, *, timeout: float) -> int:
-    """Tell the run of a folder to stop, and wait until it has ended.
+    """Signal the run that writes a folder to stop, and wait until it has ended.
 
-    The run finishes its step, or is interrupted after its `stop_seconds`, saves, and exits with status 143.
+    The run finishes its step (at most its `stop_seconds` long), saves a checkpoint, and exits with status 143.
 
     Args:
         directory: Folder of the run.
@@ -26,17 +26,17 @@ def stop_run(directory: Path, *, timeout: float) -> int:
         0 once the run has ended, 1 if it has not ended within `timeout`.
 
     Raises:
-        ValueError: No run writes the folder, or the run is on another machine.
+        ValueError: No run is writing to the folder, or the run is on another machine.
     """
-    process = _writer(directory)
+    process = _writing_process(directory)
     os.kill(process, signal.SIGTERM)
-    print(f"asked process {process} to stop after its present step")
+    print(f"asked process {process} to stop after its current step")
     deadline = time.monotonic() + timeout
     while True:
         time.sleep(0.2)
         try:
-            _writer(directory)
-        except ValueError:
+            _writing_process(directory)
+        except ValueError:  # the run has ended and released its lock
             break
         if time.monotonic() > deadline:
             print(f"process {process} still runs after {timeout:g} s; wait, or see its output")
@@ -47,8 +47,8 @@ def stop_run(directory: Path, *, timeout: float) -> int:
     return 0
 
 
-def _writer(directory: Path) -> int:
-    """Return the process that has locked the folder.
+def _writing_process(directory: Path) -> int:
+    """Return the id of the process that has locked the folder.
 
     Raises:
         ValueError: No process on this machine has locked it.
@@ -61,9 +61,9 @@ def _writer(directory: Path) -> int:
             unlock(path)
         raise ValueError(f"{directory}: no run writes this folder")
     except BlockingIOError as error:
-        named = re.fullmatch(r"held by process (\d+) on (.*)", error.strerror or "", re.DOTALL)
-    if named is None:
+        match = re.fullmatch(r"held by process (\d+) on (.*)", error.strerror or "", re.DOTALL)
+    if match is None:
         raise ValueError(f"{path} names no process; stop the run by a signal to it")
-    if named[2] != socket.gethostname():
-        raise ValueError(f"{directory}: process {named[1]} on {named[2]} writes this folder; stop it there")
-    return int(named[1])
+    if match[2] != socket.gethostname():
+        raise ValueError(f"{directory}: process {match[1]} on {match[2]} writes this folder; stop it there")
+    return int(match[1])

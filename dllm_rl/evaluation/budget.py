@@ -1,4 +1,4 @@
-"""The parameter of an adaptive commit rule for a budget of forwards: `--commit threshold --forwards 4`."""
+"""Search for the parameter of an adaptive commit rule that meets a budget: `--commit threshold --forwards 4`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,14 +11,14 @@ from dllm_rl.samplers.records import as_commit
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
 
-# More slack commits more positions per step. The ends, 10^5 nats and 1 - 10^-7, are beyond the values of any rule.
-NUMBER_OF_SLACK: dict[str, Callable[[float], float]] = {
+# Commit rule -> function from slack to the rule's parameter. More slack commits more positions per step.
+PARAMETER_FROM_SLACK: dict[str, Callable[[float], float]] = {
     "threshold": lambda slack: max(1 - slack, 1e-9),
     "factor": lambda slack: slack,
     "entropy_bound": lambda slack: slack,
 }
-SLACK_RANGE = (-7.0, 5.0)  # log10
-HALVINGS = 10
+SLACK_RANGE = (-7.0, 5.0)  # of log10(slack): from a threshold of 1 - 10^-7 to a factor or bound of 10^5
+NUM_BISECTIONS = 10
 
 
 def within_budget(
@@ -30,36 +30,48 @@ def within_budget(
     *,
     seed: int,
 ) -> str:
-    """Return the commit rule with the number that uses the most forwards per answer within the budget, on average over
-    the problems.
+    """Return the commit rule with the parameter that uses the most forwards per answer within the budget.
 
-    A rule of `diffusion_steps` is returned unchanged. The search reads no grades. It costs 11 batches.
+    The forwards are averaged over the problems. The search samples 11 batches and grades nothing. A rule that is not
+    adaptive follows `diffusion_steps` and is returned unchanged.
+
+    Args:
+        policy: Policy to sample from.
+        problems: Problems by index.
+        sampler: Sampler with all settings except `commit` bound.
+        commit: Name of the commit rule.
+        budget: Largest number of forwards per answer.
+        seed: Seed of the sampler.
+
+    Returns:
+        The rule as text, such as "threshold=0.9".
 
     Raises:
-        ValueError: The rule has a number already, is `edit`, or needs more forwards because of its blocks.
+        ValueError: The rule has a parameter already, has none to search for (such as edit), or its blocks alone need
+            more forwards than the budget.
     """
     name, _, value = commit.partition("=")
     if name in COMMITS and not as_commit(COMMITS[name]).adaptive:
         return commit
-    if value or name not in NUMBER_OF_SLACK:
+    if value or name not in PARAMETER_FROM_SLACK:
         remedy = (
-            f"write {name}, whose number is then found"
-            if name in NUMBER_OF_SLACK
-            else f"use {', '.join(NUMBER_OF_SLACK)}"
+            f"write {name}, whose number is then searched"
+            if name in PARAMETER_FROM_SLACK
+            else f"use {', '.join(PARAMETER_FROM_SLACK)}"
         )
         raise ValueError(f"--forwards {budget}: commit={commit!r} decides its own forwards; {remedy}")
 
     def rule(slack: float) -> str:
-        return f"{name}={NUMBER_OF_SLACK[name](float(f'{10**slack:.3g}')):.9g}"
+        return f"{name}={PARAMETER_FROM_SLACK[name](float(f'{10**slack:.3g}')):.9g}"
 
     def forwards(slack: float) -> float:
         rows = complete(policy, problems, partial(sampler, commit=read_commit(rule(slack))), seed, 1, {})
         return fmean(row["evaluation"]["steps"] for row in rows.values())
 
     low, high = SLACK_RANGE
-    if (least := forwards(high)) > budget:
-        raise ValueError(f"--forwards {budget}: commit={name} takes {least:g} at least; use larger blocks, or more")
-    for _ in range(HALVINGS):
+    if (fewest := forwards(high)) > budget:
+        raise ValueError(f"--forwards {budget}: commit={name} takes {fewest:g} at least; use larger blocks, or more")
+    for _ in range(NUM_BISECTIONS):
         middle = (low + high) / 2
         if forwards(middle) <= budget:
             high = middle

@@ -1,4 +1,4 @@
-"""An evaluation's card, a row of its results.json: read as untrusted text and compared with settings. No torch."""
+"""Read an evaluation's card (a row of its results.json) as untrusted text, and compare it with settings. No torch."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -14,7 +14,7 @@ TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(("task", "version", "protocol
 TYPES |= dict.fromkeys(("seed", "n", "samples", "max_new_tokens"), (int,)) | {"temperature": (int, float)}
 TYPES |= dict.fromkeys(("diffusion_steps", "block_size", "top_k"), (int, NoneType)) | {"top_p": (int, float, NoneType)}
 TYPES |= dict.fromkeys(("split", "rank", "commit", "cache", "dtype"), (str, NoneType))
-SETTING_TYPES = (str, int, float, bool, NoneType, list)  # a setting of a task
+SETTING_TYPES = (str, int, float, bool, NoneType, list)  # types of a task's setting
 
 
 def read_card(path: Path) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def read_card(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         for name, value in row.items():
             is_nested = isinstance(value, list) and {list, dict} & set(map(type, value))
-            # The template of a prompt is long.
+            # A prompt template may be long.
             is_long = len(str(value)) > MAX_SETTING_LENGTH and name != "settings.prompt_format"
             if type(value) not in TYPES.get(name, SETTING_TYPES) or is_nested or is_long:
                 problem = f"{name[:MAX_SETTING_LENGTH]} is missing, of a wrong type or too long"
@@ -51,8 +51,9 @@ def flat(row: Any) -> dict[str, Any]:
 
 
 def differences(row: Mapping[str, Any], others: Sequence[Mapping[str, tuple[Any, ...]]]) -> list[tuple[str, ...]]:
-    """Return (setting, the row's value, each other value) as texts, for settings whose value another card does not
-    have.
+    """Return (setting, the row's value, the values of each of `others`) as texts, for each setting that differs.
+
+    A setting differs if one of `others` has values for it, and the row's value is not among them.
     """
     differing = []
     for name in dict.fromkeys(chain(*others)):

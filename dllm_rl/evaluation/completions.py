@@ -164,7 +164,7 @@ def fingerprint(policy: Policy) -> str:
     numbers of each parameter.
     """
     digest = hashlib.sha256()
-    # The layers' classes tell a quantized copy from its original, since their first numbers may be the same.
+    # Classes distinguish a quantized copy from its original, even if the hashed numbers are equal.
     for name, module in policy.module.named_modules():
         digest.update(f"{name} {type(module).__name__}\n".encode())
     for parameter in policy.module.parameters():

@@ -12,13 +12,13 @@ from dllm_rl.tasks.base import Reward
 from dllm_rl.tasks.protocols import PROTOCOLS, TABLE, find_grader, grade_all
 from dllm_rl.tasks.rows import load_rows, text_of
 
-MAX_IDS = 5  # largest number of ids that are shown of rows on which two rules differ
+MAX_IDS = 5  # for each pair of rules, shown ids of rows on which they differ
 MAX_ID_LENGTH = 40  # characters
 
 
 @dataclass(frozen=True)
 class StoredCompletion:
-    """A completion from a file, with the fields that the graders of its task read."""
+    """A completion from a file, and its row with the fields that the task's graders read."""
 
     location: str  # file and line, for error messages
     id: str
@@ -36,10 +36,11 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
         protocol: Name of the protocol. Default: "strict".
 
     Returns:
-        task, version, protocol, n, `no_answer` (rows with null), and each of RATES with its 95 % interval [low, high].
+        task, version, protocol, n, `no_answer` (rows whose reference answer is null), and each of RATES with its 95 %
+        interval [low, high].
 
     Raises:
-        ValueError: The file has no rows, or a row is malformed. The message names file and line, before any grading.
+        ValueError: The file has no rows, or a row is malformed: the message names file and line. Raised before grading.
     """
     find_grader(task, protocol)
     stored = read_completions(path, task)
@@ -51,20 +52,21 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
 
 
 def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
-    """Grade the rows of a file under every protocol of the task, and under `strict` with every reading of the answer.
+    """Grade the rows of a file by every rule: every protocol of the task, and `strict` with every reading.
 
-    Call it to see how much of a published number depends on its parser. A reading (see `answers.readings`) is left out
-    if no completion has it.
+    Call it to see how much of a published number depends on its parser. A reading is a way to extract the answer from
+    a completion (see `answers.readings`); it is left out if it finds an answer in no completion.
 
     Args:
         path: File of completions, as for `read_completions`.
         task: Name of the task.
 
     Returns:
-        task, version, n; `rules`: by name, the number of right rows (full marks) and each of RATES with its 95 %
-        interval [low, high]; `differences`: for each two sets of rules that disagree, the number of rows, the number of
-        these rows in which only the first is right, and a few ids; `not_graded`: why a protocol could not grade these
-        rows.
+        task, version, n;
+        `rules`: by name, the number of right rows (full reward) and each of RATES with its 95 % interval [low, high];
+        `differences`: for each two sets of rules that disagree, the number of rows on which they do, the number of
+        these rows on which only the first set is right, and a few ids;
+        `not_graded`: why a protocol could not grade these rows.
 
     Raises:
         ValueError: As for `grade_file` under strict.
@@ -105,14 +107,15 @@ def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
 
 
 def _differences(is_right: Mapping[str, list[bool]], ids: Sequence[str]) -> list[dict[str, Any]]:
-    """Return which rules disagree, and on how many rows, most first. Rules that agree on every row
-    are listed together.
+    """Return which rules disagree and on how many rows, sorted by this number, largest first.
+
+    Rules that agree on every row form one set.
     """
-    agreeing: dict[tuple[bool, ...], list[str]] = {}
+    rules_by_verdicts: dict[tuple[bool, ...], list[str]] = {}
     for name, verdicts in is_right.items():
-        agreeing.setdefault(tuple(verdicts), []).append(name)
+        rules_by_verdicts.setdefault(tuple(verdicts), []).append(name)
     differences = []
-    for (first, names), (second, other_names) in combinations(agreeing.items(), 2):
+    for (first, names), (second, other_names) in combinations(rules_by_verdicts.items(), 2):
         rows = [i for i in range(len(ids)) if first[i] != second[i]]
         ids_shown = [ids[i] for i in rows[:MAX_IDS]]
         num_only_first = sum(first[i] for i in rows)
@@ -136,7 +139,9 @@ def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
         raise ValueError(f"{path} must be a .jsonl file (an object a line), or a .json file (a list of objects)")
     steps_and_rows: list[tuple[int, StoredCompletion]] = []
     for location, row in load_rows(path):
-        if isinstance(start := row.get("resume_from"), int):  # a resumed run repeats the steps from this one on
+        if isinstance(
+            start := row.get("resume_from"), int
+        ):  # a resumed run repeats its steps from here on: drop the earlier rows
             steps_and_rows = [earlier for earlier in steps_and_rows if earlier[0] < start]
             continue
         step = row["step"] if isinstance(row.get("step"), int) else -1
@@ -156,7 +161,9 @@ def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
 def _with_our_names(row: Mapping[str, Any], task: str) -> dict[str, Any]:
     """Return the row's fields under this library's names for the completion and the reference answer."""
     fields = dict(row)
-    if isinstance(doc := row.get("doc"), dict) and "resps" in row:  # lm-evaluation-harness, whose `target` is a text
+    if (
+        isinstance(doc := row.get("doc"), dict) and "resps" in row
+    ):  # a sample of lm-evaluation-harness; its `target` is a rendered text
         resps = row["resps"]
         while isinstance(resps, list) and len(resps) == 1:
             resps = resps[0]
@@ -180,7 +187,7 @@ def _with_our_names(row: Mapping[str, Any], task: str) -> dict[str, Any]:
 
 
 def _id(row: Mapping[str, Any], default: str) -> str:
-    """Return an id of a row for people to read: problem and sample, its id, or the default."""
+    """Return a readable id of a row: PROBLEM.SAMPLE, else its `id` or `doc_id`, else the default."""
     evaluation = row.get("evaluation")
     if isinstance(evaluation, dict) and "problem" in evaluation:
         return f"{evaluation['problem']}.{evaluation.get('sample')}"[:MAX_ID_LENGTH]
@@ -188,9 +195,7 @@ def _id(row: Mapping[str, Any], default: str) -> str:
 
 
 def _fields(stored: Sequence[StoredCompletion], task: str, protocol: str) -> list[dict[str, Any]]:
-    """Read the fields of all rows, before any is graded, so that a malformed row late in the file
-    is reported at once.
-    """
+    """Read the fields of all rows before grading, so that a malformed row is reported without delay."""
     fields = []
     for completion in stored:
         try:

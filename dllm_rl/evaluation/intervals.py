@@ -25,12 +25,12 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
         raise ValueError(f"successes={successes} of n={n}: needs 0 <= successes <= n and n >= 1")
     z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
     p = successes / n
-    middle = p + z * z / (2 * n)
-    reach = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    center = p + z * z / (2 * n)
+    half_width = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # Without a success the lower bound is exactly 0; without a failure the upper bound is exactly 1, despite rounding.
-    low = 0.0 if successes == 0 else (middle - reach) / scale
-    high = 1.0 if successes == n else (middle + reach) / scale
+    # Set the exact bounds 0 (no success) and 1 (no failure), which rounding could miss.
+    low = 0.0 if successes == 0 else (center - half_width) / scale
+    high = 1.0 if successes == n else (center + half_width) / scale
     return low, high
 
 
@@ -39,7 +39,7 @@ def bootstrap_mean(
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval (Efron 1979) for a mean, or with weights for sum(values)/sum(weights).
 
-    With 30 normal rows the interval covers 93 %, not 95 %.
+    With 30 normally distributed rows the interval covers 93 %, not 95 %.
     """
     numbers = np.asarray(values, dtype=np.float64)
     divisors = np.ones_like(numbers) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -60,8 +60,9 @@ def bootstrap_difference(
     weights: Numbers | None = None,
     weights_before: Numbers | None = None,
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap interval (Efron 1979) for the mean of `values` less the mean of `before`, on the
-    same rows.
+    """Return the percentile bootstrap interval (Efron 1979) for the mean of `values` minus the mean of `before`.
+
+    Both are measured on the same rows. With weights, a mean is sum(values) / sum(weights).
     """
     numbers = np.asarray(values, dtype=np.float64)
     before_values = np.asarray(before, dtype=np.float64)
@@ -71,7 +72,7 @@ def bootstrap_difference(
         raise ValueError(f"{len(numbers)} values, {len(before_values)} before: needs some values, and as many of each")
     differences = []
     for _ in range(resamples):
-        rows = generator.integers(0, len(numbers), len(numbers))  # both values of a row, so that its difficulty cancels
+        rows = generator.integers(0, len(numbers), len(numbers))  # the same rows for both: their difficulty cancels
         differences.append(
             numbers[rows].sum() / divisors[rows].sum() - before_values[rows].sum() / divisors_before[rows].sum()
         )
@@ -82,7 +83,7 @@ def bootstrap_difference(
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Return the unbiased probability that one of k samples is correct (Chen et al. 2021, eq. 1).
 
-    1 - C(n - correct, k) / C(n, k), computed as a product that neither overflows nor cancels.
+    1 - C(n - correct, k) / C(n, k), computed as a product, without overflow or cancellation.
 
     Raises:
         ValueError: Not 0 <= correct <= n, or not 1 <= k <= n.
@@ -91,17 +92,17 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
         raise ValueError(f"n={n}, correct={correct}, k={k}: needs 0 <= correct <= n and 1 <= k <= n")
     if n - correct < k:
         return 1.0
-    none_right = 1.0  # the probability that all k samples are wrong
+    prob_all_wrong = 1.0
     for i in range(n - correct + 1, n + 1):
-        none_right *= 1 - k / i
-    return 1 - none_right
+        prob_all_wrong *= 1 - k / i
+    return 1 - prob_all_wrong
 
 
 def majority_at_k(n: int, correct: int, wrong: Sequence[int], k: int) -> float:
-    """Return the unbiased probability that the most frequent answer of k of n samples is right: the exact mean over all
-    subsets.
+    """Return the unbiased probability that the most frequent answer among k of n samples is right.
 
-    A tie counts as the right answer's share of the tie; k samples without a vote are wrong [ours].
+    It is the exact mean over all subsets of k samples. If m answers tie and one of them is right, the subset counts as
+    1/m; a subset without a vote is wrong [ours].
 
     Args:
         n: Number of samples.
@@ -114,11 +115,12 @@ def majority_at_k(n: int, correct: int, wrong: Sequence[int], k: int) -> float:
     """
     if not (min(correct, *wrong, 0) == 0 and correct + sum(wrong) <= n and 1 <= k <= n):
         raise ValueError(f"n={n}, correct={correct}, wrong={wrong}, k={k}: needs correct + sum(wrong) <= n, n >= k > 0")
-    right = Fraction(0)
+    num_right = Fraction(0)  # subsets whose majority is right
     for most in range(1, min(correct, k) + 1):  # votes for the right answer, which no other answer may exceed
         rivals = [count for count in wrong if count >= most]
-        free = n - correct - sum(rivals)  # samples whose answers cannot tie
-        ways = Counter({(drawn, 1): comb(free, drawn) for drawn in range(k - most + 1)})  # (drawn, answers that tie)
+        num_other = n - correct - sum(rivals)  # samples whose answers are too rare to tie
+        # ways[drawn, tied]: ways to draw `drawn` wrong samples such that `tied` answers, the right one included, tie.
+        ways = Counter({(drawn, 1): comb(num_other, drawn) for drawn in range(k - most + 1)})
         for count in rivals:
             more: Counter[tuple[int, int]] = Counter()
             for (drawn, tied), number in ways.items():
@@ -126,5 +128,5 @@ def majority_at_k(n: int, correct: int, wrong: Sequence[int], k: int) -> float:
                     more[drawn + votes, tied + (votes == most)] += number * comb(count, votes)
             ways = more
         for (drawn, tied), number in ways.items():
-            right += Fraction(comb(correct, most) * number, tied) if drawn == k - most else 0
-    return float(right / comb(n, k))
+            num_right += Fraction(comb(correct, most) * number, tied) if drawn == k - most else 0
+    return float(num_right / comb(n, k))

@@ -23,14 +23,15 @@ from dllm_rl.tasks.answers import cut
 from dllm_rl.types import Prompts, Rollout
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
-MAX_NEW_TOKENS = 256  # if neither the sampler nor the task sets it; the default of the harness's models
+MAX_NEW_TOKENS = 256  # default of the harness's models, if neither the sampler nor the task sets it
 
 
 class HarnessModel(TemplateLM):
-    """Model of lm-evaluation-harness that answers its three kinds of request with a sampler and a likelihood estimator,
-    in one process.
+    """Policy as a model of lm-evaluation-harness, in one process.
 
-    Completions depend on the seed, the task's row and the sample, like completions of `evaluate`, and not on the batch.
+    `generate_until` requests are answered by a sampler, `loglikelihood` and `loglikelihood_rolling` requests by a
+    likelihood estimator. As in `evaluate`, a completion's random numbers depend on the seed, the task's row and the
+    sample, not on the batch.
 
     Args:
         policy: Policy to evaluate.
@@ -39,8 +40,8 @@ class HarnessModel(TemplateLM):
         likelihood: Estimator of log-probs in nats that needs no recorded unmasking: causal(), elbo(), coupled(),
             quadrature() ...
         batch_size: Rows per forward. Default: 32.
-        greedy: Whether to test if greedy decoding gives the continuation, which costs one forward per token. False: no
-            continuation counts as greedy.
+        greedy: Whether to test if greedy decoding gives the continuation of a `loglikelihood` request, which costs one
+            forward per token. False: no continuation is reported as greedy. Default: True.
         seed: Seed of completions and masks. Default: 0.
 
     Raises:
@@ -82,56 +83,62 @@ class HarnessModel(TemplateLM):
         return text_ids(self.policy, string, special=True)  # the harness has applied the chat template
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        asked: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
-        asked["continue_final_message"] = not add_generation_prompt
-        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **asked))
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         settings = [request.args[1] for request in requests]
-        samples: Counter[tuple[str, int]] = Counter()  # number so far, for each row of each task
-        rows = []
+        num_samples: Counter[tuple[str, int]] = Counter()  # so far, for each row of each task
+        problems_and_samples = []
         for request in requests:
-            row = (request.task_name, request.doc_id)
-            rows.append((request.doc_id, samples[row]))
-            samples[row] += 1
+            task_row = (request.task_name, request.doc_id)
+            problems_and_samples.append((request.doc_id, num_samples[task_row]))
+            num_samples[task_row] += 1
         texts = [""] * len(requests)
-        for length, places in _batches([self._length(asked) for asked in settings], self.batch_size):
-            ids = [self.tok_encode(requests[place].args[0]) for place in places]
-            seeds = row_seeds(self.seed, [rows[place] for place in places])
+        for length, indices in _batches(list(map(self._length, settings)), self.batch_size):
+            ids = [self.tok_encode(requests[index].args[0]) for index in indices]
+            seeds = row_seeds(self.seed, [problems_and_samples[index] for index in indices])
             prompts = Prompts.from_ids(ids, pad_id=self.policy.pad_id, seeds=seeds)
             generator = generator_for(self.seed, "evaluate")
             rollout = self.sampler(self.policy, prompts, generator, max_new_tokens=length)
-            for place, text in zip(places, decode(self.policy, rollout), strict=True):
-                until = settings[place].get("until") or []
+            for index, text in zip(indices, decode(self.policy, rollout), strict=True):
+                until = settings[index].get("until") or []
                 stops = [until] if isinstance(until, str) else until
-                texts[place] = cut(text, 0, tuple(filter(None, stops)))  # an empty text stops nothing
-                self.cache_hook.add_partial("generate_until", requests[place].args, texts[place])
+                texts[index] = cut(text, 0, tuple(filter(None, stops)))  # an empty text stops nothing
+                self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
         return texts
 
-    def _length(self, asked: Mapping[str, Any]) -> int:
-        """Return max_new_tokens for a task's generation settings."""
-        own = getattr(self.sampler, "keywords", {})
-        held = inspect.signature(self.sampler).parameters["temperature"].default  # bound, or the sampler's default
-        temperature = asked.get("temperature") if asked.get("do_sample", True) else 0.0
-        if temperature is not None and temperature != held:
+    def _length(self, generation_settings: Mapping[str, Any]) -> int:
+        """Return max_new_tokens for a request with these generation settings of its task.
+
+        Raises:
+            ValueError: The task and the sampler have different temperatures.
+        """
+        bound = getattr(self.sampler, "keywords", {})
+        sampler_temperature = inspect.signature(self.sampler).parameters["temperature"].default
+        temperature = generation_settings.get("temperature") if generation_settings.get("do_sample", True) else 0.0
+        if temperature is not None and temperature != sampler_temperature:
             raise ValueError(
-                f"the task samples at temperature={temperature:g}, the model at {held:g}; give "
+                f"the task samples at temperature={temperature:g}, the model at {sampler_temperature:g}; give "
                 f"the model temperature={temperature:g}, or --gen_kwargs do_sample=False"
             )
-        return int(own.get("max_new_tokens") or asked.get("max_gen_toks", MAX_NEW_TOKENS))
+        return int(bound.get("max_new_tokens") or generation_settings.get("max_gen_toks", MAX_NEW_TOKENS))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         windows: list[Pair] = []
-        owners: list[int] = []
-        for owner, request in enumerate(requests):
+        request_of_window: list[int] = []
+        for request_index, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            most = (self.policy.spec.max_length or len(tokens) + 1) - 1
-            cuts = get_rolling_token_windows(tokens, prefix_token=self.prefix_token_id, max_seq_len=most, context_len=1)
-            windows += map(make_disjoint_window, cuts)
-            owners += [owner] * (len(windows) - len(owners))  # a long text has several windows
+            max_window = (self.policy.spec.max_length or len(tokens) + 1) - 1
+            token_windows = get_rolling_token_windows(
+                tokens, prefix_token=self.prefix_token_id, max_seq_len=max_window, context_len=1
+            )
+            windows += map(make_disjoint_window, token_windows)
+            # A text longer than the model's context has several windows.
+            request_of_window += [request_index] * (len(windows) - len(request_of_window))
         totals = [0.0] * len(requests)
-        for owner, value in zip(owners, self._scored(windows), strict=True):
-            totals[owner] += value
+        for request_index, value in zip(request_of_window, self._logprobs(windows), strict=True):
+            totals[request_index] += value
         return totals
 
     def _loglikelihood_tokens(
@@ -139,9 +146,9 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs: list[Pair] = [request[1:] for request in requests]
         greedy = self._is_greedy(pairs) if self.greedy else [False] * len(pairs)
-        return list(zip(self._scored(pairs), greedy, strict=True))
+        return list(zip(self._logprobs(pairs), greedy, strict=True))
 
-    def _scored(self, pairs: Sequence[Pair]) -> list[float]:
+    def _logprobs(self, pairs: Sequence[Pair]) -> list[float]:
         """Return estimates of log p(continuation | context), in nats."""
         values: list[float] = []
         for start in range(0, len(pairs), self.batch_size):
@@ -151,22 +158,25 @@ class HarnessModel(TemplateLM):
         return values
 
     def _is_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
-        """Return whether greedy decoding of as many tokens, one at a time, gives the continuation."""
+        """Return for each pair whether greedy decoding of the context, one token at a time, gives the continuation."""
         decoder = partial(sampler_for(self.policy), temperature=0.0)
-        found = [False] * len(pairs)
-        for length, places in _batches([len(continuation) for _, continuation in pairs], self.batch_size):
-            prompts = Prompts.from_ids([pairs[place][0] for place in places], pad_id=self.policy.pad_id)
-            made = decoder(self.policy, prompts, generator_for(self.seed), max_new_tokens=length).tokens
-            for place, tokens in zip(places, made[:, prompts.tokens.shape[1] :].tolist(), strict=True):
-                found[place] = tokens == list(pairs[place][1])
-        return found
+        is_greedy = [False] * len(pairs)
+        for length, indices in _batches([len(continuation) for _, continuation in pairs], self.batch_size):
+            prompts = Prompts.from_ids([pairs[index][0] for index in indices], pad_id=self.policy.pad_id)
+            decoded = decoder(self.policy, prompts, generator_for(self.seed), max_new_tokens=length).tokens
+            for index, tokens in zip(indices, decoded[:, prompts.tokens.shape[1] :].tolist(), strict=True):
+                is_greedy[index] = tokens == list(pairs[index][1])
+        return is_greedy
 
 
 def _batches(lengths: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield a length and at most `size` places of this length: a diffusion model's tokens depend on the length."""
+    """Group indices by their length, and yield each length with at most `size` indices.
+
+    Lengths are not mixed, because a diffusion model's tokens depend on the length of the completion.
+    """
     by_length = defaultdict(list)
-    for place, length in enumerate(lengths):
-        by_length[length].append(place)
-    for length, places in sorted(by_length.items()):
-        for start in range(0, len(places), size):
-            yield length, places[start : start + size]
+    for index, length in enumerate(lengths):
+        by_length[length].append(index)
+    for length, indices in sorted(by_length.items()):
+        for start in range(0, len(indices), size):
+            yield length, indices[start : start + size]

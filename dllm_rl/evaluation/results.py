@@ -13,13 +13,13 @@ import numpy as np
 from dllm_rl.evaluation.intervals import bootstrap_difference, bootstrap_mean, majority_at_k, pass_at_k, wilson
 from dllm_rl.tasks.base import Reward, metric_fractions
 
-RATES = ("parsed", "accuracy", "solve_rate", "undecided", "cell_accuracy")  # shown if a grader has it
+RATES = ("parsed", "accuracy", "solve_rate", "undecided", "cell_accuracy")  # shown if the grader returns them
 Sums = dict[int, tuple[float, float]]  # problem -> a metric's sum over its completions, and the sum's divisor
 
 
 @dataclass(frozen=True)
 class GradedAnswer:
-    """A graded completion and its costs, 0 where a cost is unknown."""
+    """A graded completion and its costs; a cost is 0 if it is unknown."""
 
     problem: int
     sample: int
@@ -27,7 +27,7 @@ class GradedAnswer:
     tokens: int = 0  # before the end token
     forwards: float = 0.0  # share of the batch's forwards
     seconds: float = 0.0  # share of the batch's time
-    steps: int = 0  # forwards for this completion, which do not depend on the batch
+    steps: int = 0  # forwards that this completion needed, whatever its batch
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Evaluation:
                 rewards[answer.problem].add(answer.reward.value)
             equal = {problem: (float(len(values) == 1), 1.0) for problem, values in rewards.items()}
             sums["frac_reward_zero_std"] = equal  # share of problems, like the training metric of this name
-        if num_samples > 1 and metric != "reward":  # a reward does not say which samples are right
+        if num_samples > 1 and metric != "reward":  # "reward" means that no metric says which samples are right
             for k in (*(2**i for i in range(num_samples.bit_length()) if 2**i < num_samples), num_samples):
                 sums[f"pass@{k}"] = {}
                 for problem, (count, _) in self.sums[metric].items():
@@ -123,29 +123,33 @@ def headline(names: Collection[str]) -> str:
 
 
 def best_of(values_and_labels: Sequence[tuple[float, str]], metric: str) -> str:
-    """Return a line of text with the highest value and the last one. The highest is selected, so it
-    is biased upwards.
+    """Return a line of text with the highest value and the last one.
+
+    The line says that the highest value is biased upwards, because it was selected.
     """
-    best, label = max(values_and_labels, key=itemgetter(0))
+    highest, label = max(values_and_labels, key=itemgetter(0))
     last, last_label = values_and_labels[-1]
     explanation = f"the highest of {len(values_and_labels)}, which flatters it"
-    return f"best {metric}: {best:.3f} ({label}), {explanation}; the last: {last:.3f} ({last_label})"
+    return f"best {metric}: {highest:.3f} ({label}), {explanation}; the last: {last:.3f} ({last_label})"
 
 
-def paired_differences(found: Evaluation, before: Evaluation) -> dict[str, list[float]]:
-    """Return the difference of each mean from that of another evaluation, as [difference, low, high] with a 95 %
-    interval, over the problems that both have.
+def paired_differences(evaluation: Evaluation, baseline: Evaluation) -> dict[str, list[float]]:
+    """Return [difference, low, high] for each metric: its mean minus the baseline's, with a 95 % interval.
+
+    Only the problems that both evaluations have are compared.
     """
     differences = {}
-    for name, now in found.sums.items():
-        then = before.sums.get(name, {})
-        both = sorted(now.keys() & then.keys())  # sorted, since the draws depend on the order
-        if both:
-            values, weights = zip(*map(now.__getitem__, both), strict=True)
-            earlier, shares = zip(*map(then.__getitem__, both), strict=True)
-            drawn = np.random.default_rng(0)
-            low, high = bootstrap_difference(values, earlier, drawn, weights=weights, weights_before=shares)
-            differences[name] = [mean(values, weights) - mean(earlier, shares), low, high]
+    for name, sums in evaluation.sums.items():
+        baseline_sums = baseline.sums.get(name, {})
+        problems = sorted(sums.keys() & baseline_sums.keys())  # sorted, because the bootstrap depends on the order
+        if problems:
+            values, weights = zip(*map(sums.__getitem__, problems), strict=True)
+            baseline_values, baseline_weights = zip(*map(baseline_sums.__getitem__, problems), strict=True)
+            generator = np.random.default_rng(0)
+            low, high = bootstrap_difference(
+                values, baseline_values, generator, weights=weights, weights_before=baseline_weights
+            )
+            differences[name] = [mean(values, weights) - mean(baseline_values, baseline_weights), low, high]
     return differences
 
 
@@ -165,13 +169,13 @@ def with_intervals(sums_by_metric: Mapping[str, Sums]) -> dict[str, Any]:
 
 
 def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """Return a 95 % interval: Wilson's if every problem scores 0 or 1, else a bootstrap over problems with a fixed
-    seed.
+    """Return a 95 % interval: Wilson's if every problem scores 0 or 1, else a bootstrap with a fixed seed.
+
+    The bootstrap resamples problems, because the samples of one problem are not independent.
     """
-    # Problems are resampled, because the samples of a problem are not independent. Cells of a puzzle and rewards are no
-    # independent trials, even if all are 0 or 1.
+    # Rewards and cells of a puzzle are not independent trials, even if all values are 0 or 1.
     numbers = np.asarray(values)
-    are_trials = ((numbers == 0) | (numbers == np.asarray(weights))).all()
-    if are_trials and name not in ("reward", "cell_accuracy"):
+    all_zero_or_one = ((numbers == 0) | (numbers == np.asarray(weights))).all()
+    if all_zero_or_one and name not in ("reward", "cell_accuracy"):
         return wilson(int((numbers > 0).sum()), len(numbers))
     return bootstrap_mean(values, np.random.default_rng(0), weights=weights)

@@ -18,7 +18,7 @@ COSTS = ("forwards_per_answer", "tokens_per_forward", "tokens", "forwards", "sec
 
 
 def varying(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the settings in which the results that have them differ; the model if the results differ in nothing."""
+    """Return the names of the settings that differ between results; ["model"] if none does."""
     return [name for name in SETTINGS if len({str(row[name]) for row in results if name in row}) > 1] or ["model"]
 
 

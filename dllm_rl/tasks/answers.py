@@ -1,4 +1,4 @@
-"""Find the answer in a completion. Every function takes linear time on any text and never raises."""
+"""Find the answer in a completion. Every function runs in linear time on any text and never raises."""
 
 import re
 from collections.abc import Callable
@@ -14,19 +14,20 @@ SPECIAL_TOKENS = ("<|eot_id|>", "<|endoftext|>")
 _BRACE = re.compile(r"[{}]")
 _BOX_END = re.compile(r"[}\n]")
 _NUMBER = re.compile(r"-?\d+\.?\d*")
-# Plain characters for printed minus signs, spaces of other widths and full-width digits.
-_PLAIN_CHARACTERS = dict.fromkeys((*range(0x2010, 0x2014), 0x2212, 0xFE63, 0xFF0D), "-")
-_PLAIN_CHARACTERS |= {0xFF0B: "+", 0xFF0C: ",", 0xFF0E: ".", 0xFF0F: "/", 0x2044: "/"}
-_PLAIN_CHARACTERS |= dict.fromkeys((0xA0, *range(0x2000, 0x200C), 0x202F, 0x205F, 0x2060, 0x3000, 0xFEFF), " ")
-_PLAIN_CHARACTERS |= {0xFF10 + digit: str(digit) for digit in range(10)}
+# ASCII characters for typographic minus signs, spaces of other widths and full-width digits.
+_ASCII_CHARACTERS = dict.fromkeys((*range(0x2010, 0x2014), 0x2212, 0xFE63, 0xFF0D), "-")
+_ASCII_CHARACTERS |= {0xFF0B: "+", 0xFF0C: ",", 0xFF0E: ".", 0xFF0F: "/", 0x2044: "/"}
+_ASCII_CHARACTERS |= dict.fromkeys((0xA0, *range(0x2000, 0x200C), 0x202F, 0x205F, 0x2060, 0x3000, 0xFEFF), " ")
+_ASCII_CHARACTERS |= {0xFF10 + digit: str(digit) for digit in range(10)}
 _LATEX_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace)(?![a-zA-Z])|(?<!\\)~")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,/^_} ])(?<!\d )(-?\d{1,3}(?: \d{3})+)(?![\d/^_{]| [\d(])")
-_PLAIN = re.compile(r"([+-]?) ?\$?([+-]?) ?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
+_DECIMAL_NUMBER = re.compile(r"([+-]?) ?\$?([+-]?) ?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
 
 
 def last_answer(text: str) -> str | None:
-    """Return the text after the last `<answer>`, up to its end tag, a special token or the end of the text; None if
-    there is no `<answer>`.
+    """Return the text after the last `<answer>`, up to `</answer>`, a special token or the end of the text.
+
+    None if there is no `<answer>`.
     """
     start = text.rfind("<answer>")
     if start < 0:
@@ -42,8 +43,8 @@ def first_closed_answer(text: str) -> str | None:
 
 
 def last_closed_answer(text: str) -> str | None:
-    """Return the last of the non-overlapping `<answer>...</answer>` pairs, read from the left; None without a pair."""
-    for piece in reversed(text.split("</answer>")[:-1]):  # no pair begins after the last end tag
+    """Return the text in the last of the non-overlapping `<answer>...</answer>` pairs; None without a pair."""
+    for piece in reversed(text.split("</answer>")[:-1]):  # each piece ends at an end tag
         start = piece.find("<answer>")
         if start >= 0:
             return piece[start + len("<answer>") :]
@@ -60,8 +61,10 @@ def last_box(text: str, *, names: tuple[str, ...] = ("\\boxed", "\\fbox")) -> st
 
 
 def final_answer(text: str) -> str | None:
-    """Return the answer of the strict protocol: the last box in the last `<answer>` block, else that block; without a
-    block, the last box of the text.
+    """Return the answer of the strict protocol.
+
+    It is the last box in the last `<answer>` block, or the whole block if it has no box. Without a block, it is the
+    last box of the text.
     """
     block = last_answer(text)
     box = last_box(text if block is None else block)  # an answer block takes precedence over a box in the reasoning
@@ -70,26 +73,26 @@ def final_answer(text: str) -> str | None:
 
 
 def readings(unmarked: str | None = None) -> dict[str, Callable[[str], str | None]]:
-    """Return the readings of an answer that papers and harnesses use, first and last of each kind, by name.
+    """Return the readings that papers and harnesses use, by name. A reading is a way to extract an answer.
 
     Args:
-        unmarked: Regular expression of an answer without tags or box, which must take linear time on any text. None
-            (default): no such reading.
+        unmarked: Regular expression of an answer without tags or box, for two more readings. It must run in linear time
+            on any text. None (default): no such readings.
 
     Returns:
-        Functions of a completion to its answer, or to None if it has no answer of that kind.
+        Functions from a completion to its answer, or to None if the completion has no answer of that kind.
     """
     readings_by_name: dict[str, Callable[[str], str | None]] = {
         "first <answer>": _first_answer,
         "last <answer>": last_answer,
         "first \\boxed": _first_box,
         "last \\boxed": partial(last_box, names=("\\boxed",)),
-        "first ####": partial(_pattern, re.compile("####([^\n]*)"), 0),
-        "last ####": partial(_pattern, re.compile("####([^\n]*)"), -1),
+        "first ####": partial(_match, re.compile("####([^\n]*)"), 0),
+        "last ####": partial(_match, re.compile("####([^\n]*)"), -1),
     }
     if unmarked is not None:
-        readings_by_name["first unmarked"] = partial(_pattern, re.compile(unmarked), 0)
-        readings_by_name["last unmarked"] = partial(_pattern, re.compile(unmarked), -1)
+        readings_by_name["first unmarked"] = partial(_match, re.compile(unmarked), 0)
+        readings_by_name["last unmarked"] = partial(_match, re.compile(unmarked), -1)
     return readings_by_name
 
 
@@ -103,16 +106,16 @@ def _first_box(text: str) -> str | None:
     return None if start < 0 else _balanced(text, start + len("\\boxed{"))
 
 
-def _pattern(pattern: re.Pattern[str], which: int, text: str) -> str | None:
-    matches = pattern.findall(text[:MAX_SEARCH_LENGTH] if which == 0 else text[-MAX_SEARCH_LENGTH:])
-    return matches[which].strip() if matches else None
+def _match(pattern: re.Pattern[str], position: int, text: str) -> str | None:
+    matches = pattern.findall(text[:MAX_SEARCH_LENGTH] if position == 0 else text[-MAX_SEARCH_LENGTH:])
+    return matches[position].strip() if matches else None
 
 
 def d1_box(text: str) -> str | None:
     r"""Return the last `\boxed`, or without one `\fbox`, as d1 reads it.
 
-    The result is None if the box is not closed, and the complete text if it has neither. "\boxed " with a space extends
-    to the next dollar sign; otherwise only "\boxed{" and "}" are removed.
+    The result is None if the box is not closed, and the complete text if it has no box. The content of "\boxed " with a
+    space extends to the next dollar sign. Otherwise "\boxed{" and "}" are removed; "\fbox{" stays.
     """
     if "\\boxed " in text:
         return text.rpartition("\\boxed ")[2].partition("$")[0]
@@ -129,8 +132,10 @@ def d1_box(text: str) -> str | None:
 
 
 def first_boxed_number(text: str) -> float | None:
-    r"""Return the first number in a `\boxed{...}` as d1 reads it: up to the first brace, in one line; a float or its
-    first number.
+    r"""Return the number of the first `\boxed{...}` that has one, as d1 reads it.
+
+    A box extends to the first closing brace and must be in one line. Its number is its text as a float, else the first
+    number in it.
     """
     start = text.find("\\boxed{")
     for _ in range(MAX_BOXES):
@@ -150,22 +155,22 @@ def last_number(text: str) -> float | None:
     return _number(text, last=True)
 
 
-def printed(text: str) -> str:
-    """Convert the text to plain characters.
+def to_plain_characters(text: str) -> str:
+    """Replace typographic minus signs, wide and LaTeX spaces and full-width digits by ASCII characters.
 
-    Printed minus signs, wide and LaTeX spaces, full-width digits, and separators of thousands as in 1{,}000 and 1 000
-    are replaced. Other blanks between digits stay: 3 4 is not 34.
+    Separators of thousands, as in 1{,}000 and 1 000, are removed or become commas. Other spaces between digits stay:
+    3 4 is not 34.
     """
-    text = _LATEX_SPACE.sub(" ", text.translate(_PLAIN_CHARACTERS).replace("\\!", "")).replace("{,}", ",")
-    return _SPACED_THOUSANDS.sub(lambda group: group[1].replace(" ", ""), text)
+    text = _LATEX_SPACE.sub(" ", text.translate(_ASCII_CHARACTERS).replace("\\!", "")).replace("{,}", ",")
+    return _SPACED_THOUSANDS.sub(lambda match: match[1].replace(" ", ""), text)
 
 
 def exact_number(text: str) -> Fraction | None:
     """Read the text as one decimal number, with optional sign, dollar sign, thousands commas and final point."""
     if len(text) > MAX_ANSWER_LENGTH:
         return None
-    text = printed(text).strip().replace("\\$", "$").removesuffix(".").rstrip()
-    match = _PLAIN.fullmatch(text) if len(text) <= 100 else None
+    text = to_plain_characters(text).strip().replace("\\$", "$").removesuffix(".").rstrip()
+    match = _DECIMAL_NUMBER.fullmatch(text) if len(text) <= 100 else None
     if not match or (match[1] and match[2]):  # a sign may be before or after the dollar sign, but not both
         return None
     value = Fraction(match[3].replace(",", ""))
@@ -173,7 +178,10 @@ def exact_number(text: str) -> Fraction | None:
 
 
 def cut(text: str, start: int, ends: tuple[str, ...] = (*SPECIAL_TOKENS, "</answer>"), *, closed: bool = False) -> str:
-    """Return the text from `start` up to the first of the ends; without an end, all of it, or nothing if `closed`."""
+    """Return the text from `start` up to the first of `ends`.
+
+    Without any of them, the result is the rest of the text, or "" if `closed`.
+    """
     positions = [position for end in ends if (position := text.find(end, start)) >= 0]
     return text[start : min(positions, default=start if closed else len(text))]
 

@@ -1,4 +1,4 @@
-"""Interface of a task: problems, and a grader from text to numbers. Tasks never import torch."""
+"""Interface of a task: problems, and a grader that maps text to numbers. Tasks never import torch."""
 
 import inspect
 import os
@@ -14,9 +14,7 @@ FLOAT32_MAX = 3.4028234663852886e38
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: the text that the model reads, and the data that a grader needs.
-
-    A task returns one for each index.
+    """One problem: the text that the model reads, and the data that a grader needs. `task[index]` returns it.
 
     Attributes:
         prompt: Text, or chat messages with role and content that the tokenizer renders.
@@ -34,9 +32,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Reward:
-    """The grade of a completion.
-
-    A task's `reward` returns it.
+    """The grade of a completion, which a task's `reward` returns.
 
     Attributes:
         value: Number that training maximizes.
@@ -154,7 +150,7 @@ def grade(
     *,
     timeout: float | None = None,
 ) -> list[Reward]:
-    """Grade completions, G consecutive ones per problem; in one call if the task has `rewards`.
+    """Grade completions, G consecutive ones per problem. If the task has `rewards`, they are graded in one call.
 
     Args:
         task: Task with the grader.
@@ -177,7 +173,7 @@ def grade(
     )
     with nullcontext(lambda: None) if timeout is None else deadline(timeout, call.timeout_message) as restart:
         rewards, error = call.grade_together()
-        if rewards is None:  # no batch grader, or it failed: grade one by one, which finds the completion that fails
+        if rewards is None:  # no batch grader, or it failed: grade one by one, to name the completion that fails
             rewards = call.grade_one_by_one(restart)
         if error is not None:
             count = f"{len(completions)} completions in one call"

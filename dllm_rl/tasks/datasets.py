@@ -189,8 +189,9 @@ def _as_functions(reward_funcs: Any) -> tuple[RewardFunction, ...]:
 
 
 def _column_names(dataset: Any) -> list[str]:
-    """Return the column names of all rows, in order. Raises ValueError unless `dataset` is a sequence of rows with a
-    prompt.
+    """Return the column names of all rows, in order.
+
+    Raises ValueError unless `dataset` is a sequence of rows with a prompt.
     """
     check_is_rows("dataset", dataset)
     if not isinstance(dataset, Sized):
@@ -218,9 +219,7 @@ def _column_names(dataset: Any) -> list[str]:
 
 
 def check_is_rows(name: str, dataset: Any) -> None:
-    """Raise ValueError, with the remedy, for data that is not a sequence of rows: text, a dict of columns, a pandas
-    table.
-    """
+    """Raise ValueError with advice if `dataset` is text, a dict of columns or splits, or a pandas table."""
     if isinstance(dataset, TEXT_TYPES):
         raise ValueError(
             f"{name}={dataset!r} is text; give rows, for example a list of dicts or datasets.load_dataset(...)"
@@ -252,7 +251,7 @@ def _row(dataset: Any, index: int) -> Mapping[str, Any]:
 
 
 def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
-    """Return the data set if it has a length, else a list of its first `max_rows` rows.
+    """Return a data set with a length unchanged; of a streamed one, return a list of its first `max_rows` rows.
 
     Raises:
         ValueError: The data set has no length, and max_rows is None.
@@ -347,8 +346,9 @@ def _call_functions(functions: Sequence[RewardFunction], arguments: Sequence[dic
 
 
 def _numbers_by_completion(label: str, numbers: Any, completions: Sequence[Any]) -> dict[int, float]:
-    """Return what a reward function returned, by index of the completion, without None. Raises ValueError unless there
-    is one finite number or None per completion.
+    """Return a reward function's numbers by index of the completion, without those that are None.
+
+    Raises ValueError unless there is one finite number or None per completion.
     """
     if hasattr(numbers, "tolist") and hasattr(numbers, "ndim"):  # an array, a tensor or a pandas series
         if numbers.ndim != 1:

@@ -1,4 +1,4 @@
-"""Prompts from templates: built in, a string, or a file."""
+"""Prompts from templates. A template is built in, a string, or a file."""
 
 import json
 import re
@@ -13,9 +13,9 @@ _MESSAGE = {"role": str, "content": str}
 
 @lru_cache(maxsize=64)
 def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
-    """Return a text with a line break or a placeholder unchanged, else read a file.
+    """Return a template: `template` itself if it has a line break or a placeholder, else the content of that file.
 
-    Raises ValueError if there is no such file, or a name of `needs` is missing ("a|b" needs a or b).
+    Raises ValueError if there is no such file, or if the template lacks a placeholder of `needs` ("a|b": a or b).
     """
     required = [[f"{{{name}}}" for name in alternatives.split("|")] for alternatives in needs]
     if isinstance(template, str) and (
@@ -51,7 +51,7 @@ class Prompted:
     """The settings prompt_format, chat and opening of a task; the task declares them as its fields."""
 
     text: ClassVar[str]  # the instruction of prompt_format="text"
-    placeholders: ClassVar[tuple[str, ...]]  # names that a template must have in braces; "a|b": one of the two
+    placeholders: ClassVar[tuple[str, ...]]  # that a template must contain, in braces; "a|b": one of the two
     has_compact: ClassVar[bool] = False  # whether the task also has a format "compact"
 
     prompt_format: str | Path
@@ -64,19 +64,20 @@ class Prompted:
         return self.has_compact and self.prompt_format == "compact"
 
     def check_prompt(self) -> None:
-        """Raise ValueError for an opening without an assistant's turn, and for an invalid template."""
+        """Raise ValueError if the opening has no assistant turn to begin, or if the template is invalid."""
         if self.opening and (not self.chat or self.compact):
             raise ValueError(f"opening={self.opening!r} begins the assistant's turn: it needs chat=True and text")
         if not self.compact:
             self._template()
 
-    def worded(self, blanks: str = "", **values: str) -> Prompt:
-        """Fill in the template and append an answer block with the `blanks` to fill in.
+    def render_prompt(self, blanks: str = "", **values: str) -> Prompt:
+        """Return the prompt: the template with each `{name}` of `values` replaced.
 
-        Each `{name}` of `values` is replaced. With `chat`, a plain text becomes one user message.
+        If `blanks` is not empty, an answer block that contains it is appended, for infilling. With `chat`, a text
+        template becomes one user message.
         """
         block = blanks and f"<answer>\n{blanks}\n</answer>"
-        template = self._template()  # nothing is replaced inside a value; other braces stay, such as \boxed{}
+        template = self._template()
         if isinstance(template, str) and not self.chat:
             return _replace(template, values) + (block and f"\n\n{block}")
         template_messages = [{"role": "user", "content": template}] if isinstance(template, str) else template
@@ -91,6 +92,6 @@ class Prompted:
 
 
 def _replace(text: str, values: dict[str, str]) -> str:
-    # One pass over the template: a value that looks like a placeholder stays text.
+    # One pass over the template: a value that contains "{name}" stays unchanged. Other braces stay, as in \boxed{}.
     names = re.compile("|".join("\\{" + re.escape(name) + "\\}" for name in values))
-    return names.sub(lambda found: values[found[0][1:-1]], text)
+    return names.sub(lambda match: values[match[0][1:-1]], text)

@@ -19,15 +19,15 @@ from dllm_rl.tasks.sudoku import graders as sudoku
 
 @dataclass(frozen=True)
 class Entry:
-    """A task's class, and its graders and their requirements by protocol."""
+    """A task's class, and by protocol its graders with what they need."""
 
     task: type[Any]
     graders: Mapping[str, Grader]
     read_fields: Callable[[Mapping[str, Any], str], dict[str, Any]]  # (stored row, protocol) -> fields, or ValueError
     require: Mapping[str, Callable[[], None]] = field(default_factory=dict)  # ImportError without a package
-    # Precomputes the slow part of many grades in parallel: (fields, completions) -> None.
+    # Computes the slow part of many grades in parallel and caches it for the grader: (fields, completions) -> None.
     prepare: Mapping[str, Callable[[Sequence[Mapping[str, Any]], Sequence[str]], None]] = field(default_factory=dict)
-    # Places of an answer: (completion) -> answer or None. `strict` grades the answer that was read.
+    # Ways to extract an answer, which `strict` then grades: name -> function from a completion to an answer or None.
     readings: Mapping[str, Callable[[str], str | None]] = field(default_factory=dict)
 
 
@@ -39,7 +39,7 @@ TABLE = {
     ),
     "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k, readings=readings(r"-?\d+(?:,\d{3})*(?:\.\d+)?")),
     "math500": Entry(
-        MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_NEEDS, math.MATH500_AT_ONCE, readings()
+        MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_REQUIRE, math.MATH500_PREPARE, readings()
     ),
     "reasoning_gym": Entry(gym.ReasoningGym, {"strict": gym.gym_strict}, gym.read_fields, readings=readings()),
     "code": Entry(code.Code, code.GRADERS, code.read_fields, {"sandbox": sandbox.require}, {"sandbox": code.run_all}),
@@ -48,7 +48,7 @@ TASKS = {name: entry.task for name, entry in TABLE.items()}
 PROTOCOLS = {name: entry.graders for name, entry in TABLE.items()}
 SOURCES = {"strict": "dllm_rl", "d1": "arXiv 2504.12216", "spg": "arXiv 2510.09541", "espo": "arXiv 2512.03759"}
 SOURCES |= {"dream": "arXiv 2508.15487", "math-verify": "huggingface/Math-Verify", "sandbox": "dllm_rl"}
-PUBLISHED = ("d1", "spg")  # protocols with published settings for every task
+PUBLISHED = ("d1", "spg")  # protocols whose papers publish evaluation settings
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def under_protocol(task: Task, protocol: str) -> UnderProtocol:
     """
     find_grader(task.name, protocol)
     is_stored = getattr(task, "path", None) is not None
-    for index in range(len(task) if is_stored else min(1, len(task))):  # generated problems all have the same form
+    for index in range(len(task) if is_stored else min(1, len(task))):  # all generated problems have the same fields
         try:
             TABLE[task.name].read_fields(task[index].fields, protocol)
         except ValueError as error:
@@ -101,7 +101,7 @@ def find_grader(task: str, protocol: str) -> Grader:
     if protocol not in PROTOCOLS[task]:
         raise ValueError(f"protocol={protocol!r} is not one of {task}'s: {', '.join(PROTOCOLS[task])}")
     if protocol in TABLE[task].require:
-        TABLE[task].require[protocol]()  # before any work: a missing package is named immediately
+        TABLE[task].require[protocol]()  # raise ImportError now, before any grading
     return PROTOCOLS[task][protocol]
 
 
@@ -116,9 +116,7 @@ def grade_all(
 
 
 def published(protocol: str, task: str, max_new_tokens: int) -> dict[str, tuple[Any, ...]]:
-    """Return the settings of a paper's evaluation: name -> the values in the paper. Raises ValueError if there are
-    none.
-    """
+    """Return the values of each setting in a paper's evaluation of a task. Raises ValueError if there is none."""
     graders = PROTOCOLS.get(task, {})
     if protocol not in PUBLISHED or protocol not in graders:
         raise ValueError(f"no published settings of protocol={protocol!r} for task={task!r}; give d1 or spg")

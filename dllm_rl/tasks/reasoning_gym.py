@@ -1,5 +1,6 @@
-"""reasoning-gym's generators as a task, with separate graders: reasoning-gym's scorers evaluate code that a model
-writes.
+"""reasoning-gym's generators as a task, with graders of this library.
+
+reasoning-gym's own scorers are not used, because they evaluate code that a model writes.
 """
 
 import json
@@ -17,7 +18,7 @@ from dllm_rl.tasks.base import Grader, Problem, Reward
 from dllm_rl.tasks.countdown import graders as countdown
 from dllm_rl.tasks.math import graders as math
 from dllm_rl.tasks.prompt_texts import BLANK, Prompted
-from dllm_rl.tasks.rows import Split, check_settings, check_split, hashed_split, present, text_of
+from dllm_rl.tasks.rows import Split, check_settings, check_split, hashed_split, require_field, text_of
 from dllm_rl.tasks.sudoku import graders as sudoku
 from dllm_rl.tasks.sudoku.task import lines
 
@@ -27,21 +28,23 @@ Write the numbers of all courses in such an order, separated by commas."""
 MAX_TRIES = 1000  # generated entries per problem before giving up
 
 Fields = Mapping[str, Any]
-# Question, grader's fields, right answer, the text whose hash decides the split, and the answer to fill in or "".
+# (question, grader's fields, right answer, text whose hash decides the split, answer with blanks for infilling or "").
 GeneratedProblem = tuple[str, dict[str, Any], str, str, str]
 
 
 def exact(fields: Fields, completion: str) -> Reward:
-    """Compare the strict answer (`final_answer`) with `answer`, ignoring case, surrounding blanks and a final point
-    [ours].
+    """Check that the strict answer (`final_answer`) equals `answer` [ours].
+
+    Case, surrounding blanks and a final period are ignored.
     """
     answer = (final_answer(completion) or "").removesuffix(".").strip().casefold()
     return _graded(answer != "", answer == fields["answer"].casefold())
 
 
 def coloring(fields: Fields, completion: str) -> Reward:
-    """Check that the strict answer is a JSON map of each vertex, once, to a color from 1, and no pair shares a color
-    [ours].
+    """Check that the strict answer is a JSON object that colors each vertex once, and adjacent ones differently [ours].
+
+    Colors are integers from 1 to `colors`.
     """
     try:
         pairs = json.loads(final_answer(completion) or "", object_pairs_hook=tuple)
@@ -50,20 +53,20 @@ def coloring(fields: Fields, completion: str) -> Reward:
     color_by_vertex = dict(pairs) if isinstance(pairs, tuple) else {}  # only a JSON object is read as a tuple
     vertices = sorted(map(str, range(fields["count"])))
     has_all_vertices = sorted(color_by_vertex) == vertices and len(pairs) == len(color_by_vertex)
-    # `type`, because True is not a color.
+    # Not isinstance: True is an int, but not a color.
     has_valid_colors = all(type(color) is int and 1 <= color <= fields["colors"] for color in color_by_vertex.values())
-    right = has_all_vertices and has_valid_colors
-    right = right and all(color_by_vertex[str(a)] != color_by_vertex[str(b)] for a, b in fields["pairs"])
-    return _graded(bool(color_by_vertex), right)
+    is_right = has_all_vertices and has_valid_colors
+    is_right = is_right and all(color_by_vertex[str(a)] != color_by_vertex[str(b)] for a, b in fields["pairs"])
+    return _graded(bool(color_by_vertex), is_right)
 
 
 def course_order(fields: Fields, completion: str) -> Reward:
-    """Check that the strict answer has each course once, and in each pair the second before the first [ours]."""
+    """Check that the strict answer lists each course once, and in each pair the second before the first [ours]."""
     words = (final_answer(completion) or "").strip("[]").replace(",", " ").split()
-    position = dict(zip(words, range(len(words)), strict=True))
+    index_of = dict(zip(words, range(len(words)), strict=True))
     courses = set(map(str, range(fields["count"])))
     has_all_courses = len(words) == len(courses) and set(words) == courses
-    is_right = has_all_courses and all(position[str(b)] < position[str(a)] for a, b in fields["pairs"])
+    is_right = has_all_courses and all(index_of[str(b)] < index_of[str(a)] for a, b in fields["pairs"])
     return _graded(bool(words) and set(words) <= courses, is_right)
 
 
@@ -72,30 +75,31 @@ def _graded(parsed: bool, is_right: bool) -> Reward:
     return Reward(value, parsed, {"accuracy": value})
 
 
-def _read(entry: Fields) -> GeneratedProblem | None:
-    """Read a generated entry; None for a schedule without an order.
+def _parse_entry(entry: Fields) -> GeneratedProblem | None:
+    """Convert an entry of the generator to a problem; None for a course schedule that has no order.
 
-    The generator asks whether there is an order; this task's question asks for the order.
+    The generator's question is whether there is an order; this task asks for the order instead.
     """
     question = entry["question"]
     answer = entry["answer"]
-    facts = entry["metadata"]
-    if "numbers" in facts:
-        fields = {"numbers": facts["numbers"], "target": facts.get("target", 24)}
-        return question, fields, answer, repr(sorted(facts["numbers"])), ""
-    if "prerequisites" in facts:
-        fields = {"count": len(facts["courses"]), "pairs": sorted(map(list, facts["prerequisites"]))}
-        order = ", ".join(map(str, facts["courses"]))  # a course's prerequisites were drawn from the courses before it
-        return (ORDER.format(**fields), fields, order, repr(fields), "") if facts["solution"] else None
-    if "possible_answer" in facts:
-        graph = facts["puzzle"]
+    metadata = entry["metadata"]
+    if "numbers" in metadata:
+        fields = {"numbers": metadata["numbers"], "target": metadata.get("target", 24)}
+        return question, fields, answer, repr(sorted(metadata["numbers"])), ""
+    if "prerequisites" in metadata:
+        fields = {"count": len(metadata["courses"]), "pairs": sorted(map(list, metadata["prerequisites"]))}
+        # In this order, because the generator draws a course's prerequisites from the courses before it.
+        order = ", ".join(map(str, metadata["courses"]))
+        return (ORDER.format(**fields), fields, order, repr(fields), "") if metadata["solution"] else None
+    if "possible_answer" in metadata:
+        graph = metadata["puzzle"]
         fields = {"count": len(graph["vertices"]), "pairs": list(map(list, graph["edges"]))}
-        answer = json.dumps(facts["possible_answer"])
+        answer = json.dumps(metadata["possible_answer"])
         filled = re.sub(r": \d+", f": {BLANK}", answer)
         return question, fields | {"colors": graph["num_colors"]}, answer, repr(fields), filled
-    if "puzzle" in facts:
-        puzzle = _joined(facts["puzzle"])
-        solution = _joined(facts["solution"])
+    if "puzzle" in metadata:
+        puzzle = _joined(metadata["puzzle"])
+        solution = _joined(metadata["solution"])
         blanks = lines(puzzle.replace("0", BLANK))
         return question, {"puzzle": puzzle, "solution": solution}, answer, solution, blanks
     return question, {"answer": str(answer)}, str(answer), question, ""
@@ -106,7 +110,7 @@ def _joined(grid: Sequence[Sequence[int]]) -> str:
 
 
 def _read_graph(names: tuple[str, ...], row: Fields, _: str) -> dict[str, Any]:
-    values = {name: present(row, name) for name in ("pairs", *names)}
+    values = {name: require_field(row, name) for name in ("pairs", *names)}
     are_counts = all(type(values[name]) is int and 0 < values[name] <= MAX_TRIES for name in names)
     are_pairs = isinstance(values["pairs"], list) and all(
         type(pair) is list and len(pair) == 2 for pair in values["pairs"]
@@ -117,7 +121,7 @@ def _read_graph(names: tuple[str, ...], row: Fields, _: str) -> dict[str, Any]:
     return values
 
 
-# Each generator's grader, and the reader of a stored row's fields.
+# Generator -> its grader, and the function that reads the grader's fields from a stored row.
 KINDS: dict[str, Any] = {
     **dict.fromkeys(("mini_sudoku", "sudoku"), (sudoku.sudoku_strict, sudoku.read_fields)),
     **dict.fromkeys(("countdown", "puzzle24"), (countdown.countdown_strict, countdown.read_fields)),
@@ -128,7 +132,7 @@ KINDS: dict[str, Any] = {
 }
 
 
-def _kind(generator: str) -> tuple[Grader, Callable[[Fields, str], dict[str, Any]]]:
+def _grader_and_reader(generator: str) -> tuple[Grader, Callable[[Fields, str], dict[str, Any]]]:
     if generator not in KINDS:
         known = ", ".join(map(repr, KINDS))
         raise ValueError(f"generator={generator!r} must be one of {known}: only these have graders of ours")
@@ -136,14 +140,14 @@ def _kind(generator: str) -> tuple[Grader, Callable[[Fields, str], dict[str, Any
 
 
 def gym_strict(fields: Fields, completion: str) -> Reward:
-    """Grade by the strict grader of the field `generator` [ours]."""
-    return _kind(fields["generator"])[0](fields, completion)
+    """Grade by the strict grader of the generator that the field `generator` names [ours]."""
+    return _grader_and_reader(fields["generator"])[0](fields, completion)
 
 
 def read_fields(row: Fields, protocol: str) -> dict[str, Any]:
-    """Read `generator` of a stored row and the fields of its grader. Raises ValueError if they are malformed."""
+    """Read the generator and its grader's fields of a stored row. Raises ValueError if they are malformed."""
     generator = text_of(row, "generator")
-    return {"generator": generator} | _kind(generator)[1](row, protocol)
+    return {"generator": generator} | _grader_and_reader(generator)[1](row, protocol)
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ class ReasoningGym(Prompted):
 
     def __post_init__(self) -> None:
         check_split(self.split)
-        _kind(self.generator)
+        _grader_and_reader(self.generator)
         self.check_prompt()
         *_, blanks = _generate(self.generator, self.settings, self.seed, self.split, 0)  # raises on a wrong setting
         check_settings(
@@ -205,8 +209,8 @@ class ReasoningGym(Prompted):
             raise IndexError(f"problem {index} of {self.size}")
         question, fields, answer, _, blanks = _generate(self.generator, self.settings, self.seed, self.split, index)
         if self.infill:
-            return Problem(self.worded(blanks, question=question), fields, blank=BLANK)
-        return Problem(self.worded(question=question), fields, f"<answer>\n{answer}\n</answer>")
+            return Problem(self.render_prompt(blanks, question=question), fields, blank=BLANK)
+        return Problem(self.render_prompt(question=question), fields, f"<answer>\n{answer}\n</answer>")
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         return gym_strict(problem.fields, completion)
@@ -225,8 +229,10 @@ def _generate(generator: str, settings: str, seed: int, split: Split, index: int
         try:
             entry = reasoning_gym.create_dataset(generator, seed=entry_seed, size=1, **json.loads(settings))[0]
         except (AssertionError, TypeError, ValueError) as error:  # the package raises these for a wrong setting
-            raise ValueError(f"settings={settings!r} of {generator}: {error}; give its own settings as JSON") from None
-        problem = _read(entry)
+            raise ValueError(
+                f"settings={settings!r} of {generator}: {error}; give the generator's settings as JSON"
+            ) from None
+        problem = _parse_entry(entry)
         if problem and hashed_split(problem[3]) == split:
             return problem[0], {"generator": generator} | problem[1], *problem[2:]
     raise ValueError(f"settings={settings!r}: no problem of split {split!r} in {MAX_TRIES} tries; widen them")

@@ -12,18 +12,18 @@ from typing import Any, Literal
 
 Row = dict[str, Any]
 Split = Literal["train", "validation", "test"]
-NAMES: tuple[Split, ...] = ("train", "validation", "test")
+SPLIT_NAMES: tuple[Split, ...] = ("train", "validation", "test")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def hashed_split(key: str) -> Split:
     """Assign a key to a split by a fixed hash: 70 % train, 10 % validation, 20 % test."""
-    # Not Python's hash(), which differs between processes. JSON text may contain half of a surrogate pair.
+    # Python's hash() differs between processes. JSON text may contain half of a surrogate pair.
     percentile = int.from_bytes(sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 100
     return "test" if percentile < 20 else "validation" if percentile < 30 else "train"
 
 
-def check_split(split: str, names: tuple[str, ...] = NAMES) -> None:
+def check_split(split: str, names: tuple[str, ...] = SPLIT_NAMES) -> None:
     """Raise ValueError if the split is not one of `names`."""
     if split not in names:
         raise ValueError(f"split={split!r} must be one of {', '.join(map(repr, names))}")
@@ -37,19 +37,21 @@ def check_settings(*conditions: tuple[bool, str]) -> None:
 
 
 def as_range(number: int | tuple[int, int]) -> tuple[int, int]:
-    """Return an inclusive range; of a single number, the range that has only this number."""
+    """Return an inclusive range unchanged, and a number n as the range (n, n)."""
     return (number, number) if isinstance(number, int) else number
 
 
-def drawn(number: int | tuple[int, int], rng: Random) -> int:
+def draw_number(number: int | tuple[int, int], rng: Random) -> int:
     """Return the number, or draw one from an inclusive range."""
     low, high = as_range(number)
     return low + int(rng.random() * (high - low + 1))
 
 
 def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
-    """Yield (location, row) for each row of a file; the location is for error messages. Raises ValueError that names
-    the file and line.
+    """Yield (location, row) for each row of a file. The location, file and line, is for error messages.
+
+    Raises:
+        ValueError: The file does not exist or is malformed. The message names file and line.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,15 +61,13 @@ def load_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     elif path.suffix == ".csv":
         yield from _csv_rows(path)
     else:
-        for number, row in enumerate(_table(path), 1):
+        for number, row in enumerate(_rows_of_table(path), 1):
             yield f"{path}, row {number}", row
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open(
-        encoding="utf-8-sig", newline=""
-    ) as file:  # -sig skips a byte order mark, which is not part of the first name
-        reader = csv.DictReader(file, strict=True)  # strict, because an unclosed quote would swallow the rows below
+    with path.open(encoding="utf-8-sig", newline="") as file:  # -sig skips a byte order mark
+        reader = csv.DictReader(file, strict=True)  # strict: an unclosed quote would swallow the rows below it
         try:
             names = list(reader.fieldnames or ())
             check_names(f"{path}, line 1", names)
@@ -98,18 +98,18 @@ def check_names(location: str, names: Sequence[str]) -> None:
             raise ValueError(f"{location}: a column has no name; name it, or remove it")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object. Raises ValueError if a name occurs twice; Python's reader would drop the first value."""
+def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object. Raises ValueError if a name occurs twice, where Python would drop the first value."""
     if len(dict(pairs)) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice in an object")
     return dict(pairs)
 
 
-def _table(path: Path) -> list[Row]:
+def _rows_of_table(path: Path) -> list[Row]:
     if path.suffix == ".json":
         try:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
+            rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_object)
         except (ValueError, RecursionError) as error:  # RecursionError: endless brackets
             raise ValueError(f"{path}: not JSON in UTF-8 ({error}); correct it") from None
         if isinstance(rows, dict):  # an evaluation file of d1
@@ -137,7 +137,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+                row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_object)
             except (ValueError, RecursionError) as error:  # RecursionError: a hostile line of brackets
                 raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
             if not isinstance(row, dict):
@@ -145,7 +145,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
             yield f"{path}, line {number}", row
 
 
-def present(row: Mapping[str, Any], name: str) -> Any:
+def require_field(row: Mapping[str, Any], name: str) -> Any:
     """Return a field of the row. Raises ValueError if it is missing."""
     if name not in row:
         raise ValueError(f"no field {name!r}")
@@ -154,7 +154,7 @@ def present(row: Mapping[str, Any], name: str) -> Any:
 
 def text_of(row: Mapping[str, Any], name: str) -> str:
     """Return a text field of the row. Raises ValueError if it is missing or not a text."""
-    value = present(row, name)
+    value = require_field(row, name)
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, not {type(value).__name__}")
     return value
@@ -162,8 +162,10 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
 
 @lru_cache(maxsize=16)
 def load_split(path: str | Path | None, split: str, dataset: tuple[str, str | None]) -> tuple[tuple[str, Row], ...]:
-    """Return the rows of a split: from the file at `path`, from the file in the folder `path` whose name contains the
-    split, or without a path from the hub. Raises ValueError.
+    """Return (location, row) for each row of a split.
+
+    The rows come from the file `path`; from the file in the folder `path` whose name contains the split; or, without a
+    path, from the hub's data set (name, configuration). Raises ValueError if there are none.
     """
     if path is not None:
         rows = tuple(load_rows(file := _split_file(Path(path), split)))
@@ -198,9 +200,10 @@ def _split_file(path: Path, split: str) -> Path:
 def load_problems(
     path: str | Path | None, split: Split, dataset: tuple[str, str | None], parse: Callable[[str, Row], tuple]
 ) -> tuple[tuple, ...]:
-    """Return `parse(location, row)` for each row of the split. It returns a tuple whose first item is the question."""
-    problems = [parse(place, row) for place, row in load_split(path, "test" if split == "test" else "train", dataset)]
-    if split != "test":  # the validation split is a tenth of the published train rows, by a hash of the question
+    """Return `parse(location, row)`, a tuple whose first item is the question, for each row of the split."""
+    rows = load_split(path, "test" if split == "test" else "train", dataset)
+    problems = [parse(location, row) for location, row in rows]
+    if split != "test":  # a hash of the question assigns a tenth of the published train rows to validation
         problems = [
             problem for problem in problems if (hashed_split(problem[0]) == "validation") == (split == "validation")
         ]

@@ -13,7 +13,7 @@ from tiny_recipe import tiny_recipe
 
 import dllm_rl
 from dllm_rl import train
-from dllm_rl.cli.evaluate import make_task, num_problems, table
+from dllm_rl.cli.evaluate import make_task, num_problems, results_table
 from dllm_rl.cli.main import main
 from dllm_rl.models.policy import diffusion_from_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
@@ -110,7 +110,7 @@ def test_tokens_are_counted_by_completion_not_by_problem():
     result |= {"n": 5, "samples": 2, "tokens": 34, "forwards": 7, "max_new_tokens": 4}
     result |= {"forwards_per_answer": 3.0, "tokens_per_forward": 34 / 30}
     console = Console(record=True, width=80)
-    console.print(table([result]))
+    console.print(results_table([result]))
     text = " ".join(console.export_text().replace("│", " ").split())
     assert "tokens per completion 3.4 forwards per answer 3.0 tokens per forward 1.1 seconds 1.0" in text
 
@@ -512,7 +512,7 @@ def test_one_command_decodes_a_converted_model_both_ways(causal_model, model, ca
     short = [*words("--task countdown --limit 6 --max_new_tokens 8"), "--autoregressive"]
     table = output(capsys, "evaluate", tmp_path / "both", *short)
     assert "autoregressive" in table and "difference" in table and "None" not in table
-    assert "only decodes so" in refusal(capsys, "evaluate", causal_model, *given, "--autoregressive")
+    assert "always decodes from left to right" in refusal(capsys, "evaluate", causal_model, *given, "--autoregressive")
     assert "do not decode from left to right" in refusal(capsys, "evaluate", model, *given, "--autoregressive")
     assert "of one MODEL, and 2 are given" in refusal(capsys, "evaluate", model, model, *given, "--autoregressive")
     blanks = words("--task sudoku --set infill=true --autoregressive")

@@ -11,7 +11,7 @@ from dllm_rl import train
 from dllm_rl.cli import evaluate as evaluate_command
 from dllm_rl.cli import run_settings
 from dllm_rl.cli.main import main
-from dllm_rl.cli.run_settings import read_call, sampler_of, sampler_or_note, task_of, with_given
+from dllm_rl.cli.run_settings import read_call, sampler_of, sampler_or_note, task_of, with_passed
 from dllm_rl.members import describe
 from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.samplers import rules
@@ -66,7 +66,7 @@ class TestEvaluatePlans:
         seen = []
         monkeypatch.setattr("dllm_rl.cli.evaluate.evaluate_command", seen.append)
         assert main(["evaluate", "runs/a", "--task", "sudoku", *options.split()]) == 0
-        return evaluate_command.plan(policy, Sudoku(), seen[0])
+        return evaluate_command.make_plans(policy, Sudoku(), seen[0])
 
     @pytest.mark.parametrize(
         ("options", "changed"),
@@ -206,10 +206,10 @@ def test_a_scripts_sampler_is_named_and_the_librarys_is_not(run, monkeypatch, ca
 
 def test_a_shorter_completion_takes_fewer_steps_and_the_runs_own_length_does_not():
     settings = {"max_new_tokens": 2, "diffusion_steps": 8}  # 8 steps: open positions beside the 2 new ones
-    assert with_given(settings, {"temperature": 0.5, "max_new_tokens": None}) == {**settings, "temperature": 0.5}
-    assert with_given(settings, {"max_new_tokens": 4}) == {"max_new_tokens": 4, "diffusion_steps": 4}
+    assert with_passed(settings, {"temperature": 0.5, "max_new_tokens": None}) == {**settings, "temperature": 0.5}
+    assert with_passed(settings, {"max_new_tokens": 4}) == {"max_new_tokens": 4, "diffusion_steps": 4}
     given = {"max_new_tokens": 4, "diffusion_steps": 9}  # refused by the sampler, as it was typed
-    assert with_given(settings, given) == given
+    assert with_passed(settings, given) == given
 
 
 def test_a_scripts_scheme_is_named(monkeypatch):

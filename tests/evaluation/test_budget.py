@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from dllm_rl.evaluation import budget as budget_module
-from dllm_rl.evaluation.budget import NUMBER_OF_SLACK, within_budget
+from dllm_rl.evaluation.budget import PARAMETER_FROM_SLACK, within_budget
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.by_name import read_commit, read_rank, required_rank
@@ -32,9 +32,9 @@ def forwards(policy, commit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NUMBER_OF_SLACK)
+@pytest.mark.parametrize("name", PARAMETER_FROM_SLACK)
 def test_no_number_tried_comes_closer_to_the_budget_from_below(policy, name):
-    tried = [forwards(policy, f"{name}={NUMBER_OF_SLACK[name](10 ** (fifth / 5 - 4)):.9g}") for fifth in range(30)]
+    tried = [forwards(policy, f"{name}={PARAMETER_FROM_SLACK[name](10 ** (fifth / 5 - 4)):.9g}") for fifth in range(30)]
     for budget in (1, 3, 6):
         found = within_budget(policy, PROBLEMS, sampler_of(name), name, budget, seed=0)
         assert max(each for each in tried if each <= budget) <= forwards(policy, found) <= budget

@@ -117,7 +117,7 @@ GOOD = {
         ("countdown", {"numbers": []}, "must be a list of integers"),
         ("countdown", {"target": True}, "target=True must be an integer"),
         ("countdown", {"target": "3"}, "target='3' must be an integer"),
-        ("gsm8k", {"answer": "many"}, "answer='many' is no number"),
+        ("gsm8k", {"answer": "many"}, "answer='many' is not a number"),
         ("gsm8k", {"answer": [1]}, "must be a number or a text"),
         ("code", {"arguments": True}, "arguments=True must be an integer"),
         ("code", {"tests": ["assert f(1)"]}, "tests must be text, not list"),

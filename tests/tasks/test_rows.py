@@ -7,7 +7,7 @@ import pytest
 
 from dllm_rl.tasks import GSM8K, MATH500, Code, Countdown, Sudoku
 from dllm_rl.tasks.protocols import under_protocol
-from dllm_rl.tasks.rows import as_range, check_settings, drawn, load_rows, load_split
+from dllm_rl.tasks.rows import as_range, check_settings, draw_number, load_rows, load_split
 
 TEST = [{"question": "What is 40 + 2?", "answer": "40 + 2 = 42\n#### 42"}]
 
@@ -36,7 +36,7 @@ def test_every_file_format(tmp_path) -> None:
         ("a.jsonl", b"\n[1]\n", "a.jsonl, line 2: must be a JSON object"),
         ("a.jsonl", b'{"question": "\xff"}\n', "a.jsonl, line 1: not JSON in UTF-8"),
         ("a.jsonl", b'{"question": "q"}\n', "a.jsonl, line 1: a GSM8K row needs"),
-        ("a.jsonl", b'{"question": "q", "answer": "#### many"}\n', "line 1: answer='#### many' is no number"),
+        ("a.jsonl", b'{"question": "q", "answer": "#### many"}\n', "line 1: answer='#### many' is not a number"),
         ("a.json", b'{"question": 1}', "must contain a list of objects"),
         ("a.json", b'[{"question": ', r"a\.json: not JSON in UTF-8"),
         ("a.json", b"[" * 200_000, r"a\.json: not JSON in UTF-8"),
@@ -99,7 +99,7 @@ def test_published_data_through_datasets(monkeypatch) -> None:
 
 def test_a_number_is_drawn_from_an_inclusive_range() -> None:
     rng = Random(0)
-    assert {drawn((2, 4), rng) for _ in range(50)} == {2, 3, 4} and drawn(3, rng) == 3
+    assert {draw_number((2, 4), rng) for _ in range(50)} == {2, 3, 4} and draw_number(3, rng) == 3
     assert as_range(3) == (3, 3) and as_range((2, 4)) == (2, 4)
 
 

@@ -1,9 +1,10 @@
 """Run a program and its tests in new namespaces (unshare, prlimit of util-linux), without network, files or processes.
 
-In the sandbox this file is process 1, which runs the tests. Its child, forked before the tests are read, runs the
-program. The tests call the program's function through pipes and receive plain data, so that the program sees no test
-and no token, and none of its objects is compared. Two attacks remain possible: answers to the observed calls without
-computing them, and a fault of the kernel. Each of the two processes may use the full memory limit.
+In the sandbox, this file runs as process 1, which runs the tests. Its child, forked before the tests are read, runs the
+program. The tests call the program's function through pipes and receive plain data. So the program sees neither the
+tests nor the token that proves that they passed, and no object of the program is compared. Two attacks remain possible:
+recognizing calls and replying without computing, and a bug of the kernel. Each of the two processes may use the full
+memory limit.
 """
 
 import ast
@@ -20,12 +21,12 @@ SECONDS = 5  # limit of a program and its tests, in wall time and in processor t
 OUTPUT = 1 << 16  # bytes
 LIMITS = ["--as=536870912", f"--fsize={OUTPUT}", "--nofile=32", "--msgqueue=0"]
 SPACES = ["--user", "--map-root-user", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
-FOLDERS = dict.fromkeys(("/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib"))  # the interpreter's
+FOLDERS = dict.fromkeys(("/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib"))  # of the interpreter
 ROOT = b"/sys"  # mount point of the new root: exists on every machine, contains nothing of the interpreter
-# By machine: the kernel's number of the architecture, then refused system calls: execve, execveat, clone, clone3,
-# socket (a virtual machine's socket to its host ignores namespaces), socketpair, ptrace, process_vm_readv, _writev,
-# pidfd_getfd, unshare, setns, shmget, semget, msgget, add_key, request_key, keyctl, bpf, perf_event_open, userfaultfd,
-# io_uring_setup, memfd_create; on x86-64 fork and vfork.
+# By machine: the kernel's number of the architecture, then the numbers of the refused system calls. They are execve,
+# execveat, clone, clone3, socket (a virtual machine's socket to its host ignores namespaces), socketpair, ptrace,
+# process_vm_readv, process_vm_writev, pidfd_getfd, unshare, setns, shmget, semget, msgget, add_key, request_key,
+# keyctl, bpf, perf_event_open, userfaultfd, io_uring_setup, memfd_create; on x86-64 also fork and vfork.
 DENIED = {
     "x86_64": "3221225534 59 322 56 435 41 53 101 310 311 438 272 308 29 64 68 248 249 250 321 298 323 425 319 57 58",
     "aarch64": "3221225655 221 281 220 435 198 199 117 270 271 438 97 268 194 190 186 217 218 219 280 241 282 425 279",
@@ -46,8 +47,8 @@ def run(prelude: str, code: str, tests: str, entry_point: str, seconds: int = SE
 
     token = os.urandom(16).hex()
     request = ascii((prelude, code, tests, entry_point, token)).encode()
-    # A core limit of 1 byte means no core, even if the kernel pipes cores to a program. 0 cannot be raised to 1.
-    core = min(1, resource.getrlimit(resource.RLIMIT_CORE)[1] % 2**64)  # no limit is -1
+    # A core dump limit of 1 byte prevents dumps, even if the kernel pipes them to a program. A hard limit of 0 stays 0.
+    core = min(1, resource.getrlimit(resource.RLIMIT_CORE)[1] % 2**64)  # -1 means no limit
     command = [
         "prlimit",
         *LIMITS,
@@ -63,25 +64,26 @@ def run(prelude: str, code: str, tests: str, entry_point: str, seconds: int = SE
     command += [str(seconds), *filter(os.path.isdir, FOLDERS)]
     with os.fdopen(os.memfd_create("output"), "rb") as output:
         try:
-            done = subprocess.run(command, input=request, stdout=-1, stderr=output, env={}, timeout=seconds)
+            process = subprocess.run(command, input=request, stdout=-1, stderr=output, env={}, timeout=seconds)
         except subprocess.TimeoutExpired:
             return False, f"stopped after {seconds} s"
-        said = os.pread(output.fileno(), OUTPUT, 0).decode(errors="replace")
-    return (done.returncode, done.stdout) == (0, token.encode()), said
+        output_text = os.pread(output.fileno(), OUTPUT, 0).decode(errors="replace")
+    return (process.returncode, process.stdout) == (0, token.encode()), output_text
 
 
 def require() -> None:
     """Raise ValueError if a correct program does not pass in the sandbox."""
     try:
-        worked, said = run("", "def f(x):\n    return x", "assert f(1) == 1", "f", 60)
+        passed, output_text = run("", "def f(x):\n    return x", "assert f(1) == 1", "f", 60)
     except (OSError, AttributeError) as error:  # AttributeError: no memfd, so not Linux
-        worked, said = False, str(error)
-    if not worked:
-        reason = said.strip().rpartition("\n")[2]
-        raise ValueError(f"the sandbox needs Linux 5.12, unshare and user namespaces ({reason}); take 'static'")
+        passed, output_text = False, str(error)
+    if not passed:
+        reason = output_text.strip().rpartition("\n")[2]
+        raise ValueError(f"the sandbox needs Linux 5.12, unshare and user namespaces ({reason}); use 'static'")
 
 
 def call(name: str, *arguments: Any) -> None:
+    """Call a function of the C library. Raises OSError if it fails."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc[name](*arguments) < 0:
         raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
@@ -92,7 +94,7 @@ def enter(folders: list[str]) -> None:
     call("mount", b"sandbox", ROOT, b"tmpfs", 0, b"size=1m")
     for folder in map(os.fsencode, folders):
         os.makedirs(ROOT + folder, exist_ok=True)
-        call("mount", folder, ROOT + folder, None, 0x5000, None)  # including everything mounted below
+        call("mount", folder, ROOT + folder, None, 0x5000, None)  # MS_BIND | MS_REC: a bind mount of everything below
     call("syscall", 442, -100, ROOT, 0x8000, struct.pack("4Q", 7, 0, 0, 0), 32)  # mount_setattr: all read-only
     os.chdir(ROOT)
     call("pivot_root", b".", b".")
@@ -101,18 +103,26 @@ def enter(folders: list[str]) -> None:
 
 
 def confine() -> None:
-    """Drop all capabilities and new privileges, and refuse the system calls of DENIED."""
+    """Drop all capabilities, forbid new privileges, and refuse the system calls of DENIED by a seccomp filter."""
     call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
     call("prctl", 38, 1, 0, 0, 0)
     architecture, *numbers = map(int, DENIED[os.uname().machine].split())
-    refuse = (6, 0, 0, 0x50001)  # EPERM
-    # A call of another architecture kills the process; the numbers from 1 << 30 belong to x32.
-    steps = [(32, 0, 0, 4), (21, 1, 0, architecture), (6, 0, 0, 1 << 31), (32, 0, 0, 0), (53, 0, 1, 1 << 30), refuse]
+    # Instructions of the kernel's filter language (BPF): (code, jump if true, jump if false, value).
+    refuse = (6, 0, 0, 0x50001)  # fail with EPERM
+    # A call of another architecture kills the process; call numbers from 1 << 30 belong to x32 and are refused.
+    instructions = [
+        (32, 0, 0, 4),
+        (21, 1, 0, architecture),
+        (6, 0, 0, 1 << 31),
+        (32, 0, 0, 0),
+        (53, 0, 1, 1 << 30),
+        refuse,
+    ]
     for number in numbers:
-        steps += [(21, 0, 1, number), refuse]
-    steps.append((6, 0, 0, 0x7FFF0000))
-    lines = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
-    call("prctl", 22, 2, struct.pack("HP", len(steps), ctypes.addressof(lines)))
+        instructions += [(21, 0, 1, number), refuse]
+    instructions.append((6, 0, 0, 0x7FFF0000))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in instructions))
+    call("prctl", 22, 2, struct.pack("HP", len(instructions), ctypes.addressof(code)))
 
 
 class Floats(ast.NodeTransformer):
@@ -127,36 +137,37 @@ def plain(text: str) -> Any:
     return ast.literal_eval(Floats().visit(ast.parse(text.strip(), mode="eval")))
 
 
-# `exec` below runs an untrusted program: only after `enter`, where nothing of the machine is reachable.
-def serve(asked: Any, answer: Any) -> None:
-    """Run the program in the child, then answer calls of its function, with an error's name if it raises."""
-    code, entry_point = plain(asked.readline())
-    space: dict[str, Any] = {"__name__": "program"}
-    exec(code, space)
-    for line in asked:
+# `exec` below runs an untrusted program. It must run only after `enter`, where nothing of the machine is reachable.
+def serve(requests: Any, replies: Any) -> None:
+    """In the child, run the program, then reply to calls of its function, with the error's name if it raises."""
+    code, entry_point = plain(requests.readline())
+    namespace: dict[str, Any] = {"__name__": "program"}
+    exec(code, namespace)
+    for line in requests:
         try:
             arguments, keywords = plain(line)
-            value = space[entry_point](*arguments, **keywords)
-            reply = ascii(dict(value) if isinstance(value, dict) else value)  # a Counter is compared as a dict
+            value = namespace[entry_point](*arguments, **keywords)
+            reply = ascii(dict(value) if isinstance(value, dict) else value)  # also a Counter or another subclass
         except Exception as error:
             reply = type(error).__name__
-        print(reply, file=answer, flush=True)
+        print(reply, file=replies, flush=True)
 
 
-def judge(ask: Any, answers: Any) -> str:
-    """Run the tests in process 1, and return the token."""
+def judge(requests: Any, replies: Any) -> str:
+    """In process 1, run the tests, which raise if one fails, and return the token."""
     prelude, code, tests, entry_point, token = plain(sys.stdin.read())
-    print(ascii((code, entry_point)), file=ask, flush=True)
+    print(ascii((code, entry_point)), file=requests, flush=True)
 
     def function(*arguments: Any, **keywords: Any) -> Any:
         with suppress(BrokenPipeError):  # the program has ended: there is no reply to read
-            print(ascii((arguments, keywords)), file=ask, flush=True)
-        return plain(answers.readline(1 << 20))  # ValueError for an error's name and for anything but plain data
+            print(ascii((arguments, keywords)), file=requests, flush=True)
+        return plain(replies.readline(1 << 20))  # ValueError for an error's name, and for all except plain data
 
-    space: dict[str, Any] = {"__name__": "tests"}
-    exec(f"\n{prelude}".partition(f"\ndef {entry_point}(")[0], space)  # a prelude may end before the function's body
-    space[entry_point] = function
-    exec(tests, space)
+    namespace: dict[str, Any] = {"__name__": "tests"}
+    # Run only the part of the prelude before the function, whose body may be missing.
+    exec(f"\n{prelude}".partition(f"\ndef {entry_point}(")[0], namespace)
+    namespace[entry_point] = function
+    exec(tests, namespace)
     return token
 
 
@@ -165,18 +176,18 @@ def main() -> None:
     os.setsid()  # a signal to the old group would leave the namespace
     signal.signal(signal.SIGALRM, lambda *_: os._exit(1))
     signal.alarm(int(sys.argv[1]) + 1)  # in case the caller was killed
-    verdict = os.dup(1)
+    verdict_fd = os.dup(1)
     os.dup2(2, 1)
-    asked, ask = os.pipe()
-    answers, answer = os.pipe()
+    request_in, request_out = os.pipe()
+    reply_in, reply_out = os.pipe()
     child = os.fork()
-    for number in (asked, answer) if child else (0, verdict, ask, answers):
-        os.close(number)
+    for fd in (request_in, reply_out) if child else (0, verdict_fd, request_out, reply_in):
+        os.close(fd)
     confine()
     if child:
-        os.write(verdict, judge(os.fdopen(ask, "w"), os.fdopen(answers)).encode())
+        os.write(verdict_fd, judge(os.fdopen(request_out, "w"), os.fdopen(reply_in)).encode())
     else:
-        serve(os.fdopen(asked), os.fdopen(answer, "w"))
+        serve(os.fdopen(request_in), os.fdopen(reply_out, "w"))
     os._exit(0)
 
 

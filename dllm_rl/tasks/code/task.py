@@ -1,4 +1,4 @@
-"""Functions to write in Python: problems from files in the form of HumanEval or MBPP, and their rewards."""
+"""Python functions to write: problems from files in the format of HumanEval or MBPP, and their rewards."""
 
 import ast
 import builtins
@@ -14,27 +14,28 @@ from dllm_rl.tasks.answers import SPECIAL_TOKENS, cut
 from dllm_rl.tasks.base import Grader, Problem, Reward
 from dllm_rl.tasks.code import sandbox
 from dllm_rl.tasks.math.task import Questions
-from dllm_rl.tasks.rows import Row, Split, present, text_of
+from dllm_rl.tasks.rows import Row, Split, require_field, text_of
 
-AT_ONCE = 4  # programs that run at the same time
+NUM_PARALLEL = 4  # programs that run at the same time
 MAX_PROGRAM_LENGTH = 20_000  # characters of a program; a longer one is not parsed
-ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # end a function that the prompt begins (arXiv 2107.03374)
+# Texts that end a function which the prompt begins (arXiv 2107.03374).
+ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
 MODULES = """abc array bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools
 hashlib heapq itertools json math operator random re statistics string sys textwrap time typing"""
 FORBIDDEN = "__import__ breakpoint compile eval exec exit getattr globals input locals open quit vars"
 
 
 def program(fields: Mapping[str, Any], completion: str) -> str:
-    """Return the prelude and the last code block that defines the function.
+    """Return the program of a completion: the prelude and the last code block that defines the function.
 
-    Without such a block, the first block that begins with white space, else the first nonblank block, continues the
-    prompt.
+    Without such a block, the first block that begins with white space, else the first nonblank block, is appended to
+    the prelude as the function's body.
     """
     blocks = [re.sub(r"^[\w+-]*\n", "", block) for block in cut(completion, 0, SPECIAL_TOKENS).split("```")]
     for block in reversed(blocks):
         if re.search(rf"^def {re.escape(fields['entry_point'])}\b", block, re.MULTILINE):
             return f"{fields['prelude']}\n{block}"
-    indented = (block for block in blocks if block[:1].isspace() and block.strip())  # such a block continues the prompt
+    indented = (block for block in blocks if block[:1].isspace() and block.strip())
     return fields["prelude"] + cut(next(indented, next(filter(str.strip, blocks), "")), 0, ENDS)
 
 
@@ -53,7 +54,7 @@ def static(fields: Mapping[str, Any], completion: str) -> Reward:
         return Reward(0.0, False, checks)
     defined = set(dir(builtins))
     used = set()
-    foreign = set()  # modules, and attributes such as __globals__
+    foreign = set()  # imported modules, and attributes such as __globals__
     for node in nodes:
         match node:
             case ast.Name(name, ast.Load()):
@@ -78,11 +79,12 @@ def static(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def _fits(node: ast.AST, fields: Mapping[str, Any]) -> bool:
+    """Return whether a node defines the requested function, accepts its number of arguments and returns a value."""
     if not isinstance(node, ast.FunctionDef) or node.name != fields["entry_point"]:
         return False
-    most = len(node.args.posonlyargs) + len(node.args.args)
-    returns = any(isinstance(each, ast.Return | ast.Yield) and each.value for each in ast.walk(node))
-    return returns and most - len(node.args.defaults) <= fields["arguments"] <= most
+    max_arguments = len(node.args.posonlyargs) + len(node.args.args)
+    returns = any(isinstance(child, ast.Return | ast.Yield) and child.value for child in ast.walk(node))
+    return returns and max_arguments - len(node.args.defaults) <= fields["arguments"] <= max_arguments
 
 
 @lru_cache(maxsize=4096)
@@ -98,21 +100,21 @@ def sandboxed(fields: Mapping[str, Any], completion: str) -> Reward:
 
 
 def run_all(fields: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> None:
-    """Run the programs in parallel, so that `sandboxed` reads cached verdicts."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    """Run the programs in parallel and cache their verdicts for `sandboxed`."""
+    with ThreadPoolExecutor(NUM_PARALLEL) as pool:
         list(pool.map(sandboxed, fields, completions))
 
 
 def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     """Read the fields of a stored row. Raises ValueError if they are malformed."""
-    if type(present(row, "arguments")) is not int:  # a truth value is an int to isinstance
+    if type(require_field(row, "arguments")) is not int:  # not isinstance: True is an int
         raise ValueError(f"arguments={row['arguments']!r} must be an integer")
     return {name: text_of(row, name) for name in ("prelude", "entry_point", "tests")} | {"arguments": row["arguments"]}
 
 
 def _texts(row: Mapping[str, Any], name: str) -> list[str]:
-    """Return the field, a list of texts. Raises ValueError for a text, whose characters would be read as items."""
-    texts = present(row, name)
+    """Return a field that is a list of texts. Raises ValueError for other types, including a single text."""
+    texts = require_field(row, name)
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name}={texts!r} must be a list of texts")
     return list(texts)
@@ -170,18 +172,23 @@ class Code(Questions):
             if "entry_point" in row:
                 question = prelude = text_of(row, "prompt")
                 solution = prelude + text_of(row, "canonical_solution")
-                called = text_of(row, "entry_point")
-                tests = f"{text_of(row, 'test')}\ncheck({called})"
+                calls = text_of(row, "entry_point")
+                tests = f"{text_of(row, 'test')}\ncheck({calls})"
             else:
                 solution = text_of(row, "code")
-                called = tests = "\n".join(_texts(row, "test_list"))
+                calls = tests = "\n".join(_texts(row, "test_list"))
                 question = f"{text_of(row, 'text' if 'text' in row else 'prompt')}\nIt must pass these tests:\n{tests}"
                 prelude = "\n".join(
                     [*_texts({"test_imports": []} | row, "test_imports"), row.get("test_setup_code", "")]
                 )
-            defined = [node for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef)]
-            asked = [node for node in defined if re.search(rf"\b{node.name}\b", called)][-1]
+            functions = [node for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef)]
+            function = [node for node in functions if re.search(rf"\b{node.name}\b", calls)][-1]
         except (ValueError, TypeError, KeyError, IndexError, SyntaxError) as error:
             raise ValueError(f"{place}: no problem in the form of HumanEval or MBPP ({error!r})") from None
-        fields = {"prelude": prelude, "entry_point": asked.name, "arguments": len(asked.args.args), "tests": tests}
+        fields = {
+            "prelude": prelude,
+            "entry_point": function.name,
+            "arguments": len(function.args.args),
+            "tests": tests,
+        }
         return question, fields, f"```python\n{solution}\n```"

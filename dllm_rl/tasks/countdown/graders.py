@@ -8,10 +8,10 @@ from typing import Any
 from dllm_rl.tasks.answers import MAX_ANSWER_LENGTH, d1_box, final_answer, first_closed_answer, last_closed_answer
 from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.countdown.expressions import Number, OutOfBounds, evaluate, python_value
-from dllm_rl.tasks.rows import present
+from dllm_rl.tasks.rows import require_field
 
-_RUN = "0123456789+-*/() "
-_NOTHING = dict.fromkeys(("accuracy", "valid", "numbers_used", "undecided"), 0.0)
+_EXPRESSION_CHARACTERS = "0123456789+-*/() "
+_ZERO_METRICS = dict.fromkeys(("accuracy", "valid", "numbers_used", "undecided"), 0.0)
 _DIGITS = re.compile(r"[0-9]{1,300}")
 _EQUALS = re.compile(r"[0-9+\-*/() ]=[0-9. ]")
 
@@ -23,15 +23,16 @@ def countdown_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     "= 24" may follow.
     """
     answer = final_answer(completion)
-    found = evaluate(_operators(completion if answer is None else answer))  # printed and LaTeX signs count
-    if found is None:
+    expression = evaluate(_with_ascii_operators(completion if answer is None else answer))
+    if expression is None:
         return Reward(0.0, False, dict.fromkeys(("accuracy", "valid", "numbers_used"), 0.0))
-    return _graded(fields, list(found.numbers), found.value == fields["target"])
+    return _graded(fields, list(expression.numbers), expression.value == fields["target"])
 
 
 def countdown_d1(fields: Mapping[str, Any], completion: str) -> Reward:
-    """Grade as in d1's evaluation [paper], to 1e-5: `d1_box`, else the first answer block, else all; cut by
-    `left_of_equals`.
+    """Grade as in d1's evaluation [paper], with a tolerance of 1e-5.
+
+    The expression is `d1_box`, else the first answer block, else the completion; of these, the part `left_of_equals`.
     """
     text = d1_box(completion)
     if text is None:
@@ -45,7 +46,7 @@ def countdown_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
     """Grade by d1's training reward [paper]: 0 without a closed answer block, 0.1 if it is wrong, 1 if it is right."""
     block = last_closed_answer(completion)
     if block is None:
-        return Reward(0.0, False, _NOTHING)  # every metric is present, so that means have one denominator
+        return Reward(0.0, False, _ZERO_METRICS)  # every metric is present, so that all means have the same denominator
     graded = grade_python_expression(fields, block)
     return Reward(1.0 if graded.value else 0.1, True, graded.breakdown)
 
@@ -53,8 +54,8 @@ def countdown_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
 def countdown_dream(fields: Mapping[str, Any], completion: str) -> Reward:
     """Grade as in Dream's evaluation of cd3, cd4 and cd5 [code].
 
-    The first line is steps such as 86+28=114,114-18=96. Each step must be right by Python and use up numbers or
-    results, and the last result must be the target.
+    The first line has steps such as 86+28=114,114-18=96. Each step must be right by Python's arithmetic and use numbers
+    of the problem or earlier results, once each. The last result must be the target.
     """
     left_over = Counter(map(str, fields["numbers"]))
     result = ""
@@ -62,13 +63,13 @@ def countdown_dream(fields: Mapping[str, Any], completion: str) -> Reward:
         left, _, result = step.partition("=")
         try:
             value = python_value(left) if re.match(r"\d+[+\-*/]\d", left) and _DIGITS.fullmatch(result) else None
-        except OutOfBounds:  # undecided: beyond the bounds of `python_value`
+        except OutOfBounds:  # undecided: beyond the limits of `python_value`
             return Reward(0.0, False, {"accuracy": 0.0, "undecided": 1.0})
         if value is None:
             return Reward(0.0, False, {"accuracy": 0.0, "undecided": 0.0})
         if value != float(result):
             return Reward(0.0, True, {"accuracy": 0.0, "undecided": 0.0})
-        left_over.subtract(re.findall(r"\d+(?=[+-/*=])", step))  # Dream's code counts numbers this way: none before ")"
+        left_over.subtract(re.findall(r"\d+(?=[+-/*=])", step))  # as in Dream's code, which misses a number before ")"
         left_over[result] += 1
     left_over[str(fields["target"])] -= 1
     right = float(result == str(fields["target"]) and not any(left_over.values()))
@@ -84,11 +85,11 @@ GRADERS: dict[str, Grader] = {
 
 def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     """Read `numbers` and `target` of a stored row. Raises ValueError if they are malformed."""
-    numbers = present(row, "numbers")
-    target = present(row, "target")
+    numbers = require_field(row, "numbers")
+    target = require_field(row, "target")
     if not isinstance(numbers, list) or not numbers or not all(type(number) is int for number in numbers):
         raise ValueError(f"numbers={numbers!r} must be a list of integers")
-    if type(target) is not int:  # a truth value is an int to isinstance
+    if type(target) is not int:  # not isinstance: True is an int
         raise ValueError(f"target={target!r} must be an integer")
     return {"numbers": numbers, "target": target}
 
@@ -97,10 +98,10 @@ def grade_python_expression(fields: Mapping[str, Any], text: str) -> Reward:
     """Grade an expression by d1's rules: the value is Python's, and every run of digits is a number."""
     try:
         value = python_value(text)
-    except OutOfBounds:  # undecided: beyond the bounds of `python_value`
-        return Reward(0.0, False, _NOTHING | {"undecided": 1.0})
+    except OutOfBounds:  # undecided: beyond the limits of `python_value`
+        return Reward(0.0, False, _ZERO_METRICS | {"undecided": 1.0})
     if value is None:
-        return Reward(0.0, False, _NOTHING)
+        return Reward(0.0, False, _ZERO_METRICS)
     numbers = list(map(int, re.findall(r"\d+", text)))
     graded = _graded(fields, numbers, _close(value, fields["target"]))
     return Reward(graded.value, True, {**graded.breakdown, "undecided": 0.0})
@@ -109,17 +110,18 @@ def grade_python_expression(fields: Mapping[str, Any], text: str) -> Reward:
 def _close(value: Number, target: int) -> bool:
     try:
         return abs(value - target) < 1e-5
-    except OverflowError:  # a target, or a complex number's size, beyond a float
+    except OverflowError:  # the target or the absolute value exceeds a float
         return False
 
 
 def _graded(fields: Mapping[str, Any], numbers: list[int], on_target: bool) -> Reward:
-    """Return accuracy as the value: 1 if `valid` (each number once, no other number) and on target."""
+    """Return a reward of 1 if each number is used once, no other number is used, and the target is reached; else 0."""
     valid = sorted(numbers) == sorted(fields["numbers"])  # a number that occurs twice in the problem must occur twice
     common = sum((Counter(numbers) & Counter(fields["numbers"])).values())
-    used = common / max(len(numbers), len(fields["numbers"]))  # share of the larger multiset
+    # The share of the larger multiset, so that additional numbers lower it.
+    share_used = common / max(len(numbers), len(fields["numbers"]))
     value = float(valid and on_target)
-    return Reward(value, True, {"accuracy": value, "valid": float(valid), "numbers_used": used})
+    return Reward(value, True, {"accuracy": value, "valid": float(valid), "numbers_used": share_used})
 
 
 def left_of_equals(text: str) -> str:
@@ -127,16 +129,17 @@ def left_of_equals(text: str) -> str:
 
     Without such a "=", return the text.
     """
-    found = _EQUALS.search(text)
-    if found is None:
+    match = _EQUALS.search(text)
+    if match is None:
         return text
-    before = text[: found.start() + 1]
-    return before[len(before.rstrip(_RUN)) :].strip()
+    left_side = text[: match.start() + 1]
+    return left_side[len(left_side.rstrip(_EXPRESSION_CHARACTERS)) :].strip()
 
 
-def _operators(text: str) -> str:
+def _with_ascii_operators(text: str) -> str:
+    """Replace LaTeX and typographic operators by + - * /."""
     if len(text) > MAX_ANSWER_LENGTH:
         return text
-    for sign, operator in (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\u00d7", "*"), ("\u00b7", "*")):
-        text = text.replace(sign, operator)
+    for symbol, operator in (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\u00d7", "*"), ("\u00b7", "*")):
+        text = text.replace(symbol, operator)
     return text.replace("\u00f7", "/").replace("\u2212", "-")

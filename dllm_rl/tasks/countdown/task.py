@@ -18,10 +18,10 @@ from dllm_rl.tasks.rows import (
     as_range,
     check_settings,
     check_split,
-    drawn,
+    draw_number,
     hashed_split,
     load_rows,
-    present,
+    require_field,
     text_of,
 )
 
@@ -31,10 +31,10 @@ exactly once and no other number; you may add, subtract, multiply, divide and us
 Think it through first if you like, then write the expression alone, without an equals sign, between <answer> and \
 </answer>."""
 
-# The text and the top operator of an expression; "" for a number.
+# The text of an expression and its top-level operator, "" for a single number.
 Expression = tuple[str, str]
 _INTEGER = re.compile(r" *-?[0-9]{1,100} *")
-_BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "": 3}
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "": 3}
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,16 @@ class Countdown(Prompted):
     def __post_init__(self) -> None:
         check_split(self.split)
         low, high = as_range(self.count)
-        own = set(self.operators)
-        least = min(self.max_number, self.max_target)
-        named = f"operators={self.operators!r}"
-        needs = {"any": "+-*/", "sums": "+-", "products": "*/"}.get(self.difficulty, "")
+        operators = set(self.operators)
+        limit = min(self.max_number, self.max_target)
+        shown = f"operators={self.operators!r}"
+        needed = {"any": "+-*/", "sums": "+-", "products": "*/"}.get(self.difficulty, "")
         check_settings(
             (not 3 <= low <= high <= 6, f"count={self.count} must lie in 3..6"),
-            (not own or not own <= set("+-*/"), f"{named} must be some of '+-*/'"),
-            (not needs, f"difficulty={self.difficulty!r} must be 'any', 'sums' or 'products'"),
-            (own.isdisjoint(needs), f"difficulty={self.difficulty!r} needs {' or '.join(needs)} among {named}"),
-            (least < 10, f"max_number={self.max_number} and max_target={self.max_target} must be at least 10"),
+            (not operators or not operators <= set("+-*/"), f"{shown} must be some of '+-*/'"),
+            (not needed, f"difficulty={self.difficulty!r} must be 'any', 'sums' or 'products'"),
+            (operators.isdisjoint(needed), f"difficulty={self.difficulty!r} needs {' or '.join(needed)} among {shown}"),
+            (limit < 10, f"max_number={self.max_number} and max_target={self.max_target} must be at least 10"),
             (self.size < 1, f"size={self.size} must be at least 1"),
             (self.reward_rule not in ("own", "d1"), f"reward_rule={self.reward_rule!r} must be 'own' or 'd1'"),
         )
@@ -115,7 +115,7 @@ class Countdown(Prompted):
     def __getitem__(self, index: int) -> Problem:
         if not 0 <= index < len(self):
             raise IndexError(f"problem {index} of {len(self)}")
-        numbers, target, expression = self._drawn(index) if self.path is None else (*_stored(self.path)[index], None)
+        numbers, target, expression = self._generate(index) if self.path is None else (*_stored(self.path)[index], None)
         fields = {"numbers": list(numbers), "target": target}
         if expression is not None:
             expression = expression.ljust(self.width) if self.compact else f"<answer>{expression}</answer>"
@@ -134,10 +134,11 @@ class Countdown(Prompted):
         _, count = as_range(self.count)
         return count * len(str(self.max_number)) + (count - 1) + 2 * (count - 2)
 
-    def _drawn(self, index: int) -> tuple[tuple[int, ...], int, str]:
+    def _generate(self, index: int) -> tuple[tuple[int, ...], int, str]:
+        """Return (numbers, target, solution): draw expressions until one fits the split and the settings."""
         # Only random() is used: Python promises its sequence for a seed, in every version.
         rng = Random(f"countdown/{self.seed}/{self.split}/{index}")
-        count = drawn(self.count, rng)
+        count = draw_number(self.count, rng)
         while True:
             numbers = tuple(1 + int(rng.random() * self.max_number) for _ in range(count))
             if hashed_split(repr(sorted(numbers))) != self.split:  # sorted: splits share no set of numbers in any order
@@ -146,20 +147,20 @@ class Countdown(Prompted):
             if not 1 <= target <= self.max_target:
                 continue
             if self.difficulty == "any" or (target in signed_sums(numbers)) == (self.difficulty == "sums"):
-                found = evaluate(expression)
-                assert found and found.value == target and sorted(found.numbers) == sorted(numbers), expression
+                checked = evaluate(expression)
+                assert checked and checked.value == target and sorted(checked.numbers) == sorted(numbers), expression
                 return numbers, target, expression
 
     def _prompt(self, numbers: tuple[int, ...], target: int) -> Prompt:
         if self.compact:
-            # Aligned, so that a position's meaning does not depend on the number of digits.
-            listed = ",".join(str(number).rjust(len(str(self.max_number))) for number in numbers)
-            return f"{listed}>{str(target).rjust(len(str(self.max_target)))}="
-        return self.worded(numbers=", ".join(map(str, numbers)), target=str(target))
+            # Aligned, so that each token position has the same meaning in all problems.
+            padded_numbers = ",".join(str(number).rjust(len(str(self.max_number))) for number in numbers)
+            return f"{padded_numbers}>{str(target).rjust(len(str(self.max_target)))}="
+        return self.render_prompt(numbers=", ".join(map(str, numbers)), target=str(target))
 
 
 def _random_expression(numbers: tuple[int, ...], operators: str, rng: Random) -> tuple[int, str]:
-    """Return (value, text) of a random expression, or (0, "") if the attempt fails.
+    """Return (value, text) of a random expression, or (0, "") if a value on the way is invalid.
 
     It joins two random operands by a random operator until one operand is left.
     """
@@ -183,48 +184,48 @@ def write(left: Expression, operator: str, right: Expression) -> Expression:
     """Write `left operator right`, with parentheses only where they are needed."""
     first, first_operator = left
     second, second_operator = right
-    if _BINDS[first_operator] < _BINDS[operator]:
+    if _PRECEDENCE[first_operator] < _PRECEDENCE[operator]:
         first = f"({first})"
     # To the right of - and /, an operator of equal precedence needs parentheses too: a-(b-c) is not a-b-c.
-    least = _BINDS[operator] + (operator in "-/" and second_operator != "")
-    if _BINDS[second_operator] < least:
+    required = _PRECEDENCE[operator] + (operator in "-/" and second_operator != "")
+    if _PRECEDENCE[second_operator] < required:
         second = f"({second})"
     return f"{first}{operator}{second}", operator
 
 
 def signed_sums(numbers: Sequence[int]) -> set[int]:
-    """Return every value that + and - can reach: the sums with at least one positive number."""
-    negative = 0  # all numbers so far, each negative
+    """Return every value of the numbers joined by + and -: every sum in which at least one number is positive."""
+    all_negative = 0  # the sum with every number negative
     totals: set[int] = set()
     for number in numbers:
-        added = {total + number for total in (negative, *totals)}
-        totals = added | {total - number for total in totals}
-        negative -= number
+        with_positive = {total + number for total in (all_negative, *totals)}
+        totals = with_positive | {total - number for total in totals}
+        all_negative -= number
     return totals
 
 
 @lru_cache(maxsize=16)
 def _stored(path: str | Path) -> tuple[tuple[tuple[int, ...], int], ...]:
     problems = []
-    for place, row in load_rows(path):
+    for location, row in load_rows(path):
         try:
-            fields = read_fields(_published(row) if "input" in row and "numbers" not in row else row, "strict")
+            fields = read_fields(_from_texts(row) if "input" in row and "numbers" not in row else row, "strict")
         except ValueError as error:
-            needs = "a Countdown problem needs numbers and target, or input and output"
-            raise ValueError(f"{place}: {error}; {needs}") from None
+            required = "a Countdown problem needs numbers and target, or input and output"
+            raise ValueError(f"{location}: {error}; {required}") from None
         problems.append((tuple(fields["numbers"]), fields["target"]))
     if not problems:
-        raise ValueError(f"path={str(path)!r} holds no problems")
+        raise ValueError(f"path={str(path)!r} has no problems")
     return tuple(problems)
 
 
-def _published(row: Row) -> dict[str, Any]:
-    """Read `numbers` and `target` of a row with the texts `input` and `output`. Raises ValueError on other texts."""
-    listed: list[str] = text_of(row, "input").split(",")
-    target = str(present(row, "output"))
-    if "=" in target:  # Dream's: the target ends the input, and the output shows steps
-        *listed, target = listed
-    for number in (*listed, target):
+def _from_texts(row: Row) -> dict[str, Any]:
+    """Read `numbers` and `target` from the published texts `input` and `output`. Raises ValueError if malformed."""
+    numbers: list[str] = text_of(row, "input").split(",")
+    target = str(require_field(row, "output"))
+    if "=" in target:  # Dream's format: the target is the last number of `input`, and `output` shows steps
+        *numbers, target = numbers
+    for number in (*numbers, target):
         if not _INTEGER.fullmatch(number):
-            raise ValueError(f"{number!r} is no integer")
-    return {"numbers": list(map(int, listed)), "target": int(target)}
+            raise ValueError(f"{number!r} is not an integer")
+    return {"numbers": list(map(int, numbers)), "target": int(target)}

@@ -1,12 +1,12 @@
-"""Equality of LaTeX answers: the string normalization of the MATH data set [paper], and d1's."""
+"""Equality of LaTeX answers, by the string normalization of the MATH data set [paper] or by d1's."""
 
 import re
 from fractions import Fraction
 
-from dllm_rl.tasks.answers import MAX_ANSWER_LENGTH, exact_number, printed
+from dllm_rl.tasks.answers import MAX_ANSWER_LENGTH, exact_number, to_plain_characters
 
-_DROPPED = ("\n", "\\!")  # removed first: they may be inside the marks below
-_UNWRITTEN = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
+_REMOVED_FIRST = ("\n", "\\!")  # removed first, because they may be inside the marks below
+_REMOVED_MARKS = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
 _SQRT = re.compile(r"\\sqrt([^{])")
 _FRAC = re.compile(r"\\frac([^{])(.)")
 _FRAC_HEAD = re.compile(r"\A([^{])(.)", re.DOTALL)  # the text after \\frac
@@ -14,41 +14,41 @@ _QUOTIENT = re.compile(r"(-?[0-9]+)/(-?[0-9]+)")
 _TEXT = re.compile(r"\\(?:text(?:rm|bf|it|sf|tt|normal)?|math(?:rm|bf|it|sf)|[mh]box)\s*\{([^{}]*)\}")
 _UNIT = re.compile(rf"\s*{_TEXT.pattern}(?:\^(?:[0-9]|\{{[0-9]\}}))?\.?\s*\Z")
 _WORD = re.compile(r"[a-z]+|[^\sa-z.\-/'()]")
-# Words that change the number before them, or make two answers of one.
-_NO_UNITS = """and but either else except from if maybe neither nor not or otherwise perhaps possibly through to unless
+# Words that are not units: they change the number before them, or offer a second answer.
+_NON_UNIT_TEXT = """
+and but either else except from if maybe neither nor not or otherwise perhaps possibly through to unless
 until versus vs minus plus times over squared cubed factorial negative positive even odd half zero one two three four
 five six seven eight nine ten eleven twelve twenty thirty forty fifty dozen hundred thousand million billion trillion
 mod modulo base"""
-_NO_UNIT = frozenset(_NO_UNITS.split())
+_NON_UNIT_WORDS = frozenset(_NON_UNIT_TEXT.split())
 _NAME = re.compile(r"\A[^=0-9+\-*/]{1,2}=(?=[^=]*\Z)")
 _SPACED_ARGUMENTS = re.compile(r"\\frac\s*([0-9])\s*([0-9])(?![0-9])")
 _LEADING_POINT = re.compile(r"(?:\A|(?<=[ {]))\.(?=[0-9])")
-_REMOVED_SPACE = re.compile(
-    r" +(?![0-9.])|(?<![0-9.]) +"
-)  # all blanks except between digits that would become one number
+# All spaces, except between digits, which would become one number.
+_REMOVED_SPACE = re.compile(r" +(?![0-9.])|(?<![0-9.]) +")
 _PLAIN_FRAC = re.compile(r"(-?)\\frac\{(-?[0-9]{1,100})\}\{(-?[0-9]{1,100})\}")
 
 
 def normalize(answer: str) -> str:
-    r"""Return a canonical spelling; two answers are equal if their spellings are.
+    r"""Return a canonical spelling. Two answers are equal if their spellings are.
 
     Removed: \!, \left, \right, degrees, \$, \%, one unit "\text{ cm}" at the end, a name of one or two letters before a
-    single "=", all blanks except between two digits. Printed characters become plain ones (`printed`); tfrac and dfrac
-    become frac; .5 becomes 0.5; \sqrt3 becomes \sqrt{3}; \frac12, 1/2 and a complete answer 0.5 become \frac{1}{2}. The
-    original removes everything after "\text{ " and all blanks, so that "5 \text{ or } 6" is 5 and "2 2/3" is 22/3
-    [ours].
+    single "=", all spaces except between two digits. Replaced: typographic characters (see `to_plain_characters`);
+    tfrac and dfrac become frac; .5 becomes 0.5; \sqrt3 becomes \sqrt{3}; \frac12, 1/2 and a complete answer 0.5 become
+    \frac{1}{2}. This differs from the original [ours], which removes everything after "\text{ " and all spaces, so that
+    "5 \text{ or } 6" becomes 5 and "2 2/3" becomes 22/3.
     """
     if len(answer) > MAX_ANSWER_LENGTH:
         return answer
-    answer = printed(answer).replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
-    for mark in (*_UNWRITTEN, "\\%"):
+    answer = to_plain_characters(answer).replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
+    for mark in (*_REMOVED_MARKS, "\\%"):
         answer = answer.replace(mark, " ")  # two digits around a mark stay separate
     answer = without_unit(answer)
     answer = _NAME.sub("", _LEADING_POINT.sub("0.", " ".join(answer.split())))
-    # Blanks are removed first, so that "\\sqrt 3" is a root; the original turns it into "\\sqrt{}3" [ours].
+    # Spaces are removed first, so that "\\sqrt 3" is a root; the original turns it into "\\sqrt{}3" [ours].
     answer = _REMOVED_SPACE.sub("", _SPACED_ARGUMENTS.sub(r"\\frac{\1}{\2}", answer))
     answer = _SQRT.sub(r"\\sqrt{\1}", answer)
-    answer = _FRAC.sub(lambda found: "\\frac" + _braced(found), answer)
+    answer = _FRAC.sub(lambda match: "\\frac" + _braced(match), answer)
     if answer == "0.5":
         return "\\frac{1}{2}"
     quotient = _QUOTIENT.fullmatch(answer)
@@ -58,43 +58,44 @@ def normalize(answer: str) -> str:
 
 
 def without_unit(answer: str) -> str:
-    r"""Remove a last "\text{ cm}" after a number, if its words name neither numbers nor choices."""
+    r"""Remove a unit such as "\text{ cm}" that ends the answer, after a number. A unit has no _NON_UNIT_WORDS."""
     start = max(answer.rfind("\\text"), answer.rfind("\\math"), answer.rfind("box{") - 2)
     unit = _UNIT.match(answer, start) if start > 0 else None
     number = answer[:start]
-    if unit is None or _TEXT.search(number) or not re.search(r"[0-9]|\\pi", number) or not _words_of_unit(unit[1]):
+    if unit is None or _TEXT.search(number) or not re.search(r"[0-9]|\\pi", number) or not _is_unit(unit[1]):
         return answer
     return number.rstrip()
 
 
-def _words_of_unit(text: str) -> bool:
+def _is_unit(text: str) -> bool:
     words = _WORD.findall(text.lower())
-    return all(word.isalpha() and word not in _NO_UNIT for word in words)
+    return all(word.isalpha() and word not in _NON_UNIT_WORDS for word in words)
 
 
 def hedged(answer: str, reference: str) -> bool:
-    r"""Return whether a text in the answer, and no text in the reference, offers a choice or has a digit, as "\text{ or
-    6}".
+    r"""Return whether a text in the answer offers a second answer or has a digit, as "\text{ or 6}" does.
+
+    False if a text in the reference does so, too.
     """
 
-    def choices(latex: str) -> bool:
+    def has_choice(latex: str) -> bool:
         words = [
             word
             for text in _TEXT.findall(latex[:MAX_ANSWER_LENGTH])
             for word in re.findall(r"[a-z]+|[0-9]", text.lower())
         ]
-        return any(word in _NO_UNIT or word.isdigit() for word in words)
+        return any(word in _NON_UNIT_WORDS or word.isdigit() for word in words)
 
-    return choices(answer) and not choices(reference)
+    return has_choice(answer) and not has_choice(reference)
 
 
 def same_in_d1(answer: str, reference: str) -> bool:
-    """Return whether d1's spellings are equal, or the texts if d1's code fails; False for long answers [ours]."""
+    """Return whether `d1_spelling` is equal for both; False for long answers [ours]."""
     return max(len(answer), len(reference)) <= MAX_ANSWER_LENGTH and d1_spelling(answer) == d1_spelling(reference)
 
 
 def d1_spelling(answer: str) -> str:
-    """Return d1's spelling; if d1's code fails, the text after a line break, which no spelling contains."""
+    """Return d1's spelling. If d1's code raises, return a line break, which no spelling contains, and the answer."""
     try:
         return _normalized_in_d1(answer)
     except (IndexError, ValueError):
@@ -109,9 +110,10 @@ def _normalized_in_d1(answer: str) -> str:
     answer, *roots = _without_name(plain).split("\\sqrt")
     for root in roots:
         answer += "\\sqrt" + (root if root[0] == "{" else f"{{{root[0]}}}{root[1:]}")
-    answer = answer.replace(" ", "")  # after the root, unlike `normalize`
+    answer = answer.replace(" ", "")  # after the roots; `normalize` removes spaces before
     first, *fractions = answer.split("\\frac")
-    if all(fraction[0] == "{" or len(fraction) > 1 for fraction in fractions):  # one short \frac: all stay unchanged
+    # If one \frac has too few characters, all stay unchanged.
+    if all(fraction[0] == "{" or len(fraction) > 1 for fraction in fractions):
         answer = first
         for fraction in fractions:
             answer += "\\frac" + _FRAC_HEAD.sub(_braced, fraction)
@@ -124,10 +126,10 @@ def _normalized_in_d1(answer: str) -> str:
 
 
 def _without_marks(answer: str) -> str:
-    for mark in _DROPPED:
+    for mark in _REMOVED_FIRST:
         answer = answer.replace(mark, "")
     answer = answer.replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
-    for mark in _UNWRITTEN:
+    for mark in _REMOVED_MARKS:
         answer = answer.replace(mark, "")
     return answer
 
@@ -143,15 +145,15 @@ def _without_name(answer: str) -> str:
 
 def rational(answer: str) -> Fraction | None:
     """Return the value of a decimal number or a fraction of integers; None for anything else."""
-    if re.search(r"[0-9] *,\s+[0-9]|[0-9]\s+,", printed(answer[: MAX_ANSWER_LENGTH + 1])):
-        return None  # a list such as 12, 345; normalized, it looks like 12,345
+    if re.search(r"[0-9] *,\s+[0-9]|[0-9]\s+,", to_plain_characters(answer[: MAX_ANSWER_LENGTH + 1])):
+        return None  # a list such as 12, 345, which would be normalized to 12,345
     answer = normalize(answer)
-    found = _PLAIN_FRAC.fullmatch(answer)
-    if found is None:
+    match = _PLAIN_FRAC.fullmatch(answer)
+    if match is None:
         return exact_number(answer)
-    denominator = int(found[3])
-    return Fraction(int(found[2]), -denominator if found[1] else denominator) if denominator else None
+    denominator = int(match[3])
+    return Fraction(int(match[2]), -denominator if match[1] else denominator) if denominator else None
 
 
-def _braced(found: re.Match[str]) -> str:
-    return f"{{{found[1]}}}" + (found[2] if found[2] == "{" else f"{{{found[2]}}}")
+def _braced(match: re.Match[str]) -> str:
+    return f"{{{match[1]}}}" + (match[2] if match[2] == "{" else f"{{{match[2]}}}")

@@ -16,16 +16,16 @@ from time import monotonic
 
 from dllm_rl.tasks.math.latex import normalize
 
-MAX_SYMBOLIC_LENGTH = (
-    300  # characters of an answer that is compared symbolically; a reference may have ten times as many
-)
-SECONDS = 1.0  # processor time of one comparison
-TRIES = 2  # attempts per comparison if its worker ends
+# Longest answer, in characters, that is compared symbolically. A reference may have ten times as many.
+MAX_SYMBOLIC_LENGTH = 300
+SECONDS = 1.0  # limit of processor time for one comparison
+MAX_ATTEMPTS = 2  # attempts at a comparison whose worker ends
 REPLY_SECONDS = 60.0  # seconds without a reply after which all workers are replaced
-STARTING = 300.0  # seconds that the workers may take to start, on a busy machine
-MOST_KNOWN = 65536  # cached verdicts
+START_SECONDS = 300.0  # time limit for the start of the workers, for a busy machine
+MAX_CACHED = 65536  # cached verdicts
 
-Asked = dict[Connection, tuple[int, int, float]]  # line -> question, its number, its deadline
+# For each connection to a busy worker: index of the pair that it compares, id of the request, and its deadline.
+Pending = dict[Connection, tuple[int, int, float]]
 
 
 def require() -> None:
@@ -35,136 +35,142 @@ def require() -> None:
 
 
 def equal(reference: str, answer: str) -> bool | None:
-    """Return whether math-verify finds both equal; None: undecided within the bounds. Raises ImportError."""
+    """Return whether math-verify finds the two equal; None if undecided within the limits. Raises ImportError."""
     return equal_all([(reference, answer)])[0]
 
 
 def equal_all(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-    """Compare many pairs of (reference, answer) as `equal` does, on all `cores`."""
-    if len(_KNOWN) > MOST_KNOWN:
-        _KNOWN.clear()
-    asked = []
+    """Compare (reference, answer) pairs as `equal` does, in parallel on all `cores`."""
+    if len(_VERDICTS) > MAX_CACHED:
+        _VERDICTS.clear()
+    to_compare = []
     for pair in pairs:
-        if pair not in _KNOWN:
+        if pair not in _VERDICTS:
             reference, answer = pair
-            _KNOWN[pair] = True if normalize(reference) == normalize(answer) else None  # no algebra is needed
-            short = len(answer) <= MAX_SYMBOLIC_LENGTH and len(reference) <= 10 * MAX_SYMBOLIC_LENGTH
-            if _KNOWN[pair] is None and short and "\n" not in answer:
-                asked.append(pair)
-    if asked:
-        _KNOWN.update(zip(asked, _POOL.ask(asked), strict=True))
-    return list(map(_KNOWN.__getitem__, pairs))
+            # Equal spellings need no algebra.
+            _VERDICTS[pair] = True if normalize(reference) == normalize(answer) else None
+            is_short = len(answer) <= MAX_SYMBOLIC_LENGTH and len(reference) <= 10 * MAX_SYMBOLIC_LENGTH
+            if _VERDICTS[pair] is None and is_short and "\n" not in answer:
+                to_compare.append(pair)
+    if to_compare:
+        _VERDICTS.update(zip(to_compare, _POOL.compare(to_compare), strict=True))
+    return list(map(_VERDICTS.__getitem__, pairs))
 
 
 def cores() -> int:
-    """Return the processor cores of this process, or its share if a launcher started several processes."""
+    """Return the number of cores that this process may use: its share if a launcher started several processes."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class _Pool:
-    """One worker per core: processes that math_verify_worker.py forks at this process's first question."""
+    """Workers, one per core. math_verify_worker.py forks them when this process first compares a pair."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
-        self.lines: Sequence[Connection] = []
-        self.number = 0  # number of the last question: a late reply has another number
+        self.connections: Sequence[Connection] = []  # one per worker
+        self.request_id = 0  # id of the last request, which tells its reply from a late reply to an earlier one
         self.lock = Lock()
 
     def forget(self) -> None:
-        """Close the lines in a forked process, and leave the workers to the parent."""
+        """In a forked process, close the connections and leave the workers to the parent."""
         self._close()
         self.lock = Lock()  # the parent's lock may be locked
 
     def _close(self) -> None:
-        for line in self.lines:
-            line.close()
+        for connection in self.connections:
+            connection.close()
         self.process = None
-        self.lines = []
+        self.connections = []
 
-    def ask(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
+    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
+        """Return a verdict per pair; None if its worker ended in MAX_ATTEMPTS attempts."""
         verdicts: list[bool | None] = [None] * len(pairs)
         failures = [0] * len(pairs)
         waiting = deque(range(len(pairs)))
-        asked: Asked = {}
+        pending: Pending = {}
         with self.lock:
-            while waiting or asked:
+            while waiting or pending:
                 if self.process is None:
                     self.start()
                 try:
-                    self.hand_out(pairs, waiting, asked)
-                    failed = self.take_in(asked, verdicts)
-                except (OSError, EOFError):  # the workers have ended or hang
+                    self.send_pairs(pairs, waiting, pending)
+                    failed = self.receive_verdicts(pending, verdicts)
+                except (OSError, EOFError):  # the workers have ended, or do not reply
                     self.stop()
-                    failed = [question for question, _, _ in asked.values()]
-                    asked.clear()
-                for question in failed:
-                    failures[question] += 1
-                    if failures[question] < TRIES:  # a worker may have ended by accident, which is not a verdict
-                        waiting.append(question)
+                    failed = [index for index, _, _ in pending.values()]
+                    pending.clear()
+                for index in failed:
+                    failures[index] += 1
+                    if failures[index] < MAX_ATTEMPTS:  # try again: the worker may have ended for another reason
+                        waiting.append(index)
         return verdicts
 
-    def hand_out(self, pairs: Sequence[tuple[str, str]], waiting: deque[int], asked: Asked) -> None:
-        """Send a question to each idle line."""
-        for line in self.lines:
-            if waiting and line not in asked:
-                question = waiting.popleft()
-                self.number += 1
-                asked[line] = (
-                    question,
-                    self.number,
-                    monotonic() + REPLY_SECONDS,
-                )  # before sending: a line that breaks counts as asked
-                self.send(line, self.number, pairs[question])
+    def send_pairs(self, pairs: Sequence[tuple[str, str]], waiting: deque[int], pending: Pending) -> None:
+        """Send a waiting pair to each idle worker."""
+        for connection in self.connections:
+            if waiting and connection not in pending:
+                index = waiting.popleft()
+                self.request_id += 1
+                # Before sending, so that the pair counts as pending if the connection breaks.
+                pending[connection] = index, self.request_id, monotonic() + REPLY_SECONDS
+                self.send(connection, self.request_id, pairs[index])
 
-    def take_in(self, asked: Asked, verdicts: list[bool | None]) -> list[int]:
-        """Wait for a reply; return the questions whose worker ended. Raises TimeoutError past a question's deadline."""
-        _, _, earliest = next(iter(asked.values()))  # entries are in the order of asking
-        ready = wait(list(asked), max(0.0, earliest - monotonic()))
+    def receive_verdicts(self, pending: Pending, verdicts: list[bool | None]) -> list[int]:
+        """Wait for replies and store their verdicts; return the indices of pairs whose worker ended.
+
+        Raises:
+            TimeoutError: No reply came before the earliest deadline.
+        """
+        _, _, earliest = next(iter(pending.values()))  # entries are in the order of sending
+        ready = wait(list(pending), max(0.0, earliest - monotonic()))
         if not ready:
             raise TimeoutError
-        # All replies are read before any counts: if a line breaks now, every question stays asked.
-        replies = [(line, line.recv_bytes()) for line in asked if line in ready]
-        ended = []
-        for line, reply in replies:
-            question, number, _ = asked[line]
+        # Read all replies before storing a verdict: if a connection breaks here, every pair stays pending.
+        replies = [(connection, connection.recv_bytes()) for connection in pending if connection in ready]
+        failed = []
+        for connection, reply in replies:
+            index, request_id, _ = pending[connection]
             if reply == b"ended":
-                ended.append(question)
-            elif reply.startswith(b"%d " % number):
-                verdicts[question] = reply.endswith(b" 1")
+                failed.append(index)
+            elif reply.startswith(b"%d " % request_id):
+                verdicts[index] = reply.endswith(b" 1")
             else:
-                continue  # a late reply to an earlier question of this line
-            del asked[line]
-        return ended
+                continue  # a late reply to an earlier request
+            del pending[connection]
+        return failed
 
     def start(self) -> None:
         """Start the workers. Raises RuntimeError if they do not start."""
         require()
-        self.lines, ends = zip(*(Pipe() for _ in range(cores())), strict=True)
-        theirs = [end.fileno() for end in ends]
+        self.connections, worker_ends = zip(*(Pipe() for _ in range(cores())), strict=True)
+        worker_fds = [worker_end.fileno() for worker_end in worker_ends]
         script = Path(__file__).with_name("math_verify_worker.py")
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(script), str(SECONDS), *map(str, theirs)],
+            [sys.executable, "-P", str(script), str(SECONDS), *map(str, worker_fds)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            pass_fds=theirs,
-            start_new_session=True,  # Ctrl-C is for this process to handle
+            pass_fds=worker_fds,
+            start_new_session=True,  # so that Ctrl-C does not signal the workers
         )
-        for end in ends:
-            end.close()  # otherwise a line would not end with its worker
+        for worker_end in worker_ends:
+            worker_end.close()  # otherwise a connection would stay open after its worker has ended
         try:
-            ready = all(line.poll(STARTING) and line.recv_bytes() == b"ready" for line in self.lines)
+            ready = all(
+                connection.poll(START_SECONDS) and connection.recv_bytes() == b"ready"
+                for connection in self.connections
+            )
         except (OSError, EOFError):
             ready = False
         if not ready:
             self.stop()
             raise RuntimeError("math-verify did not start; try: python -c 'import math_verify'")
 
-    def send(self, line: Connection, number: int, pair: tuple[str, str]) -> None:
-        while line.poll():  # the report of a worker that ended without a question
-            line.recv_bytes()
-        line.send_bytes(json.dumps([number, *pair]).encode())
+    def send(self, connection: Connection, request_id: int, pair: tuple[str, str]) -> None:
+        while connection.poll():  # the report that an idle worker ended
+            connection.recv_bytes()
+        connection.send_bytes(json.dumps([request_id, *pair]).encode())
 
     def stop(self) -> None:
         process = self.process
@@ -175,7 +181,7 @@ class _Pool:
             process.wait()
 
 
-_KNOWN: dict[tuple[str, str], bool | None] = {}
+_VERDICTS: dict[tuple[str, str], bool | None] = {}
 _POOL = _Pool()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_POOL.forget)

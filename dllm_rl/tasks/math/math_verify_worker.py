@@ -1,7 +1,7 @@
-"""The script that math_verify.py starts, with SECONDS and the file descriptors of lines.
+"""Script that math_verify.py starts with SECONDS and the file descriptors of connections as arguments.
 
-A worker is forked for each line. It answers each JSON [number, reference, answer] by "NUMBER VERDICT", 1 or 0; a line
-receives "ready" before the first answer.
+It forks a worker for each connection, and sends "ready" on it. The worker replies to each JSON [request id, reference,
+answer] with "ID VERDICT", where the verdict is 1 (equal) or 0. If it ends, "ended" is sent, and another is forked.
 """
 
 import gc
@@ -23,9 +23,9 @@ from latex2sympy2_extended import latex2sympy2
 from math_verify import LatexExtractionConfig, parse, verify
 
 MEMORY = 2 << 30  # bytes of address space
-IDLE = 100  # consecutive workers that end early, after which the process ends
-# The first parse of each construction costs many times the later ones.
-WARM = {
+MAX_EARLY_ENDS = 100  # consecutive workers that end early, after which this process ends
+# Pairs that are compared before forking: the first parse of each LaTeX construction is much slower than later ones.
+WARM_UP = {
     "(-3, \\frac{\\pi}{2})": "\\left(-3, \\pi/2\\right)",
     "(-\\infty, 2] \\cup [3, \\infty)": "x \\in (-\\infty,2]\\cup[3,\\infty)",
     "\\{1, -2, 3\\}": "x = -2, 1, 3",
@@ -78,77 +78,77 @@ _CONFIG = [LatexExtractionConfig(boxed_match_priority=0)]
 
 def main() -> None:
     seconds = float(sys.argv[1])
-    lines = [Connection(int(number)) for number in sys.argv[2:]]
+    connections = [Connection(int(number)) for number in sys.argv[2:]]
     logging.disable(logging.WARNING)
     latex2sympy2._Latex2Sympy.create_parser = two_stages(latex2sympy2._Latex2Sympy.create_parser)
-    # Symbolic algebra can take any time and memory inside C calls that no Python timeout stops. So the kernel ends a
-    # worker that exceeds its processor time or memory, and another is forked in milliseconds.
+    # Symbolic algebra may take any time and memory inside C calls, which no Python timeout stops. So the kernel limits
+    # processor time and memory: it ends a worker that exceeds them, and another is forked in milliseconds.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    for pair in WARM.items():
+    for pair in WARM_UP.items():
         verify(*map(read, pair), timeout_seconds=None)
     gc.freeze()  # a collection in a worker would copy the pages that it shares with this process
-    workers = {fork(line, seconds): line for line in lines}
-    for line in lines:
-        line.send_bytes(b"ready")
-    idle = 0
-    while workers and idle < IDLE:
+    workers = {fork(connection, seconds): connection for connection in connections}
+    for connection in connections:
+        connection.send_bytes(b"ready")
+    early_ends = 0
+    while workers and early_ends < MAX_EARLY_ENDS:
         worker, status, used = os.wait4(-1, 0)
-        line = workers.pop(worker)
-        if status != 0:  # 0: the other end is closed
-            # A worker that computed for long had a hard question; many short-lived workers indicate another fault.
-            idle = idle + 1 if used.ru_utime + used.ru_stime < seconds / 2 else 0
-            workers[fork(line, seconds)] = line
-            line.send_bytes(b"ended")
+        connection = workers.pop(worker)
+        if status != 0:  # 0: math_verify.py has closed the connection
+            # A worker that computed for long had a hard pair; many short-lived workers indicate another fault.
+            early_ends = early_ends + 1 if used.ru_utime + used.ru_stime < seconds / 2 else 0
+            workers[fork(connection, seconds)] = connection
+            connection.send_bytes(b"ended")
 
 
-def fork(line: Connection, seconds: float) -> int:
-    """Fork a process that answers a line's questions, and return its id."""
+def fork(connection: Connection, seconds: float) -> int:
+    """Fork a worker that serves a connection, and return its process id."""
     worker = os.fork()
     if worker == 0:
-        serve(line, seconds)
+        serve(connection, seconds)
         os._exit(0)
     return worker
 
 
-def serve(line: Connection, seconds: float) -> None:
-    """Answer questions; reading a reference and comparing an answer each have a time limit."""
+def serve(connection: Connection, seconds: float) -> None:
+    """Compare pairs until the connection is closed. Parsing a reference and comparing an answer have a limit each."""
     while True:
         try:
-            number, reference, answer = json.loads(line.recv_bytes())
+            request_id, reference, answer = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        known = read(reference)  # cached: many completions have one reference
+        parsed_reference = read(reference)  # cached, because many completions share a reference
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        equal = verify(known, read.__wrapped__(answer), timeout_seconds=None)  # the timer is the limit
+        equal = verify(parsed_reference, read.__wrapped__(answer), timeout_seconds=None)  # the timer is the limit
         signal.setitimer(signal.ITIMER_PROF, 0)
-        line.send_bytes(b"%d %d" % (number, equal))
+        connection.send_bytes(b"%d %d" % (request_id, equal))
 
 
-class StartAgain(ErrorListener):
-    """Raises at the first syntax error."""
+class RaiseAtFirstError(ErrorListener):
+    """Listener that raises at the first syntax error, for another attempt with LL prediction."""
 
     def syntaxError(self, recognizer: Any, offendingSymbol: Any, line: int, column: int, msg: str, e: Any) -> None:
         raise ParseCancellationException(msg)
 
 
-def two_stages(plain: Callable) -> Callable:
-    """Wrap create_parser: SLL prediction first, and LL after a syntax error."""
+def two_stages(create_ll_parser: Callable) -> Callable:
+    """Wrap create_parser, so that a parser uses ANTLR's SLL prediction, and LL prediction after a syntax error."""
 
     def create_parser(converter: Any, latex: str) -> Any:
-        parser = plain(converter, latex)
+        parser = create_ll_parser(converter, latex)
         # LL prediction takes nearly all the time of a comparison. SLL prediction takes a tenth of it, and returns LL's
         # tree or a syntax error (documentation of PredictionMode.SLL).
         parser._interp.predictionMode = PredictionMode.SLL
         parser.removeErrorListeners()
-        parser.addErrorListener(StartAgain())
-        first = parser.math
+        parser.addErrorListener(RaiseAtFirstError())
+        parse_with_sll = parser.math
 
         def math() -> Any:
             try:
-                return first()
+                return parse_with_sll()
             except ParseCancellationException:
-                return plain(converter, latex).math()
+                return create_ll_parser(converter, latex).math()
 
         parser.math = math
         return parser
@@ -158,6 +158,7 @@ def two_stages(plain: Callable) -> Callable:
 
 @lru_cache(maxsize=1024)
 def read(answer: str) -> list:
+    """Parse an answer's LaTeX."""
     return parse(f"\\boxed{{{answer}}}", extraction_config=_CONFIG, parsing_timeout=None)
 
 

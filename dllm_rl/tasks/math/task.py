@@ -17,15 +17,15 @@ TEXT = """Solve this problem step by step. Put your working between <reasoning> 
 {answer}, and nothing else, between <answer> and </answer>.
 
 """
-TAGGED = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>\n"  # a solution
+SOLUTION = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>\n"
 
 
 @dataclass(frozen=True)
 class Questions(Prompted, ABC):
-    """Base of tasks over the rows of a published file, or of the data set `hub` (name, configuration) by `datasets`."""
+    """Base of tasks whose problems are the rows of a file, or of the hub's data set `hub` (name, configuration)."""
 
     hub: ClassVar[tuple[str, str | None]]
-    rules: ClassVar[Mapping[str, Grader]]  # by reward_rule
+    rules: ClassVar[Mapping[str, Grader]]  # grader by reward_rule
 
     split: Split = "train"
     path: str | Path | None = None
@@ -48,14 +48,14 @@ class Questions(Prompted, ABC):
         if not 0 <= index < len(self):
             raise IndexError(f"problem {index} of {len(self)}")
         question, fields, solution = self._rows()[index]
-        prompt = self.worded(**{self.placeholders[0]: question})
+        prompt = self.render_prompt(**{self.placeholders[0]: question})
         return Problem(prompt, fields, solution and solution.removeprefix(self._opened_layout() or self.opening))
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         return self.rules[self.reward_rule](problem.fields, self._opened_layout() + completion)
 
     def _opened_layout(self) -> str:
-        """Return the part of the opening that belongs to the graded layout, from "<reasoning>" on; "" without one."""
+        """Return the part of the opening that is graded with the completion: "<reasoning>" and all after it, or ""."""
         _, tag, rest = self.opening.partition("<reasoning>")
         return tag + rest
 
@@ -114,7 +114,7 @@ class GSM8K(Questions):
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         working, _, number = answer.rpartition("####")
-        return question, {"answer": number.strip()}, TAGGED.format(working.strip(), number.strip())
+        return question, {"answer": number.strip()}, SOLUTION.format(working.strip(), number.strip())
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,8 @@ class MATH500(Questions):
         working: Any = row.get("solution")
         answer: Any = row.get("answer")
         if type(answer) in (int, float) and answer % 1 == 0:
-            answer = str(int(answer))  # some files have 73.0
+            answer = str(int(answer))  # some files write 73 as 73.0
         answer = answer or (last_box(working) if isinstance(working, str) else None)
         if not all(isinstance(text, str) and text.strip() for text in (problem, answer, working or "none")):
             raise ValueError(f"{place}: a MATH row needs texts: problem, and answer or a solution with a box")
-        return problem, {"answer": answer}, TAGGED.format(working, f"\\boxed{{{answer}}}") if working else None
+        return problem, {"answer": answer}, SOLUTION.format(working, f"\\boxed{{{answer}}}") if working else None

@@ -18,7 +18,8 @@ _FENCED = re.compile(r"```([\d\s]++)```")  # ++ does not backtrack: linear time 
 def sudoku_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     """Grade by the rules of the game: any valid completion of the puzzle is right [ours]. The value is solve_rate.
 
-    The grid is the first 16 (9x9: 81) non-blank characters of the last `<answer>` block, or of a text without one.
+    The grid is the first 16 (9x9: 81) characters, without white space, of the last `<answer>` block, or of the
+    completion if it has no block.
     """
     block = last_answer(completion)
     puzzle = fields["puzzle"]
@@ -31,8 +32,8 @@ def sudoku_d1(fields: Mapping[str, Any], completion: str) -> Reward:
 
     The value is the share of empty cells that agree with the reference; solve_rate is [ours].
     """
-    found = d1_candidate(completion)
-    return _against_reference(fields, first_cells(found, 16), parsed=bool(found))
+    candidate = d1_candidate(completion)
+    return _against_reference(fields, first_cells(candidate, 16), parsed=bool(candidate))
 
 
 def sudoku_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
@@ -53,24 +54,24 @@ def _against_reference(fields: Mapping[str, Any], cells: str, *, parsed: bool) -
 
 
 def d1_candidate(text: str) -> str:
-    """Return the text that d1 reads as the grid, stripped: the first of five readings that is not blank, else ""."""
-    opened = text.find("<answer>")
-    closed = text.find("</answer>")
-    if opened >= 0:
-        fenced = _FENCED.search(text, opened)  # digits and blanks in a ``` fence
-        if fenced and (found := fenced[1].strip()):
-            return found
-        if found := cut(text, opened + len("<answer>"), closed=True).strip():
-            return found
-    if closed >= 0:
-        if found := cut(text, closed + len("</answer>"), SPECIAL_TOKENS).strip():
-            return found
+    """Return the text that d1 reads as the grid: the first of five candidates that is not blank, stripped, else ""."""
+    answer_start = text.find("<answer>")
+    answer_end = text.find("</answer>")
+    if answer_start >= 0:
+        fenced = _FENCED.search(text, answer_start)  # only digits and white space in a ``` block
+        if fenced and (candidate := fenced[1].strip()):
+            return candidate
+        if candidate := cut(text, answer_start + len("<answer>"), closed=True).strip():
+            return candidate
+    if answer_end >= 0:
+        if candidate := cut(text, answer_end + len("</answer>"), SPECIAL_TOKENS).strip():
+            return candidate
         for piece in text.split("</answer>")[:-1]:
-            if len(piece) >= 16 and len(found := piece.rstrip()[-16:]) == 16 and found.isdecimal():
-                return found
+            if len(piece) >= 16 and len(candidate := piece.rstrip()[-16:]) == 16 and candidate.isdecimal():
+                return candidate
     # The first standalone 16-digit number.
-    alone = re.search(r"(?<!\w)\d{16}(?!\w)", text)
-    return alone[0] if alone else ""
+    standalone = re.search(r"(?<!\w)\d{16}(?!\w)", text)
+    return standalone[0] if standalone else ""
 
 
 def first_cells(text: str, count: int) -> str:
@@ -81,31 +82,32 @@ def first_cells(text: str, count: int) -> str:
 
 def first_digits(text: str, count: int) -> str:
     """Return the first `count` digits of the text, or all digits if there are fewer."""
-    enough = re.match(rf"(?:\D*+\d){{{count}}}", text)  # digits after the last one that counts are not collected
-    return "".join(re.findall(r"\d", enough[0] if enough else text))
+    prefix = re.match(rf"(?:\D*+\d){{{count}}}", text)  # stops at the last digit that is needed
+    return "".join(re.findall(r"\d", prefix[0] if prefix else text))
 
 
 def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float) -> Reward:
-    """Compare the cells with every valid completion and score the best match. `parsed`: all cells are digits of the
-    game.
+    """Compare the cells with every valid completion of the puzzle, and score the best match.
+
+    `parsed` is true if there are cells for the whole grid, and all are valid digits.
     """
     grids = completions(puzzle)
-    # A 9x9 puzzle may have more completions than are listed: in that case the rules decide.
+    # `completions` lists at most MOST_COMPLETIONS of a 9x9 puzzle. If there may be more, check the rules instead.
     solved = cells in grids or (len(grids) == MOST_COMPLETIONS and is_completion(puzzle, cells))
     # Every completion has the same givens, so the best match over all cells is the best over the empty cells.
     size = len(puzzle)
     empty = puzzle.count("0")
-    matching = size if solved else max(sum(map(eq, cells, grid)) for grid in grids)
-    kept = sum(cell == given for cell, given in zip(cells, puzzle, strict=False) if given != "0")
+    num_matching = size if solved else max(sum(map(eq, cells, grid)) for grid in grids)
+    givens_kept = sum(cell == given for cell, given in zip(cells, puzzle, strict=False) if given != "0")
     breakdown = {
         "solve_rate": float(solved),
-        "cell_accuracy": (matching - kept) / empty if empty else 1.0,  # share of the cells that the puzzle leaves empty
-        "correct_cells": float(matching - kept),
+        "cell_accuracy": (num_matching - givens_kept) / empty if empty else 1.0,
+        "correct_cells": float(num_matching - givens_kept),
         "empty_cells": float(empty),
-        "givens_kept": kept / (size - empty) if empty < size else 1.0,
+        "givens_kept": givens_kept / (size - empty) if empty < size else 1.0,
     }
     parsed = solved or (len(cells) == size and not cells.strip("1234" if size == 16 else "123456789"))
-    return Reward(solved_weight * solved + match_weight * matching / size, parsed, breakdown)
+    return Reward(solved_weight * solved + match_weight * num_matching / size, parsed, breakdown)
 
 
 def by_rules(puzzle: str, cells: str) -> Reward:
@@ -113,27 +115,27 @@ def by_rules(puzzle: str, cells: str) -> Reward:
 
     - givens_kept: Share of the clues that the grid has in the puzzle's places.
     - units: Share of rows, columns and boxes with every digit once.
-    - digits: Share of the digits of all units that occur, any number of times.
+    - digits: Share of the digits of all units that occur at least once.
     - solve_rate: 1 if every clue is present and every unit complete.
 
-    Units and digits are counted with the puzzle's clues restored: otherwise changing a clue could earn a unit.
+    Units and digits are counted after the puzzle's clues are restored. Otherwise changing a clue could complete a unit.
     """
     size = len(puzzle)
     side = isqrt(size)
     cells = cells.ljust(size, ".")  # a missing cell has no digit
     filled = [cell if given == "0" else given for given, cell in zip(puzzle, cells, strict=True)]
-    wanted = set("123456789"[:side])
-    found = [len(wanted.intersection(map(filled.__getitem__, unit))) for unit in units(side)]
+    all_digits = set("123456789"[:side])
+    digits_per_unit = [len(all_digits.intersection(map(filled.__getitem__, unit))) for unit in units(side)]
     clues = size - puzzle.count("0")
-    kept = sum(cell == given for cell, given in zip(cells, puzzle, strict=True) if given != "0")
+    clues_kept = sum(cell == given for cell, given in zip(cells, puzzle, strict=True) if given != "0")
     breakdown = {
-        "givens_kept": kept / clues if clues else 1.0,
-        "units": found.count(side) / len(found),
-        "digits": sum(found) / (len(found) * side),
+        "givens_kept": clues_kept / clues if clues else 1.0,
+        "units": digits_per_unit.count(side) / len(digits_per_unit),
+        "digits": sum(digits_per_unit) / (len(digits_per_unit) * side),
     }
-    solved = float(kept == clues and found.count(side) == len(found))
+    solved = float(clues_kept == clues and digits_per_unit.count(side) == len(digits_per_unit))
     value = solved + 2 * breakdown["givens_kept"] + breakdown["units"] + 2 * breakdown["digits"]
-    return Reward(value, wanted.issuperset(cells), breakdown | {"solve_rate": solved})
+    return Reward(value, all_digits.issuperset(cells), breakdown | {"solve_rate": solved})
 
 
 @lru_cache(maxsize=2)

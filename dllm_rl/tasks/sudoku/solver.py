@@ -1,6 +1,8 @@
-"""Sudoku as an exact cover, on the bits of integers: every completion of a puzzle, 9x9 in milliseconds.
+"""Find all completions of a Sudoku, as an exact cover: 9x9 puzzles in milliseconds.
 
-A grid or puzzle is a string of 16 or 81 characters, row by row; in a puzzle 0 is a blank.
+A grid or puzzle is a string of 16 or 81 characters, row by row; in a puzzle 0 is a blank. A candidate is a digit in a
+cell, numbered cell * side + digit - 1. A constraint is a set of candidates of which a solved grid has exactly one: a
+cell, or a digit in a row, column or box. Sets of candidates are the bits of an integer.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,35 +15,39 @@ from random import Random
 
 from dllm_rl.tasks.rows import Split
 
-MOST_COMPLETIONS = 64  # completions listed for a 9x9 puzzle, which may have billions
+MOST_COMPLETIONS = 64  # largest number listed for a 9x9 puzzle, which may have billions
 SPLIT_SIZES: dict[Split, int] = {"test": 88, "validation": 24, "train": 176}
 
 
 def solutions(puzzle: str, rng: Random | None = None) -> Iterator[str]:
-    """Yield every completion once, in a fixed order or in an order drawn from rng; none if the clues break a rule."""
+    """Yield every completion once, in a fixed order, or in random order with `rng`; none if the clues break a rule."""
     side = isqrt(len(puzzle))
-    demands, rivals, met = _cover(isqrt(side))
-    alive = (1 << side**3) - 1
-    unmet = dict(enumerate(demands))
+    constraints, conflicts, constraint_numbers = _cover(isqrt(side))
+    candidates = (1 << side**3) - 1
+    open_constraints = dict(enumerate(constraints))
     for cell, digit in enumerate(puzzle):
         if digit != "0":
             candidate = cell * side + int(digit) - 1
-            if not alive >> candidate & 1:  # an earlier clue excludes it
+            if not candidates >> candidate & 1:  # an earlier clue excludes it
                 return
-            alive &= ~rivals[candidate]
-            for number in met[candidate]:
-                del unmet[number]
-    for chosen in _search(alive, unmet, side, rng):
-        yield "".join(str(place % side + 1) for place in _places(chosen))
+            candidates &= ~conflicts[candidate]
+            for number in constraint_numbers[candidate]:
+                del open_constraints[number]
+    for chosen in _search(candidates, open_constraints, side, rng):
+        yield "".join(str(candidate % side + 1) for candidate in _bit_positions(chosen))
 
 
 def is_unique(puzzle: str) -> bool:
-    return len(list(islice(solutions(puzzle), 2))) == 1  # two are enough to know
+    """Return whether a puzzle has exactly one completion."""
+    return len(list(islice(solutions(puzzle), 2))) == 1
 
 
 @lru_cache(maxsize=2)
 def _cover(box: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Return (demands, rivals, met) as bits of candidates: a digit in a cell, numbered cell * side + digit - 1."""
+    """Return (constraints, conflicts, constraint_numbers) of a grid with `box` cells per box side.
+
+    For each candidate, `conflicts` has the candidates that it excludes, and `constraint_numbers` its four constraints.
+    """
     side = box * box
     sets: dict[tuple, int] = {}
     for row in range(side):
@@ -55,54 +61,56 @@ def _cover(box: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int,
                     ("box", row // box * box + column // box, digit),
                 ):
                     sets[key] = sets.get(key, 0) | bit
-    demands = tuple(sets.values())  # a solved grid has exactly one candidate per demand
-    met: list[tuple[int, ...]] = []  # the numbers of a candidate's four demands
-    rivals = []  # the candidates that a candidate excludes
+    constraints = tuple(sets.values())
+    constraint_numbers: list[tuple[int, ...]] = []
+    conflicts = []
     for candidate in range(side**3):
-        own = 1 << candidate
-        met.append(tuple(number for number, demand in enumerate(demands) if demand & own))
-        rivals.append(reduce(or_, map(demands.__getitem__, met[-1])) & ~own)
-    return demands, tuple(rivals), tuple(met)
+        candidate_bit = 1 << candidate
+        constraint_numbers.append(
+            tuple(number for number, constraint in enumerate(constraints) if constraint & candidate_bit)
+        )
+        conflicts.append(reduce(or_, map(constraints.__getitem__, constraint_numbers[-1])) & ~candidate_bit)
+    return constraints, tuple(conflicts), tuple(constraint_numbers)
 
 
-def _search(alive: int, unmet: dict[int, int], side: int, rng: Random | None) -> Iterator[int]:
-    """Yield every choice of alive candidates that meets all unmet demands (number -> demand)."""
-    _, rivals, met = _cover(isqrt(side))
+def _search(candidates: int, open_constraints: dict[int, int], side: int, rng: Random | None) -> Iterator[int]:
+    """Yield every subset of the candidates that satisfies all open constraints (number -> constraint)."""
+    _, conflicts, constraint_numbers = _cover(isqrt(side))
     while True:
         fewest = 1 << 30
         tightest = 0
-        for demand in unmet.values():
-            count = (alive & demand).bit_count()
+        for constraint in open_constraints.values():
+            count = (candidates & constraint).bit_count()
             if count < fewest:
                 fewest = count
-                tightest = demand
-                if count < 2:  # nothing is tighter than a forced move or an unsatisfiable demand
+                tightest = constraint
+                if count < 2:  # a forced move or an unsatisfiable constraint: none is tighter
                     break
         if not tightest:
-            yield alive
+            yield candidates
             return
-        if fewest != 1:  # 0 leaves no choice below
+        if fewest != 1:  # if 0, there is no choice below
             break
-        forced = (alive & tightest).bit_length() - 1
-        alive &= ~rivals[forced]
-        for number in met[forced]:
-            del unmet[number]
-    choices = list(_places(alive & tightest))
+        forced = (candidates & tightest).bit_length() - 1
+        candidates &= ~conflicts[forced]
+        for number in constraint_numbers[forced]:
+            del open_constraints[number]
+    choices = list(_bit_positions(candidates & tightest))
     if rng is not None:  # Only random() is used: Python promises its sequence for a seed, in every version.
         choices.sort(key=lambda _: rng.random())
     for choice in choices:
-        rest = unmet.copy()
-        for number in met[choice]:
-            del rest[number]
-        yield from _search(alive & ~rivals[choice], rest, side, rng)
+        still_open = open_constraints.copy()
+        for number in constraint_numbers[choice]:
+            del still_open[number]
+        yield from _search(candidates & ~conflicts[choice], still_open, side, rng)
 
 
-def _places(bits: int) -> Iterator[int]:
-    """Yield the positions of the ones, lowest first."""
+def _bit_positions(bits: int) -> Iterator[int]:
+    """Yield the positions of the bits that are 1, lowest first."""
     while bits:
-        low = bits & -bits  # only the lowest one
-        yield low.bit_length() - 1
-        bits ^= low
+        lowest_bit = bits & -bits
+        yield lowest_bit.bit_length() - 1
+        bits ^= lowest_bit
 
 
 def random_grid(rng: Random) -> str:
@@ -111,74 +119,80 @@ def random_grid(rng: Random) -> str:
 
 
 def random_unique_puzzle(solution: str, clues: int, rng: Random) -> str | None:
-    """Blank cells of the solution in random order while it stays unique, down to `clues`; None if more clues remain."""
+    """Blank cells of the solution in random order, while it stays the only completion, until `clues` remain.
+
+    None if no further cell can be blanked before.
+    """
     order = sorted(range(81), key=lambda _: rng.random())
-    # The first half is blanked in one go if possible: nearly all puzzles with 41 clues or more are unique.
-    ahead = min(81 - clues, 40)
-    whole = [9 * cell + int(digit) - 1 for cell, digit in enumerate(solution)]
-    givens = list(map(whole.__getitem__, order[ahead:]))
-    if _closed(_allowed(givens)).bit_count() != 81 and not is_unique(_blank(solution, order[:ahead])):
-        ahead = 0
-        givens = whole
-    for cell in order[ahead:]:
+    # Blank up to 40 cells at once if possible, because nearly all puzzles with 41 clues or more are unique.
+    num_at_once = min(81 - clues, 40)
+    all_candidates = [9 * cell + int(digit) - 1 for cell, digit in enumerate(solution)]
+    givens = list(map(all_candidates.__getitem__, order[num_at_once:]))
+    if _after_forced_moves(_allowed(givens)).bit_count() != 81 and not is_unique(_blank(solution, order[:num_at_once])):
+        num_at_once = 0
+        givens = all_candidates
+    for cell in order[num_at_once:]:
         if len(givens) == clues:
             break
-        fewer = [given for given in givens if given != whole[cell]]
-        if not _completes_otherwise(fewer, whole[cell]):
-            givens = fewer
-    kept = {given // 9 for given in givens}
-    return _blank(solution, sorted(set(range(81)) - kept)) if len(kept) == clues else None
+        remaining = [given for given in givens if given != all_candidates[cell]]
+        if not _completes_otherwise(remaining, all_candidates[cell]):
+            givens = remaining
+    kept_cells = {given // 9 for given in givens}
+    return _blank(solution, sorted(set(range(81)) - kept_cells)) if len(kept_cells) == clues else None
 
 
 def _allowed(givens: list[int]) -> int:
     """Return the candidates of a 9x9 grid that the clues do not exclude."""
-    alive = (1 << 729) - 1
-    rivals = _cover(3)[1]
+    candidates = (1 << 729) - 1
+    conflicts = _cover(3)[1]
     for given in givens:
-        alive &= ~rivals[given]
-    return alive
+        candidates &= ~conflicts[given]
+    return candidates
 
 
-def _completes_otherwise(givens: list[int], own: int) -> bool:
-    """Return whether 9x9 clues complete with another digit in the cell of the candidate `own`."""
-    alive = _allowed(givens)  # faster than a search for two completions
-    others = alive & (0b111111111 << own // 9 * 9) & ~(1 << own)
-    return any(_completes(alive & ~_cover(3)[1][other]) for other in _places(others))
+def _completes_otherwise(givens: list[int], candidate: int) -> bool:
+    """Return whether 9x9 clues have a completion with a digit other than that of `candidate` in its cell."""
+    candidates = _allowed(givens)
+    alternatives = candidates & (0b111111111 << candidate // 9 * 9) & ~(1 << candidate)
+    return any(_has_completion(candidates & ~_cover(3)[1][alternative]) for alternative in _bit_positions(alternatives))
 
 
-def _completes(alive: int) -> bool:
-    """Return whether candidates of a 9x9 grid contain a completion."""
-    alive = _closed(alive)
-    cells = [alive & (0b111111111 << place) for place in range(0, 729, 9)]
-    choices = min((cell for cell in cells if cell & (cell - 1)), key=int.bit_count, default=0)  # two digits or more
-    if not choices:
-        return alive != 0
-    return any(_completes(alive & ~_cover(3)[1][choice]) for choice in _places(choices))
+def _has_completion(candidates: int) -> bool:
+    """Return whether a completion consists of these candidates of a 9x9 grid."""
+    candidates = _after_forced_moves(candidates)
+    cells = [candidates & (0b111111111 << shift) for shift in range(0, 729, 9)]
+    # The cell with the fewest candidates, of those with two or more: cell & (cell - 1) removes the lowest bit.
+    branching_cell = min((cell for cell in cells if cell & (cell - 1)), key=int.bit_count, default=0)
+    if not branching_cell:
+        return candidates != 0
+    return any(_has_completion(candidates & ~_cover(3)[1][candidate]) for candidate in _bit_positions(branching_cell))
 
 
-def _closed(alive: int) -> int:
-    """Return the candidates of a 9x9 grid that remain after all forced moves; 0 if a demand has no candidate."""
-    rivals = _cover(3)[1]
+def _after_forced_moves(candidates: int) -> int:
+    """Return the candidates of a 9x9 grid that remain after all forced moves; 0 if a constraint has none."""
+    conflicts = _cover(3)[1]
     placed = 0
     while True:
         forced = 0
-        for base, shifts, spread in _KINDS:
-            once = twice = 0  # all demands of a kind together, shifted onto each other
-            for shift in shifts:
-                here = alive >> shift & base
-                twice |= once & here  # before the next line: `once` must not contain this candidate yet
-                once |= here
-            if once != base:  # no candidate meets some demand
+        for first_bits, distances, multiplier in _CONSTRAINT_KINDS:
+            # The bits of the constraints with at least one and at least two candidates, for all of a kind at once.
+            once = twice = 0
+            for distance in distances:
+                present = candidates >> distance & first_bits
+                twice |= once & present  # before the next line, while `once` lacks this candidate
+                once |= present
+            if once != first_bits:  # some constraint has no candidate
                 return 0
-            forced |= alive & (once ^ twice) * spread  # the product writes a demand's bit at all of its candidates
+            # The product copies the bit of a constraint with one candidate to the places of all its candidates.
+            forced |= candidates & (once ^ twice) * multiplier
         forced &= ~placed
         if not forced:
-            return alive
+            return candidates
         placed |= forced
         while forced:
-            low = forced & -forced
-            forced ^= low
-            alive &= ~rivals[low.bit_length() - 1]
+            lowest_bit = forced & -forced
+            forced ^= lowest_bit
+            candidates &= ~conflicts[lowest_bit.bit_length() - 1]
 
 
 def _sums(*ranges: range) -> list[int]:
@@ -186,35 +200,38 @@ def _sums(*ranges: range) -> list[int]:
     return list(map(sum, product(*ranges)))
 
 
-def _kind(bases: Iterable[int], shifts: Iterable[int]) -> tuple[int, tuple[int, ...], int]:
+def _constraint_kind(bases: Iterable[int], shifts: Iterable[int]) -> tuple[int, tuple[int, ...], int]:
     return sum(1 << base for base in bases), tuple(shifts), sum(1 << shift for shift in shifts)
 
 
-# The first candidate (81 row + 9 column + digit) of each demand, and the distances of its nine candidates from it.
-_KINDS = (
-    _kind(range(0, 729, 9), range(9)),  # cells
-    _kind(_sums(range(0, 729, 81), range(9)), range(0, 81, 9)),  # rows
-    _kind(range(81), range(0, 729, 81)),  # columns
-    _kind(_sums(range(0, 729, 243), range(0, 81, 27), range(9)), _sums(range(0, 243, 81), range(0, 27, 9))),  # boxes
+# For each kind of 9x9 constraint: the bits of every constraint's first candidate (81 row + 9 column + digit), and the
+# distances from it to the constraint's nine candidates, as a tuple and as the bits of a multiplier.
+_CONSTRAINT_KINDS = (
+    _constraint_kind(range(0, 729, 9), range(9)),  # cells
+    _constraint_kind(_sums(range(0, 729, 81), range(9)), range(0, 81, 9)),  # rows
+    _constraint_kind(range(81), range(0, 729, 81)),  # columns
+    _constraint_kind(
+        _sums(range(0, 729, 243), range(0, 81, 27), range(9)), _sums(range(0, 243, 81), range(0, 27, 9))
+    ),  # boxes
 )
 
 
 def _blank(grid: str, cells: list[int]) -> str:
-    kept = list(grid)
+    puzzle = list(grid)
     for cell in cells:
-        kept[cell] = "0"
-    return "".join(kept)
+        puzzle[cell] = "0"
+    return "".join(puzzle)
 
 
 SOLVED = tuple(sorted(solutions("0" * 16)))
 assert len(SOLVED) == 288
 
-# _HOLDS[cell][digit]: the grids with this digit in this cell (0: all grids), as the bits of one integer.
-# The bits make 4x4 puzzles with many draws cheap: a puzzle's completions are one AND per given.
-_HOLDS = [dict.fromkeys("1234", 0) | {"0": (1 << 288) - 1} for _ in range(16)]
-for _place, _grid in enumerate(SOLVED):
-    for _holds, _digit in zip(_HOLDS, _grid, strict=True):
-        _holds[_digit] |= 1 << _place
+# _GRIDS_WITH[cell][digit]: the solved 4x4 grids with this digit in this cell (0: all grids), as the bits of an integer.
+# A puzzle's completions are the AND over its cells, which makes repeated drawing of puzzles cheap.
+_GRIDS_WITH = [dict.fromkeys("1234", 0) | {"0": (1 << 288) - 1} for _ in range(16)]
+for _index, _grid in enumerate(SOLVED):
+    for _grids_with_digit, _digit in zip(_GRIDS_WITH, _grid, strict=True):
+        _grids_with_digit[_digit] |= 1 << _index
 
 
 # The same split for every seed, so that no choice of seeds trains on a test solution.
@@ -224,20 +241,21 @@ SPLITS = {name: tuple(sorted(islice(_SHUFFLED, size))) for name, size in SPLIT_S
 
 @lru_cache(maxsize=65536)
 def completions(puzzle: str) -> tuple[str, ...]:
-    """Return every completion of a puzzle; for 9x9 the first MOST_COMPLETIONS. Raises ValueError if malformed or
-    unsolvable.
+    """Return every completion of a puzzle; for 9x9 at most MOST_COMPLETIONS.
+
+    Raises ValueError if the puzzle is malformed or has no completion.
     """
     digits = {16: "01234", 81: "0123456789"}.get(len(puzzle))
     if digits is None or not set(puzzle) <= set(digits):
         raise ValueError(f"puzzle={puzzle!r} must be 16 characters 0-4 or 81 characters 0-9, row by row, 0 for a blank")
     if len(puzzle) == 81:
-        found = tuple(islice(solutions(puzzle), MOST_COMPLETIONS))
+        grids = tuple(islice(solutions(puzzle), MOST_COMPLETIONS))
     else:
         bits = agreeing(puzzle)
-        found = tuple(grid for place, grid in enumerate(SOLVED) if bits >> place & 1)
-    if not found:
+        grids = tuple(grid for index, grid in enumerate(SOLVED) if bits >> index & 1)
+    if not grids:
         raise ValueError(f"puzzle={puzzle!r} has no valid completion")
-    return found
+    return grids
 
 
 def is_completion(puzzle: str, cells: str) -> bool:
@@ -252,7 +270,7 @@ def is_completion(puzzle: str, cells: str) -> bool:
 
 def agreeing(puzzle: str) -> int:
     """Return the solved 4x4 grids that agree with a puzzle's clues, as bits."""
-    bits = -1  # all ones
-    for holds, digit in zip(_HOLDS, puzzle, strict=True):
-        bits &= holds[digit]
+    bits = -1  # every bit is 1
+    for grids_with_digit, digit in zip(_GRIDS_WITH, puzzle, strict=True):
+        bits &= grids_with_digit[digit]
     return bits

@@ -16,7 +16,7 @@ from dllm_rl.tasks.rows import (
     as_range,
     check_settings,
     check_split,
-    drawn,
+    draw_number,
     hashed_split,
     load_rows,
     text_of,
@@ -31,7 +31,7 @@ the digits 1 to {side} exactly once; a dot marks an empty cell, and the given di
 
 Think it through first if you like, then write the completed grid, {side} rows of {side} digits, between <answer> and \
 </answer>."""
-# (side, unique) -> the fewest and the most clues, and a reason. On 9x9, fewer than 26 take too long to generate.
+# (side, unique) -> fewest clues, most clues, and when this holds. On 9x9, fewer than 26 take too long to generate.
 _CLUES = {(4, False): (0, 16, ""), (4, True): (4, 16, " with unique=True"), (9, True): (26, 81, " on 9x9")}
 
 
@@ -96,14 +96,14 @@ class Sudoku(Prompted):
 
     def __post_init__(self) -> None:
         check_split(self.split)
-        fewest, most, why = _CLUES.get((self.side, self.unique), (0, 0, ""))
-        drawn_here = self.path is None or self.shots  # `clues` does not apply to a file's puzzles
-        low, high = as_range(self.clues) if drawn_here else (fewest, most)
+        fewest, most, when = _CLUES.get((self.side, self.unique), (0, 0, ""))
+        draws_puzzles = self.path is None or self.shots  # `clues` does not apply to a file's puzzles
+        low, high = as_range(self.clues) if draws_puzzles else (fewest, most)
         rules = ("own", "d1", "rules") if self.side == 4 else ("own", "rules")
         check_settings(
             (self.side not in (4, 9), f"side={self.side} must be 4 or 9"),
             (fewest == most, "unique=False needs side=4: 9x9 puzzles are always made with one completion"),
-            (not fewest <= low <= high <= most, f"clues={self.clues} must lie in {fewest}..{most}{why}"),
+            (not fewest <= low <= high <= most, f"clues={self.clues} must lie in {fewest}..{most}{when}"),
             (self.shots < 0, f"shots={self.shots} must not be negative"),
             (self.shots > 0 and self.compact, f"shots={self.shots} needs a text prompt"),
             (self.infill and not self.compact, "infill=True needs prompt_format='compact'"),
@@ -121,7 +121,7 @@ class Sudoku(Prompted):
                     f"{side}; give side={side}"
                 )
         if self.shots and self.prompt_format != "text" and "{puzzle}" not in str(self._template()):
-            raise ValueError(f"shots={self.shots} stand before {{puzzle}}, which the template lacks")
+            raise ValueError(f"shots={self.shots} are inserted before {{puzzle}}, which the template lacks")
 
     def __len__(self) -> int:
         return self.size if self.path is None else min(self.size, len(_stored(self.path)))
@@ -133,9 +133,9 @@ class Sudoku(Prompted):
         if self.path is not None:
             puzzle, solution = _stored(self.path)[index]
         elif self.side == 4:
-            puzzle, solution = self._drawn4(Random(f"sudoku/{self.seed}/{self.split}/{index}"), self.split)
+            puzzle, solution = self._generate_4x4(Random(f"sudoku/{self.seed}/{self.split}/{index}"), self.split)
         else:
-            puzzle, solution = self._drawn9(Random(f"sudoku/9x9/{self.seed}/{self.split}/{index}"), self.split)
+            puzzle, solution = self._generate_9x9(Random(f"sudoku/9x9/{self.seed}/{self.split}/{index}"), self.split)
         fields = {"puzzle": puzzle, "solution": solution}
         if self.infill:
             return Problem(puzzle.replace("0", BLANK), fields, blank=BLANK)
@@ -153,24 +153,25 @@ class Sudoku(Prompted):
             return by_rules(puzzle, cells)
         return score(puzzle, cells, solved_weight=self.solved_weight, match_weight=self.match_weight)
 
-    def _drawn4(self, rng: Random, split: Split, without: str = "") -> tuple[str, str]:
-        grids = [grid for grid in SPLITS[split] if grid != without]
+    def _generate_4x4(self, rng: Random, split: Split, excluded: str = "") -> tuple[str, str]:
+        """Return a random (puzzle, solution) of the split whose solution is not `excluded`."""
+        grids = [grid for grid in SPLITS[split] if grid != excluded]
         solution = grids[int(rng.random() * len(grids))]
-        given = drawn(self.clues, rng)
-        puzzle = _blanked(solution, given, rng)
+        num_clues = draw_number(self.clues, rng)
+        puzzle = _blanked(solution, num_clues, rng)
         while self.unique and agreeing(puzzle).bit_count() > 1:
-            puzzle = _blanked(solution, given, rng)
-        # A puzzle with many completions agrees with grids of two splits: therefore a hash splits the puzzles, too.
-        while not self.unique and given and hashed_split(puzzle) != split:
+            puzzle = _blanked(solution, num_clues, rng)
+        # A puzzle with several completions may agree with grids of two splits. So a hash splits the puzzles, too.
+        while not self.unique and num_clues and hashed_split(puzzle) != split:
             solution = grids[int(rng.random() * len(grids))]
-            puzzle = _blanked(solution, given, rng)
+            puzzle = _blanked(solution, num_clues, rng)
         return puzzle, solution
 
-    def _drawn9(self, rng: Random, split: Split) -> tuple[str, str]:
-        given = drawn(self.clues, rng)
+    def _generate_9x9(self, rng: Random, split: Split) -> tuple[str, str]:
+        num_clues = draw_number(self.clues, rng)
         while True:
-            solution = random_grid(rng)  # the billions of 9x9 grids cannot be listed: a hash splits them
-            if hashed_split(solution) == split and (puzzle := random_unique_puzzle(solution, given, rng)):
+            solution = random_grid(rng)  # 9x9 grids are too many to list: a hash assigns them to splits
+            if hashed_split(solution) == split and (puzzle := random_unique_puzzle(solution, num_clues, rng)):
                 return puzzle, solution
 
     def _prompt(self, puzzle: str, solution: str, index: int) -> Prompt:
@@ -178,29 +179,28 @@ class Sudoku(Prompted):
         side = isqrt(len(puzzle))
         if self.compact:
             return dotted + "="
-        asked = lines(dotted)
+        puzzle_text = lines(dotted)
         if self.shots:
-            rng = Random(
-                f"sudoku/shots/{self.seed}/{self.split}/{index}"
-            )  # a separate generator: examples do not change the puzzle
+            # A separate generator, so that examples do not change the puzzle.
+            rng = Random(f"sudoku/shots/{self.seed}/{self.split}/{index}")
             parts = []
             for _ in range(self.shots):
-                draw = partial(self._drawn4, without=solution) if self.side == 4 else self._drawn9
-                given, grid = draw(rng, "train")
-                parts.append(f"An example:\n{lines(given.replace('0', '.'))}\n\nSolved:\n{lines(grid)}")
-            asked = "\n\n".join([*parts, f"Your puzzle:\n{asked}"])
-        return self.worded(puzzle=asked, cells=puzzle, side=str(side), box=str(isqrt(side)))
+                generate = partial(self._generate_4x4, excluded=solution) if self.side == 4 else self._generate_9x9
+                example, example_solution = generate(rng, "train")
+                parts.append(f"An example:\n{lines(example.replace('0', '.'))}\n\nSolved:\n{lines(example_solution)}")
+            puzzle_text = "\n\n".join([*parts, f"Your puzzle:\n{puzzle_text}"])
+        return self.render_prompt(puzzle=puzzle_text, cells=puzzle, side=str(side), box=str(isqrt(side)))
 
 
-def _blanked(solution: str, given: int, rng: Random) -> str:
-    """Return the solution with all but `given` cells, chosen uniformly, set to 0."""
+def _blanked(solution: str, num_clues: int, rng: Random) -> str:
+    """Return the 4x4 solution with all cells except `num_clues`, chosen uniformly, set to 0."""
     cells = list(range(16))
-    kept = ["0"] * 16
-    for taken in range(given):
-        other = taken + int(rng.random() * (16 - taken))
-        cells[taken], cells[other] = cells[other], cells[taken]
-        kept[cells[taken]] = solution[cells[taken]]
-    return "".join(kept)
+    puzzle = ["0"] * 16
+    for i in range(num_clues):
+        j = i + int(rng.random() * (16 - i))
+        cells[i], cells[j] = cells[j], cells[i]
+        puzzle[cells[i]] = solution[cells[i]]
+    return "".join(puzzle)
 
 
 def lines(grid: str) -> str:
@@ -210,27 +210,28 @@ def lines(grid: str) -> str:
 
 
 def _text(row: Row, name: str) -> str:
-    """Return a field spelled with or without a capital. Raises ValueError unless the row has exactly one of both, a
-    text.
+    """Return a text field whose name may be capitalized or lower case.
+
+    Raises ValueError if the row has both fields, neither, or a value that is not text.
     """
     if name in row and name.lower() in row:
-        raise ValueError(f"{name} and {name.lower()} both stand in one row; leave one")
+        raise ValueError(f"{name} and {name.lower()} are both in one row; remove one")
     return text_of(row, name if name in row else name.lower())
 
 
 @lru_cache(maxsize=16)
 def _stored(path: str | Path) -> tuple[tuple[str, str], ...]:
     problems: list[tuple[str, str]] = []
-    for place, row in load_rows(path):
+    for location, row in load_rows(path):
         try:
             puzzle = _text(row, "Puzzle").replace(".", "0")
             solution = _text(row, "Solution")
             valid = solution in completions(puzzle)
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise ValueError(f"{location}: {error}") from None
         if not valid:
-            raise ValueError(f"{place}: solution={solution!r} is no completion of puzzle={puzzle!r}")
+            raise ValueError(f"{location}: solution={solution!r} is not a completion of puzzle={puzzle!r}")
         if problems and len(puzzle) != len(problems[0][0]):
-            raise ValueError(f"{place}: a puzzle of {len(puzzle)} cells among those of {len(problems[0][0])}")
+            raise ValueError(f"{location}: a puzzle of {len(puzzle)} cells among those of {len(problems[0][0])}")
         problems.append((puzzle, solution))
     return tuple(problems)

@@ -133,7 +133,7 @@ def test_the_sandbox_ends_without_its_caller(marker) -> None:
 
 def test_without_the_tools_one_line_says_so(monkeypatch) -> None:
     monkeypatch.setattr(os, "defpath", "/nowhere")
-    with pytest.raises(ValueError, match=r"No such file or directory: 'prlimit'.*take 'static'"):
+    with pytest.raises(ValueError, match=r"No such file or directory: 'prlimit'.*use 'static'"):
         sandbox.require()
 
 
@@ -146,7 +146,7 @@ def test_without_namespaces_one_line_says_so() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == (
         "the sandbox needs Linux 5.12, unshare and user namespaces "
-        "(unshare: unshare failed: No space left on device); take 'static'\n"
+        "(unshare: unshare failed: No space left on device); use 'static'\n"
     )
 
 

@@ -12,7 +12,7 @@ from linear import linear_time
 
 from dllm_rl.tasks import Code, Task
 from dllm_rl.tasks.code import sandbox
-from dllm_rl.tasks.code.task import AT_ONCE, program, static
+from dllm_rl.tasks.code.task import NUM_PARALLEL, program, static
 
 HUMANEVAL = {
     "task_id": "HumanEval/0",
@@ -223,7 +223,7 @@ def test_a_prompt_ends_anywhere_in_the_function(tmp_path, begun) -> None:
 
 
 def test_each_program_runs_once_and_several_run_at_a_time(tmp_path, monkeypatch) -> None:
-    together = Barrier(AT_ONCE, timeout=60)  # a lonely run would wait for the others, and raise
+    together = Barrier(NUM_PARALLEL, timeout=60)  # a lonely run would wait for the others, and raise
     ran = []
 
     def run(prelude: str, *rest: object) -> tuple[bool, str]:
@@ -234,9 +234,9 @@ def test_each_program_runs_once_and_several_run_at_a_time(tmp_path, monkeypatch)
 
     monkeypatch.setattr(sandbox, "run", run)
     task = task_of(tmp_path, HUMANEVAL, reward_rule="sandbox")
-    texts = [f"    return {i} + {tmp_path.name!r}\n" for i in range(AT_ONCE)]
-    assert [each.value for each in task.rewards([task[0]] * AT_ONCE, texts)] == [0.0, *[1.0] * (AT_ONCE - 1)]
-    assert task.reward(task[0], texts[0]).value == 0.0 and len(ran) == AT_ONCE
+    texts = [f"    return {i} + {tmp_path.name!r}\n" for i in range(NUM_PARALLEL)]
+    assert [each.value for each in task.rewards([task[0]] * NUM_PARALLEL, texts)] == [0.0, *[1.0] * (NUM_PARALLEL - 1)]
+    assert task.reward(task[0], texts[0]).value == 0.0 and len(ran) == NUM_PARALLEL
 
 
 def test_by_default_all_rows_of_a_file_are_the_test_split(tmp_path) -> None:

@@ -31,7 +31,7 @@ def test_strict_compares_rational_numbers_exactly(reference, answer, value) -> N
 
 def test_reference_numbers() -> None:
     assert reference_number("so 3\n#### 1,000") == 1000 and reference_number(18.5) == Fraction(37, 2)
-    with pytest.raises(ValueError, match="no number"):
+    with pytest.raises(ValueError, match="is not a number, and has none after ####"):
         reference_number("#### x")
 
 

@@ -25,7 +25,7 @@ needs_proc = pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/childre
 @pytest.fixture
 def pool() -> math_check._Pool:
     """The workers, with no verdict remembered."""
-    math_check._KNOWN.clear()
+    math_check._VERDICTS.clear()
     return math_check._POOL
 
 
@@ -35,7 +35,7 @@ def own_pool(pool: math_check._Pool) -> Iterator[math_check._Pool]:
     math_check._POOL.stop()
     yield pool
     math_check._POOL.stop()
-    math_check._KNOWN.clear()
+    math_check._VERDICTS.clear()
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_answers_belong_to_their_questions(pool) -> None:
 
 
 def test_what_is_too_long_is_not_asked(monkeypatch, pool) -> None:
-    monkeypatch.setattr(pool, "ask", lambda pairs: pytest.fail(f"asked {pairs}"))
+    monkeypatch.setattr(pool, "compare", lambda pairs: pytest.fail(f"asked {pairs}"))
     assert math_check.equal("2", "x" * 301) is None and math_check.equal("2", "1\n2") is None
     assert math_check.equal("x+" * 2000 + "x", "2001x") is None
     assert math_check.equal("x" * 301, "x" * 301) is True  # the same text needs no algebra
@@ -150,7 +150,7 @@ def test_replies_by_hand(monkeypatch, replies: list[list[bytes]], verdicts: list
 
     def start() -> None:
         near, far = Pipe()
-        pool.lines, pool.process = [near], object()
+        pool.connections, pool.process = [near], object()
         ends.append(far)
 
     def send(line, number: int, pair) -> None:
@@ -164,7 +164,7 @@ def test_replies_by_hand(monkeypatch, replies: list[list[bytes]], verdicts: list
     monkeypatch.setattr(pool, "start", start)
     monkeypatch.setattr(pool, "stop", pool._close)
     monkeypatch.setattr(pool, "send", send)
-    assert pool.ask([("2", "2.5"), ("2", "3.5")]) == verdicts
+    assert pool.compare([("2", "2.5"), ("2", "3.5")]) == verdicts
     assert numbers == list(range(1, asked + 1))
 
 
@@ -193,7 +193,7 @@ def test_a_server_that_is_gone_is_started_again(pool) -> None:
     assert math_check.equal("2", "1+1")
     os.killpg(pool.process.pid, signal.SIGKILL)
     pool.process.wait()
-    assert all(line.poll(None) for line in pool.lines)  # each has an end of file, and no one writes to it
+    assert all(line.poll(None) for line in pool.connections)  # each has an end of file, and no one writes to it
     assert math_check.equal_all([("2", "3-1"), ("2", "3-2")]) == [True, False]
 
 
@@ -203,13 +203,13 @@ def test_a_forked_process_leaves_the_workers_to_its_parent() -> None:
         "from multiprocessing.connection import Pipe\n"
         "from dllm_rl.tasks.math import math_verify as verify\n"
         "pool, (near, far) = verify._POOL, Pipe()\n"
-        "pool.process, pool.lines = server, lines = object(), [near]\n"
+        "pool.process, pool.connections = server, lines = object(), [near]\n"
         "with pool.lock: child = os.fork()\n"
         "if child == 0:\n"
-        "    left = (pool.process, pool.lines, near.closed, pool.lock.acquire(blocking=False))\n"
+        "    left = (pool.process, pool.connections, near.closed, pool.lock.acquire(blocking=False))\n"
         "    os._exit(left != (None, [], True, True))\n"
         "assert os.waitpid(child, 0)[1] == 0\n"
-        "assert (pool.process, pool.lines) == (server, lines) and not near.closed\n"
+        "assert (pool.process, pool.connections) == (server, lines) and not near.closed\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -258,8 +258,8 @@ def test_many_completions_are_compared_at_once(monkeypatch, pool, tmp_path, prot
     (tmp_path / "a.jsonl").write_text('{"problem": "p", "answer": "1"}\n')
     task = MATH500(path=tmp_path / "a.jsonl", reward_rule="espo" if protocol is None else "own")
     task = task if protocol is None else under_protocol(task, protocol)
-    batches, plain = [], math_check._POOL.ask
-    monkeypatch.setattr(math_check._POOL, "ask", lambda pairs: batches.append(list(pairs)) or plain(pairs))
+    batches, plain = [], math_check._POOL.compare
+    monkeypatch.setattr(math_check._POOL, "compare", lambda pairs: batches.append(list(pairs)) or plain(pairs))
     problems = [Problem("", {"answer": answer}) for answer in ("2x", "x^2-1", "3")]
     texts = ["\\boxed{x+x}", "none", "\\boxed{(x+1)(x-1)}", "\\boxed{(x+1)^2}", "\\boxed{4-1}", "\\boxed{4-1}"]
     graded = grade(task, problems, texts)

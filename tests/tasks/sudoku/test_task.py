@@ -166,7 +166,7 @@ def test_stored_puzzles(tmp_path) -> None:
     assert len(task) == 2 and task[0].fields == task[1].fields == {"puzzle": PUZZLE, "solution": GRID}
     assert task[0].prompt == PUZZLE.replace("0", ".") + "="
     assert [len(Sudoku(path=path, size=size)) for size in (1, 2, 3)] == [1, 2, 2]
-    for row, message in ((f"{PUZZLE},{GRID[:15]}2", "is no completion"), (f"{PUZZLE[1:]},{GRID}", "16 characters")):
+    for row, message in ((f"{PUZZLE},{GRID[:15]}2", "is not a completion"), (f"{PUZZLE[1:]},{GRID}", "16 characters")):
         bad = tmp_path / f"{len(message)}.csv"
         bad.write_text(f"Puzzle,Solution\n{PUZZLE},{GRID}\n{row}\n")
         with pytest.raises(ValueError, match=f"line 3: .*{message}"):
