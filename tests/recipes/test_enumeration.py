@@ -277,8 +277,8 @@ def test_a_corrector_reads_the_learners_entropy():
 
 
 def test_values_are_a_baseline():
-    """With lambda 1 no baseline of the state is biased, right or wrong. Exact values are unbiased with every lambda, and
-    less noisy the lower it is. Values of 0 with a lower lambda are biased, wrong ones more.
+    """With lambda 1 no baseline of the state is biased, right or wrong. Exact values are unbiased with every lambda,
+    and less noisy the lower it is. Values of 0 with a lower lambda are biased, wrong ones more.
     """
     found = {}
     for row in value_table(policies=("early",), lambdas=(0.0, 0.95, 1.0), networks=3, length=3):
