@@ -221,15 +221,11 @@ class Peers:
         elif is_collective_error and self._signal:
             raise Stopped(128 + self._signal) from None
         elif is_collective_error and self._main and error is not None:
-            error.add_note(
-                "; ".join(
-                    f"{connection.name} was last heard in {connection.stage}"
-                    for connection in self._connections.values()
-                )
-            )
+            others = self._connections.values()
+            error.add_note("; ".join(f"{other.name} was last heard in {other.stage}" for other in others))
 
     def _farewell(self, error: BaseException | None) -> dict[str, Any]:
-        """Return the last message to the others: this process's own error, or that it ends (with its signal, if any)."""
+        """Return the last message to the others: its own error, or that it ends, and on which signal."""
         is_own_error = isinstance(error, Exception) and not self._lost.is_set()
         # A failed collective has its cause in another process. If no process has reported a cause, the main one reports
         # the failure, so that all end.
@@ -351,11 +347,10 @@ class Peers:
             connection.silent_ticks += 1
         for process in self._missing:
             self._missing[process] += 1
-        for connection in [
-            connection for connection in self._connections.values() if connection.silent_ticks > TICKS_PER_TIMEOUT
-        ]:
-            text = f"{connection.name} has been silent for peer_timeout={self._seconds:g} s, last heard in {connection.stage}"
-            self._report_loss(f"{text}: stopped, cut off, or held up in C code that keeps the interpreter", connection)
+        connections = self._connections.values()
+        for silent in [connection for connection in connections if connection.silent_ticks > TICKS_PER_TIMEOUT]:
+            text = f"{silent.name} has been silent for peer_timeout={self._seconds:g} s, last heard in {silent.stage}"
+            self._report_loss(f"{text}: stopped, cut off, or held up in C code that keeps the interpreter", silent)
         place = self._stall_detector.look()
         if self._stall_detector.still_ticks >= TICKS_PER_TIMEOUT * self.patience():
             self._report_stall(place)

@@ -80,7 +80,7 @@ def shard(
 
 
 def part_like(value: Any, tensor: Tensor) -> Any:
-    """Return a full tensor sharded like `tensor`. Return `value` itself if `tensor` is not sharded, or has another shape."""
+    """Shard a full tensor like `tensor`. Return `value` unchanged if `tensor` is not sharded or has another shape."""
     if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
         return value
     mine = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local().clone()

@@ -1,4 +1,4 @@
-"""Detect that the main thread makes no progress: it stays at one place in the code, and the process uses no CPU time."""
+"""Detect that the main thread makes no progress: it stays at one place in the code, and uses no CPU time."""
 
 import sys
 import threading

@@ -37,7 +37,7 @@ Others = ParamSpec("Others")
 
 
 class Stopped(BaseException):
-    """Ends the run with an exit status. It is not SystemExit, because graders may raise that, and the run catches it."""
+    """Ends the run with an exit status. It is not a SystemExit, because the run catches those of graders."""
 
 
 class Stop:
@@ -151,7 +151,7 @@ def option_as_written(setting: str, method: str | None, option: str, value: Any)
 
 
 def with_the_run() -> ExitStack:
-    """Return the exit stack that closes when the current run ends, also on errors. Outside of a run: one never closed."""
+    """Return the exit stack that closes when the current run ends, also on errors. Without a run: a new stack."""
     return _EXIT_STACK.get(None) or ExitStack()
 
 
