@@ -363,7 +363,7 @@ class Peers:
         text = f"{self._name} has stood still for {seconds:g} s (peer_timeout={self._seconds:g}) at {place}"
         text += f", in {self.stage()}"
         if not self._main:
-            self._connections[0].tell(still=text)
+            self._connections[0].send(still=text)
         self._report_loss(text, is_reported=not self._main)
 
     def _report_loss(self, text: str, connection: PeerConnection | None = None, *, is_reported: bool = False) -> None:

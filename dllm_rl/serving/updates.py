@@ -64,7 +64,7 @@ def update_weights(lease: Lease, data: bytes, policy: Policy) -> bytes:
     tensors, header = _read(data)
     version, run = header.get("weights_version"), header.get("run")
     if type(version) is not int or version < 0 or not isinstance(run, str):
-        raise ValueError(f"weights_version={version!r} must be an integer of at least 0, and run={run!r} a string")
+        raise ValueError(f"weights_version={version!r} must be a whole number of at least 0, and run={run!r} a string")
     is_load = header.get("is_load") is True
     if not is_load and run != lease.run:
         raise Conflict("another run has loaded its weights into this server since; give each run its own server")

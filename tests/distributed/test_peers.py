@@ -154,7 +154,7 @@ def test_a_silent_main_process_is_named_by_the_second_alone(made):
 
 def test_a_closed_connection_is_a_loss_and_a_farewell_is_none(made):
     main, first, second = made(3)
-    first._connections[0].tell(end=True)
+    first._connections[0].send(end=True)
     first._connections[0].socket.close()
     hear(main)
     assert 1 not in main._connections and not main._lost.is_set()
@@ -346,7 +346,7 @@ def test_a_signal_that_one_leaves_on_is_heard_by_all_and_is_their_status(made, c
 def test_what_is_no_signal_to_stop_is_not_heard(made, number):
     main, other = made(2)
     main.hear = pytest.fail
-    other._connections[0].tell(end=True, signal=number)
+    other._connections[0].send(end=True, signal=number)
     hear(main)
     assert not main._signal and not main._connections
 
