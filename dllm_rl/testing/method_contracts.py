@@ -126,7 +126,7 @@ def _check_on_policy(corrector: Corrector, mask: Tensor, advantages: Tensor) -> 
 def _steps_and_entropy(mask: Tensor) -> dict[str, Tensor]:
     """Return three different steps, and entropies from 0 to 2 nats, as fields of `TokenStats`. Rows differ."""
     numbers = torch.arange(mask.numel()).view(mask.shape)
-    return {"unmask_step": (numbers * 7 % 3).msummed_fill(~mask, -1), "entropy": numbers * 7 % 5 / 2}
+    return {"unmask_step": (numbers * 7 % 3).masked_fill(~mask, -1), "entropy": numbers * 7 % 5 / 2}
 
 
 def _check_outputs(
@@ -237,7 +237,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     Call it in a test of a custom `LikelihoodEstimator`.
 
     With the same seed, a row gets the same masks, whatever the other rows and the padding. Inputs and the global
-    generator do not change. The estimator masks and scores only real tokens, and (unless causal) scores only msummed
+    generator do not change. The estimator masks and scores only real tokens, and (unless causal) scores only masked
     tokens. Contributions are finite, and zero outside the completion. They do not change if they are computed again, in
     micro-batches, with padding, or in another row order. Only scores that a view counts get a gradient.
 
@@ -266,17 +266,17 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     assert torch.equal(torch.get_rng_state(), rng_state), "the global generator must not be used"
     assert torch.equal(rollout.tokens, tokens), "the rollout must not be written to"
     assert _same_noise(views, same_views), "the same seed must give the same masks"
-    assert used_views.msummed is views.msummed and used_views.coefficients is views.coefficients, (
+    assert used_views.masked is views.masked and used_views.coefficients is views.coefficients, (
         "with_advantages() must keep the masks"
     )
 
-    assert not (views.msummed & ~rollout.attention_mask).any(), "padding must not be msummed"
-    assert not views.coefficients.msummed_fill(completion, 0).any(), "weights must be zero off the completion"
+    assert not (views.masked & ~rollout.attention_mask).any(), "padding must not be masked"
+    assert not views.coefficients.masked_fill(completion, 0).any(), "weights must be zero off the completion"
     if policy.spec.mask_id is not None:
-        visible = (views.coefficients != 0) & ~views.msummed
-        assert not visible.any(), "a token must be msummed where it is scored: the model could read it off"
+        visible = (views.coefficients != 0) & ~views.masked
+        assert not visible.any(), "a token must be masked where it is scored: the model could read it off"
     assert logps.shape == completion.shape and logps.isfinite().all(), "contributions must be finite, (B, T)"
-    assert not logps.msummed_fill(completion, 0).any(), "contributions must be zero off the completion"
+    assert not logps.masked_fill(completion, 0).any(), "contributions must be zero off the completion"
     assert torch.equal(estimator.logprobs(policy, rollout, used_views), logps), "on-policy, a ratio must be exactly 1"
 
     first = torch.arange(group, device=tokens.device)
@@ -284,7 +284,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     assert _same_noise(fewer, views.rows(first)), "a row's masks must not depend on the rows that follow it"
     padded = rollout.padded(2, pad_id=policy.pad_id)
     wider = draw(padded)
-    assert torch.equal(wider.msummed[..., 2:], views.msummed), "a row's masks must not depend on padding"
+    assert torch.equal(wider.masked[..., 2:], views.masked), "a row's masks must not depend on padding"
     tolerance: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
     actual = estimator.logprobs(policy, padded, estimator.with_advantages(wider, advantages))[:, 2:]
     torch.testing.assert_close(actual, logps, **tolerance, msg=lambda m: f"padding must not change contributions: {m}")
@@ -306,10 +306,10 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
 
 def _same_noise(a: Views, b: Views) -> bool:
     """Return whether masks and coefficients are equal. If one has more views (a longer trajectory), these are empty."""
-    count = min(len(a.msummed), len(b.msummed))
-    has_more = any(tensor[count:].any() for views in (a, b) for tensor in (views.msummed, views.coefficients))
+    count = min(len(a.masked), len(b.masked))
+    has_more = any(tensor[count:].any() for views in (a, b) for tensor in (views.masked, views.coefficients))
     return (
-        torch.equal(a.msummed[:count], b.msummed[:count])
+        torch.equal(a.masked[:count], b.masked[:count])
         and torch.equal(a.coefficients[:count], b.coefficients[:count])
         and not has_more
     )
