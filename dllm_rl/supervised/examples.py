@@ -31,7 +31,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Shown:
+class NoisyExample:
     """An example with noise: its tokens, the tokens that the model sees, and each token's weight in the loss."""
 
     tokens: Int[Tensor, " T"]
@@ -183,7 +183,7 @@ def show(
     noise: Float[Tensor, "B L"],
     *,
     corruption: float = 0.0,
-) -> tuple[list[Shown], int]:
+) -> tuple[list[NoisyExample], int]:
     """Draw what the model sees of each example, and the weights of its tokens; also return the divisor of the sum of
     all weighted losses.
     """
@@ -206,7 +206,7 @@ def show(
             seen[item.learned] = torch.where(is_masked, policy.spec.mask_id, seen[item.learned])
             # 1 / (t_b n_b): LLaDA's SFT loss, eq. 5 [paper]. A visible token counts 1 / n_b [ours].
             weight[item.learned] = torch.where(is_masked, 1 / (level * count), float(corruption > 0) / count)
-        noisy_examples.append(Shown(item.tokens, seen, weight))
+        noisy_examples.append(NoisyExample(item.tokens, seen, weight))
         divisor += count if causal else 1  # a causal loss is a mean over tokens, as with transformers' `labels`
     return noisy_examples, divisor
 
@@ -249,7 +249,9 @@ class Layout:
         return columns - torch.where(is_first, columns, 0).cummax(-1).values
 
 
-def lay_out(examples: Sequence[Shown], rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device) -> Layout:
+def lay_out(
+    examples: Sequence[NoisyExample], rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device
+) -> Layout:
     """Concatenate the sequences of each row."""
     columns = {}
     for name, fill in (("tokens", pad_id), ("seen", pad_id), ("weight", 0.0)):
@@ -306,7 +308,7 @@ def check_packing(policy: Policy) -> None:
     sequences = []
     for count in (5, 7):  # different lengths, so that a state at a wrong position is detected
         ids = (torch.arange(count) + count) % policy.vocab_size
-        sequences.append(Shown(ids, ids, torch.ones(count)))
+        sequences.append(NoisyExample(ids, ids, torch.ones(count)))
     options: dict[str, Any] = {"pad_id": policy.pad_id, "device": policy.device}
     try:
         packed_states = hidden_states(policy, lay_out(sequences, [[0, 1]], **options), packed=True)[0].float()

@@ -9,7 +9,7 @@ from tiny_recipe import SIZES
 
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.supervised.examples import (
-    Shown,
+    NoisyExample,
     check_packing,
     example,
     hidden_states,
@@ -160,7 +160,7 @@ def test_a_block_sees_the_blocks_before_it_without_masks():
     one = example(tiny_sft(completion_length=2), policy, {"text": "12"})
     tokens = torch.cat([one.tokens, torch.tensor([THREE, FOUR])])
     hidden = torch.tensor([True, False, True, True])
-    shown = Shown(tokens, tokens.masked_fill(hidden, MASK), hidden.float())
+    shown = NoisyExample(tokens, tokens.masked_fill(hidden, MASK), hidden.float())
     logps = policy.logits(torch.tensor([[MASK, TWO]]), torch.ones(1, 2, dtype=torch.bool))[0, 0]
     later = policy.logits(torch.tensor([[ONE, TWO, MASK, MASK]]), torch.ones(1, 4, dtype=torch.bool))[0]
     gone = torch.tensor([MASK])
@@ -186,6 +186,6 @@ def test_a_template_that_rewrites_what_came_before_is_refused():
 
 def test_padding_states_are_finite():
     policy = tiny_llama(causal=True, **SIZES)
-    shown = [Shown(torch.full((n,), ONE), torch.full((n,), ONE), torch.ones(n)) for n in (2, 3, 4)]
+    shown = [NoisyExample(torch.full((n,), ONE), torch.full((n,), ONE), torch.ones(n)) for n in (2, 3, 4)]
     states = hidden_states(policy, laid(policy, shown, [[0, 1], [2]]), packed=True)
     assert states.isfinite().all()
