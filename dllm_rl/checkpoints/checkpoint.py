@@ -1,4 +1,4 @@
-"""Write and read checkpoints, from which a run continues bit for bit. Writing is atomic, and reading verifies all bytes."""
+"""Write and read checkpoints, from which a run continues bit for bit. Writing is atomic, reading verifies."""
 
 import errno
 import pickle
@@ -112,9 +112,7 @@ def save(
         with replacing(folder) as partial:  # renamed to `folder` when it is complete and on disk
             _write(partial, checkpoint, swap)
         write_text(directory / "latest", folder.name + "\n")
-    for step, old in list_checkpoints(directory)[
-        :-keep_last
-    ]:  # last, so that a failed save deletes no older checkpoint
+    for step, old in list_checkpoints(directory)[:-keep_last]:  # last, so that a failed save deletes nothing
         if step != state.best_step:
             remove_whole(old)
     return folder
@@ -170,7 +168,7 @@ def recover_all(directory: Path) -> None:
 
 @contextmanager
 def _check_disk_space(folder: Path, checkpoint: Checkpoint, reserve: int) -> Iterator[None]:
-    """Raise OSError, with the free space in its message, if a checkpoint does not fit or the block fails to write it."""
+    """Raise OSError, which reports the free space, if a checkpoint does not fit or the block fails to write it."""
     policy = checkpoint.policy
     needed = _moments_size(policy, checkpoint.optimizer) + reserve + (1 << 20)
     needed += sum(map(len, checkpoint.files.values()))
@@ -359,7 +357,7 @@ def check(folder: Path, *, quick: bool = False, unread: str | None = None) -> No
 
 
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's state from a checkpoint. Raise ValueError if a file is damaged or its values are impossible."""
+    """Load the optimizer's state from a checkpoint. Raise ValueError if a file is damaged or a value is impossible."""
     if (source := next(folder.glob(PATTERN), None)) is not None:
         load_parts(folder, policy, optimizer)
     else:
@@ -391,8 +389,8 @@ def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
         raise ValueError(f"{folder}: optimizer.pt does not hold the state of {type(optimizer).__name__}")
     for index, weight_state in state["state"].items():
         weight_state |= {kind: part_like(value, parameters[index]) for kind, value in weight_state.items()}
-    # AdamW's param_groups have only settings, which a resumed run takes from its recipe. Other optimizers may keep state
-    # there. An older version of such an optimizer may lack fields, which keep their present values.
+    # AdamW's param_groups have only settings, which a resumed run takes from its recipe. Other optimizers may keep
+    # state there. A file of an older version of such an optimizer may lack fields, which keep their present values.
     is_adamw = isinstance(optimizer, torch.optim.AdamW)
     groups = own_groups
     if not is_adamw:

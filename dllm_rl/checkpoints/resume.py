@@ -58,7 +58,7 @@ def allowed_changes(recipe: Settings) -> set[str]:
 
 
 def changes_since(recipe: Settings, state: TrainingState) -> list[dict[str, Any]]:
-    """Return the changes of fields in `allow_changed`, one dict per field, with the number of steps before the change."""
+    """Return the changes of the fields in `allow_changed`, one dict per field, with the step before the change."""
     before = default_settings(type(recipe)) | state.recipe
     settings = recipe.settings()
     return [

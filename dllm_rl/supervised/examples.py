@@ -42,10 +42,17 @@ class NoisyExample:
 def read_examples(
     recipe: SFT, policy: Policy, dataset: Any, field: str, *, say: Callable[[str], None] = lambda text: None
 ) -> list[Example]:
-    """Convert rows to examples. Rows longer than max_length are left out, and their number is reported by `say`.
+    """Convert the rows of a data set to examples. Leave out rows longer than max_length, and report their number.
+
+    Args:
+        recipe: Recipe with the options for rows.
+        policy: Policy with the tokenizer.
+        dataset: Rows to convert.
+        field: Name of the recipe's field with the rows, for messages.
+        say: Function that reports the number of rows that are left out.
 
     Raises:
-        ValueError: A row is unusable, or all rows are too long.
+        ValueError: A row is invalid, or all rows are too long.
     """
     if policy.spec.attention == "encoder_decoder":
         check_denoising(recipe, policy)
@@ -175,7 +182,7 @@ def _joined(
     return tokens[:length], learned[:length], bool(end_positions)
 
 
-def show(
+def add_noise(
     policy: Policy,
     examples: Sequence[Example],
     levels: Float[Tensor, " B"],
@@ -184,8 +191,18 @@ def show(
     *,
     corruption: float = 0.0,
 ) -> tuple[list[NoisyExample], int]:
-    """Draw what the model sees of each example, and the weights of its tokens; also return the divisor of the sum of
-    all weighted losses.
+    """Replace tokens of the examples by masks (diffusion models) and by random tokens (`corruption`).
+
+    Args:
+        policy: Policy to train.
+        examples: Examples to add noise to.
+        levels: Probability of each example that a learned token is masked.
+        uniforms: Uniform random numbers that decide which tokens are masked.
+        noise: Uniform random numbers that choose the tokens to corrupt and their replacements.
+        corruption: Share of the learned tokens to replace by random tokens. Default: 0.
+
+    Returns:
+        The noisy examples, and the number to divide the sum of their weighted losses by.
     """
     causal = policy.spec.attention == "causal"
     noisy_examples = []
