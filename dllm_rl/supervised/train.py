@@ -19,12 +19,12 @@ from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.rng import generator_for
 from dllm_rl.supervised.examples import (
     Example,
+    add_noise,
     check_packing,
     lay_out,
     pack,
     prompt_and_answer,
     read_examples,
-    show,
     weighted_loss,
 )
 from dllm_rl.supervised.recipe import SFT
@@ -235,7 +235,7 @@ def _micro_batches(
     longest = max(int(item.learned.sum()) for item in examples)
     levels_and_noise = draw_levels(generator, len(examples), longest)
     # Noise of the examples of all processes, so that every process divides by the same total.
-    noisy_examples, total = show(policy, examples, *levels_and_noise, corruption=recipe.corruption)
+    noisy_examples, total = add_noise(policy, examples, *levels_and_noise, corruption=recipe.corruption)
     local_examples = noisy_examples[accelerator.process_index :: accelerator.num_processes]
     lengths = [len(item.tokens) for item in local_examples]
     rows = pack(lengths, recipe.max_length) if recipe.packing else [[i] for i in range(len(local_examples))]

@@ -21,7 +21,7 @@ from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import confidence, margin, plackett_luce, random, soft_threshold, threshold
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.serving.engine import Link, http_engine, served
+from dllm_rl.serving.engine import Client, http_engine, served
 from dllm_rl.serving.settings import read_settings, write_settings
 from dllm_rl.testing import check_engine
 from dllm_rl.types import Prompts
@@ -161,10 +161,10 @@ class Loaded:
         self.server, self.learner = server, diffusion(seed=1)
         self.learner.weights_version = 4
         self.rollout_policy = http_engine(url=server.url).load(self.learner)
-        self.link = self.rollout_policy.module.link
+        self.client = self.rollout_policy.module.client
 
     def update(self, tensors, **header):
-        return self.link.post("/weights", tensors, {"weights_version": 5, "is_load": False} | header)
+        return self.client.post("/weights", tensors, {"weights_version": 5, "is_load": False} | header)
 
 
 @pytest.fixture
@@ -229,16 +229,16 @@ def test_another_run_takes_the_server_and_the_first_one_is_told(loaded):
 def test_rollouts_of_another_version_are_refused(loaded):
     loaded.rollout_policy.weights_version = 5
     with pytest.raises(
-        ValueError, match="weights_version=5 is asked for, and the server has 4; call the engine's sync"
+        ValueError, match="the request is for weights_version=5, and the server has 4; call the engine's sync"
     ):
         served(loaded.rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1), max_new_tokens=2)
 
 
 def test_rollouts_without_a_load_are_refused():
     with learning(diffusion()) as server:
-        link = Link(server.url, None, 60.0)
+        client = Client(server.url, None, 60.0)
         with pytest.raises(ValueError, match="answers 409: another run"):
-            link.post("/logits", {}, {"weights_version": 0})
+            client.post("/logits", {}, {"weights_version": 0})
 
 
 def other_rank(logits, normalizer):
@@ -275,7 +275,7 @@ def test_the_sampler_needs_the_engine():
 def test_a_server_that_is_not_there_or_refuses_is_named(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"http://127.0.0.1:9/weights: ConnectionRefusedError .*; is `dllm-rl serve`"):
         http_engine(url="http://127.0.0.1:9").load(diffusion())
-    with pytest.raises(ValueError, match=r"url='127.0.0.1:8000' is no address of a server; give http://HOST:PORT"):
+    with pytest.raises(ValueError, match=r"url='127.0.0.1:8000' is not the address of a server; give http://HOST:PORT"):
         http_engine(url="127.0.0.1:8000").load(diffusion())
     with running(diffusion(), token=TOKEN) as server:
         with pytest.raises(ValueError, match="answers 403: /weights is for the learner of a run; start the server"):
@@ -333,7 +333,7 @@ def test_what_is_sent_after_a_step_is_what_was_trained(monkeypatch, with_adapter
         assert {f"{path}.weight" for path in layers} <= set(expected) != own_tensors(learner.module).keys()
     else:
         learner.module.get_parameter(NAME).requires_grad_(True)
-    sent, post = [], Link.post
+    sent, post = [], Client.post
 
     def spy(self, path, tensors, header):
         sent.append(sorted(tensors))
@@ -342,7 +342,7 @@ def test_what_is_sent_after_a_step_is_what_was_trained(monkeypatch, with_adapter
     with learning(diffusion()) as server:
         engine = http_engine(url=server.url)
         rollout_policy = engine.load(learner)
-        monkeypatch.setattr(Link, "post", spy)
+        monkeypatch.setattr(Client, "post", spy)
         learner.weights_version += 1
         engine.sync(learner, rollout_policy)
     assert sent == [expected] and expected
