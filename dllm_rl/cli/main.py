@@ -308,13 +308,24 @@ def add_grade(commands: argparse._SubParsersAction) -> None:
         help=f"{names}: all protocols, all readings of the answer, and where they differ",
     )
     sub.add_argument("--json", action="store_true", help="with --protocol all: print one JSON object instead of tables")
+    sub.add_argument(
+        "--against",
+        metavar="FILE",
+        help="also print the difference from these completions of the same problems, with its paired 95 %% interval",
+    )
     sub.set_defaults(run=grade)
 
 
 def grade(arguments: argparse.Namespace) -> None:
     from dllm_rl.cli.grade import grade_command
 
-    grade_command(arguments.file, task=arguments.task, protocol=arguments.protocol, as_json=arguments.json)
+    grade_command(
+        arguments.file,
+        task=arguments.task,
+        protocol=arguments.protocol,
+        as_json=arguments.json,
+        against=arguments.against,
+    )
 
 
 def add_lm_eval(commands: argparse._SubParsersAction) -> None:
