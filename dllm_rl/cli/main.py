@@ -73,7 +73,7 @@ def add_sampler_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
     )
-    sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
+    sub.add_argument("--block_size", type=int, help="positions open at once (default: all, or the model's blocks)")
     sub.add_argument("--temperature", type=float, help="0 is greedy (default: as the run's evaluations, or 0)")
     sub.add_argument("--top_k", type=int)
     sub.add_argument("--top_p", type=float)
@@ -203,7 +203,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--cache", type=_names, help="e.g. none,dual=4")
     both = "also decode from left to right, with causal attention: for a model converted from an autoregressive one"
     sub.add_argument("--autoregressive", action="store_true", help=both)
-    sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
+    sub.add_argument("--block_size", type=int, help="positions open at once (default: all, or the model's blocks)")
     sub.add_argument("--temperature", type=float, help="0 is greedy (default: the run's, or 0)")
     sub.add_argument("--top_k", type=int, help="sample only from the k likeliest tokens (default: the run's, or all)")
     mass = "sample only from the likeliest tokens that hold this probability (default: the run's, or all)"
