@@ -146,21 +146,6 @@ def test_the_first_reward_is_learned_from(tmp_path, monkeypatch):
     assert len(logged) > 80 and {name for name in logged if not described.fullmatch(name)} == set()
 
 
-def test_the_settings_for_a_real_model_are_a_recipe_without_cautions(tmp_path, monkeypatch):
-    made = []
-    tiny = dllm_rl.tiny_masked_lm(characters="0123456789+=?")
-
-    def record(model, rows, reward, **settings):
-        made.append(dllm_rl.grpo_recipe(tiny, rows, reward, **settings))
-
-    monkeypatch.setattr(dllm_rl, "grpo", record, raising=False)
-    (tmp_path / "real.py").write_text(example("A real model on one GPU"))
-    runpy.run_path(str(tmp_path / "real.py"))
-    task = made[0].task
-    assert cautions(made[0]) == [] and len(task) == 1440
-    assert [task.reward(task[0], text).value for text in ("It is 20.", "21")] == [1.0, 0.0]
-
-
 def test_a_script_for_slurm_reads_the_options_that_slurm_sh_adds(tmp_path, monkeypatch):
     make, tiny = dllm_rl.grpo_recipe, dllm_rl.tiny_masked_lm(characters="0123456789+=?")
     rows = [{"prompt": [{"role": "user", "content": f"{i}"}], "answer": str(i)} for i in range(400)]
