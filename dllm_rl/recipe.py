@@ -221,7 +221,7 @@ class Settings:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = _(
         "dtype of weights loaded from a path; auto: the stored dtype", "float32"
     )
-    float32_head: bool = _("compute logits in fp32 if the model computes in 16 bits, in rollout and learner", True)
+    float32_head: bool = _("compute logits in fp32 if the model computes in 16 bits", True)
     base_quantization: Literal["nf4", "int8"] | None = _(
         "load a path's weights in this bitsandbytes format, frozen; needs lora", None
     )
@@ -241,11 +241,10 @@ class Settings:
     gradient_checkpointing: bool = _(
         "recompute blocks in the backward: less memory, same gradients, 1/3 more work (1/2 with adapters)", False
     )
-    bf16: bool = _("autocast forwards to bf16; the weights keep `dtype`: use float32 if all weights are trained", False)
+    bf16: bool = _("autocast forwards to bf16; the weights keep `dtype`", False)
 
     eval_steps: int | None = _(
-        "steps between evaluations on validation_task (SFT: the held-out rows); 0: no evaluation; None: chosen so that "
-        "evaluations take at most 2 % of the forwards",
+        "steps between evaluations; 0: none; None: evaluations take at most 2 % of the forwards",
         None,
         at_least=0,
     )
@@ -255,30 +254,31 @@ class Settings:
         "trackers, separated by commas: tensorboard, wandb, trackio, mlflow; none: no tracker", "tensorboard"
     )
     save_steps: int = _("steps between checkpoints", 50, at_least=1)
-    save_total_limit: int = _("number of checkpoints to keep: the newest ones and the best one", 2, at_least=1)
+    save_total_limit: int = _("newest checkpoints to keep, beside the best one", 2, at_least=1)
     save_merged: bool = _(
-        "with lora and a model from a path or the hub: store merged weights in every checkpoint; False: only in the "
-        "last one, and adapters in the others",
+        "with lora on a path: store merged weights in every checkpoint; False: only in the last",
         False,
     )
     metric_for_best_model: str | None = _(
-        "metric of the evaluations that selects the best checkpoint, e.g. solve_rate or loss; None: none is selected",
+        "metric of the evaluations that selects the best checkpoint, e.g. solve_rate or loss",
         None,
     )
     greater_is_better: bool | None = _(
         "whether metric_for_best_model should be high; None: yes, unless its name ends in loss", None
     )
     load_best_model_at_end: bool = _("evaluate and return the best checkpoint instead of the last weights", False)
-    callbacks: Any = _("dllm_rl.Callback objects, which may add metrics, save, or stop the run", ())
+    callbacks: Any = _("dllm_rl.Callback objects", ())
     verify_checkpoint: Literal["full", "quick"] = _(
-        "how to verify a checkpoint before it is loaded: full: every byte; quick: size and start of files over 1 MiB",
+        "what to verify of a checkpoint: full: every byte; quick: size and start of files over 1 MiB",
         "full",
     )
     on_save_error: Literal["stop", "continue"] = _(
         "stop the run if a checkpoint cannot be written, or warn and continue", "stop"
     )
     stop_seconds: float = _(
-        "seconds that a step may take to finish after a stop signal; then the step before it is saved", 20.0, at_least=0
+        "seconds after a stop signal in which the step may begin its updates; else the step before is saved",
+        20.0,
+        at_least=0,
     )
     output_dir: str | None = _("folder of the run; None: runs/NAME-seedSEED", None)
     resume_from_checkpoint: str | None = _(
@@ -483,7 +483,7 @@ class Recipe(Settings):
         at_least=0,
     )
     zero_mismatch: bool = _(
-        "stop if a log-prob of rollout and learner differs in any bit",
+        "compute batch-invariantly; stop if a log-prob of rollout and learner differs in any bit",
         False,
     )
 
