@@ -73,7 +73,7 @@ def add_sampler_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
     )
-    sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
+    sub.add_argument("--block_size", type=int, help="positions open at once (default: all, or the model's blocks)")
     sub.add_argument("--temperature", type=float, help="0 is greedy (default: as the run's evaluations, or 0)")
     sub.add_argument("--top_k", type=int)
     sub.add_argument("--top_p", type=float)
@@ -217,7 +217,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "also decode from left to right, with causal attention: for a model converted from an autoregressive model"
     )
     sub.add_argument("--autoregressive", action="store_true", help=autoregressive_help)
-    sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
+    sub.add_argument("--block_size", type=int, help="positions open at once (default: all, or the model's blocks)")
     sub.add_argument("--temperature", type=float, help="0 is greedy (default: the run's, or 0)")
     sub.add_argument("--top_k", type=int, help="sample only from the k likeliest tokens (default: the run's, or all)")
     top_p_help = "sample only from the likeliest tokens that hold this probability (default: the run's, or all)"
@@ -323,13 +323,24 @@ def add_grade(commands: argparse._SubParsersAction) -> None:
         help=f"{names}: every protocol and every way to extract the answer, and the rows on which they differ",
     )
     sub.add_argument("--json", action="store_true", help="with --protocol all: print one JSON object instead of tables")
+    sub.add_argument(
+        "--against",
+        metavar="FILE",
+        help="also print the difference from these completions of the same problems, with its paired 95 %% interval",
+    )
     sub.set_defaults(run=grade)
 
 
 def grade(arguments: argparse.Namespace) -> None:
     from dllm_rl.cli.grade import grade_command
 
-    grade_command(arguments.file, task=arguments.task, protocol=arguments.protocol, as_json=arguments.json)
+    grade_command(
+        arguments.file,
+        task=arguments.task,
+        protocol=arguments.protocol,
+        as_json=arguments.json,
+        against=arguments.against,
+    )
 
 
 def add_lm_eval(commands: argparse._SubParsersAction) -> None:

@@ -171,30 +171,28 @@ class FamilySpec:
     # encoder's cache, whose noise is random tokens (`models.denoiser`).
     attention: Attention
     shift: bool = False  # the state at t-1 predicts position t
-    block_size: int | None = None  # positions of a block; None without blocks
+    block_size: int | None = None  # positions of a block
     causal_context: bool = False  # "block_causal": a block without a mask is causal
     is_also_causal: bool = False  # the weights are an autoregressive model too (`as_causal`)
-    mask_id: int | None = None  # token id of the mask; None for causal models and random-token noise
-    mask_vocabulary: int | None = None  # size of the vocabulary for which a family's mask_id holds
-    mask_names: tuple[str, ...] = ()  # texts of the mask, for a tokenizer without a mask token
+    mask_id: int | None = None  # token id of the mask
+    mask_vocabulary: int | None = None  # vocabulary size for which mask_id holds
+    mask_names: tuple[str, ...] = ()  # texts of the mask, if the tokenizer names none
     eos_ids: tuple[int, ...] = ()  # ids that end a completion
-    max_length: int | None = None  # longest sequence in tokens; None if unknown
+    max_length: int | None = None  # longest sequence in tokens
     vocab_size: int | None = None  # number of logits; None: from the module's config
     encode: Callable = encode_base  # module, tokens, attention mask, positions -> hidden states
     head: Callable = linear_head  # module, hidden states -> logits
-    lora_targets: tuple[str, ...] = LLAMA_LINEARS  # linear layers of a block that LoRA adapts by default
+    lora_targets: tuple[str, ...] = LLAMA_LINEARS  # layers that LoRA adapts by default
     architectures: tuple[str, ...] = ()  # values of the config's `architectures` field; `*` for any text
-    config_test: Callable[[dict], bool] = lambda config: True  # further test of the config's fields
-    stock_model: Callable[[dict], tuple] | None = (
-        None  # config fields -> (stock class, its config); None: already stock
-    )
-    tensor_names: tuple[tuple[str, str], ...] = ()  # (original, stock) where they differ; `*` for a number
+    config_test: Callable[[dict], bool] = lambda config: True
+    stock_model: Callable[[dict], tuple] | None = None  # config fields -> (stock class, its config)
+    tensor_names: tuple[tuple[str, str], ...] = ()  # (original, stock); `*` for a number
     fused_qkv: str | None = None  # a projection with query, key and value rows in this order
-    float32_rope: bool = False  # rotary embeddings are applied in fp32 for every dtype of weights
-    ignored_tensors: tuple[str, ...] = ()  # patterns of the checkpoint's unused tensors
-    end_tokens: tuple[str, ...] = ()  # further tokens that end a completion, if the tokenizer has them
-    original_config: dict | None = field(default=None, compare=False, repr=False)  # config written back; None: stock
-    checkpoint_folder: str | None = field(default=None, compare=False, repr=False)  # folder of the checkpoint
+    float32_rope: bool = False  # rotary embeddings in fp32 for every dtype
+    ignored_tensors: tuple[str, ...] = ()  # patterns
+    end_tokens: tuple[str, ...] = ()  # further tokens that end a completion
+    original_config: dict | None = field(default=None, compare=False, repr=False)  # config written back
+    checkpoint_folder: str | None = field(default=None, compare=False, repr=False)
 
     def matches(self, config: dict) -> bool:
         name = (config.get("architectures") or [""])[0]
@@ -224,11 +222,11 @@ class Policy(Head, Protocol):
     tokenizer: Tokenizer
     weights_version: int  # counts weight updates
     float32_head: bool  # compute logits of a model in 16 bits (or under autocast) in fp32
-    gradient_checkpointing: bool  # run blocks twice: a third more work, far less memory, same gradients
+    gradient_checkpointing: bool  # run blocks twice: less memory
     records_experts: bool  # let samplers record the experts of each token (`Rollout.experts`)
     lora: Lora | None  # the adapters that are trained instead of the weights
     quantization: Any  # scheme of a quantized copy, or None
-    quantization_report: Any  # QuantizationReport of a quantized copy, or None
+    quantization_report: Any  # of a quantized copy
 
     @property
     def pad_id(self) -> int: ...

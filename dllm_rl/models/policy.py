@@ -481,9 +481,7 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
 
     Use it to start from an autoregressive model, and train the result further with supervised steps before RL. The head
     stays shifted, as in Dream: the state at t-1 predicts position t. The mask token's embedding starts as the mean
-    of all others. Attention is full from the first step, as in Tiny-A2D; DiffuLLaMA's gradual change from causal to
-    full attention is not implemented. `save_pretrained` writes a folder in the format of the transformers class,
-    and `load_policy` opens it as a diffusion model.
+    of all others. Attention is full. `load_policy` opens what `save_pretrained` writes.
 
     Args:
         path_or_id: Folder or id of a causal checkpoint.

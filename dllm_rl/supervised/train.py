@@ -46,9 +46,7 @@ EVAL_VIEWS = 4  # masks per row in the held-out loss of a diffusion model
 def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: Any) -> Summary:
     """Fine-tune a model on rows and return the run's summary, with the trained policy as its attribute `policy`.
 
-    `settings` are fields of `SFT`. Example: `sft("GSAI-ML/LLaDA-8B-Base", rows, max_length=512, completion_length=256,
-    lora=lora_r16, dtype="bfloat16", learning_rate=1e-5, micro_batch_size=2, gradient_checkpointing=True)`. Set the
-    learning rate: the default, 5e-4, suits small models.
+    `settings` are fields of `SFT`. Set the learning rate: the default, 5e-4, suits small models.
     """
     name = Path(model).name.lower() if isinstance(model, str) else "sft"
     return fine_tune(SFT(**{"name": name, "model": model, "dataset": dataset} | settings))
