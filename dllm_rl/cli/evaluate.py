@@ -31,7 +31,7 @@ from dllm_rl.files import write_json
 from dllm_rl.members import plain
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import as_causal
-from dllm_rl.models.tokens import usual_length
+from dllm_rl.models.tokens import default_max_new_tokens
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.by_name import read_cache, read_commit, read_rank, required_rank, text_of
@@ -278,7 +278,7 @@ def plan(policy: Policy, task: Task, arguments: argparse.Namespace) -> list[Plan
             f"--samples {arguments.samples} at --temperature 0 would all be equal; give a temperature above 0"
         )
     run_length = settings_of(run).get("max_new_tokens")
-    lengths = arguments.max_new_tokens or [usual_length(policy, task) if run_length is None else run_length]
+    lengths = arguments.max_new_tokens or [default_max_new_tokens(policy, task) if run_length is None else run_length]
     if policy.spec.attention != "causal":
         more = {"decoding": "diffusion"} if arguments.autoregressive else {}
         return [(more | rules, sampler) for rules, sampler in plans_of(policy, task, run, lengths, arguments)]
@@ -301,7 +301,7 @@ def autoregressive_plans(policy: Policy, task: Task, arguments: argparse.Namespa
     names = [name for name in ("top_k", "top_p", "suppress") if name in run]
     shared = {name: run[name] for name in names} | filters_of(arguments)
     shared["temperature"] = temperature_of(arguments, run_sampler(arguments))
-    lengths = arguments.max_new_tokens or [run.get("max_new_tokens") or usual_length(policy, task)]
+    lengths = arguments.max_new_tokens or [run.get("max_new_tokens") or default_max_new_tokens(policy, task)]
     bounds = [{"max_new_tokens": length} | shared for length in lengths]
     return [({"decoding": "autoregressive"} | bound, partial(autoregress, **bound)) for bound in bounds]
 
@@ -343,7 +343,7 @@ def renoising_plans(policy: Policy, task: Task, run: partial | None, arguments: 
     canvas = policy.spec.block_size
     assert canvas is not None, "`check_spec` asks for it"
     defaults = settings_of(partial(renoise)) | settings_of(run)
-    length = defaults.get("max_new_tokens") or max(1, -(-usual_length(policy, task) // canvas)) * canvas
+    length = defaults.get("max_new_tokens") or max(1, -(-default_max_new_tokens(policy, task) // canvas)) * canvas
     steps = arguments.diffusion_steps or [defaults["diffusion_steps"]]
     pairs = product(arguments.max_new_tokens or [length], steps)
     bounds = [{"max_new_tokens": length, "diffusion_steps": count} for length, count in pairs]

@@ -20,7 +20,7 @@ from dllm_rl.members import configurable
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.engine import RolloutEngine, with_forward
 from dllm_rl.models.lora import adapted_layers
-from dllm_rl.models.merge import own_tensors
+from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.serialization import deserialize, record_from_json, serialize
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers import sampler_for
@@ -135,7 +135,7 @@ def _load(link: Link, policy: Policy) -> Policy:
         raise ValueError("rollout_engine=http_engine needs a run of one process; start it without a launcher")
     run_link = Link(link.url, link.token_file, link.timeout, run=secrets.token_hex(16))
     header = {"weights_version": policy.weights_version, "is_load": True}
-    run_link.post("/weights", own_tensors(policy.module), header)
+    run_link.post("/weights", merged_state_dict(policy.module), header)
     rollout_policy = with_forward(policy, partial(_logits, run_link, policy.weights_version))
     rollout_policy.module.link = run_link
     return rollout_policy
@@ -144,7 +144,7 @@ def _load(link: Link, policy: Policy) -> Policy:
 def _sync(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     """Give the server the weights that training changes, with adapters merged, and their version."""
     link: Link = rollout_policy.module.link
-    tensors = own_tensors(policy.module)
+    tensors = merged_state_dict(policy.module)
     trained = {name for name, weight in policy.module.named_parameters() if weight.requires_grad}
     adapted = adapted_layers(policy.module)
     changed = {

@@ -166,7 +166,7 @@ class TestAModuleOfOnesOwn:
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty has no config.json: it is no checkpoint"):
+    with pytest.raises(ValueError, match=r"empty has no config.json: it is not a checkpoint"):
         load_policy(tmp_path / "empty")
     (tmp_path / "run" / "checkpoints" / "step-000002").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"run is the folder of a run; give one of its checkpoints, as .*step-000002"):

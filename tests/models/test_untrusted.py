@@ -46,7 +46,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(folder, name, ma
     (folder / name).unlink(missing_ok=True)
     make(folder / name)
     for read in (load_policy, checkpoint_folder, lambda path: load_weights(tiny_masked_lm(**SIZES), path)):
-        with pytest.raises(ValueError, match=f"{name} is no regular file; fetch the checkpoint again"):
+        with pytest.raises(ValueError, match=f"{name} is not a regular file; fetch the checkpoint again"):
             read(folder)
 
 

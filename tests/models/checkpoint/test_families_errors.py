@@ -51,7 +51,7 @@ def test_an_unknown_architecture_lists_the_known_ones_and_how_to_add_one(tmp_pat
 def test_a_diffusion_gemma_that_transformers_does_not_have_is_refused(tmp_path):
     folder = published(tmp_path, "llada")
     edit(folder, architectures=["DiffusionGemmaForImages"], model_type="diffusion_gemma", auto_map={})
-    said = "architectures='DiffusionGemmaForImages' is no DiffusionGemmaForBlockDiffusion that transformers"
+    said = "architectures='DiffusionGemmaForImages' is not a DiffusionGemmaForBlockDiffusion that transformers"
     refused(f"model_type='diffusion_gemma' with {said}", load_policy, folder)
 
 

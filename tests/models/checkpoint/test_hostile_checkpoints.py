@@ -13,7 +13,7 @@ from dllm_rl import load_policy, load_weights
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.checkpoint.loading import build_empty
-from dllm_rl.models.merge import own_tensors
+from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.rng import generator_for
@@ -93,7 +93,8 @@ def test_weights_are_not_cast_from_what_they_cannot_be(folder, dtype, which):
 def test_weights_of_a_custom_module_are_not_cast_either(tmp_path):
     policy = tiny_masked_lm(**SIZES)
     save_file(
-        {name: x.detach().long() for name, x in own_tensors(policy.module).items()}, tmp_path / "model.safetensors"
+        {name: x.detach().long() for name, x in merged_state_dict(policy.module).items()},
+        tmp_path / "model.safetensors",
     )
     with pytest.raises(ValueError, match="do not fit"):
         load_weights(policy, tmp_path)
