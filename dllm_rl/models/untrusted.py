@@ -155,7 +155,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
                 f"{folder}: {name} has dtype {tensor.dtype}, which is not an adapter's; save the adapters again"
             )
         if not tensor.isfinite().all():
-            raise ValueError(f"{folder}: {name} holds numbers that are not finite; use earlier adapters")
+            raise ValueError(f"{folder}: {name} has NaN or infinite numbers; use earlier adapters")
     if not any(fields["r"] in tensor.shape for tensor in state.values()):
         raise ValueError(f"{folder}: adapter_config.json is damaged: r={fields['r']} is the rank of no tensor")
     for name, limit in {

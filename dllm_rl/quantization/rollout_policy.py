@@ -307,8 +307,8 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     Returns:
         Metrics of the quantized layers. quantization/codes_changed is the share of all codes that this sync changed. A
         weight update smaller than the distance between two quantization levels changes no code (QuRL [digest]).
-        quantization/scale_change is the mean of |s' - s| / s over all scales s. An aligned forward quantizes the weights
-        into the rollout policy before each inner update, so both metrics then describe only the last inner update.
+        quantization/scale_change is the mean of |s' - s| / s over all scales s. An aligned forward quantizes the
+        weights into the rollout policy before each inner update, so both metrics then describe only the last one.
         Without quantized layers the result is empty.
 
     Raises:

@@ -67,7 +67,7 @@ def test_a_registered_family_of_a_class_in_the_auto_registry(tmp_path, own_famil
     folder = renamed_checkpoint(
         tmp_path / "a", "llama", "NestForDiffusionLM", "nest-of-the-tests", is_causal=False, mask_token_id=39
     )
-    with pytest.raises(ValueError, match=r"'NestForDiffusionLM' is not known.*give your own to register_family"):
+    with pytest.raises(ValueError, match=r"'NestForDiffusionLM' is not known.*pass a FamilySpec to register_family"):
         load_policy(folder)
     register_family(FamilySpec(name="nest", attention="full", architectures=("NestForDiffusionLM",)))
     policy = load_policy(folder)

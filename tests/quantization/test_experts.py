@@ -209,7 +209,7 @@ def test_a_weight_that_is_not_finite_is_named_with_its_expert(policy):
         lambda: sync_weights(policy, rollout_policy),
         lambda: quantized_copy(policy, rollout_policy.quantization),
     ):
-        with pytest.raises(ValueError, match=rf"{name}\.2\.weight holds NaN"):
+        with pytest.raises(ValueError, match=rf"{name}\.2\.weight has NaN"):
             act()
 
 

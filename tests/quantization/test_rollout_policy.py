@@ -265,9 +265,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(scheme, bad):
     policy = llada()
     rollout = quantized_copy(policy, scheme())
     policy.module.model.layers[1].mlp.up_proj.weight.data[3, 5] = bad
-    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity"):
         sync_weights(policy, rollout)
-    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity"):
         quantized_copy(policy, scheme())
 
 
@@ -275,7 +275,7 @@ def test_plain_weights_beside_rounded_inputs_must_be_finite_too():
     policy = llada()
     rollout = quantized_copy(policy, FakeQuantize(weight=None, activation="e4m3"))
     policy.module.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
-    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity"):
         sync_weights(policy, rollout)
 
 

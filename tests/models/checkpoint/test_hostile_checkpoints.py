@@ -86,7 +86,7 @@ def test_weights_are_not_cast_from_what_they_cannot_be(folder, dtype, which):
     for name in sorted(state)[which]:
         state[name] = state[name].to(dtype)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"is of \w+, and weights are of F64, F32, F16, BF16; convert it"):
+    with pytest.raises(ValueError, match=r"has dtype \w+, but weights have F64, F32, F16, BF16; convert it"):
         load_policy(folder)
 
 
@@ -133,7 +133,7 @@ def test_memory_is_not_taken_for_more_than_the_files_hold(folder, field, monkeyp
     """A machine with room for it would go on to fill it; one without raises when it asks for it."""
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *a, **k: pytest.fail("memory would be taken"))
     edit(folder, **{field: 10**7})
-    with pytest.raises(ValueError, match=r"it describes [\d,]+ parameters, and there are [\d,]+ numbers"):
+    with pytest.raises(ValueError, match=r"config.json describes [\d,]+ parameters, but the files have [\d,]+ numbers"):
         load_policy(folder)
 
 
@@ -174,7 +174,7 @@ def test_weights_that_are_not_finite_are_refused(folder, number):
     name = sorted(state)[-1]
     state[name].view(-1)[-1] = number
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{name} holds numbers that are not finite; the checkpoint is damaged"):
+    with pytest.raises(ValueError, match=rf"{name} has NaN or infinite numbers; the checkpoint is damaged"):
         load_policy(folder)
 
 
