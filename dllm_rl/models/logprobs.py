@@ -25,7 +25,7 @@ ACCELERATOR_ELEMENTS = 2**26
 # `zero_mismatch` makes it 0 on every processor.
 MIN_HEAD_ROWS = 16
 HEAD_ROW_MULTIPLE = 8
-SEARCH_GROUP = 256  # number of tokens whose mass `invert` adds up before it searches for the drawn token
+SEARCH_GROUP = 256  # number of tokens in a group, in `invert_cdf`
 
 
 def upcast(logits: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.models.denoiser import Prefix, conditioning, has_images
 from dllm_rl.models.forward.buckets import length_buckets
-from dllm_rl.models.logprobs import TokenLogprob
+from dllm_rl.models.logprobs import TokenLogprob, invert_cdf
 from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.canvas import RANK_STREAM, TOKEN_STREAM
 from dllm_rl.samplers.unmask import check_fits

@@ -120,7 +120,7 @@ class TestAModuleOfOnesOwn:
 
     def test_weights_of_another_module_are_refused(self, tmp_path):
         own_policy(characters="123").save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=r"tensors \['embed.weight', .* do not fit Own; make the module"):
+        with pytest.raises(ValueError, match=r"tensors \['embed.weight', .* do not fit Own; build the module"):
             load_weights(own_policy(), tmp_path)
 
     def test_adapters_are_added_after_the_weights(self, tmp_path):

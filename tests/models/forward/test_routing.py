@@ -126,7 +126,7 @@ def test_a_router_that_does_not_choose_by_topk_is_refused():
     moe_layers(policy.module)[0].gate.forward = first_two
     with Routing(policy.module) as routing:
         policy.hidden(tokens, mask)
-    with pytest.raises(ValueError, match=r"1 of 2 mixtures .*router_replay=None"):
+    with pytest.raises(ValueError, match=r"1 of 2 MoE layers .*router_replay=None"):
         routing.experts(3)
 
 
