@@ -373,8 +373,8 @@ def find_family(raw: dict) -> FamilySpec:
     if raw.get("model_type") == "diffusion_gemma":
         raise ValueError(
             f"model_type='diffusion_gemma' with architectures={architecture!r} is not a "
-            f"DiffusionGemmaForBlockDiffusion that transformers {transformers.__version__} has; upgrade it (5.23 has the "
-            "class), or correct config.json"
+            f"DiffusionGemmaForBlockDiffusion that transformers {transformers.__version__} has; upgrade it (5.23 has "
+            "the class), or correct config.json"
         )
     known = ", ".join(sorted({name.replace("*", "...") for family in FAMILIES for name in family.architectures}))
     code = " and its config asks for remote code (auto_map), which is never run" if raw.get("auto_map") else ""
