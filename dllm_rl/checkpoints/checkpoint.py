@@ -25,7 +25,7 @@ from dllm_rl.distributed.stop import as_written
 from dllm_rl.files import recover, remove, remove_whole, replacing, write_text
 from dllm_rl.models.base import Module, Policy, is_finite
 from dllm_rl.models.lora import adapter_state, save_adapter
-from dllm_rl.models.merge import layers_of, merged_later
+from dllm_rl.models.merge import layers_of, lazy_merged_tensors
 from dllm_rl.versions import versions
 
 # Errors that torch's loader raises on a damaged file.
@@ -200,7 +200,7 @@ def _check_disk_space(folder: Path, checkpoint: Checkpoint, reserve: int) -> Ite
 
 def weights_size(module: Module) -> int:
     """Return the bytes of a module's weights in a checkpoint, where adapters are merged and weights not quantized."""
-    return sum(tensor.nbytes for tensor in merged_later(layers_of(module)).values())
+    return sum(tensor.nbytes for tensor in lazy_merged_tensors(layers_of(module)).values())
 
 
 def _moments_size(policy: Policy, optimizer: SavedOptimizer) -> int:

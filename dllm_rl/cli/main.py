@@ -388,7 +388,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_or_note, scheme_of, with_passed
     from dllm_rl.diagnostics.doctor import diagnose
     from dllm_rl.diagnostics.findings import write_doctor
-    from dllm_rl.models.tokens import encode, usual_length
+    from dllm_rl.models.tokens import default_max_new_tokens, encode
     from dllm_rl.samplers import sampler_for
     from dllm_rl.samplers.by_name import read_rank
     from dllm_rl.tasks.protocols import TASKS
@@ -419,7 +419,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     options = with_passed(options, passed)
     float32_head = not arguments.half_head and (recipe is None or recipe.get("float32_head") is not False)
     policy = open_policy(arguments, float32_head=float32_head)
-    options.setdefault("max_new_tokens", usual_length(policy, problems))
+    options.setdefault("max_new_tokens", default_max_new_tokens(policy, problems))
     if policy.spec.attention == "encoder_decoder":
         raise ValueError(f"doctor needs a model that unmasks tokens; {policy.spec.name!r} has no mask token")
     if policy.spec.attention == "causal":

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
-from dllm_rl.quantization.linear import Experts
+from dllm_rl.quantization.linear import UnstackedExperts
 from dllm_rl.types import Logprobs, Rollout, Views
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS is deterministic only with one of two settings of this variable,
@@ -191,7 +191,7 @@ def layer_outputs(policy: Policy, tokens: Tensor, attention_mask: Tensor) -> dic
     for name, layer in policy.module.named_modules():
         # The parts of an adapted layer differ between a learner and a merged copy: only their sum can be compared.
         is_inner = ".base_layer" in name or ".lora_A" in name or ".lora_B" in name
-        is_combined = hasattr(layer, "base_layer") or isinstance(layer, Experts)
+        is_combined = hasattr(layer, "base_layer") or isinstance(layer, UnstackedExperts)
         if is_combined or (not is_inner and next(layer.parameters(recurse=False), None) is not None):
             hooks.append(layer.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(name, out)))
     try:

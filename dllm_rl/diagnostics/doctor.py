@@ -25,7 +25,7 @@ from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy, output_embeddings
 from dllm_rl.models.forward.float32_head import HALF
-from dllm_rl.models.forward.routing import mixtures
+from dllm_rl.models.forward.routing import moe_layers
 from dllm_rl.quantization.linear import dequantized_weight, locate_parameter
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
 from dllm_rl.samplers.agreement import order_agreement
@@ -195,7 +195,7 @@ def diagnose(  # noqa: PLR0913
     same_params = score(policy, rollout, learner_views)
     same_views = both.logprobs(policy)
     # With a mixture of experts, scoring with these views also records the rollout's experts.
-    recording = record_experts(policy, rollout, views) if mixtures(policy.module) else views
+    recording = record_experts(policy, rollout, views) if moe_layers(policy.module) else views
     rescored = both.logprobs(rollout_policy, recording)
     sampled = recorded(rollout, views) if likelihood.exact_for_sampler else rescored
 

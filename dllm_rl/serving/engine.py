@@ -20,7 +20,7 @@ from dllm_rl.members import configurable
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.engine import RolloutEngine, with_forward
 from dllm_rl.models.lora import adapted_layers
-from dllm_rl.models.merge import own_tensors
+from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.serialization import deserialize, record_from_json, serialize
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers import sampler_for
@@ -141,7 +141,7 @@ def _load(client: Client, policy: Policy) -> Policy:
         raise ValueError("rollout_engine=http_engine needs a run of one process; start it without a launcher")
     client = replace(client, run=secrets.token_hex(16))
     header = {"weights_version": policy.weights_version, "is_load": True}
-    client.post("/weights", own_tensors(policy.module), header)
+    client.post("/weights", merged_state_dict(policy.module), header)
     rollout_policy = with_forward(policy, partial(_logits, client, policy.weights_version))
     rollout_policy.module.client = client
     return rollout_policy
@@ -150,7 +150,7 @@ def _load(client: Client, policy: Policy) -> Policy:
 def _sync(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
     """Send the weights that training changes to the server, with adapters merged, and their version."""
     client: Client = rollout_policy.module.client
-    tensors = own_tensors(policy.module)
+    tensors = merged_state_dict(policy.module)
     trained = {name for name, weight in policy.module.named_parameters() if weight.requires_grad}
     adapted = adapted_layers(policy.module)
     changed = {

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dllm_rl.models.base import Policy, is_finite
-from dllm_rl.models.checkpoint.tensors import misfits
-from dllm_rl.models.merge import own_tensors
+from dllm_rl.models.checkpoint.tensors import mismatched_tensors
+from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.serialization import deserialize, record_to_json, serialize
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
@@ -52,9 +52,9 @@ def update_weights(lease: Lease, data: bytes, policy: Policy) -> bytes:
 
     Args:
         lease: The server's lease.
-        data: Serialized tensors, named as in `own_tensors`, with a header: `run`, `weights_version` and `is_load`. A
-            load must have every tensor, and may have any version. An update may have some of the tensors, and its
-            version must be newer than the server's.
+        data: Serialized tensors, named as in `merged_state_dict`, with a header: `run`, `weights_version` and
+            `is_load`. A load must have every tensor, and may have any version. An update may have some of the
+            tensors, and its version must be newer than the server's.
         policy: The server's policy.
 
     Raises:
@@ -70,9 +70,9 @@ def update_weights(lease: Lease, data: bytes, policy: Policy) -> bytes:
         raise Conflict("another run has loaded its weights into this server since; give each run its own server")
     if not is_load and version <= policy.weights_version:
         raise Conflict(f"weights_version={version} is not newer than the server's {policy.weights_version}")
-    targets = own_tensors(policy.module)
+    targets = merged_state_dict(policy.module)
     expected = targets if is_load else {name: targets[name] for name in tensors if name in targets}
-    if wrong := misfits(tensors, expected):
+    if wrong := mismatched_tensors(tensors, expected):
         raise ValueError(
             f"tensors {wrong[:3]} do not fit the server's {type(policy.module).__name__}; serve the run's model"
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm_rl.models.base import Policy, copied, trainable_parameters
 from dllm_rl.models.lora import Lora, add_lora
-from dllm_rl.models.merge import has_extras, merge_lora
+from dllm_rl.models.merge import has_adapted_or_low_bit, merge_lora
 from dllm_rl.models.policy import check_tokenizer, load_policy, load_weights
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
@@ -152,7 +152,7 @@ def _check_saving(policy: Policy, tokens: Tensor, mask: Tensor, logits: Tensor) 
             loaded = copied(policy)
             for parameter in loaded.module.parameters():
                 parameter.zero_()  # so that a weight that is not loaded is detected
-            if has_extras(loaded.module):  # saved merged, as ordinary layers
+            if has_adapted_or_low_bit(loaded.module):  # saved merged, as ordinary layers
                 merge_lora(loaded)
             load_weights(loaded, folder)
         loaded_logits = loaded.logits(tokens, mask)[mask]
