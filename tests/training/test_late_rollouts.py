@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ray_processes import named, of_ray, workers
 from repetitions import nightly
 from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import Wrapped, tiny_recipe
@@ -317,27 +318,6 @@ def ray():
     return pytest.importorskip("ray", reason="Ray is an optional extra")
 
 
-def of_ray(*, mine=True):
-    """The processes of Ray that this one started, or all on this machine."""
-    import psutil
-
-    found = psutil.Process().children(recursive=True) if mine else psutil.process_iter()
-    return [p for p in found if p.is_running() and "ray" in " ".join(named(p)) and p.pid != os.getpid()]
-
-
-def named(process):
-    import psutil
-
-    try:
-        return process.cmdline()[:3]
-    except psutil.Error:
-        return []
-
-
-def workers():
-    return [p for p in of_ray() if named(p) and named(p)[0].startswith("ray::Worker")]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "likelihood",
@@ -350,8 +330,8 @@ def test_workers_make_the_bits_of_this_process(ray, likelihood, tmp_path, capsys
     changes = {"num_steps": 5, "log_completions_steps": 1, "late": 2, **likelihood}
     before = signal.getsignal(signal.SIGTERM)
     runs = {"here": train_here(late_recipe(tmp_path / "here", **changes))}
-    for workers in (1, 2):
-        runs[workers] = train(late_recipe(tmp_path / str(workers), workers=workers, **changes))
+    for count in (1, 2):
+        runs[count] = train(late_recipe(tmp_path / str(count), workers=count, **changes))
         assert not of_ray() and signal.getsignal(signal.SIGTERM) == before
     for name in (1, 2):
         assert_same_weights(runs["here"], runs[name])

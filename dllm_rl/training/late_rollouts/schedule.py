@@ -1,7 +1,10 @@
-"""Schedule of asynchronous rollouts: which weights make the batch of which step, and the interface of worker pools."""
+"""Schedules of asynchronous rollouts: which weights make which batch, which step trains on it, and the interface of
+worker pools.
+"""
 
 import copy
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -102,7 +105,8 @@ class Pool(Protocol):
     """Interface of the workers that make the batches of `rollout_workers`.
 
     Implement it for workers other than Ray's and pass it to `train(recipe, pool=...)`. Each job has the number of its
-    step, and results are requested in the order of the steps.
+    batch, here `step`. `result` is called with rollout_schedule='in_order', in the order of the steps; `when_free`,
+    `num_free`, `wait` and `mend` are called with 'first_ready'.
     """
 
     def set_up(self, context: StepContext[Recipe]) -> None:
@@ -120,27 +124,54 @@ class Pool(Protocol):
         """
 
     def forget(self, step: int) -> None:
-        """Delete the batch of a step, which the learner has trained on."""
+        """Delete the batch of a step, which the learner has trained on. It had no job if a checkpoint had stored it."""
+
+    def when_free(self, start: Callable[[], None]) -> None:
+        """Call `start`, in any thread, whenever a worker has finished a job. Called once, after `set_up`."""
+
+    def num_free(self) -> int:
+        """Return the number of workers without a job."""
+
+    def wait(self) -> None:
+        """Wait until a job is finished, at most about a second. Do not raise."""
+
+    def mend(self) -> None:
+        """Repeat the jobs of lost workers. Raise the error of a failed job, or RuntimeError if no worker makes it."""
 
 
 class InProcessPool:
     """Pool that makes each batch in this process when it is requested.
 
     Use it in tests, and to study staleness on one processor without Ray. Its batches have the same bits as those of Ray
-    workers.
+    workers. With rollout_schedule='first_ready' it simulates the times of `rollout_workers` workers, so that a run is
+    deterministic.
+
+    Args:
+        duration: Function from a batch's number to the time that a worker takes to make it, as a multiple of the time
+            of a learner's step. Only 'first_ready' reads it. Default: 1.
     """
+
+    def __init__(self, duration: Callable[[int], float] = lambda _: 1.0) -> None:
+        self.duration = duration
+        self.start: Callable[[], None] | None = None  # set with 'first_ready'
+        self.now = 0.0  # simulated time, in learner's steps
+        self.ends: dict[int, float] = {}  # simulated time at which each job is finished
 
     def set_up(self, context: StepContext[Recipe]) -> None:
         if context.accelerator.num_processes > 1:
             raise ValueError("InProcessPool samples in the only learner process, and several were launched: launch one")
         self.sampler = RolloutProducer(context.recipe, copy_policy_to_host(context.policy), context.accelerator)
+        self.num_workers = context.recipe.rollout_workers
         self.jobs: dict[int, bytes] = {}  # the weights of each job
         self.made: dict[int, bytes] = {}
 
     def submit(self, step: int, weights: bytes) -> None:
         self.jobs[step] = weights
+        self.ends[step] = self.now + self.duration(step)
 
     def ready(self, step: int) -> bytes | None:
+        if self.start is not None and self.ends[step] <= self.now:
+            return self.result(step)
         return self.made.get(step)
 
     def result(self, step: int) -> bytes:
@@ -149,8 +180,29 @@ class InProcessPool:
         return self.made[step]
 
     def forget(self, step: int) -> None:
-        del self.jobs[step]
-        self.made.pop(step, None)
+        self._advance(self.now + 1)  # the learner's step
+        for of_step in (self.jobs, self.made, self.ends):
+            of_step.pop(step, None)
+
+    def when_free(self, start: Callable[[], None]) -> None:
+        self.start = start
+
+    def num_free(self) -> int:
+        return self.num_workers - sum(end > self.now for end in self.ends.values())
+
+    def wait(self) -> None:
+        self._advance(min(end for end in self.ends.values() if end > self.now))
+
+    def mend(self) -> None:
+        """No worker is lost here."""
+
+    def _advance(self, until: float) -> None:
+        """Let the simulated time pass; workers that finish a job meanwhile get their next one at that time."""
+        if self.start is not None:
+            while ends := [end for end in self.ends.values() if self.now < end <= until]:
+                self.now = min(ends)
+                self.start()
+            self.now = until
 
 
 @dataclass(eq=False)
@@ -158,7 +210,7 @@ class PendingBatch:
     """A batch that the learner has not trained on yet."""
 
     weights: bytes  # serialized
-    age: int  # number of steps that the weights were trained for
+    age: int  # number of steps that the weights were trained for; with 'first_ready', the version of the weights
     made: bytes | None = None  # the serialized batch, if it was read from a checkpoint
     result: "Future[bytes] | None" = None  # the pool's, if a thread waits for it
 
@@ -185,6 +237,11 @@ class AsyncRollouts:
 
     def _begin(self, steps_done: int, folder: Path | None) -> None:
         assert self.pool is not None, "only the main process has the pool"
+        if folder is not None and (folder / ORDER_FILE).exists():
+            raise ValueError(
+                "rollout_schedule='in_order' cannot continue a run of 'first_ready', which has not trained on its "
+                "batches in order: use rollout_schedule='first_ready'"
+            )
         self.pool.set_up(self.context)
         recipe = self.context.recipe
         current_weights = trained_weights(self.context.policy)
@@ -206,10 +263,11 @@ class AsyncRollouts:
     def collect(self, step: int) -> Collected:
         """Return what `training.rollouts.collect` returns for this step, from the pool or from the checkpoint."""
         run = self.context
-        batch = None
+        found = None
         with run.log.stage("waiting"):
-            while batch is None:  # each exchange is shorter than collective_timeout, however often a job is repeated
-                batch = from_main(partial(self._batch, step), run.accelerator)
+            while found is None:  # each exchange is shorter than collective_timeout, however often a job is repeated
+                found = from_main(partial(self._next, step), run.accelerator)
+        number, batch = found
         (samples, answers, metrics), seconds = deserialize_batch(batch, run.recipe, run.accelerator.device)
         rows = local(torch.arange(len(answers)), run.accelerator)
         if len(rows) < len(answers):
@@ -218,7 +276,15 @@ class AsyncRollouts:
         metrics["num_tokens"] += run.log.last.get("num_tokens", 0.0)  # a worker counts only the tokens of its batch
         version = samples.rollout.weights_version
         metrics |= {"rollout_version": float(version), "staleness": float(run.policy.weights_version - version)}
+        if run.recipe.rollout_schedule == "first_ready":
+            samples = replace(samples, batch_number=number)
+            metrics["rollout_batch"] = float(number)
         return samples, answers, metrics | {"time/rollout_worker": seconds}
+
+    def _next(self, step: int) -> tuple[int, bytes] | None:
+        """Return the number and the bytes of the batch to train on; None as `_batch`."""
+        batch = self._batch(step)
+        return None if batch is None else (step, batch)
 
     def _batch(self, step: int) -> bytes | None:
         """Return the batch; None if it is not ready soon and other processes wait in an exchange."""
@@ -240,14 +306,17 @@ class AsyncRollouts:
 
         Call it before the rollout policy is synced: the metrics need the copy of the weights before the update.
         """
-        run = self.context
         if self.pool is not None:
-            if self.pending.pop(step).made is None:
-                self.pool.forget(step)
-            next_step = step + 1 + run.recipe.max_staleness
-            if next_step < run.recipe.num_steps:
-                self.submit(next_step, trained_weights(run.policy), age=step + 1)
-        return split_mismatch(run, result)
+            self._submit_next(step, self.pool)
+        return split_mismatch(self.context, result)
+
+    def _submit_next(self, step: int, pool: Pool) -> None:
+        run = self.context
+        if self.pending.pop(step).made is None:
+            pool.forget(step)
+        next_step = step + 1 + run.recipe.max_staleness
+        if next_step < run.recipe.num_steps:
+            self.submit(next_step, trained_weights(run.policy), age=step + 1)
 
     def files(self, step: int) -> dict[str, bytes]:
         """Return the files with which a checkpoint after `step` steps stores the pending batches: the batch if it is
@@ -270,6 +339,9 @@ def _wait_for_result(pool: Pool, step: int, future: "Future[bytes]") -> None:
         future.set_result(pool.result(step))
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:  # those that `from_main` sends on
         future.set_exception(error)
+
+
+ORDER_FILE = "rollouts/order.json"  # in a checkpoint of rollout_schedule='first_ready'
 
 
 def file_names(step: int) -> tuple[str, str]:
