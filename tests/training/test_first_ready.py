@@ -24,7 +24,7 @@ from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts import first_ready
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts, choose_batch
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
-from dllm_rl.training.late_rollouts.serialization import deserialize
+from dllm_rl.training.late_rollouts.serialization import deserialize, trained_weights
 from dllm_rl.training.learner import train_step
 from dllm_rl.training.policies import build_policy, make_optimizer, resolve_rollout_engine
 from dllm_rl.training.rollouts import collect
@@ -82,7 +82,7 @@ def simulate(duration, *, workers, late, steps, saved=None):
         number, batch = rollouts._next(step)
         trained.append((number, int(batch), step))
         policy.weights_version += 1
-        rollouts._submit_next(step, rollouts.pool)
+        rollouts._submit_next(step, trained_weights(policy), rollouts.pool)
         assert_in_time(rollouts, late)
     assert not rollouts.pending and not rollouts.numbers
     return trained
@@ -94,7 +94,7 @@ def begun(context, duration, steps_done, made, unfinished, next_number):
         patched.setattr(first_ready, "read_made", lambda *_: made)
         patched.setattr(first_ready, "read_order", lambda *_: (unfinished, next_number))
         patched.setattr(first_ready, "with_the_run", ExitStack)
-        rollouts._begin(steps_done, None)
+        rollouts._begin(steps_done, None, context, trained_weights(context.policy))
     return rollouts
 
 

@@ -11,6 +11,7 @@ import torch
 
 from dllm_rl.distributed.stop import with_the_run
 from dllm_rl.recipe import Recipe
+from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts.schedule import (
     ORDER_FILE,
     AsyncRollouts,
@@ -19,7 +20,7 @@ from dllm_rl.training.late_rollouts.schedule import (
     file_names,
     read_pending_file,
 )
-from dllm_rl.training.late_rollouts.serialization import deserialize_batch, trained_weights
+from dllm_rl.training.late_rollouts.serialization import deserialize_batch
 
 
 @dataclass(eq=False)
@@ -44,11 +45,11 @@ class FirstReadyRollouts(AsyncRollouts):
     lock: RLock = field(default_factory=RLock)  # the pool starts jobs from its threads, and a thread may save
     is_open: bool = True
 
-    def _begin(self, steps_done: int, folder: Path | None) -> None:
+    def _begin(self, steps_done: int, folder: Path | None, context: StepContext[Recipe], weights: bytes) -> None:
         assert self.pool is not None, "only the main process has the pool"
-        recipe, policy = self.context.recipe, self.context.policy
-        self.pool.set_up(self.context)
-        self.weights, self.version = trained_weights(policy), policy.weights_version
+        recipe = context.recipe
+        self.pool.set_up(context)
+        self.weights, self.version = weights, context.policy.weights_version
         num_batches = recipe.num_steps - steps_done
         made = read_made(folder, recipe)
         for number, (version, data) in sorted(made.items(), key=lambda item: item[1][0]):
@@ -104,14 +105,14 @@ class FirstReadyRollouts(AsyncRollouts):
     def _made(self, number: int) -> bytes | None:
         return self.pending[number].made or (self.pool.ready(number) if self.pool else None)
 
-    def _submit_next(self, step: int, pool: Pool) -> None:
-        policy = self.context.policy
+    def _needs_weights(self, step: int) -> bool:
+        return step + 1 < self.context.recipe.num_steps
+
+    def _submit_next(self, step: int, weights: bytes, pool: Pool) -> None:
         with self.lock:
             pool.forget(self.taken)
             del self.pending[self.taken]
-            self.version = policy.weights_version
-            if self.numbers:
-                self.weights = trained_weights(policy)
+            self.weights, self.version = weights, self.context.policy.weights_version
             self.start_jobs()
 
     def files(self, step: int) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 from dllm_rl.device import find_device
-from dllm_rl.distributed.collectives import make_accelerator, num_launched
+from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.distributed.stop import SIGNALS, handlers_kept, with_the_run
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
@@ -229,11 +229,6 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
     count = recipe.rollout_workers
     if not count:
         return None
-    if num_launched() > 1 and recipe.shard_size != 1:
-        raise ValueError(
-            f"rollout_workers={count} needs all weights in one process, and shard_size={recipe.shard_size} shards "
-            "them: set shard_size=1 or rollout_workers=0"
-        )
     if find_spec("ray") is None:
         raise ValueError(f"rollout_workers={count} needs Ray: pip install 'dllm_rl[ray]', or set rollout_workers=0")
     import ray

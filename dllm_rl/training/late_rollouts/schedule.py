@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics
 from dllm_rl.distributed.collectives import from_main, local
+from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.models.base import Policy
 from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe
@@ -32,6 +33,7 @@ from dllm_rl.training.late_rollouts.serialization import (
 from dllm_rl.training.policies import resolve_rollout_engine
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.samples import Samples, StepResult
+from dllm_rl.training.sharded_learner import gather_on_main
 from dllm_rl.training.views import draw_view_sets, metric_weights
 
 
@@ -233,26 +235,33 @@ class AsyncRollouts:
         those weights, as in the uninterrupted run. The others are made with the current weights: the newest batch, and
         steps that a finished run had not planned.
         """
-        from_main(partial(self._begin, steps_done, folder), self.context.accelerator)
+        run = self.context
+        policy = gather_on_main(run.policy, run.accelerator)  # a collective for a sharded learner
+        weights = trained_weights(policy) if run.accelerator.is_main_process else b""
+        if policy is not run.policy:
+            run = StepContext(
+                recipe=run.recipe, accelerator=run.accelerator, log=run.log, policy=policy, rollout_policy=policy
+            )
+        from_main(partial(self._begin, steps_done, folder, run, weights), run.accelerator)
 
-    def _begin(self, steps_done: int, folder: Path | None) -> None:
+    def _begin(self, steps_done: int, folder: Path | None, context: StepContext[Recipe], weights: bytes) -> None:
+        """Begin in the main process; `context` has the full policy, and `weights` are its trained ones, serialized."""
         assert self.pool is not None, "only the main process has the pool"
         if folder is not None and (folder / ORDER_FILE).exists():
             raise ValueError(
                 "rollout_schedule='in_order' cannot continue a run of 'first_ready', which has not trained on its "
                 "batches in order: use rollout_schedule='first_ready'"
             )
-        self.pool.set_up(self.context)
-        recipe = self.context.recipe
-        current_weights = trained_weights(self.context.policy)
+        self.pool.set_up(context)
+        recipe = context.recipe
         for step in range(steps_done, min(steps_done + recipe.max_staleness + 1, recipe.num_steps)):
-            batch, weights = (read_pending_file(folder, name) for name in file_names(step))
+            batch, older_weights = (read_pending_file(folder, name) for name in file_names(step))
             if batch is not None:
                 self.pending[step] = PendingBatch(b"", age=-1, made=batch)
-            elif weights is not None:
-                self.submit(step, weights, age=-1)
+            elif older_weights is not None:
+                self.submit(step, older_weights, age=-1)
             else:
-                self.submit(step, current_weights, age=steps_done)
+                self.submit(step, weights, age=steps_done)
 
     def submit(self, step: int, weights: bytes, *, age: int) -> None:
         """Submit the batch of a step, to be made with weights that were trained for `age` steps."""
@@ -305,18 +314,26 @@ class AsyncRollouts:
         """Submit one more batch, with the weights after the update of `step`; return the metrics of `split_mismatch`.
 
         Call it before the rollout policy is synced: the metrics need the copy of the weights before the update.
+        Collective: every process must call it.
         """
-        if self.pool is not None:
-            self._submit_next(step, self.pool)
-        return split_mismatch(self.context, result)
-
-    def _submit_next(self, step: int, pool: Pool) -> None:
         run = self.context
+        weights = b""
+        if self._needs_weights(step) and (self.pool is not None or sharding_of(run.policy.module) is not None):
+            weights = trained_weights(run.policy, keep=self.pool is not None)
+        if self.pool is not None:
+            self._submit_next(step, weights, self.pool)
+        return split_mismatch(run, result)
+
+    def _needs_weights(self, step: int) -> bool:
+        """Return whether batches are made with the weights after `step`; the same in every process."""
+        return step + 1 + self.context.recipe.max_staleness < self.context.recipe.num_steps
+
+    def _submit_next(self, step: int, weights: bytes, pool: Pool) -> None:
+        """Forget the batch that the learner has trained on, and submit the next one."""
         if self.pending.pop(step).made is None:
             pool.forget(step)
-        next_step = step + 1 + run.recipe.max_staleness
-        if next_step < run.recipe.num_steps:
-            self.submit(next_step, trained_weights(run.policy), age=step + 1)
+        if self._needs_weights(step):
+            self.submit(step + 1 + self.context.recipe.max_staleness, weights, age=step + 1)
 
     def files(self, step: int) -> dict[str, bytes]:
         """Return the files with which a checkpoint after `step` steps stores the pending batches: the batch if it is
