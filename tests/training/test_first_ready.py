@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray_processes import of_ray
+from ranks import run_ranks
+from ray_processes import of_ray, workers
 from run_outputs import metrics_of, weights_of
 from tiny_recipe import tiny_recipe
 
@@ -23,6 +25,7 @@ from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts import first_ready
 from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts, choose_batch
+from dllm_rl.training.late_rollouts.ray_pool import RayWorkerPool
 from dllm_rl.training.late_rollouts.schedule import InProcessPool
 from dllm_rl.training.late_rollouts.serialization import deserialize, trained_weights
 from dllm_rl.training.learner import train_step
@@ -280,8 +283,54 @@ def test_a_schedule_with_nothing_to_choose_is_refused(changes, tmp_path):
 # --- With Ray -------------------------------------------------------------------------------------------
 
 
+class Lost(Exception):
+    """Stands for Ray's errors of a lost worker."""
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """A pool of two workers whose jobs are futures; `sent` has the jobs that it sends."""
+    pool = object.__new__(RayWorkerPool)
+    pool.workers, pool.jobs, pool.recipe = [None, None], {}, SimpleNamespace(collective_timeout=60.0)
+    names = dict.fromkeys(("RayActorError", "WorkerCrashedError", "ObjectLostError"), Lost)
+    pool.ray = SimpleNamespace(exceptions=SimpleNamespace(**names, RayError=KeyError), kill=lambda worker: None)
+    pool.actor = SimpleNamespace(remote=lambda: None)
+    pool.said, pool.sent = [], []
+    pool.say = pool.said.append
+
+    def send(pool, step, weights, worker):
+        pool.sent.append((step, weights, worker))
+        return Future()
+
+    monkeypatch.setattr(RayWorkerPool, "_send_job", send)
+    monkeypatch.setattr(RayWorkerPool, "check_daemons", lambda *_: None)
+    return pool
+
+
+def test_jobs_of_lost_and_late_workers_are_repeated_with_their_weights(pool):
+    pool.submit(0, b"zero")
+    pool.submit(1, b"one")
+    assert pool.num_free() == 0 and pool.sent == [(0, b"zero", 0), (1, b"one", 1)]
+    pool.mend()
+    assert len(pool.sent) == 2, "nothing to mend"
+    pool.jobs[0].future.set_exception(Lost())
+    assert pool.num_free() == 0, "the lost worker has a job to repeat"
+    pool.mend()
+    assert pool.sent[2:] == [(0, b"zero", 0)] and "step 0 died" in pool.said[0]
+    pool.jobs[1].start_time -= 61
+    pool.mend()
+    assert pool.sent[3:] == [(1, b"one", 1)] and "step 1 did not return within" in pool.said[1]
+    pool.mend()
+    assert len(pool.sent) == 4, "its time begins again"
+    pool.jobs[1].future.set_result(b"a batch")
+    assert pool.ready(1) == b"a batch" and pool.num_free() == 1
+    pool.jobs[0].future.set_result(("ValueError", "the grader failed"))
+    with pytest.raises(ValueError, match="the grader failed"):
+        pool.mend()
+
+
 @pytest.mark.slow
-def test_two_ray_workers_keep_the_bound(tmp_path):
+def test_two_ray_workers_keep_the_bound_also_after_their_death(tmp_path, monkeypatch, capsys):
     pytest.importorskip("ray", reason="Ray is an optional extra")
     recipe = first_ready_recipe(tmp_path, late=3, num_steps=12, save_steps=5)
     plain = recipe.sampler
@@ -290,8 +339,18 @@ def test_two_ray_workers_keep_the_bound(tmp_path):
         time.sleep(int(prompts.tokens.sum()) % 3 * 0.2)
         return plain(policy, prompts, generator)
 
+    plain_collect = FirstReadyRollouts.collect
+
+    def struck_first(rollouts, step):
+        if step == 4:
+            for process in workers():
+                process.kill()
+        return plain_collect(rollouts, step)
+
+    monkeypatch.setattr(FirstReadyRollouts, "collect", struck_first)
     recipe = replace(recipe, sampler=partial(uneven))
     train(recipe)
+    assert "another worker repeats the job" in capsys.readouterr().out
     rows = metrics_of(tmp_path)
     assert sorted(row["rollout_batch"] for row in rows) == list(range(12))
     assert all(0 <= row["staleness"] <= 3 for row in rows)
@@ -300,3 +359,22 @@ def test_two_ray_workers_keep_the_bound(tmp_path):
     train(resumed)
     assert sorted(row["rollout_batch"] for row in metrics_of(tmp_path)) == list(range(14))
     assert not of_ray()
+
+
+TWO_LEARNERS = """
+import sys
+from tiny_recipe import tiny_recipe
+from dllm_rl.training.trainer import train
+train(tiny_recipe(sys.argv[1], rollout_workers=2, max_staleness=3, rollout_schedule="first_ready", num_steps=8,
+                  shard_size=int(sys.argv[2]), report_to=None, log_completions_steps=0))
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("shard_size", [1, 0])
+def test_two_learners_train_on_the_same_batch(shard_size, tmp_path):
+    pytest.importorskip("ray", reason="Ray is an optional extra")
+    run_ranks(TWO_LEARNERS, 2, tmp_path, shard_size)
+    rows = metrics_of(tmp_path)
+    assert sorted(row["rollout_batch"] for row in rows) == list(range(8))
+    assert all(row["staleness"] <= 3 and row["rollout_version"] == row["step"] - row["staleness"] for row in rows)
