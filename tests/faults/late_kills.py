@@ -66,8 +66,8 @@ class Learners:
         return self.output.read_bytes()[self.begin :].decode(errors="replace")
 
     @property
-    def steps(self) -> int:
-        path = self.directory / "metrics.jsonl"
+    def rows(self) -> int:
+        path = self.directory / "metrics.jsonl"  # a resumed run writes some steps again
         return len(path.read_bytes().splitlines()) if path.exists() else 0
 
     def await_event(self, event: Callable[[], object], name: str) -> None:
@@ -81,8 +81,8 @@ class Learners:
     def kill(self, victim: str, chance: Random) -> list[psutil.Process]:
         """Send the SIGKILL, at a drawn moment; returns the processes of Ray that the main process then had."""
         main = psutil.Process(self.processes[0].pid)
-        target = self.steps + chance.choice(STEPS_BETWEEN)
-        self.await_event(lambda: self.steps >= target and len(workers(main)) == 2, f"step {target} with two workers")
+        target = self.rows + chance.choice(STEPS_BETWEEN)
+        self.await_event(lambda: self.rows >= target and len(workers(main)) == 2, f"row {target} with two workers")
         learners = {"main": [main], "other": [psutil.Process(self.processes[1].pid)]}
         # Of the workers it is the first to compute so long: another may have nothing to do.
         spent = {process: computed(process) for process in learners.get(victim) or workers(main)}
@@ -102,7 +102,7 @@ class Learners:
         below = self.kill(victim, chance)
         if victim == "worker":
             self.await_event(lambda: self.said.count(REPEATED) > repeated, "the repeated job")
-            return f"at step {self.steps}: the job was repeated"
+            return f"after {self.rows} rows: the job was repeated"
         begin = time.monotonic()
         codes = [process.wait(PATIENCE) for process in self.processes]
         seconds = time.monotonic() - begin
@@ -115,7 +115,7 @@ class Learners:
         while left := [process for process in below if lives(process)]:
             assert time.monotonic() < until, f"still there: {left}"
             time.sleep(0.05)
-        return f"at step {self.steps}: status {survivor} after {seconds:.1f} s, nothing left behind"
+        return f"after {self.rows} rows: status {survivor} after {seconds:.1f} s, nothing left behind"
 
     def end(self) -> None:
         for process in self.processes:
