@@ -440,6 +440,11 @@ class Recipe(Settings):
         0,
         at_least=0,
     )
+    rollout_schedule: Literal["in_order", "first_ready"] = _(
+        "in_order: weights exactly max_staleness steps old, the same bits with any workers; first_ready: a free worker "
+        "takes the newest weights, and a step any finished batch",
+        "in_order",
+    )
 
     num_generations: int = _("completions per prompt (G)", 8, at_least=1)
     rollout_batch_size: int | None = _("completions sampled at a time, a multiple of num_generations; None: all", None)
@@ -619,6 +624,11 @@ class Recipe(Settings):
             (
                 bool(max_staleness) and not workers,
                 f"{staleness} needs workers that run ahead: set rollout_workers to 1 or more",
+            ),
+            (
+                self.rollout_schedule == "first_ready" and not max_staleness,
+                "rollout_schedule='first_ready' chooses among batches that workers make ahead, and max_staleness=0 "
+                "allows one at a time: set max_staleness to 1 or more, or rollout_schedule='in_order'",
             ),
             (
                 workers > max_staleness + 1,

@@ -35,8 +35,9 @@ def log_completions(
     """Show and store the best and the worst completions of the step's first prompts, every `log_completions_steps`.
     Collective: every process must call it.
 
-    A row of completions.jsonl: the problem's fields, and {"step", "prompt", "completion", "reward", "advantage",
-        "mismatch": sum over scored tokens of log p_learner - log p_rollout, nats; null if the row is not scored,
+    A row of completions.jsonl: the problem's fields, and {"step", "weights_version": of the weights that sampled,
+        "prompt", "completion", "reward", "advantage", "mismatch": sum over scored tokens of
+        log p_learner - log p_rollout, nats; null if the row is not scored,
         "parts": {"parsed": 1.0, ...}, "tokens": [{"id", "text", "step": that committed it, "probability"}, ...]}
     """
     log = run.log
@@ -61,7 +62,14 @@ def log_completions(
         mismatch, advantage = mismatch_and_advantage[i]
         numbers = finite({"reward": float(answer.reward.value), "advantage": advantage, "mismatch": mismatch})
         texts = {"prompt": answer.problem.prompt, "completion": answer.completion}
-        step_fields = {"step": step, **texts, **numbers, "parts": completion_metrics(answer.reward), "tokens": tokens}
+        step_fields = {
+            "step": step,
+            "weights_version": sampled.weights_version,
+            **texts,
+            **numbers,
+            "parts": completion_metrics(answer.reward),
+            "tokens": tokens,
+        }
         rows_to_log.append(stored_fields(answer.problem) | step_fields)
     log.keep(rows_to_log)
     title = f"completions of step {step + 1}: of {NUM_PROMPTS} prompts those of highest and lowest reward"

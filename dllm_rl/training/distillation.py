@@ -91,7 +91,7 @@ def add_teacher_reward(run: Run[Recipe], samples: Samples, step: int) -> tuple[S
     if teacher is None:
         return samples, {}
     with run.log.stage("teacher"), arithmetic(recipe, accelerator):
-        group_seeds = row_seeds(generator_for(recipe.seed, "teacher", step), len(samples.rewards))
+        group_seeds = row_seeds(generator_for(recipe.seed, "teacher", samples.number(step)), len(samples.rewards))
         reverse_kl = student_teacher_log_ratio(recipe, teacher, samples.rollout, local(group_seeds, accelerator))
     (reverse_kl,) = gather_on_host([rearrange(reverse_kl, "(p g) -> p g", g=samples.rollout.group_size)], accelerator)
     coeff = recipe.teacher_coeff

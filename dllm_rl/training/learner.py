@@ -78,7 +78,7 @@ class ScoredSamples:
 def train_step(run: StepContext[Recipe], samples: Samples, number: int, optimizer: torch.optim.Optimizer) -> StepResult:
     """Train on a step's samples: score them, correct for the mismatch, and update the weights."""
     with run.log.stage("scoring"), learner_forward(run):
-        scored = score_samples(run, samples, number)
+        scored = score_samples(run, samples, samples.number(number))
     with run.log.stage("update"), learner_forward(run):
         batches, mismatch = make_batches(run, scored)
         batches = [batches[k % len(batches)] for k in range(run.recipe.num_iterations)]
@@ -89,7 +89,7 @@ def train_step(run: StepContext[Recipe], samples: Samples, number: int, optimize
 
 
 def score_samples(run: StepContext[Recipe], samples: Samples, number: int) -> ScoredSamples:
-    """Compute the log-probs of a step's samples under learner, rollout policy and reference.
+    """Compute the log-probs of a step's samples under learner, rollout policy and reference. `number` is the batch's.
 
     Call it before the step's first update.
     """

@@ -24,6 +24,8 @@ class Samples:
         rollout_logprobs: Log-probs under the weights that sampled, in nats, for each of the step's sets of masks
             (`training.views.draw_view_sets`). Set only for asynchronous rollouts whose estimator does not replay the
             sampler.
+        batch_number: Number of the batch, which gives its prompts, random numbers and masks. None (default): the step
+            that trains on it. Set only with rollout_schedule='first_ready'.
     """
 
     rollout: Rollout
@@ -31,10 +33,21 @@ class Samples:
     advantages: Float[Tensor, "P G"]
     metric_weights: Float[Tensor, " P"]
     rollout_logprobs: tuple[Float[Tensor, "B T"], ...] = ()
+    batch_number: int | None = None
+
+    def number(self, step: int) -> int:
+        """Return the number of the batch that `step` trains on."""
+        return step if self.batch_number is None else self.batch_number
 
     def reorder_groups(self, order: Int[Tensor, " P"], rollout: Rollout) -> "Samples":
         """Return the groups in this order; `rollout` has this process's new rows."""
-        return Samples(rollout, self.rewards[order], self.advantages[order], self.metric_weights[order])
+        return Samples(
+            rollout,
+            self.rewards[order],
+            self.advantages[order],
+            self.metric_weights[order],
+            batch_number=self.batch_number,
+        )
 
     def of_rows(self, rows: Int[Tensor, " B"]) -> "Samples":
         """Return the samples of a process that trains on these rows of the rollout."""

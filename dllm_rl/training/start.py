@@ -25,6 +25,7 @@ from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.training.cautions import bf16_warnings, cautions, learning_rate_warnings
 from dllm_rl.training.distillation import teacher_policy
 from dllm_rl.training.hooks import before_first_step
+from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts
 from dllm_rl.training.late_rollouts.ray_pool import ray_workers
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts, Pool
 from dllm_rl.training.model_card import check_hub
@@ -70,6 +71,11 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
         pool = None
     elif pool is None:
         pool = ray_workers(recipe)  # the workers import torch while this process builds the model
+    elif recipe.rollout_schedule == "first_ready" and not isinstance(pool, Pool):
+        raise ValueError(
+            f"rollout_schedule='first_ready' needs all methods of Pool, and {type(pool).__name__} lacks some: add them "
+            "(when_free, num_free, wait, mend), or use rollout_schedule='in_order'"
+        )
     accelerator, stop, peers = launch(recipe)
 
     # 2. A new run rehearses a step. If the recipe is refused up to here, no file has been overwritten.
@@ -129,7 +135,8 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
         value_head=make_value_head(recipe, folder),
     )
     if recipe.rollout_workers:
-        run.async_rollouts = AsyncRollouts(run, pool)
+        is_in_order = recipe.rollout_schedule == "in_order"
+        run.async_rollouts = (AsyncRollouts if is_in_order else FirstReadyRollouts)(run, pool)
         run.async_rollouts.begin(state.step, folder)
 
     # 6. Save the first checkpoint. From now on there is a complete step to save, whatever ends the run.

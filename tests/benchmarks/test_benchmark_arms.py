@@ -50,9 +50,9 @@ def test_table_is_markdown():
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["late_rollouts", "learner", "linear", "scoring", "sync"])
+@pytest.mark.parametrize("name", ["late_rollouts", "late_schedules", "learner", "linear", "scoring", "sync"])
 def test_every_benchmark_runs(name):
-    if name == "late_rollouts":
+    if name.startswith("late"):
         pytest.importorskip("ray", reason="Ray is an optional extra")
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--smoke"], capture_output=True, text=True)
     assert (done.returncode == 0 and done.stdout.count("|") > 10) or "steps" in done.stdout, done.stderr

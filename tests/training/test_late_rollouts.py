@@ -15,6 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import run_ranks
+from ray_processes import named, of_ray, workers
 from repetitions import nightly
 from run_outputs import assert_same_weights, metrics_of, weights_of
 from tiny_recipe import Wrapped, tiny_recipe
@@ -271,13 +273,9 @@ def test_bad_input_is_refused_in_one_line(changes, said, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_sharded_learner_and_a_missing_ray_are_refused(tmp_path, monkeypatch):
+def test_a_missing_ray_is_refused(tmp_path, monkeypatch):
     recipe = late_recipe(tmp_path)
     assert ray_workers(replace(recipe, rollout_workers=0, max_staleness=0)) is None
-    with monkeypatch.context() as patched:
-        patched.setenv("WORLD_SIZE", "2")
-        with pytest.raises(ValueError, match=r"rollout_workers=1 needs all weights in one process, and shard_size=0"):
-            ray_workers(replace(recipe, shard_size=0))
     monkeypatch.setattr(ray_pool, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs Ray: pip install 'dllm_rl\[ray\]'"):
         train(recipe)
@@ -317,27 +315,6 @@ def ray():
     return pytest.importorskip("ray", reason="Ray is an optional extra")
 
 
-def of_ray(*, mine=True):
-    """The processes of Ray that this one started, or all on this machine."""
-    import psutil
-
-    found = psutil.Process().children(recursive=True) if mine else psutil.process_iter()
-    return [p for p in found if p.is_running() and "ray" in " ".join(named(p)) and p.pid != os.getpid()]
-
-
-def named(process):
-    import psutil
-
-    try:
-        return process.cmdline()[:3]
-    except psutil.Error:
-        return []
-
-
-def workers():
-    return [p for p in of_ray() if named(p) and named(p)[0].startswith("ray::Worker")]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "likelihood",
@@ -350,8 +327,8 @@ def test_workers_make_the_bits_of_this_process(ray, likelihood, tmp_path, capsys
     changes = {"num_steps": 5, "log_completions_steps": 1, "late": 2, **likelihood}
     before = signal.getsignal(signal.SIGTERM)
     runs = {"here": train_here(late_recipe(tmp_path / "here", **changes))}
-    for workers in (1, 2):
-        runs[workers] = train(late_recipe(tmp_path / str(workers), workers=workers, **changes))
+    for count in (1, 2):
+        runs[count] = train(late_recipe(tmp_path / str(count), workers=count, **changes))
         assert not of_ray() and signal.getsignal(signal.SIGTERM) == before
     for name in (1, 2):
         assert_same_weights(runs["here"], runs[name])
@@ -416,6 +393,39 @@ def test_a_job_that_kills_every_worker_ends_the_run_in_a_line(ray, tmp_path):
     folder = tmp_path / "checkpoints" / "step-000002"
     assert [path.name for path in (folder / "rollouts").iterdir()] == ["000002.weights.safetensors"]
     assert not of_ray()
+
+
+SHARDED = """
+import sys
+from tiny_recipe import tiny_recipe
+from dllm_rl import lora_r16
+from dllm_rl.distributed.sharding import sharding_of
+from dllm_rl.training.trainer import train
+changes = {"lora": lora_r16} if sys.argv[2] == "lora" else {}
+recipe = tiny_recipe(sys.argv[1], rollout_workers=2, max_staleness=1, num_steps=4, save_steps=2, save_total_limit=9,
+                     shard_size=0, report_to=None, log_completions_steps=0, **changes)
+assert sharding_of(train(recipe).policy.module) is not None
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["full", pytest.param("lora", marks=pytest.mark.nightly)])
+def test_two_sharded_learners_publish_full_weights(ray, trained, tmp_path):
+    """Two processes with half of the weights each, and two workers: to rounding the run of one process. Its checkpoint
+    has the batches, or the full weights to make them."""
+    changes = {"lora": lora_r16} if trained == "lora" else {}
+    expected = train_here(late_recipe(tmp_path / "one", num_steps=4, **changes))
+    run_ranks(SHARDED, 2, tmp_path / "two", trained)
+    for a, b in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=2e-3, abs=2e-5)
+    found = {"checkpoint": str(tmp_path / "two" / "checkpoints" / "step-000004")}
+    assert_same_weights(expected, found, rtol=0, atol=5e-5)
+    stored = [*(tmp_path / "two" / "checkpoints" / "step-000002" / "rollouts").iterdir()]
+    assert len(stored) == 1
+    again = late_recipe(
+        tmp_path / "two", num_steps=4, resume_from_checkpoint=str(stored[0].parents[1]), shard_size=1, **changes
+    )
+    assert_same_weights(expected, train_here(again), rtol=0, atol=5e-5)
 
 
 @pytest.mark.slow

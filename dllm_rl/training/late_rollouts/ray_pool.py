@@ -6,10 +6,12 @@ import signal
 import socket
 import sys
 import time
-from concurrent.futures import Future, wait
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 
 from dllm_rl.device import find_device
-from dllm_rl.distributed.collectives import make_accelerator, num_launched
+from dllm_rl.distributed.collectives import make_accelerator
 from dllm_rl.distributed.stop import SIGNALS, handlers_kept, with_the_run
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
@@ -64,6 +66,7 @@ class Job:
     weights: bytes  # kept so that the job can be repeated if its worker dies
     worker: int
     future: "Future[BatchOrError]"
+    start_time: float  # in seconds, of time.monotonic
     attempts: int = 1
 
     @property
@@ -96,6 +99,7 @@ class RayWorkerPool:
         self.workers: list[Any] = [self.actor.remote() for _ in range(recipe.rollout_workers)]
         self.jobs: dict[int, Job] = {}
         self.sent = b""  # the weights in Ray's store
+        self.start: Callable[[], None] | None = None  # to be called when a job is finished
 
     def set_up(self, context: StepContext[Recipe]) -> None:
         """Put the recipe and the model into Ray's store, from which each machine fetches them once."""
@@ -104,12 +108,19 @@ class RayWorkerPool:
 
     def submit(self, step: int, weights: bytes) -> None:
         """Give the job to the worker with the fewest open jobs."""
-        workers = range(len(self.workers))
-        num_open_jobs = [
-            sum(job.worker == worker and job.made is None for job in self.jobs.values()) for worker in workers
-        ]
+        num_open_jobs = self._num_open_jobs()
         worker = num_open_jobs.index(min(num_open_jobs))
-        self.jobs[step] = Job(weights, worker, self._send_job(step, weights, worker))
+        self.jobs[step] = Job(weights, worker, self._send_job(step, weights, worker), time.monotonic())
+
+    def _num_open_jobs(self) -> list[int]:
+        workers = [job.worker for job in self.jobs.values() if job.made is None]
+        return [workers.count(worker) for worker in range(len(self.workers))]
+
+    def num_free(self) -> int:
+        return self._num_open_jobs().count(0)
+
+    def when_free(self, start: Callable[[], None]) -> None:
+        self.start = start
 
     def _send_job(self, step: int, weights: bytes, worker: int) -> "Future[BatchOrError]":
         if dead_daemon(self.ray):  # the learner can complete its step; `result` raises the error later
@@ -117,47 +128,66 @@ class RayWorkerPool:
         if weights is not self.sent:  # jobs with the same weights share them
             self.sent, self.shared = weights, self.ray.put(weights)
         # A future instead of ray.get, during which a signal handler could not end the run.
-        return self.workers[worker].make.remote(self.setup, step, self.shared).future()
+        future: Future[BatchOrError] = self.workers[worker].make.remote(self.setup, step, self.shared).future()
+        if (start := self.start) is not None:  # in a thread of its own: Ray's must not wait for Ray
+            future.add_done_callback(lambda _: Thread(target=start, daemon=True).start())
+        return future
 
     def ready(self, step: int) -> bytes | None:
         return self.jobs[step].made
 
     def result(self, step: int) -> bytes:
-        job = self.jobs[step]
-        timeout = self.recipe.collective_timeout
-        errors = self.ray.exceptions
         while True:
-            problem = f"did not return within collective_timeout={timeout:g} s"
-            try:
-                result = self._wait(step, job.future, timeout)
-            except (errors.RayActorError, errors.WorkerCrashedError, errors.ObjectLostError):
-                problem = "died"
-            except errors.RayError as error:  # the worker could not read its input
-                raise RuntimeError(f"rollouts of step {step}: {str(error).strip().splitlines()[-1]}") from None
-            except TimeoutError:
-                pass
-            else:
-                if isinstance(result, bytes):
-                    return result
-                raise error_of(*result)
-            if job.attempts == MAX_ATTEMPTS:
-                raise RuntimeError(
-                    f"rollouts of step {step}: {MAX_ATTEMPTS} workers in turn took the job; the last one {problem}; "
-                    f"the logs of the workers are in {self.logs}"
-                )
-            job.attempts += 1
-            self.say(
-                f"warning: the worker that made the rollouts of step {step} {problem}; another worker repeats the job"
-            )
-            self._replace(job.worker)
+            self._wait(step, self.jobs[step].future, self.recipe.collective_timeout)
+            if (batch := self._settle(step)) is not None:
+                return batch
 
-    def _wait(self, step: int, future: "Future[BatchOrError]", timeout: float) -> BatchOrError:
-        """Wait for the future's result. Raise RuntimeError within a second if a Ray process dies meanwhile."""
+    def _settle(self, step: int) -> bytes | None:
+        """Return the batch of a job that is finished or takes too long; None if its worker is lost: the job is then
+        repeated. Raise the job's error, or RuntimeError after MAX_ATTEMPTS.
+        """
+        job = self.jobs[step]
+        errors = self.ray.exceptions
+        try:
+            result = job.future.result(0)
+        except (errors.RayActorError, errors.WorkerCrashedError, errors.ObjectLostError):
+            problem = "died"
+        except errors.RayError as error:  # the worker could not read its input
+            raise RuntimeError(f"rollouts of step {step}: {str(error).strip().splitlines()[-1]}") from None
+        except TimeoutError:
+            problem = f"did not return within collective_timeout={self.recipe.collective_timeout:g} s"
+        else:
+            if isinstance(result, bytes):
+                return result
+            raise error_of(*result)
+        if job.attempts == MAX_ATTEMPTS:
+            raise RuntimeError(
+                f"rollouts of step {step}: {MAX_ATTEMPTS} workers in turn took the job; the last one {problem}; "
+                f"the logs of the workers are in {self.logs}"
+            )
+        job.attempts += 1
+        self.say(f"warning: the worker that made the rollouts of step {step} {problem}; another worker repeats the job")
+        self._replace(job.worker)
+        return None
+
+    def wait(self) -> None:
+        wait([job.future for job in self.jobs.values() if job.made is None], timeout=1.0, return_when=FIRST_COMPLETED)
+
+    def mend(self) -> None:
+        for step, job in sorted(self.jobs.items()):
+            if job.made is None:
+                self.check_daemons(step)
+                if job.future.done() or time.monotonic() - job.start_time > self.recipe.collective_timeout:
+                    self._settle(step)
+
+    def _wait(self, step: int, future: "Future[BatchOrError]", timeout: float) -> None:
+        """Wait for the future, at most so many seconds. Raise RuntimeError within a second if a Ray process dies
+        meanwhile.
+        """
         deadline = time.monotonic() + timeout
         while (remaining := deadline - time.monotonic()) > 0 and not wait([future], timeout=min(remaining, 1.0)).done:
             self.check_daemons(step)
         self.check_daemons(step)
-        return future.result(0)
 
     def check_daemons(self, step: int) -> None:
         if (name := dead_daemon(self.ray)) is not None:
@@ -169,14 +199,14 @@ class RayWorkerPool:
         self.workers[worker] = self.actor.remote()
         for step, job in sorted(self.jobs.items()):
             if job.worker == worker and job.made is None:
-                job.future = self._send_job(step, job.weights, worker)
+                job.future, job.start_time = self._send_job(step, job.weights, worker), time.monotonic()
 
     @property
     def logs(self) -> str:
         return str(Path(self.ray._private.worker.global_worker.node.get_logs_dir_path()))
 
     def forget(self, step: int) -> None:
-        del self.jobs[step]
+        self.jobs.pop(step, None)
 
 
 def error_of(kind: str, text: str) -> Exception:
@@ -199,11 +229,6 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
     count = recipe.rollout_workers
     if not count:
         return None
-    if num_launched() > 1 and recipe.shard_size != 1:
-        raise ValueError(
-            f"rollout_workers={count} needs all weights in one process, and shard_size={recipe.shard_size} shards "
-            "them: set shard_size=1 or rollout_workers=0"
-        )
     if find_spec("ray") is None:
         raise ValueError(f"rollout_workers={count} needs Ray: pip install 'dllm_rl[ray]', or set rollout_workers=0")
     import ray

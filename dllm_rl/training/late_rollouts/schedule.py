@@ -1,7 +1,10 @@
-"""Schedule of asynchronous rollouts: which weights make the batch of which step, and the interface of worker pools."""
+"""Schedules of asynchronous rollouts: which weights make which batch, which step trains on it, and the interface of
+worker pools.
+"""
 
 import copy
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +17,7 @@ from accelerate import Accelerator
 
 from dllm_rl.algorithms.mismatch import PREFIX, mismatch_metrics
 from dllm_rl.distributed.collectives import from_main, local
+from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.models.base import Policy
 from dllm_rl.models.merge import host_copy
 from dllm_rl.recipe import Recipe
@@ -29,6 +33,7 @@ from dllm_rl.training.late_rollouts.serialization import (
 from dllm_rl.training.policies import resolve_rollout_engine
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.samples import Samples, StepResult
+from dllm_rl.training.sharded_learner import gather_on_main
 from dllm_rl.training.views import draw_view_sets, metric_weights
 
 
@@ -102,7 +107,8 @@ class Pool(Protocol):
     """Interface of the workers that make the batches of `rollout_workers`.
 
     Implement it for workers other than Ray's and pass it to `train(recipe, pool=...)`. Each job has the number of its
-    step, and results are requested in the order of the steps.
+    batch, here `step`. `result` is called with rollout_schedule='in_order', in the order of the steps; `when_free`,
+    `num_free`, `wait` and `mend` are called with 'first_ready'.
     """
 
     def set_up(self, context: StepContext[Recipe]) -> None:
@@ -120,27 +126,54 @@ class Pool(Protocol):
         """
 
     def forget(self, step: int) -> None:
-        """Delete the batch of a step, which the learner has trained on."""
+        """Delete the batch of a step, which the learner has trained on. It had no job if a checkpoint had stored it."""
+
+    def when_free(self, start: Callable[[], None]) -> None:
+        """Call `start`, in any thread, whenever a worker has finished a job. Called once, after `set_up`."""
+
+    def num_free(self) -> int:
+        """Return the number of workers without a job."""
+
+    def wait(self) -> None:
+        """Wait until a job is finished, at most about a second. Do not raise."""
+
+    def mend(self) -> None:
+        """Repeat the jobs of lost workers. Raise the error of a failed job, or RuntimeError if no worker makes it."""
 
 
 class InProcessPool:
     """Pool that makes each batch in this process when it is requested.
 
     Use it in tests, and to study staleness on one processor without Ray. Its batches have the same bits as those of Ray
-    workers.
+    workers. With rollout_schedule='first_ready' it simulates the times of `rollout_workers` workers, so that a run is
+    deterministic.
+
+    Args:
+        duration: Function from a batch's number to the time that a worker takes to make it, as a multiple of the time
+            of a learner's step. Only 'first_ready' reads it. Default: 1.
     """
+
+    def __init__(self, duration: Callable[[int], float] = lambda _: 1.0) -> None:
+        self.duration = duration
+        self.start: Callable[[], None] | None = None  # set with 'first_ready'
+        self.now = 0.0  # simulated time, in learner's steps
+        self.ends: dict[int, float] = {}  # simulated time at which each job is finished
 
     def set_up(self, context: StepContext[Recipe]) -> None:
         if context.accelerator.num_processes > 1:
             raise ValueError("InProcessPool samples in the only learner process, and several were launched: launch one")
         self.sampler = RolloutProducer(context.recipe, copy_policy_to_host(context.policy), context.accelerator)
+        self.num_workers = context.recipe.rollout_workers
         self.jobs: dict[int, bytes] = {}  # the weights of each job
         self.made: dict[int, bytes] = {}
 
     def submit(self, step: int, weights: bytes) -> None:
         self.jobs[step] = weights
+        self.ends[step] = self.now + self.duration(step)
 
     def ready(self, step: int) -> bytes | None:
+        if self.start is not None and self.ends[step] <= self.now:
+            return self.result(step)
         return self.made.get(step)
 
     def result(self, step: int) -> bytes:
@@ -149,8 +182,29 @@ class InProcessPool:
         return self.made[step]
 
     def forget(self, step: int) -> None:
-        del self.jobs[step]
-        self.made.pop(step, None)
+        self._advance(self.now + 1)  # the learner's step
+        for of_step in (self.jobs, self.made, self.ends):
+            of_step.pop(step, None)
+
+    def when_free(self, start: Callable[[], None]) -> None:
+        self.start = start
+
+    def num_free(self) -> int:
+        return self.num_workers - sum(end > self.now for end in self.ends.values())
+
+    def wait(self) -> None:
+        self._advance(min(end for end in self.ends.values() if end > self.now))
+
+    def mend(self) -> None:
+        """No worker is lost here."""
+
+    def _advance(self, until: float) -> None:
+        """Let the simulated time pass; workers that finish a job meanwhile get their next one at that time."""
+        if self.start is not None:
+            while ends := [end for end in self.ends.values() if self.now < end <= until]:
+                self.now = min(ends)
+                self.start()
+            self.now = until
 
 
 @dataclass(eq=False)
@@ -158,7 +212,7 @@ class PendingBatch:
     """A batch that the learner has not trained on yet."""
 
     weights: bytes  # serialized
-    age: int  # number of steps that the weights were trained for
+    age: int  # number of steps that the weights were trained for; with 'first_ready', the version of the weights
     made: bytes | None = None  # the serialized batch, if it was read from a checkpoint
     result: "Future[bytes] | None" = None  # the pool's, if a thread waits for it
 
@@ -181,21 +235,33 @@ class AsyncRollouts:
         those weights, as in the uninterrupted run. The others are made with the current weights: the newest batch, and
         steps that a finished run had not planned.
         """
-        from_main(partial(self._begin, steps_done, folder), self.context.accelerator)
+        run = self.context
+        policy = gather_on_main(run.policy, run.accelerator)  # a collective for a sharded learner
+        weights = trained_weights(policy) if run.accelerator.is_main_process else b""
+        if policy is not run.policy:
+            run = StepContext(
+                recipe=run.recipe, accelerator=run.accelerator, log=run.log, policy=policy, rollout_policy=policy
+            )
+        from_main(partial(self._begin, steps_done, folder, run, weights), run.accelerator)
 
-    def _begin(self, steps_done: int, folder: Path | None) -> None:
+    def _begin(self, steps_done: int, folder: Path | None, context: StepContext[Recipe], weights: bytes) -> None:
+        """Begin in the main process; `context` has the full policy, and `weights` are its trained ones, serialized."""
         assert self.pool is not None, "only the main process has the pool"
-        self.pool.set_up(self.context)
-        recipe = self.context.recipe
-        current_weights = trained_weights(self.context.policy)
+        if folder is not None and (folder / ORDER_FILE).exists():
+            raise ValueError(
+                "rollout_schedule='in_order' cannot continue a run of 'first_ready', which has not trained on its "
+                "batches in order: use rollout_schedule='first_ready'"
+            )
+        self.pool.set_up(context)
+        recipe = context.recipe
         for step in range(steps_done, min(steps_done + recipe.max_staleness + 1, recipe.num_steps)):
-            batch, weights = (read_pending_file(folder, name) for name in file_names(step))
+            batch, older_weights = (read_pending_file(folder, name) for name in file_names(step))
             if batch is not None:
                 self.pending[step] = PendingBatch(b"", age=-1, made=batch)
-            elif weights is not None:
-                self.submit(step, weights, age=-1)
+            elif older_weights is not None:
+                self.submit(step, older_weights, age=-1)
             else:
-                self.submit(step, current_weights, age=steps_done)
+                self.submit(step, weights, age=steps_done)
 
     def submit(self, step: int, weights: bytes, *, age: int) -> None:
         """Submit the batch of a step, to be made with weights that were trained for `age` steps."""
@@ -206,10 +272,11 @@ class AsyncRollouts:
     def collect(self, step: int) -> Collected:
         """Return what `training.rollouts.collect` returns for this step, from the pool or from the checkpoint."""
         run = self.context
-        batch = None
+        found = None
         with run.log.stage("waiting"):
-            while batch is None:  # each exchange is shorter than collective_timeout, however often a job is repeated
-                batch = from_main(partial(self._batch, step), run.accelerator)
+            while found is None:  # each exchange is shorter than collective_timeout, however often a job is repeated
+                found = from_main(partial(self._next, step), run.accelerator)
+        number, batch = found
         (samples, answers, metrics), seconds = deserialize_batch(batch, run.recipe, run.accelerator.device)
         rows = local(torch.arange(len(answers)), run.accelerator)
         if len(rows) < len(answers):
@@ -218,7 +285,15 @@ class AsyncRollouts:
         metrics["num_tokens"] += run.log.last.get("num_tokens", 0.0)  # a worker counts only the tokens of its batch
         version = samples.rollout.weights_version
         metrics |= {"rollout_version": float(version), "staleness": float(run.policy.weights_version - version)}
+        if run.recipe.rollout_schedule == "first_ready":
+            samples = replace(samples, batch_number=number)
+            metrics["rollout_batch"] = float(number)
         return samples, answers, metrics | {"time/rollout_worker": seconds}
+
+    def _next(self, step: int) -> tuple[int, bytes] | None:
+        """Return the number and the bytes of the batch to train on; None as `_batch`."""
+        batch = self._batch(step)
+        return None if batch is None else (step, batch)
 
     def _batch(self, step: int) -> bytes | None:
         """Return the batch; None if it is not ready soon and other processes wait in an exchange."""
@@ -239,15 +314,26 @@ class AsyncRollouts:
         """Submit one more batch, with the weights after the update of `step`; return the metrics of `split_mismatch`.
 
         Call it before the rollout policy is synced: the metrics need the copy of the weights before the update.
+        Collective: every process must call it.
         """
         run = self.context
+        weights = b""
+        if self._needs_weights(step) and (self.pool is not None or sharding_of(run.policy.module) is not None):
+            weights = trained_weights(run.policy, keep=self.pool is not None)
         if self.pool is not None:
-            if self.pending.pop(step).made is None:
-                self.pool.forget(step)
-            next_step = step + 1 + run.recipe.max_staleness
-            if next_step < run.recipe.num_steps:
-                self.submit(next_step, trained_weights(run.policy), age=step + 1)
+            self._submit_next(step, weights, self.pool)
         return split_mismatch(run, result)
+
+    def _needs_weights(self, step: int) -> bool:
+        """Return whether batches are made with the weights after `step`; the same in every process."""
+        return step + 1 + self.context.recipe.max_staleness < self.context.recipe.num_steps
+
+    def _submit_next(self, step: int, weights: bytes, pool: Pool) -> None:
+        """Forget the batch that the learner has trained on, and submit the next one."""
+        if self.pending.pop(step).made is None:
+            pool.forget(step)
+        if self._needs_weights(step):
+            self.submit(step + 1 + self.context.recipe.max_staleness, weights, age=step + 1)
 
     def files(self, step: int) -> dict[str, bytes]:
         """Return the files with which a checkpoint after `step` steps stores the pending batches: the batch if it is
@@ -270,6 +356,9 @@ def _wait_for_result(pool: Pool, step: int, future: "Future[bytes]") -> None:
         future.set_result(pool.result(step))
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:  # those that `from_main` sends on
         future.set_exception(error)
+
+
+ORDER_FILE = "rollouts/order.json"  # in a checkpoint of rollout_schedule='first_ready'
 
 
 def file_names(step: int) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, gather_if_sharded
 from dllm_rl.models.serialization import deserialize, record_from_json, record_to_json, serialize
 from dllm_rl.recipe import Recipe
 from dllm_rl.tasks.base import Problem, Reward
@@ -17,10 +17,20 @@ from dllm_rl.types import Rollout
 Collected = tuple[Samples, list[GradedCompletion], dict[str, float]]
 
 
-def trained_weights(policy: Policy) -> bytes:
-    """Serialize the weights that training changes (with adapters, only the adapters) and their version."""
-    trained = {name: weight for name, weight in policy.module.named_parameters() if weight.requires_grad}
-    return serialize(trained, {"version": policy.weights_version})
+@torch.no_grad()
+def trained_weights(policy: Policy, *, keep: bool = True) -> bytes:
+    """Serialize the weights that training changes (with adapters, only the adapters) and their version.
+
+    For a sharded learner this is a collective: every process must call it, and those that need no bytes pass
+    keep=False, which returns none.
+    """
+    trained = {}
+    for name, weight in policy.module.named_parameters():
+        if weight.requires_grad:
+            value = gather_if_sharded(weight)
+            if keep:  # of gathered tensors, the device stores one at a time
+                trained[name] = weight if value is weight else value.cpu()
+    return serialize(trained, {"version": policy.weights_version}) if keep else b""
 
 
 def serialize_batch(collected: Collected, seconds: float) -> bytes:

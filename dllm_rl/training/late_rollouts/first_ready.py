@@ -1,0 +1,162 @@
+"""The schedule 'first_ready': workers that are free take the newest weights, and a step takes a finished batch."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import RLock
+
+import torch
+
+from dllm_rl.distributed.stop import with_the_run
+from dllm_rl.recipe import Recipe
+from dllm_rl.training.context import StepContext
+from dllm_rl.training.late_rollouts.schedule import (
+    ORDER_FILE,
+    AsyncRollouts,
+    PendingBatch,
+    Pool,
+    file_names,
+    read_pending_file,
+)
+from dllm_rl.training.late_rollouts.serialization import deserialize_batch
+
+
+@dataclass(eq=False)
+class FirstReadyRollouts(AsyncRollouts):
+    """Schedule of a run with rollout_schedule='first_ready'.
+
+    A batch made with weights of version v must be trained on while the learner's version is at most v + K, K =
+    max_staleness. Let the pending batches be in the order of their versions v_0, v_1, ..., and V the learner's. All of
+    them can be trained on in time if V + i <= v_i + K for each i. Two rules keep this true:
+
+    - A batch is started only if at most K are pending, counting the one that the learner trains on. Its weights are the
+      newest, so that it is the last.
+    - A finished batch is taken only if every older pending one can wait for one more step (`choose_batch`).
+
+    The oldest pending batch may always be taken, so that the run never stands still.
+    """
+
+    weights: bytes = b""  # the newest, serialized
+    version: int = 0  # of the newest weights
+    numbers: list[int] = field(default_factory=list)  # of the batches to start, the next one last
+    taken: int = -1  # number of the batch that the learner trains on
+    lock: RLock = field(default_factory=RLock)  # the pool starts jobs from its threads, and a thread may save
+    is_open: bool = True
+
+    def _begin(self, steps_done: int, folder: Path | None, context: StepContext[Recipe], weights: bytes) -> None:
+        assert self.pool is not None, "only the main process has the pool"
+        recipe = context.recipe
+        self.pool.set_up(context)
+        self.weights, self.version = weights, context.policy.weights_version
+        num_batches = recipe.num_steps - steps_done
+        made = read_made(folder, recipe)
+        for number, (version, data) in sorted(made.items(), key=lambda item: item[1][0]):
+            is_in_time = self.version + len(self.pending) <= version + recipe.max_staleness
+            if is_in_time and len(self.pending) < num_batches:  # else a setting was changed, and it is made again
+                self.pending[number] = PendingBatch(b"", age=version, made=data)
+        unfinished, next_number = read_order(folder, steps_done)
+        numbers = {*unfinished, *made, *range(next_number, next_number + num_batches)} - self.pending.keys()
+        self.numbers = sorted(numbers)[: num_batches - len(self.pending)][::-1]
+        self.pool.when_free(self.start_jobs)
+        with_the_run().callback(self._close)
+        self.start_jobs()
+
+    def start_jobs(self) -> None:
+        """Give every free worker a batch to make, with the newest weights, as far as the first rule allows."""
+        assert self.pool is not None, "only the main process submits"
+        with self.lock:
+            while (
+                self.is_open
+                and self.numbers
+                and len(self.pending) <= self.context.recipe.max_staleness
+                and self.pool.num_free()
+            ):
+                self.submit(self.numbers[-1], self.weights, age=self.version)
+                self.numbers.pop()
+
+    def _close(self) -> None:
+        """Start no more jobs: the run ends."""
+        with self.lock:
+            self.is_open = False
+
+    def _next(self, step: int) -> tuple[int, bytes] | None:
+        assert self.pool is not None, "only the main process has the batches"
+        recipe = self.context.recipe
+        others_wait = self.context.accelerator.num_processes > 1
+        start_time = time.monotonic()
+        while True:
+            with self.lock:
+                self.pool.mend()
+                self.start_jobs()
+                versions = {number: batch.age for number, batch in self.pending.items()}
+                number = choose_batch(versions, self._is_made, self.version, recipe.max_staleness)
+                if number is not None and (batch := self._made(number)) is not None:
+                    self.taken = number
+                    return number, batch
+            if others_wait and time.monotonic() - start_time > recipe.collective_timeout / 4:
+                return None
+            self.pool.wait()
+
+    def _is_made(self, number: int) -> bool:
+        return self._made(number) is not None
+
+    def _made(self, number: int) -> bytes | None:
+        return self.pending[number].made or (self.pool.ready(number) if self.pool else None)
+
+    def _needs_weights(self, step: int) -> bool:
+        return step + 1 < self.context.recipe.num_steps
+
+    def _submit_next(self, step: int, weights: bytes, pool: Pool) -> None:
+        with self.lock:
+            pool.forget(self.taken)
+            del self.pending[self.taken]
+            self.weights, self.version = weights, self.context.policy.weights_version
+            self.start_jobs()
+
+    def files(self, step: int) -> dict[str, bytes]:
+        """Return the files with which a checkpoint after `step` steps stores the finished batches, and the numbers of
+        those to make again, with the checkpoint's weights.
+        """
+        with self.lock:
+            made = {number: self._made(number) for number in self.pending}
+        order = {"unfinished": [number for number, batch in made.items() if batch is None], "next": step + len(made)}
+        files = {file_names(number)[0]: batch for number, batch in made.items() if batch is not None}
+        return {**files, ORDER_FILE: json.dumps(order).encode()}
+
+
+def choose_batch(
+    versions: Mapping[int, int], is_made: Callable[[int], bool], version: int, max_staleness: int
+) -> int | None:
+    """Return the number of the oldest finished batch, if every older pending one can wait for one more step; else None.
+
+    `versions` has the version of each pending batch's weights by the batch's number, the oldest first; `version` is the
+    learner's.
+    """
+    for place, (number, made_with) in enumerate(versions.items()):
+        if is_made(number):
+            return number
+        if version + place >= made_with + max_staleness:
+            return None
+    return None
+
+
+def read_made(folder: Path | None, recipe: Recipe) -> dict[int, tuple[int, bytes]]:
+    """Read a checkpoint's finished batches: the version of the weights, and the batch, by the batch's number."""
+    found = {}
+    for path in [] if folder is None else (folder / "rollouts").glob("*.safetensors"):
+        name, _, kind = path.name.partition(".")
+        data = read_pending_file(folder, f"rollouts/{path.name}") if kind == "safetensors" else None
+        if data is not None:  # `kind` is "weights.safetensors" in a checkpoint of 'in_order'
+            (samples, _, _), _ = deserialize_batch(data, recipe, torch.device("cpu"))
+            found[int(name)] = (samples.rollout.weights_version, data)
+    return found
+
+
+def read_order(folder: Path | None, steps_done: int) -> tuple[list[int], int]:
+    """Read the numbers of a checkpoint's unfinished batches, and the first number that no batch has had."""
+    if folder is None or not (folder / ORDER_FILE).exists():  # a new run, or a checkpoint of 'in_order'
+        return [], steps_done
+    order = json.loads((folder / ORDER_FILE).read_text())
+    return order["unfinished"], order["next"]
