@@ -1,0 +1,33 @@
+"""The study of value models: its tables and its findings."""
+
+from held import STUDIES, row, runs_of, stored
+from recipes.studies import paired, values
+
+PAGE = f"{STUDIES}/values.md"
+RUNS = runs_of("values")
+
+
+def the_page():
+    for table in values.tables(RUNS):
+        yield PAGE, paired.markdown(table)
+    for arm, (gae_lambda, rate) in values.CHOSEN.items():
+        assert values.TRIALS[arm][values.best(RUNS, arm)] == (gae_lambda, rate)
+
+
+def the_toy():
+    rows = stored("values_toy")
+    for policy in ("early", "late"):
+        for kind in ("none", "exact", "noisy"):
+            found = [each for each in rows if (each["policy"], each["values"]) == (policy, kind)]
+            found.sort(key=lambda each: -each["gae_lambda"])
+            cells = [f"{each['bias']:.2f}/{each['rmse']:.2f}/{each['efficiency']:.2f}" for each in found]
+            yield PAGE, row(f"{policy}, {kind}", *cells)
+
+
+def findings():
+    mean, half = map(float, paired.interval(paired.paired(RUNS, values.VALUE, values.GRPO)).split("±"))
+    yield PAGE, f"(between {mean - half:.3f} and {mean + half:+.3f} of the solve rate)"
+    four = paired.interval(paired.paired(RUNS, values.VALUE, values.GRPO, "four"))
+    yield PAGE, f"**In four steps the value head ended lower**, by {four.removeprefix('-')};"
+    seconds = [run["seconds"] for run in RUNS.values() if run["seed"] < 10]
+    yield PAGE, f"# {sum(seconds) / 60:.0f} minutes of one core"
