@@ -266,7 +266,7 @@ def _infill_mask(
     """Return the mask of the positions to fill in, or None if there are none."""
     if mask_id is not None:
         if positions is not None:
-            raise ValueError("mask_id and open_positions both mark positions to fill in; give only one of them")
+            raise ValueError("mask_id and open_positions both mark positions to fill in; give one of them")
         positions = [[token == mask_id for token in row] for row in ids]
     if positions is None:
         return None
