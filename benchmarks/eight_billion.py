@@ -30,9 +30,9 @@ from dllm_rl.cli.main import main as command
 from dllm_rl.models.base import Policy
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import CONFIGS, build_empty
-from dllm_rl.models.checkpoint.tensors import Later, to_original, write_tensors
+from dllm_rl.models.checkpoint.tensors import LazyTensor, to_original, write_tensors
 from dllm_rl.models.lora import add_lora
-from dllm_rl.models.merge import merged_later
+from dllm_rl.models.merge import lazy_merged_tensors
 from dllm_rl.models.tokens import text_ids
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
@@ -113,8 +113,8 @@ def write(root: Path, layers: int) -> dict[str, Any]:
         tensor = torch.ones(shape, dtype=torch.bfloat16)
         return tensor if len(shape) == 1 else tensor.normal_(std=0.02, generator=generator)
 
-    shapes = to_original(merged_later(module), find_family(raw), module.config)
-    state = {name: Later(each.shape, torch.bfloat16, partial(random, each.shape)) for name, each in shapes.items()}
+    shapes = to_original(lazy_merged_tensors(module), find_family(raw), module.config)
+    state = {name: LazyTensor(each.shape, torch.bfloat16, partial(random, each.shape)) for name, each in shapes.items()}
     folder = root / "base"
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(state, folder, max_shard_size=SHARD)

@@ -17,7 +17,7 @@ from benchmarks.presets import PRESETS
 from benchmarks.sync import ANYWHERE
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.aligned import StraightThrough
-from dllm_rl.quantization.linear import quantized, stored_bytes
+from dllm_rl.quantization.linear import quantize_weight, stored_bytes
 from dllm_rl.quantization.schemes import EmulatedLinear, FakeQuantize, check_scheme
 
 
@@ -39,7 +39,7 @@ def arm(scheme: str, columns: int, rows: int, tokens: int, device: str, dtype: s
             layer = EmulatedLinear(plain.weight.detach(), plain.bias, config)
         else:
             layer = nn.Linear(columns, rows, device="meta")
-            layer.weight = nn.Parameter(quantized(plain.weight.detach(), config)[0], requires_grad=False)
+            layer.weight = nn.Parameter(quantize_weight(plain.weight.detach(), config)[0], requires_grad=False)
             layer.bias = plain.bias
 
     calls = min(50, max(1, 10**9 // (tokens * columns * rows)))  # enough work for the clock

@@ -230,7 +230,7 @@ class Settings:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = _(
         "dtype of weights loaded from a path; auto: the stored dtype", "float32"
     )
-    float32_head: bool = _("compute logits in fp32 if the model computes in 16 bits, in rollout and learner", True)
+    float32_head: bool = _("compute logits in fp32 if the model computes in 16 bits", True)
     base_quantization: Literal["nf4", "int8"] | None = _(
         "load the checkpoint's weights in this bitsandbytes format and freeze them; needs lora", None
     )
@@ -250,11 +250,10 @@ class Settings:
     gradient_checkpointing: bool = _(
         "recompute blocks in the backward: less memory, same gradients, 1/3 more work (1/2 with adapters)", False
     )
-    bf16: bool = _("autocast forwards to bf16; the weights keep `dtype`: use float32 if all weights are trained", False)
+    bf16: bool = _("autocast forwards to bf16; the weights keep `dtype`", False)
 
     eval_steps: int | None = _(
-        "steps between evaluations on validation_task (SFT: the held-out rows); 0: no evaluation; None: chosen so that "
-        "evaluations take at most 2 % of the forwards",
+        "steps between evaluations; 0: none; None: evaluations take at most 2 % of the forwards",
         None,
         at_least=0,
     )
@@ -264,30 +263,31 @@ class Settings:
         "trackers, separated by commas: tensorboard, wandb, trackio, mlflow; none: no tracker", "tensorboard"
     )
     save_steps: int = _("steps between checkpoints", 50, at_least=1)
-    save_total_limit: int = _("number of checkpoints to keep: the newest ones and the best one", 2, at_least=1)
+    save_total_limit: int = _("newest checkpoints to keep, beside the best one", 2, at_least=1)
     save_merged: bool = _(
-        "with lora and a model from a path or the hub: store merged weights in every checkpoint; False: only in the "
-        "last one, and adapters in the others",
+        "with lora on a path: store merged weights in every checkpoint; False: only in the last",
         False,
     )
     metric_for_best_model: str | None = _(
-        "metric of the evaluations that selects the best checkpoint, e.g. solve_rate or loss; None: none is selected",
+        "metric of the evaluations that selects the best checkpoint, e.g. solve_rate or loss",
         None,
     )
     greater_is_better: bool | None = _(
         "whether metric_for_best_model should be high; None: yes, unless its name ends in loss", None
     )
     load_best_model_at_end: bool = _("evaluate and return the best checkpoint instead of the last weights", False)
-    callbacks: Any = _("dllm_rl.Callback objects, which may add metrics, save, or stop the run", ())
+    callbacks: Any = _("dllm_rl.Callback objects", ())
     verify_checkpoint: Literal["full", "quick"] = _(
-        "how to verify a checkpoint before it is loaded: full: every byte; quick: size and start of files over 1 MiB",
+        "what to verify of a checkpoint: full: every byte; quick: size and start of files over 1 MiB",
         "full",
     )
     on_save_error: Literal["stop", "continue"] = _(
         "stop the run if a checkpoint cannot be written, or warn and continue", "stop"
     )
     stop_seconds: float = _(
-        "seconds that a step may take to finish after a stop signal; then the step before it is saved", 20.0, at_least=0
+        "seconds after a stop signal in which the step may begin its updates; else the step before is saved",
+        20.0,
+        at_least=0,
     )
     output_dir: str | None = _("folder of the run; None: runs/NAME-seedSEED", None)
     resume_from_checkpoint: str | None = _(
@@ -411,12 +411,11 @@ class Recipe(Settings):
         no_correction(),
     )
     sampling_support: Literal["per_policy", "unfiltered", "rollout"] = _(
-        "with top_k or top_p, normalize log-probs over: each policy's filtered tokens, all tokens, or the rollout's "
-        "filtered tokens",
+        "with top_k or top_p: normalize log-probs over each policy's own tokens, all, or the rollout's",
         "per_policy",
     )
     advantages: Callable = _(
-        "(P, G) rewards -> (P, G) advantages; a function with an argument `parts` (decoupled) also gets each component",
+        "(P, G) rewards -> (P, G) advantages; an argument `parts` (decoupled) gets each component",
         group_relative,
     )
     value_model: ValueModel | None = _(
@@ -430,14 +429,12 @@ class Recipe(Settings):
     rollout_quantization: Callable[[], Any] | None = _(
         "quantization of the policy that samples, e.g. float8_dynamic; None: not quantized", None
     )
-    rollout_engine: RolloutEngine | None = _(
-        "external engine that makes the rollouts; None: this process, with the learner or its quantized copy", None
-    )
+    rollout_engine: RolloutEngine | None = _("external engine that makes the rollouts; None: this process", None)
     rollout_workers: int = _(
         "number of Ray actors that make rollouts while the learner trains; 0: the learner makes them", 0, at_least=0
     )
     max_staleness: int = _(
-        "steps by which the rollouts' weights may be older than the learner's; 0: every step waits for its rollout",
+        "steps by which the rollouts' weights are older than the learner's",
         0,
         at_least=0,
     )
@@ -448,55 +445,44 @@ class Recipe(Settings):
         "completions per forward of scoring and update, a multiple of num_generations; None: all", None
     )
     max_retained_graphs: int = _(
-        "forwards (masks of the estimator x micro-batches) whose autograd graphs the first update may reuse: faster, "
-        "more memory",
+        "scoring forwards whose autograd graphs the first update may reuse: faster, more memory",
         1,
         at_least=0,
     )
     old_logprobs: Literal["recompute", "rollout"] = _(
         "denominator of the ratios: the learner's log-probs before the update, or the rollout's (bypass)", "recompute"
     )
-    router_replay: Literal["R3"] | None = _(
-        "R3: the learner's forwards use the experts that the rollout chose; None: its router chooses", None
-    )
-    num_mismatch_groups: int = _(
-        "groups with zero advantage that are scored per step only to measure the mismatch", 2, at_least=1
-    )
+    router_replay: Literal["R3"] | None = _("R3: the learner uses the experts that the rollout chose", None)
+    num_mismatch_groups: int = _("groups without advantage scored per step, to measure the mismatch", 2, at_least=1)
     max_prompt_length: int | None = _(
-        "largest length of a training prompt in tokens; a longer one is replaced by the task's next prompt that fits; "
-        "None: only the model's limit, beyond which the run raises an error",
+        "tokens; a longer training prompt is replaced by the next that fits; None: beyond the model's limit, an error",
         None,
         at_least=1,
     )
     max_num_gen_batches: int = _(
-        "most draws of prompts per step: groups of equal rewards are redrawn (DAPO's dynamic sampling); 1: no redraw",
+        "draws of prompts per step: groups of equal rewards are redrawn (DAPO); 1: no redraw",
         1,
         at_least=1,
     )
     num_steps: int = _("RL steps", 180, at_least=0)
     num_iterations: int = _("optimizer updates per rollout", 1, at_least=1)
-    resample_masks: bool = _(
-        "draw new masks for each update of num_iterations, as in d1's code; False: all updates share one set", True
-    )
+    resample_masks: bool = _("draw new masks for each update of num_iterations; False: one set for all", True)
     adam_beta2: float = _("the optimizer's beta2", 0.99, at_least=0, below=1)
     weight_decay: float = _("the optimizer's weight decay", 0.0, at_least=0)
-    beta: float = _(
-        "weight of the KL term that keeps the learner near the policy that RL started from; 0: no term", 0.0, at_least=0
-    )
+    beta: float = _("weight of the KL term to the policy that RL started from; 0: no term", 0.0, at_least=0)
     kl: Callable = _("per-token estimator of the KL term: kl_k1, kl_k2 or kl_k3", kl_k3)
     use_bias_correction_kl: bool = _(
-        "multiply the KL term by the ratio to the rollout, so that kl_k3 has the gradient of the KL", False
+        "multiply the KL term by the ratio to the rollout: kl_k3 then has the KL's gradient", False
     )
     teacher: Callable[..., Policy] | str | Policy | None = _(
-        "model (as `model`) for on-policy distillation: the reverse KL to it is part of the reward; 'reference': the "
-        "policy that RL started from",
+        "model for on-policy distillation, as `model`, or 'reference': the policy that RL started from",
         None,
     )
     teacher_substeps: int = _(
         "denoising steps of the teacher per step of the sampler; 1: the same steps", 1, at_least=1
     )
     teacher_coeff: float = _(
-        "weight of the teacher's reward; the task's reward has 1 - teacher_coeff; 1: only the teacher's",
+        "weight of the teacher's reward; the task's has 1 - teacher_coeff",
         1.0,
         above=0,
         at_most=1,
@@ -504,12 +490,12 @@ class Recipe(Settings):
     entropy_coeff: float = _("weight of the entropy bonus; 0: no bonus", 0.0, at_least=0)
     torch_compile: bool = _("compile the blocks of the policy that samples; speeds up FP8 on a GPU", False)
     shard_size: int = _(
-        "processes that share the learner's weights (FSDP2), a divisor of their number; 0: all; 1: no sharding",
+        "processes that share the learner's weights (FSDP2); 0: all; 1: no sharding",
         1,
         at_least=0,
     )
     zero_mismatch: bool = _(
-        "compute with batch-invariant kernels, and stop if the log-probs of rollout and learner differ in any bit",
+        "compute batch-invariantly; stop if a log-prob of rollout and learner differs in any bit",
         False,
     )
 
@@ -525,7 +511,7 @@ class Recipe(Settings):
 
     eval_batch_size: int = _("problems per evaluation batch, in each process", 256, at_least=1)
     log_completions_steps: int = _(
-        "RL steps between tables of completions, shown and written to completions.jsonl; 0: never", 50, at_least=0
+        "steps between tables of completions, on the screen and in completions.jsonl; 0: never", 50, at_least=0
     )
     push_to_hub: str | None = _(
         "OWNER/NAME on the Hugging Face hub to upload the last checkpoint to; None: no upload", None
@@ -534,8 +520,7 @@ class Recipe(Settings):
         "write checkpoints while training continues, from a host copy of weights and optimizer state", False
     )
     reward_timeout: float | None = _(
-        "seconds that grading a completion, or one call of the reward functions, may take; then the process exits with "
-        "status 124; None: no limit",
+        "seconds of one call of the reward functions, or of grading a completion; then exit with 124; None: no limit",
         600.0,
         above=0,
     )

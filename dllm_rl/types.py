@@ -282,8 +282,8 @@ class FilterSupport(BatchRecord):
 
     Args:
         log_mass: Log of the total probability of the tokens that pass the filter, in nats; 0 where no token was drawn.
-        ids: Ids of these tokens, at most `support.KEPT_IDS` per position, padded with -1. None if any position has
-            more.
+        ids: Ids of these tokens, at most `support.MAX_SUPPORT_IDS` per position, padded with -1. None if any position
+            has more.
     """
 
     FILL: ClassVar[dict[str, Any]] = {"ids": -1}

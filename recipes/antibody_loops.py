@@ -17,7 +17,7 @@ import torch
 from torch import Generator
 
 from dllm_rl import Policy, load_policy
-from dllm_rl.models.tokens import encode, filled, ids_and_blanks
+from dllm_rl.models.tokens import encode, full_texts, ids_and_blanks
 from dllm_rl.tasks import Problem
 from recipes import weights
 from recipes.antibody_cdr3 import SPECIALS, Loops, loop_of, recipe
@@ -29,7 +29,7 @@ def measure(policy: Policy, pretrained: Policy, task: Loops) -> tuple[dict[str, 
     """The numbers of the module's docstring over GROUP loops of each problem, and the loops, a problem's in a row."""
     problems = [task[i] for i in range(len(task))]
     prompts = encode(policy, problems, group_size=GROUP, seeds=range(GROUP * len(problems)))
-    texts = filled(policy, recipe.eval_sampler(policy, prompts, Generator()))
+    texts = full_texts(policy, recipe.eval_sampler(policy, prompts, Generator()))
     owners = [problem for problem in problems for _ in range(GROUP)]
     loops = [loop_of(problem, text) for problem, text in zip(owners, texts, strict=True)]
     rewards = [task.reward(problem, text) for problem, text in zip(owners, texts, strict=True)]

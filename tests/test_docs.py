@@ -146,21 +146,6 @@ def test_the_first_reward_is_learned_from(tmp_path, monkeypatch):
     assert len(logged) > 80 and {name for name in logged if not described.fullmatch(name)} == set()
 
 
-def test_the_settings_for_a_real_model_are_a_recipe_without_cautions(tmp_path, monkeypatch):
-    made = []
-    tiny = dllm_rl.tiny_masked_lm(characters="0123456789+=?")
-
-    def record(model, rows, reward, **settings):
-        made.append(dllm_rl.grpo_recipe(tiny, rows, reward, **settings))
-
-    monkeypatch.setattr(dllm_rl, "grpo", record, raising=False)
-    (tmp_path / "real.py").write_text(example("A real model on one GPU"))
-    runpy.run_path(str(tmp_path / "real.py"))
-    task = made[0].task
-    assert cautions(made[0]) == [] and len(task) == 1440
-    assert [task.reward(task[0], text).value for text in ("It is 20.", "21")] == [1.0, 0.0]
-
-
 def test_a_script_for_slurm_reads_the_options_that_slurm_sh_adds(tmp_path, monkeypatch):
     make, tiny = dllm_rl.grpo_recipe, dllm_rl.tiny_masked_lm(characters="0123456789+=?")
     rows = [{"prompt": [{"role": "user", "content": f"{i}"}], "answer": str(i)} for i in range(400)]
@@ -261,14 +246,11 @@ def test_given_texts_are_scored(tmp_path):
     assert made["nats"].shape == (1,) and abs(made["nats"].item() - bound.item()) < 0.1
 
 
-def run_example(heading, folder, monkeypatch, name="example", instead=("", "")):
-    """What an example of the docs leaves, run in `folder`, with the repository's modules to import. instead: a piece of
-    its text, and what stands there in this run."""
+def run_example(heading, folder, monkeypatch, name="example"):
+    """What an example of the docs leaves, run in `folder`, with the repository's modules to import."""
     monkeypatch.syspath_prepend(DOCS.parent)
     monkeypatch.chdir(folder)
-    text = example(heading)
-    assert instead[0] in text
-    (folder / f"{name}.py").write_text(text.replace(*instead))
+    (folder / f"{name}.py").write_text(example(heading))
     return runpy.run_path(f"{name}.py")
 
 
@@ -282,15 +264,17 @@ def test_a_rank_of_ones_own_keeps_the_contract(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.nightly
-def test_a_rule_that_rewrites_has_ratios_of_mean_one_and_some_of_its_steps_have_not(tmp_path, monkeypatch):
-    made = run_example("Write a rule that rewrites", tmp_path, monkeypatch)
+def test_a_rule_that_rewrites_has_ratios_of_mean_one_and_some_of_its_steps_have_not(tmp_path):
+    text = (EXAMPLES / "rewriting_rule.py").read_text()
+    made = runpy.run_path(str(EXAMPLES / "rewriting_rule.py"))
     shares = made["shares"]
     assert shares.record < 1e-5 and abs(shares.mean_ratio - 1) < 3 * shares.ratio_error and shares.spread > 0.2
     assert shares.off < 4, "the shares that the ratio says are those of the other policy's own rollouts"
     assert shares.writings > 5, "of four tokens, one more is drawn again in the mean"
     # An order that moves with the weights, which the ratio leaves out.
-    moved = ("import random", "import max_prob as random")
-    jumping = run_example("Write a rule that rewrites", tmp_path, monkeypatch, instead=moved)["shares"]
+    assert "import random" in text
+    (tmp_path / "jumping.py").write_text(text.replace("import random", "import max_prob as random"))
+    jumping = runpy.run_path(str(tmp_path / "jumping.py"))["shares"]
     assert abs(jumping.mean_ratio - 1) < 3 * jumping.ratio_error and jumping.off > 8
     # Unbiased for the sum of the logs: its exponential is no weight.
     rule = made["partial"](made["sampler"], rank=made["random"], commit=made["partial"](made["beside"], rate=0.5))
@@ -300,8 +284,8 @@ def test_a_rule_that_rewrites_has_ratios_of_mean_one_and_some_of_its_steps_have_
 
 
 @pytest.mark.nightly
-def test_an_order_of_ones_own_has_a_probability_under_plackett_luce_and_none_as_a_bare_rank(tmp_path, monkeypatch):
-    made = run_example("Give the order a probability", tmp_path, monkeypatch)
+def test_an_order_of_ones_own_has_a_probability_under_plackett_luce_and_none_as_a_bare_rank():
+    made = runpy.run_path(str(EXAMPLES / "noisy_order.py"))
     for shares in (made["drawn"], made["plain"]):
         assert shares.record < 1e-5 and abs(shares.mean_ratio - 1) < 3 * shares.ratio_error and shares.spread > 0.2
     told = (DOCS / "samplers.md").read_text()

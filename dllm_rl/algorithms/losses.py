@@ -242,7 +242,7 @@ def reinforce(
 ) -> Float[Tensor, "B T"]:
     """Compute A log_ratio, whose gradient is the plain policy gradient A grad log p, without a ratio or a clip.
 
-    Use it if a run makes one update per rollout.
+    Nothing bounds the change over several updates per rollout. The old policy is scored all the same, for metrics.
     """
     return advantages[:, None] * log_ratio
 

@@ -1,4 +1,4 @@
-"""Checkpoints: atomic to write, verified when read, bounded in number, enough to continue a run bit for bit."""
+"""Write and read checkpoints, from which a run continues bit for bit. Writing is atomic, reading verifies."""
 
 import errno
 import pickle
@@ -25,11 +25,11 @@ from dllm_rl.distributed.stop import as_written
 from dllm_rl.files import recover, remove, remove_whole, replacing, write_text
 from dllm_rl.models.base import Module, Policy, is_finite
 from dllm_rl.models.lora import adapter_state, save_adapter
-from dllm_rl.models.merge import layers_of, merged_later
+from dllm_rl.models.merge import layers_of, lazy_merged_tensors
 from dllm_rl.versions import versions
 
-# What torch's loader raises on a damaged file.
-_NO_TENSORS = (
+# Errors that torch's loader raises on a damaged file.
+_DAMAGE_ERRORS = (
     *(RuntimeError, OSError, EOFError, pickle.UnpicklingError, BadZipFile),
     *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
 )
@@ -57,13 +57,13 @@ SavedOptimizer = torch.optim.Optimizer | OptimizerCopy | Part
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Content of a checkpoint: a policy, an optimizer and the run's state, all after the same step.
+    """Content of a checkpoint: a policy, an optimizer and the run's state after the same step.
 
     Args:
         policy: Policy to save.
         optimizer: Optimizer to save, a copy of it, or this process's part of a sharded one.
         state: State of the run. Its `best_step` names a checkpoint that `save` never deletes.
-        base: Folder or id of the weights that the policy's adapters belong to. None (default): unknown.
+        base: Folder or id of the base model of the policy's adapters. None (default): unknown.
         merged: Whether to save full weights. False saves only the adapters, and `base` must be known. Default: True.
         processes: Number of processes of the run. Default: 1.
         files: Content of further files, by name in the folder. Default: none.
@@ -93,14 +93,14 @@ def save(
             `directory`/latest then contains this name.
         checkpoint: Content of the checkpoint.
         keep_last: Number of the newest checkpoints that are not deleted.
-        reserve: Bytes that later checkpoints need in addition. Default: 0.
-        swap: Exchange of values between the processes that write parts of the optimizer. Default: one process.
+        reserve: Bytes of disk space that must stay free for later checkpoints. Default: 0.
+        swap: All-gather between the processes that write parts of the optimizer. Default: for one process.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
-        FloatingPointError: A number is not finite. Nothing is written.
+        FloatingPointError: A weight or an optimizer state is not finite. Nothing is written.
         OSError: The disk is full, or the write failed.
     """
     state = checkpoint.state
@@ -108,11 +108,11 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     recover_all(directory)
     folder = folder_of(directory, state.step)
-    with _enough_room(folder, checkpoint, reserve):
-        with replacing(folder) as partial:  # the folder gets its name when it is complete and on disk
+    with _check_disk_space(folder, checkpoint, reserve):
+        with replacing(folder) as partial:  # renamed to `folder` when it is complete and on disk
             _write(partial, checkpoint, swap)
         write_text(directory / "latest", folder.name + "\n")
-    for step, old in list_checkpoints(directory)[:-keep_last]:  # only now: a failed save costs no older checkpoint
+    for step, old in list_checkpoints(directory)[:-keep_last]:  # last, so that a failed save deletes nothing
         if step != state.best_step:
             remove_whole(old)
     return folder
@@ -122,7 +122,7 @@ def _write(folder: Path, checkpoint: Checkpoint, swap: AllGather) -> None:
     """Write the files of a checkpoint into a new folder, together with the processes that call `save_part`."""
     policy = checkpoint.policy
     folder.mkdir()
-    swap(str(folder))  # the other processes begin to write into the folder
+    swap(str(folder))  # tells the other processes where to write
     if checkpoint.merged:
         policy.save_pretrained(folder)
     if policy.lora is not None:
@@ -159,7 +159,7 @@ def save_part(step: int, part: Part | None, swap: AllGather) -> None:
 
 
 def recover_all(directory: Path) -> None:
-    """Undo what a kill left half-done among the checkpoints. Only their writer may call it."""
+    """Clean up after a process that was killed while it wrote a checkpoint. Only the writing process may call it."""
     for path in [*directory.glob(".step-*"), *directory.glob(".latest.*")]:
         recover(directory / path.name[1:].rpartition(".")[0])
     for stale in directory.glob(".partial-*"):
@@ -167,8 +167,8 @@ def recover_all(directory: Path) -> None:
 
 
 @contextmanager
-def _enough_room(folder: Path, checkpoint: Checkpoint, reserve: int) -> Iterator[None]:
-    """Raise OSError, which reports the free space, if the checkpoint does not fit or the block fails to write it."""
+def _check_disk_space(folder: Path, checkpoint: Checkpoint, reserve: int) -> Iterator[None]:
+    """Raise OSError, which reports the free space, if a checkpoint does not fit or the block fails to write it."""
     policy = checkpoint.policy
     needed = _moments_size(policy, checkpoint.optimizer) + reserve + (1 << 20)
     needed += sum(map(len, checkpoint.files.values()))
@@ -176,7 +176,7 @@ def _enough_room(folder: Path, checkpoint: Checkpoint, reserve: int) -> Iterator
     if policy.lora is not None:
         needed += sum(tensor.nbytes for tensor in adapter_state(policy).values())
     older = list_checkpoints(folder.parent)
-    needed += _others_size(older[-1][1]) if older else 0
+    needed += _non_tensor_size(older[-1][1]) if older else 0
 
     def fault(why: str, number: int | None = None) -> OSError:
         free = shutil.disk_usage(folder.parent).free
@@ -199,20 +199,20 @@ def _enough_room(folder: Path, checkpoint: Checkpoint, reserve: int) -> Iterator
 
 
 def weights_size(module: Module) -> int:
-    """Return the bytes of a module's weights in a checkpoint: adapters are merged, bitsandbytes' are dequantized."""
-    return sum(tensor.nbytes for tensor in merged_later(layers_of(module)).values())
+    """Return the bytes of a module's weights in a checkpoint, where adapters are merged and weights not quantized."""
+    return sum(tensor.nbytes for tensor in lazy_merged_tensors(layers_of(module)).values())
 
 
 def _moments_size(policy: Policy, optimizer: SavedOptimizer) -> int:
-    if isinstance(optimizer, Part):  # the other parts need room too
+    if isinstance(optimizer, Part):  # `nbytes` includes the parts of the other processes
         return max(optimizer.nbytes, sum(x.nbytes for x in optimizer.tensors.values()))
     names = {name for name, _ in chain(policy.module.named_parameters(), policy.module.named_buffers())}
     tensors = _tensors(policy, optimizer)
     return sum(x.numel() * x.element_size() for name, x in tensors.items() if name not in names)
 
 
-def _others_size(folder: Path) -> int:
-    """Return the bytes of a checkpoint's files without tensors: a tokenizer and a card."""
+def _non_tensor_size(folder: Path) -> int:
+    """Return the bytes of a checkpoint's files that are not tensors, such as the tokenizer and the model card."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sum(path.stat().st_size for path in files if path.suffix not in (".safetensors", ".pt"))
 
@@ -232,7 +232,7 @@ def _tensors(policy: Policy, optimizer: SavedOptimizer) -> dict[str, Tensor]:
 
 
 def _trained(policy: Policy, optimizer: SavedOptimizer) -> dict[str, Tensor]:
-    """Return `_tensors` without frozen weights, which were checked when they were loaded."""
+    """Return `_tensors` without frozen weights, whose values were checked when they were loaded."""
     frozen = {name for name, parameter in policy.module.named_parameters() if not parameter.requires_grad}
     return {name: tensor for name, tensor in _tensors(policy, optimizer).items() if name not in frozen}
 
@@ -250,8 +250,9 @@ def folder_of(directory: Path, step: int) -> Path:
 
 
 def set_aside(directory: Path, resumed: Path) -> list[Path]:
-    """Rename the checkpoints after `resumed`, and another of its step, and return the new paths.
+    """Rename the checkpoints that a resumed run will not use, and return the new paths.
 
+    These are all later checkpoints, and the folder's checkpoint of the same step if the run resumes from elsewhere.
     `list_checkpoints` skips the new names.
     """
     step = TrainingState.read(resumed).step
@@ -259,12 +260,12 @@ def set_aside(directory: Path, resumed: Path) -> list[Path]:
     for number, folder in reversed(list_checkpoints(directory)):
         if number > step or (number == step and folder.resolve() != resumed.resolve()):
             free = folder.with_name(f"{folder.name}.set-aside")
-            others = 1
+            number_of_name = 1
             while free.exists():
-                others += 1
-                free = folder.with_name(f"{folder.name}.set-aside-{others}")
+                number_of_name += 1
+                free = folder.with_name(f"{folder.name}.set-aside-{number_of_name}")
             moved.append(folder.rename(free))
-    if (directory / resumed.name).exists():  # else the resumed one is of another folder
+    if (directory / resumed.name).exists():  # else the resumed checkpoint is in another folder
         write_text(directory / "latest", resumed.name + "\n")
     return moved
 
@@ -287,8 +288,22 @@ def locate(
     compare: Callable[[TrainingState], None] = lambda state: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path | None:
-    """The verified checkpoint; 'latest': the newest undamaged one, if any. `compare` raises ValueError on the state of
-    another run, before all bytes are read; unread: as for `manifest.verify`. Raises ValueError if none is whole.
+    """Find the checkpoint to resume from, and verify it.
+
+    Args:
+        which: Path of a checkpoint, or "latest" for the newest undamaged checkpoint in `directory`.
+        directory: Folder of the run's checkpoints.
+        quick: Whether to skip reading all bytes. Default: False.
+        unread: As for `manifest.verify`.
+        compare: Function that raises ValueError if a checkpoint's state is of another run. It is called before all
+            bytes are read.
+        say: Function that reports a skipped checkpoint.
+
+    Returns:
+        The checkpoint. None if `which` is "latest" and there is no checkpoint.
+
+    Raises:
+        ValueError: The path is no checkpoint, `compare` raised, or every checkpoint is damaged.
     """
     if which != "latest":
         path = Path(which)
@@ -325,26 +340,26 @@ def locate(
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder has a checkpoint's state or manifest; it may be damaged."""
+    """Return whether a folder has a checkpoint's state or manifest. The checkpoint may be damaged."""
     return (path / NAME).is_file() or (path / manifest.NAME).is_file()
 
 
 def check(folder: Path, *, quick: bool = False, unread: str | None = None) -> None:
-    """Raise ValueError naming what is damaged, missing or of another step."""
-    held = manifest.read(folder)
-    named = _NAME.fullmatch(folder.name)
-    if named and int(named[1]) != held["step"]:  # someone renamed it
-        raise ValueError(f"{folder}: step is {held['step']} in {manifest.NAME}, but {int(named[1])} in its name")
+    """Raise ValueError if a checkpoint is damaged, lacks a file, or has files of different steps."""
+    content = manifest.read(folder)
+    name = _NAME.fullmatch(folder.name)
+    if name and int(name[1]) != content["step"]:  # a user has renamed the folder
+        raise ValueError(f"{folder}: step is {content['step']} in {manifest.NAME}, but {int(name[1])} in its name")
     manifest.verify(folder, quick=quick, unread=unread)
     step = TrainingState.read(folder).step
-    if step != held["step"]:
-        raise ValueError(f"{folder}: step is {step} in state.json, but {held['step']} elsewhere")
+    if step != content["step"]:
+        raise ValueError(f"{folder}: step is {step} in state.json, but {content['step']} elsewhere")
 
 
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Load a checkpoint's moments. Raises ValueError on a damaged file and on numbers that no run has made."""
+    """Load the optimizer's state from a checkpoint. Raise ValueError if a file is damaged or a value is impossible."""
     if (source := next(folder.glob(PATTERN), None)) is not None:
-        load_parts(folder, policy, optimizer)  # whatever number of processes wrote them
+        load_parts(folder, policy, optimizer)
     else:
         source = folder / "optimizer.pt"
         _load_whole(folder, optimizer)
@@ -364,91 +379,96 @@ def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimize
 def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     path = folder / "optimizer.pt"
-    mapped = any(isinstance(p, DTensor) for p in parameters)  # tensors stay in the file until their parts are read
-    with _reading(path):
+    # If the weights are sharded, each process reads only its part of the tensors from the memory-mapped file.
+    is_sharded = any(isinstance(p, DTensor) for p in parameters)
+    with _damage_as_value_error(path):
         _check_records(path, len(parameters))
-        state = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
-    own = optimizer.state_dict()["param_groups"]  # torch checks neither types nor fields of what it loads
-    if not _fits(state, own):
+        state = torch.load(path, weights_only=True, map_location="cpu", mmap=is_sharded)
+    own_groups = optimizer.state_dict()["param_groups"]
+    if not _fits(state, own_groups):  # torch checks neither types nor fields of what it loads
         raise ValueError(f"{folder}: optimizer.pt does not hold the state of {type(optimizer).__name__}")
-    for index, held in state["state"].items():
-        held |= {kind: part_like(value, parameters[index]) for kind, value in held.items()}
-    # A resumed run has the settings of its recipe, and AdamW's groups hold no others. Another optimizer's may hold its
-    # state; an older version of it leaves out some fields, which its own value fills.
-    adamw = isinstance(optimizer, torch.optim.AdamW)
-    groups = own if adamw else [mine | theirs for mine, theirs in zip(own, state["param_groups"], strict=True)]
-    with _reading(path):
+    for index, weight_state in state["state"].items():
+        weight_state |= {kind: part_like(value, parameters[index]) for kind, value in weight_state.items()}
+    # AdamW's param_groups have only settings, which a resumed run takes from its recipe. Other optimizers may keep
+    # state there. A file of an older version of such an optimizer may lack fields, which keep their present values.
+    is_adamw = isinstance(optimizer, torch.optim.AdamW)
+    groups = own_groups
+    if not is_adamw:
+        groups = [own | loaded for own, loaded in zip(own_groups, state["param_groups"], strict=True)]
+    with _damage_as_value_error(path):
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what torch raises on a damaged file into a ValueError of one line."""
+def _damage_as_value_error(path: Path) -> Iterator[None]:
+    """Convert the errors that torch raises on a damaged file to a ValueError with a message of one line."""
     try:
         yield
     except FileNotFoundError:
         raise ValueError(f"{path.parent}: {path.name} is missing") from None
-    except _NO_TENSORS as error:
+    except _DAMAGE_ERRORS as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{path.parent}: {path.name} is damaged: {why}") from None
 
 
 def _check_records(path: Path, count: int) -> None:
-    """Raise ValueError unless the file is an archive as torch.save writes it: not compressed, and with few objects."""
+    """Raise ValueError unless the file is an uncompressed archive with a small pickle, as torch.save writes it."""
     with ZipFile(path) as archive:
         for record in archive.infolist():
             if record.compress_type != ZIP_STORED:
                 raise ValueError(f"{record.filename} is compressed")
-            # torch reads a pickle object by object, in Python: one of 256 MB would take minutes.
+            # torch's restricted unpickler is written in Python, and would need minutes for a pickle of 256 MB.
             if record.filename.endswith(".pkl") and record.file_size > (1 << 20) + count * (1 << 12):
                 raise ValueError(f"{record.filename} has {record.file_size} bytes for {count} weights")
 
 
-def _fits(content: Any, own: list[dict[str, Any]]) -> bool:
-    """Whether a file's content is an optimizer's state with these groups."""
+def _fits(content: Any, own_groups: list[dict[str, Any]]) -> bool:
+    """Return whether a file's content is the state of an optimizer with these param_groups."""
     if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
         return False
     groups = content.get("param_groups")
-    if not isinstance(groups, list) or len(groups) != len(own):
+    if not isinstance(groups, list) or len(groups) != len(own_groups):
         return False
-    count = sum(len(group["params"]) for group in own)
-    if not all(_is_state_of(index, held, count) for index, held in content["state"].items()):
+    num_weights = sum(len(group["params"]) for group in own_groups)
+    if not all(_is_weight_state(index, state, num_weights) for index, state in content["state"].items()):
         return False
-    return all(_is_like(theirs, mine) for mine, theirs in zip(own, groups, strict=True))
+    return all(_has_same_types(group, own) for own, group in zip(own_groups, groups, strict=True))
 
 
-def _is_state_of(index: Any, held: Any, count: int) -> bool:
-    if type(index) is not int or not 0 <= index < count or not isinstance(held, dict):
+def _is_weight_state(index: Any, state: Any, num_weights: int) -> bool:
+    """Return whether an item of an optimizer's state is valid: a weight's index, and a dict of dense tensors."""
+    if type(index) is not int or not 0 <= index < num_weights or not isinstance(state, dict):
         return False
-    if any(value.layout != torch.strided for value in held.values() if isinstance(value, Tensor)):  # sparse
+    if any(value.layout != torch.strided for value in state.values() if isinstance(value, Tensor)):  # sparse
         return False
-    return isinstance(held.get("step", 0), int | float | Tensor)  # torch converts it to a number
+    return isinstance(state.get("step", 0), int | float | Tensor)  # torch converts it to a number
 
 
-def _is_like(group: Any, mine: dict[str, Any]) -> bool:
-    """Whether a group has the fields of `mine`, or fewer, each of the same form."""
+def _has_same_types(group: Any, own: dict[str, Any]) -> bool:
+    """Return whether the fields that a group shares with `own` have the same types."""
     if not isinstance(group, dict) or "params" not in group:
         return False
-    return all(_form(group[name]) == _form(mine[name]) for name in group.keys() & mine.keys())
+    return all(_type_of(group[name]) == _type_of(own[name]) for name in group.keys() & own.keys())
 
 
-def _form(value: Any) -> Any:
-    """The type that a replacement must share; all numbers are one type, and all flags."""
+def _type_of(value: Any) -> Any:
+    """Return a value's type for a comparison, in which all numbers have one type, and None is a flag."""
     if isinstance(value, list | tuple):
-        return list(map(_form, value))
+        return list(map(_type_of, value))
     if value is None or isinstance(value, bool):
         return "flag"
     return "number" if isinstance(value, int | float) else type(value)
 
 
 def _check_moments(source: str, policy: Policy, optimizer: torch.optim.AdamW) -> None:
+    """Raise ValueError if AdamW's state of a weight is incomplete, or has another shape, or is negative."""
     for name, parameter in policy.module.named_parameters():
-        held = optimizer.state.get(parameter, {})
-        for kind in ("step", "exp_avg", "exp_avg_sq") if held else ():
-            value = held.get(kind)
+        state = optimizer.state.get(parameter, {})
+        for kind in ("step", "exp_avg", "exp_avg_sq") if state else ():
+            value = state.get(kind)
             shape = () if kind == "step" else parameter.shape
             if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
                 raise ValueError(f"{source} holds no {kind!r} of {name} in the weight's shape")
             mine = value.to_local() if isinstance(value, DTensor) else value
-            if kind != "exp_avg" and (mine < 0).any():  # a number of steps, and a mean of squares
+            if kind != "exp_avg" and (mine < 0).any():  # a step count and a mean of squares are not negative
                 raise ValueError(f"{source} is damaged: {kind} of {name} is negative; take an earlier checkpoint")

@@ -58,8 +58,15 @@ def file_name(number: int, count: int) -> str:
 
 
 def part_of(policy: Policy, optimizer: torch.optim.Optimizer, *, copy: bool = False) -> Part | None:
-    """Return the part that this process writes; None if it belongs to another replica than the first, which writes.
-    With `copy`, training may continue during the write.
+    """Return the part that this process writes.
+
+    Args:
+        policy: Policy whose weights are sharded.
+        optimizer: Optimizer of these weights.
+        copy: Whether to copy the tensors, so that training can continue while the part is written. Default: False.
+
+    Returns:
+        The part; None if this process is not in the first replica (HSDP), which is the only one that writes.
     """
     trained = [(name, p) for name, p in policy.module.named_parameters() if p.requires_grad]
     mesh = trained[0][1].device_mesh
@@ -145,7 +152,7 @@ def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], di
         except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
             raise ValueError(f"{folder}: {path.name} is damaged: {error}") from None
         names = set(file.keys())
-        if not _says_rows(row_spans, names) or not _says_numbers(file_values):
+        if not _are_valid_rows(row_spans, names) or not _are_valid_numbers(file_values):
             raise ValueError(f"{folder}: {path.name} is damaged: its header does not list its rows")
         for key in sorted(names):
             first, total = row_spans.get(key, (0, None))
@@ -158,7 +165,7 @@ def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], di
     return pieces, plain_values
 
 
-def _says_rows(rows: Any, names: set[str]) -> bool:
+def _are_valid_rows(rows: Any, names: set[str]) -> bool:
     """Return whether `rows` is {name: [first row, number of rows]}, of tensors in the file."""
     if not isinstance(rows, dict) or not rows.keys() <= names:
         return False
@@ -168,7 +175,7 @@ def _says_rows(rows: Any, names: set[str]) -> bool:
     return True
 
 
-def _says_numbers(plain: Any) -> bool:
+def _are_valid_numbers(plain: Any) -> bool:
     """Return whether `plain` has only numbers and None, and no step is None."""
     if not isinstance(plain, dict):
         return False
@@ -256,8 +263,15 @@ class Elsewhere(Exception):
 
 
 def run_in_lockstep(work: Callable[[AllGather], Returned], gather: AllGather) -> Returned:
-    """Run `work`, which calls the all-gather that it receives, in all processes. An error in one process is raised in
-    all processes, at their next all-gather. Collective: every process must call it.
+    """Run a function in all processes, and raise an error of one process in all of them. Collective.
+
+    Args:
+        work: Function to run. It must do its all-gathers with the function that it receives. Through these, the other
+            processes learn of an error, at their next all-gather.
+        gather: All-gather of the processes.
+
+    Returns:
+        What `work` returns in this process.
     """
 
     def all_gather(value: Any, error: Exception | None = None) -> list[Any]:

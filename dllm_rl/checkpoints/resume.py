@@ -1,4 +1,4 @@
-"""Resuming with other settings: which ones a resume may change, and how a recipe is compared with a checkpoint's."""
+"""Compare a recipe with a checkpoint's: which settings may change when a run is resumed."""
 
 import difflib
 import re
@@ -27,6 +27,7 @@ CANNOT_CHANGE = {"model", "dtype", "lora", "base_quantization", "optim"}
 
 
 def default_settings(record: type[Settings]) -> dict[str, Any]:
+    """Return the defaults of a recipe's fields, as they are stored in a checkpoint."""
     return {f.name: plain(f.default) for f in fields(record) if f.default is not MISSING}
 
 
@@ -57,7 +58,7 @@ def allowed_changes(recipe: Settings) -> set[str]:
 
 
 def changes_since(recipe: Settings, state: TrainingState) -> list[dict[str, Any]]:
-    """Return what `allow_changed` changes: a record per field, with the number of steps before the change."""
+    """Return the changes of the fields in `allow_changed`, one dict per field, with the step before the change."""
     before = default_settings(type(recipe)) | state.recipe
     settings = recipe.settings()
     return [

@@ -7,7 +7,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from dllm_rl.files import read_json
-from dllm_rl.models.base import Policy, frozen_of
+from dllm_rl.models.base import Policy, frozen_names
 from dllm_rl.recipe import Settings
 from dllm_rl.renamed import renamed_settings
 
@@ -38,7 +38,7 @@ class TrainingState:
     def first(cls, recipe: Settings, policy: Policy, **other_fields: Any) -> "TrainingState":
         """Return the state of a new run with this policy."""
         dtype: Any = str(next(policy.module.parameters()).dtype).removeprefix("torch.")
-        frozen = None if policy.lora else frozen_of(policy.module) or None
+        frozen = None if policy.lora else frozen_names(policy.module) or None
         return cls(version=policy.weights_version, dtype=dtype, frozen=frozen, recipe=recipe.settings(), **other_fields)
 
     @classmethod

@@ -31,7 +31,7 @@ from dllm_rl.files import write_json
 from dllm_rl.members import plain
 from dllm_rl.models.base import Policy
 from dllm_rl.models.policy import as_causal
-from dllm_rl.models.tokens import usual_length
+from dllm_rl.models.tokens import default_max_new_tokens
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.by_name import read_cache, read_commit, read_rank, required_rank, text_of
@@ -315,7 +315,7 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
             f"--samples {arguments.samples} at --temperature 0 would all be equal; give a temperature above 0"
         )
     run_length = settings_of(run_sampler).get("max_new_tokens")
-    lengths = arguments.max_new_tokens or [usual_length(policy, task) if run_length is None else run_length]
+    lengths = arguments.max_new_tokens or [default_max_new_tokens(policy, task) if run_length is None else run_length]
     if policy.spec.attention != "causal":
         plans = diffusion_plans(policy, task, run_sampler, lengths, arguments)
         decoding = {"decoding": "diffusion"} if arguments.autoregressive else {}
@@ -342,7 +342,7 @@ def autoregressive_plans(policy: Policy, task: Task, arguments: argparse.Namespa
     names = [name for name in ("top_k", "top_p", "suppress") if name in run_settings]
     shared = {name: run_settings[name] for name in names} | filters_of(arguments)
     shared["temperature"] = temperature_of(arguments, find_run_sampler(arguments))
-    lengths = arguments.max_new_tokens or [run_settings.get("max_new_tokens") or usual_length(policy, task)]
+    lengths = arguments.max_new_tokens or [run_settings.get("max_new_tokens") or default_max_new_tokens(policy, task)]
     bound_settings = [{"max_new_tokens": length} | shared for length in lengths]
     return [
         ({"decoding": "autoregressive"} | settings, partial(autoregress, **settings)) for settings in bound_settings
@@ -394,7 +394,7 @@ def renoising_plans(
     canvas = policy.spec.block_size
     assert canvas is not None, "`check_spec` requires it"
     defaults = settings_of(partial(renoise)) | settings_of(run_sampler)
-    length = defaults.get("max_new_tokens") or max(1, -(-usual_length(policy, task) // canvas)) * canvas
+    length = defaults.get("max_new_tokens") or max(1, -(-default_max_new_tokens(policy, task) // canvas)) * canvas
     steps = arguments.diffusion_steps or [defaults["diffusion_steps"]]
     pairs = product(arguments.max_new_tokens or [length], steps)
     bound_settings = [{"max_new_tokens": length, "diffusion_steps": num_steps} for length, num_steps in pairs]

@@ -7,16 +7,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dllm_rl.evaluation.grading import grade_by_every_rule, grade_file
+from dllm_rl.evaluation.grading import compare_files, grade_by_every_rule, grade_file
 from dllm_rl.files import read_json
 from dllm_rl.screen import NARROW, literal
 
 MAX_PAIRS = 12  # largest number of pairs of rules that a table shows
 
 
-def grade_command(file: str, *, task: str | None, protocol: str, as_json: bool) -> None:
-    """Print the grades as JSON; for protocol="all", print a table of all rules and a table of their differences."""
+def grade_command(file: str, *, task: str | None, protocol: str, as_json: bool, against: str | None = None) -> None:
+    """Print the grades as JSON, with `against` also the differences from that file; or for protocol="all" tables of
+    every rule and of rows in which two rules differ.
+    """
     task = task or recorded_task(Path(file))
+    if against is not None:
+        if protocol == "all":
+            raise ValueError("--against compares under one protocol: give it in place of --protocol all")
+        print(json.dumps(compare_files(file, against, task=task, protocol=protocol)))
+        return
     if protocol != "all":
         print(json.dumps(grade_file(file, task=task, protocol=protocol)))
         return

@@ -73,7 +73,7 @@ def add_sampler_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--diffusion_steps", type=int, help="unmasking steps of a diffusion model (default: one per token)"
     )
-    sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
+    sub.add_argument("--block_size", type=int, help="positions open at once (default: all, or the model's blocks)")
     sub.add_argument("--temperature", type=float, help="0 is greedy (default: as the run's evaluations, or 0)")
     sub.add_argument("--top_k", type=int)
     sub.add_argument("--top_p", type=float)
@@ -217,7 +217,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "also decode from left to right, with causal attention: for a model converted from an autoregressive model"
     )
     sub.add_argument("--autoregressive", action="store_true", help=autoregressive_help)
-    sub.add_argument("--block_size", type=int, help="positions open at once (default: all)")
+    sub.add_argument("--block_size", type=int, help="positions open at once (default: all, or the model's blocks)")
     sub.add_argument("--temperature", type=float, help="0 is greedy (default: the run's, or 0)")
     sub.add_argument("--top_k", type=int, help="sample only from the k likeliest tokens (default: the run's, or all)")
     top_p_help = "sample only from the likeliest tokens that hold this probability (default: the run's, or all)"
@@ -323,13 +323,24 @@ def add_grade(commands: argparse._SubParsersAction) -> None:
         help=f"{names}: every protocol and every way to extract the answer, and the rows on which they differ",
     )
     sub.add_argument("--json", action="store_true", help="with --protocol all: print one JSON object instead of tables")
+    sub.add_argument(
+        "--against",
+        metavar="FILE",
+        help="also print the difference from these completions of the same problems, with its paired 95 %% interval",
+    )
     sub.set_defaults(run=grade)
 
 
 def grade(arguments: argparse.Namespace) -> None:
     from dllm_rl.cli.grade import grade_command
 
-    grade_command(arguments.file, task=arguments.task, protocol=arguments.protocol, as_json=arguments.json)
+    grade_command(
+        arguments.file,
+        task=arguments.task,
+        protocol=arguments.protocol,
+        as_json=arguments.json,
+        against=arguments.against,
+    )
 
 
 def add_lm_eval(commands: argparse._SubParsersAction) -> None:
@@ -377,7 +388,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     from dllm_rl.cli.run_settings import problems_of, recipe_of, sampler_or_note, scheme_of, with_passed
     from dllm_rl.diagnostics.doctor import diagnose
     from dllm_rl.diagnostics.findings import write_doctor
-    from dllm_rl.models.tokens import encode, usual_length
+    from dllm_rl.models.tokens import default_max_new_tokens, encode
     from dllm_rl.samplers import sampler_for
     from dllm_rl.samplers.by_name import read_rank
     from dllm_rl.tasks.protocols import TASKS
@@ -408,7 +419,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     options = with_passed(options, passed)
     float32_head = not arguments.half_head and (recipe is None or recipe.get("float32_head") is not False)
     policy = open_policy(arguments, float32_head=float32_head)
-    options.setdefault("max_new_tokens", usual_length(policy, problems))
+    options.setdefault("max_new_tokens", default_max_new_tokens(policy, problems))
     if policy.spec.attention == "encoder_decoder":
         raise ValueError(f"doctor needs a model that unmasks tokens; {policy.spec.name!r} has no mask token")
     if policy.spec.attention == "causal":

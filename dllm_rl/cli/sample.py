@@ -18,7 +18,7 @@ from rich.text import Text
 from dllm_rl.device import device_name
 from dllm_rl.members import describe
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import decode, encode, filled, written_tokens
+from dllm_rl.models.tokens import decode, encode, full_texts, written_tokens
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.autoregress import autoregress
@@ -153,7 +153,7 @@ def to_record(
 
     With `has_blanks`, a completion is the full text with its blanks filled in.
     """
-    completions = filled(policy, rollout) if has_blanks else decode(policy, rollout)
+    completions = full_texts(policy, rollout) if has_blanks else decode(policy, rollout)
     columns = zip(prompts, completions, written_tokens(policy, rollout), strict=True)
     rows = [{"prompt": prompt, "completion": completion, "tokens": tokens} for prompt, completion, tokens in columns]
     num_tokens = int(rollout.completion_mask.sum())

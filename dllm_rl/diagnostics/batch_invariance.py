@@ -1,8 +1,8 @@
-"""A reference without training-inference mismatch (VeXact, 2605.14220 [paper]): rollout and learner agree bit for bit.
+"""Batch-invariant arithmetic, with which rollout and learner agree bit for bit (VeXact, 2605.14220 [paper]).
 
-Kernels depend on the batch's shape: a processor rounds the same row differently in batches of different size. So
-without this reference unquantized rollouts agree with the learner only to rounding. In this reference products run in
-tiles of a fixed number of rows, and attention runs row by row.
+Kernels depend on the batch's shape, so the same row is rounded differently in batches of different size. Usually
+therefore even unquantized rollouts agree with the learner only up to rounding. Here matrix products run in tiles of a
+fixed number of rows, and attention runs row by row.
 """
 
 import os
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
-from dllm_rl.quantization.linear import Experts
+from dllm_rl.quantization.linear import UnstackedExperts
 from dllm_rl.types import Logprobs, Rollout, Views
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS is deterministic only with one of two settings of this variable,
@@ -29,7 +29,7 @@ def prepare_workspace() -> None:
     """Set the environment that deterministic products on a GPU need.
 
     Raises:
-        ValueError: The process has made a product on the GPU without it.
+        ValueError: The process has already computed a matrix product on the GPU without it.
     """
     if not torch.cuda.is_available():
         return
@@ -40,7 +40,7 @@ def prepare_workspace() -> None:
     try:
         with deterministic():
             operand @ operand
-    except RuntimeError:  # torch raises it if the setting came too late; there is no other sign
+    except RuntimeError:  # raised by torch if the setting came too late; there is no other way to detect it
         problem = f"{WORKSPACE} was {setting!r} at this process's first product on the GPU"
         raise ValueError(f"zero_mismatch: {problem}: export {WORKSPACE}={SETTINGS[0]} before Python starts") from None
 
@@ -56,7 +56,7 @@ def deterministic() -> Iterator[None]:
         torch.set_deterministic_debug_mode(before)
 
 
-# The functions of torch and transformers for the product of rows, sorted by expert, with stacked experts.
+# The functions that torch and transformers call to multiply rows, sorted by expert, by the experts' stacked weights.
 GROUPED = [f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None]
 
 
@@ -75,7 +75,7 @@ class BatchInvariantOps(TorchFunctionMode):
             return self.linear(*args, **kwargs)
         if func is torch.addmm and not kwargs:
             return self.linear(args[1], args[2].T, args[0])
-        if func is torch.mm and kwargs:  # a 16-bit head in fp32
+        if func is torch.mm and kwargs:  # fp32 logits of a 16-bit head (out_dtype)
             return self.linear(args[0].float(), args[1].float().T)
         if func in GROUPED:
             return self.grouped(*args, **kwargs)
@@ -100,8 +100,8 @@ class BatchInvariantOps(TorchFunctionMode):
         """Multiply stacked experts one by one: rows up to offs[0] with weight[0] (K, N), and so on."""
         counts = offs.diff(prepend=offs.new_zeros(1)).tolist()
         parts = input.split([*counts, len(input) - sum(counts)])
-        # Not strict: rows after the last expert's rows belong to no expert, and have no product.
-        out = torch.cat([self.linear(part, one.T) for part, one in zip(parts, weight, strict=False)])
+        # Not strict, because `parts` has one more item: rows after the last expert's rows, which have no product.
+        out = torch.cat([self.linear(part, expert.T) for part, expert in zip(parts, weight, strict=False)])
         return out.to(out_dtype or out.dtype)
 
     def attention(
@@ -191,7 +191,7 @@ def layer_outputs(policy: Policy, tokens: Tensor, attention_mask: Tensor) -> dic
     for name, layer in policy.module.named_modules():
         # The parts of an adapted layer differ between a learner and a merged copy: only their sum can be compared.
         is_inner = ".base_layer" in name or ".lora_A" in name or ".lora_B" in name
-        is_combined = hasattr(layer, "base_layer") or isinstance(layer, Experts)
+        is_combined = hasattr(layer, "base_layer") or isinstance(layer, UnstackedExperts)
         if is_combined or (not is_inner and next(layer.parameters(recurse=False), None) is not None):
             hooks.append(layer.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(name, out)))
     try:

@@ -1,7 +1,8 @@
-"""Attribution by ablation: remove one difference between rollout and learner at a time, and measure the log-probs.
+"""Attribute the training-inference mismatch to causes, by ablation.
 
-Between the two policies there is a chain of policies that differ in one thing each, so that the steps (log-prob before
-a switch - after it) add up to log_mismatch, in nats. Their logits are fp32, so that heads in 16 bits are one cause.
+A chain of policies leads from the learner to the rollout policy. Each differs from the previous one in one thing, a
+possible cause. The changes of the log-probs from one policy to the next add up to log_mismatch, in nats. The policies
+in between compute logits in fp32, so that 16-bit heads are a cause of their own.
 """
 
 import copy
@@ -24,7 +25,7 @@ from dllm_rl.likelihoods.replay import record_experts, with_recorded_experts
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy, output_embeddings
 from dllm_rl.models.forward.float32_head import HALF
-from dllm_rl.models.forward.routing import mixtures
+from dllm_rl.models.forward.routing import moe_layers
 from dllm_rl.quantization.linear import dequantized_weight, locate_parameter
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers
 from dllm_rl.samplers.agreement import order_agreement
@@ -47,12 +48,15 @@ ORDER_ADVICE = (
     "no weight corrects it: roll out in an order that does not depend on the weights (rank=random), in one whose "
     "probability trajectory() scores (rank=confidence), align the forward (qarl), or keep more bits"
 )
-PADDING = 3  # columns that the padding probe adds on the left
+PADDING = 3  # columns that are added on the left to measure the effect of padding
 
 
 @dataclass(frozen=True)
 class Cause:
-    """One cause: mean and max |d|, k3 = mean(rho - 1 - log rho) in nats, effective sample size; rho = exp(d)."""
+    """The differences d of log-probs that one cause explains.
+
+    Mean and max of |d|, k3 = mean(rho - 1 - log rho) in nats with rho = exp(d), and the effective sample size.
+    """
 
     name: str
     mean_abs: float
@@ -86,15 +90,15 @@ class Report:
     causes: tuple[Cause, ...]  # by mean |d|
     tokens: tuple[WorstToken, ...]
     layers: tuple[tuple[str, float], ...]  # by relative error of their outputs
-    half_heads: Cause | None = None  # the full mismatch with 16-bit heads, log-probs of both sides recomputed
-    # Shares of first-step positions and of prompts with the learner's order; log-probs do not show the order.
+    half_heads: Cause | None = None  # the full mismatch if both policies had 16-bit heads
+    # Shares of first-step positions, and of prompts, whose order is the learner's; log-probs do not show the order.
     order: tuple[float, float] | None = None
     routing: tuple[float, ...] | None = None  # share of the rollout's experts that the learner uses too, by layer
-    load: tuple[tuple[tuple[int, ...], ...], ...] | None = None  # each expert's tokens by layer; rollout, then learner
+    load: tuple[tuple[tuple[int, ...], ...], ...] | None = None  # tokens by side (rollout, learner), layer and expert
 
     @property
     def worst(self) -> float:
-        """Return the mean |d| of the full mismatch, or of a probed cause if it is larger, in nats."""
+        """Return the mean |d| of the full mismatch, or of the largest cause if it is larger, in nats."""
         return max(self.total.mean_abs, self.causes[0].mean_abs)
 
     @property
@@ -112,14 +116,14 @@ class Report:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Learner and rollout policy on one rollout.
+    """Two policies to compare, and the rollout that both score.
 
     Args:
         policy: Policy of the learner.
         rollout_policy: Policy that sampled.
         config: Quantization of the rollout policy; None: none.
-        rollout: Rollout that both sides score.
-        views: Masks under which both sides score it.
+        rollout: Rollout to score.
+        views: Masks under which it is scored.
         score: Function (policy, rollout, views) -> log-probs (B, T) in nats.
     """
 
@@ -151,16 +155,17 @@ def diagnose(  # noqa: PLR0913
 ) -> Report:
     """Attribute the mismatch of rollout and learner to its causes.
 
-    Call it if a run's mismatch metrics are large. It samples `prompts` as a run would, and splits log_mismatch =
-    logp_learner - logp_rollout, in nats.
+    Call it if a run's mismatch metrics are large. It samples completions of `prompts` as a run would, and splits
+    log_mismatch = logp_learner - logp_rollout, in nats, into the parts due to each cause.
 
     Args:
         policy: Policy of the learner.
         config: Quantization of the rollout. None (default): the quantization of rollout_policy, or none.
         prompts: Prompts to sample, with `group_size` completions each.
         sampler: Sampler of the rollout, with its settings bound.
-        likelihood: Estimator of the log-probs. None (default): the exact one (trajectory, or causal).
-        rollout_policy: Policy that samples, to look for stale weights or precision. None (default): a fresh copy.
+        likelihood: Estimator of the log-probs. None (default): the exact one, `trajectory` or `causal`.
+        rollout_policy: Policy that samples. Pass a run's rollout policy to detect stale weights or another precision.
+            None (default): a new copy of the learner, quantized by `config`.
         learner_sampling_params: Sampling parameters for the learner's log-probs. None (default): the rollout's.
         share_noise: Whether both sides use the same masks. Default: True.
         micro_batch_size: Rows per forward. None (default): all rows.
@@ -189,8 +194,8 @@ def diagnose(  # noqa: PLR0913
     learner = score(policy, scored_as, learner_views)
     same_params = score(policy, rollout, learner_views)
     same_views = both.logprobs(policy)
-    # With mixtures, scoring under these views also records the rollout's experts.
-    recording = record_experts(policy, rollout, views) if mixtures(policy.module) else views
+    # With a mixture of experts, scoring with these views also records the rollout's experts.
+    recording = record_experts(policy, rollout, views) if moe_layers(policy.module) else views
     rescored = both.logprobs(rollout_policy, recording)
     sampled = recorded(rollout, views) if likelihood.exact_for_sampler else rescored
 
@@ -200,10 +205,11 @@ def diagnose(  # noqa: PLR0913
     replay = exact.logprobs(rollout_policy, rollout, order, micro_batch_size=micro_batch_size)
     # An exact replay runs without a cache: its difference from the sampler's record is due to the cache.
     steps["cache or sampler"] = torch.where(mask, replay - recorded(rollout, order), 0)
-    # Padding and batch shape are probed only on the learner.
+    # Padding and batch shape are measured only on the learner.
     steps["padding"] = same_views - score(policy, *pad_left(rollout, views, policy.pad_id))[:, PADDING:]
-    together = score(policy, rollout, views, micro_batch_size=None)  # all rows, against one prompt's rows
-    steps["batch shape"] = together - score(policy, rollout, views, micro_batch_size=rollout.group_size)
+    in_one_batch = score(policy, rollout, views, micro_batch_size=None)
+    in_small_batches = score(policy, rollout, views, micro_batch_size=rollout.group_size)  # one prompt per batch
+    steps["batch shape"] = in_one_batch - in_small_batches
 
     causes = [measure(name, step, mask) for name, step in steps.items()]
     shares = [(same / count).item() for same, count in order_agreement(policy, rollout).values()]
@@ -221,14 +227,14 @@ def diagnose(  # noqa: PLR0913
 
 
 def forward_steps(both: Comparison, learner: Tensor, rollout: Tensor, replayed: Views) -> dict[str, Tensor]:
-    """Return the part of the log-probs that each switch removes, from the learner's forward to the rollout's.
+    """Return how much each cause in the forward changes the log-probs, from the learner's forward to the rollout's.
 
     Args:
-        both: Both sides.
+        both: Both policies and the rollout.
         learner: Log-probs under the learner's forward.
         rollout: Log-probs under the rollout's forward.
-        replayed: Views in which the learner uses the rollout's experts, so that later switches add no routing;
-            `both.views` without mixtures.
+        replayed: Views with which the learner uses the rollout's experts, so that only the first change is due to
+            routing; `both.views` if there are no experts.
     """
     policy, rollout_policy = both.policy, both.rollout_policy
     # All forwards between the two sides have a head in fp32, so that rounding in a head is one separate cause.
@@ -265,24 +271,24 @@ def half_heads(both: Comparison) -> Cause | None:
 
 
 def same_experts(both: Comparison) -> dict[str, Any]:
-    """Return `Report.routing` and `Report.load`; {} without mixtures."""
+    """Return the fields `routing` and `load` of a report; {} if the model has no experts."""
     counts = routing_counts(both.policy, both.rollout_policy, both.rollout, both.views)
     if counts is None:
         return {}
-    sampled, learnt = counts[:, 2:].chunk(2, 1)
-    load = tuple(map(tuple, sampled.tolist())), tuple(map(tuple, learnt.tolist()))
+    rollout_load, learner_load = counts[:, 2:].chunk(2, 1)
+    load = tuple(map(tuple, rollout_load.tolist())), tuple(map(tuple, learner_load.tolist()))
     return {"routing": tuple((counts[:, 0] / counts[:, 1]).tolist()), "load": load}
 
 
 def measure(name: str, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Cause:
     """Summarize a difference of log-probs (nats) over the marked tokens."""
-    found = mismatch_metrics(d, mask)
+    metrics = mismatch_metrics(d, mask)
     keys = ("abs_log_ratio_mean", "abs_log_ratio_max", "k3_kl", "rollout_is_eff_sample_size")
-    return Cause(name, *(found[f"rollout_corr/{key}"] for key in keys))
+    return Cause(name, *(metrics[f"rollout_corr/{key}"] for key in keys))
 
 
 def with_head(policy: Policy, *, float32: bool) -> Policy:
-    """Return the same policy, with shared weights and its logits in fp32 or in the weights' dtype."""
+    """Return a policy that shares all weights, with logits in fp32 or in the weights' dtype."""
     other = copy.copy(policy)  # shallow: the modules and their weights are shared
     other.float32_head = float32
     return other
@@ -300,34 +306,34 @@ def computes_in_half(*policies: Policy) -> bool:
 
 @torch.no_grad()
 def in_rollout_forward(policy: Policy, rollout_policy: Policy) -> Policy:
-    """Return the learner's weights in the rollout's forward: its dtype, its buffers (rotary tables), its head."""
+    """Return a copy of the learner with the rollout policy's dtypes, buffers (rotary tables) and head."""
     plain = quantized_copy(policy, None)
     plain.spec = rollout_policy.spec
     quantized = {locate_parameter(name)[0] for name, _ in quantized_layers(rollout_policy)}
-    kinds = {name: p.dtype for name, p in rollout_policy.module.named_parameters() if name not in quantized}
-    common = set(kinds.values())
+    dtypes = {name: p.dtype for name, p in rollout_policy.module.named_parameters() if name not in quantized}
+    distinct_dtypes = set(dtypes.values())
     for name, parameter in plain.module.named_parameters():
-        if name in kinds:
-            parameter.data = parameter.data.to(kinds[name])
-        elif name in quantized and len(common) == 1:  # codes do not show the dtype that a layer computes in
-            parameter.data = parameter.data.to(*common)
+        if name in dtypes:
+            parameter.data = parameter.data.to(dtypes[name])
+        elif name in quantized and len(distinct_dtypes) == 1:  # integer codes do not show the dtype of the computation
+            parameter.data = parameter.data.to(*distinct_dtypes)
     for name, buffer in rollout_policy.module.named_buffers():
-        owner, _, kind = name.rpartition(".")
-        if kind != "weight_scale":  # belongs to the codes, which the plain copy does not have
-            setattr(plain.module.get_submodule(owner), kind, buffer.clone())  # 16-bit rotary tables are a precision
+        owner, _, buffer_name = name.rpartition(".")
+        if buffer_name != "weight_scale":  # only quantized layers have scales
+            setattr(plain.module.get_submodule(owner), buffer_name, buffer.clone())
     return plain
 
 
 @torch.no_grad()
 def operands(plain: Policy, config: Any) -> tuple[Policy, Policy]:
-    """Return two copies: with only the weights rounded, and fully quantized."""
-    fresh = quantized_copy(plain, config)
-    rounded = quantized_copy(plain, None)  # plain layers, which do not quantize their inputs
+    """Return two copies of a policy: one with only its weights rounded to quantized values, and one fully quantized."""
+    quantized = quantized_copy(plain, config)
+    rounded = quantized_copy(plain, None)  # ordinary layers, which do not quantize their inputs
     weights = dict(rounded.module.named_parameters())
-    for name, layer in quantized_layers(fresh):
+    for name, layer in quantized_layers(quantized):
         where, expert = locate_parameter(name)
         (weights[where] if expert is None else weights[where][expert]).copy_(dequantized_weight(layer))
-    return rounded, fresh
+    return rounded, quantized
 
 
 def pad_left(rollout: Rollout, views: Views, pad_id: int) -> tuple[Rollout, Views]:
@@ -343,19 +349,19 @@ def worst_tokens(
     """Return the tokens with the largest |learner - rollout|, with eight tokens of text on either side."""
     # -1 is below every |difference|, so that no prompt token is selected.
     gap = torch.where(rollout.completion_mask, (learner - sampled).abs(), -1.0)
-    best = gap.flatten().topk(min(count, int(rollout.completion_mask.sum()))).indices
+    largest = gap.flatten().topk(min(count, int(rollout.completion_mask.sum()))).indices
     decode = policy.tokenizer.decode
-    found = []
-    for index in best.tolist():
+    worst = []
+    for index in largest.tolist():
         row, position = divmod(index, gap.shape[1])
         tokens = rollout.tokens[row]
-        near = slice(max(0, position - 8), position)
-        before = str(decode(tokens[near][rollout.attention_mask[row, near]].tolist()))
+        preceding = slice(max(0, position - 8), position)
+        before = str(decode(tokens[preceding][rollout.attention_mask[row, preceding]].tolist()))
         token = str(decode(tokens[position : position + 1].tolist()))
         after = str(decode(tokens[position + 1 : position + 9].tolist()))
         logps = learner[row, position].item(), sampled[row, position].item()
-        found.append(WorstToken(row, position, token, before, after, *logps))
-    return tuple(found)
+        worst.append(WorstToken(row, position, token, before, after, *logps))
+    return tuple(worst)
 
 
 def worst_layers(both: Comparison, count: int) -> tuple[tuple[str, float], ...]:

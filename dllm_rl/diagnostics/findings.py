@@ -1,4 +1,4 @@
-"""A doctor's report on the screen, as JSON, as a figure and as a page."""
+"""Print a report of `diagnose`, and write it as JSON, as a figure and as an HTML page."""
 
 import base64
 import html
@@ -87,7 +87,7 @@ def plot(report: Report, path: Path) -> None:
     causes = [(cause.name, cause.mean_abs) for cause in report.causes]
     titles = {"mismatch by cause": "mean |d|, nats", "worst layers": "relative error of the output"}
     for axis, (title, unit), bars in zip(axes, titles.items(), (causes, report.layers), strict=True):
-        names, values = zip(*reversed(bars), strict=True)  # barh draws upwards, so the largest comes last
+        names, values = zip(*reversed(bars), strict=True)  # barh draws from the bottom up, so the largest comes last
         axis.barh(names, values)
         axis.set(title=title, xlabel=unit)
         axis.grid(axis="x", alpha=0.3)
@@ -96,21 +96,22 @@ def plot(report: Report, path: Path) -> None:
 
 
 def page(report: Report, picture: bytes) -> str:
+    """Return the report as an HTML page that contains the figure."""
     head = "<!doctype html><meta charset=utf-8><title>mismatch</title>"
-    parts = [head, STYLE, f"<p>{_shown(report.verdict)}</p>"]
+    parts = [head, STYLE, f"<p>{_escaped(report.verdict)}</p>"]
     for title, columns, lines in tables(report):
         body = "".join(_row("td", line) for line in lines)
-        parts.append(f"<h2>{_shown(title)}</h2><table>{_row('th', columns)}{body}</table>")
+        parts.append(f"<h2>{_escaped(title)}</h2><table>{_row('th', columns)}{body}</table>")
     parts.append(f'<img alt="mismatch by cause" src="data:image/png;base64,{base64.b64encode(picture).decode()}">')
     return "\n".join(parts) + "\n"
 
 
 def _row(tag: str, cells: tuple[str, ...]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{_shown(cell)}</{tag}>" for cell in cells) + "</tr>"
+    return "<tr>" + "".join(f"<{tag}>{_escaped(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
-def _shown(text: str) -> str:
-    # Tokens are a model's text: neither markup nor control characters may reach the page.
+def _escaped(text: str) -> str:
+    # A model may write markup and control characters, which must have no effect on the page.
     return html.escape(escape_controls(text))
 
 

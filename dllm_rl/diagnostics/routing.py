@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm_rl.likelihoods.views import each_view
 from dllm_rl.models.base import Policy
-from dllm_rl.models.forward.routing import Routing, agreement, load, mixtures
+from dllm_rl.models.forward.routing import Routing, agreement, moe_layers, tokens_per_expert
 from dllm_rl.types import Rollout, Views
 
 
@@ -23,7 +23,9 @@ def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, vie
         expert in the learner. None if the model has no experts, an engine hides them, encoder and decoder route
         separately, or, with a warning, a router's choice cannot be read.
     """
-    if policy.spec.attention == "encoder_decoder" or not (mixtures(policy.module) and mixtures(rollout_policy.module)):
+    if policy.spec.attention == "encoder_decoder" or not (
+        moe_layers(policy.module) and moe_layers(rollout_policy.module)
+    ):
         return None
     first_rows = slice(None, None, rollout.group_size)  # one row per prompt: enough choices, at a fraction of the work
     attention_mask = rollout.attention_mask[first_rows]
@@ -42,7 +44,13 @@ def routing_counts(policy: Policy, rollout_policy: Policy, rollout: Rollout, vie
     # One table for layers with different numbers of experts.
     count = max(map(routing.num_experts, range(len(routing.layers))))
     return torch.cat(
-        [num_same[:, None], num_choices[:, None], load(rollout_experts, count), load(learner_experts, count)], dim=1
+        [
+            num_same[:, None],
+            num_choices[:, None],
+            tokens_per_expert(rollout_experts, count),
+            tokens_per_expert(learner_experts, count),
+        ],
+        dim=1,
     )
 
 

@@ -1,38 +1,40 @@
-"""Traces: rollouts of a diffusion model on disk, written by this library or by an inference engine.
+"""Read and write traces: rollouts on disk, from this library or from an inference engine.
 
-In memory a trace is a `Rollout`. On disk it has one of two forms, chosen by the file's suffix:
+In memory a trace is a `Rollout`. On disk it has one of two formats, chosen by the file's suffix:
 
 - `.safetensors`: the fields of TRACE_TENSORS as tensors (B, T), and the settings as JSON in the metadata `trace`.
 - `.jsonl`: a line per completion, with its settings and these fields as lists over the row's tokens, without padding.
 
 The settings are `format` ("dllm_rl_trace"), `version`, `group_size`, `weights_version`, `forwards`, `temperature`,
 `top_k`, `top_p`, `suppress`, `rank` and `order` (`Order.rank_name`, `Order.probability`). Log-probs are in nats, under
-the distribution that the token was drawn from; null (NaN in memory) means that the engine recorded none. Experts, the
+the distribution that the token was sampled from; null (NaN in memory) means that the engine recorded none. Experts, the
 support of a filter and the log-prob of an order are not stored.
 
-A `.jsonl` file may instead hold the responses of an engine, one for each line (ENGINE_FORMATS):
+A `.jsonl` file may instead have one response of an engine per line (ENGINE_FORMATS). What is known about each format,
+and from where:
 
 - sglang: a `/generate` response with `meta_info.step_maps`, merged with its request, whose `input_ids` are the prompt.
-  Read in the thread of SGLang's PR 27943 and in public copies of its code and test: steps count from 1 within a block
-  and grow only when a token is written; blocks are aligned to the first token of the prompt. The thread names no
-  log-probs. That `output_token_logprobs` would be those of the write is not verified.
-- nemo_rl: the same response with `meta_info.output_token_reveal_steps`. Read in the design note and the code of a
-  public fork of NeMo-RL: steps count from 0 within a block, blocks from the first token of the response, and a forced
-  write has the largest number of steps, after a gap; `output_token_logprobs` are those of the write. A recorded
-  response of this fork was not available.
-- vllm: a completions response to `"logprobs": 0, "return_token_ids": true`. Read in the thread of vLLM's PR 48279 and
-  in a public copy of its sampler: with `selection_policy="leftmost"` each step of a canvas writes the leftmost
-  ceil(masked / steps left) positions, and the log-prob is that of the write, after the division by the temperature. No
-  steps are returned, so that rollouts of `low_confidence` cannot be replayed. With `logprobs` above 0 the numbers are
-  of the last denoising step. That top_k and top_p act before the temperature was seen only in a later copy.
+  Source: the thread of SGLang's PR 27943 and public copies of its code and test. Steps count from 1 within a block and
+  increase only when a token is written. Blocks are aligned to the first token of the prompt. The thread does not
+  mention log-probs, so it is not verified that `output_token_logprobs` are those at the step that wrote the token.
+- nemo_rl: the same response with `meta_info.output_token_reveal_steps`. Source: the design note and the code of a
+  public fork of NeMo-RL; a recorded response was not available. Steps count from 0 within a block, and blocks start at
+  the first token of the response. A forced write gets the maximum number of steps as its step, after a gap.
+  `output_token_logprobs` are those at the step that wrote the token.
+- vllm: a completions response to `"logprobs": 0, "return_token_ids": true`. Source: the thread of vLLM's PR 48279 and a
+  public copy of its sampler. With `selection_policy="leftmost"`, each step of a canvas writes the leftmost
+  ceil(masked / steps left) positions, and a log-prob is that at the step that wrote the token, after division by the
+  temperature. Steps are not returned, so rollouts with `low_confidence` cannot be replayed. With `logprobs` above 0 the
+  numbers are of the last denoising step. That top_k and top_p are applied before the temperature was seen only in a
+  later copy.
 
-An engine that cuts a completion inside a block does not return the rest of the block, which the model saw. Replayed
-log-probs of that block then differ; ask for complete blocks.
+If an engine cuts a completion inside a block, it does not return the rest of the block, although the model saw it. The
+replayed log-probs of that block then differ, so request complete blocks.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -48,7 +50,7 @@ from dllm_rl.types import Order, Rollout, SamplingParams
 
 FORMAT, VERSION = "dllm_rl_trace", 1
 MAX_BYTES = 2**28  # size of a file that is read
-MAX_INTEGER = 2**31  # of ids and counts, so that no sum overflows
+MAX_INTEGER = 2**31  # limit on ids and counts, so that no sum overflows
 TRACE_TENSORS = {
     "tokens": torch.int64,
     "attention_mask": torch.bool,
@@ -57,9 +59,10 @@ TRACE_TENSORS = {
     "logprobs": torch.float32,
     "block_first_step": torch.int64,
 }
-FILL = {"unmask_step": -1, "block_first_step": -1}  # outside the completion; other fields have 0
+FILL = {"unmask_step": -1, "block_first_step": -1}  # values outside the completion; other fields have 0
 OPTIONAL = ("logprobs", "block_first_step")
-STORED_ORDERS = ("deterministic", "independent")  # others need data that a trace does not hold
+# Values of `Order.probability` that are restored. The others need data that a trace lacks, and become "unknown".
+STORED_ORDERS = ("deterministic", "independent")
 
 
 class EngineFormat(NamedTuple):
@@ -68,11 +71,11 @@ class EngineFormat(NamedTuple):
     Attributes:
         prompt: Path of the prompt's token ids.
         tokens: Path of the completion's token ids.
-        logprobs: Path of its log-probs: numbers, or lists that begin with the number.
-        steps: Path of the steps, counted within a block. None: leftmost first.
+        logprobs: Path of the completion's log-probs: numbers, or lists whose first item is the number.
+        steps: Path of the steps, counted within a block. None: not returned; positions are written leftmost first.
         first_step: Number of a block's first step.
-        has_gaps: Whether step numbers are left out on purpose.
-        blocks_from_prompt: Whether blocks count from the prompt's first token; else from the completion's.
+        has_gaps: Whether valid step numbers may have gaps.
+        blocks_from_prompt: Whether the first block starts at the prompt's first token, not at the completion's.
     """
 
     prompt: str
@@ -110,18 +113,18 @@ ENGINE_FORMATS = {
 
 
 def write_trace(path: str | Path, rollout: Rollout) -> None:
-    """Write a rollout as a trace, to check it later with `dllm-rl check-trace` or to train elsewhere.
+    """Write a rollout as a trace, for `dllm-rl check-trace` or for another training library.
 
     Args:
         path: File to write, `.safetensors` or `.jsonl`.
         rollout: Rollout of a sampler that writes every position once.
 
     Raises:
-        ValueError: The suffix is another one, or the rollout has events that a trace cannot hold.
+        ValueError: The suffix is not supported, or the sampler rewrote tokens, which a trace cannot represent.
     """
     path = Path(path)
     _check_suffix(path)
-    settings, tensors = _stored(rollout)
+    settings, tensors = _settings_and_tensors(rollout)
     if path.suffix == ".safetensors":
         with replacing(path) as partial:
             save_file(tensors, partial, metadata={"trace": json.dumps(settings)})
@@ -133,9 +136,9 @@ def trace_rows(rollout: Rollout) -> list[dict[str, Any]]:
     """Return the rows of a trace's `.jsonl` file as JSON objects, for example to send them to a client.
 
     Raises:
-        ValueError: The rollout has events that a trace cannot hold.
+        ValueError: The sampler rewrote tokens, which a trace cannot represent.
     """
-    settings, tensors = _stored(rollout)
+    settings, tensors = _settings_and_tensors(rollout)
     attended = tensors.pop("attention_mask")
     rows = []
     for row, mask in enumerate(attended):
@@ -147,8 +150,8 @@ def trace_rows(rollout: Rollout) -> list[dict[str, Any]]:
     return rows
 
 
-def _stored(rollout: Rollout) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the settings and the tensors of a trace. Raise ValueError for a rollout that a trace cannot hold."""
+def _settings_and_tensors(rollout: Rollout) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Convert a rollout to a trace. Raise ValueError if a trace cannot represent it."""
     params, order = rollout.sampling_params, rollout.order
     if rollout.events is not None or rollout.renoised is not None:
         raise ValueError("a trace holds one write per position, and this sampler rewrites tokens: use another commit")
@@ -177,7 +180,7 @@ def _stored(rollout: Rollout) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def has_logprobs(rollout: Rollout) -> bool:
-    """Return whether the rollout has log-probs: an engine's trace may have NaN at every token."""
+    """Return whether any token has a log-prob. A trace of an engine may have only NaN."""
     return not bool(rollout.logprobs[rollout.completion_mask].isnan().all())
 
 
@@ -188,24 +191,24 @@ def read_trace(
     block_steps: int | None = None,
     sampling_params: SamplingParams | None = None,
 ) -> Rollout:
-    """Read a trace of this library or of an engine; the module's text describes the formats.
+    """Read a trace of this library or of an engine. The docstring of the module describes the formats.
 
-    Call it to check or to score rollouts that another process made. Padding has token id 0. No policy is needed, so
-    that token ids are not compared with a vocabulary (`check_trace` does).
+    Call it to check or to score rollouts from another process. Padding gets token id 0. Token ids are not compared with
+    a vocabulary, because no policy is needed (`check_trace` compares them).
 
     Args:
         path: File to read, `.safetensors` or `.jsonl`.
-        block_size: Positions of a block of the engine. Only engines' responses need it.
-        block_steps: Steps of a block of a vLLM response. None (default): one for each position.
-        sampling_params: Temperature and filters of the sampling distribution. None (default): those that are recorded;
-            for engines' responses, temperature 1 without filters.
+        block_size: Positions per block of the engine. Needed only for responses of engines.
+        block_steps: Steps per block, for vLLM responses. None (default): one per position.
+        sampling_params: Temperature and filters of the sampling distribution. None (default): as recorded in the trace;
+            for responses of engines, temperature 1 without filters.
 
     Returns:
         The rollout. Log-probs that the file lacks are NaN.
 
     Raises:
-        ValueError: The file is no trace, a field is missing or has a wrong type, or lines do not fit together. The
-            message names file, line and field.
+        ValueError: The file is not a trace, a field is missing or has the wrong type, or lines contradict each other.
+            The message names file, line and field.
     """
     path = Path(path)
     check_file(path)
@@ -269,8 +272,8 @@ def _read_lines(path: Path, block_size: int | None, block_steps: int | None) -> 
         if settings != first[1]:
             name = next(name for name, value in settings.items() if value != first[1][name])
             raise ValueError(f"{where}: {name}={settings[name]} differs from that of {first[0]}; split the file")
-        read = _own_row if "format" in row else _engine_row
-        lists = read(row, where, block_size=block_size, block_steps=block_steps)
+        convert = _library_row if "format" in row else _engine_row
+        lists = convert(row, where, block_size=block_size, block_steps=block_steps)
         if rows and (unlike := lists.keys() ^ rows[0].keys()):
             raise ValueError(f"{where}: {min(unlike)} is in this line or in {first[0]}, not in both; split the file")
         rows.append(lists)
@@ -280,11 +283,11 @@ def _read_lines(path: Path, block_size: int | None, block_steps: int | None) -> 
 
 
 def _stacked(rows: Sequence[Mapping[str, list]]) -> dict[str, Tensor]:
-    """Return tensors of rows of lists. Rows are padded so that their completions begin in the same column."""
+    """Stack rows of lists to tensors, padded on both sides so that all completions begin in the same column."""
     starts = [row["completion_mask"].index(1) if 1 in row["completion_mask"] else len(row["tokens"]) for row in rows]
     left = max(starts)
     width = max(left - start + len(row["tokens"]) for start, row in zip(starts, rows, strict=True))
-    if len(rows) * width * 8 > MAX_BYTES:  # short rows beside a long one
+    if len(rows) * width * 8 > MAX_BYTES:  # many short rows are padded to a long one
         raise ValueError(f"{len(rows)} rows of up to {width} tokens are too many for one trace; split the file")
     names = [*rows[0], "attention_mask"]
     tensors = {name: torch.full((len(rows), width), FILL.get(name, 0), dtype=TRACE_TENSORS[name]) for name in names}
@@ -326,7 +329,7 @@ def _rollout(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], where: 
     )
 
 
-def _own_row(row: Mapping[str, Any], where: str, **engine_options: int | None) -> dict[str, list]:
+def _library_row(row: Mapping[str, Any], where: str, **engine_options: int | None) -> dict[str, list]:
     lists = {"tokens": _list(row, "tokens", where, _is_count)}
     lists["completion_mask"] = _list(row, "completion_mask", where, lambda x: type(x) is int and x in (0, 1))
     lists["unmask_step"] = _list(row, "unmask_step", where, _is_integer)
@@ -358,37 +361,44 @@ def _engine_row(
     block = [(offset + i) // block_size for i in range(len(tokens))]
     if fields.steps is None:
         leftmost = _leftmost_steps(block_size, block_size if block_steps is None else block_steps)
-        in_block = [leftmost[i % block_size] for i in range(len(tokens))]
+        steps_in_block = [leftmost[i % block_size] for i in range(len(tokens))]
     else:
-        in_block = [step - fields.first_step for step in _list(row, fields.steps, where, _is_integer)]
-    lists: dict[str, list] = {"unmask_step": in_block}
+        steps_in_block = [step - fields.first_step for step in _list(row, fields.steps, where, _is_integer)]
+    lists: dict[str, list] = {"unmask_step": steps_in_block}
     if _at(row, fields.logprobs) is not None:
         entries = _list(row, fields.logprobs, where, lambda x: _is_number(x[0] if isinstance(x, list) and x else x))
         lists["logprobs"] = [float(x[0] if isinstance(x, list) else x) for x in entries]
     for name, values in lists.items():
         if len(values) != len(tokens):
             raise ValueError(f"{where}: {name} has {len(values)} entries for {len(tokens)} new tokens; give one each")
-    lists["unmask_step"], lists["block_first_step"] = _steps_of_row(in_block, block, has_gaps=fields.has_gaps)
-    before = {name: [FILL.get(name, 0)] * len(prompt) for name in lists}
-    lists = {name: before[name] + values for name, values in lists.items()}
+    lists["unmask_step"], lists["block_first_step"] = _steps_of_row(steps_in_block, block, has_gaps=fields.has_gaps)
+    lists = {name: [FILL.get(name, 0)] * len(prompt) + values for name, values in lists.items()}
     mask = [0] * len(prompt) + [1] * len(tokens)
     return lists | {"tokens": prompt + tokens, "completion_mask": mask}
 
 
 def _leftmost_steps(block_size: int, block_steps: int) -> list[int]:
-    """Return the step of each position of a block: each step writes the leftmost ceil(masked / steps left)."""
+    """Return the step of each position of a block, if each step writes the leftmost ceil(masked / steps left)."""
     steps: list[int] = []
     for step in range(block_steps):
         steps += [step] * -(-(block_size - len(steps)) // (block_steps - step))
     return steps
 
 
-def _steps_of_row(in_block: Sequence[int], block: Sequence[int], *, has_gaps: bool) -> tuple[list[int], list[int]]:
-    """Return each position's step, counted over all blocks, and the first step of its block."""
+def _steps_of_row(
+    steps_in_block: Sequence[int], block: Sequence[int], *, has_gaps: bool
+) -> tuple[list[int], list[int]]:
+    """Return each position's step, counted over all blocks, and the first step of its block.
+
+    Args:
+        steps_in_block: Step of each position, counted within its block; negative: none.
+        block: Number of each position's block.
+        has_gaps: Whether to renumber the steps of each block without gaps.
+    """
     steps: list[int] = []
     firsts: list[int] = []
     first = 0
-    for _, members in groupby(zip(block, in_block, strict=True), key=lambda pair: pair[0]):
+    for _, members in groupby(zip(block, steps_in_block, strict=True), key=lambda pair: pair[0]):
         local = [step for _, step in members]
         if has_gaps:
             ranks = {step: rank for rank, step in enumerate(sorted({step for step in local if step >= 0}))}
@@ -399,11 +409,11 @@ def _steps_of_row(in_block: Sequence[int], block: Sequence[int], *, has_gaps: bo
     return steps, firsts
 
 
-_UNRECORDED = {"format": FORMAT, "version": VERSION}  # settings of a response, which does not record them
+_UNRECORDED = {"format": FORMAT, "version": VERSION}  # header for an engine's response: all settings are defaults
 
 
 def _settings(header: Any, where: str) -> dict[str, Any]:
-    """Return the settings of a trace, with defaults. Raises ValueError that names the field."""
+    """Return a header's settings, with defaults for missing ones. Raise ValueError, which names a wrong field."""
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
         raise ValueError(f"{where}: format and version are not {FORMAT!r} and {VERSION}; write it with write_trace")
     optional_text: Callable[[Any], bool] = lambda x: x is None or (isinstance(x, str) and len(x) < 100)  # noqa: E731
@@ -422,7 +432,7 @@ def _settings(header: Any, where: str) -> dict[str, Any]:
     for name, (default, is_valid, kind) in fields.items():
         value = header.get(name, default)
         if not is_valid(value):
-            raise ValueError(f"{where}: {name}={_shown(value)} must be {kind}")
+            raise ValueError(f"{where}: {name}={_quoted(value)} must be {kind}")
         settings[name] = value
     return settings
 
@@ -433,12 +443,12 @@ def _parsed(text: str | bytes, where: str) -> Any:
     except (ValueError, RecursionError):  # not UTF-8 or not JSON, or brackets nested too deeply
         raise ValueError(f"{where} is not JSON; write it with write_trace") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is {_shown(value)} and no JSON object; write it with write_trace")
+        raise ValueError(f"{where} is {_quoted(value)} and no JSON object; write it with write_trace")
     return value
 
 
 def _at(row: Any, path: str) -> Any:
-    """Return the value at a path of names and list indices; None if it is not there."""
+    """Return the value at a path of names and list indices, for example "choices.0.token_ids"; None if missing."""
     for name in path.split("."):
         if isinstance(row, list):
             row = row[int(name)] if name.isdecimal() and int(name) < len(row) else None
@@ -448,16 +458,14 @@ def _at(row: Any, path: str) -> Any:
 
 
 def _list(row: Mapping[str, Any], path: str, where: str, is_valid: Callable[[Any], bool]) -> list:
+    """Return the list at a path. Raise ValueError if it is missing or has an invalid value."""
     values = _at(row, path)
     if not isinstance(values, list):
-        raise ValueError(f"{where}: {path}={_shown(values)} must be a list with an entry for each token")
-    for wrong in _wrong(values, is_valid):
-        raise ValueError(f"{where}: {path} has {_shown(values[wrong])} at {wrong}, which is no value of it")
+        raise ValueError(f"{where}: {path}={_quoted(values)} must be a list with an entry for each token")
+    for index, value in enumerate(values):
+        if not is_valid(value):
+            raise ValueError(f"{where}: {path} has {_quoted(value)} at {index}, which is no value of it")
     return values
-
-
-def _wrong(values: list, is_valid: Callable[[Any], bool]) -> Iterator[int]:
-    return (i for i, value in enumerate(values) if not is_valid(value))
 
 
 def _is_integer(value: Any) -> bool:
@@ -472,6 +480,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e30  # False for NaN and infinity
 
 
-def _shown(value: Any) -> str:
+def _quoted(value: Any) -> str:
+    """Return a value as text of at most 40 characters, for an error message."""
     text = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
     return text if len(text) <= 40 else text[:37] + "..."

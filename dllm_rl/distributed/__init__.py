@@ -1,1 +1,1 @@
-"""Several processes: collectives, sharded weights, a common stop, the watch over one another."""
+"""Training in several processes: collectives, sharded weights, stopping together, detection of lost processes."""

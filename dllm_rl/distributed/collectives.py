@@ -1,4 +1,7 @@
-"""Collectives: a process's share of a batch, gathering, reducing."""
+"""Collectives over the processes of a run, and each process's share of a batch.
+
+`Metrics` maps a name to (sum, count); `reduce_metrics` divides after it has summed both over all processes.
+"""
 
 import os
 import time
@@ -25,40 +28,46 @@ from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.versions import versions
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
-BUCKET = 2**25  # numbers per bucket of gradients: memory for two buckets is enough
+BUCKET = 2**25  # elements of a bucket of gradients; at most two buckets are in memory
 
 
 def sum_gradients(module: nn.Module, accelerator: Accelerator, *, mean: bool = False) -> None:
-    """Sum gradients over processes, in place. mean: divide by their number, for a loss that each process averaged over
-    its own rows; otherwise the loss is divided by global counts already.
+    """Sum gradients over all processes, in place.
+
+    Args:
+        module: Module with the gradients.
+        accelerator: Processes.
+        mean: Whether to divide the sum by the number of processes. Needed if each process averages the loss over its
+            own rows. False (default): the loss is divided by counts over all processes already.
     """
     gradients = []
     for parameter in module.parameters():
         if parameter.requires_grad:
-            if parameter.grad is None:  # no token of this process reached it
+            if parameter.grad is None:  # unused by the tokens of this process, for example an expert
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
     divisor = accelerator.num_processes if mean else 1
     if sharding_of(module) is None and accelerator.num_processes > 1:
         sum_buckets(gradients, divisor)
-    elif divisor > 1:  # the backward of a sharded module has summed them
+    elif divisor > 1:  # the backward of a sharded module has already summed them
         for gradient in gradients:
             gradient /= divisor
 
 
 def sum_buckets(gradients: Sequence[Tensor], divisor: int) -> None:
-    """Sum in place; one bucket travels while the next is packed."""
-    under_way = deque[tuple[list[Tensor], Tensor, Any]]()
+    """Sum tensors over all processes, in place, and divide by `divisor`. Packing overlaps with communication."""
+    pending = deque[tuple[list[Tensor], Tensor, Any]]()
     for bucket in buckets(gradients):
         flat = torch.cat([g.flatten() for g in bucket])
-        under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-        if len(under_way) == 2:
-            put_back(*under_way.popleft(), divisor=divisor)
-    for one in under_way:
-        put_back(*one, divisor=divisor)
+        pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        if len(pending) == 2:
+            unpack(*pending.popleft(), divisor=divisor)
+    for reduction in pending:
+        unpack(*reduction, divisor=divisor)
 
 
-def put_back(bucket: list[Tensor], flat: Tensor, work: Any, *, divisor: int) -> None:
+def unpack(bucket: list[Tensor], flat: Tensor, work: Any, *, divisor: int) -> None:
+    """Wait for the sum `flat` of a bucket, and copy it to the bucket's tensors."""
     work.wait()
     if divisor > 1:
         flat /= divisor
@@ -67,10 +76,9 @@ def put_back(bucket: list[Tensor], flat: Tensor, work: Any, *, divisor: int) -> 
 
 
 def buckets(tensors: Sequence[Tensor], *, numbers: int = BUCKET) -> Iterator[list[Tensor]]:
-    """The tensors in order, in lists of one dtype and at most `numbers` numbers, or of one larger tensor."""
+    """Yield the tensors in order, in lists of one dtype and at most `numbers` elements. A larger tensor is alone."""
     bucket: list[Tensor] = []
     for tensor in tensors:
-        # One exchange has one dtype.
         if bucket and (tensor.dtype != bucket[0].dtype or sum(x.numel() for x in bucket) + tensor.numel() > numbers):
             yield bucket
             bucket = []
@@ -80,29 +88,30 @@ def buckets(tensors: Sequence[Tensor], *, numbers: int = BUCKET) -> Iterator[lis
 
 
 def sum_over(counts: Tensor, accelerator: Accelerator) -> Tensor:
+    """Return the sum over all processes, on the CPU."""
     if accelerator.num_processes > 1:
         counts = accelerator.reduce(counts.to(accelerator.device), reduction="sum")
     return counts.cpu()
 
 
 def reduce_metrics(metrics: Metrics, accelerator: Accelerator) -> dict[str, float]:
-    """(sum, count) pairs on one device -> means over all processes, in one transfer."""
+    """Return the means of (sum, count) pairs over all processes, without metrics whose count is 0. Collective."""
     if not metrics:
         return {}
     pairs = torch.stack([torch.stack([s.detach().double(), c.double()]) for s, c in metrics.values()])
     means = {}
     for name, (total, count) in zip(metrics, sum_over(pairs, accelerator), strict=True):
-        if count:  # else nothing was measured
-            means[name] = (total if name == "loss" else total / count).item()  # the loss is a sum of shares
+        if count:
+            means[name] = (total if name == "loss" else total / count).item()  # the loss is already divided
     return means
 
 
 def wait_metrics_of(stage: str, accelerator: Accelerator) -> Metrics:
-    """waiting/STAGE: the seconds that this process waits here for the slowest. Empty with one process."""
+    """Wait for all processes; return the seconds as metric waiting/STAGE. Return {} if there is only one process."""
     if accelerator.num_processes == 1:
         return {}
     if accelerator.device.type != "cpu":
-        torch.accelerator.synchronize(accelerator.device)  # the device's own work is no wait
+        torch.accelerator.synchronize(accelerator.device)  # so that queued GPU work does not count as waiting
     begin = time.perf_counter()
     accelerator.wait_for_everyone()
     spent = torch.tensor([time.perf_counter() - begin, 1.0], dtype=torch.double, device=accelerator.device)
@@ -116,15 +125,23 @@ def num_launched() -> int:
 
 def make_accelerator(
     *,
-    timeout: float | None = None,  # seconds that a process waits in an exchange; None: torch's default
-    device: torch.device | None = None,  # its kind; None: the CPU if the launch asks for it, else `find_device`
-    log_with: Sequence[str] = (),  # trackers, by Accelerate's names
-    directory: str | None = None,  # parent of tensorboard's events
+    timeout: float | None = None,
+    device: torch.device | None = None,
+    log_with: Sequence[str] = (),
+    directory: str | None = None,
 ) -> Accelerator:
-    """The launch's processes and device. Raises ValueError if Accelerate has others: a setting of
-    the launch is wrong.
+    """Return the Accelerator of this launch.
+
+    Args:
+        timeout: Seconds that a process waits in a collective. None (default): torch's default.
+        device: Device whose type to use. None (default): the CPU if the launch requests it, else `find_device`.
+        log_with: Trackers, by Accelerate's names.
+        directory: Parent folder of tensorboard's events.
+
+    Raises:
+        ValueError: Accelerate joined other processes or chose another device, because a launch setting is wrong.
     """
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # what a launch's config with use_cpu sets
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")  # set by Accelerate's launcher if its config has use_cpu
     wanted = device if device is not None else torch.device("cpu") if on_cpu else find_device()
     # Accelerate joins the processes of a CPU launch only when told that there is no accelerator.
     accelerator = Accelerator(
@@ -153,7 +170,12 @@ def make_accelerator(
 
 
 def swap(sent: Sequence[tuple[int, Tensor]], wanted: Sequence[tuple[int, Tensor]]) -> None:
-    """Send the (rank, tensor) pairs `sent` and receive into `wanted`: at most one tensor per direction and rank."""
+    """Send tensors to other processes and receive others in place.
+
+    Args:
+        sent: (rank, tensor) pairs to send, at most one per rank.
+        wanted: (rank, tensor) pairs to receive into, at most one per rank.
+    """
     transfers = [dist.P2POp(dist.isend, tensor.contiguous(), process) for process, tensor in sent]
     transfers += [dist.P2POp(dist.irecv, tensor, process) for process, tensor in wanted]
     for work in dist.batch_isend_irecv(transfers):
@@ -162,54 +184,55 @@ def swap(sent: Sequence[tuple[int, Tensor]], wanted: Sequence[tuple[int, Tensor]
 
 @dataclass(frozen=True)
 class OneProcess:
-    """An Accelerator's fields for a single process without a launcher."""
+    """The fields of an Accelerator that evaluation needs, for a single process without a launcher."""
 
     num_processes: int = 1
     process_index: int = 0
     is_main_process: bool = True
 
     def wait_for_everyone(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing."""
 
 
 Processes: TypeAlias = Accelerator | OneProcess
 
 
 def gather_objects(objects: list[Any], processes: Processes) -> list[Any]:
+    """Return the concatenated lists of all processes, in every process."""
     return objects if processes.num_processes == 1 else gather_object(objects)
 
 
 def local(rows: Tensor, accelerator: Accelerator) -> Tensor:
-    """This process's share of a tensor whose first axis runs over the global batch."""
+    """Return this process's rows of a tensor with the rows of all processes."""
     return rows.chunk(accelerator.num_processes)[accelerator.process_index]
 
 
 def gather_on_host(parts: Sequence[Tensor], accelerator: Accelerator) -> list[Tensor]:
-    """Tensors (B, T) of this process -> the rows of all processes, on the host; narrower rows are padded with zeros."""
-    # fp64 holds masks, token ids and fp32 exactly: one transfer is enough.
-    together = torch.stack([part.double() for part in parts], dim=1)
+    """Gather tensors (B, T) from all processes on the CPU. Processes with a smaller T are padded with zeros."""
+    # fp64 represents masks, token ids and fp32 exactly, so that one gather is enough for all tensors.
+    stacked = torch.stack([part.double() for part in parts], dim=1)
     if accelerator.num_processes > 1:
-        together = accelerator.gather(accelerator.pad_across_processes(together.to(accelerator.device), dim=2))
-    return [x.to(part.dtype) for x, part in zip(together.cpu().unbind(1), parts, strict=True)]
+        stacked = accelerator.gather(accelerator.pad_across_processes(stacked.to(accelerator.device), dim=2))
+    return [x.to(part.dtype) for x, part in zip(stacked.cpu().unbind(1), parts, strict=True)]
 
 
 def from_main(work: Callable[[], Any], processes: Processes) -> Any:
-    """What `work` returns in the main process, in every process. Every process raises the main one's error."""
+    """Call `work` in the main process only, and return its result, or raise its error, in every process. Collective."""
     if processes.num_processes == 1:
         return work()
-    outcome: list[Any] = [None, None]
+    result_and_error: list[Any] = [None, None]
     if processes.is_main_process:
         try:
-            outcome[0] = work()
+            result_and_error[0] = work()
         except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-            outcome[1] = error  # raised below, so that no process waits for one that has left
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+            result_and_error[1] = error  # raised after the broadcast, for which the other processes wait
+    broadcast_object_list(result_and_error)
+    if result_and_error[1] is not None:
+        raise result_and_error[1]
+    return result_and_error[0]
 
 
 def machine(accelerator: Accelerator) -> dict[str, Any]:
-    """Where a number was measured: versions, device, cores, threads."""
+    """Return versions, device, cores and threads, to be stored with a measurement."""
     counts = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
     return {"versions": versions(), "device": device_name(accelerator.device), **counts}

@@ -1,4 +1,4 @@
-"""Stopping a run: a signal ends it after the current step, or at once; neither locks nor handlers stay behind."""
+"""Stop a run on a signal, after the current step or at once, and clean up its signal handlers and folder lock."""
 
 import os
 import signal
@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from dllm_rl.files import remove, unlock
 from dllm_rl.screen import interactive
 
-ALARM: Any = getattr(signal, "SIGALRM", None)  # Windows lacks it, and some of those below
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SLURM's --signal=USR1@SECONDS warns with the last
+ALARM: Any = getattr(signal, "SIGALRM", None)  # Windows lacks it, and some of NAMES
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SLURM's --signal=USR1@SECONDS sends the last before the time limit
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 LOCK = ".lock"
-_ENDING: ContextVar[ExitStack] = ContextVar("what ends with the run")
+_EXIT_STACK: ContextVar[ExitStack] = ContextVar("closes when the run ends")
 _BY_COMMAND: ContextVar[bool] = ContextVar("whether a command line started the run", default=False)
 
 
@@ -32,23 +32,28 @@ class HasFolder(Protocol):
 
 
 Returned = TypeVar("Returned")
-Record = TypeVar("Record", bound=HasFolder)
+RecipeT = TypeVar("RecipeT", bound=HasFolder)
 Others = ParamSpec("Others")
 
 
 class Stopped(BaseException):
-    """Ends the run with a status. It is no SystemExit, which a grader may raise and the run catches."""
+    """Ends the run with an exit status. It is not a SystemExit, because the run catches those of graders."""
 
 
 class Stop:
-    """A process's request to stop: a signal ends the run after the step; `overdue` is called after `seconds`."""
+    """Installs signal handlers, after which a signal ends the run after the current step.
+
+    Args:
+        seconds: The run's `stop_seconds`. If a step takes longer than this after the signal, `overdue` is called.
+        main: Whether this is the main process, which prints.
+    """
 
     def __init__(self, *, seconds: float, main: bool) -> None:
         self.seconds = seconds
         self.main = main
-        self.asked = 0
-        self.last_words: str | None = None  # while set, any signal ends the process at once: nothing is left to save
-        self.overdue: Callable[[], None] = lambda: None
+        self.received = 0  # number of the signal that this process has received; 0: none
+        self.last_words: str | None = None  # if set, a signal ends the process at once, and prints this
+        self.overdue: Callable[[], None] = lambda: None  # called by a timer, once a second from then on
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
@@ -57,62 +62,65 @@ class Stop:
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        again = self.asked == number == signal.SIGINT
-        if self.last_words is not None or again:
-            self.asked = number
+        is_second_ctrl_c = self.received == number == signal.SIGINT
+        if self.last_words is not None or is_second_ctrl_c:
+            self.received = number
             self.leave(self.last_words or "stopped at once by a second Ctrl-C: the current step was not saved")
-        if not self.asked:
-            self.asked = number
+        if not self.received:
+            self.received = number
             self._say(f"{signal.Signals(number).name}: stopping after the current step")
-            if ALARM is not None:  # until now it was the graders'
+            if ALARM is not None:  # replaces the timer of a grader's time limit
                 signal.signal(ALARM, lambda number, frame: self.overdue())
                 signal.setitimer(signal.ITIMER_REAL, max(self.seconds, 1e-3), 1.0)
 
     def hear_from_another(self, number: int) -> None:
-        """Another process leaves on the signal: raise it here too, unless this process has received one."""
-        if not self.asked and signal.getsignal(number) == self._hear:
+        """Raise a signal that ends another process in this one too, unless this process has received a signal."""
+        if not self.received and signal.getsignal(number) == self._hear:
             os.kill(os.getpid(), number)
 
     def agreed(self, accelerator: Accelerator) -> int:
-        """A signal that any process has received, 0 for none; the same in all processes. An exchange."""
+        """Return a signal that any process has received, the same in all processes; 0: none. Collective."""
         if accelerator.num_processes == 1:
-            return self.asked
-        received = torch.tensor([self.asked], device=accelerator.device)
-        found = int(accelerator.gather(received).max())
-        if found:  # if not, a signal that came during the exchange is kept for the next call
-            self.asked = found
-        return found
+            return self.received
+        own_signal = torch.tensor([self.received], device=accelerator.device)
+        agreed_signal = int(accelerator.gather(own_signal).max())
+        if agreed_signal:  # else a signal that arrived during the gather must not be overwritten with 0
+            self.received = agreed_signal
+        return agreed_signal
 
     def leave_at_once(self, text: str) -> None:
-        """From here on a signal ends the process at once, with `text`; an earlier signal does so now."""
+        """From now on, let a signal end the process at once and print `text`; end it now if one has arrived."""
         self.last_words = text
-        if self.asked:
+        if self.received:
             self.leave(text)
 
     def leave(self, text: str) -> NoReturn:
-        """End the process with the signal's status, after one line."""
+        """Print a text and end the process with the signal's exit status."""
         self.disarm()
-        self.last_words = None  # a further signal (a launcher's) must not interrupt the run's clean-up
+        self.last_words = None  # another signal, for example from a launcher, must not interrupt the clean-up
         self._say(text)
-        raise Stopped(128 + self.asked)
+        raise Stopped(128 + self.received)
 
     def disarm(self) -> None:
-        if self.asked and ALARM is not None:
+        """Stop the timer that calls `overdue`."""
+        if self.received and ALARM is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _say(self, text: str) -> None:
-        # Not sys.stdout: the handler may have interrupted a write to it. Progress bars hide the cursor.
+        # Not sys.stdout, because the signal handler may have interrupted a write to it. The escape code shows the
+        # cursor, which progress bars hide.
         if self.main:
             os.write(1, f"{chr(27) + '[?25h' if os.isatty(1) else ''}\n{text}\n".encode(errors="replace"))
 
 
 def how_to_continue(recipe: HasFolder) -> str:
+    """Return advice on how to resume a run, for messages."""
     return f"continue with {as_written(resume_from_checkpoint='latest', output_dir=recipe.directory)}"
 
 
 @contextmanager
 def started_by_command() -> Iterator[None]:
-    """In the block, advice names options of a command line; elsewhere keywords of the call that started the run."""
+    """In the block, messages advise command-line options (--name value). Elsewhere they advise Python keywords."""
     before = _BY_COMMAND.set(True)
     try:
         yield
@@ -121,7 +129,7 @@ def started_by_command() -> Iterator[None]:
 
 
 def as_written(**settings: Any) -> str:
-    """Settings as whoever started the run writes them: `--name value`, or `name='value'`."""
+    """Return settings as the user who started the run writes them: `--name value`, or `name='value'` in Python."""
     if not _BY_COMMAND.get():
         return ", ".join(f"{name}={value!r}" for name, value in settings.items())
     words = {name: str(value).lower() if value is False else value for name, value in settings.items()}
@@ -129,23 +137,30 @@ def as_written(**settings: Any) -> str:
 
 
 def option_as_written(setting: str, method: str | None, option: str, value: Any) -> str:
-    """An option of a method as whoever started the run writes it; `method` where the run does not name it already."""
+    """Return an option of a method as the user who started the run writes it.
+
+    Args:
+        setting: Field of the recipe that holds the method.
+        method: Name of the method, if the user has to select it too. None: the run uses it already.
+        option: Name of the option.
+        value: Value of the option.
+    """
     if not _BY_COMMAND.get():
         return f"{setting}=partial({method}, {option}={value!r})" if method else f"{option}={value!r} in {setting}"
     return (f"--{setting} {method} " if method else "") + f"--{setting}.{option} {value}"
 
 
 def with_the_run() -> ExitStack:
-    """A stack that closes when the present run ends, however it ends; outside of a run nothing closes it."""
-    return _ENDING.get(None) or ExitStack()
+    """Return the exit stack that closes when the current run ends, also on errors. Without a run: a new stack."""
+    return _EXIT_STACK.get(None) or ExitStack()
 
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Restore the signals' handlers and their timer after the block; a thread has none."""
-    main = threading.current_thread() is threading.main_thread()
+    """Restore the signal handlers after the block, and stop the timer. Does nothing outside of the main thread."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
     numbers = [*SIGNALS, ALARM] if ALARM is not None else SIGNALS
-    before = {number: signal.getsignal(number) for number in numbers if main}
+    before = {number: signal.getsignal(number) for number in numbers if is_main_thread}
     try:
         yield
     finally:
@@ -156,7 +171,7 @@ def handlers_kept() -> Iterator[None]:
 
 
 def leave_folder(directory: Path) -> None:
-    """Unlock a run's folder, and delete it if it holds nothing else: a recipe was refused."""
+    """Unlock a run's folder. Delete it if it is empty, because the recipe was refused before anything was written."""
     lock = directory / LOCK
     unlock(lock)
     with suppress(FileNotFoundError):  # another process of the run deletes it at the same time
@@ -165,23 +180,23 @@ def leave_folder(directory: Path) -> None:
 
 
 def leaving_nothing_behind(
-    train: Callable[Concatenate[Record, Others], Returned],
-) -> Callable[Concatenate[Record, Others], Returned]:
-    """`train`, which restores the signal handlers and unlocks the run's folder however it ends."""
+    train: Callable[Concatenate[RecipeT, Others], Returned],
+) -> Callable[Concatenate[RecipeT, Others], Returned]:
+    """Decorate `train` to restore the signal handlers and to unlock the run's folder at its end, also on errors."""
 
     @wraps(train)
-    def wrapped(recipe: Record, *others: Others.args, **options: Others.kwargs) -> Returned:
-        ending = ExitStack()
-        before_this = _ENDING.set(ending)
+    def wrapped(recipe: RecipeT, *others: Others.args, **options: Others.kwargs) -> Returned:
+        exit_stack = ExitStack()
+        outer_run = _EXIT_STACK.set(exit_stack)
         try:
-            with handlers_kept(), ending:
+            with handlers_kept(), exit_stack:
                 return train(recipe, *others, **options)
         except Stopped as stopped:
-            if interactive():  # a notebook goes on, and would hide a SystemExit's status
+            if interactive():  # a notebook would not show the status of a SystemExit
                 raise KeyboardInterrupt(f"status {stopped.args[0]}") from None
             raise SystemExit(*stopped.args) from None
         finally:
-            _ENDING.reset(before_this)
+            _EXIT_STACK.reset(outer_run)
             leave_folder(Path(recipe.directory))
 
     return wrapped

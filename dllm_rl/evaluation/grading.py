@@ -7,7 +7,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from dllm_rl.evaluation.results import RATES, GradedAnswer, headline, sums_by_name, with_intervals
+from dllm_rl.evaluation.results import (
+    RATES,
+    Evaluation,
+    GradedAnswer,
+    headline,
+    paired_differences,
+    sums_by_name,
+    with_intervals,
+)
 from dllm_rl.tasks.base import Reward
 from dllm_rl.tasks.protocols import PROTOCOLS, TABLE, find_grader, grade_all
 from dllm_rl.tasks.rows import load_rows, text_of
@@ -49,6 +57,56 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
     num_without_answer = sum(None in completion.values() for completion in fields)
     facts = {"task": task, "version": TABLE[task].task.version, "protocol": protocol, "n": len(rewards)}
     return facts | ({"no_answer": num_without_answer} if num_without_answer else {}) | _rates_with_intervals(rewards)
+
+
+def compare_files(path: str | Path, before: str | Path, *, task: str, protocol: str = "strict") -> dict[str, Any]:
+    """Grade two files of completions of the same problems, and compare them problem by problem.
+
+    A row's problem is the `problem` that `dllm-rl evaluate` stores, else its number in the file.
+
+    Args:
+        path: File of completions, as for `read_completions`.
+        before: File that is subtracted.
+        task: Name of the task.
+        protocol: Name of the protocol. Default: "strict".
+
+    Returns:
+        The fields of `grade_file` for `path`, `against` (the name of `before`) and `difference`: the difference of each
+        metric with its paired 95 % interval [difference, low, high], over the problems that both have.
+
+    Raises:
+        ValueError: As for `grade_file`; or a problem of one file is another one in the other, or none is in both.
+    """
+    evaluations, problems = [], []
+    for file in (path, before):
+        stored = read_completions(file, task)
+        find_grader(task, protocol)
+        fields = _fields(stored, task, protocol)
+        numbers = [_problem(completion, place) for place, completion in enumerate(stored)]
+        rewards = grade_all(task, protocol, fields, [completion.completion for completion in stored])
+        samples = enumerate(zip(numbers, rewards, strict=True))
+        evaluations.append(
+            Evaluation(tuple(GradedAnswer(number, place, reward) for place, (number, reward) in samples), {})
+        )
+        problems.append(dict(zip(numbers, zip(fields, stored, strict=True), strict=True)))
+    now, then = problems
+    if not now.keys() & then.keys():
+        raise ValueError(f"{path} and {before} have no problem in common")
+    for number in now.keys() & then.keys():
+        (fields_now, row), (fields_then, other_row) = now[number], then[number]
+        if fields_now != fields_then:
+            raise ValueError(
+                f"{row.location} is another problem than {other_row.location}; give files of the same problems"
+            )
+    graded = grade_file(path, task=task, protocol=protocol)
+    return graded | {"against": str(before), "difference": paired_differences(*evaluations)}
+
+
+def _problem(stored: StoredCompletion, place: int) -> int:
+    """Return the number of a row's problem: as `dllm-rl evaluate` stores it, else its place in the file."""
+    evaluation = stored.row.get("evaluation")
+    number = evaluation.get("problem") if isinstance(evaluation, dict) else None
+    return number if type(number) is int else place
 
 
 def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:

@@ -131,8 +131,7 @@ def quadrature(*, nodes: int = 3) -> LikelihoodEstimator:
     Use it to estimate the ELBO in few forwards, if a small bias is acceptable. The ELBO is the integral over t in
     [0, 1] of E_m[(L/k) sum_{i in m} l_i(m)] with k = floor(t L) + 1. With nodes t_n and weights w_n the estimate is
     sum_n w_n (L/k_n) sum_{i in m_n} l_i(m_n), k_n = floor(t_n L) + 1, with one random mask of k_n tokens per node. The
-    numbers k_n are fixed, so that only the choice of the masked positions adds variance. The quadrature rule and the
-    rounding of k_n add a bias that more masks do not reduce.
+    quadrature rule and the rounding of k_n add a bias that more masks do not reduce.
 
     Args:
         nodes: Number of nodes of the quadrature; each takes one mask and one forward.
@@ -225,8 +224,7 @@ def sandwich(*, beta: float = 1.5, mix: float = 0.5, base: LikelihoodEstimator |
     """Score rows by the ELBO if their advantage is >= 0, else by mix * EUBO + (1 - mix) * ELBO, as SPG does.
 
     Use it so that training on a negative advantage lowers an upper bound of the likelihood, and not only the ELBO. Both
-    bounds are computed from the same views, which `base` draws (see `eubo`; by default `coupled()`), and the cost is
-    the cost of `base`. The result is the ELBO in all rows until `with_advantages` has been called.
+    bounds are computed from the same views, which `base` draws (see `eubo`; by default `coupled()`).
 
     Args:
         beta: Exponent of the upper bound, above 0.

@@ -147,7 +147,7 @@ def replay_steps(
         new_columns = slice(0, start) if canvas == 0 else slice(begin - length, begin)
         prefix.read(policy, tokens[:, new_columns], attention_mask[:, new_columns])
         if cuts is not None:
-            cuts.append(prefix.cut())
+            cuts.append(prefix.detach_cache())
         canvas_columns = columns[:, begin : begin + length]
         if canvas_columns.shape[1] < length:
             return

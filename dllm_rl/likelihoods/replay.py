@@ -17,7 +17,7 @@ from torch import Tensor
 from dllm_rl.likelihoods.order import StayMasked
 from dllm_rl.likelihoods.views import ForwardPlan, View, ViewFeature
 from dllm_rl.models.base import Policy
-from dllm_rl.models.forward.routing import Routing, mixtures, of_states, of_tokens
+from dllm_rl.models.forward.routing import Routing, moe_layers, to_state_columns, to_token_columns
 from dllm_rl.types import Rollout, Views
 
 
@@ -25,7 +25,7 @@ def check_replay(policy: Policy, mode: str | None) -> None:
     """Raise ValueError if `router_replay` is set and the model has no experts to replay."""
     if mode is not None and policy.spec.attention == "encoder_decoder":
         raise ValueError(f"router_replay={mode!r} does not replay renoise's steps; leave it at None")
-    if mode is not None and not mixtures(policy.module):
+    if mode is not None and not moe_layers(policy.module):
         raise ValueError(
             f"router_replay={mode!r} replays experts, and {type(policy.module).__name__} has none; leave it at None"
         )
@@ -52,7 +52,7 @@ class Experts(ViewFeature):
 def _forward_with_experts(
     policy: Policy, plan: ForwardPlan, *inputs: Tensor, forward: Callable[..., Tensor], ids: Tensor, where: Tensor
 ) -> Tensor:
-    with Routing(policy.module, of_states(policy, ids[plan.rows]), of_states(policy, where[plan.rows])):
+    with Routing(policy.module, to_state_columns(policy, ids[plan.rows]), to_state_columns(policy, where[plan.rows])):
         return forward(policy, plan, *inputs)
 
 
@@ -85,7 +85,7 @@ def _forward_recording(
 ) -> Tensor:
     with Routing(policy.module) as routing:
         states = forward(policy, plan, *inputs)
-    experts = of_tokens(policy, routing.experts(len(plan.rows), flat_index.shape[1]))
+    experts = to_token_columns(policy, routing.experts(len(plan.rows), flat_index.shape[1]))
     if plan.is_shared:
         experts = experts.repeat_interleave(len(flat_index) // len(plan.rows), 0)[plan.scored_rows]
     store.flatten(0, 1)[flat_index[plan.scored_rows]] = experts

@@ -1,5 +1,6 @@
 """The interface of a policy, the settings of a model family, and the encoders and heads in which families differ.
 
+In this package, "stock" means from the transformers library, as opposed to code that comes with a checkpoint.
 docs/methods.md explains the tag [paper].
 """
 
@@ -41,10 +42,10 @@ class Lora:
     Args:
         r: Rank of the adapters.
         alpha: Scale of the adapters, times r.
-        dropout: Share of the adapters' inputs that is dropped, in differentiated forwards only. 0 with `experts`.
+        dropout: Dropout rate of the adapters' inputs, in forwards with gradients only. It must be 0 with `experts`.
         targets: Names of layers (`q_proj`), or full paths. None: the family's list. Routers, embeddings and heads have
             no adapters.
-        experts: Also adapt each expert of a stack.
+        experts: Also adapt each expert of a mixture of experts.
         seed: Seed of A and of dropout.
 
     Raises:
@@ -90,8 +91,8 @@ def encode_base(
         tokens: New tokens (B, T).
         attention_mask: Mask over S columns: first the columns of the cache, then the new ones.
         positions: Positions of the new tokens (B, T).
-        cache: Cache of transformers with the keys and values of earlier columns. Those of `tokens` are added to it.
-        use_cache: Whether the module may store keys and values. Samplers with a cache set True.
+        cache: Cache of transformers with the keys and values of earlier columns. The module appends those of `tokens`.
+        use_cache: Passed to the module. Samplers with a cache set True.
     """
     inputs = {"attention_mask": attention_mask, "position_ids": positions, "use_cache": use_cache}
     if cache is not None:
@@ -110,10 +111,10 @@ def encode_roberta(
 
 
 def block_ranks(spec: "FamilySpec", tokens: Tokens, positions: Tokens) -> tuple[Tokens, Tokens]:
-    """Return each token's rank as a key and as a query: a query sees the keys whose rank is at most its own.
+    """Return each token's rank as a key and its rank as a query. A query sees a key if rank_key <= rank_query.
 
-    The rank is the token's block. With `causal_context`, the rank is the position; but a key in a block with a mask has
-    the block's first position as its rank, so that the full block sees it.
+    The rank is the index of the token's block. With `causal_context`, it is the token's position, with one exception: a
+    key in a block with a mask token has the block's first position as its rank, so that the full block sees it.
     """
     assert spec.block_size is not None, "a block-causal family has a block size"
     block = positions // spec.block_size
@@ -142,12 +143,12 @@ def encode_block_causal(
 
 
 def output_embeddings(module: Module) -> Any:
-    """Return the layer that projects on the vocabulary, or None if the module does not name it."""
+    """Return the layer that projects to the vocabulary, or None if the module does not name it."""
     return module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
 
 
 def linear_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-    """Project hidden states on the vocabulary."""
+    """Project hidden states to the vocabulary."""
     return module.get_output_embeddings()(hidden)
 
 
@@ -167,33 +168,32 @@ class FamilySpec:
     """
 
     name: str
-    # "block_causal": blocks of `block_size`, aligned to a row's first token. "encoder_decoder": blocks after an
-    # encoder's cache, whose noise is random tokens (`models.denoiser`).
+    # "block_causal": blocks of `block_size` tokens, counted from a row's first token. "encoder_decoder": a decoder that
+    # denoises blocks of random tokens, and reads an encoder's cache (`models.denoiser`).
     attention: Attention
     shift: bool = False  # the state at t-1 predicts position t
     block_size: int | None = None  # positions of a block; None without blocks
-    causal_context: bool = False  # "block_causal": a block without a mask is causal
-    is_also_causal: bool = False  # the weights are an autoregressive model too (`as_causal`)
+    causal_context: bool = False  # "block_causal": attention within a block without mask tokens is causal
+    is_also_causal: bool = False  # the weights also work as an autoregressive model (`as_causal`)
     mask_id: int | None = None  # token id of the mask; None for causal models and random-token noise
-    mask_vocabulary: int | None = None  # size of the vocabulary for which a family's mask_id holds
+    mask_vocabulary: int | None = None  # `mask_id` is used only for a checkpoint with this vocabulary size
     mask_names: tuple[str, ...] = ()  # texts of the mask, for a tokenizer without a mask token
     eos_ids: tuple[int, ...] = ()  # ids that end a completion
-    max_length: int | None = None  # longest sequence in tokens; None if unknown
+    max_length: int | None = None  # longest sequence in tokens
     vocab_size: int | None = None  # number of logits; None: from the module's config
     encode: Callable = encode_base  # module, tokens, attention mask, positions -> hidden states
     head: Callable = linear_head  # module, hidden states -> logits
-    lora_targets: tuple[str, ...] = LLAMA_LINEARS  # linear layers of a block that LoRA adapts by default
+    lora_targets: tuple[str, ...] = LLAMA_LINEARS  # layers that LoRA adapts by default
     architectures: tuple[str, ...] = ()  # values of the config's `architectures` field; `*` for any text
     config_test: Callable[[dict], bool] = lambda config: True  # further test of the config's fields
-    stock_model: Callable[[dict], tuple] | None = (
-        None  # config fields -> (stock class, its config); None: already stock
-    )
-    tensor_names: tuple[tuple[str, str], ...] = ()  # (original, stock) where they differ; `*` for a number
-    fused_qkv: str | None = None  # a projection with query, key and value rows in this order
+    # Config fields -> (stock class, its config). None: the checkpoint's class is a stock class.
+    stock_model: Callable[[dict], tuple] | None = None
+    tensor_names: tuple[tuple[str, str], ...] = ()  # (checkpoint's, stock) names that differ; `*` for a number
+    fused_qkv: str | None = None  # the checkpoint's module whose weight has query, key and value rows in this order
     float32_rope: bool = False  # rotary embeddings are applied in fp32 for every dtype of weights
     ignored_tensors: tuple[str, ...] = ()  # patterns of the checkpoint's unused tensors
     end_tokens: tuple[str, ...] = ()  # further tokens that end a completion, if the tokenizer has them
-    original_config: dict | None = field(default=None, compare=False, repr=False)  # config written back; None: stock
+    original_config: dict | None = field(default=None, compare=False, repr=False)  # config to save; None: the module's
     checkpoint_folder: str | None = field(default=None, compare=False, repr=False)  # folder of the checkpoint
 
     def matches(self, config: dict) -> bool:
@@ -222,13 +222,13 @@ class Policy(Head, Protocol):
     module: Module
     spec: FamilySpec
     tokenizer: Tokenizer
-    weights_version: int  # counts weight updates
+    weights_version: int  # number of weight updates so far
     float32_head: bool  # compute logits of a model in 16 bits (or under autocast) in fp32
-    gradient_checkpointing: bool  # run blocks twice: a third more work, far less memory, same gradients
+    gradient_checkpointing: bool  # run blocks twice: less memory
     records_experts: bool  # let samplers record the experts of each token (`Rollout.experts`)
     lora: Lora | None  # the adapters that are trained instead of the weights
     quantization: Any  # scheme of a quantized copy, or None
-    quantization_report: Any  # QuantizationReport of a quantized copy, or None
+    quantization_report: Any  # of a quantized copy
 
     @property
     def pad_id(self) -> int: ...
@@ -248,7 +248,7 @@ def trainable_parameters(module: Module) -> list[nn.Parameter]:
 def has_bf16_products() -> bool:
     """Return whether this machine's CPU multiplies in bf16.
 
-    Otherwise torch emulates bf16, with some products at a 60th of fp32's rate.
+    Otherwise torch emulates bf16, and some products take 60 times as long as in fp32.
     """
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -259,7 +259,7 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
-def frozen_of(module: Module) -> list[str]:
+def frozen_names(module: Module) -> list[str]:
     """Return the names of the weights that are not trained."""
     return [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
 
@@ -270,7 +270,7 @@ def gather_if_sharded(tensor: Tensor) -> Tensor:
 
 
 def copied(policy: Policy) -> Policy:
-    """Return the same policy with a copy of its module."""
-    twin = copy.copy(policy)
-    twin.module = copy.deepcopy(policy.module)
-    return twin
+    """Return a copy of the policy with a copy of its module. The copies share the tokenizer and the spec."""
+    policy_copy = copy.copy(policy)
+    policy_copy.module = copy.deepcopy(policy.module)
+    return policy_copy

@@ -1,8 +1,9 @@
-"""Models whose noise is random tokens (DiffusionGemma): an encoder reads the text, a decoder predicts a canvas.
+"""Diffusion models with random-token noise (DiffusionGemma): an encoder reads the text, a decoder predicts a canvas.
 
-The encoder is causal and fills a cache of keys and values. The decoder reads the cache and its full canvas, and is
-conditioned on the logits of the step before (self-conditioning). Both have the same weights, except for the layers of
-the self-conditioning, which only the decoder has. `encode` of such a family is called in two ways:
+The canvas is the block of tokens that is denoised. The encoder is causal and fills a cache of keys and values. The
+decoder reads the cache and the full canvas, and is conditioned on its logits of the previous step (self-conditioning).
+Both have the same weights, except for the layers of the self-conditioning, which only the decoder has. `encode` of such
+a family is called in two ways:
 
     encode(module, tokens, attention_mask, positions, [cache, use_cache=True])    the encoder; fills the cache
     encode(module, canvas, attention_mask, positions, cache=cache, previous=...)                   the decoder; reads it
@@ -21,7 +22,7 @@ from dllm_rl.models.logprobs import upcast
 
 
 class SelfConditioning(NamedTuple):
-    """Logits of the step before, and the rows that see them."""
+    """The logits of the previous step, and the rows that are conditioned on them."""
 
     logits: Float[Tensor, "B T V"]
     rows: Bool[Tensor, " B"] | None = None  # None: all
@@ -46,7 +47,7 @@ def encode_denoiser(
         positions: Positions of `tokens`.
         cache: Cache that the encoder fills, or the decoder reads. None: the encoder runs without a cache.
         use_cache: True for the encoder.
-        previous: Logits of the step before, for the decoder. None: no self-conditioning.
+        previous: Logits of the previous step, for the decoder. None: no self-conditioning.
     """
     cache_kwargs = {} if cache is None else {CACHE: cache}
     if cache is None or use_cache:
@@ -72,8 +73,8 @@ def softcapped_head(module: Module, hidden: Float[Tensor, "... D"]) -> Float[Ten
 def share_layers(module: Module) -> None:
     """Make encoder and decoder share the layers whose weights they share, in place.
 
-    A quantized or adapted layer then serves both. transformers ties only the weights, and has two layers with the same
-    weights.
+    A quantized or adapted layer then serves both. transformers ties only the weights: it has two
+    layers with the same weights.
     """
     encoder, decoder = module.model.encoder.language_model, module.model.decoder
     for name, layer in list(encoder.named_modules()):
@@ -109,12 +110,15 @@ class Prefix:
         return cls(cache, torch.zeros(rows, 0, dtype=torch.bool, device=policy.device))
 
     def read(self, policy: Policy, tokens: Int[Tensor, "R N"], mask: Bool[Tensor, "R N"]) -> Float[Tensor, "R N D"]:
-        """Append columns, and return the encoder's states of them. `mask` is False on padding."""
+        """Run the encoder on new columns. Append them to the prefix, and return their states.
+
+        `mask` is False on padding.
+        """
         self.mask = torch.cat([self.mask, mask], dim=1)
         positions = position_ids(self.mask)[:, -tokens.shape[1] :]
         return policy.encode(tokens, self.mask, positions, cache=self.cache, use_cache=True)
 
-    def keep(self, rows: Int[Tensor, " K"]) -> None:
+    def select_rows(self, rows: Int[Tensor, " K"]) -> None:
         """Select these rows, in this order. A row may be repeated."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
@@ -126,15 +130,15 @@ class Prefix:
         previous: Float[Tensor, "R C V"] | None,
         conditioned: Bool[Tensor, " R"] | None = None,
     ) -> Float[Tensor, "R C D"]:
-        """Return the decoder's states of a canvas that follows these columns.
+        """Return the decoder's states of a canvas that follows this prefix.
 
-        `previous` are the logits of the step before, as `conditioning` returns them. `conditioned` marks the rows that
-        read them; None: all.
+        `previous` are the logits of the previous step, as `conditioning` returns them. `conditioned` marks the rows
+        that are conditioned on them. None: all rows.
         """
         mask = torch.cat([self.mask, torch.ones_like(canvas, dtype=torch.bool)], dim=1)
         positions = position_ids(mask)[:, -canvas.shape[1] :]
-        seen = None if previous is None else SelfConditioning(previous, conditioned)
-        return policy.encode(canvas, mask, positions, cache=self.cache, previous=seen)
+        self_conditioning = None if previous is None else SelfConditioning(previous, conditioned)
+        return policy.encode(canvas, mask, positions, cache=self.cache, previous=self_conditioning)
 
     def logits(
         self,
@@ -149,11 +153,11 @@ class Prefix:
         """
         return upcast(policy.head(self.states(policy, canvas, previous))) / temperature
 
-    def cut(self) -> list[tuple[Tensor, Tensor]]:
-        """Replace the cache's tensors by leaves of the autograd graph, and return pairs (tensor, its leaf).
+    def detach_cache(self) -> list[tuple[Tensor, Tensor]]:
+        """Replace the cache's tensors by detached leaves of the autograd graph. Return the pairs (tensor, leaf).
 
-        The gradients of many backwards of the decoder then accumulate in the leaves, and go through the encoder once
-        (`backward_through`).
+        The decoder can then run many backward passes whose gradients accumulate in the leaves. `backward_through`
+        propagates them through the encoder once.
         """
         pairs = []
         for layer in self.cache.layers:
@@ -165,16 +169,16 @@ class Prefix:
         return pairs
 
 
-def backward_through(cuts: list[list[tuple[Tensor, Tensor]]]) -> None:
-    """Propagate the gradients of the leaves of each cut into the encoder, from the last cut to the first."""
-    for pairs in reversed(cuts):
+def backward_through(detached: list[list[tuple[Tensor, Tensor]]]) -> None:
+    """Propagate gradients into the encoder. `detached` has the results of `Prefix.detach_cache`, in their order."""
+    for pairs in reversed(detached):
         with_grad = [(tensor, leaf.grad) for tensor, leaf in pairs if leaf.grad is not None and tensor.requires_grad]
         if with_grad:
             torch.autograd.backward([tensor for tensor, _ in with_grad], [gradient for _, gradient in with_grad])
 
 
 def conditioning(policy: Policy, logits: Float[Tensor, "R C V"]) -> Float[Tensor, "R C V"]:
-    """Return a step's logits in the dtype of the weights, as the next step reads them."""
+    """Return a step's logits in the dtype of the weights, in which they condition the next step."""
     return logits.to(next(p for p in policy.module.parameters() if p.is_floating_point()).dtype)
 
 

@@ -1,4 +1,4 @@
-"""Plug-in interface for rollout generation: a copy of the learner, or a separate inference engine."""
+"""Plug-in interface for rollout generation by a separate inference engine, in place of a copy of the learner."""
 
 import copy
 from collections.abc import Callable
@@ -13,19 +13,19 @@ from dllm_rl.models.base import Policy
 
 @dataclass(frozen=True)
 class RolloutEngine:
-    """Two functions that provide the policy of a run's rollouts and update its weights.
+    """Two functions: `load` makes the policy that samples a run's rollouts, and `sync` updates its weights.
 
     Use it to sample with an inference engine in place of a copy of the learner; `check_engine` tests both functions. An
-    engine that decodes by itself also needs a sampler for `Recipe.sampler`, which receives the policy of `load`.
+    engine that decodes by itself also needs a sampler for `Recipe.sampler`, which receives the policy that `load` made.
 
     Args:
         load: Function of the learner. It returns the policy that samplers receive, with the learner's weights and
-            version; see `with_forward`. A new run also loads for its rehearsal and drops that policy first, so the
-            engine's resources must be freed together with the policy.
-        sync: Function of the learner and that policy. It gives the policy the learner's new weights and version, and
+            version; see `with_forward`. A new run calls it twice: first for its rehearsal, whose policy it deletes. So
+            the engine must free its resources when its policy is deleted.
+        sync: Function of the learner and that policy. It copies the learner's weights and version to the policy, and
             returns metrics.
         is_exclusive: Whether the engine serves one process of a run, so that `rollout_workers` cannot load it too.
-        factory: Function that made the engine, with its keywords, so that the command line can change a keyword.
+        factory: Function that made the engine, with its keyword arguments, which the command line can change.
     """
 
     load: Callable[[Policy], Policy]
@@ -42,19 +42,20 @@ def with_forward(policy: Policy, forward: Callable[..., Tensor]) -> Policy:
     Args:
         policy: Policy whose spec, tokenizer and version are copied.
         forward: Function of tokens, attention mask and positions, each (B, T). It returns fp32 logits (B, T, V), not
-            shifted: the output of the module's head at each token, with any numbers at padding.
+            shifted: the output of the module's head at each token. Logits at padding are ignored.
 
     Returns:
-        Policy without layers.
+        Policy whose module has no layers.
     """
-    twin = copy.copy(policy)
-    twin.spec = replace(
+    engine_policy = copy.copy(policy)
+    engine_policy.spec = replace(
         policy.spec,
-        encode=lambda module, *inputs, **kept: forward(*inputs, **kept),
+        encode=lambda module, *inputs, **cache_kwargs: forward(*inputs, **cache_kwargs),
         head=lambda module, logits: logits,
     )
-    twin.module = nn.Module()  # without layers: no weight is stored twice
-    twin.module.config = getattr(policy.module, "config", None)
-    twin.module.place = nn.Parameter(torch.zeros((), device=policy.device), requires_grad=False)
-    twin.lora = None
-    return twin
+    engine_policy.module = nn.Module()  # without layers: no weight is stored twice
+    engine_policy.module.config = getattr(policy.module, "config", None)
+    # `Policy.device` is the device of the first parameter, so there must be one.
+    engine_policy.module.place = nn.Parameter(torch.zeros((), device=policy.device), requires_grad=False)
+    engine_policy.lora = None
+    return engine_policy

@@ -17,19 +17,19 @@ from dllm_rl.models.base import Head
 from dllm_rl.types import SamplingParams
 
 CHUNK_ELEMENTS = 2**23  # number of fp32 logits in memory at a time on a CPU: 32 MiB
-# The number on an accelerator: 256 MiB, or 530 rows of LLaDA's vocabulary. Each chunk reads the head's weights and
-# writes their full gradient: with only 64 rows, this memory traffic takes longer than the products.
+# The same for an accelerator: 256 MiB, or 530 rows of LLaDA's vocabulary. Each chunk reads the head's weights and
+# writes their full gradient. With only 64 rows, this memory traffic would take longer than the matrix products.
 ACCELERATOR_ELEMENTS = 2**26
 # The head is applied to at least MIN_HEAD_ROWS rows, and to a multiple of HEAD_ROW_MULTIPLE. Many processors round a
-# product of few rows differently, so that this makes the mismatch of unquantized rollouts smaller. Only `zero_mismatch`
-# makes it 0 on every processor.
+# matrix product of few rows differently, so these limits reduce the mismatch of unquantized rollouts. Only
+# `zero_mismatch` makes it 0 on every processor.
 MIN_HEAD_ROWS = 16
 HEAD_ROW_MULTIPLE = 8
-SEARCH_GROUP = 256  # number of tokens whose mass `invert` adds up before it searches for the drawn token
+SEARCH_GROUP = 256  # number of tokens in a group, in `invert_cdf`
 
 
 def upcast(logits: Tensor) -> Tensor:
-    """Return logits in fp32, or in fp64 if they already are."""
+    """Convert logits to fp32. Logits in fp64 stay in fp64."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -44,14 +44,15 @@ def process(
     Args:
         logits: Logits of the model.
         sampling_params: Settings of the distribution.
-        always_keep: A token of each row that no filter removes, so that a sampled token's log-prob is finite [ours].
+        always_keep: A token of each row that no filter removes. It is the sampled token, so that its log-prob is finite
+            [ours].
         support_ids: Token ids of each row to use in place of top-k and top-p, padded with -1. None (default): top-k and
             top-p.
     """
     logits = upcast(logits)
     if sampling_params.suppress:
         logits = logits.clone()
-        for token in sampling_params.suppress:  # one by one: a tensor of ids would have to move to the device
+        for token in sampling_params.suppress:  # one by one: a tensor of ids would first have to move to the device
             logits[..., token] = -torch.inf
     if sampling_params.temperature not in (0, 1):  # a greedy sampler's log-probs are at temperature 1
         logits = logits / sampling_params.temperature
@@ -59,7 +60,8 @@ def process(
         return logits
     if support_ids is not None:
         size = logits.shape[-1]
-        # Padding (-1) writes into an extra column, which is cut off: the host would wait for a boolean index.
+        # Padding (-1) writes to an extra column, which is then removed. A boolean index would make the CPU wait for
+        # the GPU.
         columns = support_ids.long().where(support_ids >= 0, size)
         in_support = torch.zeros(len(logits), size + 1, dtype=torch.bool, device=logits.device)
         in_support = in_support.scatter(-1, columns, True)[:, :size]
@@ -77,7 +79,7 @@ def process(
 
 
 def _mask_out(logits: Tensor, removed: Tensor, always_keep: Tensor | None) -> Tensor:
-    """Set the logits of removed tokens to -inf, except the row's token to keep."""
+    """Set the logits of removed tokens to -inf, except those of `always_keep`."""
     if always_keep is not None:
         removed = removed.scatter(-1, always_keep[:, None], False)
     return logits.masked_fill(removed, -torch.inf)
@@ -105,7 +107,7 @@ class TokenLogprob(torch.autograd.Function):
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Return the number of rows of logits in memory at a time, a multiple of MIN_HEAD_ROWS."""
-    # The number must not depend on the free memory, because the rounding of a row may depend on its chunk.
+    # The number must not depend on the free memory, because the size of a chunk may change how a row is rounded.
     elements = CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_ELEMENTS
     return max(MIN_HEAD_ROWS, elements // vocabulary // MIN_HEAD_ROWS * MIN_HEAD_ROWS)
 
@@ -146,7 +148,7 @@ def token_logprobs(
 ) -> Float[Tensor, " K"]:
     """Return log p(tokens_k | hidden_k) in nats, under the distribution of `process`.
 
-    Use it with `backward` of the result, or without gradient. The head runs in chunks of rows.
+    The result is differentiable. The head runs in chunks of rows.
     """
     rows = (hidden, tokens) if support_ids is None else (hidden, tokens, support_ids)
     return chunked(_score_chunk_fn(policy, sampling_params), *rows, policy=policy)[0]
@@ -193,14 +195,14 @@ def backward_chunked(
 
 def sample(logits: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:
     """Draw one token per row of processed logits: invert the cumulative distribution at `uniforms` in [0, 1)."""
-    return invert((logits - logits.amax(-1, keepdim=True)).exp(), uniforms)
+    return invert_cdf((logits - logits.amax(-1, keepdim=True)).exp(), uniforms)
 
 
-def invert(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:
-    """Draw one token per row in proportion to its mass, exactly up to fp32 rounding. A token of mass 0 is never drawn.
+def invert_cdf(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Tensor, " K"]:
+    """Draw one token per row with probability proportional to its mass. A token of mass 0 is never drawn.
 
-    It first searches for a group of SEARCH_GROUP tokens, then for a token in it, without a cumulative sum over the
-    vocabulary.
+    To avoid a cumulative sum over the vocabulary, it first searches for a group of SEARCH_GROUP tokens, then for a
+    token of this group. The probabilities are exact up to fp32 rounding.
     """
     size = mass.shape[-1]
     num_full = size // SEARCH_GROUP
@@ -208,7 +210,7 @@ def invert(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Ten
     last_mass = mass[:, num_full * SEARCH_GROUP :].sum(-1, keepdim=True)
     group_sums = torch.cat([group_mass, last_mass], dim=-1).double().cumsum(-1)
     total = group_sums[:, -1:]
-    # The product may round up to the total. A smaller number makes the search end at a token with mass.
+    # The product may round up to the total, and the search would then end after the last token with mass.
     point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     group = torch.searchsorted(group_sums, point, right=True)
     point = point - torch.where(group > 0, group_sums.gather(-1, (group - 1).clamp(min=0)), 0.0)
@@ -217,6 +219,6 @@ def invert(mass: Float[Tensor, "K V"], uniforms: Float[Tensor, " K"]) -> Int[Ten
     token_sums = mass.gather(-1, tokens.clamp(max=size - 1)).masked_fill(tokens >= size, 0).double().cumsum(-1)
     total = token_sums[:, -1:]
     point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
-    # With NaN masses the search ends after the last token. The token's log-prob is then NaN, which a caller sees.
+    # With NaN masses the search ends after the last token. The drawn token's log-prob is then NaN too.
     offset = torch.searchsorted(token_sums, point, right=True)
     return (group * SEARCH_GROUP + offset).clamp(max=size - 1)[:, 0]

@@ -1,4 +1,4 @@
-"""LoRA: settings, adapters on linear layers and on stacked experts, and their files in peft's format."""
+"""LoRA: adapters on linear layers and on stacked experts, and their files in peft's format."""
 
 import copy
 import json
@@ -19,11 +19,11 @@ from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dllm_rl.models.base import Lora, Policy, gather_if_sharded, has_bf16_products, output_embeddings
-from dllm_rl.models.checkpoint.tensors import backwards, misfits, renamed
+from dllm_rl.models.checkpoint.tensors import mismatched_tensors, rename_tensor, stock_to_original
 from dllm_rl.models.untrusted import read_adapter
 from dllm_rl.rng import keep_mask
 
-STACKS = ("gate_up_proj", "down_proj")
+STACKS = ("gate_up_proj", "down_proj")  # weights (E, O, I) of all E experts of a stock module of experts
 PREFIX = "base_model.model."  # prefix of every name in peft's files
 # Settings of peft that change what is computed from the same tensors.
 PEFT_VARIANTS = (
@@ -39,44 +39,44 @@ LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_conca
 
 
 def check_mergeable(lora: Lora) -> None:
-    """Raise ValueError for dropout, which merged adapters cannot have."""
+    """Raise ValueError for dropout: merged adapters have no separate input that could be dropped."""
     if lora.dropout:
         raise ValueError(f"lora.dropout={lora.dropout}: an aligned forward merges adapters; set it to 0")
 
 
 def lora_r16(*, r: int = 16, alpha: float = 32.0, dropout: float = 0.0, experts: bool = False) -> Lora:
-    """Return settings of small adapters: r 16, alpha 32 and no dropout by default.
+    """Return settings of LoRA adapters: rank 16, alpha 32 and no dropout by default.
 
     Use it as `lora` of `load_policy` or a recipe; use `Lora` to choose the layers.
 
     Args:
         r: Rank of the adapters.
         alpha: Scale of the adapters, times r.
-        dropout: Share of the adapters' inputs that is dropped, in differentiated forwards only.
-        experts: Also adapt each expert of a mixture.
+        dropout: Dropout rate of the adapters' inputs, in forwards with gradients only.
+        experts: Also adapt each expert of a mixture of experts.
     """
     return Lora(r=r, alpha=alpha, dropout=dropout, experts=experts)
 
 
 def from_peft(config: Any) -> Lora:
-    """Return the settings of a peft LoraConfig.
+    """Convert a peft LoraConfig.
 
-    Raise ValueError for a setting that changes what the adapters compute.
+    Raise ValueError for a setting that is not supported here and changes what the adapters compute.
     """
     kind = type(config).__name__
     if kind != "LoraConfig":
-        raise ValueError(f"lora={kind}(...) is of another kind than LoRA; give peft's LoraConfig, or lora_r16")
+        raise ValueError(f"lora={kind}(...) is not LoRA; give peft's LoraConfig, or lora_r16")
     default = type(config)()
     used = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
     ignored = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "runtime_config"}
     for name, value in vars(config).items():
         if name not in used | ignored and value != getattr(default, name, value):
-            raise ValueError(f"lora=LoraConfig({name}={value!r}): adapters have no such setting here; leave it out")
+            raise ValueError(f"lora=LoraConfig({name}={value!r}): this setting is not supported; leave it out")
     if config.inference_mode:
         raise ValueError("lora=LoraConfig(inference_mode=True) is not for training; leave it out")
     targets = config.target_modules
     if isinstance(targets, str) and targets != "all-linear":
-        raise ValueError(f"lora=LoraConfig(target_modules={targets!r}) is a pattern; give a list of layers' names")
+        raise ValueError(f"lora=LoraConfig(target_modules={targets!r}) is a pattern; give a list of layer names")
     scale = config.r**0.5 if config.use_rslora else 1.0  # peft divides alpha by the root of r
     return Lora(
         r=config.r,
@@ -94,10 +94,10 @@ class LoraLinear(nn.Module):
         self.base_layer = base_layer
         self.lora = lora
         self.active = True
-        self.calls = 0  # number of dropout masks: a mask depends only on (seed, calls), so that it can be drawn again
+        self.calls = 0  # number of dropout masks so far: a mask depends only on (seed, calls), so it can be redrawn
         self.seed = int(torch.randint(2**40, (), generator=generator))
         device = base_layer.weight.device
-        # Drawn on the host, so that every device starts from the same numbers.
+        # Drawn on the CPU, so that the initial weights are the same for every device.
         a = (torch.rand(lora.r, base_layer.in_features, generator=generator) * 2 - 1) * base_layer.in_features**-0.5
         self.lora_A = linear_of(a.to(device), None).requires_grad_()
         self.lora_B = linear_of(torch.zeros(base_layer.out_features, lora.r, device=device), None).requires_grad_()
@@ -106,12 +106,12 @@ class LoraLinear(nn.Module):
         out = base_product(self.base_layer, x)
         if not self.active:
             return out
-        low_rank = F.linear(self.dropped(x), self.lora_A.weight.to(x.dtype))
+        low_rank = F.linear(self.apply_dropout(x), self.lora_A.weight.to(x.dtype))
         added = F.linear(low_rank, self.lora_B.weight.to(x.dtype)) * (self.lora.alpha / self.lora.r)
         return (out + added).to(out.dtype)
 
-    def dropped(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
-        """Apply dropout to the adapter's input, in differentiated forwards only."""
+    def apply_dropout(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... I"]:
+        """Apply dropout to the adapter's input, in forwards with gradients only."""
         if not self.lora.dropout or not torch.is_grad_enabled():  # not `self.training`, which is always False
             return x
         self.calls += 1
@@ -123,13 +123,13 @@ class LoraLinear(nn.Module):
         weight = plain_weight(self.base_layer)
         added = gather_if_sharded(self.lora_B.weight).float() @ gather_if_sharded(self.lora_A.weight).float()
         scaled = added.mul_(self.lora.alpha / self.lora.r).float()  # under autocast the product is in 16 bits
-        return scaled.add_(weight).to(weight.dtype)  # in place: one fp32 copy
+        return scaled.add_(weight).to(weight.dtype)  # in place, to allocate only one fp32 tensor
 
 
 class _Float32Backward(torch.autograd.Function):
     """The bf16 product of a frozen layer, with a backward that is computed in fp32 and then rounded.
 
-    On a CPU without bf16 products, torch would take 60 times as long for the transposed product.
+    On a CPU that emulates bf16, torch's bf16 backward would take 60 times as long.
     """
 
     @staticmethod
@@ -145,7 +145,7 @@ class _Float32Backward(torch.autograd.Function):
 
 
 def base_product(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return the output of the layer below an adapter."""
+    """Return the output of the layer to which an adapter is added."""
     weight = layer.weight
     is_emulated = x.device.type == "cpu" and x.dtype == torch.bfloat16 == weight.dtype and not has_bf16_products()
     if is_emulated and type(layer) is nn.Linear and not weight.requires_grad and not torch.is_autocast_enabled("cpu"):
@@ -163,7 +163,7 @@ class LoraExperts(nn.Module):
         self.base_layer = base_layer
         self.lora = lora
         self.active = True
-        self.calls = 0  # number of dropout masks: always 0, but saved with the adapters
+        self.calls = 0  # as in `LoraLinear`; always 0, because adapters on experts have no dropout
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         for name in STACKS:
@@ -195,10 +195,10 @@ class LoraExperts(nn.Module):
         stacks = {id(getattr(self.base_layer, name)): nn.Parameter(self.merged(name), False) for name in STACKS}
         return copy.deepcopy(self.base_layer, memo | stacks)
 
-    def saved(self) -> dict[str, Tensor]:
+    def peft_state(self) -> dict[str, Tensor]:
         """Return the adapters under peft's names.
 
-        peft wraps the module once per stack: its wrapper of the second stack contains its wrapper of the first.
+        peft wraps the module once per stack, and its wrapper of the second stack contains that of the first.
         """
         state = {}
         for wrapper, name in zip((".base_layer", ""), STACKS, strict=True):
@@ -207,8 +207,8 @@ class LoraExperts(nn.Module):
         return state
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Copy tensors that `saved` returned into the adapters."""
+    def load_peft_state(self, state: dict[str, Tensor]) -> None:
+        """Copy the tensors of `peft_state` into the adapters."""
         for wrapper, name in zip((".base_layer", ""), STACKS, strict=True):
             self.lora_A[name].copy_(state[f"{wrapper}.lora_A.weight"].view_as(self.lora_A[name]))
             stacked = state[f"{wrapper}.lora_B.weight"].unflatten(1, (self.lora.r, -1))  # (out, r, E)
@@ -216,11 +216,11 @@ class LoraExperts(nn.Module):
 
 
 def add_lora(policy: Policy, lora: Lora) -> None:
-    """Add adapters to the policy's module, in place. Freeze all other weights and free their gradients.
+    """Add adapters to the policy's module, in place. Freeze all other weights, and delete their gradients.
 
     Raises:
-        ValueError: No linear layer has a target name, a target cannot be adapted (the output layer, a layer whose
-            weight MultiheadAttention reads), there are no stacked experts to adapt, or the policy has adapters already.
+        ValueError: No linear layer has a target name, a target cannot be adapted (the output layer, or a layer whose
+            weight MultiheadAttention reads), there are no stacked experts to adapt, or the policy already has adapters.
     """
     module = policy.module
     names = lora.targets or policy.spec.lora_targets
@@ -233,8 +233,8 @@ def add_lora(policy: Policy, lora: Lora) -> None:
         raise ValueError(f"lora.targets={names} names no linear layer in a block of {kind}; name other layers")
     head = output_embeddings(module)
     for path, layer in targets.items():
-        if layer is head:  # its fp32 product needs a layer without adapters
-            raise ValueError(f"lora.targets names {path!r}, the output layer, which takes no adapters; leave it out")
+        if layer is head:  # `head_in_float32` needs a layer without adapters
+            raise ValueError(f"lora.targets names {path!r}, the output layer, which cannot have adapters; leave it out")
     for path, layer in targets.items():
         if isinstance(layer, NonDynamicallyQuantizableLinear):
             raise ValueError(f"lora.targets names {path!r}, whose weight MultiheadAttention reads itself; leave it out")
@@ -242,24 +242,24 @@ def add_lora(policy: Policy, lora: Lora) -> None:
     if lora.experts and not stacks:
         raise ValueError(f"lora.experts=True, but {type(module).__name__} has no stacked experts; leave it out")
     module.requires_grad_(False)
-    module.zero_grad(set_to_none=True)  # old gradients would take memory and count in clipping
+    module.zero_grad(set_to_none=True)  # old gradients would use memory and affect the gradient norm
     generator = Generator().manual_seed(lora.seed)
     for paths, adapted_class in ((targets, LoraLinear), (stacks, LoraExperts)):
         for path in paths:
             layer = module.get_submodule(path)
-            put(module, layer, adapted_class(layer, lora, generator))
+            replace_layer(module, layer, adapted_class(layer, lora, generator))
     policy.lora = lora
 
 
-def put(module: nn.Module, layer: nn.Module, other: nn.Module) -> None:
-    """Replace a layer by another one wherever it occurs: an encoder and a decoder may share it."""
+def replace_layer(module: nn.Module, layer: nn.Module, new_layer: nn.Module) -> None:
+    """Replace a layer wherever it occurs: an encoder and a decoder may share it."""
     paths = [path for path, submodule in module.named_modules(remove_duplicate=False) if submodule is layer]
     for path in paths:
-        module.set_submodule(path, other)
+        module.set_submodule(path, new_layer)
 
 
 def is_target(path: str, names: Sequence[str]) -> bool:
-    """Return whether `names` has the layer's full path or, for a layer inside a block, the last part of the path."""
+    """Return whether `names` contains the layer's path or, for a layer inside a block, the last part of its path."""
     return path in names or (re.search(r"\.\d+\.", path) is not None and path.rpartition(".")[2] in names)
 
 
@@ -283,9 +283,9 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
 
 
 def without_adapters(policy: Policy) -> Policy:
-    """Return a policy with the same weights that leaves the adapters out of its forwards.
+    """Return a policy that shares the weights, and whose forwards do not use the adapters.
 
-    Raise ValueError for a policy without adapters: training would change the weights of this policy too.
+    Raise ValueError for a policy without adapters, because training would then change the shared weights.
     """
     if not adapted_layers(policy.module):
         raise ValueError(f"{type(policy.module).__name__} has no adapters to leave out; keep a copy as the reference")
@@ -305,18 +305,18 @@ def _call_without_adapters(f: Callable[..., Tensor], module: nn.Module, *args: A
 
 
 def base_of(layer: Any) -> Any:
-    """Return the layer below the adapters, or the layer itself if it has none."""
+    """Return the layer to which adapters were added, or the layer itself if it has no adapters."""
     return layer.base_layer if isinstance(layer, LoraLinear | LoraExperts) else layer
 
 
-def is_extra(layer: nn.Module) -> bool:
+def is_adapted_or_low_bit(layer: nn.Module) -> bool:
     """Return whether a layer has adapters or bitsandbytes weights."""
     return base_of(layer) is not layer or is_bitsandbytes(layer)
 
 
 def linear_of(weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None) -> nn.Linear:
     """Return a linear layer with these tensors, without copying them. The weight is frozen."""
-    # On the meta device no random weights are drawn.
+    # The meta device, so that no random weights are drawn.
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = cast(Any, bias)
@@ -338,13 +338,13 @@ def plain_weight(layer: nn.Linear) -> Float[Tensor, "O I"]:
         from bitsandbytes.functional import dequantize_4bit  # an optional dependency
 
         return dequantize_4bit(weight.data, weight.quant_state)
-    # An 8-bit layer moves its rows and scales (absolute maxima, 127 steps) to `state` at its first forward.
+    # At its first forward, an 8-bit layer moves its codes and its scales (each row's largest |w|, code 127) to `state`.
     holder: Any = layer.state if weight.SCB is None else weight
     return holder.CB * (holder.SCB.float() / 127)[:, None]
 
 
 def is_stacked(layer: nn.Module) -> bool:
-    """Return whether a module, with or without adapters, has gated experts without biases in two stacks (E, O, I)."""
+    """Return whether a module, with or without adapters, has gated experts without biases, stored as STACKS."""
     layer = base_of(layer)
     stacks = [getattr(layer, name, None) for name in STACKS]
     return (
@@ -358,12 +358,12 @@ def is_stacked(layer: nn.Module) -> bool:
 def adapter_state(policy: Policy) -> dict[str, Tensor]:
     """Return the adapters' tensors under peft's names, which contain the module names of the original checkpoint."""
     state: dict[str, Tensor] = {}
-    names = backwards(policy.spec)
+    names = stock_to_original(policy.spec)
     for path, layer in adapted_layers(policy.module).items():
-        if isinstance(layer, LoraExperts):  # under the stock class's names: original checkpoints have no stacks
-            state |= {f"{PREFIX}{path}{name}": tensor for name, tensor in layer.saved().items()}
+        if isinstance(layer, LoraExperts):  # under the stock class's path: original checkpoints have no stacks
+            state |= {f"{PREFIX}{path}{name}": tensor for name, tensor in layer.peft_state().items()}
             continue
-        original_path = renamed(f"{path}.weight", names).removesuffix(".weight")
+        original_path = rename_tensor(f"{path}.weight", names).removesuffix(".weight")
         for matrix in ("lora_A", "lora_B"):
             state[f"{PREFIX}{original_path}.{matrix}.weight"] = getattr(layer, matrix).weight.detach()
     return state
@@ -388,8 +388,8 @@ def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = No
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = adapter_state(policy)
-    calls = next(iter(adapted_layers(policy.module).values())).calls  # the same number in all layers
-    metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)} | base_form(policy.module)
+    calls = next(iter(adapted_layers(policy.module).values())).calls  # all layers have the same count
+    metadata = {"format": "pt", "seed": str(lora.seed), "dropout_calls": str(calls)} | base_metadata(policy.module)
     tensors = {name: tensor.cpu().clone() for name, tensor in state.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata)
     linear, experts = _adapted_paths(state)
@@ -407,19 +407,19 @@ def save_adapter(policy: Policy, directory: str | Path, *, base: str | None = No
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def base_form(module: nn.Module) -> dict[str, str]:
+def base_metadata(module: nn.Module) -> dict[str, str]:
     """Return the metadata about the adapters' base: its dtype and, with bitsandbytes, its quantization."""
-    form = {"dtype": str(next(module.parameters()).dtype).removeprefix("torch.")}
-    packed = next((layer for layer in map(base_of, module.modules()) if is_bitsandbytes(layer)), None)
-    if packed is not None:
-        form["quantization"] = "nf4" if hasattr(packed.weight, "quant_state") else "int8"
-    return form
+    metadata = {"dtype": str(next(module.parameters()).dtype).removeprefix("torch.")}
+    low_bit = next((layer for layer in map(base_of, module.modules()) if is_bitsandbytes(layer)), None)
+    if low_bit is not None:
+        metadata["quantization"] = "nf4" if hasattr(low_bit.weight, "quant_state") else "int8"
+    return metadata
 
 
 def load_adapter(policy: Policy, directory: str | Path) -> None:
-    """Load saved adapters, of this library or of peft, into the policy in place.
+    """Add adapters to the policy, in place, and load their weights, which this library or peft saved.
 
-    Raise ValueError for another method than LoRA, or for tensors that do not fit.
+    Raise ValueError for a method other than LoRA, or for tensors that do not fit.
     """
     directory = Path(directory)
     config, state, metadata = read_adapter(directory)
@@ -431,25 +431,25 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
             raise ValueError(f"{directory}: {field}={config[field]!r} is not supported; only {field}={value!r} is")
     init = config.get("init_lora_weights")
     if init not in (None, True, False, "gaussian", "eva", "orthogonal"):
-        # PiSSA, OLoRA and similar methods subtract the first adapters from the base; the base here is unchanged.
+        # PiSSA, OLoRA and similar methods subtract the initial adapters from the base's weights, which this does not.
         raise ValueError(
-            f"{directory}: init_lora_weights={init!r} changed the base too, which is not supported; save the adapters "
+            f"{directory}: init_lora_weights={init!r} also changed the base, which is not supported; save the adapters "
             "as plain LoRA (peft's path_initial_model_for_weight_conversion)"
         )
     linear, experts = _adapted_paths(state)
-    stock_paths = [renamed(f"{path}.weight", policy.spec.tensor_names).removesuffix(".weight") for path in linear]
+    stock_paths = [rename_tensor(f"{path}.weight", policy.spec.tensor_names).removesuffix(".weight") for path in linear]
     paths = tuple(sorted(stock_paths))
-    # Checked before the adapters are made, because r alone determines their size.
+    # Checked before the adapters are allocated: a wrong r in the file could need any amount of memory.
     required = config["r"] * _rank_one_size(policy.module, paths, experts)
     if required > sum(map(Tensor.numel, state.values())):
         raise ValueError(
-            f"{directory}: r={config['r']} needs {required:,} numbers, and fewer are there; give other adapters"
+            f"{directory}: r={config['r']} needs {required:,} numbers, and the file has fewer; give other adapters"
         )
     settings = {"r": config["r"], "alpha": float(config["lora_alpha"]), "dropout": float(config["lora_dropout"])}
-    # peft's files have no seed. It matters only for dropout, because A and B are overwritten.
+    # peft's files have no seed. A seed matters only for dropout, because A and B are overwritten.
     add_lora(policy, Lora(**settings, targets=paths, experts=bool(experts), seed=int(metadata.get("seed", 0))))
     policy_tensors = adapter_state(policy)
-    if mismatched := misfits(state, policy_tensors):
+    if mismatched := mismatched_tensors(state, policy_tensors):
         kind = type(policy.module).__name__
         raise ValueError(
             f"{directory}: adapter tensors {mismatched[:3]} do not fit {kind}; use the base that they were trained on"
@@ -459,7 +459,7 @@ def load_adapter(policy: Policy, directory: str | Path) -> None:
     for path, layer in adapted_layers(policy.module).items():
         layer.calls = int(metadata.get("dropout_calls", 0))
         if isinstance(layer, LoraExperts):
-            layer.load({name: state[f"{PREFIX}{path}{name}"] for name in layer.saved()})
+            layer.load_peft_state({name: state[f"{PREFIX}{path}{name}"] for name in layer.peft_state()})
 
 
 def _rank_one_size(module: nn.Module, linear: Sequence[str], experts: Sequence[str]) -> int:

@@ -1,7 +1,8 @@
 """The log-probability of an order, for the ranks `confidence` and `plackett_luce` of `samplers.rules`.
 
 A rank scores the masked positions of a step, and the positions with the highest scores are committed. For `confidence`,
-the order's log-prob is that of leaving the other positions masked; for `plackett_luce`, that of drawing the positions.
+the order's log-prob is the log-prob that the other positions stay masked. For `plackett_luce`, it is the log-prob that
+these positions are drawn, in this order.
 
 LLaDA's `low_confidence` draws a token y_j ~ p_j at every masked position of a step, and commits the k positions whose
 draws have the highest confidence conf_j(y_j), which is the untempered log-prob. For a set S of committed positions with
@@ -71,9 +72,9 @@ def commit_cutoff(
         num_steps: Upper limit of the step ids.
 
     Returns:
-        The lowest score that the position's step committed, +inf if the step committed nothing; whether the position is
-        to the right of the rightmost committed position with this score. If so, an equal score here ranks below the
-        cutoff, because `highest` breaks ties to the left.
+        The lowest score that the position's step committed (+inf if the step committed nothing); whether the position
+        is to the right of the rightmost committed position with this score. If it is, an equal score ranks below the
+        cutoff, because `highest` prefers the leftmost of equal scores.
     """
     lowest = scores.new_full((num_steps,), torch.inf).scatter_reduce(0, steps, scores, "amin")
     lowest_columns = torch.where(scores == lowest[steps], columns, -1)  # scatter_reduce has no argmin
@@ -84,9 +85,9 @@ def commit_cutoff(
 def draw_index(
     noisy_scores: Float[Tensor, "B L"], masked: Bool[Tensor, "B L"], chosen: Bool[Tensor, "B L"]
 ) -> Int[Tensor, "B L"]:
-    """Return each position's place in the order of draws (0 first); positions that were not chosen come last.
+    """Return each position's index in the order of draws, from 0. Positions that were not chosen come last.
 
-    It is 0 in a row whose masked positions are all chosen, because nothing depends on their order.
+    If all masked positions of a row are chosen, their indices are 0, because nothing depends on the order.
     """
     return descending_index(noisy_scores).masked_fill((chosen == masked).all(-1, keepdim=True), 0)
 
@@ -112,14 +113,14 @@ def plackett_luce_logprobs(
 ) -> Float[Tensor, " C"]:
     """Return Plackett-Luce log-probs of the drawn positions i: scores_i - log sum_m exp(scores_m), in nats.
 
-    The sum covers i and the positions of its step that are not yet drawn when i is drawn, also those that are never
-    drawn. The result is 0 if the step drew all its positions: their order has no effect, and its log-prob would only
-    add noise to every ratio.
+    The sum covers i and all positions of its step that are not drawn before i, including those that are never drawn.
+    The result is 0 if the step drew all its positions: their order has no effect, and its log-prob would only add
+    noise to every ratio.
 
     Args:
         scores: Scores of K positions.
         step_ids: A number for the step and row of each position, in ascending order.
-        draw_index: Which draw of its step (0 first) chose each position.
+        draw_index: Index of the draw of its step, from 0, that chose each position.
         drawn: Indices of the positions that the step committed.
         width: Upper limit of the number of positions that a step writes.
     """
@@ -128,7 +129,7 @@ def plackett_luce_logprobs(
     candidate_scores = scores[members].masked_fill(~candidates, -torch.inf)
     peak = candidate_scores.detach().amax(-1, keepdim=True)
     mass = (candidate_scores - peak).exp()
-    while mass.shape[-1] > 1:  # sums pairwise, so that empty slots do not change the rounding
+    while mass.shape[-1] > 1:  # pairwise, so that the number of empty slots does not change the rounding
         mass = mass[:, : mass.shape[-1] // 2] + mass[:, mass.shape[-1] // 2 :]
     logprobs = scores[drawn] - peak[:, 0] - mass[:, 0].log()
     drawn_ids = step_ids[drawn]  # in ascending order too
@@ -153,7 +154,7 @@ def step_members(
 def state_scores(
     policy: Policy, hidden: Float[Tensor, "K D"], sampling_params: SamplingParams, rank: Callable
 ) -> Float[Tensor, " K"]:
-    """Return differentiable scores, computed as in the sampler, of a rank whose scores do not depend on drawn tokens.
+    """Return the differentiable scores of a `rank` that does not depend on drawn tokens, computed as in the sampler.
 
     The head runs in chunks of rows.
     """

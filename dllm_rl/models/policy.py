@@ -29,11 +29,11 @@ from dllm_rl.models.checkpoint.loading import (
     save_module,
     weights_folder,
 )
-from dllm_rl.models.checkpoint.tensors import misfits, read_tensors
+from dllm_rl.models.checkpoint.tensors import mismatched_tensors, read_tensors
 from dllm_rl.models.forward.blocks import recomputed_blocks
 from dllm_rl.models.forward.float32_head import head_in_float32
 from dllm_rl.models.lora import Lora, add_lora, load_adapter, without_adapters
-from dllm_rl.models.merge import has_extras, merge_lora, own_tensors
+from dllm_rl.models.merge import has_adapted_or_low_bit, merge_lora, merged_state_dict
 from dllm_rl.models.untrusted import check_regular
 
 BASE_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -53,7 +53,7 @@ class _PolicyBase:
         # The module stays in eval mode: with dropout, two forwards of the same tokens would differ.
         self.module = module.eval()
         for layer in module.modules():
-            # torch's fused forwards read weights directly, and would skip adapted or quantized layers.
+            # torch's fused forwards read weights directly, and would bypass adapted or quantized layers. Turn them off.
             if isinstance(layer, nn.TransformerEncoderLayer):
                 layer.activation_relu_or_gelu = 0
             elif isinstance(layer, nn.TransformerEncoder):
@@ -61,7 +61,7 @@ class _PolicyBase:
         self.spec = spec
         self.tokenizer = tokenizer
         self.weights_version = 0
-        self.float32_head = True  # copies inherit it, so that both policies of a ratio compute logits alike
+        self.float32_head = True  # copies inherit it, so that learner and rollout policy compute logits in the same way
 
     def __repr__(self) -> str:
         num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
@@ -172,8 +172,8 @@ def make_policy(
     """Wrap a module and its tokenizer as a policy.
 
     Call it for a model that you built or loaded yourself; use `load_policy` for a checkpoint. It puts the module into
-    eval mode and runs one or two short forwards to check the attention, because training with a wrong attention mask
-    raises no error. A module on the meta device is not run.
+    eval mode. It also runs one or two short forwards to check the attention, because training with a wrong attention
+    mask raises no error. A module on the meta device is not run.
 
     Args:
         module: transformers model, or any nn.Module together with `spec`.
@@ -198,7 +198,7 @@ def make_policy(
     check_ids(module, spec, tokenizer)
     policy_class = AutoregressivePolicy if spec.attention == "causal" else DiffusionPolicy
     policy = policy_class(module, spec, tokenizer)
-    if not any(weight.is_meta for weight in module.parameters()):  # a dry run needs only shapes, and computes nothing
+    if not any(weight.is_meta for weight in module.parameters()):  # a dry run's module is on the meta device
         check_attention(policy)
     return policy
 
@@ -224,7 +224,7 @@ def load_policy(
         device: Device of the weights.
         block_size: Block size of a block-causal model. None: the checkpoint's block size.
         quantization: "nf4" or "int8" quantizes the weights with bitsandbytes; only adapters (`lora`) can then be
-            trained. None keeps the weights unchanged.
+            trained. None: no quantization.
         lora: Adapters to train instead of the weights. None: train the weights.
         verify_checkpoint: "full" compares every byte with the manifest, "quick" compares sizes and each file's first
             MiB.
@@ -293,16 +293,16 @@ def load_weights(policy: Policy, directory: str | Path, *, verify_checkpoint: Ch
         ValueError: The names or shapes of the tensors differ, the policy has adapters or low-bit layers, or a file
             differs from the manifest.
     """
-    if has_extras(policy.module):
+    if has_adapted_or_low_bit(policy.module):
         raise ValueError("the policy has adapters or low-bit layers; load the weights first, then add_lora")
     verify_if_present(Path(directory), verify_checkpoint)
     check_regular(Path(directory))
     state = read_tensors(Path(directory))
-    module_tensors = own_tensors(policy.module)
-    if mismatched := misfits(state, module_tensors):
+    module_tensors = merged_state_dict(policy.module)
+    if mismatched := mismatched_tensors(state, module_tensors):
         name = type(policy.module).__name__
         raise ValueError(
-            f"{directory}: tensors {mismatched[:3]} do not fit {name}; make the module that they were saved from"
+            f"{directory}: tensors {mismatched[:3]} do not fit {name}; build the module that they were saved from"
         )
     for name, tensor in module_tensors.items():
         tensor.copy_(state[name])
@@ -317,12 +317,12 @@ def _stock_spec(module: Module, tokenizer: Tokenizer) -> FamilySpec:
     # A model that was never saved has no architectures.
     config["architectures"] = config.get("architectures") or [class_name]
     spec = family_spec(module.config, tokenizer, raw=config, generation=getattr(module, "generation_config", None))
-    if spec.stock_model is not None:  # `load_policy` would convert this class to a stock class
+    if spec.stock_model is not None:  # a class from a checkpoint's code, which `load_policy` converts to a stock class
         raise ValueError(
             f"{class_name} is defined by code that comes with its checkpoint; pass the checkpoint's folder or id "
             "instead of the module, so that a stock transformers class is used"
         )
-    prepare_in_place(module, spec)  # changes the module in place
+    prepare_in_place(module, spec)
     return spec
 
 
@@ -397,7 +397,7 @@ def check_ids(module: Module, spec: FamilySpec, tokenizer: Tokenizer) -> None:
     check_padding(size, tokenizer, f"the policy of {type(module).__name__}")
     if spec.mask_id is None:
         return
-    if spec.mask_id in spec.eos_ids:  # a mask is never drawn, so no completion could end
+    if spec.mask_id in spec.eos_ids:  # the mask token is never sampled, so no completion could end
         raise ValueError(
             f"mask_id={spec.mask_id} in the spec {spec.name!r} is also one of eos_ids={spec.eos_ids}; give the mask a "
             "separate token"
@@ -420,7 +420,7 @@ def check_attention(policy: _PolicyBase) -> None:
     # Position of the changed token -> whether the first position should attend to it.
     attends_to = {7: attention == "full"}
     if attention == "block_causal" and (block := policy.spec.block_size) is not None:
-        # With blocks of one token, the first block has no other position to attend to.
+        # With blocks of one token, only the next block can be tested.
         attends_to = {block - 1: True, block: False} if block > 1 else {block: False}
     size = policy.vocab_size
     for position, expected in attends_to.items():
@@ -481,9 +481,7 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
 
     Use it to start from an autoregressive model, and train the result further with supervised steps before RL. The head
     stays shifted, as in Dream: the state at t-1 predicts position t. The mask token's embedding starts as the mean
-    of all others. Attention is full from the first step, as in Tiny-A2D; DiffuLLaMA's gradual change from causal to
-    full attention is not implemented. `save_pretrained` writes a folder in the format of the transformers class,
-    and `load_policy` opens it as a diffusion model.
+    of all others. Attention is full. `load_policy` opens what `save_pretrained` writes.
 
     Args:
         path_or_id: Folder or id of a causal checkpoint.
@@ -505,14 +503,17 @@ def diffusion_from_causal(path_or_id: str | Path, *, dtype: torch.dtype | str = 
         tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
     mask_id = tokenizer.mask_token_id
     if mask_id >= old_size:  # many vocabularies are padded, and already have a row for the mask token
-        with torch.random.fork_rng(devices=[]):  # transformers fills new rows from the global RNG
+        with torch.random.fork_rng(devices=[]):  # transformers initializes new rows with the global RNG
             module.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    # has_token: rows of the embedding that belong to a token other than the mask. The other rows (the mask's row, and
-    # the rows after the last token, which only pad the table) start with the mean of the rows with a token.
+    # The rows of the embedding that belong to a token other than the mask. The other rows (the mask token's, and the
+    # rows after the last token, which only pad the table) are initialized with the mean of these rows.
     has_token = torch.arange(module.config.vocab_size) < min(old_size, 1 + max(tokenizer.get_vocab().values()))
     has_token[mask_id] = False
     with torch.no_grad():
-        for table in (module.get_input_embeddings(), module.get_output_embeddings()):  # tied tables get the same row
+        for table in (
+            module.get_input_embeddings(),
+            module.get_output_embeddings(),
+        ):  # if the two are tied, both passes write the same row
             table.weight[~has_token] = table.weight[has_token].mean(0)
     module.config.is_causal = False
     module.config.shifted_head = True  # so that `find_family` recognizes a saved copy

@@ -1,4 +1,4 @@
-"""The support of a filtered distribution: the tokens that top_k or top_p left to sample from.
+"""The support of a filtered distribution: the tokens that top_k or top_p does not remove.
 
 A sampler records the support of each token, and the learner normalizes log-probs by one of three conventions
 (`with_support`). docs/methods.md explains the tag [digest].
@@ -12,29 +12,29 @@ from torch import Tensor
 
 from dllm_rl.types import FilterSupport, Rollout, Support
 
-KEPT_IDS = 64  # largest support whose token ids a rollout records
+MAX_SUPPORT_IDS = 64  # largest support whose token ids a rollout records
 
 
 def filter_support(
     logits: Float[Tensor, "K V"], filtered: Float[Tensor, "K V"]
 ) -> tuple[Float[Tensor, " K"], Int[Tensor, "K C"]]:
-    """Return the log of the probability that a filter left, in nats, and up to KEPT_IDS + 1 ids of its support.
+    """Return the log-prob of a filter's support, in nats, and up to MAX_SUPPORT_IDS + 1 ids of it.
 
-    The likeliest id comes first; missing ids are -1.
+    The ids are in descending order of probability, padded with -1.
     """
     log_mass = filtered.logsumexp(-1) - logits.logsumexp(-1)
-    # KEPT_IDS + 1 ids show that the support is too large to be recorded.
-    values, ids = filtered.topk(min(KEPT_IDS + 1, filtered.shape[-1]), dim=-1)
+    # MAX_SUPPORT_IDS + 1 ids show that the support is too large to be recorded.
+    values, ids = filtered.topk(min(MAX_SUPPORT_IDS + 1, filtered.shape[-1]), dim=-1)
     return log_mass, ids.where(values > -torch.inf, -1).int()
 
 
 def make_filter_support(log_mass: Float[Tensor, "B T"], ids: Int[Tensor, "B T C"]) -> FilterSupport:
-    """Make the record of a rollout from the results of `filter_support` for each token.
+    """Make a rollout's record from the results of `filter_support` for each token.
 
-    The ids have as few columns as possible, and are None if any token has more than KEPT_IDS.
+    The ids have as few columns as possible, and are None if any token has more than MAX_SUPPORT_IDS.
     """
     width = int((ids >= 0).sum(-1).max())
-    return FilterSupport(log_mass, None if width > KEPT_IDS else ids[..., :width])
+    return FilterSupport(log_mass, None if width > MAX_SUPPORT_IDS else ids[..., :width])
 
 
 def with_support(rollout: Rollout, support: Support) -> Rollout:
@@ -58,19 +58,19 @@ def with_support(rollout: Rollout, support: Support) -> Rollout:
     if support == params.support or not params.filters:
         return rollout
     if params.support != "per_policy":
-        raise ValueError(f"support={support!r}: the rollout has {params.support!r} already; take the sampler's own")
+        raise ValueError(f"support={support!r}: the rollout has {params.support!r} already; pass the sampler's rollout")
     record = rollout.filter_support
     if record is None or (support == "rollout" and record.ids is None):
         advice = "sample with this library's samplers, or use 'per_policy'"
         if support == "rollout":
-            advice = f"ids are recorded for at most {KEPT_IDS} tokens; lower top_k or top_p, or use 'unfiltered'"
+            advice = f"ids are recorded for at most {MAX_SUPPORT_IDS} tokens; lower top_k or top_p, or use 'unfiltered'"
         raise ValueError(f"support={support!r} needs the filter's support, which is not recorded: {advice}")
     rollout = replace(rollout, sampling_params=replace(params, support=support))
     return rollout if support == "rollout" else replace(rollout, logprobs=rollout.logprobs + record.log_mass)
 
 
 def support_ids_at(rollout: Rollout, flat_index: Int[Tensor, " K"]) -> Int[Tensor, "K C"] | None:
-    """Return the ids over which K tokens of the flattened batch are normalized under the convention "rollout".
+    """Return the ids over which the convention "rollout" normalizes K tokens of the flattened batch.
 
     Under the other conventions return None.
     """

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers  # whose classes are imported on first use, which takes seconds
+import transformers  # its classes are imported on first use, because this takes seconds
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Generator, nn
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ PAD = "<pad>"
 MASK = "<mask>"
 EOS = "<eos>"
 NUM_HEADS = 4  # default number of attention heads of a block
-# Fields of a config that a tiny model's arguments and its tokenizer decide.
+# Fields of a config that the arguments and the tokenizer of a tiny model determine.
 TOKENS = ("vocab_size", "pad_token_id", "eos_token_id", "mask_token_id")
 ARGUMENTS = (*TOKENS, "hidden_size", "num_hidden_layers", "max_position_embeddings")
 GAIN = 0.7  # initial standard deviation of a block's weights, times sqrt(inputs)
@@ -50,8 +50,8 @@ def tiny_masked_lm(
 ) -> Policy:
     """Make a small masked-diffusion policy with random weights: a pre-norm RoBERTa.
 
-    Use it for tests and for training in minutes: with its learned position embeddings it learns grids fastest. Use
-    `tiny_llama` for a model in the layout of LLaDA.
+    Use it for tests and for training in minutes. It learns grids such as Sudoku fastest, thanks to its learned position
+    embeddings. Use `tiny_llama` for a model with the architecture of LLaDA.
 
     Args:
         characters: All characters of prompts and completions, one token each.
@@ -64,12 +64,12 @@ def tiny_masked_lm(
             intermediate_size=384, no dropout.
     """
     tokenizer = char_tokenizer(characters)
-    positions = max_length + 1  # counted from pad_token_id + 1
+    positions = max_length + 1  # RoBERTa counts positions from pad_token_id + 1
     fields = _common_fields(tokenizer, False, hidden_size, num_layers, positions)
     fields |= {"intermediate_size": 384, "type_vocab_size": 1}
     fields |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    made = _make_config("tiny_masked_lm", transformers.RobertaPreLayerNormConfig, fields, config)
-    return _make_policy(transformers.RobertaPreLayerNormForMaskedLM, made, tokenizer, seed, head_std)
+    model_config = _make_config("tiny_masked_lm", transformers.RobertaPreLayerNormConfig, fields, config)
+    return _make_policy(transformers.RobertaPreLayerNormForMaskedLM, model_config, tokenizer, seed, head_std)
 
 
 def tiny_llama(
@@ -83,7 +83,7 @@ def tiny_llama(
     head_std: float = 0.02,
     **config: Any,
 ) -> Policy:
-    """Make a small Llama policy with random weights: causal, or bidirectional in the layout of LLaDA.
+    """Make a small Llama policy with random weights: causal, or bidirectional like LLaDA.
 
     Use it to test code for causal models, or for models with rotary positions.
 
@@ -101,8 +101,8 @@ def tiny_llama(
     tokenizer = char_tokenizer(characters)
     fields = _common_fields(tokenizer, causal, hidden_size, num_layers, max_length)
     fields |= {"intermediate_size": 256, "rope_theta": 100.0, "is_causal": causal}  # transformers >= 5.2 honors it
-    made = _make_config("tiny_llama", transformers.LlamaConfig, fields, config)
-    return _make_policy(transformers.LlamaForCausalLM, made, tokenizer, seed, head_std)
+    model_config = _make_config("tiny_llama", transformers.LlamaConfig, fields, config)
+    return _make_policy(transformers.LlamaForCausalLM, model_config, tokenizer, seed, head_std)
 
 
 def tiny_moe(
@@ -116,9 +116,9 @@ def tiny_moe(
     head_std: float = 0.02,
     **config: Any,
 ) -> Policy:
-    """Make a small Qwen3-MoE policy with random weights: bidirectional in the layout of LLaDA-MoE, or causal.
+    """Make a small Qwen3-MoE policy with random weights: bidirectional like LLaDA-MoE, or causal.
 
-    Use it to test code for mixtures of experts; every block has experts.
+    Use it to test code for mixtures of experts. Every block has experts.
 
     Args:
         characters: All characters of prompts and completions, one token each.
@@ -136,8 +136,8 @@ def tiny_moe(
     fields = _common_fields(tokenizer, causal, hidden_size, num_layers, max_length)
     fields |= {"num_key_value_heads": heads, "head_dim": hidden_size // heads, "is_causal": causal}
     fields |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
-    made = _make_config("tiny_moe", transformers.Qwen3MoeConfig, fields | {"rope_theta": 100.0}, config)
-    return _make_policy(transformers.Qwen3MoeForCausalLM, made, tokenizer, seed, head_std)
+    model_config = _make_config("tiny_moe", transformers.Qwen3MoeConfig, fields | {"rope_theta": 100.0}, config)
+    return _make_policy(transformers.Qwen3MoeForCausalLM, model_config, tokenizer, seed, head_std)
 
 
 def tiny_diffusion_gemma(
@@ -170,7 +170,7 @@ def tiny_diffusion_gemma(
     tokenizer = char_tokenizer(characters)
     heads = _num_heads(config, hidden_size)
     rope = {"rope_type": "default", "rope_theta": 100.0}
-    text = {
+    text_fields = {
         **_common_fields(tokenizer, True, hidden_size, num_layers, max_length),
         "intermediate_size": 128,
         "num_key_value_heads": heads,
@@ -185,8 +185,8 @@ def tiny_diffusion_gemma(
         "final_logit_softcapping": 30.0,
         "tie_word_embeddings": True,
     }
-    # The class has a vision model, whose default has 167 million weights.
-    vision: dict[str, Any] = {
+    # The class always has a vision model, which would have 167 million weights by default.
+    vision_fields: dict[str, Any] = {
         "model_type": "gemma4_vision",
         "hidden_size": 8,
         "intermediate_size": 8,
@@ -197,10 +197,12 @@ def tiny_diffusion_gemma(
         "num_key_value_heads": 1,
         "patch_size": 2,
     }
-    make = transformers.DiffusionGemmaForBlockDiffusion
-    made = _make_config("tiny_diffusion_gemma", transformers.DiffusionGemmaTextConfig, text, config)
-    made = transformers.DiffusionGemmaConfig(text_config=made, vision_config=vision, canvas_length=canvas_length)
-    return _make_policy(make, made, tokenizer, seed, embedding_std, embedding_std)
+    text_config = _make_config("tiny_diffusion_gemma", transformers.DiffusionGemmaTextConfig, text_fields, config)
+    model_config = transformers.DiffusionGemmaConfig(
+        text_config=text_config, vision_config=vision_fields, canvas_length=canvas_length
+    )
+    model_class = transformers.DiffusionGemmaForBlockDiffusion
+    return _make_policy(model_class, model_config, tokenizer, seed, embedding_std, embedding_std)
 
 
 def _common_fields(
@@ -221,47 +223,50 @@ def _common_fields(
 
 
 def _num_heads(config: dict[str, Any], hidden_size: int) -> int:
-    """Return the number of attention heads. Raise ValueError if it does not divide the width."""
+    """Return the number of attention heads. Raise ValueError if it does not divide `hidden_size`."""
     heads = config.get("num_attention_heads", NUM_HEADS)
     if heads < 1 or hidden_size % heads:
         raise ValueError(f"num_attention_heads={heads} must divide hidden_size={hidden_size}")
     return heads
 
 
-def _make_config(function: str, maker: Callable, fields: dict[str, Any], given: dict[str, Any]) -> Any:
-    """Return transformers' config of the fields, with the given ones in place of ours.
+def _make_config(function: str, config_class: Callable, fields: dict[str, Any], overrides: dict[str, Any]) -> Any:
+    """Return transformers' config with `fields`, some of them replaced by the user's `overrides`.
 
     Raises:
-        ValueError: A given field is not one of this config; transformers itself accepts any name.
+        ValueError: The config has no field of this name (transformers itself would accept any name), or the field
+            follows from other arguments.
     """
-    names = maker().to_dict().keys() | fields.keys()
-    refuse_renamed(given, function)
-    for name in given:
+    names = config_class().to_dict().keys() | fields.keys()
+    refuse_renamed(overrides, function)
+    for name in overrides:
         if name in ARGUMENTS:
-            raise ValueError(f"{name}={given[name]!r} follows from the other arguments of {function}; leave it out")
+            raise ValueError(f"{name}={overrides[name]!r} follows from the other arguments of {function}; leave it out")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0)
-            raise ValueError(f"{name}={given[name]!r} is not a field of {maker.__name__}; the nearest is {near[0]!r}")
-    _num_heads(given, fields["hidden_size"])
-    return maker(**fields | given)
+            raise ValueError(
+                f"{name}={overrides[name]!r} is not a field of {config_class.__name__}; the nearest is {near[0]!r}"
+            )
+    _num_heads(overrides, fields["hidden_size"])
+    return config_class(**fields | overrides)
 
 
 @torch.no_grad()
 def _make_policy(
-    make: Callable,
+    model_class: Callable,
     config: Any,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     head_std: float,
     embedding_std: float = 0.3,
 ) -> Any:
-    """Return the policy of a module with random weights: matrices in blocks have std GAIN / sqrt(fan_in)."""
+    """Make the module, and initialize it: matrices in blocks have std GAIN / sqrt(fan_in). Return its policy."""
     from dllm_rl.models.policy import make_policy  # not at the top: the import takes seconds
 
-    with torch.random.fork_rng(devices=[]):  # transformers initializes from the global RNG
-        module = make(config)
+    with torch.random.fork_rng(devices=[]):  # transformers initializes weights with the global RNG
+        module = model_class(config)
     generator = Generator().manual_seed(seed)
-    # With the default of the classes, a std of 0.02 everywhere, a model of this size does not learn Sudoku in minutes.
+    # With transformers' default, a std of 0.02 everywhere, a model of this size would not learn Sudoku in minutes.
     head = module.get_output_embeddings()
     for layer in module.modules():
         if isinstance(layer, nn.Embedding):

@@ -13,25 +13,26 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.checkpoint.trial import COMPUTING
+from dllm_rl.models.checkpoint.trial import TEMPLATE_ERRORS
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import Cost, Problem
 from dllm_rl.types import Prompts, Rollout
 
-# No state predicts the first token of a causal model's row.
+# A causal model predicts each token from the tokens before it, so nothing predicts the first token of a row.
 NEEDS_TOKEN = "a causal model samples after a token: begin the prompt with text, or with the text of its BOS token"
 
 
 def encode(
     policy: Policy, problems: Sequence[Problem], *, group_size: int = 1, seeds: Sequence[int] | None = None
 ) -> Prompts:
-    """Tokenize prompts: messages by the chat template, text without added special tokens.
+    """Tokenize the prompts of problems.
 
-    Blanks become positions to fill in.
+    Chat messages are rendered with the chat template; plain text gets no special tokens. Each blank becomes one mask
+    token, which the sampler fills in.
     """
     tokenized = [ids_and_blanks(policy, problem.prompt, problem.blank) for problem in problems]
-    ids = [prompt_ids for prompt_ids, _ in tokenized]
-    blanks = [prompt_blanks for _, prompt_blanks in tokenized]
+    ids = [row_ids for row_ids, _ in tokenized]
+    blanks = [row_blanks for _, row_blanks in tokenized]
     return Prompts.from_ids(ids, pad_id=policy.pad_id, group_size=group_size, seeds=seeds, open_positions=blanks)
 
 
@@ -43,7 +44,7 @@ def prompt_ids(policy: Policy, prompt: str | list[dict[str, str]], blank: str | 
 def ids_and_blanks(
     policy: Policy, prompt: str | list[dict[str, str]], blank: str | None
 ) -> tuple[list[int], list[bool]]:
-    """Return the token ids of a prompt, and for each id whether it is a blank: a mask in place of the text `blank`.
+    """Return the token ids of a prompt, and for each id whether it is a mask token that replaces the text `blank`.
 
     Raise ValueError for a prompt that the model cannot read.
     """
@@ -56,9 +57,9 @@ def ids_and_blanks(
 def _ids_and_blanks(
     policy: Policy, prompt: str | list[dict[str, str]], blank: str | None
 ) -> tuple[list[int], list[bool]]:
-    if blank is not None and (not blank or policy.spec.mask_id is None):
-        if not blank:
-            raise ValueError(f"blank={blank!r} is no text; leave it at None")
+    if blank == "":
+        raise ValueError(f"blank={blank!r} is empty; leave it at None")
+    if blank is not None and policy.spec.mask_id is None:
         raise ValueError(
             f"blank={blank!r} is to be filled in, and the model has no mask token; leave it at None, or use a "
             "diffusion model"
@@ -67,27 +68,28 @@ def _ids_and_blanks(
         pieces: list[tuple[list[int], bool]] = []
         for text in [prompt] if blank is None else prompt.split(blank):
             pieces += [_blank_piece(policy), (text_ids(policy, text), False)]
-        return _join_pieces(pieces[1:])  # blanks are only between texts
+        return _join_pieces(pieces[1:])  # without the blank before the first text
     chat = _Chat(policy, prompt, blank=blank)
     if prompt[-1]["role"] != "assistant":
-        return chat.ids_and_blanks(chat.render(prompt, answered=True))
+        return chat.ids_and_blanks(chat.render(prompt, add_generation_prompt=True))
     answer_start = prompt[-1]["content"]
     if not isinstance(answer_start, str):
         raise ValueError(
-            f"prompt={_quote(prompt)}: the last assistant turn, which the model continues, is no text; give its "
+            f"prompt={_quote(prompt)}: the last assistant turn, which the model continues, is not text; give its "
             "content as text, or leave the turn out"
         )
-    # The template would close a last assistant message, so the start of the answer is appended to the other messages.
-    return chat.ids_and_blanks(chat.render(prompt[:-1], answered=True) + chat.hide(answer_start))
+    # The template would end the assistant's turn, so the text is appended to the other messages after rendering.
+    text = chat.render(prompt[:-1], add_generation_prompt=True) + chat.mark_special_tokens(answer_start)
+    return chat.ids_and_blanks(text)
 
 
 def _blank_piece(policy: Policy) -> tuple[list[int], bool]:
-    """Return the piece of a blank: one mask token."""
+    """Return the ids of a blank (one mask token), and True."""
     return [] if policy.spec.mask_id is None else [policy.spec.mask_id], True
 
 
 def _join_pieces(pieces: list[tuple[list[int], bool]]) -> tuple[list[int], list[bool]]:
-    """Return the ids of all pieces, and for each id whether its piece is a blank."""
+    """Concatenate pieces (ids, is_blank). Return all ids, and for each id whether its piece is a blank."""
     ids: list[int] = []
     blanks: list[bool] = []
     for piece_ids, is_blank in pieces:
@@ -101,24 +103,24 @@ def conversation_ids(
 ) -> list[tuple[list[int], bool]]:
     """Return the token ids of a conversation in pieces, and for each piece whether it is trained on.
 
-    The trained pieces are the messages of an assistant, from index `since` on.
+    The trained pieces are the assistant's messages whose index is at least `since`.
     """
     chat = _Chat(policy, messages)
     messages = list(messages)
     full_text = chat.render(messages)
     pieces: list[tuple[list[int], bool]] = []
-    num_done = 0  # characters of the text that are in `pieces`
+    num_done = 0  # number of characters of `full_text` that `pieces` already covers
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or i < since:
             continue
-        before = chat.render(messages[:i], answered=True)
+        before = chat.render(messages[:i], add_generation_prompt=True)
         after = chat.render(messages[: i + 1])
         if not (full_text.startswith(after) and after.startswith(before)):
             raise ValueError(
                 f"messages: the chat template does not write message {i} as the continuation of those before it; give "
                 "a row for each turn, with prompt and completion as text"
             )
-        pieces.append((chat.ids(full_text[num_done : len(before)]), False))  # ends as `prompt_ids` of these messages
+        pieces.append((chat.ids(full_text[num_done : len(before)]), False))  # ends like `prompt_ids` of messages[:i]
         pieces.append((chat.ids(full_text[len(before) : len(after)]), True))
         num_done = len(after)
     return [*pieces, (chat.ids(full_text[num_done:]), False)]
@@ -131,7 +133,7 @@ def _quote(prompt: Any) -> str:
 
 
 def check_chat(messages: Any) -> None:
-    """Raise ValueError unless `messages` is a chat: messages with a role, and content that a template can write."""
+    """Raise ValueError unless `messages` is a chat: messages with a role, and content that a template can render."""
     error = f"prompt={_quote(messages)} is neither text nor chat messages, each with role and content"
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(error)
@@ -140,15 +142,19 @@ def check_chat(messages: Any) -> None:
             raise ValueError(error)
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or not role.strip():
-            raise ValueError(f"{error}: role={role!r} of message {number} is no name; use user, assistant or system")
+            raise ValueError(f"{error}: role={role!r} of message {number} is not a name; use user, assistant or system")
         has_parts = isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content)
         has_calls = content is None and message.get("tool_calls")
         if not (isinstance(content, str) or has_parts or has_calls):
-            raise ValueError(f"{error}: content={_quote(content)} of message {number} is no text; give text")
+            raise ValueError(f"{error}: content={_quote(content)} of message {number} is not text; give text")
 
 
 class _Chat:
-    """A tokenizer's chat template. Special tokens that a message spells are tokenized as ordinary text."""
+    """Renders and tokenizes chats.
+
+    If a message contains the text of a special token, such as "<eos>", that text is tokenized as ordinary text. Only
+    the template can write special tokens. To keep the two apart, `render` replaces the texts in messages by markers.
+    """
 
     def __init__(self, policy: Policy, messages: Sequence[dict[str, Any]], *, blank: str | None = None) -> None:
         check_chat(messages)
@@ -158,39 +164,47 @@ class _Chat:
             )
         self.policy = policy
         self.blank = blank
-        self.specials = [*([] if blank is None else [blank]), *special_texts(policy.tokenizer)]
-        self.spelled = re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")  # (?!) matches nothing
+        self.marked_texts = [*([] if blank is None else [blank]), *special_texts(policy.tokenizer)]
+        self.marked_pattern = re.compile("|".join(map(re.escape, self.marked_texts)) or r"(?!)")  # (?!) matches nothing
         all_content = "".join(str(message["content"]) for message in messages)
-        # A private-use character that no message has marks the special tokens that messages spell.
-        self.mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in all_content)
+        # A marker is the index of a text between two copies of a private-use character that no message contains.
+        self.delimiter = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in all_content)
 
-    def hide(self, text: str) -> str:
-        """Return the text with a mark for each special token that it spells."""
-        return self.spelled.sub(lambda match: f"{self.mark}{self.specials.index(match[0])}{self.mark}", text)
+    def mark_special_tokens(self, text: str) -> str:
+        """Replace each blank, and each text of a special token, by a marker."""
+        return self.marked_pattern.sub(
+            lambda match: f"{self.delimiter}{self.marked_texts.index(match[0])}{self.delimiter}", text
+        )
 
-    def render(self, messages: Sequence[dict[str, Any]], *, answered: bool = False) -> str:
-        """Return the template's text, with marks. With `answered`, it ends where the assistant's answer starts."""
+    def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+        """Return the template's text, with markers.
+
+        With `add_generation_prompt`, the text ends where the assistant's answer starts.
+        """
         marked = []
         for message in messages:
-            # Content that is not text is a list of parts, as for images, or None.
             content = message["content"]
-            marked.append({**message, "content": self.hide(content) if isinstance(content, str) else content})
+            if isinstance(content, str):  # otherwise a list of parts (text, images), or None
+                content = self.mark_special_tokens(content)
+            marked.append({**message, "content": content})
         tokenizer = self.policy.tokenizer
         try:
-            text = str(tokenizer.apply_chat_template(marked, add_generation_prompt=answered, tokenize=False))
-        except (TemplateError, *COMPUTING) as error:
+            text = str(
+                tokenizer.apply_chat_template(marked, add_generation_prompt=add_generation_prompt, tokenize=False)
+            )
+        except (TemplateError, *TEMPLATE_ERRORS) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise ValueError(
                 f"chat_template does not write these messages: {reason}; give plain text instead"
             ) from error
-        self.check_written(marked, text)
+        self.check_rendered(marked, text)
         return text
 
-    def check_written(self, messages: Sequence[Mapping[str, Any]], text: str) -> None:
+    def check_rendered(self, messages: Sequence[Mapping[str, Any]], text: str) -> None:
         """Raise ValueError if the template omits a message, or writes a list of parts in Python's notation."""
         for number, message in enumerate(messages):
             role, content = message["role"], message["content"]
-            # A template may shorten an assistant's reasoning, and it quotes a tool's result.
+            # A template may shorten an assistant's reasoning, and may escape a tool's result.
             must_appear = isinstance(content, str) and role not in ("assistant", "tool", "function", "ipython")
             if must_appear and content.strip() not in text:
                 raise ValueError(
@@ -204,26 +218,26 @@ class _Chat:
                 )
 
     def ids(self, text: str) -> list[int]:
-        """Return the token ids of a text of `render` and `hide`."""
+        """Return the token ids of a text with markers."""
         return self.ids_and_blanks(text)[0]
 
     def ids_and_blanks(self, text: str) -> tuple[list[int], list[bool]]:
-        """Return the token ids of a text of `render` and `hide`, and for each id whether it is a blank."""
+        """Return the token ids of a text with markers, and for each id whether it is a blank."""
         pieces: list[tuple[list[int], bool]] = []
-        for i, part in enumerate(re.split(rf"{self.mark}(\d+){self.mark}", text)):
-            if i % 2 == 0:  # text between marked tokens: its special tokens are the template's
+        for i, part in enumerate(re.split(rf"{self.delimiter}(\d+){self.delimiter}", text)):
+            if i % 2 == 0:  # text between markers: the template wrote its special tokens
                 pieces.append((text_ids(self.policy, part, special=True), False))
-            elif self.specials[int(part)] == self.blank:
+            elif self.marked_texts[int(part)] == self.blank:
                 pieces.append(_blank_piece(self.policy))
             else:
-                pieces.append((text_ids(self.policy, self.specials[int(part)]), False))
+                pieces.append((text_ids(self.policy, self.marked_texts[int(part)]), False))
         return _join_pieces(pieces)
 
 
 def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
-    """Return token ids. Raise ValueError for ids outside the model's vocabulary.
+    """Return the token ids of a text. Raise ValueError for ids outside the model's vocabulary.
 
-    With `special`, special tokens in the text are not split.
+    With `special`, the text of a special token becomes that token. Otherwise it is tokenized as ordinary text.
     """
     try:
         ids = policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
@@ -250,7 +264,7 @@ def ordinary_ids(policy: Policy) -> Int[Tensor, " V"]:
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the texts of the special tokens, longest first, so that a pattern of them matches the longest."""
+    """Return the texts of the special tokens, longest first, so that a regular expression prefers longer ones."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted({*added, *tokenizer.all_special_tokens}, key=lambda text: (-len(text), text))
 
@@ -260,23 +274,25 @@ def decode(policy: Policy, rollout: Rollout) -> list[str]:
     return decode_ids(policy, completion_token_ids(rollout))
 
 
-def decode_ids(policy: Policy, chosen: list[list[int]]) -> list[str]:
-    """Return completions as text, from the token ids of each row."""
-    return [policy.tokenizer.decode(before_end(policy, ids), skip_special_tokens=True) for ids in chosen]
+def decode_ids(policy: Policy, completion_ids: list[list[int]]) -> list[str]:
+    """Return each completion as text: the tokens up to the first end token, without special tokens."""
+    return [policy.tokenizer.decode(before_end(policy, ids), skip_special_tokens=True) for ids in completion_ids]
 
 
-def texts_to_grade(policy: Policy, rollout: Rollout, problems: Sequence[Problem], chosen: list[list[int]]) -> list[str]:
-    """Return what a task grades per row: the completion (`chosen`), or the full text of a problem with blanks."""
-    texts = decode_ids(policy, chosen)
+def texts_to_grade(
+    policy: Policy, rollout: Rollout, problems: Sequence[Problem], completion_ids: list[list[int]]
+) -> list[str]:
+    """Return the text of each row that a task grades: the completion, or, for a problem with blanks, the full text."""
+    texts = decode_ids(policy, completion_ids)
     if all(problem.blank is None for problem in problems):
         return texts
-    for row, full_text in enumerate(filled(policy, rollout)):
+    for row, full_text in enumerate(full_texts(policy, rollout)):
         if problems[row // rollout.group_size].blank is not None:
             texts[row] = full_text
     return texts
 
 
-def filled(policy: Policy, rollout: Rollout) -> list[str]:
+def full_texts(policy: Policy, rollout: Rollout) -> list[str]:
     """Return each row's full text, prompt and completion, without special tokens."""
     tokens = rollout.tokens.tolist()
     attention_mask = rollout.attention_mask.tolist()
@@ -285,7 +301,7 @@ def filled(policy: Policy, rollout: Rollout) -> list[str]:
     for row_tokens, is_token, is_completion in zip(tokens, attention_mask, completion_mask, strict=True):
         ids = list(compress(row_tokens, is_token))
         in_completion = list(compress(is_completion, is_token))
-        # An end token in a blank ends nothing: the text continues at least to the prompt's last token.
+        # An end token in a blank does not end the text, which continues at least to the prompt's last token.
         after_prompt = len(ids) - in_completion[::-1].index(False) if False in in_completion else 0
         full_ids = [*ids[:after_prompt], *before_end(policy, ids[after_prompt:])]
         texts.append(policy.tokenizer.decode(full_ids, skip_special_tokens=True))
@@ -294,7 +310,7 @@ def filled(policy: Policy, rollout: Rollout) -> list[str]:
 
 def completion_token_ids(rollout: Rollout) -> list[list[int]]:
     """Return the token ids of each row's completion."""
-    tokens = rollout.tokens.masked_fill(~rollout.completion_mask, -1)  # so that one transfer to the host is enough
+    tokens = rollout.tokens.masked_fill(~rollout.completion_mask, -1)  # so that only one tensor moves to the CPU
     return [[token for token in row if token >= 0] for row in tokens.tolist()]
 
 
@@ -304,16 +320,17 @@ def before_end(policy: Policy, ids: list[int]) -> list[int]:
     return ids[:end]
 
 
-def costs_of(policy: Policy, rollout: Rollout, chosen: list[list[int]]) -> list[Cost]:
-    """Return each row's cost: its number of steps and of tokens. `chosen` is the result of `completion_token_ids`."""
+def costs_of(policy: Policy, rollout: Rollout, completion_ids: list[list[int]]) -> list[Cost]:
+    """Return each row's cost: its numbers of steps and tokens. `completion_token_ids` returns `completion_ids`."""
     num_steps = (rollout.unmask_step.amax(-1) + 1).tolist()
-    return [Cost(steps, len(before_end(policy, ids))) for steps, ids in zip(num_steps, chosen, strict=True)]
+    return [Cost(steps, len(before_end(policy, ids))) for steps, ids in zip(num_steps, completion_ids, strict=True)]
 
 
 def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]]]:
-    """Return, per row, every token of the completion as plain data.
+    """Return every token of each row's completion as JSON data.
 
-    A token has its id, text, step (-1: masked) and probability as sampled.
+    A token has its id, its text, the step that wrote it (-1: still masked), and the probability with which it was
+    sampled (null if it is not finite).
     """
     has_completion = rollout.completion_mask.any(0)
     start = int(has_completion.nonzero()[0]) if has_completion.any() else len(has_completion)
@@ -322,20 +339,20 @@ def written_tokens(policy: Policy, rollout: Rollout) -> list[list[dict[str, Any]
     probabilities = rollout.logprobs[:, start:].exp().tolist()
     rows = []
     for row in zip(tokens, steps, probabilities, strict=True):
-        written = []
+        row_tokens = []
         for token, step, probability in zip(*row, strict=True):
             if step >= 0 or token == policy.spec.mask_id:  # otherwise padding, or a token of the prompt
-                finite = probability if math.isfinite(probability) else None  # JSON has no NaN and no infinity
+                json_probability = probability if math.isfinite(probability) else None  # JSON has no NaN or infinity
                 text = policy.tokenizer.decode([token])
-                written.append({"id": token, "text": text, "step": step, "probability": finite})
-        rows.append(written)
+                row_tokens.append({"id": token, "text": text, "step": step, "probability": json_probability})
+        rows.append(row_tokens)
     return rows
 
 
-def usual_length(policy: Policy, problems: Task | Sequence[Problem]) -> int:
+def default_max_new_tokens(policy: Policy, problems: Task | Sequence[Problem]) -> int:
     """Return the default number of new tokens: the length of the first problem's solution, or 256 if unknown.
 
-    It is 256 for chat prompts, and 0 for problems with blanks.
+    It is 256 for chat prompts, and 0 for problems with blanks, where only the blanks are filled in.
     """
     problem = problems[0]
     if problem.blank is not None:
@@ -346,7 +363,9 @@ def usual_length(policy: Policy, problems: Task | Sequence[Problem]) -> int:
 
 
 def as_rollout(policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rollout:
-    """Return texts as if they were sampled, to score them with an estimator that does not replay the sampler.
+    """Make a rollout of texts that were not sampled, so that an estimator can score them.
+
+    The estimator must not replay the sampler, because the rollout records no steps and no log-probs.
 
     Args:
         policy: Policy that will score them.
@@ -356,14 +375,16 @@ def as_rollout(policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int
         ValueError: A pair is longer than the model allows.
     """
     ids = [[*context, *continuation] for context, continuation in pairs]
-    chosen = [[False] * len(context) + [True] * len(continuation) for context, continuation in pairs]
-    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, open_positions=chosen)
+    is_continuation = [[False] * len(context) + [True] * len(continuation) for context, continuation in pairs]
+    prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, open_positions=is_continuation)
     width = max(map(len, ids))
     limit = policy.spec.max_length
     if limit is not None and width > limit:
         raise ValueError(f"a context and continuation of {width} tokens exceed the model's {limit} positions")
     tokens = prompts.tokens
-    opened = torch.zeros(tokens.shape, dtype=torch.bool) if prompts.infill_mask is None else prompts.infill_mask
-    blank = torch.zeros(tokens.shape)  # nothing was sampled: there is no step and no log-prob
+    completion_mask = prompts.infill_mask
+    if completion_mask is None:
+        completion_mask = torch.zeros(tokens.shape, dtype=torch.bool)
     steps = torch.full_like(tokens, -1)
-    return Rollout(tokens, prompts.attention_mask, opened, steps, blank, group_size=1).to(policy.device)
+    logprobs = torch.zeros(tokens.shape)
+    return Rollout(tokens, prompts.attention_mask, completion_mask, steps, logprobs, group_size=1).to(policy.device)

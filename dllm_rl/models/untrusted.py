@@ -18,16 +18,17 @@ from torch import Tensor
 
 from dllm_rl.screen import escape_controls, without_middle
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")  # of the files that libraries open
-MAX_REPEATS = 3  # of unbounded repeats in a row: a search takes time proportional to the text's length to this power
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")  # files that the libraries open
+MAX_REPEATS = 3  # unbounded repeats in a row; with n of them, a search may take time proportional to length**n
 MAX_PATTERN_LENGTH = 20_000  # in characters
 REPEAT = r"(?:[*+]|\{\d*,?\d*\})"
 TRIAL = Path(__file__).with_name("checkpoint") / "trial.py"
 LIMITS = {"seconds": 4, "memory": 2 << 30}  # a published tokenizer of 256,000 tokens takes 2 s and 1 GiB
-WALL_SECONDS = 60.0  # seconds of elapsed time; LIMITS counts processor time, which passes slowly on a busy machine
-MAX_COUNT = 1_000_000
-CHOOSES_CODE = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
+WALL_SECONDS = 60.0  # elapsed time; LIMITS counts processor time, which passes more slowly on a busy machine
+MAX_COUNT = 1_000_000  # largest number of layers, heads, experts or labels in a config
+# Fields of a config that choose an implementation of attention or experts.
+IMPLEMENTATION_FIELDS = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 
 
 def check_regular(folder: Path) -> None:
@@ -35,7 +36,7 @@ def check_regular(folder: Path) -> None:
     # Reading a FIFO might never end. is_file() follows links: the hub's cache consists of them.
     for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
         if not path.is_file() and (path.suffix in SUFFIXES or not path.is_dir()):
-            raise ValueError(f"{folder}: {path.name} is no regular file; fetch the checkpoint again")
+            raise ValueError(f"{folder}: {path.name} is not a regular file; fetch the checkpoint again")
 
 
 def check_plain(raw: dict[str, Any], folder: Path) -> None:
@@ -51,10 +52,10 @@ def check_numbers(fields: Any, folder: str | Path, name: str = "config.json") ->
     """Raise ValueError for a count above MAX_COUNT, and for a number that is NaN or infinite, at any depth."""
     if isinstance(fields, dict | list):
         for key, value in fields.items() if isinstance(fields, dict) else ((name, value) for value in fields):
-            # A list may have no upper end: the time_step_limit of Mamba is [0, Infinity].
+            # A list may be a range without an upper end: the time_step_limit of Mamba is [0, Infinity].
             if not (isinstance(fields, list) and value == math.inf):
                 check_numbers(value, folder, key)
-    # A count makes a list of labels, heads or experts before any tensor is compared with it.
+    # transformers allocates this many labels, heads or experts before it compares the count with any tensor.
     elif isinstance(fields, int) and name.startswith(("num_", "n_")) and fields > MAX_COUNT:
         raise ValueError(f"{folder}: {name}={fields:.6g} is more than {MAX_COUNT}; correct config.json")
     elif isinstance(fields, float) and not math.isfinite(fields):
@@ -62,9 +63,11 @@ def check_numbers(fields: Any, folder: str | Path, name: str = "config.json") ->
 
 
 def without_code(fields: Any) -> Any:
-    """Return a config without the names of implementations."""
-    if isinstance(fields, dict):  # transformers would download a kernel of this name from the hub
-        return {name: without_code(value) for name, value in fields.items() if not CHOOSES_CODE.fullmatch(name)}
+    """Return a config without the fields that choose an implementation, at any depth."""
+    if isinstance(fields, dict):  # transformers would download a kernel that such a field names from the hub
+        return {
+            name: without_code(value) for name, value in fields.items() if not IMPLEMENTATION_FIELDS.fullmatch(name)
+        }
     return [without_code(value) for value in fields] if isinstance(fields, list) else fields
 
 
@@ -83,9 +86,9 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def check_templates(folder: Path, templates: str | Mapping[str, str] | None, tokens: Mapping[str, Any]) -> None:
-    """Raise ValueError for a chat template that takes too much time or memory, or accesses what it must not.
+    """Raise ValueError for a chat template that takes too much time or memory, or that jinja2's sandbox stops.
 
-    `tokens` has the names and texts of the tokenizer's special tokens, which a template sees.
+    `tokens` has the names and texts of the tokenizer's special tokens, which a template can read.
     """
     named = {"": templates} if isinstance(templates, str) else templates or {}
     texts = list(named.values())
@@ -96,10 +99,9 @@ def check_templates(folder: Path, templates: str | Mapping[str, str] | None, tok
 def try_out(
     *, tokenizer: Path | None = None, templates: Sequence[str] = (), tokens: Mapping[str, Any] | None = None
 ) -> str:
-    """Use a tokenizer.json or chat templates, and return the error in one short line, or "" without an error.
+    """Run a tokenizer.json or chat templates on short inputs. Return the error as one line, or "" if there is none.
 
-    They are used in a separate process with limits of time and memory, because the cost of a pipeline is known only
-    after it has run.
+    They run in a separate process with limits of time and memory, because only a run shows what they cost.
     """
     job = {"tokenizer": tokenizer and str(tokenizer), "templates": [*templates], "tokens": dict(tokens or {})}
     single_thread = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "USE_TORCH": "0"}
@@ -133,7 +135,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     try:
         config = json.loads((folder / "adapter_config.json").read_bytes())
         with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is not a mapping)
             metadata = file.metadata() or {}
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{folder}: the adapters are damaged: {error}") from None
@@ -142,21 +144,24 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
         value: Any = fields.get(name)
         # True is an int for isinstance. JSON has integers too large for a float; NaN and infinity fail too.
         if type(value) not in kinds or not abs(value) < 1e30:
-            raise ValueError(f"{folder}: adapter_config.json is damaged: {name}={value!r} is no number")
+            raise ValueError(f"{folder}: adapter_config.json is damaged: {name}={value!r} is not a number")
     if not 0 <= fields["lora_dropout"] < 1:
         raise ValueError(
             f"{folder}: lora_dropout={fields['lora_dropout']} is not in [0, 1); correct adapter_config.json"
         )
     for name, tensor in state.items():
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(
                 f"{folder}: {name} has dtype {tensor.dtype}, which is not an adapter's; save the adapters again"
             )
         if not tensor.isfinite().all():
-            raise ValueError(f"{folder}: {name} holds numbers that are not finite; use earlier adapters")
+            raise ValueError(f"{folder}: {name} has NaN or infinite numbers; use earlier adapters")
     if not any(fields["r"] in tensor.shape for tensor in state.values()):
         raise ValueError(f"{folder}: adapter_config.json is damaged: r={fields['r']} is the rank of no tensor")
-    for name, limit in {"seed": 1 << 64, "dropout_calls": 1 << 62}.items():  # limits of a generator, and of 63 bits
+    for name, limit in {
+        "seed": 1 << 64,
+        "dropout_calls": 1 << 62,
+    }.items():  # the largest seed of a torch.Generator; far below overflow
         text = metadata.get(name, "0")
         if not re.fullmatch(r"-?\d{1,20}", text) or not -(1 << 63) <= int(text) < limit:
             raise ValueError(f"{folder}: {name}={text[:40]!r} of the adapters is out of range; save them again")
@@ -185,7 +190,7 @@ def unbounded_reason(pattern: str) -> str:
     if re.search(r"(?<!\\)(?:\\\\)*\\[1-9gk]", pattern):
         return "refers to its own groups"
     text = _simplify_pattern(pattern)
-    # From the innermost group outwards: a group that is repeated must contain neither a choice nor a repeat.
+    # From the innermost group outwards: a repeated group must contain neither an alternative nor a repeat.
     while group := re.search(r"\((?:\?(?:[:=!>]|<[=!]|[imsu-]+:|<\w+>))?([^()]*)\)", text):
         content = group[1]
         if content.startswith("?"):
@@ -193,29 +198,29 @@ def unbounded_reason(pattern: str) -> str:
         is_repeated = re.match(REPEAT, text[group.end() :])
         if is_repeated and re.search(rf"{REPEAT}|[|?]", content):
             return "repeats a group that repeats or chooses"
-        # The group is replaced by a text without groups that has its repeats and, if the group has one, a choice.
+        # Replace the group by a text without groups that has as many repeats, and an optional x for an alternative.
         has_choice = "|" in content or "?" in content
         replacement = "x" + "x+" * len(re.findall(REPEAT, content)) + "x?" * has_choice
         text = text[: group.start()] + replacement + text[group.end() :]
     if re.search(r"[()\[\]]", text):
         return "has groups that do not close"
-    text = re.sub(r"([*+?}])[+?]", r"\1", text)  # a lazy or possessive mark is not another repeat
+    text = re.sub(r"([*+?}])[+?]", r"\1", text)  # a lazy or possessive suffix is not another repeat
     num_repeats = max(len(re.findall(REPEAT, part)) for part in text.split("|"))
     return f"has {num_repeats} repeats in a row" if num_repeats > MAX_REPEATS else ""
 
 
 def _simplify_pattern(pattern: str) -> str:
-    """Return the pattern with x for an escaped character or a class, and without flags and exact numbers."""
+    """Return the pattern with x for an escaped character or a class, and without flags and exact repeat counts."""
     text = re.sub(r"\\[pP]\{[^}]*\}|\\.", "x", pattern, flags=re.DOTALL)
-    # Classes, flags and exact numbers of repeats.
+    # Classes, flags and exact repeat counts.
     for unit, replacement in ((r"\[\^?\]?[^\[\]]*\]", "x"), (r"\(\?[imsu-]*\)", ""), (r"(?<=x)\{\d+\}", "")):
         while (shorter := re.sub(unit, replacement, text)) != text:  # classes may be nested
             text = shorter
     return text
 
 
-def show_messages() -> None:
-    """Escape control characters in transformers' messages, which quote a checkpoint's fields, and shorten long ones."""
+def escape_transformers_logs() -> None:
+    """Escape control characters in transformers' log messages, which quote a checkpoint's fields, and shorten them."""
 
     def escaped(record: logging.LogRecord) -> bool:
         record.msg = escape_controls(without_middle(record.getMessage()), keep="\n\t")

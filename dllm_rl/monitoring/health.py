@@ -1,11 +1,12 @@
 """Summarize the mismatch of a step in one word, with the reason."""
 
-MILD = 0.95  # ESS that AIS reports early in training [digest]
-STRONG = 0.70  # and late without correction [digest]
-BACKWARDS = 0.005  # largest contribution of a sign of A, averaged over tokens, that may be noise [ours]
+# Bounds of the effective sample size. AIS reports 0.95 early in training, and 0.70 late without correction [digest].
+MILD = 0.95
+STRONG = 0.70
+BACKWARDS = 0.005  # a larger C (see `health`), averaged over tokens, is not noise [ours]
 SIGNS = {"positive": "A>0", "negative": "A<0"}
-EQUAL_REWARD_STEPS = 20  # steps in a row without a group whose rewards differ
-DIRECTION = "update/direction"  # cosine of advantages and changes of log-prob, measured after some updates
+EQUAL_REWARD_STEPS = 20  # after this many steps in a row in which each group's rewards were equal, a run warns
+DIRECTION = "update/direction"  # cosine between advantages and changes of log-prob, measured after some updates
 # Threshold of the mean of DIRECTION_WINDOW consecutive values. In six small runs of 20 or 30 steps its minimum was
 # -0.22 with the right sign of the loss, and -0.37 to -0.81 with the wrong sign [ours].
 BACKWARDS_MEAN = -0.25
@@ -48,9 +49,9 @@ def health(
     if contributions:
         _, base, sign, *_ = largest_name.replace("contribution_", "").split("/")
         baseline = {"old": "the step's start", "rollout": "the rollout"}[base]
-        # C = -(r - 1) A, over one sign of A: above 0, ratios move against their advantages. K1 and K3 can stay flat
-        # meanwhile (VeXact [digest]). On 4x4 Sudoku (seed 0) 30 of 60 five-level steps backfire without a corrector,
-        # and none of 120 unquantized or FP8 steps [ours].
+        # C = mean of -(r - 1) A over the tokens with one sign of A. If it is above 0, ratios move against their
+        # advantages, which the KL estimates k1 and k3 may not show (VeXact [digest]). On 4x4 Sudoku (seed 0) 30 of 60
+        # five-level steps backfire without a corrector, and none of 120 unquantized or FP8 steps [ours].
         if largest > BACKWARDS:
             verdict = "backfiring"
             reasons.insert(0, f"C {largest:+.2g} ({SIGNS[sign]}, against {baseline}) above {BACKWARDS}")

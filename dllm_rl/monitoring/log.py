@@ -44,10 +44,10 @@ class RunLog:
         self.seconds: dict[str, float] = {}
         self.entered = self.inside = ""  # the stage that began last, and the stage that is running
         self.entering: Callable[[], None] = lambda: None  # called when a stage begins
-        self._step: dict[str, float] = {}
-        self._flat = 0  # consecutive steps in which all groups had equal rewards
+        self._step_seconds: dict[str, float] = {}  # seconds of the stages of the current step
+        self._equal_reward_steps = 0  # consecutive steps in which each group's rewards were equal
         self._warned = False
-        self._done = start
+        self._steps_done = start
         self.files: dict[str, JsonLines] = {}
         completions = completions or (directory / "completions.jsonl").exists()
         names = ("metrics", "completions") if completions else ("metrics",)
@@ -68,7 +68,7 @@ class RunLog:
     @property
     def place(self) -> str:
         """The stage that began last and the number of steps done, in words."""
-        return f"{self.entered or 'the beginning of a step'}, after {self._done} steps"
+        return f"{self.entered or 'the beginning of a step'}, after {self._steps_done} steps"
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -79,23 +79,24 @@ class RunLog:
         self.entered = self.inside = name
         self.entering()
         try:
-            with heartbeat(f"{name}, after {self._done} steps,", self.say if self.main else None):
+            with heartbeat(f"{name}, after {self._steps_done} steps,", self.say if self.main else None):
                 yield
         finally:
             self.inside = ""
         seconds = time.perf_counter() - start_time
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self._step[name] = self._step.get(name, 0.0) + seconds
+        self._step_seconds[name] = self._step_seconds.get(name, 0.0) + seconds
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write a step's metrics and the seconds of its stages to metrics.jsonl (NaN and infinity as null) and to
         trackers.
         """
-        times = {f"time/{name}": seconds for name, seconds in self._step.items()}
-        self._step = {}
-        self._done = step + 1
-        self._flat = self._flat + 1 if metrics.get("frac_reward_zero_std") == 1 else 0
-        if self._flat == EQUAL_REWARD_STEPS and not self._warned:
+        times = {f"time/{name}": seconds for name, seconds in self._step_seconds.items()}
+        self._step_seconds = {}
+        self._steps_done = step + 1
+        has_equal_rewards = metrics.get("frac_reward_zero_std") == 1
+        self._equal_reward_steps = self._equal_reward_steps + 1 if has_equal_rewards else 0
+        if self._equal_reward_steps == EQUAL_REWARD_STEPS and not self._warned:
             self._warned = True
             self.say(
                 f"warning: in the last {EQUAL_REWARD_STEPS} steps all rewards of each group were equal, which teaches "

@@ -77,7 +77,7 @@ def column(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
     return [math.nan if (value := to_float(row.get(name))) is None else value for row in rows]
 
 
-def curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -> None:
+def draw_curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) -> None:
     """Draw a metric against steps: smoothed over a twentieth of the steps, and the raw values faintly."""
     steps = [row["step"] + 1 for row in rows]
     values = column(rows, name)
@@ -86,8 +86,8 @@ def curve(axis: Any, rows: Sequence[dict[str, Any]], name: str, **style: Any) ->
     axis.plot(steps, values, linewidth=0.7, alpha=0.3, color=line.get_color())
 
 
-def held_out(axis: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
-    """Draw a metric of some steps as points."""
+def draw_points(axis: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
+    """Draw a metric that only some steps have, as points."""
     points = [(row["step"] + 1, value) for row in rows if (value := to_float(row.get(name))) is not None]
     if points:
         axis.plot(
@@ -107,21 +107,21 @@ def whole_steps(axis: Any) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
 
 
-def measured(panel: Panel, rows: Sequence[dict[str, Any]]) -> list[str]:
+def available_metrics(panel: Panel, rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the metrics of a panel that some row has."""
     available = {name for row in rows for name in finite_numbers(row)}
     return [name for name in panel.metrics if name in available]
 
 
-def lines_of(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel) -> None:
+def draw_metrics(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel) -> None:
     """Draw the metrics of a panel, each in its color, and its held-out metrics as points."""
-    for i, name in enumerate(measured(panel, rows)):
-        curve(axis, rows, name, color=COLORS[i], linestyle=DASHES[i], linewidth=1.6, label=panel.metrics[name])
+    for i, name in enumerate(available_metrics(panel, rows)):
+        draw_curve(axis, rows, name, color=COLORS[i], linestyle=DASHES[i], linewidth=1.6, label=panel.metrics[name])
     for name in panel.points:
-        held_out(axis, rows, name)
+        draw_points(axis, rows, name)
 
 
-def ends(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[str, Any]) -> None:
+def draw_before_and_after(axis: Any, rows: Sequence[dict[str, Any]], panel: Panel, summary: dict[str, Any]) -> None:
     """Draw the held-out numbers before and after the run, as squares."""
     for name in panel.points:
         metric = name.removeprefix("eval/")
@@ -153,7 +153,7 @@ def plot(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Path:
     summary = read_json(summary_path) if summary_path.exists() else {}
     warmup = warmup_rows(directory / "metrics.jsonl")
     is_rl = not rows or "reward" in rows[0]
-    panels = [panel for panel in (PANELS if is_rl else SFT_PANELS) if not rows or measured(panel, rows)]
+    panels = [panel for panel in (PANELS if is_rl else SFT_PANELS) if not rows or available_metrics(panel, rows)]
     count = len(panels) + bool(warmup)
     figure, axes = plt.subplots(1, count, figsize=(3.75 * count, 3.4), layout="constrained", squeeze=False)
     figure.suptitle(headline(summary), parse_math=False)
@@ -161,8 +161,8 @@ def plot(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Path:
         axes[0, 0].plot([row["warmup_step"] + 1 for row in warmup], column(warmup, "warmup/loss"), linewidth=1.2)
         axes[0, 0].set(title="Warm-up", xlabel="supervised step", ylabel="loss, nats")
     for axis, panel in zip(axes[0, bool(warmup) :], panels, strict=True):
-        lines_of(axis, rows, panel)
-        ends(axis, rows, panel, summary)
+        draw_metrics(axis, rows, panel)
+        draw_before_and_after(axis, rows, panel, summary)
         for name, level in levels.items() if panel is SOLVED_PANEL else ():
             axis.axhline(level, color="black", linewidth=1.2, linestyle="--", label=f"{name}: {level:.3f}")
         if len(axis.get_legend_handles_labels()[0]) > 1:

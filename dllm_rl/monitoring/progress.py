@@ -31,7 +31,7 @@ SHOWN = {
     "eval/loss": "held-out loss",
 }
 BLOCKS = "▁▂▃▄▅▆▇█"
-COLORS = {  # by level of `health`; "estimated": importance ratios are estimates, so that their ESS is not judged
+COLORS = {  # by word of `health`; other words are red
     "healthy": "green",
     "mild": "yellow",
     "estimated": "",
@@ -124,17 +124,17 @@ class ProgressDisplay:
         return Group(self.bar, *below)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Name, text and color of the lines below the bar."""
+        """Return name, text and color of each line below the bar."""
         rows = []
         if self.values:
             name = self.curve.rpartition("/")[2]
             span = f"{min(self.values):.3g} to {max(self.values):.3g}"
             text = f"{self.values[-1]:.3g}  {sparkline(self.values)}  {span}"
             rows.append((name if len(name) < 11 else "curve", text, ""))
-        if found := health(self.metrics, direction=self.direction, first_ess=self.first_ess):
-            level, reason = found
-            subject = "updates" if level == "backwards" else "mismatch"
-            rows.append((subject, f"{level}: {reason}", COLORS.get(level, "red")))
+        if verdict := health(self.metrics, direction=self.direction, first_ess=self.first_ess):
+            word, reason = verdict
+            subject = "updates" if word == "backwards" else "mismatch"
+            rows.append((subject, f"{word}: {reason}", COLORS.get(word, "red")))
         if stage := self.stage():
             rows.append(("now", f"step {int(self.task.completed) + 1}, {stage}", "dim"))
         return rows
@@ -147,21 +147,21 @@ def sparkline(values: Sequence[float], *, width: int = 30) -> str:
     """
     count = min(width, len(values))
     means = []
-    for place in range(count):
-        averaged = values[place * len(values) // count : (place + 1) * len(values) // count]
+    for index in range(count):
+        averaged = values[index * len(values) // count : (index + 1) * len(values) // count]
         means.append(math.fsum(averaged) / len(averaged))
     low = min(means)
-    span = max(means) - low or 1.0  # equal values are all lowest
+    span = max(means) - low or 1.0  # if all values are equal, all blocks are the lowest
     return "".join(BLOCKS[int((mean - low) / span * (len(BLOCKS) - 1) + 0.5)] for mean in means)
 
 
 def one_line(metrics: dict[str, float], *, direction: float = 0.0, first_ess: float | None = None) -> str:
-    """The main numbers of a step, and its `health`, with a reason unless it is healthy."""
-    loss = {} if "reward" in metrics else {"loss": "loss"}  # the loss of GRPO shows no progress
+    """Return the main metrics of a step and its `health` as text, with the reason unless it is healthy."""
+    loss = {} if "reward" in metrics else {"loss": "loss"}  # the loss of RL does not show progress
     labels = loss | SHOWN | {name: name.removeprefix("warmup/") for name in metrics if name.startswith("warmup/")}
-    said = [f"{short} {metrics[name]:.3g}" for name, short in labels.items() if name in metrics]
-    if found := health(metrics, direction=direction, first_ess=first_ess):
-        subject = "updates" if found[0] == "backwards" else "mismatch"
-        health_texts = {"healthy": "healthy", "estimated": found[1]}
-        said.append(health_texts.get(found[0], f"{subject} {found[0]} ({found[1]})"))
-    return "  ".join(said)
+    texts = [f"{short} {metrics[name]:.3g}" for name, short in labels.items() if name in metrics]
+    if verdict := health(metrics, direction=direction, first_ess=first_ess):
+        word, reason = verdict
+        subject = "updates" if word == "backwards" else "mismatch"
+        texts.append({"healthy": "healthy", "estimated": reason}.get(word, f"{subject} {word} ({reason})"))
+    return "  ".join(texts)

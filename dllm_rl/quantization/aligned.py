@@ -1,7 +1,7 @@
 """Aligned forward (QaRL, arXiv 2604.07853 [digest]): the learner computes with the rollout's quantized operands.
 
-The forward is the rollout's low-bit product: it has the same operands, and the same bits for a batch of the same shape.
-The backward differentiates the product of the dequantized operands,
+The forward is the rollout's low-bit product, with the same operands. For a batch of the same shape, the results are
+bit-identical. The backward differentiates the product of the dequantized operands,
     y = Q(x) Q(w)^T + b,   dx = dy Q(w),   dw = dy^T Q(x),   db = sum dy.
 docs/methods.md explains the tag [digest].
 """
@@ -18,11 +18,11 @@ from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.lora import STACKS, LoraExperts, LoraLinear, base_of, check_mergeable
 from dllm_rl.models.merge import merged_tensor
 from dllm_rl.quantization.linear import (
-    Experts,
+    UnstackedExperts,
     check_finite,
     dequantized_input,
     dequantized_weight,
-    mixture,
+    moe_forward,
     quantized_forward,
     write_count,
 )
@@ -30,7 +30,7 @@ from dllm_rl.quantization.rollout_policy import quantized_pairs, requantize
 
 
 class StraightThrough(torch.autograd.Function):
-    """The product of a rollout's layer, differentiated as if quantization were the identity."""
+    """The output of a rollout policy's layer, differentiated as if quantization were the identity."""
 
     @staticmethod
     def forward(ctx: Any, layer: nn.Linear, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class _AlignedLinear:
     Args:
         name: Name of the layer.
         source: The learner's layer.
-        target: The rollout's layer.
+        target: The rollout policy's quantized layer.
         rollout_module: Module of the rollout policy.
     """
 
@@ -69,14 +69,15 @@ class _AlignedLinear:
         self.source = source
         self.target = target
         self.rollout_module = rollout_module
-        self.parameters = list(source.parameters())  # read outside of a forward, where a sharded learner has shards
+        # Listed here, because in the forwards of a sharded learner they are temporary gathered tensors.
+        self.parameters = list(source.parameters())
         self.quantized_versions = self.weight_versions()
 
     def weight_versions(self) -> list[int]:
         return [parameter._version for parameter in self.parameters]
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        if not getattr(self.source, "active", True):  # the reference policy runs without adapters
+        if not getattr(self.source, "active", True):  # a forward of the reference policy, without adapters
             return type(self.source).forward(self.source, *inputs)
         if self.weight_versions() != self.quantized_versions:  # the learner's weights have changed
             self.refresh()
@@ -94,29 +95,30 @@ class _AlignedLinear:
 
 
 class _AlignedExperts(_AlignedLinear):
-    """Experts that the learner stores in stacks, and the rollout as separate layers."""
+    """Experts that the learner stores in stacks, and the rollout policy as separate layers."""
 
     def product(self, *inputs: Any) -> Tensor:
         products: dict[str, Any] = {}
         for stack in STACKS:
             pairs = zip(getattr(self.target, stack), merged_tensor(self.source, stack).unbind(), strict=True)
             products[stack] = [partial(StraightThrough.apply, layer, weight, None) for layer, weight in pairs]
-        return mixture(*inputs, **products, act_fn=self.target.act_fn)
+        return moe_forward(*inputs, **products, act_fn=self.target.act_fn)
 
 
 @contextmanager
 def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable[[], None]]:
     """In this context, run the learner's linear layers with the rollout's quantized operands, and adapters merged.
 
-    A run with the correctors `aligned` and `qarl` does so. The next forward after an optimizer step quantizes the
-    changed weights into the rollout's storage.
+    A run with the corrector `aligned` or `qarl` uses it. The first forward after an optimizer step quantizes the
+    changed weights into the rollout policy, in place.
 
     Args:
         policy: Learner.
         rollout_policy: Its quantized copy, with the same weights version.
 
     Yields:
-        Function that quantizes the weights immediately, for an optimizer that bypasses autograd's version counters.
+        Function that quantizes the weights immediately. Call it after an optimizer step that autograd's version
+        counters do not count.
 
     Raises:
         ValueError: Learner and rollout have different weights at the start, or the adapters have dropout.
@@ -128,7 +130,7 @@ def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable
         )
     aligned_layers = []
     for name, source, target in quantized_pairs(policy.module, rollout_policy.module):
-        layer_class = _AlignedExperts if isinstance(target, Experts) else _AlignedLinear
+        layer_class = _AlignedExperts if isinstance(target, UnstackedExperts) else _AlignedLinear
         aligned_layers.append(layer_class(name, source, target, rollout_policy.module))
     replaced: list[Any] = []
 
@@ -146,7 +148,7 @@ def aligned_forward(policy: Policy, rollout_policy: Policy) -> Iterator[Callable
             if isinstance(aligned.source, LoraLinear | LoraExperts):
                 check_mergeable(aligned.source.lora)
             aligned.source.forward = aligned.forward
-            replaced.append(aligned.source)  # one by one: on an error, the layers replaced so far are restored
+            replaced.append(aligned.source)  # one by one: after an error, only the replaced layers are restored
         yield refresh
     finally:
         for layer in replaced:

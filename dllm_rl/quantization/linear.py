@@ -1,4 +1,4 @@
-"""Quantized linear layers: quantize a weight, replace it in place, multiply, dequantize; and experts as layers."""
+"""Quantized linear layers: quantize a weight, update it in place, multiply, dequantize. Experts as separate layers."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from dllm_rl.quantization.schemes import TINY, EmulatedLinear, FakeQuantize, Flo
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Return whether a linear layer is quantized, by emulation or by torchao."""
+    """Return whether a layer is a quantized linear layer, emulated or of torchao."""
     return isinstance(layer, EmulatedLinear) or (isinstance(layer, nn.Linear) and is_packed(layer.weight))
 
 
@@ -36,7 +36,7 @@ def is_packed(weight: Tensor) -> bool:
 def unsupported_reason(weight: Tensor, config: Scheme) -> str | None:
     """Return why a torchao config cannot quantize a weight (..., O, I), or None if it can.
 
-    torchao itself would skip such a weight, or fail an assertion.
+    For such a weight, torchao itself would do nothing, or raise an AssertionError.
     """
     rows, columns = weight.shape[-2:]
     granularity = getattr(config, "granularity", None)
@@ -46,15 +46,15 @@ def unsupported_reason(weight: Tensor, config: Scheme) -> str | None:
     # torch._scaled_mm needs multiples of 16.
     multiple = 16 if isinstance(config, Float8DynamicActivationFloat8WeightConfig) else 1
     if isinstance(config, Int8DynamicActivationInt8WeightConfig) and weight.is_cuda:
-        multiple = 8  # otherwise torchao would multiply on the CPU
+        multiple = 8  # for other sizes torchao would multiply on the CPU
     if rows % multiple or columns % multiple:
         return f"{rows}x{columns}: not multiples of {multiple}"
     return None
 
 
 @torch.no_grad()
-def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]:
-    """Quantize one weight by a torchao config or `Float8DynamicEmulated`. Rows of zeros get the scale TINY.
+def quantize_weight(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]:
+    """Quantize one weight with a torchao config or `Float8DynamicEmulated`. Rows of zeros get the scale TINY.
 
     Returns:
         The quantized weight; whether the weight is finite.
@@ -70,7 +70,7 @@ def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]
             act_quant_kwargs=act_quant_kwargs,
         )
     elif isinstance(config, Float8WeightOnlyConfig):
-        # It returns the same as quantize_ in a third of the time.
+        # The same result as `quantize_` below, in a third of the time.
         packed = Float8Tensor.from_hp(weight, config.weight_dtype, granularity=config.granularity)
     else:
         layer = linear_of(weight.detach(), None)
@@ -80,24 +80,24 @@ def quantized(weight: Tensor, config: Scheme) -> tuple[Tensor, Bool[Tensor, ""]]
     # amax propagates NaN and infinity into the scale, so that a check of the scales checks every number.
     finite = (weight if scale is None else scale).isfinite().all()
     if isinstance(packed, Float8Tensor):
-        is_zero = scale == 0  # no `any()`: the host would wait for the result
+        is_zero = scale == 0  # without `any()`, which would make the CPU wait for the GPU
         code_groups = packed.qdata.view(torch.uint8).unflatten(-1, (scale.shape[-1], -1))
-        code_groups.masked_fill_(is_zero.expand(packed.shape[0], -1)[..., None], 0)  # 0/0 has made NaN of these codes
+        code_groups.masked_fill_(is_zero.expand(packed.shape[0], -1)[..., None], 0)  # 0/0 made these codes NaN
         scale.masked_fill_(is_zero, TINY)
     return packed, finite
 
 
 def quantized_linear(weight: Tensor, bias: Tensor | None, config: Scheme) -> tuple[nn.Linear, Bool[Tensor, ""]]:
-    """Return a linear layer with this weight, quantized, and whether the weight is finite."""
+    """Return a linear layer with the quantized weight, and whether the weight is finite."""
     if isinstance(config, FakeQuantize):
         layer = EmulatedLinear(weight, bias, config)
         return layer, layer.weight.isfinite().all()
-    packed, finite = quantized(weight, config)
+    packed, finite = quantize_weight(weight, config)
     return linear_of(packed, bias), finite
 
 
-# Sums and counts by metric: (changed codes, all codes) of codes_changed, and (sum of |s' - s| / |s|, number of scales)
-# of scale_change. Sums stay on their device.
+# (sum, count) by metric. codes_changed: (number of changed codes, number of codes). scale_change: (sum of
+# |s' - s| / |s|, number of scales). The sums stay on their device.
 SyncStats = dict[str, tuple[Tensor, int]]
 FiniteFlags = dict[str, Bool[Tensor, ""]]  # whether the weight of a layer is finite, by the layer's name
 
@@ -105,24 +105,24 @@ FiniteFlags = dict[str, Bool[Tensor, ""]]  # whether the weight of a layer is fi
 def check_finite(finite: FiniteFlags) -> None:
     """Raise ValueError with the name of the first layer whose weight is not finite.
 
-    All flags are moved to the host together.
+    All flags are moved to the CPU together.
     """
     flags = torch.stack(list(finite.values())).tolist() if finite else []
     for name, is_finite in zip(finite, flags, strict=True):
         if not is_finite:
-            raise ValueError(f"{name}.weight holds NaN or infinity: it cannot be quantized; has training diverged?")
+            raise ValueError(f"{name}.weight has NaN or infinity: it cannot be quantized; has training diverged?")
 
 
 @torch.no_grad()
 def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[SyncStats, Bool[Tensor, ""]]:
     """Quantize `weight` into a quantized layer, in place. Return `SyncStats`, and whether the weight is finite.
 
-    No storage moves.
+    The layer's tensors keep their storage.
     """
     if not isinstance(layer, EmulatedLinear):
         current: Any = layer.weight
         new: Any
-        new, finite = quantized(weight.to(current.dtype), layer.quantization)
+        new, finite = quantize_weight(weight.to(current.dtype), layer.quantization)
         stats = {"codes_changed": differing_codes(current.qdata, new.qdata, current.numel())}
         stats |= scale_change(scales_of(current), scales_of(new))
         current.copy_(new)
@@ -138,9 +138,9 @@ def load_weight_(layer: nn.Linear, weight: Tensor) -> tuple[SyncStats, Bool[Tens
 
 
 def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tensor, int]:
-    """Return the number of differing codes of two packed tensors, and the number of all codes.
+    """Return the number of codes that differ between two packed tensors, and the number of all codes.
 
-    A byte has two codes if there are fewer bytes than codes.
+    If there are fewer bytes than `num_codes`, a byte contains two codes of 4 bits.
     """
     a = before.view(torch.uint8)
     b = after.view(torch.uint8)
@@ -149,7 +149,7 @@ def differing_codes(before: Tensor, after: Tensor, num_codes: int) -> tuple[Tens
         return (differing_bits & 0xF).count_nonzero() + (differing_bits >> 4).count_nonzero(), 2 * a.numel()
     is_different = a != b
     if before.is_floating_point():
-        is_different &= ((a | b) & 0x7F) != 0  # 0x80 is -0: a zero that changes its sign does not count
+        is_different &= ((a | b) & 0x7F) != 0  # 0x80 is -0: a change between 0 and -0 does not count
     return is_different.count_nonzero(), a.numel()  # on a CPU, sum() of bools takes twenty times as long
 
 
@@ -160,7 +160,7 @@ def scales_of(packed: Tensor) -> Tensor | None:
 
 
 def scale_change(before: Tensor | None, after: Tensor | None) -> SyncStats:
-    """Return the sum of the relative changes of scales, and the number of scales."""
+    """Return the metric scale_change: the sum of the relative changes of scales, and the number of scales."""
     if before is None or after is None:
         return {}
     change = (after.double() - before.double()).abs() / before.double().abs().clamp(min=TINY)
@@ -168,26 +168,26 @@ def scale_change(before: Tensor | None, after: Tensor | None) -> SyncStats:
 
 
 def quantized_forward(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the quantized layer's product with this bias, and the arguments of `dequantized_input`."""
+    """Return the quantized layer's output with this bias, and the arguments for `dequantized_input`."""
     if isinstance(layer, EmulatedLinear):
         return layer.quantized_forward(x, bias)
     return F.linear(x, layer.weight, bias), (x,)
 
 
 def dequantized_weight(layer: nn.Linear) -> Tensor:
-    """Return the layer's weight as floating-point numbers, on the learner's scale."""
+    """Return the layer's weight as floating-point numbers that approximate the learner's weight."""
     return layer.dequantized() if isinstance(layer, EmulatedLinear) else dequantize_packed(layer.weight)
 
 
 def dequantize_packed(weight: Tensor) -> Tensor:
     """Return a quantized weight (O, I) of torchao as floating-point numbers."""
-    if type(weight).dequantize is Tensor.dequantize:  # only a product can read the layout of int4_packed
+    if type(weight).dequantize is Tensor.dequantize:  # int4_packed, whose layout only its kernel can read
         return F.linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T.contiguous()
     return weight.dequantize()
 
 
 def dequantized_input(layer: nn.Linear, x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Return the input as the layer rounded it, from the second result of `quantized_forward`."""
+    """Return the input as the layer rounded it. `x` and `scale` are the second result of `quantized_forward`."""
     if scale is not None:
         return x * scale
     kwargs = getattr(layer.weight, "act_quant_kwargs", None)
@@ -201,14 +201,14 @@ def write_count(layer: nn.Linear) -> int:
 
 
 def stored_bytes(tensor: Any) -> int:
-    """Return the bytes of a tensor, or of a quantized tensor's codes and scales."""
+    """Return the size in bytes of a tensor, or of a quantized tensor's codes and scales."""
     if not is_packed(tensor):
         return tensor.nbytes
     return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
 
 
-class Experts(nn.Module):
-    """A layer's experts as separate layers: quantized tensors are two-dimensional, unlike stock stacks."""
+class UnstackedExperts(nn.Module):
+    """A stock module of experts with a linear layer per expert, because quantized tensors must be two-dimensional."""
 
     def __init__(self, gate_up_proj: list[nn.Linear], down_proj: list[nn.Linear], act_fn: nn.Module) -> None:
         super().__init__()
@@ -216,12 +216,12 @@ class Experts(nn.Module):
         self.down_proj = nn.ModuleList(down_proj)
         self.act_fn = act_fn
 
-    @torch.compiler.disable  # only the host knows an expert's number of rows, which differs per step
+    @torch.compiler.disable  # the number of rows of an expert differs in every step, and must be known on the CPU
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Float[Tensor, "S D"]:
-        return mixture(x, index, weights, list(self.gate_up_proj), list(self.down_proj), act_fn=self.act_fn)
+        return moe_forward(x, index, weights, list(self.gate_up_proj), list(self.down_proj), act_fn=self.act_fn)
 
 
-def mixture(
+def moe_forward(
     hidden_states: Float[Tensor, "S D"],
     top_k_index: Int[Tensor, "S K"],
     top_k_weights: Float[Tensor, "S K"],
@@ -230,10 +230,10 @@ def mixture(
     *,
     act_fn: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "S D"]:
-    """Return sum_k weight_k down_e(act(gate_e(x)) * up_e(x)), with e = index_k, as in a stock mixture."""
+    """Return sum_k weight_k down_e(act(gate_e(x)) * up_e(x)), with e = index_k, as a stock module of experts does."""
     expert_ids = top_k_index.flatten()
     order = expert_ids.argsort(stable=True)  # sorted by expert
-    counts = expert_ids.bincount(minlength=len(gate_up_proj)).tolist()  # the host waits for the device only here
+    counts = expert_ids.bincount(minlength=len(gate_up_proj)).tolist()  # the CPU waits for the GPU only here
     outputs = []
     for expert, rows in enumerate(hidden_states[order // top_k_index.shape[1]].split(counts)):
         if len(rows):
@@ -245,6 +245,13 @@ def mixture(
 
 
 def locate_parameter(name: str) -> tuple[str, int | None]:
-    """Return the name of a quantized layer's parameter in an unquantized module, and the layer's expert in a stack."""
+    """Return the parameter of an unquantized module from which a quantized layer was made.
+
+    Args:
+        name: Name of the quantized layer.
+
+    Returns:
+        Name of the parameter; index of the expert in this parameter, or None if the layer is not an expert.
+    """
     match = re.fullmatch(rf"(.*\.(?:{'|'.join(STACKS)}))\.(\d+)", name)
     return (match[1], int(match[2])) if match else (f"{name}.weight", None)

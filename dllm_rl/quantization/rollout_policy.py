@@ -1,4 +1,4 @@
-"""Quantized copies of a policy for rollouts, and the sync of their weights.
+"""Quantized copies of a policy for rollouts, and the sync of their weights with the learner's.
 
 docs/methods.md explains the tag [digest].
 """
@@ -16,11 +16,18 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dllm_rl.models.base import Module, Policy, gather_if_sharded
 from dllm_rl.models.lora import STACKS, LoraLinear, base_of, is_stacked, linear_of
-from dllm_rl.models.merge import forget_quantizer, has_extras, layers_of, merged_state, merged_tensor, plain_layers
+from dllm_rl.models.merge import (
+    forget_quantizer,
+    has_adapted_or_low_bit,
+    layers_of,
+    merged_tensor,
+    merged_tensors,
+    plain_layers,
+)
 from dllm_rl.quantization.linear import (
-    Experts,
     FiniteFlags,
     SyncStats,
+    UnstackedExperts,
     check_finite,
     is_quantized,
     load_weight_,
@@ -35,11 +42,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Report of what `quantized_copy` quantized.
+    """What `quantized_copy` quantized.
 
     Attributes:
         quantized: Names of the quantized layers.
-        skipped: Names of the layers with a matrix that keeps its precision, and the reason.
+        skipped: Names of the other layers that have a matrix, and why they were not quantized.
         bytes_before: Size of the policy's module.
         bytes_after: Size of the copy's module.
     """
@@ -71,14 +78,14 @@ def quantized_copy(
     """Return a copy of the policy in which the linear layers of the blocks are quantized by the scheme `config`.
 
     Call it once to sample with quantized weights, and `sync_weights` after each update; a run with
-    `rollout_quantization` does both. Head, embeddings, norms, routers and layers tied to them keep their precision.
-    Stacked experts are quantized one by one. Adapters are merged, and sharded weights gathered, layer by layer, so that
-    at most one layer is in memory twice.
+    `rollout_quantization` does both. Head, embeddings, norms, routers and layers tied to them are not quantized.
+    Stacked experts are quantized one by one. Adapters are merged and sharded weights are gathered layer by layer, so
+    that at most one layer is in memory twice.
 
     Args:
         policy: Policy to copy. It does not change.
         config: Scheme, such as `int8_weight_only()`, or a torchao config. None: copy without quantizing.
-        skip: Function (module, name) -> True for further layers that keep their precision. None: no further layers.
+        skip: Function (module, name) -> True for other layers that are not quantized. None: no other layers.
         dtype: Dtype of the copy's weights before quantizing, for example bf16 if the learner computes under autocast.
             None: the policy's dtype.
 
@@ -96,8 +103,8 @@ def quantized_copy(
         skipped = skip_reasons(module, config, skip)
     schemes = select_layers(module, config, skipped)
     matrices = {id(p) for name in schemes for p in layers.get_submodule(name).parameters() if p.dim() > 1}
-    # deepcopy uses an object's entry in the memo instead of copying the object, so that no unquantized copy of a weight
-    # is made.
+    # deepcopy uses an object's entry in the memo instead of copying the object. So no weight that is quantized is also
+    # copied without quantization.
     memo = copy_memo(module, layers, dtype, without=matrices, shared=config is not None)
     finite_flags: FiniteFlags = {}
     for name, scheme in schemes.items():
@@ -111,7 +118,7 @@ def quantized_copy(
     rollout_policy.module = copy.deepcopy(layers, memo).requires_grad_(False)
     for name in quantized_names:
         rollout_policy.module.get_submodule(name).quantization = config  # `load_weight_` reads it
-    forget_quantizer(rollout_policy.module)  # the learner's, such as bitsandbytes, does not apply to the copy
+    forget_quantizer(rollout_policy.module)  # the copy has no bitsandbytes weights
     rollout_policy.quantization = config
     rollout_policy.lora = None
     bytes_before, bytes_after = (
@@ -125,16 +132,16 @@ def quantized_copy(
 
 
 def select_layers(module: Module, config: Scheme, skipped: dict[str, str]) -> dict[str, Scheme]:
-    """Return the scheme of each layer that a copy replaces, by name.
+    """Return the layers that a copy must replace, by name, and the scheme of each.
 
-    The scheme is None for a layer that is only merged with its adapters or dequantized.
+    The scheme is None for a layer that is not quantized, but has adapters to merge or bitsandbytes weights.
     """
     schemes = {}
     for name, layer in quantizable_layers(module):
         if "forward" in vars(layer):
             raise ValueError(f"{name}.forward is replaced: make the quantized copy outside of aligned_forward()")
         scheme = None if name in skipped else config
-        if scheme is not None or has_extras(layer):  # has_extras: adapters or bitsandbytes weights
+        if scheme is not None or has_adapted_or_low_bit(layer):
             schemes[name] = scheme
     if config is not None and all(scheme is None for scheme in schemes.values()):
         raise ValueError(f"{config!r} quantizes no layer of {type(module).__name__}; not quantized: {skipped}")
@@ -146,9 +153,8 @@ def copy_memo(
 ) -> dict[int, Any]:
     """Return a memo for deepcopy: copies of the module's tensors, except those whose id is in `without`.
 
-    The keys are the ids of the tensors in `layers`, which is the module itself, or the layers of a sharded module. With
-    `shared` (a copy with a scheme), a frozen tensor that keeps its dtype is shared with the module, because nothing
-    changes it.
+    The keys are the ids of the tensors in `layers` (see `layers_of`). With `shared`, which is for a copy with a scheme,
+    a frozen tensor that keeps its dtype is not copied but shared, because nothing changes it.
     """
     memo: dict[int, Any] = {}
     for layer_tensor, tensor in zip(layers.parameters(), module.parameters(), strict=True):
@@ -161,7 +167,7 @@ def copy_memo(
         elif new_dtype or not is_same_tensor:
             value = gather_if_sharded(tensor.detach()).to(new_dtype, copy=is_same_tensor)
             memo[id(layer_tensor)] = nn.Parameter(value, requires_grad=False)
-        # Other tensors keep their dtype, and deepcopy copies them: they need no entry.
+        # Other tensors need no entry: deepcopy copies them in their dtype.
     if layers is not module:  # the buffers of a sharded module
         memo |= {id(a): b.clone() for a, b in zip(layers.buffers(), module.buffers(), strict=True)}
     return memo
@@ -174,11 +180,11 @@ def quantize_layer(
 
     Args:
         name: Name of the layer.
-        layer: The layer in the module that is deep-copied; deepcopy replaces it by its entry in the memo.
-        source: The layer with the weights. It differs from `layer` in a sharded module.
-        config: Scheme. None: only merge adapters and dequantize.
+        layer: The layer in the module that is deep-copied. The result replaces it.
+        source: The layer with the weights. It differs from `layer` if the module is sharded.
+        config: Scheme. None: only merge adapters and dequantize bitsandbytes weights.
         dtype: Dtype of the weights before quantizing.
-        memo: Memo of deepcopy so far.
+        memo: Memo for deepcopy, from earlier layers.
 
     Returns:
         The layer's entry in the memo; whether its weights are finite.
@@ -191,20 +197,20 @@ def quantize_layer(
         for weight_name, weight in gathered_weights(name, source, dtype):
             expert, finite[weight_name] = quantized_linear(weight, None, config)
             stacks[weight_name.split(".")[-2]].append(expert)
-        return {id(layer): Experts(**stacks, act_fn=base_of(source).act_fn)}, finite
+        return {id(layer): UnstackedExperts(**stacks, act_fn=base_of(source).act_fn)}, finite
     [(_, weight)] = gathered_weights(name, source, dtype)
     bias = copy.deepcopy(base_of(layer).bias, memo)
     if config is None:
         return {id(layer): linear_of(weight, bias)}, {}
     new_layer, finite[name] = quantized_linear(weight, bias, config)
-    if has_extras(layer) or isinstance(new_layer, EmulatedLinear):
+    if has_adapted_or_low_bit(layer) or isinstance(new_layer, EmulatedLinear):
         return {id(layer): new_layer}, finite
     return {id(layer.weight): new_layer.weight}, finite  # only the weight, so that the layer keeps its class
 
 
 @torch.no_grad()
 def gathered_weights(name: str, layer: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of a learner's layer that the rollout quantizes, by their names in the rollout's module.
+    """Yield the weights of a learner's layer, with their names in the rollout policy's module.
 
     The weights are gathered if sharded, merged with adapters, and split by expert.
     """
@@ -217,7 +223,7 @@ def gathered_weights(name: str, layer: nn.Module, dtype: torch.dtype | None = No
 
 
 def requantize(name: str, layer: nn.Module, rollout_module: Module) -> Iterator[tuple[str, SyncStats, Tensor]]:
-    """Quantize a learner's layer into the rollout's module, in place.
+    """Quantize the weights of a learner's layer into the rollout policy's module, in place.
 
     Yields:
         Name of each weight; statistics of the sync; whether the weight is finite.
@@ -228,7 +234,7 @@ def requantize(name: str, layer: nn.Module, rollout_module: Module) -> Iterator[
 
 
 def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, str], bool] | None) -> dict[str, str]:
-    """Return the names of layers with a matrix that keeps its precision, and the reason."""
+    """Return the names of layers with a matrix that is not quantized, and the reason."""
     layers_of_weight: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):
         layers_of_weight.setdefault(id(weight), []).append(name.rpartition(".")[0].removesuffix(".base_layer"))
@@ -238,9 +244,9 @@ def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, s
         matrices = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
         if not matrices:
             continue
-        # One layer with two names (an encoder and a decoder may share it) does not count as tied.
-        sharing = layers_of_weight[id(matrices[0])]
-        tied = [other for other in sharing if base_of(module.get_submodule(other)) is not layer]
+        # A layer with two names (an encoder and a decoder may share it) is not tied to itself.
+        layers_with_weight = layers_of_weight[id(matrices[0])]
+        tied = [other for other in layers_with_weight if base_of(module.get_submodule(other)) is not layer]
         unsupported = [reason for matrix in matrices if (reason := unsupported_reason(matrix, config))]
         if reason := skip_reason(name, layer, matrices[0], tied):
             skipped[name] = reason
@@ -252,9 +258,9 @@ def skip_reasons(module: nn.Module, config: Scheme, skip: Callable[[nn.Module, s
 
 
 def skip_reason(name: str, layer: nn.Module, matrix: Tensor, tied: list[str]) -> str | None:
-    """Return why a layer keeps its precision under every scheme, or None if it does not.
+    """Return why no scheme can quantize a layer, or None if a scheme may.
 
-    `tied` has the names of other layers with the same matrix.
+    `tied` contains the names of other layers with the same matrix.
     """
     is_router = re.search(r"(router|\.gate)$", name)
     if isinstance(layer, nn.Embedding):
@@ -272,17 +278,17 @@ def skip_reason(name: str, layer: nn.Module, matrix: Tensor, tied: list[str]) ->
 
 
 def quantizable_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield linear layers and stacks of experts, with or without adapters."""
+    """Yield names and layers: linear layers and stacks of experts, with or without adapters."""
     for name, layer in plain_layers(module):
         if isinstance(layer, nn.Linear | LoraLinear) or is_stacked(layer):
             yield name, layer
 
 
 def quantized_pairs(module: nn.Module, rollout_module: Module) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Yield name, learner's layer and rollout's layer of every layer that is quantized in the rollout's module."""
+    """Yield the name, the learner's layer and the rollout policy's layer, for every quantized layer."""
     for name, layer in quantizable_layers(module):
         target = rollout_module.get_submodule(name)
-        if is_quantized(target) or isinstance(target, Experts):
+        if is_quantized(target) or isinstance(target, UnstackedExperts):
             yield name, layer, target
 
 
@@ -299,17 +305,17 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
         rollout_policy: Its `quantized_copy`, which receives the weights and their version.
 
     Returns:
-        Metrics of the quantized layers: quantization/codes_changed, the share of all codes that this sync changed (an
-        update smaller than the distance of two quantization levels changes none: QuRL [digest]), and
-        quantization/scale_change, the mean of |s' - s| / s over all scales. An aligned forward quantizes the weights
-        into the rollout policy before each inner update, so both metrics then describe only the last inner update.
+        Metrics of the quantized layers. quantization/codes_changed is the share of all codes that this sync changed. A
+        weight update smaller than the distance between two quantization levels changes no code (QuRL [digest]).
+        quantization/scale_change is the mean of |s' - s| / s over all scales s. An aligned forward quantizes the
+        weights into the rollout policy before each inner update, so both metrics then describe only the last one.
         Without quantized layers the result is empty.
 
     Raises:
         ValueError: A weight is NaN or infinite. The rollout policy's tensors have then been overwritten, but its
             version is unchanged.
     """
-    if rollout_policy is policy:  # without `rollout_quantization` a run samples from the learner itself
+    if rollout_policy is policy:  # without `rollout_quantization`, a run samples from the learner itself
         return {}
     module = rollout_policy.module
     stats: list[SyncStats] = []
@@ -321,22 +327,22 @@ def sync_weights(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
             finite[weight_name] = weight_finite
         quantized_names |= {f"{name}.{kind}" for kind in ("weight", *STACKS)}
     targets = dict(module.named_parameters()) | dict(module.named_buffers())
-    for name, value in merged_state(policy.module, skip=quantized_names):
+    for name, value in merged_tensors(policy.module, skip=quantized_names):
         # `targets` lists a tied tensor once, under its first name.
         if name in targets and not is_shared(value, targets[name]):
             targets[name].copy_(gather_if_sharded(value))
-    check_finite(finite)  # after all writes: a check per layer would make the host wait
+    check_finite(finite)  # after all writes: a check per layer would make the CPU wait for the GPU
     rollout_policy.weights_version = policy.weights_version
     return sync_metrics(stats)
 
 
 def is_shared(value: Tensor, target: Tensor) -> bool:
-    """Return whether the copy shares a learner's frozen tensor."""
+    """Return whether the rollout policy's tensor `target` shares the memory of the learner's frozen tensor."""
     return type(value) is type(target) is nn.Parameter and value.data_ptr() == target.data_ptr()
 
 
 def sync_metrics(stats: list[SyncStats]) -> dict[str, float]:
-    """Return each metric's mean over the codes or scales of all layers. All sums are moved to the host together."""
+    """Return each metric's mean over the codes or scales of all layers. All sums are moved to the CPU together."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     for weight_stats in stats:
@@ -348,5 +354,5 @@ def sync_metrics(stats: list[SyncStats]) -> dict[str, float]:
 
 
 def quantized_layers(rollout_policy: Policy) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield name and module of every quantized linear layer, including experts (see `linear.locate_parameter`)."""
+    """Yield the name and the module of every quantized linear layer, including experts (`linear.locate_parameter`)."""
     return ((name, layer) for name, layer in rollout_policy.module.named_modules() if is_quantized(layer))

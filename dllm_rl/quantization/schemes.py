@@ -14,11 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Scheme = Any  # a torchao config, a FakeQuantize or a Float8DynamicEmulated
-FLOATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}  # mantissa bits, smallest normal exponent, largest value
+# Mantissa bits, smallest normal exponent, largest value.
+FLOAT_FORMATS = {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0)}
 LEVELS = {"int4": 7, "int3": 3, "five_level": 2}  # codes are the integers -n..n
-SCHEMES = (*FLOATS, "int8", *LEVELS, "ternary")
-TINY = 1e-12  # smallest range of a row, so that a row of zeros gives zeros and not 0/0
-E4M3 = "fake_quantize with weight=e4m3 and activation=e4m3"
+FORMATS = (*FLOAT_FORMATS, "int8", *LEVELS, "ternary")
+TINY = 1e-12  # lower limit of a row's max |x|, so that a row of zeros gives zeros and not 0/0
+E4M3_ADVICE = "fake_quantize with weight=e4m3 and activation=e4m3"  # in error messages
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,19 @@ class FakeQuantize:
 
     def __post_init__(self) -> None:
         for field, value in (("weight", self.weight), ("activation", self.activation)):
-            if value not in (None, *SCHEMES):
-                raise ValueError(f"{field}={value!r} is not known; choose one of {', '.join(SCHEMES)}, or None")
+            if value not in (None, *FORMATS):
+                raise ValueError(f"{field}={value!r} is not known; choose one of {', '.join(FORMATS)}, or None")
         if self.granularity not in ("row", "tensor"):
             raise ValueError(f"granularity={self.granularity!r} must be 'row' or 'tensor'")
 
 
 @dataclass(frozen=True)
 class Float8DynamicEmulated:
-    """Config for dynamic float8 on a CPU, with torchao's tensors and torch's scaled product: exact, but slow."""
+    """A config for `quantized_copy`: dynamic float8 on a CPU, which `float8_dynamic_emulated` explains."""
 
 
 def _torchao() -> Any:
-    from torchao import quantization  # not at the top: the import takes seconds, and a refused recipe does not need it
+    from torchao import quantization  # not at the top: the import takes seconds, and an invalid recipe fails without it
 
     return quantization
 
@@ -54,8 +55,8 @@ def float8_weight_only(*, dequantized: bool = False) -> Scheme:
     Use it to save memory; it saves no time. It runs on any device, including CPUs.
 
     Args:
-        dequantized: Round and dequantize weights once per sync instead of in every product. The numbers are the same,
-            and time and memory are those of an unquantized copy.
+        dequantized: Quantize and dequantize weights once per sync instead of in every product. The results are the
+            same, and time and memory are those of an unquantized copy.
     """
     return FakeQuantize("e4m3") if dequantized else _torchao().Float8WeightOnlyConfig()
 
@@ -71,7 +72,7 @@ def float8_dynamic() -> Scheme:
 
 
 def float8_dynamic_emulated() -> Float8DynamicEmulated:
-    """Compute the same as `float8_dynamic` on a CPU, with torchao's tensors.
+    """Compute the same as `float8_dynamic` on a CPU, with torchao's tensors and torch's scaled product.
 
     Use it in tests; it is slower than bf16.
     """
@@ -89,7 +90,7 @@ def int8_weight_only() -> Scheme:
 def int8_dynamic() -> Scheme:
     """Quantize weights to int8 per row and inputs to int8 per token, with integer products.
 
-    Use it on devices without float8 products. It runs on any device. Where it was measured, it was slower than bf16.
+    Use it on devices without float8 products. It runs on any device. In all measurements it was slower than bf16.
     """
     return _torchao().Int8DynamicActivationInt8WeightConfig()
 
@@ -114,13 +115,13 @@ def int4_weight_only(*, group_size: int = 32) -> Scheme:
 def int4_packed(*, group_size: int = 128) -> Scheme:
     """Quantize weights to 4 bits in groups, packed for a CUDA kernel of torch.
 
-    Use it on CUDA with capability 8.0 or more and bf16 weights. Its time is not measured.
+    Use it on CUDA with capability 8.0 or more and bf16 weights. Its speed is not measured.
 
     Args:
         group_size: Number of inputs per scale: 32, 64, 128 or 256.
 
     Raises:
-        ValueError: group_size is another number.
+        ValueError: group_size is not one of these.
     """
     if group_size not in (32, 64, 128, 256):
         raise ValueError(f"group_size={group_size} must be 32, 64, 128 or 256")
@@ -132,8 +133,8 @@ def fake_quantize(
 ) -> FakeQuantize:
     """Emulate any pair of formats: e4m3, e5m2, int8, int4, int3, five_level, ternary, or None.
 
-    Use it for formats that the device does not have. Rounded inputs make it slower than bf16. With e4m3 for both, it
-    computes the same as dynamic FP8, on any device.
+    Use it for formats that the device does not support. With an `activation` format it is slower than bf16. With e4m3
+    for both, it computes the same as dynamic FP8, on any device.
 
     Args:
         weight: Format of the weights. None: they are not quantized.
@@ -156,7 +157,7 @@ def has_float8_rows() -> bool:
 
 
 def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Scheme:
-    """Return the config, changed so that it leaves torch's global settings alone and accepts inputs of zeros.
+    """Return the config, changed so that it does not set torch's global settings and supports inputs of zeros.
 
     Raise ValueError if `device` cannot run it.
     """
@@ -177,20 +178,20 @@ def check_scheme(config: Scheme, device: torch.device, dtype: torch.dtype) -> Sc
 
 
 def _unsupported_reason(config: Scheme, device: torch.device, dtype: torch.dtype) -> str:
-    """Return why the device cannot run a config, and what to use instead; "" if it can."""
+    """Return why the device cannot run a config and what to use instead, or "" if it can."""
     if isinstance(config, Float8DynamicEmulated):
         if device.type != "cpu":
             return f"device={device}: float8_dynamic_emulated is for CPUs; use float8_dynamic"
         if not has_float8_rows():
             return (
                 f"torch {torch.__version__} has no float8 products with a scale per row on this CPU, which "
-                f"float8_dynamic_emulated needs; use {E4M3}, or torch 2.13"
+                f"float8_dynamic_emulated needs; use {E4M3_ADVICE}, or torch 2.13"
             )
     if isinstance(config, _torchao().Float8DynamicActivationFloat8WeightConfig):
         if device.type != "cuda":
             return (
                 f"device={device} has no float8 products; use float8_weight_only, or, slower, float8_dynamic_emulated "
-                f"or {E4M3}"
+                f"or {E4M3_ADVICE}"
             )
         # ROCm numbers capabilities differently.
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
@@ -210,8 +211,8 @@ def _unsupported_reason(config: Scheme, device: torch.device, dtype: torch.dtype
 
 def round_to_float(x: Float[Tensor, "*S"], *, mantissa: int, exponent: int) -> Float[Tensor, "*S"]:
     """Round fp32 to `mantissa` explicit bits as a float8 cast does: ties to even, subnormals below 2**exponent."""
-    # anchor is 2**e of each value, at least that of the smallest normal number. It is then scaled so that the last bit
-    # of the sum is worth 2**(e - mantissa).
+    # `anchor` is 2**e, with e the exponent of each value, or of the smallest normal number if that is larger. It is
+    # then scaled so that the last bit of x + anchor is worth 2**(e - mantissa): the sum rounds x to `mantissa` bits.
     anchor = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**exponent)
     anchor.mul_(1.5 * 2.0 ** (23 - mantissa))
     return (x + anchor).sub_(anchor)
@@ -222,7 +223,7 @@ def codes_and_scale(
 ) -> tuple[Float[Tensor, "... K"], Float[Tensor, "*S"]]:
     """Return integers (or float8 values) q, stored in fp32, and the fp32 scale s, with x ~ q * s.
 
-    With a = max |x| over a row or over all of x:
+    With a = max |x| over a row or over all of x, by `scheme`:
     e4m3, e5m2   s = a / largest value, q = x/s rounded to the format (torchao's float8, bit for bit)
     int8         s = a / 127.5, q = round(x/s) in -128..127 (torchao's int8, bit for bit)
     int4, int3, five_level   s = a/7, a/3, a/2; q = round(x/s) in -7..7, -3..3, -2..2 [ours]
@@ -231,30 +232,30 @@ def codes_and_scale(
     abs_x = x.abs()
     dims = -1 if granularity == "row" else tuple(range(x.dim()))
     magnitude = abs_x.mean(dims, keepdim=True) if scheme == "ternary" else abs_x.amax(dims, keepdim=True)
-    if scheme in FLOATS:
-        mantissa, exponent, largest = FLOATS[scheme]
+    if scheme in FLOAT_FORMATS:
+        mantissa, exponent, largest = FLOAT_FORMATS[scheme]
         scale = (magnitude.clamp(min=TINY) / largest).float()
-        # No clamp is needed: |x| / s exceeds the largest value by at most a rounding error, which rounds away.
+        # No clamp is needed: |x| / s exceeds the largest value by a rounding error at most, which rounds away.
         return round_to_float(x.float() / scale, mantissa=mantissa, exponent=exponent), scale
     if scheme == "int8":
         scale = (magnitude / 127.5).clamp(min=torch.finfo(torch.float32).eps).float()
-        return (x * (1.0 / scale)).round_().clamp_(-128, 127), scale  # as torchao: x / scale rounds differently
+        return (x * (1.0 / scale)).round_().clamp_(-128, 127), scale  # as in torchao: x / scale would round differently
     max_code = 1 if scheme == "ternary" else LEVELS[scheme]
     scale = (magnitude.float() if scheme == "ternary" else magnitude.float() / max_code).clamp(min=TINY)
     return (x.float() / scale).round_().clamp_(-max_code, max_code), scale
 
 
 class EmulatedLinear(nn.Linear):
-    """A linear layer with a rounded weight. With a rounded input, its product is computed in fp32 and then cast."""
+    """A linear layer with a rounded weight. If its input is also rounded, it computes in fp32 and casts the result."""
 
     def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, config: FakeQuantize) -> None:
         nn.Module.__init__(self)  # the parent's constructor would draw random weights
         self.out_features, self.in_features = weight.shape
         self.config = config
-        self.source_dtype = (
-            weight.dtype
-        )  # an fp32 learner's weight is rounded to it first, in syncs as in the first copy
-        dtype = weight.dtype if config.activation is None else torch.float32  # the same bits as torchao's on a CPU
+        self.source_dtype = weight.dtype  # `load_` first casts an fp32 learner's weight to it, as the first copy did
+        dtype = (
+            weight.dtype if config.activation is None else torch.float32
+        )  # fp32 gives the same bits as torchao on a CPU
         self.weight = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
         self.bias = cast(Any, bias)  # nn.Linear's annotation excludes None
         self.register_buffer("weight_scale", None)
@@ -265,13 +266,16 @@ class EmulatedLinear(nn.Linear):
 
     @property
     def scales_product(self) -> bool:
-        """Whether the scales multiply the product of the codes, as in an integer kernel: both operands are integers."""
+        """Whether the product is that of the codes, which the scales then multiply, as in an integer kernel.
+
+        This is so if both operands are integers. Otherwise the operands are multiplied by their scales first.
+        """
         formats = (self.config.weight, self.config.activation)
-        return None not in formats and not FLOATS.keys() & set(formats)
+        return None not in formats and not FLOAT_FORMATS.keys() & set(formats)
 
     @torch.no_grad()
     def load_(self, weight: Float[Tensor, "N K"]) -> None:
-        """Round `weight` into this layer, in place: once per sync instead of in every product."""
+        """Quantize `weight` into this layer, in place. It runs once per sync, so products need not round the weight."""
         weight = weight.to(self.source_dtype)
         if self.config.weight is None:
             self.weight.copy_(weight)
@@ -285,9 +289,9 @@ class EmulatedLinear(nn.Linear):
         if self.scales_product:
             return self.weight
         codes = self.weight.float() / self.weight_scale[:, None]
-        if self.config.weight not in FLOATS:
+        if self.config.weight not in FLOAT_FORMATS:
             return codes.round_()
-        mantissa, exponent, _ = FLOATS[self.config.weight]
+        mantissa, exponent, _ = FLOAT_FORMATS[self.config.weight]
         return round_to_float(codes, mantissa=mantissa, exponent=exponent)
 
     def forward(self, x: Float[Tensor, "... K"]) -> Float[Tensor, "... N"]:
@@ -303,10 +307,10 @@ class EmulatedLinear(nn.Linear):
         bias = None if bias is None else bias.float()
         if not self.scales_product:
             return F.linear(codes * scale, self.weight, bias).to(x.dtype), (codes, scale)
-        # The product of the codes is exact below 2**24, like a product of integers.
+        # fp32 sums of integers are exact below 2**24, as in an integer kernel.
         y = F.linear(codes, self.weight).float().mul_(scale).mul_(self.weight_scale)
         return (y if bias is None else y.add_(bias)).to(x.dtype), (codes, scale)
 
     def dequantized(self) -> Float[Tensor, "N K"]:
-        """Return the rounded weight on the learner's scale."""
+        """Return the rounded weight, which approximates the learner's."""
         return self.weight * self.weight_scale[:, None] if self.scales_product else self.weight

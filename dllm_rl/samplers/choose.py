@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.logprobs import chunked, invert, process
+from dllm_rl.models.logprobs import chunked, invert_cdf, process
 from dllm_rl.models.order import (
     block_first_step,
     commit_cutoff,
@@ -308,5 +308,5 @@ def _draw_from_logits(logits: Tensor, uniforms: Tensor, sampling_params: Samplin
     peak = logits.amax(-1, keepdim=True)
     mass = logits.sub(peak).exp_()
     normalizer = mass.sum(-1).log_().add_(peak[:, 0])
-    tokens = invert(mass, uniforms)
+    tokens = invert_cdf(mass, uniforms)
     return Drawn(tokens, logits.gather(-1, tokens[:, None])[:, 0] - normalizer, normalizer, *support)

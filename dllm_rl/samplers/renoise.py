@@ -21,7 +21,7 @@ from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.models.denoiser import Prefix, conditioning, has_images
 from dllm_rl.models.forward.buckets import length_buckets
-from dllm_rl.models.logprobs import TokenLogprob, invert
+from dllm_rl.models.logprobs import TokenLogprob, invert_cdf
 from dllm_rl.rng import row_seeds, uniforms
 from dllm_rl.samplers.canvas import RANK_STREAM, TOKEN_STREAM
 from dllm_rl.samplers.unmask import check_fits
@@ -255,7 +255,7 @@ class _BucketSampler:
         self.prefix.read(self.policy, tokens, attention_mask)
         self.record.forwards += 1
         if group_size > 1:
-            self.prefix.keep(torch.arange(len(prompt_rows), device=tokens.device).repeat_interleave(group_size))
+            self.prefix.select_rows(torch.arange(len(prompt_rows), device=tokens.device).repeat_interleave(group_size))
 
     def denoise_canvas(self, block: int, after_step: Callable[[], None] | None) -> None:
         """Denoise canvas number `block` of every row. Rows that wrote an end token are then finished."""
@@ -303,7 +303,7 @@ class _BucketSampler:
         unfinished = (~torch.isin(record.tokens[index], eos).any(-1)).nonzero()[:, 0]
         if len(unfinished) < len(rows):
             self.rows = rows[unfinished]
-            self.prefix.keep(unfinished)
+            self.prefix.select_rows(unfinished)
 
     def random_tokens(self, step: int, offsets: Int[Tensor, " C"]) -> Int[Tensor, "R C"]:
         """Return random tokens, uniform over the vocabulary."""
@@ -320,7 +320,7 @@ class _BucketSampler:
     ) -> tuple[Int[Tensor, "R C"], Float[Tensor, "R C"]]:
         """Draw a token at every position. Return it and its log-prob in nats, as `trajectory()` recomputes it."""
         flat_logits = logits.flatten(0, 1)
-        tokens = invert(flat_logits.softmax(-1), self.uniforms(step, offsets, TOKEN_STREAM).flatten())
+        tokens = invert_cdf(flat_logits.softmax(-1), self.uniforms(step, offsets, TOKEN_STREAM).flatten())
         logprobs = TokenLogprob.apply(flat_logits, tokens)
         return tokens.view(logits.shape[:2]), logprobs.view(logits.shape[:2])
 

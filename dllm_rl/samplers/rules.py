@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
 from dllm_rl.models.order import highest
-from dllm_rl.models.soft_threshold import drawn_set
+from dllm_rl.models.soft_threshold import draw_set
 
 Logits = Float[Tensor, "K V"]
 PerPosition = Float[Tensor, " K"]
@@ -227,7 +227,7 @@ def soft_threshold(
 
     Source: ours.
     """
-    return drawn_set(scores, masked, uniforms, tau=tau, temperature=temperature)
+    return draw_set(scores, masked, uniforms, tau=tau, temperature=temperature)
 
 
 def soft_threshold_params(commit: Callable) -> tuple[float, float]:

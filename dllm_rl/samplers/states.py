@@ -10,7 +10,7 @@ from torch import Tensor
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.buckets import length_buckets
-from dllm_rl.models.forward.routing import Routing, of_tokens
+from dllm_rl.models.forward.routing import Routing, to_token_columns
 from dllm_rl.samplers.cache import Cache, CachedForward
 from dllm_rl.samplers.canvas import Canvas, RolloutField, StepPlan
 
@@ -94,7 +94,7 @@ class SamplerForward:
                 hidden, first_column = self._forward(number, rows, block, rows_per_forward)
             experts = routing.experts(len(hidden))
             # With a cache the states are not shifted; without one a state is at the token that it predicts.
-            outputs = [hidden, of_tokens(self.policy, experts) if self.caches[number] is None else experts]
+            outputs = [hidden, to_token_columns(self.policy, experts) if self.caches[number] is None else experts]
         return [output[row // rows_per_forward, (column - first_column).clamp(min=0)] for output in outputs]
 
     def _forward(

@@ -19,7 +19,7 @@ from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.forward.blocks import has_uncompiled
 from dllm_rl.models.order import commit_cutoff, draw_index, plackett_luce_logprobs_fixed_shape, stay_masked_logprobs
-from dllm_rl.models.support import KEPT_IDS
+from dllm_rl.models.support import MAX_SUPPORT_IDS
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers.cache import Cache, KVCache, attention_bias
 from dllm_rl.samplers.canvas import RANK_STREAM, TOKEN_STREAM, BlockTracker, Canvas
@@ -91,7 +91,7 @@ class CompiledStepSampler:
         self.block = -1
         self.step = 0  # step in the current block
         if step_sampler.sampling_params.filters:
-            size = (*canvas.masked.shape, min(KEPT_IDS + 1, policy.vocab_size))
+            size = (*canvas.masked.shape, min(MAX_SUPPORT_IDS + 1, policy.vocab_size))
             canvas.records["log_mass"] = torch.zeros_like(canvas.logprobs)
             canvas.records["ids"] = torch.full(size, -1, dtype=torch.int32, device=seeds.device)
         if step_sampler.has_order_logprob:

@@ -1,6 +1,6 @@
-"""Run all jobs on one thread, which owns the policy. Completions with equal settings and similar prompts run together.
+"""Run all jobs on one thread, which owns the policy, and batch completions with equal settings and similar prompts.
 
-The oldest job always runs next. A job that arrives while a batch runs joins the next batch that it fits.
+The oldest job always runs next. A job that arrives while a batch runs can only join a later batch.
 """
 
 import threading
@@ -20,28 +20,28 @@ from dllm_rl.samplers import sampler_for
 from dllm_rl.serving.settings import read_settings
 from dllm_rl.types import Prompts, Rollout
 
-SCORED_POSITIONS = 256  # of a prompt, whose logits are in memory together
-MAX_LENGTH_DIFFERENCE = 32  # tokens; longer prompts may also differ by a factor of two
+SCORE_CHUNK = 256  # prompt positions whose logits are in memory at the same time
+MAX_LENGTH_DIFFERENCE = 32  # tokens between the prompts of a batch, unless the longest is at most twice the shortest
 
 
 class QueueFull(Exception):
-    """Raised when more jobs would wait than the server allows."""
+    """Raised if the new jobs would exceed the limit on waiting jobs."""
 
 
 class ShuttingDown(Exception):
-    """The error of jobs that had not begun when the server stopped."""
+    """Raised for jobs that had not started when the server stopped."""
 
 
 @dataclass(eq=False)
-class Completion:
+class CompletionJob:
     """A job: one completion of one prompt.
 
     Args:
         ids: Token ids of the prompt.
-        seed: Seed of the completion, of 63 bits.
-        settings: Pairs of name and value of the sampler's settings (`read_settings`), in a fixed order. They replace
-            the server's defaults.
-        future: Receives a rollout of one row, on the host.
+        seed: Seed of the completion, a 63-bit integer.
+        settings: (name, value) pairs of sampler settings (`read_settings`), sorted by name. They override the server's
+            defaults. Only jobs with equal settings share a batch.
+        future: Receives a rollout of one row, on the CPU.
     """
 
     ids: Sequence[int]
@@ -51,8 +51,8 @@ class Completion:
 
 
 @dataclass(eq=False)
-class Call:
-    """A call of a function of the policy, in no batch.
+class PolicyCall:
+    """A job: call a function with the policy as its argument. It is never batched with other jobs.
 
     Args:
         function: Function to call.
@@ -68,27 +68,27 @@ class PromptScores:
     """The log-probs of a prompt's tokens under a causal model, in nats.
 
     Args:
-        logprobs: Log-prob of each token; None for the first, which nothing predicts.
-        best: Id and log-prob of the likeliest token at each position; None for the first.
+        logprobs: Log-prob of each token; None for the first, which has no prediction.
+        best: Id and log-prob of the most likely token at each position; None for the first.
     """
 
     logprobs: list[float | None]
     best: list[tuple[int, float] | None]
 
 
-Job = Completion | Call
+Job = CompletionJob | PolicyCall
 
 
 class Batcher:
-    """The waiting jobs, and the thread that runs them.
+    """The queue of waiting jobs, and the thread that runs them.
 
     Args:
         policy: Policy that samples. No other thread may use its module.
-        defaults: Keywords of the policy's sampler that a completion's settings do not replace.
+        defaults: Sampler keywords for settings that a completion does not set.
         max_batch_size: Largest number of completions in a batch.
         max_waiting: Largest number of waiting jobs.
-        exact_batches: Whether a completion's bits are the same in every batch, which is slower: `batch_invariant`, and
-            only prompts of one length in a batch, because padding changes how sums round.
+        exact_batches: Whether a completion is bitwise identical in every batch. This is slower: it uses
+            `batch_invariant`, and batches only prompts of equal length, because padding changes rounding.
     """
 
     def __init__(
@@ -106,19 +106,19 @@ class Batcher:
         self.max_waiting = max_waiting
         self.exact_batches = exact_batches
         self._waiting: deque[Job] = deque()
-        self._changed = threading.Condition()
+        self._condition = threading.Condition()  # notified when `_waiting` or `_is_closed` changes
         self._is_closed = False
-        self._thread = threading.Thread(target=self._work, name="sampler")
+        self._thread = threading.Thread(target=self._run_until_closed, name="sampler")
         self._thread.start()
 
     def submit(self, jobs: Sequence[Job], *, first: bool = False) -> None:
-        """Let jobs wait for their turn, with `first` before all others.
+        """Add jobs to the queue: at the end, or with `first` at the front and without the limit on waiting jobs.
 
         Raises:
-            QueueFull: More than `max_waiting` jobs would wait. None of `jobs` waits then.
-            ShuttingDown: The server stops.
+            QueueFull: More than `max_waiting` jobs would wait. None of `jobs` is added then.
+            ShuttingDown: The server is stopping.
         """
-        with self._changed:
+        with self._condition:
             if self._is_closed:
                 raise ShuttingDown
             if not first and len(self._waiting) + len(jobs) > self.max_waiting:
@@ -127,40 +127,42 @@ class Batcher:
                 self._waiting.extendleft(reversed(jobs))
             else:
                 self._waiting.extend(jobs)
-            self._changed.notify()
+            self._condition.notify()
 
     def cancel(self, jobs: Iterable[Job]) -> None:
-        """Drop those jobs that have not begun. A batch that runs goes on."""
-        with self._changed:
+        """Remove those jobs that have not started. A running batch continues."""
+        with self._condition:
             for job in jobs:
                 job.future.cancel()
             self._waiting = deque(job for job in self._waiting if not job.future.cancelled())
 
     def close(self, *, wait: bool = True) -> None:
-        """Refuse the waiting jobs with ShuttingDown, and with `wait` let the running batch end."""
-        with self._changed:
+        """Fail the waiting jobs with ShuttingDown. With `wait`, return only when the running batch has finished."""
+        with self._condition:
             self._is_closed = True
             refused, self._waiting = self._waiting, deque()
-            self._changed.notify()
+            self._condition.notify()
         for job in refused:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(ShuttingDown())
         if wait:
             self._thread.join()
 
-    def _work(self) -> None:
-        while self._run_next():  # no variable here: a thread that waits must not hold the last batch
+    def _run_until_closed(self) -> None:
+        while self._run_next():  # no local variables here: while the thread waits, they would keep the last batch alive
             pass
 
     def _run_next(self) -> bool:
-        """Wait for the next batch and run it. Return False at the end."""
-        batch = self._take()
+        """Wait for the next batch and run it. Return False if the queue was closed."""
+        batch = self._next_batch()
         jobs = [job for job in batch if job.future.set_running_or_notify_cancel()]
         if jobs:
             try:
                 with batch_invariant() if self.exact_batches else nullcontext():
                     results = self._run(jobs)
-            except Exception as error:  # any error, from a sampler or torch: it ends these jobs, and not the thread
+            # Broad on purpose: samplers run code of users (rules, modules, tokenizers), which may raise anything. An
+            # error that escaped would end the only sampling thread, and every later request would time out.
+            except Exception as error:
                 for job in jobs:
                     job.future.set_exception(error)
             else:
@@ -168,55 +170,55 @@ class Batcher:
                     job.future.set_result(result)
         return bool(batch)
 
-    def _take(self) -> list[Job]:
-        """Wait for the next batch. An empty list means the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_closed)
+    def _next_batch(self) -> list[Job]:
+        """Wait for the next batch and remove it from the queue. Return an empty list if the queue was closed."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._waiting or self._is_closed)
             if not self._waiting:
                 return []
             oldest = self._waiting[0]
-            if isinstance(oldest, Call):
+            if isinstance(oldest, PolicyCall):
                 return [self._waiting.popleft()]
-            batch = self._fitting(oldest)
-            taken = set(map(id, batch))
-            self._waiting = deque(job for job in self._waiting if id(job) not in taken)
+            batch = self._compatible_jobs(oldest)
+            batch_ids = set(map(id, batch))
+            self._waiting = deque(job for job in self._waiting if id(job) not in batch_ids)
             return batch
 
-    def _fitting(self, oldest: Completion) -> list[Job]:
-        """Return the oldest job, and the waiting jobs that can run with it, in the order of their arrival."""
+    def _compatible_jobs(self, oldest: CompletionJob) -> list[Job]:
+        """Return the oldest job and the waiting jobs that can share a batch with it, oldest first."""
         batch: list[Job] = []
         shortest = longest = len(oldest.ids)
         for job in self._waiting:
-            if isinstance(job, Call) or job.settings != oldest.settings:
+            if isinstance(job, PolicyCall) or job.settings != oldest.settings:
                 continue
-            least, most = min(shortest, len(job.ids)), max(longest, len(job.ids))
-            is_similar = most - least <= MAX_LENGTH_DIFFERENCE or most <= 2 * least
-            if least == most if self.exact_batches else is_similar:
+            new_shortest, new_longest = min(shortest, len(job.ids)), max(longest, len(job.ids))
+            is_similar = new_longest - new_shortest <= MAX_LENGTH_DIFFERENCE or new_longest <= 2 * new_shortest
+            if new_shortest == new_longest if self.exact_batches else is_similar:
                 batch.append(job)
-                shortest, longest = least, most
+                shortest, longest = new_shortest, new_longest
             if len(batch) == self.max_batch_size:
                 break
         return batch
 
     def _run(self, jobs: Sequence[Job]) -> list[Any]:
-        if isinstance(jobs[0], Call):
+        if isinstance(jobs[0], PolicyCall):
             return [jobs[0].function(self.policy)]
-        completions = [job for job in jobs if isinstance(job, Completion)]
+        completions = [job for job in jobs if isinstance(job, CompletionJob)]
         keywords = self.defaults | read_settings(self.policy, dict(completions[0].settings))
         return sample_rows(self.policy, keywords, completions)
 
 
-def sample_rows(policy: Policy, keywords: Mapping[str, Any], completions: Sequence[Completion]) -> list[Rollout]:
-    """Sample completions as one batch; return a rollout of one row for each, on the host.
+def sample_rows(policy: Policy, keywords: Mapping[str, Any], completions: Sequence[CompletionJob]) -> list[Rollout]:
+    """Sample completions as one batch. Return one single-row rollout per completion, on the CPU.
 
     Args:
         policy: Policy that samples.
-        keywords: Keywords of its sampler.
+        keywords: Keywords of the policy's sampler.
         completions: Prompts and seeds.
     """
     seeds = [job.seed for job in completions]
     prompts = Prompts.from_ids([job.ids for job in completions], pad_id=policy.pad_id, seeds=seeds)
-    # Every row has a seed, so that the sampler draws nothing from the generator.
+    # Every row has its own seed, so the sampler does not use the generator.
     rollout = sampler_for(policy)(policy, prompts, generator_for("unused"), **keywords).to("cpu")
     return [rollout.rows(torch.tensor([row])) for row in range(len(completions))]
 
@@ -228,10 +230,10 @@ def score_prompt(policy: Policy, ids: Sequence[int]) -> PromptScores:
     hidden = policy.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))
     logprobs: list[float | None] = [None]
     best: list[tuple[int, float] | None] = [None]
-    for start in range(1, len(ids), SCORED_POSITIONS):  # in chunks, since the logits of a long prompt may not fit
-        chunk = slice(start, start + SCORED_POSITIONS)
-        scores = policy.head(hidden[:, chunk])[0].float().log_softmax(-1)
-        logprobs += scores.gather(-1, tokens[0, chunk, None])[:, 0].tolist()
-        values, likeliest = scores.max(-1)
-        best += zip(likeliest.tolist(), values.tolist(), strict=True)
+    for start in range(1, len(ids), SCORE_CHUNK):  # all logits of a long prompt may not fit in memory
+        chunk = slice(start, start + SCORE_CHUNK)
+        chunk_logprobs = policy.head(hidden[:, chunk])[0].float().log_softmax(-1)
+        logprobs += chunk_logprobs.gather(-1, tokens[0, chunk, None])[:, 0].tolist()
+        best_logprobs, best_ids = chunk_logprobs.max(-1)
+        best += zip(best_ids.tolist(), best_logprobs.tolist(), strict=True)
     return PromptScores(logprobs, best)

@@ -1,4 +1,4 @@
-"""A rollout engine whose rollouts a server makes (`dllm-rl serve MODEL --allow_updates`)."""
+"""A rollout engine that sends weights to a server (`dllm-rl serve MODEL --allow_updates`) and samples there."""
 
 import http.client
 import inspect
@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dllm_rl.members import configurable
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.models.engine import RolloutEngine, with_forward
 from dllm_rl.models.lora import adapted_layers
-from dllm_rl.models.merge import own_tensors
+from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.serialization import deserialize, record_from_json, serialize
 from dllm_rl.rng import row_seeds
 from dllm_rl.samplers import sampler_for
@@ -30,9 +30,13 @@ from dllm_rl.serving.settings import known_settings, write_settings
 from dllm_rl.types import Prompts, Rollout
 
 TOKEN_VARIABLE = "DLLM_RL_TOKEN"
-# The command line and the checks of a recipe read the signature of its sampler.
-SERVED = inspect.Signature(
-    [each for name, each in inspect.signature(unmask).parameters.items() if name not in ("compile_step", "on_step")]
+# `served` takes **settings, but has this signature, because the command line and recipe checks read the signature.
+SERVED_SIGNATURE = inspect.Signature(
+    [
+        parameter
+        for name, parameter in inspect.signature(unmask).parameters.items()
+        if name not in ("compile_step", "on_step")
+    ]
 )
 
 
@@ -40,29 +44,30 @@ SERVED = inspect.Signature(
 def http_engine(
     *, url: str = "http://127.0.0.1:8000", token_file: str | None = None, timeout: float = 600.0
 ) -> RolloutEngine:
-    """Make an engine whose rollouts a server of this library makes.
+    """Make an engine that samples rollouts on a server of this library.
 
-    Use it with the sampler `served`. On a CPU, with the same version of torch and the same number of threads, a run has
-    the bits of a run that samples in the learner's process. A server serves one run at a time, of one process.
+    Use it with the sampler `served`. On a CPU, with the same version of torch and the same number of threads, a run is
+    bitwise identical to one that samples in the learner's process. A server serves one run at a time, and the run must
+    have a single process.
 
     Args:
-        url: Address of `dllm-rl serve MODEL --allow_updates`, which must serve a model of the run's shapes.
-        token_file: File with the server's token. None: the environment variable DLLM_RL_TOKEN. The token itself is no
-            argument, because arguments are stored with the run.
-        timeout: Seconds to wait for an answer.
+        url: Address of `dllm-rl serve MODEL --allow_updates`. MODEL must have the same architecture as the run's model.
+        token_file: File with the server's token. None: the environment variable DLLM_RL_TOKEN. The token itself is not
+            an argument, because arguments are stored with the run.
+        timeout: Seconds to wait for a response.
     """
-    return RolloutEngine(partial(_load, Link(url, token_file, timeout)), _sync, is_exclusive=True)
+    return RolloutEngine(partial(_load, Client(url, token_file, timeout)), _sync, is_exclusive=True)
 
 
 @dataclass(frozen=True)
-class Link:
-    """How to reach a server.
+class Client:
+    """Sends the requests of a run to a server.
 
     Args:
         url: Address of the server.
         token_file: File with the token. None: the environment variable.
-        timeout: Seconds to wait for an answer.
-        run: Random id of the load that gave the server its weights.
+        timeout: Seconds to wait for a response.
+        run: Random id that identifies the run to the server (`Lease.run`).
     """
 
     url: str
@@ -73,30 +78,30 @@ class Link:
     def post(
         self, path: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], Any]:
-        """Send tensors and a JSON value, and return those of the answer.
+        """Send tensors with a header, and return the tensors and the header of the response.
 
         Raises:
-            ValueError: The server refuses, is not reachable, or does not answer in time. The message is its line.
+            ValueError: The server refuses, is not reachable, or does not respond in time.
         """
         parts = urlsplit(self.url)
-        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-        if parts.scheme not in kinds or not parts.hostname:
-            raise ValueError(f"url={self.url!r} is no address of a server; give http://HOST:PORT")
-        connection = kinds[parts.scheme](parts.hostname, parts.port, timeout=self.timeout)
+        connection_types = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+        if parts.scheme not in connection_types or not parts.hostname:
+            raise ValueError(f"url={self.url!r} is not the address of a server; give http://HOST:PORT")
+        connection = connection_types[parts.scheme](parts.hostname, parts.port, timeout=self.timeout)
         body = serialize(tensors, dict(header) | {"run": self.run})
         headers = {"Authorization": f"Bearer {self._token()}", "Content-Type": "application/octet-stream"}
         try:
             connection.request("POST", parts.path.rstrip("/") + path, body, headers)
-            answer = connection.getresponse()
-            data = answer.read()
+            response = connection.getresponse()
+            data = response.read()
         except (OSError, http.client.HTTPException) as error:
             raise ValueError(
                 f"rollout_engine: {self.url}{path}: {type(error).__name__} {error}; is `dllm-rl serve` running there?"
             ) from error
         finally:
             connection.close()
-        if answer.status != 200:
-            raise ValueError(f"rollout_engine: {self.url}{path} answers {answer.status}: {_message(data)}")
+        if response.status != 200:
+            raise ValueError(f"rollout_engine: {self.url}{path} answers {response.status}: {_error_message(data)}")
         return deserialize(data)
 
     def _token(self) -> str:
@@ -109,10 +114,10 @@ class Link:
 
 
 def read_token(path: str) -> str:
-    """Return the token in a file's only line.
+    """Read the token from a file with a single line.
 
     Raises:
-        ValueError: The file has no token of printable ASCII characters without spaces.
+        ValueError: The content is not one word of printable ASCII characters.
     """
     token = Path(path).read_text(encoding="utf-8", errors="replace").strip()
     if not token or not all("!" <= character <= "~" for character in token):
@@ -120,67 +125,70 @@ def read_token(path: str) -> str:
     return token
 
 
-def _message(data: bytes) -> str:
+def _error_message(data: bytes) -> str:
+    """Return the message of an error response."""
     try:
         return str(json.loads(data)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return "no message; is it a server of `dllm-rl serve`?"
 
 
-def _load(link: Link, policy: Policy) -> Policy:
-    """Give the server all weights of the learner; return the policy that `served` samples with."""
+def _load(client: Client, policy: Policy) -> Policy:
+    """Send all weights of the learner to the server. Return the rollout policy that `served` needs."""
     if hasattr(policy.module, "sharding") or (
         torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     ):
         raise ValueError("rollout_engine=http_engine needs a run of one process; start it without a launcher")
-    run_link = Link(link.url, link.token_file, link.timeout, run=secrets.token_hex(16))
+    client = replace(client, run=secrets.token_hex(16))
     header = {"weights_version": policy.weights_version, "is_load": True}
-    run_link.post("/weights", own_tensors(policy.module), header)
-    rollout_policy = with_forward(policy, partial(_logits, run_link, policy.weights_version))
-    rollout_policy.module.link = run_link
+    client.post("/weights", merged_state_dict(policy.module), header)
+    rollout_policy = with_forward(policy, partial(_logits, client, policy.weights_version))
+    rollout_policy.module.client = client
     return rollout_policy
 
 
 def _sync(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
-    """Give the server the weights that training changes, with adapters merged, and their version."""
-    link: Link = rollout_policy.module.link
-    tensors = own_tensors(policy.module)
+    """Send the weights that training changes to the server, with adapters merged, and their version."""
+    client: Client = rollout_policy.module.client
+    tensors = merged_state_dict(policy.module)
     trained = {name for name, weight in policy.module.named_parameters() if weight.requires_grad}
     adapted = adapted_layers(policy.module)
     changed = {
         name: tensor for name, tensor in tensors.items() if name in trained or name.rpartition(".")[0] in adapted
     }
-    # A module without trainable weights, as of `check_engine`, does not say which weights change.
-    link.post("/weights", changed or tensors, {"weights_version": policy.weights_version, "is_load": False})
-    synced = with_forward(policy, partial(_logits, link, policy.weights_version))
+    # If no weight requires a gradient (in `check_engine`), it is unknown which weights change: send all.
+    client.post("/weights", changed or tensors, {"weights_version": policy.weights_version, "is_load": False})
+    synced = with_forward(policy, partial(_logits, client, policy.weights_version))
     rollout_policy.spec, rollout_policy.weights_version = synced.spec, policy.weights_version
     return {}
 
 
 def _logits(
-    link: Link,
+    client: Client,
     weights_version: int,
     tokens: Int[Tensor, "B T"],
     attention_mask: Tensor,
     positions: Int[Tensor, "B T"],
     **cache_kwargs: Any,
 ) -> Float[Tensor, "B T V"]:
-    """Compute logits on the server, for likelihoods and samplers of the run's process."""
+    """Compute logits on the server, for likelihoods and for samplers that run in the learner's process."""
     if attention_mask.dim() != 2:
         raise ValueError("rollout_engine=http_engine computes whole rows: set the sampler's cache=None, or use served")
     width = tokens.shape[1]
-    if cache_kwargs:  # autoregress: the cache holds a row's tokens, in place of keys and values
+    if cache_kwargs:
+        # `autoregress` passes only the new tokens. The server keeps no key-value cache between requests, so the cache
+        # stores token ids in place of keys and values, and the whole row is sent.
         new = tokens[:, None, :, None]
         tokens = cache_kwargs["cache"].update(new, new, 0)[0][:, 0, :, 0]
         positions = position_ids(attention_mask)
-    sent = {"tokens": tokens, "attention_mask": attention_mask, "positions": positions}
-    tensors, _ = link.post("/logits", sent, {"weights_version": weights_version})
+    inputs = {"tokens": tokens, "attention_mask": attention_mask, "positions": positions}
+    tensors, _ = client.post("/logits", inputs, {"weights_version": weights_version})
     return tensors["logits"][:, -width:].to(tokens.device)
 
 
 @torch.no_grad()
 def served(policy: Policy, prompts: Prompts, generator: Generator, **settings: Any) -> Rollout:
-    """Let a server complete every prompt `prompts.group_size` times, by `unmask` or, for a causal model, `autoregress`.
+    """Sample `prompts.group_size` completions per prompt on a server, with `unmask`, or `autoregress` if causal.
 
     Use it as `Recipe.sampler` with `rollout_engine=http_engine(...)`.
 
@@ -196,18 +204,18 @@ def served(policy: Policy, prompts: Prompts, generator: Generator, **settings: A
 
     Raises:
         TypeError: A setting is unknown, or max_new_tokens is missing.
-        ValueError: The policy is not of `http_engine`, a setting is not for its model or has no name, or the server
-            refuses.
+        ValueError: The policy is not from `http_engine`, the model's sampler lacks a setting, a rule has no name on the
+            command line, or the server refuses.
     """
-    SERVED.bind(policy, prompts, generator, **settings)
-    link = getattr(policy.module, "link", None)
-    if not isinstance(link, Link):
+    SERVED_SIGNATURE.bind(policy, prompts, generator, **settings)
+    client = getattr(policy.module, "client", None)
+    if not isinstance(client, Client):
         raise ValueError(
             "sampler=served needs the policy of rollout_engine=http_engine(...); use unmask or autoregress"
         )
     if policy.spec.attention == "encoder_decoder":
         raise ValueError(f"sampler=served does not serve {policy.spec.name!r}, whose sampler is renoise")
-    keywords = _of_sampler(policy, settings)
+    keywords = _sampler_keywords(policy, settings)
     seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
     tensors = {"tokens": prompts.tokens, "attention_mask": prompts.attention_mask, "seeds": seeds}
     if prompts.infill_mask is not None:
@@ -217,20 +225,19 @@ def served(policy: Policy, prompts: Prompts, generator: Generator, **settings: A
         "group_size": prompts.group_size,
         "settings": write_settings(keywords),
     }
-    found, about = link.post("/rollouts", tensors, header)
-    return record_from_json(about, found, as_rank(settings.get("rank", SERVED.parameters["rank"].default)).function).to(
-        policy.device
-    )
+    rollout_tensors, rollout_json = client.post("/rollouts", tensors, header)
+    rank = as_rank(settings.get("rank", SERVED_SIGNATURE.parameters["rank"].default))
+    return record_from_json(rollout_json, rollout_tensors, rank.function).to(policy.device)
 
 
-def _of_sampler(policy: Policy, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the policy's sampler. Raise ValueError for another one's that is not at its default."""
+def _sampler_keywords(policy: Policy, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that the policy's sampler has. Raise ValueError if another one is not at its default."""
     known = known_settings(policy)
-    defaults = {name: parameter.default for name, parameter in SERVED.parameters.items()}
-    for name, value in given.items():
+    defaults = {name: parameter.default for name, parameter in SERVED_SIGNATURE.parameters.items()}
+    for name, value in settings.items():
         if name not in known and value != defaults[name]:
             raise ValueError(f"{name}={value!r} is not for {sampler_for(policy).__name__}; leave it out")
-    return {name: value for name, value in given.items() if name in known}
+    return {name: value for name, value in settings.items() if name in known}
 
 
-served.__signature__ = SERVED  # type: ignore[attr-defined]
+served.__signature__ = SERVED_SIGNATURE  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""OpenAI's completions and chat completions: read the fields of a request, write the response.
+"""OpenAI's completions and chat completions API: read and check a request, and write the response.
 
-Token ids are made and decoded here, in the thread of the connections; only the sampler runs in the batcher's thread.
+This module tokenizes and decodes in the HTTP server's thread; only the sampler runs in the batcher's thread.
 """
 
 import json
@@ -19,12 +19,12 @@ from dllm_rl.serving.batching import PromptScores
 from dllm_rl.serving.settings import known_settings, read_settings
 from dllm_rl.types import Rollout
 
-MAX_COMPLETIONS = 128  # of a prompt, as OpenAI's API
+MAX_COMPLETIONS = 128  # per prompt, as in OpenAI's API
 MAX_STOP_TEXTS = 4
-# Fields that do not change the answer.
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "best_of"}
-# Fields of features that the samplers lack, and the values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+# Fields that do not change the response.
+IGNORED_FIELDS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "best_of"}
+# Fields of features that the samplers lack, each with the values that turn the feature off. Other values are refused.
+UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
@@ -38,12 +38,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class Refused(Exception):
-    """A request that gets an error in the form of OpenAI's API.
+    """Raised if a request gets an error response, in OpenAI's format.
 
     Args:
         status: HTTP status.
-        message: One line that names field, value and remedy.
-        param: Field of the request. None: no single field.
+        message: One line with the field, its value and a remedy.
+        param: Field of the request that is at fault. None: no single field.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
@@ -53,19 +53,19 @@ class Refused(Exception):
 
     def body(self) -> dict[str, Any]:
         """Return the response's JSON object."""
-        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        types = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
         default = "invalid_request_error" if self.status < 500 else "server_error"
-        kind = kinds.get(self.status, default)
-        return {"error": {"message": line_of(self), "type": kind, "param": self.param, "code": self.status}}
+        error_type = types.get(self.status, default)
+        return {"error": {"message": line_of(self), "type": error_type, "param": self.param, "code": self.status}}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for.
+    """Limits on a request.
 
     Args:
-        max_tokens: Tokens of a completion.
-        max_waiting: Completions of all requests that may wait; one request cannot have more.
+        max_tokens: Largest number of tokens of a completion.
+        max_waiting: Largest number of waiting completions of all requests, and so of one request.
     """
 
     max_tokens: int = 1024
@@ -74,23 +74,23 @@ class Limits:
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A request for completions, after all checks.
+    """A checked request for completions.
 
     Args:
-        is_chat: Whether the prompt was messages.
+        is_chat: Whether the prompt is chat messages.
         prompts: Token ids of each prompt.
         texts: Text of each prompt, for `echo`.
-        n: Completions of each prompt.
-        seed: Seed of the request. None: the server draws one.
-        max_tokens: Tokens of a completion.
-        settings: Settings of the sampler that the request names (`read_settings`).
-        stop: Texts before which a completion ends.
+        n: Number of completions per prompt.
+        seed: Seed of the request. None: derived from the server's seed and the request's number.
+        max_tokens: Largest number of tokens of a completion.
+        settings: Sampler settings of the request (`read_settings`).
+        stop: Stop texts. A completion ends before the first of them.
         echo: Whether the response repeats the prompt.
-        logprobs: Whether the response has log-probs.
-        score_prompt: Whether these cover the prompt too.
+        logprobs: Whether the response has log-probs of the completion.
+        score_prompt: Whether the response also has log-probs of the prompt.
         stream: Whether the response is a stream of events.
-        include_usage: Whether the stream ends with the numbers of tokens.
-        trace: Whether each choice has its row of a trace (`diagnostics.traces`).
+        include_usage: Whether the stream ends with the token counts.
+        trace: Whether each choice also has its trace (`diagnostics.traces`).
     """
 
     is_chat: bool
@@ -117,13 +117,13 @@ def read_request(
     Args:
         data: Body of the request.
         policy: Policy with the tokenizer. Its module is not used.
-        defaults: The server's keywords of the sampler.
-        limits: What a request may ask for.
+        defaults: The server's sampler keywords.
+        limits: Limits on the request.
         name: Name of the model.
-        is_chat: Whether the body is one of chat completions.
+        is_chat: Whether the request is for chat completions.
 
     Raises:
-        Refused: A field is unknown, or has a value that the server cannot fulfill.
+        Refused: A field is unknown, or has a value that the server does not support.
     """
     fields = _Fields(read_json_object(data))
     if (model := fields.text("model")) not in (None, name):
@@ -140,7 +140,7 @@ def read_request(
     settings["diffusion_steps"] = fields.integer("diffusion_steps", low=1, high=limits.max_tokens)
     settings |= {key: fields.text(key) for key in ("rank", "commit", "cache")}
     settings = {key: value for key, value in settings.items() if value is not None}
-    if policy.spec.attention == "encoder_decoder" and not temperature:  # renoise has a schedule of temperatures
+    if policy.spec.attention == "encoder_decoder" and not temperature:  # `renoise` has its own schedule of temperatures
         settings.pop("temperature", None)
     if "commit" in settings and "rank" not in settings and (rank := required_rank(settings["commit"])):
         settings["rank"] = rank
@@ -190,9 +190,9 @@ def read_request(
 
 
 def read_json_object(data: bytes) -> dict[str, Any]:
-    """Return the object of a JSON text. Raise Refused for anything else, also for NaN and deep brackets."""
+    """Parse a JSON object. Raise Refused for anything else, including NaN and brackets nested too deeply."""
     try:
-        value = json.loads(data, parse_constant=_no_constant)
+        value = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise Refused(400, "the body is not JSON; send an object with Content-Type: application/json") from None
     if not isinstance(value, dict):
@@ -200,46 +200,48 @@ def read_json_object(data: bytes) -> dict[str, Any]:
     return value
 
 
-def _no_constant(text: str) -> None:
+def _refuse_constant(text: str) -> None:
+    """Refuse NaN and infinity, which Python's parser accepts although JSON lacks them."""
     raise ValueError(f"{text} is not JSON")
 
 
 class _Fields:
-    """The fields of a request that were not read yet. A null counts as left out."""
+    """The fields of a request. Each method removes the field that it reads; a null counts as left out."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = {name: value for name, value in values.items() if value is not None}
 
-    def _take(self, name: str, is_valid: Callable[[Any], bool], kind: str) -> Any:
+    def _pop(self, name: str, is_valid: Callable[[Any], bool], expected: str) -> Any:
         value = self.values.pop(name, None)
         if value is not None and not is_valid(value):
-            raise Refused(400, f"{name}={_shown(value)} must be {kind}", name)
+            raise Refused(400, f"{name}={_quoted(value)} must be {expected}", name)
         return value
 
     def text(self, name: str) -> str | None:
-        return self._take(name, lambda x: isinstance(x, str), "a text")
+        return self._pop(name, lambda x: isinstance(x, str), "a text")
 
     def flag(self, name: str) -> bool:
-        return bool(self._take(name, lambda x: isinstance(x, bool), "true or false"))
+        return bool(self._pop(name, lambda x: isinstance(x, bool), "true or false"))
 
     def integer(self, name: str, *, low: int, high: int = 2**31 - 1) -> int | None:
-        return self._take(name, lambda x: type(x) is int and low <= x <= high, f"a whole number from {low} to {high}")
+        return self._pop(name, lambda x: type(x) is int and low <= x <= high, f"a whole number from {low} to {high}")
 
     def number(self, name: str, *, low: int, high: int, above: bool = False) -> float | None:
-        kind = f"a number {'above' if above else 'from'} {low} {'and at most' if above else 'to'} {high}"
+        expected = f"a number {'above' if above else 'from'} {low} {'and at most' if above else 'to'} {high}"
         is_valid = lambda x: type(x) in (int, float) and low <= x <= high and not (above and x == low)  # noqa: E731
-        value = self._take(name, is_valid, kind)
+        value = self._pop(name, is_valid, expected)
         return None if value is None else float(value)
 
     def check_rest(self) -> None:
-        """Raise Refused if a field is left that would change the answer."""
+        """Raise Refused if an unread field would change the response."""
         for name, value in self.values.items():
-            if name in IGNORED or (name in NEUTRAL and value in NEUTRAL[name]):
+            if name in IGNORED_FIELDS or (name in UNSUPPORTED_FIELDS and value in UNSUPPORTED_FIELDS[name]):
                 continue
-            raise Refused(400, f"{name}={_shown(value)} is not supported by this server; leave it out", name)
+            raise Refused(400, f"{name}={_quoted(value)} is not supported by this server; leave it out", name)
 
 
-def _shown(value: Any) -> str:
+def _quoted(value: Any) -> str:
+    """Return a JSON value as text of at most 80 characters, for an error message."""
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -252,17 +254,17 @@ def _prompts(fields: _Fields, policy: Policy) -> tuple[list[list[int]], list[str
     if not isinstance(prompt, list) or not prompt:
         raise Refused(400, "prompt must be a text, a list of texts, token ids, or a list of lists of them", "prompt")
     ids, texts = [], []
-    for each in prompt:
-        if isinstance(each, str):
-            ids.append(_tokenized(policy, each, "prompt"))
-            texts.append(each)
-        elif _is_ids(each):
-            if not all(0 <= token < policy.vocab_size for token in each):
+    for item in prompt:
+        if isinstance(item, str):
+            ids.append(_tokenized(policy, item, "prompt"))
+            texts.append(item)
+        elif _is_ids(item):
+            if not all(0 <= token < policy.vocab_size for token in item):
                 raise Refused(400, f"prompt: token ids must lie in [0, {policy.vocab_size})", "prompt")
-            ids.append(each)
-            texts.append(policy.tokenizer.decode(each))
+            ids.append(item)
+            texts.append(policy.tokenizer.decode(item))
         else:
-            raise Refused(400, f"prompt: {_shown(each)} is neither a text nor a list of token ids", "prompt")
+            raise Refused(400, f"prompt: {_quoted(item)} is neither a text nor a list of token ids", "prompt")
     return ids, texts
 
 
@@ -272,20 +274,20 @@ def _is_ids(value: Any) -> bool:
 
 def _chat_prompt(fields: _Fields, policy: Policy) -> tuple[list[list[int]], list[str]]:
     messages = fields.values.pop("messages", None)
-    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+    if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
         raise Refused(400, "messages must be a list of objects, each with role and content", "messages")
-    plain = [each | {"content": _joined(each.get("content"))} for each in messages]
-    return [_tokenized(policy, plain, "messages")], [""]
+    messages = [message | {"content": _joined_text(message.get("content"))} for message in messages]
+    return [_tokenized(policy, messages, "messages")], [""]  # no prompt text: chat completions have no `echo`
 
 
-def _joined(content: Any) -> Any:
-    """Return the text of a message whose content is a list of texts, and any other content unchanged."""
+def _joined_text(content: Any) -> Any:
+    """Join a message's content if it is a list of text parts. Return any other content unchanged."""
     if not isinstance(content, list) or not content:
         return content
     for part in content:
         is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
         if not is_text:
-            raise Refused(400, f"messages: the part {_shown(part)} of a content is no text; give text", "messages")
+            raise Refused(400, f"messages: the part {_quoted(part)} of a content is not text; give text", "messages")
     return "".join(part["text"] for part in content)
 
 
@@ -300,12 +302,12 @@ def _stop_texts(fields: _Fields) -> tuple[str, ...]:
     stop = fields.values.pop("stop", None)
     texts = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(texts, list) or len(texts) > MAX_STOP_TEXTS or not all(isinstance(x, str) and x for x in texts):
-        raise Refused(400, f"stop={_shown(stop)} must be a text or up to {MAX_STOP_TEXTS} texts", "stop")
+        raise Refused(400, f"stop={_quoted(stop)} must be a text or up to {MAX_STOP_TEXTS} texts", "stop")
     return tuple(texts)
 
 
 def _check_logprobs(policy: Policy, count: int | None, score_prompt: bool, temperature: float | None) -> None:
-    """Raise Refused for log-probs that the sampler does not record."""
+    """Raise Refused if `logprobs`=`count` needs log-probs that the sampler does not record."""
     if count is None:
         return
     if score_prompt and policy.spec.attention != "causal":
@@ -325,7 +327,7 @@ def _check_logprobs(policy: Policy, count: int | None, score_prompt: bool, tempe
 def _checked_length(
     policy: Policy, prompts: Sequence[Sequence[int]], requested: int | None, default: int, limits: Limits
 ) -> int:
-    """Return the tokens of a completion: as requested, else the server's default or what fits the model."""
+    """Return a completion's max_tokens: the requested number, else the server's default or what fits the model."""
     longest = max(map(len, prompts))
     canvas = policy.spec.block_size if policy.spec.attention == "encoder_decoder" else None
     tokens_left = None if policy.spec.max_length is None else policy.spec.max_length - longest
@@ -347,35 +349,37 @@ def _checked_length(
 
 
 def sampler_settings(policy: Policy, request: TextRequest, defaults: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return the settings of a request's completions, in a fixed order.
+    """Return the sampler settings of a request's completions, sorted by name.
 
-    Where the server's `diffusion_steps` are of another length, as many tokens are written in a step, rounded down. For
-    a sampler of canvases, `max_new_tokens` is rounded up to whole canvases; `choice` cuts the rest.
+    If the request sets a length but no `diffusion_steps`, the server's `diffusion_steps` are scaled with the length and
+    rounded up, so that the tokens per step stay the same. An encoder-decoder model samples whole canvases:
+    `max_new_tokens` is rounded up, and `choice` cuts off the surplus.
     """
     settings = dict(request.settings)
     length = max(1, request.max_tokens)
     if policy.spec.attention == "encoder_decoder" and policy.spec.block_size is not None:
         length = math.ceil(length / policy.spec.block_size) * policy.spec.block_size
     settings["max_new_tokens"] = length
-    steps, usual = defaults.get("diffusion_steps"), defaults["max_new_tokens"]
+    default_steps, default_length = defaults.get("diffusion_steps"), defaults["max_new_tokens"]
     is_scaled = "diffusion_steps" in known_settings(policy) and policy.spec.attention != "encoder_decoder"
-    if is_scaled and "diffusion_steps" not in settings and steps is not None and length != usual:
-        size = settings.get("block_size") or defaults.get("block_size") or policy.spec.block_size or length
-        settings["diffusion_steps"] = max(math.ceil(length * steps / usual), math.ceil(length / size))
+    if is_scaled and "diffusion_steps" not in settings and default_steps is not None and length != default_length:
+        block_size = settings.get("block_size") or defaults.get("block_size") or policy.spec.block_size or length
+        num_blocks = math.ceil(length / block_size)  # a block needs at least one step
+        settings["diffusion_steps"] = max(math.ceil(length * default_steps / default_length), num_blocks)
     return tuple(sorted(settings.items()))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One completion as a response shows it.
+    """One completion of a response.
 
     Args:
-        text: Text before the first end token and stop text.
+        text: Text before the first end token and before the first stop text.
         ids: Token ids up to and including the end token, or up to the stop text.
-        logprobs: Log-prob of each of `ids` in nats; None where it is not finite.
-        num_tokens: Number of tokens up to and including the end token.
-        is_ended: Whether an end token or a stop text ends the text; else its length does.
-        trace: Row of a trace. None: not asked for.
+        logprobs: Log-prob of each of `ids` in nats; None if it is not finite.
+        num_tokens: Number of tokens up to and including the end token. A stop text does not reduce it.
+        is_ended: Whether an end token or a stop text ended the completion. False: it reached its full length.
+        trace: Trace of the completion, as in a `.jsonl` file. None: not requested.
     """
 
     text: str
@@ -387,42 +391,42 @@ class Choice:
 
 
 def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
-    """Return the completion of a rollout of one row.
+    """Convert a rollout of one row to a choice.
 
     Raises:
-        Refused: A trace is asked for, and the sampler rewrites tokens.
+        Refused: A trace is requested, and the sampler rewrites tokens.
     """
     sampled = completion_token_ids(rollout)[0][: request.max_tokens]
     before = before_end(policy, sampled)
     is_ended = len(before) < len(sampled)
-    ids = sampled[: len(before) + is_ended]  # with the end token: clients that score count on a token for each step
+    ids = sampled[: len(before) + is_ended]  # includes the end token, because clients that score need its log-prob
     num_tokens = len(ids)
     logprobs = [x if math.isfinite(x) else None for x in rollout.logprobs[0][rollout.completion_mask[0]].tolist()]
     text = decode_ids(policy, [before])[0]
-    cuts = [place for stop in request.stop if (place := text.find(stop)) >= 0]
-    if cuts:
-        text = text[: min(cuts)]
-        ends = accumulate(map(len, _pieces(policy, ids)))
-        ids = ids[: sum(end <= len(text) for end in ends)]
+    stop_positions = [position for stop in request.stop if (position := text.find(stop)) >= 0]
+    if stop_positions:
+        text = text[: min(stop_positions)]
+        token_ends = accumulate(map(len, _token_texts(policy, ids)))
+        ids = ids[: sum(end <= len(text) for end in token_ends)]
     try:
         trace = trace_rows(rollout)[0] if request.trace else None
     except ValueError as error:
         raise Refused(400, f"trace=true: {error}", "trace") from None
-    return Choice(text, ids, logprobs[: len(ids)], num_tokens, is_ended or bool(cuts), trace)
+    return Choice(text, ids, logprobs[: len(ids)], num_tokens, is_ended or bool(stop_positions), trace)
 
 
 @dataclass(frozen=True)
-class Answered:
-    """Everything that a response needs.
+class CompletedRequest:
+    """A request and its results: everything that a response needs.
 
     Args:
         request: The request.
         name: Name of the model.
-        number: Number of the request, for its id.
+        number: Number of the request, used in the response's id.
         created: Time of the response, in seconds since 1970.
-        versions: Versions of the weights that sampled; two if an update came between two batches.
-        choices: The completions, `n` for each prompt.
-        scores: Scores of each prompt; empty if they are not asked for.
+        versions: Versions of the weights that sampled; several if an update came between two batches.
+        choices: The completions, `n` per prompt.
+        scores: Log-probs of each prompt; empty if not requested.
     """
 
     request: TextRequest
@@ -434,77 +438,78 @@ class Answered:
     scores: list[PromptScores]
 
 
-def response(policy: Policy, answered: Answered) -> dict[str, Any]:
+def response(policy: Policy, completed: CompletedRequest) -> dict[str, Any]:
     """Return the response's JSON object."""
-    request = answered.request
+    request = completed.request
     choices = []
-    for index, found in enumerate(answered.choices):
-        reason = "stop" if found.is_ended else "length"
-        prompt = index // request.n
-        shown: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+    for index, completion in enumerate(completed.choices):
+        reason = "stop" if completion.is_ended else "length"
+        prompt_index = index // request.n
+        fields: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
         if request.is_chat:
-            shown["message"] = {"role": "assistant", "content": found.text}
+            fields["message"] = {"role": "assistant", "content": completion.text}
             if request.logprobs:
-                shown["logprobs"] = {"content": _chat_logprobs(policy, found)}
+                fields["logprobs"] = {"content": _chat_logprobs(policy, completion)}
         else:
-            shown["text"] = (request.texts[prompt] if request.echo else "") + found.text
+            fields["text"] = (request.texts[prompt_index] if request.echo else "") + completion.text
             if request.logprobs:
-                scores = answered.scores[prompt] if answered.scores else None
-                shown["logprobs"] = _logprobs(policy, found, request, prompt, scores)
+                scores = completed.scores[prompt_index] if completed.scores else None
+                fields["logprobs"] = _logprobs(policy, completion, request, prompt_index, scores)
         if request.trace:
-            shown["trace"] = found.trace
-        choices.append(shown)
-    num_prompt = sum(map(len, request.prompts))
-    num_completion = sum(found.num_tokens for found in answered.choices)
+            fields["trace"] = completion.trace
+        choices.append(fields)
+    prompt_tokens = sum(map(len, request.prompts))
+    completion_tokens = sum(completion.num_tokens for completion in completed.choices)
     usage = {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_completion,
-        "total_tokens": num_prompt + num_completion,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
     }
-    return _head(answered, "chat.completion" if request.is_chat else "text_completion") | {
+    return _common_fields(completed, "chat.completion" if request.is_chat else "text_completion") | {
         "choices": choices,
         "usage": usage,
     }
 
 
-def _head(answered: Answered, kind: str) -> dict[str, Any]:
-    prefix = "chatcmpl" if answered.request.is_chat else "cmpl"
+def _common_fields(completed: CompletedRequest, object_type: str) -> dict[str, Any]:
+    """Return the fields that a response has in common with every event of its stream."""
+    prefix = "chatcmpl" if completed.request.is_chat else "cmpl"
     return {
-        "id": f"{prefix}-{answered.number}",
-        "object": kind,
-        "created": answered.created,
-        "model": answered.name,
-        "system_fingerprint": f"weights_version={','.join(map(str, answered.versions))}",
+        "id": f"{prefix}-{completed.number}",
+        "object": object_type,
+        "created": completed.created,
+        "model": completed.name,
+        "system_fingerprint": f"weights_version={','.join(map(str, completed.versions))}",
     }
 
 
-def _chat_logprobs(policy: Policy, found: Choice) -> list[dict[str, Any]]:
-    shown = []
-    for text, logprob in zip(_pieces(policy, found.ids), found.logprobs, strict=True):
-        shown.append({"token": text, "logprob": logprob, "bytes": [*text.encode()], "top_logprobs": []})
-    return shown
+def _chat_logprobs(policy: Policy, completion: Choice) -> list[dict[str, Any]]:
+    entries = []
+    for text, logprob in zip(_token_texts(policy, completion.ids), completion.logprobs, strict=True):
+        entries.append({"token": text, "logprob": logprob, "bytes": [*text.encode()], "top_logprobs": []})
+    return entries
 
 
 def _logprobs(
-    policy: Policy, found: Choice, request: TextRequest, prompt: int, scores: PromptScores | None
+    policy: Policy, completion: Choice, request: TextRequest, prompt_index: int, scores: PromptScores | None
 ) -> dict[str, Any]:
-    """Return the log-probs of a completion, after those of its prompt where they are asked for."""
-    tokens, values = _pieces(policy, found.ids), list(found.logprobs)
+    """Return the log-probs of a completion, preceded by those of its prompt if `scores` has them."""
+    tokens, values = _token_texts(policy, completion.ids), list(completion.logprobs)
     tops: list[dict[str, float] | None] = [
         None if value is None else {token: value} for token, value in zip(tokens, values, strict=True)
     ]
     if scores is not None:
-        before = _pieces(policy, request.prompts[prompt])
+        prompt_tokens = _token_texts(policy, request.prompts[prompt_index])
         prompt_tops: list[dict[str, float] | None] = []
-        for token, value, best in zip(before, scores.logprobs, scores.best, strict=True):
-            # The likeliest token first: two ids may have the same text, and it then keeps the higher log-prob.
-            both = {} if best is None else {_pieces(policy, [best[0]])[0]: best[1]}
-            prompt_tops.append({token: value, **both} if value is not None and best is not None else None)
-        tokens, values, tops = before + tokens, scores.logprobs + values, prompt_tops + tops
+        for token, value, best in zip(prompt_tokens, scores.logprobs, scores.best, strict=True):
+            # The most likely token overwrites the prompt's token if both have the same text.
+            top = {} if best is None else {_token_texts(policy, [best[0]])[0]: best[1]}
+            prompt_tops.append({token: value, **top} if value is not None and best is not None else None)
+        tokens, values, tops = prompt_tokens + tokens, scores.logprobs + values, prompt_tops + tops
     offsets = [0]
     for token in tokens:
         offsets.append(offsets[-1] + len(token))
-    start = len(request.texts[prompt]) if request.echo and scores is None else 0
+    start = len(request.texts[prompt_index]) if request.echo and scores is None else 0
     return {
         "tokens": tokens,
         "token_logprobs": values,
@@ -513,29 +518,29 @@ def _logprobs(
     }
 
 
-def _pieces(policy: Policy, ids: Sequence[int]) -> list[str]:
+def _token_texts(policy: Policy, ids: Sequence[int]) -> list[str]:
     return [policy.tokenizer.decode([token]) for token in ids]
 
 
-def events(policy: Policy, answered: Answered) -> list[str]:
-    """Return the events of a stream: one for each completion's text, one for its end, and the end of the stream.
+def events(policy: Policy, completed: CompletedRequest) -> list[str]:
+    """Return the events of a stream: two per completion (its text, then its finish_reason), and the end of the stream.
 
-    A diffusion model does not write from left to right, so that the text is sent when it is complete.
+    A diffusion model does not write from left to right, so each text is sent only when it is complete.
     """
-    request = answered.request
-    complete = response(policy, answered)
-    head = _head(answered, "chat.completion.chunk" if request.is_chat else "text_completion")
+    request = completed.request
+    complete = response(policy, completed)
+    common = _common_fields(completed, "chat.completion.chunk" if request.is_chat else "text_completion")
     bodies: list[dict[str, Any]] = []
-    for shown in complete["choices"]:
-        index, reason = shown["index"], shown["finish_reason"]
-        more = {"trace": shown["trace"]} if request.trace else {}
-        first: dict[str, Any] = {"index": index, "finish_reason": None, "logprobs": shown["logprobs"]} | more
+    for fields in complete["choices"]:
+        index, reason = fields["index"], fields["finish_reason"]
+        trace = {"trace": fields["trace"]} if request.trace else {}
+        first: dict[str, Any] = {"index": index, "finish_reason": None, "logprobs": fields["logprobs"]} | trace
         last: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
         if request.is_chat:
-            first["delta"], last["delta"] = shown["message"], {}
+            first["delta"], last["delta"] = fields["message"], {}
         else:
-            first["text"], last["text"] = shown["text"], ""
-        bodies += [head | {"choices": [first]}, head | {"choices": [last]}]
+            first["text"], last["text"] = fields["text"], ""
+        bodies += [common | {"choices": [first]}, common | {"choices": [last]}]
     if request.include_usage:
-        bodies.append(head | {"choices": [], "usage": complete["usage"]})
+        bodies.append(common | {"choices": [], "usage": complete["usage"]})
     return [*(f"data: {json.dumps(body)}\n\n" for body in bodies), "data: [DONE]\n\n"]

@@ -1,4 +1,6 @@
-"""The page at the server's address, to talk to a model in a browser. It asks no other host, and shows text as text."""
+"""The web page of the server, to try a model in a browser. It contacts no other host, and never renders model text as
+HTML.
+"""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "

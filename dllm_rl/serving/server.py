@@ -1,7 +1,7 @@
 """The HTTP server: OpenAI's completions and chat completions, and the endpoints of the rollout engine.
 
-`Guard` answers before a request is read: access, size and time. The app's functions read, wait for the batcher, and
-write. Texts of users never reach the server's output.
+`Guard` checks access and reads the body of a request, within limits of size and time. The handlers of `make_app` then
+parse the body, wait for the batcher, and write the response. User text is never printed by the server.
 """
 
 import asyncio
@@ -25,9 +25,9 @@ from dllm_rl.rng import generator_for, row_seeds
 from dllm_rl.screen import escape_controls, line_of
 from dllm_rl.serving.batching import (
     Batcher,
-    Call,
-    Completion,
+    CompletionJob,
     Job,
+    PolicyCall,
     PromptScores,
     QueueFull,
     ShuttingDown,
@@ -35,7 +35,7 @@ from dllm_rl.serving.batching import (
     score_prompt,
 )
 from dllm_rl.serving.openai_api import (
-    Answered,
+    CompletedRequest,
     Limits,
     Refused,
     TextRequest,
@@ -61,11 +61,11 @@ except ModuleNotFoundError as error:
     raise ImportError(f"dllm-rl serve needs {error.name}: pip install 'dllm_rl[serve]'") from None
 
 ENGINE_PATHS = {"/weights": update_weights, "/rollouts": sample_rollout, "/logits": compute_logits}
-ENGINE_BYTES = 2**28  # of prompts and of tokens to score
-WEIGHTS_MARGIN = 2**24  # bytes of a header, in addition to the weights in fp32
-DISCARDED_BYTES = 2**26  # of a refused body, which a client sends before it reads the answer
-SPARE_REQUESTS = 64  # requests that may be read or answered while all places in the queue are taken
-OPEN_PATHS = {"/", "/health"}  # they tell nothing of the model
+MAX_ENGINE_BODY_BYTES = 2**28  # of a body for /rollouts or /logits
+MAX_WEIGHTS_HEADER_BYTES = 2**24  # a body for /weights may be this much larger than the weights in fp32
+MAX_DISCARDED_BYTES = 2**26  # of a refused body that are read and discarded
+SPARE_REQUESTS = 64  # requests that may be open in addition to a full queue
+PUBLIC_PATHS = {"/", "/health"}  # need no token, because they reveal nothing about the model
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -78,13 +78,13 @@ class ServerSettings:
 
     Args:
         name: Name of the model in requests and responses.
-        token: Token that requests must have. None: no token; requests must then name this machine.
+        token: Token that requests must send. None: no token is needed, but only requests to localhost are answered.
         allow_updates: Whether requests with the token may replace the weights.
-        limits: What a request for completions may ask for.
-        max_body_bytes: Size of a request's body.
-        timeout: Seconds that a request may wait and run.
-        client_timeout: Seconds in which a client must send its headers, and then its body.
-        seed: Seed of requests that give none, with their number.
+        limits: Limits on a request for completions.
+        max_body_bytes: Largest size of a request's body.
+        timeout: Seconds until a request must be finished, including its time in the queue.
+        client_timeout: Seconds in which a client must send its headers, and again for its body.
+        seed: A request without a seed gets one derived from this seed and the request's number.
     """
 
     name: str
@@ -98,11 +98,11 @@ class ServerSettings:
 
 
 class ClientLeft(Exception):
-    """Raised when the client has closed the connection, so that nobody reads an answer."""
+    """Raised if the client has closed the connection, so that nobody would read the response."""
 
 
 def error_response(refused: Refused, *, close: bool = False) -> Response:
-    """Return the error in the form of OpenAI's API. `close` also ends the connection."""
+    """Return an error in OpenAI's format. With `close`, the response also closes the connection."""
     headers = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else {}
     if refused.status in (429, 503):
         headers["Retry-After"] = "1"
@@ -112,17 +112,17 @@ def error_response(refused: Refused, *, close: bool = False) -> Response:
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    # In ASCII, because a custom tokenizer may decode to a lone surrogate, which UTF-8 lacks.
+    # json.dumps escapes non-ASCII characters. A tokenizer may decode to a lone surrogate, which UTF-8 cannot encode.
     return Response(json.dumps(value, allow_nan=False), status, headers, "application/json")
 
 
 class Guard:
-    """ASGI app around another one: it checks access, and reads the body within the limits of size and time.
+    """ASGI middleware that checks access and reads the body, within limits of size and time.
 
     Args:
-        app: App that gets the requests with their whole body.
+        app: App that receives the requests with their whole body.
         settings: Access and limits.
-        weight_bytes: Largest size of the body that updates the weights.
+        weight_bytes: Largest size of a body that updates the weights.
     """
 
     def __init__(self, app: Any, settings: ServerSettings, *, weight_bytes: int) -> None:
@@ -139,18 +139,24 @@ class Guard:
         try:
             body = await self._checked_body(scope, receive)
         except Refused as refused:
-            if refused.status != 408:  # a slow client gets its answer at once
+            if refused.status != 408:  # 408: the client was too slow already
                 await self._discard(scope, receive)
             await error_response(refused, close=True)(scope, receive, send)  # type: ignore[arg-type]
             return
         except ClientLeft:
             return
         else:
-            await self.app(scope, _after(body, receive), send)
+            await self.app(scope, _replay_body(body, receive), send)
         finally:
             self.num_open -= 1
 
     async def _checked_body(self, scope: Scope, receive: Receive) -> bytes:
+        """Check access, then read the body.
+
+        Raises:
+            Refused: The request has no access, or its body is too large or too slow.
+            ClientLeft: The client has closed the connection.
+        """
         headers = dict(scope["headers"])
         path = scope["path"]
         self._check_access(path, headers)
@@ -159,7 +165,7 @@ class Guard:
         is_engine = path in ENGINE_PATHS
         limit = self.settings.max_body_bytes
         if is_engine:
-            limit = self.weight_bytes if path == "/weights" else ENGINE_BYTES
+            limit = self.weight_bytes if path == "/weights" else MAX_ENGINE_BODY_BYTES
         advice = "serve the run's model" if is_engine else "send less, or raise --max_body_bytes"
         too_large = Refused(413, f"the body has more than {limit} bytes; {advice}")
         if int(headers.get(b"content-length", b"0")) > limit:
@@ -179,7 +185,7 @@ class Guard:
                 raise too_large
             if not message.get("more_body", False):
                 return bytes(body)
-            if is_engine:  # weights are large: such a client, who has the token, has the time for each part
+            if is_engine:  # weights are large: such a client, which has the token, gets the full time for each part
                 deadline = time.monotonic() + seconds
 
     def _check_access(self, path: str, headers: dict[bytes, bytes]) -> None:
@@ -187,9 +193,9 @@ class Guard:
         if settings.token is None:
             host = headers.get(b"host", b"").decode("latin-1")
             name = host if host.endswith("]") else host.rpartition(":")[0] or host
-            if not is_local(name.strip("[]")):  # a page of the internet whose name a browser resolved to this machine
+            if not is_local(name.strip("[]")):  # DNS rebinding: a web page whose host name resolves to this machine
                 raise Refused(403, "without a token only requests to localhost are answered; give the server a token")
-        elif path not in OPEN_PATHS:
+        elif path not in PUBLIC_PATHS:
             scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), settings.token.encode()):
                 raise Refused(401, "the token is missing or wrong; send it as Authorization: Bearer TOKEN")
@@ -197,11 +203,14 @@ class Guard:
             raise Refused(403, f"{path} is for the learner of a run; start the server with --allow_updates")
 
     async def _discard(self, scope: Scope, receive: Receive) -> None:
-        """Read the rest of a refused body, within limits: a client that still sends would see a reset connection."""
-        if dict(scope["headers"]).get(b"expect"):  # the client waits for the answer before it sends
+        """Read and discard the rest of a refused body, within limits.
+
+        A client that is still sending would otherwise see a reset connection in place of the error response.
+        """
+        if dict(scope["headers"]).get(b"expect"):  # the client waits for a response before it sends the body
             return
         size, deadline = 0, time.monotonic() + min(self.settings.client_timeout, 10.0)
-        while size < DISCARDED_BYTES:
+        while size < MAX_DISCARDED_BYTES:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except TimeoutError:
@@ -211,23 +220,23 @@ class Guard:
                 return
 
 
-def _after(body: bytes, receive: Receive) -> Receive:
-    """Return a function that receives the whole body first, and then what `receive` does."""
-    bodies = [body]
+def _replay_body(body: bytes, receive: Receive) -> Receive:
+    """Return an ASGI `receive` function that first returns the whole body, and then calls `receive`."""
+    unsent = [body]
 
-    async def received() -> MutableMapping[str, Any]:
-        if bodies:
-            return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+    async def receive_body_first() -> MutableMapping[str, Any]:
+        if unsent:
+            return {"type": "http.request", "body": unsent.pop(), "more_body": False}
         return await receive()
 
-    return received
+    return receive_body_first
 
 
 def make_app(batcher: Batcher, settings: ServerSettings) -> Guard:
     """Return the ASGI app of a server.
 
     Args:
-        batcher: The policy and its queue. Its `defaults` must have `max_new_tokens`.
+        batcher: Queue of the policy. Its `defaults` must have `max_new_tokens`.
         settings: Access and limits.
     """
     policy, lease, numbers = batcher.policy, Lease(), itertools.count()
@@ -238,7 +247,9 @@ def make_app(batcher: Batcher, settings: ServerSettings) -> Guard:
         yield
         batcher.close(wait=False)
 
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)  # the pages need other hosts
+    app = FastAPI(
+        docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan
+    )  # FastAPI's docs pages load other hosts
 
     @app.exception_handler(Refused)
     async def refuse(request: Request, refused: Refused) -> Response:
@@ -278,15 +289,15 @@ def make_app(batcher: Batcher, settings: ServerSettings) -> Guard:
     async def answer(request: Request, is_chat: bool) -> Response:
         _check_content_type(request)
         data = await request.body()
-        asked = read_request(data, policy, batcher.defaults, settings.limits, name=settings.name, is_chat=is_chat)
+        parsed = read_request(data, policy, batcher.defaults, settings.limits, name=settings.name, is_chat=is_chat)
         number = next(numbers)
-        rows, scores = await _completed(request, batcher, settings, asked, number)
-        versions = tuple(sorted({row.weights_version for row in rows}))
-        choices = [choice(policy, row, asked) for row in rows]
-        answered = Answered(asked, settings.name, number, int(time.time()), versions, choices, scores)
-        if not asked.stream:
-            return json_response(response(policy, answered))
-        return Response("".join(events(policy, answered)), media_type="text/event-stream")
+        rollouts, scores = await _complete(request, batcher, settings, parsed, number)
+        versions = tuple(sorted({rollout.weights_version for rollout in rollouts}))
+        choices = [choice(policy, rollout, parsed) for rollout in rollouts]
+        completed = CompletedRequest(parsed, settings.name, number, int(time.time()), versions, choices, scores)
+        if not parsed.stream:
+            return json_response(response(policy, completed))
+        return Response("".join(events(policy, completed)), media_type="text/event-stream")
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -298,13 +309,13 @@ def make_app(batcher: Batcher, settings: ServerSettings) -> Guard:
 
     async def engine(request: Request) -> Response:
         function = ENGINE_PATHS[request.url.path]
-        job = Call(partial(function, lease, await request.body()))
-        (data,) = await finished(request, batcher, [job], settings.timeout, first=True)
+        job = PolicyCall(partial(function, lease, await request.body()))
+        (data,) = await run_jobs(request, batcher, [job], settings.timeout, first=True)
         return Response(data, media_type="application/octet-stream")
 
     for path in ENGINE_PATHS:
         app.add_api_route(path, engine, methods=["POST"])
-    weight_bytes = 4 * sum(tensor.numel() for tensor in policy.module.state_dict().values()) + WEIGHTS_MARGIN
+    weight_bytes = 4 * sum(tensor.numel() for tensor in policy.module.state_dict().values()) + MAX_WEIGHTS_HEADER_BYTES
     return Guard(app, settings, weight_bytes=weight_bytes)
 
 
@@ -313,49 +324,53 @@ def _model(name: str, created: int) -> dict[str, Any]:
 
 
 def _check_content_type(request: Request) -> None:
-    """Raise Refused for forms and plain text, which a page of the internet may send without the browser's question."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Refused(415, f"Content-Type is {kind or 'missing'}; send application/json")
+    """Raise Refused unless the request declares JSON.
+
+    Web pages of other sites may send forms and plain text to this server without a CORS preflight, but not JSON.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise Refused(415, f"Content-Type is {content_type or 'missing'}; send application/json")
 
 
-async def _completed(
-    request: Request, batcher: Batcher, settings: ServerSettings, asked: TextRequest, number: int
+async def _complete(
+    request: Request, batcher: Batcher, settings: ServerSettings, parsed: TextRequest, number: int
 ) -> tuple[list[Rollout], list[PromptScores]]:
-    """Return the completions of a request, `n` for each prompt, and the scores of the prompts if they are asked for."""
-    key = (settings.seed, "request", number) if asked.seed is None else (asked.seed,)
-    seeds = row_seeds(generator_for(*key), len(asked.prompts) * asked.n).tolist()  # those of `dllm-rl sample`
-    sampling = sampler_settings(batcher.policy, asked, batcher.defaults)
-    prompts = [ids for ids in asked.prompts for _ in range(asked.n)]
-    jobs = [Completion(ids, seed, sampling) for ids, seed in zip(prompts, seeds, strict=True)]
-    if not asked.score_prompt:
-        return await finished(request, batcher, jobs, settings.timeout), []
+    """Return a request's completions, `n` per prompt, and the log-probs of the prompts if requested."""
+    key = (settings.seed, "request", number) if parsed.seed is None else (parsed.seed,)
+    seeds = row_seeds(generator_for(*key), len(parsed.prompts) * parsed.n).tolist()  # as `dllm-rl sample` draws them
+    sampling = sampler_settings(batcher.policy, parsed, batcher.defaults)
+    prompts = [ids for ids in parsed.prompts for _ in range(parsed.n)]
+    jobs = [CompletionJob(ids, seed, sampling) for ids, seed in zip(prompts, seeds, strict=True)]
+    if not parsed.score_prompt:
+        return await run_jobs(request, batcher, jobs, settings.timeout), []
 
+    # One job, so that no update of the weights comes between sampling and scoring.
     def sample_and_score(policy: Policy) -> tuple[list[Rollout], list[PromptScores]]:
         keywords = batcher.defaults | read_settings(policy, dict(sampling))
         size = batcher.max_batch_size
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
         rows = [row for batch in batches for row in sample_rows(policy, keywords, batch)]
-        return rows, [score_prompt(policy, ids) for ids in asked.prompts]
+        return rows, [score_prompt(policy, ids) for ids in parsed.prompts]
 
-    (both,) = await finished(request, batcher, [Call(sample_and_score)], settings.timeout)
-    return both
+    (rows_and_scores,) = await run_jobs(request, batcher, [PolicyCall(sample_and_score)], settings.timeout)
+    return rows_and_scores
 
 
-async def finished(
+async def run_jobs(
     request: Request, batcher: Batcher, jobs: Sequence[Job], timeout: float, *, first: bool = False
 ) -> list[Any]:
-    """Submit jobs and return their results. Drop them if the client leaves or the time is over.
+    """Submit jobs and return their results. Cancel them if the client leaves or the time is over.
 
     Args:
-        request: Request, whose connection is watched.
-        batcher: Queue of the jobs.
-        jobs: Jobs of the request.
+        request: Request that the jobs belong to; its connection is watched.
+        batcher: Queue to submit to.
+        jobs: Jobs to run.
         timeout: Seconds to wait.
-        first: Whether the jobs run before those that wait.
+        first: Whether the jobs run before all waiting jobs.
 
     Raises:
-        Refused: The queue is full, the time is over, the server stops, or a job failed.
+        Refused: The queue is full, the time is over, the server is stopping, or a job failed.
         ClientLeft: The client has closed the connection.
     """
     try:
@@ -365,44 +380,44 @@ async def finished(
         raise Refused(429, f"the queue of {batcher.max_waiting} completions is full; {advice}") from None
     except ShuttingDown:
         raise Refused(503, "the server is stopping; ask another one") from None
-    everything = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs), return_exceptions=True)
-    client_leaves = asyncio.ensure_future(_left(request))
-    events_to_await: set[asyncio.Future[Any]] = {everything, client_leaves}
+    all_jobs = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs), return_exceptions=True)
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
+    awaited: set[asyncio.Future[Any]] = {all_jobs, disconnect}
     try:
-        await asyncio.wait(events_to_await, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if not everything.done():
-            if client_leaves.done():
+        await asyncio.wait(awaited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not all_jobs.done():
+            if disconnect.done():
                 raise ClientLeft
             if any(job.future.running() or job.future.done() for job in jobs):
                 raise Refused(504, f"not finished within {timeout:g} s; ask for fewer tokens, or raise --timeout")
             raise Refused(503, f"no turn within {timeout:g} s; ask again later, or raise --timeout")
     finally:
-        client_leaves.cancel()
-        if not everything.done():
-            everything.add_done_callback(_ignored)
-            everything.cancel()
+        disconnect.cancel()
+        if not all_jobs.done():
+            all_jobs.add_done_callback(_retrieve_exception)
+            all_jobs.cancel()
             batcher.cancel(jobs)
-    results = everything.result()
+    results = all_jobs.result()
     for result in results:
         if isinstance(result, BaseException):
             raise refusal_of(result) from None
     return results
 
 
-def _ignored(cancelled: "asyncio.Future[Any]") -> None:
-    """Read the outcome of jobs that nobody waits for, which asyncio would print."""
-    if not cancelled.cancelled():
-        cancelled.exception()
+def _retrieve_exception(future: "asyncio.Future[Any]") -> None:
+    """Retrieve the exception of jobs that nobody waits for. Otherwise asyncio would log it as never retrieved."""
+    if not future.cancelled():
+        future.exception()
 
 
-async def _left(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     """Wait until the client closes the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def refusal_of(error: BaseException) -> Refused:
-    """Return the error of a job as that of its request. An unexpected one is also printed, in one line."""
+    """Convert the error of a job to the error response of its request. Also print an unexpected error, in one line."""
     if isinstance(error, ShuttingDown):
         return Refused(503, "the server is stopping; ask another one")
     if isinstance(error, Conflict):
@@ -416,7 +431,7 @@ def refusal_of(error: BaseException) -> Refused:
 
 
 class TimedProtocol(H11Protocol):
-    """A connection of uvicorn, which also ends if a request's headers do not arrive in time."""
+    """uvicorn's connection, with a timeout for the headers of a request."""
 
     header_seconds = 30.0
     header_timer: asyncio.TimerHandle | None = None
@@ -434,17 +449,17 @@ class TimedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch_headers(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
+        if self.conn.their_state is not h11.IDLE:  # the headers are complete
             self._stop_timer()
         elif self.header_timer is None:
-            self.header_timer = self.loop.call_later(self.header_seconds, self._headers_late)
+            self.header_timer = self.loop.call_later(self.header_seconds, self._refuse_late_headers)
 
     def _stop_timer(self) -> None:
         if self.header_timer is not None:
             self.header_timer.cancel()
             self.header_timer = None
 
-    def _headers_late(self) -> None:
+    def _refuse_late_headers(self) -> None:
         self.header_timer = None
         if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
             return
@@ -456,7 +471,7 @@ class TimedProtocol(H11Protocol):
 
 
 class EscapedFormatter(logging.Formatter):
-    """Formatter of uvicorn's warnings and errors, whose text may quote a request."""
+    """Escapes control characters in uvicorn's warnings and errors, which may quote a request."""
 
     def format(self, record: logging.LogRecord) -> str:
         return escape_controls(super().format(record), keep="\n\t")
@@ -472,7 +487,7 @@ LOGGING: dict[str, Any] = {
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which refuses the waiting jobs when it is told to stop, and finishes the running batch."""
+    """uvicorn's server. On shutdown it refuses the waiting jobs and finishes the running batch."""
 
     def __init__(self, batcher: Batcher, settings: ServerSettings) -> None:
         protocol = type("Protocol", (TimedProtocol,), {"header_seconds": settings.client_timeout})
@@ -495,7 +510,7 @@ class Server(uvicorn.Server):
 
 
 def check_access(host: str, settings: ServerSettings) -> None:
-    """Raise ValueError for a server that strangers could use."""
+    """Raise ValueError if the settings would let anyone use the server or replace its weights."""
     if settings.allow_updates and settings.token is None:
         raise ValueError("allow_updates lets requests replace the weights, and needs a token: give --token_file")
     if not is_local(host) and settings.token is None:
@@ -503,8 +518,8 @@ def check_access(host: str, settings: ServerSettings) -> None:
 
 
 def is_local(host: str) -> bool:
-    """Return whether a name or an address means this machine only."""
+    """Return whether a host is localhost or a loopback address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # another name
+    except ValueError:  # a host name
         return False

@@ -1,4 +1,4 @@
-"""A sampler's settings as JSON values, which requests carry: rules and caches by their names on the command line."""
+"""Convert sampler settings to and from JSON values for requests. Rules and caches have their command-line names."""
 
 import inspect
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.by_name import READERS, text_of
 from dllm_rl.samplers.cache import Cache
 
-# Arguments of samplers that no request may set: a callback, and compiled graphs, one for each shape of a batch.
+# Sampler arguments that no request may set. compile_step would compile a graph for every new batch shape.
 NOT_SETTINGS = {"policy", "prompts", "generator", "on_step", "compile_step"}
 
 
@@ -19,10 +19,10 @@ def known_settings(policy: Policy) -> set[str]:
 
 
 def read_settings(policy: Policy, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords of the policy's sampler from JSON values. None stands for the sampler's default.
+    """Convert JSON values to keywords of the policy's sampler. A None is left out, so the sampler's default applies.
 
     Raises:
-        ValueError: A setting belongs to another sampler, or a rule or cache is unknown.
+        ValueError: The policy's sampler has no such setting, or a rule or cache is unknown.
     """
     known = known_settings(policy)
     keywords = {}
@@ -39,10 +39,10 @@ def read_settings(policy: Policy, settings: Mapping[str, Any]) -> dict[str, Any]
 
 
 def write_settings(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a sampler's keywords as JSON values, from which `read_settings` makes the same keywords.
+    """Convert a sampler's keywords to JSON values, which `read_settings` converts back to equal keywords.
 
     Raises:
-        ValueError: A rule or cache has no name on the command line, such as a function of a script.
+        ValueError: A rule or cache has no command-line name, for example a function defined in a script.
     """
     settings = {}
     for name, value in keywords.items():
@@ -54,10 +54,10 @@ def write_settings(keywords: Mapping[str, Any]) -> dict[str, Any]:
         else:
             text = text_of(value)
         try:
-            is_same = _contents(READERS[name](text)) == _contents(value)
+            survives = _comparable(READERS[name](text)) == _comparable(value)
         except ValueError:
-            is_same = False
-        if not is_same:
+            survives = False
+        if not survives:
             raise ValueError(
                 f"{name}={text} is no rule that a server knows by name; use one of `dllm-rl sample --{name}`, or "
                 "sample in the run's process"
@@ -66,6 +66,6 @@ def write_settings(keywords: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _contents(rule: Any) -> Any:
-    """Return a bound function as its function and keywords, because two partials never compare as equal."""
+def _comparable(rule: Any) -> Any:
+    """Return a partial as its parts, because two separate partials never compare as equal."""
     return (rule.func, rule.args, rule.keywords) if hasattr(rule, "func") else rule

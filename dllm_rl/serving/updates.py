@@ -1,4 +1,7 @@
-"""The server's side of the rollout engine: weights of a learner, rollouts and logits. Each function is one job."""
+"""The server side of `http_engine`: receive the learner's weights, and return rollouts and logits.
+
+The batcher runs `update_weights`, `sample_rollout` and `compute_logits` as jobs, in the thread that owns the policy.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dllm_rl.models.base import Policy, is_finite
-from dllm_rl.models.checkpoint.tensors import misfits
-from dllm_rl.models.merge import own_tensors
+from dllm_rl.models.checkpoint.tensors import mismatched_tensors
+from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.serialization import deserialize, record_to_json, serialize
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
@@ -17,40 +20,41 @@ from dllm_rl.types import Prompts
 
 
 class Conflict(ValueError):
-    """Raised when a request does not fit the weights that the server has."""
+    """Raised if a request is for other weights than the server has."""
 
 
 @dataclass
 class Lease:
-    """Which run gave the server its weights.
+    """Which training run owns the server's weights.
 
-    A run gets a new lease when it loads its engine. The server then serves this run only, so that two runs, or a run
-    and its restart, cannot mix their weights.
+    A run takes the lease when its engine sends all weights. From then on the server accepts only this run's requests,
+    so that two runs, or a run and its restart, cannot mix their weights.
 
     Args:
-        run: Random id of the run's load. None: the weights are the checkpoint's.
+        run: Random id that the run's engine chose when it sent all weights. None: no run has sent weights yet.
     """
 
     run: str | None = None
 
     def check(self, policy: Policy, header: dict[str, Any]) -> None:
-        """Raise Conflict unless the request is of this run and of the present weights."""
+        """Raise Conflict unless the request comes from this run and is for the current weights."""
         if header.get("run") != self.run or self.run is None:
             raise Conflict("another run has loaded its weights into this server since; give each run its own server")
         if header.get("weights_version") != policy.weights_version:
             raise Conflict(
-                f"weights_version={header.get('weights_version')!r} is asked for, and the server has "
+                f"the request is for weights_version={header.get('weights_version')!r}, and the server has "
                 f"{policy.weights_version}; call the engine's sync after each update"
             )
 
 
 def update_weights(lease: Lease, data: bytes, policy: Policy) -> bytes:
-    """Replace weights in place. Nothing changes before everything is checked.
+    """Replace weights in place, after all checks: a refused request changes nothing.
 
     Args:
         lease: The server's lease.
-        data: Tensors by the names of `own_tensors`, with a header: `run`, `weights_version` and `is_load`. A load takes
-            any version and needs every tensor; an update needs a newer version than the server's.
+        data: Serialized tensors, named as in `merged_state_dict`, with a header: `run`, `weights_version` and
+            `is_load`. A load must have every tensor, and may have any version. An update may have some of the
+            tensors, and its version must be newer than the server's.
         policy: The server's policy.
 
     Raises:
@@ -60,15 +64,15 @@ def update_weights(lease: Lease, data: bytes, policy: Policy) -> bytes:
     tensors, header = _read(data)
     version, run = header.get("weights_version"), header.get("run")
     if type(version) is not int or version < 0 or not isinstance(run, str):
-        raise ValueError(f"weights_version={version!r} must be a whole number from 0 on, and run={run!r} a text")
+        raise ValueError(f"weights_version={version!r} must be a whole number of at least 0, and run={run!r} a string")
     is_load = header.get("is_load") is True
     if not is_load and run != lease.run:
         raise Conflict("another run has loaded its weights into this server since; give each run its own server")
     if not is_load and version <= policy.weights_version:
         raise Conflict(f"weights_version={version} is not newer than the server's {policy.weights_version}")
-    targets = own_tensors(policy.module)
+    targets = merged_state_dict(policy.module)
     expected = targets if is_load else {name: targets[name] for name in tensors if name in targets}
-    if wrong := misfits(tensors, expected):
+    if wrong := mismatched_tensors(tensors, expected):
         raise ValueError(
             f"tensors {wrong[:3]} do not fit the server's {type(policy.module).__name__}; serve the run's model"
         )
@@ -87,18 +91,18 @@ def sample_rollout(lease: Lease, data: bytes, policy: Policy) -> bytes:
 
     Args:
         lease: The server's lease.
-        data: Tensors of `Prompts`, with a header: `run`, `weights_version`, `group_size` and `settings`
-            (`read_settings`). The server's own defaults do not apply.
+        data: Serialized tensors of `Prompts`, with a header: `run`, `weights_version`, `group_size` and `settings`
+            (`read_settings`). The server's sampler defaults do not apply.
         policy: The server's policy.
 
     Raises:
-        Conflict: The run or the version is another one.
-        ValueError: The prompts or the settings are wrong.
+        Conflict: The request is from another run, or for another version.
+        ValueError: The prompts or the settings are invalid.
     """
     tensors, header = _read(data)
     lease.check(policy, header)
-    names = {"tokens", "attention_mask", "seeds", "infill_mask"}
-    if not {"tokens", "attention_mask", "seeds"} <= tensors.keys() <= names:
+    required = {"tokens", "attention_mask", "seeds"}
+    if not required <= tensors.keys() <= required | {"infill_mask"}:
         raise ValueError(f"tensors {sorted(tensors)} are not those of prompts with seeds")
     prompts = Prompts(group_size=header["group_size"], **tensors)
     tokens = prompts.tokens
@@ -107,19 +111,19 @@ def sample_rollout(lease: Lease, data: bytes, policy: Policy) -> bytes:
     if tokens.min() < 0 or tokens.max() >= policy.vocab_size:
         raise ValueError(f"tokens must lie in [0, {policy.vocab_size})")
     keywords = read_settings(policy, header["settings"])
-    rollout = sampler_for(policy)(policy, prompts, generator_for("unused"), **keywords)  # every row has a seed
-    found: dict[str, Tensor] = {}
-    about = record_to_json(rollout, "rollout", found)
-    return serialize(found, about)
+    rollout = sampler_for(policy)(policy, prompts, generator_for("unused"), **keywords)  # rows have their own seeds
+    rollout_tensors: dict[str, Tensor] = {}
+    rollout_json = record_to_json(rollout, "rollout", rollout_tensors)  # also fills rollout_tensors
+    return serialize(rollout_tensors, rollout_json)
 
 
 @torch.no_grad()
 def compute_logits(lease: Lease, data: bytes, policy: Policy) -> bytes:
-    """Compute fp32 logits (B, T, V) of tokens, attention mask and positions, each (B, T), not shifted.
+    """Compute fp32 logits (B, T, V) from tokens, attention_mask and positions (B, T each). Logits are not shifted.
 
     Raises:
-        Conflict: The run or the version is another one.
-        ValueError: The tensors are wrong.
+        Conflict: The request is from another run, or for another version.
+        ValueError: The tensors have other names.
     """
     tensors, header = _read(data)
     lease.check(policy, header)
@@ -132,5 +136,5 @@ def compute_logits(lease: Lease, data: bytes, policy: Policy) -> bytes:
 def _read(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, header = deserialize(data)
     if not isinstance(header, dict):
-        raise ValueError("the header is no JSON object")
+        raise ValueError("the header is not a JSON object")
     return tensors, header

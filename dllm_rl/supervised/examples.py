@@ -31,7 +31,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Shown:
+class NoisyExample:
     """An example with noise: its tokens, the tokens that the model sees, and each token's weight in the loss."""
 
     tokens: Int[Tensor, " T"]
@@ -42,10 +42,17 @@ class Shown:
 def read_examples(
     recipe: SFT, policy: Policy, dataset: Any, field: str, *, say: Callable[[str], None] = lambda text: None
 ) -> list[Example]:
-    """Convert rows to examples. Rows longer than max_length are left out, and their number is reported by `say`.
+    """Convert the rows of a data set to examples. Leave out rows longer than max_length, and report their number.
+
+    Args:
+        recipe: Recipe with the options for rows.
+        policy: Policy with the tokenizer.
+        dataset: Rows to convert.
+        field: Name of the recipe's field with the rows, for messages.
+        say: Function that reports the number of rows that are left out.
 
     Raises:
-        ValueError: A row is unusable, or all rows are too long.
+        ValueError: A row is invalid, or all rows are too long.
     """
     if policy.spec.attention == "encoder_decoder":
         check_denoising(recipe, policy)
@@ -175,7 +182,7 @@ def _joined(
     return tokens[:length], learned[:length], bool(end_positions)
 
 
-def show(
+def add_noise(
     policy: Policy,
     examples: Sequence[Example],
     levels: Float[Tensor, " B"],
@@ -183,9 +190,19 @@ def show(
     noise: Float[Tensor, "B L"],
     *,
     corruption: float = 0.0,
-) -> tuple[list[Shown], int]:
-    """Draw what the model sees of each example, and the weights of its tokens; also return the divisor of the sum of
-    all weighted losses.
+) -> tuple[list[NoisyExample], int]:
+    """Replace tokens of the examples by masks (diffusion models) and by random tokens (`corruption`).
+
+    Args:
+        policy: Policy to train.
+        examples: Examples to add noise to.
+        levels: Probability of each example that a learned token is masked.
+        uniforms: Uniform random numbers that decide which tokens are masked.
+        noise: Uniform random numbers that choose the tokens to corrupt and their replacements.
+        corruption: Share of the learned tokens to replace by random tokens. Default: 0.
+
+    Returns:
+        The noisy examples, and the number to divide the sum of their weighted losses by.
     """
     causal = policy.spec.attention == "causal"
     noisy_examples = []
@@ -206,7 +223,7 @@ def show(
             seen[item.learned] = torch.where(is_masked, policy.spec.mask_id, seen[item.learned])
             # 1 / (t_b n_b): LLaDA's SFT loss, eq. 5 [paper]. A visible token counts 1 / n_b [ours].
             weight[item.learned] = torch.where(is_masked, 1 / (level * count), float(corruption > 0) / count)
-        noisy_examples.append(Shown(item.tokens, seen, weight))
+        noisy_examples.append(NoisyExample(item.tokens, seen, weight))
         divisor += count if causal else 1  # a causal loss is a mean over tokens, as with transformers' `labels`
     return noisy_examples, divisor
 
@@ -249,7 +266,9 @@ class Layout:
         return columns - torch.where(is_first, columns, 0).cummax(-1).values
 
 
-def lay_out(examples: Sequence[Shown], rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device) -> Layout:
+def lay_out(
+    examples: Sequence[NoisyExample], rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device
+) -> Layout:
     """Concatenate the sequences of each row."""
     columns = {}
     for name, fill in (("tokens", pad_id), ("seen", pad_id), ("weight", 0.0)):
@@ -306,7 +325,7 @@ def check_packing(policy: Policy) -> None:
     sequences = []
     for count in (5, 7):  # different lengths, so that a state at a wrong position is detected
         ids = (torch.arange(count) + count) % policy.vocab_size
-        sequences.append(Shown(ids, ids, torch.ones(count)))
+        sequences.append(NoisyExample(ids, ids, torch.ones(count)))
     options: dict[str, Any] = {"pad_id": policy.pad_id, "device": policy.device}
     try:
         packed_states = hidden_states(policy, lay_out(sequences, [[0, 1]], **options), packed=True)[0].float()

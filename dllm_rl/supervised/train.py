@@ -19,12 +19,12 @@ from dllm_rl.models.lora import add_lora, load_adapter
 from dllm_rl.rng import generator_for
 from dllm_rl.supervised.examples import (
     Example,
+    add_noise,
     check_packing,
     lay_out,
     pack,
     prompt_and_answer,
     read_examples,
-    show,
     weighted_loss,
 )
 from dllm_rl.supervised.recipe import SFT
@@ -46,9 +46,7 @@ EVAL_VIEWS = 4  # masks per row in the held-out loss of a diffusion model
 def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: Any) -> Summary:
     """Fine-tune a model on rows and return the run's summary, with the trained policy as its attribute `policy`.
 
-    `settings` are fields of `SFT`. Example: `sft("GSAI-ML/LLaDA-8B-Base", rows, max_length=512, completion_length=256,
-    lora=lora_r16, dtype="bfloat16", learning_rate=1e-5, micro_batch_size=2, gradient_checkpointing=True)`. Set the
-    learning rate: the default, 5e-4, suits small models.
+    `settings` are fields of `SFT`. Set the learning rate: the default, 5e-4, suits small models.
     """
     name = Path(model).name.lower() if isinstance(model, str) else "sft"
     return fine_tune(SFT(**{"name": name, "model": model, "dataset": dataset} | settings))
@@ -235,7 +233,7 @@ def _micro_batches(
     longest = max(int(item.learned.sum()) for item in examples)
     levels_and_noise = draw_levels(generator, len(examples), longest)
     # Noise of the examples of all processes, so that every process divides by the same total.
-    noisy_examples, total = show(policy, examples, *levels_and_noise, corruption=recipe.corruption)
+    noisy_examples, total = add_noise(policy, examples, *levels_and_noise, corruption=recipe.corruption)
     local_examples = noisy_examples[accelerator.process_index :: accelerator.num_processes]
     lengths = [len(item.tokens) for item in local_examples]
     rows = pack(lengths, recipe.max_length) if recipe.packing else [[i] for i in range(len(local_examples))]

@@ -1,4 +1,4 @@
-"""Contracts of correctors, engines, estimators, orders and policies, for tests of this package and custom methods."""
+"""Check custom correctors, engines, estimators, orders and policies against the contracts that training relies on."""
 
 from dllm_rl.testing.engine_contract import check_engine
 from dllm_rl.testing.method_contracts import check_corrector, check_estimator, loss_of, make_batch, make_stats

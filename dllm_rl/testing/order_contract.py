@@ -1,4 +1,4 @@
-"""The contract of a rank and a commit rule."""
+"""Check a rank and a commit rule: outcomes must be as frequent as `trajectory()` says."""
 
 import math
 from typing import Any
@@ -13,28 +13,28 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.types import Prompts, Rollout
 
-LENGTH = 4  # of a completion; with two words 16 completions are possible
-QUANTILE = 4.265  # of the normal distribution: a rule that fulfills the contract fails in one of 100,000 cases
+LENGTH = 4  # tokens of a completion; with a vocabulary of two, 16 completions are possible
+QUANTILE = 4.265  # of the standard normal distribution: a correct rule fails in one of 100,000 cases
 
 
 def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: int = 1500, **options: Any) -> str:
-    """Raise AssertionError unless a rank and a commit rule write as often as `trajectory()` says.
+    """Check that `trajectory()` gives the probability with which a rank and a commit rule write.
 
     Call it in a test of a custom rank or commit rule.
 
-    It samples completions of four positions and two words with the rules, and compares the count of every outcome
-    (tokens, and which step wrote them) with its probability, the exponential of `trajectory()`. The sampler must record
-    the same number.
+    It samples completions of four positions and a vocabulary of two tokens. An outcome is a completion and the step
+    that wrote each token. The check compares how often each outcome occurs with its probability, the exponential of
+    `trajectory()`. The log-probs that the sampler records must be equal to those of `trajectory()`.
 
     Args:
         rank: Rank to check.
         commit: Commit rule to check.
-        policy: Policy to sample from. None: a tiny one, whose first two characters are the words.
-        rows: Number of rollouts. More rollouts show smaller deviations.
+        policy: Policy to sample from. None: a tiny one, which samples only two characters.
+        rows: Number of rollouts. More rollouts reveal smaller deviations.
         options: Keywords of `unmask`. Default: two steps at temperature 1.
 
     Returns:
-        Kind of the order's probability (`Rollout.order.probability`). For "unknown" nothing is compared.
+        The rollout's `Rollout.order.probability`. If it is "unknown", nothing is compared.
 
     Raises:
         AssertionError: The counts or the record contradict `trajectory()`.
@@ -48,16 +48,17 @@ def check_order(rank: Any, commit: Any, *, policy: Policy | None = None, rows: i
     options = {"max_new_tokens": LENGTH, "diffusion_steps": 2, "temperature": 1.0, **options}
     rollout = unmask(policy, prompts, Generator(), rank=rank, commit=commit, **options)
     assert rollout.order is not None, "a sampler that unmasks records the order"
-    known = rollout.order.probability
-    assert trajectory().is_exact_for(rollout) == (known != "unknown"), "exact is where the probability is known"
-    if known == "unknown":
+    probability = rollout.order.probability
+    assert trajectory().is_exact_for(rollout) == (probability != "unknown"), "exact is where the probability is known"
+    if probability == "unknown":
         assert rollout.order.logprobs is None, "an order of unknown probability has no log-probs"
     else:
-        _check_counts(policy, rollout, known)
-    return known
+        _check_counts(policy, rollout, probability)
+    return probability
 
 
-def _check_counts(policy: Policy, rollout: Rollout, known: str) -> None:
+def _check_counts(policy: Policy, rollout: Rollout, probability: str) -> None:
+    """Compare the counts of the outcomes with their probabilities, by a chi-squared test."""
     views = trajectory().draw_views(rollout, Generator())
     logps = trajectory().logprobs(policy, rollout, views).sum(-1).double()
     difference = float((recorded(rollout, views).sum(-1).double() - logps).abs().max())
@@ -72,20 +73,21 @@ def _check_counts(policy: Policy, rollout: Rollout, known: str) -> None:
     rows = len(logps)
     orders, order_number = torch.cat(steps, 1).unique(dim=0, return_inverse=True)
     total = torch.full((len(orders),), float(rows), dtype=torch.float64)
-    if known == "independent" or events is not None:  # the probability of the tokens, given the order
+    # In these cases `trajectory()` gives the probability of the tokens, given the order.
+    if probability == "independent" or events is not None:
         total = torch.bincount(order_number).double()
     _, outcome = torch.cat([*steps, *tokens, *draws], 1).unique(dim=0, return_inverse=True)
     first = torch.zeros(int(outcome.max()) + 1, dtype=torch.long).scatter_(0, outcome, torch.arange(rows))
     counts = torch.bincount(outcome).double()
     expected = total[order_number[first]] * logps[first].exp()
-    often = expected >= 8
-    # Rare outcomes, and outcomes that were not drawn, count as one.
-    observed = torch.cat([counts[often], counts[~often].sum()[None]])
-    expected = torch.cat([expected[often], rows - expected[often].sum()[None]])
+    is_frequent = expected >= 8
+    # Rare outcomes, and outcomes that never occurred, are merged into one.
+    observed = torch.cat([counts[is_frequent], counts[~is_frequent].sum()[None]])
+    expected = torch.cat([expected[is_frequent], rows - expected[is_frequent].sum()[None]])
     statistic = float(((observed - expected) ** 2 / expected.abs().clamp(min=8)).sum())
     degrees = max(len(observed) - 1, 1)
-    limit = degrees * (1 - 2 / (9 * degrees) + QUANTILE * math.sqrt(2 / (9 * degrees))) ** 3  # of chi-squared
+    limit = degrees * (1 - 2 / (9 * degrees) + QUANTILE * math.sqrt(2 / (9 * degrees))) ** 3  # Wilson-Hilferty
     assert statistic < limit, (
         f"outcomes must occur as often as trajectory() says: chi-squared is {statistic:.0f}, at most {limit:.0f} for "
-        f"{degrees} degrees of freedom; the order is declared {known}"
+        f"{degrees} degrees of freedom; the order is declared {probability}"
     )

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from dllm_rl.algorithms.losses import fixed_length_mean
+from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.likelihoods.estimators import causal, trajectory
-from dllm_rl.models.base import Policy, Tokenizer
+from dllm_rl.models.base import FamilySpec, Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import load_config
 from dllm_rl.models.policy import make_policy
@@ -102,7 +103,8 @@ def grpo_recipe(  # noqa: PLR0913
 
     Call it to print or to change the recipe before you pass it to `train`. TRL's names are accepted if they mean the
     same (docs/trl.md). A sampler of at most 3 steps is scored exactly, and so is the commit rule `soft_threshold`; a
-    sampler of more steps is scored in 2 to 8 segments, one for every four steps.
+    sampler of more steps is scored in 2 to 8 segments, one for every four steps. For a block-causal model the steps of
+    one block count, and one forward scores all blocks.
 
     Args:
         model: A checkpoint's folder, a hub id, a transformers model, a policy, or a function that makes one and may
@@ -145,12 +147,16 @@ def grpo_recipe(  # noqa: PLR0913
     with name_field_in_error("train_dataset" if eval_dataset is None else "eval_dataset"):
         eval_task = make_task(held_out_rows, name=f"{name}-held-out")
     if isinstance(model, str):
-        attention = find_family(load_config(model)).attention  # reads only the config, not the weights
+        config = load_config(model)  # only the config, not the weights
+        spec: FamilySpec = find_family(config)
+        block_size = config.get("block_size") or spec.block_size
         sized_model: str | Policy = model
     else:
         seed = settings.get("seed", Recipe.seed)
         sized_model = model if isinstance(model, Policy) else call_model_function(model, seed)
-        attention = sized_model.spec.attention
+        spec = sized_model.spec
+        block_size = spec.block_size
+    attention = spec.attention
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **(sampler_options or {})}
     if temperature is not None:
         options.setdefault("temperature", temperature)
@@ -182,7 +188,6 @@ def grpo_recipe(  # noqa: PLR0913
         )
     # If `settings` has a sampler, it replaces this one.
     sampler_keywords = {"max_new_tokens": max_new_tokens} | getattr(settings.get("sampler", sampler), "keywords", {})
-    segments = None if attention == "encoder_decoder" else segments_for(sampler_keywords)
     if settings.get("loss_reduction") is fixed_length_mean:  # Dr. GRPO divides by max_new_tokens
         settings["loss_reduction"] = partial(fixed_length_mean, length=sampler_keywords["max_new_tokens"])
     fields: dict[str, Any] = {
@@ -193,7 +198,7 @@ def grpo_recipe(  # noqa: PLR0913
         "eval_task": eval_task,
         "sampler": sampler,
         "eval_sampler": partial(sampler, **greedy_options),
-        "likelihood": causal() if attention == "causal" else trajectory(num_segments=segments),
+        "likelihood": default_likelihood(spec, block_size, sampler_keywords),
     }
     return Recipe(**fields | settings)
 
@@ -220,6 +225,23 @@ def apply_preset(
     keywords = {keyword: value for keyword, value in keywords.items() if keyword not in options}
     print_preset(preset, fields | keywords)
     return keywords | options, fields | settings
+
+
+def default_likelihood(spec: FamilySpec, block_size: int | None, options: dict[str, Any]) -> LikelihoodEstimator:
+    """Return the likelihood for a model of this attention and block size, and these options of its sampler."""
+    if spec.attention == "causal":
+        return causal()
+    if spec.attention == "encoder_decoder":
+        return trajectory()
+    if spec.attention != "block_causal" or spec.shift or options.get("block_size") not in (None, block_size):
+        return trajectory(num_segments=segments_for(options))
+    # One forward scores the same step of every block, so the steps of one block count.
+    length, steps = options["max_new_tokens"], options.get("diffusion_steps")
+    assert block_size is not None, "a block-causal model has blocks"
+    block_options = options | {"max_new_tokens": block_size}
+    if steps:
+        block_options["diffusion_steps"] = max(1, steps * block_size // max(length, 1))
+    return trajectory(block_size=block_size, num_segments=segments_for(block_options))
 
 
 def segments_for(options: dict[str, Any]) -> int | None:

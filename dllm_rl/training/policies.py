@@ -15,7 +15,7 @@ from dllm_rl.distributed.collectives import from_main
 from dllm_rl.distributed.sharding import sharding_of
 from dllm_rl.files import replacing
 from dllm_rl.likelihoods.replay import check_replay
-from dllm_rl.models.base import Policy, copied, frozen_of, trainable_parameters
+from dllm_rl.models.base import Policy, copied, frozen_names, trainable_parameters
 from dllm_rl.models.engine import RolloutEngine
 from dllm_rl.models.forward.blocks import blocks_of
 from dllm_rl.models.lora import add_lora, load_adapter
@@ -139,7 +139,7 @@ def freeze(recipe: Settings, policy: Policy, names: list[str]) -> None:
     Raises:
         ValueError: Other weights of the recipe's policy are frozen: the optimizer's state would not fit.
     """
-    if isinstance(recipe.model, Policy) and (changed_names := set(frozen_of(recipe.model.module)) ^ set(names)):
+    if isinstance(recipe.model, Policy) and (changed_names := set(frozen_names(recipe.model.module)) ^ set(names)):
         name = min(changed_names)
         raise ValueError(
             f"requires_grad of {name!r} is {name in names} in this model, and was {name not in names} in the run that "

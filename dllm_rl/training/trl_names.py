@@ -73,6 +73,7 @@ HINTS = {
     "quantization_config": "base_quantization",
     "model_init_kwargs": "dtype",
     "fp16": "dtype='float16' with lora",
+    "mask_truncated_completions": "none: return the mean reward of the group for a cut answer (docs/trl.md)",
     "log_completions": "log_completions_steps",
     "cast_lm_head_to_fp32": "float32_head",
     "vllm_importance_sampling_correction": "corrector",

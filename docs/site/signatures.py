@@ -66,7 +66,9 @@ def is_set_by_callers(field: ast.AnnAssign) -> bool:
 
 
 def members(node: ast.ClassDef, source: list[str]) -> list[str]:
-    """The public fields, as the source's lines have them with their comments, and the signatures of public methods."""
+    """The public fields, as the source's lines have them with their comments, and the signatures of public methods but
+    those of a public base, which the page has there."""
+    bases = [getattr(dllm_rl, base.id) for base in node.bases if getattr(base, "id", "") in dllm_rl.__all__]
     lines = []
     for each in node.body:
         if isinstance(each, ast.AnnAssign) and is_set_by_callers(each):
@@ -74,7 +76,9 @@ def members(node: ast.ClassDef, source: list[str]) -> list[str]:
             while source[first - 1].strip().startswith("# "):
                 first -= 1
             lines += source[first : each.end_lineno]
-        elif isinstance(each, ast.FunctionDef) and not each.name.startswith("_"):
+        elif isinstance(each, ast.FunctionDef) and not (
+            each.name.startswith("_") or any(hasattr(base, each.name) for base in bases)
+        ):
             kinds = [ast.unparse(kind) for kind in each.decorator_list]
             lines += [f"    @{kind}" for kind in kinds if kind in ("property", "classmethod", "staticmethod")]
             lines.append(signature(each, "    "))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dllm_rl import Policy
 from dllm_rl.models.base import gather_if_sharded
-from dllm_rl.models.merge import merged_state
+from dllm_rl.models.merge import merged_tensors
 
 Format = Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_0", "Q4_0"]
 # llama.cpp's name for a class: causal, or with full attention (LLaDA is an un-causaled Llama, Dream a Qwen2).
@@ -31,7 +31,7 @@ def write_gguf(policy: Policy, path: Path, *, format: Format) -> None:
     writer = gguf.GGUFWriter(path, name)
     for key, value in fields(policy).items():
         getattr(writer, f"add_{key}")(value)
-    for held, tensor in merged_state(module, lasting=True):
+    for held, tensor in merged_tensors(module, persistent_only=True):
         if held == "lm_head.weight" and module.config.tie_word_embeddings:
             continue  # llama.cpp takes the embeddings
         found = names.get_name(held, try_suffixes=(".weight", ".bias"))

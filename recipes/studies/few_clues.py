@@ -23,7 +23,7 @@ from torch import Generator
 from dllm_rl import Policy, Recipe, autoregress, causal, max_prob, tiny_llama, tiny_masked_lm, unmask
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.files import read_json, write_json
-from dllm_rl.models.tokens import encode, filled
+from dllm_rl.models.tokens import encode, full_texts
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks import Sudoku
 from dllm_rl.tasks.rows import load_rows
@@ -70,7 +70,7 @@ def written(policy: Policy, count: int, seed: int, purpose: str, sampler: Callab
     for start in range(0, count, 512):
         problems = [task[i] for i in picked[start : start + 512]]
         rollout = sampler(policy, encode(policy, problems), generator_for(seed, purpose, start))
-        answers += zip([problem.fields["puzzle"] for problem in problems], filled(policy, rollout), strict=True)
+        answers += zip([problem.fields["puzzle"] for problem in problems], full_texts(policy, rollout), strict=True)
     policy.module.train()
     return answers
 

@@ -69,7 +69,7 @@ TRIALS = {
     }
     for name in (VALUE, DISCOUNT)
 }
-CHOSEN = {VALUE: (0.5, 5e-4), DISCOUNT: (0.5, 5e-4)}  # lambda and rate, by `tune`
+CHOSEN = {VALUE: (0.95, 1e-3), DISCOUNT: (0.95, 5e-4)}  # lambda and rate, by `tune`
 
 
 def study(name: str, arms: Mapping[str, dict[str, Any]], **more: Any) -> Study:

@@ -12,7 +12,7 @@ import pytest
 
 from dllm_rl.distributed import peers
 from dllm_rl.distributed.collectives import OneProcess
-from dllm_rl.distributed.peers import STATUS, STRANGERS, TURNS, Peers, own_address
+from dllm_rl.distributed.peers import EXIT_STATUS, MAX_UNAUTHENTICATED, TICKS_PER_TIMEOUT, Peers, own_address
 from dllm_rl.distributed.stop import Stopped
 
 PATIENCE = 600.0  # seconds, the suite's limit
@@ -25,7 +25,7 @@ def made(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setattr(peers, "SETTLE", 60.0)
+    monkeypatch.setattr(peers, "CAUSE_TIMEOUT", 60.0)
     opened, all_of = [], []
 
     def from_main(work, processes):
@@ -39,15 +39,15 @@ def made(monkeypatch):
         options = {"seconds": seconds, "advice": "go on"}
         for index in range(len(all_of), count - missing):
             all_of.append(Peers(OneProcess(count, index), **options))
-        while len(all_of[0]._lines) < count - missing - 1:
+        while len(all_of[0]._connections) < count - missing - 1:
             hear(all_of[0])  # a connection, or who it is
         return list(all_of)
 
     yield make
     for each in all_of:
-        for line in each._lines.values():
-            line.socket.close()
-        for thing in (each._server, each._waker, each._woken, each._selector):
+        for connection in each._connections.values():
+            connection.socket.close()
+        for thing in (each._server, each._wake_sender, each._wake_receiver, each._selector):
             if thing is not None:
                 thing.close()
 
@@ -57,23 +57,27 @@ def hear(watch):
     events = watch._selector.select(PATIENCE)
     assert events, "nothing came"
     for key, _ in events:
-        watch._attend(key)
+        watch._handle_event(key)
 
 
 def test_silence_is_counted_in_turns_and_ended_by_a_word(made):
     main, first, second = made(3)
-    for _ in range(TURNS):
-        main._take_turn()
-        first._take_turn()
+    for _ in range(TICKS_PER_TIMEOUT):
+        main._tick()
+        first._tick()
     hear(main)
-    assert main._lines[1].quiet == 0 and main._lines[2].quiet == TURNS and not main._lost.is_set()
-    main._take_turn()
-    assert main._lost.is_set() and main._mine
-    assert main._line.startswith("error: process 2 (") and main._line.endswith("interpreter; go on")
+    assert (
+        main._connections[1].silent_ticks == 0
+        and main._connections[2].silent_ticks == TICKS_PER_TIMEOUT
+        and not main._lost.is_set()
+    )
+    main._tick()
+    assert main._lost.is_set() and main._prints_loss
+    assert main._loss_message.startswith("error: process 2 (") and main._loss_message.endswith("interpreter; go on")
     while not first._lost.is_set():
         hear(first)
-    assert first._line == main._line and not first._mine, "one process says it"
-    second._take_turn()
+    assert first._loss_message == main._loss_message and not first._prints_loss, "one process says it"
+    second._tick()
     assert not second._lost.is_set()
 
 
@@ -81,84 +85,92 @@ def test_slow_work_is_no_loss(made):
     """The thread beats whatever the main thread does: however many turns pass, each is heard before the next."""
     main, other = made(2)
     other.stage = lambda: "rollout, after 7 steps"
-    for _ in range(5 * TURNS):
-        main._take_turn()
-        other._take_turn()
+    for _ in range(5 * TICKS_PER_TIMEOUT):
+        main._tick()
+        other._tick()
         hear(main)
         hear(other)
     assert not main._lost.is_set() and not other._lost.is_set()
-    assert main._lines[1].stage == "rollout, after 7 steps"
+    assert main._connections[1].stage == "rollout, after 7 steps"
 
 
 def test_one_that_stands_still_is_named_by_the_main_process_and_ends(made, monkeypatch):
     main, first, second = made(3)
     first.stage = lambda: "update, after 7 steps"
     first.patience = lambda: 2.0
-    monkeypatch.setattr(first._motion, "asked", lambda: "a.py:1")
-    for turn in range(2 * TURNS):
-        first._motion.turns = turn + 1
-        first._lines[0].quiet = 0
+    monkeypatch.setattr(first._stall_detector, "look", lambda: "a.py:1")
+    for turn in range(2 * TICKS_PER_TIMEOUT):
+        first._stall_detector.still_ticks = turn + 1
+        first._connections[0].silent_ticks = 0
         assert not first._lost.is_set()
-        first._take_turn()
+        first._tick()
         hear(main)
     while not main._lost.is_set():
         hear(main)
     while not second._lost.is_set():
         hear(second)
-    assert first._lost.is_set() and main._line == second._line == first._line, "all end"
-    assert [watch._mine for watch in (main, first, second)] == [True, False, False], "one process says it"
-    assert main._line.startswith("error: process 1 (") and main._line.endswith(
+    assert first._lost.is_set() and main._loss_message == second._loss_message == first._loss_message, "all end"
+    assert [watch._prints_loss for watch in (main, first, second)] == [True, False, False], "one process says it"
+    assert main._loss_message.startswith("error: process 1 (") and main._loss_message.endswith(
         "has stood still for 120 s (peer_timeout=60) at a.py:1, in update, after 7 steps; go on"
     )
 
 
 def test_a_main_process_that_stands_still_says_so(made, monkeypatch):
     main, other = made(2)
-    monkeypatch.setattr(main._motion, "asked", lambda: "a.py:1")
-    main._motion.turns = TURNS
-    main._take_turn()
+    monkeypatch.setattr(main._stall_detector, "look", lambda: "a.py:1")
+    main._stall_detector.still_ticks = TICKS_PER_TIMEOUT
+    main._tick()
     assert not main._lost.is_set(), "before the log is followed a main thread may stand still"
     main.patience = lambda: 1.0
-    main._take_turn()
+    main._tick()
     while not other._lost.is_set():
         hear(other)
-    assert main._mine and not other._mine and "process 0 (" in other._line and "a.py:1" in other._line
+    assert (
+        main._prints_loss
+        and not other._prints_loss
+        and "process 0 (" in other._loss_message
+        and "a.py:1" in other._loss_message
+    )
 
 
 def test_a_stage_is_told_when_it_is_entered_and_is_no_turn(made):
     main, other = made(2)
     other.stage = lambda: "reward, after 7 steps"
-    for _ in range(TURNS + 1):
+    for _ in range(TICKS_PER_TIMEOUT + 1):
         other.tell_stage()
         hear(other)
     hear(main)
-    assert main._lines[1].stage == "reward, after 7 steps" and not other._lost.is_set()
+    assert main._connections[1].stage == "reward, after 7 steps" and not other._lost.is_set()
 
 
 def test_a_silent_main_process_is_named_by_the_second_alone(made):
     _, first, second = made(3)
     for watch in (first, second):
-        for _ in range(TURNS + 1):
-            watch._take_turn()
-        assert "process 0" in watch._line and watch._mine == (watch is first)
+        for _ in range(TICKS_PER_TIMEOUT + 1):
+            watch._tick()
+        assert "process 0" in watch._loss_message and watch._prints_loss == (watch is first)
 
 
 def test_a_closed_connection_is_a_loss_and_a_farewell_is_none(made):
     main, first, second = made(3)
-    first._lines[0].tell(end=True)
-    first._lines[0].socket.close()
+    first._connections[0].send(end=True)
+    first._connections[0].socket.close()
     hear(main)
-    assert 1 not in main._lines and not main._lost.is_set()
-    second._lines[0].socket.close()
+    assert 1 not in main._connections and not main._lost.is_set()
+    second._connections[0].socket.close()
     hear(main)
-    assert "process 2" in main._line and "is gone, last heard in its start; its own last words" in main._line
+    assert (
+        "process 2" in main._loss_message
+        and "is gone, last heard in its start; its own last words" in main._loss_message
+    )
 
 
 def test_one_that_never_joins_is_named(made):
     main = made(2, missing=1)[0]
-    for _ in range(TURNS + 1):
-        main._take_turn()
-    assert main._line == "error: process 1 has not joined in peer_timeout=60 s; go on"
+    for _ in range(TICKS_PER_TIMEOUT + 1):
+        main._tick()
+    assert main._loss_message == "error: process 1 has not joined in peer_timeout=60 s; go on"
 
 
 @pytest.mark.parametrize(
@@ -185,23 +197,23 @@ def test_strangers_are_hung_up_on(made, said):
         said = said.replace(b"TOKEN", json.dumps(main._token).encode())
         sender = threading.Thread(target=send, args=(stranger, said))
         sender.start()
-        while main._strangers:
+        while main._unauthenticated:
             hear(main)
         sender.join()
-    assert not main._lost.is_set() and list(main._lines) == [1] and list(main._missing) == [2]
+    assert not main._lost.is_set() and list(main._connections) == [1] and list(main._missing) == [2]
 
 
 def test_of_idle_strangers_some_are_kept_until_all_processes_have_joined(made):
     main, _ = made(3, missing=1)
     where, strangers = main._server.getsockname(), []
-    for _ in range(STRANGERS + 3):
+    for _ in range(MAX_UNAUTHENTICATED + 3):
         strangers.append(socket.create_connection(where, timeout=60))
         hear(main)
-        assert len(main._strangers) <= STRANGERS
+        assert len(main._unauthenticated) <= MAX_UNAUTHENTICATED
     assert [stranger.recv(1) for stranger in strangers[:3]] == [b""] * 3, "those that have waited longest"
     made(3)
-    assert sorted(main._lines) == [1, 2] and not main._strangers and not main._lost.is_set()
-    assert [stranger.recv(1) for stranger in strangers[3:]] == [b""] * STRANGERS
+    assert sorted(main._connections) == [1, 2] and not main._unauthenticated and not main._lost.is_set()
+    assert [stranger.recv(1) for stranger in strangers[3:]] == [b""] * MAX_UNAUTHENTICATED
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(where, timeout=60)
     for stranger in strangers:
@@ -214,9 +226,9 @@ def test_a_connection_that_was_hung_up_on_in_the_same_turn_is_passed_over(made):
         hear(main)
         stranger.sendall(b"x")
         (key,) = [key for key, _ in main._selector.select(60)]
-        main._hang_up(main._strangers[0])
-        main._attend(key)
-    assert list(main._lines) == [1]
+        main._close_connection(main._unauthenticated[0])
+        main._handle_event(key)
+    assert list(main._connections) == [1]
 
 
 @pytest.mark.slow
@@ -279,7 +291,7 @@ def test_an_error_is_told_and_ends_the_others_with_one_line(made, capfd):
     for thread in threads:
         thread.join()
     assert isinstance(ends[1], ValueError)
-    assert [ends[0].args, ends[2].args] == [(STATUS,)] * 2
+    assert [ends[0].args, ends[2].args] == [(EXIT_STATUS,)] * 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("error: process 1 (")
     assert lines[0].endswith("raised ValueError: bad␛[2J, in its start; go on")
@@ -334,16 +346,16 @@ def test_a_signal_that_one_leaves_on_is_heard_by_all_and_is_their_status(made, c
 def test_what_is_no_signal_to_stop_is_not_heard(made, number):
     main, other = made(2)
     main.hear = pytest.fail
-    other._lines[0].tell(end=True, signal=number)
+    other._connections[0].send(end=True, signal=number)
     hear(main)
-    assert not main._signal and not main._lines
+    assert not main._signal and not main._connections
 
 
 def test_an_exchange_that_nobody_failed_says_where_the_others_are(made, monkeypatch):
-    monkeypatch.setattr(peers, "SETTLE", 0.0)
+    monkeypatch.setattr(peers, "CAUSE_TIMEOUT", 0.0)
     main, other = made(2)
     other.stage = lambda: "reward, after 3 steps"
-    other._take_turn()
+    other._tick()
     hear(main)
     with pytest.raises(RuntimeError, match="gloo/transport") as caught, main:
         raise RuntimeError(GLOO)
@@ -362,7 +374,7 @@ def test_one_that_cannot_be_reached_is_a_line(made, monkeypatch):
 
 def test_an_error_of_its_own_is_raised_though_another_is_lost(made, capfd):
     main, other = made(2)
-    other._lines[0].socket.close()
+    other._connections[0].socket.close()
     hear(main)
     assert main._lost.is_set()
     with pytest.raises(ValueError, match="its own"), main:

@@ -6,17 +6,17 @@ import time
 import pytest
 
 from dllm_rl.distributed import stall as motion
-from dllm_rl.distributed.stall import Motion
+from dllm_rl.distributed.stall import StallDetector
 
 
 def turns_while(main, *, looks=4):
     """How often in a row no motion was seen, and the last place, of `looks` looks while the main thread runs `main`."""
-    seen, found, entered, over, ended = Motion(), [], threading.Event(), threading.Event(), []
+    seen, found, entered, over, ended = StallDetector(), [], threading.Event(), threading.Event(), []
 
     def watch():
         entered.wait()
         for _ in range(looks):
-            found.append(seen.asked())
+            found.append(seen.look())
             time.sleep(0.2)  # longer than what the looks themselves take of the processor
         ended.append(True)
         over.set()
@@ -25,7 +25,7 @@ def turns_while(main, *, looks=4):
     thread.start()
     main(entered, over, ended)
     thread.join()
-    return seen.turns, found[-1]
+    return seen.still_ticks, found[-1]
 
 
 def asleep(entered, over, ended):

@@ -46,7 +46,7 @@ class Exchange(Accelerator):
 def test_a_signal_during_the_exchange_is_kept_for_the_next_one(stop):
     """The other process has not heard of it: this one goes on with it for a step."""
     assert stop.agreed(Exchange(0, late=signal.SIGUSR1)) == 0
-    assert stop.asked == signal.SIGUSR1
+    assert stop.received == signal.SIGUSR1
     assert stop.agreed(Exchange(0)) == signal.SIGUSR1
 
 
@@ -69,7 +69,7 @@ def test_a_further_signal_does_not_interrupt_the_end_of_a_run(stop):
     with pytest.raises(Stopped, match=str(128 + signal.SIGUSR1)):
         os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.asked == signal.SIGUSR1
+    assert stop.received == signal.SIGUSR1
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1])
@@ -77,7 +77,7 @@ def test_a_ctrl_c_after_another_signal_waits_for_the_step(stop, first):
     """A launcher hands a signal on, and its user presses Ctrl-C as well: only a second Ctrl-C asks for less."""
     os.kill(os.getpid(), first)
     os.kill(os.getpid(), signal.SIGINT)
-    assert stop.asked == first
+    assert stop.received == first
 
 
 @pytest.mark.parametrize("last_words", [None, OVER])
@@ -88,7 +88,7 @@ def test_a_signal_that_another_process_leaves_on_is_heard_once(stop, last_words)
     else:
         with pytest.raises(Stopped, match=str(128 + signal.SIGINT)):
             stop.hear_from_another(signal.SIGINT)
-    assert stop.asked == signal.SIGINT
+    assert stop.received == signal.SIGINT
     stop.hear_from_another(signal.SIGINT)  # no second Ctrl-C
 
 
@@ -96,7 +96,7 @@ def test_a_signal_that_this_process_does_not_hear_is_not_raised_for_another(stop
     """A run in a thread has no handlers: the signal would end the whole process."""
     signal.signal(signal.SIGHUP, lambda *_: pytest.fail("raised"))
     stop.hear_from_another(signal.SIGHUP)
-    assert not stop.asked
+    assert not stop.received
 
 
 def test_two_processes_delete_a_refused_runs_folder_at_the_same_time(tmp_path, monkeypatch):
@@ -132,7 +132,7 @@ def test_a_ctrl_c_is_heard_where_it_was_ignored_and_a_hangup_is_not(stop):
     made = Stop(seconds=1000.0, main=False)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     os.kill(os.getpid(), signal.SIGINT)
-    assert made.asked == signal.SIGINT
+    assert made.received == signal.SIGINT
     made.disarm()
 
 

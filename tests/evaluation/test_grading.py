@@ -5,7 +5,9 @@ import json
 import pytest
 
 from dllm_rl.cli.main import main
-from dllm_rl.evaluation.grading import grade_by_every_rule, grade_file, read_completions
+from dllm_rl.evaluation.grading import compare_files, grade_by_every_rule, grade_file, read_completions
+from dllm_rl.evaluation.results import Evaluation, GradedAnswer, paired_differences
+from dllm_rl.tasks.base import Reward
 from dllm_rl.tasks.protocols import TABLE
 
 TEXTS = [
@@ -98,3 +100,38 @@ def test_a_reading_takes_linear_time(unit) -> None:
     for task, entry in TABLE.items():
         for name, reading in entry.readings.items():
             assert reading(text) is None or len(str(reading(text))) <= len(text), (task, name)
+
+
+def test_two_files_are_compared_problem_by_problem(tmp_path, capsys) -> None:
+    """The first gains problem 1, loses none and lacks problem 2: (1 + 1) / 2 - (1 + 0) / 2."""
+
+    def rows(*texts, first=0):
+        return [
+            {"completion": text, "answer": str(place), "evaluation": {"problem": place, "sample": 0}}
+            for place, text in enumerate(texts, first)
+        ]
+
+    now = write(tmp_path / "now.jsonl", rows("0", "1"))
+    before = write(tmp_path / "before.jsonl", rows("0", "7", "2"))
+    found = compare_files(now, before, task="gsm8k", protocol="espo")
+    assert found["difference"]["accuracy"][0] == 0.5 and found["accuracy"] == 1.0 and found["against"] == before
+    assert (
+        found["difference"]["accuracy"][1:] == paired_differences(*map(as_evaluation, ((1, 1), (1, 0))))["accuracy"][1:]
+    )
+    plain = [
+        write(tmp_path / f"{text}.jsonl", [{"completion": text, "answer": "5"}]) for text in "56"
+    ]  # by their place
+    assert main(["grade", "--task", "gsm8k", "--protocol", "espo", plain[0], "--against", plain[1]]) == 0
+    assert json.loads(capsys.readouterr().out)["difference"]["accuracy"] == [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match=r"now.jsonl, line 1 is another problem than .*5.jsonl, line 1"):
+        compare_files(now, plain[0], task="gsm8k")
+    with pytest.raises(ValueError, match="have no problem in common"):
+        compare_files(write(tmp_path / "late.jsonl", rows("9", first=9)), before, task="gsm8k")
+    assert main(["grade", "--task", "gsm8k", "--protocol", "all", plain[0], "--against", plain[1]]) == 2
+    assert "--against compares under one protocol" in capsys.readouterr().err
+
+
+def as_evaluation(values) -> Evaluation:
+    return Evaluation(
+        tuple(GradedAnswer(i, 0, Reward(value, True, {"accuracy": float(value)})) for i, value in enumerate(values)), {}
+    )

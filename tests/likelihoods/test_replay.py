@@ -274,8 +274,8 @@ def test_a_router_that_names_no_choice_is_not_measured_and_the_run_goes_on():
         scores = hidden.reshape(-1, hidden.shape[-1])[:, :6]
         return scores, scores[:, :2], torch.zeros(len(scores), 2, dtype=torch.long)
 
-    routing.mixtures(other.module)[0].gate.forward = first_two
-    with pytest.warns(UserWarning, match=r"routing/\* is not measured: 1 of 2 mixtures"):
+    routing.moe_layers(other.module)[0].gate.forward = first_two
+    with pytest.warns(UserWarning, match=r"routing/\* is not measured: 1 of 2 MoE layers"):
         assert routing_counts(policy, other, rollout, noise) is None
 
 

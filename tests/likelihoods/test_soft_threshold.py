@@ -15,7 +15,7 @@ from dllm_rl.algorithms.losses import fixed_length_mean, kl_k2, policy_loss, ppo
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.likelihoods.estimator import recorded
 from dllm_rl.likelihoods.views import each_view
-from dllm_rl.models.soft_threshold import MAX_LOGPROB, drawn_set
+from dllm_rl.models.soft_threshold import MAX_LOGPROB, draw_set
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.learner import forward_backward
@@ -248,7 +248,7 @@ def test_drawn_sets_have_the_frequencies_of_the_law():
     rows = 40_000
     uniforms = torch.rand(rows, 5, generator=GENERATOR.manual_seed(3))
     law = {"tau": 0.95, "temperature": 0.8}
-    drawn = drawn_set(p.log().expand(rows, -1), masked.expand(rows, -1), uniforms, **law)
+    drawn = draw_set(p.log().expand(rows, -1), masked.expand(rows, -1), uniforms, **law)
     assert not drawn[:, ~masked].any()
     places = masked.nonzero()[:, 0].tolist()
     coins = [coin(float(p[i]), *law.values()) for i in places]
@@ -257,9 +257,9 @@ def test_drawn_sets_have_the_frequencies_of_the_law():
         wanted[[places[n] for n in chosen]] = True
         share = float((drawn == wanted).all(-1).double().mean())
         assert abs(share - chance) < 4 * math.sqrt(chance * (1 - chance) / rows), (chosen, share, chance)
-    nothing = drawn_set(p.log()[None], torch.zeros(1, 5, dtype=torch.bool), uniforms[:1], **law)
+    nothing = draw_set(p.log()[None], torch.zeros(1, 5, dtype=torch.bool), uniforms[:1], **law)
     assert not nothing.any()
-    sure = drawn_set(torch.zeros(1, 5), masked[None], torch.ones(1, 5), **law)  # a number that rounded to 1
+    sure = draw_set(torch.zeros(1, 5), masked[None], torch.ones(1, 5), **law)  # a number that rounded to 1
     assert sure.sum() == 1
 
 

@@ -25,7 +25,7 @@ from dllm_rl import (
     tiny_llama,
     tiny_masked_lm,
 )
-from dllm_rl.models.base import FamilySpec, copied, frozen_of
+from dllm_rl.models.base import FamilySpec, copied, frozen_names
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.tiny import char_tokenizer
 from dllm_rl.models.tokens import encode
@@ -143,7 +143,7 @@ def test_a_run_with_frozen_weights_resumes_to_the_same_weights(tmp_path):
     for (name, a), b in zip(whole.module.named_parameters(), resumed.module.parameters(), strict=True):
         assert torch.equal(a, b) and a.requires_grad == b.requires_grad == ("layers.0.mlp" in name)
     state = json.loads((tmp_path / "cut" / "checkpoints" / "step-000002" / "state.json").read_text())
-    assert state["frozen"] == frozen_of(policy().module)
+    assert state["frozen"] == frozen_names(policy().module)
     with pytest.raises(ValueError, match="requires_grad"):
         grpo(
             small(),

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dllm_rl.models import logprobs as head_module
 from dllm_rl.models.logprobs import (
     backward_token_logprobs,
-    invert,
+    invert_cdf,
     process,
     sample,
     token_logprobs,
@@ -227,14 +227,14 @@ def test_inversion_in_groups_is_inversion_over_the_whole_vocabulary():
     mass[300] += 512 - mass.sum()
     quantiles = torch.arange(512, dtype=torch.float64) / 512
     expected = torch.arange(600).repeat_interleave(mass.long())
-    assert torch.equal(invert(mass.expand(512, -1), quantiles), expected)
-    assert torch.equal(invert(mass.flip(0).expand(512, -1), quantiles), 599 - expected.flip(0))
+    assert torch.equal(invert_cdf(mass.expand(512, -1), quantiles), expected)
+    assert torch.equal(invert_cdf(mass.flip(0).expand(512, -1), quantiles), 599 - expected.flip(0))
 
 
 def test_rounding_draws_no_token_outside_of_the_vocabulary():
     """In fp32 1 + 1.5 * 2^-24 is 1 + 2^-23, more than the two masses: the last quantile lies beyond both."""
     mass = torch.tensor([[1.0, 1.5 * 2**-24]])
-    assert invert(mass, torch.tensor([1 - 2**-53], dtype=torch.float64)).tolist() == [1]
+    assert invert_cdf(mass, torch.tensor([1 - 2**-53], dtype=torch.float64)).tolist() == [1]
 
 
 def test_defaults_are_neutral():
@@ -251,5 +251,5 @@ def test_defaults_are_neutral():
 def test_masses_that_are_nan_draw_some_token(size):
     """An index behind the vocabulary would end the process on a GPU; the token's log-prob tells."""
     mass = torch.full((2, size), torch.nan)
-    drawn = invert(mass, torch.tensor([0.1, 0.9], dtype=torch.float64))
+    drawn = invert_cdf(mass, torch.tensor([0.1, 0.9], dtype=torch.float64))
     assert ((drawn >= 0) & (drawn < size)).all()

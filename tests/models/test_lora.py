@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from dllm_rl import load_policy
 from dllm_rl.models import lora as lora_module
-from dllm_rl.models.forward.routing import mixtures
+from dllm_rl.models.forward.routing import moe_layers
 from dllm_rl.models.lora import (
     STACKS,
     Lora,
@@ -33,7 +33,7 @@ from dllm_rl.models.lora import (
 from dllm_rl.models.merge import merge_lora, merged_copy
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.quantization.aligned import aligned_forward
-from dllm_rl.quantization.linear import Experts
+from dllm_rl.quantization.linear import UnstackedExperts
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, sync_weights
 from dllm_rl.quantization.schemes import float8_weight_only, int8_dynamic
 from dllm_rl.training.trainer import train
@@ -113,7 +113,7 @@ def test_the_rollouts_copy_holds_the_merged_experts_and_syncs_in_place(scheme):
     assert not any(".lora_" in name for name, _ in rollout_policy.module.named_parameters())
     assert torch.equal(rollout_policy.logits(tokens, mask), quantized_copy(merged(policy), config).logits(tokens, mask))
     if scheme:
-        assert sum(isinstance(layer, Experts) for layer in rollout_policy.module.modules()) == 2
+        assert sum(isinstance(layer, UnstackedExperts) for layer in rollout_policy.module.modules()) == 2
         kept = set(rollout_policy.quantization_report.skipped.values())
         assert kept <= {"embedding", "router", "outside the blocks"}
     before = [parameter.data_ptr() for _, layer in quantized_layers(rollout_policy) for parameter in [layer.weight]]
@@ -144,7 +144,7 @@ def test_merging_and_saving_leave_ordinary_experts(tmp_path):
     torch.testing.assert_close(load_policy(tmp_path / "whole").logits(tokens, mask), before)
     merge_lora(policy)
     torch.testing.assert_close(policy.logits(tokens, mask), before)
-    assert all(is_stacked(layer.experts) for layer in mixtures(policy.module)) and policy.lora is None
+    assert all(is_stacked(layer.experts) for layer in moe_layers(policy.module)) and policy.lora is None
 
 
 def test_the_aligned_forward_goes_through_the_adapted_experts():
@@ -187,8 +187,8 @@ def test_a_run_trains_experts_adapters_alone_and_resumes_bit_for_bit(tmp_path):
     train(tiny_recipe(tmp_path / "parts", num_steps=1, lr_schedule_steps=2, **settings))
     parts = tiny_recipe(tmp_path / "parts", lr_schedule_steps=2, resume_from_checkpoint="latest", **settings)
     policy = train(parts).policy
-    assert isinstance(mixtures(policy.module)[0].experts, LoraExperts)
-    assert mixtures(policy.module)[0].experts.lora_B["down_proj"].any()
+    assert isinstance(moe_layers(policy.module)[0].experts, LoraExperts)
+    assert moe_layers(policy.module)[0].experts.lora_B["down_proj"].any()
     rows = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts")
     assert rows[0][-1]["grad_norm"] == rows[1][-1]["grad_norm"] > 0
 
@@ -295,6 +295,6 @@ def test_a_merge_equals_its_formula_in_every_dtype():
 def test_dropout_keeps_the_mean():
     """Kept inputs are divided by 1 - p. Of n draws the kept share is within 5 standard errors of 1 - p."""
     layer = LoraLinear(nn.Linear(1000, 1), Lora(r=1, dropout=0.25), torch.Generator().manual_seed(0))
-    out = layer.dropped(torch.ones(20, 1000))
+    out = layer.apply_dropout(torch.ones(20, 1000))
     assert out.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
     assert out.count_nonzero().item() / 20_000 == pytest.approx(0.75, abs=5 * (0.75 * 0.25 / 20_000) ** 0.5)

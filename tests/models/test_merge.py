@@ -8,13 +8,13 @@ import torch
 from own_module import own_policy
 
 from dllm_rl.models.lora import Lora, LoraLinear, adapted_layers, add_lora
-from dllm_rl.models.merge import host_copy, merge_lora, merged_copy, own_tensors
+from dllm_rl.models.merge import host_copy, merge_lora, merged_copy, merged_state_dict
 
 
 def test_a_tied_tensor_has_its_first_name_alone():
     module = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2))
     module[1].weight = module[0].weight
-    assert list(own_tensors(module)) == ["0.weight", "1.bias"]
+    assert list(merged_state_dict(module)) == ["0.weight", "1.bias"]
 
 
 def test_an_own_modules_tensors_leave_its_device_as_they_are_merged(monkeypatch):
@@ -28,9 +28,9 @@ def test_an_own_modules_tensors_leave_its_device_as_they_are_merged(monkeypatch)
         alive.append(weakref.ref(weight))
         return weight
 
-    here = own_tensors(policy.module)
+    here = merged_state_dict(policy.module)
     monkeypatch.setattr(LoraLinear, "merged", watched)
-    there = own_tensors(policy.module, device="meta")
+    there = merged_state_dict(policy.module, device="meta")
     assert len(alive) > 1 and list(there) == list(here)
     assert all(x.is_meta and x.shape == here[name].shape for name, x in there.items())
 
@@ -41,15 +41,15 @@ def test_buffers_that_no_checkpoint_contains_are_left_out_at_every_depth():
         owner.register_buffer("kept", torch.zeros(1))
         owner.register_buffer("left", torch.zeros(1), persistent=False)
     names = module.state_dict().keys()
-    assert set(own_tensors(module)) == names == {"kept", "0.weight", "0.kept"}
+    assert set(merged_state_dict(module)) == names == {"kept", "0.weight", "0.kept"}
     module[0] = LoraLinear(module[0], Lora(r=1), torch.Generator())
-    assert set(own_tensors(module)) == names
+    assert set(merged_state_dict(module)) == names
 
 
 def test_a_layer_of_ones_own_called_base_layer_is_saved():
     """The name alone says nothing: peft, and layers in its manner, have it too."""
     module = torch.nn.ModuleDict({"x": torch.nn.ModuleDict({"base_layer": torch.nn.Linear(2, 2)})})
-    assert own_tensors(module).keys() == module.state_dict().keys()
+    assert merged_state_dict(module).keys() == module.state_dict().keys()
 
 
 def test_a_merge_leaves_the_biases_what_they_are():

@@ -67,7 +67,7 @@ def test_a_registered_family_of_a_class_in_the_auto_registry(tmp_path, own_famil
     folder = renamed_checkpoint(
         tmp_path / "a", "llama", "NestForDiffusionLM", "nest-of-the-tests", is_causal=False, mask_token_id=39
     )
-    with pytest.raises(ValueError, match=r"'NestForDiffusionLM' is not known.*give your own to register_family"):
+    with pytest.raises(ValueError, match=r"'NestForDiffusionLM' is not known.*pass a FamilySpec to register_family"):
         load_policy(folder)
     register_family(FamilySpec(name="nest", attention="full", architectures=("NestForDiffusionLM",)))
     policy = load_policy(folder)
@@ -120,7 +120,7 @@ class TestAModuleOfOnesOwn:
 
     def test_weights_of_another_module_are_refused(self, tmp_path):
         own_policy(characters="123").save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=r"tensors \['embed.weight', .* do not fit Own; make the module"):
+        with pytest.raises(ValueError, match=r"tensors \['embed.weight', .* do not fit Own; build the module"):
             load_weights(own_policy(), tmp_path)
 
     def test_adapters_are_added_after_the_weights(self, tmp_path):
@@ -166,7 +166,7 @@ class TestAModuleOfOnesOwn:
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty has no config.json: it is no checkpoint"):
+    with pytest.raises(ValueError, match=r"empty has no config.json: it is not a checkpoint"):
         load_policy(tmp_path / "empty")
     (tmp_path / "run" / "checkpoints" / "step-000002").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"run is the folder of a run; give one of its checkpoints, as .*step-000002"):

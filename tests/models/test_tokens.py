@@ -11,15 +11,15 @@ from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import (
     completion_token_ids,
     decode,
+    default_max_new_tokens,
     encode,
-    filled,
+    full_texts,
     ids_and_blanks,
     ordinary_ids,
     prompt_ids,
     special_texts,
     text_ids,
     texts_to_grade,
-    usual_length,
 )
 from dllm_rl.tasks.base import Problem
 from dllm_rl.types import Rollout
@@ -99,7 +99,7 @@ def test_blanks_are_open_positions(policy):
     prompts = encode(policy, asked, group_size=2)
     assert prompts.infill_mask.sum(-1).tolist() == [1, 0, 1] and (prompts.tokens[prompts.infill_mask] == MASK).all()
     assert encode(policy, [Problem("ab")]).infill_mask is None
-    with pytest.raises(ValueError, match="blank='' is no text; leave it at None"):
+    with pytest.raises(ValueError, match="blank='' is empty; leave it at None"):
         encode(policy, [Problem("ab", blank="")])
 
 
@@ -112,10 +112,10 @@ def test_the_text_of_what_is_filled_in(policy):
     rollout = Rollout(tokens, tokens != PAD, own, torch.where(own, 0, -1), torch.zeros(2, 7), group_size=1)
     assert completion_token_ids(rollout)[0] == [ids[0][i] for i in (2, 3, 5, 6)]
     assert decode(policy, rollout) == ["b", "fh"]
-    assert filled(policy, rollout) == ["abcde", "fghi"]
+    assert full_texts(policy, rollout) == ["abcde", "fghi"]
     ended = rollout.tokens.clone()
     ended[0, 5] = EOS
-    assert filled(policy, replace(rollout, tokens=ended)) == ["abc", "fghi"]
+    assert full_texts(policy, replace(rollout, tokens=ended)) == ["abc", "fghi"]
     problems = [Problem("", blank="_"), Problem("")]
     assert texts_to_grade(policy, rollout, problems, completion_token_ids(rollout)) == ["abcde", "fh"]
     twice = rollout.rows(torch.tensor([0, 0, 1, 1]))
@@ -128,7 +128,7 @@ def test_an_end_token_that_ends_the_prompt_ends_no_completion(policy):
     tokens = torch.tensor([[*text_ids(policy, "ab"), EOS, *text_ids(policy, "cd")]])
     own = torch.tensor([[0, 1, 0, 1, 1]]).bool()
     rollout = Rollout(tokens, torch.ones_like(own), own, torch.where(own, 0, -1), torch.zeros(1, 5), group_size=1)
-    assert filled(policy, rollout) == ["abcd"]
+    assert full_texts(policy, rollout) == ["abcd"]
 
 
 def test_ordinary_ids_leave_out_what_ends_masks_and_pads():
@@ -159,7 +159,7 @@ def test_a_completion_is_usually_as_long_as_a_solution(policy):
         (Problem([user("ab")], solution="cdefg"), 256),
         (Problem("a_", blank="_", solution="b"), 0),
     ):
-        assert usual_length(policy, Problems([problem])) == length
+        assert default_max_new_tokens(policy, Problems([problem])) == length
 
 
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}

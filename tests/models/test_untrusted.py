@@ -46,7 +46,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(folder, name, ma
     (folder / name).unlink(missing_ok=True)
     make(folder / name)
     for read in (load_policy, checkpoint_folder, lambda path: load_weights(tiny_masked_lm(**SIZES), path)):
-        with pytest.raises(ValueError, match=f"{name} is no regular file; fetch the checkpoint again"):
+        with pytest.raises(ValueError, match=f"{name} is not a regular file; fetch the checkpoint again"):
             read(folder)
 
 
@@ -278,7 +278,7 @@ def test_adapters_that_are_not_finite_are_refused(tmp_path, value):
     name = sorted(state)[-1]
     state[name].view(-1)[0] = value
     save_file(state, file)
-    with pytest.raises(ValueError, match=rf"{name} holds numbers that are not finite; use earlier adapters"):
+    with pytest.raises(ValueError, match=rf"{name} has NaN or infinite numbers; use earlier adapters"):
         load_adapter(tiny_masked_lm(**SIZES), tmp_path)
 
 
@@ -290,7 +290,9 @@ def test_a_rank_without_its_numbers_is_refused_before_an_adapter_of_it_is_made(t
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 1 << 50}))  # more than any machine has
     save_file({name: torch.zeros(0, 1 << 50) for name in load_file(file)}, file)
-    with pytest.raises(ValueError, match=r"r=1125899906842624 needs [\d,]+ numbers, and fewer are there; give other"):
+    with pytest.raises(
+        ValueError, match=r"r=1125899906842624 needs [\d,]+ numbers, and the file has fewer; give other"
+    ):
         load_adapter(tiny_masked_lm(**SIZES), tmp_path)
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dllm_rl.monitoring.plots import Panel, headline, lines_of, measured, plot, smoothed, whole_steps
+from dllm_rl.monitoring.plots import Panel, available_metrics, draw_metrics, headline, plot, smoothed, whole_steps
 
 ALWAYS = {"reward": 0.5, "parsed": 1.0, "rollout_corr/k3_kl": 0.0, "rollout_corr/rollout_is_eff_sample_size": 1.0}
 
@@ -18,8 +18,8 @@ def test_a_curve_is_smoothed_by_hand():
 
 def test_a_metric_without_a_number_is_not_drawn():
     panel = Panel("Both", "nats", {"a": "first", "b": "second"})
-    assert measured(panel, [{"step": 0, "b": None}, {"step": 1, "b": 0.5}]) == ["b"]
-    assert measured(panel, [{"step": 0, "a": None, "c": 1.0}]) == []
+    assert available_metrics(panel, [{"step": 0, "b": None}, {"step": 1, "b": 0.5}]) == ["b"]
+    assert available_metrics(panel, [{"step": 0, "a": None, "c": 1.0}]) == []
 
 
 def test_ticks_are_whole_steps_and_one_point_is_seen():
@@ -27,7 +27,7 @@ def test_ticks_are_whole_steps_and_one_point_is_seen():
     for last in (1, 2, 3, 7, 1000):
         figure, axis = plt.subplots(figsize=(4.6, 2.9))
         rows = [{"step": step, "reward": 0.5} for step in range(last)]
-        lines_of(axis, rows, Panel("Reward", "reward", {"reward": "training"}))
+        draw_metrics(axis, rows, Panel("Reward", "reward", {"reward": "training"}))
         whole_steps(axis)
         assert (axis.lines[0].get_marker() == "o") == (last == 1), "one point is no line"
         assert all(tick == round(tick) for tick in axis.get_xticks()), "a tick between two steps"

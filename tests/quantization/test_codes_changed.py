@@ -11,7 +11,7 @@ from torch import nn, tensor
 
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.quantization import schemes
-from dllm_rl.quantization.linear import differing_codes, load_weight_, quantized, scales_of
+from dllm_rl.quantization.linear import differing_codes, load_weight_, quantize_weight, scales_of
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, sync_weights
 from dllm_rl.quantization.schemes import EmulatedLinear, FakeQuantize, codes_and_scale
 from dllm_rl.training.trainer import train
@@ -39,7 +39,7 @@ def test_a_zero_that_changes_its_sign_is_no_change():
         layer = nn.Linear(16, 16, bias=False)
     weight = torch.ones(16, 16)
     weight[:, 1] = 1e-30
-    layer.weight = nn.Parameter(quantized(weight, schemes.float8_weight_only())[0], requires_grad=False)
+    layer.weight = nn.Parameter(quantize_weight(weight, schemes.float8_weight_only())[0], requires_grad=False)
     layer.quantization = schemes.float8_weight_only()
     moved = weight.clone()
     moved[:, 1] = -1e-30

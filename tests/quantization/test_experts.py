@@ -20,11 +20,11 @@ from dllm_rl.models.lora import Lora, add_lora, is_stacked
 from dllm_rl.quantization import schemes as quantize
 from dllm_rl.quantization.aligned import aligned_forward
 from dllm_rl.quantization.linear import (
-    Experts,
+    UnstackedExperts,
     dequantized_input,
     dequantized_weight,
     locate_parameter,
-    mixture,
+    moe_forward,
     quantized_forward,
 )
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
@@ -77,7 +77,7 @@ def test_the_mixture_is_the_stock_ones(policy):
         index = torch.stack([torch.randperm(len(stacks["down_proj"]), generator=generator)[:2] for _ in x])
         weights = torch.rand(9, 2, generator=generator)
         gate_up, down = ([lambda x, w=w: F.linear(x, w) for w in stack] for stack in stacks.values())
-        ours = mixture(x, index, weights, gate_up, down, act_fn=layer.act_fn)
+        ours = moe_forward(x, index, weights, gate_up, down, act_fn=layer.act_fn)
         theirs = layer(x, index, weights)  # a grouped product, which rounds otherwise
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * theirs.abs().max().item())
     assert layers
@@ -95,7 +95,7 @@ def test_a_mixture_in_bf16_stays_in_bf16():
             gate, up = F.linear(x[row], gate_up[expert]).chunk(2)
             expected[row] += share * F.linear(F.silu(gate) * up, down[expert]).float()
     products = ([partial(F.linear, weight=weight) for weight in stack] for stack in (gate_up, down))
-    found = mixture(x, index, weights, *products, act_fn=F.silu)
+    found = moe_forward(x, index, weights, *products, act_fn=F.silu)
     assert found.dtype == torch.bfloat16
     # The products round to 8 bits, and a row alone may round otherwise than among others.
     torch.testing.assert_close(found.float(), expected, rtol=2**-6, atol=2**-6 * expected.abs().max().item())
@@ -110,7 +110,7 @@ def test_all_but_router_norms_embeddings_and_head_is_quantized(policy, scheme):
     for name, parameter in policy.module.named_parameters():
         blocks = ".layers." in name and parameter.dim() > 1 and not name.endswith("mlp.gate.weight")
         assert (name in held) == blocks, name
-    experts = [layer for layer in rollout_policy.module.modules() if isinstance(layer, Experts)]
+    experts = [layer for layer in rollout_policy.module.modules() if isinstance(layer, UnstackedExperts)]
     assert experts and not any(is_stacked(layer) for layer in rollout_policy.module.modules())
     assert rollout_policy.quantization_report.bytes_after < rollout_policy.quantization_report.bytes_before * (
         1.1 if "emulated" in scheme and scheme != "float8_dynamic_emulated" else 0.6
@@ -148,7 +148,7 @@ def definition(policy, rollout_policy):
             y = F.linear(x_q, weight + (dequantized_weight(layer) - weight).detach(), bias)
             return y + (quantized_forward(layer, x.detach(), bias)[0] - y).detach()
 
-        if isinstance(target, Experts):
+        if isinstance(target, UnstackedExperts):
 
             def experts(x, index, weights, source=source, target=target):
                 ways = [
@@ -158,7 +158,7 @@ def definition(policy, rollout_policy):
                     ]
                     for stack in ("gate_up_proj", "down_proj")
                 ]
-                return mixture(x, index, weights, *ways, act_fn=source.act_fn)
+                return moe_forward(x, index, weights, *ways, act_fn=source.act_fn)
 
             source.forward = experts
         elif source is not None and isinstance(target, nn.Linear) and dict(quantized_layers(rollout_policy)).get(name):
@@ -209,7 +209,7 @@ def test_a_weight_that_is_not_finite_is_named_with_its_expert(policy):
         lambda: sync_weights(policy, rollout_policy),
         lambda: quantized_copy(policy, rollout_policy.quantization),
     ):
-        with pytest.raises(ValueError, match=rf"{name}\.2\.weight holds NaN"):
+        with pytest.raises(ValueError, match=rf"{name}\.2\.weight has NaN"):
             act()
 
 
@@ -218,7 +218,7 @@ def test_experts_can_be_left_as_they_are(policy):
     kept = skip_reasons(policy.module, config, lambda layer, name: name.endswith(".experts"))
     assert "skip" in kept.values()
     rollout_policy = quantized_copy(policy, config, skip=lambda layer, name: name.endswith(".experts"))
-    assert not any(isinstance(layer, Experts) for layer in rollout_policy.module.modules())
+    assert not any(isinstance(layer, UnstackedExperts) for layer in rollout_policy.module.modules())
     train(policy, torch.Generator().manual_seed(3))
     sync_weights(policy, rollout_policy)
     stacks = [n for n, _ in policy.module.named_parameters() if n.endswith("experts.down_proj")]

@@ -6,7 +6,7 @@ from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, PerTensor, quantize_
 
 from dllm_rl.quantization import schemes
-from dllm_rl.quantization.schemes import FLOATS, EmulatedLinear, FakeQuantize, codes_and_scale, round_to_float
+from dllm_rl.quantization.schemes import FLOAT_FORMATS, EmulatedLinear, FakeQuantize, codes_and_scale, round_to_float
 
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -22,7 +22,7 @@ def weight(rows=48, columns=32, dtype=torch.float32):
 
 @pytest.mark.parametrize("scheme", FLOAT8)
 def test_round_to_float_is_the_cast_for_every_code_midpoint_and_neighbor(scheme):
-    dtype, (mantissa, exponent, largest) = FLOAT8[scheme], FLOATS[scheme]
+    dtype, (mantissa, exponent, largest) = FLOAT8[scheme], FLOAT_FORMATS[scheme]
     codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     codes = codes[codes.isfinite()].sort().values
     assert largest == codes.max() == torch.finfo(dtype).max
@@ -136,7 +136,7 @@ def test_unknown_names_are_refused_by_field_and_value():
 @pytest.mark.parametrize("scheme", FLOAT8)
 def test_subnormals_of_a_wide_row_are_the_casts(scheme):
     """A row whose values span the format: below the smallest normal (2^-6, 2^-14) the steps are equal and then 0."""
-    dtype, (mantissa, exponent, largest) = FLOAT8[scheme], FLOATS[scheme]
+    dtype, (mantissa, exponent, largest) = FLOAT8[scheme], FLOAT_FORMATS[scheme]
     step = 2.0 ** (exponent - mantissa)
     x = torch.tensor([[largest, 2.0**exponent, 2.6 * step, 1.5 * step, 0.5 * step, 0.51 * step, -0.4 * step]])
     codes, scale = codes_and_scale(x, scheme, "row")

@@ -22,7 +22,7 @@ from dllm_rl.models.lora import Lora, add_lora
 from dllm_rl.models.merge import merged_copy
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.quantization import schemes as quantize
-from dllm_rl.quantization.linear import dequantized_weight, quantized, stored_bytes
+from dllm_rl.quantization.linear import dequantized_weight, quantize_weight, stored_bytes
 from dllm_rl.quantization.rollout_policy import quantized_copy, quantized_layers, skip_reasons, sync_weights
 from dllm_rl.quantization.schemes import FakeQuantize
 from dllm_rl.training.learner import check_staleness
@@ -171,7 +171,7 @@ def test_a_layout_without_a_way_back_is_dequantized_by_its_own_product(monkeypat
     monkeypatch.setattr(ops, "_weight_int4pack_mm", product, raising=False)
     weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     layer = nn.Linear(256, 48, bias=False)
-    layer.weight = nn.Parameter(quantized(weight, quantize.int4_packed())[0], requires_grad=False)
+    layer.weight = nn.Parameter(quantize_weight(weight, quantize.int4_packed())[0], requires_grad=False)
     found = dequantized_weight(layer)
     # Codes are 0..15 about 8, in groups of 128: w = (code - 8) * scale + zero.
     scale, zero = (seen["scales"][:2, :48, i].T.repeat_interleave(128, 1) for i in (0, 1))
@@ -265,9 +265,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(scheme, bad):
     policy = llada()
     rollout = quantized_copy(policy, scheme())
     policy.module.model.layers[1].mlp.up_proj.weight.data[3, 5] = bad
-    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity"):
         sync_weights(policy, rollout)
-    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity"):
         quantized_copy(policy, scheme())
 
 
@@ -275,7 +275,7 @@ def test_plain_weights_beside_rounded_inputs_must_be_finite_too():
     policy = llada()
     rollout = quantized_copy(policy, FakeQuantize(weight=None, activation="e4m3"))
     policy.module.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
-    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight has NaN or infinity"):
         sync_weights(policy, rollout)
 
 
@@ -289,7 +289,7 @@ def test_no_weight_of_a_rollout_policy_is_trained(scheme):
 def test_a_row_of_zeros_has_the_smallest_scale():
     weight = torch.eye(3, 32)
     weight[1] = 0
-    packed, _ = quantized(weight, quantize.float8_weight_only())
+    packed, _ = quantize_weight(weight, quantize.float8_weight_only())
     assert packed.scale.flatten().tolist() == pytest.approx([1 / 448, 1e-12, 1 / 448], rel=1e-6, abs=0)
 
 
@@ -418,10 +418,10 @@ def test_a_learner_in_two_halves_syncs_as_a_whole_one(tmp_path):
 def test_float8_weights_are_torchaos_own(dtype):
     from torchao.quantization import quantize_
 
-    from dllm_rl.quantization.linear import quantized
+    from dllm_rl.quantization.linear import quantize_weight
 
     layer = torch.nn.Linear(384, 96, bias=False, dtype=dtype)
-    ours = quantized(layer.weight.detach().clone(), Float8WeightOnlyConfig())[0]
+    ours = quantize_weight(layer.weight.detach().clone(), Float8WeightOnlyConfig())[0]
     quantize_(layer, Float8WeightOnlyConfig())
     assert torch.equal(ours.qdata.view(torch.uint8), layer.weight.qdata.view(torch.uint8))
     assert torch.equal(ours.scale, layer.weight.scale)

@@ -15,7 +15,7 @@ from dllm_rl import train
 from dllm_rl.likelihoods.estimators import causal, trajectory
 from dllm_rl.likelihoods.views import View
 from dllm_rl.models.logprobs import process, token_logprobs
-from dllm_rl.models.support import KEPT_IDS, with_support
+from dllm_rl.models.support import MAX_SUPPORT_IDS, with_support
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.samplers import rules, sampler_for
 from dllm_rl.samplers.canvas import BlockTracker, make_canvas, plan_step
@@ -259,21 +259,24 @@ def test_nothing_is_recorded_without_filters():
 
 
 def test_a_set_too_large_for_its_ids_is_refused_and_its_mass_is_not():
-    size = KEPT_IDS + 10
+    size = MAX_SUPPORT_IDS + 10
     characters = "".join(map(chr, range(0x4E00, 0x4E00 + size)))
     policy = tiny_llama(causal=True, hidden_size=32, num_layers=1, characters=characters)
-    rollout = sampled(policy, top_k=KEPT_IDS + 1)
+    rollout = sampled(policy, top_k=MAX_SUPPORT_IDS + 1)
     assert rollout.filter_support.ids is None and rollout.filter_support.log_mass is not None
-    with pytest.raises(ValueError, match=f"ids are recorded for at most {KEPT_IDS} tokens; lower top_k or top_p"):
+    with pytest.raises(
+        ValueError, match=f"ids are recorded for at most {MAX_SUPPORT_IDS} tokens; lower top_k or top_p"
+    ):
         with_support(rollout, "rollout")
     assert with_support(rollout, "unfiltered").sampling_params.support == "unfiltered"
-    assert sampled(policy, top_k=KEPT_IDS).filter_support.ids.shape[-1] == KEPT_IDS
+    assert sampled(policy, top_k=MAX_SUPPORT_IDS).filter_support.ids.shape[-1] == MAX_SUPPORT_IDS
 
 
 def test_conventions_that_cannot_be():
     rollout = sampled(tiny(is_causal=True), top_k=2)
     with pytest.raises(
-        ValueError, match="support='per_policy': the rollout has 'unfiltered' already; take the sampler's own"
+        ValueError,
+        match="support='per_policy': the rollout has 'unfiltered' already; pass the sampler's rollout",
     ):
         with_support(with_support(rollout, "unfiltered"), "per_policy")
     with pytest.raises(ValueError, match="needs the filter's support, which is not recorded: sample with this"):

@@ -10,7 +10,7 @@ import transformers
 
 from dllm_rl import Prompts
 from dllm_rl.cli.main import main as run
-from dllm_rl.models.logprobs import invert
+from dllm_rl.models.logprobs import invert_cdf
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.rng import uniforms
 from dllm_rl.samplers import renoise, sampler_for
@@ -35,7 +35,7 @@ def numbers_of(seeds, canvas, steps_of):
         return uniforms(each, torch.full_like(each, at["step"]), places.repeat(rows), stream=stream)
 
     def drawn(probs, num_samples):
-        found = invert(probs, numbers(len(seeds), TOKEN_STREAM))[:, None]
+        found = invert_cdf(probs, numbers(len(seeds), TOKEN_STREAM))[:, None]
         at["step"] += 1  # the random tokens that follow have the next step's number
         steps_of.append((at["block"], at["step"]))
         return found

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dllm_rl.models import logprobs as head
-from dllm_rl.models.logprobs import invert, sample
+from dllm_rl.models.logprobs import invert_cdf, sample
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.samplers import rules
 
@@ -138,7 +138,7 @@ def test_inversion_is_the_cumulative_distribution(size):
     u = torch.cat([u, torch.tensor([1 - 2.0**-53], dtype=torch.float64)])
     expected = torch.searchsorted(edges, u * edges[-1], right=True)
     expected[-1] = int(mass[0].nonzero()[-1])
-    assert torch.equal(invert(mass.expand(len(u), -1), u), expected)
+    assert torch.equal(invert_cdf(mass.expand(len(u), -1), u), expected)
     assert (mass[0, expected] > 0).all()
 
 

@@ -197,8 +197,8 @@ def test_state_only_rank_draws_only_where_it_commits(policy, monkeypatch):
     """Inverting the cumulative distribution, the costly part of a draw, sees committed positions, padded to ROWS."""
     from dllm_rl.samplers import choose
 
-    drawn, invert = [], choose.invert
-    monkeypatch.setattr(choose, "invert", lambda mass, u: drawn.append(len(u)) or invert(mass, u))
+    drawn, invert_cdf = [], choose.invert_cdf
+    monkeypatch.setattr(choose, "invert_cdf", lambda mass, u: drawn.append(len(u)) or invert_cdf(mass, u))
     for rank, count in ((rules.entropy, 32), (rules.confidence, 64)):
         drawn.clear()
         unmask(

@@ -11,7 +11,7 @@ from repetitions import few
 from simulated_cuda import SimulatedCuda
 
 from dllm_rl import Prompts, load_policy
-from dllm_rl.models.support import KEPT_IDS
+from dllm_rl.models.support import MAX_SUPPORT_IDS
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization import schemes
 from dllm_rl.quantization.rollout_policy import quantized_copy
@@ -53,7 +53,7 @@ def test_uneven_blocks_step_by_step(uncompiled):
     assert not any(whole_steps.differing(one, other) for one, other in zip(ragged, fixed, strict=True))
 
 
-@pytest.mark.parametrize("kept", [KEPT_IDS, KEPT_IDS + 1])
+@pytest.mark.parametrize("kept", [MAX_SUPPORT_IDS, MAX_SUPPORT_IDS + 1])
 def test_a_vocabulary_that_is_larger_than_what_is_recorded(uncompiled, kept):
     """The ids of a filter are recorded for up to 64 tokens. One more shows that a set does not fit."""
     characters = "".join(map(chr, range(0x4E00, 0x4E00 + 80)))
@@ -62,7 +62,7 @@ def test_a_vocabulary_that_is_larger_than_what_is_recorded(uncompiled, kept):
     run = partial(unmask, policy, prompts, max_new_tokens=4, diffusion_steps=2, temperature=1.0, top_k=kept)
     ragged, fixed = (run(torch.Generator().manual_seed(0), compile_step=on) for on in (False, True))
     assert whole_steps.differing(ragged, fixed) == []
-    if kept > KEPT_IDS:
+    if kept > MAX_SUPPORT_IDS:
         assert fixed.filter_support.ids is None
     else:
         assert ((fixed.filter_support.ids >= 0).sum(-1)[fixed.completion_mask] == kept).all()

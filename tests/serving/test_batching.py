@@ -9,7 +9,7 @@ import torch
 from servers import causal, diffusion, held
 
 from dllm_rl.models.tokens import completion_token_ids
-from dllm_rl.serving.batching import Batcher, Call, Completion, QueueFull, ShuttingDown, sample_rows
+from dllm_rl.serving.batching import Batcher, CompletionJob, PolicyCall, QueueFull, ShuttingDown, sample_rows
 
 SETTINGS = (("max_new_tokens", 6), ("temperature", 1.0))
 
@@ -41,7 +41,7 @@ def make():
 
 
 def job(length, settings=SETTINGS, seed=0):
-    return Completion([3] * length, seed, settings)
+    return CompletionJob([3] * length, seed, settings)
 
 
 def run(batcher, jobs):
@@ -68,7 +68,7 @@ def test_long_prompts_may_differ_by_a_factor_of_two(make, batches):
 
 
 def test_a_batch_has_at_most_its_size_and_the_oldest_run_first(make, batches):
-    jobs = [Completion([3 + i], i, SETTINGS) for i in range(7)]
+    jobs = [CompletionJob([3 + i], i, SETTINGS) for i in range(7)]
     run(make(max_batch_size=3), jobs)
     assert batches == [[[3], [4], [5]], [[6], [7], [8]], [[9]]]
 
@@ -78,7 +78,7 @@ def test_everyone_gets_the_completion_that_is_theirs(make, policy):
     """Under exact batches bit for bit the one of a batch of one; else to rounding, for each seed and prompt its own."""
     for exact in (True, False):
         alone, together = (make(policy, exact_batches=exact, max_batch_size=size) for size in (1, 16))
-        jobs = [[Completion([3 + i % 9] * (1 + i % 5), i, SETTINGS) for i in range(12)] for _ in range(2)]
+        jobs = [[CompletionJob([3 + i % 9] * (1 + i % 5), i, SETTINGS) for i in range(12)] for _ in range(2)]
         for one, other in zip(run(alone, jobs[0]), run(together, jobs[1]), strict=True):
             assert completion_token_ids(one) == completion_token_ids(other)
             logprobs = [each.logprobs[each.completion_mask] for each in (one, other)]
@@ -94,7 +94,7 @@ def test_exact_batches_hold_prompts_of_one_length(make, batches):
 
 def test_a_call_runs_alone_and_first_if_asked(make):
     batcher, order = make(), []
-    calls = [Call(lambda policy, i=i: order.append(i)) for i in range(3)]
+    calls = [PolicyCall(lambda policy, i=i: order.append(i)) for i in range(3)]
     with held(batcher):
         batcher.submit([calls[0]])
         batcher.submit([calls[1]])
@@ -113,7 +113,7 @@ def test_a_full_queue_takes_nothing_of_a_request(make):
             batcher.submit(refused)
         fits = job(1)
         batcher.submit([fits])
-        batcher.submit([Call(lambda policy: None)], first=True)  # a learner's update is never refused
+        batcher.submit([PolicyCall(lambda policy: None)], first=True)  # a learner's update is never refused
     fits.future.result(60)
     assert not any(each.future.done() for each in refused)
 
@@ -134,8 +134,8 @@ def test_cancelled_jobs_leave_their_places(make, batches):
 
 def test_an_error_ends_its_batch_and_not_the_thread(make):
     batcher = make()
-    bad = Completion([3], 0, (("max_new_tokens", 6), ("rank", "best")))
-    worse = Call(lambda policy: 1 / 0)
+    bad = CompletionJob([3], 0, (("max_new_tokens", 6), ("rank", "best")))
+    worse = PolicyCall(lambda policy: 1 / 0)
     good = job(1)
     with held(batcher):
         batcher.submit([bad, worse, good])
@@ -149,7 +149,7 @@ def test_an_error_ends_its_batch_and_not_the_thread(make):
 def test_closing_refuses_those_that_wait_and_finishes_the_batch_that_runs():
     batcher = Batcher(diffusion(), {"max_new_tokens": 6})
     begun, release, waits = threading.Event(), threading.Event(), job(1)
-    running = Call(lambda policy: (begun.set(), release.wait(60)))
+    running = PolicyCall(lambda policy: (begun.set(), release.wait(60)))
     batcher.submit([running])
     begun.wait(60)
     batcher.submit([waits])

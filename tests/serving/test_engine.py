@@ -12,7 +12,7 @@ from tiny_recipe import SIZES, tiny_recipe, tiny_recipe_ar
 from dllm_rl import train
 from dllm_rl.models.base import Lora
 from dllm_rl.models.lora import adapted_layers, add_lora
-from dllm_rl.models.merge import own_tensors
+from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.serialization import serialize
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.rng import generator_for
@@ -21,7 +21,7 @@ from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import confidence, margin, plackett_luce, random, soft_threshold, threshold
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.serving.engine import Link, http_engine, served
+from dllm_rl.serving.engine import Client, http_engine, served
 from dllm_rl.serving.settings import read_settings, write_settings
 from dllm_rl.testing import check_engine
 from dllm_rl.types import Prompts
@@ -59,11 +59,11 @@ def test_a_run_with_a_server_is_the_run_without_one(tmp_path, make, model, sampl
         apart = replace(apart, sampler=partial(served, **plain.sampler.keywords))
         ours, theirs = train(apart), train(plain)
         assert server.batcher.policy.weights_version == 2
-        of_server = own_tensors(server.batcher.policy.module)
+        of_server = merged_state_dict(server.batcher.policy.module)
     before = list(model(seed=apart.seed, **SIZES).module.parameters())
     assert not all(map(torch.equal, weights(theirs), before))  # the run trains
     assert all(map(torch.equal, weights(ours), weights(theirs)))
-    assert all(torch.equal(of_server[name], tensor) for name, tensor in own_tensors(ours.policy.module).items())
+    assert all(torch.equal(of_server[name], tensor) for name, tensor in merged_state_dict(ours.policy.module).items())
     assert ours["eval_after_quantized"] == ours["eval_after"] == theirs["eval_after"]
     rewards = [
         [json.loads(line).get("reward") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -133,8 +133,8 @@ def test_adapters_are_merged_into_the_servers_weights():
                     weight.add_(0.1)
         learner.weights_version += 1
         engine.sync(learner, rollout_policy)
-        tensors = own_tensors(server.batcher.policy.module)
-        assert all(torch.equal(tensors[name], value) for name, value in own_tensors(learner.module).items())
+        tensors = merged_state_dict(server.batcher.policy.module)
+        assert all(torch.equal(tensors[name], value) for name, value in merged_state_dict(learner.module).items())
         tokens = torch.tensor([[0, 3, 4, 5], [3, 4, 5, 4]])
         mask = torch.tensor([[False, True, True, True], [True] * 4])
         with torch.no_grad():
@@ -161,10 +161,10 @@ class Loaded:
         self.server, self.learner = server, diffusion(seed=1)
         self.learner.weights_version = 4
         self.rollout_policy = http_engine(url=server.url).load(self.learner)
-        self.link = self.rollout_policy.module.link
+        self.client = self.rollout_policy.module.client
 
     def update(self, tensors, **header):
-        return self.link.post("/weights", tensors, {"weights_version": 5, "is_load": False} | header)
+        return self.client.post("/weights", tensors, {"weights_version": 5, "is_load": False} | header)
 
 
 @pytest.fixture
@@ -200,14 +200,14 @@ NAME = "lm_head.dense.weight"
 )
 def test_a_wrong_update_changes_nothing(loaded, changes, header, said):
     """The last tensor of the request is the wrong one: those before it fit, and must not be written either."""
-    before = {name: tensor.clone() for name, tensor in own_tensors(loaded.server.batcher.policy.module).items()}
-    tensors = {name: tensor + 1 for name, tensor in own_tensors(loaded.learner.module).items()}
+    before = {name: tensor.clone() for name, tensor in merged_state_dict(loaded.server.batcher.policy.module).items()}
+    tensors = {name: tensor + 1 for name, tensor in merged_state_dict(loaded.learner.module).items()}
     tensors.pop(header.pop("without", None), None)
     for name in changes:
         tensors.pop(name, None)
     with pytest.raises(ValueError, match=said):
         loaded.update(tensors | changes, **header)
-    after = own_tensors(loaded.server.batcher.policy.module)
+    after = merged_state_dict(loaded.server.batcher.policy.module)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert loaded.server.batcher.policy.weights_version == 4
 
@@ -221,7 +221,7 @@ def test_another_run_takes_the_server_and_the_first_one_is_told(loaded):
     with pytest.raises(ValueError, match=said):
         served(loaded.rollout_policy, prompts, generator_for(1), max_new_tokens=2)
     with pytest.raises(ValueError, match=said):
-        loaded.update(own_tensors(loaded.learner.module))
+        loaded.update(merged_state_dict(loaded.learner.module))
     with pytest.raises(ValueError, match=said):
         loaded.rollout_policy.logits(torch.tensor([[3]]), torch.tensor([[True]]))
 
@@ -229,16 +229,16 @@ def test_another_run_takes_the_server_and_the_first_one_is_told(loaded):
 def test_rollouts_of_another_version_are_refused(loaded):
     loaded.rollout_policy.weights_version = 5
     with pytest.raises(
-        ValueError, match="weights_version=5 is asked for, and the server has 4; call the engine's sync"
+        ValueError, match="the request is for weights_version=5, and the server has 4; call the engine's sync"
     ):
         served(loaded.rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1), max_new_tokens=2)
 
 
 def test_rollouts_without_a_load_are_refused():
     with learning(diffusion()) as server:
-        link = Link(server.url, None, 60.0)
+        client = Client(server.url, None, 60.0)
         with pytest.raises(ValueError, match="answers 409: another run"):
-            link.post("/logits", {}, {"weights_version": 0})
+            client.post("/logits", {}, {"weights_version": 0})
 
 
 def other_rank(logits, normalizer):
@@ -275,7 +275,7 @@ def test_the_sampler_needs_the_engine():
 def test_a_server_that_is_not_there_or_refuses_is_named(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"http://127.0.0.1:9/weights: ConnectionRefusedError .*; is `dllm-rl serve`"):
         http_engine(url="http://127.0.0.1:9").load(diffusion())
-    with pytest.raises(ValueError, match=r"url='127.0.0.1:8000' is no address of a server; give http://HOST:PORT"):
+    with pytest.raises(ValueError, match=r"url='127.0.0.1:8000' is not the address of a server; give http://HOST:PORT"):
         http_engine(url="127.0.0.1:8000").load(diffusion())
     with running(diffusion(), token=TOKEN) as server:
         with pytest.raises(ValueError, match="answers 403: /weights is for the learner of a run; start the server"):
@@ -329,11 +329,11 @@ def test_what_is_sent_after_a_step_is_what_was_trained(monkeypatch, with_adapter
         add_lora(learner, Lora(r=2))
         # The biases of these layers are sent too.
         layers = adapted_layers(learner.module)
-        expected = sorted(name for name in own_tensors(learner.module) if name.rpartition(".")[0] in layers)
-        assert {f"{path}.weight" for path in layers} <= set(expected) != own_tensors(learner.module).keys()
+        expected = sorted(name for name in merged_state_dict(learner.module) if name.rpartition(".")[0] in layers)
+        assert {f"{path}.weight" for path in layers} <= set(expected) != merged_state_dict(learner.module).keys()
     else:
         learner.module.get_parameter(NAME).requires_grad_(True)
-    sent, post = [], Link.post
+    sent, post = [], Client.post
 
     def spy(self, path, tensors, header):
         sent.append(sorted(tensors))
@@ -342,7 +342,7 @@ def test_what_is_sent_after_a_step_is_what_was_trained(monkeypatch, with_adapter
     with learning(diffusion()) as server:
         engine = http_engine(url=server.url)
         rollout_policy = engine.load(learner)
-        monkeypatch.setattr(Link, "post", spy)
+        monkeypatch.setattr(Client, "post", spy)
         learner.weights_version += 1
         engine.sync(learner, rollout_policy)
     assert sent == [expected] and expected

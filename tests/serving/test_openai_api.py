@@ -274,7 +274,7 @@ def limited(policy):
     [
         ({"messages": []}, "messages must be a list of objects"),
         ({"messages": [{"role": "user"}]}, "neither text nor chat messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "is no text; give text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "is not text; give text"),
         ({"tools": [{"type": "function"}]}, "tools=[{"),
         ({"top_logprobs": 2, "logprobs": True}, "top_logprobs: the sampler records"),
     ],

@@ -31,7 +31,7 @@ with Peers(OneProcess(2, 0), seconds=500.0, advice="") as main:
     assert idle.stdout.readline() == b"connected\n"
     with Peers(OneProcess(2, 1), seconds=500.0, advice="") as other:
         while main._missing:
-            assert not main._lost.wait(0.01), main._line
+            assert not main._lost.wait(0.01), main._loss_message
         open(os.devnull).close()  # there is room for the run's own files
         print("joined", flush=True)
     idle.communicate()

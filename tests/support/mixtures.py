@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from dllm_rl.models.forward.routing import mixtures
+from dllm_rl.models.forward.routing import moe_layers
 from dllm_rl.models.tiny import tiny_moe
 from dllm_rl.quantization.rollout_policy import quantized_copy
 
@@ -39,7 +39,7 @@ def own_choice(router, hidden):
 
 def by_hand(policy, given, where):
     """Routers whose tokens take `given` (R, W, M, E) where `where` holds; the weights are their own scores there."""
-    for number, layer in enumerate(mixtures(policy.module)):
+    for number, layer in enumerate(moe_layers(policy.module)):
         router, ids, places = layer.gate, given[:, :, number].flatten(0, 1).long(), where.flatten()
 
         def forward(hidden, router=router, ids=ids, places=places):
@@ -59,7 +59,7 @@ def by_hand(policy, given, where):
 def chosen_by_hand(policy, tokens, mask):
     """The experts that a forward's tokens take (R, W, M, E), from the routers' inputs."""
     seen, hooks = [], []
-    for layer in mixtures(policy.module):
+    for layer in moe_layers(policy.module):
         hooks.append(layer.gate.register_forward_pre_hook(lambda router, args: seen.append((router, args[0]))))
     policy.hidden(tokens, mask)
     for hook in hooks:
@@ -71,7 +71,7 @@ def chosen_by_hand(policy, tokens, mask):
 def on_a_boundary(policy, layers=None):
     """A rollout's copy whose last router (or those of `layers`) sends tokens elsewhere, for a difference of 1e-5 in its
     weights: experts come in pairs that score alike, and are far apart."""
-    routers = [layer.gate for layer in mixtures(policy.module)]
+    routers = [layer.gate for layer in moe_layers(policy.module)]
     chosen = routers[-1:] if layers is None else [routers[i] for i in layers]
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def on_a_boundary(policy, layers=None):
             half = len(router.weight) // 2
             router.weight[half:] = router.weight[:half]
         other = quantized_copy(policy, None)
-        for router, theirs in zip(routers, (layer.gate for layer in mixtures(other.module)), strict=True):
+        for router, theirs in zip(routers, (layer.gate for layer in moe_layers(other.module)), strict=True):
             if router in chosen:
                 theirs.weight.add_(torch.randn(theirs.weight.shape, generator=generator), alpha=1e-5)
                 router.weight.add_(torch.randn(theirs.weight.shape, generator=generator), alpha=1e-5)

@@ -88,7 +88,7 @@ def running(policy, defaults=None, *, token=None, batcher=None, limits=None, **s
 @contextmanager
 def held(batcher):
     """Keep the batcher's thread busy in the block, with a job that is not a request's."""
-    from dllm_rl.serving.batching import Call
+    from dllm_rl.serving.batching import PolicyCall
 
     begun, release = threading.Event(), threading.Event()
 
@@ -96,7 +96,7 @@ def held(batcher):
         begun.set()
         release.wait(60)
 
-    batcher.submit([Call(wait)], first=True)
+    batcher.submit([PolicyCall(wait)], first=True)
     begun.wait(60)
     try:
         yield

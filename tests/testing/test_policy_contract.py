@@ -103,9 +103,9 @@ def test_a_spec_that_says_another_thing_than_the_module_does(monkeypatch):
 
 
 def test_a_weight_that_is_not_saved(monkeypatch):
-    everything = loading.own_tensors
+    everything = loading.merged_state_dict
     for module in (loading, own):  # what saves, what loads
-        monkeypatch.setattr(module, "own_tensors", lambda m, **_: {"norm.bias": everything(m)["norm.bias"]})
+        monkeypatch.setattr(module, "merged_state_dict", lambda m, **_: {"norm.bias": everything(m)["norm.bias"]})
     with pytest.raises(AssertionError, match="neither a parameter nor a lasting buffer"):
         check_policy(own_policy())
 

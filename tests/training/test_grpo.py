@@ -3,12 +3,14 @@
 import asyncio
 import inspect
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import transformers
 from datasets import Dataset
+from layouts import published
 from own_module import own_policy
 from readme import README
 from tiny_recipe import SIZES, tiny_recipe
@@ -17,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 from dllm_rl import Recipe, decoupled, float8_weight_only, grpo, grpo_recipe, gspo, tiny_llama, tiny_masked_lm, train
 from dllm_rl.likelihoods.estimators import causal, trajectory
 from dllm_rl.members import describe
+from dllm_rl.models.base import encode_block_causal
 from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.tiny import char_tokenizer, tiny_diffusion_gemma
 from dllm_rl.monitoring.plots import read_metrics
@@ -111,6 +114,37 @@ def test_the_models_attention_picks_sampler_and_likelihood(tmp_path):
     assert "num_segments=4" in describe(long.likelihood)
     few = grpo_recipe(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=32, sampler_options={"diffusion_steps": 3})
     assert few.likelihood.exact_for_sampler
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "expected"),
+    [
+        (16, {}, trajectory(block_size=4)),  # two tokens a step: two steps a block
+        (32, {}, trajectory(block_size=4, num_segments=2)),  # one token a step: four
+        (None, {}, trajectory(block_size=4, num_segments=2)),
+        (8, {"block_size": 8}, trajectory(num_segments=2)),  # blocks of another size than the model's
+    ],
+)
+def test_a_block_causal_model_is_scored_in_all_blocks_at_once(tmp_path, steps, options, expected):
+    """From a path, of which only the config is read, and from a policy."""
+    for model in (block_causal_policy(4), str(published(tmp_path, "sdar"))):
+        recipe = grpo_recipe(
+            model, ROWS, right, max_new_tokens=32, sampler_options={"diffusion_steps": steps} | options
+        )
+        assert describe(recipe.likelihood) == describe(expected)
+
+
+def block_causal_policy(block_size):
+    policy = tiny_llama(causal=False, **SMALL)
+    spec = replace(policy.spec, name="toy", attention="block_causal", block_size=block_size)
+    policy.spec = replace(spec, encode=partial(encode_block_causal, spec=spec))
+    return policy
+
+
+def test_a_block_causal_model_trains_with_the_default(tmp_path):
+    given = options(tmp_path, sampler_options={"diffusion_steps": 4}, max_new_tokens=8)
+    summary = grpo(block_causal_policy(4), ROWS, right, **given)
+    assert summary["eval_after"].keys() >= {"right"}
 
 
 @pytest.mark.skipif(not hasattr(transformers, "DiffusionGemmaConfig"), reason="transformers has no DiffusionGemma")

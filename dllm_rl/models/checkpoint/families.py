@@ -1,4 +1,8 @@
-"""The published families: a `FamilySpec` in FAMILIES, and a function for its stock config."""
+"""The published families of checkpoints: a `FamilySpec` of each, and functions that convert their configs.
+
+A function such as `llada` converts the fields of a checkpoint's config.json. It returns the stock class that computes
+the same as the checkpoint's own code, and the config of this class.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -21,6 +25,7 @@ from dllm_rl.models.base import BERT_LINEARS, FamilySpec, encode_roberta, mlm_he
 from dllm_rl.models.checkpoint.rope import rope_parameters
 from dllm_rl.models.denoiser import encode_denoiser, softcapped_head
 
+# Fields that a checkpoint's config and the stock config have in common.
 _SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
@@ -31,15 +36,15 @@ _SAME = (
 
 
 def _fields(raw: dict, **more: Any) -> dict:
-    """Return config fields under the stock classes' names, token ids, rotary parameters, and `more`."""
-    # None is passed too: a class's default ids belong to another vocabulary.
+    """Return the fields of a stock config: those in _SAME, token ids, rotary parameters, and `more`."""
+    # None is passed on too, because the default ids of a stock class belong to another vocabulary.
     ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")}
     same = {key: raw[key] for key in _SAME if raw.get(key) is not None}
     return same | ids | {"rope_parameters": rope_parameters(raw), "is_causal": False, "use_cache": False} | more
 
 
 def _refuse(raw: dict, **supported: Any) -> None:
-    """Raise ValueError for a field whose value differs from the one that the stock class computes."""
+    """Raise ValueError for a field whose value differs from the only one that the stock class supports."""
     for key, value in supported.items():
         if raw.get(key) not in (None, value):
             raise ValueError(
@@ -48,7 +53,7 @@ def _refuse(raw: dict, **supported: Any) -> None:
 
 
 def llada(raw: dict) -> tuple[type, LlamaConfig]:
-    """LLaDA-8B, LLaDA-1.5: a Llama under OLMo's names."""
+    """LLaDA-8B, LLaDA-1.5: a Llama with the field names of OLMo."""
     _refuse(raw, block_type="llama", layer_norm_type="rms", activation_type="silu", alibi=False, rope=True)
     _refuse(raw, include_bias=False, include_qkv_bias=False, bias_for_layer_norm=False, attention_layer_norm=False)
     _refuse(raw, input_emb_norm=False, scale_logits=False, multi_query_attention=False, block_group_size=1)
@@ -63,13 +68,13 @@ def llada(raw: dict) -> tuple[type, LlamaConfig]:
         head_dim=raw["d_model"] // raw["n_heads"],
         max_position_embeddings=raw["max_sequence_length"],
         tie_word_embeddings=raw.get("weight_tying", False),
-        pad_token_id=None,  # the authors' id is also eos, and a stock class does not train a pad token's embedding
+        pad_token_id=None,  # the checkpoint's is also its eos id, whose embedding a stock class would not train
     )
     return LlamaForCausalLM, LlamaConfig(**fields)
 
 
 def llada_moe(raw: dict) -> tuple[type, Qwen3MoeConfig]:
-    """LLaDA-MoE-7B-A1B: a Qwen3-MoE whose chosen experts' weights are not normalized."""
+    """LLaDA-MoE-7B-A1B: a Qwen3-MoE that does not normalize the weights of the chosen experts."""
     if raw.get("moe_router_enable_expert_bias"):
         raise ValueError(
             "moe_router_enable_expert_bias=True adds the bias to the experts' weights, which is not supported; "
@@ -92,7 +97,7 @@ def llada_moe(raw: dict) -> tuple[type, Qwen3MoeConfig]:
 
 
 def llada2(raw: dict) -> tuple[type, Glm4MoeConfig]:
-    """LLaDA2.0, LLaDA2.1: a GLM-4-MoE with fused query-key-value rows; the expert bias only selects."""
+    """LLaDA2.0, LLaDA2.1: a GLM-4-MoE with a fused QKV weight. The expert bias only affects the choice of experts."""
     _refuse(raw, score_function="sigmoid", use_bias=False, norm_head=False, use_rmsnorm=True, use_sliding_window=False)
     fields = _fields(
         raw,
@@ -123,7 +128,7 @@ def sdar(raw: dict) -> tuple[type, Qwen3Config | Qwen3MoeConfig]:
 
 def plain_llama(raw: dict) -> tuple[type, LlamaConfig]:
     """iLLaDA, Stable-DiffCoder: a Llama."""
-    _refuse(raw, mlp_bias=False, layer_norm_eps=None)  # a number asks for LayerNorm
+    _refuse(raw, mlp_bias=False, layer_norm_eps=None)  # a number means LayerNorm
     return LlamaForCausalLM, LlamaConfig(**_fields(raw))
 
 
@@ -136,13 +141,15 @@ def nemotron(raw: dict) -> tuple[type, transformers.Ministral3Config]:
     """Nemotron-Labs-Diffusion: a Ministral 3, causal if its `dlm_paradigm` is autoregressive."""
     _refuse(raw, attention_bias=False, mlp_bias=False, sliding_window=None)
     rope = {**raw["rope_parameters"]}
-    beta = {"llama_4_scaling_beta": rope.pop("llama_4_scaling_beta")}  # only this stock class scales queries by it
+    beta = {
+        "llama_4_scaling_beta": rope.pop("llama_4_scaling_beta")
+    }  # a field of this stock class only: it scales queries
     fields = _fields(raw | {"rope_parameters": rope}, is_causal=raw.get("dlm_paradigm") == "autoregressive")
     fields["rope_parameters"] |= beta
     return transformers.Ministral3ForCausalLM, transformers.Ministral3Config(**fields)
 
 
-# (original, stock) names in a block.
+# Names of a block's layers: (in the checkpoint, in the stock class).
 _BLOCK = [("attn_norm", "input_layernorm"), ("ff_norm", "post_attention_layernorm"), ("attn_out", "self_attn.o_proj")]
 _BLOCK += [("q_proj", "self_attn.q_proj"), ("k_proj", "self_attn.k_proj"), ("v_proj", "self_attn.v_proj")]
 _BLOCK += [("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj"), ("ff_out", "mlp.down_proj")]
@@ -342,17 +349,17 @@ def register_family(spec: FamilySpec) -> None:
 
 
 def stock_class(raw: dict) -> Any:
-    """Return the class that a config's `architectures` names, in transformers or its Auto classes, or None."""
+    """Return the transformers class that a config's `architectures` names, or None."""
     architecture = (raw.get("architectures") or [""])[0]
     kind = raw.get("model_type", "")
     if kind in transformers.CONFIG_MAPPING:
         masked = transformers.MODEL_FOR_MASKED_LM_MAPPING
         causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         for mapping in (masked, causal, transformers.MODEL_MAPPING):
-            found: Any = mapping.get(transformers.CONFIG_MAPPING[kind], None)
-            # An Auto class may map the config to a class that is not the checkpoint's.
-            if getattr(found, "__name__", None) == architecture:
-                return found
+            model_class: Any = mapping.get(transformers.CONFIG_MAPPING[kind], None)
+            # The mapping of an Auto class may have another class than the checkpoint's.
+            if getattr(model_class, "__name__", None) == architecture:
+                return model_class
     return getattr(transformers, architecture, None)
 
 
@@ -365,12 +372,13 @@ def find_family(raw: dict) -> FamilySpec:
             return family
     if raw.get("model_type") == "diffusion_gemma":
         raise ValueError(
-            f"model_type='diffusion_gemma' with architectures={architecture!r} is no DiffusionGemmaForBlockDiffusion "
-            f"that transformers {transformers.__version__} has; upgrade it (5.23 has the class), or correct config.json"
+            f"model_type='diffusion_gemma' with architectures={architecture!r} is not a "
+            f"DiffusionGemmaForBlockDiffusion that transformers {transformers.__version__} has; upgrade it (5.23 has "
+            "the class), or correct config.json"
         )
     known = ", ".join(sorted({name.replace("*", "...") for family in FAMILIES for name in family.architectures}))
-    asks = " and its config asks for remote code (auto_map), which is never run" if raw.get("auto_map") else ""
+    code = " and its config asks for remote code (auto_map), which is never run" if raw.get("auto_map") else ""
     raise ValueError(
-        f"architectures={architecture!r} is not known{asks}; known are {known}; "
-        "give your own to register_family (a FamilySpec), or wrap its module with make_policy"
+        f"architectures={architecture!r} is not known{code}; known are {known}; "
+        "pass a FamilySpec to register_family, or wrap its module with make_policy"
     )

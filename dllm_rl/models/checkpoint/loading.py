@@ -35,7 +35,7 @@ from dllm_rl.models.base import (
 from dllm_rl.models.checkpoint.families import find_family, stock_class
 from dllm_rl.models.checkpoint.rope import rotate_in_float32
 from dllm_rl.models.checkpoint.tensors import (
-    Later,
+    LazyTensor,
     read_tensors,
     shapes_and_dtypes,
     to_original,
@@ -44,27 +44,27 @@ from dllm_rl.models.checkpoint.tensors import (
     write_tensors,
 )
 from dllm_rl.models.denoiser import share_layers
-from dllm_rl.models.merge import has_extras, merged_copy, merged_later, own_tensors
+from dllm_rl.models.merge import has_adapted_or_low_bit, lazy_merged_tensors, merged_copy, merged_state_dict
 from dllm_rl.models.untrusted import (
-    FLOATS,
+    FLOAT_DTYPES,
     SUFFIXES,
     check_numbers,
     check_plain,
     check_regular,
     check_templates,
     check_tokenizer,
-    show_messages,
+    escape_transformers_logs,
     without_code,
 )
 
-# The errors of transformers, safetensors and json on damaged files.
+# Errors that transformers, safetensors and json raise for damaged files.
 _DAMAGED = (
     *(SafetensorError, StrictDataclassError, UnpicklingError, json.JSONDecodeError, UnicodeDecodeError),
     *(RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError, AssertionError),
 )
-WEIGHTS = ("F64", "F32", "F16", "BF16")  # the names of FLOATS in a safetensors header
-show_messages()
-MAX_LAYERS = 10_000  # largest number of layers for a folder without tensors
+FLOAT_DTYPE_NAMES = ("F64", "F32", "F16", "BF16")  # of FLOAT_DTYPES, in a safetensors header
+escape_transformers_logs()
+MAX_LAYERS = 10_000  # used where the number of tensors does not limit the number of layers
 CONFIGS = Path(__file__).parents[1] / "configs"  # config.json of published models
 
 
@@ -96,9 +96,11 @@ def load_module(
         num_stored = sum(map(prod, shapes.values()))
         if files:
             sizes = {name: p.numel() for name, p in build_empty(raw, folder).named_parameters()}
-            # Checked before the module takes memory. The factor is 2 because a checkpoint may omit tied tensors.
+            # Checked before the module is allocated. The factor is 2 because a checkpoint may omit tied tensors.
             if (num_parameters := sum(sizes.values())) > 2 * num_stored:
-                raise RuntimeError(f"it describes {num_parameters:,} parameters, and there are {num_stored:,} numbers")
+                raise RuntimeError(
+                    f"config.json describes {num_parameters:,} parameters, but the files have {num_stored:,} numbers"
+                )
             check_dtypes(dtypes, sizes if family.stock_model is None else None, folder)
         if quantization is not None:
             if family.attention == "encoder_decoder":
@@ -107,18 +109,18 @@ def load_module(
                     "it at None"
                 )
             options["quantization_config"] = bitsandbytes_config(quantization, dtype, masked=family.head is mlm_head)
-            options["device_map"] = {"": device}  # otherwise bitsandbytes takes the first GPU
+            options["device_map"] = {"": device}  # otherwise bitsandbytes would use the first GPU
         with quiet_progress():
             cls, config = class_and_config(raw, family)
             if family.stock_model is None:
                 module, report = cls.from_pretrained(folder, config=config, **options)
             else:
                 state = to_stock(read_tensors(folder), family, config)
-                if dtype == "auto":  # single tensors may differ: an expert bias is fp32 in a bf16 checkpoint
+                if dtype == "auto":  # some tensors may differ, such as an fp32 expert bias in a bf16 checkpoint
                     options["dtype"] = main_dtype(state)
                 module, report = cls.from_pretrained(None, config=config, state_dict=state, **options)
-                # transformers 5.24 keeps GLM-4's routers in fp32: the same numbers, whose products are in fp32
-                # anyway. The published files, and FSDP, have all of a layer's weights in one dtype.
+                # transformers 5.24 keeps GLM-4's routers in fp32. A cast changes no result, because their products are
+                # in fp32 anyway. FSDP needs, and the published files have, all weights of a layer in one dtype.
                 for parameter in module.parameters():
                     if parameter.is_floating_point():  # not the integer codes of bitsandbytes
                         parameter.data = parameter.data.to(options["dtype"])
@@ -129,7 +131,7 @@ def load_module(
 
 
 def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
-    """Return the stock module of config fields, on the meta device, where tensors have no storage.
+    """Build a stock module from config fields, on the meta device, where tensors have no storage.
 
     Error messages name `source`.
     """
@@ -149,9 +151,9 @@ def class_and_config(raw: dict, family: FamilySpec) -> tuple[Any, Any]:
 
 
 def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
-    """Return the fields of a checkpoint's config.json, with the block size if one is passed.
+    """Return the fields of a checkpoint's config.json. A `block_size` replaces the file's, and is later saved.
 
-    The block size is later saved with the weights. Raise ValueError without a config.json, saying what the folder is.
+    Raise ValueError if the folder has no config.json; the message says what the folder is instead.
     """
     path = weights_folder(folder) / "config.json"
     try:
@@ -162,21 +164,21 @@ def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:
             raise ValueError(f"{folder} is the folder of a run; give one of its checkpoints, as {runs[-1]}") from None
         if weight_files(folder):
             raise ValueError(
-                f"{folder} holds weights without a config.json, as a custom module leaves them: name the function "
+                f"{folder} has weights without a config.json, as saved from a custom module: name the function "
                 "that makes its policy, --model MODULE:FUNCTION of dllm-rl, or use load_weights(policy, folder)"
             ) from None
-        raise ValueError(f"{folder} has no config.json: it is no checkpoint; give the folder of one") from None
+        raise ValueError(f"{folder} has no config.json: it is not a checkpoint; give a checkpoint's folder") from None
     except ValueError:  # neither UTF-8 nor JSON
         raise ValueError(f"{path} is damaged: it is not JSON; fetch the checkpoint again") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} is damaged: it is no JSON object; fetch the checkpoint again")
+        raise ValueError(f"{path} is damaged: it is not a JSON object; fetch the checkpoint again")
     return raw if block_size is None else raw | {"block_size": block_size}
 
 
 def adapter_folder(folder: Path) -> Path | None:
-    """Return where the adapters are in a folder with only adapters (a run's checkpoint, or peft's).
+    """Return the folder of the adapters, for a folder with only adapters (a run's checkpoint, or peft's).
 
-    Return None for a folder with weights, or without adapters.
+    Return None for a folder that has weights or no adapters.
     """
     if (folder / "config.json").exists() or weight_files(folder):
         return None
@@ -187,24 +189,24 @@ def adapter_folder(folder: Path) -> Path | None:
 
 
 def base_of_adapter(adapter: Path) -> Path:
-    """Return the folder of the base that saved adapters name. Raise ValueError if they name none, or it is missing."""
+    """Return the folder of the base model that saved adapters name. Raise ValueError for no name or a missing base."""
     base = named_base(adapter)
     try:
         return checkpoint_folder(base)
     except ValueError:
         raise ValueError(
-            f"{adapter} holds adapters alone, and their base {base!r} is gone; put it back, or "
+            f"{adapter} has only adapters, and their base {base!r} is missing; put it back, or "
             f"{_load_adapter_hint(adapter)}"
         ) from None
 
 
 def named_base(adapter: Path) -> str:
-    """Return the folder or hub id of the base that saved adapters name. Raise ValueError if they name none."""
+    """Return the folder or hub id of the base model that saved adapters name. Raise ValueError for no name."""
     config = read_json(adapter / "adapter_config.json")
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:
         raise ValueError(f"{adapter}: base_model_name_or_path={base!r} names no base; {_load_adapter_hint(adapter)}")
-    # For a run with a warm-up it is the run's folder, which may have moved.
+    # The base of a run with a warm-up is in the run's folder. Its path is relative, because the folder may move.
     return str(adapter / base) if base.startswith("..") else base
 
 
@@ -213,7 +215,7 @@ def _load_adapter_hint(adapter: Path) -> str:
 
 
 def weights_folder(folder: Path) -> Path:
-    """Return the folder, or, for a folder with only adapters, the folder of their base."""
+    """Return the folder itself or, for a folder with only adapters, the folder of their base model."""
     seen = {folder.resolve()}
     while (adapter := adapter_folder(folder)) is not None:
         folder = base_of_adapter(adapter)
@@ -223,8 +225,8 @@ def weights_folder(folder: Path) -> Path:
     return folder
 
 
-def main_dtype(state: Mapping[str, torch.Tensor | Later]) -> torch.dtype:
-    """Return the dtype of most of the numbers, over all tensors."""
+def main_dtype(state: Mapping[str, torch.Tensor | LazyTensor]) -> torch.dtype:
+    """Return the dtype of most elements, over all tensors."""
     counts = Counter[torch.dtype]()
     for tensor in state.values():
         counts[tensor.dtype] += tensor.numel()
@@ -232,8 +234,8 @@ def main_dtype(state: Mapping[str, torch.Tensor | Later]) -> torch.dtype:
 
 
 def check_depth(raw: dict[str, Any], num_tensors: int, folder: Path | None = None) -> None:
-    """Raise ValueError for a config with more layers than tensors: building the module might not end."""
-    configs = (raw, *(value for value in raw.values() if isinstance(value, dict)))  # also those for text and images
+    """Raise ValueError for a config with more layers than tensors, from which building a module might never end."""
+    configs = (raw, *(value for value in raw.values() if isinstance(value, dict)))  # nested ones for text and images
     for field, config in product(("num_hidden_layers", "n_layers", "n_layer"), configs):
         num_layers = config.get(field)
         if num_layers is not None and not (isinstance(num_layers, int) and 0 <= num_layers <= num_tensors):
@@ -250,12 +252,14 @@ def check_dtypes(dtypes: dict[str, str], parameters: Collection[str] | None, fol
     dtype. None: all tensors are weights.
     """
     for name, dtype in dtypes.items():
-        # A checkpoint's name may have a prefix that the module's name lacks, or the other way round.
+        # One of the two names may have a prefix that the other lacks.
         is_weight = parameters is None or any(
             f".{parameter}".endswith(f".{name}") or name.endswith(f".{parameter}") for parameter in parameters
         )
-        if dtype not in WEIGHTS and is_weight:
-            raise ValueError(f"{folder}: {name} is of {dtype}, and weights are of {', '.join(WEIGHTS)}; convert it")
+        if dtype not in FLOAT_DTYPE_NAMES and is_weight:
+            raise ValueError(
+                f"{folder}: {name} has dtype {dtype}, but weights have {', '.join(FLOAT_DTYPE_NAMES)}; convert it"
+            )
 
 
 def check_padding(size: int, tokenizer: Tokenizer, source: str | Path) -> None:
@@ -272,26 +276,26 @@ def check_padding(size: int, tokenizer: Tokenizer, source: str | Path) -> None:
 def check_finite(module: Module, folder: str | Path) -> None:
     """Raise ValueError for weights that are NaN or infinite."""
     for name, parameter in module.named_parameters():
-        if parameter.dtype in FLOATS and not is_finite(parameter):
-            raise ValueError(f"{folder}: {name} holds numbers that are not finite; the checkpoint is damaged")
+        if parameter.dtype in FLOAT_DTYPES and not is_finite(parameter):
+            raise ValueError(f"{folder}: {name} has NaN or infinite numbers; the checkpoint is damaged")
 
 
 def prepare_in_place(module: Module, spec: FamilySpec) -> Module:
-    """Apply the family's changes to a module of the stock class, and return it."""
+    """Apply the family's changes to a stock module, in place, and return it."""
     if spec.float32_rope:
         rotate_in_float32(module)
     if spec.attention == "encoder_decoder":
         share_layers(module)
     for layer in module.modules():
-        # On a CPU bitsandbytes would repack 4-bit weights with bf16 scales at the first forward without gradients, so
-        # that the scored model would differ from the trained one.
+        # On a CPU, bitsandbytes would convert 4-bit weights to bf16 scales at the first forward without gradients. The
+        # model that scores would then differ from the model that is trained.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return module
 
 
 def check_report(report: dict, family: FamilySpec, folder: Path) -> None:
-    """Raise ValueError for a missing, unexpected or differently shaped tensor."""
+    """Raise ValueError if transformers reports a missing or unexpected tensor, or one of another shape."""
     ignored = re.compile("|".join(family.ignored_tensors) or r"(?!)")  # (?!) matches nothing
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(name for name in map(str, report[kind]) if not ignored.fullmatch(name))
@@ -314,19 +318,19 @@ def family_spec(
         config: Config of the module.
         tokenizer: Tokenizer of the checkpoint.
         raw: Fields of config.json. None: those of the module's config.
-        folder: Folder of the checkpoint. None: the module is not from a folder.
-        generation: Generation config of a module that is not from a folder.
-        block_size: Block size in place of the checkpoint's. None: the checkpoint's.
+        folder: Folder of the checkpoint. None: the module was not loaded from a folder.
+        generation: Generation config of the module, if there is no `folder`.
+        block_size: Block size that replaces the checkpoint's. None: the checkpoint's.
 
     Raises:
         ValueError: The mask id is missing or outside the vocabulary, or the block size does not apply to the family.
     """
     raw = config.to_dict() if raw is None else raw
     family = find_family(raw)
-    config = config.get_text_config()  # for a model with images, the text's config
-    generation_eos_ids = generation_ends(folder) if folder else getattr(generation, "eos_token_id", None)
+    config = config.get_text_config()  # for a model with images, the config of its text part
+    generation_eos_ids = read_generation_eos_ids(folder) if folder else getattr(generation, "eos_token_id", None)
     changes = {
-        "eos_ids": end_ids(config, tokenizer, family, generation_eos_ids),
+        "eos_ids": find_eos_ids(config, tokenizer, family, generation_eos_ids),
         "max_length": config.max_position_embeddings,
     }
     if family.attention == "encoder_decoder":
@@ -351,14 +355,14 @@ def family_spec(
 
 
 def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:
-    """Return the mask id of the config, the tokenizer, a registered name or the family.
+    """Return the mask id of the config, the tokenizer, the family's `mask_names` or the family, in this order.
 
-    Raise ValueError for no id, two ids, or one outside the vocabulary.
+    Raise ValueError if there is none, if the config and the tokenizer disagree, or if it is outside the vocabulary.
     """
-    # With two of the names, neither is chosen: nothing shows which of the tokens was trained as the mask.
+    # If the tokenizer has two of the names, neither is used: which of them was trained as the mask is unknown.
     named_ids = set(map(tokenizer.get_vocab().get, family.mask_names)) - {None}
     named_id = named_ids.pop() if len(named_ids) == 1 else None
-    # In another vocabulary the family's id is an ordinary token.
+    # In a vocabulary of another size, the family's id is an ordinary token.
     family_id = family.mask_id if config.vocab_size == family.mask_vocabulary else None
     candidates = (getattr(config, "mask_token_id", None), tokenizer.mask_token_id, named_id, family_id)
     mask_id = next((token for token in candidates if token is not None), None)
@@ -381,13 +385,15 @@ def find_mask_id(config: Any, tokenizer: Tokenizer, family: FamilySpec) -> int:
     return mask_id
 
 
-def generation_ends(folder: Path) -> Any:
-    """Return the end ids of a checkpoint's generation_config.json, if it exists: an id, a list of ids or None."""
+def read_generation_eos_ids(folder: Path) -> Any:
+    """Return eos_token_id of a checkpoint's generation_config.json (an id, a list or None); None without the file."""
     path = folder / "generation_config.json"
     return json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
 
 
-def end_ids(config: Any, tokenizer: Tokenizer, family: FamilySpec, generation_eos_ids: Any = None) -> tuple[int, ...]:
+def find_eos_ids(
+    config: Any, tokenizer: Tokenizer, family: FamilySpec, generation_eos_ids: Any = None
+) -> tuple[int, ...]:
     """Return the ids that end a completion: the config's, the generation config's, the tokenizer's and the family's."""
     ids = [tokenizer.eos_token_id, *map(tokenizer.get_vocab().get, family.end_tokens)]
     for eos_ids in (generation_eos_ids, config.eos_token_id):  # each an id, a list of ids or None
@@ -398,7 +404,7 @@ def end_ids(config: Any, tokenizer: Tokenizer, family: FamilySpec, generation_eo
 def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
     """Load a stock tokenizer from the checkpoint's files, without running its code.
 
-    With `stock`, the tokenizer's class is one of transformers.
+    With `stock`, the model's class is a stock class, and the tokenizer's class may be any class of transformers.
     """
     check_tokenizer(folder)
     config_file = folder / "tokenizer_config.json"
@@ -425,7 +431,7 @@ def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
 
 
 def checkpoint_folder(path_or_id: str | Path) -> Path:
-    """Return the folder, or the download of a hub id (owner/name)."""
+    """Return the folder itself, or download a hub id (owner/name) and return its folder."""
     path = Path(path_or_id)
     if str(path_or_id) and path.is_dir():
         check_regular(path)
@@ -438,38 +444,38 @@ def checkpoint_folder(path_or_id: str | Path) -> Path:
         raise _not_fetched(str(path_or_id)) from None
 
 
-def load_config(path_or_id: str | Path, *, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a model's config.json without its weights. For a folder with only adapters, read their base's.
+def load_config(path_or_id: str | Path, *, visited: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a model's config.json, without its weights. For adapters, read the config of their base model.
 
     Call it for facts that depend only on shapes. The package includes the config.json of some published models; for
     another hub id, only this file is fetched.
 
     Args:
         path_or_id: Folder, or hub id (owner/name).
-        above: Folders and ids whose adapters led to this call.
+        visited: Folders and ids of adapters that led to this one, to detect a cycle.
 
     Raises:
         ValueError: The folder has no config.json, or the hub has none under this id.
     """
     text = str(path_or_id)
-    if text in above:
+    if text in visited:
         raise ValueError(f"{text}: base_model_name_or_path leads back to itself; name the folder of weights")
     if text and Path(text).is_dir():
         folder = checkpoint_folder(text)
         adapter = adapter_folder(folder)
-        return read_config(folder) if adapter is None else load_config(named_base(adapter), above=(*above, text))
+        return read_config(folder) if adapter is None else load_config(named_base(adapter), visited=(*visited, text))
     check_hub_id(text)
     packaged = CONFIGS / f"{text.replace('/', '--')}.json"
     if packaged.is_file():
         return json.loads(packaged.read_text())
-    folder_in_cache = _fetch(text, "config.json") or _fetch(text, "adapter_config.json")
-    if folder_in_cache is None:
-        raise ValueError(f"model={text!r}: its repository has no config.json; give a folder that holds it")
-    return load_config(folder_in_cache, above=(*above, text))
+    cache_folder = _fetch(text, "config.json") or _fetch(text, "adapter_config.json")
+    if cache_folder is None:
+        raise ValueError(f"model={text!r}: its repository has no config.json; give a folder that has one")
+    return load_config(cache_folder, visited=(*visited, text))
 
 
 def _fetch(hub_id: str, file: str) -> Path | None:
-    """Return the cache's folder with this file of a repository, or None if the repository has no such file."""
+    """Download a file of a hub repository. Return its folder in the cache, or None if the repository lacks the file."""
     try:
         return Path(hf_hub_download(hub_id, file)).parent
     except LocalEntryNotFoundError:
@@ -478,20 +484,22 @@ def _fetch(hub_id: str, file: str) -> Path | None:
         return None
     except HfHubHTTPError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model={hub_id!r}: the hub gives no {file} ({reason}); give a folder that holds it") from None
+        raise ValueError(
+            f"model={hub_id!r}: the hub did not return {file} ({reason}); give a folder that has it"
+        ) from None
 
 
 def check_hub_id(path_or_id: str | Path) -> None:
     """Raise ValueError for a text that is neither a folder nor a hub id (owner/name)."""
     text = str(path_or_id)
     if Path(text).is_absolute() or text.count("/") != 1 or text.startswith("."):
-        raise ValueError(f"path_or_id={text!r} is neither a folder nor a model hub's id; give one of them")
+        raise ValueError(f"path_or_id={text!r} is neither a folder nor a hub id (owner/name); give one of them")
 
 
 def _not_fetched(path_or_id: str) -> ValueError:
     return ValueError(
-        f"model={path_or_id!r} is not whole in this machine's cache, and the hub is not reached; download it "
-        "elsewhere and give its folder (of a recipe: --model FOLDER)"
+        f"model={path_or_id!r} is not complete in this machine's cache, and the hub cannot be reached; download it "
+        "elsewhere and give its folder (for a recipe: --model FOLDER)"
     )
 
 
@@ -503,13 +511,13 @@ def save_module(
     directory.mkdir(parents=True, exist_ok=True)
     with quiet_progress():
         if not hasattr(module, "save_pretrained"):
-            write_tensors(own_tensors(module, device="cpu"), directory, max_shard_size=max_shard_size)
+            write_tensors(merged_state_dict(module, device="cpu"), directory, max_shard_size=max_shard_size)
         elif spec.stock_model is None:
-            merged = merged_copy(module, device="cpu") if has_extras(module) else module
+            merged = merged_copy(module, device="cpu") if has_adapted_or_low_bit(module) else module
             merged.save_pretrained(directory, max_shard_size=max_shard_size)
         else:
-            assert spec.original_config is not None, "a spec of this checkpoint, not of its family"
-            state = merged_later(module)
+            assert spec.original_config is not None, "the spec is of a checkpoint, not of a family"
+            state = lazy_merged_tensors(module)
             write_tensors(to_original(state, spec, module.config), directory, max_shard_size=max_shard_size)
             dtype = str(main_dtype(state)).removeprefix("torch.")
             keys = [key for key in ("dtype", "torch_dtype") if key in spec.original_config] or ["torch_dtype"]
@@ -517,7 +525,7 @@ def save_module(
             (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
             source = Path(spec.checkpoint_folder or directory)
             if source.is_dir() and source.resolve() != directory.resolve():
-                # The checkpoint's code is copied for its authors' tools. This library never runs it.
+                # Copy the checkpoint's code for other tools. This library never runs it.
                 for file in [*source.glob("*.py"), *source.glob("generation_config.json")]:
                     shutil.copyfile(file, directory / file.name)
         tokenizer.save_pretrained(directory)
@@ -527,7 +535,7 @@ def bitsandbytes_config(
     quantization: str, dtype: torch.dtype | str, *, masked: bool
 ) -> transformers.BitsAndBytesConfig:
     """Return bitsandbytes' config of a frozen base in 4 ("nf4") or 8 ("int8") bits, without the heads."""
-    # transformers skips the output embedding, but not the layers of a masked model's head before it.
+    # By default, only the output embedding is skipped, but not the other layers of a masked language model's head.
     skip = {"llm_int8_skip_modules": ["cls", "lm_head", "predictions", "head", "decoder"]} if masked else {}
     compute_dtype = torch.bfloat16 if dtype == "auto" else dtype
     if quantization == "nf4":
@@ -549,13 +557,13 @@ def name_in_errors(source: str | Path) -> Iterator[None]:
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if "ignore_mismatched_sizes" in reason:
-            reason = "tensors have other shapes than config.json gives them"
+            reason = "the shapes of tensors differ from config.json"
         raise ValueError(f"{source}: damaged, or not the model that its config.json describes: {reason}") from error
 
 
 @contextmanager
 def quiet_progress() -> Iterator[None]:
-    """Hide transformers' progress bars and load reports. A tensor that a report would name raises an error anyway."""
+    """Hide transformers' progress bars and load reports. `check_report` raises an error for what they would list."""
     bars = logging.is_progress_bar_enabled()
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Rotary positions: convert a config's scaling to transformers' form, and rotate in fp32."""
+"""Rotary positions: convert a checkpoint's RoPE scaling to transformers' fields, and rotate in fp32."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from dllm_rl.models.base import Module
 
 ATTENTION = "sdpa_float32_rope"
 _YARN = {"original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
-# The scalings that transformers computes, with the required and the optional fields of each.
+# The kinds of scaling that transformers supports: (required fields, optional fields).
 SCALINGS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
@@ -24,37 +24,37 @@ _COMMON = {"rope_type", "rope_theta", "partial_rotary_factor"}
 
 
 def rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return transformers' `rope_parameters` of config fields.
+    """Return transformers' `rope_parameters` for the fields of a checkpoint's config.
 
     Raise ValueError for an unsupported kind, field or factor.
     """
-    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"  # of older files
+    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"  # the name in older files
     scaling = raw.get(name) or {}
     if not isinstance(scaling, dict):
-        raise ValueError(f"{name}={scaling!r} is not understood; give its fields by name, or null for no scaling")
+        raise ValueError(f"{name}={scaling!r} is not an object; give its fields by name, or null for no scaling")
     parameters = {key: value for key, value in scaling.items() if key != "type" and value is not None}
-    kind = parameters.setdefault("rope_type", scaling.get("type", "default"))  # the key of older files is `type`
+    kind = parameters.setdefault("rope_type", scaling.get("type", "default"))  # older files have the key `type`
     if scaling.get("type", kind) != kind:
-        raise ValueError(f"{name} says rope_type={kind!r} and type={scaling['type']!r}; keep the one that is meant")
+        raise ValueError(f"{name} has both rope_type={kind!r} and type={scaling['type']!r}; remove the wrong one")
     _check_scaling(name, kind, parameters)
     for key in ("rope_theta", "partial_rotary_factor"):
         if raw.get(key) is not None:
             parameters.setdefault(key, raw[key])  # a value in the scaling takes precedence
-    if "rope_theta" not in parameters:  # the default of transformers may not be the checkpoint's
+    if "rope_theta" not in parameters:  # transformers' default may be wrong for this checkpoint
         raise ValueError("rope_theta is not in the config; set the base of the rotary frequencies in config.json")
     return parameters
 
 
 def _check_scaling(name: str, kind: Any, parameters: dict[str, Any]) -> None:
-    """Raise ValueError for a kind of scaling, or a field of one, that transformers does not compute."""
+    """Raise ValueError for a kind of scaling, or a field of it, that transformers does not support."""
     if kind not in SCALINGS:
         raise ValueError(f"{name} has the kind {kind!r}, which is not known; known are {', '.join(SCALINGS)}")
     required, optional = SCALINGS[kind]
     for key in sorted(required - parameters.keys()):
         raise ValueError(f"{name} of the kind {kind!r} has no {key!r}; add it to config.json")
-    # transformers ignores an unknown field, and would compute other positions than the authors' code.
+    # transformers would ignore an unknown field, and so compute other positions than the checkpoint's own code.
     for key in sorted(parameters.keys() - required - optional - _COMMON):
-        raise ValueError(f"{name} of the kind {kind!r} has a {key!r} that is not understood; remove it")
+        raise ValueError(f"{name} of the kind {kind!r} has an unsupported field {key!r}; remove it")
     factor = parameters.get("factor", 1.0)
     # `not >=` also refuses NaN; True is an int.
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
@@ -62,7 +62,7 @@ def _check_scaling(name: str, kind: Any, parameters: dict[str, Any]) -> None:
 
 
 def rotate_in_float32(module: Module) -> None:
-    """Make a Llama-like module compute cos and sin, and rotate queries and keys, in fp32, and then round them.
+    """Make a Llama-like module compute cos and sin and rotate queries and keys in fp32, and only then round them.
 
     A stock module rounds cos and sin to the weights' dtype, which changes the likeliest token at 2 % of the positions
     of a bf16 LLaDA.

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors: read them, rename them between the original layout and a stock class's, and write them."""
+"""A checkpoint's tensors: read them, convert them between the original layout and a stock class's, and write them."""
 
 import json
 import re
@@ -15,13 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dllm_rl.models.base import FamilySpec
-from dllm_rl.models.untrusted import FLOATS
+from dllm_rl.models.untrusted import FLOAT_DTYPES
 
 State = dict[str, Tensor]
 
+INDEX = "model.safetensors.index.json"
+ATTENTION = "model.layers.*.self_attn"
+QKV = ("q_proj", "k_proj", "v_proj")
+
 
 @dataclass(frozen=True)
-class Later:
+class LazyTensor:
     """A tensor that is computed when it is written, so that a save has at most one shard of tensors in memory."""
 
     shape: tuple[int, ...]
@@ -36,18 +40,13 @@ class Later:
         return self.numel() * self.dtype.itemsize
 
 
-def later(tensor: Tensor) -> Later:
-    """Return an existing tensor as a `Later`."""
-    return Later(tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
-INDEX = "model.safetensors.index.json"
-ATTENTION = "model.layers.*.self_attn"
-QKV = ("q_proj", "k_proj", "v_proj")
+def as_lazy(tensor: Tensor) -> LazyTensor:
+    """Wrap an existing tensor as a `LazyTensor`."""
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def read_tensors(directory: Path) -> State:
-    """Return all tensors of a folder's safetensors files, memory-mapped. Raise ValueError when there are none."""
+    """Return all tensors of a folder's safetensors files, memory-mapped. Raise ValueError if there are no files."""
     files = weight_files(directory)
     if not files:
         raise ValueError(f"{directory}: no model.safetensors or {INDEX}; convert the checkpoint to safetensors")
@@ -68,7 +67,9 @@ def weight_files(directory: Path) -> list[str]:
     files = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
     for name in files:
         if name in ("", ".", "..") or Path(name).name != name or PureWindowsPath(name).name != name:
-            raise ValueError(f"{directory}: {INDEX} names {name!r}, which is no file of the folder; correct the index")
+            raise ValueError(
+                f"{directory}: {INDEX} names {name!r}, which is not a file of the folder; correct the index"
+            )
         if not (directory / name).exists():
             raise ValueError(f"{directory}: {name} is listed in {INDEX} but missing; fetch the checkpoint again")
     return files
@@ -79,33 +80,36 @@ def shapes_and_dtypes(directory: Path, files: Sequence[str]) -> tuple[dict[str, 
     shapes: dict[str, list[int]] = {}
     dtypes: dict[str, str] = {}
     for name in files:
-        (directory / name).open("rb").close()  # for an unreadable file safetensors would report a missing one
+        (directory / name).open("rb").close()  # for an unreadable file, safetensors would report that it is missing
         with safe_open(directory / name, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping)
+            for key in file.keys():  # noqa: SIM118 (a file is not a mapping)
                 shapes[key] = file.get_slice(key).get_shape()
                 dtypes[key] = file.get_slice(key).get_dtype()
     return shapes, dtypes
 
 
-def write_tensors(state: Mapping[str, Tensor | Later], directory: Path, *, max_shard_size: int) -> None:
-    """Write safetensors files of at most max_shard_size bytes (or one tensor), with an index for several files.
+def write_tensors(state: Mapping[str, Tensor | LazyTensor], directory: Path, *, max_shard_size: int) -> None:
+    """Write safetensors files of at most max_shard_size bytes (or one larger tensor), and an index for several files.
 
-    The tensors of one file are computed, copied to the host and written before those of the next.
+    The tensors of one file are computed, copied to the CPU and written before those of the next file.
     """
     shards: list[list[str]] = [[]]
     bytes_left = max_shard_size
     for name, tensor in state.items():
-        if tensor.nbytes > bytes_left and shards[-1]:  # a tensor larger than a shard gets a separate one
+        if tensor.nbytes > bytes_left and shards[-1]:  # a tensor that is too large gets its own shard
             shards.append([])
             bytes_left = max_shard_size
         shards[-1].append(name)
         bytes_left -= tensor.nbytes
-    for old in [*directory.glob("model*.safetensors"), *directory.glob(INDEX)]:  # otherwise they would be read too
+    for old in [
+        *directory.glob("model*.safetensors"),
+        *directory.glob(INDEX),
+    ]:  # otherwise a later load would read them too
         old.unlink()
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = files if len(files) > 1 else ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
-        # Tensors that share a storage are copied, shard by shard, because safetensors writes complete storages.
+        # Tensors that do not fill their storage are copied, because safetensors writes complete storages.
         save_file(
             {name: _without_shared_storage(_compute_on_host(state[name])) for name in names},
             directory / file,
@@ -119,22 +123,22 @@ def write_tensors(state: Mapping[str, Tensor | Later], directory: Path, *, max_s
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def misfits(state: State, module_state: State) -> list[str]:
-    """Return the names of tensors that do not fit: they are in only one of the two states, or differ in shape or dtype.
+def mismatched_tensors(state: State, module_state: State) -> list[str]:
+    """Return the names of tensors that are in only one of the two states, or that differ in shape or dtype.
 
-    Two floating-point dtypes count as equal, because a copy casts between them.
+    All floating-point dtypes count as equal, because a copy casts between them.
     """
-    fitting = []
+    matching = []
     for name in state.keys() & module_state.keys():
         stored, target = state[name], module_state[name]
-        has_same_kind = stored.dtype == target.dtype or {stored.dtype, target.dtype} <= {*FLOATS}
+        has_same_kind = stored.dtype == target.dtype or {stored.dtype, target.dtype} <= {*FLOAT_DTYPES}
         if stored.shape == target.shape and has_same_kind:
-            fitting.append(name)
-    return sorted((state.keys() | module_state.keys()).difference(fitting))
+            matching.append(name)
+    return sorted((state.keys() | module_state.keys()).difference(matching))
 
 
-def _compute_on_host(tensor: Tensor | Later) -> Tensor:
-    computed = tensor.make() if isinstance(tensor, Later) else tensor
+def _compute_on_host(tensor: Tensor | LazyTensor) -> Tensor:
+    computed = tensor.make() if isinstance(tensor, LazyTensor) else tensor
     return computed.detach().cpu()
 
 
@@ -143,15 +147,15 @@ def _without_shared_storage(tensor: Tensor) -> Tensor:
     return tensor if fills_storage else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def backwards(spec: FamilySpec) -> tuple[tuple[str, str], ...]:
-    """Return a family's pairs of names, from the stock class's name to the original name."""
+def stock_to_original(spec: FamilySpec) -> tuple[tuple[str, str], ...]:
+    """Return a family's pairs (stock class's name, original name), for `rename_tensor`."""
     return tuple((stock, original) for original, stock in spec.tensor_names)
 
 
-def renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+def rename_tensor(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
     """Rename a tensor by the first pair (from, to) that matches its name, or its name without the last part.
 
-    Without such a pair, return the name unchanged.
+    If no pair matches, return the name unchanged. A `*` matches a number.
     """
     stem, _, leaf = name.rpartition(".")
     for source, target in pairs:
@@ -168,44 +172,44 @@ def to_stock(state: State, spec: FamilySpec, config: Any) -> State:
     out = {}
     for name, tensor in state.items():
         stem, _, leaf = name.rpartition(".")
-        parent = spec.fused_qkv and renamed(stem, ((spec.fused_qkv, ATTENTION),))
+        parent = spec.fused_qkv and rename_tensor(stem, ((spec.fused_qkv, ATTENTION),))
         if parent and parent != stem:
             heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
             rows = [number * config.head_dim for number in heads]
             for part, value in zip(QKV, tensor.split(rows), strict=True):
                 out[f"{parent}.{part}.{leaf}"] = value.clone()  # a view would keep the fused tensor in memory
         else:
-            out[renamed(name, spec.tensor_names)] = tensor
+            out[rename_tensor(name, spec.tensor_names)] = tensor
     return out
 
 
-def to_original(state: dict[str, Later], spec: FamilySpec, config: Any) -> dict[str, Later]:
+def to_original(state: dict[str, LazyTensor], spec: FamilySpec, config: Any) -> dict[str, LazyTensor]:
     """Rename the stock class's tensors to the original names: the exact inverse of `to_stock`."""
-    # A config may declare tensors as tied that differ in the checkpoint. Both are then written.
-    head, table = (state.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-    if config.tie_word_embeddings and head and table and torch.equal(head.make(), table.make()):
+    # Tied tensors are written once. If the checkpoint's tensors differ although its config ties them, write both.
+    head, embedding = (state.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if config.tie_word_embeddings and head and embedding and torch.equal(head.make(), embedding.make()):
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     out = {}
-    names = backwards(spec)
+    names = stock_to_original(spec)
     for name, tensor in split_experts(state).items():
         stem, _, leaf = name.rpartition(".")
         attention, _, projection = stem.rpartition(".")
-        fused = spec.fused_qkv and renamed(attention, ((ATTENTION, spec.fused_qkv),))
+        fused = spec.fused_qkv and rename_tensor(attention, ((ATTENTION, spec.fused_qkv),))
         if fused and fused != attention and projection in QKV:
             if projection == QKV[0]:  # one fused tensor replaces the three
                 out[f"{fused}.{leaf}"] = _concatenate([state[f"{attention}.{p}.{leaf}"] for p in QKV])
         else:
-            out[renamed(name, names)] = tensor
+            out[rename_tensor(name, names)] = tensor
     return out
 
 
-def _concatenate(parts: list[Later]) -> Later:
+def _concatenate(parts: list[LazyTensor]) -> LazyTensor:
     rows = sum(part.shape[0] for part in parts)
-    return Later((rows, *parts[0].shape[1:]), parts[0].dtype, lambda: torch.cat([part.make() for part in parts]))
+    return LazyTensor((rows, *parts[0].shape[1:]), parts[0].dtype, lambda: torch.cat([part.make() for part in parts]))
 
 
-def split_experts(state: dict[str, Later]) -> dict[str, Later]:
-    """Split stock stacks of experts into one tensor per expert, as checkpoints store them."""
+def split_experts(state: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Split a stock class's stacked experts into one tensor per expert and projection, as checkpoints store them."""
     out = {}
     compute_stack = lru_cache(maxsize=1)(lambda name: state[name].make())  # computed once for all experts of a stack
     for name, tensor in state.items():
@@ -220,7 +224,7 @@ def split_experts(state: dict[str, Later]) -> dict[str, Later]:
         for expert in range(num_experts):
             for i, projection in enumerate(projections):
                 make = partial(_expert_rows, compute_stack, name, expert, i * size, size)
-                out[f"{prefix}.{expert}.{projection}.weight"] = Later((size, columns), tensor.dtype, make)
+                out[f"{prefix}.{expert}.{projection}.weight"] = LazyTensor((size, columns), tensor.dtype, make)
     return out
 
 

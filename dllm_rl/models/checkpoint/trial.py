@@ -10,43 +10,47 @@ import string
 import sys
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 MAX_TRIAL_LENGTH = 200  # characters of a string that is tried
-MOST = 100_000  # total characters tried
-GROWTH = 100  # tokens per character, or characters of the decoded text per character of the tokens
-RENDERED = 100_000  # characters that a template may make of a few words
+MAX_TOTAL_LENGTH = 100_000  # characters of all strings that are tried
+# Largest number of tokens per character, and of characters of the decoded text per character of the tokens.
+MAX_GROWTH = 100
+MAX_RENDERED_LENGTH = 100_000  # characters that a template may write for a short chat
 USER = {"role": "user", "content": "1+1="}
-# Errors of a template, in addition to jinja2's: it computes with the messages as Python does.
-COMPUTING = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+# Errors of a template, in addition to jinja2's own: its expressions run as Python code does.
+TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 CHATS = [[USER], [{"role": "system", "content": "Add."}, USER, {"role": "assistant", "content": "2"}, USER]]
 
 
 def main() -> None:
-    """Use the tokenizer or the templates of the request on standard input."""
-    asked = json.load(sys.stdin)
-    if asked["tokenizer"]:
+    """Run the tokenizer or the templates that standard input names."""
+    request = json.load(sys.stdin)
+    if request["tokenizer"]:
         from tokenizers import Tokenizer
 
-        limit(**asked["limits"])
-        content = Path(asked["tokenizer"]).read_text(encoding="utf-8")
-        use_tokenizer(Tokenizer.from_str(content), list(probes(json.loads(content))))
-    if asked["templates"]:
-        # A template later runs with the same names and in the same sandbox.
+        limit(**request["limits"])
+        content = Path(request["tokenizer"]).read_text(encoding="utf-8")
+        use_tokenizer(Tokenizer.from_str(content), list(trial_texts(json.loads(content))))
+    if request["templates"]:
+        # transformers later runs the template with this function too: the same variables in the same sandbox.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        limit(**asked["limits"])
-        for template in asked["templates"]:
-            for answered in (False, True):
-                use_template(
-                    render_jinja_template, chat_template=template, add_generation_prompt=answered, **asked["tokens"]
-                )
+        limit(**request["limits"])
+        for template, add_generation_prompt in product(request["templates"], (False, True)):
+            use_template(
+                render_jinja_template,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                **request["tokens"],
+            )
 
 
 def limit(seconds: int, memory: int) -> None:
     """Make the kernel end the process after `seconds` more of processor time, and limit its memory."""
-    import resource  # here: Windows lacks it, and imports COMPUTING
+    import resource  # not at the top: Windows lacks it, and also imports TEMPLATE_ERRORS
 
     until = int(time.process_time()) + 1 + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (until, until))
@@ -54,19 +58,19 @@ def limit(seconds: int, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def probes(fields: dict[str, Any]) -> Iterator[str]:
-    """Yield short texts: each string that the pipeline names, and each ordinary character, once and many times."""
+def trial_texts(fields: dict[str, Any]) -> Iterator[str]:
+    """Yield short texts: each string in the tokenizer's pipeline, and each ASCII character, once and 64 times."""
     named = {
         text
         for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
         for text in strings(fields.get(part))
     }
-    left = MOST
+    length_left = MAX_TOTAL_LENGTH
     for text in [string.printable, *sorted(named, key=len), *string.printable]:
-        if len(text) <= MAX_TRIAL_LENGTH and left > 0:
+        if len(text) <= MAX_TRIAL_LENGTH and length_left > 0:
             yield text
             yield text * 64
-            left -= 65 * len(text)
+            length_left -= 65 * len(text)
 
 
 def strings(fields: Any) -> Iterator[str]:
@@ -79,29 +83,31 @@ def strings(fields: Any) -> Iterator[str]:
 
 
 def use_tokenizer(tokenizer: Any, texts: list[str]) -> None:
-    """Encode the texts, and decode the result and every token of the vocabulary. Raise OverflowError on growth."""
+    """Encode the texts. Decode the results, and every token of the vocabulary. Raise OverflowError above MAX_GROWTH."""
     for text in texts:
-        if tokenizer.normalizer and len(tokenizer.normalizer.normalize_str(text)) > GROWTH * len(text):
-            raise OverflowError(f"the normalizer makes the {len(text)} characters {text[:40]!r} {GROWTH} times as long")
+        if tokenizer.normalizer and len(tokenizer.normalizer.normalize_str(text)) > MAX_GROWTH * len(text):
+            raise OverflowError(
+                f"the normalizer makes the {len(text)} characters {text[:40]!r} {MAX_GROWTH} times as long"
+            )
         try:
             ids = tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:
             if type(error) is not Exception:  # tokenizers raises the bare class for a character outside the vocabulary
                 raise
             continue
-        if len(ids) > GROWTH * len(text):
+        if len(ids) > MAX_GROWTH * len(text):
             raise OverflowError(f"{len(ids)} tokens for the {len(text)} characters {text[:40]!r}")
         decode(tokenizer, ids)
-    known = sorted(tokenizer.get_vocab().values())
-    for first in range(0, len(known), 1000):
-        decode(tokenizer, known[first : first + 1000])
+    vocabulary_ids = sorted(tokenizer.get_vocab().values())
+    for first in range(0, len(vocabulary_ids), 1000):
+        decode(tokenizer, vocabulary_ids[first : first + 1000])
 
 
 def decode(tokenizer: Any, ids: list[int]) -> None:
-    """Decode ids. Raise OverflowError on growth."""
+    """Decode ids. Raise OverflowError above MAX_GROWTH."""
     length = sum(len(tokenizer.id_to_token(number) or "") for number in ids)
     text = tokenizer.decode(ids, skip_special_tokens=False)
-    if len(text) > GROWTH * (length + 1):
+    if len(text) > MAX_GROWTH * (length + 1):
         raise OverflowError(f"{len(text)} characters decoded from tokens of {length}")
 
 
@@ -114,9 +120,9 @@ def use_template(render: Any, **options: Any) -> None:
             (text,), _ = render([chat], **options)
         except SecurityError:  # a kind of TemplateError
             raise
-        except (TemplateError, *COMPUTING):  # the template may be made for other messages, and refuse these
+        except (TemplateError, *TEMPLATE_ERRORS):  # a template may support only other kinds of messages
             continue
-        if len(text) > RENDERED:
+        if len(text) > MAX_RENDERED_LENGTH:
             raise OverflowError(f"{len(text)} characters for a conversation of {len(chat)} messages")
 
 

@@ -41,10 +41,10 @@ def blocks_of(module: Module, option: str = "gradient_checkpointing") -> list[nn
 def recomputed_blocks(module: Module) -> Iterator[None]:
     """In this context, use gradient checkpointing: each forward stores only the inputs of the module's blocks.
 
-    The backward, in the context or later, runs each block again with the same dropout masks, so that gradients have the
-    same bits on deterministic kernels.
+    The backward, in the context or later, runs each block again with the same dropout masks. With deterministic
+    kernels, the gradients are then bit-identical.
     """
-    # Gradient checkpointing of transformers has no effect in eval mode, in which policies stay, or in some families.
+    # transformers' gradient checkpointing has no effect in eval mode, in which policies stay, and in some families.
     blocks = blocks_of(module)
     compiled_forwards = [vars(block).get("forward") for block in blocks]  # of `compile_blocks`
     for block in blocks:
@@ -59,20 +59,20 @@ def recomputed_blocks(module: Module) -> Iterator[None]:
 
 
 def _checkpointed(forward: Callable, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a block with torch's checkpoint, so that the second run has the dropout masks and modes of the first."""
+    """Run a block with torch's checkpoint, so that its recomputation has the same dropout masks and function modes."""
     adapters = [layer for layer in block.modules() if isinstance(layer, LoraLinear)]
     first_calls = [layer.calls for layer in adapters]
     modes = _get_current_function_mode_stack()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         current_calls = [layer.calls for layer in adapters]
-        _set_calls(adapters, first_calls)  # the second run draws the dropout masks of the first
+        _set_calls(adapters, first_calls)  # so that the recomputation draws the same dropout masks
         try:
-            with ExitStack() as entered_modes:  # a backward runs outside of the forward's modes
+            with ExitStack() as entered_modes:  # such as `Routing`: a backward runs outside of them
                 for mode in modes[len(_get_current_function_mode_stack()) :]:
                     entered_modes.enter_context(mode)
                 return forward(*args, **kwargs)
-        finally:  # the second run may stop early, by an exception
+        finally:  # torch may stop the recomputation early, by an exception
             _set_calls(adapters, map(max, (layer.calls for layer in adapters), current_calls))
 
     # No block draws from torch's global generator, so its state is not stored.
@@ -92,17 +92,19 @@ def has_uncompiled(module: Module) -> bool:
 def compile_blocks(policy: Policy) -> None:
     """Compile every block of the policy's module in place, at its first forward. Raise ValueError without blocks.
 
-    Few graphs serve all blocks and shapes, with a cache or without; the first forward, and a batch or a width of 1,
-    have separate graphs. A block that cannot be compiled to one graph raises torch's error; but quantized experts run
-    between two graphs. Numbers differ from those of eager blocks by rounding. Differentiated forwards are not compiled.
+    A few graphs are shared by all blocks and shapes, with a cache or without. The first forward, and a batch or a width
+    of 1, have separate graphs. A block that cannot be compiled to one graph raises torch's error, except that quantized
+    experts run eagerly between two graphs. Results differ from those of eager blocks by rounding. Forwards with
+    gradients are not compiled.
     """
-    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # 12 were observed
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)  # at most 12 were observed
     run = torch.compile(_forward_block, dynamic=True, fullgraph=not has_uncompiled(policy.module))
     for index, block in enumerate(blocks_of(policy.module, "torch_compile")):
         block.forward = partial(_compiled, block, index, run)  # type: ignore[method-assign]
 
 
 def _compiled(block: nn.Module, index: int, run: Callable, *args: Any, **kw: Any) -> Any:
+    """Run a block by the compiled function `run`, or eagerly if gradients are needed."""
     if torch.is_grad_enabled():
         return _forward_block(block, args, kw)
     past = kw.get(CACHE)
@@ -110,7 +112,7 @@ def _compiled(block: nn.Module, index: int, run: Callable, *args: Any, **kw: Any
         return run(block, args, kw)
     layer = past.layers[index]
     if type(layer) is not DynamicLayer:
-        raise ValueError(f"torch_compile=True: block {index} keeps its keys in a {type(layer).__name__}; leave it off")
+        raise ValueError(f"torch_compile=True: block {index} stores its keys in a {type(layer).__name__}; leave it off")
     block_cache = _BlockCache(*((layer.keys, layer.values) if layer.is_initialized else (None, None)))
     states = run(block, args, kw | {CACHE: block_cache})
     if not layer.is_initialized:
@@ -127,7 +129,7 @@ def _forward_block(block: nn.Module, args: tuple, kw: dict) -> Any:
 class _BlockCache:
     """The keys and values of one block, in place of transformers' cache of all blocks.
 
-    With that cache a graph would read the block's number, and could serve only this block.
+    With transformers' cache, a graph would depend on the block's index, and could not be shared by all blocks.
     """
 
     def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """Length buckets: rows of similar length go through the model together, without their common padding.
 
-They depend only on the batch's padding, so that sampling and scoring the same rows have the same shapes.
+Buckets depend only on the batch's padding, so that sampling and scoring the same rows use the same shapes.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Bucket:
     """Rows of similar length.
 
     Args:
-        rows: Indices into the batch, in ascending order, on the host.
+        rows: Indices into the batch, in ascending order, on the CPU.
         start: First column that is not padding in every row.
     """
 
@@ -36,7 +36,7 @@ def length_buckets(
     The cost of a bucket is rows * columns + forwards * FORWARD_COST.
 
     Args:
-        starts: First column of each row that is not padding, on the host.
+        starts: First column of each row that is not padding, on the CPU.
         columns: Number of columns of the batch.
         device: Device of the model.
         forwards: Number of model calls per bucket; with a cache it is the number of steps.
@@ -46,8 +46,8 @@ def length_buckets(
     distinct = unique_starts.tolist()
     rows_before = [0, *counts.cumsum(0).tolist()]
     fixed_cost = forwards * FORWARD_COST.get(torch.device(device).type, FORWARD_COST["cuda"])
-    least_cost = [0]  # least_cost[n]: of the rows with the first n distinct starts
-    last_begin = [0]  # last_begin[n]: index of the start at which the last of their buckets begins
+    least_cost = [0]  # least_cost[n]: least total cost of the rows with the first n distinct starts
+    last_begin = [0]  # last_begin[n]: index of the distinct start at which the last of their buckets begins
     for end in range(1, len(distinct) + 1):
         costs = []
         for begin in range(end):

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from dllm_rl.models.base import Module, output_embeddings
 
 HALF = (torch.bfloat16, torch.float16)
-SLAB = 2**22  # number of weights in fp32 at a time on a CPU, 16 MiB; a GPU needs four times as many to be busy
+SLAB = 2**22  # number of weights in fp32 at a time on a CPU: 16 MiB; four times as many on a GPU, to keep it busy
 
 
 class _Float32Linear(torch.autograd.Function):
-    """x W^T + b in fp32. Gradients are summed in fp32, and rounded once to the dtype of their tensor."""
+    """x W^T + b in fp32. Gradients are computed in fp32, and rounded once to the dtype of their tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
         if x.is_cuda and x.dtype == weight.dtype and x.dtype in HALF:
-            # Tensor cores: a product of two 16-bit numbers is exact in fp32, and the sums are in fp32.
+            # Tensor cores multiply 16-bit numbers exactly, and add the products in fp32.
             with torch.autocast(x.device.type, enabled=False):
                 out = torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32)
             return (out if bias is None else out + bias.float()).unflatten(0, x.shape[:-1])

@@ -1,7 +1,8 @@
-"""Router replay (R3, arXiv 2510.11370 [paper]): one forward records each token's experts, and another uses them.
+"""Router replay (R3, arXiv 2510.11370 [paper]): one forward records each token's experts, and another reuses them.
 
-If two scores of a router are almost equal, rounding decides which expert is chosen. Replay fixes the choice. The
-experts' weights still come from the scores of the policy that replays. docs/methods.md explains the tag [paper].
+If two scores of a router are almost equal, rounding decides which expert is chosen. Replay reuses the recorded choice.
+The experts' weights still come from the scores of the policy that replays. M is the number of MoE layers, E the number
+of experts per token. docs/methods.md explains the tag [paper].
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +19,8 @@ from dllm_rl.models.base import Module, Policy
 from dllm_rl.models.lora import base_of
 
 
-def mixtures(module: Module) -> list[Any]:
-    """Return the layers that route tokens to experts, in the order of the blocks; none in a dense model."""
+def moe_layers(module: Module) -> list[Any]:
+    """Return the layers that route tokens to experts (MoE layers), in the order of the blocks; [] for a dense model."""
     return [layer for layer in module.modules() if hasattr(base_of(getattr(layer, "experts", None)), "gate_up_proj")]
 
 
@@ -27,9 +28,9 @@ class Routing(TorchFunctionMode):
     """A mode whose forwards record the experts of each token and, optionally, replay recorded experts.
 
     Args:
-        module: Module with M mixtures.
-        replayed_ids: Expert ids for R rows and W columns; in a packed forward, for its noisy columns. None: the routers
-            choose.
+        module: Module with M MoE layers.
+        replayed_ids: Expert ids for R rows and W columns. A packed forward has clean columns before its noisy columns;
+            the ids are then those of the noisy columns. None: the routers choose.
         where: Tokens that use `replayed_ids`. The router chooses the experts of the other tokens.
     """
 
@@ -40,12 +41,12 @@ class Routing(TorchFunctionMode):
         where: Bool[Tensor, "R W"] | None = None,
     ) -> None:
         super().__init__()
-        self.layers = mixtures(module)
+        self.layers = moe_layers(module)
         self.replayed_ids = replayed_ids
         self.where = where
-        self.chosen: list[Tensor | None] = [None] * len(self.layers)  # ids of the last forward, by mixture
-        self.running: int | None = None  # number of the mixture that runs
-        self.hooks: list[list[Any]] = []  # a stack, because a recomputed block enters the mode again
+        self.chosen: list[Tensor | None] = [None] * len(self.layers)  # expert ids of the last forward, by MoE layer
+        self.running: int | None = None  # index of the MoE layer that runs now
+        self.hooks: list[list[Any]] = []  # one entry per entered context: a recomputed block enters the mode again
 
     def __enter__(self) -> "Routing":
         hooks = []
@@ -71,7 +72,7 @@ class Routing(TorchFunctionMode):
         number = self.running
         if number is None or func not in (torch.topk, Tensor.topk) or not args:
             return out
-        # A router with groups of experts also ranks the groups by a topk.
+        # A router with groups of experts also calls topk on the groups, which is not recorded.
         if args[0].dim() != 2 or args[0].shape[-1] != self.num_experts(number):
             return out
         ids = out[1]
@@ -91,12 +92,12 @@ class Routing(TorchFunctionMode):
         """Return why the last forward's experts are unknown, or "" if they are known."""
         chosen = [ids for ids in self.chosen if ids is not None]
         if len(chosen) < len(self.layers):
-            return f"{len(chosen)} of {len(self.layers)} mixtures chose their experts by one topk over all of them"
+            return f"{len(chosen)} of {len(self.layers)} MoE layers chose their experts by one topk over all of them"
         sizes = sorted({ids.shape[-1] for ids in chosen})
-        return f"the mixtures take different numbers of experts, {sizes}" if len(sizes) > 1 else ""
+        return f"the MoE layers use different numbers of experts per token, {sizes}" if len(sizes) > 1 else ""
 
     def experts(self, rows: int, columns: int | None = None) -> Integer[Tensor, "R W M E"]:
-        """Return the experts of the last forward, with the smallest dtype that has all ids.
+        """Return the experts of the last forward, in the smallest dtype that holds all ids.
 
         Args:
             rows: Number of rows of the forward.
@@ -113,20 +114,23 @@ class Routing(TorchFunctionMode):
 
 
 def _match_columns(x: Shaped[Tensor, "R W *E"], tokens: int) -> Shaped[Tensor, "R Q *E"]:
-    """Return the rows' values for a forward of `tokens` tokens, with 0 for the clean columns of a packed forward."""
+    """Return the values for a forward of `tokens` tokens, with 0 for the clean columns of a packed forward."""
     rows, columns = x.shape[:2]
     if tokens == rows * columns:
         return x
     return torch.cat([torch.zeros_like(x), x[:, 2 * columns - tokens // rows :]], dim=1)
 
 
-def of_tokens(policy: Policy, experts: Integer[Tensor, "R W M E"]) -> Integer[Tensor, "R W M E"]:
-    """Move experts from the state at each column to the column whose token the state predicts."""
+def to_token_columns(policy: Policy, experts: Integer[Tensor, "R W M E"]) -> Integer[Tensor, "R W M E"]:
+    """Move the experts of each state from its column to the column of the token that it predicts."""
     return experts.roll(1, dims=1) if policy.spec.shift else experts
 
 
-def of_states(policy: Policy, x: Tensor) -> Tensor:
-    """Reverse `of_tokens` along the second axis. The state of the last column predicts nothing, and gets zeros."""
+def to_state_columns(policy: Policy, x: Tensor) -> Tensor:
+    """Reverse `to_token_columns` along the second axis.
+
+    The state of the last column predicts no token, and gets zeros.
+    """
     if not policy.spec.shift:
         return x
     shifted = x.roll(-1, dims=1)
@@ -135,12 +139,12 @@ def of_states(policy: Policy, x: Tensor) -> Tensor:
 
 
 def agreement(ours: Integer[Tensor, "S M E"], theirs: Integer[Tensor, "S M E"]) -> Bool[Tensor, "S M E"]:
-    """Return which of the experts `ours` are also in `theirs`, for the same token and mixture."""
+    """Return which of the experts `ours` are also in `theirs`, for the same token and MoE layer."""
     return (ours[..., :, None] == theirs[..., None, :]).any(-1)
 
 
-def load(experts: Integer[Tensor, "S M E"], num_experts: int) -> Int[Tensor, "M X"]:
-    """Return the number of tokens of each expert of each mixture."""
+def tokens_per_expert(experts: Integer[Tensor, "S M E"], num_experts: int) -> Int[Tensor, "M X"]:
+    """Return the number of tokens that each expert of each MoE layer receives."""
     ids = experts.transpose(0, 1).flatten(1).long()
     counts = torch.zeros(len(ids), num_experts, dtype=torch.long, device=ids.device)
     return counts.scatter_add(1, ids, torch.ones_like(ids))

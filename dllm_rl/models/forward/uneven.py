@@ -1,4 +1,4 @@
-"""Forwards of a sharded policy (`distributed.sharding`) if processes need different numbers of them."""
+"""Forwards of a sharded policy (`distributed.sharding`) when processes need different numbers of forwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,10 +32,10 @@ def join_uneven_forwards(policy: Any, *, backward: bool = False) -> Iterator[Non
         yield
     finally:
         announce.remove()
-    token = torch.zeros(1, 1, dtype=torch.long, device=policy.device)  # a dummy row, which no gradient depends on
+    token = torch.zeros(1, 1, dtype=torch.long, device=policy.device)  # a dummy row, whose gradients are zero
     with torch.set_grad_enabled(backward):
-        # A sharded forward is a collective: this process has finished, and joins the forwards of the others, which need
-        # its shards of the weights.
+        # A sharded forward is a collective. This process has no forwards left, and joins those of the other processes,
+        # which need its shards of the weights.
         while shards.anyone(False):
             states = policy.hidden(token, token == 0)
             if backward:

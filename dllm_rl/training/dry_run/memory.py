@@ -31,10 +31,10 @@ from dllm_rl.models.logprobs import (
     TokenLogprob,
     backward_token_logprobs,
     chunk_rows,
-    invert,
+    invert_cdf,
     token_logprobs,
 )
-from dllm_rl.models.merge import merged_state
+from dllm_rl.models.merge import merged_tensors
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import renoise
 from dllm_rl.samplers.choose import draw_tokens
@@ -261,7 +261,7 @@ class FakeStep:
         self.read(prefix, rows, self.prompt_tokens + self.recipe.max_new_tokens - self.canvas)
         logits, before = self.step_logits(prefix, rows)
         flat = logits.flatten(0, 1)
-        invert(flat.softmax(-1), torch.zeros(len(flat), dtype=torch.float64))
+        invert_cdf(flat.softmax(-1), torch.zeros(len(flat), dtype=torch.float64))
         TokenLogprob.apply(flat, torch.zeros(len(flat), dtype=torch.long))
         Categorical(logits=logits, validate_args=False).entropy()  # fake tensors have no values to check
         del before
@@ -279,7 +279,7 @@ class FakeStep:
         for canvas in range(self.recipe.max_new_tokens // self.canvas):
             self.read(prefix, rows, self.canvas if canvas else self.prompt_tokens)
             if back:
-                cuts.append(prefix.cut())
+                cuts.append(prefix.detach_cache())
         for _ in range(max(1, self.graphs)):
             logits, before = self.step_logits(prefix, rows)
             flat = logits.flatten(0, 1)
@@ -338,7 +338,7 @@ class FakeStep:
     @torch.no_grad()
     def merge(self) -> None:
         """Merge adapters one layer at a time, as the sync and a save do."""
-        for _ in merged_state(self.policy.module):
+        for _ in merged_tensors(self.policy.module):
             pass
 
     def states(self) -> Tensor:

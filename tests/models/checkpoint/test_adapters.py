@@ -19,7 +19,7 @@ from dllm_rl.algorithms.correctors import aligned, qarl
 from dllm_rl.algorithms.optimizers import adamw_8bit
 from dllm_rl.checkpoints import checkpoint as checkpoints
 from dllm_rl.models.lora import Lora, LoraLinear, adapted_layers, add_lora, disable_adapters, load_adapter, save_adapter
-from dllm_rl.models.merge import merge_lora, merged_copy, merged_state
+from dllm_rl.models.merge import merge_lora, merged_copy, merged_tensors
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.quantization.schemes import int8_weight_only
@@ -68,7 +68,7 @@ def test_adapters_of_every_family(tmp_path, family):
     whole = dict(merged.module.named_parameters(remove_duplicate=False)) | dict(
         merged.module.named_buffers(remove_duplicate=False)
     )
-    found = dict(merged_state(policy.module))
+    found = dict(merged_tensors(policy.module))
     assert found.keys() == whole.keys()
     assert all(torch.equal(found[name], whole[name]) for name in found)
 
@@ -95,7 +95,7 @@ def test_merged_weight_by_hand():
     layer.lora_B.weight.data = torch.arange(16.0).view(8, 2)
     expected = before.clone()
     expected[:, :2] += 3.0 * torch.arange(16.0).view(8, 2)  # alpha / r = 3, and A picks the first two inputs
-    assert torch.equal(dict(merged_state(policy.module))["model.layers.0.self_attn.q_proj.weight"], expected)
+    assert torch.equal(dict(merged_tensors(policy.module))["model.layers.0.self_attn.q_proj.weight"], expected)
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(layer(x), x @ expected.T, rtol=0, atol=1e-4)
 
@@ -186,7 +186,7 @@ def test_dropout_repeats_and_spares_what_is_not_differentiated():
     assert torch.equal(again.logits(tokens, mask), first)
     assert torch.equal(again.logits(tokens, mask), second)
     layer = next(iter(adapted_layers(policy.module).values()))
-    kept = layer.dropped(torch.ones(200, 100))
+    kept = layer.apply_dropout(torch.ones(200, 100))
     assert set(kept.unique().tolist()) == {0.0, 2.0}
     assert abs(kept.mean() - 1) < 0.03
 
@@ -197,7 +197,7 @@ def test_saved_adapters_go_on_with_the_dropout_masks_of_training(tmp_path):
     policy, again = tiny_llama(**sizes), tiny_llama(**sizes)
     add_lora(policy, Lora(r=2, dropout=0.5, seed=3, targets=("q_proj", "v_proj")))
     x = torch.ones(4, 32)
-    drop = lambda each: [layer.dropped(x) for layer in adapted_layers(each.module).values()]  # noqa: E731
+    drop = lambda each: [layer.apply_dropout(x) for layer in adapted_layers(each.module).values()]  # noqa: E731
     first = drop(policy)
     assert len(first) == 4 and not any(torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
     save_adapter(policy, tmp_path)
@@ -220,11 +220,11 @@ def test_dropout_draws_the_same_on_a_gpu_and_there_alone():
     """No mask is made on the host: nothing is copied, nothing waited for."""
     layer = dropping()
     x = torch.ones(5, 8)
-    here = layer.dropped(x)
+    here = layer.apply_dropout(x)
     with SimulatedCuda() as cuda:
         layer.calls, x = 0, x.to("cuda")
         with cuda.phase("dropout"):
-            there = layer.dropped(x)
+            there = layer.apply_dropout(x)
         assert cuda.waits("dropout") == 0 and there.is_cuda
         assert torch.equal(there.cpu(), here)
 
@@ -275,7 +275,7 @@ def test_a_base_in_few_bits_trains(tmp_path, family, quantization):
     policy.save_pretrained(tmp_path / "merged")
     merged = load_policy(tmp_path / "merged")
     state = merged.module.state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in merged_state(policy.module) if name in state)
+    assert all(torch.equal(state[name], tensor) for name, tensor in merged_tensors(policy.module) if name in state)
     if quantization == "nf4":  # 8-bit products round their inputs too, the merged model does not
         torch.testing.assert_close(merged.logits(tokens, mask), policy.logits(tokens, mask), rtol=0, atol=1e-4)
 
@@ -290,7 +290,7 @@ def test_eight_bit_weights_are_read_back_to_half_a_step(tmp_path, forward):
     if forward:
         policy.logits(*batch())
     compared = 0
-    for name, found in merged_state(policy.module):
+    for name, found in merged_tensors(policy.module):
         if name not in exact:  # a buffer that is not saved
             continue
         step = exact[name].abs().amax(-1, keepdim=True) / 127

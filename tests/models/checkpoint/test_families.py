@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dllm_rl import AutoregressivePolicy, DiffusionPolicy, Prompts, load_policy, register_family, trajectory, unmask
 from dllm_rl.models.checkpoint import families, rope
-from dllm_rl.models.checkpoint.loading import end_ids
+from dllm_rl.models.checkpoint.loading import find_eos_ids
 from dllm_rl.samplers.rules import max_prob
 
 EVERY = [*ORIGINAL, *STOCK]
@@ -270,9 +270,9 @@ def test_the_token_that_ends_a_turn_ends_a_completion(family):
     named, token = tokenizer(), {"llada": "<|eot_id|>", "llada_moe": "<|role_end|>", "llada2": "<|role_end|>"}
     named.add_tokens([token.get(family.name, "<|im_end|>")], special_tokens=True)
     config = SimpleNamespace(eos_token_id=2, vocab_size=40)
-    assert end_ids(config, named, family) == (2, 39)
+    assert find_eos_ids(config, named, family) == (2, 39)
     config.vocab_size = 39  # a token without a row of the embedding is never drawn
-    assert end_ids(config, named, family) == (2,)
+    assert find_eos_ids(config, named, family) == (2,)
 
 
 def test_end_tokens_of_the_generation_config(tmp_path):

@@ -45,13 +45,13 @@ def test_an_unknown_architecture_lists_the_known_ones_and_how_to_add_one(tmp_pat
     folder = edit(published(tmp_path, "llada"), architectures=["FooDiffusion"], auto_map={})
     refused("architectures='FooDiffusion' is not known; known are ", load_policy, folder)
     refused("LLaDAModelLM", load_policy, folder)
-    refused("give your own to register_family (a FamilySpec)", load_policy, folder)
+    refused("pass a FamilySpec to register_family", load_policy, folder)
 
 
 def test_a_diffusion_gemma_that_transformers_does_not_have_is_refused(tmp_path):
     folder = published(tmp_path, "llada")
     edit(folder, architectures=["DiffusionGemmaForImages"], model_type="diffusion_gemma", auto_map={})
-    said = "architectures='DiffusionGemmaForImages' is no DiffusionGemmaForBlockDiffusion that transformers"
+    said = "architectures='DiffusionGemmaForImages' is not a DiffusionGemmaForBlockDiffusion that transformers"
     refused(f"model_type='diffusion_gemma' with {said}", load_policy, folder)
 
 
@@ -112,7 +112,7 @@ def test_no_weights_at_all(tmp_path):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused("model-00001-of-00002.safetensors is listed", load_policy, folder)
-    refused("is neither a folder nor a model hub's id", load_policy, tmp_path / "nowhere")
+    refused("is neither a folder nor a hub id (owner/name)", load_policy, tmp_path / "nowhere")
 
 
 def test_mask_tokens(tmp_path):

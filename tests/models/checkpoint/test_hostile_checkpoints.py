@@ -13,7 +13,7 @@ from dllm_rl import load_policy, load_weights
 from dllm_rl.evaluation.evaluate import evaluate
 from dllm_rl.models.checkpoint import loading
 from dllm_rl.models.checkpoint.loading import build_empty
-from dllm_rl.models.merge import own_tensors
+from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.models.tokens import prompt_ids
 from dllm_rl.rng import generator_for
@@ -86,14 +86,15 @@ def test_weights_are_not_cast_from_what_they_cannot_be(folder, dtype, which):
     for name in sorted(state)[which]:
         state[name] = state[name].to(dtype)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"is of \w+, and weights are of F64, F32, F16, BF16; convert it"):
+    with pytest.raises(ValueError, match=r"has dtype \w+, but weights have F64, F32, F16, BF16; convert it"):
         load_policy(folder)
 
 
 def test_weights_of_a_custom_module_are_not_cast_either(tmp_path):
     policy = tiny_masked_lm(**SIZES)
     save_file(
-        {name: x.detach().long() for name, x in own_tensors(policy.module).items()}, tmp_path / "model.safetensors"
+        {name: x.detach().long() for name, x in merged_state_dict(policy.module).items()},
+        tmp_path / "model.safetensors",
     )
     with pytest.raises(ValueError, match="do not fit"):
         load_weights(policy, tmp_path)
@@ -132,7 +133,7 @@ def test_memory_is_not_taken_for_more_than_the_files_hold(folder, field, monkeyp
     """A machine with room for it would go on to fill it; one without raises when it asks for it."""
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *a, **k: pytest.fail("memory would be taken"))
     edit(folder, **{field: 10**7})
-    with pytest.raises(ValueError, match=r"it describes [\d,]+ parameters, and there are [\d,]+ numbers"):
+    with pytest.raises(ValueError, match=r"config.json describes [\d,]+ parameters, but the files have [\d,]+ numbers"):
         load_policy(folder)
 
 
@@ -173,7 +174,7 @@ def test_weights_that_are_not_finite_are_refused(folder, number):
     name = sorted(state)[-1]
     state[name].view(-1)[-1] = number
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{name} holds numbers that are not finite; the checkpoint is damaged"):
+    with pytest.raises(ValueError, match=rf"{name} has NaN or infinite numbers; the checkpoint is damaged"):
         load_policy(folder)
 
 

@@ -79,7 +79,9 @@ def test_pickled_weights_are_not_downloaded(tmp_path, monkeypatch):
 def test_a_model_that_an_offline_machine_does_not_hold_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"model='owner/name' is not whole in this machine's cache.* --model FOLDER"):
+    with pytest.raises(
+        ValueError, match=r"model='owner/name' is not complete in this machine's cache.* --model FOLDER"
+    ):
         load_policy("owner/name")
 
 
@@ -127,7 +129,9 @@ def test_the_config_of_a_hubs_model_is_read_without_its_weights(hub):
     assert loading.load_config("GSAI-ML/LLaDA-8B-Instruct")["n_layers"] == 32 and not fetched  # the package carries it
     with pytest.raises(ValueError, match="owner/circle: base_model_name_or_path leads back to itself"):
         loading.load_config("owner/circle")
-    with pytest.raises(ValueError, match=r"model='owner/none': the hub gives no config.json \(404 Client Error\)"):
+    with pytest.raises(
+        ValueError, match=r"model='owner/none': the hub did not return config.json \(404 Client Error\)"
+    ):
         loading.load_config("owner/none")
     for text in ("", "/no/folder", "plain", "../up"):
         with pytest.raises(ValueError, match="path_or_id="):

@@ -72,12 +72,15 @@ def test_the_new_spelling_comes_first_and_what_is_inside_before_what_is_beside()
         ({"type": "su", "factor": 2.0}, "has the kind 'su', which is not known; known are default, linear"),
         ({"type": "yarn"}, "rope_scaling of the kind 'yarn' has no 'factor'; add it to config.json"),
         ({"type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}, "of the kind 'llama3' has no 'high_freq_factor'"),
-        ({"type": "linear", "factor": 2.0, "beta_fast": 3}, "has a 'beta_fast' that is not understood; remove it"),
-        ({"factor": 2.0}, "of the kind 'default' has a 'factor' that is not understood"),
-        ({"type": "yarn", "rope_type": "default"}, "says rope_type='default' and type='yarn'; keep the one"),
+        ({"type": "linear", "factor": 2.0, "beta_fast": 3}, "has an unsupported field 'beta_fast'; remove it"),
+        ({"factor": 2.0}, "of the kind 'default' has an unsupported field 'factor'"),
+        (
+            {"type": "yarn", "rope_type": "default"},
+            "has both rope_type='default' and type='yarn'; remove the wrong one",
+        ),
         ({"type": "linear", "factor": 0.5}, "factor=0.5; it must be a number of at least 1"),
         ({"type": "linear", "factor": "4"}, "factor='4'; it must be a number of at least 1"),
-        ([4.0], "rope_scaling=[4.0] is not understood"),
+        ([4.0], "rope_scaling=[4.0] is not an object"),
     ],
 )
 def test_what_is_not_understood_is_refused(tmp_path, scaling, words):

@@ -11,7 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from dllm_rl import load_policy
 from dllm_rl.models.checkpoint import tensors as module
-from dllm_rl.models.checkpoint.tensors import INDEX, Later, misfits, read_tensors, renamed, split_experts, write_tensors
+from dllm_rl.models.checkpoint.tensors import (
+    INDEX,
+    LazyTensor,
+    mismatched_tensors,
+    read_tensors,
+    rename_tensor,
+    split_experts,
+    write_tensors,
+)
 
 
 def tensors(directory) -> dict:
@@ -61,16 +69,16 @@ def test_an_index_cannot_lead_out_of_its_folder(folder, name):
     save_file(state, folder.parent / "outside.safetensors", {"format": "pt"})
     (folder / "model.safetensors").unlink()
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(state, name)}))
-    with pytest.raises(ValueError, match="which is no file of the folder"):
+    with pytest.raises(ValueError, match="which is not a file of the folder"):
         load_policy(folder)
 
 
 def test_names_and_misfits_by_hand():
     pairs = (("a.blocks.*.ff", "b.layers.*.mlp"), ("a.head", "head"))
-    assert renamed("a.blocks.12.ff.weight", pairs) == "b.layers.12.mlp.weight"
-    assert renamed("a.head", pairs) == "head" and renamed("a.heads.weight", pairs) == "a.heads.weight"
+    assert rename_tensor("a.blocks.12.ff.weight", pairs) == "b.layers.12.mlp.weight"
+    assert rename_tensor("a.head", pairs) == "head" and rename_tensor("a.heads.weight", pairs) == "a.heads.weight"
     one, two = torch.zeros(1), torch.zeros(2)
-    assert misfits({"x": one, "y": one, "z": one}, {"x": one, "y": two, "w": one}) == ["w", "y", "z"]
+    assert mismatched_tensors({"x": one, "y": one, "z": one}, {"x": one, "y": two, "w": one}) == ["w", "y", "z"]
 
 
 def test_a_tensor_is_made_when_its_shard_is_written(tmp_path, monkeypatch):
@@ -80,7 +88,7 @@ def test_a_tensor_is_made_when_its_shard_is_written(tmp_path, monkeypatch):
         events.append(number)
         return torch.full((2, 3), float(number))
 
-    state = {f"t{i}": Later((2, 3), torch.float32, partial(make, i)) for i in range(3)}
+    state = {f"t{i}": LazyTensor((2, 3), torch.float32, partial(make, i)) for i in range(3)}
     write = module.save_file
     monkeypatch.setattr(module, "save_file", lambda *given: (events.append("write"), write(*given)))
     write_tensors(state, tmp_path, max_shard_size=48)
@@ -96,7 +104,7 @@ def test_a_stack_is_made_once_for_all_of_its_experts():
         made.append(name)
         return stacks[name]
 
-    state = {f"m.mlp.experts.{n}": Later(tuple(x.shape), x.dtype, partial(make, n)) for n, x in stacks.items()}
+    state = {f"m.mlp.experts.{n}": LazyTensor(tuple(x.shape), x.dtype, partial(make, n)) for n, x in stacks.items()}
     found = split_experts(state)
     values = {name: each.make() for name, each in found.items()}
     assert made == ["gate_up_proj", "down_proj"]

@@ -8,7 +8,14 @@ from mixtures import by_hand, chosen_by_hand, moe
 from repetitions import slow
 
 from dllm_rl import load_policy
-from dllm_rl.models.forward.routing import Routing, agreement, load, mixtures, of_states, of_tokens
+from dllm_rl.models.forward.routing import (
+    Routing,
+    agreement,
+    moe_layers,
+    to_state_columns,
+    to_token_columns,
+    tokens_per_expert,
+)
 
 FAMILIES = ("llada_moe", "llada2", "sdar_moe", "qwen3_moe")
 
@@ -34,7 +41,7 @@ def batch():
 def some_routes(policy, tokens, seed=0):
     """Random experts for two tokens in three."""
     generator = torch.Generator().manual_seed(seed)
-    layers = mixtures(policy.module)
+    layers = moe_layers(policy.module)
     count, each = len(layers[0].experts.gate_up_proj), layers[0].gate.top_k
     draws = torch.rand(*tokens.shape, len(layers), count, generator=generator)
     return draws.topk(each).indices.to(torch.uint8), torch.rand(tokens.shape, generator=generator) < 0.67
@@ -68,7 +75,7 @@ def test_replay_is_the_definition_with_its_gradient(policy, checkpointing):
         logits = policy.logits(tokens, mask)
     F.cross_entropy(logits[mask], tokens[mask]).backward()  # outside: a block that is run again takes them again
     ours = {n: p.grad.clone() for n, p in policy.module.named_parameters() if p.grad is not None}
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in mixtures(policy.module))
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in moe_layers(policy.module))
     plain, others = gradients(policy, tokens, mask)
     policy.gradient_checkpointing = False
     by_hand(policy, given, where)
@@ -116,25 +123,25 @@ def test_a_router_that_does_not_choose_by_topk_is_refused():
         scores = hidden.reshape(-1, hidden.shape[-1])[:, :6]
         return scores, scores[:, :2], torch.zeros(len(scores), 2, dtype=torch.long)
 
-    mixtures(policy.module)[0].gate.forward = first_two
+    moe_layers(policy.module)[0].gate.forward = first_two
     with Routing(policy.module) as routing:
         policy.hidden(tokens, mask)
-    with pytest.raises(ValueError, match=r"1 of 2 mixtures .*router_replay=None"):
+    with pytest.raises(ValueError, match=r"1 of 2 MoE layers .*router_replay=None"):
         routing.experts(3)
 
 
 def test_states_and_tokens_of_a_shifted_family():
     policy, x = moe(causal=True), torch.arange(1, 6)[None, :, None, None]
-    assert of_tokens(policy, x)[0, 1:, 0, 0].tolist() == [1, 2, 3, 4]
-    assert of_states(policy, of_tokens(policy, x))[0, :, 0, 0].tolist() == [1, 2, 3, 4, 0]
-    assert of_tokens(moe(), x) is x and of_states(moe(), x) is x
+    assert to_token_columns(policy, x)[0, 1:, 0, 0].tolist() == [1, 2, 3, 4]
+    assert to_state_columns(policy, to_token_columns(policy, x))[0, :, 0, 0].tolist() == [1, 2, 3, 4, 0]
+    assert to_token_columns(moe(), x) is x and to_state_columns(moe(), x) is x
 
 
 def test_agreement_and_load_by_hand():
     ours, theirs = torch.tensor([[[0, 1]], [[2, 3]]]), torch.tensor([[[1, 0]], [[3, 1]]])
     assert agreement(ours, theirs).tolist() == [[[True, True]], [[False, True]]]
-    assert load(ours.repeat(2, 1, 1), 5).tolist() == [[2, 2, 2, 2, 0]]
-    assert load(torch.tensor([[[0], [2]], [[0], [1]]]), 3).tolist() == [[2, 0, 0], [0, 1, 1]]
+    assert tokens_per_expert(ours.repeat(2, 1, 1), 5).tolist() == [[2, 2, 2, 2, 0]]
+    assert tokens_per_expert(torch.tensor([[[0], [2]], [[0], [1]]]), 3).tolist() == [[2, 0, 0], [0, 1, 1]]
 
 
 def test_ids_beyond_a_byte_are_kept_whole():
@@ -148,4 +155,4 @@ def test_ids_beyond_a_byte_are_kept_whole():
 
 
 def test_a_dense_model_has_no_mixtures(tmp_path):
-    assert mixtures(load_policy(published(tmp_path, "llada")).module) == []
+    assert moe_layers(load_policy(published(tmp_path, "llada")).module) == []

@@ -226,7 +226,7 @@ def one_layer(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "no/such/place"}, "is neither a folder nor a model hub's id"),
+        ({"model": "no/such/place"}, r"is neither a folder nor a hub id \(owner/name\)"),
         (
             {"sampler": partial(autoregress, max_new_tokens=64)},
             "sampler=autoregress is not for 'full' attention; use unmask",
