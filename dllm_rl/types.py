@@ -324,7 +324,7 @@ class Order(BatchRecord):
 
 @dataclass(frozen=True)
 class Events(BatchRecord):
-    """All writes and remaskings of each position, in order, under a commit rule that rewrites (`remask`, `edit`).
+    """All writes and remaskings of each position, in order, under a rewriting rule (`remask`, `edit`, `soft_edit`).
 
     Args:
         step: Step of event w of the position; -1 after its last event.
