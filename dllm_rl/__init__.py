@@ -9,11 +9,11 @@ from typing import Any
 from dllm_rl.renamed import hint
 from dllm_rl.screen import imports_interruptible, silence_import_noise
 
-silence_import_noise()  # before the first of these libraries is imported
+silence_import_noise()  # before the libraries that log this noise are imported
 
 __version__ = "0.2.0.dev0"
 
-_HOME = {
+_NAMES_BY_MODULE = {
     "types": "Prompts SamplingParams Rollout",
     "recipe": "Recipe",
     "callbacks": "Callback RunControl StopBelow SaveBest",
@@ -54,14 +54,14 @@ _HOME = {
     "diagnostics.doctor": "diagnose",
     "testing": "check_corrector check_estimator check_order check_policy",
 }
-_MODULE_OF = {name: f"dllm_rl.{module}" for module, names in _HOME.items() for name in names.split()}
+_MODULE_OF = {name: f"dllm_rl.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names.split()}
 __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        now = hint(name)
-        raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}" + (f": {now}" if now else ""))
+        renamed = hint(name)
+        raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}" + (f": {renamed}" if renamed else ""))
     with imports_interruptible():
         return getattr(import_module(_MODULE_OF[name]), name)
 

@@ -1,4 +1,4 @@
-"""Bounds of a function's constants: declared at the function, checked when a constant is bound and at each call."""
+"""Bounds of keyword arguments: `bounded` declares them and checks each call; `check_bound` checks a partial."""
 
 import inspect
 import math
@@ -21,7 +21,7 @@ class Bound:
     below: int | float | None = None
 
     def check(self, name: str, value: Any) -> None:
-        """Raise ValueError if the value is outside the range; None passes."""
+        """Raise ValueError if the value is outside the range. None is always valid."""
         if value is None:
             return
         if not issubclass(type(value), Real):  # mypy does not narrow Real to a number
@@ -46,13 +46,14 @@ class Bound:
 
 
 def bounded(
-    together: Callable[[dict[str, Any]], None] | None = None, **bounds: Bound
+    check_all: Callable[[dict[str, Any]], None] | None = None, **bounds: Bound
 ) -> Callable[[Function], Function]:
-    """Decorate a function: its keywords, by name, must lie within their bounds.
+    """Decorate a function so that each call checks its keyword arguments.
 
     Args:
-        together: Function of all keywords, with their defaults, that raises ValueError if they cannot be combined.
-        **bounds: Bound of each keyword.
+        check_all: Function of the dict of all keywords, including defaults, that raises ValueError if they cannot be
+            combined. None (default): no such check.
+        **bounds: Bound of each keyword, by name.
     """
 
     def decorate(function: Function) -> Function:
@@ -61,8 +62,8 @@ def bounded(
             check_keywords(checked, keywords)
             return function(*arguments, **keywords)
 
-        vars(checked)["bounds"] = bounds  # help shows them, and a partial is checked by them
-        vars(checked)["together"] = together
+        vars(checked)["bounds"] = bounds  # read by the help text and by `check_bound`
+        vars(checked)["check_all"] = check_all
         return cast(Function, checked)
 
     return decorate
@@ -73,16 +74,16 @@ def check_keywords(function: Callable, keywords: dict[str, Any]) -> None:
     for name, bound in getattr(function, "bounds", {}).items():
         if name in keywords:  # a default is within its bounds
             bound.check(name, keywords[name])
-    if together := getattr(function, "together", None):
+    if check_all := getattr(function, "check_all", None):
         parameters = inspect.signature(function).parameters.values()
-        together({p.name: p.default for p in parameters if p.default is not p.empty} | keywords)
+        check_all({p.name: p.default for p in parameters if p.default is not p.empty} | keywords)
 
 
 def check_bound(value: Any) -> None:
-    """Raise ValueError if a partial, also one nested in it or in a tuple, binds a constant outside its bounds."""
+    """Raise ValueError if a partial, or a partial nested in it or in a tuple, binds a keyword outside its bounds."""
     if isinstance(value, partial):
         check_keywords(value.func, value.keywords)
-        check_bound((*value.args, *value.keywords.values()))  # functions within functions
+        check_bound((*value.args, *value.keywords.values()))  # arguments may be partials too
     elif isinstance(value, tuple):
-        for part in value:
-            check_bound(part)
+        for item in value:
+            check_bound(item)

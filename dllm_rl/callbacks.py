@@ -19,7 +19,7 @@ class RunControl:
         directory: Folder of the run.
         step: Number of completed training steps.
         num_steps: Number of training steps of the complete run.
-        rows: Function that reads the rows of metrics.jsonl from which a resumed run continues.
+        rows: Function that returns the rows of metrics.jsonl that a resumed run continues; none in a new run.
         stop_reason: First reason passed to `stop`. None: no stop was requested.
         save_requested: Whether `save` was called.
     """
@@ -43,39 +43,39 @@ class RunControl:
 
 
 class Callback:
-    """Base class of the hooks of a run, which do nothing.
+    """Base class of hooks. All of its hooks do nothing.
 
-    Override the hooks that you need, and pass `callbacks=[...]`. Only the main process calls them. An exception in a
-    hook ends the run after its last complete step was saved.
+    Override the hooks that you need, and set `callbacks=[...]` in the recipe. Only the main process calls them.
+    An exception in a hook ends the run after its last complete step was saved.
     """
 
     def on_start(self, run: RunControl) -> None:
-        """Run before the first step of a run, new or resumed."""
+        """Called before the first step of a new or resumed run."""
 
     def on_step(self, run: RunControl, metrics: Mapping[str, float]) -> Mapping[str, float] | None:
-        """Run after each step, before its metrics are written. The returned numbers are logged with the metrics."""
+        """Called after each step, before its metrics are written. The returned numbers are logged too."""
 
     def on_evaluate(self, run: RunControl, metrics: Mapping[str, float]) -> None:
-        """Run after an evaluation on validation problems, or on the held-out rows of SFT."""
+        """Called after an evaluation on validation problems, or on the held-out rows of SFT."""
 
     def on_save(self, run: RunControl, folder: Path) -> None:
-        """Run after a checkpoint was written. With `async_save`, run when the next step finds the write complete."""
+        """Called after a checkpoint was written; with `async_save`, at the first step after that."""
 
     def on_end(self, run: RunControl, summary: Mapping[str, Any]) -> None:
-        """Run after the summary was written."""
+        """Called after the summary was written."""
 
 
 @dataclass
 class StopBelow(Callback):
     """End a run if a metric stays below a bound for several consecutive steps.
 
-    Use it to end a run whose rollouts no longer fit the learner (the default), or whose held-out reward fell:
-    `StopBelow("eval/reward", 0.2, steps=3)`. A step without the metric does not count.
+    Use it to end a run whose rollouts no longer match the learner (the default), or whose held-out reward has dropped:
+    `StopBelow("eval/reward", 0.2, steps=3)`. Steps without the metric are ignored.
 
     Args:
         metric: Name of a metric in metrics.jsonl. Default: effective sample size of the rollout's weights.
         bound: Number below which the metric counts as low. A non-finite metric counts as low too. Default: 0.5.
-        steps: Consecutive low steps that end the run, counting only steps with the metric; at least 1. Default: 20.
+        steps: Number of consecutive low steps that ends the run, at least 1. Default: 20.
 
     Raises:
         ValueError: steps is below 1.

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dllm_rl.bounds import Bound
-from dllm_rl.members import describe, full_name, function_of, imported, members
-from dllm_rl.presets import PRESETS, find_preset, say_preset, with_preset
+from dllm_rl.members import describe, full_name, function_of, import_function, members
+from dllm_rl.presets import PRESETS, find_preset, print_preset, with_preset
 from dllm_rl.recipe import CHOICES, RECORDS, Recipe, convert_value
 from dllm_rl.renamed import hint
 from dllm_rl.screen import escape_controls, interactive
@@ -37,7 +37,7 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
 
     Args:
         recipe: Recipe, or another frozen dataclass of settings.
-        argv: Words of the command line. None (default): the program's arguments, or none in an interactive session.
+        argv: Command-line arguments. None (default): the program's arguments, or none in an interactive session.
 
     Returns:
         The recipe with the overrides.
@@ -50,7 +50,7 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
     try:
         pairs = _pairs(list(overrides))
         if (preset := pairs.pop("preset", None)) is not None:  # before the other options, which override it
-            recipe = take_preset(recipe, preset)
+            recipe = apply_preset(recipe, preset)
         recipe = override(recipe, pairs) if pairs else recipe
         if overrides != arguments:  # help describes the recipe with the overrides
             print(escape_controls(usage(recipe), keep="\n"))
@@ -61,13 +61,13 @@ def from_command_line(recipe: Record, argv: list[str] | None = None) -> Record:
     return recipe
 
 
-def take_preset(recipe: Any, name: str) -> Any:
+def apply_preset(recipe: Any, name: str) -> Any:
     """Apply a preset of `dllm_rl.presets` to a recipe, and print one line that names it."""
     if not isinstance(recipe, Recipe):
         raise ValueError(f"--preset {name}: presets are for RL, and this is a {type(recipe).__name__}")
     changed_recipe = with_preset(recipe, name)
     settings, keywords = find_preset(name).for_task(recipe.task.name)
-    say_preset(name, settings | keywords)
+    print_preset(name, settings | keywords)
     return changed_recipe
 
 
@@ -86,7 +86,7 @@ def _pairs(arguments: list[str]) -> dict[str, str]:
 
 
 def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
-    """Replace values of a record or function. `texts` has the new values, by path.
+    """Return a copy of a record or function with new values; `texts` maps their paths to the values as text.
 
     Each record is rebuilt and checked once, with all of its changes. Raises ValueError on an unknown path or an invalid
     value.
@@ -101,7 +101,7 @@ def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
     for name, nested in nested_texts.items():
         path = f"{prefix}{name}"
         if name in texts and path in settable_paths:
-            # Choose the function first: the keywords belong to it.
+            # The new function comes first: nested paths are its keywords.
             value = _parse_value(path, current[name].annotation, texts[name], nested)
         elif name in current and name not in texts:
             value = current[name].value
@@ -122,7 +122,7 @@ def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
 
 
 def _with_changes(owner: Any, changes: Mapping[str, Any]) -> Any:
-    """Return a changed copy: of a record, made again by its factory if it has one; of a function, a new partial."""
+    """Return a changed copy. A record with a factory is made again by it; a function becomes a new partial."""
     if getattr(owner, "factory", None) is not None:
         return _with_changes(owner.factory, changes)()
     if not isinstance(owner, partial) and not inspect.isfunction(owner):
@@ -134,18 +134,17 @@ def _with_changes(owner: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def _no_field(owner: Any, path: str, text: str | None, settable_paths: Iterable[str]) -> ValueError:
-    """Make the error for a path that text cannot set; it names the nearest path, or the recipe to use."""
+    """Return the error for a path that text cannot set. It names the nearest path, or the recipe script to use."""
     if text and path in members(owner):
-        # For example a task, whose name would determine neither its fields nor the sampler.
+        # For example --task: the name of a task would determine neither its fields nor the sampler.
         script = Path(sys.argv[0])
         files = [file.name for file in script.parent.glob("*.py") if text in file.stem]
-        nearest = difflib.get_close_matches(script.name, files, n=1, cutoff=0)
-        location = f": {nearest[0]}" if nearest else "'s file"
+        nearest_file = difflib.get_close_matches(script.name, files, n=1, cutoff=0)
+        location = f": {nearest_file[0]}" if nearest_file else "'s file"
         return ValueError(f"--{path} {text!r}: a {path} is chosen by its recipe{location}")
     nearest = difflib.get_close_matches(path, settable_paths, n=1, cutoff=0)  # cutoff 0: at any distance
-    remedy = (
-        f"the nearest is --{nearest[0]}" if nearest else f"--{path.rpartition('.')[0]} is {_short(owner)}, without any"
-    )
+    parent = path.rpartition(".")[0]
+    remedy = f"the nearest is --{nearest[0]}" if nearest else f"--{parent} is {_short(owner)}, without fields"
     return ValueError(f"--{path} is not a field of the recipe; {remedy} (--help lists all)")
 
 
@@ -155,7 +154,7 @@ class Setting:
 
     value: Any
     help: str
-    choices: tuple[str, ...]  # if empty, any text that one of the types accepts
+    choices: tuple[str, ...]  # empty: any text that one of the types accepts
     bound: Bound | None = None
 
 
@@ -166,7 +165,7 @@ def paths(owner: Any, prefix: str = "") -> dict[str, Setting]:
         path = f"{prefix}{name}"
         value_types = _value_types(member.annotation)
         words = _allowed_words(path, value_types)
-        # Not the model's seed: the model is made with the recipe's.
+        # Not model.seed: the model is made with the recipe's seed.
         if (words or not SCALARS.isdisjoint(value_types)) and path != "model.seed":
             settings[path] = Setting(member.value, member.help, tuple(words), member.bound)
         settings |= paths(member.value, f"{path}.")
@@ -180,9 +179,7 @@ def _value_types(annotation: Any) -> tuple:
 
 
 def _allowed_words(path: str, value_types: tuple) -> dict[str, Any]:
-    """Return the words that are allowed, with their values: those of a Literal, or names of functions; also "none" if
-    the value may be None.
-    """
+    """Return the allowed words and their values: the words of a Literal or names of functions, and "none" for None."""
     literals = [literal for literal in value_types if typing.get_origin(literal) is typing.Literal]
     words: dict[str, Any] = {word: word for literal in literals for word in typing.get_args(literal)}
     if not words and SCALARS.isdisjoint(value_types):
@@ -191,8 +188,10 @@ def _allowed_words(path: str, value_types: tuple) -> dict[str, Any]:
 
 
 def _parse_value(path: str, annotation: Any, text: str, nested: Mapping[str, str] = types.MappingProxyType({})) -> Any:
-    """Convert text to a value: a word, a function or the record that it makes, or a value of the first type that
-    accepts the text.
+    """Convert text to a value.
+
+    The value is an allowed word, a function that an allowed word names (or the record that it makes), or a value of the
+    first type that accepts the text.
     """
     value_types = _value_types(annotation)
     words = _allowed_words(path, value_types)
@@ -216,11 +215,11 @@ def _parse_function(
     path: str, value_types: tuple, words: Mapping[str, Any], text: str, nested: Mapping[str, str]
 ) -> Any:
     """Return the function that text names, bound with its required keywords (`nested`), or the record that it makes."""
-    # Only text of a command line may import a module; text of a checkpoint never reaches this line.
-    function = imported(path, text) if ":" in text else words.get(text)
+    # This may import any module. Only text from a command line reaches this line, never text from a checkpoint.
+    function = import_function(path, text) if ":" in text else words.get(text)
     if function is None:
         raise _unknown(path, text, words)
-    # The caller passes the arguments that all of these functions require.
+    # Arguments that all of these functions require are not settings: the library passes them at each call.
     required = [set(_required_keywords(choice)) for choice in words.values() if choice is not None]
     passed_by_caller = set.intersection(*required)
     keywords = {}
@@ -243,16 +242,16 @@ def _parse_function(
 def _required_keywords(function: Callable) -> dict[str, Any]:
     """Return the keywords without a default that text can set, with their annotations."""
     parameters = inspect.signature(function).parameters.values()
-    without = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    return {p.name: p.annotation for p in without if not SCALARS.isdisjoint(_value_types(p.annotation))}
+    required = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    return {p.name: p.annotation for p in required if not SCALARS.isdisjoint(_value_types(p.annotation))}
 
 
 def _unknown(path: str, text: str, words: Iterable[str]) -> ValueError:
-    """Make the error for a word that is not allowed; it names the nearest word."""
-    if now := hint(text) or hint(f"{path}={text}"):
-        return ValueError(f"--{path} {text}: {now}")
-    near = difflib.get_close_matches(text, words, n=1, cutoff=0)
-    return ValueError(f"--{path} {text!r} is not known; the nearest is {near[0]!r} (one of {', '.join(words)})")
+    """Return the error for a word that is not allowed. It names the nearest word."""
+    if rename_hint := hint(text) or hint(f"{path}={text}"):
+        return ValueError(f"--{path} {text}: {rename_hint}")
+    nearest = difflib.get_close_matches(text, words, n=1, cutoff=0)
+    return ValueError(f"--{path} {text!r} is not known; the nearest is {nearest[0]!r} (one of {', '.join(words)})")
 
 
 def _parse_type(path: str, value_type: Any, text: str) -> Any:
@@ -267,13 +266,15 @@ def _parse_type(path: str, value_type: Any, text: str) -> Any:
         except ValueError:
             return None
         return value if value_type is int or math.isfinite(value) else None
-    # Empty text is refused: it comes from an unset shell variable.
+    # Empty text is invalid: it usually comes from an unset shell variable.
     return value_type(text) if value_type in (str, Path) and text else None
 
 
 def usage(recipe: Any) -> str:
-    """Format the help: every path with its value, help text, bound and choices, grouped by field. The docstrings of the
-    functions and records in the recipe follow.
+    """Format the help.
+
+    It lists every path with its value, help text, bound and choices, grouped by field, and then the docstrings of the
+    functions and records in the recipe.
     """
     settings = paths(recipe)
     lines = [f"usage: [accelerate launch] RECIPE.py [--FIELD VALUE ...]      recipe {recipe.name}", ""]
@@ -294,7 +295,7 @@ def usage(recipe: Any) -> str:
             if setting.choices:
                 lines.append(indent(f"one of: {', '.join(setting.choices)}"))
     lines += ["", "Keywords, as the functions and records explain them:"]
-    for owner in dict.fromkeys(_explained(recipe)):
+    for owner in dict.fromkeys(_documented_owners(recipe)):
         lines += ["", f"  {full_name(owner)}", textwrap.indent(inspect.getdoc(owner) or "", " " * 6)]
     return "\n".join(lines)
 
@@ -315,8 +316,8 @@ def explained_by(value: Any) -> list[Any]:
     return [base for base in value.__mro__ if dataclasses.is_dataclass(base)]
 
 
-def _explained(owner: Any) -> Iterator[Any]:
+def _documented_owners(owner: Any) -> Iterator[Any]:
     """Yield all functions and classes below an owner whose docstrings the help shows."""
     for member in members(owner).values():
         yield from explained_by(member.value)
-        yield from _explained(member.value)
+        yield from _documented_owners(member.value)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """Return the device of that name, else the accelerator, else the CPU. Raises ValueError if the device is absent."""
+    """Return the named device or, without a name, the accelerator or CPU. Raises ValueError if the device is absent."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name is None:  # a Mac's GPU must be named: it has no fp64, which random numbers and metrics need
+    if name is None:  # not a Mac's GPU: it has no fp64, which random numbers and metrics need
         return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
     available = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     device_type, colon, index = name.partition(":")
@@ -34,7 +34,7 @@ def peak_memory() -> float:
         import resource
     except ModuleNotFoundError:  # not a POSIX system
         return math.nan
-    # A Mac counts bytes, Linux kilobytes.
+    # macOS reports bytes, Linux kilobytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
@@ -43,6 +43,6 @@ def copy_to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]
     if device.type != "cuda":
         return tuple(x.to(device) for x in tensors)
     # One copy from pinned memory: with pageable memory the host waits longer than a sampler's step takes.
-    there = torch.cat([x.flatten() for x in tensors]).pin_memory().to(device, non_blocking=True)
-    parts = there.split([x.numel() for x in tensors])
+    on_device = torch.cat([x.flatten() for x in tensors]).pin_memory().to(device, non_blocking=True)
+    parts = on_device.split([x.numel() for x in tensors])
     return tuple(part.view(x.shape) for part, x in zip(parts, tensors, strict=True))

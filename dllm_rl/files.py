@@ -18,11 +18,12 @@ except ModuleNotFoundError:  # not a POSIX system: folders are not locked there
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield `.NAME.partial`, a file or folder to write; then rename it to `path`, which is unchanged if the block
-    raises.
+    """Yield a temporary path, `.NAME.partial`, for the block to write a file or folder to; then rename it to `path`.
+
+    If the block raises, `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, previous = _aside(path, "partial"), _aside(path, "old")
+    partial, previous = _hidden_sibling(path, "partial"), _hidden_sibling(path, "old")
     recover(path)
     try:
         yield partial
@@ -30,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
             flush(written)
     except BaseException as error:  # also an interrupt
         remove(partial)
-        # The error of a failed write does not name the file.
+        # An error of `write`, such as a full disk, does not name the file.
         if isinstance(error, OSError) and error.errno and error.filename is None:
             remedy = "; free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
             raise OSError(error.errno, f"{error.strerror}{remedy}", str(path)) from error
@@ -43,19 +44,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def recover(path: Path) -> None:
-    """Clean up after `replacing(path)` or `remove_whole(path)` was interrupted: `path` is then the complete old or new
-    version.
+    """Clean up after an interrupted `replacing(path)` or `remove_whole(path)`.
+
+    Afterwards `path` is the complete old version, the complete new version, or absent.
     """
-    partial, previous = _aside(path, "partial"), _aside(path, "old")
+    partial, previous = _hidden_sibling(path, "partial"), _hidden_sibling(path, "old")
     if previous.exists() and not path.exists():
-        previous.rename(path)  # it was interrupted before the new folder was renamed
+        previous.rename(path)  # interrupted between the two renames
     remove(previous)
     remove(partial)
 
 
 def remove_whole(path: Path) -> None:
-    """Delete a folder. If the process is killed, either the complete folder or nothing has its name."""
-    partial = _aside(path, "partial")
+    """Delete a folder. If the process is killed, either the complete folder or nothing remains under its name."""
+    partial = _hidden_sibling(path, "partial")
     remove(partial)
     if path.exists():
         path.rename(partial)
@@ -63,7 +65,7 @@ def remove_whole(path: Path) -> None:
         remove(partial)
 
 
-def _aside(path: Path, kind: str) -> Path:
+def _hidden_sibling(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}")
 
 
@@ -87,7 +89,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises ValueError that names the folder if the file is missing or not JSON."""
+    """Read a JSON file. Raises ValueError, with the folder, if the file is missing or not JSON."""
     if not path.is_file():  # reading a FIFO would wait
         raise ValueError(f"{path.parent}: {path.name} is {'not a regular file' if path.exists() else 'missing'}")
     try:
@@ -97,7 +99,7 @@ def read_json(path: Path) -> Any:
 
 
 def flush(path: Path) -> None:
-    """Force a file or folder to disk."""
+    """Write a closed file, or a folder's list of entries, to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)  # a rename may reach the disk before the content
@@ -106,7 +108,7 @@ def flush(path: Path) -> None:
 
 
 def to_disk(file: IO[Any]) -> None:
-    """Force what was written to an open file to disk."""
+    """Write the buffers of an open file to disk (flush and fsync)."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -116,21 +118,20 @@ def folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-_LOCKS: dict[
-    tuple[int, Path], IO[str]
-] = {}  # with the process id, because a forked child does not have its parent's locks
+# The locked files by process id and path; by process id, because a forked child does not have its parent's locks.
+_LOCKS: dict[tuple[int, Path], IO[str]] = {}
 
 
 def lock(path: Path) -> bool:
     """Lock the file until `unlock` or the end of the process; return False if the file system has no locks.
 
-    Raises BlockingIOError that names the process with the lock.
+    Raises BlockingIOError, which names the process that holds the lock.
     """
     path = path.resolve()
     if fcntl is None or (os.getpid(), path) in _LOCKS:
         return fcntl is not None
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+")  # not "w": the file contains the name of the process with the lock
+    file = path.open("a+")  # not "w", which would erase the name of the process that holds the lock
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -142,7 +143,7 @@ def lock(path: Path) -> bool:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return False
         raise
-    file.truncate(0)  # remove the name of an earlier process
+    file.truncate(0)  # erase the name of an earlier process
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _LOCKS[os.getpid(), path] = file
@@ -150,9 +151,9 @@ def lock(path: Path) -> bool:
 
 
 def keep_lock(path: Path) -> None:
-    """Lock the file again if it was removed or replaced since `lock`, because the old lock no longer protects it.
+    """Lock the file again if it was removed or replaced since `lock`, which ends the protection of the old lock.
 
-    Raises BlockingIOError if another process has locked it since.
+    Raises BlockingIOError if another process has locked the new file.
     """
     file = _LOCKS.get((os.getpid(), path.resolve()))
     if file is not None and not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):

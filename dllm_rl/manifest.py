@@ -1,8 +1,8 @@
 """A checkpoint's manifest.json: sizes and digests of its files.
 
-Its form is {"format": 1, "step", "processes", "versions", "files": {NAME: {"size", "sha256"}}, "sha256"}, where the
-last is the digest of the other fields. A file over 1 MiB also has `head`, the SHA-256 of its first 1 MiB (a safetensors
-header and the first tensors).
+Its content is {"format": 1, "step", "processes", "versions", "files": {NAME: {"size", "sha256"}}, "sha256"}, where the
+last field is the digest of the other fields. A file over 1 MiB also has `head`, the SHA-256 of its first 1 MiB (a
+safetensors header and the first tensors).
 """
 
 import hashlib
@@ -59,43 +59,43 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
         stored_digest = content.pop("sha256", None) if isinstance(content, dict) else None
-        is_signed = stored_digest is not None and stored_digest == _own_digest(content)
+        is_intact = stored_digest is not None and stored_digest == _own_digest(content)
     except (ValueError, RecursionError):  # not UTF-8 or not JSON, or brackets nested too deeply
         raise ValueError(f"{folder}: {NAME} is damaged: it is not JSON") from None
-    if not is_signed:
+    if not is_intact:
         raise ValueError(f"{folder}: {NAME} is damaged: its own SHA-256 differs")
     if type(content.get("format")) is int and content["format"] != FORMAT:
         raise ValueError(f"{folder}: format={content['format']} is newer than {FORMAT}; upgrade dllm_rl")
-    if not _has_types(content):  # anyone who can write a checkpoint can sign it
-        raise ValueError(f"{folder}: {NAME} is damaged: its fields are missing, or of other types than `write` gives")
+    if not _has_valid_types(content):  # the digest detects damage, not forgery: anyone can compute it
+        raise ValueError(f"{folder}: {NAME} is damaged: its fields are missing or have wrong types")
     return content | {"sha256": stored_digest}
 
 
 def verify(folder: Path, *, quick: bool = False, also: Sequence[str] = (), unread: str | None = None) -> dict[str, Any]:
-    """Return the manifest if all files agree with it, else raise ValueError.
+    """Return the manifest if all files match it, else raise ValueError.
 
     Args:
         folder: Folder of the checkpoint.
-        quick: Whether to read only the first MiB of large files. Default: False.
-        also: Names of further files that may be present. Default: none.
-        unread: Pattern of file names to check as with `quick`. Default: none.
+        quick: Whether to read only the first MiB of files over 1 MiB. Default: False.
+        also: Names of files that may be present without being in the manifest. Default: none.
+        unread: Pattern of the names of files to check as with `quick`. None (default): no such files.
     """
-    found = read(folder)
-    files = found["files"]
-    here = _regular_files(folder)
+    content = read(folder)
+    files = content["files"]
+    paths_by_name = _regular_files(folder)
     for name in files:
-        if name not in here:
+        if name not in paths_by_name:
             raise ValueError(f"{folder}: {name} is {'not a regular file' if (folder / name).exists() else 'missing'}")
-    for name, path in here.items():  # hidden files and those named in `also` are allowed
+    for name, path in paths_by_name.items():  # hidden files are allowed too
         if name not in files and name not in (NAME, CARD, *also) and not path.name.startswith("."):
             raise ValueError(f"{folder}: {name} is not in {NAME}; move it elsewhere")
-    # hashlib releases the interpreter's lock, so that four files are read and digested at a time.
+    # hashlib releases the GIL, so that four files are read and hashed at a time.
     with ThreadPoolExecutor(4) as pool:
-        started = [quick or (unread is not None and fnmatchcase(name, unread)) for name in files]
-        for fault in pool.map(_fault, map(here.__getitem__, files), files.values(), started):
-            if fault:
-                raise ValueError(f"{folder}: {fault}")
-    return found
+        is_quick = [quick or (unread is not None and fnmatchcase(name, unread)) for name in files]
+        for problem in pool.map(_problem, map(paths_by_name.__getitem__, files), files.values(), is_quick):
+            if problem:
+                raise ValueError(f"{folder}: {problem}")
+    return content
 
 
 def _regular_files(folder: Path) -> dict[str, Path]:
@@ -116,6 +116,7 @@ def verify_if_present(folder: Path, check: Check) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
+    """Return a file's entry in the manifest."""
     size = path.stat().st_size
     entry = {"size": size, "sha256": digest(path)}
     return entry | ({"head": digest(path, limit=HEAD)} if size > HEAD else {})
@@ -128,7 +129,8 @@ def digest(path: Path, *, limit: int | None = None) -> str:
     return sha256.hexdigest()
 
 
-def _fault(path: Path, entry: dict[str, Any], quick: bool) -> str | None:
+def _problem(path: Path, entry: dict[str, Any], quick: bool) -> str | None:
+    """Return how a file differs from its entry, or None."""
     size = path.stat().st_size
     if size != entry["size"]:
         return f"{path.name} is damaged: {size} bytes, not {entry['size']}"
@@ -137,19 +139,19 @@ def _fault(path: Path, entry: dict[str, Any], quick: bool) -> str | None:
     return None if digest(path) == entry["sha256"] else f"{path.name} is damaged: its SHA-256 differs"
 
 
-def _has_types(fields: dict[str, Any]) -> bool:
-    """Return whether the fields have the types that `write` gives: a signed manifest may still be forged."""
+def _has_valid_types(fields: dict[str, Any]) -> bool:
+    """Return whether the fields have the types that `write` writes; a forged manifest may have others."""
     files = fields.get("files")
     if type(fields.get("format")) is not int or type(fields.get("step", "")) not in (int, type(None)):
         return False
-    return isinstance(files, dict) and all(isinstance(entry, dict) and _describes(entry) for entry in files.values())
+    return isinstance(files, dict) and all(isinstance(entry, dict) and _is_entry(entry) for entry in files.values())
 
 
-def _describes(entry: dict[str, Any]) -> bool:
+def _is_entry(entry: dict[str, Any]) -> bool:
     digests = (entry.get("sha256"), entry.get("head", ""))
-    return type(entry.get("size")) is int and all(isinstance(each, str) for each in digests)
+    return type(entry.get("size")) is int and all(isinstance(text, str) for text in digests)
 
 
 def _own_digest(fields: dict[str, Any]) -> str:
-    # Sorted keys, because the order of JSON fields is arbitrary.
+    # Sorted keys, because the order of JSON fields has no meaning.
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""Read and rebuild settings: list the contents of a record or a bound function, print them, import a function by name.
+"""Read and rebuild settings: list the contents of a record or a partial, print them, import a function by name.
 
-A factory's arguments are remembered in its record, so that the command line can change one keyword.
+A record made by a factory, such as `tis(cap=3)`, stores the call, so that the command line can change one keyword.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from dllm_rl.bounds import Bound
 from dllm_rl.renamed import refuse_renamed, renamed_text
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{4,}")
-Made = TypeVar("Made", bound=Callable[..., Any])
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
-def configurable(function: Made) -> Made:
-    """Decorate a function that returns a record: remember the function and its arguments in the record.
+def configurable(function: Factory) -> Factory:
+    """Decorate a function that returns a record, so that the record stores the function and its arguments.
 
-    Use it for a custom corrector, estimator or prompt source, so that the command line can change a keyword (the record
-    is made again) and `describe` shows the keywords. The record must declare `factory: partial | None =
+    Use it for a custom corrector, estimator or prompt source. The command line can then change a keyword (the function
+    is called again), and `describe` shows the keywords. The record must declare `factory: partial | None =
     field(default=None, init=False, repr=False, compare=False)`.
     """
 
@@ -35,12 +35,12 @@ def configurable(function: Made) -> Made:
     def make(*arguments: Any, **keywords: Any) -> Any:
         refuse_renamed(keywords, function.__name__)
         record = function(*arguments, **keywords)
-        # object.__setattr__, because the record is frozen. A copy by `replace` has factory=None, since the factory
-        # would not make that copy.
+        # object.__setattr__, because the record is frozen. `replace` resets factory to None, because the factory would
+        # not make the changed copy.
         object.__setattr__(record, "factory", partial(make, *arguments, **keywords))
         return record
 
-    return typing.cast(Made, make)
+    return typing.cast(Factory, make)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Member:
 def members(owner: Any) -> dict[str, Member]:
     """Return the settings of a record or a function by name; {} for any other object.
 
-    A record has its fields, or, if a factory made it, the arguments of the factory. A function has its keywords that
-    are bound or have a default, and its bound positional arguments as "1", "2" ...
+    The settings of a record are its fields or, if a factory made it, the factory's arguments. Those of a function are
+    its keywords that are bound or have a default, and its bound positional arguments as "1", "2" ...
     """
     if hasattr(owner, "factory"):
         return members(owner.factory)
@@ -87,18 +87,18 @@ def function_of(value: Any) -> Any:
 
 def flattened(value: Any) -> Any:
     """Return a partial of a partial as one partial, and anything else unchanged."""
-    # Python does not merge the two after the inner one's `__dict__` was read, for example by `dir`.
+    # Python merges nested partials, except if the inner one's `__dict__` was read before, for example by `dir`.
     if not (isinstance(value, partial) and isinstance(value.func, partial)):
         return value
     inner = flattened(value.func)
     return partial(inner.func, *inner.args, *value.args, **(inner.keywords | value.keywords))
 
 
-def imported(path: str, text: str) -> Callable:
-    """Import the function that `text`, MODULE:FUNCTION, names; `path` is the option that an error names."""
+def import_function(path: str, text: str) -> Callable:
+    """Import the function that `text`, MODULE:FUNCTION, names; errors name the option `path`."""
     module_name, _, name = text.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
-        # An installed command has its program's folder in the path instead. Appended last, so that nothing is shadowed.
+        # An installed command has its program's folder in sys.path instead. Appended, so that it shadows nothing.
         sys.path.append(os.getcwd())
     try:
         function = getattr(import_module(module_name), name, None)
@@ -119,13 +119,13 @@ def describe(value: Any) -> str:
     if getattr(value, "factory", None) is not None:
         value = value.factory  # describe the call that made the record: it is shorter, and what a user would write
     if isinstance(value, partial):
-        return _call(value.func, {name: member.value for name, member in members(value).items()})
+        return _format_call(value.func, {name: member.value for name, member in members(value).items()})
     if inspect.isfunction(value) or inspect.isbuiltin(value) or isinstance(value, type):
         return full_name(value)
     if isinstance(value, tuple | list) and any(map(callable, value)):
         return f"({', '.join(map(describe, value))})"
     if dataclasses.is_dataclass(value):
-        return _call(type(value), {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.repr})
+        return _format_call(type(value), {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.repr})
     if inspect.ismethod(value):
         return f"{describe(value.__self__)}.{value.__name__}"
     text = repr(value)
@@ -135,18 +135,17 @@ def describe(value: Any) -> str:
         return f"{{{', '.join(f'{describe(key)}: {describe(part)}' for key, part in value.items())}}}"
     if isinstance(value, tuple | list):
         return f"({', '.join(map(describe, value))})"
-    return _described_object(value) if hasattr(value, "__dict__") else text
+    return _describe_object(value) if hasattr(value, "__dict__") else text
 
 
-def _described_object(value: Any) -> str:
+def _describe_object(value: Any) -> str:
     """Format an object without a custom repr: its class, and the constructor arguments that it stores."""
     arguments = {}
     for name in inspect.signature(type(value)).parameters:
         if name in vars(value):
             argument = vars(value)[name]
             text = "itself" if argument is value else describe(argument)
-            # Other values are hashed: long text is data, and a word may be a secret, while this text is saved and
-            # printed.
+            # Other values are hashed, because descriptions are saved and printed: text may be long or secret.
             is_shown = argument is None or isinstance(argument, bool | int | float) or callable(argument)
             arguments[name] = text if is_shown else f"#{hashlib.sha256(text.encode()).hexdigest()[:12]}"
             if ADDRESS.search(text):
@@ -154,7 +153,7 @@ def _described_object(value: Any) -> str:
     return f"{full_name(type(value))}({', '.join(f'{name}={text}' for name, text in arguments.items())})"
 
 
-def _call(factory: Any, values: dict[str, Any]) -> str:
+def _format_call(factory: Any, values: dict[str, Any]) -> str:
     texts = [("" if name.isdecimal() else f"{name}=") + describe(value) for name, value in values.items()]
     return f"{full_name(factory)}({', '.join(texts)})"
 
@@ -165,12 +164,12 @@ def full_name(target: Any) -> str:
     module = target.__module__ or "builtins"  # builtin functions of torch have no module
     if module.partition(".")[0] == "dllm_rl":
         return target.__name__
-    module = _started_as() if module == "__main__" else module
+    module = _main_module_name() if module == "__main__" else module
     return f"{module}:{target.__name__}"
 
 
-def _started_as() -> str:
-    """Return the name by which other code imports the running script; __main__ in a notebook."""
+def _main_module_name() -> str:
+    """Return the module name under which other code imports the running script; __main__ in a notebook."""
     main = sys.modules["__main__"]
     if main.__spec__ is not None:  # python -m
         return main.__spec__.name
@@ -187,9 +186,10 @@ def plain(value: Any) -> Any:
 
 
 def same_setting(before: Any, now: Any) -> bool:
-    """Return whether a stored value equals the current one, possibly as an earlier version described it.
+    """Return whether a stored value equals the current one.
 
-    An earlier version may have had other names and fewer keywords. A keyword that its text lacks had its default.
+    An earlier version of the library may have stored it, with other names and fewer keywords. A keyword that the stored
+    text lacks is assumed to have had its current default.
     """
     if before == now or not (isinstance(before, str) and isinstance(now, str)):
         return before == now
@@ -198,7 +198,7 @@ def same_setting(before: Any, now: Any) -> bool:
 
 
 def _without_new_keywords(text: str, before: str) -> str:
-    """Remove the keywords from a description that have their default and that `before` lacks."""
+    """Remove from a description the keywords that have their default and do not occur in `before`."""
     package = sys.modules[__name__.partition(".")[0]]
     for name in dict.fromkeys(re.findall(r"\b(\w+)\(", text)):
         function = getattr(package, name) if name in package.__all__ else None

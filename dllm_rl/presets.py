@@ -1,4 +1,4 @@
-"""Presets: sets of settings for large models, which `grpo` selects by the model's size, and those of d1.
+"""Presets: sets of settings for large models, which `grpo` selects by the model's size, and the settings of d1's paper.
 
 Settings that a caller passes override a preset. No large model has been trained with any preset yet.
 """
@@ -22,28 +22,28 @@ from dllm_rl.samplers.rules import confidence
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import escape_controls
 
-LARGE = 1_000_000_000  # models with at least this many parameters get a preset by default
-# Settings that depend on each other: a caller who sets one of these gets none of them from a preset.
-GROUPS = ("num_generations", "train_batch_size", "micro_batch_size", "rollout_batch_size")
+LARGE_MODEL = 1_000_000_000  # models with at least this many parameters get a preset by default
+# These settings must fit each other: a caller who sets one of them gets none of them from a preset.
+BATCH_SETTINGS = ("num_generations", "train_batch_size", "micro_batch_size", "rollout_batch_size")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Fields of `Recipe`, and keywords of `unmask` for completions of `max_new_tokens` tokens."""
+    """A set of values for fields of `Recipe` and for keywords of the sampler `unmask`."""
 
-    settings: Mapping[str, Any]
-    sampler: Mapping[str, Any] = field(default_factory=dict)
-    by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # a task's name -> settings that differ
+    settings: Mapping[str, Any]  # fields of `Recipe`
+    sampler: Mapping[str, Any] = field(default_factory=dict)  # keywords of `unmask`
+    by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # a task's name -> values that differ
 
     def for_task(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the fields and the keywords for a task."""
+        """Return the fields of `Recipe` and the keywords of `unmask` for a task."""
         changes = self.by_task.get(name, {})
-        fields = {name: value for name, value in changes.items() if name not in self.sampler}
-        keywords = {name: value for name, value in changes.items() if name in self.sampler}
+        fields = {field_name: value for field_name, value in changes.items() if field_name not in self.sampler}
+        keywords = {keyword: value for keyword, value in changes.items() if keyword in self.sampler}
         return {**self.settings, **fields}, {**self.sampler, **keywords}
 
 
-_LARGE: dict[str, Any] = {
+_LARGE_SETTINGS: dict[str, Any] = {
     "learning_rate": 3e-6,  # d1's, for adapters whose alpha / rank is 0.5
     "lora": partial(Lora, r=128, alpha=64.0),
     "dtype": "bfloat16",
@@ -54,9 +54,9 @@ _LARGE: dict[str, Any] = {
     "eval_batch_size": 32,
 }
 PRESETS: dict[str, Preset] = {
-    "large": Preset(_LARGE, {"block_size": 32}),  # LLaDA, Dream and others with full attention
-    "large-blocks": Preset(_LARGE, {"cache": block_cache()}),  # LLaDA2, SDAR: the model's block size, an exact cache
-    "large-causal": Preset(_LARGE),
+    "large": Preset(_LARGE_SETTINGS, {"block_size": 32}),  # LLaDA, Dream and others with full attention
+    "large-blocks": Preset(_LARGE_SETTINGS, {"cache": block_cache()}),  # LLaDA2, SDAR: exact cache, model's block size
+    "large-causal": Preset(_LARGE_SETTINGS),
     "d1": Preset(  # arXiv 2504.12216 and the train.yaml of its repository
         {
             "learning_rate": 3e-6,
@@ -96,26 +96,26 @@ def find_preset(name: str) -> Preset:
 
 def preset_by_size(attention: str, parameters: int) -> str | None:
     """Return the name of a large model's preset, or None for a small model, which uses the defaults."""
-    if parameters < LARGE:
+    if parameters < LARGE_MODEL:
         return None
     return {"full": "large", "block_causal": "large-blocks"}.get(attention, "large-causal")
 
 
 def num_parameters(model: str | Policy) -> int:
     """Count a model's weights. For a folder or a hub's id, only config.json is read."""
-    from dllm_rl.models.checkpoint.loading import build_empty, load_config  # costly: the command line imports this file
+    from dllm_rl.models.checkpoint.loading import build_empty, load_config  # here, because it is slow
 
     module = build_empty(load_config(model), model) if isinstance(model, str) else model.module
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def without_groups(settings: Mapping[str, Any], caller_settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a preset's settings without those of GROUPS if the caller set one of them. micro_batch_size then follows
-    num_generations.
+def without_batch_settings(settings: Mapping[str, Any], caller_settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a preset's settings, without BATCH_SETTINGS if the caller set one of them.
+
+    If the preset has micro_batch_size, the result has the caller's value, or else num_generations.
     """
-    remaining = {
-        name: value for name, value in settings.items() if not (caller_settings.keys() & set(GROUPS) and name in GROUPS)
-    }
+    omitted = BATCH_SETTINGS if caller_settings.keys() & set(BATCH_SETTINGS) else ()
+    remaining = {name: value for name, value in settings.items() if name not in omitted}
     if "micro_batch_size" in settings:
         generations = caller_settings.get("num_generations", remaining.get("num_generations", Recipe.num_generations))
         remaining["micro_batch_size"] = caller_settings.get("micro_batch_size", generations)
@@ -123,12 +123,12 @@ def without_groups(settings: Mapping[str, Any], caller_settings: Mapping[str, An
 
 
 def with_preset(recipe: Recipe, name: str) -> Recipe:
-    """Apply a preset's settings to a recipe. Raises ValueError for another sampler than `unmask`."""
+    """Apply a preset to a recipe. Raises ValueError if it sets keywords of `unmask` and the sampler is another."""
     settings, keywords = find_preset(name).for_task(recipe.task.name)
     sampler, eval_sampler = recipe.sampler, recipe.eval_sampler
-    for each_sampler in (sampler, eval_sampler) if keywords else ():
-        if getattr(each_sampler, "func", None) is not unmask:
-            raise ValueError(f"preset={name!r} is for the sampler unmask, and this recipe has {describe(each_sampler)}")
+    for function in (sampler, eval_sampler) if keywords else ():
+        if getattr(function, "func", None) is not unmask:
+            raise ValueError(f"preset={name!r} is for the sampler unmask, and this recipe has {describe(function)}")
     eval_keywords = {keyword: value for keyword, value in keywords.items() if keyword != "temperature"}
     samplers: dict[str, Any] = {
         "sampler": partial(sampler, **keywords),
@@ -137,8 +137,8 @@ def with_preset(recipe: Recipe, name: str) -> Recipe:
     return replace(recipe, **settings, **samplers)
 
 
-def say_preset(name: str, settings: Mapping[str, Any]) -> None:
+def print_preset(name: str, settings: Mapping[str, Any]) -> None:
     """Print the preset that a run uses and its settings in one line, from one process only."""
     if os.environ.get("RANK", "0") == "0":
-        listed = ", ".join(f"{field}={describe(value)}" for field, value in settings.items())
-        print(escape_controls(f"preset {name}: {listed}"), flush=True)
+        text = ", ".join(f"{field}={describe(value)}" for field, value in settings.items())
+        print(escape_controls(f"preset {name}: {text}"), flush=True)

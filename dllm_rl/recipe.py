@@ -52,9 +52,8 @@ def _named(module: ModuleType, names: str) -> dict[str, Callable]:
 _LIKELIHOODS = _named(estimators, "block_elbo causal coupled elbo eubo one_step quadrature sandwich trajectory")
 # Ranks that read the logits, but no drawn tokens.
 _STATE_ONLY = _named(rules, "max_prob margin entropy")
-# Functions that the command line accepts by name, for each field or keyword whose value is a function or what a
-# function returns. Each function of an entry can take the place of another. Further functions are given as
-# MODULE:FUNCTION.
+# Functions that the command line accepts by name, for each field or keyword whose value is a function or a record that
+# a function makes. The functions of an entry can replace each other. Other functions are named as MODULE:FUNCTION.
 CHOICES: dict[str, dict[str, Callable]] = {
     "advantages": _named(advantages, "decoupled group_relative leave_one_out"),
     "loss_reduction": _named(losses, "fixed_length_mean sequence_mean token_mean"),
@@ -106,7 +105,7 @@ def documented(record: type) -> str:
 
 
 def check_bounds(field: Field, value: Any) -> None:
-    """Raise ValueError if a field's value has the wrong type, is out of bounds, or is not one of the field's words."""
+    """Raise ValueError if a field's value has the wrong type, is out of bounds, or is not an allowed word."""
     optional = NoneType in get_args(field.type)
     if value is None and optional:
         return
@@ -129,10 +128,10 @@ def union_members(annotation: Any) -> tuple[Any, ...]:
 
 
 def convert_value(name: str, annotation: Any, value: Any) -> Any:
-    """Convert a value to what a field of this type holds; return a value that needs no conversion unchanged.
+    """Convert a value to the type of a field; return a value that needs no conversion unchanged.
 
-    Converted are: the name of a function of the library, a function that makes the field's record (it is called), and
-    adapter settings of this library or of PEFT.
+    The name of a function of the library becomes the function, a function that makes the field's record is called, and
+    LoRA settings of this library or of PEFT become a function that returns them.
 
     Raises:
         ValueError: The function that makes the record has arguments without defaults.
@@ -154,7 +153,7 @@ def convert_value(name: str, annotation: Any, value: Any) -> Any:
             for parameter in inspect.signature(value).parameters.values()
             if parameter.default is parameter.empty and parameter.kind not in optional
         ]
-        if missing and record is PromptSource:  # `value` draws prompts itself
+        if missing and record is PromptSource:  # `value` is the function that draws prompts
             return PromptSource(value)
         if missing:
             problem = f"{name}={describe(value)} needs {', '.join(missing)}"
@@ -165,14 +164,14 @@ def convert_value(name: str, annotation: Any, value: Any) -> Any:
 
 
 def adapters(lora: Lora) -> Lora:
-    """Return the settings of LoRA adapters. With `partial` it is the function that `Recipe.lora` requires."""
+    """Return the settings unchanged. `partial(adapters, settings)` is the function that `Recipe.lora` requires."""
     return lora
 
 
 def check_fits(field: Field, value: Any) -> None:
     """Raise ValueError if a value has the wrong type for a field.
 
-    Examples: True where no flag is expected (push_to_hub=True), text where a function is expected
+    Examples: True where no bool is expected (push_to_hub=True), text where a function is expected
     (optim="adamw_torch"), or text where a number is expected (learning_rate="1e-3").
     """
     kinds = union_members(field.type)
@@ -194,7 +193,7 @@ def check_fits(field: Field, value: Any) -> None:
 
 
 def check_kind(name: str, annotation: Any, value: Any) -> None:
-    """Raise ValueError if the annotation is a scalar (number, flag, text) and the value has another type."""
+    """Raise ValueError if the annotation is a scalar type (number, bool, text) and the value has another type."""
     kinds = union_members(annotation)
     if value is None and NoneType in kinds:
         return
@@ -217,7 +216,7 @@ def _remedy(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
-    """The settings of every run, of RL and of SFT. Names follow TRL and verl if the meaning is the same."""
+    """The settings that RL and SFT share. Their names are those of TRL or verl where the meaning is the same."""
 
     def __new__(cls, **settings: Any) -> Any:
         """Refuse a keyword of an earlier version, and name its replacement."""
@@ -233,7 +232,7 @@ class Settings:
     )
     float32_head: bool = _("compute logits in fp32 if the model computes in 16 bits", True)
     base_quantization: Literal["nf4", "int8"] | None = _(
-        "load a path's weights in this bitsandbytes format, frozen; needs lora", None
+        "load the checkpoint's weights in this bitsandbytes format and freeze them; needs lora", None
     )
     lora: Callable[[], Lora] | None = _("LoRA adapters to train, e.g. lora_r16; None: train all weights", None)
     optim: Callable = _("optimizer: (parameters, lr, betas, weight_decay) -> torch.optim.Optimizer", adamw)
@@ -245,7 +244,7 @@ class Settings:
     adam_beta1: float = _("the optimizer's beta1", 0.9, at_least=0, below=1)
     adam_beta2: float = _("the optimizer's beta2", 0.95, at_least=0, below=1)
     weight_decay: float = _("the optimizer's weight decay", 0.01, at_least=0)
-    max_grad_norm: float = _("clip the gradient to this norm", 1.0, above=0)
+    max_grad_norm: float = _("largest norm of the gradient; larger gradients are clipped", 1.0, above=0)
     lr_schedule: Callable = _("(step, num_steps) -> factor on the learning rate", linear_decay)
     lr_schedule_steps: int | None = _("length of lr_schedule in steps; None: num_steps", None, at_least=1)
     gradient_checkpointing: bool = _(
@@ -304,8 +303,7 @@ class Settings:
     )
     overwrite_output_dir: bool = _("delete a run that is already in output_dir", False)
 
-    # Values for SFT, which lacks the RL fields of these names. They have no annotation, so that they are class
-    # attributes, not fields.
+    # Values for SFT, which lacks the RL fields of these names. Without annotations, they are not dataclass fields.
     shard_size = 1
     async_save = False
     sft_warmup_steps = 0
@@ -352,7 +350,7 @@ class Settings:
                 raise ValueError(message)
 
     def conflicts(self) -> list[tuple[bool, str]]:
-        """Return pairs (whether some fields are in conflict, the error message with the remedy)."""
+        """Return pairs (whether certain fields are in conflict, the error message with the remedy)."""
         unknown = [name for name in self.trackers if name not in TRACKERS]
         return [
             (bool(unknown), f"report_to={', '.join(unknown)!r} is not known; use {', '.join(TRACKERS)}, or none"),
@@ -447,7 +445,7 @@ class Recipe(Settings):
     )
 
     num_generations: int = _("completions per prompt (G)", 8, at_least=1)
-    rollout_batch_size: int | None = _("completions sampled at a time, a multiple of num_generations; None: all", None)
+    rollout_batch_size: int | None = _("completions per sampler call, a multiple of num_generations; None: all", None)
     micro_batch_size: int | None = _(
         "completions per forward of scoring and update, a multiple of num_generations; None: all", None
     )
@@ -462,7 +460,7 @@ class Recipe(Settings):
     router_replay: Literal["R3"] | None = _("R3: the learner uses the experts that the rollout chose", None)
     num_mismatch_groups: int = _("groups without advantage scored per step, to measure the mismatch", 2, at_least=1)
     max_prompt_length: int | None = _(
-        "tokens; a longer training prompt is replaced by the next that fits; None: longer than the model's is refused",
+        "tokens; a longer training prompt is replaced by the next that fits; None: beyond the model's limit, an error",
         None,
         at_least=1,
     )
@@ -531,7 +529,7 @@ class Recipe(Settings):
         600.0,
         above=0,
     )
-    dry_run: bool = _("print the recipe's memory, time and settings without loading weights, and stop", False)
+    dry_run: bool = _("print the settings and the estimated memory and time without loading weights, and exit", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -691,14 +689,15 @@ class Recipe(Settings):
 
     @property
     def num_mask_sets(self) -> int:
-        """Number of sets of masks that score a rollout. The metrics `rollout_corr/*`, `trained/*` and `ais/*` use the
-        first.
+        """Number of sets of masks that score a rollout.
+
+        The metrics `rollout_corr/*`, `trained/*` and `ais/*` use the first set.
         """
         return self.num_iterations if self.resample_masks and self.likelihood.is_random else 1
 
     @property
     def has_separate_rollout_policy(self) -> bool:
-        """Whether another policy than the learner samples: a quantized copy, or an external engine."""
+        """Whether a policy other than the learner samples: a quantized copy, or an external engine."""
         return self.rollout_quantization is not None or self.rollout_engine is not None
 
     @property
@@ -719,12 +718,12 @@ class Recipe(Settings):
         return self.loss or self.corrector.loss or ppo_clip
 
     def sample(self, policy: Policy, prompts: Prompts, generator: Generator) -> Rollout:
-        """Sample completions of the prompts, and set over which tokens their log-probs are normalized."""
+        """Sample completions of the prompts, with log-probs normalized as `sampling_support` says."""
         return with_support(self.sampler(policy, prompts, generator), self.sampling_support)
 
     @property
     def policy_loss(self) -> Callable:
-        """Function (log-probs (B, T), batch) -> loss, metrics, gradient: the recipe's `losses.policy_loss`.
+        """Function (log-probs (B, T), batch) -> loss, metrics, gradient: `losses.policy_loss` with this recipe's terms.
 
         The defaults are ppo_clip with epsilon 0.2, an equal weight for every token of the batch, no KL term and no
         entropy bonus.
@@ -747,8 +746,8 @@ class Recipe(Settings):
             max_grad_norm=self.max_grad_norm,
             micro_batch_size=self.micro_batch_size,
             max_staleness=self.max_staleness,
-            # Not with an aligned forward: one more forward after the update would quantize the learner's weights again,
-            # and `quantization/codes_changed` would count no change.
+            # Not with an aligned forward: the extra forward of the measurement would quantize the updated weights, and
+            # the next `quantization/codes_changed` would count no change.
             measure=(step + 1) % DIRECTION_STEPS == 0 and not self.corrector.align_forward,
         )
 

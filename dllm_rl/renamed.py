@@ -1,7 +1,7 @@
 """Public names of earlier versions, and their current names.
 
-A key is a name of the package or a field of `Recipe`; or OWNER.NAME, a keyword of a function or a field of a record; or
-one of these with =VALUE, if a value has another word.
+A key of RENAMED is NAME, a name of the package or a field of `Recipe`; or OWNER.NAME, a keyword of a function or a
+field of a record; or one of these with =VALUE, if the value was renamed.
 """
 
 import re
@@ -140,14 +140,14 @@ RENAMED = {
     "Views.parts": "features",
     "Views.weight": "coefficients",
 }
-# The tokens of a description (`members.describe`).
+# The tokens of a text that `members.describe` makes.
 _WORD = re.compile(
     r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?P<call>[\w.:]*)\(|\)|(?P<key>\w+)=(?:'(?P<value>\w+)')?|[\w.:]+"""
 )
 
 
 def hint(name: str, *owners: str) -> str:
-    """Return `aggregate is now pool` for a name of an earlier version, from the first owner that had it; else ""."""
+    """Return a text such as `aggregate is now pool` if one of the owners once had this name, else ""."""
     for owner in owners or ("",):
         if now := RENAMED.get(f"{owner}.{name}" if owner else name):
             return f"{name} is now {now}"
@@ -155,18 +155,18 @@ def hint(name: str, *owners: str) -> str:
 
 
 def refuse_renamed(names: Iterable[str], *owners: str) -> None:
-    """Raise ValueError on the first of the names that has another name now."""
+    """Raise ValueError on the first name that was renamed."""
     for name in names:
-        if now := hint(name, *owners):
-            raise ValueError(now)
+        if rename_hint := hint(name, *owners):
+            raise ValueError(rename_hint)
 
 
 def renamed(owner: str, name: str, value: Any = None) -> tuple[str, Any]:
-    """Return a stored name and value of `owner` ("" for a recipe) with their current names."""
+    """Return the current name and value for a stored name and value of `owner` ("" for a recipe)."""
     path = f"{owner}.{name}" if owner else name
     if isinstance(value, str) and (pair := RENAMED.get(f"{path}={value}")):
-        new, _, word = pair.partition("=")
-        return new, word
+        new_name, _, new_value = pair.partition("=")
+        return new_name, new_value
     return RENAMED.get(path, name), value
 
 
@@ -175,20 +175,20 @@ def renamed_text(text: str) -> str:
     owners: list[str] = []
     parts: list[str] = []
     end = 0
-    for found in _WORD.finditer(text):
-        word, call, key, value = found[0], found["call"], found["key"], found["value"]
+    for match in _WORD.finditer(text):
+        word, call, key, value = match[0], match["call"], match["key"], match["value"]
         if call is not None:
             owners.append(call)
             word = RENAMED.get(call, call) + "("
         elif key is not None:
-            name, now = renamed(owners[-1] if owners else "", key, value)
-            word = f"{name}={now if now != value else repr(value) if value else ''}"
+            name, new_value = renamed(owners[-1] if owners else "", key, value)
+            word = f"{name}={new_value if new_value != value else repr(value) if value else ''}"
         elif word == ")":
             owners = owners[:-1]
         else:
             word = RENAMED.get(word, word)
-        parts += [text[end : found.start()], word]
-        end = found.end()
+        parts += [text[end : match.start()], word]
+        end = match.end()
     return "".join(parts) + text[end:]
 
 

@@ -1,6 +1,6 @@
-"""Untrusted text on a screen: prompts, completions, paths and names cannot act as control characters or rich markup.
+"""Safe printing: untrusted prompts, completions, paths and names cannot act as control characters or rich markup.
 
-`import dllm_rl` runs this module before all others, so that it also contains the setup that must precede the other
+`import dllm_rl` runs this module before all others. It therefore also contains the setup that must precede the other
 imports.
 """
 
@@ -21,8 +21,8 @@ from rich.box import SIMPLE_HEAD
 from rich.text import Text
 
 PR_SET_PDEATHSIG = 1
-MAX_MESSAGE_LENGTH = 380  # characters of an error, or of a library's message
-NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}  # a table for 80 columns
+MAX_MESSAGE_LENGTH = 380  # characters of a printed error or of another library's message
+NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}  # table style
 
 
 def interactive() -> bool:
@@ -31,7 +31,7 @@ def interactive() -> bool:
 
 
 def escape_controls(text: str, *, keep: str = "") -> str:
-    """Replace control and format characters, except those of `keep`, by visible signs."""
+    """Replace control and format characters, except those in `keep`, by visible characters."""
     shown = []
     for c in text:
         if c in keep:
@@ -46,10 +46,10 @@ def escape_controls(text: str, *, keep: str = "") -> str:
 
 
 def line_of(error: BaseException) -> str:
-    """Format an error in one line; for a file, its path and the fault, without the system's error number.
+    """Format an error in one line. An OSError on a file becomes "PATH: REASON", without the error number.
 
-    A line of more than MAX_MESSAGE_LENGTH characters loses its middle: the field is at the beginning, the remedy at the
-    end.
+    The middle of a long line is removed (`without_middle`), because our errors name the setting at the beginning and
+    the remedy at the end.
     """
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
@@ -58,20 +58,18 @@ def line_of(error: BaseException) -> str:
 
 
 def without_middle(text: str) -> str:
-    """Remove the middle of a text of more than MAX_MESSAGE_LENGTH characters."""
-    return (
-        text
-        if len(text) <= MAX_MESSAGE_LENGTH
-        else f"{text[: MAX_MESSAGE_LENGTH // 2]} ... {text[5 - MAX_MESSAGE_LENGTH // 2 :]}"
-    )
+    """Shorten a text to MAX_MESSAGE_LENGTH characters by replacing its middle with "..."."""
+    if len(text) <= MAX_MESSAGE_LENGTH:
+        return text
+    return f"{text[: MAX_MESSAGE_LENGTH // 2]} ... {text[5 - MAX_MESSAGE_LENGTH // 2 :]}"
 
 
 def literal(text: object, *, style: str = "") -> Text:
-    """Return a cell or a title that rich prints unchanged, including brackets."""
+    """Return text for a cell or title of a table that rich prints unchanged, including square brackets."""
     return Text(escape_controls(str(text)), style=style)
 
 
-_NOISE = {
+_NOISE = {  # logger -> part of a harmless message
     "torchao": "Failed to load",  # CUDA extensions, on a machine without CUDA
     "torch.utils._pytree": "is an Enum subclass",  # a deprecation inside torchao
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional faster kernel
@@ -80,23 +78,23 @@ _NOISE = {
 
 
 def silence_import_noise() -> None:
-    """Drop only these messages, for any importer of the library."""
-    for name, start in _NOISE.items():
-        logging.getLogger(name).addFilter(_other_than(start))  # a filter, because a level would also drop errors
+    """Filter the messages of _NOISE out of their loggers."""
+    for name, part in _NOISE.items():
+        logging.getLogger(name).addFilter(_lacks(part))  # a filter, because a level would also drop errors
 
 
-def _other_than(start: str) -> Callable[[logging.LogRecord], bool]:
-    return lambda record: start not in str(record.msg)
+def _lacks(part: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: part not in str(record.msg)
 
 
 @contextmanager
 def imports_interruptible() -> Iterator[None]:
-    """Make Ctrl-C during an import in the block print one line and exit with 130; interactively it raises."""
-    main = threading.current_thread() is threading.main_thread()
-    if interactive() or not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    """Make Ctrl-C during an import in the block print one line and exit with 130, unless Python is interactive."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if interactive() or not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, _end_an_import)
+    signal.signal(signal.SIGINT, _exit_during_import)
     try:
         yield
     finally:
@@ -104,44 +102,46 @@ def imports_interruptible() -> Iterator[None]:
 
 
 def ended_by_launcher() -> None:
-    """Let Linux send SIGTERM when torch's or accelerate's launcher dies, so that no process outlives the launcher.
+    """Ask Linux to send SIGTERM to this process when torch's or accelerate's launcher dies.
 
-    If the launcher has died already, as far as this can be determined, end the process immediately.
+    Otherwise the process would outlive its launcher. If the launcher is already dead, as far as this can be determined,
+    end the process immediately.
     """
     launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
     if not sys.platform.startswith("linux") or not launched:
         return
     parent = os.getppid()
-    words = Path(f"/proc/{parent}/cmdline")
-    command = words.read_bytes() if words.exists() else b""
+    command_file = Path(f"/proc/{parent}/cmdline")
+    command = command_file.read_bytes() if command_file.exists() else b""
     if not command and parent > 1:
-        # The launcher is ending: freeing its memory takes a while, and only then its children get another parent.
+        # The parent is exiting: only after its memory is freed do its children get another parent. Wait for that.
         for _ in range(5000):
             if os.getppid() != parent:
                 return ended_by_launcher()
             time.sleep(0.001)
     if not any(word in command for word in (b"accelerate", b"torchrun", b"torch.distributed", b"dllm")):
-        # Any other parent, such as a shell, may end before its jobs. But a recipe may import torch before this line:
-        # then init is the parent of a dead launcher's processes. Only torchrun sets its variable. accelerate's may be
-        # exported by hand, in a service or a container: in this case the leader of the process group is alive.
-        if parent == 1 and ("TORCHELASTIC_RUN_ID" in launched or not _lives(os.getpgrp())):
+        # The parent is no launcher. A shell or another parent may end before its jobs, which then continue. But if the
+        # parent is init (1), the launcher may have died while the recipe imported torch before this line. It has died
+        # if torchrun's variable is set, because only torchrun sets it. accelerate's variable may also be exported by
+        # hand, in a service or a container; then the leader of the process group is alive.
+        if parent == 1 and ("TORCHELASTIC_RUN_ID" in launched or not _is_alive(os.getpgrp())):
             os.kill(os.getpid(), signal.SIGTERM)
         return
-    import ctypes  # here: no other process needs it
+    import ctypes  # imported here, because only launched processes need it
 
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # the launcher died in between
+    if os.getppid() != parent:  # the launcher died before the call of prctl
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _lives(process: int) -> bool:
-    """Return whether a process runs; 0 means a process that a container does not see."""
+def _is_alive(process: int) -> bool:
+    """Return whether a process runs. Process 0 is outside of this container, and counts as alive."""
     status = Path(f"/proc/{process}/stat")
-    # The state comes after the name in brackets; Z has ended, and its parent has not collected it yet.
+    # The state follows the name in brackets. Z is a zombie: it has ended, but its parent has not waited for it yet.
     return process == 0 or (status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z")
 
 
-def _end_an_import(number: int, frame: FrameType | None) -> None:
+def _exit_during_import(number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             os.write(2, b"interrupted\n")
@@ -150,5 +150,5 @@ def _end_an_import(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-# Called now because the other imports take seconds: if the launcher died meanwhile, the parent would change.
+# Called here, because the other imports take seconds: if the launcher died meanwhile, the parent would change.
 ended_by_launcher()

@@ -1,8 +1,8 @@
-"""Records that the stages of a training step pass to each other.
+"""Records that the stages of a training step (rollout, scoring, update) pass to each other.
 
 Log-probs are fp32, in nats. Axes: P prompts, G completions of each prompt, B = P*G rows (row p*G+g), S prompt
-positions, T positions (prompt and completion), V vocabulary, D hidden size, N masks or segments of an estimator, K
-scored positions.
+positions, T positions (prompt and completion), V vocabulary, D hidden size, N views of an estimator, K scored
+positions.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
-Moved = TypeVar("Moved", bound="_Movable")
-Laid = TypeVar("Laid", bound="BatchRecord")
+MovableT = TypeVar("MovableT", bound="_Movable")
+RecordT = TypeVar("RecordT", bound="BatchRecord")
 Support = Literal["per_policy", "unfiltered", "rollout"]
 SUPPORTS: tuple[Support, ...] = ("per_policy", "unfiltered", "rollout")
 
@@ -25,31 +25,32 @@ SUPPORTS: tuple[Support, ...] = ("per_policy", "unfiltered", "rollout")
 class _Movable:
     """Base of the records whose tensors move to a device together."""
 
-    def to(self: Moved, device: torch.device | str) -> Moved:
+    def to(self: MovableT, device: torch.device | str) -> MovableT:
         return self.map(lambda x: x.to(device))
 
-    def map(self: Moved, f: Callable[[Tensor], Tensor]) -> Moved:
+    def map(self: MovableT, f: Callable[[Tensor], Tensor]) -> MovableT:
         """Apply `f` to every tensor, including the tensors of nested records, in the order of the fields."""
 
-        def changed(value: Any) -> Any:
+        def apply(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return f(value)
             if isinstance(value, tuple):
-                return tuple(map(changed, value))
+                return tuple(map(apply, value))
             return value.map(f) if isinstance(value, _Movable) else value
 
-        return dataclasses.replace(self, **{x.name: changed(getattr(self, x.name)) for x in dataclasses.fields(self)})
+        fields = dataclasses.fields(self)
+        return dataclasses.replace(self, **{field.name: apply(getattr(self, field.name)) for field in fields})
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors in the order of `map`."""
-        found: list[Tensor] = []
+        tensors: list[Tensor] = []
 
-        def see(tensor: Tensor) -> Tensor:
-            found.append(tensor)
+        def collect(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
             return tensor
 
-        self.map(see)
-        return found
+        self.map(collect)
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -62,65 +63,65 @@ class BatchRecord(_Movable):
 
     FILL: ClassVar[dict[str, Any]] = {}
 
-    def rows(self: Laid, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> Laid:
-        """Return these rows, in the order of `keep`, cut to `columns`."""
+    def rows(self: RecordT, keep: Int[Tensor, " R"], columns: slice = slice(None)) -> RecordT:
+        """Return the rows with the indices `keep`, in this order, cut to `columns`."""
         return self.map(lambda x: x[keep] if x.dim() == 1 else x[keep][:, columns])  # a vector has one entry per row
 
-    def padded(self: Laid, columns: int, *, pad_id: int = 0, right: bool = False) -> Laid:
-        """Add `columns` columns of padding on the left, or on the right. `tokens` are padded with pad_id."""
+    def padded(self: RecordT, columns: int, *, pad_id: int = 0, right: bool = False) -> RecordT:
+        """Pad with `columns` columns on the left or right: `tokens` with pad_id, other fields with FILL."""
         fills = {"tokens": pad_id} | self.FILL
-        wider: dict[str, Any] = {}
-        for each in dataclasses.fields(self):
-            value = getattr(self, each.name)
+        padded_fields: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if isinstance(value, BatchRecord):
-                wider[each.name] = value.padded(columns, right=right)
+                padded_fields[field.name] = value.padded(columns, right=right)
             elif isinstance(value, Tensor) and value.dim() > 1:
-                behind = (0, 0) * (value.dim() - 2)  # do not pad axes after T
-                sides = (0, columns) if right else (columns, 0)
-                wider[each.name] = F.pad(value, (*behind, *sides), value=fills.get(each.name, 0))
-        return dataclasses.replace(self, **wider)
+                no_padding = (0, 0) * (value.dim() - 2)  # of the axes after T
+                left_right = (0, columns) if right else (columns, 0)
+                padded_fields[field.name] = F.pad(value, (*no_padding, *left_right), value=fills.get(field.name, 0))
+        return dataclasses.replace(self, **padded_fields)
 
     def slots(self) -> list[int]:
         """Return the size C of every tensor (B, T, C), in the order of `map`."""
         return [x.shape[2] for x in self.tensors() if x.dim() == 3]
 
-    def with_slots(self: Laid, sizes: Iterator[int]) -> Laid:
+    def with_slots(self: RecordT, sizes: Iterator[int]) -> RecordT:
         """Pad the last axis of the tensors of `slots` to these sizes."""
-        wider: dict[str, Any] = {}
-        for each in dataclasses.fields(self):
-            value = getattr(self, each.name)
+        padded_fields: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if isinstance(value, BatchRecord):
-                wider[each.name] = value.with_slots(sizes)
+                padded_fields[field.name] = value.with_slots(sizes)
             elif isinstance(value, Tensor) and value.dim() == 3:
-                wider[each.name] = self._filled_up(each.name, next(sizes))
-        return dataclasses.replace(self, **wider)
+                padded_fields[field.name] = self._pad_last_axis(field.name, next(sizes))
+        return dataclasses.replace(self, **padded_fields)
 
-    def _filled_up(self, name: str, size: int) -> Tensor:
-        """Return a tensor (B, T, C) with its last axis padded to `size`."""
+    def _pad_last_axis(self, name: str, size: int) -> Tensor:
+        """Return a field (B, T, C) with its last axis padded to `size`."""
         value = getattr(self, name)
         return F.pad(value, (0, size - value.shape[2]), value=self.FILL.get(name, 0))
 
     @staticmethod
-    def merge_records(records: "Sequence[Laid]", unite: Callable[[list[Tensor]], Tensor]) -> "Laid":
-        """Merge records of equal width, tensor by tensor.
+    def merge_records(records: "Sequence[RecordT]", merge_tensors: Callable[[list[Tensor]], Tensor]) -> "RecordT":
+        """Merge records of equal width T, field by field; `merge_tensors` merges the tensors of a field.
 
-        A field that is None in any record is None in the result, because a field must cover every row.
+        A field that is None in any record is None in the result, because a field must have every row.
         """
-        changed: dict[str, Any] = {}
-        for each in dataclasses.fields(records[0]):
-            values = [getattr(record, each.name) for record in records]
+        merged_fields: dict[str, Any] = {}
+        for field in dataclasses.fields(records[0]):
+            values = [getattr(record, field.name) for record in records]
             if not any(isinstance(value, Tensor | BatchRecord) for value in values):
                 continue
             if any(value is None for value in values):
-                changed[each.name] = None
+                merged_fields[field.name] = None
             elif isinstance(values[0], BatchRecord):
-                changed[each.name] = BatchRecord.merge_records(values, unite)
+                merged_fields[field.name] = BatchRecord.merge_records(values, merge_tensors)
             else:
                 if values[0].dim() == 3:
                     size = max(value.shape[2] for value in values)
-                    values = [record._filled_up(each.name, size) for record in records]
-                changed[each.name] = unite(values)
-        return dataclasses.replace(records[0], **changed)
+                    values = [record._pad_last_axis(field.name, size) for record in records]
+                merged_fields[field.name] = merge_tensors(values)
+        return dataclasses.replace(records[0], **merged_fields)
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class SamplingParams:
 
     Args:
         temperature: Divisor of the logits, at least 0. 0 is greedy; its log-probs are reported at temperature 1.
-        top_k: Sample only from the k likeliest tokens. None (default): from all.
-        top_p: Sample only from the smallest set of tokens with at least this probability. None (default): from all.
+        top_k: Sample only from the k most likely tokens. None (default): from all.
+        top_p: Sample only from the smallest set of tokens with this total probability. None (default): from all.
         suppress: Token ids that are never sampled. A mask token is never sampled either.
         support: Tokens over which log-probs are normalized if top_k or top_p filter: "per_policy" (default),
             "unfiltered" or "rollout"; see `models.support`.
@@ -165,7 +166,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Prompts(_Movable):
-    """Left-padded prompts, each to be completed `group_size` times.
+    """Left-padded prompts; a sampler completes each prompt `group_size` times.
 
     Build them with `Prompts.from_ids`.
 
@@ -218,13 +219,13 @@ class Prompts(_Movable):
         if group_size < 1:
             raise ValueError(f"group_size={group_size} must be at least 1")
         if seeds is not None and len(seeds) != len(ids) * group_size:
-            raise ValueError(f"seeds has {len(seeds)} entries; {len(ids)} prompts x {group_size} rows need one each")
+            raise ValueError(f"seeds has {len(seeds)} entries; {len(ids)} prompts x {group_size} rows need one per row")
         return cls(
-            tokens=_left_padded(ids, pad_id, torch.long),
-            attention_mask=_left_padded([[True] * len(row) for row in ids], False, torch.bool),
+            tokens=_left_pad(ids, pad_id, torch.long),
+            attention_mask=_left_pad([[True] * len(row) for row in ids], False, torch.bool),
             group_size=group_size,
             seeds=None if seeds is None else torch.tensor(seeds, dtype=torch.long),
-            infill_mask=_opened(ids, mask_id, open_positions),
+            infill_mask=_infill_mask(ids, mask_id, open_positions),
         )
 
     @property
@@ -234,8 +235,8 @@ class Prompts(_Movable):
     @property
     def lengths(self) -> list[int]:
         """The number of tokens of each prompt, without padding and without positions to fill in."""
-        given = self.attention_mask if self.infill_mask is None else self.attention_mask & ~self.infill_mask
-        return given.sum(-1).tolist()
+        prompt_mask = self.attention_mask if self.infill_mask is None else self.attention_mask & ~self.infill_mask
+        return prompt_mask.sum(-1).tolist()
 
     def split(self, rows: int) -> "list[Prompts]":
         """Split into batches of at most `rows` completions, without splitting a group.
@@ -245,34 +246,34 @@ class Prompts(_Movable):
         """
         size = rows // self.group_size
         if not size or self.seeds is None:
-            raise ValueError(f"rows={rows} must hold a group of {self.group_size}, and every row have its seed")
+            raise ValueError(f"rows={rows} must fit a group of {self.group_size}, and every row needs a seed")
         return [self._part(start, start + size) for start in range(0, len(self.tokens), size)]
 
     def _part(self, first: int, last: int) -> "Prompts":
-        seeds = slice(
-            first * self.group_size, last * self.group_size
-        )  # one per row; the other fields have one per prompt
-        return self.map(lambda x: x[first:last] if x.dim() > 1 else x[seeds])
+        rows = slice(first * self.group_size, last * self.group_size)
+        # `seeds`, the only vector, has one entry per row; the other fields have one per prompt.
+        return self.map(lambda x: x[first:last] if x.dim() > 1 else x[rows])
 
 
-def _left_padded(rows: Sequence[Sequence[int]], fill: int, dtype: torch.dtype) -> Tensor:
+def _left_pad(rows: Sequence[Sequence[int]], fill: int, dtype: torch.dtype) -> Tensor:
     width = max(1, *map(len, rows))  # a batch of empty prompts still has a column, which nothing attends to
     return torch.tensor([[fill] * (width - len(row)) + list(row) for row in rows], dtype=dtype)
 
 
-def _opened(
+def _infill_mask(
     ids: Sequence[Sequence[int]], mask_id: int | None, positions: Sequence[Sequence[bool]] | None
 ) -> Bool[Tensor, "P S"] | None:
+    """Return the mask of the positions to fill in, or None if there are none."""
     if mask_id is not None:
         if positions is not None:
-            raise ValueError("mask_id and open_positions both say what is open; give one of them")
+            raise ValueError("mask_id and open_positions both mark positions to fill in; give one of them")
         positions = [[token == mask_id for token in row] for row in ids]
     if positions is None:
         return None
     if list(map(len, positions)) != list(map(len, ids)):
-        raise ValueError("open_positions must have one bool for each of the ids, row by row")
-    found = _left_padded(positions, False, torch.bool)
-    return found if found.any() else None  # samplers take shorter paths without any
+        raise ValueError("open_positions must have one bool for each token id of each prompt")
+    infill_mask = _left_pad(positions, False, torch.bool)
+    return infill_mask if infill_mask.any() else None  # without such positions, samplers do less work
 
 
 @dataclass(frozen=True)
@@ -280,9 +281,9 @@ class FilterSupport(BatchRecord):
     """The support of a distribution that top_k or top_p filtered, per sampled token (`models.support`).
 
     Args:
-        log_mass: Log of the probability that the filter left, in nats; 0 where no token was drawn.
-        ids: Ids of the remaining tokens, at most `support.MAX_SUPPORT_IDS` per position, padded with -1. None if any
-            position has more.
+        log_mass: Log of the total probability of the tokens that pass the filter, in nats; 0 where no token was drawn.
+        ids: Ids of these tokens, at most `support.MAX_SUPPORT_IDS` per position, padded with -1. None if any position
+            has more.
     """
 
     FILL: ClassVar[dict[str, Any]] = {"ids": -1}
@@ -298,8 +299,9 @@ class Order(BatchRecord):
     Args:
         block_first_step: First step of the position's block; -1 outside the completion.
         rank_name: Name of the sampler's rank, one of `samplers.records.RANKS`. None: another rank.
-        logprobs: Log-prob in nats that the earlier steps of the block left the position masked; under `plackett_luce`,
-            that its step drew the position; 0 elsewhere. None if the order is not random or its probability is unknown.
+        logprobs: Log-probability, in nats, that the position stayed masked in the earlier steps of its block; under
+            `plackett_luce`, that its step drew the position; 0 elsewhere. None if the order is not random or its
+            probability is unknown.
         probability: Status of the order's probability, as `samplers.records.order_probability` returns it.
         rank_function: Rank by whose scores the positions were drawn: the bound `plackett_luce`, or `max_prob` under
             `soft_threshold`. None if the positions were not drawn, or if their scores depend on the tokens.
@@ -322,10 +324,10 @@ class Order(BatchRecord):
 
 @dataclass(frozen=True)
 class Events(BatchRecord):
-    """Every event of each position, in order, under a commit rule that rewrites (`remask`, `edit`, `soft_edit`).
+    """All writes and remaskings of each position, in order, under a rewriting rule (`remask`, `edit`, `soft_edit`).
 
     Args:
-        step: Step of the event; -1 after a position's last event.
+        step: Step of event w of the position; -1 after its last event.
         token: Token that was written; -1 where the position was masked again.
         logprobs: Log-prob of the token in that step, in nats; 0 where the position was masked again.
         depends_on_tokens: Whether rewrites depend on the drawn tokens. If so, the events do not determine the
@@ -342,7 +344,7 @@ class Events(BatchRecord):
 
 @dataclass(frozen=True)
 class Renoised(BatchRecord):
-    """Every step of each position under `renoise`: all data that its likelihood needs.
+    """What happened at each position in each step under `renoise`: all data that its likelihood needs.
 
     W is the largest number of steps of a canvas.
 
@@ -380,17 +382,18 @@ class Rollout(BatchRecord):
         group_size: Completions per prompt.
         weights_version: Version of the weights that sampled.
         sampling_params: Temperature and filters of the sampling distribution; the learner uses the same.
-        forwards: Model calls of the batch.
+        forwards: Model calls that sampling the batch took.
         filter_support: Support of a filtered distribution. This field and the next ones are None if the sampler records
             nothing for them.
         order: Order of a sampler that unmasks.
         events: Events of a rule that rewrites; unmask_step and logprobs then describe a position's last write only.
-        experts: Expert ids in M mixtures for the state that the token was drawn from; undefined without a token.
+        experts: Ids of the E experts per token in each of the M mixture-of-experts layers, from the forward that the
+            token was drawn from; undefined where there is no token.
         renoised: Steps of a sampler that replaces tokens by random ones; logprobs are then sums over a position's
             draws.
         confidence_change: Sum of the changes in confidence, each in [-1, 1], of the masked positions near the token in
             the step after its write; 0 elsewhere. Recorded by `unmask(confidence_radius=...)`.
-        batch_row: Index of each row in the global batch, which masks are drawn by. None (default): rows are in order.
+        batch_row: Index of each row in the global batch, on which its masks depend. None (default): rows are in order.
     """
 
     FILL: ClassVar[dict[str, Any]] = {"attention_mask": False, "completion_mask": False, "unmask_step": -1}
@@ -403,40 +406,41 @@ class Rollout(BatchRecord):
     group_size: int
     weights_version: int = 0
     sampling_params: SamplingParams = SamplingParams()
-    forwards: int = 0  # model calls, counted per batch
+    forwards: int = 0
     filter_support: FilterSupport | None = None
     order: Order | None = None
     events: Events | None = None
     experts: Integer[Tensor, "B T M E"] | None = None
     renoised: Renoised | None = None
     confidence_change: Float[Tensor, "B T"] | None = None
-    batch_row: Int[Tensor, " B"] | None = None  # index in the global batch, for drawing masks; None: rows are in order
+    batch_row: Int[Tensor, " B"] | None = None
 
     def replace_rows(self, rows: Int[Tensor, " R"], by: "Rollout", *, pad_id: int) -> "Rollout":
         """Replace `rows` by the rows of another rollout. The narrower rollout is padded on the left."""
         width = max(self.tokens.shape[1], by.tokens.shape[1])
-        both = [each.padded(width - each.tokens.shape[1], pad_id=pad_id) for each in (self, by)]
-        found = BatchRecord.merge_records(both, lambda pair: pair[0].index_copy(0, rows, pair[1]))
-        return dataclasses.replace(found, forwards=self.forwards + by.forwards)
+        padded = [rollout.padded(width - rollout.tokens.shape[1], pad_id=pad_id) for rollout in (self, by)]
+        merged = BatchRecord.merge_records(padded, lambda pair: pair[0].index_copy(0, rows, pair[1]))
+        return dataclasses.replace(merged, forwards=self.forwards + by.forwards)
 
     @classmethod
     def concatenate(cls, parts: "Sequence[Rollout]", *, pad_id: int) -> "Rollout":
-        """Concatenate the rows of all parts, in order. Narrower parts are padded on the right, like rows that ended
-        early.
+        """Concatenate the rows of all parts, in order.
+
+        Narrower parts are padded on the right, like rows that end early.
         """
-        width = max(part.tokens.shape[1] for part in parts)  # a part ends where its longest row ends
-        alike = [part.padded(width - part.tokens.shape[1], right=True, pad_id=pad_id) for part in parts]
+        width = max(part.tokens.shape[1] for part in parts)
+        padded_parts = [part.padded(width - part.tokens.shape[1], right=True, pad_id=pad_id) for part in parts]
         return dataclasses.replace(
-            BatchRecord.merge_records(alike, torch.cat), forwards=sum(part.forwards for part in parts)
+            BatchRecord.merge_records(padded_parts, torch.cat), forwards=sum(part.forwards for part in parts)
         )
 
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Log-prob contributions of one rollout under every policy of a step, in nats; 0 where a position is not scored."""
+    """Each position's contribution to the log-probs of one rollout, in nats; 0 where a position is not scored."""
 
     old_logprobs: Float[Tensor, "B T"]  # under the learner at the start of the update
-    old_view_logprobs: Float[Tensor, "N B T"]  # the same per mask, with autograd graphs if they were retained
+    old_view_logprobs: Float[Tensor, "N B T"]  # the same per view, with autograd graphs if they were retained
     rollout_logprobs: Float[Tensor, "B T"]  # under the policy that sampled
     reference_logprobs: Float[Tensor, "B T"] | None  # under the reference policy, or None without a KL term
     views: "Views"  # with the experts that the learner replays, if any
@@ -444,8 +448,8 @@ class Logprobs:
     token_advantages: Float[Tensor, "B T"] | None = None  # advantages of a value model, if the recipe has one
 
 
-def alone(total: Tensor) -> Tensor:
-    """Return `total` unchanged: the sum over all processes if there is only one process."""
+def single_process_sum(total: Tensor) -> Tensor:
+    """Return `total` unchanged: with one process, it is the sum over all processes."""
     return total
 
 
@@ -455,25 +459,25 @@ class Batch:
 
     rollout: Rollout
     views: "Views"
-    advantages: Float[Tensor, " B"]  # of the rows
+    advantages: Float[Tensor, " B"]  # one per row
     old_logprobs: Float[Tensor, "B T"]  # denominator of the ratios; the rollout's log-probs with old_logprobs="rollout"
-    old_view_logprobs: Float[Tensor, "N B T"]  # the learner's, per mask; saves the first inner step's forwards
-    importance_weights: Float[Tensor, "B T"]  # detached importance weights of the corrector
+    old_view_logprobs: Float[Tensor, "N B T"]  # the learner's, per view; the first inner step reuses them
+    importance_weights: Float[Tensor, "B T"]  # from the corrector, detached
     loss_mask: Bool[Tensor, "B T"]  # positions that stay in the loss
     reference_logprobs: Float[Tensor, "B T"] | None  # log-probs under the reference policy, or None without a KL term
     num_tokens: int  # denominators of the loss, over the global batch
     num_sequences: int
     rollout_logprobs: Float[Tensor, "B T"] | None = None  # log-probs under the policy that sampled; None: unknown
-    token_advantages: Float[Tensor, "B T"] | None = None  # the loss takes them in place of `advantages` if they are set
-    sum_over_processes: Callable[[Tensor], Tensor] = alone  # sums a tensor over all processes, on its device
+    token_advantages: Float[Tensor, "B T"] | None = None  # if set, the loss uses them instead of `advantages`
+    sum_over_processes: Callable[[Tensor], Tensor] = single_process_sum  # sums a tensor over all processes
 
 
 @dataclass(frozen=True)
 class ViewTensors(_Movable):
     """Tensors that an optional feature adds to the views of an estimate: (N, B, T, ...) or (B,).
 
-    Subclass it for tensors that only travel with the views. Subclass `likelihoods.views.ViewFeature` for a feature that
-    changes how views are scored.
+    Subclass it for tensors that are only stored with the views. Subclass `likelihoods.views.ViewFeature` for a feature
+    that changes how views are scored.
     """
 
     is_per_token: ClassVar[bool] = True  # whether each contribution is the log-prob of one token
@@ -484,7 +488,7 @@ class ViewTensors(_Movable):
         return 1
 
     def sampler_logprobs(self, rollout: Rollout, logprobs: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """Return the sampler's recorded contributions in nats, from the contributions `logprobs` of a plain view."""
+        """Return the log-probs that the sampler recorded, in nats; without this feature they would be `logprobs`."""
         return logprobs
 
 
@@ -492,7 +496,7 @@ class ViewTensors(_Movable):
 class Views(_Movable):
     """The masked versions of a batch that a likelihood estimate scores, the same for every policy.
 
-    An estimator draws them once; they travel with the batch.
+    An estimator draws them once, and they stay with the batch.
 
     Args:
         masked: Positions hidden from the model in view n.
@@ -513,7 +517,7 @@ class Views(_Movable):
         return self.map(lambda x: x[keep] if x.dim() == 1 else x[:, keep][:, :, columns])
 
     def restrict_to_rows(self, live: Bool[Tensor, " B"]) -> "Views":
-        """Keep the masks, and score only the rows in `live`."""
+        """Return views with the same masks that score only the rows in `live`."""
         return dataclasses.replace(self, coefficients=self.coefficients * live[:, None])
 
     def scored(self, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:

@@ -10,12 +10,12 @@ PACKAGE = Path(__file__).parent
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of dllm_rl and of packages that affect its numbers (None: not installed), and its commit."""
+    """Return the versions of dllm_rl and of packages that affect its results (None: not installed), and its commit."""
     packages = ("dllm_rl", "torch", "transformers", "accelerate", "torchao")
     return {package: _version(package) for package in packages} | {"dllm_rl_commit": commit(PACKAGE)}
 
 
-@cache  # parsing a package's metadata takes milliseconds, and each checkpoint names the versions
+@cache  # parsing a package's metadata takes milliseconds, and every checkpoint stores the versions
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -37,16 +37,16 @@ def commit(package: Path) -> str | None:
         origin = json.loads(distribution(package.name).read_text("direct_url.json") or "{}")
     except PackageNotFoundError:
         return None
-    found = origin.get("vcs_info", {}).get("commit_id")
-    return found if isinstance(found, str) else None
+    commit_id = origin.get("vcs_info", {}).get("commit_id")
+    return commit_id if isinstance(commit_id, str) else None
 
 
 def _git(folder: Path, *words: str) -> str | None:
     """Return git's output, or None if git is missing or refuses the folder (another user owns it)."""
-    # Without optional locks `status` does not change the index: the user may be working in this checkout.
     try:
+        # Without optional locks `status` does not write to the index: the user may be working in this checkout.
         command = ["git", "--no-optional-locks", "-C", str(folder), *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None

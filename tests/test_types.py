@@ -80,7 +80,7 @@ def test_open_positions_of_prompts():
     assert [part.infill_mask.tolist() for part in prompts.split(4)] == [opened[:2], opened[2:]]
     with pytest.raises(ValueError, match="give one of them"):
         Prompts.from_ids(ids, pad_id=1, mask_id=1, open_positions=bools)
-    with pytest.raises(ValueError, match="one bool for each of the ids"):
+    with pytest.raises(ValueError, match="one bool for each token id of each prompt"):
         Prompts.from_ids(ids, pad_id=1, open_positions=bools[:2])
-    with pytest.raises(ValueError, match="one bool for each of the ids"):
+    with pytest.raises(ValueError, match="one bool for each token id of each prompt"):
         Prompts.from_ids(ids, pad_id=1, open_positions=[[True], *bools[1:]])

@@ -1,4 +1,4 @@
-"""Advantages: rewards (P, G) -> advantages (P, G), over the G completions of each prompt.
+"""Advantage functions: rewards (P, G) of P prompts with G completions each -> advantages (P, G).
 
 docs/methods.md explains the tags [paper] and [digest].
 """
@@ -20,9 +20,8 @@ def group_relative(
 ) -> Float[Tensor, "P G"]:
     """Subtract the group's mean reward and divide by a standard deviation (GRPO).
 
-    Use it as the default. A = (R - mean of the group) / (std + eps), with the sample standard deviation [paper].
-    Without the division, A is the advantage of d1 and Dr.GRPO. A group of one completion, or of equal rewards, gives
-    zeros.
+    This is the default. A = (R - mean of the group) / (std + eps), with the sample standard deviation [paper]. d1 and
+    Dr.GRPO do not divide (scale_rewards="none"). A group of one completion, or of equal rewards, gives zeros.
 
     Args:
         rewards: Rewards (P, G).
@@ -64,14 +63,14 @@ def decoupled(
     weights: Float[Tensor, " K"],
     eps: float = 1e-4,
 ) -> Float[Tensor, "P G"]:
-    """Normalize each of K rewards within its group, then normalize their weighted sum over the batch (GDPO of rewards).
+    """Normalize each of K rewards within its group, then normalize their weighted sum over the batch (GDPO).
 
     Use it for a task with several reward functions of different scales.
 
         z_k = (R_k - mean_group R_k) / (std_group R_k + eps),   s = sum_k w_k z_k,   A = s / (std_batch s + eps)
 
-    Both are sample standard deviations. GDPO also subtracts the batch mean of s, which is 0. A reward of NaN does not
-    apply to the completion: its z is 0.
+    Both are sample standard deviations. GDPO also subtracts the batch mean of s, which is 0. A reward that is NaN does
+    not apply to the completion, and its z is 0.
 
     Args:
         rewards: Total rewards (P, G). They are not used.
@@ -96,7 +95,7 @@ def decoupled(
     std = (torch.ldexp(centered, -exponent).square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     terms = _divide(weights[:, None, None] * centered, torch.ldexp(std, exponent) + eps)
     total = terms.sum(0)
-    only_rounding = total.abs() <= 8 * torch.finfo(total.dtype).eps * terms.abs().sum(0)  # the terms cancel
+    only_rounding = total.abs() <= 8 * torch.finfo(total.dtype).eps * terms.abs().sum(0)  # of terms that cancel
     total = total.masked_fill(only_rounding, 0)
     return _divide(total, _std(rearrange(total, "p g -> (p g)"), dim=0) + eps)
 
@@ -111,8 +110,8 @@ def takes_component_rewards(advantages: Callable) -> bool:
 def has_unequal_rewards(rewards: Float[Tensor, "P G *K"]) -> Bool[Tensor, " P"]:
     """Return which groups have rewards that differ. The other groups have advantage 0.
 
-    DAPO draws prompts until enough groups have such rewards [paper]. With K rewards, one that differs is enough. NaN
-    means that a reward does not apply, and is ignored.
+    DAPO draws prompts until enough groups have such rewards [paper]. With K rewards per completion, it is enough that
+    one of the K differs. A NaN reward does not apply, and is ignored.
     """
     return _has_differing_rewards(rearrange(rewards, "p g ... -> p (...) g")).any(-1)
 

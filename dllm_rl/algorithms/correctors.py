@@ -2,12 +2,11 @@
 
 All functions read the GLOBAL batch and log_mismatch = logp_old - logp_rollout per token, in nats. The mask marks the
 tokens to correct: those of rows whose advantage is not zero, or of all rows if the recipe has a KL term or an entropy
-bonus. Batch statistics, such as the lambda of AIS, cover these rows. A corrector's metrics cover only these rows. The
-learner renames a corrector's `rollout_corr/NAME` to `trained/NAME`; the `rollout_corr/*` metrics in the log are the
-learner's, and cover all rows.
+bonus. Batch statistics, such as the lambda of AIS, and a corrector's metrics cover only these tokens. The learner
+therefore logs a corrector's `rollout_corr/NAME` as `trained/NAME`; its own `rollout_corr/*` metrics cover all rows.
 
 Weights are detached, and 1 outside the mask. They multiply the surrogate, but not the KL term. A token with a
-non-finite log_mismatch leaves the loss mask. docs/methods.md explains the tags [paper], [digest] and [ours].
+non-finite log_mismatch is removed from the loss mask. docs/methods.md explains the tags [paper], [digest] and [ours].
 """
 
 import math
@@ -31,9 +30,9 @@ Outside = Literal["zero", "drop"]
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Input of a corrector: statistics of the global batch's tokens.
+    """Input of a corrector's `weight_fn`: statistics of the global batch's tokens.
 
-    Every process has the same copy, on the host. A custom corrector reads it in its `weight_fn`.
+    Every process has the same copy, on the CPU.
 
     Args:
         log_mismatch: logp_old - logp_rollout, in nats; 0 outside the mask.
@@ -43,7 +42,7 @@ class TokenStats:
         rollout_logprobs: Log-probs under the policy that sampled, in nats.
         unmask_step: Denoising step that wrote the token (autoregressive: its position); -1 outside the completion.
         entropy: Entropy of the learner's distribution at the token, in nats. None (default) unless the
-            corrector sets `needs_entropy`, which takes one more forward per view.
+            corrector sets `needs_entropy`, which costs one more forward per view.
     """
 
     log_mismatch: Float[Tensor, "B T"]
@@ -65,7 +64,7 @@ class TokenWeights(NamedTuple):
     Attributes:
         importance_weights: Detached weights; 1 outside the mask.
         loss_mask: Tokens that stay in the loss.
-        metrics: Numbers to log, by name.
+        metrics: Metrics to log, by name.
     """
 
     importance_weights: Float[Tensor, "B T"]
@@ -77,7 +76,7 @@ WeightFn = Callable[[TokenStats], TokenWeights]
 
 
 def unit_weights(stats: TokenStats) -> TokenWeights:
-    """Give every token the weight 1. Tokens with a non-finite ratio leave the loss."""
+    """Give every token the weight 1. Tokens with a non-finite ratio are removed from the loss."""
     _, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     return TokenWeights(torch.ones_like(stats.log_mismatch).detach(), finite_mask, metrics)
 
@@ -148,7 +147,7 @@ def truncated_weights(
     """
     log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
     weights = pooled_ratio(log_mismatch, finite_mask, level=level, pool=pool)
-    # Counted before the clamp: a weight equal to cap is not capped.
+    # Compared before the clamp: a weight equal to cap is not capped.
     metrics["tis/capped_fraction"] = _fraction(weights > cap, finite_mask)
     return TokenWeights(torch.where(finite_mask, weights.clamp(max=cap), 1), finite_mask, metrics)
 
@@ -194,8 +193,8 @@ def rejection(
     """Remove tokens or sequences with a large mismatch from the loss mask, and thereby from the loss's denominator.
 
     Weights stay 1. With d = log_mismatch clamped to +-20: k1 = -d, k2 = d^2/2, k3 = exp(d) - 1 - d, in nats. A token
-    is removed if its |k| exceeds the threshold, and a sequence if the absolute value of its pooled k does. `reject`
-    explains the keywords.
+    is removed if its |k| exceeds the threshold; a sequence is removed if its pooled |k| does. `reject` explains the
+    keywords.
 
     Sources: the names are verl's. The default threshold is VeXact's [digest], for bf16 kernels: it rejects a sequence
     whose mean k3 exceeds 0.001. Low-bit rollouts need a larger threshold.
@@ -236,7 +235,7 @@ def rejection(
 def ais_lambda(reliability: float, divergence: float, variation: float, *, tau: float) -> float:
     """Compute lambda = 1 - ESS * tau/(D + tau) * 1/(1 + CV): 0 on-policy, and closer to 1 the larger the mismatch.
 
-    The formula is [ours]: we had only a summary of the paper, which gives none.
+    The formula is [ours]: we had only a summary of the paper, without a formula.
 
     Args:
         reliability: Effective sample size of the sequence weights, divided by the number of sequences, in (0, 1]
@@ -280,7 +279,7 @@ def adaptive_weights(
         row_log_w = pooled_log_ratio(log_mismatch, finite_mask, level="sequence", pool=pool).double()
         # One number per row that has a token.
         row_log_w = torch.where(finite_mask, row_log_w, -torch.inf).amax(-1)[finite_mask.any(-1)]
-        row_w = (row_log_w - row_log_w.max()).exp()  # ESS does not depend on the scale, and no square overflows
+        row_w = (row_log_w - row_log_w.max()).exp()  # this scaling does not change ESS, and prevents overflow
         reliability = min(1.0, (row_w.sum().square() / (len(row_w) * row_w.square().sum())).item())
         divergence = log_mismatch[finite_mask].double().abs().mean().item()
         variation = (w.std(correction=0) / w.mean()).item()
@@ -309,19 +308,19 @@ def band_weights(stats: TokenStats, *, max_weight: float = 2.0) -> TokenWeights:
 def combine_weights(stats: TokenStats, *, weight_fns: tuple[WeightFn, ...]) -> TokenWeights:
     """Multiply the weights of several functions, and intersect their loss masks.
 
-    If two functions log a metric with different values, the later one is logged as NAME_K, K being the function's
-    place.
+    If two functions log different values of one metric, the later value is logged as NAME_K, where K is the function's
+    position, from 1.
     """
     weights = torch.ones_like(stats.log_mismatch).detach()
     loss_mask = stats.mask
     metrics: dict[str, float] = {}
-    for number, weight_fn in enumerate(weight_fns, start=1):
+    for position, weight_fn in enumerate(weight_fns, start=1):
         result = weight_fn(stats)  # each function sees the full mask, so that their order does not matter
         weights = weights * result.importance_weights
         loss_mask = loss_mask & result.loss_mask
         for name, value in result.metrics.items():
             is_same = metrics.get(name, value) == value
-            metrics[name if is_same else f"{name}_{number}"] = value
+            metrics[name if is_same else f"{name}_{position}"] = value
     return TokenWeights(weights, loss_mask, metrics)
 
 
@@ -358,7 +357,7 @@ class Corrector:
     needs_entropy: bool = False
     factory: partial | None = field(default=None, init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:  # refuses an argument out of its range when the corrector is made
+    def __post_init__(self) -> None:  # raises when the corrector is made, not at the first batch
         check_bound((self.weight_fn, self.loss, self.loss_reduction))
 
     @property
@@ -371,8 +370,8 @@ class Corrector:
 def no_correction() -> Corrector:
     """Make the corrector without a correction: every weight is 1.
 
-    Use it if the rollout has the learner's precision, or as a baseline. Tokens with a non-finite ratio still leave the
-    loss.
+    Use it if the rollout has the learner's precision, or as a baseline. Tokens with a non-finite ratio are still
+    removed from the loss.
     """
     return Corrector()
 
@@ -517,10 +516,9 @@ def tbpo(
     The defaults fit long autoregressive responses [digest]; diffusion likelihoods move more and need wider bands.
 
     Args:
-        eps_high: Largest rise of the policy ratio (current / old) above 1 if the advantage is not negative. Default:
-            4e-4.
-        neg_low: Largest fall of the ratio below 1 if the advantage is negative. Default: 3e-4.
-        neg_high: Largest rise of the ratio above 1 if the advantage is negative. Default: 7e-4.
+        eps_high: Clamp the ratio (current / old) at 1 + eps_high if the advantage is not negative. Default: 4e-4.
+        neg_low: Clamp the ratio from below at 1 - neg_low if the advantage is negative. Default: 3e-4.
+        neg_high: Clamp the ratio from above at 1 + neg_high if the advantage is negative. Default: 7e-4.
         max_weight: Largest weight, and the reciprocal of the smallest; at least 1. Default: 2.
 
     Returns:
@@ -542,7 +540,7 @@ def tbpo(
 def aligned() -> Corrector:
     """Make the corrector that aligns the learner's forward: it computes with the rollout's quantized operands.
 
-    Use it to remove the mismatch instead of correcting it. It has no weights; `compose` adds some.
+    Use it to remove the mismatch instead of correcting it. It has no importance weights; `compose` can add them.
     """
     return Corrector(align_forward=True)
 
@@ -554,10 +552,9 @@ def qarl(
     """Make the QaRL corrector: `tbpo` with the aligned forward.
 
     Args:
-        eps_high: Largest rise of the policy ratio (current / old) above 1 if the advantage is not negative. Default:
-            4e-4.
-        neg_low: Largest fall of the ratio below 1 if the advantage is negative. Default: 3e-4.
-        neg_high: Largest rise of the ratio above 1 if the advantage is negative. Default: 7e-4.
+        eps_high: Clamp the ratio (current / old) at 1 + eps_high if the advantage is not negative. Default: 4e-4.
+        neg_low: Clamp the ratio from below at 1 - neg_low if the advantage is negative. Default: 3e-4.
+        neg_high: Clamp the ratio from above at 1 + neg_high if the advantage is negative. Default: 7e-4.
         max_weight: Largest weight, and the reciprocal of the smallest; at least 1. Default: 2.
 
     Returns:
@@ -590,9 +587,9 @@ def compose(*parts: Corrector | WeightFn) -> Corrector:
     with_loss = [corrector for corrector in correctors if corrector.loss is not None]
     if len({corrector.loss for corrector in with_loss}) > 1:
         raise ValueError(
-            f"{len(with_loss)} parts have a loss, and one may: give the others as replace(part, loss=None)"
+            f"{len(with_loss)} parts have a loss, but only one may: pass the others as replace(part, loss=None)"
         )
-    # An objective brings its reduction; reductions of parts without an objective are ignored.
+    # The part with an objective also sets the reduction; reductions of parts without an objective are ignored.
     loss_source = with_loss[0] if with_loss else no_correction()
     weight_fns = tuple(corrector.weight_fn for corrector in correctors if corrector.has_weight_fn)
     if len(weight_fns) > 1:

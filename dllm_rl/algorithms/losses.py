@@ -34,7 +34,7 @@ def surrogate_inputs(surrogate: Callable) -> frozenset[str]:
     """Return the SURROGATE_INPUTS that a surrogate requires.
 
     Raises:
-        ValueError: The surrogate requires any other input.
+        ValueError: The surrogate requires another input.
     """
     parameters = list(inspect.signature(surrogate).parameters.values())[3:]  # after log_ratio, advantages, mask
     required = [p for p in parameters if p.default is p.empty]
@@ -72,18 +72,17 @@ def ppo_clip(
 ) -> Float[Tensor, "B T"]:
     """Compute min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) per token, with r = exp(log_ratio).
 
-    Use it as the default `loss`; `gspo` clips one ratio per sequence. Source: PPO, GRPO [paper].
+    This is the default `loss`. Source: PPO, GRPO [paper].
 
     Args:
         log_ratio: logp_current - logp_old (B, T), in nats.
         advantages: Advantage of each row (B,).
         mask: Tokens in the loss (B, T).
-        epsilon: Largest fall of the ratio below 1 that leaves a gradient; also the largest rise if epsilon_high is
-            None. Default: 0.2.
-        epsilon_high: Largest rise of the ratio above 1 that leaves a gradient (DAPO: more than epsilon). None
-            (default): epsilon.
-        delta: Largest ratio in r A (two-sided clipping), at least 1 + epsilon_high. It limits rows with A < 0, whose
-            ratio is otherwise unlimited. None (default): no limit.
+        epsilon: Lower clip: the ratio is clipped at 1 - epsilon. Default: 0.2.
+        epsilon_high: Upper clip: the ratio is clipped at 1 + epsilon_high (DAPO: larger than epsilon). None (default):
+            epsilon.
+        delta: Upper limit of the ratio in r A (two-sided clipping), at least 1 + epsilon_high. It matters for A < 0,
+            where the ratio is otherwise unlimited. None (default): no limit.
 
     Returns:
         The objective of each token (B, T).
@@ -115,8 +114,8 @@ def gspo(
         log_ratio: logp_current - logp_old (B, T), in nats.
         advantages: Advantage of each row (B,).
         mask: Tokens in the loss (B, T).
-        epsilon: Largest fall of the ratio below 1 that leaves a gradient. Default: 3e-4.
-        epsilon_high: Largest rise of the ratio above 1 that leaves a gradient. None: epsilon. Default: 4e-4.
+        epsilon: Lower clip: the ratio is clipped at 1 - epsilon. Default: 3e-4.
+        epsilon_high: Upper clip: the ratio is clipped at 1 + epsilon_high. None: epsilon. Default: 4e-4.
 
     Returns:
         The objective of each token (B, T).
@@ -141,16 +140,17 @@ def trust_band(
 
         A >= 0:  r^ = clamp(r, 0, 1 + eps_high)        A < 0:  r^ = clamp(r, 1 - neg_low, 1 + neg_high)
 
-    The gradient is zero outside the band, because there is no outer minimum as in PPO. The paper averages over
-    sequences, as `sequence_mean` does; the corrector `tbpo` sets this objective and this reduction.
+    The gradient is zero outside the band. There is no outer minimum as in PPO, which would leave the ratio unbounded
+    for A < 0. The paper averages over sequences, as `sequence_mean` does; the corrector `tbpo` sets this objective and
+    this reduction.
 
     Args:
         log_ratio: logp_current - logp_old (B, T), in nats.
         advantages: Advantage of each row (B,).
         mask: Tokens in the loss (B, T).
-        eps_high: Largest rise of the ratio above 1 if the advantage is not negative. Default: 4e-4.
-        neg_low: Largest fall of the ratio below 1 if the advantage is negative. Default: 3e-4.
-        neg_high: Largest rise of the ratio above 1 if the advantage is negative. Default: 7e-4.
+        eps_high: Clamp the ratio at 1 + eps_high if the advantage is not negative. Default: 4e-4.
+        neg_low: Clamp the ratio from below at 1 - neg_low if the advantage is negative. Default: 3e-4.
+        neg_high: Clamp the ratio from above at 1 + neg_high if the advantage is negative. Default: 7e-4.
 
     Returns:
         The objective of each token (B, T).
@@ -161,7 +161,6 @@ def trust_band(
     Source: QaRL, arXiv 2604.07853 [digest].
     """
     ratio = exp_ratio(row_mean(log_ratio, mask))
-    # No outer minimum: PPO's minimum would leave the ratio unbounded for A < 0.
     for_nonnegative = ratio.clamp(0, 1 + eps_high)
     for_negative = ratio.clamp(1 - neg_low, 1 + neg_high)
     advantages = advantages[:, None]
@@ -230,7 +229,7 @@ def vespo(
 
     Source: VESPO, arXiv 2602.10693 [paper].
     """
-    # The ratio is detached: phi weights the gradient of log p, and has no gradient.
+    # Detached: phi is only a weight of the gradient of log p.
     log_w = torch.where(mask, log_ratio.detach(), 0).sum(-1, keepdim=True).clamp(-MAX_LOG, MAX_LOG)
     positive = (advantages >= 0)[:, None]
     k = torch.where(positive, k_pos, k_neg)
@@ -251,7 +250,7 @@ def reinforce(
 def row_mean(log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Return the row's mean of log_ratio over the mask, at every position of the mask; 0 outside the mask.
 
-    The value is the mean, but the gradient of a position goes to the log_ratio of this position only.
+    The gradient is not that of a mean: each position of the result passes its gradient to its own log_ratio only.
     """
     masked_ratio = torch.where(mask, log_ratio, 0)
     mean = masked_ratio.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
@@ -268,8 +267,7 @@ def exp_ratio(log_ratio: Tensor) -> Tensor:
 def kl_k1(log_ratio: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Compute k1 = -d, with d = logp_reference - logp_current, in nats: unbiased for KL(current || reference).
 
-    In a loss use `kl_k2` or `kl_k3`: on-policy the mean gradient of k1 is 0, like the mean gradient of any log-prob
-    [ours].
+    In a loss use `kl_k2` or `kl_k3`: on-policy, the expected gradient of k1 is 0, like that of any log-prob [ours].
     """
     return -log_ratio
 
@@ -298,16 +296,16 @@ def bias_corrected_kl(
     kl: Callable[[Tensor], Tensor],
     rollout_log_ratio: Float[Tensor, "B T"],
 ) -> Float[Tensor, "B T"]:
-    """Multiply a KL estimate by p / p_rollout, and differentiate this ratio too.
+    """Multiply a KL estimate by p_current / p_rollout, and differentiate this ratio too.
 
-    Use it as the `kl` of `policy_loss`, with `partial(bias_corrected_kl, kl=kl_k3)`: the mean gradient is then the
-    gradient of KL(current || reference) for rollouts of other weights too. Source: DeepSeek-V3.2, arXiv 2512.02556,
-    eq. 7 [digest].
+    Pass `partial(bias_corrected_kl, kl=kl_k3)` as the `kl` of `policy_loss`. The expected gradient is then the gradient
+    of KL(current || reference), even if other weights made the rollouts. Source: DeepSeek-V3.2, arXiv 2512.02556, eq. 7
+    [digest].
 
     Args:
-        log_ratio: logp_reference - logp (B, T), in nats.
+        log_ratio: logp_reference - logp_current (B, T), in nats.
         kl: Estimator of the KL term, such as `kl_k3`.
-        rollout_log_ratio: logp - logp_rollout (B, T), in nats; `policy_loss` passes it.
+        rollout_log_ratio: logp_current - logp_rollout (B, T), in nats; `policy_loss` passes it.
 
     Returns:
         The corrected estimate of each token (B, T), in nats.
@@ -321,8 +319,8 @@ def entropy_bonus(
     """Compute (-sg(log p) - b) log p: an objective that raises the entropy H, in nats, from the sampled tokens only.
 
     sg is stop-gradient. b is a baseline: the mean of -log p over the tokens of the prompt's OTHER completions, or 0
-    without others. For every b that does not depend on the row, the mean gradient is the gradient of H (score function;
-    exact only on-policy). Without b, the noise of the gradient lowers the entropy [ours].
+    without others. For every b that does not depend on the row, the expected gradient is the gradient of H (score
+    function; exact only on-policy). Without b, the noise of the gradient lowers the entropy [ours].
     """
     surprise = torch.where(mask, -logps.detach(), 0)
     total = rearrange(surprise.sum(-1), "(p g) -> p g", g=group_size)
@@ -387,15 +385,16 @@ def surrogate_keywords(surrogate: Callable[..., Tensor], batch: Batch) -> dict[s
     return keywords
 
 
-def of_tokens(
+def apply_per_token(
     surrogate: Callable[..., Tensor],
     log_ratio: Float[Tensor, "B T"],
     advantages: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     **keywords: Any,
 ) -> Float[Tensor, "B T"]:
-    """Call a surrogate that treats each token by itself (`is_per_token`) with an advantage for each token: every token
-    is a row.
+    """Call a surrogate with an advantage per token instead of per row, by making every token a row.
+
+    The surrogate must treat each token by itself (`is_per_token`).
     """
     flat_keywords = {name: x.reshape(-1, 1) if isinstance(x, Tensor) else x for name, x in keywords.items()}
     objective = surrogate(log_ratio.reshape(-1, 1), advantages.flatten(), mask.reshape(-1, 1), **flat_keywords)
@@ -403,23 +402,24 @@ def of_tokens(
 
 
 def is_per_token(surrogate: Callable[..., Tensor]) -> bool:
-    """Return whether a surrogate treats each token by itself, so that the tokens of a row may have different
-    advantages: whether rows of three tokens and rows of one token give the same objective.
+    """Return whether a surrogate treats each token by itself, so that each token may have a different advantage.
+
+    This is tested on numbers: rows of three tokens and rows of one token must give the same objective.
     """
     log_ratio = torch.linspace(-0.9, 0.7, 12, dtype=torch.float64).view(4, 3)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
     mask = torch.ones(4, 3, dtype=torch.bool)
     inputs = {"old_logprobs": log_ratio - 1, "log_mismatch": log_ratio / 3, "sum_over_processes": lambda total: total}
     keywords = {name: inputs[name] for name in surrogate_inputs(surrogate)}
-    together = surrogate(log_ratio, advantages, mask, **keywords)
-    apart = of_tokens(surrogate, log_ratio, advantages[:, None].expand(4, 3), mask, **keywords)
-    return bool(torch.allclose(together.expand(4, 3), apart))
+    row_objective = surrogate(log_ratio, advantages, mask, **keywords)
+    token_objective = apply_per_token(surrogate, log_ratio, advantages[:, None].expand(4, 3), mask, **keywords)
+    return bool(torch.allclose(row_objective.expand(4, 3), token_objective))
 
 
-def _rollout_logprobs(batch: Batch, user: str) -> Float[Tensor, "B T"]:
-    """Return the rollout's log-probs. Raise ValueError, which names their `user`, if the batch has none."""
+def _rollout_logprobs(batch: Batch, consumer: str) -> Float[Tensor, "B T"]:
+    """Return the rollout's log-probs, which `consumer` needs. Raise ValueError if the batch has none."""
     if batch.rollout_logprobs is None:
-        raise ValueError(f"{user} needs the rollout's log-probs, but batch.rollout_logprobs is None: set it")
+        raise ValueError(f"{consumer} needs the rollout's log-probs, but batch.rollout_logprobs is None: set it")
     return batch.rollout_logprobs
 
 
@@ -448,14 +448,15 @@ def policy_loss(
         surrogate: Per-token objective, such as `ppo_clip`.
         loss_reduction: Averaging of tokens, such as `token_mean`.
         beta: Coefficient of the KL term; used if the batch has reference log-probs.
-        kl: Estimator of the KL term, such as `kl_k3`, or `bias_corrected_kl` with one bound to it.
+        kl: Estimator of the KL term, such as `kl_k3`, or `bias_corrected_kl` with an estimator bound.
         entropy: Coefficient of the entropy bonus. Default: 0.
 
     Returns:
-        The loss, detached; the metrics as (sum, count); the gradient (B, T). clip_ratio/{region,low,high}_mean are the
-        shares of tokens whose policy term has no gradient, for all A, A < 0 and A > 0; band/{positive,negative} are the
-        shares of tokens with A > 0 and with A < 0 whose policy term has a gradient. Tokens with A = 0 or with weight 0
-        are not counted.
+        The loss, detached; the metrics, each as (sum, count); the gradient (B, T).
+        clip_ratio/{region,low,high}_mean: shares of all tokens whose policy term has no gradient: for any A, for A < 0,
+        and for A > 0.
+        band/{positive,negative}: share of the tokens with A > 0, and with A < 0, whose policy term has a gradient.
+        Neither counts tokens with A = 0 or with weight 0.
 
     Raises:
         ValueError: The surrogate or the KL term needs the rollout's log-probs, and the batch has none.
@@ -471,8 +472,8 @@ def policy_loss(
         objective = surrogate(log_ratio, batch.advantages, loss_mask, **keywords)
     else:
         advantages = batch.token_advantages
-        objective = of_tokens(surrogate, log_ratio, advantages, loss_mask, **keywords)
-    flat_index = loss_mask.flatten().nonzero()[:, 0]  # computed once: on a GPU the host waits for the number of tokens
+        objective = apply_per_token(surrogate, log_ratio, advantages, loss_mask, **keywords)
+    flat_index = loss_mask.flatten().nonzero()[:, 0]  # computed only once, because `nonzero` waits for the GPU
 
     def at_tokens(values: Tensor) -> Tensor:
         return values.flatten()[flat_index]
@@ -481,9 +482,9 @@ def policy_loss(
     (gradient,) = torch.autograd.grad(loss, logps)
 
     positive = advantages > 0
-    # Tokens with a zero advantage or a zero weight never have a gradient, so that they say nothing about the clip.
+    # Tokens with a zero advantage or a zero weight never have a gradient, clipped or not.
     counted = loss_mask & (advantages != 0) & (batch.importance_weights != 0)
-    clipped = counted & (gradient == 0)  # true of every surrogate, whatever its clip
+    clipped = counted & (gradient == 0)  # holds for every surrogate, however it clips
     count = counted.sum()
     num_positive = (counted & positive).sum()
     metrics = {
@@ -508,8 +509,6 @@ def policy_loss(
         bonus = entropy * (coefficient * entropy_bonus(logps, loss_mask, group_size=batch.rollout.group_size)).sum()
         gradient = gradient - torch.autograd.grad(bonus, logps)[0]
         metrics["entropy"] = (-at_tokens(logps.detach()).sum(), loss_mask.sum())
-    metrics["loss"] = (
-        loss.detach(),
-        torch.ones_like(loss.detach()),
-    )  # this process's share; reduce_metrics adds them up
+    # This process's share of the loss; `reduce_metrics` adds up the shares.
+    metrics["loss"] = (loss.detach(), torch.ones_like(loss.detach()))
     return loss.detach(), metrics, gradient

@@ -1,12 +1,12 @@
-"""Metrics of the training-inference mismatch: how much rollout policy and learner disagree on the sampled tokens.
+"""Metrics of the training-inference mismatch: how much rollout policy and learner disagree on sampled tokens.
 
 log_mismatch = logp_old - logp_rollout per token, in nats; rho = exp(log_mismatch). Names follow verl. Functions expect
 the GLOBAL batch, and the mask from BEFORE any rejection. Tokens whose log_mismatch is not finite are left out and
 counted.
 
-A step scores only the rows that it trains on, and a random sample of the other groups. Each row is weighted by its
-inverse sampling fraction (0 if not scored), so that sums over scored rows estimate sums over all rows. docs/methods.md
-explains the tag [digest].
+To save forwards, a training step scores only the rows that it trains on, and a random sample of the other groups. Each
+row is weighted by its inverse sampling fraction (0 if not scored), so that sums over scored rows estimate sums over all
+rows. docs/methods.md explains the tag [digest].
 """
 
 import math
@@ -41,7 +41,8 @@ class _ScoredTokens:
 
     def per_token(self, values: Float[Tensor, " K"]) -> Float[Tensor, ""]:
         """Estimate the mean over the tokens of all rows."""
-        return (values * self.token_weights).sum() / self.num_tokens  # the exact number, so that the mean is unbiased
+        # Divided by the exact number, not by the sum of the weights, so that the mean is unbiased.
+        return (values * self.token_weights).sum() / self.num_tokens
 
     def per_row(self, values: Float[Tensor, " R"]) -> Float[Tensor, ""]:
         """Estimate the mean over all rows."""
@@ -53,7 +54,8 @@ class _ScoredTokens:
 
     def weighted_moments(self, values: Float[Tensor, " K"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Return the weighted mean and the weighted mean square over scored tokens."""
-        total = self.token_weights.sum()  # the divisor of both, so that mean^2 / mean square stays in (0, 1]
+        # Both are divided by the sum of the weights, so that mean^2 / mean square stays in (0, 1].
+        total = self.token_weights.sum()
         return (values * self.token_weights).sum() / total, (values.square() * self.token_weights).sum() / total
 
 
@@ -92,7 +94,7 @@ def mismatch_metrics(
 ) -> dict[str, float]:
     """Compute the `rollout_corr/` metrics over the tokens of the mask.
 
-    If both policies agree bit for bit, differences are exactly 0 and ratios exactly 1. Only zero_mismatch promises
+    If both policies agree bit for bit, differences are exactly 0 and ratios exactly 1. Only zero_mismatch guarantees
     this; otherwise an unquantized rollout agrees with the learner up to rounding. Log-ratios are clamped to +-20 before
     exp.
 
@@ -119,7 +121,7 @@ def mismatch_metrics(
             extremes cover scored rows only. None (default): all rows are scored.
 
     Returns:
-        Numbers by name.
+        Metrics by name.
 
     Raises:
         ValueError: No token of the mask has a finite ratio.
@@ -129,7 +131,7 @@ def mismatch_metrics(
     excess = torch.expm1(log_rho.clamp(-MAX_LOG, MAX_LOG))  # rho - 1: means around 1 are exact if the policies agree
     rho = log_rho.clamp(-MAX_LOG, MAX_LOG).exp()
     row_log_rho = scored.log_mismatch.sum(-1)[scored.rows]
-    log_ppl = -scored.row_means(scored.log_mismatch)
+    log_ppl_diff = -scored.row_means(scored.log_mismatch)
     mean, _ = scored.weighted_moments(rho)
     _, mean_square = scored.weighted_moments(rho / mean)  # divided first: exactly 1 if the policies agree
     values = {
@@ -139,11 +141,11 @@ def mismatch_metrics(
         "k3_kl": scored.per_token(excess - log_rho),
         "abs_log_ratio_mean": scored.per_token(log_rho.abs()),
         "abs_log_ratio_max": log_rho.abs().max(),
-        "log_ppl_diff": scored.per_row(log_ppl),
-        "log_ppl_abs_diff": scored.per_row(log_ppl.abs()),
-        "log_ppl_diff_max": log_ppl.max(),
-        "log_ppl_diff_min": log_ppl.min(),
-        "ppl_ratio": 1 + scored.per_row(log_ppl.clamp(-MAX_LOG, MAX_LOG).exp() - 1),
+        "log_ppl_diff": scored.per_row(log_ppl_diff),
+        "log_ppl_abs_diff": scored.per_row(log_ppl_diff.abs()),
+        "log_ppl_diff_max": log_ppl_diff.max(),
+        "log_ppl_diff_min": log_ppl_diff.min(),
+        "ppl_ratio": 1 + scored.per_row(log_ppl_diff.clamp(-MAX_LOG, MAX_LOG).exp() - 1),
         "chi2_token": scored.per_token(rho.square() - 1),
         "chi2_seq": scored.per_row((2 * row_log_rho.clamp(-MAX_LOG, MAX_LOG)).exp() - 1),
         "nonfinite_fraction": scored.nonfinite_fraction,
@@ -151,9 +153,9 @@ def mismatch_metrics(
     }
     if old is not None:
         training = scored.row_means(old.double())
-        for name, log_prob in (("training", training), ("rollout", training + log_ppl)):
-            values[f"{name}_ppl"] = scored.per_row((-log_prob).exp())
-            values[f"{name}_log_ppl"] = -scored.per_row(log_prob)
+        for name, mean_logprob in (("training", training), ("rollout", training + log_ppl_diff)):
+            values[f"{name}_ppl"] = scored.per_row((-mean_logprob).exp())
+            values[f"{name}_log_ppl"] = -scored.per_row(mean_logprob)
     if advantages is not None:
         contribution = -excess * advantages.double()[:, None].expand(mask.shape)[scored.finite]
         for name, has_sign in (("positive", advantages > 0), ("negative", advantages < 0)):
@@ -188,14 +190,14 @@ def weight_metrics(
 def _weight_metrics(scored: _ScoredTokens, high: float) -> dict[str, float]:
     rho = scored.log_mismatch.clamp(-MAX_LOG, MAX_LOG).exp()
     weights = rho.clamp(max=high)
-    row_weight = scored.row_means(weights)
-    row_rho = scored.row_means(rho)
+    row_mean_weight = scored.row_means(weights)
+    row_mean_rho = scored.row_means(rho)
     token_weight = weights[scored.finite]
     token_rho = rho[scored.finite]
     mean, _ = scored.weighted_moments(token_weight)
     _, variance = scored.weighted_moments(token_weight - mean)
-    row_mean = 1 + scored.per_row(row_weight - 1)  # a mean around 1 is exact if the policies agree
-    bessel = scored.num_rows / (scored.num_rows - 1).clamp(min=1)  # the deviation of a single row is 0
+    mean_of_rows = 1 + scored.per_row(row_mean_weight - 1)  # a mean around 1 is exact if the policies agree
+    bessel = scored.num_rows / (scored.num_rows - 1).clamp(min=1)  # the std of a single row is 0
     values = {
         "mean": 1 + scored.per_token(token_weight - 1),
         "std": variance.sqrt(),
@@ -204,13 +206,13 @@ def _weight_metrics(scored: _ScoredTokens, high: float) -> dict[str, float]:
         "eff_sample_size": 1 / scored.weighted_moments(token_weight / mean)[1],
         "ratio_fraction_high": scored.per_token((token_rho > high).double()),
         "ratio_fraction_low": scored.per_token((token_rho < 1 / high).double()),
-        "seq_mean": row_mean,
-        "seq_std": (scored.per_row((row_weight - row_mean).square()) * bessel).sqrt(),
-        "seq_min": row_weight.min(),
-        "seq_max": row_weight.max(),
-        "seq_max_deviation": (row_weight - 1).abs().max(),
-        "seq_fraction_high": scored.per_row((row_rho > high).double()),
-        "seq_fraction_low": scored.per_row((row_rho < 1 / high).double()),
+        "seq_mean": mean_of_rows,
+        "seq_std": (scored.per_row((row_mean_weight - mean_of_rows).square()) * bessel).sqrt(),
+        "seq_min": row_mean_weight.min(),
+        "seq_max": row_mean_weight.max(),
+        "seq_max_deviation": (row_mean_weight - 1).abs().max(),
+        "seq_fraction_high": scored.per_row((row_mean_rho > high).double()),
+        "seq_fraction_low": scored.per_row((row_mean_rho < 1 / high).double()),
     }
     return {f"{PREFIX}rollout_is_{name}": value.item() + 0.0 for name, value in values.items()}
 
@@ -243,29 +245,30 @@ def step_metrics(
 def off_policy_metrics(
     logps: Float[Tensor, "B T"], batch: Batch, *, old: Float[Tensor, "B T"]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Measure how far the current log-probs have moved from those of the data at an inner update, as (sum, count).
+    """Measure, at an inner update, how far the current policy has moved. Each metric is a pair (sum, count).
 
-    off_policy/old/*: r = p_current / p_old (start of the update); off_policy/rollout/*: r = p_current / p_rollout.
+    off_policy/old/* compare with the policy at the start of the update, r = p_current / p_old; off_policy/rollout/*
+    with the rollout policy, r = p_current / p_rollout.
 
     - contribution_{positive,negative}: Sum over tokens of -(r - 1) A by sign of A, divided by ALL completion tokens
       (VeXact, eq. 5 [digest]); negative if the update follows the advantages.
     - m2: Mean of (log r)^2 over tokens in the loss, nats^2 (M2PO bounds m2 by 0.04 [digest]).
     - max: Mean over sequences of the largest |log r|, in nats.
     """
-    keep = batch.loss_mask
+    loss_mask = batch.loss_mask
     advantages = batch.advantages[:, None]
     metrics: dict[str, tuple[Tensor, Tensor]] = {}
     tokens = batch.rollout.completion_mask.sum()  # all rows: rows without advantage contribute 0
-    rows = keep.any(-1).sum()
-    for name, base in (("old", old), ("rollout", batch.rollout_logprobs)):
-        if base is None:  # the rollout's log-probs are unknown
+    rows = loss_mask.any(-1).sum()
+    for name, base_logprobs in (("old", old), ("rollout", batch.rollout_logprobs)):
+        if base_logprobs is None:  # the rollout's log-probs are unknown
             continue
-        log_ratio = torch.where(keep, logps - base, 0).double()
+        log_ratio = torch.where(loss_mask, logps - base_logprobs, 0).double()
         contribution = -torch.expm1(log_ratio.clamp(-MAX_LOG, MAX_LOG)) * advantages
         metrics |= {
             f"off_policy/{name}/contribution_positive": (torch.where(advantages > 0, contribution, 0).sum(), tokens),
             f"off_policy/{name}/contribution_negative": (torch.where(advantages < 0, contribution, 0).sum(), tokens),
-            f"off_policy/{name}/m2": (log_ratio.square().sum(), keep.sum()),
+            f"off_policy/{name}/m2": (log_ratio.square().sum(), loss_mask.sum()),
             f"off_policy/{name}/max": (log_ratio.abs().amax(-1).sum(), rows),
         }
     return metrics

@@ -34,7 +34,7 @@ def adamw_8bit(
 def linear_decay(
     step: int, num_steps: int, *, warmup_steps: int = 5, constant_until: float = 0.6, final: float = 0.1
 ) -> float:
-    """Return the factor on the learning rate at `step`: a linear rise, a plateau, a linear fall, then `final`.
+    """Return the factor on the learning rate at `step`: a linear rise, a plateau, and a linear fall to `final`.
 
     Args:
         step: Training step, from 0.
@@ -48,7 +48,7 @@ def linear_decay(
     return rise * (1 - (1 - final) * fall)
 
 
-# The next four are schedules of transformers, with the same names. With a warmup, their first step has the rate 0.
+# The next four schedules are transformers', with the same names. With a warmup, their first step has the rate 0.
 
 
 def constant_rate(step: int, num_steps: int) -> float:

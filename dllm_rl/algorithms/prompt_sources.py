@@ -40,11 +40,12 @@ class RewardHistory:
         return {name: getattr(self, name) for name in ("step", "prompt", "mean", "mixed")}
 
     def add(self, step: int, prompt: Int[Tensor, " P"], rewards: Float[Tensor, "P G K"]) -> None:
-        """Append the groups of a draw of prompts. `mean` is the mean of the first of K rewards."""
+        """Append one group per drawn prompt. Its `mean` is the mean of the first of the K rewards."""
         self.prompt = torch.cat([self.prompt, prompt])
         self.mean = torch.cat([self.mean, rewards[..., 0].mean(-1)])
         self.mixed = torch.cat([self.mixed, has_unequal_rewards(rewards)])
-        self.step = torch.cat([self.step, torch.full_like(prompt, step)])  # last, because `before` counts these entries
+        # Last, because `before`, in another thread, relies on `step` for the number of complete entries.
+        self.step = torch.cat([self.step, torch.full_like(prompt, step)])
 
     def before(self, step: int) -> "RewardHistory":
         """Return the groups of earlier steps. Safe while another thread adds later groups."""
@@ -93,7 +94,7 @@ def uniform_prompts() -> PromptSource:
 @configurable
 @bounded(equal_weight=Bound(above=0, at_most=1))
 def mixed_reward_prompts(*, equal_weight: float = 0.1) -> PromptSource:
-    """Prefer prompts whose rewards differed in their last group, and prompts that were not drawn yet [ours].
+    """Prefer prompts whose rewards differed in their last group, and prompts that have not been drawn yet [ours].
 
     Use it if many groups have equal rewards (`frac_reward_zero_std`), which have no advantage, and the run draws each
     prompt several times. This source draws fewer such groups; `max_num_gen_batches` (DAPO) replaces them after they

@@ -19,14 +19,14 @@ def triage_weights(stats: TokenStats, *, gate: float = 0.02, window: int = 64) -
     """Compute w = rho = exp(log_mismatch) for dangerous tokens, and w = 1 for all others.
 
     A token is dangerous if its advantage is negative, its probability is lower under the learner than under the rollout
-    policy (rho < 1), and its gate is open.
+    policy (rho < 1), and the gate of its window is open.
 
-    The learner drifts if the probability of a token that it already finds unlikely is lowered further. The choice of
+    The learner drifts if updates further lower the probability of tokens that it already finds unlikely. The choice of
     these tokens, and one gate per window of 64 tokens, are from the paper [digest]. The weight rho, and the rule that a
-    gate is open if the window's mean |log_mismatch| exceeds `gate`, are [ours]. `triage` explains the keywords.
+    window's gate is open if its mean |log_mismatch| exceeds `gate`, are [ours]. `triage` explains the keywords.
     """
     log_mismatch, finite_mask, metrics = drop_nonfinite(stats.log_mismatch, stats.mask)
-    window_index = stats.mask.cumsum(-1).sub(1).clamp(min=0) // window  # counts tokens to correct, without padding
+    window_index = stats.mask.cumsum(-1).sub(1).clamp(min=0) // window  # windows of tokens to correct, without padding
     in_window = F.one_hot(window_index) * finite_mask[..., None]  # (B, T, windows per row)
     num_tokens = in_window.sum(1).clamp(min=1)
     mean = (in_window * log_mismatch.abs().double()[..., None]).sum(1) / num_tokens

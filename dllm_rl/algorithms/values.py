@@ -16,7 +16,7 @@ from dllm_rl.members import configurable
 
 @dataclass(frozen=True)
 class ValueModel:
-    """Settings of a value model. `value_head` makes it; `training.values` trains it.
+    """Settings of a value model. `value_head` makes them; `training.values` trains the model.
 
     Args:
         gae_lambda: Lambda of `generalized_advantages`.
@@ -42,17 +42,17 @@ def value_head(*, gae_lambda: float = 0.95, hidden_size: int = 64, learning_rate
     Use it as `value_model` if a completion takes several denoising steps and early steps already decide its reward. The
     tokens of a step then get the advantage minus the value before the step (see `generalized_advantages`), in place of
     one advantage for all tokens of a row. The value is the mean over the completion's positions, masked or not, so that
-    it does not depend on the tokens that the step draws. The head begins at zero, where the update is GRPO's; its
-    gradient does not reach the learner.
+    it does not depend on the tokens that the step draws. The head initially predicts 0, with which gae_lambda=1 gives
+    GRPO's update. Its gradient does not reach the learner.
 
     Scoring costs one more forward per view, and groups of equal rewards are trained on too.
 
     Args:
-        gae_lambda: 1 subtracts the value and adds no bias; below 1 a step's advantage also relies on the values after
-            it, which has less variance and the head's bias. In [0, 1]. Default: 0.95.
+        gae_lambda: Lambda of GAE, in [0, 1]. 1 subtracts the value, which adds no bias. Below 1, a step's advantage
+            also uses the values of later steps: it has less variance, but the head's errors bias it. Default: 0.95.
         hidden_size: Width of the hidden layer, at least 1. Default: 64.
-        learning_rate: Learning rate of the head's AdamW for layers of 64 inputs; layers of n inputs take 64 / n of it.
-            Above 0. Default: 1e-2.
+        learning_rate: Learning rate of the head's AdamW for layers of 64 inputs, above 0. For layers of n inputs it is
+            multiplied by 64 / n. Default: 1e-2.
 
     Returns:
         The value model. It logs value/loss and value/explained_variance.

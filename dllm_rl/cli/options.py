@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dllm_rl.members import imported
+from dllm_rl.members import import_function
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ def open_policy(
     if arguments.maker is None:
         policy: Policy = load_policy(folder, dtype=arguments.dtype, device=device, verify_checkpoint=check)
     else:
-        policy = imported("model", arguments.maker)()
+        policy = import_function("model", arguments.maker)()
         if not isinstance(policy, Policy):
             kind = type(policy).__name__
             raise ValueError(f"--model {arguments.maker!r} makes a {kind} and no policy; return make_policy(...)")

@@ -17,7 +17,7 @@ from dllm_rl.models.base import FamilySpec, Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import load_config
 from dllm_rl.models.policy import make_policy
-from dllm_rl.presets import find_preset, num_parameters, preset_by_size, say_preset, without_groups
+from dllm_rl.presets import find_preset, num_parameters, preset_by_size, print_preset, without_batch_settings
 from dllm_rl.recipe import Recipe, check_kind
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.records import as_commit
@@ -212,7 +212,7 @@ def apply_preset(
         The sampler's options and the recipe's fields.
     """
     fields, keywords = find_preset(preset).for_task(task)
-    fields = without_groups(fields, settings)
+    fields = without_batch_settings(fields, settings)
     if not is_path:  # a loaded module has its dtype already
         fields = {field: value for field, value in fields.items() if field not in ("dtype", "base_quantization")}
     length = options["max_new_tokens"]
@@ -223,7 +223,7 @@ def apply_preset(
         keywords = {}
     fields = {field: value for field, value in fields.items() if field not in settings}
     keywords = {keyword: value for keyword, value in keywords.items() if keyword not in options}
-    say_preset(preset, fields | keywords)
+    print_preset(preset, fields | keywords)
     return keywords | options, fields | settings
 
 

@@ -214,7 +214,7 @@ def test_a_signed_manifest_of_other_types_is_damaged(run, field, value):
     if value == "lost":
         del fields[field]
     (newest / manifest.NAME).write_text(json.dumps(fields | {"sha256": manifest._own_digest(fields)}))
-    with pytest.raises(ValueError, match=r"manifest\.json is damaged: its fields are missing, or of other types"):
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged: its fields are missing or have wrong types"):
         checkpoint.check(newest)
 
 

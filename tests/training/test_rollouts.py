@@ -133,9 +133,9 @@ def test_groups_stay_whole(tmp_path):
     for size in (3, 6):
         with pytest.raises(ValueError, match=f"rollout_batch_size={size} must be a multiple of num_generations=4"):
             tiny_recipe(tmp_path, rollout_batch_size=size)
-    with pytest.raises(ValueError, match="rows=1 must hold a group of 2, and every row have its seed"):
+    with pytest.raises(ValueError, match="rows=1 must fit a group of 2, and every row needs a seed"):
         PROMPTS.split(1)
-    with pytest.raises(ValueError, match="and every row have its seed"):
+    with pytest.raises(ValueError, match="and every row needs a seed"):
         dataclasses.replace(PROMPTS, seeds=None).split(2)
 
 
