@@ -25,7 +25,7 @@ from dllm_rl.training.cautions import learning_rate_warnings
 from dllm_rl.training.dry_run.duration import HOST, PEAK, seconds, shares
 from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, most_graphs, shard_memory
 from dllm_rl.training.policies import call_model_function, check_blocks
-from dllm_rl.training.saving import adapters_alone
+from dllm_rl.training.saving import saves_only_adapters
 from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, shard_group_size
 
 GB = 1e9
@@ -280,7 +280,7 @@ def save_lines(recipe: Recipe, policy: MetaPolicy, step_memory: Memory) -> list[
     state_bytes = gpus_per_learner(recipe) * sum(step_memory.held.get(name, 0) for name in ("optimizer", "adapters"))
     weight_bytes = policy.num_parameters * weights_dtype(recipe, policy).itemsize
     full_bytes = weight_bytes + state_bytes  # of a checkpoint with all weights; the last one always has them
-    only_adapters = adapters_alone(recipe)
+    only_adapters = saves_only_adapters(recipe)
     checkpoint_bytes = state_bytes if only_adapters else full_bytes
     disk_bytes = recipe.save_total_limit * checkpoint_bytes + full_bytes
     host_bytes = min(weight_bytes, FILE_SHARD)  # one shard of weights at a time
