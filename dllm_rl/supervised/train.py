@@ -37,7 +37,7 @@ from dllm_rl.training.policies import build_policy, freeze, load_from_run_folder
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, install_emergency_saves, make_writer, save, wait_for_checkpoint
 from dllm_rl.training.start import launch, open_log, restore
-from dllm_rl.training.validation import check_best_model, interval
+from dllm_rl.training.validation import check_best_model, evaluation_interval
 from dllm_rl.training.warmup import draw_levels
 
 EVAL_VIEWS = 4  # masks per row in the held-out loss of a diffusion model
@@ -65,7 +65,7 @@ def fine_tune(recipe: SFT) -> Summary:
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
     views_per_row = 1 if policy.spec.attention == "causal" else EVAL_VIEWS
     forwards_per_step = 3 * recipe.train_batch_size  # a backward counts as two forwards
-    eval_interval = interval(recipe, len(held_out) * views_per_row, forwards_per_step)
+    eval_interval = evaluation_interval(recipe, len(held_out) * views_per_row, forwards_per_step)
     check_best_model(recipe, eval_interval)
     optimizer = make_optimizer(recipe, policy)
     log = open_log(recipe, accelerator, peers, saved_state, notes)
