@@ -30,7 +30,7 @@ from dllm_rl.supervised.examples import (
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.tasks.datasets import in_memory, training_and_held_out
 from dllm_rl.tasks.rows import load_rows
-from dllm_rl.training.denoising import Noise, denoising_loss, lessons
+from dllm_rl.training.denoising import Noise, denoising_examples, denoising_loss
 from dllm_rl.training.finish import Summary, write_summary
 from dllm_rl.training.hooks import after_step, before_first_step, load_best
 from dllm_rl.training.policies import build_policy, freeze, load_from_run_folder, make_optimizer
@@ -261,15 +261,15 @@ def _canvas_batches(
         *torch.rand(2, len(examples), generator=generator),
     )
     pairs = [prompt_and_answer(policy, item) for item in examples]
-    local_lessons = lessons(policy, pairs, noise)[accelerator.process_index :: accelerator.num_processes]
-    lengths = [len(item.context) + len(item.target) for item in local_lessons]
-    size = size or max(1, len(local_lessons))
+    local_examples = denoising_examples(policy, pairs, noise)[accelerator.process_index :: accelerator.num_processes]
+    lengths = [len(item.context) + len(item.target) for item in local_examples]
+    size = size or max(1, len(local_examples))
 
     def make_micro_batch(start: int) -> MicroBatch:
-        batch, widths = local_lessons[start : start + size], lengths[start : start + size]
+        batch, widths = local_examples[start : start + size], lengths[start : start + size]
         return MicroBatch(partial(denoising_loss, policy, batch), len(batch) * max(widths))
 
-    return map(make_micro_batch, range(0, len(local_lessons), size)), len(examples), sum(lengths)
+    return map(make_micro_batch, range(0, len(local_examples), size)), len(examples), sum(lengths)
 
 
 @torch.no_grad()

@@ -28,8 +28,8 @@ def format_metrics(metrics: dict[str, float]) -> str:
 
 
 def evaluation_interval(recipe: Settings, eval_forwards: int, step_forwards: int) -> int:
-    """Return the number of steps between evaluations, 0 for no evaluations. It is `eval_steps`, or, if that is None, the
-    number that limits evaluations to MAX_SHARE of the work.
+    """Return the number of steps between evaluations, 0 for no evaluations. It is `eval_steps`; if that is None, it is
+    the number that limits evaluations to MAX_SHARE of the work.
 
     The work is counted in forwards and not timed, so that a resumed run evaluates at the same steps.
 
