@@ -127,8 +127,8 @@ class _PackedProduct(torch.autograd.Function):
 
 
 class GroupedShapes(TorchFunctionMode):
-    """Replaces a product of stacked experts outside bf16, which torch 2.13 cannot run on fake tensors, by the product of
-    one expert, which needs the same memory.
+    """Replaces a product of stacked experts outside bf16, which torch 2.13 cannot run on fake tensors, by the product
+    of one expert, which needs the same memory.
     """
 
     def __torch_function__(
