@@ -30,14 +30,14 @@ from dllm_rl.supervised.examples import (
 from dllm_rl.supervised.recipe import SFT
 from dllm_rl.tasks.datasets import in_memory, training_and_held_out
 from dllm_rl.tasks.rows import load_rows
-from dllm_rl.training.denoising import Noise, denoising_loss, lessons
+from dllm_rl.training.denoising import Noise, denoising_examples, denoising_loss
 from dllm_rl.training.finish import Summary, write_summary
 from dllm_rl.training.hooks import after_step, before_first_step, load_best
 from dllm_rl.training.policies import build_policy, freeze, load_from_run_folder, make_optimizer
 from dllm_rl.training.run import Run
 from dllm_rl.training.saving import checkpoint_if_due, install_emergency_saves, make_writer, save, wait_for_checkpoint
 from dllm_rl.training.start import launch, open_log, restore
-from dllm_rl.training.validation import check_best_model, interval
+from dllm_rl.training.validation import check_best_model, evaluation_interval
 from dllm_rl.training.warmup import draw_levels
 
 EVAL_VIEWS = 4  # masks per row in the held-out loss of a diffusion model
@@ -63,7 +63,7 @@ def fine_tune(recipe: SFT) -> Summary:
     held_out = read_examples(recipe, policy, recipe.eval_dataset, "eval_dataset", say=notes.append)
     views_per_row = 1 if policy.spec.attention == "causal" else EVAL_VIEWS
     forwards_per_step = 3 * recipe.train_batch_size  # a backward counts as two forwards
-    eval_interval = interval(recipe, len(held_out) * views_per_row, forwards_per_step)
+    eval_interval = evaluation_interval(recipe, len(held_out) * views_per_row, forwards_per_step)
     check_best_model(recipe, eval_interval)
     optimizer = make_optimizer(recipe, policy)
     log = open_log(recipe, accelerator, peers, saved_state, notes)
@@ -259,15 +259,15 @@ def _canvas_batches(
         *torch.rand(2, len(examples), generator=generator),
     )
     pairs = [prompt_and_answer(policy, item) for item in examples]
-    local_lessons = lessons(policy, pairs, noise)[accelerator.process_index :: accelerator.num_processes]
-    lengths = [len(item.context) + len(item.target) for item in local_lessons]
-    size = size or max(1, len(local_lessons))
+    local_examples = denoising_examples(policy, pairs, noise)[accelerator.process_index :: accelerator.num_processes]
+    lengths = [len(item.context) + len(item.target) for item in local_examples]
+    size = size or max(1, len(local_examples))
 
     def make_micro_batch(start: int) -> MicroBatch:
-        batch, widths = local_lessons[start : start + size], lengths[start : start + size]
+        batch, widths = local_examples[start : start + size], lengths[start : start + size]
         return MicroBatch(partial(denoising_loss, policy, batch), len(batch) * max(widths))
 
-    return map(make_micro_batch, range(0, len(local_lessons), size)), len(examples), sum(lengths)
+    return map(make_micro_batch, range(0, len(local_examples), size)), len(examples), sum(lengths)
 
 
 @torch.no_grad()

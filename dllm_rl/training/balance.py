@@ -1,7 +1,7 @@
 """Load balancing. Groups without advantage are not scored, so that some processes have more work than others.
 
-A process with much work swaps complete groups, once, for cheaper groups. `Rollout.batch_row` preserves the noise of
-their rows.
+A process with much work swaps complete groups for cheaper groups of another process, each group at most once. A row's
+random noise stays the same, because it depends on `Rollout.batch_row`, the row's index before the swap.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ from dllm_rl.types import Rollout
 
 GroupSlot = tuple[int, int]  # a process, and the index of a group among that process's groups
 UPDATE_COST = 3  # cost of an update's forward and backward, relative to a forward that only scores
-MIN_SAVING = 0.02  # a swap is made only if it saves the slower process this share of its work
+MIN_SAVING = 0.02  # a swap must save the busier process more than this share of its work
 
 
 def balance(recipe: Recipe, samples: Samples, accelerator: Accelerator, *, pad_id: int) -> Samples:
@@ -36,11 +36,12 @@ def balance(recipe: Recipe, samples: Samples, accelerator: Accelerator, *, pad_i
     rollout = samples.rollout
     row_index = local(torch.arange(samples.advantages.numel()), accelerator)
     rollout = replace(rollout, batch_row=copy_to_device(rollout.tokens.device, row_index)[0])
-    # Under zero_mismatch the bits of a row depend on the width of its rollout; log-probs of late rollouts are not sent.
+    # Swap nothing under zero_mismatch, where the bits of a row depend on the width of its rollout, or if late rollouts
+    # have log-probs, which `exchange_groups` does not send.
     if recipe.zero_mismatch or samples.rollout_logprobs:
         return replace(samples, rollout=rollout)
     if rollout.sampling_params.support != "rollout":
-        rollout = replace(rollout, filter_support=None)  # not used from here on, and not every process records it
+        rollout = replace(rollout, filter_support=None)  # no longer needed, and some processes have none
     lengths = reduce(rollout.attention_mask.long(), "(p g) t -> p", "sum", g=rollout.group_size).cpu()
     width_and_slots = (rollout.tokens.shape[1], *rollout.slots())
     (lengths_and_sizes,) = gather_on_host([torch.cat([lengths, torch.tensor(width_and_slots)])[None]], accelerator)
@@ -49,9 +50,8 @@ def balance(recipe: Recipe, samples: Samples, accelerator: Accelerator, *, pad_i
         forwards_per_token, "(w p) -> w p", w=len(lengths_and_sizes)
     )
     swaps = plan_swaps(costs)
-    outgoing = dict[
-        int, list[int]
-    ]()  # by partner process: the local groups to swap, in the same order in both processes
+    # Partner process -> the local groups to swap with it, in the same order in both processes.
+    outgoing: dict[int, list[int]] = {}
     for swap_pair in swaps:
         for (process, slot), (partner, _) in (swap_pair, swap_pair[::-1]):
             if process == accelerator.process_index:
@@ -73,7 +73,7 @@ def plan_swaps(costs: Int[Tensor, "W P"]) -> list[tuple[GroupSlot, GroupSlot]]:
     """Return pairs of groups to swap, each group at most once. The choice is greedy, and the same in every process."""
     loads = costs.sum(1)
     is_swapped = torch.zeros_like(costs, dtype=torch.bool)
-    swaps = list[tuple[GroupSlot, GroupSlot]]()
+    swaps: list[tuple[GroupSlot, GroupSlot]] = []
     while True:
         busiest = int(loads.argmax())
         idlest = int(loads.argmin())
@@ -101,9 +101,8 @@ def exchange_groups(rollout: Rollout, outgoing: dict[int, list[int]]) -> Rollout
         rollout.tokens.device, rearrange(slots[:, None] * group_size + torch.arange(group_size), "p g -> (p g)")
     )
     tensors = rollout.tensors()  # the same fields in the same order in all processes
-    flat_fields = [
-        value[rows].double().reshape(len(rows), -1) for value in tensors
-    ]  # fp64 represents masks, ids and fp32 exactly
+    # fp64 represents masks, ids and fp32 exactly.
+    flat_fields = [value[rows].double().reshape(len(rows), -1) for value in tensors]
     sent = torch.cat(flat_fields, dim=1).split(rows_per_partner)  # one flat row per completion
     received = [torch.empty_like(rows_sent) for rows_sent in sent]
     swap(list(zip(outgoing, sent, strict=True)), list(zip(outgoing, received, strict=True)))
@@ -113,7 +112,7 @@ def exchange_groups(rollout: Rollout, outgoing: dict[int, list[int]]) -> Rollout
         return value.index_copy(0, rows, next(received_fields).view(-1, *value.shape[1:]).to(value.dtype))
 
     rollout = rollout.map(replace_rows)
-    first_column = int(rollout.attention_mask.any(0).long().argmax())  # columns before it pad every row
+    first_column = int(rollout.attention_mask.any(0).long().argmax())  # columns before it are padding in every row
     return rollout.rows(torch.arange(len(rollout.tokens), device=rows.device), slice(first_column, None))
 
 

@@ -1,4 +1,4 @@
-"""Warnings about settings with which a run learns nothing or learns badly, one line each."""
+"""Warnings, of one line each, about settings with which a run learns nothing or learns badly."""
 
 import inspect
 from collections.abc import Callable
@@ -17,21 +17,21 @@ from dllm_rl.models.base import has_bf16_products
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.records import Commit, Rank, as_commit, as_rank, has_order_logprob, order_probability
 
-BF16_RELATIVE_STEPS = 512  # bf16 rounds away changes below a 512th of the number
+BF16_RELATIVE_STEPS = 512  # a change by less than 1/512 of a bf16 number is rounded away
 MAX_SAFE_RATE = 1e-4  # largest learning rate without a warning for a model of LARGE_MODEL parameters
 LARGE_MODEL = 7e9
 BIASED_LEVEL_AND_POOL = ("sequence", "geometric")
-TYPICAL_WEIGHT = 0.02  # size of a matrix entry in a language model
+TYPICAL_WEIGHT = 0.02  # typical absolute value of a weight in a language model's matrices
 
 
 def cautions(recipe: Recipe) -> list[str]:
     """Return the warnings about a recipe that need no model. `start` prints them."""
     warnings = []
-    if _bound(recipe.sampler, "temperature") == 0:
+    if _keyword_value(recipe.sampler, "temperature") == 0:
         warnings.append(
             "sampler.temperature=0 is greedy: all completions of a prompt are the same and teach nothing; use 1.0"
         )
-    # AdamW changes a weight by about the learning rate; bf16 rounds the change away if the weight is above this size.
+    # AdamW changes a weight by about the learning rate. In bf16, the change is lost if the weight is above this value.
     largest_updated_weight = recipe.learning_rate * BF16_RELATIVE_STEPS
     trains_bf16_weights = recipe.lora is None and isinstance(recipe.model, str) and recipe.dtype == "bfloat16"
     if trains_bf16_weights and largest_updated_weight < TYPICAL_WEIGHT:
@@ -82,7 +82,7 @@ def bf16_warnings(recipe: Recipe, device: str) -> list[str]:
 
 def clip_warnings(recipe: Recipe) -> list[str]:
     """Warn if the loss does not bound the ratio where the advantage is negative: see recipes/studies/mismatch.md."""
-    if recipe.num_iterations == 1 or not recipe.has_separate_rollout_policy or not lacks_upper_bound(recipe):
+    if recipe.num_iterations == 1 or not recipe.has_separate_rollout_policy or not lacks_upper_keyword_value(recipe):
         return []
     return [
         f"num_iterations={recipe.num_iterations} with rollouts computed in other arithmetic and loss.delta=None: "
@@ -93,11 +93,11 @@ def clip_warnings(recipe: Recipe) -> list[str]:
 
 def staleness_warnings(recipe: Recipe) -> list[str]:
     """Warn about stale rollouts without a bound or a corrector: see recipes/studies/late_rollouts.md."""
-    is_bounded = recipe.old_logprobs == "rollout" and not lacks_upper_bound(recipe)
+    is_bounded = recipe.old_logprobs == "rollout" and not lacks_upper_keyword_value(recipe)
     if not recipe.max_staleness or is_bounded or recipe.corrector.has_weight_fn:
         return []
     rollout = as_written(old_logprobs="rollout")
-    remedy = f"{rollout} and {dual_clip_setting(recipe)}" if lacks_upper_bound(recipe) else rollout
+    remedy = f"{rollout} and {dual_clip_setting(recipe)}" if lacks_upper_keyword_value(recipe) else rollout
     return [
         f"max_staleness={recipe.max_staleness} with old_logprobs={recipe.old_logprobs!r}, and no corrector with "
         "weights: the loss does not bound how far the learner is from the weights that sampled; use "
@@ -108,7 +108,7 @@ def staleness_warnings(recipe: Recipe) -> list[str]:
 def corrector_warnings(recipe: Recipe) -> list[str]:
     """Warn about a corrector whose weights leave the gradient biased."""
     weight_fn = recipe.corrector.weight_fn
-    for part in _bound(weight_fn, "weight_fns") or (weight_fn,):
+    for part in _keyword_value(weight_fn, "weight_fns") or (weight_fn,):
         keywords = part.keywords if isinstance(part, partial) else {}
         if (keywords.get("level"), keywords.get("pool")) == BIASED_LEVEL_AND_POOL:
             return [
@@ -118,19 +118,17 @@ def corrector_warnings(recipe: Recipe) -> list[str]:
     return []
 
 
-def lacks_upper_bound(recipe: Recipe) -> bool:
-    """Return whether the loss is PPO's without `delta`: nothing then bounds the ratio where the
-    advantage is negative.
-    """
+def lacks_upper_keyword_value(recipe: Recipe) -> bool:
+    """Return whether the loss is PPO's without `delta`, which leaves the ratio unbounded for negative advantages."""
     loss = recipe.resolved_loss
-    return function_of(loss) is ppo_clip and _bound(loss, "delta") is None
+    return function_of(loss) is ppo_clip and _keyword_value(loss, "delta") is None
 
 
 def dual_clip_setting(recipe: Recipe) -> str:
     """Return the setting that also bounds PPO's ratio where the advantage is negative (dual clip), at the recipe's
     epsilon.
     """
-    epsilon, epsilon_high = (_bound(recipe.resolved_loss, name) for name in ("epsilon", "epsilon_high"))
+    epsilon, epsilon_high = (_keyword_value(recipe.resolved_loss, name) for name in ("epsilon", "epsilon_high"))
     delta = float(f"{1 + (epsilon if epsilon_high is None else epsilon_high):.10g}")
     return option_as_written("loss", "ppo_clip" if recipe.loss is None else None, "delta", delta)
 
@@ -140,12 +138,12 @@ def likelihood_warnings(recipe: Recipe) -> list[str]:
     warnings = []
     likelihood = recipe.likelihood
     has_exact_ratios = likelihood.exact_ratios
-    cache = _bound(recipe.sampler, "cache")
-    omits_order = likelihood.factory is not None and likelihood.factory.keywords.get("include_order") is False
-    if likelihood.name == "trajectory" and not omits_order and (rules := rules_of(recipe)) is not None:
+    cache = _keyword_value(recipe.sampler, "cache")
+    excludes_order = likelihood.factory is not None and likelihood.factory.keywords.get("include_order") is False
+    if likelihood.name == "trajectory" and not excludes_order and (rules := rules_of(recipe)) is not None:
         rank, commit = rules
         pair = f"sampler.rank={rank.name} with commit={commit.name}"
-        is_greedy = _bound(recipe.sampler, "temperature") == 0
+        is_greedy = _keyword_value(recipe.sampler, "temperature") == 0
         if order_probability(rank, commit, greedy=is_greedy) == "unknown":
             warnings.append(
                 f"{pair}: the order's probability is unknown, so likelihood=trajectory is not exact for this sampler: "
@@ -170,21 +168,21 @@ def likelihood_warnings(recipe: Recipe) -> list[str]:
     return warnings
 
 
-def order_by_draws(recipe: Recipe) -> bool:
-    """Return whether the order in which the recipe's sampler writes depends on the tokens that it draws."""
-    if (rules := rules_of(recipe)) is None or _bound(recipe.sampler, "temperature") == 0:
+def order_depends_on_tokens(recipe: Recipe) -> bool:
+    """Return whether the order in which the recipe's sampler writes positions depends on the tokens that it draws."""
+    if (rules := rules_of(recipe)) is None or _keyword_value(recipe.sampler, "temperature") == 0:
         return False
     return "tokens" in rules[0].reads or has_order_logprob(*rules)
 
 
 def rules_of(recipe: Recipe) -> tuple[Rank, Commit] | None:
     """Return the rank and the commit rule of the recipe's sampler; None if the sampler has no such rules."""
-    rank, commit = _bound(recipe.sampler, "rank"), _bound(recipe.sampler, "commit")
+    rank, commit = _keyword_value(recipe.sampler, "rank"), _keyword_value(recipe.sampler, "commit")
     return None if rank is None or commit is None else (as_rank(rank), as_commit(commit))
 
 
 def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, "P G"], dict[str, Tensor]]:
-    """Return artificial rewards of a batch, all different, and the extra arguments of `recipe.advantages`."""
+    """Return artificial rewards of a batch, all different, and the extra arguments for `recipe.advantages`."""
     shape = (recipe.train_batch_size, recipe.num_generations)
     rewards = torch.arange(float(shape[0] * shape[1])).reshape(shape)
     if not takes_component_rewards(recipe.advantages):
@@ -192,8 +190,8 @@ def made_up_rewards(recipe: Recipe) -> tuple[Float[Tensor, "P G"], dict[str, Ten
     return rewards, {"parts": rewards[None], "weights": torch.ones(1)}
 
 
-def _bound(function: Callable, name: str) -> Any:
-    """Return the value of a function's keyword: the bound value, or the default; None if it has no such keyword."""
+def _keyword_value(function: Callable, name: str) -> Any:
+    """Return the value that `partial` binds to a function's keyword, or its default; None if it has no such keyword."""
     target, keywords = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
     parameter = inspect.signature(target).parameters.get(name)
     default = None if parameter is None or parameter.default is parameter.empty else parameter.default

@@ -1,5 +1,5 @@
-"""Compare rollout and learner in what no importance weight corrects: the order of positions, and
-each token's experts.
+"""Compare two choices of rollout and learner that importance weights do not correct: the order of positions, and each
+token's experts.
 """
 
 from accelerate import Accelerator
@@ -22,8 +22,8 @@ def compare_rollout_and_learner(
 
     Returns:
         `order_agreement`: of the positions that the first denoising step commits, how many the learner would commit
-        too, in one row per prompt. `routing_counts`: how many tokens are routed to the same experts. ({}, None) if the
-        learner itself samples.
+        too, in one row per prompt. `routing_counts`: how many tokens are routed to the same experts. Without a separate
+        rollout policy: {}, None.
     """
     if rollout_policy is policy:
         return {}, None

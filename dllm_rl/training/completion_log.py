@@ -32,12 +32,12 @@ def log_completions(
     trained: Samples,  # after load balancing, like `logps`
     logps: Logprobs,
 ) -> None:
-    """Show and store the best and the worst completions of the step's first prompts, every `log_completions_steps`.
+    """Show and store the best and the worst completions of the first prompts of every `log_completions_steps`-th step.
     Collective: every process must call it.
 
-    A row of completions.jsonl: the problem's fields, and {"step", "weights_version": of the weights that sampled,
-        "prompt", "completion", "reward", "advantage", "mismatch": sum over scored tokens of
-        log p_learner - log p_rollout, nats; null if the row is not scored,
+    A row of completions.jsonl has the problem's fields, and {"step", "weights_version": of the weights that sampled,
+        "prompt", "completion", "reward", "advantage",
+        "mismatch": sum over scored tokens of log p_learner - log p_rollout, nats; null if the row is not scored,
         "parts": {"parsed": 1.0, ...}, "tokens": [{"id", "text", "step": that committed it, "probability"}, ...]}
     """
     log = run.log
@@ -78,12 +78,13 @@ def log_completions(
 
 def stored_fields(problem: Problem) -> dict[str, Any]:
     """Return the problem's fields as JSON can store them."""
-    # A data set's columns may have any type, such as dates and NaN: they become text and do not stop the run.
+    # A data set's columns may have values that JSON lacks, such as dates and NaN. They become text, so that they do not
+    # stop the run.
     return json.loads(json.dumps(dict(problem.fields), default=str, skipkeys=True), parse_constant=str)
 
 
 def best_and_worst_rows(rewards: list[float], group_size: int) -> list[int]:
-    """Return the index of the rows with the highest and the lowest reward in each of the first groups; one row if all
+    """Return the indices of the rows with the highest and the lowest reward in each of the first groups; one row if all
     rewards of the group are equal.
     """
     selected: dict[int, None] = {}
@@ -94,8 +95,8 @@ def best_and_worst_rows(rewards: list[float], group_size: int) -> list[int]:
 
 
 def table(title: str, rows: list[dict]) -> Table:
-    """Lay out the rows for a terminal of at least 80 columns (A: advantage), with markup and control characters
-    escaped.
+    """Lay out the rows for a terminal of at least 80 columns, with markup and control characters escaped. Column A is
+    the advantage.
     """
     grid = Table(title=literal(title, style="table.title"), title_justify="left", **NARROW)
     for name in ("prompt", "completion", "reward"):  # no width: the longest column shrinks first
@@ -107,11 +108,11 @@ def table(title: str, rows: list[dict]) -> Table:
         if row["prompt"] != previous_prompt:
             grid.add_section()
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        reward = ", ".join(f"{name} {value:.3g}" for name, value in row["parts"].items())
+        components = ", ".join(f"{name} {value:.3g}" for name, value in row["parts"].items())
         texts = (
             "" if row["prompt"] == previous_prompt else prompt,
             row["completion"],
-            f"{row['reward']:.3g}: {reward}",
+            f"{row['reward']:.3g}: {components}",
         )
         grid.add_row(
             *(literal(shorten(text)) for text in texts), format_signed(row["advantage"]), format_signed(row["mismatch"])
@@ -127,6 +128,8 @@ def format_signed(value: float | None) -> str:
 
 def shorten(text: object) -> str:
     """Return the text, or its beginning and its end if it is longer than MAX_CHARACTERS."""
-    shown = str(text)
+    characters = str(text)
     half = MAX_CHARACTERS // 2
-    return shown if len(shown) <= MAX_CHARACTERS else f"{shown[:half]} ... {shown[-half:]}"
+    if len(characters) <= MAX_CHARACTERS:
+        return characters
+    return f"{characters[:half]} ... {characters[-half:]}"

@@ -14,14 +14,14 @@ from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Settings
 from dllm_rl.training.values import ValueHead
 
-Record = TypeVar("Record", bound=Settings, covariant=True)
+AnySettings = TypeVar("AnySettings", bound=Settings, covariant=True)  # Recipe, or the settings of SFT
 
 
 @dataclass(eq=False, kw_only=True)
-class StepContext(Generic[Record]):
-    """Settings, processes, log and policies of a step. A run extends it; a rollout worker has one too."""
+class StepContext(Generic[AnySettings]):
+    """Settings, processes, log and policies of a step. `Run` extends it; a rollout worker also has one."""
 
-    recipe: Record
+    recipe: AnySettings
     accelerator: Accelerator
     policy: Policy
     rollout_policy: Policy

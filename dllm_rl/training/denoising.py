@@ -1,15 +1,16 @@
-"""Supervised training of models whose noise is random tokens (DiffusionGemma). Some tokens of a canvas of the answer
-are replaced by random tokens, and the model predicts the canvas from the text before it.
+"""Supervised training of models whose noise is random tokens (DiffusionGemma).
 
-The objective is the objective of TRL's example for this model and of NeMo AutoModel (both of 2026): for an answer of
-one or more canvases, one canvas is drawn; each of its tokens is replaced with probability t by a random token; and the
-loss is
+An answer is one or more canvases, blocks of fixed length. Some tokens of a canvas are replaced by random tokens, and
+the model predicts the clean canvas from the noisy canvas and the text before it.
 
-    - mean over the canvas of log p(token): the decoder's, of replaced and of other tokens equally, without 1/t
-    - mean over the text of log p(next token): the encoder's, as a causal model
+The objective is that of TRL's example for this model and of NeMo AutoModel (both of 2026): one canvas of the answer is
+drawn; each of its tokens is replaced with probability t by a random token; and the loss is the sum of
+
+    - mean over the canvas of log p(token): the decoder's loss, on replaced and other tokens equally, without 1/t
+    - mean over the text of log p(next token): the encoder's loss, as of a causal model
 
 Half of the examples, drawn at random, are self-conditioned: a first pass without gradient gives the logits that the
-second pass sees, just as a sampling step sees the logits of the step before.
+second pass reads, just as a sampling step reads the logits of the previous step.
 """
 
 from collections.abc import Sequence
@@ -26,51 +27,53 @@ from dllm_rl.models.denoiser import Prefix, conditioning
 from dllm_rl.models.logprobs import token_logprobs
 from dllm_rl.types import SamplingParams
 
-CONDITIONED = 0.5  # share of the examples whose second pass sees the logits of the first [TRL's example, NeMo]
+SELF_CONDITIONED_SHARE = 0.5  # share of the examples that are self-conditioned [TRL's example, NeMo]
 
 
 class Noise(NamedTuple):
-    """Random numbers for the lessons of B examples; C is the length of a canvas. All but `level` are uniforms in [0,
-    1). `warmup.draw_levels` draws the first three.
+    """Random numbers for B examples; C is the length of a canvas. All but `level` are uniforms in [0, 1).
+    `warmup.draw_levels` draws the first three.
 
     Args:
         level: Probability with which a token of the canvas is replaced.
-        hit: A position is replaced if this number is below the level.
+        replace: A token is replaced if this number is below the level.
         token: Decides which token replaces it.
         canvas: Decides which of the answer's canvases is predicted.
-        passes: The example is self-conditioned if this number is below CONDITIONED.
+        self_condition: The example is self-conditioned if this number is below SELF_CONDITIONED_SHARE.
     """
 
     level: Float[Tensor, " B"]
-    hit: Float[Tensor, "B C"]
+    replace: Float[Tensor, "B C"]
     token: Float[Tensor, "B C"]
     canvas: Float[Tensor, " B"]
-    passes: Float[Tensor, " B"]
+    self_condition: Float[Tensor, " B"]
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """A training example: the text that the encoder reads, and the canvas after it, clean and with replaced tokens.
+class DenoisingExample:
+    """A training example: the text that the encoder reads, and the canvas after it, clean and noisy.
 
     Args:
         context: Token ids that the encoder reads.
-        target: Token ids of the canvas.
-        seen: Token ids of the canvas as the decoder sees it, with replaced tokens.
-        real: Number of the target's tokens that belong to the answer. End tokens fill the rest of the canvas; they
-            count in the decoder's loss.
-        conditioned: Whether the decoder sees the logits of a first pass.
+        target: Token ids of the clean canvas.
+        noisy: Token ids of the canvas that the decoder reads, with replaced tokens.
+        num_answer_tokens: Number of the target's tokens that belong to the answer. End tokens fill the rest of the
+            canvas; they count in the decoder's loss.
+        self_conditioned: Whether the decoder reads the logits of a first pass.
     """
 
     context: Int[Tensor, " S"]
     target: Int[Tensor, " C"]
-    seen: Int[Tensor, " C"]
-    real: int
-    conditioned: bool
+    noisy: Int[Tensor, " C"]
+    num_answer_tokens: int
+    self_conditioned: bool
 
 
-def lessons(policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], noise: Noise) -> list[Lesson]:
-    """Make a lesson of each (prompt, answer), two lists of token ids; the answer includes its end token. Row i uses row
-    i of the noise.
+def denoising_examples(
+    policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], noise: Noise
+) -> list[DenoisingExample]:
+    """Make an example of each (prompt, answer), two lists of token ids; the answer includes its end token. Pair i uses
+    row i of the noise.
     """
     length = policy.spec.block_size
     assert length is not None, "`check_spec` requires it"
@@ -82,34 +85,36 @@ def lessons(policy: Policy, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
         answer_part = [*answer[start : start + length]]
         target = torch.tensor(answer_part + [end_token] * (length - len(answer_part)))
         random_tokens = (noise.token[row] * policy.vocab_size).long()  # from the full vocabulary, as `renoise` draws
-        noisy_tokens = torch.where(noise.hit[row] < noise.level[row], random_tokens, target)
+        noisy_tokens = torch.where(noise.replace[row] < noise.level[row], random_tokens, target)
         context = torch.tensor([*prompt, *answer[:start]])
-        examples.append(Lesson(context, target, noisy_tokens, len(answer_part), bool(noise.passes[row] < CONDITIONED)))
+        self_conditioned = bool(noise.self_condition[row] < SELF_CONDITIONED_SHARE)
+        examples.append(DenoisingExample(context, target, noisy_tokens, len(answer_part), self_conditioned))
     return examples
 
 
-def denoising_loss(policy: Policy, batch: Sequence[Lesson]) -> Float[Tensor, ""]:
-    """Return the loss of the module's docstring, in nats, as a sum over the lessons. Divide it by their number for the
-    mean.
+def denoising_loss(policy: Policy, batch: Sequence[DenoisingExample]) -> Float[Tensor, ""]:
+    """Return the loss of the module's docstring, in nats, as a sum over the examples. Divide it by their number for
+    the mean.
     """
     device = policy.device
-    context, is_context = left_padded([lesson.context for lesson in batch])
+    context, is_context = left_padded([example.context for example in batch])
     context, is_context = context.to(device), is_context.to(device)
-    target = torch.stack([lesson.target for lesson in batch]).to(device)
-    noisy_tokens = torch.stack([lesson.seen for lesson in batch]).to(device)
-    conditioned = torch.tensor([lesson.conditioned for lesson in batch], device=device)
+    target = torch.stack([example.target for example in batch]).to(device)
+    noisy_tokens = torch.stack([example.noisy for example in batch]).to(device)
+    self_conditioned = torch.tensor([example.self_conditioned for example in batch], device=device)
     prefix = Prefix.empty(policy, len(batch))
     text_states = prefix.read(policy, context, is_context)
     first_pass_logits = None
-    if conditioned.any():
+    if self_conditioned.any():
         with torch.no_grad():
             first_pass_logits = conditioning(policy, prefix.logits(policy, noisy_tokens, None, temperature=1.0))
-    canvas_states = prefix.states(policy, noisy_tokens, first_pass_logits, conditioned)
+    canvas_states = prefix.states(policy, noisy_tokens, first_pass_logits, self_conditioned)
     decoder_logprobs = logprobs(policy, canvas_states, target).mean(-1)
-    # The encoder also reads the canvas, to learn its text. The end tokens that fill the canvas are not text.
+    # The encoder also reads the clean canvas, so that its loss includes the answer's tokens. The end tokens that fill
+    # the canvas are not text.
     is_answer = (
         torch.arange(target.shape[1], device=device)
-        < torch.tensor([lesson.real for lesson in batch], device=device)[:, None]
+        < torch.tensor([example.num_answer_tokens for example in batch], device=device)[:, None]
     )
     text_states = torch.cat([text_states, prefix.read(policy, target, torch.ones_like(is_answer))], dim=1)
     tokens = torch.cat([context, target], dim=1)
@@ -133,7 +138,7 @@ def flat_logprobs(policy: Policy, states: Float[Tensor, "K D"], tokens: Int[Tens
 
 
 def left_padded(rows: Sequence[Tensor]) -> tuple[Int[Tensor, "B S"], Bool[Tensor, "B S"]]:
-    """Pad the rows with zeros on the left; return the tokens and the mask of the rows' tokens."""
+    """Pad the rows with zeros on the left; return the tokens, and a mask that is False at the padding."""
     mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
     tokens = pad_sequence(list(rows), batch_first=True, padding_side="left")
     return tokens, pad_sequence(mask, batch_first=True, padding_side="left")

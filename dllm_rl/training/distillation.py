@@ -3,19 +3,19 @@ of it.
 
     reward = (1 - teacher_coeff) * the task's reward + teacher_coeff * (log p_T(y) - log q(y)), in nats
 
-q(y) is the record of the policy that sampled. p_T(y) is the probability with which the teacher would have written y in
-the same order, in finer steps: each step of the student becomes up to `teacher_substeps` steps, and each of them
-sees the tokens of the steps before it. The order of the positions inside a step of the student is a fixed draw, the
-same for all completions of a prompt. The draw does not depend on the tokens, so that p_T adds up to 1 over all
-completions.
+q(y) is the probability that the sampler recorded for the completion y. p_T(y) is the probability with which the teacher
+would have written y in the same order, in finer steps: each step of the student is split into up to `teacher_substeps`
+steps, and each of them sees the tokens of the steps before it. Inside a step of the student, the order of the positions
+is drawn once per prompt, for all of its completions. The draw does not depend on the tokens, so that p_T adds up to 1
+over all completions.
 
 The mean of log q - log p_T over the student's completions is KL(q || p_T), the reverse KL of TRL and verl, and
 
     grad KL(q || p_T) = E_q[(log q(y) - log p_T(y)) grad log q(y)],
 
-since E_q[grad log q] = 0: the policy gradient of this reward is the gradient of -KL. (The order of a rank such as
-max_prob changes with the weights too, in jumps that no gradient sees, as everywhere in the library.) Over the draws of
-the order, the mean is the mean of the KLs, at least the KL to the mean of the p_T [ours].
+since E_q[grad log q] = 0: the policy gradient of this reward is the gradient of -KL. (With a rank such as max_prob, a
+change of the weights also changes the order, in jumps that have no gradient; this holds everywhere in the library.) The
+mean over the draws of the order is the mean of their KLs, which is at least the KL to the mean of their p_T [ours].
 """
 
 from dataclasses import replace
@@ -35,7 +35,7 @@ from dllm_rl.likelihoods.masks import ranks
 from dllm_rl.models.base import Policy, position_ids
 from dllm_rl.recipe import REFERENCE, Recipe
 from dllm_rl.rng import generator_for, row_seeds, uniforms
-from dllm_rl.training.cautions import order_by_draws
+from dllm_rl.training.cautions import order_depends_on_tokens
 from dllm_rl.training.forwards import arithmetic
 from dllm_rl.training.policies import build_policy
 from dllm_rl.training.rollouts import compute_advantages
@@ -52,8 +52,8 @@ def teacher_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator) -> 
     """
     if recipe.teacher in (None, REFERENCE):
         return None
-    changes: dict[str, Any] = {"model": recipe.teacher, "base_quantization": None}
-    teacher = build_policy(replace(recipe, **changes), accelerator.device)
+    teacher_settings: dict[str, Any] = {"model": recipe.teacher, "base_quantization": None}
+    teacher = build_policy(replace(recipe, **teacher_settings), accelerator.device)
     check_teacher(policy, teacher)
     teacher.module.requires_grad_(False)
     return teacher
@@ -68,7 +68,7 @@ def check_teacher(policy: Policy, teacher: Policy) -> None:
             f"({student_spec.name}): it cannot score the student's steps; give a teacher "
             "that writes as the student does"
         )
-    vocabularies = [each.tokenizer.get_vocab() for each in (policy, teacher) if hasattr(each.tokenizer, "get_vocab")]
+    vocabularies = [model.tokenizer.get_vocab() for model in (policy, teacher) if hasattr(model.tokenizer, "get_vocab")]
     same_vocabulary = len(vocabularies) < 2 or vocabularies[0] == vocabularies[1]
     if not same_vocabulary or (teacher.vocab_size, teacher_spec.mask_id) != (policy.vocab_size, student_spec.mask_id):
         raise ValueError(
@@ -96,14 +96,14 @@ def add_teacher_reward(run: Run[Recipe], samples: Samples, step: int) -> tuple[S
     (reverse_kl,) = gather_on_host([rearrange(reverse_kl, "(p g) -> p g", g=samples.rollout.group_size)], accelerator)
     coeff = recipe.teacher_coeff
     rewards = (1 - coeff) * samples.rewards - coeff * reverse_kl.to(samples.rewards)
-    taught_samples = replace(samples, rewards=rewards, advantages=compute_advantages(recipe, rewards, {}))
-    return taught_samples, {"teacher/reverse_kl": reverse_kl.mean().item(), "teacher/coeff": coeff}
+    samples = replace(samples, rewards=rewards, advantages=compute_advantages(recipe, rewards, {}))
+    return samples, {"teacher/reverse_kl": reverse_kl.mean().item(), "teacher/coeff": coeff}
 
 
 def student_teacher_log_ratio(
     recipe: Recipe, teacher: Policy, rollout: Rollout, seeds: Int[Tensor, " p"]
 ) -> Float[Tensor, " B"]:
-    """Return log q(y) - log p_T(y) of each row, in nats, in fp64. `seeds` seeds the order of each prompt.
+    """Return log q(y) - log p_T(y) of each row, in nats, in fp64. `seeds` has the seed of each prompt's order.
 
     Raises:
         ValueError: The teacher cannot score this rollout (`check_rollout`).
@@ -152,7 +152,7 @@ def check_rollout(recipe: Recipe, teacher: Policy, rollout: Rollout) -> None:
         reason = "an autoregressive student writes one token per step, which cannot be split"
     elif rollout.events is not None or rollout.renoised is not None:
         reason = "the sampler writes positions more than once, so that its steps cannot be split"
-    elif order_by_draws(recipe):
+    elif order_depends_on_tokens(recipe):
         reason = "the sampler's rank reads the drawn tokens, so that a finer order would depend on unwritten tokens"
     if recipe.teacher_substeps > 1 and reason:
         raise ValueError(

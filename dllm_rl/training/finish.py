@@ -55,11 +55,11 @@ def finish(run: Run[Recipe]) -> Summary:
         if run.rollout_policy is not run.policy:
             eval_after_quantized = evaluate_with(recipe, run.rollout_policy, recipe.eval_task, run.accelerator)
     evaluations = {"before RL": eval_before, "after": eval_after, "after, quantized": eval_after_quantized}
-    model_card = Path(run.checkpoint) / CARD
+    card_path = Path(run.checkpoint) / CARD
     # There is no card to update if no checkpoint was saved, or if its folder was deleted.
-    if run.accelerator.is_main_process and run.checkpoint and model_card.is_file():
-        step = TrainingState.read(model_card.parent).step
-        write_text(model_card, card(recipe, step=step, evaluations=evaluations, metrics=log.last))
+    if run.accelerator.is_main_process and run.checkpoint and card_path.is_file():
+        step = TrainingState.read(card_path.parent).step
+        write_text(card_path, card(recipe, step=step, evaluations=evaluations, metrics=log.last))
     return write_summary(
         run,
         {
@@ -84,7 +84,7 @@ def write_summary(run: Run[Settings], results: dict[str, Any], *, result: str, a
     directory = Path(recipe.directory)
     summary = results | {
         "seconds": time.perf_counter() - run.log.begun,
-        "stages": {name: round(spent, 3) for name, spent in run.log.seconds.items()},
+        "stages": {name: round(seconds, 3) for name, seconds in run.log.seconds.items()},
         "seed": recipe.seed,
         "num_processes": run.accelerator.num_processes,
         "checkpoint": run.checkpoint,  # the checkpoint whose weights were evaluated
@@ -94,18 +94,18 @@ def write_summary(run: Run[Settings], results: dict[str, Any], *, result: str, a
     }
     if run.accelerator.is_main_process:
         write_json(directory / "summary.json", summary)
-        picture = plots.plot(directory) if recipe.num_steps else None
+        plot_path = plots.plot(directory) if recipe.num_steps else None
         stopped_line = f"Stopped:    {run.control.stop_reason}\n" if run.control.stop_reason else ""
         run.log.say(
             f"\n{recipe.name}, seed {recipe.seed}: {result} in {summary['seconds']:.0f} s.\n"
-            f"{stopped_line}Checkpoint: {summary['checkpoint']}\nPicture:    {picture}\n"
+            f"{stopped_line}Checkpoint: {summary['checkpoint']}\nPicture:    {plot_path}\n"
             f"Numbers:    {directory / 'summary.json'}\n{advice}"
         )
         if recipe.push_to_hub is not None and run.checkpoint:
             folder = Path(run.checkpoint)
             try:
                 run.log.say(f"Uploaded:   {push_to_hub(folder, recipe.push_to_hub)}")
-            except Exception as error:  # any error of the network or the hub: the run has succeeded
+            except Exception as error:  # of any type, from the network or the hub: the run itself has succeeded
                 run.log.say(f"warning: {folder} could not be uploaded to {recipe.push_to_hub}: {error}")
     after_summary(run, summary)
     run.accelerator.wait_for_everyone()

@@ -19,7 +19,7 @@ from dllm_rl.training.context import StepContext
 @contextmanager
 def arithmetic(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
     """Set autocast to bf16 if `bf16` is set, and batch invariance if `zero_mismatch` is set."""
-    cache_enabled = recipe.shard_size == 1  # autocast's cache would contain all of a sharded model in bf16
+    cache_enabled = recipe.shard_size == 1  # autocast's cache would hold all weights of a sharded model in bf16
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.bf16, cache_enabled=cache_enabled)
     with autocast, batch_invariant() if recipe.zero_mismatch else nullcontext():
         yield

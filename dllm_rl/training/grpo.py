@@ -61,9 +61,8 @@ def grpo(
         The content of summary.json, with the trained policy as its attribute `policy`.
 
     Raises:
-        ValueError: A setting is unknown, the recipe cannot run, or the script was started with
-            `--resume_from_checkpoint`, as slurm.sh does, which only `main(grpo_recipe(...))` reads. It is raised before
-            any training.
+        ValueError: A setting is unknown, the recipe cannot run, or the command line has `--resume_from_checkpoint`
+            (slurm.sh adds it), which only `main(grpo_recipe(...))` reads. It is raised before any training.
     """
     if "--resume_from_checkpoint" in sys.argv and settings.get("resume_from_checkpoint") is None:
         raise ValueError(
@@ -75,7 +74,7 @@ def grpo(
 
 @contextmanager
 def name_field_in_error(field: str) -> Iterator[None]:
-    """Put the name of an argument before the message of a ValueError in the block."""
+    """Put the name of an argument before the message of a ValueError that the block raises."""
     try:
         yield
     except ValueError as error:
@@ -150,17 +149,17 @@ def grpo_recipe(  # noqa: PLR0913
         config = load_config(model)  # only the config, not the weights
         spec: FamilySpec = find_family(config)
         block_size = config.get("block_size") or spec.block_size
-        sized_model: str | Policy = model
+        path_or_policy: str | Policy = model
     else:
         seed = settings.get("seed", Recipe.seed)
-        sized_model = model if isinstance(model, Policy) else call_model_function(model, seed)
-        spec = sized_model.spec
+        path_or_policy = model if isinstance(model, Policy) else call_model_function(model, seed)
+        spec = path_or_policy.spec
         block_size = spec.block_size
     attention = spec.attention
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **(sampler_options or {})}
     if temperature is not None:
         options.setdefault("temperature", temperature)
-    preset = preset_by_size(attention, num_parameters(sized_model)) if preset is None else preset
+    preset = preset_by_size(attention, num_parameters(path_or_policy)) if preset is None else preset
     if preset not in (None, "none"):
         options, settings = apply_preset(preset, name, options, settings, is_path=isinstance(model, str))
     options.setdefault("temperature", 1.0)
@@ -182,9 +181,10 @@ def grpo_recipe(  # noqa: PLR0913
         if option in parameters:
             check_kind(f"sampler_options: {option}", parameters[option].annotation, value)
     for option in options.keys() - parameters:
-        kind = sampler.func.__name__
+        sampler_name = sampler.func.__name__
         raise ValueError(
-            f"sampler_options: {option!r} is not a keyword of {kind}; help(dllm_rl.samplers.{kind}) lists them"
+            f"sampler_options: {option!r} is not a keyword of {sampler_name}; "
+            f"help(dllm_rl.samplers.{sampler_name}) lists them"
         )
     # If `settings` has a sampler, it replaces this one.
     sampler_keywords = {"max_new_tokens": max_new_tokens} | getattr(settings.get("sampler", sampler), "keywords", {})
@@ -206,7 +206,7 @@ def grpo_recipe(  # noqa: PLR0913
 def apply_preset(
     preset: str, task: str, options: dict[str, Any], settings: dict[str, Any], *, is_path: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Add the preset's sampler options and recipe fields to those that the caller passed, which win; print the preset.
+    """Add the preset's sampler options and recipe fields to the caller's, which take precedence; print the preset.
 
     Returns:
         The sampler's options and the recipe's fields.
@@ -216,8 +216,8 @@ def apply_preset(
     if not is_path:  # a loaded module has its dtype already
         fields = {field: value for field, value in fields.items() if field not in ("dtype", "base_quantization")}
     length = options["max_new_tokens"]
-    size = options.get("block_size", keywords.get("block_size"))
-    if keywords and "diffusion_steps" not in keywords and length % (size or 2) == 0:
+    block_size = options.get("block_size", keywords.get("block_size"))
+    if keywords and "diffusion_steps" not in keywords and length % (block_size or TOKENS_PER_STEP) == 0:
         keywords["diffusion_steps"] = length // TOKENS_PER_STEP
     if "sampler" in settings:  # the caller's sampler replaces the preset's sampler
         keywords = {}
@@ -248,13 +248,13 @@ def segments_for(options: dict[str, Any]) -> int | None:
     """Return the `num_segments` of `trajectory` for these options of `unmask`; None if every step is scored exactly."""
     commit = as_commit(options.get("commit", schedule))
     if commit.order == "soft_threshold":
-        return None  # the probability of a set of positions belongs to one step
-    steps = options["max_new_tokens"]  # one step per token; a rule that ignores diffusion_steps may take as many
+        return None  # only single steps have a probability of their set of positions
+    steps = options["max_new_tokens"]  # at most one step per token, if the commit rule ignores diffusion_steps
     if options.get("diffusion_steps") and not commit.adaptive:
         steps = options["diffusion_steps"]
-    # A segment's forward and backward cost as much as three steps of the rollout. In equal time, on two tasks, two
-    # segments of four steps taught more than all four steps, and two segments of eight steps more than all eight steps
-    # (recipes/studies/league.md).
+    # A segment's forward and backward cost as much as three steps of the rollout. With samplers of four and of eight
+    # steps, on two tasks and in equal time, a run that scored two segments learned more than a run that scored every
+    # step (recipes/studies/league.md).
     return None if steps <= MAX_EXACT_STEPS else max(2, min(MAX_SEGMENTS, steps // 4))
 
 

@@ -52,28 +52,28 @@ def after_step(run: Run[Settings], step: int, metrics: dict[str, float]) -> dict
         for callback in run.recipe.callbacks:
             if evaluated:
                 callback.on_evaluate(run.control, evaluated)
-            logged |= _checked(callback, callback.on_step(run.control, logged))
+            logged |= _check_numbers(callback, callback.on_step(run.control, logged))
         return logged, run.control.stop_reason, run.control.save_requested
 
     logged, run.control.stop_reason, run.control.save_requested = from_main(call_callbacks, run.accelerator)
     return logged
 
 
-def _checked(callback: Callback, added: object) -> dict[str, float]:
-    """Return the numbers that `on_step` returned.
+def _check_numbers(callback: Callback, returned: object) -> dict[str, float]:
+    """Return the numbers that `on_step` returned, as floats by name.
 
     Raises:
         ValueError: `on_step` returned neither None nor numbers by name.
     """
-    if added is None:
+    if returned is None:
         return {}
-    where = f"{type(callback).__name__}.on_step"
-    if not isinstance(added, Mapping):
-        raise ValueError(f"{where} returned {type(added).__name__}; return None, or numbers by name")
-    for name, value in added.items():
+    method = f"{type(callback).__name__}.on_step"
+    if not isinstance(returned, Mapping):
+        raise ValueError(f"{method} returned {type(returned).__name__}; return None, or numbers by name")
+    for name, value in returned.items():
         if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, Real):
-            raise ValueError(f"{where} returned {name!r}: {value!r}; return numbers by name")
-    return {name: float(value) for name, value in added.items()}
+            raise ValueError(f"{method} returned {name!r}: {value!r}; return numbers by name")
+    return {name: float(value) for name, value in returned.items()}
 
 
 def best_folder(run: Run[Settings]) -> Path | None:
@@ -87,16 +87,16 @@ def load_best(run: Run[Settings], open_policy: Callable[[Path, TrainingState], P
     """Replace the run's policy by the policy of the best checkpoint, if `load_best_model_at_end` is set. The rollout
     policy gets the same weights.
 
-    Call it when the last write is complete. Collective: every process must call it.
+    Call it after `wait_for_checkpoint`. Collective: every process must call it.
     """
     folder = best_folder(run)
     if not run.recipe.load_best_model_at_end or folder is None or str(folder) == run.checkpoint:
         return
     state = TrainingState.read(folder)
-    is_same_policy = run.rollout_policy is run.policy
+    learner_samples = run.rollout_policy is run.policy
     run.policy = open_policy(folder, state)
     run.policy.weights_version = state.version
-    if is_same_policy:
+    if learner_samples:
         run.rollout_policy = run.policy
     elif isinstance(run.recipe, Recipe):
         resolve_rollout_engine(run.recipe).sync(run.policy, run.rollout_policy)
@@ -106,18 +106,18 @@ def load_best(run: Run[Settings], open_policy: Callable[[Path, TrainingState], P
 
 def ending_entries(run: Run[Settings]) -> dict[str, Any]:
     """Return the entries of summary.json about the best checkpoint, changed settings and an early stop."""
-    summary: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     if run.state.best_step is not None:
-        summary |= {"best_checkpoint": str(best_folder(run)), "best_step": run.state.best_step}
-        summary |= {"best_metric": run.recipe.best_metric, "best_value": run.state.best_value}
+        entries |= {"best_checkpoint": str(best_folder(run)), "best_step": run.state.best_step}
+        entries |= {"best_metric": run.recipe.best_metric, "best_value": run.state.best_value}
     if run.state.changes:
-        summary["changes"] = run.state.changes
+        entries["changes"] = run.state.changes
     if run.control.stop_reason is not None:
-        summary["stopped"] = {"step": run.state.step, "reason": run.control.stop_reason}
-    return summary
+        entries["stopped"] = {"step": run.state.step, "reason": run.control.stop_reason}
+    return entries
 
 
 def after_summary(run: Run[Settings], summary: dict[str, Any]) -> None:
-    """Call every `on_end` in the main process."""
+    """Call every callback's `on_end` in the main process."""
     for callback in run.recipe.callbacks if run.accelerator.is_main_process else ():
         callback.on_end(run.control, summary)

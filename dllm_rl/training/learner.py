@@ -1,9 +1,9 @@
 """The learner's half of a training step: compute log-probs, correct for the mismatch, update the weights.
 
 A view is one choice of masked positions for every row of the batch, scored by one forward. A set of views (`Views`) has
-N of them, and features that change how a view is computed (`ViewFeature`); an update uses one set. Memory does not grow
-with N: with s_n the log-probs under view n, the gradient of a loss f is grad f = sum_n (df/ds_n) . grad s_n, summed one
-forward at a time.
+N views, and features that change how a view is computed (`ViewFeature`). An update uses one set. Memory does not grow
+with N: if s_n are the log-probs under view n, the gradient of a loss f is grad f = sum_n (df/ds_n) . grad s_n, and the
+sum is computed one forward at a time.
 """
 
 import math
@@ -75,33 +75,34 @@ class ScoredSamples:
     value_sums: Metrics
 
 
-def train_step(run: StepContext[Recipe], samples: Samples, number: int, optimizer: torch.optim.Optimizer) -> StepResult:
+def train_step(run: StepContext[Recipe], samples: Samples, step: int, optimizer: torch.optim.Optimizer) -> StepResult:
     """Train on a step's samples: score them, correct for the mismatch, and update the weights."""
     with run.log.stage("scoring"), learner_forward(run):
-        scored = score_samples(run, samples, samples.number(number))
+        scored = score_samples(run, samples, samples.number(step))
     with run.log.stage("update"), learner_forward(run):
         batches, mismatch = make_batches(run, scored)
         batches = [batches[k % len(batches)] for k in range(run.recipe.num_iterations)]
-        update_metrics = update(run.policy, optimizer, batches, run.accelerator, run.recipe.update_settings(number))
+        update_metrics = update(run.policy, optimizer, batches, run.accelerator, run.recipe.update_settings(step))
         if run.value_head is not None:
             run.value_head.learn(run.accelerator)
     return StepResult(scored.samples, scored.logps[0], mismatch | update_metrics)
 
 
-def score_samples(run: StepContext[Recipe], samples: Samples, number: int) -> ScoredSamples:
-    """Compute the log-probs of a step's samples under learner, rollout policy and reference. `number` is the batch's.
+def score_samples(run: StepContext[Recipe], samples: Samples, step: int) -> ScoredSamples:
+    """Compute the log-probs of a step's samples under learner, rollout policy and reference.
 
-    Call it before the step's first update.
+    Call it before the step's first update. `step` is the number of the samples' batch.
     """
     recipe = run.recipe
-    # Score the groups that the update trains on, and a random sample of the other groups. Both together give the
-    # metrics of all groups.
-    samples = samples.with_metric_weights(metric_weights(recipe, samples.advantages, number))
-    samples = balance(recipe, samples, run.accelerator, pad_id=run.policy.pad_id)  # processes then finish together
+    # Score the groups that the update trains on, and a random sample of the other groups. Together, weighted, they
+    # estimate the metrics of all groups.
+    samples = samples.with_metric_weights(metric_weights(recipe, samples.advantages, step))
+    # So that the processes finish together:
+    samples = balance(recipe, samples, run.accelerator, pad_id=run.policy.pad_id)
     rollout = samples.rollout
     is_trained_row = select_local_rows(active_groups(recipe, samples.advantages), rollout.group_size, run.accelerator)
     # All policies use the same views. The sets after the first serve only the later updates, not the metrics.
-    views = draw_view_sets(recipe, samples, number, run.accelerator)
+    views = draw_view_sets(recipe, samples, step, run.accelerator)
     # Compare before `score`, which may retain graphs: their memory and this comparison's would add up.
     comparison = compare_rollout_and_learner(run.policy, run.rollout_policy, rollout, views[0])
     rollout_logps = samples.rollout_logprobs or (None,) * len(views)  # set only for asynchronous rollouts
@@ -110,13 +111,10 @@ def score_samples(run: StepContext[Recipe], samples: Samples, number: int) -> Sc
     for k in reversed(range(len(views))):  # the first set comes last, since it may retain graphs
         token_advantages = None
         if run.value_head is not None:
-            flat_advantages = local(rearrange(samples.advantages, "p g -> (p g)"), run.accelerator)
+            local_advantages = local(rearrange(samples.advantages, "p g -> (p g)"), run.accelerator)
+            (advantages,) = copy_to_device(run.accelerator.device, local_advantages)
             token_advantages, value_sums = run.value_head.token_advantages(
-                run.policy,
-                rollout,
-                views[k],
-                copy_to_device(run.accelerator.device, flat_advantages)[0],
-                recipe.micro_batch_size,
+                run.policy, rollout, views[k], advantages, recipe.micro_batch_size
             )
         retain_graphs = is_trained_row if k == 0 else False
         scores = score(run, rollout, views[k], rollout_logprobs=rollout_logps[k], retain_graphs=retain_graphs)
@@ -177,7 +175,7 @@ def score(
     source = rollout_logprob_source(recipe, policy, rollout_policy)
     micro_batch_size = recipe.micro_batch_size
     reference_logprobs = None
-    if run.reference is not None and recipe.beta:  # with beta=0 the reference is only a distillation's teacher
+    if run.reference is not None and recipe.beta:  # with beta=0 the reference is only the teacher of a distillation
         reference_logprobs = likelihood.logprobs(run.reference, rollout, views, micro_batch_size=micro_batch_size)
     if recipe.router_replay is not None:  # the learner reuses the rollout's experts
         views = with_sampled_experts(views, rollout) if source == "recorded" else record_experts(policy, rollout, views)
@@ -254,7 +252,7 @@ def correct(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> tupl
     """Make the batch of the first update, with the corrector's weights and loss mask; also return mismatch metrics over
     all processes.
     """
-    # Before `gather_rows`, which makes every process wait for the slowest.
+    # Measured before `gather_rows`, which makes every process wait for the slowest.
     wait_metrics = reduce_metrics(wait_metrics_of("scoring", run.accelerator), run.accelerator)
     rows = gather_rows(run, samples, logps)
     weights, trained_metrics = apply_corrector(run.recipe.corrector, rows)
@@ -330,7 +328,7 @@ def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> 
 def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dict[str, float]]:
     """Compute the corrector's weights and loss mask for the rows that the update trains on, and metrics of these rows.
 
-    Their metrics are named `trained/*` instead of `rollout_corr/*`.
+    The metrics are named `trained/*`; the metrics of all rows are named `rollout_corr/*`.
     """
     stats = rows.stats.among(rows.stats.mask)  # sets log_mismatch to 0 outside the mask
     weights = corrector.weight_fn(stats)
@@ -365,9 +363,9 @@ def make_batch(run: StepContext[Recipe], rollout: Rollout, logps: Logprobs, rows
         rollout=rollout,
         views=restrict_to_groups(logps.views, is_trained_group, rollout.group_size, accelerator),
         advantages=copy_to_device(device, local(rows.stats.advantages, accelerator))[0],
-        # "rollout" is VeXact's bypass, eq. 4: ratios are current / rollout, and need no importance weights. With a
-        # mismatch, the reward then drops a single time, while k1 and k3 rise. With recomputed old log-probs and no
-        # importance weights, training collapses in stages, while k1 and k3 stay flat [digest].
+        # "rollout" is VeXact's bypass, eq. 4: the ratios are current / rollout, and need no importance weights. Under
+        # mismatch, the reward of such a run drops once, while k1 and k3 rise. With recomputed old log-probs and without
+        # importance weights, a run collapses in stages, while k1 and k3 stay flat [digest].
         old_logprobs=logps.rollout_logprobs if run.recipe.old_logprobs == "rollout" else logps.old_logprobs,
         old_view_logprobs=logps.old_view_logprobs,
         importance_weights=copy_to_device(device, local(weights.importance_weights, accelerator)[:, :width])[0],
@@ -409,11 +407,11 @@ def update(
     a multiple of the group size.
 
     Returns:
-        The last iteration's metrics; grad_norm and off_policy/* of every iteration as NAME/iteration_I; and with
-        `measure` the metric of `update_direction`.
+        The last iteration's metrics; grad_norm and off_policy/* of every iteration as NAME/iteration_I; and, if
+        `settings.measure` is set, the metric of `update_direction`.
 
     Raises:
-        RuntimeError: The rollout was sampled with other weights than the learner's (`check_staleness`).
+        RuntimeError: The rollout's weights are too old or too new (`check_staleness`).
         FloatingPointError: Logits or a gradient norm are not finite. That iteration is not applied; earlier iterations
             are.
     """
@@ -427,7 +425,7 @@ def update(
     for iteration, batch in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)  # frees the gradients' memory before the forward
         if iteration:
-            torch.clear_autocast_cache()  # its bf16 copies of the weights are older than the last optimizer step
+            torch.clear_autocast_cache()  # its bf16 weights are from before the last optimizer step
             view_logprobs = likelihood.view_logprobs(
                 policy, batch.rollout, batch.views, micro_batch_size=micro_batch_size, retain_graphs=retain_graphs
             )
@@ -472,8 +470,8 @@ def update_direction(
     show its effect.
 
     Returns:
-        update/direction: cosine of the rows' advantages and changes of log-prob, in [-1, 1]. Below 0, worse answers
-        became likelier. {} if nothing changed.
+        update/direction: cosine similarity of the rows' advantages and the changes of their log-probs, in [-1, 1].
+        Below 0, worse answers became more likely. {} if nothing changed.
     """
     by_advantage = batch.advantages.argsort(stable=True)
     is_measured_row = torch.zeros_like(batch.advantages, dtype=torch.bool)

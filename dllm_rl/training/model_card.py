@@ -29,7 +29,7 @@ def card(recipe: Recipe, *, step: int, evaluations: dict[str, dict[str, float]],
 
     Args:
         recipe: Settings of the run.
-        step: Steps that the weights were trained for.
+        step: Number of steps that the weights were trained for.
         evaluations: Held-out metrics of each evaluation, by its column title ("before RL" ...).
         metrics: Metrics of the last step.
     """
@@ -41,9 +41,8 @@ def card(recipe: Recipe, *, step: int, evaluations: dict[str, dict[str, float]],
         else:
             front_matter["base_model"] = recipe.model
     sections = [
-        "\n".join(
-            ["---", *(f"{name}: {json.dumps(value)}" for name, value in front_matter.items()), "---"]
-        ),  # JSON is YAML
+        # The front matter is YAML, and JSON values are valid YAML.
+        "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in front_matter.items()), "---"]),
         f"# {_code(recipe.name)}, seed {recipe.seed}",
         f"{step} of {recipe.num_steps} steps of GRPO by dllm_rl, from {_code(settings['model'])}.",
         "## Held-out problems",
@@ -80,9 +79,9 @@ def push_to_hub(folder: Path, repo: str) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    address = api.create_repo(repo, private=True, exist_ok=True)
-    api.upload_folder(repo_id=address.repo_id, folder_path=folder, ignore_patterns=list(NOT_UPLOADED))
-    return str(address)
+    repo_url = api.create_repo(repo, private=True, exist_ok=True)
+    api.upload_folder(repo_id=repo_url.repo_id, folder_path=folder, ignore_patterns=list(NOT_UPLOADED))
+    return str(repo_url)
 
 
 def check_hub(recipe: Recipe) -> None:

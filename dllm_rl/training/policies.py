@@ -37,18 +37,20 @@ def initialize_run(recipe: Recipe, policy: Policy, accelerator: Accelerator, log
     evaluate_policy = partial(evaluate_with, recipe, policy, recipe.validation_task, accelerator)
     with log.stage("warm-up"):
         warmup_steps = warm_up(recipe, policy, accelerator, log, evaluate_policy)
-    # A resume reads the reference from a file. With adapters the reference is their base model, which needs a file only
-    # if the warm-up changed it.
-    needs_reference_file = (
+    # A resumed run reads the reference from a folder. With adapters, the reference is their base model, which must be
+    # saved only if the warm-up changed it.
+    needs_reference_folder = (
         recipe.needs_reference_policy if recipe.lora is None else warmup_steps and policy.lora is None
     )
-    reference = save_reference(recipe, policy, accelerator) if needs_reference_file else None
+    reference_digest = save_reference(recipe, policy, accelerator) if needs_reference_folder else None
     if recipe.lora is not None and policy.lora is None:
         add_lora(policy, recipe.lora())
     with log.stage("evaluation"):
         eval_before = evaluate_with(recipe, policy, recipe.eval_task, accelerator)
     log.say(f"before RL: {format_metrics(eval_before)} on {len(recipe.eval_task)} held-out problems")
-    return TrainingState.first(recipe, policy, eval_before=eval_before, warmup_steps=warmup_steps, reference=reference)
+    return TrainingState.first(
+        recipe, policy, eval_before=eval_before, warmup_steps=warmup_steps, reference=reference_digest
+    )
 
 
 def resumed_policy(recipe: Recipe, folder: Path, state: TrainingState, accelerator: Accelerator) -> Policy:
@@ -76,7 +78,7 @@ def build_policy(recipe: Settings, device: torch.device) -> Policy:
         policy = copied(recipe.model).to(device)  # the caller's policy stays unchanged
     else:
         policy = call_model_function(recipe.model, recipe.seed).to(device)
-    if policy.lora is not None:  # a checkpoint could not tell them from the run's adapters
+    if policy.lora is not None:  # a checkpoint of the run would mix these adapters with the run's own
         raise ValueError(
             f"model has adapters of rank {policy.lora.r} already; merge them first, merge_lora(policy), and give lora "
             "to train new ones"
@@ -85,8 +87,7 @@ def build_policy(recipe: Settings, device: torch.device) -> Policy:
 
 
 def call_model_function(model: Callable[..., Policy], seed: int, *, dry_run: bool = False) -> Policy:
-    """Call the function that a recipe has as its `model`, with those of the keywords `seed` and `dry_run` that it
-    accepts.
+    """Call the function that is a recipe's `model`. It gets the keywords `seed` and `dry_run` if it accepts them.
 
     A function that also trains its policy should accept `dry_run`: it is True if only the shapes of the weights matter.
     """
@@ -120,8 +121,8 @@ def check_blocks(recipe: Settings, policy: Policy) -> None:
 
 
 def load_from_run_folder(recipe: Settings, folder: Path, dtype: torch.dtype, device: torch.device) -> Policy:
-    """Load the policy from a folder of this run. A module that is not a transformers model is built by the recipe
-    first.
+    """Load the policy from a folder of this run. If the module is not a transformers model, the
+    recipe builds it first.
     """
     # A folder of this run was verified when the run's folder was opened, or it was written after that.
     if (folder / "config.json").exists():
@@ -164,8 +165,8 @@ def reference_policy(recipe: Recipe, policy: Policy, accelerator: Accelerator, *
         recipe: Settings of the run.
         policy: The learner.
         accelerator: The processes.
-        fresh: Whether the run is new, so that the learner still has the reference's weights. A resumed run reads them
-            from its folder.
+        fresh: Whether the run is new: the learner then still has the reference's weights. A resumed run reads them from
+            its folder.
     """
     if not recipe.needs_reference_policy:
         return None

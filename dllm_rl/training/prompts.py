@@ -19,13 +19,13 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem, Task, check_not_empty
 
-MAX_CHECKED_PROMPTS = 5000  # largest number of prompts per task that are tokenized before a run begins
+MAX_CHECKED_PROMPTS = 5000  # at most this many prompts per task are tokenized before a run begins
 HISTORY = "reward_history.safetensors"  # file in a checkpoint
-MAX_SECONDS = 10.0  # time limit per task: some tasks generate problems slowly
+MAX_SECONDS = 10.0  # time limit of this check per task: some tasks generate problems slowly
 
 
 def draw_indices(num_problems: int, size: int, *key: object) -> Int[Tensor, " size"]:
-    """Draw a step's problems for all processes, with replacement: a pure function of the key."""
+    """Draw a step's problems for all processes, with replacement. The same key gives the same problems."""
     return torch.randint(num_problems, (size,), generator=generator_for(*key))
 
 
@@ -38,7 +38,7 @@ def prompt_indices(
         recipe: Settings of the run.
         history: Graded completions of the run. None for a source that reads no history.
         step: Training step.
-        draw: Number of the draw in the step: 0, then the draws of dynamic sampling.
+        draw: Index of the draw in the step. It is above 0 if dynamic sampling replaces groups.
 
     Raises:
         ValueError: The source did not return `train_batch_size` indices of the task.
@@ -75,7 +75,7 @@ def reward_history(recipe: Recipe, folder: Path | None) -> RewardHistory | None:
 
 
 def history_files(history: RewardHistory | None, step: int) -> dict[str, bytes]:
-    """Return the history's file in a checkpoint of the state after `step` steps."""
+    """Return the history's file, by name, for a checkpoint after `step` steps; {} without a history."""
     return {} if history is None else {HISTORY: safetensors.save(history.before(step).tensors())}
 
 
@@ -184,7 +184,7 @@ def _first_indices(task: Task) -> range:
 
 
 def _training_indices(recipe: Recipe) -> Iterable[int]:
-    """Return the indices of all problems of the training task; of a large task, those that its first steps draw."""
+    """Return the indices of all problems of the training task; for a large task, those that the first steps draw."""
     size = len(recipe.task)
     if size <= MAX_CHECKED_PROMPTS:
         return range(size)

@@ -1,4 +1,4 @@
-"""Rehearse a step before a run: one micro-step, which leaves weights, gradients and random numbers unchanged."""
+"""Rehearse a step before a run, on one group per process. Weights, gradients and random generators stay unchanged."""
 
 import copy
 import random
@@ -36,17 +36,17 @@ from dllm_rl.training.learner import forward_backward, make_batches, score_sampl
 from dllm_rl.training.policies import make_optimizer, resolve_rollout_engine
 from dllm_rl.training.rollouts import GradedCompletion, compute_advantages, sample_and_grade
 from dllm_rl.training.samples import Samples
-from dllm_rl.training.saving import adapters_alone
+from dllm_rl.training.saving import saves_only_adapters
 from dllm_rl.training.sharded_learner import gather_on_main
 from dllm_rl.training.values import make_value_head
 from dllm_rl.training.warmup import tokenize_solutions
 
-MOMENT_BYTES: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes per trained weight; unknown for other optimizers
+MOMENT_BYTES: dict[Any, int] = {adamw: 8, adamw_8bit: 2}  # bytes of state per trained weight, if known
 
 
 def rehearse(recipe: Recipe, policy: Policy, problem: Problem, accelerator: Accelerator) -> None:
-    """Run one group through a step without the update, and save a checkpoint, in all processes. Call it before the
-    first step, so that a setting that fails is refused early; it raises whatever error the step would raise.
+    """Run one group per process through a step without the update, and save a checkpoint. Call it before the first
+    step, so that a setting that fails is refused early: it raises any error that the step would raise.
     """
     with preserve_random_state(), as_trained(recipe, policy) as learner:
         micro_step(recipe, learner, problem, accelerator)
@@ -106,8 +106,8 @@ def check_warmup(recipe: Recipe, policy: Policy, answer: GradedCompletion) -> No
 
 
 def made_up_advantages(recipe: Recipe) -> Float[Tensor, "P G"]:
-    """Return the advantages of artificial rewards, all different. A group whose advantages are 0 gets advantages of
-    both signs, so that every group has a loss.
+    """Return the advantages of artificial rewards that are all different. A group whose advantages are 0 gets
+    advantages of both signs, so that every group has a loss.
     """
     rewards, component_arguments = made_up_rewards(recipe)
     advantages = compute_advantages(recipe, rewards, component_arguments)
@@ -119,14 +119,15 @@ def try_save(recipe: Recipe, policy: Policy) -> None:
     """Write a checkpoint to the run's disk and delete it, to check the disk and its free space."""
     folder = Path(recipe.directory) / REHEARSAL
     trained = trainable_parameters(policy.module)
-    moments = MOMENT_BYTES.get(recipe.optim, 0) * sum(p.numel() for p in trained)
+    moment_bytes = MOMENT_BYTES.get(recipe.optim, 0) * sum(p.numel() for p in trained)
     try:
         state = TrainingState.first(recipe, policy)
-        merged = not adapters_alone(recipe)
-        later = 0 if merged else checkpoint.weights_size(policy.module)  # the last checkpoint also has full weights
+        merged = not saves_only_adapters(recipe)
+        # The last checkpoint also has full weights.
+        full_weight_bytes = 0 if merged else checkpoint.weights_size(policy.module)
         optimizer = make_optimizer(recipe, policy)
         content = checkpoint.Checkpoint(policy=policy, optimizer=optimizer, state=state, merged=merged)
-        checkpoint.save(folder, content, keep_last=1, reserve=moments + later)
+        checkpoint.save(folder, content, keep_last=1, reserve=moment_bytes + full_weight_bytes)
     finally:
         remove(folder)
 
@@ -142,7 +143,9 @@ def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
     if recipe.lora is not None and policy.lora is None:
         shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
         learner = copy.copy(policy)
-        learner.module = copy.deepcopy(module, shared)  # separate layers that share their tensors
+        learner.module = copy.deepcopy(
+            module, shared
+        )  # new layers with the same tensors, so that the adapters change only the copy
         add_lora(learner, recipe.lora())
     try:
         yield learner
@@ -156,12 +159,12 @@ def as_trained(recipe: Recipe, policy: Policy) -> Iterator[Policy]:
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
     """Restore the global random generators after the block: a grader or a model may have drawn from them."""
-    python = random.getstate()
-    array = np.random.get_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     devices = range(len(torch.cuda.default_generators))  # GPUs in use
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(array)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

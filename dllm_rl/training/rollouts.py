@@ -1,4 +1,4 @@
-"""Make the samples of a training step: sample completions of its prompts and grade them."""
+"""Make the samples of a training step: draw its prompts, sample completions and grade them."""
 
 import math
 from collections.abc import Sequence
@@ -40,20 +40,20 @@ class GradedCompletion:
     problem: Problem
     completion: str
     reward: Reward
-    num_tokens: int  # all tokens of the completion, including those after the end token
-    length: int  # tokens up to and including the end token; all if it has none
+    num_tokens: int  # number of all tokens, including those after the end token
+    length: int  # number of tokens up to and including the end token; num_tokens without an end token
     ends: bool  # whether it has an end token
-    prompt_length: int  # tokens of its prompt
-    forwards: int  # model calls that its row took part in
+    prompt_length: int  # number of tokens of its prompt
+    forwards: int  # number of forwards that its row took part in
 
 
 def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[GradedCompletion], dict[str, float]]:
     """Sample and grade the completions of a step; return the samples, this process's completions, and metrics.
 
-    With max_num_gen_batches > 1, a group whose rewards are all equal is redrawn with another prompt, until its rewards
-    differ or max_num_gen_batches draws are done (DAPO's dynamic sampling [paper]). Each group is redrawn separately
-    [ours]; DAPO collects groups from all draws. `run.history` receives all groups of the step, also groups that a later
-    draw replaces.
+    With max_num_gen_batches > 1, a group whose rewards are all equal is replaced by a group of another prompt, until
+    the rewards differ or max_num_gen_batches draws are done (DAPO's dynamic sampling [paper]). Each group is replaced
+    separately [ours]; DAPO collects groups from all draws. `run.history` receives all groups of the step, including
+    the replaced ones.
 
     The metric num_tokens is TRL's: the tokens of all prompts and completions so far in the run, over all processes.
     Completions that dynamic sampling replaces count too.
@@ -96,8 +96,8 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[GradedCo
             history.add(step, indices[has_equal_rewards], component_rewards[has_equal_rewards])
         num_draws += 1
     rewards = component_rewards[..., 0]
-    # The total of the earlier steps is in the log's last row. After a resume the other processes lack that row, so that
-    # their total is too low, but only the main process writes the log.
+    # The total of the earlier steps is in the log's last row. After a resume, only the main process has that row. The
+    # other processes' total is then too low, but only the main process writes the log.
     num_tokens_before = log.last.get("num_tokens", 0.0)
     step_tokens = sum_over(torch.tensor(num_tokens, dtype=torch.double), accelerator)
     metrics["num_tokens"] = num_tokens_before + step_tokens.item()
@@ -111,11 +111,13 @@ def collect(run: StepContext[Recipe], step: int) -> tuple[Samples, list[GradedCo
 
 def count_tokens(graded: Sequence[GradedCompletion]) -> int:
     """Count the tokens of the completions and of their prompts."""
-    return sum(answer.prompt_length + answer.num_tokens for answer in graded)
+    return sum(item.prompt_length + item.num_tokens for item in graded)
 
 
 def compiled_graphs(recipe: Recipe) -> dict[str, float]:
-    """Return how many graphs this process has compiled, if rollouts are compiled. A growing number means new shapes."""
+    """Return how many graphs this process has compiled, as a metric; {} if rollouts are not compiled. A growing number
+    means that new shapes are compiled.
+    """
     if not (recipe.torch_compile or getattr(recipe.sampler, "keywords", {}).get("compile_step")):
         return {}
     from torch._dynamo.utils import counters  # slow, but already imported if torch compiled anything
@@ -127,8 +129,8 @@ def draw_and_grade(
     run: StepContext[Recipe],
     step: int,
     draw: int,
-    indices: Int[Tensor, " P"],  # of the draw's prompts, over all processes
-    group_indices: Tensor,  # this process's groups to draw
+    indices: Int[Tensor, " P"],  # the draw's problems, over all processes
+    group_indices: Tensor,  # the groups to draw, as indices into this process's part of `indices`
 ) -> tuple[Rollout, list[GradedCompletion], Float[Tensor, "p G K"], int]:
     """Call `sample_and_grade` for the prompts of some of this process's groups; also return how many prompts
     were replaced because they were too long.
@@ -167,8 +169,8 @@ def sample_and_grade(
     group_size = recipe.num_generations
     with run.log.stage("rollout"), arithmetic(recipe, run.accelerator):
         prompts = encode(rollout_policy, problems, group_size=group_size, seeds=seeds.flatten().tolist())
-        # Each row draws from a seed of its own, so that the split does not change the result. The generator, the same
-        # for all batches, is for user-defined samplers that ignore the seeds.
+        # Each row has its own seed, so that the split into batches does not change the result. The generator is for
+        # user-defined samplers that ignore the seeds; it starts in the same state for every batch.
         batches = prompts.split(recipe.rollout_batch_size or prompts.num_rows)
         rollouts = [recipe.sample(rollout_policy, batch, generator_for(*key)) for batch in batches]
         rollout = rollouts[0] if len(rollouts) == 1 else Rollout.concatenate(rollouts, pad_id=rollout_policy.pad_id)
@@ -188,9 +190,9 @@ def sample_and_grade(
     reward_rows = []
     for row, (completion, reward) in enumerate(zip(completions, row_rewards, strict=True)):
         group = row // group_size
-        num_before_end = costs[row].tokens
+        num_before_end = costs[row].tokens  # without the end token
         ends = num_before_end < len(completion_ids[row])
-        answer = GradedCompletion(
+        graded_completion = GradedCompletion(
             problem=problems[group],
             completion=completion,
             reward=reward,
@@ -200,7 +202,7 @@ def sample_and_grade(
             prompt_length=prompt_lengths[group],
             forwards=costs[row].forwards,
         )
-        graded.append(answer)
+        graded.append(graded_completion)
         # NaN marks a component that this completion lacks. `grade` has checked that all numbers fit fp32.
         component_rewards = [reward.breakdown.get(name, math.nan) for name in component_names]
         reward_rows.append([float(reward.value), *map(float, component_rewards)])
@@ -226,8 +228,8 @@ def compute_advantages(
 
 
 def component_reward_arguments(recipe: Recipe, rewards: Float[Tensor, "P G K"]) -> dict[str, Tensor]:
-    """Return the extra arguments of the recipe's advantages function: the component rewards and their weights; {} if it
-    takes none. `rewards` has the reward of each completion, then its components.
+    """Return the component rewards and their weights as arguments for `recipe.advantages`; {} if it does not accept
+    them. `rewards` has the reward of each completion, then its components.
     """
     weights = component_reward_weights(recipe)
     component_rewards = rearrange(rewards[..., 1:], "p g k -> k p g")
@@ -271,18 +273,18 @@ def reward_metrics(
     completions/distinct_ratio: number of distinct texts in a group / G, mean over groups; 1/G if all completions of
     each prompt are the same.
     """
-    fractions = [metric_fractions(answer.reward) for answer in graded]
+    fractions = [metric_fractions(item.reward) for item in graded]
     local_names = sorted({name for row in fractions for name in row} - {"reward", "parsed"})
     # Every process must reduce the same names, in the same order.
     names = sorted(set(gather_objects(local_names, accelerator)))
     count = torch.tensor(len(graded))
-    lengths = torch.tensor([answer.length for answer in graded])
-    num_clipped = sum(not answer.ends for answer in graded)
-    num_forwards = sum(answer.forwards for answer in graded)
+    lengths = torch.tensor([item.length for item in graded])
+    num_clipped = sum(not item.ends for item in graded)
+    num_forwards = sum(item.forwards for item in graded)
     group_size = rewards.shape[1]
     num_distinct = 0
     for start in range(0, len(graded), group_size):
-        num_distinct += len({answer.completion for answer in graded[start : start + group_size]})
+        num_distinct += len({item.completion for item in graded[start : start + group_size]})
     sums_and_counts: Metrics = {
         "parsed": sum_fractions(fractions, "parsed"),
         "completions/mean_length": (lengths.sum(), count),
@@ -295,14 +297,14 @@ def reward_metrics(
     means = reduce_metrics(sums_and_counts, accelerator)
     return {
         "reward": rewards.mean().item(),
-        "reward_std": rewards.std(correction=0).item(),  # 0 for a batch of one completion, where correction=1 gives NaN
+        "reward_std": rewards.std(correction=0).item(),  # correction=1 would give NaN for a batch of one completion
         "frac_reward_zero_std": zero_std_fraction(rewards),
         **means,
     }
 
 
 def sum_fractions(fractions: Sequence[dict[str, tuple[float, float]]], name: str) -> tuple[Tensor, Tensor]:
-    """Return the sums of a metric's numerators and of its denominators over the completions that have the metric."""
+    """Return the sum of a metric's numerators, and of its denominators, over the completions that have the metric."""
     pairs = [row[name] for row in fractions if name in row]
     numerator = sum(pair[0] for pair in pairs)
     denominator = sum(pair[1] for pair in pairs)

@@ -17,34 +17,34 @@ from dllm_rl.distributed.stop import Stop
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.screen import escape_controls
-from dllm_rl.training.context import Record, StepContext
+from dllm_rl.training.context import AnySettings, StepContext
 from dllm_rl.training.late_rollouts.schedule import AsyncRollouts
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time; with `later`, in a thread. `check` and `wait` raise an error of that thread."""
+    """Writes one checkpoint at a time; with `in_thread`, in another thread, whose errors `check` and `wait` raise."""
 
-    def __init__(self, *, later: bool, group: Any = None) -> None:
-        self.later = later
+    def __init__(self, *, in_thread: bool, group: Any = None) -> None:
+        self.in_thread = in_thread
         self.group = group  # process group for the collectives of several writing processes
-        self.alone = threading.RLock()  # held while the main process saves without the other processes
+        self.main_only = threading.RLock()  # held while the main process saves without the other processes
         self._thread: threading.Thread | None = None
         self._folder: Path | None = None
         self._error: Exception | None = None
 
     def run(self, write: Callable[[], Path | None]) -> None:
-        """Start a write. Call `wait` for the previous write first."""
-        if not self.later:
+        """Start a write. Call `wait` first, so that the previous write is complete."""
+        if not self.in_thread:
             self._folder = write()
             return
-        self._thread = threading.Thread(target=self._in_thread, args=(write,), name="checkpoint")
+        self._thread = threading.Thread(target=self._write_in_thread, args=(write,), name="checkpoint")
         self._thread.start()
 
-    def _in_thread(self, write: Callable[[], Path | None]) -> None:
+    def _write_in_thread(self, write: Callable[[], Path | None]) -> None:
         try:
             with torch.no_grad():
                 self._folder = write()
-        except Exception as error:  # any exception: `check` raises it in the main thread
+        except Exception as error:  # of any type: `check` raises it in the main thread
             self._error = error
 
     def check(self) -> None:
@@ -67,7 +67,7 @@ class CheckpointWriter:
         """
         try:
             self.wait()
-        except Exception as error:  # any exception: the run is ending already
+        except Exception as error:  # of any type: the run is ending already
             print(f"error: the last checkpoint: {escape_controls(str(error))}", file=sys.stderr, flush=True)
 
     def gather(self, value: object) -> list[Any]:
@@ -78,22 +78,23 @@ class CheckpointWriter:
 
 
 @dataclass(eq=False, kw_only=True)
-class Run(StepContext[Record]):
+class Run(StepContext[AnySettings]):
     """State of a run of RL or SFT, from its start to its summary."""
 
     optimizer: torch.optim.Optimizer
     state: TrainingState  # replaced, never changed, so that another thread cannot read fields of two different steps
     stop: Stop
     writer: CheckpointWriter
-    progress: Callable[..., None]
-    teacher: Policy | None = None  # a separate model, for distillation
+    progress: Callable[..., None]  # shows a step's metrics on the screen
+    teacher: Policy | None = None  # for distillation; None if there is no teacher, or the reference is the teacher
     async_rollouts: AsyncRollouts | None = None  # set if workers make the rollouts
-    control: RunControl = field(init=False)
-    saved: int | None = None  # step of the last save
+    control: RunControl = field(init=False)  # what callbacks read, and their requests
+    saved: int | None = None  # number of completed steps in the last checkpoint that this process wrote
     owns_folder: bool = True  # False once another run has locked the folder
     checkpoint: str = ""  # folder of the last checkpoint; before the first save, the one that the run resumed from
 
     def __post_init__(self) -> None:
         directory = Path(self.recipe.directory)
+        # A resumed run continues metrics.jsonl; callbacks can read its earlier rows.
         rows = partial(current_rows, directory / "metrics.jsonl") if self.state.step else list
         self.control = RunControl(directory, self.state.step, self.recipe.num_steps, rows)

@@ -21,7 +21,7 @@ class Samples:
         advantages: Advantages of all processes.
         metric_weights: Weight of each group in the mismatch metrics: its inverse sampling fraction, 0 if it is not
             scored.
-        rollout_logprobs: Log-probs under the weights that sampled, in nats, for each of the step's sets of masks
+        rollout_logprobs: Log-probs under the weights that sampled, in nats, one tensor per set of views of the step
             (`training.views.draw_view_sets`). Set only for asynchronous rollouts whose estimator does not replay the
             sampler.
         batch_number: Number of the batch, which gives its prompts, random numbers and masks. None (default): the step
@@ -40,7 +40,7 @@ class Samples:
         return step if self.batch_number is None else self.batch_number
 
     def reorder_groups(self, order: Int[Tensor, " P"], rollout: Rollout) -> "Samples":
-        """Return the groups in this order; `rollout` has this process's new rows."""
+        """Return the samples with their groups in this order; `rollout` has this process's new rows."""
         return Samples(
             rollout,
             self.rewards[order],
@@ -63,7 +63,7 @@ class Samples:
 class StepResult:
     """Samples that a step trained on, and the metrics of the step.
 
-    After load balancing, some rows come from other processes. With several sets of masks, `logps` and all metrics
+    After load balancing, some rows come from other processes. With several sets of views, `logps` and all metrics
     except the update's belong to the first set.
     """
 

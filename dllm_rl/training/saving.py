@@ -36,14 +36,14 @@ Write = Callable[..., Path]
 
 
 def make_writer(recipe: Settings, accelerator: Accelerator) -> CheckpointWriter:
-    """Make the writer of the run's checkpoints. The run does not end before its last write. Collective: every process
-    must call it.
+    """Make the writer of the run's checkpoints. The run does not end before the writer's last write is complete.
+    Collective: every process must call it.
     """
     is_sharded = shard_group_size(recipe, accelerator.num_processes) > 1
     # A separate process group: the collectives of the writer thread must not mix with those of a training step.
     timeout = timedelta(seconds=recipe.collective_timeout)
     writer = CheckpointWriter(
-        later=recipe.async_save, group=dist.new_group(backend="gloo", timeout=timeout) if is_sharded else None
+        in_thread=recipe.async_save, group=dist.new_group(backend="gloo", timeout=timeout) if is_sharded else None
     )
     with_the_run().callback(writer.close)
     return writer
@@ -77,10 +77,10 @@ def wait_for_checkpoint(run: Run[Settings]) -> None:
 
 
 def write_checkpoint(run: Run[Settings]) -> Path | None:
-    """Write a checkpoint of an unsharded learner, now and from the main process only; return None if the write failed
+    """Write a checkpoint of an unsharded learner now; call it only in the main process. Return None if the write failed
     and the run continues.
     """
-    with run.writer.alone:
+    with run.writer.main_only:
         run.writer.wait()
         return _main_process_write(run)()
 
@@ -89,7 +89,8 @@ def can_save_without_peers(run: Run[Settings]) -> bool:
     """Return whether this process can save the last complete step without the others: no update has changed the weights
     since, no aligned forward is active, the learner is not sharded, and the run still owns its folder.
     """
-    # An update raises the policy's version before it changes the first weight; `run.state` follows at the step's end.
+    # An update increments the policy's version before it changes a weight; `run.state` gets the new version when the
+    # step is complete.
     is_unchanged = run.policy.weights_version == run.state.version
     # During an aligned forward the layers hold the rollout's weights, which a copy of the module would then contain.
     is_aligned = any("forward" in vars(layer) for layer in run.policy.module.modules())
@@ -110,15 +111,15 @@ def save_on_overdue_stop(run: Run[Settings]) -> None:
 
 
 def save_on_peer_loss(run: Run[Settings]) -> None:
-    """Save a copy of the last complete step. Called in a second thread of the main process if a process died."""
+    """Save a copy of the last complete step. Called in another thread of the main process if a process died."""
     if not can_save_without_peers(run):
         return
-    with run.writer.alone, torch.no_grad():
+    with run.writer.main_only, torch.no_grad():
         state = run.state
         if state.step == run.saved:
             return
         copies = copy_to_host(run.policy, run.optimizer)
-        # Otherwise training continued during the copy, and the copy may mix two steps.
+        # If this is False, training continued during the copy, and the copy may mix two steps.
         if run.state is state and can_save_without_peers(run):
             try:
                 run.writer.wait()
@@ -128,8 +129,8 @@ def save_on_peer_loss(run: Run[Settings]) -> None:
 
 
 def save_on_error(run: Run[Settings], kind: object, error: BaseException | None, traceback: object) -> None:
-    """Save the last complete step and add a note to the error. Called when a step, or anything after it, raised an
-    error. A resume continues from that step.
+    """Save the last complete step, from which a resume continues, and add a note to the error. Called when the run
+    ends; does nothing if it ends without an error.
     """
     recipe = run.recipe
     steps_done = run.state.step
@@ -152,16 +153,16 @@ def save_on_error(run: Run[Settings], kind: object, error: BaseException | None,
 
 
 def _main_process_write(run: Run[Settings], *, copy: bool = False) -> Callable[[], Path | None]:
-    """Return the write of the main process, to be called later. With `copy`, copy weights and optimizer state to the
-    host now, so that training can continue during the write.
+    """Return a function that writes the checkpoint; call it in the main process. With `copy`, copy weights and
+    optimizer state to the host now, so that training can continue during the write.
     """
     policy, optimizer = copy_to_host(run.policy, run.optimizer) if copy else (run.policy, run.optimizer)
     return partial(_try_write, run, run.state.step, _bind_save(run, run.state, policy, optimizer))
 
 
 def _sharded_write(run: Run[Settings]) -> Callable[[], Path | None]:
-    """Return this process's write of a sharded learner. Collective: every process must call it, and the write that it
-    returns.
+    """Return a function that writes this process's part of a sharded learner's checkpoint. Collective: every process
+    must call this function and the returned function.
     """
     full_policy = gather_on_main(run.policy, run.accelerator)
     shard = part_of(run.policy, run.optimizer, copy=run.recipe.async_save)
@@ -200,9 +201,7 @@ def copy_to_host(policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[Poli
 
 
 def _bind_save(run: Run[Settings], state: TrainingState, policy: Policy, optimizer: checkpoint.SavedOptimizer) -> Write:
-    """Bind the arguments of `checkpoint.save` to a state of the run. The result can be called now or in the writer
-    thread.
-    """
+    """Return `checkpoint.save` with its arguments bound to a state of the run. Call it now or in the writer thread."""
     recipe = run.recipe
     state = replace(state, seconds=time.perf_counter() - run.log.begun, stages=dict(run.log.seconds))
     run.log.flush()  # its rows must be on disk before the checkpoint
@@ -228,8 +227,8 @@ def _bind_save(run: Run[Settings], state: TrainingState, policy: Policy, optimiz
 
 
 def base_of_adapters(recipe: Settings, warmup_steps: int) -> str | None:
-    """Return where the adapters' base model is: a hub id, or a path, which after a warm-up is relative to the adapters'
-    folder. None if a function or a policy is the base.
+    """Return the location of the adapters' base model: a hub id or a path; None if a function or a policy is the base.
+    After a warm-up it is the run's reference folder, relative to the adapters' folder.
     """
     if warmup_steps:
         return "../../../reference"
@@ -238,7 +237,7 @@ def base_of_adapters(recipe: Settings, warmup_steps: int) -> str | None:
     return str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model
 
 
-def adapters_alone(recipe: Settings) -> bool:
+def saves_only_adapters(recipe: Settings) -> bool:
     """Return whether checkpoints before the last one contain only adapters. Their base must be in a folder or on the
     hub.
     """
@@ -248,11 +247,11 @@ def adapters_alone(recipe: Settings) -> bool:
 def is_merged(run: Run[Settings], state: TrainingState) -> bool:
     """Return whether the checkpoint of a state contains full weights (with adapters merged).
 
-    Every checkpoint does, unless `adapters_alone`; then only the last checkpoint does, and the best one if the run ends
-    with it.
+    Every checkpoint does, unless `saves_only_adapters`; then only the last checkpoint does, and the best one if the
+    run ends with it.
     """
     recipe = run.recipe
-    if not adapters_alone(recipe):
+    if not saves_only_adapters(recipe):
         return True
     is_last = state.step >= recipe.num_steps or run.control.stop_reason is not None
     return is_last or (recipe.load_best_model_at_end and state.best_step == state.step)
@@ -272,7 +271,9 @@ def _try_write(run: Run[Settings], step: int, write: Write) -> Path | None:
 
 
 def install_emergency_saves(run: Run[Settings], peers: Peers | None) -> None:
-    """Save the last complete step if, from now on, a stop signal is overdue, another process dies, or a step fails."""
+    """From now on, save the last complete step if a step does not end in time after a stop signal, if another process
+    dies, or if the run raises an error.
+    """
     run.stop.last_words = None  # from now on a signal waits for the end of the step
     run.stop.overdue = partial(save_on_overdue_stop, run)
     run.log.entered = ""

@@ -1,4 +1,4 @@
-"""A learner whose weights are sharded (FSDP2): incompatible settings, and how its weights are gathered for a save."""
+"""A learner whose weights are sharded (FSDP2): check its settings, shard it, and gather its weights for a save."""
 
 import copy
 from typing import Any
@@ -32,8 +32,10 @@ def loading_device(recipe: Settings, accelerator: Accelerator) -> torch.device:
 
 
 def check_launch_config() -> None:
-    """Raise ValueError if the launch requests DeepSpeed or FSDP. Accelerate ignores the request silently on a CPU."""
-    for name in ("DEEPSPEED", "FSDP"):  # on a GPU such an engine would wrap the model
+    """Raise ValueError if the launch requests DeepSpeed or FSDP. On a CPU, Accelerate would silently
+    ignore the request.
+    """
+    for name in ("DEEPSPEED", "FSDP"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
                 f"distributed_type={name} in the launch's config: such an engine would wrap the model, whose layers "

@@ -60,7 +60,8 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     Raises:
         ValueError: The recipe cannot run.
     """
-    # 1. Check all that needs no model, and join the processes. A signal from now on ends the process immediately.
+    # 1. Check everything that needs no model, and connect the processes. Until step 6, a stop signal ends the process
+    # immediately.
     if recipe.zero_mismatch:
         prepare_workspace()
     check_compiled(recipe)
@@ -68,7 +69,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     check_tasks(recipe)
     check_best_model(recipe, validation_interval(recipe))
     if not recipe.rollout_workers or os.environ.get("RANK", "0") != "0":
-        pool = None
+        pool = None  # only the main process talks to the workers
     elif pool is None:
         pool = ray_workers(recipe)  # the workers import torch while this process builds the model
     elif recipe.rollout_schedule == "first_ready" and not isinstance(pool, Pool):
@@ -78,25 +79,25 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
         )
     accelerator, stop, peers = launch(recipe)
 
-    # 2. A new run rehearses a step. If the recipe is refused up to here, no file has been overwritten.
-    folder, saved_state, notes = from_main(partial(open_folder, recipe), accelerator)
-    if not folder:
+    # 2. A new run rehearses a step. No file has been overwritten before that, in case the rehearsal refuses the recipe.
+    resume_folder, saved_state, notes = from_main(partial(open_folder, recipe), accelerator)
+    if not resume_folder:
         policy = load_and_rehearse(recipe, accelerator)
         teacher = teacher_policy(recipe, policy, accelerator)
 
     # 3. Open the run's files. From now on, the other processes can read which stage this process is in.
     log = open_log(recipe, accelerator, peers, saved_state, notes)
-    bf16_cautions = bf16_warnings(recipe, accelerator.device.type)
-    for caution in [*cautions(recipe), *bf16_cautions]:
+    for caution in [*cautions(recipe), *bf16_warnings(recipe, accelerator.device.type)]:
         log.say(f"warning: {caution}")
 
-    # 4. Set up the state of the first step. Weights, adapters, optimizer, log and state come from the same checkpoint.
-    if folder:
-        policy = resumed_policy(recipe, folder, saved_state, accelerator)
+    # 4. Set up the state before the first step. A resumed run reads all of it from one checkpoint: weights, adapters,
+    # optimizer, log and state.
+    if resume_folder:
+        policy = resumed_policy(recipe, resume_folder, saved_state, accelerator)
         teacher = teacher_policy(recipe, policy, accelerator)
         check_prompts(recipe, policy)
         optimizer = make_optimizer(recipe, policy)
-        state = restore(recipe, folder, saved_state, policy, optimizer, log)
+        state = restore(recipe, resume_folder, saved_state, policy, optimizer, log)
     else:
         state = initialize_run(recipe, policy, accelerator, log)
         optimizer = make_optimizer(recipe, policy)
@@ -105,8 +106,8 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
     for caution in learning_rate_warnings(recipe.learning_rate, model_size):
         log.say(f"warning: {caution}")
 
-    # 5. Make the other policies: the rollout policy has the learner's version, the reference the weights that RL
-    # started from.
+    # 5. Make the other policies. The rollout policy is the learner, or a copy of it; the reference has the weights that
+    # RL started from.
     rollout_policy = resolve_rollout_engine(recipe).load(policy)
     rollout_policy.weights_version = policy.weights_version
     if recipe.torch_compile:
@@ -117,7 +118,7 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
         log=log,
         policy=policy,
         rollout_policy=rollout_policy,
-        reference=reference_policy(recipe, policy, accelerator, fresh=folder is None),
+        reference=reference_policy(recipe, policy, accelerator, fresh=resume_folder is None),
         teacher=teacher,
         optimizer=optimizer,
         state=state,
@@ -130,17 +131,17 @@ def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
             completed=state.step,
             exact=recipe.likelihood.exact_ratios,
         ),
-        checkpoint=str(folder or ""),
-        history=reward_history(recipe, folder),
-        value_head=make_value_head(recipe, folder),
+        checkpoint=str(resume_folder or ""),
+        history=reward_history(recipe, resume_folder),
+        value_head=make_value_head(recipe, resume_folder),
     )
     if recipe.rollout_workers:
         is_in_order = recipe.rollout_schedule == "in_order"
         run.async_rollouts = (AsyncRollouts if is_in_order else FirstReadyRollouts)(run, pool)
-        run.async_rollouts.begin(state.step, folder)
+        run.async_rollouts.begin(state.step, resume_folder)
 
-    # 6. Save the first checkpoint. From now on there is a complete step to save, whatever ends the run.
-    if not folder:
+    # 6. Save the first checkpoint. From now on, there is always a complete step to save if the run ends early.
+    if not resume_folder:
         check_lock(run)
         save(run)
     install_emergency_saves(run, peers)
@@ -166,14 +167,14 @@ def restore(
 
 
 def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
-    """Join the processes; return the accelerator, the handler of stop signals, and the watchdog over the other
-    processes (None without one).
+    """Connect the processes; return the accelerator, the handler of stop signals, and the watchdog over the other
+    processes. The watchdog is None for a single process, or if `peer_timeout` is None.
 
     Raises:
         ValueError: The launch or its number of processes does not fit the recipe.
     """
     check_trackers(recipe)
-    check_launch_config()  # before Accelerate asks for the engine's package
+    check_launch_config()  # first, since Accelerate raises ImportError if DeepSpeed is requested but not installed
     directory = str(Path(recipe.directory) / "tensorboard")
     accelerator = make_accelerator(timeout=recipe.collective_timeout, log_with=recipe.trackers, directory=directory)
     stop = Stop(seconds=recipe.stop_seconds, main=accelerator.is_main_process)
@@ -181,7 +182,7 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
     if recipe.peer_timeout is not None and accelerator.num_processes > 1:
         peers = Peers(accelerator, seconds=recipe.peer_timeout, advice=f"this run ends; {how_to_continue(recipe)}")
         peers.hear = stop.hear_from_another
-        with_the_run().enter_context(peers)  # its exit tells the other processes that this one ends, also on errors
+        with_the_run().enter_context(peers)  # on exit, also by an error, tells the other processes that this one ends
     stop.leave_at_once("stopped before the first step: nothing new was saved; start again with the same command")
     check_processes(recipe, accelerator)
     return accelerator, stop, peers
@@ -221,12 +222,12 @@ def check_processes(recipe: Settings, accelerator: Accelerator) -> None:
 
 
 def load_and_rehearse(recipe: Recipe, accelerator: Accelerator) -> Policy:
-    """Load the recipe's model and rehearse a step, so that a wrong setting is refused before any work and before any
+    """Load the recipe's model and rehearse a step, so that a wrong setting is refused before the run trains or writes a
     file.
     """
     policy = build_policy(recipe, loading_device(recipe, accelerator))
     recipe.likelihood.check(policy)
-    component_reward_weights(recipe)
+    component_reward_weights(recipe)  # raises ValueError if they are missing
     longest_index = check_prompts(recipe, policy)
     (problem,), _ = fit_prompts(recipe, policy, [longest_index])
     policy = shard_policy(recipe, policy, accelerator)

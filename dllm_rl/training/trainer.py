@@ -46,8 +46,8 @@ def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
         if os.environ.get("RANK", "0") == "0":  # only the main process prints
             print(escape_controls(text, keep="\n"))
         return Summary({"plan": text})
-    run = start(recipe, pool)  # a new run, or one resumed from a checkpoint
-    engine = resolve_rollout_engine(recipe)
+    run = start(recipe, pool)  # starts a new run, or resumes one from a checkpoint
+    rollout_engine = resolve_rollout_engine(recipe)
 
     for step_index in range(run.state.step, recipe.num_steps):
         if run.async_rollouts is None:  # this process samples the completions
@@ -59,7 +59,7 @@ def train(recipe: Recipe, pool: Pool | None = None) -> Summary:
         with run.log.stage("sync"):
             # `publish` gives the workers one more batch to sample, with the new weights, and returns metrics.
             mismatch_metrics = {} if run.async_rollouts is None else run.async_rollouts.publish(step_index, result)
-            sync_metrics = mismatch_metrics | engine.sync(run.policy, run.rollout_policy)
+            sync_metrics = mismatch_metrics | rollout_engine.sync(run.policy, run.rollout_policy)
 
         metrics = rollout_metrics | teacher_metrics | result.metrics | sync_metrics | validate(run, step_index)
         metrics = after_step(run, step_index, metrics)  # calls the callbacks, which may add metrics

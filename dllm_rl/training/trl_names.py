@@ -15,7 +15,8 @@ from dllm_rl.distributed.collectives import num_launched
 from dllm_rl.recipe import Recipe, check_kind, convert_value
 from dllm_rl.renamed import hint
 
-# TRL's name: the keyword of grpo_recipe with the same meaning, or KEYWORD.ARGUMENT for an argument of its function.
+# From TRL's names to keywords of grpo_recipe with the same meaning. NAME.ARGUMENT is an argument of the function in the
+# keyword NAME, or an entry of the dict `sampler_options`.
 TRL_NAMES = {
     "max_completion_length": "max_new_tokens",
     "max_steps": "num_steps",
@@ -30,13 +31,14 @@ TRL_NAMES = {
     "delta": "loss.delta",
     "scale_rewards": "advantages.scale_rewards",
 }
-# TRL's names whose value is a word: the keyword of grpo_recipe, and its value for each word that has an equivalent.
-WORD_VALUES: dict[str, tuple[str, dict[str, Callable]]] = {
+# From TRL's names whose values are strings to keywords of grpo_recipe, and their values for the strings that have an
+# equivalent.
+STRING_VALUES: dict[str, tuple[str, dict[str, Callable]]] = {
     "loss_type": (
         "loss_reduction",
         {"grpo": sequence_mean, "dapo": token_mean, "bnpo": token_mean, "dr_grpo": fixed_length_mean},
     ),
-    # Only the level: epsilon stays 0.2, and epsilon_high equals epsilon. For GSPO's bounds use loss=gspo.
+    # This sets only the level: epsilon stays 0.2, and epsilon_high equals epsilon. For GSPO's bounds use loss=gspo.
     "importance_sampling_level": (
         "loss",
         {"token": ppo_clip, "sequence": partial(gspo, epsilon=0.2, epsilon_high=None)},
@@ -51,9 +53,9 @@ WORD_VALUES: dict[str, tuple[str, dict[str, Callable]]] = {
         },
     ),
 }
-# Completions per forward, and forwards per update, of one process: see `batch_sizes`.
+# TRL's completions per forward, and forwards per update, of one process. `batch_sizes` converts them.
 BATCH_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
-# TRL's names without an equivalent are refused; the error names the nearest setting.
+# TRL's names without an equivalent: they are refused, and the error names this nearest setting.
 HINTS = {
     "args": "a keyword for each of its fields, as learning_rate=1e-6",
     "generation_batch_size": "train_batch_size, in prompts per step over all processes",
@@ -113,15 +115,15 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
         ValueError: A name is unknown.
     """
     types = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
-    # The function's types win: its `model` accepts one more type than Recipe's.
+    # The function's types take precedence: its `model` accepts one more type than Recipe's.
     types = {field.name: field.type for field in fields(Recipe)} | types
-    settings = types.keys() - {"settings"}
+    known_names = types.keys() - {"settings"}
     keywords = {
         name: value if name == "model" else convert_value(name, types.get(name), value)
         for name, value in keywords.items()
     }
     check_counts(keywords)
-    for name in keywords.keys() & settings - {"report_to"}:  # TRL's value is a list
+    for name in keywords.keys() & known_names - {"report_to"}:  # report_to is a list in TRL
         check_kind(name, types[name], keywords[name])
     translated = batch_sizes(keywords)
     trl_names = dict(TRL_NAMES)
@@ -131,29 +133,33 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
         is_default = (name, value) in (("sync_ref_model", False), ("warmup_steps", 0))
         if name in BATCH_SIZES or is_default:
             continue
-        path, value = translate_word(name, value) if name in WORD_VALUES else (trl_names.get(name, name), value)
-        if path.partition(".")[0] not in settings:
+        if name in STRING_VALUES:
+            target, value = translate_string(name, value)
+        else:
+            target = trl_names.get(name, name)
+        if target.partition(".")[0] not in known_names:
             if rename_hint := hint(name):
                 addition = "; a learning-rate warm-up needs lr_scheduler_type too" if name == "warmup_steps" else ""
                 raise ValueError(rename_hint + addition)
             if name in HINTS:
                 nearest = [HINTS[name]]
             else:
-                nearest = difflib.get_close_matches(name, settings | TRL_NAMES.keys(), n=1)
+                nearest = difflib.get_close_matches(name, known_names | TRL_NAMES.keys(), n=1)
             remedy = f"the nearest is {nearest[0]}" if nearest else "help(dllm_rl.Recipe) lists all"
             raise ValueError(f"{name} is not a setting of grpo; {remedy}")
-        if path in translated:
-            raise ValueError(f"{path} is set twice, once by TRL's name; set it once")
-        translated[path] = value
+        if target in translated:
+            raise ValueError(f"{target} is set twice, once by TRL's name; set it once")
+        translated[target] = value
     if isinstance(translated.get("report_to"), list):
         translated["report_to"] = ",".join(translated["report_to"]) or "none"
-    for path in [path for path in translated if "." in path]:
-        bind_keyword(translated, path, translated.pop(path))
+    for target in [target for target in translated if "." in target]:
+        bind_keyword(translated, target, translated.pop(target))
     return translated
 
 
 def check_counts(keywords: dict[str, Any]) -> None:
-    """Raise ValueError if one of TRL's counts is not a whole number, or counts updates while a step has several."""
+    """Raise ValueError if one of TRL's counts is not a whole number, or if it counts updates and a step has several
+    updates. Also refuse loss_type='bnpo' for an update of several forwards."""
     for name in (*BATCH_SIZES, "num_generations", "warmup_steps"):
         if not isinstance(keywords.get(name, 0), Integral):
             raise ValueError(f"{name}={keywords[name]!r} must be a whole number")
@@ -169,18 +175,18 @@ def check_counts(keywords: dict[str, Any]) -> None:
         )
 
 
-def translate_word(name: str, word: object) -> tuple[str, Callable]:
-    """Return the keyword for a name of WORD_VALUES, and the keyword's value.
+def translate_string(name: str, value: object) -> tuple[str, Callable]:
+    """Return the keyword for a name in STRING_VALUES, and the keyword's value.
 
     Raises:
-        ValueError: The word is not in the table.
+        ValueError: The table does not have the value.
     """
-    keyword, words = WORD_VALUES[name]
-    if word not in list(words):
-        known = ", ".join(map(repr, words))
+    keyword, equivalents = STRING_VALUES[name]
+    if value not in list(equivalents):
+        known = ", ".join(map(repr, equivalents))
         alternatives = "for others give Recipe's loss, loss_reduction or lr_schedule"
-        raise ValueError(f"{name}={word!r} is not one of {known}; {alternatives}")
-    return keyword, words[word]
+        raise ValueError(f"{name}={value!r} is not one of {known}; {alternatives}")
+    return keyword, equivalents[value]
 
 
 def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +200,7 @@ def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:
     rows, forwards = keywords.get(BATCH_SIZES[0]), keywords.get(BATCH_SIZES[1], 1)
     if rows is None:
         raise ValueError(f"gradient_accumulation_steps={forwards} needs per_device_train_batch_size, in completions")
-    group_size = max(1, keywords.get("num_generations", Recipe.num_generations))  # Recipe refuses less than 1
+    group_size = max(1, keywords.get("num_generations", Recipe.num_generations))  # Recipe refuses a value below 1
     if rows % group_size:
         problem = f"per_device_train_batch_size={rows} is not a multiple of num_generations={group_size}"
         raise ValueError(
@@ -203,18 +209,18 @@ def batch_sizes(keywords: dict[str, Any]) -> dict[str, Any]:
     return {"micro_batch_size": rows, "train_batch_size": rows * forwards * num_launched() // group_size}
 
 
-def bind_keyword(settings: dict[str, Any], path: str, value: object) -> None:
-    """Set the argument of a setting's function, or an option of the sampler. `path` is KEYWORD.ARGUMENT, as in
+def bind_keyword(settings: dict[str, Any], target: str, value: object) -> None:
+    """Set the argument of a setting's function, or an entry of `sampler_options`. `target` is NAME.ARGUMENT, as in
     TRL_NAMES.
     """
-    name, _, keyword = path.partition(".")
+    name, _, keyword = target.partition(".")
     if name == "sampler_options":
         settings[name] = {**(settings.get(name) or {}), keyword: value}
         return
     function: Callable = settings.get(name) or (ppo_clip if name == "loss" else group_relative)
     if keyword not in inspect.signature(function).parameters:
         raise ValueError(f"{keyword}={value!r} is not a keyword of the {name}; leave one of them out")
-    if isinstance(value, bool):  # TRL's older form of scale_rewards
+    if isinstance(value, bool):  # scale_rewards of earlier TRL versions
         value = "group" if value else "none"
     settings[name] = partial(function, **{keyword: value})
 

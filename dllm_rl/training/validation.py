@@ -11,7 +11,7 @@ from dllm_rl.recipe import Recipe, Settings
 from dllm_rl.tasks.base import Task
 from dllm_rl.training.context import StepContext
 
-MAX_SHARE = 0.02  # evaluations take at most this share of the forwards if eval_steps is None
+MAX_SHARE = 0.02  # if eval_steps is None, evaluations run at most this share of training's forwards
 MIN_STEPS = 10  # if eval_steps is None, the steps between evaluations are a multiple of this number
 
 
@@ -27,16 +27,16 @@ def format_metrics(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name in names)
 
 
-def interval(recipe: Settings, eval_forwards: int, step_forwards: int) -> int:
-    """Return the number of steps between evaluations, 0 for none: `eval_steps`, or the number that limits evaluations
-    to MAX_SHARE of the work.
+def evaluation_interval(recipe: Settings, eval_forwards: int, step_forwards: int) -> int:
+    """Return the number of steps between evaluations, 0 for no evaluations. It is `eval_steps`; if that is None, it is
+    the number that limits evaluations to MAX_SHARE of the work.
 
-    The work is counted and not timed, so that a resumed run evaluates at the same steps.
+    The work is counted in forwards and not timed, so that a resumed run evaluates at the same steps.
 
     Args:
         recipe: Settings of the run.
-        evaluation: Forwards of rows in an evaluation.
-        step: Forwards of rows in a training step.
+        eval_forwards: Rows times forwards per row in an evaluation.
+        step_forwards: Rows times forwards per row in a training step.
     """
     if recipe.eval_steps is not None:
         return recipe.eval_steps
@@ -53,14 +53,14 @@ def check_best_model(recipe: Settings, eval_interval: int) -> None:
 
 
 def validation_interval(recipe: Recipe) -> int:
-    """Return the steps between evaluations on the validation task (`interval`). Of a training step, only the rollout is
-    counted.
+    """Return the steps between evaluations on the validation task (`evaluation_interval`). Of a training step, only the
+    rollout is counted.
     """
     eval_forwards, rollout_forwards = forwards_of(recipe.eval_sampler), forwards_of(recipe.sampler)
     if not eval_forwards or not rollout_forwards:  # unknown for one of the samplers: compare rows only
         eval_forwards = rollout_forwards = 1
     rows = recipe.train_batch_size * recipe.num_generations
-    return interval(recipe, len(recipe.validation_task) * eval_forwards, rows * rollout_forwards)
+    return evaluation_interval(recipe, len(recipe.validation_task) * eval_forwards, rows * rollout_forwards)
 
 
 def forwards_of(sampler: Callable) -> int:

@@ -18,19 +18,21 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.types import Rollout, Views
 
-RATE_WIDTH = 64  # inputs of a layer for which `learning_rate` is meant
+RATE_WIDTH = 64  # a matrix with this number of inputs is trained at `learning_rate`
 FILE = "value_head.safetensors"  # file in a checkpoint: weights and AdamW's moments
 
 
 class ValueHead:
-    """The head of `value_head()` and its optimizer. Its layers are made at the first batch, which has the width."""
+    """The head of `value_head()` and its optimizer. Its layers are made at the first batch, which shows the width of
+    the hidden states.
+    """
 
     def __init__(self, settings: ValueModel, seed: int, saved: dict[str, Tensor] | None = None) -> None:
         self.settings = settings
         self.seed = seed
         self.saved = saved
         self.layers: nn.Sequential | None = None
-        self.num_values = 0.0  # since the last `learn`
+        self.num_values = 0.0  # number of values in the gradient, since the last `learn`
 
     def build(self, width: int, device: torch.device) -> nn.Sequential:
         """Make the layers for hidden states of this width, or load them from a checkpoint."""
@@ -40,23 +42,23 @@ class ValueHead:
         hidden.weight.data = nn.init.xavier_uniform_(weight, generator=generator_for(self.seed, "value head")).to(
             device
         )
-        for zeros in (hidden.bias, last.weight, last.bias):
-            nn.init.zeros_(zeros)
+        for parameter in (hidden.bias, last.weight, last.bias):
+            nn.init.zeros_(parameter)
         layers = nn.Sequential(nn.LayerNorm(width, device=device), hidden, nn.GELU(), last)
         rate = self.settings.learning_rate
         groups: list[dict[str, Any]] = [{"params": [p], "lr": rate * rate_scale(p)} for p in layers.parameters()]
         self.optimizer = torch.optim.AdamW(groups)
         if self.saved is not None:
-            layers.load_state_dict(self._of("weights."))
+            layers.load_state_dict(self._saved_tensors("weights."))
             moments: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in self._of("moments.").items():
+            for name, tensor in self._saved_tensors("moments.").items():
                 index, _, key = name.partition(".")
                 moments.setdefault(int(index), {})[key] = tensor
             self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         self.layers = layers
         return layers
 
-    def _of(self, prefix: str) -> dict[str, Tensor]:
+    def _saved_tensors(self, prefix: str) -> dict[str, Tensor]:
         assert self.saved is not None
         return {name.removeprefix(prefix): x for name, x in self.saved.items() if name.startswith(prefix)}
 
@@ -80,8 +82,8 @@ class ValueHead:
     ) -> tuple[Float[Tensor, "B T"], Metrics]:
         """Return the advantage of each scored token, and sums for `value_metrics`.
 
-        The gradient of the regression, whose target at every step is the row's advantage, is added to the layers; call
-        `learn` after the learner's update.
+        It also adds to the layers the gradient of the values' squared error; the target of every step's value is the
+        row's advantage. Call `learn` after the learner's update.
 
         Raises:
             ValueError: A position is scored at several steps, so that it has several advantages.
@@ -136,9 +138,9 @@ class ValueHead:
         It comes after the learner's update, so that a step that fails leaves both unchanged.
         """
         counts = torch.tensor([self.num_values, float(self.layers is None)], dtype=torch.double)
-        num_values, num_without = sum_over(counts, accelerator).tolist()
+        num_values, processes_without_layers = sum_over(counts, accelerator).tolist()
         self.num_values = 0.0
-        if self.layers is None or num_without:  # a process has seen no completion yet, and has no layers to sum
+        if self.layers is None or processes_without_layers:  # they have scored no completion yet
             return
         sum_gradients(self.layers, accelerator)
         for parameter in self.layers.parameters():
@@ -149,10 +151,10 @@ class ValueHead:
 
 
 def rate_scale(parameter: Tensor) -> float:
-    """Return the factor on the learning rate of a parameter: RATE_WIDTH / width for a matrix that reads `width` inputs.
+    """Return the factor on a parameter's learning rate: RATE_WIDTH / width for a matrix with `width` inputs, else 1.
 
-    A step of AdamW changes a layer's output in proportion to its inputs, so one rate would not fit every model (muP,
-    arXiv 2203.03466 [paper]).
+    A step of AdamW changes a layer's output in proportion to the number of its inputs, so one rate would not fit every
+    model (muP, arXiv 2203.03466 [paper]).
     """
     return RATE_WIDTH / parameter.shape[1] if parameter.dim() == 2 else 1.0
 
@@ -162,11 +164,11 @@ def value_metrics(sums: Metrics, accelerator: Accelerator) -> dict[str, float]:
 
     value/loss: mean squared error of the values.
 
-    value/explained_variance: share of the mean square of the advantages that the values remove; 0 for values of 0.
+    value/explained_variance: 1 - value/loss / (mean square of the advantages); 0 if all values are 0.
     """
     means = reduce_metrics(sums, accelerator)
-    square = means.pop("value/square", 0.0)
-    return means | ({"value/explained_variance": 1 - means["value/loss"] / square} if square else {})
+    mean_square = means.pop("value/square", 0.0)
+    return means | ({"value/explained_variance": 1 - means["value/loss"] / mean_square} if mean_square else {})
 
 
 def make_value_head(recipe: Recipe, folder: Path | None) -> ValueHead | None:

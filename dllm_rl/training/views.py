@@ -18,7 +18,7 @@ from dllm_rl.types import Rollout, Views
 
 def active_groups(recipe: Recipe, advantages: Float[Tensor, "P G"]) -> Bool[Tensor, " P"]:
     """Return which groups the update trains on: groups with a nonzero advantage, or all groups if the loss has a KL
-    term or an entropy bonus, or a value model gives their tokens advantages.
+    term or an entropy bonus, or if a value model gives the tokens advantages.
     """
     return (advantages != 0).any(-1) | bool(recipe.beta or recipe.entropy_coeff or recipe.value_model)
 
@@ -87,5 +87,5 @@ def restrict_to_groups(
 
 
 def select_local_rows(is_selected: Bool[Tensor, " P"], group_size: int, accelerator: Accelerator) -> Bool[Tensor, " B"]:
-    """Return the mask of this process's rows that belong to the marked groups, on its device."""
+    """Return the mask of this process's rows that belong to the selected groups, on its device."""
     return copy_to_device(accelerator.device, local(repeat(is_selected, "p -> (p g)", g=group_size), accelerator))[0]

@@ -18,7 +18,7 @@ from dllm_rl.monitoring.log import RunLog
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem
-from dllm_rl.training.denoising import Noise, denoising_loss, lessons
+from dllm_rl.training.denoising import Noise, denoising_examples, denoising_loss
 from dllm_rl.training.prompts import draw_indices, fit_prompts
 from dllm_rl.types import Rollout, SamplingParams
 
@@ -92,10 +92,11 @@ def draw_levels(
     """Draw the random numbers of a batch of `supervised_loss`.
 
     Returns:
-        Mask ratios t ~ U(min_t, 1], stratified over the rows; uniforms to compare them with; and uniforms for the
-        corruption.
+        A mask ratio t ~ U[min_t, 1) per row, stratified over the rows; uniforms (a token is masked if its uniform is
+        below t); and uniforms for `corrupted`.
     """
-    # Stratified, so that every batch has easy and hard rows, and the loss varies less.
+    # Stratified: the rows draw from different parts of the interval, so that every batch has low and high mask ratios,
+    # and the loss varies less.
     strata = (torch.randperm(num_rows, generator=generator) + torch.rand(num_rows, generator=generator)) / num_rows
     uniforms = torch.rand(num_rows, length, generator=generator)
     return min_t + (1 - min_t) * strata, uniforms, torch.rand(num_rows, length, generator=generator)
@@ -136,9 +137,10 @@ def supervised_loss(
     """Return the mean negative log-likelihood per completion token, in nats. The last L positions of each row are the
     completion.
 
-    A causal model's loss is -sum_t log p(y_t | before) / tokens. A diffusion model's loss is -sum_{masked with the
-    row's t} log p(y_i | rest) / t / tokens (LLaDA eq. 5 [paper]; strata, floor [ours]). `corruption` is the share of a
-    diffusion model's visible tokens that are replaced; if it is above 0, each visible token counts 1 / tokens [ours].
+    A causal model's loss is -sum_i log p(y_i | y_<i) / tokens. A diffusion model's loss is -sum_{masked i} log p(y_i |
+    visible tokens) / t / tokens, where t is the row's mask ratio (LLaDA eq. 5 [paper]; strata and min_t [ours]).
+    `corruption` is the share of a diffusion model's visible tokens that are replaced by other tokens; if it is above 0,
+    the loss includes -log p / tokens of each visible token [ours].
     """
     completion = slice(-uniforms.shape[1], None)
     input_tokens = batch.tokens.clone()
@@ -161,8 +163,8 @@ def supervised_loss(
 def warm_up(
     recipe: Recipe, policy: Policy, accelerator: Accelerator, log: RunLog, measure: Callable[[], dict[str, float]]
 ) -> int:
-    """Train with AdamW on `supervised_loss` until the metric of `measure` reaches sft_warmup_target; return the number
-    of steps.
+    """Train with AdamW for at most sft_warmup_steps, until `sft_warmup_metric`, measured by `measure`, reaches
+    `sft_warmup_target`; return the number of steps.
     """
     if not recipe.sft_warmup_steps:
         return 0
@@ -187,7 +189,7 @@ def warm_up(
 def warmup_step(
     recipe: Recipe, policy: Policy, optimizer: torch.optim.Optimizer, step: int, accelerator: Accelerator
 ) -> float:
-    """Train one step; return this process's loss. Problems and masks depend only on the number of the step, not on the
+    """Train one step; return this process's loss. Problems and masks depend only on the seed and the step, not on the
     number of processes.
 
     Raises:
@@ -206,18 +208,19 @@ def warmup_step(
         if canvas_length:
             pairs = tokenize_solutions(policy, problems, max_new_tokens=recipe.max_new_tokens)
             end = policy.spec.eos_ids[0]
-            pairs_with_end = [(prompt, [*answer, end][: recipe.max_new_tokens]) for prompt, answer in pairs]
-            loss = denoising_loss(policy, lessons(policy, pairs_with_end, Noise(*local_draws))) / len(pairs_with_end)
+            pairs_with_end = [(prompt, [*solution, end][: recipe.max_new_tokens]) for prompt, solution in pairs]
+            noisy_examples = denoising_examples(policy, pairs_with_end, Noise(*local_draws))
+            loss = denoising_loss(policy, noisy_examples) / len(noisy_examples)
         else:
             batch = examples(policy, problems, max_new_tokens=recipe.max_new_tokens)
             loss = supervised_loss(policy, batch, *local_draws, corruption=recipe.sft_warmup_corruption)
         loss.backward()
-    sum_gradients(policy.module, accelerator, mean=True)  # all processes have equal shares
+    sum_gradients(policy.module, accelerator, mean=True)  # every process has the same number of rows
     norm = gather_if_sharded(torch.nn.utils.clip_grad_norm_(policy.module.parameters(), 1.0))
     if not norm.isfinite():
         raise FloatingPointError(f"gradient norm is {norm.item()} at warm-up step {step}; the update was not applied")
     for group in optimizer.param_groups:
         group["lr"] = recipe.sft_warmup_learning_rate * min(1.0, (step + 1) / LR_WARMUP_STEPS)
     optimizer.step()
-    policy.module.zero_grad(set_to_none=True)  # frees the memory for an evaluation
+    policy.module.zero_grad(set_to_none=True)  # frees memory for an evaluation
     return loss.item()

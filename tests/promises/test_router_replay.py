@@ -93,7 +93,7 @@ def test_a_dry_run_counts_a_mixture_in_fp32(tmp_path):
     recipe = moe_recipe(tmp_path, router_replay="R3")
     weights = sum(p.numel() for p in MOE().module.parameters())
     settings = {"prompt_tokens": 20, "dtype": torch.float32, "rollout_copy": 0}
-    held = measure_step(recipe, MOE(), **settings).held
+    held = measure_step(recipe, MOE(), **settings).persistent
     assert held["gradients"] == 4 * weights and held.keys() == {"weights", "gradients", "optimizer"}
     assert held["weights"] == pytest.approx(4 * weights, rel=0.01) and held["optimizer"] == pytest.approx(
         8 * weights, rel=0.01

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import transformers
 
 from dllm_rl.models.tiny import tiny_diffusion_gemma
-from dllm_rl.training.denoising import Lesson, Noise, denoising_loss, lessons
+from dllm_rl.training.denoising import DenoisingExample, Noise, denoising_examples, denoising_loss
 
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers, "DiffusionGemmaConfig"), reason="this transformers has no DiffusionGemma"
@@ -27,8 +27,8 @@ def tiny():
 
 def noise(rows, **given):
     """Nothing is replaced, the first canvas is predicted, and no row is conditioned, unless `given`."""
-    values = {"level": torch.zeros(rows), "hit": torch.full((rows, 4), 0.5), "token": torch.zeros(rows, 4)}
-    values |= {"canvas": torch.zeros(rows), "passes": torch.ones(rows)} | given
+    values = {"level": torch.zeros(rows), "replace": torch.full((rows, 4), 0.5), "token": torch.zeros(rows, 4)}
+    values |= {"canvas": torch.zeros(rows), "self_condition": torch.ones(rows)} | given
     return Noise(**values)
 
 
@@ -39,36 +39,38 @@ def test_a_lesson_by_hand():
     drawn = noise(
         2,
         level=torch.tensor([0.5, 1.0]),
-        hit=torch.tensor([[0.4, 0.5, 0.9, 0.1], [0.0, 0.3, 0.6, 0.99]]),
+        replace=torch.tensor([[0.4, 0.5, 0.9, 0.1], [0.0, 0.3, 0.6, 0.99]]),
         token=torch.tensor([[3.5, 0, 0, 5.5], [8.5, 7.5, 6.5, 5.5]]) / size,
         canvas=torch.tensor([0.5, 0.99]),
-        passes=torch.tensor([0.49, 0.51]),
+        self_condition=torch.tensor([0.49, 0.51]),
     )
-    one, two = lessons(policy, pairs, drawn)
+    one, two = denoising_examples(policy, pairs, drawn)
     # Two canvases: 0.5 takes the second one, whose last two places are filled with end tokens.
     assert one.context.tolist() == [5, 6, 3, 4, 5, 6] and one.target.tolist() == [7, EOS, EOS, EOS]
-    assert one.seen.tolist() == [3, EOS, EOS, 5] and one.real == 2 and one.conditioned
+    assert one.noisy.tolist() == [3, EOS, EOS, 5] and one.num_answer_tokens == 2 and one.self_conditioned
     assert two.context.tolist() == [7] and two.target.tolist() == [3, 3, 3, EOS]
-    assert two.seen.tolist() == [8, 7, 6, 5] and two.real == 3 and not two.conditioned
+    assert two.noisy.tolist() == [8, 7, 6, 5] and two.num_answer_tokens == 3 and not two.self_conditioned
 
 
 BATCH = [
-    Lesson(torch.tensor([5, 6, 3, 4, 5, 6]), torch.tensor([7, EOS, EOS, EOS]), torch.tensor([3, 2, 2, 5]), 2, True),
-    Lesson(torch.tensor([7]), torch.tensor([3, 3, 3, EOS]), torch.tensor([8, 7, 6, 5]), 4, False),
-    Lesson(torch.tensor([8, 4, 4]), torch.tensor([6, 5, 4, 3]), torch.tensor([6, 5, 4, 3]), 4, True),
+    DenoisingExample(
+        torch.tensor([5, 6, 3, 4, 5, 6]), torch.tensor([7, EOS, EOS, EOS]), torch.tensor([3, 2, 2, 5]), 2, True
+    ),
+    DenoisingExample(torch.tensor([7]), torch.tensor([3, 3, 3, EOS]), torch.tensor([8, 7, 6, 5]), 4, False),
+    DenoisingExample(torch.tensor([8, 4, 4]), torch.tensor([6, 5, 4, 3]), torch.tensor([6, 5, 4, 3]), 4, True),
 ]
 
 
 def by_transformers(policy, lesson):
     """The loss of one row without padding: the model's own forward, twice, and a causal loss of its encoder."""
     module = policy.module
-    context, target, seen = (x[None] for x in (lesson.context, lesson.target, lesson.seen))
+    context, target, seen = (x[None] for x in (lesson.context, lesson.target, lesson.noisy))
     given = {"input_ids": context, "decoder_input_ids": seen}
-    if lesson.conditioned:
+    if lesson.self_conditioned:
         with torch.no_grad():
             given["self_conditioning_logits"] = module(**given).logits
     decoder = F.cross_entropy(module(**given).logits[0], target[0])
-    text = torch.cat([context, target[:, : lesson.real]], dim=1)
+    text = torch.cat([context, target[:, : lesson.num_answer_tokens]], dim=1)
     states = module.model.encoder.language_model(input_ids=text).last_hidden_state
     cap = module.config.text_config.final_logit_softcapping
     logits = cap * torch.tanh(module.lm_head(states) / cap)
@@ -99,5 +101,5 @@ def test_conditioning_is_of_its_rows_alone():
         alone = denoising_loss(policy, BATCH[1:2])
         both = denoising_loss(policy, BATCH[:2]) - denoising_loss(policy, BATCH[:1])
         torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-4)
-        plain = [Lesson(one.context, one.target, one.seen, one.real, False) for one in BATCH]
+        plain = [DenoisingExample(one.context, one.target, one.noisy, one.num_answer_tokens, False) for one in BATCH]
         assert (denoising_loss(policy, plain) - denoising_loss(policy, BATCH)).abs() > 1e-3

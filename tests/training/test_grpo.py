@@ -29,7 +29,7 @@ from dllm_rl.samplers.revise import edit
 from dllm_rl.samplers.rules import soft_threshold, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import task_from_dataset
-from dllm_rl.training.trl_names import HINTS, TRL_NAMES, WORD_VALUES, translate_trl_names
+from dllm_rl.training.trl_names import HINTS, STRING_VALUES, TRL_NAMES, translate_trl_names
 
 SMALL = SIZES | {"hidden_size": 16, "num_layers": 1, "intermediate_size": 16}
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "1234" for b in "1234"]
@@ -526,7 +526,7 @@ def test_lr_scheduler_type_constant_goes_with_several_updates_per_rollout():
 def test_the_docs_have_the_table_of_words():
     page = README.parent.joinpath("docs", "trl.md").read_text()
     expected = {}
-    for name, (keyword, words) in WORD_VALUES.items():
+    for name, (keyword, words) in STRING_VALUES.items():
         for word, held in words.items():
             expected[f"{name}={word!r}"] = f"{keyword}={describe(held)}"
     assert dict(re.findall(r"^\| `(\w+=.+)` \| (.*) \|$", page, re.MULTILINE)) == expected
@@ -557,7 +557,7 @@ GRPO_CONFIG = re.findall(
 
 
 def test_every_name_of_trls_config_is_taken_or_refused_by_its_name():
-    known = {*Recipe.__dataclass_fields__, *inspect.signature(grpo_recipe).parameters, *TRL_NAMES, *WORD_VALUES}
+    known = {*Recipe.__dataclass_fields__, *inspect.signature(grpo_recipe).parameters, *TRL_NAMES, *STRING_VALUES}
     refused = [name for name in GRPO_CONFIG if name not in known]
     assert len(GRPO_CONFIG) == 79 and HINTS.keys() & {*GRPO_CONFIG} <= {*refused}
     for name in refused:

@@ -39,7 +39,7 @@ def test_a_copy_during_which_a_step_ended_is_not_saved(monkeypatch, during):
     """The copy may hold weights of two steps, also where version and state agree again when it is made."""
     policy = SimpleNamespace(weights_version=3, module=torch.nn.Module())
     log = SimpleNamespace(entered="")
-    writer = SimpleNamespace(alone=nullcontext(), wait=lambda: None)
+    writer = SimpleNamespace(main_only=nullcontext(), wait=lambda: None)
     run = object.__new__(Run)
     state = TrainingState(step=3, version=3, dtype="float32", recipe={})
     run.__dict__.update(policy=policy, optimizer=None, log=log, writer=writer, state=state, saved=2)

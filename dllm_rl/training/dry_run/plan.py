@@ -22,16 +22,16 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.samplers import autoregress, renoise, sampler_for, unmask
 from dllm_rl.tasks.base import check_not_empty
 from dllm_rl.training.cautions import learning_rate_warnings
-from dllm_rl.training.dry_run.duration import HOST, PEAK, seconds, shares
-from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, most_graphs, shard_memory
+from dllm_rl.training.dry_run.duration import HOST_SECONDS, PEAK_FLOPS, peak_shares, stage_seconds
+from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, num_retained_graphs, shard_memory
 from dllm_rl.training.policies import call_model_function, check_blocks
-from dllm_rl.training.saving import adapters_alone
+from dllm_rl.training.saving import saves_only_adapters
 from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, shard_group_size
 
 GB = 1e9
 GPU_SIZES = (80, 96, 141, 192)  # GB of memory
 USABLE_SHARE = 0.9  # share of a GPU's memory that a run can use; the allocator, kernels and driver need the rest
-FILE_SHARD = 5 * GB  # bytes of a file of weights; `save_pretrained` has one file at a time in memory
+MAX_FILE_SIZE = 5 * GB  # largest file of weights; `save_pretrained` has one file at a time in memory
 WRITE_RATE = 0.57 * GB  # bytes per second: 16 GB were written in 13 s and hashed in 15 s
 # Bytes of weights into which adapters are merged per second. Two CPU cores took 85 s for 16 GB in bf16 at rank 16, and
 # 104 s at rank 128.
@@ -105,7 +105,7 @@ def recipe_per_process(recipe: Recipe) -> Recipe:
     return replace(recipe, train_batch_size=recipe.train_batch_size // assumed_processes(recipe))
 
 
-def check(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
+def check_recipe(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None:
     """Raise ValueError if the recipe's sampler, likelihood, model and processes cannot be combined, or if a prompt and
     its completion have more tokens than the model has positions.
     """
@@ -154,10 +154,9 @@ def memory(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> Memory:
     return step_memory if shard_size == 1 else shard_memory(step_memory, policy.module, shard_size)
 
 
-def quantizable_counts(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str, str]]:
-    """Return the number of layers and of weights that are quantized for rollouts.
-
-    The third result has the name of each layer that is not quantized, and the reason.
+def count_quantized(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, dict[str, str]]:
+    """Return the number of layers and the number of weights that are quantized for rollouts, and a dict from each layer
+    that is not quantized to the reason.
     """
     if recipe.rollout_quantization is None:
         return 0, 0, {}
@@ -171,9 +170,10 @@ def quantizable_counts(recipe: Recipe, policy: MetaPolicy) -> tuple[int, int, di
 def rollout_bytes(recipe: Recipe, policy: MetaPolicy, dtype: torch.dtype) -> int:
     """Return the bytes that the rollout policy, a quantized copy of the learner, needs in addition to the learner.
 
-    Its scales are not counted. One scale per row adds about 0.1 %, and one per group of inputs (int4) several percent.
+    The scales of the quantization are not counted. One scale per row adds about 0.1 %; one per group of inputs (int4)
+    adds several percent.
     """
-    layers, weights, _ = quantizable_counts(recipe, policy)
+    layers, weights, _ = count_quantized(recipe, policy)
     scheme = recipe.rollout_quantization
     if scheme is None or not layers:
         return 0
@@ -204,17 +204,18 @@ def plan(recipe: Recipe) -> str:
         check_not_empty("task", recipe.task)
         problem = recipe.task[0]
         prompt_tokens = len(prompt_ids(policy, problem.prompt, problem.blank))
-    check(recipe, policy, prompt_tokens)
+    check_recipe(recipe, policy, prompt_tokens)
     lines = [*model_lines(recipe, policy), *batch_lines(recipe, policy, prompt_tokens)]
     step_memory = memory(recipe, policy, prompt_tokens)
     lines += [*memory_lines(recipe, step_memory), *save_lines(recipe, policy, step_memory)]
-    return "\n".join([*lines, *time_lines(recipe, seconds(recipe_per_process(recipe), policy, prompt_tokens))])
+    return "\n".join([*lines, *time_lines(recipe, stage_seconds(recipe_per_process(recipe), policy, prompt_tokens))])
 
 
 def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
+    """Return the lines about the model: parameters, adapters and quantized layers."""
     trainable = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
     adapters = "" if recipe.lora is None else f" in {recipe.lora()}"
-    layers, weights, skipped = quantizable_counts(recipe, policy)
+    layers, weights, skipped = count_quantized(recipe, policy)
     reasons = Counter(reason.split(" ")[0] if reason.startswith("tied") else reason for reason in skipped.values())
     skipped_text = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or ("none" if layers else "all")
     engine_line = "rollout engine        not counted: memory and time below are for sampling in the learner's process"
@@ -230,11 +231,12 @@ def model_lines(recipe: Recipe, policy: MetaPolicy) -> list[str]:
 
 
 def batch_lines(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> list[str]:
+    """Return the lines about the batches of a step."""
     num_processes = assumed_processes(recipe)
     rows = recipe.train_batch_size * recipe.num_generations
     length = recipe.max_new_tokens
     graphs_text = "none: an update runs every forward again, one at a time"
-    if graphs := most_graphs(recipe, policy, rows=rows // num_processes):
+    if graphs := num_retained_graphs(recipe, policy, rows=rows // num_processes):
         prefix = "" if recipe.likelihood.name in ONE_VIEW else "up to "
         graphs_text = (
             f"{prefix}{graphs} from scoring, which the first update uses instead of running these forwards again "
@@ -252,13 +254,14 @@ def batch_lines(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> list[
 
 
 def memory_lines(recipe: Recipe, step_memory: Memory) -> list[str]:
+    """Return the lines about the memory of a GPU, and which GPUs are large enough."""
     num_gpus = gpus_per_learner(recipe)
     shared_text = f"; {num_gpus} GPUs share the learner" if num_gpus > 1 else ""
     lines = [
         "memory per GPU in GB (10^9 bytes), measured in a step on fake tensors, which have shapes but no data"
         + shared_text
     ]
-    for name, value in step_memory.held.items():
+    for name, value in step_memory.persistent.items():
         lines.append(f"  {name:15}  {value / GB:8.3f} GB in every stage")
     for name, value in step_memory.peaks.items():
         lines.append(f"  {name:15}  {value / GB:8.3f} GB at the peak of this stage, including the tensors above")
@@ -276,14 +279,16 @@ def memory_lines(recipe: Recipe, step_memory: Memory) -> list[str]:
 
 def save_lines(recipe: Recipe, policy: MetaPolicy, step_memory: Memory) -> list[str]:
     """Return the lines about checkpoints: their size on disk, the memory on the host, and the time of a save."""
-    # Bytes of the optimizer's state and the adapters, which every checkpoint has. `held` has those of one GPU.
-    state_bytes = gpus_per_learner(recipe) * sum(step_memory.held.get(name, 0) for name in ("optimizer", "adapters"))
+    # Bytes of the optimizer's state and the adapters, which every checkpoint has. `persistent` has those of one GPU.
+    state_bytes = gpus_per_learner(recipe) * sum(
+        step_memory.persistent.get(name, 0) for name in ("optimizer", "adapters")
+    )
     weight_bytes = policy.num_parameters * weights_dtype(recipe, policy).itemsize
     full_bytes = weight_bytes + state_bytes  # of a checkpoint with all weights; the last one always has them
-    only_adapters = adapters_alone(recipe)
+    only_adapters = saves_only_adapters(recipe)
     checkpoint_bytes = state_bytes if only_adapters else full_bytes
     disk_bytes = recipe.save_total_limit * checkpoint_bytes + full_bytes
-    host_bytes = min(weight_bytes, FILE_SHARD)  # one shard of weights at a time
+    host_bytes = min(weight_bytes, MAX_FILE_SIZE)  # one file of weights at a time
     if recipe.async_save or gpus_per_learner(recipe) > 1:
         host_bytes += weight_bytes + state_bytes * recipe.async_save
     elif recipe.lora is not None and policy.spec.stock_model is None:  # saved by transformers, from a merged copy
@@ -305,19 +310,20 @@ def save_lines(recipe: Recipe, policy: MetaPolicy, step_memory: Memory) -> list[
     ]
 
 
-def time_lines(recipe: Recipe, stage_seconds: dict[str, float]) -> list[str]:
-    hours = recipe.num_steps * sum(stage_seconds.values()) / 3600
+def time_lines(recipe: Recipe, seconds: dict[str, float]) -> list[str]:
+    """Return the lines about the time of a step, by stage, and of the run."""
+    hours = recipe.num_steps * sum(seconds.values()) / 3600
     lines = [
         "time of a step on an H100 or H200, estimated from the step's matrix products, at the percentage "
-        f"below of {PEAK / 1e12:.0f} TFLOP/s, or from {HOST * 1e6:.0f} us of host time per linear layer if that takes "
-        "longer"
+        f"below of {PEAK_FLOPS / 1e12:.0f} TFLOP/s, or from {HOST_SECONDS * 1e6:.0f} us of host time per linear layer "
+        "if that takes longer"
     ]
-    for name, share in shares(recipe).items():
-        lines.append(f"  {name:15}  {stage_seconds[name]:8.1f} s at {share:.0%}")
+    for name, share in peak_shares(recipe).items():
+        lines.append(f"  {name:15}  {seconds[name]:8.1f} s at {share:.0%}")
     run_line = f"  {'run':15}  {hours:8.1f} h for num_steps={recipe.num_steps}, without evaluations and waiting times"
     return [*lines, run_line]
 
 
 def fit(peak: int, size: int) -> str:
-    """Return "yes" if a GPU of `size` GB is large enough, else "no"."""
+    """Return "yes" if a GPU of `size` GB is large enough for a peak of `peak` bytes, else "no"."""
     return "yes" if peak <= USABLE_SHARE * size * GB else "no"

@@ -14,7 +14,14 @@ from dllm_rl.quantization.schemes import float8_dynamic, float8_weight_only
 from dllm_rl.samplers.cache import prefix_cache
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.training.dry_run import plan
-from dllm_rl.training.dry_run.duration import FORWARD, HOST, PEAK, count_views, products, seconds
+from dllm_rl.training.dry_run.duration import (
+    FORWARD_SHARE,
+    HOST_SECONDS,
+    PEAK_FLOPS,
+    count_views,
+    count_weights,
+    stage_seconds,
+)
 from dllm_rl.training.dry_run.plan import meta_policy
 from recipes.llada_8b_sudoku import recipe as sudoku
 
@@ -47,7 +54,7 @@ def test_a_rollout_takes_what_the_h200_took(policy, part, what, scheme, compiled
     sampler = partial(unmask, max_new_tokens=128, diffusion_steps=64, block_size=32)
     recipe = replace(sudoku, sampler=sampler, train_batch_size=1, num_generations=8, micro_batch_size=8)
     recipe = replace(recipe, rollout_quantization=scheme, torch_compile=compiled)
-    assert seconds(recipe, policy, 64)["rollout"] == pytest.approx(measured(part, what), rel=0.15)
+    assert stage_seconds(recipe, policy, 64)["rollout"] == pytest.approx(measured(part, what), rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -64,13 +71,17 @@ def test_an_update_takes_what_the_h200_took(policy, what, changes):
         sudoku, train_batch_size=1, num_generations=8, micro_batch_size=8, max_retained_graphs=0, **changes
     )
     recipe = replace(recipe, num_iterations=1)
-    assert measured("learner", what) <= 1.02 * seconds(recipe, policy, 128)["update"] <= 1.3 * measured("learner", what)
+    assert (
+        measured("learner", what)
+        <= 1.02 * stage_seconds(recipe, policy, 128)["update"]
+        <= 1.3 * measured("learner", what)
+    )
 
 
 def test_a_step_takes_what_the_h200_took(policy):
     """32 denoising steps; the rollout is planned at the rate of fewer rows. No backward was measured: equal rewards."""
     (row,) = PARTS["step"]["rows"]
-    planned = seconds(replace(sudoku, sampler=partial(sudoku.sampler, diffusion_steps=32)), policy, 256)
+    planned = stage_seconds(replace(sudoku, sampler=partial(sudoku.sampler, diffusion_steps=32)), policy, 256)
     assert planned["scoring"] == pytest.approx(row["scoring, s"], rel=0.1)
     assert 0.7 * planned["rollout"] < row["rollout, s"] < planned["rollout"]
 
@@ -89,31 +100,31 @@ def test_the_docs_have_the_seconds_of_likelihoods_at_32_steps(policy):
         ("`one_step(prompt_mask=0.15)`", lik.one_step()),
         ("`one_step(prompt_mask=0)`", lik.one_step(prompt_mask=0.0)),
     ):
-        found = seconds(replace(recipe, likelihood=estimator), policy, 256)
+        found = stage_seconds(replace(recipe, likelihood=estimator), policy, 256)
         (line,) = [line for line in told.splitlines() if line.startswith(f"| {row}") and line.count("|") == 6]
         assert f"{found['scoring']:.1f} + {found['update']:.1f} |" in line, row
         assert f"takes {found['rollout']:.1f} s, whatever" in told
 
 
 def test_stages_by_hand(policy):
-    weights, layers = products(policy)
+    weights, layers = count_weights(policy)
     assert (weights, layers) == (WEIGHTS, 32 * 7 + 1)
-    found = seconds(sudoku, policy, 256)
-    step = 2 * weights * 48 * 512 / PEAK
+    found = stage_seconds(sudoku, policy, 256)
+    step = 2 * weights * 48 * 512 / PEAK_FLOPS
     assert found["rollout"] == pytest.approx(128 * step / 0.84)
     # Learner, reference and the FP8 copy, under the masks of each of 8 updates.
-    assert found["scoring"] == pytest.approx(8 * (2 * step / FORWARD + step / 0.84))
+    assert found["scoring"] == pytest.approx(8 * (2 * step / FORWARD_SHARE + step / 0.84))
     assert found["update"] == pytest.approx(8 * 2 * step / 0.2)
     fields = {"likelihood": lik.coupled(), "beta": 0.0, "rollout_quantization": None, "resample_masks": False}
     coupled = replace(sudoku, **fields, lora=None)
-    found = seconds(coupled, policy, 256)
-    assert found["scoring"] == pytest.approx(2 * step / FORWARD)
+    found = stage_seconds(coupled, policy, 256)
+    assert found["scoring"] == pytest.approx(2 * step / FORWARD_SHARE)
     assert found["update"] == pytest.approx(8 * 2 * 3 * step / 0.2)
     once = replace(sudoku, num_iterations=1, lora=None, micro_batch_size=None)
-    one = seconds(once, meta_policy(once), 256)
+    one = stage_seconds(once, meta_policy(once), 256)
     assert one["update"] == pytest.approx(2 * step / 0.2)  # its forward was scoring's
     cached = replace(sudoku, sampler=partial(sudoku.sampler, cache=prefix_cache()))
-    assert seconds(cached, policy, 256)["rollout"] == pytest.approx(128 * step / 0.84 * 32 / 512)
+    assert stage_seconds(cached, policy, 256)["rollout"] == pytest.approx(128 * step / 0.84 * 32 / 512)
 
 
 def test_the_host_limits_forwards_of_few_tokens(monkeypatch):
@@ -121,14 +132,14 @@ def test_the_host_limits_forwards_of_few_tokens(monkeypatch):
         plan, "load_config", lambda name: load_config(name) | {"num_hidden_layers": 8}
     )  # for time's sake
     qwen = import_module("recipes.qwen3_8b_gsm8k").recipe
-    found = seconds(qwen, meta_policy(qwen), 256)
+    found = stage_seconds(qwen, meta_policy(qwen), 256)
     turns = qwen.train_batch_size * qwen.num_generations / (qwen.rollout_batch_size or 1e9)
-    assert found["rollout"] == pytest.approx(max(1, turns) * qwen.max_new_tokens * (8 * 7 + 1) * HOST)
+    assert found["rollout"] == pytest.approx(max(1, turns) * qwen.max_new_tokens * (8 * 7 + 1) * HOST_SECONDS)
 
 
 def test_a_token_passes_the_experts_that_it_takes():
     moe = meta_policy(import_module("recipes.llada_moe_gsm8k").recipe)
-    weights, _ = products(moe)
+    weights, _ = count_weights(moe)
     assert weights == pytest.approx(157184 * 2048 + 16 * (4 * 2048**2 + 8 * 3 * 2048 * 1024), rel=0.005)
 
 

@@ -142,7 +142,7 @@ def test_the_plan_agrees_with_the_allocator_within_a_tenth(tmp_path, case):
         measured = {"rollout": weights + state + gradients + sampling, "scoring": weights + state + gradients + scoring}
         optimizer.zero_grad(set_to_none=True)  # as the update does when it begins
         measured["update"] = weights + state + graphs + profiled(learn)[0]
-    held = planned.held
+    held = planned.persistent
     print({k: (v, planned.peaks.get(k), round(planned.peaks.get(k) / v, 3)) for k, v in measured.items()}, held)
     assert held["weights"] + held.get("adapters", 0) == pytest.approx(weights, rel=0.001)
     assert held["optimizer"] == pytest.approx(state, rel=0.001)

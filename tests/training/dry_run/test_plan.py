@@ -21,13 +21,13 @@ from dllm_rl.quantization.schemes import fake_quantize, float8_weight_only
 from dllm_rl.samplers import unmask
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.training.dry_run import plan as dry_run
-from dllm_rl.training.dry_run.duration import PEAK, products
+from dllm_rl.training.dry_run.duration import PEAK_FLOPS, count_weights
 from dllm_rl.training.dry_run.memory import Memory, measure_step
 from dllm_rl.training.dry_run.plan import (
+    count_quantized,
     memory,
     meta_policy,
     plan,
-    quantizable_counts,
     rollout_bytes,
 )
 from dllm_rl.training.policies import call_model_function
@@ -99,7 +99,7 @@ def test_llada_8b_to_the_parameter():
     trainable = sum(p.numel() for p in adapted.module.parameters() if p.requires_grad)
     attention, ahead = 4 * 128 * (4096 + 4096), 3 * 128 * (4096 + 12288)
     assert trainable == 32 * (attention + ahead)
-    layers, weights, kept = quantizable_counts(recipe, adapted)
+    layers, weights, kept = count_quantized(recipe, adapted)
     assert (layers, weights) == (224, 32 * (4 * 4096**2 + 3 * 4096 * 12288))
     bf16, fp32, others = torch.bfloat16, torch.float32, 8_015_581_184 - weights
     assert rollout_bytes(recipe, adapted, bf16) == weights  # the other layers are frozen, and shared with the learner
@@ -135,26 +135,28 @@ def test_what_is_held_is_counted_by_hand(monkeypatch):
     monkeypatch.setattr("dllm_rl.training.dry_run.memory.FakeStep", MagicMock())  # its stages hold nothing
     recipe = recipe_of("llada_8b_sudoku")
     policy, parameters, trainable = shallow(recipe, monkeypatch)
-    held = memory(recipe, policy, 256).held
+    held = memory(recipe, policy, 256).persistent
     assert held["weights"] == pytest.approx(2 * parameters, rel=1e-5)
     assert held["adapters"] == held["gradients"] == 4 * trainable
     assert held["optimizer"] == pytest.approx(8 * trainable, rel=1e-5)
     assert "reference" not in held  # the policy itself, adapters left out
     full = from_command_line(recipe, ["--lora", "none", "--dtype", "float32", "--bf16"])
     policy, *_ = shallow(full, monkeypatch)
-    held = memory(full, policy, 256).held
+    held = memory(full, policy, 256).persistent
     assert held["weights"] == pytest.approx(4 * parameters, rel=1e-5) and held["reference"] == 4 * parameters
-    rounded = quantizable_counts(full, policy)[1]
+    rounded = count_quantized(full, policy)[1]
     assert held["rollout copy"] == rounded + 2 * (parameters - rounded)  # FP8 weights, and the others in bf16
     assert held["gradients"] == pytest.approx(4 * parameters, rel=1e-5)
     assert held["optimizer"] == pytest.approx(8 * parameters, rel=1e-5)
     eight = memory(replace(full, optim=adamw_8bit, beta=0.0), policy, 256)
-    assert eight.held["optimizer"] == pytest.approx(2 * parameters, rel=0.02) and "reference" not in eight.held
+    assert (
+        eight.persistent["optimizer"] == pytest.approx(2 * parameters, rel=0.02) and "reference" not in eight.persistent
+    )
     small = from_command_line(recipe, ["--base_quantization", "nf4", "--lora.r", "16"])
     policy, *_ = shallow(small, monkeypatch)
     blocks = 2 * (4 * 4096**2 + 3 * 4096 * 12288)
     expected = blocks * 0.5625 + 2 * (parameters - blocks)
-    assert memory(small, policy, 256).held["weights"] == pytest.approx(expected, rel=1e-4)
+    assert memory(small, policy, 256).persistent["weights"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.nightly
@@ -250,11 +252,11 @@ def test_diffusion_gemma_without_its_weights(monkeypatch):
     expert = 3 * 704 * 2816
     layer = 8 * expert + 3 * 2112 * 2816 + 2816 * 256 * (2 * 16 + 2 * 8)  # of 25 sliding ones
     full = layer - 2816 * 256 * (2 * 16 + 2 * 8) + 2816 * 512 * (2 * 16 + 2)  # values are the keys
-    weights, _ = products(meta_policy(recipe))
+    weights, _ = count_weights(meta_policy(recipe))
     head, router, conditioning = 262144 * 2816, 128 * 2816, 3 * 2112 * 2816
     assert weights == 25 * layer + 5 * full + head + 30 * router + conditioning
     tokens = 32 * (256 + 256 + 16 * 256)
-    assert f"rollout          {2 * weights * tokens / (0.25 * PEAK):8.1f} s at 25%" in text
+    assert f"rollout          {2 * weights * tokens / (0.25 * PEAK_FLOPS):8.1f} s at 25%" in text
     with pytest.raises(ValueError, match="torch_compile=True cannot be combined with the cache of 'diffusion_gemma'"):
         plan(replace(recipe, torch_compile=True))
     wrong = replace(recipe, sampler=partial(unmask, max_new_tokens=256))
