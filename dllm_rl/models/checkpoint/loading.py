@@ -195,8 +195,8 @@ def base_of_adapter(adapter: Path) -> Path:
         return checkpoint_folder(base)
     except ValueError:
         raise ValueError(
-            f"{adapter} has only adapters, and their base {base!r} is missing; put it back, or "
-            f"{_load_adapter_hint(adapter)}"
+            f"{adapter} has only adapters, and their base {base!r} is missing; put it back, name another folder "
+            f"or hub id in adapter_config.json, or {_load_adapter_hint(adapter)}"
         ) from None
 
 
