@@ -65,7 +65,7 @@ _DAMAGED = (
 FLOAT_DTYPE_NAMES = ("F64", "F32", "F16", "BF16")  # of FLOAT_DTYPES, in a safetensors header
 escape_transformers_logs()
 MAX_LAYERS = 10_000  # used where the number of tensors does not limit the number of layers
-CONFIGS = Path(__file__).parents[1] / "configs"  # config.json of published models
+CONFIGS = Path(__file__).parents[1] / "configs"  # OWNER--NAME.json: the config.json of the hub's OWNER/NAME
 
 
 def load_module(
