@@ -25,7 +25,7 @@ from dllm_rl import (
 )
 from recipes import weights
 
-# Human germline V genes up to Cys 104 and J genes from Trp 118 on, under their IMGT names.
+# Human germline V genes up to Cys 104 and J genes from Trp 118 on, under their IMGT names (no source recorded).
 V_GENES = {
     "IGHV1-69*01": "QVQLVQSGAEVKKPGSSVKVSCKASGGTFSSYAISWVRQAPGQGLEWMGGIIPIFGTANYAQKFQGRVTITADESTSTAYMELSSLRSEDTAVYYC",
     "IGHV3-23*01": "EVQLLESGGGLVQPGGSLRLSCAASGFTFSSYAMSWVRQAPGKGLEWVSAISGSGGSTYYADSVKGRFTISRDNSKNTLYLQMNSLRAEDTAVYYC",

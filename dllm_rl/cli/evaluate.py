@@ -370,8 +370,8 @@ def temperature_of(arguments: argparse.Namespace, run_sampler: partial | None) -
 
 
 def filters_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return those of top_k and top_p that are passed; without them the run's apply."""
-    return {name: value for name in ("top_k", "top_p") if (value := getattr(arguments, name)) is not None}
+    """Return those of top_k, top_p and suppress that are passed; without them the run's apply."""
+    return {name: value for name in ("top_k", "top_p", "suppress") if (value := getattr(arguments, name)) is not None}
 
 
 def bind(sampler: Callable, settings: dict[str, Any], run_sampler: partial | None) -> partial:
@@ -386,7 +386,7 @@ def renoising_plans(
 
     The schedule of `renoise` sets the temperatures.
     """
-    for name in ("forwards", "block_size", "rank", "commit", "cache", "top_k", "top_p"):
+    for name in ("forwards", "block_size", "rank", "commit", "cache", "top_k", "top_p", "suppress"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
     if arguments.temperature:

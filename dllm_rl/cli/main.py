@@ -222,6 +222,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--top_k", type=int, help="sample only from the k likeliest tokens (default: the run's, or all)")
     top_p_help = "sample only from the likeliest tokens that hold this probability (default: the run's, or all)"
     sub.add_argument("--top_p", type=float, help=top_p_help)
+    suppress_help = "token ids that are never sampled, e.g. 0,2, or none (default: the run's)"
+    sub.add_argument("--suppress", type=_token_ids, help=suppress_help)
     sub.add_argument("--samples", type=int, default=1, help="completions per problem, for pass@k")
     sub.add_argument(
         "--majority",

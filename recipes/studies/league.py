@@ -87,7 +87,7 @@ def wd1(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 
 # Likelihood, objective, advantages and updates are the papers' or their code's; `sampler`: what differs in the rollout.
 # Batch, optimizer and no KL term are the league's. ELBOs come from `coupled`, each token under one of two masks. A
-# sequence's ratio has a clip of 0.2: the authors' 4e-4 is for smaller updates. The others
+# sequence's ratio has a clip of 0.2, as in ESPO's scripts. The others
 # get two updates as well, with a dual clip (DAPO: its own). Formulas and sources: the docstrings of what is named here.
 METHODS: dict[str, dict[str, Any]] = {
     # All masked at once, 15 % of the prompt too, anew in each update; PPO's clip per token.

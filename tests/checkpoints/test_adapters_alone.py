@@ -95,7 +95,7 @@ def test_a_base_that_is_gone_is_named_in_one_line(run, tmp_path, capsys):
     config = json.loads((copy / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str((run / "base").resolve())
     for base, words in (
-        (str(tmp_path / "moved"), "is missing; put it back"),
+        (str(tmp_path / "moved"), "is missing; put it back, name another folder or hub id in adapter_config.json"),
         (None, "names no base"),
         ([1], "names no base"),
         (str(copy), "leads back to itself"),

@@ -101,8 +101,14 @@ class TestEvaluatePlans:
         text = "autoregress(max_new_tokens=8, top_k=3)"
         ((row, sampler),) = self.plans(monkeypatch, text, "--top_k 2", self.CAUSAL)
         assert (row["top_k"], sampler.keywords["top_k"]) == (2, 2)
-        with pytest.raises(ValueError, match="--top_p is not for"):
-            self.plans(monkeypatch, "renoise(max_new_tokens=8)", "--top_p 0.5", self.RENOISE)
+        for option in ("--top_p 0.5", "--suppress 0"):
+            with pytest.raises(ValueError, match=f"{option.split()[0]} is not for"):
+                self.plans(monkeypatch, "renoise(max_new_tokens=8)", option, self.RENOISE)
+
+    @pytest.mark.parametrize(("text", "kept"), [("3", (3,)), ("1,4", (1, 4)), ("none", ())])
+    def test_suppressed_tokens_replace_the_runs(self, monkeypatch, text, kept):
+        ((row, sampler),) = self.plans(monkeypatch, self.UNMASK, f"--suppress {text}")
+        assert row["suppress"] == sampler.keywords["suppress"] == kept
 
     def test_lists_give_one_plan_each(self, monkeypatch):
         plans = self.plans(monkeypatch, self.UNMASK, "--diffusion_steps 2,4 --rank random,max_prob")

@@ -65,7 +65,7 @@ _DAMAGED = (
 FLOAT_DTYPE_NAMES = ("F64", "F32", "F16", "BF16")  # of FLOAT_DTYPES, in a safetensors header
 escape_transformers_logs()
 MAX_LAYERS = 10_000  # used where the number of tensors does not limit the number of layers
-CONFIGS = Path(__file__).parents[1] / "configs"  # config.json of published models
+CONFIGS = Path(__file__).parents[1] / "configs"  # OWNER--NAME.json: the config.json of the hub's OWNER/NAME
 
 
 def load_module(
@@ -195,8 +195,8 @@ def base_of_adapter(adapter: Path) -> Path:
         return checkpoint_folder(base)
     except ValueError:
         raise ValueError(
-            f"{adapter} has only adapters, and their base {base!r} is missing; put it back, or "
-            f"{_load_adapter_hint(adapter)}"
+            f"{adapter} has only adapters, and their base {base!r} is missing; put it back, name another folder "
+            f"or hub id in adapter_config.json, or {_load_adapter_hint(adapter)}"
         ) from None
 
 
