@@ -137,7 +137,7 @@ def test_evaluation_tables_and_bars(terminal):
     found |= {"model": HOSTILE, "max_new_tokens": 1, "tokens": 1, "forwards": 1, "seconds": 0.0}
     found |= {"forwards_per_answer": 1.0, "tokens_per_forward": 1.0}
     found |= {HOSTILE: 0.5, f"{HOSTILE}_interval": [0.25, 0.75]}
-    Console().print(evaluate_cli.table([found]))
+    Console().print(evaluate_cli.results_table([found]))
     assert terminal().count(SHOWN) == 3 and "0.500  [0.250, 0.750]" in terminal()
     with evaluate_cli.progress_bar(HOSTILE, 1, main=True) as progress:
         progress(1)

@@ -197,7 +197,7 @@ def test_suppressed_tokens(causal):
 
     with pytest.raises(ValueError, match=f"suppress .* all {policy.vocab_size} tokens"):
         sample(tuple(range(policy.vocab_size)))
-    with pytest.raises(ValueError, match="suppress=99 is no token"):
+    with pytest.raises(ValueError, match="suppress=99 is not one of the 15 token ids"):
         sample((99,))
     left = {5} if causal else {5, policy.spec.mask_id}
     rollout = sample(tuple(set(range(policy.vocab_size)) - left))
