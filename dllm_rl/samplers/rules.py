@@ -215,8 +215,8 @@ def soft_threshold(
     each step of this rule wrote (docs/order.md), and this log-prob has a gradient. Which positions `threshold` writes
     depends on the weights too, but has no gradient.
 
-    The rule needs rank=max_prob. A position is written with probability sigmoid((logit p - logit tau) / temperature), independently,
-    given that at least one position is written.
+    The rule needs rank=max_prob. A position is written with probability sigmoid((logit p - logit tau) / temperature),
+    independently, given that at least one position is written.
 
     Args:
         scores: Log-probabilities (B, L); -inf at positions that are not masked.

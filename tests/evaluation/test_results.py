@@ -64,7 +64,9 @@ def test_sudoku_any_valid_completion_is_solved_but_d1_wants_the_reference(tmp_pa
     strict, d1 = (grade_file(path, task="sudoku", protocol=name) for name in ("strict", "d1"))
     assert (strict["solve_rate"], strict["cell_accuracy"]) == (1.0, 1.0)
     assert (d1["solve_rate"], d1["cell_accuracy"]) == (1.0, 0.5)
-    with pytest.raises(ValueError, match=r"line 1: puzzle=.* has \d+ completions; protocol spg has unique ones"):
+    with pytest.raises(
+        ValueError, match=r"line 1: puzzle=.* has \d+ solutions; protocol spg needs puzzles with exactly one solution"
+    ):
         grade_file(path, task="sudoku", protocol="spg")
 
 

@@ -175,7 +175,11 @@ class RayWorkerPool:
         return None
 
     def wait(self) -> None:
-        wait([job.future for job in self.jobs.values() if job.batch_or_none is None], timeout=1.0, return_when=FIRST_COMPLETED)
+        wait(
+            [job.future for job in self.jobs.values() if job.batch_or_none is None],
+            timeout=1.0,
+            return_when=FIRST_COMPLETED,
+        )
 
     def mend(self) -> None:
         """Replace lost workers and repeat their jobs. Raise the error of a failed job, or RuntimeError after
@@ -256,8 +260,8 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
         amount = ", ".join(f"{amount} {name}" for name, amount in bundle.items())
         raise ValueError(
             f"rollout_workers={count} take {amount} each (as many processors as the learner has threads, and a GPU if "
-            f"the learner has one; they must not be in use by other Ray jobs), and the cluster has {free_text} free: use "
-            "fewer workers, fewer threads (OMP_NUM_THREADS), or more machines"
+            f"the learner has one; they must not be in use by other Ray jobs), and the cluster has {free_text} free: "
+            "use fewer workers, fewer threads (OMP_NUM_THREADS), or more machines"
         )
     return RayWorkerPool(recipe, placement_group, device)
 
