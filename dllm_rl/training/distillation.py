@@ -17,8 +17,9 @@ since E_q[grad log q] = 0: the policy gradient of this reward is the gradient of
 logits, such as max_prob, the order in which positions are written also depends on the weights. It changes in jumps,
 which have no gradient, so the gradient leaves it out. This holds everywhere in the library.)
 
-Each draw of the order inside the steps has its own p_T, and so its own KL. The reward is, on average, minus the mean of
-these KLs. This mean is at least the KL between q and the mean of the p_T, because the KL is convex [ours].
+Each draw of the order inside the steps has its own p_T, and so its own KL. Averaged over the draws as well, log q -
+log p_T is the mean of these KLs. It is at least the KL between q and the mean of all p_T, because the KL is convex
+[ours].
 """
 
 from dataclasses import replace

@@ -2,7 +2,8 @@
 
 Fields: `puzzle`, 16 or 81 digits with 0 for a blank, and a reference `solution`. The digits of a puzzle that are not
 blank are its givens. A solution is a grid without blanks that has every given and obeys the rules of the game; a puzzle
-may have several. In this module, a completion is the text of a model.
+may have several. A completion is the text of a model, except in the names `completions` and `is_completion` of the
+solver, which are about solutions.
 """
 
 import re
@@ -170,7 +171,7 @@ def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
         raise ValueError(f"puzzle={puzzle!r}: protocol {protocol} is for 4x4, 16 characters; use strict for 9x9")
     valid = completions(puzzle)
     if not is_completion(puzzle, solution):
-        raise ValueError(f"solution={solution!r} does not complete puzzle={puzzle!r} by the rules")
+        raise ValueError(f"solution={solution!r} is not a solution of puzzle={puzzle!r}")
     if protocol == "spg" and len(valid) > 1:
         raise ValueError(
             f"puzzle={puzzle!r} has {len(valid)} solutions; protocol spg needs puzzles with exactly one solution"

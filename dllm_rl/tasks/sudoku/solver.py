@@ -1,9 +1,10 @@
 """Find all solutions of a Sudoku, as an exact cover: 9x9 puzzles in milliseconds.
 
 A grid or puzzle is a string of 16 or 81 characters, row by row; in a puzzle 0 is a blank, and the other digits are the
-givens (or clues). A solution of a puzzle is also called its completion. A candidate is a digit in a
-cell, numbered cell * side + digit - 1. A constraint is a set of candidates of which a solved grid has exactly one: a
-cell, or a digit in a row, column or box. Sets of candidates are the bits of an integer.
+givens (or clues). A solution of a puzzle is also called its completion.
+
+A candidate is a digit in a cell, numbered cell * side + digit - 1. A constraint is a set of candidates of which a
+solved grid has exactly one: a cell, or a digit in a row, column or box. Sets of candidates are the bits of an integer.
 """
 
 from collections.abc import Iterable, Iterator
@@ -126,7 +127,7 @@ def random_unique_puzzle(solution: str, clues: int, rng: Random) -> str | None:
     puzzle would otherwise have another solution. Return None if more than `clues` digits remain at the end.
     """
     order = sorted(range(81), key=lambda _: rng.random())
-    # First blank up to 40 cells at once, because nearly all puzzles with 41 givens or more have only one solution.
+    # First try to blank up to 40 cells at once, because nearly all puzzles with 41 givens or more have one solution.
     num_at_once = min(81 - clues, 40)
     all_candidates = [9 * cell + int(digit) - 1 for cell, digit in enumerate(solution)]
     givens = list(map(all_candidates.__getitem__, order[num_at_once:]))
@@ -258,7 +259,7 @@ def completions(puzzle: str) -> tuple[str, ...]:
         bits = agreeing(puzzle)
         grids = tuple(grid for index, grid in enumerate(SOLVED) if bits >> index & 1)
     if not grids:
-        raise ValueError(f"puzzle={puzzle!r} has no valid completion")
+        raise ValueError(f"puzzle={puzzle!r} has no solution")
     return grids
 
 
