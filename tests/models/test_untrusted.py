@@ -238,7 +238,8 @@ def test_adapters_of_other_types_are_refused(tmp_path, name, value):
     save_adapter(policy, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {name: value}))
-    with pytest.raises(ValueError, match=rf"adapter_config\.json is damaged: {name}="):
+    problem = "no adapter tensor has a dimension of size " if value == 10**9 else ""
+    with pytest.raises(ValueError, match=rf"adapter_config\.json is damaged: {problem}{name}="):
         load_adapter(tiny_masked_lm(**SIZES), tmp_path)
 
 
