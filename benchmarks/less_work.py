@@ -105,11 +105,11 @@ def some(scores: Tensor, masked: Tensor, steps_left: Tensor) -> Tensor:
 
 def sudoku(count: int, checked: Callable[[list[int], int], bool]) -> list[str | None]:
     """Puzzles of 30 givens, a cell's removal checked by `checked`."""
-    fast, solver._completes_otherwise = solver._completes_otherwise, checked
+    fast, solver._allows_other_digit = solver._allows_other_digit, checked
     try:
         return [solver.random_unique_puzzle(solver.random_grid(rng), 30, rng) for rng in map(Random, range(count))]
     finally:
-        solver._completes_otherwise = fast
+        solver._allows_other_digit = fast
 
 
 def by_two_completions(givens: list[int], own: int) -> bool:
@@ -172,7 +172,7 @@ def shared_prompts(shape: Shape, repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def puzzles(count: int, repeats: int) -> Iterator[dict[str, Any]]:
-    before, now = (partial(sudoku, count, f) for f in (by_two_completions, solver._completes_otherwise))
+    before, now = (partial(sudoku, count, f) for f in (by_two_completions, solver._allows_other_digit))
     yield compared(f"{count} 9x9 Sudoku problems", before, now, repeats)
 
 

@@ -1,6 +1,7 @@
 """State of a sharded optimizer: one safetensors file per process, which any number of processes can load.
 
-torch's DCP is not used, because it reads pickles, and its safetensors format checks neither dtypes nor gaps.
+torch.distributed.checkpoint (DCP) is not used: it reads pickles, which can run code, and with its safetensors format it
+checks neither dtypes nor whether rows are missing.
 """
 
 import errno
@@ -34,8 +35,9 @@ class Part:
     Args:
         number: Index of the part, from 0.
         count: Number of parts.
-        tensors: Tensors by "KIND of WEIGHT"; of a sharded tensor, this part's rows.
-        rows: (first row, number of rows in all parts) of each sharded tensor.
+        tensors: Tensors by the name "KIND of WEIGHT", for example "exp_avg of lm_head.weight". Of a sharded tensor,
+            only this part's rows are included.
+        rows: (first row, number of rows in all parts) of each sharded tensor, by its name.
         plain: Values that are not tensors.
         nbytes: Size of the sharded tensors in all parts.
     """
@@ -66,7 +68,7 @@ def part_of(policy: Policy, optimizer: torch.optim.Optimizer, *, copy: bool = Fa
         copy: Whether to copy the tensors, so that training can continue while the part is written. Default: False.
 
     Returns:
-        The part; None if this process is not in the first replica (HSDP), which is the only one that writes.
+        The part; None if this process is not in the first replica (HSDP), which is the only replica that writes.
     """
     trained = [(name, p) for name, p in policy.module.named_parameters() if p.requires_grad]
     mesh = trained[0][1].device_mesh
@@ -153,7 +155,7 @@ def _opened(folder: Path, stack: ExitStack) -> tuple[dict[str, list[_Piece]], di
             raise ValueError(f"{folder}: {path.name} is damaged: {error}") from None
         names = set(file.keys())
         if not _are_valid_rows(row_spans, names) or not _are_valid_numbers(file_values):
-            raise ValueError(f"{folder}: {path.name} is damaged: its header does not list its rows")
+            raise ValueError(f"{folder}: {path.name} is damaged: rows or plain values in its header are not valid")
         for key in sorted(names):
             first, total = row_spans.get(key, (0, None))
             pieces.setdefault(key, []).append(_Piece(file, first, total))
@@ -230,7 +232,7 @@ def _spans(location: str, key: str, pieces: list[_Piece], parameter: Tensor) -> 
         return None
     spans: list[Span] = []
     end = 0
-    # A part without rows comes before the part that begins where it ends.
+    # An empty piece has the same first row as the piece after it. Their shapes sort the empty piece first.
     for piece, file_slice in sorted(
         zip(pieces, slices, strict=True), key=lambda pair: (pair[0].first, pair[1].get_shape())
     ):
@@ -259,7 +261,7 @@ def _joined(location: str, spans: list[Span], first: int, last: int, parameter: 
 
 
 class Elsewhere(Exception):
-    """Carries the error of another process."""
+    """Raised in this process for an error of another process; its argument is that error."""
 
 
 def run_in_lockstep(work: Callable[[AllGather], Returned], gather: AllGather) -> Returned:
@@ -284,7 +286,7 @@ def run_in_lockstep(work: Callable[[AllGather], Returned], gather: AllGather) ->
 
     try:
         result = work(all_gather)
-        all_gather(None)  # raises an error after the last all-gather of `work` in all processes
+        all_gather(None)  # raises here an error that another process had after the last all-gather of `work`
     except Elsewhere as elsewhere:
         raise elsewhere.args[0] from None
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:

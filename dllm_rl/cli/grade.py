@@ -60,7 +60,9 @@ def rules_table(graded: dict[str, Any], file: str) -> Table:
     rules = graded["rules"]
     rates = [name for name in ("accuracy", "solve_rate", "cell_accuracy") if any(name in row for row in rules.values())]
     title = f"{graded['task']} (version {graded['version']}), {graded['n']} rows of {file}"
-    caption = "right: rows with the full reward. The answer of a reading, such as last <answer>, is graded by strict."
+    caption = (
+        "right: rows with the full reward. The answer of an extractor, such as last <answer>, is graded by strict."
+    )
     table = Table(title=literal(title, style="table.title"), caption=caption, **NARROW)
     table.add_column("graded by", overflow="fold")
     for name in ("right", *rates, "parsed"):

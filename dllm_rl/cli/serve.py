@@ -13,7 +13,7 @@ from dllm_rl.screen import escape_controls
 from dllm_rl.serving.batching import Batcher
 from dllm_rl.serving.engine import TOKEN_VARIABLE, read_token
 from dllm_rl.serving.openai_api import Limits
-from dllm_rl.serving.server import Server, ServerSettings, check_access
+from dllm_rl.serving.server import Server, ServerSettings, check_access_settings
 
 
 def serve_command(arguments: argparse.Namespace) -> None:
@@ -35,7 +35,7 @@ def serve_command(arguments: argparse.Namespace) -> None:
         client_timeout=arguments.client_timeout,
         seed=arguments.seed,
     )
-    check_access(arguments.host, settings)
+    check_access_settings(arguments.host, settings)
     options = sampler_options(arguments)
     # Before the model is loaded, so that a port in use is known at once.
     with socket.create_server((arguments.host, arguments.port), family=_family(arguments.host)) as listener:

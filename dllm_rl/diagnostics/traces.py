@@ -19,14 +19,16 @@ and from where:
   mention log-probs, so it is not verified that `output_token_logprobs` are those at the step that wrote the token.
 - nemo_rl: the same response with `meta_info.output_token_reveal_steps`. Source: the design note and the code of a
   public fork of NeMo-RL; a recorded response was not available. Steps count from 0 within a block, and blocks start at
-  the first token of the response. A forced write gets the maximum number of steps as its step, after a gap.
-  `output_token_logprobs` are those at the step that wrote the token.
-- vllm: a completions response to `"logprobs": 0, "return_token_ids": true`. Source: the thread of vLLM's PR 48279 and a
-  public copy of its sampler. With `selection_policy="leftmost"`, each step of a canvas writes the leftmost
-  ceil(masked / steps left) positions, and a log-prob is that at the step that wrote the token, after division by the
-  temperature. Steps are not returned, so rollouts with `low_confidence` cannot be replayed. With `logprobs` above 0 the
-  numbers are of the last denoising step. That top_k and top_p are applied before the temperature was seen only in a
-  later copy.
+  the first token of the response. If the engine has to write positions by force to complete a block, their step number
+  is the maximum number of steps, so that there is a gap before it. `output_token_logprobs` are those at the step that
+  wrote the token.
+- vllm: the response of the completions endpoint to a request with `"logprobs": 0, "return_token_ids": true`. Source:
+  the thread of vLLM's PR 48279 and a public copy of its sampler. With `selection_policy="leftmost"`, each step writes
+  the leftmost ceil(m / s) masked positions of a canvas (here: a block), where m is the number of its masked positions,
+  and s the number of its remaining steps, including the current one. A log-prob is computed at the step that wrote the
+  token, from the logits divided by the temperature. Steps are not returned, so rollouts with `low_confidence` cannot be
+  replayed. With `logprobs` above 0, the log-probs are those of the last denoising step. It is known only from
+  a later copy of the sampler that top_k and top_p are applied before the temperature.
 
 If an engine cuts a completion inside a block, it does not return the rest of the block, although the model saw it. The
 replayed log-probs of that block then differ, so request complete blocks.
@@ -62,7 +64,7 @@ TRACE_TENSORS = {
 FILL = {"unmask_step": -1, "block_first_step": -1}  # values outside the completion; other fields have 0
 OPTIONAL = ("logprobs", "block_first_step")
 # Values of `Order.probability` that are restored. The others need data that a trace lacks, and become "unknown".
-STORED_ORDERS = ("deterministic", "independent")
+RESTORED_STATUSES = ("deterministic", "independent")
 
 
 class EngineFormat(NamedTuple):
@@ -154,9 +156,13 @@ def _settings_and_tensors(rollout: Rollout) -> tuple[dict[str, Any], dict[str, T
     """Convert a rollout to a trace. Raise ValueError if a trace cannot represent it."""
     params, order = rollout.sampling_params, rollout.order
     if rollout.events is not None or rollout.renoised is not None:
-        raise ValueError("a trace holds one write per position, and this sampler rewrites tokens: use another commit")
+        raise ValueError(
+            "a trace holds one write per position, and this sampler rewrites tokens: use another commit rule"
+        )
     if params.support != "per_policy":
-        raise ValueError(f"support={params.support!r} is the learner's; write the rollout as it was sampled")
+        raise ValueError(
+            f"support={params.support!r} was set for training; write the rollout as the sampler returned it"
+        )
     settings = {
         "format": FORMAT,
         "version": VERSION,
@@ -266,7 +272,7 @@ def _read_lines(path: Path, block_size: int | None, block_steps: int | None) -> 
             continue
         where = f"{path}, line {number}"
         row = _parsed(line, where)
-        settings = _settings(row, where) if "format" in row else _settings(_UNRECORDED, where)
+        settings = _settings(row, where) if "format" in row else _settings(_DEFAULT_HEADER, where)
         if first is None:
             first = where, settings
         if settings != first[1]:
@@ -311,7 +317,7 @@ def _rollout(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], where: 
         raise ValueError(f"{where}: completion_mask is empty; a trace needs the tokens that were sampled")
     order = None
     if "block_first_step" in tensors:
-        probability = settings["order"] if settings["order"] in STORED_ORDERS else "unknown"
+        probability = settings["order"] if settings["order"] in RESTORED_STATUSES else "unknown"
         order = Order(tensors["block_first_step"], settings["rank"], probability=probability)
     return Rollout(
         tokens=tokens,
@@ -409,11 +415,12 @@ def _steps_of_row(
     return steps, firsts
 
 
-_UNRECORDED = {"format": FORMAT, "version": VERSION}  # header for an engine's response: all settings are defaults
+# Header for the response of an engine, which records no settings: all of them get their defaults.
+_DEFAULT_HEADER = {"format": FORMAT, "version": VERSION}
 
 
 def _settings(header: Any, where: str) -> dict[str, Any]:
-    """Return a header's settings, with defaults for missing ones. Raise ValueError, which names a wrong field."""
+    """Return a header's settings, with defaults for missing ones. Raise ValueError that names an invalid field."""
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
         raise ValueError(f"{where}: format and version are not {FORMAT!r} and {VERSION}; write it with write_trace")
     optional_text: Callable[[Any], bool] = lambda x: x is None or (isinstance(x, str) and len(x) < 100)  # noqa: E731
@@ -443,7 +450,7 @@ def _parsed(text: str | bytes, where: str) -> Any:
     except (ValueError, RecursionError):  # not UTF-8 or not JSON, or brackets nested too deeply
         raise ValueError(f"{where} is not JSON; write it with write_trace") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is {_quoted(value)} and no JSON object; write it with write_trace")
+        raise ValueError(f"{where} is {_quoted(value)} and not a JSON object; write it with write_trace")
     return value
 
 
@@ -464,7 +471,7 @@ def _list(row: Mapping[str, Any], path: str, where: str, is_valid: Callable[[Any
         raise ValueError(f"{where}: {path}={_quoted(values)} must be a list with an entry for each token")
     for index, value in enumerate(values):
         if not is_valid(value):
-            raise ValueError(f"{where}: {path} has {_quoted(value)} at {index}, which is no value of it")
+            raise ValueError(f"{where}: {path} has {_quoted(value)} at {index}, which is not a valid value")
     return values
 
 

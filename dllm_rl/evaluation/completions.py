@@ -16,7 +16,7 @@ from dllm_rl.evaluation.results import GradedAnswer
 from dllm_rl.files import replacing, to_disk
 from dllm_rl.members import same_setting
 from dllm_rl.models.base import Policy
-from dllm_rl.quantization.linear import dequantize_packed, is_packed
+from dllm_rl.quantization.linear import dequantize_packed, is_torchao_tensor
 from dllm_rl.tasks.base import Problem, completion_metrics
 from dllm_rl.tasks.rows import load_rows
 
@@ -168,7 +168,7 @@ def fingerprint(policy: Policy) -> str:
     for name, module in policy.module.named_modules():
         digest.update(f"{name} {type(module).__name__}\n".encode())
     for parameter in policy.module.parameters():
-        values = dequantize_packed(parameter.detach()) if is_packed(parameter) else parameter.detach()
+        values = dequantize_packed(parameter.detach()) if is_torchao_tensor(parameter) else parameter.detach()
         digest.update(values.flatten()[:1024].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Grade stored completions from any source again, by one protocol or by all rules of a task. No torch."""
+"""Regrade stored completions from any source, by one protocol or by all rules of a task. Does not import torch."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ from dllm_rl.tasks.base import Reward
 from dllm_rl.tasks.protocols import PROTOCOLS, TABLE, find_grader, grade_all
 from dllm_rl.tasks.rows import load_rows, text_of
 
-MAX_IDS = 5  # for each pair of rules, shown ids of rows on which they differ
-MAX_ID_LENGTH = 40  # characters
+MAX_IDS = 5  # maximum number of ids shown for each two sets of rules that disagree
+MAX_ID_LENGTH = 40  # in characters; a longer id is cut
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
     Args:
         path: File of completions, as for `read_completions`.
         task: Name of the task. Fields of a row: sudoku `puzzle`, `solution`; countdown `numbers`, `target`; gsm8k,
-            math500 `answer` (null: graded wrong); code `prelude`, `entry_point`, `arguments` (their number), `tests`.
+            math500 `answer` (null: graded wrong); code `prelude`, `entry_point`, `arguments` (the number of arguments),
+            `tests`.
         protocol: Name of the protocol. Default: "strict".
 
     Returns:
@@ -54,7 +55,7 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
     stored = read_completions(path, task)
     fields = _fields(stored, task, protocol)
     rewards = grade_all(task, protocol, fields, [completion.completion for completion in stored])
-    num_without_answer = sum(None in completion.values() for completion in fields)
+    num_without_answer = sum(None in row_fields.values() for row_fields in fields)
     facts = {"task": task, "version": TABLE[task].task.version, "protocol": protocol, "n": len(rewards)}
     return facts | ({"no_answer": num_without_answer} if num_without_answer else {}) | _rates_with_intervals(rewards)
 
@@ -66,16 +67,17 @@ def compare_files(path: str | Path, before: str | Path, *, task: str, protocol: 
 
     Args:
         path: File of completions, as for `read_completions`.
-        before: File that is subtracted.
+        before: Baseline file; its metrics are subtracted from those of `path`.
         task: Name of the task.
         protocol: Name of the protocol. Default: "strict".
 
     Returns:
-        The fields of `grade_file` for `path`, `against` (the name of `before`) and `difference`: the difference of each
-        metric with its paired 95 % interval [difference, low, high], over the problems that both have.
+        The fields of `grade_file` for `path`; `against`, the name of `before`; and `difference`, each metric's
+        difference with its paired 95 % interval [difference, low, high], over the problems that both files have.
 
     Raises:
-        ValueError: As for `grade_file`; or a problem of one file is another one in the other, or none is in both.
+        ValueError: As for `grade_file`; or the files have no problem in common, or one problem number stands for
+            different problems in the two files.
     """
     evaluations, problems = [], []
     for file in (path, before):
@@ -96,7 +98,7 @@ def compare_files(path: str | Path, before: str | Path, *, task: str, protocol: 
         (fields_now, row), (fields_then, other_row) = now[number], then[number]
         if fields_now != fields_then:
             raise ValueError(
-                f"{row.location} is another problem than {other_row.location}; give files of the same problems"
+                f"{row.location} is a different problem from {other_row.location}; give files of the same problems"
             )
     graded = grade_file(path, task=task, protocol=protocol)
     return graded | {"against": str(before), "difference": paired_differences(*evaluations)}
@@ -110,10 +112,11 @@ def _problem(stored: StoredCompletion, place: int) -> int:
 
 
 def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
-    """Grade the rows of a file by every rule: every protocol of the task, and `strict` with every reading.
+    """Grade the rows of a file by every rule: every protocol of the task, and `strict` with every extractor.
 
-    Call it to see how much of a published number depends on its parser. A reading is a way to extract the answer from
-    a completion (see `answers.readings`); it is left out if it finds an answer in no completion.
+    Call it to see how much of a published number depends on its parser. An extractor is a function that extracts the
+    answer from a completion, which `strict` then grades (see `answers.extractors`). Extractors that find no answer in
+    any completion are left out.
 
     Args:
         path: File of completions, as for `read_completions`.
@@ -122,8 +125,9 @@ def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
     Returns:
         task, version, n;
         `rules`: by name, the number of right rows (full reward) and each of RATES with its 95 % interval [low, high];
-        `differences`: for each two sets of rules that disagree, the number of rows on which they do, the number of
-        these rows on which only the first set is right, and a few ids;
+        `differences`: rules that agree on every row form a set, so that any two sets disagree on some rows; for each
+        two sets, the number of these rows, the number of those that only the first set grades as right, and the ids
+        of a few;
         `not_graded`: why a protocol could not grade these rows.
 
     Raises:
@@ -146,8 +150,8 @@ def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
             continue
         rewards[protocol] = rewards[same_grader] if same_grader else grade_all(task, protocol, fields, completions)
     fields = _fields(stored, task, "strict")
-    for name, reading in TABLE[task].readings.items():
-        answers = [reading(text) for text in completions]
+    for name, extract in TABLE[task].extractors.items():
+        answers = [extract(text) for text in completions]
         if any(answer is not None for answer in answers):
             texts = ["" if answer is None else f"<answer>{answer}</answer>" for answer in answers]
             rewards[name] = grade_all(task, "strict", fields, texts)
@@ -165,7 +169,7 @@ def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
 
 
 def _differences(is_right: Mapping[str, list[bool]], ids: Sequence[str]) -> list[dict[str, Any]]:
-    """Return which rules disagree and on how many rows, sorted by this number, largest first.
+    """Return which sets of rules disagree and on how many rows, sorted by this number, largest first.
 
     Rules that agree on every row form one set.
     """
@@ -186,9 +190,10 @@ def _differences(is_right: Mapping[str, list[bool]], ids: Sequence[str]) -> list
 def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
     """Read the completions of a file and the fields that their graders need, under the task's names.
 
-    A .jsonl file has one object per line: this library's rows; rows of any source with `completion` and the task's
-    fields, or these fields as one `reference`; or samples of lm-evaluation-harness. A .json file has a list of such
-    objects, or is a file of d1.
+    A .jsonl file has one object per line: a row of this library, a sample of lm-evaluation-harness, or a row of any
+    other source. A row of another source has `completion` and the task's fields. In place of these fields it may have
+    one field `reference`, which holds the reference answer, or an object with the task's fields. A .json file has a
+    list of such objects, or is a file of d1.
 
     Raises:
         ValueError: The file has no rows, or a row has no completion. The message names file and line.
@@ -197,9 +202,8 @@ def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
         raise ValueError(f"{path} must be a .jsonl file (an object a line), or a .json file (a list of objects)")
     steps_and_rows: list[tuple[int, StoredCompletion]] = []
     for location, row in load_rows(path):
-        if isinstance(
-            start := row.get("resume_from"), int
-        ):  # a resumed run repeats its steps from here on: drop the earlier rows
+        if isinstance(start := row.get("resume_from"), int):
+            # A resumed run repeats the steps from `start` on: drop their earlier rows.
             steps_and_rows = [earlier for earlier in steps_and_rows if earlier[0] < start]
             continue
         step = row["step"] if isinstance(row.get("step"), int) else -1
@@ -219,9 +223,9 @@ def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
 def _with_our_names(row: Mapping[str, Any], task: str) -> dict[str, Any]:
     """Return the row's fields under this library's names for the completion and the reference answer."""
     fields = dict(row)
-    if (
-        isinstance(doc := row.get("doc"), dict) and "resps" in row
-    ):  # a sample of lm-evaluation-harness; its `target` is a rendered text
+    if isinstance(doc := row.get("doc"), dict) and "resps" in row:
+        # A sample of lm-evaluation-harness. `doc` has the fields of the problem. The sample's own `target` is not used:
+        # it is a rendered text, not a field of the task.
         resps = row["resps"]
         while isinstance(resps, list) and len(resps) == 1:
             resps = resps[0]

@@ -76,14 +76,14 @@ def elbo(
         stratified: Spread k evenly over 1..L across the samples.
         antithetic: Draw samples in pairs: one masks the first k tokens of a random order, the other the last L+1-k
             (one token is in both), so that every token is scored. num_samples must then be even.
-        informed_masking: Strength d of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). It masks, and so
-            scores, a token more often if the model's confidence at nearby positions rose little or fell after the
-            sampler wrote that token. c_i is the sum of these changes of confidence, from the step that wrote token i to
-            the next step of its block, over the block's positions that are near i and still masked. Negative changes
-            are included in the sum [ours]. The sampler records c: sample with `unmask(confidence_radius=10)`, where 10
-            is the largest distance of a nearby position. The positions of m are drawn without replacement, with q_i
-            proportional to exp(d (max c - c_i) / (max c - min c)). The expectation is then not the ELBO, but sum_k
-            (1/k) E_{m ~ q, |m|=k} sum_{i in m} l_i(m). None: uniform masks.
+        informed_masking: Strength d of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). Let c_i be the sum
+            of the changes of the model's confidence, from the step that wrote token i to the next step of its block,
+            over the block's positions that are near i and still masked. Negative changes are included in the sum
+            [ours]. A token with a small c_i, near which the confidence rose little or fell, is masked, and so scored,
+            more often: the positions of m are drawn without replacement, with q_i proportional to
+            exp(d (max c - c_i) / (max c - min c)). The expectation is then not the ELBO, but sum_k (1/k)
+            E_{m ~ q, |m|=k} sum_{i in m} l_i(m). The sampler records c: sample with `unmask(confidence_radius=10)`,
+            where 10 is the largest distance of a nearby position. None: uniform masks.
 
     Raises:
         ValueError: num_samples is odd with antithetic=True.
@@ -200,11 +200,12 @@ def eubo(*, beta: float = 1.5, base: LikelihoodEstimator | None = None) -> Likel
     view's mask and w_n its weight. SPG writes the sum as a mean of p_i^beta / t over masks. The cost is the cost of
     `base`, by default `coupled()`.
 
-    If the sum covers all masks, the result is at least the ELBO, for every beta > 0 (by Jensen's inequality). It is at
-    least log p(y) if beta >= L (by Hoelder's inequality). For a smaller beta that holds if one joint distribution has
-    all of the model's conditional probabilities, which a network does not guarantee. In other cases log p(y) may exceed
-    the result [ours]; the bound in SPG's theorem, for beta >= 1, has an additional constant. With few masks the result
-    is biased downwards, because it is the log of a mean.
+    If the sum covers all masks, the result is at least the ELBO, for every beta > 0 (by Jensen's inequality). For
+    beta >= L it is an upper bound of log p(y) (by Hoelder's inequality). For beta < L it is certain to be an upper
+    bound only if the model's conditionals are consistent, which means that one joint distribution has all of them. A
+    network does not guarantee that, so log p(y) may exceed the result [ours]; the bound in SPG's theorem, for
+    beta >= 1, has an additional constant. With few masks the result is biased downwards, because it is the log of a
+    mean.
 
     Args:
         beta: Exponent of the probabilities, above 0.
@@ -266,12 +267,12 @@ def trajectory(
     `self_conditioning` applies to rollouts of `renoise` only.
 
     If the order in which tokens are written also depends on the model's parameters, and the rollout recorded the
-    log-probability of the order, it is added (`include_order`). Under the rank `confidence`, every position that a step
-    leaves masked adds the log-probability that a token drawn there has a lower confidence than all tokens that the step
-    wrote (`models.order` [ours]). Under the rank `plackett_luce`, a step adds the log-probability of its draw of
-    positions, and under the commit rule `soft_threshold`, that of the set of positions that it wrote. The row's sum is
-    then the exact log-probability of tokens AND order. Under other rules that depend on the drawn tokens, the order is
-    left out, and a run prints a warning.
+    log-probability of the order, it is added (`include_order`). With the sampler setting rank=confidence, every
+    position that a step leaves masked adds the log-probability that a token drawn there has a lower confidence than all
+    tokens that the step wrote (`models.order` [ours]). With rank=plackett_luce, a step adds the log-probability of its
+    draw of positions. With commit=soft_threshold, it adds the log-probability of the set of positions that it wrote.
+    The row's sum is then the exact log-probability of tokens AND order. With other settings whose order depends on the
+    drawn tokens, the order is left out, and a run prints a warning.
 
     A rollout that rewrites tokens (`remask`, `soft_edit`) is replayed write by write [ours]: the tokens and masks that
     each step saw are rebuilt, and a position's contribution is the sum over its writes (docs/order.md). A rollout of
@@ -284,8 +285,9 @@ def trajectory(
         block_size: Block size of a block-causal model, to replay several blocks per forward: forward j replays step j
             of every block. The likelihood is the same, and num_segments is the number of segments of a block. None: a
             forward replays one step (or segment) of each row.
-        include_order: Add the order's log-probability where the rollout recorded one (rank=confidence or plackett_luce
-            with commit=schedule or late_schedule; commit=soft_threshold) and num_segments is None.
+        include_order: Add the order's log-probability if the rollout recorded one, and num_segments and
+            num_sampled_steps are None. A rollout records it with (a) rank=confidence or plackett_luce together with
+            commit=schedule or late_schedule, or (b) commit=soft_threshold.
         num_sampled_steps: Number of steps (or segments) of each row that are scored. They are drawn without
             replacement, and weighted so that the estimate of the row's sum and, on-policy, of its gradient is unbiased
             [ours]. None: all steps.

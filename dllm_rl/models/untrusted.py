@@ -20,7 +20,8 @@ from dllm_rl.screen import escape_controls, without_middle
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")  # files that the libraries open
-MAX_REPEATS = 3  # unbounded repeats in a row; with n of them, a search may take time proportional to length**n
+# Unbounded repeats in one alternative of a pattern. With n of them, a search may take time proportional to length**n.
+MAX_REPEATS = 3
 MAX_PATTERN_LENGTH = 20_000  # in characters
 REPEAT = r"(?:[*+]|\{\d*,?\d*\})"
 TRIAL = Path(__file__).with_name("checkpoint") / "trial.py"
@@ -39,7 +40,7 @@ def check_regular(folder: Path) -> None:
             raise ValueError(f"{folder}: {path.name} is not a regular file; fetch the checkpoint again")
 
 
-def check_plain(raw: dict[str, Any], folder: Path) -> None:
+def check_not_quantized(raw: dict[str, Any], folder: Path) -> None:
     """Raise ValueError for weights that another tool has quantized."""
     if raw.get("quantization_config") is not None:
         raise ValueError(
@@ -62,24 +63,28 @@ def check_numbers(fields: Any, folder: str | Path, name: str = "config.json") ->
         raise ValueError(f"{folder}: {name}={fields} is not finite; correct config.json")
 
 
-def without_code(fields: Any) -> Any:
+def without_implementation_fields(fields: Any) -> Any:
     """Return a config without the fields that choose an implementation, at any depth."""
     if isinstance(fields, dict):  # transformers would download a kernel that such a field names from the hub
         return {
-            name: without_code(value) for name, value in fields.items() if not IMPLEMENTATION_FIELDS.fullmatch(name)
+            name: without_implementation_fields(value)
+            for name, value in fields.items()
+            if not IMPLEMENTATION_FIELDS.fullmatch(name)
         }
-    return [without_code(value) for value in fields] if isinstance(fields, list) else fields
+    return [without_implementation_fields(value) for value in fields] if isinstance(fields, list) else fields
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise ValueError for a tokenizer.json that takes too much time or memory, or may do so for another text."""
+    """Raise ValueError for a tokenizer.json that takes too much time or memory on short texts, or whose patterns may
+    take unlimited time on other texts.
+    """
     path = folder / "tokenizer.json"
     if not path.exists():
         return
     for pattern in _patterns(json.loads(path.read_bytes())):
         if reason := unbounded_reason(pattern):
             raise ValueError(
-                f"{path}: the pattern {pattern[:80]!r} {reason}, and may take any time to match; correct it"
+                f"{path}: the pattern {pattern[:80]!r} {reason}, and may take unlimited time to match; correct it"
             )
     if error := try_out(tokenizer=path):
         raise ValueError(f"{path}: the tokenizer was tried on short texts: {error}; use another tokenizer.json")
@@ -157,11 +162,13 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
         if not tensor.isfinite().all():
             raise ValueError(f"{folder}: {name} has NaN or infinite numbers; use earlier adapters")
     if not any(fields["r"] in tensor.shape for tensor in state.values()):
-        raise ValueError(f"{folder}: adapter_config.json is damaged: r={fields['r']} is the rank of no tensor")
+        raise ValueError(
+            f"{folder}: adapter_config.json is damaged: no adapter tensor has a dimension of size r={fields['r']}"
+        )
     for name, limit in {
-        "seed": 1 << 64,
-        "dropout_calls": 1 << 62,
-    }.items():  # the largest seed of a torch.Generator; far below overflow
+        "seed": 1 << 64,  # a torch.Generator takes seeds below this limit
+        "dropout_calls": 1 << 62,  # far below overflow
+    }.items():
         text = metadata.get(name, "0")
         if not re.fullmatch(r"-?\d{1,20}", text) or not -(1 << 63) <= int(text) < limit:
             raise ValueError(f"{folder}: {name}={text[:40]!r} of the adapters is out of range; save them again")
@@ -181,7 +188,7 @@ def _patterns(fields: Any) -> list[str]:
 
 
 def unbounded_reason(pattern: str) -> str:
-    """Return why a search for the pattern may take unbounded time, or "" if it cannot.
+    """Return why a search for the pattern may take unlimited time, or "" if it cannot.
 
     The check is conservative: it also refuses some harmless patterns.
     """
@@ -190,23 +197,24 @@ def unbounded_reason(pattern: str) -> str:
     if re.search(r"(?<!\\)(?:\\\\)*\\[1-9gk]", pattern):
         return "refers to its own groups"
     text = _simplify_pattern(pattern)
-    # From the innermost group outwards: a repeated group must contain neither an alternative nor a repeat.
+    # From the innermost group outwards: a repeated group must contain neither a repeat nor an alternative.
     while group := re.search(r"\((?:\?(?:[:=!>]|<[=!]|[imsu-]+:|<\w+>))?([^()]*)\)", text):
         content = group[1]
         if content.startswith("?"):
             return "has a group of an unknown kind"
         is_repeated = re.match(REPEAT, text[group.end() :])
         if is_repeated and re.search(rf"{REPEAT}|[|?]", content):
-            return "repeats a group that repeats or chooses"
-        # Replace the group by a text without groups that has as many repeats, and an optional x for an alternative.
-        has_choice = "|" in content or "?" in content
-        replacement = "x" + "x+" * len(re.findall(REPEAT, content)) + "x?" * has_choice
+            return "repeats a group that contains a repeat or an alternative"
+        # Replace the group by a text that has no groups: an x+ for each repeat in the group, and an x? if the group has
+        # an alternative (| or ?). So the checks of the groups around it still see its repeats and alternatives.
+        has_alternative = "|" in content or "?" in content
+        replacement = "x" + "x+" * len(re.findall(REPEAT, content)) + "x?" * has_alternative
         text = text[: group.start()] + replacement + text[group.end() :]
     if re.search(r"[()\[\]]", text):
         return "has groups that do not close"
     text = re.sub(r"([*+?}])[+?]", r"\1", text)  # a lazy or possessive suffix is not another repeat
     num_repeats = max(len(re.findall(REPEAT, part)) for part in text.split("|"))
-    return f"has {num_repeats} repeats in a row" if num_repeats > MAX_REPEATS else ""
+    return f"has {num_repeats} repeats in one alternative" if num_repeats > MAX_REPEATS else ""
 
 
 def _simplify_pattern(pattern: str) -> str:
@@ -220,7 +228,10 @@ def _simplify_pattern(pattern: str) -> str:
 
 
 def escape_transformers_logs() -> None:
-    """Escape control characters in transformers' log messages, which quote a checkpoint's fields, and shorten them."""
+    """Shorten transformers' log messages, and escape control characters in them.
+
+    The messages may quote fields of an untrusted checkpoint.
+    """
 
     def escaped(record: logging.LogRecord) -> bool:
         record.msg = escape_controls(without_middle(record.getMessage()), keep="\n\t")

@@ -1,4 +1,7 @@
-"""Quantized linear layers: quantize a weight, update it in place, multiply, dequantize. Experts as separate layers."""
+"""Quantized linear layers: quantize a weight, update it in place, multiply, dequantize.
+
+Also mixture-of-experts modules, split into one linear layer per expert.
+"""
 
 import re
 from collections.abc import Callable, Sequence
@@ -25,10 +28,10 @@ from dllm_rl.quantization.schemes import TINY, EmulatedLinear, FakeQuantize, Flo
 
 def is_quantized(layer: nn.Module) -> bool:
     """Return whether a layer is a quantized linear layer, emulated or of torchao."""
-    return isinstance(layer, EmulatedLinear) or (isinstance(layer, nn.Linear) and is_packed(layer.weight))
+    return isinstance(layer, EmulatedLinear) or (isinstance(layer, nn.Linear) and is_torchao_tensor(layer.weight))
 
 
-def is_packed(weight: Tensor) -> bool:
+def is_torchao_tensor(weight: Tensor) -> bool:
     """Return whether a tensor is a quantized tensor of torchao."""
     return hasattr(weight, "qdata")
 
@@ -202,13 +205,16 @@ def write_count(layer: nn.Linear) -> int:
 
 def stored_bytes(tensor: Any) -> int:
     """Return the size in bytes of a tensor, or of a quantized tensor's codes and scales."""
-    if not is_packed(tensor):
+    if not is_torchao_tensor(tensor):
         return tensor.nbytes
     return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
 
 
 class UnstackedExperts(nn.Module):
-    """A stock module of experts with a linear layer per expert, because quantized tensors must be two-dimensional."""
+    """Replacement for transformers' mixture-of-experts module, with one linear layer per expert.
+
+    transformers stacks the weights of all experts, but quantized tensors must be two-dimensional.
+    """
 
     def __init__(self, gate_up_proj: list[nn.Linear], down_proj: list[nn.Linear], act_fn: nn.Module) -> None:
         super().__init__()
@@ -230,7 +236,10 @@ def moe_forward(
     *,
     act_fn: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "S D"]:
-    """Return sum_k weight_k down_e(act(gate_e(x)) * up_e(x)), with e = index_k, as a stock module of experts does."""
+    """Return sum_k weight_k down_e(act(gate_e(x)) * up_e(x)) with e = index_k.
+
+    It computes the same as transformers' mixture-of-experts module.
+    """
     expert_ids = top_k_index.flatten()
     order = expert_ids.argsort(stable=True)  # sorted by expert
     counts = expert_ids.bincount(minlength=len(gate_up_proj)).tolist()  # the CPU waits for the GPU only here

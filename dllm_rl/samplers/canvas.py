@@ -306,7 +306,7 @@ class CommitDecision:
     Attributes:
         chosen: Positions that are written.
         num_chosen: Number of chosen positions of each row, on the host.
-        committed: By how much the number of masked positions of each row decreases, on the host.
+        net_unmasked: By how much the number of masked positions of each row decreases, on the host.
         remasked: Indices, among the K, of positions that are masked again. None: the rule never masks again.
         stays_open: Rows that stay in their block although nothing is masked, until its steps are used up. None: the
             rule does not rewrite.
@@ -314,7 +314,7 @@ class CommitDecision:
 
     chosen: Bool[Tensor, "R L"]
     num_chosen: Int[Tensor, " R"]
-    committed: Int[Tensor, " R"]
+    net_unmasked: Int[Tensor, " R"]
     remasked: Int[Tensor, " M"] | None = None
     stays_open: Bool[Tensor, " R"] | None = None
 
@@ -410,14 +410,14 @@ class BlockTracker:
     def record(
         self,
         rows_and_blocks: tuple[Tensor, Tensor],
-        committed: Int[Tensor, " R"],
+        net_unmasked: Int[Tensor, " R"],
         stays_open: Bool[Tensor, " R"] | None = None,
     ) -> Int[Tensor, " C"]:
         """Record a step of these rows and blocks, and return the rows whose block is now complete.
 
-        `committed` and `stays_open` are those of `CommitDecision`.
+        `net_unmasked` and `stays_open` are those of `CommitDecision`.
         """
-        self.num_masked[rows_and_blocks] -= committed
+        self.num_masked[rows_and_blocks] -= net_unmasked
         self.steps_left[rows_and_blocks] -= 1
         rows = rows_and_blocks[0]
         self.row_steps[rows] += 1

@@ -194,7 +194,7 @@ class StepSampler:
         count = self.commit.count
         num_chosen = chosen.sum(-1).cpu() if count is None else count(plan.num_masked, plan.steps_left)
         check_last_step(self.commit.name, plan.steps_left, plan.num_masked, num_chosen)
-        return CommitDecision(chosen, num_chosen=num_chosen, committed=num_chosen)
+        return CommitDecision(chosen, num_chosen=num_chosen, net_unmasked=num_chosen)
 
 
 def add_gumbel(scores: Float[Tensor, "*K"], uniforms: Float[Tensor, "*K"]) -> Float[Tensor, "*K"]:

@@ -1,15 +1,17 @@
 """Commit rules that rewrite tokens of a block: ReMDM masks them again, LLaDA2.1 edits them.
 
-In addition to the inputs of every commit rule (`rules`), such a rule takes exactly one of the first three inputs below,
-by name. This input determines what happens to the written positions that the rule picks. Scores then also cover written
+In addition to the inputs of every commit rule (`rules`), such a rule takes exactly one of these three inputs, by name.
+The input determines what happens to the written positions that the rule picks. Scores then also cover written
 positions. The rollout records every write and remasking as an event (`Rollout.events`).
     remaskable   (B, L)  written positions; picked ones are masked again, and the row uses all its steps
     redrawable   (B, L)  written positions; picked ones are redrawn, and the row uses all its steps
     replaceable  (B, L)  written positions whose newly drawn token differs from their token; picked ones take the new
                          token, and the row leaves its block when nothing is masked and a step changed nothing.
                          `trajectory()` refuses such rollouts
-    steps        (B,)    total number of steps of the block; optional
-    uniforms     (B, L)  fresh random numbers in [0, 1), with rank=random the same as the scores; optional
+
+A rule may also take one or both of these inputs:
+    steps        (B,)    total number of steps of the block
+    uniforms     (B, L)  fresh random numbers in [0, 1); with rank=random they are the same numbers as the scores
 
 docs/methods.md explains the tags [paper] and [ours].
 """
@@ -41,8 +43,9 @@ def remask(
     Use it to let a sampler correct itself with more steps; `trajectory()` scores its rollouts. It needs rank=random,
     whose scores are uniform random numbers.
 
-    A masked position is written with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), independently. The
-    written share alpha_t is j/n before step j of n and (j+1)/n after it. The last step masks nothing again.
+    In step j of n, counted from 0, let alpha_t = j/n and alpha_s = (j+1)/n be the shares of written positions before
+    and after the step. A written position is masked again with probability sigma, and a masked position is written with
+    probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), each independently. The last step masks nothing again.
 
     Args:
         scores: Uniform random numbers (B, L), the scores of rank=random.
@@ -50,7 +53,8 @@ def remask(
         steps_left: Remaining steps of the block (B,), including the current one.
         remaskable: Written positions (B, L).
         steps: Total steps of the block (B,).
-        eta: Cap in [0, 1]: sigma = min(eta, (1 - alpha_s) / alpha_t). 0: nothing is masked again, as under `origin`.
+        eta: Upper limit of sigma, in [0, 1]: sigma = min(eta, (1 - alpha_s) / alpha_t). With eta=0 nothing is masked
+            again, as under `origin`.
 
     Source: ReMDM, arXiv 2503.00307 [paper]; alpha linear over the block's steps [ours].
     """
@@ -113,7 +117,7 @@ def soft_edit(
         redrawable: Written positions (B, L).
         uniforms: Fresh random numbers in [0, 1), (B, L).
         rate: Probability of a redraw, in [0, 1]. A written position becomes token v with probability rate * p(v), where
-            p is the sampling distribution. 0 is `schedule` in the same number of steps.
+            p is the sampling distribution. With rate=0 the rule is `schedule` with the same number of steps.
 
     Source: ours.
     """
@@ -142,12 +146,12 @@ def revise(
     commit: Callable,
     kind: str,
 ) -> CommitDecision:
-    """Apply a rule that rewrites to one step.
+    """Apply a commit rule that rewrites tokens, in one step.
 
     Args:
         plan: Plan of the step.
         scores: Scores (R, L) of the rank.
-        drawn_tokens: Tokens drawn at the K positions; a rule that takes `replaceable` needs them.
+        drawn_tokens: Tokens drawn at the plan's K positions. May be None if the rule does not take `replaceable`.
         tokens: Canvas (B, T).
         commit: The rule, with its optional inputs bound.
         kind: Input from KINDS that the rule takes.
@@ -155,7 +159,7 @@ def revise(
     Raises:
         ValueError: The last step of a block commits nothing, or masks a position again.
     """
-    assert plan.written is not None, "the plan of a canvas whose rule rewrites"
+    assert plan.written is not None, "a plan must have `written` if the rule rewrites tokens"
     is_different = torch.zeros_like(plan.masked)
     if drawn_tokens is not None:
         is_different[plan.row_index, plan.offset] = drawn_tokens != tokens[plan.canvas_row, plan.column]
@@ -164,16 +168,16 @@ def revise(
     remasked = picked & plan.written & (kind == "remaskable")
     chosen = picked & (plan.masked | rewritable) & ~remasked
     # The host waits for the device once for all three counts.
-    committed, num_chosen, num_remasked = torch.stack([chosen & plan.masked, chosen, remasked]).sum(-1).cpu()
-    check_last_step(name_of(commit), plan.steps_left, plan.num_masked, committed)
+    num_unmasked, num_chosen, num_remasked = torch.stack([chosen & plan.masked, chosen, remasked]).sum(-1).cpu()
+    check_last_step(name_of(commit), plan.steps_left, plan.num_masked, num_unmasked)
     if ((plan.steps_left == 1) & (num_remasked > 0)).any():
         raise ValueError(
-            f"commit={name_of(commit)} masked positions again in the last step of a block; it must not do so then"
+            f"commit={name_of(commit)} masked positions again in the last step of a block, where it must not do so"
         )
     return CommitDecision(
         chosen,
         num_chosen=num_chosen,
-        committed=committed - num_remasked,
+        net_unmasked=num_unmasked - num_remasked,
         remasked=plan.positions_in(remasked, int(num_remasked.sum())),
         # A row uses all its steps, except that under `replaceable` it leaves when a step changes nothing.
         stays_open=(num_chosen > 0) | (kind != "replaceable"),
@@ -181,10 +185,11 @@ def revise(
 
 
 def packed_events(records: list[tuple[Tensor, ...]], shape: torch.Size, *, depends_on_tokens: bool) -> Events:
-    """Return each position's events (B, L, W) in order of time, from the records of every step.
+    """Collect the events of each position, in order of time, from the records of all steps.
 
-    A record is (rows, offsets, steps, tokens, log-probs) of the positions that a step changed. The host waits for the
-    device, because it does not know how many events a position has.
+    The result has the shape (B, L, W), where W is the largest number of events of a position. A record is (rows,
+    offsets, steps, tokens, log-probs) of the positions that a step changed. The host waits for the device, because it
+    does not know W.
     """
     rows, offsets, steps, tokens, logprobs = map(torch.cat, zip(*records, strict=True))
     position = rows * shape[1] + offsets

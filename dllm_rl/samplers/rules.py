@@ -2,14 +2,15 @@
 
 Custom functions can be passed in place of both. A rank scores each of K masked positions; positions with the highest
 scores are committed first. A rank receives by name the inputs that it needs:
-    logits (K, V): untempered fp32 logits; suppressed ids are at -inf, except the mask token, which is never sampled
+    logits (K, V): untempered fp32 logits. Suppressed ids are at -inf; the mask token keeps its logit, although it is
+        never drawn
     normalizer (K,): log-sum-exp of the logits: logits - normalizer are log-probabilities in nats
     tokens (K,): the tokens sampled at the positions
     uniforms (K,): fresh random numbers in [0, 1)
     hidden (K, D): the last hidden states, which the model's head turns into logits; in the model's dtype
 
-Without the input `tokens`, the order does not depend on the drawn tokens, and the log-probs of committed tokens are the
-exact probabilities with which the sampler draws them.
+If a rank does not take `tokens`, the order does not depend on the drawn tokens, and the log-probs of committed tokens
+are exact: the sampler draws the tokens with these probabilities.
 
 A commit rule is a function (scores (B, L), masked (B, L), steps_left (B,)) -> positions to write (B, L). Scores are
 -inf at positions that are not masked. steps_left is the number of remaining steps of the block, including the current
@@ -41,8 +42,9 @@ def confidence(logits: Logits, normalizer: PerPosition, tokens: Int[Tensor, " K"
     """Rank positions by the log-probability of the SAMPLED token, in nats (LLaDA's low_confidence remasking).
 
     Use it to reproduce LLaDA's sampler [paper]; use `max_prob` for an order that does not depend on the drawn tokens.
-    The order depends on the drawn tokens, so that the log-probs of committed tokens are not their exact probabilities.
-    The rollout records the log-prob of the order in `Order.logprobs`, and `trajectory()` scores it [ours].
+    The order depends on the drawn tokens, so that the log-probs of committed tokens alone are not exact. The rollout
+    therefore records the log-prob of the order in `Order.logprobs`, and `trajectory()` computes the log-prob of the
+    order as well [ours].
     """
     return logits.gather(-1, tokens[:, None])[:, 0] - normalizer
 
@@ -50,8 +52,8 @@ def confidence(logits: Logits, normalizer: PerPosition, tokens: Int[Tensor, " K"
 def max_prob(logits: Logits, normalizer: PerPosition) -> PerPosition:
     """Rank positions by the log-probability of the likeliest token, in nats.
 
-    Use it as the default: the order does not depend on the drawn tokens. The mask token counts as a token. Source:
-    Dream's maskgit_plus at temperature 0 [paper].
+    Use it as the default: the order does not depend on the drawn tokens. The likeliest token may be the mask
+    token, although it is never drawn. Source: Dream's maskgit_plus at temperature 0 [paper].
     """
     return logits.amax(-1) - normalizer
 
@@ -93,15 +95,16 @@ def plackett_luce(
 ) -> PerPosition:
     """Rank positions by base_rank / temperature; the sampler adds Gumbel noise, so that the order has a probability.
 
-    Use it to train the order together with the tokens: `trajectory()` scores both. It needs the commit rule `schedule`
-    or `late_schedule`.
+    Use it to train the order together with the tokens: `trajectory()` computes the log-probs of both. It needs the
+    commit rule `schedule` or `late_schedule`.
 
     With s = base_rank / temperature, a step commits the positions j_1 .. j_k, sorted by noisy score, with probability
     (Plackett-Luce [paper])
         prod_{i=1..k} exp(s_{j_i}) / sum_{m masked, not j_1 .. j_(i-1)} exp(s_m).
-    This is the probability of the ORDERED draw; the probability of the set would be a sum over k! orders. Averaged over
-    the orders of a set, the ratio of two policies' ordered draws is the ratio of their sets, so that weights and
-    gradients stay unbiased. A step that commits all remaining positions has probability 1.
+    This is the probability of the ORDERED draw; the probability of the set would be a sum over k! orders. The ratio of
+    two policies' probabilities of the ordered draw, averaged over the orders in which the sampler may draw a set, is
+    the ratio of their probabilities of the set. So importance weights and gradients stay unbiased. A step that commits
+    all remaining positions has probability 1.
 
     Args:
         logits: Untempered fp32 logits (K, V).
@@ -181,8 +184,8 @@ def threshold(scores: Scores, masked: PositionMask, steps_left: Counts, *, tau: 
     """Commit all positions with probability >= tau, and at least the best one (Fast-dLLM's parallel decoding).
 
     Use it to take fewer steps where the model is certain. It needs log-probabilities as scores (rank=confidence or
-    max_prob). With max_prob `trajectory()` is exact given the positions; their number has a gradient only under
-    `soft_threshold`.
+    max_prob). With max_prob the log-probs of `trajectory()` are exact for the positions that were written. How many are
+    written also depends on the model, and only `soft_threshold` gives this number a gradient.
 
     Args:
         scores: Log-probabilities (B, L); -inf at positions that are not masked.
@@ -208,12 +211,12 @@ def soft_threshold(
 ) -> PositionMask:
     """Commit each masked position independently, with a probability that rises around tau (`models.soft_threshold`).
 
-    Use it in place of `threshold` for training: `trajectory()` scores the set of positions that each step of this rule
-    wrote (docs/order.md).
+    Use it in place of `threshold` for training: `trajectory()` also computes the log-prob of the set of positions that
+    each step of this rule wrote (docs/order.md), and this log-prob has a gradient. Which positions `threshold` writes
+    depends on the weights too, but has no gradient.
 
-    The number of positions that `threshold` writes depends on the weights too, but has no gradient. The rule needs
-    rank=max_prob. A position is written with probability sigmoid((logit p - logit tau) / temperature), independently,
-    given that at least one position is written.
+    The rule needs rank=max_prob. A position is written with probability sigmoid((logit p - logit tau) / temperature),
+    independently, given that at least one position is written.
 
     Args:
         scores: Log-probabilities (B, L); -inf at positions that are not masked.
@@ -281,7 +284,14 @@ def entropy_bound(scores: Scores, masked: PositionMask, steps_left: Counts, *, g
 
 
 def check_steps(diffusion_steps: int | None, length: int, count: Callable | None) -> None:
-    """Raise ValueError if `diffusion_steps` exceeds the length, and the rule's `count` is at least 1 in every step."""
+    """Raise ValueError if both hold: there are more steps than positions, and every step commits at least one position.
+
+    Args:
+        diffusion_steps: Number of steps. None: not checked.
+        length: Number of positions.
+        count: Function from (num_masked, steps_left) to the number of positions that the commit rule commits, such as
+            `schedule_count`. None: the rule has no such function, and is not checked.
+    """
     if diffusion_steps is None or count is None or not 0 < length < diffusion_steps:
         return
     if count(torch.tensor([length]), torch.tensor([diffusion_steps])) > 0:

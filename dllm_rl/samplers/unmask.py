@@ -156,7 +156,7 @@ def _run_step(
     states = forward(plan)
     writes = step_sampler(plan, states)  # ranks the positions, picks some, and draws their tokens
     canvas.apply_step(plan, writes)
-    return tracker.record((plan.rows, plan.blocks), writes.decision.committed, writes.decision.stays_open)
+    return tracker.record((plan.rows, plan.blocks), writes.decision.net_unmasked, writes.decision.stays_open)
 
 
 def _checked_block_size(

@@ -61,9 +61,9 @@ except ModuleNotFoundError as error:
     raise ImportError(f"dllm-rl serve needs {error.name}: pip install 'dllm_rl[serve]'") from None
 
 ENGINE_PATHS = {"/weights": update_weights, "/rollouts": sample_rollout, "/logits": compute_logits}
-MAX_ENGINE_BODY_BYTES = 2**28  # of a body for /rollouts or /logits
+MAX_ENGINE_BODY_BYTES = 2**28  # largest body of a request for /rollouts or /logits
 MAX_WEIGHTS_HEADER_BYTES = 2**24  # a body for /weights may be this much larger than the weights in fp32
-MAX_DISCARDED_BYTES = 2**26  # of a refused body that are read and discarded
+MAX_DISCARDED_BYTES = 2**26  # bytes of a refused request's body that are read and thrown away
 SPARE_REQUESTS = 64  # requests that may be open in addition to a full queue
 PUBLIC_PATHS = {"/", "/health"}  # need no token, because they reveal nothing about the model
 
@@ -83,8 +83,8 @@ class ServerSettings:
         limits: Limits on a request for completions.
         max_body_bytes: Largest size of a request's body.
         timeout: Seconds until a request must be finished, including its time in the queue.
-        client_timeout: Seconds in which a client must send its headers, and again for its body.
-        seed: A request without a seed gets one derived from this seed and the request's number.
+        client_timeout: Seconds that a client has to send a request's headers, and as many again to send its body.
+        seed: Seed of the server. A request without a seed gets one derived from it and from the request's number.
     """
 
     name: str
@@ -166,7 +166,11 @@ class Guard:
         limit = self.settings.max_body_bytes
         if is_engine:
             limit = self.weight_bytes if path == "/weights" else MAX_ENGINE_BODY_BYTES
-        advice = "serve the run's model" if is_engine else "send less, or raise --max_body_bytes"
+        advice = (
+            "start the server with the same model as the training run"
+            if is_engine
+            else "send less, or raise --max_body_bytes"
+        )
         too_large = Refused(413, f"the body has more than {limit} bytes; {advice}")
         if int(headers.get(b"content-length", b"0")) > limit:
             raise too_large
@@ -203,7 +207,7 @@ class Guard:
             raise Refused(403, f"{path} is for the learner of a run; start the server with --allow_updates")
 
     async def _discard(self, scope: Scope, receive: Receive) -> None:
-        """Read and discard the rest of a refused body, within limits.
+        """Read the rest of a refused request's body and throw it away, within limits.
 
         A client that is still sending would otherwise see a reset connection in place of the error response.
         """
@@ -247,22 +251,22 @@ def make_app(batcher: Batcher, settings: ServerSettings) -> Guard:
         yield
         batcher.close(wait=False)
 
-    app = FastAPI(
-        docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan
-    )  # FastAPI's docs pages load other hosts
+    # FastAPI's docs pages are switched off, because they load scripts from other hosts.
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
 
     @app.exception_handler(Refused)
     async def refuse(request: Request, refused: Refused) -> Response:
         return error_response(refused)
 
     @app.exception_handler(HTTPException)
-    async def not_found(request: Request, error: HTTPException) -> Response:
+    async def http_error(request: Request, error: HTTPException) -> Response:
         path = f"{request.method} {request.url.path}"
         return error_response(Refused(error.status_code, f"{path}: {error.detail}; see docs/serving.md"))
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return error_response(Refused(500, f"the server failed with {type(error).__name__}; its output has the lines"))
+        kind = type(error).__name__
+        return error_response(Refused(500, f"the server failed with {kind}; see the traceback in the server's output"))
 
     @app.exception_handler(ClientLeft)
     async def client_left(request: Request, error: ClientLeft) -> Response:
@@ -390,7 +394,9 @@ async def run_jobs(
                 raise ClientLeft
             if any(job.future.running() or job.future.done() for job in jobs):
                 raise Refused(504, f"not finished within {timeout:g} s; ask for fewer tokens, or raise --timeout")
-            raise Refused(503, f"no turn within {timeout:g} s; ask again later, or raise --timeout")
+            raise Refused(
+                503, f"the request was still in the queue after {timeout:g} s; ask again later, or raise --timeout"
+            )
     finally:
         disconnect.cancel()
         if not all_jobs.done():
@@ -427,7 +433,7 @@ def refusal_of(error: BaseException) -> Refused:
     print(f"error: {type(error).__name__}: {line_of(error)}", file=sys.stderr)
     if isinstance(error, torch.OutOfMemoryError):
         return Refused(500, "the device has too little memory for this batch; start with a smaller --max_batch_size")
-    return Refused(500, f"the sampler failed with {type(error).__name__}; the server's output has the line")
+    return Refused(500, f"the sampler failed with {type(error).__name__}; see the error in the server's output")
 
 
 class TimedProtocol(H11Protocol):
@@ -509,7 +515,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def check_access(host: str, settings: ServerSettings) -> None:
+def check_access_settings(host: str, settings: ServerSettings) -> None:
     """Raise ValueError if the settings would let anyone use the server or replace its weights."""
     if settings.allow_updates and settings.token is None:
         raise ValueError("allow_updates lets requests replace the weights, and needs a token: give --token_file")

@@ -72,17 +72,17 @@ def final_answer(text: str) -> str | None:
     return None if answer is None or len(answer) > MAX_ANSWER_LENGTH else answer.strip()
 
 
-def readings(unmarked: str | None = None) -> dict[str, Callable[[str], str | None]]:
-    """Return the readings that papers and harnesses use, by name. A reading is a way to extract an answer.
+def extractors(unmarked: str | None = None) -> dict[str, Callable[[str], str | None]]:
+    """Return the extractors that papers and harnesses use, by name. An extractor extracts the answer from a completion.
 
     Args:
-        unmarked: Regular expression of an answer without tags or box, for two more readings. It must run in linear time
-            on any text. None (default): no such readings.
+        unmarked: Regular expression of an answer without tags or box, for two more extractors. It must run in linear
+            time on any text. None (default): no such extractors.
 
     Returns:
         Functions from a completion to its answer, or to None if the completion has no answer of that kind.
     """
-    readings_by_name: dict[str, Callable[[str], str | None]] = {
+    extractors_by_name: dict[str, Callable[[str], str | None]] = {
         "first <answer>": _first_answer,
         "last <answer>": last_answer,
         "first \\boxed": _first_box,
@@ -91,9 +91,9 @@ def readings(unmarked: str | None = None) -> dict[str, Callable[[str], str | Non
         "last ####": partial(_match, re.compile("####([^\n]*)"), -1),
     }
     if unmarked is not None:
-        readings_by_name["first unmarked"] = partial(_match, re.compile(unmarked), 0)
-        readings_by_name["last unmarked"] = partial(_match, re.compile(unmarked), -1)
-    return readings_by_name
+        extractors_by_name["first unmarked"] = partial(_match, re.compile(unmarked), 0)
+        extractors_by_name["last unmarked"] = partial(_match, re.compile(unmarked), -1)
+    return extractors_by_name
 
 
 def _first_answer(text: str) -> str | None:

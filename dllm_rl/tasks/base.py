@@ -150,7 +150,9 @@ def grade(
     *,
     timeout: float | None = None,
 ) -> list[Reward]:
-    """Grade completions, G consecutive ones per problem. If the task has `rewards`, they are graded in one call.
+    """Grade completions, G consecutive ones per problem.
+
+    If the task has a method `rewards`, all completions are graded in one call.
 
     Args:
         task: Task with the grader.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dllm_rl.tasks import reasoning_gym as gym
-from dllm_rl.tasks.answers import readings
+from dllm_rl.tasks.answers import extractors
 from dllm_rl.tasks.base import Grader, Problem, Reward, Task
 from dllm_rl.tasks.code import sandbox
 from dllm_rl.tasks.code import task as code
@@ -19,29 +19,33 @@ from dllm_rl.tasks.sudoku import graders as sudoku
 
 @dataclass(frozen=True)
 class Entry:
-    """A task's class, and by protocol its graders with what they need."""
+    """A task's class, its graders by protocol, and what the graders need."""
 
     task: type[Any]
     graders: Mapping[str, Grader]
     read_fields: Callable[[Mapping[str, Any], str], dict[str, Any]]  # (stored row, protocol) -> fields, or ValueError
-    require: Mapping[str, Callable[[], None]] = field(default_factory=dict)  # ImportError without a package
-    # Computes the slow part of many grades in parallel and caches it for the grader: (fields, completions) -> None.
+    # By protocol: a function that raises ImportError if a package that the grader needs is not installed.
+    require: Mapping[str, Callable[[], None]] = field(default_factory=dict)
+    # By protocol: a function (fields, completions) -> None that computes the slow part of many grades in parallel, and
+    # caches it for the grader.
     prepare: Mapping[str, Callable[[Sequence[Mapping[str, Any]], Sequence[str]], None]] = field(default_factory=dict)
-    # Ways to extract an answer, which `strict` then grades: name -> function from a completion to an answer or None.
-    readings: Mapping[str, Callable[[str], str | None]] = field(default_factory=dict)
+    # By name: a function that extracts an answer from a completion, which `strict` then grades. None: no answer found.
+    extractors: Mapping[str, Callable[[str], str | None]] = field(default_factory=dict)
 
 
 # SPG grades Sudoku, Countdown and MATH500 as d1 does; ESPO grades Sudoku and Countdown as d1 does.
 TABLE = {
-    "sudoku": Entry(Sudoku, sudoku.GRADERS, sudoku.read_fields, readings=readings(r"(?<!\d)(?:\d{81}|\d{16})(?!\d)")),
+    "sudoku": Entry(
+        Sudoku, sudoku.GRADERS, sudoku.read_fields, extractors=extractors(r"(?<!\d)(?:\d{81}|\d{16})(?!\d)")
+    ),
     "countdown": Entry(
-        Countdown, countdown.GRADERS, countdown.read_fields, readings=readings(r"(?<![( ])[( ]*+\d[\d+\-*/() ]*+")
+        Countdown, countdown.GRADERS, countdown.read_fields, extractors=extractors(r"(?<![( ])[( ]*+\d[\d+\-*/() ]*+")
     ),
-    "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k, readings=readings(r"-?\d+(?:,\d{3})*(?:\.\d+)?")),
+    "gsm8k": Entry(GSM8K, math.GSM8K_GRADERS, math.read_gsm8k, extractors=extractors(r"-?\d+(?:,\d{3})*(?:\.\d+)?")),
     "math500": Entry(
-        MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_REQUIRE, math.MATH500_PREPARE, readings()
+        MATH500, math.MATH500_GRADERS, math.read_math500, math.MATH500_REQUIRE, math.MATH500_PREPARE, extractors()
     ),
-    "reasoning_gym": Entry(gym.ReasoningGym, {"strict": gym.gym_strict}, gym.read_fields, readings=readings()),
+    "reasoning_gym": Entry(gym.ReasoningGym, {"strict": gym.gym_strict}, gym.read_fields, extractors=extractors()),
     "code": Entry(code.Code, code.GRADERS, code.read_fields, {"sandbox": sandbox.require}, {"sandbox": code.run_all}),
 }
 TASKS = {name: entry.task for name, entry in TABLE.items()}
@@ -116,13 +120,16 @@ def grade_all(
 
 
 def published(protocol: str, task: str, max_new_tokens: int) -> dict[str, tuple[Any, ...]]:
-    """Return the values of each setting in a paper's evaluation of a task. Raises ValueError if there is none."""
+    """Return, by setting, the values that agree with a paper's evaluation of a task.
+
+    Raises ValueError if the protocol's paper publishes no settings for the task.
+    """
     graders = PROTOCOLS.get(task, {})
     if protocol not in PUBLISHED or protocol not in graders:
         raise ValueError(f"no published settings of protocol={protocol!r} for task={task!r}; give d1 or spg")
-    same_graders = tuple(name for name in graders if graders[name] is graders[protocol])
+    protocols_with_same_grader = tuple(name for name in graders if graders[name] is graders[protocol])
     settings: dict[str, tuple] = {
-        "protocol": same_graders,
+        "protocol": protocols_with_same_grader,
         "block_size": (32,),
         "temperature": (0,),
         "cache": ("none",),
@@ -133,7 +140,8 @@ def published(protocol: str, task: str, max_new_tokens: int) -> dict[str, tuple[
         "quantization": ("none",),
     }
     settings |= {"rank": ("confidence", "max_prob"), "commit": ("schedule",), "settings.opening": ("<reasoning>",)}
-    settings["settings.prompt_format"] = ("the paper's text",)  # the tasks' prompt texts are [ours]
+    # Never the value of a run: the prompt texts of this library's tasks are its own [ours].
+    settings["settings.prompt_format"] = ("the paper's text",)
     if task == "sudoku":
         settings["settings.shots"] = (0 if protocol == "d1" else 3,)
     if task in ("sudoku", "countdown"):

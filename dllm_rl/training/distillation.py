@@ -13,9 +13,13 @@ The mean of log q - log p_T over the student's completions is KL(q || p_T), the 
 
     grad KL(q || p_T) = E_q[(log q(y) - log p_T(y)) grad log q(y)],
 
-since E_q[grad log q] = 0: the policy gradient of this reward is the gradient of -KL. (With a rank such as max_prob, a
-change of the weights also changes the order, in jumps that have no gradient; this holds everywhere in the library.) The
-mean over the draws of the order is the mean of their KLs, which is at least the KL to the mean of their p_T [ours].
+since E_q[grad log q] = 0: the policy gradient of this reward is the gradient of -KL. (With a rank that reads the
+logits, such as max_prob, the order in which positions are written also depends on the weights. It changes in jumps,
+which have no gradient, so the gradient leaves it out. This holds everywhere in the library.)
+
+Each draw of the order inside the steps has its own p_T, and so its own KL. Averaged over the draws as well, log q -
+log p_T is the mean of these KLs. It is at least the KL between q and the mean of all p_T, because the KL is convex
+[ours].
 """
 
 from dataclasses import replace
@@ -64,9 +68,9 @@ def check_teacher(policy: Policy, teacher: Policy) -> None:
     student_spec, teacher_spec = policy.spec, teacher.spec
     if teacher_spec.attention != student_spec.attention:
         raise ValueError(
-            f"teacher is {teacher_spec.attention!r} ({teacher_spec.name}) and the student {student_spec.attention!r} "
-            f"({student_spec.name}): it cannot score the student's steps; give a teacher "
-            "that writes as the student does"
+            f"teacher ({teacher_spec.name}) has {teacher_spec.attention} attention and the student "
+            f"({student_spec.name}) {student_spec.attention} attention: it cannot score the student's steps; give a "
+            "teacher with the student's kind of attention"
         )
     vocabularies = [model.tokenizer.get_vocab() for model in (policy, teacher) if hasattr(model.tokenizer, "get_vocab")]
     same_vocabulary = len(vocabularies) < 2 or vocabularies[0] == vocabularies[1]
@@ -91,7 +95,9 @@ def add_teacher_reward(run: Run[Recipe], samples: Samples, step: int) -> tuple[S
     if teacher is None:
         return samples, {}
     with run.log.stage("teacher"), arithmetic(recipe, accelerator):
-        group_seeds = row_seeds(generator_for(recipe.seed, "teacher", samples.number(step)), len(samples.rewards))
+        group_seeds = row_seeds(
+            generator_for(recipe.seed, "teacher", samples.batch_number_of(step)), len(samples.rewards)
+        )
         reverse_kl = student_teacher_log_ratio(recipe, teacher, samples.rollout, local(group_seeds, accelerator))
     (reverse_kl,) = gather_on_host([rearrange(reverse_kl, "(p g) -> p g", g=samples.rollout.group_size)], accelerator)
     coeff = recipe.teacher_coeff
@@ -130,12 +136,12 @@ def refine_steps(rollout: Rollout, seeds: Int[Tensor, " p"], *, num_parts: int) 
     offset = position_ids(rollout.attention_mask)  # the same with any padding
     seed_per_token = seeds.repeat_interleave(rollout.group_size)[:, None].expand_as(step).flatten()
     order_keys = uniforms(seed_per_token, torch.zeros_like(seed_per_token), offset.flatten(), stream=0).view(step.shape)
-    step_group = step + 1  # 0 for positions that no step wrote
-    group_sizes = torch.zeros_like(step_group[:, :1]).expand(-1, int(step_group.max()) + 1)
-    group_sizes = group_sizes.scatter_add(1, step_group, torch.ones_like(step_group))
-    first_rank = (group_sizes.cumsum(-1) - group_sizes).gather(1, step_group)
-    rank_in_step = ranks(step_group + order_keys) - first_rank  # from 0
-    step_size = group_sizes.gather(1, step_group)
+    step_index = step + 1  # from 1; 0 for positions that no step wrote
+    positions_per_step = torch.zeros_like(step_index[:, :1]).expand(-1, int(step_index.max()) + 1)
+    positions_per_step = positions_per_step.scatter_add(1, step_index, torch.ones_like(step_index))
+    first_rank = (positions_per_step.cumsum(-1) - positions_per_step).gather(1, step_index)
+    rank_in_step = ranks(step_index + order_keys) - first_rank  # from 0
+    step_size = positions_per_step.gather(1, step_index)
     substep = rank_in_step * step_size.clamp(max=num_parts) // step_size
     return replace(rollout, unmask_step=torch.where(step < 0, -1, step * num_parts + substep), order=None)
 
@@ -147,14 +153,13 @@ def check_rollout(recipe: Recipe, teacher: Policy, rollout: Rollout) -> None:
             "teacher with top_k or top_p: a token that the teacher's filter drops has probability 0, and the KL is "
             "infinite; leave top_k and top_p out of the sampler"
         )
-    reason = None
+    reason, advice = None, "use teacher_substeps=1"
     if teacher.spec.attention == "causal":
         reason = "an autoregressive student writes one token per step, which cannot be split"
     elif rollout.events is not None or rollout.renoised is not None:
         reason = "the sampler writes positions more than once, so that its steps cannot be split"
     elif order_depends_on_tokens(recipe):
         reason = "the sampler's rank reads the drawn tokens, so that a finer order would depend on unwritten tokens"
+        advice += ", or rank=max_prob"
     if recipe.teacher_substeps > 1 and reason:
-        raise ValueError(
-            f"teacher_substeps={recipe.teacher_substeps}: {reason}; use teacher_substeps=1, or rank=max_prob"
-        )
+        raise ValueError(f"teacher_substeps={recipe.teacher_substeps}: {reason}; {advice}")

@@ -78,7 +78,7 @@ class ScoredSamples:
 def train_step(run: StepContext[Recipe], samples: Samples, step: int, optimizer: torch.optim.Optimizer) -> StepResult:
     """Train on a step's samples: score them, correct for the mismatch, and update the weights."""
     with run.log.stage("scoring"), learner_forward(run):
-        scored = score_samples(run, samples, samples.number(step))
+        scored = score_samples(run, samples, samples.batch_number_of(step))
     with run.log.stage("update"), learner_forward(run):
         batches, mismatch = make_batches(run, scored)
         batches = [batches[k % len(batches)] for k in range(run.recipe.num_iterations)]

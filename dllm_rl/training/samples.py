@@ -35,7 +35,7 @@ class Samples:
     rollout_logprobs: tuple[Float[Tensor, "B T"], ...] = ()
     batch_number: int | None = None
 
-    def number(self, step: int) -> int:
+    def batch_number_of(self, step: int) -> int:
         """Return the number of the batch that `step` trains on."""
         return step if self.batch_number is None else self.batch_number
 

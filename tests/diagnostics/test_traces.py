@@ -286,7 +286,7 @@ GOOD = {"format": "dllm_rl_trace", "version": 1, "tokens": [3, 4], "completion_m
 REFUSED = {
     "not JSON": ("{", "line 1 is not JSON"),
     "deep": ("[" * 100_000, "line 1 is not JSON"),
-    "a list": ("[]", "is list and no JSON object"),
+    "a list": ("[]", "is list and not a JSON object"),
     "other fields": ({"a": 1}, "neither 'format' nor one of meta_info.step_maps"),
     "version": (GOOD | {"version": 2}, "format and version are not"),
     "a text": (GOOD | {"tokens": "34"}, "tokens='34' must be a list"),

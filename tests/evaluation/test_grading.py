@@ -95,11 +95,11 @@ def test_the_screen_shows_tables_and_no_control_character(tmp_path, capsys) -> N
 
 
 @pytest.mark.parametrize("unit", ["(", " ", "1", "1,", "<answer>", "\\boxed{", "####", "1+", "\\boxed{1}", "-"])
-def test_a_reading_takes_linear_time(unit) -> None:
+def test_an_extractor_takes_linear_time(unit) -> None:
     text = unit * (1_000_000 // len(unit))  # quadratic time would not end
     for task, entry in TABLE.items():
-        for name, reading in entry.readings.items():
-            assert reading(text) is None or len(str(reading(text))) <= len(text), (task, name)
+        for name, extract in entry.extractors.items():
+            assert extract(text) is None or len(str(extract(text))) <= len(text), (task, name)
 
 
 def test_two_files_are_compared_problem_by_problem(tmp_path, capsys) -> None:
@@ -123,7 +123,7 @@ def test_two_files_are_compared_problem_by_problem(tmp_path, capsys) -> None:
     ]  # by their place
     assert main(["grade", "--task", "gsm8k", "--protocol", "espo", plain[0], "--against", plain[1]]) == 0
     assert json.loads(capsys.readouterr().out)["difference"]["accuracy"] == [1.0, 1.0, 1.0]
-    with pytest.raises(ValueError, match=r"now.jsonl, line 1 is another problem than .*5.jsonl, line 1"):
+    with pytest.raises(ValueError, match=r"now.jsonl, line 1 is a different problem from .*5.jsonl, line 1"):
         compare_files(now, plain[0], task="gsm8k")
     with pytest.raises(ValueError, match="have no problem in common"):
         compare_files(write(tmp_path / "late.jsonl", rows("9", first=9)), before, task="gsm8k")

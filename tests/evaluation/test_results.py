@@ -64,7 +64,9 @@ def test_sudoku_any_valid_completion_is_solved_but_d1_wants_the_reference(tmp_pa
     strict, d1 = (grade_file(path, task="sudoku", protocol=name) for name in ("strict", "d1"))
     assert (strict["solve_rate"], strict["cell_accuracy"]) == (1.0, 1.0)
     assert (d1["solve_rate"], d1["cell_accuracy"]) == (1.0, 0.5)
-    with pytest.raises(ValueError, match=r"line 1: puzzle=.* has \d+ completions; protocol spg has unique ones"):
+    with pytest.raises(
+        ValueError, match=r"line 1: puzzle=.* has \d+ solutions; protocol spg needs puzzles with exactly one solution"
+    ):
         grade_file(path, task="sudoku", protocol="spg")
 
 
@@ -109,9 +111,9 @@ GOOD = {
         ("sudoku", {"completion": None}, "completion must be text, not NoneType"),
         ("sudoku", {"puzzle": PUZZLE[1:]}, "must be 16 characters 0-4 or 81"),
         ("sudoku", {"puzzle": "5" + PUZZLE[1:]}, "must be 16 characters 0-4"),
-        ("sudoku", {"puzzle": "11" + "0" * 14}, "no valid completion"),
+        ("sudoku", {"puzzle": "11" + "0" * 14}, "has no solution"),
         ("sudoku", {"puzzle": 1234}, "puzzle must be text, not int"),
-        ("sudoku", {"solution": GRID[1:] + "1"}, "does not complete"),
+        ("sudoku", {"solution": GRID[1:] + "1"}, "is not a solution of puzzle"),
         ("countdown", {"numbers": "1,2"}, "numbers='1,2' must be a list of integers"),
         ("countdown", {"numbers": [1, 2.0]}, "must be a list of integers"),
         ("countdown", {"numbers": []}, "must be a list of integers"),

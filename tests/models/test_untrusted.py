@@ -21,7 +21,7 @@ from dllm_rl.models.checkpoint.loading import build_empty, checkpoint_folder
 from dllm_rl.models.lora import Lora, add_lora, load_adapter, save_adapter
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import prompt_ids
-from dllm_rl.models.untrusted import unbounded_reason, without_code
+from dllm_rl.models.untrusted import unbounded_reason, without_implementation_fields
 
 NAMES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 
@@ -75,7 +75,9 @@ def test_a_config_does_not_choose_the_code_that_computes(folder, name):
 
 
 def test_a_nested_config_does_not_choose_it_either():
-    assert without_code({"text_config": [{"attn_implementation": "a/b", "x": 1}]}) == {"text_config": [{"x": 1}]}
+    assert without_implementation_fields({"text_config": [{"attn_implementation": "a/b", "x": 1}]}) == {
+        "text_config": [{"x": 1}]
+    }
 
 
 def test_messages_of_transformers_cannot_steer_the_terminal(folder, monkeypatch):
@@ -120,7 +122,7 @@ def test_a_pattern_that_may_take_any_time_is_refused(folder, pattern):
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     fields = json.loads(file.read_text()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split]}}
     file.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"tokenizer\.json: the pattern .* may take any time to match") as said:
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the pattern .* may take unlimited time to match") as said:
         load_policy(folder)
     assert "\n" not in str(said.value)
 
@@ -236,7 +238,8 @@ def test_adapters_of_other_types_are_refused(tmp_path, name, value):
     save_adapter(policy, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {name: value}))
-    with pytest.raises(ValueError, match=rf"adapter_config\.json is damaged: {name}="):
+    problem = "no adapter tensor has a dimension of size " if value == 10**9 else ""
+    with pytest.raises(ValueError, match=rf"adapter_config\.json is damaged: {problem}{name}="):
         load_adapter(tiny_masked_lm(**SIZES), tmp_path)
 
 

@@ -13,7 +13,7 @@ from openai import AuthenticationError, OpenAI
 from servers import TOKEN, diffusion, held, running
 
 from dllm_rl.serving.batching import sample_rows
-from dllm_rl.serving.server import ServerSettings, check_access
+from dllm_rl.serving.server import ServerSettings, check_access_settings
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +89,12 @@ def test_weights_need_a_server_that_allows_updates(guarded):
 )
 def test_a_server_open_to_strangers_is_not_started(host, token, updates, said):
     with pytest.raises(ValueError, match=said):
-        check_access(host, ServerSettings("tiny", token=token, allow_updates=updates))
+        check_access_settings(host, ServerSettings("tiny", token=token, allow_updates=updates))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_this_machine_needs_no_token(host):
-    check_access(host, ServerSettings("tiny"))
+    check_access_settings(host, ServerSettings("tiny"))
 
 
 def test_a_token_is_not_shown():
@@ -166,7 +166,9 @@ def test_a_full_queue_and_a_late_turn_get_answers():
             assert "the queue of 2 completions is full; ask again later" in answer["error"]["message"]
             for each in waiting:
                 status, answer = each.result(10)
-                assert status == 503 and answer["error"]["message"].startswith("no turn within 0.5 s")
+                assert status == 503 and answer["error"]["message"].startswith(
+                    "the request was still in the queue after 0.5 s"
+                )
             assert not server.batcher._waiting  # they have left their places
         assert server.complete("1")["choices"]
 

@@ -1,4 +1,4 @@
-"""Scanners of answers, on texts that two readings tell apart."""
+"""Scanners of answers, on texts on which two extractors differ."""
 
 from fractions import Fraction
 

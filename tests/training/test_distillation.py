@@ -292,7 +292,10 @@ def test_settings_that_do_not_go_together(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": partial(tiny_llama, causal=True, **SIZES)}, "teacher is 'causal' .* and the student 'full'"),
+        (
+            {"teacher": partial(tiny_llama, causal=True, **SIZES)},
+            r"teacher \(.*\) has causal attention and the student \(.*\) full attention",
+        ),
         ({"teacher": partial(other_model, characters="1234.=x")}, "teacher .* has another vocabulary than"),
         ({"teacher": partial(other_model, characters="4321.=")}, "teacher .* has another vocabulary than"),
         (
@@ -301,11 +304,11 @@ def test_settings_that_do_not_go_together(tmp_path, changes, message):
         ),
         (
             {"sampler": partial(unmask, max_new_tokens=16, diffusion_steps=3, temperature=1.0, rank=confidence)},
-            "teacher_substeps=2: .* rank",
+            "teacher_substeps=2: .* rank .*; use teacher_substeps=1, or rank=max_prob$",
         ),
         (
             {"sampler": partial(STATE_ONLY, rank=random, commit=partial(remask, eta=0.3))},
-            "teacher_substeps=2: .* more than once",
+            "teacher_substeps=2: .* more than once.*; use teacher_substeps=1$",
         ),
         ({"sampler": partial(STATE_ONLY, top_k=3)}, "teacher with top_k or top_p"),
     ],

@@ -48,13 +48,13 @@ from dllm_rl.models.merge import has_adapted_or_low_bit, lazy_merged_tensors, me
 from dllm_rl.models.untrusted import (
     FLOAT_DTYPES,
     SUFFIXES,
+    check_not_quantized,
     check_numbers,
-    check_plain,
     check_regular,
     check_templates,
     check_tokenizer,
     escape_transformers_logs,
-    without_code,
+    without_implementation_fields,
 )
 
 # Errors that transformers, safetensors and json raise for damaged files.
@@ -89,7 +89,7 @@ def load_module(
         shapes, dtypes = shapes_and_dtypes(folder, files)
         check_depth(raw, len(shapes) if files else MAX_LAYERS, folder)
         check_numbers(raw, folder)
-        check_plain(raw, folder)
+        check_not_quantized(raw, folder)
         tokenizer = load_tokenizer(folder, stock=family.stock_model is None)
         check_templates(folder, tokenizer.chat_template, tokenizer.special_tokens_map)
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
@@ -145,9 +145,9 @@ def build_empty(raw: dict, source: str | Path = "config.json") -> Module:
 def class_and_config(raw: dict, family: FamilySpec) -> tuple[Any, Any]:
     """Return a family's stock class, and its config from a checkpoint's fields."""
     if family.stock_model is not None:
-        return family.stock_model(without_code(raw))
+        return family.stock_model(without_implementation_fields(raw))
     cls = stock_class(raw)
-    return cls, cls.config_class.from_dict(without_code(raw))
+    return cls, cls.config_class.from_dict(without_implementation_fields(raw))
 
 
 def read_config(folder: Path, block_size: int | None = None) -> dict[str, Any]:

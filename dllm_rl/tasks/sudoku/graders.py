@@ -1,4 +1,10 @@
-"""Sudoku graders by protocol. Fields: `puzzle`, 16 or 81 digits with 0 for a blank, and a reference `solution`."""
+"""Sudoku graders by protocol.
+
+Fields: `puzzle`, 16 or 81 digits with 0 for a blank, and a reference `solution`. The digits of a puzzle that are not
+blank are its givens. A solution is a grid without blanks that has every given and obeys the rules of the game; a puzzle
+may have several. A completion is the text of a model, except in the names `completions` and `is_completion` of the
+solver, which are about solutions.
+"""
 
 import re
 from collections.abc import Mapping
@@ -10,13 +16,13 @@ from typing import Any
 from dllm_rl.tasks.answers import SPECIAL_TOKENS, cut, last_answer, last_closed_answer
 from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.rows import text_of
-from dllm_rl.tasks.sudoku.solver import MOST_COMPLETIONS, completions, is_completion
+from dllm_rl.tasks.sudoku.solver import MAX_COMPLETIONS, completions, is_completion
 
 _FENCED = re.compile(r"```([\d\s]++)```")  # ++ does not backtrack: linear time on any text
 
 
 def sudoku_strict(fields: Mapping[str, Any], completion: str) -> Reward:
-    """Grade by the rules of the game: any valid completion of the puzzle is right [ours]. The value is solve_rate.
+    """Grade every solution of the puzzle as right, not only the reference [ours]. The value is solve_rate, 0 or 1.
 
     The grid is the first 16 (9x9: 81) characters, without white space, of the last `<answer>` block, or of the
     completion if it has no block.
@@ -30,7 +36,7 @@ def sudoku_strict(fields: Mapping[str, Any], completion: str) -> Reward:
 def sudoku_d1(fields: Mapping[str, Any], completion: str) -> Reward:
     """Grade as in d1's evaluation [paper], 4x4 only.
 
-    The value is the share of empty cells that agree with the reference; solve_rate is [ours].
+    The value is the share of empty cells that agree with the reference solution; solve_rate is [ours].
     """
     candidate = d1_candidate(completion)
     return _against_reference(fields, first_cells(candidate, 16), parsed=bool(candidate))
@@ -54,7 +60,10 @@ def _against_reference(fields: Mapping[str, Any], cells: str, *, parsed: bool) -
 
 
 def d1_candidate(text: str) -> str:
-    """Return the text that d1 reads as the grid: the first of five candidates that is not blank, stripped, else ""."""
+    """Return the text that d1 reads as the grid, without white space at its ends; "" if there is none.
+
+    d1 looks in five places, in the order of the code below. The first that has more than white space is the grid.
+    """
     answer_start = text.find("<answer>")
     answer_end = text.find("</answer>")
     if answer_start >= 0:
@@ -76,7 +85,7 @@ def d1_candidate(text: str) -> str:
 
 def first_cells(text: str, count: int) -> str:
     """Return the first `count` characters of the text that are not white space."""
-    # More splits than count - 1 cannot change the first `count` characters.
+    # count - 1 splits are enough: each of the resulting pieces begins with at least one of the wanted characters.
     return "".join(text.split(None, count - 1))[:count]
 
 
@@ -87,14 +96,14 @@ def first_digits(text: str, count: int) -> str:
 
 
 def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float) -> Reward:
-    """Compare the cells with every valid completion of the puzzle, and score the best match.
+    """Compare the cells with every solution of the puzzle, and score the best match.
 
     `parsed` is true if there are cells for the whole grid, and all are valid digits.
     """
     grids = completions(puzzle)
-    # `completions` lists at most MOST_COMPLETIONS of a 9x9 puzzle. If there may be more, check the rules instead.
-    solved = cells in grids or (len(grids) == MOST_COMPLETIONS and is_completion(puzzle, cells))
-    # Every completion has the same givens, so the best match over all cells is the best over the empty cells.
+    # `completions` lists at most MAX_COMPLETIONS solutions of a 9x9 puzzle. If there may be more, check the rules.
+    solved = cells in grids or (len(grids) == MAX_COMPLETIONS and is_completion(puzzle, cells))
+    # Every solution has the same givens, so the best match over all cells is the best over the empty cells.
     size = len(puzzle)
     empty = puzzle.count("0")
     num_matching = size if solved else max(sum(map(eq, cells, grid)) for grid in grids)
@@ -111,14 +120,17 @@ def score(puzzle: str, cells: str, *, solved_weight: float, match_weight: float)
 
 
 def by_rules(puzzle: str, cells: str) -> Reward:
-    """Grade only by the rules of the game. The value, from 0 to 6, is solve_rate + 2 givens_kept + units + 2 digits.
+    """Give partial credit for each rule of the game that the grid obeys, without comparing it with solutions.
 
-    - givens_kept: Share of the clues that the grid has in the puzzle's places.
-    - units: Share of rows, columns and boxes with every digit once.
-    - digits: Share of the digits of all units that occur at least once.
-    - solve_rate: 1 if every clue is present and every unit complete.
+    The value, from 0 to 6, is solve_rate + 2 givens_kept + units + 2 digits.
 
-    Units and digits are counted after the puzzle's clues are restored. Otherwise changing a clue could complete a unit.
+    - givens_kept: Share of the puzzle's givens that the grid has in the same cells.
+    - units: Share of the units (rows, columns and boxes) that have every digit once.
+    - digits: Share of all digits that a unit has at least once, as a mean over all units.
+    - solve_rate: 1 if every given is present and every unit complete.
+
+    Units and digits are counted after the puzzle's givens are restored. Otherwise changing a given could complete a
+    unit.
     """
     size = len(puzzle)
     side = isqrt(size)
@@ -126,14 +138,14 @@ def by_rules(puzzle: str, cells: str) -> Reward:
     filled = [cell if given == "0" else given for given, cell in zip(puzzle, cells, strict=True)]
     all_digits = set("123456789"[:side])
     digits_per_unit = [len(all_digits.intersection(map(filled.__getitem__, unit))) for unit in units(side)]
-    clues = size - puzzle.count("0")
-    clues_kept = sum(cell == given for cell, given in zip(cells, puzzle, strict=True) if given != "0")
+    num_givens = size - puzzle.count("0")
+    num_givens_kept = sum(cell == given for cell, given in zip(cells, puzzle, strict=True) if given != "0")
     breakdown = {
-        "givens_kept": clues_kept / clues if clues else 1.0,
+        "givens_kept": num_givens_kept / num_givens if num_givens else 1.0,
         "units": digits_per_unit.count(side) / len(digits_per_unit),
         "digits": sum(digits_per_unit) / (len(digits_per_unit) * side),
     }
-    solved = float(clues_kept == clues and digits_per_unit.count(side) == len(digits_per_unit))
+    solved = float(num_givens_kept == num_givens and digits_per_unit.count(side) == len(digits_per_unit))
     value = solved + 2 * breakdown["givens_kept"] + breakdown["units"] + 2 * breakdown["digits"]
     return Reward(value, all_digits.issuperset(cells), breakdown | {"solve_rate": solved})
 
@@ -159,7 +171,9 @@ def read_fields(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
         raise ValueError(f"puzzle={puzzle!r}: protocol {protocol} is for 4x4, 16 characters; use strict for 9x9")
     valid = completions(puzzle)
     if not is_completion(puzzle, solution):
-        raise ValueError(f"solution={solution!r} does not complete puzzle={puzzle!r} by the rules")
+        raise ValueError(f"solution={solution!r} is not a solution of puzzle={puzzle!r}")
     if protocol == "spg" and len(valid) > 1:
-        raise ValueError(f"puzzle={puzzle!r} has {len(valid)} completions; protocol spg has unique ones only")
+        raise ValueError(
+            f"puzzle={puzzle!r} has {len(valid)} solutions; protocol spg needs puzzles with exactly one solution"
+        )
     return {"puzzle": puzzle, "solution": solution}

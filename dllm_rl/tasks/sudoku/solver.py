@@ -1,8 +1,10 @@
-"""Find all completions of a Sudoku, as an exact cover: 9x9 puzzles in milliseconds.
+"""Find all solutions of a Sudoku, as an exact cover: 9x9 puzzles in milliseconds.
 
-A grid or puzzle is a string of 16 or 81 characters, row by row; in a puzzle 0 is a blank. A candidate is a digit in a
-cell, numbered cell * side + digit - 1. A constraint is a set of candidates of which a solved grid has exactly one: a
-cell, or a digit in a row, column or box. Sets of candidates are the bits of an integer.
+A grid or puzzle is a string of 16 or 81 characters, row by row; in a puzzle 0 is a blank, and the other digits are the
+givens (or clues). A solution of a puzzle is also called its completion.
+
+A candidate is a digit in a cell, numbered cell * side + digit - 1. A constraint is a set of candidates of which a
+solved grid has exactly one: a cell, or a digit in a row, column or box. Sets of candidates are the bits of an integer.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,12 +17,12 @@ from random import Random
 
 from dllm_rl.tasks.rows import Split
 
-MOST_COMPLETIONS = 64  # largest number listed for a 9x9 puzzle, which may have billions
+MAX_COMPLETIONS = 64  # largest number of solutions listed for a 9x9 puzzle, which may have billions
 SPLIT_SIZES: dict[Split, int] = {"test": 88, "validation": 24, "train": 176}
 
 
 def solutions(puzzle: str, rng: Random | None = None) -> Iterator[str]:
-    """Yield every completion once, in a fixed order, or in random order with `rng`; none if the clues break a rule."""
+    """Yield every solution once, in a fixed order, or in random order with `rng`; none if the givens break a rule."""
     side = isqrt(len(puzzle))
     constraints, conflicts, constraint_numbers = _cover(isqrt(side))
     candidates = (1 << side**3) - 1
@@ -28,7 +30,7 @@ def solutions(puzzle: str, rng: Random | None = None) -> Iterator[str]:
     for cell, digit in enumerate(puzzle):
         if digit != "0":
             candidate = cell * side + int(digit) - 1
-            if not candidates >> candidate & 1:  # an earlier clue excludes it
+            if not candidates >> candidate & 1:  # an earlier given excludes it
                 return
             candidates &= ~conflicts[candidate]
             for number in constraint_numbers[candidate]:
@@ -38,7 +40,7 @@ def solutions(puzzle: str, rng: Random | None = None) -> Iterator[str]:
 
 
 def is_unique(puzzle: str) -> bool:
-    """Return whether a puzzle has exactly one completion."""
+    """Return whether a puzzle has exactly one solution."""
     return len(list(islice(solutions(puzzle), 2))) == 1
 
 
@@ -89,7 +91,7 @@ def _search(candidates: int, open_constraints: dict[int, int], side: int, rng: R
         if not tightest:
             yield candidates
             return
-        if fewest != 1:  # if 0, there is no choice below
+        if fewest != 1:  # if it is 0, `choices` is empty, and nothing more is yielded
             break
         forced = (candidates & tightest).bit_length() - 1
         candidates &= ~conflicts[forced]
@@ -119,12 +121,13 @@ def random_grid(rng: Random) -> str:
 
 
 def random_unique_puzzle(solution: str, clues: int, rng: Random) -> str | None:
-    """Blank cells of the solution in random order, while it stays the only completion, until `clues` remain.
+    """Return a puzzle with `clues` givens that has only this solution.
 
-    None if no further cell can be blanked before.
+    Replace cells of the solution by blanks in random order until `clues` digits remain. A cell keeps its digit if the
+    puzzle would otherwise have another solution. Return None if more than `clues` digits remain at the end.
     """
     order = sorted(range(81), key=lambda _: rng.random())
-    # Blank up to 40 cells at once if possible, because nearly all puzzles with 41 clues or more are unique.
+    # First try to blank up to 40 cells at once, because nearly all puzzles with 41 givens or more have one solution.
     num_at_once = min(81 - clues, 40)
     all_candidates = [9 * cell + int(digit) - 1 for cell, digit in enumerate(solution)]
     givens = list(map(all_candidates.__getitem__, order[num_at_once:]))
@@ -135,14 +138,14 @@ def random_unique_puzzle(solution: str, clues: int, rng: Random) -> str | None:
         if len(givens) == clues:
             break
         remaining = [given for given in givens if given != all_candidates[cell]]
-        if not _completes_otherwise(remaining, all_candidates[cell]):
+        if not _allows_other_digit(remaining, all_candidates[cell]):
             givens = remaining
     kept_cells = {given // 9 for given in givens}
     return _blank(solution, sorted(set(range(81)) - kept_cells)) if len(kept_cells) == clues else None
 
 
 def _allowed(givens: list[int]) -> int:
-    """Return the candidates of a 9x9 grid that the clues do not exclude."""
+    """Return the candidates of a 9x9 grid that the givens do not exclude."""
     candidates = (1 << 729) - 1
     conflicts = _cover(3)[1]
     for given in givens:
@@ -150,15 +153,15 @@ def _allowed(givens: list[int]) -> int:
     return candidates
 
 
-def _completes_otherwise(givens: list[int], candidate: int) -> bool:
-    """Return whether 9x9 clues have a completion with a digit other than that of `candidate` in its cell."""
+def _allows_other_digit(givens: list[int], candidate: int) -> bool:
+    """Return whether 9x9 givens have a solution with another digit in the cell of `candidate` than its digit."""
     candidates = _allowed(givens)
     alternatives = candidates & (0b111111111 << candidate // 9 * 9) & ~(1 << candidate)
     return any(_has_completion(candidates & ~_cover(3)[1][alternative]) for alternative in _bit_positions(alternatives))
 
 
 def _has_completion(candidates: int) -> bool:
-    """Return whether a completion consists of these candidates of a 9x9 grid."""
+    """Return whether some of these candidates of a 9x9 grid form a solved grid."""
     candidates = _after_forced_moves(candidates)
     cells = [candidates & (0b111111111 << shift) for shift in range(0, 729, 9)]
     # The cell with the fewest candidates, of those with two or more: cell & (cell - 1) removes the lowest bit.
@@ -175,7 +178,8 @@ def _after_forced_moves(candidates: int) -> int:
     while True:
         forced = 0
         for first_bits, distances, multiplier in _CONSTRAINT_KINDS:
-            # The bits of the constraints with at least one and at least two candidates, for all of a kind at once.
+            # Each constraint of this kind has one bit in `once` and `twice`, that of its first candidate. It is set in
+            # `once` if the constraint has at least one candidate left, and in `twice` if it has at least two.
             once = twice = 0
             for distance in distances:
                 present = candidates >> distance & first_bits
@@ -183,7 +187,8 @@ def _after_forced_moves(candidates: int) -> int:
                 once |= present
             if once != first_bits:  # some constraint has no candidate
                 return 0
-            # The product copies the bit of a constraint with one candidate to the places of all its candidates.
+            # once ^ twice has the bits of the constraints with exactly one candidate left. The product copies each of
+            # these bits to all nine candidates of its constraint, and & selects the one that is left.
             forced |= candidates & (once ^ twice) * multiplier
         forced &= ~placed
         if not forced:
@@ -227,7 +232,7 @@ SOLVED = tuple(sorted(solutions("0" * 16)))
 assert len(SOLVED) == 288
 
 # _GRIDS_WITH[cell][digit]: the solved 4x4 grids with this digit in this cell (0: all grids), as the bits of an integer.
-# A puzzle's completions are the AND over its cells, which makes repeated drawing of puzzles cheap.
+# A puzzle's solutions are the AND over its cells, which makes repeated drawing of puzzles cheap.
 _GRIDS_WITH = [dict.fromkeys("1234", 0) | {"0": (1 << 288) - 1} for _ in range(16)]
 for _index, _grid in enumerate(SOLVED):
     for _grids_with_digit, _digit in zip(_GRIDS_WITH, _grid, strict=True):
@@ -241,25 +246,25 @@ SPLITS = {name: tuple(sorted(islice(_SHUFFLED, size))) for name, size in SPLIT_S
 
 @lru_cache(maxsize=65536)
 def completions(puzzle: str) -> tuple[str, ...]:
-    """Return every completion of a puzzle; for 9x9 at most MOST_COMPLETIONS.
+    """Return every solution of a puzzle; for 9x9 at most MAX_COMPLETIONS.
 
-    Raises ValueError if the puzzle is malformed or has no completion.
+    Raises ValueError if the puzzle is malformed or has no solution.
     """
     digits = {16: "01234", 81: "0123456789"}.get(len(puzzle))
     if digits is None or not set(puzzle) <= set(digits):
         raise ValueError(f"puzzle={puzzle!r} must be 16 characters 0-4 or 81 characters 0-9, row by row, 0 for a blank")
     if len(puzzle) == 81:
-        grids = tuple(islice(solutions(puzzle), MOST_COMPLETIONS))
+        grids = tuple(islice(solutions(puzzle), MAX_COMPLETIONS))
     else:
         bits = agreeing(puzzle)
         grids = tuple(grid for index, grid in enumerate(SOLVED) if bits >> index & 1)
     if not grids:
-        raise ValueError(f"puzzle={puzzle!r} has no valid completion")
+        raise ValueError(f"puzzle={puzzle!r} has no solution")
     return grids
 
 
 def is_completion(puzzle: str, cells: str) -> bool:
-    """Return whether the cells are digits without blanks, contain every clue and obey every rule."""
+    """Return whether the cells are a solution: digits without blanks that have every given and obey every rule."""
     if len(puzzle) == 16:
         return cells in completions(puzzle)
     # Only ASCII: isdigit is also true for digits of other scripts, which the solver would read as numbers.
@@ -269,7 +274,7 @@ def is_completion(puzzle: str, cells: str) -> bool:
 
 
 def agreeing(puzzle: str) -> int:
-    """Return the solved 4x4 grids that agree with a puzzle's clues, as bits."""
+    """Return the solved 4x4 grids that agree with a puzzle's givens, as bits."""
     bits = -1  # every bit is 1
     for grids_with_digit, digit in zip(_GRIDS_WITH, puzzle, strict=True):
         bits &= grids_with_digit[digit]

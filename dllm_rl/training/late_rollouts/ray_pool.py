@@ -26,7 +26,7 @@ from dllm_rl.recipe import Recipe
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts.schedule import RolloutProducer, copy_policy_to_host
 
-MAX_ATTEMPTS = 3  # per job, since a worker that dies of a lasting cause would die in every attempt
+MAX_ATTEMPTS = 3  # per job; if the cause of a worker's death is permanent, more attempts do not help
 CLUSTER_SECONDS = 30.0  # seconds that a cluster may take to reserve processors for the workers
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BatchOrError = bytes | tuple[str, str]  # a serialized batch, or the type and the text of an error
@@ -46,9 +46,8 @@ class Worker:
             if self.sampler is None:
                 recipe, policy, num_threads, device_type = setup
                 torch.set_num_threads(num_threads)  # how a sum rounds depends on the number of threads
-                for (
-                    name
-                ) in LAUNCH_VARIABLES:  # variables of the learner, whose process group this process must not join
+                # Variables of the learner, whose process group this process must not join.
+                for name in LAUNCH_VARIABLES:
                     os.environ.pop(name, None)
                 # Copied, because the object in Ray's store is shared and must not change.
                 self.sampler = RolloutProducer(
@@ -70,8 +69,8 @@ class Job:
     attempts: int = 1
 
     @property
-    def made(self) -> bytes | None:
-        """The batch; None if it is not finished or failed."""
+    def batch_or_none(self) -> bytes | None:
+        """The batch, or None if the job is still running or has failed."""
         if not self.future.done() or self.future.exception() is not None:
             return None
         result = self.future.result()
@@ -98,8 +97,9 @@ class RayWorkerPool:
         self.actor: Any = ray.remote(Worker).options(**resources, scheduling_strategy=strategy)
         self.workers: list[Any] = [self.actor.remote() for _ in range(recipe.rollout_workers)]
         self.jobs: dict[int, Job] = {}
-        self.sent = b""  # the weights in Ray's store
-        self.start: Callable[[], None] | None = None  # to be called when a job is finished
+        self.stored_weights = b""  # the latest weights that were put into Ray's store
+        self.stored_weights_ref: Any = None  # Ray's reference to them
+        self.on_free: Callable[[], None] | None = None  # to be called when a job is finished
 
     def set_up(self, context: StepContext[Recipe]) -> None:
         """Put the recipe and the model into Ray's store, from which each machine fetches them once."""
@@ -113,28 +113,32 @@ class RayWorkerPool:
         self.jobs[step] = Job(weights, worker, self._send_job(step, weights, worker), time.monotonic())
 
     def _num_open_jobs(self) -> list[int]:
-        workers = [job.worker for job in self.jobs.values() if job.made is None]
+        workers = [job.worker for job in self.jobs.values() if job.batch_or_none is None]
         return [workers.count(worker) for worker in range(len(self.workers))]
 
     def num_free(self) -> int:
         return self._num_open_jobs().count(0)
 
     def when_free(self, start: Callable[[], None]) -> None:
-        self.start = start
+        self.on_free = start
 
     def _send_job(self, step: int, weights: bytes, worker: int) -> "Future[BatchOrError]":
         if dead_daemon(self.ray):  # the learner can complete its step; `result` raises the error later
             return Future()
-        if weights is not self.sent:  # jobs with the same weights share them
-            self.sent, self.shared = weights, self.ray.put(weights)
+        if weights is not self.stored_weights:  # jobs with the same weights share them
+            self.stored_weights, self.stored_weights_ref = weights, self.ray.put(weights)
         # A future instead of ray.get, during which a signal handler could not end the run.
-        future: Future[BatchOrError] = self.workers[worker].make.remote(self.setup, step, self.shared).future()
-        if (start := self.start) is not None:  # in a thread of its own: Ray's must not wait for Ray
-            future.add_done_callback(lambda _: Thread(target=start, daemon=True).start())
+        reference = self.workers[worker].make.remote(self.setup, step, self.stored_weights_ref)
+        future: Future[BatchOrError] = reference.future()
+        if (on_free := self.on_free) is not None:
+            # In a separate thread, because the callback runs in Ray's thread, which must not make blocking calls to
+            # Ray.
+            future.add_done_callback(lambda _: Thread(target=on_free, daemon=True).start())
         return future
 
     def ready(self, step: int) -> bytes | None:
-        return self.jobs[step].made
+        """Return the batch, or None if its job is still running or has failed."""
+        return self.jobs[step].batch_or_none
 
     def result(self, step: int) -> bytes:
         while True:
@@ -143,8 +147,8 @@ class RayWorkerPool:
                 return batch
 
     def _settle(self, step: int) -> bytes | None:
-        """Return the batch of a job that is finished or takes too long; None if its worker is lost: the job is then
-        repeated. Raise the job's error, or RuntimeError after MAX_ATTEMPTS.
+        """Return the batch of a finished job. If its worker died or takes too long, replace the worker, repeat the job,
+        and return None. Raise the job's error, or RuntimeError after MAX_ATTEMPTS.
         """
         job = self.jobs[step]
         errors = self.ray.exceptions
@@ -171,17 +175,24 @@ class RayWorkerPool:
         return None
 
     def wait(self) -> None:
-        wait([job.future for job in self.jobs.values() if job.made is None], timeout=1.0, return_when=FIRST_COMPLETED)
+        wait(
+            [job.future for job in self.jobs.values() if job.batch_or_none is None],
+            timeout=1.0,
+            return_when=FIRST_COMPLETED,
+        )
 
     def mend(self) -> None:
+        """Replace lost workers and repeat their jobs. Raise the error of a failed job, or RuntimeError after
+        MAX_ATTEMPTS.
+        """
         for step, job in sorted(self.jobs.items()):
-            if job.made is None:
+            if job.batch_or_none is None:
                 self.check_daemons(step)
                 if job.future.done() or time.monotonic() - job.start_time > self.recipe.collective_timeout:
                     self._settle(step)
 
     def _wait(self, step: int, future: "Future[BatchOrError]", timeout: float) -> None:
-        """Wait for the future, at most so many seconds. Raise RuntimeError within a second if a Ray process dies
+        """Wait for the future, for at most `timeout` seconds. Raise RuntimeError within a second if a Ray process dies
         meanwhile.
         """
         deadline = time.monotonic() + timeout
@@ -198,7 +209,7 @@ class RayWorkerPool:
         self.ray.kill(self.workers[worker])  # in case the worker hangs; has no effect on a dead worker
         self.workers[worker] = self.actor.remote()
         for step, job in sorted(self.jobs.items()):
-            if job.worker == worker and job.made is None:
+            if job.worker == worker and job.batch_or_none is None:
                 job.future, job.start_time = self._send_job(step, job.weights, worker), time.monotonic()
 
     @property
@@ -210,8 +221,8 @@ class RayWorkerPool:
 
 
 def error_of(kind: str, text: str) -> Exception:
-    """Rebuild a worker's error in this process: with its type if a step raises that type, else as a RuntimeError that
-    names the type.
+    """Rebuild a worker's error in this process. It keeps its type if that is ValueError, RuntimeError,
+    FloatingPointError or OSError; of any other type it becomes a RuntimeError whose text begins with the type's name.
     """
     error_types = {
         error_type.__name__: error_type for error_type in (ValueError, RuntimeError, FloatingPointError, OSError)
@@ -249,8 +260,8 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
         amount = ", ".join(f"{amount} {name}" for name, amount in bundle.items())
         raise ValueError(
             f"rollout_workers={count} take {amount} each (as many processors as the learner has threads, and a GPU if "
-            f"the learner has one; Ray must not assign them to others), and the cluster has {free_text} free: use "
-            "fewer workers, fewer threads (OMP_NUM_THREADS), or more machines"
+            f"the learner has one; they must not be in use by other Ray jobs), and the cluster has {free_text} free: "
+            "use fewer workers, fewer threads (OMP_NUM_THREADS), or more machines"
         )
     return RayWorkerPool(recipe, placement_group, device)
 
@@ -258,7 +269,8 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
 def start_ray(ray: ModuleType, device: torch.device) -> None:
     """Start Ray, without output on the screen. It is shut down when the run ends."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 would leave shared cores to the learner
+    # With Ray's default niceness of 15, workers would get almost no time on cores that they share with the learner.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     address = os.environ.get("RAY_ADDRESS", "local")
     check_address(address)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -11,10 +11,10 @@ from dllm_rl.tasks.rows import hashed_split
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.tasks.sudoku.graders import score
 from dllm_rl.tasks.sudoku.solver import (
-    MOST_COMPLETIONS,
+    MAX_COMPLETIONS,
     SOLVED,
     SPLITS,
-    _completes_otherwise,
+    _allows_other_digit,
     completions,
     is_completion,
     is_unique,
@@ -83,7 +83,7 @@ def test_the_solver_finds_every_completion_of_a_9x9() -> None:
     else:
         pytest.fail("no grid with such a rectangle")
     assert list(solutions("11" + "0" * 79)) == []
-    assert len(completions("0" * 81)) == MOST_COMPLETIONS
+    assert len(completions("0" * 81)) == MAX_COMPLETIONS
 
 
 def test_random_grids_and_puzzles_9x9() -> None:
@@ -123,7 +123,7 @@ def test_a_cell_can_go_where_no_completion_has_another_digit_there() -> None:
             puzzle = "".join("0" if cell in cells else digit for cell, digit in enumerate(grid))
             for cell in cells[:4]:
                 tried = (puzzle[:cell] + digit + puzzle[cell + 1 :] for digit in "123456789" if digit != grid[cell])
-                otherwise = _completes_otherwise([whole[place] for place in kept], whole[cell])
+                otherwise = _allows_other_digit([whole[place] for place in kept], whole[cell])
                 assert otherwise == any(any(solutions(other)) for other in tried)
                 seen.add((otherwise, is_unique(puzzle)))
     assert seen == {(False, True), (True, False), (False, False)}
@@ -180,7 +180,7 @@ def test_completions_agree_with_brute_force(blanks: int) -> None:
 
 def test_completions_of_nothing_and_of_the_impossible() -> None:
     assert completions("0" * 16) == SOLVED
-    with pytest.raises(ValueError, match="no valid completion"):
+    with pytest.raises(ValueError, match="has no solution"):
         completions("11" + "0" * 14)
     with pytest.raises(ValueError, match="16 characters"):
         completions("1")
