@@ -13,6 +13,7 @@ from torch import nn
 from dllm_rl.algorithms.losses import fixed_length_mean
 from dllm_rl.likelihoods.estimator import LikelihoodEstimator
 from dllm_rl.likelihoods.estimators import causal, trajectory
+from dllm_rl.members import function_of
 from dllm_rl.models.base import FamilySpec, Policy, Tokenizer
 from dllm_rl.models.checkpoint.families import find_family
 from dllm_rl.models.checkpoint.loading import load_config
@@ -198,7 +199,9 @@ def grpo_recipe(  # noqa: PLR0913
         "eval_task": eval_task,
         "sampler": sampler,
         "eval_sampler": partial(sampler, **greedy_options),
-        "likelihood": default_likelihood(spec, block_size, sampler_keywords),
+        "likelihood": default_likelihood(
+            spec, block_size if function_of(settings.get("sampler", sampler)) is unmask else None, sampler_keywords
+        ),
     }
     return Recipe(**fields | settings)
 
@@ -228,16 +231,18 @@ def apply_preset(
 
 
 def default_likelihood(spec: FamilySpec, block_size: int | None, options: dict[str, Any]) -> LikelihoodEstimator:
-    """Return the likelihood for a model of this attention and block size, and these options of its sampler."""
+    """Return the likelihood for a model of this attention, and these options of its sampler. `block_size` is that of
+    the model, or None if the sampler may have other blocks.
+    """
     if spec.attention == "causal":
         return causal()
     if spec.attention == "encoder_decoder":
         return trajectory()
-    if spec.attention != "block_causal" or spec.shift or options.get("block_size") not in (None, block_size):
+    has_model_blocks = block_size is not None and options.get("block_size") in (None, block_size)
+    if spec.attention != "block_causal" or spec.shift or block_size is None or not has_model_blocks:
         return trajectory(num_segments=segments_for(options))
     # One forward scores the same step of every block, so the steps of one block count.
     length, steps = options["max_new_tokens"], options.get("diffusion_steps")
-    assert block_size is not None, "a block-causal model has blocks"
     block_options = options | {"max_new_tokens": block_size}
     if steps:
         block_options["diffusion_steps"] = max(1, steps * block_size // max(length, 1))

@@ -134,6 +134,18 @@ def test_a_block_causal_model_is_scored_in_all_blocks_at_once(tmp_path, steps, o
         assert describe(recipe.likelihood) == describe(expected)
 
 
+def test_a_sampler_of_ones_own_may_have_other_blocks():
+    """So a block-causal model's rollouts are then replayed step by step."""
+
+    def sampler(policy, prompts, generator, *, max_new_tokens):
+        raise AssertionError("not called")
+
+    recipe = grpo_recipe(
+        block_causal_policy(4), ROWS, right, max_new_tokens=32, sampler=partial(sampler, max_new_tokens=32)
+    )
+    assert describe(recipe.likelihood) == describe(trajectory(num_segments=8))
+
+
 def block_causal_policy(block_size):
     policy = tiny_llama(causal=False, **SMALL)
     spec = replace(policy.spec, name="toy", attention="block_causal", block_size=block_size)
