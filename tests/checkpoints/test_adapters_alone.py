@@ -91,7 +91,10 @@ def test_a_resume_goes_on_from_adapters_and_leaves_merged_weights_unread(run, tm
 
 
 def test_a_base_that_is_gone_is_named_in_one_line(run, tmp_path, capsys):
-    copy = shutil.copytree(run / "run/checkpoints/step-000001/adapter", tmp_path / "adapter")
+    long = (
+        tmp_path / "a folder with a long name, as clusters have them" / "and one in it"
+    )  # the screen has 380 characters
+    copy = shutil.copytree(run / "run/checkpoints/step-000001/adapter", long / "adapter")
     config = json.loads((copy / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str((run / "base").resolve())
     for base, words in (

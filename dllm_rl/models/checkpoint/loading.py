@@ -64,6 +64,7 @@ _DAMAGED = (
 )
 FLOAT_DTYPE_NAMES = ("F64", "F32", "F16", "BF16")  # of FLOAT_DTYPES, in a safetensors header
 escape_transformers_logs()
+LOAD_ADAPTER_HINT = "open the base, and call load_adapter with it and this folder"
 MAX_LAYERS = 10_000  # used where the number of tensors does not limit the number of layers
 CONFIGS = Path(__file__).parents[1] / "configs"  # OWNER--NAME.json: the config.json of the hub's OWNER/NAME
 
@@ -196,7 +197,7 @@ def base_of_adapter(adapter: Path) -> Path:
     except ValueError:
         raise ValueError(
             f"{adapter} has only adapters, and their base {base!r} is missing; put it back, name another folder "
-            f"or hub id in adapter_config.json, or {_load_adapter_hint(adapter)}"
+            f"or hub id in adapter_config.json, or {LOAD_ADAPTER_HINT}"
         ) from None
 
 
@@ -205,13 +206,9 @@ def named_base(adapter: Path) -> str:
     config = read_json(adapter / "adapter_config.json")
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:
-        raise ValueError(f"{adapter}: base_model_name_or_path={base!r} names no base; {_load_adapter_hint(adapter)}")
+        raise ValueError(f"{adapter}: base_model_name_or_path={base!r} names no base; {LOAD_ADAPTER_HINT}")
     # The base of a run with a warm-up is in the run's folder. Its path is relative, because the folder may move.
     return str(adapter / base) if base.startswith("..") else base
-
-
-def _load_adapter_hint(adapter: Path) -> str:
-    return f"open the base, and call load_adapter(policy, {str(adapter)!r})"
 
 
 def weights_folder(folder: Path) -> Path:
