@@ -162,3 +162,17 @@ def late_rollouts():
         digits = {1: 4, 10: 4, 100: 3, 1000: 2}[each["MiB"]]
         cells = (f"{each[column]:.{digits}f}" for column in ("copy", "put", "to the worker", "read"))
         yield PAGE, row(each["MiB"], *cells)
+
+
+def late_schedules():
+    found = stored(f"{RESULTS}/late-schedules-cpu")
+    yield PAGE, f"`max_staleness` 4, means of {found['steps']} steps"
+    for run in found["runs"]:
+        if not run["workers"]:
+            yield PAGE, row(run["learners"], "-", run["schedule"], f"{run['step']:.2f}", "-", "-", "-", "-", 0)
+            continue
+        seconds = (f"{run[name]:.2f}" for name in ("step", "learning", "batch", "bound"))
+        ratio = f"**{run['step / bound']:.2f}**"
+        place = (run["learners"], run["workers"], f"`{run['schedule']}`")
+        yield PAGE, row(*place, *seconds, ratio, f"{run['staleness']:.1f}")
+        assert run["staleness"] <= 4 and run["step / bound"] > 0.95
