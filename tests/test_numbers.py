@@ -5,43 +5,19 @@ The numbers are in tests/support/held: each of its generators gives pairs of a p
 
 import re
 from collections import defaultdict
+from importlib import import_module
 from inspect import isgeneratorfunction
+from pkgutil import iter_modules
 
+import held
 import pytest
-from held import (
-    ROOT,
-    benchmarks,
-    docs,
-    few_clues,
-    gradients,
-    late,
-    latin,
-    league,
-    low_bits,
-    mismatch,
-    recipes,
-    studies,
-    values,
-)
+from held import ROOT
 
 HOLDERS = [
     each
-    for module in (
-        benchmarks,
-        docs,
-        few_clues,
-        gradients,
-        late,
-        latin,
-        league,
-        low_bits,
-        mismatch,
-        recipes,
-        studies,
-        values,
-    )
-    for each in vars(module).values()
-    if isgeneratorfunction(each) and each.__module__ == module.__name__ and each.__code__.co_argcount == 0
+    for name in sorted(module.name for module in iter_modules(held.__path__))
+    for each in vars(import_module(f"held.{name}")).values()
+    if isgeneratorfunction(each) and each.__module__ == f"held.{name}" and each.__code__.co_argcount == 0
 ]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()

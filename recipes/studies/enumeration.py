@@ -298,8 +298,7 @@ def gradient_table(
         raise ValueError(f"draws={draws} must be 0 (a batch without end), or at least 2 batches to take a variance of")
     table = []
     for kind, sigma in product(policies, sigmas):
-        seeds = (seed + 1000 * network for network in range(networks))
-        cases = [_case(length, words, diffusion_steps, {"early": 1.0, "late": 3.0}[kind], each) for each in seeds]
+        cases = _cases(length, words, diffusion_steps, kind, networks, seed)
         found = [_measure(case, corrector, sigma, batch, moved, draws) for case in cases]
         table.append(GradientRow(kind, sigma, batch, *map(median, zip(*found, strict=True))))
     return table
@@ -316,6 +315,12 @@ class _Case:
     logps: Float[Tensor, "B T"]
     jacobian: Float[Tensor, "B T W"]
     seed: int
+
+
+def _cases(length: int, words: int, diffusion_steps: int, kind: str, networks: int, seed: int) -> list[_Case]:
+    """Networks of a kind of policy."""
+    sharpness = {"early": 1.0, "late": 3.0}[kind]
+    return [_case(length, words, diffusion_steps, sharpness, seed + 1000 * network) for network in range(networks)]
 
 
 @lru_cache(maxsize=64)
@@ -373,8 +378,7 @@ def value_table(
     """
     table = []
     for kind, values, gae_lambda in product(policies, ("none", "exact", "noisy"), lambdas):
-        seeds = (seed + 1000 * network for network in range(networks))
-        cases = [_case(length, words, diffusion_steps, {"early": 1.0, "late": 3.0}[kind], each) for each in seeds]
+        cases = _cases(length, words, diffusion_steps, kind, networks, seed)
         found = [_with_values(case, values, gae_lambda, batch) for case in cases]
         table.append(ValueRow(kind, values, gae_lambda, batch, *map(median, zip(*found, strict=True))))
     return table

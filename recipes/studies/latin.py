@@ -53,20 +53,19 @@ from dllm_rl.tasks.rows import load_rows
 from dllm_rl.tasks.sudoku.solver import is_completion
 from dllm_rl.training.warmup import draw_levels, examples, supervised_loss
 from recipes.latin_sudoku import any_latin, recipe
+from recipes.studies import paired
 from recipes.studies.few_clues import in_steps, written
 from recipes.studies.latin_limit import limit
 from recipes.studies.paired import (
+    TUNED_ON,
     Contrast,
     Results,
     Study,
     arm_rows,
     contrast_rows,
-    load,
     main,
     markdown,
-    paired,
     result_path,
-    run_missing,
     warm_up,
     which,
 )
@@ -82,7 +81,6 @@ LIMIT, TAUGHT, OWN, ONE, ROUNDS = (
 )
 GRPO, GRPO_2, GRPO_16, GRPO_FP8 = "GRPO in four", "GRPO in two", "GRPO in 16", "GRPO in four, FP8"
 COLUMNS = ("arm", "seeds", "after", "greedy", "four", "four, greedy", "answers", "seconds")
-TUNED_ON = (100, 101)
 CURVES = range(3)  # the seeds whose runs are evaluated on validation puzzles on the way
 LOOKS = 6
 
@@ -263,9 +261,14 @@ STUDY = study(
         Contrast("four rounds are above one round", ROUNDS, ONE),
     ),
 )
+TRIALS = {arm: {at_rate(arm, rate): rate for rate in rates} for arm, rates in RATES.items()}
 TUNING = study(
     "latin-tuning",
-    {at_rate(arm, rate): SETTINGS[arm] | {"learning_rate": rate} for arm, rates in RATES.items() for rate in rates},
+    {
+        trial: SETTINGS[arm] | {"learning_rate": rate}
+        for arm, trials in TRIALS.items()
+        for trial, rate in trials.items()
+    },
 )
 
 
@@ -278,22 +281,16 @@ def tables(results: Results) -> tuple[list[dict[str, str]], ...]:
         if int(row["seeds"]) < 5:  # too wide to say more than the means do
             row |= {name: row[name].split("±")[0] for name in COLUMNS[3:]}
     rows[0] = dict.fromkeys(COLUMNS, "-") | {"arm": LIMIT, "after": f"{results[LIMIT, 0]['after']:.3f}"}
-    whole = [each for each in STUDY.contrasts if len(paired(results, each.arm, each.against)) == STUDY.seeds]
+    whole = [each for each in STUDY.contrasts if len(paired.paired(results, each.arm, each.against)) == STUDY.seeds]
     claims = contrast_rows(replace(STUDY, contrasts=tuple(whole)), results)
     fewer = [each for each in STUDY.contrasts if each not in whole]
     claims += [row | {"Holm's p": "-"} for row in contrast_rows(replace(STUDY, contrasts=tuple(fewer)), results)]
     columns = ("stated before the runs", "of", "difference, 95 %", "above 0", "Holm's p")
-    return rows, [{name: row[name] for name in columns} for row in claims], tuning_rows(results)
-
-
-def tuning_rows(results: Results) -> list[dict[str, str]]:
-    """What each rate solves of the validation puzzles, by tuning seed."""
-    runs = {name: [results.get((name, seed)) for seed in TUNED_ON] for name in TUNING.arms}
-    return [
-        {"arm and rate": name}
-        | {f"seed {seed}": f"{run['after']:.3f}" if run else "-" for seed, run in zip(TUNED_ON, each, strict=True)}
-        for name, each in runs.items()
-    ]
+    return (
+        rows,
+        [{name: row[name] for name in columns} for row in claims],
+        paired.trial_rows(TUNING, results, "arm and rate"),
+    )
 
 
 def picture(results: Results, path: Path) -> None:
@@ -318,30 +315,24 @@ def picture(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def tune(root: Path) -> Results:
-    """Every arm at its three rates on the first seed, and at the better two on the second."""
-    first, second = TUNED_ON
-    tuned = partial(run_missing, TUNING, root, num_steps=lambda _: 0, workers=1, run=run_one)
-    tuned([(name, first) for name in TUNING.arms])
-    tuned([(at_rate(arm, rate), second) for arm in RATES for rate in better_two(load(root), arm)])
-    return load(root)
-
-
 def better_two(results: Results, arm: str) -> list[float]:
     """The rates of the arm that solve most on the first seed."""
-    return sorted(RATES[arm], key=lambda rate: -results[at_rate(arm, rate), TUNED_ON[0]]["after"])[:2]
+    return [TRIALS[arm][trial] for trial in paired.better_two(results, TRIALS[arm])]
 
 
 def best(results: Results, arm: str) -> float:
     """The rate of the arm that solves most on both seeds; of equal ones the lower."""
-    rates = sorted(better_two(results, arm))
-    return max(rates, key=lambda rate: mean(results[at_rate(arm, rate), seed]["after"] for seed in TUNED_ON))
+    return TRIALS[arm][paired.best_trial(results, TRIALS[arm])]
 
 
 if __name__ == "__main__":
     stored = read_json(STORED) if STORED.exists() else []
     tuning = which(("tune", "study")) == "tune"
-    fresh = tune(Path("runs") / TUNING.name) if tuning else main(STUDY, __doc__, run=run_one)
+    fresh = (
+        paired.tune_in_two_rounds(TUNING, Path("runs") / TUNING.name, TRIALS.values(), run_one)
+        if tuning
+        else main(STUDY, __doc__, run=run_one)
+    )
     results = {(run["arm"], run["seed"]): run for run in stored} | dict(fresh)
     print(*map(markdown, tables(results)), sep="\n")
     write_json(STORED, list(results.values()))

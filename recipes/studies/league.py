@@ -265,22 +265,27 @@ def same_cost(arm: str) -> str:
 
 def measure(study: Study, root: Path) -> None:
     """Adds to `root`/costs.json the seconds of a step of each method and number of updates that it lacks, one thread,
-    nothing else running: the median of six steps, the lesser of two rounds."""
+    nothing else running: the median of six steps, the lesser of two rounds. Stored costs may be of another machine: one
+    of them is measured again beside the missing ones, which are scaled by its stored cost over its new one."""
     from dllm_rl.monitoring.plots import read_metrics
     from dllm_rl.training.trainer import train
 
     path, folder = root / "costs.json", root / "runs" / "cost"
     found: dict[str, float] = read_json(path) if path.exists() else {}
-    missing = {same_cost(arm): changes for arm, changes in study.arms.items() if same_cost(arm) not in found}
+    arms = {same_cost(arm): changes for arm, changes in study.arms.items()}
+    missing = {name: changes for name, changes in arms.items() if name not in found}
+    known = next((name for name in arms if name in found), None) if missing else None
     warm = warm_up(study.base, TUNED_ON[0], root / "tuning" / "warm" / str(TUNED_ON[0]))
     few = {"model": str(warm), "sft_warmup_steps": 0, "num_steps": 8, "eval_steps": 0, "report_to": None}
+    here: dict[str, float] = {}
     for _ in range(2):
-        for name, changes in missing.items():
+        for name, changes in (missing if known is None else {known: arms[known]} | missing).items():
             settings = changes | few | {"output_dir": str(folder), "overwrite_output_dir": True}
             train(replace(study.base, **settings))
             seconds = median(row["step_time"] for row in read_metrics(folder)[2:])
-            found[name] = min(seconds, found.get(name, seconds))
-    write_json(path, found)
+            here[name] = min(seconds, here.get(name, seconds))
+    scale = 1.0 if known is None else found[known] / here[known]
+    write_json(path, found | {name: here[name] * scale for name in missing})
 
 
 def steps_of(costs: Mapping[str, float], arm: str, seconds: float) -> int:

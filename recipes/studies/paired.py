@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # Student's t, 95 %, by the number of seeds (32: of the batches of low_bits_gradients.py).
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 32: 2.040}
+TUNED_ON = (100, 101)  # seeds of trials, which no study takes
 Results = Mapping[tuple[str, int], dict[str, Any]]  # (arm, seed) -> what its run left
 
 
@@ -302,6 +303,39 @@ def tune(study: Study, root: Path) -> None:
     """The arms on the seeds that no study takes, and their table."""
     run_missing(study, root, product(study.arms, (100, 101, 102)), num_steps=lambda _: study.num_steps, workers=1)
     print(markdown(arm_rows(study, load(root))))
+
+
+def better_two(results: Results, trials: Iterable[str]) -> list[str]:
+    """The trials of an arm that reach most on the first of TUNED_ON."""
+    return sorted(trials, key=lambda trial: -results[trial, TUNED_ON[0]]["after"])[:2]
+
+
+def best_trial(results: Results, trials: Iterable[str]) -> str:
+    """Of the better two, the trial with the higher mean over TUNED_ON; of equal ones the earlier in `trials`."""
+    trials = list(trials)
+    finalists = sorted(better_two(results, trials), key=trials.index)
+    return max(finalists, key=lambda trial: mean(results[trial, seed]["after"] for seed in TUNED_ON))
+
+
+def tune_in_two_rounds(
+    study: Study, root: Path, trials: Iterable[Iterable[str]], run: Callable[[Study, Path, int, str, int], None]
+) -> Results:
+    """Every trial of every arm on the first of TUNED_ON, and the better two of each arm on the second."""
+    first, second = TUNED_ON
+    tuned = partial(run_missing, study, root, num_steps=lambda _: 0, workers=1, run=run)
+    tuned([(trial, first) for trial in study.arms])
+    tuned([(trial, second) for of_arm in trials for trial in better_two(load(root), of_arm)])
+    return load(root)
+
+
+def trial_rows(study: Study, results: Results, head: str) -> list[dict[str, str]]:
+    """What each trial reaches, by tuning seed."""
+    rows = []
+    for trial in study.arms:
+        runs = [results.get((trial, seed)) for seed in TUNED_ON]
+        rates = [f"{run['after']:.3f}" if run else "-" for run in runs]
+        rows.append({head: trial} | {f"seed {seed}": rate for seed, rate in zip(TUNED_ON, rates, strict=True)})
+    return rows
 
 
 def store(path: Path, study: Study, results: Results) -> None:

@@ -28,24 +28,21 @@ run each on seed 100, of 150 steps, had been seen: GRPO 0.718, lambda 1 0.723, 0
 """
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from dllm_rl.algorithms.values import value_head
 from dllm_rl.files import read_json, write_json
-from recipes.studies.latin import TUNED_ON, base, run_one
+from recipes.studies import paired
+from recipes.studies.latin import base, run_one
 from recipes.studies.paired import (
     Contrast,
     Results,
     Study,
     arm_rows,
     contrast_rows,
-    load,
     main,
     markdown,
-    run_missing,
     which,
 )
 
@@ -98,37 +95,6 @@ STUDY = study(
 )
 
 
-def better_two(results: Results, name: str) -> list[str]:
-    """The trials of an arm that solve most on the first seed."""
-    return sorted(TRIALS[name], key=lambda trial: -results[trial, TUNED_ON[0]]["after"])[:2]
-
-
-def tune(root: Path) -> Results:
-    """Every trial on the first seed, and the better two of each arm on the second."""
-    first, second = TUNED_ON
-    tuned = partial(run_missing, TUNING, root, num_steps=lambda _: 0, workers=1, run=run_one)
-    tuned([(trial, first) for trial in TUNING.arms])
-    tuned([(trial, second) for name in TRIALS for trial in better_two(load(root), name)])
-    return load(root)
-
-
-def tuning_rows(results: Results) -> list[dict[str, str]]:
-    """What each trial solves of the validation puzzles, by tuning seed."""
-    rows = []
-    for trial in TUNING.arms:
-        runs = [results.get((trial, seed)) for seed in TUNED_ON]
-        rates = {
-            f"seed {seed}": f"{run['after']:.3f}" if run else "-" for seed, run in zip(TUNED_ON, runs, strict=True)
-        }
-        rows.append({"arm, lambda and rate": trial} | rates)
-    return rows
-
-
-def best(results: Results, name: str) -> str:
-    """The trial of an arm with the higher mean of both seeds."""
-    return max(better_two(results, name), key=lambda trial: mean(results[trial, seed]["after"] for seed in TUNED_ON))
-
-
 def tables(results: Results) -> tuple[list[dict[str, str]], ...]:
     """The arms' rates with 95 % intervals, the claims, and the trials."""
     rows = [
@@ -139,13 +105,17 @@ def tables(results: Results) -> tuple[list[dict[str, str]], ...]:
         row["seconds"] = f"{float(row['seconds'].split('±')[0]):.0f}"
     columns = ("stated before the runs", "difference, 95 %", "above 0", "p", "Holm's p")
     claims = [{name: row[name] for name in columns} for row in contrast_rows(STUDY, results)]
-    return rows, claims, tuning_rows(results)
+    return rows, claims, paired.trial_rows(TUNING, results, "arm, lambda and rate")
 
 
 if __name__ == "__main__":
     stored = read_json(STORED) if STORED.exists() else []
     tuning = which(("tune", "study")) == "tune"
-    fresh = tune(Path("runs") / TUNING.name) if tuning else main(STUDY, __doc__, run=run_one)
+    fresh = (
+        paired.tune_in_two_rounds(TUNING, Path("runs") / TUNING.name, TRIALS.values(), run_one)
+        if tuning
+        else main(STUDY, __doc__, run=run_one)
+    )
     results = {(run["arm"], run["seed"]): run for run in stored} | dict(fresh)
     print(*map(markdown, tables(results)), sep="\n")
     write_json(STORED, list(results.values()))

@@ -52,6 +52,21 @@ def test_a_cost_is_the_lesser_median_of_two_rounds(tmp_path, monkeypatch):
     assert (found["d1, one update"], found["d1, all updates"]) == (5.5, 6.5)
 
 
+def test_a_new_methods_cost_is_scaled_to_the_machine_of_the_stored_ones(tmp_path, monkeypatch):
+    """A stored method takes 4 s a step here and 2 s there; the new one 6 s here, so 3 s there."""
+    trained = []
+    monkeypatch.setattr(league, "warm_up", lambda *_: tmp_path)
+    monkeypatch.setattr("dllm_rl.training.trainer.train", trained.append)
+    seconds = lambda _: [{"step_time": (6.0, 4.0)[len(trained) % 2]}] * 8  # noqa: E731
+    monkeypatch.setattr("dllm_rl.monitoring.plots.read_metrics", seconds)
+    study = league.study_of("sudoku")
+    names = list(dict.fromkeys(map(league.same_cost, study.arms)))
+    (tmp_path / "costs.json").write_text(json.dumps(dict.fromkeys(names[:-1], 2.0)))
+    league.measure(study, tmp_path)
+    assert json.loads((tmp_path / "costs.json").read_text()) == dict.fromkeys(names[:-1], 2.0) | {names[-1]: 3.0}
+    assert len(trained) == 4
+
+
 def test_the_best_two_of_the_first_seed_are_tried_again():
     rates = {"a, one update, 2e-4": 0.3, "a, one update, 5e-4": 0.5, "a, all updates, 1e-4": 0.4, "b, x, 1": 0.1}
     first = {(arm, 100): {"after": rate} for arm, rate in rates.items()}
