@@ -384,17 +384,17 @@ def _load_whole(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     with _damage_as_value_error(path):
         _check_records(path, len(parameters))
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=is_sharded)
-    own_groups = optimizer.state_dict()["param_groups"]
-    if not _fits(state, own_groups):  # torch checks neither types nor fields of what it loads
+    current_groups = optimizer.state_dict()["param_groups"]
+    if not _fits(state, current_groups):  # torch checks neither types nor fields of what it loads
         raise ValueError(f"{folder}: optimizer.pt does not hold the state of {type(optimizer).__name__}")
     for index, weight_state in state["state"].items():
         weight_state |= {kind: part_like(value, parameters[index]) for kind, value in weight_state.items()}
     # AdamW's param_groups have only settings, which a resumed run takes from its recipe. Other optimizers may keep
     # state there. A file of an older version of such an optimizer may lack fields, which keep their present values.
     is_adamw = isinstance(optimizer, torch.optim.AdamW)
-    groups = own_groups
+    groups = current_groups
     if not is_adamw:
-        groups = [own | loaded for own, loaded in zip(own_groups, state["param_groups"], strict=True)]
+        groups = [current | loaded for current, loaded in zip(current_groups, state["param_groups"], strict=True)]
     with _damage_as_value_error(path):
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
@@ -422,17 +422,17 @@ def _check_records(path: Path, count: int) -> None:
                 raise ValueError(f"{record.filename} has {record.file_size} bytes for {count} weights")
 
 
-def _fits(content: Any, own_groups: list[dict[str, Any]]) -> bool:
+def _fits(content: Any, current_groups: list[dict[str, Any]]) -> bool:
     """Return whether a file's content is the state of an optimizer with these param_groups."""
     if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
         return False
     groups = content.get("param_groups")
-    if not isinstance(groups, list) or len(groups) != len(own_groups):
+    if not isinstance(groups, list) or len(groups) != len(current_groups):
         return False
-    num_weights = sum(len(group["params"]) for group in own_groups)
+    num_weights = sum(len(group["params"]) for group in current_groups)
     if not all(_is_weight_state(index, state, num_weights) for index, state in content["state"].items()):
         return False
-    return all(_has_same_types(group, own) for own, group in zip(own_groups, groups, strict=True))
+    return all(_has_same_types(group, current) for current, group in zip(current_groups, groups, strict=True))
 
 
 def _is_weight_state(index: Any, state: Any, num_weights: int) -> bool:

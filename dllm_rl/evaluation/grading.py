@@ -51,10 +51,20 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
     Raises:
         ValueError: The file has no rows, or a row is malformed: the message names file and line. Raised before grading.
     """
+    _, fields, rewards = _read_and_grade(path, task, protocol)
+    return _summary(fields, rewards, task, protocol)
+
+
+def _read_and_grade(
+    path: str | Path, task: str, protocol: str
+) -> tuple[list[StoredCompletion], list[dict[str, Any]], list[Reward]]:
     find_grader(task, protocol)
     stored = read_completions(path, task)
     fields = _fields(stored, task, protocol)
-    rewards = grade_all(task, protocol, fields, [completion.completion for completion in stored])
+    return stored, fields, grade_all(task, protocol, fields, [completion.completion for completion in stored])
+
+
+def _summary(fields: list[dict[str, Any]], rewards: list[Reward], task: str, protocol: str) -> dict[str, Any]:
     num_without_answer = sum(None in row_fields.values() for row_fields in fields)
     facts = {"task": task, "version": TABLE[task].task.version, "protocol": protocol, "n": len(rewards)}
     return facts | ({"no_answer": num_without_answer} if num_without_answer else {}) | _rates_with_intervals(rewards)
@@ -79,17 +89,13 @@ def compare_files(path: str | Path, before: str | Path, *, task: str, protocol: 
         ValueError: As for `grade_file`; or the files have no problem in common, or one problem number stands for
             different problems in the two files.
     """
+    graded = [_read_and_grade(file, task, protocol) for file in (path, before)]
     evaluations, problems = [], []
-    for file in (path, before):
-        stored = read_completions(file, task)
-        find_grader(task, protocol)
-        fields = _fields(stored, task, protocol)
+    for stored, fields, rewards in graded:
         numbers = [_problem(completion, place) for place, completion in enumerate(stored)]
-        rewards = grade_all(task, protocol, fields, [completion.completion for completion in stored])
         samples = enumerate(zip(numbers, rewards, strict=True))
-        evaluations.append(
-            Evaluation(tuple(GradedAnswer(number, place, reward) for place, (number, reward) in samples), {})
-        )
+        answers = tuple(GradedAnswer(number, place, reward) for place, (number, reward) in samples)
+        evaluations.append(Evaluation(answers, {}))
         problems.append(dict(zip(numbers, zip(fields, stored, strict=True), strict=True)))
     now, then = problems
     if not now.keys() & then.keys():
@@ -100,8 +106,11 @@ def compare_files(path: str | Path, before: str | Path, *, task: str, protocol: 
             raise ValueError(
                 f"{row.location} is a different problem from {other_row.location}; give files of the same problems"
             )
-    graded = grade_file(path, task=task, protocol=protocol)
-    return graded | {"against": str(before), "difference": paired_differences(*evaluations)}
+    _, fields, rewards = graded[0]
+    return _summary(fields, rewards, task, protocol) | {
+        "against": str(before),
+        "difference": paired_differences(*evaluations),
+    }
 
 
 def _problem(stored: StoredCompletion, place: int) -> int:

@@ -181,7 +181,6 @@ def host_copy(module: Module, *, keep: bool = True) -> Module | None:
         return None
     copied = copy.deepcopy(layers, memo)
     for path, layer in adapted_layers(module).items():
-        copied.get_submodule(
-            path
-        ).calls = layer.calls  # `layers` of a sharded module was made before training, and its counts are stale
+        # `layers` of a sharded module was made before training, so that its counts are stale.
+        copied.get_submodule(path).calls = layer.calls
     return copied

@@ -141,6 +141,8 @@ class ValueHead:
         num_values, processes_without_layers = sum_over(counts, accelerator).tolist()
         self.num_values = 0.0
         if self.layers is None or processes_without_layers:  # they have scored no completion yet
+            if self.layers is not None:
+                self.layers.zero_grad(set_to_none=True)
             return
         sum_gradients(self.layers, accelerator)
         for parameter in self.layers.parameters():

@@ -59,6 +59,7 @@ TEACHER = ["--teacher", "reference", "--teacher_substeps", "4", "--teacher_coeff
         pytest.param("sudoku_unique", TEACHER, marks=pytest.mark.nightly),
         ("sudoku_unique", [*REDRAWN, "--num_generations", "2", "--entropy_coeff", "0.01"]),
         ("sudoku_unique", LATE),
+        ("sudoku_unique", ["--value_model", "value_head", "--value_model.gae_lambda", "0.5"]),
         pytest.param("sudoku_unique", [*LATE, "--likelihood", "coupled"], marks=pytest.mark.nightly),
     ],
 )

@@ -24,9 +24,9 @@ from dllm_rl.models.base import copied
 from dllm_rl.monitoring.json_lines import current_rows
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts import first_ready
-from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts, choose_batch
+from dllm_rl.training.late_rollouts.first_ready import FirstReadyRollouts, choose_batch, read_order
 from dllm_rl.training.late_rollouts.ray_pool import RayWorkerPool
-from dllm_rl.training.late_rollouts.schedule import InProcessPool
+from dllm_rl.training.late_rollouts.schedule import ORDER_FILE, InProcessPool
 from dllm_rl.training.late_rollouts.serialization import deserialize, trained_weights
 from dllm_rl.training.learner import train_step
 from dllm_rl.training.policies import build_policy, make_optimizer, resolve_rollout_engine
@@ -378,3 +378,11 @@ def test_two_learners_train_on_the_same_batch(shard_size, tmp_path):
     rows = metrics_of(tmp_path)
     assert sorted(row["rollout_batch"] for row in rows) == list(range(8))
     assert all(row["staleness"] <= 3 and row["rollout_version"] == row["step"] - row["staleness"] for row in rows)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"unfinished": [1.5], "next": 3}', '{"unfinished": [1]}'])
+def test_a_damaged_order_is_named(tmp_path, text):
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / ORDER_FILE).write_text(text)
+    with pytest.raises(ValueError, match=r"order\.json is damaged"):
+        read_order(tmp_path, 3)

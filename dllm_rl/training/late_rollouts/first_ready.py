@@ -10,6 +10,7 @@ from threading import RLock
 import torch
 
 from dllm_rl.distributed.stop import with_the_run
+from dllm_rl.files import read_json
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.late_rollouts.schedule import (
@@ -155,8 +156,14 @@ def read_made(folder: Path | None, recipe: Recipe) -> dict[int, tuple[int, bytes
 
 
 def read_order(folder: Path | None, steps_done: int) -> tuple[list[int], int]:
-    """Read the numbers of a checkpoint's unfinished batches, and the first number that no batch has had."""
+    """Read the numbers of a checkpoint's unfinished batches, and the first number that no batch has had.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     if folder is None or not (folder / ORDER_FILE).exists():  # a new run, or a checkpoint of 'in_order'
         return [], steps_done
-    order = json.loads((folder / ORDER_FILE).read_text())
-    return order["unfinished"], order["next"]
+    match read_json(folder / ORDER_FILE):
+        case {"unfinished": [*unfinished], "next": int(next_number)} if all(type(x) is int for x in unfinished):
+            return unfinished, next_number
+    raise ValueError(f"{folder}: {ORDER_FILE} is damaged; take an earlier checkpoint")
