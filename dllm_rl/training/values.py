@@ -47,7 +47,9 @@ class ValueHead:
         layers = nn.Sequential(nn.LayerNorm(width, device=device), hidden, nn.GELU(), last)
         rate = self.settings.learning_rate
         groups: list[dict[str, Any]] = [{"params": [p], "lr": rate * rate_scale(p)} for p in layers.parameters()]
-        self.optimizer = torch.optim.AdamW(groups)
+        # The advantages of a group add up to 0, and so do gradients of a constant value. With the default eps of 1e-8,
+        # AdamW would turn their rounding errors into full steps, different with another number of processes.
+        self.optimizer = torch.optim.AdamW(groups, eps=1e-5)
         if self.saved is not None:
             layers.load_state_dict(self._saved_tensors("weights."))
             moments: dict[int, dict[str, Tensor]] = {}
