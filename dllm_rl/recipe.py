@@ -537,7 +537,8 @@ class Recipe(Settings):
         if self.rollout_engine is not None and (self.rollout_quantization is not None or self.corrector.align_forward):
             problem = f"rollout_engine={describe(self.rollout_engine)} makes no quantized copy"
             raise ValueError(
-                f"{problem}: use rollout_quantization=None, and a corrector that does not align the forward"
+                f"{problem}: use rollout_quantization=None, and a corrector that does not align the forward; dllm-rl "
+                "serve --quantization quantizes on the server"
             )
         if self.lora is not None and self.corrector.align_forward and self.rollout_quantization is not None:
             check_mergeable(self.lora())  # the aligned forward quantizes merged weights

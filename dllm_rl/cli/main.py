@@ -153,6 +153,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     )
     updates_help = "let requests that send the token replace the weights, as http_engine does"
     sub.add_argument("--allow_updates", action="store_true", help=updates_help)
+    sub.add_argument("--quantization", default="none", help="quantization scheme of the weights (default none)")
     add_sampler_options(sub)
     sub.add_argument("--max_batch_size", type=_positive_int, default=32, help="completions at a time (default 32)")
     exact_batches_help = "make a completion's bits independent of its batch, which is slower"

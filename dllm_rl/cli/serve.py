@@ -6,9 +6,11 @@ import socket
 import sys
 from typing import Any
 
+from dllm_rl.cli.evaluate import read_schemes
 from dllm_rl.cli.options import open_policy
 from dllm_rl.cli.run_settings import sampler_or_note
 from dllm_rl.cli.sample import check_options, passed_options
+from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.screen import escape_controls
 from dllm_rl.serving.batching import Batcher
 from dllm_rl.serving.engine import TOKEN_VARIABLE, read_token
@@ -37,9 +39,13 @@ def serve_command(arguments: argparse.Namespace) -> None:
     )
     check_access_settings(arguments.host, settings)
     options = sampler_options(arguments)
+    (scheme,) = read_schemes([arguments.quantization]).values()
     # Before the model is loaded, so that a port in use is known at once.
     with socket.create_server((arguments.host, arguments.port), family=_family(arguments.host)) as listener:
         policy = open_policy(arguments)
+        learner = policy if arguments.allow_updates else None
+        if scheme is not None:
+            policy = quantized_copy(policy, scheme())
         defaults = check_options(policy, {name: value for name, value in options.items() if value is not None})
         batcher = Batcher(
             policy,
@@ -49,7 +55,7 @@ def serve_command(arguments: argparse.Namespace) -> None:
             exact_batches=arguments.exact_batches,
         )
         try:
-            server = Server(batcher, settings)
+            server = Server(batcher, settings, learner)
             host, port = listener.getsockname()[:2]
             address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             print(escape_controls(f"{settings.name} at {address}/v1"), file=sys.stderr, flush=True)

@@ -48,7 +48,8 @@ def http_engine(
 
     Use it with the sampler `served`. On a CPU, with the same version of torch and the same number of threads, a run is
     bitwise identical to one that samples in the learner's process. A server serves one run at a time, and the run must
-    have a single process.
+    have a single process. For quantized rollouts, start the server with `--quantization SCHEME`, and leave the run's
+    `rollout_quantization` at None.
 
     Args:
         url: Address of `dllm-rl serve MODEL --allow_updates`. MODEL must have the same architecture as the run's model.
@@ -148,7 +149,10 @@ def _load(client: Client, policy: Policy) -> Policy:
 
 
 def _sync(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
-    """Send the weights that training changes to the server, with adapters merged, and their version."""
+    """Send the weights that training changes to the server, with adapters merged, and their version.
+
+    Return the metrics of the server's quantization, if it quantizes.
+    """
     client: Client = rollout_policy.module.client
     tensors = merged_state_dict(policy.module)
     trained = {name for name, weight in policy.module.named_parameters() if weight.requires_grad}
@@ -157,10 +161,12 @@ def _sync(policy: Policy, rollout_policy: Policy) -> dict[str, float]:
         name: tensor for name, tensor in tensors.items() if name in trained or name.rpartition(".")[0] in adapted
     }
     # If no weight requires a gradient (in `check_engine`), it is unknown which weights change: send all.
-    client.post("/weights", changed or tensors, {"weights_version": policy.weights_version, "is_load": False})
+    _, header = client.post(
+        "/weights", changed or tensors, {"weights_version": policy.weights_version, "is_load": False}
+    )
     synced = with_forward(policy, partial(_logits, client, policy.weights_version))
     rollout_policy.spec, rollout_policy.weights_version = synced.spec, policy.weights_version
-    return {}
+    return header["metrics"]
 
 
 def _logits(

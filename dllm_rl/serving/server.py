@@ -236,14 +236,17 @@ def _replay_body(body: bytes, receive: Receive) -> Receive:
     return receive_body_first
 
 
-def make_app(batcher: Batcher, settings: ServerSettings) -> Guard:
+def make_app(batcher: Batcher, settings: ServerSettings, learner: Policy | None = None) -> Guard:
     """Return the ASGI app of a server.
 
     Args:
         batcher: Queue of the policy. Its `defaults` must have `max_new_tokens`.
         settings: Access and limits.
+        learner: Policy that receives the weights of updates, if the batcher's policy is a quantized copy of it. None:
+            the batcher's policy receives them.
     """
-    policy, lease, numbers = batcher.policy, Lease(), itertools.count()
+    policy, numbers = batcher.policy, itertools.count()
+    lease = Lease(learner or policy)
     started = int(time.time())
 
     @asynccontextmanager
@@ -319,7 +322,8 @@ def make_app(batcher: Batcher, settings: ServerSettings) -> Guard:
 
     for path in ENGINE_PATHS:
         app.add_api_route(path, engine, methods=["POST"])
-    weight_bytes = 4 * sum(tensor.numel() for tensor in policy.module.state_dict().values()) + MAX_WEIGHTS_HEADER_BYTES
+    weights = lease.learner.module.state_dict().values()
+    weight_bytes = 4 * sum(tensor.numel() for tensor in weights) + MAX_WEIGHTS_HEADER_BYTES
     return Guard(app, settings, weight_bytes=weight_bytes)
 
 
@@ -495,10 +499,10 @@ LOGGING: dict[str, Any] = {
 class Server(uvicorn.Server):
     """uvicorn's server. On shutdown it refuses the waiting jobs and finishes the running batch."""
 
-    def __init__(self, batcher: Batcher, settings: ServerSettings) -> None:
+    def __init__(self, batcher: Batcher, settings: ServerSettings, learner: Policy | None = None) -> None:
         protocol = type("Protocol", (TimedProtocol,), {"header_seconds": settings.client_timeout})
         config = uvicorn.Config(
-            make_app(batcher, settings),
+            make_app(batcher, settings, learner),
             http=protocol,
             ws="none",
             lifespan="on",

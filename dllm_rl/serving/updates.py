@@ -13,6 +13,7 @@ from dllm_rl.models.base import Policy, is_finite
 from dllm_rl.models.checkpoint.tensors import mismatched_tensors
 from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.serialization import deserialize, record_to_json, serialize
+from dllm_rl.quantization.rollout_policy import sync_weights
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
 from dllm_rl.serving.settings import read_settings
@@ -25,15 +26,18 @@ class Conflict(ValueError):
 
 @dataclass
 class Lease:
-    """Which training run owns the server's weights.
+    """The weights that a training run may update, and which run owns them.
 
     A run takes the lease when its engine sends all weights. From then on the server accepts only this run's requests,
     so that two runs, or a run and its restart, cannot mix their weights.
 
     Args:
+        learner: Policy that receives the run's weights: the server's policy, or if that is quantized, the unquantized
+            policy of which it is a copy.
         run: Random id that the run's engine chose when it sent all weights. None: no run has sent weights yet.
     """
 
+    learner: Policy
     run: str | None = None
 
     def check(self, policy: Policy, header: dict[str, Any]) -> None:
@@ -55,7 +59,10 @@ def update_weights(lease: Lease, data: bytes, policy: Policy) -> bytes:
         data: Serialized tensors, named as in `merged_state_dict`, with a header: `run`, `weights_version` and
             `is_load`. A load must have every tensor, and may have any version. An update may have some of the
             tensors, and its version must be newer than the server's.
-        policy: The server's policy.
+        policy: The server's policy. If it is a quantized copy, the new weights are quantized into it.
+
+    Returns:
+        Serialized header with `weights_version`, and with the `metrics` of `sync_weights`.
 
     Raises:
         Conflict: Another run has the lease, or the version is not newer.
@@ -70,7 +77,7 @@ def update_weights(lease: Lease, data: bytes, policy: Policy) -> bytes:
         raise Conflict("another run has loaded its weights into this server since; give each run its own server")
     if not is_load and version <= policy.weights_version:
         raise Conflict(f"weights_version={version} is not newer than the server's {policy.weights_version}")
-    targets = merged_state_dict(policy.module)
+    targets = merged_state_dict(lease.learner.module)
     expected = targets if is_load else {name: targets[name] for name in tensors if name in targets}
     if wrong := mismatched_tensors(tensors, expected):
         raise ValueError(
@@ -82,8 +89,8 @@ def update_weights(lease: Lease, data: bytes, policy: Policy) -> bytes:
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
-    policy.weights_version, lease.run = version, run
-    return serialize({}, {"weights_version": version})
+    lease.learner.weights_version, lease.run = version, run
+    return serialize({}, {"weights_version": version, "metrics": sync_weights(lease.learner, policy)})
 
 
 def sample_rollout(lease: Lease, data: bytes, policy: Policy) -> bytes:

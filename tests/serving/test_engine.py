@@ -15,6 +15,8 @@ from dllm_rl.models.lora import adapted_layers, add_lora
 from dllm_rl.models.merge import merged_state_dict
 from dllm_rl.models.serialization import serialize
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
+from dllm_rl.quantization.rollout_policy import quantized_layers
+from dllm_rl.quantization.schemes import float8_weight_only
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.cache import dual_cache
@@ -65,11 +67,34 @@ def test_a_run_with_a_server_is_the_run_without_one(tmp_path, make, model, sampl
     assert all(map(torch.equal, weights(ours), weights(theirs)))
     assert all(torch.equal(of_server[name], tensor) for name, tensor in merged_state_dict(ours.policy.module).items())
     assert ours["eval_after_quantized"] == ours["eval_after"] == theirs["eval_after"]
-    rewards = [
-        [json.loads(line).get("reward") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in "ab"
-    ]
+    rewards = [[row.get("reward") for row in rows_of(tmp_path / name)] for name in "ab"]
     assert rewards[0] == rewards[1] and len(rewards[0]) >= 2
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("make", "model"), [(tiny_recipe, tiny_masked_lm), (tiny_recipe_ar, partial(tiny_llama, causal=True))]
+)
+def test_a_run_with_a_quantized_server_is_the_run_with_quantized_rollouts(tmp_path, make, model):
+    """All bits on a CPU: weights, evaluations, mismatch metrics, and those of the quantization."""
+    plain = make(tmp_path / "a", rollout_quantization=float8_weight_only, report_to=None)
+    with running(model(seed=7, **SIZES), token=TOKEN, allow_updates=True, scheme=float8_weight_only()) as server:
+        assert list(quantized_layers(server.batcher.policy))
+        apart = make(
+            tmp_path / "b", rollout_quantization=None, report_to=None, rollout_engine=http_engine(url=server.url)
+        )
+        ours, theirs = train(replace(apart, sampler=partial(served, **plain.sampler.keywords))), train(plain)
+    assert all(map(torch.equal, weights(ours), weights(theirs)))
+    assert ours["eval_after_quantized"] == theirs["eval_after_quantized"]
+    seen = set()
+    for our_row, their_row in zip(rows_of(tmp_path / "b"), rows_of(tmp_path / "a"), strict=True):
+        compared = [name for name in their_row if name.startswith(("rollout_corr/", "quantization/", "reward"))]
+        assert [our_row[name] for name in compared] == [their_row[name] for name in compared]
+        seen |= {name for name in compared if their_row[name]}
+    assert {"quantization/codes_changed", "quantization/scale_change", "rollout_corr/kl"} <= seen
 
 
 @pytest.mark.parametrize("make", [diffusion, causal])

@@ -59,6 +59,7 @@ def process(checkpoint, *options, **variables):
         (["--token_file", ""], "error: token_file='' is empty"),
         (["--commit", "threshold"], "error: commit='threshold': threshold takes a number, as threshold=0.9"),
         (["--max_new_tokens", "0"], "error: max_new_tokens=0 fills in a prompt, which the server does not do"),
+        (["--quantization", "fp9"], "error: quantization='fp9' is not one of "),
         (["--cache", "best"], "error: cache='best' is not one of block, prefix, dual"),
     ],
 )
