@@ -41,13 +41,21 @@ class CompletionJob:
         seed: Seed of the completion, a 63-bit integer.
         settings: (name, value) pairs of sampler settings (`read_settings`), sorted by name. They override the server's
             defaults. Only jobs with equal settings share a batch.
+        suffix: Token ids of the text after the completion. If there are any, the model fills in the `max_new_tokens`
+            positions between prompt and suffix. Default: none.
         future: Receives a rollout of one row, on the CPU.
     """
 
     ids: Sequence[int]
     seed: int
     settings: tuple[tuple[str, Any], ...]
+    suffix: Sequence[int] = ()
     future: "Future[Rollout]" = field(default_factory=Future)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of the prompt and the suffix."""
+        return len(self.ids) + len(self.suffix)
 
 
 @dataclass(eq=False)
@@ -187,11 +195,15 @@ class Batcher:
     def _compatible_jobs(self, oldest: CompletionJob) -> list[Job]:
         """Return the oldest job and the waiting jobs that can share a batch with it, oldest first."""
         batch: list[Job] = []
-        shortest = longest = len(oldest.ids)
+        shortest = longest = oldest.length
         for job in self._waiting:
-            if isinstance(job, PolicyCall) or job.settings != oldest.settings:
+            if (
+                isinstance(job, PolicyCall)
+                or job.settings != oldest.settings
+                or bool(job.suffix) != bool(oldest.suffix)
+            ):
                 continue
-            new_shortest, new_longest = min(shortest, len(job.ids)), max(longest, len(job.ids))
+            new_shortest, new_longest = min(shortest, job.length), max(longest, job.length)
             is_similar = new_longest - new_shortest <= MAX_LENGTH_DIFFERENCE or new_longest <= 2 * new_shortest
             if new_shortest == new_longest if self.exact_batches else is_similar:
                 batch.append(job)
@@ -214,10 +226,19 @@ def sample_rows(policy: Policy, keywords: Mapping[str, Any], completions: Sequen
     Args:
         policy: Policy that samples.
         keywords: Keywords of the policy's sampler.
-        completions: Prompts and seeds.
+        completions: Prompts and seeds. Either all of them have a suffix, or none has.
     """
     seeds = [job.seed for job in completions]
-    prompts = Prompts.from_ids([job.ids for job in completions], pad_id=policy.pad_id, seeds=seeds)
+    if completions[0].suffix:
+        length, mask_id = keywords["max_new_tokens"], policy.spec.mask_id
+        assert mask_id is not None, "suffixes are for models with a mask token"
+        ids = [[*job.ids, *[mask_id] * length, *job.suffix] for job in completions]
+        blanks = [[False] * len(job.ids) + [True] * length + [False] * len(job.suffix) for job in completions]
+        prompts = Prompts.from_ids(ids, pad_id=policy.pad_id, seeds=seeds, open_positions=blanks)
+        # A cache or an early exit would need one contiguous completion at the end of the row (`check_infilling`).
+        keywords = dict(keywords) | {"max_new_tokens": 0, "cache": None, "approximate_early_exit": False}
+    else:
+        prompts = Prompts.from_ids([job.ids for job in completions], pad_id=policy.pad_id, seeds=seeds)
     # Every row has its own seed, so the sampler does not use the generator.
     rollout = sampler_for(policy)(policy, prompts, generator_for("unused"), **keywords).to("cpu")
     return [rollout.rows(torch.tensor([row])) for row in range(len(completions))]

@@ -28,7 +28,7 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "suffix": ("",),
+    "suffix": ("",),  # of a chat; completions have it
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -79,6 +79,7 @@ class TextRequest:
     Args:
         is_chat: Whether the prompt is chat messages.
         prompts: Token ids of each prompt.
+        suffix: Token ids of the text after the completion; empty if there is none.
         texts: Text of each prompt, for `echo`.
         n: Number of completions per prompt.
         seed: Seed of the request. None: derived from the server's seed and the request's number.
@@ -95,6 +96,7 @@ class TextRequest:
 
     is_chat: bool
     prompts: list[list[int]]
+    suffix: list[int]
     texts: list[str]
     n: int
     seed: int | None
@@ -145,6 +147,7 @@ def read_request(
     if "commit" in settings and "rank" not in settings and (rank := required_rank(settings["commit"])):
         settings["rank"] = rank
     echo = score_prompt = False
+    suffix: list[int] = []
     if is_chat:
         prompts, texts = _chat_prompt(fields, policy)
         lengths = [fields.integer(key, low=1) for key in ("max_completion_tokens", "max_tokens")]
@@ -156,6 +159,7 @@ def read_request(
             )
     else:
         prompts, texts = _prompts(fields, policy)
+        suffix = _suffix_ids(fields, policy, settings)
         max_tokens = fields.integer("max_tokens", low=0)
         echo = fields.flag("echo")
         count = fields.integer("logprobs", low=0)
@@ -163,13 +167,15 @@ def read_request(
         _check_logprobs(policy, count, score_prompt, settings.get("temperature", defaults.get("temperature")))
         if max_tokens == 0 and not score_prompt:
             raise Refused(400, "max_tokens=0 needs echo=true and logprobs=1, to score a prompt; use 1", "max_tokens")
+    longest = max(map(len, prompts)) + len(suffix)
     request = TextRequest(
         is_chat=is_chat,
         prompts=prompts,
+        suffix=suffix,
         texts=texts,
         n=n,
         seed=fields.integer("seed", low=-(2**63), high=2**63 - 1),
-        max_tokens=_checked_length(policy, prompts, max_tokens, defaults["max_new_tokens"], limits),
+        max_tokens=_checked_length(policy, longest, max_tokens, defaults["max_new_tokens"], limits),
         settings=settings,
         stop=_stop_texts(fields),
         echo=echo,
@@ -268,6 +274,22 @@ def _prompts(fields: _Fields, policy: Policy) -> tuple[list[list[int]], list[str
     return ids, texts
 
 
+def _suffix_ids(fields: _Fields, policy: Policy, settings: Mapping[str, Any]) -> list[int]:
+    """Return the token ids of the text after the completion, or an empty list if the request has none."""
+    text = fields.text("suffix")
+    if not text:
+        return []
+    if policy.spec.attention != "full":
+        raise Refused(
+            400,
+            f"suffix: {policy.spec.attention!r} attention does not see the text after a completion; leave it out",
+            "suffix",
+        )
+    if "cache" in settings:
+        raise Refused(400, f"cache={_quoted(settings['cache'])} does not work with a suffix; leave it out", "cache")
+    return _tokenized(policy, text, "suffix")
+
+
 def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(type(token) is int for token in value)
 
@@ -324,11 +346,11 @@ def _check_logprobs(policy: Policy, count: int | None, score_prompt: bool, tempe
         )
 
 
-def _checked_length(
-    policy: Policy, prompts: Sequence[Sequence[int]], requested: int | None, default: int, limits: Limits
-) -> int:
-    """Return a completion's max_tokens: the requested number, else the server's default or what fits the model."""
-    longest = max(map(len, prompts))
+def _checked_length(policy: Policy, longest: int, requested: int | None, default: int, limits: Limits) -> int:
+    """Return a completion's max_tokens: the requested number, else the server's default or what fits the model.
+
+    `longest` is the largest number of tokens of a prompt, with its suffix.
+    """
     canvas = policy.spec.block_size if policy.spec.attention == "encoder_decoder" else None
     tokens_left = None if policy.spec.max_length is None else policy.spec.max_length - longest
     if tokens_left is not None and canvas is not None:
@@ -458,7 +480,7 @@ def response(policy: Policy, completed: CompletedRequest) -> dict[str, Any]:
         if request.trace:
             fields["trace"] = completion.trace
         choices.append(fields)
-    prompt_tokens = sum(map(len, request.prompts))
+    prompt_tokens = sum(len(ids) + len(request.suffix) for ids in request.prompts)
     completion_tokens = sum(completion.num_tokens for completion in completed.choices)
     usage = {
         "prompt_tokens": prompt_tokens,

@@ -349,7 +349,7 @@ async def _complete(
     seeds = row_seeds(generator_for(*key), len(parsed.prompts) * parsed.n).tolist()  # as `dllm-rl sample` draws them
     sampling = sampler_settings(batcher.policy, parsed, batcher.defaults)
     prompts = [ids for ids in parsed.prompts for _ in range(parsed.n)]
-    jobs = [CompletionJob(ids, seed, sampling) for ids, seed in zip(prompts, seeds, strict=True)]
+    jobs = [CompletionJob(ids, seed, sampling, parsed.suffix) for ids, seed in zip(prompts, seeds, strict=True)]
     if not parsed.score_prompt:
         return await run_jobs(request, batcher, jobs, settings.timeout), []
 

@@ -40,8 +40,8 @@ def make():
         batcher.close()
 
 
-def job(length, settings=SETTINGS, seed=0):
-    return CompletionJob([3] * length, seed, settings)
+def job(length, settings=SETTINGS, seed=0, suffix=()):
+    return CompletionJob([3] * length, seed, settings, suffix)
 
 
 def run(batcher, jobs):
@@ -90,6 +90,18 @@ def test_everyone_gets_the_completion_that_is_theirs(make, policy):
 def test_exact_batches_hold_prompts_of_one_length(make, batches):
     run(make(exact_batches=True), [job(2), job(3), job(2)])
     assert [[len(ids) for ids in batch] for batch in batches] == [[2, 2], [3]]
+
+
+def test_completions_with_a_suffix_run_together_and_are_those_that_run_alone(make, batches):
+    """Suffixes of several lengths in one batch, and completions without a suffix in another."""
+    suffixes = [(5, 6), (), (7,), (4, 4, 4), ()]
+    batched, alone = ([job(2, seed=i, suffix=suffix) for i, suffix in enumerate(suffixes)] for _ in range(2))
+    together = run(make(), batched)
+    assert [[len(ids) for ids in batch] for batch in batches] == [[2, 2, 2], [2, 2]]
+    for one, other, suffix in zip(together, run(make(max_batch_size=1), alone), suffixes, strict=True):
+        assert completion_token_ids(one) == completion_token_ids(other) and len(completion_token_ids(one)[0]) == 6
+        row = one.tokens[0][one.attention_mask[0]].tolist()
+        assert row[:2] == [3, 3] and tuple(row[8:]) == suffix
 
 
 def test_a_call_runs_alone_and_first_if_asked(make):

@@ -14,6 +14,7 @@ from dllm_rl.diagnostics.traces import read_trace
 from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers.autoregress import autoregress
+from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.renoise import renoise
 from dllm_rl.samplers.rules import threshold
 from dllm_rl.samplers.unmask import unmask
@@ -231,7 +232,11 @@ def test_a_causal_model_completes_as_its_sampler(causal_server):
         ({"logprobs": 1, "temperature": 1}, 400, "logprobs", "use 0, or 1 at temperature 0"),
         ({"logprobs": 1, "echo": True}, 400, "echo", "the likelihood of a prompt under a diffusion model"),
         ({"logit_bias": {"5": 1}}, 400, "logit_bias", 'logit_bias={"5": 1} is not supported by this server'),
-        ({"suffix": "3"}, 400, "suffix", "is not supported by this server; leave it out"),
+        ({"suffix": 3}, 400, "suffix", "suffix=3 must be a text"),
+        ({"suffix": "word"}, 400, "suffix", "cannot be tokenized"),
+        ({"suffix": "1" * 60}, 400, "prompt", "a prompt of 64 tokens and max_tokens=1 exceed the model's 64 positions"),
+        ({"suffix": "3", "max_tokens": 60}, 400, "max_tokens", "exceed the model's 64 positions"),
+        ({"suffix": "3", "cache": "dual"}, 400, "cache", 'cache="dual" does not work with a suffix; leave it out'),
         ({"min_p": 0.1}, 400, "min_p", "min_p=0.1 is not supported by this server; leave it out"),
         ({"rank": "best"}, 400, None, "rank='best' is not one of confidence"),
         ({"commit": "threshold=x"}, 400, None, "'x' is not a number"),
@@ -277,6 +282,7 @@ def limited(policy):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "is not text; give text"),
         ({"tools": [{"type": "function"}]}, "tools=[{"),
         ({"top_logprobs": 2, "logprobs": True}, "top_logprobs: the sampler records"),
+        ({"suffix": "3"}, 'suffix="3" is not supported by this server'),
     ],
 )
 def test_what_cannot_be_fulfilled_of_a_chat_is_refused(server, fields, said):
@@ -305,6 +311,39 @@ def test_a_model_of_random_tokens_completes_in_whole_canvases_and_the_rest_is_cu
     assert answer["usage"]["completion_tokens"] == len(ids)
     assert status == 400 and "temperature=1.0 is no setting of renoise" in refused["error"]["message"]
     assert traced == 400 and "rewrites tokens" in why["error"]["message"]
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 1.0}, {"temperature": 1.0, "diffusion_steps": 2}, {}])
+def test_the_text_before_a_suffix_is_filled_in_as_sample_fills_blanks(policy, fields):
+    defaults = USUAL | {"cache": dual_cache(), "approximate_early_exit": True}  # neither is for infilling
+    record = complete(policy, [Problem("1+???=3", blank="?")], USUAL | fields | {"max_new_tokens": 0}, seed=5)
+    tokens = record["rows"][0]["tokens"]
+    with running(policy, defaults) as server:
+        answer = server.complete("1+", suffix="=3", max_tokens=3, seed=5, logprobs=0, trace=True, **fields)
+    (choice,) = answer["choices"]
+    written = [token["text"] for token in tokens]
+    kept = written[: written.index("<eos>") + 1] if "<eos>" in written else written
+    assert choice["logprobs"]["tokens"] == kept
+    assert choice["text"] == "".join(kept).removesuffix("<eos>")
+    probabilities = torch.tensor(choice["logprobs"]["token_logprobs"]).exp().tolist()
+    assert probabilities == [token["probability"] for token in tokens[: len(kept)]]
+    assert answer["usage"]["prompt_tokens"] == 4
+    assert choice["trace"]["completion_mask"] == [0, 0, 1, 1, 1, 0, 0]
+
+
+def test_openais_client_inserts_text(client):
+    fields = {"model": "tiny", "prompt": ["1+", "12"], "suffix": "=3", "max_tokens": 4, "n": 3, "temperature": 1}
+    answer = client.completions.create(**fields, seed=3)
+    assert len({choice.text for choice in answer.choices}) > 1
+    echoed = client.completions.create(**fields, seed=3, echo=True)
+    assert echoed.choices[0].text == "1+" + answer.choices[0].text
+    other = client.completions.create(**fields | {"suffix": "=9"}, seed=3)
+    assert [choice.text for choice in other.choices] != [choice.text for choice in answer.choices]
+
+
+def test_a_model_that_reads_from_left_to_right_does_not_insert(causal_server):
+    status, answer = causal_server.ask("/v1/completions", {"prompt": "1+", "suffix": "=3"})
+    assert status == 400 and "'causal' attention does not see the text after" in answer["error"]["message"]
 
 
 def test_a_setting_of_another_sampler_is_refused(causal_server):
