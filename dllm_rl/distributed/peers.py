@@ -82,7 +82,7 @@ def _message(line: bytes) -> dict[str, Any]:
     return message
 
 
-def of_an_exchange(error: BaseException | None) -> bool:
+def is_collective_error(error: BaseException | None) -> bool:
     """Return whether a collective failed, so that another process or the network is at fault.
 
     gloo raises a plain RuntimeError, which can only be recognized by the source file in its message.
@@ -200,9 +200,9 @@ class Peers:
     ) -> None:
         """Tell the others how this process ends. Raise Stopped if it ends because another process was lost."""
         failed = isinstance(error, Exception)
-        is_collective_error = of_an_exchange(error)
+        is_collective = is_collective_error(error)
         self.hear = lambda number: None  # a signal handler must not interrupt what follows
-        if is_collective_error:
+        if is_collective:
             self._settled.wait(CAUSE_TIMEOUT)
         self._leaving.set()
         self.tell_stage()
@@ -214,13 +214,13 @@ class Peers:
         self._stop_listening()
         for resource in (self._wake_sender, self._wake_receiver, self._selector):
             resource.close()
-        if self._lost.is_set() and (is_collective_error or not failed):
+        if self._lost.is_set() and (is_collective or not failed):
             self._print_loss()
             if failed:
                 raise Stopped(EXIT_STATUS) from None
-        elif is_collective_error and self._signal:
+        elif is_collective and self._signal:
             raise Stopped(128 + self._signal) from None
-        elif is_collective_error and self._main and error is not None:
+        elif is_collective and self._main and error is not None:
             others = self._connections.values()
             error.add_note("; ".join(f"{other.name} was last heard in {other.stage}" for other in others))
 
@@ -229,7 +229,7 @@ class Peers:
         is_own_error = isinstance(error, Exception) and not self._lost.is_set()
         # A failed collective has its cause in another process. If no process has reported a cause, the main one reports
         # the failure, so that all end.
-        if of_an_exchange(error):
+        if is_collective_error(error):
             is_own_error = is_own_error and self._main and not self._signal
         if is_own_error:
             return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300], "stage": self.stage()}

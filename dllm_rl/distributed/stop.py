@@ -150,7 +150,7 @@ def option_as_written(setting: str, method: str | None, option: str, value: Any)
     return (f"--{setting} {method} " if method else "") + f"--{setting}.{option} {value}"
 
 
-def with_the_run() -> ExitStack:
+def run_exit_stack() -> ExitStack:
     """Return the exit stack that closes when the current run ends, also on errors. Without a run: a new stack."""
     return _EXIT_STACK.get(None) or ExitStack()
 

@@ -30,8 +30,8 @@ from dllm_rl.serving.settings import known_settings, write_settings
 from dllm_rl.types import Prompts, Rollout
 
 TOKEN_VARIABLE = "DLLM_RL_TOKEN"
-# `served` takes **settings, but has this signature, because the command line and recipe checks read the signature.
-SERVED_SIGNATURE = inspect.Signature(
+# The signature of `http_sampler`, which takes **settings: the command line and the checks of recipes read it.
+SAMPLER_SIGNATURE = inspect.Signature(
     [
         parameter
         for name, parameter in inspect.signature(unmask).parameters.items()
@@ -46,10 +46,10 @@ def http_engine(
 ) -> RolloutEngine:
     """Make an engine that samples rollouts on a server of this library.
 
-    Use it with the sampler `served`. On a CPU, with the same version of torch and the same number of threads, a run is
-    bitwise identical to one that samples in the learner's process. A server serves one run at a time, and the run must
-    have a single process. For quantized rollouts, start the server with `--quantization SCHEME`, and leave the run's
-    `rollout_quantization` at None.
+    Use it with the sampler `http_sampler`. On a CPU, with the same version of torch and the same number of threads, a
+    run is bitwise identical to one that samples in the learner's process. A server serves one run at a time, and the
+    run must have a single process. For quantized rollouts, start the server with `--quantization SCHEME`, and leave the
+    run's `rollout_quantization` at None.
 
     Args:
         url: Address of `dllm-rl serve MODEL --allow_updates`. MODEL must have the same architecture as the run's model.
@@ -135,7 +135,7 @@ def _error_message(data: bytes) -> str:
 
 
 def _load(client: Client, policy: Policy) -> Policy:
-    """Send all weights of the learner to the server. Return the rollout policy that `served` needs."""
+    """Send all weights of the learner to the server. Return the rollout policy that `http_sampler` needs."""
     if hasattr(policy.module, "sharding") or (
         torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     ):
@@ -179,7 +179,9 @@ def _logits(
 ) -> Float[Tensor, "B T V"]:
     """Compute logits on the server, for likelihoods and for samplers that run in the learner's process."""
     if attention_mask.dim() != 2:
-        raise ValueError("rollout_engine=http_engine computes whole rows: set the sampler's cache=None, or use served")
+        raise ValueError(
+            "rollout_engine=http_engine computes whole rows: set the sampler's cache=None, or use http_sampler"
+        )
     width = tokens.shape[1]
     if cache_kwargs:
         # `autoregress` passes only the new tokens. The server keeps no key-value cache between requests, so the cache
@@ -193,7 +195,7 @@ def _logits(
 
 
 @torch.no_grad()
-def served(policy: Policy, prompts: Prompts, generator: Generator, **settings: Any) -> Rollout:
+def http_sampler(policy: Policy, prompts: Prompts, generator: Generator, **settings: Any) -> Rollout:
     """Sample `prompts.group_size` completions per prompt on a server, with `unmask`, or `autoregress` if causal.
 
     Use it as `Recipe.sampler` with `rollout_engine=http_engine(...)`.
@@ -213,14 +215,14 @@ def served(policy: Policy, prompts: Prompts, generator: Generator, **settings: A
         ValueError: The policy is not from `http_engine`, the model's sampler lacks a setting, a rule has no name on the
             command line, or the server refuses.
     """
-    SERVED_SIGNATURE.bind(policy, prompts, generator, **settings)
+    SAMPLER_SIGNATURE.bind(policy, prompts, generator, **settings)
     client = getattr(policy.module, "client", None)
     if not isinstance(client, Client):
         raise ValueError(
-            "sampler=served needs the policy of rollout_engine=http_engine(...); use unmask or autoregress"
+            "sampler=http_sampler needs the policy of rollout_engine=http_engine(...); use unmask or autoregress"
         )
     if policy.spec.attention == "encoder_decoder":
-        raise ValueError(f"sampler=served does not serve {policy.spec.name!r}, whose sampler is renoise")
+        raise ValueError(f"sampler=http_sampler does not serve {policy.spec.name!r}, whose sampler is renoise")
     keywords = _sampler_keywords(policy, settings)
     seeds = row_seeds(generator, prompts.num_rows) if prompts.seeds is None else prompts.seeds
     tensors = {"tokens": prompts.tokens, "attention_mask": prompts.attention_mask, "seeds": seeds}
@@ -232,18 +234,18 @@ def served(policy: Policy, prompts: Prompts, generator: Generator, **settings: A
         "settings": write_settings(keywords),
     }
     rollout_tensors, rollout_json = client.post("/rollouts", tensors, header)
-    rank = as_rank(settings.get("rank", SERVED_SIGNATURE.parameters["rank"].default))
+    rank = as_rank(settings.get("rank", SAMPLER_SIGNATURE.parameters["rank"].default))
     return record_from_json(rollout_json, rollout_tensors, rank.function).to(policy.device)
 
 
 def _sampler_keywords(policy: Policy, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that the policy's sampler has. Raise ValueError if another one is not at its default."""
     known = known_settings(policy)
-    defaults = {name: parameter.default for name, parameter in SERVED_SIGNATURE.parameters.items()}
+    defaults = {name: parameter.default for name, parameter in SAMPLER_SIGNATURE.parameters.items()}
     for name, value in settings.items():
         if name not in known and value != defaults[name]:
             raise ValueError(f"{name}={value!r} is not for {sampler_for(policy).__name__}; leave it out")
     return {name: value for name, value in settings.items() if name in known}
 
 
-served.__signature__ = SERVED_SIGNATURE  # type: ignore[attr-defined]
+http_sampler.__signature__ = SAMPLER_SIGNATURE  # type: ignore[attr-defined]

@@ -19,9 +19,9 @@ from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.optimizer_shards import AllGather, part_of, run_in_lockstep
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.collectives import from_main
-from dllm_rl.distributed.peers import Peers, of_an_exchange
+from dllm_rl.distributed.peers import Peers, is_collective_error
 from dllm_rl.distributed.sharding import sharding_of
-from dllm_rl.distributed.stop import LOCK, how_to_continue, with_the_run
+from dllm_rl.distributed.stop import LOCK, how_to_continue, run_exit_stack
 from dllm_rl.files import keep_lock
 from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
@@ -45,7 +45,7 @@ def make_writer(recipe: Settings, accelerator: Accelerator) -> CheckpointWriter:
     writer = CheckpointWriter(
         in_thread=recipe.async_save, group=dist.new_group(backend="gloo", timeout=timeout) if is_sharded else None
     )
-    with_the_run().callback(writer.close)
+    run_exit_stack().callback(writer.close)
     return writer
 
 
@@ -137,7 +137,7 @@ def save_on_error(run: Run[Settings], kind: object, error: BaseException | None,
     if not isinstance(error, Exception) or steps_done == recipe.num_steps:  # no step is left to repeat
         return
     note = f"process {run.accelerator.process_index}: failed after step {steps_done} was complete"
-    if run.accelerator.num_processes > 1 and of_an_exchange(error):
+    if run.accelerator.num_processes > 1 and is_collective_error(error):
         note += (
             ": another process ended (its message says why), or kept this one waiting for "
             f"collective_timeout={recipe.collective_timeout:g} s"
@@ -279,7 +279,7 @@ def install_emergency_saves(run: Run[Settings], peers: Peers | None) -> None:
     run.log.entered = ""
     if peers is not None and run.accelerator.is_main_process:
         peers.save = partial(save_on_peer_loss, run)
-    with_the_run().push(partial(save_on_error, run))
+    run_exit_stack().push(partial(save_on_error, run))
 
 
 def check_folder(run: Run[Settings]) -> None:

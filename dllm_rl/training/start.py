@@ -16,7 +16,7 @@ from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.diagnostics.batch_invariance import prepare_workspace
 from dllm_rl.distributed.collectives import from_main, make_accelerator
 from dllm_rl.distributed.peers import Peers
-from dllm_rl.distributed.stop import Stop, how_to_continue, with_the_run
+from dllm_rl.distributed.stop import Stop, how_to_continue, run_exit_stack
 from dllm_rl.models.base import Policy
 from dllm_rl.models.forward.blocks import compile_blocks
 from dllm_rl.monitoring.log import RunLog, check_trackers, start_trackers
@@ -182,7 +182,7 @@ def launch(recipe: Settings) -> tuple[Accelerator, Stop, Peers | None]:
     if recipe.peer_timeout is not None and accelerator.num_processes > 1:
         peers = Peers(accelerator, seconds=recipe.peer_timeout, advice=f"this run ends; {how_to_continue(recipe)}")
         peers.hear = stop.hear_from_another
-        with_the_run().enter_context(peers)  # on exit, also by an error, tells the other processes that this one ends
+        run_exit_stack().enter_context(peers)  # on exit, also by an error, tells the other processes that this one ends
     stop.leave_at_once("stopped before the first step: nothing new was saved; start again with the same command")
     check_processes(recipe, accelerator)
     return accelerator, stop, peers

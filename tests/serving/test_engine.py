@@ -23,7 +23,7 @@ from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.revise import remask
 from dllm_rl.samplers.rules import confidence, margin, plackett_luce, random, soft_threshold, threshold
 from dllm_rl.samplers.unmask import unmask
-from dllm_rl.serving.engine import Client, http_engine, served
+from dllm_rl.serving.engine import Client, http_engine, http_sampler
 from dllm_rl.serving.settings import read_settings, write_settings
 from dllm_rl.testing import check_engine
 from dllm_rl.types import Prompts
@@ -58,7 +58,7 @@ def test_a_run_with_a_server_is_the_run_without_one(tmp_path, make, model, sampl
             report_to=None,
             rollout_engine=http_engine(url=server.url),
         )
-        apart = replace(apart, sampler=partial(served, **plain.sampler.keywords))
+        apart = replace(apart, sampler=partial(http_sampler, **plain.sampler.keywords))
         ours, theirs = train(apart), train(plain)
         assert server.batcher.policy.weights_version == 2
         of_server = merged_state_dict(server.batcher.policy.module)
@@ -86,7 +86,7 @@ def test_a_run_with_a_quantized_server_is_the_run_with_quantized_rollouts(tmp_pa
         apart = make(
             tmp_path / "b", rollout_quantization=None, report_to=None, rollout_engine=http_engine(url=server.url)
         )
-        ours, theirs = train(replace(apart, sampler=partial(served, **plain.sampler.keywords))), train(plain)
+        ours, theirs = train(replace(apart, sampler=partial(http_sampler, **plain.sampler.keywords))), train(plain)
     assert all(map(torch.equal, weights(ours), weights(theirs)))
     assert ours["eval_after_quantized"] == theirs["eval_after_quantized"]
     seen = set()
@@ -102,7 +102,9 @@ def test_the_engine_keeps_the_contract_of_engines(make):
     learner = make(seed=1)
     prompts = Prompts.from_ids([[3, 4, 5], [6, 5]], pad_id=learner.pad_id, group_size=4)
     with learning(make()) as server:
-        check_engine(http_engine(url=server.url), learner, prompts, partial(served, max_new_tokens=6, temperature=0.7))
+        check_engine(
+            http_engine(url=server.url), learner, prompts, partial(http_sampler, max_new_tokens=6, temperature=0.7)
+        )
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_a_rollout_is_the_samplers_with_all_its_records(settings):
     expected = unmask(learner, prompts, generator_for(4), max_new_tokens=8, temperature=0.7, **settings)
     with learning(diffusion()) as server:
         rollout_policy = http_engine(url=server.url).load(learner)
-        found = served(rollout_policy, prompts, generator_for(4), max_new_tokens=8, temperature=0.7, **settings)
+        found = http_sampler(rollout_policy, prompts, generator_for(4), max_new_tokens=8, temperature=0.7, **settings)
     ours, theirs = found.tensors(), expected.tensors()
     assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
     assert found.sampling_params == expected.sampling_params and found.weights_version == 3
@@ -140,7 +142,7 @@ def test_positions_inside_prompts_are_filled_in():
     prompts = Prompts.from_ids([[3, 1, 5], [1, 5]], pad_id=learner.pad_id, mask_id=1)
     expected = unmask(learner, prompts, generator_for(4), max_new_tokens=0, temperature=0.7)
     with learning(diffusion()) as server:
-        found = served(
+        found = http_sampler(
             http_engine(url=server.url).load(learner), prompts, generator_for(4), max_new_tokens=0, temperature=0.7
         )
     assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.logprobs, expected.logprobs)
@@ -239,12 +241,12 @@ def test_a_wrong_update_changes_nothing(loaded, changes, header, said):
 
 def test_another_run_takes_the_server_and_the_first_one_is_told(loaded):
     prompts = Prompts.from_ids([[3]], pad_id=0)
-    served(loaded.rollout_policy, prompts, generator_for(1), max_new_tokens=2)
+    http_sampler(loaded.rollout_policy, prompts, generator_for(1), max_new_tokens=2)
     second = http_engine(url=loaded.server.url).load(loaded.learner)  # of the same version
-    served(second, prompts, generator_for(1), max_new_tokens=2)
+    http_sampler(second, prompts, generator_for(1), max_new_tokens=2)
     said = "answers 409: another run has loaded its weights into this server since; give each run its own server"
     with pytest.raises(ValueError, match=said):
-        served(loaded.rollout_policy, prompts, generator_for(1), max_new_tokens=2)
+        http_sampler(loaded.rollout_policy, prompts, generator_for(1), max_new_tokens=2)
     with pytest.raises(ValueError, match=said):
         loaded.update(merged_state_dict(loaded.learner.module))
     with pytest.raises(ValueError, match=said):
@@ -256,7 +258,7 @@ def test_rollouts_of_another_version_are_refused(loaded):
     with pytest.raises(
         ValueError, match="the request is for weights_version=5, and the server has 4; call the engine's sync"
     ):
-        served(loaded.rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1), max_new_tokens=2)
+        http_sampler(loaded.rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1), max_new_tokens=2)
 
 
 def test_rollouts_without_a_load_are_refused():
@@ -282,19 +284,21 @@ def other_rank(logits, normalizer):
 def test_settings_that_a_server_cannot_have_are_refused(loaded, settings, said):
     settings = {"max_new_tokens": 2} | settings
     with pytest.raises(ValueError, match=said):
-        served(loaded.rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1), **settings)
+        http_sampler(loaded.rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1), **settings)
 
 
 def test_a_causal_model_has_no_settings_of_unmasking():
     with learning(causal()) as server:
         rollout_policy = http_engine(url=server.url).load(causal())
         with pytest.raises(ValueError, match="block_size=2 is not for autoregress; leave it out"):
-            served(rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1), max_new_tokens=2, block_size=2)
+            http_sampler(
+                rollout_policy, Prompts.from_ids([[3]], pad_id=0), generator_for(1), max_new_tokens=2, block_size=2
+            )
 
 
 def test_the_sampler_needs_the_engine():
-    with pytest.raises(ValueError, match=r"sampler=served needs the policy of rollout_engine=http_engine\(...\)"):
-        served(diffusion(), Prompts.from_ids([[3]], pad_id=0), generator_for(1), max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"sampler=http_sampler needs the policy of rollout_engine=http_engine\(...\)"):
+        http_sampler(diffusion(), Prompts.from_ids([[3]], pad_id=0), generator_for(1), max_new_tokens=2)
 
 
 def test_a_server_that_is_not_there_or_refuses_is_named(monkeypatch, tmp_path):

@@ -96,7 +96,7 @@ def begun(context, duration, steps_done, made, unfinished, next_number):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(first_ready, "read_made", lambda *_: made)
         patched.setattr(first_ready, "read_order", lambda *_: (unfinished, next_number))
-        patched.setattr(first_ready, "with_the_run", ExitStack)
+        patched.setattr(first_ready, "run_exit_stack", ExitStack)
         rollouts._begin(steps_done, None, context, trained_weights(context.policy))
     return rollouts
 

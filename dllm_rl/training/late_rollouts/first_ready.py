@@ -9,7 +9,7 @@ from threading import RLock
 
 import torch
 
-from dllm_rl.distributed.stop import with_the_run
+from dllm_rl.distributed.stop import run_exit_stack
 from dllm_rl.files import read_json
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.context import StepContext
@@ -61,7 +61,7 @@ class FirstReadyRollouts(AsyncRollouts):
         numbers = {*unfinished, *made, *range(next_number, next_number + num_batches)} - self.pending.keys()
         self.numbers = sorted(numbers)[: num_batches - len(self.pending)][::-1]
         self.pool.when_free(self.start_jobs)
-        with_the_run().callback(self._close)
+        run_exit_stack().callback(self._close)
         self.start_jobs()
 
     def start_jobs(self) -> None:

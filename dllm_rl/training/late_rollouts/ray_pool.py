@@ -20,7 +20,7 @@ from accelerate.utils import parse_flag_from_env
 
 from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import make_accelerator
-from dllm_rl.distributed.stop import SIGNALS, handlers_kept, with_the_run
+from dllm_rl.distributed.stop import SIGNALS, handlers_kept, run_exit_stack
 from dllm_rl.models.base import Policy
 from dllm_rl.recipe import Recipe
 from dllm_rl.training.context import StepContext
@@ -253,7 +253,7 @@ def ray_workers(recipe: Recipe) -> RayWorkerPool | None:
     bundle = {name: amount for name, amount in resources_per_worker.items() if amount}
     placement_group = ray.util.placement_group([bundle] * count) if has_enough else None
     if placement_group is not None:  # the cluster may outlive the run
-        with_the_run().callback(release, ray, placement_group)
+        run_exit_stack().callback(release, ray, placement_group)
     if placement_group is None or not placement_group.wait(CLUSTER_SECONDS):
         free_resources = ray.available_resources() if has_enough else cluster_resources
         free_text = ", ".join(f"{free_resources.get(name, 0):g} {name}" for name in bundle)
@@ -294,7 +294,7 @@ def start_ray(ray: ModuleType, device: torch.device) -> None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
         else:
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    with_the_run().callback(shut_down, ray)
+    run_exit_stack().callback(shut_down, ray)
 
 
 def dead_daemon(ray: ModuleType) -> str | None:
