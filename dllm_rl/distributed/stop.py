@@ -1,5 +1,6 @@
 """Stop a run on a signal, after the current step or at once, and clean up its signal handlers and folder lock."""
 
+import atexit
 import os
 import signal
 import threading
@@ -179,10 +180,19 @@ def leave_folder(directory: Path) -> None:
             remove(directory)
 
 
+def _destroy_process_group() -> None:
+    """Destroy the process group, if there is one. Its threads could otherwise crash a process that exits."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def leaving_nothing_behind(
     train: Callable[Concatenate[RecipeT, Others], Returned],
 ) -> Callable[Concatenate[RecipeT, Others], Returned]:
-    """Decorate `train` to restore the signal handlers and to unlock the run's folder at its end, also on errors."""
+    """Decorate `train` to restore the signal handlers and to unlock the run's folder at its end, also on errors.
+
+    After a run, the process group stays usable until Python exits, and is destroyed then.
+    """
 
     @wraps(train)
     def wrapped(recipe: RecipeT, *others: Others.args, **options: Others.kwargs) -> Returned:
@@ -190,7 +200,11 @@ def leaving_nothing_behind(
         outer_run = _EXIT_STACK.set(exit_stack)
         try:
             with handlers_kept(), exit_stack:
-                return train(recipe, *others, **options)
+                returned = train(recipe, *others, **options)
+            # Only after a run without an error: with a process lost, this could wait for it.
+            atexit.unregister(_destroy_process_group)
+            atexit.register(_destroy_process_group)
+            return returned
         except Stopped as stopped:
             if interactive():  # a notebook would not show the status of a SystemExit
                 raise KeyboardInterrupt(f"status {stopped.args[0]}") from None

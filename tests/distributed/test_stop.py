@@ -174,3 +174,31 @@ def test_a_process_does_not_outlive_a_launcher_that_dies_while_it_imports(late):
         command, capture_output=True, text=True, env=alone
     )  # waits for the child, which has its error
     assert (done.returncode, done.stdout.strip(), done.stderr) == (-signal.SIGKILL, "importing", "")
+
+
+RUNS = """
+import atexit, sys
+from types import SimpleNamespace
+import torch.distributed as dist
+from dllm_rl.distributed.stop import leaving_nothing_behind
+
+@leaving_nothing_behind
+def train(recipe):
+    if recipe.fails:
+        raise ValueError("failed")
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+atexit.register(lambda: print(dist.is_initialized()))  # runs after what a run registers
+try:
+    for _ in range(2):
+        train(SimpleNamespace(directory=sys.argv[1], fails=sys.argv[2] == "fails"))
+except ValueError:
+    pass
+dist.barrier()  # a script may go on with the group after a run
+"""
+
+
+@pytest.mark.parametrize(("way", "is_left"), [("ends", False), ("fails", True)])
+def test_the_process_group_of_a_run_that_ended_well_is_destroyed_before_python_shuts_down(tmp_path, way, is_left):
+    done = subprocess.run([sys.executable, "-c", RUNS, str(tmp_path), way], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{is_left}\n"), done.stderr
