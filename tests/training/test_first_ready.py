@@ -64,8 +64,8 @@ class Simulated(InProcessPool):
 
 
 def simulate(duration, *, workers, late, steps, saved=None):
-    """Train on `steps` batches; returns (number, version, learner's version) of each. At step `saved` the run stops and
-    is resumed from what it saves."""
+    """Train on `steps` batches; returns (number, version, learner's version) of each. At the steps `saved` the run
+    stops, and is resumed from what it saves with that number of workers."""
     policy = SimpleNamespace(weights_version=0, module=torch.nn.Linear(1, 1))
     recipe = SimpleNamespace(
         max_staleness=late, num_steps=steps, rollout_workers=workers, collective_timeout=1.0, rollout_schedule=""
@@ -75,7 +75,8 @@ def simulate(duration, *, workers, late, steps, saved=None):
     rollouts = begun(context, duration, 0, {}, [], 0)
     trained = []
     for step in range(steps):
-        if step == saved:
+        if saved and step in saved:
+            recipe.rollout_workers = saved[step]
             files = rollouts.files(step)
             order = json.loads(files.pop(first_ready.ORDER_FILE))
             made = {int(name[9:15]): (int(batch), batch) for name, batch in files.items()}
@@ -126,10 +127,10 @@ def test_no_batch_is_too_old_whatever_workers_take_and_each_is_trained_on_once(w
     st.lists(st.floats(0.01, 20.0), min_size=2, max_size=24),
     st.integers(1, 5),
     st.integers(0, 6),
-    st.integers(0, 23),
+    st.dictionaries(st.integers(0, 23), st.integers(1, 5), max_size=4),
 )
-def test_no_batch_is_too_old_also_after_a_resume(times, workers, more, saved):
-    late = max(1, workers - 1 + more)
+def test_no_batch_is_too_old_or_lost_also_after_resumes(times, workers, more, saved):
+    late = max(1, max(workers, *saved.values()) - 1 + more) if saved else max(1, workers - 1 + more)
     # After a resume a worker may take another time.
     calls = itertools.count()
     trained = simulate(

@@ -42,6 +42,8 @@ class FirstReadyRollouts(AsyncRollouts):
     weights: bytes = b""  # the newest, serialized
     version: int = 0  # of the newest weights
     numbers: list[int] = field(default_factory=list)  # of the batches to start, the next one last
+    spare: list[int] = field(default_factory=list)  # begun before, but this run has fewer steps left
+    next_number: int = 0  # the first number that no batch has had
     taken: int = -1  # number of the batch that the learner trains on
     lock: RLock = field(default_factory=RLock)  # the pool starts jobs from its threads, and a thread may save
     is_open: bool = True
@@ -57,9 +59,12 @@ class FirstReadyRollouts(AsyncRollouts):
             is_in_time = self.version + len(self.pending) <= version + recipe.max_staleness
             if is_in_time and len(self.pending) < num_batches:  # else a setting was changed, and it is made again
                 self.pending[number] = PendingBatch(b"", age=version, made=data)
-        unfinished, next_number = read_order(folder, steps_done)
-        numbers = {*unfinished, *made, *range(next_number, next_number + num_batches)} - self.pending.keys()
-        self.numbers = sorted(numbers)[: num_batches - len(self.pending)][::-1]
+        unfinished, self.next_number = read_order(folder, steps_done)
+        new = range(self.next_number, self.next_number + num_batches)
+        numbers = sorted({*unfinished, *made, *new} - self.pending.keys())
+        count = num_batches - len(self.pending)
+        self.numbers = numbers[:count][::-1]
+        self.spare = [number for number in numbers[count:] if number < self.next_number]
         self.pool.when_free(self.start_jobs)
         run_exit_stack().callback(self._close)
         self.start_jobs()
@@ -75,7 +80,7 @@ class FirstReadyRollouts(AsyncRollouts):
                 and self.pool.num_free()
             ):
                 self.submit(self.numbers[-1], self.weights, age=self.version)
-                self.numbers.pop()
+                self.next_number = max(self.next_number, self.numbers.pop() + 1)
 
     def _close(self) -> None:
         """Start no more jobs: the run ends."""
@@ -122,7 +127,10 @@ class FirstReadyRollouts(AsyncRollouts):
         """
         with self.lock:
             made = {number: self._made(number) for number in self.pending}
-        order = {"unfinished": [number for number, batch in made.items() if batch is None], "next": step + len(made)}
+            not_restarted = [number for number in self.numbers[::-1] if number < self.next_number] + self.spare
+            next_number = self.next_number
+        unfinished = [number for number, batch in made.items() if batch is None] + not_restarted
+        order = {"unfinished": unfinished, "next": next_number}
         files = {file_names(number)[0]: batch for number, batch in made.items() if batch is not None}
         return {**files, ORDER_FILE: json.dumps(order).encode()}
 
