@@ -600,7 +600,7 @@ class Recipe(Settings):
                 (
                     not self.likelihood.replays_steps,
                     f"value_model needs a likelihood whose views are the sampler's steps, and {self.likelihood.name!r} "
-                    "has others: use trajectory() without block_size, or value_model=None",
+                    "has others: use trajectory() without block_size (diffusion models only), or value_model=None",
                 ),
                 (
                     not is_per_token(self.resolved_loss),

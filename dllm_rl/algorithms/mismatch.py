@@ -115,7 +115,7 @@ def mismatch_metrics(
         mask: Completion tokens of ALL rows (B, T), scored or not.
         high: Cap of the token weights. Default: 2.
         old: Log-probs under the learner (B, T), in nats. None (default): no perplexities.
-        advantages: Advantage of each row (B,). None (default): no contributions.
+        advantages: Advantage of each row (B,), or of each token (B, T). None (default): no contributions.
         row_weights: Inverse sampling fraction per row, 0 if not scored (`inverse_sampling_weights`). Means are then
             unbiased for all rows if ratios are finite; ess, rollout_is_std and eff_sample_size are only consistent;
             extremes cover scored rows only. None (default): all rows are scored.
@@ -157,10 +157,10 @@ def mismatch_metrics(
             values[f"{name}_ppl"] = scored.per_row((-mean_logprob).exp())
             values[f"{name}_log_ppl"] = -scored.per_row(mean_logprob)
     if advantages is not None:
-        contribution = -excess * advantages.double()[:, None].expand(mask.shape)[scored.finite]
-        for name, has_sign in (("positive", advantages > 0), ("negative", advantages < 0)):
-            token_has_sign = has_sign[:, None].expand(mask.shape)[scored.finite]
-            values[f"contribution_{name}"] = scored.per_token(contribution * token_has_sign)
+        token_advantages = per_token(advantages, mask)[scored.finite]
+        contribution = -excess * token_advantages.double()
+        for name, has_sign in (("positive", token_advantages > 0), ("negative", token_advantages < 0)):
+            values[f"contribution_{name}"] = scored.per_token(contribution * has_sign)
     metrics = {PREFIX + name: value.item() + 0.0 for name, value in values.items()}  # -0.0 + 0.0 is 0.0
     return _weight_metrics(scored, high) | metrics
 
@@ -242,6 +242,13 @@ def step_metrics(
     return metrics
 
 
+def per_token(
+    advantages: Float[Tensor, " B"] | Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """Return the advantage of each token: its row's, unless a value model gives each token its own."""
+    return advantages if advantages.dim() == 2 else advantages[:, None].expand(mask.shape)
+
+
 def off_policy_metrics(
     logps: Float[Tensor, "B T"], batch: Batch, *, old: Float[Tensor, "B T"]
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -256,7 +263,7 @@ def off_policy_metrics(
     - max: Mean over sequences of the largest |log r|, in nats.
     """
     loss_mask = batch.loss_mask
-    advantages = batch.advantages[:, None]
+    advantages = per_token(batch.advantages if batch.token_advantages is None else batch.token_advantages, loss_mask)
     metrics: dict[str, tuple[Tensor, Tensor]] = {}
     tokens = batch.rollout.completion_mask.sum()  # all rows: rows without advantage contribute 0
     rows = loss_mask.any(-1).sum()
@@ -277,7 +284,7 @@ def off_policy_metrics(
 def symptom_metrics(
     tokens: Int[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
-    advantages: Float[Tensor, " B"],
+    advantages: Float[Tensor, " B"] | Float[Tensor, "B T"],
     *,
     old: Float[Tensor, "B T"] | None = None,
 ) -> dict[str, float]:
@@ -290,8 +297,9 @@ def symptom_metrics(
     error = None if old is None else mask & (old < math.log(1e-4))
     repeated = repeated_trigrams(tokens, mask)
     metrics = {}
+    advantages = per_token(advantages, mask)
     for name, sign in (("positive", advantages > 0), ("negative", advantages < 0)):
-        counted = mask & sign[:, None]
+        counted = mask & sign
         total = max(counted.sum().item(), 1)
         if error is not None:
             metrics[f"symptoms/error_tokens_{name}"] = (error & counted).sum().item() / total

@@ -194,6 +194,10 @@ def _check_fits(policy: Policy, rollout: Rollout) -> None:
     largest, width = int(rollout.tokens[rollout.attention_mask].max()), int(rollout.attention_mask.sum(-1).max())
     if largest >= policy.vocab_size:
         raise ValueError(f"tokens has id {largest}, the model {policy.vocab_size} ids; give the model that sampled")
+    if outside := [token for token in rollout.sampling_params.suppress if not 0 <= token < policy.vocab_size]:
+        raise ValueError(
+            f"suppress has id {outside[0]}, the model {policy.vocab_size} ids; give the model that sampled"
+        )
     if policy.spec.max_length is not None and width > policy.spec.max_length:
         raise ValueError(
             f"a row has {width} tokens, the model {policy.spec.max_length} positions; give the model that sampled"

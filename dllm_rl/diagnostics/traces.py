@@ -266,6 +266,7 @@ def _read_safetensors(path: Path) -> Rollout:
 
 def _read_lines(path: Path, block_size: int | None, block_steps: int | None) -> Rollout:
     first: tuple[str, dict[str, Any]] | None = None
+    forwards = 0
     rows: list[dict[str, list]] = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
@@ -275,8 +276,10 @@ def _read_lines(path: Path, block_size: int | None, block_steps: int | None) -> 
         settings = _settings(row, where) if "format" in row else _settings(_DEFAULT_HEADER, where)
         if first is None:
             first = where, settings
-        if settings != first[1]:
-            name = next(name for name, value in settings.items() if value != first[1][name])
+        # The number of forwards is that of a row's batch; a server may sample the rows of a file in several.
+        forwards = max(forwards, settings["forwards"])
+        if settings | {"forwards": 0} != first[1] | {"forwards": 0}:
+            name = next(name for name, value in settings.items() if value != first[1][name] and name != "forwards")
             raise ValueError(f"{where}: {name}={settings[name]} differs from that of {first[0]}; split the file")
         convert = _library_row if "format" in row else _engine_row
         lists = convert(row, where, block_size=block_size, block_steps=block_steps)
@@ -285,7 +288,7 @@ def _read_lines(path: Path, block_size: int | None, block_steps: int | None) -> 
         rows.append(lists)
     if first is None:
         raise ValueError(f"{path} has no rows; write it with write_trace")
-    return _rollout(_stacked(rows), first[1], str(path))
+    return _rollout(_stacked(rows), first[1] | {"forwards": forwards}, str(path))
 
 
 def _stacked(rows: Sequence[Mapping[str, list]]) -> dict[str, Tensor]:

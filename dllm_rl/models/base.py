@@ -175,7 +175,7 @@ class FamilySpec:
     block_size: int | None = None  # positions of a block; None without blocks
     causal_context: bool = False  # "block_causal": attention within a block without mask tokens is causal
     is_also_causal: bool = False  # the weights also work as an autoregressive model (`as_causal`)
-    mask_id: int | None = None  # token id of the mask; None for causal models and random-token noise
+    mask_id: int | None = None  # token id of the mask; None for models without one
     mask_vocabulary: int | None = None  # `mask_id` is used only for a checkpoint with this vocabulary size
     mask_names: tuple[str, ...] = ()  # texts of the mask, for a tokenizer without a mask token
     eos_ids: tuple[int, ...] = ()  # ids that end a completion

@@ -46,7 +46,7 @@ def autoregress(  # noqa: PLR0913
         temperature: Temperature of the token draw. 0 takes the likeliest token.
         top_k: Sample only from the k likeliest tokens. None: all.
         top_p: Sample only from the smallest set of likeliest tokens with this probability. None: all.
-        suppress: Token ids that are never sampled.
+        suppress: Token ids that are never sampled. The mask token is always excluded.
 
     Returns:
         Rollout of P * group_size rows, with log-probs of the sampled tokens under the sampling distribution, in nats.
@@ -63,7 +63,8 @@ def autoregress(  # noqa: PLR0913
         row = int(has_token.long().argmin())
         raise ValueError(f"prompts: row {row} has no token, and {NEEDS_TOKEN}")
     check_fits(policy, prompts, max_new_tokens)
-    sampling_params = SamplingParams(temperature, top_k, top_p, suppress)
+    mask_id = policy.spec.mask_id  # a diffusion model that decodes from left to right has one
+    sampling_params = SamplingParams(temperature, top_k, top_p, suppress if mask_id is None else (*suppress, mask_id))
     check_suppress(policy, sampling_params)
     device = policy.device
     num_rows = prompts.num_rows

@@ -17,6 +17,8 @@ from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
+from dllm_rl.samplers.records import as_commit
+from dllm_rl.samplers.rules import check_steps, schedule
 from dllm_rl.serving.settings import read_settings
 from dllm_rl.types import Prompts, Rollout
 
@@ -78,10 +80,12 @@ class PromptScores:
     Args:
         logprobs: Log-prob of each token; None for the first, which has no prediction.
         best: Id and log-prob of the most likely token at each position; None for the first.
+        weights_version: Version of the weights.
     """
 
     logprobs: list[float | None]
     best: list[tuple[int, float] | None]
+    weights_version: int
 
 
 Job = CompletionJob | PolicyCall
@@ -231,6 +235,8 @@ def sample_rows(policy: Policy, keywords: Mapping[str, Any], completions: Sequen
     seeds = [job.seed for job in completions]
     if completions[0].suffix:
         length, mask_id = keywords["max_new_tokens"], policy.spec.mask_id
+        # `unmask` does not check the steps of prompts with positions to fill in, whose number differs by row.
+        check_steps(keywords.get("diffusion_steps"), length, as_commit(keywords.get("commit", schedule)).count)
         assert mask_id is not None, "suffixes are for models with a mask token"
         ids = [[*job.ids, *[mask_id] * length, *job.suffix] for job in completions]
         blanks = [[False] * len(job.ids) + [True] * length + [False] * len(job.suffix) for job in completions]
@@ -257,4 +263,4 @@ def score_prompt(policy: Policy, ids: Sequence[int]) -> PromptScores:
         logprobs += chunk_logprobs.gather(-1, tokens[0, chunk, None])[:, 0].tolist()
         best_logprobs, best_ids = chunk_logprobs.max(-1)
         best += zip(best_ids.tolist(), best_logprobs.tolist(), strict=True)
-    return PromptScores(logprobs, best)
+    return PromptScores(logprobs, best, policy.weights_version)

@@ -186,7 +186,7 @@ def read_request(
         trace=fields.flag("trace"),
     )
     fields.check_rest()
-    if (rows := len(prompts) * n) > limits.max_waiting:
+    if (rows := len(prompts) * (n + score_prompt)) > limits.max_waiting:
         raise Refused(400, f"{len(prompts)} prompts x n={n} are {rows} completions; ask for {limits.max_waiting}", "n")
     try:
         read_settings(policy, settings)
@@ -428,7 +428,7 @@ def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
     stop_positions = [position for stop in request.stop if (position := text.find(stop)) >= 0]
     if stop_positions:
         text = text[: min(stop_positions)]
-        token_ends = accumulate(map(len, _token_texts(policy, ids)))
+        token_ends = accumulate(_text_lengths(policy, ids))
         ids = ids[: sum(end <= len(text) for end in token_ends)]
     try:
         trace = trace_rows(rollout)[0] if request.trace else None
@@ -446,7 +446,7 @@ class CompletedRequest:
         name: Name of the model.
         number: Number of the request, used in the response's id.
         created: Time of the response, in seconds since 1970.
-        versions: Versions of the weights that sampled; several if an update came between two batches.
+        versions: Versions of the weights that sampled or scored; several if an update came between two batches.
         choices: The completions, `n` per prompt.
         scores: Log-probs of each prompt; empty if not requested.
     """
@@ -528,9 +528,8 @@ def _logprobs(
             top = {} if best is None else {_token_texts(policy, [best[0]])[0]: best[1]}
             prompt_tops.append({token: value, **top} if value is not None and best is not None else None)
         tokens, values, tops = prompt_tokens + tokens, scores.logprobs + values, prompt_tops + tops
-    offsets = [0]
-    for token in tokens:
-        offsets.append(offsets[-1] + len(token))
+    all_ids = [*(request.prompts[prompt_index] if scores is not None else []), *completion.ids]
+    offsets = [0, *accumulate(_text_lengths(policy, all_ids))]
     start = len(request.texts[prompt_index]) if request.echo and scores is None else 0
     return {
         "tokens": tokens,
@@ -542,6 +541,11 @@ def _logprobs(
 
 def _token_texts(policy: Policy, ids: Sequence[int]) -> list[str]:
     return [policy.tokenizer.decode([token]) for token in ids]
+
+
+def _text_lengths(policy: Policy, ids: Sequence[int]) -> list[int]:
+    """Return the number of characters of each token in a completion's text, which leaves special tokens out."""
+    return [len(policy.tokenizer.decode([token], skip_special_tokens=True)) for token in ids]
 
 
 def events(policy: Policy, completed: CompletedRequest) -> list[str]:

@@ -31,7 +31,6 @@ from dllm_rl.serving.batching import (
     PromptScores,
     QueueFull,
     ShuttingDown,
-    sample_rows,
     score_prompt,
 )
 from dllm_rl.serving.openai_api import (
@@ -46,7 +45,6 @@ from dllm_rl.serving.openai_api import (
     sampler_settings,
 )
 from dllm_rl.serving.page import HEADERS, PAGE
-from dllm_rl.serving.settings import read_settings
 from dllm_rl.serving.updates import Conflict, Lease, compute_logits, sample_rollout, update_weights
 from dllm_rl.types import Rollout
 
@@ -299,9 +297,11 @@ def make_app(batcher: Batcher, settings: ServerSettings, learner: Policy | None 
         parsed = read_request(data, policy, batcher.defaults, settings.limits, name=settings.name, is_chat=is_chat)
         number = next(numbers)
         rollouts, scores = await _complete(request, batcher, settings, parsed, number)
-        versions = tuple(sorted({rollout.weights_version for rollout in rollouts}))
+        versions = {rollout.weights_version for rollout in rollouts} | {score.weights_version for score in scores}
         choices = [choice(policy, rollout, parsed) for rollout in rollouts]
-        completed = CompletedRequest(parsed, settings.name, number, int(time.time()), versions, choices, scores)
+        completed = CompletedRequest(
+            parsed, settings.name, number, int(time.time()), tuple(sorted(versions)), choices, scores
+        )
         if not parsed.stream:
             return json_response(response(policy, completed))
         return Response("".join(events(policy, completed)), media_type="text/event-stream")
@@ -349,20 +349,13 @@ async def _complete(
     seeds = row_seeds(generator_for(*key), len(parsed.prompts) * parsed.n).tolist()  # as `dllm-rl sample` draws them
     sampling = sampler_settings(batcher.policy, parsed, batcher.defaults)
     prompts = [ids for ids in parsed.prompts for _ in range(parsed.n)]
-    jobs = [CompletionJob(ids, seed, sampling, parsed.suffix) for ids, seed in zip(prompts, seeds, strict=True)]
-    if not parsed.score_prompt:
-        return await run_jobs(request, batcher, jobs, settings.timeout), []
-
-    # One job, so that no update of the weights comes between sampling and scoring.
-    def sample_and_score(policy: Policy) -> tuple[list[Rollout], list[PromptScores]]:
-        keywords = batcher.defaults | read_settings(policy, dict(sampling))
-        size = batcher.max_batch_size
-        batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        rows = [row for batch in batches for row in sample_rows(policy, keywords, batch)]
-        return rows, [score_prompt(policy, ids) for ids in parsed.prompts]
-
-    (rows_and_scores,) = await run_jobs(request, batcher, [PolicyCall(sample_and_score)], settings.timeout)
-    return rows_and_scores
+    jobs: list[Job] = [
+        CompletionJob(ids, seed, sampling, parsed.suffix) for ids, seed in zip(prompts, seeds, strict=True)
+    ]
+    if parsed.score_prompt:
+        jobs += [PolicyCall(partial(score_prompt, ids=ids)) for ids in parsed.prompts]
+    results: list[Any] = await run_jobs(request, batcher, jobs, settings.timeout)
+    return results[: len(prompts)], results[len(prompts) :]
 
 
 async def run_jobs(

@@ -252,8 +252,8 @@ def default_likelihood(spec: FamilySpec, block_size: int | None, options: dict[s
 def segments_for(options: dict[str, Any]) -> int | None:
     """Return the `num_segments` of `trajectory` for these options of `unmask`; None if every step is scored exactly."""
     commit = as_commit(options.get("commit", schedule))
-    if commit.order == "soft_threshold":
-        return None  # only single steps have a probability of their set of positions
+    if commit.order == "soft_threshold" or commit.revises:
+        return None  # steps cannot be merged: a set of positions, or a rewritten token, belongs to one step
     steps = options["max_new_tokens"]  # at most one step per token, if the commit rule ignores diffusion_steps
     if options.get("diffusion_steps") and not commit.adaptive:
         steps = options["diffusion_steps"]

@@ -261,7 +261,7 @@ def correct(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> tupl
         stats.log_mismatch,
         rows.completion,
         old=stats.old_logprobs,
-        advantages=stats.advantages,
+        advantages=rows.advantages,
         row_weights=rows.metric_weights,
     )
     batch = make_batch(run, samples.rollout, logps, rows, weights)
@@ -289,6 +289,7 @@ class Rows:
     tokens: Int[Tensor, "B T"]
     is_trained: Bool[Tensor, " B"]
     metric_weights: Float[Tensor, " B"]  # inverse sampling fractions (`inverse_sampling_weights`), 0 where not scored
+    advantages: Float[Tensor, " B"] | Float[Tensor, "B T"]  # those of the loss: per token with a value model
 
 
 def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> Rows:
@@ -310,6 +311,8 @@ def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> 
     }
     if logps.entropy is not None:
         local_tensors["entropy"] = logps.entropy
+    if logps.token_advantages is not None:
+        local_tensors["advantages"] = logps.token_advantages
     gathered = dict(zip(local_tensors, gather_on_host(list(local_tensors.values()), run.accelerator), strict=True))
     is_trained_row = repeat(active_groups(run.recipe, samples.advantages), "p -> (p g)", g=rollout.group_size)
     stats = TokenStats(
@@ -322,7 +325,8 @@ def gather_rows(run: StepContext[Recipe], samples: Samples, logps: Logprobs) -> 
         entropy=gathered.get("entropy"),
     )
     row_weights = repeat(samples.metric_weights, "p -> (p g)", g=rollout.group_size)
-    return Rows(stats, gathered["completion"], gathered["tokens"], is_trained_row, row_weights)
+    advantages = gathered.get("advantages", stats.advantages)
+    return Rows(stats, gathered["completion"], gathered["tokens"], is_trained_row, row_weights, advantages)
 
 
 def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dict[str, float]]:
@@ -335,7 +339,7 @@ def apply_corrector(corrector: Corrector, rows: Rows) -> tuple[TokenWeights, dic
     metrics = weights.metrics
     if (stats.mask & stats.log_mismatch.isfinite()).any():  # a step may have no row to train on
         metrics = metrics | mismatch_metrics(
-            stats.log_mismatch, stats.mask, old=stats.old_logprobs, advantages=stats.advantages
+            stats.log_mismatch, stats.mask, old=stats.old_logprobs, advantages=rows.advantages
         )
     trained_metrics = {name.replace(PREFIX, "trained/"): value for name, value in metrics.items()}
     accepted = weights.loss_mask.sum() / stats.mask.sum().clamp(min=1)
@@ -350,7 +354,7 @@ def symptoms(recipe: Recipe, rows: Rows, views: Views) -> dict[str, float]:
     """
     is_per_token = recipe.likelihood.exact_ratios and all(feature.is_per_token for feature in views.features)
     stats = rows.stats
-    return symptom_metrics(rows.tokens, stats.mask, stats.advantages, old=stats.old_logprobs if is_per_token else None)
+    return symptom_metrics(rows.tokens, stats.mask, rows.advantages, old=stats.old_logprobs if is_per_token else None)
 
 
 def make_batch(run: StepContext[Recipe], rollout: Rollout, logps: Logprobs, rows: Rows, weights: TokenWeights) -> Batch:
@@ -470,10 +474,11 @@ def update_direction(
     show its effect.
 
     Returns:
-        update/direction: cosine similarity of the rows' advantages and the changes of their log-probs, in [-1, 1].
-        Below 0, worse answers became more likely. {} if nothing changed.
+        update/direction: cosine similarity of the rows' advantages and the changes of their log-probs, in [-1, 1]; with
+        a value model, of the tokens'. Below 0, worse answers became more likely. {} if nothing changed.
     """
-    by_advantage = batch.advantages.argsort(stable=True)
+    row_advantages = batch.advantages if batch.token_advantages is None else batch.token_advantages.sum(-1)
+    by_advantage = row_advantages.argsort(stable=True)
     is_measured_row = torch.zeros_like(batch.advantages, dtype=torch.bool)
     is_measured_row[torch.cat([by_advantage[: MEASURED_ROWS // 2], by_advantage[-(MEASURED_ROWS // 2) :]])] = True
     views = batch.views.restrict_to_rows(is_measured_row & batch.loss_mask.any(-1))
@@ -483,8 +488,13 @@ def update_direction(
     views = replace(views, coefficients=views.coefficients * is_measured_view[:, None, None])
     new_view_logprobs = likelihood.view_logprobs(policy, batch.rollout, views, micro_batch_size=micro_batch_size)
     is_scored = views.coefficients != 0
-    change = torch.where(is_scored, new_view_logprobs - batch.old_view_logprobs.detach(), 0).double().sum((0, 2))
-    advantages = torch.where(is_scored.any(0).any(-1), batch.advantages, 0).double()
+    change = torch.where(is_scored, new_view_logprobs - batch.old_view_logprobs.detach(), 0).double()
+    if batch.token_advantages is None:
+        change = change.sum((0, 2))
+        advantages = torch.where(is_scored.any(0).any(-1), batch.advantages, 0).double()
+    else:
+        change = change.sum(0).flatten()
+        advantages = torch.where(is_scored.any(0), batch.token_advantages, 0).double().flatten()
     products = torch.stack([advantages @ change, advantages @ advantages, change @ change])
     dot, *squares = sum_over(products, accelerator).tolist()
     if not math.isfinite(dot):

@@ -51,7 +51,7 @@ from dllm_rl.training.sharded_learner import (
     shard_policy,
 )
 from dllm_rl.training.validation import check_best_model, validation_interval
-from dllm_rl.training.values import make_value_head
+from dllm_rl.training.values import check_value_model, make_value_head
 
 
 def start(recipe: Recipe, pool: Pool | None = None) -> Run[Recipe]:
@@ -227,6 +227,7 @@ def load_and_rehearse(recipe: Recipe, accelerator: Accelerator) -> Policy:
     """
     policy = build_policy(recipe, loading_device(recipe, accelerator))
     recipe.likelihood.check(policy)
+    check_value_model(recipe, policy)
     component_reward_weights(recipe)  # raises ValueError if they are missing
     longest_index = check_prompts(recipe, policy)
     (problem,), _ = fit_prompts(recipe, policy, [longest_index])

@@ -187,6 +187,22 @@ def make_value_head(recipe: Recipe, folder: Path | None) -> ValueHead | None:
         return ValueHead(recipe.value_model, recipe.seed)
     try:
         saved, _ = deserialize((folder / FILE).read_bytes())
+        if "weights.1.weight" not in saved:
+            raise ValueError("it has no weights")
     except ValueError as error:
         raise ValueError(f"{folder}: {FILE} is damaged: {error}; take an earlier checkpoint") from None
+    size, saved_size = recipe.value_model.hidden_size, len(saved["weights.1.weight"])
+    if size != saved_size:
+        raise ValueError(
+            f"value_model.hidden_size={size} is not the {saved_size} of {folder}; resume with hidden_size={saved_size}"
+        )
     return ValueHead(recipe.value_model, recipe.seed, saved)
+
+
+def check_value_model(recipe: Recipe, policy: Policy) -> None:
+    """Raise ValueError if the recipe has a value model, and its model rewrites tokens at every step."""
+    if recipe.value_model is not None and policy.spec.attention == "encoder_decoder":
+        raise ValueError(
+            f"value_model gives each token the advantage of the step that wrote it, and {policy.spec.name!r} writes "
+            "every token at every step; use value_model=None"
+        )

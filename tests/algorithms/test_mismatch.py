@@ -285,6 +285,25 @@ def test_off_policy_metrics_by_hand():
     assert {name.split("/")[1] for name in off_policy_metrics(logps, unknown, old=zeros)} == {"old"}
 
 
+def test_metrics_by_advantage_use_those_of_the_tokens_if_the_loss_does():
+    """The rows have an advantage of 0, and their tokens +1 and -2: r - 1 is 0, 1 | -1/2, 3 (the last is rejected)."""
+    mask = tensor([[True, True, False], [True, True, True]])
+    keep = tensor([[True, True, False], [True, True, False]])
+    logps = tensor([[0.0, LN2, 0.0], [-LN2, 2 * LN2, 0.0]], dtype=torch.float64)
+    by_token = tensor([[1.0, -2.0, 0.0], [1.0, -2.0, 1.0]])
+    batch = make_batch(mask, torch.zeros(2), loss_mask=keep)
+    batch = replace(batch, token_advantages=by_token, rollout_logprobs=None)
+    found = off_policy_metrics(logps, batch, old=torch.zeros_like(logps))
+    values = {name.rpartition("/")[2]: float(total / count) for name, (total, count) in found.items()}
+    assert values["contribution_positive"] == pytest.approx((0 + 1 / 2) / 5)
+    assert values["contribution_negative"] == pytest.approx((2 + 6) / 5)
+    metrics = mismatch_metrics(logps, keep, advantages=by_token)
+    assert metrics["rollout_corr/contribution_positive"] == pytest.approx((0 + 1 / 2) / 4)
+    assert metrics["rollout_corr/contribution_negative"] == pytest.approx((2 + 6) / 4)
+    by_sign = symptom_metrics(torch.ones(2, 3).long(), keep, by_token, old=tensor([[-10.0, 0, 0], [0.0, -10.0, 0]]))
+    assert by_sign["symptoms/error_tokens_positive"] == by_sign["symptoms/error_tokens_negative"] == 1 / 2
+
+
 def test_symptoms_by_sign_of_the_advantage():
     tokens = tensor([[1, 1, 1, 1], [1, 2, 3, 4], [1, 1, 1, 1]])
     old = tensor([[-1.0, -9.0, -10.0, -1.0], [-11.0, -1.0, -1.0, -1.0], [-50.0, -50.0, -50.0, -50.0]])

@@ -334,9 +334,23 @@ def test_files_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     found = read_trace(path)
     with pytest.raises(ValueError, match=f"tokens has id 99, the model {model().vocab_size} ids"):
         check_trace(model(), replace(found, tokens=found.tokens.masked_fill(found.completion_mask, 99)))
+    for token in (99, -1):
+        with pytest.raises(ValueError, match=f"suppress has id {token}, the model {model().vocab_size} ids"):
+            check_trace(model(), params(found, suppress=(1, token)))
     monkeypatch.setattr(traces, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match="more than 100; split it"):
         read_trace(path)
+
+
+def test_rows_of_batches_with_other_numbers_of_forwards_are_one_trace(tmp_path):
+    """As of a server, whose batches of a causal model end with their longest completion."""
+    policy = tiny_llama(**SIZES, causal=True)
+    batches = [sampled(policy, autoregress, max_new_tokens=length, temperature=1.0) for length in (2, 7)]
+    rows = [row for batch in batches for row in traces.trace_rows(batch)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read_trace(tmp_path / "a.jsonl")
+    assert found.forwards == batches[1].forwards > batches[0].forwards and len(found.tokens) == 12
+    assert check_trace(policy, found).ok
 
 
 def test_tensors_of_another_kind_are_refused(tmp_path):

@@ -6,9 +6,12 @@ from layouts import checkpoint, nemotron, write
 from repetitions import slow
 
 from dllm_rl import DiffusionPolicy, Prompts, float8_weight_only, load_policy, unmask
+from dllm_rl.likelihoods.estimators import causal
 from dllm_rl.models.policy import as_causal, diffusion_from_causal
 from dllm_rl.models.tiny import tiny_llama
 from dllm_rl.quantization.rollout_policy import quantized_copy
+from dllm_rl.rng import generator_for
+from dllm_rl.samplers.autoregress import autoregress
 
 
 @pytest.mark.parametrize("family", [slow("llama"), "qwen3", slow("smollm2")])
@@ -88,15 +91,15 @@ def test_a_diffusion_model_is_refused(tmp_path):
 def test_a_converted_model_decodes_from_left_to_right_as_before(tmp_path):
     """The logits are those of the causal checkpoint, but for the mask's row; the weights are the same tensors."""
     folder = checkpoint(tmp_path, "qwen3")
-    causal, diffusion = load_policy(folder), diffusion_from_causal(folder)
+    before_it, diffusion = load_policy(folder), diffusion_from_causal(folder)
     diffusion.weights_version, diffusion.float32_head = 7, False
     again = as_causal(diffusion)
-    assert (again.spec.attention, again.spec.mask_id, again.weights_version) == ("causal", None, 7)
+    assert (again.spec.attention, again.spec.mask_id, again.weights_version) == ("causal", diffusion.spec.mask_id, 7)
     assert not again.float32_head and diffusion.spec.attention == "full"
     tokens = torch.tensor([[5, 9, 12, 7, 11]])
     mask = torch.ones_like(tokens, dtype=torch.bool)
     before = diffusion.logits(tokens, mask)
-    assert torch.equal(again.logits(tokens, mask)[..., :39], causal.logits(tokens, mask)[..., :39])
+    assert torch.equal(again.logits(tokens, mask)[..., :39], before_it.logits(tokens, mask)[..., :39])
     assert not torch.allclose(before, again.logits(tokens, mask), atol=1e-3)
     for ours, theirs in zip(again.module.parameters(), diffusion.module.parameters(), strict=True):
         assert ours is theirs
@@ -111,6 +114,20 @@ def test_a_model_trained_both_ways_decodes_as_its_autoregressive_checkpoint(tmp_
     tokens = torch.tensor([[5, 9, 12, 7, 11, 3, 4, 8, 6, 10]])
     mask = torch.ones_like(tokens, dtype=torch.bool)
     assert torch.equal(as_causal(both).logits(tokens, mask), autoregressive.logits(tokens, mask))
+
+
+@pytest.mark.parametrize("options", [{}, {"suppress": (3,)}, {"top_k": 5}, {"temperature": 0.0}])
+def test_the_mask_token_is_never_drawn_and_the_likelihood_leaves_it_out(tmp_path, options):
+    """Also of an untrained model, whose mask is as likely as any token."""
+    tiny_llama(characters="123", causal=True).save_pretrained(tmp_path)
+    policy = as_causal(diffusion_from_causal(tmp_path))
+    prompts = Prompts.from_ids([[3, 4]], pad_id=policy.pad_id, group_size=64)
+    rollout = autoregress(policy, prompts, generator_for(0), **{"max_new_tokens": 8, "temperature": 2.0} | options)
+    assert not (rollout.tokens == policy.spec.mask_id).any()
+    assert set(rollout.sampling_params.suppress) == {*options.get("suppress", ()), policy.spec.mask_id}
+    likelihood = causal()
+    views = likelihood.draw_views(rollout, generator_for(0))
+    torch.testing.assert_close(likelihood.logprobs(policy, rollout, views), rollout.logprobs)
 
 
 def test_a_model_that_was_never_causal_is_refused():

@@ -198,6 +198,35 @@ def test_a_scored_prompt_is_followed_by_one_token_also_if_that_is_the_end():
     assert {len(values) for values in found.values()} == {6} and answer["choices"][0]["text"] == "1+2=3"
 
 
+def test_exact_batches_hold_for_scored_prompts_of_other_lengths():
+    prompts = ["1", "123456789012", "12=3", "4+5="]
+    with running(causal(), {"max_new_tokens": 6}, batcher={"exact_batches": True}) as server:
+        settings = {"echo": True, "logprobs": 0, "temperature": 1.0, "seed": 5}
+        together = server.complete(prompts, **settings)["choices"]
+        assert server.complete(prompts[0], **settings)["choices"][0]["logprobs"] == together[0]["logprobs"]
+        plain = server.complete(prompts, **settings | {"echo": False})["choices"]
+    for prompt, scored, unscored in zip(prompts, together, plain, strict=True):
+        written = scored["logprobs"]["token_logprobs"][len(prompt) :]
+        assert written == unscored["logprobs"]["token_logprobs"]
+
+
+def test_special_tokens_have_no_place_in_the_text(policy):
+    """A completion with padding in it: its texts leave that out, and so do offsets and the cut at a stop text."""
+    with running(policy, {"max_new_tokens": 10, "temperature": 1.5}) as server:
+        answers = [server.complete("12", seed=seed, logprobs=0)["choices"][0] for seed in range(60)]
+        answers = [each for each in answers if "<pad>" in each["logprobs"]["tokens"][:-2] and len(each["text"]) > 3]
+        assert answers
+        for seed in range(60):
+            whole = server.complete("12", seed=seed, logprobs=0)["choices"][0]
+            cut = server.complete("12", seed=seed, logprobs=0, stop=whole["text"][-1:] or "none")["choices"][0]
+            kept = [token for token in cut["logprobs"]["tokens"] if token not in ("<pad>", "<eos>")]
+            assert "".join(kept) == cut["text"]
+    for each in answers:
+        tokens, offsets = each["logprobs"]["tokens"], each["logprobs"]["text_offset"]
+        for token, offset in zip(tokens, offsets, strict=True):
+            assert token in ("<pad>", "<eos>") or each["text"][offset] == token
+
+
 def test_a_causal_model_completes_as_its_sampler(causal_server):
     policy = causal_server.batcher.policy
     prompts = Prompts.from_ids([policy.tokenizer.encode("1+2=", add_special_tokens=False)], pad_id=policy.pad_id)
@@ -236,6 +265,7 @@ def test_a_causal_model_completes_as_its_sampler(causal_server):
         ({"suffix": "word"}, 400, "suffix", "cannot be tokenized"),
         ({"suffix": "1" * 60}, 400, "prompt", "a prompt of 64 tokens and max_tokens=1 exceed the model's 64 positions"),
         ({"suffix": "3", "max_tokens": 60}, 400, "max_tokens", "exceed the model's 64 positions"),
+        ({"suffix": "3", "diffusion_steps": 9}, 400, None, "diffusion_steps=9 is more than the 8 tokens"),
         ({"suffix": "3", "cache": "dual"}, 400, "cache", 'cache="dual" does not work with a suffix; leave it out'),
         ({"min_p": 0.1}, 400, "min_p", "min_p=0.1 is not supported by this server; leave it out"),
         ({"rank": "best"}, 400, None, "rank='best' is not one of confidence"),

@@ -1,5 +1,6 @@
 """The command: what it refuses before it loads a model, how it starts and stops, and a thousand requests."""
 
+import argparse
 import json
 import os
 import random
@@ -19,7 +20,9 @@ import pytest
 from openai import OpenAI
 from servers import TOKEN, diffusion
 
-from dllm_rl.cli.main import main
+from dllm_rl import unmask
+from dllm_rl.cli.main import add_serve, main
+from dllm_rl.cli.serve import sampler_options
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +72,24 @@ def test_what_cannot_be_served_is_refused_in_a_line(options, said, capsys, monke
     assert main(["serve", "no-model", "--port", "0", *options]) == 2
     err = capsys.readouterr().err
     assert err.startswith(said) and len(err.splitlines()) == 1
+
+
+def test_steps_that_do_not_fit_the_length_are_refused_at_the_start(checkpoint, capsys):
+    """Else every request would be."""
+    assert main(["serve", checkpoint, "--port", "0", "--max_new_tokens", "4", "--diffusion_steps", "8"]) == 2
+    assert capsys.readouterr().err.startswith("error: diffusion_steps=8 is more than the 4 tokens of a completion")
+
+
+def test_a_runs_sampler_becomes_the_servers(monkeypatch):
+    """Without what no request could change, and with at most one step for each token of a shorter length."""
+    sampler = partial(unmask, max_new_tokens=16, diffusion_steps=8, compile_step=True, confidence_radius=3)
+    monkeypatch.setattr("dllm_rl.cli.serve.sampler_or_note", lambda model: sampler)
+    commands = argparse.ArgumentParser().add_subparsers()
+    add_serve(commands)
+    arguments = commands.choices["serve"].parse_args(["run"])
+    assert sampler_options(arguments) == {"max_new_tokens": 16, "diffusion_steps": 8}
+    arguments = commands.choices["serve"].parse_args(["run", "--max_new_tokens", "4"])
+    assert sampler_options(arguments) == {"max_new_tokens": 4, "diffusion_steps": 4}
 
 
 @pytest.mark.parametrize("option", [["--max_batch_size", "0"], ["--timeout", "none"], ["--client_timeout", "-1"]])

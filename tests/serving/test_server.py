@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 from openai import AuthenticationError, OpenAI
-from servers import TOKEN, diffusion, held, running
+from servers import TOKEN, causal, diffusion, held, running
 
 from dllm_rl.serving.batching import sample_rows
 from dllm_rl.serving.server import ServerSettings, check_access_settings
@@ -188,15 +188,19 @@ def test_a_completion_that_takes_too_long_gets_an_answer(monkeypatch):
         release.set()
 
 
-def test_a_client_that_leaves_takes_its_place_with_it():
-    with running(diffusion()) as server:
+@pytest.mark.parametrize(
+    ("body", "jobs"), [('{"prompt": "1"}', 1), ('{"prompt": ["1", "2"], "n": 3, "echo": true, "logprobs": 0}', 8)]
+)
+def test_a_client_that_leaves_takes_its_place_with_it(body, jobs):
+    """Also one whose prompts are scored: two prompts, three completions of each, and two scores."""
+    with running(causal()) as server:
         with held(server.batcher):
             with socket.create_connection(("127.0.0.1", server.port)) as connection:
-                connection.sendall(request_bytes('{"prompt": "1"}'))
+                connection.sendall(request_bytes(body))
                 deadline = time.monotonic() + 10
                 while not server.batcher._waiting and time.monotonic() < deadline:
                     time.sleep(0.01)
-                assert len(server.batcher._waiting) == 1
+                assert len(server.batcher._waiting) == jobs
             while server.batcher._waiting and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert not server.batcher._waiting

@@ -13,6 +13,7 @@ from datasets import Dataset
 from layouts import published
 from own_module import own_policy
 from readme import README
+from run_outputs import metrics_of
 from tiny_recipe import SIZES, tiny_recipe
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
@@ -25,8 +26,8 @@ from dllm_rl.models.tiny import char_tokenizer, tiny_diffusion_gemma
 from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.samplers import renoise
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.revise import edit
-from dllm_rl.samplers.rules import soft_threshold, threshold
+from dllm_rl.samplers.revise import remask, soft_edit
+from dllm_rl.samplers.rules import max_prob, random, soft_threshold, threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.training.trl_names import HINTS, STRING_VALUES, TRL_NAMES, translate_trl_names
@@ -403,9 +404,20 @@ def test_the_likelihood_is_chosen_by_the_steps_that_the_sampler_takes():
     assert segments(max_new_tokens=4, sampler_options={"max_new_tokens": 64, "diffusion_steps": 12}) == 3
     assert segments(sampler=partial(unmask, max_new_tokens=3)) is None
     assert segments(max_new_tokens=4, sampler=partial(partial(unmask, max_new_tokens=64), diffusion_steps=16)) == 4
-    for rule in (partial(threshold, tau=0.9), partial(edit, tau=0.9)):
-        assert segments(max_new_tokens=64, sampler_options={"diffusion_steps": 4, "commit": rule}) == 8
+    rule = partial(threshold, tau=0.9)
+    assert segments(max_new_tokens=64, sampler_options={"diffusion_steps": 4, "commit": rule}) == 8
     assert segments(max_new_tokens=64, sampler_options={"commit": partial(soft_threshold, tau=0.9)}) is None
+
+
+@pytest.mark.parametrize("rule", [partial(soft_edit, rate=0.5), partial(remask, eta=0.5)])
+def test_a_run_with_a_rule_that_rewrites_scores_every_step(tmp_path, rule):
+    """Its steps cannot be merged, so a default with segments would end the run in its first step."""
+    rank = random if rule.func is remask else max_prob
+    options = {"commit": rule, "rank": rank, "diffusion_steps": 4}
+    settings = {"num_steps": 1, "num_generations": 2, "train_batch_size": 2, "report_to": None}
+    settings |= {"output_dir": tmp_path, "sampler_options": options}
+    grpo(tiny_masked_lm(**SMALL), ROWS, right, max_new_tokens=4, **settings)
+    assert len(metrics_of(tmp_path)) == 1
 
 
 def test_the_samplers_own_temperature_is_kept():

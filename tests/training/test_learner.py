@@ -56,6 +56,29 @@ def test_logits_that_are_not_finite_are_named(tmp_path):
             )
 
 
+def test_with_a_value_model_the_direction_is_that_of_the_tokens_advantages():
+    """The cosine over tokens, after a step along the gradient of the log-probs weighted by each token's advantage."""
+    estimator, policy = trajectory(), tiny_masked_lm(characters="1234.=", head_std=0.3)
+    prompts = Prompts.from_ids([[4, 5], [6, 7, 8]], pad_id=policy.pad_id)
+    rollout = unmask(policy, prompts, torch.Generator().manual_seed(0), max_new_tokens=3, rank=max_prob)
+    views = estimator.draw_views(rollout, torch.Generator().manual_seed(0))
+    scores = estimator.view_logprobs(policy, rollout, views, retain_graphs=True)
+    mask = rollout.completion_mask
+    advantages = torch.where(mask, torch.randn(mask.shape, generator=torch.Generator().manual_seed(1)), 0.0)
+    (scores * advantages).sum().backward()
+    with torch.no_grad():
+        for parameter in trainable_parameters(policy.module):
+            if parameter.grad is not None:
+                parameter += 1e-4 * parameter.grad
+    ones = torch.ones_like(advantages)
+    batch = Batch(rollout, views, torch.tensor([1.0, -1.0]), scores[0], scores.detach(), ones, mask, None, 1, 1)
+    batch = replace(batch, token_advantages=advantages)
+    measured = update_direction(policy, batch, Accelerator(cpu=True), estimator)["update/direction"]
+    change = (estimator.view_logprobs(policy, rollout, views) - scores.detach()).double().sum(0)
+    cosine = torch.cosine_similarity(advantages[mask].double(), change[mask], dim=0)
+    assert measured == pytest.approx(cosine.item(), rel=1e-6) and measured > 0.1
+
+
 @pytest.mark.parametrize("estimator", [trajectory(), coupled()])
 def test_the_direction_of_an_update_by_hand(estimator):
     """The cosine of advantages and changes, from two scorings; it is positive after a step along the gradient of the

@@ -14,10 +14,19 @@ from dllm_rl.algorithms.correctors import tbpo
 from dllm_rl.algorithms.losses import gspo
 from dllm_rl.algorithms.values import value_head
 from dllm_rl.likelihoods.estimators import coupled, trajectory
+from dllm_rl.models.serialization import serialize
+from dllm_rl.models.tiny import tiny_diffusion_gemma
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
 from dllm_rl.training.trainer import train
-from dllm_rl.training.values import FILE, ValueHead, make_value_head, rate_scale, value_metrics
+from dllm_rl.training.values import (
+    FILE,
+    ValueHead,
+    check_value_model,
+    make_value_head,
+    rate_scale,
+    value_metrics,
+)
 
 
 def rollout_of(policy, *, rows=6, temperature=1.0):
@@ -167,6 +176,27 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / FILE).write_bytes(b"damaged")
     with pytest.raises(ValueError, match=f"{FILE} is damaged"):
         make_value_head(recipe, tmp_path)
+    (tmp_path / FILE).write_bytes(serialize({"weights.0.bias": torch.zeros(2)}, {}))
+    with pytest.raises(ValueError, match=f"{FILE} is damaged: it has no weights"):
+        make_value_head(recipe, tmp_path)
+
+
+def test_a_resume_with_another_size_is_refused_before_it_samples(tmp_path):
+    changes = {"likelihood": trajectory(include_order=False), "num_steps": 1, "lr_schedule_steps": 2}
+    train(tiny_recipe(tmp_path, value_model=value_head(hidden_size=16), **changes))
+    resumed = changes | {"num_steps": 2, "resume_from_checkpoint": "latest", "allow_changed": "value_model"}
+    with pytest.raises(ValueError, match=r"value_model.hidden_size=8 is not the 16 of .*; resume with hidden_size=16"):
+        train(tiny_recipe(tmp_path, value_model=value_head(hidden_size=8), **resumed))
+    rates = value_head(hidden_size=16, learning_rate=1e-2)
+    train(tiny_recipe(tmp_path, value_model=rates, **resumed))
+    assert len(metrics_of(tmp_path)) == 2
+
+
+def test_a_model_that_rewrites_every_token_is_refused_before_it_samples(tmp_path):
+    policy = tiny_diffusion_gemma(characters="1234.=")
+    recipe = tiny_recipe(tmp_path, likelihood=trajectory(), value_model=value_head())
+    with pytest.raises(ValueError, match="'diffusion_gemma' writes every token at every step; use value_model=None"):
+        check_value_model(recipe, policy)
 
 
 def test_settings_that_cannot_be_combined(tmp_path):

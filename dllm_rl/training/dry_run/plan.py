@@ -27,6 +27,7 @@ from dllm_rl.training.dry_run.memory import ONE_VIEW, Memory, measure_step, num_
 from dllm_rl.training.policies import call_model_function, check_blocks
 from dllm_rl.training.saving import saves_only_adapters
 from dllm_rl.training.sharded_learner import check_batches, check_module, check_sharding, shard_group_size
+from dllm_rl.training.values import check_value_model
 
 GB = 1e9
 GPU_SIZES = (80, 96, 141, 192)  # GB of memory
@@ -110,6 +111,7 @@ def check_recipe(recipe: Recipe, policy: MetaPolicy, prompt_tokens: int) -> None
     its completion have more tokens than the model has positions.
     """
     recipe.likelihood.check(policy)
+    check_value_model(recipe, policy)
     check_blocks(recipe, policy)
     shard_size = gpus_per_learner(recipe)
     check_sharding(recipe, assumed_processes(recipe))
