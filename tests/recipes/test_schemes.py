@@ -8,7 +8,7 @@ from recipes.studies import schemes
 
 def test_the_parts_of_a_scheme_of_weights_alone(tmp_path, monkeypatch):
     write_json(tmp_path / "summary.json", {"eval_after": {"solve_rate": 0.5}})
-    monkeypatch.setattr(schemes, "found", lambda folder: [(7, folder)])
+    monkeypatch.setattr(schemes, "list_checkpoints", lambda folder: [(7, folder)])
     monkeypatch.setattr(schemes, "load_policy", lambda path: schemes.recipe.model())
     monkeypatch.setattr(schemes, "SCHEMES", {"int4_weight_only": schemes.SCHEMES["int4_weight_only"]})
     monkeypatch.setattr(schemes, "STORED", tmp_path / "schemes.json")

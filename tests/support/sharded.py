@@ -154,7 +154,7 @@ def plan_and_allocator(cases):
             max_retained_graphs=0,
         )
         policy = plan.made(recipe)
-        options = {"prompt_tokens": plan.PROMPT, "dtype": None, "make_rollout_policy": 0, "on_gpu": False}
+        options = {"prompt_tokens": plan.PROMPT, "dtype": None, "rollout_copy": 0, "on_gpu": False}
         planned = shard_memory(plan.measure_step(recipe, policy, **options), policy.module, accelerator.num_processes)
         shard(policy.module, blocks_of(policy.module), accelerator, size=accelerator.num_processes)
         optimizer = plan.make_optimizer(recipe, policy)

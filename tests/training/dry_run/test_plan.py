@@ -181,7 +181,7 @@ def test_each_way_to_save_memory_saves_it(monkeypatch):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("name", "gigabytes", "size"), [("llada_8b_sudoku", 56.8, 80), ("llada_8b_sudoku_full", 108.6, 141)]
+    ("name", "gigabytes", "size"), [("llada_8b_sudoku", 54.4, 80), ("llada_8b_sudoku_full", 108.6, 141)]
 )
 def test_what_the_recipes_say_that_they_take(name, gigabytes, size):
     recipe = recipe_of(name)
