@@ -7,6 +7,7 @@ the end of an evaluation, the parts are merged into NAME.jsonl.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ def merge_parts(path: Path, answers: Sequence[GradedAnswer] = (), protocol: str 
     loses no row.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part_files = sorted(path.parent.glob(f"{path.stem}.part*.jsonl"))
+    is_part = re.compile(rf"{re.escape(path.stem)}\.part[0-9]+\.jsonl").fullmatch
+    part_files = sorted(part_file for part_file in path.parent.iterdir() if is_part(part_file.name))
     if not part_files and not answers:
         return
     rows = read(path)

@@ -57,6 +57,17 @@ def test_a_stored_row_without_a_text_or_with_a_number_beyond_all_floats_is_refus
         Completions(path, {}, OneProcess())
 
 
+@pytest.mark.parametrize("stem", ["math", "base[seed=1]", "a*", "b?c", "[!x]", "{1}", "a.b+"])
+def test_parts_are_merged_and_files_of_other_evaluations_stay(tmp_path, stem):
+    path = tmp_path / f"{stem}.jsonl"
+    others = [f"{stem}.partial.jsonl", f"{stem}.partA.jsonl", f"{stem}.part1.old.jsonl", f"{stem}x.part0.jsonl"]
+    for place, name in enumerate([*others, f"{stem}.part0.jsonl", f"{stem}.part11.jsonl"]):
+        row = {"completion": "1", "evaluation": MADE | {"problem": place}}
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    assert sorted(Completions(path, {}, OneProcess()).rows) == [(4, 0), (5, 0)]
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, *others}
+
+
 def test_seeds_of_a_first_sample_are_those_of_an_evaluation_with_one_sample():
     """Stored files of one sample a problem then keep their completions."""
     assert row_seeds(3, [(5, 0), (5, 1)]) == [
