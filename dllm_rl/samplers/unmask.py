@@ -100,8 +100,8 @@ def unmask(  # noqa: PLR0913
         Rollout of B = P * group_size rows: tokens, the step that wrote each token, and log-probs at commit in nats.
 
     Raises:
-        ValueError: The policy is causal or has no mask token, a completion does not fit, or the rank, commit rule,
-            blocks and cache cannot be combined.
+        ValueError: The policy is causal or has no mask token, a completion does not fit, the rank, commit rule, blocks
+            and cache cannot be combined, or the rank returns NaN.
 
     Source: LLaDA, arXiv 2502.09992, algorithm 5 [paper].
     """
@@ -142,6 +142,7 @@ def unmask(  # noqa: PLR0913
             tracker.finish_rows(ended_rows)
         if on_step is not None:
             on_step(current_rollout())
+    step_sampler.check_scores()
     return current_rollout()
 
 
