@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -48,7 +48,7 @@ class Bound:
 def bounded(
     check_all: Callable[[dict[str, Any]], None] | None = None, **bounds: Bound
 ) -> Callable[[Function], Function]:
-    """Decorate a function so that each call checks its keyword arguments.
+    """Decorate a function so that each call checks its keyword arguments; those of the type int must be integers.
 
     Args:
         check_all: Function of the dict of all keywords, including defaults, that raises ValueError if they cannot be
@@ -62,6 +62,8 @@ def bounded(
             check_keywords(checked, keywords)
             return function(*arguments, **keywords)
 
+        parameters = inspect.signature(function).parameters
+        vars(checked)["integers"] = [name for name in bounds if parameters[name].annotation in (int, int | None)]
         vars(checked)["bounds"] = bounds  # read by the help text and by `check_bound`
         vars(checked)["check_all"] = check_all
         return cast(Function, checked)
@@ -70,10 +72,12 @@ def bounded(
 
 
 def check_keywords(function: Callable, keywords: dict[str, Any]) -> None:
-    """Raise ValueError if a keyword is outside the function's bounds."""
+    """Raise ValueError if a keyword is outside the function's bounds, or is not an integer where it must be one."""
     for name, bound in getattr(function, "bounds", {}).items():
         if name in keywords:  # a default is within its bounds
-            bound.check(name, keywords[name])
+            bound.check(name, value := keywords[name])
+            if name in getattr(function, "integers", ()) and not isinstance(value, Integral | None):
+                raise ValueError(f"{name}={value!r} must be an integer")
     if check_all := getattr(function, "check_all", None):
         parameters = inspect.signature(function).parameters.values()
         check_all({p.name: p.default for p in parameters if p.default is not p.empty} | keywords)

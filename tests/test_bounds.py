@@ -2,19 +2,24 @@
 
 import inspect
 import math
+import re
 import types
 import typing
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
+import torch
 from tiny_recipe import tiny_recipe
 
 from dllm_rl.algorithms import advantages, correctors, losses
 from dllm_rl.bounds import Bound, check_bound
 from dllm_rl.config import from_command_line
 from dllm_rl.likelihoods import estimators
-from dllm_rl.samplers import revise, rules
+from dllm_rl.models.tiny import tiny_llama
+from dllm_rl.samplers import autoregress, renoise, revise, rules, unmask
+from dllm_rl.types import Prompts
 from recipes.studies import surrogates as published
 
 MODULES = (correctors, losses, advantages, estimators, rules, revise, published)
@@ -96,6 +101,41 @@ def test_the_line_names_the_constant_and_its_range(function, keyword, value, mes
     with pytest.raises(ValueError) as caught:
         bind(function, keyword, value)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("value", [4.0, 2.5, "3", np.float64(2)])
+@pytest.mark.parametrize(
+    ("function", "keyword"),
+    [
+        (autoregress, "max_new_tokens"),
+        (autoregress, "top_k"),
+        (unmask, "max_new_tokens"),
+        (unmask, "diffusion_steps"),
+        (unmask, "block_size"),
+        (unmask, "top_k"),
+        (unmask, "confidence_radius"),
+        (renoise, "max_new_tokens"),
+        (renoise, "diffusion_steps"),
+        (renoise, "stability_threshold"),
+        (estimators.elbo, "num_samples"),
+        (estimators.trajectory, "block_size"),
+    ],
+)
+def test_a_number_of_things_is_an_integer(function, keyword, value):
+    with pytest.raises(ValueError, match=rf"^{keyword}={re.escape(repr(value))} must be (an integer|a number)$"):
+        bind(function, keyword, value)
+
+
+@pytest.mark.parametrize("function", [autoregress, unmask, renoise])
+def test_integers_of_numpy_are_integers(function):
+    bind(function, "max_new_tokens", np.int64(4))
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_causal_model_writes_a_token_at_least(value):
+    prompts = Prompts.from_ids([[3, 4]], pad_id=0)
+    with pytest.raises(ValueError, match=f"^max_new_tokens={value} must be at least 1$"):
+        autoregress(tiny_llama(characters="ab", causal=True), prompts, torch.Generator(), max_new_tokens=value)
 
 
 def test_edges_and_none_are_inside():

@@ -7,6 +7,7 @@ the end of an evaluation, the parts are merged into NAME.jsonl.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,11 @@ class Completions:
         """
         rows = {key: self.rows[key] for key in keys if key in self.rows}
         for key, row in rows.items():
-            # Converted to JSON and back like the stored row, so that a tuple becomes a list.
-            expected = json.loads(json.dumps(make_row(problems[key[0]], row["completion"], row["evaluation"])))
+            expected = _as_json(make_row(problems[key[0]], row["completion"], row["evaluation"]))
+            stored = _as_json(row)
             for name, value in expected.items():
-                if value != row.get(name):
-                    difference = f"its {name} is {row.get(name)!r}, the task's is {value!r}"
+                if value != stored.get(name):
+                    difference = f"its {name} is {stored.get(name)!r}, the task's is {value!r}"
                     raise ValueError(f"{self.path} has another problem {key[0]}: {difference}; give another output_dir")
         return rows
 
@@ -111,7 +112,7 @@ def make_row(problem: Problem, completion: str, evaluation: Mapping[str, Any]) -
     for name in problem.fields:
         if name in row_fields:
             raise ValueError(f"field {name!r} of the problem has a name that stored completions need; rename it")
-    return {**problem.fields, **row_fields}
+    return _as_json(problem.fields) | row_fields
 
 
 def merge_parts(path: Path, answers: Sequence[GradedAnswer] = (), protocol: str = "") -> None:
@@ -119,7 +120,8 @@ def merge_parts(path: Path, answers: Sequence[GradedAnswer] = (), protocol: str 
     loses no row.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part_files = sorted(path.parent.glob(f"{path.stem}.part*.jsonl"))
+    is_part = re.compile(rf"{re.escape(path.stem)}\.part[0-9]+\.jsonl").fullmatch
+    part_files = sorted(part_file for part_file in path.parent.iterdir() if is_part(part_file.name))
     if not part_files and not answers:
         return
     rows = read(path)
@@ -173,5 +175,12 @@ def fingerprint(policy: Policy) -> str:
     return digest.hexdigest()[:16]
 
 
+def _as_json(row: Mapping[str, Any]) -> Row:
+    """Return a row as a file has it: a tuple is a list, and values that JSON lacks, such as dates and NaN, are text."""
+    return json.loads(json.dumps(dict(row), default=str, skipkeys=True), parse_constant=str)
+
+
 def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    # UTF-8 has no half of a surrogate pair; "backslashreplace" writes it as JSON does.
+    text = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
+    return text + "\n"

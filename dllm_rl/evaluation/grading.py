@@ -30,6 +30,7 @@ class StoredCompletion:
 
     location: str  # file and line, for error messages
     id: str
+    problem: int | None  # None: the row has no number of its problem
     row: Mapping[str, Any]
     completion: str
 
@@ -51,8 +52,7 @@ def grade_file(path: str | Path, *, task: str, protocol: str = "strict") -> dict
     Raises:
         ValueError: The file has no rows, or a row is malformed: the message names file and line. Raised before grading.
     """
-    _, fields, rewards = _read_and_grade(path, task, protocol)
-    return _summary(fields, rewards, task, protocol)
+    return _summary(*_read_and_grade(path, task, protocol), task, protocol)
 
 
 def _read_and_grade(
@@ -64,16 +64,20 @@ def _read_and_grade(
     return stored, fields, grade_all(task, protocol, fields, [completion.completion for completion in stored])
 
 
-def _summary(fields: list[dict[str, Any]], rewards: list[Reward], task: str, protocol: str) -> dict[str, Any]:
+def _summary(
+    stored: list[StoredCompletion], fields: list[dict[str, Any]], rewards: list[Reward], task: str, protocol: str
+) -> dict[str, Any]:
     num_without_answer = sum(None in row_fields.values() for row_fields in fields)
     facts = {"task": task, "version": TABLE[task].task.version, "protocol": protocol, "n": len(rewards)}
-    return facts | ({"no_answer": num_without_answer} if num_without_answer else {}) | _rates_with_intervals(rewards)
+    facts |= {"no_answer": num_without_answer} if num_without_answer else {}
+    return facts | _rates_with_intervals(stored, rewards)
 
 
 def compare_files(path: str | Path, before: str | Path, *, task: str, protocol: str = "strict") -> dict[str, Any]:
     """Grade two files of completions of the same problems, and compare them problem by problem.
 
-    A row's problem is the `problem` that `dllm-rl evaluate` stores, else its number in the file.
+    A row's problem is the `problem` that `dllm-rl evaluate` stores or the `doc_id` of lm-evaluation-harness, else its
+    number in the file.
 
     Args:
         path: File of completions, as for `read_completions`.
@@ -90,14 +94,10 @@ def compare_files(path: str | Path, before: str | Path, *, task: str, protocol: 
             different problems in the two files.
     """
     graded = [_read_and_grade(file, task, protocol) for file in (path, before)]
-    evaluations, problems = [], []
-    for stored, fields, rewards in graded:
-        numbers = [_problem(completion, place) for place, completion in enumerate(stored)]
-        samples = enumerate(zip(numbers, rewards, strict=True))
-        answers = tuple(GradedAnswer(number, place, reward) for place, (number, reward) in samples)
-        evaluations.append(Evaluation(answers, {}))
-        problems.append(dict(zip(numbers, zip(fields, stored, strict=True), strict=True)))
-    now, then = problems
+    evaluations = [Evaluation(_answers(stored, rewards), {}) for stored, _, rewards in graded]
+    now, then = (
+        dict(zip(_problems(stored), zip(fields, stored, strict=True), strict=True)) for stored, fields, _ in graded
+    )
     if not now.keys() & then.keys():
         raise ValueError(f"{path} and {before} have no problem in common")
     for number in now.keys() & then.keys():
@@ -106,18 +106,20 @@ def compare_files(path: str | Path, before: str | Path, *, task: str, protocol: 
             raise ValueError(
                 f"{row.location} is a different problem from {other_row.location}; give files of the same problems"
             )
-    _, fields, rewards = graded[0]
-    return _summary(fields, rewards, task, protocol) | {
+    return _summary(*graded[0], task, protocol) | {
         "against": str(before),
         "difference": paired_differences(*evaluations),
     }
 
 
-def _problem(stored: StoredCompletion, place: int) -> int:
-    """Return the number of a row's problem: as `dllm-rl evaluate` stores it, else its place in the file."""
-    evaluation = stored.row.get("evaluation")
-    number = evaluation.get("problem") if isinstance(evaluation, dict) else None
-    return number if type(number) is int else place
+def _problems(stored: Sequence[StoredCompletion]) -> list[int]:
+    """Return the number of each row's problem, or of the row if it has none."""
+    return [place if row.problem is None else row.problem for place, row in enumerate(stored)]
+
+
+def _answers(stored: Sequence[StoredCompletion], rewards: Sequence[Reward]) -> tuple[GradedAnswer, ...]:
+    numbered = zip(_problems(stored), rewards, strict=True)
+    return tuple(GradedAnswer(problem, place, reward) for place, (problem, reward) in enumerate(numbered))
 
 
 def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
@@ -170,7 +172,8 @@ def grade_by_every_rule(path: str | Path, *, task: str) -> dict[str, Any]:
         "version": TABLE[task].task.version,
         "n": len(stored),
         "rules": {
-            name: {"right": sum(is_right[name])} | _rates_with_intervals(graded) for name, graded in rewards.items()
+            name: {"right": sum(is_right[name])} | _rates_with_intervals(stored, graded)
+            for name, graded in rewards.items()
         },
         "differences": _differences(is_right, [row.id for row in stored]),
         "not_graded": not_graded,
@@ -218,9 +221,8 @@ def read_completions(path: str | Path, task: str) -> list[StoredCompletion]:
         step = row["step"] if isinstance(row.get("step"), int) else -1
         try:
             fields = _with_our_names(row, task)
-            stored = StoredCompletion(
-                location, _id(row, location.removeprefix(f"{path}, ")), fields, text_of(fields, "completion")
-            )
+            row_id = _id(row, location.removeprefix(f"{path}, "))
+            stored = StoredCompletion(location, row_id, _problem(row), fields, text_of(fields, "completion"))
         except ValueError as error:
             raise ValueError(f"{location}: {error}") from None
         steps_and_rows.append((step, stored))
@@ -265,6 +267,13 @@ def _id(row: Mapping[str, Any], default: str) -> str:
     return next((str(row[name])[:MAX_ID_LENGTH] for name in ("id", "doc_id") if name in row), default)
 
 
+def _problem(row: Mapping[str, Any]) -> int | None:
+    """Return the number of a row's problem, as `dllm-rl evaluate` or lm-evaluation-harness stores it."""
+    evaluation = row.get("evaluation")
+    number = evaluation.get("problem") if isinstance(evaluation, dict) else row.get("doc_id")
+    return number if type(number) is int else None
+
+
 def _fields(stored: Sequence[StoredCompletion], task: str, protocol: str) -> list[dict[str, Any]]:
     """Read the fields of all rows before grading, so that a malformed row is reported without delay."""
     fields = []
@@ -276,7 +285,6 @@ def _fields(stored: Sequence[StoredCompletion], task: str, protocol: str) -> lis
     return fields
 
 
-def _rates_with_intervals(rewards: Sequence[Reward]) -> dict[str, Any]:
-    # Each row counts as a separate problem.
-    sums = sums_by_name([GradedAnswer(i, 0, reward) for i, reward in enumerate(rewards)])
+def _rates_with_intervals(stored: Sequence[StoredCompletion], rewards: Sequence[Reward]) -> dict[str, Any]:
+    sums = sums_by_name(_answers(stored, rewards))
     return with_intervals({name: sums[name] for name in (*RATES, headline(sums)) if name in sums})

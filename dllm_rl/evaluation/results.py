@@ -61,10 +61,11 @@ class Evaluation:
             equal = {problem: (float(len(values) == 1), 1.0) for problem, values in rewards.items()}
             sums["frac_reward_zero_std"] = equal  # share of problems, like the training metric of this name
         if num_samples > 1 and metric != "reward":  # "reward" means that no metric says which samples are right
+            num_right = self._num_right(metric)
             for k in (*(2**i for i in range(num_samples.bit_length()) if 2**i < num_samples), num_samples):
                 sums[f"pass@{k}"] = {}
-                for problem, (count, _) in self.sums[metric].items():
-                    sums[f"pass@{k}"][problem] = pass_at_k(num_samples, round(count), k), 1.0
+                for problem in self.sums[metric]:
+                    sums[f"pass@{k}"][problem] = pass_at_k(num_samples, num_right[problem], k), 1.0
         costs = [(answer.tokens, answer.forwards, answer.seconds, answer.steps) for answer in self.answers]
         tokens, forwards, seconds, steps = map(sum, zip(*costs, strict=True))
         total_costs = {
@@ -85,14 +86,19 @@ class Evaluation:
         for answer in self.answers if ks else ():
             if answer.reward.answer is None or metric == "reward":
                 raise ValueError("maj@k needs a grader that gives the answers that it compares, and an accuracy")
-            if answer.reward.answer and not answer.reward.breakdown[metric]:
+            if answer.reward.answer and answer.reward.breakdown.get(metric) != 1:
                 wrong_votes[answer.problem][answer.reward.answer] += 1
         num_samples = len(self.answers) // len(self.sums["reward"])
         sums: dict[str, Sums] = {f"maj@{k}": {} for k in ks}
-        for k, (problem, (count, _)) in product(ks, self.sums[metric].items()):
+        num_right = self._num_right(metric)
+        for k, problem in product(ks, self.sums[metric]):
             votes = list(wrong_votes[problem].values())
-            sums[f"maj@{k}"][problem] = majority_at_k(num_samples, round(count), votes, k), 1.0
+            sums[f"maj@{k}"][problem] = majority_at_k(num_samples, num_right[problem], votes, k), 1.0
         return with_intervals(sums)
+
+    def _num_right(self, metric: str) -> Counter[int]:
+        """Return the number of right samples of each problem: those whose metric is 1."""
+        return Counter(answer.problem for answer in self.answers if answer.reward.breakdown.get(metric) == 1)
 
 
 def sums_by_name(answers: Sequence[GradedAnswer]) -> dict[str, Sums]:

@@ -20,7 +20,12 @@ from dllm_rl.samplers.unmask import check_fits, check_suppress
 from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
-@bounded(temperature=Bound(at_least=0), top_k=Bound(at_least=1), top_p=Bound(above=0, at_most=1))
+@bounded(
+    max_new_tokens=Bound(at_least=1),
+    temperature=Bound(at_least=0),
+    top_k=Bound(at_least=1),
+    top_p=Bound(above=0, at_most=1),
+)
 @torch.no_grad()
 def autoregress(  # noqa: PLR0913
     policy: Policy,

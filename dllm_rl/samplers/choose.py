@@ -3,7 +3,7 @@
 Rank the masked positions, commit some of them, draw their tokens, and record the log-probs of tokens and order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -85,6 +85,7 @@ class StepSampler:
             )
         self.order_probability = order_probability(rank, commit, greedy=greedy)
         self.has_order_logprob = has_order_logprob(rank, commit, greedy=greedy)
+        self.has_nan_scores = canvas.masked.new_zeros(())  # on the device, so that a step does not wait for it
         self.confidence_change = None
         if confidence_radius is not None:
             self.confidence_change = ConfidenceChange(canvas, rank, commit, confidence_radius)
@@ -104,6 +105,7 @@ class StepSampler:
         else:
             scores = rank_positions(self.policy, states, rank_uniforms, params, self.rank)
         commit_scores = plan.scatter_to_rows(add_gumbel(scores, rank_uniforms) if self.adds_gumbel else scores)
+        self.has_nan_scores |= commit_scores.isnan().any()
         decision = self.decide(plan, commit_scores, drawn)
         if self.confidence_change is not None:
             self.confidence_change.record(plan, commit_scores, decision.chosen)
@@ -157,6 +159,14 @@ class StepSampler:
         if (earlier := self.canvas.records.get("order")) is not None:  # a position may stay masked in several steps
             logps = earlier[plan.rows_and_offsets(stay_masked)] + logps
         return {"order": (stay_masked, logps, 0)}
+
+    def check_scores(self) -> None:
+        """Raise ValueError if the rank returned NaN although the model did not. The host waits for the device."""
+        if self.has_nan_scores & self.canvas.logprobs.isfinite().all():
+            raise ValueError(
+                f"rank={self.rank.name} returned NaN, which has no place in an order; return numbers: the logits of "
+                "suppressed tokens are -inf, and 0 * -inf is NaN"
+            )
 
     def rollout_fields(self) -> dict[str, RolloutField]:
         """Return the optional records so far as fields of a `Rollout`, for the completions' positions (B, L)."""
@@ -245,7 +255,7 @@ def draw_and_rank(
             "uniforms": rank_uniforms,
             "hidden": hidden,
         }
-        return rank(**{name: inputs[name] for name in rank.reads}).float(), *drawn.tensors()
+        return _scores(rank, inputs), *drawn.tensors()
 
     states = (hidden,) if "hidden" in rank.reads else ()
     outputs = _map_slabs(policy, score_slab, sampling_params, hidden, token_uniforms, rank_uniforms, *states)
@@ -261,17 +271,22 @@ def rank_positions(
 ) -> Float[Tensor, " K"]:
     """Return the scores of a rank that does not read tokens. The head runs only if the rank reads logits."""
     if not rank.reads & {"logits", "normalizer"}:
-        state_inputs = {"uniforms": rank_uniforms, "hidden": hidden}
-        return rank(**{name: state_inputs[name] for name in rank.reads}).float()
+        return _scores(rank, {"uniforms": rank_uniforms, "hidden": hidden})
 
     def score_slab(logits: Tensor, rank_uniforms: Tensor, hidden: Tensor | None = None) -> tuple[Tensor]:
         inputs = {"logits": logits, "uniforms": rank_uniforms, "hidden": hidden}
         if "normalizer" in rank.reads:
             inputs["normalizer"] = logits.logsumexp(-1)
-        return (rank(**{name: inputs[name] for name in rank.reads}).float(),)
+        return (_scores(rank, inputs),)
 
     states = (hidden,) if "hidden" in rank.reads else ()
     return _map_slabs(policy, score_slab, sampling_params, hidden, rank_uniforms, *states)[0]
+
+
+def _scores(rank: Rank, inputs: Mapping[str, Tensor | None]) -> Float[Tensor, " K"]:
+    """Return the rank's scores, with the lowest number in place of -inf, the score of positions that are not masked."""
+    scores = rank(**{name: inputs[name] for name in rank.reads}).float()
+    return scores.clamp(min=torch.finfo(scores.dtype).min)
 
 
 def _map_slabs(

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 from torch.distributions import Categorical
 
+from dllm_rl.bounds import Bound, bounded
 from dllm_rl.device import copy_to_device
 from dllm_rl.models.base import Policy
 from dllm_rl.models.denoiser import Prefix, conditioning, has_images
@@ -30,6 +31,7 @@ from dllm_rl.types import Prompts, Renoised, Rollout
 NOISE_STREAM = RANK_STREAM  # for the random tokens; this sampler has no ranks, so their stream is free
 
 
+@bounded(max_new_tokens=Bound(at_least=1), diffusion_steps=Bound(at_least=1), stability_threshold=Bound(at_least=0))
 @torch.no_grad()
 def renoise(  # noqa: PLR0913
     policy: Policy,
@@ -87,7 +89,7 @@ def renoise(  # noqa: PLR0913
     Source: transformers 5.23 [paper].
     """
     _check(policy, prompts, max_new_tokens)
-    _check_settings(diffusion_steps, t_max, t_min, entropy_bound, answer)
+    _check_settings(t_max, t_min, entropy_bound, answer)
     if (stability_threshold is None) != (confidence_threshold is None):
         raise ValueError(
             f"stability_threshold={stability_threshold} and confidence_threshold={confidence_threshold} stop a canvas "
@@ -377,7 +379,7 @@ def _check(policy: Policy, prompts: Prompts, length: int) -> None:
         )
     size = spec.block_size
     assert size is not None, "`check_spec` requires it"
-    if length < 1 or length % size:
+    if length % size:
         lower = length // size * size
         nearest = f"{lower}, {lower + size}" if lower > 0 else f"{size}"
         raise ValueError(
@@ -390,9 +392,7 @@ def _check(policy: Policy, prompts: Prompts, length: int) -> None:
     check_fits(policy, prompts, length)
 
 
-def _check_settings(diffusion_steps: int, t_max: float, t_min: float, entropy_bound: float, answer: str) -> None:
-    if diffusion_steps < 1:
-        raise ValueError(f"diffusion_steps={diffusion_steps} must be at least 1")
+def _check_settings(t_max: float, t_min: float, entropy_bound: float, answer: str) -> None:
     if not (0 < t_min <= t_max < math.inf):
         raise ValueError(f"t_max={t_max} and t_min={t_min} must be temperatures with 0 < t_min <= t_max")
     if not entropy_bound > 0:

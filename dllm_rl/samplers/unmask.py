@@ -25,6 +25,9 @@ from dllm_rl.types import Prompts, Rollout, SamplingParams
 
 
 @bounded(
+    max_new_tokens=Bound(at_least=0),
+    diffusion_steps=Bound(at_least=1),
+    block_size=Bound(at_least=1),
     temperature=Bound(at_least=0),
     top_k=Bound(at_least=1),
     top_p=Bound(above=0, at_most=1),
@@ -100,8 +103,8 @@ def unmask(  # noqa: PLR0913
         Rollout of B = P * group_size rows: tokens, the step that wrote each token, and log-probs at commit in nats.
 
     Raises:
-        ValueError: The policy is causal or has no mask token, a completion does not fit, or the rank, commit rule,
-            blocks and cache cannot be combined.
+        ValueError: The policy is causal or has no mask token, a completion does not fit, the rank, commit rule, blocks
+            and cache cannot be combined, or the rank returns NaN.
 
     Source: LLaDA, arXiv 2502.09992, algorithm 5 [paper].
     """
@@ -142,6 +145,7 @@ def unmask(  # noqa: PLR0913
             tracker.finish_rows(ended_rows)
         if on_step is not None:
             on_step(current_rollout())
+    step_sampler.check_scores()
     return current_rollout()
 
 
@@ -170,10 +174,9 @@ def _checked_block_size(
         raise ValueError(f"policy {policy.spec.name!r} has no mask token, its noise is random tokens: use renoise")
     infilling = prompts.infill_mask is not None
     width = prompts.tokens.shape[1] + length if infilling else length
-    min_length = 0 if infilling else 1  # with infilling nothing need be appended
+    if not infilling and not length:
+        raise ValueError("max_new_tokens=0 must be at least 1, because no prompt has positions to fill in")
     size = block_size if block_size is not None else policy.spec.block_size or width
-    if length < min_length or size < 1:
-        raise ValueError(f"max_new_tokens={length} must be at least {min_length}, and block_size={size} at least 1")
     if attention == "block_causal" and size != policy.spec.block_size:
         raise ValueError(
             f"block_size={size} is not the policy's block size, {policy.spec.block_size}; leave block_size at None"

@@ -126,13 +126,14 @@ class CompiledStepSampler:
         past: Past | None = [] if runs_all_columns and self.cache is not None else self.past
         state = StepState(self.tokens, records, past)
         try:
-            state, committed = compiled()(self.step_sampler, self.constants, state, numbers, width)
+            state, committed, has_nan_scores = compiled()(self.step_sampler, self.constants, state, numbers, width)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise ValueError(
                 f"compile_step=True has compiled {MAX_GRAPHS} graphs: the number of rows, the prompts' width or "
                 "max_new_tokens changes too often; set compile_step=False"
             ) from error
         self.canvas.forwards += 1
+        self.step_sampler.has_nan_scores |= has_nan_scores
         # The outputs are copied, because the next replay of the graph overwrites them.
         self.tokens = state.tokens.clone()
         self.canvas.tokens = self.tokens[:, self.canvas_columns]
@@ -202,7 +203,7 @@ def fills_cache(policy: Policy, canvas: Canvas) -> bool:
 
 
 @functools.cache
-def compiled() -> Callable[..., tuple[StepState, Tensor]]:
+def compiled() -> Callable[..., tuple[StepState, Tensor, Tensor]]:
     """Return the compiled step. One function serves all samplers of the process."""
     run = torch.compile(_step, mode="reduce-overhead", dynamic=False, fullgraph=True)
     limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
@@ -212,8 +213,8 @@ def compiled() -> Callable[..., tuple[StepState, Tensor]]:
 @no_type_check  # torch.compile cannot trace the tests' type checks
 def _step(
     step_sampler: StepSampler, constants: StepConstants, state: StepState, numbers: Int[Tensor, "5 B"], width: int
-) -> tuple[StepState, Int[Tensor, " B"]]:
-    """Return the state after a step, and the number of committed positions of each row.
+) -> tuple[StepState, Int[Tensor, " B"], Bool[Tensor, ""]]:
+    """Return the state after a step, the number of committed positions of each row, and whether a score is NaN.
 
     Args:
         step_sampler: Rank, commit rule and sampling parameters.
@@ -272,7 +273,8 @@ def _step(
         order_logprobs = stay_masked_logprobs(policy, hidden, *cutoff, params, flat_drawn.normalizer)
         total = records["order"].gather(1, offset) + order_logprobs.view_as(scores)
         records["order"] = _scatter_chosen(records["order"], offset, total, masked & ~chosen)
-    return StepState(_scatter_chosen(tokens, column, drawn.tokens, chosen), records, past), chosen.sum(-1)
+    tokens = _scatter_chosen(tokens, column, drawn.tokens, chosen)
+    return StepState(tokens, records, past), chosen.sum(-1), commit_scores.isnan().any()
 
 
 @no_type_check

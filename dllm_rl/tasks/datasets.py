@@ -2,8 +2,10 @@
 
 import asyncio
 import inspect
+import os
+import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Real
@@ -16,6 +18,7 @@ ALWAYS_PASSED = ("prompts", "completions")  # arguments of every reward function
 # TRL passes these to functions with parameters of these names. A column of such a name would replace them.
 TRL_ARGUMENTS = ("prompt_ids", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 TEXT_TYPES = (str, bytes, bytearray, memoryview)
+_LOOPS: dict[int, asyncio.AbstractEventLoop] = {}  # by process id
 # f(prompts=[...], completions=[...], **columns) -> per completion a number, or None if it does not apply. May be async.
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
@@ -335,14 +338,46 @@ def _call_functions(functions: Sequence[RewardFunction], arguments: Sequence[dic
     results: list[Any] = [function(**keywords) for function, keywords in zip(functions, arguments, strict=True)]
     awaitable_indices = [index for index, value in enumerate(results) if inspect.isawaitable(value)]
     if awaitable_indices:
-
-        async def gather_all() -> list[Any]:
-            return list(await asyncio.gather(*(results[index] for index in awaitable_indices)))
-
-        with ThreadPoolExecutor(1) as pool:  # in another thread, because a notebook's event loop runs in this one
-            for index, value in zip(awaitable_indices, pool.submit(asyncio.run, gather_all()).result(), strict=True):
+        coroutine = _gather([results[index] for index in awaitable_indices])
+        future = asyncio.run_coroutine_threadsafe(coroutine, _event_loop())
+        try:
+            for index, value in zip(awaitable_indices, future.result(), strict=True):
                 results[index] = value
+        finally:
+            future.cancel()  # after an interrupt
     return results
+
+
+async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    """Await all concurrently. After an error the others are canceled."""
+    tasks = list(map(asyncio.ensure_future, awaitables))
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return this process's event loop of async functions, so that they may keep clients and locks between calls.
+
+    It runs in a thread, because a notebook has an event loop in the main one.
+    """
+    process = os.getpid()  # a forked child does not have its parent's threads
+    if process not in _LOOPS:
+        loop = asyncio.new_event_loop()
+        if _LOOPS.setdefault(process, loop) is loop:  # not if another thread was faster
+            threading.Thread(target=_run_forever, args=(loop,), daemon=True).start()
+        else:
+            loop.close()
+    return _LOOPS[process]
+
+
+def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
+    while True:
+        with suppress(SystemExit, KeyboardInterrupt):  # a function exits: its caller gets the error, others continue
+            loop.run_forever()
 
 
 def _numbers_by_completion(label: str, numbers: Any, completions: Sequence[Any]) -> dict[int, float]:

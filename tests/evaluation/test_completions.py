@@ -1,7 +1,11 @@
 """Rows of stored completions."""
 
+import datetime
+import decimal
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_recipe import SIZES
@@ -14,6 +18,7 @@ from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import fake_quantize
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem
+from dllm_rl.training.completion_log import stored_fields
 
 
 def test_a_field_that_is_named_blank_is_refused_only_beside_a_blank():
@@ -55,6 +60,53 @@ def test_a_stored_row_without_a_text_or_with_a_number_beyond_all_floats_is_refus
     path.write_text(json.dumps({"completion": "1", "evaluation": MADE}).replace('"problem": 0', '"problem": 1e999'))
     with pytest.raises(ValueError, match="line 1: not a stored completion"):
         Completions(path, {}, OneProcess())
+
+
+@pytest.mark.parametrize("stem", ["math", "base[seed=1]", "a*", "b?c", "[!x]", "{1}", "a.b+"])
+def test_parts_are_merged_and_files_of_other_evaluations_stay(tmp_path, stem):
+    path = tmp_path / f"{stem}.jsonl"
+    others = [f"{stem}.partial.jsonl", f"{stem}.partA.jsonl", f"{stem}.part1.old.jsonl", f"{stem}x.part0.jsonl"]
+    for place, name in enumerate([*others, f"{stem}.part0.jsonl", f"{stem}.part11.jsonl"]):
+        row = {"completion": "1", "evaluation": MADE | {"problem": place}}
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    assert sorted(Completions(path, {}, OneProcess()).rows) == [(4, 0), (5, 0)]
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, *others}
+
+
+@pytest.mark.parametrize(
+    ("value", "stored"),
+    [
+        (datetime.date(2026, 1, 2), "2026-01-02"),
+        (decimal.Decimal("1.5"), "1.5"),
+        (Path("a/b"), "a/b"),
+        (b"x", "b'x'"),
+        (np.ones(2), "[1. 1.]"),
+        (np.float32(0.5), "0.5"),
+        (torch.tensor([1]), "tensor([1])"),
+        (float("nan"), "NaN"),
+        ([1, float("-inf")], [1, "-Infinity"]),
+        ({"when": datetime.time(1), (1, 2): 3}, {"when": "01:00:00"}),
+        ("half \ud83d, \\ud83d, \ude00", "half \ud83d, \\ud83d, \ude00"),
+        ({"é\udc80": (1, None)}, {"é\udc80": [1, None]}),
+    ],
+    ids=repr,
+)
+def test_a_field_is_stored_as_training_stores_it_and_is_the_same_problem_again(tmp_path, value, stored):
+    problem = Problem("1", fields={"v": value})
+    store = Completions(tmp_path / "a.jsonl", {}, OneProcess())
+    store.append({(0, 0): make_row(problem, "2", MADE)})
+    for _ in range(2):
+        store = Completions(tmp_path / "a.jsonl", {}, OneProcess())
+        assert store.stored_rows([(0, 0)], {0: problem})[0, 0]["v"] == stored == stored_fields(problem)["v"]
+    with pytest.raises(ValueError, match="has another problem 0: its v is"):
+        store.stored_rows([(0, 0)], {0: Problem("1", fields={"v": "other"})})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [float("-inf")]])
+def test_a_stored_number_that_is_not_finite_is_the_same_problem(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"v": value, "prompt": "1", "completion": "2", "evaluation": MADE}))
+    store = Completions(tmp_path / "a.jsonl", {}, OneProcess())
+    assert store.stored_rows([(0, 0)], {0: Problem("1", fields={"v": value})})
 
 
 def test_seeds_of_a_first_sample_are_those_of_an_evaluation_with_one_sample():

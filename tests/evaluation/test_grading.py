@@ -6,6 +6,7 @@ import pytest
 
 from dllm_rl.cli.main import main
 from dllm_rl.evaluation.grading import compare_files, grade_by_every_rule, grade_file, read_completions
+from dllm_rl.evaluation.intervals import wilson
 from dllm_rl.evaluation.results import Evaluation, GradedAnswer, paired_differences
 from dllm_rl.tasks.base import Reward
 from dllm_rl.tasks.protocols import TABLE
@@ -129,6 +130,48 @@ def test_two_files_are_compared_problem_by_problem(tmp_path, capsys) -> None:
         compare_files(write(tmp_path / "late.jsonl", rows("9", first=9)), before, task="gsm8k")
     assert main(["grade", "--task", "gsm8k", "--protocol", "all", plain[0], "--against", plain[1]]) == 2
     assert "--against compares under one protocol" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_samples", [2, 5, 16])
+def test_an_interval_is_over_problems_and_not_over_their_samples(tmp_path, num_samples) -> None:
+    """Three problems, all samples of which are equal: the interval is that of three rows."""
+    rows = [
+        {"completion": f"#### {int(problem != 1)}", "answer": "1", "evaluation": {"problem": problem, "sample": sample}}
+        for problem in range(3)
+        for sample in range(num_samples)
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    harness = [{"doc_id": row["evaluation"]["problem"], "filter": row["evaluation"]["sample"]} for row in rows]
+    harness = [
+        names | {"doc": {"answer": "1"}, "resps": [[row["completion"]]]}
+        for names, row in zip(harness, rows, strict=True)
+    ]
+    for each in (path, write(tmp_path / "b.jsonl", harness)):
+        found = grade_file(each, task="gsm8k", protocol="espo")
+        assert found["n"] == 3 * num_samples and found["accuracy"] == pytest.approx(2 / 3)
+        assert found["accuracy_interval"] == list(wilson(2, 3))
+        every = grade_by_every_rule(each, task="gsm8k")["rules"]["espo"]
+        assert every["accuracy_interval"] == found["accuracy_interval"] and every["right"] == 2 * num_samples
+
+
+def test_samples_of_the_harness_are_paired_by_doc_id(tmp_path) -> None:
+    """Files of other orders, filters and problems; problem 1 is lost, problem 2 is in one file only."""
+
+    def sample(problem, text, filter_name="none"):
+        doc = {"question": "?", "answer": str(problem)}
+        return {"doc_id": problem, "doc": doc, "resps": [[f"#### {text}"]], "filter": filter_name}
+
+    now = [sample(problem, text, name) for name in ("strict", "flexible") for problem, text in ((0, 0), (1, 7), (2, 2))]
+    for place, before in enumerate(([(3, 3), (1, 1), (0, 0)], [(0, 0), (1, 1)], [(1, 1), (0, 0)])):
+        paths = [
+            write(tmp_path / f"now{place}.jsonl", now),
+            write(tmp_path / f"before{place}.jsonl", [sample(*each) for each in before]),
+        ]
+        assert compare_files(*paths, task="gsm8k", protocol="espo")["difference"]["accuracy"][0] == -0.5
+        assert compare_files(*paths[::-1], task="gsm8k", protocol="espo")["difference"]["accuracy"][0] == 0.5
+    same_answers = [sample(problem, 5) | {"doc": {"answer": "5"}} for problem in (8, 9)]
+    paths = [write(tmp_path / f"{end}.jsonl", same_answers[end:]) for end in (0, 1)]
+    assert compare_files(*paths, task="gsm8k")["n"] == 2
 
 
 def as_evaluation(values) -> Evaluation:

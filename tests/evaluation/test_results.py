@@ -242,3 +242,15 @@ def test_majority_needs_answers_and_an_accuracy() -> None:
     for reward in (Reward(0.0, True, {"accuracy": 0.0}), Reward(0.0, True, {}, "x")):
         with pytest.raises(ValueError, match="needs a grader that gives the answers that it compares, and an accuracy"):
             Evaluation((GradedAnswer(0, 0, reward),), {}).majority([1])
+
+
+@pytest.mark.parametrize(
+    ("values", "right"),
+    [((2.0, 2.0, 1.0), 1), ((1.0, -1.0, -1.0), 1), ((0.5, 0.5, 0.5), 0), ((1, None, 0.25), 1), ((3.0, 1.0, True), 2)],
+)
+def test_a_sample_is_right_if_its_accuracy_is_1(values, right) -> None:
+    breakdowns = [{} if value is None else {"accuracy": value} for value in values]
+    graded = (Reward(0.0, True, breakdown, "x") for breakdown in breakdowns)
+    evaluation = Evaluation(tuple(GradedAnswer(0, sample, reward) for sample, reward in enumerate(graded)), {})
+    for found, name in ((evaluation.summary, "pass@1"), (evaluation.majority([1]), "maj@1")):
+        assert found[name] == pytest.approx(right / 3)

@@ -16,7 +16,7 @@ from dllm_rl.likelihoods.estimators import trajectory
 from dllm_rl.models import logprobs as head
 from dllm_rl.models.forward import buckets
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
-from dllm_rl.samplers import rules
+from dllm_rl.samplers import rules, whole_step
 from dllm_rl.samplers.cache import dual_cache
 from dllm_rl.samplers.canvas import make_canvas
 from dllm_rl.samplers.states import SamplerForward
@@ -341,6 +341,42 @@ def test_errors_name_the_value_and_a_remedy(policy, options, message):
     options = {"max_new_tokens": 20, "diffusion_steps": 20} | options
     with pytest.raises(ValueError, match=message):
         unmask(policy, Prompts.from_ids([[3, 4]], pad_id=0), torch.Generator(), **options)
+
+
+def naive_entropy(logits, normalizer):
+    p = (logits - normalizer[:, None]).exp()
+    return (p * p.log()).sum(-1)
+
+
+def nan_at_some(uniforms):
+    return uniforms.masked_fill(uniforms < 0.3, torch.nan)
+
+
+def log_of_a_negative_number(hidden):
+    return (hidden[:, 0] - 100).log()
+
+
+def ratio(logits, tokens):
+    return logits[:, 3] / logits[:, 3]
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 4}, {"compile_step": True}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "rank", [naive_entropy, nan_at_some, log_of_a_negative_number, ratio], ids=lambda f: f.__name__
+)
+def test_a_rank_that_returns_nan_is_named(policy, monkeypatch, rank, options):
+    monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
+    with pytest.raises(ValueError, match=f"rank={rank.__name__} returned NaN, which has no place in an order; return"):
+        sample(policy, IDS[:2], [5, 6], rank=rank, suppress=(3,), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 4}, {"compile_step": True}, {"commit": rules.late_schedule}])
+@pytest.mark.parametrize("rank", [lambda logits: logits[:, 3], lambda uniforms: (uniforms > 0.5).log()])
+def test_a_position_whose_score_is_minus_infinity_is_still_written(policy, monkeypatch, rank, options):
+    """-inf is also the score of positions that are not masked."""
+    monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
+    rollout = sample(policy, IDS[:2], [5, 6], rank=rank, suppress=(3,), **{"diffusion_steps": 12} | options)
+    assert rollout.completion_mask.sum(-1).tolist() == [20, 20] and rollout.forwards == 12
 
 
 def test_the_longest_prompt_and_its_completion_may_just_fill_the_model():

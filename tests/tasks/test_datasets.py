@@ -1,6 +1,10 @@
 """Data sets with TRL-style functions, reasoning-gym with our graders, and the smallest task."""
 
+import asyncio
+import multiprocessing
+import sys
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import datasets
@@ -305,3 +309,94 @@ def test_what_holds_no_rows_is_refused_with_a_remedy(rows):
 def test_what_is_no_reward_function_is_refused(functions):
     with pytest.raises(ValueError, match="reward_funcs"):
         task_from_dataset(ROWS, reward_funcs=functions)
+
+
+def keeping(make, use):
+    """A task whose function keeps what `make` returns, as a module does with a lock or a client."""
+    kept = []
+
+    async def scorer(completions, **_):
+        kept.extend([] if kept else [make()])
+        return await asyncio.gather(*(use(kept[0], text) for text in completions))
+
+    return task_from_dataset(ROWS, reward_funcs=scorer)
+
+
+async def under(lock, text) -> float:
+    async with lock:
+        await asyncio.sleep(0.001)
+        return float(text)
+
+
+async def later(loop, text) -> float:
+    return await asyncio.wait_for(loop.run_in_executor(None, float, text), 10)
+
+
+async def by_task(queue, text) -> float:
+    asyncio.get_running_loop().call_soon(queue.put_nowait, float(text))
+    return await queue.get()
+
+
+@pytest.mark.parametrize(
+    ("make", "use"),
+    [
+        (lambda: asyncio.Semaphore(2), under),
+        (asyncio.Lock, under),
+        (asyncio.get_running_loop, later),
+        (asyncio.Queue, by_task),
+    ],
+)
+def test_async_functions_keep_what_belongs_to_an_event_loop(make, use) -> None:
+    task = keeping(make, use)
+    texts = ["1", "2", "3", "4", "5", "6"]
+    problems = [task[0]] * len(texts)
+    for _ in range(2):
+        assert [reward.value for reward in task.rewards(problems, texts)] == list(range(1, 7))
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: task.rewards(problems, texts), range(4)))
+    assert all([reward.value for reward in rewards] == list(range(1, 7)) for rewards in results)
+
+
+@pytest.mark.parametrize("in_a_task", [False, True])
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), ValueError("no"), asyncio.CancelledError()])
+def test_an_async_function_that_raises_or_exits_ends_its_call_alone(error, in_a_task) -> None:
+    ended = []
+
+    async def fail():
+        raise error
+
+    async def failing(completions, **_):
+        await asyncio.sleep(0.01)
+        await (asyncio.create_task(fail()) if in_a_task else fail())
+
+    async def waits(completions, **_):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("waits")
+
+    task = task_from_dataset(ROWS, reward_funcs=[failing, waits])
+    # The future of another thread has a CancelledError of its own.
+    expected = Exception if isinstance(error, asyncio.CancelledError) else type(error)
+    with pytest.raises((expected, asyncio.CancelledError)):
+        task.reward(task[0], "4")
+    assert ended == ["waits"]
+    assert keeping(asyncio.Lock, under).reward(ROWS_TASK[0], "7").value == 7
+
+
+ROWS_TASK = task_from_dataset(ROWS, reward_funcs=right)
+
+
+def grade_in_child(pipe) -> None:
+    pipe.send(keeping(asyncio.Lock, under).reward(ROWS_TASK[0], "7").value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+def test_a_forked_process_has_an_event_loop_of_its_own() -> None:
+    assert keeping(asyncio.Lock, under).reward(ROWS_TASK[0], "6").value == 6
+    receiver, sender = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=grade_in_child, args=(sender,))
+    child.start()
+    assert receiver.poll(60) and receiver.recv() == 7
+    child.join(60)
+    assert child.exitcode == 0
