@@ -98,6 +98,27 @@ def test_each_reward_is_normalized_on_its_own(tmp_path, monkeypatch):
     assert all(plain[name] == row[name] for name in ("reward", "loss", "grad_norm"))
 
 
+@pytest.mark.parametrize("name", ["reward", "parsed"])
+def test_a_reward_function_may_have_the_name_of_a_metric(tmp_path, name):
+    def penalty(completions, **_):
+        return [-100.0 * text.count("1") for text in completions]
+
+    def ones(completions, **_):
+        return [float(text.count("1")) for text in completions]
+
+    ones.__name__ = name
+    best = {"eval_steps": 1, "metric_for_best_model": "reward", "eval_split": 8}
+    both = grpo(tiny_masked_lm(**SMALL), ROWS, [ones, penalty], **options(tmp_path / "both"), **best)
+    for means in (both["eval_before"], both["eval_after"]):
+        assert means["reward"] == pytest.approx(means[f"{name}_part"] + means["penalty"]) and means["parsed"] == 1
+    rows = read_metrics(tmp_path / "both")
+    assert both["best_value"] == max(row["eval/reward"] for row in rows)
+    for row in rows:
+        assert row["reward"] == pytest.approx(row[f"rewards/{name}/mean"] + row["rewards/penalty/mean"])
+    weighted = grpo(tiny_masked_lm(**SMALL), ROWS, ones, reward_weights=[0.5], **options(tmp_path / "one"))
+    assert weighted["eval_after"]["reward"] == weighted["eval_after"][f"{name}_part"] / 2
+
+
 def test_one_reward_cannot_be_taken_apart(tmp_path):
     with pytest.raises(ValueError, match="advantages=decoupled takes each component reward, and task 'sudoku' has no"):
         train(tiny_recipe(tmp_path, advantages=decoupled))
