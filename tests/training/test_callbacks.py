@@ -52,6 +52,13 @@ class Chosen(Callback):
         return {"eval/reward": self.values[run.step - 1]}
 
 
+class Numbered(Callback):
+    """Logs the number of the step."""
+
+    def on_step(self, run, metrics):
+        return {"step_number": float(run.step)}
+
+
 def metrics_of(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
@@ -106,6 +113,17 @@ def test_save_best_asks_at_each_new_best(tmp_path):
     lower = SaveBest("m", greater_is_better=False)
     lower.on_step(control, {"m": 1.0})
     assert lower._best == 1.0 and lower._is_best({"m": 0.5}) and not lower._is_best({"m": 0.7})
+
+
+@pytest.mark.parametrize("num_runs", [2, 3])
+def test_callbacks_carry_nothing_into_the_next_run(tmp_path, num_runs):
+    callbacks = [StopBelow("reward", 2.0, steps=3), Numbered(), SaveBest("step_number")]
+    for i in range(num_runs):
+        folder = tmp_path / str(i)
+        assert run(folder, seed=i, callbacks=callbacks, save_total_limit=9)["stopped"]["step"] == 3
+        assert len(list((folder / "checkpoints").glob("step-*"))) == 4
+    resumed = run(folder, seed=i, callbacks=[StopBelow("reward", 2.0, steps=4)], resume_from_checkpoint="latest")
+    assert resumed["stopped"]["step"] == 4  # a resume counts the steps before it
 
 
 def test_the_best_checkpoint_survives_the_limit_and_is_what_the_run_returns(tmp_path):
