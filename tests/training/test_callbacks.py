@@ -43,13 +43,14 @@ class Recorder(Callback):
 
 
 class Chosen(Callback):
-    """Writes a held-out reward of its own over the run's, so that the best step is known."""
+    """Writes a held-out metric of its own over the run's, so that the best step is known."""
 
-    def __init__(self, values):
+    def __init__(self, values, name="eval/reward"):
         self.values = values
+        self.name = name
 
     def on_step(self, run, metrics):
-        return {"eval/reward": self.values[run.step - 1]}
+        return {self.name: self.values[run.step - 1]}
 
 
 class Numbered(Callback):
@@ -155,6 +156,52 @@ def test_of_a_loss_the_lowest_is_the_best(tmp_path):
     losses = {row["step"] + 1: row["eval/loss"] for row in metrics_of(tmp_path)}
     assert summary["best_step"] == min(losses, key=losses.__getitem__)
     assert summary["eval_after"]["loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+
+
+BEST = {"eval_steps": 1, "metric_for_best_model": "reward", "load_best_model_at_end": True, "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "best"),
+    [
+        ({}, (1, 0.9)),
+        ({"metric_for_best_model": "eval_reward", "greater_is_better": True}, (1, 0.9)),
+        ({"greater_is_better": False}, (3, 0.1)),
+        ({"metric_for_best_model": "close"}, (4, 0.3)),
+    ],
+    ids=["same", "another spelling", "another direction", "another metric"],
+)
+def test_a_resume_with_another_metric_forgets_the_best_of_the_old_one(tmp_path, capsys, changed, best):
+    values = [0.9, 0.2, 0.1, 0.3]
+    run(tmp_path, num_steps=2, lr_schedule_steps=4, **BEST, callbacks=[Chosen(values)])
+    capsys.readouterr()
+    both = [Chosen(values), Chosen(values, "eval/close")]
+    resume = {"num_steps": 4, "lr_schedule_steps": 4, "resume_from_checkpoint": "latest", "callbacks": both}
+    summary = run(tmp_path, **BEST | resume | changed)
+    assert (summary["best_step"], summary["best_value"]) == best and Path(summary["best_checkpoint"]).exists()
+    said = "the best checkpoint so far, of step 1, no longer counts: metric_for_best_model or greater_is_better"
+    assert (said in capsys.readouterr().out) == (best[0] != 1)
+
+
+@pytest.mark.parametrize("load", [True, False])
+@pytest.mark.parametrize("case", ["another folder", "deleted", "kept", "no evaluation since"])
+def test_a_resume_forgets_a_best_checkpoint_that_is_not_there(tmp_path, capsys, case, load):
+    settings = BEST | {"load_best_model_at_end": load, "lr_schedule_steps": 5}
+    values = [0.9, 0.1, 0.1, 0.95 if case == "deleted" else 0.1, 0.2]
+    run(tmp_path / "run", num_steps=4, **settings, save_total_limit=2, callbacks=[Chosen(values)])
+    capsys.readouterr()
+    start = tmp_path / "run" / "checkpoints" / "step-000003"
+    folder = tmp_path / ("run" if case in ("deleted", "kept") else "other")
+    if case == "no evaluation since":
+        settings |= {"eval_steps": 3}
+    values = [0.0, 0.0, 0.0, 0.3, 0.2]
+    settings |= {"callbacks": [Chosen(values)] if settings["eval_steps"] == 1 else ()}
+    summary = run(folder, num_steps=5, **settings, resume_from_checkpoint=str(start))
+    said = f"the best checkpoint so far, of step 1, no longer counts: {folder / 'checkpoints'} does not have it"
+    assert (said in capsys.readouterr().out) == (case != "kept")
+    expected = {"kept": 1, "no evaluation since": None}.get(case, 4)
+    assert summary.get("best_step") == expected
+    assert Path(summary.get("best_checkpoint", summary["checkpoint"])).exists()
 
 
 @pytest.mark.parametrize(
