@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
-from dllm_rl import Callback, RunControl, SaveBest, StopBelow, grpo, load_policy, sft, tiny_masked_lm
+from dllm_rl import Callback, Lora, RunControl, SaveBest, StopBelow, grpo, load_policy, sft, tiny_masked_lm
 
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "123456" for b in "123456"]
 
@@ -114,6 +115,46 @@ def test_save_best_asks_at_each_new_best(tmp_path):
     lower = SaveBest("m", greater_is_better=False)
     lower.on_step(control, {"m": 1.0})
     assert lower._best == 1.0 and lower._is_best({"m": 0.5}) and not lower._is_best({"m": 0.7})
+
+
+class StopOnSave(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, run, folder):
+        if folder.name >= f"step-{self.step:06d}":
+            run.stop(f"saved {folder.name}")
+
+
+@pytest.mark.parametrize(("async_save", "step"), [(False, 2), (False, 4), (True, 2)])
+def test_the_last_checkpoint_has_merged_weights_if_a_save_ended_the_run(tmp_path, async_save, step):
+    tiny_masked_lm(characters="123456=").save_pretrained(tmp_path / "model")
+    settings = {"lora": Lora(r=2), "save_steps": 2, "async_save": async_save, "callbacks": [StopOnSave(step)]}
+    options = {"max_new_tokens": 2, "num_steps": 9, "train_batch_size": 4, "num_generations": 4, "report_to": "none"}
+    summary = grpo(str(tmp_path / "model"), ROWS, close, output_dir=str(tmp_path / "run"), **options | settings)
+    saved = Path(summary["checkpoint"])
+    # With async_save, `on_save` is called when the next checkpoint is due; that one is the last.
+    assert summary["stopped"]["reason"] == f"saved step-{step:06d}"
+    assert saved.name == f"step-{step + 2 * async_save:06d}"
+    merged = [path.name for path in saved.parent.glob("step-*") if (path / "model.safetensors").exists()]
+    assert merged == [saved.name]
+    stored = load_policy(saved).module.state_dict()
+    assert all(torch.isfinite(weight).all() for weight in stored.values())
+
+
+SEVERAL = """
+import sys
+sys.path.insert(0, "tests/training")
+from test_callbacks import StopOnSave, run
+settings = {"callbacks": [StopOnSave(2)], "save_steps": 2, "async_save": sys.argv[2] == "True"}
+summary = run(sys.argv[1], **settings, collective_timeout=60.0)
+print(summary["stopped"]["reason"])
+"""
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_every_process_stops_if_a_save_ends_the_run(tmp_path, async_save):
+    assert all("saved step-000002" in said for said in run_ranks(SEVERAL, 2, tmp_path, async_save))
 
 
 @pytest.mark.parametrize("num_runs", [2, 3])
