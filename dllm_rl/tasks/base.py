@@ -30,6 +30,15 @@ class Problem:
     blank: str | None = None
 
 
+def shown_prompt(problem: Problem) -> str:
+    """Return the prompt's text; of a chat, the text of the last message that is not the assistant's."""
+    if isinstance(problem.prompt, str):
+        return problem.prompt
+    # The last message may be the beginning of the answer. Content may be a list of parts, such as text and images.
+    content: Any = next((turn["content"] for turn in reversed(problem.prompt) if turn["role"] != "assistant"), "")
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content or ())
+
+
 @dataclass(frozen=True)
 class Reward:
     """The grade of a completion, which a task's `reward` returns.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dllm_rl.tasks.base import Cost, Problem, Reward, completion_metrics, grade, metric_fractions
+from dllm_rl.tasks.base import Cost, Problem, Reward, completion_metrics, grade, metric_fractions, shown_prompt
 from dllm_rl.tasks.deadline import STATUS
 
 
@@ -176,6 +176,23 @@ def test_a_component_hides_neither_the_reward_nor_parsed() -> None:
     means = {name: value for name, (value, _) in metric_fractions(graded).items()}
     assert means == {"reward": 0.25, "parsed": 0.0, "reward_part": 3.0, "parsed_part": 7.0, "value": 5.0}
     assert completion_metrics(graded) == {name: means[name] for name in means if name != "reward"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("2+2=", "2+2="),
+        ([{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "So:"}], "2+2="),
+        ([{"role": "user", "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2="}]}], "2+2="),
+        ([{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "2="}]}], "2="),
+        ([{"role": "user", "content": [{"type": "image"}]}], ""),
+        ([{"role": "system", "content": "Add."}, {"role": "assistant", "content": [{"text": "2="}]}], "Add."),
+        ([{"role": "assistant", "content": "2="}], ""),
+        ([{"role": "user", "content": None, "tool_calls": [1]}], ""),
+    ],
+)
+def test_the_prompt_that_is_shown_is_text(prompt, shown) -> None:
+    assert shown_prompt(Problem(prompt)) == shown
 
 
 def test_a_ratio_over_nothing_is_not_shown() -> None:
