@@ -145,6 +145,8 @@ def convert_value(name: str, annotation: Any, value: Any) -> Any:
     kinds = union_members(annotation)
     value = flattened(value)
     accepts_text = str in kinds or any(get_origin(kind) is Literal for kind in kinds)
+    if isinstance(value, Path) and accepts_text:
+        return str(value)
     if isinstance(value, str) and not accepts_text:
         value = CHOICES.get(name, {}).get(value, None if value == "none" and NoneType in kinds else value)
     if name == "lora" and isinstance(value, Lora):

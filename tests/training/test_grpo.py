@@ -230,7 +230,7 @@ def test_a_tenth_is_held_out_and_not_trained_on(tmp_path):
 
 def test_a_streamed_data_set_needs_a_bound():
     stream = Dataset.from_list(ROWS).to_iterable_dataset()
-    with pytest.raises(ValueError, match="set max_rows, the number of rows to read into memory"):
+    with pytest.raises(ValueError, match=r"list\(itertools.islice\(dataset, N\)\); grpo also takes max_rows=N"):
         grpo_recipe(tiny_masked_lm(**SMALL), stream, right)
     recipe = grpo_recipe(tiny_masked_lm(**SMALL), stream, right, max_rows=10)
     assert (len(recipe.task), len(recipe.eval_task)) == (9, 1)
@@ -238,6 +238,20 @@ def test_a_streamed_data_set_needs_a_bound():
     assert (len(recipe.task), len(recipe.eval_task)) == (16, 3)
     with pytest.raises(ValueError, match=r"has no length \(it is streamed\): give its first rows"):
         task_from_dataset(stream, reward_funcs=right)
+
+
+def test_a_path_may_be_a_path_object(tmp_path):
+    folder = tmp_path / "My Model"
+    tiny_masked_lm(**SMALL).save_pretrained(folder)
+    recipe = grpo_recipe(folder, ROWS, right, teacher=folder, **options(tmp_path / "run") | {"num_steps": 1})
+    assert (recipe.name, recipe.model, recipe.teacher) == ("my model", str(folder), str(folder))
+    train(replace(recipe, output_dir=tmp_path / "run"))
+    again = replace(
+        recipe, output_dir=tmp_path / "run", resume_from_checkpoint=tmp_path / "run/checkpoints/step-000001"
+    )
+    assert train(again)["checkpoint"] == str(tmp_path / "run/checkpoints/step-000001")
+    with pytest.raises(ValueError, match=r"dataset=.*rows\.jsonl'\) is a path; give rows"):
+        grpo_recipe(folder, tmp_path / "rows.jsonl", right)
 
 
 @pytest.mark.parametrize("empty", [[], Dataset.from_list([])], ids=["list", "Dataset"])
