@@ -90,7 +90,8 @@ class StopBelow(Callback):
         Bound(at_least=1).check("steps", self.steps)
 
     def on_start(self, run: RunControl) -> None:
-        """Count the consecutive low steps at the end of a resumed run's log."""
+        """Count the consecutive low steps at the end of a resumed run's log; none in a new run."""
+        self._low = 0
         for row in run.rows():
             self._count(row)
 
@@ -123,7 +124,8 @@ class SaveBest(Callback):
     _best: float | None = field(default=None, init=False, repr=False)
 
     def on_start(self, run: RunControl) -> None:
-        """Read the best value so far from a resumed run's log."""
+        """Read the best value so far from a resumed run's log; there is none in a new run."""
+        self._best = None
         for row in run.rows():
             self._is_best(row)
 

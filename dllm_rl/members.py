@@ -155,7 +155,8 @@ def _describe_object(value: Any) -> str:
 
 def _format_call(factory: Any, values: dict[str, Any]) -> str:
     texts = [("" if name.isdecimal() else f"{name}=") + describe(value) for name, value in values.items()]
-    return f"{full_name(factory)}({', '.join(texts)})"
+    name = full_name(factory) if hasattr(factory, "__name__") else describe(factory)
+    return f"{name}({', '.join(texts)})"
 
 
 def full_name(target: Any) -> str:

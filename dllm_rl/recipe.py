@@ -104,6 +104,12 @@ def documented(record: type) -> str:
     return "\n".join(lines)
 
 
+def best_rule(metric: str | None, greater_is_better: bool | None) -> tuple[str | None, bool]:
+    """Return the name of `metric_for_best_model` in the evaluations, and whether a larger value is better."""
+    name = metric and metric.removeprefix("eval/").removeprefix("eval_")
+    return name, not str(name).endswith("loss") if greater_is_better is None else greater_is_better
+
+
 def check_bounds(field: Field, value: Any) -> None:
     """Raise ValueError if a field's value has the wrong type, is out of bounds, or is not an allowed word."""
     optional = NoneType in get_args(field.type)
@@ -139,6 +145,8 @@ def convert_value(name: str, annotation: Any, value: Any) -> Any:
     kinds = union_members(annotation)
     value = flattened(value)
     accepts_text = str in kinds or any(get_origin(kind) is Literal for kind in kinds)
+    if isinstance(value, Path) and accepts_text:
+        return str(value)
     if isinstance(value, str) and not accepts_text:
         value = CHOICES.get(name, {}).get(value, None if value == "none" and NoneType in kinds else value)
     if name == "lora" and isinstance(value, Lora):
@@ -320,13 +328,11 @@ class Settings:
     @property
     def best_metric(self) -> str | None:
         """`metric_for_best_model` as the evaluations name it, without `eval/` or transformers' `eval_`."""
-        return self.metric_for_best_model and self.metric_for_best_model.removeprefix("eval/").removeprefix("eval_")
+        return best_rule(self.metric_for_best_model, self.greater_is_better)[0]
 
     def is_better(self, value: float, best: float | None) -> bool:
         """Return whether a value of `metric_for_best_model` is better than the best so far (None before the first)."""
-        greater_is_better = self.greater_is_better
-        if greater_is_better is None:
-            greater_is_better = not str(self.best_metric).endswith("loss")
+        _, greater_is_better = best_rule(self.metric_for_best_model, self.greater_is_better)
         return math.isfinite(value) and (best is None or (value > best if greater_is_better else value < best))
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import as_written
 from dllm_rl.members import ADDRESS, plain, same_setting
-from dllm_rl.recipe import Settings
+from dllm_rl.recipe import Settings, best_rule
 
 # Fields that a resume may change without `allow_changed`: they do not change what is computed, or only extend it.
 MAY_CHANGE = {
@@ -66,6 +66,13 @@ def changes_since(recipe: Settings, state: TrainingState) -> list[dict[str, Any]
         for name in sorted(allowed_changes(recipe))
         if not same_setting(before[name], settings[name])
     ]
+
+
+def changes_best_rule(recipe: Settings, state: TrainingState) -> bool:
+    """Return whether a recipe selects the best checkpoint by another metric or direction than a checkpoint's recipe."""
+    before = default_settings(type(recipe)) | state.recipe
+    rule_before = best_rule(before["metric_for_best_model"], before["greater_is_better"])
+    return best_rule(recipe.metric_for_best_model, recipe.greater_is_better) != rule_before
 
 
 def renamed_names(before: Any, now: Any) -> list[tuple[str, str]]:

@@ -1,11 +1,12 @@
 """The folder of a run: lock it, create or empty it, and find the checkpoint to resume from."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from dllm_rl import manifest
 from dllm_rl.checkpoints import checkpoint
-from dllm_rl.checkpoints.resume import check_names, check_recipe
+from dllm_rl.checkpoints.resume import changes_best_rule, check_names, check_recipe
 from dllm_rl.checkpoints.state import TrainingState, check_types
 from dllm_rl.distributed.stop import LOCK, as_written
 from dllm_rl.files import lock, recover, remove
@@ -83,7 +84,24 @@ def open_folder(recipe: Settings) -> tuple[Path | None, TrainingState | None, li
         raise ValueError(f"{reference} belongs to another run than the checkpoint; restore the folder of this run")
     for path in checkpoint.set_aside(directory / "checkpoints", folder):
         notes.append(f"set aside, since the resumed run will not use it: {path}")
+    if reason := why_forget_best(recipe, state, folder):
+        notes.append(f"the best checkpoint so far, of step {state.best_step}, no longer counts: {reason}")
+        state = replace(state, best_step=None, best_value=None)
     return folder, state, [*notes, f"resuming from {folder}"]
+
+
+def why_forget_best(recipe: Settings, state: TrainingState, folder: Path) -> str | None:
+    """Return why a run that resumes from the checkpoint in `folder` cannot use its best checkpoint; None if it can,
+    or if it has none.
+    """
+    if state.best_step is None:
+        return None
+    if changes_best_rule(recipe, state):
+        return "metric_for_best_model or greater_is_better has changed"
+    directory = Path(recipe.directory) / "checkpoints"
+    best = checkpoint.folder_of(directory, state.best_step)
+    is_of_this_folder = folder.resolve().parent == directory.resolve()
+    return None if is_of_this_folder and best.exists() else f"{directory} does not have it"
 
 
 def check_files(directory: Path) -> None:

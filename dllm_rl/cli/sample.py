@@ -25,7 +25,7 @@ from dllm_rl.samplers.autoregress import autoregress
 from dllm_rl.samplers.by_name import READERS, required_rank
 from dllm_rl.samplers.renoise import renoise
 from dllm_rl.screen import escape_controls
-from dllm_rl.tasks.base import Problem
+from dllm_rl.tasks.base import Problem, shown_prompt
 from dllm_rl.types import Rollout
 
 
@@ -94,13 +94,6 @@ def to_problem(text: str | Problem, *, chat: bool, blank: str | None) -> Problem
     if isinstance(text, Problem):
         return text
     return Problem([{"role": "user", "content": text}] if chat else text, blank=blank)
-
-
-def shown_prompt(problem: Problem) -> str:
-    """Return the prompt's text; of a chat, the user's last message."""
-    if isinstance(problem.prompt, str):
-        return problem.prompt
-    return next((turn["content"] for turn in reversed(problem.prompt) if turn["role"] == "user"), "")
 
 
 def check_options(policy: Policy, options: Mapping[str, Any]) -> dict[str, Any]:

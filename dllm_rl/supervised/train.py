@@ -48,7 +48,7 @@ def sft(model: str | Policy | Callable[..., Policy], dataset: Any, **settings: A
 
     `settings` are fields of `SFT`. Set the learning rate: the default, 5e-4, suits small models.
     """
-    name = Path(model).name.lower() if isinstance(model, str) else "sft"
+    name = Path(model).name.lower() if isinstance(model, str | Path) else "sft"
     return fine_tune(SFT(**{"name": name, "model": model, "dataset": dataset} | settings))
 
 

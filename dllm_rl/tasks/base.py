@@ -30,6 +30,15 @@ class Problem:
     blank: str | None = None
 
 
+def shown_prompt(problem: Problem) -> str:
+    """Return the prompt's text; of a chat, the text of the last message that is not the assistant's."""
+    if isinstance(problem.prompt, str):
+        return problem.prompt
+    # The last message may be the beginning of the answer. Content may be a list of parts, such as text and images.
+    content: Any = next((turn["content"] for turn in reversed(problem.prompt) if turn["role"] != "assistant"), "")
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content or ())
+
+
 @dataclass(frozen=True)
 class Reward:
     """The grade of a completion, which a task's `reward` returns.
@@ -119,11 +128,19 @@ RATIO_METRICS = {"cell_accuracy": ("correct_cells", "empty_cells")}
 
 
 def metric_fractions(reward: Reward) -> dict[str, tuple[float, float]]:
-    """Return what a completion adds to numerator and denominator of each metric's mean: (value, 1), or the two counts
-    of RATIO_METRICS.
+    """Return what a completion adds to numerator and denominator of each metric's mean: the reward, `parsed` and
+    `component_fractions`. A component named `reward` or `parsed` is `reward_part` or `parsed_part` here.
     """
     fractions = {"reward": (reward.value, 1.0), "parsed": (float(reward.parsed), 1.0)}
-    fractions |= {name: (value, 1.0) for name, value in reward.breakdown.items()}
+    components = component_fractions(reward).items()
+    return fractions | {f"{name}_part" if name in fractions else name: fraction for name, fraction in components}
+
+
+def component_fractions(reward: Reward) -> dict[str, tuple[float, float]]:
+    """Return numerator and denominator of each metric of the breakdown: (value, 1), or the two counts of
+    RATIO_METRICS.
+    """
+    fractions = {name: (value, 1.0) for name, value in reward.breakdown.items()}
     for name, counts in RATIO_METRICS.items():
         if name in fractions and all(count in fractions for count in counts):
             # The mean of a single count is not shown: it has no meaning without the other count.
@@ -258,7 +275,8 @@ def invalid_reason(reward: Any) -> str | None:
         return f"{reward!r}, which is not a Reward(value, parsed, breakdown)"
     if not isinstance(reward.breakdown, Mapping):
         return f"breakdown={reward.breakdown!r}, which is not a mapping of names to numbers"
-    for name, value in {"value": reward.value, "parsed": reward.parsed, **reward.breakdown}.items():
+    # Not one dict: a metric of the breakdown may have the name `value` or `parsed`.
+    for name, value in [("value", reward.value), ("parsed", reward.parsed), *reward.breakdown.items()]:
         try:  # numbers of Python, NumPy and torch (one element), and booleans
             number = None if isinstance(value, str | bytes) else float(value)
         except (TypeError, ValueError, RuntimeError):

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from dllm_rl.tasks.base import COST_ARGUMENTS, FLOAT32_MAX, Problem, Reward, requested_costs
@@ -222,10 +223,11 @@ def _column_names(dataset: Any) -> list[str]:
 
 
 def check_is_rows(name: str, dataset: Any) -> None:
-    """Raise ValueError with advice if `dataset` is text, a dict of columns or splits, or a pandas table."""
-    if isinstance(dataset, TEXT_TYPES):
+    """Raise ValueError with advice if `dataset` is text, a path, a dict of columns or splits, or a pandas table."""
+    if isinstance(dataset, (*TEXT_TYPES, Path)):
+        kind = "a path" if isinstance(dataset, Path) else "text"
         raise ValueError(
-            f"{name}={dataset!r} is text; give rows, for example a list of dicts or datasets.load_dataset(...)"
+            f"{name}={dataset!r} is {kind}; give rows, for example a list of dicts or datasets.load_dataset(...)"
         )
     if isinstance(dataset, Mapping):
         if all(hasattr(split, "column_names") for split in dataset.values()):  # a DatasetDict
@@ -263,7 +265,10 @@ def in_memory(dataset: Any, max_rows: int | None = None) -> Any:
     if isinstance(dataset, Sized):
         return dataset
     if max_rows is None:
-        raise ValueError("dataset has no length (it is streamed): set max_rows, the number of rows to read into memory")
+        raise ValueError(
+            "dataset has no length (it is streamed): give its first rows, list(itertools.islice(dataset, N)); grpo "
+            "also takes max_rows=N"
+        )
     return list(islice(iter(dataset), max_rows))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dllm_rl.algorithms.advantages import takes_component_rewards
 from dllm_rl.algorithms.losses import kl_k1, ppo_clip
 from dllm_rl.distributed.stop import as_written, option_as_written
-from dllm_rl.members import function_of
+from dllm_rl.members import describe, function_of
 from dllm_rl.models.base import has_bf16_products
 from dllm_rl.recipe import Recipe
 from dllm_rl.samplers.records import Commit, Rank, as_commit, as_rank, has_order_logprob, order_probability
@@ -50,7 +50,7 @@ def cautions(recipe: Recipe) -> list[str]:
     )
     rewards, component_arguments = made_up_rewards(recipe)
     if not recipe.advantages(rewards, **component_arguments).any():
-        name = getattr(recipe.advantages, "func", recipe.advantages).__name__
+        name = describe(function_of(recipe.advantages))
         warnings.append(
             f"num_generations={recipe.num_generations} with advantages={name} gives advantages that are all 0, "
             "which teach nothing; use at least 2"

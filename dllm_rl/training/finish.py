@@ -14,6 +14,7 @@ from dllm_rl.manifest import CARD
 from dllm_rl.models.base import Policy
 from dllm_rl.monitoring import plots
 from dllm_rl.recipe import Recipe, Settings
+from dllm_rl.tasks.base import shown_prompt
 from dllm_rl.training.hooks import after_summary, ending_entries, load_best
 from dllm_rl.training.model_card import card, push_to_hub
 from dllm_rl.training.policies import resumed_policy
@@ -119,11 +120,8 @@ def _next_command(recipe: Recipe, folder: str) -> str:
     # For a custom module, the user fills in the function that makes it.
     model_option = "" if is_transformers_model else " --model MODULE:FUNCTION"
     problem = recipe.eval_task[0]
-    text = problem.prompt
-    options = ""
-    if not isinstance(text, str):  # the last message may be the beginning of the answer
-        text = next(message["content"] for message in reversed(text) if message["role"] != "assistant")
-        options = " --chat"
+    text = shown_prompt(problem)
+    options = "" if isinstance(problem.prompt, str) else " --chat"
     if problem.blank is not None:
         options += f" --blank {shlex.quote(problem.blank)}"
     return f"Sample:     dllm-rl sample {shlex.quote(str(recipe.directory))} {shlex.quote(text)}{options}{model_option}"

@@ -278,4 +278,4 @@ def wrap_model(model: Any, tokenizer: Tokenizer) -> str | Policy | Callable[...,
         raise ValueError(
             f"processing_class is for a loaded transformers model, and this one is of type {kind}; leave it out"
         )
-    return model
+    return str(model) if isinstance(model, Path) else model

@@ -25,7 +25,7 @@ from dllm_rl.members import describe
 from dllm_rl.models.tokens import completion_token_ids, costs_of, encode, texts_to_grade
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for, row_seeds
-from dllm_rl.tasks.base import Problem, Reward, grade, metric_fractions
+from dllm_rl.tasks.base import Problem, Reward, component_fractions, grade
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.forwards import arithmetic
 from dllm_rl.training.prompts import fit_prompts, prompt_indices
@@ -273,8 +273,8 @@ def reward_metrics(
     completions/distinct_ratio: number of distinct texts in a group / G, mean over groups; 1/G if all completions of
     each prompt are the same.
     """
-    fractions = [metric_fractions(item.reward) for item in graded]
-    local_names = sorted({name for row in fractions for name in row} - {"reward", "parsed"})
+    fractions = [component_fractions(item.reward) for item in graded]
+    local_names = sorted({name for row in fractions for name in row})
     # Every process must reduce the same names, in the same order.
     names = sorted(set(gather_objects(local_names, accelerator)))
     count = torch.tensor(len(graded))
@@ -286,7 +286,7 @@ def reward_metrics(
     for start in range(0, len(graded), group_size):
         num_distinct += len({item.completion for item in graded[start : start + group_size]})
     sums_and_counts: Metrics = {
-        "parsed": sum_fractions(fractions, "parsed"),
+        "parsed": (torch.tensor(sum(float(item.reward.parsed) for item in graded), dtype=torch.float64), count),
         "completions/mean_length": (lengths.sum(), count),
         "completions/clipped_ratio": (torch.tensor(num_clipped), count),
         "completions/distinct_ratio": (torch.tensor(num_distinct), count),

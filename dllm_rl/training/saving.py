@@ -56,12 +56,15 @@ def save(run: Run[Settings]) -> None:
         OSError: The write failed, unless on_save_error is 'continue'.
     """
     wait_for_checkpoint(run)
+    merged = is_merged(run, run.state)
     if sharding_of(run.policy.module) is not None:
         run.writer.run(_sharded_write(run))
     else:
         from_main(lambda: run.writer.run(_main_process_write(run, copy=run.recipe.async_save)), run.accelerator)
     if not run.recipe.async_save:  # with async_save, an error of the write is raised in a later step
         wait_for_checkpoint(run)
+        if is_merged(run, run.state) != merged:  # an `on_save` stopped the run: this checkpoint is the last one
+            save(run)
 
 
 def wait_for_checkpoint(run: Run[Settings]) -> None:
@@ -72,8 +75,14 @@ def wait_for_checkpoint(run: Run[Settings]) -> None:
     folder = run.writer.wait() if is_sharded else from_main(run.writer.wait, run.accelerator)
     if folder and str(folder) != run.checkpoint:
         run.checkpoint = str(folder)
-        for callback in run.recipe.callbacks if run.accelerator.is_main_process else ():
-            callback.on_save(run.control, folder)
+
+        def call_callbacks() -> str | None:
+            for callback in run.recipe.callbacks:
+                callback.on_save(run.control, folder)
+            return run.control.stop_reason
+
+        if run.recipe.callbacks:
+            run.control.stop_reason = from_main(call_callbacks, run.accelerator)
 
 
 def write_checkpoint(run: Run[Settings]) -> Path | None:

@@ -178,6 +178,17 @@ def test_two_processes_equal_one(tmp_path):
         assert a == pytest.approx(b, rel=2e-3, abs=2e-5)
 
 
+def test_model_and_rows_may_be_path_objects(tmp_path):
+    tiny_masked_lm(**SIZES).save_pretrained(tmp_path / "Model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(2 * '{"text": "12=34"}\n')
+    options = {"num_steps": 1, "max_length": 8, "train_batch_size": 1, "report_to": "none"}
+    summary = sft(tmp_path / "Model", rows, eval_dataset=rows, output_dir=tmp_path / "run", **options)
+    assert summary["recipe"]["name"] == "model" and summary["eval_rows"] == 2
+    with pytest.raises(ValueError, match=r"has no length .*give its first rows, list\(itertools.islice"):
+        sft(tmp_path / "Model", iter([]), output_dir=tmp_path / "other", **options)
+
+
 def test_an_epoch_shows_every_row_once():
     steps = [rows_of_step(10, 4, 0, step) for step in range(5)]
     seen = [i for step in steps for i in step]

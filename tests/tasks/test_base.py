@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dllm_rl.tasks.base import Cost, Problem, Reward, completion_metrics, grade, metric_fractions
+from dllm_rl.tasks.base import Cost, Problem, Reward, completion_metrics, grade, metric_fractions, shown_prompt
 from dllm_rl.tasks.deadline import STATUS
 
 
@@ -54,6 +54,8 @@ def odd(value: Any, parsed: Any = True, breakdown: Any = ()) -> Reward:
         (odd(1.0, True, None), "returned breakdown=None, which is not a mapping"),
         (odd(1.0, True, {"accuracy": float("nan")}), "returned accuracy=nan, which is not a finite number"),
         (odd(1.0, True, {"accuracy": "yes"}), "returned accuracy='yes', which is not a number"),
+        (odd(float("nan"), True, {"value": 1.0}), "returned value=nan, which is not a finite number"),
+        (odd(1.0, None, {"parsed": 1.0}), "returned parsed=None, which is not a number"),
     ],
 )
 def test_what_is_no_reward_is_refused_in_one_line(result, said):
@@ -167,6 +169,30 @@ def test_what_a_completion_adds_to_a_mean() -> None:
     assert added == {"reward": (2.5, 1.0), "parsed": (0.0, 1.0), "solve_rate": (0.0, 1.0), "cell_accuracy": (3.0, 4.0)}
     assert metric_fractions(Reward(0.0, True, {"cell_accuracy": 0.75}))["cell_accuracy"] == (0.75, 1.0)
     assert metric_fractions(Reward(0.0, True, counts))["correct_cells"] == (3.0, 1.0)
+
+
+def test_a_component_hides_neither_the_reward_nor_parsed() -> None:
+    graded = Reward(0.25, False, {"parsed": 7.0, "reward": 3.0, "value": 5.0})
+    means = {name: value for name, (value, _) in metric_fractions(graded).items()}
+    assert means == {"reward": 0.25, "parsed": 0.0, "reward_part": 3.0, "parsed_part": 7.0, "value": 5.0}
+    assert completion_metrics(graded) == {name: means[name] for name in means if name != "reward"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("2+2=", "2+2="),
+        ([{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "So:"}], "2+2="),
+        ([{"role": "user", "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2="}]}], "2+2="),
+        ([{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "2="}]}], "2="),
+        ([{"role": "user", "content": [{"type": "image"}]}], ""),
+        ([{"role": "system", "content": "Add."}, {"role": "assistant", "content": [{"text": "2="}]}], "Add."),
+        ([{"role": "assistant", "content": "2="}], ""),
+        ([{"role": "user", "content": None, "tool_calls": [1]}], ""),
+    ],
+)
+def test_the_prompt_that_is_shown_is_text(prompt, shown) -> None:
+    assert shown_prompt(Problem(prompt)) == shown
 
 
 def test_a_ratio_over_nothing_is_not_shown() -> None:

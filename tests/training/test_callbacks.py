@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
-from dllm_rl import Callback, RunControl, SaveBest, StopBelow, grpo, load_policy, sft, tiny_masked_lm
+from dllm_rl import Callback, Lora, RunControl, SaveBest, StopBelow, grpo, load_policy, sft, tiny_masked_lm
 
 ROWS = [{"prompt": f"{a}{b}=", "answer": f"{b}{a}"} for a in "123456" for b in "123456"]
 
@@ -43,13 +44,21 @@ class Recorder(Callback):
 
 
 class Chosen(Callback):
-    """Writes a held-out reward of its own over the run's, so that the best step is known."""
+    """Writes a held-out metric of its own over the run's, so that the best step is known."""
 
-    def __init__(self, values):
+    def __init__(self, values, name="eval/reward"):
         self.values = values
+        self.name = name
 
     def on_step(self, run, metrics):
-        return {"eval/reward": self.values[run.step - 1]}
+        return {self.name: self.values[run.step - 1]}
+
+
+class Numbered(Callback):
+    """Logs the number of the step."""
+
+    def on_step(self, run, metrics):
+        return {"step_number": float(run.step)}
 
 
 def metrics_of(folder):
@@ -108,6 +117,57 @@ def test_save_best_asks_at_each_new_best(tmp_path):
     assert lower._best == 1.0 and lower._is_best({"m": 0.5}) and not lower._is_best({"m": 0.7})
 
 
+class StopOnSave(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, run, folder):
+        if folder.name >= f"step-{self.step:06d}":
+            run.stop(f"saved {folder.name}")
+
+
+@pytest.mark.parametrize(("async_save", "step"), [(False, 2), (False, 4), (True, 2)])
+def test_the_last_checkpoint_has_merged_weights_if_a_save_ended_the_run(tmp_path, async_save, step):
+    tiny_masked_lm(characters="123456=").save_pretrained(tmp_path / "model")
+    settings = {"lora": Lora(r=2), "save_steps": 2, "async_save": async_save, "callbacks": [StopOnSave(step)]}
+    options = {"max_new_tokens": 2, "num_steps": 9, "train_batch_size": 4, "num_generations": 4, "report_to": "none"}
+    summary = grpo(str(tmp_path / "model"), ROWS, close, output_dir=str(tmp_path / "run"), **options | settings)
+    saved = Path(summary["checkpoint"])
+    # With async_save, `on_save` is called when the next checkpoint is due; that one is the last.
+    assert summary["stopped"]["reason"] == f"saved step-{step:06d}"
+    assert saved.name == f"step-{step + 2 * async_save:06d}"
+    merged = [path.name for path in saved.parent.glob("step-*") if (path / "model.safetensors").exists()]
+    assert merged == [saved.name]
+    stored = load_policy(saved).module.state_dict()
+    assert all(torch.isfinite(weight).all() for weight in stored.values())
+
+
+SEVERAL = """
+import sys
+sys.path.insert(0, "tests/training")
+from test_callbacks import StopOnSave, run
+settings = {"callbacks": [StopOnSave(2)], "save_steps": 2, "async_save": sys.argv[2] == "True"}
+summary = run(sys.argv[1], **settings, collective_timeout=60.0)
+print(summary["stopped"]["reason"])
+"""
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_every_process_stops_if_a_save_ends_the_run(tmp_path, async_save):
+    assert all("saved step-000002" in said for said in run_ranks(SEVERAL, 2, tmp_path, async_save))
+
+
+@pytest.mark.parametrize("num_runs", [2, 3])
+def test_callbacks_carry_nothing_into_the_next_run(tmp_path, num_runs):
+    callbacks = [StopBelow("reward", 2.0, steps=3), Numbered(), SaveBest("step_number")]
+    for i in range(num_runs):
+        folder = tmp_path / str(i)
+        assert run(folder, seed=i, callbacks=callbacks, save_total_limit=9)["stopped"]["step"] == 3
+        assert len(list((folder / "checkpoints").glob("step-*"))) == 4
+    resumed = run(folder, seed=i, callbacks=[StopBelow("reward", 2.0, steps=4)], resume_from_checkpoint="latest")
+    assert resumed["stopped"]["step"] == 4  # a resume counts the steps before it
+
+
 def test_the_best_checkpoint_survives_the_limit_and_is_what_the_run_returns(tmp_path):
     values = [0.1, 0.7, 0.3, 0.5]
     settings = {"callbacks": [Chosen(values)], "save_steps": 1, "save_total_limit": 1, "eval_steps": 4, "num_steps": 4}
@@ -137,6 +197,52 @@ def test_of_a_loss_the_lowest_is_the_best(tmp_path):
     losses = {row["step"] + 1: row["eval/loss"] for row in metrics_of(tmp_path)}
     assert summary["best_step"] == min(losses, key=losses.__getitem__)
     assert summary["eval_after"]["loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+
+
+BEST = {"eval_steps": 1, "metric_for_best_model": "reward", "load_best_model_at_end": True, "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "best"),
+    [
+        ({}, (1, 0.9)),
+        ({"metric_for_best_model": "eval_reward", "greater_is_better": True}, (1, 0.9)),
+        ({"greater_is_better": False}, (3, 0.1)),
+        ({"metric_for_best_model": "close"}, (4, 0.3)),
+    ],
+    ids=["same", "another spelling", "another direction", "another metric"],
+)
+def test_a_resume_with_another_metric_forgets_the_best_of_the_old_one(tmp_path, capsys, changed, best):
+    values = [0.9, 0.2, 0.1, 0.3]
+    run(tmp_path, num_steps=2, lr_schedule_steps=4, **BEST, callbacks=[Chosen(values)])
+    capsys.readouterr()
+    both = [Chosen(values), Chosen(values, "eval/close")]
+    resume = {"num_steps": 4, "lr_schedule_steps": 4, "resume_from_checkpoint": "latest", "callbacks": both}
+    summary = run(tmp_path, **BEST | resume | changed)
+    assert (summary["best_step"], summary["best_value"]) == best and Path(summary["best_checkpoint"]).exists()
+    said = "the best checkpoint so far, of step 1, no longer counts: metric_for_best_model or greater_is_better"
+    assert (said in capsys.readouterr().out) == (best[0] != 1)
+
+
+@pytest.mark.parametrize("load", [True, False])
+@pytest.mark.parametrize("case", ["another folder", "deleted", "kept", "no evaluation since"])
+def test_a_resume_forgets_a_best_checkpoint_that_is_not_there(tmp_path, capsys, case, load):
+    settings = BEST | {"load_best_model_at_end": load, "lr_schedule_steps": 5}
+    values = [0.9, 0.1, 0.1, 0.95 if case == "deleted" else 0.1, 0.2]
+    run(tmp_path / "run", num_steps=4, **settings, save_total_limit=2, callbacks=[Chosen(values)])
+    capsys.readouterr()
+    start = tmp_path / "run" / "checkpoints" / "step-000003"
+    folder = tmp_path / ("run" if case in ("deleted", "kept") else "other")
+    if case == "no evaluation since":
+        settings |= {"eval_steps": 3}
+    values = [0.0, 0.0, 0.0, 0.3, 0.2]
+    settings |= {"callbacks": [Chosen(values)] if settings["eval_steps"] == 1 else ()}
+    summary = run(folder, num_steps=5, **settings, resume_from_checkpoint=str(start))
+    said = f"the best checkpoint so far, of step 1, no longer counts: {folder / 'checkpoints'} does not have it"
+    assert (said in capsys.readouterr().out) == (case != "kept")
+    expected = {"kept": 1, "no evaluation since": None}.get(case, 4)
+    assert summary.get("best_step") == expected
+    assert Path(summary.get("best_checkpoint", summary["checkpoint"])).exists()
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,17 @@ def test_a_kl_term_without_a_gradient():
         assert (torch.autograd.grad(mean, logits, retain_graph=True)[0].abs().max() < 1e-12) == mean_is_zero
 
 
+class Zeros:
+    """Advantages that are an object: it has no `__name__`."""
+
+    def __call__(self, rewards):
+        return torch.zeros_like(rewards)
+
+
 def test_one_completion_a_group():
+    for objects in (Zeros(), partial(Zeros()), Zeros().__call__):
+        (said,) = cautions(tiny_recipe("x", num_generations=1, advantages=objects))
+        assert "Zeros()" in said and "\n" not in said
     for advantages, name in ((tiny_recipe("x").advantages, "group_relative"), (leave_one_out, "leave_one_out")):
         (said,) = cautions(tiny_recipe("x", num_generations=1, advantages=advantages))
         assert f"num_generations=1 with advantages={name}" in said and "\n" not in said

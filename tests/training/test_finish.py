@@ -8,6 +8,7 @@ from tiny_recipe import SIZES, Wrapped, tiny_recipe
 
 from dllm_rl import tiny_masked_lm
 from dllm_rl.tasks.base import Problem
+from dllm_rl.tasks.datasets import task_from_dataset
 from dllm_rl.tasks.sudoku import Sudoku
 from dllm_rl.training.finish import Summary, _next_command
 from dllm_rl.training.trainer import train
@@ -58,3 +59,17 @@ def test_the_next_command_is_the_runs_own_and_quotes_the_prompt_for_a_shell(tmp_
     assert _next_command(recipe, str(tmp_path)) == f"{command} {first}"
     line = _next_command(replace(recipe, eval_task=Told(Sudoku(split="test", size=2))), str(tmp_path))
     assert shlex.split(line)[4:] == ["1+_='2'", "--chat", "--blank", "_"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([{"role": "user", "content": [{"type": "text", "text": "1 + 2"}]}], "1 + 2"),
+        ([{"role": "assistant", "content": "1+2="}], ""),
+    ],
+)
+def test_the_next_command_of_a_chat_without_plain_text(tmp_path, messages, text):
+    recipe = tiny_recipe(
+        tmp_path, eval_task=task_from_dataset([{"prompt": messages}], reward_funcs=lambda completions: completions)
+    )
+    assert shlex.split(_next_command(recipe, str(tmp_path)))[3:6] == [str(tmp_path), text, "--chat"]

@@ -99,6 +99,27 @@ def test_each_reward_is_normalized_on_its_own(tmp_path, monkeypatch):
     assert all(plain[name] == row[name] for name in ("reward", "loss", "grad_norm"))
 
 
+@pytest.mark.parametrize("name", ["reward", "parsed"])
+def test_a_reward_function_may_have_the_name_of_a_metric(tmp_path, name):
+    def penalty(completions, **_):
+        return [-100.0 * text.count("1") for text in completions]
+
+    def ones(completions, **_):
+        return [float(text.count("1")) for text in completions]
+
+    ones.__name__ = name
+    best = {"eval_steps": 1, "metric_for_best_model": "reward", "eval_split": 8}
+    both = grpo(tiny_masked_lm(**SMALL), ROWS, [ones, penalty], **options(tmp_path / "both"), **best)
+    for means in (both["eval_before"], both["eval_after"]):
+        assert means["reward"] == pytest.approx(means[f"{name}_part"] + means["penalty"]) and means["parsed"] == 1
+    rows = read_metrics(tmp_path / "both")
+    assert both["best_value"] == max(row["eval/reward"] for row in rows)
+    for row in rows:
+        assert row["reward"] == pytest.approx(row[f"rewards/{name}/mean"] + row["rewards/penalty/mean"])
+    weighted = grpo(tiny_masked_lm(**SMALL), ROWS, ones, reward_weights=[0.5], **options(tmp_path / "one"))
+    assert weighted["eval_after"]["reward"] == weighted["eval_after"][f"{name}_part"] / 2
+
+
 def test_one_reward_cannot_be_taken_apart(tmp_path):
     with pytest.raises(ValueError, match="advantages=decoupled takes each component reward, and task 'sudoku' has no"):
         train(tiny_recipe(tmp_path, advantages=decoupled))
@@ -210,7 +231,7 @@ def test_a_tenth_is_held_out_and_not_trained_on(tmp_path):
 
 def test_a_streamed_data_set_needs_a_bound():
     stream = Dataset.from_list(ROWS).to_iterable_dataset()
-    with pytest.raises(ValueError, match="set max_rows, the number of rows to read into memory"):
+    with pytest.raises(ValueError, match=r"list\(itertools.islice\(dataset, N\)\); grpo also takes max_rows=N"):
         grpo_recipe(tiny_masked_lm(**SMALL), stream, right)
     recipe = grpo_recipe(tiny_masked_lm(**SMALL), stream, right, max_rows=10)
     assert (len(recipe.task), len(recipe.eval_task)) == (9, 1)
@@ -218,6 +239,20 @@ def test_a_streamed_data_set_needs_a_bound():
     assert (len(recipe.task), len(recipe.eval_task)) == (16, 3)
     with pytest.raises(ValueError, match=r"has no length \(it is streamed\): give its first rows"):
         task_from_dataset(stream, reward_funcs=right)
+
+
+def test_a_path_may_be_a_path_object(tmp_path):
+    folder = tmp_path / "My Model"
+    tiny_masked_lm(**SMALL).save_pretrained(folder)
+    recipe = grpo_recipe(folder, ROWS, right, teacher=folder, **options(tmp_path / "run") | {"num_steps": 1})
+    assert (recipe.name, recipe.model, recipe.teacher) == ("my model", str(folder), str(folder))
+    train(replace(recipe, output_dir=tmp_path / "run"))
+    again = replace(
+        recipe, output_dir=tmp_path / "run", resume_from_checkpoint=tmp_path / "run/checkpoints/step-000001"
+    )
+    assert train(again)["checkpoint"] == str(tmp_path / "run/checkpoints/step-000001")
+    with pytest.raises(ValueError, match=r"dataset=.*rows\.jsonl'\) is a path; give rows"):
+        grpo_recipe(folder, tmp_path / "rows.jsonl", right)
 
 
 @pytest.mark.parametrize("empty", [[], Dataset.from_list([])], ids=["list", "Dataset"])
