@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "recipe": "bounds callbacks renamed tasks types algorithms members models likelihoods quantization samplers",
     "testing": "types algorithms models likelihoods quantization samplers diagnostics",
     # floor 5
-    "serving": "members rng screen types models samplers diagnostics",
+    "serving": "members rng screen types models quantization samplers diagnostics",
     "presets": "algorithms likelihoods members models recipe samplers screen",
     "config": "bounds renamed screen members presets recipe",
     "checkpoints": "files manifest members renamed versions distributed models recipe",

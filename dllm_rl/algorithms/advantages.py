@@ -101,10 +101,11 @@ def decoupled(
 
 
 def takes_component_rewards(advantages: Callable) -> bool:
-    """Return whether a function takes each reward separately, as `decoupled` does."""
-    function = getattr(advantages, "func", advantages)
-    names = inspect.signature(function).parameters.keys() if inspect.isfunction(function) else set()
-    return "parts" in names
+    """Return whether a function, a partial or an object takes each reward separately, as `decoupled` does."""
+    try:
+        return "parts" in inspect.signature(advantages).parameters
+    except ValueError:  # a function of C without a signature
+        return False
 
 
 def has_unequal_rewards(rewards: Float[Tensor, "P G *K"]) -> Bool[Tensor, " P"]:

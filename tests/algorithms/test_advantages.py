@@ -10,7 +10,13 @@ from torch import tensor
 from torch.testing import assert_close
 
 from dllm_rl.algorithms import advantages as module
-from dllm_rl.algorithms.advantages import decoupled, group_relative, has_unequal_rewards, leave_one_out
+from dllm_rl.algorithms.advantages import (
+    decoupled,
+    group_relative,
+    has_unequal_rewards,
+    leave_one_out,
+    takes_component_rewards,
+)
 
 # Two groups of three. Means 2 and 5; centered (-1, 0, 1) and (-4, 0, 4); sample std 1 and sqrt(32/2) = 4.
 REWARDS = tensor([[1.0, 2.0, 3.0], [1.0, 5.0, 9.0]])
@@ -169,3 +175,17 @@ def test_nan_is_never_taken_for_a_number():
     assert has_unequal_rewards(tensor([[nan, 1.0, 1.0], [nan, nan, nan]])).tolist() == [False, False]
     for function in (group_relative, leave_one_out):
         assert function(tensor([[nan, 1.0, 1.0]])).isnan().all() and function(tensor([[nan, nan]])).isnan().all()
+
+
+def test_objects_and_partials_may_take_each_reward_separately():
+    class Separate:
+        def __call__(self, rewards, *, parts, weights):
+            return rewards
+
+    class Total:
+        def __call__(self, rewards):
+            return rewards
+
+    assert takes_component_rewards(Separate()) and takes_component_rewards(partial(Separate(), weights=1))
+    assert takes_component_rewards(partial(decoupled, eps=0.1)) and not takes_component_rewards(Total())
+    assert not takes_component_rewards(group_relative) and not takes_component_rewards(torch.zeros_like)

@@ -497,10 +497,12 @@ def test_compare_refuses_in_one_line(model, capsys, tmp_path):
 
 
 def test_one_command_decodes_a_converted_model_both_ways(causal_model, model, capsys, tmp_path):
-    """The left-to-right half is what the causal checkpoint solves, and is compared with the diffusion half."""
+    """The left-to-right half is what the causal checkpoint solves without the token that became the mask."""
     given = words("--task countdown --limit 6 --max_new_tokens 8,4 --seed 3 --temperature 1 --json")
-    alone = [json.loads(line) for line in output(capsys, "evaluate", causal_model, *given).splitlines()]
-    diffusion_from_causal(causal_model).save_pretrained(tmp_path / "both")
+    both = diffusion_from_causal(causal_model)
+    both.save_pretrained(tmp_path / "both")
+    unmasked = ["--suppress", both.spec.mask_id]
+    alone = [json.loads(line) for line in output(capsys, "evaluate", causal_model, *given, *unmasked).splitlines()]
     more = ["--autoregressive", "--diffusion_steps", "2", "--output_dir", tmp_path / "out"]
     rows = [json.loads(line) for line in output(capsys, "evaluate", tmp_path / "both", *given, *more).splitlines()]
     ways = [(row["decoding"], row["max_new_tokens"]) for row in rows]
