@@ -59,7 +59,7 @@ class Callback:
         """Called after an evaluation on validation problems, or on the held-out rows of SFT."""
 
     def on_save(self, run: RunControl, folder: Path) -> None:
-        """Called after a checkpoint was written; with `async_save`, at the first step after that."""
+        """Called after a checkpoint was written; with `async_save`, when the next one is due or the run ends."""
 
     def on_end(self, run: RunControl, summary: Mapping[str, Any]) -> None:
         """Called after the summary was written."""

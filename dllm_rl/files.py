@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -96,6 +96,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError):  # not UTF-8 or not JSON, or brackets nested too deeply
         raise ValueError(f"{path.parent}: {path.name} is damaged: it is not JSON") from None
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as a JSON file has them: a tuple is a list, and what JSON lacks, such as dates and NaN, is text."""
+    return json.loads(json.dumps(dict(values), default=str, skipkeys=True), parse_constant=str)
 
 
 def flush(path: Path) -> None:

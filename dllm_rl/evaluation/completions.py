@@ -14,7 +14,7 @@ from typing import Any
 
 from dllm_rl.distributed.collectives import Processes
 from dllm_rl.evaluation.results import GradedAnswer
-from dllm_rl.files import replacing, to_disk
+from dllm_rl.files import as_json, replacing, to_disk
 from dllm_rl.members import same_setting
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.linear import dequantize_packed, is_torchao_tensor
@@ -61,8 +61,8 @@ class Completions:
         """
         rows = {key: self.rows[key] for key in keys if key in self.rows}
         for key, row in rows.items():
-            expected = _as_json(make_row(problems[key[0]], row["completion"], row["evaluation"]))
-            stored = _as_json(row)
+            expected = as_json(make_row(problems[key[0]], row["completion"], row["evaluation"]))
+            stored = as_json(row)
             for name, value in expected.items():
                 if value != stored.get(name):
                     difference = f"its {name} is {stored.get(name)!r}, the task's is {value!r}"
@@ -112,7 +112,7 @@ def make_row(problem: Problem, completion: str, evaluation: Mapping[str, Any]) -
     for name in problem.fields:
         if name in row_fields:
             raise ValueError(f"field {name!r} of the problem has a name that stored completions need; rename it")
-    return _as_json(problem.fields) | row_fields
+    return as_json(problem.fields) | row_fields
 
 
 def merge_parts(path: Path, answers: Sequence[GradedAnswer] = (), protocol: str = "") -> None:
@@ -173,11 +173,6 @@ def fingerprint(policy: Policy) -> str:
         values = dequantize_packed(parameter.detach()) if is_torchao_tensor(parameter) else parameter.detach()
         digest.update(values.flatten()[:1024].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _as_json(row: Mapping[str, Any]) -> Row:
-    """Return a row as a file has it: a tuple is a list, and values that JSON lacks, such as dates and NaN, are text."""
-    return json.loads(json.dumps(dict(row), default=str, skipkeys=True), parse_constant=str)
 
 
 def _line(row: Row) -> str:

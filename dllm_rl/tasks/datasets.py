@@ -343,8 +343,12 @@ def _call_functions(functions: Sequence[RewardFunction], arguments: Sequence[dic
     results: list[Any] = [function(**keywords) for function, keywords in zip(functions, arguments, strict=True)]
     awaitable_indices = [index for index, value in enumerate(results) if inspect.isawaitable(value)]
     if awaitable_indices:
+        loop = _event_loop()
+        with suppress(RuntimeError):  # no event loop runs in this thread
+            if asyncio.get_running_loop() is loop:
+                raise ValueError("an async reward function called a task with async functions: await those instead")
         coroutine = _gather([results[index] for index in awaitable_indices])
-        future = asyncio.run_coroutine_threadsafe(coroutine, _event_loop())
+        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
         try:
             for index, value in zip(awaitable_indices, future.result(), strict=True):
                 results[index] = value

@@ -1,19 +1,17 @@
 """Log completions of a step for people to read: a table on the screen, and rows of completions.jsonl."""
 
-import json
-from typing import Any
-
 import torch
 from einops import rearrange
 from rich.table import Table
 
 from dllm_rl.device import copy_to_device
 from dllm_rl.distributed.collectives import local
+from dllm_rl.files import as_json
 from dllm_rl.models.tokens import written_tokens
 from dllm_rl.monitoring.log import finite
 from dllm_rl.recipe import Recipe
 from dllm_rl.screen import NARROW, literal
-from dllm_rl.tasks.base import Problem, completion_metrics
+from dllm_rl.tasks.base import completion_metrics
 from dllm_rl.training.balance import to_sampling_order
 from dllm_rl.training.context import StepContext
 from dllm_rl.training.rollouts import GradedCompletion
@@ -70,17 +68,10 @@ def log_completions(
             "parts": completion_metrics(answer.reward),
             "tokens": tokens,
         }
-        rows_to_log.append(stored_fields(answer.problem) | step_fields)
+        rows_to_log.append(as_json(answer.problem.fields) | step_fields)
     log.keep(rows_to_log)
     title = f"completions of step {step + 1}: of {NUM_PROMPTS} prompts those of highest and lowest reward"
     log.show(table(title, rows_to_log))
-
-
-def stored_fields(problem: Problem) -> dict[str, Any]:
-    """Return the problem's fields as JSON can store them."""
-    # A data set's columns may have values that JSON lacks, such as dates and NaN. They become text, so that they do not
-    # stop the run.
-    return json.loads(json.dumps(dict(problem.fields), default=str, skipkeys=True), parse_constant=str)
 
 
 def best_and_worst_rows(rewards: list[float], group_size: int) -> list[int]:

@@ -18,7 +18,6 @@ from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.quantization.schemes import fake_quantize
 from dllm_rl.rng import generator_for
 from dllm_rl.tasks.base import Problem
-from dllm_rl.training.completion_log import stored_fields
 
 
 def test_a_field_that_is_named_blank_is_refused_only_beside_a_blank():
@@ -97,7 +96,7 @@ def test_a_field_is_stored_as_training_stores_it_and_is_the_same_problem_again(t
     store.append({(0, 0): make_row(problem, "2", MADE)})
     for _ in range(2):
         store = Completions(tmp_path / "a.jsonl", {}, OneProcess())
-        assert store.stored_rows([(0, 0)], {0: problem})[0, 0]["v"] == stored == stored_fields(problem)["v"]
+        assert store.stored_rows([(0, 0)], {0: problem})[0, 0]["v"] == stored
     with pytest.raises(ValueError, match="has another problem 0: its v is"):
         store.stored_rows([(0, 0)], {0: Problem("1", fields={"v": "other"})})
 

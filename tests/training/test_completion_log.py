@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from tiny_recipe import tiny_recipe
 
+from dllm_rl.files import as_json
 from dllm_rl.monitoring.json_lines import current_rows
-from dllm_rl.tasks.base import Problem
 from dllm_rl.training import train
-from dllm_rl.training.completion_log import best_and_worst_rows, log_completions, shorten, stored_fields, table
+from dllm_rl.training.completion_log import best_and_worst_rows, log_completions, shorten, table
 from dllm_rl.training.rollouts import collect
 from dllm_rl.training.start import start
 from dllm_rl.training.views import draw_views
@@ -138,7 +138,7 @@ def test_a_prompt_of_the_main_job_stays_whole_at_80_columns():
 def test_a_field_that_json_has_no_form_for_is_text():
     """A data set's columns are fields, of any kind; the row's own names win."""
     fields = {"day": date(2026, 1, 2), "share": math.nan, "deep": {"low": [-math.inf, 1]}, (1, 2): 3, "answer": "7"}
-    stored = stored_fields(Problem("1", fields))
+    stored = as_json(fields)
     assert stored == {"day": "2026-01-02", "share": "NaN", "deep": {"low": ["-Infinity", 1]}, "answer": "7"}
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
+from dllm_rl.files import as_json
 from dllm_rl.models.base import Policy, gather_if_sharded
 from dllm_rl.models.serialization import deserialize, record_from_json, record_to_json, serialize
 from dllm_rl.recipe import Recipe
 from dllm_rl.tasks.base import Problem, Reward
-from dllm_rl.training.completion_log import stored_fields
 from dllm_rl.training.rollouts import GradedCompletion
 from dllm_rl.training.samples import Samples
 from dllm_rl.types import Rollout
@@ -47,7 +47,7 @@ def serialize_batch(collected: Collected, seconds: float) -> bytes:
         problem, reward = answer.problem, answer.reward
         if id(problem) not in problems:
             texts = {"prompt": problem.prompt, "solution": problem.solution, "blank": problem.blank}
-            problems[id(problem)] = {"fields": stored_fields(problem), **texts}
+            problems[id(problem)] = {"fields": as_json(problem.fields), **texts}
         breakdown = {name: float(value) for name, value in reward.breakdown.items()}
         json_reward = {
             "value": float(reward.value),
