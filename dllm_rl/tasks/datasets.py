@@ -346,6 +346,8 @@ def _call_functions(functions: Sequence[RewardFunction], arguments: Sequence[dic
         loop = _event_loop()
         with suppress(RuntimeError):  # no event loop runs in this thread
             if asyncio.get_running_loop() is loop:
+                for value in filter(inspect.iscoroutine, results):
+                    value.close()
                 raise ValueError("an async reward function called a task with async functions: await those instead")
         coroutine = _gather([results[index] for index in awaitable_indices])
         future = asyncio.run_coroutine_threadsafe(coroutine, loop)

@@ -358,20 +358,6 @@ def test_async_functions_keep_what_belongs_to_an_event_loop(make, use) -> None:
 
 
 @pytest.mark.parametrize("in_a_task", [False, True])
-def test_an_async_function_that_would_wait_for_itself_is_refused() -> None:
-    async def judge(completions, **_):
-        return [1.0 for _ in completions]
-
-    inner = task_from_dataset(ROWS, reward_funcs=judge)
-
-    async def outer(completions, **_):
-        return [inner.reward(inner[0], text).value for text in completions]
-
-    task = task_from_dataset(ROWS, reward_funcs=outer)
-    with pytest.raises(ValueError, match="called a task with async functions: await those instead"):
-        task.reward(task[0], "1")
-
-
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), ValueError("no"), asyncio.CancelledError()])
 def test_an_async_function_that_raises_or_exits_ends_its_call_alone(error, in_a_task) -> None:
     ended = []
@@ -414,3 +400,17 @@ def test_a_forked_process_has_an_event_loop_of_its_own() -> None:
     assert receiver.poll(60) and receiver.recv() == 7
     child.join(60)
     assert child.exitcode == 0
+
+
+def test_an_async_function_that_would_wait_for_itself_is_refused() -> None:
+    async def judge(completions, **_):
+        return [1.0 for _ in completions]
+
+    inner = task_from_dataset(ROWS, reward_funcs=judge)
+
+    async def outer(completions, **_):
+        return [inner.reward(inner[0], text).value for text in completions]
+
+    task = task_from_dataset(ROWS, reward_funcs=outer)
+    with pytest.raises(ValueError, match="called a task with async functions: await those instead"):
+        task.reward(task[0], "1")
