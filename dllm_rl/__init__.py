@@ -11,7 +11,7 @@ from dllm_rl.screen import imports_interruptible, silence_import_noise
 
 silence_import_noise()  # before the libraries that log this noise are imported
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.3.0"
 
 _NAMES_BY_MODULE = {
     "types": "Prompts SamplingParams Rollout",
