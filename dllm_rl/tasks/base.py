@@ -129,11 +129,14 @@ RATIO_METRICS = {"cell_accuracy": ("correct_cells", "empty_cells")}
 
 def metric_fractions(reward: Reward) -> dict[str, tuple[float, float]]:
     """Return what a completion adds to numerator and denominator of each metric's mean: the reward, `parsed` and
-    `component_fractions`. A component named `reward` or `parsed` is `reward_part` or `parsed_part` here.
+    `component_fractions`. A component named `reward` or `parsed` is `reward_part` or `parsed_part` here; an only
+    component named `reward` is left out, as it repeats the reward.
     """
     fractions = {"reward": (reward.value, 1.0), "parsed": (float(reward.parsed), 1.0)}
-    components = component_fractions(reward).items()
-    return fractions | {f"{name}_part" if name in fractions else name: fraction for name, fraction in components}
+    components = component_fractions(reward)
+    if components.keys() == {"reward"}:
+        return fractions
+    return fractions | {f"{name}_part" if name in fractions else name: components[name] for name in components}
 
 
 def component_fractions(reward: Reward) -> dict[str, tuple[float, float]]:

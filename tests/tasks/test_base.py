@@ -176,6 +176,8 @@ def test_a_component_hides_neither_the_reward_nor_parsed() -> None:
     means = {name: value for name, (value, _) in metric_fractions(graded).items()}
     assert means == {"reward": 0.25, "parsed": 0.0, "reward_part": 3.0, "parsed_part": 7.0, "value": 5.0}
     assert completion_metrics(graded) == {name: means[name] for name in means if name != "reward"}
+    for value in (0.0, 0.5):
+        assert metric_fractions(Reward(value, True, {"reward": 0.5})).keys() == {"reward", "parsed"}
 
 
 @pytest.mark.parametrize(
