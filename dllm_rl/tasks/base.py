@@ -227,7 +227,7 @@ class _GradeCall:
             f"reward_timeout={self.timeout:g} s on {self.describe_current()}; fix it or raise reward_timeout"
         )
 
-    def cost_arguments(self, grader: Callable) -> dict[str, list[float]]:
+    def cost_arguments(self, grader: Callable) -> dict[str, list[int | float]]:
         """Return the costs that the grader requests, by parameter; {} if costs are unknown."""
         if not self.costs:
             return {}
