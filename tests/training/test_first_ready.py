@@ -143,6 +143,29 @@ def test_no_batch_is_too_old_or_lost_also_after_resumes(times, workers, more, sa
     assert_bounded(trained, late)
 
 
+@pytest.mark.parametrize("saved_at", [5, 6, 7])
+def test_finished_batches_of_another_schedule_are_trained_on_once_also_after_a_further_resume(saved_at):
+    """A checkpoint of 'in_order' at step 4, with batches 4, 5 and 7 finished and 6 not, has no file of the order."""
+    recipe = SimpleNamespace(
+        max_staleness=5, num_steps=12, rollout_workers=1, collective_timeout=1.0, rollout_schedule=""
+    )
+    policy = SimpleNamespace(weights_version=4, module=torch.nn.Linear(1, 1))
+    context = SimpleNamespace(recipe=recipe, policy=policy, accelerator=SimpleNamespace(num_processes=1))
+    made = dict.fromkeys((4, 5, 7), (4, b"4"))
+    rollouts = begun(context, lambda _: 50.0, 4, made, [], 4)  # its worker finishes nothing before the save
+    trained = []
+    for step in range(4, 12):
+        if step == saved_at:
+            files = rollouts.files(step)
+            order = json.loads(files.pop(first_ready.ORDER_FILE))
+            made = {int(name[9:15]): (int(batch), batch) for name, batch in files.items()}
+            rollouts = begun(context, lambda _: 0.5, step, made, order["unfinished"], order["next"])
+        trained.append(rollouts._next(step)[0])
+        policy.weights_version += 1
+        rollouts._submit_next(step, trained_weights(policy), rollouts.pool)
+    assert sorted(trained) == list(range(4, 12))
+
+
 def test_a_slow_batch_lets_others_pass_until_it_is_due():
     """Batch 0 takes 4.4 steps; two workers, at most three updates old. By hand: while one worker makes it, the other
     makes 1, 2 and 3, which the learner takes meanwhile. Then 0 is due: three updates were made since its weights."""

@@ -59,8 +59,10 @@ class FirstReadyRollouts(AsyncRollouts):
             is_in_time = self.version + len(self.pending) <= version + recipe.max_staleness
             if is_in_time and len(self.pending) < num_batches:  # else a setting was changed, and it is made again
                 self.pending[number] = PendingBatch(b"", age=version, made=data)
-        unfinished, self.next_number = read_order(folder, steps_done)
-        new = range(self.next_number, self.next_number + num_batches)
+        unfinished, next_number = read_order(folder, steps_done)
+        # A checkpoint of 'in_order' has finished batches above `next_number`, with gaps.
+        self.next_number = max([next_number, *(number + 1 for number in made)])
+        new = range(next_number, next_number + num_batches)
         numbers = sorted({*unfinished, *made, *new} - self.pending.keys())
         count = num_batches - len(self.pending)
         self.numbers = numbers[:count][::-1]
