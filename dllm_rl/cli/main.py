@@ -110,7 +110,7 @@ def sample(arguments: argparse.Namespace) -> None:
     record = complete(
         policy,
         problems,
-        with_passed(options, passed_options(arguments)),
+        with_passed(options, passed_options(arguments), run_sampler),
         group_size=arguments.group_size,
         seed=arguments.seed,
         seconds_per_step=arguments.delay if live else None,

@@ -137,14 +137,20 @@ def sampler_or_note(model: str, field: str = "eval_sampler") -> partial | None:
     return sampler
 
 
-def with_passed(run_options: dict[str, Any], passed: dict[str, Any]) -> dict[str, Any]:
+def with_passed(
+    run_options: dict[str, Any], passed: dict[str, Any], run_sampler: partial | None = None
+) -> dict[str, Any]:
     """Return a run's sampler options, overridden by the passed ones that are not None.
 
-    If max_new_tokens is passed without diffusion_steps, the run's number of steps is capped at max_new_tokens.
+    If max_new_tokens is passed without diffusion_steps, the run's number of steps is capped at max_new_tokens, except
+    for `renoise`, whose steps are those of a canvas.
     """
+    from dllm_rl.samplers.renoise import renoise
+
     options = run_options | {name: value for name, value in passed.items() if value is not None}
     steps, length = options.get("diffusion_steps"), passed.get("max_new_tokens")
-    if passed.get("diffusion_steps") is None and steps is not None and length:
+    is_per_canvas = run_sampler is not None and run_sampler.func is renoise
+    if passed.get("diffusion_steps") is None and steps is not None and length and not is_per_canvas:
         options["diffusion_steps"] = min(steps, length)
     return options
 

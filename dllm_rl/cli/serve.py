@@ -12,14 +12,13 @@ from dllm_rl.cli.run_settings import sampler_or_note, with_passed
 from dllm_rl.cli.sample import check_options, passed_options
 from dllm_rl.quantization.rollout_policy import quantized_copy
 from dllm_rl.samplers import sampler_for
-from dllm_rl.samplers.records import as_commit
-from dllm_rl.samplers.rules import check_steps, schedule
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import escape_controls
 from dllm_rl.serving.batching import Batcher
 from dllm_rl.serving.engine import TOKEN_VARIABLE, read_token
 from dllm_rl.serving.openai_api import Limits
 from dllm_rl.serving.server import Server, ServerSettings, check_access_settings
+from dllm_rl.serving.settings import check_number_of_steps
 
 # Settings of a run's sampler that a server leaves out: compile_step would compile a graph for each shape of a batch,
 # and confidence_radius only records, for likelihoods with informed_masking.
@@ -56,8 +55,7 @@ def serve_command(arguments: argparse.Namespace) -> None:
             policy = quantized_copy(policy, scheme())
         defaults = check_options(policy, {name: value for name, value in options.items() if value is not None})
         if sampler_for(policy) is unmask:
-            rule = as_commit(defaults.get("commit", schedule))
-            check_steps(defaults.get("diffusion_steps"), defaults["max_new_tokens"], rule.count)
+            check_number_of_steps(defaults)
         batcher = Batcher(
             policy,
             defaults,
@@ -85,7 +83,7 @@ def sampler_options(arguments: argparse.Namespace) -> dict[str, Any]:
         options = {name: value for name, value in options.items() if name != "diffusion_steps"} | {"max_new_tokens": 16}
     if arguments.max_new_tokens == 0:
         raise ValueError("max_new_tokens=0 fills in a prompt, which the server does not do; give at least 1")
-    return with_passed(options, passed_options(arguments))
+    return with_passed(options, passed_options(arguments), run_sampler)
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -17,9 +17,7 @@ from dllm_rl.diagnostics.batch_invariance import batch_invariant
 from dllm_rl.models.base import Policy
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
-from dllm_rl.samplers.records import as_commit
-from dllm_rl.samplers.rules import check_steps, schedule
-from dllm_rl.serving.settings import read_settings
+from dllm_rl.serving.settings import check_number_of_steps, read_settings
 from dllm_rl.types import Prompts, Rollout
 
 SCORE_CHUNK = 256  # prompt positions whose logits are in memory at the same time
@@ -236,7 +234,7 @@ def sample_rows(policy: Policy, keywords: Mapping[str, Any], completions: Sequen
     if completions[0].suffix:
         length, mask_id = keywords["max_new_tokens"], policy.spec.mask_id
         # `unmask` does not check the steps of prompts with positions to fill in, whose number differs by row.
-        check_steps(keywords.get("diffusion_steps"), length, as_commit(keywords.get("commit", schedule)).count)
+        check_number_of_steps(keywords)
         assert mask_id is not None, "suffixes are for models with a mask token"
         ids = [[*job.ids, *[mask_id] * length, *job.suffix] for job in completions]
         blanks = [[False] * len(job.ids) + [True] * length + [False] * len(job.suffix) for job in completions]

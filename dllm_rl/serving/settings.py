@@ -8,6 +8,8 @@ from dllm_rl.models.base import Policy
 from dllm_rl.samplers import sampler_for
 from dllm_rl.samplers.by_name import READERS, text_of
 from dllm_rl.samplers.cache import Cache
+from dllm_rl.samplers.records import as_commit
+from dllm_rl.samplers.rules import check_steps, schedule
 
 # Sampler arguments that no request may set. compile_step would compile a graph for every new batch shape.
 NOT_SETTINGS = {"policy", "prompts", "generator", "on_step", "compile_step"}
@@ -36,6 +38,12 @@ def read_settings(policy: Policy, settings: Mapping[str, Any]) -> dict[str, Any]
             value = READERS[name](value)
         keywords[name] = tuple(value) if isinstance(value, list) else value
     return keywords
+
+
+def check_number_of_steps(keywords: Mapping[str, Any]) -> None:
+    """Raise ValueError if keywords of `unmask`, with max_new_tokens, have more steps than tokens."""
+    rule = as_commit(keywords.get("commit", schedule))
+    check_steps(keywords.get("diffusion_steps"), keywords["max_new_tokens"], rule.count)
 
 
 def write_settings(keywords: Mapping[str, Any]) -> dict[str, Any]:

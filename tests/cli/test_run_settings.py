@@ -16,6 +16,7 @@ from dllm_rl.members import describe
 from dllm_rl.quantization.schemes import int8_weight_only
 from dllm_rl.samplers import rules
 from dllm_rl.samplers.cache import dual_cache
+from dllm_rl.samplers.renoise import renoise
 from dllm_rl.samplers.rules import threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.tasks import Sudoku
@@ -214,6 +215,9 @@ def test_a_shorter_completion_takes_fewer_steps_and_the_runs_own_length_does_not
     settings = {"max_new_tokens": 2, "diffusion_steps": 8}  # 8 steps: open positions beside the 2 new ones
     assert with_passed(settings, {"temperature": 0.5, "max_new_tokens": None}) == {**settings, "temperature": 0.5}
     assert with_passed(settings, {"max_new_tokens": 4}) == {"max_new_tokens": 4, "diffusion_steps": 4}
+    # The steps of `renoise` are those of a canvas, which may be more than its tokens.
+    per_canvas = partial(renoise, **settings)
+    assert with_passed(settings, {"max_new_tokens": 4}, per_canvas) == settings | {"max_new_tokens": 4}
     given = {"max_new_tokens": 4, "diffusion_steps": 9}  # refused by the sampler, as it was typed
     assert with_passed(settings, given) == given
 
