@@ -157,7 +157,7 @@ def mismatch_metrics(
             values[f"{name}_ppl"] = scored.per_row((-mean_logprob).exp())
             values[f"{name}_log_ppl"] = -scored.per_row(mean_logprob)
     if advantages is not None:
-        token_advantages = per_token(advantages, mask)[scored.finite]
+        token_advantages = advantage_of_tokens(advantages, mask)[scored.finite]
         contribution = -excess * token_advantages.double()
         for name, has_sign in (("positive", token_advantages > 0), ("negative", token_advantages < 0)):
             values[f"contribution_{name}"] = scored.per_token(contribution * has_sign)
@@ -242,10 +242,10 @@ def step_metrics(
     return metrics
 
 
-def per_token(
+def advantage_of_tokens(
     advantages: Float[Tensor, " B"] | Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, "B T"]:
-    """Return the advantage of each token: its row's, unless a value model gives each token its own."""
+    """Return the advantage of each token: that of its row, unless `advantages` has one per token."""
     return advantages if advantages.dim() == 2 else advantages[:, None].expand(mask.shape)
 
 
@@ -263,7 +263,9 @@ def off_policy_metrics(
     - max: Mean over sequences of the largest |log r|, in nats.
     """
     loss_mask = batch.loss_mask
-    advantages = per_token(batch.advantages if batch.token_advantages is None else batch.token_advantages, loss_mask)
+    advantages = advantage_of_tokens(
+        batch.advantages if batch.token_advantages is None else batch.token_advantages, loss_mask
+    )
     metrics: dict[str, tuple[Tensor, Tensor]] = {}
     tokens = batch.rollout.completion_mask.sum()  # all rows: rows without advantage contribute 0
     rows = loss_mask.any(-1).sum()
@@ -297,7 +299,7 @@ def symptom_metrics(
     error = None if old is None else mask & (old < math.log(1e-4))
     repeated = repeated_trigrams(tokens, mask)
     metrics = {}
-    advantages = per_token(advantages, mask)
+    advantages = advantage_of_tokens(advantages, mask)
     for name, sign in (("positive", advantages > 0), ("negative", advantages < 0)):
         counted = mask & sign
         total = max(counted.sum().item(), 1)

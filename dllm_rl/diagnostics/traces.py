@@ -278,9 +278,9 @@ def _read_lines(path: Path, block_size: int | None, block_steps: int | None) -> 
             first = where, settings
         # The number of forwards is that of a row's batch; a server may sample the rows of a file in several.
         forwards = max(forwards, settings["forwards"])
-        if settings | {"forwards": 0} != first[1] | {"forwards": 0}:
-            name = next(name for name, value in settings.items() if value != first[1][name] and name != "forwards")
-            raise ValueError(f"{where}: {name}={settings[name]} differs from that of {first[0]}; split the file")
+        for name, value in settings.items():
+            if name != "forwards" and value != first[1][name]:
+                raise ValueError(f"{where}: {name}={value} differs from that of {first[0]}; split the file")
         convert = _library_row if "format" in row else _engine_row
         lists = convert(row, where, block_size=block_size, block_steps=block_steps)
         if rows and (unlike := lists.keys() ^ rows[0].keys()):
