@@ -29,7 +29,7 @@ def findings():
     yield PAGE, f"(between {mean - half:.3f} and {mean + half:+.3f} of the solve rate)"
     four = paired.interval(paired.paired(RUNS, values.VALUE, values.GRPO, "four"))
     (claim,) = (row for row in values.tables(RUNS)[1] if row["stated before the runs"].endswith("four steps"))
-    p_values = f"Its p is {claim['p']} alone and {claim[HOLM]} after Holm's correction"
+    p_values = f"Its p is {claim['p']}, and {claim[HOLM]} after Holm's correction"
     yield PAGE, f"the value head solved {four.removeprefix('-')} less than GRPO. {p_values}"
     seconds = [run["seconds"] for run in RUNS.values() if run["seed"] < 10]
     yield PAGE, f"# {sum(seconds) / 60:.0f} minutes of one core"
