@@ -3,10 +3,10 @@
 The public names below are imported on first use, so that `import dllm_rl` is fast.
 """
 
+import sys
 from importlib import import_module
 from typing import Any
 
-from dllm_rl.renamed import hint
 from dllm_rl.screen import imports_interruptible, silence_import_noise
 
 silence_import_noise()  # before the libraries that log this noise are imported
@@ -60,8 +60,8 @@ __all__ = sorted(_MODULE_OF)
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        renamed = hint(name)
-        raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}" + (f": {renamed}" if renamed else ""))
+        # Python prints the nearest name of `__dir__` after the message.
+        raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     with imports_interruptible():
         return getattr(import_module(_MODULE_OF[name]), name)
 

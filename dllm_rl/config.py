@@ -21,7 +21,6 @@ from dllm_rl.bounds import Bound
 from dllm_rl.members import describe, full_name, function_of, import_function, members
 from dllm_rl.presets import PRESETS, find_preset, print_preset, with_preset
 from dllm_rl.recipe import CHOICES, RECORDS, Recipe, convert_value
-from dllm_rl.renamed import hint
 from dllm_rl.screen import escape_controls, interactive
 
 Record = TypeVar("Record", bound=Any)  # a frozen dataclass, such as Recipe or a task
@@ -106,9 +105,6 @@ def override(owner: Any, texts: Mapping[str, str], prefix: str = "") -> Any:
         elif name in current and name not in texts:
             value = current[name].value
         else:
-            function = function_of(getattr(owner, "factory", None) or owner)
-            if rename_hint := hint(name, getattr(function, "__name__", type(owner).__name__) if prefix else ""):
-                raise ValueError(f"--{path}: {rename_hint}")
             unknown_path = path if name in texts else f"{path}.{next(iter(nested))}"
             raise _no_field(owner, unknown_path, texts.get(name), settable_paths)
         changes[name] = override(value, nested, f"{path}.") if nested else value
@@ -248,8 +244,6 @@ def _required_keywords(function: Callable) -> dict[str, Any]:
 
 def _unknown(path: str, text: str, words: Iterable[str]) -> ValueError:
     """Return the error for a word that is not allowed. It names the nearest word."""
-    if rename_hint := hint(text) or hint(f"{path}={text}"):
-        return ValueError(f"--{path} {text}: {rename_hint}")
     nearest = difflib.get_close_matches(text, words, n=1, cutoff=0)
     return ValueError(f"--{path} {text!r} is not known; the nearest is {nearest[0]!r} (one of {', '.join(words)})")
 

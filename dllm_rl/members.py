@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dllm_rl.bounds import Bound
-from dllm_rl.renamed import refuse_renamed, renamed_text
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{4,}")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -33,7 +32,6 @@ def configurable(function: Factory) -> Factory:
 
     @wraps(function)
     def make(*arguments: Any, **keywords: Any) -> Any:
-        refuse_renamed(keywords, function.__name__)
         record = function(*arguments, **keywords)
         # object.__setattr__, because the record is frozen. `replace` resets factory to None, because the factory would
         # not make the changed copy.
@@ -184,30 +182,6 @@ def _main_module_name() -> str:
 def plain(value: Any) -> Any:
     """Return scalars unchanged and everything else as text."""
     return value if value is None or isinstance(value, bool | int | float | str) else describe(value)
-
-
-def same_setting(before: Any, now: Any) -> bool:
-    """Return whether a stored value equals the current one.
-
-    An earlier version of the library may have stored it, with other names and fewer keywords. A keyword that the stored
-    text lacks is assumed to have had its current default.
-    """
-    if before == now or not (isinstance(before, str) and isinstance(now, str)):
-        return before == now
-    before = renamed_text(before)
-    return before == now or before == _without_new_keywords(now, before)
-
-
-def _without_new_keywords(text: str, before: str) -> str:
-    """Remove from a description the keywords that have their default and do not occur in `before`."""
-    package = sys.modules[__name__.partition(".")[0]]
-    for name in dict.fromkeys(re.findall(r"\b(\w+)\(", text)):
-        function = getattr(package, name) if name in package.__all__ else None
-        for parameter in inspect.signature(function).parameters.values() if callable(function) else ():
-            if parameter.default is not parameter.empty and f"{parameter.name}=" not in before:
-                keyword = rf"(?<![\w.]){re.escape(f'{parameter.name}={describe(parameter.default)}')}(?=[,)])"
-                text = re.sub(rf", {keyword}|{keyword}, |{keyword}", "", text)
-    return text
 
 
 def described(record: Any) -> dict[str, Any]:

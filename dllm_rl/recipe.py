@@ -39,7 +39,6 @@ from dllm_rl.models.engine import RolloutEngine
 from dllm_rl.models.lora import Lora, check_mergeable, from_peft, lora_r16
 from dllm_rl.models.support import with_support
 from dllm_rl.quantization import schemes
-from dllm_rl.renamed import refuse_renamed
 from dllm_rl.samplers import by_name, rules
 from dllm_rl.tasks.base import Task
 from dllm_rl.types import Prompts, Rollout
@@ -225,11 +224,6 @@ def _remedy(name: str) -> str:
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
     """The settings that RL and SFT share. Their names are those of TRL or verl where the meaning is the same."""
-
-    def __new__(cls, **settings: Any) -> Any:
-        """Refuse a keyword of an earlier version, and name its replacement."""
-        refuse_renamed(settings.keys() - {f.name for f in fields(cls)})
-        return super().__new__(cls)
 
     name: str = _("name of the run; its default folder is runs/NAME-seedSEED")
     model: Callable[..., Policy] | str | Policy = _(

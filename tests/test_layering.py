@@ -19,40 +19,39 @@ MAY_IMPORT = {
     "device": "",
     "files": "",
     "manifest": "",
-    "renamed": "",
     "rng": "",
     "screen": "",
     "tasks": "",
     "types": "",
     "versions": "",
     # floor 2
-    "algorithms": "bounds members renamed types",
+    "algorithms": "bounds members types",
     "callbacks": "bounds",
     "distributed": "device files screen versions",
-    "members": "bounds renamed",
-    "models": "files manifest renamed rng screen tasks types",
+    "members": "bounds",
+    "models": "files manifest rng screen tasks types",
     # floor 3
     "likelihoods": "bounds device rng types members models",
     "quantization": "models",
-    "samplers": "bounds device members renamed rng types models",
+    "samplers": "bounds device members rng types models",
     # floor 4
     "diagnostics": "files screen types algorithms models likelihoods quantization samplers",
     "evaluation": "files rng screen tasks types members distributed models likelihoods quantization samplers",
-    "recipe": "bounds callbacks renamed tasks types algorithms members models likelihoods quantization samplers",
+    "recipe": "bounds callbacks tasks types algorithms members models likelihoods quantization samplers",
     "testing": "types algorithms models likelihoods quantization samplers diagnostics",
     # floor 5
     "serving": "members rng screen types models quantization samplers diagnostics",
     "presets": "algorithms likelihoods members models recipe samplers screen",
-    "config": "bounds renamed screen members presets recipe",
-    "checkpoints": "files manifest members renamed versions distributed models recipe",
+    "config": "bounds screen members presets recipe",
+    "checkpoints": "files manifest members versions distributed models recipe",
     "monitoring": "device files screen recipe",
     # floor 6
-    "training": "callbacks device files manifest members renamed rng screen tasks types versions algorithms "
+    "training": "callbacks device files manifest members rng screen tasks types versions algorithms "
     "distributed models likelihoods quantization samplers diagnostics evaluation presets recipe checkpoints monitoring",
     # floor 7
     "supervised": "rng tasks types members distributed models likelihoods recipe checkpoints training",
     # floor 8
-    "cli": "device files manifest members renamed rng screen tasks types versions config distributed models "
+    "cli": "device files manifest members rng screen tasks types versions config distributed models "
     "quantization samplers diagnostics evaluation serving recipe checkpoints monitoring training supervised",
 }
 # Costly libraries, and the only packages that may import them.

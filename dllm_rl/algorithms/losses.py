@@ -23,7 +23,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
-from dllm_rl.renamed import refuse_renamed
 from dllm_rl.types import Batch
 
 MAX_LOG = 20.0  # log-ratios are clamped to +-20 before exp
@@ -38,7 +37,6 @@ def surrogate_inputs(surrogate: Callable) -> frozenset[str]:
     """
     parameters = list(inspect.signature(surrogate).parameters.values())[3:]  # after log_ratio, advantages, mask
     required = [p for p in parameters if p.default is p.empty]
-    refuse_renamed((p.name for p in required), "surrogate")
     for p in required:
         if p.name not in SURROGATE_INPUTS and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from dllm_rl.checkpoints.state import TrainingState
 from dllm_rl.distributed.stop import as_written
-from dllm_rl.members import ADDRESS, plain, same_setting
+from dllm_rl.members import ADDRESS, plain
 from dllm_rl.recipe import Settings, best_rule
 
 # Fields that a resume may change without `allow_changed`: they do not change what is computed, or only extend it.
@@ -64,7 +64,7 @@ def changes_since(recipe: Settings, state: TrainingState) -> list[dict[str, Any]
     return [
         {"step": state.step, "field": name, "before": before[name], "after": settings[name]}
         for name in sorted(allowed_changes(recipe))
-        if not same_setting(before[name], settings[name])
+        if before[name] != settings[name]
     ]
 
 
@@ -94,7 +94,7 @@ def check_recipe(recipe: Settings, state: TrainingState) -> None:
         raise ValueError(f"the checkpoint is of another kind of run, without {missing}; give its folder as model")
     allowed = allowed_changes(recipe)
     for name, value in settings.items():
-        if name not in MAY_CHANGE and name not in allowed and not same_setting(before[name], value):
+        if name not in MAY_CHANGE and name not in allowed and before[name] != value:
             allow = "" if name in CANNOT_CHANGE else f", or with {as_written(allow_changed=name)}"
             if renamed := renamed_names(before[name], value):
                 raise ValueError(

@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args, get_origin
 from dllm_rl.files import read_json
 from dllm_rl.models.base import Policy, frozen_names
 from dllm_rl.recipe import Settings
-from dllm_rl.renamed import renamed_settings
 
 NAME = "state.json"
 
@@ -56,7 +55,6 @@ class TrainingState:
         # A resume computes with these two settings; it only compares the others.
         check_types(folder, content["recipe"], {"num_steps": int, "lr_schedule_steps": int | None}, prefix="recipe.")
         values: dict[str, Any] = {name: content.get(name) for name in types}
-        values["recipe"] = renamed_settings(values["recipe"])
         return cls(**values)
 
     def write(self, folder: Path) -> None:

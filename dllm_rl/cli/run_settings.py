@@ -11,7 +11,6 @@ from typing import Any, TypeGuard
 from dllm_rl.cli.options import checkpoint_of
 from dllm_rl.files import read_json
 from dllm_rl.monitoring.json_lines import current_rows
-from dllm_rl.renamed import renamed_text
 from dllm_rl.screen import escape_controls
 from dllm_rl.tasks.base import Problem
 
@@ -106,7 +105,7 @@ def sampler_of(model: str, field: str = "eval_sampler") -> partial | None:
     from dllm_rl.samplers.unmask import unmask
 
     recipe = recipe_of(model)
-    call = read_call(renamed_text(str(recipe.get(field)))) if recipe else None
+    call = read_call(recipe.get(field)) if recipe else None
     samplers = {function.__name__: function for function in (unmask, autoregress, renoise)}
     sampler = samplers.get(call[0]) if call else None
     if call is None or sampler is None or not call[1].keys() <= parameters_of(sampler):

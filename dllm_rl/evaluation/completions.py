@@ -15,7 +15,6 @@ from typing import Any
 from dllm_rl.distributed.collectives import Processes
 from dllm_rl.evaluation.results import GradedAnswer
 from dllm_rl.files import as_json, replacing, to_disk
-from dllm_rl.members import same_setting
 from dllm_rl.models.base import Policy
 from dllm_rl.quantization.linear import dequantize_packed, is_torchao_tensor
 from dllm_rl.tasks.base import Problem, completion_metrics
@@ -43,13 +42,10 @@ class Completions:
             self.rows = read(path)
             self.part = path.with_name(f"{path.stem}.part{accelerator.process_index}.jsonl")
             for row in self.rows.values():
-                if "steps" not in row["evaluation"]:
-                    problem = "has completions of an older version, without `steps`"
-                    raise ValueError(f"{path} {problem}; give another output_dir")
                 check_types(path, row)
                 for name, value in provenance.items():  # weights, seed and sampler must be the same
                     stored_value = row["evaluation"].get(name)
-                    if not same_setting(stored_value, value):
+                    if stored_value != value:
                         difference = f"made with {name}={stored_value}, not {value}"
                         raise ValueError(f"{path} has completions {difference}; give another output_dir")
 

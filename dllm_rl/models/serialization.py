@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from dllm_rl.renamed import RENAMED, renamed
 from dllm_rl.types import BatchRecord, SamplingParams
 
 # The records that a rollout consists of. A rollout is a `BatchRecord` too.
@@ -59,9 +58,6 @@ def record_from_json(value: Any, tensors: Mapping[str, Tensor], rank: Callable |
     if "tensor" in value:
         return tensors[value["tensor"]]
     if "record" in value:
-        class_name: str = value["record"]  # from a checkpoint, maybe of an earlier version
-        record_fields = dict(
-            renamed(class_name, name, record_from_json(item, tensors, rank)) for name, item in value["fields"].items()
-        )
-        return RECORDS[RENAMED.get(class_name, class_name)](**record_fields)
+        record_fields = {name: record_from_json(item, tensors, rank) for name, item in value["fields"].items()}
+        return RECORDS[value["record"]](**record_fields)
     return rank if "rank" in value else tuple(record_from_json(item, tensors, rank) for item in value["tuple"])

@@ -12,7 +12,6 @@ from torch import Generator, nn
 from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import Policy
-from dllm_rl.renamed import refuse_renamed
 
 PAD = "<pad>"
 MASK = "<mask>"
@@ -238,7 +237,6 @@ def _make_config(function: str, config_class: Callable, fields: dict[str, Any], 
             follows from other arguments.
     """
     names = config_class().to_dict().keys() | fields.keys()
-    refuse_renamed(overrides, function)
     for name in overrides:
         if name in ARGUMENTS:
             raise ValueError(f"{name}={overrides[name]!r} follows from the other arguments of {function}; leave it out")

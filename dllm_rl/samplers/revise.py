@@ -25,7 +25,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dllm_rl.bounds import Bound, bounded
-from dllm_rl.renamed import refuse_renamed
 from dllm_rl.samplers.canvas import CommitDecision, StepPlan
 from dllm_rl.samplers.rules import Counts, PositionMask, Scores, check_last_step, name_of, schedule, threshold
 from dllm_rl.types import Events
@@ -127,7 +126,6 @@ def soft_edit(
 def commit_inputs(commit: Callable) -> frozenset[str]:
     """Return the COMMIT_INPUTS that a rule takes. Raise ValueError if it takes more than one of KINDS."""
     parameters = inspect.signature(commit).parameters.values()
-    refuse_renamed((p.name for p in parameters if p.default is p.empty), "commit")
     inputs = frozenset(p.name for p in parameters if p.name in COMMIT_INPUTS and p.default is p.empty)
     kinds = sorted(inputs & KINDS, key=COMMIT_INPUTS.index)
     if len(kinds) > 1:

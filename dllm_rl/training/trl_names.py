@@ -13,7 +13,6 @@ from dllm_rl.algorithms.advantages import group_relative
 from dllm_rl.algorithms.losses import fixed_length_mean, gspo, ppo_clip, sequence_mean, token_mean
 from dllm_rl.distributed.collectives import num_launched
 from dllm_rl.recipe import Recipe, check_kind, convert_value
-from dllm_rl.renamed import hint
 
 # From TRL's names to keywords of grpo_recipe with the same meaning. NAME.ARGUMENT is an argument of the function in the
 # keyword NAME, or an entry of the dict `sampler_options`.
@@ -64,6 +63,7 @@ HINTS = {
     "per_device_eval_batch_size": "eval_batch_size",
     "eval_strategy": "eval_steps",
     "save_strategy": "save_steps",
+    "warmup_steps": "warmup_steps with lr_scheduler_type",
     "warmup_ratio": "warmup_steps with lr_scheduler_type",
     "sync_ref_model": "beta, whose reference stays the policy that RL started from",
     "multi_objective_aggregation": "advantages=decoupled",
@@ -127,7 +127,7 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
         check_kind(name, types[name], keywords[name])
     translated = batch_sizes(keywords)
     trl_names = dict(TRL_NAMES)
-    if "lr_scheduler_type" in keywords:  # without it, warmup_steps is a name of an earlier version
+    if "lr_scheduler_type" in keywords:
         trl_names["warmup_steps"] = "lr_schedule.warmup_steps"
     for name, value in keywords.items():
         is_default = (name, value) in (("sync_ref_model", False), ("warmup_steps", 0))
@@ -138,9 +138,6 @@ def translate_trl_names(function: Callable[..., Recipe], keywords: dict[str, Any
         else:
             target = trl_names.get(name, name)
         if target.partition(".")[0] not in known_names:
-            if rename_hint := hint(name):
-                addition = "; a learning-rate warm-up needs lr_scheduler_type too" if name == "warmup_steps" else ""
-                raise ValueError(rename_hint + addition)
             if name in HINTS:
                 nearest = [HINTS[name]]
             else:

@@ -10,7 +10,6 @@ from tiny_recipe import tiny_recipe
 from torch import tensor
 from torch.testing import assert_close
 
-import dllm_rl
 from dllm_rl.algorithms import correctors as c
 from dllm_rl.algorithms.by_step import by_step
 from dllm_rl.algorithms.triage import triage
@@ -74,8 +73,3 @@ def test_a_corrector_is_told_of_steps_log_probs_and_the_entropy_that_it_asks_for
     # In expectation over draws entropy is the mean of -log p.
     assert entropy.mean().item() == pytest.approx(-asked.old_logprobs[mask].mean().item(), rel=0.15)
     assert metrics_of(tmp_path)[0]["rollout_corr/kl"] == metrics_of(tmp_path / "plain")[0]["rollout_corr/kl"]
-
-
-def test_a_renamed_name_says_what_it_is_called_now():
-    with pytest.raises(AttributeError, match="no_weights is now unit_weights"):
-        _ = dllm_rl.no_weights

@@ -565,6 +565,10 @@ def test_a_reference_that_stays_is_the_only_one():
             "lr_scheduler_type='polynomial' is not one of 'constant', .*'cosine'; for",
         ),
         ({"lr_scheduler_type": "linear", "warmup_steps": 0.1}, "warmup_steps=0.1 must be a whole number"),
+        (
+            {"warmup_steps": 3},
+            "warmup_steps is not a setting of grpo; the nearest is warmup_steps with lr_scheduler_type",
+        ),
         ({"lr_scheduler_type": "linear", "num_iterations": 2}, "lr_scheduler_type counts updates, and num_iterations"),
         ({"sync_ref_model": True}, "sync_ref_model is not a setting of grpo; the nearest is beta, whose reference"),
         ({"per_device_train_batch_size": 12}, "=12 is not a multiple of num_generations=8, and a forward has complete"),
