@@ -3,7 +3,7 @@
 The public names below are imported on first use, so that `import dllm_rl` is fast.
 """
 
-import sys
+import difflib
 from importlib import import_module
 from typing import Any
 
@@ -60,8 +60,9 @@ __all__ = sorted(_MODULE_OF)
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        # Python prints the nearest name of `__dir__` after the message.
-        raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+        nearest = difflib.get_close_matches(name, __all__, n=1)
+        hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
+        raise AttributeError(f"module 'dllm_rl' has no attribute {name!r}{hint}")
     with imports_interruptible():
         return getattr(import_module(_MODULE_OF[name]), name)
 
