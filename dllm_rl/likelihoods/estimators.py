@@ -75,7 +75,8 @@ def elbo(
         num_samples: Number of masks, and of forwards.
         stratified: Spread k evenly over 1..L across the samples.
         antithetic: Draw samples in pairs: one masks the first k tokens of a random order, the other the last L+1-k
-            (one token is in both), so that every token is scored. num_samples must then be even.
+            (one token is in both), so that every token is scored. num_samples must then be even, and informed_masking
+            None: the last tokens of an informed order are not drawn with q.
         informed_masking: Strength d of Informed Masking (arXiv 2609.25927 [paper], which uses 1.5). Let c_i be the sum
             of the changes of the model's confidence, from the step that wrote token i to the next step of its block,
             over the block's positions that are near i and still masked. Negative changes are included in the sum
@@ -86,12 +87,17 @@ def elbo(
             where 10 is the largest distance of a nearby position. None: uniform masks.
 
     Raises:
-        ValueError: num_samples is odd with antithetic=True.
+        ValueError: num_samples is odd with antithetic=True, or informed_masking is set with it.
 
     Source: LLaDA eq. 14; VRPO [paper].
     """
     if antithetic and num_samples % 2:
         raise ValueError(f"num_samples={num_samples} must be even with antithetic=True; use {num_samples + 1}")
+    if antithetic and informed_masking is not None:
+        raise ValueError(
+            f"informed_masking={informed_masking} cannot be combined with antithetic=True: the second mask of a pair "
+            "would not be drawn with the chances of informed masking; set antithetic=False, or use coupled"
+        )
     draw = partial(
         masks.draw_k_masked,
         num_samples=num_samples,

@@ -1,0 +1,206 @@
+"""Every estimator under every combination of its options, against the enumeration of its documented expectation."""
+
+import inspect
+import math
+from functools import partial
+from itertools import combinations, permutations, product
+
+import pytest
+import torch
+from likelihood_toys import TablePolicy, elbo_by_hand
+from order_toys import as_rollout, outcomes
+
+from dllm_rl.likelihoods import estimators as lik
+
+COMPLETION, D, ROWS = [2, 0, 1], 1.5, 5000
+CHANGE = [0.5, -0.25, 0.125]  # of the confidence, at each position
+TOY = TablePolicy(length=3, words=3, seed=0)
+ALL = {0, 1, 2}
+OPTIONS = {
+    lik.one_step: {"prompt_mask": (0.0, 0.5)},
+    lik.elbo: {
+        "num_samples": (1, 2, 4),
+        "stratified": (True, False),
+        "antithetic": (True, False),
+        "informed_masking": (None, D),
+    },
+    lik.coupled: {"num_samples": (1, 3), "informed_masking": (None, D)},
+    lik.quadrature: {"nodes": (1, 2, 3)},
+    lik.block_elbo: {"block_size": (1, 2, 3), "num_samples": (1, 2, 3)},
+    lik.trajectory: {
+        "num_segments": (None, 1, 2),
+        "num_sampled_steps": (None, 1, 2),
+        "include_order": (True, False),
+        "self_conditioning": ("detached", "full"),
+        "block_size": (None,),  # packed views give the bits of the other ones: test_scoring.py
+    },
+    lik.eubo: {"beta": (0.5, 1.5)},
+    lik.sandwich: {"beta": (0.5, 1.5), "mix": (0.0, 0.25, 1.0)},
+}
+
+
+def cases(*makers):
+    return [
+        (make, dict(zip(OPTIONS[make], values, strict=True)))
+        for make in makers
+        for values in product(*OPTIONS[make].values())
+    ]
+
+
+def named(value):
+    return value.__name__ if callable(value) else ",".join(map(str, value.values()))
+
+
+def test_every_option_is_listed():
+    makers = {getattr(lik, name) for name in dir(lik) if inspect.isfunction(getattr(lik, name))}
+    makers = {make for make in makers if make.__module__ == lik.__name__}
+    makers = {make for make in makers if inspect.signature(make).return_annotation is lik.LikelihoodEstimator}
+    assert makers == {*OPTIONS, lik.causal}
+    for make, options in OPTIONS.items():
+        assert {*options} == {*inspect.signature(make).parameters} - {"base"}
+
+
+def chances(k, informed):
+    """{set of k positions: chance}: drawn without replacement, uniformly or as `elbo` documents for informed masks."""
+    spread = max(CHANGE) - min(CHANGE)
+    q = [math.exp(D * (max(CHANGE) - c) / spread) if informed else 1.0 for c in CHANGE]
+    found = {}
+    for order in permutations(range(3), k):
+        chance, left = 1.0, sum(q)
+        for i in order:
+            chance, left = chance * q[i] / left, left - q[i]
+        found[frozenset(order)] = found.get(frozenset(order), 0.0) + chance
+    return found
+
+
+def scored(masked, positions):
+    return sum(TOY.logp(COMPLETION, set(masked), i) for i in positions)
+
+
+def of_size(k):
+    """(L/k) E sum_{i in m} l_i(m) over uniform sets of k positions."""
+    return 3 / k * sum(scored(m, m) for m in combinations(range(3), k)) / math.comb(3, k)
+
+
+def expected(make, informed_masking=None, nodes=None, block_size=None, num_segments=None, **options):
+    """The expectation that the docstring of `make` states."""
+    if make is lik.one_step:
+        return scored(ALL, ALL)
+    if make is lik.elbo:
+        return sum(chance * scored(m, m) / k for k in (1, 2, 3) for m, chance in chances(k, informed_masking).items())
+    if make is lik.coupled:  # k is 0, 1, 2 or 3, each with chance 1/4
+        total = 0.0
+        for k in range(4):
+            for m, chance in chances(k, informed_masking).items():
+                first = scored(m, m) * 4 / k if k else 0.0
+                second = scored(ALL - m, ALL - m) * 4 / (3 - k) if k < 3 else 0.0
+                total += chance * (first + second) / 2 / 4
+        return total
+    if make is lik.quadrature:  # Gauss-Legendre on [0, 1]; k = floor(3 t) + 1
+        away = math.sqrt(0.15)
+        rule = {1: {0.5: 1.0}, 2: {0.5 - math.sqrt(1 / 12): 0.5, 0.5 + math.sqrt(1 / 12): 0.5}}
+        rule[3] = {0.5 - away: 5 / 18, 0.5: 8 / 18, 0.5 + away: 5 / 18}
+        return sum(weight * of_size(math.floor(3 * t) + 1) for t, weight in rule[nodes].items())
+    assert make is lik.block_elbo
+    blocks = [range(start, min(start + block_size, 3)) for start in range(0, 3, block_size)]
+    return sum(elbo_by_hand(TOY, COMPLETION, block, later=range(block.stop, 3)) for block in blocks)
+
+
+def rollout_of(rows):
+    change = torch.tensor([0.0, *CHANGE]).expand(rows, -1)
+    return TOY.rollout([COMPLETION] * rows, confidence_change=change)
+
+
+def made(make, settings):
+    """The estimator, or None if it refuses these settings, which must be a refusal that names them."""
+    try:
+        return make(**settings)
+    except ValueError as error:
+        assert make is lik.elbo and settings["antithetic"]
+        if settings["num_samples"] == 1:
+            assert "num_samples=1 must be even" in str(error)
+        else:
+            assert f"informed_masking={settings['informed_masking']} cannot be combined" in str(error)
+        return None
+
+
+def assert_mean(estimator, rollout, by_hand):
+    totals = estimator.logprobs(TOY, rollout, estimator.draw_views(rollout, torch.Generator().manual_seed(1)))
+    totals = totals.double().sum(-1)
+    error = totals.std() / math.sqrt(ROWS)
+    assert abs(totals.mean() - by_hand) < 4.5 * error + 1e-5
+    assert error < 0.06  # or the line above would say nothing
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"), cases(lik.one_step, lik.elbo, lik.coupled, lik.quadrature, lik.block_elbo), ids=named
+)
+def test_the_mean_is_the_documented_expectation(make, settings):
+    if estimator := made(make, settings):
+        assert_mean(estimator, rollout_of(ROWS), expected(make, **settings))
+
+
+def test_informed_masks_have_another_expectation():
+    """So that a mean under uniform masks would not pass the test above."""
+    for make in (lik.elbo, lik.coupled):
+        assert abs(expected(make, informed_masking=D) - expected(make)) > 0.08
+
+
+@pytest.mark.parametrize("settings", [settings for _, settings in cases(lik.trajectory)], ids=named)
+def test_the_mean_of_a_trajectory_is_that_of_its_segments(settings):
+    """A row of confidence-ranked unmasking in three steps: its steps or segments, and the order if nothing is merged or
+    drawn."""
+    found = outcomes(TOY, [[0, 1, 2]], 3)
+    key, chance = max(((key, p) for key, p in found.items() if key[0] == tuple(COMPLETION)), key=lambda pair: pair[1])
+    steps, count = key[1], settings["num_segments"] or 3
+    segment = [step * count // 3 for step in steps]
+    by_hand = sum(scored({j for j in ALL if segment[j] >= segment[i]}, [i]) for i in ALL)
+    is_whole = settings["num_segments"] is None and settings["num_sampled_steps"] is None
+    if is_whole and settings["include_order"]:
+        assert abs(math.log(chance) - by_hand) > 0.1
+        by_hand = math.log(chance)
+    estimator = lik.trajectory(**settings)
+    assert estimator.exact_for_sampler == is_whole
+    assert_mean(estimator, as_rollout(TOY, [key] * ROWS), by_hand)
+
+
+BASES = [made(*case) for case in cases(lik.elbo, lik.coupled, lik.quadrature, lik.block_elbo)]
+
+
+@pytest.mark.parametrize(("make", "settings"), cases(lik.eubo, lik.sandwich), ids=named)
+def test_bounds_are_the_formula_of_the_views_of_every_base(make, settings):
+    """Position by position, in Python floats: (1/beta) log sum_n w_n p_i(m_n)^beta, and its mix with sum_n w_n l_i."""
+    rollout, beta, mix = rollout_of(6), settings["beta"], settings.get("mix", 1.0)
+    advantages = torch.tensor([1.0, -1.0] * 3)
+    for base in filter(None, BASES):
+        estimator = make(base=base, **settings)
+        views = estimator.draw_views(rollout, torch.Generator().manual_seed(2))
+        plain = base.draw_views(rollout, torch.Generator().manual_seed(2))
+        assert torch.equal(views.masked, plain.masked) and torch.equal(views.coefficients, plain.coefficients)
+        assert estimator.reads_confidence_change == base.reads_confidence_change
+        assert not estimator.exact_for_sampler
+        logps = estimator.logprobs(TOY, rollout, estimator.with_advantages(views, advantages))[:, 1:].tolist()
+        for row, advantage in enumerate(advantages.tolist()):
+            for i in range(3):
+                terms = []
+                for masked, weights in zip(views.masked[:, row, 1:], views.coefficients[:, row, 1:], strict=True):
+                    hidden = {j for j in ALL if masked[j]}
+                    terms.append((float(weights[i]), TOY.logp(COMPLETION, hidden, i)))
+                lower = sum(w * logp for w, logp in terms)
+                mass = sum(w * math.exp(beta * logp) for w, logp in terms)
+                upper = math.log(mass) / beta if mass else 0.0
+                weight = mix if make is lik.eubo or advantage < 0 else 0.0
+                assert logps[row][i] == pytest.approx(weight * upper + (1 - weight) * lower, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(lik.elbo, antithetic=True, informed_masking=0.1),
+        partial(lik.elbo, num_samples=2, antithetic=True, informed_masking=20.0),
+        partial(lik.elbo, num_samples=6, stratified=False, antithetic=True, informed_masking=D),
+    ],
+)
+def test_informed_masks_come_in_no_antithetic_pairs(make):
+    with pytest.raises(ValueError, match=r"informed_masking=.* cannot be combined with antithetic=True"):
+        make()
