@@ -2,7 +2,7 @@
 
 import json
 import re
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +11,6 @@ BLANK = "\u25a1"  # a token to fill in; no prompt text contains this square
 _MESSAGE = {"role": str, "content": str}
 
 
-@lru_cache(maxsize=64)
 def load_template(template: str | Path, *, needs: tuple[str, ...]) -> Prompt:
     """Return a template: `template` itself if it has a line break or a placeholder, else the content of that file.
 
@@ -68,7 +67,7 @@ class Prompted:
         if self.opening and (not self.chat or self.compact):
             raise ValueError(f"opening={self.opening!r} begins the assistant's turn: it needs chat=True and text")
         if not self.compact:
-            self._template()
+            _ = self._template  # raises for an invalid one
 
     def render_prompt(self, blanks: str = "", **values: str) -> Prompt:
         """Return the prompt: the template with each `{name}` of `values` replaced.
@@ -77,7 +76,7 @@ class Prompted:
         template becomes one user message.
         """
         block = blanks and f"<answer>\n{blanks}\n</answer>"
-        template = self._template()
+        template = self._template
         if isinstance(template, str) and not self.chat:
             return _replace(template, values) + (block and f"\n\n{block}")
         template_messages = [{"role": "user", "content": template}] if isinstance(template, str) else template
@@ -87,6 +86,7 @@ class Prompted:
         opening = self.opening + block
         return [*messages, {"role": "assistant", "content": opening}] if opening else messages
 
+    @cached_property  # a new task reads its file anew
     def _template(self) -> Prompt:
         return self.text if self.prompt_format == "text" else load_template(self.prompt_format, needs=self.placeholders)
 

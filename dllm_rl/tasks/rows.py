@@ -4,7 +4,6 @@ import csv
 import json
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -160,7 +159,6 @@ def text_of(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
-@lru_cache(maxsize=16)
 def load_split(path: str | Path | None, split: str, dataset: tuple[str, str | None]) -> tuple[tuple[str, Row], ...]:
     """Return (location, row) for each row of a split.
 
@@ -196,7 +194,6 @@ def _split_file(path: Path, split: str) -> Path:
     return files[0]
 
 
-@lru_cache(maxsize=16)
 def load_problems(
     path: str | Path | None, split: Split, dataset: tuple[str, str | None], parse: Callable[[str, Row], tuple]
 ) -> tuple[tuple, ...]:

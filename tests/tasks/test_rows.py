@@ -1,6 +1,10 @@
 """Files of every format, with their broken lines, and data sets that are absent."""
 
 import json
+import os
+import pickle
+from dataclasses import replace
+from functools import partial
 from random import Random
 
 import pytest
@@ -91,10 +95,8 @@ def test_published_data_through_datasets(monkeypatch) -> None:
         return datasets.Dataset.from_list(TEST)
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    load_split.cache_clear()
     assert [row for _, row in load_split(None, "test", ("openai/gsm8k", "main"))] == TEST
     assert calls == [("openai/gsm8k", "main", "test")]
-    load_split.cache_clear()
 
 
 def test_a_number_is_drawn_from_an_inclusive_range() -> None:
@@ -214,3 +216,72 @@ def test_a_rule_that_does_not_fit_the_file_is_refused_when_the_task_is_made(tmp_
     with pytest.raises(ValueError, match="protocol"):
         under_protocol(Sudoku(side=9, clues=60), "espo")
     assert under_protocol(Sudoku(path=str(four), reward_rule="d1"), "d1").protocol == "d1"
+
+
+HUMAN_EVAL = {
+    "prompt": "def f(x):\n",
+    "entry_point": "f",
+    "canonical_solution": "    return x\n",
+    "test": "def check(c):\n    assert c(1) == 1\n",
+}
+SOLVED = "1234341221434321"
+
+
+def json_line(row) -> str:
+    return json.dumps(row) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "before", "after", "field"),
+    [
+        (GSM8K, {"question": "q", "answer": "#### 5"}, {"question": "q", "answer": "#### 6"}, "answer"),
+        (MATH500, {"problem": "q", "answer": "5"}, {"problem": "q", "answer": "6"}, "answer"),
+        (Code, HUMAN_EVAL, HUMAN_EVAL | {"test": HUMAN_EVAL["test"].replace("c(1)", "c(2)")}, "tests"),
+        (Countdown, {"numbers": [1, 2, 3], "target": 6}, {"numbers": [1, 2, 3], "target": 5}, "target"),
+        (
+            Sudoku,
+            {"puzzle": "0" + SOLVED[1:], "solution": SOLVED},
+            {"puzzle": SOLVED[:-1] + "0", "solution": SOLVED},
+            "puzzle",
+        ),
+    ],
+)
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_new_task_reads_its_file_anew(tmp_path, make, before, after, field, in_folder) -> None:
+    path = tmp_path / "test.jsonl"
+
+    def write(row) -> None:  # of equal size at the equal time: no property of the file tells the two apart
+        path.write_text(json_line(row))
+        os.utime(path, (2_000_000_000, 2_000_000_000))
+
+    takes_folder = make in (GSM8K, MATH500, Code)
+    make_task = partial(make, split="test", path=str(tmp_path if in_folder and takes_folder else path))
+    write(before)
+    assert path.stat().st_size == len(json_line(after))
+    old = make_task()
+    first = old[0].fields[field]
+    write(after)
+    assert make_task()[0].fields[field] != first
+    assert replace(old, size=1)[0].fields[field] != first
+    assert (
+        old[0].fields[field] == first == pickle.loads(pickle.dumps(old))[0].fields[field]
+    )  # not in the midst of a run
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_each_split_of_a_corrected_file_is_read_anew(tmp_path, split) -> None:
+    rows = [{"question": str(number), "answer": "#### 1"} for number in range(50)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(map(json_line, rows)))
+    size = len(GSM8K(path=path, split=split))
+    path.write_text("".join(map(json_line, rows * 2)))
+    assert len(GSM8K(path=path, split=split)) == 2 * size > 0
+
+
+@pytest.mark.parametrize("suffix", ["txt", "json"])
+def test_a_corrected_template_is_read_anew(tmp_path, suffix) -> None:
+    path = tmp_path / f"template.{suffix}"
+    for word in ("Make", "Reach"):
+        text = f"{word} {{target}} from {{numbers}}"
+        path.write_text(json.dumps([{"role": "user", "content": text}]) if suffix == "json" else text)
+        assert Countdown(prompt_format=path)[0].prompt[0]["content"].startswith(word)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Literal
@@ -110,16 +110,20 @@ class Countdown(Prompted):
         self.check_prompt()
 
     def __len__(self) -> int:
-        return self.size if self.path is None else min(self.size, len(_stored(self.path)))
+        return self.size if self.path is None else min(self.size, len(self._stored))
 
     def __getitem__(self, index: int) -> Problem:
         if not 0 <= index < len(self):
             raise IndexError(f"problem {index} of {len(self)}")
-        numbers, target, expression = self._generate(index) if self.path is None else (*_stored(self.path)[index], None)
+        numbers, target, expression = self._generate(index) if self.path is None else (*self._stored[index], None)
         fields = {"numbers": list(numbers), "target": target}
         if expression is not None:
             expression = expression.ljust(self.width) if self.compact else f"<answer>{expression}</answer>"
         return Problem(self._prompt(numbers, target), fields, expression)
+
+    @cached_property  # a new task reads its file anew
+    def _stored(self) -> tuple[tuple[tuple[int, ...], int], ...]:
+        return () if self.path is None else _read(self.path)
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         if self.reward_rule == "d1":
@@ -204,8 +208,7 @@ def signed_sums(numbers: Sequence[int]) -> set[int]:
     return totals
 
 
-@lru_cache(maxsize=16)
-def _stored(path: str | Path) -> tuple[tuple[tuple[int, ...], int], ...]:
+def _read(path: str | Path) -> tuple[tuple[tuple[int, ...], int], ...]:
     problems = []
     for location, row in load_rows(path):
         try:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -41,13 +42,13 @@ class Questions(Prompted, ABC):
         self.check_prompt()
 
     def __len__(self) -> int:
-        rows = len(self._rows())
+        rows = len(self._rows)
         return rows if self.size is None else min(self.size, rows)
 
     def __getitem__(self, index: int) -> Problem:
         if not 0 <= index < len(self):
             raise IndexError(f"problem {index} of {len(self)}")
-        question, fields, solution = self._rows()[index]
+        question, fields, solution = self._rows[index]
         prompt = self.render_prompt(**{self.placeholders[0]: question})
         return Problem(prompt, fields, solution and solution.removeprefix(self._opened_layout() or self.opening))
 
@@ -64,6 +65,7 @@ class Questions(Prompted, ABC):
     def read_row(place: str, row: Row) -> tuple[str, dict[str, Any], str | None]:
         """Return (question, the grader's fields, solution or None) of a row. Raises ValueError naming the place."""
 
+    @cached_property  # a new task reads its file anew
     def _rows(self) -> tuple[tuple[Any, ...], ...]:
         return load_problems(self.path, self.split, self.hub, type(self).read_row)
 

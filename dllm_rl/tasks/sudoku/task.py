@@ -1,7 +1,7 @@
 """Sudoku: generated puzzles without downloads or leaks, graded against every valid completion."""
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, partial
 from math import isqrt
 from pathlib import Path
 from random import Random
@@ -111,8 +111,8 @@ class Sudoku(Prompted):
             (self.reward_rule not in rules, f"reward_rule={self.reward_rule!r} must be 'own', 'rules', or on 4x4 'd1'"),
         )
         self.check_prompt()
-        if self.path is not None and (self.reward_rule == "d1" or self.shots) and _stored(self.path):
-            side = isqrt(len(_stored(self.path)[0][0]))
+        if (self.reward_rule == "d1" or self.shots) and self._stored:
+            side = isqrt(len(self._stored[0][0]))
             if self.reward_rule == "d1" and side != 4:
                 raise ValueError(f"reward_rule='d1' is for 4x4 puzzles, and path={str(self.path)!r} has 9x9; use 'own'")
             if self.shots and side != self.side:
@@ -120,18 +120,18 @@ class Sudoku(Prompted):
                     f"shots={self.shots} are of side={self.side}, and path={str(self.path)!r} has puzzles of side "
                     f"{side}; give side={side}"
                 )
-        if self.shots and self.prompt_format != "text" and "{puzzle}" not in str(self._template()):
+        if self.shots and self.prompt_format != "text" and "{puzzle}" not in str(self._template):
             raise ValueError(f"shots={self.shots} are inserted before {{puzzle}}, which the template lacks")
 
     def __len__(self) -> int:
-        return self.size if self.path is None else min(self.size, len(_stored(self.path)))
+        return self.size if self.path is None else min(self.size, len(self._stored))
 
     def __getitem__(self, index: int) -> Problem:
         if not 0 <= index < len(self):
             raise IndexError(f"problem {index} of {len(self)}")
         # Only random() is used: Python promises its sequence for a seed, in every version.
         if self.path is not None:
-            puzzle, solution = _stored(self.path)[index]
+            puzzle, solution = self._stored[index]
         elif self.side == 4:
             puzzle, solution = self._generate_4x4(Random(f"sudoku/{self.seed}/{self.split}/{index}"), self.split)
         else:
@@ -141,6 +141,10 @@ class Sudoku(Prompted):
             return Problem(puzzle.replace("0", BLANK), fields, blank=BLANK)
         answer = solution if self.compact else f"<answer>\n{lines(solution)}\n</answer>"
         return Problem(self._prompt(puzzle, solution, index), fields, answer)
+
+    @cached_property  # a new task reads its file anew
+    def _stored(self) -> tuple[tuple[str, str], ...]:
+        return () if self.path is None else _read(self.path)
 
     def reward(self, problem: Problem, completion: str) -> Reward:
         """Grade the first 16 (9x9: 81) non-blank characters; see `score`. Linear in the text's length."""
@@ -219,8 +223,7 @@ def _text(row: Row, name: str) -> str:
     return text_of(row, name if name in row else name.lower())
 
 
-@lru_cache(maxsize=16)
-def _stored(path: str | Path) -> tuple[tuple[str, str], ...]:
+def _read(path: str | Path) -> tuple[tuple[str, str], ...]:
     problems: list[tuple[str, str]] = []
     for location, row in load_rows(path):
         try:
