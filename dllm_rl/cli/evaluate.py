@@ -21,8 +21,6 @@ from dllm_rl.cli.run_settings import sampler_or_note, task_of
 from dllm_rl.config import CHOICES, override, paths
 from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import OneProcess, Processes, make_accelerator, num_launched
-from dllm_rl.evaluation.budget import within_budget
-from dllm_rl.evaluation.card import differences, flat, read_card
 from dllm_rl.evaluation.completions import fingerprint
 from dllm_rl.evaluation.evaluate import evaluate, task_facts
 from dllm_rl.evaluation.results import Evaluation, best_of, headline, paired_differences
@@ -42,7 +40,7 @@ from dllm_rl.samplers.unmask import unmask
 from dllm_rl.screen import NARROW, escape_controls, literal
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import check_not_empty
-from dllm_rl.tasks.protocols import PUBLISHED, SOURCES, TASKS, UnderProtocol, published, under_protocol
+from dllm_rl.tasks.protocols import SOURCES, TASKS, UnderProtocol, under_protocol
 from dllm_rl.versions import versions
 
 Plan = tuple[dict[str, Any], Callable]  # settings by name as recorded, and the sampler with them bound
@@ -112,45 +110,6 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
         show_results(rows, arguments)
 
 
-def settings_of_command(arguments: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
-    """Return every value of each setting of this command, under the setting's name in results.json.
-
-    Lengths and steps are included only if they are passed.
-    """
-    task = make_task(arguments)
-    run_sampler = find_run_sampler(arguments)
-    commits, ranks, caches, _ = choices(arguments, run_sampler)
-    ranks = [rank_of(commit, run_sampler) if rank is None else rank for rank, commit in product(ranks, commits)]
-    lists = {"commit": list(map(plain, commits)), "rank": list(map(plain, ranks)), "cache": list(map(plain, caches))}
-    lists |= {name: getattr(arguments, name) for name in ("max_new_tokens", "diffusion_steps")}
-    lists["quantization"] = arguments.quantization or ["none"]
-    options = vars(arguments) | {"temperature": temperature_of(arguments, run_sampler)}
-    if arguments.block_size is None:
-        options["block_size"] = settings_of(run_sampler).get("block_size")
-    row = flat(options | task_facts(task) | {"n": num_problems(task, arguments)})
-    settings = {name: (value,) for name, value in json.loads(json.dumps(row)).items() if name not in lists}
-    if arguments.dtype == "auto":  # the dtype is the checkpoint's, which is not opened here
-        del settings["dtype"]
-    return settings | {name: tuple(values) for name, values in lists.items() if values}
-
-
-def show_differences(arguments: argparse.Namespace) -> None:
-    """Print how the settings of a results.json differ from the published ones of --protocol.
-
-    With --task, also print how they differ from the settings of this command.
-    """
-    ours = [settings_of_command(arguments)] if arguments.task else []
-    paper = arguments.protocol in PUBLISHED or not ours
-    lines: dict[tuple[str, ...], None] = {}  # the rows of a sweep have the same differences in most settings
-    for row in read_card(Path(arguments.compare)):
-        theirs = [published(arguments.protocol or "strict", row["task"], row["max_new_tokens"])] if paper else []
-        lines |= dict.fromkeys(differences(row, theirs + ours))
-    shown = Table("setting", "card", *["published"] * paper, *["this command"] * len(ours), **NARROW)
-    for line in lines:
-        shown.add_row(*map(literal, line))
-    Console().print(shown if lines else "nothing differs")
-
-
 def check_arguments(task: Task, arguments: argparse.Namespace) -> None:
     """Check the arguments, and create the folders of the results.
 
@@ -188,7 +147,7 @@ def difference_from_first(
         against: Name of the first model.
     """
     for first_settings, first_result in first:
-        if without_commit_parameter(first_settings) == without_commit_parameter(settings):
+        if first_settings == settings:
             return {"against": against, "difference": paired_differences(result, first_result)}
     return {}
 
@@ -207,11 +166,6 @@ def difference_from_diffusion(
         other_result for other, other_result in measured if all(other[name] == settings[name] for name in names)
     )
     return {"against": "its diffusion decoding", "difference": paired_differences(result, diffusion_result)}
-
-
-def without_commit_parameter(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with the commit rule's name only: under --forwards its parameter differs between models."""
-    return settings | {"commit": str(settings.get("commit")).partition("=")[0]}
 
 
 def show_results(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
@@ -306,8 +260,6 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
     Settings that are not passed are those of the run's evaluations, if the model is a run.
     """
     run_sampler = find_run_sampler(arguments)
-    if arguments.forwards and arguments.diffusion_steps:
-        raise ValueError("--forwards and --diffusion_steps both say how many steps are taken; give one of them")
     if policy.spec.attention == "encoder_decoder":
         return renoising_plans(policy, task, run_sampler, arguments)
     if arguments.samples > 1 and temperature_of(arguments, run_sampler) == 0:
@@ -317,7 +269,7 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
     run_length = settings_of(run_sampler).get("max_new_tokens")
     lengths = arguments.max_new_tokens or [default_max_new_tokens(policy, task) if run_length is None else run_length]
     if policy.spec.attention != "causal":
-        plans = diffusion_plans(policy, task, run_sampler, lengths, arguments)
+        plans = diffusion_plans(run_sampler, lengths, arguments)
         decoding = {"decoding": "diffusion"} if arguments.autoregressive else {}
         return [(decoding | settings, sampler) for settings, sampler in plans]
     if arguments.autoregressive:
@@ -325,7 +277,7 @@ def make_plans(policy: Policy, task: Task, arguments: argparse.Namespace) -> lis
             f"--autoregressive: {' '.join(arguments.models)} always decodes from left to right; leave it out"
         )
     # An ignored option would look as if it had been applied.
-    for name in ("diffusion_steps", "forwards", "block_size", "rank", "commit", "cache"):
+    for name in ("diffusion_steps", "block_size", "rank", "commit", "cache"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is for diffusion models; {' '.join(arguments.models)} is causal: leave it out")
     shared = {"temperature": temperature_of(arguments, run_sampler)} | filters_of(arguments)
@@ -386,7 +338,7 @@ def renoising_plans(
 
     The schedule of `renoise` sets the temperatures.
     """
-    for name in ("forwards", "block_size", "rank", "commit", "cache", "top_k", "top_p", "suppress"):
+    for name in ("block_size", "rank", "commit", "cache", "top_k", "top_p", "suppress"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} is not for {policy.spec.name!r}, whose sampler is renoise; leave it out")
     if arguments.temperature:
@@ -402,15 +354,15 @@ def renoising_plans(
 
 
 def choices(arguments: argparse.Namespace, run_sampler: partial | None) -> tuple[Sequence[Any], ...]:
-    """Return the commit rules, ranks, caches and budgets of forwards to combine.
+    """Return the commit rules, ranks and caches to combine.
 
     A passed value and a default are text; a value of the run's sampler is an object. A rank of None stands for the rank
-    that `rank_of` returns, and a budget of None for no budget.
+    that `rank_of` returns.
     """
     defaults = settings_of(run_sampler)
     commits = arguments.commit or [defaults.get("commit", "schedule")]
     caches = arguments.cache or [defaults.get("cache") or "none"]
-    return commits, arguments.rank or [None], caches, arguments.forwards or [None]
+    return commits, arguments.rank or [None], caches
 
 
 def rank_of(commit: Any, run_sampler: partial | None) -> Any:
@@ -419,32 +371,24 @@ def rank_of(commit: Any, run_sampler: partial | None) -> Any:
     return needed or settings_of(run_sampler).get("rank", "max_prob")
 
 
-def diffusion_plans(
-    policy: Policy, task: Task, run_sampler: partial | None, lengths: Sequence[int], arguments: argparse.Namespace
-) -> list[Plan]:
-    """Return the plans of `unmask`: one per length, commit rule, rank, cache, and budget or number of steps."""
+def diffusion_plans(run_sampler: partial | None, lengths: Sequence[int], arguments: argparse.Namespace) -> list[Plan]:
+    """Return the plans of `unmask`: one per length, commit rule, rank, cache and number of steps."""
     run_settings = settings_of(run_sampler)
     block_size = run_settings.get("block_size") if arguments.block_size is None else arguments.block_size
-    num_search_problems = min(arguments.batch_size, num_problems(task, arguments)) if arguments.forwards else 0
-    search_problems = {i: task[i] for i in range(num_search_problems)}  # for `within_budget`
     plans: list[Plan] = []
-    for length, commit, rank, cache, forwards in product(lengths, *choices(arguments, run_sampler)):
+    for length, commit, rank, cache in product(lengths, *choices(arguments, run_sampler)):
         rank = rank_of(commit, run_sampler) if rank is None else rank
         rules: dict[str, Any] = {"rank": read_rank(rank) if isinstance(rank, str) else rank}
         rules["cache"] = None if cache == "none" else read_cache(cache) if isinstance(cache, str) else cache
         settings: dict[str, Any] = {"max_new_tokens": length, "diffusion_steps": None, "block_size": block_size}
         settings |= {"temperature": temperature_of(arguments, run_sampler)} | filters_of(arguments)
-        if forwards is not None and (isinstance(commit, str) or as_commit(commit).adaptive):
-            sampler = bind(unmask, settings | rules, run_sampler)
-            commit_text = commit if isinstance(commit, str) else text_of(commit)
-            commit = within_budget(policy, search_problems, sampler, commit_text, forwards, seed=arguments.seed)
         rules["commit"] = read_commit(commit) if isinstance(commit, str) else commit
         rule = as_commit(rules["commit"])
         if rule.adaptive and arguments.diffusion_steps and not isinstance(commit, str):
             steps = arguments.diffusion_steps[0]
             reason = f"the run's commit={text_of(commit)} chooses its number of steps"
             raise ValueError(f"--diffusion_steps {steps}: {reason}; add --commit schedule")
-        for steps in dict.fromkeys(numbers_of_steps(rule, length, forwards, run_sampler, arguments)):
+        for steps in dict.fromkeys(numbers_of_steps(rule, length, run_sampler, arguments)):
             if run_sampler is None or steps != run_settings["diffusion_steps"]:
                 # Raise here, before the first forward, instead of in the middle of a sweep.
                 check_steps(steps, length, rule.count)
@@ -457,17 +401,17 @@ def diffusion_plans(
 
 
 def numbers_of_steps(
-    rule: Commit, length: int, forwards: int | None, run_sampler: partial | None, arguments: argparse.Namespace
+    rule: Commit, length: int, run_sampler: partial | None, arguments: argparse.Namespace
 ) -> Sequence[int | None]:
-    """Return the numbers of steps for one rule and length: the passed ones, else the budget, the run's, or the length.
+    """Return the numbers of steps for one rule and length: the passed ones, else the run's, or the length.
 
     An adaptive rule chooses its number of steps, and gets the run's setting.
     """
     run_steps = settings_of(run_sampler).get("diffusion_steps")
     if rule.adaptive:
         return [run_steps]
-    if arguments.diffusion_steps or forwards:
-        return arguments.diffusion_steps or [forwards]
+    if arguments.diffusion_steps:
+        return arguments.diffusion_steps
     if run_sampler is None:
         return [length or None]
     # If --max_new_tokens shortens the completion, it has at most one step per token.

@@ -200,10 +200,6 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         type=_positive_ints,
         help="unmasking steps, e.g. 1,2,4,8 (default: the run's, or one per token)",
     )
-    forwards_help = (
-        "largest number of forwards per answer, e.g. 1,2,4: sets the steps, or the TAU of --commit threshold"
-    )
-    sub.add_argument("--forwards", type=_positive_ints, help=forwards_help)
     sub.add_argument(
         "--quantization", type=_split_names, help="quantization schemes of the weights, e.g. none,float8_weight_only"
     )
@@ -250,12 +246,6 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--json", action="store_true", help="print one JSON object per setting instead of a table")
     sub.add_argument("--csv", metavar="FILE", help="also write a row per setting, with intervals and differences")
     sub.add_argument("--plot", metavar="FILE", help="also draw accuracy against forwards and seconds")
-    sub.add_argument(
-        "--compare",
-        metavar="RESULTS.JSON",
-        help="evaluate nothing; print how the settings of these results differ from the published ones of --protocol, "
-        "and with --task from those of this command",
-    )
     sub.set_defaults(run=evaluate)
 
 
@@ -306,10 +296,9 @@ def _seconds_or_none(text: str) -> float | None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from dllm_rl.cli.evaluate import evaluate_command, show_differences
+    from dllm_rl.cli.evaluate import evaluate_command
 
-    run = evaluate_command if arguments.compare is None else show_differences
-    run(arguments)
+    evaluate_command(arguments)
 
 
 def add_grade(commands: argparse._SubParsersAction) -> None:

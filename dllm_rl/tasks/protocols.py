@@ -52,7 +52,6 @@ TASKS = {name: entry.task for name, entry in TABLE.items()}
 PROTOCOLS = {name: entry.graders for name, entry in TABLE.items()}
 SOURCES = {"strict": "dllm_rl", "d1": "arXiv 2504.12216", "spg": "arXiv 2510.09541", "espo": "arXiv 2512.03759"}
 SOURCES |= {"dream": "arXiv 2508.15487", "math-verify": "huggingface/Math-Verify", "sandbox": "dllm_rl"}
-PUBLISHED = ("d1", "spg")  # protocols whose papers publish evaluation settings
 
 
 @dataclass(frozen=True)
@@ -117,36 +116,6 @@ def grade_all(
     if protocol in TABLE[task].prepare:
         TABLE[task].prepare[protocol](fields, completions)
     return [grader(*pair) for pair in zip(fields, completions, strict=True)]
-
-
-def published(protocol: str, task: str, max_new_tokens: int) -> dict[str, tuple[Any, ...]]:
-    """Return, by setting, the values that agree with a paper's evaluation of a task.
-
-    Raises ValueError if the protocol's paper publishes no settings for the task.
-    """
-    graders = PROTOCOLS.get(task, {})
-    if protocol not in PUBLISHED or protocol not in graders:
-        raise ValueError(f"no published settings of protocol={protocol!r} for task={task!r}; give d1 or spg")
-    protocols_with_same_grader = tuple(name for name in graders if graders[name] is graders[protocol])
-    settings: dict[str, tuple] = {
-        "protocol": protocols_with_same_grader,
-        "block_size": (32,),
-        "temperature": (0,),
-        "cache": ("none",),
-    }
-    settings |= {
-        "max_new_tokens": (128, 256, 512),
-        "diffusion_steps": (max_new_tokens // 2,),
-        "quantization": ("none",),
-    }
-    settings |= {"rank": ("confidence", "max_prob"), "commit": ("schedule",), "settings.opening": ("<reasoning>",)}
-    # Never the value of a run: the prompt texts of this library's tasks are its own [ours].
-    settings["settings.prompt_format"] = ("the paper's text",)
-    if task == "sudoku":
-        settings["settings.shots"] = (0 if protocol == "d1" else 3,)
-    if task in ("sudoku", "countdown"):
-        settings["settings.path"] = ("the paper's file",)
-    return settings | {"split": ("test",), "n": ({"gsm8k": 1319, "math500": 500}.get(task, 256),)}
 
 
 def protocol_names() -> list[str]:

@@ -312,8 +312,6 @@ def test_a_file_without_a_row_is_refused(model, capsys, tmp_path):
         ("--task sudoku --output_dir /dev/null/x", "--output_dir '/dev/null/x'"),
         ("--task sudoku --limit 0", "limit=0"),
         ("--task sudoku --set side=9", "clues=(10, 12)"),
-        ("--task sudoku --diffusion_steps 2 --forwards 2", "--forwards"),
-        ("--task sudoku --forwards 2 --commit edit=0.5", "commit='edit=0.5'"),
         ("--task sudoku --diffusion_steps 8,99", "diffusion_steps=99"),
         ("--task sudoku --samples 0", "samples=0"),
         ("--task sudoku --samples 4 --majority 2,8", "--majority 8 needs --samples 8"),
@@ -383,38 +381,6 @@ def test_an_error_obeys_no_escape_sequence_of_a_path(capsys, tmp_path):
     assert "irs.jsonl, line 1: no field 'target'" in message and "\x1b" not in message
 
 
-def test_a_budget_gives_each_sampler_its_steps_or_its_number_and_the_rank_it_is_made_for(model, capsys):
-    command = ("evaluate", model, "--task", "sudoku", "--limit", 4, "--commit", "schedule,entropy_bound", "--json")
-    found = list(map(json.loads, output(capsys, *command, "--forwards", "1,4").splitlines()))
-    assert [row["diffusion_steps"] for row in found] == [1, 4, None, None]
-    assert [row["rank"] for row in found] == ["max_prob"] * 2 + ["entropy"] * 2
-    assert [row["forwards_per_answer"] for row in found[:2]] == [1.0, 4.0]
-    assert all(row["forwards_per_answer"] <= budget for row, budget in zip(found[2:], (1, 4), strict=True))
-    assert all(row["tokens_per_forward"] == row["tokens"] / 4 / row["forwards_per_answer"] for row in found)
-
-
-def test_a_budgets_number_is_searched_with_the_seed_of_the_evaluation(model, capsys, monkeypatch):
-    seeds = []
-    monkeypatch.setattr("dllm_rl.cli.evaluate.within_budget", lambda *_, seed: seeds.append(seed) or "threshold=0.5")
-    options = ("--limit", 1, "--commit", "threshold", "--forwards", 4, "--temperature", 1, "--seed", 7)
-    output(capsys, "evaluate", model, "--task", "sudoku", *options)
-    assert seeds == [7]
-
-
-@pytest.mark.slow
-def test_a_budget_is_searched_on_the_problems_of_a_short_file_and_compares_models(model, capsys, tmp_path):
-    """Each model has its own number of a rule: the rows are of one budget all the same."""
-    other = tmp_path / "other"
-    tiny_masked_lm(characters=CHARACTERS, **SMALL, seed=1, head_std=1.0).save_pretrained(other)
-    rows = (json.dumps({"puzzle": "1234341221434.2" + last, "solution": "1234341221434321"}) for last in ".1")
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    short = ("--path", tmp_path / "rows.jsonl", "--limit", 100, "--forwards", 3)
-    command = ("evaluate", model, other, "--task", "sudoku", "--commit", "threshold", *short, "--json")
-    first, second = map(json.loads, output(capsys, *command).splitlines())
-    assert first["n"] == second["n"] == 2 and first["commit"] != second["commit"]
-    assert second["against"] == model and "solve_rate" in second["difference"]
-
-
 @pytest.fixture
 def sums(tmp_path):
     """Questions whose every sign the model has, and the options with which they are asked."""
@@ -458,40 +424,7 @@ def test_code_runs_only_on_request_and_grade_agrees(capsys, tmp_path, monkeypatc
     assert len(programs) == 1 and programs[0].startswith("def f(a):\n"), "a verdict is remembered"
 
 
-def test_a_card_is_compared_with_a_paper_and_with_the_command_and_nothing_is_run(model, capsys, tmp_path, monkeypatch):
-    options = ("--task", "sudoku", "--limit", 2, "--diffusion_steps", "2,4", "--set", "clues=10,12")
-    output(capsys, "evaluate", model, *options, "--output_dir", tmp_path)
-    card = ("evaluate", "--compare", tmp_path / "results.json")
-    monkeypatch.setattr("dllm_rl.cli.evaluate.evaluate_command", None)
-    monkeypatch.setattr("dllm_rl.cli.evaluate.open_policy", None)
-    rows = [line.split() for line in output(capsys, *card, "--protocol", "d1").splitlines()]
-    assert rows[0] == ["setting", "card", "published"] and ["block_size", "-", "32"] in rows
-    assert ["diffusion_steps", "2", "8"] in rows and ["diffusion_steps", "4", "8"] in rows and ["n", "2", "256"] in rows
-    assert output(capsys, *card, *options) == "nothing differs\n"
-    other = ("--task", "sudoku", "--diffusion_steps", 4, "--seed", 1, "--protocol", "d1", "--temperature", 0.5)
-    rows = [line.split() for line in output(capsys, *card, *other).splitlines()]
-    assert rows[0] == ["setting", "card", "published", "this", "command"]
-    assert ["diffusion_steps", "2", "8", "4"] in rows and ["seed", "0", "1"] in rows
-    assert ["temperature", "0.0", "0", "0.5"] in rows and ["n", "2", "256", "500"] in rows
-
-
-def test_compare_refuses_in_one_line(model, capsys, tmp_path):
-    path = tmp_path / "results.json"
-    output(
-        capsys, "evaluate", model, "--task", "sudoku", "--limit", 1, "--diffusion_steps", 1, "--output_dir", tmp_path
-    )
-    assert "no published settings of protocol='strict' for task='sudoku'; give d1" in refusal(
-        capsys, "evaluate", "--compare", path
-    )
-    (row,) = json.loads(path.read_text())
-    path.write_text(json.dumps(row | {"rank": "a\x1b[2J\ud800[bold]b\nc"}))
-    text = output(capsys, "evaluate", "--compare", path, "--protocol", "d1")
-    assert "\x1b" not in text and "[bold]b" in text
-    path.write_text(json.dumps(row | {"task": "a\x1b[2J\nb"}))
-    assert "\x1b" not in refusal(capsys, "evaluate", "--compare", path, "--protocol", "d1")
-    path.write_text(json.dumps(row | {"seed": "0"}))
-    assert "results.json, row 1: seed is" in refusal(capsys, "evaluate", "--compare", path, "--protocol", "d1")
-    assert "not a regular file" in refusal(capsys, "evaluate", "--compare", "", "--protocol", "d1")
+def test_a_model_and_its_task_are_required(model, capsys):
     assert "evaluate needs a MODEL" in refusal(capsys, "evaluate", "--task", "sudoku")
     assert "error: task" in refusal(capsys, "evaluate", model)
 

@@ -81,7 +81,6 @@ class TestEvaluatePlans:
             ("--block_size 8", {"block_size": 8}),
             ("--cache dual=2", {"cache": dual_cache(refresh=2)}),
             ("--samples 3", {}),
-            ("--forwards 3", {"diffusion_steps": 3}),
             ("--commit late_schedule", {"commit": rules.late_schedule}),
             ("--max_new_tokens 16 --diffusion_steps 8 --rank random",
              {"max_new_tokens": 16, "diffusion_steps": 8, "rank": rules.random}),
@@ -126,7 +125,6 @@ class TestEvaluatePlans:
         assert row["commit"] == "threshold(tau=0.75)" and sampler.keywords["max_new_tokens"] == 4
         for option, message in (
             ("--diffusion_steps 4", "commit=threshold=0.75 chooses its number of steps; add --commit schedule"),
-            ("--forwards 4", "--forwards 4: commit='threshold=0.75' decides its own forwards"),
             ("--samples 2", "--samples 2 at --temperature 0 would all be equal"),
         ):
             with pytest.raises(ValueError, match=message):
