@@ -477,7 +477,7 @@ class Recipe(Settings):
     beta: float = _("weight of the KL term to the policy that RL started from; 0: no term", 0.0, at_least=0)
     kl: Callable = _("per-token estimator of the KL term: kl_k1, kl_k2 or kl_k3", kl_k3)
     use_bias_correction_kl: bool = _(
-        "multiply the KL term by the ratio to the rollout: kl_k3 then has the KL's gradient", False
+        "multiply each token's KL term by its ratio to the rollout, with the ratio's gradient", False
     )
     teacher: Callable[..., Policy] | str | Policy | None = _(
         "model for on-policy distillation, as `model`, or 'reference': the policy that RL started from",

@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dllm_rl.algorithms.correctors import Corrector
 from dllm_rl.algorithms.losses import (
     bias_corrected_kl,
     cispo,
+    entropy_bonus,
     fixed_length_mean,
     gspo,
     kl_k1,
@@ -413,3 +415,58 @@ def test_an_unbiased_kl_has_the_kls_own_gradient_where_k3_has_another():
         policy_loss(logp, batch, loss_reduction=weighed, kl=kl, **options)
     with pytest.raises(ValueError, match="bias_corrected_kl needs the rollout's log-probs"):
         policy_loss(logp, replace(batch, rollout_logprobs=None), loss_reduction=weighed, kl=corrected, **options)
+
+
+def pairs_of_tokens(z):
+    """Log-probs (9, 2) of every row of two out of three tokens: three logits, and three for each first token."""
+    rows = torch.tensor(list(itertools.product(range(3), repeat=2)))
+    first, second = z[:3].log_softmax(-1), z[3:].view(3, 3).log_softmax(-1)
+    return torch.stack([first[rows[:, 0]], second[rows[:, 0], rows[:, 1]]], 1)
+
+
+def test_the_gradient_of_a_term_is_that_of_each_token_given_those_before_it():
+    """Over all rows of two tokens. The numbers of a docstring and of a page are recomputed. The ratio of the whole row
+    would have the exact gradient, and an enormous variance on long rows."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(12, generator=generator, dtype=torch.float64) for _ in range(3)]
+    z = logits[0].requires_grad_()
+    current, reference, rollout = map(pairs_of_tokens, logits)
+    p, q, on_policy = current.sum(-1).exp(), rollout.sum(-1).exp(), current.detach()
+
+    def gradient(value):
+        return torch.autograd.grad(value, z, retain_graph=True)[0]
+
+    def of_a_token(chance, term):
+        """The gradient of the sum of each token's expected term, with the first token's chance held fixed."""
+        second = (current[:, 1].exp() * term[:, 1]).view(3, 3).sum(-1)
+        first = chance.view(3, 3).sum(-1).detach()
+        return gradient((current[:, 0].exp() * term[:, 0] / 3).sum() + (first * second).sum())
+
+    d = reference - current
+    row_kl = gradient((p * -d.sum(-1)).sum())
+    off = []
+    for chance, drawn in ((p.detach(), on_policy), (q, rollout)):
+        term = bias_corrected_kl(d, kl=kl_k3, rollout_log_ratio=current - drawn)
+        found = gradient((chance[:, None] * term).sum())
+        torch.testing.assert_close(found, of_a_token(chance, -d))
+        off.append(float((found - row_kl).norm() / row_kl.norm()))
+        whole = kl_k3(d) * (current - drawn).sum(-1, keepdim=True).exp()
+        torch.testing.assert_close(gradient((chance[:, None] * whole).sum()), row_kl)
+    docstring = " ".join(bias_corrected_kl.__doc__.split())
+    assert f"by {off[0]:.2f} of its norm on-policy and by {off[1]:.2f} off-policy" in docstring
+    page = (Path(__file__).parents[2] / "docs/methods.md").read_text()
+    assert f"it is {off[0]:.2f} off on-policy and {off[1]:.2f} off-policy" in page
+
+    chance = p.detach()
+    k2 = gradient((chance[:, None] * kl_k2(d)).sum())
+    torch.testing.assert_close(k2, of_a_token(chance, -d))
+    bonus = gradient((chance[:, None] * entropy_bonus(current, torch.ones(9, 2, dtype=torch.bool))).sum())
+    torch.testing.assert_close(bonus, of_a_token(chance, -current))
+    assert not torch.allclose(bonus, gradient((p * -current.sum(-1)).sum()), atol=0.01)
+    k3 = gradient((chance[:, None] * kl_k3(d)).sum())
+    first, second = chance.view(3, 3).sum(-1), (reference[:, 1].exp() * d[:, 1]).view(3, 3).sum(-1)
+    torch.testing.assert_close(k3, gradient((reference[:, 0].exp() * d[:, 0] / 3).sum() + (first * second).sum()))
+    k1 = gradient((chance[:, None] * kl_k1(d)).sum())
+    torch.testing.assert_close(k1, torch.zeros_like(k1))
+    for kl in (kl_k1, kl_k3):  # of the row
+        torch.testing.assert_close((chance[:, None] * kl(d)).sum(), (p * -d.sum(-1)).sum())
