@@ -3,7 +3,7 @@
 LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None)\n"
 SOCKET = "import socket\nsocket.socket(socket.AF_{}, socket.SOCK_{})"
 STOPPED = "^stopped after"
-ENDED = "SyntaxError: invalid syntax"  # what process 1 writes when the program has ended without a reply
+ENDED = "the program ended without a reply"  # what process 1 writes when the program has ended without a reply
 DENIED = r"PermissionError: \[Errno 1\]"
 READ_ONLY = r"OSError: \[Errno 30\]"
 ABSENT = "FileNotFoundError"

@@ -189,3 +189,113 @@ def test_it_works_where_no_process_may_leave_a_core():
     command = ["prlimit", "--core=0:0", *drop, sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+KNOWN = """
+class Negative(ValueError):
+    def __init__(self, number, why='no'):
+        super().__init__(f'{number}: {why}')
+        self.number = number
+"""
+OWN = "class Own(KeyError, ValueError): pass\n"
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("prelude", "raises", "expected", "passes"),
+    [
+        # Name of what the program raises, of what the tests catch, and whether Python would catch it.
+        ("", "ValueError('x')", "ValueError", True),
+        ("", "NameError('x')", "ValueError", False),
+        ("", "TypeError('x')", "TypeError", True),
+        ("", "IndexError('x')", "LookupError", True),
+        ("", "LookupError('x')", "IndexError", False),
+        ("", "ZeroDivisionError()", "(OverflowError, ArithmeticError)", True),
+        ("", "SyntaxError('x')", "ValueError", False),
+        ("", "UnicodeDecodeError('ascii', b'x', 0, 1, 'why')", "UnicodeError", True),
+        ("", "FileNotFoundError(2, 'no', 'a.txt')", "OSError", True),
+        ("", "StopIteration(3)", "StopIteration", True),
+        ("", "SystemExit(0)", "SystemExit", True),
+        ("", "SystemExit(0)", "Exception", False),
+        ("", "KeyboardInterrupt()", "KeyboardInterrupt", True),
+        ("import json\n", "json.JSONDecodeError('x', 'y', 0)", "json.JSONDecodeError", True),
+        ("import json\n", "json.JSONDecodeError('x', 'y', 0)", "ValueError", True),
+        ("import json\n", "ValueError()", "json.JSONDecodeError", False),
+        ("import decimal\n", "decimal.InvalidOperation()", "ArithmeticError", True),
+        (KNOWN, "Negative(-1)", "Negative", True),
+        (KNOWN, "Negative(-1)", "ValueError", True),
+        (KNOWN, "ValueError(-1)", "Negative", False),
+        ("", f"exec({OWN!r}, globals()) or Own()", "KeyError", True),
+        ("", f"exec({OWN!r}, globals()) or Own()", "ValueError", True),
+        ("", f"exec({OWN!r}, globals()) or Own()", "Own", True),
+        ("", f"exec({OWN!r}, globals()) or Own()", "TypeError", False),
+    ],
+)
+def test_tests_catch_what_python_would_catch(prelude, raises, expected, passes) -> None:
+    """The same tests in one process, where program and tests share their classes, give the expected verdict."""
+    code = f"{prelude}def f(x):\n    raise {raises}"
+    tests = f"try:\n    f(1)\nexcept {expected}:\n    pass\nelse:\n    raise AssertionError"
+    try:
+        exec(f"{code}\n{tests}", {"__name__": "program"})
+        caught = True
+    except BaseException:
+        caught = False
+    assert caught == passes
+    passed, said = sandbox.run(prelude, code, tests, "f", 60)
+    assert passed == passes, said
+
+
+@needs_sandbox
+def test_an_exception_keeps_its_message_and_attributes() -> None:
+    code = (
+        f"import json\n{KNOWN}{OWN}"
+        + """
+def f(x):
+    if x == 0: raise Negative(-1)
+    if x == 1: raise FileNotFoundError(2, 'no', 'a.txt')
+    if x == 2: json.loads('{')
+    if x == 3: raise Own(object())
+    if x == 4: raise ValueError('a', [1])
+    return x
+"""
+    )
+    tests = """
+found = []
+for x in range(6):
+    try:
+        found.append(f(x))
+    except Exception as error:
+        found.append((type(error).__name__, str(error) if x != 3 else '', vars(error).get('number')))
+        if x == 1: assert (error.errno, error.filename) == (2, 'a.txt')
+        if x == 4: assert error.args == ('a', [1])
+message = 'Expecting property name enclosed in double quotes: line 1 column 2 (char 1)'
+assert found == [
+    ('Negative', '-1: no', -1), ('FileNotFoundError', "[Errno 2] no: 'a.txt'", None),
+    ('JSONDecodeError', message, None),
+    ('Own', '', None), ('ValueError', "('a', [1])", None), 5,
+], found
+"""
+    passed, said = sandbox.run(KNOWN, code, tests, "f", 60)
+    assert passed, said
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def f(x):\n    return object()",
+        "def f(x):\n    return lambda: x",
+        "import os\ndef f(x):\n    os._exit(0)",
+        "raise ValueError",
+    ],
+)
+def test_tests_that_catch_everything_do_not_catch_the_end_of_the_program(code) -> None:
+    assert not sandbox.run("", code, "try:\n    f(1)\nexcept BaseException:\n    pass", "f", 60)[0]
+
+
+@needs_sandbox
+def test_a_class_of_the_program_does_not_replace_a_function_of_the_tests() -> None:
+    code = "class isinstance(ValueError): pass\ndef f(x):\n    if x == 0: raise isinstance\n    return 'text'"
+    tests = "try:\n    f(0)\nexcept ValueError:\n    pass\nassert isinstance(f(1), {})"
+    assert sandbox.run("", code, tests.format("str"), "f", 60)[0]
+    assert not sandbox.run("", code, tests.format("int"), "f", 60)[0]
