@@ -40,11 +40,6 @@ class LazyTensor:
         return self.numel() * self.dtype.itemsize
 
 
-def as_lazy(tensor: Tensor) -> LazyTensor:
-    """Wrap an existing tensor as a `LazyTensor`."""
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
 def read_tensors(directory: Path) -> State:
     """Return all tensors of a folder's safetensors files, memory-mapped. Raise ValueError if there are no files."""
     files = weight_files(directory)
