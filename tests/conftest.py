@@ -56,24 +56,6 @@ def no_fsync():
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def tried_once():
-    """Whoever opens a checkpoint tries its tokenizer in a new process: here each content once, as most are the same."""
-    from dllm_rl.models import untrusted
-
-    found, try_out = {}, untrusted.try_out
-
-    def tried(*, tokenizer=None, **job):
-        key = (tokenizer and tokenizer.read_bytes(), repr(job), repr(untrusted.LIMITS))
-        if key not in found:
-            found[key] = try_out(tokenizer=tokenizer, **job)
-        return found[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(untrusted, "try_out", tried)
-        yield
-
-
 @pytest.fixture
 def exact_arithmetic():
     """The arithmetic of `zero_mismatch`, in which a row rounds alike in every batch on every processor. A test takes it

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dllm_rl.models.base import Policy
-from dllm_rl.models.checkpoint.trial import TEMPLATE_ERRORS
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import Cost, Problem
 from dllm_rl.types import Prompts, Rollout
 
 # A causal model predicts each token from the tokens before it, so nothing predicts the first token of a row.
 NEEDS_TOKEN = "a causal model samples after a token: begin the prompt with text, or with the text of its BOS token"
+# Errors of a chat template, in addition to jinja2's own: its expressions run as Python code does.
+TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def encode(

@@ -3,12 +3,7 @@
 import json
 import logging
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +15,6 @@ from dllm_rl.screen import escape_controls, without_middle
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")  # files that the libraries open
-# Unbounded repeats in one alternative of a pattern. With n of them, a search may take time proportional to length**n.
-MAX_REPEATS = 3
-MAX_PATTERN_LENGTH = 20_000  # in characters
-REPEAT = r"(?:[*+]|\{\d*,?\d*\})"
-TRIAL = Path(__file__).with_name("checkpoint") / "trial.py"
-LIMITS = {"seconds": 4, "memory": 2 << 30}  # a published tokenizer of 256,000 tokens takes 2 s and 1 GiB
-WALL_SECONDS = 60.0  # elapsed time; LIMITS counts processor time, which passes more slowly on a busy machine
 MAX_COUNT = 1_000_000  # largest number of layers, heads, experts or labels in a config
 # Fields of a config that choose an implementation of attention or experts.
 IMPLEMENTATION_FIELDS = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
@@ -74,63 +62,6 @@ def without_implementation_fields(fields: Any) -> Any:
     return [without_implementation_fields(value) for value in fields] if isinstance(fields, list) else fields
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Raise ValueError for a tokenizer.json that takes too much time or memory on short texts, or whose patterns may
-    take unlimited time on other texts.
-    """
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return
-    for pattern in _patterns(json.loads(path.read_bytes())):
-        if reason := unbounded_reason(pattern):
-            raise ValueError(
-                f"{path}: the pattern {pattern[:80]!r} {reason}, and may take unlimited time to match; correct it"
-            )
-    if error := try_out(tokenizer=path):
-        raise ValueError(f"{path}: the tokenizer was tried on short texts: {error}; use another tokenizer.json")
-
-
-def check_templates(folder: Path, templates: str | Mapping[str, str] | None, tokens: Mapping[str, Any]) -> None:
-    """Raise ValueError for a chat template that takes too much time or memory, or that jinja2's sandbox stops.
-
-    `tokens` has the names and texts of the tokenizer's special tokens, which a template can read.
-    """
-    named = {"": templates} if isinstance(templates, str) else templates or {}
-    texts = list(named.values())
-    if texts and (error := try_out(templates=texts, tokens=tokens)):
-        raise ValueError(f"{folder}: the chat template was tried on short chats: {error}; use another chat_template")
-
-
-def try_out(
-    *, tokenizer: Path | None = None, templates: Sequence[str] = (), tokens: Mapping[str, Any] | None = None
-) -> str:
-    """Run a tokenizer.json or chat templates on short inputs. Return the error as one line, or "" if there is none.
-
-    They run in a separate process with limits of time and memory, because only a run shows what they cost.
-    """
-    job = {"tokenizer": tokenizer and str(tokenizer), "templates": [*templates], "tokens": dict(tokens or {})}
-    single_thread = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "USE_TORCH": "0"}
-    try:
-        process = subprocess.run(
-            [sys.executable, "-P", str(TRIAL)],
-            input=json.dumps(job | {"limits": LIMITS}).encode(),
-            capture_output=True,
-            timeout=WALL_SECONDS,
-            env=os.environ | single_thread,
-        )
-    except subprocess.TimeoutExpired:
-        return f"stopped after {WALL_SECONDS:g} s"
-    code = process.returncode
-    if code == 0:
-        return ""
-    last_line = (process.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
-    if code in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"stopped after {LIMITS['seconds']} s of processor time"
-    if code == -signal.SIGABRT or last_line.startswith("MemoryError"):  # the tokenizers library aborts
-        return f"stopped at {LIMITS['memory'] >> 20} MiB of memory"
-    return escape_controls(last_line)[:200] if code > 0 else f"ended by signal {-code}"
-
-
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Return config, tensors and metadata of saved adapters. Raise ValueError for damaged files or invalid numbers."""
     if not folder.is_dir():
@@ -173,58 +104,6 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
         if not re.fullmatch(r"-?\d{1,20}", text) or not -(1 << 63) <= int(text) < limit:
             raise ValueError(f"{folder}: {name}={text[:40]!r} of the adapters is out of range; save them again")
     return fields, state, metadata
-
-
-def _patterns(fields: Any) -> list[str]:
-    """Return all texts under the key Regex, at any depth."""
-    patterns: list[str] = []
-    if isinstance(fields, list):
-        for value in fields:
-            patterns += _patterns(value)
-    elif isinstance(fields, dict):
-        for name, value in fields.items():
-            patterns += [value] if name == "Regex" and isinstance(value, str) else _patterns(value)
-    return patterns
-
-
-def unbounded_reason(pattern: str) -> str:
-    """Return why a search for the pattern may take unlimited time, or "" if it cannot.
-
-    The check is conservative: it also refuses some harmless patterns.
-    """
-    if len(pattern) > MAX_PATTERN_LENGTH:
-        return f"has {len(pattern)} characters"
-    if re.search(r"(?<!\\)(?:\\\\)*\\[1-9gk]", pattern):
-        return "refers to its own groups"
-    text = _simplify_pattern(pattern)
-    # From the innermost group outwards: a repeated group must contain neither a repeat nor an alternative.
-    while group := re.search(r"\((?:\?(?:[:=!>]|<[=!]|[imsu-]+:|<\w+>))?([^()]*)\)", text):
-        content = group[1]
-        if content.startswith("?"):
-            return "has a group of an unknown kind"
-        is_repeated = re.match(REPEAT, text[group.end() :])
-        if is_repeated and re.search(rf"{REPEAT}|[|?]", content):
-            return "repeats a group that contains a repeat or an alternative"
-        # Replace the group by a text that has no groups: an x+ for each repeat in the group, and an x? if the group has
-        # an alternative (| or ?). So the checks of the groups around it still see its repeats and alternatives.
-        has_alternative = "|" in content or "?" in content
-        replacement = "x" + "x+" * len(re.findall(REPEAT, content)) + "x?" * has_alternative
-        text = text[: group.start()] + replacement + text[group.end() :]
-    if re.search(r"[()\[\]]", text):
-        return "has groups that do not close"
-    text = re.sub(r"([*+?}])[+?]", r"\1", text)  # a lazy or possessive suffix is not another repeat
-    num_repeats = max(len(re.findall(REPEAT, part)) for part in text.split("|"))
-    return f"has {num_repeats} repeats in one alternative" if num_repeats > MAX_REPEATS else ""
-
-
-def _simplify_pattern(pattern: str) -> str:
-    """Return the pattern with x for an escaped character or a class, and without flags and exact repeat counts."""
-    text = re.sub(r"\\[pP]\{[^}]*\}|\\.", "x", pattern, flags=re.DOTALL)
-    # Classes, flags and exact repeat counts.
-    for unit, replacement in ((r"\[\^?\]?[^\[\]]*\]", "x"), (r"\(\?[imsu-]*\)", ""), (r"(?<=x)\{\d+\}", "")):
-        while (shorter := re.sub(unit, replacement, text)) != text:  # classes may be nested
-            text = shorter
-    return text
 
 
 def escape_transformers_logs() -> None:

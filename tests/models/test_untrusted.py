@@ -5,23 +5,19 @@ import json
 import logging
 import math
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from repetitions import few, slow
 from safetensors.torch import load_file, save_file
 from small_checkpoints import SIZES, edit
 
 from dllm_rl import load_policy, load_weights
-from dllm_rl.models import untrusted
-from dllm_rl.models.checkpoint import trial
 from dllm_rl.models.checkpoint.loading import build_empty, checkpoint_folder
 from dllm_rl.models.lora import Lora, add_lora, load_adapter, save_adapter
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import prompt_ids
-from dllm_rl.models.untrusted import unbounded_reason, without_implementation_fields
+from dllm_rl.models.untrusted import without_implementation_fields
 
 NAMES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 
@@ -94,119 +90,11 @@ def test_messages_of_transformers_cannot_steer_the_terminal(folder, monkeypatch)
     assert len(last) <= 400 and "pad_token_id is 999" in last and last.endswith("999, which is wrong")
 
 
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-ORDINARY = {
-    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "qwen2": WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "llada": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+",
-    "o200k": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{M}]*[\p{Ll}\p{M}]+" + WORDS + r"?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+",
-    "deepseek": r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
-    "kimi": r"[\p{Han}]+|[^\r\n]?[\p{Lu}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{M}&&[^\p{Han}]]+" + WORDS + "?",
-    "superbpe": r"(?=(\d{3})+(?!\d))",
-    "bloom": r" ?[^(\s|[.,!?…。])]+",
-    "t5": " {2,}",
-}
-BOMBS = ["(0+)+$", "(0|0)*1", "(?:0*)*", "0*0*0*0*1", "((0)+)+", "(0?){30}", "((0|1)2)*", "(0{1,9})*", "(0)\\1+"]
-BOMBS += [r"(\w+\s?)*$", "(.*)(.*)(.*)(.*)x", "(?:(?:0+)1?)+", r"\g<0>", "(?=(0+)+)1", "(?x) ( 0 + ) +", "(0+){2}"]
-BOMBS += ["(0", "." * 20_001]
-
-
-@pytest.mark.parametrize("name", ORDINARY)
-def test_the_patterns_of_ordinary_tokenizers_pass(name):
-    assert unbounded_reason(ORDINARY[name]) == ""
-
-
-@pytest.mark.parametrize("pattern", BOMBS)
-def test_a_pattern_that_may_take_any_time_is_refused(folder, pattern):
-    file = folder / "tokenizer.json"
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    fields = json.loads(file.read_text()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split]}}
-    file.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"tokenizer\.json: the pattern .* may take unlimited time to match") as said:
-        load_policy(folder)
-    assert "\n" not in str(said.value)
-
-
-def change(folder, **parts):
-    file = folder / "tokenizer.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
-
-
-def replacing(kind, times, content="11", text="1"):
-    step = {"type": "Replace", "pattern": {"String": text}, "content": content}
-    return {kind: {"type": "Sequence", f"{kind}s": [step] * times}}
-
-
-ONE_SECOND = {"seconds": 1, "memory": 1 << 30}
-GROWING = [("normalizer", 40, "11"), ("decoder", 40, "11"), ("normalizer", 1, "1" * 500)]
-
-
-@pytest.mark.parametrize(("kind", "times", "content"), [*GROWING[:1], *(slow(*each) for each in GROWING[1:])])
-def test_a_tokenizer_that_grows_text_is_stopped_in_a_process_of_its_own(folder, monkeypatch, kind, times, content):
-    monkeypatch.setattr(untrusted, "LIMITS", ONE_SECOND)
-    change(folder, **replacing(kind, times, content))
-    with pytest.raises(ValueError, match=r"tried on short texts: (stopped a|OverflowError).*; use another") as said:
-        load_policy(folder)
-    assert len(str(said.value)) < 400 and "\n" not in str(said.value)
-
-
-@pytest.mark.parametrize("text", ["q", "the answer is"])  # no text that stands in the check itself
-def test_texts_that_the_pipeline_names_are_tried(folder, text):
-    change(folder, **replacing("normalizer", 2, text * 20, text))
-    with pytest.raises(ValueError, match="the tokenizer was tried on short texts: OverflowError"):
-        load_policy(folder)
-
-
-def test_an_ordinary_pipeline_passes(folder):
-    change(
-        folder, normalizer={"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Prepend", "prepend": " "}]}
-    )
-    load_policy(folder)
-
-
-LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-HOSTILE_TEMPLATES = {
-    LOOPS: "stopped after 1 s of processor time",
-    "{{'x'*10**11}}": "stopped at 1024 MiB of memory",
-    "{{ ''.__class__.__mro__ }}": "SecurityError: access to attribute '__class__'",
-    "{{ 'x' * 10**6 }}": "OverflowError: 1000000 characters",
-    "{% if bos_token or eos_token %}{{ 'x' * 10**6 }}{% endif %}": "OverflowError",
-    "{% if messages[0].role == 'system' %}{{ 'x' * 10**6 }}{% endif %}": "OverflowError",
-}
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Trials without a process of their own, whose imports take seconds, and without its limits."""
-
-    def run(command, *, input, **_):
-        monkeypatch.setattr("sys.stdin", io.StringIO(input.decode()))
-        try:
-            trial.main()
-        except Exception as error:
-            return subprocess.CompletedProcess(command, 1, b"", f"{type(error).__name__}: {error}".encode())
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(trial, "limit", lambda **_: None)
-    monkeypatch.setattr(subprocess, "run", run)
-
-
-@pytest.mark.parametrize("template", few(HOSTILE_TEMPLATES, [*HOSTILE_TEMPLATES][1:]))
-def test_a_hostile_chat_template_is_refused_before_any_chat(folder, monkeypatch, request, template):
-    monkeypatch.setattr(untrusted, "LIMITS", ONE_SECOND)
-    if not HOSTILE_TEMPLATES[template].startswith("stopped"):
-        request.getfixturevalue("in_this_process")
-    (folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(ValueError, match=r"the chat template was tried on short chats: .*; use another chat") as said:
-        load_policy(folder)
-    assert HOSTILE_TEMPLATES[template] in str(said.value) and "\n" not in str(said.value)
-
-
-@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(
-    "template", ["{{ raise_exception('roles must alternate') }}", "{{ 1 + messages }}", "{{ a.b.c"]
+    "template",
+    ["{{ raise_exception('roles must alternate') }}", "{{ 1 + messages }}", "{{ a.b.c", "{{ ''.__class__.__mro__ }}"],
 )
-def test_a_template_that_refuses_the_chats_that_are_tried_is_refused_where_it_is_used(folder, template):
+def test_a_template_that_fails_is_refused_where_it_is_used(folder, template):
     """It may be made for other messages, and plain text needs none."""
     (folder / "chat_template.jinja").write_text(template)
     policy = load_policy(folder)

@@ -51,8 +51,6 @@ from dllm_rl.models.untrusted import (
     check_not_quantized,
     check_numbers,
     check_regular,
-    check_templates,
-    check_tokenizer,
     escape_transformers_logs,
     without_implementation_fields,
 )
@@ -92,7 +90,6 @@ def load_module(
         check_numbers(raw, folder)
         check_not_quantized(raw, folder)
         tokenizer = load_tokenizer(folder, stock=family.stock_model is None)
-        check_templates(folder, tokenizer.chat_template, tokenizer.special_tokens_map)
         options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
         num_stored = sum(map(prod, shapes.values()))
         if files:
@@ -403,7 +400,6 @@ def load_tokenizer(folder: Path, *, stock: bool) -> PreTrainedTokenizerBase:
 
     With `stock`, the model's class is a stock class, and the tokenizer's class may be any class of transformers.
     """
-    check_tokenizer(folder)
     config_file = folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text()) if config_file.exists() else {}
     if stock and "auto_map" not in config:  # auto_map names a class in the checkpoint's code
