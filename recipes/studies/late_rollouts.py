@@ -28,7 +28,7 @@ claim, take the seeds 0 to 4.
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -147,7 +147,12 @@ def at_rate(name: str, rate: float) -> str:
     return f"{name} at {rate:g}"
 
 
-def tune(study: Study, root: Path, workers: int | None) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def tune(
+    study: Study,
+    root: Path,
+    workers: int | None,
+    run: Callable[[Study, Path, int, str, int], None] = run_late,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """By arm the rate of the higher mean on the tuning seeds, and every run of the tuning."""
     first, second = TUNING_SEEDS
 
@@ -155,7 +160,7 @@ def tune(study: Study, root: Path, workers: int | None) -> tuple[dict[str, float
         pairs = [(name, rate) for name, rates in tried.items() for rate in rates]
         arms = {at_rate(name, rate): study.arms[name] | {"learning_rate": rate} for name, rate in pairs}
         trial, runs = replace(study, arms=arms), [(name, seed) for name in arms]
-        run_missing(trial, root, runs, num_steps=lambda _: study.num_steps, workers=workers, run=run_late)
+        run_missing(trial, root, runs, num_steps=lambda _: study.num_steps, workers=workers, run=run)
         results = load(root)
         return {
             name: {rate: results[at_rate(name, rate), seed]["after"] for rate in rates} for name, rates in tried.items()

@@ -28,12 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl import int4_weight_only, no_correction, tis
-from dllm_rl.files import read_json, write_json
 from dllm_rl.monitoring.plots import read_metrics
 from recipes.smollm2_diffusion import PlainSums, recipe
 from recipes.studies.controls import permuted
 from recipes.studies.late_rollouts import QUIET
-from recipes.studies.paired import Contrast, Study, main, result_path, run_one
+from recipes.studies.paired import Contrast, Study, keep, main, result_path, train_one
 
 STORED = Path(__file__).with_suffix(".json")  # every run, with the metrics of each step
 COLUMNS = ("quantized", "ess", "reward")
@@ -81,11 +80,15 @@ STUDY = Study(
 
 def run_with_steps(study: Study, root: Path, num_steps: int, name: str, seed: int) -> None:
     """Run one arm, and store the metrics of each step beside its result."""
-    run_one(study, root, num_steps, name, seed)
-    path = result_path(root, name, seed)
-    rows = read_metrics(root / "runs" / path.stem)
+    kept, _ = train_one(study, root, num_steps, name, seed)
+    keep(root, kept | {"steps": steps_of(root, name, seed)})
+
+
+def steps_of(root: Path, name: str, seed: int) -> dict[str, list[float]]:
+    """The metrics of each step of a run, by name."""
+    rows = read_metrics(root / "runs" / result_path(root, name, seed).stem)
     steps = {metric: [round(row[metric], 5) for row in rows if metric in row] for metric in STORED_METRICS}
-    write_json(path, read_json(path) | {"steps": {k: v for k, v in steps.items() if v}})
+    return {metric: values for metric, values in steps.items() if values}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from shutil import rmtree
 from statistics import covariance, mean, stdev, variance
 from typing import TYPE_CHECKING, Any
 
-from dllm_rl import Recipe
+from dllm_rl import Policy, Recipe
 from dllm_rl.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -98,8 +98,15 @@ def capability() -> str:
 
 
 def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int, pool: "Pool | None" = None) -> None:
-    """Train and evaluate one arm; leaves `root`/results/....json. A run whose gradient is not finite has diverged: its
-    rates count as 0."""
+    """Train and evaluate one arm; leaves `root`/results/....json."""
+    keep(root, train_one(study, root, num_steps, arm, seed, pool)[0])
+
+
+def train_one(
+    study: Study, root: Path, num_steps: int, arm: str, seed: int, pool: "Pool | None" = None
+) -> tuple[dict[str, Any], Policy | None]:
+    """Train and evaluate one arm. Returns what `keep` takes, and the learner. A run whose gradient is not finite has
+    diverged: its rates count as 0, and there is no learner."""
     from dllm_rl.monitoring.plots import read_metrics
     from dllm_rl.training.trainer import train
 
@@ -118,12 +125,14 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int, pool:
     if by_seed(study.base):
         settings["model"] = str(warm_up(study.base, seed, root / "warm" / str(seed)))
     kept: dict[str, Any] = {"arm": arm, "seed": seed, "num_steps": num_steps, "diverged": False}
+    policy = None
     try:
         summary = train(replace(study.base, **(settings | study.arms[arm])), pool)
     except FloatingPointError as error:
         print(f"diverged: {error}")
         kept |= {"diverged": True, "after": 0.0, "quantized": 0.0}
     else:
+        policy = summary.policy
         installed = summary["machine"]["versions"]
         kept |= {"s": summary["seconds"], "torch": installed["torch"], "commit": installed["dllm_rl_commit"]}
         kept |= {"cpu": capability(), "device": summary["machine"]["device"]}
@@ -133,6 +142,13 @@ def run_one(study: Study, root: Path, num_steps: int, arm: str, seed: int, pool:
     for column, metric in study.metrics.items():
         if found := [row[metric] for row in steps if metric in row]:
             kept[column] = mean(found)
+    return kept, policy
+
+
+def keep(root: Path, kept: Mapping[str, Any]) -> None:
+    """Write what a run left, from which on it is finished, and delete its checkpoints."""
+    path = result_path(root, kept["arm"], kept["seed"])
+    folder = root / "runs" / path.stem
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, kept)
     for part in ("checkpoints", "reference"):  # no study reads them, and a hundred runs' fill a disk

@@ -1,13 +1,17 @@
-"""The study of four-bit rollouts: statistics of gradients by hand, and its control."""
+"""The studies of four-bit rollouts: statistics of gradients by hand, their control, and which runs count."""
 
 import pytest
 import torch
 
 from dllm_rl import ais
+from dllm_rl.files import read_json, write_json
 from dllm_rl.testing import make_stats
+from recipes.smollm2_diffusion import recipe
+from recipes.studies import low_bits_tuned
 from recipes.studies.controls import permuted
 from recipes.studies.low_bits_gradients import BASELINE, OWN, jackknife, mean_product, rows_of
-from recipes.studies.paired import interval
+from recipes.studies.low_bits_tuned import FIRST_SEED, HALF, STUDY, TUNED, TUNING, go_on, rated, whole
+from recipes.studies.paired import interval, keep, load
 
 
 def test_a_product_of_means_counts_different_batches_alone():
@@ -47,3 +51,77 @@ def test_permuted_weights_are_those_of_ais_elsewhere():
     ours, moved = ais().weight_fn(stats).importance_weights, permuted(ais()).weight_fn(stats).importance_weights
     torch.testing.assert_close(moved[mask].sort().values, ours[mask].sort().values)
     assert (moved != ours)[mask].all() and (moved[~mask] == 1).all()
+
+
+def test_trials_are_evaluated_on_sums_of_neither_training_nor_the_study():
+    texts = [
+        {task[i].prompt for i in range(len(task))}
+        for task in (recipe.task, STUDY.base.eval_task, TUNING.base.eval_task)
+    ]
+    assert [len(each) for each in texts] == [1200, 289, 111]
+    assert len(set.union(*texts)) == 1600, "all sums of two numbers from 10 to 49, each in one set"
+
+
+def test_half_the_rate_is_half_of_that_of_no_corrector():
+    arms = rated(dict.fromkeys(TUNED, 1e-3) | {"int4": 5e-4}).arms
+    assert (arms[HALF]["learning_rate"], arms["int4"]["learning_rate"]) == (2.5e-4, 5e-4)
+    assert {name: arm for name, arm in arms[HALF].items() if name != "learning_rate"} == TUNED["int4"]
+
+
+def a_run(arm, seed, machine="this"):
+    return {"arm": arm, "seed": seed, "machine": machine, "after": 0.5, "quantized": 0.4}
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The runs that the driver makes, in their order, in place of training."""
+    order = []
+
+    def run_missing(study, root, runs, **_):
+        for arm, seed in runs:
+            if (arm, seed) not in load(root):
+                order.append((arm, seed))
+                keep(root, a_run(arm, seed))
+
+    monkeypatch.setattr(low_bits_tuned, "run_missing", run_missing)
+    monkeypatch.setattr(low_bits_tuned, "here", lambda: "this")
+    monkeypatch.setattr(low_bits_tuned, "tune", lambda *_: (dict.fromkeys(TUNED, 5e-4), []))
+    return order
+
+
+def test_the_driver_goes_on_seed_by_seed_and_repeats_nothing(tmp_path, made):
+    keep(tmp_path, a_run("int4", FIRST_SEED))
+    go_on(tmp_path)
+    every = [(arm, seed) for seed in range(FIRST_SEED, FIRST_SEED + 10) for arm in STUDY.arms]
+    assert made == [each for each in every if each != ("int4", FIRST_SEED)]
+    go_on(tmp_path)
+    assert len(made) == 79
+
+
+def test_a_seed_begun_on_another_machine_waits_for_it(tmp_path, made):
+    keep(tmp_path, a_run("int4", FIRST_SEED, "other"))
+    for arm in STUDY.arms:
+        keep(tmp_path, a_run(arm, FIRST_SEED + 1, "other"))
+    go_on(tmp_path)
+    assert {seed for _, seed in made} == set(range(FIRST_SEED + 2, FIRST_SEED + 11)), "nine, beside the whole one"
+    assert {seed for _, seed in whole(load(tmp_path))} == set(range(FIRST_SEED + 1, FIRST_SEED + 11))
+
+
+def test_a_failed_run_ends_the_driver(tmp_path, made, monkeypatch):
+    monkeypatch.setattr(low_bits_tuned, "run_missing", lambda *_, **__: None)
+    with pytest.raises(SystemExit, match="seed 10 failed"):
+        go_on(tmp_path)
+
+
+def test_stored_runs_are_taken_over_and_new_ones_added(tmp_path, made, monkeypatch, capsys):
+    stored = tmp_path / "stored.json"
+    write_json(stored, {"rates": None, "tuning": [], "runs": [a_run("int4", FIRST_SEED)]})
+    options = ["--output_dir", str(tmp_path / "out"), "--stored", str(stored)]
+    monkeypatch.setattr("sys.argv", ["low_bits_tuned", *options])
+    low_bits_tuned.main()
+    assert ("int4", FIRST_SEED) not in made and len(read_json(stored)["runs"]) == 1, "a run writes to its own folder"
+    monkeypatch.setattr("sys.argv", ["low_bits_tuned", *options, "--report"])
+    low_bits_tuned.main()
+    kept = read_json(stored)
+    assert len(kept["runs"]) == 80 and kept["rates"]["int4"] == 5e-4
+    assert "0 trials, 80 runs" in capsys.readouterr().out

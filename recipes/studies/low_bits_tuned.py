@@ -1,0 +1,231 @@
+"""What do four-bit rollouts cost a pretrained diffusion model, and what brings it back? Claims before the runs.
+
+The model, the task and the settings are those of low_bits.py: SmolLM2-135M, made a masked-diffusion model, goes on with
+sums for 48 steps, in fp32, with one update a step and no KL term. There six seeds at one rate, which nobody had tuned,
+had no unquantized arm. Here every arm has its own rate:
+
+    unquantized           the learner's own weights sample
+    FP8                   weights in e4m3
+    int4                  weights of 4 bits in groups of 32, no corrector
+    int4, tis             token TIS with its defaults
+    int4, ais             AIS with its defaults
+    int4, aligned         the learner computes with the weights of 4 bits, too
+    int4, permuted tis    TIS whose weights go to other tokens: what any gain of TIS must exceed
+    int4 at half the rate half of the rate of `int4`: does TIS only tame a step that is too large?
+
+Rates: the rule of late_rollouts.py for every arm but the last. On seed 100 an arm tries 2.5e-4, 5e-4 and 1e-3, and
+further by factors of two while the best is at an edge; on seed 101 the best of these and the better one of its
+neighbors. The higher mean of the two seeds wins. Trials are evaluated on `SpareSums`, which neither training nor the
+study's evaluation has.
+
+Evaluated at the end on all 289 held-out sums: the learner, greedily (`after`) and at temperature 1 in random order, as
+rollouts are drawn (`sampled`); the rollouts' weights, made from the learner, likewise (`quantized`, `quantized,
+sampled`); and, for every arm, INT4 weights made from the learner (`int4 weights`).
+
+The claims are the contrasts of `STUDY`, two-sided, with Holm's correction over all of them. Predicted without a test:
+the 95 % interval of unquantized less FP8 lies within 0.05 of 0. Known before the runs: low_bits.json (seeds 0 to 5 of
+`int4`, `int4, tis` and `int4, permuted tis` at 5e-4: 0.400, 0.505 and 0.360), low_bits_first.json and
+late_pretrained.json. So the seeds are fresh, from 10 on.
+
+All arms of a seed run on one machine, from one checkpoint: a seed that was begun on another (`here`: processor,
+versions, the checkpoint's weights) waits until that one is back, and the next seed is taken. The study is the first ten
+seeds that have all arms. Tuning trials count wherever they ran: they choose a rate, and are not compared otherwise.
+What order the runs have depends on no result: all trials, then seed by seed all arms.
+
+    python recipes/smollm2_diffusion_sft.py
+    python -m recipes.studies.low_bits_tuned              go on: run what neither --output_dir nor --stored has
+    python -m recipes.studies.low_bits_tuned --report     run nothing: add what --output_dir has to --stored; tables
+"""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from dllm_rl import Policy, Problem, ais, aligned, float8_weight_only, int4_weight_only, tis
+from dllm_rl.evaluation.evaluate import evaluate
+from dllm_rl.files import read_json, write_json
+from dllm_rl.manifest import digest
+from dllm_rl.quantization.rollout_policy import quantized_copy
+from recipes.smollm2_arithmetic import pairs
+from recipes.smollm2_diffusion import recipe
+from recipes.smollm2_diffusion_sft import PlainSums
+from recipes.studies import low_bits
+from recipes.studies.controls import permuted
+from recipes.studies.late_rollouts import at_rates, tune
+from recipes.studies.low_bits import INT4, steps_of
+from recipes.studies.paired import (
+    Contrast,
+    Results,
+    Study,
+    arm_rows,
+    capability,
+    contrast_rows,
+    keep,
+    load,
+    markdown,
+    result_path,
+    run_missing,
+    train_one,
+)
+
+STORED = Path(__file__).with_suffix(".json")  # {"rates", "tuning", "runs"}: every finished run
+SEEDS, FIRST_SEED = 10, 10
+HALF = "int4 at half the rate"
+TUNED: dict[str, dict[str, Any]] = {
+    "unquantized": {"rollout_quantization": None},
+    "FP8": {"rollout_quantization": partial(float8_weight_only, dequantized=True)},
+    "int4": INT4,
+    "int4, tis": INT4 | {"corrector": tis()},
+    "int4, ais": INT4 | {"corrector": ais()},
+    "int4, aligned": INT4 | {"corrector": aligned()},
+    "int4, permuted tis": INT4 | {"corrector": permuted(tis())},
+}
+COLUMNS = ("after", "sampled", "quantized", "quantized, sampled", "int4 weights")
+STUDY = replace(
+    low_bits.STUDY,
+    name="low-bits-tuned",
+    base=replace(low_bits.STUDY.base, save_steps=12),  # where a stopped run goes on
+    arms=TUNED | {HALF: INT4},
+    against={"FP8": "unquantized", "int4": "unquantized"}
+    | {arm: "int4" for arm in (*TUNED, HALF) if arm.startswith("int4") and arm != "int4"},
+    seeds=SEEDS,
+    contrasts=(
+        Contrast("INT4 costs something", "unquantized", "int4"),
+        Contrast("TIS is above no corrector", "int4, tis", "int4"),
+        Contrast("TIS is above its permuted weights", "int4, tis", "int4, permuted tis"),
+        Contrast("TIS is above half the rate", "int4, tis", HALF),
+        Contrast("AIS is above no corrector", "int4, ais", "int4"),
+        Contrast(
+            "the aligned forward's INT4 weights are above those of no corrector", "int4, aligned", "int4", "quantized"
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class SpareSums(PlainSums):
+    """Sums of the side that is trained on, behind the `size` that training takes: seen in no training."""
+
+    def __len__(self) -> int:
+        return len(pairs(self.held_out)) - self.size
+
+    def __getitem__(self, index: int) -> Problem:
+        return PlainSums(self.held_out, len(pairs(self.held_out)))[self.size + index]
+
+
+TUNING = replace(
+    STUDY, base=replace(STUDY.base, eval_task=SpareSums(held_out=False, size=1200)), arms=TUNED, contrasts=()
+)
+
+
+def here() -> dict[str, str]:
+    """What bits depend on: the processor, versions, and the weights of the checkpoint that all runs start from."""
+    lines = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    cpu = {name.strip(): value.strip() for name, value in lines}
+    (weights,) = Path(str(recipe.model)).glob("*.safetensors")
+    return {
+        "cpu": f"{cpu['model name']}, family {cpu['cpu family']}, model {cpu['model']}, {capability()}",
+        "torch": version("torch"),
+        "torchao": version("torchao"),
+        "start": digest(weights),
+    }
+
+
+def evaluated(policy: Policy, study: Study, name: str, seed: int) -> dict[str, float]:
+    """The learner, and weights quantized from it, on the study's sums."""
+
+    def rate(policy: Policy, sampler: Any) -> float:
+        policy.module.eval()
+        base = study.base
+        found = evaluate(policy, base.eval_task, sampler, seed=seed, batch_size=base.eval_batch_size).means
+        return found[study.metric]
+
+    greedy, drawn = study.base.eval_sampler, study.base.sampler
+    found = {"sampled": rate(policy, drawn)}
+    if scheme := study.arms[name]["rollout_quantization"]:
+        found["quantized, sampled"] = rate(quantized_copy(policy, scheme()), drawn)
+    else:
+        found["quantized, sampled"] = found["sampled"]
+    return found | {"int4 weights": rate(quantized_copy(policy, int4_weight_only()), greedy)}
+
+
+def run_evaluated(study: Study, root: Path, num_steps: int, name: str, seed: int) -> None:
+    """Train one arm of a seed, and evaluate it; leaves `root`/results/....json."""
+    kept, policy = train_one(study, root, num_steps, name, seed)
+    kept |= {"learning_rate": study.arms[name]["learning_rate"], "machine": here()}
+    if policy is None:
+        kept |= dict.fromkeys(COLUMNS, 0.0)
+    elif study.base.eval_task == STUDY.base.eval_task:  # not in trials
+        kept |= evaluated(policy, study, name, seed)
+    keep(root, kept | {"steps": steps_of(root, name, seed)})
+
+
+def whole(results: Results) -> Results:
+    """The runs of the first ten seeds that have all arms."""
+    seeds = sorted({seed for _, seed in results})
+    seeds = [seed for seed in seeds if all((arm, seed) in results for arm in STUDY.arms)][:SEEDS]
+    return {(arm, seed): run for (arm, seed), run in results.items() if seed in seeds}
+
+
+def rated(rates: Mapping[str, float]) -> Study:
+    """The study with its arms at the rates that tuning chose."""
+    return at_rates(STUDY, {**rates, HALF: rates["int4"] / 2})
+
+
+def go_on(root: Path) -> None:
+    """Run what is missing, one run after the other."""
+    rates, _ = tune(TUNING, root / "tuning", 1, run_evaluated)
+    write_json(root / "rates.json", rates)
+    study, machine = rated(rates), here()
+    for seed in count(FIRST_SEED):
+        results = load(root)
+        begun = [run for (_, other), run in results.items() if other == seed]
+        if any(run["machine"] != machine for run in begun):
+            continue
+        if len(whole(results)) == SEEDS * len(study.arms):
+            return
+        run_missing(
+            study,
+            root,
+            [(arm, seed) for arm in study.arms],
+            num_steps=lambda _: study.num_steps,
+            workers=1,
+            run=run_evaluated,
+        )
+        if any((arm, seed) not in load(root) for arm in study.arms):
+            raise SystemExit(f"a run of seed {seed} failed; see {root / 'logs'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs") / STUDY.name)
+    parser.add_argument("--stored", type=Path, default=STORED, help="the finished runs; --report alone writes it")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    root, parts = options.output_dir, {"tuning": options.output_dir / "tuning", "runs": options.output_dir}
+    stored = read_json(options.stored) if options.stored.exists() else {"rates": None, "tuning": [], "runs": []}
+    if not options.report:
+        for part, folder in parts.items():
+            for run in stored[part]:
+                if not result_path(folder, run["arm"], run["seed"]).exists():
+                    keep(folder, run)
+        go_on(root)
+        return
+    for part, folder in parts.items():
+        runs = {(run["arm"], run["seed"]): run for run in stored[part]} | load(folder)
+        stored[part] = [run for _, run in sorted(runs.items(), key=lambda item: (item[0][1], item[0][0]))]
+    if (root / "rates.json").exists():
+        stored["rates"] = read_json(root / "rates.json")
+    write_json(options.stored, stored)
+    results = whole({(run["arm"], run["seed"]): run for run in stored["runs"]})
+    print(f"{len(stored['tuning'])} trials, {len(stored['runs'])} runs, rates {stored['rates']}")
+    print(markdown(arm_rows(STUDY, results, COLUMNS)), markdown(contrast_rows(STUDY, results)), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
