@@ -426,7 +426,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 def add_check_trace(commands: argparse._SubParsersAction) -> None:
     about = "replay an engine's rollouts; exit with 1 if steps are impossible or log-probs are not the model's"
     sub = commands.add_parser("check-trace", help=about)
-    sub.add_argument("file", help="a trace (.safetensors, .jsonl), or responses of SGLang, vLLM or NeMo-RL (.jsonl)")
+    sub.add_argument("file", help="a trace, or responses of SGLang, vLLM or NeMo-RL (.jsonl)")
     sub.add_argument("--model", required=True, help="a checkpoint's or a run's folder, with the weights that sampled")
     sub.add_argument("--block_size", type=int, help="the engine's block size in tokens; needed only for responses")
     sub.add_argument("--block_steps", type=int, help="vLLM's steps per block (default: one per token)")

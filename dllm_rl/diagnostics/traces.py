@@ -1,16 +1,14 @@
 """Read and write traces: rollouts on disk, from this library or from an inference engine.
 
-In memory a trace is a `Rollout`. On disk it has one of two formats, chosen by the file's suffix:
-
-- `.safetensors`: the fields of TRACE_TENSORS as tensors (B, T), and the settings as JSON in the metadata `trace`.
-- `.jsonl`: a line per completion, with its settings and these fields as lists over the row's tokens, without padding.
+In memory a trace is a `Rollout`. On disk it is a `.jsonl` file with a line per completion: its settings, and the fields
+of TRACE_TENSORS as lists over the row's tokens, without padding.
 
 The settings are `format` ("dllm_rl_trace"), `version`, `group_size`, `weights_version`, `forwards`, `temperature`,
 `top_k`, `top_p`, `suppress`, `rank` and `order` (`Order.rank_name`, `Order.probability`). Log-probs are in nats, under
 the distribution that the token was sampled from; null (NaN in memory) means that the engine recorded none. Experts, the
 support of a filter and the log-prob of an order are not stored.
 
-A `.jsonl` file may instead have one response of an engine per line (ENGINE_FORMATS). What is known about each format,
+The file may instead have one response of an engine per line (ENGINE_FORMATS). What is known about each format,
 and from where:
 
 - sglang: a `/generate` response with `meta_info.step_maps`, merged with its request, whose `input_ids` are the prompt.
@@ -43,11 +41,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dllm_rl.files import replacing, write_text
+from dllm_rl.files import write_text
 from dllm_rl.types import Order, Rollout, SamplingParams
 
 FORMAT, VERSION = "dllm_rl_trace", 1
@@ -62,7 +58,6 @@ TRACE_TENSORS = {
     "block_first_step": torch.int64,
 }
 FILL = {"unmask_step": -1, "block_first_step": -1}  # values outside the completion; other fields have 0
-OPTIONAL = ("logprobs", "block_first_step")
 # Values of `Order.probability` that are restored. The others need data that a trace lacks, and become "unknown".
 RESTORED_STATUSES = ("deterministic", "independent")
 
@@ -118,7 +113,7 @@ def write_trace(path: str | Path, rollout: Rollout) -> None:
     """Write a rollout as a trace, for `dllm-rl check-trace` or for another training library.
 
     Args:
-        path: File to write, `.safetensors` or `.jsonl`.
+        path: File to write, `.jsonl`.
         rollout: Rollout of a sampler that writes every position once.
 
     Raises:
@@ -126,11 +121,6 @@ def write_trace(path: str | Path, rollout: Rollout) -> None:
     """
     path = Path(path)
     _check_suffix(path)
-    settings, tensors = _settings_and_tensors(rollout)
-    if path.suffix == ".safetensors":
-        with replacing(path) as partial:
-            save_file(tensors, partial, metadata={"trace": json.dumps(settings)})
-        return
     write_text(path, "\n".join(map(json.dumps, trace_rows(rollout))) + "\n")
 
 
@@ -181,7 +171,7 @@ def _settings_and_tensors(rollout: Rollout) -> tuple[dict[str, Any], dict[str, T
         tensors["block_first_step"] = order.block_first_step
     if not has_logprobs(rollout):
         del tensors["logprobs"]
-    tensors = {name: x.detach().to("cpu", TRACE_TENSORS[name], copy=True).contiguous() for name, x in tensors.items()}
+    tensors = {name: x.detach().to("cpu", TRACE_TENSORS[name]) for name, x in tensors.items()}
     return settings, tensors
 
 
@@ -203,7 +193,7 @@ def read_trace(
     a vocabulary, because no policy is needed (`check_trace` compares them).
 
     Args:
-        path: File to read, `.safetensors` or `.jsonl`.
+        path: File to read, `.jsonl`.
         block_size: Positions per block of the engine. Needed only for responses of engines.
         block_steps: Steps per block, for vLLM responses. None (default): one per position.
         sampling_params: Temperature and filters of the sampling distribution. None (default): as recorded in the trace;
@@ -221,8 +211,7 @@ def read_trace(
     for name, value in (("block_size", block_size), ("block_steps", block_steps)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    is_tensors = path.suffix == ".safetensors"
-    rollout = _read_safetensors(path) if is_tensors else _read_lines(path, block_size, block_steps)
+    rollout = _read_lines(path, block_size, block_steps)
     return rollout if sampling_params is None else replace(rollout, sampling_params=sampling_params)
 
 
@@ -236,32 +225,8 @@ def check_file(path: Path) -> None:
 
 
 def _check_suffix(path: Path) -> None:
-    if path.suffix not in (".safetensors", ".jsonl"):
-        raise ValueError(f"{path} must be a .safetensors or a .jsonl file")
-
-
-def _read_safetensors(path: Path) -> Rollout:
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("trace")
-            names = set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in TRACE_TENSORS if name in names}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if text is None:
-        raise ValueError(f"{path} has no metadata 'trace'; write it with write_trace")
-    settings = _settings(_parsed(text, f"{path}: metadata 'trace'"), str(path))
-    for name, dtype in TRACE_TENSORS.items():
-        if name not in tensors:
-            if name not in OPTIONAL:
-                raise ValueError(f"{path}: the tensor {name} is missing; write it with write_trace")
-            continue
-        tensor = tensors[name]
-        if tensor.dtype != dtype or tensor.dim() != 2 or tensor.shape != tensors["tokens"].shape:
-            found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
-            kind = str(dtype).removeprefix("torch.")
-            raise ValueError(f"{path}: {name} is {found}; it must be {kind} of the shape (B, T) of tokens")
-    return _rollout(tensors, settings, str(path))
+    if path.suffix != ".jsonl":
+        raise ValueError(f"{path} must be a .jsonl file")
 
 
 def _read_lines(path: Path, block_size: int | None, block_steps: int | None) -> Rollout:
@@ -312,10 +277,6 @@ def _rollout(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], where: 
     tokens, completion = tensors["tokens"], tensors["completion_mask"]
     if not tokens.numel() or len(tokens) % settings["group_size"]:
         raise ValueError(f"{where}: {len(tokens)} rows are not complete groups of group_size={settings['group_size']}")
-    if (tokens < 0).any():
-        raise ValueError(f"{where}: tokens has {int(tokens.min())}; token ids are at least 0")
-    if (completion & ~tensors["attention_mask"]).any():
-        raise ValueError(f"{where}: completion_mask marks padding; it must lie within attention_mask")
     if not completion.any():
         raise ValueError(f"{where}: completion_mask is empty; a trace needs the tokens that were sampled")
     order = None

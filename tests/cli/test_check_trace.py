@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     rollout = sampler(policy, prompts, Generator().manual_seed(0))
     write_trace(folder / "clean.jsonl", rollout)
     other = replace(rollout, sampling_params=replace(rollout.sampling_params, temperature=1.5))
-    write_trace(folder / "other.safetensors", other)
+    write_trace(folder / "other.jsonl", other)
     (folder / "bad.jsonl").write_text('{"format": "\\u001b]0;x", "version": 1}')
     return folder
 
@@ -38,18 +38,18 @@ def test_a_clean_trace_ends_with_0_and_another_temperature_with_1(folder, capsys
     assert run(folder, "clean.jsonl") == 0
     shown = capsys.readouterr().out
     assert "trace of 4 rows, 4 replayed" in shown and "log-probs agree" in shown and "positions" not in shown.split()
-    assert run(folder, "other.safetensors") == 1
+    assert run(folder, "other.jsonl") == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert "explains it: 0.7" in shown and "the log-probs are those of temperature 0.7" in shown
-    assert run(folder, "other.safetensors", "--temperature", "0.7") == 0  # the setting that was found
+    assert run(folder, "other.jsonl", "--temperature", "0.7") == 0  # the setting that was found
 
 
 def test_the_report_as_json(folder, capsys):
-    assert run(folder, "other.safetensors", "--json") == 1
+    assert run(folder, "other.jsonl", "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert found["cause"] == "temperature" and not found["ok"] and found["total"]["num_tokens"] == 24
     assert [part["name"] for part in found["parts"]][:3] == ["step 0", "step 1", "step 2"]
-    assert run(folder, "other.safetensors", "--bound", "9") == 0
+    assert run(folder, "other.jsonl", "--bound", "9") == 0
 
 
 @pytest.mark.parametrize(
