@@ -23,7 +23,7 @@ from dllm_rl.device import find_device
 from dllm_rl.distributed.collectives import OneProcess, Processes, make_accelerator, num_launched
 from dllm_rl.evaluation.completions import fingerprint
 from dllm_rl.evaluation.evaluate import evaluate, task_facts
-from dllm_rl.evaluation.results import Evaluation, best_of, headline, paired_differences
+from dllm_rl.evaluation.results import Evaluation, best_of, compared_with, headline, with_bounds
 from dllm_rl.evaluation.sweep import plot_curve, varying, write_csv
 from dllm_rl.files import write_json
 from dllm_rl.members import plain
@@ -148,7 +148,7 @@ def difference_from_first(
     """
     for first_settings, first_result in first:
         if first_settings == settings:
-            return {"against": against, "difference": paired_differences(result, first_result)}
+            return compared_with(against, result, first_result)
     return {}
 
 
@@ -165,7 +165,7 @@ def difference_from_diffusion(
     diffusion_result = next(
         other_result for other, other_result in measured if all(other[name] == settings[name] for name in names)
     )
-    return {"against": "its diffusion decoding", "difference": paired_differences(result, diffusion_result)}
+    return compared_with("its diffusion decoding", result, diffusion_result)
 
 
 def show_results(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
@@ -447,14 +447,15 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table with one row per metric with 95 % intervals, and one column per length."""
     first_row = rows[0]
     split = f", {first_row['split']} split" if first_row["split"] else ""
-    table = Table(title=heading(first_row, split), caption=literal(first_row["model"], style="table.caption"))
+    captions = [first_row["model"], *reasons_for_null(rows)]
+    table = Table(title=heading(first_row, split), caption=literal("\n".join(captions), style="table.caption"))
     table.add_column("")
     for row in rows:
         steps = f", {row['diffusion_steps']} steps" if row.get("diffusion_steps") else ""
         table.add_column(f"{row['max_new_tokens']} tokens{steps}", justify="right")
     for name in (name for name in first_row if f"{name}_interval" in first_row):
-        cells = ((row[name], *row[f"{name}_interval"]) for row in rows)
-        table.add_row(literal(name), *(f"{mean:.3f}  [{low:.3f}, {high:.3f}]" for mean, low, high in cells))
+        cells = [with_bounds(row[name], row[f"{name}_interval"], separator="  ") for row in rows]
+        table.add_row(literal(name), *map(literal, cells))
     completions = first_row["n"] * first_row["samples"]
     table.add_row("tokens per completion", *(f"{row['tokens'] / completions:.1f}" for row in rows))
     for name in ("forwards_per_answer", "tokens_per_forward", "seconds"):
@@ -473,6 +474,7 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
         *[text] * bool(against),
         best_of(values_and_labels, metric),
         "forwards: per answer, x tokens per forward",
+        *reasons_for_null(rows),
     ]
     table = Table(title=heading(rows[0]), caption=literal(". ".join(captions), style="table.caption"), **NARROW)
     for name in names:
@@ -482,12 +484,16 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
         table.add_column(literal(name), justify="right", no_wrap=True)
     separator = "\n" if against else " "  # a line break leaves space for the names of models
     for row in rows:
-        low, high = row[f"{metric}_interval"]
-        cells = [f"{row[metric]:.3f}{separator}[{low:.3f}, {high:.3f}]"]
+        cells = [with_bounds(row[metric], row[f"{metric}_interval"], separator=separator)]
         if against is not None:
             difference = row.get("difference", {}).get(metric)
-            cells.append("{:+.3f}\n[{:+.3f}, {:+.3f}]".format(*difference) if difference else "")
+            cells.append(with_bounds(difference[0], difference[1:], sign="+", separator="\n") if difference else "")
         cells.append(f"{row['forwards_per_answer']:.1f}{separator}x {row['tokens_per_forward']:.1f}")
         cells.append(f"{row['seconds']:.1f}")
-        table.add_row(*(literal(str(row.get(name, ""))) for name in names), *cells)
+        table.add_row(*(literal(str(row.get(name, ""))) for name in names), *map(literal, cells))
     return table
+
+
+def reasons_for_null(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return why some of the numbers of results have no interval; [] if all have one."""
+    return list(dict.fromkeys(row["why_null"] for row in rows if "why_null" in row))

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dllm_rl.evaluation.grading import compare_files, grade_by_every_rule, grade_file
+from dllm_rl.evaluation.results import with_bounds
 from dllm_rl.files import read_json
 from dllm_rl.screen import NARROW, literal
 
@@ -68,10 +69,7 @@ def rules_table(graded: dict[str, Any], file: str) -> Table:
     for name in ("right", *rates, "parsed"):
         table.add_column(name, justify="right", no_wrap=True)
     for rule, row in rules.items():
-        cells = [
-            "{:.3f} [{:.3f}, {:.3f}]".format(row[name], *row[f"{name}_interval"]) if name in row else ""
-            for name in rates
-        ]
+        cells = [literal(with_bounds(row[name], row[f"{name}_interval"]) if name in row else "") for name in rates]
         table.add_row(literal(rule), str(row["right"]), *cells, f"{row['parsed']:.3f}")
     return table
 

@@ -11,8 +11,8 @@ from dllm_rl.evaluation.results import (
     RATES,
     Evaluation,
     GradedAnswer,
+    compared_with,
     headline,
-    paired_differences,
     sums_by_name,
     with_intervals,
 )
@@ -106,10 +106,7 @@ def compare_files(path: str | Path, before: str | Path, *, task: str, protocol: 
             raise ValueError(
                 f"{row.location} is a different problem from {other_row.location}; give files of the same problems"
             )
-    return _summary(*graded[0], task, protocol) | {
-        "against": str(before),
-        "difference": paired_differences(*evaluations),
-    }
+    return _summary(*graded[0], task, protocol) | compared_with(str(before), *evaluations)
 
 
 def _problems(stored: Sequence[StoredCompletion]) -> list[int]:

@@ -14,6 +14,7 @@ from dllm_rl.evaluation.intervals import bootstrap_difference, bootstrap_mean, m
 from dllm_rl.tasks.base import Reward, metric_fractions
 
 RATES = ("parsed", "accuracy", "solve_rate", "undecided", "cell_accuracy")  # shown if the grader returns them
+WHY_NULL = "no interval: one problem, or the same number on every problem, shows no spread"
 Sums = dict[int, tuple[float, float]]  # problem -> a metric's sum over its completions, and the sum's divisor
 
 
@@ -139,12 +140,13 @@ def best_of(values_and_labels: Sequence[tuple[float, str]], metric: str) -> str:
     return f"best {metric}: {highest:.3f} ({label}), {explanation}; the last: {last:.3f} ({last_label})"
 
 
-def paired_differences(evaluation: Evaluation, baseline: Evaluation) -> dict[str, list[float]]:
+def paired_differences(evaluation: Evaluation, baseline: Evaluation) -> dict[str, list[float | None]]:
     """Return [difference, low, high] for each metric: its mean minus the baseline's, with a 95 % interval.
 
-    Only the problems that both evaluations have are compared.
+    Only the problems that both evaluations have are compared. low and high are None if that is one problem, or if
+    every problem has the same difference.
     """
-    differences = {}
+    differences: dict[str, list[float | None]] = {}
     for name, sums in evaluation.sums.items():
         baseline_sums = baseline.sums.get(name, {})
         problems = sorted(sums.keys() & baseline_sums.keys())  # sorted, because the bootstrap depends on the order
@@ -152,11 +154,27 @@ def paired_differences(evaluation: Evaluation, baseline: Evaluation) -> dict[str
             values, weights = zip(*map(sums.__getitem__, problems), strict=True)
             baseline_values, baseline_weights = zip(*map(baseline_sums.__getitem__, problems), strict=True)
             generator = np.random.default_rng(0)
-            low, high = bootstrap_difference(
+            bounds = bootstrap_difference(
                 values, baseline_values, generator, weights=weights, weights_before=baseline_weights
             )
-            differences[name] = [mean(values, weights) - mean(baseline_values, baseline_weights), low, high]
+            difference = mean(values, weights) - mean(baseline_values, baseline_weights)
+            differences[name] = [difference, *(bounds or (None, None))]
     return differences
+
+
+def compared_with(against: str, evaluation: Evaluation, baseline: Evaluation) -> dict[str, Any]:
+    """Return what results say of a comparison: `against`, `difference` (`paired_differences`), and `why_null`, the
+    reason, if a difference has no interval.
+    """
+    differences = paired_differences(evaluation, baseline)
+    has_none = any(None in numbers for numbers in differences.values())
+    return {"against": against, "difference": differences} | ({"why_null": WHY_NULL} if has_none else {})
+
+
+def with_bounds(number: float, bounds: Sequence[float | None] | None, *, sign: str = "", separator: str = " ") -> str:
+    """Return a number and its interval for a table. sign: "+" writes the sign of positive numbers, too."""
+    shown = [f"{bound:{sign}.3f}" for bound in bounds or () if bound is not None]
+    return f"{number:{sign}.3f}{separator}[{', '.join(shown) or 'no interval'}]"
 
 
 def mean(values: Sequence[float], weights: Sequence[float]) -> float:
@@ -165,19 +183,23 @@ def mean(values: Sequence[float], weights: Sequence[float]) -> float:
 
 
 def with_intervals(sums_by_metric: Mapping[str, Sums]) -> dict[str, Any]:
-    """Return NAME (the mean) and NAME_interval ([low, high]) for each metric."""
+    """Return NAME (the mean) and NAME_interval ([low, high], or None) for each metric; and `why_null`, the reason,
+    if one is None.
+    """
     numbers: dict[str, Any] = {}
     for name, sums in sums_by_metric.items():
         values, weights = sums_and_divisors(sums)
         numbers[name] = mean(values, weights)
-        numbers[f"{name}_interval"] = list(interval(name, values, weights))
-    return numbers
+        bounds = interval(name, values, weights)
+        numbers[f"{name}_interval"] = bounds and list(bounds)
+    return numbers | ({"why_null": WHY_NULL} if None in numbers.values() else {})
 
 
-def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+def interval(name: str, values: Sequence[float], weights: Sequence[float]) -> tuple[float, float] | None:
     """Return a 95 % interval: Wilson's if every problem scores 0 or 1, else a bootstrap with a fixed seed.
 
-    The bootstrap resamples problems, because the samples of one problem are not independent.
+    The bootstrap resamples problems, because the samples of one problem are not independent. None without a spread:
+    one problem, or equal scores.
     """
     # Rewards and cells of a puzzle are not independent trials, even if all values are 0 or 1.
     numbers = np.asarray(values)

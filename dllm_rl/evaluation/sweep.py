@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Sequence
 from itertools import chain
-from math import log2
+from math import log2, nan
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def write_csv(path: Path, results: Sequence[dict[str, Any]]) -> None:
             if name.endswith("_interval"):
                 metric = name.removesuffix("_interval")
                 row[metric] = result[metric]
-                row[f"{metric}_low"], row[f"{metric}_high"] = value
+                row[f"{metric}_low"], row[f"{metric}_high"] = value or (None, None)
         for name, numbers in result.get("difference", {}).items():
             columns = (f"{name}_difference", f"{name}_difference_low", f"{name}_difference_high")
             row |= zip(columns, numbers, strict=True)
@@ -65,7 +65,8 @@ def plot_curve(path: Path, results: Sequence[dict[str, Any]]) -> None:
     for axis, cost in zip(axes, (_forwards, _seconds), strict=True):
         for label, rows in lines.items():
             rows = sorted(rows, key=cost)
-            low, high = zip(*(row[f"{metric}_interval"] for row in rows), strict=True)
+            # Without an interval, no band is drawn.
+            low, high = zip(*(row[f"{metric}_interval"] or (nan, nan) for row in rows), strict=True)
             costs = list(map(cost, rows))
             # A dollar sign would begin a formula.
             text = escape_controls(label).replace("$", r"\$")

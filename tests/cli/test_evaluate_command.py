@@ -15,6 +15,7 @@ import dllm_rl
 from dllm_rl import train
 from dllm_rl.cli.evaluate import make_task, num_problems, results_table
 from dllm_rl.cli.main import main
+from dllm_rl.evaluation.results import WHY_NULL
 from dllm_rl.models.policy import diffusion_from_causal
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.monitoring.json_lines import current_rows
@@ -70,7 +71,7 @@ def test_json_says_what_was_evaluated_and_how(model, capsys, tmp_path):
     assert {name: found[name] for name in said} == said
     assert found["settings"]["clues"] == 9
     for name in ("cell_accuracy", "solve_rate", "parsed", "pass@1", "pass@2"):
-        low, high = found[f"{name}_interval"]
+        low, high = found[f"{name}_interval"] or (0.0, 1.0)
         assert low <= found[name] <= high
     assert found["forwards"] == 2 and 0 <= found["tokens"] <= 12 * 16 and found["seconds"] > 0
     assert json.loads((tmp_path / "results.json").read_text()) == [found]
@@ -96,6 +97,7 @@ def test_several_lengths_give_a_table_and_a_file_each(model, capsys, tmp_path):
     )
     assert "8 tokens, 2 steps" in text and "12 tokens, 2 steps" in text
     assert "accuracy" in text and "[0.000, 0.490]" in text  # Wilson's interval of none in four
+    assert "[no interval]" in text and WHY_NULL in " ".join(text.split())  # of the reward, a number of any size
     assert sorted(path.name.rpartition("-")[0] or path.name for path in tmp_path.iterdir()) == [
         "completions-12-tokens-2-steps",
         "completions-8-tokens-2-steps",
@@ -180,12 +182,14 @@ def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
     assert "difference" not in found[0] and found[2]["against"] == str(runs[0])
     for before, after in zip(found[:2], found[2:], strict=True):
         for name, (less, low, high) in after["difference"].items():
-            assert less == pytest.approx(after[name] - before[name]) and low <= less <= high
+            assert less == pytest.approx(after[name] - before[name])
+            assert low is None or low <= less <= high
     with (tmp_path / "c.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["cell_accuracy"]) for row in rows] == [row["cell_accuracy"] for row in found]
     assert [row["cell_accuracy_difference_high"] for row in rows][:2] == ["", ""]
-    assert float(rows[3]["cell_accuracy_difference_high"]) == found[3]["difference"]["cell_accuracy"][2]
+    high = found[3]["difference"]["cell_accuracy"][2]
+    assert rows[3]["cell_accuracy_difference_high"] == ("" if high is None else str(high))
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     text = output(capsys, *command)
     assert "difference: solve_rate minus that of" in " ".join(text.split()) and " steps " in text
@@ -198,7 +202,7 @@ def test_runs_are_compared_problem_by_problem(runs, capsys, tmp_path):
 def test_a_model_against_itself_differs_by_nothing(model, capsys):
     command = ("evaluate", model, model, "--task", "sudoku", "--limit", 5, "--diffusion_steps", 2, "--json")
     first, second = (json.loads(line) for line in output(capsys, *command).splitlines())
-    assert {tuple(numbers) for numbers in second["difference"].values()} == {(0.0, 0.0, 0.0)}
+    assert {tuple(numbers) for numbers in second["difference"].values()} == {(0.0, None, None)}
     assert first["solve_rate"] == second["solve_rate"]
 
 
@@ -395,7 +399,7 @@ def test_majority_of_answers_that_a_model_gives(model, capsys, sums):
     found = json.loads(output(capsys, "evaluate", model, *sums, *many, "--majority", "1,5"))
     assert found["maj@1"] == pytest.approx(found["accuracy"]) and found["parsed"] > 0
     for name in ("maj@1", "maj@5"):
-        low, high = found[f"{name}_interval"]
+        low, high = found[f"{name}_interval"] or (0.0, 1.0)
         assert low <= found[name] <= high
     assert "maj@5" not in json.loads(output(capsys, "evaluate", model, *sums, *many))
     message = refusal(capsys, "evaluate", model, *sums, *many, "--majority", 6)

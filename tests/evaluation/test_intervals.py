@@ -75,9 +75,33 @@ def test_bootstrap_of_a_ratio_divides_the_sums() -> None:
 def test_bootstrap_is_a_function_of_its_generator() -> None:
     values = [0.0, 1.0, 1.0]
     assert bootstrap_mean(values, np.random.default_rng(0)) == bootstrap_mean(values, np.random.default_rng(0))
-    assert bootstrap_mean([0.5, 0.5], np.random.default_rng(0)) == (0.5, 0.5)
-    # Rows of one ratio and different sizes: whatever is drawn, value and weight come together.
-    assert bootstrap_mean([1.0, 2.0, 4.0], np.random.default_rng(0), weights=[2.0, 4.0, 8.0]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "weights"),
+    [
+        ([0.625], None),
+        ([0.5, 0.5], None),
+        ([0.0] * 4, None),
+        ([-3e8] * 5, None),
+        ([0.1 + 0.2, 0.3, 0.3], None),  # equal but for rounding
+        ([1.0, 2.0, 4.0], [2.0, 4.0, 8.0]),  # whatever is drawn, value and weight come together
+    ],
+)
+def test_rows_without_spread_have_no_interval(values, weights) -> None:
+    """Whatever rows are drawn, their mean is the same: a bootstrap has no width, which is no certainty."""
+    assert bootstrap_mean(values, np.random.default_rng(0), weights=weights) is None
+    before = [0.25] * len(values)
+    ones = weights and [1.0] * len(values)
+    differences = bootstrap_difference(values, before, np.random.default_rng(0), weights=weights, weights_before=ones)
+    assert differences is None
+
+
+def test_a_small_spread_has_an_interval() -> None:
+    low, high = bootstrap_mean([0.3, 0.3 + 1e-6] * 50, np.random.default_rng(0))
+    assert 0.3 < low < 0.3 + 5e-7 < high < 0.3 + 1e-6
+    low, high = bootstrap_mean([1e-12, 3e-12] * 50, np.random.default_rng(0))  # small numbers, too
+    assert 1e-12 < low < 2e-12 < high < 3e-12
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -159,16 +183,15 @@ def test_bad_arguments() -> None:
 
 
 def test_bootstrap_of_a_difference_is_of_the_same_rows() -> None:
-    """What is common to both cancels: a constant shift has no width, and a noisy one has that of the shift alone."""
+    """What is common to both cancels: a constant shift shows no spread, and a noisy one has that of the shift alone."""
     generator = np.random.default_rng(3)
     hard = generator.normal(0, 10, 50)
-    assert bootstrap_difference(hard + 1, hard, generator) == pytest.approx((1, 1))
+    assert bootstrap_difference(hard + 1, hard, generator) is None
     shift = generator.normal(1, 1, 50)
     low, high = bootstrap_difference(hard + shift, hard, np.random.default_rng(0))
     assert (low, high) == pytest.approx(bootstrap_mean(shift, np.random.default_rng(0)))
     back = bootstrap_difference(hard, hard + shift, np.random.default_rng(0))
     assert back == pytest.approx((-high, -low), abs=1e-3)  # the quantiles lie between two draws
-    assert bootstrap_difference([0.0, 0.0], [0.0, 0.0], generator) == (0, 0)
 
 
 def test_bootstrap_of_a_difference_of_ratios_by_hand() -> None:

@@ -6,7 +6,16 @@ import pytest
 
 from dllm_rl.evaluation.grading import grade_file
 from dllm_rl.evaluation.intervals import wilson
-from dllm_rl.evaluation.results import Evaluation, GradedAnswer, best_of, interval, paired_differences
+from dllm_rl.evaluation.results import (
+    WHY_NULL,
+    Evaluation,
+    GradedAnswer,
+    best_of,
+    compared_with,
+    interval,
+    paired_differences,
+    with_bounds,
+)
 from dllm_rl.tasks import Problem, Reward, Sudoku
 from dllm_rl.tasks.protocols import PROTOCOLS, under_protocol
 
@@ -190,14 +199,73 @@ def graded(*accuracies):
 
 
 def test_cells_are_no_trials_even_where_each_puzzle_is_all_or_nothing():
-    """Four puzzles of eight cells, all right: whatever is drawn again has a mean of 1. Wilson's interval is wider."""
-    assert interval("cell_accuracy", [8.0] * 4, [8.0] * 4) == (1.0, 1.0)
+    """Four puzzles of eight cells, all right: whatever is drawn again has a mean of 1. Wilson's is of trials."""
+    assert interval("cell_accuracy", [8.0] * 4, [8.0] * 4) is None
+
+
+def samples_of(*problems, metric="accuracy"):
+    """An evaluation with samples of these scores for each problem."""
+    return Evaluation(
+        tuple(
+            GradedAnswer(problem, sample, Reward(float(score), True, {metric: float(score)}, str(score)))
+            for problem, scores in enumerate(problems)
+            for sample, score in enumerate(scores)
+        ),
+        {},
+    )
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "name"),
+    [
+        (samples_of([1, 0, 1, 0, 1, 0, 1, 1]), "accuracy"),
+        (samples_of([1, 0], [0, 1], [1, 0]), "accuracy"),
+        (samples_of([0], [0], [0], [0], metric="solved"), "reward"),
+        (samples_of([2.5], [2.5]), "reward"),
+        (samples_of([1, 0, 0, 0]), "pass@2"),
+        (samples_of([1, 0, 0, 0], [0, 0, 1, 0]), "pass@2"),
+    ],
+)
+def test_numbers_without_spread_have_no_interval_and_the_reason(evaluation, name):
+    found = evaluation.summary
+    assert found[f"{name}_interval"] is None and found["why_null"] == WHY_NULL
+    json.loads(json.dumps(found, allow_nan=False))
+
+
+def test_one_problem_of_0_or_1_has_wilson_s_interval():
+    """One trial: the two p with |1 - p| = z sqrt(p (1 - p)) are 1 / (1 + z^2) and 1."""
+    found = samples_of([1, 1, 1]).summary
+    assert found["accuracy_interval"] == found["pass@3_interval"] == [pytest.approx(1 / (1 + 1.959964**2)), 1.0]
+    found = samples_of([1, 0, 0]).majority([1, 3])
+    assert found["maj@1_interval"] is None and found["why_null"] == WHY_NULL
+    assert found["maj@3_interval"] == [0.0, pytest.approx(1 - 1 / (1 + 1.959964**2))]
+    assert "why_null" not in samples_of([1, 0], [1, 1]).majority([1])
+
+
+def test_a_difference_without_spread_has_no_interval_and_the_reason():
+    for after, before, expected in (
+        (samples_of([1, 0, 1, 0]), samples_of([0, 0, 1, 0]), 0.25),  # one problem
+        (samples_of([1], [0], [1]), samples_of([1], [0], [1]), 0.0),  # equal models
+        (samples_of([1], [1], [1]), samples_of([0], [0], [0]), 1.0),
+    ):
+        found = compared_with("before", after, before)
+        assert found["difference"]["accuracy"] == [expected, None, None] and found["why_null"] == WHY_NULL
+    # `parsed` is equal on both problems; `accuracy` is not.
+    found = compared_with("before", samples_of([1], [0]), samples_of([0], [0]))
+    assert found["difference"]["accuracy"] == [0.5, 0.0, 1.0] and found["difference"]["parsed"] == [0.0, None, None]
+
+
+def test_a_number_without_an_interval_is_shown_as_such():
+    assert with_bounds(0.5, [0.25, 0.75]) == "0.500 [0.250, 0.750]"
+    assert with_bounds(0.5, None) == "0.500 [no interval]"
+    assert with_bounds(0.5, [None, None], sign="+", separator="\n") == "+0.500\n[no interval]"
+    assert with_bounds(-0.5, [-0.75, 0.25], sign="+") == "-0.500 [-0.750, +0.250]"
 
 
 def test_a_difference_is_of_problems_that_both_have():
     """The first problem's difference is 1; the second has no accuracy before, the third none now."""
     found = paired_differences(graded(1.0, 0.0, None), graded(0.0, None, 1.0))
-    assert found["accuracy"] == [1.0, 1.0, 1.0]
+    assert found["accuracy"] == [1.0, None, None]
 
 
 def test_each_side_of_a_difference_has_its_own_number_of_completions():
@@ -205,8 +273,8 @@ def test_each_side_of_a_difference_has_its_own_number_of_completions():
     now = graded(1.0, 1.0, 1.0)
     before = [Reward(0.0, True, {"accuracy": float(sample)}) for _ in range(3) for sample in range(2)]
     halves = Evaluation(tuple(GradedAnswer(*divmod(place, 2), reward) for place, reward in enumerate(before)), {})
-    assert paired_differences(now, halves)["accuracy"] == [0.5, 0.5, 0.5]
-    assert paired_differences(halves, now)["accuracy"] == [-0.5, -0.5, -0.5]
+    assert paired_differences(now, halves)["accuracy"] == [0.5, None, None]
+    assert paired_differences(halves, now)["accuracy"] == [-0.5, None, None]
 
 
 def test_the_best_is_named_with_how_many_it_is_the_best_of_and_the_last():

@@ -50,6 +50,24 @@ def test_a_table_has_a_row_per_result_and_every_difference(tmp_path):
     assert first["accuracy_difference"] == "" and second["accuracy_difference_low"] == "-0.5"
 
 
+def test_a_number_without_an_interval_has_no_band_and_an_empty_cell(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    found = [result(steps, 0.5) | {"accuracy_interval": None} for steps in (2, 4)]
+    found[1] |= {"difference": {"accuracy": [0.0, None, None]}}
+    write_csv(tmp_path / "a.csv", found)
+    with (tmp_path / "a.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["accuracy"], row["accuracy_low"], row["accuracy_high"]) for row in rows] == [("0.5", "", "")] * 2
+    assert (rows[1]["accuracy_difference"], rows[1]["accuracy_difference_low"]) == ("0.0", "")
+    plot_curve(tmp_path / "a.png", found)
+    axis = plt.gcf().axes[0]
+    assert axis.lines[0].get_xydata().tolist() == [[2, 0.5], [4, 0.5]]
+    assert not any(len(path.vertices) for band in axis.collections for path in band.get_paths())
+    monkeypatch.undo()
+    plt.close("all")
+
+
 def test_a_curve_has_a_line_per_rule_and_its_points_by_forwards(tmp_path, monkeypatch):
     """The numbers of an adaptive rule are points of one line; nothing in a label is a formula."""
     plt = pytest.importorskip("matplotlib.pyplot")
