@@ -16,7 +16,7 @@ except ImportError as error:
 from dllm_rl.evaluation.evaluate import row_seeds
 from dllm_rl.likelihoods.estimators import LikelihoodEstimator
 from dllm_rl.models.base import Policy
-from dllm_rl.models.tokens import as_rollout, decode, text_ids
+from dllm_rl.models.tokens import as_rollout, decode, prompt_ids, text_ids
 from dllm_rl.rng import generator_for
 from dllm_rl.samplers import sampler_for
 from dllm_rl.tasks.answers import cut
@@ -83,6 +83,7 @@ class HarnessModel(TemplateLM):
         return text_ids(self.policy, string, special=True)  # the harness has applied the chat template
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        prompt_ids(self.policy, chat_history)  # refuses a template that leaves out a message
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
 

@@ -1,9 +1,12 @@
 """Conversion between text and tokens: problems -> Prompts, Rollout -> completions."""
 
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from itertools import compress
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import compress, zip_longest
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dllm_rl.models.base import Policy
+from dllm_rl.models.base import Policy, Tokenizer
 from dllm_rl.tasks import Task
 from dllm_rl.tasks.base import Cost, Problem
 from dllm_rl.types import Prompts, Rollout
@@ -150,6 +153,18 @@ def check_chat(messages: Any) -> None:
             raise ValueError(f"{error}: content={_quote(content)} of message {number} is not text; give text")
 
 
+def _with_text(message: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Return a message with `change` applied to its text, or to the text of each of its parts."""
+    content = message["content"]
+    if isinstance(content, str):
+        content = change(content)
+    elif isinstance(content, list):
+        content = [
+            {**part, "text": change(part["text"])} if isinstance(part.get("text"), str) else part for part in content
+        ]
+    return {**message, "content": content}
+
+
 class _Chat:
     """Renders and tokenizes chats.
 
@@ -166,8 +181,8 @@ class _Chat:
         self.policy = policy
         self.blank = blank
         self.marked_texts = [*([] if blank is None else [blank]), *special_texts(policy.tokenizer)]
-        self.marked_pattern = re.compile("|".join(map(re.escape, self.marked_texts)) or r"(?!)")  # (?!) matches nothing
-        all_content = "".join(str(message["content"]) for message in messages)
+        self.marked_pattern = _any_of(self.marked_texts)
+        all_content = json.dumps([message["content"] for message in messages], ensure_ascii=False, default=str)
         # A marker is the index of a text between two copies of a private-use character that no message contains.
         self.delimiter = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in all_content)
 
@@ -177,46 +192,81 @@ class _Chat:
             lambda match: f"{self.delimiter}{self.marked_texts.index(match[0])}{self.delimiter}", text
         )
 
-    def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
         """Return the template's text, with markers.
 
         With `add_generation_prompt`, the text ends where the assistant's answer starts.
+
+        Raises:
+            ValueError: The template fails, omits a message, or does not begin the assistant's turn.
         """
-        marked = []
-        for message in messages:
-            content = message["content"]
-            if isinstance(content, str):  # otherwise a list of parts (text, images), or None
-                content = self.mark_special_tokens(content)
-            marked.append({**message, "content": content})
+        marked = [_with_text(message, self.mark_special_tokens) for message in messages]
+        text = self._apply_template(marked, add_generation_prompt)
+        self._check_messages(marked, text)
+        if add_generation_prompt:
+            self._check_generation_prompt(marked, text)
+        return text
+
+    def _apply_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
         tokenizer = self.policy.tokenizer
         try:
-            text = str(
-                tokenizer.apply_chat_template(marked, add_generation_prompt=add_generation_prompt, tokenize=False)
+            return str(
+                tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
             )
         except (TemplateError, *TEMPLATE_ERRORS) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise ValueError(
                 f"chat_template does not write these messages: {reason}; give plain text instead"
             ) from error
-        self.check_rendered(marked, text)
-        return text
 
-    def check_rendered(self, messages: Sequence[Mapping[str, Any]], text: str) -> None:
+    def _check_messages(self, messages: Sequence[Mapping[str, Any]], text: str) -> None:
         """Raise ValueError if the template omits a message, or writes a list of parts in Python's notation."""
+        # A text may also occur in another message, so each is framed by a text of its own and all are written again.
+        framed_texts: list[tuple[int, str, str]] = []  # number of the message, frame, and the text in its frame
+
+        def put_in_frame(number: int, text: str) -> str:
+            frame = f"{self.delimiter}:{len(framed_texts)}:{self.delimiter}"
+            framed_texts.append((number, frame, f"{frame}{text}{frame}" if text.strip() else text))
+            return framed_texts[-1][2]
+
+        framed = [_with_text(message, partial(put_in_frame, number)) for number, message in enumerate(messages)]
         for number, message in enumerate(messages):
-            role, content = message["role"], message["content"]
-            # A template may shorten an assistant's reasoning, and may escape a tool's result.
-            must_appear = isinstance(content, str) and role not in ("assistant", "tool", "function", "ipython")
-            if must_appear and content.strip() not in text:
+            if isinstance(message["content"], list) and str(message["content"]) in text:
+                raise ValueError(
+                    f"chat_template writes the content of message {number} as {_quote(message['content'])}, in "
+                    "Python's notation; give the content as text"
+                )
+        framed_output = self._apply_template(framed)
+        for number, frame, framed_text in framed_texts:
+            role = messages[number]["role"]
+            # A template may shorten an assistant's reasoning, and may escape a tool's result: their end is enough. It
+            # may leave out what the assistant says beside its calls.
+            if role in ("assistant", "tool", "function", "ipython"):
+                is_written = bool(messages[number].get("tool_calls")) or frame in framed_output
+            else:
+                is_written = framed_text in framed_output
+            if not is_written and framed_text.strip():
+                content = framed_text.removeprefix(frame).removesuffix(frame)
                 raise ValueError(
                     f"chat_template leaves out message {number}, of role {role!r}: {content[:80]!r}; use a role that "
                     "the template knows, or put the text into a user's message"
                 )
-            if isinstance(content, list) and str(content) in text:
-                raise ValueError(
-                    f"chat_template writes the content of message {number} as {_quote(content)}, in Python's notation; "
-                    "give the content as text"
-                )
+
+    def _check_generation_prompt(self, messages: Sequence[Mapping[str, Any]], prompt: str) -> None:
+        """Raise ValueError if the model would have to write the start of its turn itself.
+
+        That is so if `add_generation_prompt` changes nothing, and the template writes something before an answer.
+        """
+        if prompt != self._apply_template(messages):
+            return
+        answer = f"{self.delimiter}answer{self.delimiter}"
+        text = self._apply_template([*messages, {"role": "assistant", "content": answer}])
+        start = text.partition(answer)[0]
+        if not start.startswith(prompt) or start[len(prompt) :].strip():
+            raise ValueError(
+                f"chat_template has no generation prompt: the prompt ends with {prompt[-30:]!r}, and an answer begins "
+                f"after {start[-30:]!r}; write what is missing if add_generation_prompt is true"
+            )
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of a text with markers."""
@@ -236,12 +286,16 @@ class _Chat:
 
 
 def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
-    """Return the token ids of a text. Raise ValueError for ids outside the model's vocabulary.
+    """Return the token ids of a text.
 
     With `special`, the text of a special token becomes that token. Otherwise it is tokenized as ordinary text.
+
+    Raises:
+        ValueError: The tokens do not hold every character of the text (except whitespace and case) or hold the mask, or
+            an id is outside the model's vocabulary.
     """
     try:
-        ids = policy.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
+        ids = _encode(policy.tokenizer, text, special=special)
     except BaseException as error:  # the tokenizers library raises a bare Exception, or panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -252,7 +306,40 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
             f"text {text[:80]!r}: the tokenizer gives the id {outside}, outside the vocabulary of {policy.vocab_size} "
             "tokens; correct tokenizer.json"
         )
+    if policy.spec.mask_id is not None and policy.spec.mask_id in ids:
+        raise ValueError(
+            f"text {_quote(text)}: the tokenizer reads the mask token in it, which samplers fill in; leave it out, or "
+            "give it as blank"
+        )
+    tokenized_text = policy.tokenizer.decode(ids)
+    pairs = zip_longest(_characters(text), _characters(tokenized_text))
+    lost = next((character for character, tokenized in pairs if character != tokenized), None)
+    if lost is not None:
+        raise ValueError(
+            f"text {_quote(text)} cannot be tokenized by this model: {lost!r} is lost, and the tokens "
+            f"read {_quote(tokenized_text)}; write the text with characters that the tokenizer has"
+        )
     return ids
+
+
+def _encode(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
+    if special or getattr(tokenizer, "is_fast", True):
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
+    # A tokenizer written in Python splits its other unsplittable tokens too: ESM's residues would become <unk>.
+    ids: list[int] = []
+    for i, part in enumerate(re.split(f"({_any_of(special_texts(tokenizer)).pattern})", text)):
+        ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=i % 2 == 1)
+    return ids
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    """Return a pattern that matches each of the texts; without texts it matches nothing."""
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+
+def _characters(text: str) -> str:
+    """Return a text without what tokenizers may change: whitespace, case, and equivalent forms of a character."""
+    return unicodedata.normalize("NFKC", "".join(text.split()).casefold())
 
 
 def ordinary_ids(policy: Policy) -> Int[Tensor, " V"]:

@@ -112,12 +112,18 @@ def plackett_luce(
         temperature: Temperature of the order, above 0. Towards 0 the order is that of `base_rank`, towards infinity
             that of `random`.
         base_rank: Rank to which noise is added: max_prob, margin, entropy, or a custom function with the same
-            arguments. The order of a custom one has a known probability only if it is declared:
-            `Rank(own, "deterministic")`.
+            arguments.
+
+    Raises:
+        ValueError: base_rank reads other inputs than logits and normalizer.
 
     Source: ours.
     """
-    return base_rank(logits=logits, normalizer=normalizer) / temperature
+    if rank_inputs(base_rank) != {"logits", "normalizer"}:
+        raise ValueError(
+            f"base_rank={name_of(base_rank)} must take logits and normalizer, as max_prob, margin and entropy do"
+        )
+    return base_rank(logits, normalizer) / temperature
 
 
 def rank_inputs(rank: Callable) -> frozenset[str]:

@@ -1,5 +1,6 @@
 """The prompts that a run learns from, and the check that they fit the model."""
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -119,13 +120,12 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
         Index of the training task's longest prompt; 0 if no prompt was checked.
 
     Raises:
-        ValueError: A prompt and its completion exceed the model's positions.
+        ValueError: The tokenizer cannot write a prompt, or a prompt and its completion exceed the model's positions.
     """
-    max_positions = policy.spec.max_length
-    training_length = getattr(recipe.sampler, "keywords", {}).get("max_new_tokens")
-    eval_length = getattr(recipe.eval_sampler, "keywords", {}).get("max_new_tokens")
-    if max_positions is None or training_length is None or eval_length is None:
-        return 0
+    max_positions = math.inf if policy.spec.max_length is None else policy.spec.max_length
+    # Of a sampler without this keyword the length is unknown: the prompts alone are checked.
+    training_length = getattr(recipe.sampler, "keywords", {}).get("max_new_tokens", 0)
+    eval_length = getattr(recipe.eval_sampler, "keywords", {}).get("max_new_tokens", 0)
     longest_completion = max(training_length, eval_length)
     if longest_completion >= max_positions:
         raise ValueError(
@@ -142,13 +142,14 @@ def check_prompts(recipe: Recipe, policy: Policy) -> int:
         recipe, policy, "validation_task", _first_indices(recipe.validation_task), eval_length, max_positions
     )
     _longest_prompt(recipe, policy, "eval_task", _first_indices(recipe.eval_task), eval_length, max_positions)
-    if max_prompt_length is not None:  # `fit_prompts` checks training prompts as they are drawn
-        return 0
-    return _longest_prompt(recipe, policy, "task", _training_indices(recipe), training_length, max_positions)
+    if max_prompt_length is not None:
+        max_positions = math.inf  # `fit_prompts` replaces prompts that are too long as they are drawn
+    index = _longest_prompt(recipe, policy, "task", _training_indices(recipe), training_length, max_positions)
+    return index if max_prompt_length is None else 0
 
 
 def _longest_prompt(
-    recipe: Recipe, policy: Policy, field: str, indices: Iterable[int], completion_length: int, max_positions: int
+    recipe: Recipe, policy: Policy, field: str, indices: Iterable[int], completion_length: int, max_positions: float
 ) -> int:
     """Return the index of the problem of task `field` with the longest prompt.
 

@@ -168,7 +168,9 @@ def test_a_causal_model_has_no_unmasking_options():
 
 def test_chat_asks_with_the_models_template(capsys):
     policy = tiny_masked_lm(characters="1234.=<>user")
-    policy.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<.>{% endif %}"
+    )
     asked = {}
 
     def sampler(policy, prompts, generator, **options):
@@ -178,7 +180,7 @@ def test_chat_asks_with_the_models_template(capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "sampler_for", lambda policy: sampler)
         sample.complete(policy, [sample.to_problem("12=", chat=True, blank=None)], {})
-    assert asked["ids"] == [policy.tokenizer.encode("<user>12=", add_special_tokens=False)]
+    assert asked["ids"] == [policy.tokenizer.encode("<user>12=<.>", add_special_tokens=False)]
     with pytest.raises(ValueError, match="no chat template"):
         sample.complete(tiny_masked_lm(characters="1"), [sample.to_problem("1", chat=True, blank=None)], {})
 

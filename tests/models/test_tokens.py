@@ -6,10 +6,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dllm_rl.models.tiny import tiny_masked_lm
 from dllm_rl.models.tokens import (
     completion_token_ids,
+    conversation_ids,
     decode,
     default_max_new_tokens,
     encode,
@@ -239,3 +242,172 @@ def test_a_last_assistant_turn_stays_open_an_empty_one_too(policy, before):
 
     opened = policy.tokenizer.decode(prompt_ids(policy, before))
     assert opened.endswith("<assistant>") and [read(""), read(" "), read("b")] == [opened, opened + " ", opened + "b"]
+
+
+SYSTEM = {"role": "system", "content": "be brief"}
+WITHOUT_SYSTEM = TEMPLATE.replace("in messages", "in messages if m.role != 'system'")
+WITHOUT_ASSISTANT = TEMPLATE.replace("in messages", "in messages if m.role != 'assistant'")
+WITH_PARTS = TEMPLATE.replace("{{ m.content | trim }}", "{{ m.content[0].text }}")
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "number"),
+    [
+        (WITHOUT_SYSTEM, [SYSTEM, user("be brief or be long")], 0),  # the user says the same
+        (WITHOUT_SYSTEM, [SYSTEM | {"content": "user"}, user("hi")], 0),  # so does the template
+        (WITHOUT_SYSTEM, [SYSTEM | {"content": "<eos>"}, user("hi <eos>")], 0),
+        ("{{ messages[-1].content }}", [user("hi"), user("hi")], 0),
+        (WITHOUT_ASSISTANT, [user("what"), {"role": "assistant", "content": "a"}, user("why")], 1),
+        (WITH_PARTS, [{"role": "user", "content": [{"text": "a b"}, {"text": "a"}]}], 0),
+        (TEMPLATE.replace("| trim", "| truncate(9, True, '')"), [user("a b c d e f"), user("c d e f")], 0),
+    ],
+)
+def test_a_message_is_left_out_although_its_text_occurs(policy, monkeypatch, template, prompt, number):
+    monkeypatch.setattr(policy.tokenizer, "chat_template", template)
+    with pytest.raises(
+        ValueError, match=f"^chat_template leaves out message {number}, of role '{prompt[number]['role']}'"
+    ):
+        prompt_ids(policy, prompt)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "text"),
+    [
+        (TEMPLATE, [SYSTEM | {"content": " "}, user("a")], "<system><eos><user>a<eos><assistant>"),
+        (TEMPLATE, [user("a"), user("a")], "<user>a<eos><user>a<eos><assistant>"),
+        (WITH_PARTS, [user([{"text": "a<mask>"}])], "<user>a<mask><eos><assistant>"),
+        (  # a template that writes of an assistant's turn what follows the reasoning
+            TEMPLATE.replace("m.content", "m.content.split('</think>')[-1]"),
+            [user("a"), {"role": "assistant", "content": "<think>b</think>c"}, user("d")],
+            "<user>a<eos><assistant>c<eos><user>d<eos><assistant>",
+        ),
+    ],
+)
+def test_what_is_not_left_out_is_written_once(monkeypatch, template, prompt, text):
+    policy = tiny_masked_lm(characters="<>abcdefghijklmnopqrstuvwxyz 0/", num_layers=1)
+    policy.tokenizer.chat_template = template
+    ids = prompt_ids(policy, prompt)
+    assert policy.tokenizer.decode(ids) == text and MASK not in ids
+
+
+@pytest.mark.parametrize(
+    ("template", "start"),
+    [
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", "<user>hi<assistant>"),
+        ("{% for m in messages %}{{ m.role }} {{ m.content }}<eos>{% endfor %}", "user hi<eos>assistant "),
+        ("{% for m in messages %}{% if m.role == 'assistant' %}a {% endif %}{{ m.content }}{% endfor %}", "hia "),
+    ],
+)
+def test_a_template_that_begins_no_answer_is_refused(policy, monkeypatch, template, start):
+    monkeypatch.setattr(policy.tokenizer, "chat_template", template)
+    for read in (prompt_ids, conversation_ids):
+        with pytest.raises(
+            ValueError, match=f"^chat_template has no generation prompt: .* and an answer begins after {start!r};"
+        ):
+            read(policy, [user("hi"), {"role": "assistant", "content": "so"}])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{{ '<' + m.content + '> ' if m.role == 'user' else m.content }}{% endfor %}",
+        "{% for m in messages %}{{ '<' + m.content + '>' if m.role == 'user' else ' ' + m.content }}{% endfor %}",
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>",
+        "{{ messages[0].content }}<eos>",
+    ],
+)
+def test_a_template_whose_answer_begins_at_the_prompts_end_needs_no_more(policy, monkeypatch, template):
+    monkeypatch.setattr(policy.tokenizer, "chat_template", template)
+    text = policy.tokenizer.apply_chat_template([user("hi")], tokenize=False)
+    assert policy.tokenizer.decode(prompt_ids(policy, [user("hi")])) == text
+
+
+class Letters:
+    """Policy-like: the vocabulary is all that `text_ids` reads of a model."""
+
+    def __init__(self, tokenizer, mask_id=None) -> None:
+        self.tokenizer, self.vocab_size = tokenizer, len(tokenizer)
+        self.spec = replace(tiny_masked_lm(characters="a", num_layers=1).spec, mask_id=mask_id)
+
+
+@pytest.fixture
+def esm(tmp_path):
+    """ESM-2's vocabulary, in which every token is unsplittable."""
+    words = "<cls> <pad> <eos> <unk> L A G V S E R T I D P K Q N F Y M H W C X B U Z O . - <null_1> <mask>"
+    (tmp_path / "vocab.txt").write_text(words.replace(" ", "\n"))
+    return Letters(transformers.EsmTokenizer(str(tmp_path / "vocab.txt")), mask_id=32)
+
+
+def fast(model, **parts):
+    tokenizer = Tokenizer(model)
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    special = {
+        f"{name}_token": f"<{name}>" for name in ("unk", "mask") if tokenizer.token_to_id(f"<{name}>") is not None
+    }
+    return Letters(
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special), tokenizer.token_to_id("<mask>")
+    )
+
+
+BPE = {"a": 0, "b": 1, "ab": 2, " ": 3}
+WORDS = {"<unk>": 0, "<mask>": 1, "hello": 2, "world": 3}
+NAMED = {
+    "drops what it does not know": lambda: fast(models.BPE(vocab=BPE, merges=[("a", "b")])),
+    "words": lambda: fast(models.WordLevel(WORDS, unk_token="<unk>"), pre_tokenizer=pre_tokenizers.WhitespaceSplit()),
+    "lower case": lambda: fast(
+        models.WordPiece({"<unk>": 0, "cafe": 1, "##s": 2}, unk_token="<unk>"),
+        normalizer=normalizers.BertNormalizer(lowercase=True),
+        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+        decoder=decoders.WordPiece(),
+    ),
+    "bytes": lambda: fast(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]),
+        normalizer=normalizers.NFC(),
+        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoder=decoders.ByteLevel(),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "lost"),
+    [
+        ("drops what it does not know", "abz", "z"),
+        ("drops what it does not know", "zab ", "z"),
+        ("words", "hello there", "t"),
+        ("words", "hello <unk> world", None),
+        ("lower case", "cafés", "é"),
+        ("lower case", "cafe 5", "5"),
+        ("lower case", "Cafes CAFE ", None),
+        ("drops what it does not know", "ab ab\n", None),
+        ("bytes", "e\u0301 \u200d🙂 ﬁ", None),
+        ("bytes", "", None),
+    ],
+)
+def test_a_character_that_the_tokens_lose_is_named(name, text, lost):
+    policy = NAMED[name]()
+    if lost is None:
+        assert text_ids(policy, text) == policy.tokenizer.encode(text, add_special_tokens=False)
+        return
+    for special in (False, True):
+        with pytest.raises(ValueError, match=f"^text {text!r} cannot be tokenized by this model: '{lost}' is lost"):
+            text_ids(policy, text, special=special)
+
+
+def test_a_vocabulary_of_unsplittable_tokens_is_read_token_by_token(esm):
+    assert text_ids(esm, "ACDE") == text_ids(esm, "AC DE") == [5, 23, 13, 9] == text_ids(esm, "ACDE", special=True)
+    assert text_ids(esm, "A-.C") == [5, 30, 29, 23] and text_ids(esm, "") == []
+    ids, blanks = ids_and_blanks(esm, "AC_E", "_")
+    assert (ids, blanks) == ([5, 23, 32, 9], [False, False, True, False])
+    for text, lost in (("acde", "a"), ("AC1E", "1"), ("MJ", "j")):
+        with pytest.raises(ValueError, match=f"^text '{text}' cannot be tokenized by this model: '{lost}' is lost"):
+            text_ids(esm, text)
+
+
+def test_the_text_of_the_mask_that_a_vocabulary_cannot_write_otherwise_is_refused(esm):
+    for policy, text in ((esm, "AC<mask>E"), (NAMED["words"](), "hello <mask> world")):
+        with pytest.raises(ValueError, match=f"^text '{text}': the tokenizer reads the mask token in it"):
+            prompt_ids(policy, text)
+        assert policy.spec.mask_id in prompt_ids(policy, text, blank="<mask>")

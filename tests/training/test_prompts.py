@@ -86,6 +86,23 @@ def test_a_prompt_that_cannot_be_read_is_named_with_its_problem(tmp_path):
         check_prompts(recipe, tiny_masked_lm(**SIZES))
 
 
+@pytest.mark.parametrize("field", ["task", "validation_task", "eval_task"])
+@pytest.mark.parametrize("unknown", ["the model's positions", "the completion's length", "which prompt is drawn"])
+def test_a_prompt_is_read_also_if_its_length_does_not_matter(tmp_path, field, unknown):
+    policy = tiny_masked_lm(**SIZES)
+    recipe = tiny_recipe(tmp_path, **{field: Listed(Problem("1"), Problem("1" * 200), Problem("1é"))})
+    if unknown == "the model's positions":
+        policy.spec = replace(policy.spec, max_length=None)
+    elif unknown == "the completion's length":
+        policy.spec = replace(policy.spec, max_length=500)
+        recipe = replace(recipe, sampler=lambda *_: None, eval_sampler=lambda *_: None)
+    else:
+        policy.spec = replace(policy.spec, max_length=None if field != "task" else 64)
+        recipe = replace(recipe, max_prompt_length=20)
+    with pytest.raises(ValueError, match=f"^{field}: problem 2: text '1é' cannot be tokenized"):
+        check_prompts(recipe, policy)
+
+
 def test_of_a_large_task_the_prompts_that_are_drawn_are_looked_at(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, task=SomeLong(size=1000, every=4))
     monkeypatch.setattr(prompts, "MAX_CHECKED_PROMPTS", 7)
