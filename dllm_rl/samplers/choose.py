@@ -35,7 +35,7 @@ from dllm_rl.samplers.canvas import (
 from dllm_rl.samplers.confidences import ConfidenceChange
 from dllm_rl.samplers.records import Commit, Rank, has_order_logprob, order_probability
 from dllm_rl.samplers.revise import KINDS, packed_events, revise
-from dllm_rl.samplers.rules import check_last_step, soft_threshold_params
+from dllm_rl.samplers.rules import check_last_step, plackett_luce, soft_threshold_params
 from dllm_rl.types import Order, SamplingParams
 
 SLAB_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}  # fp32 logits of a slab; on a CPU a slab fits in its cache
@@ -70,8 +70,8 @@ class StepSampler:
         self.depends_on_tokens = reads_tokens and not greedy
         if commit.revises:
             canvas.events = []
-        self.adds_gumbel = rank.order == "plackett_luce"
-        if self.adds_gumbel and not has_order_logprob(rank, commit):
+        self.adds_gumbel = rank.library is plackett_luce
+        if self.adds_gumbel and not commit.takes_highest:
             raise ValueError(
                 f"commit={commit.name} cannot use rank=plackett_luce's noisy scores; use schedule or late_schedule"
             )

@@ -42,8 +42,8 @@ COMMITS: dict[Callable, dict[str, Any]] = {
 class Rank:
     """A rank function, with the kind of order that its scores make.
 
-    Use it to declare the order of a custom rank. A function of the library, or a partial of one, can be passed without
-    a `Rank`.
+    Use it to declare the order of a custom rank, also of the `base_rank` of `plackett_luce`. A function of the library,
+    or a partial of one, can be passed without a `Rank`.
 
     Args:
         function: Function that scores positions, see `samplers.rules`.
@@ -53,6 +53,7 @@ class Rank:
 
     Raises:
         ValueError: The function needs an input that samplers do not pass, or takes an input that contradicts `order`.
+            Or it is `plackett_luce`, and its base_rank reads other inputs than logits and normalizer.
     """
 
     function: Any
@@ -62,15 +63,23 @@ class Rank:
 
     def __post_init__(self) -> None:
         function, library = _unwrap("rank", self.function, RANKS)
-        custom_orders = ("unknown", "deterministic", "independent")
-        _check_order("rank", function, self.order, custom_orders if library is None else ("unknown", RANKS[library]))
+        known_order = None if library is None else RANKS[library]
+        if library is rules.plackett_luce:
+            base = as_rank(inspect.signature(function).parameters["base_rank"].default)
+            if base.reads != {"logits", "normalizer"}:
+                raise ValueError(
+                    f"base_rank={base.name} must take logits and normalizer, as max_prob, margin and entropy do"
+                )
+            known_order = "unknown" if base.order == "unknown" else known_order
+        orders = ("unknown", "deterministic", "independent") if known_order is None else ("unknown", known_order)
+        _check_order("rank", function, self.order, orders)
         reads = rank_inputs(function)
         allowed = {"deterministic": {"logits", "normalizer", "hidden"}, "independent": {"uniforms"}}
         contradicting = reads - allowed.get(self.order, reads)
         if contradicting:
             names = ", ".join(sorted(contradicting))
             raise ValueError(f"rank={name_of(function)} is declared {self.order}, but reads {names}")
-        order = self.order if library is None else RANKS[library]
+        order = known_order or self.order
         vars(self).update(function=function, order=order, library=library, reads=reads)
 
     @property
@@ -120,6 +129,11 @@ class Commit:
     @property
     def revises(self) -> bool:
         return bool(self.reads & revise.KINDS)
+
+    @property
+    def takes_highest(self) -> bool:
+        """Whether the rule is known to pick the highest scores, and how many does not depend on the scores."""
+        return self.order == "deterministic" and self.count is not None and not self.revises
 
     def __call__(self, *inputs: Tensor, **more: Tensor) -> Tensor:
         return self.function(*inputs, **more)
@@ -178,7 +192,7 @@ def order_probability(rank: Rank, commit: Commit, *, greedy: bool = False) -> st
         return "unknown"
     if commit.order == "soft_threshold":
         return "soft_threshold" if rank.order == "max_prob" else "unknown"
-    return "unknown" if commit.count is None or commit.revises else rank.order
+    return rank.order if commit.takes_highest else "unknown"
 
 
 def has_order_logprob(rank: Rank, commit: Commit, *, greedy: bool = False) -> bool:

@@ -112,18 +112,12 @@ def plackett_luce(
         temperature: Temperature of the order, above 0. Towards 0 the order is that of `base_rank`, towards infinity
             that of `random`.
         base_rank: Rank to which noise is added: max_prob, margin, entropy, or a custom function with the same
-            arguments.
-
-    Raises:
-        ValueError: base_rank reads other inputs than logits and normalizer.
+            arguments. The order of a custom one has a known probability only if it is declared:
+            `Rank(own, "deterministic")`.
 
     Source: ours.
     """
-    if rank_inputs(base_rank) != {"logits", "normalizer"}:
-        raise ValueError(
-            f"base_rank={name_of(base_rank)} must take logits and normalizer, as max_prob, margin and entropy do"
-        )
-    return base_rank(logits, normalizer) / temperature
+    return base_rank(logits=logits, normalizer=normalizer) / temperature
 
 
 def rank_inputs(rank: Callable) -> frozenset[str]:

@@ -148,7 +148,7 @@ def likelihood_warnings(recipe: Recipe) -> list[str]:
             warnings.append(
                 f"{pair}: the order's probability is unknown, so likelihood=trajectory is not exact for this sampler: "
                 "its ratios leave the order out; use rank=max_prob or random and a commit rule of the library, declare "
-                "yours (Rank, Commit), or set include_order=False if you intend it"
+                "yours (Rank, also for base_rank, or Commit), or set include_order=False if you intend it"
             )
         elif has_order_logprob(rank, commit, greedy=is_greedy) and not likelihood.exact_for_sampler:
             warnings.append(

@@ -146,6 +146,55 @@ def test_declared_rules_keep_the_contract_or_are_caught():
         check(tied_policy(period=2), FIXED(by_chance), commit)
 
 
+NOISY = partial(rules.plackett_luce, temperature=0.5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "fixed"])
+@pytest.mark.parametrize(
+    ("base", "known"),
+    [
+        (rules.margin, "plackett_luce"),
+        (partial(rules.entropy), "plackett_luce"),
+        (FIXED(mine), "plackett_luce"),
+        (Rank(partial(rules.max_prob)), "plackett_luce"),
+        (mine, "unknown"),
+        (Rank(mine), "unknown"),
+        (by_chance, "unknown"),
+        (copy_of(rules.max_prob), "unknown"),
+        (wrapper_of(rules.margin), "unknown"),
+        (lambda logits, normalizer: rules.entropy(logits, normalizer), "unknown"),
+    ],
+)
+def test_a_noisy_order_of_a_rank_is_known_where_the_rank_is(monkeypatch, base, known, compiled):
+    monkeypatch.setattr(whole_step, "compiled", lambda: whole_step._step)
+    rows = 2 if known == "unknown" else 1500
+    rank = partial(NOISY, base_rank=base)
+    for given in (rank, Rank(rank)):
+        assert check(tied_policy(period=2), given, rules.schedule, compile_step=compiled, rows=rows) == known
+
+
+def test_an_undeclared_noisy_order_is_drawn_as_the_declared_one_and_a_false_declaration_is_caught():
+    policy, steps = tied_policy(period=2), []
+    prompts = Prompts.from_ids([[3]], pad_id=4, group_size=32, seeds=range(32))
+    options = {"max_new_tokens": LENGTH, "diffusion_steps": 2, "temperature": 1.0, "suppress": (2, 3, 4)}
+    for base in (mine, FIXED(mine)):
+        rollout = unmask(policy, prompts, torch.Generator(), rank=partial(NOISY, base_rank=base), **options)
+        steps.append(rollout.unmask_step)
+        assert trajectory().is_exact_for(rollout) == (base is not mine)
+    assert torch.equal(*steps) and len(steps[0].unique(dim=0)) > 2
+    with pytest.raises(AssertionError, match=r"as often as trajectory|learner's log-prob"):
+        check(policy, partial(NOISY, base_rank=FIXED(by_chance)), rules.schedule)
+    for wrong, message in (
+        (lambda: as_rank(partial(NOISY, base_rank=rules.confidence)), "base_rank=confidence must take logits and"),
+        (lambda: as_rank(partial(NOISY, base_rank=FIXED(of_states))), "base_rank=of_states must take logits and"),
+        (lambda: as_rank(partial(NOISY, base_rank=rules.random)), "base_rank=random must take logits and"),
+        (lambda: Rank(partial(NOISY, base_rank=mine), "plackett_luce"), "order='plackett_luce' of rank=plackett_luce"),
+        (lambda: check(policy, partial(NOISY, base_rank=mine), COMMITS["threshold"]), "cannot use rank=plackett_luce"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
 def of_states_of_tiny(hidden):
     return hidden.float().norm(dim=-1)
 

@@ -157,6 +157,9 @@ def test_orders_whose_law_is_not_known():
     def first(logits):
         return logits[:, 0]
 
+    def score(logits, normalizer):
+        return logits[:, 0] - normalizer
+
     noisy = partial(plackett_luce, temperature=0.3)
     assert (
         cautions(tiny_recipe("x", sampler=sampler(rank=noisy), likelihood=trajectory(), corrector=no_correction()))
@@ -167,7 +170,9 @@ def test_orders_whose_law_is_not_known():
         cautions(tiny_recipe("x", sampler=sampler(**coins), likelihood=trajectory(), corrector=no_correction())) == []
     )
     own_rule = {"rank": max_prob, "commit": lambda *inputs: schedule(*inputs)}
-    for options in ({"rank": partial(confidence), "commit": partial(schedule)}, {"rank": Rank(first, "deterministic")}):
+    declared = partial(noisy, base_rank=Rank(score, "deterministic"))
+    known = ({"rank": partial(confidence), "commit": partial(schedule)}, {"rank": Rank(first, "deterministic")})
+    for options in (*known, {"rank": declared}):
         assert (
             cautions(tiny_recipe("x", sampler=sampler(**options), likelihood=trajectory(), corrector=no_correction()))
             == []
@@ -182,6 +187,7 @@ def test_orders_whose_law_is_not_known():
         ({"rank": own}, trajectory(), "rank=own with commit=schedule"),
         ({"rank": first}, trajectory(), "rank=first with commit=schedule"),
         (own_rule, trajectory(), "rank=max_prob with commit=<lambda>"),
+        ({"rank": partial(noisy, base_rank=score)}, trajectory(), "rank=plackett_luce with commit=schedule"),
         ({"rank": noisy}, trajectory(num_sampled_steps=2), "rank=plackett_luce with commit=schedule and num_segments"),
         (coins, trajectory(num_segments=2), "rank=max_prob with commit=soft_threshold and num_segments"),
     ):
