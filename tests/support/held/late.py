@@ -80,9 +80,9 @@ def tis() -> str:
 def ess() -> str:
     low, high = average("lag 8, dual clip", "ess"), average("lag 8", "ess")
     return (
-        f"**The ESS is no measure of harm.** At a lag of 8 the dual clip's runs have a mean ESS of {low:.2f}, and beat "
-        f"those without a correction, whose low rate keeps it at {high:.2f}: where arms have rates of their own, the "
-        "ESS does not order them."
+        "**The ESS does not order arms that have different bounds and rates.** At a lag of 8 the dual clip's runs have "
+        f"a mean ESS of {low:.2f}, and beat those without a correction, whose low rate keeps it at {high:.2f}. At "
+        "equal rates and without a bound it [does tell harm](ess.md)."
     )
 
 
