@@ -21,6 +21,11 @@ _ASCII_CHARACTERS |= dict.fromkeys((0xA0, *range(0x2000, 0x200C), 0x202F, 0x205F
 _ASCII_CHARACTERS |= {0xFF10 + digit: str(digit) for digit in range(10)}
 _LATEX_SPACE = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace)(?![a-zA-Z])|(?<!\\)~")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,/^_} ])(?<!\d )(-?\d{1,3}(?: \d{3})+)(?![\d/^_{]| [\d(])")
+# Delimiters of mathematics around a whole text, with an optional final point: $...$, $$...$$, \\(...\\), \\[...\\].
+_DELIMITED = re.compile(
+    r"(\$\$?)(?P<dollars>(?:[^$\\]|\\.)+)\1\.?|\\\((?P<round>(?:(?!\\[()]).)+)\\\)\.?|\\\[(?P<square>(?:(?!\\[\[\]]).)+)\\\]\.?",
+    re.DOTALL,
+)
 _DECIMAL_NUMBER = re.compile(r"([+-]?) ?\$?([+-]?) ?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
 
 
@@ -70,6 +75,15 @@ def final_answer(text: str) -> str | None:
     box = last_box(text if block is None else block)  # an answer block takes precedence over a box in the reasoning
     answer = block if box is None else box
     return None if answer is None or len(answer) > MAX_ANSWER_LENGTH else answer.strip()
+
+
+def without_delimiters(text: str) -> str:
+    r"""Return the text, or its last box if it has one, without $...$, \(...\) or \[...\] around all of it."""
+    box = last_box(text)
+    text = (text if box is None else box).strip()
+    while len(text) <= MAX_ANSWER_LENGTH and (match := _DELIMITED.fullmatch(text)):
+        text = match[match.lastgroup or 0].strip()
+    return text
 
 
 def extractors(unmarked: str | None = None) -> dict[str, Callable[[str], str | None]]:

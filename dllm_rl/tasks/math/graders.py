@@ -7,19 +7,20 @@ from fractions import Fraction
 from typing import Any
 
 from dllm_rl.tasks import answers
-from dllm_rl.tasks.answers import d1_box, exact_number, final_answer, first_closed_answer
+from dllm_rl.tasks.answers import d1_box, exact_number, final_answer, first_closed_answer, without_delimiters
 from dllm_rl.tasks.base import Grader, Reward
 from dllm_rl.tasks.math import math_verify as math_check
-from dllm_rl.tasks.math.latex import d1_spelling, hedged, normalize, rational, same_in_d1
+from dllm_rl.tasks.math.latex import TEXT, d1_spelling, hedged, normalize, rational, same_in_d1
 from dllm_rl.tasks.rows import require_field
 
 _STATED = re.compile(r"The answer is (-?[0-9.,]+)"), re.compile(r"#### (-?[0-9.,]+)")
+_DELIMITER = re.compile(r"(?<!\\)\$[^$]*(?<!\\)\$|\\\(|(?<!\\)\\\[")  # two dollar signs, \\( or \\[
 _REASONED = re.compile(r"</reasoning>\s*+<answer>")  # *+ does not backtrack: linear time on any text
 
 
 def gsm8k_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     """Check that the strict answer (`final_answer`) is one number (`exact_number`), equal to the reference [ours]."""
-    answer = final_answer(completion)
+    answer = _strict_answer(completion)
     return _compared(None if answer is None else exact_number(answer), fields)
 
 
@@ -80,7 +81,7 @@ def gsm8k_d1_training(fields: Mapping[str, Any], completion: str) -> Reward:
 
 def math500_strict(fields: Mapping[str, Any], completion: str) -> Reward:
     """Check that the strict answer equals the reference after normalization, or as a rational number [ours]."""
-    answer = final_answer(completion)
+    answer = _strict_answer(completion)
     reference = fields["answer"]
     spelling = _spelling(answer or "")
     return _graded(bool(answer), bool(answer) and reference is not None and spelling == _spelling(reference), spelling)
@@ -100,7 +101,7 @@ def math500_d1(fields: Mapping[str, Any], completion: str) -> Reward:
 
 def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
     """Check that the strict answer equals the reference by math-verify [library], and is not `hedged` [ours]."""
-    answer = final_answer(completion)
+    answer = _strict_answer(completion)
     is_comparable = answer and fields["answer"] is not None and not hedged(answer, fields["answer"])
     equal = math_check.equal(fields["answer"], answer) if answer and is_comparable else False
     # undecided: beyond math-verify's limits. No answer for maj@k: equal wrong answers have no common spelling.
@@ -110,7 +111,7 @@ def math500_math_verify(fields: Mapping[str, Any], completion: str) -> Reward:
 def compare_all(fields: Sequence[Mapping[str, Any]], completions: Sequence[str]) -> None:
     """Make the comparisons of math500_math_verify in parallel; `math_check` caches the verdicts for it."""
     references = [problem_fields["answer"] for problem_fields in fields]
-    pairs = zip(references, map(final_answer, completions), strict=True)
+    pairs = zip(references, map(_strict_answer, completions), strict=True)
     math_check.equal_all([(reference, answer) for reference, answer in pairs if answer and reference is not None])
 
 
@@ -136,15 +137,33 @@ def read_math500(row: Mapping[str, Any], protocol: str) -> dict[str, Any]:
     infinite = isinstance(answer, float) and not math.isfinite(answer)
     if answer is not None and (type(answer) not in (str, int, float) or infinite or not str(answer).strip()):
         raise ValueError(f"answer={answer!r} must be a number or a text that is not empty")
-    return {"answer": None if answer is None else str(answer)}
+    return {"answer": None if answer is None else reference_answer(str(answer))}
+
+
+def reference_answer(text: str) -> str:
+    r"""Return a reference `without_delimiters`.
+
+    Raises:
+        ValueError: Delimiters remain, as in "between $1$ and $2$": no answer would equal the text.
+    """
+    answer = without_delimiters(text)
+    if not answer or _DELIMITER.search(TEXT.sub("", answer)):
+        raise ValueError(f"answer={text!r} has text around $...$, \\(...\\) or \\[...\\]; give the answer alone")
+    return answer
 
 
 def reference_number(answer: str | int | float) -> Fraction:
     """Return the number of a GSM8K reference: the text after "####", or the whole text. Raises ValueError."""
-    number = exact_number(_after_hashes(str(answer)))
+    number = exact_number(without_delimiters(_after_hashes(str(answer))))
     if number is None:
         raise ValueError(f"answer={answer!r} is not a number, and has none after ####")
     return number
+
+
+def _strict_answer(completion: str) -> str | None:
+    """Return the strict answer (`final_answer`) `without_delimiters`; None if there is none."""
+    answer = final_answer(completion)
+    return None if answer is None else without_delimiters(answer)
 
 
 def _after_hashes(answer: str) -> str:

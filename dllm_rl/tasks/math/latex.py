@@ -11,8 +11,8 @@ _SQRT = re.compile(r"\\sqrt([^{])")
 _FRAC = re.compile(r"\\frac([^{])(.)")
 _FRAC_HEAD = re.compile(r"\A([^{])(.)", re.DOTALL)  # the text after \\frac
 _QUOTIENT = re.compile(r"(-?[0-9]+)/(-?[0-9]+)")
-_TEXT = re.compile(r"\\(?:text(?:rm|bf|it|sf|tt|normal)?|math(?:rm|bf|it|sf)|[mh]box)\s*\{([^{}]*)\}")
-_UNIT = re.compile(rf"\s*{_TEXT.pattern}(?:\^(?:[0-9]|\{{[0-9]\}}))?\.?\s*\Z")
+TEXT = re.compile(r"\\(?:text(?:rm|bf|it|sf|tt|normal)?|math(?:rm|bf|it|sf)|[mh]box)\s*\{([^{}]*)\}")
+_UNIT = re.compile(rf"\s*{TEXT.pattern}(?:\^(?:[0-9]|\{{[0-9]\}}))?\.?\s*\Z")
 _WORD = re.compile(r"[a-z]+|[^\sa-z.\-/'()]")
 # Words that are not units: they change the number before them, or offer a second answer.
 _NON_UNIT_TEXT = """
@@ -62,7 +62,7 @@ def without_unit(answer: str) -> str:
     start = max(answer.rfind("\\text"), answer.rfind("\\math"), answer.rfind("box{") - 2)
     unit = _UNIT.match(answer, start) if start > 0 else None
     number = answer[:start]
-    if unit is None or _TEXT.search(number) or not re.search(r"[0-9]|\\pi", number) or not _is_unit(unit[1]):
+    if unit is None or TEXT.search(number) or not re.search(r"[0-9]|\\pi", number) or not _is_unit(unit[1]):
         return answer
     return number.rstrip()
 
@@ -81,7 +81,7 @@ def hedged(answer: str, reference: str) -> bool:
     def has_choice(latex: str) -> bool:
         words = [
             word
-            for text in _TEXT.findall(latex[:MAX_ANSWER_LENGTH])
+            for text in TEXT.findall(latex[:MAX_ANSWER_LENGTH])
             for word in re.findall(r"[a-z]+|[0-9]", text.lower())
         ]
         return any(word in _NON_UNIT_WORDS or word.isdigit() for word in words)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from dllm_rl.tasks.answers import last_box
+from dllm_rl.tasks.answers import last_box, without_delimiters
 from dllm_rl.tasks.base import Grader, Problem, Reward
 from dllm_rl.tasks.math import graders
 from dllm_rl.tasks.math.math_verify import require
@@ -93,7 +93,7 @@ class GSM8K(Questions):
     """
 
     name: ClassVar[str] = "gsm8k"
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     text: ClassVar[str] = TEXT.replace("{answer}", "number") + "{question}"
     placeholders: ClassVar[tuple[str, ...]] = ("question",)
     hub: ClassVar[tuple[str, str | None]] = ("openai/gsm8k", "main")
@@ -116,7 +116,8 @@ class GSM8K(Questions):
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         working, _, number = answer.rpartition("####")
-        return question, {"answer": number.strip()}, SOLUTION.format(working.strip(), number.strip())
+        number = without_delimiters(number)
+        return question, {"answer": number}, SOLUTION.format(working.strip(), number)
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class MATH500(Questions):
     """
 
     name: ClassVar[str] = "math500"
-    version: ClassVar[str] = "4"
+    version: ClassVar[str] = "5"
     text: ClassVar[str] = TEXT.replace("{answer}", "answer as \\boxed{...}") + "{problem}"
     placeholders: ClassVar[tuple[str, ...]] = ("problem",)
     hub: ClassVar[tuple[str, str | None]] = ("HuggingFaceH4/MATH-500", None)
@@ -174,7 +175,11 @@ class MATH500(Questions):
         answer: Any = row.get("answer")
         if type(answer) in (int, float) and answer % 1 == 0:
             answer = str(int(answer))  # some files write 73 as 73.0
-        answer = answer or (last_box(working) if isinstance(working, str) else None)
-        if not all(isinstance(text, str) and text.strip() for text in (problem, answer, working or "none")):
+        given = answer or (last_box(working) if isinstance(working, str) else None)
+        if not all(isinstance(text, str) and text.strip() for text in (problem, given, working or "none")):
             raise ValueError(f"{place}: a MATH row needs texts: problem, and answer or a solution with a box")
+        try:
+            answer = graders.reference_answer(answer) if answer else without_delimiters(given)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
         return problem, {"answer": answer}, SOLUTION.format(working, f"\\boxed{{{answer}}}") if working else None

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 
+from dllm_rl.tasks.answers import without_delimiters
 from dllm_rl.tasks.math.graders import (
     GSM8K_GRADERS,
     MATH500_GRADERS,
@@ -11,6 +12,7 @@ from dllm_rl.tasks.math.graders import (
     math500_strict,
     reference_number,
 )
+from dllm_rl.tasks.protocols import TABLE
 
 
 @pytest.mark.parametrize(
@@ -136,3 +138,57 @@ def test_numbers_as_they_are_printed() -> None:
             for text in texts.split("|"):
                 graded = GSM8K_GRADERS["strict"]({"answer": reference}, f"<answer>{text}</answer>")
                 assert graded.value == value, (reference, text)
+
+
+VALUES = {
+    "gsm8k": [("18", "19"), ("-3", "3"), ("1,234.5", "1234"), ("$5", "6")],
+    "math500": [
+        ("\\frac{1}{2}", "\\frac{1}{3}"),
+        ("x^2+1", "x^2"),
+        ("\\$18", "\\$19"),
+        ("(-\\infty, 0]", "(-\\infty, 0)"),
+        ("\\left\\{1, 2\\right\\}", "\\left\\{1\\right\\}"),
+        ("\\text{Evelyn}", "\\text{Bob}"),
+    ],
+}
+AROUND = ["{}", "${}$", "$${}$$", "\\({}\\)", "\\[{}\\]", " $ {} $ ", "${}$.", "\\boxed{{{}}}", "$\\boxed{{{}}}$"]
+AROUND += ["\\[\n{}\n\\]"]
+MARKED = ["<answer>{}</answer>", "so \\boxed{{{}}}", "<answer>\\boxed{{{}}}</answer>"]
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("task", VALUES)
+def test_delimiters_around_a_reference_or_an_answer_change_no_grade(task, around) -> None:
+    for right, wrong in VALUES[task]:
+        if "$" in right and "$" in around:
+            continue
+        fields = TABLE[task].read_fields({"answer": around.format(right)}, "strict")
+        assert fields == TABLE[task].read_fields({"answer": right}, "strict") == {"answer": right}
+        for marked in MARKED:
+            for answer in (around.format(right), right):
+                assert TABLE[task].graders["strict"](fields, marked.format(answer)).value == 1.0, (right, answer)
+            assert TABLE[task].graders["strict"](fields, marked.format(around.format(wrong))).value == 0.0
+        if task == "math500":  # d1 reads the completion by its own rules; the reference is the same
+            assert TABLE[task].graders["d1"](fields, f"\\boxed{{{right}}}").value == 1.0
+
+
+def test_dollars_that_do_not_delimit_stay() -> None:
+    for text in ("$5", "5$", "\\$5", "$1$ and $2$", "\\(1\\) or \\(2\\)", "$", "$$", "$ $ $", "\\(1", "\\$5\\$"):
+        assert without_delimiters(text) == text
+    assert without_delimiters("$\\$5$") == "\\$5" and without_delimiters("$\\(1\\)$") == "1"
+    for unit in ("$", "$$", "\\(", "\\)", "\\[", "$\\(", "\\", "\\boxed{", "$1"):
+        assert isinstance(without_delimiters(unit * (1_000_000 // len(unit))), str)  # quadratic time would not end
+
+
+@pytest.mark.parametrize(
+    "answer", ["$1$ and $2$", "the answer is $12$", "between \\(1\\) and \\(2\\)", "$$", "\\[1\\] cm", "$ $"]
+)
+@pytest.mark.parametrize("task", ["gsm8k", "math500"])
+def test_a_reference_that_no_answer_equals_is_refused(task, answer) -> None:
+    with pytest.raises(ValueError, match="answer="):
+        TABLE[task].read_fields({"answer": answer}, "strict")
+
+
+@pytest.mark.parametrize("answer", ["\\text{$x$ is even}", "\\$5 \\text{ and } \\$6", "1 \\\\[2pt] 2", "$5"])
+def test_a_reference_with_other_dollars_and_brackets_is_read(answer) -> None:
+    assert TABLE["math500"].read_fields({"answer": answer}, "strict") == {"answer": answer}

@@ -39,6 +39,26 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("around", ["${}$", "\\({}\\)", "\\[{}\\]", "\\boxed{{{}}}", "$$\\boxed{{{}}}$$."])
+def test_a_reference_between_delimiters_is_the_answer(tmp_path, around) -> None:
+    rows = [{"problem": "p", "answer": around.format("\\frac{1}{2}")}, {"problem": "q", "answer": 73.0}]
+    rows += [{"problem": "r", "solution": "So \\boxed{$9$}."}]
+    task = MATH500(path=write_lines(tmp_path / "math.jsonl", rows))
+    assert [problem.fields["answer"] for problem in task] == ["\\frac{1}{2}", "73", "9"]
+    assert task[2].solution.endswith("<answer>\n\\boxed{9}\n</answer>\n")
+    assert [task.reward(task[0], f"\\boxed{{{text}}}").value for text in ("\\frac12", "$1/2$", "1/3")] == [1, 1, 0]
+    row = {"question": "q", "answer": f"9 + 9 #### {around.format(18)}"}
+    for rule, right in (("own", 1.0), ("d1", 4.0), ("espo", 1.0)):
+        task = GSM8K(path=write_lines(tmp_path / "gsm8k.jsonl", [row]), split="test", reward_rule=rule)
+        assert task[0].fields == {"answer": "18"} and task.reward(task[0], task[0].solution).value == right
+
+
+def test_a_reference_that_no_answer_equals_is_refused_by_its_line(tmp_path) -> None:
+    path = write_lines(tmp_path / "math.jsonl", [MATH[0], {"problem": "p", "answer": "$1$ and $2$"}])
+    with pytest.raises(ValueError, match=r"math.jsonl, line 2: answer='\$1\$ and \$2\$' has text around"):
+        len(MATH500(path=path))
+
+
 def test_gsm8k_splits(folder) -> None:
     tasks = {split: GSM8K(split=split, path=folder) for split in ("train", "validation", "test")}
     assert all(isinstance(task, Task) for task in tasks.values())
