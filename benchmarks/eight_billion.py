@@ -20,9 +20,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 
+from benchmarks.measure import trained
 from dllm_rl import float8_weight_only, load_policy, lora_r16, unmask
 from dllm_rl.checkpoints import checkpoint
 from dllm_rl.checkpoints.state import TrainingState
@@ -34,6 +36,7 @@ from dllm_rl.models.checkpoint.tensors import LazyTensor, to_original, write_ten
 from dllm_rl.models.lora import add_lora
 from dllm_rl.models.merge import lazy_merged_tensors
 from dllm_rl.models.tokens import text_ids
+from dllm_rl.monitoring.plots import read_metrics
 from dllm_rl.quantization.rollout_policy import quantized_copy, sync_weights
 from dllm_rl.recipe import Recipe
 from dllm_rl.rng import generator_for
@@ -74,9 +77,9 @@ def timed(into: dict[str, Any], name: str) -> Any:
     }
 
 
-def distinct(completions: list[str], **_: Any) -> list[float]:
-    """The share of a completion's characters that differ from each other."""
-    return [len(set(text)) / max(1, len(text)) for text in completions]
+def by_tokens(completions: list[str], **_: Any) -> list[float]:
+    """A number from 0 to 1 that differs where the tokens do: `write` gives every id a text of its own."""
+    return [crc32(text.encode()) / 2**32 for text in completions]
 
 
 def recipe(root: Path, **fields: Any) -> Recipe:
@@ -96,15 +99,25 @@ def recipe(root: Path, **fields: Any) -> Recipe:
         "sampler_options": {"diffusion_steps": 2},
     }
     return grpo_recipe(
-        str(root / "base"), ROWS, distinct, max_new_tokens=NEW_TOKENS, eval_dataset=ROWS[:2], **settings | fields
+        str(root / "base"), ROWS, by_tokens, max_new_tokens=NEW_TOKENS, eval_dataset=ROWS[:2], **settings | fields
     )
 
 
-def write(root: Path, layers: int) -> dict[str, Any]:
-    """The checkpoint, shard by shard: random matrices, norms of 1, and a tokenizer of single bytes."""
+def tokenizer(size: int) -> Any:
+    """Reads single bytes. Writes an id above the bytes' as its number: a model of random weights writes all ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    numbers = {f"\u0120{i}": i for i in range(len(letters), size)}  # \u0120 is a space among bytes
+    made = Tokenizer(models.BPE(vocab=letters | numbers, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def write(root: Path, layers: int) -> dict[str, Any]:
+    """The checkpoint, shard by shard: random matrices, norms of 1, and a tokenizer."""
     raw = json.loads((CONFIGS / f"{MODEL}.json").read_text()) | {"n_layers": layers}
     module = build_empty(raw)
     generator = torch.Generator().manual_seed(0)
@@ -119,12 +132,7 @@ def write(root: Path, layers: int) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(state, folder, max_shard_size=SHARD)
     (folder / "config.json").write_text(json.dumps(raw))
-    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    stock = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    stock.save_pretrained(folder)
+    tokenizer(module.config.vocab_size).save_pretrained(folder)
     return {"parameters": sum(each.numel() for each in state.values())}
 
 
@@ -221,15 +229,20 @@ def save(root: Path, layers: int) -> dict[str, Any]:
     return found
 
 
+def run(of: Recipe) -> dict[str, Any]:
+    summary = train(of)
+    last = read_metrics(Path(of.directory))[-1:]
+    found = {"stages": summary["stages"], "seconds of the run": round(summary["seconds"], 1)}
+    return found | trained(last, of.train_batch_size * of.num_generations)
+
+
 def update(root: Path, layers: int) -> dict[str, Any]:
     """A run of one step; `resume` takes the other."""
-    summary = train(recipe(root, num_steps=1, overwrite_output_dir=True))
-    return {"stages": summary["stages"], "seconds of the run": round(summary["seconds"], 1)}
+    return run(recipe(root, num_steps=1, overwrite_output_dir=True))
 
 
 def resume(root: Path, layers: int) -> dict[str, Any]:
-    summary = train(recipe(root, resume_from_checkpoint="latest"))
-    return {"stages": summary["stages"], "seconds of the run": round(summary["seconds"], 1)}
+    return run(recipe(root, resume_from_checkpoint="latest"))
 
 
 def evaluate(root: Path, layers: int) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.measure import machine, table, write_json
+from benchmarks.measure import machine, table, trained, write_json
+from dllm_rl.monitoring.plots import read_metrics
 
 ARMS = {
     "one thread": ("sudoku_tiny", 1),
@@ -43,7 +44,9 @@ def run(arm: str, seed: int, further: list[str]) -> dict[str, Any]:
         subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         whole = time.perf_counter() - began
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
-        steps = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+        steps = read_metrics(Path(folder, "run"))
+    completions = summary["recipe"]["train_batch_size"] * summary["recipe"]["num_generations"]
+    trained(steps, completions)
     rollout = sum(step.get("time/rollout", 0) + step.get("time/reward", 0) for step in steps)
     spent = sum(step["step_time"] for step in steps)
     row = {"arm": arm, "seed": seed, "run": whole, "steps": spent, "rollout": rollout}

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.measure import machine, table, write_json
+from benchmarks.measure import machine, table, trained, write_json
 from dllm_rl import Callback
 from dllm_rl.algorithms.optimizers import constant_rate
 from dllm_rl.models.tiny import tiny_masked_lm
@@ -95,6 +95,7 @@ def launch(learners: int, root: Path, *more: str) -> None:
 def measured(root: Path, learners: int, schedule: str, workers: int) -> dict[str, Any]:
     """What the metrics of a run say."""
     rows = read_metrics(root / f"{schedule} {workers}")
+    trained(rows, 2 * GENERATIONS)
     step = mean(row["step_time"] for row in rows) + LEARNING  # callbacks do not count in `step_time`
     found: dict[str, Any] = {"learners": learners, "workers": workers, "schedule": schedule, "step": step}
     if workers:

@@ -6,7 +6,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,20 @@ def _status(field: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     line = next(line for line in path.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
+
+
+def trained(metrics: Sequence[Mapping[str, float]], rows: int) -> dict[str, Any]:
+    """What a run's steps trained on, from its metrics.jsonl: each step's gradient norm, and how many of its `rows`
+    completions had rewards that differ within their group.
+
+    Raises:
+        ValueError: The run has no step, or a step had no gradient: its time and memory are not those of a training.
+    """
+    norms = [step["grad_norm"] for step in metrics]
+    counts = [round(rows * (1 - step["frac_reward_zero_std"])) for step in metrics]
+    if not norms or min(norms) <= 0:
+        raise ValueError(f"not every step trained: gradient norms {norms}, rows with unequal rewards {counts}")
+    return {"grad_norm": [float(f"{norm:.4g}") for norm in norms], "trained_rows": counts}
 
 
 def machine(device: str) -> dict[str, Any]:
