@@ -46,13 +46,16 @@ def write_csv(path: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def plot_curve(path: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Write a PNG: the headline metric with 95 % intervals against forwards and seconds per answer, with a line per
-    sampler.
-    """
-    import matplotlib
+    """Write the figure of `draw_sweep` as a PNG."""
+    with replacing(path) as partial:
+        draw_sweep(results).savefig(partial, dpi=110, format="png")
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+
+def draw_sweep(results: Sequence[dict[str, Any]]) -> Any:
+    """Return a matplotlib Figure: the headline metric with 95 % intervals against forwards and seconds per answer, with
+    a line per sampler. It is not one of pyplot's figures.
+    """
+    from matplotlib.figure import Figure
 
     metric = headline(results[0])
     names_differing = [name for name in varying(results) if name != "diffusion_steps"]  # steps are on the axis
@@ -61,7 +64,8 @@ def plot_curve(path: Path, results: Sequence[dict[str, Any]]) -> None:
         # The numbers of an adaptive rule (threshold=0.9, 0.8 ...) are points of one line.
         grouped = row | {"commit": str(row.get("commit")).partition("=")[0]}
         lines.setdefault(", ".join(str(grouped.get(name)) for name in names_differing), []).append(row)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained", sharey=True)
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, cost in zip(axes, (_forwards, _seconds), strict=True):
         for label, rows in lines.items():
             rows = sorted(rows, key=cost)
@@ -82,9 +86,7 @@ def plot_curve(path: Path, results: Sequence[dict[str, Any]]) -> None:
     figure.suptitle(f"{results[0]['task']}, {results[0]['n']} problems")
     if len(lines) > 1:
         axes[0].legend(fontsize="small")
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
-    plt.close(figure)
+    return figure
 
 
 def _forwards(row: dict[str, Any]) -> float:

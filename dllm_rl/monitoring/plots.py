@@ -133,20 +133,24 @@ def draw_before_and_after(axis: Any, rows: Sequence[dict[str, Any]], panel: Pane
 
 
 def plot(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Path:
-    """Draw `directory`/training.png: the warm-up, and a panel for each kind of metric that the run has. Before the end
-    of a run there is no summary.json, and the plot lacks the result.
+    """Draw a run in `directory`/training.png, and return that path. `draw_run` has the arguments."""
+    path = directory / "training.png"
+    with replacing(path) as partial:
+        draw_run(directory, levels=levels).savefig(partial, dpi=110, format="png")
+    return path
+
+
+def draw_run(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Any:
+    """Return a matplotlib Figure of a run: the warm-up, and a panel for each kind of metric that the run has. Before
+    the end of a run there is no summary.json, and the figure lacks the result.
+
+    The figure is not one of pyplot's, so that the backend of a notebook stays what it is.
 
     Args:
         directory: Folder of the run.
         levels: Shares of solved problems to compare the run with, drawn as horizontal lines with these names.
-
-    Returns:
-        Path of the plot.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = read_metrics(directory)
     summary_path = directory / "summary.json"
@@ -155,7 +159,8 @@ def plot(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Path:
     is_rl = not rows or "reward" in rows[0]
     panels = [panel for panel in (PANELS if is_rl else SFT_PANELS) if not rows or available_metrics(panel, rows)]
     count = len(panels) + bool(warmup)
-    figure, axes = plt.subplots(1, count, figsize=(3.75 * count, 3.4), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(3.75 * count, 3.4), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)
     figure.suptitle(headline(summary), parse_math=False)
     if warmup:
         axes[0, 0].plot([row["warmup_step"] + 1 for row in warmup], column(warmup, "warmup/loss"), linewidth=1.2)
@@ -171,8 +176,4 @@ def plot(directory: Path, *, levels: Mapping[str, float] = NO_LEVELS) -> Path:
     for axis in axes[0]:
         axis.grid(alpha=0.3)
         whole_steps(axis)
-    path = directory / "training.png"
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
-    plt.close(figure)
-    return path
+    return figure

@@ -2,9 +2,11 @@
 
 import csv
 
+import matplotlib
 import pytest
+from matplotlib import pyplot as plt
 
-from dllm_rl.evaluation.sweep import COSTS, plot_curve, varying, write_csv
+from dllm_rl.evaluation.sweep import COSTS, draw_sweep, plot_curve, varying, write_csv
 
 
 def result(steps, accuracy, **settings):
@@ -50,9 +52,7 @@ def test_a_table_has_a_row_per_result_and_every_difference(tmp_path):
     assert first["accuracy_difference"] == "" and second["accuracy_difference_low"] == "-0.5"
 
 
-def test_a_number_without_an_interval_has_no_band_and_an_empty_cell(tmp_path, monkeypatch):
-    plt = pytest.importorskip("matplotlib.pyplot")
-    monkeypatch.setattr(plt, "close", lambda figure: None)
+def test_a_number_without_an_interval_has_no_band_and_an_empty_cell(tmp_path):
     found = [result(steps, 0.5) | {"accuracy_interval": None} for steps in (2, 4)]
     found[1] |= {"difference": {"accuracy": [0.0, None, None]}}
     write_csv(tmp_path / "a.csv", found)
@@ -60,32 +60,28 @@ def test_a_number_without_an_interval_has_no_band_and_an_empty_cell(tmp_path, mo
         rows = list(csv.DictReader(file))
     assert [(row["accuracy"], row["accuracy_low"], row["accuracy_high"]) for row in rows] == [("0.5", "", "")] * 2
     assert (rows[1]["accuracy_difference"], rows[1]["accuracy_difference_low"]) == ("0.0", "")
-    plot_curve(tmp_path / "a.png", found)
-    axis = plt.gcf().axes[0]
+    axis = draw_sweep(found).axes[0]
     assert axis.lines[0].get_xydata().tolist() == [[2, 0.5], [4, 0.5]]
     assert not any(len(path.vertices) for band in axis.collections for path in band.get_paths())
-    monkeypatch.undo()
-    plt.close("all")
 
 
-def test_a_curve_has_a_line_per_rule_and_its_points_by_forwards(tmp_path, monkeypatch):
+def test_a_curve_has_a_line_per_rule_and_its_points_by_forwards(tmp_path):
     """The numbers of an adaptive rule are points of one line; nothing in a label is a formula."""
-    plt = pytest.importorskip("matplotlib.pyplot")
-    monkeypatch.setattr(plt, "close", lambda figure: None)
     found = [
         result(3, 0.5, commit="threshold=0.9"),
         result(2, 0.75, commit="threshold=0.8"),
         result(4, 0.25, commit="$a"),
     ]
-    plot_curve(tmp_path / "a.png", found)
-    axis, seconds = plt.gcf().axes
+    figure = draw_sweep(found)
+    axis, seconds = figure.axes
     points = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     assert points == {"threshold": [[2, 0.75], [3, 0.5]], r"\$a": [[4, 0.25]]}
     assert {line.get_xdata()[0] for line in seconds.lines} == {0.5 / 8}
     (band,) = {tuple(each.get_paths()[0].get_extents().intervaly) for each in axis.collections[1:]}
     assert band == pytest.approx((0.15, 0.35)), "the interval"
-    assert plt.gcf().get_suptitle() == "t, 4 problems" and axis.get_ylabel() == "accuracy"
+    assert figure.get_suptitle() == "t, 4 problems" and axis.get_ylabel() == "accuracy"
     assert axis.get_xlabel() == "forwards per answer" and seconds.get_xlabel() == "seconds per answer"
+    plt.switch_backend("svg")
+    plot_curve(tmp_path / "a.png", found)
+    assert matplotlib.get_backend() == "svg" and plt.get_fignums() == []
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
-    monkeypatch.undo()
-    plt.close("all")

@@ -2,10 +2,25 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
+import matplotlib
 import pytest
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
-from dllm_rl.monitoring.plots import Panel, available_metrics, draw_metrics, headline, plot, smoothed, whole_steps
+from dllm_rl.monitoring.plots import (
+    Panel,
+    available_metrics,
+    draw_metrics,
+    draw_run,
+    headline,
+    plot,
+    smoothed,
+    whole_steps,
+)
 
 ALWAYS = {"reward": 0.5, "parsed": 1.0, "rollout_corr/k3_kl": 0.0, "rollout_corr/rollout_is_eff_sample_size": 1.0}
 
@@ -23,15 +38,13 @@ def test_a_metric_without_a_number_is_not_drawn():
 
 
 def test_ticks_are_whole_steps_and_one_point_is_seen():
-    plt = pytest.importorskip("matplotlib.pyplot")
     for last in (1, 2, 3, 7, 1000):
-        figure, axis = plt.subplots(figsize=(4.6, 2.9))
+        axis = Figure(figsize=(4.6, 2.9)).subplots()
         rows = [{"step": step, "reward": 0.5} for step in range(last)]
         draw_metrics(axis, rows, Panel("Reward", "reward", {"reward": "training"}))
         whole_steps(axis)
         assert (axis.lines[0].get_marker() == "o") == (last == 1), "one point is no line"
         assert all(tick == round(tick) for tick in axis.get_xticks()), "a tick between two steps"
-        plt.close(figure)
 
 
 def test_the_headline_says_what_is_known_of_a_run():
@@ -41,37 +54,49 @@ def test_the_headline_says_what_is_known_of_a_run():
     assert headline({}) == "a run, seed ?"
 
 
-def test_which_panels_a_picture_has(tmp_path, monkeypatch):
+def test_which_panels_a_picture_has(tmp_path):
     """RL's loss is no likelihood: its picture does not show it."""
-    plt = pytest.importorskip("matplotlib.pyplot")
-    monkeypatch.setattr(plt, "close", lambda figure: None)
     for row, titles in [
         ({"step": 0, "reward": 0.5, "loss": 1.0}, ["Reward"]),
         ({"step": 0, "loss": 1.0, "grad_norm": 2.0}, ["Loss", "Gradient norm"]),
     ]:
         (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        plot(tmp_path)
-        assert [axis.get_title() for axis in plt.gcf().axes] == titles
-    monkeypatch.undo()
-    plt.close("all")
+        assert [axis.get_title() for axis in draw_run(tmp_path).axes] == titles
 
 
-def test_levels_are_lines_of_the_solved_problems_alone(tmp_path, monkeypatch):
-    plt = pytest.importorskip("matplotlib.pyplot")
-    monkeypatch.setattr(plt, "close", lambda figure: None)
+def test_levels_are_lines_of_the_solved_problems_alone(tmp_path):
     row = {"step": 0, "reward": 0.5, "rewards/solve_rate/mean": 0.25, "eval/solve_rate": 0.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    plot(tmp_path, levels={"the ceiling": 0.155})
-    lines = {
-        axis.get_title(): [(each.get_label(), *each.get_ydata()) for each in axis.lines] for axis in plt.gcf().axes
-    }
+    axes = draw_run(tmp_path, levels={"the ceiling": 0.155}).axes
+    lines = {axis.get_title(): [(each.get_label(), *each.get_ydata()) for each in axis.lines] for axis in axes}
     assert ("the ceiling: 0.155", 0.155, 0.155) in lines.pop("Problems solved")
     assert list(lines) == ["Reward"] and "ceiling" not in str(lines)
-    monkeypatch.undo()
-    plt.close("all")
 
 
 def test_a_picture_is_drawn_where_a_step_lacks_a_breakdown(tmp_path):
     rows = [{"step": 0, **ALWAYS}, {"step": 1, **ALWAYS, "rewards/accuracy/mean": 1.0}, {"step": 2, "reward": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert plot(tmp_path).is_file()
+
+
+@pytest.mark.parametrize("backend", ["svg", "pdf", "agg"])
+def test_the_callers_backend_and_figures_stay(tmp_path, backend):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, **ALWAYS}) + "\n")
+    plt.switch_backend(backend)
+    own = plt.figure()
+    plot(tmp_path)
+    assert matplotlib.get_backend().lower() == backend
+    assert plt.get_fignums() == [own.number] and plt.gcf() is own
+    plt.close("all")
+
+
+def test_a_picture_of_a_run_chooses_no_backend(tmp_path):
+    """A notebook's first use of pyplot, after a run, chooses the backend that shows figures."""
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, **ALWAYS}) + "\n")
+    code = (
+        "import sys; from pathlib import Path; from dllm_rl.monitoring.plots import plot; plot(Path(sys.argv[1]));"
+        "print('matplotlib.pyplot' in sys.modules, isinstance(sys.modules['matplotlib'].rcParams._get('backend'), str))"
+    )
+    environment = os.environ | {"MPLBACKEND": ""}
+    output = subprocess.check_output([sys.executable, "-c", code, tmp_path], env=environment, text=True)
+    assert output.split() == ["False", "False"]
