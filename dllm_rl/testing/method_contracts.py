@@ -1,15 +1,16 @@
 """Check correctors and estimators against their contracts."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dllm_rl.algorithms.correctors import Corrector, TokenStats, no_correction
+from dllm_rl.algorithms.correctors import Corrector, TokenStats, TokenWeights, no_correction
 from dllm_rl.algorithms.losses import kl_k2, policy_loss, ppo_clip, sequence_mean
-from dllm_rl.likelihoods.estimator import LikelihoodEstimator
+from dllm_rl.likelihoods.estimator import LikelihoodEstimator, recorded
 from dllm_rl.models.base import Policy
 from dllm_rl.types import Batch, Rollout, Views
 
@@ -19,7 +20,8 @@ def check_corrector(corrector: Corrector, *, seed: int = 0) -> None:
 
     Call it in a test of a custom corrector.
 
-    If every log-ratio is exactly 0, the corrector must equal `no_correction` bit for bit. Weights are finite, >= 0 and
+    `weight_fn` must return a `TokenWeights`, and read the entropy only if the corrector sets `needs_entropy`. If every
+    log-ratio is exactly 0, the corrector must equal `no_correction` bit for bit. Weights are finite, >= 0 and
     without gradient. The loss mask is a subset of the mask, without tokens whose ratio is not finite. Metrics are
     finite floats. Inputs do not change. Row order, padding and micro-batches do not matter. A batch of one row, a row
     without tokens, and a batch without tokens must work.
@@ -106,10 +108,22 @@ def loss_of(corrector: Corrector, batch: Batch, logps: Tensor) -> tuple[Tensor, 
     )
 
 
+def _weights(corrector: Corrector, stats: TokenStats) -> TokenWeights:
+    """Call `weight_fn` as a run does: without the entropy, unless the corrector sets `needs_entropy`."""
+    try:
+        result = corrector.weight_fn(stats if corrector.needs_entropy else replace(stats, entropy=None))
+    except (TypeError, AttributeError) as error:  # what Python raises where None is used as a tensor
+        corrector.weight_fn(stats)  # raises the same error, unless only the entropy was missing
+        raise AssertionError("weight_fn reads the entropy, which is None: set needs_entropy=True") from error
+    is_record = isinstance(result, TokenWeights)
+    assert is_record, f"weight_fn must return TokenWeights(weights, loss mask, metrics), not a {type(result).__name__}"
+    return result
+
+
 def _check_on_policy(corrector: Corrector, mask: Tensor, advantages: Tensor) -> None:
     """Check that without mismatch the corrector changes nothing."""
     zeros = torch.zeros(mask.shape)
-    weights, keep, _ = corrector.weight_fn(make_stats(zeros, advantages, mask))
+    weights, keep, _ = _weights(corrector, make_stats(zeros, advantages, mask))
     assert torch.equal(keep, mask), "on-policy, the keep mask must be the mask"
     assert (weights[mask] == 1).all(), f"on-policy, every weight must be exactly 1, got {weights[mask]}"
     corrected = make_batch(mask, advantages, importance_weights=weights, loss_mask=keep)
@@ -135,7 +149,7 @@ def _check_outputs(
     """Check shapes and ranges of the corrector's weights, keep mask and metrics; return these."""
     # The mismatch requires a gradient, so that weights which are not detached are detected.
     copies = mismatch.clone().requires_grad_(), advantages.clone(), mask.clone()
-    weights, keep, metrics = corrector.weight_fn(make_stats(*copies, **_steps_and_entropy(mask)))
+    weights, keep, metrics = _weights(corrector, make_stats(*copies, **_steps_and_entropy(mask)))
     assert weights.shape == mask.shape and keep.shape == mask.shape, "weights and keep mask must be (B, T)"
     assert not weights.requires_grad, "weights must be detached: no gradient flows through them"
     assert weights.isfinite().all() and (weights >= 0).all(), f"weights must be finite and >= 0, got {weights}"
@@ -153,7 +167,7 @@ def _check_invariance(corrector: Corrector, mismatch: Tensor, advantages: Tensor
     order = torch.arange(len(mask)).flip(0)
     fields = {name: values[order] for name, values in _steps_and_entropy(mask).items()}
     reordered = make_stats(mismatch[order], advantages[order], mask[order], **fields)
-    reordered_weights, reordered_keep, reordered_metrics = corrector.weight_fn(reordered)
+    reordered_weights, reordered_keep, reordered_metrics = _weights(corrector, reordered)
     _assert_close(reordered_weights[order][mask], weights[mask], "another order of the rows must give the same weights")
     assert torch.equal(reordered_keep[order], keep), "another order of the rows must give the same keep mask"
     for name, value in metrics.items():
@@ -167,7 +181,7 @@ def _check_invariance(corrector: Corrector, mismatch: Tensor, advantages: Tensor
         for name, values in _steps_and_entropy(mask).items()
     }
     fields["entropy"][~padded] = off_mask["entropy"]
-    wider, _, _ = corrector.weight_fn(make_stats(torch.cat([garbage, garbage], 1), advantages, padded, **fields))
+    wider, _, _ = _weights(corrector, make_stats(torch.cat([garbage, garbage], 1), advantages, padded, **fields))
     _assert_close(wider[:, : mask.shape[1]][mask], weights[mask], "what lies off the mask must not change the weights")
 
     rollout_logprobs = torch.full(mask.shape, -1.0) - torch.where(mask, mismatch, 0)
@@ -224,7 +238,7 @@ def _check_nonfinite(corrector: Corrector, advantages: Tensor) -> None:
     mismatch[0, 1] = math.inf
     mismatch[1, 2] = -math.inf
     mismatch[2, 0] = math.nan
-    weights, keep, metrics = corrector.weight_fn(make_stats(mismatch, advantages, mask))
+    weights, keep, metrics = _weights(corrector, make_stats(mismatch, advantages, mask))
     assert not keep[~mismatch.isfinite()].any(), "a token whose ratio is not finite must leave the keep mask"
     assert weights.isfinite().all(), f"weights must stay finite where a ratio is not, got {weights}"
     for name, value in metrics.items():
@@ -241,17 +255,23 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     tokens. Contributions are finite, and zero outside the completion. They do not change if they are computed again, in
     micro-batches, with padding, or in another row order. Only scores that a view counts get a gradient.
 
+    What the estimator declares must hold: with `exact_for_sampler` the contributions are what the sampler recorded
+    (with `scores_order` including the order), with `replays_steps` a view hides what was hidden when its tokens were
+    written, without `is_random` another seed gives the same masks, and without `reads_confidence_change` the masks do
+    not depend on it.
+
     Args:
         estimator: Estimator to check.
         policy: Policy that sampled the rollout.
-        rollout: Rollout of at least two prompts, with completions of at least two tokens.
+        rollout: Rollout of at least two prompts, with completions of at least two tokens. To check an estimator with
+            `scores_order`, sample it with a rank whose order has a log-probability, such as `confidence`.
         seed: Seed of the views.
 
     Raises:
         AssertionError: A requirement is violated. The message says which.
     """
 
-    def draw(rows: Rollout) -> Views:
+    def draw(rows: Rollout, seed: int = seed) -> Views:
         return estimator.draw_views(rows, torch.Generator().manual_seed(seed))
 
     rng_state = torch.get_rng_state()
@@ -279,6 +299,7 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     assert not logps.masked_fill(completion, 0).any(), "contributions must be zero off the completion"
     assert torch.equal(estimator.logprobs(policy, rollout, used_views), logps), "on-policy, a ratio must be exactly 1"
 
+    _check_declared(estimator, rollout, views, logps, draw)
     first = torch.arange(group, device=tokens.device)
     fewer = draw(rollout.rows(first))
     assert _same_noise(fewer, views.rows(first)), "a row's masks must not depend on the rows that follow it"
@@ -302,6 +323,35 @@ def check_estimator(estimator: LikelihoodEstimator, policy: Policy, rollout: Rol
     assert gradient.isfinite().all(), "the gradient with respect to scores must be finite"
     assert not gradient[views.coefficients == 0].any(), "a view that does not score a token must get no gradient there"
     assert gradient.any(), "combine must pass a gradient to the scores"
+
+
+def _check_declared(
+    estimator: LikelihoodEstimator, rollout: Rollout, views: Views, logps: Tensor, draw: Callable[..., Views]
+) -> None:
+    """Check what the fields of an estimator declare; `logps` are its contributions under the policy that sampled."""
+    if estimator.exact_for_sampler:
+        record = recorded(rollout, views)
+        gap = (record - logps).abs().max()
+        # 1e-3 nats: forwards of other shapes round differently. A NaN fails too.
+        assert gap <= 1e-3, f"exact_for_sampler=True, but a contribution is {gap:.3g} nats from the sampler's record"
+        order = rollout.order
+        if estimator.scores_order and order is not None and order.logprobs is not None:
+            left_out = (record - rollout.logprobs - order.logprobs).abs().max()
+            assert left_out <= 1e-3, "scores_order=True, but the views leave out the order's log-probability"
+    if not estimator.is_random:
+        assert _same_noise(draw(rollout, seed=-1), views), "is_random=False, but another seed gives other masks"
+    if not estimator.reads_confidence_change and rollout.confidence_change is not None:
+        changed = draw(replace(rollout, confidence_change=-rollout.confidence_change))
+        assert _same_noise(changed, views), "the masks depend on confidence_change: set reads_confidence_change=True"
+    if estimator.replays_steps and rollout.events is None and rollout.renoised is None:
+        last = rollout.unmask_step.max()
+        previous = torch.full_like(rollout.unmask_step[:, :1], -1)
+        for view_masked, scored in zip(views.masked, views.coefficients != 0, strict=True):
+            step = rollout.unmask_step.where(scored, last + 1).amin(-1, keepdim=True)  # last + 1 if no token is scored
+            hidden = rollout.completion_mask & (rollout.unmask_step >= step)
+            assert torch.equal(view_masked, hidden), "replays_steps=True, but a view is no state of the sampler"
+            assert (step > previous).all(), "replays_steps=True, but the views are not in the sampler's order"
+            previous = step.where(step <= last, previous)
 
 
 def _same_noise(a: Views, b: Views) -> bool:

@@ -1,6 +1,7 @@
 """One contract for every estimator; a new one joins by one line. And the contract itself notices broken ones."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from dllm_rl.likelihoods import estimators as lik
 from dllm_rl.models.tiny import tiny_llama, tiny_masked_lm
 from dllm_rl.samplers.autoregress import autoregress
-from dllm_rl.samplers.rules import max_prob
+from dllm_rl.samplers.rules import confidence, max_prob, plackett_luce, soft_threshold
 from dllm_rl.samplers.unmask import unmask
 from dllm_rl.testing import check_estimator
 from dllm_rl.types import Prompts, Views
@@ -44,15 +45,15 @@ ESTIMATORS = {
 }
 
 
-def made(causal: bool = False):
+def made(causal: bool = False, **changes):
     """A policy and completions of prompts of three lengths, two each."""
     policy = tiny_llama(causal=True, **SMALL) if causal else tiny_masked_lm(**SMALL)
     prompts = Prompts.from_ids([[3, 4, 5, 6, 7], [8, 9], [4, 4, 4]], pad_id=policy.pad_id, group_size=2)
     generator = torch.Generator().manual_seed(1)
     if causal:
         return policy, autoregress(policy, prompts, generator, max_new_tokens=7)
-    options = {"max_new_tokens": 7, "diffusion_steps": 4, "temperature": 1.0, "rank": max_prob}
-    return policy, unmask(policy, prompts, generator, confidence_radius=10, **options)
+    options = {"max_new_tokens": 7, "diffusion_steps": 4, "temperature": 1.0, "rank": max_prob} | changes
+    return policy, unmask(policy, prompts, generator, **{"confidence_radius": 10} | options)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -98,3 +99,57 @@ BROKEN = {
 def test_contract_notices(promise):
     with pytest.raises(AssertionError, match=promise):
         check_estimator(BROKEN[promise], *made())
+
+
+def of_steps(change, **fields):
+    """`trajectory()`, with its views changed."""
+    base = lik.trajectory()
+    return replace(base, draw_views=lambda rollout, generator: change(base.draw_views(rollout, generator)), **fields)
+
+
+def first_two(views):
+    return replace(views, masked=views.masked[:2], coefficients=views.coefficients[:2])
+
+
+def backwards(views):
+    return replace(views, masked=views.masked.flip(0), coefficients=views.coefficients.flip(0))
+
+
+UNTRUE = {
+    "steps left out": ("exact_for_sampler=True", of_steps(first_two)),
+    "weights of no sum": ("exact_for_sampler=True", of_steps(lambda v: replace(v, coefficients=v.coefficients * 1.1))),
+    "every token alone": ("exact_for_sampler=True", replace(lik.one_step(prompt_mask=0.0), exact_for_sampler=True)),
+    "merged steps": ("exact_for_sampler=True", replace(lik.trajectory(num_segments=2), exact_for_sampler=True)),
+    "an upper bound": ("exact_for_sampler=True", replace(lik.eubo(), exact_for_sampler=True)),
+    "random masks": ("is_random=False", replace(lik.elbo(), is_random=False)),
+    "random prompts": ("is_random=False", replace(lik.one_step(), is_random=False)),
+    "random steps": ("is_random=False", replace(lik.trajectory(num_sampled_steps=1), is_random=False)),
+    "confidences": ("reads_confidence_change", replace(lik.elbo(informed_masking=1.5), reads_confidence_change=False)),
+    "no replay": ("no state of the sampler", replace(lik.one_step(prompt_mask=0.5), replays_steps=True)),
+    "pairs of masks": ("no state of the sampler", replace(lik.coupled(), replays_steps=True)),
+    "backwards": ("not in the sampler's order", of_steps(backwards)),
+}
+
+
+@pytest.mark.parametrize("name", UNTRUE)
+def test_contract_notices_what_is_declared_and_untrue(name):
+    message, estimator = UNTRUE[name]
+    with pytest.raises(AssertionError, match=message):
+        check_estimator(estimator, *made())
+
+
+ORDERS = {
+    "confidence": {"rank": confidence},
+    "plackett_luce": {"rank": partial(plackett_luce, temperature=0.3)},
+    "soft_threshold": {"rank": max_prob, "commit": partial(soft_threshold, tau=0.3), "diffusion_steps": None},
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_contract_of_orders(name):
+    """With the order's log-prob and without it, and an estimator that says that it scores the order, and does not."""
+    inputs = made(confidence_radius=None, **ORDERS[name])
+    check_estimator(lik.trajectory(), *inputs)
+    check_estimator(lik.trajectory(include_order=False), *inputs)
+    with pytest.raises(AssertionError, match="leave out the order"):
+        check_estimator(replace(lik.trajectory(include_order=False), scores_order=True), *inputs)

@@ -11,7 +11,7 @@ from dllm_rl.testing import check_corrector
 
 def _broken(change):
     def weight_fn(stats):
-        return change(*c.tis().weight_fn(stats), stats.log_mismatch)
+        return c.TokenWeights(*change(*c.tis().weight_fn(stats), stats.log_mismatch))
 
     return replace(c.no_correction(), weight_fn=weight_fn)
 
@@ -19,6 +19,20 @@ def _broken(change):
 def summing(what):
     """r A, with a sum over processes that changes nothing."""
     return lambda r, a, m, sum_over_processes: r.exp() * a[:, None] + 0 * sum_over_processes(what(r)).sum()
+
+
+def by_entropy(read, **fields):
+    """TIS among the tokens whose entropy is below 1.5 nats, read by `read`."""
+
+    def weight_fn(stats):
+        weights = c.tis().weight_fn(stats)
+        return weights._replace(importance_weights=weights.importance_weights.where(read(stats) < 1.5, 1.0))
+
+    return c.Corrector(weight_fn=weight_fn, **fields)
+
+
+def returning(change):
+    return c.Corrector(weight_fn=lambda stats: change(c.tis().weight_fn(stats)))
 
 
 BROKEN = {
@@ -39,6 +53,14 @@ BROKEN = {
     ),
     "sums over processes must add up": replace(c.no_correction(), loss=summing(lambda r: r.exp().mean())),
     "gradient must be that of none": c.no_correction(),
+    "reads the entropy": by_entropy(lambda stats: stats.entropy),
+    "which is None": by_entropy(lambda stats: stats.entropy.clamp(min=0)),
+    "set needs_entropy": c.compose(c.tis(), by_entropy(lambda stats: 2 * stats.entropy)),
+    "needs_entropy=True": c.Corrector(weight_fn=lambda s: c.unit_weights(s.among(s.mask & (s.entropy < 9)))),
+    "not a Tensor": returning(lambda weights: weights.importance_weights),
+    "not a tuple": returning(tuple),
+    "not a dict": returning(lambda weights: weights._asdict()),
+    "not a NoneType": returning(lambda weights: None),
 }
 
 
@@ -49,3 +71,15 @@ def test_contract_notices(promise):
         corrector = replace(corrector, loss=lambda r, a, m: (1 + 0.5 * r) * a[:, None])
     with pytest.raises(AssertionError, match=promise):
         check_corrector(corrector)
+
+
+def test_what_reads_the_entropy_and_says_so_passes():
+    check_corrector(by_entropy(lambda stats: stats.entropy, needs_entropy=True))
+    check_corrector(by_entropy(lambda stats: torch.zeros(()) if stats.entropy is None else stats.entropy))
+
+
+def test_an_error_that_the_entropy_does_not_cause_stays_what_it_is():
+    with pytest.raises(TypeError, match="NoneType"):
+        check_corrector(c.Corrector(weight_fn=lambda stats: None + stats.mask))
+    with pytest.raises(AttributeError, match="no_such"):
+        check_corrector(c.Corrector(weight_fn=lambda stats: stats.no_such))
