@@ -59,6 +59,7 @@ ROOMS = {
     "torchao": {"quantization"},
     "ray": {"training"},
     "fastapi": {"serving"},
+    "pydantic": {"serving"},
     "uvicorn": {"serving"},
     "accelerate": {"distributed", "monitoring", "training", "supervised"},
 }

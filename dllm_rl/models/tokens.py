@@ -294,6 +294,11 @@ def text_ids(policy: Policy, text: str, *, special: bool = False) -> list[int]:
         ValueError: The tokens do not hold every character of the text (except whitespace and case) or hold the mask, or
             an id is outside the model's vocabulary.
     """
+    if half := re.search("[\ud800-\udfff]", text):
+        raise ValueError(
+            f"text {text[:80]!r} has half a character, the lone surrogate {half[0]!r} at character {half.start()}; cut "
+            "texts between whole characters"
+        )
     try:
         ids = _encode(policy.tokenizer, text, special=special)
     except BaseException as error:  # the tokenizers library raises a bare Exception, or panics

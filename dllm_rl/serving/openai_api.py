@@ -5,10 +5,11 @@ This module tokenizes and decodes in the HTTP server's thread; only the sampler 
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from functools import partial
+from itertools import pairwise, takewhile
+from typing import Annotated, Any, Literal
 
 from dllm_rl.diagnostics.traces import trace_rows
 from dllm_rl.models.base import Policy
@@ -19,10 +20,17 @@ from dllm_rl.serving.batching import PromptScores
 from dllm_rl.serving.settings import known_settings, read_settings
 from dllm_rl.types import Rollout
 
+try:
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError
+except ModuleNotFoundError as error:
+    raise ImportError(f"dllm-rl serve needs {error.name}: pip install 'dllm_rl[serve]'") from None
+
 MAX_COMPLETIONS = 128  # per prompt, as in OpenAI's API
 MAX_STOP_TEXTS = 4
+MAX_CHARACTER_TOKENS = 4  # bytes of a character in UTF-8
+SETTINGS = {"temperature", "top_p", "top_k", "block_size", "diffusion_steps", "rank", "commit", "cache"}  # of a sampler
 # Fields that do not change the response.
-IGNORED_FIELDS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "best_of"}
+IGNORED_FIELDS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Fields of features that the samplers lack, each with the values that turn the feature off. Other values are refused.
 UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -72,43 +80,132 @@ class Limits:
     max_waiting: int = 256
 
 
+class TextPart(BaseModel):
+    """A part of a chat message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Text = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[int], Field(min_length=1)]
+Prompts = Annotated[list[str | TokenIds], Field(min_length=1)]
+
+
+class StreamOptions(BaseModel):
+    """The field `stream_options`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_usage: bool | None = None
+
+
+class Message(BaseModel):
+    """A chat message. A list of text parts counts as their joined text."""
+
+    model_config = ConfigDict(strict=True, extra="allow")  # the chat template reads the other fields
+    content: str | list[TextPart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        message = self.model_dump(exclude_unset=True)
+        if isinstance(self.content, list):
+            message["content"] = "".join(part.text for part in self.content)
+        return message
+
+
+class Fields(BaseModel):
+    """The fields that requests for completions and for chat completions share.
+
+    If a field has a description, an error quotes it as what the value must be, in place of pydantic's message.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model: str | None = None
+    n: int = Field(1, ge=1, le=MAX_COMPLETIONS)
+    best_of: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: Count | None = None
+    block_size: Count | None = None
+    diffusion_steps: Count | None = None
+    rank: str | None = None
+    commit: str | None = None
+    cache: str | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOP_TEXTS)] = Field(
+        default=[], description=f"a text or up to {MAX_STOP_TEXTS} texts"
+    )
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    trace: bool = False
+
+
+class CompletionFields(Fields):
+    """The fields of a request for completions."""
+
+    prompt: str | TokenIds | Prompts = Field(
+        description="a text, a list of texts, token ids, or a list of lists of them"
+    )
+    suffix: str = ""
+    max_tokens: int | None = Field(None, ge=0)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0)
+
+
+class ChatFields(Fields):
+    """The fields of a request for chat completions."""
+
+    messages: list[Message] = Field(min_length=1, description="a list of objects, each with role and a text as content")
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0)
+
+
 @dataclass(frozen=True)
 class TextRequest:
     """A checked request for completions.
 
     Args:
-        is_chat: Whether the prompt is chat messages.
+        fields: The request's fields.
         prompts: Token ids of each prompt.
         suffix: Token ids of the text after the completion; empty if there is none.
         texts: Text of each prompt, for `echo`.
-        n: Number of completions per prompt.
-        seed: Seed of the request. None: derived from the server's seed and the request's number.
-        max_tokens: Largest number of tokens of a completion.
+        max_tokens: Largest number of tokens of a completion. 0: the prompt is scored, and nothing is sampled.
         settings: Sampler settings of the request (`read_settings`).
-        stop: Stop texts. A completion ends before the first of them.
-        echo: Whether the response repeats the prompt.
-        logprobs: Whether the response has log-probs of the completion.
-        score_prompt: Whether the response also has log-probs of the prompt.
-        stream: Whether the response is a stream of events.
-        include_usage: Whether the stream ends with the token counts.
-        trace: Whether each choice also has its trace (`diagnostics.traces`).
     """
 
-    is_chat: bool
+    fields: CompletionFields | ChatFields
     prompts: list[list[int]]
     suffix: list[int]
     texts: list[str]
-    n: int
-    seed: int | None
     max_tokens: int
     settings: dict[str, Any]
-    stop: tuple[str, ...]
-    echo: bool
-    logprobs: bool
-    score_prompt: bool
-    stream: bool
-    include_usage: bool
-    trace: bool
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the prompt is chat messages."""
+        return isinstance(self.fields, ChatFields)
+
+    @property
+    def echo(self) -> bool:
+        """Whether the response repeats the prompt."""
+        return isinstance(self.fields, CompletionFields) and self.fields.echo
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether the response has log-probs of the completion."""
+        return self.fields.logprobs is not None and self.fields.logprobs is not False
+
+    @property
+    def score_prompt(self) -> bool:
+        """Whether the response also has log-probs of the prompt."""
+        return self.echo and self.logprobs
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.fields.stream_options is not None and bool(self.fields.stream_options.include_usage)
 
 
 def read_request(
@@ -127,67 +224,42 @@ def read_request(
     Raises:
         Refused: A field is unknown, or has a value that the server does not support.
     """
-    fields = _Fields(read_json_object(data))
-    if (model := fields.text("model")) not in (None, name):
-        raise Refused(404, f"model={model!r} is not served here; use model={name!r}", "model")
-    n = fields.integer("n", low=1, high=MAX_COMPLETIONS) or 1
-    if fields.values.get("best_of") not in (None, n):
-        raise Refused(400, f"best_of={fields.values['best_of']!r} must be n={n}; leave it out", "best_of")
-    stream_options = fields.values.pop("stream_options", None) or {}
-    if not isinstance(stream_options, dict):
-        raise Refused(400, "stream_options must be an object; leave it out", "stream_options")
-    temperature = fields.number("temperature", low=0, high=2)
-    settings: dict[str, Any] = {"temperature": temperature, "top_p": fields.number("top_p", low=0, high=1, above=True)}
-    settings |= {key: fields.integer(key, low=1) for key in ("top_k", "block_size")}
-    settings["diffusion_steps"] = fields.integer("diffusion_steps", low=1, high=limits.max_tokens)
-    settings |= {key: fields.text(key) for key in ("rank", "commit", "cache")}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    if policy.spec.attention == "encoder_decoder" and not temperature:  # `renoise` has its own schedule of temperatures
-        settings.pop("temperature", None)
+    fields = _read_fields(ChatFields if is_chat else CompletionFields, data)
+    if fields.model not in (None, name):
+        raise Refused(404, f"model={fields.model!r} is not served here; use model={name!r}", "model")
+    if fields.best_of not in (None, fields.n):
+        raise Refused(400, f"best_of={fields.best_of!r} must be n={fields.n}; leave it out", "best_of")
+    if fields.stream_options is not None and not fields.stream:
+        raise Refused(400, "stream_options needs stream=true; leave it out", "stream_options")
+    settings = fields.model_dump(include=SETTINGS, exclude_none=True)
+    if policy.spec.attention == "encoder_decoder" and not fields.temperature:
+        settings.pop("temperature", None)  # `renoise` has its own schedule of temperatures
     if "commit" in settings and "rank" not in settings and (rank := required_rank(settings["commit"])):
         settings["rank"] = rank
-    echo = score_prompt = False
     suffix: list[int] = []
-    if is_chat:
-        prompts, texts = _chat_prompt(fields, policy)
-        lengths = [fields.integer(key, low=1) for key in ("max_completion_tokens", "max_tokens")]
-        max_tokens = lengths[0] or lengths[1]
-        logprobs = fields.flag("logprobs")
-        if fields.integer("top_logprobs", low=0):
+    if isinstance(fields, ChatFields):
+        messages = [message.for_template() for message in fields.messages]
+        prompts, texts = [_tokenized(policy, messages, "messages")], [""]  # no text: a chat has no `echo`
+        max_tokens = fields.max_completion_tokens or fields.max_tokens
+        if fields.top_logprobs:
             raise Refused(
                 400, "top_logprobs: the sampler records the log-prob of the chosen token only; use 0", "top_logprobs"
             )
     else:
-        prompts, texts = _prompts(fields, policy)
-        suffix = _suffix_ids(fields, policy, settings)
-        max_tokens = fields.integer("max_tokens", low=0)
-        echo = fields.flag("echo")
-        count = fields.integer("logprobs", low=0)
-        logprobs, score_prompt = count is not None, echo and count is not None
-        _check_logprobs(policy, count, score_prompt, settings.get("temperature", defaults.get("temperature")))
-        if max_tokens == 0 and not score_prompt:
-            raise Refused(400, "max_tokens=0 needs echo=true and logprobs=1, to score a prompt; use 1", "max_tokens")
+        prompts, texts = _prompts(fields.prompt, policy)
+        suffix = _suffix_ids(fields, policy)
+        max_tokens = fields.max_tokens
+        _check_logprobs(policy, fields, settings.get("temperature", defaults.get("temperature")))
     longest = max(map(len, prompts)) + len(suffix)
-    request = TextRequest(
-        is_chat=is_chat,
-        prompts=prompts,
-        suffix=suffix,
-        texts=texts,
-        n=n,
-        seed=fields.integer("seed", low=-(2**63), high=2**63 - 1),
-        max_tokens=_checked_length(policy, longest, max_tokens, defaults["max_new_tokens"], limits),
-        settings=settings,
-        stop=_stop_texts(fields),
-        echo=echo,
-        logprobs=logprobs,
-        score_prompt=score_prompt,
-        stream=fields.flag("stream"),
-        include_usage=bool(stream_options.get("include_usage")),
-        trace=fields.flag("trace"),
-    )
-    fields.check_rest()
-    if (rows := len(prompts) * (n + score_prompt)) > limits.max_waiting:
-        raise Refused(400, f"{len(prompts)} prompts x n={n} are {rows} completions; ask for {limits.max_waiting}", "n")
+    max_tokens = _checked_length(policy, longest, max_tokens, defaults["max_new_tokens"], limits)
+    request = TextRequest(fields, prompts, suffix, texts, max_tokens, settings)
+    rows = len(prompts) * ((fields.n if max_tokens else 0) + request.score_prompt)
+    if rows > limits.max_waiting:
+        count = f"{len(prompts)} prompts x n={fields.n} are {rows} completions"
+        raise Refused(400, f"{count}; ask for {limits.max_waiting}", "n")
+    if (fields.diffusion_steps or 0) > limits.max_tokens:
+        steps = f"diffusion_steps={fields.diffusion_steps} is above the server's max_tokens={limits.max_tokens}"
+        raise Refused(400, f"{steps}; use less", "diffusion_steps")
     try:
         read_settings(policy, settings)
     except ValueError as error:
@@ -195,55 +267,33 @@ def read_request(
     return request
 
 
-def read_json_object(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object. Raise Refused for anything else, including NaN and brackets nested too deeply."""
+def _read_fields(model: type[CompletionFields] | type[ChatFields], data: bytes) -> CompletionFields | ChatFields:
+    """Parse and check a body. A null, and a value that turns an unsupported feature off, count as left out."""
     try:
-        value = json.loads(data, parse_constant=_refuse_constant)
+        values = json.loads(data)
     except (ValueError, RecursionError):
         raise Refused(400, "the body is not JSON; send an object with Content-Type: application/json") from None
-    if not isinstance(value, dict):
-        raise Refused(400, f"the body is a JSON {type(value).__name__}; send an object")
-    return value
+    if not isinstance(values, dict):
+        raise Refused(400, f"the body is a JSON {type(values).__name__}; send an object")
+    ignored = {name for name, value in values.items() if value is None or value in UNSUPPORTED_FIELDS.get(name, ())}
+    values = {name: value for name, value in values.items() if name not in IGNORED_FIELDS | ignored}
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise _refusal(model, values, error) from None
 
 
-def _refuse_constant(text: str) -> None:
-    """Refuse NaN and infinity, which Python's parser accepts although JSON lacks them."""
-    raise ValueError(f"{text} is not JSON")
-
-
-class _Fields:
-    """The fields of a request. Each method removes the field that it reads; a null counts as left out."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values = {name: value for name, value in values.items() if value is not None}
-
-    def _pop(self, name: str, is_valid: Callable[[Any], bool], expected: str) -> Any:
-        value = self.values.pop(name, None)
-        if value is not None and not is_valid(value):
-            raise Refused(400, f"{name}={_quoted(value)} must be {expected}", name)
-        return value
-
-    def text(self, name: str) -> str | None:
-        return self._pop(name, lambda x: isinstance(x, str), "a text")
-
-    def flag(self, name: str) -> bool:
-        return bool(self._pop(name, lambda x: isinstance(x, bool), "true or false"))
-
-    def integer(self, name: str, *, low: int, high: int = 2**31 - 1) -> int | None:
-        return self._pop(name, lambda x: type(x) is int and low <= x <= high, f"a whole number from {low} to {high}")
-
-    def number(self, name: str, *, low: int, high: int, above: bool = False) -> float | None:
-        expected = f"a number {'above' if above else 'from'} {low} {'and at most' if above else 'to'} {high}"
-        is_valid = lambda x: type(x) in (int, float) and low <= x <= high and not (above and x == low)  # noqa: E731
-        value = self._pop(name, is_valid, expected)
-        return None if value is None else float(value)
-
-    def check_rest(self) -> None:
-        """Raise Refused if an unread field would change the response."""
-        for name, value in self.values.items():
-            if name in IGNORED_FIELDS or (name in UNSUPPORTED_FIELDS and value in UNSUPPORTED_FIELDS[name]):
-                continue
-            raise Refused(400, f"{name}={_quoted(value)} is not supported by this server; leave it out", name)
+def _refusal(model: type[Fields], values: Mapping[str, Any], error: ValidationError) -> Refused:
+    """Convert the first error to a line with the field, its value, and what it should be."""
+    first = error.errors()[0]
+    field = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        name = ".".join(map(str, first["loc"]))
+        return Refused(400, f"{name}={_quoted(first['input'])} is not supported by this server; leave it out", field)
+    given = f"{field}={_quoted(values[field])}" if field in values else field
+    description = model.model_fields[field].description
+    expected = f"must be {description}" if description else first["msg"].removeprefix("Input ")
+    return Refused(400, f"{given} {expected}", field)
 
 
 def _quoted(value: Any) -> str:
@@ -252,32 +302,27 @@ def _quoted(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _prompts(fields: _Fields, policy: Policy) -> tuple[list[list[int]], list[str]]:
+def _prompts(prompt: str | list[int] | list[str | list[int]], policy: Policy) -> tuple[list[list[int]], list[str]]:
     """Return the token ids and the text of each prompt of a completions request."""
-    prompt = fields.values.pop("prompt", None)
-    if isinstance(prompt, str) or _is_ids(prompt):
-        prompt = [prompt]
-    if not isinstance(prompt, list) or not prompt:
-        raise Refused(400, "prompt must be a text, a list of texts, token ids, or a list of lists of them", "prompt")
     ids, texts = [], []
-    for item in prompt:
+    for item in [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt:
         if isinstance(item, str):
             ids.append(_tokenized(policy, item, "prompt"))
             texts.append(item)
-        elif _is_ids(item):
-            if not all(0 <= token < policy.vocab_size for token in item):
-                raise Refused(400, f"prompt: token ids must lie in [0, {policy.vocab_size})", "prompt")
-            ids.append(item)
-            texts.append(policy.tokenizer.decode(item))
-        else:
-            raise Refused(400, f"prompt: {_quoted(item)} is neither a text nor a list of token ids", "prompt")
+            continue
+        if not all(0 <= token < policy.vocab_size for token in item):
+            raise Refused(400, f"prompt: token ids must lie in [0, {policy.vocab_size})", "prompt")
+        if policy.spec.mask_id in item:
+            mask = f"token {policy.spec.mask_id} is the mask token, which samplers fill in"
+            raise Refused(400, f"prompt: {mask}; leave it out, or give the text after it as suffix", "prompt")
+        ids.append(item)
+        texts.append(policy.tokenizer.decode(item))
     return ids, texts
 
 
-def _suffix_ids(fields: _Fields, policy: Policy, settings: Mapping[str, Any]) -> list[int]:
+def _suffix_ids(fields: CompletionFields, policy: Policy) -> list[int]:
     """Return the token ids of the text after the completion, or an empty list if the request has none."""
-    text = fields.text("suffix")
-    if not text:
+    if not fields.suffix:
         return []
     if policy.spec.attention != "full":
         raise Refused(
@@ -285,32 +330,9 @@ def _suffix_ids(fields: _Fields, policy: Policy, settings: Mapping[str, Any]) ->
             f"suffix: {policy.spec.attention!r} attention does not see the text after a completion; leave it out",
             "suffix",
         )
-    if "cache" in settings:
-        raise Refused(400, f"cache={_quoted(settings['cache'])} does not work with a suffix; leave it out", "cache")
-    return _tokenized(policy, text, "suffix")
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(type(token) is int for token in value)
-
-
-def _chat_prompt(fields: _Fields, policy: Policy) -> tuple[list[list[int]], list[str]]:
-    messages = fields.values.pop("messages", None)
-    if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
-        raise Refused(400, "messages must be a list of objects, each with role and content", "messages")
-    messages = [message | {"content": _joined_text(message.get("content"))} for message in messages]
-    return [_tokenized(policy, messages, "messages")], [""]  # no prompt text: chat completions have no `echo`
-
-
-def _joined_text(content: Any) -> Any:
-    """Join a message's content if it is a list of text parts. Return any other content unchanged."""
-    if not isinstance(content, list) or not content:
-        return content
-    for part in content:
-        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        if not is_text:
-            raise Refused(400, f"messages: the part {_quoted(part)} of a content is not text; give text", "messages")
-    return "".join(part["text"] for part in content)
+    if fields.cache is not None:
+        raise Refused(400, f"cache={_quoted(fields.cache)} does not work with a suffix; leave it out", "cache")
+    return _tokenized(policy, fields.suffix, "suffix")
 
 
 def _tokenized(policy: Policy, prompt: Any, field: str) -> list[int]:
@@ -320,19 +342,14 @@ def _tokenized(policy: Policy, prompt: Any, field: str) -> list[int]:
         raise Refused(400, f"{field}: {error}", field) from None
 
 
-def _stop_texts(fields: _Fields) -> tuple[str, ...]:
-    stop = fields.values.pop("stop", None)
-    texts = [stop] if isinstance(stop, str) else stop or []
-    if not isinstance(texts, list) or len(texts) > MAX_STOP_TEXTS or not all(isinstance(x, str) and x for x in texts):
-        raise Refused(400, f"stop={_quoted(stop)} must be a text or up to {MAX_STOP_TEXTS} texts", "stop")
-    return tuple(texts)
-
-
-def _check_logprobs(policy: Policy, count: int | None, score_prompt: bool, temperature: float | None) -> None:
-    """Raise Refused if `logprobs`=`count` needs log-probs that the sampler does not record."""
+def _check_logprobs(policy: Policy, fields: CompletionFields, temperature: float | None) -> None:
+    """Raise Refused if `logprobs` needs log-probs that the sampler does not record."""
+    count = fields.logprobs
+    if fields.max_tokens == 0 and (count is None or not fields.echo):
+        raise Refused(400, "max_tokens=0 needs echo=true and logprobs=1, to score a prompt; use 1", "max_tokens")
     if count is None:
         return
-    if score_prompt and policy.spec.attention != "causal":
+    if fields.echo and policy.spec.attention != "causal":
         raise Refused(
             400,
             "echo with logprobs: the likelihood of a prompt under a diffusion model is an estimate, which this server "
@@ -355,12 +372,13 @@ def _checked_length(policy: Policy, longest: int, requested: int | None, default
     tokens_left = None if policy.spec.max_length is None else policy.spec.max_length - longest
     if tokens_left is not None and canvas is not None:
         tokens_left = tokens_left // canvas * canvas
-    if tokens_left is not None and tokens_left < max(1, requested or 0):
+    needed = 1 if requested is None else requested
+    if tokens_left is not None and tokens_left < needed:
         canvases = "" if canvas is None else f", in whole canvases of {canvas},"
         raise Refused(
             400,
-            f"a prompt of {longest} tokens and max_tokens={1 if requested is None else requested}{canvases} exceed the "
-            f"model's {policy.spec.max_length} positions; shorten them",
+            f"a prompt of {longest} tokens and max_tokens={needed}{canvases} exceed the model's "
+            f"{policy.spec.max_length} positions; shorten them",
             "max_tokens" if tokens_left > 0 else "prompt",
         )
     if requested is None:
@@ -397,19 +415,24 @@ class Choice:
 
     Args:
         text: Text before the first end token and before the first stop text.
-        ids: Token ids up to and including the end token, or up to the stop text.
-        logprobs: Log-prob of each of `ids` in nats; None if it is not finite.
+        tokens: Text of each token up to and including the end token, or up to the stop text (`token_texts`).
+        offsets: Where in `text` each of `tokens` begins; and the end of the last.
+        logprobs: Log-prob of each of `tokens` in nats; None if it is not finite.
         num_tokens: Number of tokens up to and including the end token. A stop text does not reduce it.
         is_ended: Whether an end token or a stop text ended the completion. False: it reached its full length.
         trace: Trace of the completion, as in a `.jsonl` file. None: not requested.
     """
 
     text: str
-    ids: list[int]
+    tokens: list[str]
+    offsets: list[int]
     logprobs: list[float | None]
     num_tokens: int
     is_ended: bool
     trace: dict[str, Any] | None = None
+
+
+EMPTY = Choice("", [], [0], [], 0, is_ended=False)  # the completion of max_tokens=0
 
 
 def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
@@ -422,19 +445,61 @@ def choice(policy: Policy, rollout: Rollout, request: TextRequest) -> Choice:
     before = before_end(policy, sampled)
     is_ended = len(before) < len(sampled)
     ids = sampled[: len(before) + is_ended]  # includes the end token, because clients that score need its log-prob
-    num_tokens = len(ids)
     logprobs = [x if math.isfinite(x) else None for x in rollout.logprobs[0][rollout.completion_mask[0]].tolist()]
     text = decode_ids(policy, [before])[0]
-    stop_positions = [position for stop in request.stop if (position := text.find(stop)) >= 0]
+    tokens, offsets = token_texts(policy, ids, text)
+    stops = [request.fields.stop] if isinstance(request.fields.stop, str) else request.fields.stop
+    stop_positions = [position for stop in stops if (position := text.find(stop)) >= 0]
     if stop_positions:
         text = text[: min(stop_positions)]
-        token_ends = accumulate(_text_lengths(policy, ids))
-        ids = ids[: sum(end <= len(text) for end in token_ends)]
+        tokens = tokens[: sum(end <= len(text) for end in offsets[1:])]
+        while tokens and not tokens[-1]:  # the first bytes of a character after `text`
+            tokens.pop()
     try:
-        trace = trace_rows(rollout)[0] if request.trace else None
+        trace = trace_rows(rollout)[0] if request.fields.trace else None
     except ValueError as error:
         raise Refused(400, f"trace=true: {error}", "trace") from None
-    return Choice(text, ids, logprobs[: len(ids)], num_tokens, is_ended or bool(stop_positions), trace)
+    return Choice(
+        text,
+        tokens,
+        offsets[: len(tokens) + 1],
+        logprobs[: len(tokens)],
+        num_tokens=len(ids),
+        is_ended=is_ended or bool(stop_positions),
+        trace=trace,
+    )
+
+
+def token_texts(
+    policy: Policy, ids: Sequence[int], text: str, *, skip_special_tokens: bool = True
+) -> tuple[list[str], list[int]]:
+    """Return each token's part of `text`, which is the text of `ids`; where each part begins; and where the last ends.
+
+    A character of several tokens is the part of the last of them. A special token that `text` leaves out has its own
+    name as text, and ends where it begins.
+    """
+    decode = partial(policy.tokenizer.decode, skip_special_tokens=skip_special_tokens)
+    offsets = [0]
+    # A token's text depends on its neighbors. It is therefore decoded after those tokens before it, from `start` to
+    # `end`, whose text (`context`) is known to end at a character of `text`.
+    start = end = 0
+    context = ""
+    for count in range(1, len(ids) + 1):
+        if count - end > MAX_CHARACTER_TOKENS or count == len(ids):  # `context` was not the text that it became later
+            start, end, context = 0, 0, ""
+        added = decode(ids[start:count])[len(context) :]
+        known = text[offsets[end] : offsets[end] + len(added)]
+        # What differs stands for the bytes of an unfinished character.
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(added, known, strict=False)))
+        offsets.append(offsets[end] + shared)
+        if added and shared == len(added):
+            start, end = end, count
+            context = decode(ids[start:end])
+    parts = [text[begin:stop] for begin, stop in pairwise(offsets)]
+    for index, token in enumerate(ids):
+        if not parts[index] and (token in policy.spec.eos_ids or not decode([token])):
+            parts[index] = policy.tokenizer.decode([token])
+    return parts, offsets
 
 
 @dataclass(frozen=True)
@@ -466,18 +531,18 @@ def response(policy: Policy, completed: CompletedRequest) -> dict[str, Any]:
     choices = []
     for index, completion in enumerate(completed.choices):
         reason = "stop" if completion.is_ended else "length"
-        prompt_index = index // request.n
+        prompt_index = index // request.fields.n
         fields: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
         if request.is_chat:
             fields["message"] = {"role": "assistant", "content": completion.text}
             if request.logprobs:
-                fields["logprobs"] = {"content": _chat_logprobs(policy, completion)}
+                fields["logprobs"] = {"content": _chat_logprobs(completion)}
         else:
             fields["text"] = (request.texts[prompt_index] if request.echo else "") + completion.text
             if request.logprobs:
                 scores = completed.scores[prompt_index] if completed.scores else None
                 fields["logprobs"] = _logprobs(policy, completion, request, prompt_index, scores)
-        if request.trace:
+        if request.fields.trace:
             fields["trace"] = completion.trace
         choices.append(fields)
     prompt_tokens = sum(len(ids) + len(request.suffix) for ids in request.prompts)
@@ -505,10 +570,13 @@ def _common_fields(completed: CompletedRequest, object_type: str) -> dict[str, A
     }
 
 
-def _chat_logprobs(policy: Policy, completion: Choice) -> list[dict[str, Any]]:
+def _chat_logprobs(completion: Choice) -> list[dict[str, Any]]:
     entries = []
-    for text, logprob in zip(_token_texts(policy, completion.ids), completion.logprobs, strict=True):
-        entries.append({"token": text, "logprob": logprob, "bytes": [*text.encode()], "top_logprobs": []})
+    ends = pairwise(completion.offsets)
+    for token, logprob, (start, end) in zip(completion.tokens, completion.logprobs, ends, strict=True):
+        # The bytes of all tokens join to the text. A tokenizer may decode to a lone surrogate.
+        data = completion.text[start:end].encode(errors="surrogatepass")
+        entries.append({"token": token, "logprob": logprob, "bytes": [*data], "top_logprobs": []})
     return entries
 
 
@@ -516,36 +584,26 @@ def _logprobs(
     policy: Policy, completion: Choice, request: TextRequest, prompt_index: int, scores: PromptScores | None
 ) -> dict[str, Any]:
     """Return the log-probs of a completion, preceded by those of its prompt if `scores` has them."""
-    tokens, values = _token_texts(policy, completion.ids), list(completion.logprobs)
-    tops: list[dict[str, float] | None] = [
-        None if value is None else {token: value} for token, value in zip(tokens, values, strict=True)
-    ]
+    tokens, values = completion.tokens, completion.logprobs
+    tops = [None if value is None else {token: value} for token, value in zip(tokens, values, strict=True)]
+    start = len(request.texts[prompt_index]) if request.echo else 0
+    offsets = [start + offset for offset in completion.offsets[:-1]]
     if scores is not None:
-        prompt_tokens = _token_texts(policy, request.prompts[prompt_index])
+        ids = request.prompts[prompt_index]
+        prompt_tokens, prompt_offsets = token_texts(
+            policy, ids, policy.tokenizer.decode(ids), skip_special_tokens=False
+        )
         prompt_tops: list[dict[str, float] | None] = []
-        for token, value, best in zip(prompt_tokens, scores.logprobs, scores.best, strict=True):
+        for token_id, token, value, best in zip(ids, prompt_tokens, scores.logprobs, scores.best, strict=True):
+            if value is None or best is None:
+                prompt_tops.append(None)
+                continue
+            best_token = token if best[0] == token_id else policy.tokenizer.decode([best[0]])
             # The most likely token overwrites the prompt's token if both have the same text.
-            top = {} if best is None else {_token_texts(policy, [best[0]])[0]: best[1]}
-            prompt_tops.append({token: value, **top} if value is not None and best is not None else None)
+            prompt_tops.append({token: value, best_token: best[1]})
         tokens, values, tops = prompt_tokens + tokens, scores.logprobs + values, prompt_tops + tops
-    all_ids = [*(request.prompts[prompt_index] if scores is not None else []), *completion.ids]
-    offsets = [0, *accumulate(_text_lengths(policy, all_ids))]
-    start = len(request.texts[prompt_index]) if request.echo and scores is None else 0
-    return {
-        "tokens": tokens,
-        "token_logprobs": values,
-        "top_logprobs": tops,
-        "text_offset": [start + offset for offset in offsets[:-1]],
-    }
-
-
-def _token_texts(policy: Policy, ids: Sequence[int]) -> list[str]:
-    return [policy.tokenizer.decode([token]) for token in ids]
-
-
-def _text_lengths(policy: Policy, ids: Sequence[int]) -> list[int]:
-    """Return the number of characters of each token in a completion's text, which leaves special tokens out."""
-    return [len(policy.tokenizer.decode([token], skip_special_tokens=True)) for token in ids]
+        offsets = prompt_offsets[:-1] + offsets
+    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 
 def events(policy: Policy, completed: CompletedRequest) -> list[str]:
@@ -559,7 +617,7 @@ def events(policy: Policy, completed: CompletedRequest) -> list[str]:
     bodies: list[dict[str, Any]] = []
     for fields in complete["choices"]:
         index, reason = fields["index"], fields["finish_reason"]
-        trace = {"trace": fields["trace"]} if request.trace else {}
+        trace = {"trace": fields["trace"]} if request.fields.trace else {}
         first: dict[str, Any] = {"index": index, "finish_reason": None, "logprobs": fields["logprobs"]} | trace
         last: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
         if request.is_chat:
@@ -568,5 +626,6 @@ def events(policy: Policy, completed: CompletedRequest) -> list[str]:
             first["text"], last["text"] = fields["text"], ""
         bodies += [common | {"choices": [first]}, common | {"choices": [last]}]
     if request.include_usage:
+        bodies = [body | {"usage": None} for body in bodies]
         bodies.append(common | {"choices": [], "usage": complete["usage"]})
     return [*(f"data: {json.dumps(body)}\n\n" for body in bodies), "data: [DONE]\n\n"]

@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from dllm_rl.serving.batching import (
     score_prompt,
 )
 from dllm_rl.serving.openai_api import (
+    EMPTY,
     CompletedRequest,
     Limits,
     Refused,
@@ -54,6 +55,7 @@ try:
     from fastapi import FastAPI, Request
     from fastapi.responses import Response
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
     raise ImportError(f"dllm-rl serve needs {error.name}: pip install 'dllm_rl[serve]'") from None
@@ -93,10 +95,6 @@ class ServerSettings:
     timeout: float = 300.0
     client_timeout: float = 30.0
     seed: int = 0
-
-
-class ClientLeft(Exception):
-    """Raised if the client has closed the connection, so that nobody would read the response."""
 
 
 def error_response(refused: Refused, *, close: bool = False) -> Response:
@@ -141,7 +139,7 @@ class Guard:
                 await self._discard(scope, receive)
             await error_response(refused, close=True)(scope, receive, send)  # type: ignore[arg-type]
             return
-        except ClientLeft:
+        except ClientDisconnect:
             return
         else:
             await self.app(scope, _replay_body(body, receive), send)
@@ -153,7 +151,7 @@ class Guard:
 
         Raises:
             Refused: The request has no access, or its body is too large or too slow.
-            ClientLeft: The client has closed the connection.
+            ClientDisconnect: The client has closed the connection.
         """
         headers = dict(scope["headers"])
         path = scope["path"]
@@ -172,23 +170,18 @@ class Guard:
         too_large = Refused(413, f"the body has more than {limit} bytes; {advice}")
         if int(headers.get(b"content-length", b"0")) > limit:
             raise too_large
-        body = bytearray()
-        seconds = self.settings.client_timeout
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
-            except TimeoutError:
-                raise Refused(408, f"the body did not arrive within {seconds:g} s; send it faster") from None
-            if message["type"] == "http.disconnect":
-                raise ClientLeft
-            body += message.get("body", b"")
-            if len(body) > limit:
-                raise too_large
-            if not message.get("more_body", False):
-                return bytes(body)
-            if is_engine:  # weights are large: such a client, which has the token, gets the full time for each part
-                deadline = time.monotonic() + seconds
+        body, seconds = bytearray(), self.settings.client_timeout
+        try:
+            async with asyncio.timeout(seconds) as deadline:
+                async for part in Request(scope, receive).stream():
+                    body += part
+                    if len(body) > limit:
+                        raise too_large
+                    if is_engine:  # weights are large: such a client, which has the token, gets the time for each part
+                        deadline.reschedule(asyncio.get_running_loop().time() + seconds)
+        except TimeoutError:
+            raise Refused(408, f"the body did not arrive within {seconds:g} s; send it faster") from None
+        return bytes(body)
 
     def _check_access(self, path: str, headers: dict[bytes, bytes]) -> None:
         settings = self.settings
@@ -211,15 +204,13 @@ class Guard:
         """
         if dict(scope["headers"]).get(b"expect"):  # the client waits for a response before it sends the body
             return
-        size, deadline = 0, time.monotonic() + min(self.settings.client_timeout, 10.0)
-        while size < MAX_DISCARDED_BYTES:
-            try:
-                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
-            except TimeoutError:
-                return
-            size += len(message.get("body", b""))
-            if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                return
+        size = 0
+        with suppress(TimeoutError, ClientDisconnect):
+            async with asyncio.timeout(min(self.settings.client_timeout, 10.0)):
+                async for part in Request(scope, receive).stream():
+                    size += len(part)
+                    if size >= MAX_DISCARDED_BYTES:
+                        return
 
 
 def _replay_body(body: bytes, receive: Receive) -> Receive:
@@ -269,9 +260,9 @@ def make_app(batcher: Batcher, settings: ServerSettings, learner: Policy | None 
         kind = type(error).__name__
         return error_response(Refused(500, f"the server failed with {kind}; see the traceback in the server's output"))
 
-    @app.exception_handler(ClientLeft)
-    async def client_left(request: Request, error: ClientLeft) -> Response:
-        return Response(status_code=499)
+    @app.exception_handler(ClientDisconnect)
+    async def client_left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
 
     @app.get("/")
     async def page() -> Response:
@@ -298,11 +289,11 @@ def make_app(batcher: Batcher, settings: ServerSettings, learner: Policy | None 
         number = next(numbers)
         rollouts, scores = await _complete(request, batcher, settings, parsed, number)
         versions = {rollout.weights_version for rollout in rollouts} | {score.weights_version for score in scores}
-        choices = [choice(policy, rollout, parsed) for rollout in rollouts]
+        choices = [choice(policy, rollout, parsed) for rollout in rollouts] or [EMPTY] * len(scores) * parsed.fields.n
         completed = CompletedRequest(
             parsed, settings.name, number, int(time.time()), tuple(sorted(versions)), choices, scores
         )
-        if not parsed.stream:
+        if not parsed.fields.stream:
             return json_response(response(policy, completed))
         return Response("".join(events(policy, completed)), media_type="text/event-stream")
 
@@ -345,17 +336,20 @@ async def _complete(
     request: Request, batcher: Batcher, settings: ServerSettings, parsed: TextRequest, number: int
 ) -> tuple[list[Rollout], list[PromptScores]]:
     """Return a request's completions, `n` per prompt, and the log-probs of the prompts if requested."""
-    key = (settings.seed, "request", number) if parsed.seed is None else (parsed.seed,)
-    seeds = row_seeds(generator_for(*key), len(parsed.prompts) * parsed.n).tolist()  # as `dllm-rl sample` draws them
+    key = (settings.seed, "request", number) if parsed.fields.seed is None else (parsed.fields.seed,)
+    seeds = row_seeds(
+        generator_for(*key), len(parsed.prompts) * parsed.fields.n
+    ).tolist()  # as `dllm-rl sample` draws them
     sampling = sampler_settings(batcher.policy, parsed, batcher.defaults)
-    prompts = [ids for ids in parsed.prompts for _ in range(parsed.n)]
-    jobs: list[Job] = [
-        CompletionJob(ids, seed, sampling, parsed.suffix) for ids, seed in zip(prompts, seeds, strict=True)
-    ]
+    prompts = [ids for ids in parsed.prompts for _ in range(parsed.fields.n)]
+    jobs: list[Job] = []
+    if parsed.max_tokens:
+        jobs += [CompletionJob(ids, seed, sampling, parsed.suffix) for ids, seed in zip(prompts, seeds, strict=True)]
+    num_completions = len(jobs)
     if parsed.score_prompt:
         jobs += [PolicyCall(partial(score_prompt, ids=ids)) for ids in parsed.prompts]
     results: list[Any] = await run_jobs(request, batcher, jobs, settings.timeout)
-    return results[: len(prompts)], results[len(prompts) :]
+    return results[:num_completions], results[num_completions:]
 
 
 async def run_jobs(
@@ -372,7 +366,7 @@ async def run_jobs(
 
     Raises:
         Refused: The queue is full, the time is over, the server is stopping, or a job failed.
-        ClientLeft: The client has closed the connection.
+        ClientDisconnect: The client has closed the connection.
     """
     try:
         batcher.submit(jobs, first=first)
@@ -388,7 +382,7 @@ async def run_jobs(
         await asyncio.wait(awaited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if not all_jobs.done():
             if disconnect.done():
-                raise ClientLeft
+                raise ClientDisconnect
             if any(job.future.running() or job.future.done() for job in jobs):
                 raise Refused(504, f"not finished within {timeout:g} s; ask for fewer tokens, or raise --timeout")
             raise Refused(

@@ -121,6 +121,7 @@ def test_openais_client_reads_a_stream(client):
         assert "".join(c.text for c in of_choice) == choice.text
         assert [c.finish_reason for c in of_choice] == [None, choice.finish_reason]
     assert chunks[-1].usage == whole.usage
+    assert all("usage" in chunk.model_fields_set and chunk.usage is None for chunk in chunks[:-1])
     messages = [{"role": "user", "content": "1+2"}]
     chat = client.chat.completions.create(model="tiny", messages=messages, seed=1)
     deltas = [
@@ -198,6 +199,32 @@ def test_a_scored_prompt_is_followed_by_one_token_also_if_that_is_the_end():
     assert {len(values) for values in found.values()} == {6} and answer["choices"][0]["text"] == "1+2=3"
 
 
+@pytest.mark.parametrize("size", [2, 63, 64])
+def test_a_prompt_is_scored_without_a_completion_up_to_the_models_full_length(causal_server, size):
+    prompt = ("1+2=3" * 13)[:size]
+    fields = {"max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+    answer = causal_server.complete([prompt, "4+5="], n=2, **fields)
+    assert [choice["text"] for choice in answer["choices"]] == [prompt, prompt, "4+5=", "4+5="]
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+    assert answer["usage"] == {"prompt_tokens": size + 4, "completion_tokens": 0, "total_tokens": size + 4}
+    found = answer["choices"][0]["logprobs"]
+    assert found["tokens"] == [*prompt] and found["text_offset"] == [*range(size)]
+    if size < 64:
+        longer = causal_server.complete(prompt, max_tokens=1, echo=True, logprobs=1)["choices"][0]["logprobs"]
+        assert longer["token_logprobs"][:-1] == found["token_logprobs"]
+    for fields["max_tokens"], too_long in ((1, "1" * 64), (0, "1" * 65)):
+        status, refused = causal_server.ask("/v1/completions", {"prompt": too_long, **fields})
+        assert status == 400 and "exceed the model's 64 positions" in refused["error"]["message"]
+
+
+def test_a_prompt_of_ids_keeps_its_special_tokens_in_text_and_offsets(causal_server):
+    answer = causal_server.complete([4, 2, 5, 0], max_tokens=0, echo=True, logprobs=0)
+    (choice,) = answer["choices"]
+    assert choice["text"] == "1<eos>2<pad>"
+    assert choice["logprobs"]["tokens"] == ["1", "<eos>", "2", "<pad>"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 6, 7]
+
+
 def test_exact_batches_hold_for_scored_prompts_of_other_lengths():
     prompts = ["1", "123456789012", "12=3", "4+5="]
     with running(causal(), {"max_new_tokens": 6}, batcher={"exact_batches": True}) as server:
@@ -241,27 +268,46 @@ def test_a_causal_model_completes_as_its_sampler(causal_server):
     [
         ({"model": "gpt-4"}, 404, "model", "model='gpt-4' is not served here; use model='tiny'"),
         ({"prompt": None}, 400, "prompt", "prompt must be a text"),
-        ({"prompt": []}, 400, "prompt", "prompt must be a text"),
-        ({"prompt": [1.5]}, 400, "prompt", "neither a text nor a list of token ids"),
+        ({"prompt": []}, 400, "prompt", "prompt=[] must be a text, a list of texts, token ids, or a list of lists"),
+        ({"prompt": [1.5]}, 400, "prompt", "prompt=[1.5] must be a text"),
+        ({"prompt": [[5], []]}, 400, "prompt", "prompt=[[5], []] must be a text"),
+        ({"prompt": [True]}, 400, "prompt", "prompt=[true] must be a text"),
+        ({"prompt": [4, 1, 5]}, 400, "prompt", "token 1 is the mask token, which samplers fill in; leave"),
+        ({"prompt": ["1", [1]]}, 400, "prompt", "token 1 is the mask token, which samplers fill in; leave"),
+        ({"prompt": "1\ud83d"}, 400, "prompt", "has half a character, the lone surrogate '\\ud83d' at character 1"),
+        ({"prompt": ["1", "\ude00"]}, 400, "prompt", "the lone surrogate '\\ude00' at character 0"),
+        ({"suffix": "1\ud83d1"}, 400, "suffix", "has half a character, the lone surrogate '\\ud83d'"),
         ({"prompt": [[999]]}, 400, "prompt", "token ids must lie in [0, 15)"),
         ({"prompt": "word"}, 400, "prompt", "cannot be tokenized"),
         ({"prompt": "1" * 80}, 400, "prompt", "exceed the model's 64 positions"),
         ({"max_tokens": 62}, 400, "max_tokens", "exceed the model's 64 positions; shorten them"),
         ({"max_tokens": 50}, 400, "max_tokens", "max_tokens=50 is above the server's 40"),
         ({"max_tokens": 0}, 400, "max_tokens", "max_tokens=0 needs echo=true and logprobs=1"),
-        ({"max_tokens": True}, 400, "max_tokens", "max_tokens=true must be a whole number"),
-        ({"temperature": "hot"}, 400, "temperature", 'temperature="hot" must be a number from 0 to 2'),
-        ({"temperature": -1}, 400, "temperature", "must be a number from 0 to 2"),
-        ({"top_p": 0}, 400, "top_p", "must be a number above 0 and at most 1"),
-        ({"n": 0}, 400, "n", "must be a whole number from 1 to 128"),
+        ({"max_tokens": True}, 400, "max_tokens", "max_tokens=true should be a valid integer"),
+        ({"temperature": "hot"}, 400, "temperature", 'temperature="hot" should be a valid number'),
+        ({"temperature": -1}, 400, "temperature", "temperature=-1 should be greater than or equal to 0"),
+        ({"top_p": 0}, 400, "top_p", "top_p=0 should be greater than 0"),
+        ({"n": 0}, 400, "n", "n=0 should be greater than or equal to 1"),
+        ({"n": float("nan")}, 400, "n", "n=NaN should be a valid integer"),
+        ({"temperature": float("inf")}, 400, "temperature", "temperature=Infinity should be"),
         ({"n": 100}, 400, "n", "1 prompts x n=100 are 100 completions; ask for 64"),
         ({"best_of": 3}, 400, "best_of", "best_of=3 must be n=1"),
         ({"stop": ["a"] * 5}, 400, "stop", "must be a text or up to 4 texts"),
+        ({"stop": ["a", ""]}, 400, "stop", 'stop=["a", ""] must be a text or up to 4 texts'),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options", "needs stream=true; leave it out"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, 400, "stream_options", "a valid boolean"),
+        ({"stream": True, "stream_options": []}, 400, "stream_options", "stream_options=[] should be a valid dict"),
+        (
+            {"stream": True, "stream_options": {"include_usge": True}},
+            400,
+            "stream_options",
+            "stream_options.include_usge=true is not supported by this server; leave it out",
+        ),
         ({"logprobs": 5}, 400, "logprobs", "records the log-prob of the chosen token only; use 0"),
         ({"logprobs": 1, "temperature": 1}, 400, "logprobs", "use 0, or 1 at temperature 0"),
         ({"logprobs": 1, "echo": True}, 400, "echo", "the likelihood of a prompt under a diffusion model"),
         ({"logit_bias": {"5": 1}}, 400, "logit_bias", 'logit_bias={"5": 1} is not supported by this server'),
-        ({"suffix": 3}, 400, "suffix", "suffix=3 must be a text"),
+        ({"suffix": 3}, 400, "suffix", "suffix=3 should be a valid string"),
         ({"suffix": "word"}, 400, "suffix", "cannot be tokenized"),
         ({"suffix": "1" * 60}, 400, "prompt", "a prompt of 64 tokens and max_tokens=1 exceed the model's 64 positions"),
         ({"suffix": "3", "max_tokens": 60}, 400, "max_tokens", "exceed the model's 64 positions"),
@@ -271,7 +317,12 @@ def test_a_causal_model_completes_as_its_sampler(causal_server):
         ({"rank": "best"}, 400, None, "rank='best' is not one of confidence"),
         ({"commit": "threshold=x"}, 400, None, "'x' is not a number"),
         ({"diffusion_steps": 9}, 400, None, "diffusion_steps=9 is more than the 8 tokens"),
-        ({"diffusion_steps": 41}, 400, "diffusion_steps", "must be a whole number from 1 to 40"),
+        (
+            {"diffusion_steps": 41},
+            400,
+            "diffusion_steps",
+            "diffusion_steps=41 is above the server's max_tokens=40; use less",
+        ),
         ({"cache": "block"}, 400, None, "is not for 'full' attention"),
         ({"commit": "remask=0.5", "trace": True}, 400, "trace", "this sampler rewrites tokens"),
     ],
@@ -307,9 +358,14 @@ def limited(policy):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"messages": []}, "messages must be a list of objects"),
+        ({"messages": []}, "messages=[] must be a list of objects, each with role and a text as content"),
+        ({"messages": None}, "messages must be a list of objects"),
         ({"messages": [{"role": "user"}]}, "neither text nor chat messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "is not text; give text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            '[{"type": "image_url"}]}] must be a list',
+        ),
+        ({"messages": [{"role": "user", "content": "1\ud83d"}]}, "has half a character"),
         ({"tools": [{"type": "function"}]}, "tools=[{"),
         ({"top_logprobs": 2, "logprobs": True}, "top_logprobs: the sampler records"),
         ({"suffix": "3"}, 'suffix="3" is not supported by this server'),
@@ -403,7 +459,7 @@ def test_openais_client_raises_the_line(client):
     assert error.value.status_code == 400 and error.value.param == "temperature"
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"n": NaN}', b"[" * 100000])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"[" * 100000])
 def test_a_body_that_is_no_object_is_refused(server, body):
     status, answer = server.ask("/v1/completions", body)
     assert status == 400 and "the body is" in answer["error"]["message"]

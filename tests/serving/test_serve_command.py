@@ -105,12 +105,13 @@ def test_a_port_in_use_is_refused(capsys):
     assert "Address already in use" in capsys.readouterr().err
 
 
-def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
-    for module in ("dllm_rl.cli.serve", "dllm_rl.serving.server"):
+@pytest.mark.parametrize("missing", ["uvicorn", "pydantic"])
+def test_without_the_extra_it_says_what_to_install(missing, monkeypatch, capsys):
+    for module in ("dllm_rl.cli.serve", "dllm_rl.serving.server", "dllm_rl.serving.openai_api"):
         monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setitem(sys.modules, missing, None)
     assert main(["serve", "no-model"]) == 2
-    assert capsys.readouterr().err == "error: dllm-rl serve needs uvicorn: pip install 'dllm_rl[serve]'\n"
+    assert capsys.readouterr().err == f"error: dllm-rl serve needs {missing}: pip install 'dllm_rl[serve]'\n"
 
 
 @pytest.mark.slow
